@@ -1,0 +1,32 @@
+# From a fresh clone with Python 3.11+ and make: `make demo`, `make test`.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: demo test slow check install clean
+
+demo: install  ## the main job on the embedded model and texts, with enough rows to look at
+	$(BIN)/python -m qk_sniffer sampler.base_rate=16
+
+test: install  ## the quick tests
+	$(BIN)/python -m pytest -n 2 -q
+
+slow: install  ## the slow tests that CI runs too
+	$(BIN)/python -m pytest -n 2 -q -m slow
+
+check: install  ## lint and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "Python 3.11 or newer is needed; name one with: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info

@@ -1,0 +1,1 @@
+"""Files shipped with the package: the checkpoint of `model=pydoc_tiny`."""

@@ -1,0 +1,242 @@
+"""The configuration: one frozen dataclass a config group, and what is derived from it.
+
+The field names are the keys of the command line and of `conf/`; `qk_sniffer.conf` registers this schema
+with Hydra. Checks of the values are in `validation.py`.
+"""
+
+import re
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """How text becomes tokens; `name` null means the model's own tokenizer."""
+
+    name: str | None = None
+    revision: str | None = None
+    max_length: int = 4096
+    add_special_tokens: bool = True
+
+
+@dataclass(frozen=True)
+class LongContextConfig:
+    """What a long-context study does to this model. Takes effect only where an experiment interpolates it."""
+
+    max_length: int | None = None
+    min_bucket_size: int | None = None
+    config_overrides: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A model on the Hub or in a local folder, and how it is loaded."""
+
+    slug: str | None = None
+    name: str | None = None
+    revision: str = "main"
+    dtype: str = "bfloat16"
+    device_map: Any = "auto"
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+    config_overrides: dict[str, Any] = field(default_factory=dict)
+    gguf_file: str | None = None
+    family: str | None = None
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    long_context: LongContextConfig = field(default_factory=LongContextConfig)
+
+
+@dataclass(frozen=True)
+class DatasetConfig:
+    """The texts: a Hub id, a local folder, or a file (parquet, jsonl, csv, txt)."""
+
+    slug: str | None = None
+    path: str | None = None
+    name: str | None = None
+    revision: str | None = None
+    split: str = "train"
+    data_files: Any = None
+    text_column: str = "text"
+    id_column: str | None = None
+    max_samples: int | None = None
+    streaming: bool = False
+
+
+@dataclass(frozen=True)
+class KeySamplerConfig:
+    """The sampler of the keys where it differs from that of the queries; null means the same."""
+
+    type: str | None = None
+    base_rate: float | None = None
+
+
+@dataclass(frozen=True)
+class SamplerConfig:
+    """Which token positions are kept (see `sampling.py` for the definition)."""
+
+    type: str = "log_uniform"
+    base_rate: float = 1.0
+    min_bucket_size: int = 128
+    max_rows_per_example: int | None = None
+    seed: int = 0
+    share: str = "layer_kind"
+    keys: KeySamplerConfig = field(default_factory=KeySamplerConfig)
+
+
+@dataclass(frozen=True)
+class HeadSamplingConfig:
+    """A draw of `count` query heads over all eligible layers; null keeps all of them."""
+
+    count: int | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class CaptureConfig:
+    """Which vectors are captured: kinds, layers, query heads, and the stage (before or after RoPE)."""
+
+    capture_queries: bool = True
+    capture_keys: bool = True
+    layers: list[int] | None = None
+    heads: list[int] | None = None
+    head_sampling: HeadSamplingConfig = field(default_factory=HeadSamplingConfig)
+    full_attention_only: bool = False
+    capture_pre_rope: bool = False
+    capture_token_strings: bool = False
+    capture_token_ids: bool = False
+
+
+@dataclass(frozen=True)
+class InferenceConfig:
+    """How the forward passes are batched and buffered. None of these changes which rows are kept."""
+
+    batch_size: int | None = None
+    max_batch_tokens: int = 16384
+    lookahead: int = 256
+    banded_attention: bool = True
+    queue_mb: int = 512
+    segment_mb: int = 128
+    debug_logging: bool = False
+
+
+@dataclass(frozen=True)
+class ShardConfig:
+    """The part of the examples that this job does: those with index % count == `index`."""
+
+    index: int = 0
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class VerifyConfig:
+    """How many examples are derived again on another path, as proof."""
+
+    examples: int = 1
+
+
+@dataclass(frozen=True)
+class OutputConfig:
+    """Where the dataset goes. `hf_branch` null: `<model slug>-<dataset slug>`; `data_root` null: `outputs/<hf_branch>`."""
+
+    data_root: str | None = None
+    hf_repo_id: str | None = None
+    hf_branch: str | None = None
+    private: bool = False
+    overwrite: bool = False
+    resume_from_hub: bool = False
+
+
+@dataclass(frozen=True)
+class Config:
+    """One job."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    capture: CaptureConfig = field(default_factory=CaptureConfig)
+    inference: InferenceConfig = field(default_factory=InferenceConfig)
+    shard: ShardConfig = field(default_factory=ShardConfig)
+    verify: VerifyConfig = field(default_factory=VerifyConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)
+    dry_run: bool = False
+
+    @property
+    def data_root(self) -> Path:
+        """The folder of the dataset; call on a config that `resolved` returned."""
+        assert self.output.data_root is not None
+        return Path(self.output.data_root)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested dicts, as stored in the manifest."""
+        return asdict(self)
+
+
+def from_omegaconf(node: DictConfig) -> Config:
+    """The typed config of a composed Hydra config, interpolations resolved."""
+    config = OmegaConf.to_object(node)
+    assert isinstance(config, Config)
+    return config
+
+
+def resolved(config: Config) -> Config:
+    """`config` with every derived value filled in: slugs, tokenizer, branch and data root."""
+    model_slug = config.model.slug or safe_name(last_part(config.model.name or "model"))
+    if config.model.revision != "main":
+        revision = _short_revision(config.model.revision)
+        if not model_slug.endswith(revision):
+            model_slug = f"{model_slug}-{revision}"
+    dataset_slug = config.dataset.slug or safe_name(last_part(config.dataset.path or "dataset"))
+    branch = config.output.hf_branch or "-".join(
+        [model_slug, dataset_slug]
+        + (["pre-rope"] if config.capture.capture_pre_rope else [])
+        + (["shared"] if config.sampler.share == "example" else [])
+    )
+    tokenizer = config.model.tokenizer
+    if tokenizer.name is None:
+        tokenizer = replace(
+            tokenizer, name=config.model.name, revision=tokenizer.revision or config.model.revision
+        )
+    return replace(
+        config,
+        model=replace(config.model, slug=model_slug, tokenizer=tokenizer),
+        dataset=replace(config.dataset, slug=dataset_slug),
+        output=replace(
+            config.output, hf_branch=branch, data_root=config.output.data_root or f"outputs/{branch}"
+        ),
+    )
+
+
+def last_part(name: str) -> str:
+    """The last part of a Hub id or path, a file's suffix left out: `org/name`, `/data/name/`, `data/name.jsonl`."""
+    last = Path(name).name or "root"
+    return re.sub(r"\.(parquet|jsonl?|csv|txt|gz|zst)$", "", last, flags=re.IGNORECASE) or last
+
+
+def safe_name(text: str) -> str:
+    """`text` in the characters that are good in a path and in a git branch."""
+    return re.sub(r"[^a-z0-9._-]+", "-", text.lower()).strip("-.") or "unnamed"
+
+
+def register() -> None:
+    """Makes the schema known to Hydra under the name that `conf/config.yaml` starts from."""
+    schema = OmegaConf.structured(Config)
+    _unlock(schema)
+    ConfigStore.instance().store(name="qk_sniffer_schema", node=schema)
+
+
+def _short_revision(revision: str) -> str:
+    return revision[:12] if re.fullmatch(r"[0-9a-f]{40}", revision) else safe_name(revision)
+
+
+def _unlock(node: DictConfig) -> None:
+    # OmegaConf makes nodes of frozen dataclasses read-only, but Hydra must merge the groups into them.
+    OmegaConf.set_readonly(node, None)
+    for key in node:
+        child = node._get_node(key)
+        if isinstance(child, DictConfig) and not child._is_none():
+            _unlock(child)

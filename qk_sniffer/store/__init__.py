@@ -1,0 +1,1 @@
+"""The durable store: journal, compaction, manifest. Knows nothing of models."""

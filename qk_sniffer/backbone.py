@@ -1,0 +1,322 @@
+"""The backbone: the model without its language-model head, its attention layout, one forward at a time."""
+
+import hashlib
+import logging
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, PretrainedConfig
+
+from qk_sniffer.attention import AttentionCall, ForwardDone, tap
+from qk_sniffer.config import ModelConfig
+from qk_sniffer.errors import CaptureError, ConfigError, SourceError
+from qk_sniffer.families import Family, find_family
+from qk_sniffer.heads import LayerHeads
+
+log = logging.getLogger(__name__)
+
+PROBE_TOKENS = 2
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """One self-attention layer, as its attention kernel was seen to be called."""
+
+    heads: LayerHeads
+    softmax_scale: float
+    softcap: float | None
+    sinks: list[float] | None
+    """One learned logit for each query head, where the model has them."""
+
+
+class Backbone:
+    """A loaded decoder. `forward` runs it and shows every attention call to a callback."""
+
+    def __init__(
+        self, decoder: nn.Module, family: Family, *, commit: str | None = None, pre_rope: bool = False
+    ) -> None:
+        self.decoder = decoder
+        self.family = family
+        self.commit = commit
+        self.pre_rope = pre_rope
+        self.attention_layers = family.attention_layers(decoder)
+        self.device = next(decoder.parameters()).device
+        _refuse_shared_indices(self.attention_layers)
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """The text config that the decoder was built from."""
+        config: PretrainedConfig = self.decoder.config  # type: ignore[assignment]
+        return config
+
+    def forward(self, ids: torch.Tensor, on_call: Callable[[AttentionCall], None]) -> None:
+        """Runs the decoder on token ids (B, n), padded on the right; `on_call` may raise `ForwardDone`.
+
+        No attention mask is given: under a causal mask no valid position sees the padding behind it.
+        """
+        with torch.inference_mode(), self.tapped(on_call):
+            try:
+                self.decoder(input_ids=ids.to(self.device), use_cache=False)
+            except ForwardDone:
+                pass
+
+    @contextmanager
+    def tapped(self, on_call: Callable[[AttentionCall], None]) -> Iterator[None]:
+        """Opens the tap for forwards that the caller runs."""
+        with tap(self.attention_layers, on_call, family=self.family, pre_rope=self.pre_rope):
+            yield
+
+    def probe(self) -> list[LayerFacts]:
+        """Every layer as the model itself calls it, seen in a forward over two tokens; sorted by layer.
+
+        Raises:
+            CaptureError: no attention call was seen, or a layer makes several.
+        """
+        facts: dict[int, LayerFacts] = {}
+
+        def look(call: AttentionCall) -> None:
+            if call.layer in facts:
+                raise CaptureError(
+                    f"{_model_type(self.decoder)}: layer {call.layer} calls attention more than once a forward, so "
+                    "that its query and key are not one vector a head and position; this is not supported"
+                )
+            facts[call.layer] = _layer_facts(call)
+
+        self.forward(torch.arange(1, PROBE_TOKENS + 1)[None], look)
+        if not facts:
+            raise CaptureError(
+                f"nothing can be captured from {_model_type(self.decoder)} ({type(self.decoder).__name__}): no "
+                "self-attention layer called transformers' attention interface. Its attention is its own, it has no "
+                "softmax attention, or the model was compiled. A family can serve it: model.family=package.module:Class"
+            )
+        return [facts[layer] for layer in sorted(facts)]
+
+    def rotary_parameters(self) -> dict[str, Any]:
+        """What the rotary embedding is made of: inverse frequencies, attention scaling, the config's parameters."""
+        embeddings = {}
+        for name, module in self.decoder.named_modules():
+            if "Rotary" not in type(module).__name__:
+                continue
+            values: dict[str, Any] = {
+                key: buffer.double().tolist()
+                for key, buffer in module.named_buffers(recurse=False)
+                if key.endswith("inv_freq") and "original" not in key
+            }
+            values |= {key: value for key, value in vars(module).items() if key.endswith("attention_scaling")}
+            embeddings[name] = values
+        return {"rope_parameters": getattr(self.config, "rope_parameters", None), "embeddings": embeddings}
+
+
+def load_backbone(
+    config: ModelConfig, *, commit: str | None = None, pre_rope: bool = False, meta: bool = False
+) -> Backbone:
+    """Loads the decoder of `config.name` without its head, in eval mode.
+
+    `commit` pins the revision to the one of an earlier start; `meta` builds it without weights, on no memory.
+
+    Raises:
+        SourceError: the model cannot be found or loaded, or weights of the decoder are missing in its checkpoint.
+    """
+    assert config.name is not None
+    source: dict[str, Any] = {
+        "revision": commit or config.revision,
+        "trust_remote_code": config.trust_remote_code,
+    }
+    if Path(config.name).is_dir():
+        source["revision"] = "main"
+    if config.gguf_file is not None:
+        source["gguf_file"] = config.gguf_file
+    with _loading(config):
+        model_config = AutoConfig.from_pretrained(config.name, **source)
+        model_config = with_overrides(model_config, config.config_overrides)
+        family = find_family(model_config.model_type, config.family)
+        auto_class = getattr(transformers, family.auto_class)
+        if meta:
+            with torch.device("meta"):
+                model = auto_class.from_config(
+                    model_config,
+                    dtype=torch_dtype(config.dtype),
+                    attn_implementation=config.attn_implementation,
+                    trust_remote_code=config.trust_remote_code,
+                )
+            return Backbone(family.decoder(model.eval()), family, commit=commit, pre_rope=pre_rope)
+        model, info = auto_class.from_pretrained(
+            config.name,
+            config=model_config,
+            dtype=torch_dtype(config.dtype),
+            device_map=config.device_map,
+            attn_implementation=config.attn_implementation,
+            use_safetensors=None if config.allow_pickle or config.gguf_file else True,
+            output_loading_info=True,
+            **source,
+        )
+    decoder = family.decoder(model.eval())
+    _refuse_missing(config.name, model, decoder, info)
+    return Backbone(decoder, family, commit=commit, pre_rope=pre_rope)
+
+
+def torch_dtype(name: str) -> torch.dtype | str:
+    """`auto` stays: it is transformers' word for the dtype of the checkpoint."""
+    if name == "auto":
+        return name
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def with_overrides(config: PretrainedConfig, overrides: dict[str, Any]) -> PretrainedConfig:
+    """`config` with `overrides` merged into it, dict by dict.
+
+    A `rope_scaling`, the older spelling, is merged into `rope_parameters`: given to transformers beside a
+    `rope_theta` it would drop the latter.
+
+    Raises:
+        ConfigError: a top-level key that the model's config does not have.
+    """
+    if not overrides:
+        return config
+    overrides = dict(overrides)
+    scaling = overrides.pop("rope_scaling", None)
+    if scaling is not None:
+        scaling = dict(scaling)
+        if "type" in scaling:
+            scaling["rope_type"] = scaling.pop("type")
+        overrides["rope_parameters"] = _merge(scaling, overrides.get("rope_parameters") or {})
+    values = config.to_dict()
+    unknown = sorted(set(overrides) - set(values))
+    if unknown:
+        raise ConfigError(
+            [
+                f"model.config_overrides.{key}: the {config.model_type} config has no such key; it has "
+                f"{', '.join(sorted(values))}"
+                for key in unknown
+            ]
+        )
+    merged: PretrainedConfig = type(config).from_dict(_merge(values, overrides))
+    return merged
+
+
+def model_commit(config: ModelConfig) -> str:
+    """What pins the weights: the commit of a Hub model, the sha256 over the contents of a local folder.
+
+    Raises:
+        SourceError: the model cannot be found.
+    """
+    assert config.name is not None
+    folder = Path(config.name)
+    if folder.is_dir():
+        return folder_digest(folder)
+    with _loading(config):
+        found = AutoConfig.from_pretrained(
+            config.name, revision=config.revision, trust_remote_code=config.trust_remote_code
+        )
+    return getattr(found, "_commit_hash", None) or config.revision
+
+
+def folder_digest(folder: Path) -> str:
+    """`sha256:` over names and contents of the files that a checkpoint is loaded from, documentation left out."""
+    files = sorted(
+        path
+        for path in folder.iterdir()
+        if path.is_file()
+        and path.suffix in {".safetensors", ".json", ".bin", ".model", ".gguf", ".py", ".txt", ".jinja"}
+    )
+
+    def digest(path: Path) -> bytes:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").digest()
+
+    with ThreadPoolExecutor() as pool:
+        digests = list(pool.map(digest, files))
+    whole = hashlib.sha256()
+    for path, part in zip(files, digests, strict=True):
+        whole.update(path.name.encode() + b"\0" + part)
+    return f"sha256:{whole.hexdigest()}"
+
+
+@contextmanager
+def _loading(config: ModelConfig) -> Iterator[None]:
+    """Turns what transformers raises while it loads into errors that name the model and the way out."""
+    where = f"model {config.name}" + (f" at revision {config.revision}" if config.revision != "main" else "")
+    try:
+        yield
+    except OSError as error:
+        text = str(error)
+        if "safetensors" in text and not config.allow_pickle:
+            raise SourceError(
+                f"{where} has no safetensors weights. A pickle checkpoint can run any code when it is loaded: if you "
+                f"trust its author, set model.allow_pickle=true. ({_first_line(text)})"
+            ) from error
+        raise SourceError(
+            f"{where} cannot be loaded: {_first_line(text)} Give model.name a Hub id (org/name) or a local folder "
+            "with config.json; private and gated models need HF_TOKEN, an offline machine a cached copy"
+        ) from error
+    except (ValueError, KeyError, ImportError, RuntimeError) as error:
+        hint = (
+            "; set model.trust_remote_code=true if you trust its code"
+            if "trust_remote_code" in str(error)
+            else ""
+        )
+        raise SourceError(f"{where} cannot be loaded: {type(error).__name__}: {error}{hint}") from error
+
+
+def _refuse_missing(name: str, model: nn.Module, decoder: nn.Module, info: dict[str, Any]) -> None:
+    prefixes = [prefix for prefix, module in model.named_modules() if module is decoder]
+    prefix = f"{prefixes[0]}." if prefixes and prefixes[0] else ""
+    bad = sorted(key for key in info["missing_keys"] if key.startswith(prefix))
+    bad += sorted(str(entry) for entry in info.get("mismatched_keys", ()))
+    if bad:
+        shown = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
+        raise SourceError(
+            f"model {name}: its checkpoint lacks, or has in another shape, {len(bad)} weights of the decoder: {shown}. "
+            "They would be random, so nothing is captured; check that the checkpoint is whole and that "
+            "model.config_overrides does not change its shapes"
+        )
+
+
+def _refuse_shared_indices(layers: dict[nn.Module, int]) -> None:
+    indices = sorted(layers.values())
+    repeated = sorted({index for index in indices if indices.count(index) > 1})
+    if repeated or (indices and indices[0] < 0):
+        raise CaptureError(
+            f"several attention modules say that they are layer {repeated or indices[0]}: which is which cannot be "
+            "told; a family can tell them apart: model.family=package.module:Class"
+        )
+
+
+def _layer_facts(call: AttentionCall) -> LayerFacts:
+    head_dim = call.query.shape[-1]
+    return LayerFacts(
+        LayerHeads(
+            layer=call.layer,
+            num_q_heads=call.query.shape[1],
+            num_k_heads=call.key.shape[1],
+            head_dim=head_dim,
+            sliding_window=call.sliding_window,
+        ),
+        softmax_scale=head_dim**-0.5 if call.softmax_scale is None else float(call.softmax_scale),
+        softcap=call.softcap,
+        sinks=None if call.sinks is None or call.sinks.is_meta else call.sinks.double().tolist(),
+    )
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _model_type(decoder: nn.Module) -> str:
+    return str(getattr(getattr(decoder, "config", None), "model_type", type(decoder).__name__))
+
+
+def _first_line(text: str) -> str:
+    return text.strip().split("\n")[0].rstrip(".") + "."

@@ -1,0 +1,93 @@
+"""What a model family must say about itself.
+
+`Family` is the generic answer and serves every model whose decoder calls transformers' attention interface.
+A family that differs overrides one or two methods in a file of its own, `models/<model_type>.py`, with a class
+named `Family`; it is found by the config's `model_type`, or named by `model.family=package.module:Class`.
+"""
+
+import importlib
+import importlib.util
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from qk_sniffer.errors import CaptureError, ConfigError
+
+RotaryCall = tuple[torch.Tensor, torch.Tensor]
+"""A tensor that went into a rotary function, and the tensor that came out of it."""
+
+
+class Family:
+    """The generic family. Methods take modules as they are after loading."""
+
+    auto_class = "AutoModel"
+    """The class of transformers that loads the model without its language-model head."""
+
+    def decoder(self, model: Any) -> nn.Module:
+        """The text decoder inside the loaded `model`: what is run, without any head or vision tower."""
+        decoder: nn.Module = model.get_decoder()
+        return decoder
+
+    def attention_layers(self, decoder: nn.Module) -> dict[nn.Module, int]:
+        """The self-attention modules of `decoder`, each with its layer index. No other module is captured."""
+        return {
+            module: module.layer_idx
+            for module in decoder.modules()
+            if isinstance(getattr(module, "layer_idx", None), int)
+            and "Attention" in type(module).__name__
+            and "Cross" not in type(module).__name__
+            and not getattr(module, "is_cross_attention", False)
+        }
+
+    def sliding_window(self, module: nn.Module, arguments: dict[str, Any]) -> int | None:
+        """The window of this attention call: how many positions a query sees, itself included; None: all."""
+        return arguments.get("sliding_window")
+
+    def before_rotary(
+        self, module: nn.Module, rotary_calls: Sequence[RotaryCall], query: torch.Tensor, key: torch.Tensor
+    ) -> RotaryCall:
+        """What `query` and `key`, as attention receives them, were before the rotary embedding.
+
+        The tensors must be the very outputs of rotary calls: then their inputs are the answer, bit for bit. A
+        layer without any rotary call (NoPE) rotates nothing. Anything between the two is not defined here.
+        """
+        if not rotary_calls:
+            return query, key
+        inputs = {id(after): before for before, after in rotary_calls}
+        if id(query) not in inputs or id(key) not in inputs:
+            raise CaptureError(
+                f"{type(module).__name__} changes the query or the key after its rotary embedding, so that vectors "
+                "before RoPE are not defined for this model: set capture.capture_pre_rope=false, or say what they "
+                "are in a family (model.family=package.module:Class)"
+            )
+        return inputs[id(query)], inputs[id(key)]
+
+
+def find_family(model_type: str, override: str | None = None) -> Family:
+    """The family named by `override` (`package.module:Class`), else that of `model_type`, else the generic one.
+
+    Raises:
+        ConfigError: `override` names nothing that can be imported.
+    """
+    if override is not None:
+        module_name, _, class_name = override.partition(":")
+        try:
+            family = getattr(importlib.import_module(module_name), class_name or "Family")()
+        except (ImportError, AttributeError, TypeError, ValueError) as error:
+            raise ConfigError(
+                [
+                    f"model.family={override}: {error}; expected package.module:Class, a subclass of {__name__}.Family"
+                ]
+            ) from error
+        if not isinstance(family, Family):
+            raise ConfigError(
+                [f"model.family={override}: {class_name} is not a subclass of {__name__}.Family"]
+            )
+        return family
+    name = f"qk_sniffer.models.{model_type.replace('-', '_')}"
+    if importlib.util.find_spec(name) is None:
+        return Family()
+    concrete: Family = importlib.import_module(name).Family()
+    return concrete

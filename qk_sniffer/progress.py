@@ -1,0 +1,84 @@
+"""What a person sees while a job runs: a bar on a terminal, plain lines elsewhere, and where the time went."""
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psutil
+from tqdm import tqdm
+
+log = logging.getLogger(__name__)
+
+LINE_EVERY_S = 10.0
+
+
+class Stages:
+    """Seconds by stage. A stage inside another counts for itself alone, so that the stages sum to the whole."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._inner = [0.0]
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        self._inner.append(0.0)
+        try:
+            yield
+        finally:
+            whole = time.perf_counter() - start
+            own = whole - self._inner.pop()
+            self._inner[-1] += whole
+            self.seconds[name] = self.seconds.get(name, 0.0) + own
+
+    def since(self, earlier: dict[str, float]) -> dict[str, float]:
+        """Seconds by stage since `earlier`, a copy of `seconds`."""
+        return {name: value - earlier.get(name, 0.0) for name, value in self.seconds.items()}
+
+
+def describe(seconds: dict[str, float]) -> str:
+    """`forward 12.3 s, gather 0.1 s`, longest first; stages under a millisecond are left out."""
+    longest = sorted(seconds.items(), key=lambda item: -item[1])
+    return ", ".join(f"{name} {value:.3g} s" for name, value in longest if value >= 0.001)
+
+
+class Progress:
+    """Examples done, tokens/s, ETA, rows and memory, on stderr. `total` None: not known beforehand (streaming)."""
+
+    def __init__(self, total: int | None, done: int = 0) -> None:
+        # disable=None: no bar where stderr is no terminal; plain lines of the log take its place.
+        self._bar = tqdm(
+            total=total, initial=done, unit="example", disable=None, dynamic_ncols=True, desc="capture"
+        )
+        self._total, self._done = total, done
+        self._tokens = self._rows = self._new = 0
+        self._start = self._last_line = time.monotonic()
+        self._process = psutil.Process()
+
+    def add(self, examples: int, tokens: int, rows: int) -> None:
+        """Counts a finished batch: its examples, valid tokens and rows over all heads."""
+        self._done += examples
+        self._new += examples
+        self._tokens += tokens
+        self._rows += rows
+        now = time.monotonic()
+        speed = self._tokens / max(now - self._start, 1e-9)
+        memory_mb = self._process.memory_info().rss / 2**20
+        facts = f"{speed:,.0f} tokens/s, {self._rows:,} rows, {memory_mb:,.0f} MB memory"
+        if not self._bar.disable:
+            self._bar.set_postfix_str(facts, refresh=False)
+            self._bar.update(examples)
+        elif now - self._last_line >= LINE_EVERY_S:
+            self._last_line = now
+            log.info("%s, %s", self._where(now), facts)
+
+    def close(self) -> None:
+        """Leaves the bar as it stands."""
+        self._bar.close()
+
+    def _where(self, now: float) -> str:
+        if self._total is None:
+            return f"{self._done:,} examples"
+        left_s = (self._total - self._done) * (now - self._start) / max(self._new, 1)
+        return f"{self._done:,} of {self._total:,} examples, about {tqdm.format_interval(left_s)} left"

@@ -1,0 +1,300 @@
+"""Which token positions are kept: a pure function of (seed, example_id, layer, kind, position).
+
+Nothing else enters, so the rows of a dataset do not depend on batch size, padding, order, device, shard or
+restart, nor on `max_length` for the positions below it (with `max_rows_per_example`, which compares the tokens
+of a whole example, they do depend on where it was cut). The definition, complete enough to write it again:
+
+Hash. All arithmetic is modulo 2**64; a negative integer stands for its two's complement.
+
+    mix(z):     z ^= z >> 30;  z *= 0xBF58476D1CE4E5B9;  z ^= z >> 27;  z *= 0x94D049BB133111EB;  z ^= z >> 31
+    hash(w...): state = 0;  for each w:  state = mix(state ^ mix(w + 0x9E3779B97F4A7C15))
+
+`mix` is the finaliser of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators",
+2014; constants of David Stafford's variant 13, as in Sebastiano Vigna's public-domain splitmix64.c), the
+constant added to a word is that generator's increment.
+
+Uniform number. u = (hash(seed, example_id, layer, kind, position) >> 11) / 2**53, with 0 for the kind "q" and
+1 for "k". With `share: example` it is hash(seed, example_id, position), the same for all layers and kinds.
+
+Bucket, and the positions it spans (which the text's end may cut short):
+
+    uniform, all:  b = position // min_bucket_size                      min_bucket_size positions
+    log_uniform:   b = max(low, floor(log2(position + 1)))              2**b positions, except
+                   with low = ceil(log2(min_bucket_size))               2**(low + 1) - 1 in bucket `low`
+
+Kept when u < p, with p = min(1, base_rate / positions spanned), in float64, and p = 1 for `all`: every whole
+bucket expects base_rate rows an example (or all of its positions, where base_rate exceeds them). Of the
+positions kept, `max_rows_per_example` leaves those with the smallest hashes for each (example, layer, kind).
+
+The keys may have a type and a base_rate of their own; the rest they share with the queries.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+
+from qk_sniffer.config import SamplerConfig
+from qk_sniffer.errors import ConfigError
+
+TYPES = ("uniform", "log_uniform", "all")
+SHARES = ("layer_kind", "example")
+
+# The word of the hash that stands for a kind.
+_KIND_WORDS = {"q": 0, "k": 1}
+
+Int32 = npt.NDArray[np.int32]
+Int64 = npt.NDArray[np.int64]
+UInt64 = npt.NDArray[np.uint64]
+Float64 = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Picks:
+    """The kept tokens of one (layer, kind) of a batch, ordered by row, then position.
+
+    `row` (num_picks,): which example of the batch. `position` (num_picks,): the token's position in it.
+    """
+
+    row: Int32
+    position: Int32
+
+
+class Sampler:
+    """The sampler that a `SamplerConfig` describes. Safe to use from several threads."""
+
+    def __init__(self, config: SamplerConfig) -> None:
+        if found := problems(config):
+            raise ConfigError(found)
+        query_rule = _Rule(config.type, config.base_rate, config.min_bucket_size)
+        key_rule = _Rule(
+            query_rule.type if config.keys.type is None else config.keys.type,
+            query_rule.base_rate if config.keys.base_rate is None else config.keys.base_rate,
+            config.min_bucket_size,
+        )
+        self.config = config
+        self._rules = {"q": query_rule, "k": key_rule}
+
+    def same_rule(self) -> bool:
+        """Whether queries and keys have the same buckets and probabilities."""
+        return self._rules["q"] == self._rules["k"]
+
+    def bucket(self, kind: str, positions: npt.ArrayLike) -> Int32:
+        """The bucket of every position; exact for positions 0 to 2**31 - 1."""
+        return self._rules[kind].bucket(np.asarray(positions, dtype=np.int64)).astype(np.int32)
+
+    def span(self, kind: str, bucket: int) -> tuple[int, int]:
+        """The first and the last position of a bucket, both included."""
+        first, last = self._rules[kind].span(np.array([bucket]))
+        return int(first[0]), int(last[0])
+
+    def probability(self, kind: str, buckets: npt.ArrayLike) -> Float64:
+        """The probability that a position of each bucket is kept, before `max_rows_per_example`.
+
+        Raises `ValueError` for a bucket that no position has.
+        """
+        return self._rules[kind].probability(np.asarray(buckets, dtype=np.int64))
+
+    def inclusion(self, kind: str, num_tokens: int) -> dict[int, float]:
+        """{bucket: probability} of all buckets that positions 0 to num_tokens - 1 reach."""
+        if num_tokens == 0:
+            return {}
+        first, last = self.bucket(kind, [0, num_tokens - 1])
+        buckets = np.arange(first, last + 1)
+        return dict(zip(buckets.tolist(), self.probability(kind, buckets).tolist(), strict=True))
+
+    def expected_rows(self, kind: str, num_tokens: int) -> float:
+        """The number of rows that an example of so many tokens is expected to give each head of a kind."""
+        buckets, sizes = np.unique(self.bucket(kind, np.arange(num_tokens)), return_counts=True)
+        expected = float((self.probability(kind, buckets) * sizes).sum())
+        limit = self.config.max_rows_per_example
+        return expected if limit is None else min(expected, limit)
+
+    def positions(self, example_id: int, layer: int, kind: str, num_tokens: int) -> Int32:
+        """The positions of one example that are kept in one (layer, kind), ascending."""
+        return self.plan([example_id], [num_tokens], [(layer, kind)])[layer, kind].position
+
+    def plan(
+        self, example_ids: Sequence[int], lengths: Sequence[int], layer_kinds: Sequence[tuple[int, str]]
+    ) -> dict[tuple[int, str], Picks]:
+        """The kept tokens of a batch for each (layer, kind).
+
+        `lengths` are numbers of tokens, without padding. (layer, kind)s that must keep the same tokens (with
+        `share: example`, or where all tokens are kept) get the same `Picks` object.
+        """
+        tokens = _Tokens.of(lengths)
+        states = counter_hash(self.config.seed, np.asarray(example_ids, dtype=np.int64))
+        limits = {rule: rule.limits(tokens.longest)[tokens.position] for rule in set(self._rules.values())}
+        hashes, scratch = np.empty(tokens.count, np.uint64), np.empty(tokens.count, np.uint64)
+        plan: dict[tuple[int, str], Picks] = {}
+        shared: dict[_Rule, Picks] = {}
+        for layer, kind in layer_kinds:
+            rule = self._rules[kind]
+            is_shared = self.config.share == "example" or self._keeps_all(rule)
+            if is_shared and rule in shared:
+                plan[layer, kind] = shared[rule]
+                continue
+            keys = states if is_shared else _absorb(_absorb(states, layer), _KIND_WORDS[kind])
+            np.bitwise_xor(np.repeat(keys, tokens.lengths), tokens.mixed, out=hashes)
+            _mix(hashes, scratch)
+            kept = self._capped(np.flatnonzero(hashes <= limits[rule]), hashes, tokens)
+            plan[layer, kind] = Picks(tokens.row[kept], tokens.position[kept])
+            if is_shared:
+                shared[rule] = plan[layer, kind]
+        return plan
+
+    def _keeps_all(self, rule: "_Rule") -> bool:
+        return rule.type == "all" and self.config.max_rows_per_example is None
+
+    def _capped(self, kept: Int64, hashes: UInt64, tokens: "_Tokens") -> Int64:
+        # `kept`: ascending indices into the batch's tokens. No two hashes of one (example, layer, kind) are
+        # equal, because `_mix` is a bijection, so "the smallest" needs no rule for ties.
+        limit = self.config.max_rows_per_example
+        if limit is None or len(kept) <= limit:
+            return kept
+        bounds = np.searchsorted(tokens.row[kept], np.arange(len(tokens.lengths) + 1))
+        parts = []
+        for start, stop in pairwise(bounds.tolist()):
+            part = kept[start:stop]
+            if len(part) > limit:
+                part = np.sort(part[np.argpartition(hashes[part], limit - 1)[:limit]])
+            parts.append(part)
+        return np.concatenate(parts)
+
+
+def counter_hash(*words: int | Int64) -> UInt64:
+    """The hash of the module's docstring, over words that broadcast: shape (n,), (1,) for plain integers."""
+    state = np.zeros(1, np.uint64)
+    for word in words:
+        state = _absorb(state, word)
+    return state
+
+
+def problems(config: SamplerConfig) -> list[str]:
+    """What is wrong with the values of `config`, one line each, with the keys; empty when all is well."""
+    found = [
+        f"{key} is {value!r}; valid: {', '.join(name or 'null' for name in valid)}"
+        for key, value, valid in (
+            ("sampler.type", config.type, TYPES),
+            ("sampler.keys.type", config.keys.type, (*TYPES, None)),
+            ("sampler.share", config.share, SHARES),
+        )
+        if value not in valid
+    ]
+    for key, rate in (("sampler.base_rate", config.base_rate), ("sampler.keys.base_rate", config.keys.base_rate)):
+        if rate is not None and not (rate > 0 and math.isfinite(rate)):
+            found.append(f"{key} is {rate}; it must be a finite number above 0")
+    if not 1 <= config.min_bucket_size <= 2**31:
+        found.append(f"sampler.min_bucket_size is {config.min_bucket_size}; it must be 1 to {2**31}")
+    if config.max_rows_per_example is not None and config.max_rows_per_example < 1:
+        found.append(f"sampler.max_rows_per_example is {config.max_rows_per_example}; it must be at least 1")
+    return found
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """Buckets and probabilities of one kind."""
+
+    type: str
+    base_rate: float
+    min_bucket_size: int
+
+    @property
+    def lowest(self) -> int:
+        return (self.min_bucket_size - 1).bit_length() if self.type == "log_uniform" else 0
+
+    def bucket(self, positions: Int64) -> Int64:
+        if self.type != "log_uniform":
+            return positions // self.min_bucket_size
+        # frexp reads the exponent of the float64 itself: exact, where log2 may round up just below a power.
+        exponent = np.frexp((positions + 1).astype(np.float64))[1].astype(np.int64)
+        return np.maximum(exponent - 1, self.lowest)
+
+    def span(self, buckets: Int64) -> tuple[Int64, Int64]:
+        if np.any(buckets < self.lowest):
+            raise ValueError(f"bucket {int(buckets.min())} does not exist: the lowest is {self.lowest}")
+        if self.type != "log_uniform":
+            return buckets * self.min_bucket_size, (buckets + 1) * self.min_bucket_size - 1
+        one = np.int64(1)
+        return np.where(buckets == self.lowest, 0, (one << buckets) - 1), (one << (buckets + 1)) - 2
+
+    def probability(self, buckets: Int64) -> Float64:
+        first, last = self.span(buckets)
+        if self.type == "all":
+            return np.ones(buckets.shape)
+        return np.minimum(1.0, self.base_rate / (last - first + 1).astype(np.float64))
+
+    def limits(self, num_tokens: int) -> UInt64:
+        """(at least num_tokens,): position i is kept when its hash is at most limits[i]."""
+        return _limits(self, _table_length(num_tokens))
+
+
+@dataclass(frozen=True, eq=False)
+class _Tokens:
+    """The tokens of a batch, one example after the other."""
+
+    lengths: Int64  # (num_examples,)
+    row: Int32  # (count,)
+    position: Int32  # (count,)
+    mixed: UInt64  # (count,) the mixed word of the position
+    longest: int
+    count: int
+
+    @classmethod
+    def of(cls, lengths: Sequence[int]) -> "_Tokens":
+        counts = np.asarray(lengths, dtype=np.int64)
+        longest, total = int(counts.max(initial=0)), int(counts.sum())
+        row = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+        position = (np.arange(total) - np.repeat(np.cumsum(counts) - counts, counts)).astype(np.int32)
+        return cls(counts, row, position, _mixed_positions(_table_length(longest))[position], longest, total)
+
+
+# Tables by position are made in powers of two and kept: the lengths of a run need only a few of them.
+def _table_length(num_tokens: int) -> int:
+    return 1 << max(12, (num_tokens - 1).bit_length())
+
+
+@cache
+def _mixed_positions(length: int) -> UInt64:
+    return _read_only(_mixed(np.arange(length)))
+
+
+@cache
+def _limits(rule: _Rule, length: int) -> UInt64:
+    buckets = rule.bucket(np.arange(length))
+    distinct = np.arange(buckets[0], buckets[-1] + 1)
+    # u < p  <=>  hash >> 11 < ceil(p * 2**53)  <=>  hash <= (ceil(p * 2**53) << 11) - 1, all exact.
+    limits = [(math.ceil(p * 2.0**53) << 11) - 1 for p in rule.probability(distinct).tolist()]
+    return _read_only(np.array(limits, dtype=np.uint64)[buckets - buckets[0]])
+
+
+def _read_only(table: UInt64) -> UInt64:
+    table.flags.writeable = False
+    return table
+
+
+def _absorb(state: UInt64, word: int | Int64) -> UInt64:
+    mixed = state ^ _mixed(word)
+    _mix(mixed, np.empty_like(mixed))
+    return mixed
+
+
+def _mixed(word: int | Int64) -> UInt64:
+    words = word if isinstance(word, np.ndarray) else np.array([int(word) % 2**64], np.uint64)
+    mixed = words.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    _mix(mixed, np.empty_like(mixed))
+    return mixed
+
+
+def _mix(z: UInt64, scratch: UInt64) -> None:
+    """Mixes `z` in place."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        np.right_shift(z, np.uint64(shift), out=scratch)
+        np.bitwise_xor(z, scratch, out=z)
+        np.multiply(z, np.uint64(factor), out=z)
+    np.right_shift(z, np.uint64(31), out=scratch)
+    np.bitwise_xor(z, scratch, out=z)

@@ -65,9 +65,7 @@ def tap(
         kernel = original_lookup(self, name, default)
 
         @functools.wraps(kernel)
-        def watched(
-            module: nn.Module, query: torch.Tensor, key: torch.Tensor, *args: Any, **arguments: Any
-        ) -> Any:
+        def watched(module: nn.Module, query: torch.Tensor, key: torch.Tensor, *args: Any, **arguments: Any) -> Any:
             layer = layers.get(module)
             if layer is not None:
                 seen = family.before_rotary(module, rotary_calls, query, key) if pre_rope else (query, key)
@@ -87,11 +85,11 @@ def tap(
         return watched
 
     with _watched_rotary(layers, rotary_calls) if pre_rope else _nothing():
-        AttentionInterface.get_interface = lookup
+        AttentionInterface.get_interface = lookup  # type: ignore[method-assign, assignment]
         try:
             yield
         finally:
-            AttentionInterface.get_interface = original_lookup
+            AttentionInterface.get_interface = original_lookup  # type: ignore[method-assign]
 
 
 @contextmanager
@@ -102,9 +100,7 @@ def _nothing() -> Iterator[None]:
 @contextmanager
 def _watched_rotary(layers: Mapping[nn.Module, int], calls: list[RotaryCall]) -> Iterator[None]:
     """Appends (before, after) of each tensor that a rotary function turns, since the attention module began."""
-    namespaces = {
-        id(space): space for module in layers for space in [vars(sys.modules[type(module).__module__])]
-    }
+    namespaces = {id(space): space for module in layers for space in [vars(sys.modules[type(module).__module__])]}
     originals = [
         (space, name, function)
         for space in namespaces.values()
@@ -124,9 +120,7 @@ def _watched_rotary(layers: Mapping[nn.Module, int], calls: list[RotaryCall]) ->
             turned = function(*args, **kwargs)
             outputs = turned if isinstance(turned, tuple) else (turned,)
             tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
-            calls.extend(
-                zip(tensors, outputs, strict=False)
-            )  # cos and sin follow the tensors that are turned
+            calls.extend(zip(tensors, outputs, strict=False))  # cos and sin follow the tensors that are turned
             return turned
 
         return rotary

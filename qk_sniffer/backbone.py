@@ -1,11 +1,9 @@
 """The backbone: the model without its language-model head, its attention layout, one forward at a time."""
 
-import hashlib
 import logging
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +13,11 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 
 from qk_sniffer.attention import AttentionCall, ForwardDone, tap
+from qk_sniffer.banded import banded
 from qk_sniffer.config import ModelConfig
 from qk_sniffer.errors import CaptureError, ConfigError, SourceError
 from qk_sniffer.families import Family, find_family
 from qk_sniffer.heads import LayerHeads
-
-log = logging.getLogger(__name__)
 
 PROBE_TOKENS = 2
 
@@ -35,19 +32,28 @@ class LayerFacts:
     sinks: list[float] | None
     """One learned logit for each query head, where the model has them."""
 
+    def to_dict(self) -> dict[str, Any]:
+        """Flat, as the manifest holds it."""
+        return asdict(self.heads) | {
+            "softmax_scale": self.softmax_scale,
+            "softcap": self.softcap,
+            "sinks": self.sinks,
+        }
+
 
 class Backbone:
     """A loaded decoder. `forward` runs it and shows every attention call to a callback."""
 
     def __init__(
-        self, decoder: nn.Module, family: Family, *, commit: str | None = None, pre_rope: bool = False
+        self, decoder: nn.Module, family: Family, *, pre_rope: bool = False, banded_attention: bool = True
     ) -> None:
         self.decoder = decoder
         self.family = family
-        self.commit = commit
         self.pre_rope = pre_rope
+        self.banded_attention = banded_attention
         self.attention_layers = family.attention_layers(decoder)
-        self.device = next(decoder.parameters()).device
+        weight = next(decoder.parameters())
+        self.device, self.dtype = weight.device, weight.dtype
         _refuse_shared_indices(self.attention_layers)
 
     @property
@@ -61,11 +67,9 @@ class Backbone:
 
         No attention mask is given: under a causal mask no valid position sees the padding behind it.
         """
-        with torch.inference_mode(), self.tapped(on_call):
-            try:
-                self.decoder(input_ids=ids.to(self.device), use_cache=False)
-            except ForwardDone:
-                pass
+        attention = banded() if self.banded_attention else nullcontext()
+        with torch.inference_mode(), attention, self.tapped(on_call), suppress(ForwardDone):
+            self.decoder(input_ids=ids.to(self.device), use_cache=False)
 
     @contextmanager
     def tapped(self, on_call: Callable[[AttentionCall], None]) -> Iterator[None]:
@@ -115,22 +119,23 @@ class Backbone:
 
 
 def load_backbone(
-    config: ModelConfig, *, commit: str | None = None, pre_rope: bool = False, meta: bool = False
+    config: ModelConfig,
+    *,
+    commit: str | None = None,
+    pre_rope: bool = False,
+    banded_attention: bool = True,
 ) -> Backbone:
     """Loads the decoder of `config.name` without its head, in eval mode.
 
-    `commit` pins the revision to the one of an earlier start; `meta` builds it without weights, on no memory.
+    `commit` pins a Hub model to the one of an earlier start.
 
     Raises:
         SourceError: the model cannot be found or loaded, or weights of the decoder are missing in its checkpoint.
     """
     assert config.name is not None
-    source: dict[str, Any] = {
-        "revision": commit or config.revision,
-        "trust_remote_code": config.trust_remote_code,
-    }
-    if Path(config.name).is_dir():
-        source["revision"] = "main"
+    source: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    if not Path(config.name).is_dir():
+        source["revision"] = commit or config.revision
     if config.gguf_file is not None:
         source["gguf_file"] = config.gguf_file
     with _loading(config):
@@ -138,15 +143,6 @@ def load_backbone(
         model_config = with_overrides(model_config, config.config_overrides)
         family = find_family(model_config.model_type, config.family)
         auto_class = getattr(transformers, family.auto_class)
-        if meta:
-            with torch.device("meta"):
-                model = auto_class.from_config(
-                    model_config,
-                    dtype=torch_dtype(config.dtype),
-                    attn_implementation=config.attn_implementation,
-                    trust_remote_code=config.trust_remote_code,
-                )
-            return Backbone(family.decoder(model.eval()), family, commit=commit, pre_rope=pre_rope)
         model, info = auto_class.from_pretrained(
             config.name,
             config=model_config,
@@ -154,12 +150,13 @@ def load_backbone(
             device_map=config.device_map,
             attn_implementation=config.attn_implementation,
             use_safetensors=None if config.allow_pickle or config.gguf_file else True,
+            ignore_mismatched_sizes=True,  # to be named by us, with every other weight that is not as it should be
             output_loading_info=True,
             **source,
         )
     decoder = family.decoder(model.eval())
     _refuse_missing(config.name, model, decoder, info)
-    return Backbone(decoder, family, commit=commit, pre_rope=pre_rope)
+    return Backbone(decoder, family, pre_rope=pre_rope, banded_attention=banded_attention)
 
 
 def torch_dtype(name: str) -> torch.dtype | str:
@@ -202,48 +199,12 @@ def with_overrides(config: PretrainedConfig, overrides: dict[str, Any]) -> Pretr
     return merged
 
 
-def model_commit(config: ModelConfig) -> str:
-    """What pins the weights: the commit of a Hub model, the sha256 over the contents of a local folder.
-
-    Raises:
-        SourceError: the model cannot be found.
-    """
-    assert config.name is not None
-    folder = Path(config.name)
-    if folder.is_dir():
-        return folder_digest(folder)
-    with _loading(config):
-        found = AutoConfig.from_pretrained(
-            config.name, revision=config.revision, trust_remote_code=config.trust_remote_code
-        )
-    return getattr(found, "_commit_hash", None) or config.revision
-
-
-def folder_digest(folder: Path) -> str:
-    """`sha256:` over names and contents of the files that a checkpoint is loaded from, documentation left out."""
-    files = sorted(
-        path
-        for path in folder.iterdir()
-        if path.is_file()
-        and path.suffix in {".safetensors", ".json", ".bin", ".model", ".gguf", ".py", ".txt", ".jinja"}
-    )
-
-    def digest(path: Path) -> bytes:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").digest()
-
-    with ThreadPoolExecutor() as pool:
-        digests = list(pool.map(digest, files))
-    whole = hashlib.sha256()
-    for path, part in zip(files, digests, strict=True):
-        whole.update(path.name.encode() + b"\0" + part)
-    return f"sha256:{whole.hexdigest()}"
-
-
 @contextmanager
 def _loading(config: ModelConfig) -> Iterator[None]:
     """Turns what transformers raises while it loads into errors that name the model and the way out."""
     where = f"model {config.name}" + (f" at revision {config.revision}" if config.revision != "main" else "")
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity(logging.ERROR)  # its load report lists the head, which is left out on purpose
     try:
         yield
     except OSError as error:
@@ -258,19 +219,17 @@ def _loading(config: ModelConfig) -> Iterator[None]:
             "with config.json; private and gated models need HF_TOKEN, an offline machine a cached copy"
         ) from error
     except (ValueError, KeyError, ImportError, RuntimeError) as error:
-        hint = (
-            "; set model.trust_remote_code=true if you trust its code"
-            if "trust_remote_code" in str(error)
-            else ""
-        )
+        hint = "; set model.trust_remote_code=true if you trust its code" if "trust_remote_code" in str(error) else ""
         raise SourceError(f"{where} cannot be loaded: {type(error).__name__}: {error}{hint}") from error
+    finally:
+        transformers.logging.set_verbosity(verbosity)
 
 
 def _refuse_missing(name: str, model: nn.Module, decoder: nn.Module, info: dict[str, Any]) -> None:
     prefixes = [prefix for prefix, module in model.named_modules() if module is decoder]
     prefix = f"{prefixes[0]}." if prefixes and prefixes[0] else ""
     bad = sorted(key for key in info["missing_keys"] if key.startswith(prefix))
-    bad += sorted(str(entry) for entry in info.get("mismatched_keys", ()))
+    bad += sorted(str(entry[0]) for entry in info["mismatched_keys"])
     if bad:
         shown = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
         raise SourceError(
@@ -302,7 +261,7 @@ def _layer_facts(call: AttentionCall) -> LayerFacts:
         ),
         softmax_scale=head_dim**-0.5 if call.softmax_scale is None else float(call.softmax_scale),
         softcap=call.softcap,
-        sinks=None if call.sinks is None or call.sinks.is_meta else call.sinks.double().tolist(),
+        sinks=None if call.sinks is None else call.sinks.double().tolist(),
     )
 
 

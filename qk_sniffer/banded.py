@@ -42,10 +42,10 @@ def banded() -> Iterator[None]:
 
 
 def _band_or_mask(*args: Any, **kwargs: Any) -> Band | torch.Tensor | None:
-    length, window = kwargs.get("q_length"), kwargs.get("local_size")
+    length: int = kwargs.get("q_length", 0)
+    window: int | None = kwargs.get("local_size")
     plain = (
         not args
-        and window is not None
         and length == kwargs.get("kv_length")
         and not kwargs.get("q_offset")
         and not kwargs.get("kv_offset")
@@ -53,7 +53,7 @@ def _band_or_mask(*args: Any, **kwargs: Any) -> Band | torch.Tensor | None:
         and kwargs.get("allow_is_causal_skip", True)
         and not kwargs.get("use_vmap")
     )
-    if plain and length > window + 1 and _is_sliding(kwargs["mask_function"], window):
+    if plain and window is not None and length > window + 1 and _is_sliding(kwargs["mask_function"], window):
         return Band(window)
     mask: torch.Tensor | None = sdpa_mask(*args, **kwargs)
     return mask
@@ -85,18 +85,13 @@ def _banded_attention(
 ) -> tuple[torch.Tensor, None]:
     """Shapes: query (B, H, n, d), key and value (B, K, n, d); returns (B, n, H, d) as the plain kernel does."""
     if not isinstance(mask, Band):
-        plain: tuple[torch.Tensor, None] = sdpa_attention_forward(
-            module, query, key, value, mask, *args, **kwargs
-        )
+        plain: tuple[torch.Tensor, None] = sdpa_attention_forward(module, query, key, value, mask, *args, **kwargs)
         return plain
     length, window = query.shape[2], mask.window
     block = max(window, MIN_BLOCK)
     reach = window - 1
     # Queries of every block but the first see its keys through the same band: row i sees columns i to i + reach.
-    offset = (
-        torch.arange(block + reach, device=query.device)[None]
-        - torch.arange(block, device=query.device)[:, None]
-    )
+    offset = torch.arange(block + reach, device=query.device)[None] - torch.arange(block, device=query.device)[:, None]
     seen = (offset >= 0) & (offset <= reach)
     outputs = []
     for start in range(0, length, block):

@@ -13,11 +13,11 @@ import torch
 
 from qk_sniffer.attention import AttentionCall, ForwardDone
 from qk_sniffer.backbone import Backbone
-from qk_sniffer.corpus import Tokens
+from qk_sniffer.batching import Tokens
 from qk_sniffer.errors import CaptureError
 from qk_sniffer.heads import Selection
 from qk_sniffer.progress import Stages
-from qk_sniffer.sampling import Sampler
+from qk_sniffer.sampling import Picks, Sampler
 from qk_sniffer.store.journal import JournalWriter, Rows
 
 PIECE_BYTES = 64 * 2**20
@@ -31,13 +31,8 @@ class BatchPlan:
     examples: Sequence[Tokens]
     ids: torch.Tensor
     """(B, n) int64, padded on the right with token 0, which no valid position can see."""
-    rows: dict[tuple[int, str], tuple[np.ndarray, np.ndarray]]
-    """By (layer, kind): the place in the batch and the position of each row, int32 (rows,) each."""
-
-    @property
-    def num_rows(self) -> int:
-        """Rows of one head of each (layer, kind), summed."""
-        return sum(len(positions) for _, positions in self.rows.values())
+    picks: dict[tuple[int, str], Picks]
+    """The rows to take, by (layer, kind)."""
 
 
 class Capture:
@@ -67,8 +62,12 @@ class Capture:
         ids = np.zeros((len(examples), max(lengths)), dtype=np.int64)
         for row, example in zip(ids, examples, strict=True):
             row[: example.num_tokens] = example.ids
-        rows = self._sampler.plan([example.example_id for example in examples], lengths, list(self._heads))
-        return BatchPlan(examples, torch.from_numpy(ids), rows)
+        picks = self._sampler.plan([example.example_id for example in examples], lengths, list(self._heads))
+        return BatchPlan(examples, torch.from_numpy(ids), picks)
+
+    def num_rows(self, plan: BatchPlan) -> int:
+        """Rows that the batch adds to the dataset, over all heads."""
+        return sum(len(self._heads[key]) * len(picks.row) for key, picks in plan.picks.items())
 
     def run(self, plan: BatchPlan) -> None:
         """One forward, left once the last selected layer was seen; all its rows go to the writer.
@@ -76,10 +75,7 @@ class Capture:
         Raises:
             CaptureError: a selected layer did not call attention in this forward.
         """
-        flat = [torch.from_numpy(array) for pair in plan.rows.values() for array in pair]
-        indices = torch.cat(flat).to(self._backbone.device, torch.int64)
-        pieces = iter(indices.split([len(array) for array in flat]))
-        wanted = {key: (next(pieces), next(pieces)) for key in plan.rows}
+        wanted = self._on_device(plan)
 
         def take(call: AttentionCall) -> None:
             for kind, states in (("q", call.query), ("k", call.key)):
@@ -93,36 +89,32 @@ class Capture:
             self._backbone.forward(plan.ids, take)
         if wanted:
             layers = sorted({layer for layer, _ in wanted})
-            raise CaptureError(
-                f"layers {layers} did not call attention in this forward, though they did in the first"
-            )
+            raise CaptureError(f"layers {layers} did not call attention in this forward, though they did in the first")
+
+    def _on_device(self, plan: BatchPlan) -> dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor]]:
+        """Row and position of every pick on the device, int64, sent in one tensor; picks that are shared go once."""
+        unique = {id(picks): picks for picks in plan.picks.values()}
+        flat = [array for picks in unique.values() for array in (picks.row, picks.position)]
+        sent = torch.from_numpy(np.concatenate(flat).astype(np.int64)).to(self._backbone.device)
+        parts = iter(sent.split([len(array) for array in flat]))
+        by_id = {key: (next(parts), next(parts)) for key in unique}
+        return {key: by_id[id(picks)] for key, picks in plan.picks.items()}
 
     def _take(
-        self,
-        plan: BatchPlan,
-        layer: int,
-        kind: str,
-        states: torch.Tensor,
-        rows: torch.Tensor,
-        positions: torch.Tensor,
+        self, plan: BatchPlan, layer: int, kind: str, states: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor
     ) -> None:
+        picks = plan.picks[layer, kind]
         heads = torch.tensor(self._heads[layer, kind], device=states.device)[:, None]
-        rows, positions = rows.to(states.device), positions.to(states.device)
-        row_of, position_of = plan.rows[layer, kind]
-        source_index = np.array([example.index for example in plan.examples])[row_of]
-        bytes_per_row = len(heads) * states.shape[-1] * states.element_size()
-        step = max(1, PIECE_BYTES // bytes_per_row)
-        for start in range(0, len(row_of), step):
+        rows, positions = rows.to(states.device), positions.to(states.device)  # layers may be on several devices
+        source_index = np.array([example.index for example in plan.examples])[picks.row]
+        step = max(1, PIECE_BYTES // (len(heads) * states.shape[-1] * states.element_size()))
+        for start in range(0, len(picks.row), step):
             piece = slice(start, start + step)
             vectors = states[rows[None, piece], heads, positions[None, piece]]
             with self._stages("transfer"):
                 vectors = vectors.cpu()
-            token_id = (
-                plan.ids.numpy()[row_of[piece], position_of[piece]].astype(np.int32)
-                if self._token_ids
-                else None
-            )
+            token_id = None
+            if self._token_ids:
+                token_id = plan.ids.numpy()[picks.row[piece], picks.position[piece]].astype(np.int32)
             with self._stages("queue"):
-                self._writer.put(
-                    Rows(layer, kind, vectors, source_index[piece], position_of[piece], token_id)
-                )
+                self._writer.put(Rows(layer, kind, vectors, source_index[piece], picks.position[piece], token_id))

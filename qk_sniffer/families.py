@@ -33,9 +33,9 @@ class Family:
     def attention_layers(self, decoder: nn.Module) -> dict[nn.Module, int]:
         """The self-attention modules of `decoder`, each with its layer index. No other module is captured."""
         return {
-            module: module.layer_idx
+            module: layer
             for module in decoder.modules()
-            if isinstance(getattr(module, "layer_idx", None), int)
+            if isinstance(layer := getattr(module, "layer_idx", None), int)
             and "Attention" in type(module).__name__
             and "Cross" not in type(module).__name__
             and not getattr(module, "is_cross_attention", False)
@@ -77,14 +77,10 @@ def find_family(model_type: str, override: str | None = None) -> Family:
             family = getattr(importlib.import_module(module_name), class_name or "Family")()
         except (ImportError, AttributeError, TypeError, ValueError) as error:
             raise ConfigError(
-                [
-                    f"model.family={override}: {error}; expected package.module:Class, a subclass of {__name__}.Family"
-                ]
+                [f"model.family={override}: {error}; expected package.module:Class, a subclass of {__name__}.Family"]
             ) from error
         if not isinstance(family, Family):
-            raise ConfigError(
-                [f"model.family={override}: {class_name} is not a subclass of {__name__}.Family"]
-            )
+            raise ConfigError([f"model.family={override}: {class_name} is not a subclass of {__name__}.Family"])
         return family
     name = f"qk_sniffer.models.{model_type.replace('-', '_')}"
     if importlib.util.find_spec(name) is None:

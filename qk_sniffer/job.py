@@ -4,12 +4,26 @@ A job's identity is written beside its journal when it first starts. Whoever con
 dataset, compares: a dataset is never a mixture of two configurations, two checkpoints or two libraries.
 """
 
+import hashlib
 import importlib.metadata
-from dataclasses import asdict, dataclass, replace
+import json
+import os
+import socket
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from qk_sniffer.config import Config
-from qk_sniffer.errors import StoreError
+from qk_sniffer.errors import SourceError, StoreError
+from qk_sniffer.revisions import HubUnreachableError, cached_commit, hub_commit, is_hub_id
+from qk_sniffer.store.disk import write_atomic
+from qk_sniffer.store.layout import Layout
+
+_FREE = {"model.config_overrides", "dataset.data_files", "dataset.filter"}
+"""Keys whose value is a dict of the user's own keys."""
 
 LIBRARIES = ("torch", "transformers")
 """Another version of these may compute other vectors."""
@@ -49,6 +63,11 @@ class Job:
         versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
         return cls(fingerprint(config), commits, versions)
 
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> "Job":
+        """The job of a stored record or of a manifest, which both hold these keys among others."""
+        return cls(record["fingerprint"], record["commits"], record["versions"])
+
     def to_dict(self) -> dict[str, Any]:
         """As it is stored."""
         return asdict(self)
@@ -62,8 +81,10 @@ class Job:
         mine, theirs = _flat(self), _flat(earlier)
         if finished:
             # Other software is fine for a dataset that is whole, and so is another way to share out the work.
-            for key in [key for key in mine | theirs if key.startswith("versions.") or key == "shard.count"]:
-                mine.pop(key, None), theirs.pop(key, None)
+            for key in list(mine | theirs):
+                if key.startswith("version of ") or key == "shard.count":
+                    mine.pop(key, None)
+                    theirs.pop(key, None)
         different = sorted(key for key in mine | theirs if mine.get(key) != theirs.get(key))
         if different:
             lines = [f"  - {key}: {theirs.get(key)!r} there, {mine.get(key)!r} now" for key in different]
@@ -82,27 +103,102 @@ class Job:
 
 def fingerprint(config: Config) -> dict[str, Any]:
     """Every key of a resolved `config` that can change a row or a vector, as `section.key: value`."""
-    return {key: value for key, value in _dotted(config.to_dict()).items() if not _ignored(key)}
+    keys = {key: value for key, value in _dotted(config.to_dict()).items() if not _ignored(key)}
+    plain: dict[str, Any] = json.loads(json.dumps(keys))  # as it comes back from a file
+    return plain
 
 
-def with_commits(config: Config, commits: dict[str, str | None]) -> Config:
-    """`config` as the manifest records it: with the commits that were used in the place of moving names."""
-    return replace(
-        config,
-        model=replace(
-            config.model,
-            revision=commits["model"] or config.model.revision,
-            tokenizer=replace(config.model.tokenizer, revision=commits["tokenizer"]),
-        ),
-        dataset=replace(config.dataset, revision=commits["dataset"]),
-    )
+def resolve_commits(config: Config, earlier: Job | None) -> dict[str, str | None]:
+    """The commits of model and tokenizer: those of an earlier start, else where their revisions stand now.
+
+    A local checkpoint has no commit: the digest of its files takes its place, and is taken anew at every start.
+
+    Raises:
+        SourceError: one of them is neither a folder nor a repository that can be asked or was cached.
+    """
+    model, tokenizer = config.model, config.model.tokenizer
+    assert model.name is not None and tokenizer.name is not None
+    asked = {"model": (model.name, model.revision), "tokenizer": (tokenizer.name, tokenizer.revision or "main")}
+    commits: dict[str, str | None] = {}
+    for role, (name, revision) in asked.items():
+        if Path(name).is_dir():
+            commits[role] = folder_digest(Path(name))
+        elif earlier is not None:
+            commits[role] = earlier.commits[role]
+        else:
+            commits[role] = (
+                commits["model"] if asked["model"] == (name, revision) and commits else current_commit(name, revision)
+            )
+    return commits
+
+
+def folder_digest(folder: Path) -> str:
+    """`sha256:` over names and contents of the files that a checkpoint is loaded from, documentation left out."""
+    suffixes = {".safetensors", ".json", ".bin", ".model", ".gguf", ".py", ".txt", ".jinja"}
+    files = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix in suffixes)
+
+    def digest(path: Path) -> bytes:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").digest()
+
+    with ThreadPoolExecutor() as pool:
+        digests = list(pool.map(digest, files))
+    whole = hashlib.sha256()
+    for path, part in zip(files, digests, strict=True):
+        whole.update(path.name.encode() + b"\0" + part)
+    return f"sha256:{whole.hexdigest()}"
+
+
+def current_commit(name: str, revision: str) -> str:
+    """Where `revision` of a model repository stands: asked of the Hub, else of the local cache.
+
+    Raises:
+        SourceError: neither knows.
+    """
+    if not is_hub_id(name):
+        raise SourceError(
+            f"model {name} is no folder and no Hub id: give model.name (or model.tokenizer.name) a folder with "
+            "config.json, or org/name"
+        )
+    try:
+        return hub_commit("model", name, revision)
+    except HubUnreachableError as unreachable:
+        if (cached := cached_commit("model", name, revision)) is not None:
+            return cached
+        raise SourceError(
+            f"model {name} at {revision}: {unreachable}, and no copy of it is in the local cache"
+        ) from None
+
+
+def read_record(layout: Layout) -> dict[str, Any] | None:
+    """What the unfinished job in `layout` wrote at its start; None where there is none."""
+    try:
+        record: dict[str, Any] = json.loads(layout.job_file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    return record
+
+
+def write_record(layout: Layout, record: Mapping[str, Any]) -> dict[str, Any]:
+    """Stores the record of a job that starts, unless another of its shards was first; returns what is stored.
+
+    The first stays, so that all shards work from the same commits.
+    """
+    beside = layout.work / f"job-{os.getpid()}-{socket.gethostname()}.json.tmp"
+    write_atomic(beside, json.dumps(record, indent=2, sort_keys=True).encode())
+    with suppress(FileExistsError):
+        os.link(beside, layout.job_file)
+    beside.unlink()
+    stored = read_record(layout)
+    assert stored is not None
+    return stored
 
 
 def _flat(job: Job) -> dict[str, Any]:
     return (
         job.fingerprint
         | {f"commit of the {name}": commit for name, commit in job.commits.items()}
-        | {f"versions.{name}": version for name, version in job.versions.items()}
+        | {f"version of {name}": version for name, version in job.versions.items()}
     )
 
 
@@ -111,7 +207,6 @@ def _ignored(key: str) -> bool:
 
 
 def _dotted(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    # Free dicts (config_overrides, data_files) are values, not sections: an empty one must stay visible.
     flat: dict[str, Any] = {}
     for key, value in values.items():
         name = prefix + key

@@ -48,9 +48,7 @@ class Progress:
 
     def __init__(self, total: int | None, done: int = 0) -> None:
         # disable=None: no bar where stderr is no terminal; plain lines of the log take its place.
-        self._bar = tqdm(
-            total=total, initial=done, unit="example", disable=None, dynamic_ncols=True, desc="capture"
-        )
+        self._bar = tqdm(total=total, initial=done, unit="example", disable=None, dynamic_ncols=True, desc="capture")
         self._total, self._done = total, done
         self._tokens = self._rows = self._new = 0
         self._start = self._last_line = time.monotonic()

@@ -35,9 +35,7 @@ def projections(decoder: nn.Module, ids: torch.Tensor) -> dict[tuple[int, str], 
     return seen
 
 
-def vectors(
-    case: Case, decoder: nn.Module, ids: torch.Tensor, *, rotated: bool
-) -> dict[tuple[int, str], torch.Tensor]:
+def vectors(case: Case, decoder: nn.Module, ids: torch.Tensor, *, rotated: bool) -> dict[tuple[int, str], torch.Tensor]:
     """Queries and keys by (layer, kind), float64 (batch, heads, n, head_dim), before or after RoPE."""
     modules = {m.layer_idx: m for m in decoder.modules() if hasattr(m, "q_proj")}
     made = {}
@@ -49,9 +47,7 @@ def vectors(
             eps = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
             heads = heads / (heads.square().mean(-1, keepdim=True) + eps).sqrt() * weight
         if rotated:
-            heads = rotate(
-                heads, frequencies(case, decoder.config, sliding=case.sliding_windows[layer] is not None)
-            )
+            heads = rotate(heads, frequencies(case, decoder.config, sliding=case.sliding_windows[layer] is not None))
         made[layer, kind] = heads
     return made
 
@@ -71,9 +67,7 @@ def frequencies(case: Case, config: PretrainedConfig, *, sliding: bool) -> torch
         parameters = parameters["sliding_attention" if sliding else "full_attention"]
         if sliding and case.local_theta is not None:
             assert parameters["rope_theta"] == case.local_theta
-    base = parameters["rope_theta"] ** (
-        -torch.arange(0, case.head_dim, 2, dtype=torch.float64) / case.head_dim
-    )
+    base = parameters["rope_theta"] ** (-torch.arange(0, case.head_dim, 2, dtype=torch.float64) / case.head_dim)
     if parameters["rope_type"] == "default":
         return base
     assert parameters["rope_type"] == "llama3"

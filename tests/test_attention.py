@@ -59,13 +59,9 @@ def received(
             patch.setattr(module, "apply_rotary_pos_emb", copying_rotary)
         else:
             kernel = model.config._attn_implementation
-            original = (
-                module.eager_attention_forward if kernel == "eager" else ALL_ATTENTION_FUNCTIONS[kernel]
-            )
+            original = module.eager_attention_forward if kernel == "eager" else ALL_ATTENTION_FUNCTIONS[kernel]
 
-            def copying_kernel(
-                layer: nn.Module, q: torch.Tensor, k: torch.Tensor, *args: Any, **kwargs: Any
-            ) -> Any:
+            def copying_kernel(layer: nn.Module, q: torch.Tensor, k: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
                 pairs.append((q.clone(), k.clone()))
                 return original(layer, q, k, *args, **kwargs)
 
@@ -177,9 +173,7 @@ def test_the_probe_finds_each_layer_as_the_config_says(case: Case) -> None:
 def test_a_model_whose_attention_is_its_own_is_refused_not_captured_empty() -> None:
     import transformers
 
-    config = transformers.GPTJConfig(
-        vocab_size=96, n_embd=32, n_layer=2, n_head=4, n_positions=64, rotary_dim=4
-    )
+    config = transformers.GPTJConfig(vocab_size=96, n_embd=32, n_layer=2, n_head=4, n_positions=64, rotary_dim=4)
     with pytest.raises(CaptureError, match="nothing can be captured from gptj"):
         Backbone(transformers.AutoModel.from_config(config).eval(), Family()).probe()
 

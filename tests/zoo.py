@@ -48,7 +48,9 @@ class Case:
                     weight.add_(torch.randn_like(weight) * 0.3)
                 elif "embed" not in name:
                     weight.mul_(4)  # attention far from uniform
-        made: PreTrainedModel = model.to(dtype).eval()
+            for weight in model.parameters():
+                weight.data = weight.to(dtype)  # weights alone: a loaded model's rotary frequencies stay in float32
+        made: PreTrainedModel = model.eval()
         return made
 
 
@@ -64,9 +66,7 @@ LLAMA3_ROPE = {
 CASES = [
     Case("llama", "LlamaConfig", {}, head_dim=8),
     Case("llama3_rope", "LlamaConfig", {"rope_parameters": LLAMA3_ROPE}, head_dim=8),
-    Case(
-        "mistral", "MistralConfig", {"sliding_window": 12, "head_dim": 16}, 16, sliding_windows=(12, 12, 12)
-    ),
+    Case("mistral", "MistralConfig", {"sliding_window": 12, "head_dim": 16}, 16, sliding_windows=(12, 12, 12)),
     Case("mistral_full", "MistralConfig", {"sliding_window": None, "head_dim": 16}, 16),
     Case("qwen2", "Qwen2Config", {}, head_dim=8),
     Case("qwen3", "Qwen3Config", {"head_dim": 16}, head_dim=16, normed="w"),

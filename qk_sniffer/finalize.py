@@ -1,0 +1,152 @@
+"""From the journals of all shards to the dataset: heads, examples, card, and at last the manifest.
+
+Everything needed stands in the job's record and its journals, so that any shard can do it, or anybody else later.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from qk_sniffer.batching import TextTokenizer
+from qk_sniffer.card import CardFacts, CardHead, write_card
+from qk_sniffer.config import Config, from_dict
+from qk_sniffer.heads import LayerHeads
+from qk_sniffer.job import read_record
+from qk_sniffer.progress import Stages
+from qk_sniffer.sampling import Sampler
+from qk_sniffer.store import manifest as manifests
+from qk_sniffer.store.compact import HeadSpec, compact
+from qk_sniffer.store.disk import write_atomic
+from qk_sniffer.store.journal import Journal
+from qk_sniffer.store.layout import KINDS, Layout
+from qk_sniffer.store.locks import hold
+from qk_sniffer.store.manifest import Written
+from qk_sniffer.store.publish import publish, resume_publish
+
+log = logging.getLogger(__name__)
+
+
+def finalize(layout: Layout, tokenizer: TextTokenizer, stages: Stages) -> bool:
+    """Makes the dataset from the journals of a job; False while shards are not done yet, which it names.
+
+    Raises:
+        StoreError: another process is at it, a journal is damaged, or the disk failed; may be called again.
+    """
+    record = read_record(layout)
+    assert record is not None, "finalize before the job's record was written"
+    count = record["config"]["shard"]["count"]
+    missing = [index for index in range(count) if not layout.shard_done(index, count).exists()]
+    if missing:
+        log.info("shard done; the dataset is made when shards %s of %d are done too", missing, count)
+        return False
+    with hold(layout.finalize_lock, "making the dataset"):
+        log.info("writing the Parquet files")
+        with stages("compact"):
+            manifest, card = _stage(layout, record, tokenizer, stages)
+            publish(layout, manifest, card=card)
+    return True
+
+
+def mark_done(layout: Layout, config: Config, *, skipped: int) -> None:
+    """Says durably that this job's shard is whole; `skipped` of its rows had no text."""
+    shard = config.shard
+    write_atomic(layout.shard_done(shard.index, shard.count), json.dumps({"skipped": skipped}).encode())
+
+
+def finish_publication(layout: Layout) -> None:
+    """Finishes the publication of a dataset that a crash interrupted, if there is one."""
+    if layout.staging.manifest.exists():
+        with hold(layout.finalize_lock, "publishing the dataset"):
+            resume_publish(layout)
+
+
+def head_specs(record: dict[str, Any]) -> Iterator[HeadSpec]:
+    """Every head that the job of `record` captures, queries before keys in each layer."""
+    config, model = record["config"], record["model"]
+    for layer in model["layers"]:
+        heads = LayerHeads(**{key: layer[key] for key in LayerHeads.__dataclass_fields__})
+        for kind in KINDS:
+            for row, head in enumerate(layer["captured"].get(kind, ())):
+                key_head = heads.key_head(head) if kind == "q" else head
+                metadata = {
+                    "model": last_name(config["model"]["name"]),
+                    "revision": record["commits"]["model"],
+                    "layer": heads.layer,
+                    "head": head,
+                    "key_head": key_head,
+                    "kind": kind,
+                    "rope_stage": model["rope_stage"],
+                    "sliding_window": heads.sliding_window,
+                    "softmax_scale": layer["softmax_scale"],
+                    "dtype": model["dtype"],
+                }
+                yield HeadSpec(
+                    layer=heads.layer,
+                    head=head,
+                    kind=kind,
+                    key_head=key_head,
+                    head_dim=heads.head_dim,
+                    sliding_window=heads.sliding_window,
+                    row=row,
+                    metadata={key: "null" if value is None else str(value) for key, value in metadata.items()},
+                )
+
+
+def last_name(name: str) -> str:
+    """A model's Hub id as it is; of a local folder its name alone, so that no path of this machine is published."""
+    return Path(name).name if Path(name).is_dir() else name
+
+
+def _stage(
+    layout: Layout, record: dict[str, Any], tokenizer: TextTokenizer, stages: Stages
+) -> tuple[dict[str, Any], bytes]:
+    """Stages the files of the dataset; returns its manifest and card."""
+    config = from_dict(record["config"])
+    sampler = Sampler(config.sampler)
+    heads = list(head_specs(record))
+    count = config.shard.count
+    journals = [Journal(layout.journal(index, count), verify=False) for index in range(count)]
+    written = compact(
+        layout,
+        journals,
+        heads,
+        sampler,
+        token_ids=config.capture.capture_token_ids,
+        token_string=tokenizer.token_strings if config.capture.capture_token_strings else None,
+        threads=os.cpu_count() or 1,
+    )
+    done = [json.loads(layout.shard_done(index, count).read_bytes()) for index in range(count)]
+    skipped = sum(shard["skipped"] for shard in done)
+    longest = max(record.num_tokens for journal in journals for record in journal.records.values())
+    kinds = [kind for kind in KINDS if any(head.kind == kind for head in heads)]
+    inclusion = {kind: sampler.inclusion(kind, longest) for kind in kinds}
+    commits = record["commits"]
+    card = write_card(
+        CardFacts(
+            config=config,
+            model_commit=commits["model"],
+            tokenizer_commit=commits["tokenizer"],
+            dataset_commit=commits["dataset"],
+            software=record["versions"],
+            num_examples=written.num_examples,
+            num_tokens=written.num_tokens,
+            num_truncated=written.num_truncated,
+            num_skipped=skipped,
+            longest=longest,
+            heads=[_card_head(layout, head, written) for head in heads],
+            rows_by_bucket=written.rows_by_bucket,
+        )
+    ).encode()
+    facts = record | {"inclusion": inclusion, "skipped_rows": skipped}
+    manifest = manifests.build(facts, written, card=card, timings=stages.seconds)
+    return manifest, card
+
+
+def _card_head(layout: Layout, head: HeadSpec, written: Written) -> CardHead:
+    name = layout.head_file(head.layer, head.head, head.kind).relative_to(layout.root).as_posix()
+    rows = written.files[name].rows
+    assert rows is not None
+    return CardHead(head.layer, head.kind, head.head, head.head_dim, head.sliding_window, rows)

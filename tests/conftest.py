@@ -1,0 +1,37 @@
+"""What every test gets: no network, caches of its own, few threads; and no silent skips in CI."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Before any library reads them: tests reach no Hub, and two workers share two cores.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+@pytest.fixture(autouse=True)
+def own_caches(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`datasets` keeps what it converts: outside of the user's cache, and away from other tests."""
+    import datasets.config
+
+    cache = tmp_path_factory.mktemp("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(cache))
+
+
+@pytest.fixture
+def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current directory."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """In CI (`QK_SNIFFER_NO_SKIPS=1`) a skipped test fails the run: every test must be able to run there."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if os.environ.get("QK_SNIFFER_NO_SKIPS") == "1" and reporter is not None and reporter.stats.get("skipped"):
+        reporter.write_line("skipped tests, and QK_SNIFFER_NO_SKIPS=1", red=True)
+        session.exitstatus = 1

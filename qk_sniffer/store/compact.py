@@ -1,0 +1,293 @@
+"""From the journals to the next version of the dataset, staged whole beside it.
+
+One task is a few heads of one (layer, kind); tasks run in threads. A task reads one row group's rows at a time from
+the segments, and only the bytes of its heads, so memory does not grow with the dataset: a thread holds about 100 MB
+(measured; a dozen times `ROW_GROUP_BYTES`, most of it in the encoder's buffers). The bytes of every file follow from
+its rows alone, whatever segments, batches and restarts they came through.
+"""
+
+import shutil
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from qk_sniffer.errors import StoreError
+from qk_sniffer.store.disk import explained
+from qk_sniffer.store.journal import ExampleRecord, Journal
+from qk_sniffer.store.layout import Layout, examples_schema, schema
+from qk_sniffer.store.manifest import FileEntry, Written
+from qk_sniffer.store.parquet import ParquetFile
+from qk_sniffer.store.plan import Block, Group, Plan, SegmentFiles, find_blocks, make_plan
+
+ROW_GROUP_BYTES = 8 << 20
+"""Of float32 vectors in a row group: 16,384 rows of 128 numbers. Large enough that the columns compress as well as
+they ever do and a group's overhead is nothing; small enough for the memory of many threads, and for readers that
+want a few examples of a large file."""
+
+EXAMPLES_PER_GROUP = 1 << 16
+
+HEADS_PER_TASK = 4
+"""The columns beside the vector are made once for this many heads, whose files a thread writes side by side: each
+open file keeps its encoder's buffers."""
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """A head to write. `row`: its place in `Rows.vectors`. `key_head`: the key head that serves it, or itself.
+
+    `metadata` goes into the file's key-value metadata.
+    """
+
+    layer: int
+    head: int
+    kind: str
+    key_head: int
+    head_dim: int
+    sliding_window: int | None
+    row: int
+    metadata: dict[str, str] = field(default_factory=dict, hash=False)
+
+
+class Buckets(Protocol):
+    """What is needed of the sampler; from several threads."""
+
+    def bucket(self, kind: str, positions: npt.ArrayLike) -> npt.NDArray[np.int32]:
+        """The bucket of every position."""
+        ...
+
+
+TokenStrings = Callable[[npt.NDArray[np.int32]], Sequence[str]]
+"""(n,) token ids to their n strings."""
+
+
+def compact(
+    layout: Layout,
+    journals: Sequence[Journal],
+    heads: Sequence[HeadSpec],
+    sampler: Buckets,
+    *,
+    token_ids: bool = False,
+    token_string: TokenStrings | None = None,
+    threads: int = 1,
+    row_group_bytes: int = ROW_GROUP_BYTES,
+    on_file: Callable[[str], None] | None = None,
+) -> Written:
+    """Stages the files of `heads` and of the examples of `journals`; `publish` makes them the dataset.
+
+    Hold the finalise lock from here to the end of `publish`. Heads without rows get a file without rows. `on_file` is
+    called, from several threads, with the name of every file that is written.
+
+    Raises:
+        StoreError: the journals are damaged, contradict each other or lack what is asked for; the disk is full; a
+            whole version is waiting to be published (`resume_publish`).
+    """
+    if layout.staging.manifest.exists():
+        raise StoreError(f"{layout.root} has a version waiting to be published; finish that first")
+    records = _merged(journals)
+    for journal in journals:
+        journal.verify()
+    job = _Job(
+        layout.staging,
+        find_blocks(journals),
+        np.fromiter((record.index for record in records), np.int64, len(records)),
+        np.fromiter((record.example_id for record in records), np.int32, len(records)),
+        sampler,
+        token_ids,
+        token_string,
+        row_group_bytes,
+    )
+    with explained(layout.staging.root, "write"):
+        shutil.rmtree(layout.staging.root, ignore_errors=True)
+        layout.staging.root.mkdir(parents=True)
+        files = {"examples/data.parquet": _write_examples(layout.staging, records)}
+        buckets: dict[str, Counter[int]] = {}
+        for kind, entries, counted in _in_threads(job, list(_tasks(heads)), threads, on_file):
+            files |= entries
+            buckets.setdefault(kind, Counter()).update(counted)
+    return Written(
+        files=dict(sorted(files.items())),
+        rows_by_bucket={kind: dict(sorted(counted.items())) for kind, counted in sorted(buckets.items())},
+        num_examples=len(records),
+        num_tokens=sum(record.num_tokens for record in records),
+        num_truncated=sum(record.truncated for record in records),
+    )
+
+
+_Done = tuple[str, dict[str, FileEntry], Counter[int]]
+"""Of a task: its kind, the files with their names, and the rows by bucket."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Job:
+    """What the threads share."""
+
+    staging: Layout
+    blocks: dict[tuple[int, str], list[Block]]
+    index: npt.NDArray[np.int64]  # (num_examples,) ascending
+    example_id: npt.NDArray[np.int32]  # (num_examples,)
+    sampler: Buckets
+    token_ids: bool
+    token_string: TokenStrings | None
+    row_group_bytes: int
+    stop: threading.Event = field(default_factory=threading.Event)
+    tokenizer: threading.Lock = field(default_factory=threading.Lock)  # tokenizers need not be thread-safe
+
+    def write_heads(self, heads: Sequence[HeadSpec]) -> _Done:
+        """Writes the files of heads of one (layer, kind)."""
+        kind, head_dim = heads[0].kind, heads[0].head_dim
+        counted: Counter[int] = Counter()
+        with SegmentFiles() as segments:
+            plan = make_plan(self.blocks.get((heads[0].layer, kind), []), segments)
+            self._check(heads, plan.blocks)
+            with ExitStack() as stack:
+                outputs = [stack.enter_context(ParquetFile(self._path(head), self._schema(head))) for head in heads]
+                for group in plan.groups(max(1, self.row_group_bytes // (4 * head_dim))):
+                    if self.stop.is_set():
+                        raise StoreError("compaction was stopped")
+                    columns = self._columns(kind, plan, group, segments)
+                    for bucket, rows in zip(*np.unique(columns["bucket"], return_counts=True), strict=True):
+                        counted[int(bucket)] += int(rows) * len(heads)
+                    for head, output in zip(heads, outputs, strict=True):
+                        output.write(self._table(head, columns, _vectors(head, plan, group, segments)))
+        entries = {self._name(head): output.entry for head, output in zip(heads, outputs, strict=True)}
+        return kind, {name: entry for name, entry in entries.items() if entry is not None}, counted
+
+    def _check(self, heads: Sequence[HeadSpec], blocks: Sequence[Block]) -> None:
+        if not blocks:
+            return
+        num_heads, _, head_dim = blocks[0].vectors.shape
+        for head in heads:
+            if head.row >= num_heads or head.head_dim != head_dim:
+                raise StoreError(f"the journal has {num_heads} heads of size {head_dim}; asked for is {head}")
+        if self._needs_tokens and any("token_id" not in block.places for block in blocks):
+            raise StoreError("token ids or strings are asked for, but the journal was captured without token ids")
+
+    @property
+    def _needs_tokens(self) -> bool:
+        return self.token_ids or self.token_string is not None
+
+    def _columns(self, kind: str, plan: Plan, group: Group, segments: SegmentFiles) -> dict[str, Any]:
+        """The columns that do not depend on the head, each (num_rows,)."""
+
+        def gather(column: str) -> npt.NDArray[np.int32]:
+            values = segments.gather(plan.blocks, group, 1, np.int32, lambda block: block.places[column].offset)
+            return values[:, 0]
+
+        at = np.minimum(np.searchsorted(self.index, group.index), len(self.index) - 1)
+        if not np.array_equal(self.index[at], group.index):
+            raise StoreError("the journals hold rows of examples that they do not name")
+        position = gather("position")
+        columns: dict[str, Any] = {
+            "bucket": self.sampler.bucket(kind, position).astype(np.int32),
+            "example_id": self.example_id[at],
+            "position": position,
+        }
+        if self._needs_tokens:
+            token_id = gather("token_id")
+            if self.token_ids:
+                columns["token_id"] = token_id
+            if self.token_string is not None:
+                columns["token_str"] = self._strings(token_id)
+        return columns
+
+    def _strings(self, token_id: npt.NDArray[np.int32]) -> pa.Array:
+        assert self.token_string is not None
+        distinct, inverse = np.unique(token_id, return_inverse=True)
+        with self.tokenizer:
+            strings = list(self.token_string(distinct))
+        return pa.array(strings, pa.string()).take(pa.array(inverse.ravel()))
+
+    def _table(self, head: HeadSpec, columns: dict[str, Any], vectors: npt.NDArray[np.float32]) -> pa.Table:
+        rows = len(vectors)
+        window = np.full(rows, head.sliding_window, np.int32) if head.sliding_window is not None else None
+        values = {
+            **columns,
+            "vector": pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), head.head_dim),
+            "sliding_window": pa.nulls(rows, pa.int32()) if window is None else window,
+        }
+        described = self._schema(head)
+        return pa.Table.from_arrays([pa.array(values[name]) for name in described.names], schema=described)
+
+    def _schema(self, head: HeadSpec) -> pa.Schema:
+        columns = schema(head.head_dim, token_ids=self.token_ids, token_strings=self.token_string is not None)
+        return columns.with_metadata(dict(sorted(head.metadata.items())))
+
+    def _path(self, head: HeadSpec) -> Path:
+        return self.staging.head_file(head.layer, head.head, head.kind)
+
+    def _name(self, head: HeadSpec) -> str:
+        return self._path(head).relative_to(self.staging.root).as_posix()
+
+
+def _tasks(heads: Sequence[HeadSpec]) -> Iterator[list[HeadSpec]]:
+    ordered = sorted(heads, key=lambda head: (head.layer, head.kind, head.row))
+    for _, same in groupby(ordered, key=lambda head: (head.layer, head.kind)):
+        group = list(same)
+        yield from (group[at : at + HEADS_PER_TASK] for at in range(0, len(group), HEADS_PER_TASK))
+
+
+def _in_threads(
+    job: _Job, tasks: Iterable[list[HeadSpec]], threads: int, on_file: Callable[[str], None] | None
+) -> Iterator[_Done]:
+    """The tasks' results, in the order of the tasks. The first error stops the other threads at their next group."""
+
+    def run(heads: list[HeadSpec]) -> _Done:
+        done = job.write_heads(heads)
+        if on_file is not None:
+            for name in done[1]:
+                on_file(name)
+        return done
+
+    with ThreadPoolExecutor(threads, thread_name_prefix="compact") as pool:
+        try:
+            yield from pool.map(run, tasks)
+        except BaseException:
+            job.stop.set()
+            raise
+
+
+def _vectors(head: HeadSpec, plan: Plan, group: Group, segments: SegmentFiles) -> npt.NDArray[np.float32]:
+    """(num_rows, head_dim): the group's vectors of one head, widened to float32."""
+    dtype = plan.blocks[0].vectors.dtype
+    raw = segments.gather(
+        plan.blocks,
+        group,
+        head.head_dim,
+        {"BF16": np.uint16, "F16": np.uint16, "F32": np.float32}[dtype],
+        lambda block: block.vectors.offset + head.row * block.head_bytes,
+    )
+    if dtype == "BF16":  # the upper half of a float32
+        raw = np.left_shift(raw, 16, dtype=np.uint32)
+    widened: npt.NDArray[np.float32] = raw.view(np.float16 if dtype == "F16" else np.float32)
+    return widened.astype(np.float32, copy=False)
+
+
+def _merged(journals: Sequence[Journal]) -> list[ExampleRecord]:
+    """The examples of all journals, in the order of the source."""
+    found: dict[int, ExampleRecord] = {}
+    for journal in journals:
+        if twice := found.keys() & journal.records.keys():
+            raise StoreError(f"examples {sorted(twice)[:5]} are in {journal.folder} and in another shard's journal")
+        found |= journal.records
+    return [found[index] for index in sorted(found)]
+
+
+def _write_examples(staging: Layout, records: Sequence[ExampleRecord]) -> FileEntry:
+    described = examples_schema()
+    with ParquetFile(staging.examples, described) as output:
+        for start in range(0, len(records), EXAMPLES_PER_GROUP):
+            part = records[start : start + EXAMPLES_PER_GROUP]
+            columns = [[getattr(record, name) for record in part] for name in described.names]
+            output.write(pa.table(columns, schema=described))
+    assert output.entry is not None
+    return output.entry

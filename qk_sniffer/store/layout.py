@@ -1,0 +1,252 @@
+"""Every file name of a dataset and the schema of its files, in one place.
+
+<root>/l00h00q/data.parquet     one folder a head
+<root>/examples/data.parquet    the examples that the rows come from
+<root>/README.md                the card
+<root>/manifest.json            written last: a root without it is incomplete
+<root>/.qk_sniffer/             work state, gone once the dataset is whole
+    job.json                    what the job is, to refuse another one
+    *.lock                      held by running jobs
+    journal/shard-00000-of-00001/00000001-1a2b3c4d.safetensors
+    staging/                    the next version of the root, until it is whole
+"""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+
+from qk_sniffer.errors import StoreError
+from qk_sniffer.store.disk import sync_folder
+from qk_sniffer.store.locks import hold
+
+FORMAT = "qk-sniffer/1"
+"""The manifest's `format`: by it a folder is known as ours."""
+
+KINDS = ("q", "k")
+
+VECTOR_PATH = "vector.list.element"
+"""The Parquet column of the vectors' numbers, which pyarrow names so for a list whose field is unnamed."""
+
+
+@dataclass(frozen=True, order=True)
+class HeadKey:
+    """Names a head: `head` counts query heads for the kind "q" and key heads for "k"."""
+
+    layer: int
+    head: int
+    kind: str
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The files of the dataset at `root`; names only, nothing is touched."""
+
+    root: Path
+
+    @property
+    def manifest(self) -> Path:
+        return self.root / "manifest.json"
+
+    @property
+    def card(self) -> Path:
+        return self.root / "README.md"
+
+    @property
+    def examples(self) -> Path:
+        return self.root / "examples" / "data.parquet"
+
+    def head_file(self, layer: int, head: int, kind: str) -> Path:
+        return self.root / head_name(layer, head, kind) / "data.parquet"
+
+    def head_files(self) -> Iterator[tuple[HeadKey, Path]]:
+        """The head files that exist, in no particular order."""
+        for path in self.root.glob("l*h*/data.parquet"):
+            if (key := parse_head_name(path.parent.name)) is not None:
+                yield key, path
+
+    @property
+    def work(self) -> Path:
+        return self.root / ".qk_sniffer"
+
+    @property
+    def job_file(self) -> Path:
+        return self.work / "job.json"
+
+    def journal(self, shard_index: int, shard_count: int) -> Path:
+        return self.work / "journal" / f"shard-{shard_index:05d}-of-{shard_count:05d}"
+
+    def shard_done(self, shard_index: int, shard_count: int) -> Path:
+        """Exists once this shard's journal is complete."""
+        return self.journal(shard_index, shard_count) / "done.json"
+
+    def journals(self) -> list[Path]:
+        """The journals that exist, of all shards."""
+        return sorted((self.work / "journal").glob("shard-*-of-*"))
+
+    def shard_lock(self, shard_index: int, shard_count: int) -> Path:
+        """Held by the job that fills this shard's journal."""
+        return self.work / f"shard-{shard_index:05d}-of-{shard_count:05d}.lock"
+
+    @property
+    def finalize_lock(self) -> Path:
+        """Held while journals become the dataset, from the start of compaction to the end of publishing."""
+        return self.work / "finalize.lock"
+
+    def locks(self) -> list[Path]:
+        """The lock files that exist; that one exists does not mean that it is held."""
+        return sorted(self.work.glob("*.lock"))
+
+    @property
+    def staging(self) -> "Layout":
+        """The next version of the dataset. It is whole once it has a manifest."""
+        return Layout(self.work / "staging")
+
+
+def head_name(layer: int, head: int, kind: str) -> str:
+    """The folder and config name of a head: `l00h00q`."""
+    return f"l{layer:02d}h{head:02d}{kind}"
+
+
+def parse_head_name(name: str) -> HeadKey | None:
+    """The head that `head_name` gave `name`, None for any other name."""
+    match = re.fullmatch(r"l(\d{2,})h(\d{2,})([qk])", name)
+    if match is None:
+        return None
+    key = HeadKey(int(match[1]), int(match[2]), match[3])
+    return key if head_name(key.layer, key.head, key.kind) == name else None
+
+
+def schema(head_dim: int, *, token_ids: bool = False, token_strings: bool = False) -> pa.Schema:
+    """The columns of a head's file. The vector's numbers are nullable only because that is pyarrow's list type."""
+    fields = [
+        pa.field("bucket", pa.int32(), nullable=False),
+        pa.field("example_id", pa.int32(), nullable=False),
+        pa.field("position", pa.int32(), nullable=False),
+        pa.field("vector", pa.list_(pa.float32(), head_dim), nullable=False),
+        pa.field("sliding_window", pa.int32()),
+    ]
+    if token_ids:
+        fields.append(pa.field("token_id", pa.int32(), nullable=False))
+    if token_strings:
+        fields.append(pa.field("token_str", pa.string(), nullable=False))
+    return pa.schema(fields)
+
+
+def examples_schema() -> pa.Schema:
+    """The columns of `examples/data.parquet`: one row an example, in the order of the source."""
+    return pa.schema(
+        [
+            pa.field("example_id", pa.int32(), nullable=False),
+            pa.field("source_id", pa.string(), nullable=False),
+            pa.field("num_tokens", pa.int32(), nullable=False),
+            pa.field("text_hash", pa.string(), nullable=False),
+            pa.field("index", pa.int64(), nullable=False),
+            pa.field("truncated", pa.bool_(), nullable=False),
+        ]
+    )
+
+
+def claim(root: Path, *, overwrite: bool = False) -> Layout:
+    """The layout of `root`, made ready for a job's work: it exists, is ours, and can be written.
+
+    Ours is an empty folder, or one with our manifest or our work folder. With `overwrite` the dataset and the work
+    state in it are removed, and nothing else.
+
+    Raises:
+        StoreError: a file is in the way, the folder holds something else, it cannot be written, or a job runs in it.
+    """
+    layout = Layout(root)
+    if root.exists() and not root.is_dir():
+        raise StoreError(f"the data root {root} is a file; choose another output.data_root")
+    try:
+        if root.is_dir() and not _is_ours(layout) and (found := sorted(path.name for path in root.iterdir())):
+            listed = ", ".join(found[:5]) + (", ..." if len(found) > 5 else "")
+            raise StoreError(
+                f"{root} is not empty and not a dataset of qk-sniffer (it holds {listed}); choose another "
+                "output.data_root, or empty it yourself"
+            )
+        layout.work.mkdir(parents=True, exist_ok=True)
+        probe = layout.work / "probe.tmp"
+        probe.touch()
+        probe.unlink(missing_ok=True)
+    except OSError as error:
+        raise StoreError(
+            f"cannot write to the data root {root}: {error.strerror}; choose another output.data_root"
+        ) from error
+    if overwrite:
+        clear(layout)
+    return layout
+
+
+def clear(layout: Layout) -> None:
+    """Removes the dataset and the work state, leaving an empty work folder that marks the root as ours.
+
+    Raises:
+        StoreError: a job runs in it.
+    """
+    with ExitStack() as running:
+        for lock in {layout.finalize_lock, *layout.locks()}:
+            running.enter_context(hold(lock, "working on the dataset that is to be replaced"))
+        files = [layout.examples, *(path for _, path in layout.head_files())]
+        if _is_our_manifest(layout.manifest):
+            files.append(layout.card)
+        for manifest in (layout.staging.manifest, layout.manifest):  # nothing is whole from here on
+            manifest.unlink(missing_ok=True)
+        sync_folder(layout.root)
+        for path in files:
+            remove_file(layout, path)
+        remove_work(layout)
+    layout.work.mkdir(exist_ok=True)
+
+
+def remove_file(layout: Layout, path: Path) -> None:
+    """Removes a file of the dataset, and its folder below the root where nothing else is left in it."""
+    path.unlink(missing_ok=True)
+    if path.parent != layout.root:
+        with suppress(OSError):
+            path.parent.rmdir()
+
+
+def remove_work(layout: Layout) -> None:
+    """Removes the work state but the locks, which go with their holders. The staging is the last to go."""
+    _remove_tree(layout.work / "journal")
+    layout.job_file.unlink(missing_ok=True)
+    # Without its manifest the staging is not whole: no one will take it for a version still to be published.
+    layout.staging.manifest.unlink(missing_ok=True)
+    _remove_tree(layout.staging.root)
+    with suppress(OSError):  # locks may be left in it
+        layout.work.rmdir()
+
+
+def _remove_tree(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
+def _is_ours(layout: Layout) -> bool:
+    return layout.work.is_dir() or _is_our_manifest(layout.manifest)
+
+
+def _is_our_manifest(path: Path) -> bool:
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(manifest, dict) and manifest.get("format") == FORMAT
+
+
+def missing_manifest(root: Path) -> StoreError:
+    """What a reader says of a root that is not whole."""
+    if not root.is_dir():
+        return StoreError(f"there is no dataset at {root}: no such folder")
+    if Layout(root).work.is_dir():
+        return StoreError(
+            f"the dataset at {root} is incomplete: no manifest.json. Its job has not finished; run it again to go on"
+        )
+    return StoreError(f"the dataset at {root} is incomplete: no manifest.json")

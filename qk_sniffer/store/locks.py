@@ -1,0 +1,121 @@
+"""Locks of the kernel on files of the data root: a dead job's lock is free at once, and a held one says by whom.
+
+On Linux these are record locks of the open file description: file systems that serve many machines (NFS, Lustre,
+GPFS) treat them as POSIX locks, but they do not fall when the process closes another descriptor of the file.
+"""
+
+import fcntl
+import json
+import os
+import socket
+import struct
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from qk_sniffer.errors import StoreError
+from qk_sniffer.store.disk import explained
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who holds a lock. `slurm_job_id` is None outside of SLURM."""
+
+    pid: int
+    host: str
+    slurm_job_id: str | None
+
+    def __str__(self) -> str:
+        job = f", SLURM job {self.slurm_job_id}" if self.slurm_job_id else ""
+        return f"process {self.pid} on {self.host}{job}"
+
+    @classmethod
+    def me(cls) -> "Holder":
+        """This process."""
+        return cls(os.getpid(), socket.gethostname(), os.environ.get("SLURM_JOB_ID"))
+
+
+@contextmanager
+def hold(path: Path, purpose: str) -> Iterator[None]:
+    """Holds the lock `path` within the block; never waits. The file exists only meanwhile, or after a crash.
+
+    `purpose` says in the error what the holder is doing: "capturing shard 0 of 1".
+
+    Raises:
+        StoreError: another process, or this one, holds it; the file system has no locks; the folder cannot be written.
+    """
+    with explained(path, "lock"):
+        descriptor = _locked(path, purpose)
+    _held.add(descriptor)
+    try:
+        yield
+    finally:
+        # Unlinked while it is held: whoever opened it before then finds another file, or none, under the name.
+        path.unlink(missing_ok=True)
+        _held.discard(descriptor)
+        os.close(descriptor)
+        with suppress(OSError):  # a work folder that holds nothing any more says nothing either
+            path.parent.rmdir()
+
+
+def holder(path: Path) -> Holder | None:
+    """Who wrote the lock file last, None when there is no such file. It may be a job that crashed."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return Holder(int(values["pid"]), str(values["host"]), values["slurm_job_id"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _locked(path: Path, purpose: str) -> int:
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except FileNotFoundError:  # another job's end took the folder away
+            continue
+        try:
+            _lock(descriptor)
+            if _is_at(descriptor, path):
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, json.dumps(asdict(Holder.me())).encode(), 0)
+                return descriptor
+        except (BlockingIOError, PermissionError):
+            os.close(descriptor)
+            raise StoreError(
+                f"{path.parent.parent} is in use: {holder(path) or 'another process'} is {purpose}. Two jobs cannot "
+                f"write one data root: wait for that one or end it (lock: {path})"
+            ) from None
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # locked a file that its holder had just unlinked
+
+
+def _lock(descriptor: int) -> None:
+    if sys.platform == "linux":
+        whole_file = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)  # struct flock
+        fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, whole_file)
+    else:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+_held: set[int] = set()
+
+
+def _forget_in_child() -> None:
+    # A forked child shares its parent's locks, and would keep those of a dead parent.
+    while _held:
+        os.close(_held.pop())
+
+
+os.register_at_fork(after_in_child=_forget_in_child)

@@ -1,0 +1,110 @@
+"""The manifest: what a dataset is and which files it consists of. A root without one is not whole.
+
+format          "qk-sniffer/1"
+job             what the job puts there: resolved config, versions, commits, head layout, rotary parameters, ...
+examples, tokens, rows         of the whole dataset; rows over all heads
+rows_by_bucket  {"q": {"7": 1234, ...}, "k": ...}, over all heads of the kind
+files           {"l00h00q/data.parquet": {"rows", "bytes", "sha256"}, ...}; rows of Parquet files only
+timings         seconds by stage of the run that made it: the only part that differs between equal datasets
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qk_sniffer.errors import StoreError
+from qk_sniffer.store.disk import write_atomic
+from qk_sniffer.store.layout import FORMAT, Layout, missing_manifest
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """A file of the dataset: `size` in bytes. `rows` is None where it is no Parquet file; `sha256` is in hex."""
+
+    rows: int | None
+    size: int
+    sha256: str
+
+    @classmethod
+    def of(cls, data: bytes) -> "FileEntry":
+        return cls(None, len(data), hashlib.sha256(data).hexdigest())
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a compaction has staged. Paths are relative to the root, with slashes."""
+
+    files: dict[str, FileEntry]
+    rows_by_bucket: dict[str, dict[int, int]]
+    """Rows by kind and bucket, over all heads of the kind."""
+    num_examples: int
+    num_tokens: int
+    num_truncated: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of all heads together."""
+        return sum(sum(rows.values()) for rows in self.rows_by_bucket.values())
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files together."""
+        return sum(entry.size for entry in self.files.values())
+
+
+def build(
+    job: Mapping[str, Any], written: Written, *, card: bytes | None = None, timings: Mapping[str, float] | None = None
+) -> dict[str, Any]:
+    """The manifest of what a compaction has written and of its card. Plain data, ready for JSON."""
+    files = dict(written.files)
+    if card is not None:
+        files["README.md"] = FileEntry.of(card)
+    manifest = {
+        **job,
+        "format": FORMAT,
+        "examples": written.num_examples,
+        "tokens": written.num_tokens,
+        "truncated_examples": written.num_truncated,
+        "rows": written.rows,
+        "rows_by_bucket": written.rows_by_bucket,
+        "files": {name: _without_none(entry) for name, entry in files.items()},
+        "timings": dict(timings or {}),
+    }
+    plain: dict[str, Any] = json.loads(encode(manifest))  # as `read` will give it: all keys are strings
+    return plain
+
+
+def encode(manifest: Mapping[str, Any]) -> bytes:
+    """The manifest's bytes: keys sorted, so that equal manifests are equal files."""
+    return json.dumps(manifest, indent=2, sort_keys=True, ensure_ascii=False).encode()
+
+
+def write(layout: Layout, manifest: Mapping[str, Any]) -> None:
+    """Makes `manifest` that of the dataset at `layout`, atomically and durably."""
+    write_atomic(layout.manifest, encode(manifest))
+
+
+def read(root: Path) -> dict[str, Any]:
+    """The manifest of the dataset at `root`.
+
+    Raises:
+        StoreError: there is none, so the dataset is incomplete; or it is not one of ours.
+    """
+    path = Layout(root).manifest
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise missing_manifest(root) from None
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{path} cannot be read: {error}") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise StoreError(f"{path} is not a manifest of qk-sniffer in the format {FORMAT!r}")
+    return manifest
+
+
+def _without_none(entry: FileEntry) -> dict[str, Any]:
+    values = {"rows": entry.rows, "bytes": entry.size, "sha256": entry.sha256}
+    return {key: value for key, value in values.items() if value is not None}

@@ -1,0 +1,139 @@
+"""Writes Parquet files whose bytes follow from their rows, with the encodings that suit captured vectors.
+
+Vectors: BYTE_STREAM_SPLIT, which puts the bytes of equal weight together (those that widening made zero vanish),
+then zstd at its fastest level; no statistics, which serve nobody there. Other columns: dictionary. No page index.
+"""
+
+import hashlib
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from qk_sniffer.errors import StoreError
+from qk_sniffer.store.disk import sync_file
+from qk_sniffer.store.layout import VECTOR_PATH
+from qk_sniffer.store.manifest import FileEntry
+
+
+class ParquetFile:
+    """A Parquet file that is being written: row group by row group, hashed on the way. A context manager.
+
+    `entry` is there after the block was left without an exception; the file is durable then.
+    """
+
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.entry: FileEntry | None = None
+        self._path = path
+        self._schema = schema
+        self._sink = _HashedSink(path)
+        self._rows = 0
+        others = [name for name in schema.names if name != "vector"]
+        try:
+            self._writer = pq.ParquetWriter(
+                self._sink,
+                schema,
+                version="2.6",
+                compression="zstd",
+                compression_level=1,
+                use_dictionary=others,
+                column_encoding={VECTOR_PATH: "BYTE_STREAM_SPLIT"} if "vector" in schema.names else None,
+                write_statistics=others,
+                write_page_index=False,
+            )
+        except BaseException:
+            self._sink.close()
+            raise
+
+    def write(self, table: pa.Table) -> None:
+        """Adds `table` as one row group."""
+        self._writer.write_table(table, row_group_size=max(1, table.num_rows))
+        self._rows += table.num_rows
+
+    def __enter__(self) -> "ParquetFile":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self._writer.close()
+                self._sink.sync()
+                self.entry = FileEntry(self._rows, self._sink.size, self._sink.digest.hexdigest())
+        finally:
+            if self.entry is None:
+                self._abandon()
+            self._sink.close()
+        if kind is None:
+            check_encodings(self._path)
+
+    def _abandon(self) -> None:
+        # pyarrow closes a forgotten writer whenever it is collected: it must not find a closed file then.
+        self._sink.discards = True
+        with suppress(Exception):
+            self._writer.close()
+
+
+def check_encodings(path: Path) -> None:
+    """Checks that the file has the encodings of this module: pyarrow passes over what it does not understand.
+
+    Raises:
+        StoreError: naming the column and what is wrong with it.
+    """
+    metadata = pq.read_metadata(path)
+    for group in range(metadata.num_row_groups):
+        for number in range(metadata.num_columns):
+            column = metadata.row_group(group).column(number)
+            name, encodings = column.path_in_schema, column.encodings
+            wrong = None
+            if column.compression != "ZSTD":
+                wrong = f"compression {column.compression}"
+            elif name == VECTOR_PATH and "BYTE_STREAM_SPLIT" not in encodings:
+                wrong = f"encodings {encodings}, without BYTE_STREAM_SPLIT"
+            elif name == VECTOR_PATH and column.is_stats_set:
+                wrong = "statistics"
+            elif name.startswith("vector") and name != VECTOR_PATH:
+                wrong = "another name than " + VECTOR_PATH
+            elif name != VECTOR_PATH and column.physical_type != "BOOLEAN" and "RLE_DICTIONARY" not in encodings:
+                wrong = f"encodings {encodings}, without a dictionary"
+            elif column.has_column_index or column.has_offset_index:
+                wrong = "a page index"
+            if wrong is not None:
+                raise StoreError(f"{path}: column {name} was written with {wrong}; pyarrow {pa.__version__} is not fit")
+
+
+class _HashedSink:
+    """A file that hashes what goes through it; in the form in which pyarrow writes to Python objects."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("wb")
+        self.discards = False
+        self.digest = hashlib.sha256()
+        self.size = 0
+
+    def write(self, data: Any) -> int:
+        if self.discards:
+            return len(data)
+        self._file.write(data)
+        self.digest.update(data)
+        self.size += len(data)
+        return len(data)
+
+    def sync(self) -> None:
+        self._file.flush()
+        sync_file(self._file.fileno())
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def tell(self) -> int:
+        return self.size
+
+    def close(self) -> None:
+        self._file.close()
+
+    @property
+    def closed(self) -> bool:
+        return self._file.closed

@@ -1,0 +1,214 @@
+"""How a compaction reads the journals: which rows a head has, in which order, and where they lie.
+
+All heads of a (layer, kind) have the same rows at the same places of their parts of each block, so there is one
+plan for all of them. It is made of runs (see `rows.py`), a few bytes an example; the rows themselves are read one
+row group at a time.
+"""
+
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qk_sniffer.errors import StoreError
+from qk_sniffer.store.journal import Journal
+from qk_sniffer.store.rows import RUN_COLUMNS, parse_tensor_name
+from qk_sniffer.store.segment import ITEM_SIZES, DamageError, Place, read_header
+
+BATCH, INDEX, START, COUNT, FIRST, LAST = range(len(RUN_COLUMNS))
+
+MAX_OPEN_FILES = 32
+"""Segments that one thread keeps open: many threads must stay below the usual limit of 1,024 descriptors."""
+
+Int64 = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """Rows of one (layer, kind) in one segment. `batches`: the finished batches of the journal."""
+
+    path: Path
+    places: Mapping[str, Place]
+    batches: Int64
+
+    @property
+    def vectors(self) -> Place:
+        return self.places["vectors"]
+
+    @property
+    def head_bytes(self) -> int:
+        """From the vectors of one head to those of the next."""
+        return self.vectors.shape[1] * self.row_bytes
+
+    @property
+    def row_bytes(self) -> int:
+        return self.vectors.shape[2] * ITEM_SIZES[self.vectors.dtype]
+
+
+@dataclass(frozen=True, eq=False)
+class Span:
+    """Rows `start` to `stop` of a block, read at once; they go to row `at` of the buffer."""
+
+    block: int
+    start: int
+    stop: int
+    at: int
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """One row group. `index` (num_rows,): each row's example. `order` (num_rows,): each row's place in the buffer of
+    `buffer_rows` rows that the spans fill; None where it is its own."""
+
+    index: Int64
+    spans: Sequence[Span]
+    buffer_rows: int
+    order: Int64 | None
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """The rows of one (layer, kind), ordered by (index, position). `runs` (num_runs, 6); `block`: of each run."""
+
+    blocks: Sequence[Block]
+    runs: Int64
+    block: Int64
+
+    @property
+    def num_rows(self) -> int:
+        return int(self.runs[:, COUNT].sum())
+
+    def groups(self, rows_per_group: int) -> Iterator[Group]:
+        """The row groups. Their bounds follow from the rows alone, and may lie within an example."""
+        ends = np.cumsum(self.runs[:, COUNT])
+        for low in range(0, self.num_rows, rows_per_group):
+            high = min(low + rows_per_group, self.num_rows)
+            part = slice(np.searchsorted(ends, low, side="right"), np.searchsorted(ends, high) + 1)
+            runs = self.runs[part]
+            before = np.maximum(0, low - (ends[part] - runs[:, COUNT]))
+            after = np.maximum(0, ends[part] - high)
+            yield _group(self.block[part], runs[:, INDEX], runs[:, START] + before, runs[:, COUNT] - before - after)
+
+
+def find_blocks(journals: Sequence[Journal]) -> dict[tuple[int, str], list[Block]]:
+    """The blocks of all journals by (layer, kind)."""
+    found: dict[tuple[int, str], list[Block]] = {}
+    for journal in journals:
+        batches = np.array(sorted(journal.batches), dtype=np.int64)
+        for path in journal.segments:
+            places: dict[tuple[int, str], dict[str, Place]] = {}
+            try:
+                for name, place in read_header(path).tensors.items():
+                    layer, kind, column = parse_tensor_name(name)
+                    places.setdefault((layer, kind), {})[column] = place
+            except DamageError as error:
+                raise StoreError(f"the journal segment {path} is damaged: {error}") from error
+            for key, columns in places.items():
+                found.setdefault(key, []).append(Block(path, columns, batches))
+    return found
+
+
+def make_plan(blocks: Sequence[Block], files: "SegmentFiles") -> Plan:
+    """The plan of the blocks of one (layer, kind).
+
+    Raises:
+        StoreError: a row is there twice, or the blocks do not fit together.
+    """
+    if len({(block.vectors.dtype, block.vectors.shape[0], block.vectors.shape[2]) for block in blocks}) > 1:
+        raise StoreError(f"the journals hold vectors of several types or sizes: {blocks[0].path} and others")
+    tables, owners = [np.empty((0, len(RUN_COLUMNS)), np.int64)], [np.empty(0, np.int64)]
+    for number, block in enumerate(blocks):
+        place = block.places["runs"]
+        runs = np.empty(place.shape, np.int64)
+        files.read(block.path, place.offset, runs)
+        tables.append(runs[np.isin(runs[:, BATCH], block.batches)])
+        owners.append(np.full(len(tables[-1]), number))
+    runs, owner = np.concatenate(tables), np.concatenate(owners)
+    order = np.lexsort((runs[:, FIRST], runs[:, INDEX]))
+    runs, owner = runs[order], owner[order]
+    overlap = (runs[1:, INDEX] == runs[:-1, INDEX]) & (runs[1:, FIRST] <= runs[:-1, LAST])
+    if overlap.any():
+        at = int(np.flatnonzero(overlap)[0])
+        raise StoreError(
+            f"example {runs[at, INDEX]} was captured twice: its rows are in {blocks[owner[at]].path} and again in "
+            f"{blocks[owner[at + 1]].path}"
+        )
+    return Plan(blocks, runs, owner)
+
+
+def _group(block: Int64, index: Int64, start: Int64, count: Int64) -> Group:
+    """The group of these runs, which come in the order of the dataset.
+
+    Runs that lie close together are read at once, as long as that at most doubles the bytes of a group.
+    """
+    by_place = np.lexsort((start, block))
+    b, s, c = block[by_place], start[by_place], count[by_place]
+    gap = s[1:] - (s[:-1] + c[:-1])
+    breaks = np.concatenate([[True], (b[1:] != b[:-1]) | (gap > c[1:])])
+    heads = np.flatnonzero(breaks)
+    tails = np.append(heads[1:], len(b)) - 1
+    stops = s[tails] + c[tails]
+    at = np.concatenate([[0], np.cumsum(stops - s[heads])])
+    spans = [Span(*map(int, values)) for values in zip(b[heads], s[heads], stops, at[:-1], strict=True)]
+
+    of_span = np.cumsum(breaks) - 1
+    place = np.empty_like(s)
+    place[by_place] = at[of_span] + (s - s[heads][of_span])
+    first = np.cumsum(count) - count
+    num_rows = int(count.sum())
+    order: Int64 | None = np.repeat(place - first, count) + np.arange(num_rows)
+    if at[-1] == num_rows and (place == first).all():
+        order = None
+    return Group(np.repeat(index, count), spans, int(at[-1]), order)
+
+
+@dataclass
+class SegmentFiles:
+    """Segments opened for reading, a few at a time; for one thread's use. A context manager."""
+
+    _open: OrderedDict[Path, int] = field(default_factory=OrderedDict)
+
+    def read(self, path: Path, offset: int, into: npt.NDArray[Any]) -> None:
+        """Fills the array `into` from byte `offset` on; with pread, which leaves no mapped pages in the memory.
+
+        Raises:
+            StoreError: the file ends before.
+        """
+        buffer = into.data.cast("B")
+        while len(buffer):
+            count = os.preadv(self._descriptor(path), [buffer], offset)
+            if count == 0:
+                raise StoreError(f"the journal segment {path} is shorter than it was")
+            buffer, offset = buffer[count:], offset + count
+
+    def gather(
+        self, blocks: Sequence[Block], group: Group, width: int, dtype: npt.DTypeLike, base: Callable[[Block], int]
+    ) -> npt.NDArray[Any]:
+        """(num_rows, width): the group's rows of a column, whose first row in a block is at byte `base(block)`."""
+        buffer: npt.NDArray[Any] = np.empty((group.buffer_rows, width), dtype)
+        for span in group.spans:
+            block = blocks[span.block]
+            offset = base(block) + span.start * width * buffer.itemsize
+            self.read(block.path, offset, buffer[span.at : span.at + span.stop - span.start])
+        return buffer if group.order is None else buffer[group.order]
+
+    def _descriptor(self, path: Path) -> int:
+        if path in self._open:
+            self._open.move_to_end(path)
+        else:
+            if len(self._open) >= MAX_OPEN_FILES:
+                os.close(self._open.popitem(last=False)[1])
+            self._open[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return self._open[path]
+
+    def __enter__(self) -> "SegmentFiles":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        while self._open:
+            os.close(self._open.popitem()[1])

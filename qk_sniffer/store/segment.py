@@ -1,0 +1,150 @@
+"""Journal segments: immutable safetensors files with a checksum in their names.
+
+`00000012-5d3c9a71.safetensors` is segment 12; 5d3c9a71 is the CRC-32 of the whole file. A segment is written
+beside, made durable and renamed, so one that exists is complete unless the disk harmed it. The format is the
+one of safetensors (8 bytes of header length, a JSON header, the tensors), written here because the library's
+writer takes whole tensors, knows neither checksums nor fsync, and its numpy reader has no bfloat16.
+"""
+
+import json
+import os
+import re
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qk_sniffer.store.disk import sync_file, sync_folder
+
+SUFFIX = ".safetensors"
+
+ITEM_SIZES = {"BF16": 2, "F16": 2, "F32": 4, "I32": 4, "I64": 8}
+"""Bytes of a number, by the name of its type in safetensors: the types that segments hold."""
+
+_CHUNK = 1 << 22
+
+
+class DamageError(Exception):
+    """A segment is not what was written; the text says how it shows."""
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor to write. `chunks` makes its bytes in order, piece by piece; `shape` says how many there will be."""
+
+    name: str
+    dtype: str
+    shape: Sequence[int]
+    chunks: Callable[[], Iterable[npt.NDArray[Any]]]
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * ITEM_SIZES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies in its segment: `offset` in bytes from the start of the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """The head of a segment."""
+
+    metadata: dict[str, str]
+    tensors: dict[str, Place]
+
+
+def segment_number(path: Path) -> int | None:
+    """The number in a segment's name, None where the name is not a segment's."""
+    match = _NAME.fullmatch(path.name)
+    return int(match[1]) if match else None
+
+
+def write_segment(folder: Path, number: int, tensors: Sequence[Tensor], metadata: Mapping[str, str]) -> Path:
+    """Writes a segment durably; on an error nothing of it is left."""
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for tensor in tensors:
+        begin, end = end, end + tensor.nbytes
+        entries[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    header = json.dumps(entries, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+
+    beside = folder / f"{number:08d}.tmp"
+    try:
+        with beside.open("wb") as file:
+            start = len(header).to_bytes(8, "little") + header
+            file.write(start)
+            checksum = zlib.crc32(start)
+            for tensor in tensors:
+                for chunk in tensor.chunks():
+                    data = np.ascontiguousarray(chunk).data.cast("B")
+                    file.write(data)
+                    checksum = zlib.crc32(data, checksum)
+            assert file.tell() == len(start) + end, "the chunks of a tensor do not make its shape"
+            file.flush()
+            sync_file(file.fileno())
+        path = folder / f"{number:08d}-{checksum:08x}{SUFFIX}"
+        beside.rename(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
+    sync_folder(folder)
+    return path
+
+
+def read_header(path: Path) -> Header:
+    """The header of a segment.
+
+    Raises:
+        DamageError: it cannot be read, or the file is not as long as it says.
+    """
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise DamageError("cut short within the header")
+        raw = file.read(length)
+    try:
+        entries = json.loads(raw)
+        metadata = entries.pop("__metadata__")
+        tensors = {
+            name: Place(entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+            for name, entry in entries.items()
+        }
+        end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamageError("the header is not readable") from error
+    if size != 8 + length + end:
+        raise DamageError(f"it has {size:,} bytes instead of {8 + length + end:,}")
+    return Header(metadata, tensors)
+
+
+def verify_segment(path: Path) -> None:
+    """Reads the whole segment and compares it with the checksum in its name.
+
+    Raises:
+        DamageError: they differ.
+    """
+    match = _NAME.fullmatch(path.name)
+    assert match is not None, "not the name of a segment"
+    checksum = 0
+    with path.open("rb", buffering=0) as file:
+        buffer = memoryview(bytearray(_CHUNK))
+        while count := file.readinto(buffer):
+            checksum = zlib.crc32(buffer[:count], checksum)
+    if checksum != int(match[2], 16):
+        raise DamageError("its checksum is wrong")
+
+
+_NAME = re.compile(r"(\d{8,})-([0-9a-f]{8})" + re.escape(SUFFIX))

@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test slow check install clean
+.PHONY: demo test slow floor check install clean
 
 demo: install  ## the main job on the embedded model and texts, with enough rows to look at
 	$(BIN)/python -m qk_sniffer sampler.base_rate=16
@@ -19,6 +19,20 @@ check: install  ## lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The oldest transformers that pyproject.toml admits, in an environment of its own.
+FLOOR := .venv-floor
+FLOOR_TRANSFORMERS := 5.17.0
+
+floor: $(FLOOR)/.installed  ## the tests of what depends on transformers, with its oldest version
+	$(FLOOR)/bin/python -m pytest -n 2 -q tests/test_attention.py tests/test_banded.py tests/test_backbone.py tests/test_run.py
+
+$(FLOOR)/.installed: pyproject.toml constraints.txt
+	test -x $(FLOOR)/bin/python || $(PYTHON) -m venv $(FLOOR)
+	grep -vE '^(transformers|huggingface_hub)==' constraints.txt > $(FLOOR)/constraints.txt
+	echo 'transformers==$(FLOOR_TRANSFORMERS)' >> $(FLOOR)/constraints.txt
+	$(FLOOR)/bin/python -m pip install --quiet --disable-pip-version-check -c $(FLOOR)/constraints.txt -e '.[dev]'
+	touch $@
+
 install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -29,4 +43,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv .venv-floor build *.egg-info

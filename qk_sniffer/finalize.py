@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from qk_sniffer.batching import TextTokenizer
+from qk_sniffer.batching import load_tokenizer
 from qk_sniffer.card import CardFacts, CardHead, write_card
 from qk_sniffer.config import Config, from_dict
 from qk_sniffer.heads import LayerHeads
-from qk_sniffer.job import read_record
+from qk_sniffer.job import hub_commit_of, read_record
 from qk_sniffer.progress import Stages
 from qk_sniffer.sampling import Sampler
 from qk_sniffer.store import manifest as manifests
@@ -29,7 +29,7 @@ from qk_sniffer.store.publish import publish, resume_publish
 log = logging.getLogger(__name__)
 
 
-def finalize(layout: Layout, tokenizer: TextTokenizer, stages: Stages) -> bool:
+def finalize(layout: Layout, stages: Stages) -> bool:
     """Makes the dataset from the journals of a job; False while shards are not done yet, which it names.
 
     Raises:
@@ -45,7 +45,7 @@ def finalize(layout: Layout, tokenizer: TextTokenizer, stages: Stages) -> bool:
     with hold(layout.finalize_lock, "making the dataset"):
         log.info("writing the Parquet files")
         with stages("compact"):
-            manifest, card = _stage(layout, record, tokenizer, stages)
+            manifest, card = _stage(layout, record, stages)
             publish(layout, manifest, card=card)
     return True
 
@@ -100,13 +100,15 @@ def last_name(name: str) -> str:
     return Path(name).name if Path(name).is_dir() else name
 
 
-def _stage(
-    layout: Layout, record: dict[str, Any], tokenizer: TextTokenizer, stages: Stages
-) -> tuple[dict[str, Any], bytes]:
+def _stage(layout: Layout, record: dict[str, Any], stages: Stages) -> tuple[dict[str, Any], bytes]:
     """Stages the files of the dataset; returns its manifest and card."""
     config = from_dict(record["config"])
     sampler = Sampler(config.sampler)
     heads = list(head_specs(record))
+    commits = record["commits"]
+    token_string = None
+    if config.capture.capture_token_strings:
+        token_string = load_tokenizer(config.model, hub_commit_of(commits["tokenizer"])).token_strings
     count = config.shard.count
     journals = [Journal(layout.journal(index, count), verify=False) for index in range(count)]
     written = compact(
@@ -115,7 +117,7 @@ def _stage(
         heads,
         sampler,
         token_ids=config.capture.capture_token_ids,
-        token_string=tokenizer.token_strings if config.capture.capture_token_strings else None,
+        token_string=token_string,
         threads=os.cpu_count() or 1,
     )
     done = [json.loads(layout.shard_done(index, count).read_bytes()) for index in range(count)]
@@ -123,12 +125,11 @@ def _stage(
     longest = max(record.num_tokens for journal in journals for record in journal.records.values())
     kinds = [kind for kind in KINDS if any(head.kind == kind for head in heads)]
     inclusion = {kind: sampler.inclusion(kind, longest) for kind in kinds}
-    commits = record["commits"]
     card = write_card(
         CardFacts(
             config=config,
-            model_commit=commits["model"],
-            tokenizer_commit=commits["tokenizer"],
+            model_commit=hub_commit_of(commits["model"]),
+            tokenizer_commit=hub_commit_of(commits["tokenizer"]),
             dataset_commit=commits["dataset"],
             software=record["versions"],
             num_examples=written.num_examples,

@@ -132,6 +132,11 @@ def resolve_commits(config: Config, earlier: Job | None) -> dict[str, str | None
     return commits
 
 
+def hub_commit_of(commit: str | None) -> str | None:
+    """None for the digest that stands in the place of a local checkpoint's commit."""
+    return None if commit is None or commit.startswith("sha256:") else commit
+
+
 def folder_digest(folder: Path) -> str:
     """`sha256:` over names and contents of the files that a checkpoint is loaded from, documentation left out."""
     suffixes = {".safetensors", ".json", ".bin", ".model", ".gguf", ".py", ".txt", ".jinja"}

@@ -16,7 +16,7 @@ from qk_sniffer.corpus import Corpus, Example, open_corpus
 from qk_sniffer.errors import SourceError, StoreError
 from qk_sniffer.finalize import finalize, finish_publication, mark_done
 from qk_sniffer.heads import Selection, select
-from qk_sniffer.job import Job, fingerprint, read_record, resolve_commits, write_record
+from qk_sniffer.job import Job, fingerprint, hub_commit_of, read_record, resolve_commits, write_record
 from qk_sniffer.progress import Progress, Stages, describe
 from qk_sniffer.sampling import Sampler
 from qk_sniffer.store import manifest as manifests
@@ -55,16 +55,22 @@ def run_job(config: Config) -> None:
             _check_nothing_new(layout, config, corpus)
             show(layout.root, "Nothing to do: the dataset is finished.")
             return
-        with stages("load model"):
-            parts = _load(config, commits)
-        if earlier is None:
-            remove_work(layout)  # only now that all that is needed was found; a finished dataset stays until the end
-        record = write_record(layout, _record(config, job, corpus, parts))
-        job.check_continues(Job.from_record(record), str(layout.root), finished=False)
-        _capture_examples(config, layout, corpus, parts, stages)
-        mark_done(layout, config, skipped=corpus.skipped + parts.tokenizer.skipped)
-    if finalize(layout, parts.tokenizer, stages):
+        if earlier is None or not _is_captured(config, layout):
+            _capture(config, layout, corpus, job, stages, anew=earlier is None)
+    if finalize(layout, stages):
         show(layout.root, f"Time: {describe(stages.seconds)}")
+
+
+def _capture(config: Config, layout: Layout, corpus: Corpus, job: Job, stages: Stages, *, anew: bool) -> None:
+    """Brings the examples of this shard into its journal, and marks the shard as done."""
+    with stages("load model"):
+        parts = _load(config, job.commits)
+    if anew:
+        remove_work(layout)  # only now that all that is needed was found; a finished dataset stays until the end
+    record = write_record(layout, _record(config, job, corpus, parts))
+    job.check_continues(Job.from_record(record), str(layout.root), finished=False)
+    _capture_examples(config, layout, corpus, parts, stages)
+    mark_done(layout, config, skipped=corpus.skipped + parts.tokenizer.skipped)
 
 
 @dataclass(frozen=True)
@@ -97,6 +103,15 @@ def _earlier_job(config: Config, layout: Layout) -> Job | None:
     return earlier
 
 
+def _is_captured(config: Config, layout: Layout) -> bool:
+    """Whether this shard's journal is complete and intact; what a damaged one lacks is to be captured again."""
+    shard = config.shard
+    done = layout.shard_done(shard.index, shard.count)
+    if done.exists() and not Journal(layout.journal(shard.index, shard.count)).is_whole:
+        done.unlink()
+    return done.exists()
+
+
 def _check_nothing_new(layout: Layout, config: Config, corpus: Corpus) -> None:
     """Refuses to take a finished dataset of fewer or more examples for the one that is asked for."""
     there: int | None = manifests.read(layout.root)["source_rows"]
@@ -116,7 +131,7 @@ def _source_rows(config: Config, corpus: Corpus) -> int | None:
 
 
 def _load(config: Config, commits: dict[str, str | None]) -> _Parts:
-    tokenizer = load_tokenizer(config.model, commits["tokenizer"])
+    tokenizer = load_tokenizer(config.model, hub_commit_of(commits["tokenizer"]))
     backbone = load_backbone(
         config.model,
         commit=commits["model"],

@@ -16,11 +16,8 @@ def show(root: Path, note: str) -> None:
     """Prints the dataset at `root`: examples, rows, heads, files, size; `note`; and three lines that read it."""
     manifest = manifests.read(root)
     files = manifest["files"]
-    heads = [
-        (key.layer, KINDS.index(key.kind), key.head, name)
-        for name in files
-        if (key := parse_head_name(name.split("/")[0]))
-    ]
+    keyed = [(parse_head_name(name.split("/")[0]), name) for name in files]
+    heads = sorted((key.layer, KINDS.index(key.kind), key.head, name) for key, name in keyed if key is not None)
     size_mb = sum(entry["bytes"] for entry in files.values()) / 1e6
     counts = f"{manifest['examples']:,} examples, {manifest['tokens']:,} tokens"
     print(f"{manifest['rows']:,} rows of {len(heads)} heads, from {counts}; {len(files)} files, {size_mb:,.1f} MB.")
@@ -34,4 +31,4 @@ def show(root: Path, note: str) -> None:
         print("The sampler kept no row: raise sampler.base_rate.")
     print(note)
     print(f"Dataset: {root}")
-    print(READING.format(file=root / min(heads)[-1]))
+    print(READING.format(file=root / heads[0][-1]))

@@ -371,6 +371,26 @@ def test_a_killed_process_goes_on_and_ends_with_the_same_bytes(checkpoint: Path,
     assert hashes(root) == hashes(whole)
 
 
+def test_a_journal_damaged_after_it_was_complete_is_mended(
+    checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sections: dict[str, Any] = {"inference": {"batch_size": 1, "segment_mb": 1, "lookahead": 1}}
+    whole = run(checkpoint, texts, tmp_path / "whole", **sections)
+
+    def fail(*_: Any) -> bool:
+        raise Stopped
+
+    monkeypatch.setattr("qk_sniffer.run.finalize", fail)
+    with pytest.raises(Stopped):
+        run(checkpoint, texts, tmp_path / "damaged", **sections)
+    segment = sorted((tmp_path / "damaged").rglob("*.safetensors"))[0]
+    data = bytearray(segment.read_bytes())
+    data[-1] ^= 1
+    segment.write_bytes(data)
+    monkeypatch.undo()
+    assert hashes(run(checkpoint, texts, tmp_path / "damaged", **sections)) == hashes(whole)
+
+
 def test_a_finished_job_does_nothing(
     checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

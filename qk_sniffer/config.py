@@ -5,12 +5,17 @@ with Hydra. Checks of the values are in `validation.py`.
 """
 
 import re
+import secrets
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
+
+ASSETS = Path(__file__).resolve().parent / "assets"
+
+_RUN_ID = secrets.token_hex(3)
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,10 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DatasetConfig:
-    """The texts: a Hub id, a local folder, or a file (parquet, jsonl, csv, txt)."""
+    """The texts: a Hub id, a local folder, or a file (parquet, jsonl, csv, txt).
+
+    `filter` maps columns to values: the rows where all are equal are the dataset, the others are left out.
+    """
 
     slug: str | None = None
     path: str | None = None
@@ -63,6 +71,7 @@ class DatasetConfig:
     data_files: Any = None
     text_column: str = "text"
     id_column: str | None = None
+    filter: dict[str, Any] = field(default_factory=dict)
     max_samples: int | None = None
     streaming: bool = False
 
@@ -141,7 +150,7 @@ class VerifyConfig:
 
 @dataclass(frozen=True)
 class OutputConfig:
-    """Where the dataset goes. `hf_branch` null: `<model slug>-<dataset slug>`; `data_root` null: `outputs/<hf_branch>`."""
+    """Where the dataset goes. Null: the branch is `<model slug>-<dataset slug>`, the data root `outputs/<branch>`."""
 
     data_root: str | None = None
     hf_repo_id: str | None = None
@@ -183,8 +192,16 @@ def from_omegaconf(node: DictConfig) -> Config:
     return config
 
 
+def from_dict(values: dict[str, Any]) -> Config:
+    """The config that `Config.to_dict` gave `values` of, keys that are missing at their defaults."""
+    node = OmegaConf.merge(schema(), values)
+    assert isinstance(node, DictConfig)
+    return from_omegaconf(node)
+
+
 def resolved(config: Config) -> Config:
-    """`config` with every derived value filled in: slugs, tokenizer, branch and data root."""
+    """`config` with every derived value filled in: slugs, tokenizer, branch and data root; `~` is the home folder."""
+    config = _at_home(config)
     model_slug = config.model.slug or safe_name(last_part(config.model.name or "model"))
     if config.model.revision != "main":
         revision = _short_revision(config.model.revision)
@@ -198,16 +215,12 @@ def resolved(config: Config) -> Config:
     )
     tokenizer = config.model.tokenizer
     if tokenizer.name is None:
-        tokenizer = replace(
-            tokenizer, name=config.model.name, revision=tokenizer.revision or config.model.revision
-        )
+        tokenizer = replace(tokenizer, name=config.model.name, revision=tokenizer.revision or config.model.revision)
     return replace(
         config,
         model=replace(config.model, slug=model_slug, tokenizer=tokenizer),
         dataset=replace(config.dataset, slug=dataset_slug),
-        output=replace(
-            config.output, hf_branch=branch, data_root=config.output.data_root or f"outputs/{branch}"
-        ),
+        output=replace(config.output, hf_branch=branch, data_root=config.output.data_root or f"outputs/{branch}"),
     )
 
 
@@ -222,15 +235,42 @@ def safe_name(text: str) -> str:
     return re.sub(r"[^a-z0-9._-]+", "-", text.lower()).strip("-.") or "unnamed"
 
 
+def schema() -> DictConfig:
+    """The defaults as an OmegaConf node that knows the type of every key; writable."""
+    node = OmegaConf.structured(Config)
+    assert isinstance(node, DictConfig)
+    _unlock(node)
+    return node
+
+
 def register() -> None:
-    """Makes the schema known to Hydra under the name that `conf/config.yaml` starts from."""
-    schema = OmegaConf.structured(Config)
-    _unlock(schema)
-    ConfigStore.instance().store(name="qk_sniffer_schema", node=schema)
+    """Makes known what `conf/` relies on: the schema it starts from, and two resolvers.
+
+    `${qk_sniffer.asset:name}` is the path of a folder that ships with the package; `${qk_sniffer.run_id:}` tells
+    processes apart that start in the same second, on this machine or another.
+    """
+    ConfigStore.instance().store(name="qk_sniffer_schema", node=schema())
+    OmegaConf.register_new_resolver("qk_sniffer.asset", lambda name: str(ASSETS / name), replace=True)
+    # The cached value travels with the config into the jobs of a sweep, which thus agree on its folder.
+    OmegaConf.register_new_resolver("qk_sniffer.run_id", lambda: _RUN_ID, use_cache=True, replace=True)
 
 
 def _short_revision(revision: str) -> str:
     return revision[:12] if re.fullmatch(r"[0-9a-f]{40}", revision) else safe_name(revision)
+
+
+def _at_home(config: Config) -> Config:
+    # A shell expands `~` only at the start of a word, not behind `dataset.path=`.
+    def expanded(path: str | None) -> str | None:
+        return str(Path.home() / path[2:]) if path is not None and (path + "/").startswith("~/") else path
+
+    tokenizer = replace(config.model.tokenizer, name=expanded(config.model.tokenizer.name))
+    return replace(
+        config,
+        model=replace(config.model, name=expanded(config.model.name), tokenizer=tokenizer),
+        dataset=replace(config.dataset, path=expanded(config.dataset.path)),
+        output=replace(config.output, data_root=expanded(config.output.data_root)),
+    )
 
 
 def _unlock(node: DictConfig) -> None:

@@ -4,7 +4,8 @@ QkSnifferError
 ├── ConfigError      the configuration cannot be right, whatever the machine holds
 ├── SourceError      the model or the dataset cannot be found, loaded or read
 ├── CaptureError     the model runs, but its vectors cannot be captured
-└── StoreError       the data root cannot be written, read or continued
+├── StoreError       the data root cannot be written, read or continued
+└── HubError         the finished dataset cannot be published
 """
 
 
@@ -18,9 +19,7 @@ class ConfigError(QkSnifferError):
     def __init__(self, problems: list[str]) -> None:
         self.problems = problems
         head = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        super().__init__(
-            "\n".join([f"{head} in the configuration:", *(f"  - {problem}" for problem in problems)])
-        )
+        super().__init__("\n".join([f"{head} in the configuration:", *(f"  - {problem}" for problem in problems)]))
 
 
 class SourceError(QkSnifferError):
@@ -33,3 +32,7 @@ class CaptureError(QkSnifferError):
 
 class StoreError(QkSnifferError):
     """A data root cannot be written, read or continued."""
+
+
+class HubError(QkSnifferError):
+    """A dataset cannot be published to the Hub. It stays whole in its folder."""

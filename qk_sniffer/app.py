@@ -1,0 +1,107 @@
+"""The command line: finds what is wrong with it, hands over to Hydra, and says how the jobs ended.
+
+Exit codes: 0 all jobs are done, 1 a job failed, 2 the command line or the configuration is wrong, 130 interrupted.
+"""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+import hydra
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from qk_sniffer import original, preflight, sweep
+from qk_sniffer.config import from_omegaconf, register, resolved
+from qk_sniffer.errors import ConfigError, QkSnifferError
+
+log = logging.getLogger(__name__)
+
+# A launcher's worker imports this module to find `task`, and then composes the job's config.
+register()
+
+
+def main() -> int:
+    """`python -m qk_sniffer` and `sniff-qk`; returns the exit code."""
+    try:
+        args = _parse(sys.argv[1:])
+        if args.help or args.hydra_help or args.cfg or args.info or args.shell_completion or args.experimental_rerun:
+            return _show()
+        return _run(preflight.planned(args))
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def task(node: DictConfig) -> str:
+    """One job, wherever Hydra's launcher runs it; returns its state and leaves the same in its status file."""
+    config = from_omegaconf(node)
+    hydra_config = HydraConfig.get()
+    number = 0 if OmegaConf.is_missing(hydra_config.job, "num") else hydra_config.job.num
+    status = sweep.Status(number, str(resolved(config).data_root))
+    with sweep.recorded(status, Path(hydra_config.runtime.output_dir)):
+        try:
+            from qk_sniffer.run import run_job
+
+            run_job(config)
+        except QkSnifferError as error:
+            log.error("%s", error)
+            status.fail(str(error))
+        except Exception as error:
+            log.exception("Not an error that qk-sniffer foresees:")
+            status.fail(f"{type(error).__name__}: {error}")
+    return status.state
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    if any(argument.partition("=")[0] == "--config" for argument in arguments):
+        raise ConfigError([original.CONFIG_FLAG])
+    args, rest = get_args_parser().parse_known_args(arguments)
+    unknown = [text for text in rest if text.startswith("-")]
+    if unknown:
+        raise ConfigError([f"{text}: no such flag; settings are written key=value (see --help)" for text in unknown])
+    if rest:
+        raise ConfigError([f"{' '.join(rest)}: flags come first, then all settings together"])
+    return args
+
+
+def _show() -> int:
+    """Help and the like, which Hydra does by itself."""
+    try:
+        _hydra_main()
+    except Exception as error:  # for these flags Hydra lets errors through as they are
+        print(preflight.explain(error), file=sys.stderr)
+        return 2
+    return 0
+
+
+def _run(planned: list[sweep.PlannedJob]) -> int:
+    """Has Hydra run the jobs, and learns from their status files how they ended."""
+    code = 0
+    try:
+        _hydra_main()
+    except SystemExit as error:  # Hydra's way to end once it has printed what its launcher raised
+        code = 1 if error.code else 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    folder = sweep.FolderCallback.folder
+    found = {} if folder is None else sweep.statuses(folder)
+    if len(planned) > 1:
+        print(sweep.table(planned, found))
+    all_done = all(job.number in found and found[job.number].state == sweep.DONE for job in planned)
+    return code or (0 if all_done else 1)
+
+
+def _hydra_main() -> None:
+    decorated = hydra.main(
+        version_base=preflight.VERSION_BASE,
+        config_path=f"pkg://{preflight.CONFIG_MODULE}",
+        config_name=preflight.CONFIG_NAME,
+    )(task)
+    decorated()

@@ -1,0 +1,226 @@
+"""What is wrong with the values of a config, all of it at once, before anything heavy is imported.
+
+Only what is certain from the config alone (and a look at whether a path exists) is found here; what a model, a
+dataset or the Hub has to say comes later. Types and unknown keys are the business of `overrides.py`.
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from qk_sniffer import sampling
+from qk_sniffer.config import Config, DatasetConfig, ModelConfig, OutputConfig, resolved
+from qk_sniffer.errors import ConfigError
+
+DTYPES = ("bfloat16", "float16", "float32")
+MAX_INT32 = 2**31 - 1
+MAX_SEED = 2**63 - 1
+
+_HUB_NAME = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
+_SLUG = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_-])?")
+
+
+def check(config: Config) -> None:
+    """Raises `ConfigError` with all `problems` of `config`, if there are any."""
+    if found := problems(config):
+        raise ConfigError(found)
+
+
+def problems(config: Config) -> list[str]:
+    """Every value of `config` that cannot be right, one line each that begins with its key; empty when all is well."""
+    return [
+        *_model(config.model),
+        *_dataset(config.dataset),
+        *sampling.problems(config.sampler),
+        *_at_least("sampler.seed", config.sampler.seed, 0, MAX_SEED),
+        *_capture(config),
+        *_inference_and_shard(config),
+        *_output(config.output),
+        *_derived(config),
+        *_not_built_yet(config),
+    ]
+
+
+def _model(model: ModelConfig) -> Iterator[str]:
+    yield from _slug("model.slug", model.slug)
+    if model.name is None:
+        yield "model.name is not given; model=hf needs model.name=org/name, or a folder that holds a checkpoint"
+    else:
+        yield from _source("model.name", model.name, "a folder")
+    yield from _revision("model.revision", model.revision, "model.name", model.name, default="main")
+    if model.dtype not in DTYPES:
+        yield f"model.dtype is {model.dtype!r}; valid: {', '.join(DTYPES)}"
+    if not isinstance(model.device_map, str | int | dict | None) or isinstance(model.device_map, bool):
+        yield (
+            f"model.device_map is {model.device_map!r}; it must be a name (auto, cpu, cuda:0, ...), "
+            "a mapping of modules to devices, or null"
+        )
+    for key in ("attn_implementation", "gguf_file", "family"):
+        yield from _not_empty(f"model.{key}", getattr(model, key))
+    tokenizer = model.tokenizer
+    if tokenizer.name is not None:
+        yield from _source("model.tokenizer.name", tokenizer.name, "a folder")
+    source = tokenizer.name or model.name
+    yield from _revision("model.tokenizer.revision", tokenizer.revision, "the tokenizer", source, default="main")
+    yield from _at_least("model.tokenizer.max_length", tokenizer.max_length, 1, MAX_INT32)
+    yield from _at_least("model.long_context.max_length", model.long_context.max_length, 1, MAX_INT32)
+    yield from _at_least("model.long_context.min_bucket_size", model.long_context.min_bucket_size, 1, MAX_INT32)
+
+
+def _dataset(dataset: DatasetConfig) -> Iterator[str]:
+    yield from _slug("dataset.slug", dataset.slug)
+    if dataset.path is None:
+        yield (
+            "dataset.path is not given; dataset=hf needs dataset.path=org/name, "
+            "or a folder or file (parquet, jsonl, csv, txt)"
+        )
+    else:
+        yield from _source("dataset.path", dataset.path, "a folder or file")
+    yield from _revision("dataset.revision", dataset.revision, "dataset.path", dataset.path, default=None)
+    for key in ("name", "split", "text_column", "id_column"):
+        yield from _not_empty(f"dataset.{key}", getattr(dataset, key))
+    if dataset.path == "pydoc" and (dataset.name is not None or dataset.data_files is not None):
+        yield "dataset.name and dataset.data_files must be null: dataset.path is 'pydoc', which has neither"
+    yield from _data_files(dataset.data_files)
+    for column, value in dataset.filter.items():
+        if not isinstance(value, str | int | float | bool | None):
+            yield f"dataset.filter.{column} is {value!r}; it must be one value, which the column is compared with"
+    yield from _at_least("dataset.max_samples", dataset.max_samples, 1)
+
+
+def _capture(config: Config) -> Iterator[str]:
+    capture = config.capture
+    if not (capture.capture_queries or capture.capture_keys):
+        yield "capture.capture_queries and capture.capture_keys are both false: there would be nothing to capture"
+    for key, numbers in (("capture.layers", capture.layers), ("capture.heads", capture.heads)):
+        if numbers is None:
+            continue
+        if not numbers:
+            yield f"{key} is []; null means all of them"
+        if any(number < 0 for number in numbers):
+            yield f"{key} is {numbers}; numbers start from 0"
+        if repeated := sorted({number for number in numbers if numbers.count(number) > 1}):
+            yield f"{key} is {numbers}; it names {', '.join(map(str, repeated))} more than once"
+    yield from _at_least("capture.head_sampling.count", capture.head_sampling.count, 1)
+    yield from _at_least("capture.head_sampling.seed", capture.head_sampling.seed, 0, MAX_SEED)
+
+
+def _inference_and_shard(config: Config) -> Iterator[str]:
+    for key in ("batch_size", "max_batch_tokens", "lookahead", "queue_mb", "segment_mb"):
+        yield from _at_least(f"inference.{key}", getattr(config.inference, key), 1)
+    index, count = config.shard.index, config.shard.count
+    yield from _at_least("shard.count", count, 1)
+    if index < 0 or index >= max(count, 1):
+        yield f"shard.index is {index}; with shard.count={count} it must be 0 to {max(count, 1) - 1}"
+    yield from _at_least("verify.examples", config.verify.examples, 0)
+
+
+def _output(output: OutputConfig) -> Iterator[str]:
+    yield from _not_empty("output.data_root", output.data_root)
+    root = Path(output.data_root or ".")
+    if root.is_file():
+        yield f"output.data_root is {output.data_root!r}, which is a file; it must be a folder, or not exist yet"
+    repo = output.hf_repo_id
+    if repo == "":
+        yield "output.hf_repo_id is not given; output=hub needs output.hf_repo_id=org/name, the repo to publish to"
+    elif repo is not None and (
+        not re.fullmatch(f"{_HUB_NAME}/{_HUB_NAME}", repo) or re.search(r"--|\.\.|\.git$", repo)
+    ):
+        yield f"output.hf_repo_id is {repo!r}; it must be org/name, in letters, digits, '-', '_' and '.'"
+    if output.hf_branch is not None:
+        yield from _branch("output.hf_branch", output.hf_branch)
+
+
+def _derived(config: Config) -> Iterator[str]:
+    # The branch that follows from several values; only looked at where those are right by themselves.
+    given = (config.model.name, config.dataset.path)
+    slugs = (config.model.slug, config.dataset.slug)
+    if config.output.hf_branch is None and all(given) and not any(slug and list(_slug("", slug)) for slug in slugs):
+        branch = resolved(config).output.hf_branch
+        assert branch is not None
+        yield from _branch("output.hf_branch", branch)
+
+
+def _not_built_yet(config: Config) -> Iterator[str]:
+    for key, asked in (("output.resume_from_hub", config.output.resume_from_hub), ("dry_run", config.dry_run)):
+        if asked:
+            yield f"{key} is true; this version cannot do that yet, leave it false"
+
+
+def _source(key: str, value: str, what: str) -> Iterator[str]:
+    # A Hub id or a path. Wrong for certain is a path that says it is one and does not exist, or what can be neither.
+    if not value.strip():
+        yield f"{key} is empty; it must be org/name on the Hub, or {what}"
+    elif "*" in value:
+        yield f"{key} is {value!r}; name the folder, and the files in it by dataset.data_files='*.parquet'"
+    elif _exists(value):
+        return
+    elif value.startswith(("/", "./", "../", "~")) or value in (".", ".."):
+        yield f"{key} is {value!r}, which does not exist (seen from {Path.cwd()})"
+    elif not re.fullmatch(rf"{_HUB_NAME}(/{_HUB_NAME})?", value):
+        yield f"{key} is {value!r}, which is neither an existing path (seen from {Path.cwd()}) nor org/name on the Hub"
+    elif "/" not in value and re.search(r"\.(parquet|jsonl?|csv|txt)$", value, flags=re.IGNORECASE):
+        yield f"{key} is {value!r}; there is no such file in {Path.cwd()}"
+
+
+def _revision(key: str, revision: str | None, of: str, source: str | None, *, default: str | None) -> Iterator[str]:
+    if revision is None or revision == default:
+        return
+    if not revision or re.search(r"\s", revision):
+        yield f"{key} is {revision!r}; it must be a branch, a tag or a commit"
+    elif source is not None and (source == "pydoc" or _exists(source)):
+        yield f"{key} is {revision!r}, but {of} is {source!r}, which is on this machine and has no revisions"
+
+
+def _data_files(files: Any) -> Iterator[str]:
+    def names(value: Any) -> bool:
+        return (isinstance(value, str) and bool(value)) or (
+            isinstance(value, list) and bool(value) and all(isinstance(name, str) and name for name in value)
+        )
+
+    if files is None or names(files):
+        return
+    if not (isinstance(files, dict) and files and all(names(value) for value in files.values())):
+        yield (
+            f"dataset.data_files is {files!r}; it must be a file name or pattern, a list of them, "
+            "or a mapping of splits to them"
+        )
+
+
+def _branch(key: str, name: str) -> Iterator[str]:
+    # The rules of `git check-ref-format`, and what the Hub keeps for itself.
+    parts = name.split("/")
+    if (
+        re.search(r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|@\{", name)
+        or any(not part or part.startswith(".") or part.endswith((".", ".lock")) for part in parts)
+        or name.startswith("-")
+        or name == "@"
+    ):
+        yield f"{key} is {name!r}, which git does not accept as a branch; use letters, digits, '-', '_' and '.'"
+    elif name == "main":
+        yield f"{key} is 'main', which lists the other branches; every dataset has a branch of its own"
+    elif parts[0] == "refs":
+        yield f"{key} is {name!r}; names below refs/ belong to the Hub"
+
+
+def _slug(key: str, slug: str | None) -> Iterator[str]:
+    if slug is not None and not _SLUG.fullmatch(slug):
+        yield f"{key} is {slug!r}; it becomes part of a path and a branch: use letters, digits, '-', '_' and '.'"
+
+
+def _at_least(key: str, value: int | None, least: int, most: int | None = None) -> Iterator[str]:
+    if value is not None and (value < least or (most is not None and value > most)):
+        yield f"{key} is {value}; it must be {f'{least} to {most}' if most else f'at least {least}'}"
+
+
+def _not_empty(key: str, value: str | None) -> Iterator[str]:
+    if value is not None and not value.strip():
+        yield f"{key} is empty"
+
+
+def _exists(path: str) -> bool:
+    try:
+        return (Path.home() / path[2:] if (path + "/").startswith("~/") else Path(path)).exists()
+    except (OSError, ValueError):  # a name that no file can have
+        return False

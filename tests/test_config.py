@@ -1,0 +1,306 @@
+"""The config keys, the shipped choices, what is derived from them, and what is refused as a value."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
+
+from qk_sniffer import conf
+from qk_sniffer.config import (
+    CaptureConfig,
+    Config,
+    DatasetConfig,
+    HeadSamplingConfig,
+    KeySamplerConfig,
+    LongContextConfig,
+    ModelConfig,
+    OutputConfig,
+    SamplerConfig,
+    ShardConfig,
+    TokenizerConfig,
+    from_omegaconf,
+    resolved,
+    schema,
+)
+from qk_sniffer.errors import ConfigError
+from qk_sniffer.validation import check, problems
+
+CONF = Path(conf.__file__).parent
+SNAPSHOT = Path(__file__).parent / "data" / "config.yaml"
+
+YARN = {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}}
+SMOLLM3 = "HuggingFaceTB/SmolLM3-3B-checkpoints"
+# slug: name on the Hub, tokens and positions a bucket in a long-context study, overrides of the model's config.
+PRODUCTION: dict[str, tuple[str, int, int, dict[str, Any]]] = {
+    "llama3.1-8b": ("meta-llama/Llama-3.1-8B", 131072, 8192, {}),
+    "llama3.2-1b": ("meta-llama/Llama-3.2-1B", 131072, 8192, {}),
+    "llama3.2-3b": ("meta-llama/Llama-3.2-3B", 131072, 8192, {}),
+    "llama3.2-11b": ("meta-llama/Llama-3.2-11B-Vision", 131072, 8192, {}),
+    "ministral3-3b": ("mistralai/Ministral-3-3B-Base-2512", 131072, 8192, {}),
+    "ministral3-8b": ("mistralai/Ministral-3-8B-Base-2512", 131072, 8192, {}),
+    "ministral3-14b": ("mistralai/Ministral-3-14B-Base-2512", 131072, 8192, {}),
+    "mistral-v0.2-7b": ("mistralai/Mistral-7B-Instruct-v0.2", 32768, 8192, {}),
+    "qwen3-0.6b": ("Qwen/Qwen3-0.6B", 131072, 8192, YARN),
+    "qwen3-1.7b": ("Qwen/Qwen3-1.7B", 131072, 8192, YARN),
+    "qwen3-4b": ("Qwen/Qwen3-4B", 131072, 8192, YARN),
+    "qwen3-8b": ("Qwen/Qwen3-8B", 131072, 8192, YARN),
+    "qwen3-14b": ("Qwen/Qwen3-14B", 131072, 8192, YARN),
+    "smollm3-3b-stage1-step-40000": (SMOLLM3, 4096, 256, {}),
+    "smollm3-3b-stage1-step-1200000": (SMOLLM3, 4096, 256, {}),
+    "smollm3-3b-stage1-step-2400000": (SMOLLM3, 4096, 256, {}),
+    "smollm3-3b-stage1-step-3440000": (SMOLLM3, 4096, 256, {}),
+    "smollm3-3b-stage2-step-4200000": (SMOLLM3, 4096, 256, {}),
+    "smollm3-3b-stage3-step-4720000": (SMOLLM3, 4096, 256, {}),
+    "smollm3-3b-lc-4k-to-32k-step-4000": (SMOLLM3, 32768, 2048, {}),
+    "smollm3-3b-lc-4k-to-32k-step-20000": (SMOLLM3, 32768, 2048, {}),
+    "smollm3-3b-lc-32k-to-64k-step-4000": (SMOLLM3, 65536, 4096, {}),
+    "smollm3-3b-lc-32k-to-64k-step-20000": (SMOLLM3, 65536, 4096, {}),
+}
+OTHER_FAMILIES = {
+    "google/gemma-3-1b-pt",
+    "google/gemma-3-4b-pt",
+    "THUDM/glm-4-9b-hf",
+    "THUDM/GLM-4-9B-0414",
+    "Qwen/Qwen2.5-0.5B",
+    "mistralai/Ministral-8B-Instruct-2410",
+}
+TO_BE_GIVEN = {
+    ("model", "hf"): ["model.name=org/name"],
+    ("dataset", "hf"): ["dataset.path=org/texts"],
+    ("output", "hub"): ["output.hf_repo_id=me/vectors"],
+}
+CHOICES = [
+    (group, file.stem)
+    for group in ("model", "dataset", "sampler", "output", "experiment")
+    for file in sorted((CONF / group).glob("*.yaml"))
+]
+
+
+def composed(*arguments: str) -> Config:
+    with initialize_config_module("qk_sniffer.conf", version_base="1.3"):
+        return from_omegaconf(compose("config", list(arguments)))
+
+
+def choice(slug: str) -> str:
+    return "model=" + re.sub(r"[-.]", "_", slug)
+
+
+def test_keys_and_defaults_are_those_of_the_snapshot() -> None:
+    # They are an interface: a change here breaks people's commands. If it is meant, change the file with it.
+    assert OmegaConf.to_yaml(schema()) == SNAPSHOT.read_text()
+
+
+@pytest.mark.parametrize(("group", "name"), CHOICES)
+def test_every_choice_composes_to_a_valid_config(group: str, name: str) -> None:
+    plus = "+" if group == "experiment" else ""
+    config = composed(f"{plus}{group}={name}", *TO_BE_GIVEN.get((group, name), []))
+    assert problems(config) == []
+
+
+def test_every_production_model_has_a_choice_and_nothing_is_left_over() -> None:
+    files = {name: OmegaConf.load(CONF / "model" / f"{name}.yaml") for group, name in CHOICES if group == "model"}
+    del files["hf"], files["pydoc_tiny"]
+    assert all(re.sub(r"[-.]", "_", model["slug"]) == name for name, model in files.items())
+    names = {model["slug"]: model["name"] for model in files.values()}
+    others = {slug: name for slug, name in names.items() if slug not in PRODUCTION}
+    assert names.keys() - others.keys() == PRODUCTION.keys()
+    assert set(others.values()) == OTHER_FAMILIES | {"HuggingFaceTB/SmolLM2-135M"}
+
+
+@pytest.mark.parametrize("slug", PRODUCTION)
+def test_a_production_model_alone_and_in_the_study(slug: str) -> None:
+    name, max_length, min_bucket_size, overrides = PRODUCTION[slug]
+    alone = composed(choice(slug))
+    assert (alone.model.name, alone.model.dtype, alone.model.slug) == (name, "bfloat16", slug)
+    assert alone.model.config_overrides == {} and alone.model.tokenizer.max_length == 4096
+    assert alone.sampler == SamplerConfig()
+
+    study = composed("+experiment=attention_plasticity", choice(slug))
+    assert study.model.tokenizer.max_length == max_length
+    assert study.model.config_overrides == overrides
+    assert study.sampler == SamplerConfig(type="uniform", base_rate=1.0, min_bucket_size=min_bucket_size)
+    assert study.capture == CaptureConfig(head_sampling=HeadSamplingConfig(300, 0), full_attention_only=True)
+    assert study.inference.batch_size == 1
+    assert study.output.hf_repo_id == "viktoroo/sniffed-qk"
+    dataset = study.dataset
+    assert (dataset.path, dataset.split) == ("viktoroo/longbench-pro-128k-plus", "test")
+    assert (dataset.text_column, dataset.id_column) == ("text", "id")
+    for config in (alone, study):
+        revision = slug.removeprefix("smollm3-3b-") if name == SMOLLM3 else "main"
+        tokenizer = resolved(config).model.tokenizer
+        assert config.model.revision == revision
+        expected = ("HuggingFaceTB/SmolLM3-3B", None) if name == SMOLLM3 else (name, "main")
+        assert (tokenizer.name, tokenizer.revision) == expected
+    assert resolved(study).output.hf_branch == f"{slug}-longbench-pro-128k-plus"
+    assert resolved(study).output.data_root == f"outputs/{slug}-longbench-pro-128k-plus"
+
+
+def test_the_sample_run() -> None:
+    config = resolved(composed("+experiment=sample"))
+    assert (config.model.name, config.model.dtype) == ("HuggingFaceTB/SmolLM2-135M", "float16")
+    assert (config.model.tokenizer.max_length, config.sampler.min_bucket_size) == (512, 32)
+    assert config.output.hf_repo_id == "viktoroo/test-sniffer-qk"
+    assert config.output.hf_branch == "smollm2-135m-longbench-pro-128k-plus"
+
+
+def test_choices_given_with_an_experiment_win() -> None:
+    config = composed("+experiment=sample", "output=local", "dataset=pydoc", "sampler=all", "model=qwen3_8b")
+    assert (config.output.hf_repo_id, config.dataset.path, config.sampler.type) == (None, "pydoc", "all")
+    assert config.model.tokenizer.max_length == 131072
+
+
+def test_a_model_config_override_is_added_to_those_of_the_study() -> None:
+    study = ("+experiment=attention_plasticity", "model=qwen3_8b")
+    config = composed(*study, "+model.config_overrides.sliding_window=4096")
+    assert config.model.config_overrides == YARN | {"sliding_window": 4096}
+
+
+def test_the_long_rows_of_longbench_v2() -> None:
+    dataset = resolved(composed("dataset=longbench_v2_long")).dataset
+    assert (dataset.path, dataset.split, dataset.slug) == ("zai-org/LongBench-v2", "train", "longbench-v2-long")
+    assert (dataset.text_column, dataset.id_column, dataset.filter) == ("context", "_id", {"length": "long"})
+
+
+MODEL, DATASET = ModelConfig(name="org/Some.Model-7B"), DatasetConfig(path="org/Texts")
+GOOD = Config(model=MODEL, dataset=DATASET)
+
+
+@pytest.mark.parametrize(
+    ("config", "branch"),
+    [
+        (GOOD, "some.model-7b-texts"),
+        (replace(GOOD, model=ModelConfig(name="/models/My Model/")), "my-model-texts"),
+        (replace(GOOD, model=replace(MODEL, revision="step-5")), "some.model-7b-step-5-texts"),
+        (replace(GOOD, model=replace(MODEL, revision="a" * 40)), f"some.model-7b-{'a' * 12}-texts"),
+        (replace(GOOD, model=replace(MODEL, slug="x-step-5", revision="step-5")), "x-step-5-texts"),
+        (replace(GOOD, dataset=DatasetConfig(path="data/my texts.jsonl")), "some.model-7b-my-texts"),
+        (replace(GOOD, capture=CaptureConfig(capture_pre_rope=True)), "some.model-7b-texts-pre-rope"),
+        (replace(GOOD, sampler=SamplerConfig(share="example")), "some.model-7b-texts-shared"),
+        (replace(GOOD, output=OutputConfig(hf_branch="mine")), "mine"),
+    ],
+)
+def test_branch_and_data_root(config: Config, branch: str) -> None:
+    output = resolved(config).output
+    assert (output.hf_branch, output.data_root) == (branch, f"outputs/{branch}")
+
+
+def test_the_home_folder_is_filled_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "texts").mkdir()
+    config = replace(GOOD, dataset=DatasetConfig(path="~/texts"), output=OutputConfig(data_root="~/vectors"))
+    assert problems(config) == []
+    assert resolved(config).dataset.path == str(tmp_path / "texts")
+    assert resolved(config).data_root == tmp_path / "vectors"
+
+
+BAD: list[tuple[str, Config]] = [
+    (r"model\.name is not given; .*model\.name=org/name", replace(GOOD, model=ModelConfig())),
+    (r"model\.name is './nowhere', which does not exist", replace(GOOD, model=ModelConfig(name="./nowhere"))),
+    (r"model\.name is 'a/b/c', which is neither", replace(GOOD, model=ModelConfig(name="a/b/c"))),
+    (r"model\.name is empty", replace(GOOD, model=ModelConfig(name=" "))),
+    (r"model\.slug is 'a/b'", replace(GOOD, model=replace(MODEL, slug="a/b"))),
+    (r"model\.revision is 'a b'", replace(GOOD, model=replace(MODEL, revision="a b"))),
+    (r"model\.revision is 'v2', but model\.name is '\.'", replace(GOOD, model=ModelConfig(name=".", revision="v2"))),
+    (r"model\.dtype is 'bf16'; valid: bfloat16, ", replace(GOOD, model=replace(MODEL, dtype="bf16"))),
+    (r"model\.device_map is \[0\]", replace(GOOD, model=replace(MODEL, device_map=[0]))),
+    (r"model\.family is empty", replace(GOOD, model=replace(MODEL, family=""))),
+    (
+        r"model\.tokenizer\.max_length is 0",
+        replace(GOOD, model=replace(MODEL, tokenizer=TokenizerConfig(max_length=0))),
+    ),
+    (
+        r"model\.tokenizer\.name is '/nowhere', which does not exist",
+        replace(GOOD, model=replace(MODEL, tokenizer=TokenizerConfig(name="/nowhere"))),
+    ),
+    (
+        r"model\.long_context\.max_length is -1",
+        replace(GOOD, model=replace(MODEL, long_context=LongContextConfig(max_length=-1))),
+    ),
+    (r"dataset\.path is not given; .*dataset\.path=org/name", replace(GOOD, dataset=DatasetConfig())),
+    (r"dataset\.path is '\.\./no\.txt', which does not exist", replace(GOOD, dataset=DatasetConfig(path="../no.txt"))),
+    (r"dataset\.path is 'no\.jsonl'; there is no such file", replace(GOOD, dataset=DatasetConfig(path="no.jsonl"))),
+    (r"dataset\.data_files='\*\.parquet'", replace(GOOD, dataset=DatasetConfig(path="d/*.parquet"))),
+    (r"dataset\.path is '/.x00', which does not exist", replace(GOOD, dataset=DatasetConfig(path="/\0"))),
+    (r"dataset\.revision is 'v1', but", replace(GOOD, dataset=DatasetConfig(path="pydoc", revision="v1"))),
+    (r"dataset\.name and dataset\.data_files", replace(GOOD, dataset=DatasetConfig(path="pydoc", name="x"))),
+    (r"dataset\.split is empty", replace(GOOD, dataset=replace(DATASET, split=""))),
+    (r"dataset\.text_column is empty", replace(GOOD, dataset=replace(DATASET, text_column=""))),
+    (r"dataset\.max_samples is 0", replace(GOOD, dataset=replace(DATASET, max_samples=0))),
+    (r"dataset\.data_files is \[\]", replace(GOOD, dataset=replace(DATASET, data_files=[]))),
+    (r"dataset\.data_files is \{'train': 3\}", replace(GOOD, dataset=replace(DATASET, data_files={"train": 3}))),
+    (r"dataset\.filter\.a is \[1\]", replace(GOOD, dataset=replace(DATASET, filter={"a": [1]}))),
+    (
+        r"sampler\.type is 'random'; valid: uniform, log_uniform, all",
+        replace(GOOD, sampler=SamplerConfig(type="random")),
+    ),
+    (r"sampler\.share is 'head'", replace(GOOD, sampler=SamplerConfig(share="head"))),
+    (r"sampler\.base_rate is 0", replace(GOOD, sampler=SamplerConfig(base_rate=0.0))),
+    (r"sampler\.base_rate is inf", replace(GOOD, sampler=SamplerConfig(base_rate=float("inf")))),
+    (r"sampler\.min_bucket_size is 0", replace(GOOD, sampler=SamplerConfig(min_bucket_size=0))),
+    (r"sampler\.max_rows_per_example is 0", replace(GOOD, sampler=SamplerConfig(max_rows_per_example=0))),
+    (r"sampler\.seed is -1", replace(GOOD, sampler=SamplerConfig(seed=-1))),
+    (r"sampler\.keys\.type is 'some'", replace(GOOD, sampler=SamplerConfig(keys=KeySamplerConfig(type="some")))),
+    (r"are both false", replace(GOOD, capture=CaptureConfig(capture_queries=False, capture_keys=False))),
+    (r"capture\.layers is \[-1\]", replace(GOOD, capture=CaptureConfig(layers=[-1]))),
+    (r"capture\.layers is \[\]", replace(GOOD, capture=CaptureConfig(layers=[]))),
+    (r"capture\.heads is \[3, 3\]; it names 3 more", replace(GOOD, capture=CaptureConfig(heads=[3, 3]))),
+    (r"head_sampling\.count is 0", replace(GOOD, capture=CaptureConfig(head_sampling=HeadSamplingConfig(0)))),
+    (r"head_sampling\.seed is -5", replace(GOOD, capture=CaptureConfig(head_sampling=HeadSamplingConfig(1, -5)))),
+    (r"inference\.batch_size is 0", replace(GOOD, inference=replace(GOOD.inference, batch_size=0))),
+    (r"inference\.queue_mb is 0", replace(GOOD, inference=replace(GOOD.inference, queue_mb=0))),
+    (r"inference\.lookahead is -3", replace(GOOD, inference=replace(GOOD.inference, lookahead=-3))),
+    (r"shard\.count is 0", replace(GOOD, shard=ShardConfig(0, 0))),
+    (r"shard\.index is 2; with shard\.count=2 it must be 0 to 1", replace(GOOD, shard=ShardConfig(2, 2))),
+    (r"verify\.examples is -1", replace(GOOD, verify=replace(GOOD.verify, examples=-1))),
+    (r"output\.data_root is '.*', which is a file", replace(GOOD, output=OutputConfig(data_root=__file__))),
+    (r"output\.hf_repo_id is not given", replace(GOOD, output=OutputConfig(hf_repo_id=""))),
+    *(
+        (r"output\.hf_repo_id is .* it must be org/name", replace(GOOD, output=OutputConfig(hf_repo_id=repo)))
+        for repo in ("name", "a/b/c", "me/a b", "me/a--b", "me/a.git", "-me/a")
+    ),
+    *(
+        (r"output\.hf_branch is .* git does not accept", replace(GOOD, output=OutputConfig(hf_branch=branch)))
+        for branch in ("a b", "a..b", "a.lock", "/a", "a/", "a//b", ".a", "a/.b", "-a", "@", "a@{1}", "a:b", "a~1", "")
+    ),
+    (r"output\.hf_branch is 'main'", replace(GOOD, output=OutputConfig(hf_branch="main"))),
+    (r"output\.hf_branch is 'refs/pr/1'", replace(GOOD, output=OutputConfig(hf_branch="refs/pr/1"))),
+    (r"output\.hf_branch is 'm\.\.x-texts', which git", replace(GOOD, model=replace(MODEL, slug="m..x"))),
+    (r"output\.resume_from_hub is true", replace(GOOD, output=OutputConfig(resume_from_hub=True))),
+]
+
+
+def test_a_good_config_has_no_problems() -> None:
+    assert problems(GOOD) == []
+    check(GOOD)
+
+
+@pytest.mark.parametrize(("message", "config"), BAD, ids=[f"{number}" for number in range(len(BAD))])
+def test_a_bad_value_is_named_alone(message: str, config: Config) -> None:
+    (found,) = problems(config)
+    assert re.search(message, found)
+
+
+def test_all_bad_values_are_named_at_once() -> None:
+    config = Config(
+        model=ModelConfig(dtype="int8"),
+        dataset=DatasetConfig(max_samples=-1),
+        sampler=SamplerConfig(type="some", base_rate=-1.0),
+        shard=ShardConfig(5, 2),
+    )
+    with pytest.raises(ConfigError) as caught:
+        check(config)
+    keys = [problem.split(" ")[0] for problem in caught.value.problems]
+    assert keys == [
+        "model.name",
+        "model.dtype",
+        "dataset.path",
+        "dataset.max_samples",
+        "sampler.type",
+        "sampler.base_rate",
+        "shard.index",
+    ]
+    assert "7 problems" in str(caught.value)

@@ -7,7 +7,6 @@ import json
 import logging
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from qk_sniffer.batching import load_tokenizer
@@ -65,14 +64,14 @@ def finish_publication(layout: Layout) -> None:
 
 def head_specs(record: dict[str, Any]) -> Iterator[HeadSpec]:
     """Every head that the job of `record` captures, queries before keys in each layer."""
-    config, model = record["config"], record["model"]
+    model = record["model"]
     for layer in model["layers"]:
         heads = LayerHeads(**{key: layer[key] for key in LayerHeads.__dataclass_fields__})
         for kind in KINDS:
             for row, head in enumerate(layer["captured"].get(kind, ())):
                 key_head = heads.key_head(head) if kind == "q" else head
                 metadata = {
-                    "model": last_name(config["model"]["name"]),
+                    "model": record["fingerprint"]["model.name"],
                     "revision": record["commits"]["model"],
                     "layer": heads.layer,
                     "head": head,
@@ -93,11 +92,6 @@ def head_specs(record: dict[str, Any]) -> Iterator[HeadSpec]:
                     row=row,
                     metadata={key: "null" if value is None else str(value) for key, value in metadata.items()},
                 )
-
-
-def last_name(name: str) -> str:
-    """A model's Hub id as it is; of a local folder its name alone, so that no path of this machine is published."""
-    return Path(name).name if Path(name).is_dir() else name
 
 
 def _stage(layout: Layout, record: dict[str, Any], stages: Stages) -> tuple[dict[str, Any], bytes]:

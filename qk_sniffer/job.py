@@ -104,6 +104,8 @@ class Job:
 def fingerprint(config: Config) -> dict[str, Any]:
     """Every key of a resolved `config` that can change a row or a vector, as `section.key: value`."""
     keys = {key: value for key, value in _dotted(config.to_dict()).items() if not _ignored(key)}
+    for key in ("model.name", "model.tokenizer.name"):
+        keys[key] = public_name(keys[key])  # a checkpoint that moved is the same; its digest is among the commits
     plain: dict[str, Any] = json.loads(json.dumps(keys))  # as it comes back from a file
     return plain
 
@@ -130,6 +132,11 @@ def resolve_commits(config: Config, earlier: Job | None) -> dict[str, str | None
                 commits["model"] if asked["model"] == (name, revision) and commits else current_commit(name, revision)
             )
     return commits
+
+
+def public_name(name: str) -> str:
+    """A model's Hub id as it is; of a local folder its name alone, so that no path of this machine is published."""
+    return Path(name).resolve().name if Path(name).is_dir() else name
 
 
 def hub_commit_of(commit: str | None) -> str | None:

@@ -32,10 +32,6 @@ class Stages:
             self._inner[-1] += whole
             self.seconds[name] = self.seconds.get(name, 0.0) + own
 
-    def since(self, earlier: dict[str, float]) -> dict[str, float]:
-        """Seconds by stage since `earlier`, a copy of `seconds`."""
-        return {name: value - earlier.get(name, 0.0) for name, value in self.seconds.items()}
-
 
 def describe(seconds: dict[str, float]) -> str:
     """`forward 12.3 s, gather 0.1 s`, longest first; stages under a millisecond are left out."""

@@ -4,6 +4,7 @@ A job is a plain function of its config: it runs the same here, in a sweep, on S
 """
 
 import logging
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,7 @@ from qk_sniffer.sampling import Sampler
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.disk import ensure_space, required_bytes
 from qk_sniffer.store.journal import ExampleRecord, Journal, JournalWriter
-from qk_sniffer.store.layout import Layout, claim, remove_work
+from qk_sniffer.store.layout import KINDS, Layout, claim, remove_work
 from qk_sniffer.store.locks import hold
 from qk_sniffer.summary import show
 from qk_sniffer.validation import check
@@ -190,12 +191,18 @@ def _capture_examples(config: Config, layout: Layout, corpus: Corpus, parts: _Pa
         ) as writer:
             capture = Capture(parts.backbone, parts.selection, sampler, writer, token_ids=tokens_wanted, stages=stages)
             examples = corpus.examples(shard_index=shard.index, shard_count=shard.count)
-            first = True
-            for batch in _batches(config, examples, parts.tokenizer, journal, stages):
-                if first:
-                    _check_space(layout, parts, sampler, batch, corpus.num_rows)
-                    first = False
-                _capture_batch(capture, batch, writer, progress, stages, debug=inference.debug_logging)
+            spent = dict(stages.seconds)
+            space_checked = False
+            for lengths, tokens in _tokenized(config, examples, parts.tokenizer, journal, stages):
+                if not space_checked:
+                    _check_space(layout, parts, sampler, list(lengths.values()), corpus.num_rows, journal)
+                    space_checked = True
+                for batch in _batches(config, lengths, tokens):
+                    shape = _capture_batch(capture, batch, writer, progress, stages)
+                    if inference.debug_logging:
+                        now = stages.seconds | {"write": writer.write_s}
+                        log.info("batch of %d x %d tokens: %s", *shape, _by_stage(now, spent))
+                        spent = now
             with stages("write"):
                 writer.close()
     finally:
@@ -204,16 +211,12 @@ def _capture_examples(config: Config, layout: Layout, corpus: Corpus, parts: _Pa
         raise SourceError(f"dataset {config.dataset.path} has no text that gives a token: nothing was captured")
 
 
-def _batches(
+def _tokenized(
     config: Config, examples: Iterator[Example], tokenizer: TextTokenizer, journal: Journal, stages: Stages
-) -> Iterator[list[Tokens]]:
-    """The batches that are not in the journal yet.
-
-    Which examples share a batch follows from the whole look-ahead window, done or not, so that a job that was
-    killed runs the same batches as one that was not.
-    """
-    inference, done = config.inference, dict(journal.records)
-    for window in windows(examples, inference.lookahead):
+) -> Iterator[tuple[dict[int, int], dict[int, Tokens]]]:
+    """Look-ahead windows that are not all done: the length of every example by index, the tokens of those to run."""
+    done = dict(journal.records)
+    for window in windows(examples, config.inference.lookahead):
         for example in window:
             _check_unchanged(example, done.get(example.index))
         fresh = [example for example in window if example.index not in done]
@@ -221,18 +224,23 @@ def _batches(
             continue
         with stages("tokenize"):
             tokens = {made.index: made for made in tokenizer(fresh)}
-        lengths = {
-            example.index: found.num_tokens
-            for example in window
-            if (found := done.get(example.index) or tokens.get(example.index)) is not None
-        }
-        order = list(lengths)
-        for batch in batches(
-            list(lengths.values()), max_batch_tokens=inference.max_batch_tokens, batch_size=inference.batch_size
-        ):
-            members = [tokens[order[i]] for i in batch if order[i] in tokens]
-            if members:
-                yield members
+        both = ((example.index, done.get(example.index) or tokens.get(example.index)) for example in window)
+        yield {index: found.num_tokens for index, found in both if found is not None}, tokens
+
+
+def _batches(config: Config, lengths: dict[int, int], tokens: dict[int, Tokens]) -> Iterator[list[Tokens]]:
+    """The batches of a window that are to be run.
+
+    Which examples share a batch follows from the whole window, done or not, so that a job that was killed runs the
+    same batches as one that was not.
+    """
+    inference, order = config.inference, list(lengths)
+    for batch in batches(
+        list(lengths.values()), max_batch_tokens=inference.max_batch_tokens, batch_size=inference.batch_size
+    ):
+        members = [tokens[order[place]] for place in batch if order[place] in tokens]
+        if members:
+            yield members
 
 
 def _check_unchanged(example: Example, record: ExampleRecord | None) -> None:
@@ -244,16 +252,9 @@ def _check_unchanged(example: Example, record: ExampleRecord | None) -> None:
 
 
 def _capture_batch(
-    capture: Capture,
-    batch: Sequence[Tokens],
-    writer: JournalWriter,
-    progress: Progress,
-    stages: Stages,
-    *,
-    debug: bool,
-) -> None:
-    before = dict(stages.seconds)
-    written_before = writer.write_s
+    capture: Capture, batch: Sequence[Tokens], writer: JournalWriter, progress: Progress, stages: Stages
+) -> tuple[int, ...]:
+    """Brings one batch into the journal; returns its shape (B, n)."""
     with stages("plan"):
         plan = capture.plan(batch)
     capture.run(plan)
@@ -271,21 +272,29 @@ def _capture_batch(
         ]
     )
     progress.add(len(batch), sum(example.num_tokens for example in batch), capture.num_rows(plan))
-    if debug:
-        spent = stages.since(before) | {"write (in the background)": writer.write_s - written_before}
-        log.info("batch of %d x %d tokens: %s", *plan.ids.shape, describe(spent))
+    return plan.ids.shape
+
+
+def _by_stage(now: dict[str, float], before: dict[str, float]) -> str:
+    # Tokenizing is done for a whole look-ahead window and counts for its first batch; writing goes on beside the rest.
+    stages = ("tokenize", "plan", "forward", "gather", "transfer", "queue", "write")
+    return ", ".join(f"{name} {now.get(name, 0.0) - before.get(name, 0.0):.4f} s" for name in stages)
 
 
 def _check_space(
-    layout: Layout, parts: _Parts, sampler: Sampler, batch: Sequence[Tokens], num_rows: int | None
+    layout: Layout, parts: _Parts, sampler: Sampler, lengths: list[int], num_rows: int | None, journal: Journal
 ) -> None:
-    """Checks the disk for the whole job, as if all examples were as long as those of the first batch."""
-    if num_rows is None:
+    """Checks the disk for the whole job, as if all examples were as long as those of the first window."""
+    if num_rows is None or not lengths:
         return
-    vectors = {example.index: 0.0 for example in batch}
-    for _, kind, heads in parts.selection:
-        for example in batch:
-            vectors[example.index] += len(heads) * sampler.expected_rows(kind, example.num_tokens)
-    per_example = sum(vectors.values()) / len(vectors)
+    heads: Counter[str] = Counter()
+    for _, kind, chosen in parts.selection:
+        heads[kind] += len(chosen)
+    per_example = {
+        kind: sum(sampler.expected_rows(kind, length) for length in lengths) / len(lengths) for kind in KINDS
+    }
+    rows = sum(heads[kind] * per_example[kind] for kind in KINDS)
     head_dim = max(layer.heads.head_dim for layer in parts.layers)
-    ensure_space(layout.root, required_bytes(int(per_example * num_rows), head_dim, parts.backbone.dtype.itemsize))
+    required = required_bytes(int(rows * num_rows), head_dim, parts.backbone.dtype.itemsize)
+    there = sum(path.stat().st_size for path in journal.segments)
+    ensure_space(layout.root, required - there)

@@ -109,7 +109,10 @@ class Sampler:
 
     def expected_rows(self, kind: str, num_tokens: int) -> float:
         """The number of rows that an example of so many tokens is expected to give each head of a kind."""
-        buckets, sizes = np.unique(self.bucket(kind, np.arange(num_tokens)), return_counts=True)
+        lowest, highest = self.bucket(kind, [0, num_tokens - 1])
+        buckets = np.arange(lowest, highest + 1)
+        first, last = self._rules[kind].span(buckets)
+        sizes = np.minimum(last, num_tokens - 1) - first + 1
         expected = float((self.probability(kind, buckets) * sizes).sum())
         limit = self.config.max_rows_per_example
         return expected if limit is None else min(expected, limit)

@@ -32,7 +32,9 @@ def test_every_file_of_the_package_is_in_the_wheel(wheel: Path) -> None:
     expected = set()
     for part in PARTS:
         for path in (ROOT / part).rglob("*"):
-            if path.is_file() and "__pycache__" not in path.parts and path.suffix != ".md" or path.parent.name == "pydoc_tiny":
+            if (
+                path.is_file() and "__pycache__" not in path.parts and path.suffix != ".md"
+            ) or path.parent.name == "pydoc_tiny":
                 name = path.relative_to(ROOT).as_posix()
                 expected.add(name if part == "qk_sniffer" else f"qk_sniffer/{name}")
     assert packed == expected

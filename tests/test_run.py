@@ -499,6 +499,19 @@ def test_rows_without_text_are_left_out_counted_and_keep_their_index(checkpoint:
     assert manifests.read(root)["skipped_rows"] == 2
 
 
+def test_debug_logging_tells_where_the_time_of_each_batch_went(
+    checkpoint: Path, texts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        run(checkpoint, texts, tmp_path / "out", inference={"debug_logging": True, "batch_size": 6})
+    lines = [message for message in caplog.messages if message.startswith("batch of ")]
+    assert len(lines) >= 4
+    for line in lines:
+        for stage in ("tokenize", "plan", "forward", "gather", "transfer", "write"):
+            assert f"{stage} " in line
+    assert "forward 0.0000 s" not in lines[0] and "tokenize 0.0000 s" not in lines[0]
+
+
 def test_two_jobs_cannot_write_one_data_root(checkpoint: Path, texts: Path, tmp_path: Path) -> None:
     code = (
         "import sys, time; from pathlib import Path; from qk_sniffer.store.layout import claim;"

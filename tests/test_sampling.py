@@ -350,3 +350,13 @@ def test_a_long_plan_takes_well_under_a_second() -> None:
 def test_nothing_heavy_is_imported() -> None:
     code = "import sys, qk_sniffer.sampling; print({'torch', 'transformers', 'scipy', 'pyarrow'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
+
+
+@pytest.mark.parametrize("options", [{"type": "uniform"}, {"type": "log_uniform"}, {"type": "all"}])
+@pytest.mark.parametrize("num_tokens", [1, 7, 100, 1000])
+def test_expected_rows_sum_the_probabilities_of_all_positions(options: dict[str, Any], num_tokens: int) -> None:
+    sampler = Sampler(SamplerConfig(**options, base_rate=3.0, min_bucket_size=12))
+    whole = sampler.probability("q", sampler.bucket("q", np.arange(num_tokens))).sum()
+    assert sampler.expected_rows("q", num_tokens) == pytest.approx(whole)
+    capped = Sampler(SamplerConfig(**options, base_rate=3.0, min_bucket_size=12, max_rows_per_example=2))
+    assert capped.expected_rows("q", num_tokens) == pytest.approx(min(whole, 2))

@@ -1,6 +1,7 @@
 """The backbone: the model without its language-model head, its attention layout, one forward at a time."""
 
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
@@ -10,12 +11,12 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from qk_sniffer.attention import AttentionCall, ForwardDone, tap
 from qk_sniffer.banded import banded
 from qk_sniffer.config import ModelConfig
-from qk_sniffer.errors import CaptureError, ConfigError, SourceError
+from qk_sniffer.errors import CaptureError, ConfigError, QkSnifferError, SourceError
 from qk_sniffer.families import Family, find_family
 from qk_sniffer.heads import LayerHeads
 
@@ -134,29 +135,40 @@ def load_backbone(
     """
     assert config.name is not None
     source: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
-    if not Path(config.name).is_dir():
-        source["revision"] = commit or config.revision
     if config.gguf_file is not None:
         source["gguf_file"] = config.gguf_file
     with _loading(config):
-        model_config = AutoConfig.from_pretrained(config.name, **source)
-        model_config = with_overrides(model_config, config.config_overrides)
-        family = find_family(model_config.model_type, config.family)
-        auto_class = getattr(transformers, family.auto_class)
-        model, info = auto_class.from_pretrained(
-            config.name,
-            config=model_config,
-            dtype=torch_dtype(config.dtype),
-            device_map=config.device_map,
-            attn_implementation=config.attn_implementation,
-            use_safetensors=None if config.allow_pickle or config.gguf_file else True,
-            ignore_mismatched_sizes=True,  # to be named by us, with every other weight that is not as it should be
-            output_loading_info=True,
-            **source,
-        )
+        if Path(config.name).is_dir():
+            model, family, info = _loaded(config, source)
+        else:
+            source["revision"] = commit or config.revision
+            try:
+                # The cache first: where there is no network, the library asks for a minute before it looks there.
+                model, family, info = _loaded(config, source | {"local_files_only": True})
+            except OSError:
+                model, family, info = _loaded(config, source)
     decoder = family.decoder(model.eval())
     _refuse_missing(config.name, model, decoder, info)
     return Backbone(decoder, family, pre_rope=pre_rope, banded_attention=banded_attention)
+
+
+def _loaded(config: ModelConfig, source: dict[str, Any]) -> tuple[PreTrainedModel, Family, dict[str, Any]]:
+    assert config.name is not None
+    model_config = AutoConfig.from_pretrained(config.name, **source)
+    model_config = with_overrides(model_config, config.config_overrides)
+    family = find_family(model_config.model_type, config.family)
+    model, info = getattr(transformers, family.auto_class).from_pretrained(
+        config.name,
+        config=model_config,
+        dtype=torch_dtype(config.dtype),
+        device_map=config.device_map,
+        attn_implementation=config.attn_implementation,
+        use_safetensors=None if config.allow_pickle or config.gguf_file else True,
+        ignore_mismatched_sizes=True,  # to be named by us, with every other weight that is not as it should be
+        output_loading_info=True,
+        **source,
+    )
+    return model, family, info
 
 
 def torch_dtype(name: str) -> torch.dtype | str:
@@ -203,8 +215,10 @@ def with_overrides(config: PretrainedConfig, overrides: dict[str, Any]) -> Pretr
 def _loading(config: ModelConfig) -> Iterator[None]:
     """Turns what transformers raises while it loads into errors that name the model and the way out."""
     where = f"model {config.name}" + (f" at revision {config.revision}" if config.revision != "main" else "")
-    verbosity = transformers.logging.get_verbosity()
+    verbosity, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity(logging.ERROR)  # its load report lists the head, which is left out on purpose
+    if not sys.stderr.isatty():
+        transformers.logging.disable_progress_bar()
     try:
         yield
     except OSError as error:
@@ -218,11 +232,15 @@ def _loading(config: ModelConfig) -> Iterator[None]:
             f"{where} cannot be loaded: {_first_line(text)} Give model.name a Hub id (org/name) or a local folder "
             "with config.json; private and gated models need HF_TOKEN, an offline machine a cached copy"
         ) from error
-    except (ValueError, KeyError, ImportError, RuntimeError) as error:
+    except QkSnifferError:
+        raise
+    except Exception as error:  # whatever a checkpoint, or code that comes with it, makes the library stumble over
         hint = "; set model.trust_remote_code=true if you trust its code" if "trust_remote_code" in str(error) else ""
         raise SourceError(f"{where} cannot be loaded: {type(error).__name__}: {error}{hint}") from error
     finally:
         transformers.logging.set_verbosity(verbosity)
+        if bars:
+            transformers.logging.enable_progress_bar()
 
 
 def _refuse_missing(name: str, model: nn.Module, decoder: nn.Module, info: dict[str, Any]) -> None:

@@ -227,7 +227,7 @@ def resolved(config: Config) -> Config:
 def last_part(name: str) -> str:
     """The last part of a Hub id or path, a file's suffix left out: `org/name`, `/data/name/`, `data/name.jsonl`."""
     last = Path(name).name or "root"
-    return re.sub(r"\.(parquet|jsonl?|csv|txt|gz|zst)$", "", last, flags=re.IGNORECASE) or last
+    return re.sub(r"(\.(parquet|jsonl?|csv|txt|gz|bz2|xz|zst))+$", "", last, flags=re.IGNORECASE) or last
 
 
 def safe_name(text: str) -> str:

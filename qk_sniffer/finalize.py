@@ -12,6 +12,7 @@ from typing import Any
 from qk_sniffer.batching import load_tokenizer
 from qk_sniffer.card import CardFacts, CardHead, write_card
 from qk_sniffer.config import Config, from_dict
+from qk_sniffer.errors import SourceError
 from qk_sniffer.heads import LayerHeads
 from qk_sniffer.job import hub_commit_of, read_record
 from qk_sniffer.progress import Stages
@@ -116,6 +117,8 @@ def _stage(layout: Layout, record: dict[str, Any], stages: Stages) -> tuple[dict
     )
     done = [json.loads(layout.shard_done(index, count).read_bytes()) for index in range(count)]
     skipped = sum(shard["skipped"] for shard in done)
+    if not written.num_examples:
+        raise SourceError(f"dataset {config.dataset.path} has no text that gives a token: nothing was captured")
     longest = max(record.num_tokens for journal in journals for record in journal.records.values())
     kinds = [kind for kind in KINDS if any(head.kind == kind for head in heads)]
     inclusion = {kind: sampler.inclusion(kind, longest) for kind in kinds}

@@ -172,6 +172,7 @@ def _record(config: Config, job: Job, corpus: Corpus, parts: _Parts) -> dict[str
             "layers": layers,
             "rotary": parts.backbone.rotary_parameters(),
         },
+        "tokenizer": {"class": parts.tokenizer.class_name},
     }
 
 
@@ -207,7 +208,7 @@ def _capture_examples(config: Config, layout: Layout, corpus: Corpus, parts: _Pa
                 writer.close()
     finally:
         progress.close()
-    if not journal.records:
+    if not journal.records and shard.count == 1:
         raise SourceError(f"dataset {config.dataset.path} has no text that gives a token: nothing was captured")
 
 

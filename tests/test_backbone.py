@@ -55,6 +55,14 @@ def test_weights_of_another_shape_are_an_error(tmp_path: Path) -> None:
         load_backbone(config)
 
 
+def test_weights_that_cannot_be_read_are_an_error(tmp_path: Path) -> None:
+    config = saved(CASES[0], tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(SourceError, match=str(tmp_path)):
+        load_backbone(config)
+
+
 def test_a_pickle_checkpoint_is_refused_unless_asked_for(tmp_path: Path) -> None:
     config = saved(CASES[0], tmp_path)
     weights = load_file(tmp_path / "model.safetensors")

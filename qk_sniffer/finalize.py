@@ -3,10 +3,12 @@
 Everything needed stands in the job's record and its journals, so that any shard can do it, or anybody else later.
 """
 
+import copy
 import json
 import logging
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from qk_sniffer.batching import load_tokenizer
@@ -138,9 +140,20 @@ def _stage(layout: Layout, record: dict[str, Any], stages: Stages) -> tuple[dict
             rows_by_bucket=written.rows_by_bucket,
         )
     ).encode()
-    facts = record | {"inclusion": inclusion, "skipped_rows": skipped}
+    facts = record | {"config": _public(record), "inclusion": inclusion, "skipped_rows": skipped}
     manifest = manifests.build(facts, written, card=card, timings=stages.seconds)
     return manifest, card
+
+
+def _public(record: dict[str, Any]) -> dict[str, Any]:
+    """The config for the manifest: nothing of where it ran, so that equal datasets have equal manifests."""
+    config: dict[str, Any] = copy.deepcopy(record["config"])
+    del config["output"], config["shard"]
+    config["model"]["name"] = record["fingerprint"]["model.name"]
+    config["model"]["tokenizer"]["name"] = record["fingerprint"]["model.tokenizer.name"]
+    if Path(config["dataset"]["path"]).exists():
+        config["dataset"]["path"] = Path(config["dataset"]["path"]).name
+    return config
 
 
 def _card_head(layout: Layout, head: HeadSpec, written: Written) -> CardHead:

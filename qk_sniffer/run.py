@@ -17,6 +17,7 @@ from qk_sniffer.corpus import Corpus, Example, open_corpus
 from qk_sniffer.errors import SourceError, StoreError
 from qk_sniffer.finalize import finalize, finish_publication, mark_done
 from qk_sniffer.heads import Selection, select
+from qk_sniffer.hub import publish, require_login
 from qk_sniffer.job import Job, fingerprint, hub_commit_of, read_record, resolve_commits, write_record
 from qk_sniffer.progress import Progress, Stages, describe
 from qk_sniffer.sampling import Sampler
@@ -39,6 +40,8 @@ def run_job(config: Config) -> None:
     """
     check(config)
     config = resolved(config)
+    if config.output.hf_repo_id:
+        require_login()  # now, not after hours of capture
     stages = Stages()
     layout = claim(config.data_root)
     shard = config.shard
@@ -55,11 +58,21 @@ def run_job(config: Config) -> None:
         if finished:
             _check_nothing_new(layout, config, corpus)
             show(layout.root, "Nothing to do: the dataset is finished.")
+            _publish(config, layout)
             return
         if earlier is None or not _is_captured(config, layout):
             _capture(config, layout, corpus, job, stages, anew=earlier is None)
     if finalize(layout, stages):
         show(layout.root, f"Time: {describe(stages.seconds)}")
+        _publish(config, layout)
+
+
+def _publish(config: Config, layout: Layout) -> None:
+    """Brings the finished dataset to its branch on the Hub, where one is asked for."""
+    output = config.output
+    if output.hf_repo_id and output.hf_branch:
+        published = publish(layout.root, output.hf_repo_id, output.hf_branch, private=output.private)
+        print(f"{'Published' if published.changed else 'Already published'}: {published.url}")
 
 
 def _capture(config: Config, layout: Layout, corpus: Corpus, job: Job, stages: Stages, *, anew: bool) -> None:

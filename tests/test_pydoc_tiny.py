@@ -1,0 +1,163 @@
+"""The shipped model predicts text it was never shown, and is of the architecture that the default job relies on."""
+
+import importlib.util
+import json
+import logging
+import math
+import random
+import re
+from collections import Counter
+from pathlib import Path
+from pydoc_data.topics import topics
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tokenizers.pre_tokenizers import ByteLevel
+from torch.nn.functional import cross_entropy
+
+import qk_sniffer.assets
+
+FOLDER = Path(qk_sniffer.assets.__file__).parent / "pydoc_tiny"
+SCRIPT = Path(__file__).parent.parent / "scripts" / "train_pydoc_tiny.py"
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    """The training script, for its lists of topics."""
+    spec = importlib.util.spec_from_file_location("train_pydoc_tiny", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return transformers.AutoTokenizer.from_pretrained(FOLDER)
+
+
+@pytest.fixture(scope="module")
+def held_out_loss(model: Any, tokenizer: Any, script: ModuleType) -> float:
+    """Nats per token over the held-out topics of the running Python."""
+    losses = []
+    with torch.no_grad():
+        for name in script.HELD_OUT:
+            ids = tokenizer(topics[name], return_tensors="pt").input_ids
+            losses.append(cross_entropy(model(ids).logits[0, :-1], ids[0, 1:], reduction="none"))
+    return float(torch.cat(losses).mean())
+
+
+def test_it_predicts_held_out_text(held_out_loss: float, tokenizer: Any, script: ModuleType) -> None:
+    unseen = [token for name in script.HELD_OUT for token in tokenizer(topics[name]).input_ids[1:]]
+    training = set(topics) - set(script.HELD_OUT) - set(script.EARLY_STOPPING)
+    counts = Counter(token for name in training for token in tokenizer(topics[name], verbose=False).input_ids[1:])
+    total = counts.total() + len(tokenizer)
+    unigram = -sum(math.log((counts[token] + 1) / total) for token in unseen) / len(unseen)
+
+    assert held_out_loss < unigram - 1.5
+    assert held_out_loss < math.log(len(tokenizer)) - 2.5
+
+
+def test_the_card_states_the_loss_of_this_checkpoint(held_out_loss: float) -> None:
+    # Other versions of Python have slightly other texts; those of 3.11 are the card's own.
+    stated = re.search(r"^\| this model \| ([0-9.]+) \|", (FOLDER / "README.md").read_text(encoding="utf-8"), re.M)
+    assert stated is not None
+    assert held_out_loss == pytest.approx(float(stated[1]), abs=0.1)
+
+
+def test_held_out_topics_are_in_no_other_topic(script: ModuleType) -> None:
+    """Many topics are chapters of others, so that a name alone would not keep a text from the training."""
+
+    def sequences(name: str) -> set[tuple[str, ...]]:
+        words = topics[name].split()
+        return {tuple(words[start : start + 8]) for start in range(len(words) - 7)}
+
+    unseen = set().union(*map(sequences, script.HELD_OUT))
+    training = set(topics) - set(script.HELD_OUT) - set(script.EARLY_STOPPING)
+    seen = set().union(*map(sequences, training), *map(sequences, script.EARLY_STOPPING))
+    assert len(unseen & seen) < 0.02 * len(unseen)
+
+
+def hostile_texts() -> list[str]:
+    draw = random.Random(0)
+    return [
+        "👩‍👩‍👧‍👦🏳️‍🌈 emoji",
+        "漢字と仮名、한국어, العربية, हिन्दी",
+        "\x00 NUL \x00\x00",
+        bytes(draw.randbytes(4096)).decode("latin-1"),
+        "".join(chr(draw.randrange(0x10000, 0x110000)) for _ in range(500)),
+        "  leading,   inner , and trailing blanks \t\r\n\n   ",
+        "don 't join n't , these .",
+        "<|endoftext|> as plain text<|endoftext|>",
+        "\ufeff\u200b\u2028\u0301",
+        "",
+    ]
+
+
+@pytest.mark.parametrize("text", hostile_texts(), ids=range(len(hostile_texts())))
+def test_any_text_comes_back_from_its_tokens(tokenizer: Any, text: str) -> None:
+    first, *ids = tokenizer(text).input_ids
+    assert first == tokenizer.bos_token_id == tokenizer.eos_token_id == 0
+    assert tokenizer.decode(ids) == text
+
+
+def test_all_bytes_are_tokens(tokenizer: Any) -> None:
+    assert tokenizer.unk_token is None
+    assert len(set(ByteLevel.alphabet()) & set(tokenizer.get_vocab())) == 256
+
+
+def test_folder_is_a_small_plain_checkpoint() -> None:
+    files = {path.name: path.stat().st_size for path in FOLDER.iterdir()}
+    assert set(files) == {"README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert sum(files.values()) <= 4_000_000
+
+
+def test_no_file_tells_of_the_machine() -> None:
+    for path in FOLDER.iterdir():
+        text = path.read_bytes().decode("latin-1")
+        assert not re.search(r"/(home|root|tmp|work|Users)/|\b20\d\d-\d\d-\d\d\b", text), path
+
+
+@pytest.mark.parametrize("loader", ["AutoModelForCausalLM", "AutoModel"])
+def test_it_loads_without_a_complaint(loader: str, caplog: pytest.LogCaptureFixture, recwarn: Any) -> None:
+    log = logging.getLogger("transformers")
+    log.addHandler(caplog.handler)
+    try:
+        loaded, info = getattr(transformers, loader).from_pretrained(FOLDER, output_loading_info=True)
+        transformers.AutoTokenizer.from_pretrained(FOLDER)
+    finally:
+        log.removeHandler(caplog.handler)
+    assert not any(info.values()), info
+    assert loaded.dtype == torch.bfloat16
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == []
+    assert [str(warning.message) for warning in recwarn] == []
+
+
+def test_architecture(model: Any) -> None:
+    config = model.config
+    assert json.loads((FOLDER / "config.json").read_text(encoding="utf-8"))["model_type"] == "qwen3"
+    assert config.num_hidden_layers == len(model.model.layers) >= 6
+    assert config.num_attention_heads == 8 and config.num_key_value_heads == 2 and config.head_dim == 32
+    assert config.tie_word_embeddings and model.lm_head.weight is model.model.embed_tokens.weight
+    assert set(config.layer_types) == {"sliding_attention", "full_attention"}
+    for layer, layer_type in zip(model.model.layers, config.layer_types, strict=True):
+        attention = layer.self_attn
+        assert attention.sliding_window == (128 if layer_type == "sliding_attention" else None)
+        assert attention.q_norm.weight.shape == attention.k_norm.weight.shape == (32,)
+
+
+def test_heads_learnt_something(model: Any, tokenizer: Any) -> None:
+    """A text that repeats itself gets easier: what a context offers is used, beyond the window of sliding layers."""
+    ids = tokenizer(topics["raise"], return_tensors="pt").input_ids[:, :600]
+    twice = torch.cat([ids, ids[:, 1:]], dim=1)
+    with torch.no_grad():
+        losses = cross_entropy(model(twice).logits[0, :-1], twice[0, 1:], reduction="none")
+    assert losses[599:].mean() < losses[:599].mean() - 0.1

@@ -154,9 +154,15 @@ def load_backbone(
 
 def _loaded(config: ModelConfig, source: dict[str, Any]) -> tuple[PreTrainedModel, Family, dict[str, Any]]:
     assert config.name is not None
-    model_config = AutoConfig.from_pretrained(config.name, **source)
-    model_config = with_overrides(model_config, config.config_overrides)
+    whole = AutoConfig.from_pretrained(config.name, **source)
+    model_config = whole.get_text_config()
     family = find_family(model_config.model_type, config.family)
+    if model_config is not whole:
+        # A multimodal checkpoint: its decoder alone is built and read, under the names that it has inside the whole.
+        source = source | {"key_mapping": family.inside}
+        if (quantization := getattr(whole, "quantization_config", None)) is not None:
+            model_config.quantization_config = quantization
+    model_config = with_overrides(model_config, config.config_overrides)
     model, info = getattr(transformers, family.auto_class).from_pretrained(
         config.name,
         config=model_config,

@@ -7,7 +7,8 @@ named `Family`; it is found by the config's `model_type`, or named by `model.fam
 
 import importlib
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,7 +24,12 @@ class Family:
     """The generic family. Methods take modules as they are after loading."""
 
     auto_class = "AutoModel"
-    """The class of transformers that loads the model without its language-model head."""
+    """The class of transformers that loads the decoder without its language-model head."""
+
+    inside: Mapping[str, str] = MappingProxyType(
+        {r"^language_model\.model\.": "model.", r"^model\.language_model\.": "model."}
+    )
+    """How a multimodal checkpoint names its decoder's weights, in older and in newer files: pattern -> replacement."""
 
     def decoder(self, model: Any) -> nn.Module:
         """The text decoder inside the loaded `model`: what is run, without any head or vision tower."""
@@ -38,6 +44,7 @@ class Family:
             if isinstance(layer := getattr(module, "layer_idx", None), int)
             and "Attention" in type(module).__name__
             and "Cross" not in type(module).__name__
+            and not type(module).__name__.endswith("Layer")
             and not getattr(module, "is_cross_attention", False)
         }
 

@@ -19,7 +19,16 @@ def run(hub: FakeHub, folder: Path, *command: str, token: str | None = "hf_alice
     return subprocess.run([sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True)
 
 
-JOB = ["-m", "qk_sniffer", "output=hub", "output.hf_repo_id=alice/vectors", "dataset.max_samples=3", "model.tokenizer.max_length=100", "capture.layers=[1]", "sampler=all"]
+JOB = [
+    "-m",
+    "qk_sniffer",
+    "output=hub",
+    "output.hf_repo_id=alice/vectors",
+    "dataset.max_samples=3",
+    "model.tokenizer.max_length=100",
+    "capture.layers=[1]",
+    "sampler=all",
+]
 
 READ = """
 import json

@@ -7,6 +7,7 @@ named `Family`; it is found by the config's `model_type`, or named by `model.fam
 
 import importlib
 import importlib.util
+import sys
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -70,6 +71,35 @@ class Family:
                 "are in a family (model.family=package.module:Class)"
             )
         return inputs[id(query)], inputs[id(key)]
+
+    def projections(self, module: nn.Module) -> dict[str, nn.Module] | None:
+        """The submodules whose outputs are query and key before RoPE, by kind, for the proof by hooks.
+
+        A norm of query or key follows its projection. None: there are no such submodules, so no proof by hooks.
+        """
+        found: dict[str, nn.Module] = {}
+        for kind in ("q", "k"):
+            parts = (getattr(module, f"{kind}_norm", None), getattr(module, f"{kind}_proj", None))
+            part = next((part for part in parts if isinstance(part, nn.Module)), None)
+            if part is None:
+                return None
+            found[kind] = part
+        return found
+
+    def rotated(
+        self, module: nn.Module, query: torch.Tensor, key: torch.Tensor, embeddings: tuple[torch.Tensor, ...] | None
+    ) -> RotaryCall | None:
+        """`query` (1, H, n, d) and `key` (1, K, n, d) after RoPE, for the proof by hooks.
+
+        `embeddings` is what the module's rotary embedding gave this layer, if anything. None: not known how.
+        """
+        if not getattr(module, "use_rope", True):
+            return query, key
+        rotary = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
+        if rotary is None or not isinstance(embeddings, tuple):
+            return None
+        turned: RotaryCall = rotary(query, key, *embeddings)
+        return turned
 
 
 def find_family(model_type: str, override: str | None = None) -> Family:

@@ -7,7 +7,7 @@ import copy
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from qk_sniffer.sampling import Sampler
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.compact import HeadSpec, compact
 from qk_sniffer.store.disk import write_atomic
-from qk_sniffer.store.journal import Journal
+from qk_sniffer.store.journal import ExampleRecord, Journal
 from qk_sniffer.store.layout import KINDS, Layout
 from qk_sniffer.store.locks import hold
 from qk_sniffer.store.manifest import Written
@@ -31,7 +31,11 @@ from qk_sniffer.store.publish import publish, resume_publish
 log = logging.getLogger(__name__)
 
 
-def finalize(layout: Layout, stages: Stages) -> bool:
+Prove = Callable[[Layout, Sequence[HeadSpec], Sequence[ExampleRecord]], dict[str, Any]]
+"""Given the staged files, their heads and the examples: the manifest's `proof`."""
+
+
+def finalize(layout: Layout, stages: Stages, prove: Prove) -> bool:
     """Makes the dataset from the journals of a job; False while shards are not done yet, which it names.
 
     Raises:
@@ -47,7 +51,7 @@ def finalize(layout: Layout, stages: Stages) -> bool:
     with hold(layout.finalize_lock, "making the dataset"):
         log.info("writing the Parquet files")
         with stages("compact"):
-            manifest, card = _stage(layout, record, stages)
+            manifest, card = _stage(layout, record, stages, prove)
             publish(layout, manifest, card=card)
     return True
 
@@ -97,7 +101,7 @@ def head_specs(record: dict[str, Any]) -> Iterator[HeadSpec]:
                 )
 
 
-def _stage(layout: Layout, record: dict[str, Any], stages: Stages) -> tuple[dict[str, Any], bytes]:
+def _stage(layout: Layout, record: dict[str, Any], stages: Stages, prove: Prove) -> tuple[dict[str, Any], bytes]:
     """Stages the files of the dataset; returns its manifest and card."""
     config = from_dict(record["config"])
     sampler = Sampler(config.sampler)
@@ -121,7 +125,10 @@ def _stage(layout: Layout, record: dict[str, Any], stages: Stages) -> tuple[dict
     skipped = sum(shard["skipped"] for shard in done)
     if not written.num_examples:
         raise SourceError(f"dataset {config.dataset.path} has no text that gives a token: nothing was captured")
-    longest = max(record.num_tokens for journal in journals for record in journal.records.values())
+    examples = [example for journal in journals for example in journal.records.values()]
+    with stages("verify"):
+        proof = prove(layout.staging, heads, examples)
+    longest = max(example.num_tokens for example in examples)
     kinds = [kind for kind in KINDS if any(head.kind == kind for head in heads)]
     inclusion = {kind: sampler.inclusion(kind, longest) for kind in kinds}
     card = write_card(
@@ -140,7 +147,7 @@ def _stage(layout: Layout, record: dict[str, Any], stages: Stages) -> tuple[dict
             rows_by_bucket=written.rows_by_bucket,
         )
     ).encode()
-    facts = record | {"config": _public(record), "inclusion": inclusion, "skipped_rows": skipped}
+    facts = record | {"config": _public(record), "inclusion": inclusion, "skipped_rows": skipped, "proof": proof}
     manifest = manifests.build(facts, written, card=card, timings=stages.seconds)
     return manifest, card
 

@@ -7,6 +7,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from qk_sniffer.backbone import Backbone, LayerFacts, load_backbone
@@ -14,14 +15,16 @@ from qk_sniffer.batching import TextTokenizer, Tokens, batches, load_tokenizer, 
 from qk_sniffer.capture import Capture
 from qk_sniffer.config import Config, resolved
 from qk_sniffer.corpus import Corpus, Example, open_corpus
-from qk_sniffer.errors import SourceError, StoreError
+from qk_sniffer.errors import CaptureError, SourceError, StoreError
 from qk_sniffer.finalize import finalize, finish_publication, mark_done
 from qk_sniffer.heads import Selection, select
 from qk_sniffer.hub import publish, require_login
 from qk_sniffer.job import Job, fingerprint, hub_commit_of, read_record, resolve_commits, write_record
 from qk_sniffer.progress import Progress, Stages, describe
+from qk_sniffer.proof import examples_with_rows, prove
 from qk_sniffer.sampling import Sampler
 from qk_sniffer.store import manifest as manifests
+from qk_sniffer.store.compact import HeadSpec
 from qk_sniffer.store.disk import ensure_space, required_bytes
 from qk_sniffer.store.journal import ExampleRecord, Journal, JournalWriter
 from qk_sniffer.store.layout import KINDS, Layout, claim, remove_work
@@ -60,25 +63,59 @@ def run_job(config: Config) -> None:
             show(layout.root, "Nothing to do: the dataset is finished.")
             _publish(config, layout)
             return
+        parts = _LazyParts(config, job.commits, stages)
         if earlier is None or not _is_captured(config, layout):
-            _capture(config, layout, corpus, job, stages, anew=earlier is None)
-    if finalize(layout, stages):
+            _capture(config, layout, corpus, job, parts(), stages, anew=earlier is None)
+    if finalize(layout, stages, lambda *staged: _prove(config, corpus, parts, *staged)):
         show(layout.root, f"Time: {describe(stages.seconds)}")
         _publish(config, layout)
 
 
+def _prove(
+    config: Config,
+    corpus: Corpus,
+    parts: "_LazyParts",
+    staging: Layout,
+    heads: Sequence[HeadSpec],
+    records: Sequence[ExampleRecord],
+) -> dict[str, Any]:
+    """The proof over the shortest examples that have rows (see `proof.py`)."""
+    count = config.verify.examples
+    if count == 0:
+        return {"proven": None, "reason": "turned off (verify.examples=0)"}
+    with_rows = examples_with_rows(staging, heads)
+    chosen = sorted((r.num_tokens, r.index) for r in records if r.example_id in with_rows)[:count]
+    if not chosen:
+        return {"proven": None, "reason": "the dataset has no rows"}
+    indices = {index for _, index in chosen}
+    found = islice((example for example in corpus.examples() if example.index in indices), len(indices))
+    tokens = parts().tokenizer(list(found))
+    return prove(parts().backbone, staging, heads, {made.example_id: made.ids for made in tokens})
+
+
 def _publish(config: Config, layout: Layout) -> None:
-    """Brings the finished dataset to its branch on the Hub, where one is asked for."""
+    """Brings the finished dataset to its branch on the Hub, where one is asked for, unless it is disproven.
+
+    Raises:
+        CaptureError: stored vectors are not those that the model computes on another path.
+    """
+    proof = manifests.read(layout.root)["proof"]
+    if proof["proven"] is False:
+        raise CaptureError(
+            f"{layout.root} is unproven, and not published: derived again from the model's projections, vectors differ "
+            f"by more than {proof['tolerance']} (relative): {proof['largest_difference_by_layer']} by layer. Please "
+            "report this with the model's name; verify.examples=0 makes a dataset without proof"
+        )
     output = config.output
     if output.hf_repo_id and output.hf_branch:
         published = publish(layout.root, output.hf_repo_id, output.hf_branch, private=output.private)
         print(f"{'Published' if published.changed else 'Already published'}: {published.url}")
 
 
-def _capture(config: Config, layout: Layout, corpus: Corpus, job: Job, stages: Stages, *, anew: bool) -> None:
+def _capture(
+    config: Config, layout: Layout, corpus: Corpus, job: Job, parts: "_Parts", stages: Stages, *, anew: bool
+) -> None:
     """Brings the examples of this shard into its journal, and marks the shard as done."""
-    with stages("load model"):
-        parts = _load(config, job.commits)
     if anew:
         remove_work(layout)  # only now that all that is needed was found; a finished dataset stays until the end
     record = write_record(layout, _record(config, job, corpus, parts))
@@ -142,6 +179,20 @@ def _check_nothing_new(layout: Layout, config: Config, corpus: Corpus) -> None:
 def _source_rows(config: Config, corpus: Corpus) -> int | None:
     """How many rows of the source the dataset is of; None for all rows of a stream, which cannot be counted."""
     return config.dataset.max_samples if corpus.num_rows is None else corpus.num_rows
+
+
+class _LazyParts:
+    """Loads tokenizer and model when they are first needed, which may be never."""
+
+    def __init__(self, config: Config, commits: dict[str, str | None], stages: Stages) -> None:
+        self._config, self._commits, self._stages = config, commits, stages
+        self._parts: _Parts | None = None
+
+    def __call__(self) -> _Parts:
+        if self._parts is None:
+            with self._stages("load model"):
+                self._parts = _load(self._config, self._commits)
+        return self._parts
 
 
 def _load(config: Config, commits: dict[str, str | None]) -> _Parts:

@@ -29,6 +29,15 @@ def show(root: Path, note: str) -> None:
             print(f"{manifest[key]:,} {meaning}.")
     if not manifest["rows"]:
         print("The sampler kept no row: raise sampler.base_rate.")
+    proof = manifest["proof"]
+    if proof["proven"]:
+        largest = max(proof["largest_difference_by_layer"].values())
+        count = len(proof["examples"])
+        print(
+            f"Proven: rows of {count} example(s), derived again by hooks, differ by {largest:.1g} at most (relative)."
+        )
+    elif proof["proven"] is None:
+        print(f"Not proven: {proof['reason']}.")
     print(note)
     print(f"Dataset: {root}")
     print(READING.format(file=root / heads[0][-1]))

@@ -1,0 +1,158 @@
+"""The proof in every dataset: stored rows of a few examples, derived again on another path.
+
+The other path is a plain forward of the unmodified model over one example alone, with the user's own attention
+kernel: no tap, no bands, no batch. Hooks on the query and key projections (or the norms behind them) give the
+vectors before RoPE, and the model's own rotary function with its own embedding turns them. What differs from the
+stored rows by more than rounding was captured wrongly.
+
+The measure is ||stored - derived|| / ||derived|| over all rows of one head and example (Frobenius norm). Rounding
+alone comes from batches of another shape and from banded attention, and grows with depth; a wrong head, position or
+rotation gives about 1.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.parquet as pq
+import torch
+from torch import nn
+
+from qk_sniffer.backbone import Backbone
+from qk_sniffer.store.compact import HeadSpec
+from qk_sniffer.store.layout import KINDS, Layout
+
+MAX_TOKENS = 4096
+"""An example is cut to so many tokens; what comes later cannot change the vectors before it."""
+
+MIN_TOKENS = 257
+"""A shorter example is padded on the right: more tokens than any model has heads, so that shapes tell them apart."""
+
+TOLERANCES = {"float32": 2e-3, "float16": 2e-2, "bfloat16": 1e-1}
+"""The largest relative difference that counts as rounding, by the dtype of the model."""
+
+Vectors = npt.NDArray[np.float32]
+StoredRows = tuple[npt.NDArray[np.int64], Vectors]
+"""Positions (rows,) and vectors (rows, head_dim)."""
+
+
+def prove(
+    backbone: Backbone, layout: Layout, heads: Sequence[HeadSpec], examples: Mapping[int, npt.NDArray[np.int32]]
+) -> dict[str, Any]:
+    """Compares the rows that `layout` holds of `examples` (token ids by example_id) with what hooks derive.
+
+    Returns the manifest's `proof`: `proven` (None where the family has no hook path), the tolerance, and the largest
+    difference by layer.
+    """
+    proof: dict[str, Any] = {"proven": None, "examples": sorted(examples), "max_tokens": MAX_TOKENS}
+    largest: dict[int, float] = {}
+    for example_id, ids in examples.items():
+        stored = _stored(layout, heads, example_id)
+        derived = _derived(backbone, ids[:MAX_TOKENS], {head: positions for head, (positions, _) in stored.items()})
+        if derived is None:
+            return proof | {"reason": "no hook path is known for this family of models"}
+        for head, (_, vectors) in stored.items():
+            largest[head.layer] = max(largest.get(head.layer, 0.0), _difference(vectors, derived[head]))
+    tolerance = TOLERANCES[str(backbone.dtype).removeprefix("torch.")]
+    return proof | {
+        # Written so that a difference that is not a number proves nothing.
+        "proven": bool(largest) and all(difference <= tolerance for difference in largest.values()),
+        "tolerance": tolerance,
+        "largest_difference_by_layer": dict(sorted(largest.items())),
+    }
+
+
+def _stored(layout: Layout, heads: Sequence[HeadSpec], example_id: int) -> dict[HeadSpec, StoredRows]:
+    stored = {}
+    for head in heads:
+        positions, vectors = rows_of_example(layout.head_file(head.layer, head.head, head.kind), example_id)
+        near = positions < MAX_TOKENS
+        if near.any():
+            stored[head] = positions[near], vectors[near]
+    return stored
+
+
+def examples_with_rows(layout: Layout, heads: Sequence[HeadSpec]) -> set[int]:
+    """The example_ids of which any head has rows; the heads of one layer and kind have the same."""
+    first_heads = {(head.layer, head.kind): head for head in reversed(heads)}
+    found: set[int] = set()
+    for head in first_heads.values():
+        ids = pq.read_table(layout.head_file(head.layer, head.head, head.kind), columns=["example_id"])["example_id"]
+        found |= set(ids.unique().to_pylist())
+    return found
+
+
+def rows_of_example(path: Path, example_id: int) -> StoredRows:
+    """The rows of one example in a head's file; only the row groups that hold them are read whole."""
+    with pq.ParquetFile(path) as file:
+        found, start = [], 0
+        ids = file.read(columns=["example_id"])["example_id"].to_numpy()
+        for group in range(file.num_row_groups):
+            stop = start + file.metadata.row_group(group).num_rows
+            if (ids[start:stop] == example_id).any():
+                found.append(group)
+            start = stop
+        table = file.read_row_groups(found, columns=["example_id", "position", "vector"])
+    mine = table["example_id"].to_numpy() == example_id
+    vectors = table["vector"].combine_chunks().flatten().to_numpy().reshape(-1, table["vector"].type.list_size)
+    return table["position"].to_numpy()[mine].astype(np.int64), vectors[mine]
+
+
+def _derived(
+    backbone: Backbone, ids: npt.NDArray[np.int32], heads: Mapping[HeadSpec, npt.NDArray[np.int64]]
+) -> dict[HeadSpec, Vectors] | None:
+    """Each head's vectors at its positions, from hooks on a plain forward; None where there is no hook path."""
+    family = backbone.family
+    ids = np.pad(ids, (0, max(0, MIN_TOKENS - len(ids))))
+    head_dims = {head.layer: head.head_dim for head in heads}
+    modules = {module: layer for module, layer in backbone.attention_layers.items() if layer in head_dims}
+    projected: dict[tuple[nn.Module, str], torch.Tensor] = {}
+    derived: dict[HeadSpec, Vectors] = {}
+    hooks = []
+
+    def keep(module: nn.Module, kind: str) -> Callable[..., None]:
+        def hook(_: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+            projected[module, kind] = _heads_first(output, len(ids), head_dims[modules[module]])
+
+        return hook
+
+    def derive(module: nn.Module, inputs: Any, arguments: dict[str, Any], output: Any) -> None:
+        pair = projected.pop((module, "q")), projected.pop((module, "k"))
+        turned = pair if backbone.pre_rope else family.rotated(module, *pair, arguments.get("position_embeddings"))
+        for head, positions in heads.items():
+            if turned is not None and head.layer == modules[module]:
+                states = turned[KINDS.index(head.kind)][0, head.head]
+                derived[head] = states[torch.from_numpy(positions).to(states.device)].float().cpu().numpy()
+
+    try:
+        for module in modules:
+            if (parts := family.projections(module)) is None:
+                return None
+            hooks += [part.register_forward_hook(keep(module, kind)) for kind, part in parts.items()]
+            hooks.append(module.register_forward_hook(derive, with_kwargs=True))
+        with torch.inference_mode():
+            tokens = torch.from_numpy(ids.astype(np.int64))[None]
+            backbone.decoder(input_ids=tokens.to(backbone.device), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return derived if len(derived) == len(heads) else None
+
+
+def _heads_first(states: torch.Tensor, length: int, head_dim: int) -> torch.Tensor:
+    """(1, n, heads * head_dim), (1, n, heads, head_dim) or (1, heads, n, head_dim) -> the last of these."""
+    if states.dim() == 3:
+        states = states.unflatten(-1, (-1, head_dim))
+        return states.transpose(1, 2)
+    return states.transpose(1, 2) if states.shape[1] == length else states
+
+
+def _difference(stored: Vectors, derived: Vectors) -> float:
+    """Relative, in the Frobenius norm; what is not a number in both is equal."""
+    both = np.isnan(stored) & np.isnan(derived)
+    one, other = np.where(both, 0, stored).astype(np.float64), np.where(both, 0, derived).astype(np.float64)
+    norm = float(np.linalg.norm(other))
+    difference = float(np.linalg.norm(one - other))
+    return difference / norm if norm else difference

@@ -1,0 +1,130 @@
+"""The proof: every right dataset passes it, every wrong one fails it and says so."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_run import heads_of, run
+from tiny import ALPHABET, save_checkpoint
+from torch import nn
+from zoo import CASES, Case
+
+from qk_sniffer import capture as capture_room
+from qk_sniffer import proof as proof_room
+from qk_sniffer.errors import CaptureError
+from qk_sniffer.families import Family
+from qk_sniffer.store import manifest as manifests
+from qk_sniffer.store.journal import Rows
+
+LLAMA = CASES[0]
+LENGTHS = [60, 4, 90, 33]
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    """Examples of 60, 4, 90 and 33 tokens; 4 is also the number of query heads, which shapes must not confuse."""
+    path = tmp_path / "texts.jsonl"
+    whole = "".join(ALPHABET) * 2
+    path.write_text("".join(json.dumps({"text": whole[i : i + n]}) + "\n" for i, n in enumerate(LENGTHS)))
+    return path
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("stage", ["post", "pre"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_right_dataset_is_proven(case: Case, stage: str, dtype: str, texts: Path, tmp_path: Path) -> None:
+    checkpoint = save_checkpoint(case, tmp_path / "model")
+    root = run(
+        checkpoint,
+        texts,
+        tmp_path / "out",
+        model={"dtype": dtype},
+        capture={"capture_pre_rope": stage == "pre"},
+        verify={"examples": 2},
+    )
+    proof = manifests.read(root)["proof"]
+    assert proof["proven"] is True
+    assert proof["examples"] == [1, 3], "the shortest ones"
+    differences = proof["largest_difference_by_layer"]
+    assert differences.keys() == {"0", "1", "2"}
+    assert max(differences.values()) < (1e-5 if dtype == "float32" else 0.03)
+
+
+def next_position(rows: Rows) -> Rows:
+    return Rows(rows.layer, rows.kind, rows.vectors.roll(1, dims=1), rows.index, rows.position)
+
+
+def other_head(rows: Rows) -> Rows:
+    return Rows(rows.layer, rows.kind, rows.vectors.roll(1, dims=0), rows.index, rows.position)
+
+
+def one_component(rows: Rows) -> Rows:
+    vectors = rows.vectors.clone()
+    vectors[0, -1, 0] += 1.0 if rows.layer == 1 else 0.0
+    return Rows(rows.layer, rows.kind, vectors, rows.index, rows.position)
+
+
+@pytest.mark.parametrize("harm", [next_position, other_head, one_component])
+def test_a_wrong_dataset_fails_and_stays(
+    harm: Any, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = save_checkpoint(LLAMA, tmp_path / "model")
+    monkeypatch.setattr(capture_room, "Rows", lambda *columns: harm(Rows(*columns)))
+    with pytest.raises(CaptureError, match="unproven"):
+        run(checkpoint, texts, tmp_path / "out", inference={"batch_size": 1})
+    assert manifests.read(tmp_path / "out")["proof"]["proven"] is False
+    assert len(heads_of(tmp_path / "out")) == 18
+    with pytest.raises(CaptureError, match="unproven"):  # also when the same command finds it finished
+        run(checkpoint, texts, tmp_path / "out", inference={"batch_size": 1})
+
+
+def test_rotating_what_should_not_be_is_found(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = save_checkpoint(LLAMA, tmp_path / "model")
+    monkeypatch.setattr(Family, "before_rotary", lambda self, module, calls, query, key: (query, key))
+    with pytest.raises(CaptureError, match="unproven"):
+        run(checkpoint, texts, tmp_path / "out", capture={"capture_pre_rope": True}, verify={"examples": 2})
+
+
+def test_only_examples_with_rows_prove_anything(texts: Path, tmp_path: Path) -> None:
+    checkpoint = save_checkpoint(LLAMA, tmp_path / "model")
+    sampler = {"type": "uniform", "base_rate": 2.0, "min_bucket_size": 64, "share": "example"}
+    root = run(checkpoint, texts, tmp_path / "out", sampler=sampler | {"seed": 3})
+    with_rows = {example for table in heads_of(root).values() for example in table["example_id"].to_pylist()}
+    shortest = min(with_rows, key=lambda example: LENGTHS[example])
+    assert manifests.read(root)["proof"]["examples"] == [shortest] != [1]
+
+
+def test_it_can_be_turned_off(texts: Path, tmp_path: Path) -> None:
+    root = run(save_checkpoint(LLAMA, tmp_path / "model"), texts, tmp_path / "out", verify={"examples": 0})
+    assert manifests.read(root)["proof"] == {"proven": None, "reason": "turned off (verify.examples=0)"}
+
+
+class Blind(Family):
+    """A family whose projections are nowhere to be hooked."""
+
+    def projections(self, module: nn.Module) -> None:
+        return None
+
+
+def test_a_family_without_a_hook_path_says_so(texts: Path, tmp_path: Path) -> None:
+    checkpoint = save_checkpoint(LLAMA, tmp_path / "model")
+    root = run(checkpoint, texts, tmp_path / "out", model={"family": "test_proof:Blind"})
+    proof = manifests.read(root)["proof"]
+    assert proof["proven"] is None and "no hook path" in proof["reason"]
+
+
+def test_rows_of_an_example_are_found_in_every_row_group(tmp_path: Path) -> None:
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    ids = np.repeat([7, 3, 9], [5, 8, 4])
+    vectors = pa.FixedSizeListArray.from_arrays(pa.array(np.arange(34, dtype=np.float32)), 2)
+    positions = pa.array(np.concatenate([np.arange(5), np.arange(8), np.arange(4)]))
+    pq.write_table(
+        pa.table({"example_id": ids, "position": positions, "vector": vectors}), tmp_path / "x", row_group_size=4
+    )
+    found, rows = proof_room.rows_of_example(tmp_path / "x", 3)
+    assert found.tolist() == list(range(8))
+    assert rows.tolist() == np.arange(10, 26, dtype=np.float32).reshape(8, 2).tolist()

@@ -1,21 +1,24 @@
 """The tap: exact, harmless, and gone afterwards. Over every family of the zoo."""
 
+import importlib
 from typing import Any
 
 import pytest
 import reference
 import torch
 from torch import nn
-from transformers.modeling_utils import AttentionInterface
-from zoo import CASES, Case, ids
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, AttentionInterface
+from zoo import CASES, CASES_AND_KERNELS, Case, ids
 
 from qk_sniffer.attention import AttentionCall
 from qk_sniffer.backbone import Backbone
 from qk_sniffer.errors import CaptureError
-from qk_sniffer.families import Family
+from qk_sniffer.families import Family, find_family
 
 all_cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-both_kernels = pytest.mark.parametrize("kernel", ["eager", "sdpa"])
+with_kernels = pytest.mark.parametrize(
+    ("case", "kernel"), CASES_AND_KERNELS, ids=[f"{case.name}-{kernel}" for case, kernel in CASES_AND_KERNELS]
+)
 both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 both_stages = pytest.mark.parametrize("pre_rope", [False, True], ids=["post_rope", "pre_rope"])
 
@@ -30,7 +33,7 @@ def captured(
             assert (call.layer, kind) not in seen
             seen[call.layer, kind] = states.clone()
 
-    Backbone(decoder, Family(), pre_rope=pre_rope).forward(tokens, keep)
+    Backbone(decoder, find_family(decoder.config.model_type), pre_rope=pre_rope).forward(tokens, keep)
     return seen
 
 
@@ -39,43 +42,36 @@ def received(
 ) -> dict[tuple[int, str], torch.Tensor]:
     """What the unmodified model hands to its attention kernel, or to its rotary function, found without the tap.
 
-    The kernel, or the module's rotary function, is replaced by one that copies its arguments first; layers are
-    told apart by the order of the calls.
+    The kernel, and the module's rotary function, are replaced by ones that copy their arguments first. A layer that
+    reaches its kernel without a rotary call is not rotated.
     """
-    import importlib
-
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
     module = importlib.import_module(type(model).__module__)
-    pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
-    with monkeypatch.context() as patch:
-        if pre_rope:
-            rotary = module.apply_rotary_pos_emb
+    turned: list[tuple[torch.Tensor, torch.Tensor]] = []
+    seen: dict[tuple[int, str], torch.Tensor] = {}
+    rotary = module.apply_rotary_pos_emb
+    kernel = model.config._attn_implementation
+    original = module.eager_attention_forward if kernel == "eager" else ALL_ATTENTION_FUNCTIONS[kernel]
 
-            def copying_rotary(q: torch.Tensor, k: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-                pairs.append((q.clone(), k.clone()))
-                return rotary(q, k, *args, **kwargs)
+    def copying_rotary(q: torch.Tensor, k: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        turned.append((q.clone(), k.clone()))
+        return rotary(q, k, *args, **kwargs)
 
-            patch.setattr(module, "apply_rotary_pos_emb", copying_rotary)
+    def copying_kernel(layer: nn.Module, q: torch.Tensor, k: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        before = turned.pop() if turned else (q.clone(), k.clone())
+        seen[layer.layer_idx, "q"], seen[layer.layer_idx, "k"] = before if pre_rope else (q.clone(), k.clone())
+        return original(layer, q, k, *args, **kwargs)
+
+    with monkeypatch.context() as patch, torch.no_grad():
+        patch.setattr(module, "apply_rotary_pos_emb", copying_rotary)
+        if kernel == "eager":
+            patch.setattr(module, "eager_attention_forward", copying_kernel)
         else:
-            kernel = model.config._attn_implementation
-            original = module.eager_attention_forward if kernel == "eager" else ALL_ATTENTION_FUNCTIONS[kernel]
-
-            def copying_kernel(layer: nn.Module, q: torch.Tensor, k: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-                pairs.append((q.clone(), k.clone()))
-                return original(layer, q, k, *args, **kwargs)
-
-            if kernel == "eager":
-                patch.setattr(module, "eager_attention_forward", copying_kernel)
-            else:
-                patch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, kernel, copying_kernel)
-        with torch.no_grad():
-            model.get_decoder()(input_ids=tokens, use_cache=False)
-    return {(layer, kind): pair[i] for layer, pair in enumerate(pairs) for i, kind in enumerate("qk")}
+            patch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, kernel, copying_kernel)
+        model.get_decoder()(input_ids=tokens, use_cache=False)
+    return seen
 
 
-@all_cases
-@both_kernels
+@with_kernels
 @both_dtypes
 @both_stages
 def test_captured_vectors_are_bit_for_bit_what_the_unmodified_model_computes(
@@ -90,8 +86,7 @@ def test_captured_vectors_are_bit_for_bit_what_the_unmodified_model_computes(
         assert torch.equal(states, expected[key]), key
 
 
-@all_cases
-@both_kernels
+@with_kernels
 @both_stages
 def test_captured_vectors_agree_with_a_reference_in_float64(case: Case, kernel: str, pre_rope: bool) -> None:
     decoder = case.model(kernel=kernel).get_decoder()
@@ -106,17 +101,17 @@ def test_captured_vectors_agree_with_a_reference_in_float64(case: Case, kernel: 
 def test_before_and_after_the_rotary_embedding_differ(case: Case) -> None:
     decoder = case.model().get_decoder()
     before, after = captured(decoder, ids(), pre_rope=True), captured(decoder, ids())
-    for key in after:
-        assert torch.equal(before[key][:, :, 0], after[key][:, :, 0])  # position 0 is turned by nothing
-        assert not torch.allclose(before[key][:, :, 1:], after[key][:, :, 1:], atol=1e-3)
+    for layer, kind in after:
+        old, new = before[layer, kind], after[layer, kind]
+        assert torch.equal(old[:, :, 0], new[:, :, 0])  # position 0 is turned by nothing
+        assert torch.allclose(old[:, :, 1:], new[:, :, 1:], atol=1e-3) == (layer in case.unrotated)
 
 
-@all_cases
-@both_kernels
+@with_kernels
 @both_stages
 def test_the_forward_is_the_same_with_the_tap_open(case: Case, kernel: str, pre_rope: bool) -> None:
     decoder = case.model(kernel=kernel).get_decoder()
-    backbone = Backbone(decoder, Family(), pre_rope=pre_rope)
+    backbone = Backbone(decoder, find_family(decoder.config.model_type), pre_rope=pre_rope)
     with torch.no_grad():
         plain = decoder(input_ids=ids(), use_cache=False).last_hidden_state
         with backbone.tapped(lambda call: None):
@@ -130,7 +125,7 @@ def test_everything_is_put_back_also_after_an_exception(case: Case, pre_rope: bo
     import sys
 
     decoder = case.model().get_decoder()
-    backbone = Backbone(decoder, Family(), pre_rope=pre_rope)
+    backbone = Backbone(decoder, find_family(decoder.config.model_type), pre_rope=pre_rope)
     space = vars(sys.modules[type(decoder).__module__])
     lookup, functions = AttentionInterface.get_interface, dict(space)
 
@@ -158,16 +153,16 @@ def test_right_padding_changes_no_valid_position_beyond_rounding(case: Case) -> 
 @all_cases
 def test_the_probe_finds_each_layer_as_the_config_says(case: Case) -> None:
     config = case.config()
-    facts = Backbone(case.model().get_decoder(), Family()).probe()
+    facts = Backbone(case.model().get_decoder(), find_family(config.model_type)).probe()
     assert [fact.heads.layer for fact in facts] == [0, 1, 2]
     for fact, window in zip(facts, case.sliding_windows, strict=True):
         assert fact.heads.num_q_heads == config.num_attention_heads
-        assert fact.heads.num_k_heads == config.num_key_value_heads
+        assert fact.heads.num_k_heads == getattr(config, "num_key_value_heads", 4)
         assert fact.heads.head_dim == case.head_dim
         assert fact.heads.sliding_window == window
-        scalar = getattr(config, "query_pre_attn_scalar", case.head_dim)
-        assert fact.softmax_scale == pytest.approx(scalar**-0.5)
-        assert fact.softcap is None and fact.sinks is None
+        assert fact.softmax_scale == pytest.approx(case.softmax_scale or case.head_dim**-0.5)
+        assert fact.softcap == case.softcap
+        assert (None if fact.sinks is None else len(fact.sinks)) == (4 if case.sinks else None)
 
 
 def test_a_model_whose_attention_is_its_own_is_refused_not_captured_empty() -> None:

@@ -44,8 +44,10 @@ def test_a_right_dataset_is_proven(case: Case, stage: str, dtype: str, texts: Pa
         verify={"examples": 2},
     )
     proof = manifests.read(root)["proof"]
-    assert proof["proven"] is True
     assert proof["examples"] == [1, 3], "the shortest ones"
+    assert proof["proven"] is (True if case.hooked else None)
+    if not case.hooked:
+        return
     differences = proof["largest_difference_by_layer"]
     assert differences.keys() == {"0", "1", "2"}
     assert max(differences.values()) < (1e-5 if dtype == "float32" else 0.03)

@@ -11,7 +11,9 @@ from zoo import CASES, Case, ids
 from qk_sniffer.banded import Band, banded
 
 sliding_cases = pytest.mark.parametrize(
-    "case", [case for case in CASES if any(case.sliding_windows)], ids=lambda case: case.name
+    "case",
+    [case for case in CASES if any(case.sliding_windows) and "sdpa" in case.kernels],
+    ids=lambda case: case.name,
 )
 
 

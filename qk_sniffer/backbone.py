@@ -166,7 +166,7 @@ def _loaded(config: ModelConfig, source: dict[str, Any]) -> tuple[PreTrainedMode
     model, info = getattr(transformers, family.auto_class).from_pretrained(
         config.name,
         config=model_config,
-        dtype=torch_dtype(config.dtype),
+        dtype=getattr(torch, config.dtype),
         device_map=config.device_map,
         attn_implementation=config.attn_implementation,
         use_safetensors=None if config.allow_pickle or config.gguf_file else True,
@@ -175,14 +175,6 @@ def _loaded(config: ModelConfig, source: dict[str, Any]) -> tuple[PreTrainedMode
         **source,
     )
     return model, family, info
-
-
-def torch_dtype(name: str) -> torch.dtype | str:
-    """`auto` stays: it is transformers' word for the dtype of the checkpoint."""
-    if name == "auto":
-        return name
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
 
 
 def with_overrides(config: PretrainedConfig, overrides: dict[str, Any]) -> PretrainedConfig:

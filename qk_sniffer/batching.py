@@ -129,6 +129,8 @@ def load_tokenizer(config: ModelConfig, commit: str | None = None) -> "TextToken
             f"The tokenizer of {name} cannot be loaded: {reason[:500].rstrip('.')}. Another one can be given as "
             "model.tokenizer.name."
         ) from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # made up by the library where there are no files for it
+        raise SourceError(f"{name} has no tokenizer: give one, a Hub id or a folder, as model.tokenizer.name.")
     return TextTokenizer(tokenizer, config.tokenizer, name=name, commit=commit)
 
 

@@ -202,7 +202,7 @@ def _columns(facts: CardFacts) -> str:
         "bucket": "the range of positions that the row was drawn from, see Sampling",
         "example_id": "the text: `examples/data.parquet` has its id in the source, its length and its hash",
         "position": "the token's position in the text, from 0",
-        "vector": f"the query or key vector, {stage}; {'' if dtype == 'auto' else dtype + ', '}widened to float32",
+        "vector": f"the query or key vector, {stage}; {dtype}, widened to float32",
         "sliding_window": "tokens that the layer attends back to, the token itself included; null on full attention",
         "token_id": "the token at that position",
         "token_str": "the same, as text",

@@ -8,13 +8,13 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from contextlib import ExitStack
 from typing import Any
 
 from qk_sniffer.batching import load_tokenizer
 from qk_sniffer.card import CardFacts, CardHead, write_card
 from qk_sniffer.config import Config, from_dict
-from qk_sniffer.errors import SourceError
+from qk_sniffer.errors import SourceError, StoreError
 from qk_sniffer.heads import LayerHeads
 from qk_sniffer.job import hub_commit_of, read_record
 from qk_sniffer.progress import Stages
@@ -24,31 +24,41 @@ from qk_sniffer.store.compact import HeadSpec, compact
 from qk_sniffer.store.disk import write_atomic
 from qk_sniffer.store.journal import ExampleRecord, Journal
 from qk_sniffer.store.layout import KINDS, Layout
-from qk_sniffer.store.locks import hold
+from qk_sniffer.store.locks import InUseError, hold
 from qk_sniffer.store.manifest import Written
 from qk_sniffer.store.publish import publish, resume_publish
 
 log = logging.getLogger(__name__)
 
 
+PATIENCE_S = 5.0
+"""Another shard that only looks who is missing is done long before; one that holds on is making the dataset."""
+
 Prove = Callable[[Layout, Sequence[HeadSpec], Sequence[ExampleRecord]], dict[str, Any]]
 """Given the staged files, their heads and the examples: the manifest's `proof`."""
 
 
 def finalize(layout: Layout, stages: Stages, prove: Prove) -> bool:
-    """Makes the dataset from the journals of a job; False while shards are not done yet, which it names.
+    """Makes the dataset from the journals of a job; False where shards are not done yet, or another one makes it.
 
     Raises:
-        StoreError: another process is at it, a journal is damaged, or the disk failed; may be called again.
+        StoreError: a journal is damaged, or the disk failed; may be called again.
     """
-    record = read_record(layout)
-    assert record is not None, "finalize before the job's record was written"
-    count = record["config"]["shard"]["count"]
-    missing = [index for index in range(count) if not layout.shard_done(index, count).exists()]
-    if missing:
-        log.info("shard done; the dataset is made when shards %s of %d are done too", missing, count)
-        return False
-    with hold(layout.finalize_lock, "making the dataset"):
+    with ExitStack() as finalizing:
+        try:
+            finalizing.enter_context(hold(layout.finalize_lock, "making the dataset", wait_s=PATIENCE_S))
+        except InUseError:
+            log.info("another shard is making the dataset; if it fails, run any of them again")
+            return False
+        record = read_record(layout)
+        if record is None:
+            log.info("another shard has made the dataset")
+            return False
+        count = record["config"]["shard"]["count"]
+        missing = [index for index in range(count) if not layout.shard_done(index, count).exists()]
+        if missing:
+            log.info("shard done; the dataset is made when shards %s of %d are done too", missing, count)
+            return False
         log.info("writing the Parquet files")
         with stages("compact"):
             manifest, card = _stage(layout, record, stages, prove)
@@ -126,6 +136,13 @@ def _stage(layout: Layout, record: dict[str, Any], stages: Stages, prove: Prove)
     if not written.num_examples:
         raise SourceError(f"dataset {config.dataset.path} has no text that gives a token: nothing was captured")
     examples = [example for journal in journals for example in journal.records.values()]
+    expected = None if config.dataset.streaming else record["source_rows"]
+    if expected is not None and written.num_examples + skipped != expected:
+        raise StoreError(
+            f"{layout.root}: {written.num_examples} examples were captured and {skipped} rows had no text, but the "
+            f"source had {expected} rows when the job began: it has changed. Restore it and run the same command "
+            "again, or start anew with output.overwrite=true"
+        )
     with stages("verify"):
         proof = prove(layout.staging, heads, examples)
     longest = max(example.num_tokens for example in examples)
@@ -148,6 +165,7 @@ def _stage(layout: Layout, record: dict[str, Any], stages: Stages, prove: Prove)
         )
     ).encode()
     facts = record | {"config": _public(record), "inclusion": inclusion, "skipped_rows": skipped, "proof": proof}
+    facts["source_rows"] = written.num_examples + skipped
     manifest = manifests.build(facts, written, card=card, timings=stages.seconds)
     return manifest, card
 
@@ -158,8 +176,7 @@ def _public(record: dict[str, Any]) -> dict[str, Any]:
     del config["output"], config["shard"]
     config["model"]["name"] = record["fingerprint"]["model.name"]
     config["model"]["tokenizer"]["name"] = record["fingerprint"]["model.tokenizer.name"]
-    if Path(config["dataset"]["path"]).exists():
-        config["dataset"]["path"] = Path(config["dataset"]["path"]).name
+    config["dataset"]["path"] = record["fingerprint"]["dataset.path"]
     return config
 
 

@@ -7,11 +7,8 @@ dataset, compares: a dataset is never a mixture of two configurations, two check
 import hashlib
 import importlib.metadata
 import json
-import os
-import socket
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -72,28 +69,30 @@ class Job:
         """As it is stored."""
         return asdict(self)
 
+    def differences(self, earlier: "Job", *, finished: bool = False) -> list[str]:
+        """What this job would compute otherwise than `earlier`, a line for each key, commit or library; else empty.
+
+        To a `finished` dataset it does not matter which software made it, and in how many shards.
+        """
+        mine, theirs = _flat(self), _flat(earlier)
+        keys = sorted(key for key in mine | theirs if mine.get(key) != theirs.get(key))
+        if finished:
+            keys = [key for key in keys if not key.startswith("version of ") and key != "shard.count"]
+        return [f"{key}: {theirs.get(key)!r} there, {mine.get(key)!r} now" for key in keys]
+
     def check_continues(self, earlier: "Job", where: str, *, finished: bool) -> None:
         """Refuses to go on with what `earlier` began in `where` if this job would compute something else.
 
         Raises:
-            StoreError: with every key, commit or library that differs, and the way out.
+            StoreError: with every difference, and the way out.
         """
-        mine, theirs = _flat(self), _flat(earlier)
-        if finished:
-            # Other software is fine for a dataset that is whole, and so is another way to share out the work.
-            for key in list(mine | theirs):
-                if key.startswith("version of ") or key == "shard.count":
-                    mine.pop(key, None)
-                    theirs.pop(key, None)
-        different = sorted(key for key in mine | theirs if mine.get(key) != theirs.get(key))
-        if different:
-            lines = [f"  - {key}: {theirs.get(key)!r} there, {mine.get(key)!r} now" for key in different]
+        if different := self.differences(earlier, finished=finished):
             state = "a finished dataset" if finished else "an unfinished job"
             raise StoreError(
                 "\n".join(
                     [
                         f"{where} holds {state} of another configuration:",
-                        *lines,
+                        *(f"  - {line}" for line in different),
                         "Give this job another folder (output.data_root=...), go back to the values there, or replace "
                         "what is there with output.overwrite=true.",
                     ]
@@ -104,8 +103,9 @@ class Job:
 def fingerprint(config: Config) -> dict[str, Any]:
     """Every key of a resolved `config` that can change a row or a vector, as `section.key: value`."""
     keys = {key: value for key, value in _dotted(config.to_dict()).items() if not _ignored(key)}
-    for key in ("model.name", "model.tokenizer.name"):
-        keys[key] = public_name(keys[key])  # a checkpoint that moved is the same; its digest is among the commits
+    # What was moved is the same: a checkpoint's digest is among the commits, and texts are compared one by one.
+    for key in ("model.name", "model.tokenizer.name", "dataset.path"):
+        keys[key] = public_name(keys[key])
     plain: dict[str, Any] = json.loads(json.dumps(keys))  # as it comes back from a file
     return plain
 
@@ -135,8 +135,8 @@ def resolve_commits(config: Config, earlier: Job | None) -> dict[str, str | None
 
 
 def public_name(name: str) -> str:
-    """A model's Hub id as it is; of a local folder its name alone, so that no path of this machine is published."""
-    return Path(name).resolve().name if Path(name).is_dir() else name
+    """A Hub id as it is; of a local file or folder its name alone, so that no path of this machine is published."""
+    return Path(name).resolve().name if Path(name).exists() else name
 
 
 def hub_commit_of(commit: str | None) -> str | None:
@@ -191,19 +191,9 @@ def read_record(layout: Layout) -> dict[str, Any] | None:
     return record
 
 
-def write_record(layout: Layout, record: Mapping[str, Any]) -> dict[str, Any]:
-    """Stores the record of a job that starts, unless another of its shards was first; returns what is stored.
-
-    The first stays, so that all shards work from the same commits.
-    """
-    beside = layout.work / f"job-{os.getpid()}-{socket.gethostname()}.json.tmp"
-    write_atomic(beside, json.dumps(record, indent=2, sort_keys=True).encode())
-    with suppress(FileExistsError):
-        os.link(beside, layout.job_file)
-    beside.unlink()
-    stored = read_record(layout)
-    assert stored is not None
-    return stored
+def write_record(layout: Layout, record: Mapping[str, Any]) -> None:
+    """Stores the record of a job that starts. Hold the start lock."""
+    write_atomic(layout.job_file, json.dumps(record, indent=2, sort_keys=True).encode())
 
 
 def _flat(job: Job) -> dict[str, Any]:
@@ -222,11 +212,7 @@ def _dotted(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in values.items():
         name = prefix + key
-        if isinstance(value, dict) and name not in {
-            "model.config_overrides",
-            "dataset.data_files",
-            "model.device_map",
-        }:
+        if isinstance(value, dict) and name not in _FREE:
             flat |= _dotted(value, name + ".")
         else:
             flat[name] = value

@@ -209,7 +209,7 @@ class _Composer:
             config = from_omegaconf(node)
         except OmegaConfBaseException as error:
             return None, [*problems, explain(error)]
-        problems += [*validation.problems(config), *_hydra_folder(folder, config)]
+        problems += [*validation.problems(config), *_hydra_folder(folder, resolved(config))]
         return (None if problems else resolved(config)), problems
 
     def _values_alone(self, arguments: Sequence[str]) -> list[str]:

@@ -6,6 +6,7 @@ A job is a plain function of its config: it runs the same here, in a sweep, on S
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -14,20 +15,21 @@ from qk_sniffer.backbone import Backbone, LayerFacts, load_backbone
 from qk_sniffer.batching import TextTokenizer, Tokens, batches, load_tokenizer, text_hash, windows
 from qk_sniffer.capture import Capture
 from qk_sniffer.config import Config, resolved
-from qk_sniffer.corpus import Corpus, Example, open_corpus
-from qk_sniffer.errors import CaptureError, SourceError, StoreError
+from qk_sniffer.corpus import Corpus, Example
+from qk_sniffer.errors import CaptureError, SourceError
 from qk_sniffer.finalize import finalize, finish_publication, mark_done
 from qk_sniffer.heads import Selection, select
 from qk_sniffer.hub import publish, require_login
-from qk_sniffer.job import Job, fingerprint, hub_commit_of, read_record, resolve_commits, write_record
+from qk_sniffer.job import hub_commit_of
 from qk_sniffer.progress import Progress, Stages, describe
 from qk_sniffer.proof import examples_with_rows, prove
 from qk_sniffer.sampling import Sampler
+from qk_sniffer.start import Start, begin, look, source_rows
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.compact import HeadSpec
 from qk_sniffer.store.disk import ensure_space, required_bytes
 from qk_sniffer.store.journal import ExampleRecord, Journal, JournalWriter
-from qk_sniffer.store.layout import KINDS, Layout, claim, remove_work
+from qk_sniffer.store.layout import KINDS, Layout, claim
 from qk_sniffer.store.locks import hold
 from qk_sniffer.summary import show
 from qk_sniffer.validation import check
@@ -45,28 +47,34 @@ def run_job(config: Config) -> None:
     config = resolved(config)
     if config.output.hf_repo_id:
         require_login()  # now, not after hours of capture
-    stages = Stages()
+    existed = config.data_root.exists()
     layout = claim(config.data_root)
+    try:
+        _run(config, layout, Stages())
+    finally:
+        if not existed:
+            with suppress(OSError):
+                layout.root.rmdir()  # a job that failed before it wrote anything leaves nothing
+
+
+def _run(config: Config, layout: Layout, stages: Stages) -> None:
     shard = config.shard
-    with hold(layout.shard_lock(shard.index, shard.count), f"capturing shard {shard.index} of {shard.count}"):
+    own_lock = layout.shard_lock(shard.index, shard.count)
+    with hold(own_lock, f"capturing shard {shard.index} of {shard.count}"):
         finish_publication(layout)
-        earlier = _earlier_job(config, layout)
-        commits = resolve_commits(config, earlier)
         with stages("open dataset"):
-            corpus = open_corpus(config.dataset, earlier.commits["dataset"] if earlier else None)
-        job = Job.of(config, commits | {"dataset": corpus.commit})
-        finished = earlier is not None and not layout.job_file.exists()
-        if earlier is not None:
-            job.check_continues(earlier, str(layout.root), finished=finished)
-        if finished:
-            _check_nothing_new(layout, config, corpus)
+            start = look(config, layout)
+        if start.found == "finished":
             show(layout.root, "Nothing to do: the dataset is finished.")
             _publish(config, layout)
             return
-        parts = _LazyParts(config, job.commits, stages)
-        if earlier is None or not _is_captured(config, layout):
-            _capture(config, layout, corpus, job, parts(), stages, anew=earlier is None)
-    if finalize(layout, stages, lambda *staged: _prove(config, corpus, parts, *staged)):
+        parts = _LazyParts(config, start.job.commits, stages)
+        if start.found == "nothing" or not _is_captured(config, layout):
+            record = _record(config, start, parts())
+            begin(layout, start.job, record, own_lock=own_lock, overwrite=config.output.overwrite)
+            _capture_examples(config, layout, start.corpus, parts(), stages)
+            mark_done(layout, config, skipped=start.corpus.skipped + parts().tokenizer.skipped)
+    if finalize(layout, stages, lambda *staged: _prove(config, start.corpus, parts, *staged)):
         show(layout.root, f"Time: {describe(stages.seconds)}")
         _publish(config, layout)
 
@@ -112,18 +120,6 @@ def _publish(config: Config, layout: Layout) -> None:
         print(f"{'Published' if published.changed else 'Already published'}: {published.url}")
 
 
-def _capture(
-    config: Config, layout: Layout, corpus: Corpus, job: Job, parts: "_Parts", stages: Stages, *, anew: bool
-) -> None:
-    """Brings the examples of this shard into its journal, and marks the shard as done."""
-    if anew:
-        remove_work(layout)  # only now that all that is needed was found; a finished dataset stays until the end
-    record = write_record(layout, _record(config, job, corpus, parts))
-    job.check_continues(Job.from_record(record), str(layout.root), finished=False)
-    _capture_examples(config, layout, corpus, parts, stages)
-    mark_done(layout, config, skipped=corpus.skipped + parts.tokenizer.skipped)
-
-
 @dataclass(frozen=True)
 class _Parts:
     """What a job that has something to do needs in memory."""
@@ -134,26 +130,6 @@ class _Parts:
     selection: Selection
 
 
-def _earlier_job(config: Config, layout: Layout) -> Job | None:
-    """The job that this one continues, or whose finished dataset it finds; None where it starts anew.
-
-    An unfinished job of the same fingerprint is continued even with `output.overwrite`: a requeued job, or one
-    started again, must not throw away what it did itself.
-    """
-    record = read_record(layout)
-    if record is None and layout.manifest.exists():
-        record = None if config.output.overwrite else manifests.read(layout.root)
-    if record is None:
-        return None
-    earlier = Job.from_record(record)
-    if config.output.overwrite and earlier.fingerprint != fingerprint(config):
-        return None
-    # The fingerprint alone, before anything is asked of the Hub: the commits of another model say nothing here.
-    mine = Job(fingerprint(config), earlier.commits, earlier.versions)
-    mine.check_continues(earlier, str(layout.root), finished=not layout.job_file.exists())
-    return earlier
-
-
 def _is_captured(config: Config, layout: Layout) -> bool:
     """Whether this shard's journal is complete and intact; what a damaged one lacks is to be captured again."""
     shard = config.shard
@@ -161,24 +137,6 @@ def _is_captured(config: Config, layout: Layout) -> bool:
     if done.exists() and not Journal(layout.journal(shard.index, shard.count)).is_whole:
         done.unlink()
     return done.exists()
-
-
-def _check_nothing_new(layout: Layout, config: Config, corpus: Corpus) -> None:
-    """Refuses to take a finished dataset of fewer or more examples for the one that is asked for."""
-    there: int | None = manifests.read(layout.root)["source_rows"]
-    now = _source_rows(config, corpus)
-    if there != now:
-        raise StoreError(
-            f"{layout.root} is finished with {there} rows of the dataset, and {now} are asked for now "
-            "(dataset.max_samples, or the dataset itself, has changed). Adding to a finished dataset is not built "
-            "yet: give this job another folder (output.data_root=...), or replace the dataset with "
-            "output.overwrite=true"
-        )
-
-
-def _source_rows(config: Config, corpus: Corpus) -> int | None:
-    """How many rows of the source the dataset is of; None for all rows of a stream, which cannot be counted."""
-    return config.dataset.max_samples if corpus.num_rows is None else corpus.num_rows
 
 
 class _LazyParts:
@@ -219,15 +177,15 @@ def _load(config: Config, commits: dict[str, str | None]) -> _Parts:
     return _Parts(tokenizer, backbone, layers, selection)
 
 
-def _record(config: Config, job: Job, corpus: Corpus, parts: _Parts) -> dict[str, Any]:
+def _record(config: Config, start: Start, parts: _Parts) -> dict[str, Any]:
     """All that is needed to make the dataset from the journals, and what the manifest tells of the model."""
     layers = []
     for layer in parts.layers:
         chosen = {kind: list(heads) for number, kind, heads in parts.selection if number == layer.heads.layer}
         layers.append(layer.to_dict() | {"captured": chosen})
-    return job.to_dict() | {
+    return start.job.to_dict() | {
         "config": config.to_dict(),
-        "source_rows": _source_rows(config, corpus),
+        "source_rows": source_rows(config, start.corpus),
         "model": {
             "model_type": parts.backbone.config.model_type,
             "dtype": str(parts.backbone.dtype).removeprefix("torch."),

@@ -19,25 +19,28 @@ def show(root: Path, note: str) -> None:
     keyed = [(parse_head_name(name.split("/")[0]), name) for name in files]
     heads = sorted((key.layer, KINDS.index(key.kind), key.head, name) for key, name in keyed if key is not None)
     size_mb = sum(entry["bytes"] for entry in files.values()) / 1e6
-    counts = f"{manifest['examples']:,} examples, {manifest['tokens']:,} tokens"
-    print(f"{manifest['rows']:,} rows of {len(heads)} heads, from {counts}; {len(files)} files, {size_mb:,.1f} MB.")
+    counts = f"{_counted(manifest['examples'], 'example')}, {_counted(manifest['tokens'], 'token')}"
+    made = f"{_counted(manifest['rows'], 'row')} of {_counted(len(heads), 'head')}"
+    print(f"{made}, from {counts}; {_counted(len(files), 'file')}, {size_mb:,.1f} MB.")
     for key, meaning in (
-        ("truncated_examples", "were cut to model.tokenizer.max_length"),
-        ("skipped_rows", "rows of the source had no text and were left out"),
+        ("truncated_examples", "cut to model.tokenizer.max_length"),
+        ("skipped_rows", "without text left out"),
     ):
         if manifest[key]:
-            print(f"{manifest[key]:,} {meaning}.")
+            print(f"{_counted(manifest[key], 'example')} {meaning}.")
     if not manifest["rows"]:
         print("The sampler kept no row: raise sampler.base_rate.")
     proof = manifest["proof"]
     if proof["proven"]:
         largest = max(proof["largest_difference_by_layer"].values())
-        count = len(proof["examples"])
-        print(
-            f"Proven: rows of {count} example(s), derived again by hooks, differ by {largest:.1g} at most (relative)."
-        )
+        which = _counted(len(proof["examples"]), "example")
+        print(f"Proven: rows of {which}, derived again by hooks, differ by {largest:.1g} at most (relative).")
     elif proof["proven"] is None:
         print(f"Not proven: {proof['reason']}.")
     print(note)
     print(f"Dataset: {root}")
     print(READING.format(file=root / heads[0][-1]))
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

@@ -31,7 +31,8 @@ from qk_sniffer.errors import CaptureError, ConfigError, SourceError, StoreError
 from qk_sniffer.run import run_job
 from qk_sniffer.sampling import Sampler
 from qk_sniffer.store import manifest as manifests
-from qk_sniffer.store.layout import parse_head_name, schema
+from qk_sniffer.store.layout import Layout, parse_head_name, schema
+from qk_sniffer.store.locks import hold
 from qk_sniffer.store.parquet import check_encodings
 
 QWEN3 = next(case for case in CASES if case.name == "qwen3_sliding")
@@ -244,6 +245,98 @@ def test_shards_make_the_dataset_of_one_job(checkpoint: Path, texts: Path, tmp_p
     for head, table in whole.items():
         assert table.drop(["vector"]) == three[head].drop(["vector"])
         assert np.allclose(vectors(table), vectors(three[head]), rtol=1e-4, atol=1e-4)
+
+
+def together(jobs: list[dict[str, Any]]) -> list[int]:
+    """Exit codes of jobs that start in the same moment, each a process of its own."""
+    code = "import json, sys; from qk_sniffer.config import from_dict; from qk_sniffer.run import run_job; "
+    code += "print('ready', flush=True); sys.stdin.readline(); run_job(from_dict(json.loads(sys.argv[1])))"
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code, json.dumps(job)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        for job in jobs
+    ]
+    for process in processes:
+        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write(b"go\n")
+        process.stdin.flush()
+    for process in processes:
+        process.communicate()
+    return [process.returncode for process in processes]
+
+
+def test_shards_that_start_and_end_in_the_same_moment(checkpoint: Path, texts: Path, tmp_path: Path) -> None:
+    whole = heads_of(run(checkpoint, texts, tmp_path / "one"))
+    for attempt in range(3):
+        root = tmp_path / f"together{attempt}"
+        jobs = [settings(checkpoint, texts, root, shard={"index": index, "count": 3}) for index in range(3)]
+        assert together(jobs) == [0, 0, 0]
+        assert manifests.read(root)["examples"] == len(TEXTS)
+        for head, table in heads_of(root).items():
+            assert table.drop(["vector"]) == whole[head].drop(["vector"])
+        assert not (root / ".qk_sniffer").exists()
+
+
+def test_overwriting_does_not_take_the_work_of_a_shard_that_runs(
+    checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "out"
+    run(checkpoint, texts, root, shard={"index": 0, "count": 2})
+    (shard_0,) = (root / ".qk_sniffer" / "journal").iterdir()
+    before = sorted(path.name for path in shard_0.iterdir())
+    other: dict[str, Any] = {"sampler": {"seed": 4}, "output": {"overwrite": True}, "shard": {"index": 1, "count": 2}}
+    with hold(Layout(root).shard_lock(0, 2), "capturing"), pytest.raises(StoreError, match="in use"):
+        run(checkpoint, texts, root, **other)
+    assert sorted(path.name for path in shard_0.iterdir()) == before
+    run(checkpoint, texts, root, shard={"index": 1, "count": 2})
+    assert manifests.read(root)["examples"] == len(TEXTS)
+
+
+def test_other_rows_than_an_unfinished_job_was_begun_with_are_refused(
+    checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = capture_room.Capture.run
+    monkeypatch.setattr(capture_room.Capture, "run", lambda self, plan: _stop_at(20, plan, self, real))
+    sections: dict[str, Any] = {"inference": {"batch_size": 1, "lookahead": 1}}
+    with pytest.raises(Stopped):
+        run(checkpoint, texts, tmp_path / "out", **sections)
+    monkeypatch.undo()
+    with pytest.raises(StoreError, match="over 24 rows of the dataset, and 5 are asked for"):
+        run(checkpoint, texts, tmp_path / "out", dataset={"max_samples": 5}, **sections)
+    root = run(checkpoint, texts, tmp_path / "out", dataset={"max_samples": 5}, output={"overwrite": True}, **sections)
+    assert manifests.read(root)["examples"] == 5
+
+
+def test_a_local_file_that_changed_is_not_taken_for_the_finished_one(
+    checkpoint: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = run(checkpoint, texts, tmp_path / "out")
+    moved = tmp_path / "elsewhere" / texts.name
+    moved.parent.mkdir()
+    texts.rename(moved)
+    run(checkpoint, moved, root)
+    assert "Nothing to do" in capsys.readouterr().out
+    run(checkpoint, moved, root, dataset={"streaming": True})
+    assert "Nothing to do" in capsys.readouterr().out
+    lines = moved.read_text().splitlines()
+    moved.write_text("\n".join([*lines[:3], json.dumps({"text": "another", "id": "doc-3"}), *lines[4:]]) + "\n")
+    with pytest.raises(SourceError, match=r"row 3 .*the source has changed"):
+        run(checkpoint, moved, root)
+
+
+def test_the_manifest_tells_no_path_of_this_machine(checkpoint: Path, texts: Path, tmp_path: Path) -> None:
+    root = run(checkpoint, texts, tmp_path / "out")
+    for name in ("manifest.json", "README.md", "l00h00q/data.parquet"):
+        assert str(tmp_path).encode() not in (root / name).read_bytes()
+        assert str(checkpoint.parent).encode() not in (root / name).read_bytes()
+
+
+def test_a_checkpoint_without_a_tokenizer_says_so(texts: Path, tmp_path: Path) -> None:
+    QWEN3.model().save_pretrained(tmp_path / "model")
+    with pytest.raises(SourceError, match=r"model\.tokenizer\.name"):
+        run(tmp_path / "model", texts, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_gather_that_is_cut_into_pieces_gives_the_same_files(

@@ -22,7 +22,7 @@ from qk_sniffer.errors import StoreError
 from qk_sniffer.store import disk, manifest, publish
 from qk_sniffer.store.compact import HeadSpec, compact
 from qk_sniffer.store.journal import Journal, Rows
-from qk_sniffer.store.layout import HeadKey, Layout, claim, head_name, parse_head_name
+from qk_sniffer.store.layout import HeadKey, Layout, claim, discard_work, head_name, parse_head_name
 from qk_sniffer.store.locks import Holder, hold, holder
 
 
@@ -148,8 +148,6 @@ def test_claim_refuses_what_is_not_ours(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(StoreError, match=r"not empty.*thesis\.tex.*output\.data_root"):
         claim(tmp_path)
-    with pytest.raises(StoreError, match="not empty"):
-        claim(tmp_path, overwrite=True)
     with pytest.raises(StoreError, match="is a file"):
         claim(tmp_path / "thesis.tex")
     with pytest.raises(StoreError, match="cannot write"):
@@ -173,20 +171,18 @@ def test_claim_refuses_a_folder_that_cannot_be_written() -> None:
             os.seteuid(user)
 
 
-def test_overwrite_removes_only_what_is_ours(tmp_path: Path) -> None:
+def test_work_is_discarded_but_nothing_else(tmp_path: Path) -> None:
     layout, _ = make_dataset(tmp_path, Captured())
     claim(tmp_path)
     captured_journal(layout.journal(0, 1), Captured())
-    foreign = ["notes.txt", "l00h00q/notes.txt", "l00h99x/data.parquet", "examples/more.csv"]
-    for name in foreign:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("mine")
-    claim(tmp_path)
-    assert layout.manifest.exists() and layout.journals()
-    claim(tmp_path, overwrite=True)
-    assert sorted(file_bytes(tmp_path)) == sorted(foreign)
-    assert list(layout.work.iterdir()) == []
-    claim(tmp_path)  # still ours
+    layout.job_file.write_text("{}")
+    (tmp_path / "notes.txt").write_text("mine")
+    before = {name: data for name, data in file_bytes(tmp_path).items() if ".qk_sniffer" not in name}
+    own = layout.shard_lock(0, 1)
+    with hold(own, "capturing"), hold(layout.start_lock, "starting"):
+        discard_work(layout, own)
+        assert not layout.journals() and not layout.job_file.exists()
+    assert {name: data for name, data in file_bytes(tmp_path).items() if ".qk_sniffer" not in name} == before
 
 
 def test_a_lock_says_who_holds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,7 +202,7 @@ def test_a_lock_says_who_holds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ):
             pass
         with pytest.raises(StoreError, match="4711"):
-            claim(tmp_path, overwrite=True)
+            discard_work(layout, layout.shard_lock(1, 2))
         with hold(layout.shard_lock(1, 2), "another shard"):
             pass
     finally:

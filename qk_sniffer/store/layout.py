@@ -14,6 +14,7 @@
 import json
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -22,7 +23,6 @@ from pathlib import Path
 import pyarrow as pa
 
 from qk_sniffer.errors import StoreError
-from qk_sniffer.store.disk import sync_folder
 from qk_sniffer.store.locks import hold
 
 FORMAT = "qk-sniffer/1"
@@ -94,6 +94,11 @@ class Layout:
         return self.work / f"shard-{shard_index:05d}-of-{shard_count:05d}.lock"
 
     @property
+    def start_lock(self) -> Path:
+        """Held for a moment by each job that starts, so that the shards of one job agree on what it is."""
+        return self.work / "start.lock"
+
+    @property
     def finalize_lock(self) -> Path:
         """Held while journals become the dataset, from the start of compaction to the end of publishing."""
         return self.work / "finalize.lock"
@@ -152,14 +157,13 @@ def examples_schema() -> pa.Schema:
     )
 
 
-def claim(root: Path, *, overwrite: bool = False) -> Layout:
+def claim(root: Path) -> Layout:
     """The layout of `root`, made ready for a job's work: it exists, is ours, and can be written.
 
-    Ours is an empty folder, or one with our manifest or our work folder. With `overwrite` the dataset and the work
-    state in it are removed, and nothing else.
+    Ours is an empty folder, or one with our manifest or our work folder.
 
     Raises:
-        StoreError: a file is in the way, the folder holds something else, it cannot be written, or a job runs in it.
+        StoreError: a file is in the way, the folder holds something else, or it cannot be written.
     """
     layout = Layout(root)
     if root.exists() and not root.is_dir():
@@ -172,37 +176,26 @@ def claim(root: Path, *, overwrite: bool = False) -> Layout:
                 "output.data_root, or empty it yourself"
             )
         layout.work.mkdir(parents=True, exist_ok=True)
-        probe = layout.work / "probe.tmp"
-        probe.touch()
-        probe.unlink(missing_ok=True)
+        tempfile.TemporaryFile(dir=layout.work).close()
     except OSError as error:
         raise StoreError(
             f"cannot write to the data root {root}: {error.strerror}; choose another output.data_root"
         ) from error
-    if overwrite:
-        clear(layout)
     return layout
 
 
-def clear(layout: Layout) -> None:
-    """Removes the dataset and the work state, leaving an empty work folder that marks the root as ours.
+def discard_work(layout: Layout, own_lock: Path) -> None:
+    """Removes the work state of another job, so that this one starts anew; a finished dataset stays as it is.
+
+    Hold `own_lock`, the lock of this job's shard, and the start lock.
 
     Raises:
-        StoreError: a job runs in it.
+        InUseError: a job runs in it.
     """
     with ExitStack() as running:
-        for lock in {layout.finalize_lock, *layout.locks()}:
-            running.enter_context(hold(lock, "working on the dataset that is to be replaced"))
-        files = [layout.examples, *(path for _, path in layout.head_files())]
-        if _is_our_manifest(layout.manifest):
-            files.append(layout.card)
-        for manifest in (layout.staging.manifest, layout.manifest):  # nothing is whole from here on
-            manifest.unlink(missing_ok=True)
-        sync_folder(layout.root)
-        for path in files:
-            remove_file(layout, path)
+        for lock in {layout.finalize_lock, *layout.locks()} - {own_lock, layout.start_lock}:
+            running.enter_context(hold(lock, "working on what is to be replaced"))
         remove_work(layout)
-    layout.work.mkdir(exist_ok=True)
 
 
 def remove_file(layout: Layout, path: Path) -> None:

@@ -10,6 +10,7 @@ import os
 import socket
 import struct
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -37,17 +38,30 @@ class Holder:
         return cls(os.getpid(), socket.gethostname(), os.environ.get("SLURM_JOB_ID"))
 
 
-@contextmanager
-def hold(path: Path, purpose: str) -> Iterator[None]:
-    """Holds the lock `path` within the block; never waits. The file exists only meanwhile, or after a crash.
+class InUseError(StoreError):
+    """A lock is held, by another process or by this one."""
 
-    `purpose` says in the error what the holder is doing: "capturing shard 0 of 1".
+
+@contextmanager
+def hold(path: Path, purpose: str, *, wait_s: float = 0.0) -> Iterator[None]:
+    """Holds the lock `path` within the block. The file exists only meanwhile, or after a crash.
+
+    `purpose` says in the error what the holder is doing: "capturing shard 0 of 1". `wait_s`: how long to try.
 
     Raises:
-        StoreError: another process, or this one, holds it; the file system has no locks; the folder cannot be written.
+        InUseError: it is held.
+        StoreError: the file system has no locks; the folder cannot be written.
     """
-    with explained(path, "lock"):
-        descriptor = _locked(path, purpose)
+    deadline = time.monotonic() + wait_s
+    while True:
+        try:
+            with explained(path, "lock"):
+                descriptor = _locked(path, purpose)
+            break
+        except InUseError:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(0.05)
     _held.add(descriptor)
     try:
         yield
@@ -84,7 +98,7 @@ def _locked(path: Path, purpose: str) -> int:
                 return descriptor
         except (BlockingIOError, PermissionError):
             os.close(descriptor)
-            raise StoreError(
+            raise InUseError(
                 f"{path.parent.parent} is in use: {holder(path) or 'another process'} is {purpose}. Two jobs cannot "
                 f"write one data root: wait for that one or end it (lock: {path})"
             ) from None

@@ -1,0 +1,138 @@
+"""How a job starts: anew, where an earlier start left off, or not at all because its dataset is finished."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow.parquet as pq
+
+from qk_sniffer.batching import text_hash
+from qk_sniffer.config import Config
+from qk_sniffer.corpus import Corpus, open_corpus
+from qk_sniffer.errors import SourceError, StoreError
+from qk_sniffer.job import Job, fingerprint, read_record, resolve_commits, write_record
+from qk_sniffer.store import manifest as manifests
+from qk_sniffer.store.layout import Layout, discard_work
+from qk_sniffer.store.locks import hold
+
+PATIENCE_S = 60.0
+"""How long a job waits for another shard's that starts in the same moment."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a job is, and what there is of it. `corpus` is open at the commit that the job is pinned to."""
+
+    job: Job
+    corpus: Corpus
+    found: Literal["nothing", "unfinished", "finished"]
+
+
+def look(config: Config, layout: Layout) -> Start:
+    """Finds out what the job of `config` is, and whether it continues what is in `layout`. Changes nothing.
+
+    An unfinished job of the same configuration is continued even with `output.overwrite`: a requeued job, or one
+    started again, must not throw away what it did itself.
+
+    Raises:
+        StoreError: another job's work or dataset is there, and `output.overwrite` is false.
+        SourceError: the model's commit or the dataset cannot be found.
+    """
+    record = read_record(layout)
+    finished = record is None and layout.manifest.exists()
+    if finished:
+        record = manifests.read(layout.root)
+    overwrite = config.output.overwrite
+    if record is None or (overwrite and (finished or record["fingerprint"] != fingerprint(config))):
+        return _anew(config)
+    earlier = Job.from_record(record)
+    # The fingerprint alone, before anything is asked of the Hub: the commits of another model say nothing here.
+    mine = Job(fingerprint(config), earlier.commits, earlier.versions)
+    mine.check_continues(earlier, str(layout.root), finished=finished)
+
+    corpus = open_corpus(config.dataset, earlier.commits["dataset"])
+    job = Job.of(config, resolve_commits(config, earlier) | {"dataset": corpus.commit})
+    if finished:
+        job.check_continues(earlier, str(layout.root), finished=True)
+        _check_nothing_new(layout, config, corpus)
+        return Start(job, corpus, "finished")
+    if overwrite and not _is_same(job, source_rows(config, corpus), record):
+        return _anew(config)
+    _check_same(job, source_rows(config, corpus), record, layout.root)
+    return Start(job, corpus, "unfinished")
+
+
+def begin(layout: Layout, job: Job, record: Mapping[str, Any], *, own_lock: Path, overwrite: bool) -> None:
+    """Makes `record` that of the job in `layout`, unless another shard of the same job was first.
+
+    Hold `own_lock`, the lock of this job's shard. Other work that is there goes, if `overwrite` says so: only now,
+    that all that this job needs was found.
+
+    Raises:
+        StoreError: another job's work is there, and not to be replaced, or running.
+    """
+    with hold(layout.start_lock, "starting", wait_s=PATIENCE_S):
+        stored = read_record(layout)
+        if stored is not None:
+            if not overwrite:
+                _check_same(job, record["source_rows"], stored, layout.root)
+            if _is_same(job, record["source_rows"], stored):
+                return
+            discard_work(layout, own_lock)
+        write_record(layout, record)
+
+
+def source_rows(config: Config, corpus: Corpus) -> int | None:
+    """How many rows of the source the job is over, as far as that is known before they are read."""
+    return config.dataset.max_samples if corpus.num_rows is None else corpus.num_rows
+
+
+def _anew(config: Config) -> Start:
+    corpus = open_corpus(config.dataset)
+    job = Job.of(config, resolve_commits(config, None) | {"dataset": corpus.commit})
+    return Start(job, corpus, "nothing")
+
+
+def _is_same(job: Job, rows: int | None, record: Mapping[str, Any]) -> bool:
+    return not job.differences(Job.from_record(record)) and rows == record["source_rows"]
+
+
+def _check_same(job: Job, rows: int | None, record: Mapping[str, Any], root: Path) -> None:
+    job.check_continues(Job.from_record(record), str(root), finished=False)
+    if rows != record["source_rows"]:
+        raise StoreError(
+            f"{root} holds an unfinished job over {record['source_rows']} rows of the dataset, and {rows} are asked "
+            "for now (dataset.max_samples, or the dataset itself, has changed). Finish that one first, give this job "
+            "another folder (output.data_root=...), or replace it with output.overwrite=true"
+        )
+
+
+def _check_nothing_new(layout: Layout, config: Config, corpus: Corpus) -> None:
+    """Refuses to take a finished dataset for one of other, more or fewer texts."""
+    manifest = manifests.read(layout.root)
+    there: int = manifest["source_rows"]
+    now, before = config.dataset.max_samples, manifest["config"]["dataset"]["max_samples"]
+    if (now != before) if corpus.num_rows is None else (corpus.num_rows != there):
+        asked = "all" if corpus.num_rows is None and now is None else corpus.num_rows or now
+        raise StoreError(
+            f"{layout.root} is finished with {there} rows of the dataset, and {asked} are asked for now "
+            "(dataset.max_samples, or the dataset itself, has changed). Adding to a finished dataset is not built "
+            "yet: give this job another folder (output.data_root=...), or replace the dataset with "
+            "output.overwrite=true"
+        )
+    if corpus.commit is None and corpus.num_rows is not None:
+        _check_texts(layout, corpus)
+
+
+def _check_texts(layout: Layout, corpus: Corpus) -> None:
+    # A local source has no commit that would tell whether it is still the same.
+    table = pq.read_table(layout.examples, columns=["index", "text_hash"])
+    hashes = dict(zip(table["index"].to_pylist(), table["text_hash"].to_pylist(), strict=True))
+    for example in corpus.examples():
+        if hashes.get(example.index, text_hash(example.text)) != text_hash(example.text):
+            raise SourceError(
+                f"row {example.index} of the dataset (id {example.source_id}) is not the text that {layout.root} was "
+                "made from: the source has changed. Give this job another folder (output.data_root=...), or replace "
+                "the dataset with output.overwrite=true"
+            )

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import transformers
@@ -21,6 +21,8 @@ from qk_sniffer.families import Family, find_family
 from qk_sniffer.heads import LayerHeads
 
 PROBE_TOKENS = 2
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -133,36 +135,53 @@ def load_backbone(
     Raises:
         SourceError: the model cannot be found or loaded, or weights of the decoder are missing in its checkpoint.
     """
-    assert config.name is not None
-    source: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
-    if config.gguf_file is not None:
-        source["gguf_file"] = config.gguf_file
     with _loading(config):
-        if Path(config.name).is_dir():
-            model, family, info = _loaded(config, source)
-        else:
-            source["revision"] = commit or config.revision
-            try:
-                # The cache first: where there is no network, the library asks for a minute before it looks there.
-                model, family, info = _loaded(config, source | {"local_files_only": True})
-            except OSError:
-                model, family, info = _loaded(config, source)
+        model, family, info = _cached_first(config, commit, lambda source: _loaded(config, source))
     decoder = family.decoder(model.eval())
-    _refuse_missing(config.name, model, decoder, info)
+    _refuse_missing(str(config.name), model, decoder, info)
     return Backbone(decoder, family, pre_rope=pre_rope, banded_attention=banded_attention)
 
 
-def _loaded(config: ModelConfig, source: dict[str, Any]) -> tuple[PreTrainedModel, Family, dict[str, Any]]:
-    assert config.name is not None
-    whole = AutoConfig.from_pretrained(config.name, **source)
-    model_config = whole.get_text_config()
-    family = find_family(model_config.model_type, config.family)
-    if model_config is not whole:
+def check_model(config: ModelConfig, *, commit: str | None = None) -> None:
+    """Reads the model's config alone: cheap, and the first to know that something is no model.
+
+    Raises:
+        SourceError: there is none, or it does not go with `config`.
+    """
+    with _loading(config):
+        _cached_first(config, commit, lambda source: _read_config(config, source))
+
+
+def _cached_first(config: ModelConfig, commit: str | None, load: Callable[[dict[str, Any]], T]) -> T:
+    """What `load` makes of the keyword arguments that say where the model is."""
+    source: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    if config.gguf_file is not None:
+        source["gguf_file"] = config.gguf_file
+    if Path(str(config.name)).is_dir():
+        return load(source)
+    source["revision"] = commit or config.revision
+    try:
+        # The cache first: where there is no network, the library asks for a minute before it looks there.
+        return load(source | {"local_files_only": True})
+    except OSError:
+        return load(source)
+
+
+def _read_config(config: ModelConfig, source: dict[str, Any]) -> tuple[PretrainedConfig, Family, dict[str, Any]]:
+    """The decoder's config with its overrides, its family, and the arguments to load it with."""
+    whole = AutoConfig.from_pretrained(str(config.name), **source)
+    text = whole.get_text_config()
+    family = find_family(text.model_type, config.family)
+    if text is not whole:
         # A multimodal checkpoint: its decoder alone is built and read, under the names that it has inside the whole.
         source = source | {"key_mapping": family.inside}
         if (quantization := getattr(whole, "quantization_config", None)) is not None:
-            model_config.quantization_config = quantization
-    model_config = with_overrides(model_config, config.config_overrides)
+            text.quantization_config = quantization
+    return with_overrides(text, config.config_overrides), family, source
+
+
+def _loaded(config: ModelConfig, source: dict[str, Any]) -> tuple[PreTrainedModel, Family, dict[str, Any]]:
+    model_config, family, source = _read_config(config, source)
     model, info = getattr(transformers, family.auto_class).from_pretrained(
         config.name,
         config=model_config,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from qk_sniffer.backbone import Backbone, LayerFacts, load_backbone
+from qk_sniffer.backbone import Backbone, LayerFacts, check_model, load_backbone
 from qk_sniffer.batching import TextTokenizer, Tokens, batches, load_tokenizer, text_hash, windows
 from qk_sniffer.capture import Capture
 from qk_sniffer.config import Config, resolved
@@ -154,6 +154,7 @@ class _LazyParts:
 
 
 def _load(config: Config, commits: dict[str, str | None]) -> _Parts:
+    check_model(config.model, commit=commits["model"])
     tokenizer = load_tokenizer(config.model, hub_commit_of(commits["tokenizer"]))
     backbone = load_backbone(
         config.model,

@@ -1,5 +1,6 @@
 """What every test gets: no network, caches of its own, few threads; and no silent skips in CI."""
 
+import json
 import os
 from pathlib import Path
 
@@ -20,6 +21,25 @@ def own_caches(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     cache = tmp_path_factory.mktemp("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(cache))
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny random model, with sliding and full layers, and its tokenizer."""
+    from jobs import QWEN3
+    from tiny import save_checkpoint
+
+    return save_checkpoint(QWEN3, tmp_path_factory.mktemp("qwen3"))
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    """A jsonl file of the texts of `jobs`, with ids."""
+    from jobs import TEXTS
+
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text, "id": f"doc-{i}"}) + "\n" for i, text in enumerate(TEXTS)))
+    return path
 
 
 @pytest.fixture

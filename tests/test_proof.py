@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_run import heads_of, run
+from jobs import heads_of, run
 from tiny import ALPHABET, save_checkpoint
 from torch import nn
 from zoo import CASES, Case

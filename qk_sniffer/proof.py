@@ -47,6 +47,8 @@ def prove(
     difference by layer.
     """
     proof: dict[str, Any] = {"proven": None, "examples": sorted(examples), "max_tokens": MAX_TOKENS}
+    if _depends_on_length(getattr(backbone.config, "rope_parameters", None)):
+        return proof | {"reason": "the rotary frequencies of this model depend on the length of the whole batch"}
     largest: dict[int, float] = {}
     for example_id, ids in examples.items():
         stored = _stored(layout, heads, example_id)
@@ -62,6 +64,13 @@ def prove(
         "tolerance": tolerance,
         "largest_difference_by_layer": dict(sorted(largest.items())),
     }
+
+
+def _depends_on_length(rope_parameters: dict[str, Any] | None) -> bool:
+    """Whether an example alone, cut, or in another batch is rotated otherwise; parameters may be by kind of layer."""
+    parameters = rope_parameters or {}
+    each = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
+    return any(one.get("rope_type") in ("dynamic", "longrope") for one in each)
 
 
 def _stored(layout: Layout, heads: Sequence[HeadSpec], example_id: int) -> dict[HeadSpec, StoredRows]:

@@ -1,6 +1,7 @@
 """The proof: every right dataset passes it, every wrong one fails it and says so."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,14 @@ def test_only_examples_with_rows_prove_anything(texts: Path, tmp_path: Path) -> 
 def test_it_can_be_turned_off(texts: Path, tmp_path: Path) -> None:
     root = run(save_checkpoint(LLAMA, tmp_path / "model"), texts, tmp_path / "out", verify={"examples": 0})
     assert manifests.read(root)["proof"] == {"proven": None, "reason": "turned off (verify.examples=0)"}
+
+
+def test_frequencies_that_depend_on_the_length_are_not_held_against_a_dataset(texts: Path, tmp_path: Path) -> None:
+    dynamic = {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}}
+    case = replace(LLAMA, options=LLAMA.options | dynamic | {"max_position_embeddings": 32})
+    root = run(save_checkpoint(case, tmp_path / "model"), texts, tmp_path / "out")
+    proof = manifests.read(root)["proof"]
+    assert proof["proven"] is None and "depend on the length" in proof["reason"]
 
 
 class Blind(Family):

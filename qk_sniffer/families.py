@@ -17,6 +17,13 @@ from torch import nn
 
 from qk_sniffer.errors import CaptureError, ConfigError
 
+HOOKED_TYPES = frozenset({"llama", "mistral", "ministral", "ministral3", "mllama_text_model", "qwen2", "qwen3"}) | {
+    *("cohere2", "gemma2", "gemma3_text", "glm", "glm4", "gpt_oss", "granite", "olmo2", "qwen3_moe", "smollm3")
+}
+"""Model types whose query and key follow from their projections, norms and rotary function alone, as tests show.
+
+Elsewhere something may come between, and a right dataset would fail its proof."""
+
 RotaryCall = tuple[torch.Tensor, torch.Tensor]
 """A tensor that went into a rotary function, and the tensor that came out of it."""
 
@@ -75,8 +82,10 @@ class Family:
     def projections(self, module: nn.Module) -> dict[str, nn.Module] | None:
         """The submodules whose outputs are query and key before RoPE, by kind, for the proof by hooks.
 
-        A norm of query or key follows its projection. None: there are no such submodules, so no proof by hooks.
+        A norm of query or key follows its projection. None: not known for this model, so there is no proof by hooks.
         """
+        if getattr(getattr(module, "config", None), "model_type", None) not in HOOKED_TYPES:
+            return None
         found: dict[str, nn.Module] = {}
         for kind in ("q", "k"):
             parts = (getattr(module, f"{kind}_norm", None), getattr(module, f"{kind}_proj", None))

@@ -14,7 +14,7 @@ from zoo import CASES, Case
 from qk_sniffer import capture as capture_room
 from qk_sniffer import proof as proof_room
 from qk_sniffer.errors import CaptureError
-from qk_sniffer.families import Family
+from qk_sniffer.families import HOOKED_TYPES, Family
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.journal import Rows
 
@@ -123,6 +123,12 @@ def test_a_family_without_a_hook_path_says_so(texts: Path, tmp_path: Path) -> No
     root = run(checkpoint, texts, tmp_path / "out", model={"family": "test_proof:Blind"})
     proof = manifests.read(root)["proof"]
     assert proof["proven"] is None and "no hook path" in proof["reason"]
+
+
+def test_every_type_that_is_said_to_have_a_hook_path_is_tested() -> None:
+    tested = {case.config().model_type for case in CASES if case.hooked}
+    assert HOOKED_TYPES - tested == {"ministral3", "mllama_text_model"}, "these two in test_multimodal"
+    assert tested <= HOOKED_TYPES
 
 
 def test_rows_of_an_example_are_found_in_every_row_group(tmp_path: Path) -> None:

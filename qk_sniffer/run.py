@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from qk_sniffer.backbone import Backbone, LayerFacts, check_model, load_backbone
+from qk_sniffer.backbone import Backbone, LayerFacts
 from qk_sniffer.batching import TextTokenizer, Tokens, batches, load_tokenizer, text_hash, windows
 from qk_sniffer.capture import Capture
 from qk_sniffer.config import Config, resolved
@@ -21,6 +21,7 @@ from qk_sniffer.finalize import finalize, finish_publication, mark_done
 from qk_sniffer.heads import Selection, select
 from qk_sniffer.hub import publish, require_login
 from qk_sniffer.job import hub_commit_of
+from qk_sniffer.loading import check_model, load_backbone
 from qk_sniffer.progress import Progress, Stages, describe
 from qk_sniffer.proof import examples_with_rows, prove
 from qk_sniffer.sampling import Sampler

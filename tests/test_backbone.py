@@ -12,11 +12,12 @@ from torch import nn
 from transformers import LlamaConfig, PretrainedConfig, Qwen3Config
 from zoo import CASES, Case, ids
 
-from qk_sniffer.backbone import Backbone, load_backbone, with_overrides
+from qk_sniffer.backbone import Backbone
 from qk_sniffer.config import ModelConfig
 from qk_sniffer.errors import ConfigError, SourceError
 from qk_sniffer.families import Family, find_family
 from qk_sniffer.job import folder_digest
+from qk_sniffer.loading import load_backbone, with_overrides
 
 all_cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 

@@ -12,8 +12,8 @@ from test_attention import captured
 from transformers import PreTrainedModel
 from zoo import ids
 
-from qk_sniffer.backbone import load_backbone
 from qk_sniffer.config import ModelConfig
+from qk_sniffer.loading import load_backbone
 from qk_sniffer.proof import _derived
 from qk_sniffer.store.compact import HeadSpec
 

@@ -4,14 +4,16 @@ transformers' decoders look their attention kernel up by `AttentionInterface.get
 a tap is open that lookup returns the user's own kernel behind a wrapper that shows query and key to a callback
 first. Nothing of the model is replaced or renamed: the masks, the kernel and its arguments stay those of the
 user's `attn_implementation`, so that the forward is bit for bit the same, and everything is put back on exit.
+A family whose attention asks for no kernel shows the tap its query and key itself (`Family.watch`).
 
 Shapes: B batch, n tokens, H query heads, K key heads, d head_dim.
 """
 
 import functools
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,63 +58,102 @@ def tap(
     """Calls `on_call` before each attention kernel that one of `layers` (module -> layer index) runs.
 
     Raises, out of the forward:
-        CaptureError: `pre_rope` on a model for which it is not defined (see `Family.before_rotary`).
+        CaptureError: attention that is not causal, keys that are not one a token, or `pre_rope` on a model for which
+            it is not defined (see `Family.before_rotary`).
     """
     original_lookup = AttentionInterface.get_interface
     rotary_calls: list[RotaryCall] = []
+    arguments_now: dict[str, Any] = {}  # of the attention module whose forward is running
+    seen_last: list[weakref.ref[torch.Tensor]] = []
+
+    def begin(module: nn.Module, _: Any, arguments: dict[str, Any]) -> None:
+        end()
+        arguments_now.update(arguments)
+
+    def end(*_: Any) -> None:
+        for state in (rotary_calls, arguments_now, seen_last):
+            state.clear()
+
+    def see(module: nn.Module, query: torch.Tensor, key: torch.Tensor, **arguments: Any) -> None:
+        if module not in layers:
+            return
+        if seen_last and seen_last[0]() is query and seen_last[1]() is key:
+            return  # the same vectors once more, to attend to other values
+        seen_last[:] = weakref.ref(query), weakref.ref(key)
+        _refuse_unusual(module, query, key, arguments)
+        vectors = family.before_rotary(module, rotary_calls, query, key) if pre_rope else (query, key)
+        rotary_calls.clear()
+        on_call(
+            AttentionCall(
+                family.layer(module, layers[module], arguments_now),
+                *vectors,
+                sliding_window=family.sliding_window(module, arguments),
+                softmax_scale=arguments.get("scaling"),
+                softcap=arguments.get("softcap"),
+                sinks=arguments.get("s_aux"),
+            )
+        )
 
     def lookup(self: AttentionInterface, name: str, default: Callable[..., Any]) -> Callable[..., Any]:
         kernel = original_lookup(self, name, default)
 
         @functools.wraps(kernel)
         def watched(module: nn.Module, query: torch.Tensor, key: torch.Tensor, *args: Any, **arguments: Any) -> Any:
-            layer = layers.get(module)
-            if layer is not None:
-                seen = family.before_rotary(module, rotary_calls, query, key) if pre_rope else (query, key)
-                rotary_calls.clear()
-                on_call(
-                    AttentionCall(
-                        layer,
-                        *seen,
-                        sliding_window=family.sliding_window(module, arguments),
-                        softmax_scale=arguments.get("scaling"),
-                        softcap=arguments.get("softcap"),
-                        sinks=arguments.get("s_aux"),
-                    )
-                )
+            see(module, query, key, **dict(zip(("value", "attention_mask"), args, strict=False)) | arguments)
             return kernel(module, query, key, *args, **arguments)
 
         return watched
 
-    with _watched_rotary(layers, rotary_calls) if pre_rope else _nothing():
-        AttentionInterface.get_interface = lookup  # type: ignore[method-assign, assignment]
+    if pre_rope and not rotary_functions(layers):
+        raise CaptureError(
+            f"no rotary function beside {', '.join(sorted({type(module).__name__ for module in layers}))}: vectors "
+            "before RoPE cannot be told from those after it; set capture.capture_pre_rope=false, or say what they are "
+            "in a family (model.family=package.module:Class)"
+        )
+    with watched_rotary(layers, rotary_calls) if pre_rope else nullcontext():
+        handles: list[Any] = []
         try:
+            for module in layers:
+                handles += family.watch(module, functools.partial(see, module))
+                handles.append(module.register_forward_pre_hook(begin, with_kwargs=True))
+                handles.append(module.register_forward_hook(end))
+            AttentionInterface.get_interface = lookup  # type: ignore[method-assign, assignment]
             yield
         finally:
             AttentionInterface.get_interface = original_lookup  # type: ignore[method-assign]
+            for handle in reversed(handles):
+                handle.remove()
+            end()
 
 
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
+def _sees_last(mask: Any) -> bool:
+    """Does the first token see the last one? No mask, where the kernel is not told to be causal: yes."""
+    if not isinstance(mask, torch.Tensor):
+        return mask is None
+    corner = mask[..., 0, -1]
+    return bool((corner if mask.dtype == torch.bool else corner > torch.finfo(mask.dtype).min / 2).any())
 
 
-@contextmanager
-def _watched_rotary(layers: Mapping[nn.Module, int], calls: list[RotaryCall]) -> Iterator[None]:
-    """Appends (before, after) of each tensor that a rotary function turns, since the attention module began."""
-    namespaces = {id(space): space for module in layers for space in [vars(sys.modules[type(module).__module__])]}
-    originals = [
-        (space, name, function)
-        for space in namespaces.values()
-        for name, function in space.items()
-        if name.startswith("apply_rot") and callable(function)
-    ]
-    if not originals:
-        names = sorted({type(module).__name__ for module in layers})
+def _refuse_unusual(module: nn.Module, query: torch.Tensor, key: torch.Tensor, arguments: dict[str, Any]) -> None:
+    name = type(module).__name__
+    n = query.shape[2]
+    causal = arguments.get("is_causal", getattr(module, "is_causal", True))
+    if not causal and n > 1 and _sees_last(arguments.get("attention_mask")):
         raise CaptureError(
-            f"no rotary function beside {', '.join(names)}: vectors before RoPE cannot be told from those after it; "
-            "set capture.capture_pre_rope=false, or say what they are in a family (model.family=package.module:Class)"
+            f"{name} is not causal: its tokens attend to later ones, and to padding. Only decoders can be captured; a "
+            "model that can be both says so in its config (model.config_overrides.is_decoder=true)"
         )
+    if key.shape[2] != n:
+        raise CaptureError(
+            f"{name} attends with {n} queries to {key.shape[2]} keys, which are not those of its tokens: "
+            "there is no key vector a position"
+        )
+
+
+@contextmanager
+def watched_rotary(layers: Iterable[nn.Module], calls: list[RotaryCall]) -> Iterator[None]:
+    """Appends (before, after) of each tensor that a rotary function beside `layers` turns."""
+    originals = rotary_functions(layers)
 
     def watch(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
@@ -125,10 +166,6 @@ def _watched_rotary(layers: Mapping[nn.Module, int], calls: list[RotaryCall]) ->
 
         return rotary
 
-    def forget(module: nn.Module, inputs: Any) -> None:
-        calls.clear()
-
-    hooks = [module.register_forward_pre_hook(forget) for module in layers]
     for space, name, function in originals:
         space[name] = watch(function)
     try:
@@ -136,6 +173,14 @@ def _watched_rotary(layers: Mapping[nn.Module, int], calls: list[RotaryCall]) ->
     finally:
         for space, name, function in originals:
             space[name] = function
-        for hook in hooks:
-            hook.remove()
-        calls.clear()
+
+
+def rotary_functions(layers: Iterable[nn.Module]) -> list[tuple[dict[str, Any], str, Callable[..., Any]]]:
+    """The rotary functions in the Python modules of `layers`: (namespace, name, function)."""
+    namespaces = {id(space): space for module in layers for space in [vars(sys.modules[type(module).__module__])]}
+    return [
+        (space, name, function)
+        for space in namespaces.values()
+        for name, function in space.items()
+        if name.startswith("apply_rot") and callable(function)
+    ]

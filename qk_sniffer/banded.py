@@ -28,6 +28,12 @@ class Band:
 
     window: int
 
+    def __getitem__(self, index: Any) -> "Band":
+        """All of it: what a model asks for that could leave out queries and leaves out none."""
+        if index != (slice(None),) * 2 + (slice(0, None), slice(None)):
+            raise TypeError(f"a part of a band is no band: {index}")
+        return self
+
 
 @contextmanager
 def banded() -> Iterator[None]:
@@ -79,15 +85,16 @@ def _banded_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    mask: Any,
+    attention_mask: Any,
     *args: Any,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Shapes: query (B, H, n, d), key and value (B, K, n, d); returns (B, n, H, d) as the plain kernel does."""
-    if not isinstance(mask, Band):
-        plain: tuple[torch.Tensor, None] = sdpa_attention_forward(module, query, key, value, mask, *args, **kwargs)
+    if not isinstance(attention_mask, Band):
+        plain: tuple[torch.Tensor, None]
+        plain = sdpa_attention_forward(module, query, key, value, attention_mask, *args, **kwargs)
         return plain
-    length, window = query.shape[2], mask.window
+    length, window = query.shape[2], attention_mask.window
     block = max(window, MIN_BLOCK)
     reach = window - 1
     # Queries of every block but the first see its keys through the same band: row i sees columns i to i + reach.

@@ -5,10 +5,12 @@ A family that differs overrides one or two methods in a file of its own, `models
 named `Family`; it is found by the config's `model_type`, or named by `model.family=package.module:Class`.
 """
 
+import functools
 import importlib
 import importlib.util
+import inspect
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -17,12 +19,21 @@ from torch import nn
 
 from qk_sniffer.errors import CaptureError, ConfigError
 
-HOOKED_TYPES = frozenset({"llama", "mistral", "ministral", "ministral3", "mllama_text_model", "qwen2", "qwen3"}) | {
-    *("cohere2", "gemma2", "gemma3_text", "glm", "glm4", "gpt_oss", "granite", "olmo2", "qwen3_moe", "smollm3")
-}
-"""Model types whose query and key follow from their projections, norms and rotary function alone, as tests show.
-
-Elsewhere something may come between, and a right dataset would fail its proof."""
+_HOOKED_TYPES = """
+    afmoe apertus arcee aria_text bamba bitnet cohere cohere2 cohere2_moe cohere_compass_text cwm diffllama doge dots1
+    emu3_text_model ernie4_5 ernie4_5_moe exaone4 exaone_moe falcon_h1 flex_olmo flint gemma gemma2 gemma3_text
+    gemma4_unified_text glm glm4 glm4_moe gpt_oss gptj granite granite_swa granitemoe granitemoe_swa granitemoehybrid
+    granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax inkling2_text internlm3 iquestcoder jais2
+    jamba kolibri1 laguna lfm2 lfm2_moe lfm3 llama llama4_text mellum mimo_v2_flash minimax minimax_m2
+    minimax_m3_vl_text ministral ministral3 mistral mixtral mllama_text_model modernbert-decoder moshi nanochat nemotron
+    nemotron_h olmo olmo2 olmo3 olmo_hybrid olmoe persimmon phi phimoe qwen2 qwen2_moe qwen3 qwen3_5_moe_text
+    qwen3_5_text qwen3_moe qwen3_next qwen4_exp_text recurrent_gemma seed_oss smollm3 solar_open stablelm starcoder2
+    vaultgemma
+"""
+HOOKED_TYPES = frozenset(_HOOKED_TYPES.split())
+"""Model types whose query and key are known to follow from their projections, norms and rotary function alone: those
+that `models/SUPPORTED.md` says are proven. Of others nobody has looked: something may come between, and a right
+dataset would fail its proof."""
 
 RotaryCall = tuple[torch.Tensor, torch.Tensor]
 """A tensor that went into a rotary function, and the tensor that came out of it."""
@@ -39,6 +50,13 @@ class Family:
     )
     """How a multimodal checkpoint names its decoder's weights, in older and in newer files: pattern -> replacement."""
 
+    unused = ("pooler.",)
+    """Prefixes of the decoder's weights that no query or key depends on: a checkpoint may lack them."""
+
+    changed_after_rotary = False
+    """True where query and key are scaled, normed or repeated after the rotary embedding: what they are before RoPE is
+    then what went into it, query first."""
+
     def decoder(self, model: Any) -> nn.Module:
         """The text decoder inside the loaded `model`: what is run, without any head or vision tower."""
         decoder: nn.Module = model.get_decoder()
@@ -46,38 +64,63 @@ class Family:
 
     def attention_layers(self, decoder: nn.Module) -> dict[nn.Module, int]:
         """The self-attention modules of `decoder`, each with its layer index. No other module is captured."""
-        return {
-            module: layer
-            for module in decoder.modules()
-            if isinstance(layer := getattr(module, "layer_idx", None), int)
+        found = {
+            name: module
+            for name, module in decoder.named_modules()
+            if isinstance(getattr(module, "layer_idx", None), int)
             and "Attention" in type(module).__name__
             and "Cross" not in type(module).__name__
-            and not type(module).__name__.endswith("Layer")
+            and "encoder_attn" not in name
             and not getattr(module, "is_cross_attention", False)
         }
+        # A block of attention and norms may carry the same marks as the attention inside it.
+        return {
+            module: module.layer_idx
+            for name, module in found.items()
+            if not any(other.startswith(f"{name}.") for other in found)
+        }
+
+    def layer(self, module: nn.Module, index: int, arguments: Mapping[str, Any]) -> int:
+        """The layer that this call of `module` is, where it differs from its `index` among the attention layers.
+
+        `arguments` are the keyword arguments of the module's forward.
+        """
+        return index
 
     def sliding_window(self, module: nn.Module, arguments: dict[str, Any]) -> int | None:
         """The window of this attention call: how many positions a query sees, itself included; None: all."""
         return arguments.get("sliding_window")
+
+    def watch(self, module: nn.Module, see: Callable[..., None]) -> Sequence[Any]:
+        """Makes `module` call `see(query, key)` in each forward, where it asks the attention interface for no kernel.
+
+        Query and key are those of `AttentionCall`; `scaling` and the other arguments of a kernel may follow by name.
+        Returns what undoes it, the last one first: handles of hooks, or others with a `remove()`.
+        """
+        return ()
 
     def before_rotary(
         self, module: nn.Module, rotary_calls: Sequence[RotaryCall], query: torch.Tensor, key: torch.Tensor
     ) -> RotaryCall:
         """What `query` and `key`, as attention receives them, were before the rotary embedding.
 
-        The tensors must be the very outputs of rotary calls: then their inputs are the answer, bit for bit. A
-        layer without any rotary call (NoPE) rotates nothing. Anything between the two is not defined here.
+        The inputs of rotary calls are the answer, bit for bit, where the tensors are their very outputs, or carry them
+        as the first or the last part of each head beside a part that is not rotated. A layer without any rotary call
+        (NoPE) rotates nothing. Anything else between the two is not defined here.
         """
         if not rotary_calls:
             return query, key
-        inputs = {id(after): before for before, after in rotary_calls}
-        if id(query) not in inputs or id(key) not in inputs:
+        if self.changed_after_rotary:
+            (first, _), (second, _) = rotary_calls
+            return first, second
+        before_query, before_key = _unrotated(query, rotary_calls), _unrotated(key, rotary_calls)
+        if before_query is None or before_key is None:
             raise CaptureError(
-                f"{type(module).__name__} changes the query or the key after its rotary embedding, so that vectors "
-                "before RoPE are not defined for this model: set capture.capture_pre_rope=false, or say what they "
-                "are in a family (model.family=package.module:Class)"
+                f"{type(module).__name__} attends with a {'query' if before_query is None else 'key'} that no rotary "
+                "function returned in its layer, so that vectors before RoPE are not defined for this model: set "
+                "capture.capture_pre_rope=false, or say what they are in a family (model.family=package.module:Class)"
             )
-        return inputs[id(query)], inputs[id(key)]
+        return before_query, before_key
 
     def projections(self, module: nn.Module) -> dict[str, nn.Module] | None:
         """The submodules whose outputs are query and key before RoPE, by kind, for the proof by hooks.
@@ -87,8 +130,9 @@ class Family:
         if getattr(getattr(module, "config", None), "model_type", None) not in HOOKED_TYPES:
             return None
         found: dict[str, nn.Module] = {}
+        names = ("proj",) if self.changed_after_rotary else ("norm", "layernorm", "proj")
         for kind in ("q", "k"):
-            parts = (getattr(module, f"{kind}_norm", None), getattr(module, f"{kind}_proj", None))
+            parts = [getattr(module, f"{kind}_{name}", None) for name in names]
             part = next((part for part in parts if isinstance(part, nn.Module)), None)
             if part is None:
                 return None
@@ -105,10 +149,62 @@ class Family:
         if not getattr(module, "use_rope", True):
             return query, key
         rotary = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
-        if rotary is None or not isinstance(embeddings, tuple):
+        if self.changed_after_rotary or rotary is None or not isinstance(embeddings, tuple):
+            return None
+        if list(inspect.signature(rotary).parameters)[:2] != ["q", "k"]:
             return None
         turned: RotaryCall = rotary(query, key, *embeddings)
         return turned
+
+
+def _unrotated(states: torch.Tensor, rotary_calls: Sequence[RotaryCall]) -> torch.Tensor | None:
+    # Some families rotate (B, n, heads, d), and transpose later.
+    calls = [*rotary_calls, *((before.transpose(1, 2), after.transpose(1, 2)) for before, after in rotary_calls)]
+    for before, after in calls:
+        if _same(after, states):
+            return before
+    for before, after in calls:
+        if (part := _part(after, states)) is not None:
+            whole = states.clone()
+            whole[..., part] = before
+            return whole
+    return None
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
+
+
+def _part(after: torch.Tensor, states: torch.Tensor) -> slice | None:
+    """Where in each head of `states` the rotated tensor `after` lies, one head of it serving all or each its own."""
+    width, heads = after.shape[-1], states.shape[1]
+    if width > states.shape[-1] or after.shape[1] not in (1, heads) or after.shape[2] != states.shape[2]:
+        return None
+    for part in (slice(0, width), slice(states.shape[-1] - width, states.shape[-1])):
+        if torch.equal(states[..., part], after.expand(-1, heads, -1, -1)):
+            return part
+    return None
+
+
+class Shown:
+    """A function of `owner` by that name that calls `show` with its arguments first, until `remove()`."""
+
+    def __init__(self, owner: Any, name: str, show: Callable[..., None]) -> None:
+        function = getattr(owner, name)
+
+        @functools.wraps(function)
+        def showing(*args: Any, **kwargs: Any) -> Any:
+            show(*args, **kwargs)
+            return function(*args, **kwargs)
+
+        self.owner, self.name, self.before = owner, name, vars(owner).get(name)
+        setattr(owner, name, showing)
+
+    def remove(self) -> None:
+        if self.before is None:  # a method of its class
+            delattr(self.owner, self.name)
+        else:
+            setattr(self.owner, self.name, self.before)
 
 
 def find_family(model_type: str, override: str | None = None) -> Family:

@@ -20,7 +20,9 @@ import pyarrow.parquet as pq
 import torch
 from torch import nn
 
+from qk_sniffer.attention import rotary_functions, watched_rotary
 from qk_sniffer.backbone import Backbone
+from qk_sniffer.families import RotaryCall
 from qk_sniffer.store.compact import HeadSpec
 from qk_sniffer.store.layout import KINDS, Layout
 
@@ -118,6 +120,7 @@ def _derived(
     head_dims = {head.layer: head.head_dim for head in heads}
     modules = {module: layer for module, layer in backbone.attention_layers.items() if layer in head_dims}
     projected: dict[tuple[nn.Module, str], torch.Tensor] = {}
+    rotary_calls: list[RotaryCall] = []
     derived: dict[HeadSpec, Vectors] = {}
     hooks = []
 
@@ -129,19 +132,25 @@ def _derived(
 
     def derive(module: nn.Module, inputs: Any, arguments: dict[str, Any], output: Any) -> None:
         pair = projected.pop((module, "q")), projected.pop((module, "k"))
-        turned = pair if backbone.pre_rope else family.rotated(module, *pair, arguments.get("position_embeddings"))
+        turned: RotaryCall | None = pair
+        if rotary_calls and not backbone.pre_rope:
+            whole = rotary_calls[0][0].shape[-1] == pair[0].shape[-1]  # not only a part of each head is rotated
+            turned = family.rotated(module, *pair, arguments.get("position_embeddings")) if whole else None
+        rotary_calls.clear()
         for head, positions in heads.items():
             if turned is not None and head.layer == modules[module]:
                 states = turned[KINDS.index(head.kind)][0, head.head]
                 derived[head] = states[torch.from_numpy(positions).to(states.device)].float().cpu().numpy()
 
+    if not rotary_functions(modules):
+        return None
     try:
         for module in modules:
             if (parts := family.projections(module)) is None:
                 return None
             hooks += [part.register_forward_hook(keep(module, kind)) for kind, part in parts.items()]
             hooks.append(module.register_forward_hook(derive, with_kwargs=True))
-        with torch.inference_mode():
+        with torch.inference_mode(), watched_rotary(modules, rotary_calls):
             tokens = torch.from_numpy(ids.astype(np.int64))[None]
             backbone.decoder(input_ids=tokens.to(backbone.device), use_cache=False)
     finally:

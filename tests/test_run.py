@@ -258,13 +258,13 @@ def test_a_folder_of_parquet_is_a_dataset(checkpoint: Path, tmp_path: Path) -> N
 
 
 def test_a_model_whose_attention_cannot_be_seen_is_an_error(texts: Path, tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM, GPTJConfig
+    from transformers import AutoModelForCausalLM, XGLMConfig
 
-    save_checkpoint(QWEN3, tmp_path / "gptj")
-    config = GPTJConfig(vocab_size=96, n_embd=32, n_layer=2, n_head=4, n_positions=64, rotary_dim=4)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gptj")
-    with pytest.raises(CaptureError, match="nothing can be captured from gptj"):
-        run(tmp_path / "gptj", texts, tmp_path / "out")
+    save_checkpoint(QWEN3, tmp_path / "xglm")
+    config = XGLMConfig(vocab_size=96, d_model=32, num_layers=2, attention_heads=4, ffn_dim=48)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "xglm")
+    with pytest.raises(CaptureError, match=r"nothing can be captured from xglm .*its attention \(XGLMAttention\)"):
+        run(tmp_path / "xglm", texts, tmp_path / "out")
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 

@@ -1,0 +1,27 @@
+"""Falcon calls torch's attention kernel itself, newer models with each key repeated for the queries that it serves."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from qk_sniffer import families
+
+
+class Family(families.Family):
+    """Query and key are what that kernel receives while the module runs, the key before it is repeated."""
+
+    def watch(self, module: Any, see: Callable[..., None]) -> Sequence[Any]:
+        repeated = module.num_heads // module.num_kv_heads if module.new_decoder_architecture else 1
+        running: list[Any] = []
+
+        def show(query: torch.Tensor, key: torch.Tensor, *rest: Any, **arguments: Any) -> None:
+            if running:
+                see(query, key[:, ::repeated])
+
+        return [
+            module.register_forward_pre_hook(lambda *_: running.append(module)),
+            module.register_forward_hook(lambda *_: running.clear()),
+            families.Shown(functional, "scaled_dot_product_attention", show),
+        ]

@@ -1,0 +1,22 @@
+"""MPT has an attention of its own, whose logits carry a bias by distance (ALiBi)."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from qk_sniffer import families
+
+
+class Family(families.Family):
+    """Query and key are cut from its one projection, and clipped if the model clips them."""
+
+    def watch(self, module: Any, see: Callable[..., None]) -> Sequence[Any]:
+        def show(_: nn.Module, inputs: Any, fused: torch.Tensor) -> None:
+            if module.clip_qkv:
+                fused = fused.clamp(min=-module.clip_qkv, max=module.clip_qkv)
+            query, key, _ = fused.unflatten(-1, (3, module.n_heads, module.head_dim)).permute(2, 0, 3, 1, 4)
+            see(query, key, scaling=module.softmax_scale)
+
+        return [module.Wqkv.register_forward_hook(show)]

@@ -1,0 +1,316 @@
+"""One model type of transformers, built tiny and random and captured as a job does: is what is captured right?
+
+The vectors, their layout and the forward itself are held against a recording of the untouched model, which knows
+nothing of the tap or of families.
+"""
+
+import re
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from recording import KernelCall, Rotated, recorded
+from safetensors.torch import save_file
+from tiny_configs import LAYERS, SIZES, VOCAB, WINDOW, save_tiny, tiny_config
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from qk_sniffer import proof as proof_room
+from qk_sniffer.attention import AttentionCall
+from qk_sniffer.backbone import Backbone, LayerFacts
+from qk_sniffer.config import ModelConfig
+from qk_sniffer.errors import CaptureError, QkSnifferError
+from qk_sniffer.families import Family
+from qk_sniffer.loading import load_backbone
+from qk_sniffer.store.compact import HeadSpec
+
+TOKENS = 3 * WINDOW
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is found of a type. `note`: what sets its layout apart, why it is refused, or what is wrong."""
+
+    model_type: str
+    class_name: str
+    post: str = "no"
+    """yes; no: refused; WRONG: captured, but not what it should be."""
+    pre: str = "no"
+    """yes; no: refused; no RoPE: there is nothing to be before."""
+    proof: str = "no"
+    """Can a job prove its dataset by hooks? yes; no; pre: only one of vectors before RoPE."""
+    note: str = ""
+
+
+class WrongError(Exception):
+    """What is captured differs from the recording, and was not refused."""
+
+
+def examine(model_type: str) -> Entry:
+    """Builds, saves, loads and captures that type."""
+    entry = Entry(model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])
+    try:
+        backbone, facts = _loaded(model_type)
+    except QkSnifferError as error:
+        return replace(entry, note=_reason(error))
+    try:
+        calls, seen = _check_post(backbone, facts)
+        notes = _notes(backbone, calls, seen, facts)
+        pre, reason = _pre_verdict(backbone, calls)
+        before = Backbone(backbone.decoder, backbone.family, pre_rope=True, banded_attention=False)
+        proof = "yes" if _is_proven(backbone) else "pre" if pre == "yes" and _is_proven(before) else "no"
+    except (WrongError, CaptureError) as error:
+        return replace(entry, post="WRONG", note=str(error))
+    return replace(entry, post="yes", pre=pre, proof=proof, note="; ".join(notes + reason))
+
+
+def _loaded(model_type: str) -> tuple[Backbone, list[LayerFacts]]:
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            save_tiny(model_type, Path(folder))
+        except ValueError:
+            # It cannot be built; loading it says why.
+            tiny_config(model_type).save_pretrained(folder)
+            save_file({"nothing": torch.zeros(1)}, Path(folder) / "model.safetensors")
+        config = ModelConfig(name=folder, dtype="float32", device_map="cpu")
+        try:
+            backbone = load_backbone(config, banded_attention=False)
+        except QkSnifferError as error:
+            raise type(error)(str(error).replace(f"model {folder} ", "")) from error
+        return backbone, backbone.probe()
+
+
+def _check_post(backbone: Backbone, facts: list[LayerFacts]) -> tuple[list[KernelCall], list[AttentionCall]]:
+    """Every attention call as it is recorded, and as it is captured.
+
+    Raises:
+        WrongError: vectors, layers or heads differ, or the capture changes the forward.
+    """
+    decoder, ids = backbone.decoder, _ids()
+    with torch.inference_mode():
+        calls, hidden = recorded(decoder, ids)
+        seen = _captured(backbone, ids, hidden)
+    missed = {type(call.module).__name__ for call in calls if call.module not in backbone.attention_layers}
+    if missed:
+        raise WrongError(f"attention of {', '.join(sorted(missed))} is not captured")
+    layers = [call.layer for call in seen]
+    if len(seen) != len(calls) or layers != [fact.heads.layer for fact in facts] or layers[0] < 0:
+        raise WrongError(f"{len(calls)} calls of attention, {len(facts)} layers probed, captured {layers}")
+    for call, own in zip(calls, seen, strict=True):
+        if not (_equal(own.query, call.query) and _equal(own.key, call.key)):
+            raise WrongError(f"layer {own.layer}: not the vectors that attention receives")
+        heads = own.query.shape[1], own.key.shape[1]
+        if heads[0] != SIZES["num_attention_heads"] or heads[0] % heads[1]:
+            raise WrongError(f"layer {own.layer}: {heads[0]} query heads and {heads[1]} key heads")
+    # Padding is at the end, and there is no mask: tokens there must not be seen from the beginning.
+    half = TOKENS // 2
+    ids[:, half:] = ids[:, half:].flip(0)
+    if _differ(seen, _captured(backbone, ids), slice(0, half)):
+        raise WrongError("tokens see later ones")
+    if _differ(seen, _captured(Backbone(decoder, backbone.family), _ids()), slice(None)):
+        raise WrongError("with banded attention the vectors differ")
+    return calls, seen
+
+
+def _pre_verdict(backbone: Backbone, calls: list[KernelCall]) -> tuple[str, list[str]]:
+    """`Entry.pre` and, where it is no, the reason.
+
+    Raises:
+        WrongError: vectors before RoPE are not what rotary functions are given.
+    """
+    before = Backbone(backbone.decoder, backbone.family, pre_rope=True, banded_attention=False)
+    rotated = [bool(call.rotated) for call in calls]
+    try:
+        seen = _captured(before, _ids())
+    except CaptureError as error:
+        return ("no", [_reason(error)]) if any(rotated) else ("no RoPE", [])
+    for call, own in zip(calls, seen, strict=True):
+        for after, vectors in ((call.query, own.query), (call.key, own.key)):
+            known = any(_is_before(vectors, after, pair) for pair in call.rotated)
+            if not (known if call.rotated else _equal(vectors, after)):
+                raise WrongError(f"layer {own.layer}: not the vectors that the rotary function is given")
+    if not any(rotated):
+        return "no RoPE", []
+    return "yes", [] if all(rotated) else ["some layers are not rotated"]
+
+
+def _is_before(before: torch.Tensor, after: torch.Tensor, rotated: Rotated) -> bool:
+    """Is `before` what went into that rotary call, beside the part of `after` that is not rotated?"""
+    given = rotated[0]
+    if given.dim() != 4:
+        return False
+    for part in (given, given.transpose(1, 2)):
+        if part.shape[2] != before.shape[2] or before.shape[1] % part.shape[1]:
+            continue
+        copies = before.shape[1] // part.shape[1]
+        for start in {0, before.shape[-1] - part.shape[-1]}:
+            for repeated in (part.repeat(1, copies, 1, 1), part.repeat_interleave(copies, dim=1)):
+                expected = after.clone()
+                expected[..., start : start + part.shape[-1]] = repeated
+                if _equal(before, expected):
+                    return True
+    return False
+
+
+def _is_proven(backbone: Backbone) -> bool:
+    """Do the hooks of a job's proof derive the same vectors? False where the family has no hooks.
+
+    Raises:
+        WrongError: they derive others, so that a right dataset would be refused.
+    """
+    ids = _ids(proof_room.MIN_TOKENS)[:1]
+    vectors: dict[HeadSpec, np.ndarray] = {}
+    for call in _captured(backbone, ids):
+        for kind, states in (("q", call.query), ("k", call.key)):
+            for head in range(states.shape[1]):
+                spec = HeadSpec(
+                    call.layer, head, kind, key_head=0, head_dim=states.shape[-1], sliding_window=None, row=0
+                )
+                vectors[spec] = states[0, head].float().numpy()
+    positions = np.arange(ids.shape[1])
+    derived = proof_room._derived(backbone, ids[0].numpy().astype(np.int32), dict.fromkeys(vectors, positions))
+    if derived is None:
+        return False
+    largest = max(proof_room._difference(vectors[spec], derived[spec]) for spec in vectors)
+    if not largest <= proof_room.TOLERANCES["float32"]:
+        raise WrongError(f"hooks derive other vectors: relative difference {largest:.2g}")
+    return True
+
+
+def _notes(
+    backbone: Backbone, calls: list[KernelCall], seen: list[AttentionCall], facts: list[LayerFacts]
+) -> list[str]:
+    """What sets the layout apart from that of a plain decoder.
+
+    Raises:
+        WrongError: a mask shows another window than the one that is captured.
+    """
+    notes = []
+    if len(facts) < LAYERS:
+        notes.append("attention at some layers only")
+    if len({call.module for call in calls}) < len(calls):
+        notes.append("layers share one attention")
+    for name, values in (
+        ("query heads", {fact.heads.num_q_heads for fact in facts}),
+        ("key heads", {fact.heads.num_k_heads for fact in facts}),
+        ("head widths", {fact.heads.head_dim for fact in facts}),
+    ):
+        if len(values) > 1:
+            notes.append(f"{name} differ by layer")
+    if "kv_lora_rank" in vars(backbone.config):
+        notes.append("latent attention, captured expanded: a key head for each query head")
+    elif {fact.heads.num_k_heads for fact in facts} == {1}:
+        notes.append("one key head")
+    if any(_equal(a.key, b.key) for i, a in enumerate(calls) for b in calls[:i] if a.key.shape == b.key.shape):
+        notes.append("some layers use the keys of another")
+    notes += sorted({reach for call, own in zip(calls, seen, strict=True) if (reach := _reach(call, own))})
+    notes += ["softcap"] if any(fact.softcap for fact in facts) else []
+    notes += ["sinks"] if any(fact.sinks for fact in facts) else []
+    if _is_biased(backbone, facts):
+        notes.append("a bias by position is part of the logits")
+    return notes
+
+
+def _is_biased(backbone: Backbone, facts: list[LayerFacts]) -> bool:
+    """Is more in the logits than scale, softcap and sinks make of the products of queries and keys?
+
+    Raises:
+        WrongError: yes, and not by an argument of the kernel that says so.
+    """
+    decoder: Any = backbone.decoder
+    kernel = decoder.config._attn_implementation
+    decoder.set_attn_implementation("eager")
+    with torch.inference_mode():
+        calls, _ = recorded(decoder, _ids())
+    decoder.set_attn_implementation(kernel)
+    for call, fact in zip(calls, facts, strict=True):
+        if call.weights is None or _explains(fact, call):
+            continue
+        if call.biased or type(backbone.family).watch is not Family.watch:
+            return True
+        raise WrongError(f"layer {fact.heads.layer}: a softmax of other logits than its layout says")
+    return False
+
+
+def _explains(fact: LayerFacts, call: KernelCall) -> bool:
+    """Do the layer's facts lead from query and key to the weights that the kernel returned?"""
+    assert call.weights is not None
+    heads, n = call.query.shape[1:3]
+    weights = call.weights.view(-1, heads, n, call.weights.shape[-1])[..., :n]
+    key = call.key.repeat_interleave(heads // call.key.shape[1], dim=1)
+    logits = (call.query @ key.transpose(-1, -2)).float() * fact.softmax_scale
+    if fact.softcap is not None:
+        logits = fact.softcap * torch.tanh(logits / fact.softcap)
+    logits = logits.masked_fill(weights == 0, -torch.inf)
+    sinks = torch.tensor(fact.sinks or [-torch.inf] * heads)[:, None, None].expand(len(logits), -1, n, 1)
+    expected = torch.cat([logits, sinks], -1).softmax(-1)[..., :n]
+    # Some kernels scale by the sinks only after the product with the values.
+    return any(torch.allclose(weights.float(), w, atol=1e-3) for w in (expected, logits.softmax(-1)))
+
+
+def _reach(call: KernelCall, own: AttentionCall) -> str | None:
+    """Which earlier tokens queries see, where it is not all of them."""
+    n = call.query.shape[2]
+    row, column = torch.arange(n)[:, None], torch.arange(n)
+    causal = column <= row
+    if call.mask is not None:
+        visible = call.mask[0, 0] if call.mask.dtype == torch.bool else call.mask[0, 0] > -1
+    else:
+        visible = causal if call.weights is None else call.weights[0].amax(0) > 0
+    if own.sliding_window is not None:
+        if not torch.equal(visible, causal & (column > row - own.sliding_window)):
+            raise WrongError(
+                f"layer {own.layer}: its window is said to be {own.sliding_window}, its mask shows another"
+            )
+        return "sliding windows"
+    if torch.equal(visible, causal):
+        return None
+    return "chunks" if torch.equal(visible, causal & (column // WINDOW == row // WINDOW)) else "sparse attention"
+
+
+def _captured(backbone: Backbone, ids: torch.Tensor, hidden: torch.Tensor | None = None) -> list[AttentionCall]:
+    """The calls of a forward as jobs run it, or of a plain one, which must end with `hidden`.
+
+    Raises:
+        WrongError: it does not.
+    """
+    seen: list[AttentionCall] = []
+
+    def keep(call: AttentionCall) -> None:
+        seen.append(replace(call, query=call.query.clone(), key=call.key.clone()))
+
+    if hidden is None:
+        backbone.forward(ids, keep)
+        return seen
+    with backbone.tapped(keep):
+        if not torch.equal(backbone.decoder(input_ids=ids, use_cache=False)[0], hidden):
+            raise WrongError("capturing changes the forward")
+    return seen
+
+
+def _differ(seen: list[AttentionCall], others: list[AttentionCall], tokens: slice) -> bool:
+    """By more than rounding, at some of those tokens."""
+    return any(
+        not torch.allclose(one[:, :, tokens], other[:, :, tokens], rtol=1e-3, atol=1e-4)
+        for a, b in zip(seen, others, strict=True)
+        for one, other in ((a.query, b.query), (a.key, b.key))
+    )
+
+
+def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Bit for bit, where one may be widened, or repeat its heads for the queries that they serve."""
+    heads = max(a.shape[1], b.shape[1])
+    a, b = (states.repeat_interleave(heads // states.shape[1], dim=1).float() for states in (a, b))
+    return torch.equal(a, b)
+
+
+def _ids(length: int = TOKENS) -> torch.Tensor:
+    return torch.randint(5, VOCAB, (2, length), generator=torch.Generator().manual_seed(1))
+
+
+def _reason(error: QkSnifferError) -> str:
+    """The first clause of the error's message, which is what it is about."""
+    text = re.sub(r"^nothing can be captured from \S+ \(\S+\): ", "", str(error))
+    return re.split(r"; |: it is |\. |\n|, so that ", text)[0]

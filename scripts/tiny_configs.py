@@ -1,0 +1,192 @@
+"""Tiny random checkpoints of every causal language model that transformers offers, built from its config class.
+
+A config is shrunk from its own defaults: a field that many families name alike gets one small value (`SIZES`), nested
+configs are shrunk the same way, and every kind of layer stays. What a type needs beyond that is in `NEEDS`.
+"""
+
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors.torch import save_file
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+VOCAB = 128
+LAYERS = 4
+WINDOW = 8
+"""Tokens that a query sees in a layer that is not full: a window, a chunk, or what an indexer picks."""
+
+_SIZES: list[tuple[int, str]] = [
+    (VOCAB, "vocab_size vocab_size_per_layer_input encoder_hash_byte_group_vocab"),
+    (LAYERS, "num_hidden_layers n_layer n_layers num_layers decoder_layers num_decoder_layers"),
+    (1, "encoder_layers num_encoder_layers"),
+    (64, "hidden_size d_model n_embd emb_dim"),
+    (32, "intermediate_size ffn_dim ffn_hidden_size dim_ff dff encoder_ffn_dim decoder_ffn_dim moe_intermediate_size"),
+    (32, "expert_ffn_hidden_size dense_intermediate_size shared_expert_intermediate_size shared_intermediate_size"),
+    (512, "max_position_embeddings n_positions n_ctx max_seq_len"),
+    # Attention.
+    (4, "num_attention_heads n_head n_heads num_heads swa_num_attention_heads index_n_heads"),
+    (4, "decoder_attention_heads encoder_attention_heads num_decoder_attention_heads num_encoder_attention_heads"),
+    (2, "num_key_value_heads num_kv_heads swa_num_key_value_heads"),
+    (16, "head_dim swa_head_dim kv_channels dim_head qk_nope_head_dim v_head_dim index_head_dim"),
+    (8, "rotary_dim qk_rope_head_dim"),
+    (24, "qk_head_dim"),
+    (12, "kv_lora_rank"),
+    (20, "q_lora_rank"),
+    (WINDOW, "sliding_window sliding_window_size attention_window_size window_size attention_chunk_size index_topk"),
+    (WINDOW, "keep_window_size"),
+    (WINDOW // 2, "index_block_size"),
+    (1, "index_topk_blocks"),
+    # Experts.
+    (4, "num_experts num_local_experts n_routed_experts moe_num_experts"),
+    (2, "num_experts_per_tok num_experts_per_token moe_topk moe_k moe_top_k zero_expert_num"),
+    (1, "num_shared_experts n_shared_experts n_group topk_group num_expert_group"),
+    # State-space and linear layers.
+    (4, "mamba_n_heads mamba_num_heads n_mamba_heads linear_num_value_heads linear_num_heads"),
+    (32, "mamba_d_head mamba_head_dim"),
+    (16, "mamba_d_state linear_key_head_dim linear_value_head_dim linear_head_dim"),
+    (8, "chunk_size mamba_chunk_size"),
+    (2, "linear_num_key_heads"),
+    (1, "n_groups"),
+    (128, "mamba_d_ssm"),
+    # Embeddings by layer and by n-gram.
+    (16, "hidden_size_per_layer_input"),
+    (50, "ngram_vocab_size_base"),
+]
+SIZES = {name: size for size, names in _SIZES for name in names.split()}
+
+_ENCODERS = "bert bert-generation big_bird camembert data2vec-text electra ernie megatron-bert rembert roberta "
+_ENCODERS += "roberta-prelayernorm roc_bert roformer xlm-roberta xlm-roberta-xl"
+_LATENT = "axk1 axk2 bailing_hybrid deepseek_v2 deepseek_v3 deepseek_v32 glm4_moe_lite glm_moe_dsa kimi_linear "
+_LATENT += "longcat_flash minicpm3 youtu"
+_NO_HEAD_DIM = "hunyuan_v1_dense hunyuan_v1_moe ministral"
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_SHARED = {"num_hidden_layers": LAYERS, "num_kv_shared_layers": LAYERS}
+
+NEEDS: dict[str, dict[str, Any]] = {
+    **{name: {"is_decoder": True} for name in _ENCODERS.split()},
+    # As many key heads as query heads; head_dim is the part that is rotated.
+    **{name: {"num_key_value_heads": 4, "head_dim": 8, "num_experts_per_tok": 2} for name in _LATENT.split()},
+    **{name: {"num_key_value_heads": 2, "head_dim": 16} for name in _NO_HEAD_DIM.split()},
+    **{name: {"layers_block_type": ["linear_attention", "hybrid"] * 2} for name in ("zamba", "zamba2")},
+    "bamba": {"attn_layer_indices": [1, 2]},
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "rope_parameters": {"sliding_attention": _ROPE, "full_attention": _ROPE},
+    },
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0}},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "dots3_note_audio_encoder": {"adapter_input_size": 64, "adapter_out_dim": 64},
+    "dots3_note_text": {
+        "num_key_value_heads": 4,
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 4,
+        "swa_head_dim": 24,
+        "swa_qk_nope_head_dim": 16,
+        "swa_q_lora_rank": 20,
+        "swa_kv_lora_rank": 12,
+    },
+    "dots3_note_vision_encoder": {"mlp_layer_types": ["dense"] * LAYERS, "adapter_in_dim": 64, "adapter_out_dim": 64},
+    "emu3": {"vocabulary_map": {"<image>": 3}},
+    "emu3_vqgan": {"base_channels": 32, "channel_multiplier": [1, 1], "codebook_size": VOCAB},
+    "gemma3n_text": {"num_kv_shared_layers": 2},
+    "gemma4_assistant": {"text_config": _SHARED | {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}},
+    "gemma4_text": {"num_kv_shared_layers": 2, "global_head_dim": 32},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * 2},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "mamba2": {"num_heads": 8, "head_dim": 16},
+    "minimax_m3_vl_text": {"layer_types": ["minimax_m3_sparse", "full_attention"] * 2},
+    "nemotron": {"num_key_value_heads": 2},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": WINDOW,
+        "indexer_compress_ratio": 4,
+    },
+    "reformer": {"is_decoder": True, "axial_pos_embds": False},
+    "xmod": {"is_decoder": True, "default_language": "en_XX"},
+    "zaya": {"num_experts_per_tok": 1},
+}
+"""By model type, of the model or of a config inside it. An encoder is a language model where it is a decoder."""
+
+_BARE = {"deepseek_v4"}
+"""Saved without its head: transformers would take the name that its last norm has beside a head for another one."""
+
+
+def tiny_config(model_type: str) -> PretrainedConfig:
+    """A small config of that type."""
+    return _shrunk(CONFIG_MAPPING[model_type], NEEDS.get(model_type, {}))
+
+
+def save_tiny(model_type: str, folder: Path) -> None:
+    """Saves a checkpoint of that type with random weights, norms included, from a fixed seed.
+
+    Where the whole model needs a library that is not installed, the decoder's weights are saved as the whole has them.
+    """
+    config = tiny_config(model_type)
+    config.save_pretrained(folder)
+    text_config = config.get_text_config()
+    torch.manual_seed(0)
+    try:
+        model = _whole(config)
+    except ImportError:
+        model = _randomized(AutoModel.from_config(text_config))
+        weights = {f"model.language_model.{name}": weight.clone() for name, weight in model.state_dict().items()}
+        save_file(weights, folder / "model.safetensors")
+    else:
+        _randomized(model).save_pretrained(folder)
+
+
+def _whole(config: PretrainedConfig) -> PreTrainedModel:
+    model: PreTrainedModel
+    if config.model_type in _BARE:
+        model = AutoModel.from_config(config)
+    else:
+        model = AutoModelForCausalLM.from_config(config)
+        if model.config.model_type != config.model_type:  # the decoder alone
+            model = AutoModelForImageTextToText.from_config(config)
+    return model
+
+
+def _randomized(model: PreTrainedModel) -> PreTrainedModel:
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() == 1 and "norm" in name:  # norms start as ones, which would hide a mistake
+                weight.add_(torch.randn_like(weight) * 0.3)
+            elif weight.dim() == 2 and "embed" not in name:
+                weight.mul_(4)  # attention far from uniform
+    return model
+
+
+def _shrunk(config_class: type[PretrainedConfig], needs: dict[str, Any]) -> PretrainedConfig:
+    try:
+        default = config_class()
+    except StrictDataclassError:
+        default = config_class(**needs)
+    small: dict[str, Any] = {}
+    for name, value in vars(default).items():
+        if isinstance(value, PretrainedConfig):
+            small[name] = _shrunk(type(value), NEEDS.get(value.model_type, {}) | needs.get(name, {}))
+        elif name in needs:
+            small[name] = needs[name]
+        elif name in SIZES and value is not None:
+            small[name] = SIZES[name]
+        elif name.endswith("token_id") and value is not None:
+            small[name] = min(value[0] if isinstance(value, list) else value, VOCAB - 1)
+        elif name == "layer_types" and value:
+            kinds = list(dict.fromkeys(value))
+            small[name] = list(islice(cycle(kinds), max(LAYERS, len(kinds))))
+            small["num_hidden_layers"] = len(small[name])
+    return config_class(**needs | small)

@@ -6,6 +6,9 @@ first. Nothing of the model is replaced or renamed: the masks, the kernel and it
 user's `attn_implementation`, so that the forward is bit for bit the same, and everything is put back on exit.
 A family whose attention asks for no kernel shows the tap its query and key itself (`Family.watch`).
 
+What was compiled (`torch.compile`) runs uncompiled while a tap is open: compiled code asks for its kernel when it is
+made, not in every call, and would show nothing. Kernels may still be compiled, as flex attention is.
+
 Shapes: B batch, n tokens, H query heads, K key heads, d head_dim.
 """
 
@@ -58,21 +61,26 @@ def tap(
     """Calls `on_call` before each attention kernel that one of `layers` (module -> layer index) runs.
 
     Raises, out of the forward:
-        CaptureError: attention that is not causal, keys that are not one a token, or `pre_rope` on a model for which
-            it is not defined (see `Family.before_rotary`).
+        CaptureError: one of `layers` ran and showed nothing, attention is not causal, keys are not one a token, or
+            `pre_rope` is not defined for this model (see `Family.before_rotary`).
     """
     original_lookup = AttentionInterface.get_interface
     rotary_calls: list[RotaryCall] = []
     arguments_now: dict[str, Any] = {}  # of the attention module whose forward is running
     seen_last: list[weakref.ref[torch.Tensor]] = []
 
-    def begin(module: nn.Module, _: Any, arguments: dict[str, Any]) -> None:
-        end()
-        arguments_now.update(arguments)
-
-    def end(*_: Any) -> None:
+    def forget() -> None:
         for state in (rotary_calls, arguments_now, seen_last):
             state.clear()
+
+    def begin(module: nn.Module, _: Any, arguments: dict[str, Any]) -> None:
+        forget()
+        arguments_now.update(arguments)
+
+    def end(module: nn.Module, *_: Any) -> None:
+        if not seen_last:
+            raise shows_nothing([module])
+        forget()
 
     def see(module: nn.Module, query: torch.Tensor, key: torch.Tensor, **arguments: Any) -> None:
         if module not in layers:
@@ -100,7 +108,8 @@ def tap(
         @functools.wraps(kernel)
         def watched(module: nn.Module, query: torch.Tensor, key: torch.Tensor, *args: Any, **arguments: Any) -> Any:
             see(module, query, key, **dict(zip(("value", "attention_mask"), args, strict=False)) | arguments)
-            return kernel(module, query, key, *args, **arguments)
+            with torch.compiler.set_stance("default"):
+                return kernel(module, query, key, *args, **arguments)
 
         return watched
 
@@ -110,7 +119,8 @@ def tap(
             "before RoPE cannot be told from those after it; set capture.capture_pre_rope=false, or say what they are "
             "in a family (model.family=package.module:Class)"
         )
-    with watched_rotary(layers, rotary_calls) if pre_rope else nullcontext():
+    rotary = watched_rotary(layers, rotary_calls) if pre_rope else nullcontext()
+    with rotary, torch.compiler.set_stance("force_eager"):
         handles: list[Any] = []
         try:
             for module in layers:
@@ -123,7 +133,16 @@ def tap(
             AttentionInterface.get_interface = original_lookup  # type: ignore[method-assign]
             for handle in reversed(handles):
                 handle.remove()
-            end()
+            forget()
+
+
+def shows_nothing(modules: Iterable[nn.Module]) -> CaptureError:
+    """The error for attention that is not run by a kernel of transformers' attention interface."""
+    names = ", ".join(sorted({type(module).__name__ for module in modules}))
+    return CaptureError(
+        f"this model's attention ({names}) asks transformers' attention interface for no kernel: it is its own. A "
+        "family can serve it: model.family=package.module:Class (see models/ADDING.md)"
+    )
 
 
 def _sees_last(mask: Any) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from qk_sniffer.attention import AttentionCall, ForwardDone, tap
+from qk_sniffer.attention import AttentionCall, ForwardDone, shows_nothing, tap
 from qk_sniffer.banded import banded
 from qk_sniffer.errors import CaptureError, QkSnifferError
 from qk_sniffer.families import Family
@@ -99,16 +99,9 @@ class Backbone:
                 f"{type(error).__name__}: {error}"
             ) from error
         if not facts:
-            attention = sorted({type(module).__name__ for module in self.decoder.modules() if _is_attention(module)})
-            why = (
-                f"its attention ({', '.join(attention)}) asked transformers' attention interface for no kernel: it is "
-                "the model's own, or was compiled before. A family can serve it: model.family=package.module:Class"
-                if attention
-                else "it has no softmax attention"
-            )
-            raise CaptureError(
-                f"nothing can be captured from {_model_type(self.decoder)} ({type(self.decoder).__name__}): {why}"
-            )
+            if attention := [module for module in self.decoder.modules() if "Attention" in type(module).__name__]:
+                raise shows_nothing(attention)
+            raise CaptureError(f"{_model_type(self.decoder)}: this model has no softmax attention to capture")
         return [facts[layer] for layer in sorted(facts)]
 
     def rotary_parameters(self) -> dict[str, Any]:
@@ -145,7 +138,3 @@ def _layer_facts(call: AttentionCall) -> LayerFacts:
 
 def _model_type(decoder: nn.Module) -> str:
     return str(getattr(getattr(decoder, "config", None), "model_type", type(decoder).__name__))
-
-
-def _is_attention(module: nn.Module) -> bool:
-    return "Attention" in type(module).__name__

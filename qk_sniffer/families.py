@@ -38,6 +38,9 @@ dataset would fail its proof."""
 RotaryCall = tuple[torch.Tensor, torch.Tensor]
 """A tensor that went into a rotary function, and the tensor that came out of it."""
 
+NO_SELF_ATTENTION = ("Cross", "Delta", "Lightning")
+"""In the name of an attention class: it attends to another sequence, or is linear and has no softmax."""
+
 
 class Family:
     """The generic family. Methods take modules as they are after loading."""
@@ -69,7 +72,7 @@ class Family:
             for name, module in decoder.named_modules()
             if isinstance(getattr(module, "layer_idx", None), int)
             and "Attention" in type(module).__name__
-            and "Cross" not in type(module).__name__
+            and not any(mark in type(module).__name__ for mark in NO_SELF_ATTENTION)
             and "encoder_attn" not in name
             and not getattr(module, "is_cross_attention", False)
         }
@@ -158,8 +161,9 @@ class Family:
 
 
 def _unrotated(states: torch.Tensor, rotary_calls: Sequence[RotaryCall]) -> torch.Tensor | None:
+    calls = [(before, after) for before, after in rotary_calls if _is_told_apart(before, after)]
     # Some families rotate (B, n, heads, d), and transpose later.
-    calls = [*rotary_calls, *((before.transpose(1, 2), after.transpose(1, 2)) for before, after in rotary_calls)]
+    calls += [(before.transpose(1, 2), after.transpose(1, 2)) for before, after in calls]
     for before, after in calls:
         if _same(after, states):
             return before
@@ -169,6 +173,11 @@ def _unrotated(states: torch.Tensor, rotary_calls: Sequence[RotaryCall]) -> torc
             whole[..., part] = before
             return whole
     return None
+
+
+def _is_told_apart(before: torch.Tensor, after: torch.Tensor) -> bool:
+    """Not where a rotary function takes its arguments in another order, or writes over them."""
+    return before.shape == after.shape and before.untyped_storage().data_ptr() != after.untyped_storage().data_ptr()
 
 
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -312,5 +312,4 @@ def _ids(length: int = TOKENS) -> torch.Tensor:
 
 def _reason(error: QkSnifferError) -> str:
     """The first clause of the error's message, which is what it is about."""
-    text = re.sub(r"^nothing can be captured from \S+ \(\S+\): ", "", str(error))
-    return re.split(r"; |: it is |\. |\n|, so that ", text)[0]
+    return re.split(r"; |: it is |\. |\n|, so that ", re.sub(r"^\S+: this model", "this model", str(error)))[0]

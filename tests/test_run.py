@@ -263,7 +263,7 @@ def test_a_model_whose_attention_cannot_be_seen_is_an_error(texts: Path, tmp_pat
     save_checkpoint(QWEN3, tmp_path / "xglm")
     config = XGLMConfig(vocab_size=96, d_model=32, num_layers=2, attention_heads=4, ffn_dim=48)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "xglm")
-    with pytest.raises(CaptureError, match=r"nothing can be captured from xglm .*its attention \(XGLMAttention\)"):
+    with pytest.raises(CaptureError, match=r"\(XGLMAttention\) asks .* for no kernel"):
         run(tmp_path / "xglm", texts, tmp_path / "out")
     assert not (tmp_path / "out" / "manifest.json").exists()
 

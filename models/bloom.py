@@ -3,6 +3,9 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+from torch import nn
+
 from qk_sniffer import families
 
 
@@ -10,4 +13,8 @@ class Family(families.Family):
     """Query and key are cut from its one projection."""
 
     def watch(self, module: Any, see: Callable[..., None]) -> Sequence[Any]:
-        return [module.query_key_value.register_forward_hook(lambda _, inputs, fused: see(*module._reshape(fused)[:2]))]
+        def show(_: nn.Module, inputs: Any, fused: torch.Tensor) -> None:
+            query, key, _ = module._reshape(fused)
+            see(query, key, position_bias="ALiBi")
+
+        return [module.query_key_value.register_forward_hook(show)]

@@ -18,7 +18,7 @@ class Family(families.Family):
 
         def show(query: torch.Tensor, key: torch.Tensor, *rest: Any, **arguments: Any) -> None:
             if running:
-                see(query, key[:, ::repeated])
+                see(query, key[:, ::repeated], position_bias="ALiBi" if module.config.alibi else None)
 
         return [
             module.register_forward_pre_hook(lambda *_: running.append(module)),

@@ -17,6 +17,6 @@ class Family(families.Family):
             if module.clip_qkv:
                 fused = fused.clamp(min=-module.clip_qkv, max=module.clip_qkv)
             query, key, _ = fused.unflatten(-1, (3, module.n_heads, module.head_dim)).permute(2, 0, 3, 1, 4)
-            see(query, key, scaling=module.softmax_scale)
+            see(query, key, scaling=module.softmax_scale, position_bias="ALiBi")
 
         return [module.Wqkv.register_forward_hook(show)]

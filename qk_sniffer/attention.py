@@ -38,12 +38,16 @@ class AttentionCall:
     key: torch.Tensor
     """(B, K, n, d), before it is repeated for the query heads that share it."""
     sliding_window: int | None
+    attention_chunk: int | None
+    """c where a query at position p sees keys from position p - p % c on; None: no chunks."""
     softmax_scale: float | None
     """What the kernel multiplies the logits with; None: the kernel's default, d ** -0.5."""
     softcap: float | None
     """c where the logits x become c * tanh(x / c); None: no cap."""
     sinks: torch.Tensor | None
     """(H,) learned logits that join the softmax of every query, where a model has them."""
+    position_bias: bool
+    """Is a bias by position (ALiBi and its kin) added to the logits?"""
 
 
 class ForwardDone(BaseException):
@@ -96,9 +100,11 @@ def tap(
                 family.layer(module, layers[module], arguments_now),
                 *vectors,
                 sliding_window=family.sliding_window(module, arguments),
+                attention_chunk=family.attention_chunk(module),
                 softmax_scale=arguments.get("scaling"),
                 softcap=arguments.get("softcap"),
                 sinks=arguments.get("s_aux"),
+                position_bias=arguments.get("position_bias") is not None,
             )
         )
 

@@ -23,18 +23,20 @@ class LayerFacts:
     """One self-attention layer, as its attention kernel was seen to be called."""
 
     heads: LayerHeads
+    attention_chunk: int | None
+    """c where a query at position p sees keys from position p - p % c on; None: no chunks."""
     softmax_scale: float
     softcap: float | None
     sinks: list[float] | None
     """One learned logit for each query head, where the model has them."""
+    position_bias: bool
+    """Is a bias by position added to the logits? It is not stored."""
 
     def to_dict(self) -> dict[str, Any]:
         """Flat, as the manifest holds it."""
-        return asdict(self.heads) | {
-            "softmax_scale": self.softmax_scale,
-            "softcap": self.softcap,
-            "sinks": self.sinks,
-        }
+        values = asdict(self)
+        heads: dict[str, Any] = values.pop("heads")
+        return heads | values
 
 
 class Backbone:
@@ -130,9 +132,11 @@ def _layer_facts(call: AttentionCall) -> LayerFacts:
             head_dim=head_dim,
             sliding_window=call.sliding_window,
         ),
+        attention_chunk=call.attention_chunk,
         softmax_scale=head_dim**-0.5 if call.softmax_scale is None else float(call.softmax_scale),
         softcap=call.softcap,
         sinks=None if call.sinks is None else call.sinks.double().tolist(),
+        position_bias=call.position_bias,
     )
 
 

@@ -94,6 +94,15 @@ class Family:
         """The window of this attention call: how many positions a query sees, itself included; None: all."""
         return arguments.get("sliding_window")
 
+    def attention_chunk(self, module: nn.Module) -> int | None:
+        """The chunk of this attention: a query sees the keys of its own chunk of so many positions; None: no chunks."""
+        config: Any = getattr(module, "config", None)
+        layer = getattr(module, "layer_idx", None)
+        kinds = getattr(config, "layer_types", None) or ()
+        if isinstance(layer, int) and 0 <= layer < len(kinds) and kinds[layer] == "chunked_attention":
+            return int(config.attention_chunk_size)
+        return None
+
     def watch(self, module: nn.Module, see: Callable[..., None]) -> Sequence[Any]:
         """Makes `module` call `see(query, key)` in each forward, where it asks the attention interface for no kernel.
 

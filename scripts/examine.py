@@ -6,6 +6,7 @@ nothing of the tap or of families.
 
 import re
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,13 @@ from qk_sniffer.attention import AttentionCall
 from qk_sniffer.backbone import Backbone, LayerFacts
 from qk_sniffer.config import ModelConfig
 from qk_sniffer.errors import CaptureError, QkSnifferError
-from qk_sniffer.families import Family
 from qk_sniffer.loading import load_backbone
 from qk_sniffer.store.compact import HeadSpec
 
 TOKENS = 3 * WINDOW
+
+_COUNTS_FROM_ZERO = {"minimax_m3_vl_text"}
+"""Types that do not run on positions that begin later."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,7 @@ def _pre_verdict(backbone: Backbone, calls: list[KernelCall]) -> tuple[str, list
     """`Entry.pre` and, where it is no, the reason.
 
     Raises:
-        WrongError: vectors before RoPE are not what rotary functions are given.
+        WrongError: vectors before RoPE are not what rotary functions are given, or depend on the position.
     """
     before = Backbone(backbone.decoder, backbone.family, pre_rope=True, banded_attention=False)
     rotated = [bool(call.rotated) for call in calls]
@@ -133,7 +136,27 @@ def _pre_verdict(backbone: Backbone, calls: list[KernelCall]) -> tuple[str, list
                 raise WrongError(f"layer {own.layer}: not the vectors that the rotary function is given")
     if not any(rotated):
         return "no RoPE", []
+    if before.config.model_type not in _COUNTS_FROM_ZERO:
+        _check_unmoved(before)
     return "yes", [] if all(rotated) else ["some layers are not rotated"]
+
+
+def _check_unmoved(before: Backbone) -> None:
+    """RoPE is relative: where a text that begins later gives the same output, its vectors before RoPE are the same.
+
+    Raises:
+        WrongError: they are not. So this needs no name of a rotary function.
+    """
+    seen: tuple[list[AttentionCall], list[AttentionCall]] = [], []
+    outputs: list[torch.Tensor] = []
+    for start, calls in zip((0, 7), seen, strict=True):
+        positions = torch.arange(start, start + TOKENS)[None].expand(2, -1)
+        with torch.inference_mode(), before.tapped(_keeping(calls)):
+            outputs.append(before.decoder(input_ids=_ids(), position_ids=positions, use_cache=False)[0])
+    if not torch.allclose(outputs[0], outputs[1], rtol=1e-3, atol=1e-4):  # something else depends on the position, as hunyuan's norms
+        del seen[0][1:], seen[1][1:]
+    if seen[0][0].layer == 0 and _differ(*seen, slice(None)):
+        raise WrongError("vectors before RoPE depend on the position")
 
 
 def _is_before(before: torch.Tensor, after: torch.Tensor, rotated: Rotated) -> bool:
@@ -217,7 +240,7 @@ def _is_biased(backbone: Backbone, facts: list[LayerFacts]) -> bool:
     """Is more in the logits than scale, softcap and sinks make of the products of queries and keys?
 
     Raises:
-        WrongError: yes, and not by an argument of the kernel that says so.
+        WrongError: yes, and the layer's facts do not say so.
     """
     decoder: Any = backbone.decoder
     kernel = decoder.config._attn_implementation
@@ -228,10 +251,9 @@ def _is_biased(backbone: Backbone, facts: list[LayerFacts]) -> bool:
     for call, fact in zip(calls, facts, strict=True):
         if call.weights is None or _explains(fact, call):
             continue
-        if call.biased or type(backbone.family).watch is not Family.watch:
-            return True
-        raise WrongError(f"layer {fact.heads.layer}: a softmax of other logits than its layout says")
-    return False
+        if not fact.position_bias:
+            raise WrongError(f"layer {fact.heads.layer}: a softmax of other logits than its layout says")
+    return any(fact.position_bias for fact in facts)
 
 
 def _explains(fact: LayerFacts, call: KernelCall) -> bool:
@@ -265,9 +287,13 @@ def _reach(call: KernelCall, own: AttentionCall) -> str | None:
                 f"layer {own.layer}: its window is said to be {own.sliding_window}, its mask shows another"
             )
         return "sliding windows"
-    if torch.equal(visible, causal):
-        return None
-    return "chunks" if torch.equal(visible, causal & (column // WINDOW == row // WINDOW)) else "sparse attention"
+    if own.attention_chunk is not None:
+        if not torch.equal(visible, causal & (column >= row - row % own.attention_chunk)):
+            raise WrongError(
+                f"layer {own.layer}: its chunks are said to be {own.attention_chunk}, its mask shows others"
+            )
+        return "chunks"
+    return None if torch.equal(visible, causal) else "sparse attention"
 
 
 def _captured(backbone: Backbone, ids: torch.Tensor, hidden: torch.Tensor | None = None) -> list[AttentionCall]:
@@ -277,17 +303,18 @@ def _captured(backbone: Backbone, ids: torch.Tensor, hidden: torch.Tensor | None
         WrongError: it does not.
     """
     seen: list[AttentionCall] = []
-
-    def keep(call: AttentionCall) -> None:
-        seen.append(replace(call, query=call.query.clone(), key=call.key.clone()))
-
     if hidden is None:
-        backbone.forward(ids, keep)
+        backbone.forward(ids, _keeping(seen))
         return seen
-    with backbone.tapped(keep):
+    with backbone.tapped(_keeping(seen)):
         if not torch.equal(backbone.decoder(input_ids=ids, use_cache=False)[0], hidden):
             raise WrongError("capturing changes the forward")
     return seen
+
+
+def _keeping(calls: list[AttentionCall]) -> Callable[[AttentionCall], None]:
+    """A callback that appends each call to `calls`, with vectors of its own."""
+    return lambda call: calls.append(replace(call, query=call.query.clone(), key=call.key.clone()))
 
 
 def _differ(seen: list[AttentionCall], others: list[AttentionCall], tokens: slice) -> bool:

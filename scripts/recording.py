@@ -29,8 +29,6 @@ class KernelCall:
     key: torch.Tensor
     """(B, K, n, d)"""
     mask: torch.Tensor | None = None
-    biased: bool = False
-    """Is something else than the product of query and key, by position, part of the logits?"""
     weights: torch.Tensor | None = None
     """(B, H, n, n), where they are returned."""
     rotated: list[Rotated] = field(default_factory=list)
@@ -60,8 +58,7 @@ def recorded(decoder: nn.Module, ids: torch.Tensor) -> tuple[list[KernelCall], t
 def _copying_kernel(kernel: Callable[..., Any], calls: list[KernelCall], rotated: list[Rotated]) -> Callable[..., Any]:
     def copying(module: nn.Module, query: torch.Tensor, key: torch.Tensor, *args: Any, **arguments: Any) -> Any:
         mask = args[1] if len(args) > 1 else arguments.get("attention_mask")
-        biased = arguments.get("position_bias") is not None
-        call = KernelCall(module, query.clone(), key.clone(), mask, biased, rotated=list(rotated))
+        call = KernelCall(module, query.clone(), key.clone(), mask, rotated=list(rotated))
         rotated.clear()
         calls.append(call)
         returned = kernel(module, query, key, *args, **arguments)

@@ -14,6 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from qk_sniffer import backbone as backbone_room
 from qk_sniffer import loading as loading_room
+from qk_sniffer.backbone import Backbone
 from qk_sniffer.families import Family
 
 sys.path.append(str(Path(__file__).parent.parent / "scripts"))
@@ -117,6 +118,13 @@ def test_a_wrong_family_is_found_out(family: type[Family], finding: str, monkeyp
     entry = examine("mistral")
     assert entry.post == "WRONG"
     assert finding in entry.note
+
+
+def test_vectors_before_rope_that_depend_on_the_position_are_found_out() -> None:
+    backbone, _ = examine_room._loaded("mistral")
+    examine_room._check_unmoved(Backbone(backbone.decoder, Family(), pre_rope=True))
+    with pytest.raises(examine_room.WrongError, match="depend on the position"):
+        examine_room._check_unmoved(Backbone(backbone.decoder, NothingRotated(), pre_rope=True))
 
 
 def test_other_vectors_than_those_of_the_kernel_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,3 @@ class Family(families.Family):
     def layer(self, module: nn.Module, index: int, arguments: Mapping[str, Any]) -> int:
         offset: int = arguments["cycle_offset"]
         return index + offset
-
-    def projections(self, module: nn.Module) -> dict[str, nn.Module] | None:
-        """None: they run several times in a forward."""
-        return None

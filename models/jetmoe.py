@@ -15,6 +15,6 @@ class Family(families.Family):
 
     def before_rotary(
         self, module: nn.Module, rotary_calls: Sequence[families.RotaryCall], query: torch.Tensor, key: torch.Tensor
-    ) -> families.RotaryCall:
+    ) -> families.QueryKey:
         before_query, before_key = super().before_rotary(module, rotary_calls, query, key)
         return before_query, before_key.repeat(1, key.shape[1] // before_key.shape[1], 1, 1)

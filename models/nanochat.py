@@ -1,5 +1,9 @@
 """nanochat norms queries and keys after their rotary embedding."""
 
+from typing import Any
+
+import torch
+
 from qk_sniffer import families
 
 
@@ -7,3 +11,6 @@ class Family(families.Family):
     """Before RoPE, and before the norm that follows it."""
 
     changed_after_rotary = True
+
+    def after_rotary(self, module: Any, query: torch.Tensor, key: torch.Tensor) -> families.QueryKey:
+        return module.q_norm(query), module.k_norm(key)

@@ -119,13 +119,13 @@ def tap(
 
         return watched
 
-    if pre_rope and not rotary_functions(layers):
+    if pre_rope and not rotary_functions(layers, family):
         raise CaptureError(
             f"no rotary function beside {', '.join(sorted({type(module).__name__ for module in layers}))}: vectors "
             "before RoPE cannot be told from those after it; set capture.capture_pre_rope=false, or say what they are "
             "in a family (model.family=package.module:Class)"
         )
-    rotary = watched_rotary(layers, rotary_calls) if pre_rope else nullcontext()
+    rotary = watched_rotary(layers, family, rotary_calls) if pre_rope else nullcontext()
     with rotary, torch.compiler.set_stance("force_eager"):
         handles: list[Any] = []
         try:
@@ -176,9 +176,9 @@ def _refuse_unusual(module: nn.Module, query: torch.Tensor, key: torch.Tensor, a
 
 
 @contextmanager
-def watched_rotary(layers: Iterable[nn.Module], calls: list[RotaryCall]) -> Iterator[None]:
+def watched_rotary(layers: Iterable[nn.Module], family: Family, calls: list[RotaryCall]) -> Iterator[None]:
     """Appends (before, after) of each tensor that a rotary function beside `layers` turns."""
-    originals = rotary_functions(layers)
+    originals = rotary_functions(layers, family)
 
     def watch(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
@@ -200,12 +200,14 @@ def watched_rotary(layers: Iterable[nn.Module], calls: list[RotaryCall]) -> Iter
             space[name] = function
 
 
-def rotary_functions(layers: Iterable[nn.Module]) -> list[tuple[dict[str, Any], str, Callable[..., Any]]]:
+def rotary_functions(
+    layers: Iterable[nn.Module], family: Family
+) -> list[tuple[dict[str, Any], str, Callable[..., Any]]]:
     """The rotary functions in the Python modules of `layers`: (namespace, name, function)."""
     namespaces = {id(space): space for module in layers for space in [vars(sys.modules[type(module).__module__])]}
     return [
         (space, name, function)
         for space in namespaces.values()
         for name, function in space.items()
-        if name.startswith("apply_rot") and callable(function)
+        if name.startswith(family.rotary_function) and callable(function)
     ]

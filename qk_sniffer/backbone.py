@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
+from qk_sniffer import rotary
 from qk_sniffer.attention import AttentionCall, ForwardDone, shows_nothing, tap
 from qk_sniffer.banded import banded
 from qk_sniffer.errors import CaptureError, QkSnifferError
@@ -52,6 +53,9 @@ class Backbone:
         self.attention_layers = family.attention_layers(decoder)
         weight = next(decoder.parameters())
         self.device, self.dtype = weight.device, weight.dtype
+        self.length_boundary = rotary.length_boundary(self.config)
+        """Texts of more tokens than that must run alone, see `rotary.length_boundary`; None: none must."""
+        self._rotary_state = rotary.RotaryState(decoder)
 
     @property
     def config(self) -> PretrainedConfig:
@@ -65,7 +69,14 @@ class Backbone:
         No attention mask is given: under a causal mask no valid position sees the padding behind it.
         """
         attention = banded() if self.banded_attention else nullcontext()
-        with torch.inference_mode(), attention, self.tapped(on_call), suppress(ForwardDone):
+        with attention, self.tapped(on_call), suppress(ForwardDone):
+            self.run(ids)
+
+    def run(self, ids: torch.Tensor) -> None:
+        """A plain forward over token ids (B, n): no tap, no banded attention, nothing left of earlier forwards."""
+        if self.length_boundary is not None:
+            self._rotary_state.restore()
+        with torch.inference_mode():
             self.decoder(input_ids=ids.to(self.device), use_cache=False)
 
     @contextmanager
@@ -108,18 +119,7 @@ class Backbone:
 
     def rotary_parameters(self) -> dict[str, Any]:
         """What the rotary embedding is made of: inverse frequencies, attention scaling, the config's parameters."""
-        embeddings = {}
-        for name, module in self.decoder.named_modules():
-            if "Rotary" not in type(module).__name__:
-                continue
-            values: dict[str, Any] = {
-                key: buffer.double().tolist()
-                for key, buffer in module.named_buffers(recurse=False)
-                if key.endswith("inv_freq") and "original" not in key
-            }
-            values |= {key: value for key, value in vars(module).items() if key.endswith("attention_scaling")}
-            embeddings[name] = values
-        return {"rope_parameters": getattr(self.config, "rope_parameters", None), "embeddings": embeddings}
+        return rotary.parameters(self.decoder, self.config)
 
 
 def _layer_facts(call: AttentionCall) -> LayerFacts:

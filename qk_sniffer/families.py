@@ -23,7 +23,7 @@ _HOOKED_TYPES = """
     afmoe apertus arcee aria_text bamba bitnet cohere cohere2 cohere2_moe cohere_compass_text cwm diffllama doge dots1
     emu3_text_model ernie4_5 ernie4_5_moe exaone4 exaone_moe falcon_h1 flex_olmo flint gemma gemma2 gemma3_text
     gemma4_unified_text glm glm4 glm4_moe gpt_oss gptj granite granite_swa granitemoe granitemoe_swa granitemoehybrid
-    granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax inkling2_text internlm3 iquestcoder jais2
+    granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax internlm3 iquestcoder jais2
     jamba kolibri1 laguna lfm2 lfm2_moe lfm3 llama llama4_text mellum mimo_v2_flash minimax minimax_m2
     minimax_m3_vl_text ministral ministral3 mistral mixtral mllama_text_model modernbert-decoder moshi nanochat nemotron
     nemotron_h olmo olmo2 olmo3 olmo_hybrid olmoe persimmon phi phimoe qwen2 qwen2_moe qwen3 qwen3_5_moe_text
@@ -31,12 +31,15 @@ _HOOKED_TYPES = """
     vaultgemma
 """
 HOOKED_TYPES = frozenset(_HOOKED_TYPES.split())
-"""Model types whose query and key are known to follow from their projections, norms and rotary function alone: those
-that `models/SUPPORTED.md` says are proven. Of others nobody has looked: something may come between, and a right
-dataset would fail its proof."""
+"""Model types whose query and key are known to follow from the submodules that `Family.projections` finds by their
+names: those that `models/SUPPORTED.md` says are proven. Of others nobody has looked: something may come between, and a
+right dataset would fail its proof."""
 
 RotaryCall = tuple[torch.Tensor, torch.Tensor]
 """A tensor that went into a rotary function, and the tensor that came out of it."""
+
+QueryKey = tuple[torch.Tensor, torch.Tensor]
+"""The queries and the keys of one layer."""
 
 NO_SELF_ATTENTION = ("Cross", "Delta", "Lightning")
 """In the name of an attention class: it attends to another sequence, or is linear and has no softmax."""
@@ -55,6 +58,9 @@ class Family:
 
     unused = ("pooler.",)
     """Prefixes of the decoder's weights that no query or key depends on: a checkpoint may lack them."""
+
+    rotary_function = "apply_rot"
+    """How the names of its rotary functions begin, in the Python module of its attention."""
 
     changed_after_rotary = False
     """True where query and key are scaled, normed or repeated after the rotary embedding: what they are before RoPE is
@@ -113,7 +119,7 @@ class Family:
 
     def before_rotary(
         self, module: nn.Module, rotary_calls: Sequence[RotaryCall], query: torch.Tensor, key: torch.Tensor
-    ) -> RotaryCall:
+    ) -> QueryKey:
         """What `query` and `key`, as attention receives them, were before the rotary embedding.
 
         The inputs of rotary calls are the answer, bit for bit, where the tensors are their very outputs, or carry them
@@ -135,9 +141,10 @@ class Family:
         return before_query, before_key
 
     def projections(self, module: nn.Module) -> dict[str, nn.Module] | None:
-        """The submodules whose outputs are query and key before RoPE, by kind, for the proof by hooks.
+        """The submodules whose outputs query and key before RoPE are made of, for the proof by hooks.
 
-        A norm of query or key follows its projection. None: not known for this model, so there is no proof by hooks.
+        Here `q` and `k`, the projections or the norms behind them. None: not known for this model, so there is no proof
+        by hooks.
         """
         if getattr(getattr(module, "config", None), "model_type", None) not in HOOKED_TYPES:
             return None
@@ -151,22 +158,42 @@ class Family:
             found[kind] = part
         return found
 
-    def rotated(
-        self, module: nn.Module, query: torch.Tensor, key: torch.Tensor, embeddings: tuple[torch.Tensor, ...] | None
-    ) -> RotaryCall | None:
-        """`query` (1, H, n, d) and `key` (1, K, n, d) after RoPE, for the proof by hooks.
+    def projected(self, module: nn.Module, outputs: Mapping[str, torch.Tensor], head_dim: int) -> QueryKey:
+        """`query` (1, H, n, d) and `key` (1, K, n, d) before RoPE, for the proof by hooks.
 
-        `embeddings` is what the module's rotary embedding gave this layer, if anything. None: not known how.
+        `outputs` are those of the `projections`, by their names, of a forward over n tokens, more than there are heads.
         """
-        if not getattr(module, "use_rope", True):
-            return query, key
+        return heads_first(outputs["q"], head_dim), heads_first(outputs["k"], head_dim)
+
+    def rotated(
+        self, module: nn.Module, query: torch.Tensor, key: torch.Tensor, embeddings: Any, width: int
+    ) -> QueryKey | None:
+        """`query` and `key` after RoPE, in a layer that calls a rotary function, for the proof by hooks.
+
+        `embeddings` is what the model's rotary embedding gave this layer, if anything; `width`, how many components of
+        each head the rotary function was given: here the first ones. None: not known how.
+        """
         rotary = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
-        if self.changed_after_rotary or rotary is None or not isinstance(embeddings, tuple):
+        if rotary is None or not isinstance(embeddings, tuple):
             return None
         if list(inspect.signature(rotary).parameters)[:2] != ["q", "k"]:
             return None
-        turned: RotaryCall = rotary(query, key, *embeddings)
-        return turned
+        turned_query, turned_key = rotary(query[..., :width], key[..., :width], *embeddings)
+        return torch.cat([turned_query, query[..., width:]], dim=-1), torch.cat([turned_key, key[..., width:]], dim=-1)
+
+    def after_rotary(self, module: nn.Module, query: torch.Tensor, key: torch.Tensor) -> QueryKey | None:
+        """`query` and `key` as attention receives them, from what they are after RoPE, for the proof by hooks.
+
+        None: not known how.
+        """
+        return None if self.changed_after_rotary else (query, key)
+
+
+def heads_first(states: torch.Tensor, head_dim: int) -> torch.Tensor:
+    """(1, n, heads * head_dim), (1, n, heads, head_dim) or (1, heads, n, head_dim) -> the last, if n > heads."""
+    if states.dim() == 3:
+        states = states.unflatten(-1, (-1, head_dim))
+    return states.transpose(1, 2) if states.shape[1] > states.shape[2] else states
 
 
 def _unrotated(states: torch.Tensor, rotary_calls: Sequence[RotaryCall]) -> torch.Tensor | None:
@@ -225,25 +252,31 @@ class Shown:
             setattr(self.owner, self.name, self.before)
 
 
-def find_family(model_type: str, override: str | None = None) -> Family:
-    """The family named by `override` (`package.module:Class`), else that of `model_type`, else the generic one.
-
-    Raises:
-        ConfigError: `override` names nothing that can be imported.
-    """
-    if override is not None:
-        module_name, _, class_name = override.partition(":")
-        try:
-            family = getattr(importlib.import_module(module_name), class_name or "Family")()
-        except (ImportError, AttributeError, TypeError, ValueError) as error:
-            raise ConfigError(
-                [f"model.family={override}: {error}; expected package.module:Class, a subclass of {__name__}.Family"]
-            ) from error
-        if not isinstance(family, Family):
-            raise ConfigError([f"model.family={override}: {class_name} is not a subclass of {__name__}.Family"])
-        return family
+def find_family(model_type: str) -> Family:
+    """The family of `models/<model_type>.py`, or the generic one."""
     name = f"qk_sniffer.models.{model_type.replace('-', '_')}"
     if importlib.util.find_spec(name) is None:
         return Family()
     concrete: Family = importlib.import_module(name).Family()
     return concrete
+
+
+def imported_family(path: str) -> Family:
+    """The family that `path` (`package.module:Class`) names.
+
+    Raises:
+        ConfigError: it names nothing that can be imported, or no family.
+    """
+    module_name, _, class_name = path.partition(":")
+    try:
+        family = getattr(importlib.import_module(module_name), class_name or "Family")()
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise ConfigError(
+            [
+                f"model.family={path}: {error}; expected package.module:Class, a subclass of {__name__}.Family that "
+                "is installed, or in the folder where `python -m qk_sniffer` starts"
+            ]
+        ) from error
+    if not isinstance(family, Family):
+        raise ConfigError([f"model.family={path}: {class_name} is not a subclass of {__name__}.Family"])
+    return family

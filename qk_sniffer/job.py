@@ -167,6 +167,9 @@ def current_commit(name: str, revision: str) -> str:
     Raises:
         SourceError: neither knows.
     """
+    if name.endswith(".gguf") and (Path(name).is_file() or not is_hub_id(name)):
+        folder, file = Path(name).parent, Path(name).name
+        raise SourceError(f"model {name} is a GGUF file: set model.name={folder} model.gguf_file={file} instead")
     if not is_hub_id(name):
         raise SourceError(
             f"model {name} is no folder and no Hub id: give model.name (or model.tokenizer.name) a folder with "

@@ -10,12 +10,14 @@ from typing import Any, TypeVar
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, GgufConfig, PretrainedConfig, PreTrainedModel
 
 from qk_sniffer.backbone import Backbone
 from qk_sniffer.config import ModelConfig
-from qk_sniffer.errors import ConfigError, QkSnifferError, SourceError
-from qk_sniffer.families import Family, find_family
+from qk_sniffer.errors import QkSnifferError, SourceError
+from qk_sniffer.families import Family, find_family, imported_family
+from qk_sniffer.gguf import check_gguf, gguf_source, refuse_lost_rotary
+from qk_sniffer.model_config import with_overrides
 
 T = TypeVar("T")
 
@@ -53,9 +55,12 @@ def check_model(config: ModelConfig, *, commit: str | None = None) -> None:
 
 def _cached_first(config: ModelConfig, commit: str | None, load: Callable[[dict[str, Any]], T]) -> T:
     """What `load` makes of the keyword arguments that say where the model is."""
-    source: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
+    source: dict[str, Any] = {
+        "pretrained_model_name_or_path": str(config.name),
+        "trust_remote_code": config.trust_remote_code,
+    }
     if config.gguf_file is not None:
-        source["gguf_file"] = config.gguf_file
+        check_gguf(config)
     if Path(str(config.name)).is_dir():
         return load(source)
     source["revision"] = commit or config.revision
@@ -68,21 +73,28 @@ def _cached_first(config: ModelConfig, commit: str | None, load: Callable[[dict[
 
 def _read_config(config: ModelConfig, source: dict[str, Any]) -> tuple[PretrainedConfig, Family, dict[str, Any]]:
     """The decoder's config with its overrides, its family, and the arguments to load it with."""
-    whole = AutoConfig.from_pretrained(str(config.name), **source)
+    named = None if config.family is None else imported_family(config.family)  # it may register the model first
+    if config.gguf_file is not None:
+        source = gguf_source(config.gguf_file, source)
+    whole = AutoConfig.from_pretrained(**source)
     text = whole.get_text_config()
-    family = find_family(text.model_type, config.family)
+    family = named or find_family(text.model_type)
     if text is not whole:
         # A multimodal checkpoint: its decoder alone is built and read, under the names that it has inside the whole.
         source = source | {"key_mapping": family.inside}
         if (quantization := getattr(whole, "quantization_config", None)) is not None:
             text.quantization_config = quantization
+    if config.gguf_file is not None:
+        refuse_lost_rotary(text, config, source["gguf_file"])
     return with_overrides(text, config.config_overrides), family, source
 
 
 def _loaded(config: ModelConfig, source: dict[str, Any]) -> tuple[PreTrainedModel, Family, dict[str, Any]]:
     model_config, family, source = _read_config(config, source)
+    if config.gguf_file is not None:
+        # Else a quantised file may stay packed, and run on kernels of its own, attention's included.
+        source = source | {"quantization_config": GgufConfig(dequantize=True)}
     model, info = getattr(transformers, family.auto_class).from_pretrained(
-        config.name,
         config=model_config,
         dtype=getattr(torch, config.dtype),
         device_map=config.device_map,
@@ -93,38 +105,6 @@ def _loaded(config: ModelConfig, source: dict[str, Any]) -> tuple[PreTrainedMode
         **source,
     )
     return model, family, info
-
-
-def with_overrides(config: PretrainedConfig, overrides: dict[str, Any]) -> PretrainedConfig:
-    """`config` with `overrides` merged into it, dict by dict.
-
-    A `rope_scaling`, the older spelling, is merged into `rope_parameters`: given to transformers beside a
-    `rope_theta` it would drop the latter.
-
-    Raises:
-        ConfigError: a top-level key that the model's config does not have.
-    """
-    if not overrides:
-        return config
-    overrides = dict(overrides)
-    scaling = overrides.pop("rope_scaling", None)
-    if scaling is not None:
-        scaling = dict(scaling)
-        if "type" in scaling:
-            scaling["rope_type"] = scaling.pop("type")
-        overrides["rope_parameters"] = _merge(scaling, overrides.get("rope_parameters") or {})
-    values = config.to_dict()
-    unknown = sorted(set(overrides) - set(values))
-    if unknown:
-        raise ConfigError(
-            [
-                f"model.config_overrides.{key}: the {config.model_type} config has no such key; it has "
-                f"{', '.join(sorted(values))}"
-                for key in unknown
-            ]
-        )
-    merged: PretrainedConfig = type(config).from_dict(_merge(values, overrides))
-    return merged
 
 
 @contextmanager
@@ -144,9 +124,10 @@ def _loading(config: ModelConfig) -> Iterator[None]:
                 f"{where} has no safetensors weights. A pickle checkpoint can run any code when it is loaded: if you "
                 f"trust its author, set model.allow_pickle=true. ({_first_line(text)})"
             ) from error
+        file = "config.json" if config.gguf_file is None else "the file of model.gguf_file"
         raise SourceError(
             f"{where} cannot be loaded: {_first_line(text)} Give model.name a Hub id (org/name) or a local folder "
-            "with config.json; private and gated models need HF_TOKEN, an offline machine a cached copy"
+            f"with {file}; private and gated models need HF_TOKEN, an offline machine a cached copy"
         ) from error
     except QkSnifferError:
         raise
@@ -163,23 +144,23 @@ def _refuse_missing(name: str, model: nn.Module, decoder: nn.Module, family: Fam
     prefixes = [prefix for prefix, module in model.named_modules() if module is decoder]
     prefix = f"{prefixes[0]}." if prefixes and prefixes[0] else ""
     unused = tuple(prefix + name for name in family.unused)
-    bad = sorted(key for key in info["missing_keys"] if key.startswith(prefix) and not key.startswith(unused))
-    bad += sorted(str(entry[0]) for entry in info["mismatched_keys"])
-    if bad:
-        shown = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
-        raise SourceError(
-            f"model {name}: its checkpoint lacks, or has in another shape, {len(bad)} weights of the decoder: {shown}. "
-            "They would be random, so nothing is captured; check that the checkpoint is whole and that "
-            "model.config_overrides does not change its shapes"
+    faults = {key: key for key in info["missing_keys"]}
+    for key, there, here in info["mismatched_keys"]:
+        faults[key] = f"{key} ({list(there)} in the checkpoint, {list(here)} by the config)"
+    bad = [faults[key] for key in sorted(faults) if key.startswith(prefix) and not key.startswith(unused)]
+    if not bad:
+        return
+    shown = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
+    way_out = "check that the checkpoint is whole and that model.config_overrides does not change its shapes"
+    if len(info["missing_keys"]) >= len(model.state_dict()) and info["unexpected_keys"]:
+        way_out = (
+            f"it has weights of other names, such as {min(info['unexpected_keys'])}: a family can say how they map to "
+            "the decoder's (model.family=package.module:Class, Family.inside)"
         )
-
-
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
+    raise SourceError(
+        f"model {name}: its checkpoint lacks, or has in another shape, {len(bad)} weights of the decoder: {shown}. "
+        f"They would be random, so nothing is captured; {way_out}"
+    )
 
 
 def _first_line(text: str) -> str:

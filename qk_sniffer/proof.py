@@ -2,8 +2,8 @@
 
 The other path is a plain forward of the unmodified model over one example alone, with the user's own attention
 kernel: no tap, no bands, no batch. Hooks on the query and key projections (or the norms behind them) give the
-vectors before RoPE, and the model's own rotary function with its own embedding turns them. What differs from the
-stored rows by more than rounding was captured wrongly.
+vectors before RoPE, and the model's own rotary function with its own embedding turns them; a family says what else
+its attention does. What differs from the stored rows by more than rounding was captured wrongly.
 
 The measure is ||stored - derived|| / ||derived|| over all rows of one head and example (Frobenius norm). Rounding
 alone comes from batches of another shape and from banded attention, and grows with depth; a wrong head, position or
@@ -22,7 +22,7 @@ from torch import nn
 
 from qk_sniffer.attention import rotary_functions, watched_rotary
 from qk_sniffer.backbone import Backbone
-from qk_sniffer.families import RotaryCall
+from qk_sniffer.families import QueryKey, RotaryCall
 from qk_sniffer.store.compact import HeadSpec
 from qk_sniffer.store.layout import KINDS, Layout
 
@@ -49,8 +49,10 @@ def prove(
     difference by layer.
     """
     proof: dict[str, Any] = {"proven": None, "examples": sorted(examples), "max_tokens": MAX_TOKENS}
-    if _depends_on_length(getattr(backbone.config, "rope_parameters", None)):
-        return proof | {"reason": "the rotary frequencies of this model depend on the length of the whole batch"}
+    boundary = backbone.length_boundary
+    if boundary is not None and max(MIN_TOKENS, *map(len, examples.values())) > boundary:
+        reason = f"this model's rotary frequencies depend on the length of texts of more than {boundary} tokens"
+        return proof | {"reason": reason}
     largest: dict[int, float] = {}
     for example_id, ids in examples.items():
         stored = _stored(layout, heads, example_id)
@@ -66,13 +68,6 @@ def prove(
         "tolerance": tolerance,
         "largest_difference_by_layer": dict(sorted(largest.items())),
     }
-
-
-def _depends_on_length(rope_parameters: dict[str, Any] | None) -> bool:
-    """Whether an example alone, cut, or in another batch is rotated otherwise; parameters may be by kind of layer."""
-    parameters = rope_parameters or {}
-    each = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
-    return any(one.get("rope_type") in ("dynamic", "longrope") for one in each)
 
 
 def _stored(layout: Layout, heads: Sequence[HeadSpec], example_id: int) -> dict[HeadSpec, StoredRows]:
@@ -119,52 +114,47 @@ def _derived(
     ids = np.pad(ids, (0, max(0, MIN_TOKENS - len(ids))))
     head_dims = {head.layer: head.head_dim for head in heads}
     modules = {module: layer for module, layer in backbone.attention_layers.items() if layer in head_dims}
-    projected: dict[tuple[nn.Module, str], torch.Tensor] = {}
+    projected: dict[str, torch.Tensor] = {}  # of the attention module whose forward is running
     rotary_calls: list[RotaryCall] = []
     derived: dict[HeadSpec, Vectors] = {}
     hooks = []
 
-    def keep(module: nn.Module, kind: str) -> Callable[..., None]:
-        def hook(_: nn.Module, inputs: Any, output: torch.Tensor) -> None:
-            projected[module, kind] = _heads_first(output, len(ids), head_dims[modules[module]])
-
-        return hook
+    def keep(name: str) -> Callable[..., None]:
+        return lambda _, inputs, output: projected.update({name: output})
 
     def derive(module: nn.Module, inputs: Any, arguments: dict[str, Any], output: Any) -> None:
-        pair = projected.pop((module, "q")), projected.pop((module, "k"))
-        turned: RotaryCall | None = pair
+        layer = modules[module]
+        before = family.projected(module, projected, head_dims[layer])
+        vectors: QueryKey | None = before
         if rotary_calls and not backbone.pre_rope:
-            whole = rotary_calls[0][0].shape[-1] == pair[0].shape[-1]  # not only a part of each head is rotated
-            turned = family.rotated(module, *pair, arguments.get("position_embeddings")) if whole else None
-        rotary_calls.clear()
+            width = rotary_calls[0][0].shape[-1]
+            vectors = family.rotated(module, *before, arguments.get("position_embeddings"), width)
+        if vectors is not None and not (rotary_calls and backbone.pre_rope):
+            vectors = family.after_rotary(module, *vectors)
         for head, positions in heads.items():
-            if turned is not None and head.layer == modules[module]:
-                states = turned[KINDS.index(head.kind)][0, head.head]
+            if vectors is not None and head.layer == layer:
+                states = vectors[KINDS.index(head.kind)][0, head.head]
                 derived[head] = states[torch.from_numpy(positions).to(states.device)].float().cpu().numpy()
 
-    if not rotary_functions(modules):
+    def begin(*_: Any) -> None:
+        projected.clear()
+        rotary_calls.clear()
+
+    if not rotary_functions(modules, family):
         return None
     try:
+        hooks += [module.register_forward_pre_hook(begin) for module in backbone.attention_layers]
         for module in modules:
             if (parts := family.projections(module)) is None:
                 return None
-            hooks += [part.register_forward_hook(keep(module, kind)) for kind, part in parts.items()]
+            hooks += [part.register_forward_hook(keep(name)) for name, part in parts.items()]
             hooks.append(module.register_forward_hook(derive, with_kwargs=True))
-        with torch.inference_mode(), watched_rotary(modules, rotary_calls):
-            tokens = torch.from_numpy(ids.astype(np.int64))[None]
-            backbone.decoder(input_ids=tokens.to(backbone.device), use_cache=False)
+        with torch.inference_mode(), watched_rotary(modules, family, rotary_calls):
+            backbone.run(torch.from_numpy(ids.astype(np.int64))[None])
     finally:
         for hook in hooks:
             hook.remove()
     return derived if len(derived) == len(heads) else None
-
-
-def _heads_first(states: torch.Tensor, length: int, head_dim: int) -> torch.Tensor:
-    """(1, n, heads * head_dim), (1, n, heads, head_dim) or (1, heads, n, head_dim) -> the last of these."""
-    if states.dim() == 3:
-        states = states.unflatten(-1, (-1, head_dim))
-        return states.transpose(1, 2)
-    return states.transpose(1, 2) if states.shape[1] == length else states
 
 
 def _difference(stored: Vectors, derived: Vectors) -> float:

@@ -222,7 +222,7 @@ def _capture_examples(config: Config, layout: Layout, corpus: Corpus, parts: _Pa
                 if not space_checked:
                     _check_space(layout, parts, sampler, list(lengths.values()), corpus.num_rows, journal)
                     space_checked = True
-                for batch in _batches(config, lengths, tokens):
+                for batch in _batches(config, lengths, tokens, parts.backbone.length_boundary):
                     shape = _capture_batch(capture, batch, writer, progress, stages)
                     if inference.debug_logging:
                         now = stages.seconds | {"write": writer.write_s}
@@ -253,8 +253,10 @@ def _tokenized(
         yield {index: found.num_tokens for index, found in both if found is not None}, tokens
 
 
-def _batches(config: Config, lengths: dict[int, int], tokens: dict[int, Tokens]) -> Iterator[list[Tokens]]:
-    """The batches of a window that are to be run.
+def _batches(
+    config: Config, lengths: dict[int, int], tokens: dict[int, Tokens], boundary: int | None
+) -> Iterator[list[Tokens]]:
+    """The batches of a window that are to be run; examples of more tokens than `boundary` run alone.
 
     Which examples share a batch follows from the whole window, done or not, so that a job that was killed runs the
     same batches as one that was not.
@@ -264,8 +266,10 @@ def _batches(config: Config, lengths: dict[int, int], tokens: dict[int, Tokens])
         list(lengths.values()), max_batch_tokens=inference.max_batch_tokens, batch_size=inference.batch_size
     ):
         members = [tokens[order[place]] for place in batch if order[place] in tokens]
-        if members:
-            yield members
+        together = [example for example in members if boundary is None or example.num_tokens <= boundary]
+        if together:
+            yield together
+        yield from ([example] for example in members if boundary is not None and example.num_tokens > boundary)
 
 
 def _check_unchanged(example: Example, record: ExampleRecord | None) -> None:

@@ -1,8 +1,11 @@
 """What every test gets: no network, caches of its own, few threads; and no silent skips in CI."""
 
+import functools
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,6 +33,14 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tiny import save_checkpoint
 
     return save_checkpoint(QWEN3, tmp_path_factory.mktemp("qwen3"))
+
+
+@pytest.fixture(scope="session")
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Any], Path]:
+    """Saves the checkpoint of a case of the zoo, with a tokenizer, once a session, and returns its folder."""
+    from tiny import save_checkpoint
+
+    return functools.cache(lambda case: save_checkpoint(case, tmp_path_factory.mktemp(case.name)))
 
 
 @pytest.fixture

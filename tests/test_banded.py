@@ -33,7 +33,7 @@ class Largest(TorchDispatchMode):
 @sliding_cases
 @pytest.mark.parametrize("length", [13, 14, 40, 255, 256, 257, 700])
 def test_hidden_states_agree_with_the_masked_path(case: Case, length: int) -> None:
-    decoder = case.model().get_decoder()
+    decoder = case.decoder()
     tokens = ids(length=length)
     with torch.no_grad():
         masked = decoder(input_ids=tokens, use_cache=False).last_hidden_state
@@ -46,7 +46,7 @@ def test_hidden_states_agree_with_the_masked_path(case: Case, length: int) -> No
 
 @sliding_cases
 def test_no_mask_of_n_by_n_is_built(case: Case) -> None:
-    decoder = case.model().get_decoder()
+    decoder = case.decoder()
     tokens = ids(batch=1, length=2048)
     with torch.no_grad():
         with Largest() as masked:

@@ -1,112 +1,66 @@
-"""Multimodal checkpoints: the text decoder alone is loaded, whole, and captured as inside the whole model."""
+"""Multimodal checkpoints: the text decoder alone is built, read and run. Its vectors are in test_attention."""
 
-from collections.abc import Callable
+import shutil
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
-import transformers
-from test_attention import captured
-from transformers import PreTrainedModel
-from zoo import ids
+from safetensors.torch import load_file, save_file
+from test_attention import FolderOf, captured, loaded
+from torch import nn
+from torch.nn.modules.module import (
+    register_module_forward_pre_hook,
+    register_module_module_registration_hook,
+)
+from zoo import CASES, Case, ids
 
-from qk_sniffer.config import ModelConfig
-from qk_sniffer.loading import load_backbone
-from qk_sniffer.proof import _derived
-from qk_sniffer.store.compact import HeadSpec
-
-TEXT: dict[str, Any] = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-VISION: dict[str, Any] = {
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "image_size": 28,
-    "patch_size": 14,
-}
+multimodal_cases = pytest.mark.parametrize(
+    "case", [case for case in CASES if case.vision is not None], ids=lambda case: case.name
+)
+BESIDE_TEXT = ("vision", "projector")
+"""In the name of a weight: it is none of the text decoder's."""
 
 
-def gemma3() -> PreTrainedModel:
-    text = TEXT | {"model_type": "gemma3_text", "head_dim": 16, "sliding_window": 12}
-    vision = VISION | {"model_type": "siglip_vision_model"}
-    config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
-    return transformers.Gemma3ForConditionalGeneration(config)
+def _is_of_vision(module: nn.Module) -> bool:
+    marks = ("vision", "siglip", "pixtral", "projector")
+    return any(mark in f"{type(module).__module__}.{type(module).__name__}".lower() for mark in marks)
 
 
-def mistral3() -> PreTrainedModel:
-    text = TEXT | {"model_type": "ministral3", "head_dim": 16}
-    vision = VISION | {"model_type": "pixtral", "head_dim": 8}
-    config = transformers.Mistral3Config(text_config=text, vision_config=vision)
-    return transformers.Mistral3ForConditionalGeneration(config)
+@multimodal_cases
+def test_no_vision_tower_is_built_or_run(case: Case, folder_of: FolderOf) -> None:
+    folder = folder_of(case)
+    built: list[nn.Module] = []
+    ran: list[nn.Module] = []
+    hook = register_module_module_registration_hook(lambda owner, name, part: built.append(part))
+    try:
+        backbone = loaded(folder)
+    finally:
+        hook.remove()
+    hook = register_module_forward_pre_hook(lambda module, inputs: ran.append(module))
+    try:
+        captured(backbone, ids())
+    finally:
+        hook.remove()
+    assert len(built) > 20 and len(ran) > 20
+    assert not [type(module).__name__ for module in (*built, *ran) if _is_of_vision(module)]
+    assert not [name for name, _ in backbone.decoder.named_parameters() if any(mark in name for mark in BESIDE_TEXT)]
 
 
-def mllama() -> PreTrainedModel:
-    text = TEXT | {"model_type": "mllama_text_model", "cross_attention_layers": [1]}
-    vision = VISION | {
-        "num_global_layers": 1,
-        "attention_heads": 2,
-        "intermediate_layers_indices": [0],
-        "vision_output_dim": 32,
-        "supported_aspect_ratios": [[1, 1]],
-    }
-    del vision["num_attention_heads"]
-    return transformers.MllamaForConditionalGeneration(
-        transformers.MllamaConfig(text_config=text, vision_config=vision)
-    )
+@multimodal_cases
+def test_weights_of_the_vision_tower_are_not_needed(case: Case, folder_of: FolderOf, tmp_path: Path) -> None:
+    folder = shutil.copytree(folder_of(case), tmp_path / "text_only")
+    weights = load_file(folder / "model.safetensors")
+    text = {name: weight for name, weight in weights.items() if not any(mark in name for mark in BESIDE_TEXT)}
+    assert len(weights) - len(text) > 5
+    save_file(text, folder / "model.safetensors", metadata={"format": "pt"})
+    expected = captured(loaded(folder_of(case)), ids())
+    for key, states in captured(loaded(folder), ids()).items():
+        assert torch.equal(states, expected[key])
 
 
-WRAPPERS: dict[str, tuple[Callable[[], PreTrainedModel], list[int]]] = {
-    "gemma3": (gemma3, [0, 1, 2, 3]),
-    "mistral3": (mistral3, [0, 1, 2, 3]),
-    "mllama": (mllama, [0, 2, 3]),
-}
-"""By name: how to make one, and its layers of self-attention."""
-
-
-@pytest.mark.parametrize("name", WRAPPERS)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_decoder_alone_is_loaded_and_captured_as_in_the_whole(name: str, dtype: str, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    make, layers = WRAPPERS[name]
-    make().save_pretrained(tmp_path)
-    backbone = load_backbone(ModelConfig(name=str(tmp_path), dtype=dtype))
-    assert not [key for key, _ in backbone.decoder.named_parameters() if "vision" in key or "projector" in key]
-    assert [facts.heads.layer for facts in backbone.probe()] == layers
-    seen: dict[tuple[int, str], torch.Tensor] = {}
-    backbone.forward(ids(), lambda call: seen.update({(call.layer, "q"): call.query, (call.layer, "k"): call.key}))
-    whole = type(make()).from_pretrained(tmp_path, dtype=getattr(torch, dtype)).get_decoder()
-    expected = captured(whole, ids())
-    assert seen.keys() == expected.keys() == {(layer, kind) for layer in layers for kind in "qk"}
-    for key, states in seen.items():
-        assert torch.equal(states, expected[key]), key
-
-
-@pytest.mark.parametrize("name", WRAPPERS)
-def test_hooks_derive_the_same_vectors(name: str, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    make, layers = WRAPPERS[name]
-    make().save_pretrained(tmp_path)
-    backbone = load_backbone(ModelConfig(name=str(tmp_path), dtype="float32"))
-    tokens = ids(batch=1, length=300)
-    seen = captured(backbone.decoder, tokens)
-    head_dim = seen[0, "q"].shape[-1]
-    heads = [HeadSpec(layer, 1, kind, 1, head_dim, None, 0) for layer in layers for kind in "qk"]
-    positions = np.arange(300)
-    derived = _derived(backbone, tokens[0].numpy(), dict.fromkeys(heads, positions))
-    assert derived is not None and derived.keys() == set(heads)
-    for head, vectors in derived.items():
-        # Not bit-equal: the plain forward builds the mask that the bands of the captured one replace.
-        assert np.allclose(vectors, seen[head.layer, head.kind][0, 1].numpy(), rtol=1e-4, atol=1e-5)
+def test_layers_of_cross_attention_are_run_by_no_capture(folder_of: FolderOf) -> None:
+    mllama = next(case for case in CASES if case.name == "mllama")
+    backbone = loaded(folder_of(mllama))
+    layers = backbone.config.num_hidden_layers
+    assert [layer for layer in range(layers) if layer not in backbone.attention_layers.values()] == [1]
+    assert not any("Cross" in type(module).__name__ for module in backbone.attention_layers)

@@ -1,21 +1,28 @@
 """The proof: every right dataset passes it, every wrong one fails it and says so."""
 
 import json
+import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from jobs import heads_of, run
+from test_attention import FolderOf, captured, loaded
 from tiny import ALPHABET, save_checkpoint
 from torch import nn
-from zoo import CASES, Case
+from zoo import CASES, Case, ids
 
 from qk_sniffer import capture as capture_room
 from qk_sniffer import proof as proof_room
 from qk_sniffer.errors import CaptureError
 from qk_sniffer.families import HOOKED_TYPES, Family
 from qk_sniffer.store import manifest as manifests
+from qk_sniffer.store.compact import HeadSpec
 from qk_sniffer.store.journal import Rows
 
 LLAMA = CASES[0]
@@ -34,10 +41,11 @@ def texts(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize("stage", ["post", "pre"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_right_dataset_is_proven(case: Case, stage: str, dtype: str, texts: Path, tmp_path: Path) -> None:
-    checkpoint = save_checkpoint(case, tmp_path / "model")
+def test_a_right_dataset_is_proven(
+    case: Case, stage: str, dtype: str, texts: Path, folder_of: FolderOf, tmp_path: Path
+) -> None:
     root = run(
-        checkpoint,
+        folder_of(case),
         texts,
         tmp_path / "out",
         model={"dtype": dtype},
@@ -46,12 +54,42 @@ def test_a_right_dataset_is_proven(case: Case, stage: str, dtype: str, texts: Pa
     )
     proof = manifests.read(root)["proof"]
     assert proof["examples"] == [1, 3], "the shortest ones"
-    assert proof["proven"] is (True if case.hooked else None)
-    if not case.hooked:
-        return
+    assert proof["proven"] is True
     differences = proof["largest_difference_by_layer"]
-    assert differences.keys() == {"0", "1", "2"}
+    assert differences.keys() == {str(layer) for layer in case.layers}
     assert max(differences.values()) < (1e-5 if dtype == "float32" else 0.03)
+
+
+HARMS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "next position": lambda states: np.roll(states, 1, axis=1),
+    "other head": lambda states: np.roll(states, 1, axis=0),
+    "other token of all heads": lambda states: states[:, np.arange(states.shape[1]) ^ 1],
+    "half of each head": lambda states: np.roll(states, states.shape[2] // 2, axis=2),
+}
+"""What may be stored in place of the vectors (heads, n, head_dim) of a layer."""
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("stage", ["post", "pre"])
+def test_hooks_tell_right_vectors_from_wrong_ones_in_each_layer(case: Case, stage: str, folder_of: FolderOf) -> None:
+    right, other = (loaded(folder_of(case), pre_rope=pre) for pre in (stage == "pre", stage != "pre"))
+    tokens = ids(batch=1, length=300)
+    seen, other_stage = captured(right, tokens), captured(other, tokens)
+    for layer in case.layers:  # one at a time: what others do must not be taken for its own
+        specs = [
+            HeadSpec(layer, head, kind, key_head=0, head_dim=case.head_dim, sliding_window=None, row=0)
+            for kind in "qk"
+            for head in range(seen[layer, kind].shape[1])
+        ]
+        derived = proof_room._derived(right, tokens[0].numpy(), dict.fromkeys(specs, np.arange(300)))
+        assert derived is not None
+        for spec in specs:
+            stored = seen[layer, spec.kind][0].numpy()
+            assert proof_room._difference(stored[spec.head], derived[spec]) < 1e-5
+            for name, harm in HARMS.items():
+                assert proof_room._difference(harm(stored)[spec.head], derived[spec]) > 0.1, name
+            turned = proof_room._difference(other_stage[layer, spec.kind][0, spec.head].numpy(), derived[spec])
+            assert turned > 0.1 or layer in case.unrotated
 
 
 def next_position(rows: Rows) -> Rows:
@@ -103,12 +141,16 @@ def test_it_can_be_turned_off(texts: Path, tmp_path: Path) -> None:
     assert manifests.read(root)["proof"] == {"proven": None, "reason": "turned off (verify.examples=0)"}
 
 
-def test_frequencies_that_depend_on_the_length_are_not_held_against_a_dataset(texts: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("boundary", "proven"), [(32, None), (300, True)])
+def test_frequencies_that_depend_on_the_length_are_proven_where_they_do_not(
+    boundary: int, proven: bool | None, texts: Path, tmp_path: Path
+) -> None:
     dynamic = {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}}
-    case = replace(LLAMA, options=LLAMA.options | dynamic | {"max_position_embeddings": 32})
-    root = run(save_checkpoint(case, tmp_path / "model"), texts, tmp_path / "out")
-    proof = manifests.read(root)["proof"]
-    assert proof["proven"] is None and "depend on the length" in proof["reason"]
+    case = replace(LLAMA, options=LLAMA.options | dynamic | {"max_position_embeddings": boundary})
+    checkpoint = save_checkpoint(case, tmp_path / "model")
+    proof = manifests.read(run(checkpoint, texts, tmp_path / "out"))["proof"]
+    assert proof["proven"] is proven
+    assert proven or "depend on the length of texts of more than 32 tokens" in proof["reason"]
 
 
 class Blind(Family):
@@ -125,22 +167,23 @@ def test_a_family_without_a_hook_path_says_so(texts: Path, tmp_path: Path) -> No
     assert proof["proven"] is None and "no hook path" in proof["reason"]
 
 
-def test_every_type_that_is_said_to_have_a_hook_path_is_tested() -> None:
-    tested = {case.config().model_type for case in CASES if case.hooked}
-    assert HOOKED_TYPES - tested == {"ministral3", "mllama_text_model"}, "these two in test_multimodal"
-    assert tested <= HOOKED_TYPES
+def test_every_type_that_is_said_to_have_a_hook_path_is_proven_in_the_table() -> None:
+    table = (Path(__file__).parent.parent / "models" / "SUPPORTED.md").read_text()
+    proven = set(re.findall(r"^\| (\S+) \| \w+ \| yes \| [^|]+ \| (?:yes|pre) \|", table, flags=re.MULTILINE))
+    inside = {"emu3_text_model": "emu3", "mllama_text_model": "mllama"}
+    assert {inside.get(model_type, model_type) for model_type in HOOKED_TYPES} <= proven
+    tested = {case.config().get_text_config().model_type for case in CASES}
+    assert tested - HOOKED_TYPES == {"deepseek_v3", "gpt_neox", "phi3"}, "their families name their projections"
 
 
 def test_rows_of_an_example_are_found_in_every_row_group(tmp_path: Path) -> None:
-    import numpy as np
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    ids = np.repeat([7, 3, 9], [5, 8, 4])
+    example_ids = np.repeat([7, 3, 9], [5, 8, 4])
     vectors = pa.FixedSizeListArray.from_arrays(pa.array(np.arange(34, dtype=np.float32)), 2)
     positions = pa.array(np.concatenate([np.arange(5), np.arange(8), np.arange(4)]))
     pq.write_table(
-        pa.table({"example_id": ids, "position": positions, "vector": vectors}), tmp_path / "x", row_group_size=4
+        pa.table({"example_id": example_ids, "position": positions, "vector": vectors}),
+        tmp_path / "x",
+        row_group_size=4,
     )
     found, rows = proof_room.rows_of_example(tmp_path / "x", 3)
     assert found.tolist() == list(range(8))

@@ -14,9 +14,8 @@ import pytest
 import torch
 from datasets import load_dataset
 from jobs import QWEN3, TEXTS, hashes, heads_of, keys, run, tokens_of, vectors
-from test_attention import captured
+from test_attention import FolderOf, captured, loaded
 from tiny import ALPHABET, save_checkpoint
-from transformers import AutoModel
 from zoo import CASES, Case
 
 from qk_sniffer import capture as capture_room
@@ -31,8 +30,10 @@ from qk_sniffer.store.parquet import check_encodings
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("stage", ["post", "pre"])
-def test_every_stored_vector_is_bit_for_bit_the_models_own(case: Case, dtype: str, stage: str, tmp_path: Path) -> None:
-    checkpoint = save_checkpoint(case, tmp_path / "model")
+def test_every_stored_vector_is_bit_for_bit_the_models_own(
+    case: Case, dtype: str, stage: str, folder_of: FolderOf, tmp_path: Path
+) -> None:
+    checkpoint = folder_of(case)
     path = tmp_path / "texts.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS[:4]))
     root = run(
@@ -43,10 +44,10 @@ def test_every_stored_vector_is_bit_for_bit_the_models_own(case: Case, dtype: st
         inference={"batch_size": 1},
         capture={"capture_pre_rope": stage == "pre"},
     )
-    decoder = AutoModel.from_pretrained(checkpoint, dtype=dtype)
-    expected = [captured(decoder, tokens_of(text), pre_rope=stage == "pre") for text in TEXTS[:4]]
+    backbone = loaded(checkpoint, dtype=dtype, pre_rope=stage == "pre")
+    expected = [captured(backbone, tokens_of(text)) for text in TEXTS[:4]]
     tables = heads_of(root)
-    assert len(tables) == 3 * (4 + case.config().num_key_value_heads)
+    assert len(tables) == len(case.layers) * (4 + case.config().get_text_config().num_key_value_heads)
     for name, table in tables.items():
         key = parse_head_name(name)
         assert key is not None

@@ -1,11 +1,12 @@
-"""Tiny random models, one case a family. Every test of the tap and of capture runs over the whole list."""
+"""Tiny random models, one case a family. Every test of the tap, of a job and of the proof runs over the whole list."""
 
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 
 VOCAB = 96
 
@@ -17,24 +18,44 @@ _SIZES: dict[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_VISION_SIZES: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "image_size": 28,
+    "patch_size": 14,
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Case:
     """One family: its config, and what is known of its attention from that config alone."""
 
     name: str
     config_class: str
     options: dict[str, Any]
+    """Of the text decoder. In a multimodal case its `model_type` is among them."""
     head_dim: int
+    vision: dict[str, Any] | None = None
+    """Options of the vision tower, in a multimodal case."""
+    layers: tuple[int, ...] = (0, 1, 2)
+    """Those with self-attention."""
     sliding_windows: tuple[int | None, ...] = (None, None, None)
+    """By layer."""
     normed: str | None = None
-    """How q_norm and k_norm scale, where the family has them: `w` or `1+w`; `flat w`: over all heads at once."""
+    """How queries and keys are normed, where they are: by `w` or `1+w`; by `flat w`, over all heads at once; or without
+    weights, `after RoPE`."""
     pairs: str = "halves"
-    """Which components RoPE turns together: i and i + d/2 (`halves`), or 2i and 2i + 1 (`neighbours`)."""
+    """Which components RoPE turns together: i and i + d/2 (`halves`), or 2i and 2i + 1 (`neighbours`); in the latter
+    they may be laid out as halves afterwards (`neighbours to halves`)."""
     rotary_dim: int | None = None
-    """How many of a head's first components are turned; None: all."""
+    """How many components of a head are turned; None: all."""
+    rotates_last: bool = False
+    """Whether those are a head's last components, not its first."""
     unrotated: tuple[int, ...] = ()
     """Layers without RoPE."""
     kernels: tuple[str, ...] = ("eager", "sdpa")
@@ -42,33 +63,54 @@ class Case:
     """None: head_dim ** -0.5."""
     softcap: float | None = None
     sinks: bool = False
-    hooked: bool = True
-    """Whether the family's projections can be hooked for the proof."""
     local_theta: float | None = None
     """Rotary base of the sliding layers, where it is another one."""
 
     def config(self) -> PretrainedConfig:
-        made: PretrainedConfig = getattr(transformers, self.config_class)(**_SIZES | self.options)
+        config_class = getattr(transformers, self.config_class)
+        options = _SIZES | self.options
+        made: PretrainedConfig
+        if self.vision is None:
+            made = config_class(**options)
+        else:
+            made = config_class(text_config=options, vision_config=_VISION_SIZES | self.vision)
         return made
 
     def model(self, *, dtype: torch.dtype = torch.float32, kernel: str | None = None) -> PreTrainedModel:
-        """The causal language model with random weights, norms included, from a fixed seed; the last kernel if none."""
+        """The whole model with random weights, norms included, from a fixed seed; the last kernel if none."""
         torch.manual_seed(0)
-        kernel = kernel or self.kernels[-1]
-        model = AutoModelForCausalLM.from_config(self.config(), attn_implementation=kernel)
+        model = self.auto_class.from_config(self.config(), attn_implementation=kernel or self.kernels[-1])
         with torch.no_grad():
             for name, weight in model.named_parameters():
-                if weight.dim() == 1:  # norms and biases start as ones and zeros, which would hide a mistake
+                if (
+                    weight.dim() == 1 or "bias" in name
+                ):  # norms and biases start as ones and zeros, which would hide a mistake
                     weight.add_(torch.randn_like(weight) * 0.3)
-                elif "embed" not in name:
-                    weight.mul_(4)  # attention far from uniform
+                else:  # tokens that differ, and attention far from uniform
+                    weight.mul_(25 if "embed" in name else 4)
             for weight in model.parameters():
                 weight.data = weight.to(dtype)  # weights alone: a loaded model's rotary frequencies stay in float32
         made: PreTrainedModel = model.eval()
         return made
 
+    def decoder(self, *, dtype: torch.dtype = torch.float32, kernel: str | None = None) -> nn.Module:
+        """The text decoder inside that model."""
+        return decoder_of(self.model(dtype=dtype, kernel=kernel))
 
-LLAMA3_ROPE = {
+    @property
+    def auto_class(self) -> Any:
+        """The class of transformers that loads the whole model."""
+        return AutoModelForCausalLM if self.vision is None else AutoModelForImageTextToText
+
+
+_D16 = {"head_dim": 16}
+_SLIDING: dict[str, Any] = {
+    "sliding_window": 12,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
+_EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+
+_LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,
     "factor": 8.0,
@@ -76,91 +118,165 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+_YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
 
-_D16 = {"head_dim": 16}
-_PAD = {"pad_token_id": 0}
-_SLIDING: dict[str, Any] = {
+_GEMMA3 = {
+    "head_dim": 16,
+    "query_pre_attn_scalar": 24,
     "sliding_window": 12,
-    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
 }
-_EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+_GEMMA3_ATTENTION: dict[str, Any] = {
+    "head_dim": 16,
+    "sliding_windows": (12, 12, None),
+    "normed": "1+w",
+    "softmax_scale": 24**-0.5,
+    "local_theta": 10000.0,
+}
+# A context of 8 tokens, so that the scale of the queries differs by position.
+_MINISTRAL3: dict[str, Any] = {
+    "head_dim": 16,
+    "rope_parameters": _YARN
+    | {"original_max_position_embeddings": 8, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.5},
+}
+_LLAMA4: dict[str, Any] = {
+    "head_dim": 16,
+    "intermediate_size_mlp": 48,
+    "num_local_experts": 4,
+    "moe_layers": [1],
+    "no_rope_layers": [1, 0, 1],
+    "attention_chunk_size": 12,
+    "floor_scale": 8,
+    "attn_scale": 0.5,
+}
+_LATENT: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 12,
+    "kv_lora_rank": 10,
+    "q_lora_rank": 20,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 2,
+}
+_LATENT_ATTENTION: dict[str, Any] = {
+    "head_dim": 24,
+    "pairs": "neighbours to halves",
+    "rotary_dim": 8,
+    "rotates_last": True,
+}
+_PIXTRAL = {"model_type": "pixtral", "num_attention_heads": 2, "head_dim": 8}
 
 CASES = [
     Case("llama", "LlamaConfig", {}, head_dim=8),
-    Case("llama3_rope", "LlamaConfig", {"rope_parameters": LLAMA3_ROPE}, head_dim=8),
-    Case("mistral", "MistralConfig", {"sliding_window": 12, "head_dim": 16}, 16, sliding_windows=(12, 12, 12)),
-    Case("mistral_full", "MistralConfig", {"sliding_window": None, "head_dim": 16}, 16),
+    Case("llama3_rope", "LlamaConfig", {"rope_parameters": _LLAMA3_ROPE}, head_dim=8),
+    Case("mistral", "MistralConfig", _D16 | {"sliding_window": 12}, 16, sliding_windows=(12, 12, 12)),
+    Case("mistral_full", "MistralConfig", _D16 | {"sliding_window": None}, 16),
     Case("qwen2", "Qwen2Config", {}, head_dim=8),
-    Case("qwen3", "Qwen3Config", {"head_dim": 16}, head_dim=16, normed="w"),
+    Case("qwen3", "Qwen3Config", _D16, 16, normed="w"),
+    Case("qwen3_yarn", "Qwen3Config", _D16 | {"rope_parameters": _YARN}, 16, normed="w"),
     Case(
         "qwen3_sliding",
         "Qwen3Config",
-        {
-            "head_dim": 16,
-            "use_sliding_window": True,
-            "sliding_window": 12,
-            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-        },
-        head_dim=16,
+        _D16 | _SLIDING | {"use_sliding_window": True},
+        16,
         sliding_windows=(12, None, 12),
         normed="w",
     ),
+    Case("gemma3", "Gemma3TextConfig", _GEMMA3, **_GEMMA3_ATTENTION),
     Case(
-        "gemma3",
-        "Gemma3TextConfig",
-        {
-            "head_dim": 16,
-            "query_pre_attn_scalar": 24,
-            "sliding_window": 12,
-            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
-            "pad_token_id": 0,
-        },
-        head_dim=16,
-        sliding_windows=(12, 12, None),
-        normed="1+w",
-        softmax_scale=24**-0.5,
-        local_theta=10000.0,
+        "gemma3_multimodal",
+        "Gemma3Config",
+        _GEMMA3 | {"model_type": "gemma3_text"},
+        vision={"model_type": "siglip_vision_model", "num_attention_heads": 2},
+        **_GEMMA3_ATTENTION,
     ),
-    Case("glm", "GlmConfig", _D16 | _PAD, 16, pairs="neighbours", rotary_dim=8),
-    Case("glm4", "Glm4Config", _D16 | _PAD, 16, pairs="neighbours", rotary_dim=8),
+    Case("glm", "GlmConfig", _D16, 16, pairs="neighbours", rotary_dim=8),
+    Case("glm4", "Glm4Config", _D16, 16, pairs="neighbours", rotary_dim=8),
     Case("ministral", "MinistralConfig", _D16 | _SLIDING, 16, sliding_windows=(12, None, 12)),
-    Case("smollm3", "SmolLM3Config", _PAD | {"no_rope_layers": [1, 1, 0]}, 8, unrotated=(2,)),
+    Case("ministral3", "Ministral3Config", _MINISTRAL3, 16),
+    Case("mistral3", "Mistral3Config", _D16 | {"model_type": "mistral", "sliding_window": None}, 16, vision=_PIXTRAL),
+    Case("mistral3_ministral3", "Mistral3Config", _MINISTRAL3 | {"model_type": "ministral3"}, 16, vision=_PIXTRAL),
+    Case(
+        "mllama",
+        "MllamaConfig",
+        {"model_type": "mllama_text_model", "cross_attention_layers": [1], "rope_parameters": _LLAMA3_ROPE},
+        head_dim=8,
+        vision={
+            "attention_heads": 2,
+            "num_global_layers": 1,
+            "intermediate_layers_indices": [0],
+            "vision_output_dim": 32,
+            "supported_aspect_ratios": [[1, 1]],
+        },
+        layers=(0, 2),
+    ),
+    Case("smollm3", "SmolLM3Config", {"no_rope_layers": [1, 1, 0]}, 8, unrotated=(2,)),
     Case(
         "gemma2",
         "Gemma2Config",
-        _D16 | _SLIDING | _PAD | {"query_pre_attn_scalar": 24},
+        _D16 | _SLIDING | {"query_pre_attn_scalar": 24},
         16,
         sliding_windows=(12, None, 12),
         softmax_scale=24**-0.5,
         softcap=50.0,
         kernels=("eager",),
     ),
-    Case("olmo2", "Olmo2Config", _PAD, 8, normed="flat w"),
-    Case("phi3", "Phi3Config", _PAD, 8, hooked=False),
+    Case("olmo2", "Olmo2Config", {}, 8, normed="flat w"),
+    Case(
+        "phi3",
+        "Phi3Config",
+        {"sliding_window": 12}
+        | {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}},
+        8,
+        sliding_windows=(12, 12, 12),
+        rotary_dim=4,
+    ),
     Case("granite", "GraniteConfig", {"attention_multiplier": 0.2}, 8, softmax_scale=0.2),
     Case(
         "gpt_oss",
         "GptOssConfig",
-        _D16 | _SLIDING | _EXPERTS | {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+        _D16 | _SLIDING | _EXPERTS | {"rope_parameters": _YARN | {"truncate": False}},
         16,
         sliding_windows=(12, None, 12),
         kernels=("eager",),
         sinks=True,
     ),
     Case("qwen3_moe", "Qwen3MoeConfig", _D16 | _EXPERTS, 16, normed="w"),
+    Case("llama4", "Llama4TextConfig", _LLAMA4, 16, normed="after RoPE", pairs="neighbours", unrotated=(1,)),
     Case(
-        "cohere2",
-        "Cohere2Config",
-        _SLIDING | _PAD,
-        8,
-        sliding_windows=(12, None, 12),
+        "llama4_without_norm",
+        "Llama4TextConfig",
+        _LLAMA4 | {"use_qk_norm": False, "attn_temperature_tuning": False},
+        16,
         pairs="neighbours",
         unrotated=(1,),
     ),
-    Case("gpt_neox", "GPTNeoXConfig", {"num_key_value_heads": 4}, 8, rotary_dim=2, hooked=False),
+    Case("deepseek_v3", "DeepseekV3Config", _LATENT, **_LATENT_ATTENTION),
+    Case(
+        "deepseek_v3_yarn",
+        "DeepseekV3Config",
+        _LATENT
+        | {"q_lora_rank": None, "rope_interleave": False}
+        | {"rope_parameters": _YARN | {"mscale": 1.0, "mscale_all_dim": 0.5}},
+        **_LATENT_ATTENTION | {"pairs": "halves"},
+        # The logits' share of YaRN's scaling: (0.1 * mscale_all_dim * ln(factor) + 1) ** 2.
+        softmax_scale=24**-0.5 * 1.0693147**2,
+    ),
+    Case("cohere2", "Cohere2Config", _SLIDING, 8, sliding_windows=(12, None, 12), pairs="neighbours", unrotated=(1,)),
+    Case("gpt_neox", "GPTNeoXConfig", {"num_key_value_heads": 4}, 8, rotary_dim=2),
 ]
 
 CASES_AND_KERNELS = [(case, kernel) for case in CASES for kernel in case.kernels]
+
+
+def decoder_of(model: PreTrainedModel) -> nn.Module:
+    decoder = model.get_decoder()
+    return getattr(decoder, "model", decoder)  # Llama 4 says that the whole is its decoder
 
 
 def ids(*, batch: int = 2, length: int = 40, seed: int = 1) -> torch.Tensor:

@@ -1,0 +1,20 @@
+"""GPT-NeoX projects queries, keys and values at once, those of each head side by side."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from qk_sniffer import families
+
+
+class Family(families.Family):
+    """Query and key are cut from that projection."""
+
+    def projections(self, module: Any) -> dict[str, nn.Module]:
+        return {"qkv": module.query_key_value}
+
+    def projected(self, module: Any, outputs: Mapping[str, torch.Tensor], head_dim: int) -> families.QueryKey:
+        query, key, _ = families.heads_first(outputs["qkv"], 3 * head_dim).chunk(3, dim=-1)
+        return query, key

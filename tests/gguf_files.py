@@ -1,0 +1,81 @@
+"""Tiny GGUF files of models of the zoo, written by the `gguf` library as llama.cpp's converters lay them out."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gguf import GGUFWriter
+from transformers import PreTrainedModel
+
+_NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+_OUTSIDE = {"embed_tokens": "token_embd", "norm": "output_norm"}
+
+
+def write_gguf(
+    model: PreTrainedModel,
+    path: Path,
+    *,
+    architecture: str | None = None,
+    leave_out: str = "",
+    tensors: dict[str, Any] | None = None,
+    **metadata: Any,
+) -> Path:
+    """`model` in float32 without a tokenizer, less the weight `leave_out`, and `tensors` beside its own.
+
+    `metadata` are further keys of its architecture, `__` for a dot.
+    """
+    config = model.config
+    architecture = architecture or config.model_type
+    writer = GGUFWriter(path, architecture)
+    writer.add_name("tiny")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(metadata.pop("rope__freq_base", config.rope_parameters["rope_theta"]))
+    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+    writer.add_vocab_size(config.vocab_size)
+    for key, value in metadata.items():
+        add = writer.add_string if isinstance(value, str) else writer.add_float32
+        add(f"{architecture}.{key.replace('__', '.')}", value)
+    for name, weight in model.get_decoder().state_dict().items():
+        if name == leave_out:
+            continue
+        module, _, part = name.rpartition(".")
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(module[-6:])
+        if architecture == "llama" and heads:
+            weight = _as_neighbours(weight, heads)
+        if module.startswith("layers."):
+            _, layer, inside = module.split(".", 2)
+            stored = f"blk.{layer}.{_NAMES[inside]}"
+        else:
+            stored = _OUTSIDE[module]
+        writer.add_tensor(f"{stored}.{part}", weight.float().numpy())
+    for name, tensor in (tensors or {}).items():
+        writer.add_tensor(name, np.asarray(tensor, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _as_neighbours(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """The rows of a projection (heads * d, in) in the order of llama.cpp, which turns components 2i and 2i + 1."""
+    return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2).contiguous()

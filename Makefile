@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test slow floor check install clean
+.PHONY: demo test slow floor check supported install clean
 
 demo: install  ## the main job on the embedded model and texts, with enough rows to look at
 	$(BIN)/python -m qk_sniffer sampler.base_rate=16
@@ -13,6 +13,9 @@ test: install  ## the quick tests
 
 slow: install  ## the slow tests that CI runs too
 	$(BIN)/python -m pytest -n 2 -q -m slow
+
+supported: install  ## captures every model type of transformers and writes models/SUPPORTED.md
+	$(BIN)/python scripts/supported.py
 
 check: install  ## lint and types
 	$(BIN)/ruff check .
@@ -24,13 +27,13 @@ FLOOR := .venv-floor
 FLOOR_TRANSFORMERS := 5.17.0
 
 floor: $(FLOOR)/.installed  ## the tests of what depends on transformers, with its oldest version
-	$(FLOOR)/bin/python -m pytest -n 2 -q $(addprefix tests/test_,attention.py banded.py backbone.py multimodal.py proof.py run.py resume.py)
+	$(FLOOR)/bin/python -m pytest -n 2 -q $(addprefix tests/test_,attention.py banded.py backbone.py loading.py gguf.py multimodal.py proof.py rotary.py run.py resume.py tap.py)
 
 $(FLOOR)/.installed: pyproject.toml constraints.txt
 	test -x $(FLOOR)/bin/python || $(PYTHON) -m venv $(FLOOR)
 	grep -vE '^(transformers|huggingface_hub)==' constraints.txt > $(FLOOR)/constraints.txt
 	echo 'transformers==$(FLOOR_TRANSFORMERS)' >> $(FLOOR)/constraints.txt
-	$(FLOOR)/bin/python -m pip install --quiet --disable-pip-version-check -c $(FLOOR)/constraints.txt -e '.[dev]'
+	$(FLOOR)/bin/python -m pip install --quiet --disable-pip-version-check -c $(FLOOR)/constraints.txt -e '.[dev,gguf]'
 	touch $@
 
 install: $(INSTALLED)
@@ -39,7 +42,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "Python 3.11 or newer is needed; name one with: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,gguf]'
 	touch $@
 
 clean:

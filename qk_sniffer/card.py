@@ -318,7 +318,8 @@ def _bucket_lines(facts: CardFacts, sampler: Sampler, kinds: list[str]) -> list[
 def _logits(facts: CardFacts) -> str:
     rotated = (
         "These vectors are from before RoPE: first apply the layer's rotary embedding (its inverse frequencies and\n"
-        "attention scaling are in `manifest.json`). Then a logit"
+        "attention scaling are in `manifest.json`), and what some models do behind it (a norm, a scale by position).\n"
+        "Then a logit"
         if facts.config.capture.capture_pre_rope
         else "A logit"
     )
@@ -329,7 +330,8 @@ def _logits(facts: CardFacts) -> str:
 product times the layer's softmax scale, then soft-capped where the layer has a softcap. Scale, softcap, sinks and
 rotary parameters of each layer are in `manifest.json`, and so is the key head that serves each query head; the
 metadata of each Parquet file repeats what concerns its head. With a sliding window of w tokens, a query attends to
-a key only when their positions differ by less than w.
+a key only when their positions differ by less than w; with an `attention_chunk` of c, only when both positions divided
+by c have the same whole part. Where `position_bias` is true, a bias is added to the logits that is not stored.
 """
 
 

@@ -153,7 +153,9 @@ def _check_unmoved(before: Backbone) -> None:
         positions = torch.arange(start, start + TOKENS)[None].expand(2, -1)
         with torch.inference_mode(), before.tapped(_keeping(calls)):
             outputs.append(before.decoder(input_ids=_ids(), position_ids=positions, use_cache=False)[0])
-    if not torch.allclose(outputs[0], outputs[1], rtol=1e-3, atol=1e-4):  # something else depends on the position, as hunyuan's norms
+    if not torch.allclose(
+        outputs[0], outputs[1], rtol=1e-3, atol=1e-4
+    ):  # something else depends on the position, as hunyuan's norms
         del seen[0][1:], seen[1][1:]
     if seen[0][0].layer == 0 and _differ(*seen, slice(None)):
         raise WrongError("vectors before RoPE depend on the position")

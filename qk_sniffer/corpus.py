@@ -86,8 +86,8 @@ class Corpus:
         """Rows of the shard that were met in the latest iteration, so far, and have no text."""
         return self._skipped
 
-    def examples(self, *, shard_index: int = 0, shard_count: int = 1) -> Iterator[Example]:
-        """The examples with `index % shard_count == shard_index`, in source order.
+    def examples(self, *, shard_index: int = 0, shard_count: int = 1, after: int = 0) -> Iterator[Example]:
+        """The examples with `index % shard_count == shard_index`, in source order, of all rows but the first `after`.
 
         Every iteration gives the same ones, so that a restarted job cuts the same windows and batches, and tokenises
         only the examples that it has not finished.
@@ -98,8 +98,8 @@ class Corpus:
         self._skipped = 0
         met: dict[int, Example] = {}
         any_text = False
-        for index, row in self._read(shard_index, shard_count):
-            mine = index % shard_count == shard_index
+        for place, index, row in self._read(shard_index, shard_count, after):
+            mine = index % shard_count == shard_index and place >= after
             if not self._has_text(index, row):
                 self._skipped += mine
                 continue
@@ -109,21 +109,23 @@ class Corpus:
                 self._meet(example, met)
             if mine:
                 yield example
-        if not any_text and not self._any_text():
+        if not any_text and not after and not self._any_text():
             raise SourceError(f"{self._source.name}: no row has a text in column {self._config.text_column!r}.")
 
-    def _read(self, shard_index: int, shard_count: int) -> Iterator[tuple[int, dict[str, Any]]]:
-        """The rows used, with their index: those of the shard, or when streaming, where all pass by, those of all."""
+    def _read(self, shard_index: int, shard_count: int, after: int) -> Iterator[tuple[int, int, dict[str, Any]]]:
+        """The rows used, with their place among them and their index: those that are asked for, or when streaming,
+        where all pass by, all."""
         if self._used is not None:
-            for index in self._used:
+            for place in range(after, len(self._used)):
+                index = self._used[place]
                 if index % shard_count == shard_index:
-                    yield index, self._rows[index]
+                    yield place, index, self._rows[index]
             return
         used = 0
         for index, row in enumerate(self._source.read(self._rows)):
             if all(row[column] == value for column, value in self._config.filter.items()):
+                yield used, index, row
                 used += 1
-                yield index, row
                 if used == self._config.max_samples:
                     return
         if not used:

@@ -19,6 +19,7 @@ from qk_sniffer.heads import LayerHeads
 from qk_sniffer.job import hub_commit_of, read_record
 from qk_sniffer.progress import Stages
 from qk_sniffer.sampling import Sampler
+from qk_sniffer.start import base_of
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.compact import HeadSpec, compact
 from qk_sniffer.store.disk import write_atomic
@@ -122,6 +123,7 @@ def _stage(layout: Layout, record: dict[str, Any], stages: Stages, prove: Prove)
         token_string = load_tokenizer(config.model, hub_commit_of(commits["tokenizer"])).token_strings
     count = config.shard.count
     journals = [Journal(layout.journal(index, count), verify=False) for index in range(count)]
+    base = base_of(layout, record)
     written = compact(
         layout,
         journals,
@@ -129,13 +131,17 @@ def _stage(layout: Layout, record: dict[str, Any], stages: Stages, prove: Prove)
         sampler,
         token_ids=config.capture.capture_token_ids,
         token_string=token_string,
+        base=base,
         threads=os.cpu_count() or 1,
     )
     done = [json.loads(layout.shard_done(index, count).read_bytes()) for index in range(count)]
     skipped = sum(shard["skipped"] for shard in done)
+    examples = [example for journal in journals for example in journal.records.values()]
+    if base is not None:
+        skipped += base.record["skipped_rows"]
+        examples = base.examples() + examples
     if not written.num_examples:
         raise SourceError(f"dataset {config.dataset.path} has no text that gives a token: nothing was captured")
-    examples = [example for journal in journals for example in journal.records.values()]
     expected = None if config.dataset.streaming else record["source_rows"]
     if expected is not None and written.num_examples + skipped != expected:
         raise StoreError(
@@ -166,8 +172,17 @@ def _stage(layout: Layout, record: dict[str, Any], stages: Stages, prove: Prove)
     ).encode()
     facts = record | {"config": _public(record), "inclusion": inclusion, "skipped_rows": skipped, "proof": proof}
     facts["source_rows"] = written.num_examples + skipped
+    facts["grown_from"] = _growth(facts.pop("base"))
     manifest = manifests.build(facts, written, card=card, timings=stages.seconds)
     return manifest, card
+
+
+def _growth(base: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """How many rows of the source the dataset was made from before, and with which software, oldest first."""
+    if base is None:
+        return []
+    before: list[dict[str, Any]] = base["grown_from"]
+    return [*before, {"source_rows": base["source_rows"], "versions": base["versions"]}]
 
 
 def _public(record: dict[str, Any]) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def _run(config: Config, layout: Layout, stages: Stages) -> None:
         if start.found == "nothing" or not _is_captured(config, layout):
             record = _record(config, start, parts())
             begin(layout, start.job, record, own_lock=own_lock, overwrite=config.output.overwrite)
-            _capture_examples(config, layout, start.corpus, parts(), stages)
+            _capture_examples(config, layout, start, parts(), stages)
             mark_done(layout, config, skipped=start.corpus.skipped + parts().tokenizer.skipped)
     if finalize(layout, stages, lambda *staged: _prove(config, start.corpus, parts, *staged)):
         show(layout.root, f"Time: {describe(stages.seconds)}")
@@ -188,6 +188,7 @@ def _record(config: Config, start: Start, parts: _Parts) -> dict[str, Any]:
     return start.job.to_dict() | {
         "config": config.to_dict(),
         "source_rows": source_rows(config, start.corpus),
+        "base": None if start.base is None else dict(start.base.record),
         "model": {
             "model_type": parts.backbone.config.model_type,
             "dtype": str(parts.backbone.dtype).removeprefix("torch."),
@@ -200,11 +201,14 @@ def _record(config: Config, start: Start, parts: _Parts) -> dict[str, Any]:
     }
 
 
-def _capture_examples(config: Config, layout: Layout, corpus: Corpus, parts: _Parts, stages: Stages) -> None:
-    """Brings every example of this shard into its journal."""
-    shard, inference = config.shard, config.inference
+def _capture_examples(config: Config, layout: Layout, start: Start, parts: _Parts, stages: Stages) -> None:
+    """Brings every example of this shard that is not in the finished dataset into its journal."""
+    shard, inference, corpus = config.shard, config.inference, start.corpus
     journal = Journal(layout.journal(shard.index, shard.count))
-    total = None if corpus.num_rows is None else len(range(shard.index, corpus.num_rows, shard.count))
+    first = start.rows_before + (shard.index - start.rows_before) % shard.count
+    total = None if corpus.num_rows is None else len(range(first, corpus.num_rows, shard.count))
+    if start.base is not None:
+        log.info("adding to a finished dataset of %d rows of the source", start.rows_before)
     if journal.records:
         log.info("resuming: %d of %s examples are done", len(journal.records), "?" if total is None else total)
     sampler = Sampler(config.sampler)
@@ -215,12 +219,12 @@ def _capture_examples(config: Config, layout: Layout, corpus: Corpus, parts: _Pa
             queue_bytes=inference.queue_mb * 2**20, segment_bytes=inference.segment_mb * 2**20
         ) as writer:
             capture = Capture(parts.backbone, parts.selection, sampler, writer, token_ids=tokens_wanted, stages=stages)
-            examples = corpus.examples(shard_index=shard.index, shard_count=shard.count)
+            examples = corpus.examples(shard_index=shard.index, shard_count=shard.count, after=start.rows_before)
             spent = dict(stages.seconds)
             space_checked = False
             for lengths, tokens in _tokenized(config, examples, parts.tokenizer, journal, stages):
                 if not space_checked:
-                    _check_space(layout, parts, sampler, list(lengths.values()), corpus.num_rows, journal)
+                    _check_space(layout, start, parts, sampler, list(lengths.values()), journal)
                     space_checked = True
                 for batch in _batches(config, lengths, tokens, parts.backbone.length_boundary):
                     shape = _capture_batch(capture, batch, writer, progress, stages)
@@ -232,7 +236,7 @@ def _capture_examples(config: Config, layout: Layout, corpus: Corpus, parts: _Pa
                 writer.close()
     finally:
         progress.close()
-    if not journal.records and shard.count == 1:
+    if not journal.records and shard.count == 1 and start.base is None:
         raise SourceError(f"dataset {config.dataset.path} has no text that gives a token: nothing was captured")
 
 
@@ -311,11 +315,12 @@ def _by_stage(now: dict[str, float], before: dict[str, float]) -> str:
 
 
 def _check_space(
-    layout: Layout, parts: _Parts, sampler: Sampler, lengths: list[int], num_rows: int | None, journal: Journal
+    layout: Layout, start: Start, parts: _Parts, sampler: Sampler, lengths: list[int], journal: Journal
 ) -> None:
     """Checks the disk for the whole job, as if all examples were as long as those of the first window."""
-    if num_rows is None or not lengths:
+    if start.corpus.num_rows is None or not lengths:
         return
+    num_rows = start.corpus.num_rows - start.rows_before
     heads: Counter[str] = Counter()
     for _, kind, chosen in parts.selection:
         heads[kind] += len(chosen)
@@ -326,4 +331,5 @@ def _check_space(
     head_dim = max(layer.heads.head_dim for layer in parts.layers)
     required = required_bytes(int(rows * num_rows), head_dim, parts.backbone.dtype.itemsize)
     there = sum(path.stat().st_size for path in journal.segments)
-    ensure_space(layout.root, required - there)
+    copied = 0 if start.base is None else sum(file["bytes"] for file in start.base.manifest["files"].values())
+    ensure_space(layout.root, required + copied - there)

@@ -1,5 +1,6 @@
 """How a job starts: anew, where an earlier start left off, or not at all because its dataset is finished."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,11 @@ from qk_sniffer.corpus import Corpus, open_corpus
 from qk_sniffer.errors import SourceError, StoreError
 from qk_sniffer.job import Job, fingerprint, read_record, resolve_commits, write_record
 from qk_sniffer.store import manifest as manifests
+from qk_sniffer.store.base import Base, describe
 from qk_sniffer.store.layout import Layout, discard_work
 from qk_sniffer.store.locks import hold
+
+log = logging.getLogger(__name__)
 
 PATIENCE_S = 60.0
 """How long a job waits for another shard's that starts in the same moment."""
@@ -27,6 +31,13 @@ class Start:
     job: Job
     corpus: Corpus
     found: Literal["nothing", "unfinished", "finished"]
+    base: Base | None = None
+    """The finished dataset that the job adds to."""
+
+    @property
+    def rows_before(self) -> int:
+        """Rows of the source that the base was made from."""
+        return 0 if self.base is None else int(self.base.record["source_rows"])
 
 
 def look(config: Config, layout: Layout) -> Start:
@@ -55,12 +66,23 @@ def look(config: Config, layout: Layout) -> Start:
     job = Job.of(config, resolve_commits(config, earlier) | {"dataset": corpus.commit})
     if finished:
         job.check_continues(earlier, str(layout.root), finished=True)
-        _check_nothing_new(layout, config, corpus)
-        return Start(job, corpus, "finished")
-    if overwrite and not _is_same(job, source_rows(config, corpus), record):
+        more = _rows_are_added(layout, config, corpus)
+        if corpus.commit is None:
+            _check_texts(layout, corpus)
+        if not more:
+            return Start(job, corpus, "finished")
+        _note_versions(job, earlier)
+        return Start(job, corpus, "nothing", Base(layout, describe(layout)))
+    base = base_of(layout, record)
+    is_same = _is_same(job, source_rows(config, corpus), record) and (base is None or base.is_there)
+    if overwrite and not is_same:
         return _anew(config)
     _check_same(job, source_rows(config, corpus), record, layout.root)
-    return Start(job, corpus, "unfinished")
+    if base is not None:
+        base.check()
+        if corpus.commit is None:
+            _check_texts(layout, corpus)
+    return Start(job, corpus, "unfinished", base)
 
 
 def begin(layout: Layout, job: Job, record: Mapping[str, Any], *, own_lock: Path, overwrite: bool) -> None:
@@ -77,10 +99,15 @@ def begin(layout: Layout, job: Job, record: Mapping[str, Any], *, own_lock: Path
         if stored is not None:
             if not overwrite:
                 _check_same(job, record["source_rows"], stored, layout.root)
-            if _is_same(job, record["source_rows"], stored):
+            if _is_same(job, record["source_rows"], stored) and record["base"] == stored["base"]:
                 return
             discard_work(layout, own_lock)
         write_record(layout, record)
+
+
+def base_of(layout: Layout, record: Mapping[str, Any]) -> Base | None:
+    """The finished dataset that the job of `record` adds to, if it does."""
+    return None if record["base"] is None else Base(layout, record["base"])
 
 
 def source_rows(config: Config, corpus: Corpus) -> int | None:
@@ -108,29 +135,49 @@ def _check_same(job: Job, rows: int | None, record: Mapping[str, Any], root: Pat
         )
 
 
-def _check_nothing_new(layout: Layout, config: Config, corpus: Corpus) -> None:
-    """Refuses to take a finished dataset for one of other, more or fewer texts."""
+def _rows_are_added(layout: Layout, config: Config, corpus: Corpus) -> bool:
+    """Whether the source has more rows for a finished dataset than it was made from.
+
+    Raises:
+        StoreError: it has fewer.
+    """
     manifest = manifests.read(layout.root)
     there: int = manifest["source_rows"]
-    now, before = config.dataset.max_samples, manifest["config"]["dataset"]["max_samples"]
-    if (now != before) if corpus.num_rows is None else (corpus.num_rows != there):
-        asked = "all" if corpus.num_rows is None and now is None else corpus.num_rows or now
+    if corpus.num_rows is not None:
+        now = corpus.num_rows
+    else:  # a stream ends where it is told to, or nobody knows where
+        wanted, before = config.dataset.max_samples, manifest["config"]["dataset"]["max_samples"]
+        if wanted == before:
+            return False
+        now = there + 1 if wanted is None else wanted
+    if now < there:
         raise StoreError(
-            f"{layout.root} is finished with {there} rows of the dataset, and {asked} are asked for now "
-            "(dataset.max_samples, or the dataset itself, has changed). Adding to a finished dataset is not built "
-            "yet: give this job another folder (output.data_root=...), or replace the dataset with "
-            "output.overwrite=true"
+            f"{layout.root} is finished with {there} rows of the dataset, and only {now} are asked for now "
+            "(dataset.max_samples, or the dataset itself, has changed). Rows are added to a dataset, never taken away: "
+            "give this job another folder (output.data_root=...), or replace the dataset with output.overwrite=true"
         )
-    if corpus.commit is None and corpus.num_rows is not None:
-        _check_texts(layout, corpus)
+    return now > there
+
+
+def _note_versions(job: Job, earlier: Job) -> None:
+    changed = [
+        f"{name} {earlier.versions[name]} there, {version} now"
+        for name, version in job.versions.items()
+        if earlier.versions.get(name) != version
+    ]
+    if changed:
+        log.warning("adding to a dataset that other software made (%s); the manifest names both", ", ".join(changed))
 
 
 def _check_texts(layout: Layout, corpus: Corpus) -> None:
-    # A local source has no commit that would tell whether it is still the same.
-    table = pq.read_table(layout.examples, columns=["index", "text_hash"])
-    hashes = dict(zip(table["index"].to_pylist(), table["text_hash"].to_pylist(), strict=True))
+    """Refuses a local source, which no commit pins, whose texts or ids are not those that the dataset was made from."""
+    table = pq.read_table(layout.examples, columns=["index", "source_id", "text_hash"]).to_pydict()
+    there = dict(zip(table["index"], zip(table["source_id"], table["text_hash"], strict=True), strict=True))
+    last = max(there, default=-1)
     for example in corpus.examples():
-        if hashes.get(example.index, text_hash(example.text)) != text_hash(example.text):
+        if example.index > last:
+            break
+        if there.get(example.index, found := (example.source_id, text_hash(example.text))) != found:
             raise SourceError(
                 f"row {example.index} of the dataset (id {example.source_id}) is not the text that {layout.root} was "
                 "made from: the source has changed. Give this job another folder (output.data_root=...), or replace "

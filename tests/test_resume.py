@@ -222,7 +222,7 @@ def test_another_configuration_is_refused_with_the_keys_that_differ(
     with pytest.raises(StoreError, match=r"sampler\.seed: 0 there, 1 now") as error:
         run(checkpoint, texts, root, sampler={"seed": 1}, inference={"queue_mb": 7})
     assert "queue_mb" not in str(error.value) and "output.overwrite=true" in str(error.value)
-    with pytest.raises(StoreError, match="24 rows of the dataset, and 5 are asked for"):
+    with pytest.raises(StoreError, match="24 rows of the dataset, and only 5 are asked for"):
         run(checkpoint, texts, root, dataset={"max_samples": 5})
     assert hashes(root) == before
 

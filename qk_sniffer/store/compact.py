@@ -22,6 +22,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from qk_sniffer.errors import StoreError
+from qk_sniffer.store.base import Base
 from qk_sniffer.store.disk import explained
 from qk_sniffer.store.journal import ExampleRecord, Journal
 from qk_sniffer.store.layout import Layout, examples_schema, schema
@@ -78,14 +79,16 @@ def compact(
     *,
     token_ids: bool = False,
     token_string: TokenStrings | None = None,
+    base: Base | None = None,
     threads: int = 1,
     row_group_bytes: int = ROW_GROUP_BYTES,
     on_file: Callable[[str], None] | None = None,
 ) -> Written:
     """Stages the files of `heads` and of the examples of `journals`; `publish` makes them the dataset.
 
-    Hold the finalise lock from here to the end of `publish`. Heads without rows get a file without rows. `on_file` is
-    called, from several threads, with the name of every file that is written.
+    Hold the finalise lock from here to the end of `publish`. Heads without rows get a file without rows. The rows of
+    `base`, a finished dataset with the same heads, come before those of the journals. `on_file` is called, from several
+    threads, with the name of every file that is written.
 
     Raises:
         StoreError: the journals are damaged, contradict each other or lack what is asked for; the disk is full; a
@@ -93,7 +96,9 @@ def compact(
     """
     if layout.staging.manifest.exists():
         raise StoreError(f"{layout.root} has a version waiting to be published; finish that first")
+    old = [] if base is None else base.examples()
     records = _merged(journals)
+    _check_apart(old, records)
     for journal in journals:
         journal.verify()
     job = _Job(
@@ -104,8 +109,10 @@ def compact(
         sampler,
         token_ids,
         token_string,
+        base,
         row_group_bytes,
     )
+    records = old + records
     with explained(layout.staging.root, "write"):
         shutil.rmtree(layout.staging.root, ignore_errors=True)
         layout.staging.root.mkdir(parents=True)
@@ -138,6 +145,7 @@ class _Job:
     sampler: Buckets
     token_ids: bool
     token_string: TokenStrings | None
+    base: Base | None
     row_group_bytes: int
     stop: threading.Event = field(default_factory=threading.Event)
     tokenizer: threading.Lock = field(default_factory=threading.Lock)  # tokenizers need not be thread-safe
@@ -149,18 +157,45 @@ class _Job:
         with SegmentFiles() as segments:
             plan = make_plan(self.blocks.get((heads[0].layer, kind), []), segments)
             self._check(heads, plan.blocks)
+            rows_per_group = max(1, self.row_group_bytes // (4 * head_dim))
             with ExitStack() as stack:
                 outputs = [stack.enter_context(ParquetFile(self._path(head), self._schema(head))) for head in heads]
-                for group in plan.groups(max(1, self.row_group_bytes // (4 * head_dim))):
-                    if self.stop.is_set():
-                        raise StoreError("compaction was stopped")
+                begun = [
+                    self._write_base(head, output, rows_per_group, counted)
+                    for head, output in zip(heads, outputs, strict=True)
+                ]
+                for group in plan.groups(rows_per_group, before=begun[0].num_rows):
+                    self._check_going_on()
                     columns = self._columns(kind, plan, group, segments)
-                    for bucket, rows in zip(*np.unique(columns["bucket"], return_counts=True), strict=True):
-                        counted[int(bucket)] += int(rows) * len(heads)
-                    for head, output in zip(heads, outputs, strict=True):
-                        output.write(self._table(head, columns, _vectors(head, plan, group, segments)))
+                    _count(counted, columns["bucket"], len(heads))
+                    for place, (head, output) in enumerate(zip(heads, outputs, strict=True)):
+                        table = self._table(head, columns, _vectors(head, plan, group, segments))
+                        if begun[place].num_rows:
+                            table = pa.concat_tables([begun[place], table]).combine_chunks()
+                            begun[place] = table.slice(0, 0)
+                        output.write(table)
+                for output, table in zip(outputs, begun, strict=True):
+                    if table.num_rows:
+                        output.write(table)
         entries = {self._name(head): output.entry for head, output in zip(heads, outputs, strict=True)}
         return kind, {name: entry for name, entry in entries.items() if entry is not None}, counted
+
+    def _write_base(self, head: HeadSpec, output: ParquetFile, rows_per_group: int, counted: Counter[int]) -> pa.Table:
+        """Writes the whole row groups that the base fills; returns the rows that are left to begin the next one."""
+        left = self._schema(head).empty_table()
+        if self.base is not None:
+            for table in self.base.tables(self._name(head), self._schema(head), rows_per_group):
+                self._check_going_on()
+                _count(counted, table["bucket"].to_numpy(), 1)
+                if table.num_rows < rows_per_group:
+                    left = table
+                else:
+                    output.write(table)
+        return left
+
+    def _check_going_on(self) -> None:
+        if self.stop.is_set():
+            raise StoreError("compaction was stopped")
 
     def _check(self, heads: Sequence[HeadSpec], blocks: Sequence[Block]) -> None:
         if not blocks:
@@ -256,6 +291,11 @@ def _in_threads(
             raise
 
 
+def _count(counted: Counter[int], buckets: npt.NDArray[np.int32], num_heads: int) -> None:
+    for bucket, rows in zip(*np.unique(buckets, return_counts=True), strict=True):
+        counted[int(bucket)] += int(rows) * num_heads
+
+
 def _vectors(head: HeadSpec, plan: Plan, group: Group, segments: SegmentFiles) -> npt.NDArray[np.float32]:
     """(num_rows, head_dim): the group's vectors of one head, widened to float32."""
     dtype = plan.blocks[0].vectors.dtype
@@ -280,6 +320,18 @@ def _merged(journals: Sequence[Journal]) -> list[ExampleRecord]:
             raise StoreError(f"examples {sorted(twice)[:5]} are in {journal.folder} and in another shard's journal")
         found |= journal.records
     return [found[index] for index in sorted(found)]
+
+
+def _check_apart(old: Sequence[ExampleRecord], new: Sequence[ExampleRecord]) -> None:
+    """That the new examples come after the old ones, and have ids of their own."""
+    ids = {record.example_id for record in old}
+    last = max((record.index for record in old), default=-1)
+    for record in new:
+        if record.index <= last or record.example_id in ids:
+            raise StoreError(
+                f"example {record.index} (example_id {record.example_id}) is in the finished dataset already, or comes "
+                "before its last one: it cannot be added"
+            )
 
 
 def _write_examples(staging: Layout, records: Sequence[ExampleRecord]) -> FileEntry:

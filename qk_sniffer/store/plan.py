@@ -83,16 +83,19 @@ class Plan:
     def num_rows(self) -> int:
         return int(self.runs[:, COUNT].sum())
 
-    def groups(self, rows_per_group: int) -> Iterator[Group]:
-        """The row groups. Their bounds follow from the rows alone, and may lie within an example."""
+    def groups(self, rows_per_group: int, *, before: int = 0) -> Iterator[Group]:
+        """The row groups. Their bounds follow from the rows alone, and may lie within an example.
+
+        `before`: rows that share the first group and are not of this plan, fewer than `rows_per_group`.
+        """
         ends = np.cumsum(self.runs[:, COUNT])
-        for low in range(0, self.num_rows, rows_per_group):
-            high = min(low + rows_per_group, self.num_rows)
+        for start in range(-before, self.num_rows, rows_per_group):
+            low, high = max(0, start), min(start + rows_per_group, self.num_rows)
             part = slice(np.searchsorted(ends, low, side="right"), np.searchsorted(ends, high) + 1)
             runs = self.runs[part]
-            before = np.maximum(0, low - (ends[part] - runs[:, COUNT]))
-            after = np.maximum(0, ends[part] - high)
-            yield _group(self.block[part], runs[:, INDEX], runs[:, START] + before, runs[:, COUNT] - before - after)
+            head = np.maximum(0, low - (ends[part] - runs[:, COUNT]))
+            tail = np.maximum(0, ends[part] - high)
+            yield _group(self.block[part], runs[:, INDEX], runs[:, START] + head, runs[:, COUNT] - head - tail)
 
 
 def find_blocks(journals: Sequence[Journal]) -> dict[tuple[int, str], list[Block]]:

@@ -1,0 +1,104 @@
+"""A finished dataset that grows: its rows come first in the next version, as they are."""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from qk_sniffer.errors import StoreError
+from qk_sniffer.store import manifest as manifests
+from qk_sniffer.store.journal import ExampleRecord
+from qk_sniffer.store.layout import Layout
+
+_READ_BYTES = 1 << 22
+
+
+@dataclass(frozen=True)
+class Base:
+    """The dataset at `layout`, as `record` (see `describe`) had found it when the job that adds to it began."""
+
+    layout: Layout
+    record: Mapping[str, Any]
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the dataset still has that manifest."""
+        manifest = self.layout.manifest
+        return manifest.exists() and _sha256(manifest) == self.record["manifest_sha256"]
+
+    def check(self) -> None:
+        """Checks that the dataset is the one that the job began with.
+
+        Raises:
+            StoreError: it is not.
+        """
+        if not self.is_there:
+            raise StoreError(
+                f"{self.layout.root} is not the dataset any more that this job was adding to: put it back, or make it "
+                "anew with output.overwrite=true"
+            )
+
+    @cached_property
+    def manifest(self) -> dict[str, Any]:
+        """Its manifest."""
+        self.check()
+        return manifests.read(self.layout.root)
+
+    def examples(self) -> list[ExampleRecord]:
+        """Its examples, in the order of the source."""
+        self._check("examples/data.parquet")
+        columns = pq.read_table(self.layout.examples).to_pydict()
+        names = ExampleRecord.__dataclass_fields__
+        return [ExampleRecord(*values) for values in zip(*(columns[name] for name in names), strict=True)]
+
+    def tables(self, name: str, schema: pa.Schema, rows_per_table: int) -> Iterator[pa.Table]:
+        """The rows of the head's file `name`, in tables of `rows_per_table` rows, the last one perhaps of fewer.
+
+        Raises:
+            StoreError: the file is not the one that the manifest lists.
+        """
+        self._check(name)
+        pending = schema.empty_table()
+        with pq.ParquetFile(self.layout.root / name) as file:
+            for group in range(file.num_row_groups):
+                read = file.read_row_group(group, columns=schema.names)
+                pending = pa.concat_tables([pending, pa.Table.from_arrays(read.columns, schema=schema)])
+                while pending.num_rows >= rows_per_table:
+                    yield pending.slice(0, rows_per_table).combine_chunks()
+                    pending = pending.slice(rows_per_table)
+        if pending.num_rows:
+            yield pending.combine_chunks()
+
+    def _check(self, name: str) -> None:
+        path = self.layout.root / name
+        entry = self.manifest["files"].get(name)
+        if entry is None or not path.exists() or _sha256(path) != entry["sha256"]:
+            raise StoreError(
+                f"{path} is missing or damaged: it is not the file that manifest.json lists, so nothing can be added "
+                "to this dataset. Restore the file, or make the dataset anew with output.overwrite=true"
+            )
+
+
+def describe(layout: Layout) -> dict[str, Any]:
+    """What a job that adds to the dataset at `layout` notes of it."""
+    manifest = manifests.read(layout.root)
+    return {
+        "manifest_sha256": _sha256(layout.manifest),
+        "source_rows": manifest["source_rows"],
+        "skipped_rows": manifest["skipped_rows"],
+        "versions": manifest["versions"],
+        "grown_from": manifest.get("grown_from", []),
+    }
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(_READ_BYTES):
+            digest.update(part)
+    return digest.hexdigest()

@@ -1,6 +1,7 @@
 """The command line: finds what is wrong with it, hands over to Hydra, and says how the jobs ended.
 
-Exit codes: 0 all jobs are done, 1 a job failed, 2 the command line or the configuration is wrong, 130 interrupted.
+Exit codes: 0 all jobs are done, 1 a job failed, 2 the command line or the configuration is wrong, 130 and 143 ended by
+SIGINT and SIGTERM.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from qk_sniffer import original, preflight, sweep
 from qk_sniffer.config import from_omegaconf, register, resolved
 from qk_sniffer.errors import ConfigError, QkSnifferError
+from qk_sniffer.stopping import Stopped
 
 log = logging.getLogger(__name__)
 
@@ -33,9 +35,8 @@ def main() -> int:
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        return _interrupted(error)
 
 
 def task(node: DictConfig) -> str:
@@ -87,15 +88,20 @@ def _run(planned: list[sweep.PlannedJob]) -> int:
         _hydra_main()
     except SystemExit as error:  # Hydra's way to end once it has printed what its launcher raised
         code = 1 if error.code else 0
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        code = 130
+    except KeyboardInterrupt as error:
+        code = _interrupted(error)
     folder = sweep.FolderCallback.folder
     found = {} if folder is None else sweep.statuses(folder)
     if len(planned) > 1:
         print(sweep.table(planned, found))
     all_done = all(job.number in found and found[job.number].state == sweep.DONE for job in planned)
     return code or (0 if all_done else 1)
+
+
+def _interrupted(error: KeyboardInterrupt) -> int:
+    """Says so; returns the exit code."""
+    print(str(error) or "interrupted", file=sys.stderr)
+    return error.exit_code if isinstance(error, Stopped) else 130
 
 
 def _hydra_main() -> None:

@@ -26,6 +26,7 @@ from qk_sniffer.progress import Progress, Stages, describe
 from qk_sniffer.proof import examples_with_rows, prove
 from qk_sniffer.sampling import Sampler
 from qk_sniffer.start import Start, begin, look, source_rows
+from qk_sniffer.stopping import Stopped, Stopping
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.compact import HeadSpec
 from qk_sniffer.store.disk import ensure_space, required_bytes
@@ -43,6 +44,7 @@ def run_job(config: Config) -> None:
 
     Raises:
         QkSnifferError: with what is wrong and the way out; nothing that was written before is lost.
+        Stopped: by SIGINT or SIGTERM; what was complete is kept.
     """
     check(config)
     config = resolved(config)
@@ -51,14 +53,15 @@ def run_job(config: Config) -> None:
     existed = config.data_root.exists()
     layout = claim(config.data_root)
     try:
-        _run(config, layout, Stages())
+        with Stopping() as stopping:
+            _run(config, layout, Stages(), stopping)
     finally:
         if not existed:
             with suppress(OSError):
                 layout.root.rmdir()  # a job that failed before it wrote anything leaves nothing
 
 
-def _run(config: Config, layout: Layout, stages: Stages) -> None:
+def _run(config: Config, layout: Layout, stages: Stages, stopping: Stopping) -> None:
     shard = config.shard
     own_lock = layout.shard_lock(shard.index, shard.count)
     with hold(own_lock, f"capturing shard {shard.index} of {shard.count}"):
@@ -73,7 +76,7 @@ def _run(config: Config, layout: Layout, stages: Stages) -> None:
         if start.found == "nothing" or not _is_captured(config, layout):
             record = _record(config, start, parts())
             begin(layout, start.job, record, own_lock=own_lock, overwrite=config.output.overwrite)
-            _capture_examples(config, layout, start, parts(), stages)
+            _capture_examples(config, layout, start, parts(), stages, stopping)
             mark_done(layout, config, skipped=start.corpus.skipped + parts().tokenizer.skipped)
     if finalize(layout, stages, lambda *staged: _prove(config, start.corpus, parts, *staged)):
         show(layout.root, f"Time: {describe(stages.seconds)}")
@@ -201,7 +204,9 @@ def _record(config: Config, start: Start, parts: _Parts) -> dict[str, Any]:
     }
 
 
-def _capture_examples(config: Config, layout: Layout, start: Start, parts: _Parts, stages: Stages) -> None:
+def _capture_examples(
+    config: Config, layout: Layout, start: Start, parts: _Parts, stages: Stages, stopping: Stopping
+) -> None:
     """Brings every example of this shard that is not in the finished dataset into its journal."""
     shard, inference, corpus = config.shard, config.inference, start.corpus
     journal = Journal(layout.journal(shard.index, shard.count))
@@ -227,13 +232,17 @@ def _capture_examples(config: Config, layout: Layout, start: Start, parts: _Part
                     _check_space(layout, start, parts, sampler, list(lengths.values()), journal)
                     space_checked = True
                 for batch in _batches(config, lengths, tokens, parts.backbone.length_boundary):
-                    shape = _capture_batch(capture, batch, writer, progress, stages)
+                    with stopping.not_now():
+                        shape = _capture_batch(capture, batch, writer, progress, stages)
                     if inference.debug_logging:
                         now = stages.seconds | {"write": writer.write_s}
                         log.info("batch of %d x %d tokens: %s", *shape, _by_stage(now, spent))
                         spent = now
             with stages("write"):
                 writer.close()
+    except Stopped:
+        log.warning("%d of %s examples are done", len(journal.records), "?" if total is None else total)
+        raise
     finally:
         progress.close()
     if not journal.records and shard.count == 1 and start.base is None:

@@ -30,6 +30,9 @@ def show(root: Path, note: str) -> None:
             print(f"{_counted(manifest[key], 'example')} {meaning}.")
     if not manifest["rows"]:
         print("The sampler kept no row: raise sampler.base_rate.")
+    if nonfinite := manifest.get("nonfinite_rows"):
+        rows, heads_with = _counted(sum(nonfinite.values()), "row"), _counted(len(nonfinite), "head")
+        print(f"{rows} of {heads_with} hold NaN or infinite numbers, kept as the model computed them.")
     proof = manifest["proof"]
     if proof["proven"]:
         largest = max(proof["largest_difference_by_layer"].values())

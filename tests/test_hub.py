@@ -67,7 +67,9 @@ def dataset(root: Path, heads: dict[str, int] = HEADS, model: str = "some-model"
     card = f"---\nconfigs:\n{configs}---\n# Vectors of {model}\n".encode()
     (root / "README.md").write_bytes(card)
     files = {name: FileEntry.of((root / name).read_bytes()) for name in [*names, "examples/data.parquet"]}
-    written = Written(files, {"q": {0: 5 * len(heads)}}, num_examples=1, num_tokens=5, num_truncated=0)
+    written = Written(
+        files, {"q": {0: 5 * len(heads)}}, num_examples=1, num_tokens=5, num_truncated=0, nonfinite_rows={}
+    )
     job = {"config": {"model": {"slug": model}, "dataset": {"slug": "some-texts"}}}
     manifests.write(Layout(root), manifests.build(job, written, card=card, timings={"compact": timing}))
     return root

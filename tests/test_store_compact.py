@@ -58,7 +58,8 @@ def test_special_values_keep_their_bits(tmp_path: Path) -> None:
     with journal.writer(queue_bytes=1 << 20, segment_bytes=1 << 20) as writer:
         writer.put(Rows(0, "q", vectors, np.zeros(3, np.int32), np.arange(3, dtype=np.int32)))
         writer.complete([corpus.record(0)])
-    compact(Layout(tmp_path), [journal], [HeadSpec(0, 0, "q", 0, 6, None, 0)], SAMPLER)
+    written = compact(Layout(tmp_path), [journal], [HeadSpec(0, 0, "q", 0, 6, None, 0)], SAMPLER)
+    assert written.nonfinite_rows == {"l00h00q/data.parquet": 3}
     table = pq.read_table(Layout(tmp_path).staging.head_file(0, 0, "q"))
     stored = np.stack(table["vector"].to_numpy()).view(np.uint32)
     np.testing.assert_array_equal(stored, np.tile(bits.astype(np.uint32) << 16, (3, 1)))

@@ -56,6 +56,11 @@ class Base:
         names = ExampleRecord.__dataclass_fields__
         return [ExampleRecord(*values) for values in zip(*(columns[name] for name in names), strict=True)]
 
+    def nonfinite_rows(self, name: str) -> int:
+        """Rows with NaN or Inf in the head's file `name`."""
+        counted: dict[str, int] = self.manifest.get("nonfinite_rows", {})
+        return counted.get(name, 0)
+
     def tables(self, name: str, schema: pa.Schema, rows_per_table: int) -> Iterator[pa.Table]:
         """The rows of the head's file `name`, in tables of `rows_per_table` rows, the last one perhaps of fewer.
 

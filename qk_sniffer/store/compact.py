@@ -118,20 +118,29 @@ def compact(
         layout.staging.root.mkdir(parents=True)
         files = {"examples/data.parquet": _write_examples(layout.staging, records)}
         buckets: dict[str, Counter[int]] = {}
-        for kind, entries, counted in _in_threads(job, list(_tasks(heads)), threads, on_file):
-            files |= entries
-            buckets.setdefault(kind, Counter()).update(counted)
+        nonfinite: Counter[str] = Counter()
+        for done in _in_threads(job, list(_tasks(heads)), threads, on_file):
+            files |= done.entries
+            buckets.setdefault(done.kind, Counter()).update(done.buckets)
+            nonfinite += done.nonfinite
     return Written(
         files=dict(sorted(files.items())),
         rows_by_bucket={kind: dict(sorted(counted.items())) for kind, counted in sorted(buckets.items())},
         num_examples=len(records),
         num_tokens=sum(record.num_tokens for record in records),
         num_truncated=sum(record.truncated for record in records),
+        nonfinite_rows=dict(sorted(nonfinite.items())),
     )
 
 
-_Done = tuple[str, dict[str, FileEntry], Counter[int]]
-"""Of a task: its kind, the files with their names, and the rows by bucket."""
+@dataclass(frozen=True)
+class _Done:
+    """What a task has written: files by name, rows by bucket, rows with NaN or Inf by the file's name."""
+
+    kind: str
+    entries: dict[str, FileEntry]
+    buckets: Counter[int]
+    nonfinite: Counter[str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,6 +163,7 @@ class _Job:
         """Writes the files of heads of one (layer, kind)."""
         kind, head_dim = heads[0].kind, heads[0].head_dim
         counted: Counter[int] = Counter()
+        nonfinite: Counter[str] = Counter()
         with SegmentFiles() as segments:
             plan = make_plan(self.blocks.get((heads[0].layer, kind), []), segments)
             self._check(heads, plan.blocks)
@@ -169,7 +179,9 @@ class _Job:
                     columns = self._columns(kind, plan, group, segments)
                     _count(counted, columns["bucket"], len(heads))
                     for place, (head, output) in enumerate(zip(heads, outputs, strict=True)):
-                        table = self._table(head, columns, _vectors(head, plan, group, segments))
+                        vectors = _vectors(head, plan, group, segments)
+                        nonfinite[self._name(head)] += _num_nonfinite(vectors)
+                        table = self._table(head, columns, vectors)
                         if begun[place].num_rows:
                             table = pa.concat_tables([begun[place], table]).combine_chunks()
                             begun[place] = table.slice(0, 0)
@@ -178,7 +190,9 @@ class _Job:
                     if table.num_rows:
                         output.write(table)
         entries = {self._name(head): output.entry for head, output in zip(heads, outputs, strict=True)}
-        return kind, {name: entry for name, entry in entries.items() if entry is not None}, counted
+        if self.base is not None:
+            nonfinite.update({name: self.base.nonfinite_rows(name) for name in entries})
+        return _Done(kind, {name: entry for name, entry in entries.items() if entry is not None}, counted, +nonfinite)
 
     def _write_base(self, head: HeadSpec, output: ParquetFile, rows_per_group: int, counted: Counter[int]) -> pa.Table:
         """Writes the whole row groups that the base fills; returns the rows that are left to begin the next one."""
@@ -279,7 +293,7 @@ def _in_threads(
     def run(heads: list[HeadSpec]) -> _Done:
         done = job.write_heads(heads)
         if on_file is not None:
-            for name in done[1]:
+            for name in done.entries:
                 on_file(name)
         return done
 
@@ -294,6 +308,12 @@ def _in_threads(
 def _count(counted: Counter[int], buckets: npt.NDArray[np.int32], num_heads: int) -> None:
     for bucket, rows in zip(*np.unique(buckets, return_counts=True), strict=True):
         counted[int(bucket)] += int(rows) * num_heads
+
+
+def _num_nonfinite(vectors: npt.NDArray[np.float32]) -> int:
+    """Rows with NaN or Inf."""
+    finite = np.isfinite(vectors)
+    return 0 if finite.all() else int((~finite.all(axis=1)).sum())  # the rows cost three times the whole
 
 
 def _vectors(head: HeadSpec, plan: Plan, group: Group, segments: SegmentFiles) -> npt.NDArray[np.float32]:

@@ -19,6 +19,9 @@ from pathlib import Path
 from qk_sniffer.errors import StoreError
 from qk_sniffer.store.disk import explained
 
+_FLOCK = "hhqqi"
+"""C's `struct flock`: type, whence, start, length (0: to the end), pid."""
+
 
 @dataclass(frozen=True)
 class Holder:
@@ -83,6 +86,24 @@ def holder(path: Path) -> Holder | None:
         return None
 
 
+def is_held(path: Path) -> bool:
+    """Whether a process holds the lock at this moment; changes nothing, and needs no right to write."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        if sys.platform == "linux":
+            asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+            return bool(struct.unpack(_FLOCK, fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, asked))[0] != fcntl.F_UNLCK)
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+
+
 def _locked(path: Path, purpose: str) -> int:
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -110,7 +131,7 @@ def _locked(path: Path, purpose: str) -> int:
 
 def _lock(descriptor: int) -> None:
     if sys.platform == "linux":
-        whole_file = struct.pack("hhqqi", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)  # struct flock
+        whole_file = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
         fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, whole_file)
     else:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

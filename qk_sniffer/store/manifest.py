@@ -4,6 +4,7 @@ format          "qk-sniffer/1"
 job             what the job puts there: resolved config, versions, commits, head layout, rotary parameters, ...
 examples, tokens, rows         of the whole dataset; rows over all heads
 rows_by_bucket  {"q": {"7": 1234, ...}, "k": ...}, over all heads of the kind
+nonfinite_rows  {"l00h00q/data.parquet": 3}: rows with NaN or Inf, of the heads that have any
 files           {"l00h00q/data.parquet": {"rows", "bytes", "sha256"}, ...}; rows of Parquet files only
 timings         seconds by stage of the run that made it: the only part that differs between equal datasets
 """
@@ -43,6 +44,8 @@ class Written:
     num_examples: int
     num_tokens: int
     num_truncated: int
+    nonfinite_rows: dict[str, int]
+    """Rows with NaN or Inf by the head's file, where there are any."""
 
     @property
     def rows(self) -> int:
@@ -70,6 +73,7 @@ def build(
         "truncated_examples": written.num_truncated,
         "rows": written.rows,
         "rows_by_bucket": written.rows_by_bucket,
+        "nonfinite_rows": written.nonfinite_rows,
         "files": {name: _without_none(entry) for name, entry in files.items()},
         "timings": dict(timings or {}),
     }

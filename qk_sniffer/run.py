@@ -31,7 +31,7 @@ from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.compact import HeadSpec
 from qk_sniffer.store.disk import ensure_space, required_bytes
 from qk_sniffer.store.journal import ExampleRecord, Journal, JournalWriter
-from qk_sniffer.store.layout import KINDS, Layout, claim
+from qk_sniffer.store.layout import KINDS, Layout, claim, tidy
 from qk_sniffer.store.locks import hold
 from qk_sniffer.summary import show
 from qk_sniffer.validation import check
@@ -69,6 +69,7 @@ def _run(config: Config, layout: Layout, stages: Stages, stopping: Stopping) -> 
         with stages("open dataset"):
             start = look(config, layout)
         if start.found == "finished":
+            tidy(layout, own_lock)
             show(layout.root, "Nothing to do: the dataset is finished.")
             _publish(config, layout)
             return

@@ -1,5 +1,6 @@
 """Whatever happens to a job, nothing that was written is lost, and the same command ends with the same dataset."""
 
+import os
 import shutil
 import signal
 import time
@@ -51,7 +52,7 @@ def finish(server: Server, job: dict[str, Any]) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(int(os.environ.get("KILL_SEEDS", "1"))))
 def test_killed_at_random_moments_of_every_step(
     seed: int, server: Server, job: dict[str, Any], whole: dict[str, str]
 ) -> None:

@@ -23,7 +23,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from qk_sniffer.errors import StoreError
-from qk_sniffer.store.locks import hold
+from qk_sniffer.store.locks import InUseError, hold
 
 FORMAT = "qk-sniffer/1"
 """The manifest's `format`: by it a folder is known as ours."""
@@ -196,6 +196,17 @@ def discard_work(layout: Layout, own_lock: Path) -> None:
         for lock in {layout.finalize_lock, *layout.locks()} - {own_lock, layout.start_lock}:
             running.enter_context(hold(lock, "working on what is to be replaced"))
         remove_work(layout)
+
+
+def tidy(layout: Layout, own_lock: Path) -> None:
+    """Removes what a job that was killed after its dataset was whole left in the work folder. Hold `own_lock`."""
+    for lock in layout.locks():
+        if lock != own_lock:
+            with suppress(InUseError), hold(lock, "tidying up"):
+                pass  # which removes the file
+    with suppress(InUseError), hold(layout.start_lock, "tidying up"), hold(layout.finalize_lock, "tidying up"):
+        if not layout.job_file.exists():
+            remove_work(layout)
 
 
 def remove_file(layout: Layout, path: Path) -> None:

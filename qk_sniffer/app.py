@@ -52,7 +52,7 @@ def task(node: DictConfig) -> str:
             run_job(config)
         except QkSnifferError as error:
             log.error("%s", error)
-            status.fail(str(error))
+            status.fail(str(error), code=2 if isinstance(error, ConfigError) else 1)
         except Exception as error:
             log.exception("Not an error that qk-sniffer foresees:")
             status.fail(f"{type(error).__name__}: {error}")
@@ -94,8 +94,9 @@ def _run(planned: list[sweep.PlannedJob]) -> int:
     found = {} if folder is None else sweep.statuses(folder)
     if len(planned) > 1:
         print(sweep.table(planned, found))
+    codes = [found[job.number].code if job.number in found else 1 for job in planned]
     all_done = all(job.number in found and found[job.number].state == sweep.DONE for job in planned)
-    return code or (0 if all_done else 1)
+    return code or (0 if all_done else min((code for code in codes if code), default=1))
 
 
 def _interrupted(error: KeyboardInterrupt) -> int:

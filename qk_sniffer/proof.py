@@ -5,12 +5,16 @@ kernel: no tap, no bands, no batch. Hooks on the query and key projections (or t
 vectors before RoPE, and the model's own rotary function with its own embedding turns them; a family says what else
 its attention does. What differs from the stored rows by more than rounding was captured wrongly.
 
-The measure is ||stored - derived|| / ||derived|| over all rows of one head and example (Frobenius norm). Rounding
-alone comes from batches of another shape and from banded attention, and grows with depth; a wrong head, position or
-rotation gives about 1.
+The measure, over all rows of one head and example (Frobenius norms), is what the stored vectors differ from the derived
+ones beyond the last bit of each number, relative to how far the derived vectors lie from the head's mean over the
+example: (||stored - derived|| - eps ||derived||) / ||derived - mean||, and 0 where that is negative. From the mean,
+because all vectors of a head with a large bias are alike; beyond the last bit (eps of the model's dtype), because no
+more is stored of such vectors. Rounding alone comes from batches of another shape and from banded attention, and grows
+with depth; a wrong head, position or rotation gives about 1.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +26,7 @@ from torch import nn
 
 from qk_sniffer.attention import rotary_functions, watched_rotary
 from qk_sniffer.backbone import Backbone
+from qk_sniffer.errors import QkSnifferError
 from qk_sniffer.families import QueryKey, RotaryCall
 from qk_sniffer.store.compact import HeadSpec
 from qk_sniffer.store.layout import KINDS, Layout
@@ -36,6 +41,16 @@ TOLERANCES = {"float32": 2e-3, "float16": 2e-2, "bfloat16": 1e-1}
 """The largest relative difference that counts as rounding, by the dtype of the model."""
 
 Vectors = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
+class Derived:
+    """What hooks give for a head: `rows` (rows, head_dim) and their `mean` (head_dim,) over the whole forward."""
+
+    rows: Vectors
+    mean: Vectors
+
+
 StoredRows = tuple[npt.NDArray[np.int64], Vectors]
 """Positions (rows,) and vectors (rows, head_dim)."""
 
@@ -53,14 +68,20 @@ def prove(
     if boundary is not None and max(MIN_TOKENS, *map(len, examples.values())) > boundary:
         reason = f"this model's rotary frequencies depend on the length of texts of more than {boundary} tokens"
         return proof | {"reason": reason}
+    eps = torch.finfo(backbone.dtype).eps
     largest: dict[int, float] = {}
     for example_id, ids in examples.items():
         stored = _stored(layout, heads, example_id)
-        derived = _derived(backbone, ids[:MAX_TOKENS], {head: positions for head, (positions, _) in stored.items()})
+        try:
+            derived = _derived(backbone, ids[:MAX_TOKENS], {head: positions for head, (positions, _) in stored.items()})
+        except QkSnifferError:
+            raise
+        except Exception as error:  # whatever the model's code stumbles over where it is not what its family says
+            return proof | {"reason": f"the hook path does not fit this model ({type(error).__name__}: {error})"}
         if derived is None:
             return proof | {"reason": "no hook path is known for this family of models"}
         for head, (_, vectors) in stored.items():
-            largest[head.layer] = max(largest.get(head.layer, 0.0), _difference(vectors, derived[head]))
+            largest[head.layer] = max(largest.get(head.layer, 0.0), _difference(vectors, derived[head], eps))
     tolerance = TOLERANCES[str(backbone.dtype).removeprefix("torch.")]
     return proof | {
         # Written so that a difference that is not a number proves nothing.
@@ -108,15 +129,16 @@ def rows_of_example(path: Path, example_id: int) -> StoredRows:
 
 def _derived(
     backbone: Backbone, ids: npt.NDArray[np.int32], heads: Mapping[HeadSpec, npt.NDArray[np.int64]]
-) -> dict[HeadSpec, Vectors] | None:
+) -> dict[HeadSpec, Derived] | None:
     """Each head's vectors at its positions, from hooks on a plain forward; None where there is no hook path."""
     family = backbone.family
-    ids = np.pad(ids, (0, max(0, MIN_TOKENS - len(ids))))
+    length = min(MIN_TOKENS, backbone.num_positions or MIN_TOKENS)
+    ids = np.pad(ids, (0, max(0, length - len(ids))))
     head_dims = {head.layer: head.head_dim for head in heads}
     modules = {module: layer for module, layer in backbone.attention_layers.items() if layer in head_dims}
     projected: dict[str, torch.Tensor] = {}  # of the attention module whose forward is running
     rotary_calls: list[RotaryCall] = []
-    derived: dict[HeadSpec, Vectors] = {}
+    derived: dict[HeadSpec, Derived] = {}
     hooks = []
 
     def keep(name: str) -> Callable[..., None]:
@@ -134,7 +156,8 @@ def _derived(
         for head, positions in heads.items():
             if vectors is not None and head.layer == layer:
                 states = vectors[KINDS.index(head.kind)][0, head.head]
-                derived[head] = states[torch.from_numpy(positions).to(states.device)].float().cpu().numpy()
+                rows = states[torch.from_numpy(positions).to(states.device)]
+                derived[head] = Derived(rows.float().cpu().numpy(), states.float().mean(0).cpu().numpy())
 
     def begin(*_: Any) -> None:
         projected.clear()
@@ -157,10 +180,12 @@ def _derived(
     return derived if len(derived) == len(heads) else None
 
 
-def _difference(stored: Vectors, derived: Vectors) -> float:
-    """Relative, in the Frobenius norm; what is not a number in both is equal."""
-    both = np.isnan(stored) & np.isnan(derived)
-    one, other = np.where(both, 0, stored).astype(np.float64), np.where(both, 0, derived).astype(np.float64)
-    norm = float(np.linalg.norm(other))
-    difference = float(np.linalg.norm(one - other))
-    return difference / norm if norm else difference
+def _difference(stored: Vectors, derived: Derived, eps: float = 0.0) -> float:
+    """The measure of this module; what is not a number in both is equal."""
+    both = np.isnan(stored) & np.isnan(derived.rows)
+    one, other = (np.where(both, 0, rows).astype(np.float64) for rows in (stored, derived.rows))
+    mean = np.where(np.isnan(derived.mean), 0, derived.mean)
+    beyond = np.linalg.norm(one - other) - eps * np.linalg.norm(other)
+    spread = np.linalg.norm(np.where(both, 0, other - mean)) or np.linalg.norm(other) or 1.0
+    # Not max(0, beyond): of a number that is none, that would make 0.
+    return 0.0 if beyond <= 0 else float(beyond / spread)

@@ -9,6 +9,12 @@ from transformers import PretrainedConfig
 LENGTH_DEPENDENT = ("dynamic", "longrope")
 """Rope types whose frequencies follow from the longest text in a forward, once it is longer than a boundary."""
 
+_GROWN = "max_seq_len_cached"
+"""How the attributes end that hold the longest text so far."""
+
+_TABLES = ("embed_positions", "pos_encoding")
+"""Buffers with a row for each position."""
+
 
 def parameters(decoder: nn.Module, config: PretrainedConfig) -> dict[str, Any]:
     """The config's rotary parameters, and of each embedding its inverse frequencies and attention scaling."""
@@ -38,6 +44,20 @@ def length_boundary(config: PretrainedConfig) -> int | None:
     return min(boundaries, default=None)
 
 
+def num_positions(decoder: nn.Module) -> int | None:
+    """How many positions the decoder has a learned or tabled embedding for; None: it has no such table."""
+    sizes = []
+    for name, module in decoder.named_modules():
+        last = name.rpartition(".")[2]
+        if any(mark in name for mark in ("vision", "image", "img", "audio")):
+            continue
+        if isinstance(module, nn.Embedding) and ("position" in last or last == "wpe"):
+            offset = getattr(module, "offset", 0) or (0 if module.padding_idx is None else module.padding_idx + 1)
+            sizes.append(module.num_embeddings - offset)
+        sizes += [table.shape[0] for key, table in module.named_buffers(recurse=False) if key in _TABLES]
+    return min(sizes, default=None)
+
+
 class RotaryState:
     """Frequencies as they are after loading: `restore` undoes what longer texts made of them in earlier forwards."""
 
@@ -46,7 +66,7 @@ class RotaryState:
             (
                 module,
                 {name: buffer.clone() for name, buffer in module.named_buffers(recurse=False)},
-                {name: value for name, value in vars(module).items() if name.endswith("max_seq_len_cached")},
+                {name: value for name, value in vars(module).items() if name.endswith(_GROWN)},
             )
             for module in decoder.modules()
             if "Rotary" in type(module).__name__
@@ -57,4 +77,6 @@ class RotaryState:
             for name, buffer in buffers.items():
                 there: torch.Tensor = getattr(module, name)
                 setattr(module, name, buffer.to(there.device, copy=True))
+            for name in [name for name in vars(module) if name.endswith(_GROWN) and name not in lengths]:
+                delattr(module, name)  # made by the first longer text
             vars(module).update(lengths)

@@ -16,7 +16,7 @@ from qk_sniffer.batching import TextTokenizer, Tokens, batches, load_tokenizer, 
 from qk_sniffer.capture import Capture
 from qk_sniffer.config import Config, resolved
 from qk_sniffer.corpus import Corpus, Example
-from qk_sniffer.errors import CaptureError, SourceError
+from qk_sniffer.errors import CaptureError, ConfigError, SourceError
 from qk_sniffer.finalize import finalize, finish_publication, mark_done
 from qk_sniffer.heads import Selection, select
 from qk_sniffer.hub import publish, require_login
@@ -167,6 +167,11 @@ def _load(config: Config, commits: dict[str, str | None]) -> _Parts:
         pre_rope=config.capture.capture_pre_rope,
         banded_attention=config.inference.banded_attention,
     )
+    limit, max_length = backbone.num_positions, config.model.tokenizer.max_length
+    if limit is not None and max_length > limit:
+        raise ConfigError(
+            [f"model.tokenizer.max_length is {max_length}, but this model has positions for {limit}: set it so"]
+        )
     layers = backbone.probe()
     selection = select([layer.heads for layer in layers], config.capture)
     if selection.note:

@@ -42,17 +42,18 @@ def describe(number: int, arguments: Sequence[str]) -> str:
 
 @dataclass
 class Status:
-    """How a job stands; `error` is what it failed with, in one line, `seconds` how long it has taken."""
+    """How a job stands; `error` is what it failed with, in one line, `code` its exit code, `seconds` what it took."""
 
     number: int
     data_root: str
     state: str = RUNNING
     seconds: float = 0.0
     error: str | None = None
+    code: int = 0
 
-    def fail(self, message: str) -> None:
-        """Notes that the job failed with `message`."""
-        self.state, self.error = FAILED, textwrap.shorten(message, 300, placeholder=" ...")
+    def fail(self, message: str, *, code: int = 1) -> None:
+        """Notes that the job failed with `message`, and the exit code that says so."""
+        self.state, self.error, self.code = FAILED, textwrap.shorten(message, 300, placeholder=" ..."), code
 
     def write(self, folder: Path) -> None:
         """Puts the status file into a job's folder; a reader sees the old one or the new one, never a part."""

@@ -25,7 +25,7 @@ MODEL = ("model=hf", "model.name=org/model")
 # What a job does here: the runner has tests of its own.
 RUNNER = """
 import time
-from qk_sniffer.errors import StoreError
+from qk_sniffer.errors import ConfigError, StoreError
 
 def run_job(config):
     print("running with seed", config.sampler.seed, flush=True)
@@ -33,6 +33,7 @@ def run_job(config):
         case 1: raise StoreError("the disk is full:\\n  free some space")
         case 2: raise RuntimeError("out of luck")
         case 3: time.sleep(60)
+        case 5: raise ConfigError(["model.tokenizer.max_length is 9, but this model has positions for 8"])
 """
 
 
@@ -139,6 +140,15 @@ def test_a_job_that_fails(light: dict[str, str], tmp_path: Path) -> None:
     assert "HYDRA_FULL_ERROR" not in other.stderr
     logs = [log.read_text() for log in sorted((tmp_path / "outputs" / ".runs").rglob("qk_sniffer.log"))]
     assert any("the disk is full" in log for log in logs) and any("Traceback" in log for log in logs)
+
+
+def test_what_only_the_job_finds_wrong_in_the_settings_has_their_exit_code(
+    light: dict[str, str], tmp_path: Path
+) -> None:
+    alone = sniff(light, tmp_path, *MODEL, "sampler.seed=5")
+    assert alone.returncode == 2 and "this model has positions for 8" in alone.stderr + alone.stdout
+    mixed = sniff(light, tmp_path, "--multirun", *MODEL, "sampler.seed=1,5", "output.data_root=o${sampler.seed}")
+    assert mixed.returncode == 1, "another job failed otherwise"
 
 
 def test_an_interrupted_job(light: dict[str, str], tmp_path: Path) -> None:

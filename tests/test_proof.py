@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from jobs import heads_of, run
+from safetensors.torch import load_file, save_file
 from test_attention import FolderOf, captured, loaded
 from tiny import ALPHABET, save_checkpoint
 from torch import nn
@@ -118,6 +119,48 @@ def test_a_wrong_dataset_fails_and_stays(
     assert len(heads_of(tmp_path / "out")) == 18
     with pytest.raises(CaptureError, match="unproven"):  # also when the same command finds it finished
         run(checkpoint, texts, tmp_path / "out", inference={"batch_size": 1})
+
+
+@pytest.mark.parametrize("stage", ["post", "pre"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+def test_large_biases_hide_nothing(
+    scale: float, dtype: str, stage: str, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = save_checkpoint(next(case for case in CASES if case.name == "qwen2"), tmp_path / "model")
+    weights = load_file(checkpoint / "model.safetensors")
+    for name in weights:
+        if name.endswith(("q_proj.bias", "k_proj.bias")):
+            weights[name] *= scale
+    save_file(weights, checkpoint / "model.safetensors", {"format": "pt"})
+    sections: dict[str, Any] = {"model": {"dtype": dtype}, "capture": {"capture_pre_rope": stage == "pre"}}
+    root = run(checkpoint, texts, tmp_path / "right", **sections)
+    assert manifests.read(root)["proof"]["proven"] is True
+    monkeypatch.setattr(capture_room, "Rows", lambda *columns: next_position(Rows(*columns)))
+    with pytest.raises(CaptureError, match="unproven"):
+        run(checkpoint, texts, tmp_path / "wrong", **sections, inference={"batch_size": 1})
+
+
+def test_a_model_that_is_not_what_its_family_says_is_not_held_against_a_dataset(texts: Path, tmp_path: Path) -> None:
+    checkpoint = save_checkpoint(LLAMA, tmp_path / "model")
+    root = run(checkpoint, texts, tmp_path / "out", model={"family": "qk_sniffer.models.phi3:Family"})
+    proof = manifests.read(root)["proof"]
+    assert proof["proven"] is None and "hook path does not fit this model (AttributeError" in proof["reason"]
+
+
+def test_a_short_table_of_positions_is_enough(texts: Path, tmp_path: Path) -> None:
+    options = {
+        "vocab_size": 96,
+        "n_embd": 32,
+        "n_layer": 3,
+        "n_head": 4,
+        "max_position_embeddings": 120,
+        "rotary_dim": 4,
+    }
+    gptj = Case("gptj", "GPTJConfig", options, 8, kernels=("eager",))
+    checkpoint = save_checkpoint(gptj, tmp_path / "model")
+    sections: dict[str, Any] = {"model": {"tokenizer": {"max_length": 120}}, "capture": {"capture_pre_rope": True}}
+    assert manifests.read(run(checkpoint, texts, tmp_path / "out", **sections))["proof"]["proven"] is True
 
 
 def test_rotating_what_should_not_be_is_found(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

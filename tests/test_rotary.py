@@ -87,9 +87,26 @@ def test_texts_do_depend_on_what_shares_their_forward() -> None:
         assert not torch.allclose(own, together, atol=1e-3)
 
 
-def test_the_probe_and_earlier_texts_leave_no_trace() -> None:
-    case = CASES["dynamic"]
-    backbone = Backbone(case.model().get_decoder(), find_family("llama"))
+BY_KIND = Case(
+    "by_kind",
+    "Gemma3TextConfig",
+    {
+        "head_dim": 16,
+        "sliding_window": 12,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "rope_parameters": {
+            "full_attention": DYNAMIC,
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+        "max_position_embeddings": BOUNDARY,
+    },
+    16,
+)
+
+
+@pytest.mark.parametrize("case", [CASES["dynamic"], BY_KIND], ids=["one kind", "by kind of layer"])
+def test_the_probe_and_earlier_texts_leave_no_trace(case: Case) -> None:
+    backbone = Backbone(case.decoder(), find_family(case.config().model_type))
     assert backbone.length_boundary == BOUNDARY
 
     def keys(text: str) -> list[torch.Tensor]:

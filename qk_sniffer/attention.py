@@ -24,6 +24,7 @@ import torch
 from torch import nn
 from transformers.modeling_utils import AttentionInterface
 
+from qk_sniffer.banded import Band
 from qk_sniffer.errors import CaptureError
 from qk_sniffer.families import Family, RotaryCall
 
@@ -47,7 +48,9 @@ class AttentionCall:
     sinks: torch.Tensor | None
     """(H,) learned logits that join the softmax of every query, where a model has them."""
     position_bias: bool
-    """Is a bias by position (ALiBi and its kin) added to the logits?"""
+    """Is a bias by position (ALiBi and its kin), or by key, added to the logits?"""
+    sparse_attention: bool
+    """Does a query see only some of the keys before it, chosen by what they hold?"""
 
 
 class ForwardDone(BaseException):
@@ -83,7 +86,7 @@ def tap(
 
     def end(module: nn.Module, *_: Any) -> None:
         if not seen_last:
-            raise shows_nothing([module])
+            raise shows_nothing([module], family)
         forget()
 
     def see(module: nn.Module, query: torch.Tensor, key: torch.Tensor, **arguments: Any) -> None:
@@ -93,18 +96,21 @@ def tap(
             return  # the same vectors once more, to attend to other values
         seen_last[:] = weakref.ref(query), weakref.ref(key)
         _refuse_unusual(module, query, key, arguments)
+        sliding_window = family.sliding_window(module, arguments)
+        _refuse_other_window(module, sliding_window, arguments.get("attention_mask"))
         vectors = family.before_rotary(module, rotary_calls, query, key) if pre_rope else (query, key)
         rotary_calls.clear()
         on_call(
             AttentionCall(
                 family.layer(module, layers[module], arguments_now),
                 *vectors,
-                sliding_window=family.sliding_window(module, arguments),
+                sliding_window=sliding_window,
                 attention_chunk=family.attention_chunk(module),
                 softmax_scale=arguments.get("scaling"),
                 softcap=arguments.get("softcap"),
                 sinks=arguments.get("s_aux"),
-                position_bias=arguments.get("position_bias") is not None,
+                position_bias=family.position_bias(module, arguments),
+                sparse_attention=family.sparse_attention(module),
             )
         )
 
@@ -142,9 +148,14 @@ def tap(
             forget()
 
 
-def shows_nothing(modules: Iterable[nn.Module]) -> CaptureError:
+def shows_nothing(modules: Iterable[nn.Module], family: Family) -> CaptureError:
     """The error for attention that is not run by a kernel of transformers' attention interface."""
     names = ", ".join(sorted({type(module).__name__ for module in modules}))
+    if type(family).watch is not Family.watch:
+        return CaptureError(
+            f"{names} was not seen by its family, {type(family).__module__}: it is served with other kernels, so leave "
+            "model.attn_implementation out"
+        )
     return CaptureError(
         f"this model's attention ({names}) asks transformers' attention interface for no kernel: it is its own. A "
         "family can serve it: model.family=package.module:Class (see models/ADDING.md)"
@@ -163,15 +174,27 @@ def _refuse_unusual(module: nn.Module, query: torch.Tensor, key: torch.Tensor, a
     name = type(module).__name__
     n = query.shape[2]
     causal = arguments.get("is_causal", getattr(module, "is_causal", True))
-    if not causal and n > 1 and _sees_last(arguments.get("attention_mask")):
+    mask = arguments.get("attention_mask")
+    if n > 1 and (not causal or isinstance(mask, torch.Tensor)) and _sees_last(mask):
+        hint = "; a model that can be both says so in its config: model.config_overrides.is_decoder=true"
+        can_be_both = getattr(getattr(module, "config", None), "is_decoder", None) is False
         raise CaptureError(
-            f"{name} is not causal: its tokens attend to later ones, and to padding. Only decoders can be captured; a "
-            "model that can be both says so in its config (model.config_overrides.is_decoder=true)"
+            f"{name} is not causal: its tokens attend to later ones, and to padding. Only decoders can be captured"
+            + (hint if can_be_both else "")
         )
     if key.shape[2] != n:
         raise CaptureError(
             f"{name} attends with {n} queries to {key.shape[2]} keys, which are not those of its tokens: "
             "there is no key vector a position"
+        )
+
+
+def _refuse_other_window(module: nn.Module, sliding_window: int | None, mask: Any) -> None:
+    if isinstance(mask, Band) and mask.window != sliding_window:
+        said = "no window" if sliding_window is None else f"a window of {sliding_window}"
+        raise CaptureError(
+            f"{type(module).__name__} attends within a window of {mask.window} tokens, but {said} is declared: a "
+            "family can say which it is (Family.sliding_window, see models/ADDING.md)"
         )
 
 

@@ -31,7 +31,9 @@ class LayerFacts:
     sinks: list[float] | None
     """One learned logit for each query head, where the model has them."""
     position_bias: bool
-    """Is a bias by position added to the logits? It is not stored."""
+    """Is a bias by position, or by key, added to the logits? It is not stored."""
+    sparse_attention: bool
+    """Does a query see only some of the keys before it, chosen by what they hold? Which ones is not stored."""
 
     def to_dict(self) -> dict[str, Any]:
         """Flat, as the manifest holds it."""
@@ -55,6 +57,8 @@ class Backbone:
         self.device, self.dtype = weight.device, weight.dtype
         self.length_boundary = rotary.length_boundary(self.config)
         """Texts of more tokens than that must run alone, see `rotary.length_boundary`; None: none must."""
+        self.num_positions = rotary.num_positions(decoder)
+        """The longest text that the decoder has positions for; None: it has no table of them."""
         self._rotary_state = rotary.RotaryState(decoder)
 
     @property
@@ -67,7 +71,27 @@ class Backbone:
         """Runs the decoder on token ids (B, n), padded on the right; `on_call` may raise `ForwardDone`.
 
         No attention mask is given: under a causal mask no valid position sees the padding behind it.
+
+        Raises:
+            CaptureError: the decoder's code fails, the memory does not suffice, or as the tap says.
         """
+        try:
+            self._forward(ids, on_call)
+        except QkSnifferError:
+            raise
+        except torch.OutOfMemoryError as error:
+            raise CaptureError(
+                f"out of memory in a forward over {_by(ids)} tokens: lower inference.max_batch_tokens, or "
+                f"model.tokenizer.max_length if it was a single text ({error})"
+            ) from error
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            raise CaptureError(
+                f"{_model_type(self.decoder)}: its forward over {_by(ids)} tokens failed: {type(error).__name__}: "
+                f"{error}. If the model does not reach so far, lower model.tokenizer.max_length; if it stumbles over a "
+                "Band, set inference.banded_attention=false"
+            ) from error
+
+    def _forward(self, ids: torch.Tensor, on_call: Callable[[AttentionCall], None]) -> None:
         attention = banded() if self.banded_attention else nullcontext()
         with attention, self.tapped(on_call), suppress(ForwardDone):
             self.run(ids)
@@ -103,7 +127,7 @@ class Backbone:
             facts[call.layer] = _layer_facts(call)
 
         try:
-            self.forward(torch.arange(1, PROBE_TOKENS + 1)[None], look)
+            self._forward(torch.arange(1, PROBE_TOKENS + 1)[None], look)
         except QkSnifferError:
             raise
         except Exception as error:  # whatever its code stumbles over
@@ -113,7 +137,13 @@ class Backbone:
             ) from error
         if not facts:
             if attention := [module for module in self.decoder.modules() if "Attention" in type(module).__name__]:
-                raise shows_nothing(attention)
+                if self.attention_layers:
+                    raise shows_nothing(attention, self.family)
+                names = ", ".join(sorted({type(module).__name__ for module in attention}))
+                raise CaptureError(
+                    f"this model's attention ({names}) does not say which layer it is, as transformers' decoders do: a "
+                    "family can name the layers (Family.attention_layers, see models/ADDING.md)"
+                )
             raise CaptureError(f"{_model_type(self.decoder)}: this model has no softmax attention to capture")
         return [facts[layer] for layer in sorted(facts)]
 
@@ -137,7 +167,12 @@ def _layer_facts(call: AttentionCall) -> LayerFacts:
         softcap=call.softcap,
         sinks=None if call.sinks is None else call.sinks.double().tolist(),
         position_bias=call.position_bias,
+        sparse_attention=call.sparse_attention,
     )
+
+
+def _by(ids: torch.Tensor) -> str:
+    return " x ".join(map(str, ids.shape))
 
 
 def _model_type(decoder: nn.Module) -> str:

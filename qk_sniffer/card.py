@@ -331,7 +331,8 @@ product times the layer's softmax scale, then soft-capped where the layer has a 
 rotary parameters of each layer are in `manifest.json`, and so is the key head that serves each query head; the
 metadata of each Parquet file repeats what concerns its head. With a sliding window of w tokens, a query attends to
 a key only when their positions differ by less than w; with an `attention_chunk` of c, only when both positions divided
-by c have the same whole part. Where `position_bias` is true, a bias is added to the logits that is not stored.
+by c have the same whole part. Where `position_bias` is true, a bias is added to the logits that is not stored;
+where `sparse_attention` is true, a query attends to some of these keys only, and which ones is not stored.
 """
 
 

@@ -97,17 +97,34 @@ class Family:
         return index
 
     def sliding_window(self, module: nn.Module, arguments: dict[str, Any]) -> int | None:
-        """The window of this attention call: how many positions a query sees, itself included; None: all."""
-        return arguments.get("sliding_window")
+        """The window of this attention call: how many positions a query sees, itself included; None: all.
+
+        Here what the kernel is told, or else the config's where that says that this layer has one.
+        """
+        told: int | None = arguments.get("sliding_window")
+        if told is None and _layer_type(module) == "sliding_attention":
+            config: Any = module.config
+            return getattr(config, "sliding_window", None)
+        return told
 
     def attention_chunk(self, module: nn.Module) -> int | None:
         """The chunk of this attention: a query sees the keys of its own chunk of so many positions; None: no chunks."""
-        config: Any = getattr(module, "config", None)
-        layer = getattr(module, "layer_idx", None)
-        kinds = getattr(config, "layer_types", None) or ()
-        if isinstance(layer, int) and 0 <= layer < len(kinds) and kinds[layer] == "chunked_attention":
+        if _layer_type(module) == "chunked_attention":
+            config: Any = module.config
             return int(config.attention_chunk_size)
         return None
+
+    def sparse_attention(self, module: nn.Module) -> bool:
+        """Does a query see only some of the keys before it, chosen by what they hold?
+
+        Here where an indexer picks them: one inside `module`, or one of another layer that `module` shares.
+        """
+        shared = bool(getattr(module, "skip_topk", False))
+        return shared or any("Indexer" in type(part).__name__ for part in module.modules())
+
+    def position_bias(self, module: nn.Module, arguments: Mapping[str, Any]) -> bool:
+        """Is a bias by position, or by key, added to the logits? `arguments` are those of the kernel."""
+        return arguments.get("position_bias") is not None
 
     def watch(self, module: nn.Module, see: Callable[..., None]) -> Sequence[Any]:
         """Makes `module` call `see(query, key)` in each forward, where it asks the attention interface for no kernel.
@@ -187,6 +204,13 @@ class Family:
         None: not known how.
         """
         return None if self.changed_after_rotary else (query, key)
+
+
+def _layer_type(module: nn.Module) -> str | None:
+    """What the config says of the layer that `module` numbers itself."""
+    layer = getattr(module, "layer_idx", None)
+    kinds = getattr(getattr(module, "config", None), "layer_types", None) or ()
+    return kinds[layer] if isinstance(layer, int) and 0 <= layer < len(kinds) else None
 
 
 def heads_first(states: torch.Tensor, head_dim: int) -> torch.Tensor:

@@ -210,7 +210,7 @@ def _notes(
     """What sets the layout apart from that of a plain decoder.
 
     Raises:
-        WrongError: a mask shows another window than the one that is captured.
+        WrongError: a mask shows other keys than the layer's facts, or the logits have a bias that they do not say.
     """
     notes = []
     if len(facts) < LAYERS:
@@ -230,11 +230,11 @@ def _notes(
         notes.append("one key head")
     if any(_equal(a.key, b.key) for i, a in enumerate(calls) for b in calls[:i] if a.key.shape == b.key.shape):
         notes.append("some layers use the keys of another")
-    notes += sorted({reach for call, own in zip(calls, seen, strict=True) if (reach := _reach(call, own))})
+    notes += sorted({reach for call, own in zip(calls, seen, strict=True) for reach in _reach(call, own)})
     notes += ["softcap"] if any(fact.softcap for fact in facts) else []
     notes += ["sinks"] if any(fact.sinks for fact in facts) else []
     if _is_biased(backbone, facts):
-        notes.append("a bias by position is part of the logits")
+        notes.append("a bias is part of the logits")
     return notes
 
 
@@ -242,7 +242,7 @@ def _is_biased(backbone: Backbone, facts: list[LayerFacts]) -> bool:
     """Is more in the logits than scale, softcap and sinks make of the products of queries and keys?
 
     Raises:
-        WrongError: yes, and the layer's facts do not say so.
+        WrongError: a layer's facts say otherwise.
     """
     decoder: Any = backbone.decoder
     kernel = decoder.config._attn_implementation
@@ -251,10 +251,13 @@ def _is_biased(backbone: Backbone, facts: list[LayerFacts]) -> bool:
         calls, _ = recorded(decoder, _ids())
     decoder.set_attn_implementation(kernel)
     for call, fact in zip(calls, facts, strict=True):
-        if call.weights is None or _explains(fact, call):
+        if call.weights is None:
             continue
-        if not fact.position_bias:
+        explained = _explains(fact, call)
+        if not explained and not fact.position_bias:
             raise WrongError(f"layer {fact.heads.layer}: a softmax of other logits than its layout says")
+        if explained and fact.position_bias:
+            raise WrongError(f"layer {fact.heads.layer}: a bias is said to be in its logits, and there is none")
     return any(fact.position_bias for fact in facts)
 
 
@@ -274,8 +277,12 @@ def _explains(fact: LayerFacts, call: KernelCall) -> bool:
     return any(torch.allclose(weights.float(), w, atol=1e-3) for w in (expected, logits.softmax(-1)))
 
 
-def _reach(call: KernelCall, own: AttentionCall) -> str | None:
-    """Which earlier tokens queries see, where it is not all of them."""
+def _reach(call: KernelCall, own: AttentionCall) -> list[str]:
+    """Which earlier tokens queries see, where it is not all of them.
+
+    Raises:
+        WrongError: the mask shows others than the call says.
+    """
     n = call.query.shape[2]
     row, column = torch.arange(n)[:, None], torch.arange(n)
     causal = column <= row
@@ -283,19 +290,24 @@ def _reach(call: KernelCall, own: AttentionCall) -> str | None:
         visible = call.mask[0, 0] if call.mask.dtype == torch.bool else call.mask[0, 0] > -1
     else:
         visible = causal if call.weights is None else call.weights[0].amax(0) > 0
+    said, notes, finding = causal, [], "its mask hides keys, of which nothing is said"
     if own.sliding_window is not None:
-        if not torch.equal(visible, causal & (column > row - own.sliding_window)):
-            raise WrongError(
-                f"layer {own.layer}: its window is said to be {own.sliding_window}, its mask shows another"
-            )
-        return "sliding windows"
+        said = said & (column > row - own.sliding_window)
+        notes.append("sliding windows")
+        finding = f"its window is said to be {own.sliding_window}, its mask shows another"
     if own.attention_chunk is not None:
-        if not torch.equal(visible, causal & (column >= row - row % own.attention_chunk)):
-            raise WrongError(
-                f"layer {own.layer}: its chunks are said to be {own.attention_chunk}, its mask shows others"
-            )
-        return "chunks"
-    return None if torch.equal(visible, causal) else "sparse attention"
+        said = said & (column >= row - row % own.attention_chunk)
+        notes.append("chunks")
+        finding = f"its chunks are said to be {own.attention_chunk}, its mask shows others"
+    if own.sparse_attention:
+        notes.append("sparse attention")
+        finding = "its attention is said to be sparse, its mask shows a dense one"
+        right = not torch.equal(visible, said) and not (visible & ~said).any()
+    else:
+        right = torch.equal(visible, said)
+    if not right:
+        raise WrongError(f"layer {own.layer}: {finding}")
+    return notes
 
 
 def _captured(backbone: Backbone, ids: torch.Tensor, hidden: torch.Tensor | None = None) -> list[AttentionCall]:
@@ -341,4 +353,4 @@ def _ids(length: int = TOKENS) -> torch.Tensor:
 
 def _reason(error: QkSnifferError) -> str:
     """The first clause of the error's message, which is what it is about."""
-    return re.split(r"; |: it is |\. |\n|, so that ", re.sub(r"^\S+: this model", "this model", str(error)))[0]
+    return re.split(r"; |: it is |\. |\n|, so that |, as ", re.sub(r"^\S+: this model", "this model", str(error)))[0]

@@ -38,14 +38,15 @@ code. Every causal language model that transformers offers was built tiny and ra
 captured as a job does it:
 
 - **post-RoPE**: yes where query and key are bit for bit what an independent recorder of the attention kernel receives,
-  layers, heads, windows, softmax scale, softcap and sinks explain the attention weights, the forward is unchanged, and
-  no token sees a later one. All others are refused with an error that says why.
+  layers, heads, windows, softmax scale, softcap and sinks explain the attention weights, but for a bias and for sparse
+  attention, which are named; the forward is unchanged, and no token sees a later one. All others are refused with an
+  error that says why.
 - **pre-RoPE**: yes where they are bit for bit what the model's rotary functions are given, beside the part of each head
   that is not rotated. `no RoPE`: no layer is rotated, so that there is nothing to be before.
 - **proof**: yes where a job proves its dataset by hooks; `pre`: only one of vectors before RoPE.
 
 A type of several modalities stands for its text decoder. `bert` and its kin are captured as decoders
-(`is_decoder: true`), and refused as encoders.
+(`is_decoder: true`), and refused as encoders. Sliding windows are switched on where a config has them.
 
 """
 
@@ -81,7 +82,7 @@ def table(entries: Sequence[Entry]) -> str:
     refused = [entry for entry in entries if entry.post == "no"]
     pre = Counter(entry.pre for entry in captured)
     proof = Counter(entry.proof for entry in captured)
-    reasons = Counter(re.sub(r" \(.*\)", "", entry.note) for entry in refused)
+    reasons = Counter(re.sub(r" \([^)]*\)", "", entry.note) for entry in refused)
     lines = [
         f"Of {len(entries)} model types, **{len(captured)} are captured** and {len(refused)} refused. Of the captured "
         f"ones, {pre['yes']} are captured before RoPE too, {pre['no RoPE']} have no RoPE, and {pre['no']} are refused "

@@ -1,7 +1,8 @@
 """Tiny random checkpoints of every causal language model that transformers offers, built from its config class.
 
 A config is shrunk from its own defaults: a field that many families name alike gets one small value (`SIZES`), nested
-configs are shrunk the same way, and every kind of layer stays. What a type needs beyond that is in `NEEDS`.
+configs are shrunk the same way, every kind of layer stays, and sliding windows are switched on where there can be any.
+What a type needs beyond that is in `NEEDS`.
 """
 
 from itertools import cycle, islice
@@ -43,8 +44,7 @@ _SIZES: list[tuple[int, str]] = [
     (12, "kv_lora_rank"),
     (20, "q_lora_rank"),
     (WINDOW, "sliding_window sliding_window_size attention_window_size window_size attention_chunk_size index_topk"),
-    (WINDOW, "keep_window_size"),
-    (WINDOW // 2, "index_block_size"),
+    (WINDOW // 2, "keep_window_size index_block_size"),
     (1, "index_topk_blocks"),
     # Experts.
     (4, "num_experts num_local_experts n_routed_experts moe_num_experts"),
@@ -121,6 +121,9 @@ NEEDS: dict[str, dict[str, Any]] = {
 }
 """By model type, of the model or of a config inside it. An encoder is a language model where it is a decoder."""
 
+_WINDOWED = {"full_attention": "sliding_attention", "hybrid": "hybrid_sliding"}
+"""What a layer with a sliding window is called, beside one of that type without."""
+
 _BARE = {"deepseek_v4"}
 """Saved without its head: transformers would take the name that its last norm has beside a head for another one."""
 
@@ -131,7 +134,7 @@ def tiny_config(model_type: str) -> PretrainedConfig:
 
 
 def save_tiny(model_type: str, folder: Path) -> None:
-    """Saves a checkpoint of that type with random weights, norms included, from a fixed seed.
+    """Saves a checkpoint of that type with random weights, norms and biases included, from a fixed seed.
 
     Where the whole model needs a library that is not installed, the decoder's weights are saved as the whole has them.
     """
@@ -163,7 +166,7 @@ def _whole(config: PretrainedConfig) -> PreTrainedModel:
 def _randomized(model: PreTrainedModel) -> PreTrainedModel:
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if weight.dim() == 1 and "norm" in name:  # norms start as ones, which would hide a mistake
+            if weight.min() == weight.max():  # norms, biases and gates start as ones or zeros, which hides mistakes
                 weight.add_(torch.randn_like(weight) * 0.3)
             elif weight.dim() == 2 and "embed" not in name:
                 weight.mul_(4)  # attention far from uniform
@@ -181,12 +184,16 @@ def _shrunk(config_class: type[PretrainedConfig], needs: dict[str, Any]) -> Pret
             small[name] = _shrunk(type(value), NEEDS.get(value.model_type, {}) | needs.get(name, {}))
         elif name in needs:
             small[name] = needs[name]
-        elif name in SIZES and value is not None:
+        elif name in SIZES and (value is not None or name == "sliding_window"):
             small[name] = SIZES[name]
+        elif name == "use_sliding_window":
+            small[name] = True
         elif name.endswith("token_id") and value is not None:
             small[name] = min(value[0] if isinstance(value, list) else value, VOCAB - 1)
         elif name == "layer_types" and value:
             kinds = list(dict.fromkeys(value))
+            if "sliding_window" in vars(default) and len(kinds) == 1 and kinds[0] in _WINDOWED:
+                kinds.append(_WINDOWED[kinds[0]])
             small[name] = list(islice(cycle(kinds), max(LAYERS, len(kinds))))
             small["num_hidden_layers"] = len(small[name])
     return config_class(**needs | small)

@@ -137,6 +137,69 @@ def test_layers_are_numbered_as_their_key_value_cache_numbers_them(model_type: s
     assert filled == layers
 
 
+def said(backbone: Backbone, fact: str) -> list[Any]:
+    return [getattr(call, fact) for call in captured(backbone, ids())]
+
+
+@pytest.mark.parametrize("kernel", ["eager", "sdpa"])
+@pytest.mark.parametrize(
+    ("model_type", "windows"),
+    [("qwen2", [None, 8] * 2), ("qwen2_moe", [None, 8] * 2), ("qwen3", [None, 8] * 2), ("phimoe", [8] * 4)],
+)
+def test_a_window_is_recorded_also_where_the_kernel_is_not_told_of_it(
+    model_type: str, windows: list[int | None], kernel: str
+) -> None:
+    decoder: Any = decoder_of(model_type)
+    decoder.set_attn_implementation(kernel)
+    assert said(Backbone(decoder, find_family(model_type)), "sliding_window") == windows
+
+
+def test_without_its_window_phimoe_attends_fully() -> None:
+    backbone = Backbone(decoder_of("phimoe", sliding_window=None), find_family("phimoe"))
+    assert said(backbone, "sliding_window") == [None] * 4
+
+
+def test_a_window_that_nothing_declares_is_refused() -> None:
+    backbone = Backbone(decoder_of("phimoe"), Family())
+    with pytest.raises(
+        CaptureError, match=r"PhimoeAttention .* window of 8 tokens, but no window is declared: a family can"
+    ):
+        captured(backbone, ids())
+
+
+@pytest.mark.parametrize(
+    ("model_type", "sparse"),
+    [
+        ("deepseek_v32", [True] * 4),
+        ("hy_v4", [True] * 4),  # its last two layers see the keys that the second one picks
+        ("minimax_m3_vl_text", [True, False] * 2),
+        ("doge", [True] * 4),
+        ("mistral", [False] * 4),
+    ],
+)
+def test_a_layer_says_whether_it_sees_only_some_keys(model_type: str, sparse: list[bool]) -> None:
+    backbone = Backbone(decoder_of(model_type), find_family(model_type))
+    assert [fact.sparse_attention for fact in backbone.probe()] == sparse
+
+
+@pytest.mark.parametrize(
+    ("model_type", "options", "biased"),
+    [
+        ("bloom", {}, True),
+        ("doge", {}, True),
+        ("inkling_text", {}, True),
+        ("falcon", {"alibi": True}, True),
+        ("falcon", {"alibi": False}, False),
+        ("mistral", {}, False),
+    ],
+)
+def test_a_layer_says_whether_a_bias_is_added_to_its_logits(
+    model_type: str, options: dict[str, Any], biased: bool
+) -> None:
+    facts = Backbone(decoder_of(model_type, **options), find_family(model_type)).probe()
+    assert {fact.position_bias for fact in facts} == {biased}
+
+
 def test_a_band_can_be_asked_for_whole_and_for_no_part() -> None:
     band = Band(8)
     assert band[:, :, slice(0, None), :] is band

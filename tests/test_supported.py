@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from qk_sniffer import backbone as backbone_room
 from qk_sniffer import loading as loading_room
 from qk_sniffer.backbone import Backbone
-from qk_sniffer.families import Family
+from qk_sniffer.families import Family, find_family
 
 sys.path.append(str(Path(__file__).parent.parent / "scripts"))
 
@@ -79,6 +79,26 @@ class OtherWindow(Family):
         return 7
 
 
+class NoWindow(Family):
+    def sliding_window(self, module: nn.Module, arguments: dict[str, Any]) -> int | None:
+        return None
+
+
+class Sparse(Family):
+    def sparse_attention(self, module: nn.Module) -> bool:
+        return True
+
+
+class NotSparse(Family):
+    def sparse_attention(self, module: nn.Module) -> bool:
+        return False
+
+
+class Biased(Family):
+    def position_bias(self, module: nn.Module, arguments: Any) -> bool:
+        return True
+
+
 class NothingRotated(Family):
     def before_rotary(self, module: Any, rotary_calls: Any, query: Any, key: Any) -> Any:
         return query, key
@@ -105,7 +125,10 @@ class ChangesTheForward(Family):
     [
         (OneLayerLess, "attention of MistralAttention is not captured"),
         (LayersFromTheEnd, "4 calls of attention, 4 layers probed, captured [3, 2, 1, 0]"),
-        (OtherWindow, "layer 0: its window is said to be 7, its mask shows another"),
+        (OtherWindow, "MistralAttention attends within a window of 8 tokens, but a window of 7 is declared"),
+        (NoWindow, "MistralAttention attends within a window of 8 tokens, but no window is declared"),
+        (Sparse, "layer 0: its attention is said to be sparse, its mask shows a dense one"),
+        (Biased, "layer 0: a bias is said to be in its logits, and there is none"),
         (NothingRotated, "layer 0: not the vectors that the rotary function is given"),
         (KeyOfTheQuery, "layer 0: not the vectors that the rotary function is given"),
         (OtherHooks, "hooks derive other vectors"),
@@ -118,6 +141,38 @@ def test_a_wrong_family_is_found_out(family: type[Family], finding: str, monkeyp
     entry = examine("mistral")
     assert entry.post == "WRONG"
     assert finding in entry.note
+
+
+@pytest.mark.parametrize(
+    ("model_type", "family", "finding"),
+    [
+        ("phimoe", Family, "PhimoeAttention attends within a window of 8 tokens"),
+        ("qwen2_moe", NoWindow, "Qwen2MoeAttention attends within a window of 8 tokens"),
+        ("deepseek_v32", NotSparse, "layer 0: its mask hides keys, of which nothing is said"),
+    ],
+)
+def test_a_type_that_needs_its_family_is_found_out_without_it(
+    model_type: str, family: type[Family], finding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading_room, "find_family", lambda *_: family())
+    entry = examine(model_type)
+    assert entry.post == "WRONG"
+    assert finding in entry.note
+
+
+@pytest.mark.parametrize(
+    ("window", "finding"),
+    [
+        (None, "its mask hides keys, of which nothing is said"),
+        (7, "its window is said to be 7, its mask shows another"),
+    ],
+)
+def test_a_mask_that_is_a_band_of_another_window_is_found_out(window: int | None, finding: str) -> None:
+    backbone, facts = examine_room._loaded("mistral")
+    calls, seen = examine_room._check_post(backbone, facts)
+    assert examine_room._reach(calls[0], seen[0]) == ["sliding windows"]
+    with pytest.raises(examine_room.WrongError, match=f"layer 0: {finding}"):
+        examine_room._reach(calls[0], replace(seen[0], sliding_window=window))
 
 
 def test_vectors_before_rope_that_depend_on_the_position_are_found_out() -> None:
@@ -147,6 +202,11 @@ def test_a_softmax_of_other_logits_is_found_out(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(backbone_room, "_layer_facts", other_scale)
     assert examine("mistral").note == "layer 0: a softmax of other logits than its layout says"
+
+
+def test_a_bias_that_is_not_declared_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(find_family("doge")), "position_bias", Family.position_bias)
+    assert examine("doge").note == "layer 0: a softmax of other logits than its layout says"
 
 
 def test_a_type_that_takes_too_long_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaModel
+from transformers import FalconConfig, FalconModel, GPT2Config, GPT2Model, LlamaConfig, LlamaModel
 from transformers.modeling_utils import AttentionInterface
 from transformers.models.llama import modeling_llama
 
 from qk_sniffer.backbone import Backbone
 from qk_sniffer.errors import CaptureError
-from qk_sniffer.families import Family
+from qk_sniffer.families import Family, find_family
 
 Seen = dict[int, tuple[torch.Tensor, torch.Tensor]]
 
@@ -125,6 +125,25 @@ def test_a_layer_that_attends_by_itself_beside_others_that_do_not_is_refused(dec
     decoder.layers[1].self_attn = OwnAttention()
     with pytest.raises(CaptureError, match=r"attention \(OwnAttention\) asks .* interface for no kernel"):
         captured(decoder)
+
+
+def test_a_text_longer_than_the_table_of_positions_is_an_error_before_and_in_the_forward() -> None:
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=4, n_positions=24)
+    backbone = Backbone(GPT2Model(config).eval(), Family())
+    assert backbone.num_positions == 24
+    backbone.forward(ids(24), lambda call: None)
+    with pytest.raises(
+        CaptureError, match=r"gpt2: its forward over 2 x 25 tokens failed: .*model\.tokenizer\.max_length"
+    ):
+        backbone.forward(ids(25), lambda call: None)
+
+
+def test_a_family_that_sees_nothing_with_this_kernel_says_so() -> None:
+    config = FalconConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+    config._attn_implementation = "eager"
+    with pytest.raises(CaptureError, match=r"not seen by its family, .*falcon.*attn_implementation"):
+        Backbone(FalconModel(config).eval(), find_family("falcon")).probe()
 
 
 def test_vectors_before_rope_are_refused_where_the_rotary_function_writes_over_them(

@@ -1,0 +1,135 @@
+"""Memory of a job over time: does its peak grow with the number of examples?
+
+    python benchmarks/memory.py [--examples 64 1024] [--tokens 512] [--out benchmarks/results]
+
+Runs the embedded model over texts of the Python documentation with `sampler=all`, every vector of every head durable
+as Parquet at the end, once for each number of examples, each in a process of its own, in turn, `--rounds` times.
+Anonymous memory (RssAnon of /proc) is read every 20 ms. Writes memory.json and memory.png.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+PERIOD_S = 0.02
+CHARACTERS_PER_TOKEN = 6
+"""Enough for the texts to fill `--tokens` after the cut."""
+
+
+def write_texts(path: Path, examples: int, tokens: int) -> None:
+    """Texts that differ, each of at least `tokens` tokens: windows of the documentation."""
+    corpus = "\n\n".join(topics.values())
+    width = tokens * CHARACTERS_PER_TOKEN
+    step = (len(corpus) - width) / examples
+    with path.open("w") as file:
+        for number in range(examples):
+            start = int(number * step)
+            file.write(json.dumps({"text": f"{number}. {corpus[start : start + width]}"}) + "\n")
+
+
+def measured(examples: int, tokens: int, settings: list[str]) -> dict[str, Any]:
+    """One job: seconds, and anonymous memory in MB over time."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_texts(Path(folder) / "texts.jsonl", examples, tokens)
+        command = [sys.executable, "-m", "qk_sniffer", "dataset=hf", f"dataset.path={folder}/texts.jsonl"]
+        command += ["sampler=all", f"model.tokenizer.max_length={tokens}", f"output.data_root={folder}/out", *settings]
+        command += [f"hydra.run.dir={folder}/run", "verify.examples=0"]
+        start = time.monotonic()
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        seconds, memory_mb = [], []
+        while process.poll() is None:
+            if (memory := anonymous_mb(process.pid)) is not None:
+                seconds.append(round(time.monotonic() - start, 3))
+                memory_mb.append(memory)
+            time.sleep(PERIOD_S)
+        assert process.stderr is not None
+        if process.returncode:
+            raise SystemExit(process.stderr.read())
+        manifest = json.loads((Path(folder) / "out" / "manifest.json").read_text())
+        size_mb = sum(file["bytes"] for file in manifest["files"].values()) / 1e6
+    return {
+        "examples": examples,
+        "rows": manifest["rows"],
+        "dataset_mb": round(size_mb, 1),
+        "peak_mb": max(memory_mb),
+        "seconds": seconds,
+        "memory_mb": memory_mb,
+    }
+
+
+def anonymous_mb(pid: int) -> float | None:
+    """RssAnon of a process; null once it is gone."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return None
+    found = [int(line.split()[1]) for line in lines if line.startswith("RssAnon:")]
+    return round(found[0] / 1024, 1) if found else None
+
+
+def plot(runs: list[dict[str, Any]], path: Path) -> None:
+    """Memory over the share of each job's time, a line a job."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 3.5), layout="constrained")
+    counts = sorted({run["examples"] for run in runs})
+    for run in runs:
+        color = ["#0072B2", "#D55E00", "#009E73"][counts.index(run["examples"]) % 3]
+        share = [100 * second / run["seconds"][-1] for second in run["seconds"]]
+        label = f"{run['examples']:,} examples, {run['dataset_mb']:,.0f} MB" if run in runs[: len(counts)] else None
+        axes.plot(share, run["memory_mb"], color=color, linewidth=0.9, alpha=0.8, label=label)
+    axes.set(xlabel="time of the job (%)", ylabel="anonymous memory (MB)", ylim=(0, None), xlim=(0, 100))
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, loc="lower right")
+    figure.savefig(path, dpi=130)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--examples", type=int, nargs="+", default=[64, 1024])
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("settings", nargs="*", help="further settings of the jobs, key=value")
+    arguments = parser.parse_args()
+    runs = []
+    for _ in range(arguments.rounds):
+        for examples in arguments.examples:
+            runs.append(measured(examples, arguments.tokens, arguments.settings))
+            print(f"{examples:,} examples: peak {runs[-1]['peak_mb']:,.1f} MB", flush=True)
+    peaks = {n: [run["peak_mb"] for run in runs if run["examples"] == n] for n in arguments.examples}
+    medians = {n: statistics.median(values) for n, values in peaks.items()}
+    ratio = medians[arguments.examples[-1]] / medians[arguments.examples[0]]
+    print(f"median peaks (MB): {medians}; last over first: {ratio:.3f}")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    result = {
+        "what": "peak RssAnon in MB of a job with sampler=all, by number of examples",
+        "peaks_mb": peaks,
+        "ratio_of_medians": round(ratio, 4),
+        "dataset_mb": {run["examples"]: run["dataset_mb"] for run in runs},
+        "tokens_per_example": arguments.tokens,
+        "settings": arguments.settings,
+        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in ("torch", "transformers", "pyarrow", "numpy")},
+    }
+    (arguments.out / "memory.json").write_text(json.dumps(result, indent=2) + "\n")
+    plot(runs, arguments.out / "memory.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,17 +1,27 @@
 """GGUF: a model in one file, config and tokenizer included, as llama.cpp runs it. Needs the extra `gguf`."""
 
 import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import PretrainedConfig
 from transformers.integrations.gguf.reader import read_gguf_metadata
 from transformers.utils.hub import cached_file
 
 from qk_sniffer.config import ModelConfig
 from qk_sniffer.errors import ConfigError
+from qk_sniffer.model_config import unloaded
 
 _ROTARY_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+
+_AS_IN_CONFIG = {
+    ".attention.sliding_window": "sliding_window",
+    ".attn_logit_softcapping": "attn_logit_softcapping",
+}
+"""How keys of a file end that mean the same as a key of transformers' configs."""
 
 
 def check_gguf(config: ModelConfig) -> None:
@@ -57,32 +67,89 @@ def gguf_source(file: str, source: dict[str, Any]) -> dict[str, Any]:
     return {"pretrained_model_name_or_path": str(Path(path).parent), "gguf_file": str(Path(path).absolute())}
 
 
-def refuse_lost_rotary(text: PretrainedConfig, config: ModelConfig, path: str) -> None:
-    """Refuses a file with rotary parameters that transformers does not read from it: other vectors, in silence.
+def refuse_lost(text: PretrainedConfig, config: ModelConfig, path: str) -> None:
+    """Refuses a file with parameters of its attention that transformers does not read from it: other vectors or
+    weights, in silence. `text` is the config with the overrides in it.
 
     Raises:
         ConfigError: `model.config_overrides` does not say what they are.
     """
-    if {"rope_parameters", "rope_scaling", "rope_theta"} & config.config_overrides.keys():
-        return
+    metadata, tensors = read_gguf_metadata(path)
+    decoder = unloaded(text)
+    given = set(_keys(config.config_overrides))
+    lost = _lost_rotary(text, given, metadata, tensors)
+    if decoder is not None:
+        lost |= _lost_by_decoder(decoder, given, metadata)
+        lost |= _lost_biases(text, decoder, tensors)
+    longest = metadata.get(f"{metadata['general.architecture']}.context_length", math.inf)
+    for key, value in metadata.items():
+        name = next((name for ending, name in _AS_IN_CONFIG.items() if key.endswith(ending)), None)
+        if name is None or name in given or not value or getattr(text, name, None) == value:
+            continue
+        if name != "sliding_window" or value < longest:
+            lost[f"{key}={value}"] = name
+    if lost:
+        ways = " and ".join(f"model.config_overrides.{name}" for name in dict.fromkeys(lost.values()))
+        raise ConfigError(
+            [
+                f"model.gguf_file={config.gguf_file} has parameters that transformers does not read from it "
+                f"({', '.join(lost)}): give {ways} as in the config.json of the original model, or load that model "
+                "itself if its config has no such key"
+            ]
+        )
+
+
+def _keys(overrides: Mapping[str, Any]) -> Iterator[str]:
+    for key, value in overrides.items():
+        yield key
+        if isinstance(value, dict):
+            yield from _keys(value)
+
+
+def _lost_rotary(
+    text: PretrainedConfig, given: set[str], metadata: Mapping[str, Any], tensors: Iterable[str]
+) -> dict[str, str]:
+    """What the file says of the rotary base and its scaling and the config does not -> the override that says it."""
     rope = getattr(text, "rope_parameters", None) or {}
     each = [rope, *(one for one in rope.values() if isinstance(one, dict))]
-    bases = [one["rope_theta"] for one in each if one.get("rope_theta") is not None]
-    is_plain = all(one.get("rope_type", "default") == "default" for one in each)
-    metadata, tensors = read_gguf_metadata(path)
-    lost = [name for name in tensors if is_plain and name in _ROTARY_TENSORS]
+    bases = [] if "rope_theta" in given else [one["rope_theta"] for one in each if one.get("rope_theta") is not None]
+    is_said = bool({"rope_type", "type", "rope_scaling"} & given)
+    is_plain = not is_said and all(one.get("rope_type", "default") == "default" for one in each)
+    lost = {name: "rope_parameters" for name in tensors if is_plain and name in _ROTARY_TENSORS}
     for key, value in metadata.items():
+        is_lost_factor = key.endswith(".rope.scaling.attn_factor") and not is_said and value not in (0, 1)
         if (
             (key.endswith(".rope.scaling.type") and is_plain and value != "none")
             or (key.endswith((".rope.scaling.factor", ".rope.scale_linear")) and is_plain and value not in (0, 1))
-            or (key.endswith(".rope.freq_base") and bases and not any(math.isclose(value, base) for base in bases))
+            or (is_lost_factor and not any(_is_close(value, [*one.values()]) for one in each))
+            or (key.endswith(".rope.freq_base") and bases and not _is_close(value, bases))
         ):
-            lost.append(f"{key}={value}")
-    if lost:
-        raise ConfigError(
-            [
-                f"model.gguf_file={config.gguf_file} has rotary parameters that transformers does not read from it "
-                f"({', '.join(lost)}): give model.config_overrides.rope_parameters as they are in the config.json of "
-                "the original model (rope_theta, rope_type, factor, ...)"
-            ]
-        )
+            lost[f"{key}={value}"] = "rope_parameters"
+    return lost
+
+
+def _lost_by_decoder(decoder: nn.Module, given: set[str], metadata: Mapping[str, Any]) -> dict[str, str]:
+    """What the file says of heads that a decoder of this config does otherwise -> the override that says it."""
+    widths = [2 * buffer.shape[-1] for name, buffer in decoder.named_buffers() if name.endswith("inv_freq")]
+    scales = [value for module in decoder.modules() if isinstance(value := getattr(module, "scaling", None), float)]
+    lost = {}
+    for key, value in metadata.items():
+        if key.endswith(".rope.dimension_count") and widths and value not in widths:
+            if "partial_rotary_factor" not in given:
+                lost[f"{key}={value}"] = "rope_parameters.partial_rotary_factor"
+        elif key.endswith(".attention.scale") and value and scales and not _is_close(value, scales):
+            lost[f"{key}={value}"] = "attention_multiplier"
+    return lost
+
+
+def _lost_biases(text: PretrainedConfig, decoder: nn.Module, tensors: Iterable[str]) -> dict[str, str]:
+    if any("att" in name and name.endswith(".bias") for name, _ in decoder.named_parameters()):
+        return {}
+    unset = (key for key, value in text.to_dict().items() if "bias" in key and value is False)
+    way_out = next(unset, "attention_bias")
+    return {name: way_out for name in tensors if re.fullmatch(r"blk\.0\.attn_(q|k|v|qkv)\.bias", name)}
+
+
+def _is_close(value: float, to: Iterable[Any]) -> bool:
+    # The file's numbers are of 32 bits.
+    return any(isinstance(one, float | int) and math.isclose(value, one, rel_tol=1e-6) for one in to)

@@ -16,7 +16,7 @@ from qk_sniffer.backbone import Backbone
 from qk_sniffer.config import ModelConfig
 from qk_sniffer.errors import QkSnifferError, SourceError
 from qk_sniffer.families import Family, find_family, imported_family
-from qk_sniffer.gguf import check_gguf, gguf_source, refuse_lost_rotary
+from qk_sniffer.gguf import check_gguf, gguf_source, refuse_lost
 from qk_sniffer.model_config import with_overrides
 
 T = TypeVar("T")
@@ -34,12 +34,14 @@ def load_backbone(
     `commit` pins a Hub model to the one of an earlier start.
 
     Raises:
-        SourceError: the model cannot be found or loaded, or weights of the decoder are missing in its checkpoint.
+        SourceError: the model cannot be found or loaded, it attends to an encoder, or its checkpoint and its decoder do
+            not have the same weights.
     """
     with _loading(config):
         model, family, info = _cached_first(config, commit, lambda source: _loaded(config, source))
     decoder = family.decoder(model.eval())
     _refuse_missing(str(config.name), model, decoder, family, info)
+    _refuse_dropped(str(config.name), model, decoder, family, info)
     return Backbone(decoder, family, pre_rope=pre_rope, banded_attention=banded_attention)
 
 
@@ -84,9 +86,38 @@ def _read_config(config: ModelConfig, source: dict[str, Any]) -> tuple[Pretraine
         source = source | {"key_mapping": family.inside}
         if (quantization := getattr(whole, "quantization_config", None)) is not None:
             text.quantization_config = quantization
+    saved = _as_saved(whole, text, source) if config.config_overrides and config.gguf_file is None else {}
+    made = with_overrides(text, config.config_overrides, saved)
+    attends_to_encoder = whole.is_encoder_decoder and "is_encoder_decoder" not in config.config_overrides
+    if made.is_encoder_decoder or attends_to_encoder:
+        raise SourceError(
+            f"model {config.name} is an encoder-decoder: its decoder attends to an encoder, which a text alone does "
+            "not give. For its decoder without the encoder set model.config_overrides.is_encoder_decoder=false"
+        )
     if config.gguf_file is not None:
-        refuse_lost_rotary(text, config, source["gguf_file"])
-    return with_overrides(text, config.config_overrides), family, source
+        refuse_lost(made, config, source["gguf_file"])
+    return made, family, source
+
+
+def _as_saved(whole: PretrainedConfig, text: PretrainedConfig, source: dict[str, Any]) -> dict[str, Any]:
+    """The decoder's part of config.json, before the config's class made anything of it; empty if it has none."""
+    where = {key: value for key, value in source.items() if key != "key_mapping"}
+    raw: dict[str, Any] = PretrainedConfig.get_config_dict(**where)[0]
+    if text is whole:
+        return raw
+    parts = [part for part in raw.values() if isinstance(part, dict)]
+    return next((part for part in parts if part.get("model_type") == text.model_type), {})
+
+
+def _auto_class(config: ModelConfig, model_config: PretrainedConfig, family: Family) -> Any:
+    """The class of transformers that loads this checkpoint."""
+    with_head = "AutoModelForCausalLM"
+    offered = (getattr(model_config, "auto_map", None) or {}) if config.trust_remote_code else {}
+    own_code_has_head_only = family.auto_class not in offered and with_head in offered
+    # Tensors of GGUF files are named after the model with its head: without it, some types find none of them.
+    if own_code_has_head_only or (config.gguf_file is not None and family.auto_class == "AutoModel"):
+        return getattr(transformers, with_head)
+    return getattr(transformers, family.auto_class)
 
 
 def _loaded(config: ModelConfig, source: dict[str, Any]) -> tuple[PreTrainedModel, Family, dict[str, Any]]:
@@ -94,7 +125,7 @@ def _loaded(config: ModelConfig, source: dict[str, Any]) -> tuple[PreTrainedMode
     if config.gguf_file is not None:
         # Else a quantised file may stay packed, and run on kernels of its own, attention's included.
         source = source | {"quantization_config": GgufConfig(dequantize=True)}
-    model, info = getattr(transformers, family.auto_class).from_pretrained(
+    model, info = _auto_class(config, model_config, family).from_pretrained(
         config=model_config,
         dtype=getattr(torch, config.dtype),
         device_map=config.device_map,
@@ -141,8 +172,7 @@ def _loading(config: ModelConfig) -> Iterator[None]:
 
 
 def _refuse_missing(name: str, model: nn.Module, decoder: nn.Module, family: Family, info: dict[str, Any]) -> None:
-    prefixes = [prefix for prefix, module in model.named_modules() if module is decoder]
-    prefix = f"{prefixes[0]}." if prefixes and prefixes[0] else ""
+    prefix = _prefix(model, decoder)
     unused = tuple(prefix + name for name in family.unused)
     faults = {key: key for key in info["missing_keys"]}
     for key, there, here in info["mismatched_keys"]:
@@ -150,7 +180,6 @@ def _refuse_missing(name: str, model: nn.Module, decoder: nn.Module, family: Fam
     bad = [faults[key] for key in sorted(faults) if key.startswith(prefix) and not key.startswith(unused)]
     if not bad:
         return
-    shown = ", ".join(bad[:5]) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
     way_out = "check that the checkpoint is whole and that model.config_overrides does not change its shapes"
     if len(info["missing_keys"]) >= len(model.state_dict()) and info["unexpected_keys"]:
         way_out = (
@@ -158,9 +187,51 @@ def _refuse_missing(name: str, model: nn.Module, decoder: nn.Module, family: Fam
             "the decoder's (model.family=package.module:Class, Family.inside)"
         )
     raise SourceError(
-        f"model {name}: its checkpoint lacks, or has in another shape, {len(bad)} weights of the decoder: {shown}. "
-        f"They would be random, so nothing is captured; {way_out}"
+        f"model {name}: its checkpoint lacks, or has in another shape, {len(bad)} weights of the decoder: "
+        f"{_some(bad)}. They would be random, so nothing is captured; {way_out}"
     )
+
+
+def _refuse_dropped(name: str, model: Any, decoder: Any, family: Family, info: dict[str, Any]) -> None:
+    """Refuses a checkpoint with weights that the decoder has no place for, but that its vectors would depend on.
+
+    That is: inside of an attention module, or a bias of a module that has none. Masks and rotary tables, which older
+    checkpoints hold, are buffers; a head, other towers and further layers are left out on purpose.
+    """
+    prefix = _prefix(model, decoder)
+    layers = family.attention_layers(decoder)
+    modules = {prefix + path: module for path, module in decoder.named_modules()}
+    attention = tuple(f"{path}." for path, module in modules.items() if module in layers)
+    base = f"{model.base_model_prefix}."
+
+    def is_needed(key: str) -> bool:
+        path, _, leaf = key.rpartition(".")
+        if leaf == "bias" and getattr(modules.get(path), "weight", None) is not None:
+            return True
+        inside = next((key.removeprefix(start) for start in attention if key.startswith(start)), "")
+        return "." in inside and not inside.startswith("rotary") and not leaf.endswith("inv_freq")
+
+    keys = sorted(info["unexpected_keys"])
+    dropped = [key for key in keys if any(map(is_needed, (key, key.removeprefix(base), base + key)))]
+    if not dropped:
+        return
+    unset = [key for key, value in decoder.config.to_dict().items() if "bias" in key and value is False]
+    way_out = "check that its config.json is the one it was saved with, with quantization_config if it is quantised"
+    if unset and all(key.endswith(".bias") for key in dropped):
+        way_out = "set " + " or ".join(f"model.config_overrides.{key}=true" for key in unset)
+    raise SourceError(
+        f"model {name}: its config does not ask for {len(dropped)} weights that the checkpoint has: {_some(dropped)}. "
+        f"Without them the vectors would be others, so nothing is captured; {way_out}"
+    )
+
+
+def _prefix(model: nn.Module, decoder: nn.Module) -> str:
+    """What the names of the decoder's weights begin with in `model`."""
+    return next((f"{path}." for path, module in model.named_modules() if path and module is decoder), "")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _first_line(text: str) -> str:

@@ -10,7 +10,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any
 
-from transformers import PretrainedConfig
+import torch
+from torch import nn
+from transformers import AutoModel, PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
 from qk_sniffer.errors import ConfigError
@@ -33,17 +35,24 @@ _IN_ROPE_PARAMETERS = ("rope_theta", "partial_rotary_factor")
 """Keys that older configs have beside `rope_scaling`, and that stand in `rope_parameters` now."""
 
 
-def with_overrides(config: PretrainedConfig, overrides: Mapping[str, Any]) -> PretrainedConfig:
+_BY_ROPE_TYPE = frozenset(RopeParameters.__annotations__) - {"rope_type", "rope_theta", "mrope_section"}
+"""Rotary parameters that some types read and others do not."""
+
+
+def with_overrides(
+    config: PretrainedConfig, overrides: Mapping[str, Any], saved: Mapping[str, Any] | None = None
+) -> PretrainedConfig:
     """`config` with `overrides` merged into it, dict by dict; lists are replaced whole.
 
     A key may be an alias that the config's class knows (`num_hidden_layers` of GPT-2 is its `n_layer`). Rotary
     parameters may be spelled as in older configs: `rope_scaling` with its `type`, null for no scaling, and `rope_theta`
     beside it. A list with a value for each layer follows the overrides where it follows from the rest of the config
-    (`layer_types` from `num_hidden_layers`).
+    (`layer_types` from `num_hidden_layers`). `saved` is what the checkpoint's config.json holds: a value that the class
+    dropped at loading, as a window that was not in use, counts again where an override asks for it.
 
     Raises:
         ConfigError: a top-level key that the config does not have, a dict for a single value or the other way round, or
-            a value that the config would not hold afterwards; all of them at once.
+            a value that the config would not hold afterwards, or that the model would not heed; all of them at once.
     """
     if not overrides:
         return config
@@ -56,16 +65,28 @@ def with_overrides(config: PretrainedConfig, overrides: Mapping[str, Any]) -> Pr
     problems += _wrong_kinds(values, given, _KEY)
     if problems:
         raise ConfigError(problems)
-    merged, problems = _lists_that_follow(config, values, _merge(values, given), given)
+    merged = _merge(values | _dropped(config, values, saved), given)
+    merged, problems = _lists_that_follow(config, values, merged, given)
     if problems:
         raise ConfigError(problems)
     try:
         made = _built(config, merged)
     except Exception as error:  # each class checks its fields in its own way
         raise ConfigError([f"{_KEY}: {type(config).__name__} does not accept them: {_in_a_line(error)}"]) from error
-    if problems := list(_lost(made.to_dict(), given, _KEY)):
+    problems = list(_lost(made.to_dict(), given, _KEY))
+    if problems := problems or [*_without_window(made, given), *_unread(made, given, values)]:
         raise ConfigError(problems)
     return made
+
+
+def unloaded(config: PretrainedConfig) -> nn.Module | None:
+    """The decoder of `config` without weights, on the meta device; None where transformers cannot build it alone."""
+    try:
+        with torch.device("meta"):
+            decoder: nn.Module = AutoModel.from_config(copy.deepcopy(config), trust_remote_code=False)
+    except Exception:  # whatever its code stumbles over; loading it says why
+        return None
+    return decoder
 
 
 def _by_own_names(config: PretrainedConfig, overrides: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -214,8 +235,27 @@ def _lists_that_follow(
 
 def _without(config: PretrainedConfig, values: Mapping[str, Any], key: str) -> Any:
     """What the config makes of `key` by itself; null where it cannot do without."""
+    return (_makes(config, {name: value for name, value in values.items() if name != key}) or {}).get(key)
+
+
+def _dropped(config: PretrainedConfig, values: Mapping[str, Any], saved: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The single values of `saved` that the config's class put `values` in place of, and would again."""
+    candidates = {
+        key: value
+        for key, value in (saved or {}).items()
+        if key in values and key not in _ELSEWHERE and isinstance(value, bool | int | float | str)
+    }
+    return {
+        key: value
+        for key, value in candidates.items()
+        if value != values[key] and _makes(config, dict(values) | {key: value}) == values
+    }
+
+
+def _makes(config: PretrainedConfig, values: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What the config makes of `values`; null where it does not accept them."""
     try:
-        return _built(config, {name: value for name, value in values.items() if name != key}).to_dict().get(key)
+        return _built(config, values).to_dict()
     except Exception:  # each class checks its fields in its own way
         return None
 
@@ -232,6 +272,72 @@ def _lost(made: Mapping[str, Any], given: Mapping[str, Any], path: str) -> Itera
             yield from _lost(there, value, f"{path}.{key}")
         elif there != value:
             yield f"{path}.{key} is {value!r}, but the model's config makes {there!r} of it, by its other values"
+
+
+def _without_window(made: PretrainedConfig, given: Mapping[str, Any]) -> Iterator[str]:
+    if not given.get("use_sliding_window"):
+        return
+    what = f"{_KEY}.use_sliding_window has no effect"
+    kinds = getattr(made, "layer_types", None)
+    if not getattr(made, "sliding_window", None):
+        yield f"{what} without a window, and this checkpoint has none: give {_KEY}.sliding_window too"
+    elif kinds and "sliding_attention" not in kinds:
+        others = [key for key in ("max_window_layers", "layer_types") if hasattr(made, key)]
+        places = " or ".join(f"{_KEY}.{key}" for key in others)
+        yield f"{what}, as all layers of this model are full ones: give {places} too"
+
+
+class _Watched(dict[str, Any]):
+    """Rotary parameters that know which of them were read."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        super().__init__(values)
+        self.read: set[str] = set()
+
+    def __getitem__(self, key: str) -> Any:
+        self.read.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.read.add(key)
+        return super().get(key, default)
+
+    def __deepcopy__(self, memo: Any) -> "_Watched":
+        return self
+
+
+def _unread(made: PretrainedConfig, given: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[str]:
+    """Rotary parameters that the model does not look at when it is built."""
+    rope = getattr(made, "rope_parameters", None)
+    if not isinstance(rope, dict) or not isinstance(given.get("rope_parameters"), dict):
+        return
+    kinds = _by_kind_of_layer(rope)
+    each = {f".{kind}": (given["rope_parameters"].get(kind), values["rope_parameters"][kind]) for kind in kinds}
+    each = each or {"": (given["rope_parameters"], values["rope_parameters"])}
+    asked = {
+        where: [key for key, value in (new or {}).items() if key in _BY_ROPE_TYPE and value != (old or {}).get(key)]
+        for where, (new, old) in each.items()
+    }
+    if not any(asked.values()):
+        return
+    watched = {where: _Watched((rope[where[1:]] if where else rope) or {}) for where in each}
+    config = copy.deepcopy(made)
+    config.rope_parameters = watched[""] if not kinds else rope | {kind: watched[f".{kind}"] for kind in kinds}
+    if unloaded(config) is None:
+        return
+    for where, keys in asked.items():
+        parameters = watched[where]
+        if "rope_theta" not in parameters.read:  # its frequencies come later, or from elsewhere
+            continue
+        if "llama_4_scaling_beta" in parameters:  # read in the forward
+            parameters.read.add("original_max_position_embeddings")
+        path = f"{_KEY}.rope_parameters{where}"
+        for key in keys:
+            if key not in parameters.read:
+                yield (
+                    f"{path}.{key} has no effect on rope_type {parameters.get('rope_type')} of {made.model_type}: "
+                    f"leave it out, or give the {path}.rope_type that it belongs to"
+                )
 
 
 def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ _NAMES = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
+    "self_attn.qkv_proj": "attn_qkv",
     "self_attn.o_proj": "attn_output",
     "self_attn.q_norm": "attn_q_norm",
     "self_attn.k_norm": "attn_k_norm",
@@ -19,6 +20,7 @@ _NAMES = {
     "post_attention_layernorm": "ffn_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
+    "mlp.gate_up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
 _OUTSIDE = {"embed_tokens": "token_embd", "norm": "output_norm"}
@@ -49,7 +51,8 @@ def write_gguf(
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(metadata.pop("rope__freq_base", config.rope_parameters["rope_theta"]))
-    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+    head_dim = config.hidden_size // config.num_attention_heads
+    writer.add_rope_dimension_count(metadata.pop("rope__dimension_count", head_dim))
     writer.add_vocab_size(config.vocab_size)
     for key, value in metadata.items():
         add = writer.add_string if isinstance(value, str) else writer.add_float32

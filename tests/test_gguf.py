@@ -9,6 +9,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -79,14 +80,97 @@ def test_rotary_scaling_that_is_not_read_is_refused_until_it_is_given(further: d
 
 def test_a_rotary_base_that_is_not_read_is_refused_until_it_is_given(tmp_path: Path) -> None:
     # Of StableLM files transformers reads no base: its own default, 10000, would take the place.
-    write_gguf(LLAMA.model(), tmp_path / "default.gguf", architecture="stablelm", rope__freq_base=10000.0)
+    stablelm: dict[str, Any] = {"architecture": "stablelm", "rope__dimension_count": 2}
+    write_gguf(LLAMA.model(), tmp_path / "default.gguf", **stablelm, rope__freq_base=10000.0)
     check_model(of(tmp_path, "default.gguf"))
-    write_gguf(LLAMA.model(), tmp_path / "tiny.gguf", architecture="stablelm", rope__freq_base=123456.0)
+    write_gguf(LLAMA.model(), tmp_path / "tiny.gguf", **stablelm, rope__freq_base=123456.0)
     with pytest.raises(
         ConfigError, match=r"stablelm\.rope\.freq_base=123456.*model\.config_overrides\.rope_parameters"
     ):
         check_model(of(tmp_path))
     check_model(of(tmp_path, config_overrides={"rope_theta": 123456.0}))
+
+
+@pytest.mark.parametrize(
+    ("further", "said", "given"),
+    [
+        (
+            {"rope__dimension_count": 4},
+            r"qwen2\.rope\.dimension_count=4\): give .*rope_parameters\.partial_rotary_factor as",
+            {"rope_parameters": {"rope_type": "linear", "factor": 1.0, "partial_rotary_factor": 0.5}},
+        ),
+        (
+            {"attention__sliding_window": 16.0},
+            r"qwen2\.attention\.sliding_window=16\.0\): give model\.config_overrides\.sliding_window as",
+            {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0},
+        ),
+        ({"attention__scale": 0.9}, r"qwen2\.attention\.scale=0\.89.*attention_multiplier .* or load that model", None),
+        ({"attn_logit_softcapping": 30.0}, r"attn_logit_softcapping=30\.0.* or load that model", None),
+        (
+            {"rope__scaling__attn_factor": 1.5},
+            r"qwen2\.rope\.scaling\.attn_factor=1\.5\): give model\.config_overrides\.rope_parameters as",
+            {"rope_scaling": {"rope_type": "yarn", "factor": 1.0, "attention_factor": 1.5}},
+        ),
+        (
+            {"rope__dimension_count": 4, "rope__scaling__attn_factor": 1.5},
+            r"partial_rotary_factor and model\.config_overrides\.rope_parameters as|"
+            r"rope_parameters and model\.config_overrides\.rope_parameters\.partial_rotary_factor as",
+            None,
+        ),
+    ],
+)
+def test_what_else_of_attention_is_not_read_is_refused_until_it_is_given(
+    further: dict[str, Any], said: str, given: dict[str, Any] | None, tmp_path: Path
+) -> None:
+    write_gguf(LLAMA.model(), tmp_path / "tiny.gguf", architecture="qwen2", **further)
+    with pytest.raises(ConfigError, match=said):
+        check_model(of(tmp_path))
+    # Another override does not stand for it.
+    with pytest.raises(ConfigError, match=said):
+        check_model(of(tmp_path, config_overrides={"rms_norm_eps": 0.5, "rope_theta": 10000.0}))
+    if given is not None:
+        check_model(of(tmp_path, config_overrides=given))
+
+
+def test_what_the_config_does_anyway_is_not_refused(tmp_path: Path) -> None:
+    anyway = {"attention__scale": 8**-0.5, "attention__sliding_window": 256.0, "rope__scaling__attn_factor": 1.0}
+    write_gguf(LLAMA.model(), tmp_path / "tiny.gguf", architecture="qwen2", **anyway)
+    check_model(of(tmp_path))
+    # A quarter of each head is turned in StableLM by default.
+    write_gguf(LLAMA.model(), tmp_path / "quarter.gguf", architecture="stablelm", rope__dimension_count=2)
+    check_model(of(tmp_path, "quarter.gguf"))
+    write_gguf(LLAMA.model(), tmp_path / "whole.gguf", architecture="stablelm", rope__dimension_count=8)
+    with pytest.raises(ConfigError, match=r"stablelm\.rope\.dimension_count=8"):
+        check_model(of(tmp_path, "whole.gguf"))
+    whole = {"rope_parameters": {"partial_rotary_factor": 1.0}}
+    check_model(of(tmp_path, "whole.gguf", config_overrides=whole))
+
+
+def test_biases_of_attention_that_the_config_does_not_ask_for_are_refused_until_it_does(tmp_path: Path) -> None:
+    model = replace(LLAMA, options={"attention_bias": True}).model()
+    with torch.no_grad():  # llama.cpp's converter turns the rows of weights alone
+        for layer in model.get_decoder().layers:
+            layer.self_attn.q_proj.bias.fill_(0.5)
+            layer.self_attn.k_proj.bias.fill_(0.25)
+    write_gguf(model, tmp_path / "tiny.gguf")
+    with pytest.raises(ConfigError, match=r"blk\.0\.attn_k\.bias.*model\.config_overrides\.attention_bias"):
+        check_model(of(tmp_path))
+    decoder = load_backbone(of(tmp_path, config_overrides={"attention_bias": True})).decoder
+    for key, weight in model.get_decoder().state_dict().items():
+        assert torch.equal(decoder.state_dict()[key], weight), key
+
+
+def test_a_type_with_one_projection_for_all_is_read_whole(tmp_path: Path) -> None:
+    phi3 = next(case for case in CASES if case.name == "phi3")
+    # The config of such a file has the padding token of Phi-3 itself.
+    options = {"vocab_size": 32064, "pad_token_id": 32000, "eos_token_id": 32000}
+    model = replace(phi3, options=options).model()
+    write_gguf(model, tmp_path / "tiny.gguf")
+    backbone = load_backbone(of(tmp_path))
+    assert not any("lm_head" in name for name, _ in backbone.decoder.named_modules())
+    for key, weight in model.get_decoder().state_dict().items():
+        assert torch.equal(backbone.decoder.state_dict()[key], weight), key
+    assert len(backbone.probe()) == 3
 
 
 def test_the_file_in_the_current_directory_does_not_take_its_place(in_tmp: Path) -> None:

@@ -1,7 +1,6 @@
 """Loading: without the head, in the dtype asked for, whole or not at all, with the overrides that were asked for."""
 
 import json
-import logging
 import math
 import re
 from dataclasses import replace
@@ -13,14 +12,14 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from test_config import choice, composed
+from test_model_config import CUT
 from transformers import Qwen3Config, Qwen3ForCausalLM
 from zoo import CASES, Case
 
 from qk_sniffer.config import ModelConfig
 from qk_sniffer.errors import ConfigError, SourceError
 from qk_sniffer.job import folder_digest
-from qk_sniffer.loading import load_backbone
-from qk_sniffer.model_config import with_overrides
+from qk_sniffer.loading import check_model, load_backbone
 
 all_cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 multimodal_cases = pytest.mark.parametrize(
@@ -148,6 +147,123 @@ def test_weights_of_another_shape_in_a_multimodal_checkpoint_are_an_error(case: 
         load_backbone(config)
 
 
+def test_weights_of_attention_that_the_config_does_not_ask_for_are_an_error(tmp_path: Path) -> None:
+    case = replace(CASES[0], options={"attention_bias": True, "mlp_bias": True})
+    config = saved(case, tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(file.read_text().replace('_bias": true', '_bias": false'))
+    with pytest.raises(
+        SourceError,
+        match=r"layers\.0\.mlp\.down_proj\.bias, .*config_overrides\.attention_bias=true or .*mlp_bias=true$",
+    ):
+        load_backbone(config)
+    # One of them alone leaves the others.
+    with pytest.raises(
+        SourceError, match=r"self_attn\.k_proj\.bias.*set model\.config_overrides\.attention_bias=true$"
+    ):
+        load_backbone(replace(config, config_overrides={"mlp_bias": True}))
+    biases = {"attention_bias": True, "mlp_bias": True}
+    weights = load_backbone(replace(config, config_overrides=biases)).decoder.state_dict()
+    for name, weight in case.decoder().state_dict().items():
+        assert torch.equal(weights[name], weight), name
+
+
+@multimodal_cases
+def test_further_weights_of_attention_in_a_multimodal_checkpoint_are_an_error(case: Case, tmp_path: Path) -> None:
+    config = saved(case, tmp_path)
+
+    def further(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        scales = {f"{name}_scale": torch.ones(1) for name in weights if name.endswith("self_attn.k_proj.weight")}
+        return weights | {name: scale for name, scale in scales.items() if "vision" not in name}
+
+    change_weights(tmp_path, further)
+    with pytest.raises(SourceError, match=r"does not ask for \d weights .*k_proj\.weight_scale.*quantization_config"):
+        load_backbone(config)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_multimodal", "deepseek_v3", "gpt_neox"])
+def test_masks_tables_and_further_layers_of_a_checkpoint_are_left_out(name: str, tmp_path: Path) -> None:
+    case = next(case for case in CASES if case.name == name)
+    config = saved(case, tmp_path)
+
+    def further(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        found = next(
+            key for key in weights if re.search(r"layers\.0\.(self_attn|attention)\.", key) and "vis" not in key
+        )
+        attention = re.sub(r"(self_attn|attention)\..*", r"\1", found)
+        tower = "vision_tower.encoder.layers.0.self_attn.q_proj.weight_scale"
+        inside = ("bias", "masked_bias", "rotary_emb.inv_freq", "rotary_emb.cos_cached")
+        added = [tower, "lm_head.bias", attention.replace("layers.0", "layers.3") + ".q_proj.bias"]
+        return weights | {key: torch.ones(1) for key in [*added, *(f"{attention}.{part}" for part in inside)]}
+
+    change_weights(tmp_path, further)
+    load_backbone(config)
+
+
+def test_layers_that_are_cut_off_are_not_asked_for(tmp_path: Path) -> None:
+    config = saved(replace(CASES[0], options={"attention_bias": True}), tmp_path)
+    assert len(load_backbone(replace(config, config_overrides={"num_hidden_layers": 1})).attention_layers) == 1
+
+
+SEQ2SEQ: dict[str, Any] = {
+    "t5": transformers.T5Config(vocab_size=96, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4),
+    "bart": transformers.BartConfig(
+        vocab_size=96,
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SEQ2SEQ)
+def test_an_encoder_decoder_is_refused_unless_its_decoder_alone_is_asked_for(name: str, tmp_path: Path) -> None:
+    whole = transformers.AutoModelForSeq2SeqLM.from_config(SEQ2SEQ[name])
+    whole.save_pretrained(tmp_path)
+    config = ModelConfig(name=str(tmp_path), dtype="float32")
+    with pytest.raises(SourceError, match=r"attends to an encoder.*model\.config_overrides\.is_encoder_decoder=false"):
+        check_model(config)
+    backbone = load_backbone(replace(config, config_overrides={"is_encoder_decoder": False}))
+    assert len(backbone.probe()) == 2
+    expected = whole.get_decoder().state_dict()
+    for key, weight in backbone.decoder.state_dict().items():
+        assert torch.equal(weight, expected[key]), key
+
+
+def test_a_decoder_saved_from_an_encoder_decoder_type_is_captured(tmp_path: Path) -> None:
+    transformers.BartForCausalLM(SEQ2SEQ["bart"]).save_pretrained(tmp_path)
+    assert len(load_backbone(ModelConfig(name=str(tmp_path), dtype="float32")).probe()) == 2
+
+
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own_llama"
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_code_that_comes_with_a_checkpoint_may_offer_the_model_with_its_head_alone(tmp_path: Path) -> None:
+    config = replace(saved(CASES[0], tmp_path), trust_remote_code=True)
+    file = tmp_path / "config.json"
+    classes = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_type": "own_llama", "auto_map": classes}))
+    (tmp_path / "own.py").write_text(OWN_CODE)
+    decoder = load_backbone(config).decoder
+    for name, weight in CASES[0].decoder().state_dict().items():
+        assert torch.equal(decoder.state_dict()[name], weight), name
+    change_weights(tmp_path, lambda weights: {key: weights[key] for key in weights if "1.self_attn.k" not in key})
+    with pytest.raises(SourceError, match=r"lacks.* 1 weights of the decoder: model\.layers\.1\.self_attn\.k_proj"):
+        load_backbone(config)
+
+
 def test_a_checkpoint_in_shards_is_whole_or_an_error(tmp_path: Path) -> None:
     model = CASES[0].model()
     model.save_pretrained(tmp_path, max_shard_size="20KB")
@@ -210,15 +326,6 @@ QWEN3_ALL: dict[str, Any] = {
     "use_sliding_window": False,
 }
 """What they have in common, in the spelling of the transformers of their time."""
-
-CUT: dict[str, Any] = {
-    "vocab_size": 32,
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-}
 
 
 def qwen3(slug: str, folder: Path) -> Path:
@@ -306,128 +413,30 @@ def test_each_kind_of_layer_has_the_rotary_parameters_that_it_was_given(tmp_path
         assert embedding["sliding_attention_inv_freq"] == pytest.approx(plain_frequencies(16, 5e5).tolist())
 
 
-CONFIGS: dict[str, Any] = {
-    "qwen3": transformers.Qwen3Config(**CUT | {"num_hidden_layers": 4}),
-    "gemma3": transformers.Gemma3TextConfig(**CUT),
-    "gpt2": transformers.GPT2Config(),
-    "llama": transformers.LlamaConfig(**CUT),
-    "smollm3": transformers.SmolLM3Config(**CUT | {"num_hidden_layers": 4, "pad_token_id": 0}),
-    "glm": transformers.GlmConfig(**CUT, pad_token_id=0),
-    "mixtral": transformers.MixtralConfig(**CUT),
-}
+@pytest.mark.parametrize("name", ["Qwen2", "Qwen3", "Qwen2Moe"])
+def test_a_window_that_the_checkpoint_has_and_does_not_use_can_be_turned_on(name: str, tmp_path: Path) -> None:
+    experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8}
+    options = CUT | (experts | {"shared_expert_intermediate_size": 8} if name == "Qwen2Moe" else {})
+    made = getattr(transformers, f"{name}Config")(**options, max_window_layers=1)
+    transformers.AutoModelForCausalLM.from_config(made).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    values = json.loads(file.read_text())
+    del values["layer_types"]
+    config = ModelConfig(name=str(tmp_path), dtype="float32")
 
+    def windows(saved_window: int | None, **overrides: Any) -> set[int | None]:
+        file.write_text(json.dumps(values | {"sliding_window": saved_window}))
+        facts = load_backbone(replace(config, config_overrides=overrides)).probe()
+        return {fact.heads.sliding_window for fact in facts}
 
-@pytest.mark.parametrize(
-    ("name", "overrides", "expected"),
-    [
-        ("llama", {"rms_norm_eps": 0.5}, {"rms_norm_eps": 0.5}),
-        (
-            "llama",
-            {"rope_parameters": {"rope_theta": 5.0}},
-            {"rope_parameters": {"rope_theta": 5.0, "rope_type": "default"}},
-        ),
-        ("llama", {"rope_theta": 5.0}, {"rope_parameters": {"rope_theta": 5.0, "rope_type": "default"}}),
-        (
-            "glm",
-            {"partial_rotary_factor": 0.25},
-            {"rope_parameters": {"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 0.25}},
-        ),
-        ("gpt2", {"num_hidden_layers": 3}, {"n_layer": 3}),
-        ("mixtral", {"num_experts": 4}, {"num_local_experts": 4}),
-        ("qwen3", {"num_hidden_layers": 2}, {"num_hidden_layers": 2, "layer_types": ["full_attention"] * 2}),
-        (
-            "qwen3",
-            {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
-            {"sliding_window": 8, "layer_types": ["full_attention"] * 2 + ["sliding_attention"] * 2},
-        ),
-        ("smollm3", {"no_rope_layer_interval": 2}, {"no_rope_layers": [1, 0, 1, 0]}),
-    ],
-)
-def test_an_override_is_what_the_config_holds_and_what_follows_from_it_does(
-    name: str, overrides: dict[str, Any], expected: dict[str, Any]
-) -> None:
-    before = CONFIGS[name].to_dict()
-    made = with_overrides(CONFIGS[name], overrides).to_dict()
-    assert {key: made[key] for key in expected} == expected
-    assert CONFIGS[name].to_dict() == before
-    # Some classes keep `partial_rotary_factor` beside `rope_parameters` too.
-    assert {key for key in made if made[key] != before.get(key)} <= {*overrides, *expected}
-
-
-def test_a_field_that_is_a_dict_takes_free_keys() -> None:
-    config = transformers.LlamaConfig(**CUT, quantization_config={"quant_method": "other", "kept": {"a": 1}})
-    made = with_overrides(config, {"quantization_config": {"quant_method": "mine", "kept": {"b": 2}, "free": [1]}})
-    assert made.quantization_config == {"quant_method": "mine", "kept": {"a": 1, "b": 2}, "free": [1]}
-
-
-REFUSED: list[tuple[str, dict[str, Any], str]] = [
-    ("llama", {"num_layers": 3}, r"num_layers: the llama config has no such key; did you mean num_hidden_layers"),
-    ("llama", {"xyzzy": 3}, r"xyzzy: the llama config has no such key; its keys are those of .*LlamaConfig$"),
-    ("llama", {"temperature": 1.0}, r"temperature: the llama config has no such key"),
-    ("llama", {"partial_rotary_factor": 0.5}, r"partial_rotary_factor: the llama config has no such key"),
-    ("gpt2", {"rope_theta": 1.0}, r"rope_theta: the gpt2 config has no such key"),
-    ("gpt2", {"n_layer": 3, "num_hidden_layers": 4}, r"num_hidden_layers: n_layer is the same key"),
-    ("llama", {"dtype": "float32"}, r"dtype: set model\.dtype"),
-    ("llama", {"attn_implementation": "eager"}, r"attn_implementation: set model\.attn_implementation"),
-    ("llama", {"_attn_implementation": "eager"}, r"_attn_implementation: set model\.attn_implementation"),
-    ("llama", {"_name_or_path": "x"}, r"_name_or_path: the llama config has no such key"),
-    ("llama", {"model_type": "qwen3"}, r"model_type: it is what the checkpoint is"),
-    ("gemma3", {"text_config": {"num_hidden_layers": 1}}, r"text_config: .* give its keys without text_config"),
-    ("llama", {"rope_parameters": None}, r"rope_parameters is None; it must be a dict"),
-    ("llama", {"rope_scaling": 4.0}, r"rope_scaling is 4\.0; it must be a dict"),
-    ("llama", {"hidden_size": {"a": 1}}, r"hidden_size is a dict, but it is one value \(16\)"),
-    (
-        "gemma3",
-        {"rope_parameters": {"full_attention": 8.0}},
-        r"full_attention is 8\.0, but it is a dict: give its keys",
-    ),
-    ("llama", {"hidden_size": "wide"}, r"LlamaConfig does not accept them: .*hidden_size"),
-    ("llama", {"rope_parameters": {"rope_type": "yarn"}}, r"LlamaConfig does not accept them: .*factor"),
-    ("llama", {"rope_parameters": {"rope_type": "yarnn"}}, r"rope_type is 'yarnn'; valid: default, .*, yarn$"),
-    ("llama", {"rope_scaling": {"factor": 4.0}}, r"factor has no effect on rope_type default; give .*rope_type too"),
-    ("llama", {"rope_theta": 5.0, "rope_parameters": {"rope_theta": 6.0}}, r"rope_theta: given in two spellings"),
-    ("llama", {"rope_scaling": {"type": "linear", "rope_type": "yarn", "factor": 2.0}}, r"rope_type: given in two"),
-    ("llama", {"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, r"one set of rotary parameters for all"),
-    ("gemma3", {"rope_theta": 5.0}, r"rope_theta: .* each kind of layer; .*rope_parameters\.full_attention"),
-    (
-        "gemma3",
-        {"rope_scaling": {"type": "linear", "factor": 8.0}},
-        r"rope_scaling\.type, rope_scaling\.factor: .* each",
-    ),
-    ("gemma3", {"rope_scaling": None}, r"rope_scaling is None; it must be a dict"),
-    ("gemma3", {"rope_parameters": {"factor": 8.0}}, r"rope_parameters\.factor: .* each kind of layer"),
-    ("gemma3", {"rope_parameters": {"full_attention": {"factor": 8.0}}}, r"full_attention\.factor has no effect"),
-    ("qwen3", {"sliding_window": 8}, r"sliding_window is 8, but the model's config makes None of it"),
-    ("qwen3", {"num_hidden_layers": 2, "layer_types": ["full_attention"]}, r"does not accept them: .*layer_types"),
-]
-
-
-@pytest.mark.parametrize(("name", "overrides", "said"), REFUSED, ids=lambda value: str(value)[:60])
-def test_an_override_without_effect_is_refused_with_the_way_out(
-    name: str, overrides: dict[str, Any], said: str
-) -> None:
-    with pytest.raises(ConfigError) as caught:
-        with_overrides(CONFIGS[name], overrides)
-    (problem,) = caught.value.problems
-    assert problem.startswith("model.config_overrides") and re.search(said, problem), problem
-
-
-def test_layers_that_are_the_checkpoints_own_are_overridden_with_what_they_would_follow_from() -> None:
-    kinds = ["full_attention", "full_attention", "sliding_attention", "full_attention"]
-    config = transformers.Qwen3Config(**CUT | {"num_hidden_layers": 4}, layer_types=kinds)
-    assert with_overrides(config, {"rms_norm_eps": 0.5}).layer_types == kinds
-    with pytest.raises(
-        ConfigError, match=r"layer_types would follow from num_hidden_layers.*override .*layer_types too"
-    ):
-        with_overrides(config, {"num_hidden_layers": 2})
-    assert with_overrides(config, {"num_hidden_layers": 2, "layer_types": kinds[1:3]}).layer_types == kinds[1:3]
-
-
-def test_a_rotary_parameter_that_is_unheard_of_is_passed_on_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    given = {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "factr": 4.0}}
-    with caplog.at_level(logging.WARNING, "qk_sniffer"):
-        assert with_overrides(CONFIGS["llama"], given).rope_parameters["factr"] == 4.0
-    assert "rope_parameters.factr" in caplog.text and "rope_parameters.factor" not in caplog.text
+    assert windows(16, use_sliding_window=False) == windows(16, rms_norm_eps=0.5) == {None}
+    assert windows(16, use_sliding_window=True) == {None, 16}
+    assert windows(16, use_sliding_window=True, sliding_window=8) == {None, 8}
+    with pytest.raises(ConfigError, match=r"use_sliding_window has no effect without a window.*\.sliding_window too"):
+        windows(None, use_sliding_window=True)
+    no_layers = {"max_window_layers": 2 if name != "Qwen2Moe" else 0}
+    with pytest.raises(ConfigError, match=r"all layers .* full ones: give .*max_window_layers or .*layer_types too"):
+        windows(16, use_sliding_window=True, **no_layers)
 
 
 def test_fewer_layers_are_the_first_ones(tmp_path: Path) -> None:

@@ -1,8 +1,12 @@
 """Whatever happens to a job, nothing that was written is lost, and the same command ends with the same dataset."""
 
+import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -14,7 +18,8 @@ import pytest
 import torch
 from forked import STEPS, Server
 from jobs import QWEN3, hashes, heads_of, run, settings, vectors
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
+from stub_hub import StubHub
 from tiny import save_checkpoint
 
 from qk_sniffer.store import manifest as manifests
@@ -159,9 +164,7 @@ def test_a_damaged_segment_is_found_and_its_examples_run_again(
     harm: str, server: Server, job: dict[str, Any], whole: dict[str, str]
 ) -> None:
     job["inference"]["lookahead"] = 4
-    child = server.start(
-        job, slow={"forward": 0.05}, before="from qk_sniffer.store import journal; journal.FLUSH_S = 0"
-    )
+    child = server.start(job, slow={"compaction": 0.5})
     assert child.reaches("compaction")
     child.send(signal.SIGKILL)
     child.wait()
@@ -250,3 +253,66 @@ def test_what_is_not_finite_is_kept_counted_and_told(
     assert f"{sum(counted.values()):,} rows of 4 heads hold NaN or infinite numbers" in capsys.readouterr().out
     assert manifests.read(root)["proof"]["proven"] is True
     assert manifests.read(root)["rows"] > sum(counted.values())
+
+
+RUN = """
+import json, sys, time
+from qk_sniffer import capture, run
+from qk_sniffer.config import from_dict
+real = capture.Capture.run
+def slow(self, plan):
+    real(self, plan)
+    print("batch", flush=True)
+    time.sleep(float(sys.argv[2]))
+capture.Capture.run = slow
+run.run_job(from_dict(json.loads(sys.argv[1])))
+"""
+
+
+def test_the_commit_of_the_first_start_is_used_though_main_has_moved(
+    checkpoint: Path, texts: Path, tmp_path: Path
+) -> None:
+    files = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
+    weights = {name: weight * 2 for name, weight in load_file(checkpoint / "model.safetensors").items()}
+    with StubHub() as hub:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+        environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hub"), "HF_HUB_DISABLE_XET": "1"}
+
+        def process(root: Path, seconds: float) -> subprocess.Popen[str]:
+            values = json.dumps(settings(Path("org/model"), texts, root, **SECTIONS))
+            command = [sys.executable, "-c", RUN, values, str(seconds)]
+            return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+
+        first = hub.commit("org/model", files)
+        with process(tmp_path / "whole", 0.0) as whole:
+            whole.communicate()
+        with process(tmp_path / "out", 0.05) as stopped:
+            assert stopped.stdout is not None
+            assert [stopped.stdout.readline() for _ in range(5)] == ["batch\n"] * 5
+            stopped.send_signal(signal.SIGTERM)
+        hub.commit("org/model", files | {"model.safetensors": save(weights, {"format": "pt"})})
+        with process(tmp_path / "out", 0.0) as again:
+            said, _ = again.communicate()
+        with process(tmp_path / "new", 0.0) as new:
+            new.communicate()
+    assert (whole.returncode, again.returncode, new.returncode) == (0, 0, 0)
+    assert said.count("batch") < 24
+    assert manifests.read(tmp_path / "out")["commits"]["model"] == first
+    assert hashes(tmp_path / "out") == hashes(tmp_path / "whole")
+    assert hashes(tmp_path / "new") != hashes(tmp_path / "whole"), "the model did move"
+
+
+def test_a_folder_that_cannot_be_written_is_said_before_anything_is_loaded(server: Server, job: dict[str, Any]) -> None:
+    with tempfile.TemporaryDirectory() as folder:  # not below pytest's, which others may not enter
+        locked = Path(folder) / "locked"
+        locked.mkdir()
+        for path in (Path(folder), locked):
+            path.chmod(0o555)
+        shutil.copytree(job["model"]["name"], Path(folder) / "model")
+        job["model"]["name"] = f"{folder}/model"
+        job["dataset"]["path"] = shutil.copy(job["dataset"]["path"], folder)
+        job["output"]["data_root"] = f"{locked}/out"
+        child = server.start(job, before="import os; os.getuid() or os.setuid(65534)")
+        assert child.wait() == 1 and "forward" not in child.told
+        assert "cannot write to the data root" in child.stderr and "another output.data_root" in child.stderr
+        assert list(locked.iterdir()) == []

@@ -27,7 +27,7 @@ FLOOR := .venv-floor
 FLOOR_TRANSFORMERS := 5.17.0
 
 floor: $(FLOOR)/.installed  ## the tests of what depends on transformers, with its oldest version
-	$(FLOOR)/bin/python -m pytest -n 2 -q $(addprefix tests/test_,attention.py banded.py backbone.py loading.py gguf.py model_config.py multimodal.py proof.py rotary.py run.py resume.py tap.py)
+	$(FLOOR)/bin/python -m pytest -n 2 -q $(addprefix tests/test_,attention.py banded.py backbone.py loading.py loading_overrides.py gguf.py model_config.py multimodal.py proof.py rotary.py run.py resume.py tap.py)
 
 $(FLOOR)/.installed: pyproject.toml constraints.txt
 	test -x $(FLOOR)/bin/python || $(PYTHON) -m venv $(FLOOR)

@@ -19,24 +19,24 @@ def show(root: Path, note: str) -> None:
     keyed = [(parse_head_name(name.split("/")[0]), name) for name in files]
     heads = sorted((key.layer, KINDS.index(key.kind), key.head, name) for key, name in keyed if key is not None)
     size_mb = sum(entry["bytes"] for entry in files.values()) / 1e6
-    counts = f"{_counted(manifest['examples'], 'example')}, {_counted(manifest['tokens'], 'token')}"
-    made = f"{_counted(manifest['rows'], 'row')} of {_counted(len(heads), 'head')}"
-    print(f"{made}, from {counts}; {_counted(len(files), 'file')}, {size_mb:,.1f} MB.")
+    counts = f"{counted(manifest['examples'], 'example')}, {counted(manifest['tokens'], 'token')}"
+    made = f"{counted(manifest['rows'], 'row')} of {counted(len(heads), 'head')}"
+    print(f"{made}, from {counts}; {counted(len(files), 'file')}, {size_mb:,.1f} MB.")
     for key, meaning in (
         ("truncated_examples", "cut to model.tokenizer.max_length"),
         ("skipped_rows", "without text left out"),
     ):
         if manifest[key]:
-            print(f"{_counted(manifest[key], 'example')} {meaning}.")
+            print(f"{counted(manifest[key], 'example')} {meaning}.")
     if not manifest["rows"]:
         print("The sampler kept no row: raise sampler.base_rate.")
     if nonfinite := manifest.get("nonfinite_rows"):
-        rows, heads_with = _counted(sum(nonfinite.values()), "row"), _counted(len(nonfinite), "head")
+        rows, heads_with = counted(sum(nonfinite.values()), "row"), counted(len(nonfinite), "head")
         print(f"{rows} of {heads_with} hold NaN or infinite numbers, kept as the model computed them.")
     proof = manifest["proof"]
     if proof["proven"]:
         largest = max(proof["largest_difference_by_layer"].values())
-        which = _counted(len(proof["examples"]), "example")
+        which = counted(len(proof["examples"]), "example")
         print(f"Proven: rows of {which}, derived again by hooks, differ by {largest:.1g} at most (relative).")
     elif proof["proven"] is None:
         print(f"Not proven: {proof['reason']}.")
@@ -45,5 +45,6 @@ def show(root: Path, note: str) -> None:
     print(READING.format(file=root / heads[0][-1]))
 
 
-def _counted(number: int, noun: str) -> str:
+def counted(number: int, noun: str) -> str:
+    """`1 row`, `2,000 rows`."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

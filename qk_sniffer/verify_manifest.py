@@ -18,7 +18,8 @@ from qk_sniffer.store.journal import Journal
 from qk_sniffer.store.layout import Layout, schema
 from qk_sniffer.store.locks import holder, is_held
 from qk_sniffer.store.manifest import FileEntry
-from qk_sniffer.verify_report import ANEW, Fault, counted
+from qk_sniffer.summary import counted
+from qk_sniffer.verify_report import ANEW, Fault
 from qk_sniffer.verify_rows import Head
 
 EXAMPLES = "examples/data.parquet"

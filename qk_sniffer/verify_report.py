@@ -6,6 +6,7 @@ from pathlib import Path
 
 from qk_sniffer.heads import compact_ranges
 from qk_sniffer.store.layout import KINDS, HeadKey
+from qk_sniffer.summary import counted
 
 ANEW = "fetch the dataset again, or make it anew: its command with output.overwrite=true"
 
@@ -141,11 +142,6 @@ def named(heads: Collection[HeadKey], whole: Collection[HeadKey]) -> str:
         for same, layers in alike.items():
             parts.append(f"{name} {_plural('head', same)} of {_plural('layer', layers)}")
     return "; ".join(parts)
-
-
-def counted(number: int, noun: str) -> str:
-    """`1 row`, `2,000 rows`."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def in_mb(size: int) -> str:

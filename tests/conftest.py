@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -66,3 +67,25 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if os.environ.get("QK_SNIFFER_NO_SKIPS") == "1" and reporter is not None and reporter.stats.get("skipped"):
         reporter.write_line("skipped tests, and QK_SNIFFER_NO_SKIPS=1", red=True)
         session.exitstatus = 1
+
+
+@pytest.fixture(scope="session")
+def verify_base(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset with some of the rows: head_dim 16, layers 0 and 2 with windows of 12, 4 query and 2 key heads."""
+    from jobs import TEXTS, run
+
+    folder = tmp_path_factory.mktemp("verify")
+    texts = folder / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    with pytest.MonkeyPatch.context() as patch:
+        import datasets.config
+
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
+        patch.setenv("HF_DATASETS_CACHE", str(folder / "cache"))
+        return run(checkpoint, texts, folder / "out", sampler={"type": "uniform", "base_rate": 6.0})
+
+
+@pytest.fixture
+def root(verify_base: Path, tmp_path: Path) -> Path:
+    """A copy of that dataset, to be harmed."""
+    return Path(shutil.copytree(verify_base, tmp_path / "out"))

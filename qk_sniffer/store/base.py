@@ -15,8 +15,6 @@ from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.journal import ExampleRecord
 from qk_sniffer.store.layout import Layout
 
-_READ_BYTES = 1 << 22
-
 
 @dataclass(frozen=True)
 class Base:
@@ -102,8 +100,5 @@ def describe(layout: Layout) -> dict[str, Any]:
 
 
 def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while part := file.read(_READ_BYTES):
-            digest.update(part)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()

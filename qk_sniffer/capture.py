@@ -80,8 +80,7 @@ class Capture:
         def take(call: AttentionCall) -> None:
             for kind, states in (("q", call.query), ("k", call.key)):
                 if (where := wanted.pop((call.layer, kind), None)) is not None:
-                    with self._stages("gather"):
-                        self._take(plan, call.layer, kind, states, *where)
+                    self._take(plan, call.layer, kind, states, *where)
             if call.layer == self._last_layer:
                 raise ForwardDone
 
@@ -103,18 +102,19 @@ class Capture:
     def _take(
         self, plan: BatchPlan, layer: int, kind: str, states: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor
     ) -> None:
-        picks = plan.picks[layer, kind]
+        picks, row_bytes = plan.picks[layer, kind], states.shape[-1] * states.element_size()
         heads = torch.tensor(self._heads[layer, kind], device=states.device)[:, None]
         rows, positions = rows.to(states.device), positions.to(states.device)  # layers may be on several devices
         source_index = np.array([example.index for example in plan.examples])[picks.row]
-        step = max(1, PIECE_BYTES // (len(heads) * states.shape[-1] * states.element_size()))
+        step = max(1, min(PIECE_BYTES, self._writer.piece_bytes) // (len(heads) * row_bytes))
         for start in range(0, len(picks.row), step):
             piece = slice(start, start + step)
-            vectors = states[rows[None, piece], heads, positions[None, piece]]
-            with self._stages("transfer"):
-                vectors = vectors.cpu()
+            with self._stages("gather"):
+                vectors = states[rows[None, piece], heads, positions[None, piece]]
             token_id = None
             if self._token_ids:
-                token_id = plan.ids.numpy()[picks.row[piece], picks.position[piece]].astype(np.int32)
-            with self._stages("queue"):
+                token_id = plan.ids.numpy()[picks.row[piece], picks.position[piece]]
+            waited_s = self._writer.wait_s
+            with self._stages("transfer"):
                 self._writer.put(Rows(layer, kind, vectors, source_index[piece], picks.position[piece], token_id))
+            self._stages.move(self._writer.wait_s - waited_s, "transfer", "queue")

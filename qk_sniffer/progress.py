@@ -32,6 +32,11 @@ class Stages:
             self._inner[-1] += whole
             self.seconds[name] = self.seconds.get(name, 0.0) + own
 
+    def move(self, seconds: float, source: str, target: str) -> None:
+        """Counts `seconds` of the stage `source`, which is over, for `target`."""
+        self.seconds[source] -= seconds
+        self.seconds[target] = self.seconds.get(target, 0.0) + seconds
+
 
 def describe(seconds: dict[str, float]) -> str:
     """`forward 12.3 s, gather 0.1 s`, longest first; stages under a millisecond are left out."""

@@ -30,7 +30,7 @@ from qk_sniffer.store.manifest import FileEntry, Written
 from qk_sniffer.store.parquet import ParquetFile
 from qk_sniffer.store.plan import Block, Group, Plan, SegmentFiles, find_blocks, make_plan
 
-ROW_GROUP_BYTES = 8 << 20
+ROW_GROUP_BYTES = 4 << 20
 """Of float32 vectors in a row group: 16,384 rows of 128 numbers. Large enough that the columns compress as well as
 they ever do and a group's overhead is nothing; small enough for the memory of many threads, and for readers that
 want a few examples of a large file."""

@@ -20,8 +20,10 @@ from types import TracebackType
 from typing import Any, Self
 
 from qk_sniffer.errors import StoreError
+from qk_sniffer.memory import trim
+from qk_sniffer.store.buffer import Buffer
 from qk_sniffer.store.disk import explained
-from qk_sniffer.store.rows import Form, Piece, Rows, block_tensors
+from qk_sniffer.store.rows import RUN_COLUMNS, Form, Piece, Rows, block_tensors
 from qk_sniffer.store.segment import SUFFIX, DamageError, read_header, segment_number, verify_segment, write_segment
 
 __all__ = ["FLUSH_S", "ExampleRecord", "Journal", "JournalWriter", "Rows"]
@@ -162,15 +164,17 @@ class JournalWriter:
 
     Left by an exception, it still makes the batches durable that were complete, and drops the open one.
     `durable_examples`, `bytes_written`, `write_s` (the thread's time), `wait_s` (that `put` waited): so far.
+    `piece_bytes`: of larger rows than that, few wait at a time; better put in parts.
     """
 
     def __init__(self, journal: Journal, queue_bytes: int, segment_bytes: int, flush_s: float) -> None:
         self._journal = journal
-        self._queue_bytes = queue_bytes
         self._segment_bytes = segment_bytes
         self._flush_s = flush_s
         self._changed = threading.Condition()
         self._queue: deque[Piece | _End] = deque()
+        self._buffer = Buffer(queue_bytes)
+        self.piece_bytes = queue_bytes // 4
         self._held = 0  # bytes not durable yet: those in the queue and those in the thread's hands
         self._room_wanted = False
         self._closing = False
@@ -189,7 +193,7 @@ class JournalWriter:
         self._thread.start()
 
     def put(self, rows: Rows) -> None:
-        """Hands over rows of the open batch; waits while more than `queue_bytes` would not be durable.
+        """Copies rows of the open batch, from any device; waits while more than `queue_bytes` would not be durable.
 
         Rows larger than all of `queue_bytes` are taken once nothing else waits.
 
@@ -197,19 +201,23 @@ class JournalWriter:
             StoreError: the thread failed.
             ValueError: the rows are not as `Rows` says, or not like earlier ones of the same (layer, kind).
         """
-        piece = Piece(rows, self._batch)
-        if (form := self._forms.setdefault((rows.layer, rows.kind), piece.form)) != piece.form:
-            raise ValueError(f"rows of layer {rows.layer} {rows.kind} are {piece.form}, earlier ones {form}")
-        if not piece.num_rows:
+        form, runs = rows.form, rows.runs(self._batch)
+        if (earlier := self._forms.setdefault((rows.layer, rows.kind), form)) != form:
+            raise ValueError(f"rows of layer {rows.layer} {rows.kind} are {form}, earlier ones {earlier}")
+        if not rows.num_rows:
             return
-        self._batch_index |= piece.indices
+        self._batch_index |= set(runs[:, RUN_COLUMNS.index("index")].tolist())
         with self._changed:
             start = time.monotonic()
-            while self._error is None and self._held and self._held + piece.nbytes > self._queue_bytes:
+            self._check_open()
+            while (slot := self._buffer.take(rows.nbytes)) is None:
                 self._room_wanted = True
                 self._changed.notify_all()
                 self._changed.wait()
+                self._check_open()
             self.wait_s += time.monotonic() - start
+        piece = Piece.copied(rows, self._batch, runs, slot)
+        with self._changed:
             self._check_open()
             self._queue.append(piece)
             self._held += piece.nbytes
@@ -286,14 +294,17 @@ class JournalWriter:
                 start = time.monotonic()
                 with explained(self._journal.folder, "write the journal"):
                     path = self._write(items)
+                trim()  # once a segment costs nothing
                 with self._changed:
                     self.write_s += time.monotonic() - start
                     self.bytes_written += path.stat().st_size
                     self._held -= sum(item.nbytes for item in items)
-                    for end in items:
-                        if isinstance(end, _End):
-                            self._done.append(end)
-                            self.durable_examples += len(end.records)
+                    for item in items:
+                        if isinstance(item, _End):
+                            self._done.append(item)
+                            self.durable_examples += len(item.records)
+                        else:
+                            self._buffer.give_back(item.slot)
                     self._changed.notify_all()
         except BaseException as error:
             with self._changed:
@@ -333,7 +344,7 @@ class JournalWriter:
         for item in items:
             since = self._since.setdefault(item.batch, number)
             if isinstance(item, Piece):
-                pieces.setdefault((item.rows.layer, item.rows.kind), []).append(item)
+                pieces.setdefault((item.layer, item.kind), []).append(item)
             else:
                 records = [astuple(record) for record in item.records]
                 ended.append({"batch": item.batch, "since": since, "records": records})

@@ -12,14 +12,15 @@ compaction can be planned without reading the rows, and each head's rows of a bl
 """
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from qk_sniffer.store.buffer import Slot
 from qk_sniffer.store.layout import KINDS
 from qk_sniffer.store.segment import Tensor
 
@@ -38,11 +39,21 @@ _JOIN_BYTES = 1 << 23
 Int64 = npt.NDArray[np.int64]
 
 
+@dataclass(frozen=True)
+class Form:
+    """What the rows of a (layer, kind) have in common throughout a journal."""
+
+    num_heads: int
+    head_dim: int
+    dtype: str
+    token_ids: bool
+
+
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """Sampled rows of one (layer, kind) of a batch, or of a part of it. Not to be changed once they were put.
+    """Sampled rows of one (layer, kind) of a batch, or of a part of it.
 
-    `vectors` (num_heads, num_rows, head_dim): on the CPU, in the model's own dtype, which is bfloat16, float16 or
+    `vectors` (num_heads, num_rows, head_dim): on any device, in the model's own dtype, which is bfloat16, float16 or
     float32; the heads in the order that `HeadSpec.row` refers to. `index` (num_rows,): where each row's example
     stands in the source, equal ones together. `position` (num_rows,): ascending within an example.
     `token_id` (num_rows,), or None.
@@ -55,73 +66,97 @@ class Rows:
     position: npt.NDArray[np.integer[Any]]
     token_id: npt.NDArray[np.integer[Any]] | None = None
 
-
-@dataclass(frozen=True)
-class Form:
-    """What the rows of a (layer, kind) have in common throughout a journal."""
-
-    num_heads: int
-    head_dim: int
-    dtype: str
-    token_ids: bool
-
-
-@dataclass(frozen=True, eq=False)
-class Piece:
-    """Checked rows with the number of their batch.
-
-    Raises:
-        ValueError: the rows are not as `Rows` says.
-    """
-
-    rows: Rows
-    batch: int
-
-    def __post_init__(self) -> None:
-        rows = self.rows
-        if str(rows.vectors.dtype) not in DTYPES:
-            raise ValueError(f"vectors of {rows.vectors.dtype} cannot be stored; {', '.join(DTYPES)} can")
-        if rows.vectors.device.type != "cpu":
-            raise ValueError(f"vectors on {rows.vectors.device} cannot be stored; move them to the CPU")
-        if rows.kind not in KINDS:
-            raise ValueError(f"the kind is {rows.kind!r}; it must be one of {KINDS}")
-        columns = [rows.index, rows.position] + ([] if rows.token_id is None else [rows.token_id])
-        if any(column.shape != (self.num_rows,) for column in columns):
-            raise ValueError(f"{self.num_rows} vectors a head come with columns of {[c.shape for c in columns]}")
-        assert self.runs is not None
-
     @property
     def num_rows(self) -> int:
-        return int(self.rows.vectors.shape[1])
-
-    @property
-    def nbytes(self) -> int:
-        return self.rows.vectors.numel() * self.rows.vectors.element_size() + 12 * self.num_rows
+        return int(self.vectors.shape[1])
 
     @property
     def form(self) -> Form:
-        num_heads, _, head_dim = self.rows.vectors.shape
-        return Form(num_heads, head_dim, DTYPES[str(self.rows.vectors.dtype)], self.rows.token_id is not None)
+        """
+        Raises:
+            ValueError: the kind is none, or vectors of this dtype cannot be stored.
+        """
+        if self.kind not in KINDS:
+            raise ValueError(f"the kind is {self.kind!r}; it must be one of {KINDS}")
+        if (dtype := DTYPES.get(str(self.vectors.dtype))) is None:
+            raise ValueError(f"vectors of {self.vectors.dtype} cannot be stored; {', '.join(DTYPES)} can")
+        num_heads, _, head_dim = self.vectors.shape
+        return Form(num_heads, head_dim, dtype, self.token_id is not None)
 
     @property
-    def indices(self) -> set[int]:
-        """The examples that the rows are of."""
-        return set(self.runs[:, RUN_COLUMNS.index("index")].tolist())
+    def nbytes(self) -> int:
+        """What they take in a buffer."""
+        columns = 1 if self.token_id is None else 2
+        return self.vectors.numel() * self.vectors.element_size() + 4 * columns * self.num_rows
 
-    @cached_property
-    def runs(self) -> Int64:
-        """(num_runs, 6), the starts counted from the piece's first row."""
-        index, position = self.rows.index.astype(np.int64), self.rows.position.astype(np.int64)
+    def runs(self, batch: int) -> Int64:
+        """(num_runs, 6): see `RUN_COLUMNS`.
+
+        Raises:
+            ValueError: the columns are not as this class says.
+        """
+        columns = [self.index, self.position] + ([] if self.token_id is None else [self.token_id])
+        if any(column.shape != (self.num_rows,) for column in columns):
+            raise ValueError(f"{self.num_rows} vectors a head come with columns of {[c.shape for c in columns]}")
         if not self.num_rows:
             return np.empty((0, len(RUN_COLUMNS)), np.int64)
+        index, position = self.index.astype(np.int64), self.position.astype(np.int64)
         starts = np.flatnonzero(np.concatenate([[True], index[1:] != index[:-1]]))
         stops = np.append(starts[1:], self.num_rows)
         ascends = position[1:] > position[:-1]
         ascends[starts[1:] - 1] = True
         if not ascends.all():
-            raise ValueError(f"positions of layer {self.rows.layer} {self.rows.kind} do not ascend within an example")
-        batch = np.full(len(starts), self.batch)
-        return np.stack([batch, index[starts], starts, stops - starts, position[starts], position[stops - 1]], axis=1)
+            raise ValueError(f"positions of layer {self.layer} {self.kind} do not ascend within an example")
+        of_batch = np.full(len(starts), batch)
+        first, last = position[starts], position[stops - 1]
+        return np.stack([of_batch, index[starts], starts, stops - starts, first, last], axis=1)
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """Rows in a slot of the writer's buffer. `vectors` (num_heads, num_rows, head_dim): their bits, as integers."""
+
+    layer: int
+    kind: str
+    batch: int
+    form: Form
+    runs: Int64
+    slot: Slot
+    vectors: npt.NDArray[Any]
+    position: npt.NDArray[np.int32]
+    token_id: npt.NDArray[np.int32] | None
+
+    @classmethod
+    def copied(cls, rows: Rows, batch: int, runs: Int64, slot: Slot) -> "Piece":
+        """Copies `rows` into `slot`, which has their size; `runs` are those of `rows.runs(batch)`."""
+        import torch  # here, so that readers of a journal need not load it
+
+        columns = [rows.position] + ([] if rows.token_id is None else [rows.token_id])
+        end = 4 * len(columns) * rows.num_rows
+        stored = slot.memory[:end].view(np.int32).reshape(len(columns), rows.num_rows)
+        for row, column in zip(stored, columns, strict=True):
+            row[:] = column
+        bits, shape = slot.memory[end:], rows.vectors.shape
+        torch.from_numpy(bits).view(rows.vectors.dtype).view(shape).copy_(rows.vectors)
+        return cls(
+            layer=rows.layer,
+            kind=rows.kind,
+            batch=batch,
+            form=rows.form,
+            runs=runs,
+            slot=slot,
+            vectors=bits.view(f"u{rows.vectors.element_size()}").reshape(shape),
+            position=stored[0],
+            token_id=None if rows.token_id is None else stored[1],
+        )
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.position)
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.slot.memory)
 
 
 def block_name(layer: int, kind: str) -> str:
@@ -138,40 +173,27 @@ def parse_tensor_name(name: str) -> tuple[int, str, str]:
 
 def block_tensors(pieces: Sequence[Piece]) -> list[Tensor]:
     """The block of `pieces`, which are of one (layer, kind), in this order."""
-    first = pieces[0].rows
+    first = pieces[0]
     name = block_name(first.layer, first.kind)
-    num_heads, _, head_dim = first.vectors.shape
     num_rows = sum(piece.num_rows for piece in pieces)
     runs = np.concatenate([piece.runs for piece in pieces])
     before = np.cumsum([0] + [piece.num_rows for piece in pieces[:-1]])
     runs[:, RUN_COLUMNS.index("start")] += np.repeat(before, [len(piece.runs) for piece in pieces])
 
-    def column(values: Iterable[npt.NDArray[Any]], title: str) -> Tensor:
-        joined = np.concatenate(list(values)).astype(np.int32)
-        return Tensor(f"{name}.{title}", "I32", (num_rows,), lambda: [joined])
-
-    tensors = [
-        Tensor(f"{name}.runs", "I64", runs.shape, lambda: [runs]),
-        column((piece.rows.position for piece in pieces), "position"),
-    ]
+    columns = {"position": [piece.position for piece in pieces]}
     if first.token_id is not None:
-        tensors.append(column((p.rows.token_id for p in pieces if p.rows.token_id is not None), "token_id"))
-    dtype, shape = DTYPES[str(first.vectors.dtype)], (num_heads, num_rows, head_dim)
-    return [*tensors, Tensor(f"{name}.vectors", dtype, shape, lambda: _joined(pieces))]
+        columns["token_id"] = [piece.token_id for piece in pieces if piece.token_id is not None]
+    tensors = [Tensor(f"{name}.runs", "I64", runs.shape, lambda: [runs])]
+    tensors += [Tensor(f"{name}.{title}", "I32", (num_rows,), partial(iter, parts)) for title, parts in columns.items()]
+    shape = (first.form.num_heads, num_rows, first.form.head_dim)
+    return [*tensors, Tensor(f"{name}.vectors", first.form.dtype, shape, lambda: _joined(pieces))]
 
 
 def _joined(pieces: Sequence[Piece]) -> Iterator[npt.NDArray[Any]]:
     # Head by head all pieces' rows; a few heads at a time, where they are small, because every chunk costs a call.
-    arrays = [_bits(piece.rows.vectors) for piece in pieces]
+    arrays = [piece.vectors for piece in pieces]
     num_heads = len(arrays[0])
     step = max(1, _JOIN_BYTES * num_heads // sum(array.nbytes for array in arrays))
     for head in range(0, num_heads, step):
         part = [array[head : head + step] for array in arrays]
         yield part[0] if len(part) == 1 else np.concatenate(part, axis=1)
-
-
-def _bits(vectors: "torch.Tensor") -> npt.NDArray[Any]:
-    """The tensor's memory as numpy sees it; bfloat16, which numpy lacks, as integers."""
-    import torch  # here, so that readers of a journal need not load it
-
-    return vectors.detach().view(torch.int16 if vectors.element_size() == 2 else torch.int32).numpy()

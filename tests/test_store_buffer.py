@@ -1,0 +1,49 @@
+"""The buffer between forward and disk: places that never overlap, as low as they can be."""
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qk_sniffer.store.buffer import Buffer, Slot
+
+
+@given(st.lists(st.one_of(st.integers(1, 700), st.just(None)), max_size=60))
+def test_what_is_in_a_slot_stays_until_it_is_given_back(calls: list[int | None]) -> None:
+    buffer, held = Buffer(1000), list[tuple[Slot, int]]()
+    for number, nbytes in enumerate(calls):
+        if nbytes is None:
+            if held:
+                buffer.give_back(held.pop(0)[0])
+        elif (slot := buffer.take(nbytes)) is not None:
+            assert len(slot.memory) == nbytes
+            slot.memory[:] = number
+            held.append((slot, number))
+        else:
+            assert held  # an empty buffer has room for all that is not larger than itself
+        assert all((slot.memory == content).all() for slot, content in held)
+
+
+def test_the_lowest_place_is_taken_first_and_begins_aligned() -> None:
+    buffer = Buffer(1000)
+    first, second, third = (buffer.take(nbytes) for nbytes in (100, 200, 300))
+    assert first is not None and second is not None and third is not None
+    assert [slot.start for slot in (first, second, third)] == [0, 128, 384]
+    assert buffer.take(500) is None  # 316 are left at the end
+    buffer.give_back(second)
+    again = buffer.take(256)
+    assert again is not None and (again.start, again.stop) == (128, 384)
+    buffer.give_back(first)
+    assert buffer.take(129) is not None  # behind the third
+    assert buffer.take(128).start == 0  # type: ignore[union-attr]
+
+
+def test_more_than_the_buffer_is_given_alone() -> None:
+    buffer = Buffer(100)
+    one = buffer.take(1)
+    assert one is not None and buffer.take(101) is None
+    buffer.give_back(one)
+    large = buffer.take(101)
+    assert large is not None and len(large.memory) == 101
+    assert buffer.take(1) is None
+    buffer.give_back(large)
+    np.testing.assert_array_equal([slot is not None for slot in (buffer.take(100), buffer.take(1))], [True, False])

@@ -22,8 +22,9 @@ from pydoc_data.topics import topics
 from typing import Any
 
 PERIOD_S = 0.02
-BUFFERS = ["inference.queue_mb=64", "inference.segment_mb=32"]
-"""Small enough for the least number of examples to fill them: a job that does not takes less memory."""
+SETTINGS = ["inference.queue_mb=32", "inference.segment_mb=16", "inference.max_batch_tokens=4096"]
+"""Buffers and batches small enough for the least number of examples to fill them several times: a job that does not
+takes less memory, and that is no measure of growth."""
 
 CHARACTERS_PER_TOKEN = 6
 """Enough for the texts to fill `--tokens` after the cut."""
@@ -106,7 +107,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("settings", nargs="*", default=BUFFERS, help="further settings of the jobs, key=value")
+    parser.add_argument("settings", nargs="*", default=SETTINGS, help="further settings of the jobs, key=value")
     arguments = parser.parse_args()
     runs = []
     for _ in range(arguments.rounds):

@@ -6,7 +6,6 @@ Everything needed stands in the job's record and its journals, so that any shard
 import copy
 import json
 import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -17,6 +16,7 @@ from qk_sniffer.config import Config, from_dict
 from qk_sniffer.errors import SourceError, StoreError
 from qk_sniffer.heads import LayerHeads
 from qk_sniffer.job import hub_commit_of, read_record
+from qk_sniffer.machine import num_threads
 from qk_sniffer.progress import Stages
 from qk_sniffer.sampling import Sampler
 from qk_sniffer.start import base_of
@@ -132,7 +132,7 @@ def _stage(layout: Layout, record: dict[str, Any], stages: Stages, prove: Prove)
         token_ids=config.capture.capture_token_ids,
         token_string=token_string,
         base=base,
-        threads=os.cpu_count() or 1,
+        threads=num_threads(),
     )
     done = [json.loads(layout.shard_done(index, count).read_bytes()) for index in range(count)]
     skipped = sum(shard["skipped"] for shard in done)

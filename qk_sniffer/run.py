@@ -22,7 +22,7 @@ from qk_sniffer.heads import Selection, select
 from qk_sniffer.hub import publish, require_login
 from qk_sniffer.job import hub_commit_of
 from qk_sniffer.loading import check_model, load_backbone
-from qk_sniffer.memory import trim, use_huge_pages
+from qk_sniffer.machine import trim_memory, use_huge_pages
 from qk_sniffer.progress import Progress, Stages, describe
 from qk_sniffer.proof import examples_with_rows, prove
 from qk_sniffer.sampling import Sampler
@@ -81,7 +81,7 @@ def _run(config: Config, layout: Layout, stages: Stages, stopping: Stopping) -> 
             begin(layout, start.job, record, own_lock=own_lock, overwrite=config.output.overwrite)
             _capture_examples(config, layout, start, parts(), stages, stopping)
             mark_done(layout, config, skipped=start.corpus.skipped + parts().tokenizer.skipped)
-    trim()  # of what the forward leaves behind, before the threads of the compaction come
+    trim_memory()  # of what the forward leaves behind, before the threads of the compaction come
     if finalize(layout, stages, lambda *staged: _prove(config, start.corpus, parts, *staged)):
         show(layout.root, f"Time: {describe(stages.seconds)}")
         _publish(config, layout)

@@ -7,7 +7,6 @@ Exit codes: 0 whole, 1 something is wrong, 2 the settings are wrong, 130 interru
 """
 
 import hashlib
-import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ from tqdm import tqdm
 
 from qk_sniffer import command
 from qk_sniffer.heads import compact_ranges
+from qk_sniffer.machine import num_threads
 from qk_sniffer.store.layout import Layout, examples_schema, parse_head_name
 from qk_sniffer.store.manifest import FileEntry
 from qk_sniffer.summary import counted
@@ -329,7 +329,7 @@ def _tasks(heads: Sequence[Head]) -> list[list[Head]]:
 
 def _each(work: Callable[[_Item], _Result], items: Sequence[_Item], bar: tqdm) -> Iterator[_Result]:
     """The results of `work`, done by threads, in the order of `items`."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(num_threads()) as pool:
         try:
             for result in pool.map(work, items):
                 bar.update()

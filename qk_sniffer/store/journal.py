@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from qk_sniffer.errors import StoreError
-from qk_sniffer.memory import trim
+from qk_sniffer.machine import trim_memory
 from qk_sniffer.store.buffer import Buffer
 from qk_sniffer.store.disk import explained
 from qk_sniffer.store.rows import RUN_COLUMNS, Form, Piece, Rows, block_tensors
@@ -294,7 +294,7 @@ class JournalWriter:
                 start = time.monotonic()
                 with explained(self._journal.folder, "write the journal"):
                     path = self._write(items)
-                trim()  # once a segment costs nothing
+                trim_memory()  # once a segment costs nothing
                 with self._changed:
                     self.write_s += time.monotonic() - start
                     self.bytes_written += path.stat().st_size

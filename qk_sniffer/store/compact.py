@@ -1,7 +1,7 @@
 """From the journals to the next version of the dataset, staged whole beside it.
 
 One task is a few heads of one (layer, kind); tasks run in threads. A task reads one row group's rows at a time from
-the segments, and only the bytes of its heads, so memory does not grow with the dataset: a thread holds about 100 MB
+the segments, and only the bytes of its heads, so memory does not grow with the dataset: a thread holds about 50 MB
 (measured; a dozen times `ROW_GROUP_BYTES`, most of it in the encoder's buffers). The bytes of every file follow from
 its rows alone, whatever segments, batches and restarts they came through.
 """
@@ -31,7 +31,7 @@ from qk_sniffer.store.parquet import ParquetFile
 from qk_sniffer.store.plan import Block, Group, Plan, SegmentFiles, find_blocks, make_plan
 
 ROW_GROUP_BYTES = 4 << 20
-"""Of float32 vectors in a row group: 16,384 rows of 128 numbers. Large enough that the columns compress as well as
+"""Of float32 vectors in a row group: 8,192 rows of 128 numbers. Large enough that the columns compress as well as
 they ever do and a group's overhead is nothing; small enough for the memory of many threads, and for readers that
 want a few examples of a large file."""
 

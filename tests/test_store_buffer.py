@@ -28,13 +28,27 @@ def test_the_lowest_place_is_taken_first_and_begins_aligned() -> None:
     first, second, third = (buffer.take(nbytes) for nbytes in (100, 200, 300))
     assert first is not None and second is not None and third is not None
     assert [slot.start for slot in (first, second, third)] == [0, 128, 384]
-    assert buffer.take(500) is None  # 316 are left at the end
+    assert buffer.take(500) is None  # 296 are left at the end
     buffer.give_back(second)
     again = buffer.take(256)
     assert again is not None and (again.start, again.stop) == (128, 384)
     buffer.give_back(first)
-    assert buffer.take(129) is not None  # behind the third
-    assert buffer.take(128).start == 0  # type: ignore[union-attr]
+    last = buffer.take(129)
+    assert last is not None and last.start == 704  # behind the third
+    lowest = buffer.take(128)
+    assert lowest is not None and lowest.start == 0
+
+
+@given(st.permutations(range(8)))
+def test_what_is_given_back_in_any_order_is_one_piece_again(order: list[int]) -> None:
+    buffer = Buffer(8 * 64)
+    slots = [buffer.take(60) for _ in order]
+    assert buffer.take(1) is None
+    for number in order:
+        slot = slots[number]
+        assert slot is not None
+        buffer.give_back(slot)
+    assert buffer.take(8 * 64) is not None
 
 
 def test_more_than_the_buffer_is_given_alone() -> None:

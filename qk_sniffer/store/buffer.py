@@ -5,6 +5,7 @@ process would hold far more than it uses. Pages that were never written to take 
 is taken first, so that a job which holds little needs little.
 """
 
+from bisect import bisect
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +16,7 @@ _ALIGNMENT = 64
 
 @dataclass(frozen=True, eq=False)
 class Slot:
-    """A part of a `Buffer`. `memory` (nbytes,)."""
+    """A part of a `Buffer`, from byte `start` to `stop`, at least as large as `memory` (nbytes,)."""
 
     start: int
     stop: int
@@ -27,7 +28,7 @@ class Buffer:
 
     def __init__(self, size: int) -> None:
         self._memory = np.empty(size, np.uint8)
-        self._taken: list[Slot] = []  # by start
+        self._gaps = [(0, size)]  # what is free; ascending, never adjacent
 
     def take(self, nbytes: int) -> Slot | None:
         """A slot of `nbytes` at the lowest place; None where there is none now.
@@ -36,24 +37,24 @@ class Buffer:
         """
         size = len(self._memory)
         if nbytes > size:
-            slot = Slot(0, size, np.empty(nbytes, np.uint8))
-            return None if self._taken else self._insert(0, slot)
-        start = 0
-        for place, taken in enumerate(self._taken):
-            if start + nbytes <= taken.start:
-                return self._insert(place, self._slot(start, nbytes))
-            start = -(-taken.stop // _ALIGNMENT) * _ALIGNMENT
-        if start + nbytes <= size:
-            return self._insert(len(self._taken), self._slot(start, nbytes))
+            if self._gaps != [(0, size)]:
+                return None
+            self._gaps.clear()
+            return Slot(0, size, np.empty(nbytes, np.uint8))
+        for place, (start, stop) in enumerate(self._gaps):
+            if stop - start >= nbytes:
+                end = min(stop, start + -(-nbytes // _ALIGNMENT) * _ALIGNMENT)
+                self._gaps[place : place + 1] = [(end, stop)] if end < stop else []
+                return Slot(start, end, self._memory[start : start + nbytes])
         return None
 
     def give_back(self, slot: Slot) -> None:
         """Frees a slot; nothing may use its memory any more."""
-        self._taken.remove(slot)
-
-    def _slot(self, start: int, nbytes: int) -> Slot:
-        return Slot(start, start + nbytes, self._memory[start : start + nbytes])
-
-    def _insert(self, place: int, slot: Slot) -> Slot:
-        self._taken.insert(place, slot)
-        return slot
+        start, stop = slot.start, slot.stop
+        place = bisect(self._gaps, (start, stop))
+        if place < len(self._gaps) and self._gaps[place][0] == stop:
+            stop = self._gaps.pop(place)[1]
+        if place and self._gaps[place - 1][1] == start:
+            place -= 1
+            start = self._gaps.pop(place)[0]
+        self._gaps.insert(place, (start, stop))

@@ -12,7 +12,7 @@ from typing import Any
 
 from qk_sniffer.batching import load_tokenizer
 from qk_sniffer.card import CardFacts, CardHead, write_card
-from qk_sniffer.config import Config, from_dict
+from qk_sniffer.config import ShardConfig, from_dict
 from qk_sniffer.errors import SourceError, StoreError
 from qk_sniffer.heads import LayerHeads
 from qk_sniffer.job import hub_commit_of, read_record
@@ -67,17 +67,30 @@ def finalize(layout: Layout, stages: Stages, prove: Prove) -> bool:
     return True
 
 
-def mark_done(layout: Layout, config: Config, *, skipped: int) -> None:
-    """Says durably that this job's shard is whole; `skipped` of its rows had no text."""
-    shard = config.shard
-    write_atomic(layout.shard_done(shard.index, shard.count), json.dumps({"skipped": skipped}).encode())
+def mark_done(layout: Layout, shard: ShardConfig, *, examples: int, skipped: int) -> None:
+    """Says durably that a shard is whole: so many examples are in its journal, `skipped` of its rows had no text."""
+    facts = {"examples": examples, "skipped": skipped}
+    write_atomic(layout.shard_done(shard.index, shard.count), json.dumps(facts).encode())
 
 
-def finish_publication(layout: Layout) -> None:
-    """Finishes the publication of a dataset that a crash interrupted, if there is one."""
-    if layout.staging.manifest.exists():
-        with hold(layout.finalize_lock, "publishing the dataset"):
-            resume_publish(layout)
+def unmark_damaged(layout: Layout, shard: ShardConfig) -> bool:
+    """Whether a shard is whole; what its journal has lost since it was marked as done is to be captured again."""
+    done = layout.shard_done(shard.index, shard.count)
+    if not done.exists():
+        return False
+    journal = Journal(layout.journal(shard.index, shard.count))
+    if journal.is_whole and len(journal.records) == json.loads(done.read_bytes())["examples"]:
+        return True
+    done.unlink()
+    return False
+
+
+def finish_publication(layout: Layout) -> bool:
+    """Finishes the publication of a dataset that a crash interrupted; False where there is none."""
+    if not layout.staging.manifest.exists():
+        return False
+    with hold(layout.finalize_lock, "publishing the dataset"):
+        return resume_publish(layout)
 
 
 def head_specs(record: dict[str, Any]) -> Iterator[HeadSpec]:
@@ -123,6 +136,14 @@ def _stage(layout: Layout, record: dict[str, Any], stages: Stages, prove: Prove)
         token_string = load_tokenizer(config.model, hub_commit_of(commits["tokenizer"])).token_strings
     count = config.shard.count
     journals = [Journal(layout.journal(index, count), verify=False) for index in range(count)]
+    done = [json.loads(layout.shard_done(index, count).read_bytes()) for index in range(count)]
+    for index, (journal, facts) in enumerate(zip(journals, done, strict=True)):
+        if len(journal.records) != facts["examples"]:
+            raise StoreError(
+                f"the journal {journal.folder} holds {len(journal.records)} examples, and held {facts['examples']} "
+                f"when it was whole: parts of it are gone. Run the job of shard.index={index} again, which captures "
+                "them again"
+            )
     base = base_of(layout, record)
     written = compact(
         layout,
@@ -134,7 +155,6 @@ def _stage(layout: Layout, record: dict[str, Any], stages: Stages, prove: Prove)
         base=base,
         threads=num_threads(),
     )
-    done = [json.loads(layout.shard_done(index, count).read_bytes()) for index in range(count)]
     skipped = sum(shard["skipped"] for shard in done)
     examples = [example for journal in journals for example in journal.records.values()]
     if base is not None:

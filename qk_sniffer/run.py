@@ -17,7 +17,7 @@ from qk_sniffer.capture import Capture
 from qk_sniffer.config import Config, resolved
 from qk_sniffer.corpus import Corpus, Example
 from qk_sniffer.errors import CaptureError, ConfigError, SourceError
-from qk_sniffer.finalize import finalize, finish_publication, mark_done
+from qk_sniffer.finalize import finalize, finish_publication, mark_done, unmark_damaged
 from qk_sniffer.heads import Selection, select
 from qk_sniffer.hub import publish, require_login
 from qk_sniffer.job import hub_commit_of
@@ -67,20 +67,19 @@ def _run(config: Config, layout: Layout, stages: Stages, stopping: Stopping) -> 
     shard = config.shard
     own_lock = layout.shard_lock(shard.index, shard.count)
     with hold(own_lock, f"capturing shard {shard.index} of {shard.count}"):
-        finish_publication(layout)
+        published = finish_publication(layout)
         with stages("open dataset"):
-            start = look(config, layout)
+            start = look(config, layout, is_mine=published)
         if start.found == "finished":
             tidy(layout, own_lock)
             show(layout.root, "Nothing to do: the dataset is finished.")
             _publish(config, layout)
             return
         parts = _LazyParts(config, start.job.commits, stages)
-        if start.found == "nothing" or not _is_captured(config, layout):
+        if start.found == "nothing" or not unmark_damaged(layout, config.shard):
             record = _record(config, start, parts())
             begin(layout, start.job, record, own_lock=own_lock, overwrite=config.output.overwrite)
             _capture_examples(config, layout, start, parts(), stages, stopping)
-            mark_done(layout, config, skipped=start.corpus.skipped + parts().tokenizer.skipped)
     trim_memory()  # of what the forward leaves behind, before the threads of the compaction come
     if finalize(layout, stages, lambda *staged: _prove(config, start.corpus, parts, *staged)):
         show(layout.root, f"Time: {describe(stages.seconds)}")
@@ -100,12 +99,14 @@ def _prove(
     if count == 0:
         return {"proven": None, "reason": "turned off (verify.examples=0)"}
     with_rows = examples_with_rows(staging, heads)
-    chosen = sorted((r.num_tokens, r.index) for r in records if r.example_id in with_rows)[:count]
+    chosen = sorted((r.num_tokens, r.index, r) for r in records if r.example_id in with_rows)[:count]
     if not chosen:
         return {"proven": None, "reason": "the dataset has no rows"}
-    indices = {index for _, index in chosen}
-    found = islice((example for example in corpus.examples() if example.index in indices), len(indices))
-    tokens = parts().tokenizer(list(found))
+    captured = {index: record for _, index, record in chosen}
+    found = list(islice((example for example in corpus.examples() if example.index in captured), len(captured)))
+    for example in found:
+        _check_unchanged(example, captured[example.index])
+    tokens = parts().tokenizer(found)
     return prove(parts().backbone, staging, heads, {made.example_id: made.ids for made in tokens})
 
 
@@ -136,15 +137,6 @@ class _Parts:
     backbone: Backbone
     layers: list[LayerFacts]
     selection: Selection
-
-
-def _is_captured(config: Config, layout: Layout) -> bool:
-    """Whether this shard's journal is complete and intact; what a damaged one lacks is to be captured again."""
-    shard = config.shard
-    done = layout.shard_done(shard.index, shard.count)
-    if done.exists() and not Journal(layout.journal(shard.index, shard.count)).is_whole:
-        done.unlink()
-    return done.exists()
 
 
 class _LazyParts:
@@ -238,7 +230,7 @@ def _capture_examples(
             space_checked = False
             for lengths, tokens in _tokenized(config, examples, parts.tokenizer, journal, stages):
                 if not space_checked:
-                    _check_space(layout, start, parts, sampler, list(lengths.values()), journal)
+                    _check_space(config, layout, start, parts, sampler, list(lengths.values()), journal)
                     space_checked = True
                 for batch in _batches(config, lengths, tokens, parts.backbone.length_boundary):
                     with stopping.not_now():
@@ -256,6 +248,7 @@ def _capture_examples(
         progress.close()
     if not journal.records and shard.count == 1 and start.base is None:
         raise SourceError(f"dataset {config.dataset.path} has no text that gives a token: nothing was captured")
+    mark_done(layout, shard, examples=len(journal.records), skipped=corpus.skipped + parts.tokenizer.skipped)
 
 
 def _tokenized(
@@ -333,12 +326,13 @@ def _by_stage(now: dict[str, float], before: dict[str, float]) -> str:
 
 
 def _check_space(
-    layout: Layout, start: Start, parts: _Parts, sampler: Sampler, lengths: list[int], journal: Journal
+    config: Config, layout: Layout, start: Start, parts: _Parts, sampler: Sampler, lengths: list[int], journal: Journal
 ) -> None:
     """Checks the disk for the whole job, as if all examples were as long as those of the first window."""
-    if start.corpus.num_rows is None or not lengths:
+    wanted = source_rows(config, start.corpus)
+    if wanted is None or not lengths:
         return
-    num_rows = start.corpus.num_rows - start.rows_before
+    num_rows = wanted - start.rows_before
     heads: Counter[str] = Counter()
     for _, kind, chosen in parts.selection:
         heads[kind] += len(chosen)

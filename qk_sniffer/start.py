@@ -40,11 +40,12 @@ class Start:
         return 0 if self.base is None else int(self.base.record["source_rows"])
 
 
-def look(config: Config, layout: Layout) -> Start:
+def look(config: Config, layout: Layout, *, is_mine: bool = False) -> Start:
     """Finds out what the job of `config` is, and whether it continues what is in `layout`. Changes nothing.
 
     An unfinished job of the same configuration is continued even with `output.overwrite`: a requeued job, or one
-    started again, must not throw away what it did itself.
+    started again, must not throw away what it did itself. `is_mine` says so of the finished dataset, whose publication
+    this start completed.
 
     Raises:
         StoreError: another job's work or dataset is there, and `output.overwrite` is false.
@@ -55,7 +56,8 @@ def look(config: Config, layout: Layout) -> Start:
     if finished:
         record = manifests.read(layout.root)
     overwrite = config.output.overwrite
-    if record is None or (overwrite and (finished or record["fingerprint"] != fingerprint(config))):
+    replaces = overwrite and finished and not is_mine
+    if record is None or replaces or (overwrite and record["fingerprint"] != fingerprint(config)):
         return _anew(config)
     earlier = Job.from_record(record)
     # The fingerprint alone, before anything is asked of the Hub: the commits of another model say nothing here.
@@ -66,6 +68,7 @@ def look(config: Config, layout: Layout) -> Start:
     job = Job.of(config, resolve_commits(config, earlier) | {"dataset": corpus.commit})
     if finished:
         job.check_continues(earlier, str(layout.root), finished=True)
+        _check_files(layout, record)
         more = _rows_are_added(layout, config, corpus)
         if corpus.commit is None:
             _check_texts(layout, corpus)
@@ -157,6 +160,21 @@ def _rows_are_added(layout: Layout, config: Config, corpus: Corpus) -> bool:
             "give this job another folder (output.data_root=...), or replace the dataset with output.overwrite=true"
         )
     return now > there
+
+
+def _check_files(layout: Layout, manifest: Mapping[str, Any]) -> None:
+    """Refuses a finished dataset with files that are gone or of another size; `verify` reads them too."""
+    bad = []
+    for name, entry in manifest["files"].items():
+        path = layout.root / name
+        if not path.is_file() or path.stat().st_size != entry["bytes"]:
+            bad.append(name)
+    if bad:
+        raise StoreError(
+            f"{layout.root} is damaged: {', '.join(bad[:5])}{' and more' if len(bad) > 5 else ''} missing, or not of "
+            f"the size that manifest.json lists ({len(bad)} of {len(manifest['files'])} files). Restore them, or make "
+            "the dataset anew with output.overwrite=true"
+        )
 
 
 def _note_versions(job: Job, earlier: Job) -> None:

@@ -116,6 +116,18 @@ def test_a_second_signal_stops_it_at_once(server: Server, job: dict[str, Any], w
     assert hashes(root_of(job)) == whole
 
 
+def test_a_signal_while_the_forward_waits_for_the_disk(
+    server: Server, job: dict[str, Any], whole: dict[str, str]
+) -> None:
+    child = server.start(job, slow={"segment": 1.0})
+    assert child.reaches("segment")
+    time.sleep(0.5)  # the queue of 1 MB is full, or all is in it
+    child.send(signal.SIGINT)
+    assert child.wait() == 130
+    finish(server, job)
+    assert hashes(root_of(job)) == whole
+
+
 @pytest.mark.parametrize("step", ["compaction", "publication", "manifest"])
 def test_a_signal_while_the_dataset_is_made(
     step: str, server: Server, job: dict[str, Any], whole: dict[str, str]

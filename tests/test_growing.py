@@ -146,6 +146,20 @@ def test_rows_appended_to_the_source_are_added(
     assert hashes(root) == hashes(whole)
 
 
+@pytest.mark.parametrize("added", ["", "a"])
+def test_heads_that_get_no_new_row_stay_as_they_are(added: str, checkpoint: Path, tmp_path: Path) -> None:
+    path, root = tmp_path / "texts.jsonl", tmp_path / "out"
+    few = {**ALONE, "sampler": {"type": "uniform", "base_rate": 0.01, "min_bucket_size": 16}}
+    write_texts(path, TEXTS[:4])
+    run(checkpoint, path, root, **few)
+    before = heads_of(root)
+    write_texts(path, [*TEXTS[:4], added])
+    run(checkpoint, path, root, **few)
+    assert heads_of(root) == before
+    assert manifests.read(root)["source_rows"] == 5
+    assert hashes(root) == hashes(run(checkpoint, path, tmp_path / "whole", **few))
+
+
 def test_batches_of_several_examples_give_the_same_vectors_within_rounding(
     checkpoint: Path, texts: Path, tmp_path: Path
 ) -> None:

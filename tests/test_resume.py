@@ -21,6 +21,7 @@ from qk_sniffer.config import from_dict
 from qk_sniffer.errors import SourceError, StoreError
 from qk_sniffer.run import run_job
 from qk_sniffer.store import manifest as manifests
+from qk_sniffer.store.journal import JournalWriter
 from qk_sniffer.store.layout import Layout
 from qk_sniffer.store.locks import hold
 
@@ -183,24 +184,53 @@ def test_killed_again_and_again_at_random_moments_a_job_ends_with_the_same_bytes
     assert hashes(root) == hashes(whole)
 
 
-def test_a_journal_damaged_after_it_was_complete_is_mended(
-    checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sections: dict[str, Any] = {"inference": {"batch_size": 1, "segment_mb": 1, "lookahead": 1}}
-    whole = run(checkpoint, texts, tmp_path / "whole", **sections)
+def captured_only(checkpoint: Path, texts: Path, root: Path, patch: pytest.MonkeyPatch, **sections: Any) -> None:
+    """A job that is killed when its journal is whole and nothing is made of it yet."""
 
     def fail(*_: Any) -> bool:
         raise Stopped
 
-    monkeypatch.setattr("qk_sniffer.run.finalize", fail)
-    with pytest.raises(Stopped):
-        run(checkpoint, texts, tmp_path / "damaged", **sections)
-    segment = sorted((tmp_path / "damaged").rglob("*.safetensors"))[0]
-    data = bytearray(segment.read_bytes())
-    data[-1] ^= 1
-    segment.write_bytes(data)
-    monkeypatch.undo()
+    with patch.context() as inside, pytest.raises(Stopped):
+        inside.setattr("qk_sniffer.run.finalize", fail)
+        run(checkpoint, texts, root, **sections)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("harm", ["flip", "first gone", "last gone", "all gone"])
+def test_a_journal_damaged_after_it_was_complete_is_mended(
+    harm: str, streaming: bool, checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sections: dict[str, Any] = {
+        "inference": {"batch_size": 1, "segment_mb": 1, "lookahead": 1},
+        "dataset": {"streaming": streaming, "max_samples": 20},
+    }
+    whole = run(checkpoint, texts, tmp_path / "whole", **sections)
+    with monkeypatch.context() as patch:
+        patch.setattr(JournalWriter, "_due", lambda self: bool(self._queue))  # segments of what there is
+        captured_only(checkpoint, texts, tmp_path / "damaged", monkeypatch, **sections)
+    segments = sorted((tmp_path / "damaged").rglob("*.safetensors"))
+    assert len(segments) > 2
+    if harm == "flip":
+        data = bytearray(segments[0].read_bytes())
+        data[-1] ^= 1
+        segments[0].write_bytes(data)
+    for path in {"flip": [], "first gone": segments[:1], "last gone": segments[-1:], "all gone": segments}[harm]:
+        path.unlink()
     assert hashes(run(checkpoint, texts, tmp_path / "damaged", **sections)) == hashes(whole)
+
+
+def test_what_another_shard_has_lost_is_said_with_the_shard(
+    checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, alone = tmp_path / "out", {"batch_size": 1}
+    run(checkpoint, texts, root, shard={"index": 1, "count": 2}, inference=alone)
+    captured_only(checkpoint, texts, root, monkeypatch, shard={"index": 0, "count": 2}, inference=alone)
+    (segment,) = Layout(root).journal(1, 2).glob("*.safetensors")
+    segment.unlink()
+    with pytest.raises(StoreError, match=r"held 12 when it was whole.*Run the job of shard\.index=1 again"):
+        run(checkpoint, texts, root, shard={"index": 0, "count": 2}, inference=alone)
+    run(checkpoint, texts, root, shard={"index": 1, "count": 2}, inference=alone)
+    assert hashes(root) == hashes(run(checkpoint, texts, tmp_path / "whole", inference=alone))
 
 
 def test_a_finished_job_does_nothing(
@@ -247,6 +277,46 @@ def test_a_source_that_changed_in_the_middle_is_refused(
     texts.write_text("\n".join([json.dumps({"text": "another", "id": "doc-0"}), *lines[1:]]) + "\n")
     with pytest.raises(SourceError, match=r"row 0 .*not the text"):
         run(checkpoint, texts, tmp_path / "out", **sections)
+
+
+def test_a_source_that_changed_before_the_proof_is_refused(
+    checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captured_only(checkpoint, texts, tmp_path / "out", monkeypatch)
+    lines = [json.dumps({"text": "another", "id": f"doc-{i}"}) for i in range(len(TEXTS))]
+    before = texts.read_text()
+    texts.write_text("\n".join(lines) + "\n")
+    with pytest.raises(SourceError, match=r"not the text that was captured"):
+        run(checkpoint, texts, tmp_path / "out")
+    texts.write_text(before)
+    assert hashes(run(checkpoint, texts, tmp_path / "out")) == hashes(run(checkpoint, texts, tmp_path / "whole"))
+
+
+@pytest.mark.parametrize("moment", ["_move", "remove_work"])
+def test_an_overwriting_job_killed_while_it_publishes_does_not_start_anew(
+    moment: str, checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = run(checkpoint, texts, tmp_path / "out", sampler={"seed": 1, "type": "uniform"})
+
+    def fail(*_: Any) -> None:
+        raise Stopped
+
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(f"qk_sniffer.store.publish.{moment}", fail)
+        run(checkpoint, texts, root, output={"overwrite": True})
+    monkeypatch.setattr(capture_room.Capture, "run", fail)
+    run(checkpoint, texts, root, output={"overwrite": True})
+    monkeypatch.undo()
+    assert hashes(root) == hashes(run(checkpoint, texts, tmp_path / "whole"))
+
+
+def test_a_finished_dataset_that_lacks_a_file_is_not_called_finished(
+    checkpoint: Path, texts: Path, tmp_path: Path
+) -> None:
+    root = run(checkpoint, texts, tmp_path / "out")
+    (root / "l01h00q" / "data.parquet").unlink()
+    with pytest.raises(StoreError, match=r"l01h00q/data\.parquet missing.*1 of \d+ files.*output\.overwrite=true"):
+        run(checkpoint, texts, root)
 
 
 def test_overwrite_replaces_the_dataset_only_once_the_new_one_is_whole(

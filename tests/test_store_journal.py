@@ -248,6 +248,7 @@ def test_what_is_of_no_use_is_removed(tmp_path: Path) -> None:
     [
         (rows(3, dtype=torch.float64), "float64 cannot be stored"),
         (Rows(0, "v", torch.ones(1, 3, 4), np.zeros(3), np.arange(3)), "kind is 'v'"),
+        (Rows(0, "q", torch.ones(0, 3, 4), np.zeros(3), np.arange(3)), "no heads"),
         (Rows(0, "q", torch.ones(1, 3, 4), np.zeros(3), np.arange(4)), "3 vectors a head"),
         (Rows(0, "q", torch.ones(1, 3, 4), np.zeros(3), np.array([0, 2, 2])), "do not ascend"),
         (rows(3, dim=5), "head_dim=5"),
@@ -324,3 +325,21 @@ def test_killed_at_any_moment_nothing_complete_is_lost(tmp_path: Path) -> None:
     assert kills >= 1
     whole = captured_journal(tmp_path / "other", corpus, segment_bytes=1 << 20)
     assert staged_bytes(tmp_path / "one", found) == staged_bytes(tmp_path / "two", whole)
+
+
+def test_a_queue_that_does_not_fit_in_memory_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match=r"no memory for the 1,099,511,627,776 MB .* lower inference\.queue_mb"):
+        Journal(tmp_path).writer(queue_bytes=1 << 60, segment_bytes=1)
+
+
+def test_a_copy_that_fails_leaves_the_queue_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("the device is gone")
+
+    with Journal(tmp_path).writer(queue_bytes=100, segment_bytes=BIG) as writer:
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="device"):
+            patch.setattr(journal.Piece, "copied", fail)
+            writer.put(rows(3))
+        writer.put(rows(3))  # which would wait for ever for room that nothing gives back
+        writer.complete([Captured().record(0)])
+    assert list(Journal(tmp_path).records) == [0]

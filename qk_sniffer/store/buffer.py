@@ -16,7 +16,7 @@ _ALIGNMENT = 64
 
 @dataclass(frozen=True, eq=False)
 class Slot:
-    """A part of a `Buffer`, from byte `start` to `stop`, at least as large as `memory` (nbytes,)."""
+    """A part of a `Buffer`, from byte `start` to `stop`. `memory` (nbytes,): of it, or its own if larger."""
 
     start: int
     stop: int
@@ -24,9 +24,13 @@ class Slot:
 
 
 class Buffer:
-    """Memory of `size` bytes that is taken and given back in slots. Not thread-safe."""
+    """Memory of `size` bytes that is taken and given back in slots. Not thread-safe.
+
+    `taken`: bytes in slots now.
+    """
 
     def __init__(self, size: int) -> None:
+        self.taken = 0
         self._memory = np.empty(size, np.uint8)
         self._gaps = [(0, size)]  # what is free; ascending, never adjacent
 
@@ -37,19 +41,23 @@ class Buffer:
         """
         size = len(self._memory)
         if nbytes > size:
-            if self._gaps != [(0, size)]:
+            if self.taken:
                 return None
+            slot = Slot(0, size, np.empty(nbytes, np.uint8))
             self._gaps.clear()
-            return Slot(0, size, np.empty(nbytes, np.uint8))
+            self.taken = nbytes
+            return slot
         for place, (start, stop) in enumerate(self._gaps):
             if stop - start >= nbytes:
                 end = min(stop, start + -(-nbytes // _ALIGNMENT) * _ALIGNMENT)
                 self._gaps[place : place + 1] = [(end, stop)] if end < stop else []
+                self.taken += nbytes
                 return Slot(start, end, self._memory[start : start + nbytes])
         return None
 
     def give_back(self, slot: Slot) -> None:
         """Frees a slot; nothing may use its memory any more."""
+        self.taken -= len(slot.memory)
         start, stop = slot.start, slot.stop
         place = bisect(self._gaps, (start, stop))
         if place < len(self._gaps) and self._gaps[place][0] == stop:

@@ -42,6 +42,14 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def make_folder(folder: Path) -> None:
+    """Makes `folder`, and those above it that are missing, durably."""
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for each in missing:
+        sync_folder(each.parent)
+
+
 @contextmanager
 def explained(path: Path, action: str) -> Iterator[None]:
     """Turns an OSError of the block into a StoreError that names `path` and what may be done."""

@@ -22,7 +22,7 @@ from typing import Any, Self
 from qk_sniffer.errors import StoreError
 from qk_sniffer.machine import trim_memory
 from qk_sniffer.store.buffer import Buffer
-from qk_sniffer.store.disk import explained
+from qk_sniffer.store.disk import explained, make_folder
 from qk_sniffer.store.rows import RUN_COLUMNS, Form, Piece, Rows, block_tensors
 from qk_sniffer.store.segment import SUFFIX, DamageError, read_header, segment_number, verify_segment, write_segment
 
@@ -78,7 +78,7 @@ class Journal:
             flush_s: how long a finished batch waits for its segment to fill, in seconds.
         """
         with explained(self.folder, "write"):
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder)
             for path in (*self._unused, *self.folder.glob("*.tmp")):
                 path.unlink(missing_ok=True)
         self._unused.clear()
@@ -101,8 +101,8 @@ class Journal:
         if not self.is_whole:
             what = ", ".join(self.damaged) or "segments are missing"
             raise StoreError(
-                f"the journal {self.folder} is damaged: {what}. Run the same command again: the examples in it are "
-                "captured again, the others are kept"
+                f"the journal {self.folder} is damaged: {what}. Run the same command again, or that of its shard where "
+                "there are several: the examples in it are captured again, the others are kept"
             )
 
     def _open(self, verify: bool) -> None:
@@ -173,9 +173,13 @@ class JournalWriter:
         self._flush_s = flush_s
         self._changed = threading.Condition()
         self._queue: deque[Piece | _End] = deque()
-        self._buffer = Buffer(queue_bytes)
+        try:
+            self._buffer = Buffer(queue_bytes)
+        except MemoryError as error:
+            raise StoreError(
+                f"there is no memory for the {queue_bytes >> 20:,} MB between forward and disk: lower inference.queue_mb"
+            ) from error
         self.piece_bytes = queue_bytes // 4
-        self._held = 0  # bytes not durable yet: those in the queue and those in the thread's hands
         self._room_wanted = False
         self._closing = False
         self._error: BaseException | None = None
@@ -216,11 +220,15 @@ class JournalWriter:
                 self._changed.wait()
                 self._check_open()
             self.wait_s += time.monotonic() - start
-        piece = Piece.copied(rows, self._batch, runs, slot)
+        try:
+            piece = Piece.copied(rows, self._batch, runs, slot)
+        except BaseException:
+            with self._changed:
+                self._buffer.give_back(slot)
+            raise
         with self._changed:
             self._check_open()
             self._queue.append(piece)
-            self._held += piece.nbytes
             self._changed.notify_all()
 
     def complete(self, records: Sequence[ExampleRecord]) -> None:
@@ -250,8 +258,9 @@ class JournalWriter:
             StoreError: the thread failed, now or before.
         """
         with self._changed:
-            while self._queue and isinstance(self._queue[-1], Piece):
-                self._held -= self._queue.pop().nbytes
+            while self._queue and isinstance(piece := self._queue[-1], Piece):
+                self._queue.pop()
+                self._buffer.give_back(piece.slot)
             self._closing = True
             self._changed.notify_all()
         self._thread.join()
@@ -294,11 +303,11 @@ class JournalWriter:
                 start = time.monotonic()
                 with explained(self._journal.folder, "write the journal"):
                     path = self._write(items)
+                    written = path.stat().st_size
                 trim_memory()  # once a segment costs nothing
                 with self._changed:
                     self.write_s += time.monotonic() - start
-                    self.bytes_written += path.stat().st_size
-                    self._held -= sum(item.nbytes for item in items)
+                    self.bytes_written += written
                     for item in items:
                         if isinstance(item, _End):
                             self._done.append(item)
@@ -329,7 +338,7 @@ class JournalWriter:
     def _due(self) -> bool:
         if not self._queue:
             return False
-        if self._room_wanted or self._held >= self._segment_bytes:
+        if self._room_wanted or self._buffer.taken >= self._segment_bytes:
             return True
         end = self._first_end()
         return end is not None and time.monotonic() >= end.at + self._flush_s

@@ -23,6 +23,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from qk_sniffer.errors import StoreError
+from qk_sniffer.store.disk import make_folder
 from qk_sniffer.store.locks import InUseError, hold
 
 FORMAT = "qk-sniffer/1"
@@ -175,7 +176,9 @@ def claim(root: Path) -> Layout:
                 f"{root} is not empty and not a dataset of qk-sniffer (it holds {listed}); choose another "
                 "output.data_root, or empty it yourself"
             )
-        layout.work.mkdir(parents=True, exist_ok=True)
+        if root.is_symlink() and not root.exists():
+            raise StoreError(f"the data root {root} is a link to {root.readlink()}, which is not there")
+        make_folder(layout.work)
         tempfile.TemporaryFile(dir=layout.work).close()
     except OSError as error:
         raise StoreError(
@@ -221,6 +224,8 @@ def remove_work(layout: Layout) -> None:
     """Removes the work state but the locks, which go with their holders. The staging is the last to go."""
     _remove_tree(layout.work / "journal")
     layout.job_file.unlink(missing_ok=True)
+    for path in layout.work.glob("*.tmp"):
+        path.unlink()  # of a write that a kill ended
     # Without its manifest the staging is not whole: no one will take it for a version still to be published.
     layout.staging.manifest.unlink(missing_ok=True)
     _remove_tree(layout.staging.root)

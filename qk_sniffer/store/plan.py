@@ -88,6 +88,8 @@ class Plan:
 
         `before`: rows that share the first group and are not of this plan, fewer than `rows_per_group`.
         """
+        if not self.num_rows:
+            return
         ends = np.cumsum(self.runs[:, COUNT])
         for start in range(-before, self.num_rows, rows_per_group):
             low, high = max(0, start), min(start + rows_per_group, self.num_rows)

@@ -81,6 +81,8 @@ class Rows:
         if (dtype := DTYPES.get(str(self.vectors.dtype))) is None:
             raise ValueError(f"vectors of {self.vectors.dtype} cannot be stored; {', '.join(DTYPES)} can")
         num_heads, _, head_dim = self.vectors.shape
+        if not num_heads:
+            raise ValueError("there are no heads")
         return Form(num_heads, head_dim, dtype, self.token_id is not None)
 
     @property

@@ -177,7 +177,8 @@ class JournalWriter:
             self._buffer = Buffer(queue_bytes)
         except MemoryError as error:
             raise StoreError(
-                f"there is no memory for the {queue_bytes >> 20:,} MB between forward and disk: lower inference.queue_mb"
+                f"there is no memory for the {queue_bytes >> 20:,} MB between forward and disk: lower "
+                "inference.queue_mb"
             ) from error
         self.piece_bytes = queue_bytes // 4
         self._room_wanted = False

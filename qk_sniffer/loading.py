@@ -2,8 +2,8 @@
 
 import logging
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +14,7 @@ from transformers import AutoConfig, GgufConfig, PretrainedConfig, PreTrainedMod
 
 from qk_sniffer.backbone import Backbone
 from qk_sniffer.config import ModelConfig
+from qk_sniffer.cutting import cut_after
 from qk_sniffer.errors import QkSnifferError, SourceError
 from qk_sniffer.families import Family, find_family, imported_family
 from qk_sniffer.gguf import check_gguf, gguf_source, refuse_lost
@@ -28,17 +29,19 @@ def load_backbone(
     commit: str | None = None,
     pre_rope: bool = False,
     banded_attention: bool = True,
+    layers: Collection[int] | None = None,
 ) -> Backbone:
     """Loads the decoder of `config.name` without its head, in eval mode.
 
-    `commit` pins a Hub model to the one of an earlier start.
+    `commit` pins a Hub model to the one of an earlier start. Where only `layers` are asked for, those behind the last
+    of them are left out, if the model allows it.
 
     Raises:
         SourceError: the model cannot be found or loaded, it attends to an encoder, or its checkpoint and its decoder do
             not have the same weights.
     """
     with _loading(config):
-        model, family, info = _cached_first(config, commit, lambda source: _loaded(config, source))
+        model, family, info = _cached_first(config, commit, lambda source: _loaded(config, source, layers))
     decoder = family.decoder(model.eval())
     _refuse_missing(str(config.name), model, decoder, family, info)
     _refuse_dropped(str(config.name), model, decoder, family, info)
@@ -120,21 +123,24 @@ def _auto_class(config: ModelConfig, model_config: PretrainedConfig, family: Fam
     return getattr(transformers, family.auto_class)
 
 
-def _loaded(config: ModelConfig, source: dict[str, Any]) -> tuple[PreTrainedModel, Family, dict[str, Any]]:
+def _loaded(
+    config: ModelConfig, source: dict[str, Any], layers: Collection[int] | None
+) -> tuple[PreTrainedModel, Family, dict[str, Any]]:
     model_config, family, source = _read_config(config, source)
     if config.gguf_file is not None:
         # Else a quantised file may stay packed, and run on kernels of its own, attention's included.
         source = source | {"quantization_config": GgufConfig(dequantize=True)}
-    model, info = _auto_class(config, model_config, family).from_pretrained(
-        config=model_config,
-        dtype=getattr(torch, config.dtype),
-        device_map=config.device_map,
-        attn_implementation=config.attn_implementation,
-        use_safetensors=None if config.allow_pickle or config.gguf_file else True,
-        ignore_mismatched_sizes=True,  # to be named by us, with every other weight that is not as it should be
-        output_loading_info=True,
-        **source,
-    )
+    with nullcontext() if layers is None else cut_after(layers, family):
+        model, info = _auto_class(config, model_config, family).from_pretrained(
+            config=model_config,
+            dtype=getattr(torch, config.dtype),
+            device_map=config.device_map,
+            attn_implementation=config.attn_implementation,
+            use_safetensors=None if config.allow_pickle or config.gguf_file else True,
+            ignore_mismatched_sizes=True,  # to be named by us, with every other weight that is not as it should be
+            output_loading_info=True,
+            **source,
+        )
     return model, family, info
 
 

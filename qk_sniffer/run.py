@@ -161,6 +161,8 @@ def _load(config: Config, commits: dict[str, str | None]) -> _Parts:
         commit=commits["model"],
         pre_rope=config.capture.capture_pre_rope,
         banded_attention=config.inference.banded_attention,
+        # To say that none of the layers asked for has full attention, all of them must be seen.
+        layers=None if config.capture.full_attention_only else config.capture.layers,
     )
     limit, max_length = backbone.num_positions, config.model.tokenizer.max_length
     if limit is not None and max_length > limit:

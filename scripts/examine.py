@@ -55,11 +55,12 @@ def examine(model_type: str) -> Entry:
     """Builds, saves, loads and captures that type."""
     entry = Entry(model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])
     try:
-        backbone, facts = _loaded(model_type)
+        backbone, facts, cut = _loaded(model_type)
     except QkSnifferError as error:
         return replace(entry, note=_reason(error))
     try:
         calls, seen = _check_post(backbone, facts)
+        _check_cut(cut, seen)
         notes = _notes(backbone, calls, seen, facts)
         pre, reason = _pre_verdict(backbone, calls)
         before = Backbone(backbone.decoder, backbone.family, pre_rope=True, banded_attention=False)
@@ -69,7 +70,8 @@ def examine(model_type: str) -> Entry:
     return replace(entry, post="yes", pre=pre, proof=proof, note="; ".join(notes + reason))
 
 
-def _loaded(model_type: str) -> tuple[Backbone, list[LayerFacts]]:
+def _loaded(model_type: str) -> tuple[Backbone, list[LayerFacts], Backbone]:
+    """The whole decoder, its layers, and the decoder as it is loaded where its first layer alone is captured."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             save_tiny(model_type, Path(folder))
@@ -82,7 +84,8 @@ def _loaded(model_type: str) -> tuple[Backbone, list[LayerFacts]]:
             backbone = load_backbone(config, banded_attention=False)
         except QkSnifferError as error:
             raise type(error)(str(error).replace(f"model {folder} ", "")) from error
-        return backbone, backbone.probe()
+        facts = backbone.probe()
+        return backbone, facts, load_backbone(config, banded_attention=False, layers=[facts[0].heads.layer])
 
 
 def _check_post(backbone: Backbone, facts: list[LayerFacts]) -> tuple[list[KernelCall], list[AttentionCall]]:
@@ -115,6 +118,17 @@ def _check_post(backbone: Backbone, facts: list[LayerFacts]) -> tuple[list[Kerne
     if _differ(seen, _captured(Backbone(decoder, backbone.family), _ids()), slice(None)):
         raise WrongError("with banded attention the vectors differ")
     return calls, seen
+
+
+def _check_cut(cut: Backbone, seen: list[AttentionCall]) -> None:
+    """
+    Raises:
+        WrongError: without the layers behind it, the first layer is another one.
+    """
+    (own, *_), (whole, *_) = _captured(cut, _ids()), seen
+    cut.run(_ids())  # as the proof does, to the end of the forward
+    if own.layer != whole.layer or not (_equal(own.query, whole.query) and _equal(own.key, whole.key)):
+        raise WrongError("without the layers behind it, the first layer has other vectors")
 
 
 def _pre_verdict(backbone: Backbone, calls: list[KernelCall]) -> tuple[str, list[str]]:

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+from qk_sniffer.ahead import ahead
 from qk_sniffer.backbone import Backbone, LayerFacts
-from qk_sniffer.batching import TextTokenizer, Tokens, batches, load_tokenizer, text_hash, windows
-from qk_sniffer.capture import Capture
+from qk_sniffer.batching import TextTokenizer, load_tokenizer
+from qk_sniffer.capture import BatchPlan, Capture
 from qk_sniffer.config import Config, resolved
-from qk_sniffer.corpus import Corpus, Example
+from qk_sniffer.corpus import Corpus
 from qk_sniffer.errors import CaptureError, ConfigError, SourceError
 from qk_sniffer.finalize import finalize, finish_publication, mark_done, unmark_damaged
 from qk_sniffer.heads import Selection, select
@@ -23,6 +24,7 @@ from qk_sniffer.hub import publish, require_login
 from qk_sniffer.job import hub_commit_of
 from qk_sniffer.loading import check_model, load_backbone
 from qk_sniffer.machine import trim_memory, use_huge_pages
+from qk_sniffer.planning import check_unchanged, open_windows
 from qk_sniffer.progress import Progress, Stages, describe
 from qk_sniffer.proof import examples_with_rows, prove
 from qk_sniffer.sampling import Sampler
@@ -105,7 +107,7 @@ def _prove(
     captured = {index: record for _, index, record in chosen}
     found = list(islice((example for example in corpus.examples() if example.index in captured), len(captured)))
     for example in found:
-        _check_unchanged(example, captured[example.index])
+        check_unchanged(example, captured[example.index])
     tokens = parts().tokenizer(found)
     return prove(parts().backbone, staging, heads, {made.example_id: made.ids for made in tokens})
 
@@ -227,20 +229,35 @@ def _capture_examples(
             queue_bytes=inference.queue_mb * 2**20, segment_bytes=inference.segment_mb * 2**20
         ) as writer:
             capture = Capture(parts.backbone, parts.selection, sampler, writer, token_ids=tokens_wanted, stages=stages)
-            examples = corpus.examples(shard_index=shard.index, shard_count=shard.count, after=start.rows_before)
-            spent = dict(stages.seconds)
-            space_checked = False
-            for lengths, tokens in _tokenized(config, examples, parts.tokenizer, journal, stages):
-                if not space_checked:
-                    _check_space(config, layout, start, parts, sampler, list(lengths.values()), journal)
-                    space_checked = True
-                for batch in _batches(config, lengths, tokens, parts.backbone.length_boundary):
+            spent: dict[str, float] = {}
+            beside = Stages()
+            todo = open_windows(
+                corpus.examples(shard_index=shard.index, shard_count=shard.count, after=start.rows_before),
+                parts.tokenizer,
+                journal.records,
+                inference,
+                boundary=parts.backbone.length_boundary,
+                stages=beside,
+            )
+
+            def planned() -> Iterator[BatchPlan]:
+                for number, window in enumerate(todo):
+                    if number == 0:
+                        _check_space(config, layout, start, parts, sampler, window.lengths, journal)
+                    for batch in window.batches:
+                        with beside("plan"):
+                            plan = capture.plan(batch)
+                        yield plan
+
+            with ahead(planned()) as plans:
+                for plan in plans:
                     with stopping.not_now():
-                        shape = _capture_batch(capture, batch, writer, progress, stages)
+                        _capture_batch(capture, plan, writer, progress)
                     if inference.debug_logging:
-                        now = stages.seconds | {"write": writer.write_s}
-                        log.info("batch of %d x %d tokens: %s", *shape, _by_stage(now, spent))
+                        now = stages.seconds | beside.seconds | {"write": writer.write_s}
+                        log.info("batch of %d x %d tokens: %s", *plan.ids.shape, _by_stage(now, spent))
                         spent = now
+            stages.seconds |= beside.seconds
             with stages("write"):
                 writer.close()
     except Stopped:
@@ -253,56 +270,8 @@ def _capture_examples(
     mark_done(layout, shard, examples=len(journal.records), skipped=corpus.skipped + parts.tokenizer.skipped)
 
 
-def _tokenized(
-    config: Config, examples: Iterator[Example], tokenizer: TextTokenizer, journal: Journal, stages: Stages
-) -> Iterator[tuple[dict[int, int], dict[int, Tokens]]]:
-    """Look-ahead windows that are not all done: the length of every example by index, the tokens of those to run."""
-    done = dict(journal.records)
-    for window in windows(examples, config.inference.lookahead):
-        for example in window:
-            _check_unchanged(example, done.get(example.index))
-        fresh = [example for example in window if example.index not in done]
-        if not fresh:
-            continue
-        with stages("tokenize"):
-            tokens = {made.index: made for made in tokenizer(fresh)}
-        both = ((example.index, done.get(example.index) or tokens.get(example.index)) for example in window)
-        yield {index: found.num_tokens for index, found in both if found is not None}, tokens
-
-
-def _batches(
-    config: Config, lengths: dict[int, int], tokens: dict[int, Tokens], boundary: int | None
-) -> Iterator[list[Tokens]]:
-    """The batches of a window that are to be run; examples of more tokens than `boundary` run alone.
-
-    Which examples share a batch follows from the whole window, done or not, so that a job that was killed runs the
-    same batches as one that was not.
-    """
-    inference, order = config.inference, list(lengths)
-    for batch in batches(
-        list(lengths.values()), max_batch_tokens=inference.max_batch_tokens, batch_size=inference.batch_size
-    ):
-        members = [tokens[order[place]] for place in batch if order[place] in tokens]
-        together = [example for example in members if boundary is None or example.num_tokens <= boundary]
-        if together:
-            yield together
-        yield from ([example] for example in members if boundary is not None and example.num_tokens > boundary)
-
-
-def _check_unchanged(example: Example, record: ExampleRecord | None) -> None:
-    if record is not None and text_hash(example.text) != record.text_hash:
-        raise SourceError(
-            f"row {example.index} of the dataset (id {example.source_id}) is not the text that was captured before "
-            "the job stopped: the source has changed. Restore it, or start anew with output.overwrite=true"
-        )
-
-
-def _capture_batch(
-    capture: Capture, batch: Sequence[Tokens], writer: JournalWriter, progress: Progress, stages: Stages
-) -> tuple[int, ...]:
-    """Brings one batch into the journal; returns its shape (B, n)."""
-    with stages("plan"):
-        plan = capture.plan(batch)
+def _capture_batch(capture: Capture, plan: BatchPlan, writer: JournalWriter, progress: Progress) -> None:
+    """Brings one batch into the journal."""
     capture.run(plan)
     writer.complete(
         [
@@ -314,21 +283,26 @@ def _capture_batch(
                 truncated=example.truncated,
                 text_hash=example.text_hash,
             )
-            for example in batch
+            for example in plan.examples
         ]
     )
-    progress.add(len(batch), sum(example.num_tokens for example in batch), capture.num_rows(plan))
-    return plan.ids.shape
+    progress.add(len(plan.examples), sum(example.num_tokens for example in plan.examples), capture.num_rows(plan))
 
 
 def _by_stage(now: dict[str, float], before: dict[str, float]) -> str:
-    # Tokenizing is done for a whole look-ahead window and counts for its first batch; writing goes on beside the rest.
+    # Tokenizing and planning go on beside the forward, for batches to come; writing does for those before.
     stages = ("tokenize", "plan", "forward", "gather", "transfer", "queue", "write")
     return ", ".join(f"{name} {now.get(name, 0.0) - before.get(name, 0.0):.4f} s" for name in stages)
 
 
 def _check_space(
-    config: Config, layout: Layout, start: Start, parts: _Parts, sampler: Sampler, lengths: list[int], journal: Journal
+    config: Config,
+    layout: Layout,
+    start: Start,
+    parts: _Parts,
+    sampler: Sampler,
+    lengths: Sequence[int],
+    journal: Journal,
 ) -> None:
     """Checks the disk for the whole job, as if all examples were as long as those of the first window."""
     wanted = source_rows(config, start.corpus)

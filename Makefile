@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test slow floor check supported install clean
+.PHONY: demo test slow floor check supported bench install clean
 
 demo: install  ## the main job on the embedded model and texts, with enough rows to look at
 	$(BIN)/python -m qk_sniffer sampler.base_rate=16
@@ -17,6 +17,11 @@ slow: install  ## the slow tests that CI runs too
 supported: install  ## captures every model type of transformers and writes models/SUPPORTED.md
 	$(BIN)/python scripts/supported.py
 
+bench: install  ## every benchmark; about two hours on two cores (benchmarks/README.md)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[analysis]'
+	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/speed.py
+
 check: install  ## lint and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -27,7 +32,7 @@ FLOOR := .venv-floor
 FLOOR_TRANSFORMERS := 5.17.0
 
 floor: $(FLOOR)/.installed  ## the tests of what depends on transformers, with its oldest version
-	$(FLOOR)/bin/python -m pytest -n 2 -q $(addprefix tests/test_,attention.py banded.py backbone.py loading.py loading_overrides.py gguf.py model_config.py multimodal.py proof.py rotary.py run.py resume.py tap.py)
+	$(FLOOR)/bin/python -m pytest -n 2 -q $(addprefix tests/test_,attention.py banded.py backbone.py cutting.py loading.py loading_overrides.py gguf.py model_config.py multimodal.py proof.py rotary.py run.py resume.py tap.py)
 
 $(FLOOR)/.installed: pyproject.toml constraints.txt
 	test -x $(FLOOR)/bin/python || $(PYTHON) -m venv $(FLOOR)

@@ -9,36 +9,20 @@ Anonymous memory (RssAnon of /proc) is read every 20 ms. Writes memory.json and 
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Any
+
+from common import RESULTS, machine, write_texts
 
 PERIOD_S = 0.02
 SETTINGS = ["inference.queue_mb=32", "inference.segment_mb=16", "inference.max_batch_tokens=4096"]
 """Buffers and batches small enough for the least number of examples to fill them several times: a job that does not
 takes less memory, and that is no measure of growth."""
-
-CHARACTERS_PER_TOKEN = 6
-"""Enough for the texts to fill `--tokens` after the cut."""
-
-
-def write_texts(path: Path, examples: int, tokens: int) -> None:
-    """Texts that differ, each of at least `tokens` tokens: windows of the documentation."""
-    corpus = "\n\n".join(topics.values())
-    width = tokens * CHARACTERS_PER_TOKEN
-    step = (len(corpus) - width) / examples
-    with path.open("w") as file:
-        for number in range(examples):
-            start = int(number * step)
-            file.write(json.dumps({"text": f"{number}. {corpus[start : start + width]}"}) + "\n")
 
 
 def measured(examples: int, tokens: int, settings: list[str]) -> dict[str, Any]:
@@ -106,7 +90,7 @@ def main() -> int:
     parser.add_argument("--examples", type=int, nargs="+", default=[64, 1024])
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("settings", nargs="*", default=SETTINGS, help="further settings of the jobs, key=value")
     arguments = parser.parse_args()
     runs = []
@@ -126,10 +110,7 @@ def main() -> int:
         "dataset_mb": {run["examples"]: run["dataset_mb"] for run in runs},
         "tokens_per_example": arguments.tokens,
         "settings": arguments.settings,
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-        "versions": {"python": platform.python_version()}
-        | {name: version(name) for name in ("torch", "transformers", "pyarrow", "numpy")},
-    }
+    } | machine()
     (arguments.out / "memory.json").write_text(json.dumps(result, indent=2) + "\n")
     plot(runs, arguments.out / "memory.png")
     return 0

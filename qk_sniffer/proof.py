@@ -185,7 +185,8 @@ def _difference(stored: Vectors, derived: Derived, eps: float = 0.0) -> float:
     both = np.isnan(stored) & np.isnan(derived.rows)
     one, other = (np.where(both, 0, rows).astype(np.float64) for rows in (stored, derived.rows))
     mean = np.where(np.isnan(derived.mean), 0, derived.mean)
-    beyond = np.linalg.norm(one - other) - eps * np.linalg.norm(other)
+    with np.errstate(invalid="ignore"):  # inf - inf
+        beyond = np.linalg.norm(one - other) - eps * np.linalg.norm(other)
     spread = np.linalg.norm(np.where(both, 0, other - mean)) or np.linalg.norm(other) or 1.0
     # Not max(0, beyond): of a number that is none, that would make 0.
     return 0.0 if beyond <= 0 else float(beyond / spread)

@@ -1,0 +1,95 @@
+"""What the benchmarks share: texts, a model of a real shape, processes in turn, and where it was measured."""
+
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results"
+EMBEDDED_MODEL = ROOT / "qk_sniffer" / "assets" / "pydoc_tiny"
+CHARACTERS_PER_TOKEN = 6
+"""Enough for a text to have the tokens that it is cut to."""
+
+
+def write_texts(path: Path, examples: int, tokens: int) -> Path:
+    """Texts that differ, each of at least `tokens` tokens: windows of the documentation, from its begin again."""
+    corpus = "\n\n".join(topics.values())
+    width = tokens * CHARACTERS_PER_TOKEN
+    corpus *= 1 + width // len(corpus)
+    step = (len(corpus) - width) / examples
+    with path.open("w") as file:
+        for number in range(examples):
+            start = int(number * step)
+            file.write(json.dumps({"text": f"{number}. {corpus[start : start + width]}"}) + "\n")
+    return path
+
+
+def smollm2_shape(folder: Path, **changes: Any) -> Path:
+    """A checkpoint of SmolLM2-135M's shape with random weights, and the embedded model's tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaModel
+
+    shape = {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+        "max_position_embeddings": 8192,
+    }
+    torch.manual_seed(0)
+    LlamaModel(LlamaConfig(**shape | changes)).save_pretrained(folder)
+    for file in EMBEDDED_MODEL.glob("token*"):
+        shutil.copy(file, folder)
+    return folder
+
+
+def job(model: Path, texts: Path, tokens: int, root: Path, *settings: str) -> list[str]:
+    """The command of a job whose dataset goes to `root`, anew each time."""
+    return [
+        *(sys.executable, "-m", "qk_sniffer", "model=hf", f"model.name={model}", "model.dtype=float32"),
+        *(f"model.tokenizer.max_length={tokens}", "dataset=hf", f"dataset.path={texts}", "verify.examples=0"),
+        *(f"output.data_root={root}", "output.overwrite=true", f"hydra.run.dir={root}.run", *settings),
+    ]
+
+
+def wall_s(command: list[str]) -> float:
+    """Seconds that a process takes from its start to its end."""
+    start = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{done.stdout}\n{done.stderr}")
+    return time.perf_counter() - start
+
+
+def in_turn(rounds: int, measures: dict[str, Callable[[], float]]) -> dict[str, list[float]]:
+    """What each measure gives: A B A B, so that a noisy minute disturbs them all."""
+    taken: dict[str, list[float]] = {name: [] for name in measures}
+    for _ in range(rounds):
+        for name, measure in measures.items():
+            taken[name].append(measure())
+    return taken
+
+
+def medians(taken: dict[str, list[float]]) -> dict[str, float]:
+    return {name: statistics.median(values) for name, values in taken.items()}
+
+
+def machine() -> dict[str, Any]:
+    """Where and with what: for every file of results."""
+    names = ("torch", "transformers", "pyarrow", "numpy", "datasets")
+    return {
+        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in names},
+    }

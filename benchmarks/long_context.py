@@ -1,0 +1,77 @@
+"""Peak of anonymous memory, in MB, of one text of 131,072 tokens: python benchmarks/long_context.py plain|uniform|all
+
+The model has ten small sliding layers of 30 query heads, so that a forward takes minutes at most on a few cores.
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from common import EMBEDDED_MODEL, job, write_texts
+from memory import PERIOD_S, anonymous_mb
+from transformers import Qwen3Config, Qwen3Model
+
+LENGTH, LAYERS, WINDOW = 131_072, 10, 512
+
+PLAIN = """
+import sys, torch
+from qk_sniffer.backbone import Backbone
+from qk_sniffer.banded import banded
+from qk_sniffer.config import ModelConfig
+from qk_sniffer.loading import load_backbone
+backbone = load_backbone(ModelConfig(name=sys.argv[1], dtype="float32"))
+with banded():
+    backbone.run(torch.arange(int(sys.argv[2]))[None] % 1000)
+"""
+"""The forward alone, over the same kernel: the model's own would make masks of 17 GB."""
+
+
+def make_model(folder: Path) -> Path:
+    config = Qwen3Config(
+        hidden_size=128,
+        intermediate_size=128,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=30,
+        num_key_value_heads=6,
+        head_dim=16,
+        vocab_size=4096,
+        max_position_embeddings=LENGTH,
+        use_sliding_window=True,
+        sliding_window=WINDOW,
+        max_window_layers=0,
+        layer_types=["sliding_attention"] * LAYERS,
+    )
+    torch.manual_seed(0)
+    Qwen3Model(config).save_pretrained(folder)
+    for file in EMBEDDED_MODEL.glob("token*"):
+        shutil.copy(file, folder)
+    return folder
+
+
+def main() -> None:
+    who = sys.argv[1]
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        model = make_model(folder / "model")
+        if who == "plain":
+            command = [sys.executable, "-c", PLAIN, str(model), str(LENGTH)]
+        else:
+            texts = write_texts(folder / "texts.jsonl", 1, LENGTH)
+            settings = [f"sampler={who}", "sampler.min_bucket_size=8192"]
+            command = job(model, texts, LENGTH, folder / "out", *settings)
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        peak = 0.0
+        while process.poll() is None:
+            peak = max(peak, anonymous_mb(process.pid) or 0.0)
+            time.sleep(PERIOD_S)
+        if process.returncode:
+            raise SystemExit(process.returncode)
+    print(peak)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""One sliding layer over n tokens as a job runs it: seconds, and memory above what was there before, as JSON.
+
+python benchmarks/one_sliding_layer.py LENGTH
+"""
+
+import json
+import resource
+import sys
+import time
+
+import torch
+from transformers import Qwen3Config, Qwen3Model
+
+from qk_sniffer.attention import AttentionCall
+from qk_sniffer.backbone import Backbone
+from qk_sniffer.families import find_family
+from qk_sniffer.machine import use_huge_pages
+
+WINDOW = 512
+
+
+def peak_mb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def main() -> None:
+    length = int(sys.argv[1])
+    config = Qwen3Config(
+        hidden_size=256,
+        intermediate_size=256,
+        num_hidden_layers=1,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=32,
+        vocab_size=1000,
+        max_position_embeddings=length,
+        use_sliding_window=True,
+        sliding_window=WINDOW,
+        max_window_layers=0,
+        layer_types=["sliding_attention"],
+        attn_implementation="sdpa",
+    )
+    use_huge_pages()  # as a job does
+    backbone = Backbone(Qwen3Model(config).eval(), find_family("qwen3"))
+    windows: list[int | None] = []
+
+    def look(call: AttentionCall) -> None:
+        windows.append(call.sliding_window)
+
+    backbone.forward(torch.zeros(1, 1024, dtype=torch.int64), look)
+    before = peak_mb()
+    start = time.perf_counter()
+    backbone.forward(torch.zeros(1, length, dtype=torch.int64), look)
+    seconds = time.perf_counter() - start
+    assert windows == [WINDOW, WINDOW]
+    print(json.dumps({"forward_s": seconds, "above_mb": peak_mb() - before}))
+
+
+if __name__ == "__main__":
+    main()

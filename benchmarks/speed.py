@@ -1,0 +1,222 @@
+"""What capture costs beside the forward: one table, each line a ratio or a bound with its bar (see README.md).
+
+    python benchmarks/speed.py [--rounds 5] [NAME ...]
+
+Writes results/speed.json, and prints the table; exit code 1 if a bar is not met.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from common import EMBEDDED_MODEL, RESULTS, ROOT, in_turn, job, machine, medians, smollm2_shape, wall_s, write_texts
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of the table. `taken`: seconds, or what `unit` says, of each round."""
+
+    name: str
+    what: str
+    figure: float
+    bar: float
+    unit: str = "ratio"
+    taken: dict[str, list[float]] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        met = "ok" if self.figure <= self.bar else "NOT MET"
+        return f"{self.name:<22} {self.figure:>8.3f} {self.unit:<6} at most {self.bar:<7g} {met:<8} {self.what}"
+
+
+def against_plain_forward(
+    name: str, sampler: str, tokens: int, bar: float, *, few: int, many: int, rounds: int
+) -> Line:
+    """Wall time an example: what `many` examples take more than `few`, so that the start counts on neither side."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        model = smollm2_shape(folder / "model")
+        measures: dict[str, Callable[[], float]] = {}
+        for count in (few, many):
+            texts = write_texts(folder / f"{count}.jsonl", count, tokens)
+            plain = [sys.executable, "benchmarks/plain_forward.py", str(model), str(texts), str(tokens)]
+            ours = job(model, texts, tokens, folder / "out", f"sampler={sampler}", "inference.batch_size=1")
+            measures[f"plain, {count}"] = lambda command=plain: wall_s(command)
+            measures[f"job, {count}"] = lambda command=ours: wall_s(command)
+        taken = in_turn(rounds, measures)
+    middle = medians(taken)
+    per_example = {who: middle[f"{who}, {many}"] - middle[f"{who}, {few}"] for who in ("plain", "job")}
+    what = f"sampler={sampler}, {tokens} tokens: wall time an example over a plain forward's"
+    return Line(name, what, per_example["job"] / per_example["plain"], bar, taken=taken)
+
+
+def uniform(rounds: int) -> list[Line]:
+    return [against_plain_forward("uniform-512", "uniform", 512, 1.05, few=8, many=40, rounds=rounds)]
+
+
+def everything(rounds: int) -> list[Line]:
+    return [against_plain_forward("all-512", "all", 512, 1.40, few=8, many=40, rounds=rounds)]
+
+
+def everything_long(rounds: int) -> list[Line]:
+    return [against_plain_forward("all-4096", "all", 4096, 1.25, few=1, many=33, rounds=min(rounds, 3))]
+
+
+def some_layers(rounds: int) -> list[Line]:
+    """The first three layers of thirty, against all of them: forward time as the job reports it."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        model, texts = smollm2_shape(folder / "model"), write_texts(folder / "texts.jsonl", 8, 512)
+
+        def forward_s(layers: str) -> float:
+            wall_s(job(model, texts, 512, folder / "out", "inference.batch_size=1", f"capture.layers={layers}"))
+            timings = json.loads((folder / "out" / "manifest.json").read_text())["timings"]
+            return float(timings["forward"])
+
+        taken = in_turn(rounds, {"all": lambda: forward_s("null"), "three": lambda: forward_s("[0,1,2]")})
+    middle = medians(taken)
+    what = "capture.layers=[0,1,2] of 30: forward time over that of all"
+    return [Line("three-layers", what, middle["three"] / middle["all"], 0.2, taken=taken)]
+
+
+def parquet(rounds: int) -> list[Line]:
+    """CPU seconds from journal to Parquet against pyarrow alone, and the size of what comes out."""
+    lines = []
+    for dtype, bar in (("float32", 0.87), ("bfloat16", 0.45)):
+        figures = [json.loads(_own_process("writing.py", dtype)) for _ in range(rounds)]
+        taken = {key: [figure[key] for figure in figures] for key in figures[0]}
+        middle = medians(taken)
+        what = f"{dtype}: CPU of journal to Parquet with checksums, over write_table's"
+        lines.append(Line(f"parquet-cpu-{dtype}", what, middle["ours_s"] / middle["bare_s"], 1.3, taken=taken))
+        lines.append(
+            Line(f"parquet-size-{dtype}", f"{dtype}: bytes of the files over raw float32", middle["size"], bar)
+        )
+    return lines
+
+
+def padding(rounds: int) -> list[Line]:
+    """Exact, so it is computed once: the documentation's topics in the batches of a job."""
+    del rounds
+    from qk_sniffer.batching import batches, load_tokenizer
+    from qk_sniffer.config import from_dict
+    from qk_sniffer.corpus import open_corpus
+
+    config = from_dict({"model": {"name": str(EMBEDDED_MODEL)}, "dataset": {"path": "pydoc"}})
+    tokens = load_tokenizer(config.model)(list(open_corpus(config.dataset).examples()))
+    lengths = [example.num_tokens for example in tokens]
+    lines = []
+    for size in (None, 4, 16, 64):
+        cut = batches(lengths, max_batch_tokens=config.inference.max_batch_tokens, batch_size=size)
+        computed = sum(max(lengths[place] for place in batch) * len(batch) for batch in cut)
+        what = f"tokens computed over valid, batch_size={'null' if size is None else size}, {len(cut)} batches"
+        lines.append(Line(f"padding-{size or 'default'}", what, computed / sum(lengths), 1.05))
+    return lines
+
+
+def sliding(rounds: int) -> list[Line]:
+    """One sliding layer over n = 65,536 against n = 32,768: both over the double."""
+    taken: dict[str, list[float]] = {}
+    for _ in range(rounds):
+        for length in (32768, 65536):
+            found = json.loads(_own_process("one_sliding_layer.py", str(length)))
+            for key, value in found.items():
+                taken.setdefault(f"{key}, {length}", []).append(value)
+    middle = medians(taken)
+    return [
+        Line(
+            f"sliding-{what}",
+            f"one sliding layer (window 512), n = 65,536: {what} over twice that of n = 32,768",
+            middle[f"{key}, 65536"] / middle[f"{key}, 32768"] / 2,
+            1.1,
+            taken={name: values for name, values in taken.items() if name.startswith(key)},
+        )
+        for key, what in (("forward_s", "time"), ("above_mb", "memory"))
+    ]
+
+
+def start(rounds: int) -> list[Line]:
+    """From the process's start to its first forward, without the imports that any such process has."""
+    with tempfile.TemporaryDirectory() as temporary:
+        settings = [f"output.data_root={temporary}/out", f"hydra.run.dir={temporary}/run", "output.overwrite=true"]
+        ours = [sys.executable, "benchmarks/first_batch.py", *settings]
+        imports = [
+            sys.executable,
+            "-c",
+            "import torch; from transformers import AutoModel, AutoTokenizer, PreTrainedModel",
+        ]
+        taken = in_turn(2 * rounds, {"job": lambda: wall_s(ours), "imports": lambda: wall_s(imports)})
+    middle = medians(taken)
+    what = "process start to first batch, beyond importing torch and transformers"
+    return [Line("start", what, middle["job"] - middle["imports"], 1.5, "s", taken)]
+
+
+def plan(rounds: int) -> list[Line]:
+    """The rows of a batch of one long text, tables included that a job makes once."""
+    lines = []
+    for sampler in ("uniform", "log_uniform", "all"):
+        taken = {sampler: [float(_own_process("plan.py", sampler)) for _ in range(rounds)]}
+        what = f"plan of 131,072 positions, 36 layers, q and k, sampler={sampler}"
+        lines.append(Line(f"plan-{sampler}", what, medians(taken)[sampler], 0.3, "s", taken))
+    return lines
+
+
+def long_context(rounds: int) -> list[Line]:
+    """Peak of anonymous memory at 131,072 tokens and 300 heads, above a plain forward's."""
+    peaks: dict[str, list[float]] = {}
+    for _ in range(min(rounds, 3)):
+        for who in ("plain", "uniform", "all"):
+            peaks.setdefault(who, []).append(float(_own_process("long_context.py", who)))
+    middle = medians(peaks)
+    what = "131,072 tokens, 300 heads: peak memory above a plain forward, sampler="
+    return [
+        Line("memory-uniform", what + "uniform", middle["uniform"] - middle["plain"], 100, "MB", peaks),
+        Line("memory-all", what + "all", middle["all"] - middle["plain"], 512 + 128 + 200, "MB"),
+    ]
+
+
+def _own_process(script: str, *arguments: str) -> str:
+    command = [sys.executable, f"benchmarks/{script}", *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
+
+
+BENCHMARKS = {
+    "padding": padding,
+    "plan": plan,
+    "start": start,
+    "parquet": parquet,
+    "sliding": sliding,
+    "three-layers": some_layers,
+    "uniform": uniform,
+    "all": everything,
+    "memory": long_context,
+    "all-long": everything_long,
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(BENCHMARKS)}; default: all of them")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=RESULTS / "speed.json")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.names) - BENCHMARKS.keys():
+        parser.error(f"there is no {', '.join(sorted(unknown))}; there are {', '.join(BENCHMARKS)}")
+    found: dict[str, Any] = json.loads(arguments.out.read_text())["lines"] if arguments.out.exists() else {}
+    lines: list[Line] = []
+    for name in arguments.names or BENCHMARKS:
+        for line in BENCHMARKS[name](arguments.rounds):
+            print(line, flush=True)
+            lines.append(line)
+            found[line.name] = asdict(line) | machine()
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps({"lines": found}, indent=2) + "\n")
+    return 0 if all(line.figure <= line.bar for line in lines) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

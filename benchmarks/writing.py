@@ -1,0 +1,94 @@
+"""CPU from journal to Parquet against pyarrow alone, over the same arrays with the same encodings, as JSON.
+
+python benchmarks/writing.py DTYPE
+"""
+
+import json
+import resource
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from qk_sniffer.config import SamplerConfig
+from qk_sniffer.sampling import Sampler
+from qk_sniffer.store.compact import HeadSpec, compact
+from qk_sniffer.store.journal import ExampleRecord, Journal, Rows
+from qk_sniffer.store.layout import VECTOR_PATH, Layout
+
+HEADS, HEAD_DIM, EXAMPLES, TOKENS = 12, 64, 64, 1024
+ROUNDS = 5
+
+
+def cpu_s() -> float:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+
+
+def timed(work: Callable[[], object]) -> float:
+    before = cpu_s()
+    work()
+    return cpu_s() - before
+
+
+def main() -> None:
+    dtype = getattr(torch, sys.argv[1])
+    generator = torch.Generator().manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        layout, journal = Layout(Path(folder)), Journal(Path(folder) / "journal")
+        parts = []
+        with journal.writer(queue_bytes=1 << 28, segment_bytes=1 << 26) as writer:
+            for index in range(EXAMPLES):
+                vectors = torch.randn(HEADS, TOKENS, HEAD_DIM, generator=generator).to(dtype)
+                parts.append(vectors.float().numpy())
+                writer.put(Rows(0, "q", vectors, np.full(TOKENS, index), np.arange(TOKENS)))
+                writer.complete([ExampleRecord(index, index, str(index), TOKENS, False, "")])
+        heads = [HeadSpec(0, head, "q", head, HEAD_DIM, None, head) for head in range(HEADS)]
+        sampler = Sampler(SamplerConfig(type="all"))
+
+        def ours() -> None:
+            found = Journal(journal.folder, verify=False)  # so that its checksums are compared each time
+            compact(layout, [found], heads, sampler, threads=1)  # threads that share a core take more CPU each
+
+        ours()
+        files = [layout.staging.head_file(0, head, "q") for head in range(HEADS)]
+        arrays = [np.concatenate([part[head] for part in parts]) for head in range(HEADS)]
+        schema = pq.read_schema(files[0])
+        columns = {
+            name: np.concatenate([pq.read_table(files[0])[name]]) for name in ("bucket", "example_id", "position")
+        }
+
+        def bare() -> None:
+            for head, array in enumerate(arrays):
+                vector = pa.FixedSizeListArray.from_arrays(pa.array(array.reshape(-1)), HEAD_DIM)
+                window = pa.nulls(len(array), pa.int32())
+                table = pa.table(
+                    [columns["bucket"], columns["example_id"], columns["position"], vector, window], schema=schema
+                )
+                pq.write_table(
+                    table,
+                    Path(folder) / f"{head}.parquet",
+                    compression="zstd",
+                    compression_level=1,
+                    use_dictionary=["bucket", "example_id", "position", "sliding_window"],
+                    column_encoding={VECTOR_PATH: "BYTE_STREAM_SPLIT"},
+                    write_statistics=False,
+                )
+
+        bare()  # the first call of either loads parts of pyarrow
+        taken: dict[str, list[float]] = {"ours_s": [], "bare_s": []}
+        for _ in range(ROUNDS):
+            taken["ours_s"].append(timed(ours))
+            taken["bare_s"].append(timed(bare))
+        size = sum(file.stat().st_size for file in files) / sum(array.nbytes for array in arrays)
+        print(json.dumps({key: statistics.median(values) for key, values in taken.items()} | {"size": size}))
+
+
+if __name__ == "__main__":
+    main()

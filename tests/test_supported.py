@@ -168,7 +168,7 @@ def test_a_type_that_needs_its_family_is_found_out_without_it(
     ],
 )
 def test_a_mask_that_is_a_band_of_another_window_is_found_out(window: int | None, finding: str) -> None:
-    backbone, facts = examine_room._loaded("mistral")
+    backbone, facts, _ = examine_room._loaded("mistral")
     calls, seen = examine_room._check_post(backbone, facts)
     assert examine_room._reach(calls[0], seen[0]) == ["sliding windows"]
     with pytest.raises(examine_room.WrongError, match=f"layer 0: {finding}"):
@@ -176,7 +176,7 @@ def test_a_mask_that_is_a_band_of_another_window_is_found_out(window: int | None
 
 
 def test_vectors_before_rope_that_depend_on_the_position_are_found_out() -> None:
-    backbone, _ = examine_room._loaded("mistral")
+    backbone, _, _ = examine_room._loaded("mistral")
     examine_room._check_unmoved(Backbone(backbone.decoder, Family(), pre_rope=True))
     with pytest.raises(examine_room.WrongError, match="depend on the position"):
         examine_room._check_unmoved(Backbone(backbone.decoder, NothingRotated(), pre_rope=True))

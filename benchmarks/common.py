@@ -17,6 +17,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 EMBEDDED_MODEL = ROOT / "qk_sniffer" / "assets" / "pydoc_tiny"
+WINDOW = 512
 CHARACTERS_PER_TOKEN = 6
 """Enough for a text to have the tokens that it is cut to."""
 
@@ -53,6 +54,22 @@ def smollm2_shape(folder: Path, **changes: Any) -> Path:
     for file in EMBEDDED_MODEL.glob("token*"):
         shutil.copy(file, folder)
     return folder
+
+
+def sliding_qwen3(length: int, **sizes: int) -> Any:
+    """The config of a decoder of these sizes in which every layer has a sliding window of `WINDOW`."""
+    from transformers import Qwen3Config
+
+    return Qwen3Config(
+        vocab_size=4096,
+        max_position_embeddings=length,
+        use_sliding_window=True,
+        sliding_window=WINDOW,
+        max_window_layers=0,
+        layer_types=["sliding_attention"] * sizes["num_hidden_layers"],
+        attn_implementation="sdpa",
+        **sizes,
+    )
 
 
 def job(model: Path, texts: Path, tokens: int, root: Path, *settings: str) -> list[str]:

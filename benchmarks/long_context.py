@@ -11,11 +11,11 @@ import time
 from pathlib import Path
 
 import torch
-from common import EMBEDDED_MODEL, job, write_texts
+from common import EMBEDDED_MODEL, job, sliding_qwen3, write_texts
 from memory import PERIOD_S, anonymous_mb
-from transformers import Qwen3Config, Qwen3Model
+from transformers import Qwen3Model
 
-LENGTH, LAYERS, WINDOW = 131_072, 10, 512
+LENGTH = 131_072
 
 PLAIN = """
 import sys, torch
@@ -31,19 +31,14 @@ with banded():
 
 
 def make_model(folder: Path) -> Path:
-    config = Qwen3Config(
+    config = sliding_qwen3(
+        LENGTH,
         hidden_size=128,
         intermediate_size=128,
-        num_hidden_layers=LAYERS,
+        num_hidden_layers=10,
         num_attention_heads=30,
         num_key_value_heads=6,
         head_dim=16,
-        vocab_size=4096,
-        max_position_embeddings=LENGTH,
-        use_sliding_window=True,
-        sliding_window=WINDOW,
-        max_window_layers=0,
-        layer_types=["sliding_attention"] * LAYERS,
     )
     torch.manual_seed(0)
     Qwen3Model(config).save_pretrained(folder)

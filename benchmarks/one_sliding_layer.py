@@ -9,14 +9,13 @@ import sys
 import time
 
 import torch
-from transformers import Qwen3Config, Qwen3Model
+from common import WINDOW, sliding_qwen3
+from transformers import Qwen3Model
 
 from qk_sniffer.attention import AttentionCall
 from qk_sniffer.backbone import Backbone
 from qk_sniffer.families import find_family
 from qk_sniffer.machine import use_huge_pages
-
-WINDOW = 512
 
 
 def peak_mb() -> float:
@@ -25,20 +24,14 @@ def peak_mb() -> float:
 
 def main() -> None:
     length = int(sys.argv[1])
-    config = Qwen3Config(
+    config = sliding_qwen3(
+        length,
         hidden_size=256,
         intermediate_size=256,
         num_hidden_layers=1,
         num_attention_heads=8,
         num_key_value_heads=4,
         head_dim=32,
-        vocab_size=1000,
-        max_position_embeddings=length,
-        use_sliding_window=True,
-        sliding_window=WINDOW,
-        max_window_layers=0,
-        layer_types=["sliding_attention"],
-        attn_implementation="sdpa",
     )
     use_huge_pages()  # as a job does
     backbone = Backbone(Qwen3Model(config).eval(), find_family("qwen3"))

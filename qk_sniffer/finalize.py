@@ -73,8 +73,8 @@ def mark_done(layout: Layout, shard: ShardConfig, *, examples: int, skipped: int
     write_atomic(layout.shard_done(shard.index, shard.count), json.dumps(facts).encode())
 
 
-def unmark_damaged(layout: Layout, shard: ShardConfig) -> bool:
-    """Whether a shard is whole; what its journal has lost since it was marked as done is to be captured again."""
+def is_still_done(layout: Layout, shard: ShardConfig) -> bool:
+    """Whether a shard is marked as done, and whole. The mark goes where its journal has lost something since."""
     done = layout.shard_done(shard.index, shard.count)
     if not done.exists():
         return False

@@ -18,7 +18,7 @@ from qk_sniffer.capture import BatchPlan, Capture
 from qk_sniffer.config import Config, resolved
 from qk_sniffer.corpus import Corpus
 from qk_sniffer.errors import CaptureError, ConfigError, SourceError
-from qk_sniffer.finalize import finalize, finish_publication, mark_done, unmark_damaged
+from qk_sniffer.finalize import finalize, finish_publication, is_still_done, mark_done
 from qk_sniffer.heads import Selection, select
 from qk_sniffer.hub import publish, require_login
 from qk_sniffer.job import hub_commit_of
@@ -78,7 +78,7 @@ def _run(config: Config, layout: Layout, stages: Stages, stopping: Stopping) -> 
             _publish(config, layout)
             return
         parts = _LazyParts(config, start.job.commits, stages)
-        if start.found == "nothing" or not unmark_damaged(layout, config.shard):
+        if start.found == "nothing" or not is_still_done(layout, config.shard):
             record = _record(config, start, parts())
             begin(layout, start.job, record, own_lock=own_lock, overwrite=config.output.overwrite)
             _capture_examples(config, layout, start, parts(), stages, stopping)

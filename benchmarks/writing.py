@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 import torch
 
 from qk_sniffer.config import SamplerConfig
-from qk_sniffer.sampling import Sampler
+from qk_sniffer.gathering import Gathering, Heads, Lanes, Places, send
+from qk_sniffer.sampling import Picks, Sampler
 from qk_sniffer.store.compact import HeadSpec, compact
 from qk_sniffer.store.journal import ExampleRecord, Journal, Rows
 from qk_sniffer.store.layout import VECTOR_PATH, Layout
@@ -37,6 +38,13 @@ def timed(work: Callable[[], object]) -> float:
     return cpu_s() - before
 
 
+def gathered(vectors: torch.Tensor) -> Gathering:
+    """All of `vectors` (HEADS, TOKENS, HEAD_DIM), as a job hands them over."""
+    row, position = np.zeros(TOKENS, np.int32), np.arange(TOKENS, dtype=np.int32)
+    (sent,) = send([Places.of(Picks(row, position))], vectors.device)
+    return Gathering(vectors[None], Heads(range(HEADS)), sent, 0, TOKENS, Lanes())
+
+
 def main() -> None:
     dtype = getattr(torch, sys.argv[1])
     generator = torch.Generator().manual_seed(0)
@@ -47,7 +55,7 @@ def main() -> None:
             for index in range(EXAMPLES):
                 vectors = torch.randn(HEADS, TOKENS, HEAD_DIM, generator=generator).to(dtype)
                 parts.append(vectors.float().numpy())
-                writer.put(Rows(0, "q", vectors, np.full(TOKENS, index), np.arange(TOKENS)))
+                writer.put(Rows(0, "q", gathered(vectors), np.full(TOKENS, index), np.arange(TOKENS)))
                 writer.complete([ExampleRecord(index, index, str(index), TOKENS, False, "")])
         heads = [HeadSpec(0, head, "q", head, HEAD_DIM, None, head) for head in range(HEADS)]
         sampler = Sampler(SamplerConfig(type="all"))

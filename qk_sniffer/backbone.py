@@ -14,6 +14,7 @@ from qk_sniffer.attention import AttentionCall, ForwardDone, shows_nothing, tap
 from qk_sniffer.banded import banded
 from qk_sniffer.errors import CaptureError, QkSnifferError
 from qk_sniffer.families import Family
+from qk_sniffer.gathering import on_device
 from qk_sniffer.heads import LayerHeads
 
 PROBE_TOKENS = 2
@@ -101,7 +102,7 @@ class Backbone:
         if self.length_boundary is not None:
             self._rotary_state.restore()
         with torch.inference_mode():
-            self.decoder(input_ids=ids.to(self.device), use_cache=False)
+            self.decoder(input_ids=on_device(ids, self.device), use_cache=False)
 
     @contextmanager
     def tapped(self, on_call: Callable[[AttentionCall], None]) -> Iterator[None]:

@@ -1,8 +1,8 @@
 """Capture: the planned positions of a batch are gathered from each attention call and handed to the journal.
 
 What is gathered is decided before the forward: the sampler's positions of every (layer, kind) are sent to the
-device in one tensor. In the forward each (layer, kind) costs one gather over the whole batch, cut into pieces
-only where it would outgrow the journal's queue.
+device in one tensor. In the forward each (layer, kind) costs one gather over the whole batch, straight into the
+memory that the journal writes from, cut into pieces only where it would outgrow the journal's queue.
 """
 
 from collections.abc import Sequence
@@ -15,6 +15,7 @@ from qk_sniffer.attention import AttentionCall, ForwardDone
 from qk_sniffer.backbone import Backbone
 from qk_sniffer.batching import Tokens
 from qk_sniffer.errors import CaptureError
+from qk_sniffer.gathering import Gathering, Heads, Lanes, Places, Sent, send
 from qk_sniffer.heads import Selection
 from qk_sniffer.progress import Stages
 from qk_sniffer.sampling import Picks, Sampler
@@ -33,6 +34,8 @@ class BatchPlan:
     """(B, n) int64, padded on the right with token 0, which no valid position can see."""
     picks: dict[tuple[int, str], Picks]
     """The rows to take, by (layer, kind)."""
+    places: dict[int, Places]
+    """Where they are, by the id of the picks: those that are shared are there once."""
 
 
 class Capture:
@@ -49,7 +52,8 @@ class Capture:
         stages: Stages,
     ) -> None:
         self._backbone = backbone
-        self._heads = {(layer, kind): heads for layer, kind, heads in selection}
+        self._heads = {(layer, kind): Heads(heads) for layer, kind, heads in selection}
+        self._lanes = Lanes()
         self._sampler = sampler
         self._writer = writer
         self._token_ids = token_ids
@@ -63,11 +67,12 @@ class Capture:
         for row, example in zip(ids, examples, strict=True):
             row[: example.num_tokens] = example.ids
         picks = self._sampler.plan([example.example_id for example in examples], lengths, list(self._heads))
-        return BatchPlan(examples, torch.from_numpy(ids), picks)
+        places = {id(each): each for each in picks.values()}
+        return BatchPlan(examples, torch.from_numpy(ids), picks, {key: Places.of(each) for key, each in places.items()})
 
     def num_rows(self, plan: BatchPlan) -> int:
         """Rows that the batch adds to the dataset, over all heads."""
-        return sum(len(self._heads[key]) * len(picks.row) for key, picks in plan.picks.items())
+        return sum(len(self._heads[key].numbers) * len(picks.row) for key, picks in plan.picks.items())
 
     def run(self, plan: BatchPlan) -> None:
         """One forward, left once the last selected layer was seen; all its rows go to the writer.
@@ -75,12 +80,12 @@ class Capture:
         Raises:
             CaptureError: a selected layer did not call attention in this forward.
         """
-        wanted = self._on_device(plan)
+        wanted = self._sent(plan)
 
         def take(call: AttentionCall) -> None:
             for kind, states in (("q", call.query), ("k", call.key)):
                 if (where := wanted.pop((call.layer, kind), None)) is not None:
-                    self._take(plan, call.layer, kind, states, *where)
+                    self._take(plan, call.layer, kind, states, where)
             if call.layer == self._last_layer:
                 raise ForwardDone
 
@@ -90,31 +95,24 @@ class Capture:
             layers = sorted({layer for layer, _ in wanted})
             raise CaptureError(f"layers {layers} did not call attention in this forward, though they did in the first")
 
-    def _on_device(self, plan: BatchPlan) -> dict[tuple[int, str], tuple[torch.Tensor, torch.Tensor]]:
-        """Row and position of every pick on the device, int64, sent in one tensor; picks that are shared go once."""
-        unique = {id(picks): picks for picks in plan.picks.values()}
-        flat = [array for picks in unique.values() for array in (picks.row, picks.position)]
-        sent = torch.from_numpy(np.concatenate(flat).astype(np.int64)).to(self._backbone.device)
-        parts = iter(sent.split([len(array) for array in flat]))
-        by_id = {key: (next(parts), next(parts)) for key in unique}
-        return {key: by_id[id(picks)] for key, picks in plan.picks.items()}
+    def _sent(self, plan: BatchPlan) -> dict[tuple[int, str], Sent]:
+        """What each (layer, kind) is to give, where the model's first device can read it."""
+        sent = dict(zip(plan.places, send(list(plan.places.values()), self._backbone.device), strict=True))
+        return {key: sent[id(picks)] for key, picks in plan.picks.items()}
 
-    def _take(
-        self, plan: BatchPlan, layer: int, kind: str, states: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor
-    ) -> None:
-        picks, row_bytes = plan.picks[layer, kind], states.shape[-1] * states.element_size()
-        heads = torch.tensor(self._heads[layer, kind], device=states.device)[:, None]
-        rows, positions = rows.to(states.device), positions.to(states.device)  # layers may be on several devices
+    def _take(self, plan: BatchPlan, layer: int, kind: str, states: torch.Tensor, sent: Sent) -> None:
+        picks, heads = plan.picks[layer, kind], self._heads[layer, kind]
+        row_bytes = len(heads.numbers) * states.shape[-1] * states.element_size()
         source_index = np.array([example.index for example in plan.examples])[picks.row]
-        step = max(1, min(PIECE_BYTES, self._writer.piece_bytes) // (len(heads) * row_bytes))
+        step = max(1, min(PIECE_BYTES, self._writer.piece_bytes) // row_bytes)
         for start in range(0, len(picks.row), step):
-            piece = slice(start, start + step)
-            with self._stages("gather"):
-                vectors = states[rows[None, piece], heads, positions[None, piece]]
+            stop = min(start + step, len(picks.row))
+            piece = slice(start, stop)
             token_id = None
             if self._token_ids:
                 token_id = plan.ids.numpy()[picks.row[piece], picks.position[piece]]
+            vectors = Gathering(states, heads, sent, start, stop, self._lanes)
             waited_s = self._writer.wait_s
-            with self._stages("transfer"):
+            with self._stages("gather"):
                 self._writer.put(Rows(layer, kind, vectors, source_index[piece], picks.position[piece], token_id))
-            self._stages.move(self._writer.wait_s - waited_s, "transfer", "queue")
+            self._stages.move(self._writer.wait_s - waited_s, "gather", "queue")

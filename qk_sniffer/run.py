@@ -226,7 +226,9 @@ def _capture_examples(
     tokens_wanted = config.capture.capture_token_ids or config.capture.capture_token_strings
     try:
         with journal.writer(
-            queue_bytes=inference.queue_mb * 2**20, segment_bytes=inference.segment_mb * 2**20
+            queue_bytes=inference.queue_mb * 2**20,
+            segment_bytes=inference.segment_mb * 2**20,
+            pinned=parts.backbone.device.type == "cuda",
         ) as writer:
             capture = Capture(parts.backbone, parts.selection, sampler, writer, token_ids=tokens_wanted, stages=stages)
             spent: dict[str, float] = {}
@@ -254,7 +256,8 @@ def _capture_examples(
                     with stopping.not_now():
                         _capture_batch(capture, plan, writer, progress)
                     if inference.debug_logging:
-                        now = stages.seconds | beside.seconds | {"write": writer.write_s}
+                        now = stages.seconds | beside.seconds
+                        now |= {"transfer": writer.transfer_s, "write": writer.write_s - writer.transfer_s}
                         log.info("batch of %d x %d tokens: %s", *plan.ids.shape, _by_stage(now, spent))
                         spent = now
             stages.seconds |= beside.seconds
@@ -290,7 +293,8 @@ def _capture_batch(capture: Capture, plan: BatchPlan, writer: JournalWriter, pro
 
 
 def _by_stage(now: dict[str, float], before: dict[str, float]) -> str:
-    # Tokenizing and planning go on beside the forward, for batches to come; writing does for those before.
+    # Tokenizing and planning go on beside the forward, for batches to come; transfer (of what a GPU has gathered) and
+    # writing do for those before. The forward of a GPU is the time that it takes to ask for it.
     stages = ("tokenize", "plan", "forward", "gather", "transfer", "queue", "write")
     return ", ".join(f"{name} {now.get(name, 0.0) - before.get(name, 0.0):.4f} s" for name in stages)
 

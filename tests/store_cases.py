@@ -39,6 +39,24 @@ def token_string(ids: np.ndarray) -> list[str]:
     return [f"<{number}>" for number in ids]
 
 
+@dataclass(frozen=True, eq=False)
+class Held:
+    """Vectors that are in memory already."""
+
+    tensor: torch.Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensor.dtype
+
+    def copy_to(self, memory: torch.Tensor) -> None:
+        memory.copy_(self.tensor)
+
+
 @dataclass(frozen=True)
 class Captured:
     """A corpus: how many examples, their dtype, how many a batch, and the seed of everything else."""
@@ -90,7 +108,7 @@ class Captured:
                 parts = [slice(0, cut), slice(cut, None)]
                 for part in parts if kind == "k" else reversed(parts):
                     ids = token[part] if self.token_ids else None
-                    yield Rows(layer, kind, vectors[:, part], index[part], position[part], ids)
+                    yield Rows(layer, kind, Held(vectors[:, part]), index[part], position[part], ids)
 
     def write(self, writer: JournalWriter, done: dict[int, ExampleRecord] | None = None) -> None:
         """The job: every batch that is not done."""

@@ -11,8 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from jobs import heads_of, run
 from safetensors.torch import load_file, save_file
+from store_cases import Held
 from test_attention import FolderOf, captured, loaded
 from tiny import ALPHABET, save_checkpoint
 from torch import nn
@@ -93,18 +95,24 @@ def test_hooks_tell_right_vectors_from_wrong_ones_in_each_layer(case: Case, stag
             assert turned > 0.1 or layer in case.unrotated
 
 
+def in_memory(rows: Rows) -> torch.Tensor:
+    memory = torch.empty(rows.vectors.shape, dtype=rows.vectors.dtype)
+    rows.vectors.copy_to(memory)
+    return memory
+
+
 def next_position(rows: Rows) -> Rows:
-    return Rows(rows.layer, rows.kind, rows.vectors.roll(1, dims=1), rows.index, rows.position)
+    return replace(rows, vectors=Held(in_memory(rows).roll(1, dims=1)))
 
 
 def other_head(rows: Rows) -> Rows:
-    return Rows(rows.layer, rows.kind, rows.vectors.roll(1, dims=0), rows.index, rows.position)
+    return replace(rows, vectors=Held(in_memory(rows).roll(1, dims=0)))
 
 
 def one_component(rows: Rows) -> Rows:
-    vectors = rows.vectors.clone()
+    vectors = in_memory(rows)
     vectors[0, -1, 0] += 1.0 if rows.layer == 1 else 0.0
-    return Rows(rows.layer, rows.kind, vectors, rows.index, rows.position)
+    return replace(rows, vectors=Held(vectors))
 
 
 @pytest.mark.parametrize("harm", [next_position, other_head, one_component])

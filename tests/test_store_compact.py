@@ -18,6 +18,7 @@ from store_cases import (
     HEADS,
     SAMPLER,
     Captured,
+    Held,
     captured_journal,
     file_bytes,
     make_dataset,
@@ -56,7 +57,7 @@ def test_special_values_keep_their_bits(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "journal")
     corpus = Captured()
     with journal.writer(queue_bytes=1 << 20, segment_bytes=1 << 20) as writer:
-        writer.put(Rows(0, "q", vectors, np.zeros(3, np.int32), np.arange(3, dtype=np.int32)))
+        writer.put(Rows(0, "q", Held(vectors), np.zeros(3, np.int32), np.arange(3, dtype=np.int32)))
         writer.complete([corpus.record(0)])
     written = compact(Layout(tmp_path), [journal], [HeadSpec(0, 0, "q", 0, 6, None, 0)], SAMPLER)
     assert written.nonfinite_rows == {"l00h00q/data.parquet": 3}
@@ -151,7 +152,7 @@ def test_a_row_group_reads_hardly_more_than_its_rows(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     with journal.writer(queue_bytes=1 << 30, segment_bytes=1 << 30) as writer:
         index = np.repeat(order, 5)
-        writer.put(Rows(0, "q", torch.zeros(1, len(index), 4), index, np.tile(np.arange(5), count)))
+        writer.put(Rows(0, "q", Held(torch.zeros(1, len(index), 4)), index, np.tile(np.arange(5), count)))
         writer.complete([corpus.record(index) for index in range(count)])
     with SegmentFiles() as files:
         plan = make_plan(find_blocks([journal])[0, "q"], files)

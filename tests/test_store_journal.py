@@ -7,25 +7,27 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from store_cases import HEADS, SAMPLER, Captured, captured_journal, file_bytes
+from store_cases import HEADS, SAMPLER, Captured, Held, captured_journal, file_bytes
 
 from qk_sniffer.errors import StoreError
 from qk_sniffer.store import disk, journal, segment
 from qk_sniffer.store.compact import compact
-from qk_sniffer.store.journal import Journal, Rows
+from qk_sniffer.store.journal import ExampleRecord, Journal, Rows
 from qk_sniffer.store.layout import Layout
 
 BIG = 1 << 30
 
 
 def rows(count: int, dim: int = 4, *, index: int = 0, dtype: torch.dtype = torch.float32) -> Rows:
-    return Rows(0, "q", torch.ones(1, count, dim, dtype=dtype), np.full(count, index), np.arange(count))
+    return Rows(0, "q", Held(torch.ones(1, count, dim, dtype=dtype)), np.full(count, index), np.arange(count))
 
 
 def staged_bytes(root: Path, *journals: Journal) -> dict[str, bytes]:
@@ -247,10 +249,10 @@ def test_what_is_of_no_use_is_removed(tmp_path: Path) -> None:
     ("bad", "match"),
     [
         (rows(3, dtype=torch.float64), "float64 cannot be stored"),
-        (Rows(0, "v", torch.ones(1, 3, 4), np.zeros(3), np.arange(3)), "kind is 'v'"),
-        (Rows(0, "q", torch.ones(0, 3, 4), np.zeros(3), np.arange(3)), "no heads"),
-        (Rows(0, "q", torch.ones(1, 3, 4), np.zeros(3), np.arange(4)), "3 vectors a head"),
-        (Rows(0, "q", torch.ones(1, 3, 4), np.zeros(3), np.array([0, 2, 2])), "do not ascend"),
+        (Rows(0, "v", Held(torch.ones(1, 3, 4)), np.zeros(3), np.arange(3)), "kind is 'v'"),
+        (Rows(0, "q", Held(torch.ones(0, 3, 4)), np.zeros(3), np.arange(3)), "no heads"),
+        (Rows(0, "q", Held(torch.ones(1, 3, 4)), np.zeros(3), np.arange(4)), "3 vectors a head"),
+        (Rows(0, "q", Held(torch.ones(1, 3, 4)), np.zeros(3), np.array([0, 2, 2])), "do not ascend"),
         (rows(3, dim=5), "head_dim=5"),
         (rows(3, dtype=torch.bfloat16), "BF16"),
     ],
@@ -343,3 +345,29 @@ def test_a_copy_that_fails_leaves_the_queue_as_it_was(tmp_path: Path, monkeypatc
         writer.put(rows(3))  # which would wait for ever for room that nothing gives back
         writer.complete([Captured().record(0)])
     assert list(Journal(tmp_path).records) == [0]
+
+
+def test_a_segment_waits_for_rows_that_are_still_on_their_way(tmp_path: Path) -> None:
+    @dataclass(frozen=True, eq=False)
+    class Late(Held):
+        """As from a GPU: the memory is filled after `put` has returned."""
+
+        def copy_to(self, memory: torch.Tensor) -> Callable[[], None]:
+            memory.fill_(torch.nan)
+
+            def arrived() -> None:
+                assert threading.current_thread().name == "journal"
+                time.sleep(0.05)
+                memory.copy_(self.tensor)
+
+            return arrived
+
+    late = Late(torch.randn(2, 3, 4))
+    with Journal(tmp_path).writer(queue_bytes=1 << 20, segment_bytes=BIG) as writer:
+        start = time.monotonic()
+        writer.put(Rows(0, "q", late, np.zeros(3), np.arange(3)))
+        assert time.monotonic() - start < 0.05
+        writer.complete([ExampleRecord(0, 0, "0", 3, False, "")])
+    assert writer.transfer_s >= 0.05
+    (path,) = Journal(tmp_path).segments
+    assert torch.equal(load_file(path)["l00q.vectors"], late.tensor)

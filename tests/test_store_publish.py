@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from store_cases import HEADS, SAMPLER, Captured, captured_journal, file_bytes, make_dataset
+from store_cases import HEADS, SAMPLER, Captured, Held, captured_journal, file_bytes, make_dataset
 
 from qk_sniffer.errors import StoreError
 from qk_sniffer.store import disk, manifest, publish
@@ -280,7 +280,9 @@ def test_the_estimate_covers_a_real_dataset(tmp_path: Path, dtype: torch.dtype) 
     count, layout = 20_000, Layout(tmp_path)
     journal = Journal(layout.journal(0, 1))
     with journal.writer(queue_bytes=1 << 30, segment_bytes=1 << 20) as writer:
-        writer.put(Rows(0, "q", torch.randn(2, count, 128).to(dtype), np.zeros(count, np.int32), np.arange(count)))
+        writer.put(
+            Rows(0, "q", Held(torch.randn(2, count, 128).to(dtype)), np.zeros(count, np.int32), np.arange(count))
+        )
         writer.complete([Captured().record(0)])
     compact(layout, [journal], [HeadSpec(0, head, "q", 0, 128, None, head) for head in range(2)], SAMPLER)
     used = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())

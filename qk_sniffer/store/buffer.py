@@ -24,14 +24,14 @@ class Slot:
 
 
 class Buffer:
-    """Memory of `size` bytes that is taken and given back in slots. Not thread-safe.
+    """Memory of `size` bytes that is taken and given back in slots; page-locked if `pinned`. Not thread-safe.
 
     `taken`: bytes in slots now.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, *, pinned: bool = False) -> None:
         self.taken = 0
-        self._memory = np.empty(size, np.uint8)
+        self._memory = _pinned(size) if pinned else np.empty(size, np.uint8)
         self._gaps = [(0, size)]  # what is free; ascending, never adjacent
 
     def take(self, nbytes: int) -> Slot | None:
@@ -66,3 +66,10 @@ class Buffer:
             place -= 1
             start = self._gaps.pop(place)[0]
         self._gaps.insert(place, (start, stop))
+
+
+def _pinned(size: int) -> npt.NDArray[np.uint8]:
+    import torch  # here, so that the store's readers need not load it
+
+    memory: npt.NDArray[np.uint8] = torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy()
+    return memory

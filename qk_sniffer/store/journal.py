@@ -69,13 +69,16 @@ class Journal:
         self._unused: list[Path] = []
         self._open(verify)
 
-    def writer(self, *, queue_bytes: int, segment_bytes: int, flush_s: float = FLUSH_S) -> "JournalWriter":
+    def writer(
+        self, *, queue_bytes: int, segment_bytes: int, flush_s: float = FLUSH_S, pinned: bool = False
+    ) -> "JournalWriter":
         """A writer that goes on where the journal ends; hold the shard's lock. Removes what is of no use.
 
         Args:
             queue_bytes: the most that waits in memory to become durable; `put` waits beyond it.
             segment_bytes: about how large a segment becomes.
             flush_s: how long a finished batch waits for its segment to fill, in seconds.
+            pinned: whether that memory is page-locked, so that a CUDA device copies to it beside its computation.
         """
         with explained(self.folder, "write"):
             make_folder(self.folder)
@@ -83,7 +86,7 @@ class Journal:
                 path.unlink(missing_ok=True)
         self._unused.clear()
         self.damaged.clear()
-        return JournalWriter(self, queue_bytes, segment_bytes, flush_s)
+        return JournalWriter(self, queue_bytes, segment_bytes, flush_s, pinned)
 
     @property
     def is_whole(self) -> bool:
@@ -163,19 +166,20 @@ class JournalWriter:
     """Fills a journal from a background thread; a context manager. For one thread's use.
 
     Left by an exception, it still makes the batches durable that were complete, and drops the open one.
-    `durable_examples`, `bytes_written`, `write_s` (the thread's time), `wait_s` (that `put` waited): so far.
+    `durable_examples`, `bytes_written`, `write_s` (the thread's time), `transfer_s` (of it, that it waited for copies
+    from a device), `wait_s` (that `put` waited): so far.
     `piece_bytes`: of larger rows than that, few wait at a time; better put in parts.
     """
 
-    def __init__(self, journal: Journal, queue_bytes: int, segment_bytes: int, flush_s: float) -> None:
+    def __init__(self, journal: Journal, queue_bytes: int, segment_bytes: int, flush_s: float, pinned: bool) -> None:
         self._journal = journal
         self._segment_bytes = segment_bytes
         self._flush_s = flush_s
         self._changed = threading.Condition()
         self._queue: deque[Piece | _End] = deque()
         try:
-            self._buffer = Buffer(queue_bytes)
-        except MemoryError as error:
+            self._buffer = Buffer(queue_bytes, pinned=pinned)
+        except (MemoryError, RuntimeError) as error:  # the latter is torch's
             raise StoreError(
                 f"there is no memory for the {queue_bytes >> 20:,} MB between forward and disk: lower "
                 "inference.queue_mb"
@@ -193,6 +197,7 @@ class JournalWriter:
         self.durable_examples = len(journal.records)
         self.bytes_written = 0
         self.write_s = 0.0
+        self.transfer_s = 0.0
         self.wait_s = 0.0
         self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
         self._thread.start()
@@ -200,7 +205,8 @@ class JournalWriter:
     def put(self, rows: Rows) -> None:
         """Copies rows of the open batch, from any device; waits while more than `queue_bytes` would not be durable.
 
-        Rows larger than all of `queue_bytes` are taken once nothing else waits.
+        A copy that is still under way is waited for by the thread. Rows larger than all of `queue_bytes` are taken
+        once nothing else waits.
 
         Raises:
             StoreError: the thread failed.
@@ -354,6 +360,10 @@ class JournalWriter:
         for item in items:
             since = self._since.setdefault(item.batch, number)
             if isinstance(item, Piece):
+                if item.arrived is not None:
+                    start = time.monotonic()
+                    item.arrived()
+                    self.transfer_s += time.monotonic() - start
                 pieces.setdefault((item.layer, item.kind), []).append(item)
             else:
                 records = [astuple(record) for record in item.records]

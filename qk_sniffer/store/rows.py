@@ -12,10 +12,11 @@ compaction can be planned without reading the rows, and each head's rows of a bl
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from math import prod
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -49,26 +50,39 @@ class Form:
     token_ids: bool
 
 
+class Vectors(Protocol):
+    """Vectors that are somewhere: `shape` is (num_heads, num_rows, head_dim)."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> "torch.dtype": ...
+
+    def copy_to(self, memory: "torch.Tensor") -> Callable[[], None] | None:
+        """Fills `memory`, a tensor of this shape and dtype, or begins to: what is returned waits for the end."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class Rows:
     """Sampled rows of one (layer, kind) of a batch, or of a part of it.
 
-    `vectors` (num_heads, num_rows, head_dim): on any device, in the model's own dtype, which is bfloat16, float16 or
-    float32; the heads in the order that `HeadSpec.row` refers to. `index` (num_rows,): where each row's example
-    stands in the source, equal ones together. `position` (num_rows,): ascending within an example.
-    `token_id` (num_rows,), or None.
+    `vectors`: in the model's own dtype, which is bfloat16, float16 or float32; the heads in the order that
+    `HeadSpec.row` refers to. `index` (num_rows,): where each row's example stands in the source, equal ones together.
+    `position` (num_rows,): ascending within an example. `token_id` (num_rows,), or None.
     """
 
     layer: int
     kind: str
-    vectors: "torch.Tensor"
+    vectors: Vectors
     index: npt.NDArray[np.integer[Any]]
     position: npt.NDArray[np.integer[Any]]
     token_id: npt.NDArray[np.integer[Any]] | None = None
 
     @property
     def num_rows(self) -> int:
-        return int(self.vectors.shape[1])
+        return self.vectors.shape[1]
 
     @property
     def form(self) -> Form:
@@ -89,7 +103,7 @@ class Rows:
     def nbytes(self) -> int:
         """What they take in a buffer."""
         columns = 1 if self.token_id is None else 2
-        return self.vectors.numel() * self.vectors.element_size() + 4 * columns * self.num_rows
+        return prod(self.vectors.shape) * self.vectors.dtype.itemsize + 4 * columns * self.num_rows
 
     def runs(self, batch: int) -> Int64:
         """(num_runs, 6): see `RUN_COLUMNS`.
@@ -116,7 +130,8 @@ class Rows:
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """Rows in a slot of the writer's buffer. `vectors` (num_heads, num_rows, head_dim): their bits, as integers."""
+    """Rows in a slot of the writer's buffer. `vectors` (num_heads, num_rows, head_dim): their bits, as integers,
+    which are there once `arrived`, unless that is None, has returned."""
 
     layer: int
     kind: str
@@ -127,10 +142,11 @@ class Piece:
     vectors: npt.NDArray[Any]
     position: npt.NDArray[np.int32]
     token_id: npt.NDArray[np.int32] | None
+    arrived: Callable[[], None] | None
 
     @classmethod
     def copied(cls, rows: Rows, batch: int, runs: Int64, slot: Slot) -> "Piece":
-        """Copies `rows` into `slot`, which has their size; `runs` are those of `rows.runs(batch)`."""
+        """Copies `rows` into `slot`, which has their size, or begins to; `runs` are those of `rows.runs(batch)`."""
         import torch  # here, so that readers of a journal need not load it
 
         columns = [rows.position] + ([] if rows.token_id is None else [rows.token_id])
@@ -139,7 +155,7 @@ class Piece:
         for row, column in zip(stored, columns, strict=True):
             row[:] = column
         bits, shape = slot.memory[end:], rows.vectors.shape
-        torch.from_numpy(bits).view(rows.vectors.dtype).view(shape).copy_(rows.vectors)
+        arrived = rows.vectors.copy_to(torch.from_numpy(bits).view(rows.vectors.dtype).view(shape))
         return cls(
             layer=rows.layer,
             kind=rows.kind,
@@ -147,9 +163,10 @@ class Piece:
             form=rows.form,
             runs=runs,
             slot=slot,
-            vectors=bits.view(f"u{rows.vectors.element_size()}").reshape(shape),
+            vectors=bits.view(f"u{rows.vectors.dtype.itemsize}").reshape(shape),
             position=stored[0],
             token_id=None if rows.token_id is None else stored[1],
+            arrived=arrived,
         )
 
     @property

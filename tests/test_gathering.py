@@ -1,0 +1,82 @@
+"""Whatever the way, the rows that arrive are those of plain indexing."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qk_sniffer import gathering as room
+from qk_sniffer.gathering import Gathering, Heads, Lanes, Places, send
+from qk_sniffer.sampling import Picks
+
+CPU = torch.device("cpu")
+BATCH, HEADS, TOKENS, DIM = 3, 6, 200, 4
+
+
+def states() -> torch.Tensor:
+    """(B, H, n, d) as a model makes them: heads behind tokens in memory."""
+    return torch.randn(BATCH, TOKENS, HEADS, DIM).transpose(1, 2)
+
+
+def picks_of(kept: Sequence[Sequence[int]]) -> Picks:
+    row = np.repeat(np.arange(len(kept), dtype=np.int32), [len(positions) for positions in kept])
+    return Picks(row, np.array([position for positions in kept for position in positions], np.int32))
+
+
+def indexed(vectors: torch.Tensor, heads: Sequence[int], picks: Picks) -> torch.Tensor:
+    taken = [vectors[row, list(heads), position] for row, position in zip(picks.row, picks.position, strict=True)]
+    return torch.stack(taken, dim=1)
+
+
+def test_whole_texts_are_ranges_and_samples_are_not() -> None:
+    whole = Places.of(picks_of([range(200), range(150), range(70)]))
+    assert whole.ranges == [(0, 0, 0, 200), (200, 1, 0, 150), (350, 2, 0, 70)]
+    assert Places.of(picks_of([range(0, 200, 2), [], range(3)])).ranges is None
+    assert Places.of(picks_of([[], []])).ranges == []
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(
+        st.one_of(
+            st.sets(st.integers(0, TOKENS - 1)).map(sorted),
+            st.tuples(st.integers(0, 99), st.integers(100, TOKENS)).map(lambda ends: list(range(*ends))),
+        ),
+        min_size=1,
+        max_size=BATCH,
+    ),
+    st.sets(st.integers(0, HEADS - 1), min_size=1).map(sorted),
+    st.integers(1, 300),
+)
+def test_every_piece_is_what_indexing_gives(kept: list[list[int]], heads: list[int], step: int) -> None:
+    vectors, picks = states(), picks_of(kept)
+    shared = Places.of(picks)
+    sent = send([shared, Places.of(picks_of([[5], [7], [1, 9]])), Places.of(picks)], CPU)
+    for each in (sent[0], sent[2]):
+        for start in range(0, len(picks.row), step):
+            stop = min(start + step, len(picks.row))
+            piece = Gathering(vectors, Heads(heads), each, start, stop, Lanes())
+            memory = torch.full(piece.shape, torch.nan)
+            assert piece.copy_to(memory) is None
+            expected = indexed(vectors, heads, Picks(picks.row[start:stop], picks.position[start:stop]))
+            assert torch.equal(memory, expected)
+
+
+@pytest.mark.parametrize("min_range", [1, 10**9])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_both_ways_keep_every_bit(dtype: torch.dtype, min_range: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room, "MIN_RANGE", min_range)
+    vectors = states().to(dtype)
+    vectors[1, 2, 3, :3] = torch.tensor([torch.nan, -torch.inf, -0.0])
+    places = Places.of(picks_of([[], range(50), range(100, 130)]))
+    assert (places.ranges is None) == (min_range > 1)
+    (sent,) = send([places], CPU)
+    piece = Gathering(vectors, Heads([1, 2, 5]), sent, 0, 80, Lanes())
+    memory = torch.empty(piece.shape, dtype=dtype)
+    piece.copy_to(memory)
+    expected = torch.cat([vectors[1, [1, 2, 5], :50], vectors[2, [1, 2, 5], 100:130]], dim=1)
+    bits = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
+    assert torch.equal(memory.view(bits), expected.contiguous().view(bits))

@@ -1,0 +1,306 @@
+"""What capture costs on a GPU: time over plain forwards of the same model, memory, and synchronisations.
+
+    python benchmarks/gpu.py [--minutes 7] [--out results/gpu.json] [--folder DIR]
+
+Models have the shapes of Qwen3-0.6B and Qwen3-8B and random weights. `uniform` captures all heads, a row a bucket;
+`all` captures every token of 300 query heads, drawn, and of the key heads that serve them, which go durably to a
+journal in `--folder`. Exit code 1 where a vector in the journal is not the one that attention had, or where the
+forward waits for the device more often than a plain one.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from common import RESULTS, machine
+from transformers import Qwen3Config, Qwen3Model
+
+from qk_sniffer.attention import AttentionCall, ForwardDone
+from qk_sniffer.backbone import Backbone
+from qk_sniffer.batching import Tokens
+from qk_sniffer.capture import BatchPlan, Capture
+from qk_sniffer.config import CaptureConfig, HeadSamplingConfig, SamplerConfig
+from qk_sniffer.families import find_family
+from qk_sniffer.heads import select
+from qk_sniffer.progress import Stages
+from qk_sniffer.sampling import Sampler
+from qk_sniffer.store.journal import ExampleRecord, Journal, JournalWriter
+from qk_sniffer.store.segment import read_header
+
+SHAPES = {
+    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "head_dim": 16},
+    "Qwen3-0.6B": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "head_dim": 128},
+    "Qwen3-8B": {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "head_dim": 128},
+}
+NUM_HEADS = {"tiny": (4, 2), "Qwen3-0.6B": (16, 8), "Qwen3-8B": (32, 8)}
+LENGTHS = (4096, 32768, 131072)
+NUM_BUCKETS = 16
+DRAWN_HEADS = 300
+QUEUE_BYTES, SEGMENT_BYTES = 512 << 20, 128 << 20
+LEAST_S = 1.0
+"""A figure is of as many forwards as take so long."""
+ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table. Ratios are medians over the rounds, each of which runs the ways in turn."""
+
+    model: str
+    tokens: int
+    way: str
+    heads: int
+    forward_ms: float
+    """A plain forward."""
+    ratio: float
+    """Until all is durable in the journal, over plain forwards."""
+    gpu_ratio: float
+    """The GPU's own time from the forward's begin to its end, over that of plain forwards."""
+    journal_mb_s: float
+    peak_gb: float
+    plain_peak_gb: float
+    syncs: int
+    """In a forward with capture, beyond those of a plain one."""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.model:<11} {self.tokens:>7,} {self.way:<8} {self.heads:>5} heads  plain {self.forward_ms:>9.1f} ms"
+            f"  ratio {self.ratio:6.3f}  GPU alone {self.gpu_ratio:6.3f}  {self.journal_mb_s:>6.0f} MB/s"
+            f"  peak {self.peak_gb:6.2f} of {self.plain_peak_gb:6.2f} GB  {self.syncs:+d} syncs"
+        )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=7.0, help="begins nothing new after that")
+    parser.add_argument("--out", type=Path, default=RESULTS / "gpu.json")
+    parser.add_argument("--folder", type=Path, help="where journals go; default: the system's temporary folder")
+    parser.add_argument("--device", default="cuda", help="cpu: to try the script itself, with --shapes tiny")
+    parser.add_argument("--shapes", nargs="+", default=["Qwen3-0.6B", "Qwen3-8B"], choices=SHAPES)
+    parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS)
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    until = time.monotonic() + 60 * arguments.minutes
+    rows: list[Row] = []
+    left_out: list[str] = []
+    wrong = 0
+    for shape in arguments.shapes:
+        backbone = make_backbone(shape, device, max(arguments.lengths))
+        wrong += check_vectors(shape, backbone, arguments.folder)
+        for tokens in arguments.lengths:
+            if time.monotonic() > until:
+                left_out.append(f"{shape}, {tokens} tokens: no time")
+                continue
+            try:
+                found = measure(shape, backbone, tokens, arguments.folder)
+            except torch.OutOfMemoryError as error:
+                left_out.append(f"{shape}, {tokens} tokens: {str(error).splitlines()[0]}")
+                continue
+            rows += found
+            for row in found:
+                print(row, flush=True)
+        del backbone
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    for line in left_out:
+        print(f"left out: {line}")
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    result = {"device": name, "rows": [asdict(row) for row in rows], "left_out": left_out, "wrong": wrong} | machine()
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+    return 1 if wrong or any(row.syncs > 0 for row in rows) else 0
+
+
+def make_backbone(shape: str, device: torch.device, length: int) -> Backbone:
+    query_heads, key_heads = NUM_HEADS[shape]
+    config = Qwen3Config(
+        vocab_size=151_936 if shape != "tiny" else 1000,
+        num_attention_heads=query_heads,
+        num_key_value_heads=key_heads,
+        max_position_embeddings=length,
+        attn_implementation="sdpa",
+        dtype=torch.bfloat16,
+        **SHAPES[shape],
+    )
+    torch.manual_seed(0)
+    with device:
+        decoder = Qwen3Model(config).eval().to(torch.bfloat16)
+    return Backbone(decoder, find_family("qwen3"))
+
+
+@contextmanager
+def capturing(
+    backbone: Backbone, way: str, tokens: int, folder: Path | None
+) -> Iterator[tuple[Capture, JournalWriter]]:
+    """A capture to a journal of its own, which is thrown away."""
+    layers = [layer.heads for layer in backbone.probe()]
+    count = DRAWN_HEADS if way == "all" else None
+    eligible = sum(layer.num_q_heads for layer in layers)
+    count = None if count is None or count >= eligible else count
+    selection = select(layers, CaptureConfig(head_sampling=HeadSamplingConfig(count=count)))
+    sampler = Sampler(SamplerConfig(type=way, min_bucket_size=max(1, tokens // NUM_BUCKETS)))
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        pinned = backbone.device.type == "cuda"
+        journal = Journal(Path(temporary))
+        with journal.writer(queue_bytes=QUEUE_BYTES, segment_bytes=SEGMENT_BYTES, pinned=pinned) as writer:
+            yield Capture(backbone, selection, sampler, writer, token_ids=False, stages=Stages()), writer
+
+
+def made(capture: Capture, index: int, tokens: int) -> BatchPlan:
+    ids = np.random.default_rng(index).integers(1000, size=tokens).astype(np.int32)
+    return capture.plan([Tokens(index, index, str(index), ids, False, "")])
+
+
+def captured(capture: Capture, writer: JournalWriter, plan: BatchPlan) -> None:
+    capture.run(plan)
+    example = plan.examples[0]
+    writer.complete([ExampleRecord(example.index, example.example_id, "", example.num_tokens, False, "")])
+
+
+def measure(shape: str, backbone: Backbone, tokens: int, folder: Path | None) -> list[Row]:
+    ids = torch.from_numpy(np.random.default_rng(0).integers(1000, size=tokens))[None]
+    backbone.run(ids)  # the first forward of a length chooses kernels
+    _, plain_gpu_s, plain_peak = timed(backbone, [lambda: backbone.run(ids)])
+    once = max(plain_gpu_s, timed(backbone, [lambda: backbone.run(ids)])[0])
+    count = max(1, round(LEAST_S / once))
+    plain_syncs = num_syncs(lambda: backbone.run(ids))
+    taken: dict[str, list[tuple[float, float, float]]] = {"plain": [], "uniform": [], "all": []}
+    speeds: dict[str, float] = {}
+    heads: dict[str, int] = {}
+    syncs: dict[str, int] = {}
+    for number in range(ROUNDS):
+        for way, figures in taken.items():
+            if way == "plain":
+                figures.append(timed(backbone, [lambda: backbone.run(ids)] * count))
+                continue
+            with capturing(backbone, way, tokens, folder) as (capture, writer):
+                plans = [made(capture, index, tokens) for index in range(count + 2)]
+                captured(capture, writer, plans[-1])
+                if number == 0:
+                    syncs[way] = num_syncs(lambda c=capture, w=writer, p=plans[-2]: captured(c, w, p)) - plain_syncs
+                before, start = writer.bytes_written, time.monotonic()
+                runs = [lambda c=capture, w=writer, p=plan: captured(c, w, p) for plan in plans[:count]]
+                figures.append(timed(backbone, [*runs, writer.close]))
+                speeds[way] = (writer.bytes_written - before) / (time.monotonic() - start) / 1e6
+                heads[way] = sum(len(each.numbers) for each in capture._heads.values())
+
+    def middle(way: str, part: int) -> float:
+        return statistics.median(figures[part] for figures in taken[way])
+
+    return [
+        Row(
+            model=shape,
+            tokens=tokens,
+            way=way,
+            heads=heads[way],
+            forward_ms=1e3 * middle("plain", 0) / count,
+            ratio=middle(way, 0) / middle("plain", 0),
+            gpu_ratio=middle(way, 1) / middle("plain", 1),
+            journal_mb_s=speeds[way],
+            peak_gb=middle(way, 2),
+            plain_peak_gb=plain_peak,
+            syncs=syncs[way],
+        )
+        for way in ("uniform", "all")
+    ]
+
+
+def timed(backbone: Backbone, runs: list[Callable[[], None]]) -> tuple[float, float, float]:
+    """Wall seconds until all is done, seconds of the computing stream, and peak GB of the device."""
+    if backbone.device.type != "cuda":
+        start = time.perf_counter()
+        for run in runs:
+            run()
+        wall_s = time.perf_counter() - start
+        return wall_s, wall_s, 0.0
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    gpu_s = 0.0
+    start = time.perf_counter()
+    spans = []
+    for run in runs:
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        run()
+        end.record()
+        spans.append((begin, end))
+    torch.cuda.synchronize()
+    wall_s = time.perf_counter() - start
+    gpu_s = sum(begin.elapsed_time(end) for begin, end in spans) / 1e3
+    return wall_s, gpu_s, torch.cuda.max_memory_allocated() / 1e9
+
+
+def num_syncs(run: Callable[[], None]) -> int:
+    """How often the host waits for the device in `run`, as torch's own debug mode counts it."""
+    if not torch.cuda.is_available():
+        return 0
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(warning.message) for warning in caught)
+
+
+def check_vectors(shape: str, backbone: Backbone, folder: Path | None) -> int:
+    """Blocks of the journal that are not, bit for bit, what attention was called with. Rows arrive beside the
+    computation: were a buffer used again too early, it would show here."""
+    tokens = 4096
+    wrong = 0
+    for way in ("uniform", "all"):
+        with capturing(backbone, way, tokens, folder) as (capture, writer):
+            plan = made(capture, 0, tokens)
+            captured(capture, writer, plan)
+            writer.close()
+            stored = stored_blocks(writer._journal)
+        last = max(layer for layer, _ in plan.picks)
+
+        def look(
+            call: AttentionCall,
+            capture: Capture = capture,
+            plan: BatchPlan = plan,
+            stored: dict[str, np.ndarray] = stored,
+            last: int = last,
+        ) -> None:
+            nonlocal wrong
+            for kind, states in (("q", call.query), ("k", call.key)):
+                if (picks := plan.picks.get((call.layer, kind))) is not None and len(picks.position):
+                    rows = states[0].cpu()[list(capture._heads[call.layer, kind].numbers)][:, picks.position]
+                    bits = rows.contiguous().view(torch.int16).numpy().view(np.uint16)
+                    wrong += not np.array_equal(bits, stored[f"l{call.layer:02d}{kind}"])
+            if call.layer == last:
+                raise ForwardDone
+
+        backbone.forward(plan.ids, look)
+    print(f"{shape}: {wrong} of the journal's blocks differ from what attention was called with", flush=True)
+    return wrong
+
+
+def stored_blocks(journal: Journal) -> dict[str, np.ndarray]:
+    """{l00q: (num_heads, num_rows, head_dim) bits}; a block may be spread over several segments."""
+    parts: dict[str, list[np.ndarray]] = {}
+    for path in journal.segments:
+        data = np.fromfile(path, np.uint8)
+        for name, place in read_header(path).tensors.items():
+            if name.endswith(".vectors"):
+                size = int(np.prod(place.shape)) * 2
+                block = data[place.offset : place.offset + size].view(np.uint16).reshape(place.shape)
+                parts.setdefault(name.removesuffix(".vectors"), []).append(block)
+    return {name: np.concatenate(blocks, axis=1) for name, blocks in parts.items()}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

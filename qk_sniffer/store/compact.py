@@ -312,8 +312,10 @@ def _count(counted: Counter[int], buckets: npt.NDArray[np.int32], num_heads: int
 
 def _num_nonfinite(vectors: npt.NDArray[np.float32]) -> int:
     """Rows with NaN or Inf."""
-    finite = np.isfinite(vectors)
-    return 0 if finite.all() else int((~finite.all(axis=1)).sum())  # the rows cost three times the whole
+    with np.errstate(all="ignore"):
+        if np.isfinite(vectors.sum()):  # a third of what asking every number costs; it may also overflow
+            return 0
+    return int((~np.isfinite(vectors).all(axis=1)).sum())
 
 
 def _vectors(head: HeadSpec, plan: Plan, group: Group, segments: SegmentFiles) -> npt.NDArray[np.float32]:

@@ -5,9 +5,9 @@ then zstd at its fastest level; no statistics, which serve nobody there. Other c
 """
 
 import hashlib
+import os
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,9 +17,11 @@ from qk_sniffer.store.disk import sync_file
 from qk_sniffer.store.layout import VECTOR_PATH
 from qk_sniffer.store.manifest import FileEntry
 
+_CHUNK = 1 << 20
+
 
 class ParquetFile:
-    """A Parquet file that is being written: row group by row group, hashed on the way. A context manager.
+    """A Parquet file that is being written: row group by row group, each hashed once it is there. A context manager.
 
     `entry` is there after the block was left without an exception; the file is durable then.
     """
@@ -29,12 +31,15 @@ class ParquetFile:
         self.entry: FileEntry | None = None
         self._path = path
         self._schema = schema
-        self._sink = _HashedSink(path)
         self._rows = 0
+        # Arrow's own file, read back while it is in the page cache: through a file of Python's each byte is copied
+        # once more.
+        self._file = pa.OSFile(str(path), "wb")
+        self._written = _Hashed(path)
         others = [name for name in schema.names if name != "vector"]
         try:
             self._writer = pq.ParquetWriter(
-                self._sink,
+                self._file,
                 schema,
                 version="2.6",
                 compression="zstd",
@@ -45,13 +50,14 @@ class ParquetFile:
                 write_page_index=False,
             )
         except BaseException:
-            self._sink.close()
+            self._close()
             raise
 
     def write(self, table: pa.Table) -> None:
         """Adds `table` as one row group."""
         self._writer.write_table(table, row_group_size=max(1, table.num_rows))
         self._rows += table.num_rows
+        self._written.go_on()
 
     def __enter__(self) -> "ParquetFile":
         return self
@@ -60,20 +66,20 @@ class ParquetFile:
         try:
             if kind is None:
                 self._writer.close()
-                self._sink.sync()
-                self.entry = FileEntry(self._rows, self._sink.size, self._sink.digest.hexdigest())
+                self._written.go_on()
+                sync_file(self._written.descriptor)
+                self.entry = FileEntry(self._rows, self._written.size, self._written.digest.hexdigest())
         finally:
             if self.entry is None:
-                self._abandon()
-            self._sink.close()
+                with suppress(Exception):
+                    self._writer.close()  # or it would be closed whenever it is collected
+            self._close()
         if kind is None:
             check_encodings(self._path)
 
-    def _abandon(self) -> None:
-        # pyarrow closes a forgotten writer whenever it is collected: it must not find a closed file then.
-        self._sink.discards = True
-        with suppress(Exception):
-            self._writer.close()
+    def _close(self) -> None:
+        self._file.close()
+        self._written.close()
 
 
 def check_encodings(path: Path) -> None:
@@ -104,36 +110,20 @@ def check_encodings(path: Path) -> None:
                 raise StoreError(f"{path}: column {name} was written with {wrong}; pyarrow {pa.__version__} is not fit")
 
 
-class _HashedSink:
-    """A file that hashes what goes through it; in the form in which pyarrow writes to Python objects."""
+class _Hashed:
+    """The digest of a file that grows. `size`: the bytes that are in it."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("wb")
-        self.discards = False
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self.digest = hashlib.sha256()
         self.size = 0
+        self._chunk = memoryview(bytearray(_CHUNK))
 
-    def write(self, data: Any) -> int:
-        if self.discards:
-            return len(data)
-        self._file.write(data)
-        self.digest.update(data)
-        self.size += len(data)
-        return len(data)
-
-    def sync(self) -> None:
-        self._file.flush()
-        sync_file(self._file.fileno())
-
-    def flush(self) -> None:
-        self._file.flush()
-
-    def tell(self) -> int:
-        return self.size
+    def go_on(self) -> None:
+        """Hashes what was written since."""
+        while count := os.preadv(self.descriptor, [self._chunk], self.size):
+            self.digest.update(self._chunk[:count])
+            self.size += count
 
     def close(self) -> None:
-        self._file.close()
-
-    @property
-    def closed(self) -> bool:
-        return self._file.closed
+        os.close(self.descriptor)

@@ -26,7 +26,7 @@ SUFFIX = ".safetensors"
 ITEM_SIZES = {"BF16": 2, "F16": 2, "F32": 4, "I32": 4, "I64": 8}
 """Bytes of a number, by the name of its type in safetensors: the types that segments hold."""
 
-_CHUNK = 1 << 22
+_CHUNK = 1 << 20
 
 
 class DamageError(Exception):

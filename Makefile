@@ -22,10 +22,10 @@ bench: install  ## every benchmark; about two hours on two cores (benchmarks/REA
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/speed.py
 
-# Each in an environment of its own, with the versions of benchmarks/peers/NAME.txt.
+# All vectors, beside other ways to get them, each in an environment of its own (benchmarks/README.md).
 PEERS := .venv-peers
 
-bench-peers: install $(PEERS)/transformer_lens/.installed $(PEERS)/nnsight/.installed  ## against other ways to get the vectors; about eight minutes
+bench-peers: install $(PEERS)/transformer_lens/.installed $(PEERS)/nnsight/.installed  ## beside other ways
 	$(BIN)/python benchmarks/peers.py
 
 $(PEERS)/%/.installed: benchmarks/peers/%.txt constraints.txt

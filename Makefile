@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test slow floor check supported bench install clean
+.PHONY: demo test slow floor check supported bench bench-peers install clean
 
 demo: install  ## the main job on the embedded model and texts, with enough rows to look at
 	$(BIN)/python -m qk_sniffer sampler.base_rate=16
@@ -21,6 +21,17 @@ bench: install  ## every benchmark; about two hours on two cores (benchmarks/REA
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[analysis]'
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/speed.py
+
+# All vectors, beside other ways to get them, each in an environment of its own (benchmarks/README.md).
+PEERS := .venv-peers
+
+bench-peers: install $(PEERS)/transformer_lens/.installed $(PEERS)/nnsight/.installed  ## beside other ways
+	$(BIN)/python benchmarks/peers.py
+
+$(PEERS)/%/.installed: benchmarks/peers/%.txt constraints.txt
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r $<
+	touch $@
 
 check: install  ## lint and types
 	$(BIN)/ruff check .
@@ -51,4 +62,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf .venv .venv-floor build *.egg-info
+	rm -rf .venv .venv-floor .venv-peers build *.egg-info

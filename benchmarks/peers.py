@@ -1,0 +1,232 @@
+"""All Q and K vectors of the same texts, by qk-sniffer and by what one would write instead (see README.md).
+
+    python benchmarks/peers.py [--rounds 3] [--few 2] [--many 8] [--tokens 512]
+
+`make bench-peers` makes the environments of the peers first. Writes results/peers.json, and prints a table.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.parquet as pq
+from common import RESULTS, ROOT, job, machine, smollm2_shape, write_texts
+from memory import PERIOD_S, SETTINGS, anonymous_mb
+
+PEERS = ("transformer_lens", "nnsight")
+BEFORE, AFTER = "before RoPE", "after RoPE"
+Command = Callable[[Path, Path], list[str]]
+"""Of a process that captures these texts and writes this folder."""
+
+
+@dataclass(frozen=True)
+class Run:
+    seconds: float
+    peak_mb: float
+
+
+@dataclass
+class Side:
+    """A line of the table. `stage`: which vectors it gives; null where it gives none."""
+
+    name: str
+    command: Command
+    stage: str | None = None
+    runs: dict[int, list[Run]] = field(default_factory=dict)
+    size: float | None = None
+    difference: float | None = None
+
+    def median(self, what: str, examples: int) -> float:
+        return float(statistics.median(getattr(run, what) for run in self.runs[examples]))
+
+    def more(self, what: str) -> float:
+        """What one example more takes: starting a process, and what it holds anyway, count on neither side."""
+        few, many = sorted(self.runs)
+        return (self.median(what, many) - self.median(what, few)) / (many - few)
+
+
+def sides(model: Path, tokens: int) -> list[Side]:
+    def script(name: str, *options: str, interpreter: str = sys.executable) -> Command:
+        return lambda texts, root: [
+            *(interpreter, f"benchmarks/{name}.py", str(model), str(texts), str(tokens), str(root), *options)
+        ]
+
+    def ours(texts: Path, root: Path, *settings: str) -> list[str]:
+        return job(model, texts, tokens, root, "sampler=all", "inference.batch_size=1", *settings)
+
+    lens, sight = (str(environment(peer) / "bin" / "python") for peer in PEERS)
+    return [
+        Side("plain forward", lambda texts, root: script("plain_forward")(texts, root)[:-1]),
+        Side("qk-sniffer", ours, AFTER),
+        Side("qk-sniffer, small buffers", lambda texts, root: ours(texts, root, *SETTINGS), AFTER),
+        Side("hooks by hand", script("peers/with_hooks"), BEFORE),
+        Side("TransformerLens", script("peers/with_transformer_lens", interpreter=lens), AFTER),
+        Side("nnsight", script("peers/with_nnsight", interpreter=sight), AFTER),
+        Side("nnsight, projections", script("peers/with_nnsight", "projections", interpreter=sight), BEFORE),
+    ]
+
+
+def environment(peer: str) -> Path:
+    return ROOT / ".venv-peers" / peer
+
+
+def measured(command: list[str]) -> Run:
+    """Seconds that a process takes, and the most anonymous memory that it was seen with."""
+    offline = os.environ | {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "TOKENIZERS_PARALLELISM": "false"}
+    with tempfile.TemporaryFile("w+") as said:
+        start, peak_mb = time.perf_counter(), 0.0
+        process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, cwd=ROOT, env=offline)
+        while process.poll() is None:
+            peak_mb = max(peak_mb, anonymous_mb(process.pid) or 0.0)
+            time.sleep(PERIOD_S)
+        seconds = time.perf_counter() - start
+        if process.returncode:
+            said.seek(0)
+            raise SystemExit(f"{' '.join(command)}\n{said.read()}")
+    return Run(round(seconds, 3), peak_mb)
+
+
+def head_files(root: Path) -> dict[str, Path]:
+    return {file.parent.name: file for file in root.glob("l*h*/data.parquet")}
+
+
+def size_over_raw(root: Path) -> float:
+    """Bytes of the heads' files over those of their numbers as float32."""
+    files = head_files(root).values()
+    return sum(file.stat().st_size for file in files) / sum(_vectors(file).nbytes for file in files)
+
+
+def difference(root: Path, reference: Path) -> float:
+    """The worst vector of all heads: the norm of what it is off by, over its norm; 0 only if every bit is equal."""
+    expected, found = head_files(reference), head_files(root)
+    if expected.keys() != found.keys():
+        raise SystemExit(f"{root} has {len(found)} heads, {reference} has {len(expected)}")
+    worst = 0.0
+    for head, file in found.items():
+        theirs, ours = _vectors(file), _vectors(expected[head])
+        if theirs.tobytes() != ours.tobytes():
+            off = np.linalg.norm(theirs - ours, axis=1) / np.linalg.norm(ours, axis=1)
+            worst = max(worst, float(off.max()))
+    return worst
+
+
+def _vectors(file: Path) -> npt.NDArray[np.float32]:
+    """(rows, head_dim), in the order of examples and positions."""
+    table = pq.read_table(file, columns=["example_id", "position", "vector"])
+    vector = table.sort_by([("example_id", "ascending"), ("position", "ascending")])["vector"].combine_chunks()
+    numbers: npt.NDArray[np.float32] = vector.flatten().to_numpy()
+    return numbers.reshape(len(table), -1)
+
+
+def compare(lines: list[Side], model: Path, folder: Path, tokens: int) -> None:
+    """What each gives for one text against what we give, before and after RoPE. Also a warm-up of every environment."""
+    texts = write_texts(folder / "one.jsonl", 1, tokens)
+    reference = {BEFORE: folder / "before", AFTER: folder / "after"}
+    for stage, root in reference.items():
+        settings = ("sampler=all", "inference.batch_size=1", f"capture.capture_pre_rope={stage == BEFORE}")
+        measured(job(model, texts, tokens, root, *settings))
+    for side in lines:
+        root = folder / "one"
+        measured(side.command(texts, root))
+        if side.stage is not None:
+            side.difference = difference(root, reference[side.stage])
+            shutil.rmtree(root)
+
+
+def table(lines: list[Side]) -> str:
+    """The first line is the base of the times."""
+    many = max(lines[0].runs)
+    rows = [["", "time", "peak MB", "MB more an example", "size over raw", "vectors", "differ from ours by"]]
+    for side in lines:
+        rows.append(
+            [
+                side.name,
+                f"{side.more('seconds') / lines[0].more('seconds'):.2f}",
+                f"{side.median('peak_mb', many):,.0f}",
+                f"{side.more('peak_mb'):.1f}",
+                "" if side.size is None else f"{side.size:.3f}",
+                side.stage or "",
+                "" if side.difference is None else f"{side.difference:.1e}" if side.difference else "nothing",
+            ]
+        )
+    rows.insert(1, ["---"] * len(rows[0]))
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def versions_of(peer: str) -> dict[str, str]:
+    names = (peer, "torch", "transformers", "pyarrow")
+    code = f"from importlib.metadata import version; import json; print(json.dumps([version(n) for n in {names}]))"
+    command = [str(environment(peer) / "bin" / "python"), "-c", code]
+    found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return dict(zip(names, found, strict=True))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--few", type=int, default=2)
+    parser.add_argument("--many", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--out", type=Path, default=RESULTS / "peers.json")
+    given = parser.parse_args()
+    if missing := [peer for peer in PEERS if not environment(peer).exists()]:
+        parser.error(f"no environment of {', '.join(missing)}; `make bench-peers` makes them")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        model = smollm2_shape(folder / "model")
+        lines = sides(model, given.tokens)
+        compare(lines, model, folder, given.tokens)
+        texts = {n: write_texts(folder / f"{n}.jsonl", n, given.tokens) for n in (given.few, given.many)}
+        for number in range(given.rounds):
+            for side in lines:
+                for examples, file in texts.items():
+                    root = folder / "out"
+                    run = measured(side.command(file, root))
+                    side.runs.setdefault(examples, []).append(run)
+                    print(f"round {number + 1}: {side.name}, {examples}: {run}", flush=True)
+                    if side.stage is not None:
+                        side.size = size_over_raw(root)
+                        shutil.rmtree(root)
+    print(table(lines))
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    result = {
+        "what": "all Q and K vectors of SmolLM2-135M's shape, random weights, float32, one text a batch, to Parquet",
+        "tokens_per_example": given.tokens,
+        "columns": {
+            "time_over_plain": "wall time an example, (many - few) / difference of medians, over a plain forward's",
+            "peak_mb": "median of the peak RssAnon at the larger number of examples",
+            "mb_per_example": "what that peak grows by with an example, between the two numbers of examples",
+            "size_over_raw": "bytes of the heads' Parquet files over those of their numbers as float32",
+            "difference": "one text: worst vector's distance from ours of the same stage, over its norm; 0: bit-equal",
+        },
+        "lines": {
+            side.name: {
+                "vectors": side.stage,
+                "time_over_plain": round(side.more("seconds") / lines[0].more("seconds"), 3),
+                "peak_mb": side.median("peak_mb", given.many),
+                "mb_per_example": round(side.more("peak_mb"), 2),
+                "size_over_raw": side.size,
+                "difference": side.difference,
+                "runs": {examples: [asdict(run) for run in runs] for examples, runs in side.runs.items()},
+            }
+            for side in lines
+        },
+        "peers": {peer: versions_of(peer) for peer in PEERS},
+    }
+    given.out.write_text(json.dumps(result | machine(), indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

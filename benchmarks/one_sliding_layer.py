@@ -15,7 +15,7 @@ from transformers import Qwen3Model
 from qk_sniffer.attention import AttentionCall
 from qk_sniffer.backbone import Backbone
 from qk_sniffer.families import find_family
-from qk_sniffer.machine import use_huge_pages
+from qk_sniffer.machine import return_memory
 
 
 def peak_mb() -> float:
@@ -33,7 +33,7 @@ def main() -> None:
         num_key_value_heads=4,
         head_dim=32,
     )
-    use_huge_pages()  # as a job does
+    return_memory()  # as a job does
     backbone = Backbone(Qwen3Model(config).eval(), find_family("qwen3"))
     windows: list[int | None] = []
 

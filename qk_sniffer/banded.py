@@ -100,7 +100,7 @@ def _banded_attention(
     # Queries of every block but the first see its keys through the same band: row i sees columns i to i + reach.
     offset = torch.arange(block + reach, device=query.device)[None] - torch.arange(block, device=query.device)[:, None]
     seen = (offset >= 0) & (offset <= reach)
-    outputs = []
+    attended: torch.Tensor | None = None
     for start in range(0, length, block):
         end, first = min(length, start + block), max(0, start - reach)
         lead = first - (start - reach)  # the columns of the band that lie before the first token
@@ -114,5 +114,8 @@ def _banded_attention(
             *args,
             **kwargs,
         )
-        outputs.append(output)
-    return torch.cat(outputs, dim=1), None
+        if attended is None:  # at once: hundreds of parts that live until the end leave memory in shreds
+            attended = output.new_empty(output.shape[0], length, *output.shape[2:])
+        attended[:, start:end] = output
+    assert attended is not None
+    return attended, None

@@ -8,7 +8,7 @@ must read what arrives.
 Shapes: B batch, H heads of the states, n tokens, d head_dim.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -61,11 +61,10 @@ class Sent:
 def send(places: Sequence[Places], device: torch.device) -> list[Sent]:
     """Brings the indices of all `places` to the device in one tensor, in turn with what it computes."""
     gathered = [each for each in places if each.ranges is None]
-    flat = np.empty((2, sum(map(len, gathered))), np.int64)
+    parts: Iterator[torch.Tensor] = iter(())
     if gathered:
-        np.concatenate([np.stack([each.row, each.position]) for each in gathered], axis=1, out=flat)
-    index = on_device(torch.from_numpy(flat), device)
-    parts = iter(index.split([len(each) for each in gathered], dim=1))
+        flat = np.concatenate([np.stack([each.row, each.position]) for each in gathered], axis=1).astype(np.int64)
+        parts = iter(on_device(torch.from_numpy(flat), device).split([len(each) for each in gathered], dim=1))
     return [Sent(each, next(parts) if each.ranges is None else None) for each in places]
 
 

@@ -7,6 +7,7 @@ from qk_sniffer.batching import TextTokenizer, Tokens, batches, text_hash, windo
 from qk_sniffer.config import InferenceConfig
 from qk_sniffer.corpus import Example
 from qk_sniffer.errors import SourceError
+from qk_sniffer.machine import trim_memory
 from qk_sniffer.progress import Stages
 from qk_sniffer.store.journal import ExampleRecord
 
@@ -47,6 +48,7 @@ def open_windows(
             continue
         with stages("tokenize"):
             tokens = {made.index: made for made in tokenizer(fresh)}
+            trim_memory()  # the encodings of a window of long texts take ten times as much as their ids
         both = ((example.index, done.get(example.index) or tokens.get(example.index)) for example in window)
         lengths = {index: found.num_tokens for index, found in both if found is not None}
         yield Window(list(lengths.values()), list(_batches(lengths, tokens, inference, boundary)))

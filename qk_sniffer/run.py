@@ -23,7 +23,7 @@ from qk_sniffer.heads import Selection, select
 from qk_sniffer.hub import publish, require_login
 from qk_sniffer.job import hub_commit_of
 from qk_sniffer.loading import check_model, load_backbone
-from qk_sniffer.machine import trim_memory, use_huge_pages
+from qk_sniffer.machine import return_memory, trim_memory
 from qk_sniffer.planning import check_unchanged, open_windows
 from qk_sniffer.progress import Progress, Stages, describe
 from qk_sniffer.proof import examples_with_rows, prove
@@ -55,7 +55,7 @@ def run_job(config: Config) -> None:
         require_login()  # now, not after hours of capture
     existed = config.data_root.exists()
     layout = claim(config.data_root)
-    use_huge_pages()
+    return_memory()
     try:
         with Stopping() as stopping:
             _run(config, layout, Stages(), stopping)

@@ -19,6 +19,7 @@ from tiny import ALPHABET, save_checkpoint
 from zoo import CASES, Case
 
 from qk_sniffer import capture as capture_room
+from qk_sniffer import gathering
 from qk_sniffer.config import from_dict
 from qk_sniffer.errors import CaptureError, ConfigError, SourceError
 from qk_sniffer.sampling import Sampler
@@ -188,6 +189,16 @@ def test_a_gather_that_is_cut_into_pieces_gives_the_same_files(
     whole = run(checkpoint, texts, tmp_path / "whole")
     monkeypatch.setattr(capture_room, "PIECE_BYTES", 1000)
     assert hashes(run(checkpoint, texts, tmp_path / "pieces")) == hashes(whole)
+
+
+def test_texts_that_are_copied_as_blocks_give_the_same_files_as_gathered_ones(
+    checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sections: dict[str, Any] = {"sampler": {"type": "all"}, "capture": {"heads": [0, 2]}}
+    monkeypatch.setattr(gathering, "MIN_RANGE", 1)
+    blocks = run(checkpoint, texts, tmp_path / "blocks", **sections)
+    monkeypatch.setattr(gathering, "MIN_RANGE", 10**9)
+    assert hashes(run(checkpoint, texts, tmp_path / "gathered", **sections)) == hashes(blocks)
 
 
 def test_the_sampler_decides_the_rows_of_queries_and_keys(checkpoint: Path, texts: Path, tmp_path: Path) -> None:

@@ -266,7 +266,7 @@ def check_vectors(shape: str, backbone: Backbone, folder: Path | None) -> int:
             captured(capture, writer, plan)
             writer.close()
             stored = stored_blocks(writer._journal)
-        last = max(layer for layer, _ in plan.picks)
+        last = max(layer for layer, _ in plan.places)
 
         def look(
             call: AttentionCall,
@@ -277,8 +277,8 @@ def check_vectors(shape: str, backbone: Backbone, folder: Path | None) -> int:
         ) -> None:
             nonlocal wrong
             for kind, states in (("q", call.query), ("k", call.key)):
-                if (picks := plan.picks.get((call.layer, kind))) is not None and len(picks.position):
-                    rows = states[0].cpu()[list(capture._heads[call.layer, kind].numbers)][:, picks.position]
+                if (places := plan.places.get((call.layer, kind))) is not None and len(places):
+                    rows = states[0].cpu()[list(capture._heads[call.layer, kind].numbers)][:, places.position]
                     bits = rows.contiguous().view(torch.int16).numpy().view(np.uint16)
                     wrong += not np.array_equal(bits, stored[f"l{call.layer:02d}{kind}"])
             if call.layer == last:

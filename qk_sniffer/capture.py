@@ -18,7 +18,7 @@ from qk_sniffer.errors import CaptureError
 from qk_sniffer.gathering import Gathering, Heads, Lanes, Places, Sent, send
 from qk_sniffer.heads import Selection
 from qk_sniffer.progress import Stages
-from qk_sniffer.sampling import Picks, Sampler
+from qk_sniffer.sampling import Sampler
 from qk_sniffer.store.journal import JournalWriter, Rows
 
 PIECE_BYTES = 64 * 2**20
@@ -32,10 +32,8 @@ class BatchPlan:
     examples: Sequence[Tokens]
     ids: torch.Tensor
     """(B, n) int64, padded on the right with token 0, which no valid position can see."""
-    picks: dict[tuple[int, str], Picks]
-    """The rows to take, by (layer, kind)."""
-    places: dict[int, Places]
-    """Where they are, by the id of the picks: those that are shared are there once."""
+    places: dict[tuple[int, str], Places]
+    """The rows to take, by (layer, kind); one object where several take the same."""
 
 
 class Capture:
@@ -67,12 +65,13 @@ class Capture:
         for row, example in zip(ids, examples, strict=True):
             row[: example.num_tokens] = example.ids
         picks = self._sampler.plan([example.example_id for example in examples], lengths, list(self._heads))
-        places = {id(each): each for each in picks.values()}
-        return BatchPlan(examples, torch.from_numpy(ids), picks, {key: Places.of(each) for key, each in places.items()})
+        distinct = {id(each): each for each in picks.values()}
+        places = {key: Places.of(each) for key, each in distinct.items()}
+        return BatchPlan(examples, torch.from_numpy(ids), {key: places[id(each)] for key, each in picks.items()})
 
     def num_rows(self, plan: BatchPlan) -> int:
         """Rows that the batch adds to the dataset, over all heads."""
-        return sum(len(self._heads[key].numbers) * len(picks.row) for key, picks in plan.picks.items())
+        return sum(len(self._heads[key].numbers) * len(places) for key, places in plan.places.items())
 
     def run(self, plan: BatchPlan) -> None:
         """One forward, left once the last selected layer was seen; all its rows go to the writer.
@@ -80,7 +79,7 @@ class Capture:
         Raises:
             CaptureError: a selected layer did not call attention in this forward.
         """
-        wanted = self._sent(plan)
+        wanted = send(plan.places, self._backbone.device)
 
         def take(call: AttentionCall) -> None:
             for kind, states in (("q", call.query), ("k", call.key)):
@@ -95,24 +94,19 @@ class Capture:
             layers = sorted({layer for layer, _ in wanted})
             raise CaptureError(f"layers {layers} did not call attention in this forward, though they did in the first")
 
-    def _sent(self, plan: BatchPlan) -> dict[tuple[int, str], Sent]:
-        """What each (layer, kind) is to give, where the model's first device can read it."""
-        sent = dict(zip(plan.places, send(list(plan.places.values()), self._backbone.device), strict=True))
-        return {key: sent[id(picks)] for key, picks in plan.picks.items()}
-
     def _take(self, plan: BatchPlan, layer: int, kind: str, states: torch.Tensor, sent: Sent) -> None:
-        picks, heads = plan.picks[layer, kind], self._heads[layer, kind]
+        places, heads = sent.places, self._heads[layer, kind]
         row_bytes = len(heads.numbers) * states.shape[-1] * states.element_size()
-        source_index = np.array([example.index for example in plan.examples])[picks.row]
+        source_index = np.array([example.index for example in plan.examples])[places.row]
         step = max(1, min(PIECE_BYTES, self._writer.piece_bytes) // row_bytes)
-        for start in range(0, len(picks.row), step):
-            stop = min(start + step, len(picks.row))
+        for start in range(0, len(places), step):
+            stop = min(start + step, len(places))
             piece = slice(start, stop)
             token_id = None
             if self._token_ids:
-                token_id = plan.ids.numpy()[picks.row[piece], picks.position[piece]]
+                token_id = plan.ids.numpy()[places.row[piece], places.position[piece]]
             vectors = Gathering(states, heads, sent, start, stop, self._lanes)
             waited_s = self._writer.wait_s
             with self._stages("gather"):
-                self._writer.put(Rows(layer, kind, vectors, source_index[piece], picks.position[piece], token_id))
+                self._writer.put(Rows(layer, kind, vectors, source_index[piece], places.position[piece], token_id))
             self._stages.move(self._writer.wait_s - waited_s, "gather", "queue")

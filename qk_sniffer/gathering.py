@@ -8,14 +8,17 @@ must read what arrives.
 Shapes: B batch, H heads of the states, n tokens, d head_dim.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from qk_sniffer.sampling import Picks
+
+Key = TypeVar("Key", bound=Hashable)
 
 MIN_RANGE = 64
 """Tokens that stand together are copied as blocks when there are so many on average; below, gathering is as fast."""
@@ -58,14 +61,19 @@ class Sent:
     index: torch.Tensor | None
 
 
-def send(places: Sequence[Places], device: torch.device) -> list[Sent]:
-    """Brings the indices of all `places` to the device in one tensor, in turn with what it computes."""
-    gathered = [each for each in places if each.ranges is None]
+def send(places: Mapping[Key, Places], device: torch.device) -> dict[Key, Sent]:
+    """Brings the indices of all `places` to the device in one tensor, in turn with what it computes.
+
+    An object that is there several times is sent once.
+    """
+    distinct = {id(each): each for each in places.values()}
+    gathered = [each for each in distinct.values() if each.ranges is None]
     parts: Iterator[torch.Tensor] = iter(())
     if gathered:
         flat = np.concatenate([np.stack([each.row, each.position]) for each in gathered], axis=1).astype(np.int64)
         parts = iter(on_device(torch.from_numpy(flat), device).split([len(each) for each in gathered], dim=1))
-    return [Sent(each, next(parts) if each.ranges is None else None) for each in places]
+    sent = {key: Sent(each, next(parts) if each.ranges is None else None) for key, each in distinct.items()}
+    return {key: sent[id(each)] for key, each in places.items()}
 
 
 def on_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:

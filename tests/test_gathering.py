@@ -54,8 +54,10 @@ def test_whole_texts_are_ranges_and_samples_are_not() -> None:
 def test_every_piece_is_what_indexing_gives(kept: list[list[int]], heads: list[int], step: int) -> None:
     vectors, picks = states(), picks_of(kept)
     shared = Places.of(picks)
-    sent = send([shared, Places.of(picks_of([[5], [7], [1, 9]])), Places.of(picks)], CPU)
-    for each in (sent[0], sent[2]):
+    others = {"b": Places.of(picks_of([[5], [7], [1, 9]])), "c": Places.of(picks)}
+    sent = send({"a": shared, **others, "d": shared}, CPU)
+    assert sent["a"] is sent["d"]
+    for each in (sent["a"], sent["c"]):
         for start in range(0, len(picks.row), step):
             stop = min(start + step, len(picks.row))
             piece = Gathering(vectors, Heads(heads), each, start, stop, Lanes())
@@ -73,7 +75,7 @@ def test_both_ways_keep_every_bit(dtype: torch.dtype, min_range: int, monkeypatc
     vectors[1, 2, 3, :3] = torch.tensor([torch.nan, -torch.inf, -0.0])
     places = Places.of(picks_of([[], range(50), range(100, 130)]))
     assert (places.ranges is None) == (min_range > 1)
-    (sent,) = send([places], CPU)
+    sent = send({0: places}, CPU)[0]
     piece = Gathering(vectors, Heads([1, 2, 5]), sent, 0, 80, Lanes())
     memory = torch.empty(piece.shape, dtype=dtype)
     piece.copy_to(memory)

@@ -1,6 +1,6 @@
 """All Q and K vectors of the same texts, by qk-sniffer and by what one would write instead (see README.md).
 
-    python benchmarks/peers.py [--rounds 3] [--few 2] [--many 8] [--tokens 512]
+    python benchmarks/peers.py [--rounds 3] [--few 2] [--many 14] [--tokens 512]
 
 `make bench-peers` makes the environments of the peers first. Writes results/peers.json, and prints a table.
 """
@@ -51,9 +51,13 @@ class Side:
         return float(statistics.median(getattr(run, what) for run in self.runs[examples]))
 
     def more(self, what: str) -> float:
-        """What one example more takes: starting a process, and what it holds anyway, count on neither side."""
+        """What one example more takes: starting a process, and what it holds anyway, count on neither side.
+
+        The median over the rounds: the two runs of a round come one after the other, in the same minute.
+        """
         few, many = sorted(self.runs)
-        return (self.median(what, many) - self.median(what, few)) / (many - few)
+        pairs = zip(self.runs[few], self.runs[many], strict=True)
+        return statistics.median(getattr(more, what) - getattr(less, what) for less, more in pairs) / (many - few)
 
 
 def sides(model: Path, tokens: int) -> list[Side]:
@@ -176,7 +180,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--few", type=int, default=2)
-    parser.add_argument("--many", type=int, default=8)
+    parser.add_argument("--many", type=int, default=14)
     parser.add_argument("--tokens", type=int, default=512)
     parser.add_argument("--out", type=Path, default=RESULTS / "peers.json")
     given = parser.parse_args()
@@ -204,7 +208,7 @@ def main() -> int:
         "what": "all Q and K vectors of SmolLM2-135M's shape, random weights, float32, one text a batch, to Parquet",
         "tokens_per_example": given.tokens,
         "columns": {
-            "time_over_plain": "wall time an example, (many - few) / difference of medians, over a plain forward's",
+            "time_over_plain": "wall time an example, (many - few) of each round, median, over a plain forward's",
             "peak_mb": "median of the peak RssAnon at the larger number of examples",
             "mb_per_example": "what that peak grows by with an example, between the two numbers of examples",
             "size_over_raw": "bytes of the heads' Parquet files over those of their numbers as float32",

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -108,5 +108,12 @@ def machine() -> dict[str, Any]:
     names = ("torch", "transformers", "pyarrow", "numpy", "datasets")
     return {
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in names},
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in names},
     }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:  # `gpu.py` does without some
+        return None

@@ -18,6 +18,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,11 +26,13 @@ import torch
 from common import RESULTS, machine
 from transformers import Qwen3Config, Qwen3Model
 
+from qk_sniffer import capture as capture_room
 from qk_sniffer.attention import AttentionCall, ForwardDone
 from qk_sniffer.backbone import Backbone
 from qk_sniffer.batching import Tokens
 from qk_sniffer.capture import BatchPlan, Capture
 from qk_sniffer.config import CaptureConfig, HeadSamplingConfig, SamplerConfig
+from qk_sniffer.errors import QkSnifferError
 from qk_sniffer.families import find_family
 from qk_sniffer.heads import select
 from qk_sniffer.progress import Stages
@@ -51,9 +54,11 @@ LARGE_QUEUE_BYTES = 2 << 30
 """Takes two batches of 4,096 tokens with `all`, so that their forwards wait for no disk."""
 LEAST_S = 1.0
 """A figure is of as many forwards as take so long."""
+MOST_BYTES = 4 << 30
+"""Unless they give more than that: then of fewer, and in one round. So all stays within 8 minutes."""
 ROUNDS = 3
-LONG_S = 4.0
-"""Forwards that take longer are measured in one round, so that all stays within 8 minutes."""
+CHECKED_PIECE_BYTES = 1 << 20
+"""In the check of vectors: so small that each buffer is filled again while the one before it is under way."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +73,9 @@ class Row:
     """A plain forward."""
     ratio: float
     """Until all is durable in the journal, over plain forwards."""
-    gpu_ratio: float
-    """Of a single forward, on the GPU's clock, over a plain one's. It waits for the disk only if its rows outgrow
-    `LARGE_QUEUE_BYTES`."""
+    gpu_ratio: float | None
+    """Of a single forward, on the GPU's clock, over a plain one's; None where its rows outgrow `LARGE_QUEUE_BYTES`, so
+    that it waits for the disk."""
     journal_mb_s: float
     peak_gb: float
     plain_peak_gb: float
@@ -78,9 +83,10 @@ class Row:
     """In a forward with capture, beyond those of a plain one."""
 
     def __str__(self) -> str:
+        gpu_ratio = "     -" if self.gpu_ratio is None else f"{self.gpu_ratio:6.3f}"
         return (
             f"{self.model:<11} {self.tokens:>7,} {self.way:<8} {self.heads:>5} heads  plain {self.forward_ms:>9.1f} ms"
-            f"  ratio {self.ratio:6.3f}  GPU alone {self.gpu_ratio:6.3f}  {self.journal_mb_s:>6.0f} MB/s"
+            f"  ratio {self.ratio:6.3f}  GPU alone {gpu_ratio}  {self.journal_mb_s:>6.0f} MB/s"
             f"  peak {self.peak_gb:6.2f} of {self.plain_peak_gb:6.2f} GB  {self.syncs:+d} syncs"
         )
 
@@ -99,6 +105,13 @@ def main() -> int:
     rows: list[Row] = []
     left_out: list[str] = []
     wrong = 0
+
+    def save() -> None:
+        name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+        result = {"device": name, "rows": [asdict(row) for row in rows], "left_out": left_out, "wrong": wrong}
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(result | machine(), indent=2) + "\n")
+
     for shape in arguments.shapes:
         backbone = make_backbone(shape, device, max(arguments.lengths))
         wrong += check_vectors(shape, backbone, arguments.folder)
@@ -108,21 +121,19 @@ def main() -> int:
                 continue
             try:
                 found = measure(shape, backbone, tokens, arguments.folder)
-            except torch.OutOfMemoryError as error:
+            except (torch.OutOfMemoryError, QkSnifferError) as error:
                 left_out.append(f"{shape}, {tokens} tokens: {str(error).splitlines()[0]}")
                 continue
             rows += found
             for row in found:
                 print(row, flush=True)
+            save()
         del backbone
         if device.type == "cuda":
             torch.cuda.empty_cache()
     for line in left_out:
         print(f"left out: {line}")
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    result = {"device": name, "rows": [asdict(row) for row in rows], "left_out": left_out, "wrong": wrong} | machine()
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+    save()
     return 1 if wrong or any(row.syncs > 0 for row in rows) else 0
 
 
@@ -174,28 +185,34 @@ def captured(capture: Capture, writer: JournalWriter, plan: BatchPlan) -> None:
 
 def measure(shape: str, backbone: Backbone, tokens: int, folder: Path | None) -> list[Row]:
     ids = torch.from_numpy(np.random.default_rng(0).integers(1000, size=tokens))[None]
-    plain_syncs = num_syncs(lambda: backbone.run(ids))  # the first forward of a length chooses kernels
-    once, _, plain_peak = timed(backbone, [lambda: backbone.run(ids)])
-    count = max(1, round(LEAST_S / once))
+    once, _, plain_peak = timed(backbone, [lambda: backbone.run(ids)])  # the first of a length chooses kernels
+    if once < 2 * LEAST_S:
+        once, _, plain_peak = timed(backbone, [lambda: backbone.run(ids)])
+    plain_syncs = num_syncs(lambda: backbone.run(ids))
     taken: dict[str, list[tuple[float, float, float]]] = {"plain": [], "uniform": [], "all": []}
     speeds: dict[str, float] = {}
     heads: dict[str, int] = {}
     syncs: dict[str, int] = {}
-    for _ in range(ROUNDS if once < LONG_S else 1):
+    nbytes: dict[str, int] = {"plain": 0}
+    for way in ("uniform", "all"):
+        with capturing(backbone, way, tokens, folder) as (capture, writer):
+            plan = made(capture, 0, tokens)
+            syncs[way] = num_syncs(partial(captured, capture, writer, plan)) - plain_syncs
+            heads[way] = sum(len(each.numbers) for each in capture._heads.values())
+            nbytes[way] = capture.num_rows(plan) * backbone.config.head_dim * 2
+    most = max(nbytes.values())
+    count = max(1, min(round(LEAST_S / once), MOST_BYTES // most))
+    for _ in range(ROUNDS if count * most < MOST_BYTES else 1):
         for way, figures in taken.items():
             if way == "plain":
                 wall_s, gpu_s, peak_gb = timed(backbone, [lambda: backbone.run(ids)] * count)
                 figures.append((wall_s, gpu_s / count, peak_gb))
                 continue
             with capturing(backbone, way, tokens, folder, LARGE_QUEUE_BYTES) as (capture, writer):
-                plans = [made(capture, index, tokens) for index in range(2)]
-                warm_up = num_syncs(lambda c=capture, w=writer, p=plans[0]: captured(c, w, p))
-                syncs.setdefault(way, warm_up - plain_syncs)
-                _, gpu_s, peak_gb = timed(backbone, [lambda c=capture, w=writer, p=plans[1]: captured(c, w, p)])
-                heads[way] = sum(len(each.numbers) for each in capture._heads.values())
+                run = partial(captured, capture, writer, made(capture, 0, tokens))
+                _, gpu_s, peak_gb = timed(backbone, [run])
             with capturing(backbone, way, tokens, folder) as (capture, writer):
-                plans = [made(capture, index, tokens) for index in range(count)]
-                runs = [lambda c=capture, w=writer, p=plan: captured(c, w, p) for plan in plans]
+                runs = [partial(captured, capture, writer, made(capture, index, tokens)) for index in range(count)]
                 wall_s, _, _ = timed(backbone, [*runs, writer.close])
                 speeds[way] = writer.bytes_written / wall_s / 1e6
             figures.append((wall_s, gpu_s, peak_gb))
@@ -211,7 +228,7 @@ def measure(shape: str, backbone: Backbone, tokens: int, folder: Path | None) ->
             heads=heads[way],
             forward_ms=1e3 * middle("plain", 0) / count,
             ratio=middle(way, 0) / middle("plain", 0),
-            gpu_ratio=middle(way, 1) / middle("plain", 1),
+            gpu_ratio=middle(way, 1) / middle("plain", 1) if nbytes[way] < LARGE_QUEUE_BYTES else None,
             journal_mb_s=speeds[way],
             peak_gb=middle(way, 2),
             plain_peak_gb=plain_peak,
@@ -266,6 +283,7 @@ def check_vectors(shape: str, backbone: Backbone, folder: Path | None) -> int:
     computation: were a buffer used again too early, it would show here."""
     tokens = 4096
     wrong = 0
+    piece_bytes, capture_room.PIECE_BYTES = capture_room.PIECE_BYTES, CHECKED_PIECE_BYTES
     for way in ("uniform", "all"):
         with capturing(backbone, way, tokens, folder) as (capture, writer):
             plan = made(capture, 0, tokens)
@@ -291,6 +309,7 @@ def check_vectors(shape: str, backbone: Backbone, folder: Path | None) -> int:
                 raise ForwardDone
 
         backbone.forward(plan.ids, look)
+    capture_room.PIECE_BYTES = piece_bytes
     print(f"{shape}: {wrong} of the journal's blocks differ from what attention was called with", flush=True)
     return wrong
 

@@ -56,7 +56,7 @@ def read_through(path: Path, take: Callable[[memoryview], object]) -> None:
 def gathered(vectors: torch.Tensor) -> Gathering:
     """All of `vectors` (HEADS, TOKENS, HEAD_DIM), as a job hands them over."""
     row, position = np.zeros(TOKENS, np.int32), np.arange(TOKENS, dtype=np.int32)
-    sent = send({"q": Places.of(Picks(row, position))}, vectors.device)["q"]
+    sent = send({"q": Places.of(Picks(row, position), vectors.device)}, vectors.device)["q"]
     return Gathering(vectors[None], Heads(range(HEADS)), sent, 0, TOKENS, Lanes())
 
 

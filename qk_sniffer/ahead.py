@@ -26,6 +26,8 @@ def ahead(items: Iterator[T]) -> Iterator[Iterator[T]]:
                 if left.is_set():
                     return
                 ready.put(item)
+                if left.is_set():  # while it waited for room
+                    return
         except BaseException as error:
             end = _End(error)
         if not left.is_set():

@@ -75,6 +75,7 @@ def tap(
     rotary_calls: list[RotaryCall] = []
     arguments_now: dict[str, Any] = {}  # of the attention module whose forward is running
     seen_last: list[weakref.ref[torch.Tensor]] = []
+    causal_masks: list[weakref.ref[torch.Tensor]] = []  # found so: layers share them, and asking a GPU waits for it
 
     def forget() -> None:
         for state in (rotary_calls, arguments_now, seen_last):
@@ -95,7 +96,12 @@ def tap(
         if seen_last and seen_last[0]() is query and seen_last[1]() is key:
             return  # the same vectors once more, to attend to other values
         seen_last[:] = weakref.ref(query), weakref.ref(key)
-        _refuse_unusual(module, query, key, arguments)
+        mask = arguments.get("attention_mask")
+        if mask is None or not any(known() is mask for known in causal_masks):
+            _refuse_acausal(module, query, arguments)
+            if isinstance(mask, torch.Tensor):
+                causal_masks[:] = [known for known in causal_masks if known() is not None] + [weakref.ref(mask)]
+        _refuse_other_keys(module, query, key)
         sliding_window = family.sliding_window(module, arguments)
         _refuse_other_window(module, sliding_window, arguments.get("attention_mask"))
         vectors = family.before_rotary(module, rotary_calls, query, key) if pre_rope else (query, key)
@@ -170,8 +176,7 @@ def _sees_last(mask: Any) -> bool:
     return bool((corner if mask.dtype == torch.bool else corner > torch.finfo(mask.dtype).min / 2).any())
 
 
-def _refuse_unusual(module: nn.Module, query: torch.Tensor, key: torch.Tensor, arguments: dict[str, Any]) -> None:
-    name = type(module).__name__
+def _refuse_acausal(module: nn.Module, query: torch.Tensor, arguments: dict[str, Any]) -> None:
     n = query.shape[2]
     causal = arguments.get("is_causal", getattr(module, "is_causal", True))
     mask = arguments.get("attention_mask")
@@ -179,13 +184,16 @@ def _refuse_unusual(module: nn.Module, query: torch.Tensor, key: torch.Tensor, a
         hint = "; a model that can be both says so in its config: model.config_overrides.is_decoder=true"
         can_be_both = getattr(getattr(module, "config", None), "is_decoder", None) is False
         raise CaptureError(
-            f"{name} is not causal: its tokens attend to later ones, and to padding. Only decoders can be captured"
-            + (hint if can_be_both else "")
+            f"{type(module).__name__} is not causal: its tokens attend to later ones, and to padding. Only decoders "
+            "can be captured" + (hint if can_be_both else "")
         )
-    if key.shape[2] != n:
+
+
+def _refuse_other_keys(module: nn.Module, query: torch.Tensor, key: torch.Tensor) -> None:
+    if key.shape[2] != query.shape[2]:
         raise CaptureError(
-            f"{name} attends with {n} queries to {key.shape[2]} keys, which are not those of its tokens: "
-            "there is no key vector a position"
+            f"{type(module).__name__} attends with {query.shape[2]} queries to {key.shape[2]} keys, which are not "
+            "those of its tokens: there is no key vector a position"
         )
 
 

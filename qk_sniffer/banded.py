@@ -112,10 +112,16 @@ def _banded_attention(
             value[:, :, first:end],
             part,
             *args,
-            **kwargs,
+            **{name: _of_block(value, length, slice(start, end), slice(first, end)) for name, value in kwargs.items()},
         )
         if attended is None:  # at once: hundreds of parts that live until the end leave memory in shreds
             attended = output.new_empty(output.shape[0], length, *output.shape[2:])
         attended[:, start:end] = output
     assert attended is not None
     return attended, None
+
+
+def _of_block(value: Any, length: int, queries: slice, keys: slice) -> Any:
+    """The part of an argument by query and key, such as a position bias (..., n, n), that a block of queries needs."""
+    by_query_and_key = isinstance(value, torch.Tensor) and value.shape[-2:] == (length, length)
+    return value[..., queries, keys] if by_query_and_key else value

@@ -56,7 +56,6 @@ class Capture:
         self._writer = writer
         self._token_ids = token_ids
         self._stages = stages
-        self._last_layer = max(layer for layer, _ in self._heads)
 
     def plan(self, examples: Sequence[Tokens]) -> BatchPlan:
         """The batch of `examples` with the rows that the sampler keeps; nothing runs yet."""
@@ -66,7 +65,7 @@ class Capture:
             row[: example.num_tokens] = example.ids
         picks = self._sampler.plan([example.example_id for example in examples], lengths, list(self._heads))
         distinct = {id(each): each for each in picks.values()}
-        places = {key: Places.of(each) for key, each in distinct.items()}
+        places = {key: Places.of(each, self._backbone.device) for key, each in distinct.items()}
         return BatchPlan(examples, torch.from_numpy(ids), {key: places[id(each)] for key, each in picks.items()})
 
     def num_rows(self, plan: BatchPlan) -> int:
@@ -85,7 +84,7 @@ class Capture:
             for kind, states in (("q", call.query), ("k", call.key)):
                 if (where := wanted.pop((call.layer, kind), None)) is not None:
                     self._take(plan, call.layer, kind, states, where)
-            if call.layer == self._last_layer:
+            if not wanted:
                 raise ForwardDone
 
         with self._stages("forward"):

@@ -14,7 +14,8 @@ LINE_EVERY_S = 10.0
 
 
 class Stages:
-    """Seconds by stage. A stage inside another counts for itself alone, so that the stages sum to the whole."""
+    """Seconds by stage. A stage inside another counts for itself alone. For one thread's use: the stages of a thread
+    sum to its time."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}

@@ -79,3 +79,17 @@ def test_the_kernels_are_put_back_also_after_an_exception() -> None:
         assert ALL_ATTENTION_FUNCTIONS["sdpa"] is not before
         raise ZeroDivisionError
     assert ALL_ATTENTION_FUNCTIONS["sdpa"] is before
+
+
+def test_arguments_by_query_and_key_are_cut_like_the_mask() -> None:
+    torch.manual_seed(0)
+    length, window = 700, 14
+    query, key, value = torch.randn(2, 4, length, 8), torch.randn(2, 4, length, 8), torch.randn(2, 4, length, 8)
+    bias = torch.randn(2, 4, length, length)
+    distance = torch.arange(length)[:, None] - torch.arange(length)[None]
+    mask = torch.where((distance >= 0) & (distance < window), bias, -torch.inf)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask).transpose(1, 2)
+    with banded():
+        kernel = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        found, _ = kernel(torch.nn.Module(), query, key, value, Band(window), position_bias=bias)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

@@ -32,10 +32,11 @@ def indexed(vectors: torch.Tensor, heads: Sequence[int], picks: Picks) -> torch.
 
 
 def test_whole_texts_are_ranges_and_samples_are_not() -> None:
-    whole = Places.of(picks_of([range(200), range(150), range(70)]))
+    whole = Places.of(picks_of([range(200), range(150), range(70)]), CPU)
     assert whole.ranges == [(0, 0, 0, 200), (200, 1, 0, 150), (350, 2, 0, 70)]
-    assert Places.of(picks_of([range(0, 200, 2), [], range(3)])).ranges is None
-    assert Places.of(picks_of([[], []])).ranges == []
+    assert Places.of(picks_of([range(0, 200, 2), [], range(3)]), CPU).ranges is None
+    assert Places.of(picks_of([[], []]), CPU).ranges == []
+    assert Places.of(picks_of([range(200)]), torch.device("cuda")).ranges is None
 
 
 @settings(deadline=None, max_examples=60)
@@ -53,8 +54,8 @@ def test_whole_texts_are_ranges_and_samples_are_not() -> None:
 )
 def test_every_piece_is_what_indexing_gives(kept: list[list[int]], heads: list[int], step: int) -> None:
     vectors, picks = states(), picks_of(kept)
-    shared = Places.of(picks)
-    others = {"b": Places.of(picks_of([[5], [7], [1, 9]])), "c": Places.of(picks)}
+    shared = Places.of(picks, CPU)
+    others = {"b": Places.of(picks_of([[5], [7], [1, 9]]), CPU), "c": Places.of(picks, CPU)}
     sent = send({"a": shared, **others, "d": shared}, CPU)
     assert sent["a"] is sent["d"]
     for each in (sent["a"], sent["c"]):
@@ -73,7 +74,7 @@ def test_both_ways_keep_every_bit(dtype: torch.dtype, min_range: int, monkeypatc
     monkeypatch.setattr(room, "MIN_RANGE", min_range)
     vectors = states().to(dtype)
     vectors[1, 2, 3, :3] = torch.tensor([torch.nan, -torch.inf, -0.0])
-    places = Places.of(picks_of([[], range(50), range(100, 130)]))
+    places = Places.of(picks_of([[], range(50), range(100, 130)]), CPU)
     assert (places.ranges is None) == (min_range > 1)
     sent = send({0: places}, CPU)[0]
     piece = Gathering(vectors, Heads([1, 2, 5]), sent, 0, 80, Lanes())

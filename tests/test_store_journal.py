@@ -371,3 +371,19 @@ def test_a_segment_waits_for_rows_that_are_still_on_their_way(tmp_path: Path) ->
     assert writer.transfer_s >= 0.05
     (path,) = Journal(tmp_path).segments
     assert torch.equal(load_file(path)["l00q.vectors"], late.tensor)
+
+
+def test_memory_is_not_given_back_while_a_copy_to_it_is_under_way(tmp_path: Path) -> None:
+    @dataclass(frozen=True, eq=False)
+    class Slow(Held):
+        waited: list[str]
+
+        def copy_to(self, memory: torch.Tensor) -> Callable[[], None]:
+            return lambda: self.waited.append("arrived")
+
+    waited: list[str] = []
+    with Journal(tmp_path).writer(queue_bytes=1 << 20, segment_bytes=BIG) as writer:
+        writer.put(Rows(0, "q", Slow(torch.ones(1, 3, 4), waited), np.zeros(3), np.arange(3)))
+        assert waited == []  # the batch is open when the writer is closed: its rows are dropped
+    assert waited == ["arrived"]
+    assert Journal(tmp_path).segments == []

@@ -6,11 +6,22 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import FalconConfig, FalconModel, GPT2Config, GPT2Model, LlamaConfig, LlamaModel
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import (
+    FalconConfig,
+    FalconModel,
+    Gemma3TextConfig,
+    Gemma3TextModel,
+    GPT2Config,
+    GPT2Model,
+    LlamaConfig,
+    LlamaModel,
+)
 from transformers.modeling_utils import AttentionInterface
 from transformers.models.llama import modeling_llama
 
 from qk_sniffer.backbone import Backbone
+from qk_sniffer.banded import banded
 from qk_sniffer.errors import CaptureError
 from qk_sniffer.families import Family, find_family
 
@@ -162,3 +173,38 @@ def test_vectors_before_rope_are_refused_where_the_rotary_function_takes_them_la
     calls = [(cos, query), (cos.clone(), key)]
     with pytest.raises(CaptureError, match="capture_pre_rope=false"):
         Family().before_rotary(decoder.layers[0].self_attn, calls, query, key)
+
+
+class Questions(TorchDispatchMode):
+    """Counts how often Python asks a tensor for its value, for which it would wait for a GPU."""
+
+    asked = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.asked += function in (torch.ops.aten.is_nonzero.default, torch.ops.aten.item.default)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("kernel", "num_masks"), [("eager", 2), ("sdpa", 0)])
+def test_the_tap_asks_each_mask_once_a_forward(kernel: str, num_masks: int) -> None:
+    config = Gemma3TextConfig(
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        sliding_window=5,
+        layer_types=["sliding_attention", "full_attention"] * 3,
+        attn_implementation=kernel,
+    )
+    backbone = Backbone(Gemma3TextModel(config).eval(), find_family("gemma3_text"))
+    for _ in range(2):
+        seen: list[int] = []
+        with banded(), Questions() as plain:
+            backbone.run(ids())
+        with Questions() as tapped:
+            backbone.forward(ids(), lambda call, seen=seen: seen.append(call.layer))
+        assert seen == list(range(6))
+        assert tapped.asked - plain.asked == num_masks

@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import astuple, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -267,6 +268,7 @@ class JournalWriter:
         with self._changed:
             while self._queue and isinstance(piece := self._queue[-1], Piece):
                 self._queue.pop()
+                _let_arrive(piece)
                 self._buffer.give_back(piece.slot)
             self._closing = True
             self._changed.notify_all()
@@ -325,6 +327,9 @@ class JournalWriter:
         except BaseException as error:
             with self._changed:
                 self._error = error
+                for item in self._queue:
+                    if isinstance(item, Piece):
+                        _let_arrive(item)
                 self._queue.clear()
                 self._changed.notify_all()
 
@@ -381,6 +386,13 @@ class JournalWriter:
         journal.segments.append(path)
         journal._next_segment += 1
         return path
+
+
+def _let_arrive(piece: Piece) -> None:
+    """Waits until nobody writes to the memory of a piece that is not wanted any more."""
+    if piece.arrived is not None:
+        with suppress(Exception):
+            piece.arrived()
 
 
 @dataclass(frozen=True, eq=False)

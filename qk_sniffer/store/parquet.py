@@ -66,7 +66,14 @@ class ParquetFile:
         try:
             if kind is None:
                 self._writer.close()
+                size = self._file.tell()
+                self._file.close()
                 self._written.go_on()
+                if self._written.size != size:
+                    raise StoreError(
+                        f"{self._path}: {size:,} bytes were written and {self._written.size:,} can be read back; this "
+                        "file system does not do what a disk does. Choose another output.data_root"
+                    )
                 sync_file(self._written.descriptor)
                 self.entry = FileEntry(self._rows, self._written.size, self._written.digest.hexdigest())
         finally:
@@ -78,8 +85,10 @@ class ParquetFile:
             check_encodings(self._path)
 
     def _close(self) -> None:
-        self._file.close()
-        self._written.close()
+        try:
+            self._file.close()
+        finally:
+            self._written.close()
 
 
 def check_encodings(path: Path) -> None:

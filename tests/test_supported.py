@@ -57,7 +57,9 @@ def test_nothing_in_the_table_is_wrong_and_its_counts_are_those_of_its_rows() ->
 
 
 @same_version
-@pytest.mark.parametrize("name", ["afmoe", "deepseek_v3", "diffllama", "falcon", "gemma4_text", "mamba", "zamba2"])
+@pytest.mark.parametrize(
+    "name", ["afmoe", "deepseek_v3", "diffllama", "falcon", "gemma4_text", "inkling_text", "mamba", "zamba2"]
+)
 def test_a_row_is_what_the_examination_finds(name: str) -> None:
     assert supported.row(examine(name)) in TABLE.splitlines()
 

@@ -58,7 +58,8 @@ class Places:
 
 @dataclass(frozen=True, eq=False)
 class Sent:
-    """`Places` as a forward uses them. `index` (2, num_tokens): rows and positions on the device, without ranges."""
+    """`Places` as a forward uses them. `index` (2, num_tokens) int32: rows and positions on the device; None with
+    ranges."""
 
     places: Places
     index: torch.Tensor | None
@@ -73,7 +74,7 @@ def send(places: Mapping[Key, Places], device: torch.device) -> dict[Key, Sent]:
     gathered = [each for each in distinct.values() if each.ranges is None]
     parts: Iterator[torch.Tensor] = iter(())
     if gathered:
-        flat = np.concatenate([np.stack([each.row, each.position]) for each in gathered], axis=1).astype(np.int64)
+        flat = np.concatenate([np.stack([each.row, each.position]) for each in gathered], axis=1)
         parts = iter(on_device(torch.from_numpy(flat), device).split([len(each) for each in gathered], dim=1))
     sent = {key: Sent(each, next(parts) if each.ranges is None else None) for key, each in distinct.items()}
     return {key: sent[id(each)] for key, each in places.items()}
@@ -138,7 +139,7 @@ class Gathering:
         """Copies the vectors into `out`, on the device of the states."""
         if self.sent.index is not None:
             # Layers may be on several devices.
-            row, position = self.sent.index[:, None, self.start : self.stop].to(self.states.device)
+            row, position = self.sent.index[:, None, self.start : self.stop].to(self.states.device, torch.int64)
             indices = [row, self.heads.index(self.states.device), position]
             torch.ops.aten.index.Tensor_out(self.states, indices, out=out)
             return

@@ -1,6 +1,7 @@
 """Whatever the way, the rows that arrive are those of plain indexing."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -83,3 +84,52 @@ def test_both_ways_keep_every_bit(dtype: torch.dtype, min_range: int, monkeypatc
     expected = torch.cat([vectors[1, [1, 2, 5], :50], vectors[2, [1, 2, 5], 100:130]], dim=1)
     bits = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
     assert torch.equal(memory.view(bits), expected.contiguous().view(bits))
+
+
+def test_a_lane_fills_no_buffer_that_is_still_being_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order in which streams are told to wait; what they do with it only a GPU can show (benchmarks/gpu.sh)."""
+    told: list[tuple[str, object]] = []
+
+    class Stream:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def wait_event(self, event: "Event") -> None:
+            told.append((f"{self.name} waits", event.number))
+
+        def wait_stream(self, other: "Stream") -> None:
+            told.append((f"{self.name} waits", other.name))
+
+    class Event:
+        def __init__(self, blocking: bool) -> None:
+            assert blocking
+
+        def record(self, stream: Stream) -> None:
+            self.number = sum(what == "copied" for what, _ in told)
+            told.append(("copied", stream.name))
+
+        def synchronize(self) -> None:
+            told.append(("host waits", self.number))
+
+    computing = Stream("computing")
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream("copying"))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: computing)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    lane = room._CudaLane(CPU)
+    sizes = [3, 2, 5, 1, 5]
+    for number, size in enumerate(sizes):
+        begun = len(told)
+
+        def take(out: torch.Tensor, number: int = number) -> None:
+            told.append(("takes", number))
+            out.fill_(number)
+
+        memory = torch.empty(size, 4, dtype=torch.bfloat16)
+        arrived = lane.fill(memory, take)
+        before = [("computing waits", number - 2)] if number >= 2 else []
+        assert told[begun:] == [*before, ("takes", number), ("copying waits", "computing"), ("copied", "copying")]
+        assert (memory == number).all()
+        arrived()
+        assert told.pop() == ("host waits", number)
+    assert [len(buffer) for buffer in lane._buffers] == [64, 16]

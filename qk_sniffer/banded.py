@@ -2,9 +2,10 @@
 
 With the `sdpa` kernel and no padding mask, a sliding layer gets a boolean (n, n) mask as soon as n exceeds its
 window: 17 GB at 131,072 tokens. While `banded()` is open such a mask is replaced by a `Band`, a marker of a few
-bytes, and the kernel walks the band in blocks of queries. Any other mask, kernel or argument takes the model's
-own path. The marker is made only for a mask that has been asked about its edges, and nothing but our kernel can
-read it: a model that wants to do something else with its mask fails aloud, it is never attended to wrongly.
+bytes, and the kernel walks the band in blocks of queries, each with its part of arguments by query and key. Any other
+mask or kernel takes the model's own path. The marker is made only for a mask that has been asked about its edges, and
+nothing but our kernel can read it: a model that wants to do something else with its mask fails aloud, it is never
+attended to wrongly.
 """
 
 from collections.abc import Callable, Iterator

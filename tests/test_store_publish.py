@@ -20,6 +20,7 @@ from store_cases import HEADS, SAMPLER, Captured, Held, captured_journal, file_b
 
 from qk_sniffer.errors import StoreError
 from qk_sniffer.store import disk, manifest, publish
+from qk_sniffer.store import layout as layout_room
 from qk_sniffer.store.compact import HeadSpec, compact
 from qk_sniffer.store.journal import Journal, Rows
 from qk_sniffer.store.layout import HeadKey, Layout, claim, discard_work, head_name, parse_head_name
@@ -142,6 +143,18 @@ def test_compaction_does_not_touch_a_version_that_waits(tmp_path: Path) -> None:
 def test_claim_makes_the_folder(tmp_path: Path) -> None:
     assert claim(tmp_path / "a" / "b").root.is_dir()
     claim(tmp_path / "a" / "b")
+
+
+def test_claim_goes_with_a_shard_that_claims_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = layout_room._is_ours
+
+    def other_comes(layout: Layout) -> bool:
+        answer = real(layout)
+        layout.work.mkdir(exist_ok=True)
+        return answer
+
+    monkeypatch.setattr(layout_room, "_is_ours", other_comes)
+    assert claim(tmp_path).work.is_dir()
 
 
 def test_claim_refuses_what_is_not_ours(tmp_path: Path) -> None:

@@ -170,7 +170,9 @@ def claim(root: Path) -> Layout:
     if root.exists() and not root.is_dir():
         raise StoreError(f"the data root {root} is a file; choose another output.data_root")
     try:
-        if root.is_dir() and not _is_ours(layout) and (found := sorted(path.name for path in root.iterdir())):
+        # Listed before it is asked whose it is: another shard may make the work folder in between.
+        found = sorted(path.name for path in root.iterdir()) if root.is_dir() else []
+        if found and not _is_ours(layout):
             listed = ", ".join(found[:5]) + (", ..." if len(found) > 5 else "")
             raise StoreError(
                 f"{root} is not empty and not a dataset of qk-sniffer (it holds {listed}); choose another "

@@ -1,6 +1,5 @@
 """Compaction: the rows are exactly those captured, in the contract's form, the same bytes whatever the history."""
 
-import os
 from pathlib import Path
 
 import duckdb
@@ -103,16 +102,6 @@ def test_encodings(tmp_path: Path) -> None:
 def test_an_encoding_that_pyarrow_passed_over_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parquet, "VECTOR_PATH", "vector.list.item")
     with pytest.raises(StoreError, match="vector"):
-        make_dataset(tmp_path, Captured())
-
-
-def test_a_file_that_reads_back_shorter_than_it_was_written_is_an_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As on a file system that shows a second reader less than was written."""
-    real = os.preadv
-    monkeypatch.setattr(parquet.os, "preadv", lambda *given: 0 if given[2] > 200 else min(300, real(*given)))
-    with pytest.raises(StoreError, match="can be read back"):
         make_dataset(tmp_path, Captured())
 
 

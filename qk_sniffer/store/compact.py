@@ -329,7 +329,8 @@ def _vectors(head: HeadSpec, plan: Plan, group: Group, segments: SegmentFiles) -
         lambda block: block.vectors.offset + head.row * block.head_bytes,
     )
     if dtype == "BF16":  # the upper half of a float32
-        raw = np.left_shift(raw, 16, dtype=np.uint32)
+        raw = raw.astype(np.uint32)
+        raw <<= 16  # in place: faster than both at once
     widened: npt.NDArray[np.float32] = raw.view(np.float16 if dtype == "F16" else np.float32)
     return widened.astype(np.float32, copy=False)
 

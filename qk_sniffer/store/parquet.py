@@ -5,9 +5,9 @@ then zstd at its fastest level; no statistics, which serve nobody there. Other c
 """
 
 import hashlib
-import os
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,11 +17,9 @@ from qk_sniffer.store.disk import sync_file
 from qk_sniffer.store.layout import VECTOR_PATH
 from qk_sniffer.store.manifest import FileEntry
 
-_CHUNK = 1 << 20
-
 
 class ParquetFile:
-    """A Parquet file that is being written: row group by row group, each hashed once it is there. A context manager.
+    """A Parquet file that is being written: row group by row group, hashed on the way. A context manager.
 
     `entry` is there after the block was left without an exception; the file is durable then.
     """
@@ -31,15 +29,12 @@ class ParquetFile:
         self.entry: FileEntry | None = None
         self._path = path
         self._schema = schema
+        self._sink = _HashedSink(path)
         self._rows = 0
-        # Arrow's own file, read back while it is in the page cache: through a file of Python's each byte is copied
-        # once more.
-        self._file = pa.OSFile(str(path), "wb")
-        self._written = _Hashed(path)
         others = [name for name in schema.names if name != "vector"]
         try:
             self._writer = pq.ParquetWriter(
-                self._file,
+                self._sink,
                 schema,
                 version="2.6",
                 compression="zstd",
@@ -50,14 +45,13 @@ class ParquetFile:
                 write_page_index=False,
             )
         except BaseException:
-            self._close()
+            self._sink.close()
             raise
 
     def write(self, table: pa.Table) -> None:
         """Adds `table` as one row group."""
         self._writer.write_table(table, row_group_size=max(1, table.num_rows))
         self._rows += table.num_rows
-        self._written.go_on()
 
     def __enter__(self) -> "ParquetFile":
         return self
@@ -66,29 +60,20 @@ class ParquetFile:
         try:
             if kind is None:
                 self._writer.close()
-                size = self._file.tell()
-                self._file.close()
-                self._written.go_on()
-                if self._written.size != size:
-                    raise StoreError(
-                        f"{self._path}: {size:,} bytes were written and {self._written.size:,} can be read back; this "
-                        "file system does not do what a disk does. Choose another output.data_root"
-                    )
-                sync_file(self._written.descriptor)
-                self.entry = FileEntry(self._rows, self._written.size, self._written.digest.hexdigest())
+                self._sink.sync()
+                self.entry = FileEntry(self._rows, self._sink.size, self._sink.digest.hexdigest())
         finally:
             if self.entry is None:
-                with suppress(Exception):
-                    self._writer.close()  # or it would be closed whenever it is collected
-            self._close()
+                self._abandon()
+            self._sink.close()
         if kind is None:
             check_encodings(self._path)
 
-    def _close(self) -> None:
-        try:
-            self._file.close()
-        finally:
-            self._written.close()
+    def _abandon(self) -> None:
+        # pyarrow closes a forgotten writer whenever it is collected: it must not find a closed file then.
+        self._sink.discards = True
+        with suppress(Exception):
+            self._writer.close()
 
 
 def check_encodings(path: Path) -> None:
@@ -119,20 +104,36 @@ def check_encodings(path: Path) -> None:
                 raise StoreError(f"{path}: column {name} was written with {wrong}; pyarrow {pa.__version__} is not fit")
 
 
-class _Hashed:
-    """The digest of a file that grows. `size`: the bytes that are in it."""
+class _HashedSink:
+    """A file that hashes what goes through it; in the form in which pyarrow writes to Python objects."""
 
     def __init__(self, path: Path) -> None:
-        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._file = path.open("wb")
+        self.discards = False
         self.digest = hashlib.sha256()
         self.size = 0
-        self._chunk = memoryview(bytearray(_CHUNK))
 
-    def go_on(self) -> None:
-        """Hashes what was written since."""
-        while count := os.preadv(self.descriptor, [self._chunk], self.size):
-            self.digest.update(self._chunk[:count])
-            self.size += count
+    def write(self, data: Any) -> int:
+        if self.discards:
+            return len(data)
+        self._file.write(data)
+        self.digest.update(data)
+        self.size += len(data)
+        return len(data)
+
+    def sync(self) -> None:
+        self._file.flush()
+        sync_file(self._file.fileno())
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def tell(self) -> int:
+        return self.size
 
     def close(self) -> None:
-        os.close(self.descriptor)
+        self._file.close()
+
+    @property
+    def closed(self) -> bool:
+        return self._file.closed

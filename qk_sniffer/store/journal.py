@@ -268,7 +268,8 @@ class JournalWriter:
         with self._changed:
             while self._queue and isinstance(piece := self._queue[-1], Piece):
                 self._queue.pop()
-                _let_arrive(piece)
+                with suppress(Exception):
+                    piece.wait()
                 self._buffer.give_back(piece.slot)
             self._closing = True
             self._changed.notify_all()
@@ -329,7 +330,8 @@ class JournalWriter:
                 self._error = error
                 for item in self._queue:
                     if isinstance(item, Piece):
-                        _let_arrive(item)
+                        with suppress(Exception):
+                            item.wait()
                 self._queue.clear()
                 self._changed.notify_all()
 
@@ -365,10 +367,9 @@ class JournalWriter:
         for item in items:
             since = self._since.setdefault(item.batch, number)
             if isinstance(item, Piece):
-                if item.arrived is not None:
-                    start = time.monotonic()
-                    item.arrived()
-                    self.transfer_s += time.monotonic() - start
+                start = time.monotonic()
+                item.wait()
+                self.transfer_s += time.monotonic() - start
                 pieces.setdefault((item.layer, item.kind), []).append(item)
             else:
                 records = [astuple(record) for record in item.records]
@@ -386,13 +387,6 @@ class JournalWriter:
         journal.segments.append(path)
         journal._next_segment += 1
         return path
-
-
-def _let_arrive(piece: Piece) -> None:
-    """Waits until nobody writes to the memory of a piece that is not wanted any more."""
-    if piece.arrived is not None:
-        with suppress(Exception):
-            piece.arrived()
 
 
 @dataclass(frozen=True, eq=False)

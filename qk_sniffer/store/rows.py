@@ -169,6 +169,11 @@ class Piece:
             arrived=arrived,
         )
 
+    def wait(self) -> None:
+        """Returns when nobody writes to the memory any more."""
+        if self.arrived is not None:
+            self.arrived()
+
     @property
     def num_rows(self) -> int:
         return len(self.position)

@@ -7,7 +7,7 @@
 <root>/.qk_sniffer/             work state, gone once the dataset is whole
     job.json                    what the job is, to refuse another one
     *.lock                      held by running jobs
-    journal/shard-00000-of-00001/00000001-1a2b3c4d.safetensors
+    journal/shard-00000-of-00001/00000001-1a2b3c4d5e6f7081.safetensors
     staging/                    the next version of the root, until it is whole
 """
 

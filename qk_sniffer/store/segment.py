@@ -1,6 +1,6 @@
 """Journal segments: immutable safetensors files with a checksum in their names.
 
-`00000012-5d3c9a71.safetensors` is segment 12; 5d3c9a71 is the CRC-32 of the whole file. A segment is written
+`00000012-9f2b61c4d8e07a35.safetensors` is segment 12; the rest is the XXH3-64 of the whole file. A segment is written
 beside, made durable and renamed, so one that exists is complete unless the disk harmed it. The format is the
 one of safetensors (8 bytes of header length, a JSON header, the tensors), written here because the library's
 writer takes whole tensors, knows neither checksums nor fsync, and its numpy reader has no bfloat16.
@@ -9,7 +9,6 @@ writer takes whole tensors, knows neither checksums nor fsync, and its numpy rea
 import json
 import os
 import re
-import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -18,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
 from qk_sniffer.store.disk import sync_file, sync_folder
 
@@ -85,16 +85,16 @@ def write_segment(folder: Path, number: int, tensors: Sequence[Tensor], metadata
         with beside.open("wb") as file:
             start = len(header).to_bytes(8, "little") + header
             file.write(start)
-            checksum = zlib.crc32(start)
+            checksum = xxhash.xxh3_64(start)
             for tensor in tensors:
                 for chunk in tensor.chunks():
                     data = np.ascontiguousarray(chunk).data.cast("B")
                     file.write(data)
-                    checksum = zlib.crc32(data, checksum)
+                    checksum.update(data)
             assert file.tell() == len(start) + end, "the chunks of a tensor do not make its shape"
             file.flush()
             sync_file(file.fileno())
-        path = folder / f"{number:08d}-{checksum:08x}{SUFFIX}"
+        path = folder / f"{number:08d}-{checksum.hexdigest()}{SUFFIX}"
         beside.rename(path)
     except BaseException:
         beside.unlink(missing_ok=True)
@@ -138,13 +138,13 @@ def verify_segment(path: Path) -> None:
     """
     match = _NAME.fullmatch(path.name)
     assert match is not None, "not the name of a segment"
-    checksum = 0
+    checksum = xxhash.xxh3_64()
     with path.open("rb", buffering=0) as file:
         buffer = memoryview(bytearray(_CHUNK))
         while count := file.readinto(buffer):
-            checksum = zlib.crc32(buffer[:count], checksum)
-    if checksum != int(match[2], 16):
+            checksum.update(buffer[:count])
+    if checksum.hexdigest() != match[2]:
         raise DamageError("its checksum is wrong")
 
 
-_NAME = re.compile(r"(\d{8,})-([0-9a-f]{8})" + re.escape(SUFFIX))
+_NAME = re.compile(r"(\d{8,})-([0-9a-f]{16})" + re.escape(SUFFIX))

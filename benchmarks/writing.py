@@ -30,7 +30,7 @@ from qk_sniffer.store.compact import HeadSpec, compact
 from qk_sniffer.store.journal import ExampleRecord, Journal, Rows
 from qk_sniffer.store.layout import VECTOR_PATH, Layout
 
-HEADS, HEAD_DIM, EXAMPLES, TOKENS = 12, 64, 64, 1024
+HEADS, HEAD_DIM, EXAMPLES, TOKENS = 12, 64, 128, 1024
 ROUNDS = 5
 
 

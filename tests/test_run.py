@@ -72,7 +72,7 @@ def test_the_files_are_as_the_contract_says(checkpoint: Path, texts: Path, tmp_p
         assert table.schema.names == ["bucket", "example_id", "position", "vector", "sliding_window"]
         assert table.schema.field("vector").type == pa.list_(pa.float32(), 16)
         assert table.schema.field("sliding_window").type == pa.int32()
-        check_encodings(path)
+        check_encodings(path, pq.read_metadata(path))
         assert table["bucket"].to_pylist() == [position // 16 for position in table["position"].to_pylist()]
         metadata = {k.decode(): v.decode() for k, v in pq.read_schema(path).metadata.items()}
         expected = {

@@ -5,9 +5,9 @@ then zstd at its fastest level; no statistics, which serve nobody there. Other c
 """
 
 import hashlib
+import mmap
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,7 +19,7 @@ from qk_sniffer.store.manifest import FileEntry
 
 
 class ParquetFile:
-    """A Parquet file that is being written: row group by row group, hashed on the way. A context manager.
+    """A Parquet file that is being written, row group by row group. A context manager.
 
     `entry` is there after the block was left without an exception; the file is durable then.
     """
@@ -28,25 +28,21 @@ class ParquetFile:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.entry: FileEntry | None = None
         self._path = path
-        self._schema = schema
-        self._sink = _HashedSink(path)
         self._rows = 0
+        self._written: list[pq.FileMetaData] = []
         others = [name for name in schema.names if name != "vector"]
-        try:
-            self._writer = pq.ParquetWriter(
-                self._sink,
-                schema,
-                version="2.6",
-                compression="zstd",
-                compression_level=1,
-                use_dictionary=others,
-                column_encoding={VECTOR_PATH: "BYTE_STREAM_SPLIT"} if "vector" in schema.names else None,
-                write_statistics=others,
-                write_page_index=False,
-            )
-        except BaseException:
-            self._sink.close()
-            raise
+        self._writer = pq.ParquetWriter(
+            path,
+            schema,
+            version="2.6",
+            compression="zstd",
+            compression_level=1,
+            use_dictionary=others,
+            column_encoding={VECTOR_PATH: "BYTE_STREAM_SPLIT"} if "vector" in schema.names else None,
+            write_statistics=others,
+            write_page_index=False,
+            metadata_collector=self._written,
+        )
 
     def write(self, table: pa.Table) -> None:
         """Adds `table` as one row group."""
@@ -57,32 +53,26 @@ class ParquetFile:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            if kind is None:
+        if kind is not None:
+            with suppress(Exception):  # else pyarrow does it whenever it collects the writer
                 self._writer.close()
-                self._sink.sync()
-                self.entry = FileEntry(self._rows, self._sink.size, self._sink.digest.hexdigest())
-        finally:
-            if self.entry is None:
-                self._abandon()
-            self._sink.close()
-        if kind is None:
-            check_encodings(self._path)
-
-    def _abandon(self) -> None:
-        # pyarrow closes a forgotten writer whenever it is collected: it must not find a closed file then.
-        self._sink.discards = True
-        with suppress(Exception):
-            self._writer.close()
+            return
+        self._writer.close()
+        check_encodings(self._path, self._written[0])
+        with self._path.open("rb") as file:
+            sync_file(file.fileno())
+            # Mapped, not hashed on the way: what pyarrow gives to a Python object it copies first.
+            with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as data:
+                self.entry = FileEntry(self._rows, len(data), hashlib.sha256(data).hexdigest())
 
 
-def check_encodings(path: Path) -> None:
-    """Checks that the file has the encodings of this module: pyarrow passes over what it does not understand.
+def check_encodings(path: Path, metadata: pq.FileMetaData) -> None:
+    """Checks that the file of this footer has the encodings of this module: pyarrow passes over what it does not
+    understand.
 
     Raises:
         StoreError: naming the column and what is wrong with it.
     """
-    metadata = pq.read_metadata(path)
     for group in range(metadata.num_row_groups):
         for number in range(metadata.num_columns):
             column = metadata.row_group(group).column(number)
@@ -102,38 +92,3 @@ def check_encodings(path: Path) -> None:
                 wrong = "a page index"
             if wrong is not None:
                 raise StoreError(f"{path}: column {name} was written with {wrong}; pyarrow {pa.__version__} is not fit")
-
-
-class _HashedSink:
-    """A file that hashes what goes through it; in the form in which pyarrow writes to Python objects."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("wb")
-        self.discards = False
-        self.digest = hashlib.sha256()
-        self.size = 0
-
-    def write(self, data: Any) -> int:
-        if self.discards:
-            return len(data)
-        self._file.write(data)
-        self.digest.update(data)
-        self.size += len(data)
-        return len(data)
-
-    def sync(self) -> None:
-        self._file.flush()
-        sync_file(self._file.fileno())
-
-    def flush(self) -> None:
-        self._file.flush()
-
-    def tell(self) -> int:
-        return self.size
-
-    def close(self) -> None:
-        self._file.close()
-
-    @property
-    def closed(self) -> bool:
-        return self._file.closed

@@ -6,18 +6,23 @@ SIGINT and SIGTERM.
 
 import argparse
 import logging
+import os
+import signal
 import sys
 from pathlib import Path
 
 import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from qk_sniffer import original, preflight, sweep
 from qk_sniffer.config import from_omegaconf, register, resolved
+from qk_sniffer.environment import read_environment
 from qk_sniffer.errors import ConfigError, QkSnifferError
-from qk_sniffer.stopping import Stopped
+from qk_sniffer.launching import Launch
+from qk_sniffer.stopping import WARNING, Stopped
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +32,7 @@ register()
 
 def main() -> int:
     """`python -m qk_sniffer` and `sniff-qk`; returns the exit code."""
+    read_environment()
     try:
         args = _parse(sys.argv[1:])
         if args.help or args.hydra_help or args.cfg or args.info or args.shell_completion or args.experimental_rerun:
@@ -41,22 +47,47 @@ def main() -> int:
 
 def task(node: DictConfig) -> str:
     """One job, wherever Hydra's launcher runs it; returns its state and leaves the same in its status file."""
-    config = from_omegaconf(node)
+    read_environment()
     hydra_config = HydraConfig.get()
+    folder = Path(hydra_config.runtime.output_dir)
     number = 0 if OmegaConf.is_missing(hydra_config.job, "num") else hydra_config.job.num
-    status = sweep.Status(number, str(resolved(config).data_root))
-    with sweep.recorded(status, Path(hydra_config.runtime.output_dir)):
+    config = None
+    if hydra_config.mode == RunMode.MULTIRUN:
+        # Composed anew here, from files that may have changed while the job was waiting.
+        config = sweep.submitted(Path(hydra_config.sweep.dir), number)
+    config = config or from_omegaconf(node)
+    status = sweep.Status.here(number, resolved(config))
+    with sweep.recorded(status, folder):
         try:
             from qk_sniffer.run import run_job
 
-            run_job(config)
+            outcome = run_job(config)
+            status.succeed(outcome.rows, outcome.url)
         except QkSnifferError as error:
             log.error("%s", error)
             status.fail(str(error), code=2 if isinstance(error, ConfigError) else 1)
+        except Stopped as stopped:
+            _stopped(stopped, status, folder)
         except Exception as error:
             log.exception("Not an error that qk-sniffer foresees:")
             status.fail(f"{type(error).__name__}: {error}")
     return status.state
+
+
+def _stopped(stopped: Stopped, status: sweep.Status, folder: Path) -> None:
+    """Ends a job that a signal stopped, or has it queued again where the signal says that its time is up."""
+    log.warning("%s", stopped)
+    if stopped.number == WARNING:
+        status.state = sweep.REQUEUED
+        status.write(folder)
+        try:
+            signal.raise_signal(WARNING)  # now to submitit, which asks for the requeue and exits
+        except Exception as error:
+            status.fail(str(error))
+            raise
+    if "SUBMITIT_EXECUTOR" in os.environ:
+        raise SystemExit(stopped.exit_code)  # without the traceback that an interrupt leaves in a job's log
+    raise stopped
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -84,18 +115,21 @@ def _show() -> int:
 def _run(planned: list[sweep.PlannedJob]) -> int:
     """Has Hydra run the jobs, and learns from their status files how they ended."""
     code = 0
-    try:
-        _hydra_main()
-    except SystemExit as error:  # Hydra's way to end once it has printed what its launcher raised
-        code = 1 if error.code else 0
-    except KeyboardInterrupt as error:
-        code = _interrupted(error)
-    folder = sweep.FolderCallback.folder
-    found = {} if folder is None else sweep.statuses(folder)
+    with Launch(planned) as launch:
+        try:
+            try:
+                _hydra_main()
+            except SystemExit as error:  # Hydra's way to end once it has printed what its launcher raised
+                code = 1 if error.code else 0
+            launch.wait()
+        except KeyboardInterrupt as error:
+            code = _interrupted(error)
+    found = {} if launch.folder is None else sweep.statuses(launch.folder)
     if len(planned) > 1:
         print(sweep.table(planned, found))
+        print(f"Logs: {launch.folder}")
     codes = [found[job.number].code if job.number in found else 1 for job in planned]
-    all_done = all(job.number in found and found[job.number].state == sweep.DONE for job in planned)
+    all_done = all(job.number in found and found[job.number].state in sweep.GOOD for job in planned)
     return code or (0 if all_done else min((code for code in codes if code), default=1))
 
 

@@ -1,7 +1,8 @@
 """The command line of the small programs (`python -m qk_sniffer.verify`): settings are key=value, as for a job.
 
 A program's settings are a dataclass; `help` in a field's metadata is what is said of it, without a default it must be
-given. Values are taken as they stand: no lists, no interpolation.
+given. The field with `positional` in its metadata may be given by its value alone, as the first argument. Values are
+taken as they stand: no lists, no interpolation.
 """
 
 import sys
@@ -50,8 +51,11 @@ def parse(arguments: Sequence[str], kind: type[Settings]) -> Settings:
     types = get_type_hints(kind)
     given: dict[str, Any] = {}
     problems = []
+    first = next((field.name for field in fields(kind) if field.metadata.get("positional")), None)
     for argument in arguments:
         key, equals, text = argument.partition("=")
+        if first is not None and argument is arguments[0] and key not in helps and not argument.startswith("-"):
+            key, equals, text = first, "=", argument
         if argument.startswith("-"):
             problems.append(f"{argument}: no such flag; settings are written key=value (see --help)")
         elif not equals:
@@ -107,6 +111,7 @@ def _plain(annotation: Any) -> tuple[Any, bool]:
 
 def _help(name: str, about: str, kind: "type[DataclassInstance]") -> str:
     required = [f"{field.name}=..." for field in fields(kind) if field.default is MISSING]
+    required += [f"[{field.name.upper()}]" for field in fields(kind) if field.metadata.get("positional")]
     width = max(len(field.name) for field in fields(kind))
     lines = [f"python -m {name} {' '.join(required)}", "", about.strip(), "", "Settings:"]
     for field in fields(kind):

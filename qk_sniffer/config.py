@@ -173,6 +173,8 @@ class Config:
     verify: VerifyConfig = field(default_factory=VerifyConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
     dry_run: bool = False
+    snapshot: bool | None = None
+    """Whether the jobs of a sweep run a copy of the code, made when it is submitted; null: those on SLURM do."""
 
     @property
     def data_root(self) -> Path:

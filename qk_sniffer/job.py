@@ -41,6 +41,7 @@ _CANNOT_CHANGE_ROWS_OR_VECTORS = {
     "verify",
     "output",
     "dry_run",
+    "snapshot",
 }
 
 

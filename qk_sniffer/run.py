@@ -7,47 +7,37 @@ import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 from qk_sniffer.ahead import ahead
-from qk_sniffer.backbone import Backbone, LayerFacts
-from qk_sniffer.batching import TextTokenizer, load_tokenizer
+from qk_sniffer.assembly import finish_publication, is_still_done, mark_done
 from qk_sniffer.capture import BatchPlan, Capture
 from qk_sniffer.config import Config, resolved
-from qk_sniffer.corpus import Corpus
-from qk_sniffer.errors import CaptureError, ConfigError, SourceError
-from qk_sniffer.finalize import finalize, finish_publication, is_still_done, mark_done
-from qk_sniffer.heads import Selection, select
-from qk_sniffer.hub import publish, require_login
-from qk_sniffer.job import hub_commit_of
-from qk_sniffer.loading import check_model, load_backbone
+from qk_sniffer.errors import SourceError
+from qk_sniffer.finish import Outcome, finish, present
+from qk_sniffer.hub import require_login
 from qk_sniffer.machine import return_memory, trim_memory
-from qk_sniffer.planning import check_unchanged, open_windows
-from qk_sniffer.progress import Progress, Stages, describe
-from qk_sniffer.proof import examples_with_rows, prove
+from qk_sniffer.parts import LazyParts, Parts
+from qk_sniffer.planning import open_windows
+from qk_sniffer.progress import Progress, Stages
 from qk_sniffer.sampling import Sampler
 from qk_sniffer.start import Start, begin, look, source_rows
 from qk_sniffer.stopping import Stopped, Stopping
-from qk_sniffer.store import manifest as manifests
-from qk_sniffer.store.compact import HeadSpec
 from qk_sniffer.store.disk import ensure_space, required_bytes
 from qk_sniffer.store.journal import ExampleRecord, Journal, JournalWriter
 from qk_sniffer.store.layout import KINDS, Layout, claim, tidy
 from qk_sniffer.store.locks import hold
-from qk_sniffer.summary import show
 from qk_sniffer.validation import check
 
 log = logging.getLogger(__name__)
 
 
-def run_job(config: Config) -> None:
-    """Runs the job that `config` describes, or the part of it that is not done yet.
+def run_job(config: Config) -> Outcome:
+    """Runs the job that `config` describes, or the part of it that is not done yet; says what it left.
 
     Raises:
         QkSnifferError: with what is wrong and the way out; nothing that was written before is lost.
-        Stopped: by SIGINT or SIGTERM; what was complete is kept.
+        Stopped: by a signal (see `stopping.py`); what was complete is kept.
     """
     check(config)
     config = resolved(config)
@@ -58,14 +48,14 @@ def run_job(config: Config) -> None:
     return_memory()
     try:
         with Stopping() as stopping:
-            _run(config, layout, Stages(), stopping)
+            return _run(config, layout, Stages(), stopping)
     finally:
         if not existed:
             with suppress(OSError):
                 layout.root.rmdir()  # a job that failed before it wrote anything leaves nothing
 
 
-def _run(config: Config, layout: Layout, stages: Stages, stopping: Stopping) -> None:
+def _run(config: Config, layout: Layout, stages: Stages, stopping: Stopping) -> Outcome:
     shard = config.shard
     own_lock = layout.shard_lock(shard.index, shard.count)
     with hold(own_lock, f"capturing shard {shard.index} of {shard.count}"):
@@ -74,120 +64,17 @@ def _run(config: Config, layout: Layout, stages: Stages, stopping: Stopping) -> 
             start = look(config, layout, is_mine=published)
         if start.found == "finished":
             tidy(layout, own_lock)
-            show(layout.root, "Nothing to do: the dataset is finished.")
-            _publish(config, layout)
-            return
-        parts = _LazyParts(config, start.job.commits, stages)
+            return present(config, layout, "Nothing to do: the dataset is finished.")
+        parts = LazyParts(config, start.job.commits, stages)
         if start.found == "nothing" or not is_still_done(layout, config.shard):
             record = _record(config, start, parts())
             begin(layout, start.job, record, own_lock=own_lock, overwrite=config.output.overwrite)
             _capture_examples(config, layout, start, parts(), stages, stopping)
     trim_memory()  # of what the forward leaves behind, before the threads of the compaction come
-    if finalize(layout, stages, lambda *staged: _prove(config, start.corpus, parts, *staged)):
-        show(layout.root, f"Time: {describe(stages.seconds)}")
-        _publish(config, layout)
+    return finish(config, layout, lambda: start.corpus, parts, stages) or Outcome()
 
 
-def _prove(
-    config: Config,
-    corpus: Corpus,
-    parts: "_LazyParts",
-    staging: Layout,
-    heads: Sequence[HeadSpec],
-    records: Sequence[ExampleRecord],
-) -> dict[str, Any]:
-    """The proof over the shortest examples that have rows (see `proof.py`)."""
-    count = config.verify.examples
-    if count == 0:
-        return {"proven": None, "reason": "turned off (verify.examples=0)"}
-    with_rows = examples_with_rows(staging, heads)
-    chosen = sorted((r.num_tokens, r.index, r) for r in records if r.example_id in with_rows)[:count]
-    if not chosen:
-        return {"proven": None, "reason": "the dataset has no rows"}
-    captured = {index: record for _, index, record in chosen}
-    found = list(islice((example for example in corpus.examples() if example.index in captured), len(captured)))
-    for example in found:
-        check_unchanged(example, captured[example.index])
-    tokens = parts().tokenizer(found)
-    return prove(parts().backbone, staging, heads, {made.example_id: made.ids for made in tokens})
-
-
-def _publish(config: Config, layout: Layout) -> None:
-    """Brings the finished dataset to its branch on the Hub, where one is asked for, unless it is disproven.
-
-    Raises:
-        CaptureError: stored vectors are not those that the model computes on another path.
-    """
-    proof = manifests.read(layout.root)["proof"]
-    if proof["proven"] is False:
-        raise CaptureError(
-            f"{layout.root} is unproven, and not published: derived again from the model's projections, vectors differ "
-            f"by more than {proof['tolerance']} (relative): {proof['largest_difference_by_layer']} by layer. Please "
-            "report this with the model's name; verify.examples=0 makes a dataset without proof"
-        )
-    output = config.output
-    if output.hf_repo_id and output.hf_branch:
-        published = publish(layout.root, output.hf_repo_id, output.hf_branch, private=output.private)
-        print(f"{'Published' if published.changed else 'Already published'}: {published.url}")
-
-
-@dataclass(frozen=True)
-class _Parts:
-    """What a job that has something to do needs in memory."""
-
-    tokenizer: TextTokenizer
-    backbone: Backbone
-    layers: list[LayerFacts]
-    selection: Selection
-
-
-class _LazyParts:
-    """Loads tokenizer and model when they are first needed, which may be never."""
-
-    def __init__(self, config: Config, commits: dict[str, str | None], stages: Stages) -> None:
-        self._config, self._commits, self._stages = config, commits, stages
-        self._parts: _Parts | None = None
-
-    def __call__(self) -> _Parts:
-        if self._parts is None:
-            with self._stages("load model"):
-                self._parts = _load(self._config, self._commits)
-        return self._parts
-
-
-def _load(config: Config, commits: dict[str, str | None]) -> _Parts:
-    check_model(config.model, commit=commits["model"])
-    tokenizer = load_tokenizer(config.model, hub_commit_of(commits["tokenizer"]))
-    backbone = load_backbone(
-        config.model,
-        commit=commits["model"],
-        pre_rope=config.capture.capture_pre_rope,
-        banded_attention=config.inference.banded_attention,
-        # To say that none of the layers asked for has full attention, all of them must be seen.
-        layers=None if config.capture.full_attention_only else config.capture.layers,
-    )
-    limit, max_length = backbone.num_positions, config.model.tokenizer.max_length
-    if limit is not None and max_length > limit:
-        raise ConfigError(
-            [f"model.tokenizer.max_length is {max_length}, but this model has positions for {limit}: set it so"]
-        )
-    layers = backbone.probe()
-    selection = select([layer.heads for layer in layers], config.capture)
-    if selection.note:
-        log.warning("%s", selection.note)
-    log.info(
-        "%s: %d of %d query heads, %d files; %s on %s",
-        config.model.slug,
-        selection.drawn,
-        sum(layer.heads.num_q_heads for layer in layers),
-        selection.num_heads,
-        str(backbone.dtype).removeprefix("torch."),
-        backbone.device,
-    )
-    return _Parts(tokenizer, backbone, layers, selection)
-
-
-def _record(config: Config, start: Start, parts: _Parts) -> dict[str, Any]:
+def _record(config: Config, start: Start, parts: Parts) -> dict[str, Any]:
     """All that is needed to make the dataset from the journals, and what the manifest tells of the model."""
     layers = []
     for layer in parts.layers:
@@ -210,7 +97,7 @@ def _record(config: Config, start: Start, parts: _Parts) -> dict[str, Any]:
 
 
 def _capture_examples(
-    config: Config, layout: Layout, start: Start, parts: _Parts, stages: Stages, stopping: Stopping
+    config: Config, layout: Layout, start: Start, parts: Parts, stages: Stages, stopping: Stopping
 ) -> None:
     """Brings every example of this shard that is not in the finished dataset into its journal."""
     shard, inference, corpus = config.shard, config.inference, start.corpus
@@ -222,7 +109,7 @@ def _capture_examples(
     if journal.records:
         log.info("resuming: %d of %s examples are done", len(journal.records), "?" if total is None else total)
     sampler = Sampler(config.sampler)
-    progress = Progress(total, len(journal.records))
+    progress = Progress(total, len(journal.records), file=layout.progress(shard.index, shard.count))
     tokens_wanted = config.capture.capture_token_ids or config.capture.capture_token_strings
     try:
         with journal.writer(
@@ -303,7 +190,7 @@ def _check_space(
     config: Config,
     layout: Layout,
     start: Start,
-    parts: _Parts,
+    parts: Parts,
     sampler: Sampler,
     lengths: Sequence[int],
     journal: Journal,

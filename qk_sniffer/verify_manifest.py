@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from qk_sniffer.assembly import head_specs
 from qk_sniffer.config import Config, from_dict
 from qk_sniffer.errors import StoreError
-from qk_sniffer.finalize import head_specs
 from qk_sniffer.job import fingerprint, read_record
 from qk_sniffer.sampling import Sampler
 from qk_sniffer.store import manifest as manifests

@@ -24,7 +24,7 @@ REPO = Path(qk_sniffer.__file__).parent.parent
 MODEL = ("model=hf", "model.name=org/model")
 # What a job does here: the runner has tests of its own.
 RUNNER = """
-import time
+import time, types
 from qk_sniffer.errors import ConfigError, StoreError
 
 def run_job(config):
@@ -34,6 +34,7 @@ def run_job(config):
         case 2: raise RuntimeError("out of luck")
         case 3: time.sleep(60)
         case 5: raise ConfigError(["model.tokenizer.max_length is 9, but this model has positions for 8"])
+    return types.SimpleNamespace(rows=1234, url=None)
 """
 
 
@@ -56,6 +57,11 @@ def sniff(
     env: dict[str, str], cwd: Path, *arguments: str, program: Sequence[str] = (sys.executable, "-m", "qk_sniffer")
 ) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*program, *arguments], env=env, cwd=cwd, capture_output=True, text=True, timeout=60)
+
+
+def rows_of(output: str) -> list[list[str]]:
+    """The lines of the table of a sweep, in words."""
+    return [line.split() for line in output.splitlines() if re.match(r"\d+  ", line)]
 
 
 def test_help_is_true(light: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,13 +173,13 @@ def test_a_failed_job_does_not_stop_its_sweep(light: dict[str, str], tmp_path: P
     arguments = ("sampler.seed=0,1,2,4", "output.data_root=x-${sampler.seed}")
     done = sniff(light, tmp_path, "--multirun", *MODEL, *arguments)
     assert done.returncode == 1
-    table = [line.split()[:4] for line in done.stdout.splitlines()[-4:]]
-    assert [(row[0], row[1], row[3]) for row in table] == [
-        ("0", "done", "sampler.seed=0"),
-        ("1", "failed", "sampler.seed=1"),
-        ("2", "failed", "sampler.seed=2"),
-        ("3", "done", "sampler.seed=4"),
+    assert [(row[0], row[1], row[2], row[-2], row[-1]) for row in rows_of(done.stdout)] == [
+        ("0", "model", "done", "x-0", "sampler.seed=0"),
+        ("1", "model", "failed", "x-1", "sampler.seed=1"),
+        ("2", "model", "failed", "x-2", "sampler.seed=2"),
+        ("3", "model", "done", "x-4", "sampler.seed=4"),
     ]
+    assert rows_of(done.stdout)[0][3] == "1,234", "rows"
     assert "the disk is full: free some space" in done.stdout and "RuntimeError: out of luck" in done.stdout
 
 
@@ -188,7 +194,7 @@ def test_a_launcher_with_processes_of_its_own(light: dict[str, str], tmp_path: P
     arguments = ("sampler.seed=0,1", "output.data_root=x-${sampler.seed}", "hydra/launcher=submitit_local")
     done = sniff(light, tmp_path, "--multirun", *MODEL, *arguments)
     assert done.returncode == 1, done.stderr
-    assert [line.split()[1] for line in done.stdout.splitlines()[-2:]] == ["done", "failed"]
+    assert [row[2] for row in rows_of(done.stdout)] == ["done", "failed"]
     assert len(list((tmp_path / "outputs" / ".sweeps").glob("*/*"))) == 1
 
 

@@ -224,7 +224,7 @@ journal.write_segment = fail
 def test_a_second_job_ends_at_once_and_names_the_first(
     server: Server, job: dict[str, Any], whole: dict[str, str], tmp_path: Path
 ) -> None:
-    child = server.start(job, slow={"forward": 0.3}, before="import os; os.environ['SLURM_JOB_ID'] = '4711'")
+    child = server.start(job, slow={"forward": 1.0}, before="import os; os.environ['SLURM_JOB_ID'] = '4711'")
     assert child.reaches("forward")
     with Server(tmp_path) as other:
         second = other.start(job)

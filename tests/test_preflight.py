@@ -54,7 +54,7 @@ def refusal(*arguments: str) -> str:
         ("+sampler=all", r"sampler has a choice already, which is changed by sampler=all"),
         ("sampler={type: all}", r"sampler is chosen by name; .* sampler\.<key>=\.\.\."),
         ("sampler=glob(z*)", r"nothing matches; valid: .*log_uniform"),
-        ("hydra/launcher=slrum", r"no such hydra/launcher.*; valid: basic, submitit_local"),
+        ("hydra/launcher=slrum", r"no such hydra/launcher.*; valid: basic, slurm, submitit_local"),
         ("hydra.nope=1", r"hydra\.nope=1: hydra\.nope has nothing there to change"),
         ("sampler.base_rate=fast", r"sampler\.base_rate is 'fast'; it must be a number"),
         ("shard.count=1.5", r"shard\.count is 1\.5; it must be an integer"),

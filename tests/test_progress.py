@@ -10,6 +10,7 @@ import sys
 import termios
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
@@ -45,11 +46,11 @@ def test_stages_are_described_longest_first() -> None:
 
 
 def test_plain_lines_where_stderr_is_no_terminal(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     monkeypatch.setattr(progress, "LINE_EVERY_S", 0.0)
-    shown = Progress(total=10, done=4)
+    shown = Progress(total=10, done=4, file=tmp_path / "progress")
     with caplog.at_level(logging.INFO):
         shown.add(examples=2, tokens=300, rows=24)
     shown.close()
@@ -58,10 +59,12 @@ def test_plain_lines_where_stderr_is_no_terminal(
     assert sys.stderr.getvalue() == ""
 
 
-def test_a_stream_has_no_total(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_stream_has_no_total(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     monkeypatch.setattr(progress, "LINE_EVERY_S", 0.0)
-    shown = Progress(total=None)
+    shown = Progress(total=None, file=tmp_path / "progress")
     with caplog.at_level(logging.INFO):
         shown.add(examples=2, tokens=300, rows=24)
     shown.close()
@@ -77,13 +80,15 @@ def everything(master: int) -> str:
     return data.decode()
 
 
-def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_bar_on_a_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     master, slave = pty.openpty()
     os.set_blocking(master, False)
     with os.fdopen(slave, "w") as terminal:
         monkeypatch.setattr(sys, "stderr", terminal)
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 150, 0, 0))
-        shown = Progress(total=10)
+        shown = Progress(total=10, file=tmp_path / "progress")
         time.sleep(0.15)
         with caplog.at_level(logging.INFO):
             shown.add(examples=5, tokens=300, rows=24)

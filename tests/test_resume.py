@@ -191,7 +191,7 @@ def captured_only(checkpoint: Path, texts: Path, root: Path, patch: pytest.Monke
         raise Stopped
 
     with patch.context() as inside, pytest.raises(Stopped):
-        inside.setattr("qk_sniffer.run.finalize", fail)
+        inside.setattr("qk_sniffer.finish.assemble", fail)
         run(checkpoint, texts, root, **sections)
 
 
@@ -238,7 +238,7 @@ def test_a_finished_job_does_nothing(
 ) -> None:
     root = run(checkpoint, texts, tmp_path / "out")
     before = {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file()}
-    monkeypatch.setattr("qk_sniffer.run.load_backbone", None)
+    monkeypatch.setattr("qk_sniffer.parts.load_backbone", None)
     run(checkpoint, texts, root)
     assert {path: path.stat().st_mtime_ns for path in root.rglob("*") if path.is_file()} == before
     assert "Nothing to do" in capsys.readouterr().out

@@ -7,6 +7,8 @@
 <root>/.qk_sniffer/             work state, gone once the dataset is whole
     job.json                    what the job is, to refuse another one
     *.lock                      held by running jobs
+    shard-00000-of-00001.done   once the journal of this shard is complete
+    shard-00000-of-00001.progress   what its job has done so far, for people
     journal/shard-00000-of-00001/00000001-1a2b3c4d5e6f7081.safetensors
     staging/                    the next version of the root, until it is whole
 """
@@ -83,12 +85,20 @@ class Layout:
         return self.work / "journal" / f"shard-{shard_index:05d}-of-{shard_count:05d}"
 
     def shard_done(self, shard_index: int, shard_count: int) -> Path:
-        """Exists once this shard's journal is complete."""
-        return self.journal(shard_index, shard_count) / "done.json"
+        """Exists once this shard's journal is complete.
+
+        It lies beside the locks: who takes one of them makes a file in this folder, so that a network file system
+        looks up anew what other machines have put there.
+        """
+        return self.work / f"shard-{shard_index:05d}-of-{shard_count:05d}.done"
 
     def journals(self) -> list[Path]:
         """The journals that exist, of all shards."""
         return sorted((self.work / "journal").glob("shard-*-of-*"))
+
+    def progress(self, shard_index: int, shard_count: int) -> Path:
+        """What the job of this shard last said of its progress (`progress.py`)."""
+        return self.work / f"shard-{shard_index:05d}-of-{shard_count:05d}.progress"
 
     def shard_lock(self, shard_index: int, shard_count: int) -> Path:
         """Held by the job that fills this shard's journal."""
@@ -172,7 +182,7 @@ def claim(root: Path) -> Layout:
     try:
         # Listed before it is asked whose it is: another shard may make the work folder in between.
         found = sorted(path.name for path in root.iterdir()) if root.is_dir() else []
-        if found and not _is_ours(layout):
+        if found and not is_ours(layout):
             listed = ", ".join(found[:5]) + (", ..." if len(found) > 5 else "")
             raise StoreError(
                 f"{root} is not empty and not a dataset of qk-sniffer (it holds {listed}); choose another "
@@ -225,9 +235,10 @@ def remove_file(layout: Layout, path: Path) -> None:
 def remove_work(layout: Layout) -> None:
     """Removes the work state but the locks, which go with their holders. The staging is the last to go."""
     _remove_tree(layout.work / "journal")
+    for pattern in ("*.done", "*.progress", "*.tmp"):  # the last of a write that a kill ended
+        for path in layout.work.glob(pattern):
+            path.unlink(missing_ok=True)
     layout.job_file.unlink(missing_ok=True)
-    for path in layout.work.glob("*.tmp"):
-        path.unlink()  # of a write that a kill ended
     # Without its manifest the staging is not whole: no one will take it for a version still to be published.
     layout.staging.manifest.unlink(missing_ok=True)
     _remove_tree(layout.staging.root)
@@ -240,7 +251,8 @@ def _remove_tree(folder: Path) -> None:
         shutil.rmtree(folder)
 
 
-def _is_ours(layout: Layout) -> bool:
+def is_ours(layout: Layout) -> bool:
+    """Whether the folder is a dataset of ours, or will be one."""
     return layout.work.is_dir() or _is_our_manifest(layout.manifest)
 
 

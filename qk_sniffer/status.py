@@ -1,0 +1,214 @@
+"""How the datasets and jobs below a folder stand: what waits, runs, is finished, or failed and why.
+
+It reads files only, so it tells of jobs on any machine that writes to this file system, whether or not the command that
+began them still runs.
+
+States: queued, running, requeued (stopped by SLURM, and queued again), done (with shard.count > 1: this shard is
+captured), published, failed, interrupted, not started (its sweep ended before).
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from qk_sniffer import command, sweep
+from qk_sniffer.config import from_dict, resolved
+from qk_sniffer.errors import ConfigError, StoreError
+from qk_sniffer.job import read_record
+from qk_sniffer.progress import read_progress
+from qk_sniffer.store import manifest as manifests
+from qk_sniffer.store.layout import Layout, is_ours
+from qk_sniffer.store.locks import holder, is_held
+from qk_sniffer.sweep import STATUS_FILE, SWEEP_FILE, Status, aligned
+
+EVERY_S = 5.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of the program."""
+
+    folder: Path = field(default=Path("outputs"), metadata={"help": "what to look through", "positional": True})
+    watch: bool = field(default=False, metadata={"help": f"look again every {EVERY_S:.0f} s, until Ctrl-C"})
+    format: str = field(default="table", metadata={"help": "table, or json: a list of objects, one a dataset or shard"})
+
+
+@dataclass(frozen=True)
+class Line:
+    """A job, or a dataset without one, and what it has done. What is not known is None.
+
+    `examples` of `total` are captured, `tokens_per_s` and `seconds_left` are what the job said last.
+    """
+
+    status: Status
+    examples: int | None = None
+    total: int | None = None
+    tokens_per_s: float | None = None
+    seconds_left: float | None = None
+    rows: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, flat."""
+        own = {name: value for name, value in vars(self).items() if name != "status"}
+        return asdict(self.status) | own
+
+
+def main() -> int:
+    """`python -m qk_sniffer.status`; returns the exit code."""
+    return command.run("qk_sniffer.status", __doc__ or "", Settings, show)
+
+
+def show(settings: Settings) -> int:
+    """Prints how everything below the folder stands.
+
+    Raises:
+        ConfigError: there is no such format.
+        StoreError: there is no such folder.
+    """
+    if settings.format not in ("table", "json"):
+        raise ConfigError([f"format is {settings.format!r}; valid: table, json"])
+    if not settings.folder.is_dir():
+        raise StoreError(f"there is no folder {settings.folder}")
+    try:
+        while True:
+            lines = look(settings.folder)
+            if settings.format == "json":
+                said = json.dumps([line.to_dict() for line in lines], indent=None if settings.watch else 2)
+            else:
+                said = table(lines) if lines else f"no datasets or jobs below {settings.folder}"
+                if settings.watch:
+                    said = f"\x1b[H\x1b[J{time.strftime('%H:%M:%S')}, every {EVERY_S:.0f} s, Ctrl-C ends\n{said}"
+            print(said, flush=True)
+            if not settings.watch:
+                return 0
+            time.sleep(EVERY_S)
+    except KeyboardInterrupt:
+        if not settings.watch:
+            raise
+        return 0
+
+
+def look(folder: Path) -> list[Line]:
+    """A line for each job below `folder`, the last one of each dataset and shard, and each dataset that has none."""
+    latest: dict[tuple[str, int, int], Status] = {}
+    roots: dict[str, Path] = {}
+    for path in _walk(folder):
+        if path.name == SWEEP_FILE:
+            found = sweep.queued(path.parent)
+        elif path.name == STATUS_FILE:
+            found = iter([sweep.read_status(path)])
+        else:
+            roots[str(path.resolve())] = path
+            continue
+        for status in found:
+            key = (_real(status.data_root), status.shard_index, status.shard_count)
+            if key not in latest or status.since >= latest[key].since:
+                latest[key] = status
+    known = {root for root, _, _ in latest}
+    alone = [status for root, path in roots.items() if root not in known for status in _of_dataset(Layout(path))]
+    statuses = sorted([*latest.values(), *alone], key=lambda status: (status.data_root, status.shard_index))
+    return [_line(status) for status in statuses]
+
+
+def table(lines: list[Line]) -> str:
+    """The lines in columns, and under them what those that failed said."""
+    rows = [("dataset", "shard", "state", "examples", "tokens/s", "left", "rows", "time", "where")]
+    errors = []
+    for line in lines:
+        status = line.status
+        name = os.path.relpath(status.data_root) if _is_below(Path(status.data_root), Path.cwd()) else status.data_root
+        shard = f"{status.shard_index} of {status.shard_count}" if status.shard_count > 1 else ""
+        examples = "" if line.examples is None else f"{line.examples:,}"
+        if line.total is not None and line.examples != line.total:
+            examples += f" of {line.total:,} ({line.examples / max(line.total, 1):.0%})" if line.examples else ""
+        slurm = f"SLURM {status.slurm_job_id}" if status.slurm_job_id else ""
+        restarts = f"restarted {status.restarts} x" if status.restarts else ""
+        rows.append(
+            (
+                name,
+                shard,
+                status.state,
+                examples,
+                "" if line.tokens_per_s is None else f"{line.tokens_per_s:,.0f}",
+                "" if line.seconds_left is None else tqdm.format_interval(line.seconds_left),
+                "" if line.rows is None else f"{line.rows:,}",
+                tqdm.format_interval(status.seconds) if status.seconds else "",
+                ", ".join(filter(None, [status.url, status.host, slurm, restarts])),
+            )
+        )
+        if status.error:
+            errors.append(f"{name}{f' (shard {shard})' if shard else ''}: {status.error}")
+    return "\n".join([aligned(rows), *errors])
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Status files, sweep files, and the roots of datasets, into which it does not go: they may have many folders."""
+    for name, folders, files in os.walk(folder):
+        path = Path(name)
+        if is_ours(Layout(path)):
+            folders.clear()
+            yield path
+            continue
+        folders[:] = sorted(set(folders) - {".submitit", "code", "__pycache__"})
+        yield from (path / file for file in (SWEEP_FILE, STATUS_FILE) if file in files)
+
+
+def _of_dataset(layout: Layout) -> Iterator[Status]:
+    """The statuses of a dataset that no job below the folder tells of: from its own files."""
+    record = read_record(layout)
+    if record is None:
+        state = sweep.DONE if layout.manifest.exists() else sweep.INTERRUPTED
+        model = manifests.read(layout.root)["config"]["model"]["slug"] if state == sweep.DONE else ""
+        yield Status(0, str(layout.root.absolute()), model, state=state)
+        return
+    config = resolved(from_dict(record["config"]))
+    for index in range(config.shard.count):
+        lock = layout.shard_lock(index, config.shard.count)
+        status = Status(0, str(layout.root.absolute()), config.model.slug or "", index, config.shard.count)
+        if is_held(lock) and (by := holder(lock)) is not None:
+            status.host, status.slurm_job_id = by.host, by.slurm_job_id
+        elif layout.shard_done(index, config.shard.count).exists():
+            status.state = sweep.DONE
+        else:
+            status.state = sweep.INTERRUPTED
+        yield status
+
+
+def _line(status: Status) -> Line:
+    layout = Layout(Path(status.data_root))
+    said = read_progress(layout.progress(status.shard_index, status.shard_count))
+    if status.state == sweep.RUNNING:
+        status.seconds = max(time.time() - status.since, 0.0)
+    if said and status.state != sweep.NOT_STARTED:
+        is_running = status.state == sweep.RUNNING and said["at"] >= status.since
+        return Line(
+            status,
+            said["examples"],
+            said["total"],
+            said["tokens_per_s"] if is_running else None,
+            said["seconds_left"] if is_running else None,
+            said["rows"],
+        )
+    if status.state in (*sweep.GOOD, sweep.FAILED) and layout.manifest.exists():
+        manifest = manifests.read(layout.root)
+        return Line(status, manifest["examples"], rows=manifest["rows"])
+    return Line(status)
+
+
+def _real(path: str) -> str:
+    return str(Path(path).resolve())
+
+
+def _is_below(path: Path, folder: Path) -> bool:
+    return path.resolve().is_relative_to(folder.resolve())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

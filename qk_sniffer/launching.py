@@ -27,6 +27,8 @@ class Launch:
         self.planned = planned
         self.folder: Path | None = None
         """Of the run or the sweep, once Hydra has said it."""
+        self.is_announced = False
+        """Whether `planned` is what Hydra launches."""
         self._slurm_folder: str | None = None
         self._open = ExitStack()
 
@@ -48,6 +50,7 @@ class Launch:
             self._slurm_folder = str(hydra.launcher.submitit_folder)
         # Another sweeper draws its values as it goes: what it will launch is not known.
         if str(hydra.sweeper["_target_"]).endswith(f".{BasicSweeper.__name__}"):
+            self.is_announced = True
             self._open.enter_context(sweep.announced(self.folder, self.planned, outlive=is_slurm))
         wanted = self.planned[0].config.snapshot
         if is_slurm if wanted is None else wanted:

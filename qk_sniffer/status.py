@@ -12,6 +12,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,7 @@ def look(folder: Path) -> list[Line]:
         if path.name == SWEEP_FILE:
             found = sweep.queued(path.parent)
         elif path.name == STATUS_FILE:
-            found = iter([sweep.read_status(path)])
+            found = _read(path)
         else:
             roots[str(path.resolve())] = path
             continue
@@ -158,6 +159,11 @@ def _walk(folder: Path) -> Iterator[Path]:
             continue
         folders[:] = sorted(set(folders) - {".submitit", "code", "__pycache__"})
         yield from (path / file for file in (SWEEP_FILE, STATUS_FILE) if file in files)
+
+
+def _read(file: Path) -> Iterator[Status]:
+    with suppress(OSError, ValueError, TypeError):  # other programs may have files of this name
+        yield sweep.read_status(file)
 
 
 def _of_dataset(layout: Layout) -> Iterator[Status]:

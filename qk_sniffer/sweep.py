@@ -157,6 +157,7 @@ def announced(folder: Path, jobs: Sequence[PlannedJob], *, outlive: bool) -> Ite
         "outlive": outlive,
         "ended": False,
         "since": time.time(),
+        "folder": str(Path.cwd()),  # where relative paths begin
         "jobs": [{"number": job.number, "config": job.config.to_dict()} for job in jobs],
     }
     with hold(folder / LOCK, "running this sweep"):
@@ -180,6 +181,7 @@ def queued(folder: Path) -> Iterator[Status]:
     for job in facts.get("jobs", ()):
         config = from_dict(job["config"])
         status = Status.of(job["number"], config, state=QUEUED if waits else NOT_STARTED)
+        status.data_root = str(Path(facts["folder"]) / config.data_root)
         status.since = facts["since"]
         yield status
 

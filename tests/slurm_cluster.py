@@ -102,17 +102,21 @@ class Cluster:
         lines = self.run("squeue", "--noheader", "--array", "--states=all", "--format=%i %T").splitlines()
         return dict(line.split() for line in lines)
 
+    def kill(self, number: signal.Signals, **environment: str) -> None:
+        """Sends a signal to every process that SLURM started with these variables in its environment."""
+        wanted = {f"{name}={value}".encode() for name, value in environment.items()}
+        wanted.add(f"SLURM_CONF={self.env['SLURM_CONF']}".encode())
+        for process in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                if wanted <= set((process / "environ").read_bytes().split(b"\0")):
+                    os.kill(int(process.name), number)
+
     def stop_node(self, node: str) -> None:
-        """Kills a node as a power failure would: its daemon, and whatever runs on it."""
+        """Ends a node as a power failure would: its daemon, and whatever runs on it."""
         daemon = self._daemons[2 + self.nodes.index(node)]
         daemon.kill()
         daemon.wait()
-        for process in Path("/proc").glob("[0-9]*"):
-            with suppress(OSError):
-                if f"SLURMD_NODENAME={node}\0".encode() in (process / "environ").read_bytes() and (
-                    f"SLURM_CONF={self.env['SLURM_CONF']}\0".encode() in (process / "environ").read_bytes()
-                ):
-                    os.kill(int(process.name), signal.SIGKILL)
+        self.kill(signal.SIGKILL, SLURMD_NODENAME=node)
 
     def start_node(self, node: str) -> None:
         """Starts the daemon of a node that was stopped."""

@@ -24,7 +24,9 @@ REPO = Path(qk_sniffer.__file__).parent.parent
 MODEL = ("model=hf", "model.name=org/model")
 # What a job does here: the runner has tests of its own.
 RUNNER = """
-import time, types
+import os, time, types
+from pathlib import Path
+import qk_sniffer
 from qk_sniffer.errors import ConfigError, StoreError
 
 def run_job(config):
@@ -33,6 +35,7 @@ def run_job(config):
         case 1: raise StoreError("the disk is full:\\n  free some space")
         case 2: raise RuntimeError("out of luck")
         case 3: time.sleep(60)
+        case 6: print("code from", Path(qk_sniffer.__file__).parent, os.environ.get("SNIFFED"), os.environ["HOME"])
         case 5: raise ConfigError(["model.tokenizer.max_length is 9, but this model has positions for 8"])
     return types.SimpleNamespace(rows=1234, url=None)
 """
@@ -196,6 +199,21 @@ def test_a_launcher_with_processes_of_its_own(light: dict[str, str], tmp_path: P
     assert done.returncode == 1, done.stderr
     assert [row[2] for row in rows_of(done.stdout)] == ["done", "failed"]
     assert len(list((tmp_path / "outputs" / ".sweeps").glob("*/*"))) == 1
+
+
+def test_jobs_in_processes_of_their_own_run_a_copy_of_the_code_if_asked(light: dict[str, str], tmp_path: Path) -> None:
+    arguments = ("sampler.seed=0,6", "output.data_root=x-${sampler.seed}", "hydra/launcher=submitit_local")
+    done = sniff(light, tmp_path, "--multirun", *MODEL, *arguments, "snapshot=true")
+    assert done.returncode == 0, done.stderr
+    (sweep,) = (tmp_path / "outputs" / ".sweeps").glob("*/*")
+    said = "".join(path.read_text() for path in sweep.rglob("*_log.out"))
+    assert f"code from {sweep / 'code' / 'qk_sniffer'}" in said
+
+
+def test_the_env_file_is_read_for_what_is_not_set(light: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("SNIFFED=from-the-file\nHOME=/nowhere\n")
+    done = sniff(light, tmp_path, *MODEL, "sampler.seed=6")
+    assert f"from-the-file {os.environ['HOME']}" in done.stdout, done.stderr
 
 
 def test_the_task_can_be_sent_to_a_worker() -> None:

@@ -116,6 +116,47 @@ def test_a_second_signal_stops_it_at_once(server: Server, job: dict[str, Any], w
     assert hashes(root_of(job)) == whole
 
 
+def test_a_schedulers_warning_is_heeded_where_somebody_handles_it(
+    server: Server, job: dict[str, Any], whole: dict[str, str]
+) -> None:
+    # As submitit does, before the job's function is called.
+    handled = "import os, signal; signal.signal(signal.SIGUSR2, lambda *_: os._exit(7))"
+    child = server.start(job, slow={"forward": 0.2}, before=handled)
+    assert child.reaches("forward", 3)
+    child.send(signal.SIGUSR2)
+    assert child.wait() == 128 + signal.SIGUSR2, "the job's own way to stop, then the other's"
+    assert child.told.count("forward") == 3
+    assert "SIGUSR2: stopping after this batch, or in 20 s" in child.stderr
+    assert "resuming: 3 of 24 examples are done" in finish(server, job)
+    assert hashes(root_of(job)) == whole
+
+
+def test_a_scheduler_does_not_wait_for_a_long_batch(server: Server, job: dict[str, Any], whole: dict[str, str]) -> None:
+    impatient = "from qk_sniffer import stopping; stopping.PATIENCE_S = 0.5"
+    child = server.start(job, slow={"forward": 60.0}, before=impatient)
+    assert child.reaches("forward")
+    start = time.monotonic()
+    child.send(signal.SIGTERM)
+    assert child.wait() == 143 and time.monotonic() - start < 30
+    finish(server, job)
+    assert hashes(root_of(job)) == whole
+
+
+def test_more_signals_of_a_scheduler_do_not_disturb_what_is_written(
+    server: Server, job: dict[str, Any], whole: dict[str, str]
+) -> None:
+    child = server.start(job, slow={"forward": 0.2, "segment": 1.0})
+    assert child.reaches("forward", 3)
+    child.send(signal.SIGTERM)
+    assert child.reaches("segment")
+    for _ in range(3):
+        child.send(signal.SIGTERM)
+        time.sleep(0.1)
+    assert child.wait() == 143
+    assert "resuming: 3 of 24 examples are done" in finish(server, job)
+    assert hashes(root_of(job)) == whole
+
+
 def test_a_signal_while_the_forward_waits_for_the_disk(
     server: Server, job: dict[str, Any], whole: dict[str, str]
 ) -> None:

@@ -80,9 +80,7 @@ def everything(master: int) -> str:
     return data.decode()
 
 
-def test_a_bar_on_a_terminal(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_bar_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     master, slave = pty.openpty()
     os.set_blocking(master, False)
     with os.fdopen(slave, "w") as terminal:

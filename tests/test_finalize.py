@@ -1,0 +1,113 @@
+"""`python -m qk_sniffer.finalize`: by hand, what the last shard does by itself."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jobs import Stopped, hashes, run
+
+from qk_sniffer.config import from_dict
+from qk_sniffer.errors import StoreError
+from qk_sniffer.finalize import Settings, finalize
+from qk_sniffer.finish import Outcome
+from qk_sniffer.run import run_job
+from qk_sniffer.store import manifest as manifests
+from qk_sniffer.store.layout import Layout
+from qk_sniffer.store.locks import hold
+
+EXACT: dict[str, Any] = {"inference": {"batch_size": 1}}
+
+
+def shard(checkpoint: Path, texts: Path, root: Path, index: int, patch: pytest.MonkeyPatch | None = None) -> None:
+    """Captures a shard of two; with `patch`, dies where it would make the dataset."""
+
+    def die(*_: Any) -> Outcome:
+        raise Stopped
+
+    sections = EXACT | {"shard": {"index": index, "count": 2}}
+    if patch is None:
+        run(checkpoint, texts, root, **sections)
+        return
+    with patch.context() as inside, pytest.raises(Stopped):
+        inside.setattr("qk_sniffer.run.finish", die)
+        run(checkpoint, texts, root, **sections)
+
+
+def test_it_says_which_shards_are_missing(
+    checkpoint: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "out"
+    shard(checkpoint, texts, root, 0)
+    assert finalize(Settings(root)) == 1
+    said = capsys.readouterr().out
+    assert "shard 1 of 2: not begun" in said and "shard 0" not in said
+    with hold(Layout(root).shard_lock(1, 2), "capturing"):
+        assert finalize(Settings(root)) == 1
+    assert "shard 1 of 2: running (process " in capsys.readouterr().out
+    assert not (root / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("prove", [True, False])
+def test_it_makes_the_dataset_that_a_dead_shard_did_not_make(
+    prove: bool,
+    checkpoint: Path,
+    texts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    root, whole = tmp_path / "out", tmp_path / "whole"
+    run(checkpoint, texts, whole, **EXACT)
+    shard(checkpoint, texts, root, 1)
+    shard(checkpoint, texts, root, 0, monkeypatch)
+    if not prove:
+        monkeypatch.setattr("qk_sniffer.parts.load_backbone", None)  # no model is loaded
+    assert finalize(Settings(root, prove)) == 0
+    assert hashes(root) == hashes(whole)
+    assert manifests.read(root)["proof"]["proven"] is (True if prove else None)
+    assert not Layout(root).work.exists()
+    capsys.readouterr()
+    assert finalize(Settings(root)) == 0
+    assert "Nothing to do: the dataset is finished." in capsys.readouterr().out
+
+
+def test_it_waits_for_nobody_who_makes_the_dataset(
+    checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "out"
+    for index in range(2):
+        shard(checkpoint, texts, root, index, monkeypatch)
+    monkeypatch.setattr("qk_sniffer.assembly.PATIENCE_S", 0.1)
+    with hold(Layout(root).finalize_lock, "making the dataset"):
+        assert finalize(Settings(root)) == 1
+    assert finalize(Settings(root)) == 0
+
+
+def test_a_journal_that_lost_something_is_said(
+    checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "out"
+    for index in range(2):
+        shard(checkpoint, texts, root, index, monkeypatch)
+    for segment in Layout(root).journal(1, 2).glob("*.safetensors"):
+        segment.unlink()
+    with pytest.raises(StoreError, match=r"Run the job of shard\.index=1 again"):
+        finalize(Settings(root))
+
+
+def test_there_must_be_a_job(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="no such folder"):
+        finalize(Settings(tmp_path / "none"))
+    with pytest.raises(StoreError, match=r"incomplete: no manifest\.json"):
+        finalize(Settings(tmp_path))
+
+
+def test_what_a_job_leaves(checkpoint: Path, texts: Path, tmp_path: Path) -> None:
+    from jobs import settings
+
+    values = settings(checkpoint, texts, tmp_path / "out", shard={"index": 0, "count": 2})
+    assert run_job(from_dict(values)) == Outcome()
+    values["shard"]["index"] = 1
+    made = run_job(from_dict(values))
+    assert made == Outcome(manifests.read(tmp_path / "out")["rows"]) and made.rows
+    assert run_job(from_dict(settings(checkpoint, texts, tmp_path / "out"))) == made

@@ -68,6 +68,9 @@ def task(node: DictConfig) -> str:
             status.fail(str(error), code=2 if isinstance(error, ConfigError) else 1)
         except Stopped as stopped:
             _stopped(stopped, status, folder)
+        except SystemExit:  # submitit's, at a warning that came before the job listened
+            status.state = sweep.REQUEUED
+            raise
         except Exception as error:
             log.exception("Not an error that qk-sniffer foresees:")
             status.fail(f"{type(error).__name__}: {error}")

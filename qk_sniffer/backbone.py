@@ -54,8 +54,10 @@ class Backbone:
         self.pre_rope = pre_rope
         self.banded_attention = banded_attention
         self.attention_layers = family.attention_layers(decoder)
-        weight = next(decoder.parameters())
-        self.device, self.dtype = weight.device, weight.dtype
+        weights = list(decoder.parameters())
+        # Weights that accelerate keeps elsewhere are on no device, and come to the others when they are needed.
+        there = [weight.device for weight in weights if weight.device.type != "meta"]
+        self.device, self.dtype = there[0] if there else torch.device("cpu"), weights[0].dtype
         self.length_boundary = rotary.length_boundary(self.config)
         """Texts of more tokens than that must run alone, see `rotary.length_boundary`; None: none must."""
         self.num_positions = rotary.num_positions(decoder)

@@ -7,6 +7,7 @@ import argparse
 import copy
 import os
 import re
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -107,6 +108,7 @@ class _Composer:
         except Exception as error:  # as in `_refused`
             return [*problems, explain(error)], []
         sweep = multirun or master.hydra.mode == RunMode.MULTIRUN
+        problems += _launcher(str(master.hydra.runtime.choices["hydra/launcher"]), master, sweep=sweep)
         if sweep:
             found, combinations = self._combinations(
                 master, [text for text in arguments if text in sweeps or text in single]
@@ -299,6 +301,15 @@ def _unresolved(key: str, node: DictConfig, name: str, error: OmegaConfBaseExcep
     if reference and OmegaConf.select(node._get_root(), reference[1], default=0) is None:
         return f"{key} comes from {reference[1]}, which is null here; give {reference[1]}=..."
     return f"{key} is {raw[name]}: {explain(error)}"
+
+
+def _launcher(name: str, config: DictConfig, *, sweep: bool) -> Iterator[str]:
+    if name == "basic":
+        return
+    if not sweep:
+        yield f"hydra/launcher={name} is for sweeps: add --multirun (-m), also for a single job"
+    elif config.hydra.launcher["_target_"].endswith(".SlurmLauncher") and shutil.which("srun") is None:
+        yield f"hydra/launcher={name}: this machine has no commands of SLURM (srun); start from a login node"
 
 
 def _hydra_folder(folder: str, config: Config) -> Iterator[str]:

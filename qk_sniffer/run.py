@@ -26,7 +26,7 @@ from qk_sniffer.stopping import Stopped, Stopping
 from qk_sniffer.store.disk import ensure_space, required_bytes
 from qk_sniffer.store.journal import ExampleRecord, Journal, JournalWriter
 from qk_sniffer.store.layout import KINDS, Layout, claim, tidy
-from qk_sniffer.store.locks import hold
+from qk_sniffer.store.locks import hold, restart_patience_s
 from qk_sniffer.validation import check
 
 log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ def run_job(config: Config) -> Outcome:
 def _run(config: Config, layout: Layout, stages: Stages, stopping: Stopping) -> Outcome:
     shard = config.shard
     own_lock = layout.shard_lock(shard.index, shard.count)
-    with hold(own_lock, f"capturing shard {shard.index} of {shard.count}"):
+    with hold(own_lock, f"capturing shard {shard.index} of {shard.count}", wait_s=restart_patience_s()):
         published = finish_publication(layout)
         with stages("open dataset"):
             start = look(config, layout, is_mine=published)

@@ -110,7 +110,7 @@ def look(folder: Path) -> list[Line]:
             continue
         for status in found:
             key = (_real(status.data_root), status.shard_index, status.shard_count)
-            if key not in latest or status.since >= latest[key].since:
+            if key not in latest or _counts(status) >= _counts(latest[key]):
                 latest[key] = status
     known = {root for root, _, _ in latest}
     alone = [status for root, path in roots.items() if root not in known for status in _of_dataset(Layout(path))]
@@ -127,8 +127,8 @@ def table(lines: list[Line]) -> str:
         name = os.path.relpath(status.data_root) if _is_below(Path(status.data_root), Path.cwd()) else status.data_root
         shard = f"{status.shard_index} of {status.shard_count}" if status.shard_count > 1 else ""
         examples = "" if line.examples is None else f"{line.examples:,}"
-        if line.total is not None and line.examples != line.total:
-            examples += f" of {line.total:,} ({line.examples / max(line.total, 1):.0%})" if line.examples else ""
+        if line.examples is not None and line.total is not None and line.examples < line.total:
+            examples += f" of {line.total:,} ({line.examples / line.total:.0%})"
         slurm = f"SLURM {status.slurm_job_id}" if status.slurm_job_id else ""
         restarts = f"restarted {status.restarts} x" if status.restarts else ""
         rows.append(
@@ -159,6 +159,11 @@ def _walk(folder: Path) -> Iterator[Path]:
             continue
         folders[:] = sorted(set(folders) - {".submitit", "code", "__pycache__"})
         yield from (path / file for file in (SWEEP_FILE, STATUS_FILE) if file in files)
+
+
+def _counts(status: Status) -> tuple[bool, float]:
+    """The last job counts, but one that never started says nothing of those before it."""
+    return status.state != sweep.NOT_STARTED, status.since
 
 
 def _read(file: Path) -> Iterator[Status]:
@@ -202,10 +207,10 @@ def _line(status: Status) -> Line:
             said["seconds_left"] if is_running else None,
             said["rows"],
         )
-    if status.state in (*sweep.GOOD, sweep.FAILED) and layout.manifest.exists():
+    if status.shard_count == 1 and status.state in (*sweep.GOOD, sweep.FAILED) and layout.manifest.exists():
         manifest = manifests.read(layout.root)
         return Line(status, manifest["examples"], rows=manifest["rows"])
-    return Line(status)
+    return Line(status, rows=status.rows)
 
 
 def _real(path: str) -> str:

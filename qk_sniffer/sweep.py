@@ -20,7 +20,7 @@ from typing import Any
 from tqdm import tqdm
 
 from qk_sniffer.config import Config, from_dict
-from qk_sniffer.store.locks import hold, is_held
+from qk_sniffer.store.locks import hold, is_held, restart_patience_s
 
 STATUS_FILE, SWEEP_FILE, LOCK = "status.json", "sweep.json", "job.lock"
 
@@ -98,10 +98,8 @@ class Status:
         self.state, self.error, self.code = FAILED, textwrap.shorten(message, 300, placeholder=" ..."), code
 
     def write(self, folder: Path) -> None:
-        """Puts the status file into a job's folder; a reader sees the old one or the new one, never a part."""
-        beside = folder / f".{STATUS_FILE}.{os.getpid()}"
-        beside.write_text(json.dumps(asdict(self)))
-        beside.replace(folder / STATUS_FILE)
+        """Puts the status file into a job's folder."""
+        _write(folder / STATUS_FILE, asdict(self))
 
 
 def slurm_job_id() -> str | None:
@@ -114,7 +112,7 @@ def slurm_job_id() -> str | None:
 def recorded(status: Status, folder: Path) -> Iterator[None]:
     """Keeps the status file in `folder` while the body runs, which sets the state when it ends."""
     start = time.monotonic()
-    with hold(folder / LOCK, "running this job"):
+    with hold(folder / LOCK, "running this job", wait_s=restart_patience_s()):
         status.write(folder)
         try:
             yield
@@ -161,9 +159,9 @@ def announced(folder: Path, jobs: Sequence[PlannedJob], *, outlive: bool) -> Ite
         "jobs": [{"number": job.number, "config": job.config.to_dict()} for job in jobs],
     }
     with hold(folder / LOCK, "running this sweep"):
-        file.write_text(json.dumps(facts))
+        _write(file, facts)
         yield
-        file.write_text(json.dumps(facts | {"ended": True}))
+        _write(file, facts | {"ended": True})
 
 
 def submitted(folder: Path, number: int) -> Config | None:
@@ -184,6 +182,13 @@ def queued(folder: Path) -> Iterator[Status]:
         status.data_root = str(Path(facts["folder"]) / config.data_root)
         status.since = facts["since"]
         yield status
+
+
+def _write(file: Path, facts: dict[str, Any]) -> None:
+    """A reader sees the old file or the new one, never a part."""
+    beside = file.with_name(f".{file.name}.{os.getpid()}")
+    beside.write_text(json.dumps(facts))
+    beside.replace(file)
 
 
 def _announced(folder: Path) -> dict[str, Any]:

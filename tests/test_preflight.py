@@ -206,3 +206,14 @@ def test_groups_of_the_users_own(tmp_path: Path) -> None:
         assert job.config.model.name == "a/b"
     assert "no such folder" in refusal("--config-dir", str(tmp_path / "no"), "model=mine")
     assert "--config-dir" in refusal("--config-path", "conf", "model=mine")
+
+
+def test_a_launcher_that_would_do_nothing_or_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(ConfigError, match="hydra/launcher=slurm is for sweeps: add --multirun"):
+        plan("hydra/launcher=slurm")
+    with pytest.raises(ConfigError, match="this machine has no commands of SLURM"):
+        plan("--multirun", "hydra/launcher=slurm")
+    assert len(plan("--multirun", "hydra/launcher=submitit_local")) == 1
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    assert len(plan("--multirun", "hydra/launcher=slurm")) == 1

@@ -90,6 +90,17 @@ def test_the_last_job_of_a_dataset_and_shard_counts(tmp_path: Path) -> None:
     assert sorted(said, key=str) == [(1, 0, "no room"), (2, 0, None), (2, 1, None)]
 
 
+def test_a_job_that_never_started_says_nothing_of_the_one_before_it(tmp_path: Path) -> None:
+    (job,) = planned(tmp_path / "a")
+    found = Status.here(0, job.config)
+    (tmp_path / "0").mkdir()
+    with recorded(found, tmp_path / "0"):
+        found.succeed(7, None)
+    with pytest.raises(Stopped), announced(tmp_path / "1", [job], outlive=False):
+        raise Stopped
+    assert states(tmp_path) == {"a": "done"}
+
+
 def test_datasets_without_a_job(checkpoint: Path, texts: Path, tmp_path: Path) -> None:
     whole = run(checkpoint, texts, tmp_path / "whole")
     half = run(checkpoint, texts, tmp_path / "half", shard={"index": 1, "count": 2})

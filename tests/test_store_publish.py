@@ -8,9 +8,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from qk_sniffer.store import layout as layout_room
 from qk_sniffer.store.compact import HeadSpec, compact
 from qk_sniffer.store.journal import Journal, Rows
 from qk_sniffer.store.layout import HeadKey, Layout, claim, discard_work, head_name, parse_head_name
-from qk_sniffer.store.locks import Holder, hold, holder
+from qk_sniffer.store.locks import Holder, hold, holder, restart_patience_s
 
 
 def test_names() -> None:
@@ -273,6 +274,19 @@ def test_only_one_holds_a_lock_whose_file_comes_and_goes(tmp_path: Path) -> None
         for future in [pool.submit(job) for _ in range(6)]:
             future.result()
     assert held[0] > 50
+
+
+def test_a_job_that_slurm_begins_anew_waits_for_what_its_last_run_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert restart_patience_s() == 0
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert restart_patience_s() > 90
+    with ExitStack() as last_run:
+        last_run.enter_context(hold(tmp_path / "work" / "a.lock", "capturing"))
+        threading.Timer(0.3, last_run.close).start()
+        with hold(tmp_path / "work" / "a.lock", "capturing", wait_s=restart_patience_s()):
+            pass
 
 
 def test_locks_leave_no_empty_work_folder(tmp_path: Path) -> None:

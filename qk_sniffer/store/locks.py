@@ -45,6 +45,14 @@ class InUseError(StoreError):
     """A lock is held, by another process or by this one."""
 
 
+def restart_patience_s() -> float:
+    """How long a job may wait for what its own last run seems to hold: zero unless SLURM has begun it anew.
+
+    After a node's failure a file system takes some time to see that the holder is gone: NFS 4 90 s, by default.
+    """
+    return 180.0 if os.environ.get("SLURM_RESTART_COUNT", "0") != "0" else 0.0
+
+
 @contextmanager
 def hold(path: Path, purpose: str, *, wait_s: float = 0.0) -> Iterator[None]:
     """Holds the lock `path` within the block. The file exists only meanwhile, or after a crash.

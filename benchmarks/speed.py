@@ -7,6 +7,7 @@ Writes results/speed.json, and prints the table; exit code 1 if a bar is not met
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -90,15 +91,13 @@ def parquet(rounds: int) -> list[Line]:
     for dtype, bar in (("float32", 0.87), ("bfloat16", 0.45)):
         figures = [json.loads(_own_process("writing.py", dtype)) for _ in range(rounds)]
         taken = {key: [figure[key] for figure in figures] for key in figures[0]}
-        middle = medians(taken)
-        needed = middle["needed_s"] / middle["bare_s"]
-        what = (
-            f"{dtype}: CPU of journal to Parquet with checksums, over write_table's; {needed:.2f} if all else is free"
-        )
-        lines.append(Line(f"parquet-cpu-{dtype}", what, middle["ours_s"] / middle["bare_s"], 1.3, taken=taken))
-        lines.append(
-            Line(f"parquet-size-{dtype}", f"{dtype}: bytes of the files over raw float32", middle["size"], bar)
-        )
+        # Each process took them in turn: the machine's speed at that time is in both.
+        ratios = [figure["ours_s"] / figure["bare_s"] for figure in figures]
+        beside = statistics.median(figure["beside_s"] / figure["bare_s"] for figure in figures)
+        what = f"{dtype}: CPU of journal to Parquet with checksums, over write_table's; {1 + beside:.2f} if all else is free"
+        lines.append(Line(f"parquet-cpu-{dtype}", what, statistics.median(ratios), 1.3, taken=taken))
+        size = statistics.median(taken["size"])
+        lines.append(Line(f"parquet-size-{dtype}", f"{dtype}: bytes of the files over raw float32", size, bar))
     return lines
 
 

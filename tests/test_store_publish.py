@@ -147,14 +147,14 @@ def test_claim_makes_the_folder(tmp_path: Path) -> None:
 
 
 def test_claim_goes_with_a_shard_that_claims_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = layout_room._is_ours
+    real = layout_room.is_ours
 
     def other_comes(layout: Layout) -> bool:
         answer = real(layout)
         layout.work.mkdir(exist_ok=True)
         return answer
 
-    monkeypatch.setattr(layout_room, "_is_ours", other_comes)
+    monkeypatch.setattr(layout_room, "is_ours", other_comes)
     assert claim(tmp_path).work.is_dir()
 
 

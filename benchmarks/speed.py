@@ -94,7 +94,7 @@ def parquet(rounds: int) -> list[Line]:
         # Each process took them in turn: the machine's speed at that time is in both.
         ratios = [figure["ours_s"] / figure["bare_s"] for figure in figures]
         beside = statistics.median(figure["beside_s"] / figure["bare_s"] for figure in figures)
-        what = f"{dtype}: CPU of journal to Parquet with checksums, over write_table's; {1 + beside:.2f} if all else is free"
+        what = f"{dtype}: CPU of journal to Parquet, over write_table's; {1 + beside:.2f} if all but checksums is free"
         lines.append(Line(f"parquet-cpu-{dtype}", what, statistics.median(ratios), 1.3, taken=taken))
         size = statistics.median(taken["size"])
         lines.append(Line(f"parquet-size-{dtype}", f"{dtype}: bytes of the files over raw float32", size, bar))

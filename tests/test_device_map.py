@@ -16,8 +16,10 @@ def placed(*on_disk: str) -> dict[str, str]:
     return {name: "disk" if name in on_disk else "cpu" for name in PLACES}
 
 
-@pytest.mark.parametrize("on_disk", [("layers.1",), ("layers.0", "layers.2"), ("embed_tokens", "layers.2", "norm")])
-@pytest.mark.parametrize("stage", ["after RoPE", "before RoPE"])
+@pytest.mark.parametrize(
+    ("on_disk", "stage"),
+    [(("layers.0", "layers.2"), "after RoPE"), (("embed_tokens", "layers.1", "norm"), "before RoPE")],
+)
 def test_parts_of_the_model_elsewhere_change_no_bit(
     on_disk: tuple[str, ...], stage: str, checkpoint: Path, texts: Path, tmp_path: Path
 ) -> None:

@@ -22,7 +22,7 @@ from qk_sniffer.config import from_omegaconf, register, resolved
 from qk_sniffer.environment import read_environment
 from qk_sniffer.errors import ConfigError, QkSnifferError
 from qk_sniffer.launching import Launch
-from qk_sniffer.stopping import WARNING, Stopped
+from qk_sniffer.stopping import WARNING, Stopped, Stopping
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,6 @@ register()
 
 def main() -> int:
     """`python -m qk_sniffer` and `sniff-qk`; returns the exit code."""
-    read_environment()
     try:
         args = _parse(sys.argv[1:])
         if args.help or args.hydra_help or args.cfg or args.info or args.shell_completion or args.experimental_rerun:
@@ -47,7 +46,6 @@ def main() -> int:
 
 def task(node: DictConfig) -> str:
     """One job, wherever Hydra's launcher runs it; returns its state and leaves the same in its status file."""
-    read_environment()
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
     number = 0 if OmegaConf.is_missing(hydra_config.job, "num") else hydra_config.job.num
@@ -59,18 +57,17 @@ def task(node: DictConfig) -> str:
     status = sweep.Status.here(number, resolved(config))
     with sweep.recorded(status, folder):
         try:
-            from qk_sniffer.run import run_job
+            with Stopping():
+                read_environment()
+                from qk_sniffer.run import run_job
 
-            outcome = run_job(config)
-            status.succeed(outcome.rows, outcome.url)
+                outcome = run_job(config)
+                status.succeed(outcome.rows, outcome.url)
         except QkSnifferError as error:
             log.error("%s", error)
             status.fail(str(error), code=2 if isinstance(error, ConfigError) else 1)
         except Stopped as stopped:
             _stopped(stopped, status, folder)
-        except SystemExit:  # submitit's, at a warning that came before the job listened
-            status.state = sweep.REQUEUED
-            raise
         except Exception as error:
             log.exception("Not an error that qk-sniffer foresees:")
             status.fail(f"{type(error).__name__}: {error}")
@@ -79,6 +76,8 @@ def task(node: DictConfig) -> str:
 
 def _stopped(stopped: Stopped, status: sweep.Status, folder: Path) -> None:
     """Ends a job that a signal stopped, or has it queued again where the signal says that its time is up."""
+    if "SUBMITIT_EXECUTOR" not in os.environ:
+        raise stopped
     log.warning("%s", stopped)
     if stopped.number == WARNING:
         status.state = sweep.REQUEUED
@@ -88,9 +87,7 @@ def _stopped(stopped: Stopped, status: sweep.Status, folder: Path) -> None:
         except Exception as error:
             status.fail(str(error))
             raise
-    if "SUBMITIT_EXECUTOR" in os.environ:
-        raise SystemExit(stopped.exit_code)  # without the traceback that an interrupt leaves in a job's log
-    raise stopped
+    raise SystemExit(stopped.exit_code)  # without the traceback that an interrupt leaves in a job's log
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -118,15 +115,17 @@ def _show() -> int:
 def _run(planned: list[sweep.PlannedJob]) -> int:
     """Has Hydra run the jobs, and learns from their status files how they ended."""
     code = 0
-    with Launch(planned) as launch:
-        try:
+    launch = Launch(planned)
+    try:
+        with launch:
             try:
                 _hydra_main()
             except SystemExit as error:  # Hydra's way to end once it has printed what its launcher raised
                 code = 1 if error.code else 0
             launch.wait()
-        except KeyboardInterrupt as error:
-            code = _interrupted(error)
+    except KeyboardInterrupt as error:
+        code = _interrupted(error)
+        launch.settle()
     found = {} if launch.folder is None else sweep.statuses(launch.folder)
     if len(planned) > 1:
         print(sweep.table(planned, found))

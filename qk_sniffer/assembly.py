@@ -44,12 +44,16 @@ def assemble(layout: Layout, stages: Stages, prove: Prove) -> bool:
 
     Raises:
         StoreError: a journal is damaged, or the disk failed; may be called again.
+        InUseError: another process makes the dataset of a job that has no shards.
     """
     with ExitStack() as finalizing:
         try:
             finalizing.enter_context(hold(layout.finalize_lock, "making the dataset", wait_s=PATIENCE_S))
         except InUseError:
-            log.info("another shard is making the dataset; if it fails, run any of them again")
+            record = read_record(layout)
+            if record is not None and record["config"]["shard"]["count"] == 1:
+                raise
+            log.info("another process is making the dataset; if it fails, run any of the shards again")
             return False
         record = read_record(layout)
         if record is None:

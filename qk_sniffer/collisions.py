@@ -56,7 +56,7 @@ def _described(one: PlannedJob, other: PlannedJob, key: str, value: str) -> str:
         return f"{said}; leave {key} out, and each gets a folder of its own"
     swept = [name for name in different if f"{name}={values[name]}" in one.arguments and str(values[name]).isalnum()]
     if not swept:
-        return f"{said}; run them one by one, each with a {key} of its own"
+        return f"{said}; run them one by one, each with {key} of its own"
     return f"{said}; give each a place of its own, as in '{key}={value}-${{{swept[0]}}}'"
 
 

@@ -5,6 +5,7 @@ given. The field with `positional` in its metadata may be given by its value alo
 taken as they stand: no lists, no interpolation.
 """
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
@@ -28,11 +29,14 @@ def run(name: str, about: str, kind: type[Settings], program: Callable[[Settings
     error that it foresees, 2 for settings that are wrong, 130 interrupted.
     """
     arguments = sys.argv[1:]
-    if {"-h", "--help"} & set(arguments):
-        print(_help(name, about, kind))
-        return 0
     try:
+        if {"-h", "--help"} & set(arguments):
+            print(_help(name, about, kind), flush=True)
+            return 0
         return program(parse(arguments, kind))
+    except BrokenPipeError:  # who reads, as `head` does, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except QkSnifferError as error:
         print(error, file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1

@@ -17,6 +17,7 @@ from qk_sniffer import command
 from qk_sniffer.assembly import finish_publication
 from qk_sniffer.config import VerifyConfig, from_dict
 from qk_sniffer.corpus import open_corpus
+from qk_sniffer.environment import read_environment
 from qk_sniffer.finish import finish, present
 from qk_sniffer.job import read_record
 from qk_sniffer.parts import LazyParts
@@ -38,6 +39,7 @@ class Settings:
 def main() -> int:
     """`python -m qk_sniffer.finalize`; returns the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    read_environment()
     return command.run("qk_sniffer.finalize", __doc__ or "", Settings, finalize)
 
 
@@ -69,7 +71,7 @@ def finalize(settings: Settings) -> int:
         return open_corpus(config.dataset, record["commits"]["dataset"])
 
     done = finish(config, layout, corpus, LazyParts(config, record["commits"], stages), stages)
-    return 1 if done is None and not layout.manifest.exists() else 0
+    return 1 if done is None and read_record(layout) is not None else 0
 
 
 def missing_shards(layout: Layout, record: dict[str, Any]) -> list[str]:

@@ -6,7 +6,8 @@ launcher does not wait for are waited for.
 
 import os
 import shutil
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,6 +20,10 @@ import qk_sniffer
 from qk_sniffer import sweep
 from qk_sniffer.sweep import PlannedJob
 
+SETTLE_S = 30.0
+
+_SUBMITTED = "_submitted.pkl"
+
 
 class Launch:
     """One command's launch of its jobs; a context manager around Hydra's part in it."""
@@ -30,6 +35,7 @@ class Launch:
         self.is_announced = False
         """Whether `planned` is what Hydra launches."""
         self._slurm_folder: str | None = None
+        self._submitted_before: set[Path] = set()
         self._open = ExitStack()
 
     def __enter__(self) -> "Launch":
@@ -48,6 +54,7 @@ class Launch:
         is_slurm = launcher.endswith(".SlurmLauncher")
         if is_slurm:
             self._slurm_folder = str(hydra.launcher.submitit_folder)
+            self._submitted_before = set(self._submitted())
         # Another sweeper draws its values as it goes: what it will launch is not known.
         if str(hydra.sweeper["_target_"]).endswith(f".{BasicSweeper.__name__}"):
             self.is_announced = True
@@ -62,10 +69,23 @@ class Launch:
             return
         from submitit import SlurmJob
 
-        suffix = "_submitted.pkl"
-        folder = Path(self._slurm_folder).absolute()
-        for path in sorted(Path("/").glob(str(folder / f"*{suffix}").replace("%j", "*").lstrip("/"))):
-            SlurmJob[Any](folder=folder, job_id=path.name.removesuffix(suffix)).wait()
+        for path in sorted(set(self._submitted()) - self._submitted_before):
+            job_id = path.name.removesuffix(_SUBMITTED)
+            SlurmJob[Any](folder=Path(self._slurm_folder).absolute(), job_id=job_id).wait()
+
+    def settle(self) -> None:
+        """After an interrupt: gives jobs that end with this command the time to say so."""
+        deadline = time.monotonic() + SETTLE_S
+        while self._slurm_folder is None and self.folder is not None and time.monotonic() < deadline:
+            if all(status.state != sweep.RUNNING for status in sweep.statuses(self.folder).values()):
+                return
+            time.sleep(0.2)
+
+    def _submitted(self) -> Iterator[Path]:
+        """What submitit leaves of each job that it submitted."""
+        assert self._slurm_folder is not None
+        folder = str(Path(self._slurm_folder).absolute() / f"*{_SUBMITTED}").replace("%j", "*")
+        yield from Path("/").glob(folder.lstrip("/"))
 
 
 class LaunchCallback(Callback):

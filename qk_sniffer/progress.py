@@ -58,6 +58,7 @@ class Progress:
         # disable=None: no bar where stderr is no terminal; plain lines of the log take its place.
         self._bar = tqdm(total=total, initial=done, unit="example", disable=None, dynamic_ncols=True, desc="capture")
         self._total, self._done, self._file = total, done, file
+        self._resumed = done > 0
         self._tokens = self._rows = self._new = 0
         self._start = self._last_line = time.monotonic()
         self._process = psutil.Process()
@@ -104,7 +105,7 @@ class Progress:
         facts = {
             "examples": self._done,
             "total": self._total,
-            "rows": self._rows,
+            "rows": None if self._resumed else self._rows,  # those of earlier starts are not counted
             "tokens_per_s": round(self._speed(now), 1),
             "seconds_left": self._seconds_left(now),
             "at": time.time(),
@@ -116,8 +117,8 @@ class Progress:
 
 
 def read_progress(file: Path) -> dict[str, Any]:
-    """What a job last said: `examples` done of `total`, `rows` and `tokens_per_s` since it started, `seconds_left`, and
-    `at`, when that was (seconds since 1970); empty where it said nothing."""
+    """What a job last said: `examples` done of `total`, `rows` (None once it was resumed), `tokens_per_s`,
+    `seconds_left`, and `at`, when that was (seconds since 1970); empty where it said nothing."""
     try:
         facts: dict[str, Any] = json.loads(file.read_text())
     except (OSError, ValueError):

@@ -70,8 +70,8 @@ def _run(config: Config, layout: Layout, stages: Stages, stopping: Stopping) -> 
             record = _record(config, start, parts())
             begin(layout, start.job, record, own_lock=own_lock, overwrite=config.output.overwrite)
             _capture_examples(config, layout, start, parts(), stages, stopping)
-    trim_memory()  # of what the forward leaves behind, before the threads of the compaction come
-    return finish(config, layout, lambda: start.corpus, parts, stages) or Outcome()
+        trim_memory()  # of what the forward leaves behind, before the threads of the compaction come
+        return finish(config, layout, lambda: start.corpus, parts, stages) or Outcome()
 
 
 def _record(config: Config, start: Start, parts: Parts) -> dict[str, Any]:

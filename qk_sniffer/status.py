@@ -3,8 +3,9 @@
 It reads files only, so it tells of jobs on any machine that writes to this file system, whether or not the command that
 began them still runs.
 
-States: queued, running, requeued (stopped by SLURM, and queued again), done (with shard.count > 1: this shard is
-captured), published, failed, interrupted, not started (its sweep ended before).
+States: queued, running, requeued (its time was up, and it is queued again), done (with shard.count > 1: this shard is
+captured), published, failed, interrupted (by a person or by SLURM, which may begin it again), not started (its sweep
+ended before).
 """
 
 import json
@@ -13,14 +14,13 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from qk_sniffer import command, sweep
-from qk_sniffer.config import from_dict, resolved
 from qk_sniffer.errors import ConfigError, StoreError
 from qk_sniffer.job import read_record
 from qk_sniffer.progress import read_progress
@@ -38,14 +38,15 @@ class Settings:
 
     folder: Path = field(default=Path("outputs"), metadata={"help": "what to look through", "positional": True})
     watch: bool = field(default=False, metadata={"help": f"look again every {EVERY_S:.0f} s, until Ctrl-C"})
-    format: str = field(default="table", metadata={"help": "table, or json: a list of objects, one a dataset or shard"})
+    format: str = field(default="table", metadata={"help": "table, or json: a list of objects, one a line"})
 
 
 @dataclass(frozen=True)
 class Line:
     """A job, or a dataset without one, and what it has done. What is not known is None.
 
-    `examples` of `total` are captured, `tokens_per_s` and `seconds_left` are what the job said last.
+    `examples` of `total` are captured, `tokens_per_s` and `seconds_left` are what the job said last. `rows` are those
+    of the dataset, or what a job that runs has captured so far.
     """
 
     status: Status
@@ -101,21 +102,22 @@ def look(folder: Path) -> list[Line]:
     latest: dict[tuple[str, int, int], Status] = {}
     roots: dict[str, Path] = {}
     for path in _walk(folder):
-        if path.name == SWEEP_FILE:
-            found = sweep.queued(path.parent)
-        elif path.name == STATUS_FILE:
-            found = _read(path)
+        if path.name in (SWEEP_FILE, STATUS_FILE):
+            for status in _read(path):
+                key = (_real(status.data_root), status.shard_index, status.shard_count)
+                if key not in latest or _counts(status) >= _counts(latest[key]):
+                    latest[key] = status
         else:
             roots[str(path.resolve())] = path
-            continue
-        for status in found:
-            key = (_real(status.data_root), status.shard_index, status.shard_count)
-            if key not in latest or _counts(status) >= _counts(latest[key]):
-                latest[key] = status
     known = {root for root, _, _ in latest}
-    alone = [status for root, path in roots.items() if root not in known for status in _of_dataset(Layout(path))]
-    statuses = sorted([*latest.values(), *alone], key=lambda status: (status.data_root, status.shard_index))
-    return [_line(status) for status in statuses]
+    statuses = [_now(status) for status in latest.values()]
+    for root, path in roots.items():
+        if root not in known:
+            with suppress(*_UNREADABLE):
+                statuses += _of_dataset(Layout(path))
+    # A dataset that was there and is not any more: removed, or moved.
+    there = (status for status in statuses if status.state not in sweep.GOOD or Path(status.data_root).exists())
+    return [_line(status) for status in sorted(there, key=lambda status: (status.data_root, status.shard_index))]
 
 
 def table(lines: list[Line]) -> str:
@@ -161,31 +163,46 @@ def _walk(folder: Path) -> Iterator[Path]:
         yield from (path / file for file in (SWEEP_FILE, STATUS_FILE) if file in files)
 
 
-def _counts(status: Status) -> tuple[bool, float]:
-    """The last job counts, but one that never started says nothing of those before it."""
-    return status.state != sweep.NOT_STARTED, status.since
+_UNREADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, StoreError)
+"""What comes of files of other programs that have our names, and of other versions' files."""
+
+
+def _counts(status: Status) -> tuple[bool, bool, float]:
+    """What runs counts, else what ended, or began to wait, last; a job that never started says nothing of others."""
+    ended = status.since + status.seconds
+    return status.state == sweep.RUNNING, status.state != sweep.NOT_STARTED, ended
 
 
 def _read(file: Path) -> Iterator[Status]:
-    with suppress(OSError, ValueError, TypeError):  # other programs may have files of this name
-        yield sweep.read_status(file)
+    with suppress(*_UNREADABLE):
+        yield from sweep.queued(file.parent) if file.name == SWEEP_FILE else [sweep.read_status(file)]
+
+
+def _now(status: Status) -> Status:
+    """The status, but that a job which failed is done where its dataset was finished later, by another one."""
+    layout = Layout(Path(status.data_root))
+    if status.state in (sweep.FAILED, sweep.INTERRUPTED) and not layout.job_file.exists():
+        with suppress(OSError):
+            if layout.manifest.stat().st_mtime > status.since + status.seconds:
+                return replace(status, state=sweep.DONE, error=None, code=0)
+    return status
 
 
 def _of_dataset(layout: Layout) -> Iterator[Status]:
     """The statuses of a dataset that no job below the folder tells of: from its own files."""
+    root = str(layout.root.absolute())
     record = read_record(layout)
     if record is None:
-        state = sweep.DONE if layout.manifest.exists() else sweep.INTERRUPTED
-        model = manifests.read(layout.root)["config"]["model"]["slug"] if state == sweep.DONE else ""
-        yield Status(0, str(layout.root.absolute()), model, state=state)
+        if layout.manifest.exists():
+            yield Status(0, root, manifests.read(layout.root)["config"]["model"]["slug"], state=sweep.DONE)
         return
-    config = resolved(from_dict(record["config"]))
-    for index in range(config.shard.count):
-        lock = layout.shard_lock(index, config.shard.count)
-        status = Status(0, str(layout.root.absolute()), config.model.slug or "", index, config.shard.count)
+    model, count = record["config"]["model"]["slug"], record["config"]["shard"]["count"]
+    for index in range(count):
+        lock = layout.shard_lock(index, count)
+        status = Status(0, root, model, index, count)
         if is_held(lock) and (by := holder(lock)) is not None:
             status.host, status.slurm_job_id = by.host, by.slurm_job_id
-        elif layout.shard_done(index, config.shard.count).exists():
+        elif layout.shard_done(index, count).exists():
             status.state = sweep.DONE
         else:
             status.state = sweep.INTERRUPTED
@@ -207,9 +224,10 @@ def _line(status: Status) -> Line:
             said["seconds_left"] if is_running else None,
             said["rows"],
         )
-    if status.shard_count == 1 and status.state in (*sweep.GOOD, sweep.FAILED) and layout.manifest.exists():
-        manifest = manifests.read(layout.root)
-        return Line(status, manifest["examples"], rows=manifest["rows"])
+    if status.shard_count == 1 and status.state in (*sweep.GOOD, sweep.FAILED):
+        with suppress(*_UNREADABLE):
+            manifest = manifests.read(layout.root)
+            return Line(status, manifest["examples"], rows=manifest["rows"])
     return Line(status, rows=status.rows)
 
 

@@ -147,17 +147,21 @@ def statuses(folder: Path) -> dict[int, Status]:
 def announced(folder: Path, jobs: Sequence[PlannedJob], *, outlive: bool) -> Iterator[None]:
     """Says in `folder` what the jobs of a sweep are, while and after its command runs.
 
-    `outlive`: the jobs go on when the command is gone.
+    `outlive`: the jobs go on when the command is gone, and wait for their turn although the block was interrupted.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / SWEEP_FILE
     facts: dict[str, Any] = {
         "outlive": outlive,
         "ended": False,
-        "since": time.time(),
-        "folder": str(Path.cwd()),  # where relative paths begin
-        "jobs": [{"number": job.number, "config": job.config.to_dict()} for job in jobs],
+        "jobs": [
+            {"status": asdict(Status.of(job.number, job.config, state=QUEUED)), "config": job.config.to_dict()}
+            for job in jobs
+        ],
     }
+    for left in folder.rglob(STATUS_FILE):  # by an earlier sweep in the same folder
+        if not is_held(left.with_name(LOCK)):
+            left.unlink()
     with hold(folder / LOCK, "running this sweep"):
         _write(file, facts)
         yield
@@ -167,7 +171,7 @@ def announced(folder: Path, jobs: Sequence[PlannedJob], *, outlive: bool) -> Ite
 def submitted(folder: Path, number: int) -> Config | None:
     """The config with which a job of the sweep in `folder` was submitted; None where none was announced."""
     for job in _announced(folder).get("jobs", ()):
-        if job["number"] == number:
+        if job["status"]["number"] == number:
             return from_dict(job["config"])
     return None
 
@@ -177,11 +181,7 @@ def queued(folder: Path) -> Iterator[Status]:
     facts = _announced(folder)
     waits = not facts.get("ended") and (facts.get("outlive") or is_held(folder / LOCK))
     for job in facts.get("jobs", ()):
-        config = from_dict(job["config"])
-        status = Status.of(job["number"], config, state=QUEUED if waits else NOT_STARTED)
-        status.data_root = str(Path(facts["folder"]) / config.data_root)
-        status.since = facts["since"]
-        yield status
+        yield Status(**job["status"] | {"state": QUEUED if waits else NOT_STARTED})
 
 
 def _write(file: Path, facts: dict[str, Any]) -> None:

@@ -169,7 +169,7 @@ def test_an_interrupted_job(light: dict[str, str], tmp_path: Path) -> None:
         assert process.stdout.readline() == "running with seed 3\n"
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=30) == 130
-        assert process.stderr.read() == "interrupted\n"
+        assert process.stderr.read() == "stopped by SIGINT; run the same command again to go on\n"
 
 
 def test_a_failed_job_does_not_stop_its_sweep(light: dict[str, str], tmp_path: Path) -> None:
@@ -214,6 +214,9 @@ def test_the_env_file_is_read_for_what_is_not_set(light: dict[str, str], tmp_pat
     (tmp_path / ".env").write_text("SNIFFED=from-the-file\nHOME=/nowhere\n")
     done = sniff(light, tmp_path, *MODEL, "sampler.seed=6")
     assert f"from-the-file {os.environ['HOME']}" in done.stdout, done.stderr
+    (tmp_path / ".env").write_bytes(b"A=\xff\n")
+    bad = sniff(light, tmp_path, *MODEL)
+    assert bad.returncode == 2 and ".env is not UTF-8" in bad.stderr and "Traceback" not in bad.stderr
 
 
 def test_the_task_can_be_sent_to_a_worker() -> None:

@@ -13,7 +13,7 @@ from qk_sniffer.finish import Outcome
 from qk_sniffer.run import run_job
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.layout import Layout
-from qk_sniffer.store.locks import hold
+from qk_sniffer.store.locks import InUseError, hold
 
 EXACT: dict[str, Any] = {"inference": {"batch_size": 1}}
 
@@ -81,6 +81,27 @@ def test_it_waits_for_nobody_who_makes_the_dataset(
     with hold(Layout(root).finalize_lock, "making the dataset"):
         assert finalize(Settings(root)) == 1
     assert finalize(Settings(root)) == 0
+
+
+def test_a_job_without_shards_does_not_pass_for_done_while_another_process_makes_its_dataset(
+    checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "out"
+    run(checkpoint, texts, root, dataset={"max_samples": 5})
+
+    def die(*_: Any) -> Outcome:
+        raise Stopped
+
+    with monkeypatch.context() as inside, pytest.raises(Stopped):
+        inside.setattr("qk_sniffer.run.finish", die)
+        run(checkpoint, texts, root)
+    monkeypatch.setattr("qk_sniffer.assembly.PATIENCE_S", 0.1)
+    with hold(Layout(root).finalize_lock, "making the dataset"):
+        for again in (lambda: run(checkpoint, texts, root), lambda: finalize(Settings(root))):
+            with pytest.raises(InUseError, match="is making the dataset"):
+                again()
+    assert manifests.read(root)["examples"] == 5
+    assert finalize(Settings(root)) == 0 and manifests.read(root)["examples"] == 24
 
 
 def test_a_journal_that_lost_something_is_said(

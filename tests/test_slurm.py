@@ -320,22 +320,25 @@ def test_no_token_is_written_anywhere(sweep: Callable[..., Sweep], models: dict[
     code, said = running.wait()
     assert code == 0, said
     assert tokens_in(tmp_path, token) == [tmp_path / ".env"]
+    assert not tokens_in(running.cluster.folder, token), "SLURM keeps the environment that a job is submitted with"
     assert not tokens_in(tmp_path, os.environ.get("HF_TOKEN") or token.upper())
 
 
 def test_the_launcher_may_go_and_the_jobs_stay(
     sweep: Callable[..., Sweep], models: dict[str, Path], undisturbed: Callable[[str], Path]
 ) -> None:
-    running = sweep("model=hf", f"model.name={models['llama']}")
-    root = running.dataset(models["llama"])
-    running.until_captures(root)
+    names = ("llama", "gemma3")
+    paths = ",".join(str(models[name]) for name in names)
+    running = sweep("model=hf", f"model.name={paths}", "hydra.launcher.array_parallelism=1")
+    roots = [running.dataset(models[name]) for name in names]
+    running.until_captures(roots[0])
     running.process.send_signal(signal.SIGINT)
     code, said = running.wait()
-    assert code == 130 and rows_of(said) == []
-    assert [line["state"] for line in running.status()] == ["running"]
-    deadline = time.monotonic() + 120
+    assert code == 130 and [row[2] for row in rows_of(said)] == ["running", "queued"], said
+    assert sorted(line["state"] for line in running.status()) == ["queued", "running"]
+    deadline = time.monotonic() + 180
     while set(running.jobs().values()) != {"COMPLETED"}:
         assert time.monotonic() < deadline
         time.sleep(0.5)
-    assert [line["state"] for line in running.status()] == ["done"]
-    assert hashes(root) == hashes(undisturbed("llama"))
+    assert [line["state"] for line in running.status()] == ["done", "done"]
+    assert [hashes(root) for root in roots] == [hashes(undisturbed(name)) for name in names]

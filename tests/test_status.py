@@ -36,6 +36,7 @@ def begin(folder: Path, config: Config, number: int = 0) -> Any:
 
 def test_a_sweep_from_beginning_to_end(tmp_path: Path) -> None:
     folder, jobs = tmp_path / ".sweeps" / "1", planned(tmp_path / "a", tmp_path / "b", tmp_path / "c")
+    (tmp_path / "b").mkdir()
     with announced(folder, jobs, outlive=False):
         assert states(tmp_path) == {"a": "queued", "b": "queued", "c": "queued"}
         with begin(folder / "0", jobs[0].config):
@@ -94,11 +95,62 @@ def test_a_job_that_never_started_says_nothing_of_the_one_before_it(tmp_path: Pa
     (job,) = planned(tmp_path / "a")
     found = Status.here(0, job.config)
     (tmp_path / "0").mkdir()
+    (tmp_path / "a").mkdir()
     with recorded(found, tmp_path / "0"):
         found.succeed(7, None)
     with pytest.raises(Stopped), announced(tmp_path / "1", [job], outlive=False):
         raise Stopped
     assert states(tmp_path) == {"a": "done"}
+
+
+def test_what_runs_counts_more_than_what_was_refused_or_waits(tmp_path: Path) -> None:
+    (job,) = planned(tmp_path / "a")
+    (tmp_path / "a").mkdir()
+    found = Status.here(0, job.config)
+    (tmp_path / "0").mkdir()
+    with recorded(found, tmp_path / "0"):
+        with begin(tmp_path / "1", job.config):
+            pass
+        with announced(tmp_path / "2", [job], outlive=True):
+            assert states(tmp_path) == {"a": "running"}
+        found.succeed(7, None)
+        time.sleep(0.01)
+    assert states(tmp_path) == {"a": "done"}, "it ended last"
+
+
+def test_a_job_that_failed_is_done_where_another_finished_its_dataset(
+    checkpoint: Path, texts: Path, tmp_path: Path
+) -> None:
+    jobs = planned(tmp_path / "a")
+    found = Status.here(0, jobs[0].config)
+    (tmp_path / "0").mkdir()
+    with recorded(found, tmp_path / "0"):
+        found.fail("no memory")
+    assert states(tmp_path) == {"a": "failed"}
+    run(checkpoint, texts, tmp_path / "a")
+    (line,) = look(tmp_path)
+    assert (line.status.state, line.status.error, line.examples) == ("done", None, 24)
+    found.since = time.time()
+    with recorded(found, tmp_path / "0"):
+        found.fail("the Hub is down")
+    assert states(tmp_path) == {"a": "failed"}
+
+
+def test_a_dataset_that_is_gone_is_not_done(tmp_path: Path) -> None:
+    (job,) = planned(tmp_path / "a")
+    found = Status.here(0, job.config)
+    (tmp_path / "0").mkdir()
+    with recorded(found, tmp_path / "0"):
+        found.succeed(7, None)
+    assert look(tmp_path) == []
+
+
+def test_a_folder_that_is_used_again_forgets_its_last_sweep(tmp_path: Path) -> None:
+    jobs = planned(tmp_path / "a")
+    with announced(tmp_path / "1", jobs, outlive=False), begin(tmp_path / "1" / "0", jobs[0].config):
+        pass
+    with announced(tmp_path / "1", jobs, outlive=False):
+        assert sweep.statuses(tmp_path / "1")[0].state == "queued"
 
 
 def test_datasets_without_a_job(checkpoint: Path, texts: Path, tmp_path: Path) -> None:
@@ -180,6 +232,13 @@ def test_names_are_relative_where_that_is_shorter(tmp_path: Path, monkeypatch: p
 def test_what_cannot_be_read_is_not_in_the_way(tmp_path: Path) -> None:
     (tmp_path / "1").mkdir()
     (tmp_path / "1" / sweep.SWEEP_FILE).write_text("{")
+    for number, text in enumerate(("[1]", '{"jobs": [1]}', '{"jobs": [{"status": {"new": 1}}]}')):
+        (tmp_path / f"1-{number}").mkdir()
+        (tmp_path / f"1-{number}" / sweep.SWEEP_FILE).write_text(text)
     (tmp_path / "2").mkdir()
     (tmp_path / "2" / sweep.STATUS_FILE).write_text('{"other": 1}')
+    (tmp_path / "3" / ".qk_sniffer").mkdir(parents=True)
+    (tmp_path / "3" / ".qk_sniffer" / "job.json").write_text("{}")
+    (tmp_path / "4").mkdir()
+    (tmp_path / "4" / "manifest.json").write_text('{"format": "qk-sniffer/1"}')
     assert look(tmp_path) == []

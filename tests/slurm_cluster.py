@@ -112,15 +112,17 @@ class Cluster:
                     os.kill(int(process.name), number)
 
     def stop_node(self, node: str) -> None:
-        """Ends a node as a power failure would: its daemon, and whatever runs on it."""
+        """Ends a node as a power failure would: nobody hears of it any more, and whatever ran on it is gone."""
         daemon = self._daemons[2 + self.nodes.index(node)]
         daemon.kill()
         daemon.wait()
+        self.run("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
         self.kill(signal.SIGKILL, SLURMD_NODENAME=node)
 
     def start_node(self, node: str) -> None:
-        """Starts the daemon of a node that was stopped."""
+        """Starts the daemon of a node that was stopped, and takes it into service again."""
         self._daemons[2 + self.nodes.index(node)] = self._daemon("slurmd", "-D", "-N", node)
+        self.run("scontrol", "update", f"NodeName={node}", "State=RESUME")
 
     def _start(self) -> None:
         for name in ("ctld", "munge", "bin"):

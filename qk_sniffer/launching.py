@@ -21,6 +21,7 @@ from qk_sniffer import sweep
 from qk_sniffer.sweep import PlannedJob
 
 SETTLE_S = 30.0
+"""How long jobs may take to end that an interrupt of their command has reached too."""
 
 _SUBMITTED = "_submitted.pkl"
 

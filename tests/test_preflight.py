@@ -156,7 +156,7 @@ def test_smollm3_checkpoints_sweeps_by_itself() -> None:
         (("sampler.seed=0,1", "shard.index=5"), r"^shard\.index is 5; [^\[]*$"),
         (("sampler.seed=0,1",), r"job 0 \(sampler\.seed=0\) and job 1 .* both write to output\.data_root=outputs/mod"),
         (("sampler.seed=0,1",), r"'output\.data_root=outputs/model-pydoc-\$\{sampler\.seed\}'$"),
-        (("model.name=a/x,b/x",), r"differ in model\.name, .*; run them one by one, each with a output\.data_root"),
+        (("model.name=a/x,b/x",), r"differ in model\.name, .*; run them one by one, each with output\.data_root"),
         (("model.revision=a,b", "output.data_root=x"), r"leave output\.data_root out, and each gets a folder of"),
         (("sampler.seed=0,0",), r"job 0 and job 1 .*; they are the same job twice"),
         (("shard.count=2", "shard.index=0,1", "sampler.seed=0,1"), r"differ in sampler\.seed"),

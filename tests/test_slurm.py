@@ -130,7 +130,14 @@ class Sweep:
         # What the sweep is submitted with is what its jobs get.
         env = self.cluster.env | {name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ}
         return subprocess.Popen(
-            self.command, cwd=self.folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            self.command,
+            cwd=self.folder,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            # A shell that runs the tests in the background has them ignore it, and all that they start.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
 

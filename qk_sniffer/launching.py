@@ -51,17 +51,15 @@ class Launch:
     def begin_sweep(self, hydra: DictConfig) -> None:
         """Announces the jobs; `hydra` is Hydra's own configuration."""
         self.folder = Path(hydra.sweep.dir).absolute()
-        launcher = str(hydra.launcher["_target_"])
-        is_slurm = launcher.endswith(".SlurmLauncher")
-        if is_slurm:
+        on_slurm = is_on_slurm(hydra)
+        if on_slurm:
             self._slurm_folder = str(hydra.launcher.submitit_folder)
             self._submitted_before = set(self._submitted())
-        # Another sweeper draws its values as it goes: what it will launch is not known.
-        if str(hydra.sweeper["_target_"]).endswith(f".{BasicSweeper.__name__}"):
+        if is_plain_sweep(hydra):
             self.is_announced = True
-            self._open.enter_context(sweep.announced(self.folder, self.planned, outlive=is_slurm))
+            self._open.enter_context(sweep.announced(self.folder, self.planned, outlive=on_slurm))
         wanted = self.planned[0].config.snapshot
-        if is_slurm if wanted is None else wanted:
+        if on_slurm if wanted is None else wanted:
             use_snapshot(self.folder / "code")
 
     def wait(self) -> None:
@@ -103,6 +101,16 @@ class LaunchCallback(Callback):
         """Called by Hydra before a sweep."""
         if self.launch is not None:
             self.launch.begin_sweep(config.hydra)
+
+
+def is_on_slurm(hydra: DictConfig) -> bool:
+    """Whether the jobs of a sweep go to SLURM; `hydra` is Hydra's own configuration."""
+    return str(hydra.launcher["_target_"]).endswith(".SlurmLauncher")
+
+
+def is_plain_sweep(hydra: DictConfig) -> bool:
+    """Whether the jobs of a sweep follow from its arguments alone; other sweepers draw values as they go."""
+    return bool(hydra.sweeper["_target_"] == f"{BasicSweeper.__module__}.{BasicSweeper.__name__}")
 
 
 def use_snapshot(folder: Path) -> None:

@@ -31,6 +31,7 @@ from qk_sniffer import overrides, validation
 from qk_sniffer.collisions import collisions
 from qk_sniffer.config import Config, from_omegaconf, resolved, schema
 from qk_sniffer.errors import ConfigError
+from qk_sniffer.launching import is_on_slurm, is_plain_sweep
 from qk_sniffer.sweep import PlannedJob, describe
 
 VERSION_BASE = "1.3"
@@ -185,8 +186,7 @@ class _Composer:
         parsed = self.parser.parse_overrides(arguments)
         of_hydra = [text for text, override in zip(arguments, parsed, strict=True) if override.is_hydra_override()]
         of_task = [text for text in arguments if text not in of_hydra]
-        if master.hydra.sweeper["_target_"] != f"{BasicSweeper.__module__}.{BasicSweeper.__name__}":
-            # Another sweeper draws its values as it goes; what it does not sweep can be looked at.
+        if not is_plain_sweep(master.hydra):  # what it does not sweep can be looked at
             return [], [list(master.hydra.overrides.hydra) + list(master.hydra.overrides.task)]
         params = [f"{key}={value}" for key, value in (master.hydra.sweeper.params or {}).items()]
         checked = overrides.check(params, self.parser, self.groups)
@@ -308,7 +308,7 @@ def _launcher(name: str, config: DictConfig, *, sweep: bool) -> Iterator[str]:
         return
     if not sweep:
         yield f"hydra/launcher={name} is for sweeps: add --multirun (-m), also for a single job"
-    elif config.hydra.launcher["_target_"].endswith(".SlurmLauncher") and shutil.which("srun") is None:
+    elif is_on_slurm(config.hydra) and shutil.which("srun") is None:
         yield f"hydra/launcher={name}: this machine has no commands of SLURM (srun); start from a login node"
 
 

@@ -20,6 +20,7 @@ from typing import Any
 from tqdm import tqdm
 
 from qk_sniffer.config import Config, from_dict
+from qk_sniffer.store.disk import write_atomic
 from qk_sniffer.store.locks import hold, is_held, restart_patience_s
 
 STATUS_FILE, SWEEP_FILE, LOCK = "status.json", "sweep.json", "job.lock"
@@ -185,10 +186,7 @@ def queued(folder: Path) -> Iterator[Status]:
 
 
 def _write(file: Path, facts: dict[str, Any]) -> None:
-    """A reader sees the old file or the new one, never a part."""
-    beside = file.with_name(f".{file.name}.{os.getpid()}")
-    beside.write_text(json.dumps(facts))
-    beside.replace(file)
+    write_atomic(file, json.dumps(facts).encode())
 
 
 def _announced(folder: Path) -> dict[str, Any]:

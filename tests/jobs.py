@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 import torch
 from tiny import ALPHABET
 from zoo import CASES
@@ -74,6 +75,17 @@ def stop_at(index: int, plan: Any, capture: Any, real: Any) -> None:
     if any(example.index == index for example in plan.examples):
         raise Stopped
     real(capture, plan)
+
+
+def captured_only(checkpoint: Path, texts: Path, root: Path, patch: pytest.MonkeyPatch, **sections: Any) -> None:
+    """A job that is killed when its journal is whole and nothing is made of it yet."""
+
+    def fail(*_: Any) -> bool:
+        raise Stopped
+
+    with patch.context() as inside, pytest.raises(Stopped):
+        inside.setattr("qk_sniffer.finish.assemble", fail)
+        run(checkpoint, texts, root, **sections)
 
 
 def together(jobs: list[dict[str, Any]]) -> list[int]:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from jobs import Stopped, hashes, run
+from jobs import captured_only, hashes, run, settings
 
 from qk_sniffer.config import from_dict
 from qk_sniffer.errors import StoreError
@@ -18,26 +18,24 @@ from qk_sniffer.store.locks import InUseError, hold
 EXACT: dict[str, Any] = {"inference": {"batch_size": 1}}
 
 
-def shard(checkpoint: Path, texts: Path, root: Path, index: int, patch: pytest.MonkeyPatch | None = None) -> None:
-    """Captures a shard of two; with `patch`, dies where it would make the dataset."""
+def shard(index: int) -> dict[str, Any]:
+    """The sections of the job over a shard of two."""
+    return EXACT | {"shard": {"index": index, "count": 2}}
 
-    def die(*_: Any) -> Outcome:
-        raise Stopped
 
-    sections = EXACT | {"shard": {"index": index, "count": 2}}
-    if patch is None:
-        run(checkpoint, texts, root, **sections)
-        return
-    with patch.context() as inside, pytest.raises(Stopped):
-        inside.setattr("qk_sniffer.run.finish", die)
-        run(checkpoint, texts, root, **sections)
+@pytest.fixture
+def captured(checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where both shards are captured, and nobody has made the dataset."""
+    for index in range(2):
+        captured_only(checkpoint, texts, tmp_path / "out", monkeypatch, **shard(index))
+    return tmp_path / "out"
 
 
 def test_it_says_which_shards_are_missing(
     checkpoint: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     root = tmp_path / "out"
-    shard(checkpoint, texts, root, 0)
+    run(checkpoint, texts, root, **shard(0))
     assert finalize(Settings(root)) == 1
     said = capsys.readouterr().out
     assert "shard 1 of 2: not begun" in said and "shard 0" not in said
@@ -50,16 +48,14 @@ def test_it_says_which_shards_are_missing(
 @pytest.mark.parametrize("prove", [True, False])
 def test_it_makes_the_dataset_that_a_dead_shard_did_not_make(
     prove: bool,
+    captured: Path,
     checkpoint: Path,
     texts: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    root, whole = tmp_path / "out", tmp_path / "whole"
-    run(checkpoint, texts, whole, **EXACT)
-    shard(checkpoint, texts, root, 1)
-    shard(checkpoint, texts, root, 0, monkeypatch)
+    root, whole = captured, run(checkpoint, texts, tmp_path / "whole", **EXACT)
     if not prove:
         monkeypatch.setattr("qk_sniffer.parts.load_backbone", None)  # no model is loaded
     assert finalize(Settings(root, prove)) == 0
@@ -71,16 +67,11 @@ def test_it_makes_the_dataset_that_a_dead_shard_did_not_make(
     assert "Nothing to do: the dataset is finished." in capsys.readouterr().out
 
 
-def test_it_waits_for_nobody_who_makes_the_dataset(
-    checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    root = tmp_path / "out"
-    for index in range(2):
-        shard(checkpoint, texts, root, index, monkeypatch)
+def test_it_waits_for_nobody_who_makes_the_dataset(captured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qk_sniffer.assembly.PATIENCE_S", 0.1)
-    with hold(Layout(root).finalize_lock, "making the dataset"):
-        assert finalize(Settings(root)) == 1
-    assert finalize(Settings(root)) == 0
+    with hold(Layout(captured).finalize_lock, "making the dataset"):
+        assert finalize(Settings(captured)) == 1
+    assert finalize(Settings(captured)) == 0
 
 
 def test_a_job_without_shards_does_not_pass_for_done_while_another_process_makes_its_dataset(
@@ -88,13 +79,7 @@ def test_a_job_without_shards_does_not_pass_for_done_while_another_process_makes
 ) -> None:
     root = tmp_path / "out"
     run(checkpoint, texts, root, dataset={"max_samples": 5})
-
-    def die(*_: Any) -> Outcome:
-        raise Stopped
-
-    with monkeypatch.context() as inside, pytest.raises(Stopped):
-        inside.setattr("qk_sniffer.run.finish", die)
-        run(checkpoint, texts, root)
+    captured_only(checkpoint, texts, root, monkeypatch)
     monkeypatch.setattr("qk_sniffer.assembly.PATIENCE_S", 0.1)
     with hold(Layout(root).finalize_lock, "making the dataset"):
         for again in (lambda: run(checkpoint, texts, root), lambda: finalize(Settings(root))):
@@ -104,16 +89,11 @@ def test_a_job_without_shards_does_not_pass_for_done_while_another_process_makes
     assert finalize(Settings(root)) == 0 and manifests.read(root)["examples"] == 24
 
 
-def test_a_journal_that_lost_something_is_said(
-    checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    root = tmp_path / "out"
-    for index in range(2):
-        shard(checkpoint, texts, root, index, monkeypatch)
-    for segment in Layout(root).journal(1, 2).glob("*.safetensors"):
+def test_a_journal_that_lost_something_is_said(captured: Path) -> None:
+    for segment in Layout(captured).journal(1, 2).glob("*.safetensors"):
         segment.unlink()
     with pytest.raises(StoreError, match=r"Run the job of shard\.index=1 again"):
-        finalize(Settings(root))
+        finalize(Settings(captured))
 
 
 def test_there_must_be_a_job(tmp_path: Path) -> None:
@@ -124,8 +104,6 @@ def test_there_must_be_a_job(tmp_path: Path) -> None:
 
 
 def test_what_a_job_leaves(checkpoint: Path, texts: Path, tmp_path: Path) -> None:
-    from jobs import settings
-
     values = settings(checkpoint, texts, tmp_path / "out", shard={"index": 0, "count": 2})
     assert run_job(from_dict(values)) == Outcome()
     values["shard"]["index"] = 1

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from jobs import QWEN3, TEXTS, Stopped, hashes, heads_of, run, settings, stop_at, together, vectors
+from jobs import QWEN3, TEXTS, Stopped, captured_only, hashes, heads_of, run, settings, stop_at, together, vectors
 from tiny import save_checkpoint
 
 from qk_sniffer import capture as capture_room
@@ -182,17 +182,6 @@ def test_killed_again_and_again_at_random_moments_a_job_ends_with_the_same_bytes
     assert kills >= 3
     run_job(from_dict(values))
     assert hashes(root) == hashes(whole)
-
-
-def captured_only(checkpoint: Path, texts: Path, root: Path, patch: pytest.MonkeyPatch, **sections: Any) -> None:
-    """A job that is killed when its journal is whole and nothing is made of it yet."""
-
-    def fail(*_: Any) -> bool:
-        raise Stopped
-
-    with patch.context() as inside, pytest.raises(Stopped):
-        inside.setattr("qk_sniffer.finish.assemble", fail)
-        run(checkpoint, texts, root, **sections)
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -8,10 +8,13 @@ It answers as huggingface_hub and datasets expect by their source. These are gue
 - a commit on another parent than the branch's head is refused with 412, and nothing of it is done;
 - titles of commits come back whole and unchanged, however long;
 - a new repository has one commit, with .gitattributes, and the list of commits ends with it;
-- what a token is refused: 401 for one that is unknown, 403 for another's repository or name, 404 for a private one;
-- only .parquet files are LFS, and uploads are whole ("basic"): the real Hub also has Xet and uploads in parts;
-- the answer to a fault is text and no JSON, as from a proxy.
-There are datasets alone, and no organisations, gated repositories, pull requests or limits of its own.
+- what a token is refused: 401 for one that is unknown, 403 for another's repository, name or gated files, 404 for a
+  private repository, which is not shown to exist;
+- only .parquet files are LFS, and uploads without Xet are whole ("basic"): the real Hub also has uploads in parts;
+- Xet stores in a folder (`local_xet.py`), where the real one is a service with its own faults;
+- the answer to a fault is text and no JSON, as from a proxy;
+- no limits of its own: the real Hub allows some 128 commits an hour, and answers 429 above that.
+Models and datasets share one space of names. There are no organisations, pull requests or tags.
 """
 
 import base64
@@ -20,11 +23,16 @@ import json
 import re
 import socket
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
+
+import yaml
+from local_xet import LocalXet
 
 
 @dataclass(frozen=True)
@@ -33,11 +41,13 @@ class Commit:
     parent: str | None
     title: str
     files: dict[str, bytes]
+    date: str = field(default_factory=lambda: datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.000Z"))
 
 
 @dataclass
 class Repository:
     private: bool = False
+    gated: bool = False
     commits: dict[str, Commit] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
 
@@ -64,7 +74,8 @@ class Repository:
 
 @dataclass
 class Fault:
-    """`reply`: answers with the status; `drop`: hangs up unanswered; `lose`: does the work, then hangs up."""
+    """`reply`: answers with the status; `drop`: hangs up unanswered; `lose`: does the work, then hangs up;
+    `hold`: lets the client wait, until `FakeHub.held` is cleared, then hangs up."""
 
     method: str
     path: str
@@ -78,13 +89,19 @@ class Fault:
 
 
 class RefusedError(Exception):
-    def __init__(self, status: int, code: str | None = None, text: str = "") -> None:
+    def __init__(
+        self, status: int, code: str | None = None, text: str = "", headers: dict[str, str] | None = None, **more: str
+    ) -> None:
         super().__init__(text or code or f"status {status}")
-        self.status, self.code = status, code
+        self.status, self.headers = status, headers or {}
+        self.body = {"error": str(self), **more}
+        if code is not None:
+            self.headers["X-Error-Code"] = code
 
 
 class FakeHub:
-    def __init__(self) -> None:
+    def __init__(self, xet: LocalXet | None = None) -> None:
+        self.xet = xet
         self.tokens = {"hf_alice": "alice", "hf_bob": "bob"}
         """Whose a token is. The owner of a repository is the first part of its id."""
         self.roles: dict[str, str] = {}
@@ -94,6 +111,8 @@ class FakeHub:
         """Method, path, and status or kind of fault, of every request."""
         self.page_size = 1000
         self.lock = threading.Lock()
+        self.held = threading.Event()
+        """Set while a request is held."""
         self.uploads: dict[str, bytes] = {}
         self._faults: list[Fault] = []
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
@@ -104,6 +123,11 @@ class FakeHub:
         repository = self.repositories[repo_id] = Repository(private)
         repository.add("main", "initial commit", {".gitattributes": b"*.parquet filter=lfs\n"})
         return repository
+
+    def commit(self, repo_id: str, files: dict[str, bytes], branch: str = "main") -> str:
+        """Makes `files` all that a branch holds, in a repository that is made if it is missing; returns the commit."""
+        repository = self.repositories.get(repo_id) or self.create(repo_id)
+        return repository.add(branch, "by a test", files).id
 
     def fault(
         self, method: str, path: str, how: str = "reply", *, status: int = 503, times: int = 1, **headers: str
@@ -135,7 +159,7 @@ class FakeHub:
 Answer = tuple[Any, dict[str, str]]
 """What is sent back, bytes or what becomes JSON, and headers."""
 
-_API = r"/api/datasets/([^/]+/[^/]+)"
+_API = r"/api/(?:datasets|models)/([^/]+/[^/]+)"
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -148,11 +172,15 @@ class _Handler(BaseHTTPRequestHandler):
         self.query = parse_qs(url.query)
         fault = self.hub.take_fault(self.command, url.path)
         how = fault.how if fault else None
-        if how != "drop":
+        if how not in ("drop", "hold"):
             self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             status, (content, headers) = self._answer(url.path, fault if how == "reply" else None)
-        self.hub.log.append((self.command, url.path, how if how in ("drop", "lose") else status))
-        if how in ("drop", "lose"):
+        self.hub.log.append((self.command, url.path, how if how in ("drop", "lose", "hold") else status))
+        if how == "hold":
+            self.hub.held.set()
+            while self.hub.held.is_set():
+                time.sleep(0.01)
+        if how in ("drop", "lose", "hold"):
             self.close_connection = True
             self.connection.shutdown(socket.SHUT_RDWR)
             return
@@ -180,7 +208,7 @@ class _Handler(BaseHTTPRequestHandler):
                     return 206 if "Content-Range" in answer[1] else 200, answer
             raise RefusedError(404, text=f"no such route: {path}")
         except RefusedError as error:
-            return error.status, ({"error": str(error)}, {"X-Error-Code": error.code} if error.code else {})
+            return error.status, (error.body, error.headers)
 
     @property
     def token(self) -> str:
@@ -192,13 +220,15 @@ class _Handler(BaseHTTPRequestHandler):
             raise RefusedError(401, text="Invalid credentials in Authorization header")
         return self.hub.tokens.get(token)
 
-    def _repository(self, repo_id: str, *, write: bool = False) -> Repository:
+    def _repository(self, repo_id: str, *, write: bool = False, files: bool = False) -> Repository:
         user, repository = self._user(needed=write), self.hub.repositories.get(repo_id)
         owned = user == repo_id.split("/")[0]
         if repository is None or (repository.private and not owned):
             raise RefusedError(404 if user else 401, "RepoNotFound")
         if write and not owned:
             raise RefusedError(403, text="You do not have the rights to write here")
+        if files and repository.gated and not owned:
+            raise RefusedError(403 if user else 401, "GatedRepo")
         return repository
 
     def whoami(self) -> Answer:
@@ -211,7 +241,9 @@ class _Handler(BaseHTTPRequestHandler):
         if repo_id.split("/")[0] != user:
             raise RefusedError(403, text="You do not have the rights to create a repository under this name")
         if repo_id in self.hub.repositories:
-            raise RefusedError(409, text="You already created this repository")
+            raise RefusedError(
+                409, text="You already created this repository", url=f"{self.hub.url}/datasets/{repo_id}"
+            )
         self.hub.create(repo_id, private=asked.get("visibility") == "private")
         return {"url": f"{self.hub.url}/datasets/{repo_id}"}, {}
 
@@ -219,7 +251,14 @@ class _Handler(BaseHTTPRequestHandler):
         repository = self._repository(repo_id)
         head = repository.history(revision or "main")[0]
         siblings = [{"rfilename": name} for name in head.files]
-        return {"id": repo_id, "sha": head.id, "private": repository.private, "siblings": siblings, "tags": []}, {}
+        told = {"id": repo_id, "sha": head.id, "private": repository.private, "siblings": siblings, "tags": []}
+        card = head.files.get("README.md", b"").decode().partition("---\n")[2].partition("---\n")[0]
+        return told | {"downloads": 0, "cardData": yaml.safe_load(card)}, {}
+
+    def refs(self, repo_id: str) -> Answer:
+        branches = self._repository(repo_id).branches.items()
+        refs = [{"name": name, "ref": f"refs/heads/{name}", "targetCommit": commit} for name, commit in branches]
+        return {"branches": refs, "tags": [], "converts": []}, {}
 
     def branch(self, repo_id: str, name: str) -> Answer:
         repository = self._repository(repo_id, write=True)
@@ -229,17 +268,20 @@ class _Handler(BaseHTTPRequestHandler):
         return {}, {}
 
     def commits(self, repo_id: str, revision: str) -> Answer:
-        told = {"message": "", "authors": [], "date": "2026-01-01T00:00:00.000Z"}
-        return [told | {"id": each.id, "title": each.title} for each in self._repository(repo_id).history(revision)], {}
+        told = {"message": "", "authors": []}
+        history = self._repository(repo_id).history(revision)
+        return [told | {"id": each.id, "title": each.title, "date": each.date} for each in history], {}
 
     def tree(self, repo_id: str, revision: str, folder: str) -> Answer:
         """The files below a folder, with or without those of its subfolders; no folders themselves."""
         recursive = self.query["recursive"][0].lower() == "true"
         found = []
-        for name, content in self._repository(repo_id).files(revision).items():
+        for name, content in self._repository(repo_id, files=True).files(revision).items():
             inner = name.removeprefix(f"{folder}/")
             if (not folder or inner != name) and (recursive or "/" not in inner):
                 found.append({"type": "file", "path": name, "oid": _etag(name, content), "size": len(content)})
+        if folder and not found:
+            raise RefusedError(404, "EntryNotFound")
         start = int(self.query.get("cursor", ["0"])[0])
         end = start + self.hub.page_size
         if end >= len(found):
@@ -270,6 +312,14 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.uploads[oid] = self.body
         return b"", {}
 
+    def xet_token(self, repo_id: str, kind: str, revision: str) -> Answer:
+        self._repository(repo_id, write=kind == "write", files=True)
+        if self.hub.xet is None:
+            raise RefusedError(404, text="no Xet here")
+        expires = str(int(time.time()) + 3600)
+        headers = {"X-Xet-Cas-Url": self.hub.xet.url, "X-Xet-Access-Token": "xet", "X-Xet-Token-Expiration": expires}
+        return {"casUrl": self.hub.xet.url, "accessToken": "xet", "exp": int(expires)}, headers
+
     def commit(self, repo_id: str, branch: str) -> Answer:
         repository = self._repository(repo_id, write=True)
         head, files = repository.history(branch)[0], dict(repository.files(branch))
@@ -280,8 +330,8 @@ class _Handler(BaseHTTPRequestHandler):
             key, value = line["key"], line["value"]
             if key == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
-            elif key == "lfsFile" and value["oid"] in self.hub.uploads:
-                files[value["path"]] = self.hub.uploads[value["oid"]]
+            elif key == "lfsFile" and (content := self._uploaded(value["oid"], value["size"])) is not None:
+                files[value["path"]] = content
             elif key == "deletedFile" and value["path"] in files:
                 del files[value["path"]]
             else:
@@ -289,12 +339,25 @@ class _Handler(BaseHTTPRequestHandler):
         made = repository.add(branch, lines[0]["value"]["summary"], files)
         return {"commitOid": made.id, "commitUrl": f"{self.hub.url}/datasets/{repo_id}/commit/{made.id}"}, {}
 
+    def _uploaded(self, oid: str, size: int) -> bytes | None:
+        if oid not in self.hub.uploads and self.hub.xet is not None and oid in self.hub.xet.hashes():
+            self.hub.uploads[oid] = self.hub.xet.content(oid, size)
+        return self.hub.uploads.get(oid)
+
     def download(self, repo_id: str, revision: str, name: str) -> Answer:
-        head = self._repository(repo_id).history(revision)[0]
+        head = self._repository(repo_id, files=True).history(revision)[0]
         if name not in head.files:
-            raise RefusedError(404, "EntryNotFound")
+            raise RefusedError(404, "EntryNotFound", headers={"X-Repo-Commit": head.id})
         content = head.files[name]
         headers = {"X-Repo-Commit": head.id, "ETag": f'"{_etag(name, content)}"', "Accept-Ranges": "bytes"}
+        if self.hub.xet is not None and (stored := self.hub.xet.hashes().get(_etag(name, content))):
+            kind = "datasets" if self.path.startswith("/datasets/") else "models"
+            refresh = f"{self.hub.url}/api/{kind}/{repo_id}/xet-read-token/{head.id}"
+            headers |= {
+                "X-Xet-Hash": stored,
+                "Link": f'<{refresh}>; rel="xet-auth"',
+                "X-Linked-Size": str(len(content)),
+            }
         if asked := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
             first, last = int(asked[1]), min(int(asked[2] or len(content)), len(content) - 1)
             headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
@@ -314,11 +377,13 @@ ROUTES: list[tuple[str, str, Callable[..., Answer]]] = [
     ("POST", "/api/validate-yaml", lambda handler: ({"warnings": []}, {})),
     ("GET", _API + "(?:/revision/([^/]+))?", _Handler.info),
     ("POST", _API + "/branch/([^/]+)", _Handler.branch),
+    ("GET", _API + "/refs", _Handler.refs),
     ("GET", _API + "/commits/([^/]+)", _Handler.commits),
+    ("GET", _API + "/xet-(read|write)-token/(.+)", _Handler.xet_token),
     ("GET", _API + "/tree/([^/]+)(?:/(.+))?", _Handler.tree),
     ("POST", _API + "/preupload/([^/]+)", _Handler.preupload),
-    ("POST", "/datasets/([^/]+/[^/]+)[.]git/info/lfs/objects/batch", _Handler.lfs_batch),
+    ("POST", "(?:/datasets)?/([^/]+/[^/]+)[.]git/info/lfs/objects/batch", _Handler.lfs_batch),
     ("PUT", "/lfs/([0-9a-f]{64})", _Handler.lfs_upload),
     ("POST", _API + "/commit/([^/]+)", _Handler.commit),
-    ("GET", "/datasets/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", _Handler.download),
+    ("GET", "(?:/datasets)?/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", _Handler.download),
 ]

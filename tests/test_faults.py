@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fake_hub import FakeHub
 from forked import STEPS, Server
 from jobs import QWEN3, hashes, heads_of, run, settings, vectors
 from safetensors.torch import load_file, save, save_file
-from stub_hub import StubHub
 from tiny import save_checkpoint
 
 from qk_sniffer.store import manifest as manifests
@@ -327,7 +327,7 @@ def test_the_commit_of_the_first_start_is_used_though_main_has_moved(
 ) -> None:
     files = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
     weights = {name: weight * 2 for name, weight in load_file(checkpoint / "model.safetensors").items()}
-    with StubHub() as hub:
+    with FakeHub() as hub:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
         environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hub"), "HF_HUB_DISABLE_XET": "1"}
 

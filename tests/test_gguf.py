@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fake_hub import FakeHub
 from gguf_files import write_gguf
 from jobs import heads_of, keys, vectors
-from stub_hub import StubHub
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from zoo import CASES
 
@@ -235,7 +235,7 @@ except SourceError as error:
 def test_a_file_of_a_repository_is_that_of_the_commit(tmp_path: Path) -> None:
     model = LLAMA.model()
     content = write_gguf(model, tmp_path / "tiny.gguf").read_bytes()
-    with StubHub() as hub:
+    with FakeHub() as hub:
         commit = hub.commit("org/name", {"deeper/tiny.gguf": content})
         hub.commit("org/name", {"deeper/tiny.gguf": b"a later state"})
         environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}

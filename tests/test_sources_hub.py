@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from bpe import save_tokenizer
 from data_files import ROWS, TEXTS, both_ways, jsonl, message, texts, write
-from stub_hub import StubHub
+from fake_hub import FakeHub
 
 from qk_sniffer.config import DatasetConfig
 from qk_sniffer.corpus import open_corpus
@@ -111,7 +111,7 @@ assert time.perf_counter() - start < 10, 'the libraries alone try again for half
 
 def test_a_hub_dataset_is_pinned(tmp_path: Path) -> None:
     tokenizer = save_tokenizer(tmp_path / "tokenizer")
-    with StubHub() as hub:
+    with FakeHub() as hub:
         files = {"train.jsonl": jsonl(ROWS), "test.jsonl": jsonl(ROWS[:1])}
         old = hub.commit("org/name", files)
         hub.commit("org/name", files | {"train.jsonl": jsonl(ROWS[:1])}, branch="v1")
@@ -119,7 +119,7 @@ def test_a_hub_dataset_is_pinned(tmp_path: Path) -> None:
         new = hub.commit("org/name", files | {"train.jsonl": jsonl(ROWS[5:])})
         hub.commit("org/LongBooks-v2", {"a.txt": b"one\nline", "b.txt": b"two"})
         hub.commit("org/gated", files)
-        hub.gated.add("org/gated")
+        hub.repositories["org/gated"].gated = True
         checkpoint = {path.name: path.read_bytes() for path in tokenizer.iterdir()}
         model = hub.commit("org/model", checkpoint | {"config.json": b'{"model_type": "llama"}'})
         code = f"""

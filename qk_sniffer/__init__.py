@@ -1,6 +1,11 @@
 """qk-sniffer: query and key vectors of transformer attention heads, as Parquet datasets."""
 
+import importlib
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qk_sniffer.reader import Dataset, HeadVectors, open_dataset
 
 _here = Path(__file__).resolve().parent
 if not (_here / "conf").is_dir():
@@ -8,3 +13,12 @@ if not (_here / "conf").is_dir():
     # imported as `qk_sniffer.conf` and `qk_sniffer.models`, so that a folder of the same name in the
     # current directory, or another distribution's `models`, can never be taken for ours.
     __path__.append(str(_here.parent))
+
+__all__ = ["Dataset", "HeadVectors", "open_dataset"]
+
+
+def __getattr__(name: str) -> Any:
+    # Only now: a mistyped command line is answered before pyarrow is imported.
+    if name in __all__:
+        return getattr(importlib.import_module("qk_sniffer.reader"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

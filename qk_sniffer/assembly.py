@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from typing import Any
 
 from qk_sniffer.batching import load_tokenizer
-from qk_sniffer.card import CardFacts, CardHead, write_card
+from qk_sniffer.card import CardFacts, write_card
 from qk_sniffer.config import ShardConfig, from_dict
 from qk_sniffer.errors import SourceError, StoreError
 from qk_sniffer.heads import LayerHeads
@@ -26,7 +26,6 @@ from qk_sniffer.store.disk import write_atomic
 from qk_sniffer.store.journal import ExampleRecord, Journal
 from qk_sniffer.store.layout import KINDS, Layout
 from qk_sniffer.store.locks import InUseError, hold
-from qk_sniffer.store.manifest import Written
 from qk_sniffer.store.publish import publish, resume_publish
 
 log = logging.getLogger(__name__)
@@ -175,30 +174,13 @@ def _stage(layout: Layout, record: dict[str, Any], stages: Stages, prove: Prove)
         )
     with stages("verify"):
         proof = prove(layout.staging, heads, examples)
-    longest = max(example.num_tokens for example in examples)
     kinds = [kind for kind in KINDS if any(head.kind == kind for head in heads)]
-    inclusion = {kind: sampler.inclusion(kind, longest) for kind in kinds}
-    card = write_card(
-        CardFacts(
-            config=config,
-            model_commit=hub_commit_of(commits["model"]),
-            tokenizer_commit=hub_commit_of(commits["tokenizer"]),
-            dataset_commit=commits["dataset"],
-            software=record["versions"],
-            num_examples=written.num_examples,
-            num_tokens=written.num_tokens,
-            num_truncated=written.num_truncated,
-            num_skipped=skipped,
-            longest=longest,
-            heads=[_card_head(layout, head, written) for head in heads],
-            rows_by_bucket=written.rows_by_bucket,
-        )
-    ).encode()
+    inclusion = {kind: sampler.inclusion(kind, written.longest_example) for kind in kinds}
     facts = record | {"config": _public(record), "inclusion": inclusion, "skipped_rows": skipped, "proof": proof}
     facts["source_rows"] = written.num_examples + skipped
     facts["grown_from"] = _growth(facts.pop("base"))
-    manifest = manifests.build(facts, written, card=card, timings=stages.seconds)
-    return manifest, card
+    manifest = manifests.build(facts, written, timings=stages.seconds)
+    return manifest, write_card(CardFacts.of(manifest)).encode()
 
 
 def _growth(base: dict[str, Any] | None) -> list[dict[str, Any]]:
@@ -217,10 +199,3 @@ def _public(record: dict[str, Any]) -> dict[str, Any]:
     config["model"]["tokenizer"]["name"] = record["fingerprint"]["model.tokenizer.name"]
     config["dataset"]["path"] = record["fingerprint"]["dataset.path"]
     return config
-
-
-def _card_head(layout: Layout, head: HeadSpec, written: Written) -> CardHead:
-    name = layout.head_file(head.layer, head.head, head.kind).relative_to(layout.root).as_posix()
-    rows = written.files[name].rows
-    assert rows is not None
-    return CardHead(head.layer, head.kind, head.head, head.head_dim, head.sliding_window, rows)

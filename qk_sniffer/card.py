@@ -1,18 +1,22 @@
 """The dataset card: README.md of a dataset, for the Hub's readers and for `load_dataset`.
 
 Its front matter names one config for each head, so that `load_dataset(root, "l00h00q")` reads that head and no
-other; the first head is the default. The text depends on the facts alone: no dates, hosts or local paths.
+other; the first head is the default. The text depends on the facts alone: no dates, hosts or local paths. On a branch
+of the Hub it tells more: how to read it from there, the proof, pictures.
 """
 
 import json
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from qk_sniffer.config import Config
+from qk_sniffer.config import Config, SamplerConfig, from_dict, safe_name
 from qk_sniffer.heads import compact_ranges
+from qk_sniffer.job import hub_commit_of
 from qk_sniffer.sampling import Sampler
-from qk_sniffer.store.layout import KINDS, head_name, schema
+from qk_sniffer.store.layout import EXAMPLES, KINDS, head_file, head_name, schema
 
 FRONT_MATTER_BYTES = 100_000
 """The most that the front matter may take."""
@@ -33,12 +37,28 @@ vectors = rows["vector"][:]  # float32 (rows, head_dim)
 """
 
 _LOAD_BRANCH = """\
-From the Hub:
+From the Hub, one head or, streaming, without a copy on this machine:
 
 ```python
 from datasets import load_dataset
 
 rows = load_dataset({repo}, {which}, revision={branch}, split="train")
+stream = load_dataset({repo}, {which}, revision={branch}, split="train", streaming=True)
+```
+
+With qk-sniffer, which fetches only the heads that are asked for:
+
+```python
+import qk_sniffer
+
+dataset = qk_sniffer.open_dataset({repo}, revision={branch})
+vectors, positions, example_ids = dataset.vectors(*dataset.heads[0])
+```
+
+A copy of the whole branch, which the code below reads:
+
+```bash
+hf download {repo_word} --repo-type dataset --revision {branch_word} --local-dir {folder}
 ```
 """
 
@@ -95,11 +115,19 @@ class CardHead:
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where on the Hub a card is read."""
+
+    repo_id: str
+    branch: str
+
+
+@dataclass(frozen=True)
 class CardFacts:
     """What the card tells. A commit is null for what did not come from the Hub."""
 
     config: Config
-    """As `config.resolved` returned it."""
+    """As the manifest has it: names of local files and folders without their paths."""
     model_commit: str | None
     tokenizer_commit: str | None
     dataset_commit: str | None
@@ -114,6 +142,53 @@ class CardFacts:
     heads: Sequence[CardHead]
     rows_by_bucket: Mapping[str, Mapping[int, int]]
     """{kind: {bucket: rows of all its heads}}"""
+    licenses: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """Those that the sources state: {"model": ..., "dataset": ...}."""
+    languages: Sequence[str] = ()
+    """Of the texts, as their source states them."""
+    place: Place | None = None
+    """Where the card is to be read, if not in a folder; what follows is told there alone."""
+    proof: Mapping[str, Any] | None = None
+    """The manifest's."""
+    pictures: Sequence[str] = ()
+    """Names of files, relative to the card."""
+
+    @classmethod
+    def of(cls, manifest: Mapping[str, Any]) -> "CardFacts":
+        """What the manifest of a dataset says."""
+        model, commits, stated = manifest["model"], manifest["commits"], manifest["stated"]
+        heads = [
+            CardHead(
+                layer["layer"],
+                kind,
+                head,
+                layer["head_dim"],
+                layer["sliding_window"],
+                manifest["files"][head_file(layer["layer"], head, kind)]["rows"],
+            )
+            for layer in model["layers"]
+            for kind in KINDS
+            for head in layer["captured"].get(kind, ())
+        ]
+        return cls(
+            config=from_dict(manifest["config"]),
+            model_commit=hub_commit_of(commits["model"]),
+            tokenizer_commit=hub_commit_of(commits["tokenizer"]),
+            dataset_commit=commits["dataset"],
+            software=manifest["versions"],
+            num_examples=manifest["examples"],
+            num_tokens=manifest["tokens"],
+            num_truncated=manifest["truncated_examples"],
+            num_skipped=manifest["skipped_rows"],
+            longest=manifest["longest_example"],
+            heads=heads,
+            rows_by_bucket={
+                kind: {int(bucket): rows for bucket, rows in counted.items()}
+                for kind, counted in manifest["rows_by_bucket"].items()
+            },
+            licenses={source: terms["license"] for source, terms in stated.items()},
+            languages=stated["dataset"]["language"],
+        )
 
 
 def write_card(facts: CardFacts) -> str:
@@ -129,9 +204,12 @@ def write_card(facts: CardFacts) -> str:
         _head_layout(facts),
         _sampling(facts),
         _logits(facts),
+        _proof(facts),
+        _pictures(facts),
         _terms(facts),
+        _citation(facts),
     ]
-    return "\n".join(parts)
+    return "\n".join(part for part in parts if part)
 
 
 def _in_order(heads: Sequence[CardHead]) -> list[CardHead]:
@@ -149,13 +227,17 @@ def _front_matter(facts: CardFacts, names: list[str]) -> tuple[str, bool]:
 
 
 def _yaml(facts: CardFacts, configs: list[tuple[str, str]]) -> str:
+    # What derives from a model and from texts of others has the terms of both, which no identifier of the Hub's names.
     lines = ["---", f"pretty_name: {_quoted(_title(facts))}"]
+    lines += ["license: other", "license_name: terms-of-the-model-and-the-texts"]
+    if facts.languages:
+        lines += ["language:", *(f"- {_quoted(language)}" for language in facts.languages)]
     lines += ["tags:", *(f"- {tag}" for tag in ("qk-sniffer", "attention", "interpretability"))]
     lines += ["size_categories:", f"- {_size_category(sum(head.rows for head in facts.heads))}"]
     if facts.dataset_commit is not None:
         lines += ["source_datasets:", f"- {_quoted(facts.config.dataset.path or '')}"]
     lines.append("configs:")
-    for number, (name, files) in enumerate([*configs, ("examples", "examples/data.parquet")]):
+    for number, (name, files) in enumerate([*configs, ("examples", EXAMPLES)]):
         lines += [f"- config_name: {name}", f"  data_files: {files}"]
         if number == 0:
             lines.append("  default: true")
@@ -181,18 +263,27 @@ the texts, `manifest.json` the run and every file.
 
 
 def _loading(facts: CardFacts, names: list[str], lists_all: bool) -> str:
-    repo, branch = facts.config.output.hf_repo_id, facts.config.output.hf_branch
     file = f"{names[0]}/data.parquet"
     which = _quoted(names[0]) if lists_all else f'data_files="{file}"'
-    text = f"## Loading\n\n{_LOAD_FOLDER.format(which=which)}"
+    first, second = _LOAD_FOLDER.format(which=which), ""
+    if facts.place is not None:
+        repo_id, branch = facts.place.repo_id, facts.place.branch
+        first, second = "", f"In that folder:\n\n{first}\n"
+        first = _LOAD_BRANCH.format(
+            repo=_quoted(repo_id),
+            which=which,
+            branch=_quoted(branch),
+            repo_word=shlex.quote(repo_id),
+            branch_word=shlex.quote(branch),
+            folder=shlex.quote(branch.replace("/", "-")),
+        )
+    text = f"## Loading\n\n{first}"
     if not lists_all:
         text += (
             f"\nA card cannot list {len(names):,} heads as configs, so every head is loaded as above, by its file.\n"
             'The default config is the first head, the config "examples" the texts.\n'
         )
-    if repo is not None:
-        text += f"\n{_LOAD_BRANCH.format(repo=_quoted(repo), which=which, branch=_quoted(branch or 'main'))}"
-    return f"{text}\n{_READ_FILES.format(file=file, kind=names[0][-1])}"
+    return f"{text}\n{second}{_READ_FILES.format(file=file, kind=names[0][-1])}"
 
 
 def _columns(facts: CardFacts) -> str:
@@ -268,15 +359,11 @@ def _sampling(facts: CardFacts) -> str:
     words, sharing = "seed, example_id, layer, kind, position", "All heads of a layer and kind"
     if config.share == "example":
         words, sharing = "seed, example_id, position", "All layers, queries and keys alike,"
-    rule = _rule(config.type, config.base_rate)
-    if not sampler.same_rule():
-        rate = config.base_rate if config.keys.base_rate is None else config.keys.base_rate
-        rule += f" (keys: {_rule(config.keys.type or config.type, rate)})"
     text = f"""\
 ## Sampling
 
-Sampler: {rule}, min_bucket_size {config.min_bucket_size:,}, seed {config.seed}. A position is kept when a hash of
-({words}), read as a number u in [0, 1), is below the probability p of its bucket.
+Sampler: {rule(config)}, min_bucket_size {config.min_bucket_size:,}, seed {config.seed}. A position is kept when a hash
+of ({words}), read as a number u in [0, 1), is below the probability p of its bucket.
 {sharing} share u. To estimate sums over all positions, weight each row by 1/p.
 """
     if config.max_rows_per_example is not None:
@@ -288,6 +375,15 @@ Sampler: {rule}, min_bucket_size {config.min_bucket_size:,}, seed {config.seed}.
         header = ("bucket", "positions", "p", *(f"{_KIND_NAMES[kind]} rows" for kind in group))
         text += "\n" + _table(header, _bucket_lines(facts, sampler, group))
     return text
+
+
+def rule(config: SamplerConfig) -> str:
+    """The samplers of queries and keys with their rates, for a person."""
+    text = _rule(config.type, config.base_rate)
+    if Sampler(config).same_rule():
+        return text
+    rate = config.base_rate if config.keys.base_rate is None else config.keys.base_rate
+    return f"{text} (keys: {_rule(config.keys.type or config.type, rate)})"
 
 
 def _rule(sampler_type: str, base_rate: float) -> str:
@@ -336,12 +432,61 @@ where `sparse_attention` is true, a query attends to some of these keys only, an
 """
 
 
+def _proof(facts: CardFacts) -> str:
+    proof = facts.proof
+    if proof is None:
+        return ""
+    if not proof["proven"]:
+        return f"## Proof\n\nNot proven: {proof['reason']}.\n"
+    largest = max(proof["largest_difference_by_layer"].values())
+    count = len(proof["examples"])
+    rows = "one example" if count == 1 else f"{count} examples"
+    return f"""\
+## Proof
+
+The rows of {rows} were derived again on another path: hooks on the projections of the unmodified
+model, without the tap that captured them. Relative to the spread of a head's vectors they differ by {largest:.1g} at
+most, in any layer; up to {proof["tolerance"]:g} counts as rounding in {facts.config.model.dtype}. A wrong head,
+position or rotation gives about 1. `manifest.json` has the figure of each layer.
+"""
+
+
+def _pictures(facts: CardFacts) -> str:
+    if not facts.pictures:
+        return ""
+    shown = [f"![{Path(name).stem.replace('_', ' ')}]({name})\n" for name in facts.pictures]
+    return "## Pictures\n\n" + "\n".join(shown)
+
+
 def _terms(facts: CardFacts) -> str:
+    def source(name: str, role: str) -> str:
+        licenses = ", ".join(f"`{license}`" for license in facts.licenses.get(role, ()))
+        return f"`{name}`" + (f" (licence: {licenses})" if licenses else "")
+
     return f"""\
 ## Terms
 
-The vectors derive from `{_model_name(facts)}` and from `{_dataset_name(facts)}`. No licence of their own is stated
-here; the terms of both apply.
+The vectors derive from {source(_model_name(facts), "model")} and from {source(_dataset_name(facts), "dataset")}.
+No licence of their own is stated here; the terms of both apply.
+"""
+
+
+def _citation(facts: CardFacts) -> str:
+    if facts.place is None:
+        return ""
+    key = safe_name(facts.place.branch).replace(".", "-")
+    return f"""\
+## How to cite
+
+Cite the model, the texts, and this dataset with the commit that was used:
+
+```bibtex
+@misc{{{key},
+  title        = {{{_title(facts)}}},
+  howpublished = {{Dataset repository {facts.place.repo_id} on the Hugging Face Hub, branch {facts.place.branch}}},
+  note         = {{Captured with qk-sniffer}}
+}}
+```
 """
 
 

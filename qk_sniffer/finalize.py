@@ -23,6 +23,7 @@ from qk_sniffer.job import read_record
 from qk_sniffer.parts import LazyParts
 from qk_sniffer.progress import Stages
 from qk_sniffer.store import manifest as manifests
+from qk_sniffer.store.files import Folder
 from qk_sniffer.store.journal import Journal
 from qk_sniffer.store.layout import Layout, missing_manifest
 from qk_sniffer.store.locks import holder, is_held
@@ -56,7 +57,7 @@ def finalize(settings: Settings) -> int:
     record = read_record(layout)
     if record is None:
         config = from_dict(manifests.read(layout.root)["config"])
-        present(config, layout, "Nothing to do: the dataset is finished.")
+        present(config, layout, "Nothing to do: the dataset is finished.", Folder(layout.root))
         return 0
     if missing := missing_shards(layout, record):
         print("\n".join([f"{layout.root} cannot be finished yet:", *(f"  - {line}" for line in missing)]))

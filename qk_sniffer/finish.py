@@ -8,19 +8,22 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+from qk_sniffer import resume
 from qk_sniffer.assembly import assemble
 from qk_sniffer.config import Config
 from qk_sniffer.corpus import Corpus
 from qk_sniffer.errors import CaptureError
-from qk_sniffer.hub import publish
+from qk_sniffer.hub.branch import Branch
+from qk_sniffer.hub.publish import publish
 from qk_sniffer.parts import LazyParts
 from qk_sniffer.planning import check_unchanged
 from qk_sniffer.progress import Stages, describe
 from qk_sniffer.proof import examples_with_rows, prove
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.compact import HeadSpec
+from qk_sniffer.store.files import Files, Folder
 from qk_sniffer.store.journal import ExampleRecord
-from qk_sniffer.store.layout import Layout
+from qk_sniffer.store.layout import MANIFEST, Layout
 from qk_sniffer.summary import show
 
 
@@ -46,18 +49,22 @@ def finish(
 
     if not assemble(layout, stages, proven):
         return None
-    return present(config, layout, f"Time: {describe(stages.seconds)}")
+    return present(config, layout, f"Time: {describe(stages.seconds)}", Folder(layout.root))
 
 
-def present(config: Config, layout: Layout, note: str) -> Outcome:
-    """Shows a finished dataset, with `note`, and brings it to its branch on the Hub, where one is asked for.
+def present(config: Config, layout: Layout, note: str, files: Files) -> Outcome:
+    """Shows the finished dataset in `files`, with `note`, and brings it to its branch, where one is asked for.
 
     Raises:
         CaptureError: stored vectors are not those that the model computes on another path.
         HubError: it could not be published.
     """
-    show(layout.root, note)
-    manifest = manifests.read(layout.root)
+    show(files, note)
+    manifest = manifests.read(files.path(MANIFEST).parent)
+    if isinstance(files, Branch):
+        resume.note(layout, files)
+        print(f"On the Hub: {files.url}")
+        return Outcome(manifest["rows"], files.url)
     proof = manifest["proof"]
     if proof["proven"] is False:
         raise CaptureError(
@@ -69,6 +76,8 @@ def present(config: Config, layout: Layout, note: str) -> Outcome:
     if not (output.hf_repo_id and output.hf_branch):
         return Outcome(manifest["rows"])
     published = publish(layout.root, output.hf_repo_id, output.hf_branch, private=output.private)
+    if output.resume_from_hub:
+        resume.note(layout, Branch(output.hf_repo_id, output.hf_branch, published.commit))
     print(f"{'Published' if published.changed else 'Already published'}: {published.url}")
     return Outcome(manifest["rows"], published.url)
 

@@ -94,8 +94,8 @@ class Job:
                     [
                         f"{where} holds {state} of another configuration:",
                         *(f"  - {line}" for line in different),
-                        "Give this job another folder (output.data_root=...), go back to the values there, or replace "
-                        "what is there with output.overwrite=true.",
+                        "Give this job another folder (output.data_root=...; on the Hub another output.hf_branch), go "
+                        "back to the values there, or replace what is there with output.overwrite=true.",
                     ]
                 )
             )

@@ -15,7 +15,8 @@ from qk_sniffer.capture import BatchPlan, Capture
 from qk_sniffer.config import Config, resolved
 from qk_sniffer.errors import SourceError
 from qk_sniffer.finish import Outcome, finish, present
-from qk_sniffer.hub import require_login
+from qk_sniffer.hub.client import require_login
+from qk_sniffer.job import hub_commit_of
 from qk_sniffer.machine import return_memory, trim_memory
 from qk_sniffer.parts import LazyParts, Parts
 from qk_sniffer.planning import open_windows
@@ -27,6 +28,7 @@ from qk_sniffer.store.disk import ensure_space, required_bytes
 from qk_sniffer.store.journal import ExampleRecord, Journal, JournalWriter
 from qk_sniffer.store.layout import KINDS, Layout, claim, tidy
 from qk_sniffer.store.locks import hold, restart_patience_s
+from qk_sniffer.terms import stated_terms
 from qk_sniffer.validation import check
 
 log = logging.getLogger(__name__)
@@ -64,7 +66,9 @@ def _run(config: Config, layout: Layout, stages: Stages, stopping: Stopping) -> 
             start = look(config, layout, is_mine=published)
         if start.found == "finished":
             tidy(layout, own_lock)
-            return present(config, layout, "Nothing to do: the dataset is finished.")
+            return present(config, layout, "Nothing to do: the dataset is finished.", start.files)
+        if start.base is not None:
+            start.base.fetch()  # now, not after hours of capture
         parts = LazyParts(config, start.job.commits, stages)
         if start.found == "nothing" or not is_still_done(layout, config.shard):
             record = _record(config, start, parts())
@@ -84,6 +88,10 @@ def _record(config: Config, start: Start, parts: Parts) -> dict[str, Any]:
         "config": config.to_dict(),
         "source_rows": source_rows(config, start.corpus),
         "base": None if start.base is None else dict(start.base.record),
+        "stated": {
+            "model": stated_terms("model", config.model.name or "", hub_commit_of(start.job.commits["model"])),
+            "dataset": stated_terms("dataset", config.dataset.path or "", start.job.commits["dataset"]),
+        },
         "model": {
             "model_type": parts.backbone.config.model_type,
             "dtype": str(parts.backbone.dtype).removeprefix("torch."),

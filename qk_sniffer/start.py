@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,10 +12,13 @@ from qk_sniffer.batching import text_hash
 from qk_sniffer.config import Config
 from qk_sniffer.corpus import Corpus, open_corpus
 from qk_sniffer.errors import SourceError, StoreError
+from qk_sniffer.hub.branch import Branch
 from qk_sniffer.job import Job, fingerprint, read_record, resolve_commits, write_record
+from qk_sniffer.resume import branch_ahead
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.base import Base, describe
-from qk_sniffer.store.layout import Layout, discard_work
+from qk_sniffer.store.files import Files, Folder
+from qk_sniffer.store.layout import EXAMPLES, MANIFEST, Layout, discard_work
 from qk_sniffer.store.locks import hold
 
 log = logging.getLogger(__name__)
@@ -31,6 +34,8 @@ class Start:
     job: Job
     corpus: Corpus
     found: Literal["nothing", "unfinished", "finished"]
+    files: Files
+    """Of what was found: in the data root, or on the branch on the Hub."""
     base: Base | None = None
     """The finished dataset that the job adds to."""
 
@@ -51,41 +56,47 @@ def look(config: Config, layout: Layout, *, is_mine: bool = False) -> Start:
         StoreError: another job's work or dataset is there, and `output.overwrite` is false.
         SourceError: the model's commit or the dataset cannot be found.
     """
+    files: Files = Folder(layout.root)
     record = read_record(layout)
     finished = record is None and layout.manifest.exists()
     if finished:
         record = manifests.read(layout.root)
     overwrite = config.output.overwrite
+    if config.output.resume_from_hub and not overwrite and (record is None or finished):
+        branch = branch_ahead(config, layout, record)
+        if branch is not None:
+            files, finished, record = branch, True, manifests.read(branch.path(MANIFEST).parent)
     replaces = overwrite and finished and not is_mine
     if record is None or replaces or (overwrite and record["fingerprint"] != fingerprint(config)):
-        return _anew(config)
+        return _anew(config, files)
     earlier = Job.from_record(record)
     # The fingerprint alone, before anything is asked of the Hub: the commits of another model say nothing here.
     mine = Job(fingerprint(config), earlier.commits, earlier.versions)
-    mine.check_continues(earlier, str(layout.root), finished=finished)
+    mine.check_continues(earlier, str(files), finished=finished)
 
     corpus = open_corpus(config.dataset, earlier.commits["dataset"])
     job = Job.of(config, resolve_commits(config, earlier) | {"dataset": corpus.commit})
     if finished:
-        job.check_continues(earlier, str(layout.root), finished=True)
-        _check_files(layout, record)
-        more = _rows_are_added(layout, config, corpus)
+        job.check_continues(earlier, str(files), finished=True)
+        if isinstance(files, Folder):
+            _check_files(layout, record)
+        more = _rows_are_added(files, record, config, corpus)
         if corpus.commit is None:
-            _check_texts(layout, corpus)
+            _check_texts(files, corpus)
         if not more:
-            return Start(job, corpus, "finished")
+            return Start(job, corpus, "finished", files)
         _note_versions(job, earlier)
-        return Start(job, corpus, "nothing", Base(layout, describe(layout)))
+        return Start(job, corpus, "nothing", files, Base(files, describe(files) | {"hub": _on_hub(files)}))
     base = base_of(layout, record)
     is_same = _is_same(job, source_rows(config, corpus), record) and (base is None or base.is_there)
     if overwrite and not is_same:
-        return _anew(config)
+        return _anew(config, files)
     _check_same(job, source_rows(config, corpus), record, layout.root)
     if base is not None:
         base.check()
         if corpus.commit is None:
-            _check_texts(layout, corpus)
-    return Start(job, corpus, "unfinished", base)
+            _check_texts(base.files, corpus)
+    return Start(job, corpus, "unfinished", files, base)
 
 
 def begin(layout: Layout, job: Job, record: Mapping[str, Any], *, own_lock: Path, overwrite: bool) -> None:
@@ -110,7 +121,14 @@ def begin(layout: Layout, job: Job, record: Mapping[str, Any], *, own_lock: Path
 
 def base_of(layout: Layout, record: Mapping[str, Any]) -> Base | None:
     """The finished dataset that the job of `record` adds to, if it does."""
-    return None if record["base"] is None else Base(layout, record["base"])
+    base = record["base"]
+    if base is None:
+        return None
+    return Base(Folder(layout.root) if base["hub"] is None else Branch(**base["hub"]), base)
+
+
+def _on_hub(files: Files) -> dict[str, str] | None:
+    return asdict(files) if isinstance(files, Branch) else None
 
 
 def source_rows(config: Config, corpus: Corpus) -> int | None:
@@ -118,10 +136,10 @@ def source_rows(config: Config, corpus: Corpus) -> int | None:
     return config.dataset.max_samples if corpus.num_rows is None else corpus.num_rows
 
 
-def _anew(config: Config) -> Start:
+def _anew(config: Config, files: Files) -> Start:
     corpus = open_corpus(config.dataset)
     job = Job.of(config, resolve_commits(config, None) | {"dataset": corpus.commit})
-    return Start(job, corpus, "nothing")
+    return Start(job, corpus, "nothing", files)
 
 
 def _is_same(job: Job, rows: int | None, record: Mapping[str, Any]) -> bool:
@@ -138,13 +156,12 @@ def _check_same(job: Job, rows: int | None, record: Mapping[str, Any], root: Pat
         )
 
 
-def _rows_are_added(layout: Layout, config: Config, corpus: Corpus) -> bool:
+def _rows_are_added(files: Files, manifest: Mapping[str, Any], config: Config, corpus: Corpus) -> bool:
     """Whether the source has more rows for a finished dataset than it was made from.
 
     Raises:
         StoreError: it has fewer.
     """
-    manifest = manifests.read(layout.root)
     there: int = manifest["source_rows"]
     if corpus.num_rows is not None:
         now = corpus.num_rows
@@ -155,7 +172,7 @@ def _rows_are_added(layout: Layout, config: Config, corpus: Corpus) -> bool:
         now = there + 1 if wanted is None else wanted
     if now < there:
         raise StoreError(
-            f"{layout.root} is finished with {there} rows of the dataset, and only {now} are asked for now "
+            f"{files} is finished with {there} rows of the dataset, and only {now} are asked for now "
             "(dataset.max_samples, or the dataset itself, has changed). Rows are added to a dataset, never taken away: "
             "give this job another folder (output.data_root=...), or replace the dataset with output.overwrite=true"
         )
@@ -187,9 +204,9 @@ def _note_versions(job: Job, earlier: Job) -> None:
         log.warning("adding to a dataset that other software made (%s); the manifest names both", ", ".join(changed))
 
 
-def _check_texts(layout: Layout, corpus: Corpus) -> None:
+def _check_texts(files: Files, corpus: Corpus) -> None:
     """Refuses a local source, which no commit pins, whose texts or ids are not those that the dataset was made from."""
-    table = pq.read_table(layout.examples, columns=["index", "source_id", "text_hash"]).to_pydict()
+    table = pq.read_table(files.path(EXAMPLES), columns=["index", "source_id", "text_hash"]).to_pydict()
     there = dict(zip(table["index"], zip(table["source_id"], table["text_hash"], strict=True), strict=True))
     last = max(there, default=-1)
     for example in corpus.examples():
@@ -197,7 +214,7 @@ def _check_texts(layout: Layout, corpus: Corpus) -> None:
             break
         if there.get(example.index, found := (example.source_id, text_hash(example.text))) != found:
             raise SourceError(
-                f"row {example.index} of the dataset (id {example.source_id}) is not the text that {layout.root} was "
+                f"row {example.index} of the dataset (id {example.source_id}) is not the text that {files} was "
                 "made from: the source has changed. Give this job another folder (output.data_root=...), or replace "
                 "the dataset with output.overwrite=true"
             )

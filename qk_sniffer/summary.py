@@ -1,23 +1,28 @@
 """What a finished job leaves on the screen: what there is now, where, and how to read it."""
 
-from pathlib import Path
-
+from qk_sniffer.hub.branch import Branch
 from qk_sniffer.store import manifest as manifests
-from qk_sniffer.store.layout import KINDS, parse_head_name
+from qk_sniffer.store.files import Files
+from qk_sniffer.store.layout import MANIFEST, head_file
 
-READING = """\
+_READ_FOLDER = """\
 Read it in Python:
   import pandas as pd
   head = pd.read_parquet("{file}")
   print(head[["bucket", "example_id", "position", "vector"]].head())"""
 
+_READ_BRANCH = """\
+Read it in Python:
+  import qk_sniffer
+  dataset = qk_sniffer.open_dataset("{repo_id}", revision="{name}")
+  vectors, positions, example_ids = dataset.vectors(*dataset.heads[0])"""
 
-def show(root: Path, note: str) -> None:
-    """Prints the dataset at `root`: examples, rows, heads, files, size; `note`; and three lines that read it."""
-    manifest = manifests.read(root)
+
+def show(where: Files, note: str) -> None:
+    """Prints a dataset: examples, rows, heads, files, size; `note`; and three lines that read it."""
+    manifest = manifests.read(where.path(MANIFEST).parent)
     files = manifest["files"]
-    keyed = [(parse_head_name(name.split("/")[0]), name) for name in files]
-    heads = sorted((key.layer, KINDS.index(key.kind), key.head, name) for key, name in keyed if key is not None)
+    heads = manifests.heads(manifest)
     size_mb = sum(entry["bytes"] for entry in files.values()) / 1e6
     counts = f"{counted(manifest['examples'], 'example')}, {counted(manifest['tokens'], 'token')}"
     made = f"{counted(manifest['rows'], 'row')} of {counted(len(heads), 'head')}"
@@ -41,8 +46,11 @@ def show(root: Path, note: str) -> None:
     elif proof["proven"] is None:
         print(f"Not proven: {proof['reason']}.")
     print(note)
-    print(f"Dataset: {root}")
-    print(READING.format(file=root / heads[0][-1]))
+    print(f"Dataset: {where}")
+    if isinstance(where, Branch):
+        print(_READ_BRANCH.format(repo_id=where.repo_id, name=where.name))
+    else:
+        print(_READ_FOLDER.format(file=where.path(head_file(*heads[0]))))
 
 
 def counted(number: int, noun: str) -> str:

@@ -128,6 +128,8 @@ def _output(output: OutputConfig) -> Iterator[str]:
         not re.fullmatch(f"{_HUB_NAME}/{_HUB_NAME}", repo) or re.search(r"--|\.\.|\.git$", repo)
     ):
         yield f"output.hf_repo_id is {repo!r}; it must be org/name, in letters, digits, '-', '_' and '.'"
+    if output.resume_from_hub and repo is None:
+        yield "output.resume_from_hub is true, but there is no output.hf_repo_id to resume from; give it as org/name"
     if output.hf_branch is not None:
         yield from _branch("output.hf_branch", output.hf_branch)
 
@@ -143,9 +145,8 @@ def _derived(config: Config) -> Iterator[str]:
 
 
 def _not_built_yet(config: Config) -> Iterator[str]:
-    for key, asked in (("output.resume_from_hub", config.output.resume_from_hub), ("dry_run", config.dry_run)):
-        if asked:
-            yield f"{key} is true; this version cannot do that yet, leave it false"
+    if config.dry_run:
+        yield "dry_run is true; this version cannot do that yet, leave it false"
 
 
 def _source(key: str, value: str, what: str) -> Iterator[str]:

@@ -24,10 +24,10 @@ from tqdm import tqdm
 from qk_sniffer import command
 from qk_sniffer.heads import compact_ranges
 from qk_sniffer.machine import num_threads
-from qk_sniffer.store.layout import Layout, examples_schema, parse_head_name
+from qk_sniffer.store.layout import EXAMPLES, Layout, examples_schema, parse_head_name
 from qk_sniffer.store.manifest import FileEntry
 from qk_sniffer.summary import counted
-from qk_sniffer.verify_manifest import EXAMPLES, FaultError, Stated
+from qk_sniffer.verify_manifest import FaultError, Stated
 from qk_sniffer.verify_report import KIND_NAMES, Fault, Report, in_mb, named
 from qk_sniffer.verify_rows import Examples, Found, Head, check_file, check_rows, values
 

@@ -22,8 +22,6 @@ from qk_sniffer.summary import counted
 from qk_sniffer.verify_report import ANEW, Fault
 from qk_sniffer.verify_rows import Head
 
-EXAMPLES = "examples/data.parquet"
-
 _COUNTS = ("examples", "tokens", "truncated_examples", "skipped_rows", "source_rows", "rows")
 
 _DEPEND_ON_WHERE_IT_RAN = {"model.name", "model.tokenizer.name", "dataset.path", "shard.count"}

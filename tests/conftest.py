@@ -4,11 +4,17 @@ import functools
 import json
 import os
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from fake_hub import FakeHub
+    from hub_cases import MakeDataset
+    from huggingface_hub import HfApi
 
 # Before any library reads them: tests reach no Hub, and two workers share two cores.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -67,6 +73,68 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if os.environ.get("QK_SNIFFER_NO_SKIPS") == "1" and reporter is not None and reporter.stats.get("skipped"):
         reporter.write_line("skipped tests, and QK_SNIFFER_NO_SKIPS=1", red=True)
         session.exitstatus = 1
+
+
+@pytest.fixture(scope="session")
+def make_dataset(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> "MakeDataset":
+    """Copies of datasets for the Hub, each made by a job once a session (`hub_cases.py`)."""
+    from hub_cases import capture, copied
+    from jobs import TEXTS
+
+    folder = tmp_path_factory.mktemp("datasets")
+    texts = folder / "some-texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS[:6]))
+
+    @functools.cache
+    def made(model: str, heads: tuple[int, ...], layer: int, seed: int) -> Path:
+        root = folder / f"{model}-{heads}-{layer}-{seed}"
+        return capture(checkpoint, texts, root, model=model, heads=heads, layer=layer, seed=seed)
+
+    def make(
+        root: Path, model: str = "some-model", heads: tuple[int, ...] = (0, 3), layer: int = 0, seed: int = 0
+    ) -> Path:
+        return copied(made(model, heads, layer, seed), root)
+
+    return make
+
+
+@pytest.fixture
+def hub() -> "Iterator[FakeHub]":
+    from fake_hub import FakeHub
+
+    with FakeHub() as hub:
+        yield hub
+
+
+@pytest.fixture
+def api(hub: "FakeHub") -> "HfApi":
+    from huggingface_hub import HfApi
+
+    return HfApi(endpoint=hub.url, token="hf_alice")
+
+
+@pytest.fixture
+def waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """This process may use a Hub, but has no login, Xet or cache of the user's; nobody waits: the seconds are kept."""
+    constants = "huggingface_hub.constants."
+    monkeypatch.setattr(constants + "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants + "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants + "HF_TOKEN_PATH", "/nonexistent/token")
+    monkeypatch.setattr(constants + "HF_HUB_CACHE", str(tmp_path / "hub"))
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    seconds: list[float] = []
+    monkeypatch.setattr(time, "sleep", seconds.append)
+    return seconds
+
+
+@pytest.fixture
+def endpoint(hub: "FakeHub", waits: list[float], monkeypatch: pytest.MonkeyPatch) -> str:
+    """This process takes the Hub on loopback for the one there is."""
+    as_imported = "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", hub.url + as_imported)
+    return hub.url
 
 
 @pytest.fixture(scope="session")

@@ -145,7 +145,7 @@ def make_dataset(root: Path, corpus: Captured, **options: object) -> tuple[Layou
     journal = captured_journal(layout.journal(0, 1), corpus)
     written = compact(layout, [journal], HEADS, SAMPLER, **options)
     card = b"# card\n"
-    publish(layout, build({"config": {}}, written, card=card), card=card)
+    publish(layout, build({"config": {}}, written), card=card)
     return layout, written
 
 

@@ -18,6 +18,7 @@ from qk_sniffer.run import run_job
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.base import Base, describe
 from qk_sniffer.store.compact import compact
+from qk_sniffer.store.files import Folder
 from qk_sniffer.store.journal import ExampleRecord, Journal
 from qk_sniffer.store.layout import Layout
 from qk_sniffer.store.manifest import build
@@ -41,11 +42,11 @@ class Part(Captured):
 
 def grow(layout: Layout, part: Captured, **options: Any) -> None:
     """Adds the part to the dataset as a job does."""
-    base = Base(layout, describe(layout))
+    base = Base(Folder(layout.root), describe(Folder(layout.root)))
     journal = captured_journal(layout.journal(0, 1), part)
     written = compact(layout, [journal], HEADS, SAMPLER, base=base, **options)
     facts = {"config": {}, "source_rows": 0, "skipped_rows": 0, "versions": {}}
-    publish(layout, build(facts, written, card=b"# card\n"), card=b"# card\n")
+    publish(layout, build(facts, written), card=b"# card\n")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -61,7 +62,7 @@ def test_a_dataset_that_grew_has_the_bytes_of_one_that_did_not(
     journal = captured_journal(grown.journal(0, 1), Part(0, bounds[1], dtype=dtype))
     written = compact(grown, [journal], HEADS, SAMPLER, **options)
     facts = {"config": {}, "source_rows": 0, "skipped_rows": 0, "versions": {}}
-    publish(grown, build(facts, written, card=b"# card\n"), card=b"# card\n")
+    publish(grown, build(facts, written), card=b"# card\n")
     for first, last in itertools.pairwise(bounds[1:]):
         grow(grown, Part(first, last, dtype=dtype), **options)
     expected, found = file_bytes(whole.root), file_bytes(grown.root)
@@ -81,7 +82,7 @@ def test_an_example_is_never_added_twice(tmp_path: Path) -> None:
         writer.complete([ExampleRecord(7, 1000 - 3, "again", 5, False, "0" * 32)])
     before = file_bytes(tmp_path)
     with pytest.raises(StoreError, match=r"example 7 \(example_id 997\) is in the finished dataset already"):
-        compact(layout, [journal], HEADS, SAMPLER, base=Base(layout, describe(layout)))
+        compact(layout, [journal], HEADS, SAMPLER, base=Base(Folder(layout.root), describe(Folder(layout.root))))
     assert file_bytes(tmp_path) == before
 
 

@@ -7,11 +7,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_hub import FakeHub
+from hub_cases import REPO, assert_whole, held, published
 from jobs import TEXTS, hashes, heads_of, keys, run
 from slurm_cluster import Cluster, why_not
 from zoo import CASES
@@ -47,6 +49,13 @@ def many_texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def few_texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("few") / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    return path
+
+
 SAMPLED: dict[str, Any] = {
     "sampler": {"type": "uniform", "min_bucket_size": 16},
     "inference": {"batch_size": 1, "segment_mb": 1},
@@ -72,9 +81,15 @@ class Sweep:
     """`python -m qk_sniffer --multirun` with our launcher, in a folder of its own."""
 
     def __init__(
-        self, cluster: Cluster, folder: Path, texts: Path, flags: Sequence[str], arguments: Sequence[str]
+        self,
+        cluster: Cluster,
+        folder: Path,
+        texts: Path,
+        flags: Sequence[str],
+        arguments: Sequence[str],
+        environment: Mapping[str, str],
     ) -> None:
-        self.cluster, self.folder = cluster, folder
+        self.cluster, self.folder, self.environment = cluster, folder, environment
         self.command = [
             *(sys.executable, "-m", "qk_sniffer", "--multirun", *flags, "hydra/launcher=slurm"),
             *("hydra.launcher.mem_gb=1", "hydra.launcher.cpus_per_task=1", "hydra.launcher.timeout_min=10"),
@@ -128,7 +143,11 @@ class Sweep:
 
     def _start(self) -> "subprocess.Popen[str]":
         # What the sweep is submitted with is what its jobs get.
-        env = self.cluster.env | {name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ}
+        env = (
+            self.cluster.env
+            | dict(self.environment)
+            | {name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ}
+        )
         return subprocess.Popen(
             self.command,
             cwd=self.folder,
@@ -145,8 +164,13 @@ class Sweep:
 def sweep(cluster: Cluster, many_texts: Path, tmp_path: Path) -> Iterator[Callable[..., Sweep]]:
     started: list[Sweep] = []
 
-    def start(*arguments: str, texts: Path = many_texts, flags: Sequence[str] = ()) -> Sweep:
-        started.append(Sweep(cluster, tmp_path, texts, flags, arguments))
+    def start(
+        *arguments: str,
+        texts: Path = many_texts,
+        flags: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> Sweep:
+        started.append(Sweep(cluster, tmp_path, texts, flags, arguments, environment or {}))
         return started[-1]
 
     yield start
@@ -188,6 +212,32 @@ def test_three_families_on_two_nodes_with_a_preemption_in_the_middle(
     for name, root in zip(FAMILIES, roots, strict=True):
         assert hashes(root) == hashes(undisturbed(name))
     assert {line["restarts"] for line in running.status() if line["model"] == slugs[0]} == {1}
+
+
+def test_three_models_on_the_hub(
+    sweep: Callable[..., Sweep], models: dict[str, Path], few_texts: Path, tmp_path: Path
+) -> None:
+    """A branch a model, and a list of three on main, whoever of them ends first; the token is in `.env` alone."""
+    names = ",".join(str(models[name]) for name in FAMILIES)
+    slugs = [models[name].name for name in FAMILIES]
+    with FakeHub() as hub:
+        lines = [f"HF_ENDPOINT={hub.url}", "HF_TOKEN=hf_alice", f"HF_HOME={tmp_path / 'home'}", "HF_HUB_DISABLE_XET=1"]
+        (tmp_path / ".env").write_text("\n".join(lines) + "\n")
+        running = sweep(
+            *("model=hf", f"model.name={names}", "output=hub", f"output.hf_repo_id={REPO}"),
+            texts=few_texts,
+            environment={"HF_HUB_OFFLINE": "0"},
+        )
+        code, said = running.wait()
+        assert code == 0, said
+        assert [row[1:3] for row in rows_of(said)] == [[slug, "published"] for slug in slugs]
+        branches = [f"{slug}-texts" for slug in slugs]
+        listed = re.findall(r"^\| \[`(.+?)`\]", held(hub, "main")["README.md"].decode(), flags=re.MULTILINE)
+        assert listed == sorted(branches) and set(held(hub, "main")) == {"README.md"}
+        for branch in branches:
+            assert published(hub, branch) == 1
+            assert_whole(held(hub, branch), tmp_path / "copies" / branch)
+        assert "hf_alice" not in said + logs(running.folder)
 
 
 @pytest.mark.parametrize("how", ["requeue", "kill and requeue", "node"])

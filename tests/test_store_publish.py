@@ -26,6 +26,7 @@ from qk_sniffer.store.compact import HeadSpec, compact
 from qk_sniffer.store.journal import Journal, Rows
 from qk_sniffer.store.layout import HeadKey, Layout, claim, discard_work, head_name, parse_head_name
 from qk_sniffer.store.locks import Holder, hold, holder, restart_patience_s
+from qk_sniffer.store.manifest import FileEntry
 
 
 def test_names() -> None:
@@ -103,7 +104,7 @@ def test_a_crash_anywhere_leaves_the_old_dataset_or_one_that_is_finished(tmp_pat
     before = file_bytes(start.root)
     written = compact(start, [journal], heads, SAMPLER)
     card = b"# new card\n"
-    built = manifest.build({"config": {}}, written, card=card)
+    built = manifest.with_files(manifest.build({"config": {}}, written), {"README.md": FileEntry.of(card)})
     crashes = 0
     for step in range(100):
         root = tmp_path / f"root{step}"

@@ -12,21 +12,22 @@ import pyarrow.parquet as pq
 
 from qk_sniffer.errors import StoreError
 from qk_sniffer.store import manifest as manifests
+from qk_sniffer.store.files import Files
 from qk_sniffer.store.journal import ExampleRecord
-from qk_sniffer.store.layout import Layout
+from qk_sniffer.store.layout import EXAMPLES, MANIFEST
 
 
 @dataclass(frozen=True)
 class Base:
-    """The dataset at `layout`, as `record` (see `describe`) had found it when the job that adds to it began."""
+    """The dataset in `files`, as `record` (see `describe`) had found it when the job that adds to it began."""
 
-    layout: Layout
+    files: Files
     record: Mapping[str, Any]
 
     @property
     def is_there(self) -> bool:
         """Whether the dataset still has that manifest."""
-        manifest = self.layout.manifest
+        manifest = self.files.path(MANIFEST)
         return manifest.exists() and _sha256(manifest) == self.record["manifest_sha256"]
 
     def check(self) -> None:
@@ -37,7 +38,7 @@ class Base:
         """
         if not self.is_there:
             raise StoreError(
-                f"{self.layout.root} is not the dataset any more that this job was adding to: put it back, or make it "
+                f"{self.files} is not the dataset any more that this job was adding to: put it back, or make it "
                 "anew with output.overwrite=true"
             )
 
@@ -45,12 +46,15 @@ class Base:
     def manifest(self) -> dict[str, Any]:
         """Its manifest."""
         self.check()
-        return manifests.read(self.layout.root)
+        return manifests.read(self.files.path(MANIFEST).parent)
+
+    def fetch(self) -> None:
+        """Brings its files here, where they are not."""
+        self.files.fetch([name for name, entry in self.manifest["files"].items() if "rows" in entry])
 
     def examples(self) -> list[ExampleRecord]:
         """Its examples, in the order of the source."""
-        self._check("examples/data.parquet")
-        columns = pq.read_table(self.layout.examples).to_pydict()
+        columns = pq.read_table(self._checked(EXAMPLES)).to_pydict()
         names = ExampleRecord.__dataclass_fields__
         return [ExampleRecord(*values) for values in zip(*(columns[name] for name in names), strict=True)]
 
@@ -65,9 +69,9 @@ class Base:
         Raises:
             StoreError: the file is not the one that the manifest lists.
         """
-        self._check(name)
+        path = self._checked(name)
         pending = schema.empty_table()
-        with pq.ParquetFile(self.layout.root / name) as file:
+        with pq.ParquetFile(path) as file:
             for group in range(file.num_row_groups):
                 read = file.read_row_group(group, columns=schema.names)
                 pending = pa.concat_tables([pending, pa.Table.from_arrays(read.columns, schema=schema)])
@@ -77,21 +81,23 @@ class Base:
         if pending.num_rows:
             yield pending.combine_chunks()
 
-    def _check(self, name: str) -> None:
-        path = self.layout.root / name
+    def _checked(self, name: str) -> Path:
+        path = self.files.path(name)
         entry = self.manifest["files"].get(name)
         if entry is None or not path.exists() or _sha256(path) != entry["sha256"]:
             raise StoreError(
                 f"{path} is missing or damaged: it is not the file that manifest.json lists, so nothing can be added "
                 "to this dataset. Restore the file, or make the dataset anew with output.overwrite=true"
             )
+        return path
 
 
-def describe(layout: Layout) -> dict[str, Any]:
-    """What a job that adds to the dataset at `layout` notes of it."""
-    manifest = manifests.read(layout.root)
+def describe(files: Files) -> dict[str, Any]:
+    """What a job that adds to the dataset in `files` notes of it."""
+    path = files.path(MANIFEST)
+    manifest = manifests.read(path.parent)
     return {
-        "manifest_sha256": _sha256(layout.manifest),
+        "manifest_sha256": _sha256(path),
         "source_rows": manifest["source_rows"],
         "skipped_rows": manifest["skipped_rows"],
         "versions": manifest["versions"],

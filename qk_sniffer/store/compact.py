@@ -25,7 +25,7 @@ from qk_sniffer.errors import StoreError
 from qk_sniffer.store.base import Base
 from qk_sniffer.store.disk import explained
 from qk_sniffer.store.journal import ExampleRecord, Journal
-from qk_sniffer.store.layout import Layout, examples_schema, schema
+from qk_sniffer.store.layout import EXAMPLES, Layout, examples_schema, schema
 from qk_sniffer.store.manifest import FileEntry, Written
 from qk_sniffer.store.parquet import ParquetFile
 from qk_sniffer.store.plan import Block, Group, Plan, SegmentFiles, find_blocks, make_plan
@@ -116,7 +116,7 @@ def compact(
     with explained(layout.staging.root, "write"):
         shutil.rmtree(layout.staging.root, ignore_errors=True)
         layout.staging.root.mkdir(parents=True)
-        files = {"examples/data.parquet": _write_examples(layout.staging, records)}
+        files = {EXAMPLES: _write_examples(layout.staging, records)}
         buckets: dict[str, Counter[int]] = {}
         nonfinite: Counter[str] = Counter()
         for done in _in_threads(job, list(_tasks(heads)), threads, on_file):
@@ -129,6 +129,7 @@ def compact(
         num_examples=len(records),
         num_tokens=sum(record.num_tokens for record in records),
         num_truncated=sum(record.truncated for record in records),
+        longest_example=max((record.num_tokens for record in records), default=0),
         nonfinite_rows=dict(sorted(nonfinite.items())),
     )
 

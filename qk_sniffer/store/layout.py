@@ -4,6 +4,8 @@
 <root>/examples/data.parquet    the examples that the rows come from
 <root>/README.md                the card
 <root>/manifest.json            written last: a root without it is incomplete
+<root>/pictures/*.png           made from the vectors, if anybody made some; shown in the card on the Hub
+<root>/.sniff_snapshot.json     with output.resume_from_hub: the commit of the branch that this root stands at
 <root>/.qk_sniffer/             work state, gone once the dataset is whole
     job.json                    what the job is, to refuse another one
     *.lock                      held by running jobs
@@ -21,6 +23,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow as pa
 
@@ -33,17 +36,26 @@ FORMAT = "qk-sniffer/1"
 
 KINDS = ("q", "k")
 
+MANIFEST = "manifest.json"
+CARD = "README.md"
+EXAMPLES = "examples/data.parquet"
+PICTURES = "pictures"
+
 VECTOR_PATH = "vector.list.element"
 """The Parquet column of the vectors' numbers, which pyarrow names so for a list whose field is unnamed."""
 
 
-@dataclass(frozen=True, order=True)
-class HeadKey:
+class HeadKey(NamedTuple):
     """Names a head: `head` counts query heads for the kind "q" and key heads for "k"."""
 
     layer: int
     head: int
     kind: str
+
+    @property
+    def name(self) -> str:
+        """Its folder and config name: `l00h00q`."""
+        return head_name(*self)
 
 
 @dataclass(frozen=True)
@@ -54,24 +66,32 @@ class Layout:
 
     @property
     def manifest(self) -> Path:
-        return self.root / "manifest.json"
+        return self.root / MANIFEST
 
     @property
     def card(self) -> Path:
-        return self.root / "README.md"
+        return self.root / CARD
 
     @property
     def examples(self) -> Path:
-        return self.root / "examples" / "data.parquet"
+        return self.root / EXAMPLES
 
     def head_file(self, layer: int, head: int, kind: str) -> Path:
-        return self.root / head_name(layer, head, kind) / "data.parquet"
+        return self.root / head_file(layer, head, kind)
 
     def head_files(self) -> Iterator[tuple[HeadKey, Path]]:
         """The head files that exist, in no particular order."""
         for path in self.root.glob("l*h*/data.parquet"):
             if (key := parse_head_name(path.parent.name)) is not None:
                 yield key, path
+
+    def pictures(self) -> list[Path]:
+        """The pictures that exist."""
+        return sorted((self.root / PICTURES).glob("*.png"))
+
+    @property
+    def snapshot(self) -> Path:
+        return self.root / ".sniff_snapshot.json"
 
     @property
     def work(self) -> Path:
@@ -129,6 +149,11 @@ def head_name(layer: int, head: int, kind: str) -> str:
     return f"l{layer:02d}h{head:02d}{kind}"
 
 
+def head_file(layer: int, head: int, kind: str) -> str:
+    """The name of a head's file, relative to the root: `l00h00q/data.parquet`."""
+    return f"{head_name(layer, head, kind)}/data.parquet"
+
+
 def parse_head_name(name: str) -> HeadKey | None:
     """The head that `head_name` gave `name`, None for any other name."""
     match = re.fullmatch(r"l(\d{2,})h(\d{2,})([qk])", name)
@@ -171,7 +196,7 @@ def examples_schema() -> pa.Schema:
 def claim(root: Path) -> Layout:
     """The layout of `root`, made ready for a job's work: it exists, is ours, and can be written.
 
-    Ours is an empty folder, or one with our manifest or our work folder.
+    Ours is an empty folder, or one with our manifest, our work folder or the note of a branch.
 
     Raises:
         StoreError: a file is in the way, the folder holds something else, or it cannot be written.
@@ -253,7 +278,7 @@ def _remove_tree(folder: Path) -> None:
 
 def is_ours(layout: Layout) -> bool:
     """Whether the folder is a dataset of ours, or will be one."""
-    return layout.work.is_dir() or _is_our_manifest(layout.manifest)
+    return layout.work.is_dir() or layout.snapshot.is_file() or _is_our_manifest(layout.manifest)
 
 
 def _is_our_manifest(path: Path) -> bool:
@@ -271,5 +296,10 @@ def missing_manifest(root: Path) -> StoreError:
     if Layout(root).work.is_dir():
         return StoreError(
             f"the dataset at {root} is incomplete: no manifest.json. Its job has not finished; run it again to go on"
+        )
+    if Layout(root).snapshot.is_file():
+        return StoreError(
+            f"the dataset of {root} is on the Hub and not here: {Layout(root).snapshot.name} says on which branch. "
+            "qk_sniffer.open_dataset(repo, revision=branch) reads it there"
         )
     return StoreError(f"the dataset at {root} is incomplete: no manifest.json")

@@ -3,6 +3,7 @@
 format          "qk-sniffer/1"
 job             what the job puts there: resolved config, versions, commits, head layout, rotary parameters, ...
 examples, tokens, rows         of the whole dataset; rows over all heads
+longest_example tokens of the longest example
 rows_by_bucket  {"q": {"7": 1234, ...}, "k": ...}, over all heads of the kind
 nonfinite_rows  {"l00h00q/data.parquet": 3}: rows with NaN or Inf, of the heads that have any
 files           {"l00h00q/data.parquet": {"rows", "bytes", "sha256"}, ...}; rows of Parquet files only
@@ -18,7 +19,7 @@ from typing import Any
 
 from qk_sniffer.errors import StoreError
 from qk_sniffer.store.disk import write_atomic
-from qk_sniffer.store.layout import FORMAT, Layout, missing_manifest
+from qk_sniffer.store.layout import FORMAT, KINDS, HeadKey, Layout, missing_manifest, parse_head_name
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Written:
     num_examples: int
     num_tokens: int
     num_truncated: int
+    longest_example: int
     nonfinite_rows: dict[str, int]
     """Rows with NaN or Inf by the head's file, where there are any."""
 
@@ -58,27 +60,29 @@ class Written:
         return sum(entry.size for entry in self.files.values())
 
 
-def build(
-    job: Mapping[str, Any], written: Written, *, card: bytes | None = None, timings: Mapping[str, float] | None = None
-) -> dict[str, Any]:
-    """The manifest of what a compaction has written and of its card. Plain data, ready for JSON."""
-    files = dict(written.files)
-    if card is not None:
-        files["README.md"] = FileEntry.of(card)
+def build(job: Mapping[str, Any], written: Written, *, timings: Mapping[str, float] | None = None) -> dict[str, Any]:
+    """The manifest of what a compaction has written. Plain data, ready for JSON."""
     manifest = {
         **job,
         "format": FORMAT,
         "examples": written.num_examples,
         "tokens": written.num_tokens,
+        "longest_example": written.longest_example,
         "truncated_examples": written.num_truncated,
         "rows": written.rows,
         "rows_by_bucket": written.rows_by_bucket,
         "nonfinite_rows": written.nonfinite_rows,
-        "files": {name: _without_none(entry) for name, entry in files.items()},
+        "files": {name: _without_none(entry) for name, entry in written.files.items()},
         "timings": dict(timings or {}),
     }
     plain: dict[str, Any] = json.loads(encode(manifest))  # as `read` will give it: all keys are strings
     return plain
+
+
+def with_files(manifest: Mapping[str, Any], files: Mapping[str, FileEntry]) -> dict[str, Any]:
+    """A manifest that lists these files too, in the place of those of the same names."""
+    entries = {name: _without_none(entry) for name, entry in files.items()}
+    return {**manifest, "files": {**manifest["files"], **entries}}
 
 
 def encode(manifest: Mapping[str, Any]) -> bytes:
@@ -107,6 +111,12 @@ def read(root: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise StoreError(f"{path} is not a manifest of qk-sniffer in the format {FORMAT!r}")
     return manifest
+
+
+def heads(manifest: Mapping[str, Any]) -> list[HeadKey]:
+    """The heads that a manifest lists: by layer, queries before keys."""
+    keys = [key for name in manifest["files"] if (key := parse_head_name(name.split("/")[0])) is not None]
+    return sorted(keys, key=lambda key: (key.layer, KINDS.index(key.kind), key.head))
 
 
 def _without_none(entry: FileEntry) -> dict[str, Any]:

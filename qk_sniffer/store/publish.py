@@ -17,11 +17,12 @@ from typing import Any
 from qk_sniffer.errors import StoreError
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.disk import explained, sync_folder, write_atomic
-from qk_sniffer.store.layout import Layout, remove_file, remove_work
+from qk_sniffer.store.layout import CARD, Layout, remove_file, remove_work
+from qk_sniffer.store.manifest import FileEntry
 
 
 def publish(layout: Layout, manifest: Mapping[str, Any], *, card: bytes | None = None) -> None:
-    """Makes what `compact` has staged the dataset, with this manifest and card. Hold the finalise lock.
+    """Makes what `compact` has staged the dataset, with this card, which the manifest will list. Hold the lock.
 
     Raises:
         StoreError: the disk failed. The old dataset is still there, or `resume_publish` finishes the new one.
@@ -30,6 +31,7 @@ def publish(layout: Layout, manifest: Mapping[str, Any], *, card: bytes | None =
     with explained(staging.root, "write"):
         if card is not None:
             write_atomic(staging.card, card)
+            manifest = manifests.with_files(manifest, {CARD: FileEntry.of(card)})
         for name in manifest["files"]:
             sync_folder((staging.root / name).parent)
         manifests.write(staging, manifest)

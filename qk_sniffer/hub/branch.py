@@ -1,0 +1,163 @@
+"""A dataset on a branch of the Hub, read from there: its files are fetched when they are asked for.
+
+huggingface_hub keeps what it fetches, by commit: nothing is fetched twice, and all files are of one commit.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from qk_sniffer.errors import HubError
+from qk_sniffer.hub.client import REPO_TYPE, persist
+from qk_sniffer.store.layout import MANIFEST
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True)
+class Branch:
+    """The dataset that the branch `name` of the dataset repository `repo_id` holds at `commit`."""
+
+    repo_id: str
+    name: str
+    commit: str
+
+    def path(self, name: str) -> Path:
+        """The file `name` of the dataset on this machine.
+
+        Raises:
+            HubError: it cannot be fetched.
+        """
+        return Path(_asked(self.repo_id, self.name, lambda api: _download(api, self.repo_id, name, self.commit)))
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a file; it is fetched.
+
+        Raises:
+            HubError: it cannot be fetched.
+        """
+        from huggingface_hub.errors import RemoteEntryNotFoundError
+
+        def ask(api: "HfApi") -> bool:
+            try:
+                _download(api, self.repo_id, name, self.commit)
+            except RemoteEntryNotFoundError:
+                return False
+            return True
+
+        return _asked(self.repo_id, self.name, ask)
+
+    def fetch(self, names: Iterable[str]) -> None:
+        """Fetches files side by side, with a bar, those that are not on this machine yet.
+
+        Raises:
+            HubError: they cannot be fetched.
+        """
+        from huggingface_hub import try_to_load_from_cache
+
+        def is_here(name: str) -> bool:
+            return isinstance(
+                try_to_load_from_cache(self.repo_id, name, revision=self.commit, repo_type=REPO_TYPE), str
+            )
+
+        if missing := [name for name in names if not is_here(name)]:
+            _asked(self.repo_id, self.name, lambda api: _snapshot(api, self.repo_id, missing, self.commit))
+
+    @property
+    def url(self) -> str:
+        """The branch's page."""
+        from huggingface_hub import constants
+
+        return branch_url(constants.ENDPOINT, self.repo_id, self.name)
+
+    def __str__(self) -> str:
+        return f"{self.repo_id}, branch {self.name}"
+
+
+def branch_url(endpoint: str, repo_id: str, branch: str) -> str:
+    """The page of a branch."""
+    return f"{endpoint}/datasets/{repo_id}/tree/{branch.replace('/', '%2F')}"
+
+
+def find(repo_id: str, branch: str) -> Branch | None:
+    """The branch as it stands now, whatever it holds; None where there is none.
+
+    Raises:
+        HubError: the Hub cannot be asked, or does not show the repository to this account.
+    """
+    from huggingface_hub import errors as hub
+
+    def ask(api: "HfApi") -> str | None:
+        try:
+            return api.repo_info(repo_id, repo_type=REPO_TYPE, revision=branch).sha
+        except hub.GatedRepoError:  # for huggingface_hub a kind of missing repository
+            raise
+        except (hub.RepositoryNotFoundError, hub.RevisionNotFoundError):
+            return None
+
+    commit = _asked(repo_id, branch, ask)
+    return None if commit is None else Branch(repo_id, branch, commit)
+
+
+def open_branch(repo_id: str, revision: str | None) -> Branch:
+    """The dataset at `revision`, from the local copies of huggingface_hub where the Hub cannot be reached.
+
+    Raises:
+        HubError: there is none, or it is neither to be had from the Hub nor on this machine.
+    """
+    from huggingface_hub import errors as hub
+
+    branch = revision or "main"
+
+    def ask(api: "HfApi") -> str:
+        try:
+            return Path(_download(api, repo_id, MANIFEST, branch)).parent.name
+        except hub.GatedRepoError:
+            raise
+        except hub.RepositoryNotFoundError:
+            raise HubError(
+                f"there is no dataset repository {repo_id} on the Hub, nor a folder of that name; a private one is "
+                "shown after a login (`hf auth login`, or HF_TOKEN in the environment)"
+            ) from None
+        except (hub.RevisionNotFoundError, hub.RemoteEntryNotFoundError):
+            raise HubError(
+                f"{repo_id} has no dataset of qk-sniffer at the revision {branch!r}; name a branch with "
+                f"revision=...{_branches(api, repo_id)}"
+            ) from None
+
+    return Branch(repo_id, branch, _asked(repo_id, branch, ask))
+
+
+def _asked(repo_id: str, revision: str, ask: "Callable[[HfApi], _Result]") -> _Result:
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+
+    def failed(reason: str) -> HubError:
+        return HubError(f"the dataset {repo_id} at {revision!r} cannot be read from the Hub: {reason}")
+
+    return persist(lambda: ask(api), api, failed)
+
+
+def _download(api: "HfApi", repo_id: str, name: str, revision: str) -> str:
+    path: str = api.hf_hub_download(repo_id, name, repo_type=REPO_TYPE, revision=revision)
+    return path
+
+
+def _snapshot(api: "HfApi", repo_id: str, names: list[str], revision: str) -> Any:
+    return api.snapshot_download(repo_id, repo_type=REPO_TYPE, revision=revision, allow_patterns=names)
+
+
+def _branches(api: "HfApi", repo_id: str, most: int = 30) -> str:
+    """What a message says of the branches that there are."""
+    try:
+        found = sorted(ref.name for ref in api.list_repo_refs(repo_id, repo_type=REPO_TYPE).branches)
+    except Exception:  # only a help in a message about something else
+        return ""
+    names = [name for name in found if name != "main"]
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"; it has: {', '.join(names[:most])}{more}" if names else "; it has none"

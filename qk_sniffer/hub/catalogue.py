@@ -1,0 +1,197 @@
+"""The list of a repository's branches: README.md on main, kept current by every publication.
+
+The list follows from the branches alone: a row for each branch that holds a dataset, made from its manifest. Whoever
+writes it lists what all have published, so that jobs that end together need few commits, and a row that a killed job
+could not write is written by the next one. Rows that are there are kept as they are while their branch stays at the
+commit that they name. Text around the list, which people may have changed, is left alone.
+"""
+
+import json
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qk_sniffer.card import rule
+from qk_sniffer.config import from_dict
+from qk_sniffer.errors import HubError
+from qk_sniffer.hub.branch import branch_url
+from qk_sniffer.hub.client import REPO_TYPE, persist
+from qk_sniffer.job import hub_commit_of
+from qk_sniffer.store import manifest as manifests
+from qk_sniffer.store.layout import CARD, FORMAT, MANIFEST
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+log = logging.getLogger(__name__)
+
+_BEGIN = "<!-- qk-sniffer: the list of branches, written anew at every publication -->"
+_END = "<!-- qk-sniffer: end of the list -->"
+
+_COLUMNS = ("branch", "model", "texts", "split", "sampler", "heads", "rows", "size", "date")
+
+_NEW_PAGE = """\
+---
+pretty_name: Query and key vectors of attention heads
+license: other
+license_name: terms-of-the-models-and-the-texts
+tags:
+- qk-sniffer
+- attention
+- interpretability
+viewer: false
+---
+
+# Query and key vectors of attention heads
+
+The query (Q) and key (K) vectors of transformer attention heads at sampled token positions, captured with qk-sniffer in
+the models' own forward passes. Each branch is a dataset of its own, of one model over one set of texts, with a card
+that tells how it was made. The branch `main` holds nothing but this list.
+
+{list}
+"""
+
+_LOADING = """\
+```python
+from datasets import load_dataset
+
+rows = load_dataset({repo}, {head}, revision={branch}, split="train")
+```
+
+```python
+import qk_sniffer
+
+dataset = qk_sniffer.open_dataset({repo}, revision={branch})
+vectors, positions, example_ids = dataset.vectors(*dataset.heads[0])
+```
+"""
+
+
+def update_catalogue(api: "HfApi", repo_id: str) -> None:
+    """Brings the list on main of a dataset repository up to date, in a commit of its own, if it is not.
+
+    Raises:
+        HubError: it could not be written; what was published is on its branch all the same.
+    """
+
+    def failed(reason: str) -> HubError:
+        return HubError(
+            f"the dataset is on its branch of {repo_id}, but the list of branches on main could not be brought up to "
+            f"date: {reason}. The same command does that later"
+        )
+
+    persist(lambda: _update(api, repo_id), api, failed)
+
+
+def _update(api: "HfApi", repo_id: str) -> None:
+    from huggingface_hub import CommitOperationAdd
+
+    # Before the branches are asked for: what another job lists meanwhile makes this commit a conflict, and is not lost.
+    head = api.repo_info(repo_id, repo_type=REPO_TYPE, revision="main").sha
+    assert head is not None
+    branches = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo_id, repo_type=REPO_TYPE).branches}
+    del branches["main"]
+    page = _text(api, repo_id, CARD, head)
+    listed = {name: _row(api, repo_id, name, commit, page or "") for name, commit in sorted(branches.items())}
+    rows = {name: row for name, row in listed.items() if row is not None}
+    new = _with_list(page, _list(api, repo_id, rows, branches))
+    if new == page:
+        return
+    log.info("updating the list of branches on main of %s", repo_id)
+    api.create_commit(
+        repo_id,
+        [CommitOperationAdd(CARD, new.encode())],
+        commit_message="Update the list of branches",
+        repo_type=REPO_TYPE,
+        revision="main",
+        parent_commit=head,
+    )
+
+
+def _list(api: "HfApi", repo_id: str, rows: dict[str, str], branches: dict[str, str]) -> str:
+    lines = [_BEGIN, "", _line(_COLUMNS), _line(["---"] * len(_COLUMNS)), *rows.values()]
+    if rows:
+        branch = next(iter(rows))
+        manifest = _manifest(api, repo_id, branches[branch])
+        assert manifest is not None
+        head = manifests.heads(manifest)[0].name
+        quoted = {"repo": repo_id, "head": head, "branch": branch}
+        lines += ["", _LOADING.format(**{key: json.dumps(value) for key, value in quoted.items()}).rstrip()]
+    return "\n".join([*lines, "", _END])
+
+
+def _with_list(page: str | None, text: str) -> str:
+    if page is None:
+        return _NEW_PAGE.format(list=text)
+    before, begin, rest = page.partition(_BEGIN)
+    _, end, after = rest.partition(_END)
+    if begin and end:
+        return before + text + after
+    return f"{page.rstrip()}\n\n{text}\n"
+
+
+def _row(api: "HfApi", repo_id: str, branch: str, commit: str, page: str) -> str | None:
+    """The row of a branch; None where it holds no dataset of ours."""
+    link = f"[`{branch}`]({branch_url(api.endpoint, repo_id, branch)})"
+    date_url = f"{api.endpoint}/datasets/{repo_id}/commit/{commit}"
+    for line in page.splitlines():
+        if line.startswith(_line([link]).rstrip()) and line.endswith(f"({date_url}) |"):
+            return line
+    manifest = _manifest(api, repo_id, commit)
+    if manifest is None:
+        return None
+    made = api.list_repo_commits(repo_id, repo_type=REPO_TYPE, revision=commit)[0].created_at
+    try:
+        return _line([link, *_facts(api.endpoint, manifest), f"[{made:%Y-%m-%d}]({date_url})"])
+    except (KeyError, TypeError, AttributeError) as error:
+        log.warning("branch %s of %s is not listed: its manifest lacks %s", branch, repo_id, error)
+        return None
+
+
+def _facts(endpoint: str, manifest: dict[str, Any]) -> list[str]:
+    config, commits = from_dict(manifest["config"]), manifest["commits"]
+    model, texts = str(config.model.name), str(config.dataset.path)
+    if hub_commit_of(commits["model"]) is not None:
+        model = f"[{model}]({endpoint}/{model}/tree/{commits['model']})"
+    if commits["dataset"] is not None:
+        texts = f"[{texts}]({endpoint}/datasets/{texts}/tree/{commits['dataset']})"
+    if config.dataset.name is not None:
+        texts += f" ({config.dataset.name})"
+    kinds = [key.kind for key in manifests.heads(manifest)]
+    heads = [f"{kinds.count(kind):,} {kind.upper()}" for kind in ("q", "k") if kind in kinds]
+    size = sum(entry["bytes"] for entry in manifest["files"].values())
+    return [
+        model,
+        texts,
+        config.dataset.split,
+        rule(config.sampler),
+        " + ".join(heads),
+        f"{manifest['rows']:,}",
+        f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB",
+    ]
+
+
+def _line(cells: Any) -> str:
+    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+
+
+def _manifest(api: "HfApi", repo_id: str, commit: str) -> dict[str, Any] | None:
+    text = _text(api, repo_id, MANIFEST, commit)
+    if text is None:
+        return None
+    try:
+        manifest = json.loads(text)
+    except ValueError:
+        return None
+    return manifest if isinstance(manifest, dict) and manifest.get("format") == FORMAT else None
+
+
+def _text(api: "HfApi", repo_id: str, name: str, commit: str) -> str | None:
+    """A file at a commit; None where it has none of this name."""
+    from huggingface_hub.errors import RemoteEntryNotFoundError
+
+    try:
+        path = api.hf_hub_download(repo_id, name, repo_type=REPO_TYPE, revision=commit)
+    except RemoteEntryNotFoundError:
+        return None
+    return Path(path).read_bytes().decode(errors="replace")

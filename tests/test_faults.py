@@ -322,6 +322,7 @@ run.run_job(from_dict(json.loads(sys.argv[1])))
 """
 
 
+@pytest.mark.slow
 def test_the_commit_of_the_first_start_is_used_though_main_has_moved(
     checkpoint: Path, texts: Path, tmp_path: Path
 ) -> None:

@@ -69,6 +69,7 @@ def test_a_job_publishes_and_its_card_tells_how_to_read_it(tmp_path: Path) -> No
     assert not [path for path in written if b"hf_alice" in path.read_bytes()]
 
 
+@pytest.mark.slow
 def test_killed_in_mid_upload_and_refused(tmp_path: Path) -> None:
     """The dataset stays whole here, and the same command publishes it in one commit, without capturing again."""
     with FakeHub() as hub:

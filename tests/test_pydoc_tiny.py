@@ -55,6 +55,7 @@ def held_out_loss(model: Any, tokenizer: Any, script: ModuleType) -> float:
     return float(torch.cat(losses).mean())
 
 
+@pytest.mark.slow
 def test_it_predicts_held_out_text(held_out_loss: float, tokenizer: Any, script: ModuleType) -> None:
     unseen = [token for name in script.HELD_OUT for token in tokenizer(topics[name]).input_ids[1:]]
     training = set(topics) - set(script.HELD_OUT) - set(script.EARLY_STOPPING)
@@ -154,6 +155,7 @@ def test_architecture(model: Any) -> None:
         assert attention.q_norm.weight.shape == attention.k_norm.weight.shape == (32,)
 
 
+@pytest.mark.slow
 def test_attention_is_of_use(model: Any, tokenizer: Any) -> None:
     """The 64 tokens before a token of a held-out text tell more of it than the last 4 alone."""
     ids = torch.tensor(tokenizer(topics["import"]).input_ids[1:])

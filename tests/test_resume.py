@@ -38,6 +38,7 @@ def test_shards_make_the_dataset_of_one_job(checkpoint: Path, texts: Path, tmp_p
         assert np.allclose(vectors(table), vectors(three[head]), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_shards_that_start_and_end_in_the_same_moment(checkpoint: Path, texts: Path, tmp_path: Path) -> None:
     whole = heads_of(run(checkpoint, texts, tmp_path / "one"))
     for attempt in range(3):

@@ -11,7 +11,8 @@ from contextlib import ExitStack
 from typing import Any
 
 from qk_sniffer.batching import load_tokenizer
-from qk_sniffer.card import CardFacts, write_card
+from qk_sniffer.card import write_card
+from qk_sniffer.card_facts import CardFacts
 from qk_sniffer.config import ShardConfig, from_dict
 from qk_sniffer.errors import SourceError, StoreError
 from qk_sniffer.heads import LayerHeads

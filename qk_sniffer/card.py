@@ -6,189 +6,22 @@ of the Hub it tells more: how to read it from there, the proof, pictures.
 """
 
 import json
-import shlex
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
-from qk_sniffer.config import Config, SamplerConfig, from_dict, safe_name
+from qk_sniffer.card_facts import CardFacts, CardHead
+from qk_sniffer.card_loading import loading
+from qk_sniffer.config import SamplerConfig, safe_name
 from qk_sniffer.heads import compact_ranges
-from qk_sniffer.job import hub_commit_of
 from qk_sniffer.sampling import Sampler
-from qk_sniffer.store.layout import EXAMPLES, KINDS, head_file, head_name, schema
+from qk_sniffer.store.layout import EXAMPLES, KINDS, head_name, schema
 
 FRONT_MATTER_BYTES = 100_000
 """The most that the front matter may take."""
 
 _MAX_BUCKET_LINES = 32
 _KIND_NAMES = {"q": "query", "k": "key"}
-
-_LOAD_FOLDER = """\
-```python
-import os
-
-from datasets import load_dataset
-
-root = os.getcwd()  # the folder of this card
-rows = load_dataset(root, {which}, split="train").with_format("numpy")
-vectors = rows["vector"][:]  # float32 (rows, head_dim)
-```
-"""
-
-_LOAD_BRANCH = """\
-From the Hub, one head or, streaming, without a copy on this machine:
-
-```python
-from datasets import load_dataset
-
-rows = load_dataset({repo}, {which}, revision={branch}, split="train")
-stream = load_dataset({repo}, {which}, revision={branch}, split="train", streaming=True)
-```
-
-With qk-sniffer, which fetches only the heads that are asked for:
-
-```python
-import qk_sniffer
-
-dataset = qk_sniffer.open_dataset({repo}, revision={branch})
-vectors, positions, example_ids = dataset.vectors(*dataset.heads[0])
-```
-
-A copy of the whole branch, which the code below reads:
-
-```bash
-hf download {repo_word} --repo-type dataset --revision {branch_word} --local-dir {folder}
-```
-"""
-
-_READ_FILES = """\
-With pandas, polars or DuckDB:
-
-```python
-import numpy as np
-import pandas as pd
-
-frame = pd.read_parquet("{file}")
-vectors = np.stack(frame["vector"])
-```
-
-```python
-import polars as pl
-
-vectors = pl.read_parquet("{file}")["vector"].to_numpy()
-heads = pl.scan_parquet("l*{kind}/data.parquet", include_file_paths="file")
-counts = heads.group_by("file", "bucket").len().collect()
-```
-
-```python
-import duckdb
-
-counts = duckdb.sql(
-    "select filename, bucket, count(*) as rows "
-    "from read_parquet('l*{kind}/data.parquet', filename = true) group by all order by all"
-).fetchall()
-```
-
-With pyarrow, without a copy:
-
-```python
-import pyarrow.parquet as pq
-
-column = pq.read_table("{file}", columns=["vector"])["vector"]
-size = column.type.list_size
-vectors = [chunk.flatten().to_numpy(zero_copy_only=True).reshape(-1, size) for chunk in column.chunks]
-```
-"""
-
-
-@dataclass(frozen=True)
-class CardHead:
-    """One captured head; `head` counts key heads where `kind` is "k"."""
-
-    layer: int
-    kind: str
-    head: int
-    head_dim: int
-    sliding_window: int | None
-    rows: int
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where on the Hub a card is read."""
-
-    repo_id: str
-    branch: str
-
-
-@dataclass(frozen=True)
-class CardFacts:
-    """What the card tells. A commit is null for what did not come from the Hub."""
-
-    config: Config
-    """As the manifest has it: names of local files and folders without their paths."""
-    model_commit: str | None
-    tokenizer_commit: str | None
-    dataset_commit: str | None
-    software: Mapping[str, str]
-    """Versions by name."""
-    num_examples: int
-    num_tokens: int
-    num_truncated: int
-    num_skipped: int
-    longest: int
-    """Tokens of the longest example."""
-    heads: Sequence[CardHead]
-    rows_by_bucket: Mapping[str, Mapping[int, int]]
-    """{kind: {bucket: rows of all its heads}}"""
-    licenses: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    """Those that the sources state: {"model": ..., "dataset": ...}."""
-    languages: Sequence[str] = ()
-    """Of the texts, as their source states them."""
-    place: Place | None = None
-    """Where the card is to be read, if not in a folder; what follows is told there alone."""
-    proof: Mapping[str, Any] | None = None
-    """The manifest's."""
-    pictures: Sequence[str] = ()
-    """Names of files, relative to the card."""
-
-    @classmethod
-    def of(cls, manifest: Mapping[str, Any]) -> "CardFacts":
-        """What the manifest of a dataset says."""
-        model, commits, stated = manifest["model"], manifest["commits"], manifest["stated"]
-        heads = [
-            CardHead(
-                layer["layer"],
-                kind,
-                head,
-                layer["head_dim"],
-                layer["sliding_window"],
-                manifest["files"][head_file(layer["layer"], head, kind)]["rows"],
-            )
-            for layer in model["layers"]
-            for kind in KINDS
-            for head in layer["captured"].get(kind, ())
-        ]
-        return cls(
-            config=from_dict(manifest["config"]),
-            model_commit=hub_commit_of(commits["model"]),
-            tokenizer_commit=hub_commit_of(commits["tokenizer"]),
-            dataset_commit=commits["dataset"],
-            software=manifest["versions"],
-            num_examples=manifest["examples"],
-            num_tokens=manifest["tokens"],
-            num_truncated=manifest["truncated_examples"],
-            num_skipped=manifest["skipped_rows"],
-            longest=manifest["longest_example"],
-            heads=heads,
-            rows_by_bucket={
-                kind: {int(bucket): rows for bucket, rows in counted.items()}
-                for kind, counted in manifest["rows_by_bucket"].items()
-            },
-            licenses={source: terms["license"] for source, terms in stated.items()},
-            languages=stated["dataset"]["language"],
-        )
 
 
 def write_card(facts: CardFacts) -> str:
@@ -198,7 +31,7 @@ def write_card(facts: CardFacts) -> str:
     parts = [
         front_matter,
         _introduction(facts),
-        _loading(facts, names, lists_all),
+        loading(facts.place, names, lists_all),
         _columns(facts),
         _run(facts),
         _head_layout(facts),
@@ -260,30 +93,6 @@ Each head is one Parquet file, `l<layer>h<head><q|k>/data.parquet`; a `k` head i
 Rows are sorted by the order of the texts in their source, then by position. `examples/data.parquet` describes
 the texts, `manifest.json` the run and every file.
 """
-
-
-def _loading(facts: CardFacts, names: list[str], lists_all: bool) -> str:
-    file = f"{names[0]}/data.parquet"
-    which = _quoted(names[0]) if lists_all else f'data_files="{file}"'
-    first, second = _LOAD_FOLDER.format(which=which), ""
-    if facts.place is not None:
-        repo_id, branch = facts.place.repo_id, facts.place.branch
-        first, second = "", f"In that folder:\n\n{first}\n"
-        first = _LOAD_BRANCH.format(
-            repo=_quoted(repo_id),
-            which=which,
-            branch=_quoted(branch),
-            repo_word=shlex.quote(repo_id),
-            branch_word=shlex.quote(branch),
-            folder=shlex.quote(branch.replace("/", "-")),
-        )
-    text = f"## Loading\n\n{first}"
-    if not lists_all:
-        text += (
-            f"\nA card cannot list {len(names):,} heads as configs, so every head is loaded as above, by its file.\n"
-            'The default config is the first head, the config "examples" the texts.\n'
-        )
-    return f"{text}\n{second}{_READ_FILES.format(file=file, kind=names[0][-1])}"
 
 
 def _columns(facts: CardFacts) -> str:
@@ -482,12 +291,17 @@ Cite the model, the texts, and this dataset with the commit that was used:
 
 ```bibtex
 @misc{{{key},
-  title        = {{{_title(facts)}}},
-  howpublished = {{Dataset repository {facts.place.repo_id} on the Hugging Face Hub, branch {facts.place.branch}}},
+  title        = {{{_for_tex(_title(facts))}}},
+  howpublished = {{Dataset repository {_for_tex(facts.place.repo_id)} on the Hugging Face Hub, branch
+                  {_for_tex(facts.place.branch)}}},
   note         = {{Captured with qk-sniffer}}
 }}
 ```
 """
+
+
+def _for_tex(text: str) -> str:
+    return re.sub(r"([_&%#$])", r"\\\1", text)
 
 
 def _title(facts: CardFacts) -> str:

@@ -5,6 +5,7 @@ A job does this once its shard is captured, and `python -m qk_sniffer.finalize` 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -14,6 +15,8 @@ from qk_sniffer.config import Config
 from qk_sniffer.corpus import Corpus
 from qk_sniffer.errors import CaptureError
 from qk_sniffer.hub.branch import Branch
+from qk_sniffer.hub.catalogue import update_catalogue
+from qk_sniffer.hub.client import writing_api
 from qk_sniffer.hub.publish import publish
 from qk_sniffer.parts import LazyParts
 from qk_sniffer.planning import check_unchanged
@@ -63,6 +66,7 @@ def present(config: Config, layout: Layout, note: str, files: Files) -> Outcome:
     manifest = manifests.read(files.path(MANIFEST).parent)
     if isinstance(files, Branch):
         resume.note(layout, files)
+        update_catalogue(writing_api(), files.repo_id)  # which a job that was killed may not have done
         print(f"On the Hub: {files.url}")
         return Outcome(manifest["rows"], files.url)
     proof = manifest["proof"]
@@ -75,7 +79,14 @@ def present(config: Config, layout: Layout, note: str, files: Files) -> Outcome:
     output = config.output
     if not (output.hf_repo_id and output.hf_branch):
         return Outcome(manifest["rows"])
-    published = publish(layout.root, output.hf_repo_id, output.hf_branch, private=output.private)
+    guarded = output.resume_from_hub and not output.overwrite
+    published = publish(
+        layout.root,
+        output.hf_repo_id,
+        output.hf_branch,
+        private=output.private,
+        guard=partial(resume.guard, layout) if guarded else None,
+    )
     if output.resume_from_hub:
         resume.note(layout, Branch(output.hf_repo_id, output.hf_branch, published.commit))
     print(f"{'Published' if published.changed else 'Already published'}: {published.url}")

@@ -15,7 +15,7 @@ from qk_sniffer.capture import BatchPlan, Capture
 from qk_sniffer.config import Config, resolved
 from qk_sniffer.errors import SourceError
 from qk_sniffer.finish import Outcome, finish, present
-from qk_sniffer.hub.client import require_login
+from qk_sniffer.hub.client import require_access
 from qk_sniffer.job import hub_commit_of
 from qk_sniffer.machine import return_memory, trim_memory
 from qk_sniffer.parts import LazyParts, Parts
@@ -44,7 +44,7 @@ def run_job(config: Config) -> Outcome:
     check(config)
     config = resolved(config)
     if config.output.hf_repo_id:
-        require_login()  # now, not after hours of capture
+        require_access(config.output.hf_repo_id, private=config.output.private)  # now, not after hours of capture
     existed = config.data_root.exists()
     layout = claim(config.data_root)
     return_memory()

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,7 +12,7 @@ import pyarrow.parquet as pq
 from qk_sniffer.batching import text_hash
 from qk_sniffer.config import Config
 from qk_sniffer.corpus import Corpus, open_corpus
-from qk_sniffer.errors import SourceError, StoreError
+from qk_sniffer.errors import HubError, SourceError, StoreError
 from qk_sniffer.hub.branch import Branch
 from qk_sniffer.job import Job, fingerprint, read_record, resolve_commits, write_record
 from qk_sniffer.resume import branch_ahead
@@ -88,8 +89,7 @@ def look(config: Config, layout: Layout, *, is_mine: bool = False) -> Start:
         _note_versions(job, earlier)
         return Start(job, corpus, "nothing", files, Base(files, describe(files) | {"hub": _on_hub(files)}))
     base = base_of(layout, record)
-    is_same = _is_same(job, source_rows(config, corpus), record) and (base is None or base.is_there)
-    if overwrite and not is_same:
+    if overwrite and not (_is_same(job, source_rows(config, corpus), record) and _is_there(base)):
         return _anew(config, files)
     _check_same(job, source_rows(config, corpus), record, layout.root)
     if base is not None:
@@ -125,6 +125,12 @@ def base_of(layout: Layout, record: Mapping[str, Any]) -> Base | None:
     if base is None:
         return None
     return Base(Folder(layout.root) if base["hub"] is None else Branch(**base["hub"]), base)
+
+
+def _is_there(base: Base | None) -> bool:
+    with suppress(HubError):  # a base that cannot be had any more must not stand in the way of who replaces the job
+        return base is None or base.is_there
+    return False
 
 
 def _on_hub(files: Files) -> dict[str, str] | None:

@@ -1,5 +1,6 @@
 """What the sources of a dataset say of themselves in their cards, for the card of the dataset: licence and language."""
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,8 @@ def stated_terms(kind: Kind, name: str, commit: str | None) -> dict[str, list[st
         card = _of_folder(Path(name)) if Path(name).exists() else _of_hub(kind, name, commit)
     except Exception:
         card = None
-    return {key: _listed(card.get(key)) if card is not None else [] for key in ("license", "language")}
+    license, language = (_listed(card.get(key)) if card is not None else [] for key in ("license", "language"))
+    return {"license": license, "language": [code for code in language if _is_language(code)]}
 
 
 def _of_folder(folder: Path) -> "CardData | None":
@@ -45,3 +47,8 @@ def _of_hub(kind: Kind, name: str, commit: str | None) -> "CardData | None":
 def _listed(value: Any) -> list[str]:
     values = value if isinstance(value, list) else [value]
     return [each for each in values if isinstance(each, str)]
+
+
+def _is_language(code: str) -> bool:
+    # The Hub takes ISO 639 codes, with a region or script if need be, and refuses a card with anything else.
+    return re.fullmatch(r"[a-z]{2,3}(-[A-Za-z0-9]+)*|multilingual|code", code) is not None

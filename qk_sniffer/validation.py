@@ -36,7 +36,7 @@ def problems(config: Config) -> list[str]:
         *_at_least("sampler.seed", config.sampler.seed, 0, MAX_SEED),
         *_capture(config),
         *_inference_and_shard(config),
-        *_output(config.output),
+        *output_problems(config.output),
         *_derived(config),
         *_not_built_yet(config),
     ]
@@ -116,7 +116,8 @@ def _inference_and_shard(config: Config) -> Iterator[str]:
     yield from _at_least("verify.examples", config.verify.examples, 0)
 
 
-def _output(output: OutputConfig) -> Iterator[str]:
+def output_problems(output: OutputConfig) -> Iterator[str]:
+    """What is wrong with where the dataset goes, one line each."""
     yield from _not_empty("output.data_root", output.data_root)
     root = Path(output.data_root or ".")
     if root.is_file():

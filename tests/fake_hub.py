@@ -10,11 +10,14 @@ It answers as huggingface_hub and datasets expect by their source. These are gue
 - a new repository has one commit, with .gitattributes, and the list of commits ends with it;
 - what a token is refused: 401 for one that is unknown, 403 for another's repository, name or gated files, 404 for a
   private repository, which is not shown to exist;
+- of a card's front matter the licence, the languages and the configs are validated, the rest is accepted;
+- every branch name is accepted;
 - only .parquet files are LFS, and uploads without Xet are whole ("basic"): the real Hub also has uploads in parts;
 - Xet stores in a folder (`local_xet.py`), where the real one is a service with its own faults;
 - the answer to a fault is text and no JSON, as from a proxy;
 - no limits of its own: the real Hub allows some 128 commits an hour, and answers 429 above that.
-Models and datasets share one space of names. There are no organisations, pull requests or tags.
+Models and datasets share one space of names. Everybody is in the organisation "lab", which has no repositories. There
+are no pull requests or tags.
 """
 
 import base64
@@ -90,7 +93,7 @@ class Fault:
 
 class RefusedError(Exception):
     def __init__(
-        self, status: int, code: str | None = None, text: str = "", headers: dict[str, str] | None = None, **more: str
+        self, status: int, code: str | None = None, text: str = "", headers: dict[str, str] | None = None, **more: Any
     ) -> None:
         super().__init__(text or code or f"status {status}")
         self.status, self.headers = status, headers or {}
@@ -233,7 +236,20 @@ class _Handler(BaseHTTPRequestHandler):
 
     def whoami(self) -> Answer:
         role = self.hub.roles.get(self.token, "write")
-        return {"type": "user", "name": self._user(needed=True), "auth": {"accessToken": {"role": role}}}, {}
+        user, orgs = self._user(needed=True), [{"name": "lab"}]
+        return {"type": "user", "name": user, "orgs": orgs, "auth": {"accessToken": {"role": role}}}, {}
+
+    def validate_yaml(self) -> Answer:
+        text = json.loads(self.body)["content"]
+        card = yaml.safe_load(text.partition("---\n")[2].partition("---\n")[0]) or {}
+        wrong = [
+            *({"license": "unknown"} if card.get("license") not in (None, "other", "mit", "apache-2.0") else {}),
+            *(code for code in card.get("language", []) if not re.fullmatch(r"[a-z]{2,3}", str(code))),
+            *(each for each in card.get("configs", []) if not {"config_name", "data_files"} <= each.keys()),
+        ]
+        if wrong:
+            raise RefusedError(400, errors=[{"message": f"not valid: {wrong}"}], warnings=[])
+        return {"errors": [], "warnings": []}, {}
 
     def create(self) -> Answer:
         user, asked = self._user(needed=True), json.loads(self.body)
@@ -252,7 +268,7 @@ class _Handler(BaseHTTPRequestHandler):
         head = repository.history(revision or "main")[0]
         siblings = [{"rfilename": name} for name in head.files]
         told = {"id": repo_id, "sha": head.id, "private": repository.private, "siblings": siblings, "tags": []}
-        card = head.files.get("README.md", b"").decode().partition("---\n")[2].partition("---\n")[0]
+        card = head.files.get("README.md", b"").decode(errors="replace").partition("---\n")[2].partition("---\n")[0]
         return told | {"downloads": 0, "cardData": yaml.safe_load(card)}, {}
 
     def refs(self, repo_id: str) -> Answer:
@@ -374,7 +390,7 @@ def _etag(name: str, content: bytes) -> str:
 ROUTES: list[tuple[str, str, Callable[..., Answer]]] = [
     ("GET", "/api/whoami-v2", _Handler.whoami),
     ("POST", "/api/repos/create", _Handler.create),
-    ("POST", "/api/validate-yaml", lambda handler: ({"warnings": []}, {})),
+    ("POST", "/api/validate-yaml", _Handler.validate_yaml),
     ("GET", _API + "(?:/revision/([^/]+))?", _Handler.info),
     ("POST", _API + "/branch/([^/]+)", _Handler.branch),
     ("GET", _API + "/refs", _Handler.refs),

@@ -70,6 +70,13 @@ def assert_whole(files: dict[str, bytes], folder: Path) -> None:
     assert not report.problems, str(report)
 
 
+def assert_published(hub: FakeHub, root: Path, folder: Path) -> None:
+    """The branch holds the dataset, whole, after one commit; and main lists it."""
+    assert published(hub) == 1 and vectors_of(held(hub)) == vectors_of(contents(root))
+    assert_whole(held(hub), folder / "copy")
+    assert f"[`{BRANCH}`]" in held(hub, "main")["README.md"].decode()
+
+
 def environment(hub: FakeHub, folder: Path, *, xet: bool = False, token: str | None = "hf_alice") -> dict[str, str]:
     """That of a process that knows of no other Hub, and keeps what it fetches in the folder."""
     found = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}

@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from qk_sniffer.card import FRONT_MATTER_BYTES, CardFacts, CardHead, Place, write_card
+from qk_sniffer.card import FRONT_MATTER_BYTES, write_card
+from qk_sniffer.card_facts import CardFacts, CardHead, Place
 from qk_sniffer.config import (
     CaptureConfig,
     Config,

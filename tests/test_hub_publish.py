@@ -2,21 +2,32 @@
 
 import json
 import logging
-import socket
+import threading
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pyarrow.parquet as pq
 import pytest
 from fake_hub import FakeHub
-from hub_cases import BRANCH, HEADS, REPO, MakeDataset, assert_whole, client, contents, held, published, vectors_of
+from hub_cases import (
+    BRANCH,
+    HEADS,
+    REPO,
+    MakeDataset,
+    assert_published,
+    assert_whole,
+    client,
+    contents,
+    held,
+    published,
+    vectors_of,
+)
 from huggingface_hub import HfApi
 
-from qk_sniffer.errors import HubError, StoreError
-from qk_sniffer.hub.client import require_login
+from qk_sniffer.errors import ConfigError, HubError, StoreError
+from qk_sniffer.finalize import Settings, finalize
 from qk_sniffer.hub.publish import Published, publish
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.layout import Layout
@@ -113,13 +124,6 @@ def test_only_the_dataset_and_its_pictures_are_published(
     assert set(held(hub)) == expected
 
 
-def assert_published(hub: FakeHub, root: Path, folder: Path) -> None:
-    """The branch holds the dataset, whole, after one commit; and main lists it."""
-    assert published(hub) == 1 and vectors_of(held(hub)) == vectors_of(contents(root))
-    assert_whole(held(hub), folder / "copy")
-    assert f"[`{BRANCH}`]" in held(hub, "main")["README.md"].decode()
-
-
 FAULTS: dict[str, dict[str, Any]] = {
     "two server errors": {"status": 503, "times": 2},
     "a time-out": {"status": 408},
@@ -146,33 +150,41 @@ def test_what_passes_at_the_commit_is_tried_again(
     assert len(waits) == fault.get("times", 1) and all(asked + 1 <= wait < asked + 10 for wait in waits)
 
 
+ENDPOINTS = [
+    ("GET", f"/commits/{BRANCH}"),
+    ("GET", "/commits/main"),
+    ("POST", "/api/repos/create"),
+    ("POST", "/branch/"),
+    ("GET", "/tree/"),
+    ("POST", "/api/validate-yaml"),
+    ("POST", "/preupload/"),
+    ("POST", "/info/lfs/objects/batch"),
+    ("PUT", "/lfs/"),
+    ("POST", f"/commit/{BRANCH}"),
+    ("GET", "/revision/main"),
+    ("GET", "/refs"),
+    ("HEAD", "/README.md"),
+    ("HEAD", "/manifest.json"),
+    ("GET", "/manifest.json"),
+    ("POST", "/commit/main"),
+]
+
+
 @pytest.mark.parametrize("how", ["reply", "drop", "lose"])
-@pytest.mark.parametrize(
-    ("method", "path"),
-    [
-        ("GET", f"/commits/{BRANCH}"),
-        ("GET", "/commits/main"),
-        ("POST", "/api/repos/create"),
-        ("POST", "/branch/"),
-        ("GET", "/tree/"),
-        ("POST", "/api/validate-yaml"),
-        ("POST", "/preupload/"),
-        ("POST", "/info/lfs/objects/batch"),
-        ("PUT", "/lfs/"),
-        ("GET", "/revision/main"),
-        ("GET", "/refs"),
-        ("HEAD", "/manifest.json"),
-        ("GET", "/manifest.json"),
-        ("POST", "/commit/main"),
-    ],
-)
+@pytest.mark.parametrize(("method", "path"), ENDPOINTS)
 def test_what_passes_elsewhere_is_tried_again(
     method: str, path: str, how: str, hub: FakeHub, api: HfApi, make_dataset: MakeDataset, tmp_path: Path
 ) -> None:
+    """Two outages after another, or statuses that pass; the others are met at the commit."""
     root = make_dataset(tmp_path / "a")
-    hub.fault(method, path, how, times=2)
+    if how == "reply":
+        for status in (408, 409, 429, 503):
+            hub.fault(method, path, status=status)
+    else:
+        hub.fault(method, path, how, times=2)
     assert publish(root, REPO, BRANCH, api=api).changed
     assert hub.count(method, path) > 2 or how == "lose", "the fault was met"
+    assert hub.take_fault(method, path) is None or how == "lose"
     assert_published(hub, root, tmp_path)
 
 
@@ -180,7 +192,7 @@ def test_an_outage_ends_after_a_few_tries(
     hub: FakeHub, api: HfApi, make_dataset: MakeDataset, tmp_path: Path, waits: list[float]
 ) -> None:
     hub.fault("POST", "/commit/", times=100)
-    with pytest.raises(HubError, match=r"the Hub answers 503.*stays whole in .*/a; the same command publishes it"):
+    with pytest.raises(HubError, match=r"the Hub answers 503.*stays whole in .*/a; the command of its job, run again"):
         publish(make_dataset(tmp_path / "a"), REPO, BRANCH, api=api)
     assert hub.count("POST", "/commit/") == 5
     assert len(waits) == 4 and all(2.0**n <= wait <= 3 * 2.0**n for n, wait in enumerate(waits))
@@ -234,7 +246,7 @@ def test_what_does_not_pass_ends_at_once(
     with pytest.raises(HubError, match=message) as caught:
         publish(root, REPO, BRANCH, api=api)
     text = str(caught.value)
-    assert f"published to {REPO}, branch {BRANCH}" in text and f"whole in {root}; the same command" in text
+    assert f"published to {REPO}, branch {BRANCH}" in text and f"whole in {root}; the command of its job" in text
     assert "hf_alice" not in text
     assert hub.count(method, path) == 1
     assert contents(root) == before
@@ -253,31 +265,6 @@ def test_faults_of_a_single_upload(
     assert publish(root, REPO, BRANCH, api=api).changed
     assert len(waits) == 1
     assert_published(hub, root, tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("token", "repo_id", "message"),
-    [
-        (True, REPO, r"there is no token: set HF_TOKEN, or .*hf auth login"),
-        ("hf_mallory", REPO, "refuses the token"),
-        ("hf_bob", REPO, "no right to that"),
-        ("hf_alice", "alice/two--dashes", "Cannot have --"),
-        ("hf_secret\ntoken", REPO, r"Illegal header value .*\*\*\*"),
-    ],
-)
-def test_a_wrong_login_or_name_ends_at_once(
-    token: str | bool,
-    repo_id: str,
-    message: str,
-    hub: FakeHub,
-    make_dataset: MakeDataset,
-    tmp_path: Path,
-    waits: list[float],
-) -> None:
-    with pytest.raises(HubError, match=message) as caught:
-        publish(make_dataset(tmp_path / "a"), repo_id, BRANCH, api=HfApi(endpoint=hub.url, token=token))
-    assert not isinstance(token, str) or (token not in str(caught.value) and "secret" not in str(caught.value))
-    assert hub.repositories == {} and waits == []
 
 
 def test_another_writer_in_between(hub: FakeHub, make_dataset: MakeDataset, tmp_path: Path) -> None:
@@ -321,17 +308,6 @@ def test_another_writer_after_a_lost_answer(hub: FakeHub, make_dataset: MakeData
     assert (theirs.title, done.commit, done.changed) == ("theirs", ours.id, True)
 
 
-def test_private(hub: FakeHub, api: HfApi, make_dataset: MakeDataset, tmp_path: Path) -> None:
-    root = make_dataset(tmp_path / "a")
-    publish(root, REPO, BRANCH, private=True, api=api)
-    assert hub.repositories[REPO].private
-    hub.create("alice/public")
-    with pytest.raises(HubError, match=r"exists and is public.*settings.*stays whole"):
-        publish(root, "alice/public", BRANCH, private=True, api=api)
-    assert list(hub.repositories["alice/public"].branches) == ["main", BRANCH]
-    assert hub.repositories["alice/public"].branches[BRANCH] == hub.repositories["alice/public"].branches["main"]
-
-
 def test_a_dataset_that_is_not_whole_is_not_published(
     hub: FakeHub, api: HfApi, make_dataset: MakeDataset, tmp_path: Path
 ) -> None:
@@ -345,36 +321,64 @@ def test_a_dataset_that_is_not_whole_is_not_published(
     assert hub.log == []
 
 
-def test_without_a_hub(
-    monkeypatch: pytest.MonkeyPatch, make_dataset: MakeDataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_a_damaged_file_is_not_published(hub: FakeHub, api: HfApi, make_dataset: MakeDataset, tmp_path: Path) -> None:
+    path = make_dataset(tmp_path / "a") / "l00h03q/data.parquet"
+    content = bytearray(path.read_bytes())
+    content[100] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(StoreError, match=r"l00h03q/data\.parquet .*has changed"):
+        publish(tmp_path / "a", REPO, BRANCH, api=api)
+    assert published(hub) == 0
+
+
+def test_progress_is_told_in_a_log(
+    hub: FakeHub,
+    api: HfApi,
+    make_dataset: MakeDataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setattr("qk_sniffer.hub.publish._FILES_AT_A_TIME", 3)
+    caplog.set_level(logging.INFO, "qk_sniffer")
     root = make_dataset(tmp_path / "a")
-    with socket.socket() as probe:  # a port that is closed again
-        probe.bind(("127.0.0.1", 0))
-        api = HfApi(endpoint=f"http://127.0.0.1:{probe.getsockname()[1]}", token="hf_alice")
-    with pytest.raises(HubError, match=r"Connection refused.*the same command"):
-        publish(root, REPO, BRANCH, api=api)
-    caplog.clear()
-    require_login(api)
-    assert "could not be checked" in caplog.text and "Connection refused" in caplog.text
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    for attempt in (lambda: publish(root, REPO, BRANCH, api=api), lambda: require_login(api)):
-        with pytest.raises(HubError, match="unset HF_HUB_OFFLINE"):
-            attempt()
+    publish(root, REPO, BRANCH, api=api)
+    told = [record.message for record in caplog.records if "files" in record.message]
+    assert told[0].startswith("publishing 7 files, 0.") and told[0].endswith(f"/tree/{BRANCH}")
+    assert [line.split(",")[0] for line in told[1:]] == ["uploaded 3 files", "uploaded 6 files", "uploaded 7 files"]
+    assert "it/s" not in capfd.readouterr().err
+    assert_published(hub, root, tmp_path)
 
 
-def test_login(hub: FakeHub, api: HfApi, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    require_login(api)
-    with pytest.raises(HubError, match=r"there is no token.*leave output\.hf_repo_id out"):
-        require_login()
-    with pytest.raises(HubError, match=r"refuses the token.*To capture without publishing") as caught:
-        require_login(HfApi(endpoint=hub.url, token="hf_mallory"))
-    assert "mallory" not in str(caught.value)
-    hub.roles["hf_alice"] = "read"
-    with pytest.raises(HubError, match="may only read"):
-        require_login(api)
-    assert caplog.records == []
-    hub.fault("GET", "/whoami", status=429)
-    require_login(api)
-    assert "could not be checked" in caplog.text and caplog.records[0].levelno == logging.WARNING
-    assert huggingface_hub.get_token() is None
+def test_two_jobs_that_publish_to_one_branch(hub: FakeHub, make_dataset: MakeDataset, tmp_path: Path) -> None:
+    roots = [make_dataset(tmp_path / "a"), make_dataset(tmp_path / "b", heads=(1,), seed=1)]
+    start, done = threading.Barrier(2), []
+
+    def job(root: Path) -> None:
+        start.wait()
+        done.append(publish(root, REPO, BRANCH, api=HfApi(endpoint=hub.url, token="hf_alice")))
+
+    threads = [threading.Thread(target=job, args=(root,)) for root in roots]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(done) == 2 and published(hub) == 2
+    assert vectors_of(held(hub)) in [vectors_of(contents(root)) for root in roots]
+    assert_whole(held(hub), tmp_path / "copy")
+
+
+def test_a_dataset_that_was_made_without_the_hub_is_published_by_hand(
+    hub: FakeHub, endpoint: str, make_dataset: MakeDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_alice")
+    root = make_dataset(tmp_path / "a")
+    assert finalize(Settings(root, hf_repo_id=REPO, hf_branch=BRANCH)) == 0
+    assert_published(hub, root, tmp_path)
+    assert finalize(Settings(root, hf_repo_id=REPO)) == 0  # the branch that its job would have taken
+    assert published(hub, BRANCH) == 1
+    with pytest.raises(ConfigError, match=r"hf_branch is 'main'"):
+        finalize(Settings(root, hf_repo_id=REPO, hf_branch="main"))
+    with pytest.raises(HubError, match="the login is that of alice"):
+        finalize(Settings(root, hf_repo_id="bob/x"))

@@ -187,6 +187,8 @@ stream = load_dataset({REPO!r}, "l00h00k", revision={BRANCH!r}, split="train", s
 print(len(list(stream)), len(load_dataset({REPO!r}, "l00h00k", revision={BRANCH!r}, split="train")))
 """
     with FakeHub(LocalXet(tmp_path / "xet")) as hub:
+        hub.fault("GET", "/xet-write-token/")
+        hub.fault("GET", "/xet-read-token/", how="drop")
         done = client(hub, tmp_path, "-c", write, xet=True)
         assert done.stdout == "True\n", done.stderr
         assert hub.count("GET", "/xet-write-token/") > 0 and hub.count("PUT", "/lfs/") == 0
@@ -195,6 +197,10 @@ print(len(list(stream)), len(load_dataset({REPO!r}, "l00h00k", revision={BRANCH!
         assert done.returncode == 0, done.stderr
         assert hub.count("GET", "/xet-read-token/") > 0
         refused = client(hub, tmp_path / "xet", "-c", read, xet=True, token=None)
+        unread = client(
+            hub, tmp_path / "xet", "-c", "".join(read.splitlines(True)[2:3] + read.splitlines(True)[6:]), token=None
+        )
+        assert unread.returncode == 1 and "doesn't exist on the Hub or cannot be accessed" in unread.stderr
     dataset = qk_sniffer.open_dataset(root)
     sums, counts = done.stdout.splitlines()
     assert sums == str([float(dataset.vectors(*head).vectors.sum()) for head in dataset.heads])

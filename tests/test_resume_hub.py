@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -188,3 +189,73 @@ def test_without_the_hub_there_is_an_error(hub: FakeHub, machine: MakeMachine) -
     with pytest.raises(HubError, match=rf"{REPO} at '{BRANCH}' cannot be read from the Hub: the Hub answers 503"):
         first.job(4)
     assert first.captured == [] and not first.root.exists()
+
+
+def test_what_another_machine_has_added_meanwhile_is_not_taken_back(hub: FakeHub, machine: MakeMachine) -> None:
+    first, second, third = machine("first"), machine("second"), machine("third")
+    first.job(4)
+    second.job(6, killed=True)
+    third.job(8)
+    with pytest.raises(StoreError, match=rf"not published: {REPO}, branch {BRANCH} has 8 rows .* has 6\. Ask for more"):
+        second.job(6)
+    assert published(hub) == 2
+    second.job(10)
+    assert sorted(second.captured) == [8, 9] and published(hub) == 3
+
+
+def test_what_was_made_here_without_the_hub_does_not_replace_another_dataset(
+    hub: FakeHub, machine: MakeMachine
+) -> None:
+    first = machine("first")
+    first.job(8)
+    alone: dict[str, Any] = {"hf_repo_id": None, "resume_from_hub": False, "overwrite": True}
+    first.job(8, sampler={"seed": 1}, output=alone)  # what is noted of the branch says nothing of this
+    with pytest.raises(StoreError, match="another configuration"):
+        first.job(8, sampler={"seed": 1})
+    second = machine("second")
+    second.write([TEXTS[0], "abc", *TEXTS[2:]])
+    second.job(8, output=alone | {"overwrite": False})
+    with pytest.raises(StoreError, match=r"not published: .* was made from other texts than"):
+        second.job(8)
+    third = machine("third")
+    third.job(4, sampler={"seed": 1}, shard={"index": 0, "count": 2}, output=alone | {"overwrite": False})
+    with pytest.raises(StoreError, match="another configuration"):
+        third.job(4, sampler={"seed": 1}, shard={"index": 1, "count": 2})
+    assert published(hub) == 1
+    # Fewer rows than the branch has, but made here: it goes on from the branch.
+    fourth = machine("fourth")
+    fourth.job(2, output=alone | {"overwrite": False})
+    fourth.job(8)
+    assert fourth.captured == [] and published(hub) == 1
+
+
+def test_a_damaged_copy_is_fetched_again(hub: FakeHub, machine: MakeMachine, tmp_path: Path) -> None:
+    machine("first").job(8)
+    second = machine("second")
+    second.job(12, killed=True)
+    for name in ("l00h03q/data.parquet", "manifest.json"):
+        (copy,) = second.folder.glob(f"cache/**/snapshots/*/{name}")
+        copy.write_bytes(copy.read_bytes()[:-1])
+    assert second.job(12) >= {"l00h03q/data.parquet"} and second.captured == []
+    assert_whole(held(hub), tmp_path / "copy")
+
+
+def test_a_base_that_is_gone_can_be_replaced(hub: FakeHub, machine: MakeMachine) -> None:
+    machine("first").job(8)
+    second = machine("second")
+    second.job(12, killed=True)
+    shutil.rmtree(second.folder / "cache")
+    del hub.repositories[REPO]
+    with pytest.raises(HubError, match=rf"{REPO} at '{BRANCH}' cannot be read from the Hub"):
+        second.job(12)
+    second.job(12, output={"overwrite": True})
+    assert len(second.captured) == 12 and published(hub) == 1
+
+
+def test_a_list_that_was_not_written_is_written_by_who_resumes(hub: FakeHub, machine: MakeMachine) -> None:
+    hub.fault("POST", "/commit/main", status=403)
+    with pytest.raises(HubError, match="list of branches"):
+        machine("first").job(4)
+    assert "README.md" not in held(hub, "main")
+    machine("second").job(4)
+    assert BRANCH in held(hub, "main")["README.md"].decode()

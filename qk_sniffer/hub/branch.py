@@ -3,17 +3,21 @@
 huggingface_hub keeps what it fetches, by commit: nothing is fetched twice, and all files are of one commit.
 """
 
+import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import quote
 
 from qk_sniffer.errors import HubError
-from qk_sniffer.hub.client import REPO_TYPE, persist
+from qk_sniffer.hub.client import REPO_TYPE, bars_on_a_terminal, persist
 from qk_sniffer.store.layout import MANIFEST
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
+
+log = logging.getLogger(__name__)
 
 _Result = TypeVar("_Result")
 
@@ -33,6 +37,16 @@ class Branch:
             HubError: it cannot be fetched.
         """
         return Path(_asked(self.repo_id, self.name, lambda api: _download(api, self.repo_id, name, self.commit)))
+
+    def renewed(self, name: str) -> Path:
+        """The file fetched anew, where the copy on this machine is not what it should be.
+
+        Raises:
+            HubError: it cannot be fetched.
+        """
+        return Path(
+            _asked(self.repo_id, self.name, lambda api: _download(api, self.repo_id, name, self.commit, force=True))
+        )
 
     def has(self, name: str) -> bool:
         """Whether there is such a file; it is fetched.
@@ -65,7 +79,9 @@ class Branch:
             )
 
         if missing := [name for name in names if not is_here(name)]:
-            _asked(self.repo_id, self.name, lambda api: _snapshot(api, self.repo_id, missing, self.commit))
+            log.info("fetching %d files of %s", len(missing), self)
+            with bars_on_a_terminal():
+                _asked(self.repo_id, self.name, lambda api: _snapshot(api, self.repo_id, missing, self.commit))
 
     @property
     def url(self) -> str:
@@ -80,7 +96,7 @@ class Branch:
 
 def branch_url(endpoint: str, repo_id: str, branch: str) -> str:
     """The page of a branch."""
-    return f"{endpoint}/datasets/{repo_id}/tree/{branch.replace('/', '%2F')}"
+    return f"{endpoint}/datasets/{repo_id}/tree/{quote(branch, safe='')}"
 
 
 def find(repo_id: str, branch: str) -> Branch | None:
@@ -143,8 +159,8 @@ def _asked(repo_id: str, revision: str, ask: "Callable[[HfApi], _Result]") -> _R
     return persist(lambda: ask(api), api, failed)
 
 
-def _download(api: "HfApi", repo_id: str, name: str, revision: str) -> str:
-    path: str = api.hf_hub_download(repo_id, name, repo_type=REPO_TYPE, revision=revision)
+def _download(api: "HfApi", repo_id: str, name: str, revision: str, *, force: bool = False) -> str:
+    path: str = api.hf_hub_download(repo_id, name, repo_type=REPO_TYPE, revision=revision, force_download=force)
     return path
 
 

@@ -77,7 +77,7 @@ def update_catalogue(api: "HfApi", repo_id: str) -> None:
     def failed(reason: str) -> HubError:
         return HubError(
             f"the dataset is on its branch of {repo_id}, but the list of branches on main could not be brought up to "
-            f"date: {reason}. The same command does that later"
+            f"date: {reason}. The command of its job, run again, does that"
         )
 
     persist(lambda: _update(api, repo_id), api, failed)
@@ -90,7 +90,7 @@ def _update(api: "HfApi", repo_id: str) -> None:
     head = api.repo_info(repo_id, repo_type=REPO_TYPE, revision="main").sha
     assert head is not None
     branches = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo_id, repo_type=REPO_TYPE).branches}
-    del branches["main"]
+    branches.pop("main", None)
     page = _text(api, repo_id, CARD, head)
     listed = {name: _row(api, repo_id, name, commit, page or "") for name, commit in sorted(branches.items())}
     rows = {name: row for name, row in listed.items() if row is not None}
@@ -127,7 +127,8 @@ def _with_list(page: str | None, text: str) -> str:
     _, end, after = rest.partition(_END)
     if begin and end:
         return before + text + after
-    return f"{page.rstrip()}\n\n{text}\n"
+    whole = page.replace(_BEGIN, "").rstrip()  # a list whose end is gone cannot be told from the text around it
+    return f"{whole}\n\n{text}\n"
 
 
 def _row(api: "HfApi", repo_id: str, branch: str, commit: str, page: str) -> str | None:
@@ -140,12 +141,13 @@ def _row(api: "HfApi", repo_id: str, branch: str, commit: str, page: str) -> str
     manifest = _manifest(api, repo_id, commit)
     if manifest is None:
         return None
-    made = api.list_repo_commits(repo_id, repo_type=REPO_TYPE, revision=commit)[0].created_at
     try:
-        return _line([link, *_facts(api.endpoint, manifest), f"[{made:%Y-%m-%d}]({date_url})"])
-    except (KeyError, TypeError, AttributeError) as error:
-        log.warning("branch %s of %s is not listed: its manifest lacks %s", branch, repo_id, error)
+        facts = _facts(api.endpoint, manifest)
+    except Exception as error:  # whatever its manifest may hold, it must not keep others from being listed
+        log.warning("branch %s of %s is not listed: its manifest is not sound (%r)", branch, repo_id, error)
         return None
+    made = api.list_repo_commits(repo_id, repo_type=REPO_TYPE, revision=commit)[0].created_at
+    return _line([link, *facts, f"[{made:%Y-%m-%d}]({date_url})"])
 
 
 def _facts(endpoint: str, manifest: dict[str, Any]) -> list[str]:
@@ -158,6 +160,8 @@ def _facts(endpoint: str, manifest: dict[str, Any]) -> list[str]:
     if config.dataset.name is not None:
         texts += f" ({config.dataset.name})"
     kinds = [key.kind for key in manifests.heads(manifest)]
+    if not kinds:
+        raise ValueError("no heads")
     heads = [f"{kinds.count(kind):,} {kind.upper()}" for kind in ("q", "k") if kind in kinds]
     size = sum(entry["bytes"] for entry in manifest["files"].values())
     return [
@@ -187,11 +191,15 @@ def _manifest(api: "HfApi", repo_id: str, commit: str) -> dict[str, Any] | None:
 
 
 def _text(api: "HfApi", repo_id: str, name: str, commit: str) -> str | None:
-    """A file at a commit; None where it has none of this name."""
-    from huggingface_hub.errors import RemoteEntryNotFoundError
+    """A file at a commit; None where it has none of this name, or the commit is gone with its branch."""
+    from huggingface_hub.errors import RemoteEntryNotFoundError, RevisionNotFoundError
 
     try:
         path = api.hf_hub_download(repo_id, name, repo_type=REPO_TYPE, revision=commit)
-    except RemoteEntryNotFoundError:
+    except (RemoteEntryNotFoundError, RevisionNotFoundError):
         return None
-    return Path(path).read_bytes().decode(errors="replace")
+    content = Path(path).read_bytes()
+    try:
+        return content.decode()
+    except UnicodeDecodeError:  # a person's text, in what is not UTF-8 most often; a card must be UTF-8
+        return content.decode("latin-1")

@@ -8,9 +8,10 @@ import json
 import logging
 import random
 import re
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, TypeVar
@@ -36,6 +37,13 @@ _LONGEST_WAIT_S = 3600.0
 _CONFLICTS = {409, 412}
 _PASSING = {408, 429} | _CONFLICTS
 """The status codes, besides those of server errors, that another try may not meet again."""
+
+_WITHOUT = "To capture without publishing, leave output.hf_repo_id out"
+
+PUBLIC = (
+    "output.private=true, but the repository exists and is public. Make it private on its settings page, or leave "
+    "output.private out"
+)
 
 _Result = TypeVar("_Result")
 
@@ -73,17 +81,19 @@ def writing_api() -> "HfApi":
     return HfApi(token=True)
 
 
-def require_login(api: "HfApi | None" = None) -> None:
-    """Finds out before a long job that there is no login to publish with; only warns if the Hub cannot be reached.
+def require_access(repo_id: str, *, private: bool = False, api: "HfApi | None" = None) -> None:
+    """Finds out before a long job that it could not publish to `repo_id`; only warns if the Hub cannot be reached.
 
     Raises:
-        HubError: there is no token, the Hub refuses it, it may only read, or offline mode is on.
+        HubError: there is no token, the Hub refuses it, it may only read, or offline mode is on; the repository belongs
+            to somebody else; it is public and shall be `private`.
     """
     from huggingface_hub import errors as hub
 
     api = api or writing_api()
     try:
         account = api.whoami()
+        is_public = private and _is_public(api, repo_id)
     except Exception as error:
         if not _is_foreseen(error):
             raise
@@ -97,9 +107,38 @@ def require_login(api: "HfApi | None" = None) -> None:
             "the dataset could not be published to the Hub: the token may only read. Set HF_TOKEN to one that may "
             f"write, or log in with `hf auth login`. {_WITHOUT}"
         )
+    owners = [account["name"], *(organisation["name"] for organisation in account.get("orgs", ()))]
+    if repo_id.split("/")[0] not in owners:
+        raise HubError(
+            f"the dataset could not be published to {repo_id}: the login is that of {account['name']}, which may write "
+            f"to repositories of {', '.join(owners)}. Give output.hf_repo_id one of them. {_WITHOUT}"
+        )
+    if is_public:
+        raise HubError(f"the dataset could not be published to {repo_id}: {PUBLIC}")
 
 
-_WITHOUT = "To capture without publishing, leave output.hf_repo_id out"
+def _is_public(api: "HfApi", repo_id: str) -> bool:
+    from huggingface_hub import errors as hub
+
+    try:
+        return not api.repo_info(repo_id, repo_type=REPO_TYPE).private
+    except hub.RepositoryNotFoundError:
+        return False
+
+
+@contextmanager
+def bars_on_a_terminal() -> Iterator[None]:
+    """Hides the progress bars of huggingface_hub where they would fill a log."""
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    hidden = not sys.stderr.isatty() and not are_progress_bars_disabled()
+    if hidden:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        if hidden:
+            enable_progress_bars()
 
 
 def reason(error: Exception, api: "HfApi") -> str:
@@ -150,13 +189,13 @@ def _wait_s(error: Exception, tries: int) -> float | None:
     """How long to wait before another try: at least as long as the Hub asks for. None if another would be in vain."""
     from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    if isinstance(error, LocalEntryNotFoundError):
-        return None  # of a download, for which huggingface_hub has itself tried half a minute
     usual = min(_FIRST_WAIT_S * 2.0 ** (tries - 1), _LONGEST_USUAL_WAIT_S) * random.uniform(0.5, 1.5)
     refusal = _refusal(error)
     if refusal is not None:
         status = refusal.response.status_code
         return usual + _asked_s(refusal.response.headers) if status in _PASSING or status >= 500 else None
+    if isinstance(error, LocalEntryNotFoundError):
+        return None  # no connection for a download, for which huggingface_hub has itself tried half a minute
     for cause in _causes(error):
         if isinstance(cause, OfflineModeIsEnabled):
             return None

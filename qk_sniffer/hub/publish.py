@@ -9,19 +9,18 @@ that landed although its answer was lost is then found by its title.
 
 import hashlib
 import logging
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qk_sniffer.card import CardFacts, Place, write_card
+from qk_sniffer.card import write_card
+from qk_sniffer.card_facts import CardFacts, Place
 from qk_sniffer.errors import HubError, StoreError
-from qk_sniffer.hub.branch import branch_url
+from qk_sniffer.hub.branch import Branch, branch_url
 from qk_sniffer.hub.catalogue import update_catalogue
-from qk_sniffer.hub.client import REPO_TYPE, persist, writing_api
+from qk_sniffer.hub.client import PUBLIC, REPO_TYPE, bars_on_a_terminal, persist, writing_api
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.layout import CARD, MANIFEST, PICTURES, Layout, parse_head_name
 from qk_sniffer.store.manifest import FileEntry
@@ -30,6 +29,12 @@ if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, GitCommitInfo, HfApi
 
 log = logging.getLogger(__name__)
+
+_FILES_AT_A_TIME, _BYTES_AT_A_TIME = 64, 1_000_000_000
+"""After so much a line says how far the upload is."""
+
+Guard = Callable[[Branch], None]
+"""Raises an error where the dataset must not take the place of the one that a branch holds."""
 
 
 @dataclass(frozen=True)
@@ -41,37 +46,43 @@ class Published:
     changed: bool
 
 
-def publish(root: Path, repo_id: str, branch: str, *, private: bool = False, api: "HfApi | None" = None) -> Published:
+def publish(
+    root: Path,
+    repo_id: str,
+    branch: str,
+    *,
+    private: bool = False,
+    guard: Guard | None = None,
+    api: "HfApi | None" = None,
+) -> Published:
     """Makes the dataset at `root` what the branch of the dataset repository `repo_id` holds, and lists it on main.
 
     Published are the files that the manifest names, the pictures, and the manifest; the card is written for its place
     there. Files of an earlier version that are no longer part of the dataset are deleted; what else the branch holds is
-    left alone. A repository that is made here is private with `private`, else as its owner's default is.
+    left alone. A repository that is made here is private with `private`, else as its owner's default is. `guard` is
+    asked of each version that would be replaced.
 
     Raises:
-        StoreError: the dataset is not whole.
+        StoreError: the dataset is not whole; or what `guard` raises.
         HubError: it could not be published, or not listed. The folder is as it was, and the call may be made again.
     """
     api = api or writing_api()
-    publication = _Publication(root, repo_id, branch, private, api)
+    publication = _Publication(root, repo_id, branch, private, guard, api)
     published = persist(publication.attempt, api, publication.failed)
     update_catalogue(api, repo_id)
     return published
 
 
-_FILES_AT_A_TIME = 64
-"""After so many a line says how far the upload is."""
-
-
 class _Publication:
     """What the tries of one `publish` share."""
 
-    def __init__(self, root: Path, repo_id: str, branch: str, private: bool, api: "HfApi") -> None:
+    def __init__(self, root: Path, repo_id: str, branch: str, private: bool, guard: Guard | None, api: "HfApi") -> None:
         self.api = api
         self._root = root
         self._repo_id = repo_id
         self._branch = branch
         self._private = private
+        self._guard = guard
         manifest = manifests.read(root)
         _check_files(root, manifest)
         pictures = sorted(path.relative_to(root).as_posix() for path in Layout(root).pictures())
@@ -92,19 +103,18 @@ class _Publication:
         """One try, which goes on from what earlier ones did."""
         commits = self._commits()
         if self._private and not self.api.repo_info(self._repo_id, repo_type=REPO_TYPE).private:
-            raise self.failed(
-                "output.private=true, but the repository exists and is public. Make it private on its settings page, "
-                "or leave output.private out"
-            )
+            raise self.failed(PUBLIC)
         if (landed := self._landed(commits)) is not None:
             log.info("%s holds this dataset", self._url)
             return Published(self._url, landed, changed=self._parent is not None)
         head = commits[0].commit_id
         if head != self._parent:
+            if self._guard is not None:
+                self._guard(Branch(self._repo_id, self._branch, head))
             # Kept for another try on the same commit: they know what is uploaded, and which files are unchanged.
             self._operations = self._changes(head)
             self._parent = head
-        with _bars_on_a_terminal():
+        with bars_on_a_terminal():
             self._upload()
             made = self.api.create_commit(
                 self._repo_id,
@@ -123,21 +133,29 @@ class _Publication:
         additions = [each for each in self._operations if isinstance(each, CommitOperationAdd)]
         size = sum(each.upload_info.size for each in additions)
         log.info("publishing %d files, %.1f MB, to %s", len(additions), size / 1e6, self._url)
-        done = 0
-        for start in range(0, len(additions), _FILES_AT_A_TIME):
-            some = additions[start : start + _FILES_AT_A_TIME]
+        num_files, num_bytes = 0, 0
+        for some in _portions(additions):
             self.api.preupload_lfs_files(
                 self._repo_id, some, repo_type=REPO_TYPE, revision=self._branch, free_memory=False
             )
-            done += sum(each.upload_info.size for each in some)
-            if len(additions) > _FILES_AT_A_TIME:
-                log.info("uploaded %d files, %.1f of %.1f MB", start + len(some), done / 1e6, size / 1e6)
+            for each in some:
+                self._check_content(each)
+            num_files += len(some)
+            num_bytes += sum(each.upload_info.size for each in some)
+            if len(some) < len(additions):
+                log.info("uploaded %d files, %.1f of %.1f MB", num_files, num_bytes / 1e6, size / 1e6)
+
+    def _check_content(self, addition: "CommitOperationAdd") -> None:
+        # Uploaded files have been hashed on their way; the others are texts from memory.
+        entry, info = self._manifest["files"].get(addition.path_in_repo), addition.upload_info
+        if entry is not None and info.is_hashed and info.sha256.hex() != entry["sha256"]:
+            raise _changed(self._root / addition.path_in_repo)
 
     def failed(self, reason: str) -> HubError:
         """What ends the publication."""
         return HubError(
             f"the dataset was not published to {self._repo_id}, branch {self._branch}: {reason}. It stays whole in "
-            f"{self._root}; the same command publishes it later, without capturing again"
+            f"{self._root}; the command of its job, run again, publishes it without capturing again"
         )
 
     @property
@@ -160,7 +178,10 @@ class _Publication:
             pass
         first = self.api.list_repo_commits(self._repo_id, repo_type=REPO_TYPE)[-1].commit_id
         self.api.create_branch(self._repo_id, repo_type=REPO_TYPE, branch=self._branch, revision=first, exist_ok=True)
-        return self.api.list_repo_commits(self._repo_id, repo_type=REPO_TYPE, revision=self._branch)
+        try:
+            return self.api.list_repo_commits(self._repo_id, repo_type=REPO_TYPE, revision=self._branch)
+        except hub.RevisionNotFoundError:  # another job makes it in this moment, or the Hub does not show it yet
+            raise TimeoutError(f"the branch {self._branch} is not there yet") from None
 
     def _landed(self, commits: "list[GitCommitInfo]") -> str | None:
         """The commit of this content: the newest, or else one that came after the start of an earlier try."""
@@ -184,29 +205,28 @@ class _Publication:
         ]
 
 
-@contextmanager
-def _bars_on_a_terminal() -> Iterator[None]:
-    """Hides the progress bars of huggingface_hub where they would fill a log."""
-    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
-    hidden = not sys.stderr.isatty() and not are_progress_bars_disabled()
-    if hidden:
-        disable_progress_bars()
-    try:
-        yield
-    finally:
-        if hidden:
-            enable_progress_bars()
+def _portions(additions: "Sequence[CommitOperationAdd]") -> "Iterator[Sequence[CommitOperationAdd]]":
+    start, size = 0, 0
+    for number, each in enumerate(additions):
+        if number > start and (number - start == _FILES_AT_A_TIME or size + each.upload_info.size > _BYTES_AT_A_TIME):
+            yield additions[start:number]
+            start, size = number, 0
+        size += each.upload_info.size
+    yield additions[start:]
 
 
 def _check_files(root: Path, manifest: dict[str, Any]) -> None:
     for name, entry in manifest["files"].items():
         path = root / name
         if not path.is_file() or path.stat().st_size != entry["bytes"]:
-            raise StoreError(
-                f"{path} is missing or has changed since manifest.json was written; the dataset was not published. "
-                "Restore the file, or make the dataset anew with output.overwrite=true"
-            )
+            raise _changed(path)
+
+
+def _changed(path: Path) -> StoreError:
+    return StoreError(
+        f"{path} is missing or has changed since manifest.json was written; the dataset was not published. "
+        "Restore the file, or make the dataset anew with output.overwrite=true"
+    )
 
 
 def _title(manifest: dict[str, Any]) -> str:

@@ -27,8 +27,7 @@ class Base:
     @property
     def is_there(self) -> bool:
         """Whether the dataset still has that manifest."""
-        manifest = self.files.path(MANIFEST)
-        return manifest.exists() and _sha256(manifest) == self.record["manifest_sha256"]
+        return self._found(MANIFEST, self.record["manifest_sha256"]) is not None
 
     def check(self) -> None:
         """Checks that the dataset is the one that the job began with.
@@ -82,18 +81,26 @@ class Base:
             yield pending.combine_chunks()
 
     def _checked(self, name: str) -> Path:
-        path = self.files.path(name)
         entry = self.manifest["files"].get(name)
-        if entry is None or not path.exists() or _sha256(path) != entry["sha256"]:
+        path = None if entry is None else self._found(name, entry["sha256"])
+        if path is None:
             raise StoreError(
-                f"{path} is missing or damaged: it is not the file that manifest.json lists, so nothing can be added "
-                "to this dataset. Restore the file, or make the dataset anew with output.overwrite=true"
+                f"{self.files.path(name)} is missing or damaged: it is not the file that manifest.json lists, so "
+                "nothing can be added to this dataset. Restore the file, or make the dataset anew with "
+                "output.overwrite=true"
             )
         return path
 
+    def _found(self, name: str, sha256: str) -> Path | None:
+        for get in (self.files.path, self.files.renewed):
+            path = get(name)
+            if path.exists() and _sha256(path) == sha256:
+                return path
+        return None
+
 
 def describe(files: Files) -> dict[str, Any]:
-    """What a job that adds to the dataset in `files` notes of it."""
+    """What a job that adds to the dataset in `files` notes of it, but where they are."""
     path = files.path(MANIFEST)
     manifest = manifests.read(path.parent)
     return {

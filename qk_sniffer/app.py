@@ -33,7 +33,7 @@ register()
 def main() -> int:
     """`python -m qk_sniffer` and `sniff-qk`; returns the exit code."""
     try:
-        args = _parse(sys.argv[1:])
+        args = parse_flags(sys.argv[1:])
         if args.help or args.hydra_help or args.cfg or args.info or args.shell_completion or args.experimental_rerun:
             return _show()
         return _run(preflight.planned(args))
@@ -90,7 +90,7 @@ def _stopped(stopped: Stopped, status: sweep.Status, folder: Path) -> None:
     raise SystemExit(stopped.exit_code)  # without the traceback that an interrupt leaves in a job's log
 
 
-def _parse(arguments: list[str]) -> argparse.Namespace:
+def parse_flags(arguments: list[str]) -> argparse.Namespace:
     if any(argument.partition("=")[0] == "--config" for argument in arguments):
         raise ConfigError([original.CONFIG_FLAG])
     args, rest = get_args_parser().parse_known_args(arguments)

@@ -1,0 +1,243 @@
+"""The measures of the query heads that one key head serves: the rows read, drawn, cleaned; the rows of three tables.
+
+What cannot be computed is NaN, and a note says why: nothing is left out in silence.
+"""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from qk_sniffer.heads import compact_ranges
+from qk_sniffer.plasticity.config import PlasticityConfig
+from qk_sniffer.plasticity.estimators import Estimator, FullCovariance, Regression, plasticity
+from qk_sniffer.plasticity.head import (
+    CONSTANT,
+    Drift,
+    Float32,
+    Float64,
+    Int64,
+    components,
+    fit_drift,
+    normality,
+    orientation,
+    predictability,
+    rotate_residuals,
+)
+from qk_sniffer.plasticity.pairs import COMPONENTS, KEY_ROWS, PAIRS, QUERY_ROWS, KeyGroups, generator
+from qk_sniffer.plasticity.tables import OF_QUERIES
+from qk_sniffer.reader import Dataset
+from qk_sniffer.sampling import Sampler
+
+
+@dataclass(frozen=True)
+class KeyHead:
+    """A key head, the query heads that it serves and that were captured, and what their layer lets a query see."""
+
+    layer: int
+    head: int
+    query_heads: tuple[int, ...]
+    sliding_window: int | None
+    attention_chunk: int | None
+
+    def sees(self, first_query: int, last_key: int) -> bool:
+        """Whether any query from the position `first_query` on sees any key up to `last_key`, which is before it: the
+        nearest two do, or none."""
+        if self.sliding_window is not None and first_query - last_key > self.sliding_window:
+            return False
+        chunk = self.attention_chunk
+        return chunk is None or first_query // chunk == last_key // chunk
+
+
+@dataclass(frozen=True)
+class HeadResult:
+    """What was measured of a query head: its part of the tables, and notes for the report."""
+
+    layer: int
+    q_head: int
+    k_head: int
+    metrics: dict[str, float | int]
+    buckets: list[tuple[int, int, float]]
+    """(query bucket, key bucket, plasticity)."""
+    r2: list[float]
+    """Of each component."""
+    notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """The rows of a head that are measured; `dropped` had numbers that are not finite."""
+
+    vectors: Float32
+    positions: Int64
+    example_ids: Int64
+    buckets: Int64
+    dropped: int
+
+
+@dataclass(frozen=True, eq=False)
+class Keys:
+    """The keys of a key head as its query heads need them; `signs` (head_dim,) orient them and the queries."""
+
+    head: KeyHead
+    rows: Rows
+    groups: KeyGroups
+    signs: Float64
+
+
+class Measuring:
+    """Measures the heads of a dataset. Safe to use from several threads."""
+
+    def __init__(self, dataset: Dataset, sampler: Sampler, config: PlasticityConfig) -> None:
+        self._dataset, self._sampler, self._config = dataset, sampler, config
+
+    def keys(self, head: KeyHead) -> Keys:
+        """Reads the keys that several query heads share.
+
+        Raises:
+            StoreError: the file is missing or damaged.
+            HubError: the file cannot be fetched.
+        """
+        rows = self._rows(head.layer, head.head, "k", KEY_ROWS)
+        groups = KeyGroups(rows.buckets, rows.example_ids, rows.positions)
+        signs = orientation(rows.vectors, rows.buckets) if len(rows.vectors) else np.ones(rows.vectors.shape[1])
+        return Keys(head, rows, groups, signs)
+
+    def query_head(self, keys: Keys, head: int) -> HeadResult:
+        """Measures a query head.
+
+        Raises:
+            StoreError: the file is missing or damaged.
+            HubError: the file cannot be fetched.
+        """
+        queries = self._rows(keys.head.layer, head, "q", QUERY_ROWS)
+        return _QueryHead(self._config, self._sampler, keys, head, queries).result()
+
+    def _rows(self, layer: int, head: int, kind: str, what: int) -> Rows:
+        vectors, positions, example_ids = self._dataset.vectors(layer, head, kind)
+        kept = np.flatnonzero(np.isfinite(vectors).all(axis=1))
+        dropped = len(vectors) - len(kept)
+        if len(kept) > self._config.max_tokens_per_head:
+            random = generator(self._config.seed, layer, head, what)
+            kept = np.sort(random.choice(kept, self._config.max_tokens_per_head, replace=False, shuffle=False))
+        if len(kept) < len(vectors):
+            vectors, positions, example_ids = vectors[kept], positions[kept], example_ids[kept]
+        # Keys are put into the buckets of the queries, also where they have a sampler of their own.
+        buckets = self._sampler.bucket("q", positions).astype(np.int64)
+        return Rows(vectors, positions.astype(np.int64), example_ids.astype(np.int64), buckets, dropped)
+
+
+class _QueryHead:
+    """A query head, on its way to a result."""
+
+    def __init__(self, config: PlasticityConfig, sampler: Sampler, keys: Keys, head: int, queries: Rows) -> None:
+        self.config, self.sampler, self.keys, self.head, self.queries = config, sampler, keys, head, queries
+        self.lowest = int(sampler.bucket("q", [0])[0])
+        self.notes: list[str] = []
+
+    def result(self) -> HeadResult:
+        count, width = self.queries.vectors.shape
+        metrics: dict[str, float | int] = {
+            "n_q_tokens": count,
+            "n_k_tokens": len(self.keys.rows.vectors),
+            "d_model": width,
+            **dict.fromkeys(OF_QUERIES, np.nan),
+        }
+        for rows, kind in ((self.queries, "queries"), (self.keys.rows, "keys")):
+            if rows.dropped:
+                self.notes.append(f"{rows.dropped:,} {kind} left out, with NaN or infinite numbers")
+        r2 = np.full(width, np.nan)
+        estimator = None
+        if len(np.unique(self.queries.positions)) < 2:
+            where = f"{count:,} queries, all at one position" if count else "no queries"
+            self.notes.append(f"{where}: nothing can be fitted, all measures are NaN")
+        else:
+            drift = fit_drift(components(self.queries.vectors, self.keys.signs), self.queries.positions)
+            r2 = drift.r2
+            variances = self._measure_queries(drift, metrics)
+            estimator = self._estimator(drift, variances)
+        buckets = self._plasticity(estimator)
+        values = np.array([value for _, _, value in buckets])
+        metrics["ap_overall"] = float(np.nanmean(values)) if np.isfinite(values).any() else np.nan
+        return HeadResult(
+            self.keys.head.layer, self.head, self.keys.head.head, metrics, buckets, r2.tolist(), self.notes
+        )
+
+    def _measure_queries(self, drift: Drift, metrics: dict[str, float | int]) -> Float64:
+        """Fills in what the queries alone tell; returns the variances of the rotated residuals."""
+        metrics["q_R2_pos"] = float(drift.r2.mean())
+        metrics["q_beta_norm"] = float(np.sqrt(np.einsum("d,d->", drift.beta, drift.beta)))
+        if metrics["q_beta_norm"] == 0:
+            self.notes.append("no positional drift (beta is 0): the first component stands for its direction")
+        metrics |= predictability(drift, self.queries.positions)
+        variances = rotate_residuals(drift)
+        is_constant = variances <= CONSTANT * drift.largest_variance
+        if count := int(is_constant.sum()):
+            self.notes.append(f"{count} constant components have no shape")
+        rows = len(self.queries.positions)
+        if rows < 4:
+            self.notes.append(f"{rows} queries: too few for {'a kurtosis' if rows == 3 else 'skewness and kurtosis'}")
+        others = np.arange(1, len(variances))
+        if len(others) > self.config.normality_max_dims:
+            random = generator(self.config.seed, self.keys.head.layer, self.head, COMPONENTS)
+            others = np.sort(random.choice(others, self.config.normality_max_dims, replace=False))
+        metrics |= normality(drift.residuals, variances, is_constant, others, self.config.p_alpha)
+        return variances
+
+    def _estimator(self, drift: Drift, variances: Float64) -> Estimator:
+        positions, buckets = self.queries.positions, self.queries.buckets - self.lowest
+        with np.errstate(invalid="ignore"):
+            mean_positions = np.bincount(buckets, positions) / np.bincount(buckets)
+        if self.config.estimator.alpha is not None:
+            return FullCovariance(self.queries.vectors, positions, mean_positions, self.config.estimator.alpha)
+        return Regression(drift, self.keys.signs, variances, mean_positions)
+
+    def _plasticity(self, estimator: Estimator | None) -> list[tuple[int, int, float]]:
+        """Every query bucket up to the last one that has rows, with every bucket before it that it sees."""
+        queries_of = self._seen_from()
+        found = {(query, key): np.nan for key, queries in queries_of.items() for query in queries}
+        if estimator is not None:
+            self._fill_in(found, queries_of, estimator)
+        return [(query, key, value) for (query, key), value in sorted(found.items())]
+
+    def _fill_in(self, found: dict[tuple[int, int], float], queries_of: dict[int, range], estimator: Estimator) -> None:
+        vectors, lowest = self.keys.rows.vectors, self.lowest
+        without_pairs = []
+        random = generator(self.config.seed, self.keys.head.layer, self.head, PAIRS)
+        for key, queries in queries_of.items():
+            first, second = estimator.draw(self.keys.groups, key, self.config.num_pairs_per_bucket, random)
+            if not len(first):
+                without_pairs.append(key)
+                continue
+            differences = vectors[first].astype(np.float64) - vectors[second]
+            z = estimator.z(differences, slice(queries.start - lowest, queries.stop - lowest))
+            means = plasticity(z).mean(axis=1).tolist()
+            found.update(((query, key), mean) for query, mean in zip(queries, means, strict=True))
+        self._note_gaps(queries_of, without_pairs)
+
+    def _seen_from(self) -> dict[int, range]:
+        """The query buckets that see each bucket of keys: all from the next one to the last that is near enough."""
+        highest = int(self.queries.buckets.max(initial=self.lowest))
+        first_position = {bucket: self.sampler.span("q", bucket)[0] for bucket in range(self.lowest, highest + 1)}
+        seen = {}
+        for key in range(self.lowest, highest):
+            last_key = first_position[key + 1] - 1
+            stop = key + 1
+            while stop <= highest and self.keys.head.sees(first_position[stop], last_key):
+                stop += 1
+            if stop > key + 1:
+                seen[key] = range(key + 1, stop)
+        return seen
+
+    def _note_gaps(self, queries_of: dict[int, range], without_pairs: list[int]) -> None:
+        asked = {query for queries in queries_of.values() for query in queries}
+        if empty := asked - set(self.queries.buckets.tolist()):
+            self.notes.append(f"no queries in bucket {compact_ranges(empty)}: its plasticity is NaN")
+        if without_pairs:
+            self.notes.append(f"no two keys of an example in bucket {compact_ranges(without_pairs)}: NaN for it")
+        if not asked:
+            self.notes.append("no query bucket sees keys of an earlier one: there is no plasticity")

@@ -1,0 +1,143 @@
+"""The folder of results, and what makes it resumable: each head's result is a file until the tables are written.
+
+<output_dir>/head_metrics.csv, .parquet             and the other two tables (`tables.py`)
+<output_dir>/plasticity.json                        what was measured, with which settings; written last
+<output_dir>/pictures/*.png
+<output_dir>/.work/                                 gone once all heads are measured
+    job.json                                        the fingerprint of what the files beside it belong to
+    l00h00q.json                                    the result of a head
+"""
+
+import hashlib
+import json
+import logging
+import shutil
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from qk_sniffer.errors import StoreError
+from qk_sniffer.plasticity import tables
+from qk_sniffer.plasticity.config import PlasticityConfig
+from qk_sniffer.plasticity.measure import HeadResult
+from qk_sniffer.reader import Dataset
+from qk_sniffer.store import manifest as manifests
+from qk_sniffer.store.disk import make_folder, write_atomic
+from qk_sniffer.store.layout import MANIFEST, head_name
+from qk_sniffer.store.locks import hold
+
+log = logging.getLogger(__name__)
+
+FORMAT = "qk-sniffer-plasticity/1"
+"""Of `plasticity.json`. Another number makes all results anew: raise it with every change to what is measured."""
+
+
+class Results:
+    """The results at `folder`; names only, until it is claimed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.record_file = folder / "plasticity.json"
+        self.pictures = folder / "pictures"
+        self._work = folder / ".work"
+        self._lock = folder / ".lock"
+
+    def claim(self) -> AbstractContextManager[None]:
+        """Makes the folder; holds its lock within the block.
+
+        Raises:
+            StoreError: it holds something else, or cannot be written; another process works in it.
+        """
+        there = self.folder.iterdir() if self.folder.is_dir() else ()
+        found = sorted(path.name for path in there if path != self._lock)
+        if (found and not self.record_file.exists() and not self._work.exists()) or MANIFEST in found:
+            listed = ", ".join(found[:5]) + (", ..." if len(found) > 5 else "")
+            raise StoreError(f"{self.folder} holds something else ({listed}); choose another output_dir")
+        try:
+            make_folder(self.folder)
+        except OSError as error:
+            raise StoreError(f"cannot write to {self.folder}: {error.strerror}; choose another output_dir") from error
+        return hold(self._lock, "measuring plasticity")
+
+    def is_finished(self, fingerprint: str) -> bool:
+        """Whether all is there that a job of this fingerprint makes, but pictures."""
+        record = self.record() if self.record_file.exists() else {}
+        files = (self.folder / f"{name}.{ending}" for name in tables.TABLES for ending in ("csv", "parquet"))
+        return record.get("fingerprint") == fingerprint and not record["damaged"] and all(map(Path.exists, files))
+
+    def record(self) -> dict[str, Any]:
+        """What `plasticity.json` says.
+
+        Raises:
+            StoreError: there is none, so that nothing finished is here; or it is of something else.
+        """
+        try:
+            record = json.loads(self.record_file.read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError):
+            raise StoreError(
+                f"{self.folder} has no finished results: no {self.record_file.name}. Make them by "
+                "python -m qk_sniffer.plasticity data_root=... output_dir=..."
+            ) from None
+        except (OSError, ValueError) as error:
+            raise StoreError(f"{self.record_file} cannot be read: {error}") from error
+        if not isinstance(record, dict) or "fingerprint" not in record:
+            raise StoreError(f"{self.record_file} is not of qk-sniffer; choose another output_dir")
+        return record
+
+    def begin(self, fingerprint: str) -> None:
+        """Keeps what earlier starts with this fingerprint measured; with another one it begins anew, and says so."""
+        job = self._work / "job.json"
+        known = job.read_text() if job.exists() else None
+        if known is None and self.record_file.exists():
+            known = self.record()["fingerprint"]
+        if known not in (None, fingerprint):
+            log.warning("%s has results of other settings or of another dataset: they are replaced", self.folder)
+        if not job.exists() or known != fingerprint:
+            self._clear()
+            make_folder(self._work)
+            write_atomic(job, fingerprint.encode())
+
+    def load(self, layer: int, q_head: int) -> HeadResult | None:
+        """The result of a head, if an earlier start left it."""
+        try:
+            values = json.loads(self._file(layer, q_head).read_bytes())
+        except FileNotFoundError:
+            return None
+        return HeadResult(**values | {"buckets": [tuple(row) for row in values["buckets"]]})
+
+    def save(self, result: HeadResult) -> None:
+        """Keeps the result of a head, durably; NaN and all digits come back as they are."""
+        write_atomic(self._file(result.layer, result.q_head), json.dumps(result.to_dict()).encode())
+
+    def finish(self, results: list[HeadResult], record: dict[str, Any]) -> list[Path]:
+        """Writes the tables, and `record` last; returns the tables' files."""
+        self.record_file.unlink(missing_ok=True)
+        files = tables.write(self.folder, results)
+        write_atomic(self.record_file, json.dumps({"format": FORMAT} | record, indent=2, sort_keys=True).encode())
+        if not record["damaged"]:
+            self._clear()
+        return files
+
+    def _file(self, layer: int, q_head: int) -> Path:
+        return self._work / f"{head_name(layer, q_head, 'q')}.json"
+
+    def _clear(self) -> None:
+        shutil.rmtree(self._work, ignore_errors=True)
+
+
+def fingerprint(dataset: Dataset, config: PlasticityConfig) -> str:
+    """Tells apart what gives other numbers: settings, datasets, and what is measured."""
+    words = {
+        "format": FORMAT,
+        "manifest": manifest_sha256(dataset),
+        "settings": config.measures(),
+        "numpy": np.lib.NumpyVersion(np.__version__).version,
+    }
+    return hashlib.sha256(json.dumps(words, sort_keys=True).encode()).hexdigest()
+
+
+def manifest_sha256(dataset: Dataset) -> str:
+    """Of the dataset's manifest, which names the checksum of every file."""
+    return hashlib.sha256(manifests.encode(dataset.manifest)).hexdigest()

@@ -1,0 +1,228 @@
+"""One run: a dataset in, tables, a record and pictures out; heads in parallel, each kept as soon as it is measured.
+
+Threads, not processes: numpy lets go of the interpreter in sorts and passes over arrays, and a process would have to
+import scipy anew.
+"""
+
+import logging
+from collections import defaultdict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from qk_sniffer.config import from_dict
+from qk_sniffer.errors import QkSnifferError, StoreError
+from qk_sniffer.heads import LayerHeads, compact_ranges
+from qk_sniffer.machine import num_threads
+from qk_sniffer.plasticity.config import PlasticityConfig
+from qk_sniffer.plasticity.measure import HeadResult, KeyHead, Measuring
+from qk_sniffer.plasticity.results import Results, fingerprint, manifest_sha256
+from qk_sniffer.reader import Dataset, open_dataset
+from qk_sniffer.sampling import Sampler
+from qk_sniffer.store.layout import HeadKey, head_name
+from qk_sniffer.summary import counted
+
+log = logging.getLogger(__name__)
+
+INSTALL = "pip install 'qk-sniffer[analysis]'"
+
+
+def run(config: PlasticityConfig) -> int:
+    """Measures a dataset; returns the exit code: 1 where a head could not be measured.
+
+    Args:
+        config: without problems, and resolved.
+
+    Raises:
+        QkSnifferError: nothing can be measured, or the results cannot be written.
+    """
+    if find_spec("scipy") is None:
+        raise QkSnifferError(f"scipy is not installed, which plasticity needs: {INSTALL}")
+    assert config.data_root is not None
+    dataset = open_dataset(config.data_root, config.revision)
+    key_heads, without_keys = plan(dataset)
+    results, job = Results(config.folder), fingerprint(dataset, config)
+    with results.claim():
+        if results.is_finished(job):
+            log.info("Nothing to do: %s has these results.", results.folder)
+        else:
+            results.begin(job)
+            damaged = _measure_missing(dataset, key_heads, config, results)
+            heads = sorted((each.layer, head) for each in key_heads for head in each.query_heads)
+            found = [result for key in heads if (result := results.load(*key)) is not None]
+            if not found:
+                raise StoreError("\n".join([f"no head of {dataset} could be measured:", *damaged.values()]))
+            record = _record(dataset, config, job, found, without_keys, damaged)
+            results.finish(found, record)
+        pictures = draw(results) if config.pictures else []
+    report(results, pictures)
+    return 1 if results.record()["damaged"] else 0
+
+
+def plan(dataset: Dataset) -> tuple[list[KeyHead], list[str]]:
+    """The key heads whose query heads were captured, by layer; and the names of query heads without their keys.
+
+    Raises:
+        StoreError: there are no queries, or none with its keys.
+    """
+    captured = set(dataset.heads)
+    key_heads, without_keys = [], []
+    for layer in dataset.manifest["model"]["layers"]:
+        heads = LayerHeads(**{key: layer[key] for key in LayerHeads.__dataclass_fields__})
+        of_keys: dict[int, list[int]] = defaultdict(list)
+        for head in layer["captured"].get("q", ()):
+            if HeadKey(heads.layer, heads.key_head(head), "k") in captured:
+                of_keys[heads.key_head(head)].append(head)
+            else:
+                without_keys.append(head_name(heads.layer, head, "q"))
+        window, chunk = heads.sliding_window, layer.get("attention_chunk")
+        key_heads += [KeyHead(heads.layer, key, tuple(of_keys[key]), window, chunk) for key in sorted(of_keys)]
+    if not key_heads:
+        missing = "keys (capture.capture_keys=false)" if without_keys else "queries (capture.capture_queries=false)"
+        raise StoreError(f"{dataset} has no {missing}: plasticity needs both; capture it again, with both")
+    return key_heads, without_keys
+
+
+def _measure_missing(
+    dataset: Dataset, key_heads: Sequence[KeyHead], config: PlasticityConfig, results: Results
+) -> dict[str, str]:
+    """Measures the heads that no earlier start has; returns why those that could not be were not, by their names."""
+    missing = []
+    for each in key_heads:
+        heads = tuple(head for head in each.query_heads if results.load(each.layer, head) is None)
+        if heads:
+            missing.append(replace(each, query_heads=heads))
+    total, left = (sum(len(each.query_heads) for each in some) for some in (key_heads, missing))
+    if left < total:
+        log.info("%s of %s were measured by an earlier start", f"{total - left:,}", counted(total, "head"))
+    dataset.fetch([key for each in missing for key in _files(each)])
+    measuring = Measuring(dataset, sampler_of(dataset.manifest), config)
+    damaged: dict[str, str] = {}
+    bar = tqdm(total=total, initial=total - left, unit="head", desc="plasticity", disable=None, dynamic_ncols=True)
+
+    def work(each: KeyHead) -> None:
+        names = [head_name(each.layer, head, "q") for head in each.query_heads]
+        try:
+            keys = measuring.keys(each)
+        except StoreError as error:
+            damaged.update(dict.fromkeys(names, str(error)))
+            return
+        for head, name in zip(each.query_heads, names, strict=True):
+            try:
+                results.save(measuring.query_head(keys, head))
+            except StoreError as error:
+                damaged[name] = str(error)
+            bar.update()
+
+    with bar, ThreadPoolExecutor(num_threads()) as pool:
+        try:
+            for future in as_completed([pool.submit(work, each) for each in missing]):
+                future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return dict(sorted(damaged.items()))
+
+
+def _files(each: KeyHead) -> list[HeadKey]:
+    return [HeadKey(each.layer, each.head, "k"), *(HeadKey(each.layer, head, "q") for head in each.query_heads)]
+
+
+def sampler_of(manifest: dict[str, Any]) -> Sampler:
+    """The sampler that chose the rows of a dataset."""
+    return Sampler(from_dict({"sampler": manifest["config"]["sampler"]}).sampler)
+
+
+def _record(
+    dataset: Dataset,
+    config: PlasticityConfig,
+    job: str,
+    found: Sequence[HeadResult],
+    without_keys: Sequence[str],
+    damaged: dict[str, str],
+) -> dict[str, Any]:
+    """What `plasticity.json` says."""
+    manifest = dataset.manifest
+    model = manifest["config"]["model"]
+    of_heads: dict[str, list[str]] = defaultdict(list)
+    for result in found:
+        for note in result.notes:
+            of_heads[note].append(head_name(result.layer, result.q_head, "q"))
+    values = np.array([result.metrics["ap_overall"] for result in found])
+    return {
+        "fingerprint": job,
+        "settings": asdict(config),
+        "dataset": {
+            "name": str(dataset),
+            "manifest_sha256": manifest_sha256(dataset),
+            "model": {key: model[key] for key in ("slug", "name", "revision")},
+            "commits": manifest["commits"],
+            "sampler": manifest["config"]["sampler"],
+            "rope_stage": manifest["model"]["rope_stage"],
+        },
+        "versions": {name: version(name) for name in ("numpy", "scipy", "pyarrow")},
+        "heads": len(found),
+        "heads_with_plasticity": int(np.isfinite(values).sum()),
+        "mean_ap_overall": float(np.nanmean(values)) if np.isfinite(values).any() else None,
+        "notes": {**_notes(manifest), **of_heads},
+        "without_keys": list(without_keys),
+        "damaged": damaged,
+    }
+
+
+def _notes(manifest: dict[str, Any]) -> dict[str, list[str]]:
+    """What holds for the whole dataset, or for layers of it."""
+    notes = {}
+    if manifest["model"]["rope_stage"] == "pre":
+        notes["captured before RoPE: the vectors carry no position of the rotary embedding"] = ["all heads"]
+    for key, meaning in (
+        ("position_bias", "attention adds a bias to the logits, which is not measured"),
+        ("sparse_attention", "a query sees only some of the keys, and which ones is not known"),
+    ):
+        if layers := [layer["layer"] for layer in manifest["model"]["layers"] if layer.get(key)]:
+            notes[meaning] = [f"layers {compact_ranges(layers)}"]
+    return notes
+
+
+def draw(results: Results) -> list[Path]:
+    """Draws the pictures of the results; none, and a word, without matplotlib."""
+    if find_spec("matplotlib") is None:
+        log.warning("no pictures: matplotlib is not installed: %s, and run the same command again", INSTALL)
+        return []
+    from qk_sniffer.plasticity.pictures import draw_all
+
+    return draw_all(results)
+
+
+def report(results: Results, pictures: Sequence[Path]) -> None:
+    """Prints what there is now, and all that is not as one might think."""
+    record = results.record()
+    mean = record["mean_ap_overall"]
+    count = record["heads_with_plasticity"]
+    of_which = "" if count == record["heads"] else f" of {count}"
+    said = "no plasticity" if mean is None else f"mean plasticity {mean:.4f}{of_which}"
+    print(f"{counted(record['heads'], 'head')} measured, {said}.")
+    for note, heads in record["notes"].items():
+        print(f"  - {note}: {_some(heads)}")
+    if record["without_keys"]:
+        print(f"  - not measured, for their keys were not captured: {_some(record['without_keys'])}")
+    for head, reason in record["damaged"].items():
+        print(f"  - {head} is NOT measured: {reason}")
+    if record["damaged"]:
+        print("Mend these files and run the same command again: it measures what is missing.")
+    print(f"Tables: {results.folder}/head_metrics.csv, head_bucket_plasticity.csv, head_component_weights.csv")
+    if pictures:
+        print(f"Pictures: {results.pictures}/{', '.join(path.name for path in pictures)}")
+
+
+def _some(heads: Sequence[str], most: int = 6) -> str:
+    if len(heads) <= most:
+        return ", ".join(heads)
+    return f"{', '.join(heads[:most])} and {len(heads) - most} more heads"

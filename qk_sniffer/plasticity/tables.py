@@ -1,0 +1,113 @@
+"""The three tables, as CSV and as Parquet: their columns, and how a head's results become rows of them.
+
+Numbers that could not be computed are empty in CSV and NaN in Parquet.
+"""
+
+import csv
+import io
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from qk_sniffer.errors import StoreError
+from qk_sniffer.store.disk import write_atomic
+
+if TYPE_CHECKING:
+    from qk_sniffer.plasticity.measure import HeadResult
+
+OF_QUERIES = (
+    "q_R2_pos",
+    "q_beta_norm",
+    "q_R2_scalar",
+    "q_mae_baseline",
+    "q_mae_proj",
+    "q_mae_ratio",
+    "q_resid0_skew",
+    "q_resid0_kurt",
+    "q_resid0_ks_p",
+    "q_noise_med_abs_skew",
+    "q_noise_med_abs_kurt",
+    "q_noise_med_ks_p",
+    "q_noise_frac_ks_p_lt_alpha",
+)
+
+_HEAD = {"layer": pa.int32(), "q_head": pa.int32(), "k_head": pa.int32()}
+_COUNTS = {"n_q_tokens": pa.int64(), "n_k_tokens": pa.int64(), "d_model": pa.int32()}
+
+TABLES: dict[str, pa.Schema] = {
+    "head_metrics": pa.schema(_HEAD | _COUNTS | dict.fromkeys((*OF_QUERIES, "ap_overall"), pa.float64())),
+    "head_bucket_plasticity": pa.schema(
+        _HEAD | {"q_bucket": pa.int32(), "k_bucket": pa.int32(), "ap_bucket": pa.float64()}
+    ),
+    "head_component_weights": pa.schema(
+        _HEAD | {"component": pa.int32(), "component_r2": pa.float64(), "component_weight": pa.float64()}
+    ),
+}
+"""The columns of each table, in their order. `d_model` is the length of a head's vectors, a name that is kept."""
+
+
+def rows(name: str, result: "HeadResult") -> Iterator[dict[str, Any]]:
+    """The rows of the table `name` that tell of one head."""
+    head = {"layer": result.layer, "q_head": result.q_head, "k_head": result.k_head}
+    if name == "head_metrics":
+        yield head | result.metrics
+    elif name == "head_bucket_plasticity":
+        for query, key, value in result.buckets:
+            yield head | {"q_bucket": query, "k_bucket": key, "ap_bucket": value}
+    else:
+        for component, (r2, weight) in enumerate(zip(result.r2, weights(result.r2), strict=True)):
+            yield head | {"component": component, "component_r2": r2, "component_weight": weight}
+
+
+def weights(r2: list[float]) -> list[float]:
+    """The R2 of a head's components, floored at 0, as shares of their sum; equal where all are 0."""
+    floored = np.maximum(r2, 0.0)
+    total = floored.sum()
+    shares: list[float] = (np.full(len(r2), 1 / len(r2)) if total == 0 else floored / total).tolist()
+    return shares
+
+
+def write(folder: Path, results: Iterable["HeadResult"]) -> list[Path]:
+    """Writes the tables of `results`, in their order, and returns the files: whole ones, or those that were there.
+
+    Raises:
+        StoreError: the folder cannot be written.
+    """
+    results = list(results)
+    files = []
+    for name, schema in TABLES.items():
+        columns = [[row[column] for result in results for row in rows(name, result)] for column in schema.names]
+        table = pa.table([pa.array(values, kind) for values, kind in zip(columns, schema.types, strict=True)], schema)
+        parquet = io.BytesIO()
+        pq.write_table(table, parquet, compression="zstd")
+        for ending, data in (("csv", _csv(table)), ("parquet", parquet.getvalue())):
+            files.append(folder / f"{name}.{ending}")
+            write_atomic(files[-1], data)
+    return files
+
+
+def read(folder: Path, name: str) -> dict[str, np.ndarray[Any, Any]]:
+    """The columns of the table `name` in the results at `folder`.
+
+    Raises:
+        StoreError: it is missing or damaged.
+    """
+    path = folder / f"{name}.parquet"
+    try:
+        table = pq.read_table(path, schema=TABLES[name])
+    except (OSError, pa.ArrowException) as error:
+        raise StoreError(f"{path} is missing or damaged: {str(error).partition(chr(10))[0]}") from error
+    return {column: table[column].to_numpy() for column in table.column_names}
+
+
+def _csv(table: pa.Table) -> bytes:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(table.column_names)
+    columns = [["" if value != value else repr(value) for value in column.to_pylist()] for column in table.columns]
+    writer.writerows(zip(*columns, strict=True))
+    return text.getvalue().encode()

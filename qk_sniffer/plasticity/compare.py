@@ -1,0 +1,190 @@
+"""One figure of the plasticity of several datasets: of the checkpoints of a training, or of different models.
+
+runs are folders that python -m qk_sniffer.plasticity has written, with commas between them. Where the revision or the
+name of every model has a step (stage1-step-40000, step1000), the runs stand in the order of the training; else in the
+order in which they are given.
+
+Exit codes: 0 the figure is written, 1 it cannot be, 2 the settings are wrong, 130 interrupted.
+"""
+
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from qk_sniffer import command
+from qk_sniffer.errors import ConfigError, QkSnifferError
+from qk_sniffer.plasticity import tables
+from qk_sniffer.plasticity.pictures import BLUE, GREY, PAGE_IN, PLASTICITY, Float64, figure, mean_by, save
+from qk_sniffer.plasticity.results import Results
+from qk_sniffer.plasticity.run import INSTALL
+from qk_sniffer.store.disk import explained, make_folder
+from qk_sniffer.summary import counted
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MARKERS = "osD^vP*X<>"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of the program."""
+
+    runs: str = field(metadata={"help": "folders of results, with commas between them"})
+    output: Path = field(default=Path("plasticity.png"), metadata={"help": "the figure, a .png"})
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """The results of a dataset. `by_bucket`: mean plasticity over heads by query bucket, the first one that has any
+    to the last."""
+
+    model: str
+    revision: str
+    estimator: str
+    heads: Float64
+    by_bucket: Float64
+
+
+@dataclass(frozen=True)
+class Step:
+    """A point of a training: its phase, `stage1` or empty, and the step within it."""
+
+    phase: str
+    step: int
+
+    def order(self) -> tuple[Any, ...]:
+        """Stages of pretraining by their number, then other phases by theirs: `lc-4k-to-32k`, `lc-32k-to-64k`."""
+        numbers = tuple(int(number) for number in re.findall(r"\d+", self.phase))
+        return (not re.fullmatch(r"(stage\d*)?", self.phase), numbers, self.phase, self.step)
+
+    def __str__(self) -> str:
+        step = f"{self.step / 1000:,g}k" if self.step >= 1000 else str(self.step)
+        return f"{self.phase} {step}".strip()
+
+
+def main() -> int:
+    """`python -m qk_sniffer.plasticity.compare`; returns the exit code."""
+    return command.run("qk_sniffer.plasticity.compare", __doc__ or "", Settings, compare)
+
+
+def compare(settings: Settings) -> int:
+    """Draws the figure.
+
+    Raises:
+        ConfigError: the settings are wrong.
+        StoreError: a run has no results; the figure cannot be written.
+    """
+    folders = [Path(name).expanduser() for name in settings.runs.split(",") if name]
+    problems = []
+    if not folders:
+        problems.append("runs is empty; it is folders of results, with commas between them")
+    if settings.output.suffix != ".png":
+        problems.append(f"output is {str(settings.output)!r}; it must end with .png")
+    if problems:
+        raise ConfigError(problems)
+    if find_spec("matplotlib") is None:
+        raise QkSnifferError(f"matplotlib is not installed, which the figure needs: {INSTALL}")
+    runs = [read(Results(folder)) for folder in folders]
+    with explained(settings.output.parent, "make"):
+        make_folder(settings.output.parent)
+    save(settings.output, lambda: draw(runs))
+    print(f"{counted(len(runs), 'run')}: {settings.output}")
+    return 0
+
+
+def read(results: Results) -> Run:
+    """The results in a folder.
+
+    Raises:
+        StoreError: there are none.
+    """
+    record = results.record()
+    model = record["dataset"]["model"]
+    pairs = tables.read(results.folder, "head_bucket_plasticity")
+    buckets = pairs["q_bucket"] - pairs["q_bucket"].min(initial=0)
+    means = mean_by(np.zeros(len(buckets), int), buckets, pairs["ap_bucket"], (1, int(buckets.max(initial=0)) + 1))[0]
+    known = np.flatnonzero(np.isfinite(means))
+    means = means[known[0] : known[-1] + 1] if len(known) else means[:0]
+    heads = tables.read(results.folder, "head_metrics")["ap_overall"]
+    estimator = record["settings"]["estimator"]["name"]
+    return Run(model["slug"], model["revision"], estimator, heads[np.isfinite(heads)], means)
+
+
+def step_of(run: Run) -> Step | None:
+    """The step of the training that a run's model stands at, from its revision or else its name."""
+    for text in (run.revision, run.model):
+        if found := re.search(r"(?:((?:stage\d*|lc)[\w-]*?)[-_])?step[-_]?(\d+)", text):
+            return Step(found[1] or "", int(found[2]))
+    return None
+
+
+def draw(runs: Sequence[Run]) -> "Figure":
+    """Plasticity of all heads of each run, and its mean over relative query buckets."""
+    found = [step_of(run) for run in runs]
+    steps = [step for step in found if step is not None]
+    is_training = len(steps) == len(runs)
+    if is_training:
+        order = sorted(range(len(runs)), key=lambda i: steps[i].order())
+        runs, labels = [runs[i] for i in order], [str(steps[i]) for i in order]
+    else:
+        labels = names(runs)
+    columns = 5
+    drawn = figure(PAGE_IN, 3.1 + 0.15 * -(-len(runs) // columns))
+    left, right = drawn.subplots(1, 2, sharey=True)
+    of_runs(left, runs, labels, is_training=is_training)
+    over_buckets(right, runs, labels)
+    estimators = sorted({run.estimator.replace("_", " ") for run in runs})
+    drawn.suptitle(f"estimator: {', '.join(estimators)}", fontsize=8)
+    drawn.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=columns, fontsize=6)
+    return drawn
+
+
+def names(runs: Sequence[Run]) -> list[str]:
+    """What tells the runs apart: models, then estimators, then numbers."""
+    texts = [run.model for run in runs]
+    if len(set(texts)) < len(texts):
+        texts = [f"{text}, {run.estimator.replace('_', ' ')}" for text, run in zip(texts, runs, strict=True)]
+    return [text if texts.count(text) == 1 else f"{text} ({number})" for number, text in enumerate(texts, 1)]
+
+
+def of_runs(axes: "Axes", runs: Sequence[Run], labels: Sequence[str], *, is_training: bool) -> None:
+    """The mean over heads, the middle half and nine tenths of them."""
+    places = np.arange(len(runs))
+    none = np.full(1, np.nan)
+    heads = [run.heads if len(run.heads) else none for run in runs]
+    quantiles = np.array([np.quantile(values, [0.05, 0.25, 0.75, 0.95]) for values in heads])
+    means = [values.mean() for values in heads]
+    for low, high, width, label in ((0, 3, 1.0, "90 % of heads"), (1, 2, 4.0, "50 % of heads")):
+        axes.vlines(places, quantiles[:, low], quantiles[:, high], color=GREY, linewidth=width, label=label)
+    line = "-" if is_training else ""
+    axes.plot(places, means, line, color=BLUE, marker="o", markersize=4.5, linewidth=1.5, label="mean of heads")
+    axes.set_xticks(places, labels, rotation=45, ha="right", rotation_mode="anchor")
+    axes.set_xlim(-0.5, len(runs) - 0.5)
+    axes.set(ylabel=PLASTICITY, xlabel="training step" if is_training else "", title="heads")
+    axes.grid(axis="y", linewidth=0.3)
+    axes.legend(fontsize=6)
+
+
+def over_buckets(axes: "Axes", runs: Sequence[Run], labels: Sequence[str]) -> None:
+    """A line for each run, from dark to light in their order, with a mark of its own to tell them apart in grey."""
+    import matplotlib
+
+    colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.88, len(runs)))
+    for number, (run, label, colour) in enumerate(zip(runs, labels, colours, strict=True)):
+        places = np.linspace(0, 1, len(run.by_bucket)) if len(run.by_bucket) > 1 else np.ones(len(run.by_bucket))
+        marker = MARKERS[number % len(MARKERS)]
+        axes.plot(places, run.by_bucket, color=colour, marker=marker, markersize=3, linewidth=1.2, label=label)
+    axes.set(xlabel="query bucket, from the first (0) to the last (1)", title="mean of heads")
+    axes.grid(axis="y", linewidth=0.3)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

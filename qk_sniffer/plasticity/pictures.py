@@ -17,7 +17,6 @@ from qk_sniffer.store.disk import explained, make_folder
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.image import AxesImage
 
 Float64 = npt.NDArray[np.float64]
 Columns = dict[str, np.ndarray[Any, Any]]
@@ -26,7 +25,7 @@ COLUMN_IN, PAGE_IN = 3.4, 7.0
 """Inches: the width of a column and of a page of two."""
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#999999"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 8,
     "axes.titlesize": 8,
     "axes.spines.top": False,
@@ -50,15 +49,19 @@ MOST_NUMBERS = 10
 def draw_all(results: Results) -> list[Path]:
     """Draws all pictures of the results and returns their files; those that were there are replaced.
 
+    Without any plasticity there are none of buckets.
+
     Raises:
         StoreError: a table is missing or damaged; the folder cannot be written.
     """
     record = results.record()
     metrics, pairs, weights = (tables.read(results.folder, name) for name in tables.TABLES)
     names = Names(record)
-    pictures: dict[str, Callable[[], Figure]] = {
-        "by_query_bucket": lambda: by_query_bucket(pairs, names),
-        "by_bucket_pair": lambda: by_bucket_pair(pairs, names),
+    pictures: dict[str, Callable[[], Figure]] = {}
+    if np.isfinite(pairs["ap_bucket"]).any():
+        pictures["by_query_bucket"] = lambda: by_query_bucket(pairs, names)
+        pictures["by_bucket_pair"] = lambda: by_bucket_pair(pairs, names)
+    pictures |= {
         "by_head": lambda: by_head(metrics, names),
         "component_weights": lambda: component_weights(weights, names),
     }
@@ -203,7 +206,7 @@ def component_weights(weights: Columns, names: Names) -> "Figure":
     return drawn
 
 
-def write_numbers(axes: "Axes", image: "AxesImage", grid: Float64) -> None:
+def write_numbers(axes: "Axes", image: Any, grid: Float64) -> None:
     """Writes its number into each cell, in the colour that can be read on it."""
     digits = 3 if np.nanmax(grid) - np.nanmin(grid) < 0.1 else 2
     for (row, column), value in np.ndenumerate(grid):

@@ -1,7 +1,5 @@
 """The program: what it leaves, says and refuses; what it does where a dataset is not as one would wish; restarts."""
 
-import json
-import os
 import re
 import shutil
 import signal
@@ -16,9 +14,9 @@ import pytest
 from jobs import heads_of, run, vectors
 from plasticity_cases import buckets, bytes_of, environment_of, measure, metrics, program, record, rewrite
 
-from qk_sniffer.errors import QkSnifferError, StoreError
-from qk_sniffer.heads import LayerHeads
+from qk_sniffer.errors import ConfigError, QkSnifferError, StoreError
 from qk_sniffer.plasticity import tables
+from qk_sniffer.plasticity.compare import Run, Settings, compare, step_of
 from qk_sniffer.plasticity.results import Results
 from qk_sniffer.store.layout import Layout
 from qk_sniffer.store.manifest import read as read_manifest
@@ -46,7 +44,9 @@ def test_the_columns_are_the_contract(verify_base: Path, tmp_path: Path) -> None
             np.testing.assert_array_equal(values, row)
 
 
-def test_the_program_from_its_start_to_pictures(verify_base: Path, tmp_path: Path) -> None:
+def test_the_program_from_its_start_to_pictures(
+    verify_base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     root = Path(shutil.copytree(verify_base, tmp_path / "data"))
     first = program(tmp_path, f"data_root={root.name}", "num_pairs_per_bucket=8")
     assert first.returncode == 0, first.stderr
@@ -62,25 +62,23 @@ def test_the_program_from_its_start_to_pictures(verify_base: Path, tmp_path: Pat
     for path in pictures:
         assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size < 300_000
     before = bytes_of(folder)
-    second = program(tmp_path, f"data_root={root.name}", "num_pairs_per_bucket=8")
-    assert second.returncode == 0 and "Nothing to do" in second.stderr
-    third = program(tmp_path, f"data_root={root.name}", "num_pairs_per_bucket=9", "pictures=false")
-    assert third.returncode == 0 and "they are replaced" in third.stderr
+    caplog.set_level("INFO")
+    assert measure(root, folder, num_pairs_per_bucket=8) == 0
+    assert "Nothing to do" in caplog.text and bytes_of(folder) == before
+    assert measure(root, folder, num_pairs_per_bucket=9) == 0
+    assert "they are replaced" in caplog.text
     assert bytes_of(folder).keys() == before.keys() and bytes_of(folder) != before
 
 
 def test_a_sweep(verify_base: Path, tmp_path: Path) -> None:
-    for name in ("a", "b"):
+    for name in ("a", "b", "c"):
         shutil.copytree(verify_base, tmp_path / name)
-    done = program(tmp_path, "--multirun", "data_root=a,b", "pictures=false", "estimator=full_covariance")
-    assert done.returncode == 0, done.stderr
-    for name in ("a", "b"):
-        estimator = record(tmp_path / f"{name}-plasticity-full-covariance")["settings"]["estimator"]
-        assert estimator == {"name": "full_covariance", "alpha": 0.01}
     (tmp_path / "b" / "manifest.json").unlink()
-    done = program(tmp_path, "--multirun", "data_root=a,b", "pictures=false")
-    assert done.returncode == 1 and "b" in done.stderr
-    assert (tmp_path / "a-plasticity" / "head_metrics.csv").exists(), "the other job went on"
+    done = program(tmp_path, "--multirun", "data_root=a,b,c", "pictures=false", "estimator=full_covariance")
+    assert done.returncode == 1 and "at b is incomplete" in done.stderr, done.stderr
+    for name in ("a", "c"):
+        estimator = record(tmp_path / f"{name}-plasticity-full-covariance")["settings"]["estimator"]
+        assert estimator == {"name": "full_covariance", "alpha": 0.01}, "the other jobs went on"
 
 
 @pytest.mark.parametrize(
@@ -132,8 +130,6 @@ def test_killed_and_run_again_gives_the_same_bytes(verify_base: Path, tmp_path: 
     settings = (f"data_root={verify_base}", "pictures=false", "num_pairs_per_bucket=20")
     command = [sys.executable, "-m", "qk_sniffer.plasticity", *settings, "output_dir=killed"]
     # Slow enough to be met in the middle.
-    slow = tmp_path / "slow"
-    slow.mkdir()
     code = "import time, qk_sniffer.plasticity.measure as m; real = m._QueryHead.result\n"
     code += "m._QueryHead.result = lambda self: (time.sleep(0.3), real(self))[1]\n"
     command[1:3] = ["-c", code + "import sys; from qk_sniffer.plasticity.app import main; sys.exit(main())"]
@@ -281,13 +277,12 @@ def test_what_the_manifest_says_of_layers_is_passed_on(root: Path, tmp_path: Pat
     write_manifest(Layout(root), manifest)
     measure(root, tmp_path / "results")
     notes = record(tmp_path / "results")["notes"]
-    assert [note.partition(":")[0] for note in notes][:3] == sorted(
-        [
-            "captured before RoPE",
-            "attention adds a bias to the logits, which is not measured",
-            "a query sees only some of the keys, and which ones is not known",
-        ]
-    )[:3] or "captured before RoPE: the vectors carry no position of the rotary embedding" in notes
+    for note, where in (
+        ("captured before RoPE: the vectors carry no position of the rotary embedding", "all heads"),
+        ("attention adds a bias to the logits, which is not measured", "layers 1"),
+        ("a query sees only some of the keys, and which ones is not known", "layers 0"),
+    ):
+        assert notes[note] == [where]
     assert set(buckets(tmp_path / "results")[1, 0]) == {(1, 0), (3, 2), (5, 4)}, "buckets of 16 in chunks of 32"
 
 
@@ -314,38 +309,23 @@ def test_without_matplotlib_there_are_tables_and_without_scipy_a_word(
         measure(root, tmp_path / "results")
 
 
-def compared(cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "qk_sniffer.plasticity.compare", *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env={**environment_of(), "HOME": str(cwd)})
-
-
 def test_several_datasets_in_one_figure(root: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
         measure(root, tmp_path / name)
-    values = json.loads((tmp_path / "b" / "plasticity.json").read_text())
-    values["dataset"]["model"]["revision"] = "stage1-step-40000"
-    (tmp_path / "b" / "plasticity.json").write_text(json.dumps(values))
-    done = compared(tmp_path, "runs=a,b", "output=pictures/both.png")
+    command = [sys.executable, "-m", "qk_sniffer.plasticity.compare", "runs=a,b", "output=pictures/both.png"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment_of())
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "pictures" / "both.png").read_bytes().startswith(b"\x89PNG")
-    wrong = compared(tmp_path, "runs=a,nothing", "output=both.png")
-    assert wrong.returncode == 1 and "nothing has no finished results" in wrong.stderr
-    assert compared(tmp_path, "runs=", "output=both.jpg").stderr.count("  - ") == 2
+    with pytest.raises(StoreError, match="nothing has no finished results"):
+        compare(Settings(f"{tmp_path / 'a'},{tmp_path / 'nothing'}", tmp_path / "both.png"))
+    with pytest.raises(ConfigError, match=r"runs is empty[\s\S]*output is 'both.jpg'"):
+        compare(Settings("", Path("both.jpg")))
 
 
 def test_checkpoints_stand_in_the_order_of_their_training() -> None:
-    from qk_sniffer.plasticity.compare import Run, step_of
-
-    names = [
-        "lc-32k-to-64k-step-4000",
-        "lc-4k-to-32k-step-20000",
-        "stage2-step-4200000",
-        "stage1-step-40000",
-        "step512",
-    ]
-    runs = [
-        Run(f"smollm3-3b-{name}", name if i % 2 else "main", "", np.ones(1), np.ones(1)) for i, name in enumerate(names)
-    ]
+    names = ["lc-32k-to-64k-step-4000", "lc-4k-to-32k-step-20000", "stage2-step-4200000", "stage1-step-40000"]
+    models = [(f"smollm3-3b-{name}", "main") for name in names[:2]] + [("smollm3-3b", name) for name in names[2:]]
+    runs = [Run(*model, "", np.ones(1), np.ones(1)) for model in [*models, ("pythia", "step512")]]
     steps = [step for run in runs if (step := step_of(run)) is not None]
     assert [str(step) for step in sorted(steps, key=lambda step: step.order())] == [
         "512",
@@ -355,8 +335,3 @@ def test_checkpoints_stand_in_the_order_of_their_training() -> None:
         "lc-32k-to-64k 4k",
     ]
     assert step_of(Run("qwen3-8b", "main", "", np.ones(1), np.ones(1))) is None
-
-
-def test_key_heads_are_those_of_the_layer() -> None:
-    assert [LayerHeads(0, 8, 2, 16, None).key_head(head) for head in (0, 3, 4, 7)] == [0, 0, 1, 1]
-    assert os.sep == "/"

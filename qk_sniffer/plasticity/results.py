@@ -16,8 +16,6 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from qk_sniffer.errors import StoreError
 from qk_sniffer.plasticity import tables
 from qk_sniffer.plasticity.config import PlasticityConfig
@@ -133,7 +131,6 @@ def fingerprint(dataset: Dataset, config: PlasticityConfig) -> str:
         "format": FORMAT,
         "manifest": manifest_sha256(dataset),
         "settings": config.measures(),
-        "numpy": np.lib.NumpyVersion(np.__version__).version,
     }
     return hashlib.sha256(json.dumps(words, sort_keys=True).encode()).hexdigest()
 

@@ -1,0 +1,145 @@
+"""CPU seconds that a head costs the plasticity program, at two sizes, against the bars.
+
+Datasets of random heads are made in the layout of real ones: half of their heads are measured by one process, all by
+another, and what the second takes more is of heads alone: neither the start, nor the imports, nor pictures count. User
+and system time of the whole process, all its threads together; the median of the rounds.
+
+python benchmarks/plasticity.py [--rounds 5]
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import pyarrow as pa
+from common import RESULTS, ROOT, in_turn, machine
+
+from qk_sniffer.config import Config
+from qk_sniffer.store.layout import FORMAT, Layout, head_name, schema
+from qk_sniffer.store.parquet import ParquetFile
+
+QUERY_HEADS_OF_A_KEY_HEAD = 4
+EXAMPLES = 100
+
+
+@dataclass(frozen=True)
+class Size:
+    """Heads of so many rows and dimensions; `bar` is heads per CPU second."""
+
+    rows: int
+    dims: int
+    heads: int
+    bar: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.rows} x {self.dims}"
+
+
+SIZES = (Size(3000, 16, 160, 25.0), Size(50_000, 128, 16, 1.0))
+
+
+def write_dataset(root: Path, size: Size, heads: int) -> Path:
+    """A dataset of one layer: every vector drifts with its position; uniform sampler, 16 buckets of 512."""
+    random = np.random.default_rng(0)
+    config = Config().to_dict()
+    config["sampler"] |= {"type": "uniform", "min_bucket_size": 512}
+    config["model"]["slug"] = "random"
+    layer = {
+        "layer": 0,
+        "num_q_heads": heads,
+        "num_k_heads": heads // QUERY_HEADS_OF_A_KEY_HEAD,
+        "head_dim": size.dims,
+        "sliding_window": None,
+        "captured": {"q": list(range(heads)), "k": list(range(heads // QUERY_HEADS_OF_A_KEY_HEAD))},
+    }
+    examples = np.repeat(np.arange(EXAMPLES, dtype=np.int32), size.rows // EXAMPLES)
+    files = {}
+    for kind, numbers in layer["captured"].items():
+        for head in numbers:
+            positions = np.sort(random.integers(0, 8192, (EXAMPLES, size.rows // EXAMPLES)), axis=1).ravel()
+            vectors = random.normal(size=(size.rows, size.dims)) + np.outer(
+                positions / 8192, random.normal(size=size.dims)
+            )
+            path = Layout(root).head_file(0, head, kind)
+            with ParquetFile(path, schema(size.dims)) as file:
+                columns = [
+                    pa.array(positions // 512, pa.int32()),
+                    pa.array(examples),
+                    pa.array(positions, pa.int32()),
+                    pa.FixedSizeListArray.from_arrays(pa.array(vectors.astype(np.float32).ravel()), size.dims),
+                    pa.nulls(size.rows, pa.int32()),
+                ]
+                file.write(pa.table(columns, schema=schema(size.dims)))
+            assert file.entry is not None
+            files[f"{head_name(0, head, kind)}/data.parquet"] = {"rows": size.rows, "bytes": file.entry.size}
+    manifest = {
+        "format": FORMAT,
+        "config": config,
+        "commits": {},
+        "files": files,
+        "model": {"layers": [layer], "rope_stage": "post"},
+        "rows": 0,
+    }
+    Layout(root).manifest.write_text(json.dumps(manifest))
+    return root
+
+
+def cpu_s(root: Path, output: Path) -> float:
+    """User and system seconds of a run without pictures."""
+    command = [sys.executable, "-m", "qk_sniffer.plasticity", f"data_root={root}", f"output_dir={output}"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [*command, "pictures=false", f"hydra.run.dir={output}.run"],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    _, status, used = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"{' '.join(command)} failed")
+    return used.ru_utime + used.ru_stime
+
+
+def heads_per_cpu_s(size: Size, rounds: int, folder: Path) -> dict[str, float | list[float]]:
+    """Measures both datasets in turn."""
+    roots = {
+        heads: write_dataset(folder / f"{size.rows}-{heads}", size, heads) for heads in (size.heads // 2, size.heads)
+    }
+    runs = iter(range(10**6))
+    measures = {
+        str(heads): lambda root=root: cpu_s(root, folder / f"out-{next(runs)}") for heads, root in roots.items()
+    }
+    taken = in_turn(rounds, measures)
+    few, many = (taken[str(heads)] for heads in roots)
+    each = [(b - a) / (size.heads - size.heads // 2) for a, b in zip(few, many, strict=True)]
+    return {"heads_per_cpu_s": 1 / median(each), "cpu_s_a_head": each, "bar": size.bar}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    rounds = parser.parse_args().rounds
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for size in SIZES:
+            measured = heads_per_cpu_s(size, rounds, Path(folder))
+            found[size.name] = measured
+            met = "met" if measured["heads_per_cpu_s"] >= size.bar else "NOT met"
+            print(
+                f"{size.name:>12}  {measured['heads_per_cpu_s']:6.1f} heads per CPU s  bar {size.bar:g}: {met}",
+                flush=True,
+            )
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / "plasticity.json").write_text(json.dumps(machine() | {"found": found}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -21,6 +21,7 @@ bench: install  ## every benchmark; about two hours on two cores (benchmarks/REA
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[analysis]'
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/speed.py
+	$(BIN)/python benchmarks/plasticity.py
 
 # All vectors, beside other ways to get them, each in an environment of its own (benchmarks/README.md).
 PEERS := .venv-peers

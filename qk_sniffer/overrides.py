@@ -142,6 +142,9 @@ def _group_problems(override: Override, values: list[Any], groups: Groups) -> It
     if not groups(group):
         yield f"{plain}: there is no group {group}"
         return
+    if group == "estimator":
+        yield f"{plain}: the group {group} is that of python -m qk_sniffer.plasticity"
+        return
     if override.is_delete():
         return
     if group in GROUPS_BY_DEFAULT and (override.is_add() or override.is_force_add()):

@@ -12,11 +12,22 @@ from typing import Any
 import numpy as np
 import pytest
 from jobs import heads_of, run, vectors
-from plasticity_cases import buckets, bytes_of, environment_of, measure, metrics, program, record, rewrite
+from plasticity_cases import (
+    buckets,
+    bytes_of,
+    environment_of,
+    full_covariance,
+    measure,
+    metrics,
+    program,
+    record,
+    rewrite,
+)
 
 from qk_sniffer.errors import ConfigError, QkSnifferError, StoreError
 from qk_sniffer.plasticity import tables
 from qk_sniffer.plasticity.compare import Run, Settings, compare, step_of
+from qk_sniffer.plasticity.config import PlasticityConfig, resolved
 from qk_sniffer.plasticity.results import Results
 from qk_sniffer.store.layout import Layout
 from qk_sniffer.store.manifest import read as read_manifest
@@ -111,6 +122,31 @@ def test_what_is_wrong_is_said_at_once_and_without_a_traceback(
     errors = capsys.readouterr().err
     assert all(text in errors for text in said), errors
     assert "Traceback" not in errors and not list(in_tmp.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("settings", "folder"),
+    [
+        ({"data_root": "outputs/a/"}, "outputs/a-plasticity"),
+        ({"data_root": "outputs/a", "estimator": full_covariance(0.1)}, "outputs/a-plasticity-full-covariance"),
+        ({"data_root": "me/vectors", "revision": "Qwen3-8b/x"}, "outputs/qwen3-8b-x-plasticity"),
+        ({"data_root": "me/vectors"}, "outputs/vectors-plasticity"),
+        ({"data_root": "outputs/a", "output_dir": "~/b"}, "HOME/b"),
+        ({"data_root": "."}, "HERE-plasticity"),
+    ],
+)
+def test_where_the_results_go(settings: dict[str, Any], folder: str, in_tmp: Path) -> None:
+    (in_tmp / "outputs" / "a").mkdir(parents=True)
+    folder = folder.replace("HOME", str(Path.home())).replace("HERE", str(in_tmp))
+    assert resolved(PlasticityConfig(**settings)).output_dir == folder
+
+
+def test_the_capture_says_whose_the_group_is(in_tmp: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    from qk_sniffer.app import main
+
+    monkeypatch.setattr(sys, "argv", ["qk_sniffer", "estimator=full_covariance"])
+    assert main() == 2
+    assert "that of python -m qk_sniffer.plasticity" in capsys.readouterr().err
 
 
 def test_it_starts_light_and_its_help_is_true(tmp_path: Path) -> None:

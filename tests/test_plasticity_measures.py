@@ -345,3 +345,26 @@ def test_draws_depend_on_nothing_but_their_seed(verify_base: Path, tmp_path: Pat
 def metrics_of_all(root: Path, tmp_path: Path) -> dict[tuple[int, int], dict[str, float]]:
     measure(root, tmp_path / "all")
     return metrics(tmp_path / "all")
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_small_heads_agree(seed: int, root: Path, tmp_path: Path) -> None:
+    """Few rows, any dimensions, repeated positions, one of the layers with a window."""
+    random = np.random.default_rng(seed)
+    layer, dims = int(random.integers(0, 2)), int(random.integers(2, 9))
+    rows = {}
+    for kind, count in (("q", int(random.integers(4, 40))), ("k", int(random.integers(1, 60)))):
+        positions, examples = random.integers(0, 80, count), random.integers(0, 4, count)
+        vectors_ = random.standard_t(4, size=(count, dims)) + np.outer(positions, random.normal(scale=0.02, size=dims))
+        for head in (0, 1) if kind == "q" else (0,):
+            rewrite(root, layer, head, kind, vectors_, positions, examples)
+        rows[kind] = (vectors_.astype(np.float32), positions, examples)
+    measure(root, tmp_path / "results")
+    (q, positions, _), (k, key_positions, key_examples) = rows["q"], rows["k"]
+    expected = reference(q, positions, k, key_positions, key_examples, *spans(16), WINDOWS[layer])
+    ours, pairs = metrics(tmp_path / "results")[layer, 0], buckets(tmp_path / "results")[layer, 0]
+    for name in (*tables.OF_QUERIES, "ap_overall"):
+        assert ours[name] == pytest.approx(expected[name], rel=1e-7, abs=1e-10, nan_ok=True), name
+    assert pairs.keys() >= expected["buckets"].keys()
+    for key, value in pairs.items():
+        assert value == pytest.approx(expected["buckets"].get(key, np.nan), rel=1e-7, abs=1e-10, nan_ok=True), key

@@ -288,6 +288,12 @@ def test_a_missing_file_is_named_and_made_up_for_once_it_is_there(root: Path, tm
     assert bytes_of(tmp_path / "results") == bytes_of(tmp_path / "whole")
 
 
+def test_queries_and_keys_that_do_not_fit_together_are_named(root: Path, tmp_path: Path, capsys: Any) -> None:
+    rewrite(root, 1, 0, "q", np.ones((40, 8)), np.arange(40), np.zeros(40))
+    assert measure(root, tmp_path / "results") == 1
+    assert "l01h00q is NOT measured: its vectors have 8 numbers and those of its keys 16" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("kind", "missing"), [("capture_keys", "keys"), ("capture_queries", "queries")])
 def test_one_kind_alone_cannot_be_measured(
     kind: str, missing: str, checkpoint: Path, texts: Path, tmp_path: Path

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from qk_sniffer.errors import StoreError
 from qk_sniffer.heads import compact_ranges
 from qk_sniffer.plasticity.config import PlasticityConfig
 from qk_sniffer.plasticity.estimators import Estimator, FullCovariance, Regression, plasticity
@@ -115,6 +116,9 @@ class Measuring:
             HubError: the file cannot be fetched.
         """
         queries = self._rows(keys.head.layer, head, "q", QUERY_ROWS)
+        width, of_keys = queries.vectors.shape[1], keys.rows.vectors.shape[1]
+        if width != of_keys:
+            raise StoreError(f"its vectors have {width} numbers and those of its keys {of_keys}: one file is damaged")
         return _QueryHead(self._config, self._sampler, keys, head, queries).result()
 
     def _rows(self, layer: int, head: int, kind: str, what: int) -> Rows:

@@ -23,6 +23,7 @@ from plasticity_cases import (
     record,
     rewrite,
 )
+from stub_hub import StubHub
 
 from qk_sniffer.errors import ConfigError, QkSnifferError, StoreError
 from qk_sniffer.plasticity import tables
@@ -309,6 +310,20 @@ def test_query_heads_whose_keys_were_not_captured_are_named(root: Path, tmp_path
     write_manifest(Layout(root), manifest)
     assert measure(root, tmp_path / "results") == 0
     assert "their keys were not captured: l01h02q, l01h03q" in capsys.readouterr().out
+
+
+def test_a_branch_of_the_hub(verify_base: Path, tmp_path: Path) -> None:
+    files = {path.relative_to(verify_base).as_posix(): path.read_bytes() for path in verify_base.rglob("*.*")}
+    with StubHub() as hub:
+        hub.commit("me/vectors", {name: data for name, data in files.items() if name[0] != "."}, "tiny")
+        online = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "cache")}
+        done = program(tmp_path, "data_root=me/vectors", "revision=tiny", "pictures=false", **online)
+        wrong = program(tmp_path, "data_root=me/vectors", "revision=other", "pictures=false", **online)
+    assert done.returncode == 0, done.stderr
+    settings = ["pictures=false", "output_dir=folder"]
+    assert program(tmp_path, f"data_root={verify_base}", *settings).returncode == 0
+    assert bytes_of(tmp_path / "outputs" / "tiny-plasticity") == bytes_of(tmp_path / "folder")
+    assert wrong.returncode == 1 and "no dataset of qk-sniffer at the revision 'other'" in wrong.stderr
 
 
 def test_what_the_manifest_says_of_layers_is_passed_on(root: Path, tmp_path: Path) -> None:

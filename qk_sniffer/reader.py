@@ -40,6 +40,8 @@ class Dataset:
         self._files = files
         self.manifest: dict[str, Any] = manifests.read(files.path(MANIFEST).parent)
         """What `manifest.json` says: settings, commits, the layout of the heads, probabilities, files."""
+        self.commit: str | None = getattr(files, "commit", None)
+        """The commit on the Hub that is read; null for a folder."""
         self.heads: list[HeadKey] = manifests.heads(self.manifest)
         """The captured heads as (layer, head, kind): by layer, queries ("q") before keys ("k")."""
 

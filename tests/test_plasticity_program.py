@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fake_hub import FakeHub
 from jobs import heads_of, run, vectors
 from plasticity_cases import (
     buckets,
@@ -23,7 +24,6 @@ from plasticity_cases import (
     record,
     rewrite,
 )
-from stub_hub import StubHub
 
 from qk_sniffer.errors import ConfigError, QkSnifferError, StoreError
 from qk_sniffer.plasticity import tables
@@ -314,7 +314,7 @@ def test_query_heads_whose_keys_were_not_captured_are_named(root: Path, tmp_path
 
 def test_a_branch_of_the_hub(verify_base: Path, tmp_path: Path) -> None:
     files = {path.relative_to(verify_base).as_posix(): path.read_bytes() for path in verify_base.rglob("*.*")}
-    with StubHub() as hub:
+    with FakeHub() as hub:
         hub.commit("me/vectors", {name: data for name, data in files.items() if name[0] != "."}, "tiny")
         online = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "cache")}
         done = program(tmp_path, "data_root=me/vectors", "revision=tiny", "pictures=false", **online)

@@ -161,6 +161,7 @@ def _record(
         "settings": asdict(config),
         "dataset": {
             "name": str(dataset),
+            "commit": dataset.commit,
             "manifest_sha256": manifest_sha256(dataset),
             "model": {key: model[key] for key in ("slug", "name", "revision")},
             "commits": manifest["commits"],

@@ -39,12 +39,14 @@ check: install  ## lint and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The oldest transformers that pyproject.toml admits, in an environment of its own.
+# The oldest transformers that pyproject.toml admits, which takes a huggingface_hub 1, in an environment of its own.
 FLOOR := .venv-floor
 FLOOR_TRANSFORMERS := 5.17.0
+FLOOR_TESTS := attention banded backbone cutting loading loading_overrides gguf model_config multimodal proof rotary run \
+	resume tap hub_access hub_catalogue hub_publish reader resume_hub
 
-floor: $(FLOOR)/.installed  ## the tests of what depends on transformers, with its oldest version
-	$(FLOOR)/bin/python -m pytest -n 2 -q $(addprefix tests/test_,attention.py banded.py backbone.py cutting.py loading.py loading_overrides.py gguf.py model_config.py multimodal.py proof.py rotary.py run.py resume.py tap.py)
+floor: $(FLOOR)/.installed  ## the tests of what depends on transformers and huggingface_hub, with older versions of both
+	$(FLOOR)/bin/python -m pytest -n 2 -q $(FLOOR_TESTS:%=tests/test_%.py)
 
 $(FLOOR)/.installed: pyproject.toml constraints.txt
 	test -x $(FLOOR)/bin/python || $(PYTHON) -m venv $(FLOOR)

@@ -4,6 +4,7 @@ dataset = qk_sniffer.open_dataset("me/my-vectors", revision="qwen3-8b-pydoc")
 queries, positions, example_ids = dataset.vectors(*dataset.heads[0])
 """
 
+import hashlib
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -81,6 +82,22 @@ class Dataset:
                 f"{self} has no rows of layer {layer}, head {head}, kind {kind!r}; it has {some} (`.heads`)"
             )
         return _read(self._files.path(head_file(*key)), columns)
+
+    def is_intact(self, layer: int, head: int, kind: str) -> bool:
+        """Whether the file of a head is the one that the manifest lists, by its sha256.
+
+        Raises:
+            StoreError: it is missing.
+            HubError: it cannot be fetched.
+        """
+        name = head_file(layer, head, kind)
+        path = self._files.path(name)
+        try:
+            with path.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise StoreError(f"{path} is missing or damaged: {error.strerror}") from error
+        return bool(digest == self.manifest["files"][name]["sha256"])
 
     def fetch(self, heads: Sequence[HeadKey]) -> None:
         """Fetches the files of several heads at once, where they are on the Hub.

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ import pyarrow.parquet as pq
 from qk_sniffer.plasticity import tables
 from qk_sniffer.plasticity.config import EstimatorConfig, PlasticityConfig, problems, resolved
 from qk_sniffer.plasticity.run import run
+from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.layout import Layout, schema
+from qk_sniffer.store.manifest import FileEntry
 
-ALL_PAIRS = 10**7
+ALL_PAIRS = 10**6
 """More pairs than any bucket of these tests has, so that none are drawn."""
 
 
@@ -70,7 +73,17 @@ def rewrite(root: Path, layer: int, head: int, kind: str, vectors: np.ndarray, p
         "vector": pa.FixedSizeListArray.from_arrays(pa.array(vectors.astype(np.float32).ravel()), width),
         "sliding_window": pa.nulls(count, pa.int32()),
     }
-    pq.write_table(pa.table(columns, schema=schema(width)), Layout(root).head_file(layer, head, kind))
+    path = Layout(root).head_file(layer, head, kind)
+    pq.write_table(pa.table(columns, schema=schema(width)), path)
+    listed(root, path)
+
+
+def listed(root: Path, path: Path) -> None:
+    """Lists a file that was changed in the dataset's manifest."""
+    entry = FileEntry(pq.read_metadata(path).num_rows, path.stat().st_size, sha256(path.read_bytes()).hexdigest())
+    manifests.write(
+        Layout(root), manifests.with_files(manifests.read(root), {path.relative_to(root).as_posix(): entry})
+    )
 
 
 def program(cwd: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -25,11 +25,12 @@ from plasticity_cases import (
     rewrite,
 )
 
-from qk_sniffer.errors import ConfigError, QkSnifferError, StoreError
+from qk_sniffer.errors import QkSnifferError, StoreError
 from qk_sniffer.plasticity import tables
-from qk_sniffer.plasticity.compare import Run, Settings, compare, step_of
 from qk_sniffer.plasticity.config import PlasticityConfig, resolved
+from qk_sniffer.plasticity.measure import KeyHead
 from qk_sniffer.plasticity.results import Results
+from qk_sniffer.plasticity.run import portions
 from qk_sniffer.store.layout import Layout
 from qk_sniffer.store.manifest import read as read_manifest
 from qk_sniffer.store.manifest import write as write_manifest
@@ -105,7 +106,8 @@ def test_a_sweep(verify_base: Path, tmp_path: Path) -> None:
         (("data_root=.", "estimator.alpha=0.1"), ("estimator.alpha belongs to estimator=full_covariance",)),
         (("data_root=.", "estimator=full_covariance", "estimator.alpha=1"), ("above 0 and below 1",)),
         (("data_root=.", "revision=x"), ("which has none",)),
-        (("data_root=.", "output_dir=."), ("the dataset itself",)),
+        (("data_root=.", "output_dir=./results"), ("in the dataset itself",)),
+        (("data_root=.", "num_pairs_per_bucket=1000001"), ("at most 1,000,000",)),
         (("data_root=.", "seed=1,2"), ("needs --multirun",)),
         (("--multirun", "data_root=.", "seed=1,2"), ("two jobs of the sweep would write",)),
         (("--multirun", "data_root=.", "seed=1,-2"), ("seed is -2",)),
@@ -233,8 +235,10 @@ def test_heads_of_few_rows_say_what_they_lack(rows: int, root: Path, tmp_path: P
     row = metrics(tmp_path / "results")[1, 0]
     assert row["n_q_tokens"] == rows
     if rows < 2:
-        assert "nothing can be fitted, all measures are NaN: l01h00q" in said
-        assert all(np.isnan(row[name]) for name in (*tables.OF_QUERIES, "ap_overall"))
+        assert "nothing can be fitted, measures are NaN: l01h00q" in said
+        of_a_constant = {"q_mae_baseline": 0.0, "q_mae_proj": 0.0, "q_mae_ratio": 1.0} if rows else {}
+        for name in (*tables.OF_QUERIES, "ap_overall"):
+            np.testing.assert_equal(row[name], of_a_constant.get(name, np.nan), name)
     else:
         assert np.isfinite(row["q_R2_pos"]) and np.isnan(row["q_resid0_kurt"])
         assert f"{rows} queries: too few for " in said
@@ -245,7 +249,7 @@ def test_queries_at_one_position(root: Path, tmp_path: Path) -> None:
     values, positions, examples = columns_of(root, "l01h00q")
     rewrite(root, 1, 0, "q", values, np.full(len(positions), 40), examples)
     measure(root, tmp_path / "results")
-    note = f"{len(values)} queries, all at one position: nothing can be fitted, all measures are NaN"
+    note = f"{len(values)} rows of queries, all at one position: nothing can be fitted, measures are NaN"
     assert record(tmp_path / "results")["notes"][note] == ["l01h00q"]
     assert {key: np.isnan(value) for key, value in buckets(tmp_path / "results")[1, 0].items()} == {
         (1, 0): True,
@@ -366,29 +370,49 @@ def test_without_matplotlib_there_are_tables_and_without_scipy_a_word(
         measure(root, tmp_path / "results")
 
 
-def test_several_datasets_in_one_figure(root: Path, tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        measure(root, tmp_path / name)
-    command = [sys.executable, "-m", "qk_sniffer.plasticity.compare", "runs=a,b", "output=pictures/both.png"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment_of())
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "pictures" / "both.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(StoreError, match="nothing has no finished results"):
-        compare(Settings(f"{tmp_path / 'a'},{tmp_path / 'nothing'}", tmp_path / "both.png"))
-    with pytest.raises(ConfigError, match=r"runs is empty[\s\S]*output is 'both.jpg'"):
-        compare(Settings("", Path("both.jpg")))
+def test_a_file_that_is_not_the_listed_one_is_named(root: Path, tmp_path: Path, capsys: Any) -> None:
+    shutil.copy(Layout(root).head_file(1, 1, "q"), Layout(root).head_file(1, 0, "q"))
+    shutil.copy(Layout(root).head_file(0, 0, "k"), Layout(root).head_file(2, 0, "k"))
+    assert measure(root, tmp_path / "results") == 0
+    said = capsys.readouterr().out
+    assert "the file of the queries is not the one that manifest.json lists (qk_sniffer.verify): l01h00q\n" in said
+    assert "the file of the keys is not the one that manifest.json lists (qk_sniffer.verify): l02h00q, l02h01q" in said
 
 
-def test_checkpoints_stand_in_the_order_of_their_training() -> None:
-    names = ["lc-32k-to-64k-step-4000", "lc-4k-to-32k-step-20000", "stage2-step-4200000", "stage1-step-40000"]
-    models = [(f"smollm3-3b-{name}", "main") for name in names[:2]] + [("smollm3-3b", name) for name in names[2:]]
-    runs = [Run(*model, "", np.ones(1), np.ones(1)) for model in [*models, ("pythia", "step512")]]
-    steps = [step for run in runs if (step := step_of(run)) is not None]
-    assert [str(step) for step in sorted(steps, key=lambda step: step.order())] == [
-        "512",
-        "stage1 40k",
-        "stage2 4,200k",
-        "lc-4k-to-32k 20k",
-        "lc-32k-to-64k 4k",
-    ]
-    assert step_of(Run("qwen3-8b", "main", "", np.ones(1), np.ones(1))) is None
+def test_damaged_results_are_made_anew(root: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "results"
+    measure(root, folder)
+    whole = bytes_of(folder)
+    (folder / "head_metrics.csv").write_bytes(b"")
+    assert measure(root, folder) == 0 and bytes_of(folder) == whole
+    (folder / "plasticity.json").write_bytes(b"{")
+    assert measure(root, folder) == 0 and bytes_of(folder) == whole
+    # A result that a full disk cut short is measured again.
+    query_file = Layout(root).head_file(0, 3, "q")
+    held = query_file.read_bytes()
+    query_file.unlink()
+    assert measure(root, folder, num_pairs_per_bucket=9) == 1
+    (folder / ".work" / "l01h03q.json").write_bytes(b'{"layer": 1')
+    query_file.write_bytes(held)
+    assert measure(root, folder, num_pairs_per_bucket=9) == 0
+    measure(root, tmp_path / "undisturbed", num_pairs_per_bucket=9)
+    assert bytes_of(folder) == bytes_of(tmp_path / "undisturbed")
+
+
+def test_pictures_of_what_is_replaced_go(root: Path, tmp_path: Path) -> None:
+    pictures = tmp_path / "results" / "pictures"
+    measure(root, tmp_path / "results", pictures=True)
+    assert len(list(pictures.iterdir())) == 4
+    measure(root, tmp_path / "results", num_pairs_per_bucket=9)
+    assert list(pictures.iterdir()) == []
+    measure(root, tmp_path / "results", pictures=True)
+    measure(root, tmp_path / "results", pictures=True, max_tokens_per_head=1)  # no plasticity at all
+    assert sorted(path.stem for path in pictures.iterdir()) == ["by_head", "component_weights"]
+
+
+def test_threads_share_the_query_heads_of_few_key_heads() -> None:
+    keys = [KeyHead(0, number, tuple(range(4)), None, None) for number in range(3)]
+    assert list(portions(keys, 2)) == keys
+    assert [each.query_heads for each in portions(keys[:1], 2)] == [(0, 1), (2, 3)]
+    assert [each.query_heads for each in portions(keys[:1], 16)] == [(0,), (1,), (2,), (3,)]
+    assert sum((each.query_heads for each in portions(keys[:2], 16)), ()) == (0, 1, 2, 3) * 2

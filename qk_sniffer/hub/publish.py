@@ -146,9 +146,10 @@ class _Publication:
                 log.info("uploaded %d files, %.1f of %.1f MB", num_files, num_bytes / 1e6, size / 1e6)
 
     def _check_content(self, addition: "CommitOperationAdd") -> None:
-        # Uploaded files have been hashed on their way; the others are texts from memory.
+        # Uploaded files have been hashed on their way, if not before (huggingface_hub 1); the others are texts from
+        # memory, and of these huggingface_hub 2 knows no hash.
         entry, info = self._manifest["files"].get(addition.path_in_repo), addition.upload_info
-        if entry is not None and info.is_hashed and info.sha256.hex() != entry["sha256"]:
+        if entry is not None and getattr(info, "is_hashed", True) and info.sha256.hex() != entry["sha256"]:
             raise _changed(self._root / addition.path_in_repo)
 
     def failed(self, reason: str) -> HubError:

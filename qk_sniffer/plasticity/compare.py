@@ -20,7 +20,7 @@ import numpy as np
 from qk_sniffer import command
 from qk_sniffer.errors import ConfigError, QkSnifferError
 from qk_sniffer.plasticity import tables
-from qk_sniffer.plasticity.pictures import BLUE, GREY, PAGE_IN, PLASTICITY, Float64, figure, mean_by, save
+from qk_sniffer.plasticity.pictures import BLUE, GREY, PAGE_IN, PLASTICITY, Float64, by_head_and_bucket, figure, save
 from qk_sniffer.plasticity.results import Results
 from qk_sniffer.plasticity.run import INSTALL
 from qk_sniffer.store.disk import explained, make_folder
@@ -46,7 +46,9 @@ class Run:
     """The results of a dataset. `by_bucket`: mean plasticity over heads by query bucket, the first one that has any
     to the last."""
 
+    folder: str
     model: str
+    texts: str
     revision: str
     estimator: str
     heads: Float64
@@ -109,13 +111,15 @@ def read(results: Results) -> Run:
     record = results.record()
     model = record["dataset"]["model"]
     pairs = tables.read(results.folder, "head_bucket_plasticity")
-    buckets = pairs["q_bucket"] - pairs["q_bucket"].min(initial=0)
-    means = mean_by(np.zeros(len(buckets), int), buckets, pairs["ap_bucket"], (1, int(buckets.max(initial=0)) + 1))[0]
+    _, _, means = by_head_and_bucket(pairs)
     known = np.flatnonzero(np.isfinite(means))
     means = means[known[0] : known[-1] + 1] if len(known) else means[:0]
     heads = tables.read(results.folder, "head_metrics")["ap_overall"]
     estimator = record["settings"]["estimator"]["name"]
-    return Run(model["slug"], model["revision"], estimator, heads[np.isfinite(heads)], means)
+    texts = record["dataset"]["texts"]
+    return Run(
+        results.folder.name, model["slug"], texts, model["revision"], estimator, heads[np.isfinite(heads)], means
+    )
 
 
 def step_of(run: Run) -> Step | None:
@@ -136,7 +140,7 @@ def draw(runs: Sequence[Run]) -> "Figure":
         runs, labels = [runs[i] for i in order], [str(steps[i]) for i in order]
     else:
         labels = names(runs)
-    columns = 5
+    columns = max(1, min(5, int(PAGE_IN / (0.06 * max(map(len, labels)) + 0.5))))
     drawn = figure(PAGE_IN, 3.1 + 0.15 * -(-len(runs) // columns))
     left, right = drawn.subplots(1, 2, sharey=True)
     of_runs(left, runs, labels, is_training=is_training)
@@ -148,11 +152,13 @@ def draw(runs: Sequence[Run]) -> "Figure":
 
 
 def names(runs: Sequence[Run]) -> list[str]:
-    """What tells the runs apart: models, then estimators, then numbers."""
-    texts = [run.model for run in runs]
-    if len(set(texts)) < len(texts):
-        texts = [f"{text}, {run.estimator.replace('_', ' ')}" for text, run in zip(texts, runs, strict=True)]
-    return [text if texts.count(text) == 1 else f"{text} ({number})" for number, text in enumerate(texts, 1)]
+    """What tells the runs apart: of models, texts, revisions and estimators those that differ; or else the folders."""
+    told = [(run.model, run.texts, run.revision, run.estimator.replace("_", " ")) for run in runs]
+    differ = [column for column in zip(*told, strict=True) if len(set(column)) > 1] or [
+        tuple(run.model for run in runs)
+    ]
+    texts = [", ".join(words) for words in zip(*differ, strict=True)]
+    return texts if len(set(texts)) == len(texts) else [run.folder for run in runs]
 
 
 def of_runs(axes: "Axes", runs: Sequence[Run], labels: Sequence[str], *, is_training: bool) -> None:
@@ -164,13 +170,16 @@ def of_runs(axes: "Axes", runs: Sequence[Run], labels: Sequence[str], *, is_trai
     means = [values.mean() for values in heads]
     for low, high, width, label in ((0, 3, 1.0, "90 % of heads"), (1, 2, 4.0, "50 % of heads")):
         axes.vlines(places, quantiles[:, low], quantiles[:, high], color=GREY, linewidth=width, label=label)
-    line = "-" if is_training else ""
-    axes.plot(places, means, line, color=BLUE, marker="o", markersize=4.5, linewidth=1.5, label="mean of heads")
+    line = "-" if is_training else "none"
+    axes.plot(
+        places, means, color=BLUE, linestyle=line, marker="o", markersize=4.5, linewidth=1.5, label="mean of heads"
+    )
     axes.set_xticks(places, labels, rotation=45, ha="right", rotation_mode="anchor")
     axes.set_xlim(-0.5, len(runs) - 0.5)
-    axes.set(ylabel=PLASTICITY, xlabel="training step" if is_training else "", title="heads")
+    axes.set(ylabel=PLASTICITY, xlabel="training step (in order, not to scale)" if is_training else "")
     axes.grid(axis="y", linewidth=0.3)
-    axes.legend(fontsize=6)
+    # Above the panel, where it hides nothing.
+    axes.legend(fontsize=6, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, columnspacing=1.0)
 
 
 def over_buckets(axes: "Axes", runs: Sequence[Run], labels: Sequence[str]) -> None:

@@ -12,6 +12,8 @@ from omegaconf import DictConfig, OmegaConf
 from qk_sniffer.config import last_part, safe_name
 from qk_sniffer.revisions import is_hub_id
 
+MAX_PAIRS = 1_000_000
+
 ESTIMATORS = ("regression", "full_covariance")
 MAX_SEED = 2**63 - 1
 
@@ -110,15 +112,17 @@ def _source(config: PlasticityConfig) -> Iterator[str]:
     elif (
         config.output_dir is not None
         and root.is_dir()
-        and Path(_at_home(config.output_dir)).resolve() == root.resolve()
+        and Path(_at_home(config.output_dir)).resolve().is_relative_to(root.resolve())
     ):
-        yield f"output_dir is {config.output_dir!r}, the dataset itself; give the results a folder of their own"
+        yield f"output_dir is {config.output_dir!r}, in the dataset itself; give the results a folder of their own"
 
 
 def _numbers(config: PlasticityConfig) -> Iterator[str]:
-    for key, lowest in (("max_tokens_per_head", 1), ("normality_max_dims", 1), ("num_pairs_per_bucket", 1)):
-        if getattr(config, key) < lowest:
-            yield f"{key} is {getattr(config, key)}; it must be at least {lowest}"
+    for key in ("max_tokens_per_head", "normality_max_dims", "num_pairs_per_bucket"):
+        if getattr(config, key) < 1:
+            yield f"{key} is {getattr(config, key)}; it must be at least 1"
+    if config.num_pairs_per_bucket > MAX_PAIRS:  # the differences of so many are held at once
+        yield f"num_pairs_per_bucket is {config.num_pairs_per_bucket}; it must be at most {MAX_PAIRS:,}"
     if not 0 < config.p_alpha < 1:
         yield f"p_alpha is {config.p_alpha}; it must be above 0 and below 1"
     if not 0 <= config.seed <= MAX_SEED:

@@ -123,8 +123,9 @@ class FullCovariance:
     def z(self, differences: Float64, buckets: slice) -> Float64:
         """(len of buckets, pairs)."""
         products = self._means[buckets] @ differences.T
-        turned = differences @ self._covariances[buckets]
-        return standardised(products, np.maximum(np.einsum("bmd,md->bm", turned, differences), 0))
+        # One bucket after another: all of them at once would be as many copies of the differences.
+        variances = [np.einsum("md,md->m", differences @ each, differences) for each in self._covariances[buckets]]
+        return standardised(products, np.maximum(np.reshape(variances, products.shape), 0))
 
 
 def standardised(products: Float64, variances: npt.NDArray[np.float64]) -> Float64:

@@ -107,7 +107,7 @@ def reflection_to(u: Float64) -> Float64:
 
 
 def predictability(drift: Drift, positions: Int64) -> dict[str, float]:
-    """How well t = X u predicts y = log2(p + 1), by least squares."""
+    """How well t = X u predicts y = log2(p + 1), by least squares; there are two positions or more."""
     centred = positions - positions.mean()
     slope = np.sqrt(np.einsum("d,d->", drift.beta, drift.beta))
     t = np.einsum("ji,j->i", drift.residuals, drift.u) + slope * centred
@@ -122,7 +122,7 @@ def predictability(drift: Drift, positions: Int64) -> dict[str, float]:
         "q_R2_scalar": min(1.0, 1 - float(np.einsum("i,i->", rest, rest)) / total),
         "q_mae_baseline": baseline,
         "q_mae_proj": projected,
-        "q_mae_ratio": projected / baseline if baseline > 0 else 1.0,
+        "q_mae_ratio": projected / baseline,
     }
 
 

@@ -29,6 +29,7 @@ from qk_sniffer.plasticity.pairs import COMPONENTS, KEY_ROWS, PAIRS, QUERY_ROWS,
 from qk_sniffer.plasticity.tables import OF_QUERIES
 from qk_sniffer.reader import Dataset
 from qk_sniffer.sampling import Sampler
+from qk_sniffer.summary import counted
 
 
 @dataclass(frozen=True)
@@ -71,13 +72,17 @@ class HeadResult:
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """The rows of a head that are measured; `dropped` had numbers that are not finite."""
+    """The rows of a head that are measured.
+
+    `dropped` had numbers that are not finite; `is_intact`: they are of the file that the manifest lists.
+    """
 
     vectors: Float32
     positions: Int64
     example_ids: Int64
     buckets: Int64
     dropped: int
+    is_intact: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,6 +127,7 @@ class Measuring:
         return _QueryHead(self._config, self._sampler, keys, head, queries).result()
 
     def _rows(self, layer: int, head: int, kind: str, what: int) -> Rows:
+        is_intact = self._dataset.is_intact(layer, head, kind)
         vectors, positions, example_ids = self._dataset.vectors(layer, head, kind)
         kept = np.flatnonzero(np.isfinite(vectors).all(axis=1))
         dropped = len(vectors) - len(kept)
@@ -132,7 +138,7 @@ class Measuring:
             vectors, positions, example_ids = vectors[kept], positions[kept], example_ids[kept]
         # Keys are put into the buckets of the queries, also where they have a sampler of their own.
         buckets = self._sampler.bucket("q", positions).astype(np.int64)
-        return Rows(vectors, positions.astype(np.int64), example_ids.astype(np.int64), buckets, dropped)
+        return Rows(vectors, positions.astype(np.int64), example_ids.astype(np.int64), buckets, dropped, is_intact)
 
 
 class _QueryHead:
@@ -154,11 +160,15 @@ class _QueryHead:
         for rows, kind in ((self.queries, "queries"), (self.keys.rows, "keys")):
             if rows.dropped:
                 self.notes.append(f"{rows.dropped:,} {kind} left out, with NaN or infinite numbers")
+            if not rows.is_intact:
+                self.notes.append(f"the file of the {kind} is not the one that manifest.json lists (qk_sniffer.verify)")
         r2 = np.full(width, np.nan)
         estimator = None
         if len(np.unique(self.queries.positions)) < 2:
-            where = f"{count:,} queries, all at one position" if count else "no queries"
-            self.notes.append(f"{where}: nothing can be fitted, all measures are NaN")
+            where = f"{counted(count, 'row')} of queries, all at one position" if count else "no queries"
+            self.notes.append(f"{where}: nothing can be fitted, measures are NaN")
+            if count:  # log2(p + 1) is its own mean
+                metrics |= {"q_mae_baseline": 0.0, "q_mae_proj": 0.0, "q_mae_ratio": 1.0}
         else:
             drift = fit_drift(components(self.queries.vectors, self.keys.signs), self.queries.positions)
             r2 = drift.r2
@@ -181,7 +191,7 @@ class _QueryHead:
         variances = rotate_residuals(drift)
         is_constant = variances <= CONSTANT * drift.largest_variance
         if count := int(is_constant.sum()):
-            self.notes.append(f"{count} constant components have no shape")
+            self.notes.append(f"{counted(count, 'constant component')}: without a shape")
         rows = len(self.queries.positions)
         if rows < 4:
             self.notes.append(f"{rows} queries: too few for {'a kurtosis' if rows == 3 else 'skewness and kurtosis'}")

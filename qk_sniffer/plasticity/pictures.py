@@ -1,6 +1,7 @@
 """Pictures of one dataset's plasticity, for a paper's appendix: sized for its columns, readable in grey and for
 colour-blind readers (cividis, and the palette of Okabe and Ito)."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qk_sniffer.plasticity import tables
+from qk_sniffer.plasticity.config import ESTIMATORS
 from qk_sniffer.plasticity.results import Results
 from qk_sniffer.plasticity.run import sampler_of
 from qk_sniffer.store.disk import explained, make_folder
@@ -37,7 +39,9 @@ STYLE: dict[Any, Any] = {
 }
 
 ABSENT: dict[str, Any] = {"facecolor": "#EEEEEE", "edgecolor": GREY, "hatch": "////", "linewidth": 0}
-"""The cell of a head that was not captured."""
+"""The cell of a head that was not captured, or for which nothing could be measured."""
+
+PICTURES = {"by_query_bucket", "by_bucket_pair", "by_head", "component_weights"}
 
 PLASTICITY = "attention plasticity"
 MOST_TICKS = 7
@@ -67,7 +71,10 @@ def draw_all(results: Results) -> list[Path]:
     }
     with explained(results.pictures, "make"):
         make_folder(results.pictures)
-    return [save(results.pictures / f"{name}.png", make) for name, make in pictures.items()]
+    drawn = [save(results.pictures / f"{name}.png", make) for name, make in pictures.items()]
+    for name in PICTURES - pictures.keys():  # of an earlier state
+        (results.pictures / f"{name}.png").unlink(missing_ok=True)
+    return drawn
 
 
 def save(path: Path, make: "Callable[[], Figure]") -> Path:
@@ -96,7 +103,9 @@ class Names:
     """What a picture calls its dataset, and its buckets: by the position that they begin with."""
 
     def __init__(self, record: dict[str, Any]) -> None:
-        self.dataset = str(record["dataset"]["model"]["slug"])
+        estimator = record["settings"]["estimator"]["name"]
+        of_which = "" if estimator == ESTIMATORS[0] else f" ({estimator.replace('_', ' ')})"
+        self.dataset = f"{record['dataset']['model']['slug']} on {record['dataset']['texts']}{of_which}"
         self._sampler = sampler_of({"config": {"sampler": record["dataset"]["sampler"]}})
 
     def buckets(self, axis: Any, buckets: npt.NDArray[np.integer[Any]]) -> None:
@@ -115,14 +124,11 @@ def figure(width: float, height: float) -> "Figure":
 
 def by_query_bucket(pairs: Columns, names: Names) -> "Figure":
     """Plasticity over the query's bucket, mean over key buckets: every head faint, and their mean."""
-    buckets = np.arange(pairs["q_bucket"].min(), pairs["q_bucket"].max() + 1)
-    heads, which = np.unique(np.stack([pairs["layer"], pairs["q_head"]]), axis=1, return_inverse=True)
-    lines = mean_by(which, pairs["q_bucket"] - buckets[0], pairs["ap_bucket"], (heads.shape[1], len(buckets)))
+    buckets, lines, mean = by_head_and_bucket(pairs)
     drawn = figure(COLUMN_IN, 2.5)
     axes = drawn.add_subplot()
-    axes.plot(lines.T, color=GREY, alpha=float(np.clip(30 / len(lines), 0.1, 0.5)), linewidth=0.6)
-    mean = mean_of(lines, axis=0)
-    axes.plot(mean, color=BLUE, linewidth=2, marker="o", markersize=3.5, label=f"mean of {len(lines)} heads")
+    axes.plot(lines.T, color=GREY, alpha=float(np.clip(30 / len(lines), 0.03, 0.5)), linewidth=0.6)
+    axes.plot(mean, color=BLUE, linewidth=2, marker="o", markersize=3.5, label=f"mean of {len(lines):,} heads")
     axes.plot([], [], color=GREY, linewidth=0.8, label="each head")
     names.buckets(axes.xaxis, buckets)
     axes.set(xlabel="query bucket (its first token position)", ylabel=PLASTICITY, title=names.dataset)
@@ -152,12 +158,13 @@ def by_bucket_pair(pairs: Columns, names: Names) -> "Figure":
 
 def by_head(metrics: Columns, names: Names) -> "Figure":
     """Plasticity, and how much of the queries the position explains, of every head."""
+    from matplotlib.ticker import MaxNLocator
+
     layers, heads = int(metrics["layer"].max()) + 1, int(metrics["q_head"].max()) + 1
     height = float(np.clip(PAGE_IN / 2.6 * layers / heads, 1.1, 6.0)) + 0.7
     drawn = figure(PAGE_IN, height)
     panels = drawn.subplots(1, 2, sharey=True)
-    is_there = np.zeros((layers, heads), bool)
-    is_there[metrics["layer"], metrics["q_head"]] = True
+    is_anything_absent = False
     for axes, column, title in zip(
         panels, ("ap_overall", "q_R2_pos"), (PLASTICITY, "positional $R^2$ of the queries"), strict=True
     ):
@@ -166,11 +173,13 @@ def by_head(metrics: Columns, names: Names) -> "Figure":
         image = axes.imshow(grid, origin="lower", aspect="auto")
         drawn.colorbar(image)
         axes.set(xlabel="query head", title=title)
-        axes.locator_params(integer=True)
-        mark_absent(axes, ~is_there)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        mark_absent(axes, np.isnan(grid))
+        is_anything_absent |= bool(np.isnan(grid).any())
     panels[0].set_ylabel("layer")
     drawn.suptitle(names.dataset, fontsize=8)
-    if not is_there.all():
+    if is_anything_absent:
         drawn.legend(handles=[absent_patch()], loc="outside lower center")
     return drawn
 
@@ -211,13 +220,13 @@ def write_numbers(axes: "Axes", image: Any, grid: Float64) -> None:
     digits = 3 if np.nanmax(grid) - np.nanmin(grid) < 0.1 else 2
     for (row, column), value in np.ndenumerate(grid):
         if np.isfinite(value):
-            colour = "black" if float(image.norm(value)) > 0.5 else "white"
+            colour = "black" if float(image.norm(value)) > 0.4 else "white"
             text = f"{value:.{digits}f}".removeprefix("0")
             axes.text(column, row, text, ha="center", va="center", fontsize=5.5, color=colour)
 
 
 def mark_absent(axes: "Axes", is_absent: npt.NDArray[np.bool_]) -> None:
-    """Hatches the cells of heads that were not captured, so that they are not taken for a value."""
+    """Hatches the cells of heads without a value, so that they are not taken for one."""
     from matplotlib.patches import Rectangle
 
     for row, column in np.argwhere(is_absent):
@@ -231,6 +240,20 @@ def absent_patch() -> Any:
     return Patch(**ABSENT, label="not captured, or not measured")
 
 
+def by_head_and_bucket(pairs: Columns) -> tuple[npt.NDArray[np.int64], Float64, Float64]:
+    """The query buckets (m,); the plasticity of each head that has any, mean over its key buckets (heads, m); and the
+    mean of the heads (m,), NaN where none has any."""
+    if not len(pairs["q_bucket"]):
+        return np.empty(0, np.int64), np.empty((0, 0)), np.empty(0)
+    buckets = np.arange(pairs["q_bucket"].min(), pairs["q_bucket"].max() + 1)
+    heads, which = np.unique(np.stack([pairs["layer"], pairs["q_head"]]), axis=1, return_inverse=True)
+    lines = mean_by(which, pairs["q_bucket"] - buckets[0], pairs["ap_bucket"], (heads.shape[1], len(buckets)))
+    lines = lines[np.isfinite(lines).any(axis=1)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of a bucket that no head has
+        return buckets, lines, np.nanmean(lines, axis=0)
+
+
 def mean_by(rows: Any, columns: Any, values: Float64, shape: tuple[int, int]) -> Float64:
     """The mean of the values of each (row, column) that are not NaN; NaN where there are none."""
     known = np.isfinite(values)
@@ -239,12 +262,4 @@ def mean_by(rows: Any, columns: Any, values: Float64, shape: tuple[int, int]) ->
     counts = np.bincount(cells, minlength=size)
     with np.errstate(invalid="ignore"):
         means: Float64 = (np.bincount(cells, values[known], minlength=size) / counts).reshape(shape)
-    return means
-
-
-def mean_of(values: Float64, axis: int) -> Float64:
-    """The mean of what is not NaN; NaN where there is nothing else."""
-    known = np.isfinite(values)
-    with np.errstate(invalid="ignore"):
-        means: Float64 = np.where(known, values, 0).sum(axis=axis) / known.sum(axis=axis)
     return means

@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 import shutil
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +61,13 @@ class Results:
 
     def is_finished(self, fingerprint: str) -> bool:
         """Whether all is there that a job of this fingerprint makes, but pictures."""
-        record = self.record() if self.record_file.exists() else {}
-        files = (self.folder / f"{name}.{ending}" for name in tables.TABLES for ending in ("csv", "parquet"))
-        return record.get("fingerprint") == fingerprint and not record["damaged"] and all(map(Path.exists, files))
+        try:
+            record = self.record()
+        except StoreError:
+            return False
+        if record["fingerprint"] != fingerprint or record["damaged"]:
+            return False
+        return all(_sha256(self.folder / name) == digest for name, digest in record["tables"].items())
 
     def record(self) -> dict[str, Any]:
         """What `plasticity.json` says.
@@ -79,7 +83,7 @@ class Results:
                 "python -m qk_sniffer.plasticity data_root=... output_dir=..."
             ) from None
         except (OSError, ValueError) as error:
-            raise StoreError(f"{self.record_file} cannot be read: {error}") from error
+            raise StoreError(f"{self.record_file} cannot be read: {error}. Make the results anew") from error
         if not isinstance(record, dict) or "fingerprint" not in record:
             raise StoreError(f"{self.record_file} is not of qk-sniffer; choose another output_dir")
         return record
@@ -89,11 +93,14 @@ class Results:
         job = self._work / "job.json"
         known = job.read_text() if job.exists() else None
         if known is None and self.record_file.exists():
-            known = self.record()["fingerprint"]
+            with suppress(StoreError):  # a record that cannot be read is made anew
+                known = self.record()["fingerprint"]
         if known not in (None, fingerprint):
             log.warning("%s has results of other settings or of another dataset: they are replaced", self.folder)
         if not job.exists() or known != fingerprint:
             self._clear()
+            for path in self.pictures.glob("*.png"):  # of what is replaced
+                path.unlink()
             make_folder(self._work)
             write_atomic(job, fingerprint.encode())
 
@@ -101,7 +108,7 @@ class Results:
         """The result of a head, if an earlier start left it."""
         try:
             values = json.loads(self._file(layer, q_head).read_bytes())
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError):  # none, or what a full disk or a failing one left of it
             return None
         return HeadResult(**values | {"buckets": [tuple(row) for row in values["buckets"]]})
 
@@ -113,7 +120,8 @@ class Results:
         """Writes the tables, and `record` last; returns the tables' files."""
         self.record_file.unlink(missing_ok=True)
         files = tables.write(self.folder, results)
-        write_atomic(self.record_file, json.dumps({"format": FORMAT} | record, indent=2, sort_keys=True).encode())
+        record = {"format": FORMAT, "tables": {path.name: _sha256(path) for path in files}} | record
+        write_atomic(self.record_file, json.dumps(record, indent=2, sort_keys=True).encode())
         if not record["damaged"]:
             self._clear()
         return files
@@ -123,6 +131,10 @@ class Results:
 
     def _clear(self) -> None:
         shutil.rmtree(self._work, ignore_errors=True)
+
+
+def _sha256(path: Path) -> str | None:
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
 def fingerprint(dataset: Dataset, config: PlasticityConfig) -> str:

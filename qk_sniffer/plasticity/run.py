@@ -6,12 +6,13 @@ import scipy anew.
 
 import logging
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from qk_sniffer.errors import QkSnifferError, StoreError
 from qk_sniffer.heads import LayerHeads, compact_ranges
 from qk_sniffer.machine import num_threads
 from qk_sniffer.plasticity.config import PlasticityConfig
-from qk_sniffer.plasticity.measure import HeadResult, KeyHead, Measuring
+from qk_sniffer.plasticity.measure import HeadResult, KeyHead, Keys, Measuring
 from qk_sniffer.plasticity.results import Results, fingerprint, manifest_sha256
 from qk_sniffer.reader import Dataset, open_dataset
 from qk_sniffer.sampling import Sampler
@@ -58,7 +59,8 @@ def run(config: PlasticityConfig) -> int:
             heads = sorted((each.layer, head) for each in key_heads for head in each.query_heads)
             found = [result for key in heads if (result := results.load(*key)) is not None]
             if not found:
-                raise StoreError("\n".join([f"no head of {dataset} could be measured:", *damaged.values()]))
+                reasons = dict.fromkeys(damaged.values())
+                raise StoreError("\n".join([f"no head of {dataset} could be measured:", *reasons]))
             record = _record(dataset, config, job, found, without_keys, damaged)
             results.finish(found, record)
         pictures = draw(results) if config.pictures else []
@@ -107,28 +109,44 @@ def _measure_missing(
     damaged: dict[str, str] = {}
     bar = tqdm(total=total, initial=total - left, unit="head", desc="plasticity", disable=None, dynamic_ncols=True)
 
+    is_stopped = Event()
+
     def work(each: KeyHead) -> None:
-        names = [head_name(each.layer, head, "q") for head in each.query_heads]
+        keys: Keys | StoreError
         try:
             keys = measuring.keys(each)
         except StoreError as error:
-            damaged.update(dict.fromkeys(names, str(error)))
-            return
-        for head, name in zip(each.query_heads, names, strict=True):
+            keys = error
+        for head in each.query_heads:
+            if is_stopped.is_set():
+                return
             try:
+                if isinstance(keys, StoreError):
+                    raise keys
                 results.save(measuring.query_head(keys, head))
             except StoreError as error:
-                damaged[name] = str(error)
+                damaged[head_name(each.layer, head, "q")] = str(error)
             bar.update()
 
-    with bar, ThreadPoolExecutor(num_threads()) as pool:
+    threads = num_threads()
+    with bar, ThreadPoolExecutor(threads) as pool:
         try:
-            for future in as_completed([pool.submit(work, each) for each in missing]):
+            for future in as_completed([pool.submit(work, each) for each in portions(missing, threads)]):
                 future.result()
         except BaseException:
+            is_stopped.set()
             pool.shutdown(cancel_futures=True)
             raise
     return dict(sorted(damaged.items()))
+
+
+def portions(key_heads: Sequence[KeyHead], threads: int) -> Iterator[KeyHead]:
+    """Key heads for the threads: with a part of their query heads each, where there are fewer of them than threads."""
+    parts = -(-threads // max(1, len(key_heads)))
+    for each in key_heads:
+        size = -(-len(each.query_heads) // parts)
+        for start in range(0, len(each.query_heads), size):
+            yield replace(each, query_heads=each.query_heads[start : start + size])
 
 
 def _files(each: KeyHead) -> list[HeadKey]:
@@ -164,6 +182,7 @@ def _record(
             "commit": dataset.commit,
             "manifest_sha256": manifest_sha256(dataset),
             "model": {key: model[key] for key in ("slug", "name", "revision")},
+            "texts": manifest["config"]["dataset"]["slug"],
             "commits": manifest["commits"],
             "sampler": manifest["config"]["sampler"],
             "rope_stage": manifest["model"]["rope_stage"],

@@ -22,7 +22,7 @@ import pyarrow as pa
 from common import RESULTS, ROOT, in_turn, machine
 
 from qk_sniffer.config import Config
-from qk_sniffer.store.layout import FORMAT, Layout, head_name, schema
+from qk_sniffer.store.layout import FORMAT, Layout, head_file, schema
 from qk_sniffer.store.parquet import ParquetFile
 
 QUERY_HEADS_OF_A_KEY_HEAD = 4
@@ -51,7 +51,7 @@ def write_dataset(root: Path, size: Size, heads: int) -> Path:
     random = np.random.default_rng(0)
     config = Config().to_dict()
     config["sampler"] |= {"type": "uniform", "min_bucket_size": 512}
-    config["model"]["slug"] = "random"
+    config["model"]["slug"] = config["dataset"]["slug"] = "random"
     layer = {
         "layer": 0,
         "num_q_heads": heads,
@@ -79,7 +79,8 @@ def write_dataset(root: Path, size: Size, heads: int) -> Path:
                 ]
                 file.write(pa.table(columns, schema=schema(size.dims)))
             assert file.entry is not None
-            files[f"{head_name(0, head, kind)}/data.parquet"] = {"rows": size.rows, "bytes": file.entry.size}
+            entry = {"rows": size.rows, "bytes": file.entry.size, "sha256": file.entry.sha256}
+            files[head_file(0, head, kind)] = entry
     manifest = {
         "format": FORMAT,
         "config": config,

@@ -84,7 +84,7 @@ class Dataset:
         return _read(self._files.path(head_file(*key)), columns)
 
     def is_intact(self, layer: int, head: int, kind: str) -> bool:
-        """Whether the file of a head is the one that the manifest lists, by its sha256.
+        """Whether the file of a head is the one that the manifest lists, by the sha256 that it states.
 
         Raises:
             StoreError: it is missing.
@@ -97,7 +97,7 @@ class Dataset:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
             raise StoreError(f"{path} is missing or damaged: {error.strerror}") from error
-        return bool(digest == self.manifest["files"][name]["sha256"])
+        return bool(digest == self.manifest["files"][name].get("sha256", digest))
 
     def fetch(self, heads: Sequence[HeadKey]) -> None:
         """Fetches the files of several heads at once, where they are on the Hub.

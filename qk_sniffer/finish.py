@@ -26,7 +26,7 @@ from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.compact import HeadSpec
 from qk_sniffer.store.files import Files, Folder
 from qk_sniffer.store.journal import ExampleRecord
-from qk_sniffer.store.layout import MANIFEST, Layout
+from qk_sniffer.store.layout import Layout
 from qk_sniffer.summary import show
 
 
@@ -63,7 +63,7 @@ def present(config: Config, layout: Layout, note: str, files: Files) -> Outcome:
         HubError: it could not be published.
     """
     show(files, note)
-    manifest = manifests.read(files.path(MANIFEST).parent)
+    manifest = manifests.of(files)
     if isinstance(files, Branch):
         resume.note(layout, files)
         update_catalogue(writing_api(), files.repo_id)  # which a job that was killed may not have done

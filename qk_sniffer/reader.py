@@ -4,7 +4,6 @@ dataset = qk_sniffer.open_dataset("me/my-vectors", revision="qwen3-8b-pydoc")
 queries, positions, example_ids = dataset.vectors(*dataset.heads[0])
 """
 
-import hashlib
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -19,8 +18,9 @@ from qk_sniffer.errors import StoreError
 from qk_sniffer.hub.branch import open_branch
 from qk_sniffer.revisions import is_hub_id
 from qk_sniffer.store import manifest as manifests
+from qk_sniffer.store.disk import sha256_of
 from qk_sniffer.store.files import Files, Folder
-from qk_sniffer.store.layout import EXAMPLES, MANIFEST, HeadKey, head_file
+from qk_sniffer.store.layout import EXAMPLES, HeadKey, head_file
 
 
 class HeadVectors(NamedTuple):
@@ -39,7 +39,7 @@ class Dataset:
 
     def __init__(self, files: Files) -> None:
         self._files = files
-        self.manifest: dict[str, Any] = manifests.read(files.path(MANIFEST).parent)
+        self.manifest: dict[str, Any] = manifests.of(files)
         """What `manifest.json` says: settings, commits, the layout of the heads, probabilities, files."""
         self.commit: str | None = getattr(files, "commit", None)
         """The commit on the Hub that is read; null for a folder."""
@@ -93,8 +93,7 @@ class Dataset:
         name = head_file(layer, head, kind)
         path = self._files.path(name)
         try:
-            with path.open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            digest = sha256_of(path)
         except OSError as error:
             raise StoreError(f"{path} is missing or damaged: {error.strerror}") from error
         return bool(digest == self.manifest["files"][name].get("sha256", digest))

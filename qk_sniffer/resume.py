@@ -5,7 +5,6 @@ huggingface_hub keeps what was fetched. The data root notes at which commit of t
 manifest, in `.sniff_snapshot.json`. Before it publishes, the job looks again at what the branch holds by then.
 """
 
-import hashlib
 import json
 import logging
 from collections.abc import Mapping
@@ -18,7 +17,7 @@ from qk_sniffer.errors import StoreError
 from qk_sniffer.hub.branch import Branch, find
 from qk_sniffer.job import Job, fingerprint
 from qk_sniffer.store import manifest as manifests
-from qk_sniffer.store.disk import explained, write_atomic
+from qk_sniffer.store.disk import explained, sha256_of, write_atomic
 from qk_sniffer.store.layout import EXAMPLES, MANIFEST, Layout
 
 log = logging.getLogger(__name__)
@@ -41,7 +40,7 @@ def branch_ahead(config: Config, layout: Layout, here: Mapping[str, Any] | None)
     if branch is None or not branch.has(MANIFEST):
         log.info("there is no dataset on the branch %s of %s yet", output.hf_branch, output.hf_repo_id)
         return None
-    there = manifests.read(branch.path(MANIFEST).parent)
+    there = manifests.of(branch)
     earlier = Job.from_record(there)
     mine = Job(fingerprint(config), earlier.commits, earlier.versions) if here is None else Job.from_record(here)
     mine.check_continues(earlier, str(branch), finished=True)
@@ -57,7 +56,7 @@ def guard(layout: Layout, branch: Branch) -> None:
     """
     if not branch.has(MANIFEST):
         return
-    here, there = manifests.read(layout.root), manifests.read(branch.path(MANIFEST).parent)
+    here, there = manifests.read(layout.root), manifests.of(branch)
     Job.from_record(here).check_continues(Job.from_record(there), str(branch), finished=True)
     if there["source_rows"] > here["source_rows"]:
         raise StoreError(
@@ -91,7 +90,7 @@ def note(layout: Layout, branch: Branch) -> None:
 
 def _note(layout: Layout, branch: Branch) -> dict[str, str | None]:
     manifest = layout.manifest
-    digest = hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.exists() else None
+    digest = sha256_of(manifest) if manifest.exists() else None
     place = {"repo_id": branch.repo_id, "branch": branch.name, "commit": branch.commit}
     return {**place, "manifest_sha256": digest}
 

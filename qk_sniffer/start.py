@@ -19,7 +19,7 @@ from qk_sniffer.resume import branch_ahead
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.base import Base, describe
 from qk_sniffer.store.files import Files, Folder
-from qk_sniffer.store.layout import EXAMPLES, MANIFEST, Layout, discard_work
+from qk_sniffer.store.layout import EXAMPLES, Layout, discard_work
 from qk_sniffer.store.locks import hold
 
 log = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ def look(config: Config, layout: Layout, *, is_mine: bool = False) -> Start:
     if config.output.resume_from_hub and not overwrite and (record is None or finished):
         branch = branch_ahead(config, layout, record)
         if branch is not None:
-            files, finished, record = branch, True, manifests.read(branch.path(MANIFEST).parent)
+            files, finished, record = branch, True, manifests.of(branch)
     replaces = overwrite and finished and not is_mine
     if record is None or replaces or (overwrite and record["fingerprint"] != fingerprint(config)):
         return _anew(config, files)
@@ -187,12 +187,7 @@ def _rows_are_added(files: Files, manifest: Mapping[str, Any], config: Config, c
 
 def _check_files(layout: Layout, manifest: Mapping[str, Any]) -> None:
     """Refuses a finished dataset with files that are gone or of another size; `verify` reads them too."""
-    bad = []
-    for name, entry in manifest["files"].items():
-        path = layout.root / name
-        if not path.is_file() or path.stat().st_size != entry["bytes"]:
-            bad.append(name)
-    if bad:
+    if bad := manifests.changed_files(layout.root, manifest):
         raise StoreError(
             f"{layout.root} is damaged: {', '.join(bad[:5])}{' and more' if len(bad) > 5 else ''} missing, or not of "
             f"the size that manifest.json lists ({len(bad)} of {len(manifest['files'])} files). Restore them, or make "

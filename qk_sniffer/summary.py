@@ -3,7 +3,7 @@
 from qk_sniffer.hub.branch import Branch
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.files import Files
-from qk_sniffer.store.layout import MANIFEST, head_file
+from qk_sniffer.store.layout import head_file
 
 _READ_FOLDER = """\
 Read it in Python:
@@ -20,7 +20,7 @@ Read it in Python:
 
 def show(where: Files, note: str) -> None:
     """Prints a dataset: examples, rows, heads, files, size; `note`; and three lines that read it."""
-    manifest = manifests.read(where.path(MANIFEST).parent)
+    manifest = manifests.of(where)
     files = manifest["files"]
     heads = manifests.heads(manifest)
     size_mb = sum(entry["bytes"] for entry in files.values()) / 1e6

@@ -84,7 +84,8 @@ class _Publication:
         self._private = private
         self._guard = guard
         manifest = manifests.read(root)
-        _check_files(root, manifest)
+        if changed := manifests.changed_files(root, manifest):
+            raise _changed(root / changed[0])
         pictures = sorted(path.relative_to(root).as_posix() for path in Layout(root).pictures())
         facts = replace(
             CardFacts.of(manifest), place=Place(repo_id, branch), proof=manifest["proof"], pictures=pictures
@@ -214,13 +215,6 @@ def _portions(additions: "Sequence[CommitOperationAdd]") -> "Iterator[Sequence[C
             start, size = number, 0
         size += each.upload_info.size
     yield additions[start:]
-
-
-def _check_files(root: Path, manifest: dict[str, Any]) -> None:
-    for name, entry in manifest["files"].items():
-        path = root / name
-        if not path.is_file() or path.stat().st_size != entry["bytes"]:
-            raise _changed(path)
 
 
 def _changed(path: Path) -> StoreError:

@@ -22,7 +22,7 @@ from qk_sniffer.plasticity.config import PlasticityConfig
 from qk_sniffer.plasticity.measure import HeadResult
 from qk_sniffer.reader import Dataset
 from qk_sniffer.store import manifest as manifests
-from qk_sniffer.store.disk import make_folder, write_atomic
+from qk_sniffer.store.disk import make_folder, sha256_of, write_atomic
 from qk_sniffer.store.layout import MANIFEST, head_name
 from qk_sniffer.store.locks import hold
 
@@ -67,7 +67,8 @@ class Results:
             return False
         if record["fingerprint"] != fingerprint or record["damaged"]:
             return False
-        return all(_sha256(self.folder / name) == digest for name, digest in record["tables"].items())
+        files = {self.folder / name: digest for name, digest in record["tables"].items()}
+        return all(path.is_file() and sha256_of(path) == digest for path, digest in files.items())
 
     def record(self) -> dict[str, Any]:
         """What `plasticity.json` says.
@@ -120,7 +121,7 @@ class Results:
         """Writes the tables, and `record` last; returns the tables' files."""
         self.record_file.unlink(missing_ok=True)
         files = tables.write(self.folder, results)
-        record = {"format": FORMAT, "tables": {path.name: _sha256(path) for path in files}} | record
+        record = {"format": FORMAT, "tables": {path.name: sha256_of(path) for path in files}} | record
         write_atomic(self.record_file, json.dumps(record, indent=2, sort_keys=True).encode())
         if not record["damaged"]:
             self._clear()
@@ -131,10 +132,6 @@ class Results:
 
     def _clear(self) -> None:
         shutil.rmtree(self._work, ignore_errors=True)
-
-
-def _sha256(path: Path) -> str | None:
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
 def fingerprint(dataset: Dataset, config: PlasticityConfig) -> str:

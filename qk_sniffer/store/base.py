@@ -1,6 +1,5 @@
 """A finished dataset that grows: its rows come first in the next version, as they are."""
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +11,7 @@ import pyarrow.parquet as pq
 
 from qk_sniffer.errors import StoreError
 from qk_sniffer.store import manifest as manifests
+from qk_sniffer.store.disk import sha256_of
 from qk_sniffer.store.files import Files
 from qk_sniffer.store.journal import ExampleRecord
 from qk_sniffer.store.layout import EXAMPLES, MANIFEST
@@ -45,7 +45,7 @@ class Base:
     def manifest(self) -> dict[str, Any]:
         """Its manifest."""
         self.check()
-        return manifests.read(self.files.path(MANIFEST).parent)
+        return manifests.of(self.files)
 
     def fetch(self) -> None:
         """Brings its files here, where they are not."""
@@ -94,7 +94,7 @@ class Base:
     def _found(self, name: str, sha256: str) -> Path | None:
         for get in (self.files.path, self.files.renewed):
             path = get(name)
-            if path.exists() and _sha256(path) == sha256:
+            if path.exists() and sha256_of(path) == sha256:
                 return path
         return None
 
@@ -102,16 +102,11 @@ class Base:
 def describe(files: Files) -> dict[str, Any]:
     """What a job that adds to the dataset in `files` notes of it, but where they are."""
     path = files.path(MANIFEST)
-    manifest = manifests.read(path.parent)
+    manifest = manifests.of(files)
     return {
-        "manifest_sha256": _sha256(path),
+        "manifest_sha256": sha256_of(path),
         "source_rows": manifest["source_rows"],
         "skipped_rows": manifest["skipped_rows"],
         "versions": manifest["versions"],
         "grown_from": manifest.get("grown_from", []),
     }
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

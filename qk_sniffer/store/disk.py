@@ -1,5 +1,6 @@
 """What the store asks of a file system: durable renames, room, and errors that say which path."""
 
+import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -61,6 +62,12 @@ def explained(path: Path, action: str) -> Iterator[None]:
             f"cannot {action} {path}: {reason}. What was complete before is kept: mend this and run the same "
             "command again"
         ) from error
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def required_bytes(num_vectors: int, head_dim: int, itemsize: int) -> int:

@@ -19,7 +19,8 @@ from typing import Any
 
 from qk_sniffer.errors import StoreError
 from qk_sniffer.store.disk import write_atomic
-from qk_sniffer.store.layout import FORMAT, KINDS, HeadKey, Layout, missing_manifest, parse_head_name
+from qk_sniffer.store.files import Files
+from qk_sniffer.store.layout import FORMAT, KINDS, MANIFEST, HeadKey, Layout, missing_manifest, parse_head_name
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,25 @@ def read(root: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise StoreError(f"{path} is not a manifest of qk-sniffer in the format {FORMAT!r}")
     return manifest
+
+
+def of(files: Files) -> dict[str, Any]:
+    """The manifest of the dataset in `files`.
+
+    Raises:
+        StoreError: as for `read`.
+        HubError: it cannot be fetched.
+    """
+    return read(files.path(MANIFEST).parent)
+
+
+def changed_files(root: Path, manifest: Mapping[str, Any]) -> list[str]:
+    """The names of the files at `root` that are missing, or not of the size that its manifest lists."""
+
+    def is_there(path: Path, size: int) -> bool:
+        return path.is_file() and path.stat().st_size == size
+
+    return [name for name, entry in manifest["files"].items() if not is_there(root / name, entry["bytes"])]
 
 
 def heads(manifest: Mapping[str, Any]) -> list[HeadKey]:

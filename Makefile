@@ -42,11 +42,9 @@ check: install  ## lint and types
 # The oldest transformers that pyproject.toml admits, which takes a huggingface_hub 1, in an environment of its own.
 FLOOR := .venv-floor
 FLOOR_TRANSFORMERS := 5.17.0
-FLOOR_TESTS := attention banded backbone cutting loading loading_overrides gguf model_config multimodal proof rotary run \
-	resume tap hub_access hub_catalogue hub_publish reader resume_hub
 
 floor: $(FLOOR)/.installed  ## the tests of what depends on transformers and huggingface_hub, with older versions of both
-	$(FLOOR)/bin/python -m pytest -n 2 -q $(FLOOR_TESTS:%=tests/test_%.py)
+	$(FLOOR)/bin/python -m pytest -n 2 -q -m 'floor and not slow'
 
 $(FLOOR)/.installed: pyproject.toml constraints.txt
 	test -x $(FLOOR)/bin/python || $(PYTHON) -m venv $(FLOOR)

@@ -5,8 +5,8 @@ python benchmarks/first_batch.py [key=value ...]
 
 import os
 
-from qk_sniffer import app
-from qk_sniffer.backbone import PROBE_TOKENS, Backbone
+from qk_sniffer.backbone.backbone import PROBE_TOKENS, Backbone
+from qk_sniffer.cli import app
 
 plain = Backbone._forward
 

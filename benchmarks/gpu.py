@@ -26,19 +26,19 @@ import torch
 from common import RESULTS, machine
 from transformers import Qwen3Config, Qwen3Model
 
-from qk_sniffer import capture as capture_room
-from qk_sniffer.attention import AttentionCall, ForwardDone
-from qk_sniffer.backbone import Backbone
-from qk_sniffer.batching import Tokens
-from qk_sniffer.capture import BatchPlan, Capture
+from qk_sniffer.backbone.backbone import Backbone
+from qk_sniffer.backbone.family import find_family
+from qk_sniffer.backbone.tap import AttentionCall, ForwardDone
+from qk_sniffer.capture import capture as capture_module
+from qk_sniffer.capture.capture import BatchPlan, Capture
+from qk_sniffer.capture.sampling import Sampler
+from qk_sniffer.capture.selection import select
 from qk_sniffer.config import CaptureConfig, HeadSamplingConfig, SamplerConfig
+from qk_sniffer.corpus.tokenizer import Tokens
 from qk_sniffer.errors import QkSnifferError
-from qk_sniffer.families import find_family
-from qk_sniffer.heads import select
-from qk_sniffer.progress import Stages
-from qk_sniffer.sampling import Sampler
 from qk_sniffer.store.journal import ExampleRecord, Journal, JournalWriter
 from qk_sniffer.store.segment import read_header
+from qk_sniffer.timing import Stages
 
 SHAPES = {
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "head_dim": 16},
@@ -283,7 +283,7 @@ def check_vectors(shape: str, backbone: Backbone, folder: Path | None) -> int:
     computation: were a buffer used again too early, it would show here."""
     tokens = 4096
     wrong = 0
-    piece_bytes, capture_room.PIECE_BYTES = capture_room.PIECE_BYTES, CHECKED_PIECE_BYTES
+    piece_bytes, capture_module.PIECE_BYTES = capture_module.PIECE_BYTES, CHECKED_PIECE_BYTES
     for way in ("uniform", "all"):
         with capturing(backbone, way, tokens, folder) as (capture, writer):
             plan = made(capture, 0, tokens)
@@ -309,7 +309,7 @@ def check_vectors(shape: str, backbone: Backbone, folder: Path | None) -> int:
                 raise ForwardDone
 
         backbone.forward(plan.ids, look)
-    capture_room.PIECE_BYTES = piece_bytes
+    capture_module.PIECE_BYTES = piece_bytes
     print(f"{shape}: {wrong} of the journal's blocks differ from what attention was called with", flush=True)
     return wrong
 

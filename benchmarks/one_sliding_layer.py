@@ -12,9 +12,9 @@ import torch
 from common import WINDOW, sliding_qwen3
 from transformers import Qwen3Model
 
-from qk_sniffer.attention import AttentionCall
-from qk_sniffer.backbone import Backbone
-from qk_sniffer.families import find_family
+from qk_sniffer.backbone.backbone import Backbone
+from qk_sniffer.backbone.family import find_family
+from qk_sniffer.backbone.tap import AttentionCall
 from qk_sniffer.machine import return_memory
 
 

@@ -3,8 +3,8 @@
 import sys
 import time
 
+from qk_sniffer.capture.sampling import Sampler
 from qk_sniffer.config import SamplerConfig
-from qk_sniffer.sampling import Sampler
 
 LENGTH, LAYERS = 131_072, 36
 

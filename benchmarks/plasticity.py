@@ -23,7 +23,7 @@ from common import RESULTS, ROOT, in_turn, machine
 
 from qk_sniffer.config import Config
 from qk_sniffer.store.layout import FORMAT, Layout, head_file, schema
-from qk_sniffer.store.parquet import ParquetFile
+from qk_sniffer.store.parquet_writer import ParquetWriter
 
 QUERY_HEADS_OF_A_KEY_HEAD = 4
 EXAMPLES = 100
@@ -69,7 +69,7 @@ def write_dataset(root: Path, size: Size, heads: int) -> Path:
                 positions / 8192, random.normal(size=size.dims)
             )
             path = Layout(root).head_file(0, head, kind)
-            with ParquetFile(path, schema(size.dims)) as file:
+            with ParquetWriter(path, schema(size.dims)) as file:
                 columns = [
                     pa.array(positions // 512, pa.int32()),
                     pa.array(examples),

@@ -104,9 +104,10 @@ def parquet(rounds: int) -> list[Line]:
 def padding(rounds: int) -> list[Line]:
     """Exact, so it is computed once: the documentation's topics in the batches of a job."""
     del rounds
-    from qk_sniffer.batching import batches, load_tokenizer
     from qk_sniffer.config import from_dict
-    from qk_sniffer.corpus import open_corpus
+    from qk_sniffer.corpus.batches import batches
+    from qk_sniffer.corpus.examples import open_corpus
+    from qk_sniffer.corpus.tokenizer import load_tokenizer
 
     config = from_dict({"model": {"name": str(EMBEDDED_MODEL)}, "dataset": {"path": "pydoc"}})
     tokens = load_tokenizer(config.model)(list(open_corpus(config.dataset).examples()))

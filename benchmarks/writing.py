@@ -24,9 +24,9 @@ import pyarrow.parquet as pq
 import torch
 import xxhash
 
+from qk_sniffer.capture.gather import DeviceCopiers, Heads, PendingGather, TokenIndices, send
+from qk_sniffer.capture.sampling import Picks, Sampler
 from qk_sniffer.config import SamplerConfig
-from qk_sniffer.gathering import Gathering, Heads, Lanes, Places, send
-from qk_sniffer.sampling import Picks, Sampler
 from qk_sniffer.store.compact import HeadSpec, compact
 from qk_sniffer.store.journal import ExampleRecord, Journal, Rows
 from qk_sniffer.store.layout import VECTOR_PATH, Layout
@@ -54,11 +54,11 @@ def read_through(path: Path, take: Callable[[memoryview], object]) -> None:
             take(chunk[:count])
 
 
-def gathered(vectors: torch.Tensor) -> Gathering:
+def gathered(vectors: torch.Tensor) -> PendingGather:
     """All of `vectors` (HEADS, TOKENS, HEAD_DIM), as a job hands them over."""
     row, position = np.zeros(TOKENS, np.int32), np.arange(TOKENS, dtype=np.int32)
-    sent = send({"q": Places.of(Picks(row, position), vectors.device)}, vectors.device)["q"]
-    return Gathering(vectors[None], Heads(range(HEADS)), sent, 0, TOKENS, Lanes())
+    sent = send({"q": TokenIndices.of(Picks(row, position), vectors.device)}, vectors.device)["q"]
+    return PendingGather(vectors[None], Heads(range(HEADS)), sent, 0, TOKENS, DeviceCopiers())
 
 
 def main() -> None:

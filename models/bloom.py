@@ -12,9 +12,9 @@ from qk_sniffer import families
 class Family(families.Family):
     """Query and key are cut from its one projection."""
 
-    def watch(self, module: Any, see: Callable[..., None]) -> Sequence[Any]:
+    def register_tap(self, module: Any, on_query_key: Callable[..., None]) -> Sequence[Any]:
         def show(_: nn.Module, inputs: Any, fused: torch.Tensor) -> None:
             query, key, _ = module._reshape(fused)
-            see(query, key, position_bias="ALiBi")
+            on_query_key(query, key, position_bias="ALiBi")
 
         return [module.query_key_value.register_forward_hook(show)]

@@ -9,4 +9,4 @@ class Family(families.Family):
     """Loads by the decoder's own class, whose weights have no prefix of their own."""
 
     auto_class = "Emu3TextModel"
-    inside = MappingProxyType({r"^text_model\.model\.": "", r"^model\.text_model\.": ""})
+    key_mapping = MappingProxyType({r"^text_model\.model\.": "", r"^model\.text_model\.": ""})

@@ -12,16 +12,16 @@ from qk_sniffer import families
 class Family(families.Family):
     """Query and key are what that kernel receives while the module runs, the key before it is repeated."""
 
-    def watch(self, module: Any, see: Callable[..., None]) -> Sequence[Any]:
+    def register_tap(self, module: Any, on_query_key: Callable[..., None]) -> Sequence[Any]:
         repeated = module.num_heads // module.num_kv_heads if module.new_decoder_architecture else 1
         running: list[Any] = []
 
         def show(query: torch.Tensor, key: torch.Tensor, *rest: Any, **arguments: Any) -> None:
             if running:
-                see(query, key[:, ::repeated], position_bias="ALiBi" if module.config.alibi else None)
+                on_query_key(query, key[:, ::repeated], position_bias="ALiBi" if module.config.alibi else None)
 
         return [
             module.register_forward_pre_hook(lambda *_: running.append(module)),
             module.register_forward_hook(lambda *_: running.clear()),
-            families.Shown(functional, "scaled_dot_product_attention", show),
+            families.CallSpy(functional, "scaled_dot_product_attention", show),
         ]

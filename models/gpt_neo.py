@@ -14,8 +14,8 @@ class Family(families.Family):
     def attention_layers(self, decoder: Any) -> dict[nn.Module, int]:
         return {block.attn.attention: layer for layer, block in enumerate(decoder.h)}
 
-    def watch(self, module: Any, see: Callable[..., None]) -> Sequence[Any]:
-        return [families.Shown(module, "_attn", lambda query, key, *rest: see(query, key, scaling=1.0))]
+    def register_tap(self, module: Any, on_query_key: Callable[..., None]) -> Sequence[Any]:
+        return [families.CallSpy(module, "_attn", lambda query, key, *rest: on_query_key(query, key, scaling=1.0))]
 
     def sliding_window(self, module: Any, arguments: dict[str, Any]) -> int | None:
         return module.config.window_size if module.attention_type == "local" else None

@@ -9,5 +9,5 @@ from qk_sniffer import families
 class Family(families.Family):
     """Query and key are what its method `_attn` receives."""
 
-    def watch(self, module: Any, see: Callable[..., None]) -> Sequence[Any]:
-        return [families.Shown(module, "_attn", lambda query, key, *rest: see(query, key))]
+    def register_tap(self, module: Any, on_query_key: Callable[..., None]) -> Sequence[Any]:
+        return [families.CallSpy(module, "_attn", lambda query, key, *rest: on_query_key(query, key))]

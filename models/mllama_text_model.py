@@ -12,4 +12,4 @@ class Family(families.Family):
     """
 
     auto_class = "MllamaTextModel"
-    inside = MappingProxyType({r"^language_model\.model\.": "", r"^model\.language_model\.": ""})
+    key_mapping = MappingProxyType({r"^language_model\.model\.": "", r"^model\.language_model\.": ""})

@@ -14,5 +14,5 @@ class Family(families.Family):
     def attention_layers(self, decoder: Any) -> dict[nn.Module, int]:
         return {block.attn: layer for layer, block in enumerate(decoder.h)}
 
-    def watch(self, module: Any, see: Callable[..., None]) -> Sequence[Any]:
-        return [families.Shown(module, "_attn", lambda query, key, *rest: see(query, key.transpose(2, 3)))]
+    def register_tap(self, module: Any, on_query_key: Callable[..., None]) -> Sequence[Any]:
+        return [families.CallSpy(module, "_attn", lambda query, key, *rest: on_query_key(query, key.transpose(2, 3)))]

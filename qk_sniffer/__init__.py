@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qk_sniffer.reader import Dataset, HeadVectors, open_dataset
+    from qk_sniffer.dataset.reader import Dataset, HeadVectors, open_dataset
 
 _here = Path(__file__).resolve().parent
 if not (_here / "conf").is_dir():
@@ -20,5 +20,5 @@ __all__ = ["Dataset", "HeadVectors", "open_dataset"]
 def __getattr__(name: str) -> Any:
     # Only now: a mistyped command line is answered before pyarrow is imported.
     if name in __all__:
-        return getattr(importlib.import_module("qk_sniffer.reader"), name)
+        return getattr(importlib.import_module("qk_sniffer.dataset.reader"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,6 +2,6 @@
 
 import sys
 
-from qk_sniffer.app import main
+from qk_sniffer.cli.app import main
 
 sys.exit(main())

@@ -4,6 +4,7 @@ The field names are the keys of the command line and of `conf/`; `qk_sniffer.con
 with Hydra. Checks of the values are in `validation.py`.
 """
 
+import json
 import re
 import secrets
 from dataclasses import asdict, dataclass, field, replace
@@ -282,3 +283,70 @@ def _unlock(node: DictConfig) -> None:
         child = node._get_node(key)
         if isinstance(child, DictConfig) and not child._is_none():
             _unlock(child)
+
+
+def rule(config: SamplerConfig) -> str:
+    """The samplers of queries and keys with their rates, for a person."""
+    queries = _rule(config.type, config.base_rate)
+    keys = _rule(
+        config.keys.type or config.type, config.base_rate if config.keys.base_rate is None else config.keys.base_rate
+    )
+    return queries if keys == queries else f"{queries} (keys: {keys})"
+
+
+def _rule(sampler_type: str, base_rate: float) -> str:
+    return f"`{sampler_type}`" if sampler_type == "all" else f"`{sampler_type}`, base_rate {base_rate:g}"
+
+
+_FREE = {"model.config_overrides", "dataset.data_files", "dataset.filter"}
+"""Keys whose value is a dict of the user's own keys."""
+
+
+_CANNOT_CHANGE_ROWS_OR_VECTORS = {
+    "model.slug",
+    "model.device_map",
+    "model.trust_remote_code",
+    "model.allow_pickle",
+    "model.long_context",
+    "dataset.slug",
+    "dataset.max_samples",  # fewer or more examples, each with the same rows
+    "dataset.streaming",
+    "inference.queue_mb",
+    "inference.segment_mb",
+    "inference.debug_logging",
+    "shard.index",
+    "verify",
+    "output",
+    "dry_run",
+    "snapshot",
+}
+
+
+def fingerprint(config: Config) -> dict[str, Any]:
+    """Every key of a resolved `config` that can change a row or a vector, as `section.key: value`."""
+    keys = {key: value for key, value in _dotted(config.to_dict()).items() if not _ignored(key)}
+    # What was moved is the same: a checkpoint's digest is among the commits, and texts are compared one by one.
+    for key in ("model.name", "model.tokenizer.name", "dataset.path"):
+        keys[key] = public_name(keys[key])
+    plain: dict[str, Any] = json.loads(json.dumps(keys))  # as it comes back from a file
+    return plain
+
+
+def public_name(name: str) -> str:
+    """A Hub id as it is; of a local file or folder its name alone, so that no path of this machine is published."""
+    return Path(name).resolve().name if Path(name).exists() else name
+
+
+def _ignored(key: str) -> bool:
+    return any(key == prefix or key.startswith(prefix + ".") for prefix in _CANNOT_CHANGE_ROWS_OR_VECTORS)
+
+
+def _dotted(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = prefix + key
+        if isinstance(value, dict) and name not in _FREE:
+            flat |= _dotted(value, name + ".")
+        else:
+            flat[name] = value
+    return flat

@@ -9,25 +9,14 @@ ended before).
 """
 
 import json
-import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from tqdm import tqdm
-
-from qk_sniffer import command, sweep
+from qk_sniffer.cli import program
 from qk_sniffer.errors import ConfigError, StoreError
-from qk_sniffer.job import read_record
-from qk_sniffer.progress import read_progress
-from qk_sniffer.store import manifest as manifests
-from qk_sniffer.store.layout import Layout, is_ours
-from qk_sniffer.store.locks import holder, is_held
-from qk_sniffer.sweep import STATUS_FILE, SWEEP_FILE, Status, aligned
+from qk_sniffer.jobs.status import look, table
 
 EVERY_S = 5.0
 
@@ -41,30 +30,9 @@ class Settings:
     format: str = field(default="table", metadata={"help": "table, or json: a list of objects, one a line"})
 
 
-@dataclass(frozen=True)
-class Line:
-    """A job, or a dataset without one, and what it has done. What is not known is None.
-
-    `examples` of `total` are captured, `tokens_per_s` and `seconds_left` are what the job said last. `rows` are those
-    of the dataset, or what a job that runs has captured so far.
-    """
-
-    status: Status
-    examples: int | None = None
-    total: int | None = None
-    tokens_per_s: float | None = None
-    seconds_left: float | None = None
-    rows: int | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """All of it, flat."""
-        own = {name: value for name, value in vars(self).items() if name != "status"}
-        return asdict(self.status) | own
-
-
 def main() -> int:
     """`python -m qk_sniffer.status`; returns the exit code."""
-    return command.run("qk_sniffer.status", __doc__ or "", Settings, show)
+    return program.run("qk_sniffer.status", __doc__ or "", Settings, show)
 
 
 def show(settings: Settings) -> int:
@@ -95,148 +63,6 @@ def show(settings: Settings) -> int:
         if not settings.watch:
             raise
         return 0
-
-
-def look(folder: Path) -> list[Line]:
-    """A line for each job below `folder`, the last one of each dataset and shard, and each dataset that has none."""
-    latest: dict[tuple[str, int, int], Status] = {}
-    roots: dict[str, Path] = {}
-    for path in _walk(folder):
-        if path.name in (SWEEP_FILE, STATUS_FILE):
-            for status in _read(path):
-                key = (_real(status.data_root), status.shard_index, status.shard_count)
-                if key not in latest or _counts(status) >= _counts(latest[key]):
-                    latest[key] = status
-        else:
-            roots[str(path.resolve())] = path
-    known = {root for root, _, _ in latest}
-    statuses = [_now(status) for status in latest.values()]
-    for root, path in roots.items():
-        if root not in known:
-            with suppress(*_UNREADABLE):
-                statuses += _of_dataset(Layout(path))
-    # A dataset that was there and is not any more: removed, or moved.
-    there = (status for status in statuses if status.state not in sweep.GOOD or Path(status.data_root).exists())
-    return [_line(status) for status in sorted(there, key=lambda status: (status.data_root, status.shard_index))]
-
-
-def table(lines: list[Line]) -> str:
-    """The lines in columns, and under them what those that failed said."""
-    rows = [("dataset", "shard", "state", "examples", "tokens/s", "left", "rows", "time", "where")]
-    errors = []
-    for line in lines:
-        status = line.status
-        name = os.path.relpath(status.data_root) if _is_below(Path(status.data_root), Path.cwd()) else status.data_root
-        shard = f"{status.shard_index} of {status.shard_count}" if status.shard_count > 1 else ""
-        examples = "" if line.examples is None else f"{line.examples:,}"
-        if line.examples is not None and line.total is not None and line.examples < line.total:
-            examples += f" of {line.total:,} ({line.examples / line.total:.0%})"
-        slurm = f"SLURM {status.slurm_job_id}" if status.slurm_job_id else ""
-        restarts = f"restarted {status.restarts} x" if status.restarts else ""
-        rows.append(
-            (
-                name,
-                shard,
-                status.state,
-                examples,
-                "" if line.tokens_per_s is None else f"{line.tokens_per_s:,.0f}",
-                "" if line.seconds_left is None else tqdm.format_interval(line.seconds_left),
-                "" if line.rows is None else f"{line.rows:,}",
-                tqdm.format_interval(status.seconds) if status.seconds else "",
-                ", ".join(filter(None, [status.url, status.host, slurm, restarts])),
-            )
-        )
-        if status.error:
-            errors.append(f"{name}{f' (shard {shard})' if shard else ''}: {status.error}")
-    return "\n".join([aligned(rows), *errors])
-
-
-def _walk(folder: Path) -> Iterator[Path]:
-    """Status files, sweep files, and the roots of datasets, into which it does not go: they may have many folders."""
-    for name, folders, files in os.walk(folder):
-        path = Path(name)
-        if is_ours(Layout(path)):
-            folders.clear()
-            yield path
-            continue
-        folders[:] = sorted(set(folders) - {".submitit", "code", "__pycache__"})
-        yield from (path / file for file in (SWEEP_FILE, STATUS_FILE) if file in files)
-
-
-_UNREADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, StoreError)
-"""What comes of files of other programs that have our names, and of other versions' files."""
-
-
-def _counts(status: Status) -> tuple[bool, bool, float]:
-    """What runs counts, else what ended, or began to wait, last; a job that never started says nothing of others."""
-    ended = status.since + status.seconds
-    return status.state == sweep.RUNNING, status.state != sweep.NOT_STARTED, ended
-
-
-def _read(file: Path) -> Iterator[Status]:
-    with suppress(*_UNREADABLE):
-        yield from sweep.queued(file.parent) if file.name == SWEEP_FILE else [sweep.read_status(file)]
-
-
-def _now(status: Status) -> Status:
-    """The status, but that a job which failed is done where its dataset was finished later, by another one."""
-    layout = Layout(Path(status.data_root))
-    if status.state in (sweep.FAILED, sweep.INTERRUPTED) and not layout.job_file.exists():
-        with suppress(OSError):
-            if layout.manifest.stat().st_mtime > status.since + status.seconds:
-                return replace(status, state=sweep.DONE, error=None, code=0)
-    return status
-
-
-def _of_dataset(layout: Layout) -> Iterator[Status]:
-    """The statuses of a dataset that no job below the folder tells of: from its own files."""
-    root = str(layout.root.absolute())
-    record = read_record(layout)
-    if record is None:
-        if layout.manifest.exists():
-            yield Status(0, root, manifests.read(layout.root)["config"]["model"]["slug"], state=sweep.DONE)
-        return
-    model, count = record["config"]["model"]["slug"], record["config"]["shard"]["count"]
-    for index in range(count):
-        lock = layout.shard_lock(index, count)
-        status = Status(0, root, model, index, count)
-        if is_held(lock) and (by := holder(lock)) is not None:
-            status.host, status.slurm_job_id = by.host, by.slurm_job_id
-        elif layout.shard_done(index, count).exists():
-            status.state = sweep.DONE
-        else:
-            status.state = sweep.INTERRUPTED
-        yield status
-
-
-def _line(status: Status) -> Line:
-    layout = Layout(Path(status.data_root))
-    said = read_progress(layout.progress(status.shard_index, status.shard_count))
-    if status.state == sweep.RUNNING:
-        status.seconds = max(time.time() - status.since, 0.0)
-    if said and status.state != sweep.NOT_STARTED:
-        is_running = status.state == sweep.RUNNING and said["at"] >= status.since
-        return Line(
-            status,
-            said["examples"],
-            said["total"],
-            said["tokens_per_s"] if is_running else None,
-            said["seconds_left"] if is_running else None,
-            said["rows"],
-        )
-    if status.shard_count == 1 and status.state in (*sweep.GOOD, sweep.FAILED):
-        with suppress(*_UNREADABLE):
-            manifest = manifests.read(layout.root)
-            return Line(status, manifest["examples"], rows=manifest["rows"])
-    return Line(status, rows=status.rows)
-
-
-def _real(path: str) -> str:
-    return str(Path(path).resolve())
-
-
-def _is_below(path: Path, folder: Path) -> bool:
-    return path.resolve().is_relative_to(folder.resolve())
 
 
 if __name__ == "__main__":

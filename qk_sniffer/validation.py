@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from qk_sniffer import sampling
+from qk_sniffer.capture import sampling
 from qk_sniffer.config import Config, DatasetConfig, ModelConfig, OutputConfig, resolved
 from qk_sniffer.errors import ConfigError
 

@@ -19,13 +19,14 @@ from safetensors.torch import save_file
 from tiny_configs import LAYERS, SIZES, VOCAB, WINDOW, save_tiny, tiny_config
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from qk_sniffer import banded as banded_room
-from qk_sniffer import proof as proof_room
-from qk_sniffer.attention import AttentionCall
-from qk_sniffer.backbone import Backbone, LayerFacts
+from qk_sniffer.backbone import banded_attention as banded_module
+from qk_sniffer.backbone.backbone import Backbone
+from qk_sniffer.backbone.layers import LayerFacts
+from qk_sniffer.backbone.loading import load_backbone
+from qk_sniffer.backbone.tap import AttentionCall
+from qk_sniffer.capture import proof as proof_module
 from qk_sniffer.config import ModelConfig
 from qk_sniffer.errors import CaptureError, QkSnifferError
-from qk_sniffer.loading import load_backbone
 from qk_sniffer.store.compact import HeadSpec
 
 TOKENS = 3 * WINDOW
@@ -117,7 +118,7 @@ def _check_post(backbone: Backbone, facts: list[LayerFacts]) -> tuple[list[Kerne
     ids[:, half:] = ids[:, half:].flip(0)
     if _differ(seen, _captured(backbone, ids), slice(0, half)):
         raise WrongError("tokens see later ones")
-    with patch.object(banded_room, "MIN_BLOCK", WINDOW):  # so that so few tokens are several blocks
+    with patch.object(banded_module, "MIN_BLOCK", WINDOW):  # so that so few tokens are several blocks
         if _differ(seen, _captured(Backbone(decoder, backbone.family), _ids()), slice(None)):
             raise WrongError("with banded attention the vectors differ")
     return calls, seen
@@ -202,7 +203,7 @@ def _is_proven(backbone: Backbone) -> bool:
     Raises:
         WrongError: they derive others, so that a right dataset would be refused.
     """
-    ids = _ids(proof_room.MIN_TOKENS)[:1]
+    ids = _ids(proof_module.MIN_TOKENS)[:1]
     vectors: dict[HeadSpec, np.ndarray] = {}
     for call in _captured(backbone, ids):
         for kind, states in (("q", call.query), ("k", call.key)):
@@ -212,11 +213,11 @@ def _is_proven(backbone: Backbone) -> bool:
                 )
                 vectors[spec] = states[0, head].float().numpy()
     positions = np.arange(ids.shape[1])
-    derived = proof_room._derived(backbone, ids[0].numpy().astype(np.int32), dict.fromkeys(vectors, positions))
+    derived = proof_module._derived(backbone, ids[0].numpy().astype(np.int32), dict.fromkeys(vectors, positions))
     if derived is None:
         return False
-    largest = max(proof_room._difference(vectors[spec], derived[spec]) for spec in vectors)
-    if not largest <= proof_room.TOLERANCES["float32"]:
+    largest = max(proof_module._difference(vectors[spec], derived[spec]) for spec in vectors)
+    if not largest <= proof_module.TOLERANCES["float32"]:
         raise WrongError(f"hooks derive other vectors: relative difference {largest:.2g}")
     return True
 

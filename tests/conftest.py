@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from fake_hub import FakeHub
-    from hub_cases import MakeDataset
     from huggingface_hub import HfApi
+    from support.fake_hub import FakeHub
+    from support.hub_cases import MakeDataset
 
 # Before any library reads them: tests reach no Hub, and two workers share two cores.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -36,8 +36,8 @@ def own_caches(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a tiny random model, with sliding and full layers, and its tokenizer."""
-    from jobs import QWEN3
-    from tiny import save_checkpoint
+    from support.jobs import QWEN3
+    from support.tiny import save_checkpoint
 
     return save_checkpoint(QWEN3, tmp_path_factory.mktemp("qwen3"))
 
@@ -45,7 +45,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Any], Path]:
     """Saves the checkpoint of a case of the zoo, with a tokenizer, once a session, and returns its folder."""
-    from tiny import save_checkpoint
+    from support.tiny import save_checkpoint
 
     return functools.cache(lambda case: save_checkpoint(case, tmp_path_factory.mktemp(case.name)))
 
@@ -53,7 +53,7 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Any], Path]
 @pytest.fixture
 def texts(tmp_path: Path) -> Path:
     """A jsonl file of the texts of `jobs`, with ids."""
-    from jobs import TEXTS
+    from support.jobs import TEXTS
 
     path = tmp_path / "texts.jsonl"
     path.write_text("".join(json.dumps({"text": text, "id": f"doc-{i}"}) + "\n" for i, text in enumerate(TEXTS)))
@@ -78,8 +78,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 @pytest.fixture(scope="session")
 def make_dataset(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> "MakeDataset":
     """Copies of datasets for the Hub, each made by a job once a session (`hub_cases.py`)."""
-    from hub_cases import capture, copied
-    from jobs import TEXTS
+    from support.hub_cases import capture, copied
+    from support.jobs import TEXTS
 
     folder = tmp_path_factory.mktemp("datasets")
     texts = folder / "some-texts.jsonl"
@@ -100,7 +100,7 @@ def make_dataset(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture
 def hub() -> "Iterator[FakeHub]":
-    from fake_hub import FakeHub
+    from support.fake_hub import FakeHub
 
     with FakeHub() as hub:
         yield hub
@@ -140,7 +140,7 @@ def endpoint(hub: "FakeHub", waits: list[float], monkeypatch: pytest.MonkeyPatch
 @pytest.fixture(scope="session")
 def verify_base(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dataset with some of the rows: head_dim 16, layers 0 and 2 with windows of 12, 4 query and 2 key heads."""
-    from jobs import TEXTS, run
+    from support.jobs import TEXTS, run
 
     folder = tmp_path_factory.mktemp("verify")
     texts = folder / "texts.jsonl"

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
+from support.configs import choice, composed
 
 from qk_sniffer import conf
 from qk_sniffer.config import (
@@ -22,7 +22,6 @@ from qk_sniffer.config import (
     SamplerConfig,
     ShardConfig,
     TokenizerConfig,
-    from_omegaconf,
     resolved,
     schema,
 )
@@ -78,15 +77,6 @@ CHOICES = [
     for group in ("model", "dataset", "sampler", "output", "experiment")
     for file in sorted((CONF / group).glob("*.yaml"))
 ]
-
-
-def composed(*arguments: str) -> Config:
-    with initialize_config_module("qk_sniffer.conf", version_base="1.3"):
-        return from_omegaconf(compose("config", list(arguments)))
-
-
-def choice(slug: str) -> str:
-    return "model=" + re.sub(r"[-.]", "_", slug)
 
 
 def test_keys_and_defaults_are_those_of_the_snapshot() -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote
 
 from qk_sniffer.errors import HubError
-from qk_sniffer.hub.client import REPO_TYPE, bars_on_a_terminal, persist
+from qk_sniffer.hub.client import REPO_TYPE, bars_on_a_terminal, with_retries
 from qk_sniffer.store.layout import MANIFEST
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class Branch:
         """
         return Path(_asked(self.repo_id, self.name, lambda api: _download(api, self.repo_id, name, self.commit)))
 
-    def renewed(self, name: str) -> Path:
+    def refetch(self, name: str) -> Path:
         """The file fetched anew, where the copy on this machine is not what it should be.
 
         Raises:
@@ -156,7 +156,7 @@ def _asked(repo_id: str, revision: str, ask: "Callable[[HfApi], _Result]") -> _R
     def failed(reason: str) -> HubError:
         return HubError(f"the dataset {repo_id} at {revision!r} cannot be read from the Hub: {reason}")
 
-    return persist(lambda: ask(api), api, failed)
+    return with_retries(lambda: ask(api), api, failed)
 
 
 def _download(api: "HfApi", repo_id: str, name: str, revision: str, *, force: bool = False) -> str:

@@ -11,12 +11,11 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qk_sniffer.card import rule
-from qk_sniffer.config import from_dict
+from qk_sniffer.config import from_dict, rule
 from qk_sniffer.errors import HubError
 from qk_sniffer.hub.branch import branch_url
-from qk_sniffer.hub.client import REPO_TYPE, persist
-from qk_sniffer.job import hub_commit_of
+from qk_sniffer.hub.client import REPO_TYPE, with_retries
+from qk_sniffer.hub.revisions import hub_commit_of
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.layout import CARD, FORMAT, MANIFEST
 
@@ -80,7 +79,7 @@ def update_catalogue(api: "HfApi", repo_id: str) -> None:
             f"date: {reason}. The command of its job, run again, does that"
         )
 
-    persist(lambda: _update(api, repo_id), api, failed)
+    with_retries(lambda: _update(api, repo_id), api, failed)
 
 
 def _update(api: "HfApi", repo_id: str) -> None:

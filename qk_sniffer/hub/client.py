@@ -48,7 +48,7 @@ PUBLIC = (
 _Result = TypeVar("_Result")
 
 
-def persist(attempt: Callable[[], _Result], api: "HfApi", failed: Callable[[str], HubError]) -> _Result:
+def with_retries(attempt: Callable[[], _Result], api: "HfApi", failed: Callable[[str], HubError]) -> _Result:
     """What `attempt` returns, tried again after what passes. `failed` makes an error of the reason.
 
     Raises:

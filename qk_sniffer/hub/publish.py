@@ -10,17 +10,15 @@ that landed although its answer was lost is then found by its title.
 import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qk_sniffer.card import write_card
-from qk_sniffer.card_facts import CardFacts, Place
 from qk_sniffer.errors import HubError, StoreError
 from qk_sniffer.hub.branch import Branch, branch_url
 from qk_sniffer.hub.catalogue import update_catalogue
-from qk_sniffer.hub.client import PUBLIC, REPO_TYPE, bars_on_a_terminal, persist, writing_api
+from qk_sniffer.hub.client import PUBLIC, REPO_TYPE, bars_on_a_terminal, with_retries, writing_api
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.layout import CARD, MANIFEST, PICTURES, Layout, parse_head_name
 from qk_sniffer.store.manifest import FileEntry
@@ -50,6 +48,7 @@ def publish(
     root: Path,
     repo_id: str,
     branch: str,
+    card: bytes,
     *,
     private: bool = False,
     guard: Guard | None = None,
@@ -57,18 +56,18 @@ def publish(
 ) -> Published:
     """Makes the dataset at `root` what the branch of the dataset repository `repo_id` holds, and lists it on main.
 
-    Published are the files that the manifest names, the pictures, and the manifest; the card is written for its place
-    there. Files of an earlier version that are no longer part of the dataset are deleted; what else the branch holds is
-    left alone. A repository that is made here is private with `private`, else as its owner's default is. `guard` is
-    asked of each version that would be replaced.
+    Publishes the files that the manifest names, the pictures, the manifest, and `card` in place of the folder's. Deletes
+    the files of an earlier version that the dataset no longer has; leaves alone what else the branch holds. Creates a
+    private repository with `private`, else one as its owner's default is. Calls `guard` with each version that the
+    dataset would replace.
 
     Raises:
         StoreError: the dataset is not whole; or what `guard` raises.
         HubError: it could not be published, or not listed. The folder is as it was, and the call may be made again.
     """
     api = api or writing_api()
-    publication = _Publication(root, repo_id, branch, private, guard, api)
-    published = persist(publication.attempt, api, publication.failed)
+    publication = _Publication(root, repo_id, branch, card, private, guard, api)
+    published = with_retries(publication.attempt, api, publication.failed)
     update_catalogue(api, repo_id)
     return published
 
@@ -76,7 +75,9 @@ def publish(
 class _Publication:
     """What the tries of one `publish` share."""
 
-    def __init__(self, root: Path, repo_id: str, branch: str, private: bool, guard: Guard | None, api: "HfApi") -> None:
+    def __init__(
+        self, root: Path, repo_id: str, branch: str, card: bytes, private: bool, guard: Guard | None, api: "HfApi"
+    ) -> None:
         self.api = api
         self._root = root
         self._repo_id = repo_id
@@ -86,11 +87,8 @@ class _Publication:
         manifest = manifests.read(root)
         if changed := manifests.changed_files(root, manifest):
             raise _changed(root / changed[0])
-        pictures = sorted(path.relative_to(root).as_posix() for path in Layout(root).pictures())
-        facts = replace(
-            CardFacts.of(manifest), place=Place(repo_id, branch), proof=manifest["proof"], pictures=pictures
-        )
-        self._card = write_card(facts).encode()
+        pictures = [path.relative_to(root).as_posix() for path in Layout(root).pictures()]
+        self._card = card
         self._manifest = manifests.with_files(
             manifest,
             {CARD: FileEntry.of(self._card)} | {name: FileEntry.of((root / name).read_bytes()) for name in pictures},

@@ -2,6 +2,6 @@
 
 import sys
 
-from qk_sniffer.plasticity.app import main
+from qk_sniffer.plasticity.cli import main
 
 sys.exit(main())

@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qk_sniffer import command
+from qk_sniffer.cli import program
 from qk_sniffer.errors import ConfigError, QkSnifferError
 from qk_sniffer.plasticity import tables
-from qk_sniffer.plasticity.pictures import BLUE, GREY, PAGE_IN, PLASTICITY, Float64, by_head_and_bucket, figure, save
+from qk_sniffer.plasticity.config import INSTALL
+from qk_sniffer.plasticity.figures import BLUE, GREY, PAGE_IN, PLASTICITY, Float64, by_head_and_bucket, figure, save
 from qk_sniffer.plasticity.results import Results
-from qk_sniffer.plasticity.run import INSTALL
 from qk_sniffer.store.disk import explained, make_folder
-from qk_sniffer.summary import counted
+from qk_sniffer.text import counted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -74,7 +74,7 @@ class Step:
 
 def main() -> int:
     """`python -m qk_sniffer.plasticity.compare`; returns the exit code."""
-    return command.run("qk_sniffer.plasticity.compare", __doc__ or "", Settings, compare)
+    return program.run("qk_sniffer.plasticity.compare", __doc__ or "", Settings, compare)
 
 
 def compare(settings: Settings) -> int:

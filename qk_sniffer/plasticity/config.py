@@ -10,7 +10,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from qk_sniffer.config import last_part, safe_name
-from qk_sniffer.revisions import is_hub_id
+from qk_sniffer.hub.revisions import is_hub_id
 
 MAX_PAIRS = 1_000_000
 
@@ -142,3 +142,6 @@ def _estimator(estimator: EstimatorConfig) -> Iterator[str]:
 def _at_home(path: str) -> str:
     # A shell expands `~` only at the start of a word, not behind `data_root=`.
     return str(Path.home() / path[2:]) if path.startswith("~/") else path
+
+
+INSTALL = "pip install 'qk-sniffer[analysis]'"

@@ -10,8 +10,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from qk_sniffer.plasticity.head import Drift, Float32, Float64, Int64
-from qk_sniffer.plasticity.pairs import KeyGroups
+from qk_sniffer.plasticity.drift import Drift, Float32, Float64, Int64
+from qk_sniffer.plasticity.key_pairs import KeyGroups
 
 _BLOCK_ROWS = 4096
 

@@ -3,16 +3,15 @@
 What cannot be computed is NaN, and a note says why: nothing is left out in silence.
 """
 
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
+from qk_sniffer.capture.sampling import Sampler
+from qk_sniffer.dataset.reader import Dataset
 from qk_sniffer.errors import StoreError
-from qk_sniffer.heads import compact_ranges
 from qk_sniffer.plasticity.config import PlasticityConfig
-from qk_sniffer.plasticity.estimators import Estimator, FullCovariance, Regression, plasticity
-from qk_sniffer.plasticity.head import (
+from qk_sniffer.plasticity.drift import (
     CONSTANT,
     Drift,
     Float32,
@@ -25,11 +24,10 @@ from qk_sniffer.plasticity.head import (
     predictability,
     rotate_residuals,
 )
-from qk_sniffer.plasticity.pairs import COMPONENTS, KEY_ROWS, PAIRS, QUERY_ROWS, KeyGroups, generator
-from qk_sniffer.plasticity.tables import OF_QUERIES
-from qk_sniffer.reader import Dataset
-from qk_sniffer.sampling import Sampler
-from qk_sniffer.summary import counted
+from qk_sniffer.plasticity.estimators import Estimator, FullCovariance, Regression, plasticity
+from qk_sniffer.plasticity.key_pairs import COMPONENTS, KEY_ROWS, PAIRS, QUERY_ROWS, KeyGroups, generator
+from qk_sniffer.plasticity.tables import QUERY_METRICS, HeadResult
+from qk_sniffer.text import compact_ranges, counted
 
 
 @dataclass(frozen=True)
@@ -49,25 +47,6 @@ class KeyHead:
             return False
         chunk = self.attention_chunk
         return chunk is None or first_query // chunk == last_key // chunk
-
-
-@dataclass(frozen=True)
-class HeadResult:
-    """What was measured of a query head: its part of the tables, and notes for the report."""
-
-    layer: int
-    q_head: int
-    k_head: int
-    metrics: dict[str, float | int]
-    buckets: list[tuple[int, int, float]]
-    """(query bucket, key bucket, plasticity)."""
-    r2: list[float]
-    """Of each component."""
-    notes: list[str] = field(default_factory=list)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, ready for JSON."""
-        return asdict(self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,7 +134,7 @@ class _QueryHead:
             "n_q_tokens": count,
             "n_k_tokens": len(self.keys.rows.vectors),
             "d_model": width,
-            **dict.fromkeys(OF_QUERIES, np.nan),
+            **dict.fromkeys(QUERY_METRICS, np.nan),
         }
         for rows, kind in ((self.queries, "queries"), (self.keys.rows, "keys")):
             if rows.dropped:

@@ -16,11 +16,11 @@ from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
+from qk_sniffer.dataset.reader import Dataset
 from qk_sniffer.errors import StoreError
 from qk_sniffer.plasticity import tables
 from qk_sniffer.plasticity.config import PlasticityConfig
-from qk_sniffer.plasticity.measure import HeadResult
-from qk_sniffer.reader import Dataset
+from qk_sniffer.plasticity.tables import HeadResult
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.disk import make_folder, sha256_of, write_atomic
 from qk_sniffer.store.layout import MANIFEST, head_name

@@ -18,21 +18,18 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from qk_sniffer.config import from_dict
+from qk_sniffer.backbone.layers import LayerHeads
+from qk_sniffer.dataset.reader import Dataset, open_dataset, sampler_of
 from qk_sniffer.errors import QkSnifferError, StoreError
-from qk_sniffer.heads import LayerHeads, compact_ranges
 from qk_sniffer.machine import num_threads
-from qk_sniffer.plasticity.config import PlasticityConfig
-from qk_sniffer.plasticity.measure import HeadResult, KeyHead, Keys, Measuring
+from qk_sniffer.plasticity.config import INSTALL, PlasticityConfig
+from qk_sniffer.plasticity.measure import KeyHead, Keys, Measuring
 from qk_sniffer.plasticity.results import Results, fingerprint, manifest_sha256
-from qk_sniffer.reader import Dataset, open_dataset
-from qk_sniffer.sampling import Sampler
+from qk_sniffer.plasticity.tables import HeadResult
 from qk_sniffer.store.layout import HeadKey, head_name
-from qk_sniffer.summary import counted
+from qk_sniffer.text import compact_ranges, counted
 
 log = logging.getLogger(__name__)
-
-INSTALL = "pip install 'qk-sniffer[analysis]'"
 
 
 def run(config: PlasticityConfig) -> int:
@@ -153,11 +150,6 @@ def _files(each: KeyHead) -> list[HeadKey]:
     return [HeadKey(each.layer, each.head, "k"), *(HeadKey(each.layer, head, "q") for head in each.query_heads)]
 
 
-def sampler_of(manifest: dict[str, Any]) -> Sampler:
-    """The sampler that chose the rows of a dataset."""
-    return Sampler(from_dict({"sampler": manifest["config"]["sampler"]}).sampler)
-
-
 def _record(
     dataset: Dataset,
     config: PlasticityConfig,
@@ -216,7 +208,7 @@ def draw(results: Results) -> list[Path]:
     if find_spec("matplotlib") is None:
         log.warning("no pictures: matplotlib is not installed: %s, and run the same command again", INSTALL)
         return []
-    from qk_sniffer.plasticity.pictures import draw_all
+    from qk_sniffer.plasticity.figures import draw_all
 
     return draw_all(results)
 

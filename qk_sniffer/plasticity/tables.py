@@ -6,8 +6,9 @@ Numbers that could not be computed are empty in CSV and NaN in Parquet.
 import csv
 import io
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,10 +17,7 @@ import pyarrow.parquet as pq
 from qk_sniffer.errors import StoreError
 from qk_sniffer.store.disk import write_atomic
 
-if TYPE_CHECKING:
-    from qk_sniffer.plasticity.measure import HeadResult
-
-OF_QUERIES = (
+QUERY_METRICS = (
     "q_R2_pos",
     "q_beta_norm",
     "q_R2_scalar",
@@ -39,7 +37,7 @@ _HEAD = {"layer": pa.int32(), "q_head": pa.int32(), "k_head": pa.int32()}
 _COUNTS = {"n_q_tokens": pa.int64(), "n_k_tokens": pa.int64(), "d_model": pa.int32()}
 
 TABLES: dict[str, pa.Schema] = {
-    "head_metrics": pa.schema(_HEAD | _COUNTS | dict.fromkeys((*OF_QUERIES, "ap_overall"), pa.float64())),
+    "head_metrics": pa.schema(_HEAD | _COUNTS | dict.fromkeys((*QUERY_METRICS, "ap_overall"), pa.float64())),
     "head_bucket_plasticity": pa.schema(
         _HEAD | {"q_bucket": pa.int32(), "k_bucket": pa.int32(), "ap_bucket": pa.float64()}
     ),
@@ -50,7 +48,26 @@ TABLES: dict[str, pa.Schema] = {
 """The columns of each table, in their order. `d_model` is the length of a head's vectors, a name that is kept."""
 
 
-def rows(name: str, result: "HeadResult") -> Iterator[dict[str, Any]]:
+@dataclass(frozen=True)
+class HeadResult:
+    """What was measured of a query head: its part of the tables, and notes for the report."""
+
+    layer: int
+    q_head: int
+    k_head: int
+    metrics: dict[str, float | int]
+    buckets: list[tuple[int, int, float]]
+    """(query bucket, key bucket, plasticity)."""
+    r2: list[float]
+    """Of each component."""
+    notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        return asdict(self)
+
+
+def rows(name: str, result: HeadResult) -> Iterator[dict[str, Any]]:
     """The rows of the table `name` that tell of one head."""
     head = {"layer": result.layer, "q_head": result.q_head, "k_head": result.k_head}
     if name == "head_metrics":
@@ -71,7 +88,7 @@ def weights(r2: list[float]) -> list[float]:
     return shares
 
 
-def write(folder: Path, results: Iterable["HeadResult"]) -> list[Path]:
+def write(folder: Path, results: Iterable[HeadResult]) -> list[Path]:
     """Writes the tables of `results`, in their order, and returns the files: whole ones, or those that were there.
 
     Raises:

@@ -22,13 +22,13 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from qk_sniffer.errors import StoreError
-from qk_sniffer.store.base import Base
+from qk_sniffer.store.compaction_plan import Block, Group, Plan, SegmentFiles, find_blocks, make_plan
 from qk_sniffer.store.disk import explained
 from qk_sniffer.store.journal import ExampleRecord, Journal
 from qk_sniffer.store.layout import EXAMPLES, Layout, examples_schema, schema
 from qk_sniffer.store.manifest import FileEntry, Written
-from qk_sniffer.store.parquet import ParquetFile
-from qk_sniffer.store.plan import Block, Group, Plan, SegmentFiles, find_blocks, make_plan
+from qk_sniffer.store.parquet_writer import ParquetWriter
+from qk_sniffer.store.previous import PreviousVersion
 
 ROW_GROUP_BYTES = 4 << 20
 """Of float32 vectors in a row group: 8,192 rows of 128 numbers. Large enough that the columns compress as well as
@@ -79,7 +79,7 @@ def compact(
     *,
     token_ids: bool = False,
     token_string: TokenStrings | None = None,
-    base: Base | None = None,
+    base: PreviousVersion | None = None,
     threads: int = 1,
     row_group_bytes: int = ROW_GROUP_BYTES,
     on_file: Callable[[str], None] | None = None,
@@ -155,7 +155,7 @@ class _Job:
     sampler: Buckets
     token_ids: bool
     token_string: TokenStrings | None
-    base: Base | None
+    base: PreviousVersion | None
     row_group_bytes: int
     stop: threading.Event = field(default_factory=threading.Event)
     tokenizer: threading.Lock = field(default_factory=threading.Lock)  # tokenizers need not be thread-safe
@@ -170,7 +170,7 @@ class _Job:
             self._check(heads, plan.blocks)
             rows_per_group = max(1, self.row_group_bytes // (4 * head_dim))
             with ExitStack() as stack:
-                outputs = [stack.enter_context(ParquetFile(self._path(head), self._schema(head))) for head in heads]
+                outputs = [stack.enter_context(ParquetWriter(self._path(head), self._schema(head))) for head in heads]
                 begun = [
                     self._write_base(head, output, rows_per_group, counted)
                     for head, output in zip(heads, outputs, strict=True)
@@ -195,7 +195,9 @@ class _Job:
             nonfinite.update({name: self.base.nonfinite_rows(name) for name in entries})
         return _Done(kind, {name: entry for name, entry in entries.items() if entry is not None}, counted, +nonfinite)
 
-    def _write_base(self, head: HeadSpec, output: ParquetFile, rows_per_group: int, counted: Counter[int]) -> pa.Table:
+    def _write_base(
+        self, head: HeadSpec, output: ParquetWriter, rows_per_group: int, counted: Counter[int]
+    ) -> pa.Table:
         """Writes the whole row groups that the base fills; returns the rows that are left to begin the next one."""
         left = self._schema(head).empty_table()
         if self.base is not None:
@@ -360,7 +362,7 @@ def _check_apart(old: Sequence[ExampleRecord], new: Sequence[ExampleRecord]) -> 
 
 def _write_examples(staging: Layout, records: Sequence[ExampleRecord]) -> FileEntry:
     described = examples_schema()
-    with ParquetFile(staging.examples, described) as output:
+    with ParquetWriter(staging.examples, described) as output:
         for start in range(0, len(records), EXAMPLES_PER_GROUP):
             part = records[start : start + EXAMPLES_PER_GROUP]
             columns = [[getattr(record, name) for record in part] for name in described.names]

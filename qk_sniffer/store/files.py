@@ -12,7 +12,7 @@ class Files(Protocol):
     def path(self, name: str) -> Path:
         """The file on this machine, fetched now where it has to be; in a folder it may be missing."""
 
-    def renewed(self, name: str) -> Path:
+    def refetch(self, name: str) -> Path:
         """The file again, where it was not what it should be: fetched anew, where it came from elsewhere."""
 
     def fetch(self, names: Iterable[str]) -> None:
@@ -31,7 +31,7 @@ class Folder:
     def path(self, name: str) -> Path:
         return self.root / name
 
-    def renewed(self, name: str) -> Path:
+    def refetch(self, name: str) -> Path:
         return self.path(name)
 
     def fetch(self, names: Iterable[str]) -> None:

@@ -193,7 +193,7 @@ def examples_schema() -> pa.Schema:
     )
 
 
-def claim(root: Path) -> Layout:
+def prepare_data_root(root: Path) -> Layout:
     """The layout of `root`, made ready for a job's work: it exists, is ours, and can be written.
 
     Ours is an empty folder, or one with our manifest, our work folder or the note of a branch.
@@ -238,7 +238,7 @@ def discard_work(layout: Layout, own_lock: Path) -> None:
         remove_work(layout)
 
 
-def tidy(layout: Layout, own_lock: Path) -> None:
+def remove_leftovers(layout: Layout, own_lock: Path) -> None:
     """Removes what a job that was killed after its dataset was whole left in the work folder. Hold `own_lock`."""
     for lock in layout.locks():
         if lock != own_lock:

@@ -1,0 +1,1 @@
+"""Loads the decoder, and shows what happens inside it."""

@@ -1,0 +1,164 @@
+"""The backbone: the model without its language-model head, its attention layout, one forward at a time."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+
+from qk_sniffer.backbone import rotary
+from qk_sniffer.backbone.banded_attention import banded
+from qk_sniffer.backbone.family import Family
+from qk_sniffer.backbone.layers import LayerFacts, LayerHeads
+from qk_sniffer.backbone.tap import AttentionCall, ForwardDone, shows_nothing, tap
+from qk_sniffer.errors import CaptureError, QkSnifferError
+
+PROBE_TOKENS = 2
+
+
+class Backbone:
+    """A loaded decoder. `forward` runs it and shows every attention call to a callback."""
+
+    def __init__(
+        self, decoder: nn.Module, family: Family, *, pre_rope: bool = False, banded_attention: bool = True
+    ) -> None:
+        self.decoder = decoder
+        self.family = family
+        self.pre_rope = pre_rope
+        self.banded_attention = banded_attention
+        self.attention_layers = family.attention_layers(decoder)
+        weights = list(decoder.parameters())
+        # Weights that accelerate keeps elsewhere are on no device, and come to the others when they are needed.
+        there = [weight.device for weight in weights if weight.device.type != "meta"]
+        self.device, self.dtype = there[0] if there else torch.device("cpu"), weights[0].dtype
+        self.length_boundary = rotary.length_boundary(self.config)
+        """Texts of more tokens than that must run alone, see `rotary.length_boundary`; None: none must."""
+        self.num_positions = rotary.num_positions(decoder)
+        """The longest text that the decoder has positions for; None: it has no table of them."""
+        self._rotary_state = rotary.RotaryState(decoder)
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """The text config that the decoder was built from."""
+        config: PretrainedConfig = self.decoder.config  # type: ignore[assignment]
+        return config
+
+    def forward(self, ids: torch.Tensor, on_call: Callable[[AttentionCall], None]) -> None:
+        """Runs the decoder on token ids (B, n), padded on the right; `on_call` may raise `ForwardDone`.
+
+        No attention mask is given: under a causal mask no valid position sees the padding behind it.
+
+        Raises:
+            CaptureError: the decoder's code fails, the memory does not suffice, or as the tap says.
+        """
+        try:
+            self._forward(ids, on_call)
+        except QkSnifferError:
+            raise
+        except torch.OutOfMemoryError as error:
+            raise CaptureError(
+                f"out of memory in a forward over {_by(ids)} tokens: lower inference.max_batch_tokens, or "
+                f"model.tokenizer.max_length if it was a single text ({error})"
+            ) from error
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            raise CaptureError(
+                f"{_model_type(self.decoder)}: its forward over {_by(ids)} tokens failed: {type(error).__name__}: "
+                f"{error}. If the model does not reach so far, lower model.tokenizer.max_length; if it stumbles over a "
+                "Band, set inference.banded_attention=false"
+            ) from error
+
+    def _forward(self, ids: torch.Tensor, on_call: Callable[[AttentionCall], None]) -> None:
+        attention = banded() if self.banded_attention else nullcontext()
+        with attention, self.tapped(on_call), suppress(ForwardDone):
+            self.run(ids)
+
+    def run(self, ids: torch.Tensor) -> None:
+        """A plain forward over token ids (B, n): no tap, no banded attention, nothing left of earlier forwards."""
+        if self.length_boundary is not None:
+            self._rotary_state.restore()
+        with torch.inference_mode():
+            self.decoder(input_ids=on_device(ids, self.device), use_cache=False)
+
+    @contextmanager
+    def tapped(self, on_call: Callable[[AttentionCall], None]) -> Iterator[None]:
+        """Opens the tap for forwards that the caller runs."""
+        with tap(self.attention_layers, on_call, family=self.family, pre_rope=self.pre_rope):
+            yield
+
+    def probe(self) -> list[LayerFacts]:
+        """Every layer as the model itself calls it, seen in a forward over two tokens; sorted by layer.
+
+        Raises:
+            CaptureError: no attention call was seen, or a layer makes several.
+        """
+        facts: dict[int, LayerFacts] = {}
+
+        def look(call: AttentionCall) -> None:
+            if call.layer in facts or call.layer < 0:
+                raise CaptureError(
+                    f"{_model_type(self.decoder)}: layer {call.layer} attends more than once in a forward, or several "
+                    "attention modules say that they are this layer: which is which cannot be told; a family can tell "
+                    "them apart: model.family=package.module:Class"
+                )
+            facts[call.layer] = _layer_facts(call)
+
+        try:
+            self._forward(torch.arange(1, PROBE_TOKENS + 1)[None], look)
+        except QkSnifferError:
+            raise
+        except Exception as error:  # whatever its code stumbles over
+            raise CaptureError(
+                f"{_model_type(self.decoder)}: its decoder does not run on token ids alone: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        if not facts:
+            if attention := [module for module in self.decoder.modules() if "Attention" in type(module).__name__]:
+                if self.attention_layers:
+                    raise shows_nothing(attention, self.family)
+                names = ", ".join(sorted({type(module).__name__ for module in attention}))
+                raise CaptureError(
+                    f"this model's attention ({names}) does not say which layer it is, as transformers' decoders do: a "
+                    "family can name the layers (Family.attention_layers, see models/ADDING.md)"
+                )
+            raise CaptureError(f"{_model_type(self.decoder)}: this model has no softmax attention to capture")
+        return [facts[layer] for layer in sorted(facts)]
+
+    def rotary_parameters(self) -> dict[str, Any]:
+        """What the rotary embedding is made of: inverse frequencies, attention scaling, the config's parameters."""
+        return rotary.parameters(self.decoder, self.config)
+
+
+def _layer_facts(call: AttentionCall) -> LayerFacts:
+    head_dim = call.query.shape[-1]
+    return LayerFacts(
+        LayerHeads(
+            layer=call.layer,
+            num_q_heads=call.query.shape[1],
+            num_k_heads=call.key.shape[1],
+            head_dim=head_dim,
+            sliding_window=call.sliding_window,
+        ),
+        attention_chunk=call.attention_chunk,
+        softmax_scale=head_dim**-0.5 if call.softmax_scale is None else float(call.softmax_scale),
+        softcap=call.softcap,
+        sinks=None if call.sinks is None else call.sinks.double().tolist(),
+        position_bias=call.position_bias,
+        sparse_attention=call.sparse_attention,
+    )
+
+
+def _by(ids: torch.Tensor) -> str:
+    return " x ".join(map(str, ids.shape))
+
+
+def _model_type(decoder: nn.Module) -> str:
+    return str(getattr(getattr(decoder, "config", None), "model_type", type(decoder).__name__))
+
+
+def on_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Brings values from the host's memory to `device`; CUDA takes them when it comes to it, and nobody waits."""
+    if device.type == "cuda":
+        return values.pin_memory().to(device, non_blocking=True)
+    return values.to(device)

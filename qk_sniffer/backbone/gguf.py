@@ -1,0 +1,155 @@
+"""GGUF: a model in one file, config and tokenizer included, as llama.cpp runs it. Needs the extra `gguf`."""
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PretrainedConfig
+from transformers.integrations.gguf.reader import read_gguf_metadata
+from transformers.utils.hub import cached_file
+
+from qk_sniffer.backbone.config_overrides import unloaded
+from qk_sniffer.config import ModelConfig
+from qk_sniffer.errors import ConfigError
+
+_ROTARY_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+
+_AS_IN_CONFIG = {
+    ".attention.sliding_window": "sliding_window",
+    ".attn_logit_softcapping": "attn_logit_softcapping",
+}
+"""How keys of a file end that mean the same as a key of transformers' configs."""
+
+
+def check_gguf(config: ModelConfig) -> None:
+    """Whether `model.gguf_file` can be read at all, as far as can be told without the Hub.
+
+    Raises:
+        ConfigError: the extra `gguf` is not installed, or the file is not one that a job can be pinned to.
+    """
+    file, name = str(config.gguf_file), Path(str(config.name))
+    try:
+        import gguf  # noqa: F401
+    except ImportError:
+        raise ConfigError(
+            [f"model.gguf_file={file} needs the package gguf: pip install 'qk-sniffer[gguf]', or pip install gguf"]
+        ) from None
+    if not file.endswith(".gguf"):
+        raise ConfigError([f"model.gguf_file is {file!r}; it must be the name of a .gguf file"])
+    if not name.is_dir():
+        return
+    if Path(file).name != file:
+        raise ConfigError(
+            [f"model.gguf_file is {file!r}; it must be the name of a file that lies in model.name itself"]
+        )
+    if not (name / file).is_file():
+        there = ", ".join(sorted(path.name for path in name.glob("*.gguf")))
+        raise ConfigError(
+            [f"model.gguf_file is {file!r}, which is not in {name}; it has {there or 'no .gguf file at all'}"]
+        )
+
+
+def gguf_source(file: str, source: dict[str, Any]) -> dict[str, Any]:
+    """The arguments for transformers that load the GGUF `file` of the folder or repository of `source`.
+
+    By its whole path: of a bare name, transformers would look into the current directory first.
+
+    Raises:
+        OSError: the repository cannot be read, or has no such file.
+    """
+    name = source["pretrained_model_name_or_path"]
+    where = {key: source[key] for key in ("revision", "local_files_only") if key in source}
+    path = cached_file(name, file, **where)
+    assert path is not None
+    return {"pretrained_model_name_or_path": str(Path(path).parent), "gguf_file": str(Path(path).absolute())}
+
+
+def refuse_lost(text: PretrainedConfig, config: ModelConfig, path: str) -> None:
+    """Refuses a file with parameters of its attention that transformers does not read from it: other vectors or
+    weights, in silence. `text` is the config with the overrides in it.
+
+    Raises:
+        ConfigError: `model.config_overrides` does not say what they are.
+    """
+    metadata, tensors = read_gguf_metadata(path)
+    decoder = unloaded(text)
+    given = set(_keys(config.config_overrides))
+    lost = _lost_rotary(text, given, metadata, tensors)
+    if decoder is not None:
+        lost |= _lost_by_decoder(decoder, given, metadata)
+        lost |= _lost_biases(text, decoder, tensors)
+    longest = metadata.get(f"{metadata['general.architecture']}.context_length", math.inf)
+    for key, value in metadata.items():
+        name = next((name for ending, name in _AS_IN_CONFIG.items() if key.endswith(ending)), None)
+        if name is None or name in given or not value or getattr(text, name, None) == value:
+            continue
+        if name != "sliding_window" or value < longest:
+            lost[f"{key}={value}"] = name
+    if lost:
+        ways = " and ".join(f"model.config_overrides.{name}" for name in dict.fromkeys(lost.values()))
+        raise ConfigError(
+            [
+                f"model.gguf_file={config.gguf_file} has parameters that transformers does not read from it "
+                f"({', '.join(lost)}): give {ways} as in the config.json of the original model, or load that model "
+                "itself if its config has no such key"
+            ]
+        )
+
+
+def _keys(overrides: Mapping[str, Any]) -> Iterator[str]:
+    for key, value in overrides.items():
+        yield key
+        if isinstance(value, dict):
+            yield from _keys(value)
+
+
+def _lost_rotary(
+    text: PretrainedConfig, given: set[str], metadata: Mapping[str, Any], tensors: Iterable[str]
+) -> dict[str, str]:
+    """What the file says of the rotary base and its scaling and the config does not -> the override that says it."""
+    rope = getattr(text, "rope_parameters", None) or {}
+    each = [rope, *(one for one in rope.values() if isinstance(one, dict))]
+    bases = [] if "rope_theta" in given else [one["rope_theta"] for one in each if one.get("rope_theta") is not None]
+    is_said = bool({"rope_type", "type", "rope_scaling"} & given)
+    is_plain = not is_said and all(one.get("rope_type", "default") == "default" for one in each)
+    lost = {name: "rope_parameters" for name in tensors if is_plain and name in _ROTARY_TENSORS}
+    for key, value in metadata.items():
+        is_lost_factor = key.endswith(".rope.scaling.attn_factor") and not is_said and value not in (0, 1)
+        if (
+            (key.endswith(".rope.scaling.type") and is_plain and value != "none")
+            or (key.endswith((".rope.scaling.factor", ".rope.scale_linear")) and is_plain and value not in (0, 1))
+            or (is_lost_factor and not any(_is_close(value, [*one.values()]) for one in each))
+            or (key.endswith(".rope.freq_base") and bases and not _is_close(value, bases))
+        ):
+            lost[f"{key}={value}"] = "rope_parameters"
+    return lost
+
+
+def _lost_by_decoder(decoder: nn.Module, given: set[str], metadata: Mapping[str, Any]) -> dict[str, str]:
+    """What the file says of heads that a decoder of this config does otherwise -> the override that says it."""
+    widths = [2 * buffer.shape[-1] for name, buffer in decoder.named_buffers() if name.endswith("inv_freq")]
+    scales = [value for module in decoder.modules() if isinstance(value := getattr(module, "scaling", None), float)]
+    lost = {}
+    for key, value in metadata.items():
+        if key.endswith(".rope.dimension_count") and widths and value not in widths:
+            if "partial_rotary_factor" not in given:
+                lost[f"{key}={value}"] = "rope_parameters.partial_rotary_factor"
+        elif key.endswith(".attention.scale") and value and scales and not _is_close(value, scales):
+            lost[f"{key}={value}"] = "attention_multiplier"
+    return lost
+
+
+def _lost_biases(text: PretrainedConfig, decoder: nn.Module, tensors: Iterable[str]) -> dict[str, str]:
+    if any("att" in name and name.endswith(".bias") for name, _ in decoder.named_parameters()):
+        return {}
+    unset = (key for key, value in text.to_dict().items() if "bias" in key and value is False)
+    way_out = next(unset, "attention_bias")
+    return {name: way_out for name in tensors if re.fullmatch(r"blk\.0\.attn_(q|k|v|qkv)\.bias", name)}
+
+
+def _is_close(value: float, to: Iterable[Any]) -> bool:
+    # The file's numbers are of 32 bits.
+    return any(isinstance(one, float | int) and math.isclose(value, one, rel_tol=1e-6) for one in to)

@@ -1,0 +1,244 @@
+"""Loading: the decoder of a checkpoint as the config says, whole or with an error that names what is missing."""
+
+import logging
+import sys
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, GgufConfig, PretrainedConfig, PreTrainedModel
+
+from qk_sniffer.backbone.backbone import Backbone
+from qk_sniffer.backbone.config_overrides import with_overrides
+from qk_sniffer.backbone.family import Family, find_family, imported_family
+from qk_sniffer.backbone.gguf import check_gguf, gguf_source, refuse_lost
+from qk_sniffer.backbone.trailing_layers import cut_after
+from qk_sniffer.config import ModelConfig
+from qk_sniffer.errors import QkSnifferError, SourceError
+
+T = TypeVar("T")
+
+
+def load_backbone(
+    config: ModelConfig,
+    *,
+    commit: str | None = None,
+    pre_rope: bool = False,
+    banded_attention: bool = True,
+    layers: Collection[int] | None = None,
+) -> Backbone:
+    """Loads the decoder of `config.name` without its head, in eval mode.
+
+    `commit` pins a Hub model to the one of an earlier start. Where only `layers` are asked for, those behind the last
+    of them are left out, if the model allows it.
+
+    Raises:
+        SourceError: the model cannot be found or loaded, it attends to an encoder, or its checkpoint and its decoder do
+            not have the same weights.
+    """
+    with _loading(config):
+        model, family, info = _cached_first(config, commit, lambda source: _loaded(config, source, layers))
+    decoder = family.decoder(model.eval())
+    _refuse_missing(str(config.name), model, decoder, family, info)
+    _refuse_dropped(str(config.name), model, decoder, family, info)
+    return Backbone(decoder, family, pre_rope=pre_rope, banded_attention=banded_attention)
+
+
+def check_model(config: ModelConfig, *, commit: str | None = None) -> None:
+    """Reads the model's config alone: cheap, and the first to know that something is no model.
+
+    Raises:
+        SourceError: there is none, or it does not go with `config`.
+    """
+    with _loading(config):
+        _cached_first(config, commit, lambda source: _read_config(config, source))
+
+
+def _cached_first(config: ModelConfig, commit: str | None, load: Callable[[dict[str, Any]], T]) -> T:
+    """What `load` makes of the keyword arguments that say where the model is."""
+    source: dict[str, Any] = {
+        "pretrained_model_name_or_path": str(config.name),
+        "trust_remote_code": config.trust_remote_code,
+    }
+    if config.gguf_file is not None:
+        check_gguf(config)
+    if Path(str(config.name)).is_dir():
+        return load(source)
+    source["revision"] = commit or config.revision
+    try:
+        # The cache first: where there is no network, the library asks for a minute before it looks there.
+        return load(source | {"local_files_only": True})
+    except OSError:
+        return load(source)
+
+
+def _read_config(config: ModelConfig, source: dict[str, Any]) -> tuple[PretrainedConfig, Family, dict[str, Any]]:
+    """The decoder's config with its overrides, its family, and the arguments to load it with."""
+    named = None if config.family is None else imported_family(config.family)  # it may register the model first
+    if config.gguf_file is not None:
+        source = gguf_source(config.gguf_file, source)
+    whole = AutoConfig.from_pretrained(**source)
+    text = whole.get_text_config()
+    family = named or find_family(text.model_type)
+    if text is not whole:
+        # A multimodal checkpoint: its decoder alone is built and read, under the names that it has inside the whole.
+        source = source | {"key_mapping": family.key_mapping}
+        if (quantization := getattr(whole, "quantization_config", None)) is not None:
+            text.quantization_config = quantization
+    saved = _as_saved(whole, text, source) if config.config_overrides and config.gguf_file is None else {}
+    made = with_overrides(text, config.config_overrides, saved)
+    attends_to_encoder = whole.is_encoder_decoder and "is_encoder_decoder" not in config.config_overrides
+    if made.is_encoder_decoder or attends_to_encoder:
+        raise SourceError(
+            f"model {config.name} is an encoder-decoder: its decoder attends to an encoder, which a text alone does "
+            "not give. For its decoder without the encoder set model.config_overrides.is_encoder_decoder=false"
+        )
+    if config.gguf_file is not None:
+        refuse_lost(made, config, source["gguf_file"])
+    return made, family, source
+
+
+def _as_saved(whole: PretrainedConfig, text: PretrainedConfig, source: dict[str, Any]) -> dict[str, Any]:
+    """The decoder's part of config.json, before the config's class made anything of it; empty if it has none."""
+    where = {key: value for key, value in source.items() if key != "key_mapping"}
+    raw: dict[str, Any] = PretrainedConfig.get_config_dict(**where)[0]
+    if text is whole:
+        return raw
+    parts = [part for part in raw.values() if isinstance(part, dict)]
+    return next((part for part in parts if part.get("model_type") == text.model_type), {})
+
+
+def _auto_class(config: ModelConfig, model_config: PretrainedConfig, family: Family) -> Any:
+    """The class of transformers that loads this checkpoint."""
+    with_head = "AutoModelForCausalLM"
+    offered = (getattr(model_config, "auto_map", None) or {}) if config.trust_remote_code else {}
+    own_code_has_head_only = family.auto_class not in offered and with_head in offered
+    # Tensors of GGUF files are named after the model with its head: without it, some types find none of them.
+    if own_code_has_head_only or (config.gguf_file is not None and family.auto_class == "AutoModel"):
+        return getattr(transformers, with_head)
+    return getattr(transformers, family.auto_class)
+
+
+def _loaded(
+    config: ModelConfig, source: dict[str, Any], layers: Collection[int] | None
+) -> tuple[PreTrainedModel, Family, dict[str, Any]]:
+    model_config, family, source = _read_config(config, source)
+    if config.gguf_file is not None:
+        # Else a quantised file may stay packed, and run on kernels of its own, attention's included.
+        source = source | {"quantization_config": GgufConfig(dequantize=True)}
+    with nullcontext() if layers is None else cut_after(layers, family):
+        model, info = _auto_class(config, model_config, family).from_pretrained(
+            config=model_config,
+            dtype=getattr(torch, config.dtype),
+            device_map=config.device_map,
+            attn_implementation=config.attn_implementation,
+            use_safetensors=None if config.allow_pickle or config.gguf_file else True,
+            ignore_mismatched_sizes=True,  # to be named by us, with every other weight that is not as it should be
+            output_loading_info=True,
+            **source,
+        )
+    return model, family, info
+
+
+@contextmanager
+def _loading(config: ModelConfig) -> Iterator[None]:
+    """Turns what transformers raises while it loads into errors that name the model and the way out."""
+    where = f"model {config.name}" + (f" at revision {config.revision}" if config.revision != "main" else "")
+    verbosity, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity(logging.ERROR)  # its load report lists the head, which is left out on purpose
+    if not sys.stderr.isatty():
+        transformers.logging.disable_progress_bar()
+    try:
+        yield
+    except OSError as error:
+        text = str(error)
+        if "safetensors" in text and not config.allow_pickle:
+            raise SourceError(
+                f"{where} has no safetensors weights. A pickle checkpoint can run any code when it is loaded: if you "
+                f"trust its author, set model.allow_pickle=true. ({_first_line(text)})"
+            ) from error
+        file = "config.json" if config.gguf_file is None else "the file of model.gguf_file"
+        raise SourceError(
+            f"{where} cannot be loaded: {_first_line(text)} Give model.name a Hub id (org/name) or a local folder "
+            f"with {file}; private and gated models need HF_TOKEN, an offline machine a cached copy"
+        ) from error
+    except QkSnifferError:
+        raise
+    except Exception as error:  # whatever a checkpoint, or code that comes with it, makes the library stumble over
+        hint = "; set model.trust_remote_code=true if you trust its code" if "trust_remote_code" in str(error) else ""
+        raise SourceError(f"{where} cannot be loaded: {type(error).__name__}: {error}{hint}") from error
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        if bars:
+            transformers.logging.enable_progress_bar()
+
+
+def _refuse_missing(name: str, model: nn.Module, decoder: nn.Module, family: Family, info: dict[str, Any]) -> None:
+    prefix = _prefix(model, decoder)
+    unused = tuple(prefix + name for name in family.unused)
+    faults = {key: key for key in info["missing_keys"]}
+    for key, there, here in info["mismatched_keys"]:
+        faults[key] = f"{key} ({list(there)} in the checkpoint, {list(here)} by the config)"
+    bad = [faults[key] for key in sorted(faults) if key.startswith(prefix) and not key.startswith(unused)]
+    if not bad:
+        return
+    way_out = "check that the checkpoint is whole and that model.config_overrides does not change its shapes"
+    if len(info["missing_keys"]) >= len(model.state_dict()) and info["unexpected_keys"]:
+        way_out = (
+            f"it has weights of other names, such as {min(info['unexpected_keys'])}: a family can say how they map to "
+            "the decoder's (model.family=package.module:Class, Family.key_mapping)"
+        )
+    raise SourceError(
+        f"model {name}: its checkpoint lacks, or has in another shape, {len(bad)} weights of the decoder: "
+        f"{_some(bad)}. They would be random, so nothing is captured; {way_out}"
+    )
+
+
+def _refuse_dropped(name: str, model: Any, decoder: Any, family: Family, info: dict[str, Any]) -> None:
+    """Refuses a checkpoint with weights that the decoder has no place for, but that its vectors would depend on.
+
+    That is: inside of an attention module, or a bias of a module that has none. Masks and rotary tables, which older
+    checkpoints hold, are buffers; a head, other towers and further layers are left out on purpose.
+    """
+    prefix = _prefix(model, decoder)
+    layers = family.attention_layers(decoder)
+    modules = {prefix + path: module for path, module in decoder.named_modules()}
+    attention = tuple(f"{path}." for path, module in modules.items() if module in layers)
+    base = f"{model.base_model_prefix}."
+
+    def is_needed(key: str) -> bool:
+        path, _, leaf = key.rpartition(".")
+        if leaf == "bias" and getattr(modules.get(path), "weight", None) is not None:
+            return True
+        inside = next((key.removeprefix(start) for start in attention if key.startswith(start)), "")
+        return "." in inside and not inside.startswith("rotary") and not leaf.endswith("inv_freq")
+
+    keys = sorted(info["unexpected_keys"])
+    dropped = [key for key in keys if any(map(is_needed, (key, key.removeprefix(base), base + key)))]
+    if not dropped:
+        return
+    unset = [key for key, value in decoder.config.to_dict().items() if "bias" in key and value is False]
+    way_out = "check that its config.json is the one it was saved with, with quantization_config if it is quantised"
+    if unset and all(key.endswith(".bias") for key in dropped):
+        way_out = "set " + " or ".join(f"model.config_overrides.{key}=true" for key in unset)
+    raise SourceError(
+        f"model {name}: its config does not ask for {len(dropped)} weights that the checkpoint has: {_some(dropped)}. "
+        f"Without them the vectors would be others, so nothing is captured; {way_out}"
+    )
+
+
+def _prefix(model: nn.Module, decoder: nn.Module) -> str:
+    """What the names of the decoder's weights begin with in `model`."""
+    return next((f"{path}." for path, module in model.named_modules() if path and module is decoder), "")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _first_line(text: str) -> str:
+    return text.strip().split("\n")[0].rstrip(".") + "."

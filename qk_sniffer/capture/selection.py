@@ -1,0 +1,139 @@
+"""Which heads are captured: the query heads that were asked for or drawn, and the key heads that serve them.
+
+The order of the rules: `capture.layers`, `capture.full_attention_only` and `capture.heads` say which query
+heads are eligible; `capture.head_sampling` draws among those. Every key head that serves a chosen query head
+is captured with it, once. The draw is stable: the `count` eligible (layer, head) with the smallest
+`counter_hash(DRAW, seed, layer, head)` (defined in `sampling.py`), so a larger count only adds heads.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from qk_sniffer.backbone.layers import LayerHeads
+from qk_sniffer.capture.sampling import counter_hash
+from qk_sniffer.config import CaptureConfig
+from qk_sniffer.errors import CaptureError, ConfigError
+from qk_sniffer.text import compact_ranges
+
+# First word of the hash, so that the draw of heads has nothing in common with the draw of rows.
+DRAW = int.from_bytes(b"heads")
+
+
+@dataclass(frozen=True)
+class LayerSelection:
+    """The heads of one layer that are captured, in ascending order; empty when their kind is off."""
+
+    layer: LayerHeads
+    query_heads: tuple[int, ...]
+    key_heads: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The heads that are captured.
+
+    `layers` holds the layers with at least one, ascending. `eligible` counts the query heads that the draw
+    could choose from, `drawn` those it left (all eligible ones without a draw). `note` is a line for the user.
+    """
+
+    layers: tuple[LayerSelection, ...]
+    eligible: int
+    drawn: int
+    note: str | None
+
+    def __iter__(self) -> Iterator[tuple[int, str, tuple[int, ...]]]:
+        """(layer, kind, heads) for each layer and kind that has heads to capture, queries first."""
+        for chosen in self.layers:
+            for kind, heads in (("q", chosen.query_heads), ("k", chosen.key_heads)):
+                if heads:
+                    yield chosen.layer.layer, kind, heads
+
+    @property
+    def num_heads(self) -> int:
+        """Query and key heads together: the number of Parquet files."""
+        return sum(len(heads) for _, _, heads in self)
+
+
+def select(layers: Sequence[LayerHeads], capture: CaptureConfig) -> Selection:
+    """The heads of `layers` that `capture` asks for.
+
+    Raises `ConfigError` where that names a layer or a head that there is not, or leaves nothing to capture;
+    `CaptureError` for a layer whose query heads do not share its key heads evenly.
+    """
+    if not (capture.capture_queries or capture.capture_keys):
+        raise ConfigError(["capture.capture_queries and capture.capture_keys are both false: nothing to capture"])
+    candidates = _eligible_layers(layers, capture)
+    for layer in candidates:
+        if layer.num_k_heads < 1 or layer.num_q_heads % layer.num_k_heads:
+            raise CaptureError(
+                f"layer {layer.layer} has {layer.num_q_heads} query heads and {layer.num_k_heads} key heads, which "
+                "do not divide evenly, so no query head has a key head of its own; leave it out by capture.layers"
+            )
+    eligible = _eligible_heads(candidates, capture)
+    count = capture.head_sampling.count
+    drawn = eligible if count is None else _draw(eligible, count, capture.head_sampling.seed)
+    note = None
+    if count is not None and count > len(eligible):
+        note = f"capture.head_sampling.count is {count}, but only {len(eligible)} heads are eligible: all are kept"
+    chosen = []
+    for layer in candidates:
+        heads = tuple(sorted(head for number, head in drawn if number == layer.layer))
+        if heads:
+            key_heads = tuple(sorted({layer.key_head(head) for head in heads}))
+            chosen.append(
+                LayerSelection(
+                    layer,
+                    query_heads=heads if capture.capture_queries else (),
+                    key_heads=key_heads if capture.capture_keys else (),
+                )
+            )
+    return Selection(tuple(chosen), len(eligible), len(drawn), note)
+
+
+def _eligible_layers(layers: Sequence[LayerHeads], capture: CaptureConfig) -> list[LayerHeads]:
+    known = {layer.layer: layer for layer in sorted(layers, key=lambda layer: layer.layer)}
+    asked = known.keys() if capture.layers is None else set(capture.layers)
+    there_are = f"the layers with attention are {compact_ranges(known) or 'none'}"
+    if not asked:
+        raise ConfigError([f"capture.layers is empty: null captures all; {there_are}"])
+    if unknown := asked - known.keys():
+        raise ConfigError([f"capture.layers: the model has no layer {compact_ranges(unknown)}; {there_are}"])
+    candidates = [layer for number, layer in known.items() if number in asked]
+    if not capture.full_attention_only:
+        return candidates
+    full = [layer for layer in candidates if layer.sliding_window is None]
+    if full:
+        return full
+    elsewhere = compact_ranges(layer.layer for layer in layers if layer.sliding_window is None)
+    which = (
+        "every layer of the model"
+        if capture.layers is None
+        else f"every layer of capture.layers ({compact_ranges(asked)})"
+    )
+    raise ConfigError(
+        [
+            f"capture.full_attention_only leaves no layer: {which} has a sliding window; full attention: "
+            f"{'layers ' + elsewhere if elsewhere else 'none'}"
+        ]
+    )
+
+
+def _eligible_heads(layers: Sequence[LayerHeads], capture: CaptureConfig) -> list[tuple[int, int]]:
+    known = {head for layer in layers for head in range(layer.num_q_heads)}
+    asked = known if capture.heads is None else set(capture.heads)
+    there_are = f"the eligible layers have query heads {compact_ranges(known)}"
+    if not asked:
+        raise ConfigError([f"capture.heads is empty: null captures all; {there_are}"])
+    if unknown := asked - known:
+        raise ConfigError([f"capture.heads: no eligible layer has query head {compact_ranges(unknown)}; {there_are}"])
+    return [(layer.layer, head) for layer in layers for head in range(layer.num_q_heads) if head in asked]
+
+
+def _draw(eligible: list[tuple[int, int]], count: int, seed: int) -> list[tuple[int, int]]:
+    if count < 1:
+        raise ConfigError([f"capture.head_sampling.count is {count}; it must be at least 1, or null for all heads"])
+    pairs = np.array(eligible, dtype=np.int64)
+    smallest = np.argsort(counter_hash(DRAW, seed, pairs[:, 0], pairs[:, 1]), kind="stable")[:count]
+    return [eligible[i] for i in sorted(smallest.tolist())]

@@ -1,0 +1,67 @@
+"""Jobs of one sweep that would write to one place: found before the first of them starts."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from qk_sniffer.config import Config, ShardConfig
+from qk_sniffer.jobs.sweep import PlannedJob
+
+
+def collisions(jobs: Sequence[PlannedJob]) -> list[str]:
+    """What is wrong with `jobs`, sound ones, when they run side by side. The shards of one job may share a folder."""
+    by_root: dict[str, list[PlannedJob]] = {}
+    by_branch: dict[tuple[str, str], list[PlannedJob]] = {}
+    for job in jobs:
+        by_root.setdefault(str(job.config.data_root.resolve()), []).append(job)
+        output = job.config.output
+        if output.hf_repo_id and output.hf_branch:
+            by_branch.setdefault((output.hf_repo_id, output.hf_branch), []).append(job)
+    problems = []
+    for group in by_root.values():
+        if clash := _first_clash(group):
+            problems.append(_described(*clash, "output.data_root", str(group[0].config.output.data_root)))
+    for (_, branch), group in by_branch.items():
+        others = [job for job in group if job.config.data_root.resolve() != group[0].config.data_root.resolve()]
+        if others:
+            problems.append(_described(group[0], others[0], "output.hf_branch", branch))
+    return problems
+
+
+def _first_clash(jobs: Sequence[PlannedJob]) -> tuple[PlannedJob, PlannedJob] | None:
+    """Two jobs that are not two shards of one job."""
+    first = jobs[0]
+    shards: dict[int, PlannedJob] = {}
+    for job in jobs:
+        if _unsharded(job.config) != _unsharded(first.config):
+            return first, job
+        if job.config.shard.index in shards:
+            return shards[job.config.shard.index], job
+        shards[job.config.shard.index] = job
+    return None
+
+
+def _unsharded(config: Config) -> Config:
+    return replace(config, shard=ShardConfig(0, config.shard.count))
+
+
+def _described(one: PlannedJob, other: PlannedJob, key: str, value: str) -> str:
+    said = f"{one} and {other} would both write to {key}={value}"
+    values, others = _flat(one.config.to_dict()), _flat(other.config.to_dict())
+    different = [name for name in values | others if values.get(name) != others.get(name)]
+    if not different:
+        return f"{said}; they are the same job twice"
+    said += f", though they differ in {', '.join(different[:3])}{' and more' if len(different) > 3 else ''}"
+    if key == "output.data_root" and one.config.output.hf_branch != other.config.output.hf_branch:
+        return f"{said}; leave {key} out, and each gets a folder of its own"
+    swept = [name for name in different if f"{name}={values[name]}" in one.arguments and str(values[name]).isalnum()]
+    if not swept:
+        return f"{said}; run them one by one, each with {key} of its own"
+    return f"{said}; give each a place of its own, as in '{key}={value}-${{{swept[0]}}}'"
+
+
+def _flat(values: dict[str, Any], section: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{section}{name}.") if isinstance(value, dict) else {section + name: value}
+    return flat

@@ -1,0 +1,224 @@
+"""Dataset rows -> examples: which rows are used, in which order, and under which ids.
+
+An example's `index`, its row's index in the source, is the order of everything that follows. Its `example_id` is
+what the dataset's rows carry and what the sampler hashes, so two examples must never share one.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any
+
+import numpy as np
+
+from qk_sniffer.config import DatasetConfig
+from qk_sniffer.corpus.sources import Source, open_source
+from qk_sniffer.errors import SourceError
+
+_BATCH_ROWS = 10_000
+
+
+@dataclass(frozen=True)
+class Example:
+    """One text, before tokenisation."""
+
+    index: int
+    """The row's index in the source, from 0, counting the rows that are left out."""
+    example_id: int
+    """int32."""
+    source_id: str
+    """The id as the source gives it; the index where `dataset.id_column` is null."""
+    text: str
+
+
+def open_corpus(config: DatasetConfig, commit: str | None = None) -> "Corpus":
+    """Finds the source, and checks all that can be known before the first text is read.
+
+    Args:
+        commit: of a Hub dataset, as an earlier start of the job found it; null pins `config.revision` now.
+
+    Raises:
+        SourceError: the source is not found or cannot be read, a column is missing or of the wrong type, no row is
+            left, or an id is null or stands for two rows (these two when met, if streaming).
+    """
+    return Corpus(config, open_source(config, commit))
+
+
+def example_id_of(source_id: Any) -> int:
+    """An integer that fits int32 is its own example_id; of any other id it is a 31-bit digest of its text."""
+    if isinstance(source_id, int) and not isinstance(source_id, bool) and -(2**31) <= source_id < 2**31:
+        return source_id
+    return int.from_bytes(blake2b(str(source_id).encode(), digest_size=4).digest(), "big") & 0x7FFFFFFF
+
+
+class Corpus:
+    """The examples of one source, in its order.
+
+    The rows used are those that pass `dataset.filter`, the first `dataset.max_samples` of them. A row whose text is
+    null, empty or only white space is used but gives no example.
+    """
+
+    def __init__(self, config: DatasetConfig, source: Source) -> None:
+        self._config = config
+        self._source = source
+        self._skipped = 0
+        self._check_columns()
+        id_column = [config.id_column] if config.id_column is not None else []
+        self._rows = source.rows.select_columns(list({config.text_column, *id_column, *config.filter}))
+        self._used: Sequence[int] | None = None
+        if not config.streaming:
+            self._used = self._rows_used()
+            if config.id_column is not None:
+                self._check_ids(self._used, config.id_column)
+
+    @property
+    def commit(self) -> str | None:
+        """The commit of a Hub dataset, else null."""
+        return self._source.commit
+
+    @property
+    def num_rows(self) -> int | None:
+        """How many rows are used, those of all shards and those without a text counted; null when streaming."""
+        return None if self._used is None else len(self._used)
+
+    @property
+    def skipped(self) -> int:
+        """Rows of the shard that were met in the latest iteration, so far, and have no text."""
+        return self._skipped
+
+    def examples(self, *, shard_index: int = 0, shard_count: int = 1, after: int = 0) -> Iterator[Example]:
+        """The examples with `index % shard_count == shard_index`, in source order, of all rows but the first `after`.
+
+        Every iteration gives the same ones, so that a restarted job cuts the same windows and batches, and tokenises
+        only the examples that it has not finished.
+
+        Raises:
+            SourceError: a row cannot be read; no row of any shard has a text; ids, as for `open_corpus`.
+        """
+        self._skipped = 0
+        met: dict[int, Example] = {}
+        any_text = False
+        for place, index, row in self._read(shard_index, shard_count, after):
+            mine = index % shard_count == shard_index and place >= after
+            if not self._has_text(index, row):
+                self._skipped += mine
+                continue
+            any_text = True
+            example = self._example(index, row)
+            if self._used is None and self._config.id_column is not None:
+                self._meet(example, met)
+            if mine:
+                yield example
+        if not any_text and not after and not self._any_text():
+            raise SourceError(f"{self._source.name}: no row has a text in column {self._config.text_column!r}.")
+
+    def _read(self, shard_index: int, shard_count: int, after: int) -> Iterator[tuple[int, int, dict[str, Any]]]:
+        """The rows used, with their place among them and their index: those that are asked for, or when streaming,
+        where all pass by, all."""
+        if self._used is not None:
+            for place in range(after, len(self._used)):
+                index = self._used[place]
+                if index % shard_count == shard_index:
+                    yield place, index, self._rows[index]
+            return
+        used = 0
+        for index, row in enumerate(self._source.read(self._rows)):
+            if all(row[column] == value for column, value in self._config.filter.items()):
+                yield used, index, row
+                used += 1
+                if used == self._config.max_samples:
+                    return
+        if not used:
+            raise self._no_rows()
+
+    def _rows_used(self) -> Sequence[int]:
+        used: Sequence[int] = range(len(self._rows))
+        if self._config.filter:
+            columns = (self._column(column, used) for column in self._config.filter)
+            wanted = tuple(self._config.filter.values())
+            used = [index for index, values in enumerate(zip(*columns, strict=True)) if values == wanted]
+        if not used:
+            raise self._no_rows()
+        return used[: self._config.max_samples]
+
+    def _check_ids(self, used: Sequence[int], id_column: str) -> None:
+        """Of all rows only the id column is read; texts only where something may be wrong."""
+        ids = np.empty(len(used), np.int32)
+        suspect = np.zeros(len(used), np.bool_)
+        for place, source_id in enumerate(self._column(id_column, used)):
+            ids[place] = 0 if source_id is None else example_id_of(source_id)
+            suspect[place] = source_id is None
+        order = np.argsort(ids, kind="stable")
+        repeated = np.flatnonzero(ids[order][1:] == ids[order][:-1])
+        suspect[order[repeated]] = suspect[order[repeated + 1]] = True
+        met: dict[int, Example] = {}
+        for place in np.flatnonzero(suspect).tolist():
+            index = used[place]
+            row = self._rows[index]
+            if self._has_text(index, row):
+                self._meet(self._example(index, row), met)
+
+    def _column(self, column: str, used: Sequence[int]) -> Iterator[Any]:
+        rows = self._rows.select_columns([column]).select(used).with_format("arrow")
+        for table in rows.iter(_BATCH_ROWS):
+            yield from table[column].to_pylist()
+
+    def _example(self, index: int, row: dict[str, Any]) -> Example:
+        text = row[self._config.text_column]
+        if self._config.id_column is None:
+            return Example(index, index, str(index), text)
+        source_id = row[self._config.id_column]
+        if source_id is None:
+            raise SourceError(
+                f"{self._source.name}: row {index} has no id (column {self._config.id_column!r} is null there). "
+                "Use another dataset.id_column, or the row's index as the id: dataset.id_column=null."
+            )
+        return Example(index, example_id_of(source_id), str(source_id), text)
+
+    def _meet(self, example: Example, met: dict[int, Example]) -> None:
+        """Refuses an example whose id one of those `met` before has; keeps it there without its text."""
+        first = met.setdefault(example.example_id, Example(example.index, example.example_id, example.source_id, ""))
+        if first.index == example.index:
+            return
+        if first.source_id == example.source_id:
+            what = f"rows {first.index} and {example.index} have the same id {example.source_id!r}"
+        else:
+            what = (
+                f"the ids {first.source_id!r} of row {first.index} and {example.source_id!r} of row {example.index} "
+                f"differ, but come to the same 31-bit example_id {example.example_id} (a hash collision)"
+            )
+        raise SourceError(
+            f"{self._source.name}, column {self._config.id_column!r}: {what}. Their sampled rows could not be told "
+            "apart. Use the row's index as the id: dataset.id_column=null."
+        )
+
+    def _has_text(self, index: int, row: dict[str, Any]) -> bool:
+        text = row[self._config.text_column]
+        if text is not None and not isinstance(text, str):  # a stream may not know its types beforehand
+            raise SourceError(
+                f"{self._source.name}: row {index} holds {type(text).__name__}, not text, in column "
+                f"{self._config.text_column!r}."
+            )
+        return text is not None and text != "" and not text.isspace()
+
+    def _any_text(self) -> bool:
+        return any(self._has_text(index, self._rows[index]) for index in self._used or ())
+
+    def _check_columns(self) -> None:
+        config, types = self._config, self._source.column_types()
+        has = f"It has: {', '.join(f'{column} ({kind})' for column, kind in types.items())}."
+        wanted = {"dataset.text_column": config.text_column, "dataset.id_column": config.id_column}
+        wanted |= {f"dataset.filter.{column}": column for column in config.filter}
+        for key, column in wanted.items():
+            if column is not None and column not in types:
+                raise SourceError(f"{self._source.name} has no column {column!r}. Set {key} to one that it has. {has}")
+        kind = types[config.text_column]
+        if kind not in ("string", "large_string", "unknown"):
+            raise SourceError(
+                f"{self._source.name}: column {config.text_column!r} holds {kind}, not text. Set dataset.text_column "
+                f"to a column of strings. {has}"
+            )
+
+    def _no_rows(self) -> SourceError:
+        left = f" that pass dataset.filter={self._config.filter}" if self._config.filter else ""
+        return SourceError(f"{self._source.name} has no rows{left}.")

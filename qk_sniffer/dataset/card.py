@@ -1,0 +1,346 @@
+"""The dataset card: README.md of a dataset, for the Hub's readers and for `load_dataset`.
+
+Its front matter names one config for each head, so that `load_dataset(root, "l00h00q")` reads that head and no
+other; the first head is the default. The text depends on the facts alone: no dates, hosts or local paths. On a branch
+of the Hub it tells more: how to read it from there, the proof, pictures.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from qk_sniffer.capture.sampling import Sampler
+from qk_sniffer.config import rule, safe_name
+from qk_sniffer.dataset.card_facts import CardFacts, CardHead, Place
+from qk_sniffer.dataset.card_snippets import loading
+from qk_sniffer.store import manifest as manifests
+from qk_sniffer.store.layout import EXAMPLES, KINDS, Layout, head_name, schema
+from qk_sniffer.text import compact_ranges
+
+FRONT_MATTER_BYTES = 100_000
+"""The most that the front matter may take."""
+
+_MAX_BUCKET_LINES = 32
+_KIND_NAMES = {"q": "query", "k": "key"}
+
+
+def write_card(facts: CardFacts) -> str:
+    """The card's text. There must be at least one head."""
+    names = [head_name(head.layer, head.head, head.kind) for head in _in_order(facts.heads)]
+    front_matter, lists_all = _front_matter(facts, names)
+    parts = [
+        front_matter,
+        _introduction(facts),
+        loading(facts.place, names, lists_all),
+        _columns(facts),
+        _run(facts),
+        _head_layout(facts),
+        _sampling(facts),
+        _logits(facts),
+        _proof(facts),
+        _pictures(facts),
+        _terms(facts),
+        _citation(facts),
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def branch_card(root: Path, repo_id: str, branch: str) -> bytes:
+    """The card of the dataset at `root` for its branch on the Hub, with the proof and the pictures in its folder.
+
+    Raises:
+        StoreError: the dataset is not whole.
+    """
+    manifest = manifests.read(root)
+    pictures = [path.relative_to(root).as_posix() for path in Layout(root).pictures()]
+    facts = replace(CardFacts.of(manifest), place=Place(repo_id, branch), proof=manifest["proof"], pictures=pictures)
+    return write_card(facts).encode()
+
+
+def _in_order(heads: Sequence[CardHead]) -> list[CardHead]:
+    return sorted(heads, key=lambda head: (head.layer, KINDS.index(head.kind), head.head))
+
+
+def _front_matter(facts: CardFacts, names: list[str]) -> tuple[str, bool]:
+    """The YAML between its dashes, and whether it names every head."""
+    # A folder's glob takes 11 bytes less a head than the file's name, but costs a listing on the Hub.
+    for pattern, listed in (("{}/data.parquet", names), ("{}/*", names), ("{}/data.parquet", names[:1])):
+        text = _yaml(facts, [(name, pattern.format(name)) for name in listed])
+        if len(text.encode()) <= FRONT_MATTER_BYTES:
+            break
+    return text, len(listed) == len(names)
+
+
+def _yaml(facts: CardFacts, configs: list[tuple[str, str]]) -> str:
+    # What derives from a model and from texts of others has the terms of both, which no identifier of the Hub's names.
+    lines = ["---", f"pretty_name: {_quoted(_title(facts))}"]
+    lines += ["license: other", "license_name: terms-of-the-model-and-the-texts"]
+    if facts.languages:
+        lines += ["language:", *(f"- {_quoted(language)}" for language in facts.languages)]
+    lines += ["tags:", *(f"- {tag}" for tag in ("qk-sniffer", "attention", "interpretability"))]
+    lines += ["size_categories:", f"- {_size_category(sum(head.rows for head in facts.heads))}"]
+    if facts.dataset_commit is not None:
+        lines += ["source_datasets:", f"- {_quoted(facts.config.dataset.path or '')}"]
+    lines.append("configs:")
+    for number, (name, files) in enumerate([*configs, ("examples", EXAMPLES)]):
+        lines += [f"- config_name: {name}", f"  data_files: {files}"]
+        if number == 0:
+            lines.append("  default: true")
+    return "\n".join([*lines, "---", ""])
+
+
+def _introduction(facts: CardFacts) -> str:
+    counts = {kind: sum(head.kind == kind for head in facts.heads) for kind in KINDS}
+    what = " and ".join(f"{counts[kind]:,} {_KIND_NAMES[kind]} heads" for kind in KINDS if counts[kind])
+    rows = sum(head.rows for head in facts.heads)
+    stage = "before" if facts.config.capture.capture_pre_rope else "after"
+    return f"""\
+# {_title(facts)}
+
+The query (Q) and key (K) vectors of attention heads of `{_model_name(facts)}` at sampled token positions of
+{facts.num_examples:,} texts of `{_dataset_name(facts)}`: {what}, {rows:,} rows. Captured with qk-sniffer in the
+model's own forward pass, {stage} the rotary embedding (RoPE).
+
+Each head is one Parquet file, `l<layer>h<head><q|k>/data.parquet`; a `k` head is numbered among the key heads.
+Rows are sorted by the order of the texts in their source, then by position. `examples/data.parquet` describes
+the texts, `manifest.json` the run and every file.
+"""
+
+
+def _columns(facts: CardFacts) -> str:
+    capture, dtype = facts.config.capture, facts.config.model.dtype
+    stage = "before RoPE" if capture.capture_pre_rope else "as attention received it, after RoPE"
+    meanings = {
+        "bucket": "the range of positions that the row was drawn from, see Sampling",
+        "example_id": "the text: `examples/data.parquet` has its id in the source, its length and its hash",
+        "position": "the token's position in the text, from 0",
+        "vector": f"the query or key vector, {stage}; {dtype}, widened to float32",
+        "sliding_window": "tokens that the layer attends back to, the token itself included; null on full attention",
+        "token_id": "the token at that position",
+        "token_str": "the same, as text",
+    }
+    types = {"vector": f"list of {compact_ranges(head.head_dim for head in facts.heads)} float32"}
+    fields = schema(1, token_ids=capture.capture_token_ids, token_strings=capture.capture_token_strings)
+    table = [(f"`{field.name}`", types.get(field.name, str(field.type)), meanings[field.name]) for field in fields]
+    return "## Columns\n\n" + _table(("column", "type", "meaning"), table)
+
+
+def _run(facts: CardFacts) -> str:
+    model, dataset, tokenizer = facts.config.model, facts.config.dataset, facts.config.model.tokenizer
+    cut, empty = f"{facts.num_truncated:,} cut at max_length", f"{facts.num_skipped:,} left out as empty"
+    settings = [
+        ("model", _source(model.name, model.revision, facts.model_commit)),
+        ("dtype", model.dtype),
+        ("attention implementation", model.attn_implementation),
+        ("config overrides", json.dumps(model.config_overrides, sort_keys=True) if model.config_overrides else None),
+        ("tokenizer", _source(tokenizer.name, tokenizer.revision, facts.tokenizer_commit)),
+        ("special tokens", "added" if tokenizer.add_special_tokens else "not added"),
+        ("max_length", f"{tokenizer.max_length:,} tokens"),
+        ("dataset", _source(dataset.path, dataset.revision, facts.dataset_commit)),
+        ("dataset config", dataset.name),
+        ("split", dataset.split),
+        ("text column", dataset.text_column),
+        ("id column", dataset.id_column or "none: example_id is the row's index"),
+        ("texts", f"{facts.num_examples:,} ({cut}; {empty})"),
+        ("tokens", f"{facts.num_tokens:,} (the longest text has {facts.longest:,})"),
+        ("stage", "before RoPE" if facts.config.capture.capture_pre_rope else "after RoPE"),
+        ("software", ", ".join(f"{name} {version}" for name, version in sorted(facts.software.items()))),
+    ]
+    table = [(key, value) for key, value in settings if value]
+    return "## Run\n\n" + _table(("setting", "value"), table)
+
+
+def _head_layout(facts: CardFacts) -> str:
+    by_layer: dict[int, list[CardHead]] = {}
+    for head in _in_order(facts.heads):
+        by_layer.setdefault(head.layer, []).append(head)
+    layers_alike: dict[tuple[str, ...], list[int]] = {}
+    for layer, heads in by_layer.items():
+        window = heads[0].sliding_window
+        alike = (
+            "full" if window is None else f"sliding, {window:,} tokens",
+            str(heads[0].head_dim),
+            *(compact_ranges(head.head for head in heads if head.kind == kind) or "none" for kind in KINDS),
+        )
+        layers_alike.setdefault(alike, []).append(layer)
+    table = [(compact_ranges(layers), *alike) for alike, layers in layers_alike.items()]
+    text = "## Heads\n\n" + _table(("layers", "attention", "head_dim", "query heads", "key heads"), table)
+    draw = facts.config.capture.head_sampling
+    if draw.count is not None:
+        text += (
+            f"\nThe query heads were drawn: {draw.count:,} of the eligible ones (seed {draw.seed}). The key heads are\n"
+            "those that serve them.\n"
+        )
+    return text
+
+
+def _sampling(facts: CardFacts) -> str:
+    config, sampler = facts.config.sampler, Sampler(facts.config.sampler)
+    kinds = [kind for kind in KINDS if any(head.kind == kind for head in facts.heads)]
+    words, sharing = "seed, example_id, layer, kind, position", "All heads of a layer and kind"
+    if config.share == "example":
+        words, sharing = "seed, example_id, position", "All layers, queries and keys alike,"
+    text = f"""\
+## Sampling
+
+Sampler: {rule(config)}, min_bucket_size {config.min_bucket_size:,}, seed {config.seed}. A position is kept when a hash
+of ({words}), read as a number u in [0, 1), is below the probability p of its bucket.
+{sharing} share u. To estimate sums over all positions, weight each row by 1/p.
+"""
+    if config.max_rows_per_example is not None:
+        text += (
+            f"Where more than {config.max_rows_per_example:,} are kept for a text, layer and kind, those with the\n"
+            "smallest hashes remain: there the true probability is below p.\n"
+        )
+    for group in [kinds] if sampler.same_rule() else [[kind] for kind in kinds]:
+        header = ("bucket", "positions", "p", *(f"{_KIND_NAMES[kind]} rows" for kind in group))
+        text += "\n" + _table(header, _bucket_lines(facts, sampler, group))
+    return text
+
+
+def _bucket_lines(facts: CardFacts, sampler: Sampler, kinds: list[str]) -> list[tuple[str, ...]]:
+    inclusion = sampler.inclusion(kinds[0], facts.longest)
+    buckets = list(inclusion)
+    # Only buckets of equal width, and so of equal p, can be so many that they share a line.
+    step = -(-len(buckets) // _MAX_BUCKET_LINES) or 1
+    lines = []
+    for start in range(0, len(buckets), step):
+        some = buckets[start : start + step]
+        first, last = sampler.span(kinds[0], some[0])[0], sampler.span(kinds[0], some[-1])[1]
+        rows = [sum(facts.rows_by_bucket[kind].get(bucket, 0) for bucket in some) for kind in kinds]
+        lines.append(
+            (
+                compact_ranges(some),
+                f"{first:,} to {min(last, facts.longest - 1):,}",
+                f"{inclusion[some[0]]:.6g}",
+                *(f"{count:,}" for count in rows),
+            )
+        )
+    return lines
+
+
+def _logits(facts: CardFacts) -> str:
+    rotated = (
+        "These vectors are from before RoPE: first apply the layer's rotary embedding (its inverse frequencies and\n"
+        "attention scaling are in `manifest.json`), and what some models do behind it (a norm, a scale by position).\n"
+        "Then a logit"
+        if facts.config.capture.capture_pre_rope
+        else "A logit"
+    )
+    return f"""\
+## Rebuilding attention logits
+
+{rotated} of a query and a key of the same text, with the key's position at most the query's, is their dot
+product times the layer's softmax scale, then soft-capped where the layer has a softcap. Scale, softcap, sinks and
+rotary parameters of each layer are in `manifest.json`, and so is the key head that serves each query head; the
+metadata of each Parquet file repeats what concerns its head. With a sliding window of w tokens, a query attends to
+a key only when their positions differ by less than w; with an `attention_chunk` of c, only when both positions divided
+by c have the same whole part. Where `position_bias` is true, a bias is added to the logits that is not stored;
+where `sparse_attention` is true, a query attends to some of these keys only, and which ones is not stored.
+"""
+
+
+def _proof(facts: CardFacts) -> str:
+    proof = facts.proof
+    if proof is None:
+        return ""
+    if not proof["proven"]:
+        return f"## Proof\n\nNot proven: {proof['reason']}.\n"
+    largest = max(proof["largest_difference_by_layer"].values())
+    count = len(proof["examples"])
+    rows = "one example" if count == 1 else f"{count} examples"
+    return f"""\
+## Proof
+
+The rows of {rows} were derived again on another path: hooks on the projections of the unmodified
+model, without the tap that captured them. Relative to the spread of a head's vectors they differ by {largest:.1g} at
+most, in any layer; up to {proof["tolerance"]:g} counts as rounding in {facts.config.model.dtype}. A wrong head,
+position or rotation gives about 1. `manifest.json` has the figure of each layer.
+"""
+
+
+def _pictures(facts: CardFacts) -> str:
+    if not facts.pictures:
+        return ""
+    shown = [f"![{Path(name).stem.replace('_', ' ')}]({name})\n" for name in facts.pictures]
+    return "## Pictures\n\n" + "\n".join(shown)
+
+
+def _terms(facts: CardFacts) -> str:
+    def source(name: str, role: str) -> str:
+        licenses = ", ".join(f"`{license}`" for license in facts.licenses.get(role, ()))
+        return f"`{name}`" + (f" (licence: {licenses})" if licenses else "")
+
+    return f"""\
+## Terms
+
+The vectors derive from {source(_model_name(facts), "model")} and from {source(_dataset_name(facts), "dataset")}.
+No licence of their own is stated here; the terms of both apply.
+"""
+
+
+def _citation(facts: CardFacts) -> str:
+    if facts.place is None:
+        return ""
+    key = safe_name(facts.place.branch).replace(".", "-")
+    return f"""\
+## How to cite
+
+Cite the model, the texts, and this dataset with the commit that was used:
+
+```bibtex
+@misc{{{key},
+  title        = {{{_for_tex(_title(facts))}}},
+  howpublished = {{Dataset repository {_for_tex(facts.place.repo_id)} on the Hugging Face Hub, branch
+                  {_for_tex(facts.place.branch)}}},
+  note         = {{Captured with qk-sniffer}}
+}}
+```
+"""
+
+
+def _for_tex(text: str) -> str:
+    return re.sub(r"([_&%#$])", r"\\\1", text)
+
+
+def _title(facts: CardFacts) -> str:
+    return f"Q and K vectors of {_model_name(facts)} on {_dataset_name(facts)}"
+
+
+def _model_name(facts: CardFacts) -> str:
+    return _public_name(facts.config.model.name, facts.model_commit)
+
+
+def _dataset_name(facts: CardFacts) -> str:
+    return _public_name(facts.config.dataset.path, facts.dataset_commit)
+
+
+def _public_name(name: str | None, commit: str | None) -> str:
+    # What has no commit is a local folder or file: its path means nothing to a reader, and may tell too much.
+    return (name if commit is not None else Path(name or "").name) or "unnamed"
+
+
+def _source(name: str | None, revision: str | None, commit: str | None) -> str:
+    text = f"`{_public_name(name, commit)}`"
+    if commit is None:
+        return text
+    return f"{text}, commit `{commit}`" + ("" if revision in (None, "main", commit) else f" (revision `{revision}`)")
+
+
+def _size_category(rows: int) -> str:
+    bounds = ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T")
+    for power, bound in enumerate(bounds):
+        if rows < 10 ** (power + 3):
+            return f"n<{bound}" if power == 0 else f"{bounds[power - 1]}<n<{bound}"
+    return f"n>{bounds[-1]}"
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -1,0 +1,114 @@
+"""The code of a dataset card that loads its vectors, from a folder or a branch of the Hub; the tests run it."""
+
+import json
+import shlex
+
+from qk_sniffer.dataset.card_facts import Place
+
+_LOAD_FOLDER = """\
+```python
+import os
+
+from datasets import load_dataset
+
+root = os.getcwd()  # the folder of this card
+rows = load_dataset(root, {which}, split="train").with_format("numpy")
+vectors = rows["vector"][:]  # float32 (rows, head_dim)
+```
+"""
+
+_LOAD_BRANCH = """\
+From the Hub, one head or, streaming, without a copy on this machine:
+
+```python
+from datasets import load_dataset
+
+rows = load_dataset({repo}, {which}, revision={branch}, split="train")
+stream = load_dataset({repo}, {which}, revision={branch}, split="train", streaming=True)
+```
+
+With qk-sniffer, which fetches only the heads that are asked for:
+
+```python
+import qk_sniffer
+
+dataset = qk_sniffer.open_dataset({repo}, revision={branch})
+vectors, positions, example_ids = dataset.vectors(*dataset.heads[0])
+```
+
+A copy of the whole branch, which the code below reads:
+
+```bash
+hf download {repo_word} --repo-type dataset --revision {branch_word} --local-dir {folder}
+```
+"""
+
+_READ_FILES = """\
+With pandas, polars or DuckDB:
+
+```python
+import numpy as np
+import pandas as pd
+
+frame = pd.read_parquet("{file}")
+vectors = np.stack(frame["vector"])
+```
+
+```python
+import polars as pl
+
+vectors = pl.read_parquet("{file}")["vector"].to_numpy()
+heads = pl.scan_parquet("l*{kind}/data.parquet", include_file_paths="file")
+counts = heads.group_by("file", "bucket").len().collect()
+```
+
+```python
+import duckdb
+
+counts = duckdb.sql(
+    "select filename, bucket, count(*) as rows "
+    "from read_parquet('l*{kind}/data.parquet', filename = true) group by all order by all"
+).fetchall()
+```
+
+With pyarrow, without a copy:
+
+```python
+import pyarrow.parquet as pq
+
+column = pq.read_table("{file}", columns=["vector"])["vector"]
+size = column.type.list_size
+vectors = [chunk.flatten().to_numpy(zero_copy_only=True).reshape(-1, size) for chunk in column.chunks]
+```
+"""
+
+
+def loading(place: Place | None, names: list[str], lists_all: bool) -> str:
+    """The section of a card on loading.
+
+    Args:
+        place: where on the Hub, if not in a folder.
+        names: the heads'.
+        lists_all: whether the card's front matter names them all.
+    """
+    file = f"{names[0]}/data.parquet"
+    which = json.dumps(names[0]) if lists_all else f'data_files="{file}"'
+    first, second = _LOAD_FOLDER.format(which=which), ""
+    if place is not None:
+        repo_id, branch = place.repo_id, place.branch
+        first, second = "", f"In that folder:\n\n{first}\n"
+        first = _LOAD_BRANCH.format(
+            repo=json.dumps(repo_id),
+            which=which,
+            branch=json.dumps(branch),
+            repo_word=shlex.quote(repo_id),
+            branch_word=shlex.quote(branch),
+            folder=shlex.quote(branch.replace("/", "-")),
+        )
+    text = f"## Loading\n\n{first}"
+    if not lists_all:
+        text += (
+            f"\nA card cannot list {len(names):,} heads as configs, so every head is loaded as above, by its file.\n"
+            'The default config is the first head, the config "examples" the texts.\n'
+        )
+    return f"{text}\n{second}{_READ_FILES.format(file=file, kind=names[0][-1])}"

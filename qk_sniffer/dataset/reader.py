@@ -1,0 +1,154 @@
+"""Reading a dataset in Python: of a folder, or of a branch of the Hub, where only what is asked for is fetched.
+
+dataset = qk_sniffer.open_dataset("me/my-vectors", revision="qwen3-8b-pydoc")
+queries, positions, example_ids = dataset.vectors(*dataset.heads[0])
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from qk_sniffer.capture.sampling import Sampler
+from qk_sniffer.config import from_dict
+from qk_sniffer.errors import StoreError
+from qk_sniffer.hub.branch import open_branch
+from qk_sniffer.hub.revisions import is_hub_id
+from qk_sniffer.store import manifest as manifests
+from qk_sniffer.store.disk import sha256_of
+from qk_sniffer.store.files import Files, Folder
+from qk_sniffer.store.layout import EXAMPLES, HeadKey, head_file
+
+
+class HeadVectors(NamedTuple):
+    """The rows of a head, in the order of the texts and then of the positions."""
+
+    vectors: npt.NDArray[np.float32]
+    """(rows, head_dim)"""
+    positions: npt.NDArray[np.int32]
+    """(rows,): of the token in its text, from 0."""
+    example_ids: npt.NDArray[np.int32]
+    """(rows,): of the text; `Dataset.examples` tells more of it."""
+
+
+class Dataset:
+    """A finished dataset; its files are read when they are asked for. `open_dataset` makes one."""
+
+    def __init__(self, files: Files) -> None:
+        self._files = files
+        self.manifest: dict[str, Any] = manifests.of(files)
+        """What `manifest.json` says: settings, commits, the layout of the heads, probabilities, files."""
+        self.commit: str | None = getattr(files, "commit", None)
+        """The commit on the Hub that is read; null for a folder."""
+        self.heads: list[HeadKey] = manifests.heads(self.manifest)
+        """The captured heads as (layer, head, kind): by layer, queries ("q") before keys ("k")."""
+
+    @cached_property
+    def examples(self) -> pa.Table:
+        """The texts that the rows come from, one row each: example_id, source_id, num_tokens, text_hash, index,
+        truncated."""
+        return _read(self._files.path(EXAMPLES), None)
+
+    def vectors(self, layer: int, head: int, kind: str) -> HeadVectors:
+        """The rows of a head. `head` is the number of a query head where `kind` is "q", of a key head for "k".
+
+        Raises:
+            StoreError: the head was not captured; its file is missing or damaged.
+            HubError: its file cannot be fetched.
+        """
+        table = self.table(layer, head, kind, ["vector", "position", "example_id"])
+        vectors = [_matrix(chunk) for chunk in table["vector"].chunks]
+        size = table.schema.field("vector").type.list_size
+        return HeadVectors(
+            np.concatenate(vectors) if vectors else np.empty((0, size), np.float32),
+            table["position"].to_numpy(),
+            table["example_id"].to_numpy(),
+        )
+
+    def table(self, layer: int, head: int, kind: str, columns: Sequence[str] | None = None) -> pa.Table:
+        """The rows of a head with all columns, or those that are named (see the card for what they mean).
+
+        Raises:
+            StoreError: the head or a column was not captured; its file is missing or damaged.
+            HubError: its file cannot be fetched.
+        """
+        key = HeadKey(layer, head, kind)
+        if key not in self.heads:
+            some = ", ".join(key.name for key in self.heads[:6]) + (", ..." if len(self.heads) > 6 else "")
+            raise StoreError(
+                f"{self} has no rows of layer {layer}, head {head}, kind {kind!r}; it has {some} (`.heads`)"
+            )
+        return _read(self._files.path(head_file(*key)), columns)
+
+    def is_intact(self, layer: int, head: int, kind: str) -> bool:
+        """Whether the file of a head is the one that the manifest lists, by the sha256 that it states.
+
+        Raises:
+            StoreError: it is missing.
+            HubError: it cannot be fetched.
+        """
+        name = head_file(layer, head, kind)
+        path = self._files.path(name)
+        try:
+            digest = sha256_of(path)
+        except OSError as error:
+            raise StoreError(f"{path} is missing or damaged: {error.strerror}") from error
+        return bool(digest == self.manifest["files"][name].get("sha256", digest))
+
+    def fetch(self, heads: Sequence[HeadKey]) -> None:
+        """Fetches the files of several heads at once, where they are on the Hub.
+
+        Raises:
+            HubError: they cannot be fetched.
+        """
+        self._files.fetch([head_file(*key) for key in heads])
+
+    def __str__(self) -> str:
+        return str(self._files)
+
+    def __repr__(self) -> str:
+        return f"<{len(self.heads)} heads, {self.manifest['rows']:,} rows: {self}>"
+
+
+def open_dataset(root_or_repo: str | Path, revision: str | None = None) -> Dataset:
+    """The dataset in a folder, or in a repository of the Hub at `revision`: a branch, a tag or a commit.
+
+    Of a repository the manifest alone is fetched at first. huggingface_hub keeps what is fetched, so that what was read
+    once can be read again without a network.
+
+    Raises:
+        StoreError: there is no such folder, or no finished dataset in it.
+        HubError: there is no such repository or revision, or no dataset in it, or the Hub cannot be reached.
+    """
+    root = Path(root_or_repo).expanduser()
+    if root.is_dir() or not is_hub_id(str(root_or_repo)):
+        if revision is not None:
+            raise StoreError(f"{root} is a folder: it has no revision {revision!r}; leave it out")
+        return Dataset(Folder(root))
+    return Dataset(open_branch(str(root_or_repo), revision))
+
+
+def _matrix(chunk: pa.FixedSizeListArray) -> npt.NDArray[np.float32]:
+    flat: npt.NDArray[np.float32] = chunk.flatten().to_numpy(zero_copy_only=True)
+    return flat.reshape(-1, chunk.type.list_size)
+
+
+def _read(path: Path, columns: Sequence[str] | None) -> pa.Table:
+    try:
+        with pq.ParquetFile(path) as file:
+            if unknown := set(columns or ()) - set(file.schema_arrow.names):
+                has = ", ".join(file.schema_arrow.names)
+                raise StoreError(f"{path} has no column {', '.join(sorted(unknown))}; it has {has}")
+            return file.read(columns=columns)
+    except (OSError, pa.ArrowException) as error:
+        raise StoreError(f"{path} is missing or damaged: {str(error).partition(chr(10))[0]}") from error
+
+
+def sampler_of(manifest: dict[str, Any]) -> Sampler:
+    """The sampler that chose the rows of a dataset."""
+    return Sampler(from_dict({"sampler": manifest["config"]["sampler"]}).sampler)

@@ -1,0 +1,54 @@
+"""What a finished job leaves on the screen: what there is now, where, and how to read it."""
+
+from qk_sniffer.hub.branch import Branch
+from qk_sniffer.store import manifest as manifests
+from qk_sniffer.store.files import Files
+from qk_sniffer.store.layout import head_file
+from qk_sniffer.text import counted
+
+_READ_FOLDER = """\
+Read it in Python:
+  import pandas as pd
+  head = pd.read_parquet("{file}")
+  print(head[["bucket", "example_id", "position", "vector"]].head())"""
+
+_READ_BRANCH = """\
+Read it in Python:
+  import qk_sniffer
+  dataset = qk_sniffer.open_dataset("{repo_id}", revision="{name}")
+  vectors, positions, example_ids = dataset.vectors(*dataset.heads[0])"""
+
+
+def show(where: Files, note: str) -> None:
+    """Prints a dataset: examples, rows, heads, files, size; `note`; and three lines that read it."""
+    manifest = manifests.of(where)
+    files = manifest["files"]
+    heads = manifests.heads(manifest)
+    size_mb = sum(entry["bytes"] for entry in files.values()) / 1e6
+    counts = f"{counted(manifest['examples'], 'example')}, {counted(manifest['tokens'], 'token')}"
+    made = f"{counted(manifest['rows'], 'row')} of {counted(len(heads), 'head')}"
+    print(f"{made}, from {counts}; {counted(len(files), 'file')}, {size_mb:,.1f} MB.")
+    for key, meaning in (
+        ("truncated_examples", "cut to model.tokenizer.max_length"),
+        ("skipped_rows", "without text left out"),
+    ):
+        if manifest[key]:
+            print(f"{counted(manifest[key], 'example')} {meaning}.")
+    if not manifest["rows"]:
+        print("The sampler kept no row: raise sampler.base_rate.")
+    if nonfinite := manifest.get("nonfinite_rows"):
+        rows, heads_with = counted(sum(nonfinite.values()), "row"), counted(len(nonfinite), "head")
+        print(f"{rows} of {heads_with} hold NaN or infinite numbers, kept as the model computed them.")
+    proof = manifest["proof"]
+    if proof["proven"]:
+        largest = max(proof["largest_difference_by_layer"].values())
+        which = counted(len(proof["examples"]), "example")
+        print(f"Proven: rows of {which}, derived again by hooks, differ by {largest:.1g} at most (relative).")
+    elif proof["proven"] is None:
+        print(f"Not proven: {proof['reason']}.")
+    print(note)
+    print(f"Dataset: {where}")
+    if isinstance(where, Branch):
+        print(_READ_BRANCH.format(repo_id=where.repo_id, name=where.name))
+    else:
+        print(_READ_FOLDER.format(file=where.path(head_file(*heads[0]))))

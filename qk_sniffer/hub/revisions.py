@@ -1,0 +1,137 @@
+"""Which commit of a Hub repository a job uses, and whether the Hub can be reached at all.
+
+Every start asks the Hub once, without the retries that the loading libraries make (half a minute and more when there
+is no network). The answer is a commit, so that everything loaded afterwards is of one state of the repository.
+"""
+
+import hashlib
+import re
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal
+
+from qk_sniffer.errors import SourceError
+
+Kind = Literal["dataset", "model"]
+
+_TIMEOUT_S = 10.0
+
+
+class HubUnreachableError(SourceError):
+    """The Hub gives no answer: offline mode, no network, or a server error. A cached copy may still serve."""
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether `name` has the form of a repository on the Hub: `name` or `owner/name`."""
+    part = r"[A-Za-z0-9_](?:[\w.-]*[A-Za-z0-9_])?"
+    return re.fullmatch(rf"{part}(?:/{part})?", name, flags=re.ASCII) is not None
+
+
+def hub_commit(kind: Kind, name: str, revision: str | None = None) -> str:
+    """The commit that `revision` (branch, tag or commit; null for the default branch) of a repository stands at.
+
+    Raises:
+        HubUnreachableError: there was no usable answer.
+        SourceError: there is no such repository or revision, or it is not open to this account.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub import errors as hub
+
+    try:
+        commit = HfApi().repo_info(name, repo_type=kind, revision=revision, timeout=_TIMEOUT_S).sha
+    except hub.GatedRepoError:
+        raise SourceError(
+            f"{kind} {name!r} is gated on the Hub: ask for access on its page, then log in (`hf auth login`, or "
+            "HF_TOKEN in the environment)."
+        ) from None
+    except hub.RevisionNotFoundError:
+        raise SourceError(f"{kind} {name!r} has no revision {revision!r}.{_revisions(kind, name)}") from None
+    except hub.RepositoryNotFoundError:
+        raise SourceError(
+            f"{kind} {name!r} is neither a local path nor on the Hub, where a private repository needs a login "
+            "(`hf auth login`, or HF_TOKEN in the environment)."
+        ) from None
+    except hub.OfflineModeIsEnabled:
+        raise HubUnreachableError("the Hub cannot be reached: offline mode is on (HF_HUB_OFFLINE=1)") from None
+    except Exception as error:  # the transport's own errors, whichever HTTP library is beneath, and server errors
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise HubUnreachableError(f"the Hub cannot be reached: {reason}") from error
+    if commit is None:
+        raise HubUnreachableError(f"the Hub cannot be reached: it named no commit for {name!r}")
+    return commit
+
+
+def cached_commit(kind: Kind, name: str, revision: str | None = None) -> str | None:
+    """The commit of `revision` as far as the files in the local Hub cache tell; null if they do not.
+
+    A snapshot that was loaded by its commit leaves no branch name behind: the only snapshot there is taken for the
+    default branch, several are not guessed among.
+    """
+    from huggingface_hub import constants
+
+    folder = Path(constants.HF_HUB_CACHE, f"{kind}s--{name.replace('/', '--')}")
+    ref = folder / "refs" / (revision or "main")
+    if ref.is_file():
+        return ref.read_text().strip()
+    snapshots = [path.name for path in folder.glob("snapshots/*")]
+    if revision in snapshots:
+        return revision
+    return snapshots[0] if len(snapshots) == 1 and revision in (None, "main") else None
+
+
+def _revisions(kind: Kind, name: str, most: int = 20) -> str:
+    from huggingface_hub import HfApi
+
+    try:
+        refs = HfApi().list_repo_refs(name, repo_type=kind)
+    except Exception:  # only a help in a message about something else
+        return ""
+    names = [ref.name for ref in [*refs.branches, *refs.tags]]
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f" It has: {', '.join(names[:most])}{more}; a commit will do too."
+
+
+def hub_commit_of(commit: str | None) -> str | None:
+    """None for the digest that stands in the place of a local checkpoint's commit."""
+    return None if commit is None or commit.startswith("sha256:") else commit
+
+
+def folder_digest(folder: Path) -> str:
+    """`sha256:` over names and contents of the files that a checkpoint is loaded from, documentation left out."""
+    suffixes = {".safetensors", ".json", ".bin", ".model", ".gguf", ".py", ".txt", ".jinja"}
+    files = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix in suffixes)
+
+    def digest(path: Path) -> bytes:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").digest()
+
+    with ThreadPoolExecutor() as pool:
+        digests = list(pool.map(digest, files))
+    whole = hashlib.sha256()
+    for path, part in zip(files, digests, strict=True):
+        whole.update(path.name.encode() + b"\0" + part)
+    return f"sha256:{whole.hexdigest()}"
+
+
+def current_commit(name: str, revision: str) -> str:
+    """Where `revision` of a model repository stands: asked of the Hub, else of the local cache.
+
+    Raises:
+        SourceError: neither knows.
+    """
+    if name.endswith(".gguf") and (Path(name).is_file() or not is_hub_id(name)):
+        folder, file = Path(name).parent, Path(name).name
+        raise SourceError(f"model {name} is a GGUF file: set model.name={folder} model.gguf_file={file} instead")
+    if not is_hub_id(name):
+        raise SourceError(
+            f"model {name} is no folder and no Hub id: give model.name (or model.tokenizer.name) a folder with "
+            "config.json, or org/name"
+        )
+    try:
+        return hub_commit("model", name, revision)
+    except HubUnreachableError as unreachable:
+        if (cached := cached_commit("model", name, revision)) is not None:
+            return cached
+        raise SourceError(
+            f"model {name} at {revision}: {unreachable}, and no copy of it is in the local cache"
+        ) from None

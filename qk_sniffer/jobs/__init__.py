@@ -1,0 +1,1 @@
+"""Runs one job, and tracks the jobs of a sweep."""

@@ -1,0 +1,83 @@
+"""Makes the dataset of a job whose shards are all captured, and publishes one that is finished."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from qk_sniffer.config import Config, VerifyConfig, from_dict, resolved
+from qk_sniffer.corpus.examples import open_corpus
+from qk_sniffer.errors import ConfigError
+from qk_sniffer.hub.client import require_access
+from qk_sniffer.jobs.assemble import finish_publication
+from qk_sniffer.jobs.components import LazyComponents
+from qk_sniffer.jobs.finish import finish, report_and_publish
+from qk_sniffer.store import manifest as manifests
+from qk_sniffer.store.files import Folder
+from qk_sniffer.store.journal import Journal
+from qk_sniffer.store.layout import Layout, missing_manifest
+from qk_sniffer.store.locks import holder, is_held
+from qk_sniffer.store.record import read_record
+from qk_sniffer.timing import Stages
+from qk_sniffer.validation import output_problems
+
+
+def finalize(
+    data_root: Path, *, prove: bool = True, hf_repo_id: str | None = None, hf_branch: str | None = None
+) -> int:
+    """Makes the dataset at `data_root`, and says what is missing where that cannot be; the exit code.
+
+    Raises:
+        QkSnifferError: there is no job; what the shards captured cannot be made a dataset; it is not published.
+    """
+    layout = Layout(data_root)
+    if not layout.root.is_dir():
+        raise missing_manifest(layout.root)
+    finish_publication(layout)
+    record = read_record(layout)
+    if record is None:
+        config = _published(from_dict(manifests.read(layout.root)["config"]), hf_repo_id, hf_branch)
+        report_and_publish(config, layout, "Nothing to do: the dataset is finished.", Folder(layout.root))
+        return 0
+    if missing := missing_shards(layout, record):
+        print("\n".join([f"{layout.root} cannot be finished yet:", *(f"  - {line}" for line in missing)]))
+        print("Run their jobs, with the command that began this one; shards that are done do nothing then.")
+        return 1
+    config = _published(from_dict(record["config"]), hf_repo_id, hf_branch)
+    if not prove:
+        config = replace(config, verify=VerifyConfig(examples=0))
+    stages = Stages()
+
+    def corpus() -> Any:
+        return open_corpus(config.dataset, record["commits"]["dataset"])
+
+    done = finish(config, layout, corpus, LazyComponents(config, record["commits"], stages), stages)
+    return 1 if done is None and read_record(layout) is not None else 0
+
+
+def _published(config: Config, hf_repo_id: str | None, hf_branch: str | None) -> Config:
+    """`config` with the place on the Hub that is given, if one is."""
+    if hf_repo_id is None:
+        return config
+    output = replace(config.output, hf_repo_id=hf_repo_id, hf_branch=hf_branch)
+    if problems := list(output_problems(output)):
+        raise ConfigError(problems)
+    require_access(hf_repo_id)
+    return resolved(replace(config, output=output))
+
+
+def missing_shards(layout: Layout, record: dict[str, Any]) -> list[str]:
+    """A line for each shard of the job of `record` that is not captured, with what there is of it."""
+    count = record["config"]["shard"]["count"]
+    lines = []
+    for index in range(count):
+        if layout.shard_done(index, count).exists():
+            continue
+        lock = layout.shard_lock(index, count)
+        if is_held(lock):
+            state = f"running ({holder(lock)})"
+        elif captured := len(Journal(layout.journal(index, count), verify=False).records):
+            state = f"stopped, with {captured} examples captured"
+        else:
+            state = "not begun"
+        lines.append(f"shard {index} of {count}: {state}")
+    return lines

@@ -1,0 +1,103 @@
+"""Going on from what a branch of the Hub holds (`output.resume_from_hub`), and never back from it.
+
+When a job starts, the branch's manifest and list of examples are fetched, its heads only when rows are added to them;
+huggingface_hub keeps what was fetched. The data root notes at which commit of the branch it stands, and with which
+manifest, in `.sniff_snapshot.json`. Before it publishes, the job looks again at what the branch holds by then.
+"""
+
+import json
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from qk_sniffer.config import Config, fingerprint
+from qk_sniffer.errors import StoreError
+from qk_sniffer.hub.branch import Branch, find
+from qk_sniffer.jobs.identity import Job
+from qk_sniffer.store import manifest as manifests
+from qk_sniffer.store.disk import explained, sha256_of, write_atomic
+from qk_sniffer.store.layout import EXAMPLES, MANIFEST, Layout
+
+log = logging.getLogger(__name__)
+
+
+def branch_ahead(config: Config, layout: Layout, here: Mapping[str, Any] | None) -> Branch | None:
+    """The branch that the job publishes to, where its dataset has more rows of the source than `here`.
+
+    `here` is the manifest of a finished dataset in the data root, if there is one.
+
+    Raises:
+        HubError: the Hub cannot be asked.
+        StoreError: the branch holds a dataset of another configuration.
+    """
+    output = config.output
+    assert output.hf_repo_id is not None and output.hf_branch is not None
+    branch = find(output.hf_repo_id, output.hf_branch)
+    if branch is not None and here is not None and matches_snapshot(layout, branch):
+        return None
+    if branch is None or not branch.has(MANIFEST):
+        log.info("there is no dataset on the branch %s of %s yet", output.hf_branch, output.hf_repo_id)
+        return None
+    there = manifests.of(branch)
+    earlier = Job.from_record(there)
+    mine = Job(fingerprint(config), earlier.commits, earlier.versions) if here is None else Job.from_record(here)
+    mine.check_continues(earlier, str(branch), finished=True)
+    return branch if here is None or there["source_rows"] > here["source_rows"] else None
+
+
+def guard(layout: Layout, branch: Branch) -> None:
+    """Refuses to let the dataset in the data root take the place of what the branch holds, unless it goes on from that.
+
+    Raises:
+        HubError: the Hub cannot be asked.
+        StoreError: the branch has a dataset of another configuration, of other texts, or of more of them.
+    """
+    if not branch.has(MANIFEST):
+        return
+    here, there = manifests.read(layout.root), manifests.of(branch)
+    Job.from_record(here).check_continues(Job.from_record(there), str(branch), finished=True)
+    if there["source_rows"] > here["source_rows"]:
+        raise StoreError(
+            f"not published: {branch} has {there['source_rows']} rows of the source by now, and {layout.root} has "
+            f"{here['source_rows']}. Ask for more of them (dataset.max_samples) and run the command again, which goes "
+            "on from there; or publish to another output.hf_branch"
+        )
+    theirs, ours = pq.read_table(branch.path(EXAMPLES)), pq.read_table(layout.examples)
+    if not ours.slice(0, len(theirs)).equals(theirs):
+        raise StoreError(
+            f"not published: {branch} was made from other texts than {layout.root}. Publish to another "
+            "output.hf_branch, or replace what is there with output.overwrite=true"
+        )
+
+
+def matches_snapshot(layout: Layout, branch: Branch) -> bool:
+    """Whether the data root is as it was when it was noted to be what this branch is."""
+    return _read(layout) == _snapshot_of(layout, branch)
+
+
+def write_snapshot(layout: Layout, branch: Branch) -> None:
+    """Notes that the data root is what this branch is.
+
+    Raises:
+        StoreError: the data root cannot be written.
+    """
+    if not matches_snapshot(layout, branch):
+        with explained(layout.snapshot, "write"):
+            write_atomic(layout.snapshot, json.dumps(_snapshot_of(layout, branch), indent=2).encode())
+
+
+def _snapshot_of(layout: Layout, branch: Branch) -> dict[str, str | None]:
+    manifest = layout.manifest
+    digest = sha256_of(manifest) if manifest.exists() else None
+    place = {"repo_id": branch.repo_id, "branch": branch.name, "commit": branch.commit}
+    return {**place, "manifest_sha256": digest}
+
+
+def _read(layout: Layout) -> dict[str, str | None] | None:
+    try:
+        stored: dict[str, str | None] = json.loads(layout.snapshot.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return stored

@@ -1,0 +1,54 @@
+"""What the sources of a dataset say of themselves in their cards, for the card of the dataset: licence and language."""
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qk_sniffer.corpus.sources import PYDOC
+from qk_sniffer.hub.revisions import Kind
+
+if TYPE_CHECKING:
+    from huggingface_hub import CardData
+
+_TIMEOUT_S = 10.0
+
+_DOCUMENTATION = {"license": ["psf-2.0"], "language": ["en"]}
+
+
+def stated_terms(kind: Kind, name: str, commit: str | None) -> dict[str, list[str]]:
+    """`license` and `language` of a repository of the Hub at `commit`, or of a local folder; empty where not known.
+
+    No error is worth ending a job for this.
+    """
+    if kind == "dataset" and name == PYDOC:
+        return _DOCUMENTATION
+    try:
+        card = _of_folder(Path(name)) if Path(name).exists() else _of_hub(kind, name, commit)
+    except Exception:
+        card = None
+    license, language = (_listed(card.get(key)) if card is not None else [] for key in ("license", "language"))
+    return {"license": license, "language": [code for code in language if _is_language(code)]}
+
+
+def _of_folder(folder: Path) -> "CardData | None":
+    from huggingface_hub import RepoCard
+
+    card = folder / "README.md"
+    return RepoCard.load(card, ignore_metadata_errors=True).data if card.is_file() else None
+
+
+def _of_hub(kind: Kind, name: str, commit: str | None) -> "CardData | None":
+    from huggingface_hub import HfApi
+
+    info = HfApi().repo_info(name, repo_type=kind, revision=commit, timeout=_TIMEOUT_S)
+    return getattr(info, "card_data", None)
+
+
+def _listed(value: Any) -> list[str]:
+    values = value if isinstance(value, list) else [value]
+    return [each for each in values if isinstance(each, str)]
+
+
+def _is_language(code: str) -> bool:
+    # The Hub takes ISO 639 codes, with a region or script if need be, and refuses a card with anything else.
+    return re.fullmatch(r"[a-z]{2,3}(-[A-Za-z0-9]+)*|multilingual|code", code) is not None

@@ -1,0 +1,93 @@
+"""What a person sees while a job runs: a bar on a terminal, plain lines elsewhere, and where the time went."""
+
+import json
+import logging
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+from tqdm import tqdm
+
+log = logging.getLogger(__name__)
+
+LINE_EVERY_S = 10.0
+
+
+class Progress:
+    """Examples done, tokens/s, ETA, rows and memory, on stderr, and in `file` for other processes (`read_progress`).
+
+    `total` None: not known beforehand (streaming).
+    """
+
+    def __init__(self, total: int | None, done: int = 0, *, file: Path) -> None:
+        # disable=None: no bar where stderr is no terminal; plain lines of the log take its place.
+        self._bar = tqdm(total=total, initial=done, unit="example", disable=None, dynamic_ncols=True, desc="capture")
+        self._total, self._done, self._file = total, done, file
+        self._resumed = done > 0
+        self._tokens = self._rows = self._new = 0
+        self._start = self._last_line = time.monotonic()
+        self._process = psutil.Process()
+        self._write(self._start)
+
+    def add(self, examples: int, tokens: int, rows: int) -> None:
+        """Counts a finished batch: its examples, valid tokens and rows over all heads."""
+        self._done += examples
+        self._new += examples
+        self._tokens += tokens
+        self._rows += rows
+        now = time.monotonic()
+        memory_mb = self._process.memory_info().rss / 2**20
+        facts = f"{self._speed(now):,.0f} tokens/s, {self._rows:,} rows, {memory_mb:,.0f} MB memory"
+        if not self._bar.disable:
+            self._bar.set_postfix_str(facts, refresh=False)
+            self._bar.update(examples)
+        if now - self._last_line >= LINE_EVERY_S:
+            self._last_line = now
+            self._write(now)
+            if self._bar.disable:
+                log.info("%s, %s", self._where(now), facts)
+
+    def close(self) -> None:
+        """Leaves the bar, and the file, as they stand."""
+        self._bar.close()
+        self._write(time.monotonic())
+
+    def _speed(self, now: float) -> float:
+        return self._tokens / max(now - self._start, 1e-9)
+
+    def _where(self, now: float) -> str:
+        left_s = self._seconds_left(now)
+        if left_s is None:
+            return f"{self._done:,} examples"
+        return f"{self._done:,} of {self._total:,} examples, about {tqdm.format_interval(left_s)} left"
+
+    def _seconds_left(self, now: float) -> float | None:
+        if self._total is None or not self._new:
+            return None
+        return (self._total - self._done) * (now - self._start) / self._new
+
+    def _write(self, now: float) -> None:
+        facts = {
+            "examples": self._done,
+            "total": self._total,
+            "rows": None if self._resumed else self._rows,  # those of earlier starts are not counted
+            "tokens_per_s": round(self._speed(now), 1),
+            "seconds_left": self._seconds_left(now),
+            "at": time.time(),
+        }
+        beside = self._file.with_name(self._file.name + ".tmp")
+        with suppress(OSError):  # a full disk is for those to report who write what matters
+            beside.write_text(json.dumps(facts))
+            beside.replace(self._file)
+
+
+def read_progress(file: Path) -> dict[str, Any]:
+    """What a job last said: `examples` done of `total`, `rows` (None once it was resumed), `tokens_per_s`,
+    `seconds_left`, and `at`, when that was (seconds since 1970); empty where it said nothing."""
+    try:
+        facts: dict[str, Any] = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return facts

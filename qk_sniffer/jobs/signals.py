@@ -1,0 +1,100 @@
+"""Signals end a job where it can be gone on with: between two batches, or at once where none is running.
+
+SIGINT and SIGTERM end it for good, as far as we know. SIGUSR2 is the warning of a scheduler that the job's time is up:
+it is heeded where somebody else has a handler for it, as submitit has in its jobs, which has the job queued again.
+"""
+
+import logging
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+log = logging.getLogger(__name__)
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+WARNING = signal.SIGUSR2
+
+PATIENCE_S = 20.0
+"""How long a batch may go on when no person asked for the stop. SLURM kills 30 s after its SIGTERM, by default, and the
+journal needs some seconds to write what waits for the disk."""
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asked the job to end, and it did. What was complete is kept."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.name = signal.Signals(number).name
+        self.exit_code = 128 + number
+        """As a shell says that a process ended by this signal."""
+        super().__init__(f"stopped by {self.name}; run the same command again to go on")
+
+
+class Stopping:
+    """Listens to the signals within its block, where that is the main thread's; a context manager."""
+
+    def __init__(self) -> None:
+        self._busy = False
+        self._pending: int | None = None
+        self._alarm: threading.Timer | None = None
+        self._time_is_up = False
+
+    def __enter__(self) -> "Stopping":
+        self._before = {}
+        if threading.current_thread() is threading.main_thread():
+            numbers = SIGNALS + ((WARNING,) if callable(signal.getsignal(WARNING)) else ())
+            self._before = {number: signal.signal(number, self._heard) for number in numbers}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._alarm is not None:
+            self._alarm.cancel()
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Puts a signal off to the end of this block, or for `PATIENCE_S`; a second SIGINT ends it at once.
+
+        Raises:
+            Stopped: a signal came.
+        """
+        self._busy = True
+        try:
+            yield
+        finally:
+            self._busy = False
+        if self._pending is not None:
+            raise Stopped(self._pending)
+
+    def _heard(self, number: int, _: FrameType | None) -> None:
+        if self._pending is not None and not self._time_is_up and number != signal.SIGINT:
+            return  # schedulers send several: the journal is not to be disturbed while it writes what it has
+        if self._busy and self._pending is None:
+            self._pending = number
+            self._wait_for_batch(number)
+            return
+        self._time_is_up = False
+        self._pending = self._pending or number
+        raise Stopped(self._pending)
+
+    def _wait_for_batch(self, number: int) -> None:
+        name = signal.Signals(number).name
+        if number == signal.SIGINT:
+            log.warning("%s: stopping after this batch; once more to stop at once", name)
+            return
+        log.warning("%s: stopping after this batch, or in %.0f s", name, PATIENCE_S)
+        main = threading.main_thread().ident
+        assert main is not None
+
+        def stop() -> None:
+            if self._busy:
+                self._time_is_up = True
+                signal.pthread_kill(main, number)  # the main thread may be waiting in a system call
+
+        self._alarm = threading.Timer(PATIENCE_S, stop)
+        self._alarm.daemon = True
+        self._alarm.start()

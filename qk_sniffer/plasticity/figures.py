@@ -1,0 +1,265 @@
+"""Pictures of one dataset's plasticity, for a paper's appendix: sized for its columns, readable in grey and for
+colour-blind readers (cividis, and the palette of Okabe and Ito)."""
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qk_sniffer.dataset.reader import sampler_of
+from qk_sniffer.plasticity import tables
+from qk_sniffer.plasticity.config import ESTIMATORS
+from qk_sniffer.plasticity.results import Results
+from qk_sniffer.store.disk import explained, make_folder
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Float64 = npt.NDArray[np.float64]
+Columns = dict[str, np.ndarray[Any, Any]]
+
+COLUMN_IN, PAGE_IN = 3.4, 7.0
+"""Inches: the width of a column and of a page of two."""
+
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#999999"
+STYLE: dict[Any, Any] = {
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "figure.dpi": 200,
+    "image.cmap": "cividis",
+    "legend.frameon": False,
+    "hatch.linewidth": 0.4,
+}
+
+ABSENT: dict[str, Any] = {"facecolor": "#EEEEEE", "edgecolor": GREY, "hatch": "////", "linewidth": 0}
+"""The cell of a head that was not captured, or for which nothing could be measured."""
+
+PICTURES = {"by_query_bucket", "by_bucket_pair", "by_head", "component_weights"}
+
+PLASTICITY = "attention plasticity"
+MOST_TICKS = 7
+MOST_LINES = 150
+MOST_NUMBERS = 10
+"""A heatmap of at most so many buckets has its numbers written into it."""
+
+
+def draw_all(results: Results) -> list[Path]:
+    """Draws all pictures of the results and returns their files; those that were there are replaced.
+
+    Without any plasticity there are none of buckets.
+
+    Raises:
+        StoreError: a table is missing or damaged; the folder cannot be written.
+    """
+    record = results.record()
+    metrics, pairs, weights = (tables.read(results.folder, name) for name in tables.TABLES)
+    names = Names(record)
+    pictures: dict[str, Callable[[], Figure]] = {}
+    if np.isfinite(pairs["ap_bucket"]).any():
+        pictures["by_query_bucket"] = lambda: by_query_bucket(pairs, names)
+        pictures["by_bucket_pair"] = lambda: by_bucket_pair(pairs, names)
+    pictures |= {
+        "by_head": lambda: by_head(metrics, names),
+        "component_weights": lambda: component_weights(weights, names),
+    }
+    with explained(results.pictures, "make"):
+        make_folder(results.pictures)
+    drawn = [save(results.pictures / f"{name}.png", make) for name, make in pictures.items()]
+    for name in PICTURES - pictures.keys():  # of an earlier state
+        (results.pictures / f"{name}.png").unlink(missing_ok=True)
+    return drawn
+
+
+def save(path: Path, make: "Callable[[], Figure]") -> Path:
+    """Draws a picture in our style and writes it, whole or not at all.
+
+    Raises:
+        StoreError: it cannot be written.
+    """
+    beside = path.with_name(f".{path.name}")
+    with styled(), explained(path, "write"):
+        make().savefig(beside, format="png", metadata={"Software": None})
+        beside.replace(path)
+    return path
+
+
+@contextmanager
+def styled() -> Iterator[None]:
+    """Our style, within the block."""
+    import matplotlib
+
+    with matplotlib.rc_context(STYLE):
+        yield
+
+
+class Names:
+    """What a picture calls its dataset, and its buckets: by the position that they begin with."""
+
+    def __init__(self, record: dict[str, Any]) -> None:
+        estimator = record["settings"]["estimator"]["name"]
+        of_which = "" if estimator == ESTIMATORS[0] else f" ({estimator.replace('_', ' ')})"
+        self.dataset = f"{record['dataset']['model']['slug']} on {record['dataset']['texts']}{of_which}"
+        self._sampler = sampler_of({"config": {"sampler": record["dataset"]["sampler"]}})
+
+    def buckets(self, axis: Any, buckets: npt.NDArray[np.integer[Any]]) -> None:
+        """Labels the ticks 0, 1, 2, ... of an axis with the first positions of `buckets`, as many as have room."""
+        step = -(-len(buckets) // MOST_TICKS)
+        labels = [f"{self._sampler.span('q', int(bucket))[0]:,}" for bucket in buckets[::step]]
+        axis.set_ticks(range(0, len(buckets), step), labels)
+
+
+def figure(width: float, height: float) -> "Figure":
+    """A figure of so many inches, without pyplot, which keeps figures and looks for a screen."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def by_query_bucket(pairs: Columns, names: Names) -> "Figure":
+    """Plasticity over the query's bucket, mean over key buckets: every head faint, and their mean."""
+    buckets, lines, mean = by_head_and_bucket(pairs)
+    drawn = figure(COLUMN_IN, 2.5)
+    axes = drawn.add_subplot()
+    axes.plot(lines.T, color=GREY, alpha=float(np.clip(30 / len(lines), 0.03, 0.5)), linewidth=0.6)
+    axes.plot(mean, color=BLUE, linewidth=2, marker="o", markersize=3.5, label=f"mean of {len(lines):,} heads")
+    axes.plot([], [], color=GREY, linewidth=0.8, label="each head")
+    names.buckets(axes.xaxis, buckets)
+    axes.set(xlabel="query bucket (its first token position)", ylabel=PLASTICITY, title=names.dataset)
+    axes.set_ylim(top=1.0 + 0.02 * (1.0 - axes.get_ylim()[0]))
+    axes.grid(axis="y", linewidth=0.3)
+    axes.legend()
+    return drawn
+
+
+def by_bucket_pair(pairs: Columns, names: Names) -> "Figure":
+    """Plasticity of query buckets by key buckets, mean over heads."""
+    lowest, highest = int(pairs["k_bucket"].min()), int(pairs["q_bucket"].max())
+    size = highest - lowest  # no query of the lowest bucket, and no key of the highest
+    grid = mean_by(pairs["q_bucket"] - lowest - 1, pairs["k_bucket"] - lowest, pairs["ap_bucket"], (size, size))
+    drawn = figure(COLUMN_IN, 2.9)
+    axes = drawn.add_subplot()
+    image = axes.imshow(grid, origin="lower")
+    if size <= MOST_NUMBERS:
+        write_numbers(axes, image, grid)
+    names.buckets(axes.xaxis, np.arange(lowest, highest))
+    names.buckets(axes.yaxis, np.arange(lowest + 1, highest + 1))
+    axes.tick_params(axis="x", rotation=45)
+    axes.set(xlabel="key bucket (its first position)", ylabel="query bucket (its first position)", title=names.dataset)
+    drawn.colorbar(image, shrink=0.8, label=f"{PLASTICITY},\nmean over the heads that see both")
+    return drawn
+
+
+def by_head(metrics: Columns, names: Names) -> "Figure":
+    """Plasticity, and how much of the queries the position explains, of every head."""
+    from matplotlib.ticker import MaxNLocator
+
+    layers, heads = int(metrics["layer"].max()) + 1, int(metrics["q_head"].max()) + 1
+    height = float(np.clip(PAGE_IN / 2.6 * layers / heads, 1.1, 6.0)) + 0.7
+    drawn = figure(PAGE_IN, height)
+    panels = drawn.subplots(1, 2, sharey=True)
+    is_anything_absent = False
+    for axes, column, title in zip(
+        panels, ("ap_overall", "q_R2_pos"), (PLASTICITY, "positional $R^2$ of the queries"), strict=True
+    ):
+        grid = np.full((layers, heads), np.nan)
+        grid[metrics["layer"], metrics["q_head"]] = metrics[column]
+        image = axes.imshow(grid, origin="lower", aspect="auto")
+        drawn.colorbar(image)
+        axes.set(xlabel="query head", title=title)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        mark_absent(axes, np.isnan(grid))
+        is_anything_absent |= bool(np.isnan(grid).any())
+    panels[0].set_ylabel("layer")
+    drawn.suptitle(names.dataset, fontsize=8)
+    if is_anything_absent:
+        drawn.legend(handles=[absent_patch()], loc="outside lower center")
+    return drawn
+
+
+def component_weights(weights: Columns, names: Names) -> "Figure":
+    """The share of each component in what the position explains: a line for each head, or for each layer where the
+    heads are many."""
+    heads, which = np.unique(np.stack([weights["layer"], weights["q_head"]]), axis=1, return_inverse=True)
+    size = int(weights["component"].max()) + 1
+    grid = np.full((heads.shape[1], size), np.nan)
+    grid[which, weights["component"]] = weights["component_weight"] * size
+    label = "layer (a line for each head)"
+    if len(grid) > MOST_LINES:
+        layers, which = np.unique(weights["layer"], return_inverse=True)
+        values = weights["component_weight"] * size
+        grid = mean_by(which, weights["component"], values, (len(layers), size))
+        heads, label = layers[None], "layer (mean of its heads)"
+    drawn = figure(PAGE_IN, float(np.clip(0.03 * len(grid), 2.0, 4.0)) + 0.5)
+    axes = drawn.add_subplot()
+    # A few components of a few heads would leave all others dark.
+    finite = grid[np.isfinite(grid)]
+    top = float(np.quantile(finite, 0.99)) if len(finite) else 1.0
+    image = axes.imshow(grid, aspect="auto", origin="lower", vmin=0, vmax=top, interpolation="nearest")
+    starts = np.flatnonzero(np.diff(heads[0], prepend=-1))
+    middles = (starts + np.append(starts[1:], len(grid)) - 1) / 2
+    step = -(-len(starts) // 16)
+    axes.set_yticks(middles[::step], [str(layer) for layer in heads[0][starts[::step]]])
+    axes.tick_params(axis="y", length=0)
+    for start in starts[1:] if len(starts) < len(grid) else ():
+        axes.axhline(start - 0.5, color="white", linewidth=0.6)
+    axes.set(xlabel="component of the query", ylabel=label, title=names.dataset)
+    drawn.colorbar(image, extend="max", label="weight × number of components\n(1: an even share)")
+    return drawn
+
+
+def write_numbers(axes: "Axes", image: Any, grid: Float64) -> None:
+    """Writes its number into each cell, in the colour that can be read on it."""
+    digits = 3 if np.nanmax(grid) - np.nanmin(grid) < 0.1 else 2
+    for (row, column), value in np.ndenumerate(grid):
+        if np.isfinite(value):
+            colour = "black" if float(image.norm(value)) > 0.4 else "white"
+            text = f"{value:.{digits}f}".removeprefix("0")
+            axes.text(column, row, text, ha="center", va="center", fontsize=5.5, color=colour)
+
+
+def mark_absent(axes: "Axes", is_absent: npt.NDArray[np.bool_]) -> None:
+    """Hatches the cells of heads without a value, so that they are not taken for one."""
+    from matplotlib.patches import Rectangle
+
+    for row, column in np.argwhere(is_absent):
+        axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, **ABSENT))
+
+
+def absent_patch() -> Any:
+    """What such a cell looks like, for the legend."""
+    from matplotlib.patches import Patch
+
+    return Patch(**ABSENT, label="not captured, or not measured")
+
+
+def by_head_and_bucket(pairs: Columns) -> tuple[npt.NDArray[np.int64], Float64, Float64]:
+    """The query buckets (m,); the plasticity of each head that has any, mean over its key buckets (heads, m); and the
+    mean of the heads (m,), NaN where none has any."""
+    if not len(pairs["q_bucket"]):
+        return np.empty(0, np.int64), np.empty((0, 0)), np.empty(0)
+    buckets = np.arange(pairs["q_bucket"].min(), pairs["q_bucket"].max() + 1)
+    heads, which = np.unique(np.stack([pairs["layer"], pairs["q_head"]]), axis=1, return_inverse=True)
+    lines = mean_by(which, pairs["q_bucket"] - buckets[0], pairs["ap_bucket"], (heads.shape[1], len(buckets)))
+    lines = lines[np.isfinite(lines).any(axis=1)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of a bucket that no head has
+        return buckets, lines, np.nanmean(lines, axis=0)
+
+
+def mean_by(rows: Any, columns: Any, values: Float64, shape: tuple[int, int]) -> Float64:
+    """The mean of the values of each (row, column) that are not NaN; NaN where there are none."""
+    known = np.isfinite(values)
+    cells = np.ravel_multi_index((rows[known], columns[known]), shape)
+    size = shape[0] * shape[1]
+    counts = np.bincount(cells, minlength=size)
+    with np.errstate(invalid="ignore"):
+        means: Float64 = (np.bincount(cells, values[known], minlength=size) / counts).reshape(shape)
+    return means

@@ -1,0 +1,94 @@
+"""Writes Parquet files whose bytes follow from their rows, with the encodings that suit captured vectors.
+
+Vectors: BYTE_STREAM_SPLIT, which puts the bytes of equal weight together (those that widening made zero vanish),
+then zstd at its fastest level; no statistics, which serve nobody there. Other columns: dictionary. No page index.
+"""
+
+import hashlib
+import mmap
+from contextlib import suppress
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from qk_sniffer.errors import StoreError
+from qk_sniffer.store.disk import sync_file
+from qk_sniffer.store.layout import VECTOR_PATH
+from qk_sniffer.store.manifest import FileEntry
+
+
+class ParquetWriter:
+    """A Parquet file that is being written, row group by row group. A context manager.
+
+    `entry` is there after the block was left without an exception; the file is durable then.
+    """
+
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.entry: FileEntry | None = None
+        self._path = path
+        self._rows = 0
+        self._written: list[pq.FileMetaData] = []
+        others = [name for name in schema.names if name != "vector"]
+        self._writer = pq.ParquetWriter(
+            path,
+            schema,
+            version="2.6",
+            compression="zstd",
+            compression_level=1,
+            use_dictionary=others,
+            column_encoding={VECTOR_PATH: "BYTE_STREAM_SPLIT"} if "vector" in schema.names else None,
+            write_statistics=others,
+            write_page_index=False,
+            metadata_collector=self._written,
+        )
+
+    def write(self, table: pa.Table) -> None:
+        """Adds `table` as one row group."""
+        self._writer.write_table(table, row_group_size=max(1, table.num_rows))
+        self._rows += table.num_rows
+
+    def __enter__(self) -> "ParquetWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            with suppress(Exception):  # else pyarrow does it whenever it collects the writer
+                self._writer.close()
+            return
+        self._writer.close()
+        check_encodings(self._path, self._written[0])
+        with self._path.open("rb") as file:
+            sync_file(file.fileno())
+            # Mapped, not hashed on the way: what pyarrow gives to a Python object it copies first.
+            with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as data:
+                self.entry = FileEntry(self._rows, len(data), hashlib.sha256(data).hexdigest())
+
+
+def check_encodings(path: Path, metadata: pq.FileMetaData) -> None:
+    """Checks that the file of this footer has the encodings of this module: pyarrow passes over what it does not
+    understand.
+
+    Raises:
+        StoreError: naming the column and what is wrong with it.
+    """
+    for group in range(metadata.num_row_groups):
+        for number in range(metadata.num_columns):
+            column = metadata.row_group(group).column(number)
+            name, encodings = column.path_in_schema, column.encodings
+            wrong = None
+            if column.compression != "ZSTD":
+                wrong = f"compression {column.compression}"
+            elif name == VECTOR_PATH and "BYTE_STREAM_SPLIT" not in encodings:
+                wrong = f"encodings {encodings}, without BYTE_STREAM_SPLIT"
+            elif name == VECTOR_PATH and column.is_stats_set:
+                wrong = "statistics"
+            elif name.startswith("vector") and name != VECTOR_PATH:
+                wrong = "another name than " + VECTOR_PATH
+            elif name != VECTOR_PATH and column.physical_type != "BOOLEAN" and "RLE_DICTIONARY" not in encodings:
+                wrong = f"encodings {encodings}, without a dictionary"
+            elif column.has_column_index or column.has_offset_index:
+                wrong = "a page index"
+            if wrong is not None:
+                raise StoreError(f"{path}: column {name} was written with {wrong}; pyarrow {pa.__version__} is not fit")

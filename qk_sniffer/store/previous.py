@@ -1,0 +1,112 @@
+"""A finished dataset that grows: its rows come first in the next version, as they are."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from qk_sniffer.errors import StoreError
+from qk_sniffer.store import manifest as manifests
+from qk_sniffer.store.disk import sha256_of
+from qk_sniffer.store.files import Files
+from qk_sniffer.store.journal import ExampleRecord
+from qk_sniffer.store.layout import EXAMPLES, MANIFEST
+
+
+@dataclass(frozen=True)
+class PreviousVersion:
+    """The dataset in `files`, as `record` (see `describe`) had found it when the job that adds to it began."""
+
+    files: Files
+    record: Mapping[str, Any]
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the dataset still has that manifest."""
+        return self._found(MANIFEST, self.record["manifest_sha256"]) is not None
+
+    def check(self) -> None:
+        """Checks that the dataset is the one that the job began with.
+
+        Raises:
+            StoreError: it is not.
+        """
+        if not self.is_there:
+            raise StoreError(
+                f"{self.files} is not the dataset any more that this job was adding to: put it back, or make it "
+                "anew with output.overwrite=true"
+            )
+
+    @cached_property
+    def manifest(self) -> dict[str, Any]:
+        """Its manifest."""
+        self.check()
+        return manifests.of(self.files)
+
+    def fetch(self) -> None:
+        """Brings its files here, where they are not."""
+        self.files.fetch([name for name, entry in self.manifest["files"].items() if "rows" in entry])
+
+    def examples(self) -> list[ExampleRecord]:
+        """Its examples, in the order of the source."""
+        columns = pq.read_table(self._checked(EXAMPLES)).to_pydict()
+        names = ExampleRecord.__dataclass_fields__
+        return [ExampleRecord(*values) for values in zip(*(columns[name] for name in names), strict=True)]
+
+    def nonfinite_rows(self, name: str) -> int:
+        """Rows with NaN or Inf in the head's file `name`."""
+        counted: dict[str, int] = self.manifest.get("nonfinite_rows", {})
+        return counted.get(name, 0)
+
+    def tables(self, name: str, schema: pa.Schema, rows_per_table: int) -> Iterator[pa.Table]:
+        """The rows of the head's file `name`, in tables of `rows_per_table` rows, the last one perhaps of fewer.
+
+        Raises:
+            StoreError: the file is not the one that the manifest lists.
+        """
+        path = self._checked(name)
+        pending = schema.empty_table()
+        with pq.ParquetFile(path) as file:
+            for group in range(file.num_row_groups):
+                read = file.read_row_group(group, columns=schema.names)
+                pending = pa.concat_tables([pending, pa.Table.from_arrays(read.columns, schema=schema)])
+                while pending.num_rows >= rows_per_table:
+                    yield pending.slice(0, rows_per_table).combine_chunks()
+                    pending = pending.slice(rows_per_table)
+        if pending.num_rows:
+            yield pending.combine_chunks()
+
+    def _checked(self, name: str) -> Path:
+        entry = self.manifest["files"].get(name)
+        path = None if entry is None else self._found(name, entry["sha256"])
+        if path is None:
+            raise StoreError(
+                f"{self.files.path(name)} is missing or damaged: it is not the file that manifest.json lists, so "
+                "nothing can be added to this dataset. Restore the file, or make the dataset anew with "
+                "output.overwrite=true"
+            )
+        return path
+
+    def _found(self, name: str, sha256: str) -> Path | None:
+        for get in (self.files.path, self.files.refetch):
+            path = get(name)
+            if path.exists() and sha256_of(path) == sha256:
+                return path
+        return None
+
+
+def describe(files: Files) -> dict[str, Any]:
+    """What a job that adds to the dataset in `files` notes of it, but where they are."""
+    path = files.path(MANIFEST)
+    manifest = manifests.of(files)
+    return {
+        "manifest_sha256": sha256_of(path),
+        "source_rows": manifest["source_rows"],
+        "skipped_rows": manifest["skipped_rows"],
+        "versions": manifest["versions"],
+        "grown_from": manifest.get("grown_from", []),
+    }

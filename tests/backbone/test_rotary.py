@@ -1,0 +1,121 @@
+"""Frequencies that depend on the length of a text: each text is captured as if it were alone, whatever ran before."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from support.jobs import heads_of, run, tokens_of, vectors
+from support.tiny import ALPHABET, save_checkpoint
+from support.zoo import Case
+from transformers import AutoModel
+
+from qk_sniffer.backbone.backbone import Backbone
+from qk_sniffer.backbone.family import find_family
+from qk_sniffer.backbone.tap import AttentionCall
+
+pytestmark = pytest.mark.floor
+
+BOUNDARY = 24
+
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "original_max_position_embeddings": BOUNDARY,
+    "short_factor": [1.0, 1.1, 1.2, 1.3],
+    "long_factor": [2.0, 3.0, 4.0, 5.0],
+}
+CASES = {
+    "dynamic": Case("dynamic", "LlamaConfig", {"rope_parameters": DYNAMIC, "max_position_embeddings": BOUNDARY}, 8),
+    "longrope": Case("longrope", "LlamaConfig", {"rope_parameters": LONGROPE, "max_position_embeddings": 96}, 8),
+}
+LENGTHS = [40, 20, 60, 24, 25, 41, 22, 80]
+TEXTS = [("".join(ALPHABET) * 2)[5 * i : 5 * i + length] for i, length in enumerate(LENGTHS)]
+
+
+def alone(folder: Path, text: str) -> dict[tuple[int, str], np.ndarray]:
+    """The vectors of a text (heads, n, d) by (layer, kind), from a model that has run nothing else."""
+    seen: dict[tuple[int, str], np.ndarray] = {}
+
+    def keep(call: AttentionCall) -> None:
+        seen[call.layer, "q"], seen[call.layer, "k"] = call.query[0].numpy(), call.key[0].numpy()
+
+    model = AutoModel.from_pretrained(folder).eval()
+    with torch.inference_mode(), Backbone(model, find_family("llama")).tapped(keep):
+        model(input_ids=tokens_of(text), use_cache=False)
+    return seen
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    path = tmp_path / "lengths.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    return path
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_text_is_captured_as_if_it_were_alone(name: str, texts: Path, tmp_path: Path) -> None:
+    folder = save_checkpoint(CASES[name], tmp_path / name)
+    root = run(folder, texts, tmp_path / "out", inference={"batch_size": 8})
+    expected = {example: alone(folder, text) for example, text in enumerate(TEXTS)}
+    examples = {row["index"]: row["example_id"] for row in _examples(root)}
+    for head, table in heads_of(root).items():
+        layer, number, kind = int(head[1:3]), int(head[4:6]), head[6]
+        rows = vectors(table)
+        for example in range(len(TEXTS)):
+            mine = np.array(table["example_id"]) == examples[example]
+            wanted = expected[example][layer, kind][number]
+            np.testing.assert_allclose(rows[mine], wanted, rtol=2e-4, atol=2e-5)
+
+
+def _examples(root: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = pq.read_table(root / "examples" / "data.parquet").to_pylist()
+    return rows
+
+
+def test_texts_do_depend_on_what_shares_their_forward() -> None:
+    """Else the test above could not fail."""
+    for case in CASES.values():
+        model: Any = case.model().get_decoder()
+        short, long = tokens_of(TEXTS[1]), tokens_of(TEXTS[0])
+        padded = torch.nn.functional.pad(short, (0, long.shape[1] - short.shape[1]))
+        with torch.inference_mode():
+            own = model(input_ids=short, use_cache=False)[0]
+            together = model(input_ids=padded, use_cache=False)[0][:, : short.shape[1]]
+        assert not torch.allclose(own, together, atol=1e-3)
+
+
+BY_KIND = Case(
+    "by_kind",
+    "Gemma3TextConfig",
+    {
+        "head_dim": 16,
+        "sliding_window": 12,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "rope_parameters": {
+            "full_attention": DYNAMIC,
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+        "max_position_embeddings": BOUNDARY,
+    },
+    16,
+)
+
+
+@pytest.mark.parametrize("case", [CASES["dynamic"], BY_KIND], ids=["one kind", "by kind of layer"])
+def test_the_probe_and_earlier_texts_leave_no_trace(case: Case) -> None:
+    backbone = Backbone(case.decoder(), find_family(case.config().model_type))
+    assert backbone.length_boundary == BOUNDARY
+
+    def keys(text: str) -> list[torch.Tensor]:
+        seen: list[torch.Tensor] = []
+        backbone.forward(tokens_of(text), lambda call: seen.append(call.key.clone()))
+        return seen
+
+    first = keys(TEXTS[0])
+    keys(TEXTS[7])
+    assert all(map(torch.equal, first, keys(TEXTS[0])))

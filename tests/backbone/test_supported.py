@@ -1,0 +1,215 @@
+"""The table of supported models is what the code does, and the examination behind it finds what is wrong."""
+
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import examine as examine_room
+import pytest
+import supported
+import transformers
+from examine import examine
+from torch import nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from qk_sniffer.backbone import backbone as backbone_module
+from qk_sniffer.backbone import loading as loading_module
+from qk_sniffer.backbone.backbone import Backbone
+from qk_sniffer.backbone.family import Family, find_family
+
+TABLE = supported.TABLE.read_text()
+ROWS = re.findall(r"^\| (\S+) \| (\w+) \| (.*) \|$", TABLE, flags=re.MULTILINE)
+CAPTURED = [name for name, _, rest in ROWS if rest.startswith("yes ")]
+
+same_version = pytest.mark.skipif(
+    f"transformers {transformers.__version__}" not in TABLE, reason="the table is of another version of transformers"
+)
+
+
+@pytest.mark.slow
+@same_version
+def test_the_committed_table_is_what_the_code_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "SUPPORTED.md"
+    monkeypatch.setattr(sys, "argv", ["supported.py", "--out", str(out)])
+    assert supported.main() == 0
+    assert out.read_text() == TABLE
+
+
+@same_version
+def test_the_table_has_every_model_type_once() -> None:
+    assert sorted(name for name, _, _ in ROWS) == sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    assert all(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name] == class_name for name, class_name, _ in ROWS)
+
+
+def test_nothing_in_the_table_is_wrong_and_its_counts_are_those_of_its_rows() -> None:
+    assert "WRONG" not in TABLE and "FAILED" not in TABLE
+    assert len(CAPTURED) >= 160
+    refused = len(ROWS) - len(CAPTURED)
+    assert f"Of {len(ROWS)} model types, **{len(CAPTURED)} are captured** and {refused} refused." in TABLE
+    before = sum(rest.startswith("yes | yes ") for _, _, rest in ROWS)
+    assert f"{before} are captured before RoPE too" in TABLE
+
+
+@same_version
+@pytest.mark.parametrize(
+    "name", ["afmoe", "deepseek_v3", "diffllama", "falcon", "gemma4_text", "inkling_text", "mamba", "zamba2"]
+)
+def test_a_row_is_what_the_examination_finds(name: str) -> None:
+    assert supported.row(examine(name)) in TABLE.splitlines()
+
+
+class OneLayerLess(Family):
+    def attention_layers(self, decoder: nn.Module) -> dict[nn.Module, int]:
+        layers = super().attention_layers(decoder)
+        layers.popitem()
+        return layers
+
+
+class LayersFromTheEnd(Family):
+    def layer(self, module: nn.Module, index: int, arguments: Any) -> int:
+        return 3 - index
+
+
+class OtherWindow(Family):
+    def sliding_window(self, module: nn.Module, arguments: dict[str, Any]) -> int | None:
+        return 7
+
+
+class NoWindow(Family):
+    def sliding_window(self, module: nn.Module, arguments: dict[str, Any]) -> int | None:
+        return None
+
+
+class Sparse(Family):
+    def sparse_attention(self, module: nn.Module) -> bool:
+        return True
+
+
+class NotSparse(Family):
+    def sparse_attention(self, module: nn.Module) -> bool:
+        return False
+
+
+class Biased(Family):
+    def position_bias(self, module: nn.Module, arguments: Any) -> bool:
+        return True
+
+
+class NothingRotated(Family):
+    def before_rotary(self, module: Any, rotary_calls: Any, query: Any, key: Any) -> Any:
+        return query, key
+
+
+class KeyOfTheQuery(Family):
+    def before_rotary(self, module: Any, rotary_calls: Any, query: Any, key: Any) -> Any:
+        before, _ = super().before_rotary(module, rotary_calls, query, key)
+        return before, before[:, :2]
+
+
+class OtherHooks(Family):
+    def projections(self, module: Any) -> dict[str, nn.Module] | None:
+        return {"q": module.q_proj, "k": module.v_proj}
+
+
+class ChangesTheForward(Family):
+    def watch(self, module: nn.Module, see: Callable[..., None]) -> Sequence[Any]:
+        return [module.register_forward_hook(lambda _, inputs, output: (output[0] * 2, *output[1:]))]
+
+
+@pytest.mark.parametrize(
+    ("family", "finding"),
+    [
+        (OneLayerLess, "attention of MistralAttention is not captured"),
+        (LayersFromTheEnd, "4 calls of attention, 4 layers probed, captured [3, 2, 1, 0]"),
+        (OtherWindow, "MistralAttention attends within a window of 8 tokens, but a window of 7 is declared"),
+        (NoWindow, "MistralAttention attends within a window of 8 tokens, but no window is declared"),
+        (Sparse, "layer 0: its attention is said to be sparse, its mask shows a dense one"),
+        (Biased, "layer 0: a bias is said to be in its logits, and there is none"),
+        (NothingRotated, "layer 0: not the vectors that the rotary function is given"),
+        (KeyOfTheQuery, "layer 0: not the vectors that the rotary function is given"),
+        (OtherHooks, "hooks derive other vectors"),
+        (ChangesTheForward, "capturing changes the forward"),
+    ],
+)
+def test_a_wrong_family_is_found_out(family: type[Family], finding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert examine("mistral").post == "yes"
+    monkeypatch.setattr(loading_module, "find_family", lambda *_: family())
+    entry = examine("mistral")
+    assert entry.post == "WRONG"
+    assert finding in entry.note
+
+
+@pytest.mark.parametrize(
+    ("model_type", "family", "finding"),
+    [
+        ("phimoe", Family, "PhimoeAttention attends within a window of 8 tokens"),
+        ("qwen2_moe", NoWindow, "Qwen2MoeAttention attends within a window of 8 tokens"),
+        ("deepseek_v32", NotSparse, "layer 0: its mask hides keys, of which nothing is said"),
+    ],
+)
+def test_a_type_that_needs_its_family_is_found_out_without_it(
+    model_type: str, family: type[Family], finding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading_module, "find_family", lambda *_: family())
+    entry = examine(model_type)
+    assert entry.post == "WRONG"
+    assert finding in entry.note
+
+
+@pytest.mark.parametrize(
+    ("window", "finding"),
+    [
+        (None, "its mask hides keys, of which nothing is said"),
+        (7, "its window is said to be 7, its mask shows another"),
+    ],
+)
+def test_a_mask_that_is_a_band_of_another_window_is_found_out(window: int | None, finding: str) -> None:
+    backbone, facts, _ = examine_room._loaded("mistral")
+    calls, seen = examine_room._check_post(backbone, facts)
+    assert examine_room._reach(calls[0], seen[0]) == ["sliding windows"]
+    with pytest.raises(examine_room.WrongError, match=f"layer 0: {finding}"):
+        examine_room._reach(calls[0], replace(seen[0], sliding_window=window))
+
+
+def test_vectors_before_rope_that_depend_on_the_position_are_found_out() -> None:
+    backbone, _, _ = examine_room._loaded("mistral")
+    examine_room._check_unmoved(Backbone(backbone.decoder, Family(), pre_rope=True))
+    with pytest.raises(examine_room.WrongError, match="depend on the position"):
+        examine_room._check_unmoved(Backbone(backbone.decoder, NothingRotated(), pre_rope=True))
+
+
+def test_other_vectors_than_those_of_the_kernel_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    copied = examine_room._captured
+
+    def one_bit(*args: Any) -> Any:
+        seen = copied(*args)
+        seen[2].key[0, 1, 5, 3] = seen[2].key[0, 1, 5, 3].nextafter(seen[2].key.new_tensor(9.0))
+        return seen
+
+    monkeypatch.setattr(examine_room, "_captured", one_bit)
+    assert examine("mistral").note == "layer 2: not the vectors that attention receives"
+
+
+def test_a_softmax_of_other_logits_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = backbone_module._layer_facts
+
+    def other_scale(call: Any) -> Any:
+        return replace(facts(call), softmax_scale=0.3)
+
+    monkeypatch.setattr(backbone_module, "_layer_facts", other_scale)
+    assert examine("mistral").note == "layer 0: a softmax of other logits than its layout says"
+
+
+def test_a_bias_that_is_not_declared_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(find_family("doge")), "position_bias", Family.position_bias)
+    assert examine("doge").note == "layer 0: a softmax of other logits than its layout says"
+
+
+def test_a_type_that_takes_too_long_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supported, "TIMEOUT_S", 0.1)
+    entries = list(supported._examined(["llama", "qwen3"]))
+    assert [(entry.model_type, entry.post) for entry in entries] == [("llama", "FAILED"), ("qwen3", "FAILED")]
+    assert "took more than 0.1 s" in entries[0].note

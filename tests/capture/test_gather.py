@@ -1,0 +1,135 @@
+"""Whatever the way, the rows that arrive are those of plain indexing."""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qk_sniffer.capture import gather as gather_module
+from qk_sniffer.capture.gather import DeviceCopiers, Heads, PendingGather, TokenIndices, send
+from qk_sniffer.capture.sampling import Picks
+
+CPU = torch.device("cpu")
+BATCH, HEADS, TOKENS, DIM = 3, 6, 200, 4
+
+
+def states() -> torch.Tensor:
+    """(B, H, n, d) as a model makes them: heads behind tokens in memory."""
+    return torch.randn(BATCH, TOKENS, HEADS, DIM).transpose(1, 2)
+
+
+def picks_of(kept: Sequence[Sequence[int]]) -> Picks:
+    row = np.repeat(np.arange(len(kept), dtype=np.int32), [len(positions) for positions in kept])
+    return Picks(row, np.array([position for positions in kept for position in positions], np.int32))
+
+
+def indexed(vectors: torch.Tensor, heads: Sequence[int], picks: Picks) -> torch.Tensor:
+    taken = [vectors[row, list(heads), position] for row, position in zip(picks.row, picks.position, strict=True)]
+    return torch.stack(taken, dim=1)
+
+
+def test_whole_texts_are_ranges_and_samples_are_not() -> None:
+    whole = TokenIndices.of(picks_of([range(200), range(150), range(70)]), CPU)
+    assert whole.ranges == [(0, 0, 0, 200), (200, 1, 0, 150), (350, 2, 0, 70)]
+    assert TokenIndices.of(picks_of([range(0, 200, 2), [], range(3)]), CPU).ranges is None
+    assert TokenIndices.of(picks_of([[], []]), CPU).ranges == []
+    assert TokenIndices.of(picks_of([range(200)]), torch.device("cuda")).ranges is None
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(
+        st.one_of(
+            st.sets(st.integers(0, TOKENS - 1)).map(sorted),
+            st.tuples(st.integers(0, 99), st.integers(100, TOKENS)).map(lambda ends: list(range(*ends))),
+        ),
+        min_size=1,
+        max_size=BATCH,
+    ),
+    st.sets(st.integers(0, HEADS - 1), min_size=1).map(sorted),
+    st.integers(1, 300),
+)
+def test_every_piece_is_what_indexing_gives(kept: list[list[int]], heads: list[int], step: int) -> None:
+    vectors, picks = states(), picks_of(kept)
+    shared = TokenIndices.of(picks, CPU)
+    others = {"b": TokenIndices.of(picks_of([[5], [7], [1, 9]]), CPU), "c": TokenIndices.of(picks, CPU)}
+    sent = send({"a": shared, **others, "d": shared}, CPU)
+    assert sent["a"] is sent["d"]
+    for each in (sent["a"], sent["c"]):
+        for start in range(0, len(picks.row), step):
+            stop = min(start + step, len(picks.row))
+            piece = PendingGather(vectors, Heads(heads), each, start, stop, DeviceCopiers())
+            memory = torch.full(piece.shape, torch.nan)
+            assert piece.copy_to(memory) is None
+            expected = indexed(vectors, heads, Picks(picks.row[start:stop], picks.position[start:stop]))
+            assert torch.equal(memory, expected)
+
+
+@pytest.mark.parametrize("min_range", [1, 10**9])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_both_ways_keep_every_bit(dtype: torch.dtype, min_range: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gather_module, "MIN_RANGE", min_range)
+    vectors = states().to(dtype)
+    vectors[1, 2, 3, :3] = torch.tensor([torch.nan, -torch.inf, -0.0])
+    places = TokenIndices.of(picks_of([[], range(50), range(100, 130)]), CPU)
+    assert (places.ranges is None) == (min_range > 1)
+    sent = send({0: places}, CPU)[0]
+    piece = PendingGather(vectors, Heads([1, 2, 5]), sent, 0, 80, DeviceCopiers())
+    memory = torch.empty(piece.shape, dtype=dtype)
+    piece.copy_to(memory)
+    expected = torch.cat([vectors[1, [1, 2, 5], :50], vectors[2, [1, 2, 5], 100:130]], dim=1)
+    bits = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
+    assert torch.equal(memory.view(bits), expected.contiguous().view(bits))
+
+
+def test_a_lane_fills_no_buffer_that_is_still_being_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order in which streams are told to wait; what they do with it only a GPU can show (benchmarks/gpu.sh)."""
+    told: list[tuple[str, object]] = []
+
+    class Stream:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def wait_event(self, event: "Event") -> None:
+            told.append((f"{self.name} waits", event.number))
+
+        def wait_stream(self, other: "Stream") -> None:
+            told.append((f"{self.name} waits", other.name))
+
+    class Event:
+        def __init__(self, blocking: bool) -> None:
+            assert blocking
+
+        def record(self, stream: Stream) -> None:
+            self.number = sum(what == "copied" for what, _ in told)
+            told.append(("copied", stream.name))
+
+        def synchronize(self) -> None:
+            told.append(("host waits", self.number))
+
+    computing = Stream("computing")
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream("copying"))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: computing)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    lane = gather_module._CudaLane(CPU)
+    sizes = [3, 2, 5, 1, 5]
+    for number, size in enumerate(sizes):
+        begun = len(told)
+
+        def take(out: torch.Tensor, number: int = number) -> None:
+            told.append(("takes", number))
+            out.fill_(number)
+
+        memory = torch.empty(size, 4, dtype=torch.bfloat16)
+        arrived = lane.fill(memory, take)
+        before = [("computing waits", number - 2)] if number >= 2 else []
+        assert told[begun:] == [*before, ("takes", number), ("copying waits", "computing"), ("copied", "copying")]
+        assert (memory == number).all()
+        arrived()
+        assert told.pop() == ("host waits", number)
+    assert [len(buffer) for buffer in lane._buffers] == [64, 16]

@@ -1,0 +1,243 @@
+"""The proof: every right dataset passes it, every wrong one fails it and says so."""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.backbones import FolderOf, captured, loaded
+from support.jobs import heads_of, run
+from support.store_cases import Held
+from support.tiny import ALPHABET, save_checkpoint
+from support.zoo import CASES, Case, ids
+from torch import nn
+
+from qk_sniffer.backbone.family import PROVABLE_TYPES, Family
+from qk_sniffer.capture import capture as capture_module
+from qk_sniffer.capture import proof as proof_module
+from qk_sniffer.errors import CaptureError
+from qk_sniffer.store import manifest as manifests
+from qk_sniffer.store.compact import HeadSpec
+from qk_sniffer.store.journal import Rows
+
+pytestmark = pytest.mark.floor
+
+LLAMA = CASES[0]
+LENGTHS = [60, 4, 90, 33]
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    """Examples of 60, 4, 90 and 33 tokens; 4 is also the number of query heads, which shapes must not confuse."""
+    path = tmp_path / "texts.jsonl"
+    whole = "".join(ALPHABET) * 2
+    path.write_text("".join(json.dumps({"text": whole[i : i + n]}) + "\n" for i, n in enumerate(LENGTHS)))
+    return path
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("stage", ["post", "pre"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_right_dataset_is_proven(
+    case: Case, stage: str, dtype: str, texts: Path, folder_of: FolderOf, tmp_path: Path
+) -> None:
+    root = run(
+        folder_of(case),
+        texts,
+        tmp_path / "out",
+        model={"dtype": dtype},
+        capture={"capture_pre_rope": stage == "pre"},
+        verify={"examples": 2},
+    )
+    proof = manifests.read(root)["proof"]
+    assert proof["examples"] == [1, 3], "the shortest ones"
+    assert proof["proven"] is True
+    differences = proof["largest_difference_by_layer"]
+    assert differences.keys() == {str(layer) for layer in case.layers}
+    assert max(differences.values()) < (1e-5 if dtype == "float32" else 0.03)
+
+
+HARMS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "next position": lambda states: np.roll(states, 1, axis=1),
+    "other head": lambda states: np.roll(states, 1, axis=0),
+    "other token of all heads": lambda states: states[:, np.arange(states.shape[1]) ^ 1],
+    "half of each head": lambda states: np.roll(states, states.shape[2] // 2, axis=2),
+}
+"""What may be stored in place of the vectors (heads, n, head_dim) of a layer."""
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("stage", ["post", "pre"])
+def test_hooks_tell_right_vectors_from_wrong_ones_in_each_layer(case: Case, stage: str, folder_of: FolderOf) -> None:
+    right, other = (loaded(folder_of(case), pre_rope=pre) for pre in (stage == "pre", stage != "pre"))
+    tokens = ids(batch=1, length=300)
+    seen, other_stage = captured(right, tokens), captured(other, tokens)
+    for layer in case.layers:  # one at a time: what others do must not be taken for its own
+        specs = [
+            HeadSpec(layer, head, kind, key_head=0, head_dim=case.head_dim, sliding_window=None, row=0)
+            for kind in "qk"
+            for head in range(seen[layer, kind].shape[1])
+        ]
+        derived = proof_module._derived(right, tokens[0].numpy(), dict.fromkeys(specs, np.arange(300)))
+        assert derived is not None
+        for spec in specs:
+            stored = seen[layer, spec.kind][0].numpy()
+            assert proof_module._difference(stored[spec.head], derived[spec]) < 1e-5
+            for name, harm in HARMS.items():
+                assert proof_module._difference(harm(stored)[spec.head], derived[spec]) > 0.1, name
+            turned = proof_module._difference(other_stage[layer, spec.kind][0, spec.head].numpy(), derived[spec])
+            assert turned > 0.1 or layer in case.unrotated
+
+
+def in_memory(rows: Rows) -> torch.Tensor:
+    memory = torch.empty(rows.vectors.shape, dtype=rows.vectors.dtype)
+    rows.vectors.copy_to(memory)
+    return memory
+
+
+def next_position(rows: Rows) -> Rows:
+    return replace(rows, vectors=Held(in_memory(rows).roll(1, dims=1)))
+
+
+def other_head(rows: Rows) -> Rows:
+    return replace(rows, vectors=Held(in_memory(rows).roll(1, dims=0)))
+
+
+def one_component(rows: Rows) -> Rows:
+    vectors = in_memory(rows)
+    vectors[0, -1, 0] += 1.0 if rows.layer == 1 else 0.0
+    return replace(rows, vectors=Held(vectors))
+
+
+@pytest.mark.parametrize("harm", [next_position, other_head, one_component])
+def test_a_wrong_dataset_fails_and_stays(
+    harm: Any, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = save_checkpoint(LLAMA, tmp_path / "model")
+    monkeypatch.setattr(capture_module, "Rows", lambda *columns: harm(Rows(*columns)))
+    with pytest.raises(CaptureError, match="unproven"):
+        run(checkpoint, texts, tmp_path / "out", inference={"batch_size": 1})
+    assert manifests.read(tmp_path / "out")["proof"]["proven"] is False
+    assert len(heads_of(tmp_path / "out")) == 18
+    with pytest.raises(CaptureError, match="unproven"):  # also when the same command finds it finished
+        run(checkpoint, texts, tmp_path / "out", inference={"batch_size": 1})
+
+
+@pytest.mark.parametrize("stage", ["post", "pre"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+def test_large_biases_hide_nothing(
+    scale: float, dtype: str, stage: str, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = save_checkpoint(next(case for case in CASES if case.name == "qwen2"), tmp_path / "model")
+    weights = load_file(checkpoint / "model.safetensors")
+    for name in weights:
+        if name.endswith(("q_proj.bias", "k_proj.bias")):
+            weights[name] *= scale
+    save_file(weights, checkpoint / "model.safetensors", {"format": "pt"})
+    sections: dict[str, Any] = {"model": {"dtype": dtype}, "capture": {"capture_pre_rope": stage == "pre"}}
+    root = run(checkpoint, texts, tmp_path / "right", **sections)
+    assert manifests.read(root)["proof"]["proven"] is True
+    monkeypatch.setattr(capture_module, "Rows", lambda *columns: next_position(Rows(*columns)))
+    with pytest.raises(CaptureError, match="unproven"):
+        run(checkpoint, texts, tmp_path / "wrong", **sections, inference={"batch_size": 1})
+
+
+def test_a_model_that_is_not_what_its_family_says_is_not_held_against_a_dataset(texts: Path, tmp_path: Path) -> None:
+    checkpoint = save_checkpoint(LLAMA, tmp_path / "model")
+    root = run(checkpoint, texts, tmp_path / "out", model={"family": "qk_sniffer.models.phi3:Family"})
+    proof = manifests.read(root)["proof"]
+    assert proof["proven"] is None and "hook path does not fit this model (AttributeError" in proof["reason"]
+
+
+def test_a_short_table_of_positions_is_enough(texts: Path, tmp_path: Path) -> None:
+    options = {
+        "vocab_size": 96,
+        "n_embd": 32,
+        "n_layer": 3,
+        "n_head": 4,
+        "max_position_embeddings": 120,
+        "rotary_dim": 4,
+    }
+    gptj = Case("gptj", "GPTJConfig", options, 8, kernels=("eager",))
+    checkpoint = save_checkpoint(gptj, tmp_path / "model")
+    sections: dict[str, Any] = {"model": {"tokenizer": {"max_length": 120}}, "capture": {"capture_pre_rope": True}}
+    assert manifests.read(run(checkpoint, texts, tmp_path / "out", **sections))["proof"]["proven"] is True
+
+
+def test_rotating_what_should_not_be_is_found(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = save_checkpoint(LLAMA, tmp_path / "model")
+    monkeypatch.setattr(Family, "before_rotary", lambda self, module, calls, query, key: (query, key))
+    with pytest.raises(CaptureError, match="unproven"):
+        run(checkpoint, texts, tmp_path / "out", capture={"capture_pre_rope": True}, verify={"examples": 2})
+
+
+def test_only_examples_with_rows_prove_anything(texts: Path, tmp_path: Path) -> None:
+    checkpoint = save_checkpoint(LLAMA, tmp_path / "model")
+    sampler = {"type": "uniform", "base_rate": 2.0, "min_bucket_size": 64, "share": "example"}
+    root = run(checkpoint, texts, tmp_path / "out", sampler=sampler | {"seed": 3})
+    with_rows = {example for table in heads_of(root).values() for example in table["example_id"].to_pylist()}
+    shortest = min(with_rows, key=lambda example: LENGTHS[example])
+    assert manifests.read(root)["proof"]["examples"] == [shortest] != [1]
+
+
+def test_it_can_be_turned_off(texts: Path, tmp_path: Path) -> None:
+    root = run(save_checkpoint(LLAMA, tmp_path / "model"), texts, tmp_path / "out", verify={"examples": 0})
+    assert manifests.read(root)["proof"] == {"proven": None, "reason": "turned off (verify.examples=0)"}
+
+
+@pytest.mark.parametrize(("boundary", "proven"), [(32, None), (300, True)])
+def test_frequencies_that_depend_on_the_length_are_proven_where_they_do_not(
+    boundary: int, proven: bool | None, texts: Path, tmp_path: Path
+) -> None:
+    dynamic = {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}}
+    case = replace(LLAMA, options=LLAMA.options | dynamic | {"max_position_embeddings": boundary})
+    checkpoint = save_checkpoint(case, tmp_path / "model")
+    proof = manifests.read(run(checkpoint, texts, tmp_path / "out"))["proof"]
+    assert proof["proven"] is proven
+    assert proven or "depend on the length of texts of more than 32 tokens" in proof["reason"]
+
+
+class Blind(Family):
+    """A family whose projections are nowhere to be hooked."""
+
+    def projections(self, module: nn.Module) -> None:
+        return None
+
+
+def test_a_family_without_a_hook_path_says_so(texts: Path, tmp_path: Path) -> None:
+    checkpoint = save_checkpoint(LLAMA, tmp_path / "model")
+    root = run(checkpoint, texts, tmp_path / "out", model={"family": "test_proof:Blind"})
+    proof = manifests.read(root)["proof"]
+    assert proof["proven"] is None and "no hook path" in proof["reason"]
+
+
+def test_every_type_that_is_said_to_have_a_hook_path_is_proven_in_the_table() -> None:
+    table = (Path(__file__).parents[2] / "models" / "SUPPORTED.md").read_text()
+    proven = set(re.findall(r"^\| (\S+) \| \w+ \| yes \| [^|]+ \| (?:yes|pre) \|", table, flags=re.MULTILINE))
+    inside = {"emu3_text_model": "emu3", "mllama_text_model": "mllama"}
+    assert {inside.get(model_type, model_type) for model_type in PROVABLE_TYPES} <= proven
+    tested = {case.config().get_text_config().model_type for case in CASES}
+    assert tested - PROVABLE_TYPES == {"deepseek_v3", "gpt_neox", "phi3"}, "their families name their projections"
+
+
+def test_rows_of_an_example_are_found_in_every_row_group(tmp_path: Path) -> None:
+    example_ids = np.repeat([7, 3, 9], [5, 8, 4])
+    vectors = pa.FixedSizeListArray.from_arrays(pa.array(np.arange(34, dtype=np.float32)), 2)
+    positions = pa.array(np.concatenate([np.arange(5), np.arange(8), np.arange(4)]))
+    pq.write_table(
+        pa.table({"example_id": example_ids, "position": positions, "vector": vectors}),
+        tmp_path / "x",
+        row_group_size=4,
+    )
+    found, rows = proof_module.rows_of_example(tmp_path / "x", 3)
+    assert found.tolist() == list(range(8))
+    assert rows.tolist() == np.arange(10, 26, dtype=np.float32).reshape(8, 2).tolist()

@@ -1,0 +1,219 @@
+"""What is found wrong with a command line before Hydra runs it, and what passes."""
+
+import itertools
+import re
+from pathlib import Path
+
+import pytest
+from hydra._internal.utils import get_args
+
+from qk_sniffer.cli import preflight
+from qk_sniffer.errors import ConfigError
+from qk_sniffer.jobs.sweep import PlannedJob
+
+MODEL = ("model=hf", "model.name=org/model")
+CHECKPOINTS = [
+    *(f"stage1-step-{step}" for step in (40000, 1200000, 2400000, 3440000)),
+    *("stage2-step-4200000", "stage3-step-4720000"),
+    *("lc-4k-to-32k-step-4000", "lc-4k-to-32k-step-20000", "lc-32k-to-64k-step-4000", "lc-32k-to-64k-step-20000"),
+]
+
+
+def plan(*arguments: str) -> list[PlannedJob]:
+    return preflight.planned(get_args(list(arguments)))
+
+
+def refusals(*arguments: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        plan(*arguments)
+    return caught.value.problems
+
+
+def refusal(*arguments: str) -> str:
+    (problem,) = refusals(*arguments)
+    return problem
+
+
+# Refused before anything runs
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("modle.name=x", r"modle\.name is no key, did you mean model\.name\?; valid at the top: model, dataset, "),
+        ("model.nmae=x", r"model\.nmae is no key, did you mean model\.name\?; valid in model: slug, name, revision"),
+        ("batch_size=4", r"did you mean inference\.batch_size\?"),
+        ("model.tokenizer.max_len=4", r"did you mean model\.tokenizer\.max_length\?; valid in model\.tokenizer: name"),
+        ("+model.nmae=x", r"model\.nmae is no key"),
+        ("experimnt=sample", r"did you mean \+experiment=\.\.\.\?"),
+        ("experiment=sample", r"an experiment is added to a run: \+experiment=sample"),
+        ("+experiment=smple", r"no such experiment, did you mean sample\?; valid: attention_plasticity, sample, smol"),
+        ("model=qwen3-8b", r"no such model, did you mean qwen3_8b or .*; valid: .*llama3_1_8b, .*pydoc_tiny"),
+        ("model=Qwen/Qwen3-8B", r"for the Hub or a path: model=hf model\.name=Qwen/Qwen3-8B"),
+        ("dataset=texts.jsonl", r"for the Hub or a path: dataset=hf dataset\.path=texts\.jsonl"),
+        ("+sampler=all", r"sampler has a choice already, which is changed by sampler=all"),
+        ("sampler={type: all}", r"sampler is chosen by name; .* sampler\.<key>=\.\.\."),
+        ("sampler=glob(z*)", r"nothing matches; valid: .*log_uniform"),
+        ("hydra/launcher=slrum", r"no such hydra/launcher.*; valid: basic, slurm, submitit_local"),
+        ("hydra.nope=1", r"hydra\.nope=1: hydra\.nope has nothing there to change"),
+        ("sampler.base_rate=fast", r"sampler\.base_rate is 'fast'; it must be a number"),
+        ("shard.count=1.5", r"shard\.count is 1\.5; it must be an integer"),
+        ("output.private=maybe", r"output\.private is 'maybe'; it must be true or false"),
+        ("capture.layers=3", r"capture\.layers is 3; it must be a list of integers such as \[0,1,2\], or null"),
+        ("capture.layers=0,1", r"a list is written in brackets: capture\.layers=\[0,1\]"),
+        ("model.config_overrides=3", r"model\.config_overrides is 3; it must be a mapping"),
+        ("model.config_overrides.x=1", r"to add it, write \+model\.config_overrides\.x=1"),
+        ("model.tokenizer=null", r"model\.tokenizer is a section; its keys are name, revision, max_length"),
+        ("model.tokenizer={max_length: many}", r"model\.tokenizer\.max_length is 'many'; it must be an integer"),
+        ("model.revision=1234e5", r"reads as the number 123400000\.0; quote it as text: 'model\.revision=\"1234e5\"'"),
+        ("~sampler.seed", r"sampler\.seed cannot be deleted"),
+        ("sampler.seed", r"a setting is written key=value"),
+        ("dataset.split=train[:9]", r"the value must be quoted, for the shell too: 'dataset\.split=\"train\[:9\]\"'"),
+        ("sampler.seed=interval(0,1)", r"an interval cannot be swept"),
+        ("sampler.seed=1,2", r"several values are a sweep, which needs --multirun"),
+        ("output.data_root=x-${sampler.sed}", r"output\.data_root is x-\$\{sampler\.sed\}: .*'sampler\.sed' not found"),
+        ("output.data_root=outputs", r"in which Hydra keeps its own folders \(outputs/\.runs/"),
+        ("hydra.run.dir=/dev/null/x", r"/dev/null is no folder that can be written to"),
+        ("output=hub", r"output\.hf_repo_id is not given"),
+        ("capture.sampler.type=all", r"capture\.sampler\.type is a key of the original tool; it is now sampler\.type"),
+        ("capture.min_bucket_size=4", r"it is now sampler\.min_bucket_size"),
+        ("capture.queue_size=4", r"it is now inference\.queue_mb"),
+        ("tokenizer.max_length=5", r"it is now model\.tokenizer\.max_length"),
+        ("tokenizer.padding=left", r"original tool that is gone: .* always padded on the right"),
+        ("inference.autocast_dtype=float16", r"it is now model\.dtype"),
+        ("output.readme_path=x", r"gone: the card is always README\.md in output\.data_root"),
+    ],
+)
+def test_an_argument_is_refused(argument: str, message: str) -> None:
+    assert re.search(message, refusal(*MODEL, argument))
+
+
+def test_everything_wrong_is_named_at_once() -> None:
+    found = refusals("model=qwen", "modle.name=x", "sampler.base_rate=-1", "shard.index=two", "model.dtype=bf16")
+    assert [re.split(r"[ :]", problem)[0] for problem in found] == [
+        "model=qwen",
+        "modle.name",
+        "shard.index",
+        "model.dtype",
+        "sampler.base_rate",
+    ]
+    found = refusals("model=hf", "dataset=hf", "output=hub", "sampler.base_rate=-1", "hydra.x=1", "tokenizer.name=x")
+    assert [re.split(r"[ :]", problem)[0] for problem in found] == [
+        "tokenizer.name",
+        "hydra.x=1",
+        "model.name",
+        "dataset.path",
+        "sampler.base_rate",
+        "output.hf_repo_id",
+    ]
+
+
+def test_nothing_is_said_of_what_only_follows_from_another_mistake() -> None:
+    assert refusal("model=hf", "model.name=x(y", "+sampler.keys.base_rate=2").startswith("model.name=x(y: ")
+    assert refusal(*MODEL, "shard.count=x", "shard.index=3") == "shard.count is 'x'; it must be an integer"
+    assert refusal("+experiment=attention_plasticity", "model=qwen").startswith("model=qwen: no such model")
+
+
+def test_an_experiment_says_what_a_model_lacks_for_it() -> None:
+    found = refusals("+experiment=attention_plasticity", *MODEL)
+    assert [problem.partition(" comes from ")[2] for problem in found] == [
+        f"{key}, which is null here; give {key}=..."
+        for key in ("model.long_context.max_length", "model.long_context.min_bucket_size")
+    ]
+    given = ("model.long_context.max_length=999", "model.long_context.min_bucket_size=99")
+    (job,) = plan("+experiment=attention_plasticity", *MODEL, *given)
+    assert (job.config.model.tokenizer.max_length, job.config.sampler.min_bucket_size) == (999, 99)
+    whole = refusal("+experiment=attention_plasticity", "model=qwen3_8b", "+model.config_overrides={a: 1}")
+    assert "one by one: +model.config_overrides.a=..." in whole
+
+
+# Sweeps
+
+
+def test_a_sweep_is_expanded_as_hydra_does() -> None:
+    jobs = plan("-m", "model=qwen3_8b,llama3_1_8b", "shard.index=range(2)", "shard.count=2")
+    assert [str(job) for job in jobs] == [
+        f"job {number} (model={model} shard.index={index})"
+        for number, (model, index) in enumerate(itertools.product(("qwen3_8b", "llama3_1_8b"), (0, 1)))
+    ]
+    assert [job.config.model.slug for job in jobs] == ["qwen3-8b", "qwen3-8b", "llama3.1-8b", "llama3.1-8b"]
+    assert len(plan("-m", "model=glob(qwen3_*)")) == 5
+
+
+def test_smollm3_checkpoints_sweeps_by_itself() -> None:
+    jobs = plan("+experiment=smollm3_checkpoints")
+    assert [job.config.output.hf_branch for job in jobs] == [
+        f"smollm3-3b-{checkpoint}-longbench-pro-128k-plus" for checkpoint in CHECKPOINTS
+    ]
+    assert [job.config.model.revision for job in jobs] == CHECKPOINTS
+    assert jobs[-1].config.model.tokenizer.max_length == 65536 and jobs[0].config.sampler.min_bucket_size == 256
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("sampler.seed=0,-1,2",), r"sampler\.seed is -1; .* \[job 1 \(sampler\.seed=-1\)\]"),
+        (("sampler.seed=0,1", "shard.index=5"), r"^shard\.index is 5; [^\[]*$"),
+        (("sampler.seed=0,1",), r"job 0 \(sampler\.seed=0\) and job 1 .* both write to output\.data_root=outputs/mod"),
+        (("sampler.seed=0,1",), r"'output\.data_root=outputs/model-pydoc-\$\{sampler\.seed\}'$"),
+        (("model.name=a/x,b/x",), r"differ in model\.name, .*; run them one by one, each with output\.data_root"),
+        (("model.revision=a,b", "output.data_root=x"), r"leave output\.data_root out, and each gets a folder of"),
+        (("sampler.seed=0,0",), r"job 0 and job 1 .*; they are the same job twice"),
+        (("shard.count=2", "shard.index=0,1", "sampler.seed=0,1"), r"differ in sampler\.seed"),
+        (
+            ("output=hub", "output.hf_repo_id=a/b", "output.data_root=x,y"),
+            r"write to output\.hf_branch=model-pydoc, though",
+        ),
+        (("hydra.job.name=a,b",), r"Hydra's own settings cannot be swept"),
+    ],
+)
+def test_a_bad_sweep_is_refused_whole(arguments: tuple[str, ...], message: str) -> None:
+    assert re.search(message, refusal("-m", *MODEL, *arguments))
+
+
+def test_a_sweep_that_sets_its_jobs_apart_passes() -> None:
+    jobs = plan("-m", *MODEL, "sampler.seed=0,1", "output.data_root=x/${sampler.seed}")
+    assert [str(job.config.data_root) for job in jobs] == ["x/0", "x/1"]
+
+
+# Files of the user's own
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"name: [a\nb: : c\n", r"model=mine: while parsing .*mine\.yaml"),
+        (b"\xff\xfe\x00", r"model=mine: .*decode"),
+        (b"name: a/b\nnmae: c\n", r"model/mine\.yaml: model\.nmae is no key, did you mean model\.name"),
+        (b"name: a/b\ntokenizer: {max_length: x}\n", r"model/mine\.yaml: model\.tokenizer\.max_length: .*'x'"),
+        (b"- a\n", r"model/mine\.yaml: .*list"),
+        (b"defaults: [nothing]\nname: a/b\n", r"model/mine\.yaml: Could not load 'model/nothing'"),
+        (b"name: a/b\ndtype: int8\n", r"model\.dtype is 'int8'"),
+    ],
+)
+def test_a_bad_file_of_the_users_own(tmp_path: Path, text: bytes, message: str) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.yaml").write_bytes(text)
+    found = refusals("--config-dir", str(tmp_path), "model=mine", "sampler.base_rate=-1")
+    assert len(found) == 2 and re.search(message, found[0]) and found[1].startswith("sampler.base_rate is -1")
+
+
+def test_groups_of_the_users_own(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.yaml").write_text("name: a/b\n")
+    for way in (["--config-dir", str(tmp_path)], [f"hydra.searchpath=[{tmp_path}]"]):
+        (job,) = plan(*way, "model=mine")
+        assert job.config.model.name == "a/b"
+    assert "no such folder" in refusal("--config-dir", str(tmp_path / "no"), "model=mine")
+    assert "--config-dir" in refusal("--config-path", "conf", "model=mine")
+
+
+def test_a_launcher_that_would_do_nothing_or_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(ConfigError, match="hydra/launcher=slurm is for sweeps: add --multirun"):
+        plan("hydra/launcher=slurm")
+    with pytest.raises(ConfigError, match="this machine has no commands of SLURM"):
+        plan("--multirun", "hydra/launcher=slurm")
+    assert len(plan("--multirun", "hydra/launcher=submitit_local")) == 1
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    assert len(plan("--multirun", "hydra/launcher=slurm")) == 1

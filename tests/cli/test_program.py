@@ -1,0 +1,90 @@
+"""The command line of the small programs."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from qk_sniffer.cli import program
+from qk_sniffer.errors import ConfigError, StoreError
+
+
+@dataclass(frozen=True)
+class Drawing:
+    data_root: Path = field(metadata={"help": "the dataset's folder"})
+    width: int = field(default=7, metadata={"help": "in inches"})
+    scale: float = field(default=1.0, metadata={"help": "of the numbers"})
+    grid: bool = field(default=False, metadata={"help": "draw a grid"})
+    title: str | None = field(default=None, metadata={"help": "stands above it"})
+
+
+def problems(*arguments: str) -> list[str]:
+    with pytest.raises(ConfigError) as refused:
+        program.parse(arguments, Drawing)
+    return refused.value.problems
+
+
+def test_values_get_the_types_of_their_keys() -> None:
+    assert program.parse(["data_root=a=b/${c}"], Drawing) == Drawing(Path("a=b/${c}"))
+    given = ["width=8", "grid=True", "title=3", "data_root=~/x", "scale=2"]
+    assert program.parse(given, Drawing) == Drawing(Path.home() / "x", 8, 2.0, True, "3")
+    assert program.parse(["data_root=~x", "title=null"], Drawing) == Drawing(Path("~x"))
+
+
+def test_everything_wrong_is_named_at_once() -> None:
+    assert problems("width=wide", "grid=1", "scale=", "data_rot=x", "outputs/x", "--grid", "width=8", "title=a") == [
+        "width is 'wide'; it must be an integer",
+        "grid is '1'; it must be true or false",
+        "scale is ''; it must be a number",
+        "data_rot is no key, did you mean data_root?; valid: data_root, width, scale, grid, title",
+        "outputs/x: a setting is written key=value, such as data_root=...",
+        "--grid: no such flag; settings are written key=value (see --help)",
+        "width is given twice; give it one value",
+        "data_root is not given; it is the dataset's folder",
+    ]
+    assert problems("data_root=") == ["data_root is ''; it must be a path"]
+
+
+def ends(error: BaseException) -> Callable[[Drawing], int]:
+    def program(settings: Drawing) -> int:
+        raise error
+
+    return program
+
+
+@pytest.mark.parametrize(
+    ("program", "code", "said"),
+    [
+        (lambda settings: settings.width, 7, ""),
+        (ends(StoreError("the disk is full")), 1, "the disk is full\n"),
+        (ends(KeyboardInterrupt()), 130, "interrupted\n"),
+    ],
+)
+def test_exit_codes(
+    program: Callable[[Drawing], int],
+    code: int,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["draw", "data_root=x"])
+    assert program.run("draw", "Draws.", Drawing, program) == code
+    assert capsys.readouterr().err == said
+    monkeypatch.setattr(sys, "argv", ["draw"])
+    assert program.run("draw", "Draws.", Drawing, program) == 2
+    assert "data_root is not given" in capsys.readouterr().err
+
+
+def test_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["draw", "width=x", "--help"])
+    assert program.run("draw", "Draws.\n", Drawing, ends(AssertionError())) == 0
+    assert capsys.readouterr().out == (
+        "python -m draw data_root=...\n\nDraws.\n\nSettings:\n"
+        "  data_root  the dataset's folder\n"
+        "  width      in inches (default: 7)\n"
+        "  scale      of the numbers (default: 1.0)\n"
+        "  grid       draw a grid (default: false)\n"
+        "  title      stands above it (default: null)\n"
+    )

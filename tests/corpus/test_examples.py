@@ -1,0 +1,148 @@
+"""Rows to examples: which rows, in which order, under which ids; streamed and not."""
+
+import hashlib
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from support.data_files import ROWS, TEXTS, both_ways, jsonl, message, opened, parquet, texts, write
+
+from qk_sniffer.corpus.examples import example_id_of
+from qk_sniffer.errors import SourceError
+
+# ---- which rows
+
+
+@both_ways
+def test_max_samples_counts_rows_with_and_without_text(tmp_path: Path, streaming: bool) -> None:
+    file = write(tmp_path / "rows.jsonl", jsonl(ROWS))
+    for count, expected in ((1, TEXTS[:1]), (3, TEXTS[:2]), (5, TEXTS[:2]), (6, TEXTS), (99, TEXTS)):
+        corpus = opened(file, max_samples=count, streaming=streaming)
+        assert texts(corpus.examples()) == expected
+        assert corpus.num_rows == (None if streaming else min(count, 6))
+
+
+@both_ways
+def test_a_filter_keeps_rows_and_their_indices(tmp_path: Path, streaming: bool) -> None:
+    file = write(tmp_path / "rows.parquet", parquet(ROWS))
+    long = opened(file, filter={"length": "long"}, streaming=streaming)
+    assert texts(long.examples()) == [TEXTS[0], TEXTS[1]]
+    assert long.skipped == 1
+    assert long.num_rows == (None if streaming else 3)
+    both = opened(file, filter={"length": "long", "n": -9}, streaming=streaming)
+    assert texts(both.examples()) == [TEXTS[1]]
+    first = opened(file, filter={"length": "short"}, max_samples=2, streaming=streaming)
+    with pytest.raises(SourceError, match="no row has a text"):
+        list(first.examples())
+    assert "no rows that pass dataset.filter={'length': 'huge'}" in message(
+        file, filter={"length": "huge"}, streaming=streaming
+    )
+    assert "no column 'size'. Set dataset.filter.size" in message(file, filter={"size": 1}, streaming=streaming)
+
+
+@both_ways
+def test_shards_share_out_the_rows(tmp_path: Path, streaming: bool) -> None:
+    file = write(tmp_path / "rows.jsonl", jsonl(ROWS))
+    corpus = opened(file, streaming=streaming)
+    shards, skipped = [], []
+    for index in range(4):
+        shards.append(texts(corpus.examples(shard_index=index, shard_count=4)))
+        skipped.append(corpus.skipped)
+    assert shards == [[TEXTS[0]], [TEXTS[2]], [TEXTS[1]], []], "no error for a shard that has no text"
+    assert skipped == [1, 1, 0, 1]
+
+
+# ---- ids
+
+
+def test_example_ids_are_frozen() -> None:
+    assert [example_id_of(value) for value in (0, 7, -9, 2**31 - 1, -(2**31))] == [0, 7, -9, 2**31 - 1, -(2**31)]
+    # printf '%s' a | b2sum -l 32, without the highest bit
+    frozen = {"a": 0x4A234C55, "row-78153": 0x3C8CCB96}
+    assert {value: example_id_of(value) for value in frozen} == frozen
+    for value in (2**31, -(2**31) - 1, True, 1.5, "7", "漢"):
+        digest = hashlib.blake2b(str(value).encode("utf-8"), digest_size=4).hexdigest()
+        assert example_id_of(value) == int(digest, 16) % 2**31
+
+
+@both_ways
+def test_ids_of_every_type(tmp_path: Path, streaming: bool) -> None:
+    file = write(tmp_path / "rows.parquet", parquet([row for row in ROWS if row["text"] and row["text"].strip()]))
+
+    def ids(column: str | None) -> list[tuple[int, str]]:
+        examples = opened(file, id_column=column, streaming=streaming).examples()
+        return [(example.example_id, example.source_id) for example in examples]
+
+    assert ids(None) == [(0, "0"), (1, "1"), (2, "2")]
+    assert ids("id") == [(example_id_of(name), name) for name in "acf"]
+    assert ids("n") == [(7, "7"), (-9, "-9"), (example_id_of(2**31), str(2**31))]
+
+
+@both_ways
+def test_two_rows_of_one_id_are_refused(tmp_path: Path, streaming: bool) -> None:
+    rows = [{"id": f"row {i}", "text": "text"} for i in range(50)]
+    rows[7]["id"] = rows[41]["id"] = "twice"
+    text = message(write(tmp_path / "rows.jsonl", jsonl(rows)), id_column="id", streaming=streaming)
+    assert "rows 7 and 41 have the same id 'twice'" in text and "dataset.id_column=null" in text
+
+
+@both_ways
+def test_colliding_ids_are_refused(tmp_path: Path, streaming: bool) -> None:
+    # Found by search: two strings, and an integer that is another one's digest.
+    assert example_id_of("row-78153") == example_id_of("row-85955") == 1015860118
+    for one, other in (("row-78153", "row-85955"),):
+        rows = [{"id": "x", "text": "text"}, {"id": one, "text": "text"}, {"id": other, "text": "text"}]
+        text = message(write(tmp_path / "rows.jsonl", jsonl(rows)), id_column="id", streaming=streaming)
+        assert f"{one!r} of row 1 and {other!r} of row 2 differ" in text and "hash collision" in text
+        assert "1015860118" in text and "dataset.id_column=null" in text
+    big = 2**31 + 5
+    file = write(tmp_path / "ints.parquet", parquet([{"id": i, "text": "t"} for i in (big, example_id_of(big))]))
+    assert "hash collision" in message(file, id_column="id", streaming=streaming)
+
+
+def test_clashes_are_found_before_the_first_text_and_across_shards(tmp_path: Path) -> None:
+    rows = [{"id": "same", "text": "text"}, {"id": "same", "text": "text"}]
+    file = write(tmp_path / "rows.jsonl", jsonl(rows))
+    with pytest.raises(SourceError, match="same id"):
+        opened(file, id_column="id")
+    with pytest.raises(SourceError, match="same id"):
+        list(opened(file, id_column="id", streaming=True).examples(shard_index=0, shard_count=2))
+
+
+@both_ways
+def test_rows_that_are_not_used_have_no_say(tmp_path: Path, streaming: bool) -> None:
+    rows = [
+        {"id": "a", "text": "one", "keep": True},
+        {"id": "a", "text": " ", "keep": True},
+        {"id": None, "text": None, "keep": True},
+        {"id": "a", "text": "filtered", "keep": False},
+        {"id": "b", "text": "two", "keep": True},
+        {"id": "a", "text": "beyond max_samples", "keep": True},
+    ]
+    file = write(tmp_path / "rows.jsonl", jsonl(rows))
+    corpus = opened(file, id_column="id", filter={"keep": True}, max_samples=4, streaming=streaming)
+    assert texts(corpus.examples()) == [(0, "one"), (4, "two")]
+    assert "rows 0 and 5 have the same id" in message(file, id_column="id", filter={"keep": True}, streaming=streaming)
+
+
+@both_ways
+def test_a_row_without_an_id_is_refused(tmp_path: Path, streaming: bool) -> None:
+    rows = [{"id": 1, "text": "a"}, {"id": None, "text": "b"}]
+    file = write(tmp_path / "rows.jsonl", jsonl(rows))
+    text = message(file, id_column="id", streaming=streaming)
+    assert "row 1 has no id" in text and "dataset.id_column=null" in text
+    if not streaming:
+        with pytest.raises(SourceError, match="row 1 has no id"):
+            opened(file, id_column="id")
+
+
+def test_the_check_of_a_million_ids_reads_one_column(tmp_path: Path) -> None:
+    count = 1_000_000
+    table = pa.table({"text": pa.array(["t"]).take(pa.array([0] * count)), "id": pa.array(range(0, 3 * count, 3))})
+    pq.write_table(table, tmp_path / "rows.parquet")
+    opened(tmp_path / "rows.parquet")
+    start = time.perf_counter()
+    assert opened(tmp_path / "rows.parquet", id_column="id").num_rows == count
+    assert time.perf_counter() - start < 10

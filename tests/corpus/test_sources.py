@@ -1,0 +1,227 @@
+"""Sources of every kind are read, streamed and not; and every way in which one can be wrong has its answer."""
+
+import gzip
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from support.data_files import FORMATS, ROWS, TEXTS, both_ways, jsonl, message, opened, parquet, texts, write
+
+from qk_sniffer.errors import SourceError
+
+# ---- what is read
+
+
+@both_ways
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_file_of_every_kind_gives_its_texts(tmp_path: Path, name: str, streaming: bool) -> None:
+    corpus = opened(write(tmp_path / name, FORMATS[name](ROWS)), streaming=streaming)
+    assert corpus.commit is None
+    assert corpus.num_rows == (None if streaming else 6)
+    assert texts(corpus.examples()) == TEXTS
+    assert corpus.skipped == 3
+    assert texts(corpus.examples()) == TEXTS, "a second iteration starts again"
+    assert corpus.skipped == 3
+
+
+@both_ways
+@pytest.mark.parametrize("name", ["book.txt", "book.TXT", "book.txt.gz"])
+def test_a_text_file_is_one_example(tmp_path: Path, name: str, streaming: bool) -> None:
+    content = "one\n\ntwo  \n" * 1000
+    file = write(tmp_path / name, gzip.compress(content.encode()) if name.endswith("gz") else content)
+    assert texts(opened(file, streaming=streaming).examples()) == [(0, content)]
+
+
+@both_ways
+@pytest.mark.parametrize("name", ["rows.parquet", "rows.jsonl", "rows.csv", "rows.jsonl.gz"])
+def test_a_folder_gives_all_its_files_in_order(tmp_path: Path, name: str, streaming: bool) -> None:
+    for folder, part in (("b", ROWS[2:4]), ("a", ROWS[:2]), ("c/deep", ROWS[4:])):
+        write(tmp_path / folder / name, FORMATS[name](part))
+    write(tmp_path / "README.md", "# no front matter")
+    write(tmp_path / ".hidden" / name, FORMATS[name](ROWS))
+    assert texts(opened(tmp_path, streaming=streaming).examples()) == TEXTS
+
+
+@both_ways
+def test_in_a_folder_of_text_files_each_is_one_example(tmp_path: Path, streaming: bool) -> None:
+    for name in ("b.txt", "a.txt", "sub/c.txt"):
+        write(tmp_path / name, f"I am\n{name}")
+    assert texts(opened(tmp_path, streaming=streaming).examples()) == [
+        (0, "I am\na.txt"),
+        (1, "I am\nb.txt"),
+        (2, "I am\nsub/c.txt"),
+    ]
+
+
+@pytest.mark.parametrize("folder", ["plain", "[odd] *"])
+def test_no_file_of_a_folder_is_left_out_for_its_name(tmp_path: Path, folder: str) -> None:
+    # `datasets` alone would take `my_test.txt` for the test split, and see no other file.
+    for name in ("a.txt", "my_test.txt", "part.json.txt", "z [1].txt"):
+        write(tmp_path / folder / name, name)
+    assert [text for _, text in texts(opened(tmp_path / folder).examples())] == [
+        "a.txt",
+        "my_test.txt",
+        "part.json.txt",
+        "z [1].txt",
+    ]
+
+
+@both_ways
+def test_splits_of_a_folder_and_chosen_files(tmp_path: Path, streaming: bool) -> None:
+    write(tmp_path / "train.jsonl", jsonl(ROWS[:1]))
+    write(tmp_path / "test.jsonl", jsonl(ROWS[2:3]))
+    assert texts(opened(tmp_path, streaming=streaming).examples()) == [(0, "first text")]
+    assert texts(opened(tmp_path, split="test", streaming=streaming).examples()) == [(0, "third, é and 漢")]
+    chosen = opened(tmp_path, data_files="test.jsonl", streaming=streaming)
+    assert texts(chosen.examples()) == [(0, "third, é and 漢")]
+    mapped = opened(tmp_path, split="odd", data_files={"odd": ["*.jsonl"]}, streaming=streaming)
+    assert sorted(text for _, text in texts(mapped.examples())) == ["first text", "third, é and 漢"]
+    if not streaming:
+        assert len(texts(opened(tmp_path, split="train+test").examples())) == 2
+
+
+@both_ways
+def test_the_configs_of_a_folder_with_a_card(tmp_path: Path, streaming: bool) -> None:
+    write(tmp_path / "x" / "1.txt", "one\nline")
+    write(tmp_path / "y" / "2.txt", "two")
+    card = "---\nconfigs:\n- config_name: x\n  data_files: x/*.txt\n- config_name: y\n  data_files: y/*.txt\n---\n"
+    write(tmp_path / "README.md", card)
+    assert texts(opened(tmp_path, name="x", streaming=streaming).examples()) == [(0, "one\nline")]
+    assert texts(opened(tmp_path, name="y", streaming=streaming).examples()) == [(0, "two")]
+    for name in (None, "z"):
+        assert "x, y" in message(tmp_path, name=name, streaming=streaming)
+
+
+@both_ways
+def test_the_embedded_documentation(streaming: bool) -> None:
+    from pydoc_data.topics import topics
+
+    corpus = opened("pydoc", id_column="id", streaming=streaming)
+    examples = list(corpus.examples())
+    assert [example.source_id for example in examples] == sorted(topics)
+    assert [example.text for example in examples] == [topics[name] for name in sorted(topics)]
+    assert [example.index for example in examples] == list(range(len(topics)))
+    assert corpus.commit is None
+    assert "no split 'test'" in message("pydoc", split="test", streaming=streaming)
+
+
+# ---- what is wrong with a source
+
+
+@both_ways
+def test_wrong_columns_are_named_with_those_there(tmp_path: Path, streaming: bool) -> None:
+    file = write(tmp_path / "rows.parquet", parquet(ROWS))
+    text = message(file, text_column="body", streaming=streaming)
+    assert "no column 'body'. Set dataset.text_column" in text and "id (string), text (string), n (int64)" in text
+    assert "column 'n' holds int64, not text" in message(file, text_column="n", streaming=streaming)
+    text = message(file, id_column="key", streaming=streaming)
+    assert "no column 'key'. Set dataset.id_column" in text and "n (int64)" in text
+
+
+@both_ways
+def test_a_source_without_texts_is_an_error(tmp_path: Path, streaming: bool) -> None:
+    empties = [{"text": ""}, {"text": None}, {"text": "  "}]
+    file = write(tmp_path / "empties.jsonl", jsonl(empties))
+    assert "no row has a text in column 'text'" in message(file, streaming=streaming)
+    for index in range(2):
+        with pytest.raises(SourceError, match="no row has a text"):
+            list(opened(file, streaming=streaming).examples(shard_index=index, shard_count=2))
+    assert "no row has a text" in message(write(tmp_path / "empty.txt", ""), streaming=streaming)
+    for name, content in (("empty.jsonl", b""), ("head.csv", b"text,id\n"), ("none.parquet", parquet(ROWS)[:0])):
+        file = write(tmp_path / name, content)
+        assert str(file) in message(file, streaming=streaming)
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "no_rows.parquet")
+    text = message(tmp_path / "no_rows.parquet", streaming=streaming)
+    assert "no_rows.parquet cannot be read: it has no rows" in text
+
+
+BROKEN = {
+    "cut.parquet": (parquet(ROWS)[:-40], "magic bytes"),
+    "bad.jsonl": (b'{"text": "a"}\n{"text": oops}\n', "JSON parse error"),
+    "late.jsonl": (jsonl([{"text": "a" * 10_000}]) * 2_000 + b"{oops\n", "JSON parse error"),
+    "bad.csv": (b'text,id\n"a",1\n"b",2,3,4\n', "Expected 2 fields in line 3, saw 4"),
+    "latin.csv": ("text\nété\n".encode("latin1"), "not UTF-8"),
+    "latin.txt": ("été".encode("latin1"), "not UTF-8"),
+    "cut.jsonl.gz": (gzip.compress(jsonl(ROWS) * 1000)[:40], "ended before"),
+    "not.txt.gz": (b"plain text", "Not a gzipped file"),
+}
+
+
+@both_ways
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_file_is_named_with_the_parsers_reason(tmp_path: Path, name: str, streaming: bool) -> None:
+    content, reason = BROKEN[name]
+    broken = write(tmp_path / name, content)
+    text = message(broken, streaming=streaming)
+    assert str(broken) in text and reason in text
+
+
+@both_ways
+@pytest.mark.parametrize("name", ["cut.parquet", "late.jsonl", "latin.txt", "cut.jsonl.gz"])
+def test_the_broken_file_of_a_folder_is_found(tmp_path: Path, name: str, streaming: bool) -> None:
+    content, reason = BROKEN[name]
+    broken = write(tmp_path / "data" / f"b-{name}", content)
+    whole = {"parquet": parquet(ROWS), "txt": "text", "jsonl": jsonl(ROWS), "gz": gzip.compress(jsonl(ROWS))}
+    for first in "ac":
+        write(tmp_path / "data" / f"{first}-{name}", whole[name.rsplit(".")[-1]])
+    text = message(tmp_path / "data", streaming=streaming)
+    assert f"file {broken} cannot be read" in text and reason in text
+
+
+def test_files_that_do_not_fit_together(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", jsonl([{"text": "a"}]))
+    write(tmp_path / "b.jsonl", jsonl([{"text": "b", "extra": 1}]))
+    text = message(tmp_path)
+    assert str(tmp_path) in text and "extra" in text
+
+
+def test_local_paths_that_cannot_be_used(tmp_path: Path, in_tmp: Path) -> None:
+    assert "dataset.path is not set" in message("")
+    assert "no such file or folder" in message("./missing")
+    assert "no such file or folder" in message("missing.jsonl")
+    assert "no such file or folder" in message("folder/rows.parquet")
+    text = message(write(tmp_path / "paper.pdf", b"%PDF"))
+    assert "paper.pdf" in text and ".parquet, .jsonl" in text and ".gz" in text
+    assert ".parquet" in message(write(tmp_path / "rows.parquet.gz", b""))
+    (tmp_path / "none").mkdir()
+    assert "it is empty" in message(tmp_path / "none")
+    write(tmp_path / "pdfs" / "paper.pdf", b"%PDF")
+    assert "paper.pdf" in message(tmp_path / "pdfs")
+    write(tmp_path / "mixed" / "rows.jsonl", jsonl(ROWS))
+    write(tmp_path / "mixed" / "LICENSE.txt", "free")
+    text = message(tmp_path / "mixed")
+    assert "json, text" in text and "LICENSE.txt" in text and "dataset.data_files='*.jsonl'" in text
+    assert texts(opened(tmp_path / "mixed", data_files="*.jsonl").examples()) == TEXTS
+    assert "dataset.data_files" in message(tmp_path / "mixed", data_files="*.parquet")
+    file = tmp_path / "mixed" / "rows.jsonl"
+    assert "dataset.name=x does not apply" in message(file, name="x")
+    assert "dataset.revision=x does not apply" in message(tmp_path / "mixed", revision="x")
+
+
+def test_a_folder_that_save_to_disk_wrote_is_explained(tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    Dataset.from_list([{"text": "a"}]).save_to_disk(tmp_path / "saved")
+    assert "to_parquet" in message(tmp_path / "saved")
+
+
+@both_ways
+def test_an_unknown_split_is_answered_with_those_there(tmp_path: Path, streaming: bool) -> None:
+    file = write(tmp_path / "rows.jsonl", jsonl(ROWS))
+    assert "no split 'test'. Choose one with dataset.split: train." in message(file, split="test", streaming=streaming)
+    if streaming:
+        assert "dataset.max_samples" in message(file, split="train[:2]", streaming=True)
+    else:
+        assert texts(opened(file, split="train[:3]").examples()) == TEXTS[:2]
+        assert "no split 'train+dev'" in message(file, split="train+dev")
+        assert "dataset.split=train[1:2:3:4]" in message(file, split="train[1:2:3:4]")
+
+
+def test_a_zst_file_says_what_is_missing(tmp_path: Path) -> None:
+    pytest.importorskip("fsspec")
+    from fsspec.compression import compr
+
+    file = write(tmp_path / "rows.jsonl.zst", b"\x28\xb5\x2f\xfdbroken")
+    text = message(file)
+    assert str(file) in text and ("zstandard" in text) == ("zstd" not in compr)

@@ -1,0 +1,175 @@
+"""Datasets and tokenizers of the Hub: pinned to a commit, served from the cache when it cannot be reached."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.bpe import save_tokenizer
+from support.data_files import ROWS, TEXTS, both_ways, jsonl, message, texts, write
+from support.fake_hub import FakeHub
+
+from qk_sniffer.config import DatasetConfig
+from qk_sniffer.corpus.examples import open_corpus
+from qk_sniffer.errors import SourceError
+
+
+def cached_copy(tmp_path: Path, commit: str, rows: list[dict[str, Any]], config_name: str = "default") -> None:
+    """Puts a dataset `org/name` where `datasets` puts what it made of a Hub repository at a commit."""
+    import datasets
+
+    write(tmp_path / commit / "train.jsonl", jsonl(rows))
+    builder = datasets.load_dataset_builder(str(tmp_path / commit))
+    builder.download_and_prepare()
+    target = Path(datasets.config.HF_DATASETS_CACHE, "org___name", config_name, "0.0.0", commit)
+    shutil.copytree(builder.cache_dir, target)
+    info = json.loads((target / "dataset_info.json").read_text()) | {"config_name": config_name}
+    info["dataset_name"] = "name"
+    (target / "dataset_info.json").write_text(json.dumps(info))
+    for file in target.glob("*.arrow"):
+        file.rename(target / "name-train.arrow")
+
+
+def test_offline_without_a_copy() -> None:
+    text = message("org/name")
+    assert "org/name" in text and "HF_HUB_OFFLINE=1" in text and "dataset.path" in text and "pydoc" in text
+
+
+@both_ways
+def test_offline_a_cached_copy_serves(tmp_path: Path, streaming: bool) -> None:
+    one, two = "1" * 40, "2" * 40
+    cached_copy(tmp_path, one, ROWS)
+    config = DatasetConfig(path="org/name", streaming=streaming)
+    corpus = open_corpus(config)
+    assert corpus.commit == one and texts(corpus.examples()) == TEXTS
+    assert "no split 'test'. Choose one with dataset.split: train." in message("org/name", split="test")
+
+    cached_copy(tmp_path, two, ROWS[2:])
+    ambiguous = message("org/name")
+    assert one in ambiguous and two in ambiguous and "dataset.revision" in ambiguous
+    pinned = open_corpus(config, commit=one)
+    assert pinned.commit == one and texts(pinned.examples()) == TEXTS
+    chosen = open_corpus(replace(config, revision=two))
+    assert chosen.commit == two and texts(chosen.examples()) == [(0, TEXTS[1][1]), (3, TEXTS[2][1])]
+    assert "config other" in message("org/name", name="other", revision=one)
+    assert "v1.0" in message("org/name", revision="v1.0"), "a branch or tag is never guessed"
+    assert "dataset.data_files" in message("org/name", data_files="*.jsonl", revision=one)
+    with pytest.raises(SourceError, match="at 3333"):
+        open_corpus(config, commit="3" * 40)
+
+
+def client(code: str, endpoint: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
+    """Runs `code` in a process whose Hub is at `endpoint`: the libraries read their environment once."""
+    imports = (
+        "from qk_sniffer.batching import load_tokenizer\n"
+        "from qk_sniffer.config import DatasetConfig, ModelConfig, TokenizerConfig\n"
+        "from qk_sniffer.corpus import open_corpus\n"
+        "from qk_sniffer.errors import SourceError\n"
+        "import sys, time\n"
+        "def error(open, *args, **options):\n"
+        "    try:\n"
+        "        open(*args, **options)\n"
+        "    except SourceError as error:\n"
+        "        return str(error)\n"
+        "    raise AssertionError('no error')\n"
+        "def dataset(path, commit=None, **options):\n"
+        "    return open_corpus(DatasetConfig(path=path, **options), commit)\n"
+        "def tokenizer(name, commit=None, **options):\n"
+        "    return load_tokenizer(ModelConfig(name=name, **options), commit)\n"
+    )
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    environment |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1"}
+    done = subprocess.run([sys.executable, "-c", imports + code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_no_network_is_an_answer_within_seconds(tmp_path: Path) -> None:
+    with socket.socket() as probe:  # a port that is closed again
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    code = """
+assert not {'torch', 'datasets', 'transformers', 'huggingface_hub'} & set(sys.modules), 'light to import'
+import datasets, transformers.models.auto
+start = time.perf_counter()
+print(error(dataset, 'org/name'))
+print(error(tokenizer, 'org/name'))
+assert time.perf_counter() - start < 10, 'the libraries alone try again for half a minute'
+"""
+    done = client(code, f"http://127.0.0.1:{port}", tmp_path)
+    of_dataset, of_tokenizer = done.stdout.splitlines()
+    assert "dataset org/name" in of_dataset and "Connection refused" in of_dataset and "dataset=pydoc" in of_dataset
+    assert "tokenizer org/name" in of_tokenizer and "Connection refused" in of_tokenizer
+    assert "Retrying" not in done.stderr
+
+
+def test_a_hub_dataset_is_pinned(tmp_path: Path) -> None:
+    tokenizer = save_tokenizer(tmp_path / "tokenizer")
+    with FakeHub() as hub:
+        files = {"train.jsonl": jsonl(ROWS), "test.jsonl": jsonl(ROWS[:1])}
+        old = hub.commit("org/name", files)
+        hub.commit("org/name", files | {"train.jsonl": jsonl(ROWS[:1])}, branch="v1")
+        hub.commit("org/name", {"logo.xyz": b""}, branch="gone")
+        new = hub.commit("org/name", files | {"train.jsonl": jsonl(ROWS[5:])})
+        hub.commit("org/LongBooks-v2", {"a.txt": b"one\nline", "b.txt": b"two"})
+        hub.commit("org/gated", files)
+        hub.repositories["org/gated"].gated = True
+        checkpoint = {path.name: path.read_bytes() for path in tokenizer.iterdir()}
+        model = hub.commit("org/model", checkpoint | {"config.json": b'{"model_type": "llama"}'})
+        code = f"""
+def texts(corpus):
+    return [(example.index, example.text) for example in corpus.examples()]
+corpus = dataset('org/name')
+assert corpus.commit == {new!r} and texts(corpus) == [(0, {TEXTS[2][1]!r})], corpus.commit
+for streaming in (False, True):
+    corpus = dataset('org/name', {old!r}, streaming=streaming)
+    assert corpus.commit == {old!r} and texts(corpus) == {TEXTS!r}, corpus.commit
+assert dataset('org/name', revision='v1').num_rows == 1
+assert dataset('org/name', {old!r}, revision='v1').num_rows == 6
+assert texts(dataset('org/LongBooks-v2')) == [(0, 'one\\nline'), (1, 'two')]
+assert tokenizer('org/model').commit == {model!r}
+for text in (
+    error(dataset, 'org/name', revision='v2'),
+    error(dataset, 'org/name', revision='gone'),
+    error(dataset, 'org/name', split='dev'),
+    error(dataset, 'org/name', name='big'),
+    error(dataset, 'org/name', data_files='no*.jsonl'),
+    error(dataset, 'org/missing'),
+    error(dataset, 'org/gated'),
+    error(tokenizer, 'org/model', revision='v2'),
+    error(tokenizer, 'org/missing'),
+):
+    print(text)
+"""
+        answers = client(code, hub.url, tmp_path).stdout.splitlines()
+    expected = [
+        "It has: main, v1, gone",
+        "has no data files that can be read",
+        "train, test",
+        "default",
+        "dataset.data_files",
+        "neither a local path nor on the Hub",
+        "gated",
+        "It has: main",
+        "neither a local path nor on the Hub",
+    ]
+    assert len(answers) == len(expected), answers
+    for answer, part in zip(answers, expected, strict=True):
+        assert part in answer
+
+    # The server is gone; what was loaded before still serves, and only at the commit that is asked for.
+    code = f"""
+assert dataset('org/name', {old!r}).num_rows == 6
+assert dataset('org/name', revision={new!r}).num_rows == 1
+assert [each.text for each in dataset('org/LongBooks-v2').examples()] == ['one\\nline', 'two']
+assert tokenizer('org/model').commit == tokenizer('org/model', {model!r}).commit == {model!r}
+print(error(dataset, 'org/name'))
+"""
+    done = client(code, hub.url, tmp_path)
+    assert old in done.stdout and new in done.stdout and "Retrying" not in done.stderr

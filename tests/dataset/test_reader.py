@@ -1,0 +1,219 @@
+"""`qk_sniffer.open_dataset`: the rows of a folder, and of a branch of the Hub, which is fetched as far as needed."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from huggingface_hub import HfApi
+from support.fake_hub import FakeHub
+from support.hub_cases import BRANCH, REPO, MakeDataset, client, publish
+from support.jobs import vectors
+
+import qk_sniffer
+from qk_sniffer.errors import HubError, StoreError
+from qk_sniffer.store import manifest as manifests
+
+pytestmark = pytest.mark.floor
+
+
+def assert_same(dataset: qk_sniffer.Dataset, root: Path) -> None:
+    """All of the dataset is what the files in the folder hold."""
+    assert [key.name for key in dataset.heads] == ["l00h00q", "l00h03q", "l00h00k", "l00h01k"]
+    for layer, head, kind in dataset.heads:
+        table = pq.read_table(root / f"l{layer:02d}h{head:02d}{kind}" / "data.parquet")
+        rows = dataset.vectors(layer, head, kind)
+        assert rows.vectors.dtype == np.float32 and len(rows.vectors) > 5
+        np.testing.assert_array_equal(rows.vectors, vectors(table))
+        np.testing.assert_array_equal(rows.positions, table["position"].to_numpy())
+        np.testing.assert_array_equal(rows.example_ids, table["example_id"].to_numpy())
+        assert dataset.table(layer, head, kind) == table
+        assert dataset.table(layer, head, kind, ["bucket"]).column_names == ["bucket"]
+    assert dataset.examples == pq.read_table(root / "examples/data.parquet")
+
+
+def test_a_folder(make_dataset: MakeDataset, tmp_path: Path) -> None:
+    root = make_dataset(tmp_path / "a")
+    dataset = qk_sniffer.open_dataset(str(root))
+    assert_same(dataset, root)
+    assert dataset.manifest == manifests.read(root) and str(dataset) == str(root)
+    queries, positions, example_ids = dataset.vectors(*dataset.heads[0])
+    assert queries.shape == (len(positions), 16) and len(example_ids) == len(positions)
+
+
+def test_rows_in_several_chunks_and_none(make_dataset: MakeDataset, tmp_path: Path) -> None:
+    root = make_dataset(tmp_path / "a")
+    path = root / "l00h00q/data.parquet"
+    table = pq.read_table(path)
+    pq.write_table(table, path, row_group_size=3)
+    dataset = qk_sniffer.open_dataset(root)
+    np.testing.assert_array_equal(dataset.vectors(0, 0, "q").vectors, vectors(table))
+    pq.write_table(table.schema.empty_table(), path)
+    empty = dataset.vectors(0, 0, "q")
+    assert empty.vectors.shape == (0, 16) and empty.positions.shape == empty.example_ids.shape == (0,)
+
+
+def test_what_is_not_there_is_named(make_dataset: MakeDataset, tmp_path: Path) -> None:
+    root = make_dataset(tmp_path / "a")
+    dataset = qk_sniffer.open_dataset(root)
+    with pytest.raises(StoreError, match=r"no rows of layer 7, head 1, kind 'q'; it has l00h00q, l00h03q"):
+        dataset.vectors(7, 1, "q")
+    with pytest.raises(StoreError, match=r"no column token_id; it has bucket, example_id"):
+        dataset.table(0, 0, "q", ["position", "token_id"])
+    (root / "l00h00q/data.parquet").write_bytes(b"PAR1 nothing")
+    (root / "l00h03q/data.parquet").unlink()
+    for head in (0, 3):
+        with pytest.raises(StoreError, match=rf"l00h0{head}q/data\.parquet is missing or damaged"):
+            dataset.vectors(0, head, "q")
+    with pytest.raises(StoreError, match=r"is a folder: it has no revision 'main'"):
+        qk_sniffer.open_dataset(root, revision="main")
+    with pytest.raises(StoreError, match="no such folder"):
+        qk_sniffer.open_dataset(tmp_path / "nothing")
+    (root / "manifest.json").unlink()
+    with pytest.raises(StoreError, match="incomplete"):
+        qk_sniffer.open_dataset(root)
+
+
+@pytest.mark.usefixtures("endpoint")
+def test_a_branch_is_fetched_head_by_head_and_once(
+    hub: FakeHub, api: HfApi, make_dataset: MakeDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = make_dataset(tmp_path / "a")
+    publish(root, REPO, BRANCH, api=api)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "another"))
+    start = len(hub.log)
+
+    def fetched() -> list[str]:
+        return [path.split("/", 6)[-1] for method, path, _ in hub.log[start:] if method == "GET" and "resolve" in path]
+
+    dataset = qk_sniffer.open_dataset(REPO, revision=BRANCH)
+    assert fetched() == ["manifest.json"] and str(dataset) == f"{REPO}, branch {BRANCH}"
+    head = dataset.vectors(0, 3, "q")
+    assert fetched() == ["manifest.json", "l00h03q/data.parquet"]
+    np.testing.assert_array_equal(head.vectors, vectors(pq.read_table(root / "l00h03q/data.parquet")))
+    dataset.fetch(dataset.heads)
+    assert len(fetched()) == 5
+    assert_same(dataset, root)
+    assert_same(qk_sniffer.open_dataset(REPO, revision=BRANCH), root)
+    assert len(fetched()) == 6 and fetched()[-1] == "examples/data.parquet"
+
+    # What was opened stays at its commit; who opens anew sees the new one.
+    publish(make_dataset(tmp_path / "b", seed=1), REPO, BRANCH, api=api)
+    assert_same(dataset, root)
+    assert_same(qk_sniffer.open_dataset(REPO, revision=BRANCH), tmp_path / "b")
+    assert_same(qk_sniffer.open_dataset(REPO, revision=hub.repositories[REPO].history(BRANCH)[1].id), root)
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert_same(qk_sniffer.open_dataset(REPO, revision=BRANCH), tmp_path / "b")
+
+
+@pytest.mark.usefixtures("endpoint")
+def test_what_cannot_be_read_from_the_hub(
+    hub: FakeHub, api: HfApi, make_dataset: MakeDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(make_dataset(tmp_path / "a"), REPO, BRANCH, api=api)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "another"))
+    for revision in (None, "main", "some-modle"):
+        with pytest.raises(HubError, match=rf"no dataset of qk-sniffer at .*revision=\.\.\.; it has: {BRANCH}$"):
+            qk_sniffer.open_dataset(REPO, revision=revision)
+    with pytest.raises(HubError, match=r"no dataset repository alice/none .*hf auth login"):
+        qk_sniffer.open_dataset("alice/none", revision="main")
+    hub.create("alice/empty")
+    with pytest.raises(HubError, match=r"; it has none$"):
+        qk_sniffer.open_dataset("alice/empty")
+    hub.repositories[REPO].gated = True
+    with pytest.raises(HubError, match=r"gated .*ask for access"):
+        qk_sniffer.open_dataset(REPO, revision=BRANCH)
+    hub.repositories[REPO].gated, hub.repositories[REPO].private = False, True
+    with pytest.raises(HubError, match=r"no dataset repository .*private one is shown after a login"):
+        qk_sniffer.open_dataset(REPO, revision=BRANCH)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(HubError, match=r"cannot be read from the Hub: offline mode is on: unset HF_HUB_OFFLINE"):
+        qk_sniffer.open_dataset(REPO, revision=BRANCH)
+
+
+@pytest.mark.usefixtures("endpoint")
+@pytest.mark.parametrize("how", ["reply", "drop"])
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("HEAD", "/manifest.json"),
+        ("GET", "/manifest.json"),
+        ("HEAD", "/l00h00q/"),
+        ("GET", "/l00h00q/"),
+        ("GET", "/tree/"),
+        ("GET", "/l00h01k/"),
+    ],
+)
+def test_what_passes_is_tried_again(
+    method: str,
+    path: str,
+    how: str,
+    hub: FakeHub,
+    api: HfApi,
+    make_dataset: MakeDataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    root = make_dataset(tmp_path / "a")
+    publish(root, REPO, BRANCH, api=api)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "another"))
+    hub.fault(method, path, how, times=2)
+    dataset = qk_sniffer.open_dataset(REPO, revision=BRANCH)
+    dataset.vectors(0, 0, "q")
+    dataset.fetch(dataset.heads)
+    assert_same(dataset, root)
+    assert not hub.take_fault(method, path), "the fault was met"
+
+
+def test_with_xet_and_a_login(make_dataset: MakeDataset, tmp_path: Path) -> None:
+    """A private repository, by the storage that real uploads use: published and read by processes of their own."""
+    from support.local_xet import LocalXet
+
+    root = make_dataset(tmp_path / "a")
+    write = f"""
+from pathlib import Path
+from qk_sniffer.dataset.card import branch_card
+from qk_sniffer.hub.publish import publish
+place = Path({str(root)!r}), {REPO!r}, {BRANCH!r}
+print(publish(*place, branch_card(*place), private=True).changed)
+"""
+    read = f"""
+import qk_sniffer
+from datasets import load_dataset
+dataset = qk_sniffer.open_dataset({REPO!r}, revision={BRANCH!r})
+dataset.fetch(dataset.heads[:3])
+print([float(dataset.vectors(*head).vectors.sum()) for head in dataset.heads])
+stream = load_dataset({REPO!r}, "l00h00k", revision={BRANCH!r}, split="train", streaming=True)
+print(len(list(stream)), len(load_dataset({REPO!r}, "l00h00k", revision={BRANCH!r}, split="train")))
+"""
+    with FakeHub(LocalXet(tmp_path / "xet")) as hub:
+        hub.fault("GET", "/xet-write-token/")
+        hub.fault("GET", "/xet-read-token/", how="drop")
+        done = client(hub, tmp_path, "-c", write, xet=True)
+        assert done.stdout == "True\n", done.stderr
+        assert hub.count("GET", "/xet-write-token/") > 0 and hub.count("PUT", "/lfs/") == 0
+        shutil.rmtree(tmp_path / "home")
+        done = client(hub, tmp_path, "-c", read, xet=True)
+        assert done.returncode == 0, done.stderr
+        assert hub.count("GET", "/xet-read-token/") > 0
+        refused = client(hub, tmp_path / "xet", "-c", read, xet=True, token=None)
+        unread = client(
+            hub, tmp_path / "xet", "-c", "".join(read.splitlines(True)[2:3] + read.splitlines(True)[6:]), token=None
+        )
+        assert unread.returncode == 1 and "doesn't exist on the Hub or cannot be accessed" in unread.stderr
+    dataset = qk_sniffer.open_dataset(root)
+    sums, counts = done.stdout.splitlines()
+    assert sums == str([float(dataset.vectors(*head).vectors.sum()) for head in dataset.heads])
+    assert counts.split() == [str(len(dataset.vectors(0, 0, "k").positions))] * 2
+    assert refused.returncode == 1 and "a private one is shown after a login" in refused.stderr
+
+
+def test_schema_of_rows(make_dataset: MakeDataset, tmp_path: Path) -> None:
+    """The public names and their order, which callers unpack."""
+    assert qk_sniffer.HeadVectors._fields == ("vectors", "positions", "example_ids")
+    table = qk_sniffer.open_dataset(make_dataset(tmp_path / "a")).table(0, 0, "k")
+    assert isinstance(table, pa.Table)
+    assert table.column_names == ["bucket", "example_id", "position", "vector", "sliding_window"]

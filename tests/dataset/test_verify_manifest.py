@@ -1,0 +1,102 @@
+"""Manifests that are not the dataset's: each contradiction is found and told."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.verify_cases import FILE, QUERY_1, edit, verified, wrong
+
+from qk_sniffer.dataset.verify import verify
+
+
+def both(section: str, key: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    """Another value of a setting, in config and fingerprint."""
+
+    def change(manifest: dict[str, Any]) -> None:
+        manifest["config"][section][key] = value
+        manifest["fingerprint"][f"{section}.{key}"] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "checks", "said"),
+    [
+        (
+            lambda m: m["config"]["sampler"].update(seed=1),
+            {"manifest", "sampler"},
+            "sampler.seed is 1 in config, 0 in fingerprint",
+        ),
+        (lambda m: m["config"]["model"].update(dtype="float16"), {"manifest"}, "model.dtype is 'float16' in config"),
+        (both("sampler", "seed", 1), {"sampler"}, "chooses are missing"),
+        (both("sampler", "share", "example"), {"sampler"}, "in all 12 query heads; all 6 key heads)"),
+        (both("sampler", "base_rate", 8.0), {"sampler", "manifest"}, "inclusion in manifest.json is not"),
+        (
+            both("sampler", "min_bucket_size", 32),
+            {"sampler", "manifest", "bucket"},
+            "inclusion in manifest.json is not",
+        ),
+        (lambda m: m.update(rows=7), {"manifest"}, "contradicts itself rows is 7, those of files are"),
+        (lambda m: m["rows_by_bucket"]["q"].update({"0": 5}), {"manifest"}, "is not what the files hold"),
+        (lambda m: m["inclusion"].pop("k"), {"manifest"}, "settings give kind k"),
+        (
+            lambda m: m.update(source_rows=30),
+            {"manifest"},
+            "source_rows is 30, but there are 24 examples and 0 skipped_rows",
+        ),
+        (lambda m: m["files"][FILE].update(rows=1), {"manifest", "parquet"}, "instead of 1 way out"),
+        (lambda m: m["files"].pop(FILE), {"heads"}, f"does not list the file of a captured head ({QUERY_1})"),
+        (
+            lambda m: m["model"]["layers"][0]["captured"]["q"].remove(1),
+            {"heads", "manifest"},
+            f"no layer says to be captured {FILE}",
+        ),
+        (
+            lambda m: m["model"]["layers"][0].update(sliding_window=None),
+            {"metadata", "sliding_window"},
+            "sliding_window is 12 instead of null",
+        ),
+        (lambda m: m["model"]["layers"][1].update(head_dim=8), {"schema"}, "instead of fixed_size_list<"),
+        (lambda m: m["commits"].update(model="abc"), {"metadata"}, "says (all 12 query heads; all 6 key heads) "),
+        (lambda m: m["proof"].update(proven=False), {"proof"}, "vectors are not those of the model rows of 1 example"),
+        (lambda m: m.pop("model"), {"manifest"}, "manifest.json is not understood KeyError: 'model'"),
+        (lambda m: m.update(files=[1]), {"manifest"}, "is not understood AttributeError"),
+        (lambda m: m["config"]["sampler"].update(kind="x"), {"manifest"}, "is not understood Config"),
+        (lambda m: m["config"]["sampler"].update(type="x"), {"manifest"}, "is not understood ConfigError"),
+        (lambda m: m.update(format="qk-sniffer/9"), {"manifest"}, "format 'qk-sniffer/1' way out: use the version of"),
+    ],
+)
+def test_a_manifest_that_is_not_the_datasets(
+    change: Callable[[dict[str, Any]], object], checks: set[str], said: str, root: Path
+) -> None:
+    edit(root, change)
+    text = verified(root)
+    assert wrong(text).keys() == checks, text
+    assert any(said in words for words in wrong(text).values()), text
+
+
+def test_a_manifest_that_is_no_json(root: Path) -> None:
+    os.truncate(root / "manifest.json", 100)
+    assert "manifest.json cannot be read: " in wrong(verified(root))["manifest"]
+
+
+def test_nonsense_in_a_manifest_is_never_a_traceback(root: Path) -> None:
+    whole = json.loads((root / "manifest.json").read_text())
+    places = [(key,) for key in whole]
+    places += [(key, name) for key in ("config", "model", "proof", "commits") for name in whole[key]]
+    places += [("files", FILE), ("files", FILE, "rows"), ("rows_by_bucket", "q"), ("config", "dataset", "path")]
+    for place in places:
+        for nonsense in (None, float("inf"), []):
+
+            def spoil(manifest: dict[str, Any], place: tuple[str, ...] = place, nonsense: Any = nonsense) -> None:
+                *above, last = place
+                for key in above:
+                    manifest = manifest[key]
+                manifest[last] = nonsense
+
+            edit(root, spoil)
+            assert str(verify(root)), place
+            edit(root, lambda manifest: manifest.update(whole))

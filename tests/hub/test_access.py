@@ -1,0 +1,112 @@
+"""Who may publish, and who is told before a job that it may not."""
+
+import logging
+import socket
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+from huggingface_hub import HfApi
+from support.fake_hub import FakeHub
+from support.hub_cases import BRANCH, REPO, MakeDataset, assert_published, publish
+
+from qk_sniffer.errors import HubError
+from qk_sniffer.hub.client import require_access
+
+pytestmark = [pytest.mark.floor, pytest.mark.usefixtures("waits")]
+
+
+@pytest.mark.parametrize(
+    ("token", "repo_id", "message"),
+    [
+        (True, REPO, r"there is no token: set HF_TOKEN, or .*hf auth login"),
+        ("hf_mallory", REPO, "refuses the token"),
+        ("hf_bob", REPO, "no right to that"),
+        ("hf_alice", "alice/two--dashes", "Cannot have --"),
+        ("hf_secret\ntoken", REPO, r"Illegal header value .*\*\*\*"),
+    ],
+)
+def test_a_wrong_login_or_name_ends_at_once(
+    token: str | bool,
+    repo_id: str,
+    message: str,
+    hub: FakeHub,
+    make_dataset: MakeDataset,
+    tmp_path: Path,
+    waits: list[float],
+) -> None:
+    with pytest.raises(HubError, match=message) as caught:
+        publish(make_dataset(tmp_path / "a"), repo_id, BRANCH, api=HfApi(endpoint=hub.url, token=token))
+    assert not isinstance(token, str) or (token not in str(caught.value) and "secret" not in str(caught.value))
+    assert hub.repositories == {} and waits == []
+
+
+def test_private(hub: FakeHub, api: HfApi, make_dataset: MakeDataset, tmp_path: Path) -> None:
+    root = make_dataset(tmp_path / "a")
+    publish(root, REPO, BRANCH, private=True, api=api)
+    assert hub.repositories[REPO].private
+    hub.create("alice/public")
+    with pytest.raises(HubError, match=r"exists and is public.*settings.*stays whole"):
+        publish(root, "alice/public", BRANCH, private=True, api=api)
+    assert list(hub.repositories["alice/public"].branches) == ["main", BRANCH]
+    assert hub.repositories["alice/public"].branches[BRANCH] == hub.repositories["alice/public"].branches["main"]
+
+
+def test_without_a_hub(
+    monkeypatch: pytest.MonkeyPatch, make_dataset: MakeDataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = make_dataset(tmp_path / "a")
+    with socket.socket() as probe:  # a port that is closed again
+        probe.bind(("127.0.0.1", 0))
+        api = HfApi(endpoint=f"http://127.0.0.1:{probe.getsockname()[1]}", token="hf_alice")
+    with pytest.raises(HubError, match=r"Connection refused.*the command of its job"):
+        publish(root, REPO, BRANCH, api=api)
+    caplog.clear()
+    require_access(REPO, api=api)
+    assert "could not be checked" in caplog.text and "Connection refused" in caplog.text
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    for attempt in (lambda: publish(root, REPO, BRANCH, api=api), lambda: require_access(REPO, api=api)):
+        with pytest.raises(HubError, match="unset HF_HUB_OFFLINE"):
+            attempt()
+
+
+def test_login(hub: FakeHub, api: HfApi, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    require_access(REPO, api=api)
+    with pytest.raises(HubError, match=r"there is no token.*leave output\.hf_repo_id out"):
+        require_access(REPO)
+    with pytest.raises(HubError, match=r"refuses the token.*To capture without publishing") as caught:
+        require_access(REPO, api=HfApi(endpoint=hub.url, token="hf_mallory"))
+    assert "mallory" not in str(caught.value)
+    hub.roles["hf_alice"] = "read"
+    with pytest.raises(HubError, match="may only read"):
+        require_access(REPO, api=api)
+    assert caplog.records == []
+    hub.fault("GET", "/whoami", status=429)
+    require_access(REPO, api=api)
+    assert "could not be checked" in caplog.text and caplog.records[0].levelno == logging.WARNING
+    assert huggingface_hub.get_token() is None
+
+
+def test_access_is_looked_at_before_a_job(hub: FakeHub, api: HfApi) -> None:
+    with pytest.raises(
+        HubError, match=r"could not be published to bob/x: the login is that of alice, .* of alice, lab\."
+    ):
+        require_access("bob/x", api=api)
+    require_access("lab/x", private=True, api=api)
+    hub.create(REPO)
+    require_access(REPO, api=api)
+    with pytest.raises(HubError, match=r"output\.private=true, but the repository exists and is public"):
+        require_access(REPO, private=True, api=api)
+    hub.repositories[REPO].private = True
+    require_access(REPO, private=True, api=api)
+
+
+def test_a_stored_login_will_do(
+    hub: FakeHub, endpoint: str, make_dataset: MakeDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "token").write_text("hf_alice")
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "token"))
+    require_access(REPO)
+    root = make_dataset(tmp_path / "a")
+    publish(root, REPO, BRANCH)
+    assert_published(hub, root, tmp_path)

@@ -1,0 +1,30 @@
+"""What the cards of a dataset's sources say, which its own card repeats."""
+
+from pathlib import Path
+
+import pytest
+from support.fake_hub import FakeHub
+
+from qk_sniffer.jobs.licenses import stated_terms
+
+
+def test_on_the_hub_at_a_commit(hub: FakeHub, endpoint: str) -> None:
+    card = b"---\nlicense: mit\nlanguage:\n- en\n- de\n- English\n---\n# Texts\n"
+    commit = hub.commit("org/texts", {"README.md": card})
+    hub.commit("org/texts", {"README.md": b"---\nlicense: other\n---\n"})
+    assert stated_terms("dataset", "org/texts", commit) == {"license": ["mit"], "language": ["en", "de"]}
+    assert stated_terms("dataset", "org/texts", "0" * 40) == {"license": [], "language": []}
+
+
+def test_here(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("---\nlicense: [mit, apache-2.0]\nlanguage: en\n---\n")
+    assert stated_terms("model", str(tmp_path), None) == {"license": ["mit", "apache-2.0"], "language": ["en"]}
+    assert stated_terms("dataset", "pydoc", None) == {"license": ["psf-2.0"], "language": ["en"]}
+
+
+@pytest.mark.parametrize("card", [None, "no front matter", "---\nlicense: {\n---\n", "---\nlicense: 7\n---\n"])
+def test_where_nothing_is_known(card: str | None, tmp_path: Path) -> None:
+    if card is not None:
+        (tmp_path / "README.md").write_text(card)
+    assert stated_terms("model", str(tmp_path), None) == {"license": [], "language": []}
+    assert stated_terms("dataset", "org/nothing", "0" * 40) == {"license": [], "language": []}

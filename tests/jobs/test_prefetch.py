@@ -1,0 +1,77 @@
+"""Items that are made ahead: the same ones, their errors in their place, and no thread left behind."""
+
+import threading
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from qk_sniffer.jobs.prefetch import ahead
+
+
+def is_running() -> bool:
+    return any(thread.name == "ahead" for thread in threading.enumerate())
+
+
+def wait_until_gone() -> None:
+    deadline = time.monotonic() + 10
+    while is_running() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not is_running()
+
+
+def counted(made: list[int], count: int, error: BaseException | None = None) -> Iterator[int]:
+    for number in range(count):
+        made.append(number)
+        yield number
+    if error is not None:
+        raise error
+
+
+def test_all_items_come_in_their_order() -> None:
+    with ahead(counted([], 100)) as items:
+        assert list(items) == list(range(100))
+    wait_until_gone()
+
+
+def test_few_are_made_ahead() -> None:
+    made: list[int] = []
+    with ahead(counted(made, 100)) as items:
+        assert next(items) == 0
+        deadline = time.monotonic() + 0.3
+        while time.monotonic() < deadline:
+            assert len(made) <= 3
+        assert made == [0, 1, 2]  # one waits, and one waits to wait
+
+
+def test_an_error_comes_after_the_items_before_it() -> None:
+    with ahead(counted([], 3, KeyError("three"))) as items:
+        assert [next(items) for _ in range(3)] == [0, 1, 2]
+        with pytest.raises(KeyError, match="three"):
+            next(items)
+    wait_until_gone()
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 100])
+def test_leaving_early_ends_the_thread(count: int) -> None:
+    made: list[int] = []
+    with pytest.raises(ZeroDivisionError), ahead(counted(made, count, ValueError())) as _:
+        time.sleep(0.05)
+        raise ZeroDivisionError
+    wait_until_gone()
+    assert len(made) <= 3
+
+
+def test_leaving_does_not_wait_for_an_item_that_takes_long() -> None:
+    go = threading.Event()
+
+    def slow() -> Iterator[int]:
+        go.wait(20)
+        yield 1
+
+    start = time.monotonic()
+    with pytest.raises(ZeroDivisionError), ahead(slow()) as _:
+        raise ZeroDivisionError
+    assert time.monotonic() - start < 5
+    go.set()
+    wait_until_gone()

@@ -1,0 +1,97 @@
+"""What a person sees: stages that sum to the whole, a bar on a terminal, plain lines elsewhere."""
+
+import fcntl
+import io
+import logging
+import os
+import pty
+import struct
+import sys
+import termios
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from qk_sniffer.jobs import progress
+from qk_sniffer.jobs.progress import Progress
+from qk_sniffer.timing import Stages, describe
+
+
+def test_a_stage_inside_another_counts_for_itself_alone() -> None:
+    stages = Stages()
+    start = time.perf_counter()
+    with stages("forward"):
+        time.sleep(0.02)
+        for _ in range(2):
+            with stages("gather"):
+                time.sleep(0.03)
+    whole = time.perf_counter() - start
+    assert stages.seconds["gather"] >= 0.06
+    assert 0.02 <= stages.seconds["forward"] <= whole - 0.06
+    assert sum(stages.seconds.values()) <= whole
+
+
+def test_a_stage_that_fails_is_counted_too() -> None:
+    stages = Stages()
+    with pytest.raises(ZeroDivisionError), stages("forward"), stages("gather"):
+        raise ZeroDivisionError
+    with stages("write"):
+        pass
+    assert stages.seconds.keys() == {"forward", "gather", "write"}
+
+
+def test_stages_are_described_longest_first() -> None:
+    assert describe({"plan": 0.25, "forward": 12.34, "nothing": 0.0001}) == "forward 12.3 s, plan 0.25 s"
+
+
+def test_plain_lines_where_stderr_is_no_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    monkeypatch.setattr(progress, "LINE_EVERY_S", 0.0)
+    shown = Progress(total=10, done=4, file=tmp_path / "progress")
+    with caplog.at_level(logging.INFO):
+        shown.add(examples=2, tokens=300, rows=24)
+    shown.close()
+    assert caplog.messages[0].startswith("6 of 10 examples, about ")
+    assert "tokens/s, 24 rows, " in caplog.messages[0] and "MB memory" in caplog.messages[0]
+    assert sys.stderr.getvalue() == ""
+
+
+def test_a_stream_has_no_total(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    monkeypatch.setattr(progress, "LINE_EVERY_S", 0.0)
+    shown = Progress(total=None, file=tmp_path / "progress")
+    with caplog.at_level(logging.INFO):
+        shown.add(examples=2, tokens=300, rows=24)
+    shown.close()
+    assert caplog.messages[0].startswith("2 examples, ")
+
+
+def everything(master: int) -> str:
+    """What was written to a terminal; a read gives only a part of it."""
+    data = b""
+    with suppress(BlockingIOError):
+        while part := os.read(master, 4096):
+            data += part
+    return data.decode()
+
+
+def test_a_bar_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    master, slave = pty.openpty()
+    os.set_blocking(master, False)
+    with os.fdopen(slave, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 150, 0, 0))
+        shown = Progress(total=10, file=tmp_path / "progress")
+        time.sleep(0.15)
+        with caplog.at_level(logging.INFO):
+            shown.add(examples=5, tokens=300, rows=24)
+        shown.close()
+        text = everything(master)
+    os.close(master)
+    assert " 5/10 " in text and "24 rows" in text and not caplog.messages

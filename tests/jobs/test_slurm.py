@@ -1,0 +1,399 @@
+"""Sweeps on a real SLURM of two nodes: whatever happens there, the datasets are those of undisturbed local runs."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.fake_hub import FakeHub
+from support.hub_cases import REPO, assert_whole, held, published
+from support.jobs import TEXTS, hashes, heads_of, keys, run
+from support.slurm_cluster import Cluster, why_not
+from support.zoo import CASES
+
+from qk_sniffer.store.layout import Layout
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(why_not() is not None, reason=str(why_not())),
+    pytest.mark.timeout(400),
+]
+
+FAMILIES = ("qwen3_sliding", "llama", "gemma3")
+MANY = 2000
+"""Texts that take a tiny model long enough to be disturbed: some 10 s."""
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with Cluster(2) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def models(folder_of: Callable[[Any], Path]) -> dict[str, Path]:
+    return {case.name: folder_of(case) for case in CASES if case.name in FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def many_texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("texts") / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": TEXTS[i % len(TEXTS)]}) + "\n" for i in range(MANY)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def few_texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("few") / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    return path
+
+
+SAMPLED: dict[str, Any] = {
+    "sampler": {"type": "uniform", "min_bucket_size": 16},
+    "inference": {"batch_size": 1, "segment_mb": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    models: dict[str, Path], many_texts: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """The dataset of a local run over a model, made once."""
+    folder, made = tmp_path_factory.mktemp("local"), dict[str, Path]()
+
+    def dataset(name: str) -> Path:
+        if name not in made:
+            made[name] = run(models[name], many_texts, folder / name, **SAMPLED)
+        return made[name]
+
+    return dataset
+
+
+class Sweep:
+    """`python -m qk_sniffer --multirun` with our launcher, in a folder of its own."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        folder: Path,
+        texts: Path,
+        flags: Sequence[str],
+        arguments: Sequence[str],
+        environment: Mapping[str, str],
+    ) -> None:
+        self.cluster, self.folder, self.environment = cluster, folder, environment
+        self.command = [
+            *(sys.executable, "-m", "qk_sniffer", "--multirun", *flags, "hydra/launcher=slurm"),
+            *("hydra.launcher.mem_gb=1", "hydra.launcher.cpus_per_task=1", "hydra.launcher.timeout_min=10"),
+            *("model.dtype=float32", "dataset=hf", f"dataset.path={texts}"),
+            *("sampler=uniform", "sampler.min_bucket_size=16", "inference.batch_size=1", "inference.segment_mb=1"),
+            *arguments,
+        ]
+        self.before = set(cluster.jobs())
+        self.process = self._start()
+
+    def again(self) -> None:
+        """The same command once more."""
+        self.before = set(self.cluster.jobs())
+        self.process = self._start()
+
+    def wait(self) -> tuple[int, str]:
+        """The exit code, and what was said."""
+        said, _ = self.process.communicate(timeout=300)
+        return self.process.returncode, said
+
+    def dataset(self, model: Path) -> Path:
+        """Where the job over a model puts its dataset."""
+        return self.folder / "outputs" / f"{model.name}-texts"
+
+    def jobs(self) -> dict[str, str]:
+        """The states of its jobs on the cluster."""
+        return {job: state for job, state in self.cluster.jobs().items() if job not in self.before}
+
+    def job(self, number: int) -> str:
+        """The id of a job of the sweep, which is one of several."""
+        return next(job for job in self.jobs() if job.endswith(f"_{number}"))
+
+    def status(self) -> list[dict[str, Any]]:
+        """What `python -m qk_sniffer.status` says, by dataset and shard."""
+        command = [sys.executable, "-m", "qk_sniffer.status", str(self.folder), "format=json"]
+        said = subprocess.run(command, env=self.cluster.env, capture_output=True, text=True, check=True).stdout
+        found: list[dict[str, Any]] = json.loads(said)
+        return found
+
+    def until(self, is_so: Callable[[], object], what: str, *, patience_s: float = 120) -> None:
+        """Waits; the sweep must still be running."""
+        deadline = time.monotonic() + patience_s
+        while not is_so():
+            assert self.process.poll() is None, f"the sweep ended before {what}:\n{self.process.communicate()[0]}"
+            assert time.monotonic() < deadline, f"{what}: not after {patience_s} s; {self.jobs()}"
+            time.sleep(0.1)
+
+    def until_captures(self, root: Path, shard: tuple[int, int] = (0, 1)) -> None:
+        """Waits until a job is in the middle of its texts."""
+        self.until(lambda: any(Layout(root).journal(*shard).glob("*.safetensors")), f"{root} is being captured")
+
+    def _start(self) -> "subprocess.Popen[str]":
+        # What the sweep is submitted with is what its jobs get.
+        env = (
+            self.cluster.env
+            | dict(self.environment)
+            | {name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ}
+        )
+        return subprocess.Popen(
+            self.command,
+            cwd=self.folder,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            # A shell that runs the tests in the background has them ignore it, and all that they start.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+
+
+@pytest.fixture
+def sweep(cluster: Cluster, many_texts: Path, tmp_path: Path) -> Iterator[Callable[..., Sweep]]:
+    started: list[Sweep] = []
+
+    def start(
+        *arguments: str,
+        texts: Path = many_texts,
+        flags: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> Sweep:
+        started.append(Sweep(cluster, tmp_path, texts, flags, arguments, environment or {}))
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.process.kill()
+        for job in each.jobs():
+            subprocess.run(["scancel", "--quiet", job], env=cluster.env, check=False)
+
+
+def logs(folder: Path) -> str:
+    return "\n".join(path.read_text() for path in sorted(folder.rglob("qk_sniffer.log")))
+
+
+def rows_of(output: str) -> list[list[str]]:
+    return [line.split() for line in output.splitlines() if re.match(r"\d+  ", line)]
+
+
+def test_three_families_on_two_nodes_with_a_preemption_in_the_middle(
+    sweep: Callable[..., Sweep], models: dict[str, Path], undisturbed: Callable[[str], Path]
+) -> None:
+    names = ",".join(str(models[name]) for name in FAMILIES)
+    running = sweep("model=hf", f"model.name={names}", "hydra.launcher.array_parallelism=2")
+    slugs = [models[name].name for name in FAMILIES]
+    roots = [running.dataset(models[name]) for name in FAMILIES]
+    running.until_captures(roots[0])
+    states = [running.jobs()[running.job(number)] for number in range(3)]
+    assert states == ["RUNNING", "RUNNING", "PENDING"], "array_parallelism"
+    shown = {line["model"]: line["state"] for line in running.status()}
+    assert shown == dict(zip(slugs, ["running", "running", "queued"], strict=True))
+    # The warning of a scheduler, as before a time limit or a preemption.
+    running.cluster.run("scancel", "--signal=USR2", running.job(0))
+    requeued = lambda: {line["model"]: line["state"] for line in running.status()}[slugs[0]] == "requeued"  # noqa: E731
+    running.until(requeued, "the first job is requeued")
+    code, said = running.wait()
+    assert code == 0, said
+    assert [row[1:3] for row in rows_of(said)] == [[slug, "done"] for slug in slugs]
+    log = logs(running.folder)
+    assert "SIGUSR2: stopping after this batch" in log and re.search(rf"resuming: \d+ of {MANY} examples are done", log)
+    for name, root in zip(FAMILIES, roots, strict=True):
+        assert hashes(root) == hashes(undisturbed(name))
+    assert {line["restarts"] for line in running.status() if line["model"] == slugs[0]} == {1}
+
+
+def test_three_models_on_the_hub(
+    sweep: Callable[..., Sweep], models: dict[str, Path], few_texts: Path, tmp_path: Path
+) -> None:
+    """A branch a model, and a list of three on main, whoever of them ends first; the token is in `.env` alone."""
+    names = ",".join(str(models[name]) for name in FAMILIES)
+    slugs = [models[name].name for name in FAMILIES]
+    with FakeHub() as hub:
+        lines = [f"HF_ENDPOINT={hub.url}", "HF_TOKEN=hf_alice", f"HF_HOME={tmp_path / 'home'}", "HF_HUB_DISABLE_XET=1"]
+        (tmp_path / ".env").write_text("\n".join(lines) + "\n")
+        running = sweep(
+            *("model=hf", f"model.name={names}", "output=hub", f"output.hf_repo_id={REPO}"),
+            texts=few_texts,
+            environment={"HF_HUB_OFFLINE": "0"},
+        )
+        code, said = running.wait()
+        assert code == 0, said
+        assert [row[1:3] for row in rows_of(said)] == [[slug, "published"] for slug in slugs]
+        branches = [f"{slug}-texts" for slug in slugs]
+        listed = re.findall(r"^\| \[`(.+?)`\]", held(hub, "main")["README.md"].decode(), flags=re.MULTILINE)
+        assert listed == sorted(branches) and set(held(hub, "main")) == {"README.md"}
+        for branch in branches:
+            assert published(hub, branch) == 1
+            assert_whole(held(hub, branch), tmp_path / "copies" / branch)
+        assert "hf_alice" not in said + logs(running.folder)
+
+
+@pytest.mark.parametrize("how", ["requeue", "kill and requeue", "node"])
+def test_a_job_that_is_begun_anew_goes_on(
+    how: str, sweep: Callable[..., Sweep], models: dict[str, Path], undisturbed: Callable[[str], Path]
+) -> None:
+    running = sweep("model=hf", f"model.name={models['llama']}")
+    cluster, root = running.cluster, running.dataset(models["llama"])
+    running.until_captures(root)
+    (job,) = running.jobs()
+    if how == "requeue":
+        cluster.run("scontrol", "requeue", job)
+    elif how == "kill and requeue":
+        cluster.kill(signal.SIGSTOP, SLURM_JOB_ID=job, SLURM_PROCID="0")  # it cannot hear anything any more
+        cluster.run("scontrol", "requeue", job)
+    else:
+        node = cluster.run("squeue", "--noheader", f"--jobs={job}", "--format=%N").strip()
+        cluster.stop_node(node)
+        cluster.start_node(node)
+    code, said = running.wait()
+    assert code == 0, said
+    assert re.search(rf"resuming: \d+ of {MANY} examples are done", logs(running.folder))
+    assert hashes(root) == hashes(undisturbed("llama"))
+
+
+def test_jobs_that_fail_do_not_sink_their_sweep(
+    sweep: Callable[..., Sweep], models: dict[str, Path], undisturbed: Callable[[str], Path], tmp_path: Path
+) -> None:
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{}")
+    names = [models["qwen3_sliding"], tmp_path / "broken", models["llama"]]
+    running = sweep("model=hf", f"model.name={','.join(map(str, names))}")
+    killed, whole = running.dataset(names[0]), running.dataset(names[2])
+    running.until_captures(killed)
+    running.cluster.kill(signal.SIGKILL, SLURM_ARRAY_TASK_ID="0", SLURM_PROCID="0")
+    code, said = running.wait()
+    assert code == 1
+    assert [row[2] for row in rows_of(said)] == ["failed", "failed", "done"], said
+    assert re.search(r"job 0 .*: ended without a word", said) and re.search(r"job 1 .*: model .*broken cannot be", said)
+    assert hashes(whole) == hashes(undisturbed("llama"))
+    assert [line["state"] for line in running.status() if line["model"] == names[0].name] == ["failed"]
+
+    running.again()
+    (tmp_path / "broken").rename(tmp_path / "gone")
+    (tmp_path / "broken").symlink_to(models["gemma3"])
+    code, said = running.wait()
+    assert code == 0, said
+    assert hashes(killed) == hashes(undisturbed("qwen3_sliding"))
+    assert "Nothing to do: the dataset is finished." in outputs_of(running)
+
+
+def outputs_of(running: Sweep) -> str:
+    return "\n".join(path.read_text() for path in sorted(running.folder.rglob("*_log.out")))
+
+
+TOGETHER = """
+import os
+if "SLURM_PROCID" in os.environ:
+    import time
+    from pathlib import Path
+
+    from qk_sniffer.jobs import run
+
+    real, here = run.mark_done, Path(__file__).parent
+
+    def mark_done(layout, shard, **facts):
+        real(layout, shard, **facts)
+        (here / f"{shard.index}").touch()
+        while len(list(here.glob("[0-9]"))) < shard.count:
+            time.sleep(0.001)
+
+    run.mark_done = mark_done
+"""
+
+
+def test_shards_that_end_in_the_same_moment(
+    sweep: Callable[..., Sweep],
+    models: dict[str, Path],
+    undisturbed: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "hook").mkdir()
+    (tmp_path / "hook" / "sitecustomize.py").write_text(TOGETHER)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "hook"))
+    shards = ("shard.count=4", "shard.index=range(4)", "hydra.launcher.gpus_per_node=0")
+    running = sweep("model=hf", f"model.name={models['llama']}", *shards)
+    root = running.dataset(models["llama"])
+    code, said = running.wait()
+    assert code == 0, said
+    assert len(list((tmp_path / "hook").glob("[0-9]"))) == 4
+    mine, local = heads_of(root), heads_of(undisturbed("llama"))
+    assert {name: keys(table) for name, table in mine.items()} == {name: keys(table) for name, table in local.items()}
+    assert hashes(root) == hashes(undisturbed("llama")), "one text a batch: the same bytes"
+    assert outputs_of(running).count("Dataset: ") == 1, "one of them made it"
+    assert not Layout(root).work.exists()
+
+
+def test_a_job_runs_the_settings_and_the_code_that_were_submitted(
+    sweep: Callable[..., Sweep], models: dict[str, Path], tmp_path: Path
+) -> None:
+    mine = tmp_path / "groups" / "model" / "mine.yaml"
+    mine.parent.mkdir(parents=True)
+    text = f"name: {models['llama']}\ndtype: float32\ntokenizer:\n  max_length: "
+    mine.write_text(text + "30\n")
+    few = tmp_path / "few.jsonl"
+    few.write_text(json.dumps({"text": TEXTS[3]}) + "\n")
+    running = sweep("model=mine", "model.slug=mine", texts=few, flags=("--config-dir", str(tmp_path / "groups")))
+    running.cluster.run("scontrol", "update", "NodeName=ALL", "State=DRAIN", "Reason=test")
+    try:
+        running.until(running.jobs, "the job is queued")
+        assert set(running.jobs().values()) == {"PENDING"}
+        assert [line["state"] for line in running.status()] == ["queued"]
+        mine.write_text(text + "20\n")
+    finally:
+        running.cluster.run("scontrol", "update", "NodeName=ALL", "State=RESUME")
+    code, said = running.wait()
+    assert code == 0, said
+    manifest = json.loads((tmp_path / "outputs" / "mine-few" / "manifest.json").read_text())
+    assert manifest["config"]["model"]["tokenizer"]["max_length"] == 30 and manifest["tokens"] == 30
+    (code_folder,) = (tmp_path / "outputs" / ".sweeps").glob("*/*/code")
+    assert (code_folder / "qk_sniffer" / "run.py").exists()
+
+
+def tokens_in(folder: Path, token: str) -> Sequence[Path]:
+    return [path for path in folder.rglob("*") if path.is_file() and token.encode() in path.read_bytes()]
+
+
+def test_no_token_is_written_anywhere(sweep: Callable[..., Sweep], models: dict[str, Path], tmp_path: Path) -> None:
+    token = "hf_" + "abcdefghij" * 3
+    (tmp_path / ".env").write_text(f"HF_TOKEN={token}\n")
+    few = tmp_path / "few.jsonl"
+    few.write_text(json.dumps({"text": TEXTS[3]}) + "\n")
+    running = sweep("model=hf", f"model.name={models['llama']},{models['gemma3']}", texts=few)
+    code, said = running.wait()
+    assert code == 0, said
+    assert tokens_in(tmp_path, token) == [tmp_path / ".env"]
+    assert not tokens_in(running.cluster.folder, token), "SLURM keeps the environment that a job is submitted with"
+    assert not tokens_in(tmp_path, os.environ.get("HF_TOKEN") or token.upper())
+
+
+def test_the_launcher_may_go_and_the_jobs_stay(
+    sweep: Callable[..., Sweep], models: dict[str, Path], undisturbed: Callable[[str], Path]
+) -> None:
+    names = ("llama", "gemma3")
+    paths = ",".join(str(models[name]) for name in names)
+    running = sweep("model=hf", f"model.name={paths}", "hydra.launcher.array_parallelism=1")
+    roots = [running.dataset(models[name]) for name in names]
+    running.until_captures(roots[0])
+    running.process.send_signal(signal.SIGINT)
+    code, said = running.wait()
+    assert code == 130 and [row[2] for row in rows_of(said)] == ["running", "queued"], said
+    assert sorted(line["state"] for line in running.status()) == ["queued", "running"]
+    deadline = time.monotonic() + 180
+    while set(running.jobs().values()) != {"COMPLETED"}:
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    assert [line["state"] for line in running.status()] == ["done", "done"]
+    assert [hashes(root) for root in roots] == [hashes(undisturbed(name)) for name in names]

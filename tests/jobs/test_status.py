@@ -1,0 +1,246 @@
+"""`python -m qk_sniffer.status`: what the files below a folder tell of datasets and jobs."""
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.jobs import Stopped, run
+
+from qk_sniffer.cli import program
+from qk_sniffer.config import Config, ShardConfig, from_dict, resolved
+from qk_sniffer.errors import ConfigError, StoreError
+from qk_sniffer.jobs import status, sweep
+from qk_sniffer.jobs.status import look, table
+from qk_sniffer.jobs.sweep import PlannedJob, Status, announced, recorded
+from qk_sniffer.status import Settings, show
+from qk_sniffer.store.layout import Layout
+from qk_sniffer.store.locks import hold
+
+
+def planned(*roots: Path) -> list[PlannedJob]:
+    configs = (resolved(from_dict({"model": {"name": "org/m"}, "output": {"data_root": str(root)}})) for root in roots)
+    return [PlannedJob(number, (), config) for number, config in enumerate(configs)]
+
+
+def states(folder: Path) -> dict[str, str]:
+    return {Path(line.status.data_root).name: line.status.state for line in look(folder)}
+
+
+def begin(folder: Path, config: Config, number: int = 0) -> Any:
+    folder.mkdir(parents=True, exist_ok=True)
+    return recorded(Status.here(number, config), folder)
+
+
+def test_a_sweep_from_beginning_to_end(tmp_path: Path) -> None:
+    folder, jobs = tmp_path / ".sweeps" / "1", planned(tmp_path / "a", tmp_path / "b", tmp_path / "c")
+    (tmp_path / "b").mkdir()
+    with announced(folder, jobs, outlive=False):
+        assert states(tmp_path) == {"a": "queued", "b": "queued", "c": "queued"}
+        with begin(folder / "0", jobs[0].config):
+            assert states(tmp_path) == {"a": "running", "b": "queued", "c": "queued"}
+        assert states(tmp_path)["a"] == "interrupted", "nobody said that it is done"
+        found = Status.here(1, jobs[1].config)
+        (folder / "1").mkdir()
+        with recorded(found, folder / "1"):
+            found.succeed(7, "https://hub/b")
+        assert states(tmp_path)["b"] == "published"
+    assert states(tmp_path) == {"a": "interrupted", "b": "published", "c": "not started"}
+
+
+@pytest.mark.parametrize(("outlive", "state"), [(False, "not started"), (True, "queued")])
+def test_a_command_that_dies_leaves_its_jobs_in_the_queue_where_there_is_one(
+    outlive: bool, state: str, tmp_path: Path
+) -> None:
+    with pytest.raises(Stopped), announced(tmp_path / "1", planned(tmp_path / "a"), outlive=outlive):
+        raise Stopped
+    assert states(tmp_path) == {"a": state}
+
+
+def test_a_job_that_dies_has_failed(tmp_path: Path) -> None:
+    code = f"""
+import os
+from pathlib import Path
+from qk_sniffer.config import from_dict, resolved
+from qk_sniffer.sweep import Status, recorded
+config = resolved(from_dict({{"model": {{"name": "org/m"}}, "output": {{"data_root": {str(tmp_path / "a")!r}}}}}))
+with recorded(Status.here(0, config), Path({str(tmp_path)!r})):
+    os.kill(os.getpid(), 9)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
+    (line,) = look(tmp_path)
+    assert line.status.state == "failed" and "ended without a word" in str(line.status.error)
+    assert "a: ended without a word" in table([line])
+
+
+def test_the_last_job_of_a_dataset_and_shard_counts(tmp_path: Path) -> None:
+    (job,) = planned(tmp_path / "a")
+    for number, seconds in enumerate((100.0, 50.0)):
+        found = Status.here(0, job.config)
+        found.since -= seconds
+        (tmp_path / str(number)).mkdir()
+        with recorded(found, tmp_path / str(number)):
+            found.fail("no room" if number else "no luck")
+    for index in range(2):
+        sharded = replace(job.config, shard=ShardConfig(index, 2))
+        with begin(tmp_path / f"shard{index}", sharded):
+            pass
+    said = [(line.status.shard_count, line.status.shard_index, line.status.error) for line in look(tmp_path)]
+    assert sorted(said, key=str) == [(1, 0, "no room"), (2, 0, None), (2, 1, None)]
+
+
+def test_a_job_that_never_started_says_nothing_of_the_one_before_it(tmp_path: Path) -> None:
+    (job,) = planned(tmp_path / "a")
+    found = Status.here(0, job.config)
+    (tmp_path / "0").mkdir()
+    (tmp_path / "a").mkdir()
+    with recorded(found, tmp_path / "0"):
+        found.succeed(7, None)
+    with pytest.raises(Stopped), announced(tmp_path / "1", [job], outlive=False):
+        raise Stopped
+    assert states(tmp_path) == {"a": "done"}
+
+
+def test_what_runs_counts_more_than_what_was_refused_or_waits(tmp_path: Path) -> None:
+    (job,) = planned(tmp_path / "a")
+    (tmp_path / "a").mkdir()
+    found = Status.here(0, job.config)
+    (tmp_path / "0").mkdir()
+    with recorded(found, tmp_path / "0"):
+        with begin(tmp_path / "1", job.config):
+            pass
+        with announced(tmp_path / "2", [job], outlive=True):
+            assert states(tmp_path) == {"a": "running"}
+        found.succeed(7, None)
+        time.sleep(0.01)
+    assert states(tmp_path) == {"a": "done"}, "it ended last"
+
+
+def test_a_job_that_failed_is_done_where_another_finished_its_dataset(
+    checkpoint: Path, texts: Path, tmp_path: Path
+) -> None:
+    jobs = planned(tmp_path / "a")
+    found = Status.here(0, jobs[0].config)
+    (tmp_path / "0").mkdir()
+    with recorded(found, tmp_path / "0"):
+        found.fail("no memory")
+    assert states(tmp_path) == {"a": "failed"}
+    run(checkpoint, texts, tmp_path / "a")
+    (line,) = look(tmp_path)
+    assert (line.status.state, line.status.error, line.examples) == ("done", None, 24)
+    found.since = time.time()
+    with recorded(found, tmp_path / "0"):
+        found.fail("the Hub is down")
+    assert states(tmp_path) == {"a": "failed"}
+
+
+def test_a_dataset_that_is_gone_is_not_done(tmp_path: Path) -> None:
+    (job,) = planned(tmp_path / "a")
+    found = Status.here(0, job.config)
+    (tmp_path / "0").mkdir()
+    with recorded(found, tmp_path / "0"):
+        found.succeed(7, None)
+    assert look(tmp_path) == []
+
+
+def test_a_folder_that_is_used_again_forgets_its_last_sweep(tmp_path: Path) -> None:
+    jobs = planned(tmp_path / "a")
+    with announced(tmp_path / "1", jobs, outlive=False), begin(tmp_path / "1" / "0", jobs[0].config):
+        pass
+    with announced(tmp_path / "1", jobs, outlive=False):
+        assert sweep.statuses(tmp_path / "1")[0].state == "queued"
+
+
+def test_datasets_without_a_job(checkpoint: Path, texts: Path, tmp_path: Path) -> None:
+    whole = run(checkpoint, texts, tmp_path / "whole")
+    half = run(checkpoint, texts, tmp_path / "half", shard={"index": 1, "count": 2})
+    with hold(Layout(half).shard_lock(0, 2), "capturing"):
+        lines = {(Path(line.status.data_root).name, line.status.shard_index): line for line in look(tmp_path)}
+    assert {key: line.status.state for key, line in lines.items()} == {
+        ("half", 0): "running",
+        ("half", 1): "done",
+        ("whole", 0): "done",
+    }
+    assert lines["half", 1].examples == 12 and lines["half", 0].status.host
+    assert lines["whole", 0].examples == 24
+    assert lines["whole", 0].rows == json.loads((whole / "manifest.json").read_text())["rows"]
+
+
+def test_progress_of_a_running_job(tmp_path: Path) -> None:
+    (job,) = planned(tmp_path / "a")
+    facts = {"examples": 120, "total": 500, "rows": 77, "tokens_per_s": 1234.4, "seconds_left": 3700.0}
+    with begin(tmp_path / "1", job.config):
+        file = Layout(tmp_path / "a").progress(0, 1)
+        file.parent.mkdir(parents=True)
+        file.write_text(json.dumps(facts | {"at": time.time()}))
+        (line,) = look(tmp_path)
+        shown = table([line]).splitlines()[1]
+        for part in ("running", "120 of 500 (24%)", "1,234", "1:01:40", "77"):
+            assert part in shown
+        file.write_text(json.dumps(facts | {"at": time.time() - 100}))  # of an earlier start
+        assert look(tmp_path)[0].seconds_left is None
+        file.write_text("{")
+        assert look(tmp_path)[0].examples is None
+
+
+def test_as_a_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with announced(tmp_path / "outputs" / "1", planned(tmp_path / "a"), outlive=True):
+        pass
+    for arguments in (["outputs/"], ["folder=outputs"], []):
+        monkeypatch.setattr(sys, "argv", ["status", *arguments])
+        monkeypatch.chdir(tmp_path)
+        assert status.main() == 0
+        assert "not started" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["status", "outputs", "format=json"])
+    assert status.main() == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert found["state"] == "not started" and found["data_root"] == str(tmp_path / "a")
+
+
+def test_bad_settings(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="format is 'xml'; valid: table, json"):
+        show(Settings(tmp_path, format="xml"))
+    with pytest.raises(StoreError, match="there is no folder"):
+        show(Settings(tmp_path / "none"))
+    with pytest.raises(ConfigError, match="wach is no key"):
+        program.parse(["outputs", "wach=true"], Settings)
+
+
+def test_watching_looks_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    looks = []
+
+    def sleep(_: float) -> None:
+        looks.append(1)
+        if len(looks) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    assert show(Settings(tmp_path, watch=True)) == 0
+    assert capsys.readouterr().out.count("no datasets or jobs below") == 3
+
+
+def test_names_are_relative_where_that_is_shorter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with announced(tmp_path / "1", planned(tmp_path / "a"), outlive=True):
+        pass
+    assert str(tmp_path) in table(look(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert str(tmp_path) not in table(look(tmp_path))
+
+
+def test_what_cannot_be_read_is_not_in_the_way(tmp_path: Path) -> None:
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1" / sweep.SWEEP_FILE).write_text("{")
+    for number, text in enumerate(("[1]", '{"jobs": [1]}', '{"jobs": [{"status": {"new": 1}}]}')):
+        (tmp_path / f"1-{number}").mkdir()
+        (tmp_path / f"1-{number}" / sweep.SWEEP_FILE).write_text(text)
+    (tmp_path / "2").mkdir()
+    (tmp_path / "2" / sweep.STATUS_FILE).write_text('{"other": 1}')
+    (tmp_path / "3" / ".qk_sniffer").mkdir(parents=True)
+    (tmp_path / "3" / ".qk_sniffer" / "job.json").write_text("{}")
+    (tmp_path / "4").mkdir()
+    (tmp_path / "4" / "manifest.json").write_text('{"format": "qk-sniffer/1"}')
+    assert look(tmp_path) == []

@@ -1,0 +1,317 @@
+"""Publishing: a dataset is whole or incomplete, old or new, whatever moment a crash picks. And who may write."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support.store_cases import HEADS, SAMPLER, Captured, Held, captured_journal, file_bytes, make_dataset
+
+from qk_sniffer.errors import StoreError
+from qk_sniffer.store import disk, manifest, promote
+from qk_sniffer.store import layout as layout_module
+from qk_sniffer.store.compact import HeadSpec, compact
+from qk_sniffer.store.journal import Journal, Rows
+from qk_sniffer.store.layout import HeadKey, Layout, discard_work, head_name, parse_head_name, prepare_data_root
+from qk_sniffer.store.locks import Holder, hold, holder, restart_patience_s
+from qk_sniffer.store.manifest import FileEntry
+
+
+def test_names() -> None:
+    layout = Layout(Path("/data"))
+    assert head_name(0, 0, "q") == "l00h00q" and head_name(101, 7, "k") == "l101h07k"
+    assert str(layout.head_file(3, 12, "k")) == "/data/l03h12k/data.parquet"
+    assert parse_head_name("l101h07k") == HeadKey(101, 7, "k")
+    for name in ("l0h00q", "l00h00v", "l00h00q.bak", "l001h00q", "examples"):
+        assert parse_head_name(name) is None
+    assert str(layout.journal(3, 8)) == "/data/.qk_sniffer/journal/shard-00003-of-00008"
+
+
+def test_a_dataset_is_whole(tmp_path: Path) -> None:
+    layout, written = make_dataset(tmp_path, Captured())
+    found = manifest.read(tmp_path)
+    assert not layout.work.exists()
+    assert set(found["files"]) | {"manifest.json"} == set(file_bytes(tmp_path))
+    for name, entry in found["files"].items():
+        data = (tmp_path / name).read_bytes()
+        assert (entry["bytes"], entry["sha256"]) == (len(data), hashlib.sha256(data).hexdigest())
+    assert found["rows"] == written.rows == sum(sum(rows.values()) for rows in found["rows_by_bucket"].values())
+    assert found["examples"] == 12 and found["tokens"] == sum(Captured().length(index) for index in range(12))
+
+
+def test_equal_datasets_are_equal_files(tmp_path: Path) -> None:
+    make_dataset(tmp_path / "one", Captured(batch=5), threads=2)
+    make_dataset(tmp_path / "two", Captured(batch=2))
+    assert file_bytes(tmp_path / "one") == file_bytes(tmp_path / "two")
+
+
+def test_a_root_without_manifest_is_incomplete(tmp_path: Path) -> None:
+    prepare_data_root(tmp_path)
+    with pytest.raises(StoreError, match=r"incomplete: no manifest\.json.*run it again"):
+        manifest.read(tmp_path)
+    with pytest.raises(StoreError, match="no such folder"):
+        manifest.read(tmp_path / "none")
+    (tmp_path / "manifest.json").write_text('{"format": "other"}')
+    with pytest.raises(StoreError, match="not a manifest of qk-sniffer"):
+        manifest.read(tmp_path)
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(StoreError, match="cannot be read"):
+        manifest.read(tmp_path)
+
+
+class Crash(BaseException):
+    pass
+
+
+def crash_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+    """The program dies at the `steps`-th change to the names of files."""
+    left = steps
+
+    def counted(method: str) -> None:
+        original = getattr(Path, method)
+
+        def step(self: Path, *args: object, **options: object) -> object:
+            nonlocal left
+            if left == 0:
+                raise Crash
+            left -= 1
+            return original(self, *args, **options)
+
+        monkeypatch.setattr(Path, method, step)
+
+    for method in ("rename", "replace", "unlink", "rmdir"):
+        counted(method)
+
+
+def test_a_crash_anywhere_leaves_the_old_dataset_or_one_that_is_finished(tmp_path: Path) -> None:
+    old, new = Captured(num_examples=4), Captured()
+    heads = [head for head in HEADS if head.layer == 0]
+    start, _ = make_dataset(tmp_path / "start", old)
+    prepare_data_root(start.root)
+    journal = captured_journal(start.journal(0, 1), new)
+    before = file_bytes(start.root)
+    written = compact(start, [journal], heads, SAMPLER)
+    card = b"# new card\n"
+    built = manifest.with_files(manifest.build({"config": {}}, written), {"README.md": FileEntry.of(card)})
+    crashes = 0
+    for step in range(100):
+        root = tmp_path / f"root{step}"
+        shutil.copytree(start.root, root)
+        layout = Layout(root)
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            crash_after(monkeypatch, step)
+            try:
+                promote.promote(layout, built, card=card)
+            except Crash:
+                crashes += 1
+        whole = layout.staging.manifest.exists()
+        if layout.manifest.exists():  # a reader sees a dataset: the old one or the new one, with all its files
+            seen = manifest.read(root)
+            assert seen == built or (file_bytes(root) == before and list(layout.journals()))
+            assert all((root / name).exists() for name in seen["files"])
+        assert promote.finish_promotion(layout) == whole
+        if whole or layout.manifest.read_bytes() != before["manifest.json"]:
+            assert manifest.read(root) == built
+            assert set(file_bytes(root)) == {*built["files"], "manifest.json"}
+            assert not list(layout.journals()) and not layout.staging.root.exists()
+        if crashes == step:
+            break
+    assert crashes > 20
+
+
+def test_compaction_does_not_touch_a_version_that_waits(tmp_path: Path) -> None:
+    layout = prepare_data_root(tmp_path)
+    journal = captured_journal(layout.journal(0, 1), Captured())
+    written = compact(layout, [journal], HEADS, SAMPLER)
+    manifest.write(layout.staging, manifest.build({}, written))
+    with pytest.raises(StoreError, match="waiting to be published"):
+        compact(layout, [journal], HEADS, SAMPLER)
+    assert promote.finish_promotion(layout)
+    assert manifest.read(tmp_path)["examples"] == 12
+
+
+def test_claim_makes_the_folder(tmp_path: Path) -> None:
+    assert prepare_data_root(tmp_path / "a" / "b").root.is_dir()
+    prepare_data_root(tmp_path / "a" / "b")
+
+
+def test_claim_goes_with_a_shard_that_claims_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = layout_module.is_ours
+
+    def other_comes(layout: Layout) -> bool:
+        answer = real(layout)
+        layout.work.mkdir(exist_ok=True)
+        return answer
+
+    monkeypatch.setattr(layout_module, "is_ours", other_comes)
+    assert prepare_data_root(tmp_path).work.is_dir()
+
+
+def test_claim_refuses_what_is_not_ours(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(StoreError, match=r"not empty.*thesis\.tex.*output\.data_root"):
+        prepare_data_root(tmp_path)
+    with pytest.raises(StoreError, match="is a file"):
+        prepare_data_root(tmp_path / "thesis.tex")
+    with pytest.raises(StoreError, match="cannot write"):
+        prepare_data_root(tmp_path / "thesis.tex" / "below")
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+    (tmp_path / "manifest.json").write_text("{}")
+    with pytest.raises(StoreError, match="not empty"):
+        prepare_data_root(tmp_path)
+
+
+def test_claim_refuses_a_folder_that_cannot_be_written() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o555)
+        user = os.geteuid()
+        try:
+            if user == 0:  # root may write anywhere
+                os.seteuid(65534)
+            with pytest.raises(StoreError, match=r"cannot write.*Permission denied"):
+                prepare_data_root(Path(folder))
+        finally:
+            os.seteuid(user)
+
+
+def test_work_is_discarded_but_nothing_else(tmp_path: Path) -> None:
+    layout, _ = make_dataset(tmp_path, Captured())
+    prepare_data_root(tmp_path)
+    captured_journal(layout.journal(0, 1), Captured())
+    layout.job_file.write_text("{}")
+    (tmp_path / "notes.txt").write_text("mine")
+    before = {name: data for name, data in file_bytes(tmp_path).items() if ".qk_sniffer" not in name}
+    own = layout.shard_lock(0, 1)
+    with hold(own, "capturing"), hold(layout.start_lock, "starting"):
+        discard_work(layout, own)
+        assert not layout.journals() and not layout.job_file.exists()
+    assert {name: data for name, data in file_bytes(tmp_path).items() if ".qk_sniffer" not in name} == before
+
+
+def test_a_lock_says_who_holds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = prepare_data_root(tmp_path)
+    code = (
+        "import sys, time; from pathlib import Path; from qk_sniffer.store.locks import hold\n"
+        "with hold(Path(sys.argv[1]), 'test'): print('held', flush=True); time.sleep(60)"
+    )
+    lock = layout.shard_lock(0, 1)
+    environment = os.environ | {"SLURM_JOB_ID": "4711"}
+    other = subprocess.Popen([sys.executable, "-c", code, lock], stdout=subprocess.PIPE, text=True, env=environment)
+    try:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        with (
+            pytest.raises(StoreError, match=rf"process {other.pid} on .*SLURM job 4711 is capturing"),
+            hold(lock, "capturing"),
+        ):
+            pass
+        with pytest.raises(StoreError, match="4711"):
+            discard_work(layout, layout.shard_lock(1, 2))
+        with hold(layout.shard_lock(1, 2), "another shard"):
+            pass
+    finally:
+        other.kill()
+        other.communicate()
+    assert lock.exists()
+    with hold(lock, "capturing"):  # the dead one does not stand in the way
+        assert holder(lock) == Holder.me()
+        assert json.loads(lock.read_text())["pid"] == os.getpid()
+        with pytest.raises(StoreError, match=str(os.getpid())), hold(lock, "again"):
+            pass
+        second = subprocess.run([sys.executable, "-c", code, lock], capture_output=True, text=True, timeout=30)
+        assert "is in use" in second.stderr
+    assert not lock.exists()
+
+
+def test_a_forked_child_does_not_keep_the_lock_of_a_dead_parent(tmp_path: Path) -> None:
+    lock = Layout(tmp_path).shard_lock(0, 1)
+    code = (
+        "import os, sys, time; from pathlib import Path; from qk_sniffer.store.locks import hold\n"
+        "with hold(Path(sys.argv[1]), 'test'):\n"
+        "    child = os.fork()\n"
+        "    if child == 0: time.sleep(1); print(os.getpid(), flush=True); time.sleep(60)\n"
+        "    time.sleep(60)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code, lock], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    child = int(parent.stdout.readline())
+    try:
+        with pytest.raises(StoreError, match="in use"), hold(lock, "test"):
+            pass
+        parent.kill()
+        parent.wait()
+        with hold(lock, "test"):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        parent.stdout.close()
+
+
+def test_only_one_holds_a_lock_whose_file_comes_and_goes(tmp_path: Path) -> None:
+    lock, inside, held = Layout(tmp_path).finalize_lock, [0], [0]
+    end = time.monotonic() + 1
+
+    def job() -> None:
+        while time.monotonic() < end:
+            with suppress(StoreError), hold(lock, "test"):
+                inside[0] += 1
+                time.sleep(0.001)
+                assert inside[0] == 1
+                held[0] += 1
+                inside[0] -= 1
+
+    with ThreadPoolExecutor(6) as pool:
+        for future in [pool.submit(job) for _ in range(6)]:
+            future.result()
+    assert held[0] > 50
+
+
+def test_a_job_that_slurm_begins_anew_waits_for_what_its_last_run_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert restart_patience_s() == 0
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert restart_patience_s() > 90
+    with ExitStack() as last_run:
+        last_run.enter_context(hold(tmp_path / "work" / "a.lock", "capturing"))
+        threading.Timer(0.3, last_run.close).start()
+        with hold(tmp_path / "work" / "a.lock", "capturing", wait_s=restart_patience_s()):
+            pass
+
+
+def test_locks_leave_no_empty_work_folder(tmp_path: Path) -> None:
+    layout = Layout(tmp_path)
+    with hold(layout.finalize_lock, "finalising"):
+        assert layout.finalize_lock.exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_little_space_is_said_with_both_figures(tmp_path: Path) -> None:
+    disk.ensure_space(tmp_path / "not" / "there", 1000)
+    with pytest.raises(StoreError, match=r"about 1,000,000,000\.0 GB are needed.* [\d,.]+ GB are free"):
+        disk.ensure_space(tmp_path / "not" / "there", 10**18)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_estimate_covers_a_real_dataset(tmp_path: Path, dtype: torch.dtype) -> None:
+    count, layout = 20_000, Layout(tmp_path)
+    journal = Journal(layout.journal(0, 1))
+    with journal.writer(queue_bytes=1 << 30, segment_bytes=1 << 20) as writer:
+        writer.put(
+            Rows(0, "q", Held(torch.randn(2, count, 128).to(dtype)), np.zeros(count, np.int32), np.arange(count))
+        )
+        writer.complete([Captured().record(0)])
+    compact(layout, [journal], [HeadSpec(0, head, "q", 0, 128, None, head) for head in range(2)], SAMPLER)
+    used = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
+    assert used < disk.required_bytes(2 * count, 128, dtype.itemsize) < 1.3 * used

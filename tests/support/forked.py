@@ -1,0 +1,144 @@
+"""Jobs as processes of their own that start at once: forked from one that has imported everything and run nothing.
+
+Each child says what it does, a letter for each step, and can be told to be slow, so that a test can end it in the
+middle of any of them.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Self
+
+STEPS = {
+    "forward": ("qk_sniffer.capture.capture", "Capture.run"),
+    "segment": ("qk_sniffer.store.segment", "sync_file"),
+    "compaction": ("qk_sniffer.store.compact", "_Job.write_heads"),
+    "publication": ("qk_sniffer.store.promote", "sync_folder"),
+    "manifest": ("qk_sniffer.store.manifest", "write_atomic"),
+    "removal": ("qk_sniffer.store.layout", "_remove_tree"),
+}
+"""What is told, just before it is done."""
+
+_SERVER = """
+import importlib, json, logging, os, sys, time
+import torch
+torch.set_num_threads(1)
+from qk_sniffer import config
+from qk_sniffer.cli import app
+from qk_sniffer.jobs import run
+STEPS = json.loads(sys.argv[1])
+
+def tell(name, module, path, seconds):
+    owner, (*outer, last) = importlib.import_module(module), path.split(".")
+    for attribute in outer:
+        owner = getattr(owner, attribute)
+    real = getattr(owner, last)
+    def telling(*args, **kwargs):
+        os.write(1, (name + "\\n").encode())
+        time.sleep(seconds)
+        return real(*args, **kwargs)
+    setattr(owner, last, telling)
+
+print("ready", flush=True)
+for line in sys.stdin:
+    order = json.loads(line)
+    if (child := os.fork()) == 0:
+        os.close(0)
+        os.dup2(os.open(order["stderr"], os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+        for name, (module, path) in STEPS.items():
+            tell(name, module, path, order["slow"].get(name, 0.0))
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
+        exec(order["before"])
+        try:
+            run.run_job(config.from_dict(order["job"]))
+            code = 0
+        except KeyboardInterrupt as stop:
+            print(stop, file=sys.stderr, flush=True)
+            code = stop.exit_code
+        except BaseException as error:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            code = 1
+        os.write(1, b"end\\n")
+        os._exit(code)
+    print(child, flush=True)
+    _, status = os.waitpid(child, 0)
+    print("status", status, flush=True)
+"""
+
+
+class Server:
+    """Forks jobs one after another; a context manager."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _SERVER, json.dumps(STEPS)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert self._line() == "ready"
+
+    def start(self, job: dict[str, Any], *, slow: dict[str, float] | None = None, before: str = "") -> "Child":
+        """Starts `job`; `slow`: seconds that a step takes longer; `before`: Python code that the child runs first."""
+        assert self._process.stdin is not None
+        stderr = self._folder / "stderr.txt"
+        stderr.write_text("")
+        order = {"job": job, "slow": slow or {}, "before": before, "stderr": str(stderr)}
+        self._process.stdin.write(json.dumps(order) + "\n")
+        self._process.stdin.flush()
+        told = []
+        while not (line := self._line()).isdigit():
+            told.append(line)
+        return Child(self, int(line), stderr, told)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def _line(self) -> str:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        assert line, "the server died"
+        return line.strip()
+
+
+class Child:
+    """One job. `told`: the steps that were begun, so far as they were read."""
+
+    def __init__(self, server: Server, pid: int, stderr: Path, told: list[str]) -> None:
+        self.pid = pid
+        self.told = told
+        self.code: int | None = None
+        """Once it has ended: the exit code, or minus the signal that killed it."""
+        self._server = server
+        self._stderr = stderr
+
+    def reaches(self, step: str, times: int = 1) -> bool:
+        """Reads on until that step has begun so often; False if the job ends before."""
+        while self.told.count(step) < times and self.code is None:
+            self._read()
+        return self.told.count(step) >= times
+
+    def send(self, number: int) -> None:
+        """Sends a signal."""
+        os.kill(self.pid, number)
+
+    def wait(self) -> int:
+        """Reads on until the job has ended; returns `code`."""
+        while self.code is None:
+            self._read()
+        return self.code
+
+    @property
+    def stderr(self) -> str:
+        return self._stderr.read_text()
+
+    def _read(self) -> None:
+        line = self._server._line()
+        if line.startswith("status "):
+            self.code = os.waitstatus_to_exitcode(int(line.removeprefix("status ")))
+        else:
+            self.told.append(line)

@@ -1,0 +1,107 @@
+"""Jobs for tests: settings over a tiny checkpoint and texts, and what stands in their datasets."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from qk_sniffer.config import from_dict
+from qk_sniffer.jobs.run import run_job
+from support.tiny import ALPHABET
+from support.zoo import CASES
+
+QWEN3 = next(case for case in CASES if case.name == "qwen3_sliding")
+TEXTS = [("".join(ALPHABET) * 3)[i : i + 20 + 13 * i % 97] for i in range(24)]
+
+
+def settings(checkpoint: Path, texts: Path, root: Path, **sections: dict[str, Any]) -> dict[str, Any]:
+    """A job over `texts` that keeps every row, with `sections` laid over it."""
+    values: dict[str, Any] = {
+        "model": {"name": str(checkpoint), "dtype": "float32"},
+        "dataset": {"path": str(texts)},
+        "sampler": {"type": "all", "min_bucket_size": 16},
+        "output": {"data_root": str(root)},
+    }
+    for section, keys in sections.items():
+        values[section] = values.get(section, {}) | keys
+    return values
+
+
+def run(checkpoint: Path, texts: Path, root: Path, **sections: dict[str, Any]) -> Path:
+    run_job(from_dict(settings(checkpoint, texts, root, **sections)))
+    return root
+
+
+def heads_of(root: Path) -> dict[str, pa.Table]:
+    return {path.parent.name: pq.read_table(path) for path in sorted(root.glob("l*h*/data.parquet"))}
+
+
+def vectors(table: pa.Table) -> np.ndarray:
+    column = table["vector"].combine_chunks()
+    flat: np.ndarray = column.flatten().to_numpy()
+    return flat.reshape(len(table), -1)
+
+
+def keys(table: pa.Table) -> list[tuple[int, int]]:
+    return list(zip(table["example_id"].to_pylist(), table["position"].to_pylist(), strict=True))
+
+
+def hashes(root: Path) -> dict[str, str]:
+    """sha256 by name of every file of a dataset but its manifest, which holds timings, and work still to be tidied."""
+    return {
+        path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(root.rglob("*"))
+        if path.is_file() and path.name != "manifest.json" and ".qk_sniffer" not in path.parts
+    }
+
+
+def tokens_of(text: str) -> torch.Tensor:
+    return torch.tensor([[1 + ALPHABET.index(character) for character in text]])
+
+
+class Stopped(BaseException):
+    """Stands for whatever ends a process in the middle."""
+
+
+def stop_at(index: int, plan: Any, capture: Any, real: Any) -> None:
+    if any(example.index == index for example in plan.examples):
+        raise Stopped
+    real(capture, plan)
+
+
+def captured_only(checkpoint: Path, texts: Path, root: Path, patch: pytest.MonkeyPatch, **sections: Any) -> None:
+    """A job that is killed when its journal is whole and nothing is made of it yet."""
+
+    def fail(*_: Any) -> bool:
+        raise Stopped
+
+    with patch.context() as inside, pytest.raises(Stopped):
+        inside.setattr("qk_sniffer.jobs.finish.assemble", fail)
+        run(checkpoint, texts, root, **sections)
+
+
+def together(jobs: list[dict[str, Any]]) -> list[int]:
+    """Exit codes of jobs that start in the same moment, each a process of its own."""
+    code = "import json, sys; from qk_sniffer.config import from_dict; from qk_sniffer.run import run_job; "
+    code += "print('ready', flush=True); sys.stdin.readline(); run_job(from_dict(json.loads(sys.argv[1])))"
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code, json.dumps(job)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        for job in jobs
+    ]
+    for process in processes:
+        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write(b"go\n")
+        process.stdin.flush()
+    for process in processes:
+        process.communicate()
+    return [process.returncode for process in processes]

@@ -1,0 +1,155 @@
+"""A small captured corpus for the store's tests, with the rows that its dataset must have, made without the store.
+
+The batches come out of the source's order, as batches by length do, and some rows are handed over in two parts that
+cut an example in two, the later part first.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from qk_sniffer.capture.sampling import Sampler
+from qk_sniffer.config import SamplerConfig
+from qk_sniffer.store.compact import HeadSpec, compact
+from qk_sniffer.store.journal import ExampleRecord, Journal, JournalWriter, Rows
+from qk_sniffer.store.layout import Layout
+from qk_sniffer.store.manifest import Written, build
+from qk_sniffer.store.promote import promote
+
+HEAD_DIM = 16
+NUM_HEADS = {"q": 4, "k": 2}
+LAYERS = (0, 3)
+WINDOW = {0: None, 3: 64}
+SAMPLER = Sampler(SamplerConfig(type="log_uniform", min_bucket_size=4))
+
+HEADS = [
+    HeadSpec(
+        layer, head, kind, head // 2 if kind == "q" else head, HEAD_DIM, WINDOW[layer], head, {"qk_sniffer.kind": kind}
+    )
+    for layer in LAYERS
+    for kind in ("q", "k")
+    for head in range(NUM_HEADS[kind])
+]
+
+
+def token_string(ids: np.ndarray) -> list[str]:
+    return [f"<{number}>" for number in ids]
+
+
+@dataclass(frozen=True, eq=False)
+class Held:
+    """Vectors that are in memory already."""
+
+    tensor: torch.Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensor.dtype
+
+    def copy_to(self, memory: torch.Tensor) -> None:
+        memory.copy_(self.tensor)
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A corpus: how many examples, their dtype, how many a batch, and the seed of everything else."""
+
+    num_examples: int = 12
+    dtype: torch.dtype = torch.bfloat16
+    batch: int = 3
+    seed: int = 0
+    token_ids: bool = True
+
+    def length(self, index: int) -> int:
+        return 5 + (index * 37 + self.seed) % 60
+
+    def positions(self, index: int, layer: int, kind: str) -> np.ndarray:
+        """(n,) ascending; example 4 has no rows at all."""
+        rng = np.random.default_rng([self.seed, index, layer, ord(kind)])
+        keep = 0.0 if index == 4 else 0.4
+        return np.flatnonzero(rng.random(self.length(index)) < keep).astype(np.int32)
+
+    def vectors(self, index: int, layer: int, kind: str) -> torch.Tensor:
+        """(num_heads, n, HEAD_DIM) in `dtype`."""
+        count = len(self.positions(index, layer, kind))
+        generator = torch.Generator().manual_seed(self.seed * 10**6 + index * 1000 + layer * 2 + (kind == "q"))
+        return torch.randn(NUM_HEADS[kind], count, HEAD_DIM, generator=generator).to(self.dtype)
+
+    def tokens(self, index: int) -> np.ndarray:
+        return ((np.arange(self.length(index)) * 7 + index) % 50).astype(np.int32)
+
+    def record(self, index: int) -> ExampleRecord:
+        return ExampleRecord(
+            index, 1000 - index, f"id-{index} é\n", self.length(index), index % 5 == 0, f"{index:032x}"
+        )
+
+    def batches(self, done: set[int] | dict[int, ExampleRecord] = frozenset()) -> Iterator[list[int]]:
+        """Batches of the examples that are not in `done`, out of order."""
+        order = np.random.default_rng(self.seed).permutation(self.num_examples).tolist()
+        whole = [order[at : at + self.batch] for at in range(0, len(order), self.batch)]
+        yield from ([index for index in batch if index not in done] for batch in whole)
+
+    def pieces(self, batch: Sequence[int]) -> Iterator[Rows]:
+        for layer in LAYERS:
+            for kind in ("q", "k"):
+                positions = [self.positions(index, layer, kind) for index in batch]
+                index = np.repeat(np.asarray(batch, np.int64), [len(part) for part in positions])
+                position = np.concatenate(positions)
+                vectors = torch.cat([self.vectors(i, layer, kind) for i in batch], dim=1)
+                token = np.concatenate([self.tokens(i)[p] for i, p in zip(batch, positions, strict=True)])
+                cut = len(index) // 2 if layer == 3 else len(index)
+                parts = [slice(0, cut), slice(cut, None)]
+                for part in parts if kind == "k" else reversed(parts):
+                    ids = token[part] if self.token_ids else None
+                    yield Rows(layer, kind, Held(vectors[:, part]), index[part], position[part], ids)
+
+    def write(self, writer: JournalWriter, done: dict[int, ExampleRecord] | None = None) -> None:
+        """The job: every batch that is not done."""
+        for batch in self.batches(done or {}):
+            if batch:
+                for rows in self.pieces(batch):
+                    writer.put(rows)
+                writer.complete([self.record(index) for index in batch])
+
+    def expected(self, head: HeadSpec) -> dict[str, np.ndarray]:
+        """The columns of a head's file, by the definition of the dataset."""
+        rows: dict[str, list[np.ndarray]] = {"example_id": [], "position": [], "vector": [], "token_id": []}
+        for index in range(self.num_examples):
+            position = self.positions(index, head.layer, head.kind)
+            rows["example_id"].append(np.full(len(position), 1000 - index))
+            rows["position"].append(position)
+            rows["vector"].append(self.vectors(index, head.layer, head.kind)[head.row].float().numpy())
+            rows["token_id"].append(self.tokens(index)[position])
+        columns = {name: np.concatenate(parts) for name, parts in rows.items()}
+        exponent = np.floor(np.log2(columns["position"] + 1.0)).astype(int)
+        return columns | {"bucket": np.maximum(2, exponent)}
+
+
+def captured_journal(folder: Path, corpus: Captured, segment_bytes: int = 1 << 14) -> Journal:
+    """A journal of the whole corpus, read back from the disk."""
+    with Journal(folder).writer(queue_bytes=1 << 20, segment_bytes=segment_bytes) as writer:
+        corpus.write(writer)
+    return Journal(folder)
+
+
+def make_dataset(root: Path, corpus: Captured, **options: object) -> tuple[Layout, Written]:
+    """The corpus as a published dataset."""
+    layout = Layout(root)
+    journal = captured_journal(layout.journal(0, 1), corpus)
+    written = compact(layout, [journal], HEADS, SAMPLER, **options)
+    card = b"# card\n"
+    promote(layout, build({"config": {}}, written), card=card)
+    return layout, written
+
+
+def file_bytes(root: Path) -> dict[str, bytes]:
+    """All files below `root`, without the work folder."""
+    found = {path.relative_to(root).as_posix(): path for path in root.rglob("*") if path.is_file()}
+    return {name: path.read_bytes() for name, path in found.items() if not name.startswith(".qk_sniffer")}

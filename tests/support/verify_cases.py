@@ -1,0 +1,101 @@
+"""Harming a dataset for the tests of its verification, and reading what is said of it."""
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from qk_sniffer.dataset import verify as verify_module
+from qk_sniffer.dataset import verify_rows
+from qk_sniffer.dataset.verify import verify
+
+HEAD = "l00h01q"
+FILE = f"{HEAD}/data.parquet"
+LAYER_0_QUERIES = [f"l00h{head:02d}q" for head in range(4)]
+QUERY_1 = "query head 1 of layer 0"
+
+
+def verified(root: Path) -> str:
+    """The report, which must not depend on how much is read at a time."""
+    report = verify(root)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verify_rows, "BLOCK_TOKENS", 100)
+        patch.setattr(verify_rows, "BATCH_ROWS", 20)
+        patch.setattr(verify_rows, "BATCH_BYTES", 5000)
+        patch.setattr(verify_module, "HEADS_PER_TASK", 3)
+        assert str(verify(root)) == str(report)
+    text = str(report)
+    assert text.endswith(f"NOT WHOLE: {report.problems} problem{'s'[: report.problems != 1]}") == bool(report.problems)
+    return text
+
+
+def wrong(text: str) -> dict[str, str]:
+    """What is told of each problem's check, on one line each."""
+    found: dict[str, str] = {}
+    blocks = re.findall(r"^  (\w+) +WRONG  (.*(?:\n {25}.*)*)", text, flags=re.MULTILINE)
+    for check, said in blocks:
+        assert "way out: " in said
+        found[check] = found.get(check, "") + re.sub(r"\s+", " ", said)
+    return found
+
+
+def rewrite(root: Path, name: str, change: Callable[[pa.Table], pa.Table]) -> None:
+    """Changes the table of a Parquet file, and makes the manifest agree with the new file."""
+    path = root / name
+    table = change(pq.read_table(path))
+    pq.write_table(table, path)
+    restate(root)
+
+
+def edit(root: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Changes the manifest."""
+    path = root / "manifest.json"
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps(manifest))
+
+
+def restate(root: Path) -> None:
+    """Makes what the manifest says of its files true."""
+
+    def change(manifest: dict[str, Any]) -> None:
+        buckets: dict[str, Counter[str]] = {"q": Counter(), "k": Counter()}
+        for name, entry in manifest["files"].items():
+            data = (root / name).read_bytes()
+            entry |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+            if name.endswith(".parquet") and data.startswith(b"PAR1"):
+                entry["rows"] = pq.read_metadata(root / name).num_rows
+            if name.startswith("l") and data.startswith(b"PAR1"):
+                column = pq.read_table(root / name)
+                if "bucket" in column.column_names:
+                    buckets[name[6]].update(map(str, column["bucket"].to_pylist()))
+        manifest["rows_by_bucket"] = buckets
+        manifest["rows"] = sum(counter.total() for counter in buckets.values())
+
+    edit(root, change)
+
+
+def with_values(table: pa.Table, column: str, values: dict[int, Any]) -> pa.Table:
+    """`table` with other values of `column` in some rows."""
+    place = table.schema.get_field_index(column)
+    there = table[column].to_pylist()
+    for row, value in values.items():
+        there[row] = value
+    return table.set_column(place, table.schema.field(column), pa.array(there, table.schema.field(column).type))
+
+
+def value(table: pa.Table, column: str, row: int) -> Any:
+    return table[column][row].as_py()
+
+
+def flip(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)

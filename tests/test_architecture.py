@@ -1,0 +1,123 @@
+"""Holds the direction of imports: downward only, no circle, torch and transformers only where they are needed."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import qk_sniffer
+
+PACKAGE = Path(qk_sniffer.__file__).parent
+
+FLOORS = (
+    ("errors", "text", "timing", "machine", "assets"),
+    ("config",),
+    ("store",),
+    ("hub",),
+    ("corpus", "backbone"),
+    ("capture",),
+    ("validation", "dataset"),
+    ("jobs",),
+    ("cli",),
+    ("plasticity",),
+    ("__init__", "__main__", "families", "finalize", "status", "verify"),
+)
+"""Folders and single modules, from the ground up. Each imports only itself and lower floors."""
+
+IMPORT_TORCH = {
+    *(f"backbone.{name}" for name in ("backbone", "banded_attention", "config_overrides", "family", "gguf", "loading")),
+    *(f"backbone.{name}" for name in ("rotary", "tap", "trailing_layers")),
+    *(f"capture.{name}" for name in ("capture", "gather", "proof")),
+}
+"""Modules that import torch or transformers when they are imported themselves."""
+
+IMPORT_TORCH_LATE = {"corpus.tokenizer", "store.buffer", "store.rows"}
+"""Modules that import torch or transformers inside a function."""
+
+MODULES = {
+    ".".join(path.relative_to(PACKAGE).with_suffix("").parts): ast.parse(path.read_text(encoding="utf-8"))
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
+
+
+def imports(tree: ast.Module) -> Iterator[tuple[str, bool]]:
+    """Yields every module or name that a module imports, and whether it does so when it is imported itself."""
+    at_import = {id(node) for node in tree.body}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, id(node) in at_import) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module is not None, "relative import"
+            yield from ((f"{node.module}.{alias.name}", id(node) in at_import) for alias in node.names)
+
+
+def ours(tree: ast.Module) -> Iterator[str]:
+    """Yields the modules of this package that a module imports, at any time."""
+    for name, _ in imports(tree):
+        top, _, rest = name.partition(".")
+        if top == "qk_sniffer" and rest:
+            module = rest if rest in MODULES else rest.rpartition(".")[0]
+            yield module if module in MODULES else f"{module}.__init__".lstrip(".")
+
+
+def floor(module: str) -> int:
+    (number,) = (number for number, names in enumerate(FLOORS) if module.partition(".")[0] in names)
+    return number
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_downward(module: str) -> None:
+    folder = module.partition(".")[0]
+    for other in ours(MODULES[module]):
+        assert other.partition(".")[0] == folder or floor(other) < floor(module), f"{module} imports {other}"
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    TopologicalSorter({module: set(ours(tree)) for module, tree in MODULES.items()}).prepare()
+
+
+def test_torch_and_transformers_are_imported_only_where_they_belong() -> None:
+    heavy: dict[bool, set[str]] = {True: set(), False: set()}
+    for module, tree in MODULES.items():
+        for name, at_import in imports(tree):
+            if name.partition(".")[0] in ("torch", "transformers"):
+                heavy[at_import].add(module)
+    assert heavy[True] == IMPORT_TORCH
+    assert heavy[False] - heavy[True] == IMPORT_TORCH_LATE
+
+
+def test_the_other_modules_load_neither() -> None:
+    needs_torch = set(IMPORT_TORCH)
+    order = TopologicalSorter({module: set(ours(tree)) for module, tree in MODULES.items()}).static_order()
+    for module in order:
+        body = [node for node in MODULES[module].body if isinstance(node, ast.Import | ast.ImportFrom)]
+        if needs_torch & set(ours(ast.Module(body, []))):
+            needs_torch.add(module)
+    light = [f"qk_sniffer.{module}" for module in MODULES if module not in needs_torch and "__" not in module]
+    code = f"import sys, {', '.join(light)}; print({{'torch', 'transformers'}} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "set()\n", done.stderr
+
+
+def test_packages_import_nothing() -> None:
+    for module, tree in MODULES.items():
+        if module.endswith(".__init__"):
+            assert not list(imports(tree)), module
+
+
+def test_families_of_models_build_on_public_modules() -> None:
+    for path in (PACKAGE.parent / "models").glob("*.py"):
+        for name, _ in imports(ast.parse(path.read_text(encoding="utf-8"))):
+            if name.startswith("qk_sniffer"):
+                assert name.startswith(("qk_sniffer.families", "qk_sniffer.errors", "qk_sniffer.models")), (
+                    f"{path.name} imports {name}"
+                )
+
+
+def test_no_module_imports_a_file_of_models() -> None:
+    for module, tree in MODULES.items():
+        assert not any(name.startswith("qk_sniffer.models.") for name, _ in imports(tree)), module

@@ -19,10 +19,10 @@ LENGTH = 131_072
 
 PLAIN = """
 import sys, torch
-from qk_sniffer.backbone import Backbone
-from qk_sniffer.banded import banded
+from qk_sniffer.backbone.backbone import Backbone
+from qk_sniffer.backbone.banded_attention import banded
 from qk_sniffer.config import ModelConfig
-from qk_sniffer.loading import load_backbone
+from qk_sniffer.backbone.loading import load_backbone
 backbone = load_backbone(ModelConfig(name=sys.argv[1], dtype="float32"))
 with banded():
     backbone.run(torch.arange(int(sys.argv[2]))[None] % 1000)

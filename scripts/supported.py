@@ -33,8 +33,8 @@ TIMEOUT_S = 120
 HEADER = """\
 # Supported models
 
-Written by `python scripts/supported.py` with transformers {version}; `tests/test_supported.py` holds it against the
-code. Every causal language model that transformers offers was built tiny and random from its config, saved, loaded and
+Written by `python scripts/supported.py` with transformers {version}; `tests/backbone/test_supported.py` compares it
+with the code. Every causal language model of transformers was built tiny and random from its config, saved, loaded and
 captured as a job does it:
 
 - **post-RoPE**: yes where query and key are bit for bit what an independent recorder of the attention kernel receives,

@@ -51,7 +51,7 @@ def hostile(folder: Path) -> Path:
 
 def run(site: Path, cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
-    code = "import qk_sniffer, sys; print(qk_sniffer.__file__); from qk_sniffer.app import main; sys.exit(main())"
+    code = "import qk_sniffer, sys; print(qk_sniffer.__file__); from qk_sniffer.cli.app import main; sys.exit(main())"
     return subprocess.run(
         [sys.executable, "-c", code, *arguments], cwd=cwd, env=environment, capture_output=True, text=True
     )

@@ -56,10 +56,10 @@ def publish(
 ) -> Published:
     """Makes the dataset at `root` what the branch of the dataset repository `repo_id` holds, and lists it on main.
 
-    Publishes the files that the manifest names, the pictures, the manifest, and `card` in place of the folder's. Deletes
-    the files of an earlier version that the dataset no longer has; leaves alone what else the branch holds. Creates a
-    private repository with `private`, else one as its owner's default is. Calls `guard` with each version that the
-    dataset would replace.
+    Publishes the manifest, the files that it names, the pictures, and `card` instead of the folder's card. Deletes the
+    files of an earlier version that the dataset no longer has, and leaves all other files of the branch alone. Creates
+    a missing repository: private with `private`, else with its owner's default. Calls `guard` with each version that
+    the dataset would replace.
 
     Raises:
         StoreError: the dataset is not whole; or what `guard` raises.

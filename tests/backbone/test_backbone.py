@@ -28,8 +28,8 @@ def test_no_cache_and_no_mask_reach_the_decoder(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_family_is_found_by_model_type_or_named() -> None:
     assert type(find_family("llama")) is Family
-    assert type(imported_family("test_backbone:Named")) is Named
-    for bad in ("no_such_module:Family", "test_backbone:Nothing", "zoo:Case"):
+    assert type(imported_family(f"{__name__}:Named")) is Named
+    for bad in ("no_such_module:Family", f"{__name__}:Nothing", "support.zoo:Case"):
         with pytest.raises(ConfigError, match=r"model\.family"):
             imported_family(bad)
 

@@ -223,7 +223,7 @@ ON_THE_HUB = """
 import sys
 from qk_sniffer.config import ModelConfig
 from qk_sniffer.errors import SourceError
-from qk_sniffer.loading import load_backbone
+from qk_sniffer.backbone.loading import load_backbone
 def of(file):
     return ModelConfig(name="org/name", gguf_file=file, dtype="float32")
 print(load_backbone(of("deeper/tiny.gguf"), commit=sys.argv[1]).decoder.embed_tokens.weight.abs().sum().item())

@@ -115,7 +115,7 @@ class OtherHooks(Family):
 
 
 class ChangesTheForward(Family):
-    def watch(self, module: nn.Module, see: Callable[..., None]) -> Sequence[Any]:
+    def register_tap(self, module: nn.Module, on_query_key: Callable[..., None]) -> Sequence[Any]:
         return [module.register_forward_hook(lambda _, inputs, output: (output[0] * 2, *output[1:]))]
 
 

@@ -67,4 +67,4 @@ class Reversed(Family):
 def test_a_model_whose_layers_are_not_in_order_is_left_whole(tmp_path: Path) -> None:
     folder = save_checkpoint(QWEN3, tmp_path / "model")
     assert len(cut(folder, [0])._modules["layers"]) == 1  # type: ignore[arg-type]
-    assert len(cut(folder, [2], "test_cutting:Reversed")._modules["layers"]) == 3  # type: ignore[arg-type]
+    assert len(cut(folder, [2], f"{__name__}:Reversed")._modules["layers"]) == 3  # type: ignore[arg-type]

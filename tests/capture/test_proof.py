@@ -215,7 +215,7 @@ class Blind(Family):
 
 def test_a_family_without_a_hook_path_says_so(texts: Path, tmp_path: Path) -> None:
     checkpoint = save_checkpoint(LLAMA, tmp_path / "model")
-    root = run(checkpoint, texts, tmp_path / "out", model={"family": "test_proof:Blind"})
+    root = run(checkpoint, texts, tmp_path / "out", model={"family": f"{__name__}:Blind"})
     proof = manifests.read(root)["proof"]
     assert proof["proven"] is None and "no hook path" in proof["reason"]
 

@@ -48,14 +48,14 @@ def test_everything_wrong_is_named_at_once() -> None:
 
 
 def ends(error: BaseException) -> Callable[[Drawing], int]:
-    def program(settings: Drawing) -> int:
+    def body(settings: Drawing) -> int:
         raise error
 
-    return program
+    return body
 
 
 @pytest.mark.parametrize(
-    ("program", "code", "said"),
+    ("body", "code", "said"),
     [
         (lambda settings: settings.width, 7, ""),
         (ends(StoreError("the disk is full")), 1, "the disk is full\n"),
@@ -63,17 +63,17 @@ def ends(error: BaseException) -> Callable[[Drawing], int]:
     ],
 )
 def test_exit_codes(
-    program: Callable[[Drawing], int],
+    body: Callable[[Drawing], int],
     code: int,
     said: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["draw", "data_root=x"])
-    assert program.run("draw", "Draws.", Drawing, program) == code
+    assert program.run("draw", "Draws.", Drawing, body) == code
     assert capsys.readouterr().err == said
     monkeypatch.setattr(sys, "argv", ["draw"])
-    assert program.run("draw", "Draws.", Drawing, program) == 2
+    assert program.run("draw", "Draws.", Drawing, body) == 2
     assert "data_root is not given" in capsys.readouterr().err
 
 

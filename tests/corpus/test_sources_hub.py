@@ -67,9 +67,9 @@ def test_offline_a_cached_copy_serves(tmp_path: Path, streaming: bool) -> None:
 def client(code: str, endpoint: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
     """Runs `code` in a process whose Hub is at `endpoint`: the libraries read their environment once."""
     imports = (
-        "from qk_sniffer.batching import load_tokenizer\n"
+        "from qk_sniffer.corpus.tokenizer import load_tokenizer\n"
         "from qk_sniffer.config import DatasetConfig, ModelConfig, TokenizerConfig\n"
-        "from qk_sniffer.corpus import open_corpus\n"
+        "from qk_sniffer.corpus.examples import open_corpus\n"
         "from qk_sniffer.errors import SourceError\n"
         "import sys, time\n"
         "def error(open, *args, **options):\n"

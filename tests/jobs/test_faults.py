@@ -132,7 +132,7 @@ def test_a_schedulers_warning_is_heeded_where_somebody_handles_it(
 
 
 def test_a_scheduler_does_not_wait_for_a_long_batch(server: Server, job: dict[str, Any], whole: dict[str, str]) -> None:
-    impatient = "from qk_sniffer import stopping; stopping.PATIENCE_S = 0.5"
+    impatient = "from qk_sniffer.jobs import signals; signals.PATIENCE_S = 0.5"
     child = server.start(job, slow={"forward": 60.0}, before=impatient)
     assert child.reaches("forward")
     start = time.monotonic()

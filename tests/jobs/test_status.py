@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 from support.jobs import Stopped, run
 
+from qk_sniffer import status
 from qk_sniffer.cli import program
 from qk_sniffer.config import Config, ShardConfig, from_dict, resolved
 from qk_sniffer.errors import ConfigError, StoreError
-from qk_sniffer.jobs import status, sweep
+from qk_sniffer.jobs import sweep
 from qk_sniffer.jobs.status import look, table
 from qk_sniffer.jobs.sweep import PlannedJob, Status, announced, recorded
 from qk_sniffer.status import Settings, show
@@ -66,7 +67,7 @@ def test_a_job_that_dies_has_failed(tmp_path: Path) -> None:
 import os
 from pathlib import Path
 from qk_sniffer.config import from_dict, resolved
-from qk_sniffer.sweep import Status, recorded
+from qk_sniffer.jobs.sweep import Status, recorded
 config = resolved(from_dict({{"model": {{"name": "org/m"}}, "output": {{"data_root": {str(tmp_path / "a")!r}}}}}))
 with recorded(Status.here(0, config), Path({str(tmp_path)!r})):
     os.kill(os.getpid(), 9)

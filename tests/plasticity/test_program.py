@@ -78,7 +78,7 @@ def test_killed_and_run_again_gives_the_same_bytes(verify_base: Path, tmp_path: 
     # Slow enough to be met in the middle.
     code = "import time, qk_sniffer.plasticity.measure as m; real = m._QueryHead.result\n"
     code += "m._QueryHead.result = lambda self: (time.sleep(0.3), real(self))[1]\n"
-    command[1:3] = ["-c", code + "import sys; from qk_sniffer.plasticity.app import main; sys.exit(main())"]
+    command[1:3] = ["-c", code + "import sys; from qk_sniffer.plasticity.cli import main; sys.exit(main())"]
     process = subprocess.Popen(command, cwd=tmp_path, env=environment_of(), stderr=subprocess.DEVNULL)
     work = tmp_path / "killed" / ".work"
     deadline = time.monotonic() + 60

@@ -90,7 +90,7 @@ def captured_only(checkpoint: Path, texts: Path, root: Path, patch: pytest.Monke
 
 def together(jobs: list[dict[str, Any]]) -> list[int]:
     """Exit codes of jobs that start in the same moment, each a process of its own."""
-    code = "import json, sys; from qk_sniffer.config import from_dict; from qk_sniffer.run import run_job; "
+    code = "import json, sys; from qk_sniffer.config import from_dict; from qk_sniffer.jobs.run import run_job; "
     code += "print('ready', flush=True); sys.stdin.readline(); run_job(from_dict(json.loads(sys.argv[1])))"
     processes = [
         subprocess.Popen([sys.executable, "-c", code, json.dumps(job)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)

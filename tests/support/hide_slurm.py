@@ -8,10 +8,11 @@ import os
 import sys
 from pathlib import Path
 
-PROGRAMS = frozenset(
-    "munged sacct sacctmgr salloc sattach sbatch sbcast scancel scontrol scrontab sdiag sinfo slurmctld slurmd "
-    "slurmdbd slurmrestd slurmstepd sprio squeue sreport srun sshare sstat strigger sview".split()
-)
+PROGRAMS = {
+    *("munged", "sacct", "sacctmgr", "salloc", "sattach", "sbatch", "sbcast", "scancel", "scontrol"),
+    *("scrontab", "sdiag", "sinfo", "slurmctld", "slurmd", "slurmdbd", "slurmrestd", "slurmstepd", "sprio"),
+    *("squeue", "sreport", "srun", "sshare", "sstat", "strigger", "sview"),
+}
 """What Debian's slurmctld, slurmd, slurm-client and munge install, and the programs of a larger SLURM."""
 
 

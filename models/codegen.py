@@ -1,13 +1,5 @@
-"""CodeGen has an attention of its own."""
+"""Serves CodeGen with the family of GPT-J: both have the same attention."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from .gptj import Family
 
-from qk_sniffer import families
-
-
-class Family(families.Family):
-    """Query and key are what its method `_attn` receives."""
-
-    def register_tap(self, module: Any, on_query_key: Callable[..., None]) -> Sequence[Any]:
-        return [families.CallSpy(module, "_attn", lambda query, key, *rest: on_query_key(query, key))]
+__all__ = ["Family"]

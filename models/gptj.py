@@ -1,4 +1,7 @@
-"""GPT-J has an attention of its own."""
+"""Serves GPT-J, whose attention computes itself instead of calling a kernel of the attention interface.
+
+CodeGen and GPT-NeoX Japanese share this family.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -7,7 +10,7 @@ from qk_sniffer import families
 
 
 class Family(families.Family):
-    """Query and key are what its method `_attn` receives."""
+    """Query and key are the arguments of the attention's method `_attn`."""
 
     def register_tap(self, module: Any, on_query_key: Callable[..., None]) -> Sequence[Any]:
         return [families.CallSpy(module, "_attn", lambda query, key, *rest: on_query_key(query, key))]

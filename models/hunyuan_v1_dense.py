@@ -1,4 +1,7 @@
-"""Hunyuan's dense decoders norm queries and keys after their rotary embedding."""
+"""Serves Hunyuan's dense decoders, which normalize queries and keys after the rotary embedding.
+
+Hunyuan's mixtures of experts share this family.
+"""
 
 from typing import Any
 
@@ -8,7 +11,7 @@ from qk_sniffer import families
 
 
 class Family(families.Family):
-    """Before RoPE, and before the norm that follows it."""
+    """Vectors before RoPE are also before the norm that follows it."""
 
     changed_after_rotary = True
 

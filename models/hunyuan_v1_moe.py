@@ -1,16 +1,5 @@
-"""Hunyuan's mixtures of experts norm queries and keys after their rotary embedding."""
+"""Serves Hunyuan's mixtures of experts with the family of its dense decoders: both have the same attention."""
 
-from typing import Any
+from .hunyuan_v1_dense import Family
 
-import torch
-
-from qk_sniffer import families
-
-
-class Family(families.Family):
-    """Before RoPE, and before the norm that follows it."""
-
-    changed_after_rotary = True
-
-    def after_rotary(self, module: Any, query: torch.Tensor, key: torch.Tensor) -> families.QueryKey:
-        return module.query_layernorm(query), module.key_layernorm(key)
+__all__ = ["Family"]

@@ -1,4 +1,4 @@
-"""Zamba runs the same attention at several of its layers."""
+"""Serves Zamba, which runs one attention module at several of its layers. Zamba2 shares this family."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,10 +9,11 @@ from qk_sniffer import families
 
 
 class Family(families.Family):
-    """The layer is what the forward of the shared attention is told."""
+    """The shared attention module has no layer of its own: each call receives its layer as an argument."""
 
     def attention_layers(self, decoder: nn.Module) -> dict[nn.Module, int]:
-        return {module: -1 for module in decoder.modules() if type(module).__name__ == "ZambaAttention"}
+        names = ("ZambaAttention", "Zamba2Attention")
+        return {module: -1 for module in decoder.modules() if type(module).__name__ in names}
 
     def layer(self, module: nn.Module, index: int, arguments: Mapping[str, Any]) -> int:
         layer: int = arguments["layer_idx"]

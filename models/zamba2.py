@@ -1,19 +1,5 @@
-"""Zamba2 runs the same attention at several of its layers."""
+"""Serves Zamba2 with the family of Zamba: both run one attention module at several layers."""
 
-from collections.abc import Mapping
-from typing import Any
+from .zamba import Family
 
-from torch import nn
-
-from qk_sniffer import families
-
-
-class Family(families.Family):
-    """The layer is what the forward of the shared attention is told."""
-
-    def attention_layers(self, decoder: nn.Module) -> dict[nn.Module, int]:
-        return {module: -1 for module in decoder.modules() if type(module).__name__ == "Zamba2Attention"}
-
-    def layer(self, module: nn.Module, index: int, arguments: Mapping[str, Any]) -> int:
-        layer: int = arguments["layer_idx"]
-        return layer
+__all__ = ["Family"]

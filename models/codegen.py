@@ -1,5 +1,5 @@
 """Serves CodeGen with the family of GPT-J: both have the same attention."""
 
-from .gptj import Family
+from qk_sniffer.models.gptj import Family
 
 __all__ = ["Family"]

@@ -1,4 +1,4 @@
-"""Offers what a family of one's own builds on; `models/ADDING.md` describes it.
+"""Exports the base class of model families and its helpers, for families of your own; see `models/ADDING.md`.
 
 A file of `models/`, or a class that `model.family` names, imports this module.
 """

@@ -1,7 +1,7 @@
-"""One model type of transformers, built tiny and random and captured as a job does: is what is captured right?
+"""Captures one model type of transformers, tiny and random, as a job does, and checks the result.
 
-The vectors, their layout and the forward itself are held against a recording of the untouched model, which knows
-nothing of the tap or of families.
+The vectors, their layout and the forward itself are compared with a recording of the unmodified model. The recording
+uses neither the tap nor families.
 """
 
 import re
@@ -20,9 +20,12 @@ from tiny_configs import LAYERS, SIZES, VOCAB, WINDOW, save_tiny, tiny_config
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from qk_sniffer.backbone import banded_attention as banded_module
+from qk_sniffer.backbone import family as family_module
 from qk_sniffer.backbone.backbone import Backbone
+from qk_sniffer.backbone.family import Family
 from qk_sniffer.backbone.layers import LayerFacts
 from qk_sniffer.backbone.loading import load_backbone
+from qk_sniffer.backbone.provable_types import PROVABLE_TYPES
 from qk_sniffer.backbone.tap import AttentionCall
 from qk_sniffer.capture import proof as proof_module
 from qk_sniffer.config import ModelConfig
@@ -32,30 +35,33 @@ from qk_sniffer.store.compact import HeadSpec
 TOKENS = 3 * WINDOW
 
 _COUNTS_FROM_ZERO = {"minimax_m3_vl_text"}
-"""Types that do not run on positions that begin later."""
+"""Types that do not run on positions that start above 0."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What is found of a type. `note`: what sets its layout apart, why it is refused, or what is wrong."""
+    """The result for one model type."""
 
     model_type: str
     class_name: str
     post: str = "no"
-    """yes; no: refused; WRONG: captured, but not what it should be."""
+    """yes; no: refused; WRONG: captured with wrong vectors or facts."""
     pre: str = "no"
-    """yes; no: refused; no RoPE: there is nothing to be before."""
+    """yes; no: refused; no RoPE: no layer is rotated."""
     proof: str = "no"
-    """Can a job prove its dataset by hooks? yes; no; pre: only one of vectors before RoPE."""
+    """Whether a job proves its dataset by hooks: yes; no; pre: only a dataset of vectors before RoPE."""
     note: str = ""
+    """The differences from the layout of a plain decoder, the reason of a refusal, or the error."""
+    decoder_type: str = ""
+    """The model type of the text decoder; empty for a type that is not captured."""
 
 
 class WrongError(Exception):
-    """What is captured differs from the recording, and was not refused."""
+    """The capture differs from the recording and was not refused."""
 
 
 def examine(model_type: str) -> Entry:
-    """Builds, saves, loads and captures that type."""
+    """Builds, saves, loads and captures a model of that type."""
     entry = Entry(model_type, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])
     try:
         backbone, facts, cut = _loaded(model_type)
@@ -70,16 +76,17 @@ def examine(model_type: str) -> Entry:
         proof = "yes" if _is_proven(backbone) else "pre" if pre == "yes" and _is_proven(before) else "no"
     except (WrongError, CaptureError) as error:
         return replace(entry, post="WRONG", note=str(error))
-    return replace(entry, post="yes", pre=pre, proof=proof, note="; ".join(notes + reason))
+    decoder_type = backbone.config.model_type
+    return replace(entry, post="yes", pre=pre, proof=proof, note="; ".join(notes + reason), decoder_type=decoder_type)
 
 
 def _loaded(model_type: str) -> tuple[Backbone, list[LayerFacts], Backbone]:
-    """The whole decoder, its layers, and the decoder as it is loaded where its first layer alone is captured."""
+    """Returns the whole decoder, its layers, and the decoder that a capture of the first layer alone loads."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             save_tiny(model_type, Path(folder))
         except ValueError:
-            # It cannot be built; loading it says why.
+            # The model cannot be built. The error of the loader gives the reason.
             tiny_config(model_type).save_pretrained(folder)
             save_file({"nothing": torch.zeros(1)}, Path(folder) / "model.safetensors")
         config = ModelConfig(name=folder, dtype="float32", device_map="cpu")
@@ -92,7 +99,7 @@ def _loaded(model_type: str) -> tuple[Backbone, list[LayerFacts], Backbone]:
 
 
 def _check_post(backbone: Backbone, facts: list[LayerFacts]) -> tuple[list[KernelCall], list[AttentionCall]]:
-    """Every attention call as it is recorded, and as it is captured.
+    """Returns every attention call twice: from the recording and from the capture.
 
     Raises:
         WrongError: vectors, layers or heads differ, or the capture changes the forward.
@@ -109,37 +116,38 @@ def _check_post(backbone: Backbone, facts: list[LayerFacts]) -> tuple[list[Kerne
         raise WrongError(f"{len(calls)} calls of attention, {len(facts)} layers probed, captured {layers}")
     for call, own in zip(calls, seen, strict=True):
         if not (_equal(own.query, call.query) and _equal(own.key, call.key)):
-            raise WrongError(f"layer {own.layer}: not the vectors that attention receives")
+            raise WrongError(f"layer {own.layer}: the vectors are not those that attention receives")
         heads = own.query.shape[1], own.key.shape[1]
         if heads[0] != SIZES["num_attention_heads"] or heads[0] % heads[1]:
             raise WrongError(f"layer {own.layer}: {heads[0]} query heads and {heads[1]} key heads")
-    # Padding is at the end, and there is no mask: tokens there must not be seen from the beginning.
+    # Padding is at the end and has no mask, so earlier tokens must not see later ones.
     half = TOKENS // 2
     ids[:, half:] = ids[:, half:].flip(0)
     if _differ(seen, _captured(backbone, ids), slice(0, half)):
         raise WrongError("tokens see later ones")
-    with patch.object(banded_module, "MIN_BLOCK", WINDOW):  # so that so few tokens are several blocks
+    with patch.object(banded_module, "MIN_BLOCK", WINDOW):  # several blocks in a short text
         if _differ(seen, _captured(Backbone(decoder, backbone.family), _ids()), slice(None)):
             raise WrongError("with banded attention the vectors differ")
     return calls, seen
 
 
 def _check_cut(cut: Backbone, seen: list[AttentionCall]) -> None:
-    """
+    """Checks the decoder that ends with its first layer.
+
     Raises:
-        WrongError: without the layers behind it, the first layer is another one.
+        WrongError: the layer has another number or other vectors than in the whole decoder.
     """
     (own, *_), (whole, *_) = _captured(cut, _ids()), seen
-    cut.run(_ids())  # as the proof does, to the end of the forward
+    cut.run(_ids())  # the proof runs a forward to its end
     if own.layer != whole.layer or not (_equal(own.query, whole.query) and _equal(own.key, whole.key)):
-        raise WrongError("without the layers behind it, the first layer has other vectors")
+        raise WrongError("without the later layers, the first layer has other vectors")
 
 
 def _pre_verdict(backbone: Backbone, calls: list[KernelCall]) -> tuple[str, list[str]]:
-    """`Entry.pre` and, where it is no, the reason.
+    """Returns `Entry.pre` and notes: the reason of a refusal, or that some layers are not rotated.
 
     Raises:
-        WrongError: vectors before RoPE are not what rotary functions are given, or depend on the position.
+        WrongError: vectors before RoPE are not the inputs of rotary functions, or depend on the position.
     """
     before = Backbone(backbone.decoder, backbone.family, pre_rope=True, banded_attention=False)
     rotated = [bool(call.rotated) for call in calls]
@@ -151,7 +159,7 @@ def _pre_verdict(backbone: Backbone, calls: list[KernelCall]) -> tuple[str, list
         for after, vectors in ((call.query, own.query), (call.key, own.key)):
             known = any(_is_before(vectors, after, pair) for pair in call.rotated)
             if not (known if call.rotated else _equal(vectors, after)):
-                raise WrongError(f"layer {own.layer}: not the vectors that the rotary function is given")
+                raise WrongError(f"layer {own.layer}: the vectors are not those that the rotary function receives")
     if not any(rotated):
         return "no RoPE", []
     if before.config.model_type not in _COUNTS_FROM_ZERO:
@@ -160,10 +168,13 @@ def _pre_verdict(backbone: Backbone, calls: list[KernelCall]) -> tuple[str, list
 
 
 def _check_unmoved(before: Backbone) -> None:
-    """RoPE is relative: where a text that begins later gives the same output, its vectors before RoPE are the same.
+    """Runs the same text from two start positions and compares the vectors before RoPE.
+
+    RoPE is relative: if the outputs are equal, so are the vectors before RoPE. This check needs no name of a rotary
+    function.
 
     Raises:
-        WrongError: they are not. So this needs no name of a rotary function.
+        WrongError: the vectors differ.
     """
     seen: tuple[list[AttentionCall], list[AttentionCall]] = [], []
     outputs: list[torch.Tensor] = []
@@ -171,16 +182,15 @@ def _check_unmoved(before: Backbone) -> None:
         positions = torch.arange(start, start + TOKENS)[None].expand(2, -1)
         with torch.inference_mode(), before.tapped(_keeping(calls)):
             outputs.append(before.decoder(input_ids=_ids(), position_ids=positions, use_cache=False)[0])
-    if not torch.allclose(
-        outputs[0], outputs[1], rtol=1e-3, atol=1e-4
-    ):  # something else depends on the position, as hunyuan's norms
+    if not torch.allclose(outputs[0], outputs[1], rtol=1e-3, atol=1e-4):
+        # Another part depends on the position, such as hunyuan's norms: only the first layer can be compared.
         del seen[0][1:], seen[1][1:]
     if seen[0][0].layer == 0 and _differ(*seen, slice(None)):
         raise WrongError("vectors before RoPE depend on the position")
 
 
 def _is_before(before: torch.Tensor, after: torch.Tensor, rotated: Rotated) -> bool:
-    """Is `before` what went into that rotary call, beside the part of `after` that is not rotated?"""
+    """Whether `before` is the input of that rotary call, next to the part of `after` that is not rotated."""
     given = rotated[0]
     if given.dim() != 4:
         return False
@@ -198,11 +208,15 @@ def _is_before(before: torch.Tensor, after: torch.Tensor, rotated: Rotated) -> b
 
 
 def _is_proven(backbone: Backbone) -> bool:
-    """Do the hooks of a job's proof derive the same vectors? False where the family has no hooks.
+    """Whether the hooks of a job's proof derive the captured vectors.
+
+    Types outside of `PROVABLE_TYPES` are tried too, so that the sweep finds the types of that list itself.
 
     Raises:
-        WrongError: they derive others, so that a right dataset would be refused.
+        WrongError: the hooks derive other vectors although the type is in `PROVABLE_TYPES` or its family names the
+            projections. A job would refuse a right dataset.
     """
+    family, decoder_type = backbone.family, backbone.config.model_type
     ids = _ids(proof_module.MIN_TOKENS)[:1]
     vectors: dict[HeadSpec, np.ndarray] = {}
     for call in _captured(backbone, ids):
@@ -213,22 +227,30 @@ def _is_proven(backbone: Backbone) -> bool:
                 )
                 vectors[spec] = states[0, head].float().numpy()
     positions = np.arange(ids.shape[1])
-    derived = proof_module._derived(backbone, ids[0].numpy().astype(np.int32), dict.fromkeys(vectors, positions))
+    with patch.object(family_module, "PROVABLE_TYPES", {decoder_type}):
+        derived = proof_module._derived(backbone, ids[0].numpy().astype(np.int32), dict.fromkeys(vectors, positions))
     if derived is None:
         return False
     largest = max(proof_module._difference(vectors[spec], derived[spec]) for spec in vectors)
-    if not largest <= proof_module.TOLERANCES["float32"]:
+    if largest <= proof_module.TOLERANCES["float32"]:
+        return True
+    if names_projections(family) or decoder_type in PROVABLE_TYPES:
         raise WrongError(f"hooks derive other vectors: relative difference {largest:.2g}")
-    return True
+    return False
+
+
+def names_projections(family: Family) -> bool:
+    """Whether the class of `family` overrides `projections`, so that its types need not be in `PROVABLE_TYPES`."""
+    return type(family).projections is not Family.projections
 
 
 def _notes(
     backbone: Backbone, calls: list[KernelCall], seen: list[AttentionCall], facts: list[LayerFacts]
 ) -> list[str]:
-    """What sets the layout apart from that of a plain decoder.
+    """Returns the differences from the layout of a plain decoder.
 
     Raises:
-        WrongError: a mask shows other keys than the layer's facts, or the logits have a bias that they do not say.
+        WrongError: a mask or the logits contradict the layer's facts.
     """
     notes = []
     if len(facts) < LAYERS:
@@ -257,10 +279,10 @@ def _notes(
 
 
 def _is_biased(backbone: Backbone, facts: list[LayerFacts]) -> bool:
-    """Is more in the logits than scale, softcap and sinks make of the products of queries and keys?
+    """Whether the logits have a bias next to the scaled and capped products of queries and keys.
 
     Raises:
-        WrongError: a layer's facts say otherwise.
+        WrongError: the layer's facts contradict the logits.
     """
     decoder: Any = backbone.decoder
     kernel = decoder.config._attn_implementation
@@ -273,14 +295,14 @@ def _is_biased(backbone: Backbone, facts: list[LayerFacts]) -> bool:
             continue
         explained = _explains(fact, call)
         if not explained and not fact.position_bias:
-            raise WrongError(f"layer {fact.heads.layer}: a softmax of other logits than its layout says")
+            raise WrongError(f"layer {fact.heads.layer}: its facts do not explain its attention weights")
         if explained and fact.position_bias:
-            raise WrongError(f"layer {fact.heads.layer}: a bias is said to be in its logits, and there is none")
+            raise WrongError(f"layer {fact.heads.layer}: its facts name a bias, but its logits have none")
     return any(fact.position_bias for fact in facts)
 
 
 def _explains(fact: LayerFacts, call: KernelCall) -> bool:
-    """Do the layer's facts lead from query and key to the weights that the kernel returned?"""
+    """Whether the layer's facts lead from query and key to the attention weights that the kernel returned."""
     assert call.weights is not None
     heads, n = call.query.shape[1:3]
     weights = call.weights.view(-1, heads, n, call.weights.shape[-1])[..., :n]
@@ -296,10 +318,10 @@ def _explains(fact: LayerFacts, call: KernelCall) -> bool:
 
 
 def _reach(call: KernelCall, own: AttentionCall) -> list[str]:
-    """Which earlier tokens queries see, where it is not all of them.
+    """Returns the ways in which queries see fewer than all earlier tokens.
 
     Raises:
-        WrongError: the mask shows others than the call says.
+        WrongError: the mask contradicts the call.
     """
     n = call.query.shape[2]
     row, column = torch.arange(n)[:, None], torch.arange(n)
@@ -308,31 +330,31 @@ def _reach(call: KernelCall, own: AttentionCall) -> list[str]:
         visible = call.mask[0, 0] if call.mask.dtype == torch.bool else call.mask[0, 0] > -1
     else:
         visible = causal if call.weights is None else call.weights[0].amax(0) > 0
-    said, notes, finding = causal, [], "its mask hides keys, of which nothing is said"
+    declared, notes, finding = causal, [], "its mask hides keys that its facts do not exclude"
     if own.sliding_window is not None:
-        said = said & (column > row - own.sliding_window)
+        declared = declared & (column > row - own.sliding_window)
         notes.append("sliding windows")
-        finding = f"its window is said to be {own.sliding_window}, its mask shows another"
+        finding = f"its facts give a window of {own.sliding_window}, its mask has another"
     if own.attention_chunk is not None:
-        said = said & (column >= row - row % own.attention_chunk)
+        declared = declared & (column >= row - row % own.attention_chunk)
         notes.append("chunks")
-        finding = f"its chunks are said to be {own.attention_chunk}, its mask shows others"
+        finding = f"its facts give chunks of {own.attention_chunk}, its mask has others"
     if own.sparse_attention:
         notes.append("sparse attention")
-        finding = "its attention is said to be sparse, its mask shows a dense one"
-        right = not torch.equal(visible, said) and not (visible & ~said).any()
+        finding = "its facts say that it is sparse, its mask is dense"
+        right = not torch.equal(visible, declared) and not (visible & ~declared).any()
     else:
-        right = torch.equal(visible, said)
+        right = torch.equal(visible, declared)
     if not right:
         raise WrongError(f"layer {own.layer}: {finding}")
     return notes
 
 
 def _captured(backbone: Backbone, ids: torch.Tensor, hidden: torch.Tensor | None = None) -> list[AttentionCall]:
-    """The calls of a forward as jobs run it, or of a plain one, which must end with `hidden`.
+    """Returns the calls of a forward as jobs run it; with `hidden`, those of a plain forward that must return `hidden`.
 
     Raises:
-        WrongError: it does not.
+        WrongError: the plain forward returns other hidden states.
     """
     seen: list[AttentionCall] = []
     if hidden is None:
@@ -345,12 +367,12 @@ def _captured(backbone: Backbone, ids: torch.Tensor, hidden: torch.Tensor | None
 
 
 def _keeping(calls: list[AttentionCall]) -> Callable[[AttentionCall], None]:
-    """A callback that appends each call to `calls`, with vectors of its own."""
+    """Returns a callback that appends a copy of each call to `calls`."""
     return lambda call: calls.append(replace(call, query=call.query.clone(), key=call.key.clone()))
 
 
 def _differ(seen: list[AttentionCall], others: list[AttentionCall], tokens: slice) -> bool:
-    """By more than rounding, at some of those tokens."""
+    """Whether some vector at `tokens` differs by more than rounding."""
     return any(
         not torch.allclose(one[:, :, tokens], other[:, :, tokens], rtol=1e-3, atol=1e-4)
         for a, b in zip(seen, others, strict=True)
@@ -359,7 +381,7 @@ def _differ(seen: list[AttentionCall], others: list[AttentionCall], tokens: slic
 
 
 def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Bit for bit, where one may be widened, or repeat its heads for the queries that they serve."""
+    """Whether two tensors are equal bit for bit, after one is widened or its heads are repeated for their queries."""
     heads = max(a.shape[1], b.shape[1])
     a, b = (states.repeat_interleave(heads // states.shape[1], dim=1).float() for states in (a, b))
     return torch.equal(a, b)
@@ -370,5 +392,5 @@ def _ids(length: int = TOKENS) -> torch.Tensor:
 
 
 def _reason(error: QkSnifferError) -> str:
-    """The first clause of the error's message, which is what it is about."""
-    return re.split(r"; |: it is |\. |\n|, so that |, as ", re.sub(r"^\S+: this model", "this model", str(error)))[0]
+    """Returns the first clause of the error's message: the reason without the way out."""
+    return re.split(r"; |: it is |\. |\n|, so |, as ", re.sub(r"^\S+: this model", "this model", str(error)))[0]

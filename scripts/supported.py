@@ -1,10 +1,12 @@
-"""Which causal language models of the installed transformers can be captured: writes models/SUPPORTED.md.
+"""Captures every causal language model of the installed transformers and writes the results to two files.
 
-    python scripts/supported.py [--jobs N] [--out FILE] [MODEL_TYPE ...]
+    python scripts/supported.py [--jobs N] [MODEL_TYPE ...]
 
-Each is examined (`examine.py`) in a process of its own kind, which is killed when one takes too long: one that hangs,
-crashes or is captured wrongly stands in the table as FAILED or WRONG, and the command fails. Types that are named are
-printed and not written.
+`models/SUPPORTED.md` is the table for readers. `qk_sniffer/backbone/provable_types.py` lists the model types whose
+datasets a job proves. With MODEL_TYPE, the command prints the rows of these types and writes nothing.
+
+Worker processes examine the types (`examine.py`). A worker that takes too long is killed. A type that hangs, crashes or
+is captured wrongly has a row FAILED or WRONG, and the command exits with code 1.
 """
 
 import argparse
@@ -23,12 +25,16 @@ from dataclasses import asdict
 from pathlib import Path
 
 import transformers
-from examine import Entry, examine
+from examine import Entry, examine, names_projections
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-TABLE = Path(__file__).parent.parent / "models" / "SUPPORTED.md"
+from qk_sniffer.backbone.family import find_family
+
+ROOT = Path(__file__).parent.parent
+TABLE = ROOT / "models" / "SUPPORTED.md"
+PROVABLE = ROOT / "qk_sniffer" / "backbone" / "provable_types.py"
 TIMEOUT_S = 120
-"""For one type, and once for the imports."""
+"""For one type, or for the imports of a worker."""
 
 HEADER = """\
 # Supported models
@@ -37,25 +43,35 @@ Written by `python scripts/supported.py` with transformers {version}; `tests/bac
 with the code. Every causal language model of transformers was built tiny and random from its config, saved, loaded and
 captured as a job does it:
 
-- **post-RoPE**: yes where query and key are bit for bit what an independent recorder of the attention kernel receives,
-  layers, heads, windows, softmax scale, softcap and sinks explain the attention weights, but for a bias and for sparse
-  attention, which are named; the forward is unchanged, and no token sees a later one. All others are refused with an
-  error that says why.
-- **pre-RoPE**: yes where they are bit for bit what the model's rotary functions are given, beside the part of each head
-  that is not rotated. `no RoPE`: no layer is rotated, so that there is nothing to be before.
-- **proof**: yes where a job proves its dataset by hooks; `pre`: only one of vectors before RoPE.
+- **post-RoPE**: yes if query and key equal, bit for bit, what an independent recorder of the attention kernel receives.
+  Layers, heads, windows, softmax scale, softcap and sinks explain the attention weights; the last column names a bias
+  and sparse attention. The forward is unchanged, and no token sees a later one. All other types are refused with an
+  error that gives the reason.
+- **pre-RoPE**: yes if query and key equal, bit for bit, the inputs of the model's rotary functions, next to the part of
+  each head that is not rotated. `no RoPE`: no layer is rotated.
+- **proof**: yes if a job proves its dataset by hooks. `pre`: only a dataset of vectors before RoPE.
 
-A type of several modalities stands for its text decoder. `bert` and its kin are captured as decoders
-(`is_decoder: true`), and refused as encoders. Sliding windows are switched on where a config has them.
+A multimodal type is captured by its text decoder. `bert` and its kin are captured as decoders (`is_decoder: true`) and
+refused as encoders. Sliding windows are enabled wherever a config has them.
 
 """
+
+PROVABLE_HEADER = '''\
+"""Lists the model types whose query and key follow from submodules with the names that `Family.projections` knows.
+
+Written by `python scripts/supported.py`, which derives the vectors of every type from these submodules and compares
+them with the captured ones. Other types are not proven, because another operation may come between the two.
+"""
+
+PROVABLE_TYPES = frozenset(
+    {
+'''
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("types", nargs="*", metavar="MODEL_TYPE")
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--out", type=Path, default=TABLE)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
@@ -69,7 +85,8 @@ def main() -> int:
     if arguments.types:
         print("\n".join(map(row, entries)))
     else:
-        arguments.out.write_text(table(entries))
+        TABLE.write_text(table(entries))
+        PROVABLE.write_text(provable_module(entries))
     bad = [entry for entry in entries if entry.post not in ("yes", "no")]
     for entry in bad:
         print(f"{entry.model_type}: {entry.post}: {entry.note}", file=sys.stderr)
@@ -77,7 +94,7 @@ def main() -> int:
 
 
 def table(entries: Sequence[Entry]) -> str:
-    """The page; the same for the same entries."""
+    """Returns the page of the table; a pure function of the entries."""
     captured = [entry for entry in entries if entry.post != "no"]
     refused = [entry for entry in entries if entry.post == "no"]
     pre = Counter(entry.pre for entry in captured)
@@ -105,9 +122,16 @@ def table(entries: Sequence[Entry]) -> str:
 
 
 def row(entry: Entry) -> str:
-    """The type's line on the page: among the refused ones it has only its reason."""
-    cells = list(asdict(entry).values())
-    return "| " + " | ".join(cells[:2] + cells[-1:] if entry.post == "no" else cells) + " |"
+    """Returns the type's line of the page: a refused type has only its reason."""
+    verdicts = [] if entry.post == "no" else [entry.post, entry.pre, entry.proof]
+    return "| " + " | ".join([entry.model_type, entry.class_name, *verdicts, entry.note]) + " |"
+
+
+def provable_module(entries: Sequence[Entry]) -> str:
+    """Returns the code of `provable_types.py`: the proven decoder types whose family does not name its projections."""
+    proven = {entry.decoder_type for entry in entries if entry.proof != "no"}
+    types = sorted(name for name in proven if not names_projections(find_family(name)))
+    return PROVABLE_HEADER + "".join(f'        "{name}",\n' for name in types) + "    }\n)\n"
 
 
 def _examined(types: Sequence[str]) -> Iterator[Entry]:
@@ -137,7 +161,7 @@ def _examined(types: Sequence[str]) -> Iterator[Entry]:
 
 
 def _work(types: Sequence[str]) -> int:
-    """Examines one type after another; prints a line of JSON for each."""
+    """Examines one type after another and prints a line of JSON for each."""
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity(logging.ERROR)
     transformers.logging.disable_progress_bar()

@@ -1,8 +1,8 @@
-"""What a model family must say about itself.
+"""Describes a model family: where its attention layers, queries and keys are.
 
-`Family` is the generic answer and serves every model whose decoder calls transformers' attention interface.
-A family that differs overrides one or two methods in a file of its own, `models/<model_type>.py`, with a class
-named `Family`; it is found by the config's `model_type`, or named by `model.family=package.module:Class`.
+The generic `Family` serves every model whose decoder calls transformers' attention interface. A family that differs
+overrides one or two methods in a class named `Family`, in a file of its own, `models/<model_type>.py`. The config's
+`model_type` selects that file; `model.family=package.module:Class` names any other class.
 """
 
 import functools
@@ -17,36 +17,21 @@ from typing import Any
 import torch
 from torch import nn
 
+from qk_sniffer.backbone.provable_types import PROVABLE_TYPES
 from qk_sniffer.errors import CaptureError, ConfigError
 
-_PROVABLE_TYPES = """
-    afmoe apertus arcee aria_text bamba bitnet cohere cohere2 cohere2_moe cohere_compass_text cwm diffllama doge dots1
-    emu3_text_model ernie4_5 ernie4_5_moe exaone4 exaone_moe falcon_h1 flex_olmo flint gemma gemma2 gemma3_text
-    gemma4_unified_text glm glm4 glm4_moe gpt_oss gptj granite granite_swa granitemoe granitemoe_swa granitemoehybrid
-    granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax internlm3 iquestcoder jais2
-    jamba kolibri1 laguna lfm2 lfm2_moe lfm3 llama llama4_text mellum mimo_v2_flash minimax minimax_m2
-    minimax_m3_vl_text ministral ministral3 mistral mixtral mllama_text_model modernbert-decoder moshi nanochat nemotron
-    nemotron_h olmo olmo2 olmo3 olmo_hybrid olmoe persimmon phi phimoe qwen2 qwen2_moe qwen3 qwen3_5_moe_text
-    qwen3_5_text qwen3_moe qwen3_next qwen4_exp_text recurrent_gemma seed_oss smollm3 solar_open stablelm starcoder2
-    vaultgemma
-"""
-PROVABLE_TYPES = frozenset(_PROVABLE_TYPES.split())
-"""Model types whose query and key are known to follow from the submodules that `Family.projections` finds by their
-names: those that `models/SUPPORTED.md` says are proven. Of others nobody has looked: something may come between, and a
-right dataset would fail its proof."""
-
 RotaryCall = tuple[torch.Tensor, torch.Tensor]
-"""A tensor that went into a rotary function, and the tensor that came out of it."""
+"""An input of a rotary function and the output for it."""
 
 QueryKey = tuple[torch.Tensor, torch.Tensor]
-"""The queries and the keys of one layer."""
+"""The queries (B, H, n, d) and the keys (B, K, n, d) of one layer."""
 
 NO_SELF_ATTENTION = ("Cross", "Delta", "Lightning")
-"""In the name of an attention class: it attends to another sequence, or is linear and has no softmax."""
+"""Parts of the names of attention classes that attend to another sequence, or are linear and have no softmax."""
 
 
 class Family:
-    """The generic family. Methods take modules as they are after loading."""
+    """The generic family. Its methods receive loaded modules."""
 
     auto_class = "AutoModel"
     """The class of transformers that loads the decoder without its language-model head."""
@@ -54,26 +39,29 @@ class Family:
     key_mapping: Mapping[str, str] = MappingProxyType(
         {r"^language_model\.model\.": "model.", r"^model\.language_model\.": "model."}
     )
-    """How a multimodal checkpoint names its decoder's weights, in older and in newer files: pattern -> replacement."""
+    """Pattern -> replacement: maps the names of the decoder's weights in a multimodal checkpoint to the decoder's own.
+    The two patterns are of older and of newer files."""
 
     unused = ("pooler.",)
-    """Prefixes of the decoder's weights that no query or key depends on: a checkpoint may lack them."""
+    """Prefixes of decoder weights that no query or key depends on. A checkpoint may lack these weights."""
 
     rotary_function = "apply_rot"
-    """How the names of its rotary functions begin, in the Python module of its attention."""
+    """The common start of the names of the rotary functions in the Python module of the attention class."""
 
     changed_after_rotary = False
-    """True where query and key are scaled, normed or repeated after the rotary embedding: what they are before RoPE is
-    then what went into it, query first."""
+    """Whether query and key are scaled, normalized or repeated after the rotary embedding.
+
+    If so, the inputs of the rotary function, query first, are the vectors before RoPE.
+    """
 
     def decoder(self, model: Any) -> nn.Module:
-        """The text decoder inside the loaded `model`: what is run, without any head or vision tower."""
+        """Returns the text decoder inside the loaded `model`, without any head or vision tower."""
         decoder: nn.Module = model.get_decoder()
         return decoder
 
     def attention_layers(self, decoder: nn.Module) -> dict[nn.Module, int]:
-        """The self-attention modules of `decoder`, each with its layer index. No other module is captured."""
-        found = {
+        """Returns the self-attention modules of `decoder`, each with its layer index. No other module is captured."""
+        candidates = {
             name: module
             for name, module in decoder.named_modules()
             if isinstance(getattr(module, "layer_idx", None), int)
@@ -82,68 +70,77 @@ class Family:
             and "encoder_attn" not in name
             and not getattr(module, "is_cross_attention", False)
         }
-        # A block of attention and norms may carry the same marks as the attention inside it.
+        # A block of attention and norms may look like the attention module inside it: the inner one counts.
         return {
             module: module.layer_idx
-            for name, module in found.items()
-            if not any(other.startswith(f"{name}.") for other in found)
+            for name, module in candidates.items()
+            if not any(other.startswith(f"{name}.") for other in candidates)
         }
 
     def layer(self, module: nn.Module, index: int, arguments: Mapping[str, Any]) -> int:
-        """The layer that this call of `module` is, where it differs from its `index` among the attention layers.
+        """Returns the layer of this call of `module`; the default is its `index` from `attention_layers`.
 
-        `arguments` are the keyword arguments of the module's forward.
+        A family overrides this if one module serves several layers. `arguments` are the keyword arguments of the
+        module's forward.
         """
         return index
 
     def sliding_window(self, module: nn.Module, arguments: dict[str, Any]) -> int | None:
-        """The window of this attention call: how many positions a query sees, itself included; None: all.
+        """Returns how many positions a query of this call sees, its own included; None on full attention.
 
-        Here what the kernel is told, or else the config's where that says that this layer has one.
+        The default is the kernel's argument. Without one, it is the config's window, if the config lists the layer as
+        a sliding one.
         """
-        told: int | None = arguments.get("sliding_window")
-        if told is None and _layer_type(module) == "sliding_attention":
+        window: int | None = arguments.get("sliding_window")
+        if window is None and _layer_type(module) == "sliding_attention":
             config: Any = module.config
             return getattr(config, "sliding_window", None)
-        return told
+        return window
 
     def attention_chunk(self, module: nn.Module) -> int | None:
-        """The chunk of this attention: a query sees the keys of its own chunk of so many positions; None: no chunks."""
+        """Returns the chunk size of chunked attention, in positions; None without chunks.
+
+        A query sees only keys of its own chunk.
+        """
         if _layer_type(module) == "chunked_attention":
             config: Any = module.config
             return int(config.attention_chunk_size)
         return None
 
     def sparse_attention(self, module: nn.Module) -> bool:
-        """Does a query see only some of the keys before it, chosen by what they hold?
+        """Whether a query sees only some of the keys before it, selected by their content.
 
-        Here where an indexer picks them: one inside `module`, or one of another layer that `module` shares.
+        The default is True if an indexer selects the keys: one inside `module`, or one that `module` shares with
+        another layer.
         """
         shared = bool(getattr(module, "skip_topk", False))
         return shared or any("Indexer" in type(part).__name__ for part in module.modules())
 
     def position_bias(self, module: nn.Module, arguments: Mapping[str, Any]) -> bool:
-        """Is a bias by position, or by key, added to the logits? `arguments` are those of the kernel."""
+        """Whether a bias by position or by key is added to the logits. `arguments` are those of the kernel, by name."""
         return arguments.get("position_bias") is not None
 
     def register_tap(self, module: nn.Module, on_query_key: Callable[..., None]) -> Sequence[Any]:
         """Makes `module` call `on_query_key(query, key)` in each forward.
 
-        For a module that asks the attention interface for no kernel.
+        Only modules that do not call a kernel of the attention interface need this. Query and key have the shapes of
+        `AttentionCall`. `scaling` and other arguments of a kernel may follow by name.
 
-        Query and key are those of `AttentionCall`; `scaling` and the other arguments of a kernel may follow by name.
-        Returns what undoes it, the last one first: handles of hooks, or others with a `remove()`.
+        Returns handles whose `remove()` restores the module; the tap removes the last one first.
         """
         return ()
 
     def before_rotary(
         self, module: nn.Module, rotary_calls: Sequence[RotaryCall], query: torch.Tensor, key: torch.Tensor
     ) -> QueryKey:
-        """What `query` and `key`, as attention receives them, were before the rotary embedding.
+        """Returns the vectors before the rotary embedding for `query` and `key`, the vectors that attention receives.
 
-        The inputs of rotary calls are the answer, bit for bit, where the tensors are their very outputs, or carry them
-        as the first or the last part of each head beside a part that is not rotated. A layer without any rotary call
-        (NoPE) rotates nothing. Anything else between the two is not defined here.
+        These are the inputs of the layer's rotary calls, bit for bit, if the outputs of those calls are `query` and
+        `key`, or the first or the last part of each of their heads. A layer without a rotary call (NoPE) does not
+        rotate: its vectors are returned unchanged.
+
+        Raises:
+            CaptureError: another operation between the rotary function and attention leaves them undefined.
         """
         if not rotary_calls:
             return query, key
@@ -154,16 +151,16 @@ class Family:
         if before_query is None or before_key is None:
             raise CaptureError(
                 f"{type(module).__name__} attends with a {'query' if before_query is None else 'key'} that no rotary "
-                "function returned in its layer, so that vectors before RoPE are not defined for this model: set "
-                "capture.capture_pre_rope=false, or say what they are in a family (model.family=package.module:Class)"
+                "function returned in its layer, so vectors before RoPE are not defined for this model: set "
+                "capture.capture_pre_rope=false, or define them in a family (model.family=package.module:Class)"
             )
         return before_query, before_key
 
     def projections(self, module: nn.Module) -> dict[str, nn.Module] | None:
-        """The submodules whose outputs query and key before RoPE are made of, for the proof by hooks.
+        """Returns the submodules whose outputs determine query and key before RoPE, for the proof by hooks.
 
-        Here `q` and `k`, the projections or the norms behind them. None: not known for this model, so there is no proof
-        by hooks.
+        The default returns `q` and `k`: the projections, or the norms after them, found by their names in a model type
+        of `PROVABLE_TYPES`. None means that they are not known for this model, so no proof by hooks is possible.
         """
         if getattr(getattr(module, "config", None), "model_type", None) not in PROVABLE_TYPES:
             return None
@@ -178,19 +175,20 @@ class Family:
         return found
 
     def projected(self, module: nn.Module, outputs: Mapping[str, torch.Tensor], head_dim: int) -> QueryKey:
-        """`query` (1, H, n, d) and `key` (1, K, n, d) before RoPE, for the proof by hooks.
+        """Returns `query` (1, H, n, d) and `key` (1, K, n, d) before RoPE, for the proof by hooks.
 
-        `outputs` are those of the `projections`, by their names, of a forward over n tokens, more than there are heads.
+        `outputs` holds the outputs of the `projections` by their names, from a forward over n tokens. n is greater than
+        the number of heads.
         """
         return heads_first(outputs["q"], head_dim), heads_first(outputs["k"], head_dim)
 
     def rotated(
         self, module: nn.Module, query: torch.Tensor, key: torch.Tensor, embeddings: Any, width: int
     ) -> QueryKey | None:
-        """`query` and `key` after RoPE, in a layer that calls a rotary function, for the proof by hooks.
+        """Returns `query` and `key` after RoPE, in a layer that calls a rotary function, for the proof by hooks.
 
-        `embeddings` is what the model's rotary embedding gave this layer, if anything; `width`, how many components of
-        each head the rotary function was given: here the first ones. None: not known how.
+        `embeddings` is the output of the model's rotary embedding for this layer, or None. The rotary function turns
+        `width` components of each head; the default assumes the first ones. None means that the rotation is not known.
         """
         rotary = getattr(sys.modules[type(module).__module__], "apply_rotary_pos_emb", None)
         if rotary is None or not isinstance(embeddings, tuple):
@@ -201,30 +199,33 @@ class Family:
         return torch.cat([turned_query, query[..., width:]], dim=-1), torch.cat([turned_key, key[..., width:]], dim=-1)
 
     def after_rotary(self, module: nn.Module, query: torch.Tensor, key: torch.Tensor) -> QueryKey | None:
-        """`query` and `key` as attention receives them, from what they are after RoPE, for the proof by hooks.
+        """Returns the vectors that attention receives, from `query` and `key` after RoPE, for the proof by hooks.
 
-        None: not known how.
+        None means that the step between the two is not known.
         """
         return None if self.changed_after_rotary else (query, key)
 
 
 def _layer_type(module: nn.Module) -> str | None:
-    """What the config says of the layer that `module` numbers itself."""
+    """Returns the entry of the config's `layer_types` for the layer that `module` names as its own."""
     layer = getattr(module, "layer_idx", None)
-    kinds = getattr(getattr(module, "config", None), "layer_types", None) or ()
-    return kinds[layer] if isinstance(layer, int) and 0 <= layer < len(kinds) else None
+    types = getattr(getattr(module, "config", None), "layer_types", None) or ()
+    return types[layer] if isinstance(layer, int) and 0 <= layer < len(types) else None
 
 
 def heads_first(states: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """(1, n, heads * head_dim), (1, n, heads, head_dim) or (1, heads, n, head_dim) -> the last, if n > heads."""
+    """Returns `states` as (1, heads, n, head_dim).
+
+    `states` is (1, n, heads * head_dim), (1, n, heads, head_dim) or (1, heads, n, head_dim), with n > heads.
+    """
     if states.dim() == 3:
         states = states.unflatten(-1, (-1, head_dim))
     return states.transpose(1, 2) if states.shape[1] > states.shape[2] else states
 
 
 def _unrotated(states: torch.Tensor, rotary_calls: Sequence[RotaryCall]) -> torch.Tensor | None:
-    calls = [(before, after) for before, after in rotary_calls if _is_told_apart(before, after)]
-    # Some families rotate (B, n, heads, d), and transpose later.
+    calls = [(before, after) for before, after in rotary_calls if _is_distinct(before, after)]
+    # Some families rotate (B, n, heads, d) and transpose later.
     calls += [(before.transpose(1, 2), after.transpose(1, 2)) for before, after in calls]
     for before, after in calls:
         if _same(after, states):
@@ -237,8 +238,8 @@ def _unrotated(states: torch.Tensor, rotary_calls: Sequence[RotaryCall]) -> torc
     return None
 
 
-def _is_told_apart(before: torch.Tensor, after: torch.Tensor) -> bool:
-    """Not where a rotary function takes its arguments in another order, or writes over them."""
+def _is_distinct(before: torch.Tensor, after: torch.Tensor) -> bool:
+    """Returns False if a rotary function takes its arguments in another order, or writes its result into them."""
     return before.shape == after.shape and before.untyped_storage().data_ptr() != after.untyped_storage().data_ptr()
 
 
@@ -247,7 +248,10 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def _part(after: torch.Tensor, states: torch.Tensor) -> slice | None:
-    """Where in each head of `states` the rotated tensor `after` lies, one head of it serving all or each its own."""
+    """Returns the slice of each head of `states` that equals the rotated tensor `after`, or None.
+
+    `after` has one head for each head of `states`, or one head that all of them share.
+    """
     width, heads = after.shape[-1], states.shape[1]
     if width > states.shape[-1] or after.shape[1] not in (1, heads) or after.shape[2] != states.shape[2]:
         return None
@@ -258,7 +262,7 @@ def _part(after: torch.Tensor, states: torch.Tensor) -> slice | None:
 
 
 class CallSpy:
-    """A function of `owner` by that name that calls `show` with its arguments first, until `remove()`."""
+    """Makes `owner.<name>` call `show` with its arguments before it runs, until `remove()`."""
 
     def __init__(self, owner: Any, name: str, show: Callable[..., None]) -> None:
         function = getattr(owner, name)
@@ -279,7 +283,7 @@ class CallSpy:
 
 
 def find_family(model_type: str) -> Family:
-    """The family of `models/<model_type>.py`, or the generic one."""
+    """Returns the family of `models/<model_type>.py`, or the generic one."""
     name = f"qk_sniffer.models.{model_type.replace('-', '_')}"
     if importlib.util.find_spec(name) is None:
         return Family()
@@ -288,10 +292,10 @@ def find_family(model_type: str) -> Family:
 
 
 def imported_family(path: str) -> Family:
-    """The family that `path` (`package.module:Class`) names.
+    """Imports the family that `path` names as `package.module:Class`.
 
     Raises:
-        ConfigError: it names nothing that can be imported, or no family.
+        ConfigError: the class cannot be imported, or it is not a family.
     """
     module_name, _, class_name = path.partition(":")
     try:
@@ -299,10 +303,10 @@ def imported_family(path: str) -> Family:
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ConfigError(
             [
-                f"model.family={path}: {error}; expected package.module:Class, a subclass of {__name__}.Family that "
-                "is installed, or in the folder where `python -m qk_sniffer` starts"
+                f"model.family={path}: {error}; expected package.module:Class, a subclass of "
+                "qk_sniffer.families.Family that is installed, or in the folder where `python -m qk_sniffer` starts"
             ]
         ) from error
     if not isinstance(family, Family):
-        raise ConfigError([f"model.family={path}: {class_name} is not a subclass of {__name__}.Family"])
+        raise ConfigError([f"model.family={path}: {class_name} is not a subclass of qk_sniffer.families.Family"])
     return family

@@ -1,4 +1,4 @@
-"""The table of supported models is what the code does, and the examination behind it finds what is wrong."""
+"""The table of supported models matches the code, and the examination behind it finds wrong captures."""
 
 import re
 import sys
@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import examine as examine_room
+import examine as examine_module
 import pytest
 import supported
 import transformers
@@ -32,10 +32,14 @@ same_version = pytest.mark.skipif(
 @pytest.mark.slow
 @same_version
 def test_the_committed_table_is_what_the_code_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = tmp_path / "SUPPORTED.md"
-    monkeypatch.setattr(sys, "argv", ["supported.py", "--out", str(out)])
+    table, provable = tmp_path / "SUPPORTED.md", tmp_path / "provable_types.py"
+    committed = supported.PROVABLE.read_text()
+    monkeypatch.setattr(supported, "TABLE", table)
+    monkeypatch.setattr(supported, "PROVABLE", provable)
+    monkeypatch.setattr(sys, "argv", ["supported.py"])
     assert supported.main() == 0
-    assert out.read_text() == TABLE
+    assert table.read_text() == TABLE
+    assert provable.read_text() == committed
 
 
 @same_version
@@ -126,10 +130,10 @@ class ChangesTheForward(Family):
         (LayersFromTheEnd, "4 calls of attention, 4 layers probed, captured [3, 2, 1, 0]"),
         (OtherWindow, "MistralAttention attends within a window of 8 tokens, but a window of 7 is declared"),
         (NoWindow, "MistralAttention attends within a window of 8 tokens, but no window is declared"),
-        (Sparse, "layer 0: its attention is said to be sparse, its mask shows a dense one"),
-        (Biased, "layer 0: a bias is said to be in its logits, and there is none"),
-        (NothingRotated, "layer 0: not the vectors that the rotary function is given"),
-        (KeyOfTheQuery, "layer 0: not the vectors that the rotary function is given"),
+        (Sparse, "layer 0: its facts say that it is sparse, its mask is dense"),
+        (Biased, "layer 0: its facts name a bias, but its logits have none"),
+        (NothingRotated, "layer 0: the vectors are not those that the rotary function receives"),
+        (KeyOfTheQuery, "layer 0: the vectors are not those that the rotary function receives"),
         (OtherHooks, "hooks derive other vectors"),
         (ChangesTheForward, "capturing changes the forward"),
     ],
@@ -147,7 +151,7 @@ def test_a_wrong_family_is_found_out(family: type[Family], finding: str, monkeyp
     [
         ("phimoe", Family, "PhimoeAttention attends within a window of 8 tokens"),
         ("qwen2_moe", NoWindow, "Qwen2MoeAttention attends within a window of 8 tokens"),
-        ("deepseek_v32", NotSparse, "layer 0: its mask hides keys, of which nothing is said"),
+        ("deepseek_v32", NotSparse, "layer 0: its mask hides keys that its facts do not exclude"),
     ],
 )
 def test_a_type_that_needs_its_family_is_found_out_without_it(
@@ -162,35 +166,35 @@ def test_a_type_that_needs_its_family_is_found_out_without_it(
 @pytest.mark.parametrize(
     ("window", "finding"),
     [
-        (None, "its mask hides keys, of which nothing is said"),
-        (7, "its window is said to be 7, its mask shows another"),
+        (None, "its mask hides keys that its facts do not exclude"),
+        (7, "its facts give a window of 7, its mask has another"),
     ],
 )
 def test_a_mask_that_is_a_band_of_another_window_is_found_out(window: int | None, finding: str) -> None:
-    backbone, facts, _ = examine_room._loaded("mistral")
-    calls, seen = examine_room._check_post(backbone, facts)
-    assert examine_room._reach(calls[0], seen[0]) == ["sliding windows"]
-    with pytest.raises(examine_room.WrongError, match=f"layer 0: {finding}"):
-        examine_room._reach(calls[0], replace(seen[0], sliding_window=window))
+    backbone, facts, _ = examine_module._loaded("mistral")
+    calls, seen = examine_module._check_post(backbone, facts)
+    assert examine_module._reach(calls[0], seen[0]) == ["sliding windows"]
+    with pytest.raises(examine_module.WrongError, match=f"layer 0: {finding}"):
+        examine_module._reach(calls[0], replace(seen[0], sliding_window=window))
 
 
 def test_vectors_before_rope_that_depend_on_the_position_are_found_out() -> None:
-    backbone, _, _ = examine_room._loaded("mistral")
-    examine_room._check_unmoved(Backbone(backbone.decoder, Family(), pre_rope=True))
-    with pytest.raises(examine_room.WrongError, match="depend on the position"):
-        examine_room._check_unmoved(Backbone(backbone.decoder, NothingRotated(), pre_rope=True))
+    backbone, _, _ = examine_module._loaded("mistral")
+    examine_module._check_unmoved(Backbone(backbone.decoder, Family(), pre_rope=True))
+    with pytest.raises(examine_module.WrongError, match="depend on the position"):
+        examine_module._check_unmoved(Backbone(backbone.decoder, NothingRotated(), pre_rope=True))
 
 
 def test_other_vectors_than_those_of_the_kernel_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    copied = examine_room._captured
+    copied = examine_module._captured
 
     def one_bit(*args: Any) -> Any:
         seen = copied(*args)
         seen[2].key[0, 1, 5, 3] = seen[2].key[0, 1, 5, 3].nextafter(seen[2].key.new_tensor(9.0))
         return seen
 
-    monkeypatch.setattr(examine_room, "_captured", one_bit)
-    assert examine("mistral").note == "layer 2: not the vectors that attention receives"
+    monkeypatch.setattr(examine_module, "_captured", one_bit)
+    assert examine("mistral").note == "layer 2: the vectors are not those that attention receives"
 
 
 def test_a_softmax_of_other_logits_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,12 +204,12 @@ def test_a_softmax_of_other_logits_is_found_out(monkeypatch: pytest.MonkeyPatch)
         return replace(facts(call), softmax_scale=0.3)
 
     monkeypatch.setattr(backbone_module, "_layer_facts", other_scale)
-    assert examine("mistral").note == "layer 0: a softmax of other logits than its layout says"
+    assert examine("mistral").note == "layer 0: its facts do not explain its attention weights"
 
 
 def test_a_bias_that_is_not_declared_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(find_family("doge")), "position_bias", Family.position_bias)
-    assert examine("doge").note == "layer 0: a softmax of other logits than its layout says"
+    assert examine("doge").note == "layer 0: its facts do not explain its attention weights"
 
 
 def test_a_type_that_takes_too_long_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,8 @@ from support.tiny import ALPHABET, save_checkpoint
 from support.zoo import CASES, Case, ids
 from torch import nn
 
-from qk_sniffer.backbone.family import PROVABLE_TYPES, Family
+from qk_sniffer.backbone.family import Family
+from qk_sniffer.backbone.provable_types import PROVABLE_TYPES
 from qk_sniffer.capture import capture as capture_module
 from qk_sniffer.capture import proof as proof_module
 from qk_sniffer.errors import CaptureError

@@ -1,0 +1,247 @@
+"""The pages: runs, composes or loads every fenced command, YAML and Python block."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import chdir
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra import initialize_config_module
+from hydra._internal.utils import get_args
+
+from qk_sniffer.cli import preflight, program
+from qk_sniffer.jobs.run import run_job
+from qk_sniffer.jobs.sweep import PlannedJob
+from qk_sniffer.plasticity import cli as plasticity
+
+ROOT = Path(__file__).parents[1]
+PAGES = ["README.md", "CONTRIBUTING.md", "models/ADDING.md", *(f"docs/{page.name}" for page in ROOT.glob("docs/*.md"))]
+
+DIAGRAMS = {
+    "README.md": ("python -m qk_sniffer --multirun", "outputs/pydoc-tiny-pydoc/"),
+    "CONTRIBUTING.md": ("text ─ examples ─ token batches",),
+}
+"""How the blocks begin that are neither a program nor a file. A command in the first line is checked as any other."""
+
+PYTHON_RUN_ELSEWHERE = {"models/ADDING.md": "tests/backbone/test_adding.py"}
+"""Pages with Python that a test of their own runs."""
+
+COMPOSED_ONLY = {
+    "model": "the model is on the Hub or the reader's own; tests/backbone/test_adding.py and test_gguf.py run such jobs",
+    "+experiment": "the models are on the Hub",
+    "output": "the job publishes to the Hub; tests/jobs/test_job_on_hub.py runs such jobs",
+}
+"""A group in a job's command, and why the command is composed instead of run."""
+
+SMALL = ["dataset.max_samples=1", "model.tokenizer.max_length=160"]
+
+
+@dataclass(frozen=True)
+class Block:
+    page: str
+    line: int
+    language: str
+    text: str
+    before: str
+    """The page up to the block."""
+
+    def __str__(self) -> str:
+        return f"{self.page}:{self.line}"
+
+
+@dataclass(frozen=True)
+class Command:
+    place: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.place} {self.text.removeprefix('python -m ')[:60]}"
+
+    def words(self) -> list[str]:
+        """Returns the words that bash makes of the command in the current directory."""
+        code = f"for word in {self.text}\ndo printf '%s\\0' \"$word\"; done"
+        done = subprocess.run(["bash", "-c", code], check=True, capture_output=True, text=True)
+        return done.stdout.split("\0")[:-1]
+
+
+def blocks() -> Iterator[Block]:
+    for page in PAGES:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        for found in re.finditer(r"^```(\w*)\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL):
+            line = text.count("\n", 0, found.start()) + 1
+            yield Block(page, line, found[1], found[2], text[: found.start()])
+
+
+def commands() -> Iterator[Command]:
+    """Yields the commands in blocks, and those that a sentence quotes without placeholders."""
+    for block in BLOCKS:
+        if block.language == "bash":
+            lines = block.text.replace("\\\n", "").splitlines()
+            yield from (Command(str(block), line) for line in lines if line.strip())
+        elif block.text.startswith("python "):
+            yield Command(str(block), block.text.partition("\n")[0])
+    for page in PAGES:
+        prose = re.sub(r"^```.*?^```$", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+        quoted = re.findall(r"`((?:python|make) [^`]+)`", prose)
+        yield from (
+            Command(page, " ".join(text.split())) for text in quoted if not re.search(r"\.\.\.|<|[A-Z]{3}", text)
+        )
+
+
+BLOCKS = list(blocks())
+COMMANDS = list(dict.fromkeys(commands()))
+JOBS = [command for command in COMMANDS if re.match(r"python -m qk_sniffer( |$)", command.text)]
+OTHERS = [command for command in COMMANDS if command not in JOBS]
+
+
+def jobs_of(words: list[str]) -> list[PlannedJob]:
+    """Returns the jobs that `python -m qk_sniffer` would run."""
+    args = get_args(words[3:])
+    args.multirun = args.multirun or args.cfg is not None  # the settings of a launcher are shown without a sweep
+    return preflight.planned(args)
+
+
+def composed_only(command: Command) -> str | None:
+    """Returns why a job's command does not run here; None if it does."""
+    settings = {word.partition("=")[0] for word in command.text.split()}
+    if {"--help", "--cfg"} & settings:
+        return "prints text"
+    return next((reason for group, reason in COMPOSED_ONLY.items() if group in settings), None)
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a reader who has the files that the pages name, and the outputs of ten checkpoints."""
+    folder = tmp_path_factory.mktemp("reader")
+    (folder / "texts.jsonl").write_text('{"text": "The first text."}\n{"text": "And the second, a longer one."}\n')
+    (folder / "book.txt").write_text("Call me Ishmael. Some years ago, never mind how long precisely.")
+    (folder / "my-folder").mkdir()
+    (folder / "my-folder" / "rows.jsonl").write_text('{"body": "Some words.", "id": 7}\n')
+    (folder / "bin").mkdir()
+    (folder / "bin" / "srun").touch(mode=0o755)
+    with chdir(folder):
+        for job in jobs_of(["python", "-m", "qk_sniffer", "+experiment=smollm3_checkpoints", "output=local"]):
+            root = Path(str(job.config.output.data_root))
+            root.mkdir(parents=True)
+            root.with_name(f"{root.name}-plasticity").mkdir()
+    return folder
+
+
+@pytest.fixture
+def at_readers(reader: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """That folder as the current directory, on a login node of SLURM."""
+    monkeypatch.chdir(reader)
+    monkeypatch.setenv("PATH", str(reader / "bin"), prepend=os.pathsep)
+    return reader
+
+
+@pytest.fixture(scope="module")
+def demo(reader: Path) -> Path:
+    """The dataset of the default settings, in the reader's folder, with fewer rows."""
+    with chdir(reader):
+        (job,) = jobs_of(["python", "-m", "qk_sniffer", *SMALL])
+        run_job(job.config)
+    return reader / str(job.config.output.data_root)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+def test_every_block_has_a_language_or_is_a_known_diagram(block: Block) -> None:
+    if block.language:
+        assert block.language in ("bash", "python", "yaml")
+    else:
+        assert block.text.startswith(DIAGRAMS.get(block.page, ()))
+
+
+@pytest.mark.usefixtures("at_readers")
+@pytest.mark.parametrize("command", JOBS, ids=str)
+def test_jobs(command: Command, tmp_path: Path) -> None:
+    words = command.words()
+    jobs = jobs_of(words)
+    for job in jobs:
+        repo = job.config.output.hf_repo_id
+        assert repo is None or repo.startswith("me/"), f"publishes to {repo}, which is not the reader's"
+    if composed_only(command) is None:
+        (job,) = jobs_of([*words, *SMALL, f"output.data_root={tmp_path}/out"])
+        assert run_job(job.config).rows > 0
+
+
+@pytest.mark.usefixtures("at_readers")
+@pytest.mark.parametrize("command", OTHERS, ids=str)
+def test_other_programs(command: Command) -> None:
+    match command.words():
+        case ["make", target]:
+            subprocess.run(["make", "--dry-run", target], cwd=ROOT, check=True, capture_output=True)
+        case ["python", "-m", "qk_sniffer.plasticity", *arguments]:
+            args = get_args(arguments)
+            with initialize_config_module(preflight.CONFIG_MODULE, version_base=preflight.VERSION_BASE):
+                jobs = plasticity.check(args.overrides, multirun=args.multirun)
+            assert len(jobs) == (10 if "smollm3" in command.text else command.text.count(",") + 1)
+        case ["python", "-m", module, *arguments]:
+            settings = program.parse(arguments, import_module(module).Settings)
+            if "smollm3" in command.text:
+                assert settings.runs.count(",") == 9
+        case ["python", script, *_]:
+            assert (ROOT / script).is_file()
+        case words:
+            raise AssertionError(f"no test knows how to check {words}")
+
+
+@pytest.mark.usefixtures("at_readers", "demo")
+@pytest.mark.parametrize("program_name", ["verify", "status"])
+def test_the_small_programs_run_on_the_demo(
+    program_name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (command,) = [each for each in OTHERS if each.place.startswith("README.md:") and f".{program_name} " in each.text]
+    words = [word for word in command.words() if word != "watch=true"]
+    monkeypatch.setattr(sys, "argv", words[2:])
+    assert import_module(words[2]).main() == 0
+    assert "pydoc-tiny-pydoc" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("at_readers", "demo")
+@pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "python"], ids=str)
+def test_python(block: Block) -> None:
+    if block.page in PYTHON_RUN_ELSEWHERE:
+        assert Path(block.page).name in (ROOT / PYTHON_RUN_ELSEWHERE[block.page]).read_text()
+    else:
+        exec(compile(block.text, str(block), "exec"), {})
+
+
+def test_the_files_of_a_dataset_are_those_of_the_readme(demo: Path) -> None:
+    (block,) = [each for each in BLOCKS if each.text.startswith("outputs/pydoc-tiny-pydoc/")]
+    names = re.findall(r"── (\S+\.\w+)  ", block.text)
+    assert len(names) == 5
+    assert all((demo / name).is_file() for name in names)
+
+
+@pytest.mark.usefixtures("at_readers")
+@pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "yaml"], ids=str)
+def test_yaml_is_chosen_from_a_folder_of_the_readers(block: Block, tmp_path: Path) -> None:
+    """Takes the file's name from its first line, or else the last one that the page names before it."""
+    first = block.text.splitlines()[0].removeprefix("# ")
+    name = re.findall(r"`(\S+/\S+\.yaml)`", f"{block.before}`{first}`")[-1]
+    folder, group, stem = re.fullmatch(r"(\w+)/(.+)/(\w+)\.yaml", name).groups()  # type: ignore[union-attr]
+    path = tmp_path / name
+    path.parent.mkdir(parents=True)
+    path.write_text(block.text)
+    (job,) = jobs_of(
+        ["python", "-m", "qk_sniffer", "--multirun", "--config-dir", f"{tmp_path}/{folder}", f"{group}={stem}"]
+    )
+    if group == "model":
+        assert job.config.model.name == yaml.safe_load(block.text)["name"]
+
+
+@pytest.mark.slow
+def test_the_whole_story_as_it_is_written(tmp_path: Path) -> None:
+    (block,) = [each for each in BLOCKS if "outputs/story" in each.text and each.language == "bash"]
+    env = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    code = f"set -e\n{block.text}"
+    done = subprocess.run(["bash", "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "outputs" / "story-plasticity" / "pictures" / "by_query_bucket.png").is_file()

@@ -33,9 +33,9 @@ PYTHON_RUN_ELSEWHERE = {"models/ADDING.md": "tests/backbone/test_adding.py"}
 """Pages with Python that a test of their own runs."""
 
 COMPOSED_ONLY = {
-    "model": "the model is on the Hub or the reader's own; tests/backbone/test_adding.py and test_gguf.py run such jobs",
+    "model": "the model is on the Hub or the reader's own; tests/backbone/test_adding.py and test_gguf.py run such",
     "+experiment": "the models are on the Hub",
-    "output": "the job publishes to the Hub; tests/jobs/test_job_on_hub.py runs such jobs",
+    "output": "the job publishes to the Hub; tests/jobs/test_job_on_hub.py runs such",
 }
 """A group in a job's command, and why the command is composed instead of run."""
 

@@ -1,1 +1,1 @@
-"""One flat file for each model family that differs from the generic one (see `qk_sniffer.families`)."""
+"""Holds one file for each model type whose family differs from the generic one (see `qk_sniffer.families`)."""

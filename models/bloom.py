@@ -1,4 +1,4 @@
-"""BLOOM has an attention of its own, whose logits carry a bias by distance (ALiBi)."""
+"""Serves BLOOM, which adds a bias by distance (ALiBi) and calls no kernel of the attention interface."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from qk_sniffer import families
 
 
 class Family(families.Family):
-    """Query and key are cut from its one projection."""
+    """Query and key are parts of the output of its single projection."""
 
     def register_tap(self, module: Any, on_query_key: Callable[..., None]) -> Sequence[Any]:
         def show(_: nn.Module, inputs: Any, fused: torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""DeepSeek V3 has latent attention: keys are expanded from a few components, and only a part of each is rotated."""
+"""Serves DeepSeek V3: latent attention, which expands keys from a few components and rotates a part of each."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +11,7 @@ from qk_sniffer import families
 
 
 class Family(families.Family):
-    """Query and key are whole heads: first what is not rotated, then what is, which in the key all heads share."""
+    """Each head is a part without RoPE, followed by a rotated part. All key heads share one rotated part."""
 
     def projections(self, module: Any) -> dict[str, nn.Module]:
         query = module.q_proj if module.q_lora_rank is None else module.q_b_proj
@@ -19,7 +19,7 @@ class Family(families.Family):
 
     def projected(self, module: Any, outputs: Mapping[str, torch.Tensor], head_dim: int) -> families.QueryKey:
         width = module.qk_nope_head_dim + module.v_head_dim
-        expanded = families.heads_first(outputs["expanded"].squeeze(1), width)  # the latent counts as one head
+        expanded = families.heads_first(outputs["expanded"].squeeze(1), width)  # the latent has one head
         shared = outputs["latent"][:, None, :, module.kv_lora_rank :].expand(-1, module.num_heads, -1, -1)
         key = torch.cat([expanded[..., : module.qk_nope_head_dim], shared], dim=-1)
         return families.heads_first(outputs["query"], head_dim), key

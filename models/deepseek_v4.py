@@ -1,4 +1,4 @@
-"""DeepSeek V4 attends to compressed keys beside those of its tokens."""
+"""Refuses DeepSeek V4, which attends to compressed keys next to those of its tokens."""
 
 from torch import nn
 
@@ -7,10 +7,10 @@ from qk_sniffer.errors import CaptureError
 
 
 class Family(families.Family):
-    """Refused: beyond a window, queries meet keys that stand for many tokens each, and have no position."""
+    """Beyond a window, queries attend to keys that represent many tokens each and have no position."""
 
     def attention_layers(self, decoder: nn.Module) -> dict[nn.Module, int]:
         raise CaptureError(
-            "deepseek_v4 cannot be captured: beyond its window it attends to compressed keys, each of which stands for "
-            "many tokens, so that there is no key vector a position"
+            "deepseek_v4 cannot be captured: beyond its window it attends to compressed keys, each of which represents "
+            "many tokens, so its tokens do not have one key vector each"
         )

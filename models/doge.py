@@ -1,4 +1,4 @@
-"""Doge adds a learned bias by key to its logits, and of the keys before a query keeps those with the largest."""
+"""Serves Doge, which adds a learned bias by key to its logits and keeps the keys with the largest biases."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +9,7 @@ from qk_sniffer import families
 
 
 class Family(families.Family):
-    """Biased and sparse at every layer, within its config's window, of which its kernel is not told."""
+    """Every layer is biased, sparse and windowed. The window is the config's; the kernel does not receive it."""
 
     def sliding_window(self, module: Any, arguments: dict[str, Any]) -> int | None:
         window: int | None = module.config.sliding_window

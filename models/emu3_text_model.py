@@ -1,4 +1,4 @@
-"""The text decoder of Emu3, which transformers' AutoModel does not know by itself."""
+"""Serves the text decoder of Emu3, which transformers' AutoModel cannot load alone."""
 
 from types import MappingProxyType
 
@@ -6,7 +6,7 @@ from qk_sniffer import families
 
 
 class Family(families.Family):
-    """Loads by the decoder's own class, whose weights have no prefix of their own."""
+    """The decoder's own class loads it. Its weights have no prefix."""
 
     auto_class = "Emu3TextModel"
     key_mapping = MappingProxyType({r"^text_model\.model\.": "", r"^model\.text_model\.": ""})

@@ -1,4 +1,4 @@
-"""Falcon calls torch's attention kernel itself, newer models with each key repeated for the queries that it serves."""
+"""Serves Falcon, which calls torch's attention kernel itself. Newer models repeat each key for its query heads."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from qk_sniffer import families
 
 
 class Family(families.Family):
-    """Query and key are what that kernel receives while the module runs, the key before it is repeated."""
+    """Query and key are the kernel's arguments while the module runs, without the repetitions of keys."""
 
     def register_tap(self, module: Any, on_query_key: Callable[..., None]) -> Sequence[Any]:
         repeated = module.num_heads // module.num_kv_heads if module.new_decoder_architecture else 1

@@ -1,4 +1,4 @@
-"""GPT-Neo has an attention of its own, which does not scale its logits and is local at some layers."""
+"""Serves GPT-Neo, which calls no kernel of the attention interface and does not scale its logits."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from qk_sniffer import families
 
 
 class Family(families.Family):
-    """Query and key are what its method `_attn` receives."""
+    """Query and key are the arguments of the attention's method `_attn`."""
 
     def attention_layers(self, decoder: Any) -> dict[nn.Module, int]:
         return {block.attn.attention: layer for layer, block in enumerate(decoder.h)}

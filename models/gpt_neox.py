@@ -1,4 +1,4 @@
-"""GPT-NeoX projects queries, keys and values at once, those of each head side by side."""
+"""Serves GPT-NeoX, whose single projection returns query, key and value of each head next to each other."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +10,7 @@ from qk_sniffer import families
 
 
 class Family(families.Family):
-    """Query and key are cut from that projection."""
+    """Query and key are parts of the output of that projection."""
 
     def projections(self, module: Any) -> dict[str, nn.Module]:
         return {"qkv": module.query_key_value}

@@ -1,4 +1,4 @@
-"""Serves GPT-J, whose attention computes itself instead of calling a kernel of the attention interface.
+"""Serves GPT-J, which calls no kernel of the attention interface.
 
 CodeGen and GPT-NeoX Japanese share this family.
 """

@@ -1,4 +1,4 @@
-"""HRM runs two stacks of layers in turn, several times in a forward."""
+"""Serves HRM, which runs two stacks of layers alternately, several times in a forward."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +9,7 @@ from qk_sniffer import families
 
 
 class Family(families.Family):
-    """One layer for each run of each attention module: the places that its key-value cache has for them."""
+    """Each run of each attention module is one layer, numbered as in the model's key-value cache."""
 
     def layer(self, module: nn.Module, index: int, arguments: Mapping[str, Any]) -> int:
         offset: int = arguments["cycle_offset"]

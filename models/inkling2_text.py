@@ -1,4 +1,4 @@
-"""Inkling 2 has no rotary embedding: a bias by distance stands for it, and a convolution mixes each key with others."""
+"""Serves Inkling 2, which has a bias by distance instead of a rotary embedding, and mixes keys by a convolution."""
 
 from torch import nn
 
@@ -6,7 +6,7 @@ from qk_sniffer import families
 
 
 class Family(families.Family):
-    """Query and key are what its last norms return, which clip their length."""
+    """Query and key are the outputs of its last norms, which clip their length."""
 
     def projections(self, module: nn.Module) -> dict[str, nn.Module] | None:
         return {kind: module.get_submodule(f"{kind}_l2_clip") for kind in "qk"}

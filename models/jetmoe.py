@@ -1,4 +1,4 @@
-"""JetMoe repeats its rotated keys for the experts that a token's queries come from."""
+"""Serves JetMoe, which repeats its rotated keys for the experts that compute a token's queries."""
 
 from collections.abc import Sequence
 
@@ -9,7 +9,7 @@ from qk_sniffer import families
 
 
 class Family(families.Family):
-    """Keys before RoPE, repeated as attention receives them: query head h attends with key head h."""
+    """Keys before RoPE are repeated as attention receives them: query head h attends with key head h."""
 
     changed_after_rotary = True
 

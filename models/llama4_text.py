@@ -1,4 +1,4 @@
-"""Llama 4 rotates (batch, tokens, heads, width) and may norm after it; other layers scale queries by their position."""
+"""Serves Llama 4, which may normalize after RoPE and, in layers without RoPE, scales queries by their position."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from qk_sniffer import families
 
 
 class Family(families.Family):
-    """Before RoPE, turned to the layout that attention receives; where there is no RoPE, what attention receives."""
+    """Its rotary function takes (B, n, heads, d). Layers without RoPE have the same vectors before and after it."""
 
     changed_after_rotary = True
 

@@ -1,4 +1,4 @@
-"""LongCat Flash: latent attention twice a layer, in modules that are not named attention."""
+"""Serves LongCat Flash: two latent attentions in each block, in modules without "Attention" in their names."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from qk_sniffer import families
 
 
 class Family(families.Family):
-    """Its attention modules, which number themselves: layer 2i and 2i + 1 of block i."""
+    """Its attention modules name their layers: 2i and 2i + 1 in block i."""
 
     def attention_layers(self, decoder: Any) -> dict[nn.Module, int]:
         return {module: module.layer_idx for module in decoder.modules() if type(module).__name__ == "LongcatFlashMLA"}

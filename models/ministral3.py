@@ -1,4 +1,4 @@
-"""Ministral 3 scales queries by their position after the rotary embedding."""
+"""Serves Ministral 3, which scales queries by their position after the rotary embedding."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from qk_sniffer import families
 
 
 class Family(families.Family):
-    """Before RoPE is before the scale too; the query that attention receives has both."""
+    """Vectors before RoPE are also before the scale."""
 
     changed_after_rotary = True
 

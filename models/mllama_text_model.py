@@ -1,4 +1,4 @@
-"""The text decoder of Llama 3.2 Vision, which transformers' AutoModel does not know by itself."""
+"""Serves the text decoder of Llama 3.2 Vision, which transformers' AutoModel cannot load alone."""
 
 from types import MappingProxyType
 
@@ -6,9 +6,9 @@ from qk_sniffer import families
 
 
 class Family(families.Family):
-    """Loads by the decoder's own class, whose weights have no prefix of their own.
+    """The decoder's own class loads it. Its weights have no prefix.
 
-    Its cross-attention layers, which see the image, are no self-attention, and text alone does not run them.
+    Its cross-attention layers attend to an image. They are not captured, and text alone does not run them.
     """
 
     auto_class = "MllamaTextModel"

@@ -1,4 +1,4 @@
-"""nanochat norms queries and keys after their rotary embedding."""
+"""Serves nanochat, which normalizes queries and keys after the rotary embedding."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from qk_sniffer import families
 
 
 class Family(families.Family):
-    """Before RoPE, and before the norm that follows it."""
+    """Vectors before RoPE are also before the norm that follows it."""
 
     changed_after_rotary = True
 

@@ -1,4 +1,4 @@
-"""GPT has an attention of its own, whose modules do not know their layer."""
+"""Serves GPT, which calls no kernel of the attention interface. Its attention modules do not name their layer."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from qk_sniffer import families
 
 
 class Family(families.Family):
-    """Query and key are what its method `_attn` receives, the key turned for their product."""
+    """Query and key are the arguments of the attention's method `_attn`, which takes the key transposed."""
 
     def attention_layers(self, decoder: Any) -> dict[nn.Module, int]:
         return {block.attn: layer for layer, block in enumerate(decoder.h)}

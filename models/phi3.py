@@ -1,4 +1,4 @@
-"""Phi-3 projects queries, keys and values at once, one after the other."""
+"""Serves Phi-3, whose single projection returns all queries, then all keys, then all values."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,7 +10,7 @@ from qk_sniffer import families
 
 
 class Family(families.Family):
-    """Query and key are cut from that projection."""
+    """Query and key are parts of the output of that projection."""
 
     def projections(self, module: Any) -> dict[str, nn.Module]:
         return {"qkv": module.qkv_proj}

@@ -1,4 +1,4 @@
-"""PhiMoE masks with its config's window, and does not tell its kernel of it."""
+"""Serves PhiMoE, whose masks have the config's window, which its kernel does not receive."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from qk_sniffer import families
 
 
 class Family(families.Family):
-    """Its window is that of its config, at every layer."""
+    """The config's window holds at every layer."""
 
     def sliding_window(self, module: Any, arguments: dict[str, Any]) -> int | None:
         window: int | None = module.config.sliding_window

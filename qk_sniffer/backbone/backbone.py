@@ -1,4 +1,4 @@
-"""The backbone: the model without its language-model head, its attention layout, one forward at a time."""
+"""Runs the backbone, the model without its language-model head, and describes its attention layers."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -19,7 +19,7 @@ PROBE_TOKENS = 2
 
 
 class Backbone:
-    """A loaded decoder. `forward` runs it and shows every attention call to a callback."""
+    """Holds a loaded decoder. `forward` runs it and shows every attention call to a callback."""
 
     def __init__(
         self, decoder: nn.Module, family: Family, *, pre_rope: bool = False, banded_attention: bool = True
@@ -30,28 +30,28 @@ class Backbone:
         self.banded_attention = banded_attention
         self.attention_layers = family.attention_layers(decoder)
         weights = list(decoder.parameters())
-        # Weights that accelerate keeps elsewhere are on no device, and come to the others when they are needed.
-        there = [weight.device for weight in weights if weight.device.type != "meta"]
-        self.device, self.dtype = there[0] if there else torch.device("cpu"), weights[0].dtype
+        # Weights that accelerate offloads are on the meta device until a forward needs them.
+        devices = [weight.device for weight in weights if weight.device.type != "meta"]
+        self.device, self.dtype = devices[0] if devices else torch.device("cpu"), weights[0].dtype
         self.length_boundary = rotary.length_boundary(self.config)
-        """Texts of more tokens than that must run alone, see `rotary.length_boundary`; None: none must."""
+        """Texts of more tokens must run alone, see `rotary.length_boundary`; None if no text must."""
         self.num_positions = rotary.num_positions(decoder)
-        """The longest text that the decoder has positions for; None: it has no table of them."""
+        """The most tokens that the decoder's table of positions allows; None without a table."""
         self._rotary_state = rotary.RotaryState(decoder)
 
     @property
     def config(self) -> PretrainedConfig:
-        """The text config that the decoder was built from."""
+        """The text config of the decoder."""
         config: PretrainedConfig = self.decoder.config  # type: ignore[assignment]
         return config
 
     def forward(self, ids: torch.Tensor, on_call: Callable[[AttentionCall], None]) -> None:
         """Runs the decoder on token ids (B, n), padded on the right; `on_call` may raise `ForwardDone`.
 
-        No attention mask is given: under a causal mask no valid position sees the padding behind it.
+        The decoder receives no attention mask: causal attention hides the padding from every valid position.
 
         Raises:
-            CaptureError: the decoder's code fails, the memory does not suffice, or as the tap says.
+            CaptureError: the decoder's code fails, the memory is exhausted, or one of the errors of `tap`.
         """
         try:
             self._forward(ids, on_call)
@@ -65,8 +65,8 @@ class Backbone:
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
             raise CaptureError(
                 f"{_model_type(self.decoder)}: its forward over {_by(ids)} tokens failed: {type(error).__name__}: "
-                f"{error}. If the model does not reach so far, lower model.tokenizer.max_length; if it stumbles over a "
-                "Band, set inference.banded_attention=false"
+                f"{error}. If the text is too long for the model, lower model.tokenizer.max_length; if the error names "
+                "a Band, set inference.banded_attention=false"
             ) from error
 
     def _forward(self, ids: torch.Tensor, on_call: Callable[[AttentionCall], None]) -> None:
@@ -75,7 +75,7 @@ class Backbone:
             self.run(ids)
 
     def run(self, ids: torch.Tensor) -> None:
-        """A plain forward over token ids (B, n): no tap, no banded attention, nothing left of earlier forwards."""
+        """Runs a plain forward over token ids (B, n): no tap, no banded attention, no state of earlier forwards."""
         if self.length_boundary is not None:
             self._rotary_state.restore()
         with torch.inference_mode():
@@ -88,27 +88,27 @@ class Backbone:
             yield
 
     def probe(self) -> list[LayerFacts]:
-        """Every layer as the model itself calls it, seen in a forward over two tokens; sorted by layer.
+        """Returns the facts of every attention layer, from a forward over two tokens; sorted by layer.
 
         Raises:
-            CaptureError: no attention call was seen, or a layer makes several.
+            CaptureError: the decoder does not run, shows no attention call, or a layer shows several.
         """
         facts: dict[int, LayerFacts] = {}
 
-        def look(call: AttentionCall) -> None:
+        def record(call: AttentionCall) -> None:
             if call.layer in facts or call.layer < 0:
                 raise CaptureError(
                     f"{_model_type(self.decoder)}: layer {call.layer} attends more than once in a forward, or several "
-                    "attention modules say that they are this layer: which is which cannot be told; a family can tell "
-                    "them apart: model.family=package.module:Class"
+                    "attention modules name this layer as theirs; a family can distinguish them: "
+                    "model.family=package.module:Class"
                 )
             facts[call.layer] = _layer_facts(call)
 
         try:
-            self._forward(torch.arange(1, PROBE_TOKENS + 1)[None], look)
+            self._forward(torch.arange(1, PROBE_TOKENS + 1)[None], record)
         except QkSnifferError:
             raise
-        except Exception as error:  # whatever its code stumbles over
+        except Exception as error:  # any error of the model's code
             raise CaptureError(
                 f"{_model_type(self.decoder)}: its decoder does not run on token ids alone: "
                 f"{type(error).__name__}: {error}"
@@ -119,14 +119,14 @@ class Backbone:
                     raise shows_nothing(attention, self.family)
                 names = ", ".join(sorted({type(module).__name__ for module in attention}))
                 raise CaptureError(
-                    f"this model's attention ({names}) does not say which layer it is, as transformers' decoders do: a "
+                    f"this model's attention ({names}) does not name its layer, as transformers' decoders do: a "
                     "family can name the layers (Family.attention_layers, see models/ADDING.md)"
                 )
             raise CaptureError(f"{_model_type(self.decoder)}: this model has no softmax attention to capture")
         return [facts[layer] for layer in sorted(facts)]
 
     def rotary_parameters(self) -> dict[str, Any]:
-        """What the rotary embedding is made of: inverse frequencies, attention scaling, the config's parameters."""
+        """Returns the inverse frequencies, the attention scaling and the config's rotary parameters."""
         return rotary.parameters(self.decoder, self.config)
 
 
@@ -158,7 +158,7 @@ def _model_type(decoder: nn.Module) -> str:
 
 
 def on_device(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Brings values from the host's memory to `device`; CUDA takes them when it comes to it, and nobody waits."""
+    """Copies values from the host's memory to `device`. The host does not wait for a copy to CUDA."""
     if device.type == "cuda":
         return values.pin_memory().to(device, non_blocking=True)
     return values.to(device)

@@ -1,13 +1,13 @@
-"""The tap: sees the query and key of every self-attention call while it is open.
+"""Shows the query and key of every self-attention call to a callback, while the tap is open.
 
-transformers' decoders look their attention kernel up by `AttentionInterface.get_interface` in every call. While
-a tap is open that lookup returns the user's own kernel behind a wrapper that shows query and key to a callback
-first. Nothing of the model is replaced or renamed: the masks, the kernel and its arguments stay those of the
-user's `attn_implementation`, so that the forward is bit for bit the same, and everything is put back on exit.
-A family whose attention asks for no kernel shows the tap its query and key itself (`Family.register_tap`).
+transformers' decoders look up their attention kernel in every call, by `AttentionInterface.get_interface`. While a tap
+is open, that lookup returns the user's own kernel in a wrapper that first shows query and key to the callback. The
+masks, the kernel and its arguments remain those of the user's `attn_implementation`, so capturing does not change the
+forward pass. Everything is restored on exit. A family whose attention calls no kernel of the interface shows its query
+and key to the tap itself (`Family.register_tap`).
 
-What was compiled (`torch.compile`) runs uncompiled while a tap is open: compiled code asks for its kernel when it is
-made, not in every call, and would show nothing. Kernels may still be compiled, as flex attention is.
+Compiled code (`torch.compile`) runs uncompiled while a tap is open. It looks up its kernel when it is compiled, not in
+every call, and would show nothing. Kernels may remain compiled, as in flex attention.
 
 Shapes: B batch, n tokens, H query heads, K key heads, d head_dim.
 """
@@ -35,26 +35,27 @@ class AttentionCall:
 
     layer: int
     query: torch.Tensor
-    """(B, H, n, d), what the kernel receives, or what the rotary embedding received (`pre_rope`)."""
+    """(B, H, n, d): the input of the kernel, or of the rotary embedding with `pre_rope`."""
     key: torch.Tensor
-    """(B, K, n, d), before it is repeated for the query heads that share it."""
+    """(B, K, n, d): before it is repeated for the query heads that share a key head."""
     sliding_window: int | None
+    """The number of positions that a query sees, its own included; None on full attention."""
     attention_chunk: int | None
-    """c where a query at position p sees keys from position p - p % c on; None: no chunks."""
+    """c: a query at position p sees keys from position p - p % c on; None without chunks."""
     softmax_scale: float | None
-    """What the kernel multiplies the logits with; None: the kernel's default, d ** -0.5."""
+    """The factor of the logits; None for the kernel's default, d ** -0.5."""
     softcap: float | None
-    """c where the logits x become c * tanh(x / c); None: no cap."""
+    """c: the logits x become c * tanh(x / c); None without a cap."""
     sinks: torch.Tensor | None
-    """(H,) learned logits that join the softmax of every query, where a model has them."""
+    """(H,): learned logits that join the softmax of every query; None without sinks."""
     position_bias: bool
-    """Is a bias by position (ALiBi and its kin), or by key, added to the logits?"""
+    """Whether a bias by position, such as ALiBi, or by key is added to the logits."""
     sparse_attention: bool
-    """Does a query see only some of the keys before it, chosen by what they hold?"""
+    """Whether a query sees only some of the keys before it, selected by their content."""
 
 
 class ForwardDone(BaseException):
-    """Raised out of a forward by a callback that has seen all it needs; not an error."""
+    """Raised by a callback that needs no more layers, to end the forward; not an error."""
 
 
 @contextmanager
@@ -67,35 +68,36 @@ def tap(
 ) -> Iterator[None]:
     """Calls `on_call` before each attention kernel that one of `layers` (module -> layer index) runs.
 
-    Raises, out of the forward:
-        CaptureError: one of `layers` ran and showed nothing, attention is not causal, keys are not one a token, or
-            `pre_rope` is not defined for this model (see `Family.before_rotary`).
+    Raises:
+        CaptureError: with `pre_rope`, the model has no rotary function. In the forward: one of `layers` ran and showed
+            nothing, attention is not causal, a token does not have exactly one key, or vectors before RoPE are not
+            defined for this model (see `Family.before_rotary`).
     """
     original_lookup = AttentionInterface.get_interface
     rotary_calls: list[RotaryCall] = []
-    arguments_now: dict[str, Any] = {}  # of the attention module whose forward is running
-    seen_last: list[weakref.ref[torch.Tensor]] = []
-    causal_masks: list[weakref.ref[torch.Tensor]] = []  # found so: layers share them, and asking a GPU waits for it
+    forward_arguments: dict[str, Any] = {}  # of the attention module that is running
+    last_seen: list[weakref.ref[torch.Tensor]] = []
+    causal_masks: list[weakref.ref[torch.Tensor]] = []  # checked once: a check waits for the GPU
 
-    def forget() -> None:
-        for state in (rotary_calls, arguments_now, seen_last):
+    def reset() -> None:
+        for state in (rotary_calls, forward_arguments, last_seen):
             state.clear()
 
-    def begin(module: nn.Module, _: Any, arguments: dict[str, Any]) -> None:
-        forget()
-        arguments_now.update(arguments)
+    def before_forward(module: nn.Module, _: Any, arguments: dict[str, Any]) -> None:
+        reset()
+        forward_arguments.update(arguments)
 
-    def end(module: nn.Module, *_: Any) -> None:
-        if not seen_last:
+    def after_forward(module: nn.Module, *_: Any) -> None:
+        if not last_seen:
             raise shows_nothing([module], family)
-        forget()
+        reset()
 
     def on_query_key(module: nn.Module, query: torch.Tensor, key: torch.Tensor, **arguments: Any) -> None:
         if module not in layers:
             return
-        if seen_last and seen_last[0]() is query and seen_last[1]() is key:
-            return  # the same vectors once more, to attend to other values
-        seen_last[:] = weakref.ref(query), weakref.ref(key)
+        if last_seen and last_seen[0]() is query and last_seen[1]() is key:
+            return  # the same vectors again, to attend to other values
+        last_seen[:] = weakref.ref(query), weakref.ref(key)
         mask = arguments.get("attention_mask")
         if mask is None or not any(known() is mask for known in causal_masks):
             _refuse_acausal(module, query, arguments)
@@ -108,7 +110,7 @@ def tap(
         rotary_calls.clear()
         on_call(
             AttentionCall(
-                family.layer(module, layers[module], arguments_now),
+                family.layer(module, layers[module], forward_arguments),
                 *vectors,
                 sliding_window=sliding_window,
                 attention_chunk=family.attention_chunk(module),
@@ -124,18 +126,18 @@ def tap(
         kernel = original_lookup(self, name, default)
 
         @functools.wraps(kernel)
-        def watched(module: nn.Module, query: torch.Tensor, key: torch.Tensor, *args: Any, **arguments: Any) -> Any:
+        def tapped(module: nn.Module, query: torch.Tensor, key: torch.Tensor, *args: Any, **arguments: Any) -> Any:
             on_query_key(module, query, key, **dict(zip(("value", "attention_mask"), args, strict=False)) | arguments)
             with torch.compiler.set_stance("default"):
                 return kernel(module, query, key, *args, **arguments)
 
-        return watched
+        return tapped
 
     if pre_rope and not rotary_functions(layers, family):
         raise CaptureError(
-            f"no rotary function beside {', '.join(sorted({type(module).__name__ for module in layers}))}: vectors "
-            "before RoPE cannot be told from those after it; set capture.capture_pre_rope=false, or say what they are "
-            "in a family (model.family=package.module:Class)"
+            f"no rotary function next to {', '.join(sorted({type(module).__name__ for module in layers}))}: vectors "
+            "before RoPE cannot be distinguished from those after it; set capture.capture_pre_rope=false, or define "
+            "them in a family (model.family=package.module:Class)"
         )
     rotary = watched_rotary(layers, family, rotary_calls) if pre_rope else nullcontext()
     with rotary, torch.compiler.set_stance("force_eager"):
@@ -143,33 +145,33 @@ def tap(
         try:
             for module in layers:
                 handles += family.register_tap(module, functools.partial(on_query_key, module))
-                handles.append(module.register_forward_pre_hook(begin, with_kwargs=True))
-                handles.append(module.register_forward_hook(end))
+                handles.append(module.register_forward_pre_hook(before_forward, with_kwargs=True))
+                handles.append(module.register_forward_hook(after_forward))
             AttentionInterface.get_interface = lookup  # type: ignore[method-assign, assignment]
             yield
         finally:
             AttentionInterface.get_interface = original_lookup  # type: ignore[method-assign]
             for handle in reversed(handles):
                 handle.remove()
-            forget()
+            reset()
 
 
 def shows_nothing(modules: Iterable[nn.Module], family: Family) -> CaptureError:
-    """The error for attention that is not run by a kernel of transformers' attention interface."""
+    """Returns the error for attention that calls no kernel of transformers' attention interface."""
     names = ", ".join(sorted({type(module).__name__ for module in modules}))
     if type(family).register_tap is not Family.register_tap:
         return CaptureError(
-            f"{names} was not seen by its family, {type(family).__module__}: it is served with other kernels, so leave "
-            "model.attn_implementation out"
+            f"{names} did not show its vectors to its family, {type(family).__module__}, which serves other kernels: "
+            "remove model.attn_implementation"
         )
     return CaptureError(
-        f"this model's attention ({names}) asks transformers' attention interface for no kernel: it is its own. A "
-        "family can serve it: model.family=package.module:Class (see models/ADDING.md)"
+        f"this model's attention ({names}) calls no kernel of transformers' attention interface. A family can serve "
+        "it: model.family=package.module:Class (see models/ADDING.md)"
     )
 
 
 def _sees_last(mask: Any) -> bool:
-    """Does the first token see the last one? No mask, where the kernel is not told to be causal: yes."""
+    """Whether the first token sees the last one; True without a mask."""
     if not isinstance(mask, torch.Tensor):
         return mask is None
     corner = mask[..., 0, -1]
@@ -181,49 +183,49 @@ def _refuse_acausal(module: nn.Module, query: torch.Tensor, arguments: dict[str,
     causal = arguments.get("is_causal", getattr(module, "is_causal", True))
     mask = arguments.get("attention_mask")
     if n > 1 and (not causal or isinstance(mask, torch.Tensor)) and _sees_last(mask):
-        hint = "; a model that can be both says so in its config: model.config_overrides.is_decoder=true"
-        can_be_both = getattr(getattr(module, "config", None), "is_decoder", None) is False
+        hint = "; for this model as a decoder, set model.config_overrides.is_decoder=true"
+        can_be_decoder = getattr(getattr(module, "config", None), "is_decoder", None) is False
         raise CaptureError(
-            f"{type(module).__name__} is not causal: its tokens attend to later ones, and to padding. Only decoders "
-            "can be captured" + (hint if can_be_both else "")
+            f"{type(module).__name__} is not causal: its tokens attend to later ones and to padding. Only decoders "
+            "can be captured" + (hint if can_be_decoder else "")
         )
 
 
 def _refuse_other_keys(module: nn.Module, query: torch.Tensor, key: torch.Tensor) -> None:
     if key.shape[2] != query.shape[2]:
         raise CaptureError(
-            f"{type(module).__name__} attends with {query.shape[2]} queries to {key.shape[2]} keys, which are not "
-            "those of its tokens: there is no key vector a position"
+            f"{type(module).__name__} attends with {query.shape[2]} queries to {key.shape[2]} keys: its tokens do not "
+            "have one key vector each, so it cannot be captured"
         )
 
 
 def _refuse_other_window(module: nn.Module, sliding_window: int | None, mask: Any) -> None:
     if isinstance(mask, Band) and mask.window != sliding_window:
-        said = "no window" if sliding_window is None else f"a window of {sliding_window}"
+        declared = "no window" if sliding_window is None else f"a window of {sliding_window}"
         raise CaptureError(
-            f"{type(module).__name__} attends within a window of {mask.window} tokens, but {said} is declared: a "
-            "family can say which it is (Family.sliding_window, see models/ADDING.md)"
+            f"{type(module).__name__} attends within a window of {mask.window} tokens, but {declared} is declared: a "
+            "family can declare it (Family.sliding_window, see models/ADDING.md)"
         )
 
 
 @contextmanager
 def watched_rotary(layers: Iterable[nn.Module], family: Family, calls: list[RotaryCall]) -> Iterator[None]:
-    """Appends (before, after) of each tensor that a rotary function beside `layers` turns."""
+    """Appends (input, output) of each tensor that a rotary function next to `layers` rotates to `calls`."""
     originals = rotary_functions(layers, family)
 
-    def watch(function: Callable[..., Any]) -> Callable[..., Any]:
+    def recording(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def rotary(*args: Any, **kwargs: Any) -> Any:
-            turned = function(*args, **kwargs)
-            outputs = turned if isinstance(turned, tuple) else (turned,)
+            returned = function(*args, **kwargs)
+            outputs = returned if isinstance(returned, tuple) else (returned,)
             tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
-            calls.extend(zip(tensors, outputs, strict=False))  # cos and sin follow the tensors that are turned
-            return turned
+            calls.extend(zip(tensors, outputs, strict=False))  # cos and sin come after the rotated tensors
+            return returned
 
         return rotary
 
     for space, name, function in originals:
-        space[name] = watch(function)
+        space[name] = recording(function)
     try:
         yield
     finally:
@@ -234,7 +236,7 @@ def watched_rotary(layers: Iterable[nn.Module], family: Family, calls: list[Rota
 def rotary_functions(
     layers: Iterable[nn.Module], family: Family
 ) -> list[tuple[dict[str, Any], str, Callable[..., Any]]]:
-    """The rotary functions in the Python modules of `layers`: (namespace, name, function)."""
+    """Returns the rotary functions in the Python modules of `layers`, as (namespace, name, function)."""
     namespaces = {id(space): space for module in layers for space in [vars(sys.modules[type(module).__module__])]}
     return [
         (space, name, function)

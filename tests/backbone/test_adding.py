@@ -1,8 +1,7 @@
-"""The page about adding a model: its code and its command, run as a reader would."""
+"""The code and the commands of the page about adding a model, run as a reader runs them."""
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,32 +15,34 @@ from support.jobs import heads_of, vectors
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "models" / "ADDING.md").read_text()
-TOKENIZER = ROOT / "qk_sniffer" / "assets" / "pydoc_tiny"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The page's two files and a checkpoint of their model; they can be imported."""
+    """The files of the page, with the checkpoint that one of them makes. Its modules can be imported."""
     folder = tmp_path_factory.mktemp("mine")
-    for name, code in re.findall(r"```python\n# (\w+\.py)\n(.*?)```", PAGE, flags=re.DOTALL):
+    for name, code in re.findall(r"```\w+\n# (\S+\.(?:py|yaml))\n(.*?)```", PAGE, flags=re.DOTALL):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(code)
+    assert "python make_checkpoint.py" in PAGE
+    subprocess.run([sys.executable, "make_checkpoint.py"], cwd=folder, check=True)
     sys.path.insert(0, str(folder))
-    import mine
-
-    torch.manual_seed(0)
-    mine.MineModel(mine.MineConfig()).save_pretrained(folder / "checkpoint")
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(TOKENIZER / file, folder / "checkpoint")
     yield folder
     sys.path.remove(str(folder))
 
 
-@pytest.mark.parametrize("pre_rope", [False, True], ids=["post_rope", "pre_rope"])
-def test_the_command_of_the_page_captures_the_vectors_of_its_model(folder: Path, pre_rope: bool) -> None:
+COMMANDS = re.findall(r"^python -m qk_sniffer (.*)$", PAGE, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("number", "pre_rope"), [(0, False), (0, True), (1, False)], ids=["post_rope", "pre_rope", "short_name"]
+)
+def test_the_commands_of_the_page_capture_the_vectors_of_its_model(folder: Path, number: int, pre_rope: bool) -> None:
     import mine
 
-    (command,) = re.findall(r"^python -m qk_sniffer (.* model\.family=.*)$", PAGE, flags=re.MULTILINE)
-    root = folder / f"out-{pre_rope}"
+    assert len(COMMANDS) == 2
+    command = COMMANDS[number]
+    root = folder / f"out-{number}-{pre_rope}"
     more = ["dataset.max_samples=2", "sampler=all", "capture.capture_token_ids=true", f"output.data_root={root}"]
     more += [f"capture.capture_pre_rope={str(pre_rope).lower()}", "model.tokenizer.max_length=300"]
     arguments = [sys.executable, "-m", "qk_sniffer", *command.split(), *more]
@@ -68,7 +69,7 @@ def ids_of(table: Any, example: int) -> torch.Tensor:
 
 
 def by_hand(model: Any, turn: Any, ids: torch.Tensor, *, pre_rope: bool) -> dict[tuple[int, str], np.ndarray]:
-    """(heads, n, d) by (layer, kind), from what the fused projections return."""
+    """Returns (heads, n, d) by (layer, kind), from the outputs of the fused projections."""
     made: dict[tuple[int, str], np.ndarray] = {}
     hooks = []
     for layer, mixer in enumerate(model.mixers):
@@ -89,8 +90,8 @@ def by_hand(model: Any, turn: Any, ids: torch.Tensor, *, pre_rope: bool) -> dict
 def test_every_file_and_method_that_the_page_names_exists() -> None:
     from qk_sniffer.backbone.family import Family
 
-    table = PAGE[PAGE.index("| what differs |") : PAGE.index("Where vectors before RoPE")]
+    table = PAGE[PAGE.index("| difference |") : PAGE.index("If vectors before RoPE")]
     names = set(re.findall(r"`(\w+)`", table))
     assert names == {name for name in vars(Family) if not name.startswith("_")}
-    for path in re.findall(r"`((?:scripts|tests)/\w+\.py)", PAGE):
+    for path in re.findall(r"`(?:python )?((?:scripts|tests|models)/[\w/]+\.py)", PAGE):
         assert (ROOT / path).exists()

@@ -111,7 +111,7 @@ def test_a_decoder_that_does_not_run_on_token_ids_is_refused_with_its_reason() -
 
 
 def test_several_stacks_that_number_their_layers_alike_are_refused() -> None:
-    with pytest.raises(CaptureError, match=r"blt: layer 0 .* several attention modules say that they are this layer"):
+    with pytest.raises(CaptureError, match=r"blt: layer 0 .* several attention modules name this layer as theirs"):
         Backbone(decoder_of("blt"), Family()).probe()
 
 

@@ -136,7 +136,7 @@ def test_a_layer_that_attends_by_itself_beside_others_that_do_not_is_refused(dec
             return hidden_states, None
 
     decoder.layers[1].self_attn = OwnAttention()
-    with pytest.raises(CaptureError, match=r"attention \(OwnAttention\) asks .* interface for no kernel"):
+    with pytest.raises(CaptureError, match=r"attention \(OwnAttention\) calls no kernel of .* interface"):
         captured(decoder)
 
 
@@ -155,7 +155,7 @@ def test_a_text_longer_than_the_table_of_positions_is_an_error_before_and_in_the
 def test_a_family_that_sees_nothing_with_this_kernel_says_so() -> None:
     config = FalconConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
     config._attn_implementation = "eager"
-    with pytest.raises(CaptureError, match=r"not seen by its family, .*falcon.*attn_implementation"):
+    with pytest.raises(CaptureError, match=r"did not show its vectors to its family, .*falcon.*attn_implementation"):
         Backbone(FalconModel(config).eval(), find_family("falcon")).probe()
 
 

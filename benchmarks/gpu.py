@@ -36,7 +36,8 @@ from qk_sniffer.capture.selection import select
 from qk_sniffer.config import CaptureConfig, HeadSamplingConfig, SamplerConfig
 from qk_sniffer.corpus.tokenizer import Tokens
 from qk_sniffer.errors import QkSnifferError
-from qk_sniffer.store.journal import ExampleRecord, Journal, JournalWriter
+from qk_sniffer.store.journal import ExampleRecord, Journal
+from qk_sniffer.store.journal_writer import JournalWriter
 from qk_sniffer.store.segment import read_header
 from qk_sniffer.timing import Stages
 
@@ -168,7 +169,7 @@ def capturing(
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         pinned = backbone.device.type == "cuda"
         journal = Journal(Path(temporary))
-        with journal.writer(queue_bytes=queue_bytes, segment_bytes=SEGMENT_BYTES, pinned=pinned) as writer:
+        with JournalWriter(journal, queue_bytes=queue_bytes, segment_bytes=SEGMENT_BYTES, pinned=pinned) as writer:
             yield Capture(backbone, selection, sampler, writer, token_ids=False, stages=Stages()), writer
 
 
@@ -290,7 +291,7 @@ def check_vectors(shape: str, backbone: Backbone, folder: Path | None) -> int:
             captured(capture, writer, plan)
             writer.close()
             stored = stored_blocks(writer._journal)
-        last = max(layer for layer, _ in plan.places)
+        last = max(layer for layer, _ in plan.tokens)
 
         def look(
             call: AttentionCall,
@@ -301,8 +302,8 @@ def check_vectors(shape: str, backbone: Backbone, folder: Path | None) -> int:
         ) -> None:
             nonlocal wrong
             for kind, states in (("q", call.query), ("k", call.key)):
-                if (places := plan.places.get((call.layer, kind))) is not None and len(places):
-                    rows = states[0].cpu()[list(capture._heads[call.layer, kind].numbers)][:, places.position]
+                if (chosen := plan.tokens.get((call.layer, kind))) is not None and len(chosen):
+                    rows = states[0].cpu()[list(capture._heads[call.layer, kind].numbers)][:, chosen.position]
                     bits = rows.contiguous().view(torch.int16).numpy().view(np.uint16)
                     wrong += not np.array_equal(bits, stored[f"l{call.layer:02d}{kind}"])
             if call.layer == last:

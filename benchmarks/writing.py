@@ -24,12 +24,14 @@ import pyarrow.parquet as pq
 import torch
 import xxhash
 
-from qk_sniffer.capture.gather import DeviceCopiers, Heads, PendingGather, TokenIndices, send
+from qk_sniffer.capture.gather import DeviceCopiers, Heads, TokenIndices, send
 from qk_sniffer.capture.sampling import Picks, Sampler
 from qk_sniffer.config import SamplerConfig
 from qk_sniffer.store.compact import HeadSpec, compact
-from qk_sniffer.store.journal import ExampleRecord, Journal, Rows
+from qk_sniffer.store.journal import ExampleRecord, Journal
+from qk_sniffer.store.journal_writer import JournalWriter
 from qk_sniffer.store.layout import VECTOR_PATH, Layout
+from qk_sniffer.store.rows import Rows
 
 HEADS, HEAD_DIM, EXAMPLES, TOKENS = 12, 64, 128, 1024
 ROUNDS = 5
@@ -54,11 +56,12 @@ def read_through(path: Path, take: Callable[[memoryview], object]) -> None:
             take(chunk[:count])
 
 
-def gathered(vectors: torch.Tensor) -> PendingGather:
-    """All of `vectors` (HEADS, TOKENS, HEAD_DIM), as a job hands them over."""
+def put(writer: JournalWriter, index: int, vectors: torch.Tensor) -> None:
+    """Gathers all of `vectors` (HEADS, TOKENS, HEAD_DIM) into the journal, as a job does."""
     row, position = np.zeros(TOKENS, np.int32), np.arange(TOKENS, dtype=np.int32)
     sent = send({"q": TokenIndices.of(Picks(row, position), vectors.device)}, vectors.device)["q"]
-    return PendingGather(vectors[None], Heads(range(HEADS)), sent, 0, TOKENS, DeviceCopiers())
+    with writer.reserve(Rows(0, "q", HEADS, HEAD_DIM, vectors.dtype, np.full(TOKENS, index), position)) as slot:
+        writer.commit(slot, DeviceCopiers().gather(vectors[None], Heads(range(HEADS)), sent, slot.vectors))
 
 
 def main() -> None:
@@ -68,10 +71,10 @@ def main() -> None:
         layout, journal = Layout(Path(folder)), Journal(Path(folder) / "journal")
         shape = (HEADS, TOKENS, HEAD_DIM)
         captured = [torch.randn(shape, generator=generator).to(dtype) for _ in range(EXAMPLES)]
-        with journal.writer(queue_bytes=1 << 26, segment_bytes=1 << 25) as writer:
+        with JournalWriter(journal, queue_bytes=1 << 26, segment_bytes=1 << 25) as writer:
             start = time.perf_counter()
             for index, vectors in enumerate(captured):
-                writer.put(Rows(0, "q", gathered(vectors), np.full(TOKENS, index), np.arange(TOKENS)))
+                put(writer, index, vectors)
                 writer.complete([ExampleRecord(index, index, str(index), TOKENS, False, "")])
         journal_mb_s = writer.bytes_written / (time.perf_counter() - start) / 1e6
         parts = [vectors.float().numpy() for vectors in captured]

@@ -1,15 +1,16 @@
-"""From a layer's query or key states to the journal's memory: the planned tokens of the chosen heads, in one pass.
+"""Gathers the vectors of chosen tokens and heads from a layer's states into given memory, in one pass.
 
-Tokens are gathered by their indices; on a processor, those that stand together in great numbers, as all of a text do
-with `sampler=all`, are copied as blocks, which takes a tenth of the time. On CUDA they are gathered on the stream that
-computes, into one of two buffers on the device, and a stream of its own copies from there to the journal's pinned
-memory: nobody waits but the journal's thread, which must read what arrives.
+Tokens are gathered by their indices. On the CPU, long ranges of consecutive tokens, such as the whole examples of
+`sampler=all`, are copied as blocks, which takes a tenth of the time. On CUDA the computing stream gathers them into one
+of two buffers on the device, and a separate stream copies from there to page-locked memory. The forward does not wait
+for that copy: the reader of the memory waits for its event.
 
 Shapes: B batch, H heads of the states, n tokens, d head_dim.
 """
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -22,19 +23,20 @@ from qk_sniffer.capture.sampling import Picks
 Key = TypeVar("Key", bound=Hashable)
 
 MIN_RANGE = 64
-"""Tokens that stand together are copied as blocks when there are so many on average; below, gathering is as fast.
-A block is a kernel on CUDA, which gathers as fast as it copies: there is none there."""
+"""The average length from which consecutive tokens are copied as blocks; below it, gathering is as fast. On CUDA each
+block costs a kernel, and gathering is as fast as copying, so there are no ranges."""
 
 NUM_BUFFERS = 2
-"""On a CUDA device: one is filled while the other is copied to the host."""
+"""Gather buffers on a CUDA device: one is filled while the other is copied to the host."""
 
 Ranges = Sequence[tuple[int, int, int, int]]
-"""(place of the first among the rows that are taken, row of the batch, first position, number of tokens)."""
+"""(index of the first token among those that are taken, row of the batch, first position, number of tokens)."""
 
 
 @dataclass(frozen=True, eq=False)
 class TokenIndices:
-    """Tokens of a batch: their rows and positions, each (num_tokens,), and perhaps as ranges."""
+    """Tokens of a batch: their rows and positions, each (num_tokens,). `ranges` are the same tokens as ranges, or None
+    where gathering is as fast."""
 
     row: npt.NDArray[np.int32]
     position: npt.NDArray[np.int32]
@@ -53,41 +55,64 @@ class TokenIndices:
         columns = (starts, row[starts], position[starts], counts)
         return cls(row, position, list(zip(*(column.tolist() for column in columns), strict=True)))
 
+    def part(self, start: int, stop: int) -> "TokenIndices":
+        """Returns tokens `start` to `stop`."""
+        ranges = None if self.ranges is None else _part(self.ranges, start, stop)
+        return TokenIndices(self.row[start:stop], self.position[start:stop], ranges)
+
     def __len__(self) -> int:
         return len(self.row)
 
 
+def _part(ranges: Ranges, start: int, stop: int) -> list[tuple[int, int, int, int]]:
+    part = []
+    for at, row, first, count in ranges:
+        low, high = max(at, start), min(at + count, stop)
+        if low < high:
+            part.append((low - start, row, first + low - at, high - low))
+    return part
+
+
 @dataclass(frozen=True, eq=False)
 class DeviceIndices:
-    """`Places` as a forward uses them. `index` (2, num_tokens) int32: rows and positions on the device; None with
-    ranges."""
+    """`TokenIndices` with their copy on the device.
 
-    places: TokenIndices
+    `index` (2, num_tokens) int32 holds rows and positions. It is None for tokens with ranges.
+    """
+
+    tokens: TokenIndices
     index: torch.Tensor | None
 
+    def part(self, start: int, stop: int) -> "DeviceIndices":
+        """Returns tokens `start` to `stop`; views of these, without a copy."""
+        return DeviceIndices(self.tokens.part(start, stop), None if self.index is None else self.index[:, start:stop])
 
-def send(places: Mapping[Key, TokenIndices], device: torch.device) -> dict[Key, DeviceIndices]:
-    """Brings the indices of all `places` to the device in one tensor, in turn with what it computes.
+    def __len__(self) -> int:
+        return len(self.tokens)
 
-    An object that is there several times is sent once.
+
+def send(tokens: Mapping[Key, TokenIndices], device: torch.device) -> dict[Key, DeviceIndices]:
+    """Copies the indices of all `tokens` to the device in one tensor, in the order of its stream.
+
+    An object that several keys share is sent once.
     """
-    distinct = {id(each): each for each in places.values()}
+    distinct = {id(each): each for each in tokens.values()}
     gathered = [each for each in distinct.values() if each.ranges is None]
     parts: Iterator[torch.Tensor] = iter(())
     if gathered:
         flat = np.concatenate([np.stack([each.row, each.position]) for each in gathered], axis=1)
         parts = iter(on_device(torch.from_numpy(flat), device).split([len(each) for each in gathered], dim=1))
     sent = {key: DeviceIndices(each, next(parts) if each.ranges is None else None) for key, each in distinct.items()}
-    return {key: sent[id(each)] for key, each in places.items()}
+    return {key: sent[id(each)] for key, each in tokens.items()}
 
 
 @dataclass(frozen=True, eq=False)
 class Heads:
-    """Heads to take, ascending."""
+    """Heads to gather, ascending."""
 
     numbers: Sequence[int]
     ranges: Sequence[tuple[int, int, int]] = field(init=False)
-    """(place of the first among those that are taken, first head, number of heads)."""
+    """(index of the first head among `numbers`, first head, number of consecutive heads)."""
     _index: dict[torch.device, torch.Tensor] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
@@ -97,87 +122,61 @@ class Heads:
         object.__setattr__(self, "ranges", ranges)
 
     def index(self, device: torch.device) -> torch.Tensor:
-        """(num_heads, 1) int64 on the device, sent once."""
+        """Returns the numbers (num_heads, 1) int64 on the device; sends them on the first call."""
         if device not in self._index:
             self._index[device] = on_device(torch.tensor(self.numbers), device)[:, None]
         return self._index[device]
 
 
-@dataclass(frozen=True, eq=False)
-class PendingGather:
-    """The vectors of tokens `start` to `stop` of those sent, to be taken from `states` (B, H, n, d).
+def take(states: torch.Tensor, heads: Heads, sent: DeviceIndices, out: torch.Tensor) -> None:
+    """Copies the vectors of `sent` and `heads` from `states` (B, H, n, d) to `out` (num_heads, num_tokens, d).
 
-    `shape`: (num_heads, num_tokens, d).
+    `out` has the dtype of the states and is on their device.
     """
-
-    states: torch.Tensor
-    heads: Heads
-    sent: DeviceIndices
-    start: int
-    stop: int
-    lanes: "DeviceCopiers"
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return len(self.heads.numbers), self.stop - self.start, self.states.shape[-1]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.states.dtype
-
-    def copy_to(self, memory: torch.Tensor) -> Callable[[], None] | None:
-        """Fills `memory`, which has this shape and dtype, or begins to; what is returned waits for the end."""
-        return self.lanes.fill(memory, self.states.device, self.take)
-
-    def take(self, out: torch.Tensor) -> None:
-        """Copies the vectors into `out`, on the device of the states."""
-        if self.sent.index is not None:
-            # Layers may be on several devices.
-            row, position = self.sent.index[:, None, self.start : self.stop].to(self.states.device, torch.int64)
-            indices = [row, self.heads.index(self.states.device), position]
-            torch.ops.aten.index.Tensor_out(self.states, indices, out=out)
-            return
-        assert self.sent.places.ranges is not None
-        for at, row, first, count in _part(self.sent.places.ranges, self.start, self.stop):
-            for place, head, num_heads in self.heads.ranges:
-                block = self.states[row, head : head + num_heads, first : first + count]
-                out[place : place + num_heads, at : at + count].copy_(block)
-
-
-def _part(ranges: Ranges, start: int, stop: int) -> list[tuple[int, int, int, int]]:
-    """The ranges of the tokens `start` to `stop`, which are counted from `start`."""
-    part = []
-    for at, row, first, count in ranges:
-        low, high = max(at, start), min(at + count, stop)
-        if low < high:
-            part.append((low - start, row, first + low - at, high - low))
-    return part
+    assert out.shape == (len(heads.numbers), len(sent), states.shape[-1])
+    assert out.dtype == states.dtype
+    if sent.index is not None:
+        # Layers may be on several devices.
+        row, position = sent.index[:, None].to(states.device, torch.int64)
+        torch.ops.aten.index.Tensor_out(states, [row, heads.index(states.device), position], out=out)
+        return
+    assert sent.tokens.ranges is not None
+    for at, row, first, count in sent.tokens.ranges:
+        for number, head, num_heads in heads.ranges:
+            block = states[row, head : head + num_heads, first : first + count]
+            out[number : number + num_heads, at : at + count].copy_(block)
 
 
 class DeviceCopiers:
-    """The ways from each device to the host's memory."""
+    """Gathers from the states of any device into the host's memory; keeps the streams and buffers of CUDA devices."""
 
     def __init__(self) -> None:
-        self._cuda: dict[torch.device, _CudaLane] = {}
+        self._cuda: dict[torch.device, _CudaCopier] = {}
 
-    def fill(
-        self, memory: torch.Tensor, device: torch.device, take: Callable[[torch.Tensor], None]
-    ) -> Callable[[], None] | None:
-        """Lets `take` fill a tensor on `device` that is, or goes to, `memory`; what is returned waits for the end."""
+    def gather(
+        self, states: torch.Tensor, heads: Heads, sent: DeviceIndices, memory: torch.Tensor
+    ) -> torch.cuda.Event | None:
+        """Fills `memory` (num_heads, num_tokens, d), on the host, with the vectors of `sent` and `heads`.
+
+        Returns the event of the copy's end on CUDA; None where the memory is filled already.
+        """
+        device = states.device
         if device.type == "cpu":
-            take(memory)
+            take(states, heads, sent, memory)
             return None
         if device.type == "cuda":
             if device not in self._cuda:
-                self._cuda[device] = _CudaLane(device)
-            return self._cuda[device].fill(memory, take)
+                self._cuda[device] = _CudaCopier(device)
+            return self._cuda[device].fill(memory, partial(take, states, heads, sent))
         staged = torch.empty_like(memory, device=device)
-        take(staged)
+        take(states, heads, sent, staged)
         memory.copy_(staged)
         return None
 
 
-class _CudaLane:
+class _CudaCopier:
+    """Copies from one CUDA device by its own stream."""
+
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)
@@ -185,7 +184,11 @@ class _CudaLane:
         self._copied: list[torch.cuda.Event | None] = [None] * NUM_BUFFERS
         self._next = 0
 
-    def fill(self, memory: torch.Tensor, take: Callable[[torch.Tensor], None]) -> Callable[[], None]:
+    def fill(self, memory: torch.Tensor, take: Callable[[torch.Tensor], None]) -> torch.cuda.Event:
+        """Lets `take` fill a buffer on the computing stream, then starts its copy to `memory`.
+
+        Returns the event of the copy's end.
+        """
         turn, self._next = self._next, (self._next + 1) % NUM_BUFFERS
         computing = torch.cuda.current_stream(self._device)
         if (before := self._copied[turn]) is not None:
@@ -196,9 +199,9 @@ class _CudaLane:
         staged = self._buffers[turn][: memory.nbytes].view(memory.dtype).view(memory.shape)
         take(staged)
         self._stream.wait_stream(computing)
-        copied = torch.cuda.Event(blocking=True)  # who waits for it sleeps
+        copied = torch.cuda.Event(blocking=True)  # a thread that waits for it sleeps
         with torch.cuda.stream(self._stream):
             memory.copy_(staged, non_blocking=True)
             copied.record(self._stream)
         self._copied[turn] = copied
-        return copied.synchronize
+        return copied

@@ -26,7 +26,8 @@ from qk_sniffer.jobs.signals import Stopped, Stopping
 from qk_sniffer.jobs.start import Start, find_existing_work, register_job, source_rows
 from qk_sniffer.machine import return_memory, trim_memory
 from qk_sniffer.store.disk import ensure_space, required_bytes
-from qk_sniffer.store.journal import ExampleRecord, Journal, JournalWriter
+from qk_sniffer.store.journal import ExampleRecord, Journal
+from qk_sniffer.store.journal_writer import JournalWriter
 from qk_sniffer.store.layout import KINDS, Layout, prepare_data_root, remove_leftovers
 from qk_sniffer.store.locks import hold, restart_patience_s
 from qk_sniffer.timing import Stages
@@ -121,7 +122,8 @@ def _capture_examples(
     progress = Progress(total, len(journal.records), file=layout.progress(shard.index, shard.count))
     tokens_wanted = config.capture.capture_token_ids or config.capture.capture_token_strings
     try:
-        with journal.writer(
+        with JournalWriter(
+            journal,
             queue_bytes=inference.queue_mb * 2**20,
             segment_bytes=inference.segment_mb * 2**20,
             pinned=parts.backbone.device.type == "cuda",

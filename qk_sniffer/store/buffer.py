@@ -1,8 +1,8 @@
-"""The memory between the forward and the disk: one piece of a fixed size that rows are copied into.
+"""Keeps the memory between the forward and the disk: one block of a fixed size that rows are copied into.
 
-Were each row's memory the allocator's, what the rows leave behind would lie scattered among the activations, and a
-process would hold far more than it uses. Pages that were never written to take no memory, and the lowest free place
-is taken first, so that a job which holds little needs little.
+Memory that an allocator gives for each row lies scattered among the activations when it is freed, and the process
+then holds far more than it uses. A block avoids that. Its pages take no memory until something is written to them, and
+the lowest free region is taken first. A job with few rows therefore needs little memory.
 """
 
 from bisect import bisect
@@ -15,8 +15,11 @@ _ALIGNMENT = 64
 
 
 @dataclass(frozen=True, eq=False)
-class Slot:
-    """A part of a `Buffer`, from byte `start` to `stop`. `memory` (nbytes,): of it, or its own if larger."""
+class Region:
+    """A part of a `Buffer`, from byte `start` to `stop`.
+
+    `memory` (nbytes,) is that part. A region larger than the buffer has memory of its own.
+    """
 
     start: int
     stop: int
@@ -24,41 +27,41 @@ class Slot:
 
 
 class Buffer:
-    """Memory of `size` bytes that is taken and given back in slots; page-locked if `pinned`. Not thread-safe.
+    """Memory of `size` bytes that is taken and given back in regions; page-locked if `pinned`. Not thread-safe.
 
-    `taken`: bytes in slots now.
+    `taken` counts the bytes in regions now.
     """
 
     def __init__(self, size: int, *, pinned: bool = False) -> None:
         self.taken = 0
         self._memory = _pinned(size) if pinned else np.empty(size, np.uint8)
-        self._gaps = [(0, size)]  # what is free; ascending, never adjacent
+        self._gaps = [(0, size)]  # the free parts; ascending, never adjacent
 
-    def take(self, nbytes: int) -> Slot | None:
-        """A slot of `nbytes` at the lowest place; None where there is none now.
+    def take(self, nbytes: int) -> Region | None:
+        """Returns the lowest free region of `nbytes`, or None while no free part is large enough.
 
-        More than the whole buffer is memory of its own, given while nothing else is taken.
+        A region larger than the whole buffer is allocated separately, and only while nothing else is taken.
         """
         size = len(self._memory)
         if nbytes > size:
             if self.taken:
                 return None
-            slot = Slot(0, size, np.empty(nbytes, np.uint8))
+            region = Region(0, size, np.empty(nbytes, np.uint8))
             self._gaps.clear()
             self.taken = nbytes
-            return slot
+            return region
         for place, (start, stop) in enumerate(self._gaps):
             if stop - start >= nbytes:
                 end = min(stop, start + -(-nbytes // _ALIGNMENT) * _ALIGNMENT)
                 self._gaps[place : place + 1] = [(end, stop)] if end < stop else []
                 self.taken += nbytes
-                return Slot(start, end, self._memory[start : start + nbytes])
+                return Region(start, end, self._memory[start : start + nbytes])
         return None
 
-    def give_back(self, slot: Slot) -> None:
-        """Frees a slot; nothing may use its memory any more."""
-        self.taken -= len(slot.memory)
-        start, stop = slot.start, slot.stop
+    def give_back(self, region: Region) -> None:
+        """Frees a region. The caller no longer uses its memory."""
+        self.taken -= len(region.memory)
+        start, stop = region.start, region.stop
         place = bisect(self._gaps, (start, stop))
         if place < len(self._gaps) and self._gaps[place][0] == stop:
             stop = self._gaps.pop(place)[1]
@@ -69,7 +72,7 @@ class Buffer:
 
 
 def _pinned(size: int) -> npt.NDArray[np.uint8]:
-    import torch  # here, so that the store's readers need not load it
+    import torch  # here, so that readers of the store need not load it
 
     memory: npt.NDArray[np.uint8] = torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy()
     return memory

@@ -1,4 +1,4 @@
-"""Whatever the way, the rows that arrive are those of plain indexing."""
+"""Tests that every way of gathering gives the rows of plain indexing."""
 
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qk_sniffer.capture import gather as gather_module
-from qk_sniffer.capture.gather import DeviceCopiers, Heads, PendingGather, TokenIndices, send
+from qk_sniffer.capture.gather import DeviceCopiers, Heads, TokenIndices, send
 from qk_sniffer.capture.sampling import Picks
 
 CPU = torch.device("cpu")
@@ -62,9 +62,8 @@ def test_every_piece_is_what_indexing_gives(kept: list[list[int]], heads: list[i
     for each in (sent["a"], sent["c"]):
         for start in range(0, len(picks.row), step):
             stop = min(start + step, len(picks.row))
-            piece = PendingGather(vectors, Heads(heads), each, start, stop, DeviceCopiers())
-            memory = torch.full(piece.shape, torch.nan)
-            assert piece.copy_to(memory) is None
+            memory = torch.full((len(heads), stop - start, DIM), torch.nan)
+            assert DeviceCopiers().gather(vectors, Heads(heads), each.part(start, stop), memory) is None
             expected = indexed(vectors, heads, Picks(picks.row[start:stop], picks.position[start:stop]))
             assert torch.equal(memory, expected)
 
@@ -75,19 +74,17 @@ def test_both_ways_keep_every_bit(dtype: torch.dtype, min_range: int, monkeypatc
     monkeypatch.setattr(gather_module, "MIN_RANGE", min_range)
     vectors = states().to(dtype)
     vectors[1, 2, 3, :3] = torch.tensor([torch.nan, -torch.inf, -0.0])
-    places = TokenIndices.of(picks_of([[], range(50), range(100, 130)]), CPU)
-    assert (places.ranges is None) == (min_range > 1)
-    sent = send({0: places}, CPU)[0]
-    piece = PendingGather(vectors, Heads([1, 2, 5]), sent, 0, 80, DeviceCopiers())
-    memory = torch.empty(piece.shape, dtype=dtype)
-    piece.copy_to(memory)
+    tokens = TokenIndices.of(picks_of([[], range(50), range(100, 130)]), CPU)
+    assert (tokens.ranges is None) == (min_range > 1)
+    memory = torch.empty(3, 80, DIM, dtype=dtype)
+    DeviceCopiers().gather(vectors, Heads([1, 2, 5]), send({0: tokens}, CPU)[0], memory)
     expected = torch.cat([vectors[1, [1, 2, 5], :50], vectors[2, [1, 2, 5], 100:130]], dim=1)
     bits = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
     assert torch.equal(memory.view(bits), expected.contiguous().view(bits))
 
 
-def test_a_lane_fills_no_buffer_that_is_still_being_copied(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The order in which streams are told to wait; what they do with it only a GPU can show (benchmarks/gpu.sh)."""
+def test_no_buffer_is_filled_while_it_is_being_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checks the order of the waits that the streams get. Only a GPU shows their effect (benchmarks/gpu.sh)."""
     told: list[tuple[str, object]] = []
 
     class Stream:
@@ -116,20 +113,20 @@ def test_a_lane_fills_no_buffer_that_is_still_being_copied(monkeypatch: pytest.M
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: computing)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
-    lane = gather_module._CudaLane(CPU)
+    copier = gather_module._CudaCopier(CPU)
     sizes = [3, 2, 5, 1, 5]
     for number, size in enumerate(sizes):
-        begun = len(told)
+        before = len(told)
 
         def take(out: torch.Tensor, number: int = number) -> None:
             told.append(("takes", number))
             out.fill_(number)
 
         memory = torch.empty(size, 4, dtype=torch.bfloat16)
-        arrived = lane.fill(memory, take)
-        before = [("computing waits", number - 2)] if number >= 2 else []
-        assert told[begun:] == [*before, ("takes", number), ("copying waits", "computing"), ("copied", "copying")]
+        copied = copier.fill(memory, take)
+        waits = [("computing waits", number - 2)] if number >= 2 else []
+        assert told[before:] == [*waits, ("takes", number), ("copying waits", "computing"), ("copied", "copying")]
         assert (memory == number).all()
-        arrived()
+        copied.synchronize()
         assert told.pop() == ("host waits", number)
-    assert [len(buffer) for buffer in lane._buffers] == [64, 16]
+    assert [len(buffer) for buffer in copier._buffers] == [64, 16]

@@ -11,23 +11,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 from support.backbones import FolderOf, captured, loaded
 from support.jobs import heads_of, run
-from support.store_cases import Held
 from support.tiny import ALPHABET, save_checkpoint
 from support.zoo import CASES, Case, ids
 from torch import nn
 
 from qk_sniffer.backbone.family import Family
 from qk_sniffer.backbone.provable_types import PROVABLE_TYPES
-from qk_sniffer.capture import capture as capture_module
 from qk_sniffer.capture import proof as proof_module
 from qk_sniffer.errors import CaptureError
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.compact import HeadSpec
-from qk_sniffer.store.journal import Rows
+from qk_sniffer.store.journal_writer import JournalWriter
+from qk_sniffer.store.rows import Slot
 
 pytestmark = pytest.mark.floor
 
@@ -98,32 +96,34 @@ def test_hooks_tell_right_vectors_from_wrong_ones_in_each_layer(case: Case, stag
             assert turned > 0.1 or layer in case.unrotated
 
 
-def in_memory(rows: Rows) -> torch.Tensor:
-    memory = torch.empty(rows.vectors.shape, dtype=rows.vectors.dtype)
-    rows.vectors.copy_to(memory)
-    return memory
+def next_position(slot: Slot) -> None:
+    slot.vectors.copy_(slot.vectors.roll(1, dims=1))
 
 
-def next_position(rows: Rows) -> Rows:
-    return replace(rows, vectors=Held(in_memory(rows).roll(1, dims=1)))
+def other_head(slot: Slot) -> None:
+    slot.vectors.copy_(slot.vectors.roll(1, dims=0))
 
 
-def other_head(rows: Rows) -> Rows:
-    return replace(rows, vectors=Held(in_memory(rows).roll(1, dims=0)))
+def one_component(slot: Slot) -> None:
+    slot.vectors[0, -1, 0] += 1.0 if slot.layer == 1 else 0.0
 
 
-def one_component(rows: Rows) -> Rows:
-    vectors = in_memory(rows)
-    vectors[0, -1, 0] += 1.0 if rows.layer == 1 else 0.0
-    return replace(rows, vectors=Held(vectors))
+def harm_stored_vectors(monkeypatch: pytest.MonkeyPatch, harm: Callable[[Slot], None]) -> None:
+    commit = JournalWriter.commit
+
+    def harmed(self: JournalWriter, slot: Slot, event: None) -> None:
+        harm(slot)
+        commit(self, slot, event)
+
+    monkeypatch.setattr(JournalWriter, "commit", harmed)
 
 
 @pytest.mark.parametrize("harm", [next_position, other_head, one_component])
 def test_a_wrong_dataset_fails_and_stays(
-    harm: Any, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    harm: Callable[[Slot], None], texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = save_checkpoint(LLAMA, tmp_path / "model")
-    monkeypatch.setattr(capture_module, "Rows", lambda *columns: harm(Rows(*columns)))
+    harm_stored_vectors(monkeypatch, harm)
     with pytest.raises(CaptureError, match="unproven"):
         run(checkpoint, texts, tmp_path / "out", inference={"batch_size": 1})
     assert manifests.read(tmp_path / "out")["proof"]["proven"] is False
@@ -147,7 +147,7 @@ def test_large_biases_hide_nothing(
     sections: dict[str, Any] = {"model": {"dtype": dtype}, "capture": {"capture_pre_rope": stage == "pre"}}
     root = run(checkpoint, texts, tmp_path / "right", **sections)
     assert manifests.read(root)["proof"]["proven"] is True
-    monkeypatch.setattr(capture_module, "Rows", lambda *columns: next_position(Rows(*columns)))
+    harm_stored_vectors(monkeypatch, next_position)
     with pytest.raises(CaptureError, match="unproven"):
         run(checkpoint, texts, tmp_path / "wrong", **sections, inference={"batch_size": 1})
 

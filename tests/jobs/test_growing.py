@@ -19,6 +19,7 @@ from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.compact import compact
 from qk_sniffer.store.files import Folder
 from qk_sniffer.store.journal import ExampleRecord, Journal
+from qk_sniffer.store.journal_writer import JournalWriter
 from qk_sniffer.store.layout import Layout
 from qk_sniffer.store.manifest import build
 from qk_sniffer.store.previous import PreviousVersion, describe
@@ -78,7 +79,7 @@ def test_an_example_is_never_added_twice(tmp_path: Path) -> None:
     manifest = manifests.read(tmp_path) | {"source_rows": 6, "skipped_rows": 0, "versions": {}}
     manifests.write(layout, manifest)
     journal = Journal(layout.journal(0, 1))
-    with journal.writer(queue_bytes=1 << 20, segment_bytes=1 << 14) as writer:
+    with JournalWriter(journal, queue_bytes=1 << 20, segment_bytes=1 << 14) as writer:
         writer.complete([ExampleRecord(7, 1000 - 3, "again", 5, False, "0" * 32)])
     before = file_bytes(tmp_path)
     with pytest.raises(StoreError, match=r"example 7 \(example_id 997\) is in the finished dataset already"):

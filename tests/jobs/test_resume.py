@@ -33,7 +33,7 @@ from qk_sniffer.config import from_dict
 from qk_sniffer.errors import SourceError, StoreError
 from qk_sniffer.jobs.run import run_job
 from qk_sniffer.store import manifest as manifests
-from qk_sniffer.store.journal import JournalWriter
+from qk_sniffer.store.journal_writer import JournalWriter
 from qk_sniffer.store.layout import Layout
 from qk_sniffer.store.locks import hold
 

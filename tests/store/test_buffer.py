@@ -1,33 +1,33 @@
-"""The buffer between forward and disk: places that never overlap, as low as they can be."""
+"""Tests the buffer between forward and disk: its regions never overlap and are as low as possible."""
 
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qk_sniffer.store.buffer import Buffer, Slot
+from qk_sniffer.store.buffer import Buffer, Region
 
 
 @given(st.lists(st.one_of(st.integers(1, 700), st.just(None)), max_size=60))
-def test_what_is_in_a_slot_stays_until_it_is_given_back(calls: list[int | None]) -> None:
-    buffer, held = Buffer(1000), list[tuple[Slot, int]]()
+def test_a_region_keeps_its_bytes_until_it_is_given_back(calls: list[int | None]) -> None:
+    buffer, held = Buffer(1000), list[tuple[Region, int]]()
     for number, nbytes in enumerate(calls):
         if nbytes is None:
             if held:
                 buffer.give_back(held.pop(0)[0])
-        elif (slot := buffer.take(nbytes)) is not None:
-            assert len(slot.memory) == nbytes
-            slot.memory[:] = number
-            held.append((slot, number))
+        elif (region := buffer.take(nbytes)) is not None:
+            assert len(region.memory) == nbytes
+            region.memory[:] = number
+            held.append((region, number))
         else:
-            assert held  # an empty buffer has room for all that is not larger than itself
-        assert all((slot.memory == content).all() for slot, content in held)
+            assert held  # an empty buffer takes everything up to its own size
+        assert all((region.memory == content).all() for region, content in held)
 
 
-def test_the_lowest_place_is_taken_first_and_begins_aligned() -> None:
+def test_the_lowest_region_is_taken_first_and_starts_aligned() -> None:
     buffer = Buffer(1000)
     first, second, third = (buffer.take(nbytes) for nbytes in (100, 200, 300))
     assert first is not None and second is not None and third is not None
-    assert [slot.start for slot in (first, second, third)] == [0, 128, 384]
+    assert [region.start for region in (first, second, third)] == [0, 128, 384]
     assert buffer.take(500) is None  # 296 are left at the end
     buffer.give_back(second)
     again = buffer.take(256)
@@ -40,14 +40,14 @@ def test_the_lowest_place_is_taken_first_and_begins_aligned() -> None:
 
 
 @given(st.permutations(range(8)))
-def test_what_is_given_back_in_any_order_is_one_piece_again(order: list[int]) -> None:
+def test_regions_given_back_in_any_order_become_one_gap(order: list[int]) -> None:
     buffer = Buffer(8 * 64)
-    slots = [buffer.take(60) for _ in order]
+    regions = [buffer.take(60) for _ in order]
     assert buffer.take(1) is None
     for number in order:
-        slot = slots[number]
-        assert slot is not None
-        buffer.give_back(slot)
+        region = regions[number]
+        assert region is not None
+        buffer.give_back(region)
     assert buffer.take(8 * 64) is not None
 
 
@@ -60,4 +60,4 @@ def test_more_than_the_buffer_is_given_alone() -> None:
     assert large is not None and len(large.memory) == 101
     assert buffer.take(1) is None
     buffer.give_back(large)
-    np.testing.assert_array_equal([slot is not None for slot in (buffer.take(100), buffer.take(1))], [True, False])
+    np.testing.assert_array_equal([region is not None for region in (buffer.take(100), buffer.take(1))], [True, False])

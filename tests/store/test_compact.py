@@ -18,10 +18,11 @@ from support.store_cases import (
     HEADS,
     SAMPLER,
     Captured,
-    Held,
+    Piece,
     captured_journal,
     file_bytes,
     make_dataset,
+    put,
     token_string,
 )
 
@@ -29,7 +30,8 @@ from qk_sniffer.errors import StoreError
 from qk_sniffer.store import parquet_writer
 from qk_sniffer.store.compact import HeadSpec, compact
 from qk_sniffer.store.compaction_plan import SegmentFiles, find_blocks, make_plan
-from qk_sniffer.store.journal import Journal, Rows
+from qk_sniffer.store.journal import Journal
+from qk_sniffer.store.journal_writer import JournalWriter
 from qk_sniffer.store.layout import Layout, schema
 from qk_sniffer.store.manifest import FileEntry
 
@@ -56,8 +58,8 @@ def test_special_values_keep_their_bits(tmp_path: Path) -> None:
     vectors = torch.from_numpy(np.tile(bits.view(np.int16), (1, 3, 1))).view(torch.bfloat16)
     journal = Journal(tmp_path / "journal")
     corpus = Captured()
-    with journal.writer(queue_bytes=1 << 20, segment_bytes=1 << 20) as writer:
-        writer.put(Rows(0, "q", Held(vectors), np.zeros(3, np.int32), np.arange(3, dtype=np.int32)))
+    with JournalWriter(journal, queue_bytes=1 << 20, segment_bytes=1 << 20) as writer:
+        put(writer, Piece.of(0, "q", vectors, np.zeros(3, np.int32), np.arange(3, dtype=np.int32)))
         writer.complete([corpus.record(0)])
     written = compact(Layout(tmp_path), [journal], [HeadSpec(0, 0, "q", 0, 6, None, 0)], SAMPLER)
     assert written.nonfinite_rows == {"l00h00q/data.parquet": 3}
@@ -150,9 +152,9 @@ def test_a_row_group_reads_hardly_more_than_its_rows(tmp_path: Path) -> None:
     count, corpus = 400, Captured()
     order = np.random.default_rng(0).permutation(count)
     journal = Journal(tmp_path)
-    with journal.writer(queue_bytes=1 << 30, segment_bytes=1 << 30) as writer:
+    with JournalWriter(journal, queue_bytes=1 << 30, segment_bytes=1 << 30) as writer:
         index = np.repeat(order, 5)
-        writer.put(Rows(0, "q", Held(torch.zeros(1, len(index), 4)), index, np.tile(np.arange(5), count)))
+        put(writer, Piece.of(0, "q", torch.zeros(1, len(index), 4), index, np.tile(np.arange(5), count)))
         writer.complete([corpus.record(index) for index in range(count)])
     with SegmentFiles() as files:
         plan = make_plan(find_blocks([journal])[0, "q"], files)
@@ -188,13 +190,13 @@ def test_the_same_rows_make_the_same_bytes_whatever_the_history(
             journal = Journal(folder)
             others = {index for index in range(12) if index % shards != shard}
             try:
-                with journal.writer(queue_bytes=1 << 16, segment_bytes=segment_bytes) as writer:
-                    put = 0
+                with JournalWriter(journal, queue_bytes=1 << 16, segment_bytes=segment_bytes) as writer:
+                    count = 0
                     for indices in filter(None, corpus.batches(journal.records.keys() | others)):
-                        for rows in corpus.pieces(indices):
-                            writer.put(rows)
-                            put += 1
-                            if put == stop:
+                        for piece in corpus.pieces(indices):
+                            put(writer, piece)
+                            count += 1
+                            if count == stop:
                                 raise StoppedError
                         writer.complete([corpus.record(index) for index in indices])
             except StoppedError:
@@ -247,7 +249,7 @@ def test_what_the_journal_lacks_is_an_error(tmp_path: Path) -> None:
 
 def test_damage_after_the_journal_was_opened_is_found(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "journal")
-    with journal.writer(queue_bytes=1 << 20, segment_bytes=1 << 14) as writer:
+    with JournalWriter(journal, queue_bytes=1 << 20, segment_bytes=1 << 14) as writer:
         Captured().write(writer)
     data = bytearray(journal.segments[1].read_bytes())
     data[-5] ^= 1

@@ -15,19 +15,20 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.store_cases import HEADS, SAMPLER, Captured, Held, captured_journal, file_bytes
+from support.store_cases import HEADS, SAMPLER, Captured, Piece, captured_journal, file_bytes, put
 
 from qk_sniffer.errors import StoreError
-from qk_sniffer.store import disk, journal, segment
+from qk_sniffer.store import disk, journal_writer, segment
 from qk_sniffer.store.compact import compact
-from qk_sniffer.store.journal import ExampleRecord, Journal, Rows
+from qk_sniffer.store.journal import ExampleRecord, Journal
+from qk_sniffer.store.journal_writer import JournalWriter
 from qk_sniffer.store.layout import Layout
 
 BIG = 1 << 30
 
 
-def rows(count: int, dim: int = 4, *, index: int = 0, dtype: torch.dtype = torch.float32) -> Rows:
-    return Rows(0, "q", Held(torch.ones(1, count, dim, dtype=dtype)), np.full(count, index), np.arange(count))
+def piece(count: int, dim: int = 4, *, index: int = 0, dtype: torch.dtype = torch.float32) -> Piece:
+    return Piece.of(0, "q", torch.ones(1, count, dim, dtype=dtype), np.full(count, index), np.arange(count))
 
 
 def staged_bytes(root: Path, *journals: Journal) -> dict[str, bytes]:
@@ -58,13 +59,13 @@ def test_segments_are_cut_within_a_batch(tmp_path: Path) -> None:
 
 def test_rows_without_their_end_are_not_there(tmp_path: Path) -> None:
     corpus = Captured()
-    with pytest.raises(ZeroDivisionError), Journal(tmp_path).writer(queue_bytes=BIG, segment_bytes=1) as writer:
+    with pytest.raises(ZeroDivisionError), JournalWriter(Journal(tmp_path), queue_bytes=BIG, segment_bytes=1) as writer:
         first, second, *_ = corpus.batches()
         for piece in corpus.pieces(first):
-            writer.put(piece)
+            put(writer, piece)
         writer.complete([corpus.record(index) for index in first])
         for piece in list(corpus.pieces(second))[:3]:
-            writer.put(piece)
+            put(writer, piece)
         deadline = time.monotonic() + 10
         while len(list(tmp_path.glob("*.safetensors"))) < 7 and time.monotonic() < deadline:
             time.sleep(0.01)  # rows of the open batch are on the disk by now
@@ -73,7 +74,7 @@ def test_rows_without_their_end_are_not_there(tmp_path: Path) -> None:
     assert sorted(found.records) == sorted(first)
     assert len(found.segments) == 6
 
-    with found.writer(queue_bytes=BIG, segment_bytes=1 << 12) as writer:
+    with JournalWriter(found, queue_bytes=BIG, segment_bytes=1 << 12) as writer:
         corpus.write(writer, found.records)
     again = Journal(tmp_path)
     assert sorted(again.records) == list(range(12)) == sorted(found.records)
@@ -82,11 +83,14 @@ def test_rows_without_their_end_are_not_there(tmp_path: Path) -> None:
 
 
 def test_leaving_by_an_exception_keeps_the_complete_batches(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), Journal(tmp_path).writer(queue_bytes=BIG, segment_bytes=BIG) as writer:
+    with (
+        pytest.raises(KeyboardInterrupt),
+        JournalWriter(Journal(tmp_path), queue_bytes=BIG, segment_bytes=BIG) as writer,
+    ):
         corpus = Captured()
-        writer.put(rows(3))
+        put(writer, piece(3))
         writer.complete([corpus.record(0)])
-        writer.put(rows(3, index=1))
+        put(writer, piece(3, index=1))
         raise KeyboardInterrupt
     (path,) = Journal(tmp_path).segments
     assert list(Journal(tmp_path).records) == [0]
@@ -94,14 +98,14 @@ def test_leaving_by_an_exception_keeps_the_complete_batches(tmp_path: Path) -> N
 
 
 def test_a_batch_without_rows_is_done_too(tmp_path: Path) -> None:
-    with Journal(tmp_path).writer(queue_bytes=BIG, segment_bytes=BIG) as writer:
+    with JournalWriter(Journal(tmp_path), queue_bytes=BIG, segment_bytes=BIG) as writer:
         writer.complete([Captured().record(4)])
     assert list(Journal(tmp_path).records) == [4]
 
 
 def test_a_finished_batch_does_not_wait_for_its_segment_to_fill(tmp_path: Path) -> None:
-    with Journal(tmp_path).writer(queue_bytes=BIG, segment_bytes=BIG, flush_s=0.05) as writer:
-        writer.put(rows(3))
+    with JournalWriter(Journal(tmp_path), queue_bytes=BIG, segment_bytes=BIG, flush_s=0.05) as writer:
+        put(writer, piece(3))
         writer.complete([Captured().record(0)])
         deadline = time.monotonic() + 10
         while writer.durable_examples == 0 and time.monotonic() < deadline:
@@ -127,11 +131,11 @@ def test_put_waits_while_the_queue_is_full(tmp_path: Path, monkeypatch: pytest.M
     slow = SlowDisk(monkeypatch)
     taken: list[int] = []
 
-    with Journal(tmp_path).writer(queue_bytes=10_000, segment_bytes=4_000) as writer:
+    with JournalWriter(Journal(tmp_path), queue_bytes=10_000, segment_bytes=4_000) as writer:
 
         def forward() -> None:
             for index in range(8):
-                writer.put(rows(100, index=index))
+                put(writer, piece(100, index=index))
                 taken.append(index)
             writer.complete([Captured().record(index) for index in range(8)])
 
@@ -148,9 +152,9 @@ def test_put_waits_while_the_queue_is_full(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_rows_larger_than_the_queue_are_taken_alone(tmp_path: Path) -> None:
-    with Journal(tmp_path).writer(queue_bytes=1_000, segment_bytes=1_000) as writer:
+    with JournalWriter(Journal(tmp_path), queue_bytes=1_000, segment_bytes=1_000) as writer:
         for index in range(3):
-            writer.put(rows(10_000, index=index))
+            put(writer, piece(10_000, index=index))
         writer.complete([Captured().record(index) for index in range(3)])
     found = Journal(tmp_path)
     assert len(found.segments) >= 3 and len(found.records) == 3  # the end may have a segment of its own
@@ -164,23 +168,23 @@ def test_an_error_of_the_thread_reaches_the_next_call(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(segment, "sync_file", full)
-    writer = Journal(tmp_path).writer(queue_bytes=BIG, segment_bytes=1)
-    writer.put(rows(3))
+    writer = JournalWriter(Journal(tmp_path), queue_bytes=BIG, segment_bytes=1)
+    put(writer, piece(3))
     writer._thread.join(10)
     ends = [Captured().record(0)]
     with pytest.raises(StoreError, match=r"No space left.*run the same command again"):
-        {"put": lambda: writer.put(rows(3)), "complete": lambda: writer.complete(ends), "close": writer.close}[call]()
+        {"put": lambda: put(writer, piece(3)), "complete": lambda: writer.complete(ends), "close": writer.close}[call]()
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_error_of_the_thread_wakes_a_waiting_put(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(journal, "write_segment", lambda *_: time.sleep(0.2) or 1 / 0)
+    monkeypatch.setattr(journal_writer, "write_segment", lambda *_: time.sleep(0.2) or 1 / 0)
     with (
         pytest.raises(StoreError, match="ZeroDivisionError"),
-        Journal(tmp_path).writer(queue_bytes=100, segment_bytes=1) as writer,
+        JournalWriter(Journal(tmp_path), queue_bytes=100, segment_bytes=1) as writer,
     ):
-        writer.put(rows(100))
-        writer.put(rows(100))
+        put(writer, piece(100))
+        put(writer, piece(100))
 
 
 def test_a_full_disk_for_real(tmp_path: Path) -> None:
@@ -216,11 +220,11 @@ def test_a_damaged_segment_means_that_its_batches_are_not_done(
     second = list(corpus.batches())[1]
     assert set(range(12)) - set(found.records) == set(second)
     assert not found.is_whole and "3 finished examples are lost" in caplog.text
-    with pytest.raises(StoreError, match="Run the same command again"):
+    with pytest.raises(StoreError, match="Rerun the command"):
         compact(Layout(tmp_path), [Journal(tmp_path / "journal", verify=False)], HEADS, SAMPLER)
     if harm != "delete":
         assert found.damaged == [path.name] and path.name in caplog.text
-    with found.writer(queue_bytes=BIG, segment_bytes=1) as writer:
+    with JournalWriter(found, queue_bytes=BIG, segment_bytes=1) as writer:
         corpus.write(writer, found.records)
     assert not path.exists() and found.is_whole
     again = Journal(tmp_path / "journal")
@@ -230,8 +234,8 @@ def test_a_damaged_segment_means_that_its_batches_are_not_done(
 
 
 def test_what_is_of_no_use_is_removed(tmp_path: Path) -> None:
-    with pytest.raises(ZeroDivisionError), Journal(tmp_path).writer(queue_bytes=1, segment_bytes=1) as writer:
-        writer.put(rows(3))
+    with pytest.raises(ZeroDivisionError), JournalWriter(Journal(tmp_path), queue_bytes=1, segment_bytes=1) as writer:
+        put(writer, piece(3))
         deadline = time.monotonic() + 10
         while not writer.bytes_written and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -241,39 +245,39 @@ def test_what_is_of_no_use_is_removed(tmp_path: Path) -> None:
     found = Journal(tmp_path)
     assert not found.records and not found.segments
     assert len(list(tmp_path.iterdir())) == 3  # reading removes nothing: another process may be writing
-    found.writer(queue_bytes=1, segment_bytes=1).close()
+    JournalWriter(found, queue_bytes=1, segment_bytes=1).close()
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
 @pytest.mark.parametrize(
     ("bad", "match"),
     [
-        (rows(3, dtype=torch.float64), "float64 cannot be stored"),
-        (Rows(0, "v", Held(torch.ones(1, 3, 4)), np.zeros(3), np.arange(3)), "kind is 'v'"),
-        (Rows(0, "q", Held(torch.ones(0, 3, 4)), np.zeros(3), np.arange(3)), "no heads"),
-        (Rows(0, "q", Held(torch.ones(1, 3, 4)), np.zeros(3), np.arange(4)), "3 vectors a head"),
-        (Rows(0, "q", Held(torch.ones(1, 3, 4)), np.zeros(3), np.array([0, 2, 2])), "do not ascend"),
-        (rows(3, dim=5), "head_dim=5"),
-        (rows(3, dtype=torch.bfloat16), "BF16"),
+        (piece(3, dtype=torch.float64), "float64 cannot be stored"),
+        (Piece.of(0, "v", torch.ones(1, 3, 4), np.zeros(3), np.arange(3)), "kind is 'v'"),
+        (Piece.of(0, "q", torch.ones(0, 3, 4), np.zeros(3), np.arange(3)), "no heads"),
+        (Piece.of(0, "q", torch.ones(1, 3, 4), np.zeros(3), np.arange(4)), "one value a row"),
+        (Piece.of(0, "q", torch.ones(1, 3, 4), np.zeros(3), np.array([0, 2, 2])), "do not ascend"),
+        (piece(3, dim=5), "head_dim=5"),
+        (piece(3, dtype=torch.bfloat16), "BF16"),
     ],
 )
-def test_rows_that_are_not_right_are_refused(tmp_path: Path, bad: Rows, match: str) -> None:
-    with Journal(tmp_path).writer(queue_bytes=BIG, segment_bytes=BIG) as writer:
-        writer.put(rows(3))
+def test_rows_that_are_not_right_are_refused(tmp_path: Path, bad: Piece, match: str) -> None:
+    with JournalWriter(Journal(tmp_path), queue_bytes=BIG, segment_bytes=BIG) as writer:
+        put(writer, piece(3))
         with pytest.raises(ValueError, match=match):
-            writer.put(bad)
+            put(writer, bad)
         writer.complete([Captured().record(0)])
 
 
 def test_an_end_must_name_its_examples_once(tmp_path: Path) -> None:
     corpus = Captured()
-    with Journal(tmp_path).writer(queue_bytes=BIG, segment_bytes=BIG) as writer:
-        writer.put(rows(3, index=5))
+    with JournalWriter(Journal(tmp_path), queue_bytes=BIG, segment_bytes=BIG) as writer:
+        put(writer, piece(3, index=5))
         with pytest.raises(ValueError, match=r"\[5\]"):
             writer.complete([corpus.record(4)])
         writer.complete([corpus.record(5)])
     with (
-        Journal(tmp_path).writer(queue_bytes=BIG, segment_bytes=BIG) as writer,
+        JournalWriter(Journal(tmp_path), queue_bytes=BIG, segment_bytes=BIG) as writer,
         pytest.raises(ValueError, match="complete already"),
     ):
         writer.complete([corpus.record(5)])
@@ -285,10 +289,11 @@ from pathlib import Path
 from support.store_cases import Captured
 from qk_sniffer.errors import StoreError
 from qk_sniffer.store.journal import Journal
+from qk_sniffer.store.journal_writer import JournalWriter
 journal = Journal(Path(sys.argv[1]))
 corpus = Captured(num_examples=300, batch=2)
 try:
-    with journal.writer(queue_bytes=1 << 20, segment_bytes=int(sys.argv[2])) as writer:
+    with JournalWriter(journal, queue_bytes=1 << 20, segment_bytes=int(sys.argv[2])) as writer:
         print("ready", flush=True)
         corpus.write(writer, journal.records)
 except StoreError as error:
@@ -331,59 +336,80 @@ def test_killed_at_any_moment_nothing_complete_is_lost(tmp_path: Path) -> None:
 
 def test_a_queue_that_does_not_fit_in_memory_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"no memory for the 1,099,511,627,776 MB .* lower inference\.queue_mb"):
-        Journal(tmp_path).writer(queue_bytes=1 << 60, segment_bytes=1)
+        JournalWriter(Journal(tmp_path), queue_bytes=1 << 60, segment_bytes=1)
 
 
-def test_a_copy_that_fails_leaves_the_queue_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
-        raise RuntimeError("the device is gone")
-
-    with Journal(tmp_path).writer(queue_bytes=100, segment_bytes=BIG) as writer:
-        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="device"):
-            patch.setattr(journal.Piece, "copied", fail)
-            writer.put(rows(3))
-        writer.put(rows(3))  # which would wait for ever for room that nothing gives back
+def test_a_gather_that_fails_leaves_the_queue_as_it_was(tmp_path: Path) -> None:
+    with JournalWriter(Journal(tmp_path), queue_bytes=100, segment_bytes=BIG) as writer:
+        with pytest.raises(RuntimeError, match="device"), writer.reserve(piece(3).rows):
+            raise RuntimeError("the device is gone")
+        with writer.reserve(piece(3, index=7).rows):
+            pass  # without a commit: example 7 is not in the batch
+        put(writer, piece(3))  # would wait forever for memory that was not given back
         writer.complete([Captured().record(0)])
     assert list(Journal(tmp_path).records) == [0]
+    (path,) = Journal(tmp_path).segments
+    assert load_file(path)["l00q.vectors"].shape == (1, 3, 4)
+
+
+@dataclass
+class Copy:
+    """The event of a copy that ends when somebody waits for it, as a GPU's may."""
+
+    end: Callable[[], None]
+
+    def synchronize(self) -> None:
+        self.end()
 
 
 def test_a_segment_waits_for_rows_that_are_still_on_their_way(tmp_path: Path) -> None:
-    @dataclass(frozen=True, eq=False)
-    class Late(Held):
-        """As from a GPU: the memory is filled after `put` has returned."""
+    vectors = torch.randn(2, 3, 4)
+    with JournalWriter(Journal(tmp_path), queue_bytes=1 << 20, segment_bytes=BIG) as writer:
+        start = time.monotonic()
+        with writer.reserve(Piece.of(0, "q", vectors, np.zeros(3), np.arange(3)).rows) as slot:
+            memory = slot.vectors.fill_(torch.nan)
 
-        def copy_to(self, memory: torch.Tensor) -> Callable[[], None]:
-            memory.fill_(torch.nan)
-
-            def arrived() -> None:
+            def arrive() -> None:
                 assert threading.current_thread().name == "journal"
                 time.sleep(0.05)
-                memory.copy_(self.tensor)
+                memory.copy_(vectors)
 
-            return arrived
-
-    late = Late(torch.randn(2, 3, 4))
-    with Journal(tmp_path).writer(queue_bytes=1 << 20, segment_bytes=BIG) as writer:
-        start = time.monotonic()
-        writer.put(Rows(0, "q", late, np.zeros(3), np.arange(3)))
+            writer.commit(slot, Copy(arrive))
         assert time.monotonic() - start < 0.05
         writer.complete([ExampleRecord(0, 0, "0", 3, False, "")])
     assert writer.transfer_s >= 0.05
     (path,) = Journal(tmp_path).segments
-    assert torch.equal(load_file(path)["l00q.vectors"], late.tensor)
+    assert torch.equal(load_file(path)["l00q.vectors"], vectors)
 
 
 def test_memory_is_not_given_back_while_a_copy_to_it_is_under_way(tmp_path: Path) -> None:
-    @dataclass(frozen=True, eq=False)
-    class Slow(Held):
-        waited: list[str]
-
-        def copy_to(self, memory: torch.Tensor) -> Callable[[], None]:
-            return lambda: self.waited.append("arrived")
-
     waited: list[str] = []
-    with Journal(tmp_path).writer(queue_bytes=1 << 20, segment_bytes=BIG) as writer:
-        writer.put(Rows(0, "q", Slow(torch.ones(1, 3, 4), waited), np.zeros(3), np.arange(3)))
+    with JournalWriter(Journal(tmp_path), queue_bytes=1 << 20, segment_bytes=BIG) as writer:
+        with writer.reserve(piece(3).rows) as slot:
+            writer.commit(slot, Copy(lambda: waited.append("arrived")))
         assert waited == []  # the batch is open when the writer is closed: its rows are dropped
     assert waited == ["arrived"]
     assert Journal(tmp_path).segments == []
+
+
+def test_a_commit_that_fails_waits_for_its_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal_writer, "write_segment", lambda *_: 1 / 0)
+    waited: list[str] = []
+    writer = JournalWriter(Journal(tmp_path), queue_bytes=BIG, segment_bytes=1)
+    with pytest.raises(StoreError, match="ZeroDivisionError"), writer.reserve(piece(3).rows) as slot:
+        put(writer, piece(3, index=1))
+        writer._thread.join(10)
+        writer.commit(slot, Copy(lambda: waited.append("arrived")))
+    assert waited == ["arrived"]
+
+
+def test_the_bytes_of_a_segment_are_fixed(tmp_path: Path) -> None:
+    """An unfinished journal of an earlier version must stay readable. The checksum covers every byte of the file."""
+    with JournalWriter(Journal(tmp_path), queue_bytes=1 << 20, segment_bytes=BIG) as writer:
+        for kind, num_heads in (("q", 2), ("k", 1)):
+            for rows in (slice(0, 4), slice(4, 6)):
+                vectors = torch.arange(6 * num_heads * 4).reshape(num_heads, 6, 4).to(torch.bfloat16)[:, rows]
+                index, position = np.array([5, 5, 5, 2, 2, 2])[rows], np.array([0, 3, 9, 1, 2, 8])[rows]
+                put(writer, Piece.of(3, kind, vectors, index, position, position + 100))
+        writer.complete([Captured().record(2), Captured().record(5)])
+    assert [path.name for path in Journal(tmp_path).segments] == ["00000000-8dc60cad6ca4d691.safetensors"]

@@ -17,13 +17,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.store_cases import HEADS, SAMPLER, Captured, Held, captured_journal, file_bytes, make_dataset
+from support.store_cases import HEADS, SAMPLER, Captured, Piece, captured_journal, file_bytes, make_dataset, put
 
 from qk_sniffer.errors import StoreError
 from qk_sniffer.store import disk, manifest, promote
 from qk_sniffer.store import layout as layout_module
 from qk_sniffer.store.compact import HeadSpec, compact
-from qk_sniffer.store.journal import Journal, Rows
+from qk_sniffer.store.journal import Journal
+from qk_sniffer.store.journal_writer import JournalWriter
 from qk_sniffer.store.layout import HeadKey, Layout, discard_work, head_name, parse_head_name, prepare_data_root
 from qk_sniffer.store.locks import Holder, hold, holder, restart_patience_s
 from qk_sniffer.store.manifest import FileEntry
@@ -307,10 +308,9 @@ def test_too_little_space_is_said_with_both_figures(tmp_path: Path) -> None:
 def test_the_estimate_covers_a_real_dataset(tmp_path: Path, dtype: torch.dtype) -> None:
     count, layout = 20_000, Layout(tmp_path)
     journal = Journal(layout.journal(0, 1))
-    with journal.writer(queue_bytes=1 << 30, segment_bytes=1 << 20) as writer:
-        writer.put(
-            Rows(0, "q", Held(torch.randn(2, count, 128).to(dtype)), np.zeros(count, np.int32), np.arange(count))
-        )
+    with JournalWriter(journal, queue_bytes=1 << 30, segment_bytes=1 << 20) as writer:
+        vectors = torch.randn(2, count, 128).to(dtype)
+        put(writer, Piece.of(0, "q", vectors, np.zeros(count, np.int32), np.arange(count)))
         writer.complete([Captured().record(0)])
     compact(layout, [journal], [HeadSpec(0, head, "q", 0, 128, None, head) for head in range(2)], SAMPLER)
     used = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())

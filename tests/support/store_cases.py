@@ -14,10 +14,12 @@ import torch
 from qk_sniffer.capture.sampling import Sampler
 from qk_sniffer.config import SamplerConfig
 from qk_sniffer.store.compact import HeadSpec, compact
-from qk_sniffer.store.journal import ExampleRecord, Journal, JournalWriter, Rows
+from qk_sniffer.store.journal import ExampleRecord, Journal
+from qk_sniffer.store.journal_writer import JournalWriter
 from qk_sniffer.store.layout import Layout
 from qk_sniffer.store.manifest import Written, build
 from qk_sniffer.store.promote import promote
+from qk_sniffer.store.rows import Rows
 
 HEAD_DIM = 16
 NUM_HEADS = {"q": 4, "k": 2}
@@ -40,21 +42,32 @@ def token_string(ids: np.ndarray) -> list[str]:
 
 
 @dataclass(frozen=True, eq=False)
-class Held:
-    """Vectors that are in memory already."""
+class Piece:
+    """Rows with their vectors (num_heads, num_rows, head_dim)."""
 
-    tensor: torch.Tensor
+    rows: Rows
+    vectors: torch.Tensor
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.tensor.shape)
+    @classmethod
+    def of(
+        cls,
+        layer: int,
+        kind: str,
+        vectors: torch.Tensor,
+        index: np.ndarray,
+        position: np.ndarray,
+        token_id: np.ndarray | None = None,
+    ) -> "Piece":
+        num_heads, _, head_dim = vectors.shape
+        return cls(Rows(layer, kind, num_heads, head_dim, vectors.dtype, index, position, token_id), vectors)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.tensor.dtype
 
-    def copy_to(self, memory: torch.Tensor) -> None:
-        memory.copy_(self.tensor)
+def put(writer: JournalWriter, piece: Piece) -> None:
+    """Writes a piece whose vectors are in memory."""
+    with writer.reserve(piece.rows) as slot:
+        assert slot.vectors.shape == piece.vectors.shape
+        slot.vectors.copy_(piece.vectors)
+        writer.commit(slot, None)
 
 
 @dataclass(frozen=True)
@@ -96,7 +109,7 @@ class Captured:
         whole = [order[at : at + self.batch] for at in range(0, len(order), self.batch)]
         yield from ([index for index in batch if index not in done] for batch in whole)
 
-    def pieces(self, batch: Sequence[int]) -> Iterator[Rows]:
+    def pieces(self, batch: Sequence[int]) -> Iterator[Piece]:
         for layer in LAYERS:
             for kind in ("q", "k"):
                 positions = [self.positions(index, layer, kind) for index in batch]
@@ -107,15 +120,16 @@ class Captured:
                 cut = len(index) // 2 if layer == 3 else len(index)
                 parts = [slice(0, cut), slice(cut, None)]
                 for part in parts if kind == "k" else reversed(parts):
-                    ids = token[part] if self.token_ids else None
-                    yield Rows(layer, kind, Held(vectors[:, part]), index[part], position[part], ids)
+                    if len(index[part]):
+                        ids = token[part] if self.token_ids else None
+                        yield Piece.of(layer, kind, vectors[:, part], index[part], position[part], ids)
 
     def write(self, writer: JournalWriter, done: dict[int, ExampleRecord] | None = None) -> None:
         """The job: every batch that is not done."""
         for batch in self.batches(done or {}):
             if batch:
-                for rows in self.pieces(batch):
-                    writer.put(rows)
+                for piece in self.pieces(batch):
+                    put(writer, piece)
                 writer.complete([self.record(index) for index in batch])
 
     def expected(self, head: HeadSpec) -> dict[str, np.ndarray]:
@@ -134,7 +148,7 @@ class Captured:
 
 def captured_journal(folder: Path, corpus: Captured, segment_bytes: int = 1 << 14) -> Journal:
     """A journal of the whole corpus, read back from the disk."""
-    with Journal(folder).writer(queue_bytes=1 << 20, segment_bytes=segment_bytes) as writer:
+    with JournalWriter(Journal(folder), queue_bytes=1 << 20, segment_bytes=segment_bytes) as writer:
         corpus.write(writer)
     return Journal(folder)
 

@@ -1,0 +1,291 @@
+"""Writes the journal of one shard from a background thread.
+
+The forward reserves a slot of the writer's buffer for the rows of a gather, fills it and commits it. It blocks only
+when the buffer is full. The thread writes committed slots to segments, and then gives their memory back.
+"""
+
+import json
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import astuple, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from qk_sniffer.errors import StoreError
+from qk_sniffer.machine import trim_memory
+from qk_sniffer.store.buffer import Buffer, Region
+from qk_sniffer.store.disk import explained
+from qk_sniffer.store.journal import ExampleRecord, Journal
+from qk_sniffer.store.rows import RUN_COLUMNS, Event, Form, Rows, Slot, block_tensors
+from qk_sniffer.store.segment import write_segment
+
+FLUSH_S = 30.0
+"""The longest time that a finished batch waits for its segment to fill, in seconds."""
+
+
+class JournalWriter:
+    """Continues a journal from a background thread; a context manager. For use from one thread.
+
+    Left by an exception, it still makes the finished batches durable, and drops the unfinished one.
+
+    Attributes:
+        durable_examples, bytes_written: counts of this journal and of this writer, so far.
+        write_s: seconds that the thread spent on segments; `transfer_s`: the part of it spent on copies from a device.
+        wait_s: seconds that `reserve` waited for memory.
+        piece_bytes: the size up to which several rows fit in the buffer at a time. Cut larger ones into parts.
+    """
+
+    def __init__(
+        self, journal: Journal, *, queue_bytes: int, segment_bytes: int, flush_s: float = FLUSH_S, pinned: bool = False
+    ) -> None:
+        """Removes files without use from the journal's folder, and starts the thread. Hold the shard's lock.
+
+        Args:
+            journal: the journal to continue.
+            queue_bytes: the size of the buffer, which holds the rows that are not durable yet.
+            segment_bytes: the approximate size of a segment.
+            flush_s: the longest time that a finished batch waits for its segment to fill, in seconds.
+            pinned: whether the buffer is page-locked, so that a CUDA device copies to it while it computes.
+        """
+        journal.prepare()
+        self._journal = journal
+        self._segment_bytes = segment_bytes
+        self._flush_s = flush_s
+        self._changed = threading.Condition()
+        self._queue: deque[Slot | _End] = deque()
+        try:
+            self._buffer = Buffer(queue_bytes, pinned=pinned)
+        except (MemoryError, RuntimeError) as error:  # the latter is torch's
+            raise StoreError(
+                f"there is no memory for the {queue_bytes >> 20:,} MB between forward and disk: lower "
+                "inference.queue_mb"
+            ) from error
+        self.piece_bytes = queue_bytes // 4
+        self._memory_wanted = False
+        self._closing = False
+        self._error: BaseException | None = None
+        self._batch = journal.next_batch
+        self._batch_index: set[int] = set()
+        self._seen = set(journal.records)
+        self._forms: dict[tuple[int, str], Form] = {}
+        self._since: dict[int, int] = {}  # the thread's: the segment that each open batch starts in
+        self._done: list[_End] = []
+        self.durable_examples = len(journal.records)
+        self.bytes_written = 0
+        self.write_s = 0.0
+        self.transfer_s = 0.0
+        self.wait_s = 0.0
+        self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
+        self._thread.start()
+
+    @contextmanager
+    def reserve(self, rows: Rows) -> Iterator[Slot]:
+        """Reserves memory for the vectors of `rows`, which belong to the open batch; waits while the buffer is full.
+
+        Rows larger than the whole buffer get memory once no other rows have any. A block that ends before `commit`
+        gives the memory back.
+
+        Raises:
+            StoreError: the thread failed.
+            ValueError: the rows are not as `Rows` says, or not like earlier ones of the same (layer, kind).
+        """
+        form, runs = rows.form, rows.runs(self._batch)
+        if (earlier := self._forms.setdefault((rows.layer, rows.kind), form)) != form:
+            raise ValueError(f"rows of layer {rows.layer} {rows.kind} are {form}, earlier ones {earlier}")
+        slot = Slot.of(rows, self._batch, runs, self._take_memory(rows.nbytes))
+        try:
+            yield slot
+        finally:
+            if not slot.committed:
+                with self._changed:
+                    self._drop(slot)
+
+    def commit(self, slot: Slot, event: Event | None) -> None:
+        """Queues a filled slot for the disk. The thread waits for `event`, the end of the copy, before it writes.
+
+        Raises:
+            StoreError: the thread failed.
+        """
+        slot.event = event
+        with self._changed:
+            self._check_open()
+            self._batch_index |= set(slot.runs[:, RUN_COLUMNS.index("index")].tolist())
+            self._queue.append(slot)
+            slot.committed = True
+            self._changed.notify_all()
+
+    def complete(self, records: Sequence[ExampleRecord]) -> None:
+        """Ends the batch. `records` are its examples, including those without rows.
+
+        Raises:
+            StoreError: the thread failed.
+            ValueError: rows were committed of an example that is not in `records`, or one was complete before.
+        """
+        indices = {record.index for record in records}
+        if strangers := self._batch_index - indices:
+            raise ValueError(f"rows of examples {sorted(strangers)} were committed, but the batch does not name them")
+        if again := indices & self._seen:
+            raise ValueError(f"examples {sorted(again)} are complete already")
+        with self._changed:
+            self._check_open()
+            self._queue.append(_End(self._batch, tuple(records), time.monotonic()))
+            self._changed.notify_all()
+        self._seen |= indices
+        self._batch += 1
+        self._batch_index.clear()
+
+    def close(self) -> None:
+        """Waits until all finished batches are durable. Drops the rows of an unfinished batch.
+
+        Raises:
+            StoreError: the thread failed, now or before.
+        """
+        with self._changed:
+            while self._queue and isinstance(slot := self._queue[-1], Slot):
+                self._queue.pop()
+                self._drop(slot)
+            self._closing = True
+            self._changed.notify_all()
+        self._thread.join()
+        for end in self._done:
+            self._journal.batches.add(end.batch)
+            self._journal.records.update((record.index, record) for record in end.records)
+        self._done.clear()
+        self._journal.lost -= self._journal.records.keys()
+        self._journal.next_batch = self._batch + 1
+        self._check()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.close()
+        except StoreError as failure:
+            if error is None:
+                raise
+            if error.__cause__ is not failure.__cause__:
+                error.add_note(str(failure))  # the error that ended the block comes first
+
+    def _take_memory(self, nbytes: int) -> Region:
+        with self._changed:
+            start = time.monotonic()
+            self._check_open()
+            while (region := self._buffer.take(nbytes)) is None:
+                self._memory_wanted = True
+                self._changed.notify_all()
+                self._changed.wait()
+                self._check_open()
+            self.wait_s += time.monotonic() - start
+            return region
+
+    def _drop(self, slot: Slot) -> None:
+        with suppress(Exception):
+            slot.wait()  # until then the copy still writes to the memory
+        self._buffer.give_back(slot.region)
+
+    def _check(self) -> None:
+        if self._error is not None:
+            if isinstance(self._error, StoreError):
+                raise StoreError(str(self._error)) from self._error
+            raise StoreError(f"the journal's writer failed: {self._error!r}") from self._error
+
+    def _check_open(self) -> None:
+        self._check()
+        if self._closing:
+            raise ValueError("the journal's writer is closed")
+
+    def _run(self) -> None:
+        try:
+            while items := self._take():
+                start = time.monotonic()
+                with explained(self._journal.folder, "write the journal"):
+                    path = self._write(items)
+                    written = path.stat().st_size
+                trim_memory()  # once a segment costs nothing
+                with self._changed:
+                    self.write_s += time.monotonic() - start
+                    self.bytes_written += written
+                    for item in items:
+                        if isinstance(item, _End):
+                            self._done.append(item)
+                            self.durable_examples += len(item.records)
+                        else:
+                            self._buffer.give_back(item.region)
+                    self._changed.notify_all()
+        except BaseException as error:
+            with self._changed:
+                self._error = error
+                for item in self._queue:
+                    if isinstance(item, Slot):
+                        with suppress(Exception):
+                            item.wait()
+                self._queue.clear()
+                self._changed.notify_all()
+
+    def _take(self) -> list["Slot | _End"]:
+        """Waits for the items of a segment; returns none once the writer is closed."""
+        with self._changed:
+            while not (self._closing or self._due()):
+                end = self._first_end()
+                self._changed.wait(None if end is None else max(0.0, end.at + self._flush_s - time.monotonic()))
+            self._memory_wanted = False
+            items: list[Slot | _End] = []
+            size = 0
+            while self._queue and (size < self._segment_bytes or isinstance(self._queue[0], _End)):
+                items.append(self._queue.popleft())
+                size += items[-1].nbytes
+            return items
+
+    def _due(self) -> bool:
+        if not self._queue:
+            return False
+        if self._memory_wanted or self._buffer.taken >= self._segment_bytes:
+            return True
+        end = self._first_end()
+        return end is not None and time.monotonic() >= end.at + self._flush_s
+
+    def _first_end(self) -> "_End | None":
+        return next((item for item in self._queue if isinstance(item, _End)), None)
+
+    def _write(self, items: list["Slot | _End"]) -> Path:
+        journal, number = self._journal, self._journal.next_segment
+        slots: dict[tuple[int, str], list[Slot]] = {}
+        ended = []
+        for item in items:
+            since = self._since.setdefault(item.batch, number)
+            if isinstance(item, Slot):
+                start = time.monotonic()
+                item.wait()
+                self.transfer_s += time.monotonic() - start
+                slots.setdefault((item.layer, item.kind), []).append(item)
+            else:
+                records = [astuple(record) for record in item.records]
+                ended.append({"batch": item.batch, "since": since, "records": records})
+                del self._since[item.batch]
+        metadata = {
+            "format": "qk-sniffer-journal/1",
+            "batches": json.dumps([items[0].batch, items[-1].batch]),
+            "ended": json.dumps(ended),
+        }
+        tensors = [tensor for _, group in sorted(slots.items()) for tensor in block_tensors(group)]
+        # The small tensors first: a compaction reads them alone before it reads any rows. The sort is stable.
+        tensors.sort(key=lambda tensor: tensor.name.endswith(".vectors"))
+        path = write_segment(journal.folder, number, tensors, metadata)
+        journal.segments.append(path)
+        journal.next_segment += 1
+        return path
+
+
+@dataclass(frozen=True, eq=False)
+class _End:
+    batch: int
+    records: tuple[ExampleRecord, ...]
+    at: float
+    nbytes = 0

@@ -1,13 +1,13 @@
-"""The configuration: one frozen dataclass a config group, and what is derived from it.
+"""Declares every setting: one frozen dataclass a config group.
 
-The field names are the keys of the command line and of `conf/`; `qk_sniffer.conf` registers this schema
-with Hydra. Checks of the values are in `validation.py`.
+The field names are the keys of the command line and of `conf/`. The metadata of a field holds its help text. It says
+`"changes_rows": False` where another value cannot change a row or a vector of the dataset. `resolved.py` derives values
+from a config; `validation.py` checks one.
 """
 
-import json
-import re
 import secrets
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,149 +21,223 @@ _RUN_ID = secrets.token_hex(3)
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """How text becomes tokens; `name` null means the model's own tokenizer."""
+    """How text becomes tokens."""
 
-    name: str | None = None
-    revision: str | None = None
-    max_length: int = 4096
-    add_special_tokens: bool = True
+    name: str | None = field(default=None, metadata={"help": "tokenizer, a Hub id or a folder; null: the model's own"})
+    revision: str | None = field(
+        default=None, metadata={"help": "branch, tag or commit of the tokenizer; null: the model's, or main"}
+    )
+    max_length: int = field(default=4096, metadata={"help": "tokens of an example that are used; the rest is cut off"})
+    add_special_tokens: bool = field(default=True, metadata={"help": "add the tokenizer's special tokens to each text"})
 
 
 @dataclass(frozen=True)
 class LongContextConfig:
-    """What a long-context study does to this model. Takes effect only where an experiment interpolates it."""
+    """What a long-context study changes about this model. Takes effect only where an experiment interpolates it."""
 
-    max_length: int | None = None
-    min_bucket_size: int | None = None
-    config_overrides: dict[str, Any] = field(default_factory=dict)
+    max_length: int | None = field(
+        default=None, metadata={"help": "model.tokenizer.max_length of a long-context experiment"}
+    )
+    min_bucket_size: int | None = field(
+        default=None, metadata={"help": "sampler.min_bucket_size of a long-context experiment"}
+    )
+    config_overrides: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "model.config_overrides of a long-context experiment"}
+    )
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """A model on the Hub or in a local folder, and how it is loaded."""
 
-    slug: str | None = None
-    name: str | None = None
-    revision: str = "main"
-    dtype: str = "bfloat16"
-    device_map: Any = "auto"
-    attn_implementation: str | None = None
-    trust_remote_code: bool = False
-    allow_pickle: bool = False
-    config_overrides: dict[str, Any] = field(default_factory=dict)
-    gguf_file: str | None = None
-    family: str | None = None
+    slug: str | None = field(
+        default=None, metadata={"help": "name in folders and branches; null: from model.name", "changes_rows": False}
+    )
+    name: str | None = field(
+        default=None, metadata={"help": "org/name on the Hub, or a folder with a checkpoint (with model=hf)"}
+    )
+    revision: str = field(default="main", metadata={"help": "branch, tag or commit of the model"})
+    dtype: str = field(default="bfloat16", metadata={"help": "bfloat16, float16 or float32"})
+    device_map: Any = field(
+        default="auto", metadata={"help": "a device, or how to spread the weights over devices", "changes_rows": False}
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "attention kernel, such as eager or sdpa; null: the choice of transformers"}
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "run code that comes with a checkpoint", "changes_rows": False}
+    )
+    allow_pickle: bool = field(default=False, metadata={"help": "load pickled weights", "changes_rows": False})
+    config_overrides: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "merged into the model's config: +model.config_overrides.rope_parameters.factor=4"},
+    )
+    gguf_file: str | None = field(default=None, metadata={"help": "a GGUF file in the folder or repository"})
+    family: str | None = field(
+        default=None, metadata={"help": "package.module:Class, a family of your own (models/ADDING.md)"}
+    )
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
-    long_context: LongContextConfig = field(default_factory=LongContextConfig)
+    long_context: LongContextConfig = field(default_factory=LongContextConfig, metadata={"changes_rows": False})
 
 
 @dataclass(frozen=True)
 class DatasetConfig:
-    """The texts: a Hub id, a local folder, or a file (parquet, jsonl, csv, txt).
+    """The texts: a Hub id, a local folder, or a file (parquet, jsonl, csv, txt)."""
 
-    `filter` maps columns to values: the rows where all are equal are the dataset, the others are left out.
-    """
-
-    slug: str | None = None
-    path: str | None = None
-    name: str | None = None
-    revision: str | None = None
-    split: str = "train"
-    data_files: Any = None
-    text_column: str = "text"
-    id_column: str | None = None
-    filter: dict[str, Any] = field(default_factory=dict)
-    max_samples: int | None = None
-    streaming: bool = False
+    slug: str | None = field(
+        default=None, metadata={"help": "name in folders and branches; null: from dataset.path", "changes_rows": False}
+    )
+    path: str | None = field(
+        default=None,
+        metadata={"help": "org/name on the Hub, a folder, or a parquet, jsonl, csv or txt file (dataset=hf)"},
+    )
+    name: str | None = field(default=None, metadata={"help": "config of a dataset that has several"})
+    revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of the dataset; null: main"})
+    split: str = field(default="train", metadata={"help": "split of the dataset"})
+    data_files: Any = field(
+        default=None, metadata={"help": "files of the folder or repository to read, such as '*.jsonl'"}
+    )
+    text_column: str = field(default="text", metadata={"help": "column of the text"})
+    id_column: str | None = field(
+        default=None, metadata={"help": "column of the example's id; null: the number of the row"}
+    )
+    filter: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "keep rows with these values: +dataset.filter.length=long"}
+    )
+    # Fewer or more examples, each with the same rows.
+    max_samples: int | None = field(
+        default=None, metadata={"help": "use the first so many rows; null: all", "changes_rows": False}
+    )
+    streaming: bool = field(
+        default=False, metadata={"help": "read the dataset without downloading all of it", "changes_rows": False}
+    )
 
 
 @dataclass(frozen=True)
 class KeySamplerConfig:
-    """The sampler of the keys where it differs from that of the queries; null means the same."""
+    """The sampler of the keys where it differs from that of the queries; None means the same."""
 
-    type: str | None = None
-    base_rate: float | None = None
+    type: str | None = field(
+        default=None, metadata={"help": "another sampler for the keys, such as all; null: as for the queries"}
+    )
+    base_rate: float | None = field(
+        default=None, metadata={"help": "another rate for the keys; null: as for the queries"}
+    )
 
 
 @dataclass(frozen=True)
 class SamplerConfig:
-    """Which token positions are kept (see `sampling.py` for the definition)."""
+    """Which token positions are kept. `capture/sampling.py` holds the definition."""
 
-    type: str = "log_uniform"
-    base_rate: float = 1.0
-    min_bucket_size: int = 128
-    max_rows_per_example: int | None = None
-    seed: int = 0
-    share: str = "layer_kind"
+    type: str = field(default="log_uniform", metadata={"help": "log_uniform, uniform or all (see capture/sampling.py)"})
+    base_rate: float = field(
+        default=1.0, metadata={"help": "rows to expect from each bucket of positions of each example, for each head"}
+    )
+    min_bucket_size: int = field(
+        default=128, metadata={"help": "uniform: positions in a bucket; log_uniform: about those in the lowest"}
+    )
+    max_rows_per_example: int | None = field(
+        default=None, metadata={"help": "most rows of an example in a head; null: no limit"}
+    )
+    seed: int = field(default=0, metadata={"help": "chooses the draw of the positions"})
+    share: str = field(
+        default="layer_kind",
+        metadata={"help": "layer_kind: own positions in each layer and kind; example: the same in all"},
+    )
     keys: KeySamplerConfig = field(default_factory=KeySamplerConfig)
 
 
 @dataclass(frozen=True)
 class HeadSamplingConfig:
-    """A draw of `count` query heads over all eligible layers; null keeps all of them."""
+    """A draw of query heads over all eligible layers."""
 
-    count: int | None = None
-    seed: int = 0
+    count: int | None = field(
+        default=None, metadata={"help": "draw so many query heads from all layers; null: keep all"}
+    )
+    seed: int = field(default=0, metadata={"help": "chooses the draw of the heads"})
 
 
 @dataclass(frozen=True)
 class CaptureConfig:
     """Which vectors are captured: kinds, layers, query heads, and the stage (before or after RoPE)."""
 
-    capture_queries: bool = True
-    capture_keys: bool = True
-    layers: list[int] | None = None
-    heads: list[int] | None = None
+    capture_queries: bool = field(default=True, metadata={"help": "capture the query vectors"})
+    capture_keys: bool = field(default=True, metadata={"help": "capture the key vectors"})
+    layers: list[int] | None = field(default=None, metadata={"help": "layers to capture, such as [0,1,2]; null: all"})
+    heads: list[int] | None = field(
+        default=None, metadata={"help": "query heads to capture in each layer; their key heads follow; null: all"}
+    )
     head_sampling: HeadSamplingConfig = field(default_factory=HeadSamplingConfig)
-    full_attention_only: bool = False
-    capture_pre_rope: bool = False
-    capture_token_strings: bool = False
-    capture_token_ids: bool = False
+    full_attention_only: bool = field(default=False, metadata={"help": "leave out sliding-window layers"})
+    capture_pre_rope: bool = field(
+        default=False, metadata={"help": "capture vectors before the rotary embedding instead of after it"}
+    )
+    capture_token_strings: bool = field(default=False, metadata={"help": "add a column with the token's text"})
+    capture_token_ids: bool = field(default=False, metadata={"help": "add a column with the token's id"})
 
 
 @dataclass(frozen=True)
 class InferenceConfig:
-    """How the forward passes are batched and buffered. None of these changes which rows are kept."""
+    """How the forward passes are batched and buffered. None of these settings changes which rows are kept."""
 
-    batch_size: int | None = None
-    max_batch_tokens: int = 16384
-    lookahead: int = 256
-    banded_attention: bool = True
-    queue_mb: int = 512
-    segment_mb: int = 128
-    debug_logging: bool = False
+    batch_size: int | None = field(default=None, metadata={"help": "most examples of a forward pass; null: no limit"})
+    max_batch_tokens: int = field(
+        default=16384, metadata={"help": "most tokens of a forward pass, padding included; lower it to save memory"}
+    )
+    lookahead: int = field(default=256, metadata={"help": "examples that are tokenized at a time and sorted by length"})
+    banded_attention: bool = field(
+        default=True, metadata={"help": "sliding layers without an n x n mask; the same within rounding"}
+    )
+    queue_mb: int = field(
+        default=512, metadata={"help": "size of the buffer between forward pass and disk", "changes_rows": False}
+    )
+    segment_mb: int = field(
+        default=128, metadata={"help": "about the size of a file of the journal", "changes_rows": False}
+    )
+    debug_logging: bool = field(
+        default=False, metadata={"help": "log where the time of each batch goes", "changes_rows": False}
+    )
 
 
 @dataclass(frozen=True)
 class ShardConfig:
-    """The part of the examples that this job does: those with index % count == `index`."""
+    """The part of the examples that this job captures: those with index % count == `index`."""
 
-    index: int = 0
-    count: int = 1
+    index: int = field(
+        default=0, metadata={"help": "which part of the examples this job captures", "changes_rows": False}
+    )
+    count: int = field(
+        default=1, metadata={"help": "parts that the examples are split into: shard.count=8 'shard.index=range(8)'"}
+    )
 
 
 @dataclass(frozen=True)
 class VerifyConfig:
-    """How many examples are derived again on another path, as proof."""
+    """The proof."""
 
-    examples: int = 1
+    examples: int = field(
+        default=1,
+        metadata={"help": "examples to derive a second time, as proof; 0: none"},
+    )
 
 
 @dataclass(frozen=True)
 class OutputConfig:
-    """Where the dataset goes. Null: the branch is `<model slug>-<dataset slug>`, the data root `outputs/<branch>`."""
+    """Where the dataset goes."""
 
-    data_root: str | None = None
-    hf_repo_id: str | None = None
-    hf_branch: str | None = None
-    private: bool = False
-    overwrite: bool = False
-    resume_from_hub: bool = False
+    data_root: str | None = field(default=None, metadata={"help": "folder of the dataset; null: outputs/<branch>"})
+    hf_repo_id: str | None = field(default=None, metadata={"help": "dataset repository on the Hub to publish to"})
+    hf_branch: str | None = field(default=None, metadata={"help": "its branch; null: <model slug>-<dataset slug>"})
+    private: bool = field(default=False, metadata={"help": "create the repository as a private one"})
+    overwrite: bool = field(default=False, metadata={"help": "replace a dataset that was made with other settings"})
+    resume_from_hub: bool = field(
+        default=False, metadata={"help": "continue from the branch; one of other settings is refused"}
+    )
 
 
 @dataclass(frozen=True)
 class Config:
-    """One job."""
+    """One job, as a command line or a stored record describes it. `resolved.py` derives the rest."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
@@ -171,17 +245,16 @@ class Config:
     capture: CaptureConfig = field(default_factory=CaptureConfig)
     inference: InferenceConfig = field(default_factory=InferenceConfig)
     shard: ShardConfig = field(default_factory=ShardConfig)
-    verify: VerifyConfig = field(default_factory=VerifyConfig)
-    output: OutputConfig = field(default_factory=OutputConfig)
-    dry_run: bool = False
-    snapshot: bool | None = None
-    """Whether the jobs of a sweep run a copy of the code, made when it is submitted; null: those on SLURM do."""
-
-    @property
-    def data_root(self) -> Path:
-        """The folder of the dataset; call on a config that `resolved` returned."""
-        assert self.output.data_root is not None
-        return Path(self.output.data_root)
+    verify: VerifyConfig = field(default_factory=VerifyConfig, metadata={"changes_rows": False})
+    output: OutputConfig = field(default_factory=OutputConfig, metadata={"changes_rows": False})
+    dry_run: bool = field(default=False, metadata={"help": "not available yet", "changes_rows": False})
+    snapshot: bool | None = field(
+        default=None,
+        metadata={
+            "help": "run the jobs of a sweep from a copy of the code; null: on SLURM alone",
+            "changes_rows": False,
+        },
+    )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dicts, as stored in the manifest."""
@@ -202,42 +275,6 @@ def from_dict(values: dict[str, Any]) -> Config:
     return from_omegaconf(node)
 
 
-def resolved(config: Config) -> Config:
-    """`config` with every derived value filled in: slugs, tokenizer, branch and data root; `~` is the home folder."""
-    config = _at_home(config)
-    model_slug = config.model.slug or safe_name(last_part(config.model.name or "model"))
-    if config.model.revision != "main":
-        revision = _short_revision(config.model.revision)
-        if not model_slug.endswith(revision):
-            model_slug = f"{model_slug}-{revision}"
-    dataset_slug = config.dataset.slug or safe_name(last_part(config.dataset.path or "dataset"))
-    branch = config.output.hf_branch or "-".join(
-        [model_slug, dataset_slug]
-        + (["pre-rope"] if config.capture.capture_pre_rope else [])
-        + (["shared"] if config.sampler.share == "example" else [])
-    )
-    tokenizer = config.model.tokenizer
-    if tokenizer.name is None:
-        tokenizer = replace(tokenizer, name=config.model.name, revision=tokenizer.revision or config.model.revision)
-    return replace(
-        config,
-        model=replace(config.model, slug=model_slug, tokenizer=tokenizer),
-        dataset=replace(config.dataset, slug=dataset_slug),
-        output=replace(config.output, hf_branch=branch, data_root=config.output.data_root or f"outputs/{branch}"),
-    )
-
-
-def last_part(name: str) -> str:
-    """The last part of a Hub id or path, a file's suffix left out: `org/name`, `/data/name/`, `data/name.jsonl`."""
-    last = Path(name).name or "root"
-    return re.sub(r"(\.(parquet|jsonl?|csv|txt|gz|bz2|xz|zst))+$", "", last, flags=re.IGNORECASE) or last
-
-
-def safe_name(text: str) -> str:
-    """`text` in the characters that are good in a path and in a git branch."""
-    return re.sub(r"[^a-z0-9._-]+", "-", text.lower()).strip("-.") or "unnamed"
-
-
 def schema() -> DictConfig:
     """The defaults as an OmegaConf node that knows the type of every key; writable."""
     node = OmegaConf.structured(Config)
@@ -246,34 +283,49 @@ def schema() -> DictConfig:
     return node
 
 
-def register() -> None:
-    """Makes known what `conf/` relies on: the schema it starts from, and two resolvers.
+@dataclass(frozen=True)
+class Setting:
+    """One setting, as help texts list it."""
 
-    `${qk_sniffer.asset:name}` is the path of a folder that ships with the package; `${qk_sniffer.run_id:}` tells
-    processes apart that start in the same second, on this machine or another.
+    key: str
+    default: Any
+    help: str
+    changes_rows: bool
+    """Whether another value can change a row or a vector of the dataset."""
+
+
+def settings() -> tuple[Setting, ...]:
+    """Every setting, in the order of the schema."""
+    return tuple(_settings_of(Config, "", True))
+
+
+def _settings_of(section: type, prefix: str, changes_rows: bool) -> Iterator[Setting]:
+    for each in fields(section):
+        key, matters = prefix + each.name, changes_rows and each.metadata.get("changes_rows", True)
+        default = each.default if each.default_factory is MISSING else each.default_factory()
+        if is_dataclass(default):
+            yield from _settings_of(type(default), key + ".", matters)
+        else:
+            yield Setting(key, default, each.metadata["help"], matters)
+
+
+def settings_help() -> str:
+    """The settings for `--help`, one a line."""
+    width = max(len(setting.key) for setting in settings())
+    return "\n".join(f"  {setting.key:<{width}}  {setting.help}" for setting in settings())
+
+
+def register() -> None:
+    """Registers with Hydra the schema that `conf/` starts from, and the resolvers that it uses.
+
+    `${qk_sniffer.asset:name}` is the path of a folder that ships with the package. `${qk_sniffer.run_id:}` differs
+    between processes that start in the same second, on any machine. `${qk_sniffer.settings:}` lists the settings.
     """
     ConfigStore.instance().store(name="qk_sniffer_schema", node=schema())
+    OmegaConf.register_new_resolver("qk_sniffer.settings", settings_help, replace=True)
     OmegaConf.register_new_resolver("qk_sniffer.asset", lambda name: str(ASSETS / name), replace=True)
     # The cached value travels with the config into the jobs of a sweep, which thus agree on its folder.
     OmegaConf.register_new_resolver("qk_sniffer.run_id", lambda: _RUN_ID, use_cache=True, replace=True)
-
-
-def _short_revision(revision: str) -> str:
-    return revision[:12] if re.fullmatch(r"[0-9a-f]{40}", revision) else safe_name(revision)
-
-
-def _at_home(config: Config) -> Config:
-    # A shell expands `~` only at the start of a word, not behind `dataset.path=`.
-    def expanded(path: str | None) -> str | None:
-        return str(Path.home() / path[2:]) if path is not None and (path + "/").startswith("~/") else path
-
-    tokenizer = replace(config.model.tokenizer, name=expanded(config.model.tokenizer.name))
-    return replace(
-        config,
-        model=replace(config.model, name=expanded(config.model.name), tokenizer=tokenizer),
-        dataset=replace(config.dataset, path=expanded(config.dataset.path)),
-        output=replace(config.output, data_root=expanded(config.output.data_root)),
-    )
 
 
 def _unlock(node: DictConfig) -> None:
@@ -283,70 +335,3 @@ def _unlock(node: DictConfig) -> None:
         child = node._get_node(key)
         if isinstance(child, DictConfig) and not child._is_none():
             _unlock(child)
-
-
-def rule(config: SamplerConfig) -> str:
-    """The samplers of queries and keys with their rates, for a person."""
-    queries = _rule(config.type, config.base_rate)
-    keys = _rule(
-        config.keys.type or config.type, config.base_rate if config.keys.base_rate is None else config.keys.base_rate
-    )
-    return queries if keys == queries else f"{queries} (keys: {keys})"
-
-
-def _rule(sampler_type: str, base_rate: float) -> str:
-    return f"`{sampler_type}`" if sampler_type == "all" else f"`{sampler_type}`, base_rate {base_rate:g}"
-
-
-_FREE = {"model.config_overrides", "dataset.data_files", "dataset.filter"}
-"""Keys whose value is a dict of the user's own keys."""
-
-
-_CANNOT_CHANGE_ROWS_OR_VECTORS = {
-    "model.slug",
-    "model.device_map",
-    "model.trust_remote_code",
-    "model.allow_pickle",
-    "model.long_context",
-    "dataset.slug",
-    "dataset.max_samples",  # fewer or more examples, each with the same rows
-    "dataset.streaming",
-    "inference.queue_mb",
-    "inference.segment_mb",
-    "inference.debug_logging",
-    "shard.index",
-    "verify",
-    "output",
-    "dry_run",
-    "snapshot",
-}
-
-
-def fingerprint(config: Config) -> dict[str, Any]:
-    """Every key of a resolved `config` that can change a row or a vector, as `section.key: value`."""
-    keys = {key: value for key, value in _dotted(config.to_dict()).items() if not _ignored(key)}
-    # What was moved is the same: a checkpoint's digest is among the commits, and texts are compared one by one.
-    for key in ("model.name", "model.tokenizer.name", "dataset.path"):
-        keys[key] = public_name(keys[key])
-    plain: dict[str, Any] = json.loads(json.dumps(keys))  # as it comes back from a file
-    return plain
-
-
-def public_name(name: str) -> str:
-    """A Hub id as it is; of a local file or folder its name alone, so that no path of this machine is published."""
-    return Path(name).resolve().name if Path(name).exists() else name
-
-
-def _ignored(key: str) -> bool:
-    return any(key == prefix or key.startswith(prefix + ".") for prefix in _CANNOT_CHANGE_ROWS_OR_VECTORS)
-
-
-def _dotted(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        name = prefix + key
-        if isinstance(value, dict) and name not in _FREE:
-            flat |= _dotted(value, name + ".")
-        else:
-            flat[name] = value
-    return flat

@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 
 def compact_ranges(numbers: Iterable[int]) -> str:
@@ -39,3 +40,8 @@ def closest(name: str, valid: Sequence[str], cutoff: float = 0.7) -> list[str]:
 def did_you_mean(names: Sequence[str]) -> str:
     """`, did you mean a or b?`, or nothing."""
     return f", did you mean {' or '.join(names)}?" if names else ""
+
+
+def expand_home(path: str) -> str:
+    """`path` with a leading `~/` replaced by the home folder: a shell expands it only at the start of a word."""
+    return str(Path.home() / path[2:]) if (path + "/").startswith("~/") else path

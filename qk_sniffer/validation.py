@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from qk_sniffer.capture import sampling
-from qk_sniffer.config import Config, DatasetConfig, ModelConfig, OutputConfig, resolved
+from qk_sniffer.config import Config, DatasetConfig, ModelConfig, OutputConfig
 from qk_sniffer.errors import ConfigError
+from qk_sniffer.resolved import resolve
+from qk_sniffer.text import expand_home
 
 DTYPES = ("bfloat16", "float16", "float32")
 MAX_INT32 = 2**31 - 1
@@ -140,7 +142,7 @@ def _derived(config: Config) -> Iterator[str]:
     given = (config.model.name, config.dataset.path)
     slugs = (config.model.slug, config.dataset.slug)
     if config.output.hf_branch is None and all(given) and not any(slug and list(_slug("", slug)) for slug in slugs):
-        branch = resolved(config).output.hf_branch
+        branch = resolve(config).output.hf_branch
         assert branch is not None
         yield from _branch("output.hf_branch", branch)
 
@@ -223,6 +225,6 @@ def _not_empty(key: str, value: str | None) -> Iterator[str]:
 
 def _exists(path: str) -> bool:
     try:
-        return (Path.home() / path[2:] if (path + "/").startswith("~/") else Path(path)).exists()
+        return Path(expand_home(path)).exists()
     except (OSError, ValueError):  # a name that no file can have
         return False

@@ -16,6 +16,7 @@ PACKAGE = Path(qk_sniffer.__file__).parent
 FLOORS = (
     ("errors", "text", "timing", "machine", "assets"),
     ("config",),
+    ("resolved",),
     ("store",),
     ("hub",),
     ("corpus", "backbone"),

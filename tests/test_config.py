@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from omegaconf import OmegaConf
+from settings_table import table
 from support.configs import choice, composed
 
 from qk_sniffer import conf
@@ -22,10 +23,11 @@ from qk_sniffer.config import (
     SamplerConfig,
     ShardConfig,
     TokenizerConfig,
-    resolved,
     schema,
+    settings,
 )
 from qk_sniffer.errors import ConfigError
+from qk_sniffer.resolved import fingerprint, resolve
 from qk_sniffer.validation import check, problems
 
 CONF = Path(conf.__file__).parent
@@ -121,16 +123,16 @@ def test_a_production_model_alone_and_in_the_study(slug: str) -> None:
     assert (dataset.text_column, dataset.id_column) == ("text", "id")
     for config in (alone, study):
         revision = slug.removeprefix("smollm3-3b-") if name == SMOLLM3 else "main"
-        tokenizer = resolved(config).model.tokenizer
+        tokenizer = resolve(config).model.tokenizer
         assert config.model.revision == revision
         expected = ("HuggingFaceTB/SmolLM3-3B", None) if name == SMOLLM3 else (name, "main")
         assert (tokenizer.name, tokenizer.revision) == expected
-    assert resolved(study).output.hf_branch == f"{slug}-longbench-pro-128k-plus"
-    assert resolved(study).output.data_root == f"outputs/{slug}-longbench-pro-128k-plus"
+    assert resolve(study).output.hf_branch == f"{slug}-longbench-pro-128k-plus"
+    assert resolve(study).output.data_root == f"outputs/{slug}-longbench-pro-128k-plus"
 
 
 def test_the_sample_run() -> None:
-    config = resolved(composed("+experiment=sample"))
+    config = resolve(composed("+experiment=sample"))
     assert (config.model.name, config.model.dtype) == ("HuggingFaceTB/SmolLM2-135M", "float16")
     assert (config.model.tokenizer.max_length, config.sampler.min_bucket_size) == (512, 32)
     assert config.output.hf_repo_id == "viktoroo/test-sniffer-qk"
@@ -150,7 +152,7 @@ def test_a_model_config_override_is_added_to_those_of_the_study() -> None:
 
 
 def test_the_long_rows_of_longbench_v2() -> None:
-    dataset = resolved(composed("dataset=longbench_v2_long")).dataset
+    dataset = resolve(composed("dataset=longbench_v2_long")).dataset
     assert (dataset.path, dataset.split, dataset.slug) == ("zai-org/LongBench-v2", "train", "longbench-v2-long")
     assert (dataset.text_column, dataset.id_column, dataset.filter) == ("context", "_id", {"length": "long"})
 
@@ -174,7 +176,7 @@ GOOD = Config(model=MODEL, dataset=DATASET)
     ],
 )
 def test_branch_and_data_root(config: Config, branch: str) -> None:
-    output = resolved(config).output
+    output = resolve(config).output
     assert (output.hf_branch, output.data_root) == (branch, f"outputs/{branch}")
 
 
@@ -183,8 +185,8 @@ def test_the_home_folder_is_filled_in(monkeypatch: pytest.MonkeyPatch, tmp_path:
     (tmp_path / "texts").mkdir()
     config = replace(GOOD, dataset=DatasetConfig(path="~/texts"), output=OutputConfig(data_root="~/vectors"))
     assert problems(config) == []
-    assert resolved(config).dataset.path == str(tmp_path / "texts")
-    assert resolved(config).data_root == tmp_path / "vectors"
+    assert resolve(config).dataset.path == str(tmp_path / "texts")
+    assert resolve(config).data_root == tmp_path / "vectors"
 
 
 BAD: list[tuple[str, Config]] = [
@@ -294,3 +296,32 @@ def test_all_bad_values_are_named_at_once() -> None:
         "shard.index",
     ]
     assert "7 problems" in str(caught.value)
+
+
+def test_the_readme_has_the_table_of_settings() -> None:
+    assert table() in (Path(__file__).parents[1] / "README.md").read_text()
+
+
+def test_every_setting_of_the_schema_has_a_help_text() -> None:
+    def keys(node: Any, prefix: str = "") -> set[str]:
+        return {
+            key
+            for name, value in node.items()
+            for key in (keys(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {prefix + name})
+        }
+
+    assert {setting.key for setting in settings()} == keys(OmegaConf.to_container(schema()))
+    assert all(setting.help for setting in settings())
+
+
+def test_the_fingerprint_leaves_out_only_what_cannot_change_a_row_or_a_vector() -> None:
+    left_out = {setting.key for setting in settings()} - fingerprint(resolve(GOOD)).keys()
+    assert left_out == {
+        *("model.slug", "model.device_map", "model.trust_remote_code", "model.allow_pickle"),
+        *(f"model.long_context.{name}" for name in ("max_length", "min_bucket_size", "config_overrides")),
+        *("dataset.slug", "dataset.max_samples", "dataset.streaming"),
+        *("inference.queue_mb", "inference.segment_mb", "inference.debug_logging"),
+        *("shard.index", "verify.examples", "dry_run", "snapshot"),
+        *(f"output.{name}" for name in ("data_root", "hf_repo_id", "hf_branch", "private", "overwrite")),
+        "output.resume_from_hub",
+    }

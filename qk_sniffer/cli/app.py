@@ -20,10 +20,11 @@ from omegaconf import DictConfig, OmegaConf
 from qk_sniffer.cli import preflight, renamed_keys
 from qk_sniffer.cli.environment import read_environment
 from qk_sniffer.cli.launching import Launch
-from qk_sniffer.config import from_omegaconf, register, resolved
+from qk_sniffer.config import from_omegaconf, register
 from qk_sniffer.errors import ConfigError, QkSnifferError
 from qk_sniffer.jobs import sweep
 from qk_sniffer.jobs.signals import WARNING, Stopped, Stopping
+from qk_sniffer.resolved import resolve
 
 log = logging.getLogger(__name__)
 
@@ -54,8 +55,8 @@ def task(node: DictConfig) -> str:
     if hydra_config.mode == RunMode.MULTIRUN:
         # Composed anew here, from files that may have changed while the job was waiting.
         config = sweep.submitted(Path(hydra_config.sweep.dir), number)
-    config = config or from_omegaconf(node)
-    status = sweep.Status.here(number, resolved(config))
+    config = config or resolve(from_omegaconf(node))
+    status = sweep.Status.here(number, config)
     with sweep.recorded(status, folder):
         try:
             with Stopping():

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from qk_sniffer.config import Config, ShardConfig
+from qk_sniffer.config import ShardConfig
 from qk_sniffer.jobs.sweep import PlannedJob
+from qk_sniffer.resolved import ResolvedConfig
 
 
 def collisions(jobs: Sequence[PlannedJob]) -> list[str]:
@@ -41,7 +42,7 @@ def _first_clash(jobs: Sequence[PlannedJob]) -> tuple[PlannedJob, PlannedJob] | 
     return None
 
 
-def _unsharded(config: Config) -> Config:
+def _unsharded(config: ResolvedConfig) -> ResolvedConfig:
     return replace(config, shard=ShardConfig(0, config.shard.count))
 
 

@@ -31,9 +31,10 @@ from qk_sniffer import validation
 from qk_sniffer.cli import overrides
 from qk_sniffer.cli.collisions import collisions
 from qk_sniffer.cli.launching import is_on_slurm, is_plain_sweep
-from qk_sniffer.config import Config, from_omegaconf, resolved, schema
+from qk_sniffer.config import from_omegaconf, schema
 from qk_sniffer.errors import ConfigError
 from qk_sniffer.jobs.sweep import PlannedJob, describe
+from qk_sniffer.resolved import ResolvedConfig, resolve
 
 VERSION_BASE = "1.3"
 CONFIG_MODULE = "qk_sniffer.conf"
@@ -197,7 +198,7 @@ class _Composer:
         problems = [f"hydra.sweeper.params: {problem}" for problem in checked.problems]
         return problems, [[*of_hydra, *combination] for combination in combinations]
 
-    def _config(self, arguments: list[str], *, sweep: bool) -> tuple[Config | None, list[str]]:
+    def _config(self, arguments: list[str], *, sweep: bool) -> tuple[ResolvedConfig | None, list[str]]:
         """The resolved config of one job, or else what is wrong with it."""
         try:
             node = self._compose(arguments)
@@ -212,8 +213,9 @@ class _Composer:
             config = from_omegaconf(node)
         except OmegaConfBaseException as error:
             return None, [*problems, explain(error)]
-        problems += [*validation.problems(config), *_hydra_folder(folder, resolved(config))]
-        return (None if problems else resolved(config)), problems
+        resolved = resolve(config)
+        problems += [*validation.problems(config), *_hydra_folder(folder, resolved)]
+        return (None if problems else resolved), problems
 
     def _values_alone(self, arguments: Sequence[str]) -> list[str]:
         """What is wrong with the given values where the groups that they belong to cannot be composed."""
@@ -313,13 +315,13 @@ def _launcher(name: str, config: DictConfig, *, sweep: bool) -> Iterator[str]:
         yield f"hydra/launcher={name}: this machine has no commands of SLURM (srun); start from a login node"
 
 
-def _hydra_folder(folder: str, config: Config) -> Iterator[str]:
+def _hydra_folder(folder: str, config: ResolvedConfig) -> Iterator[str]:
     path = Path(folder).absolute()
     there = next(parent for parent in (path, *path.parents) if parent.exists())
     if not (there.is_dir() and os.access(there, os.W_OK)):
         yield f"Hydra's own folder for this run, {folder}, cannot be made: {there} is no folder that can be written to"
-    root = config.output.data_root
-    if root and path.resolve().is_relative_to(Path(root).resolve()):
+    root = str(config.data_root)
+    if path.resolve().is_relative_to(Path(root).resolve()):
         yield (
             f"output.data_root is {root!r}, in which Hydra keeps its own folders ({folder}); "
             "give the dataset a folder of its own, such as outputs/mine"

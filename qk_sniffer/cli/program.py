@@ -14,7 +14,7 @@ from types import NoneType
 from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_type_hints
 
 from qk_sniffer.errors import ConfigError, QkSnifferError
-from qk_sniffer.text import closest, did_you_mean
+from qk_sniffer.text import closest, did_you_mean, expand_home
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -84,8 +84,7 @@ def parse(arguments: Sequence[str], kind: type[Settings]) -> Settings:
 def _path(text: str) -> Path:
     if not text:
         raise ValueError
-    # A shell expands `~` only at the start of a word, not behind `data_root=`.
-    return Path.home() / text[2:] if text.startswith("~/") else Path(text)
+    return Path(expand_home(text))
 
 
 _TYPES: dict[Any, tuple[Callable[[str], Any], str]] = {

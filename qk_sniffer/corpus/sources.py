@@ -77,7 +77,7 @@ def open_source(config: DatasetConfig, commit: str | None = None) -> Source:
     path = config.path
     if not path:
         raise SourceError("dataset.path is not set.")
-    local = Path(path).expanduser()
+    local = Path(path)
     with _quiet():
         if path == PYDOC:
             return _pydoc(config)

@@ -65,7 +65,7 @@ def load_tokenizer(config: ModelConfig, commit: str | None = None) -> "TextToken
     options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
     if own and config.gguf_file is not None:
         options["gguf_file"] = config.gguf_file
-    local = Path(name).expanduser()
+    local = Path(name)
     if not local.exists():
         if not is_hub_id(name):
             raise SourceError(f"tokenizer {name}: there is no such folder (looked for {local.absolute()}).")

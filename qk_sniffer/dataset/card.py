@@ -12,9 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from qk_sniffer.capture.sampling import Sampler
-from qk_sniffer.config import rule, safe_name
 from qk_sniffer.dataset.card_facts import CardFacts, CardHead, Place
 from qk_sniffer.dataset.card_snippets import loading
+from qk_sniffer.resolved import rule, safe_name
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.layout import EXAMPLES, KINDS, Layout, head_name, schema
 from qk_sniffer.text import compact_ranges

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from qk_sniffer.capture.sampling import Sampler
-from qk_sniffer.config import Config, fingerprint, from_dict
+from qk_sniffer.config import Config, from_dict
 from qk_sniffer.dataset.heads import head_specs
 from qk_sniffer.dataset.verify_report import ANEW, Problem
 from qk_sniffer.dataset.verify_rows import Head
 from qk_sniffer.errors import StoreError
+from qk_sniffer.resolved import fingerprint, resolve
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.journal import Journal
 from qk_sniffer.store.layout import Layout, schema
@@ -112,7 +113,7 @@ class ManifestFacts:
             rows_by_bucket=_by_bucket(manifest["rows_by_bucket"], int),
             nonfinite_rows=None if nonfinite is None else {name: int(rows) for name, rows in nonfinite.items()},
             inclusion=_by_bucket(manifest["inclusion"], float),
-            fingerprints=(fingerprint(config), dict(manifest["fingerprint"])),
+            fingerprints=(fingerprint(resolve(config)), dict(manifest["fingerprint"])),
             proven=proof["proven"],
             proof=_in_words(proof),
         )

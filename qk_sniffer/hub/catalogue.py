@@ -11,11 +11,12 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qk_sniffer.config import from_dict, rule
+from qk_sniffer.config import from_dict
 from qk_sniffer.errors import HubError
 from qk_sniffer.hub.branch import branch_url
 from qk_sniffer.hub.client import REPO_TYPE, with_retries
 from qk_sniffer.hub.revisions import hub_commit_of
+from qk_sniffer.resolved import rule
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.layout import CARD, FORMAT, MANIFEST
 

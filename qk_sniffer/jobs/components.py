@@ -7,10 +7,10 @@ from qk_sniffer.backbone.backbone import Backbone
 from qk_sniffer.backbone.layers import LayerFacts
 from qk_sniffer.backbone.loading import check_model, load_backbone
 from qk_sniffer.capture.selection import Selection, select
-from qk_sniffer.config import Config
 from qk_sniffer.corpus.tokenizer import TextTokenizer, load_tokenizer
 from qk_sniffer.errors import ConfigError
 from qk_sniffer.hub.revisions import hub_commit_of
+from qk_sniffer.resolved import ResolvedConfig
 from qk_sniffer.timing import Stages
 
 log = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ class Components:
 class LazyComponents:
     """Loads tokenizer and model when they are first asked for, which may be never."""
 
-    def __init__(self, config: Config, commits: dict[str, str | None], stages: Stages) -> None:
+    def __init__(self, config: ResolvedConfig, commits: dict[str, str | None], stages: Stages) -> None:
         self._config, self._commits, self._stages = config, commits, stages
         self._parts: Components | None = None
 
@@ -46,7 +46,7 @@ class LazyComponents:
         return self._parts
 
 
-def _load(config: Config, commits: dict[str, str | None]) -> Components:
+def _load(config: ResolvedConfig, commits: dict[str, str | None]) -> Components:
     check_model(config.model, commit=commits["model"])
     tokenizer = load_tokenizer(config.model, hub_commit_of(commits["tokenizer"]))
     backbone = load_backbone(

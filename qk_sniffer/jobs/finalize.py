@@ -4,13 +4,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qk_sniffer.config import Config, VerifyConfig, from_dict, resolved
+from qk_sniffer.config import Config, VerifyConfig, from_dict
 from qk_sniffer.corpus.examples import open_corpus
 from qk_sniffer.errors import ConfigError
 from qk_sniffer.hub.client import require_access
 from qk_sniffer.jobs.assemble import finish_publication
 from qk_sniffer.jobs.components import LazyComponents
 from qk_sniffer.jobs.finish import finish, report_and_publish
+from qk_sniffer.resolved import ResolvedConfig, resolve, with_output
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.files import Folder
 from qk_sniffer.store.journal import Journal
@@ -54,15 +55,15 @@ def finalize(
     return 1 if done is None and read_record(layout) is not None else 0
 
 
-def _published(config: Config, hf_repo_id: str | None, hf_branch: str | None) -> Config:
+def _published(config: Config, hf_repo_id: str | None, hf_branch: str | None) -> ResolvedConfig:
     """`config` with the place on the Hub that is given, if one is."""
     if hf_repo_id is None:
-        return config
+        return resolve(config)
     output = replace(config.output, hf_repo_id=hf_repo_id, hf_branch=hf_branch)
     if problems := list(output_problems(output)):
         raise ConfigError(problems)
     require_access(hf_repo_id)
-    return resolved(replace(config, output=output))
+    return with_output(config, output)
 
 
 def missing_shards(layout: Layout, record: dict[str, Any]) -> list[str]:

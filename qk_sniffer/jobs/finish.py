@@ -10,7 +10,6 @@ from itertools import islice
 from typing import Any
 
 from qk_sniffer.capture.proof import examples_with_rows, prove
-from qk_sniffer.config import Config
 from qk_sniffer.corpus.batches import check_unchanged
 from qk_sniffer.corpus.examples import Corpus
 from qk_sniffer.dataset.card import branch_card
@@ -23,6 +22,7 @@ from qk_sniffer.hub.publish import publish
 from qk_sniffer.jobs import hub_resume
 from qk_sniffer.jobs.assemble import assemble
 from qk_sniffer.jobs.components import LazyComponents
+from qk_sniffer.resolved import ResolvedConfig
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.compact import HeadSpec
 from qk_sniffer.store.files import Files, Folder
@@ -40,7 +40,7 @@ class Outcome:
 
 
 def finish(
-    config: Config, layout: Layout, corpus: Callable[[], Corpus], parts: LazyComponents, stages: Stages
+    config: ResolvedConfig, layout: Layout, corpus: Callable[[], Corpus], parts: LazyComponents, stages: Stages
 ) -> Outcome | None:
     """Makes the dataset; None where shards are not done yet, or another process makes it (see `assemble`).
 
@@ -56,7 +56,7 @@ def finish(
     return report_and_publish(config, layout, f"Time: {describe(stages.seconds)}", Folder(layout.root))
 
 
-def report_and_publish(config: Config, layout: Layout, note: str, files: Files) -> Outcome:
+def report_and_publish(config: ResolvedConfig, layout: Layout, note: str, files: Files) -> Outcome:
     """Shows the finished dataset in `files`, with `note`, and brings it to its branch, where one is asked for.
 
     Raises:
@@ -96,7 +96,7 @@ def report_and_publish(config: Config, layout: Layout, note: str, files: Files) 
 
 
 def _prove(
-    config: Config,
+    config: ResolvedConfig,
     corpus: Callable[[], Corpus],
     parts: LazyComponents,
     staging: Layout,

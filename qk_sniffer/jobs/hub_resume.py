@@ -12,10 +12,10 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from qk_sniffer.config import Config, fingerprint
 from qk_sniffer.errors import StoreError
 from qk_sniffer.hub.branch import Branch, find
 from qk_sniffer.jobs.identity import Job
+from qk_sniffer.resolved import ResolvedConfig, fingerprint
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.disk import explained, sha256_of, write_atomic
 from qk_sniffer.store.layout import EXAMPLES, MANIFEST, Layout
@@ -23,7 +23,7 @@ from qk_sniffer.store.layout import EXAMPLES, MANIFEST, Layout
 log = logging.getLogger(__name__)
 
 
-def branch_ahead(config: Config, layout: Layout, here: Mapping[str, Any] | None) -> Branch | None:
+def branch_ahead(config: ResolvedConfig, layout: Layout, here: Mapping[str, Any] | None) -> Branch | None:
     """The branch that the job publishes to, where its dataset has more rows of the source than `here`.
 
     `here` is the manifest of a finished dataset in the data root, if there is one.

@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qk_sniffer.config import Config, fingerprint
 from qk_sniffer.errors import StoreError
 from qk_sniffer.hub.revisions import current_commit, folder_digest
+from qk_sniffer.resolved import ResolvedConfig, fingerprint
 
 LIBRARIES = ("torch", "transformers")
 """Another version of these may compute other vectors."""
@@ -29,7 +29,7 @@ class Job:
     versions: dict[str, str]
 
     @classmethod
-    def of(cls, config: Config, commits: dict[str, str | None]) -> "Job":
+    def of(cls, config: ResolvedConfig, commits: dict[str, str | None]) -> "Job":
         """The job that a resolved `config` asks for, with the software that is installed."""
         versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
         return cls(fingerprint(config), commits, versions)
@@ -74,7 +74,7 @@ class Job:
             )
 
 
-def resolve_commits(config: Config, earlier: Job | None) -> dict[str, str | None]:
+def resolve_commits(config: ResolvedConfig, earlier: Job | None) -> dict[str, str | None]:
     """The commits of model and tokenizer: those of an earlier start, else where their revisions stand now.
 
     A local checkpoint has no commit: the digest of its files takes its place, and is taken anew at every start.

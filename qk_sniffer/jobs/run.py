@@ -11,7 +11,7 @@ from typing import Any
 
 from qk_sniffer.capture.capture import BatchPlan, Capture
 from qk_sniffer.capture.sampling import Sampler
-from qk_sniffer.config import Config, resolved
+from qk_sniffer.config import Config
 from qk_sniffer.corpus.batches import open_windows
 from qk_sniffer.errors import SourceError
 from qk_sniffer.hub.client import require_access
@@ -25,6 +25,7 @@ from qk_sniffer.jobs.progress import Progress
 from qk_sniffer.jobs.signals import Stopped, Stopping
 from qk_sniffer.jobs.start import Start, find_existing_work, register_job, source_rows
 from qk_sniffer.machine import return_memory, trim_memory
+from qk_sniffer.resolved import ResolvedConfig, resolve
 from qk_sniffer.store.disk import ensure_space, required_bytes
 from qk_sniffer.store.journal import ExampleRecord, Journal
 from qk_sniffer.store.journal_writer import JournalWriter
@@ -44,22 +45,22 @@ def run_job(config: Config) -> Outcome:
         Stopped: by a signal (see `stopping.py`); what was complete is kept.
     """
     check(config)
-    config = resolved(config)
-    if config.output.hf_repo_id:
-        require_access(config.output.hf_repo_id, private=config.output.private)  # now, not after hours of capture
-    existed = config.data_root.exists()
-    layout = prepare_data_root(config.data_root)
+    job = resolve(config)
+    if job.output.hf_repo_id:
+        require_access(job.output.hf_repo_id, private=job.output.private)  # now, not after hours of capture
+    existed = job.data_root.exists()
+    layout = prepare_data_root(job.data_root)
     return_memory()
     try:
         with Stopping() as stopping:
-            return _run(config, layout, Stages(), stopping)
+            return _run(job, layout, Stages(), stopping)
     finally:
         if not existed:
             with suppress(OSError):
                 layout.root.rmdir()  # a job that failed before it wrote anything leaves nothing
 
 
-def _run(config: Config, layout: Layout, stages: Stages, stopping: Stopping) -> Outcome:
+def _run(config: ResolvedConfig, layout: Layout, stages: Stages, stopping: Stopping) -> Outcome:
     shard = config.shard
     own_lock = layout.shard_lock(shard.index, shard.count)
     with hold(own_lock, f"capturing shard {shard.index} of {shard.count}", wait_s=restart_patience_s()):
@@ -80,7 +81,7 @@ def _run(config: Config, layout: Layout, stages: Stages, stopping: Stopping) -> 
         return finish(config, layout, lambda: start.corpus, parts, stages) or Outcome()
 
 
-def _record(config: Config, start: Start, parts: Components) -> dict[str, Any]:
+def _record(config: ResolvedConfig, start: Start, parts: Components) -> dict[str, Any]:
     """All that is needed to make the dataset from the journals, and what the manifest tells of the model."""
     layers = []
     for layer in parts.layers:
@@ -107,7 +108,7 @@ def _record(config: Config, start: Start, parts: Components) -> dict[str, Any]:
 
 
 def _capture_examples(
-    config: Config, layout: Layout, start: Start, parts: Components, stages: Stages, stopping: Stopping
+    config: ResolvedConfig, layout: Layout, start: Start, parts: Components, stages: Stages, stopping: Stopping
 ) -> None:
     """Brings every example of this shard that is not in the finished dataset into its journal."""
     shard, inference, corpus = config.shard, config.inference, start.corpus
@@ -198,7 +199,7 @@ def _by_stage(now: dict[str, float], before: dict[str, float]) -> str:
 
 
 def _check_space(
-    config: Config,
+    config: ResolvedConfig,
     layout: Layout,
     start: Start,
     parts: Components,

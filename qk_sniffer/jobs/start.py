@@ -9,13 +9,13 @@ from typing import Any, Literal
 
 import pyarrow.parquet as pq
 
-from qk_sniffer.config import Config, fingerprint
 from qk_sniffer.corpus.examples import Corpus, open_corpus
 from qk_sniffer.corpus.tokenizer import text_hash
 from qk_sniffer.errors import HubError, SourceError, StoreError
 from qk_sniffer.hub.branch import Branch
 from qk_sniffer.jobs.hub_resume import branch_ahead
 from qk_sniffer.jobs.identity import Job, resolve_commits
+from qk_sniffer.resolved import ResolvedConfig, fingerprint
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.files import Files, Folder
 from qk_sniffer.store.layout import EXAMPLES, Layout, discard_work
@@ -47,7 +47,7 @@ class Start:
         return 0 if self.base is None else int(self.base.record["source_rows"])
 
 
-def find_existing_work(config: Config, layout: Layout, *, is_mine: bool = False) -> Start:
+def find_existing_work(config: ResolvedConfig, layout: Layout, *, is_mine: bool = False) -> Start:
     """Finds out what the job of `config` is, and whether it continues what is in `layout`. Changes nothing.
 
     An unfinished job of the same configuration is continued even with `output.overwrite`: a requeued job, or one
@@ -138,12 +138,12 @@ def _on_hub(files: Files) -> dict[str, str] | None:
     return asdict(files) if isinstance(files, Branch) else None
 
 
-def source_rows(config: Config, corpus: Corpus) -> int | None:
+def source_rows(config: ResolvedConfig, corpus: Corpus) -> int | None:
     """How many rows of the source the job is over, as far as that is known before they are read."""
     return config.dataset.max_samples if corpus.num_rows is None else corpus.num_rows
 
 
-def _anew(config: Config, files: Files) -> Start:
+def _anew(config: ResolvedConfig, files: Files) -> Start:
     corpus = open_corpus(config.dataset)
     job = Job.of(config, resolve_commits(config, None) | {"dataset": corpus.commit})
     return Start(job, corpus, "nothing", files)
@@ -163,7 +163,7 @@ def _check_same(job: Job, rows: int | None, record: Mapping[str, Any], root: Pat
         )
 
 
-def _rows_are_added(files: Files, manifest: Mapping[str, Any], config: Config, corpus: Corpus) -> bool:
+def _rows_are_added(files: Files, manifest: Mapping[str, Any], config: ResolvedConfig, corpus: Corpus) -> bool:
     """Whether the source has more rows for a finished dataset than it was made from.
 
     Raises:

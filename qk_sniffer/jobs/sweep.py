@@ -19,7 +19,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from qk_sniffer.config import Config, from_dict
+from qk_sniffer.config import from_dict
+from qk_sniffer.resolved import ResolvedConfig, resolve
 from qk_sniffer.store.disk import write_atomic
 from qk_sniffer.store.locks import hold, is_held, restart_patience_s
 from qk_sniffer.text import aligned
@@ -35,11 +36,11 @@ GOOD = (DONE, PUBLISHED)
 
 @dataclass(frozen=True)
 class PlannedJob:
-    """One job as it would run. `config` is resolved; `arguments` are those that set it apart in its sweep."""
+    """One job as it would run. `arguments` are those that differ between the jobs of its sweep."""
 
     number: int
     arguments: tuple[str, ...]
-    config: Config
+    config: ResolvedConfig
 
     def __str__(self) -> str:
         return describe(self.number, self.arguments)
@@ -75,14 +76,14 @@ class Status:
     restarts: int = 0
 
     @classmethod
-    def of(cls, number: int, config: Config, *, state: str) -> "Status":
-        """The status of the job of a resolved `config`."""
+    def of(cls, number: int, config: ResolvedConfig, *, state: str) -> "Status":
+        """The status of the job of `config`."""
         root = str(config.data_root.absolute())
         shard = config.shard
         return cls(number, root, config.model.slug or "", shard.index, shard.count, state)
 
     @classmethod
-    def here(cls, number: int, config: Config) -> "Status":
+    def here(cls, number: int, config: ResolvedConfig) -> "Status":
         """The status of a job that begins in this process."""
         status = cls.of(number, config, state=RUNNING)
         status.host = socket.gethostname()
@@ -170,11 +171,11 @@ def announced(folder: Path, jobs: Sequence[PlannedJob], *, outlive: bool) -> Ite
         _write(file, facts | {"ended": True})
 
 
-def submitted(folder: Path, number: int) -> Config | None:
+def submitted(folder: Path, number: int) -> ResolvedConfig | None:
     """The config with which a job of the sweep in `folder` was submitted; None where none was announced."""
     for job in _announced(folder).get("jobs", ()):
         if job["status"]["number"] == number:
-            return from_dict(job["config"])
+            return resolve(from_dict(job["config"]))
     return None
 
 

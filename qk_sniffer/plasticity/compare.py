@@ -24,7 +24,7 @@ from qk_sniffer.plasticity.config import INSTALL
 from qk_sniffer.plasticity.figures import BLUE, GREY, PAGE_IN, PLASTICITY, Float64, by_head_and_bucket, figure, save
 from qk_sniffer.plasticity.results import Results
 from qk_sniffer.store.disk import explained, make_folder
-from qk_sniffer.text import counted
+from qk_sniffer.text import counted, expand_home
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -84,7 +84,7 @@ def compare(settings: Settings) -> int:
         ConfigError: the settings are wrong.
         StoreError: a run has no results; the figure cannot be written.
     """
-    folders = [Path(name).expanduser() for name in settings.runs.split(",") if name]
+    folders = [Path(expand_home(name)) for name in settings.runs.split(",") if name]
     problems = []
     if not folders:
         problems.append("runs is empty; it is folders of results, with commas between them")

@@ -9,8 +9,9 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from qk_sniffer.config import last_part, safe_name
 from qk_sniffer.hub.revisions import is_hub_id
+from qk_sniffer.resolved import last_part, safe_name
+from qk_sniffer.text import expand_home
 
 MAX_PAIRS = 1_000_000
 
@@ -61,9 +62,9 @@ def problems(config: PlasticityConfig) -> list[str]:
 def resolved(config: PlasticityConfig) -> PlasticityConfig:
     """`config` with its `output_dir` filled in; `~` is the home folder."""
     assert config.data_root is not None
-    data_root = _at_home(config.data_root)
+    data_root = expand_home(config.data_root)
     if config.output_dir is not None:
-        return replace(config, data_root=data_root, output_dir=_at_home(config.output_dir))
+        return replace(config, data_root=data_root, output_dir=expand_home(config.output_dir))
     if Path(data_root).is_dir() or not is_hub_id(data_root):
         # Of its name and not of its last part, which "." or ".." has none of.
         beside = str(Path(data_root).resolve()) if Path(data_root).name in ("", "..") else data_root.rstrip("/")
@@ -99,7 +100,7 @@ def _source(config: PlasticityConfig) -> Iterator[str]:
     if not config.data_root:
         yield "data_root is not given; it is the folder of a dataset, or a dataset repository of the Hub: me/my"
         return
-    root = Path(_at_home(config.data_root))
+    root = Path(expand_home(config.data_root))
     if root.is_dir():
         if config.revision is not None:
             yield f"revision is {config.revision!r}, but {root} is a folder, which has none; leave it out"
@@ -112,7 +113,7 @@ def _source(config: PlasticityConfig) -> Iterator[str]:
     elif (
         config.output_dir is not None
         and root.is_dir()
-        and Path(_at_home(config.output_dir)).resolve().is_relative_to(root.resolve())
+        and Path(expand_home(config.output_dir)).resolve().is_relative_to(root.resolve())
     ):
         yield f"output_dir is {config.output_dir!r}, in the dataset itself; give the results a folder of their own"
 
@@ -137,11 +138,6 @@ def _estimator(estimator: EstimatorConfig) -> Iterator[str]:
             yield f"estimator.alpha is {estimator.alpha}; it must be above 0 and below 1"
     elif estimator.alpha is not None:
         yield "estimator.alpha belongs to estimator=full_covariance; leave it out, or choose that"
-
-
-def _at_home(path: str) -> str:
-    # A shell expands `~` only at the start of a word, not behind `data_root=`.
-    return str(Path.home() / path[2:]) if path.startswith("~/") else path
 
 
 INSTALL = "pip install 'qk-sniffer[analysis]'"

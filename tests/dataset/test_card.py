@@ -23,10 +23,10 @@ from qk_sniffer.config import (
     ModelConfig,
     OutputConfig,
     SamplerConfig,
-    resolved,
 )
 from qk_sniffer.dataset.card import FRONT_MATTER_BYTES, write_card
 from qk_sniffer.dataset.card_facts import CardFacts, CardHead, Place
+from qk_sniffer.resolved import resolve
 from qk_sniffer.store.layout import Layout, examples_schema, head_name, schema
 
 ROWS = 5
@@ -38,7 +38,7 @@ def card_head(layer: int, kind: str, head: int, **changes: Any) -> CardHead:
 
 HEADS = [card_head(2, "q", 0), card_head(2, "q", 3), card_head(2, "k", 1), card_head(11, "q", 7), card_head(11, "k", 0)]
 PLACE = Place("me/vectors", "some-model-some-texts")
-CONFIG = resolved(
+CONFIG = resolve(
     Config(
         model=ModelConfig(name="some-org/some-model"),
         dataset=DatasetConfig(path="some-org/some-texts", split="test"),
@@ -337,7 +337,7 @@ def test_the_text_is_fixed_by_the_facts_and_has_no_local_path() -> None:
         model=ModelConfig(name="/private/models/my-model"),
         dataset=DatasetConfig(path="/private/texts/a|b.jsonl"),
     )
-    local = replace(FACTS, config=resolved(config), model_commit=None, tokenizer_commit=None, dataset_commit=None)
+    local = replace(FACTS, config=resolve(config), model_commit=None, tokenizer_commit=None, dataset_commit=None)
     for facts in (FACTS, local):
         text = write_card(facts)
         assert "private" not in text

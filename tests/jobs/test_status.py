@@ -13,18 +13,19 @@ from support.jobs import Stopped, run
 
 from qk_sniffer import status
 from qk_sniffer.cli import program
-from qk_sniffer.config import Config, ShardConfig, from_dict, resolved
+from qk_sniffer.config import Config, ShardConfig, from_dict
 from qk_sniffer.errors import ConfigError, StoreError
 from qk_sniffer.jobs import sweep
 from qk_sniffer.jobs.status import look, table
 from qk_sniffer.jobs.sweep import PlannedJob, Status, announced, recorded
+from qk_sniffer.resolved import resolve
 from qk_sniffer.status import Settings, show
 from qk_sniffer.store.layout import Layout
 from qk_sniffer.store.locks import hold
 
 
 def planned(*roots: Path) -> list[PlannedJob]:
-    configs = (resolved(from_dict({"model": {"name": "org/m"}, "output": {"data_root": str(root)}})) for root in roots)
+    configs = (resolve(from_dict({"model": {"name": "org/m"}, "output": {"data_root": str(root)}})) for root in roots)
     return [PlannedJob(number, (), config) for number, config in enumerate(configs)]
 
 
@@ -66,9 +67,10 @@ def test_a_job_that_dies_has_failed(tmp_path: Path) -> None:
     code = f"""
 import os
 from pathlib import Path
-from qk_sniffer.config import from_dict, resolved
+from qk_sniffer.config import from_dict
+from qk_sniffer.resolved import resolve
 from qk_sniffer.jobs.sweep import Status, recorded
-config = resolved(from_dict({{"model": {{"name": "org/m"}}, "output": {{"data_root": {str(tmp_path / "a")!r}}}}}))
+config = resolve(from_dict({{"model": {{"name": "org/m"}}, "output": {{"data_root": {str(tmp_path / "a")!r}}}}}))
 with recorded(Status.here(0, config), Path({str(tmp_path)!r})):
     os.kill(os.getpid(), 9)
 """

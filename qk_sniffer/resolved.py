@@ -1,0 +1,121 @@
+"""Derives what follows from a config: slugs, tokenizer, branch, data root, the fingerprint, and names to publish."""
+
+import json
+import re
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from qk_sniffer.config import Config, OutputConfig, SamplerConfig, settings
+from qk_sniffer.text import expand_home
+
+
+@dataclass(frozen=True)
+class ResolvedConfig(Config):
+    """A config with every derived value filled in. Only `resolve` makes one from a config."""
+
+    @property
+    def data_root(self) -> Path:
+        """The folder of the dataset."""
+        assert self.output.data_root is not None
+        return Path(self.output.data_root)
+
+
+def resolve(config: Config) -> ResolvedConfig:
+    """Fills in slugs, tokenizer, branch and data root, and expands `~`. Returns a resolved `config` unchanged."""
+    if isinstance(config, ResolvedConfig):
+        return config
+    expanded = _with_expanded_paths(config)
+    model, dataset, output = expanded.model, expanded.dataset, expanded.output
+    model_slug = model.slug or safe_name(last_part(model.name or "model"))
+    if model.revision != "main":
+        revision = _short_revision(model.revision)
+        if not model_slug.endswith(revision):
+            model_slug = f"{model_slug}-{revision}"
+    dataset_slug = dataset.slug or safe_name(last_part(dataset.path or "dataset"))
+    branch = output.hf_branch or "-".join(
+        [model_slug, dataset_slug]
+        + (["pre-rope"] if config.capture.capture_pre_rope else [])
+        + (["shared"] if config.sampler.share == "example" else [])
+    )
+    tokenizer = model.tokenizer
+    if tokenizer.name is None:
+        tokenizer = replace(tokenizer, name=model.name, revision=tokenizer.revision or model.revision)
+    values = {field.name: getattr(config, field.name) for field in fields(config)}
+    return ResolvedConfig(
+        **values
+        | {
+            "model": replace(model, slug=model_slug, tokenizer=tokenizer),
+            "dataset": replace(dataset, slug=dataset_slug),
+            "output": replace(output, hf_branch=branch, data_root=output.data_root or f"outputs/{branch}"),
+        }
+    )
+
+
+def with_output(config: Config, output: OutputConfig) -> ResolvedConfig:
+    """Resolves `config` with another `output`."""
+    values = {field.name: getattr(config, field.name) for field in fields(config)}
+    return resolve(Config(**values | {"output": output}))
+
+
+def fingerprint(config: ResolvedConfig) -> dict[str, Any]:
+    """Every setting of `config` that can change a row or a vector, as `section.key: value`."""
+    keys = {setting.key: _value(config, setting.key) for setting in settings() if setting.changes_rows}
+    # A moved checkpoint or file is the same one: its digest is among the commits, and texts are compared one by one.
+    for key in ("model.name", "model.tokenizer.name", "dataset.path"):
+        keys[key] = public_name(keys[key])
+    plain: dict[str, Any] = json.loads(json.dumps(keys))  # as it is read back from a file
+    return plain
+
+
+def rule(config: SamplerConfig) -> str:
+    """Names the samplers of queries and keys with their rates, for a person."""
+    queries = _rule(config.type, config.base_rate)
+    keys = _rule(
+        config.keys.type or config.type, config.base_rate if config.keys.base_rate is None else config.keys.base_rate
+    )
+    return queries if keys == queries else f"{queries} (keys: {keys})"
+
+
+def public_name(name: str) -> str:
+    """A Hub id unchanged; of a local file or folder its name alone, so that no path of this machine is published."""
+    return Path(name).resolve().name if Path(name).exists() else name
+
+
+def last_part(name: str) -> str:
+    """The last part of a Hub id or path without a file's suffix: `org/name`, `/data/name/`, `data/name.jsonl`."""
+    last = Path(name).name or "root"
+    return re.sub(r"(\.(parquet|jsonl?|csv|txt|gz|bz2|xz|zst))+$", "", last, flags=re.IGNORECASE) or last
+
+
+def safe_name(text: str) -> str:
+    """`text` in characters that are safe in a path and in a git branch."""
+    return re.sub(r"[^a-z0-9._-]+", "-", text.lower()).strip("-.") or "unnamed"
+
+
+def _value(config: Config, key: str) -> Any:
+    value: Any = config
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def _short_revision(revision: str) -> str:
+    return revision[:12] if re.fullmatch(r"[0-9a-f]{40}", revision) else safe_name(revision)
+
+
+def _with_expanded_paths(config: Config) -> Config:
+    def expanded(path: str | None) -> str | None:
+        return None if path is None else expand_home(path)
+
+    tokenizer = replace(config.model.tokenizer, name=expanded(config.model.tokenizer.name))
+    return replace(
+        config,
+        model=replace(config.model, name=expanded(config.model.name), tokenizer=tokenizer),
+        dataset=replace(config.dataset, path=expanded(config.dataset.path)),
+        output=replace(config.output, data_root=expanded(config.output.data_root)),
+    )
+
+
+def _rule(sampler_type: str, base_rate: float) -> str:
+    return f"`{sampler_type}`" if sampler_type == "all" else f"`{sampler_type}`, base_rate {base_rate:g}"

@@ -1,0 +1,22 @@
+"""Prints the README's table of settings, from the fields of the config.
+
+python scripts/settings_table.py
+"""
+
+from qk_sniffer.config import Setting, settings
+
+
+def table() -> str:
+    """The table in Markdown: one row a setting, with its default and its help."""
+    rows = [f"| `{each.key}` | {_default(each)} | {each.help} |" for each in settings()]
+    return "\n".join(["| setting | default | meaning |", "|---|---|---|", *rows])
+
+
+def _default(setting: Setting) -> str:
+    if isinstance(setting.default, bool):
+        return str(setting.default).lower()
+    return "null" if setting.default is None else str(setting.default)
+
+
+if __name__ == "__main__":
+    print(table())

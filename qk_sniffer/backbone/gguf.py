@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 from transformers.integrations.gguf.reader import read_gguf_metadata
 from transformers.utils.hub import cached_file
 
-from qk_sniffer.backbone.config_overrides import unloaded
+from qk_sniffer.backbone.unloaded import unloaded
 from qk_sniffer.config import ModelConfig
 from qk_sniffer.errors import ConfigError
 

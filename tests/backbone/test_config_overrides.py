@@ -78,7 +78,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"attn_implementation": "eager"}, r"attn_implementation: set model\.attn_implementation"),
     ("llama", {"_attn_implementation": "eager"}, r"_attn_implementation: set model\.attn_implementation"),
     ("llama", {"_name_or_path": "x"}, r"_name_or_path: the llama config has no such key"),
-    ("llama", {"model_type": "qwen3"}, r"model_type: it is what the checkpoint is"),
+    ("llama", {"model_type": "qwen3"}, r"model_type: it names the type of the checkpoint"),
     ("gemma3", {"text_config": {"num_hidden_layers": 1}}, r"text_config: .* give its keys without text_config"),
     ("llama", {"rope_parameters": None}, r"rope_parameters is None; it must be a dict"),
     ("llama", {"rope_scaling": 4.0}, r"rope_scaling is 4\.0; it must be a dict"),
@@ -121,7 +121,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         {"rope_parameters": {"sliding_attention": {"beta_fast": 2.0}}},
         r"rope_parameters\.sliding_attention\.beta_fast has no effect on rope_type default of gemma3_text",
     ),
-    ("qwen3", {"sliding_window": 8}, r"sliding_window is 8, but the model's config makes None of it"),
+    ("qwen3", {"sliding_window": 8}, r"sliding_window is 8, but the model's config changes it to None"),
     ("qwen3", {"num_hidden_layers": 2, "layer_types": ["full_attention"]}, r"does not accept them: .*layer_types"),
 ]
 

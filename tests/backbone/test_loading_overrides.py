@@ -154,7 +154,7 @@ def test_a_window_that_the_checkpoint_has_and_does_not_use_can_be_turned_on(name
     with pytest.raises(ConfigError, match=r"use_sliding_window has no effect without a window.*\.sliding_window too"):
         windows(None, use_sliding_window=True)
     no_layers = {"max_window_layers": 2 if name != "Qwen2Moe" else 0}
-    with pytest.raises(ConfigError, match=r"all layers .* full ones: give .*max_window_layers or .*layer_types too"):
+    with pytest.raises(ConfigError, match=r"all layers .* attention: give .*max_window_layers or .*layer_types too"):
         windows(16, use_sliding_window=True, **no_layers)
 
 

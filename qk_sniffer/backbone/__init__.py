@@ -1,1 +1,1 @@
-"""Loads the decoder, and shows what happens inside it."""
+"""Loads the decoder and shows the query and key of its attention calls."""

@@ -1,11 +1,11 @@
-"""Sliding-window attention in time and memory n x window, where transformers would build an n x n mask.
+"""Computes sliding-window attention in n x window time and memory, without transformers' n x n mask.
 
-With the `sdpa` kernel and no padding mask, a sliding layer gets a boolean (n, n) mask as soon as n exceeds its
-window: 17 GB at 131,072 tokens. While `banded()` is open such a mask is replaced by a `Band`, a marker of a few
-bytes, and the kernel walks the band in blocks of queries, each with its part of arguments by query and key. Any other
-mask or kernel takes the model's own path. The marker is made only for a mask that has been asked about its edges, and
-nothing but our kernel can read it: a model that wants to do something else with its mask fails aloud, it is never
-attended to wrongly.
+With the `sdpa` kernel and no padding mask, a sliding layer has a boolean (n, n) mask if n exceeds its window: 17 GB at
+131,072 tokens. Inside `banded()`, a `Band`, a marker of a few bytes, replaces this mask, and the kernel processes the
+band in blocks of queries. Any other mask or kernel takes the model's own path.
+
+A marker replaces only a mask whose edges have been checked. Only the kernel of this module accepts it: a model that
+uses its mask in another way raises an error and never attends wrongly.
 """
 
 from collections.abc import Callable, Iterator
@@ -30,15 +30,15 @@ class Band:
     window: int
 
     def __getitem__(self, index: Any) -> "Band":
-        """All of it: what a model asks for that could leave out queries and leaves out none."""
+        """Returns the whole band for a slice that selects all queries and keys; a part of a band is an error."""
         if index != (slice(None),) * 2 + (slice(0, None), slice(None)):
-            raise TypeError(f"a part of a band is no band: {index}")
+            raise TypeError(f"a part of a band is not a band: {index}")
         return self
 
 
 @contextmanager
 def banded() -> Iterator[None]:
-    """Serves the `sdpa` kernel of every transformers model with bands, until it is left."""
+    """Gives bands to the `sdpa` kernel of every transformers model, until the context ends."""
     ALL_ATTENTION_FUNCTIONS[KERNEL] = _banded_attention
     ALL_MASK_ATTENTION_FUNCTIONS[KERNEL] = _band_or_mask
     try:
@@ -67,7 +67,7 @@ def _band_or_mask(*args: Any, **kwargs: Any) -> Band | torch.Tensor | None:
 
 
 def _is_sliding(mask_function: Callable[..., torch.Tensor], window: int) -> bool:
-    """Asks at the edges of two neighbouring queries: a chunked mask, also local, answers otherwise."""
+    """Checks the mask at the edges of two adjacent queries, which tell it from the mask of chunked attention."""
 
     def sees(query: int, key: int) -> bool:
         return bool(mask_function(*(torch.tensor(index) for index in (0, 0, query, key))))
@@ -90,7 +90,7 @@ def _banded_attention(
     *args: Any,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Shapes: query (B, H, n, d), key and value (B, K, n, d); returns (B, n, H, d) as the plain kernel does."""
+    """Takes query (B, H, n, d), key and value (B, K, n, d); returns (B, n, H, d), as the plain kernel does."""
     if not isinstance(attention_mask, Band):
         plain: tuple[torch.Tensor, None]
         plain = sdpa_attention_forward(module, query, key, value, attention_mask, *args, **kwargs)
@@ -98,13 +98,13 @@ def _banded_attention(
     length, window = query.shape[2], attention_mask.window
     block = max(window, MIN_BLOCK)
     reach = window - 1
-    # Queries of every block but the first see its keys through the same band: row i sees columns i to i + reach.
+    # All blocks but the first have the same mask: row i sees columns i to i + reach.
     offset = torch.arange(block + reach, device=query.device)[None] - torch.arange(block, device=query.device)[:, None]
     seen = (offset >= 0) & (offset <= reach)
     attended: torch.Tensor | None = None
     for start in range(0, length, block):
         end, first = min(length, start + block), max(0, start - reach)
-        lead = first - (start - reach)  # the columns of the band that lie before the first token
+        lead = first - (start - reach)  # the columns of the band before the first token
         part = seen[None, None, : end - start, lead : lead + end - first]
         output, _ = sdpa_attention_forward(
             module,
@@ -115,7 +115,7 @@ def _banded_attention(
             *args,
             **{name: _of_block(value, length, slice(start, end), slice(first, end)) for name, value in kwargs.items()},
         )
-        if attended is None:  # at once: hundreds of parts that live until the end leave memory in shreds
+        if attended is None:  # one allocation: hundreds of parts that live until the end fragment the memory
             attended = output.new_empty(output.shape[0], length, *output.shape[2:])
         attended[:, start:end] = output
     assert attended is not None
@@ -123,6 +123,6 @@ def _banded_attention(
 
 
 def _of_block(value: Any, length: int, queries: slice, keys: slice) -> Any:
-    """The part of an argument by query and key, such as a position bias (..., n, n), that a block of queries needs."""
+    """Returns the part for a block of queries of an argument by query and key, such as a position bias (..., n, n)."""
     by_query_and_key = isinstance(value, torch.Tensor) and value.shape[-2:] == (length, length)
     return value[..., queries, keys] if by_query_and_key else value

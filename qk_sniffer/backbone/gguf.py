@@ -1,4 +1,7 @@
-"""GGUF: a model in one file, config and tokenizer included, as llama.cpp runs it. Needs the extra `gguf`."""
+"""Locates GGUF files and refuses those whose attention parameters transformers would lose.
+
+A GGUF file, the format of llama.cpp, holds a model with its config and tokenizer. Reading it needs the package `gguf`.
+"""
 
 import math
 import re
@@ -21,41 +24,38 @@ _AS_IN_CONFIG = {
     ".attention.sliding_window": "sliding_window",
     ".attn_logit_softcapping": "attn_logit_softcapping",
 }
-"""How keys of a file end that mean the same as a key of transformers' configs."""
+"""Endings of keys in a file -> the key of transformers' configs with the same meaning."""
 
 
 def check_gguf(config: ModelConfig) -> None:
-    """Whether `model.gguf_file` can be read at all, as far as can be told without the Hub.
+    """Checks `model.gguf_file` as far as possible without the Hub.
 
     Raises:
-        ConfigError: the extra `gguf` is not installed, or the file is not one that a job can be pinned to.
+        ConfigError: the package `gguf` is not installed, the name is not that of a GGUF file, or the folder
+            `model.name` does not contain the file itself.
     """
     file, name = str(config.gguf_file), Path(str(config.name))
     try:
         import gguf  # noqa: F401
     except ImportError:
-        raise ConfigError(
-            [f"model.gguf_file={file} needs the package gguf: pip install 'qk-sniffer[gguf]', or pip install gguf"]
-        ) from None
+        raise ConfigError([f"model.gguf_file={file} needs the package gguf: run pip install gguf"]) from None
     if not file.endswith(".gguf"):
         raise ConfigError([f"model.gguf_file is {file!r}; it must be the name of a .gguf file"])
     if not name.is_dir():
         return
     if Path(file).name != file:
         raise ConfigError(
-            [f"model.gguf_file is {file!r}; it must be the name of a file that lies in model.name itself"]
+            [f"model.gguf_file is {file!r}; it must be the name of a file in the folder model.name itself"]
         )
     if not (name / file).is_file():
-        there = ", ".join(sorted(path.name for path in name.glob("*.gguf")))
-        raise ConfigError(
-            [f"model.gguf_file is {file!r}, which is not in {name}; it has {there or 'no .gguf file at all'}"]
-        )
+        present = ", ".join(sorted(path.name for path in name.glob("*.gguf")))
+        raise ConfigError([f"model.gguf_file is {file!r}, which is not in {name}; it has {present or 'no .gguf file'}"])
 
 
 def gguf_source(file: str, source: dict[str, Any]) -> dict[str, Any]:
-    """The arguments for transformers that load the GGUF `file` of the folder or repository of `source`.
+    """Returns the arguments for transformers that load the GGUF `file` of the folder or repository of `source`.
 
-    By its whole path: of a bare name, transformers would look into the current directory first.
+    They hold the whole path, because transformers looks for a bare name in the current directory first.
 
     Raises:
         OSError: the repository cannot be read, or has no such file.
@@ -68,11 +68,12 @@ def gguf_source(file: str, source: dict[str, Any]) -> dict[str, Any]:
 
 
 def refuse_lost(text: PretrainedConfig, config: ModelConfig, path: str) -> None:
-    """Refuses a file with parameters of its attention that transformers does not read from it: other vectors or
-    weights, in silence. `text` is the config with the overrides in it.
+    """Refuses a file with attention parameters that transformers does not read, which would change the vectors.
+
+    `text` is the config with the overrides in it, and `path` that of the file.
 
     Raises:
-        ConfigError: `model.config_overrides` does not say what they are.
+        ConfigError: `model.config_overrides` does not give these parameters.
     """
     metadata, tensors = read_gguf_metadata(path)
     decoder = unloaded(text)
@@ -109,15 +110,15 @@ def _keys(overrides: Mapping[str, Any]) -> Iterator[str]:
 def _lost_rotary(
     text: PretrainedConfig, given: set[str], metadata: Mapping[str, Any], tensors: Iterable[str]
 ) -> dict[str, str]:
-    """What the file says of the rotary base and its scaling and the config does not -> the override that says it."""
+    """Returns the rotary parameters of the file that the config lacks -> the override that gives them."""
     rope = getattr(text, "rope_parameters", None) or {}
     each = [rope, *(one for one in rope.values() if isinstance(one, dict))]
     bases = [] if "rope_theta" in given else [one["rope_theta"] for one in each if one.get("rope_theta") is not None]
-    is_said = bool({"rope_type", "type", "rope_scaling"} & given)
-    is_plain = not is_said and all(one.get("rope_type", "default") == "default" for one in each)
+    is_given = bool({"rope_type", "type", "rope_scaling"} & given)
+    is_plain = not is_given and all(one.get("rope_type", "default") == "default" for one in each)
     lost = {name: "rope_parameters" for name in tensors if is_plain and name in _ROTARY_TENSORS}
     for key, value in metadata.items():
-        is_lost_factor = key.endswith(".rope.scaling.attn_factor") and not is_said and value not in (0, 1)
+        is_lost_factor = key.endswith(".rope.scaling.attn_factor") and not is_given and value not in (0, 1)
         if (
             (key.endswith(".rope.scaling.type") and is_plain and value != "none")
             or (key.endswith((".rope.scaling.factor", ".rope.scale_linear")) and is_plain and value not in (0, 1))
@@ -129,7 +130,7 @@ def _lost_rotary(
 
 
 def _lost_by_decoder(decoder: nn.Module, given: set[str], metadata: Mapping[str, Any]) -> dict[str, str]:
-    """What the file says of heads that a decoder of this config does otherwise -> the override that says it."""
+    """Returns the parameters of heads that differ between the file and the decoder -> the override that gives them."""
     widths = [2 * buffer.shape[-1] for name, buffer in decoder.named_buffers() if name.endswith("inv_freq")]
     scales = [value for module in decoder.modules() if isinstance(value := getattr(module, "scaling", None), float)]
     lost = {}
@@ -151,5 +152,5 @@ def _lost_biases(text: PretrainedConfig, decoder: nn.Module, tensors: Iterable[s
 
 
 def _is_close(value: float, to: Iterable[Any]) -> bool:
-    # The file's numbers are of 32 bits.
+    # The file stores 32-bit numbers.
     return any(isinstance(one, float | int) and math.isclose(value, one, rel_tol=1e-6) for one in to)

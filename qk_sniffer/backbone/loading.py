@@ -1,4 +1,4 @@
-"""Loading: the decoder of a checkpoint as the config says, whole or with an error that names what is missing."""
+"""Loads the decoder of a checkpoint; an incomplete one is an error that names the missing weights."""
 
 import logging
 import sys
@@ -33,10 +33,11 @@ def load_backbone(
 ) -> Backbone:
     """Loads the decoder of `config.name` without its head, in eval mode.
 
-    `commit` pins a Hub model to the one of an earlier start. Where only `layers` are asked for, those behind the last
-    of them are left out, if the model allows it.
+    `commit` pins a Hub model to the commit of an earlier start. With `layers`, the decoder ends with the last of them,
+    if the model allows it.
 
     Raises:
+        ConfigError: `config` does not fit the model.
         SourceError: the model cannot be found or loaded, it attends to an encoder, or its checkpoint and its decoder do
             not have the same weights.
     """
@@ -49,17 +50,18 @@ def load_backbone(
 
 
 def check_model(config: ModelConfig, *, commit: str | None = None) -> None:
-    """Reads the model's config alone: cheap, and the first to know that something is no model.
+    """Checks `config` against the model's own config, without loading weights.
 
     Raises:
-        SourceError: there is none, or it does not go with `config`.
+        ConfigError: `config` does not fit the model.
+        SourceError: the model cannot be found, or it attends to an encoder.
     """
     with _loading(config):
         _cached_first(config, commit, lambda source: _read_config(config, source))
 
 
 def _cached_first(config: ModelConfig, commit: str | None, load: Callable[[dict[str, Any]], T]) -> T:
-    """What `load` makes of the keyword arguments that say where the model is."""
+    """Calls `load` with the keyword arguments that locate the model, and returns its result."""
     source: dict[str, Any] = {
         "pretrained_model_name_or_path": str(config.name),
         "trust_remote_code": config.trust_remote_code,
@@ -70,22 +72,23 @@ def _cached_first(config: ModelConfig, commit: str | None, load: Callable[[dict[
         return load(source)
     source["revision"] = commit or config.revision
     try:
-        # The cache first: where there is no network, the library asks for a minute before it looks there.
+        # The cache comes first: without a network, the library retries for a minute before it reads the cache.
         return load(source | {"local_files_only": True})
     except OSError:
         return load(source)
 
 
 def _read_config(config: ModelConfig, source: dict[str, Any]) -> tuple[PretrainedConfig, Family, dict[str, Any]]:
-    """The decoder's config with its overrides, its family, and the arguments to load it with."""
-    named = None if config.family is None else imported_family(config.family)  # it may register the model first
+    """Returns the decoder's config with its overrides, its family, and the arguments that load it."""
+    # The import comes first, because it may register the model with transformers.
+    named = None if config.family is None else imported_family(config.family)
     if config.gguf_file is not None:
         source = gguf_source(config.gguf_file, source)
     whole = AutoConfig.from_pretrained(**source)
     text = whole.get_text_config()
     family = named or find_family(text.model_type)
     if text is not whole:
-        # A multimodal checkpoint: its decoder alone is built and read, under the names that it has inside the whole.
+        # A multimodal checkpoint: only its decoder is built, from weights with the names of the whole model.
         source = source | {"key_mapping": family.key_mapping}
         if (quantization := getattr(whole, "quantization_config", None)) is not None:
             text.quantization_config = quantization
@@ -94,8 +97,8 @@ def _read_config(config: ModelConfig, source: dict[str, Any]) -> tuple[Pretraine
     attends_to_encoder = whole.is_encoder_decoder and "is_encoder_decoder" not in config.config_overrides
     if made.is_encoder_decoder or attends_to_encoder:
         raise SourceError(
-            f"model {config.name} is an encoder-decoder: its decoder attends to an encoder, which a text alone does "
-            "not give. For its decoder without the encoder set model.config_overrides.is_encoder_decoder=false"
+            f"model {config.name} is an encoder-decoder: its decoder attends to an encoder, and a job has no input for "
+            "it. For the decoder without its encoder set model.config_overrides.is_encoder_decoder=false"
         )
     if config.gguf_file is not None:
         refuse_lost(made, config, source["gguf_file"])
@@ -103,7 +106,7 @@ def _read_config(config: ModelConfig, source: dict[str, Any]) -> tuple[Pretraine
 
 
 def _as_saved(whole: PretrainedConfig, text: PretrainedConfig, source: dict[str, Any]) -> dict[str, Any]:
-    """The decoder's part of config.json, before the config's class made anything of it; empty if it has none."""
+    """Returns the decoder's part of config.json as saved, before the config's class changes it; may be empty."""
     where = {key: value for key, value in source.items() if key != "key_mapping"}
     raw: dict[str, Any] = PretrainedConfig.get_config_dict(**where)[0]
     if text is whole:
@@ -113,11 +116,11 @@ def _as_saved(whole: PretrainedConfig, text: PretrainedConfig, source: dict[str,
 
 
 def _auto_class(config: ModelConfig, model_config: PretrainedConfig, family: Family) -> Any:
-    """The class of transformers that loads this checkpoint."""
+    """Returns the class of transformers that loads this checkpoint."""
     with_head = "AutoModelForCausalLM"
     offered = (getattr(model_config, "auto_map", None) or {}) if config.trust_remote_code else {}
     own_code_has_head_only = family.auto_class not in offered and with_head in offered
-    # Tensors of GGUF files are named after the model with its head: without it, some types find none of them.
+    # Tensors of GGUF files have the names of the model with its head. Without it, some types find no tensor.
     if own_code_has_head_only or (config.gguf_file is not None and family.auto_class == "AutoModel"):
         return getattr(transformers, with_head)
     return getattr(transformers, family.auto_class)
@@ -128,7 +131,7 @@ def _loaded(
 ) -> tuple[PreTrainedModel, Family, dict[str, Any]]:
     model_config, family, source = _read_config(config, source)
     if config.gguf_file is not None:
-        # Else a quantised file may stay packed, and run on kernels of its own, attention's included.
+        # Without this, a quantized file may stay packed and run on its own kernels, those of attention included.
         source = source | {"quantization_config": GgufConfig(dequantize=True)}
     with nullcontext() if layers is None else cut_after(layers, family):
         model, info = _auto_class(config, model_config, family).from_pretrained(
@@ -137,7 +140,7 @@ def _loaded(
             device_map=config.device_map,
             attn_implementation=config.attn_implementation,
             use_safetensors=None if config.allow_pickle or config.gguf_file else True,
-            ignore_mismatched_sizes=True,  # to be named by us, with every other weight that is not as it should be
+            ignore_mismatched_sizes=True,  # reported below, with all other wrong weights
             output_loading_info=True,
             **source,
         )
@@ -146,10 +149,10 @@ def _loaded(
 
 @contextmanager
 def _loading(config: ModelConfig) -> Iterator[None]:
-    """Turns what transformers raises while it loads into errors that name the model and the way out."""
+    """Turns the errors of transformers into errors that name the model and the way out."""
     where = f"model {config.name}" + (f" at revision {config.revision}" if config.revision != "main" else "")
     verbosity, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
-    transformers.logging.set_verbosity(logging.ERROR)  # its load report lists the head, which is left out on purpose
+    transformers.logging.set_verbosity(logging.ERROR)  # its report lists the head, which is omitted on purpose
     if not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()
     try:
@@ -168,7 +171,7 @@ def _loading(config: ModelConfig) -> Iterator[None]:
         ) from error
     except QkSnifferError:
         raise
-    except Exception as error:  # whatever a checkpoint, or code that comes with it, makes the library stumble over
+    except Exception as error:  # any error of the checkpoint or of the code in it
         hint = "; set model.trust_remote_code=true if you trust its code" if "trust_remote_code" in str(error) else ""
         raise SourceError(f"{where} cannot be loaded: {type(error).__name__}: {error}{hint}") from error
     finally:
@@ -180,17 +183,17 @@ def _loading(config: ModelConfig) -> Iterator[None]:
 def _refuse_missing(name: str, model: nn.Module, decoder: nn.Module, family: Family, info: dict[str, Any]) -> None:
     prefix = _prefix(model, decoder)
     unused = tuple(prefix + name for name in family.unused)
-    faults = {key: key for key in info["missing_keys"]}
-    for key, there, here in info["mismatched_keys"]:
-        faults[key] = f"{key} ({list(there)} in the checkpoint, {list(here)} by the config)"
-    bad = [faults[key] for key in sorted(faults) if key.startswith(prefix) and not key.startswith(unused)]
+    wrong = {key: key for key in info["missing_keys"]}
+    for key, stored, expected in info["mismatched_keys"]:
+        wrong[key] = f"{key} ({list(stored)} in the checkpoint, {list(expected)} by the config)"
+    bad = [wrong[key] for key in sorted(wrong) if key.startswith(prefix) and not key.startswith(unused)]
     if not bad:
         return
-    way_out = "check that the checkpoint is whole and that model.config_overrides does not change its shapes"
+    way_out = "check that the checkpoint is complete and that model.config_overrides does not change its shapes"
     if len(info["missing_keys"]) >= len(model.state_dict()) and info["unexpected_keys"]:
         way_out = (
-            f"it has weights of other names, such as {min(info['unexpected_keys'])}: a family can say how they map to "
-            "the decoder's (model.family=package.module:Class, Family.key_mapping)"
+            f"it has weights of other names, such as {min(info['unexpected_keys'])}: a family can map them to the "
+            "decoder's (model.family=package.module:Class, Family.key_mapping)"
         )
     raise SourceError(
         f"model {name}: its checkpoint lacks, or has in another shape, {len(bad)} weights of the decoder: "
@@ -199,10 +202,10 @@ def _refuse_missing(name: str, model: nn.Module, decoder: nn.Module, family: Fam
 
 
 def _refuse_dropped(name: str, model: Any, decoder: Any, family: Family, info: dict[str, Any]) -> None:
-    """Refuses a checkpoint with weights that the decoder has no place for, but that its vectors would depend on.
+    """Refuses a checkpoint with weights that determine its vectors and that the decoder lacks.
 
-    That is: inside of an attention module, or a bias of a module that has none. Masks and rotary tables, which older
-    checkpoints hold, are buffers; a head, other towers and further layers are left out on purpose.
+    These are weights inside an attention module, and a bias of a module that has none. Masks and rotary tables of older
+    checkpoints are buffers. A head, other towers and further layers are omitted on purpose.
     """
     prefix = _prefix(model, decoder)
     layers = family.attention_layers(decoder)
@@ -222,17 +225,17 @@ def _refuse_dropped(name: str, model: Any, decoder: Any, family: Family, info: d
     if not dropped:
         return
     unset = [key for key, value in decoder.config.to_dict().items() if "bias" in key and value is False]
-    way_out = "check that its config.json is the one it was saved with, with quantization_config if it is quantised"
+    way_out = "check that its config.json belongs to it, with quantization_config if it is quantized"
     if unset and all(key.endswith(".bias") for key in dropped):
         way_out = "set " + " or ".join(f"model.config_overrides.{key}=true" for key in unset)
     raise SourceError(
         f"model {name}: its config does not ask for {len(dropped)} weights that the checkpoint has: {_some(dropped)}. "
-        f"Without them the vectors would be others, so nothing is captured; {way_out}"
+        f"Without them the vectors would differ, so nothing is captured; {way_out}"
     )
 
 
 def _prefix(model: nn.Module, decoder: nn.Module) -> str:
-    """What the names of the decoder's weights begin with in `model`."""
+    """Returns the prefix that the names of the decoder's weights have in `model`."""
     return next((f"{path}." for path, module in model.named_modules() if path and module is decoder), "")
 
 

@@ -1,4 +1,4 @@
-"""The rotary embedding of a decoder: what it is made of, and how far its frequencies are the same for every text."""
+"""Reads the parameters of a decoder's rotary embedding and resets its frequencies between forwards."""
 
 from typing import Any
 
@@ -7,17 +7,17 @@ from torch import nn
 from transformers import PretrainedConfig
 
 LENGTH_DEPENDENT = ("dynamic", "longrope")
-"""Rope types whose frequencies follow from the longest text in a forward, once it is longer than a boundary."""
+"""Rope types whose frequencies depend on the longest text of a forward that exceeds a boundary."""
 
 _GROWN = "max_seq_len_cached"
-"""How the attributes end that hold the longest text so far."""
+"""The end of the names of attributes that hold the longest text so far."""
 
 _TABLES = ("embed_positions", "pos_encoding")
 """Buffers with a row for each position."""
 
 
 def parameters(decoder: nn.Module, config: PretrainedConfig) -> dict[str, Any]:
-    """The config's rotary parameters, and of each embedding its inverse frequencies and attention scaling."""
+    """Returns the config's rotary parameters, and the inverse frequencies and attention scaling of each embedding."""
     embeddings = {}
     for name, module in decoder.named_modules():
         if "Rotary" not in type(module).__name__:
@@ -33,7 +33,7 @@ def parameters(decoder: nn.Module, config: PretrainedConfig) -> dict[str, Any]:
 
 
 def length_boundary(config: PretrainedConfig) -> int | None:
-    """The most tokens for which the frequencies do not depend on the length of the text; None: they never do."""
+    """Returns the most tokens for which the frequencies do not depend on the text's length; None if they never do."""
     rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
     by_kind_of_layer = [value for value in rope.values() if isinstance(value, dict)]
     boundaries = [
@@ -45,7 +45,7 @@ def length_boundary(config: PretrainedConfig) -> int | None:
 
 
 def num_positions(decoder: nn.Module) -> int | None:
-    """How many positions the decoder has a learned or tabled embedding for; None: it has no such table."""
+    """Returns the number of positions in the decoder's learned or precomputed table; None without a table."""
     sizes = []
     for name, module in decoder.named_modules():
         last = name.rpartition(".")[2]
@@ -59,7 +59,7 @@ def num_positions(decoder: nn.Module) -> int | None:
 
 
 class RotaryState:
-    """Frequencies as they are after loading: `restore` undoes what longer texts made of them in earlier forwards."""
+    """Keeps the frequencies of the loaded decoder, which forwards over longer texts change until `restore`."""
 
     def __init__(self, decoder: nn.Module) -> None:
         self._modules = [
@@ -75,8 +75,8 @@ class RotaryState:
     def restore(self) -> None:
         for module, buffers, lengths in self._modules:
             for name, buffer in buffers.items():
-                there: torch.Tensor = getattr(module, name)
-                setattr(module, name, buffer.to(there.device, copy=True))
+                current: torch.Tensor = getattr(module, name)
+                setattr(module, name, buffer.to(current.device, copy=True))
             for name in [name for name in vars(module) if name.endswith(_GROWN) and name not in lengths]:
-                delattr(module, name)  # made by the first longer text
+                delattr(module, name)  # set by the first longer text
             vars(module).update(lengths)

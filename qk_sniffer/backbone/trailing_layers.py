@@ -1,4 +1,4 @@
-"""Decoders without the layers that nobody asks for: neither their weights are read, nor do they run."""
+"""Removes the layers after the last captured one: their weights are not read, and they do not run."""
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -12,10 +12,10 @@ from qk_sniffer.backbone.family import Family
 
 @contextmanager
 def cut_after(layers: Collection[int], family: Family) -> Iterator[None]:
-    """Models that are built meanwhile end with the last of `layers`, counted as attention layers are.
+    """Cuts models that are built inside the context after the last of `layers`, which are attention layers' indices.
 
-    The config stays as it is, and with it whatever depends on the number of layers. A model that lacks one of `layers`,
-    or does not keep its layers in one list, in their order, is built whole.
+    The config does not change, nor does anything that depends on its number of layers. A model is built whole if it
+    lacks one of `layers`, or if it does not keep its layers in order in one list.
     """
     original: Callable[[PreTrainedModel], None] = PreTrainedModel.post_init
 
@@ -49,7 +49,7 @@ def _cut(model: nn.Module, layers: Collection[int], family: Family) -> None:
 
 
 def _place(model: nn.Module, name: str) -> tuple[nn.Module | None, int]:
-    """The outermost list of modules that the module `name` is in, and where."""
+    """Returns the outermost list of modules that contains the module `name`, and its index in it."""
     module = model
     for part in name.split("."):
         if isinstance(module, nn.ModuleList):

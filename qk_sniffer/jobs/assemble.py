@@ -125,7 +125,7 @@ def _stage(layout: Layout, record: dict[str, Any], stages: Stages, prove: Prove)
         sampler,
         token_ids=config.capture.capture_token_ids,
         token_string=token_string,
-        base=base,
+        previous=base,
         threads=num_threads(),
     )
     skipped = sum(shard["skipped"] for shard in done)

@@ -1,9 +1,9 @@
-"""From the journals to the next version of the dataset, staged whole beside it.
+"""Writes the rows of the journals to Parquet files: the next version of the dataset, staged whole in a folder.
 
-One task is a few heads of one (layer, kind); tasks run in threads. A task reads one row group's rows at a time from
-the segments, and only the bytes of its heads, so memory does not grow with the dataset: a thread holds about 50 MB
-(measured; a dozen times `ROW_GROUP_BYTES`, most of it in the encoder's buffers). The bytes of every file follow from
-its rows alone, whatever segments, batches and restarts they came through.
+One task is a few heads of one (layer, kind). Tasks run in threads. A task reads the rows of one row group at a time
+from the segments, and only the bytes of its heads, so memory does not grow with the dataset. A thread takes about 50 MB
+(measured): a dozen times `ROW_GROUP_BYTES`, most of it in the encoder's buffers. The bytes of every file follow from
+its rows alone. They do not depend on segments, batches and restarts.
 """
 
 import shutil
@@ -22,7 +22,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from qk_sniffer.errors import StoreError
-from qk_sniffer.store.compaction_plan import Block, Group, Plan, SegmentFiles, find_blocks, make_plan
+from qk_sniffer.store.compaction_plan import Block, CompactionPlan, Group, SegmentFiles, find_blocks, plan_compaction
 from qk_sniffer.store.disk import explained
 from qk_sniffer.store.journal import ExampleRecord, Journal
 from qk_sniffer.store.layout import EXAMPLES, Layout, examples_schema, schema
@@ -31,22 +31,22 @@ from qk_sniffer.store.parquet_writer import ParquetWriter
 from qk_sniffer.store.previous import PreviousVersion
 
 ROW_GROUP_BYTES = 4 << 20
-"""Of float32 vectors in a row group: 8,192 rows of 128 numbers. Large enough that the columns compress as well as
-they ever do and a group's overhead is nothing; small enough for the memory of many threads, and for readers that
-want a few examples of a large file."""
+"""The bytes of the float32 vectors in a row group: 8,192 rows of 128 numbers. Larger groups do not compress better. They
+cost memory in every thread, and time in a reader that wants a few examples of a large file."""
 
 EXAMPLES_PER_GROUP = 1 << 16
 
 HEADS_PER_TASK = 4
-"""The columns beside the vector are made once for this many heads, whose files a thread writes side by side: each
-open file keeps its encoder's buffers."""
+"""The heads that share the columns next to the vector. A thread writes their files at the same time, and each open file
+has an encoder's buffers."""
 
 
 @dataclass(frozen=True)
 class HeadSpec:
-    """A head to write. `row`: its place in `Rows.vectors`. `key_head`: the key head that serves it, or itself.
+    """A head to write.
 
-    `metadata` goes into the file's key-value metadata.
+    `row` is its index among the heads of the journal's vectors. `key_head` is the key head that its queries attend
+    with, or the head itself for the kind "k". `metadata` goes into the file's key-value metadata.
     """
 
     layer: int
@@ -60,15 +60,15 @@ class HeadSpec:
 
 
 class Buckets(Protocol):
-    """What is needed of the sampler; from several threads."""
+    """The part of the sampler that a compaction needs. Several threads use it."""
 
     def bucket(self, kind: str, positions: npt.ArrayLike) -> npt.NDArray[np.int32]:
-        """The bucket of every position."""
+        """Returns the bucket of every position."""
         ...
 
 
 TokenStrings = Callable[[npt.NDArray[np.int32]], Sequence[str]]
-"""(n,) token ids to their n strings."""
+"""Returns the n strings of (n,) token ids."""
 
 
 def compact(
@@ -79,24 +79,24 @@ def compact(
     *,
     token_ids: bool = False,
     token_string: TokenStrings | None = None,
-    base: PreviousVersion | None = None,
+    previous: PreviousVersion | None = None,
     threads: int = 1,
     row_group_bytes: int = ROW_GROUP_BYTES,
     on_file: Callable[[str], None] | None = None,
 ) -> Written:
-    """Stages the files of `heads` and of the examples of `journals`; `publish` makes them the dataset.
+    """Stages the files of `heads` and the file of the examples in `journals`. `promote` puts them in place.
 
-    Hold the finalise lock from here to the end of `publish`. Heads without rows get a file without rows. The rows of
-    `base`, a finished dataset with the same heads, come before those of the journals. `on_file` is called, from several
-    threads, with the name of every file that is written.
+    Hold the finalize lock from here to the end of `promote`. Heads without rows get a file without rows. The rows of
+    `previous`, a finished dataset with the same heads, come before those of the journals. `on_file` is called, from
+    several threads, with the name of every file that is written.
 
     Raises:
-        StoreError: the journals are damaged, contradict each other or lack what is asked for; the disk is full; a
-            whole version is waiting to be published (`resume_publish`).
+        StoreError: the journals are damaged, contradict each other or have no token ids; the disk is full; or a whole
+            version is staged already (`finish_promotion`).
     """
     if layout.staging.manifest.exists():
-        raise StoreError(f"{layout.root} has a version waiting to be published; finish that first")
-    old = [] if base is None else base.examples()
+        raise StoreError(f"{layout.root} has a staged version that is not promoted yet; finish that first")
+    old = [] if previous is None else previous.examples()
     records = _merged(journals)
     _check_apart(old, records)
     for journal in journals:
@@ -109,7 +109,7 @@ def compact(
         sampler,
         token_ids,
         token_string,
-        base,
+        previous,
         row_group_bytes,
     )
     records = old + records
@@ -136,7 +136,7 @@ def compact(
 
 @dataclass(frozen=True)
 class _Done:
-    """What a task has written: files by name, rows by bucket, rows with NaN or Inf by the file's name."""
+    """The result of a task: files by name, rows by bucket, and rows with NaN or Inf by the file's name."""
 
     kind: str
     entries: dict[str, FileEntry]
@@ -146,7 +146,7 @@ class _Done:
 
 @dataclass(frozen=True, eq=False)
 class _Job:
-    """What the threads share."""
+    """The data that the threads share."""
 
     staging: Layout
     blocks: dict[tuple[int, str], list[Block]]
@@ -155,10 +155,10 @@ class _Job:
     sampler: Buckets
     token_ids: bool
     token_string: TokenStrings | None
-    base: PreviousVersion | None
+    previous: PreviousVersion | None
     row_group_bytes: int
     stop: threading.Event = field(default_factory=threading.Event)
-    tokenizer: threading.Lock = field(default_factory=threading.Lock)  # tokenizers need not be thread-safe
+    tokenizer: threading.Lock = field(default_factory=threading.Lock)  # a tokenizer may not be thread-safe
 
     def write_heads(self, heads: Sequence[HeadSpec]) -> _Done:
         """Writes the files of heads of one (layer, kind)."""
@@ -166,16 +166,16 @@ class _Job:
         counted: Counter[int] = Counter()
         nonfinite: Counter[str] = Counter()
         with SegmentFiles() as segments:
-            plan = make_plan(self.blocks.get((heads[0].layer, kind), []), segments)
+            plan = plan_compaction(self.blocks.get((heads[0].layer, kind), []), segments)
             self._check(heads, plan.blocks)
             rows_per_group = max(1, self.row_group_bytes // (4 * head_dim))
             with ExitStack() as stack:
                 outputs = [stack.enter_context(ParquetWriter(self._path(head), self._schema(head))) for head in heads]
-                begun = [
-                    self._write_base(head, output, rows_per_group, counted)
+                partial = [
+                    self._write_previous(head, output, rows_per_group, counted)
                     for head, output in zip(heads, outputs, strict=True)
                 ]
-                for group in plan.groups(rows_per_group, before=begun[0].num_rows):
+                for group in plan.groups(rows_per_group, before=partial[0].num_rows):
                     self._check_going_on()
                     columns = self._columns(kind, plan, group, segments)
                     _count(counted, columns["bucket"], len(heads))
@@ -183,25 +183,25 @@ class _Job:
                         vectors = _vectors(head, plan, group, segments)
                         nonfinite[self._name(head)] += _num_nonfinite(vectors)
                         table = self._table(head, columns, vectors)
-                        if begun[place].num_rows:
-                            table = pa.concat_tables([begun[place], table]).combine_chunks()
-                            begun[place] = table.slice(0, 0)
+                        if partial[place].num_rows:
+                            table = pa.concat_tables([partial[place], table]).combine_chunks()
+                            partial[place] = table.slice(0, 0)
                         output.write(table)
-                for output, table in zip(outputs, begun, strict=True):
+                for output, table in zip(outputs, partial, strict=True):
                     if table.num_rows:
                         output.write(table)
         entries = {self._name(head): output.entry for head, output in zip(heads, outputs, strict=True)}
-        if self.base is not None:
-            nonfinite.update({name: self.base.nonfinite_rows(name) for name in entries})
+        if self.previous is not None:
+            nonfinite.update({name: self.previous.nonfinite_rows(name) for name in entries})
         return _Done(kind, {name: entry for name, entry in entries.items() if entry is not None}, counted, +nonfinite)
 
-    def _write_base(
+    def _write_previous(
         self, head: HeadSpec, output: ParquetWriter, rows_per_group: int, counted: Counter[int]
     ) -> pa.Table:
-        """Writes the whole row groups that the base fills; returns the rows that are left to begin the next one."""
+        """Writes the row groups that the previous version fills. Returns the remaining rows, fewer than a group."""
         left = self._schema(head).empty_table()
-        if self.base is not None:
-            for table in self.base.tables(self._name(head), self._schema(head), rows_per_group):
+        if self.previous is not None:
+            for table in self.previous.tables(self._name(head), self._schema(head), rows_per_group):
                 self._check_going_on()
                 _count(counted, table["bucket"].to_numpy(), 1)
                 if table.num_rows < rows_per_group:
@@ -220,16 +220,16 @@ class _Job:
         num_heads, _, head_dim = blocks[0].vectors.shape
         for head in heads:
             if head.row >= num_heads or head.head_dim != head_dim:
-                raise StoreError(f"the journal has {num_heads} heads of size {head_dim}; asked for is {head}")
+                raise StoreError(f"the journal has {num_heads} heads of size {head_dim}; it does not contain {head}")
         if self._needs_tokens and any("token_id" not in block.places for block in blocks):
-            raise StoreError("token ids or strings are asked for, but the journal was captured without token ids")
+            raise StoreError("token ids or strings were requested, but the journal was captured without token ids")
 
     @property
     def _needs_tokens(self) -> bool:
         return self.token_ids or self.token_string is not None
 
-    def _columns(self, kind: str, plan: Plan, group: Group, segments: SegmentFiles) -> dict[str, Any]:
-        """The columns that do not depend on the head, each (num_rows,)."""
+    def _columns(self, kind: str, plan: CompactionPlan, group: Group, segments: SegmentFiles) -> dict[str, Any]:
+        """Returns the columns that do not depend on the head, each (num_rows,)."""
 
         def gather(column: str) -> npt.NDArray[np.int32]:
             values = segments.gather(plan.blocks, group, 1, np.int32, lambda block: block.places[column].offset)
@@ -237,7 +237,7 @@ class _Job:
 
         at = np.minimum(np.searchsorted(self.index, group.index), len(self.index) - 1)
         if not np.array_equal(self.index[at], group.index):
-            raise StoreError("the journals hold rows of examples that they do not name")
+            raise StoreError("the journals contain rows of examples that they do not list")
         position = gather("position")
         columns: dict[str, Any] = {
             "bucket": self.sampler.bucket(kind, position).astype(np.int32),
@@ -291,7 +291,7 @@ def _tasks(heads: Sequence[HeadSpec]) -> Iterator[list[HeadSpec]]:
 def _in_threads(
     job: _Job, tasks: Iterable[list[HeadSpec]], threads: int, on_file: Callable[[str], None] | None
 ) -> Iterator[_Done]:
-    """The tasks' results, in the order of the tasks. The first error stops the other threads at their next group."""
+    """Yields the results in the order of the tasks. The first error stops the other threads at their next group."""
 
     def run(heads: list[HeadSpec]) -> _Done:
         done = job.write_heads(heads)
@@ -314,15 +314,15 @@ def _count(counted: Counter[int], buckets: npt.NDArray[np.int32], num_heads: int
 
 
 def _num_nonfinite(vectors: npt.NDArray[np.float32]) -> int:
-    """Rows with NaN or Inf."""
+    """Returns the number of rows with NaN or Inf."""
     with np.errstate(all="ignore"):
-        if np.isfinite(vectors.sum()):  # a third of what asking every number costs; it may also overflow
+        if np.isfinite(vectors.sum()):  # a third of the cost of testing every number; it may also overflow
             return 0
     return int((~np.isfinite(vectors).all(axis=1)).sum())
 
 
-def _vectors(head: HeadSpec, plan: Plan, group: Group, segments: SegmentFiles) -> npt.NDArray[np.float32]:
-    """(num_rows, head_dim): the group's vectors of one head, widened to float32."""
+def _vectors(head: HeadSpec, plan: CompactionPlan, group: Group, segments: SegmentFiles) -> npt.NDArray[np.float32]:
+    """Returns the group's vectors (num_rows, head_dim) of one head, widened to float32."""
     dtype = plan.blocks[0].vectors.dtype
     raw = segments.gather(
         plan.blocks,
@@ -339,7 +339,7 @@ def _vectors(head: HeadSpec, plan: Plan, group: Group, segments: SegmentFiles) -
 
 
 def _merged(journals: Sequence[Journal]) -> list[ExampleRecord]:
-    """The examples of all journals, in the order of the source."""
+    """Returns the examples of all journals, in the order of the source."""
     found: dict[int, ExampleRecord] = {}
     for journal in journals:
         if twice := found.keys() & journal.records.keys():
@@ -349,14 +349,14 @@ def _merged(journals: Sequence[Journal]) -> list[ExampleRecord]:
 
 
 def _check_apart(old: Sequence[ExampleRecord], new: Sequence[ExampleRecord]) -> None:
-    """That the new examples come after the old ones, and have ids of their own."""
+    """Checks that the new examples come after the old ones and have other ids."""
     ids = {record.example_id for record in old}
     last = max((record.index for record in old), default=-1)
     for record in new:
         if record.index <= last or record.example_id in ids:
             raise StoreError(
                 f"example {record.index} (example_id {record.example_id}) is in the finished dataset already, or comes "
-                "before its last one: it cannot be added"
+                "before the dataset's last example: it cannot be added"
             )
 
 

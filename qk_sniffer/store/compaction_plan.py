@@ -1,8 +1,8 @@
-"""How a compaction reads the journals: which rows a head has, in which order, and where they lie.
+"""Prepares how a compaction reads the journals: the rows of a head, their order, and their places in the segments.
 
-All heads of a (layer, kind) have the same rows at the same places of their parts of each block, so there is one
-plan for all of them. It is made of runs (see `rows.py`), a few bytes an example; the rows themselves are read one
-row group at a time.
+All heads of a (layer, kind) have the same rows, at the same places of their parts of each block, and share one
+`CompactionPlan`. It consists of runs (see `rows.py`), a few bytes an example. The rows themselves are read one row
+group at a time.
 """
 
 import os
@@ -23,14 +23,14 @@ from qk_sniffer.store.segment import ITEM_SIZES, DamageError, Place, read_header
 BATCH, INDEX, START, COUNT, FIRST, LAST = range(len(RUN_COLUMNS))
 
 MAX_OPEN_FILES = 32
-"""Segments that one thread keeps open: many threads must stay below the usual limit of 1,024 descriptors."""
+"""The segments that one thread keeps open. Many threads must stay below the usual limit of 1,024 descriptors."""
 
 Int64 = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """Rows of one (layer, kind) in one segment. `batches`: the finished batches of the journal."""
+    """The rows of one (layer, kind) in one segment. `batches` are the finished batches of the journal."""
 
     path: Path
     places: Mapping[str, Place]
@@ -42,7 +42,7 @@ class Block:
 
     @property
     def head_bytes(self) -> int:
-        """From the vectors of one head to those of the next."""
+        """The distance from the vectors of one head to those of the next."""
         return self.vectors.shape[1] * self.row_bytes
 
     @property
@@ -52,7 +52,7 @@ class Block:
 
 @dataclass(frozen=True, eq=False)
 class Span:
-    """Rows `start` to `stop` of a block, read at once; they go to row `at` of the buffer."""
+    """Rows `start` to `stop` of a block, which are read at once to row `at` of the buffer."""
 
     block: int
     start: int
@@ -62,8 +62,11 @@ class Span:
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """One row group. `index` (num_rows,): each row's example. `order` (num_rows,): each row's place in the buffer of
-    `buffer_rows` rows that the spans fill; None where it is its own."""
+    """One row group. The spans fill a buffer of `buffer_rows` rows.
+
+    `index` (num_rows,) is each row's example. `order` (num_rows,) is each row's place in the buffer; None if the rows
+    are in their order already.
+    """
 
     index: Int64
     spans: Sequence[Span]
@@ -72,8 +75,11 @@ class Group:
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
-    """The rows of one (layer, kind), ordered by (index, position). `runs` (num_runs, 6); `block`: of each run."""
+class CompactionPlan:
+    """The rows of one (layer, kind), ordered by (index, position).
+
+    `runs` is (num_runs, 6), see `RUN_COLUMNS`. `block` (num_runs,) is the number of each run's block.
+    """
 
     blocks: Sequence[Block]
     runs: Int64
@@ -84,9 +90,9 @@ class Plan:
         return int(self.runs[:, COUNT].sum())
 
     def groups(self, rows_per_group: int, *, before: int = 0) -> Iterator[Group]:
-        """The row groups. Their bounds follow from the rows alone, and may lie within an example.
+        """Yields the row groups. Their bounds follow from the rows alone, and may be within an example.
 
-        `before`: rows that share the first group and are not of this plan, fewer than `rows_per_group`.
+        `before` is the number of other rows at the start of the first group, fewer than `rows_per_group`.
         """
         if not self.num_rows:
             return
@@ -101,7 +107,7 @@ class Plan:
 
 
 def find_blocks(journals: Sequence[Journal]) -> dict[tuple[int, str], list[Block]]:
-    """The blocks of all journals by (layer, kind)."""
+    """Returns the blocks of all journals by (layer, kind)."""
     found: dict[tuple[int, str], list[Block]] = {}
     for journal in journals:
         batches = np.array(sorted(journal.batches), dtype=np.int64)
@@ -118,14 +124,14 @@ def find_blocks(journals: Sequence[Journal]) -> dict[tuple[int, str], list[Block
     return found
 
 
-def make_plan(blocks: Sequence[Block], files: "SegmentFiles") -> Plan:
-    """The plan of the blocks of one (layer, kind).
+def plan_compaction(blocks: Sequence[Block], files: "SegmentFiles") -> CompactionPlan:
+    """Returns the plan of the blocks of one (layer, kind).
 
     Raises:
-        StoreError: a row is there twice, or the blocks do not fit together.
+        StoreError: the blocks contain a row twice, or differ in dtype or size.
     """
     if len({(block.vectors.dtype, block.vectors.shape[0], block.vectors.shape[2]) for block in blocks}) > 1:
-        raise StoreError(f"the journals hold vectors of several types or sizes: {blocks[0].path} and others")
+        raise StoreError(f"the journals contain vectors of several types or sizes: {blocks[0].path} and others")
     tables, owners = [np.empty((0, len(RUN_COLUMNS)), np.int64)], [np.empty(0, np.int64)]
     for number, block in enumerate(blocks):
         place = block.places["runs"]
@@ -140,16 +146,16 @@ def make_plan(blocks: Sequence[Block], files: "SegmentFiles") -> Plan:
     if overlap.any():
         at = int(np.flatnonzero(overlap)[0])
         raise StoreError(
-            f"example {runs[at, INDEX]} was captured twice: its rows are in {blocks[owner[at]].path} and again in "
+            f"example {runs[at, INDEX]} was captured twice: its rows are in {blocks[owner[at]].path} and also in "
             f"{blocks[owner[at + 1]].path}"
         )
-    return Plan(blocks, runs, owner)
+    return CompactionPlan(blocks, runs, owner)
 
 
 def _group(block: Int64, index: Int64, start: Int64, count: Int64) -> Group:
-    """The group of these runs, which come in the order of the dataset.
+    """Returns the group of these runs, which are in the order of the dataset.
 
-    Runs that lie close together are read at once, as long as that at most doubles the bytes of a group.
+    Runs that are close together are read at once, where that at most doubles the bytes of a group.
     """
     by_place = np.lexsort((start, block))
     b, s, c = block[by_place], start[by_place], count[by_place]
@@ -174,15 +180,15 @@ def _group(block: Int64, index: Int64, start: Int64, count: Int64) -> Group:
 
 @dataclass
 class SegmentFiles:
-    """Segments opened for reading, a few at a time; for one thread's use. A context manager."""
+    """Opens segments for reading, a few at a time. For use from one thread; a context manager."""
 
     _open: OrderedDict[Path, int] = field(default_factory=OrderedDict)
 
     def read(self, path: Path, offset: int, into: npt.NDArray[Any]) -> None:
-        """Fills the array `into` from byte `offset` on; with pread, which leaves no mapped pages in the memory.
+        """Fills the array `into` from byte `offset` on. Uses pread, which leaves no mapped pages in memory.
 
         Raises:
-            StoreError: the file ends before.
+            StoreError: the file is too short.
         """
         buffer = into.data.cast("B")
         while len(buffer):
@@ -194,7 +200,7 @@ class SegmentFiles:
     def gather(
         self, blocks: Sequence[Block], group: Group, width: int, dtype: npt.DTypeLike, base: Callable[[Block], int]
     ) -> npt.NDArray[Any]:
-        """(num_rows, width): the group's rows of a column, whose first row in a block is at byte `base(block)`."""
+        """Returns the group's rows (num_rows, width) of a column. Its first row in a block is at byte `base(block)`."""
         buffer: npt.NDArray[Any] = np.empty((group.buffer_rows, width), dtype)
         for span in group.spans:
             block = blocks[span.block]

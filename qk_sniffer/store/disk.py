@@ -1,4 +1,4 @@
-"""What the store asks of a file system: durable renames, room, and errors that say which path."""
+"""Wraps the file system: durable writes, checks of free space, and errors that name the path."""
 
 import hashlib
 import os
@@ -10,21 +10,21 @@ from pathlib import Path
 from qk_sniffer.errors import StoreError
 
 PARQUET_SHARE = 0.75
-"""Size of a head's Parquet file over that of its vectors in the model's own dtype: 0.72 was measured for bfloat16
-(vectors of random mantissas), 0.86 for float32 with its full mantissa, whose journal is twice as large."""
+"""The size of a head's Parquet file divided by that of its vectors in the model's own dtype. Measured with random
+mantissas: 0.72 for bfloat16, 0.86 for float32, whose journal is twice as large."""
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Writes `path` whole or not at all, and durably. A file that is there is replaced."""
-    beside = path.with_name(path.name + ".tmp")
+    """Writes `path` whole or not at all, and durably. Replaces an existing file."""
+    temporary = path.with_name(path.name + ".tmp")
     with explained(path, "write"):
         try:
-            with beside.open("wb") as file:
+            with temporary.open("wb") as file:
                 file.write(data)
                 sync_file(file.fileno())
-            beside.rename(path)
+            temporary.rename(path)
         except BaseException:
-            beside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
         sync_folder(path.parent)
 
@@ -44,7 +44,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Makes `folder`, and those above it that are missing, durably."""
+    """Creates `folder` and its missing parents durably."""
     missing = [each for each in (folder, *folder.parents) if not each.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for each in missing:
@@ -53,37 +53,38 @@ def make_folder(folder: Path) -> None:
 
 @contextmanager
 def explained(path: Path, action: str) -> Iterator[None]:
-    """Turns an OSError of the block into a StoreError that names `path` and what may be done."""
+    """Turns an OSError of the block into a StoreError that names `path` and the way out."""
     try:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
         raise StoreError(
-            f"cannot {action} {path}: {reason}. What was complete before is kept: mend this and run the same "
-            "command again"
+            f"cannot {action} {path}: {reason}. Everything that was complete is kept: solve this and rerun the "
+            "command to resume"
         ) from error
 
 
 def sha256_of(path: Path) -> str:
-    """The sha256 of a file, in hex."""
+    """Returns the sha256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def required_bytes(num_vectors: int, head_dim: int, itemsize: int) -> int:
-    """Disk space for `num_vectors` vectors of `head_dim` numbers of `itemsize` bytes: journal and Parquet together.
+    """Returns the bytes on disk of `num_vectors` vectors of `head_dim` numbers of `itemsize` bytes each.
 
-    Both exist at once when the dataset is made from the journal. The other columns are in the margin of a tenth.
+    Counts journal and Parquet together, because both exist during compaction. A margin of a tenth covers the other
+    columns.
     """
     journal = num_vectors * head_dim * itemsize
     return int(1.1 * (1 + PARQUET_SHARE * (1.2 if itemsize > 2 else 1.0)) * journal)
 
 
 def ensure_space(root: Path, required: int) -> None:
-    """Checks that `required` bytes are free where `root` is or will be.
+    """Checks that `required` bytes are free on the disk of `root`, which need not exist yet.
 
     Raises:
-        StoreError: with both figures.
+        StoreError: less is free. The error gives both figures.
     """
     folder = next(path for path in (root.absolute(), *root.absolute().parents) if path.is_dir())
     free = shutil.disk_usage(folder).free

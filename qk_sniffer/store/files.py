@@ -1,4 +1,4 @@
-"""Where the files of a finished dataset are: in a folder, or on a branch of the Hub (`hub/branch.py`)."""
+"""Gives access to the files of a finished dataset, in a folder or on a branch of the Hub (`hub/branch.py`)."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,16 +10,16 @@ class Files(Protocol):
     """The files of a dataset by their names relative to its root, with slashes: `l00h00q/data.parquet`."""
 
     def path(self, name: str) -> Path:
-        """The file on this machine, fetched now where it has to be; in a folder it may be missing."""
+        """Returns the path of the file on this machine; fetches it if needed. In a folder it may be missing."""
 
     def refetch(self, name: str) -> Path:
-        """The file again, where it was not what it should be: fetched anew, where it came from elsewhere."""
+        """Returns the path of a file that was damaged; fetches it a second time if it was fetched."""
 
     def fetch(self, names: Iterable[str]) -> None:
-        """Brings files here at once that `path` would bring one by one."""
+        """Fetches several files at once, which `path` would fetch one by one."""
 
     def __str__(self) -> str:
-        """What the dataset is called in messages."""
+        """The name of the dataset in messages."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Folder:
         return self.path(name)
 
     def fetch(self, names: Iterable[str]) -> None:
-        pass  # they are here
+        pass  # they are on this machine
 
     def __str__(self) -> str:
         return str(self.root)

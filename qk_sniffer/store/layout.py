@@ -1,16 +1,16 @@
-"""Every file name of a dataset and the schema of its files, in one place.
+"""Defines every file name of a dataset and the schema of its files.
 
 <root>/l00h00q/data.parquet     one folder a head
 <root>/examples/data.parquet    the examples that the rows come from
 <root>/README.md                the card
 <root>/manifest.json            written last: a root without it is incomplete
-<root>/pictures/*.png           made from the vectors, if anybody made some; shown in the card on the Hub
-<root>/.sniff_snapshot.json     with output.resume_from_hub: the commit of the branch that this root stands at
-<root>/.qk_sniffer/             work state, gone once the dataset is whole
-    job.json                    what the job is, to refuse another one
+<root>/pictures/*.png           optional figures of the vectors; the card shows them on the Hub
+<root>/.sniff_snapshot.json     with output.resume_from_hub: the branch's commit that this root matches
+<root>/.qk_sniffer/             work state, removed once the dataset is whole
+    job.json                    the record of the job; a job with another one is refused
     *.lock                      held by running jobs
-    shard-00000-of-00001.done   once the journal of this shard is complete
-    shard-00000-of-00001.progress   what its job has done so far, for people
+    shard-00000-of-00001.done   exists once the journal of this shard is complete
+    shard-00000-of-00001.progress   the progress of the shard's job, for people
     journal/shard-00000-of-00001/00000001-1a2b3c4d5e6f7081.safetensors
     staging/                    the next version of the root, until it is whole
 """
@@ -32,9 +32,15 @@ from qk_sniffer.store.disk import make_folder
 from qk_sniffer.store.locks import InUseError, hold
 
 FORMAT = "qk-sniffer/1"
-"""The manifest's `format`: by it a folder is known as ours."""
+"""The manifest's `format`, which identifies a dataset of this package."""
 
 KINDS = ("q", "k")
+"""The kinds of vectors, in the order of lists: "q" for query heads, "k" for key heads. Each is one letter.
+
+File names, journal, manifest and columns follow from this tuple. To add a kind, name it here, and define its heads
+(`capture/selection.py`), its sampling rule (`capture/sampling.py`), its states in an attention call
+(`capture/capture.py`), its proof (`capture/proof.py`) and its name in the card (`dataset/card.py`).
+"""
 
 MANIFEST = "manifest.json"
 CARD = "README.md"
@@ -42,11 +48,11 @@ EXAMPLES = "examples/data.parquet"
 PICTURES = "pictures"
 
 VECTOR_PATH = "vector.list.element"
-"""The Parquet column of the vectors' numbers, which pyarrow names so for a list whose field is unnamed."""
+"""The Parquet column of the vectors' numbers: pyarrow's name for a list whose field is unnamed."""
 
 
 class HeadKey(NamedTuple):
-    """Names a head: `head` counts query heads for the kind "q" and key heads for "k"."""
+    """Names a head. `head` counts query heads for the kind "q" and key heads for "k"."""
 
     layer: int
     head: int
@@ -54,13 +60,13 @@ class HeadKey(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Its folder and config name: `l00h00q`."""
+        """The folder and config name of the head: `l00h00q`."""
         return head_name(*self)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The files of the dataset at `root`; names only, nothing is touched."""
+    """Names the files of the dataset at `root`, without reading or creating any."""
 
     root: Path
 
@@ -80,13 +86,13 @@ class Layout:
         return self.root / head_file(layer, head, kind)
 
     def head_files(self) -> Iterator[tuple[HeadKey, Path]]:
-        """The head files that exist, in no particular order."""
+        """Yields the head files that exist, in no particular order."""
         for path in self.root.glob("l*h*/data.parquet"):
             if (key := parse_head_name(path.parent.name)) is not None:
                 yield key, path
 
     def pictures(self) -> list[Path]:
-        """The pictures that exist."""
+        """Returns the pictures that exist."""
         return sorted((self.root / PICTURES).glob("*.png"))
 
     @property
@@ -105,37 +111,37 @@ class Layout:
         return self.work / "journal" / f"shard-{shard_index:05d}-of-{shard_count:05d}"
 
     def shard_done(self, shard_index: int, shard_count: int) -> Path:
-        """Exists once this shard's journal is complete.
+        """The file that exists once this shard's journal is complete.
 
-        It lies beside the locks: who takes one of them makes a file in this folder, so that a network file system
-        looks up anew what other machines have put there.
+        It is next to the locks. A job that takes a lock creates a file in this folder, so that a network file system
+        looks up again which files other machines have created there.
         """
         return self.work / f"shard-{shard_index:05d}-of-{shard_count:05d}.done"
 
     def journals(self) -> list[Path]:
-        """The journals that exist, of all shards."""
+        """Returns the journals that exist, of all shards."""
         return sorted((self.work / "journal").glob("shard-*-of-*"))
 
     def progress(self, shard_index: int, shard_count: int) -> Path:
-        """What the job of this shard last said of its progress (`progress.py`)."""
+        """The file with the progress of this shard's job (`jobs/progress.py`)."""
         return self.work / f"shard-{shard_index:05d}-of-{shard_count:05d}.progress"
 
     def shard_lock(self, shard_index: int, shard_count: int) -> Path:
-        """Held by the job that fills this shard's journal."""
+        """The lock of the job that writes this shard's journal."""
         return self.work / f"shard-{shard_index:05d}-of-{shard_count:05d}.lock"
 
     @property
     def start_lock(self) -> Path:
-        """Held for a moment by each job that starts, so that the shards of one job agree on what it is."""
+        """The lock that each job holds briefly at its start, so that the shards of one job agree on its record."""
         return self.work / "start.lock"
 
     @property
     def finalize_lock(self) -> Path:
-        """Held while journals become the dataset, from the start of compaction to the end of publishing."""
+        """The lock held from the start of compaction to the end of publishing."""
         return self.work / "finalize.lock"
 
     def locks(self) -> list[Path]:
-        """The lock files that exist; that one exists does not mean that it is held."""
+        """Returns the lock files that exist. A lock file may exist while nobody holds the lock."""
         return sorted(self.work.glob("*.lock"))
 
     @property
@@ -145,26 +151,29 @@ class Layout:
 
 
 def head_name(layer: int, head: int, kind: str) -> str:
-    """The folder and config name of a head: `l00h00q`."""
+    """Returns the folder and config name of a head: `l00h00q`."""
     return f"l{layer:02d}h{head:02d}{kind}"
 
 
 def head_file(layer: int, head: int, kind: str) -> str:
-    """The name of a head's file, relative to the root: `l00h00q/data.parquet`."""
+    """Returns the name of a head's file, relative to the root: `l00h00q/data.parquet`."""
     return f"{head_name(layer, head, kind)}/data.parquet"
 
 
 def parse_head_name(name: str) -> HeadKey | None:
-    """The head that `head_name` gave `name`, None for any other name."""
-    match = re.fullmatch(r"l(\d{2,})h(\d{2,})([qk])", name)
+    """Returns the head whose `head_name` is `name`, None for any other name."""
+    match = _HEAD_NAME.fullmatch(name)
     if match is None:
         return None
     key = HeadKey(int(match[1]), int(match[2]), match[3])
-    return key if head_name(key.layer, key.head, key.kind) == name else None
+    return key if key.name == name else None
+
+
+_HEAD_NAME = re.compile(rf"l(\d{{2,}})h(\d{{2,}})([{''.join(KINDS)}])")
 
 
 def schema(head_dim: int, *, token_ids: bool = False, token_strings: bool = False) -> pa.Schema:
-    """The columns of a head's file. The vector's numbers are nullable only because that is pyarrow's list type."""
+    """Returns the columns of a head's file. The vector's numbers are nullable, as in every list type of pyarrow."""
     fields = [
         pa.field("bucket", pa.int32(), nullable=False),
         pa.field("example_id", pa.int32(), nullable=False),
@@ -180,7 +189,7 @@ def schema(head_dim: int, *, token_ids: bool = False, token_strings: bool = Fals
 
 
 def examples_schema() -> pa.Schema:
-    """The columns of `examples/data.parquet`: one row an example, in the order of the source."""
+    """Returns the columns of `examples/data.parquet`: one row an example, in the order of the source."""
     return pa.schema(
         [
             pa.field("example_id", pa.int32(), nullable=False),
@@ -194,27 +203,25 @@ def examples_schema() -> pa.Schema:
 
 
 def prepare_data_root(root: Path) -> Layout:
-    """The layout of `root`, made ready for a job's work: it exists, is ours, and can be written.
-
-    Ours is an empty folder, or one with our manifest, our work folder or the note of a branch.
+    """Creates the work folder of `root`, and returns the layout. The root is empty or `is_ours`.
 
     Raises:
-        StoreError: a file is in the way, the folder holds something else, or it cannot be written.
+        StoreError: a file is in the way, the folder holds other files, or it cannot be written.
     """
     layout = Layout(root)
     if root.exists() and not root.is_dir():
         raise StoreError(f"the data root {root} is a file; choose another output.data_root")
     try:
-        # Listed before it is asked whose it is: another shard may make the work folder in between.
-        found = sorted(path.name for path in root.iterdir()) if root.is_dir() else []
-        if found and not is_ours(layout):
-            listed = ", ".join(found[:5]) + (", ..." if len(found) > 5 else "")
+        # Listed before `is_ours` is called: another shard may create the work folder in between.
+        names = sorted(path.name for path in root.iterdir()) if root.is_dir() else []
+        if names and not is_ours(layout):
+            listed = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
             raise StoreError(
                 f"{root} is not empty and not a dataset of qk-sniffer (it holds {listed}); choose another "
                 "output.data_root, or empty it yourself"
             )
         if root.is_symlink() and not root.exists():
-            raise StoreError(f"the data root {root} is a link to {root.readlink()}, which is not there")
+            raise StoreError(f"the data root {root} is a link to {root.readlink()}, which does not exist")
         make_folder(layout.work)
         tempfile.TemporaryFile(dir=layout.work).close()
     except OSError as error:
@@ -225,32 +232,35 @@ def prepare_data_root(root: Path) -> Layout:
 
 
 def discard_work(layout: Layout, own_lock: Path) -> None:
-    """Removes the work state of another job, so that this one starts anew; a finished dataset stays as it is.
+    """Removes the work state of another job, so that this one starts from nothing. A finished dataset stays.
 
     Hold `own_lock`, the lock of this job's shard, and the start lock.
 
     Raises:
-        InUseError: a job runs in it.
+        InUseError: a job is running in this root.
     """
     with ExitStack() as running:
         for lock in {layout.finalize_lock, *layout.locks()} - {own_lock, layout.start_lock}:
-            running.enter_context(hold(lock, "working on what is to be replaced"))
+            running.enter_context(hold(lock, "working in the folder that this job replaces"))
         remove_work(layout)
 
 
 def remove_leftovers(layout: Layout, own_lock: Path) -> None:
-    """Removes what a job that was killed after its dataset was whole left in the work folder. Hold `own_lock`."""
+    """Removes the files that a job leaves in the work folder when it is killed after its dataset is whole.
+
+    Hold `own_lock`.
+    """
     for lock in layout.locks():
         if lock != own_lock:
             with suppress(InUseError), hold(lock, "tidying up"):
-                pass  # which removes the file
+                pass  # leaving the block removes the file
     with suppress(InUseError), hold(layout.start_lock, "tidying up"), hold(layout.finalize_lock, "tidying up"):
         if not layout.job_file.exists():
             remove_work(layout)
 
 
 def remove_file(layout: Layout, path: Path) -> None:
-    """Removes a file of the dataset, and its folder below the root where nothing else is left in it."""
+    """Removes a file of the dataset, and its folder below the root if that is empty then."""
     path.unlink(missing_ok=True)
     if path.parent != layout.root:
         with suppress(OSError):
@@ -258,16 +268,16 @@ def remove_file(layout: Layout, path: Path) -> None:
 
 
 def remove_work(layout: Layout) -> None:
-    """Removes the work state but the locks, which go with their holders. The staging is the last to go."""
+    """Removes the work state except for the locks, which their holders remove. The staging goes last."""
     _remove_tree(layout.work / "journal")
-    for pattern in ("*.done", "*.progress", "*.tmp"):  # the last of a write that a kill ended
+    for pattern in ("*.done", "*.progress", "*.tmp"):  # *.tmp: of a write that a kill interrupted
         for path in layout.work.glob(pattern):
             path.unlink(missing_ok=True)
     layout.job_file.unlink(missing_ok=True)
-    # Without its manifest the staging is not whole: no one will take it for a version still to be published.
+    # The manifest goes first: without it the staging is not whole, and no job promotes it.
     layout.staging.manifest.unlink(missing_ok=True)
     _remove_tree(layout.staging.root)
-    with suppress(OSError):  # locks may be left in it
+    with suppress(OSError):  # it may contain locks
         layout.work.rmdir()
 
 
@@ -277,7 +287,7 @@ def _remove_tree(folder: Path) -> None:
 
 
 def is_ours(layout: Layout) -> bool:
-    """Whether the folder is a dataset of ours, or will be one."""
+    """Whether the root has a manifest of this package, its work folder, or the snapshot of a branch."""
     return layout.work.is_dir() or layout.snapshot.is_file() or _is_our_manifest(layout.manifest)
 
 
@@ -290,12 +300,13 @@ def _is_our_manifest(path: Path) -> bool:
 
 
 def missing_manifest(root: Path) -> StoreError:
-    """What a reader says of a root that is not whole."""
+    """Returns the error of a reader for a root without a manifest."""
     if not root.is_dir():
         return StoreError(f"there is no dataset at {root}: no such folder")
     if Layout(root).work.is_dir():
         return StoreError(
-            f"the dataset at {root} is incomplete: no manifest.json. Its job has not finished; run it again to go on"
+            f"the dataset at {root} is incomplete: no manifest.json. Its job has not finished; rerun the command to "
+            "resume"
         )
     if Layout(root).snapshot.is_file():
         return StoreError(

@@ -1,7 +1,8 @@
-"""Locks of the kernel on files of the data root: a dead job's lock is free at once, and a held one says by whom.
+"""Holds kernel file locks in the data root: they are released when a job dies, and they name their holder.
 
-On Linux these are record locks of the open file description: file systems that serve many machines (NFS, Lustre,
-GPFS) treat them as POSIX locks, but they do not fall when the process closes another descriptor of the file.
+On Linux these are record locks of the open file description. File systems that serve several machines (NFS, Lustre,
+GPFS) treat them as POSIX locks. Unlike those, they are not released when the process closes another descriptor of the
+file.
 """
 
 import fcntl
@@ -25,7 +26,7 @@ _FLOCK = "hhqqi"
 
 @dataclass(frozen=True)
 class Holder:
-    """Who holds a lock. `slurm_job_id` is None outside of SLURM."""
+    """The process that holds a lock. `slurm_job_id` is None outside of SLURM."""
 
     pid: int
     host: str
@@ -37,31 +38,31 @@ class Holder:
 
     @classmethod
     def me(cls) -> "Holder":
-        """This process."""
+        """Returns this process."""
         return cls(os.getpid(), socket.gethostname(), os.environ.get("SLURM_JOB_ID"))
 
 
 class InUseError(StoreError):
-    """A lock is held, by another process or by this one."""
+    """A lock is held already, by another process or by this one."""
 
 
 def restart_patience_s() -> float:
-    """How long a job may wait for what its own last run seems to hold: zero unless SLURM has begun it anew.
+    """Returns how long a job waits for a lock that its previous run may still hold: zero unless SLURM restarted it.
 
-    After a node's failure a file system takes some time to see that the holder is gone: NFS 4 90 s, by default.
+    After a node fails, a file system needs some time to release the locks of the node: NFS 4 90 s, by default.
     """
     return 180.0 if os.environ.get("SLURM_RESTART_COUNT", "0") != "0" else 0.0
 
 
 @contextmanager
 def hold(path: Path, purpose: str, *, wait_s: float = 0.0) -> Iterator[None]:
-    """Holds the lock `path` within the block. The file exists only meanwhile, or after a crash.
+    """Holds the lock `path` within the block. The file exists during the block, and after a crash.
 
-    `purpose` says in the error what the holder is doing: "capturing shard 0 of 1". `wait_s`: how long to try.
+    `purpose` is the activity of a holder in the error: "capturing shard 0 of 1". `wait_s` is how long to try.
 
     Raises:
-        InUseError: it is held.
-        StoreError: the file system has no locks; the folder cannot be written.
+        InUseError: the lock is held.
+        StoreError: the file system has no locks, or the folder cannot be written.
     """
     deadline = time.monotonic() + wait_s
     while True:
@@ -77,16 +78,16 @@ def hold(path: Path, purpose: str, *, wait_s: float = 0.0) -> Iterator[None]:
     try:
         yield
     finally:
-        # Unlinked while it is held: whoever opened it before then finds another file, or none, under the name.
+        # Unlinked while it is held: a process that opened it before then finds another file, or none, at the path.
         path.unlink(missing_ok=True)
         _held.discard(descriptor)
         os.close(descriptor)
-        with suppress(OSError):  # a work folder that holds nothing any more says nothing either
+        with suppress(OSError):  # an empty work folder has no meaning
             path.parent.rmdir()
 
 
 def holder(path: Path) -> Holder | None:
-    """Who wrote the lock file last, None when there is no such file. It may be a job that crashed."""
+    """Returns the process that wrote the lock file last, None without such a file. It may have crashed."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         return Holder(int(values["pid"]), str(values["host"]), values["slurm_job_id"])
@@ -95,15 +96,15 @@ def holder(path: Path) -> Holder | None:
 
 
 def is_held(path: Path) -> bool:
-    """Whether a process holds the lock at this moment; changes nothing, and needs no right to write."""
+    """Whether a process holds the lock at this moment. Needs no write permission and changes nothing."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return False
     try:
         if sys.platform == "linux":
-            asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
-            return bool(struct.unpack(_FLOCK, fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, asked))[0] != fcntl.F_UNLCK)
+            query = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+            return bool(struct.unpack(_FLOCK, fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, query))[0] != fcntl.F_UNLCK)
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         return False
     except BlockingIOError:
@@ -117,7 +118,7 @@ def _locked(path: Path, purpose: str) -> int:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        except FileNotFoundError:  # another job's end took the folder away
+        except FileNotFoundError:  # another job removed the folder at its end
             continue
         try:
             _lock(descriptor)
@@ -134,7 +135,7 @@ def _locked(path: Path, purpose: str) -> int:
         except BaseException:
             os.close(descriptor)
             raise
-        os.close(descriptor)  # locked a file that its holder had just unlinked
+        os.close(descriptor)  # the locked file was just unlinked by its holder
 
 
 def _lock(descriptor: int) -> None:
@@ -156,7 +157,7 @@ _held: set[int] = set()
 
 
 def _forget_in_child() -> None:
-    # A forked child shares its parent's locks, and would keep those of a dead parent.
+    # A forked child shares its parent's locks, and would hold them after the parent's death.
     while _held:
         os.close(_held.pop())
 

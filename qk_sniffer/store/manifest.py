@@ -1,13 +1,13 @@
-"""The manifest: what a dataset is and which files it consists of. A root without one is not whole.
+"""Reads and writes the manifest, which describes a dataset and lists its files. A root without one is not whole.
 
 format          "qk-sniffer/1"
-job             what the job puts there: resolved config, versions, commits, head layout, rotary parameters, ...
+job             the keys that the job adds: resolved config, versions, commits, head layout, rotary parameters, ...
 examples, tokens, rows         of the whole dataset; rows over all heads
 longest_example tokens of the longest example
 rows_by_bucket  {"q": {"7": 1234, ...}, "k": ...}, over all heads of the kind
-nonfinite_rows  {"l00h00q/data.parquet": 3}: rows with NaN or Inf, of the heads that have any
+nonfinite_rows  {"l00h00q/data.parquet": 3}: rows with NaN or Inf, for the heads that have any
 files           {"l00h00q/data.parquet": {"rows", "bytes", "sha256"}, ...}; rows of Parquet files only
-timings         seconds by stage of the run that made it: the only part that differs between equal datasets
+timings         seconds by stage of the run that wrote it: the only part that differs between equal datasets
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from qk_sniffer.store.layout import FORMAT, KINDS, MANIFEST, HeadKey, Layout, mi
 
 @dataclass(frozen=True)
 class FileEntry:
-    """A file of the dataset: `size` in bytes. `rows` is None where it is no Parquet file; `sha256` is in hex."""
+    """A file of the dataset. `size` is in bytes, `sha256` in hex; `rows` is None for files that are not Parquet."""
 
     rows: int | None
     size: int
@@ -38,7 +38,7 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Written:
-    """What a compaction has staged. Paths are relative to the root, with slashes."""
+    """The result of a compaction. Paths are relative to the root, with slashes."""
 
     files: dict[str, FileEntry]
     rows_by_bucket: dict[str, dict[int, int]]
@@ -48,21 +48,21 @@ class Written:
     num_truncated: int
     longest_example: int
     nonfinite_rows: dict[str, int]
-    """Rows with NaN or Inf by the head's file, where there are any."""
+    """Rows with NaN or Inf, by the head's file, for the heads that have any."""
 
     @property
     def rows(self) -> int:
-        """Rows of all heads together."""
+        """The rows of all heads together."""
         return sum(sum(rows.values()) for rows in self.rows_by_bucket.values())
 
     @property
     def size(self) -> int:
-        """Bytes of all files together."""
+        """The bytes of all files together."""
         return sum(entry.size for entry in self.files.values())
 
 
 def build(job: Mapping[str, Any], written: Written, *, timings: Mapping[str, float] | None = None) -> dict[str, Any]:
-    """The manifest of what a compaction has written. Plain data, ready for JSON."""
+    """Returns the manifest of the files in `written`, as plain data for JSON. `job` gives further keys."""
     manifest = {
         **job,
         "format": FORMAT,
@@ -76,31 +76,31 @@ def build(job: Mapping[str, Any], written: Written, *, timings: Mapping[str, flo
         "files": {name: _without_none(entry) for name, entry in written.files.items()},
         "timings": dict(timings or {}),
     }
-    plain: dict[str, Any] = json.loads(encode(manifest))  # as `read` will give it: all keys are strings
+    plain: dict[str, Any] = json.loads(encode(manifest))  # as `read` returns it: all keys are strings
     return plain
 
 
 def with_files(manifest: Mapping[str, Any], files: Mapping[str, FileEntry]) -> dict[str, Any]:
-    """A manifest that lists these files too, in the place of those of the same names."""
+    """Returns the manifest with `files` added; they replace entries of the same names."""
     entries = {name: _without_none(entry) for name, entry in files.items()}
     return {**manifest, "files": {**manifest["files"], **entries}}
 
 
 def encode(manifest: Mapping[str, Any]) -> bytes:
-    """The manifest's bytes: keys sorted, so that equal manifests are equal files."""
+    """Returns the manifest's bytes. The keys are sorted, so that equal manifests are equal files."""
     return json.dumps(manifest, indent=2, sort_keys=True, ensure_ascii=False).encode()
 
 
 def write(layout: Layout, manifest: Mapping[str, Any]) -> None:
-    """Makes `manifest` that of the dataset at `layout`, atomically and durably."""
+    """Writes the manifest of the dataset at `layout`, atomically and durably."""
     write_atomic(layout.manifest, encode(manifest))
 
 
 def read(root: Path) -> dict[str, Any]:
-    """The manifest of the dataset at `root`.
+    """Returns the manifest of the dataset at `root`.
 
     Raises:
-        StoreError: there is none, so the dataset is incomplete; or it is not one of ours.
+        StoreError: the dataset has none and is therefore incomplete, or it is not a manifest of this package.
     """
     path = Layout(root).manifest
     try:
@@ -115,26 +115,26 @@ def read(root: Path) -> dict[str, Any]:
 
 
 def of(files: Files) -> dict[str, Any]:
-    """The manifest of the dataset in `files`.
+    """Returns the manifest of the dataset in `files`.
 
     Raises:
         StoreError: as for `read`.
-        HubError: it cannot be fetched.
+        HubError: the manifest cannot be fetched.
     """
     return read(files.path(MANIFEST).parent)
 
 
 def changed_files(root: Path, manifest: Mapping[str, Any]) -> list[str]:
-    """The names of the files at `root` that are missing, or not of the size that its manifest lists."""
+    """Returns the names of the files at `root` that are missing or differ in size from the manifest."""
 
-    def is_there(path: Path, size: int) -> bool:
+    def is_unchanged(path: Path, size: int) -> bool:
         return path.is_file() and path.stat().st_size == size
 
-    return [name for name, entry in manifest["files"].items() if not is_there(root / name, entry["bytes"])]
+    return [name for name, entry in manifest["files"].items() if not is_unchanged(root / name, entry["bytes"])]
 
 
 def heads(manifest: Mapping[str, Any]) -> list[HeadKey]:
-    """The heads that a manifest lists: by layer, queries before keys."""
+    """Returns the heads that a manifest lists, by layer, then in the order of `KINDS`."""
     keys = [key for name in manifest["files"] if (key := parse_head_name(name.split("/")[0])) is not None]
     return sorted(keys, key=lambda key: (key.layer, KINDS.index(key.kind), key.head))
 

@@ -1,7 +1,8 @@
 """Writes Parquet files whose bytes follow from their rows, with the encodings that suit captured vectors.
 
-Vectors: BYTE_STREAM_SPLIT, which puts the bytes of equal weight together (those that widening made zero vanish),
-then zstd at its fastest level; no statistics, which serve nobody there. Other columns: dictionary. No page index.
+Vectors are encoded with BYTE_STREAM_SPLIT, which groups the bytes of equal weight, and compressed with zstd at its
+fastest level. The zero bytes of widened numbers then take no space. Vectors have no statistics, because no reader needs
+them. Other columns have a dictionary. No file has a page index.
 """
 
 import hashlib
@@ -19,9 +20,9 @@ from qk_sniffer.store.manifest import FileEntry
 
 
 class ParquetWriter:
-    """A Parquet file that is being written, row group by row group. A context manager.
+    """Writes a Parquet file, row group by row group. A context manager.
 
-    `entry` is there after the block was left without an exception; the file is durable then.
+    `entry` is set when the block ends without an exception; the file is durable then.
     """
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
@@ -54,24 +55,23 @@ class ParquetWriter:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
-            with suppress(Exception):  # else pyarrow does it whenever it collects the writer
+            with suppress(Exception):  # otherwise pyarrow closes it when it collects the writer
                 self._writer.close()
             return
         self._writer.close()
         check_encodings(self._path, self._written[0])
         with self._path.open("rb") as file:
             sync_file(file.fileno())
-            # Mapped, not hashed on the way: what pyarrow gives to a Python object it copies first.
+            # Hashed from a mapping: pyarrow would copy each write for a Python file object that hashes it.
             with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as data:
                 self.entry = FileEntry(self._rows, len(data), hashlib.sha256(data).hexdigest())
 
 
 def check_encodings(path: Path, metadata: pq.FileMetaData) -> None:
-    """Checks that the file of this footer has the encodings of this module: pyarrow passes over what it does not
-    understand.
+    """Checks that the file of this footer has the encodings of this module, because pyarrow ignores unknown options.
 
     Raises:
-        StoreError: naming the column and what is wrong with it.
+        StoreError: a column is encoded differently. The error names the column and the difference.
     """
     for group in range(metadata.num_row_groups):
         for number in range(metadata.num_columns):
@@ -91,4 +91,6 @@ def check_encodings(path: Path, metadata: pq.FileMetaData) -> None:
             elif column.has_column_index or column.has_offset_index:
                 wrong = "a page index"
             if wrong is not None:
-                raise StoreError(f"{path}: column {name} was written with {wrong}; pyarrow {pa.__version__} is not fit")
+                raise StoreError(
+                    f"{path}: column {name} was written with {wrong}; pyarrow {pa.__version__} does not work"
+                )

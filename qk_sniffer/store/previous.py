@@ -1,4 +1,4 @@
-"""A finished dataset that grows: its rows come first in the next version, as they are."""
+"""Reads the finished dataset that a job adds to. Its rows come first in the next version, unchanged."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,54 +19,54 @@ from qk_sniffer.store.layout import EXAMPLES, MANIFEST
 
 @dataclass(frozen=True)
 class PreviousVersion:
-    """The dataset in `files`, as `record` (see `describe`) had found it when the job that adds to it began."""
+    """The dataset in `files`. `record` describes it at the start of the job that adds to it: see `describe`."""
 
     files: Files
     record: Mapping[str, Any]
 
     @property
     def is_there(self) -> bool:
-        """Whether the dataset still has that manifest."""
+        """Whether the dataset still has the recorded manifest."""
         return self._found(MANIFEST, self.record["manifest_sha256"]) is not None
 
     def check(self) -> None:
-        """Checks that the dataset is the one that the job began with.
+        """Checks that the dataset is the recorded one.
 
         Raises:
-            StoreError: it is not.
+            StoreError: it is another one.
         """
         if not self.is_there:
             raise StoreError(
-                f"{self.files} is not the dataset any more that this job was adding to: put it back, or make it "
-                "anew with output.overwrite=true"
+                f"{self.files} is no longer the dataset that this job was adding to: restore it, or recreate it "
+                "with output.overwrite=true"
             )
 
     @cached_property
     def manifest(self) -> dict[str, Any]:
-        """Its manifest."""
+        """The manifest of the dataset."""
         self.check()
         return manifests.of(self.files)
 
     def fetch(self) -> None:
-        """Brings its files here, where they are not."""
+        """Fetches the files that are not on this machine."""
         self.files.fetch([name for name, entry in self.manifest["files"].items() if "rows" in entry])
 
     def examples(self) -> list[ExampleRecord]:
-        """Its examples, in the order of the source."""
+        """Returns the examples of the dataset, in the order of the source."""
         columns = pq.read_table(self._checked(EXAMPLES)).to_pydict()
         names = ExampleRecord.__dataclass_fields__
         return [ExampleRecord(*values) for values in zip(*(columns[name] for name in names), strict=True)]
 
     def nonfinite_rows(self, name: str) -> int:
-        """Rows with NaN or Inf in the head's file `name`."""
+        """Returns the number of rows with NaN or Inf in the head's file `name`."""
         counted: dict[str, int] = self.manifest.get("nonfinite_rows", {})
         return counted.get(name, 0)
 
     def tables(self, name: str, schema: pa.Schema, rows_per_table: int) -> Iterator[pa.Table]:
-        """The rows of the head's file `name`, in tables of `rows_per_table` rows, the last one perhaps of fewer.
+        """Yields the rows of the head's file `name` in tables of `rows_per_table` rows; the last may have fewer.
 
         Raises:
-            StoreError: the file is not the one that the manifest lists.
+            StoreError: the file is not the one in the manifest.
         """
         path = self._checked(name)
         pending = schema.empty_table()
@@ -86,7 +86,7 @@ class PreviousVersion:
         if path is None:
             raise StoreError(
                 f"{self.files.path(name)} is missing or damaged: it is not the file that manifest.json lists, so "
-                "nothing can be added to this dataset. Restore the file, or make the dataset anew with "
+                "nothing can be added to this dataset. Restore the file, or recreate the dataset with "
                 "output.overwrite=true"
             )
         return path
@@ -100,7 +100,7 @@ class PreviousVersion:
 
 
 def describe(files: Files) -> dict[str, Any]:
-    """What a job that adds to the dataset in `files` notes of it, but where they are."""
+    """Returns the record of the dataset in `files` for a job that adds to it, without its location."""
     path = files.path(MANIFEST)
     manifest = manifests.of(files)
     return {

@@ -1,12 +1,13 @@
-"""A staged version becomes the dataset, in steps that can be done again from any point.
+"""Promotes a staged version to the dataset, in steps that can be repeated from any point.
 
     1. The card and then the manifest are written into the staging, which is whole from here on.
     2. The root's manifest is removed: readers see an incomplete dataset.
     3. Files are renamed into place; heads that are no longer part of the dataset are removed.
     4. The manifest is written: readers see the new dataset.
-    5. The journals go, then the staging's manifest, then the staging.
+    5. The journals are removed, then the staging's manifest, then the staging.
 
-A crash before the end of 1 leaves the old dataset and the journals. After it, `resume_publish` does the rest.
+A crash before the end of step 1 leaves the old dataset and the journals. After a later crash, `finish_promotion` does
+the remaining steps.
 """
 
 import json
@@ -22,10 +23,12 @@ from qk_sniffer.store.manifest import FileEntry
 
 
 def promote(layout: Layout, manifest: Mapping[str, Any], *, card: bytes | None = None) -> None:
-    """Makes what `compact` has staged the dataset, with this card, which the manifest will list. Hold the lock.
+    """Promotes the files that `compact` has staged, with `card`, which is added to the manifest.
+
+    Hold the finalize lock.
 
     Raises:
-        StoreError: the disk failed. The old dataset is still there, or `resume_publish` finishes the new one.
+        StoreError: the disk failed. The old dataset still exists, or `finish_promotion` completes the new one.
     """
     staging = layout.staging
     with explained(staging.root, "write"):
@@ -39,14 +42,14 @@ def promote(layout: Layout, manifest: Mapping[str, Any], *, card: bytes | None =
 
 
 def finish_promotion(layout: Layout) -> bool:
-    """Finishes a publication that was begun; False where there is none. Hold the finalise lock."""
+    """Finishes an interrupted promotion. Returns False if there is none. Hold the finalize lock."""
     staging = layout.staging
     if not staging.manifest.exists():
         return False
-    with explained(layout.root, "publish the dataset in"):
+    with explained(layout.root, "move the dataset into"):
         manifest = json.loads(staging.manifest.read_bytes())
         if _same_bytes(staging.manifest, layout.manifest):
-            remove_work(layout)  # only this was left
+            remove_work(layout)  # the only remaining step
             return True
         layout.manifest.unlink(missing_ok=True)
         sync_folder(layout.root)
@@ -70,8 +73,8 @@ def _move(layout: Layout, files: Mapping[str, Mapping[str, Any]]) -> None:
             touched.add(target.parent)
         elif not target.exists() or target.stat().st_size != entry["bytes"]:
             raise StoreError(
-                f"{target} is missing from the version that was to be published; run the job again "
-                "with output.overwrite=true"
+                f"{target} is missing from the version that replaces the dataset; rerun the command with "
+                "output.overwrite=true"
             )
     for folder in touched:
         sync_folder(folder)

@@ -1,4 +1,4 @@
-"""Reads and writes the record of an unfinished job: all that is needed to make the dataset from its journals."""
+"""Reads and writes the record of an unfinished job: everything that finalizing its journals needs."""
 
 import json
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from qk_sniffer.store.layout import Layout
 
 
 def read_record(layout: Layout) -> dict[str, Any] | None:
-    """What the unfinished job in `layout` wrote at its start; None where there is none."""
+    """Returns the record of the unfinished job in `layout`, which it wrote at its start; None without a job."""
     try:
         record: dict[str, Any] = json.loads(layout.job_file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -18,5 +18,5 @@ def read_record(layout: Layout) -> dict[str, Any] | None:
 
 
 def write_record(layout: Layout, record: Mapping[str, Any]) -> None:
-    """Stores the record of a job that starts. Hold the start lock."""
+    """Writes the record of a job that starts. Hold the start lock."""
     write_atomic(layout.job_file, json.dumps(record, indent=2, sort_keys=True).encode())

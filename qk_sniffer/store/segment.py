@@ -1,9 +1,10 @@
-"""Journal segments: immutable safetensors files with a checksum in their names.
+"""Reads and writes journal segments: immutable safetensors files with a checksum in their names.
 
-`00000012-9f2b61c4d8e07a35.safetensors` is segment 12; the rest is the XXH3-64 of the whole file. A segment is written
-beside, made durable and renamed, so one that exists is complete unless the disk harmed it. The format is the
-one of safetensors (8 bytes of header length, a JSON header, the tensors), written here because the library's
-writer takes whole tensors, knows neither checksums nor fsync, and its numpy reader has no bfloat16.
+`00000012-9f2b61c4d8e07a35.safetensors` is segment 12, and the rest of the name is the XXH3-64 of the whole file. A
+segment is written under a temporary name, made durable and renamed. An existing segment is therefore complete unless
+the disk damaged it. The format is that of safetensors: 8 bytes of header length, a JSON header, the tensors. It is
+written here because the library's writer takes whole tensors and has neither checksums nor fsync, and because its
+numpy reader has no bfloat16.
 """
 
 import json
@@ -24,18 +25,18 @@ from qk_sniffer.store.disk import sync_file, sync_folder
 SUFFIX = ".safetensors"
 
 ITEM_SIZES = {"BF16": 2, "F16": 2, "F32": 4, "I32": 4, "I64": 8}
-"""Bytes of a number, by the name of its type in safetensors: the types that segments hold."""
+"""The bytes of a number, by the name of its type in safetensors, for the types that segments contain."""
 
 _CHUNK = 1 << 20
 
 
 class DamageError(Exception):
-    """A segment is not what was written; the text says how it shows."""
+    """A segment differs from the bytes that were written. The text names the difference."""
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor to write. `chunks` makes its bytes in order, piece by piece; `shape` says how many there will be."""
+    """A tensor to write. `chunks` yields its numbers in order, in parts, which together have the size of `shape`."""
 
     name: str
     dtype: str
@@ -49,7 +50,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor lies in its segment: `offset` in bytes from the start of the file."""
+    """The place of a tensor in its segment. `offset` is in bytes from the start of the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -58,20 +59,20 @@ class Place:
 
 @dataclass(frozen=True)
 class Header:
-    """The head of a segment."""
+    """The header of a segment: its metadata, and the places of its tensors by name."""
 
     metadata: dict[str, str]
     tensors: dict[str, Place]
 
 
 def segment_number(path: Path) -> int | None:
-    """The number in a segment's name, None where the name is not a segment's."""
+    """Returns the number in a segment's name, None for other names."""
     match = _NAME.fullmatch(path.name)
     return int(match[1]) if match else None
 
 
 def write_segment(folder: Path, number: int, tensors: Sequence[Tensor], metadata: Mapping[str, str]) -> Path:
-    """Writes a segment durably; on an error nothing of it is left."""
+    """Writes a segment durably and returns its path. An error leaves no file."""
     entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for tensor in tensors:
@@ -80,9 +81,9 @@ def write_segment(folder: Path, number: int, tensors: Sequence[Tensor], metadata
     header = json.dumps(entries, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
 
-    beside = folder / f"{number:08d}.tmp"
+    temporary = folder / f"{number:08d}.tmp"
     try:
-        with beside.open("wb") as file:
+        with temporary.open("wb") as file:
             start = len(header).to_bytes(8, "little") + header
             file.write(start)
             checksum = xxhash.xxh3_64(start)
@@ -95,25 +96,25 @@ def write_segment(folder: Path, number: int, tensors: Sequence[Tensor], metadata
             file.flush()
             sync_file(file.fileno())
         path = folder / f"{number:08d}-{checksum.hexdigest()}{SUFFIX}"
-        beside.rename(path)
+        temporary.rename(path)
     except BaseException:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     sync_folder(folder)
     return path
 
 
 def read_header(path: Path) -> Header:
-    """The header of a segment.
+    """Returns the header of a segment.
 
     Raises:
-        DamageError: it cannot be read, or the file is not as long as it says.
+        DamageError: the header cannot be read, or the file's length differs from the header's.
     """
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
-            raise DamageError("cut short within the header")
+            raise DamageError("cut off within the header")
         raw = file.read(length)
     try:
         entries = json.loads(raw)
@@ -134,7 +135,7 @@ def verify_segment(path: Path) -> None:
     """Reads the whole segment and compares it with the checksum in its name.
 
     Raises:
-        DamageError: they differ.
+        DamageError: the checksums differ.
     """
     match = _NAME.fullmatch(path.name)
     assert match is not None, "not the name of a segment"

@@ -45,7 +45,7 @@ def grow(layout: Layout, part: Captured, **options: Any) -> None:
     """Adds the part to the dataset as a job does."""
     base = PreviousVersion(Folder(layout.root), describe(Folder(layout.root)))
     journal = captured_journal(layout.journal(0, 1), part)
-    written = compact(layout, [journal], HEADS, SAMPLER, base=base, **options)
+    written = compact(layout, [journal], HEADS, SAMPLER, previous=base, **options)
     facts = {"config": {}, "source_rows": 0, "skipped_rows": 0, "versions": {}}
     promote(layout, build(facts, written), card=b"# card\n")
 
@@ -84,7 +84,11 @@ def test_an_example_is_never_added_twice(tmp_path: Path) -> None:
     before = file_bytes(tmp_path)
     with pytest.raises(StoreError, match=r"example 7 \(example_id 997\) is in the finished dataset already"):
         compact(
-            layout, [journal], HEADS, SAMPLER, base=PreviousVersion(Folder(layout.root), describe(Folder(layout.root)))
+            layout,
+            [journal],
+            HEADS,
+            SAMPLER,
+            previous=PreviousVersion(Folder(layout.root), describe(Folder(layout.root))),
         )
     assert file_bytes(tmp_path) == before
 
@@ -250,7 +254,7 @@ def test_a_base_that_is_gone_is_not_grown(
         with pytest.raises(Stopped):
             run_job(job(checkpoint, texts, root))
     (root / "manifest.json").unlink()
-    with pytest.raises(StoreError, match="not the dataset any more that this job was adding to"):
+    with pytest.raises(StoreError, match="no longer the dataset that this job was adding to"):
         run_job(job(checkpoint, texts, root))
     run_job(job(checkpoint, texts, root, output={"data_root": str(root), "overwrite": True}))
     assert manifests.read(root)["examples"] == 24 and manifests.read(root)["grown_from"] == []

@@ -29,7 +29,7 @@ from support.store_cases import (
 from qk_sniffer.errors import StoreError
 from qk_sniffer.store import parquet_writer
 from qk_sniffer.store.compact import HeadSpec, compact
-from qk_sniffer.store.compaction_plan import SegmentFiles, find_blocks, make_plan
+from qk_sniffer.store.compaction_plan import SegmentFiles, find_blocks, plan_compaction
 from qk_sniffer.store.journal import Journal
 from qk_sniffer.store.journal_writer import JournalWriter
 from qk_sniffer.store.layout import Layout, schema
@@ -157,7 +157,7 @@ def test_a_row_group_reads_hardly_more_than_its_rows(tmp_path: Path) -> None:
         put(writer, Piece.of(0, "q", torch.zeros(1, len(index), 4), index, np.tile(np.arange(5), count)))
         writer.complete([corpus.record(index) for index in range(count)])
     with SegmentFiles() as files:
-        plan = make_plan(find_blocks([journal])[0, "q"], files)
+        plan = plan_compaction(find_blocks([journal])[0, "q"], files)
     for rows_per_group in (33, 500, 5 * count):
         groups = list(plan.groups(rows_per_group))
         assert sum(len(group.index) for group in groups) == 5 * count

@@ -172,7 +172,7 @@ def test_an_error_of_the_thread_reaches_the_next_call(
     put(writer, piece(3))
     writer._thread.join(10)
     ends = [Captured().record(0)]
-    with pytest.raises(StoreError, match=r"No space left.*run the same command again"):
+    with pytest.raises(StoreError, match=r"No space left.*rerun the command"):
         {"put": lambda: put(writer, piece(3)), "complete": lambda: writer.complete(ends), "close": writer.close}[call]()
     assert list(tmp_path.iterdir()) == []
 

@@ -60,7 +60,7 @@ def test_equal_datasets_are_equal_files(tmp_path: Path) -> None:
 
 def test_a_root_without_manifest_is_incomplete(tmp_path: Path) -> None:
     prepare_data_root(tmp_path)
-    with pytest.raises(StoreError, match=r"incomplete: no manifest\.json.*run it again"):
+    with pytest.raises(StoreError, match=r"incomplete: no manifest\.json.*rerun the command"):
         manifest.read(tmp_path)
     with pytest.raises(StoreError, match="no such folder"):
         manifest.read(tmp_path / "none")
@@ -137,7 +137,7 @@ def test_compaction_does_not_touch_a_version_that_waits(tmp_path: Path) -> None:
     journal = captured_journal(layout.journal(0, 1), Captured())
     written = compact(layout, [journal], HEADS, SAMPLER)
     manifest.write(layout.staging, manifest.build({}, written))
-    with pytest.raises(StoreError, match="waiting to be published"):
+    with pytest.raises(StoreError, match="staged version that is not promoted yet"):
         compact(layout, [journal], HEADS, SAMPLER)
     assert promote.finish_promotion(layout)
     assert manifest.read(tmp_path)["examples"] == 12

@@ -31,7 +31,7 @@ from qk_sniffer.store.parquet_writer import ParquetWriter
 from qk_sniffer.store.previous import PreviousVersion
 
 ROW_GROUP_BYTES = 4 << 20
-"""The bytes of the float32 vectors in a row group: 8,192 rows of 128 numbers. Larger groups do not compress better. They
+"""The bytes of the float32 vectors in a row group: 8,192 rows of 128 numbers. Larger groups compress no better. They
 cost memory in every thread, and time in a reader that wants a few examples of a large file."""
 
 EXAMPLES_PER_GROUP = 1 << 16

@@ -52,26 +52,28 @@ def grow(layout: Layout, part: Captured, **options: Any) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("row_group_bytes", [64 * 5, 64 * 7, 64 * 64, 1 << 23])
-@pytest.mark.parametrize("cuts", [[4], [1, 2, 3, 11], [5, 6]])
 def test_a_dataset_that_grew_has_the_bytes_of_one_that_did_not(
-    dtype: torch.dtype, row_group_bytes: int, cuts: list[int], tmp_path: Path
+    dtype: torch.dtype, row_group_bytes: int, tmp_path: Path
 ) -> None:
     options: Any = {"token_ids": True, "token_string": token_string, "row_group_bytes": row_group_bytes, "threads": 2}
     whole, _ = make_dataset(tmp_path / "whole", Captured(dtype=dtype), **options)
-    bounds = [0, *cuts, 12]
-    grown = Layout(tmp_path / "grown")
-    journal = captured_journal(grown.journal(0, 1), Part(0, bounds[1], dtype=dtype))
-    written = compact(grown, [journal], HEADS, SAMPLER, **options)
-    facts = {"config": {}, "source_rows": 0, "skipped_rows": 0, "versions": {}}
-    promote(grown, build(facts, written), card=b"# card\n")
-    for first, last in itertools.pairwise(bounds[1:]):
-        grow(grown, Part(first, last, dtype=dtype), **options)
-    expected, found = file_bytes(whole.root), file_bytes(grown.root)
-    del expected["manifest.json"], found["manifest.json"]
-    assert found == expected
-    counts = [manifests.read(root) for root in (whole.root, grown.root)]
-    for key in ("rows_by_bucket", "rows", "examples", "tokens", "truncated_examples", "files"):
-        assert counts[0][key] == counts[1][key]
+    expected, counts = file_bytes(whole.root), manifests.read(whole.root)
+    del expected["manifest.json"]
+    for cuts in ([4], [1, 2, 3, 11], [5, 6]):
+        bounds = [0, *cuts, 12]
+        grown = Layout(tmp_path / f"grown-{len(bounds)}-{bounds[1]}")
+        journal = captured_journal(grown.journal(0, 1), Part(0, bounds[1], dtype=dtype))
+        written = compact(grown, [journal], HEADS, SAMPLER, **options)
+        facts = {"config": {}, "source_rows": 0, "skipped_rows": 0, "versions": {}}
+        promote(grown, build(facts, written), card=b"# card\n")
+        for first, last in itertools.pairwise(bounds[1:]):
+            grow(grown, Part(first, last, dtype=dtype), **options)
+        found = file_bytes(grown.root)
+        del found["manifest.json"]
+        assert found == expected, cuts
+        manifest = manifests.read(grown.root)
+        for key in ("rows_by_bucket", "rows", "examples", "tokens", "truncated_examples", "files"):
+            assert manifest[key] == counts[key], cuts
 
 
 def test_an_example_is_never_added_twice(tmp_path: Path) -> None:

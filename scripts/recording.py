@@ -1,7 +1,7 @@
-"""What the attention of an untouched model receives, found without the tap.
+"""Records the inputs of an unmodified model's attention, without the tap.
 
-Kernels and rotary functions are replaced by ones that copy what they are given. A module that calls no kernel of the
-attention interface is recorded by its first product of two stacks of matrices, which is that of queries and keys.
+Kernels and rotary functions are replaced by ones that copy their arguments first. For a module that calls no kernel of
+the attention interface, the first product of two stacks of matrices is recorded: that of queries and keys.
 """
 
 import sys
@@ -30,13 +30,13 @@ class KernelCall:
     """(B, K, n, d)"""
     mask: torch.Tensor | None = None
     weights: torch.Tensor | None = None
-    """(B, H, n, n), where they are returned."""
+    """(B, H, n, n); None if the kernel does not return them."""
     rotated: list[Rotated] = field(default_factory=list)
-    """What rotary functions were given, and what they returned, since the call before."""
+    """Inputs and outputs of rotary functions since the previous call."""
 
 
 def recorded(decoder: nn.Module, ids: torch.Tensor) -> tuple[list[KernelCall], torch.Tensor]:
-    """The attention calls of a plain forward, in their order, and the hidden states that it ends with."""
+    """Returns the attention calls of a plain forward, in order, and its last hidden states."""
     spaces = {name: vars(sys.modules[name]) for name in {type(module).__module__ for module in decoder.modules()}}
     kernel_calls: list[KernelCall] = []
     rotated: list[Rotated] = []
@@ -136,7 +136,7 @@ class _Products(TorchFunctionMode):
 
 
 def _without_repetitions(calls: list[KernelCall]) -> list[KernelCall]:
-    """Without calls that only attend to other values with the query and key of the call before."""
+    """Returns `calls` without those that attend to other values with the query and key of the previous call."""
     return [
         call
         for before, call in zip([None, *calls], calls, strict=False)

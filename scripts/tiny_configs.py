@@ -1,8 +1,8 @@
-"""Tiny random checkpoints of every causal language model that transformers offers, built from its config class.
+"""Builds tiny random checkpoints of every causal language model of transformers, from its config class.
 
-A config is shrunk from its own defaults: a field that many families name alike gets one small value (`SIZES`), nested
-configs are shrunk the same way, every kind of layer stays, and sliding windows are switched on where there can be any.
-What a type needs beyond that is in `NEEDS`.
+A config is shrunk from its own defaults. A field that many families have gets one small value (`SIZES`). Nested configs
+are shrunk in the same way. Every kind of layer remains, and sliding windows are enabled wherever a config has them.
+`NEEDS` holds the further requirements of a type.
 """
 
 from itertools import cycle, islice
@@ -24,7 +24,7 @@ from transformers import (
 VOCAB = 128
 LAYERS = 4
 WINDOW = 8
-"""Tokens that a query sees in a layer that is not full: a window, a chunk, or what an indexer picks."""
+"""The number of tokens that a query sees in a layer with a window, with chunks or with an indexer."""
 
 _SIZES: list[tuple[int, str]] = [
     (VOCAB, "vocab_size vocab_size_per_layer_input encoder_hash_byte_group_vocab"),
@@ -119,24 +119,25 @@ NEEDS: dict[str, dict[str, Any]] = {
     "xmod": {"is_decoder": True, "default_language": "en_XX"},
     "zaya": {"num_experts_per_tok": 1},
 }
-"""By model type, of the model or of a config inside it. An encoder is a language model where it is a decoder."""
+"""Fields by the model type of a model or of a nested config. An encoder is a language model if it is a decoder."""
 
 _WINDOWED = {"full_attention": "sliding_attention", "hybrid": "hybrid_sliding"}
-"""What a layer with a sliding window is called, beside one of that type without."""
+"""Layer type -> the type of such a layer with a sliding window."""
 
 _BARE = {"deepseek_v4"}
-"""Saved without its head: transformers would take the name that its last norm has beside a head for another one."""
+"""Saved without their head, because transformers renames their last norm wrongly in a model with a head."""
 
 
 def tiny_config(model_type: str) -> PretrainedConfig:
-    """A small config of that type."""
+    """Returns a small config of that type."""
     return _shrunk(CONFIG_MAPPING[model_type], NEEDS.get(model_type, {}))
 
 
 def save_tiny(model_type: str, folder: Path) -> None:
     """Saves a checkpoint of that type with random weights, norms and biases included, from a fixed seed.
 
-    Where the whole model needs a library that is not installed, the decoder's weights are saved as the whole has them.
+    If the whole model needs a library that is not installed, the decoder's weights are saved with the names that they
+    have in the whole model.
     """
     config = tiny_config(model_type)
     config.save_pretrained(folder)
@@ -166,7 +167,7 @@ def _whole(config: PretrainedConfig) -> PreTrainedModel:
 def _randomized(model: PreTrainedModel) -> PreTrainedModel:
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if weight.min() == weight.max():  # norms, biases and gates start as ones or zeros, which hides mistakes
+            if weight.min() == weight.max():  # norms, biases and gates, whose ones and zeros would hide mistakes
                 weight.add_(torch.randn_like(weight) * 0.3)
             elif weight.dim() == 2 and "embed" not in name:
                 weight.mul_(4)  # attention far from uniform

@@ -1,11 +1,12 @@
-"""Train the embedded model `pydoc_tiny` and write its checkpoint folder, model card included.
+"""Trains the embedded model `pydoc_tiny` and writes its checkpoint folder with the model card.
 
     python scripts/train_pydoc_tiny.py
 
-A small Qwen3 (grouped-query attention, QK norm, sliding and full layers) is trained on the documentation
-topics of the running Python's standard library, so that the default job has a real model without a network.
-Topics are held out by name and never seen, not even by the tokenizer; the training stops early on other
-topics. Every figure on the card is measured here, on the checkpoint as it was written.
+The model is a small Qwen3: grouped-query attention, QK norm, sliding and full layers. Its text is the documentation
+topics of the running Python's standard library, so that the default job has a trained model without a network.
+
+The tokenizer and the weights never see the held-out topics. Early stopping uses further topics. The script measures
+every figure of the card on the written checkpoint.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from torch.nn import functional as F  # noqa: N812
 CARD = Path(__file__).with_name("pydoc_tiny_card.md")
 OUTPUT = Path(__file__).resolve().parent.parent / "qk_sniffer" / "assets" / "pydoc_tiny"
 
-# Topics of Python 3.11 to 3.14 that share next to nothing with any other topic (many topics contain others).
+# Topics of Python 3.11 to 3.14 that share almost no text with other topics. Many topics contain others.
 HELD_OUT = (
     "assert", "binary", "booleans", "calls", "del", "exprlists", "global", "import", "objects", "raise",
     "truth", "typesmapping", "unary", "yield",
@@ -38,13 +39,13 @@ EARLY_STOPPING = (
     "atom-identifiers", "dict", "nonlocal", "slicings", "specialattrs", "strings", "subscriptions", "typesmethods",
 )  # fmt: skip
 
-# The one special token: it starts every text (the tokenizer puts it there) and stands for its end and for padding.
+# The one special token: the tokenizer puts it before every text; it is also the end of a text and the padding.
 BOUNDARY = "<|endoftext|>"
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the model is built and trained; `tokens_per_step` counts one batch, whatever its context length."""
+    """The settings of the training; `tokens_per_step` is the size of a batch of any context length."""
 
     seed: int = 0
     vocab_size: int = 1536
@@ -64,13 +65,13 @@ class Recipe:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train pydoc_tiny and write its checkpoint folder.")
     parser.add_argument("--output", type=Path, default=OUTPUT)
-    # A fixed number, so that sums are split in the same way whatever the number of cores.
+    # A fixed number: sums are split in the same way on any number of cores.
     torch.set_num_threads(2)
     train(Recipe(), parser.parse_args().output)
 
 
 def train(recipe: Recipe, output: Path) -> None:
-    """Train by `recipe` and write the checkpoint and its card to the folder `output`."""
+    """Trains by `recipe` and writes the checkpoint and its card to the folder `output`."""
     random.seed(recipe.seed)
     torch.manual_seed(recipe.seed)
     training = [text for name, text in TOPICS.items() if name not in HELD_OUT + EARLY_STOPPING]
@@ -90,7 +91,7 @@ def train(recipe: Recipe, output: Path) -> None:
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE: all 256 bytes are in its vocabulary, so every text has tokens and comes back from them."""
+    """Returns a byte-level BPE. All 256 bytes are in its vocabulary, so every text has tokens and decodes to itself."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -126,7 +127,7 @@ def model_config(vocab_size: int) -> transformers.Qwen3Config:
 
 
 def initialise(model: transformers.Qwen3ForCausalLM) -> None:
-    """Sublayers start as the identity (their output matrices are zero): the tied embedding learns from step one."""
+    """Sets the output matrices of sublayers to zero, so that the tied embedding learns from the first step."""
     for name, parameter in model.model.layers.named_parameters():
         if name.endswith(("o_proj.weight", "down_proj.weight")):
             nn.init.zeros_(parameter)
@@ -135,7 +136,7 @@ def initialise(model: transformers.Qwen3ForCausalLM) -> None:
 
 
 def add_dropout(model: transformers.Qwen3ForCausalLM, probability: float) -> None:
-    """Dropout on what each sublayer adds to the residual stream, which the Qwen3 code itself does not have."""
+    """Adds dropout to the output of each sublayer, which the Qwen3 code does not have."""
 
     def drop(module: nn.Module, _: Any, out: torch.Tensor) -> torch.Tensor:
         return F.dropout(out, probability, module.training)
@@ -149,7 +150,7 @@ def add_dropout(model: transformers.Qwen3ForCausalLM, probability: float) -> Non
 def optimise(
     model: nn.Module, tokenizer: Tokenizer, training: Sequence[str], stopping: Sequence[str], recipe: Recipe
 ) -> tuple[int, dict[str, torch.Tensor]]:
-    """Run all steps; return the step and the weights with the lowest loss on the early-stopping topics."""
+    """Runs all steps; returns the step and the weights with the lowest loss on the early-stopping topics."""
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and ".layers." in name]
     others = [p for name, p in model.named_parameters() if p.ndim == 1 or ".layers." not in name]
     optimizers: list[torch.optim.Optimizer] = [
@@ -180,10 +181,10 @@ def optimise(
 
 
 def training_batches(tokenizer: Tokenizer, texts: Sequence[str], recipe: Recipe) -> Iterator[torch.Tensor]:
-    """Batches (tokens_per_step // context, context) of token ids, endless; each row starts with the boundary.
+    """Yields endless batches (tokens_per_step // context, context) of token ids; each row starts with the boundary.
 
-    The texts are shuffled for each pass and tokenised anew with merges left out at random (BPE dropout), so that
-    the small corpus does not come twice in the same tokens.
+    Each pass shuffles the texts and tokenizes them again with random merges omitted (BPE dropout), so that the small
+    corpus does not repeat the same tokens.
     """
     noisy = Tokenizer.from_str(tokenizer.to_str())
     noisy.model.dropout = recipe.merge_dropout
@@ -201,20 +202,20 @@ def training_batches(tokenizer: Tokenizer, texts: Sequence[str], recipe: Recipe)
 
 
 def token_losses(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    """The loss in nats of every token of `ids` (rows, n) but the first of each row; flat, in order."""
+    """Returns the loss in nats of every token of `ids` (rows, n) except the first of each row; flat, in order."""
     logits = model(input_ids=ids[:, :-1], use_cache=False).logits
     return F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
 
 
 @torch.no_grad()
 def mean_loss(model: nn.Module, sequences: Sequence[Sequence[int]]) -> float:
-    """Mean loss in nats per token over sequences that start with the boundary token, each run by itself."""
+    """Returns the mean loss in nats per token over sequences that start with the boundary token, each run alone."""
     model.eval()
     return torch.cat([token_losses(model, torch.tensor([ids])) for ids in sequences]).mean().item()
 
 
 def model_card(output: Path, training: Sequence[str], recipe: Recipe, best_step: int) -> str:
-    """The README of the checkpoint folder `output`, with figures measured on what it holds."""
+    """Returns the README of the checkpoint folder `output`, with figures measured on this checkpoint."""
     model = transformers.AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(output)
     held_out = [tokenizer(TOPICS[name]).input_ids for name in HELD_OUT]

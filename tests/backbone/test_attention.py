@@ -1,4 +1,4 @@
-"""The tap: exact, harmless, and gone afterwards. Over every family of the zoo, loaded from files as a job does."""
+"""The tap is exact, does not change the forward, and leaves no trace, for every family of the zoo."""
 
 import functools
 import sys
@@ -30,7 +30,7 @@ both_stages = pytest.mark.parametrize("pre_rope", [False, True], ids=["post_rope
 
 
 def whole(case: Case, folder: Path, *, kernel: str | None = None, dtype: str = "float32") -> PreTrainedModel:
-    """The whole model from the same files, as transformers loads it."""
+    """Returns the whole model from the same files, as transformers loads it."""
     made: PreTrainedModel = case.auto_class.from_pretrained(
         folder, dtype=getattr(torch, dtype), attn_implementation=kernel
     )
@@ -38,10 +38,10 @@ def whole(case: Case, folder: Path, *, kernel: str | None = None, dtype: str = "
 
 
 def received(model: PreTrainedModel, tokens: torch.Tensor, monkeypatch: Any, *, pre_rope: bool) -> Vectors:
-    """What the unmodified model hands to its attention kernel, or to its rotary functions, found without the tap.
+    """Returns the inputs of the unmodified model's attention kernel, or of its rotary functions, without the tap.
 
-    The kernel, and the rotary functions, are replaced by ones that copy their arguments first. A layer that reaches its
-    kernel without a rotary call is not rotated.
+    The kernel and the rotary functions are replaced by ones that copy their arguments first. A layer without a rotary
+    call is not rotated.
     """
     decoder: Any = decoder_of(model)
     space = vars(sys.modules[type(decoder).__module__])
@@ -72,9 +72,9 @@ def received(model: PreTrainedModel, tokens: torch.Tensor, monkeypatch: Any, *, 
 
 
 def _as_before(states: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
-    """`states` (B, heads, n, d) with `before`, what its rotary function was given, in place of what that returned.
+    """Returns `states` (B, heads, n, d) with the rotated part replaced by `before`, the input of its rotary function.
 
-    Llama 4 gives (B, n, heads, d), DeepSeek the last components of each head, which keys have in common.
+    `before` is (B, n, heads, d) in Llama 4; in DeepSeek, it is the last components of each head, which keys share.
     """
     if before.shape[2] != states.shape[2]:
         before = before.transpose(1, 2)

@@ -1,4 +1,4 @@
-"""The backbone: what reaches the decoder, and the family that it has."""
+"""The inputs of the decoder, and the choice of its family."""
 
 from typing import Any
 
@@ -35,4 +35,4 @@ def test_a_family_is_found_by_model_type_or_named() -> None:
 
 
 class Named(Family):
-    """A user's own family."""
+    """A family of a user."""

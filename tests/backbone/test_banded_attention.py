@@ -1,4 +1,4 @@
-"""Banded attention: the masked result within rounding, without its n x n mask, and off elsewhere."""
+"""Banded attention equals masked attention within rounding, builds no n x n mask, and leaves other masks alone."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ sliding_cases = pytest.mark.parametrize(
 
 
 class Largest(TorchDispatchMode):
-    """Remembers the largest tensor that any operation made, in elements."""
+    """Records the size of the largest tensor that an operation returns, in elements."""
 
     elements = 0
 

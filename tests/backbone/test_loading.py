@@ -1,4 +1,4 @@
-"""Loading: without the head, in the dtype asked for, whole or not at all."""
+"""A checkpoint is loaded without its head, in the given dtype, and completely or not at all."""
 
 import json
 import re
@@ -32,7 +32,7 @@ def test_a_checkpoint_loads_without_its_head_in_the_dtype_asked_for(case: Case, 
     config = replace(saved(case, tmp_path), dtype=dtype)
     backbone = load_backbone(config)
     decoder = backbone.decoder
-    # Of some families the library keeps a few weights (routers of experts) in float32; attention never.
+    # transformers keeps a few weights of some families (routers of experts) in float32, but none of attention.
     attention = [weight.dtype for module in backbone.attention_layers for weight in module.parameters()]
     assert set(attention) == {backbone.dtype} == {getattr(torch, dtype)}
     assert not decoder.training
@@ -112,7 +112,7 @@ def test_the_digest_of_a_local_checkpoint_follows_its_contents(tmp_path: Path) -
 
 
 def change_weights(folder: Path, change: Any) -> list[str]:
-    """Saves what `change` makes of the weights of a checkpoint in one file; returns their names."""
+    """Applies `change` to the weights of a checkpoint in one file; returns the new names."""
     file = folder / "model.safetensors"
     weights = change(load_file(file))
     save_file(weights, file, metadata={"format": "pt"})
@@ -151,7 +151,7 @@ def test_weights_of_attention_that_the_config_does_not_ask_for_are_an_error(tmp_
         match=r"layers\.0\.mlp\.down_proj\.bias, .*config_overrides\.attention_bias=true or .*mlp_bias=true$",
     ):
         load_backbone(config)
-    # One of them alone leaves the others.
+    # One override alone leaves the other biases.
     with pytest.raises(
         SourceError, match=r"self_attn\.k_proj\.bias.*set model\.config_overrides\.attention_bias=true$"
     ):

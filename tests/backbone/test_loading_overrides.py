@@ -1,4 +1,4 @@
-"""Overrides of a checkpoint's config: what the loaded model computes with, above all its rotary embedding."""
+"""Overrides of a checkpoint's config change the loaded model, above all its rotary embedding."""
 
 import json
 import math
@@ -27,7 +27,7 @@ QWEN3: dict[str, dict[str, Any]] = {
     "qwen3-8b": {"max_window_layers": 36, "tie_word_embeddings": False},
     "qwen3-14b": {"max_window_layers": 40, "tie_word_embeddings": False},
 }
-"""Where the config.json of the five on the Hub differ, but for their width, depth and number of heads."""
+"""The differences of the five models' config.json on the Hub, without width, depth and number of heads."""
 
 QWEN3_ALL: dict[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"],
@@ -44,18 +44,18 @@ QWEN3_ALL: dict[str, Any] = {
     "transformers_version": "4.51.0",
     "use_sliding_window": False,
 }
-"""What they have in common, in the spelling of the transformers of their time."""
+"""The common keys of the five models, in the spelling of their version of transformers."""
 
 
 def qwen3(slug: str, folder: Path) -> Path:
-    """A checkpoint with the config of that model on the Hub, cut where the rotary embedding does not see it."""
+    """Saves a checkpoint with the config of that model on the Hub, with small sizes that do not affect RoPE."""
     Qwen3ForCausalLM(Qwen3Config(**CUT, head_dim=128)).to(torch.bfloat16).save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(QWEN3_ALL | QWEN3[slug] | CUT))
     return folder
 
 
 def rotary(model: ModelConfig) -> tuple[torch.Tensor, float]:
-    """Inverse frequencies (d / 2,) and attention scaling of the loaded model."""
+    """Returns the inverse frequencies (d / 2,) and the attention scaling of the loaded model."""
     (embedding,) = load_backbone(model).rotary_parameters()["embeddings"].values()
     return torch.tensor(embedding["inv_freq"], dtype=torch.float64), embedding["attention_scaling"]
 
@@ -65,11 +65,11 @@ def plain_frequencies(dim: int = 128, theta: float = 1e6) -> torch.Tensor:
 
 
 def yarn_frequencies(dim: int = 128, theta: float = 1e6, factor: float = 4.0, original: int = 32768) -> torch.Tensor:
-    """Peng et al. 2023, "YaRN" (arXiv 2309.00071), section 3.2, with alpha 1 and beta 32.
+    """Returns the frequencies of Peng et al. 2023, "YaRN" (arXiv 2309.00071), section 3.2, with alpha 1 and beta 32.
 
-    A component that turns less than once over the original context is interpolated by `factor`, one that turns more
-    than 32 times is kept. Between the two, as in their code, the mixture is linear in the component's number, from the
-    last whole one before to the first whole one behind.
+    A component that turns less than once over the original context is interpolated by `factor`. One that turns more
+    than 32 times does not change. Between the two, the mixture is linear in the component's index, from the floor of
+    the first bound to the ceiling of the second, as in the authors' code.
     """
 
     def component(turns: float) -> float:

@@ -1,4 +1,4 @@
-"""Multimodal checkpoints: the text decoder alone is built, read and run. Its vectors are in test_attention."""
+"""Of a multimodal checkpoint, only the text decoder is built, read and run; test_attention checks its vectors."""
 
 import shutil
 from pathlib import Path
@@ -20,7 +20,7 @@ multimodal_cases = pytest.mark.parametrize(
     "case", [case for case in CASES if case.vision is not None], ids=lambda case: case.name
 )
 BESIDE_TEXT = ("vision", "projector")
-"""In the name of a weight: it is none of the text decoder's."""
+"""Parts of the names of weights outside of the text decoder."""
 
 
 def _is_of_vision(module: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""Frequencies that depend on the length of a text: each text is captured as if it were alone, whatever ran before."""
+"""Frequencies that depend on a text's length: each text has the vectors that it has alone, after any other text."""
 
 import json
 from pathlib import Path
@@ -38,7 +38,7 @@ TEXTS = [("".join(ALPHABET) * 2)[5 * i : 5 * i + length] for i, length in enumer
 
 
 def alone(folder: Path, text: str) -> dict[tuple[int, str], np.ndarray]:
-    """The vectors of a text (heads, n, d) by (layer, kind), from a model that has run nothing else."""
+    """Returns the vectors of a text (heads, n, d) by (layer, kind), from a model that has run no other text."""
     seen: dict[tuple[int, str], np.ndarray] = {}
 
     def keep(call: AttentionCall) -> None:
@@ -78,7 +78,7 @@ def _examples(root: Path) -> list[dict[str, Any]]:
 
 
 def test_texts_do_depend_on_what_shares_their_forward() -> None:
-    """Else the test above could not fail."""
+    """Shows that the test above can fail."""
     for case in CASES.values():
         model: Any = case.model().get_decoder()
         short, long = tokens_of(TEXTS[1]), tokens_of(TEXTS[0])

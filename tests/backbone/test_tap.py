@@ -1,4 +1,4 @@
-"""The tap on models that are not as they should be: compiled, silent at some layers, rotated in place."""
+"""The tap on unusual models: compiled, with layers that show nothing, rotated in place."""
 
 from collections.abc import Callable
 from typing import Any
@@ -57,7 +57,7 @@ def captured(decoder: nn.Module, *, pre_rope: bool = False, length: int = 20) ->
 
 
 class Counting:
-    """A compiler that leaves the code as it is and counts how often compiled code runs."""
+    """A compiler that does not change the code and counts the runs of compiled code."""
 
     def __init__(self) -> None:
         self.runs = 0
@@ -109,7 +109,7 @@ def test_a_compiled_model_shows_the_vectors_of_the_model_that_it_was_compiled_fr
         assert seen.keys() == {0, 1, 2}
         for layer, vectors in seen.items():
             assert all(map(torch.equal, vectors, expected[length][layer]))
-    assert backend.runs == before, "compiled code shows the tap only what it showed while it was compiled"
+    assert backend.runs == before, "compiled code would show the tap nothing new"
     with torch.inference_mode():
         compiled(input_ids=ids(), use_cache=False)
     assert backend.runs > before, "after the tap is closed the model runs compiled again"
@@ -128,7 +128,7 @@ def test_a_compiled_kernel_stays_compiled(decoder: Any) -> None:
     del AttentionInterface._global_mapping["compiled_eager"]
 
 
-def test_a_layer_that_attends_by_itself_beside_others_that_do_not_is_refused(decoder: Any) -> None:
+def test_a_layer_without_a_kernel_of_the_interface_is_refused_next_to_others_with_one(decoder: Any) -> None:
     class OwnAttention(nn.Module):
         layer_idx = 1
 
@@ -178,7 +178,7 @@ def test_vectors_before_rope_are_refused_where_the_rotary_function_takes_them_la
 
 
 class Questions(TorchDispatchMode):
-    """Counts how often Python asks a tensor for its value, for which it would wait for a GPU."""
+    """Counts the reads of a tensor's value by Python, each of which would wait for a GPU."""
 
     asked = 0
 

@@ -1,4 +1,4 @@
-"""Layers behind the last one that is asked for are not there, and the others do not notice."""
+"""Layers after the last captured one are removed, and the others have the same vectors."""
 
 import shutil
 from pathlib import Path
@@ -58,7 +58,7 @@ def test_a_layer_that_is_not_there_is_named_with_those_that_are(checkpoint: Path
 
 
 class Reversed(Family):
-    """Counts the layers from the end, so that they do not stand in their order."""
+    """Counts the layers from the end, so that they are not in order."""
 
     def attention_layers(self, decoder: torch.nn.Module) -> dict[torch.nn.Module, int]:
         return {module: 2 - layer for module, layer in super().attention_layers(decoder).items()}

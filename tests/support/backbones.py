@@ -1,4 +1,4 @@
-"""Backbones of the zoo, loaded from files as a job does, and what the tap sees in them."""
+"""Loads backbones of the zoo from files, as a job does, and captures their vectors."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +20,7 @@ Vectors = dict[tuple[int, str], torch.Tensor]
 
 
 def loaded(folder: Path, *, kernel: str | None = None, dtype: str = "float32", pre_rope: bool = False) -> Backbone:
-    """The backbone as a job loads it."""
+    """Returns the backbone as a job loads it."""
     config = ModelConfig(name=str(folder), dtype=dtype, device_map="cpu", attn_implementation=kernel)
     return load_backbone(config, pre_rope=pre_rope)
 

@@ -1,4 +1,4 @@
-"""Tiny GGUF files of models of the zoo, written by the `gguf` library as llama.cpp's converters lay them out."""
+"""Writes tiny GGUF files of models of the zoo, in the layout of llama.cpp's converters."""
 
 from pathlib import Path
 from typing import Any
@@ -35,9 +35,9 @@ def write_gguf(
     tensors: dict[str, Any] | None = None,
     **metadata: Any,
 ) -> Path:
-    """`model` in float32 without a tokenizer, less the weight `leave_out`, and `tensors` beside its own.
+    """Writes `model` in float32 without a tokenizer and without the weight `leave_out`; adds `tensors`.
 
-    `metadata` are further keys of its architecture, `__` for a dot.
+    `metadata` holds further keys of its architecture, with `__` for a dot.
     """
     config = model.config
     architecture = architecture or config.model_type
@@ -80,5 +80,5 @@ def write_gguf(
 
 
 def _as_neighbours(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """The rows of a projection (heads * d, in) in the order of llama.cpp, which turns components 2i and 2i + 1."""
+    """Returns the rows of a projection (heads * d, in) in the order of llama.cpp: RoPE rotates 2i and 2i + 1."""
     return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2).contiguous()

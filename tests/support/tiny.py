@@ -1,4 +1,4 @@
-"""A tiny checkpoint folder with a tokenizer, as a user would have one on disk."""
+"""Saves tiny checkpoint folders, with a tokenizer as a user has it on disk."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from qk_sniffer.config import ModelConfig
 from support.zoo import VOCAB, Case
 
 ALPHABET = [chr(code) for code in range(33, 127)]
-"""Printable ASCII but the space, which transformers' loader drops for some model types."""
+"""Printable ASCII without the space, which transformers' loader drops for some model types."""
 
 assert len(ALPHABET) < VOCAB
 
@@ -23,11 +23,11 @@ CUT: dict[str, Any] = {
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
 }
-"""A config so small that a model of it is built at once."""
+"""Config fields of a model that is built in an instant."""
 
 
 def save_checkpoint(case: Case, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
-    """The random model of `case` with a tokenizer of one token a character of `ALPHABET`, from 1; 0 is unknown."""
+    """Saves the random model of `case` with a tokenizer: a token for each character of `ALPHABET`, from 1; 0: unknown."""
     case.model(dtype=dtype).save_pretrained(folder)
     vocabulary = {"<unk>": 0} | {character: number for number, character in enumerate(ALPHABET, 1)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))

@@ -1,4 +1,4 @@
-"""Tiny random models, one case a family. Every test of the tap, of a job and of the proof runs over the whole list."""
+"""Lists tiny random models, one case for each family. Tests of the tap, of jobs and of the proof run over the list."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -33,38 +33,38 @@ _VISION_SIZES: dict[str, Any] = {
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """One family: its config, and what is known of its attention from that config alone."""
+    """One family: its config, and the facts of its attention that follow from this config."""
 
     name: str
     config_class: str
     options: dict[str, Any]
-    """Of the text decoder. In a multimodal case its `model_type` is among them."""
+    """Fields of the text decoder's config; with `model_type` in a multimodal case."""
     head_dim: int
     vision: dict[str, Any] | None = None
-    """Options of the vision tower, in a multimodal case."""
+    """Fields of the vision tower's config in a multimodal case."""
     layers: tuple[int, ...] = (0, 1, 2)
-    """Those with self-attention."""
+    """The layers with self-attention."""
     sliding_windows: tuple[int | None, ...] = (None, None, None)
     """By layer."""
     normed: str | None = None
-    """How queries and keys are normed, where they are: by `w` or `1+w`; by `flat w`, over all heads at once; or without
-    weights, `after RoPE`."""
+    """The norm of queries and keys: with weight `w` or `1+w`; with `flat w`, over all heads together; or
+    without weights, `after RoPE`. None without a norm."""
     pairs: str = "halves"
-    """Which components RoPE turns together: i and i + d/2 (`halves`), or 2i and 2i + 1 (`neighbours`); in the latter
-    they may be laid out as halves afterwards (`neighbours to halves`)."""
+    """The components that RoPE rotates together: i and i + d/2 (`halves`), or 2i and 2i + 1 (`neighbours`). With
+    `neighbours to halves`, the latter are stored as halves after the rotation."""
     rotary_dim: int | None = None
-    """How many components of a head are turned; None: all."""
+    """The number of rotated components of a head; None if all are."""
     rotates_last: bool = False
-    """Whether those are a head's last components, not its first."""
+    """Whether the rotated components are the last ones of a head, not the first."""
     unrotated: tuple[int, ...] = ()
     """Layers without RoPE."""
     kernels: tuple[str, ...] = ("eager", "sdpa")
     softmax_scale: float | None = None
-    """None: head_dim ** -0.5."""
+    """None for head_dim ** -0.5."""
     softcap: float | None = None
     sinks: bool = False
     local_theta: float | None = None
-    """Rotary base of the sliding layers, where it is another one."""
+    """Rotary base of the sliding layers, if it differs."""
 
     def config(self) -> PretrainedConfig:
         config_class = getattr(transformers, self.config_class)
@@ -77,24 +77,23 @@ class Case:
         return made
 
     def model(self, *, dtype: torch.dtype = torch.float32, kernel: str | None = None) -> PreTrainedModel:
-        """The whole model with random weights, norms included, from a fixed seed; the last kernel if none."""
+        """Returns the whole model with random weights, norms included, from a fixed seed; by default with the last kernel."""
         torch.manual_seed(0)
         model = self.auto_class.from_config(self.config(), attn_implementation=kernel or self.kernels[-1])
         with torch.no_grad():
             for name, weight in model.named_parameters():
-                if (
-                    weight.dim() == 1 or "bias" in name
-                ):  # norms and biases start as ones and zeros, which would hide a mistake
+                # Norms and biases start as ones and zeros, which would hide a mistake.
+                if weight.dim() == 1 or "bias" in name:
                     weight.add_(torch.randn_like(weight) * 0.3)
                 else:  # tokens that differ, and attention far from uniform
                     weight.mul_(25 if "embed" in name else 4)
             for weight in model.parameters():
-                weight.data = weight.to(dtype)  # weights alone: a loaded model's rotary frequencies stay in float32
+                weight.data = weight.to(dtype)  # only weights: the rotary frequencies of a loaded model stay in float32
         made: PreTrainedModel = model.eval()
         return made
 
     def decoder(self, *, dtype: torch.dtype = torch.float32, kernel: str | None = None) -> nn.Module:
-        """The text decoder inside that model."""
+        """Returns the text decoder inside that model."""
         return decoder_of(self.model(dtype=dtype, kernel=kernel))
 
     @property
@@ -276,9 +275,9 @@ CASES_AND_KERNELS = [(case, kernel) for case in CASES for kernel in case.kernels
 
 def decoder_of(model: PreTrainedModel) -> nn.Module:
     decoder = model.get_decoder()
-    return getattr(decoder, "model", decoder)  # Llama 4 says that the whole is its decoder
+    return getattr(decoder, "model", decoder)  # Llama 4 names the whole model as its decoder
 
 
 def ids(*, batch: int = 2, length: int = 40, seed: int = 1) -> torch.Tensor:
-    """Random token ids (batch, length), never 0."""
+    """Returns random token ids (batch, length) without 0."""
     return torch.randint(1, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))

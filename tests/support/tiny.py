@@ -27,7 +27,7 @@ CUT: dict[str, Any] = {
 
 
 def save_checkpoint(case: Case, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
-    """Saves the random model of `case` with a tokenizer: a token for each character of `ALPHABET`, from 1; 0: unknown."""
+    """Saves the random model of `case` with a tokenizer: a token for each character of `ALPHABET` from 1, 0 unknown."""
     case.model(dtype=dtype).save_pretrained(folder)
     vocabulary = {"<unk>": 0} | {character: number for number, character in enumerate(ALPHABET, 1)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))

@@ -77,7 +77,7 @@ class Case:
         return made
 
     def model(self, *, dtype: torch.dtype = torch.float32, kernel: str | None = None) -> PreTrainedModel:
-        """Returns the whole model with random weights, norms included, from a fixed seed; by default with the last kernel."""
+        """Returns the whole model with random weights, norms included, from a fixed seed; kernel None: the last one."""
         torch.manual_seed(0)
         model = self.auto_class.from_config(self.config(), attn_implementation=kernel or self.kernels[-1])
         with torch.no_grad():

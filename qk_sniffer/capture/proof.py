@@ -1,16 +1,17 @@
-"""The proof in every dataset: stored rows of a few examples, derived again on another path.
+"""Proves a dataset: derives the stored rows of a few examples a second time, on another path, and compares.
 
-The other path is a plain forward of the unmodified model over one example alone, with the user's own attention
-kernel: no tap, no bands, no batch. Hooks on the query and key projections (or the norms behind them) give the
-vectors before RoPE, and the model's own rotary function with its own embedding turns them; a family says what else
-its attention does. What differs from the stored rows by more than rounding was captured wrongly.
+The other path is a plain forward pass of the unmodified model over one example, with the user's own attention kernel:
+no tap, no bands, no batch. Hooks on the query and key projections (or the norms behind them) give the vectors before
+RoPE. The model's own rotary function rotates them with the model's own embedding. A family defines any further steps of
+its attention. Stored rows that differ by more than rounding were captured wrongly.
 
-The measure, over all rows of one head and example (Frobenius norms), is what the stored vectors differ from the derived
-ones beyond the last bit of each number, relative to how far the derived vectors lie from the head's mean over the
-example: (||stored - derived|| - eps ||derived||) / ||derived - mean||, and 0 where that is negative. From the mean,
-because all vectors of a head with a large bias are alike; beyond the last bit (eps of the model's dtype), because no
-more is stored of such vectors. Rounding alone comes from batches of another shape and from banded attention, and grows
-with depth; a wrong head, position or rotation gives about 1.
+The measure is taken over all rows of one head and example, with Frobenius norms:
+
+    max(0, (||stored - derived|| - eps ||derived||) / ||derived - mean||)
+
+`mean` is the head's mean over the example: all vectors of a head with a large bias are alike, so the norm alone would
+hide errors. `eps` is that of the model's dtype: the stored vectors have no more digits. Rounding comes from batches of
+another shape and from banded attention, and grows with depth. A wrong head, position or rotation gives about 1.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -29,13 +30,14 @@ from qk_sniffer.backbone.family import QueryKey, RotaryCall
 from qk_sniffer.backbone.tap import rotary_functions, watched_rotary
 from qk_sniffer.errors import QkSnifferError
 from qk_sniffer.store.compact import HeadSpec
-from qk_sniffer.store.layout import KINDS, Layout
+from qk_sniffer.store.layout import Layout
 
 MAX_TOKENS = 4096
-"""An example is cut to so many tokens; what comes later cannot change the vectors before it."""
+"""Longer examples are cut to this number of tokens. Later tokens do not change the vectors of earlier ones."""
 
 MIN_TOKENS = 257
-"""A shorter example is padded on the right: more tokens than any model has heads, so that shapes tell them apart."""
+"""Shorter examples are padded on the right to this number of tokens. No model has as many heads, so that the shapes of
+states are unambiguous."""
 
 TOLERANCES = {"float32": 2e-3, "float16": 2e-2, "bfloat16": 1e-1}
 """The largest relative difference that counts as rounding, by the dtype of the model."""
@@ -45,7 +47,7 @@ Vectors = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, eq=False)
 class Derived:
-    """What hooks give for a head: `rows` (rows, head_dim) and their `mean` (head_dim,) over the whole forward."""
+    """The vectors of a head from hooks: `rows` (rows, head_dim), and the `mean` (head_dim,) over the whole forward."""
 
     rows: Vectors
     mean: Vectors
@@ -58,7 +60,7 @@ StoredRows = tuple[npt.NDArray[np.int64], Vectors]
 def prove(
     backbone: Backbone, layout: Layout, heads: Sequence[HeadSpec], examples: Mapping[int, npt.NDArray[np.int32]]
 ) -> dict[str, Any]:
-    """Compares the rows that `layout` holds of `examples` (token ids by example_id) with what hooks derive.
+    """Compares the stored rows of `examples` (token ids by example_id) in `layout` with vectors from hooks.
 
     Returns the manifest's `proof`: `proven` (None where the family has no hook path), the tolerance, and the largest
     difference by layer.
@@ -76,7 +78,7 @@ def prove(
             derived = _derived(backbone, ids[:MAX_TOKENS], {head: positions for head, (positions, _) in stored.items()})
         except QkSnifferError:
             raise
-        except Exception as error:  # whatever the model's code stumbles over where it is not what its family says
+        except Exception as error:  # from the model's code, if it differs from what its family expects
             return proof | {"reason": f"the hook path does not fit this model ({type(error).__name__}: {error})"}
         if derived is None:
             return proof | {"reason": "no hook path is known for this family of models"}
@@ -84,7 +86,7 @@ def prove(
             largest[head.layer] = max(largest.get(head.layer, 0.0), _difference(vectors, derived[head], eps))
     tolerance = TOLERANCES[str(backbone.dtype).removeprefix("torch.")]
     return proof | {
-        # Written so that a difference that is not a number proves nothing.
+        # `all` of `<=`, so that a difference of NaN proves nothing.
         "proven": bool(largest) and all(difference <= tolerance for difference in largest.values()),
         "tolerance": tolerance,
         "largest_difference_by_layer": dict(sorted(largest.items())),
@@ -102,7 +104,7 @@ def _stored(layout: Layout, heads: Sequence[HeadSpec], example_id: int) -> dict[
 
 
 def examples_with_rows(layout: Layout, heads: Sequence[HeadSpec]) -> set[int]:
-    """The example_ids of which any head has rows; the heads of one layer and kind have the same."""
+    """Returns the example_ids of which any head has rows. The heads of one layer and kind have the same."""
     first_heads = {(head.layer, head.kind): head for head in reversed(heads)}
     found: set[int] = set()
     for head in first_heads.values():
@@ -112,7 +114,7 @@ def examples_with_rows(layout: Layout, heads: Sequence[HeadSpec]) -> set[int]:
 
 
 def rows_of_example(path: Path, example_id: int) -> StoredRows:
-    """The rows of one example in a head's file; only the row groups that hold them are read whole."""
+    """Returns the rows of one example in a head's file. Reads only the row groups that contain them in full."""
     with pq.ParquetFile(path) as file:
         found, start = [], 0
         ids = file.read(columns=["example_id"])["example_id"].to_numpy()
@@ -130,13 +132,13 @@ def rows_of_example(path: Path, example_id: int) -> StoredRows:
 def _derived(
     backbone: Backbone, ids: npt.NDArray[np.int32], heads: Mapping[HeadSpec, npt.NDArray[np.int64]]
 ) -> dict[HeadSpec, Derived] | None:
-    """Each head's vectors at its positions, from hooks on a plain forward; None where there is no hook path."""
+    """Returns each head's vectors at its positions, from hooks on a plain forward; None without a hook path."""
     family = backbone.family
     length = min(MIN_TOKENS, backbone.num_positions or MIN_TOKENS)
     ids = np.pad(ids, (0, max(0, length - len(ids))))
     head_dims = {head.layer: head.head_dim for head in heads}
     modules = {module: layer for module, layer in backbone.attention_layers.items() if layer in head_dims}
-    projected: dict[str, torch.Tensor] = {}  # of the attention module whose forward is running
+    projected: dict[str, torch.Tensor] = {}  # by the attention module whose forward is running
     rotary_calls: list[RotaryCall] = []
     derived: dict[HeadSpec, Derived] = {}
     hooks = []
@@ -155,7 +157,8 @@ def _derived(
             vectors = family.after_rotary(module, *vectors)
         for head, positions in heads.items():
             if vectors is not None and head.layer == layer:
-                states = vectors[KINDS.index(head.kind)][0, head.head]
+                query, key = vectors
+                states = {"q": query, "k": key}[head.kind][0, head.head]
                 rows = states[torch.from_numpy(positions).to(states.device)]
                 derived[head] = Derived(rows.float().cpu().numpy(), states.float().mean(0).cpu().numpy())
 
@@ -181,12 +184,12 @@ def _derived(
 
 
 def _difference(stored: Vectors, derived: Derived, eps: float = 0.0) -> float:
-    """The measure of this module; what is not a number in both is equal."""
+    """Returns the measure that the module docstring defines. NaN in both vectors counts as equal."""
     both = np.isnan(stored) & np.isnan(derived.rows)
     one, other = (np.where(both, 0, rows).astype(np.float64) for rows in (stored, derived.rows))
     mean = np.where(np.isnan(derived.mean), 0, derived.mean)
     with np.errstate(invalid="ignore"):  # inf - inf
         beyond = np.linalg.norm(one - other) - eps * np.linalg.norm(other)
     spread = np.linalg.norm(np.where(both, 0, other - mean)) or np.linalg.norm(other) or 1.0
-    # Not max(0, beyond): of a number that is none, that would make 0.
+    # Not max(0, beyond), which would turn NaN into 0.
     return 0.0 if beyond <= 0 else float(beyond / spread)

@@ -1,32 +1,32 @@
-"""Which token positions are kept: a pure function of (seed, example_id, layer, kind, position).
+"""Samples token positions: a pure function of (seed, example_id, layer, kind, position) decides which are kept.
 
-Nothing else enters, so the rows of a dataset do not depend on batch size, padding, order, device, shard or
-restart, nor on `max_length` for the positions below it (with `max_rows_per_example`, which compares the tokens
-of a whole example, they do depend on where it was cut). The definition, complete enough to write it again:
+The rows of a dataset therefore do not depend on batch size, padding, order, device, shard or restart. They do not
+depend on `max_length` either, for the positions below it, except with `max_rows_per_example`, which compares the tokens
+of a whole example. This is the complete definition:
 
-Hash. All arithmetic is modulo 2**64; a negative integer stands for its two's complement.
+Hash. All arithmetic is modulo 2**64; negative integers are taken as their two's complement.
 
     mix(z):     z ^= z >> 30;  z *= 0xBF58476D1CE4E5B9;  z ^= z >> 27;  z *= 0x94D049BB133111EB;  z ^= z >> 31
     hash(w...): state = 0;  for each w:  state = mix(state ^ mix(w + 0x9E3779B97F4A7C15))
 
 `mix` is the finaliser of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators",
-2014; constants of David Stafford's variant 13, as in Sebastiano Vigna's public-domain splitmix64.c), the
-constant added to a word is that generator's increment.
+2014), with the constants of David Stafford's variant 13, as in Sebastiano Vigna's public-domain splitmix64.c. The
+constant that is added to a word is that generator's increment.
 
 Uniform number. u = (hash(seed, example_id, layer, kind, position) >> 11) / 2**53, with 0 for the kind "q" and
 1 for "k". With `share: example` it is hash(seed, example_id, position), the same for all layers and kinds.
 
-Bucket, and the positions it spans (which the text's end may cut short):
+Bucket, and the number of positions that it spans (the end of the example may cut the last one):
 
     uniform, all:  b = position // min_bucket_size                      min_bucket_size positions
     log_uniform:   b = max(low, floor(log2(position + 1)))              2**b positions, except
                    with low = ceil(log2(min_bucket_size))               2**(low + 1) - 1 in bucket `low`
 
-Kept when u < p, with p = min(1, base_rate / positions spanned), in float64, and p = 1 for `all`: every whole
-bucket expects base_rate rows an example (or all of its positions, where base_rate exceeds them). Of the
-positions kept, `max_rows_per_example` leaves those with the smallest hashes for each (example, layer, kind).
+A position is kept when u < p, with p = min(1, base_rate / positions spanned), in float64, and p = 1 for `all`. Every
+whole bucket therefore expects base_rate rows an example, or all of its positions if they are fewer. Of the positions
+kept, `max_rows_per_example` leaves those with the smallest hashes for each (example, layer, kind).
 
-The keys may have a type and a base_rate of their own; the rest they share with the queries.
+The keys may have their own type and base_rate; they share the other settings with the queries.
 """
 
 import math
@@ -44,7 +44,7 @@ from qk_sniffer.errors import ConfigError
 TYPES = ("uniform", "log_uniform", "all")
 SHARES = ("layer_kind", "example")
 
-# The word of the hash that stands for a kind.
+# The word of the hash for each kind.
 _KIND_WORDS = {"q": 0, "k": 1}
 
 Int32 = npt.NDArray[np.int32]
@@ -57,7 +57,8 @@ Float64 = npt.NDArray[np.float64]
 class Picks:
     """The kept tokens of one (layer, kind) of a batch, ordered by row, then position.
 
-    `row` (num_picks,): which example of the batch. `position` (num_picks,): the token's position in it.
+    `row` (num_picks,) is the example's place in the batch. `position` (num_picks,) is the token's position in the
+    example.
     """
 
     row: Int32
@@ -65,11 +66,11 @@ class Picks:
 
 
 class Sampler:
-    """The sampler that a `SamplerConfig` describes. Safe to use from several threads."""
+    """The sampler of a `SamplerConfig`. Safe to use from several threads."""
 
     def __init__(self, config: SamplerConfig) -> None:
-        if found := problems(config):
-            raise ConfigError(found)
+        if lines := problems(config):
+            raise ConfigError(lines)
         query_rule = _Rule(config.type, config.base_rate, config.min_bucket_size)
         key_rule = _Rule(
             query_rule.type if config.keys.type is None else config.keys.type,
@@ -84,23 +85,24 @@ class Sampler:
         return self._rules["q"] == self._rules["k"]
 
     def bucket(self, kind: str, positions: npt.ArrayLike) -> Int32:
-        """The bucket of every position; exact for positions 0 to 2**31 - 1."""
+        """Returns the bucket of every position. Exact for positions 0 to 2**31 - 1."""
         return self._rules[kind].bucket(np.asarray(positions, dtype=np.int64)).astype(np.int32)
 
     def span(self, kind: str, bucket: int) -> tuple[int, int]:
-        """The first and the last position of a bucket, both included."""
+        """Returns the first and the last position of a bucket, both included."""
         first, last = self._rules[kind].span(np.array([bucket]))
         return int(first[0]), int(last[0])
 
     def probability(self, kind: str, buckets: npt.ArrayLike) -> Float64:
-        """The probability that a position of each bucket is kept, before `max_rows_per_example`.
+        """Returns the probability that a position of each bucket is kept, before `max_rows_per_example`.
 
-        Raises `ValueError` for a bucket that no position has.
+        Raises:
+            ValueError: no position has one of the buckets.
         """
         return self._rules[kind].probability(np.asarray(buckets, dtype=np.int64))
 
     def inclusion(self, kind: str, num_tokens: int) -> dict[int, float]:
-        """{bucket: probability} of all buckets that positions 0 to num_tokens - 1 reach."""
+        """Returns {bucket: probability} of all buckets of positions 0 to num_tokens - 1."""
         if num_tokens == 0:
             return {}
         first, last = self.bucket(kind, [0, num_tokens - 1])
@@ -108,7 +110,7 @@ class Sampler:
         return dict(zip(buckets.tolist(), self.probability(kind, buckets).tolist(), strict=True))
 
     def expected_rows(self, kind: str, num_tokens: int) -> float:
-        """The number of rows that an example of so many tokens is expected to give each head of a kind."""
+        """Returns the expected number of rows of an example of `num_tokens` tokens, for each head of a kind."""
         lowest, highest = self.bucket(kind, [0, num_tokens - 1])
         buckets = np.arange(lowest, highest + 1)
         first, last = self._rules[kind].span(buckets)
@@ -118,16 +120,16 @@ class Sampler:
         return expected if limit is None else min(expected, limit)
 
     def positions(self, example_id: int, layer: int, kind: str, num_tokens: int) -> Int32:
-        """The positions of one example that are kept in one (layer, kind), ascending."""
+        """Returns the positions of one example that are kept in one (layer, kind), ascending."""
         return self.plan([example_id], [num_tokens], [(layer, kind)])[layer, kind].position
 
     def plan(
         self, example_ids: Sequence[int], lengths: Sequence[int], layer_kinds: Sequence[tuple[int, str]]
     ) -> dict[tuple[int, str], Picks]:
-        """The kept tokens of a batch for each (layer, kind).
+        """Returns the kept tokens of a batch for each (layer, kind).
 
-        `lengths` are numbers of tokens, without padding. (layer, kind)s that must keep the same tokens (with
-        `share: example`, or where all tokens are kept) get the same `Picks` object.
+        `lengths` are numbers of tokens, without padding. Each (layer, kind) that must keep the same tokens as another
+        (with `share: example`, or where all tokens are kept) gets the same `Picks` object.
         """
         tokens = _Tokens.of(lengths)
         states = counter_hash(self.config.seed, np.asarray(example_ids, dtype=np.int64))
@@ -154,8 +156,8 @@ class Sampler:
         return rule.type == "all" and self.config.max_rows_per_example is None
 
     def _capped(self, kept: Int64, hashes: UInt64, tokens: "_Tokens") -> Int64:
-        # `kept`: ascending indices into the batch's tokens. No two hashes of one (example, layer, kind) are
-        # equal, because `_mix` is a bijection, so "the smallest" needs no rule for ties.
+        # `kept` are ascending indices into the batch's tokens. No two hashes of one (example, layer, kind) are equal,
+        # because `_mix` is a bijection, so "the smallest" needs no rule for ties.
         limit = self.config.max_rows_per_example
         if limit is None or len(kept) <= limit:
             return kept
@@ -170,7 +172,7 @@ class Sampler:
 
 
 def counter_hash(*words: int | Int64) -> UInt64:
-    """The hash of the module's docstring, over words that broadcast: shape (n,), (1,) for plain integers."""
+    """Returns the hash that the module docstring defines, of words that broadcast: (n,), (1,) for plain integers."""
     state = np.zeros(1, np.uint64)
     for word in words:
         state = _absorb(state, word)
@@ -178,8 +180,8 @@ def counter_hash(*words: int | Int64) -> UInt64:
 
 
 def problems(config: SamplerConfig) -> list[str]:
-    """What is wrong with the values of `config`, one line each, with the keys; empty when all is well."""
-    found = [
+    """Returns the problems with the values of `config`, one line each, with their keys."""
+    lines = [
         f"{key} is {value!r}; valid: {', '.join(name or 'null' for name in valid)}"
         for key, value, valid in (
             ("sampler.type", config.type, TYPES),
@@ -190,17 +192,17 @@ def problems(config: SamplerConfig) -> list[str]:
     ]
     for key, rate in (("sampler.base_rate", config.base_rate), ("sampler.keys.base_rate", config.keys.base_rate)):
         if rate is not None and not (rate > 0 and math.isfinite(rate)):
-            found.append(f"{key} is {rate}; it must be a finite number above 0")
+            lines.append(f"{key} is {rate}; it must be a finite number above 0")
     if not 1 <= config.min_bucket_size <= 2**31:
-        found.append(f"sampler.min_bucket_size is {config.min_bucket_size}; it must be 1 to {2**31}")
+        lines.append(f"sampler.min_bucket_size is {config.min_bucket_size}; it must be 1 to {2**31}")
     if config.max_rows_per_example is not None and config.max_rows_per_example < 1:
-        found.append(f"sampler.max_rows_per_example is {config.max_rows_per_example}; it must be at least 1")
-    return found
+        lines.append(f"sampler.max_rows_per_example is {config.max_rows_per_example}; it must be at least 1")
+    return lines
 
 
 @dataclass(frozen=True)
 class _Rule:
-    """Buckets and probabilities of one kind."""
+    """The buckets and probabilities of one kind."""
 
     type: str
     base_rate: float
@@ -232,7 +234,7 @@ class _Rule:
         return np.minimum(1.0, self.base_rate / (last - first + 1).astype(np.float64))
 
     def limits(self, num_tokens: int) -> UInt64:
-        """(at least num_tokens,): position i is kept when its hash is at most limits[i]."""
+        """Returns limits (at least num_tokens,): position i is kept when its hash is at most limits[i]."""
         return _limits(self, _table_length(num_tokens))
 
 
@@ -243,7 +245,7 @@ class _Tokens:
     lengths: Int64  # (num_examples,)
     row: Int32  # (count,)
     position: Int32  # (count,)
-    mixed: UInt64  # (count,) the mixed word of the position
+    mixed: UInt64  # (count,) the mixed words of the positions
     longest: int
     count: int
 
@@ -256,7 +258,7 @@ class _Tokens:
         return cls(counts, row, position, _mixed_positions(_table_length(longest))[position], longest, total)
 
 
-# Tables by position are made in powers of two and kept: the lengths of a run need only a few of them.
+# Tables by position have lengths of powers of two and are cached: the examples of a run need only a few of them.
 def _table_length(num_tokens: int) -> int:
     return 1 << max(12, (num_tokens - 1).bit_length())
 

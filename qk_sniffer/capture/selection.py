@@ -1,9 +1,9 @@
-"""Which heads are captured: the query heads that were asked for or drawn, and the key heads that serve them.
+"""Selects the heads to capture: the requested or drawn query heads, and the key heads that they attend with.
 
-The order of the rules: `capture.layers`, `capture.full_attention_only` and `capture.heads` say which query
-heads are eligible; `capture.head_sampling` draws among those. Every key head that serves a chosen query head
-is captured with it, once. The draw is stable: the `count` eligible (layer, head) with the smallest
-`counter_hash(DRAW, seed, layer, head)` (defined in `sampling.py`), so a larger count only adds heads.
+The order of the rules: `capture.layers`, `capture.full_attention_only` and `capture.heads` decide which query heads are
+eligible, and `capture.head_sampling` draws among those. Each key head that a chosen query head attends with is captured
+too, once. The draw takes the `count` eligible (layer, head) with the smallest `counter_hash(DRAW, seed, layer, head)`
+(defined in `sampling.py`), so a larger count only adds heads.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,25 +17,30 @@ from qk_sniffer.config import CaptureConfig
 from qk_sniffer.errors import CaptureError, ConfigError
 from qk_sniffer.text import compact_ranges
 
-# First word of the hash, so that the draw of heads has nothing in common with the draw of rows.
+# The first word of the hash: the draw of heads is independent of the draw of rows.
 DRAW = int.from_bytes(b"heads")
 
 
 @dataclass(frozen=True)
 class LayerSelection:
-    """The heads of one layer that are captured, in ascending order; empty when their kind is off."""
+    """The captured heads of one layer, in ascending order; empty when their kind is off."""
 
     layer: LayerHeads
     query_heads: tuple[int, ...]
     key_heads: tuple[int, ...]
 
+    @property
+    def by_kind(self) -> dict[str, tuple[int, ...]]:
+        """The heads of each kind, queries first."""
+        return {"q": self.query_heads, "k": self.key_heads}
+
 
 @dataclass(frozen=True)
 class Selection:
-    """The heads that are captured.
+    """The captured heads.
 
-    `layers` holds the layers with at least one, ascending. `eligible` counts the query heads that the draw
-    could choose from, `drawn` those it left (all eligible ones without a draw). `note` is a line for the user.
+    `layers` are the layers with at least one, ascending. `eligible` is the number of query heads to draw from, and
+    `drawn` the number of those that were drawn (all of them without a draw). `note` is a line for the user.
     """
 
     layers: tuple[LayerSelection, ...]
@@ -44,23 +49,24 @@ class Selection:
     note: str | None
 
     def __iter__(self) -> Iterator[tuple[int, str, tuple[int, ...]]]:
-        """(layer, kind, heads) for each layer and kind that has heads to capture, queries first."""
+        """Yields (layer, kind, heads) for each layer and kind with heads to capture, queries first."""
         for chosen in self.layers:
-            for kind, heads in (("q", chosen.query_heads), ("k", chosen.key_heads)):
+            for kind, heads in chosen.by_kind.items():
                 if heads:
                     yield chosen.layer.layer, kind, heads
 
     @property
     def num_heads(self) -> int:
-        """Query and key heads together: the number of Parquet files."""
+        """The number of heads of all kinds, which is the number of Parquet files."""
         return sum(len(heads) for _, _, heads in self)
 
 
 def select(layers: Sequence[LayerHeads], capture: CaptureConfig) -> Selection:
-    """The heads of `layers` that `capture` asks for.
+    """Returns the heads of `layers` that the settings of `capture` select.
 
-    Raises `ConfigError` where that names a layer or a head that there is not, or leaves nothing to capture;
-    `CaptureError` for a layer whose query heads do not share its key heads evenly.
+    Raises:
+        ConfigError: the settings name a layer or a head that does not exist, or leave nothing to capture.
+        CaptureError: the query heads of a layer do not share its key heads evenly.
     """
     if not (capture.capture_queries or capture.capture_keys):
         raise ConfigError(["capture.capture_queries and capture.capture_keys are both false: nothing to capture"])
@@ -69,7 +75,7 @@ def select(layers: Sequence[LayerHeads], capture: CaptureConfig) -> Selection:
         if layer.num_k_heads < 1 or layer.num_q_heads % layer.num_k_heads:
             raise CaptureError(
                 f"layer {layer.layer} has {layer.num_q_heads} query heads and {layer.num_k_heads} key heads, which "
-                "do not divide evenly, so no query head has a key head of its own; leave it out by capture.layers"
+                "do not divide evenly, so a query head has no key head of its own; leave it out with capture.layers"
             )
     eligible = _eligible_heads(candidates, capture)
     count = capture.head_sampling.count
@@ -94,13 +100,13 @@ def select(layers: Sequence[LayerHeads], capture: CaptureConfig) -> Selection:
 
 def _eligible_layers(layers: Sequence[LayerHeads], capture: CaptureConfig) -> list[LayerHeads]:
     known = {layer.layer: layer for layer in sorted(layers, key=lambda layer: layer.layer)}
-    asked = known.keys() if capture.layers is None else set(capture.layers)
-    there_are = f"the layers with attention are {compact_ranges(known) or 'none'}"
-    if not asked:
-        raise ConfigError([f"capture.layers is empty: null captures all; {there_are}"])
-    if unknown := asked - known.keys():
-        raise ConfigError([f"capture.layers: the model has no layer {compact_ranges(unknown)}; {there_are}"])
-    candidates = [layer for number, layer in known.items() if number in asked]
+    wanted = known.keys() if capture.layers is None else set(capture.layers)
+    valid = f"the layers with attention are {compact_ranges(known) or 'none'}"
+    if not wanted:
+        raise ConfigError([f"capture.layers is empty: null captures all; {valid}"])
+    if unknown := wanted - known.keys():
+        raise ConfigError([f"capture.layers: the model has no layer {compact_ranges(unknown)}; {valid}"])
+    candidates = [layer for number, layer in known.items() if number in wanted]
     if not capture.full_attention_only:
         return candidates
     full = [layer for layer in candidates if layer.sliding_window is None]
@@ -110,7 +116,7 @@ def _eligible_layers(layers: Sequence[LayerHeads], capture: CaptureConfig) -> li
     which = (
         "every layer of the model"
         if capture.layers is None
-        else f"every layer of capture.layers ({compact_ranges(asked)})"
+        else f"every layer of capture.layers ({compact_ranges(wanted)})"
     )
     raise ConfigError(
         [
@@ -122,13 +128,13 @@ def _eligible_layers(layers: Sequence[LayerHeads], capture: CaptureConfig) -> li
 
 def _eligible_heads(layers: Sequence[LayerHeads], capture: CaptureConfig) -> list[tuple[int, int]]:
     known = {head for layer in layers for head in range(layer.num_q_heads)}
-    asked = known if capture.heads is None else set(capture.heads)
-    there_are = f"the eligible layers have query heads {compact_ranges(known)}"
-    if not asked:
-        raise ConfigError([f"capture.heads is empty: null captures all; {there_are}"])
-    if unknown := asked - known:
-        raise ConfigError([f"capture.heads: no eligible layer has query head {compact_ranges(unknown)}; {there_are}"])
-    return [(layer.layer, head) for layer in layers for head in range(layer.num_q_heads) if head in asked]
+    wanted = known if capture.heads is None else set(capture.heads)
+    valid = f"the eligible layers have query heads {compact_ranges(known)}"
+    if not wanted:
+        raise ConfigError([f"capture.heads is empty: null captures all; {valid}"])
+    if unknown := wanted - known:
+        raise ConfigError([f"capture.heads: no eligible layer has query head {compact_ranges(unknown)}; {valid}"])
+    return [(layer.layer, head) for layer in layers for head in range(layer.num_q_heads) if head in wanted]
 
 
 def _draw(eligible: list[tuple[int, int]], count: int, seed: int) -> list[tuple[int, int]]:

@@ -1,8 +1,9 @@
-"""CPU from journal to Parquet against pyarrow alone, over the same arrays with the same encodings, as JSON.
+"""Measures CPU seconds from journal to Parquet, next to pyarrow alone with the same arrays and encodings, as JSON.
 
-`beside_s` is what checksums and a journal cost whatever the way, beside pyarrow's time: the journal read for its
-checksum and read again for its rows, and the SHA-256 of what was written. `journal_mb_s` is how fast the journal became
-durable before, MB of 10^6 bytes.
+`ours_s` is the compaction, `bare_s` pyarrow alone. `beside_s` is the unavoidable cost of checksums and a journal:
+reading the journal for its checksum, reading it for its rows, and the SHA-256 of the written files. `size` is the bytes
+of our files divided by those of the arrays. `journal_mb_s` is the speed at which the journal became durable, in MB of
+10^6 bytes.
 
 python benchmarks/writing.py DTYPE
 """
@@ -49,7 +50,7 @@ def timed(work: Callable[[], object]) -> float:
 
 
 def read_through(path: Path, take: Callable[[memoryview], object]) -> None:
-    """Shows `take` the bytes of the file, in pieces that stay in the processor's cache."""
+    """Passes the bytes of the file to `take`, in pieces that stay in the processor's cache."""
     chunk = memoryview(bytearray(1 << 20))
     with path.open("rb", buffering=0) as file:
         while count := file.readinto(chunk):
@@ -82,7 +83,7 @@ def main() -> None:
         sampler = Sampler(SamplerConfig(type="all"))
 
         def ours() -> None:
-            found = Journal(journal.folder, verify=False)  # so that its checksums are compared each time
+            found = Journal(journal.folder, verify=False)  # so that `compact` compares the checksums each time
             compact(layout, [found], heads, sampler, threads=1)  # threads that share a core take more CPU each
 
         ours()
@@ -112,7 +113,7 @@ def main() -> None:
                 )
 
         def beside() -> None:
-            for take in (xxhash.xxh3_64().update, lambda chunk: None):  # for its checksum, and for its rows
+            for take in (xxhash.xxh3_64().update, lambda chunk: None):  # once for the checksum, once for the rows
                 for path in journal.segments:
                     read_through(path, take)
             for path in Path(folder).glob("*.parquet"):

@@ -18,7 +18,7 @@ BATCH, HEADS, TOKENS, DIM = 3, 6, 200, 4
 
 
 def states() -> torch.Tensor:
-    """(B, H, n, d) as a model makes them: heads behind tokens in memory."""
+    """Returns states (B, H, n, d) with the memory layout of a model's: heads after tokens."""
     return torch.randn(BATCH, TOKENS, HEADS, DIM).transpose(1, 2)
 
 
@@ -32,7 +32,7 @@ def indexed(vectors: torch.Tensor, heads: Sequence[int], picks: Picks) -> torch.
     return torch.stack(taken, dim=1)
 
 
-def test_whole_texts_are_ranges_and_samples_are_not() -> None:
+def test_whole_examples_are_ranges_and_samples_are_not() -> None:
     whole = TokenIndices.of(picks_of([range(200), range(150), range(70)]), CPU)
     assert whole.ranges == [(0, 0, 0, 200), (200, 1, 0, 150), (350, 2, 0, 70)]
     assert TokenIndices.of(picks_of([range(0, 200, 2), [], range(3)]), CPU).ranges is None

@@ -1,4 +1,4 @@
-"""The proof: every right dataset passes it, every wrong one fails it and says so."""
+"""Tests the proof: every right dataset passes it, and every wrong one fails it with an error."""
 
 import json
 import re
@@ -35,7 +35,7 @@ LENGTHS = [60, 4, 90, 33]
 
 @pytest.fixture
 def texts(tmp_path: Path) -> Path:
-    """Examples of 60, 4, 90 and 33 tokens; 4 is also the number of query heads, which shapes must not confuse."""
+    """Examples of 60, 4, 90 and 33 tokens. 4 is also the number of query heads; the proof must not confuse them."""
     path = tmp_path / "texts.jsonl"
     whole = "".join(ALPHABET) * 2
     path.write_text("".join(json.dumps({"text": whole[i : i + n]}) + "\n" for i, n in enumerate(LENGTHS)))
@@ -70,7 +70,7 @@ HARMS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "other token of all heads": lambda states: states[:, np.arange(states.shape[1]) ^ 1],
     "half of each head": lambda states: np.roll(states, states.shape[2] // 2, axis=2),
 }
-"""What may be stored in place of the vectors (heads, n, head_dim) of a layer."""
+"""Functions from the vectors (heads, n, head_dim) of a layer to wrong ones that a faulty capture may store."""
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -79,7 +79,7 @@ def test_hooks_tell_right_vectors_from_wrong_ones_in_each_layer(case: Case, stag
     right, other = (loaded(folder_of(case), pre_rope=pre) for pre in (stage == "pre", stage != "pre"))
     tokens = ids(batch=1, length=300)
     seen, other_stage = captured(right, tokens), captured(other, tokens)
-    for layer in case.layers:  # one at a time: what others do must not be taken for its own
+    for layer in case.layers:  # one at a time: hooks of a layer must not see the calls of other layers
         specs = [
             HeadSpec(layer, head, kind, key_head=0, head_dim=case.head_dim, sliding_window=None, row=0)
             for kind in "qk"
@@ -128,7 +128,7 @@ def test_a_wrong_dataset_fails_and_stays(
         run(checkpoint, texts, tmp_path / "out", inference={"batch_size": 1})
     assert manifests.read(tmp_path / "out")["proof"]["proven"] is False
     assert len(heads_of(tmp_path / "out")) == 18
-    with pytest.raises(CaptureError, match="unproven"):  # also when the same command finds it finished
+    with pytest.raises(CaptureError, match="unproven"):  # also when the command is rerun on the finished dataset
         run(checkpoint, texts, tmp_path / "out", inference={"batch_size": 1})
 
 
@@ -152,7 +152,9 @@ def test_large_biases_hide_nothing(
         run(checkpoint, texts, tmp_path / "wrong", **sections, inference={"batch_size": 1})
 
 
-def test_a_model_that_is_not_what_its_family_says_is_not_held_against_a_dataset(texts: Path, tmp_path: Path) -> None:
+def test_a_family_that_does_not_fit_its_model_leaves_the_dataset_unproven_without_an_error(
+    texts: Path, tmp_path: Path
+) -> None:
     checkpoint = save_checkpoint(LLAMA, tmp_path / "model")
     root = run(checkpoint, texts, tmp_path / "out", model={"family": "qk_sniffer.models.phi3:Family"})
     proof = manifests.read(root)["proof"]
@@ -174,7 +176,7 @@ def test_a_short_table_of_positions_is_enough(texts: Path, tmp_path: Path) -> No
     assert manifests.read(run(checkpoint, texts, tmp_path / "out", **sections))["proof"]["proven"] is True
 
 
-def test_rotating_what_should_not_be_is_found(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_rotation_is_found(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = save_checkpoint(LLAMA, tmp_path / "model")
     monkeypatch.setattr(Family, "before_rotary", lambda self, module, calls, query, key: (query, key))
     with pytest.raises(CaptureError, match="unproven"):
@@ -208,20 +210,20 @@ def test_frequencies_that_depend_on_the_length_are_proven_where_they_do_not(
 
 
 class Blind(Family):
-    """A family whose projections are nowhere to be hooked."""
+    """A family without a hook path."""
 
     def projections(self, module: nn.Module) -> None:
         return None
 
 
-def test_a_family_without_a_hook_path_says_so(texts: Path, tmp_path: Path) -> None:
+def test_a_family_without_a_hook_path_is_named_as_the_reason(texts: Path, tmp_path: Path) -> None:
     checkpoint = save_checkpoint(LLAMA, tmp_path / "model")
     root = run(checkpoint, texts, tmp_path / "out", model={"family": f"{__name__}:Blind"})
     proof = manifests.read(root)["proof"]
     assert proof["proven"] is None and "no hook path" in proof["reason"]
 
 
-def test_every_type_that_is_said_to_have_a_hook_path_is_proven_in_the_table() -> None:
+def test_every_provable_type_is_proven_in_the_table() -> None:
     table = (Path(__file__).parents[2] / "models" / "SUPPORTED.md").read_text()
     proven = set(re.findall(r"^\| (\S+) \| \w+ \| yes \| [^|]+ \| (?:yes|pre) \|", table, flags=re.MULTILINE))
     inside = {"emu3_text_model": "emu3", "mllama_text_model": "mllama"}

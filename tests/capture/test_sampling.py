@@ -1,4 +1,4 @@
-"""The sampler against its definition, written a second time in plain Python integers, and against chance."""
+"""Compares the sampler with its definition, written again in plain Python integers, and tests its statistics."""
 
 import json
 import subprocess
@@ -19,7 +19,7 @@ from qk_sniffer.errors import ConfigError
 
 TABLE = Path(__file__).parents[1] / "data" / "sampled_rows.json"
 MASK = 2**64 - 1
-# A wrong sampler misses by far more than this, and the draws are the same in every run.
+# A wrong sampler exceeds this by far. The draws are the same in every run.
 ALPHA = 1e-3
 
 UNIFORM = SamplerConfig(type="uniform")
@@ -55,7 +55,7 @@ def reference_hash(*words: int) -> int:
 
 
 def reference_bucket(config: SamplerConfig, kind: str, position: int) -> tuple[int, int]:
-    """(bucket, positions it spans)"""
+    """Returns (bucket, number of positions that it spans)."""
     if rule_of(config, kind)[0] != "log_uniform":
         return position // config.min_bucket_size, config.min_bucket_size
     low = 0
@@ -146,7 +146,7 @@ def test_a_bucket_below_the_lowest_is_refused() -> None:
         Sampler(SamplerConfig()).probability("q", [8, 6])
 
 
-def test_inclusion_lists_the_buckets_that_are_reached() -> None:
+def test_inclusion_lists_the_buckets_of_all_positions() -> None:
     sampler = Sampler(SamplerConfig(min_bucket_size=100, keys=KeySamplerConfig(type="all")))
     assert sampler.inclusion("q", 0) == {}
     assert sampler.inclusion("q", 255) == {7: 1 / 255}
@@ -218,7 +218,7 @@ def test_counts_per_bucket_are_as_expected(config: SamplerConfig) -> None:
     np.testing.assert_allclose(p * widths, config.base_rate)
     chi2 = np.sum((observed - draws * widths * p) ** 2 / (draws * widths * p * (1 - p)))
     assert ALPHA < stats.chi2.sf(chi2, len(buckets)) < 1 - ALPHA
-    # And within a bucket all positions are alike.
+    # Within a bucket all positions are equally likely.
     largest = positions[sampler.bucket("q", positions) == buckets[-1]]
     parts = np.histogram(largest, bins=10, range=(sampler.span("q", buckets[-1])[0], num_tokens))[0]
     if widths[-1] % 10 == 0 or widths[-1] >= 1000:
@@ -255,7 +255,7 @@ def test_streams_are_independent(config: SamplerConfig, differs_in: str) -> None
 
 
 def test_many_streams_are_jointly_independent() -> None:
-    # Six streams of fair bits at once: all 64 combinations equally often.
+    # Six streams of fair bits: all 64 combinations are equally frequent.
     plan = Sampler(FAIR).plan([12, 13], [2**17] * 2, [(layer, kind) for layer in (0, 1, 2) for kind in "qk"])
     combination = np.zeros(2**18, dtype=int)
     for bit, picks in enumerate(plan.values()):
@@ -286,7 +286,7 @@ def test_shared_tokens_are_nested_where_the_keys_are_denser() -> None:
     assert queries < keys
 
 
-def test_keys_differ_only_in_what_they_are_given() -> None:
+def test_keys_differ_only_in_their_own_settings() -> None:
     plain = Sampler(UNIFORM)
     for keys, alike in (
         (KeySamplerConfig(), UNIFORM),

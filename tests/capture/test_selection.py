@@ -1,4 +1,4 @@
-"""Which heads are captured, on made-up layers with grouped heads and sliding windows."""
+"""Tests the selection of heads, on example layers with grouped heads and sliding windows."""
 
 import json
 import subprocess
@@ -111,7 +111,7 @@ def test_the_draw_has_not_drifted() -> None:
         assert sorted(drawn(case["count"], case["seed"], layers)) == [tuple(pair) for pair in case["heads"]]
 
 
-def test_a_draw_of_more_than_there_are_keeps_all_and_says_so() -> None:
+def test_a_draw_of_more_than_all_heads_keeps_all_and_notes_it() -> None:
     selection = select(LAYERS, CaptureConfig(head_sampling=HeadSamplingConfig(300, 0)))
     assert (selection.eligible, selection.drawn) == (48, 48)
     assert selection.note == "capture.head_sampling.count is 300, but only 48 heads are eligible: all are kept"
@@ -131,7 +131,7 @@ def test_a_draw_of_more_than_there_are_keeps_all_and_says_so() -> None:
         (CaptureConfig(head_sampling=HeadSamplingConfig(0, 0)), "head_sampling.count is 0; it must be at least 1"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_selected_is_an_error(capture: CaptureConfig, message: str) -> None:
+def test_an_impossible_selection_is_an_error(capture: CaptureConfig, message: str) -> None:
     with pytest.raises(ConfigError) as error:
         select(LAYERS, capture)
     assert message in str(error.value)

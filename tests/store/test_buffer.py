@@ -34,7 +34,7 @@ def test_the_lowest_region_is_taken_first_and_starts_aligned() -> None:
     assert again is not None and (again.start, again.stop) == (128, 384)
     buffer.give_back(first)
     last = buffer.take(129)
-    assert last is not None and last.start == 704  # behind the third
+    assert last is not None and last.start == 704  # after the third
     lowest = buffer.take(128)
     assert lowest is not None and lowest.start == 0
 
@@ -51,7 +51,7 @@ def test_regions_given_back_in_any_order_become_one_gap(order: list[int]) -> Non
     assert buffer.take(8 * 64) is not None
 
 
-def test_more_than_the_buffer_is_given_alone() -> None:
+def test_a_region_larger_than_the_buffer_is_given_while_nothing_else_is_taken() -> None:
     buffer = Buffer(100)
     one = buffer.take(1)
     assert one is not None and buffer.take(101) is None

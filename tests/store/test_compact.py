@@ -1,4 +1,4 @@
-"""Compaction: the rows are exactly those captured, in the contract's form, the same bytes whatever the history."""
+"""Tests compaction: exactly the captured rows, in the form of the contract, with bytes that no history changes."""
 
 from pathlib import Path
 
@@ -101,7 +101,7 @@ def test_encodings(tmp_path: Path) -> None:
     assert not any(column.has_offset_index for column in by_name.values())
 
 
-def test_an_encoding_that_pyarrow_passed_over_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_encoding_that_pyarrow_ignores_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parquet_writer, "VECTOR_PATH", "vector.list.item")
     with pytest.raises(StoreError, match="vector"):
         make_dataset(tmp_path, Captured())
@@ -185,7 +185,7 @@ def test_the_same_rows_make_the_same_bytes_whatever_the_history(
     root = tmp_path_factory.mktemp("dataset")
     layout, corpus = Layout(root), Captured(batch=batch)
     folders = [layout.journal(shard, shards) for shard in range(shards)]
-    for stop in [*stops, None]:  # a job that dies after so many pieces, and at last one that does not
+    for stop in [*stops, None]:  # jobs that die after `stop` pieces, then one that finishes
         for shard, folder in enumerate(folders):
             journal = Journal(folder)
             others = {index for index in range(12) if index % shards != shard}
@@ -239,7 +239,7 @@ def test_rows_captured_twice_are_refused(tmp_path: Path) -> None:
         compact(Layout(tmp_path), [journal], HEADS, SAMPLER)
 
 
-def test_what_the_journal_lacks_is_an_error(tmp_path: Path) -> None:
+def test_missing_token_ids_or_heads_are_an_error(tmp_path: Path) -> None:
     journal = captured_journal(tmp_path / "journal", Captured(token_ids=False))
     with pytest.raises(StoreError, match="without token ids"):
         compact(Layout(tmp_path), [journal], HEADS, SAMPLER, token_ids=True)

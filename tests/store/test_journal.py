@@ -1,34 +1,26 @@
-"""The journal: what was complete is durable, what was not is not there, and the queue is bounded."""
+"""Tests the journal: finished batches are durable, and rows of unfinished batches are ignored."""
 
 import os
 import resource
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.store_cases import HEADS, SAMPLER, Captured, Piece, captured_journal, file_bytes, put
+from support.store_cases import HEADS, SAMPLER, Captured, Piece, captured_journal, file_bytes, ones, put
 
 from qk_sniffer.errors import StoreError
-from qk_sniffer.store import disk, journal_writer, segment
 from qk_sniffer.store.compact import compact
-from qk_sniffer.store.journal import ExampleRecord, Journal
+from qk_sniffer.store.journal import Journal
 from qk_sniffer.store.journal_writer import JournalWriter
 from qk_sniffer.store.layout import Layout
 
 BIG = 1 << 30
-
-
-def piece(count: int, dim: int = 4, *, index: int = 0, dtype: torch.dtype = torch.float32) -> Piece:
-    return Piece.of(0, "q", torch.ones(1, count, dim, dtype=dtype), np.full(count, index), np.arange(count))
 
 
 def staged_bytes(root: Path, *journals: Journal) -> dict[str, bytes]:
@@ -53,11 +45,11 @@ def test_segments_are_safetensors_in_the_models_dtype(tmp_path: Path) -> None:
 
 def test_segments_are_cut_within_a_batch(tmp_path: Path) -> None:
     found = captured_journal(tmp_path, Captured(num_examples=4, batch=4), segment_bytes=1)
-    assert len(found.segments) == 6  # (layer 0: q, k) + (layer 3: q, k, each in two parts); the end is with the last
+    assert len(found.segments) == 6  # (layer 0: q, k) + (layer 3: q, k, each in two parts); the last has the end
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_rows_without_their_end_are_not_there(tmp_path: Path) -> None:
+def test_rows_of_unfinished_batches_are_ignored(tmp_path: Path) -> None:
     corpus = Captured()
     with pytest.raises(ZeroDivisionError), JournalWriter(Journal(tmp_path), queue_bytes=BIG, segment_bytes=1) as writer:
         first, second, *_ = corpus.batches()
@@ -68,7 +60,7 @@ def test_rows_without_their_end_are_not_there(tmp_path: Path) -> None:
             put(writer, piece)
         deadline = time.monotonic() + 10
         while len(list(tmp_path.glob("*.safetensors"))) < 7 and time.monotonic() < deadline:
-            time.sleep(0.01)  # rows of the open batch are on the disk by now
+            time.sleep(0.01)  # until rows of the open batch are on the disk
         raise ZeroDivisionError
     found = Journal(tmp_path)
     assert sorted(found.records) == sorted(first)
@@ -88,16 +80,16 @@ def test_leaving_by_an_exception_keeps_the_complete_batches(tmp_path: Path) -> N
         JournalWriter(Journal(tmp_path), queue_bytes=BIG, segment_bytes=BIG) as writer,
     ):
         corpus = Captured()
-        put(writer, piece(3))
+        put(writer, ones(3))
         writer.complete([corpus.record(0)])
-        put(writer, piece(3, index=1))
+        put(writer, ones(3, index=1))
         raise KeyboardInterrupt
     (path,) = Journal(tmp_path).segments
     assert list(Journal(tmp_path).records) == [0]
     assert load_file(path)["l00q.vectors"].shape == (1, 3, 4)
 
 
-def test_a_batch_without_rows_is_done_too(tmp_path: Path) -> None:
+def test_a_batch_without_rows_is_finished_too(tmp_path: Path) -> None:
     with JournalWriter(Journal(tmp_path), queue_bytes=BIG, segment_bytes=BIG) as writer:
         writer.complete([Captured().record(4)])
     assert list(Journal(tmp_path).records) == [4]
@@ -105,86 +97,12 @@ def test_a_batch_without_rows_is_done_too(tmp_path: Path) -> None:
 
 def test_a_finished_batch_does_not_wait_for_its_segment_to_fill(tmp_path: Path) -> None:
     with JournalWriter(Journal(tmp_path), queue_bytes=BIG, segment_bytes=BIG, flush_s=0.05) as writer:
-        put(writer, piece(3))
+        put(writer, ones(3))
         writer.complete([Captured().record(0)])
         deadline = time.monotonic() + 10
         while writer.durable_examples == 0 and time.monotonic() < deadline:
             time.sleep(0.01)
         assert list(Journal(tmp_path).records) == [0]
-
-
-class SlowDisk:
-    """Holds back every fsync of a file until it is let go."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.go = threading.Event()
-        self.calls = 0
-        monkeypatch.setattr(segment, "sync_file", self._sync)
-
-    def _sync(self, descriptor: int) -> None:
-        self.calls += 1
-        assert self.go.wait(20)
-        disk.sync_file(descriptor)
-
-
-def test_put_waits_while_the_queue_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    slow = SlowDisk(monkeypatch)
-    taken: list[int] = []
-
-    with JournalWriter(Journal(tmp_path), queue_bytes=10_000, segment_bytes=4_000) as writer:
-
-        def forward() -> None:
-            for index in range(8):
-                put(writer, piece(100, index=index))
-                taken.append(index)
-            writer.complete([Captured().record(index) for index in range(8)])
-
-        thread = threading.Thread(target=forward)
-        thread.start()
-        time.sleep(0.5)
-        assert slow.calls == 1  # the first segment hangs
-        assert taken == [0, 1, 2, 3]  # 4 x 2,000 bytes are not durable; a fifth does not fit beside them, aligned
-        slow.go.set()
-        thread.join(20)
-        assert taken == list(range(8))
-        assert writer.wait_s > 0.3
-    assert len(Journal(tmp_path).records) == 8
-
-
-def test_rows_larger_than_the_queue_are_taken_alone(tmp_path: Path) -> None:
-    with JournalWriter(Journal(tmp_path), queue_bytes=1_000, segment_bytes=1_000) as writer:
-        for index in range(3):
-            put(writer, piece(10_000, index=index))
-        writer.complete([Captured().record(index) for index in range(3)])
-    found = Journal(tmp_path)
-    assert len(found.segments) >= 3 and len(found.records) == 3  # the end may have a segment of its own
-
-
-@pytest.mark.parametrize("call", ["put", "complete", "close"])
-def test_an_error_of_the_thread_reaches_the_next_call(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
-) -> None:
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(segment, "sync_file", full)
-    writer = JournalWriter(Journal(tmp_path), queue_bytes=BIG, segment_bytes=1)
-    put(writer, piece(3))
-    writer._thread.join(10)
-    ends = [Captured().record(0)]
-    with pytest.raises(StoreError, match=r"No space left.*rerun the command"):
-        {"put": lambda: put(writer, piece(3)), "complete": lambda: writer.complete(ends), "close": writer.close}[call]()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_an_error_of_the_thread_wakes_a_waiting_put(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(journal_writer, "write_segment", lambda *_: time.sleep(0.2) or 1 / 0)
-    with (
-        pytest.raises(StoreError, match="ZeroDivisionError"),
-        JournalWriter(Journal(tmp_path), queue_bytes=100, segment_bytes=1) as writer,
-    ):
-        put(writer, piece(100))
-        put(writer, piece(100))
 
 
 def test_a_full_disk_for_real(tmp_path: Path) -> None:
@@ -201,7 +119,7 @@ def test_a_full_disk_for_real(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("harm", ["flip", "cut", "empty", "flip the header", "delete"])
-def test_a_damaged_segment_means_that_its_batches_are_not_done(
+def test_batches_of_a_damaged_segment_are_not_finished(
     tmp_path: Path, harm: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     corpus = Captured()
@@ -233,9 +151,9 @@ def test_a_damaged_segment_means_that_its_batches_are_not_done(
     assert staged_bytes(tmp_path / "one", again) == staged_bytes(tmp_path / "two", other)
 
 
-def test_what_is_of_no_use_is_removed(tmp_path: Path) -> None:
+def test_files_without_use_are_removed(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), JournalWriter(Journal(tmp_path), queue_bytes=1, segment_bytes=1) as writer:
-        put(writer, piece(3))
+        put(writer, ones(3))
         deadline = time.monotonic() + 10
         while not writer.bytes_written and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -247,40 +165,6 @@ def test_what_is_of_no_use_is_removed(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 3  # reading removes nothing: another process may be writing
     JournalWriter(found, queue_bytes=1, segment_bytes=1).close()
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
-
-
-@pytest.mark.parametrize(
-    ("bad", "match"),
-    [
-        (piece(3, dtype=torch.float64), "float64 cannot be stored"),
-        (Piece.of(0, "v", torch.ones(1, 3, 4), np.zeros(3), np.arange(3)), "kind is 'v'"),
-        (Piece.of(0, "q", torch.ones(0, 3, 4), np.zeros(3), np.arange(3)), "no heads"),
-        (Piece.of(0, "q", torch.ones(1, 3, 4), np.zeros(3), np.arange(4)), "one value a row"),
-        (Piece.of(0, "q", torch.ones(1, 3, 4), np.zeros(3), np.array([0, 2, 2])), "do not ascend"),
-        (piece(3, dim=5), "head_dim=5"),
-        (piece(3, dtype=torch.bfloat16), "BF16"),
-    ],
-)
-def test_rows_that_are_not_right_are_refused(tmp_path: Path, bad: Piece, match: str) -> None:
-    with JournalWriter(Journal(tmp_path), queue_bytes=BIG, segment_bytes=BIG) as writer:
-        put(writer, piece(3))
-        with pytest.raises(ValueError, match=match):
-            put(writer, bad)
-        writer.complete([Captured().record(0)])
-
-
-def test_an_end_must_name_its_examples_once(tmp_path: Path) -> None:
-    corpus = Captured()
-    with JournalWriter(Journal(tmp_path), queue_bytes=BIG, segment_bytes=BIG) as writer:
-        put(writer, piece(3, index=5))
-        with pytest.raises(ValueError, match=r"\[5\]"):
-            writer.complete([corpus.record(4)])
-        writer.complete([corpus.record(5)])
-    with (
-        JournalWriter(Journal(tmp_path), queue_bytes=BIG, segment_bytes=BIG) as writer,
-        pytest.raises(ValueError, match="complete already"),
-    ):
-        writer.complete([corpus.record(5)])
 
 
 WRITER = """
@@ -313,7 +197,7 @@ def run_writer(folder: Path, segment_bytes: str, **options: object) -> "subproce
     )
 
 
-def test_killed_at_any_moment_nothing_complete_is_lost(tmp_path: Path) -> None:
+def test_a_kill_at_any_moment_loses_nothing_complete(tmp_path: Path) -> None:
     corpus = Captured(num_examples=300, batch=2)
     rng, done, kills = np.random.default_rng(), 0, 0
     while done < 300:
@@ -332,75 +216,6 @@ def test_killed_at_any_moment_nothing_complete_is_lost(tmp_path: Path) -> None:
     assert kills >= 1
     whole = captured_journal(tmp_path / "other", corpus, segment_bytes=1 << 20)
     assert staged_bytes(tmp_path / "one", found) == staged_bytes(tmp_path / "two", whole)
-
-
-def test_a_queue_that_does_not_fit_in_memory_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match=r"no memory for the 1,099,511,627,776 MB .* lower inference\.queue_mb"):
-        JournalWriter(Journal(tmp_path), queue_bytes=1 << 60, segment_bytes=1)
-
-
-def test_a_gather_that_fails_leaves_the_queue_as_it_was(tmp_path: Path) -> None:
-    with JournalWriter(Journal(tmp_path), queue_bytes=100, segment_bytes=BIG) as writer:
-        with pytest.raises(RuntimeError, match="device"), writer.reserve(piece(3).rows):
-            raise RuntimeError("the device is gone")
-        with writer.reserve(piece(3, index=7).rows):
-            pass  # without a commit: example 7 is not in the batch
-        put(writer, piece(3))  # would wait forever for memory that was not given back
-        writer.complete([Captured().record(0)])
-    assert list(Journal(tmp_path).records) == [0]
-    (path,) = Journal(tmp_path).segments
-    assert load_file(path)["l00q.vectors"].shape == (1, 3, 4)
-
-
-@dataclass
-class Copy:
-    """The event of a copy that ends when somebody waits for it, as a GPU's may."""
-
-    end: Callable[[], None]
-
-    def synchronize(self) -> None:
-        self.end()
-
-
-def test_a_segment_waits_for_rows_that_are_still_on_their_way(tmp_path: Path) -> None:
-    vectors = torch.randn(2, 3, 4)
-    with JournalWriter(Journal(tmp_path), queue_bytes=1 << 20, segment_bytes=BIG) as writer:
-        start = time.monotonic()
-        with writer.reserve(Piece.of(0, "q", vectors, np.zeros(3), np.arange(3)).rows) as slot:
-            memory = slot.vectors.fill_(torch.nan)
-
-            def arrive() -> None:
-                assert threading.current_thread().name == "journal"
-                time.sleep(0.05)
-                memory.copy_(vectors)
-
-            writer.commit(slot, Copy(arrive))
-        assert time.monotonic() - start < 0.05
-        writer.complete([ExampleRecord(0, 0, "0", 3, False, "")])
-    assert writer.transfer_s >= 0.05
-    (path,) = Journal(tmp_path).segments
-    assert torch.equal(load_file(path)["l00q.vectors"], vectors)
-
-
-def test_memory_is_not_given_back_while_a_copy_to_it_is_under_way(tmp_path: Path) -> None:
-    waited: list[str] = []
-    with JournalWriter(Journal(tmp_path), queue_bytes=1 << 20, segment_bytes=BIG) as writer:
-        with writer.reserve(piece(3).rows) as slot:
-            writer.commit(slot, Copy(lambda: waited.append("arrived")))
-        assert waited == []  # the batch is open when the writer is closed: its rows are dropped
-    assert waited == ["arrived"]
-    assert Journal(tmp_path).segments == []
-
-
-def test_a_commit_that_fails_waits_for_its_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(journal_writer, "write_segment", lambda *_: 1 / 0)
-    waited: list[str] = []
-    writer = JournalWriter(Journal(tmp_path), queue_bytes=BIG, segment_bytes=1)
-    with pytest.raises(StoreError, match="ZeroDivisionError"), writer.reserve(piece(3).rows) as slot:
-        put(writer, piece(3, index=1))
-        writer._thread.join(10)
-        writer.commit(slot, Copy(lambda: waited.append("arrived")))
-    assert waited == ["arrived"]
 
 
 def test_the_bytes_of_a_segment_are_fixed(tmp_path: Path) -> None:

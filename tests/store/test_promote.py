@@ -1,4 +1,4 @@
-"""Publishing: a dataset is whole or incomplete, old or new, whatever moment a crash picks. And who may write."""
+"""Tests promotion, where a crash at any moment leaves the old or the new dataset, and the locks of the data root."""
 
 import hashlib
 import json
@@ -77,7 +77,7 @@ class Crash(BaseException):
 
 
 def crash_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
-    """The program dies at the `steps`-th change to the names of files."""
+    """Ends the program at the `steps`-th change to the names of files."""
     left = steps
 
     def counted(method: str) -> None:
@@ -132,7 +132,7 @@ def test_a_crash_anywhere_leaves_the_old_dataset_or_one_that_is_finished(tmp_pat
     assert crashes > 20
 
 
-def test_compaction_does_not_touch_a_version_that_waits(tmp_path: Path) -> None:
+def test_compaction_does_not_touch_a_staged_version(tmp_path: Path) -> None:
     layout = prepare_data_root(tmp_path)
     journal = captured_journal(layout.journal(0, 1), Captured())
     written = compact(layout, [journal], HEADS, SAMPLER)
@@ -143,12 +143,12 @@ def test_compaction_does_not_touch_a_version_that_waits(tmp_path: Path) -> None:
     assert manifest.read(tmp_path)["examples"] == 12
 
 
-def test_claim_makes_the_folder(tmp_path: Path) -> None:
+def test_preparing_creates_the_folder(tmp_path: Path) -> None:
     assert prepare_data_root(tmp_path / "a" / "b").root.is_dir()
     prepare_data_root(tmp_path / "a" / "b")
 
 
-def test_claim_goes_with_a_shard_that_claims_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_shards_prepare_a_root_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = layout_module.is_ours
 
     def other_comes(layout: Layout) -> bool:
@@ -160,7 +160,7 @@ def test_claim_goes_with_a_shard_that_claims_at_the_same_time(tmp_path: Path, mo
     assert prepare_data_root(tmp_path).work.is_dir()
 
 
-def test_claim_refuses_what_is_not_ours(tmp_path: Path) -> None:
+def test_a_root_with_other_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(StoreError, match=r"not empty.*thesis\.tex.*output\.data_root"):
         prepare_data_root(tmp_path)
@@ -174,7 +174,7 @@ def test_claim_refuses_what_is_not_ours(tmp_path: Path) -> None:
         prepare_data_root(tmp_path)
 
 
-def test_claim_refuses_a_folder_that_cannot_be_written() -> None:
+def test_a_root_that_cannot_be_written_is_refused() -> None:
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o555)
         user = os.geteuid()
@@ -201,7 +201,7 @@ def test_work_is_discarded_but_nothing_else(tmp_path: Path) -> None:
     assert {name: data for name, data in file_bytes(tmp_path).items() if ".qk_sniffer" not in name} == before
 
 
-def test_a_lock_says_who_holds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_held_lock_names_its_holder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     layout = prepare_data_root(tmp_path)
     code = (
         "import sys, time; from pathlib import Path; from qk_sniffer.store.locks import hold\n"
@@ -225,7 +225,7 @@ def test_a_lock_says_who_holds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         other.kill()
         other.communicate()
     assert lock.exists()
-    with hold(lock, "capturing"):  # the dead one does not stand in the way
+    with hold(lock, "capturing"):  # a dead holder does not block it
         assert holder(lock) == Holder.me()
         assert json.loads(lock.read_text())["pid"] == os.getpid()
         with pytest.raises(StoreError, match=str(os.getpid())), hold(lock, "again"):
@@ -278,7 +278,7 @@ def test_only_one_holds_a_lock_whose_file_comes_and_goes(tmp_path: Path) -> None
     assert held[0] > 50
 
 
-def test_a_job_that_slurm_begins_anew_waits_for_what_its_last_run_holds(
+def test_a_job_that_slurm_restarts_waits_for_the_lock_of_its_previous_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert restart_patience_s() == 0
@@ -298,7 +298,7 @@ def test_locks_leave_no_empty_work_folder(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_too_little_space_is_said_with_both_figures(tmp_path: Path) -> None:
+def test_too_little_space_is_an_error_with_both_figures(tmp_path: Path) -> None:
     disk.ensure_space(tmp_path / "not" / "there", 1000)
     with pytest.raises(StoreError, match=r"about 1,000,000,000\.0 GB are needed.* [\d,.]+ GB are free"):
         disk.ensure_space(tmp_path / "not" / "there", 10**18)

@@ -1,7 +1,8 @@
-"""What a family's queries and keys should be, worked out in float64 from hooked projections and plain algebra.
+"""Computes the queries and keys of a family in float64, from hooked projections and plain algebra.
 
-Independent of the tap: it watches the linear projections of the unmodified model and applies norm, rotary embedding and
-scale by hand, from the config's parameters and in another form than the models do (a rotation of complex numbers).
+It is independent of the tap. It records the linear projections of the unmodified model, and applies norm, rotary
+embedding and scale itself, from the parameters of the config. The rotary embedding is written as a rotation of complex
+numbers, which no model uses.
 """
 
 import math
@@ -15,13 +16,13 @@ from transformers import PretrainedConfig
 from support.zoo import Case
 
 Vectors = dict[tuple[int, str], torch.Tensor]
-"""By (layer, kind)."""
+"""Vectors by (layer, kind)."""
 
 
 def vectors(case: Case, decoder: nn.Module, ids: torch.Tensor, *, rotated: bool) -> Vectors:
-    """Queries and keys, float64 (batch, heads, n, head_dim), before RoPE or as attention receives them.
+    """Returns queries and keys, float64 (batch, heads, n, head_dim), before RoPE or as attention receives them.
 
-    In a layer without RoPE both are the latter.
+    In a layer without RoPE both are as attention receives them.
     """
     modules = _attention(case, decoder)
     made = {}
@@ -45,7 +46,7 @@ def vectors(case: Case, decoder: nn.Module, ids: torch.Tensor, *, rotated: bool)
 
 
 def projections(case: Case, decoder: nn.Module, ids: torch.Tensor) -> Vectors:
-    """What the linear projections give in a plain forward, float64 (batch, n, heads, head_dim)."""
+    """Returns the outputs of the linear projections in a plain forward, float64 (batch, n, heads, head_dim)."""
     outputs: dict[str, torch.Tensor] = {}
     made: Vectors = {}
 
@@ -73,7 +74,7 @@ def projections(case: Case, decoder: nn.Module, ids: torch.Tensor) -> Vectors:
 
 
 def _cut(case: Case, decoder: nn.Module, outputs: dict[str, torch.Tensor]) -> Sequence[torch.Tensor]:
-    """Query and key (batch, n, heads, head_dim) in the outputs of a layer's projections (batch, n, width)."""
+    """Cuts query and key (batch, n, heads, head_dim) from the outputs of a layer's projections (batch, n, width)."""
     config: Any = decoder.config
     if "kv_b_proj" in outputs:  # keys expanded from a latent, and a part that all heads share
         query = outputs["q_proj" if config.q_lora_rank is None else "q_b_proj"]
@@ -82,7 +83,7 @@ def _cut(case: Case, decoder: nn.Module, outputs: dict[str, torch.Tensor]) -> Se
         own = expanded.reshape(batch, n, config.num_attention_heads, -1)[..., : config.qk_nope_head_dim]
         shared = latent[:, :, None, config.kv_lora_rank :].expand(batch, n, config.num_attention_heads, -1)
         return query.unflatten(-1, (-1, case.head_dim)), torch.cat([own, shared], dim=-1)
-    if "query_key_value" in outputs:  # each head's query, key and value side by side
+    if "query_key_value" in outputs:  # query, key and value of each head, next to each other
         return outputs["query_key_value"].unflatten(-1, (-1, 3, case.head_dim)).unbind(-2)[:2]
     if "qkv_proj" in outputs:
         heads = outputs["qkv_proj"].unflatten(-1, (-1, case.head_dim))
@@ -96,15 +97,15 @@ def _attention(case: Case, decoder: Any) -> dict[int, nn.Module]:
 
 
 def normed(heads: torch.Tensor, eps: float, over: tuple[int, ...]) -> torch.Tensor:
-    """Divided by the root of the mean square of the components in those dimensions."""
+    """Divides `heads` by the root mean square of their components in the dimensions `over`."""
     return heads / (heads.square().mean(over, keepdim=True) + eps).sqrt()
 
 
 def query_scale(config: Any, length: int, has_rope: bool) -> torch.Tensor:
-    """What attention multiplies the query at each position with, float64 (length,).
+    """Returns the factor of the query at each position, float64 (length,).
 
-    Llama 4 and, after it, Ministral 3 let logits grow with log(position), in steps; the former where there is no RoPE,
-    and counting positions from 1.
+    In Llama 4 and Ministral 3, logits grow with log(position), in steps. Llama 4 does so in layers without RoPE, and
+    counts positions from 1.
     """
     position = torch.arange(length, dtype=torch.float64)
     beta = config.rope_parameters.get("llama_4_scaling_beta")
@@ -118,7 +119,7 @@ def query_scale(config: Any, length: int, has_rope: bool) -> torch.Tensor:
 
 
 def turned(case: Case, config: PretrainedConfig, heads: torch.Tensor, *, sliding: bool) -> torch.Tensor:
-    """RoPE on those components of `heads` (batch, heads, n, head_dim) that it turns, the first or the last ones."""
+    """Applies RoPE to the components of `heads` (batch, heads, n, head_dim) that it rotates: the first or the last."""
     frequency, scale = frequencies(case, config, sliding=sliding)
     dim = 2 * len(frequency)
     if case.rotates_last:
@@ -129,7 +130,7 @@ def turned(case: Case, config: PretrainedConfig, heads: torch.Tensor, *, sliding
 
 
 def rotate(heads: torch.Tensor, frequency: torch.Tensor, pairs: str) -> torch.Tensor:
-    """The two components of each pair, as one complex number, turned by the angle p * frequency."""
+    """Rotates the two components of each pair, as one complex number, by the angle position * frequency."""
     real, imaginary = heads.chunk(2, dim=-1) if pairs == "halves" else (heads[..., ::2], heads[..., 1::2])
     angle = torch.arange(heads.shape[-2], dtype=torch.float64)[:, None] * frequency
     rotated = torch.complex(real, imaginary) * torch.polar(torch.ones_like(angle), angle)
@@ -138,7 +139,7 @@ def rotate(heads: torch.Tensor, frequency: torch.Tensor, pairs: str) -> torch.Te
 
 
 def frequencies(case: Case, config: PretrainedConfig, *, sliding: bool) -> tuple[torch.Tensor, float]:
-    """Radians a position of each pair, float64 (rotary_dim / 2,), and what RoPE scales with, from the config."""
+    """Returns the radians a position of each pair, float64 (rotary_dim / 2,), and the scale of RoPE."""
     dim = case.rotary_dim or case.head_dim
     parameters = config.rope_parameters
     if "full_attention" in parameters:
@@ -152,19 +153,19 @@ def frequencies(case: Case, config: PretrainedConfig, *, sliding: bool) -> tuple
     turns = parameters["original_max_position_embeddings"] * base / (2 * math.pi)
     factor = parameters["factor"]
     if parameters["rope_type"] == "llama3":
-        # Llama 3.1: long wavelengths are stretched by `factor`, short ones kept, those between blended.
+        # Llama 3.1 stretches long wavelengths by `factor`, keeps short ones, and blends those between.
         low, high = parameters["low_freq_factor"], parameters["high_freq_factor"]
         kept = ((turns - low) / (high - low)).clamp(0, 1)
         return base * kept + base / factor * (1 - kept), 1.0
-    # Peng et al. 2023, "YaRN": stretched below 1 turn over the original context, kept above 32. Between them, code
-    # blends by the pair's number, from one whole number to another unless told not to.
+    # Peng et al. 2023, "YaRN": pairs below 1 turn over the original context are stretched, those above 32 are kept.
+    # Implementations blend between them by the pair's number, with whole numbers as bounds unless `truncate` is false.
     assert parameters["rope_type"] == "yarn"
     first, last = (dim * math.log(turns[0] / number) / (2 * math.log(theta)) for number in (32, 1))
     if parameters.get("truncate", True):
         first, last = math.floor(first), math.ceil(last)
     first = max(first, 0)
     stretched = ((torch.arange(dim // 2) - first) / (last - first)).clamp(0, 1)
-    # Section 3.4 scales logits, queries and keys alike; DeepSeek leaves a share of that to the softmax scale.
+    # Section 3.4 scales queries and keys equally. DeepSeek moves a part of that to the softmax scale.
     shares = parameters.get("mscale", 1.0), parameters.get("mscale_all_dim", 0.0)
     scale, left = (0.1 * share * math.log(factor) + 1 for share in shares)
     return base * (1 - stretched) + base / factor * stretched, scale / left

@@ -1,7 +1,7 @@
-"""A small captured corpus for the store's tests, with the rows that its dataset must have, made without the store.
+"""Provides a small captured corpus for the store's tests, and the rows of its dataset, computed without the store.
 
-The batches come out of the source's order, as batches by length do, and some rows are handed over in two parts that
-cut an example in two, the later part first.
+The batches are not in the order of the source, like batches by length. Some rows are written in two parts, which may
+cut an example in two, with the later part first.
 """
 
 from collections.abc import Iterator, Sequence
@@ -62,6 +62,11 @@ class Piece:
         return cls(Rows(layer, kind, num_heads, head_dim, vectors.dtype, index, position, token_id), vectors)
 
 
+def ones(count: int, dim: int = 4, *, index: int = 0, dtype: torch.dtype = torch.float32) -> Piece:
+    """Returns `count` rows of one example, all with the same vector."""
+    return Piece.of(0, "q", torch.ones(1, count, dim, dtype=dtype), np.full(count, index), np.arange(count))
+
+
 def put(writer: JournalWriter, piece: Piece) -> None:
     """Writes a piece whose vectors are in memory."""
     with writer.reserve(piece.rows) as slot:
@@ -72,7 +77,7 @@ def put(writer: JournalWriter, piece: Piece) -> None:
 
 @dataclass(frozen=True)
 class Captured:
-    """A corpus: how many examples, their dtype, how many a batch, and the seed of everything else."""
+    """A corpus. `batch` is the number of examples a batch; `seed` determines everything else."""
 
     num_examples: int = 12
     dtype: torch.dtype = torch.bfloat16
@@ -84,13 +89,13 @@ class Captured:
         return 5 + (index * 37 + self.seed) % 60
 
     def positions(self, index: int, layer: int, kind: str) -> np.ndarray:
-        """(n,) ascending; example 4 has no rows at all."""
+        """Returns positions (n,), ascending. Example 4 has no rows."""
         rng = np.random.default_rng([self.seed, index, layer, ord(kind)])
         keep = 0.0 if index == 4 else 0.4
         return np.flatnonzero(rng.random(self.length(index)) < keep).astype(np.int32)
 
     def vectors(self, index: int, layer: int, kind: str) -> torch.Tensor:
-        """(num_heads, n, HEAD_DIM) in `dtype`."""
+        """Returns vectors (num_heads, n, HEAD_DIM) in `dtype`."""
         count = len(self.positions(index, layer, kind))
         generator = torch.Generator().manual_seed(self.seed * 10**6 + index * 1000 + layer * 2 + (kind == "q"))
         return torch.randn(NUM_HEADS[kind], count, HEAD_DIM, generator=generator).to(self.dtype)
@@ -104,12 +109,13 @@ class Captured:
         )
 
     def batches(self, done: set[int] | dict[int, ExampleRecord] = frozenset()) -> Iterator[list[int]]:
-        """Batches of the examples that are not in `done`, out of order."""
+        """Yields batches of the examples that are not in `done`, not in the order of the source."""
         order = np.random.default_rng(self.seed).permutation(self.num_examples).tolist()
         whole = [order[at : at + self.batch] for at in range(0, len(order), self.batch)]
         yield from ([index for index in batch if index not in done] for batch in whole)
 
     def pieces(self, batch: Sequence[int]) -> Iterator[Piece]:
+        """Yields the rows of a batch."""
         for layer in LAYERS:
             for kind in ("q", "k"):
                 positions = [self.positions(index, layer, kind) for index in batch]
@@ -125,7 +131,7 @@ class Captured:
                         yield Piece.of(layer, kind, vectors[:, part], index[part], position[part], ids)
 
     def write(self, writer: JournalWriter, done: dict[int, ExampleRecord] | None = None) -> None:
-        """The job: every batch that is not done."""
+        """Writes every batch that is not done, as a job does."""
         for batch in self.batches(done or {}):
             if batch:
                 for piece in self.pieces(batch):
@@ -133,7 +139,7 @@ class Captured:
                 writer.complete([self.record(index) for index in batch])
 
     def expected(self, head: HeadSpec) -> dict[str, np.ndarray]:
-        """The columns of a head's file, by the definition of the dataset."""
+        """Returns the columns of a head's file, by the definition of the dataset."""
         rows: dict[str, list[np.ndarray]] = {"example_id": [], "position": [], "vector": [], "token_id": []}
         for index in range(self.num_examples):
             position = self.positions(index, head.layer, head.kind)
@@ -147,14 +153,14 @@ class Captured:
 
 
 def captured_journal(folder: Path, corpus: Captured, segment_bytes: int = 1 << 14) -> Journal:
-    """A journal of the whole corpus, read back from the disk."""
+    """Returns a journal of the whole corpus, read from the disk."""
     with JournalWriter(Journal(folder), queue_bytes=1 << 20, segment_bytes=segment_bytes) as writer:
         corpus.write(writer)
     return Journal(folder)
 
 
 def make_dataset(root: Path, corpus: Captured, **options: object) -> tuple[Layout, Written]:
-    """The corpus as a published dataset."""
+    """Writes the corpus as a finished dataset."""
     layout = Layout(root)
     journal = captured_journal(layout.journal(0, 1), corpus)
     written = compact(layout, [journal], HEADS, SAMPLER, **options)
@@ -164,6 +170,6 @@ def make_dataset(root: Path, corpus: Captured, **options: object) -> tuple[Layou
 
 
 def file_bytes(root: Path) -> dict[str, bytes]:
-    """All files below `root`, without the work folder."""
+    """Returns the bytes of all files below `root` by name, without the work folder."""
     found = {path.relative_to(root).as_posix(): path for path in root.rglob("*") if path.is_file()}
     return {name: path.read_bytes() for name, path in found.items() if not name.startswith(".qk_sniffer")}

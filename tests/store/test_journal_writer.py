@@ -1,0 +1,200 @@
+"""Tests the journal's writer: it waits while the buffer is full, gives memory back, and passes errors on."""
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.store_cases import Captured, Piece, ones, put
+
+from qk_sniffer.errors import StoreError
+from qk_sniffer.store import disk, journal_writer, segment
+from qk_sniffer.store.journal import ExampleRecord, Journal
+from qk_sniffer.store.journal_writer import JournalWriter
+
+BIG = 1 << 30
+
+
+class SlowDisk:
+    """Blocks every fsync of a file until `go` is set."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.go = threading.Event()
+        self.calls = 0
+        monkeypatch.setattr(segment, "sync_file", self._sync)
+
+    def _sync(self, descriptor: int) -> None:
+        self.calls += 1
+        assert self.go.wait(20)
+        disk.sync_file(descriptor)
+
+
+def test_reserve_waits_while_the_buffer_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = SlowDisk(monkeypatch)
+    taken: list[int] = []
+
+    with JournalWriter(Journal(tmp_path), queue_bytes=10_000, segment_bytes=4_000) as writer:
+
+        def forward() -> None:
+            for index in range(8):
+                put(writer, ones(100, index=index))
+                taken.append(index)
+            writer.complete([Captured().record(index) for index in range(8)])
+
+        thread = threading.Thread(target=forward)
+        thread.start()
+        deadline = time.monotonic() + 20
+        while (slow.calls, len(taken)) != (1, 4) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.5)  # a fifth would be taken now
+        assert slow.calls == 1  # the first segment blocks
+        assert taken == [0, 1, 2, 3]  # 4 x 2,000 bytes are not durable; a fifth does not fit, aligned
+        slow.go.set()
+        thread.join(20)
+        assert taken == list(range(8))
+        assert writer.wait_s > 0.3
+    assert len(Journal(tmp_path).records) == 8
+
+
+def test_rows_larger_than_the_buffer_are_taken_while_nothing_else_is(tmp_path: Path) -> None:
+    with JournalWriter(Journal(tmp_path), queue_bytes=1_000, segment_bytes=1_000) as writer:
+        for index in range(3):
+            put(writer, ones(10_000, index=index))
+        writer.complete([Captured().record(index) for index in range(3)])
+    found = Journal(tmp_path)
+    assert len(found.segments) >= 3 and len(found.records) == 3  # the end may have its own segment
+
+
+@pytest.mark.parametrize("call", ["put", "complete", "close"])
+def test_an_error_of_the_thread_reaches_the_next_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(segment, "sync_file", full)
+    writer = JournalWriter(Journal(tmp_path), queue_bytes=BIG, segment_bytes=1)
+    put(writer, ones(3))
+    writer._thread.join(10)
+    ends = [Captured().record(0)]
+    with pytest.raises(StoreError, match=r"No space left.*rerun the command"):
+        {"put": lambda: put(writer, ones(3)), "complete": lambda: writer.complete(ends), "close": writer.close}[call]()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_of_the_thread_wakes_a_waiting_reserve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal_writer, "write_segment", lambda *_: time.sleep(0.2) or 1 / 0)
+    with (
+        pytest.raises(StoreError, match="ZeroDivisionError"),
+        JournalWriter(Journal(tmp_path), queue_bytes=100, segment_bytes=1) as writer,
+    ):
+        put(writer, ones(100))
+        put(writer, ones(100))
+
+
+@pytest.mark.parametrize(
+    ("bad", "match"),
+    [
+        (ones(3, dtype=torch.float64), "float64 cannot be stored"),
+        (Piece.of(0, "v", torch.ones(1, 3, 4), np.zeros(3), np.arange(3)), "kind is 'v'"),
+        (Piece.of(0, "q", torch.ones(0, 3, 4), np.zeros(3), np.arange(3)), "no heads"),
+        (Piece.of(0, "q", torch.ones(1, 3, 4), np.zeros(3), np.arange(4)), "one value a row"),
+        (Piece.of(0, "q", torch.ones(1, 3, 4), np.zeros(3), np.array([0, 2, 2])), "do not ascend"),
+        (ones(3, dim=5), "head_dim=5"),
+        (ones(3, dtype=torch.bfloat16), "BF16"),
+    ],
+)
+def test_malformed_rows_are_refused(tmp_path: Path, bad: Piece, match: str) -> None:
+    with JournalWriter(Journal(tmp_path), queue_bytes=BIG, segment_bytes=BIG) as writer:
+        put(writer, ones(3))
+        with pytest.raises(ValueError, match=match):
+            put(writer, bad)
+        writer.complete([Captured().record(0)])
+
+
+def test_an_end_must_name_its_examples_once(tmp_path: Path) -> None:
+    corpus = Captured()
+    with JournalWriter(Journal(tmp_path), queue_bytes=BIG, segment_bytes=BIG) as writer:
+        put(writer, ones(3, index=5))
+        with pytest.raises(ValueError, match=r"\[5\]"):
+            writer.complete([corpus.record(4)])
+        writer.complete([corpus.record(5)])
+    with (
+        JournalWriter(Journal(tmp_path), queue_bytes=BIG, segment_bytes=BIG) as writer,
+        pytest.raises(ValueError, match="complete already"),
+    ):
+        writer.complete([corpus.record(5)])
+
+
+def test_a_buffer_that_does_not_fit_in_memory_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match=r"no memory for the 1,099,511,627,776 MB .* lower inference\.queue_mb"):
+        JournalWriter(Journal(tmp_path), queue_bytes=1 << 60, segment_bytes=1)
+
+
+def test_a_gather_that_fails_gives_its_memory_back(tmp_path: Path) -> None:
+    with JournalWriter(Journal(tmp_path), queue_bytes=100, segment_bytes=BIG) as writer:
+        with pytest.raises(RuntimeError, match="device"), writer.reserve(ones(3).rows):
+            raise RuntimeError("the device is gone")
+        with writer.reserve(ones(3, index=7).rows):
+            pass  # without a commit: example 7 is not in the batch
+        put(writer, ones(3))  # would wait forever for memory that was not given back
+        writer.complete([Captured().record(0)])
+    assert list(Journal(tmp_path).records) == [0]
+    (path,) = Journal(tmp_path).segments
+    assert load_file(path)["l00q.vectors"].shape == (1, 3, 4)
+
+
+@dataclass
+class Copy:
+    """The event of a copy that ends during the wait for it, as a GPU's may."""
+
+    end: Callable[[], None]
+
+    def synchronize(self) -> None:
+        self.end()
+
+
+def test_a_segment_waits_for_copies_that_are_under_way(tmp_path: Path) -> None:
+    vectors, forward_continues = torch.randn(2, 3, 4), threading.Event()
+    with JournalWriter(Journal(tmp_path), queue_bytes=1 << 20, segment_bytes=BIG) as writer:
+        with writer.reserve(Piece.of(0, "q", vectors, np.zeros(3), np.arange(3)).rows) as slot:
+            memory = slot.vectors.fill_(torch.nan)
+
+            def arrive() -> None:
+                assert threading.current_thread().name == "journal"
+                assert forward_continues.wait(20)
+                time.sleep(0.05)
+                memory.copy_(vectors)
+
+            writer.commit(slot, Copy(arrive))
+        forward_continues.set()
+        writer.complete([ExampleRecord(0, 0, "0", 3, False, "")])
+    assert writer.transfer_s >= 0.05
+    (path,) = Journal(tmp_path).segments
+    assert torch.equal(load_file(path)["l00q.vectors"], vectors)
+
+
+def test_memory_is_not_given_back_while_a_copy_to_it_is_under_way(tmp_path: Path) -> None:
+    waited: list[str] = []
+    with JournalWriter(Journal(tmp_path), queue_bytes=1 << 20, segment_bytes=BIG) as writer:
+        with writer.reserve(ones(3).rows) as slot:
+            writer.commit(slot, Copy(lambda: waited.append("arrived")))
+        assert waited == []  # the batch is open when the writer is closed: its rows are dropped
+    assert waited == ["arrived"]
+    assert Journal(tmp_path).segments == []
+
+
+def test_a_commit_that_fails_waits_for_its_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal_writer, "write_segment", lambda *_: 1 / 0)
+    waited: list[str] = []
+    writer = JournalWriter(Journal(tmp_path), queue_bytes=BIG, segment_bytes=1)
+    with pytest.raises(StoreError, match="ZeroDivisionError"), writer.reserve(ones(3).rows) as slot:
+        put(writer, ones(3, index=1))
+        writer._thread.join(10)
+        writer.commit(slot, Copy(lambda: waited.append("arrived")))
+    assert waited == ["arrived"]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def compact_ranges(numbers: Iterable[int]) -> str:
-    """Numbers as people write them: "0-3, 7"."""
+    """Returns numbers as people write them: `0-3, 7`."""
     runs: list[list[int]] = []
     for number in sorted(set(numbers)):
         if runs and number == runs[-1][-1] + 1:
@@ -17,31 +17,37 @@ def compact_ranges(numbers: Iterable[int]) -> str:
 
 
 def counted(number: int, noun: str) -> str:
-    """`1 row`, `2,000 rows`."""
+    """Returns a number with its noun: `1 row`, `2,000 rows`."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of text in columns."""
+    """Returns rows of cells as lines, the columns aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
+def shortened(names: Sequence[str], most: int) -> str:
+    """Returns the first `most` names and the number of the others: `a, b and 3 more`."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more:,} more" if more > 0 else "")
+
+
 def in_mb(size: int) -> str:
-    """Bytes as megabytes."""
+    """Returns a number of bytes in megabytes (10^6 bytes)."""
     return f"{size / 1e6:,.1f} MB"
 
 
 def closest(name: str, valid: Sequence[str], cutoff: float = 0.7) -> list[str]:
-    """The names in `valid` that `name` may be a slip of."""
+    """Returns at most three names in `valid` that `name` may be a misspelling of, the most similar first."""
     return difflib.get_close_matches(name, valid, n=3, cutoff=cutoff)
 
 
 def did_you_mean(names: Sequence[str]) -> str:
-    """`, did you mean a or b?`, or nothing."""
+    """Returns `, did you mean a or b?`; an empty string for no names."""
     return f", did you mean {' or '.join(names)}?" if names else ""
 
 
 def expand_home(path: str) -> str:
-    """`path` with a leading `~/` replaced by the home folder: a shell expands it only at the start of a word."""
+    """Replaces a leading `~/` of `path` by the home folder. A shell does so only at the start of a word."""
     return str(Path.home() / path[2:]) if (path + "/").startswith("~/") else path

@@ -19,6 +19,7 @@ from qk_sniffer.backbone.gguf import check_gguf, gguf_source, refuse_lost
 from qk_sniffer.backbone.trailing_layers import cut_after
 from qk_sniffer.config import ModelConfig
 from qk_sniffer.errors import QkSnifferError, SourceError
+from qk_sniffer.text import shortened
 
 T = TypeVar("T")
 
@@ -197,7 +198,7 @@ def _refuse_missing(name: str, model: nn.Module, decoder: nn.Module, family: Fam
         )
     raise SourceError(
         f"model {name}: its checkpoint lacks, or has in another shape, {len(bad)} weights of the decoder: "
-        f"{_some(bad)}. They would be random, so nothing is captured; {way_out}"
+        f"{shortened(bad, 5)}. They would be random, so nothing is captured; {way_out}"
     )
 
 
@@ -229,18 +230,14 @@ def _refuse_dropped(name: str, model: Any, decoder: Any, family: Family, info: d
     if unset and all(key.endswith(".bias") for key in dropped):
         way_out = "set " + " or ".join(f"model.config_overrides.{key}=true" for key in unset)
     raise SourceError(
-        f"model {name}: its config does not ask for {len(dropped)} weights that the checkpoint has: {_some(dropped)}. "
-        f"Without them the vectors would differ, so nothing is captured; {way_out}"
+        f"model {name}: its config does not ask for {len(dropped)} weights that the checkpoint has: "
+        f"{shortened(dropped, 5)}. Without them the vectors would differ, so nothing is captured; {way_out}"
     )
 
 
 def _prefix(model: nn.Module, decoder: nn.Module) -> str:
     """Returns the prefix that the names of the decoder's weights have in `model`."""
     return next((f"{path}." for path, module in model.named_modules() if path and module is decoder), "")
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def _first_line(text: str) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 from qk_sniffer.config import ShardConfig
 from qk_sniffer.jobs.sweep import PlannedJob
 from qk_sniffer.resolved import ResolvedConfig
+from qk_sniffer.text import shortened
 
 
 def collisions(jobs: Sequence[PlannedJob]) -> list[str]:
@@ -52,7 +53,7 @@ def _described(one: PlannedJob, other: PlannedJob, key: str, value: str) -> str:
     different = [name for name in values | others if values.get(name) != others.get(name)]
     if not different:
         return f"{said}; they are the same job twice"
-    said += f", though they differ in {', '.join(different[:3])}{' and more' if len(different) > 3 else ''}"
+    said += f", though they differ in {shortened(different, 3)}"
     if key == "output.data_root" and one.config.output.hf_branch != other.config.output.hf_branch:
         return f"{said}; leave {key} out, and each gets a folder of its own"
     swept = [name for name in different if f"{name}={values[name]}" in one.arguments and str(values[name]).isalnum()]

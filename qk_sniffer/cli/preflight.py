@@ -35,6 +35,7 @@ from qk_sniffer.config import from_omegaconf, schema
 from qk_sniffer.errors import ConfigError
 from qk_sniffer.jobs.sweep import PlannedJob, describe
 from qk_sniffer.resolved import ResolvedConfig, resolve
+from qk_sniffer.text import shortened
 
 VERSION_BASE = "1.3"
 CONFIG_MODULE = "qk_sniffer.conf"
@@ -140,8 +141,7 @@ class _Composer:
                 break
         problems = []
         for problem, places in where.items():
-            more = f" and {len(places) - 1} more" if len(places) > 1 else ""
-            problems.append(problem if len(places) == looked_at else f"{problem} [{places[0]}{more}]")
+            problems.append(problem if len(places) == looked_at else f"{problem} [{shortened(places, 1)}]")
         if looked_at < len(combinations):
             problems[-1] += f" [only the first {looked_at} of {len(combinations)} jobs were looked at]"
         return problems, jobs

@@ -18,6 +18,7 @@ from typing import Any
 from qk_sniffer.config import DatasetConfig
 from qk_sniffer.errors import SourceError
 from qk_sniffer.hub.revisions import HubUnreachableError, hub_commit, is_hub_id
+from qk_sniffer.text import shortened
 
 PYDOC = "pydoc"
 """The `dataset.path` of the documentation topics that every Python carries."""
@@ -312,11 +313,11 @@ def _names_its_files(folder: Path) -> bool:
     return front is not None and re.search(r"^configs:", front.group(1), flags=re.MULTILINE) is not None
 
 
-def _listing(folder: Path, most: int = 8) -> str:
+def _listing(folder: Path) -> str:
     names = sorted(path.name + ("/" if path.is_dir() else "") for path in folder.iterdir())
     if {"state.json", "dataset_dict.json"} & set(names):
         return "it was written by `save_to_disk`; write it with `to_parquet` instead"
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "") or "it is empty"
+    return shortened(names, 8) or "it is empty"
 
 
 def _supported() -> str:

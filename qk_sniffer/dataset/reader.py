@@ -23,6 +23,7 @@ from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.disk import sha256_of
 from qk_sniffer.store.files import Files, Folder
 from qk_sniffer.store.layout import EXAMPLES, HeadKey, head_file
+from qk_sniffer.text import shortened
 
 
 class HeadVectors(NamedTuple):
@@ -79,9 +80,10 @@ class Dataset:
         """
         key = HeadKey(layer, head, kind)
         if key not in self.heads:
-            some = ", ".join(key.name for key in self.heads[:6]) + (", ..." if len(self.heads) > 6 else "")
+            names = [key.name for key in self.heads]
             raise StoreError(
-                f"{self} has no rows of layer {layer}, head {head}, kind {kind!r}; it has {some} (`.heads`)"
+                f"{self} has no rows of layer {layer}, head {head}, kind {kind!r}; it has {shortened(names, 6)} "
+                "(`.heads`)"
             )
         return _read(self._files.path(head_file(*key)), columns)
 

@@ -13,6 +13,7 @@ from urllib.parse import quote
 from qk_sniffer.errors import HubError
 from qk_sniffer.hub.client import REPO_TYPE, bars_on_a_terminal, with_retries
 from qk_sniffer.store.layout import MANIFEST
+from qk_sniffer.text import shortened
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -168,12 +169,11 @@ def _snapshot(api: "HfApi", repo_id: str, names: list[str], revision: str) -> An
     return api.snapshot_download(repo_id, repo_type=REPO_TYPE, revision=revision, allow_patterns=names)
 
 
-def _branches(api: "HfApi", repo_id: str, most: int = 30) -> str:
+def _branches(api: "HfApi", repo_id: str) -> str:
     """What a message says of the branches that there are."""
     try:
         found = sorted(ref.name for ref in api.list_repo_refs(repo_id, repo_type=REPO_TYPE).branches)
     except Exception:  # only a help in a message about something else
         return ""
     names = [name for name in found if name != "main"]
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return f"; it has: {', '.join(names[:most])}{more}" if names else "; it has none"
+    return f"; it has: {shortened(names, 30)}" if names else "; it has none"

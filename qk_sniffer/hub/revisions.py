@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from qk_sniffer.errors import SourceError
+from qk_sniffer.text import shortened
 
 Kind = Literal["dataset", "model"]
 
@@ -79,7 +80,7 @@ def cached_commit(kind: Kind, name: str, revision: str | None = None) -> str | N
     return snapshots[0] if len(snapshots) == 1 and revision in (None, "main") else None
 
 
-def _revisions(kind: Kind, name: str, most: int = 20) -> str:
+def _revisions(kind: Kind, name: str) -> str:
     from huggingface_hub import HfApi
 
     try:
@@ -87,8 +88,7 @@ def _revisions(kind: Kind, name: str, most: int = 20) -> str:
     except Exception:  # only a help in a message about something else
         return ""
     names = [ref.name for ref in [*refs.branches, *refs.tags]]
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return f" It has: {', '.join(names[:most])}{more}; a commit will do too."
+    return f" It has: {shortened(names, 20)}; a commit will do too."
 
 
 def hub_commit_of(commit: str | None) -> str | None:

@@ -25,6 +25,7 @@ from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.disk import make_folder, sha256_of, write_atomic
 from qk_sniffer.store.layout import MANIFEST, head_name
 from qk_sniffer.store.locks import hold
+from qk_sniffer.text import shortened
 
 log = logging.getLogger(__name__)
 
@@ -51,8 +52,7 @@ class Results:
         there = self.folder.iterdir() if self.folder.is_dir() else ()
         found = sorted(path.name for path in there if path != self._lock)
         if (found and not self.record_file.exists() and not self._work.exists()) or MANIFEST in found:
-            listed = ", ".join(found[:5]) + (", ..." if len(found) > 5 else "")
-            raise StoreError(f"{self.folder} holds something else ({listed}); choose another output_dir")
+            raise StoreError(f"{self.folder} holds something else ({shortened(found, 5)}); choose another output_dir")
         try:
             make_folder(self.folder)
         except OSError as error:

@@ -27,7 +27,7 @@ from qk_sniffer.plasticity.measure import KeyHead, Keys, Measuring
 from qk_sniffer.plasticity.results import Results, fingerprint, manifest_sha256
 from qk_sniffer.plasticity.tables import HeadResult
 from qk_sniffer.store.layout import HeadKey, head_name
-from qk_sniffer.text import compact_ranges, counted
+from qk_sniffer.text import compact_ranges, counted, shortened
 
 log = logging.getLogger(__name__)
 
@@ -222,9 +222,9 @@ def report(results: Results, pictures: Sequence[Path]) -> None:
     said = "no plasticity" if mean is None else f"mean plasticity {mean:.4f}{of_which}"
     print(f"{counted(record['heads'], 'head')} measured, {said}.")
     for note, heads in record["notes"].items():
-        print(f"  - {note}: {_some(heads)}")
+        print(f"  - {note}: {shortened(heads, 6)}")
     if record["without_keys"]:
-        print(f"  - not measured, for their keys were not captured: {_some(record['without_keys'])}")
+        print(f"  - not measured, for their keys were not captured: {shortened(record['without_keys'], 6)}")
     for head, reason in record["damaged"].items():
         print(f"  - {head} is NOT measured: {reason}")
     if record["damaged"]:
@@ -232,9 +232,3 @@ def report(results: Results, pictures: Sequence[Path]) -> None:
     print(f"Tables: {results.folder}/head_metrics.csv, head_bucket_plasticity.csv, head_component_weights.csv")
     if pictures:
         print(f"Pictures: {results.pictures}/{', '.join(path.name for path in pictures)}")
-
-
-def _some(heads: Sequence[str], most: int = 6) -> str:
-    if len(heads) <= most:
-        return ", ".join(heads)
-    return f"{', '.join(heads[:most])} and {len(heads) - most} more heads"

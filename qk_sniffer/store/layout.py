@@ -30,6 +30,7 @@ import pyarrow as pa
 from qk_sniffer.errors import StoreError
 from qk_sniffer.store.disk import make_folder
 from qk_sniffer.store.locks import InUseError, hold
+from qk_sniffer.text import shortened
 
 FORMAT = "qk-sniffer/1"
 """The manifest's `format`, which identifies a dataset of this package."""
@@ -215,9 +216,8 @@ def prepare_data_root(root: Path) -> Layout:
         # Listed before `is_ours` is called: another shard may create the work folder in between.
         names = sorted(path.name for path in root.iterdir()) if root.is_dir() else []
         if names and not is_ours(layout):
-            listed = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
             raise StoreError(
-                f"{root} is not empty and not a dataset of qk-sniffer (it holds {listed}); choose another "
+                f"{root} is not empty and not a dataset of qk-sniffer (it holds {shortened(names, 5)}); choose another "
                 "output.data_root, or empty it yourself"
             )
         if root.is_symlink() and not root.exists():

@@ -18,6 +18,7 @@ from qk_sniffer.config import ModelConfig, TokenizerConfig
 from qk_sniffer.corpus.examples import Example
 from qk_sniffer.errors import SourceError
 from qk_sniffer.hub.revisions import HubUnreachableError, cached_commit, hub_commit, is_hub_id
+from qk_sniffer.store.journal import ExampleRecord
 
 _CALL_CHARACTERS = 1 << 22
 """Texts of so many characters go to the tokenizer at once: its working memory is some hundred bytes a token."""
@@ -40,6 +41,17 @@ class Tokens:
     def num_tokens(self) -> int:
         """At least 1."""
         return len(self.ids)
+
+    def record(self) -> ExampleRecord:
+        """What the journal and `examples/data.parquet` keep of the example."""
+        return ExampleRecord(
+            index=self.index,
+            example_id=self.example_id,
+            source_id=self.source_id,
+            num_tokens=self.num_tokens,
+            truncated=self.truncated,
+            text_hash=self.text_hash,
+        )
 
 
 def text_hash(text: str) -> str:

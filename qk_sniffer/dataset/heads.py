@@ -1,6 +1,6 @@
 """Lists the heads of a dataset, from its manifest or from the record of its job."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from qk_sniffer.backbone.layers import LayerHeads
@@ -8,7 +8,7 @@ from qk_sniffer.store.compact import HeadSpec
 from qk_sniffer.store.layout import KINDS
 
 
-def head_specs(record: dict[str, Any]) -> Iterator[HeadSpec]:
+def head_specs(record: Mapping[str, Any]) -> Iterator[HeadSpec]:
     """Every head that the job of `record` captures, queries before keys in each layer."""
     model = record["model"]
     for layer in model["layers"]:

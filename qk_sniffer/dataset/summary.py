@@ -1,5 +1,8 @@
 """What a finished job leaves on the screen: what there is now, where, and how to read it."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from qk_sniffer.hub.branch import Branch
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.files import Files
@@ -19,9 +22,8 @@ Read it in Python:
   vectors, positions, example_ids = dataset.vectors(*dataset.heads[0])"""
 
 
-def show(where: Files, note: str) -> None:
+def show(where: Files, manifest: Mapping[str, Any], note: str) -> None:
     """Prints a dataset: examples, rows, heads, files, size; `note`; and three lines that read it."""
-    manifest = manifests.of(where)
     files = manifest["files"]
     heads = manifests.heads(manifest)
     size_mb = sum(entry["bytes"] for entry in files.values()) / 1e6

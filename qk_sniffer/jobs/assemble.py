@@ -1,20 +1,19 @@
-"""From the journals of all shards to the dataset: heads, examples, card, and at last the manifest.
+"""Makes a dataset from the journals of all shards, up to the staging folder; `finish.py` proves and promotes it.
 
-Everything needed stands in the job's record and its journals, so that any shard can do it, or anybody else later.
+The job's record and its journals hold everything needed. So any shard can do it, or `finalize` later.
 """
 
 import copy
 import json
 import logging
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from qk_sniffer.capture.sampling import Sampler
 from qk_sniffer.config import ShardConfig, from_dict
 from qk_sniffer.corpus.tokenizer import load_tokenizer
-from qk_sniffer.dataset.card import write_card
-from qk_sniffer.dataset.card_facts import CardFacts
 from qk_sniffer.dataset.heads import head_specs
 from qk_sniffer.errors import SourceError, StoreError
 from qk_sniffer.hub.revisions import hub_commit_of
@@ -26,80 +25,77 @@ from qk_sniffer.store.disk import write_atomic
 from qk_sniffer.store.journal import ExampleRecord, Journal
 from qk_sniffer.store.layout import KINDS, Layout
 from qk_sniffer.store.locks import InUseError, hold
-from qk_sniffer.store.promote import finish_promotion, promote
+from qk_sniffer.store.manifest import Written
+from qk_sniffer.store.promote import finish_promotion
 from qk_sniffer.store.record import read_record
-from qk_sniffer.timing import Stages
 
 log = logging.getLogger(__name__)
 
 
 PATIENCE_S = 5.0
-"""Another shard that only looks who is missing is done long before; one that holds on is making the dataset."""
-
-Prove = Callable[[Layout, Sequence[HeadSpec], Sequence[ExampleRecord]], dict[str, Any]]
-"""Given the staged files, their heads and the examples: the manifest's `proof`."""
+"""How long to wait for the lock: longer than a shard holds it that only checks which shards are missing."""
 
 
-def assemble(layout: Layout, stages: Stages, prove: Prove) -> bool:
-    """Makes the dataset from the journals of a job; False where shards are not done yet, or another one makes it.
+@dataclass(frozen=True)
+class Staged:
+    """A dataset in the staging folder, complete but for proof, card and manifest."""
+
+    layout: Layout
+    """The staging folder's."""
+    heads: Sequence[HeadSpec]
+    examples: Sequence[ExampleRecord]
+    facts: Mapping[str, Any]
+    """The manifest's, from the job."""
+    written: Written
+
+    def manifest(self, proof: Mapping[str, Any], *, timings: Mapping[str, float]) -> dict[str, Any]:
+        """The manifest of the dataset, with its `proof`. `timings` are seconds by stage."""
+        return manifests.build({**self.facts, "proof": proof}, self.written, timings=timings)
+
+
+@contextmanager
+def captured_job(layout: Layout) -> Iterator[dict[str, Any] | None]:
+    """Holds the lock of finalizing, and gives the record of the job if all of its shards are captured.
+
+    Gives None if a shard is missing, if another process holds the lock, or if the dataset is made already; the log says
+    which.
 
     Raises:
-        StoreError: a journal is damaged, or the disk failed; may be called again.
         InUseError: another process makes the dataset of a job that has no shards.
     """
     with ExitStack() as finalizing:
-        try:
-            finalizing.enter_context(hold(layout.finalize_lock, "making the dataset", wait_s=PATIENCE_S))
-        except InUseError:
-            record = read_record(layout)
-            if record is not None and record["config"]["shard"]["count"] == 1:
-                raise
-            log.info("another process is making the dataset; if it fails, run any of the shards again")
-            return False
+        yield _record_of_captured_job(layout, finalizing)
+
+
+def _record_of_captured_job(layout: Layout, finalizing: ExitStack) -> dict[str, Any] | None:
+    try:
+        finalizing.enter_context(hold(layout.finalize_lock, "making the dataset", wait_s=PATIENCE_S))
+    except InUseError:
         record = read_record(layout)
-        if record is None:
-            log.info("another shard has made the dataset")
-            return False
-        count = record["config"]["shard"]["count"]
-        missing = [index for index in range(count) if not layout.shard_done(index, count).exists()]
-        if missing:
-            log.info("shard done; the dataset is made when shards %s of %d are done too", missing, count)
-            return False
-        log.info("writing the Parquet files")
-        with stages("compact"):
-            manifest, card = _stage(layout, record, stages, prove)
-            promote(layout, manifest, card=card)
-    return True
+        if record is not None and record["config"]["shard"]["count"] == 1:
+            raise
+        log.info("another process is making the dataset; if it fails, rerun any of the shards")
+        return None
+    record = read_record(layout)
+    if record is None:
+        log.info("another shard has made the dataset")
+        return None
+    count = record["config"]["shard"]["count"]
+    missing = [index for index in range(count) if not layout.shard_done(index, count).exists()]
+    if missing:
+        log.info("shard done; the dataset is made when shards %s of %d are done too", missing, count)
+        return None
+    return record
 
 
-def mark_done(layout: Layout, shard: ShardConfig, *, examples: int, skipped: int) -> None:
-    """Says durably that a shard is whole: so many examples are in its journal, `skipped` of its rows had no text."""
-    facts = {"examples": examples, "skipped": skipped}
-    write_atomic(layout.shard_done(shard.index, shard.count), json.dumps(facts).encode())
+def stage(layout: Layout, record: Mapping[str, Any]) -> Staged:
+    """Writes the Parquet files of the dataset of a captured job to the staging folder. Hold the lock of finalizing.
 
-
-def is_still_done(layout: Layout, shard: ShardConfig) -> bool:
-    """Whether a shard is marked as done, and whole. The mark goes where its journal has lost something since."""
-    done = layout.shard_done(shard.index, shard.count)
-    if not done.exists():
-        return False
-    journal = Journal(layout.journal(shard.index, shard.count))
-    if journal.is_whole and len(journal.records) == json.loads(done.read_bytes())["examples"]:
-        return True
-    done.unlink()
-    return False
-
-
-def finish_publication(layout: Layout) -> bool:
-    """Finishes the publication of a dataset that a crash interrupted; False where there is none."""
-    if not layout.staging.manifest.exists():
-        return False
-    with hold(layout.finalize_lock, "publishing the dataset"):
-        return finish_promotion(layout)
-
-
-def _stage(layout: Layout, record: dict[str, Any], stages: Stages, prove: Prove) -> tuple[dict[str, Any], bytes]:
-    """Stages the files of the dataset; returns its manifest and card."""
+    Raises:
+        StoreError: a journal is damaged, the source has changed, or the disk failed; may be called again.
+        SourceError: no text of the dataset has a token.
+    """
+    log.info("writing the Parquet files")
     config = from_dict(record["config"])
     sampler = Sampler(config.sampler)
     heads = list(head_specs(record))
@@ -142,15 +138,41 @@ def _stage(layout: Layout, record: dict[str, Any], stages: Stages, prove: Prove)
             f"source had {expected} rows when the job began: it has changed. Restore it and run the same command "
             "again, or start anew with output.overwrite=true"
         )
-    with stages("verify"):
-        proof = prove(layout.staging, heads, examples)
     kinds = [kind for kind in KINDS if any(head.kind == kind for head in heads)]
-    inclusion = {kind: sampler.inclusion(kind, written.longest_example) for kind in kinds}
-    facts = record | {"config": _public(record), "inclusion": inclusion, "skipped_rows": skipped, "proof": proof}
-    facts["source_rows"] = written.num_examples + skipped
-    facts["grown_from"] = _growth(facts.pop("base"))
-    manifest = manifests.build(facts, written, timings=stages.seconds)
-    return manifest, write_card(CardFacts.of(manifest)).encode()
+    facts = {key: value for key, value in record.items() if key != "base"} | {
+        "config": _public(record),
+        "inclusion": {kind: sampler.inclusion(kind, written.longest_example) for kind in kinds},
+        "skipped_rows": skipped,
+        "source_rows": written.num_examples + skipped,
+        "grown_from": _growth(record["base"]),
+    }
+    return Staged(layout.staging, heads, examples, facts, written)
+
+
+def mark_done(layout: Layout, shard: ShardConfig, *, examples: int, skipped: int) -> None:
+    """Says durably that a shard is whole: so many examples are in its journal, `skipped` of its rows had no text."""
+    facts = {"examples": examples, "skipped": skipped}
+    write_atomic(layout.shard_done(shard.index, shard.count), json.dumps(facts).encode())
+
+
+def is_still_done(layout: Layout, shard: ShardConfig) -> bool:
+    """Whether a shard is marked as done, and whole. The mark goes where its journal has lost something since."""
+    done = layout.shard_done(shard.index, shard.count)
+    if not done.exists():
+        return False
+    journal = Journal(layout.journal(shard.index, shard.count))
+    if journal.is_whole and len(journal.records) == json.loads(done.read_bytes())["examples"]:
+        return True
+    done.unlink()
+    return False
+
+
+def finish_publication(layout: Layout) -> bool:
+    """Finishes the publication of a dataset that a crash interrupted; False where there is none."""
+    if not layout.staging.manifest.exists():
+        return False
+    with hold(layout.finalize_lock, "publishing the dataset"):
+        return finish_promotion(layout)
 
 
 def _growth(base: dict[str, Any] | None) -> list[dict[str, Any]]:
@@ -161,7 +183,7 @@ def _growth(base: dict[str, Any] | None) -> list[dict[str, Any]]:
     return [*before, {"source_rows": base["source_rows"], "versions": base["versions"]}]
 
 
-def _public(record: dict[str, Any]) -> dict[str, Any]:
+def _public(record: Mapping[str, Any]) -> dict[str, Any]:
     """The config for the manifest: nothing of where it ran, so that equal datasets have equal manifests."""
     config: dict[str, Any] = copy.deepcopy(record["config"])
     del config["output"], config["shard"], config["snapshot"]

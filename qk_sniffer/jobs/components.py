@@ -1,6 +1,7 @@
-"""What a job that has something to do needs in memory: tokenizer, model, and which of its heads are captured."""
+"""Loads what a job needs in memory: tokenizer, model, and the heads to capture."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from qk_sniffer.backbone.backbone import Backbone
@@ -18,7 +19,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Components:
-    """What is loaded; `selection` names heads of `layers`."""
+    """The loaded tokenizer and model. `selection` names heads of `layers`."""
 
     tokenizer: TextTokenizer
     backbone: Backbone
@@ -26,27 +27,18 @@ class Components:
     selection: Selection
 
 
-class LazyComponents:
-    """Loads tokenizer and model when they are first asked for, which may be never."""
+def load_components(config: ResolvedConfig, commits: Mapping[str, str | None], stages: Stages) -> Components:
+    """Loads tokenizer and model at their `commits`, probes the layers, and selects the heads.
 
-    def __init__(self, config: ResolvedConfig, commits: dict[str, str | None], stages: Stages) -> None:
-        self._config, self._commits, self._stages = config, commits, stages
-        self._parts: Components | None = None
-
-    def __call__(self) -> Components:
-        """The parts; loads them the first time.
-
-        Raises:
-            SourceError: a part cannot be found or loaded.
-            ConfigError: the model cannot do what is asked for.
-        """
-        if self._parts is None:
-            with self._stages("load model"):
-                self._parts = _load(self._config, self._commits)
-        return self._parts
+    Raises:
+        SourceError: the tokenizer or the model cannot be found or loaded.
+        ConfigError: the model cannot do what the config asks for.
+    """
+    with stages("load model"):
+        return _load(config, commits)
 
 
-def _load(config: ResolvedConfig, commits: dict[str, str | None]) -> Components:
+def _load(config: ResolvedConfig, commits: Mapping[str, str | None]) -> Components:
     check_model(config.model, commit=commits["model"])
     tokenizer = load_tokenizer(config.model, hub_commit_of(commits["tokenizer"]))
     backbone = load_backbone(
@@ -54,7 +46,7 @@ def _load(config: ResolvedConfig, commits: dict[str, str | None]) -> Components:
         commit=commits["model"],
         pre_rope=config.capture.capture_pre_rope,
         banded_attention=config.inference.banded_attention,
-        # To say that none of the layers asked for has full attention, all of them must be seen.
+        # All layers must be seen to tell that none of those asked for has full attention.
         layers=None if config.capture.full_attention_only else config.capture.layers,
     )
     limit, max_length = backbone.num_positions, config.model.tokenizer.max_length

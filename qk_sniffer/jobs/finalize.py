@@ -9,7 +9,6 @@ from qk_sniffer.corpus.examples import open_corpus
 from qk_sniffer.errors import ConfigError
 from qk_sniffer.hub.client import require_access
 from qk_sniffer.jobs.assemble import finish_publication
-from qk_sniffer.jobs.components import LazyComponents
 from qk_sniffer.jobs.finish import finish, report_and_publish
 from qk_sniffer.resolved import ResolvedConfig, resolve, with_output
 from qk_sniffer.store import manifest as manifests
@@ -46,12 +45,8 @@ def finalize(
     config = _published(from_dict(record["config"]), hf_repo_id, hf_branch)
     if not prove:
         config = replace(config, verify=VerifyConfig(examples=0))
-    stages = Stages()
-
-    def corpus() -> Any:
-        return open_corpus(config.dataset, record["commits"]["dataset"])
-
-    done = finish(config, layout, corpus, LazyComponents(config, record["commits"], stages), stages)
+    corpus = open_corpus(config.dataset, record["commits"]["dataset"]) if config.verify.examples else None
+    done = finish(config, layout, corpus, None, Stages())
     return 1 if done is None and read_record(layout) is not None else 0
 
 

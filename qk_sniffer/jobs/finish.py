@@ -1,9 +1,9 @@
-"""What comes after the capture: the dataset is made of the journals, proven, shown, and published.
+"""Finishes a captured job: stages the dataset, proves it, promotes it, reports it, and publishes it.
 
-A job does this once its shard is captured, and `python -m qk_sniffer.finalize` at any time later.
+A job does this when its shard is captured, and `python -m qk_sniffer.finalize` at any later time.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -12,7 +12,8 @@ from typing import Any
 from qk_sniffer.capture.proof import examples_with_rows, prove
 from qk_sniffer.corpus.batches import check_unchanged
 from qk_sniffer.corpus.examples import Corpus
-from qk_sniffer.dataset.card import branch_card
+from qk_sniffer.dataset.card import branch_card, write_card
+from qk_sniffer.dataset.card_facts import CardFacts
 from qk_sniffer.dataset.summary import show
 from qk_sniffer.errors import CaptureError
 from qk_sniffer.hub.branch import Branch
@@ -20,54 +21,61 @@ from qk_sniffer.hub.catalogue import update_catalogue
 from qk_sniffer.hub.client import writing_api
 from qk_sniffer.hub.publish import publish
 from qk_sniffer.jobs import hub_resume
-from qk_sniffer.jobs.assemble import assemble
-from qk_sniffer.jobs.components import LazyComponents
+from qk_sniffer.jobs.assemble import Staged, captured_job, stage
+from qk_sniffer.jobs.components import Components, load_components
 from qk_sniffer.resolved import ResolvedConfig
 from qk_sniffer.store import manifest as manifests
-from qk_sniffer.store.compact import HeadSpec
 from qk_sniffer.store.files import Files, Folder
-from qk_sniffer.store.journal import ExampleRecord
 from qk_sniffer.store.layout import Layout
+from qk_sniffer.store.promote import promote
 from qk_sniffer.timing import Stages, describe
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a job leaves: `rows` of the whole dataset, None while it is not made; `url` of its branch, where it is."""
+    """The result of a job: `rows` of the whole dataset, None until it is made; `url` of its branch if published."""
 
     rows: int | None = None
     url: str | None = None
 
 
 def finish(
-    config: ResolvedConfig, layout: Layout, corpus: Callable[[], Corpus], parts: LazyComponents, stages: Stages
+    config: ResolvedConfig, layout: Layout, corpus: Corpus | None, components: Components | None, stages: Stages
 ) -> Outcome | None:
-    """Makes the dataset; None where shards are not done yet, or another process makes it (see `assemble`).
+    """Makes the dataset. Returns None if shards are missing, or if another process makes it.
+
+    Args:
+        corpus: the examples to prove; None if `config` asks for no proof.
+        components: those that the capture used; None loads them if the proof needs them.
 
     Raises:
-        QkSnifferError: what was made before is kept, and this may be called again.
+        QkSnifferError: everything written before is kept, and this may be called again.
     """
-
-    def proven(*staged: Any) -> dict[str, Any]:
-        return _prove(config, corpus, parts, *staged)
-
-    if not assemble(layout, stages, proven):
-        return None
+    with captured_job(layout) as record:
+        if record is None:
+            return None
+        with stages("compact"):
+            staged = stage(layout, record)
+        with stages("verify"):
+            proof = _prove(config, record, staged, corpus, components, stages)
+        manifest = staged.manifest(proof, timings=stages.seconds)
+        with stages("promote"):
+            promote(layout, manifest, card=write_card(CardFacts.of(manifest)).encode())
     return report_and_publish(config, layout, f"Time: {describe(stages.seconds)}", Folder(layout.root))
 
 
 def report_and_publish(config: ResolvedConfig, layout: Layout, note: str, files: Files) -> Outcome:
-    """Shows the finished dataset in `files`, with `note`, and brings it to its branch, where one is asked for.
+    """Prints a summary of the finished dataset in `files` with `note`, and publishes it to its branch, if it has one.
 
     Raises:
-        CaptureError: stored vectors are not those that the model computes on another path.
-        HubError: it could not be published.
+        CaptureError: the proof failed.
+        HubError: the dataset could not be published.
     """
-    show(files, note)
     manifest = manifests.of(files)
+    show(files, manifest, note)
     if isinstance(files, Branch):
         hub_resume.write_snapshot(layout, files)
-        update_catalogue(writing_api(), files.repo_id)  # which a job that was killed may not have done
+        update_catalogue(writing_api(), files.repo_id)  # a killed job may have published without it
         print(f"On the Hub: {files.url}")
         return Outcome(manifest["rows"], files.url)
     proof = manifest["proof"]
@@ -87,7 +95,7 @@ def report_and_publish(config: ResolvedConfig, layout: Layout, note: str, files:
         output.hf_branch,
         branch_card(layout.root, output.hf_repo_id, output.hf_branch),
         private=output.private,
-        guard=partial(hub_resume.guard, layout) if guarded else None,
+        guard=partial(hub_resume.guard, layout, manifest) if guarded else None,
     )
     if output.resume_from_hub:
         hub_resume.write_snapshot(layout, Branch(output.hf_repo_id, output.hf_branch, published.commit))
@@ -97,23 +105,27 @@ def report_and_publish(config: ResolvedConfig, layout: Layout, note: str, files:
 
 def _prove(
     config: ResolvedConfig,
-    corpus: Callable[[], Corpus],
-    parts: LazyComponents,
-    staging: Layout,
-    heads: Sequence[HeadSpec],
-    records: Sequence[ExampleRecord],
+    record: Mapping[str, Any],
+    staged: Staged,
+    corpus: Corpus | None,
+    components: Components | None,
+    stages: Stages,
 ) -> dict[str, Any]:
-    """The proof over the shortest examples that have rows (see `proof.py`)."""
+    """Proves the shortest examples that have rows (see `capture/proof.py`); returns the manifest's `proof`."""
     count = config.verify.examples
-    if count == 0:
+    if count == 0 or corpus is None:
         return {"proven": None, "reason": "turned off (verify.examples=0)"}
-    with_rows = examples_with_rows(staging, heads)
-    chosen = sorted((r.num_tokens, r.index, r) for r in records if r.example_id in with_rows)[:count]
-    if not chosen:
+    with_rows = examples_with_rows(staged.layout, staged.heads)
+    shortest = sorted(
+        (example.num_tokens, example.index, example) for example in staged.examples if example.example_id in with_rows
+    )
+    if not shortest:
         return {"proven": None, "reason": "the dataset has no rows"}
-    captured = {index: record for _, index, record in chosen}
-    found = list(islice((example for example in corpus().examples() if example.index in captured), len(captured)))
+    captured = {index: example for _, index, example in shortest[:count]}
+    found = list(islice((example for example in corpus.examples() if example.index in captured), len(captured)))
     for example in found:
         check_unchanged(example, captured[example.index])
-    tokens = parts().tokenizer(found)
-    return prove(parts().backbone, staging, heads, {made.example_id: made.ids for made in tokens})
+    if components is None:
+        components = load_components(config, record["commits"], stages)
+    tokens = components.tokenizer(found)
+    return prove(components.backbone, staged.layout, staged.heads, {each.example_id: each.ids for each in tokens})

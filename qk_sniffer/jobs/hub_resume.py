@@ -47,7 +47,7 @@ def branch_ahead(config: ResolvedConfig, layout: Layout, here: Mapping[str, Any]
     return branch if here is None or there["source_rows"] > here["source_rows"] else None
 
 
-def guard(layout: Layout, branch: Branch) -> None:
+def guard(layout: Layout, here: Mapping[str, Any], branch: Branch) -> None:
     """Refuses to let the dataset in the data root take the place of what the branch holds, unless it goes on from that.
 
     Raises:
@@ -56,7 +56,7 @@ def guard(layout: Layout, branch: Branch) -> None:
     """
     if not branch.has(MANIFEST):
         return
-    here, there = manifests.read(layout.root), manifests.of(branch)
+    there = manifests.of(branch)
     Job.from_record(here).check_continues(Job.from_record(there), str(branch), finished=True)
     if there["source_rows"] > here["source_rows"]:
         raise StoreError(

@@ -1,4 +1,4 @@
-"""How a job starts: anew, where an earlier start left off, or not at all because its dataset is finished."""
+"""Decides how a job starts: from nothing, from the work of an earlier start, or not at all."""
 
 import logging
 from collections.abc import Mapping
@@ -26,88 +26,133 @@ from qk_sniffer.store.record import read_record, write_record
 log = logging.getLogger(__name__)
 
 PATIENCE_S = 60.0
-"""How long a job waits for another shard's that starts in the same moment."""
+"""How long to wait for the start of another shard."""
 
 
 @dataclass(frozen=True)
 class Start:
-    """What a job is, and what there is of it. `corpus` is open at the commit that the job is pinned to."""
+    """The job's identity, and the work that it continues. `corpus` is open at the commit that the job is pinned to."""
 
     job: Job
     corpus: Corpus
     found: Literal["nothing", "unfinished", "finished"]
     files: Files
-    """Of what was found: in the data root, or on the branch on the Hub."""
+    """The files of the existing work: in the data root, or on the branch of the Hub."""
     base: PreviousVersion | None = None
     """The finished dataset that the job adds to."""
 
     @property
     def rows_before(self) -> int:
-        """Rows of the source that the base was made from."""
+        """Source rows that the base was made from."""
         return 0 if self.base is None else int(self.base.record["source_rows"])
 
 
 def find_existing_work(config: ResolvedConfig, layout: Layout, *, is_mine: bool = False) -> Start:
-    """Finds out what the job of `config` is, and whether it continues what is in `layout`. Changes nothing.
+    """Finds the identity of the job of `config`, and whether it continues existing work. Changes nothing.
 
-    An unfinished job of the same configuration is continued even with `output.overwrite`: a requeued job, or one
-    started again, must not throw away what it did itself. `is_mine` says so of the finished dataset, whose publication
-    this start completed.
+    Even with `output.overwrite`, an unfinished job of the same configuration is resumed: a requeued or restarted job
+    must not discard its own work. `is_mine` says that the finished dataset is this job's: this start completed its
+    publication.
 
     Raises:
-        StoreError: another job's work or dataset is there, and `output.overwrite` is false.
+        StoreError: another job's work or dataset exists, and `output.overwrite` is false.
         SourceError: the model's commit or the dataset cannot be found.
     """
-    files: Files = Folder(layout.root)
-    record = read_record(layout)
-    finished = record is None and layout.manifest.exists()
-    if finished:
-        record = manifests.read(layout.root)
-    overwrite = config.output.overwrite
-    if config.output.resume_from_hub and not overwrite and (record is None or finished):
-        branch = branch_ahead(config, layout, record)
-        if branch is not None:
-            files, finished, record = branch, True, manifests.of(branch)
-    replaces = overwrite and finished and not is_mine
-    if record is None or replaces or (overwrite and record["fingerprint"] != fingerprint(config)):
-        return _anew(config, files)
-    earlier = Job.from_record(record)
-    # The fingerprint alone, before anything is asked of the Hub: the commits of another model say nothing here.
-    mine = Job(fingerprint(config), earlier.commits, earlier.versions)
-    mine.check_continues(earlier, str(files), finished=finished)
-
+    existing = _existing_work(config, layout)
+    settings = fingerprint(config)
+    if _starts_over(existing, settings, overwrite=config.output.overwrite, is_mine=is_mine):
+        return _new_start(config, existing.files)
+    assert existing.record is not None
+    earlier = Job.from_record(existing.record)
+    # Compares the settings alone before anything is asked of the Hub: the commits of another model mean nothing here.
+    finished = existing.state == "finished"
+    Job(settings, earlier.commits, earlier.versions).check_continues(earlier, str(existing.files), finished=finished)
     corpus = open_corpus(config.dataset, earlier.commits["dataset"])
     job = Job.of(config, resolve_commits(config, earlier) | {"dataset": corpus.commit})
     if finished:
-        job.check_continues(earlier, str(files), finished=True)
-        if isinstance(files, Folder):
-            _check_files(layout, record)
-        more = _rows_are_added(files, record, config, corpus)
-        if corpus.commit is None:
-            _check_texts(files, corpus)
-        if not more:
-            return Start(job, corpus, "finished", files)
-        _note_versions(job, earlier)
-        return Start(job, corpus, "nothing", files, PreviousVersion(files, describe(files) | {"hub": _on_hub(files)}))
-    base = base_of(layout, record)
-    if overwrite and not (_is_same(job, source_rows(config, corpus), record) and _is_there(base)):
-        return _anew(config, files)
-    _check_same(job, source_rows(config, corpus), record, layout.root)
+        return _continue_finished(config, layout, existing, job, corpus)
+    return _continue_unfinished(config, layout, existing, job, corpus)
+
+
+@dataclass(frozen=True)
+class _Existing:
+    """The work that exists where a job would write: in the data root, or on its branch of the Hub."""
+
+    state: Literal["nothing", "unfinished", "finished"]
+    files: Files
+    record: Mapping[str, Any] | None
+    """The record of the unfinished job, or the manifest of the finished dataset."""
+
+
+def _existing_work(config: ResolvedConfig, layout: Layout) -> _Existing:
+    record = read_record(layout)
+    if record is not None:
+        return _Existing("unfinished", Folder(layout.root), record)
+    manifest = manifests.read(layout.root) if layout.manifest.exists() else None
+    if config.output.resume_from_hub and not config.output.overwrite:
+        branch = branch_ahead(config, layout, manifest)
+        if branch is not None:
+            return _Existing("finished", branch, manifests.of(branch))
+    return _Existing("nothing" if manifest is None else "finished", Folder(layout.root), manifest)
+
+
+def _starts_over(existing: _Existing, settings: Mapping[str, Any], *, overwrite: bool, is_mine: bool) -> bool:
+    """Whether the job ignores the existing work: there is none, or `output.overwrite` replaces it."""
+    same_settings = existing.record is not None and existing.record["fingerprint"] == settings
+    match existing.state, overwrite, is_mine, same_settings:
+        case "nothing", _, _, _:
+            return True
+        case _, False, _, _:
+            return False
+        case "finished", True, False, _:
+            return True
+        case _:  # its own work, unless the settings have changed
+            return not same_settings
+
+
+def _continue_finished(config: ResolvedConfig, layout: Layout, existing: _Existing, job: Job, corpus: Corpus) -> Start:
+    """Does nothing, or adds the source's new rows to a finished dataset; refuses any other change."""
+    files, manifest = existing.files, existing.record
+    assert manifest is not None
+    earlier = Job.from_record(manifest)
+    job.check_continues(earlier, str(files), finished=True)
+    if isinstance(files, Folder):
+        _check_files(layout, manifest)
+    grows = _rows_are_added(files, manifest, config, corpus)
+    if corpus.commit is None:
+        _check_texts(files, corpus)
+    if not grows:
+        return Start(job, corpus, "finished", files)
+    _warn_of_other_versions(job, earlier)
+    on_hub = asdict(files) if isinstance(files, Branch) else None
+    return Start(job, corpus, "nothing", files, PreviousVersion(files, describe(files) | {"hub": on_hub}))
+
+
+def _continue_unfinished(
+    config: ResolvedConfig, layout: Layout, existing: _Existing, job: Job, corpus: Corpus
+) -> Start:
+    """Resumes an unfinished job; refuses one that differs, or replaces it with `output.overwrite`."""
+    record = existing.record
+    assert record is not None
+    base, rows = base_of(layout, record), source_rows(config, corpus)
+    if config.output.overwrite and not (_is_same(job, rows, record) and _is_there(base)):
+        return _new_start(config, existing.files)
+    _check_same(job, rows, record, layout.root)
     if base is not None:
         base.check()
         if corpus.commit is None:
             _check_texts(base.files, corpus)
-    return Start(job, corpus, "unfinished", files, base)
+    return Start(job, corpus, "unfinished", existing.files, base)
 
 
 def register_job(layout: Layout, job: Job, record: Mapping[str, Any], *, own_lock: Path, overwrite: bool) -> None:
-    """Makes `record` that of the job in `layout`, unless another shard of the same job was first.
+    """Stores `record` as that of the job in `layout`, unless another shard of the same job has done so.
 
-    Hold `own_lock`, the lock of this job's shard. Other work that is there goes, if `overwrite` says so: only now,
-    that all that this job needs was found.
+    Hold `own_lock`, the lock of this job's shard. With `overwrite`, discards other work: only now that everything this
+    job needs was found.
 
     Raises:
-        StoreError: another job's work is there, and not to be replaced, or running.
+        StoreError: another job's work exists and must not be replaced, or is running.
     """
     with hold(layout.start_lock, "starting", wait_s=PATIENCE_S):
         stored = read_record(layout)
@@ -121,7 +166,7 @@ def register_job(layout: Layout, job: Job, record: Mapping[str, Any], *, own_loc
 
 
 def base_of(layout: Layout, record: Mapping[str, Any]) -> PreviousVersion | None:
-    """The finished dataset that the job of `record` adds to, if it does."""
+    """The finished dataset that the job of `record` adds to; None if it adds to none."""
     base = record["base"]
     if base is None:
         return None
@@ -129,21 +174,17 @@ def base_of(layout: Layout, record: Mapping[str, Any]) -> PreviousVersion | None
 
 
 def _is_there(base: PreviousVersion | None) -> bool:
-    with suppress(HubError):  # a base that cannot be had any more must not stand in the way of who replaces the job
+    with suppress(HubError):  # a base that cannot be reached must not keep a job from being replaced
         return base is None or base.is_there
     return False
 
 
-def _on_hub(files: Files) -> dict[str, str] | None:
-    return asdict(files) if isinstance(files, Branch) else None
-
-
 def source_rows(config: ResolvedConfig, corpus: Corpus) -> int | None:
-    """How many rows of the source the job is over, as far as that is known before they are read."""
+    """The number of source rows of the job; None if it is not known before they are read."""
     return config.dataset.max_samples if corpus.num_rows is None else corpus.num_rows
 
 
-def _anew(config: ResolvedConfig, files: Files) -> Start:
+def _new_start(config: ResolvedConfig, files: Files) -> Start:
     corpus = open_corpus(config.dataset)
     job = Job.of(config, resolve_commits(config, None) | {"dataset": corpus.commit})
     return Start(job, corpus, "nothing", files)
@@ -158,8 +199,8 @@ def _check_same(job: Job, rows: int | None, record: Mapping[str, Any], root: Pat
     if rows != record["source_rows"]:
         raise StoreError(
             f"{root} holds an unfinished job over {record['source_rows']} rows of the dataset, and {rows} are asked "
-            "for now (dataset.max_samples, or the dataset itself, has changed). Finish that one first, give this job "
-            "another folder (output.data_root=...), or replace it with output.overwrite=true"
+            "for now (dataset.max_samples, or the dataset itself, has changed). Finish that job first, give this one "
+            "another folder (output.data_root=...), or replace the other with output.overwrite=true"
         )
 
 
@@ -172,7 +213,7 @@ def _rows_are_added(files: Files, manifest: Mapping[str, Any], config: ResolvedC
     there: int = manifest["source_rows"]
     if corpus.num_rows is not None:
         now = corpus.num_rows
-    else:  # a stream ends where it is told to, or nobody knows where
+    else:  # a stream has no known length but the one that is asked for
         wanted, before = config.dataset.max_samples, manifest["config"]["dataset"]["max_samples"]
         if wanted == before:
             return False
@@ -180,34 +221,34 @@ def _rows_are_added(files: Files, manifest: Mapping[str, Any], config: ResolvedC
     if now < there:
         raise StoreError(
             f"{files} is finished with {there} rows of the dataset, and only {now} are asked for now "
-            "(dataset.max_samples, or the dataset itself, has changed). Rows are added to a dataset, never taken away: "
+            "(dataset.max_samples, or the dataset itself, has changed). A dataset can grow, but not shrink: "
             "give this job another folder (output.data_root=...), or replace the dataset with output.overwrite=true"
         )
     return now > there
 
 
 def _check_files(layout: Layout, manifest: Mapping[str, Any]) -> None:
-    """Refuses a finished dataset with files that are gone or of another size; `verify` reads them too."""
+    """Refuses a finished dataset with missing files, or files of another size. `verify` also reads them."""
     if bad := manifests.changed_files(layout.root, manifest):
         raise StoreError(
             f"{layout.root} is damaged: {', '.join(bad[:5])}{' and more' if len(bad) > 5 else ''} missing, or not of "
-            f"the size that manifest.json lists ({len(bad)} of {len(manifest['files'])} files). Restore them, or make "
-            "the dataset anew with output.overwrite=true"
+            f"the size that manifest.json lists ({len(bad)} of {len(manifest['files'])} files). Restore them, or "
+            "recreate the dataset with output.overwrite=true"
         )
 
 
-def _note_versions(job: Job, earlier: Job) -> None:
+def _warn_of_other_versions(job: Job, earlier: Job) -> None:
     changed = [
         f"{name} {earlier.versions[name]} there, {version} now"
         for name, version in job.versions.items()
         if earlier.versions.get(name) != version
     ]
     if changed:
-        log.warning("adding to a dataset that other software made (%s); the manifest names both", ", ".join(changed))
+        log.warning("adding to a dataset that other versions made (%s); the manifest names both", ", ".join(changed))
 
 
 def _check_texts(files: Files, corpus: Corpus) -> None:
-    """Refuses a local source, which no commit pins, whose texts or ids are not those that the dataset was made from."""
+    """Refuses a local source whose texts or ids differ from those of the dataset: no commit pins them."""
     table = pq.read_table(files.path(EXAMPLES), columns=["index", "source_id", "text_hash"]).to_pydict()
     there = dict(zip(table["index"], zip(table["source_id"], table["text_hash"], strict=True), strict=True))
     last = max(there, default=-1)

@@ -224,7 +224,7 @@ def test_what_cannot_be_added_to_is_refused_and_stays_as_it_is(
 ) -> None:
     root = run(checkpoint, texts, tmp_path / "out", **ALONE, dataset={"max_samples": 9})
     before = hashes(root)
-    with pytest.raises(StoreError, match=r"finished with 9 rows .* only 4 .* never taken away"):
+    with pytest.raises(StoreError, match=r"finished with 9 rows .* only 4 .* not shrink"):
         run_job(job(checkpoint, texts, root, dataset={"max_samples": 4}))
     with pytest.raises(StoreError, match="base_rate"):
         run_job(job(checkpoint, texts, root, sampler={"type": "uniform", "base_rate": 3.0}))

@@ -84,7 +84,7 @@ def captured_only(checkpoint: Path, texts: Path, root: Path, patch: pytest.Monke
         raise Stopped
 
     with patch.context() as inside, pytest.raises(Stopped):
-        inside.setattr("qk_sniffer.jobs.finish.assemble", fail)
+        inside.setattr("qk_sniffer.jobs.run.finish", fail)
         run(checkpoint, texts, root, **sections)
 
 

@@ -1,0 +1,152 @@
+"""Captures the examples of a shard into its journal: tokenize, plan, forward pass, journal, batch by batch."""
+
+import logging
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import chain, islice
+
+from qk_sniffer.capture.capture import BatchPlan, Capture
+from qk_sniffer.capture.sampling import Sampler
+from qk_sniffer.corpus.batches import Window, open_windows
+from qk_sniffer.errors import SourceError
+from qk_sniffer.jobs.assemble import mark_done
+from qk_sniffer.jobs.components import Components
+from qk_sniffer.jobs.prefetch import ahead
+from qk_sniffer.jobs.progress import Progress
+from qk_sniffer.jobs.signals import Stopped, Stopping
+from qk_sniffer.jobs.start import Start, source_rows
+from qk_sniffer.resolved import ResolvedConfig
+from qk_sniffer.store.disk import ensure_space, required_bytes
+from qk_sniffer.store.journal import Journal
+from qk_sniffer.store.journal_writer import JournalWriter
+from qk_sniffer.store.layout import KINDS, Layout
+from qk_sniffer.timing import Stages
+
+log = logging.getLogger(__name__)
+
+
+def capture_examples(
+    config: ResolvedConfig, layout: Layout, start: Start, components: Components, stages: Stages, stopping: Stopping
+) -> None:
+    """Captures the examples of a shard that are not in its journal or in the previous version. Hold the shard's lock.
+
+    Raises:
+        SourceError: no text of the dataset has a token.
+        StoreError: the disk is full or fails.
+        Stopped: a signal came; complete batches are in the journal.
+    """
+    shard, inference, corpus = config.shard, config.inference, start.corpus
+    journal = Journal(layout.journal(shard.index, shard.count))
+    total = _examples_of_shard(config, start)
+    if start.base is not None:
+        log.info("adding to a finished dataset of %d source rows", start.rows_before)
+    if journal.records:
+        log.info("resuming: %d of %s examples are done", len(journal.records), "?" if total is None else total)
+    sampler = Sampler(config.sampler)
+    in_thread = Stages()
+    windows = open_windows(
+        corpus.examples(shard_index=shard.index, shard_count=shard.count, after=start.rows_before),
+        components.tokenizer,
+        journal.records,
+        inference,
+        boundary=components.backbone.length_boundary,
+        stages=in_thread,
+    )
+    first = list(islice(windows, 1))
+    if first:
+        _check_space(config, layout, start, components, sampler, first[0].lengths, journal)
+    progress = Progress(total, len(journal.records), file=layout.progress(shard.index, shard.count))
+    tokens_wanted = config.capture.capture_token_ids or config.capture.capture_token_strings
+    try:
+        with JournalWriter(
+            journal,
+            queue_bytes=inference.queue_mb * 2**20,
+            segment_bytes=inference.segment_mb * 2**20,
+            pinned=components.backbone.device.type == "cuda",
+        ) as writer:
+            capture = Capture(
+                components.backbone, components.selection, sampler, writer, token_ids=tokens_wanted, stages=stages
+            )
+            logged: dict[str, float] = {}
+            with ahead(_plans(capture, chain(first, windows), in_thread)) as plans:
+                for plan in plans:
+                    with stopping.deferred():
+                        _capture_batch(capture, plan, writer, progress)
+                    if inference.debug_logging:
+                        now = stages.seconds | in_thread.seconds
+                        now |= {"transfer": writer.transfer_s, "write": writer.write_s - writer.transfer_s}
+                        log.info("batch of %d x %d tokens: %s", *plan.ids.shape, _seconds_since(now, logged))
+                        logged = now
+            stages.seconds |= in_thread.seconds
+            with stages("write"):
+                writer.close()
+    except Stopped:
+        log.warning("%d of %s examples are done", len(journal.records), "?" if total is None else total)
+        raise
+    finally:
+        progress.close()
+    if not journal.records and shard.count == 1 and start.base is None:
+        raise SourceError(f"dataset {config.dataset.path} has no text that gives a token: nothing was captured")
+    mark_done(layout, shard, examples=len(journal.records), skipped=corpus.skipped + components.tokenizer.skipped)
+
+
+def _examples_of_shard(config: ResolvedConfig, start: Start) -> int | None:
+    """The number of source rows that this shard captures; None if the source has no known length."""
+    if start.corpus.num_rows is None:
+        return None
+    shard = config.shard
+    first = start.rows_before + (shard.index - start.rows_before) % shard.count
+    return len(range(first, start.corpus.num_rows, shard.count))
+
+
+def _plans(capture: Capture, windows: Iterator[Window], stages: Stages) -> Iterator[BatchPlan]:
+    for window in windows:
+        for batch in window.batches:
+            with stages("plan"):
+                plan = capture.plan(batch)
+            yield plan
+
+
+def _capture_batch(capture: Capture, plan: BatchPlan, writer: JournalWriter, progress: Progress) -> None:
+    """Captures one batch into the journal."""
+    capture.run(plan)
+    writer.complete([example.record() for example in plan.examples])
+    progress.add(len(plan.examples), sum(example.num_tokens for example in plan.examples), capture.num_rows(plan))
+
+
+def _seconds_since(now: dict[str, float], before: dict[str, float]) -> str:
+    # Tokenizing and planning overlap with the forward pass of an earlier batch; the transfer from a GPU and the writing
+    # overlap with that of a later one. The forward pass on a GPU is the time that it takes to enqueue it.
+    names = ("tokenize", "plan", "forward", "gather", "transfer", "queue", "write")
+    return ", ".join(f"{name} {now.get(name, 0.0) - before.get(name, 0.0):.4f} s" for name in names)
+
+
+def _check_space(
+    config: ResolvedConfig,
+    layout: Layout,
+    start: Start,
+    components: Components,
+    sampler: Sampler,
+    lengths: Sequence[int],
+    journal: Journal,
+) -> None:
+    """Checks the disk for the whole job, as if all examples were as long as those of the first window.
+
+    Raises:
+        StoreError: there is not enough space.
+    """
+    wanted = source_rows(config, start.corpus)
+    if wanted is None or not lengths:
+        return
+    heads: Counter[str] = Counter()
+    for _, kind, chosen in components.selection:
+        heads[kind] += len(chosen)
+    rows_per_example = {
+        kind: sum(sampler.expected_rows(kind, length) for length in lengths) / len(lengths) for kind in KINDS
+    }
+    rows = sum(heads[kind] * rows_per_example[kind] for kind in KINDS) * (wanted - start.rows_before)
+    head_dim = max(layer.heads.head_dim for layer in components.layers)
+    required = required_bytes(int(rows), head_dim, components.backbone.dtype.itemsize)
+    in_journal = sum(path.stat().st_size for path in journal.segments)
+    copied = 0 if start.base is None else sum(file["bytes"] for file in start.base.manifest["files"].values())
+    ensure_space(layout.root, required + copied - in_journal)

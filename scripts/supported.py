@@ -43,7 +43,7 @@ Written by `python scripts/supported.py` with transformers {version}; `tests/bac
 with the code. Every causal language model of transformers was built tiny and random from its config, saved, loaded and
 captured as a job does it:
 
-- **post-RoPE**: yes if query and key equal, bit for bit, what an independent recorder of the attention kernel receives.
+- **post-RoPE**: yes if query and key equal, bit for bit, the kernel's arguments in an independent recording.
   Layers, heads, windows, softmax scale, softcap and sinks explain the attention weights; the last column names a bias
   and sparse attention. The forward is unchanged, and no token sees a later one. All other types are refused with an
   error that gives the reason.

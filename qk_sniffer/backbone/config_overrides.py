@@ -59,17 +59,17 @@ def with_overrides(
     if problems:
         raise ConfigError(problems)
     try:
-        made = _built(config, merged)
+        new = _built(config, merged)
     except Exception as error:  # each class checks its fields in its own way
         raise ConfigError([f"{_KEY}: {type(config).__name__} does not accept them: {_in_a_line(error)}"]) from error
-    if problems := list(_lost(made.to_dict(), given, _KEY)):
+    if problems := list(_lost(new.to_dict(), given, _KEY)):
         raise ConfigError(problems)
-    problems = list(_without_window(made, given))
+    problems = list(_without_window(new, given))
     if isinstance(rope, dict):
-        problems += without_effect(made, given.get("rope_parameters", {}), rope)
+        problems += without_effect(new, given.get("rope_parameters", {}), rope)
     if problems:
         raise ConfigError(problems)
-    return made
+    return new
 
 
 def _by_own_names(config: PretrainedConfig, overrides: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -163,28 +163,28 @@ def _makes(config: PretrainedConfig, values: Mapping[str, Any]) -> dict[str, Any
 
 
 def _built(config: PretrainedConfig, values: Mapping[str, Any]) -> PretrainedConfig:
-    made: PretrainedConfig = type(config).from_dict(copy.deepcopy(dict(values)))  # it writes into nested dicts
-    return made
+    new: PretrainedConfig = type(config).from_dict(copy.deepcopy(dict(values)))  # it writes into nested dicts
+    return new
 
 
-def _lost(made: Mapping[str, Any], given: Mapping[str, Any], path: str) -> Iterator[str]:
+def _lost(new: Mapping[str, Any], given: Mapping[str, Any], path: str) -> Iterator[str]:
     for key, value in given.items():
-        kept = made.get(key)
+        kept = new.get(key)
         if isinstance(value, dict) and isinstance(kept, dict):
             yield from _lost(kept, value, f"{path}.{key}")
         elif kept != value:
             yield f"{path}.{key} is {value!r}, but the model's config changes it to {kept!r}, by its other values"
 
 
-def _without_window(made: PretrainedConfig, given: Mapping[str, Any]) -> Iterator[str]:
+def _without_window(new: PretrainedConfig, given: Mapping[str, Any]) -> Iterator[str]:
     if not given.get("use_sliding_window"):
         return
     problem = f"{_KEY}.use_sliding_window has no effect"
-    kinds = getattr(made, "layer_types", None)
-    if not getattr(made, "sliding_window", None):
+    kinds = getattr(new, "layer_types", None)
+    if not getattr(new, "sliding_window", None):
         yield f"{problem} without a window, and this checkpoint has none: give {_KEY}.sliding_window too"
     elif kinds and "sliding_attention" not in kinds:
-        others = [key for key in ("max_window_layers", "layer_types") if hasattr(made, key)]
+        others = [key for key in ("max_window_layers", "layer_types") if hasattr(new, key)]
         places = " or ".join(f"{_KEY}.{key}" for key in others)
         yield f"{problem}, because all layers of this model have full attention: give {places} too"
 

@@ -94,16 +94,16 @@ def _read_config(config: ModelConfig, source: dict[str, Any]) -> tuple[Pretraine
         if (quantization := getattr(whole, "quantization_config", None)) is not None:
             text.quantization_config = quantization
     saved = _as_saved(whole, text, source) if config.config_overrides and config.gguf_file is None else {}
-    made = with_overrides(text, config.config_overrides, saved)
+    overridden = with_overrides(text, config.config_overrides, saved)
     attends_to_encoder = whole.is_encoder_decoder and "is_encoder_decoder" not in config.config_overrides
-    if made.is_encoder_decoder or attends_to_encoder:
+    if overridden.is_encoder_decoder or attends_to_encoder:
         raise SourceError(
             f"model {config.name} is an encoder-decoder: its decoder attends to an encoder, and a job has no input for "
             "it. For the decoder without its encoder set model.config_overrides.is_encoder_decoder=false"
         )
     if config.gguf_file is not None:
-        refuse_lost(made, config, source["gguf_file"])
-    return made, family, source
+        refuse_lost(overridden, config, source["gguf_file"])
+    return overridden, family, source
 
 
 def _as_saved(whole: PretrainedConfig, text: PretrainedConfig, source: dict[str, Any]) -> dict[str, Any]:

@@ -126,14 +126,14 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("name", "overrides", "said"), REFUSED, ids=lambda value: str(value)[:60])
+@pytest.mark.parametrize(("name", "overrides", "message"), REFUSED, ids=lambda value: str(value)[:60])
 def test_an_override_without_effect_is_refused_with_the_way_out(
-    name: str, overrides: dict[str, Any], said: str
+    name: str, overrides: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError) as caught:
         with_overrides(CONFIGS[name], overrides)
     (problem,) = caught.value.problems
-    assert problem.startswith("model.config_overrides") and re.search(said, problem), problem
+    assert problem.startswith("model.config_overrides") and re.search(message, problem), problem
 
 
 @pytest.mark.parametrize(
@@ -164,8 +164,8 @@ def test_a_rotary_parameter_that_its_type_reads_is_accepted(name: str, parameter
     if given.get("rope_type") in ("yarn", "longrope", "llama3"):
         given["original_max_position_embeddings"] = 64
     made = with_overrides(CONFIGS[name], {"rope_parameters": parameters})
-    there = made.rope_parameters.get(kind, made.rope_parameters)
-    assert given.items() <= there.items() and type(there) is dict
+    rope = made.rope_parameters.get(kind, made.rope_parameters)
+    assert given.items() <= rope.items() and type(rope) is dict
 
 
 def test_layers_that_are_the_checkpoints_own_are_overridden_with_what_they_would_follow_from() -> None:

@@ -132,7 +132,7 @@ def test_layers_are_numbered_as_their_key_value_cache_numbers_them(model_type: s
     assert filled == layers
 
 
-def said(backbone: Backbone, fact: str) -> list[Any]:
+def fact_by_layer(backbone: Backbone, fact: str) -> list[Any]:
     return [getattr(call, fact) for call in captured(backbone, ids())]
 
 
@@ -146,12 +146,12 @@ def test_a_window_is_recorded_also_where_the_kernel_is_not_told_of_it(
 ) -> None:
     decoder: Any = decoder_of(model_type)
     decoder.set_attn_implementation(kernel)
-    assert said(Backbone(decoder, find_family(model_type)), "sliding_window") == windows
+    assert fact_by_layer(Backbone(decoder, find_family(model_type)), "sliding_window") == windows
 
 
 def test_without_its_window_phimoe_attends_fully() -> None:
     backbone = Backbone(decoder_of("phimoe", sliding_window=None), find_family("phimoe"))
-    assert said(backbone, "sliding_window") == [None] * 4
+    assert fact_by_layer(backbone, "sliding_window") == [None] * 4
 
 
 def test_a_window_that_nothing_declares_is_refused() -> None:

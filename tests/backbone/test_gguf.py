@@ -94,7 +94,7 @@ def test_a_rotary_base_that_is_not_read_is_refused_until_it_is_given(tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("further", "said", "given"),
+    ("further", "message", "given"),
     [
         (
             {"rope__dimension_count": 4},
@@ -122,13 +122,13 @@ def test_a_rotary_base_that_is_not_read_is_refused_until_it_is_given(tmp_path: P
     ],
 )
 def test_what_else_of_attention_is_not_read_is_refused_until_it_is_given(
-    further: dict[str, Any], said: str, given: dict[str, Any] | None, tmp_path: Path
+    further: dict[str, Any], message: str, given: dict[str, Any] | None, tmp_path: Path
 ) -> None:
     write_gguf(LLAMA.model(), tmp_path / "tiny.gguf", architecture="qwen2", **further)
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         check_model(of(tmp_path))
     # Another override does not replace it.
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         check_model(of(tmp_path, config_overrides={"rms_norm_eps": 0.5, "rope_theta": 10000.0}))
     if given is not None:
         check_model(of(tmp_path, config_overrides=given))
@@ -187,7 +187,7 @@ def test_the_file_in_the_current_directory_does_not_take_its_place(in_tmp: Path)
 
 
 @pytest.mark.parametrize(
-    ("file", "said"),
+    ("file", "message"),
     [
         ("other.gguf", r"'other\.gguf', which is not in .*; it has tiny\.gguf"),
         ("deeper/tiny.gguf", "a file in the folder model.name itself"),
@@ -196,11 +196,11 @@ def test_the_file_in_the_current_directory_does_not_take_its_place(in_tmp: Path)
         ("notes.txt", r"must be the name of a \.gguf file"),
     ],
 )
-def test_a_file_that_cannot_be_is_refused_with_those_there_are(file: str, said: str, tmp_path: Path) -> None:
+def test_a_wrong_file_name_is_refused_with_the_names_of_the_folder(file: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "deeper").mkdir()
     for name in ("tiny.gguf", "deeper/tiny.gguf", "notes.txt"):
         (tmp_path / name).touch()
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=message):
         check_model(of(tmp_path, file))
 
 

@@ -102,7 +102,7 @@ def test_a_folder_without_a_config_is_an_error_that_names_it(tmp_path: Path) -> 
 def test_the_digest_of_a_local_checkpoint_follows_its_contents(tmp_path: Path) -> None:
     saved(CASES[0], tmp_path)
     before = folder_digest(tmp_path)
-    (tmp_path / "README.md").write_text("not what is loaded")
+    (tmp_path / "README.md").write_text("a file that is not loaded")
     assert folder_digest(tmp_path) == before
     file = tmp_path / "model.safetensors"
     flipped = bytearray(file.read_bytes())

@@ -85,7 +85,7 @@ SPELLINGS: dict[str, Any] = {
     "as shipped": lambda yarn: {"rope_parameters": yarn},
     "rope_scaling": lambda yarn: {"rope_scaling": yarn},
     "type": lambda yarn: {"rope_scaling": {("type" if key == "rope_type" else key): yarn[key] for key in yarn}},
-    "type, rope_theta beside it": lambda yarn: {"rope_scaling": yarn, "rope_theta": 1000000.0},
+    "type, rope_theta next to it": lambda yarn: {"rope_scaling": yarn, "rope_theta": 1000000.0},
     "in two places": lambda yarn: {"rope_parameters": {"factor": 4.0}, "rope_scaling": yarn},
 }
 

@@ -177,13 +177,13 @@ def test_vectors_before_rope_are_refused_where_the_rotary_function_takes_them_la
         Family().before_rotary(decoder.layers[0].self_attn, calls, query, key)
 
 
-class Questions(TorchDispatchMode):
+class ValueReads(TorchDispatchMode):
     """Counts the reads of a tensor's value by Python, each of which would wait for a GPU."""
 
-    asked = 0
+    reads = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        self.asked += function in (torch.ops.aten.is_nonzero.default, torch.ops.aten.item.default)
+        self.reads += function in (torch.ops.aten.is_nonzero.default, torch.ops.aten.item.default)
         return function(*args, **(kwargs or {}))
 
 
@@ -204,9 +204,9 @@ def test_the_tap_asks_each_mask_once_a_forward(kernel: str, num_masks: int) -> N
     backbone = Backbone(Gemma3TextModel(config).eval(), find_family("gemma3_text"))
     for _ in range(2):
         seen: list[int] = []
-        with banded(), Questions() as plain:
+        with banded(), ValueReads() as plain:
             backbone.run(ids())
-        with Questions() as tapped:
+        with ValueReads() as tapped:
             backbone.forward(ids(), lambda call, seen=seen: seen.append(call.layer))
         assert seen == list(range(6))
-        assert tapped.asked - plain.asked == num_masks
+        assert tapped.reads - plain.reads == num_masks

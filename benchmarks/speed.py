@@ -93,7 +93,7 @@ def parquet(rounds: int) -> list[Line]:
         taken = {key: [figure[key] for figure in figures] for key in figures[0]}
         # Each process took them in turn: the machine's speed at that time is in both.
         ratios = [figure["ours_s"] / figure["bare_s"] for figure in figures]
-        beside = statistics.median(figure["beside_s"] / figure["bare_s"] for figure in figures)
+        beside = statistics.median(figure["overhead_s"] / figure["bare_s"] for figure in figures)
         what = f"{dtype}: CPU of journal to Parquet, over write_table's; {1 + beside:.2f} if all but checksums is free"
         lines.append(Line(f"parquet-cpu-{dtype}", what, statistics.median(ratios), 1.3, taken=taken))
         size = statistics.median(taken["size"])

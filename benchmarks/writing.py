@@ -1,6 +1,6 @@
 """Measures CPU seconds from journal to Parquet, next to pyarrow alone with the same arrays and encodings, as JSON.
 
-`ours_s` is the compaction, `bare_s` pyarrow alone. `beside_s` is the unavoidable cost of checksums and a journal:
+`ours_s` is the compaction, `bare_s` pyarrow alone. `overhead_s` is the unavoidable cost of checksums and a journal:
 reading the journal for its checksum, reading it for its rows, and the SHA-256 of the written files. `size` is the bytes
 of our files divided by those of the arrays. `journal_mb_s` is the speed at which the journal became durable, in MB of
 10^6 bytes.
@@ -112,7 +112,7 @@ def main() -> None:
                     write_statistics=False,
                 )
 
-        def beside() -> None:
+        def overhead() -> None:
             for take in (xxhash.xxh3_64().update, lambda chunk: None):  # once for the checksum, once for the rows
                 for path in journal.segments:
                     read_through(path, take)
@@ -120,10 +120,10 @@ def main() -> None:
                 read_through(path, hashlib.sha256().update)
 
         bare()  # the first call of either loads parts of pyarrow
-        taken: dict[str, list[float]] = {"ours_s": [], "bare_s": [], "beside_s": []}
+        taken: dict[str, list[float]] = {"ours_s": [], "bare_s": [], "overhead_s": []}
         for _ in range(ROUNDS):
-            for key, work in zip(taken, (ours, bare, beside), strict=True):
-                if work is not beside:  # which reads what `bare` has written
+            for key, work in zip(taken, (ours, bare, overhead), strict=True):
+                if work is not overhead:  # which reads what `bare` has written
                     shutil.rmtree(layout.staging.root, ignore_errors=True)
                     for path in Path(folder).glob("*.parquet"):
                         path.unlink()

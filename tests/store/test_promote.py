@@ -264,7 +264,7 @@ def test_only_one_holds_a_lock_whose_file_comes_and_goes(tmp_path: Path) -> None
     end = time.monotonic() + 1
 
     def job() -> None:
-        while time.monotonic() < end:
+        while (now := time.monotonic()) < end or (held[0] <= 50 and now < end + 30):  # longer on a busy machine
             with suppress(StoreError), hold(lock, "test"):
                 inside[0] += 1
                 time.sleep(0.001)

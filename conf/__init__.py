@@ -1,4 +1,4 @@
-"""Hydra's config groups. Importing this package makes their schema known to Hydra."""
+"""Holds Hydra's config groups. Importing this package registers their schema with Hydra."""
 
 from qk_sniffer.config import register
 

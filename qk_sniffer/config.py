@@ -21,19 +21,19 @@ _RUN_ID = secrets.token_hex(3)
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """How text becomes tokens."""
+    """The tokenizer, and the part of each text that it keeps."""
 
     name: str | None = field(default=None, metadata={"help": "tokenizer, a Hub id or a folder; null: the model's own"})
     revision: str | None = field(
         default=None, metadata={"help": "branch, tag or commit of the tokenizer; null: the model's, or main"}
     )
-    max_length: int = field(default=4096, metadata={"help": "tokens of an example that are used; the rest is cut off"})
+    max_length: int = field(default=4096, metadata={"help": "maximum tokens of an example; the rest is cut off"})
     add_special_tokens: bool = field(default=True, metadata={"help": "add the tokenizer's special tokens to each text"})
 
 
 @dataclass(frozen=True)
 class LongContextConfig:
-    """What a long-context study changes about this model. Takes effect only where an experiment interpolates it."""
+    """Values for a long-context study of the model. They take effect only where an experiment interpolates them."""
 
     max_length: int | None = field(
         default=None, metadata={"help": "model.tokenizer.max_length of a long-context experiment"}
@@ -48,7 +48,7 @@ class LongContextConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A model on the Hub or in a local folder, and how it is loaded."""
+    """A model on the Hub or in a local folder, and the options for loading it."""
 
     slug: str | None = field(
         default=None, metadata={"help": "name in folders and branches; null: from model.name", "changes_rows": False}
@@ -59,22 +59,23 @@ class ModelConfig:
     revision: str = field(default="main", metadata={"help": "branch, tag or commit of the model"})
     dtype: str = field(default="bfloat16", metadata={"help": "bfloat16, float16 or float32"})
     device_map: Any = field(
-        default="auto", metadata={"help": "a device, or how to spread the weights over devices", "changes_rows": False}
+        default="auto",
+        metadata={"help": "a device, or a device map of transformers, such as auto", "changes_rows": False},
     )
     attn_implementation: str | None = field(
-        default=None, metadata={"help": "attention kernel, such as eager or sdpa; null: the choice of transformers"}
+        default=None, metadata={"help": "attention kernel, such as eager or sdpa; null: transformers' default"}
     )
     trust_remote_code: bool = field(
-        default=False, metadata={"help": "run code that comes with a checkpoint", "changes_rows": False}
+        default=False, metadata={"help": "run Python code from the checkpoint", "changes_rows": False}
     )
     allow_pickle: bool = field(default=False, metadata={"help": "load pickled weights", "changes_rows": False})
     config_overrides: dict[str, Any] = field(
         default_factory=dict,
-        metadata={"help": "merged into the model's config: +model.config_overrides.rope_parameters.factor=4"},
+        metadata={"help": "values merged into the model's config: +model.config_overrides.rope_parameters.factor=4"},
     )
     gguf_file: str | None = field(default=None, metadata={"help": "a GGUF file in the folder or repository"})
     family: str | None = field(
-        default=None, metadata={"help": "package.module:Class, a family of your own (models/ADDING.md)"}
+        default=None, metadata={"help": "a family of your own, package.module:Class (see models/ADDING.md)"}
     )
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     long_context: LongContextConfig = field(default_factory=LongContextConfig, metadata={"changes_rows": False})
@@ -91,58 +92,57 @@ class DatasetConfig:
         default=None,
         metadata={"help": "org/name on the Hub, a folder, or a parquet, jsonl, csv or txt file (dataset=hf)"},
     )
-    name: str | None = field(default=None, metadata={"help": "config of a dataset that has several"})
+    name: str | None = field(default=None, metadata={"help": "config of a dataset with several configs"})
     revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of the dataset; null: main"})
     split: str = field(default="train", metadata={"help": "split of the dataset"})
     data_files: Any = field(
-        default=None, metadata={"help": "files of the folder or repository to read, such as '*.jsonl'"}
+        default=None, metadata={"help": "the files to read from the folder or repository, such as '*.jsonl'"}
     )
-    text_column: str = field(default="text", metadata={"help": "column of the text"})
+    text_column: str = field(default="text", metadata={"help": "column that holds the text"})
     id_column: str | None = field(
-        default=None, metadata={"help": "column of the example's id; null: the number of the row"}
+        default=None, metadata={"help": "column that holds the example's id; null: the row number is the id"}
     )
     filter: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "keep rows with these values: +dataset.filter.length=long"}
+        default_factory=dict, metadata={"help": "keep only rows with these values: +dataset.filter.length=long"}
     )
-    # Fewer or more examples, each with the same rows.
+    # Changes the number of examples, not the rows of an example.
     max_samples: int | None = field(
-        default=None, metadata={"help": "use the first so many rows; null: all", "changes_rows": False}
+        default=None, metadata={"help": "use only the first rows, at most this many; null: all", "changes_rows": False}
     )
     streaming: bool = field(
-        default=False, metadata={"help": "read the dataset without downloading all of it", "changes_rows": False}
+        default=False, metadata={"help": "read the dataset without downloading it completely", "changes_rows": False}
     )
 
 
 @dataclass(frozen=True)
 class KeySamplerConfig:
-    """The sampler of the keys where it differs from that of the queries; None means the same."""
+    """Differences between the sampler of the keys and that of the queries; None means the same."""
 
     type: str | None = field(
-        default=None, metadata={"help": "another sampler for the keys, such as all; null: as for the queries"}
+        default=None, metadata={"help": "the sampler of the keys, such as all; null: as for the queries"}
     )
-    base_rate: float | None = field(
-        default=None, metadata={"help": "another rate for the keys; null: as for the queries"}
-    )
+    base_rate: float | None = field(default=None, metadata={"help": "the rate of the keys; null: as for the queries"})
 
 
 @dataclass(frozen=True)
 class SamplerConfig:
-    """Which token positions are kept. `capture/sampling.py` holds the definition."""
+    """The rule that selects token positions; `capture/sampling.py` defines it."""
 
     type: str = field(default="log_uniform", metadata={"help": "log_uniform, uniform or all (see capture/sampling.py)"})
     base_rate: float = field(
-        default=1.0, metadata={"help": "rows to expect from each bucket of positions of each example, for each head"}
+        default=1.0, metadata={"help": "expected rows for each head, example and bucket of positions"}
     )
     min_bucket_size: int = field(
-        default=128, metadata={"help": "uniform: positions in a bucket; log_uniform: about those in the lowest"}
+        default=128,
+        metadata={"help": "positions in a bucket; log_uniform: about those in the lowest bucket"},
     )
     max_rows_per_example: int | None = field(
-        default=None, metadata={"help": "most rows of an example in a head; null: no limit"}
+        default=None, metadata={"help": "maximum rows of an example for each head; null: no limit"}
     )
-    seed: int = field(default=0, metadata={"help": "chooses the draw of the positions"})
+    seed: int = field(default=0, metadata={"help": "seed of the draw of positions"})
     share: str = field(
         default="layer_kind",
-        metadata={"help": "layer_kind: own positions in each layer and kind; example: the same in all"},
+        metadata={"help": "layer_kind: separate positions for each layer and kind; example: one set for all"},
     )
     keys: KeySamplerConfig = field(default_factory=KeySamplerConfig)
 
@@ -151,15 +151,13 @@ class SamplerConfig:
 class HeadSamplingConfig:
     """A draw of query heads over all eligible layers."""
 
-    count: int | None = field(
-        default=None, metadata={"help": "draw so many query heads from all layers; null: keep all"}
-    )
-    seed: int = field(default=0, metadata={"help": "chooses the draw of the heads"})
+    count: int | None = field(default=None, metadata={"help": "query heads to draw from all layers; null: keep all"})
+    seed: int = field(default=0, metadata={"help": "seed of the draw of heads"})
 
 
 @dataclass(frozen=True)
 class CaptureConfig:
-    """Which vectors are captured: kinds, layers, query heads, and the stage (before or after RoPE)."""
+    """The vectors to capture: kinds, layers, query heads, and the stage (before or after RoPE)."""
 
     capture_queries: bool = field(default=True, metadata={"help": "capture the query vectors"})
     capture_keys: bool = field(default=True, metadata={"help": "capture the key vectors"})
@@ -172,30 +170,36 @@ class CaptureConfig:
     capture_pre_rope: bool = field(
         default=False, metadata={"help": "capture vectors before the rotary embedding instead of after it"}
     )
-    capture_token_strings: bool = field(default=False, metadata={"help": "add a column with the token's text"})
+    capture_token_strings: bool = field(
+        default=False, metadata={"help": "add a column with the token as the vocabulary spells it"}
+    )
     capture_token_ids: bool = field(default=False, metadata={"help": "add a column with the token's id"})
 
 
 @dataclass(frozen=True)
 class InferenceConfig:
-    """How the forward passes are batched and buffered. None of these settings changes which rows are kept."""
+    """Batching and buffering of the forward passes. These settings do not change which rows are kept."""
 
-    batch_size: int | None = field(default=None, metadata={"help": "most examples of a forward pass; null: no limit"})
-    max_batch_tokens: int = field(
-        default=16384, metadata={"help": "most tokens of a forward pass, padding included; lower it to save memory"}
+    batch_size: int | None = field(
+        default=None, metadata={"help": "maximum examples in a forward pass; null: no limit"}
     )
-    lookahead: int = field(default=256, metadata={"help": "examples that are tokenized at a time and sorted by length"})
+    max_batch_tokens: int = field(
+        default=16384,
+        metadata={"help": "maximum tokens in a forward pass, with padding; lower saves memory"},
+    )
+    lookahead: int = field(default=256, metadata={"help": "examples that are tokenized together and sorted by length"})
     banded_attention: bool = field(
-        default=True, metadata={"help": "sliding layers without an n x n mask; the same within rounding"}
+        default=True, metadata={"help": "compute sliding-window layers without an n x n mask; equal within rounding"}
     )
     queue_mb: int = field(
-        default=512, metadata={"help": "size of the buffer between forward pass and disk", "changes_rows": False}
+        default=512,
+        metadata={"help": "size of the buffer between forward pass and disk, in MiB", "changes_rows": False},
     )
     segment_mb: int = field(
-        default=128, metadata={"help": "about the size of a file of the journal", "changes_rows": False}
+        default=128, metadata={"help": "approximate size of a journal file, in MiB", "changes_rows": False}
     )
     debug_logging: bool = field(
-        default=False, metadata={"help": "log where the time of each batch goes", "changes_rows": False}
+        default=False, metadata={"help": "log the time of each stage of each batch", "changes_rows": False}
     )
 
 
@@ -204,34 +208,38 @@ class ShardConfig:
     """The part of the examples that this job captures: those with index % count == `index`."""
 
     index: int = field(
-        default=0, metadata={"help": "which part of the examples this job captures", "changes_rows": False}
+        default=0, metadata={"help": "the part of the examples that this job captures, from 0", "changes_rows": False}
     )
     count: int = field(
-        default=1, metadata={"help": "parts that the examples are split into: shard.count=8 'shard.index=range(8)'"}
+        default=1,
+        metadata={"help": "parts that the examples are split into: shard.count=8 'shard.index=range(8)'"},
     )
 
 
 @dataclass(frozen=True)
 class VerifyConfig:
-    """The proof."""
+    """The proof of a finished dataset: its vectors are computed a second time and compared."""
 
     examples: int = field(
         default=1,
-        metadata={"help": "examples to derive a second time, as proof; 0: none"},
+        metadata={"help": "number of examples to compute a second time, as proof; 0: none"},
     )
 
 
 @dataclass(frozen=True)
 class OutputConfig:
-    """Where the dataset goes."""
+    """The destination of the dataset."""
 
     data_root: str | None = field(default=None, metadata={"help": "folder of the dataset; null: outputs/<branch>"})
     hf_repo_id: str | None = field(default=None, metadata={"help": "dataset repository on the Hub to publish to"})
-    hf_branch: str | None = field(default=None, metadata={"help": "its branch; null: <model slug>-<dataset slug>"})
-    private: bool = field(default=False, metadata={"help": "create the repository as a private one"})
-    overwrite: bool = field(default=False, metadata={"help": "replace a dataset that was made with other settings"})
+    hf_branch: str | None = field(
+        default=None, metadata={"help": "branch of the repository; null: <model slug>-<dataset slug>"}
+    )
+    private: bool = field(default=False, metadata={"help": "create the repository as private"})
+    overwrite: bool = field(default=False, metadata={"help": "replace a dataset that has other settings"})
     resume_from_hub: bool = field(
-        default=False, metadata={"help": "continue from the branch; one of other settings is refused"}
+        default=False,
+        metadata={"help": "resume from the branch; a dataset with other settings is refused"},
     )
 
 
@@ -251,25 +259,25 @@ class Config:
     snapshot: bool | None = field(
         default=None,
         metadata={
-            "help": "run the jobs of a sweep from a copy of the code; null: on SLURM alone",
+            "help": "run the jobs of a sweep from a copy of the code; null: only on SLURM",
             "changes_rows": False,
         },
     )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain nested dicts, as stored in the manifest."""
+        """Returns plain nested dicts, as stored in the manifest."""
         return asdict(self)
 
 
 def from_omegaconf(node: DictConfig) -> Config:
-    """The typed config of a composed Hydra config, interpolations resolved."""
+    """Returns the typed config of a composed Hydra config, with its interpolations resolved."""
     config = OmegaConf.to_object(node)
     assert isinstance(config, Config)
     return config
 
 
 def from_dict(values: dict[str, Any]) -> Config:
-    """The config that `Config.to_dict` gave `values` of, keys that are missing at their defaults."""
+    """Returns the config of which `Config.to_dict` returned `values`. Missing keys have their defaults."""
     node = OmegaConf.merge(schema(), values)
     assert isinstance(node, DictConfig)
     return from_omegaconf(node)
@@ -285,7 +293,7 @@ def schema() -> DictConfig:
 
 @dataclass(frozen=True)
 class Setting:
-    """One setting, as help texts list it."""
+    """One setting: its key, default and help text."""
 
     key: str
     default: Any
@@ -295,41 +303,41 @@ class Setting:
 
 
 def settings() -> tuple[Setting, ...]:
-    """Every setting, in the order of the schema."""
+    """Returns every setting, in the order of the schema."""
     return tuple(_settings_of(Config, "", True))
 
 
 def _settings_of(section: type, prefix: str, changes_rows: bool) -> Iterator[Setting]:
     for each in fields(section):
-        key, matters = prefix + each.name, changes_rows and each.metadata.get("changes_rows", True)
+        key, changes = prefix + each.name, changes_rows and each.metadata.get("changes_rows", True)
         default = each.default if each.default_factory is MISSING else each.default_factory()
         if is_dataclass(default):
-            yield from _settings_of(type(default), key + ".", matters)
+            yield from _settings_of(type(default), key + ".", changes)
         else:
-            yield Setting(key, default, each.metadata["help"], matters)
+            yield Setting(key, default, each.metadata["help"], changes)
 
 
 def settings_help() -> str:
-    """The settings for `--help`, one a line."""
+    """Returns the settings for `--help`, one a line."""
     width = max(len(setting.key) for setting in settings())
     return "\n".join(f"  {setting.key:<{width}}  {setting.help}" for setting in settings())
 
 
 def register() -> None:
-    """Registers with Hydra the schema that `conf/` starts from, and the resolvers that it uses.
+    """Registers the schema and the resolvers of `conf/` with Hydra.
 
-    `${qk_sniffer.asset:name}` is the path of a folder that ships with the package. `${qk_sniffer.run_id:}` differs
-    between processes that start in the same second, on any machine. `${qk_sniffer.settings:}` lists the settings.
+    `${qk_sniffer.asset:name}` is the path of a folder of the package. `${qk_sniffer.run_id:}` differs between
+    processes that start in the same second, on any machine. `${qk_sniffer.settings:}` lists the settings.
     """
     ConfigStore.instance().store(name="qk_sniffer_schema", node=schema())
     OmegaConf.register_new_resolver("qk_sniffer.settings", settings_help, replace=True)
     OmegaConf.register_new_resolver("qk_sniffer.asset", lambda name: str(ASSETS / name), replace=True)
-    # The cached value travels with the config into the jobs of a sweep, which thus agree on its folder.
+    # The cached value is part of the config of every job of a sweep, so the jobs agree on the folder of the sweep.
     OmegaConf.register_new_resolver("qk_sniffer.run_id", lambda: _RUN_ID, use_cache=True, replace=True)
 
 
 def _unlock(node: DictConfig) -> None:
-    # OmegaConf makes nodes of frozen dataclasses read-only, but Hydra must merge the groups into them.
+    # OmegaConf makes nodes of frozen dataclasses read-only, but Hydra merges the config groups into them.
     OmegaConf.set_readonly(node, None)
     for key in node:
         child = node._get_node(key)

@@ -1,20 +1,20 @@
-"""The errors that a user can mend. Each names the thing that is wrong and the way out.
+"""Defines the errors that a user can resolve. The message of each names the problem and the way out.
 
 QkSnifferError
-├── ConfigError      the configuration cannot be right, whatever the machine holds
+├── ConfigError      settings are invalid on any machine
 ├── SourceError      the model or the dataset cannot be found, loaded or read
 ├── CaptureError     the model runs, but its vectors cannot be captured
-├── StoreError       the data root cannot be written, read or continued
+├── StoreError       the data root cannot be written, read or resumed
 └── HubError         the finished dataset cannot be published
 """
 
 
 class QkSnifferError(Exception):
-    """Ends a job with its message alone, without a traceback, and a non-zero exit code."""
+    """Ends a job with a message instead of a traceback, and with a non-zero exit code."""
 
 
 class ConfigError(QkSnifferError):
-    """One or more values of the configuration are wrong; the message lists them all."""
+    """Settings are wrong. The message lists all `problems`."""
 
     def __init__(self, problems: list[str]) -> None:
         self.problems = problems
@@ -27,12 +27,12 @@ class SourceError(QkSnifferError):
 
 
 class CaptureError(QkSnifferError):
-    """A model runs, but its query and key vectors cannot be captured as asked."""
+    """A model runs, but its query and key vectors cannot be captured as the settings require."""
 
 
 class StoreError(QkSnifferError):
-    """A data root cannot be written, read or continued."""
+    """A data root cannot be written, read or resumed."""
 
 
 class HubError(QkSnifferError):
-    """A dataset cannot be published to the Hub. It stays whole in its folder."""
+    """A dataset cannot be published to the Hub. Its folder stays whole."""

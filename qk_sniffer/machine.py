@@ -1,31 +1,31 @@
-"""What a job needs to know of the machine that it runs on, and to ask of it."""
+"""Counts the threads that a process may use, and returns freed memory to the system."""
 
 import ctypes
 import os
 from contextlib import suppress
 
 MOST_THREADS = 16
-"""More threads write no faster to any disk, and each takes memory."""
+"""More threads do not write faster to any disk, and each takes memory."""
 
 LARGE_BLOCK_BYTES = 16 << 20
-"""Blocks of so many bytes are the system's again when they are freed. Clearing new ones costs time: at 16 MB none that
-could be measured, at 4 MB some percent of a forward over thousands of tokens."""
+"""Blocks of at least this size return to the system when they are freed. The system clears every new block. That takes
+no measurable time with 16 MB, but some percent of a forward pass over thousands of tokens with 4 MB."""
 
 _M_MMAP_THRESHOLD = -3  # of <malloc.h>
 
 
 def num_threads() -> int:
-    """For work that threads share: one a core that this process may use, which SLURM and containers limit."""
+    """Returns the number of cores that SLURM or a container leaves to this process, at most `MOST_THREADS`."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, MOST_THREADS)
 
 
 def return_memory() -> None:
-    """Lets large blocks of memory go back to the system as soon as they are freed. Call before torch takes memory.
+    """Makes large blocks of memory return to the system when they are freed. Call it before torch allocates memory.
 
-    Otherwise the C library keeps blocks of up to 32 MB for itself once it has seen one freed, and what small objects
-    that stay leave between them lies idle. Torch asks for huge pages for its blocks, so that new ones are cleared
-    quickly; a setting of the environment is left as it is. Does nothing where the C library is not glibc.
+    By default, glibc keeps freed blocks of up to 32 MB in its heap once it has seen one, and the gaps between small
+    live objects stay idle. A variable makes torch request huge pages, so that the system clears new blocks quickly.
+    Values that the environment already has take precedence. Does not change the heap of another C library.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if "MALLOC_MMAP_THRESHOLD_" not in os.environ:
@@ -34,10 +34,10 @@ def return_memory() -> None:
 
 
 def trim_memory() -> None:
-    """Returns to the system what the C library keeps of freed memory; does nothing where it is not glibc.
+    """Returns freed memory that glibc keeps in its heap to the system. Does nothing with another C library.
 
-    Activations come and go in blocks of megabytes among small objects that stay, and what lies free between these
-    remains the process's, by chance more or less: the peaks of equal jobs would differ by a third.
+    Activations are allocated in blocks of megabytes among small live objects. The process keeps the gaps between these
+    objects, more or fewer by chance. Without this call the memory peaks of equal jobs differ by a third.
     """
     with suppress(AttributeError, OSError):
         ctypes.CDLL(None).malloc_trim(0)

@@ -1,4 +1,4 @@
-"""Derives what follows from a config: slugs, tokenizer, branch, data root, the fingerprint, and names to publish."""
+"""Resolves a config: fills in slugs, tokenizer, branch and data root. Also derives its fingerprint and public names."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from qk_sniffer.text import expand_home
 
 @dataclass(frozen=True)
 class ResolvedConfig(Config):
-    """A config with every derived value filled in. Only `resolve` makes one from a config."""
+    """A config with every derived value filled in. `resolve` returns one."""
 
     @property
     def data_root(self) -> Path:
@@ -59,17 +59,17 @@ def with_output(config: Config, output: OutputConfig) -> ResolvedConfig:
 
 
 def fingerprint(config: ResolvedConfig) -> dict[str, Any]:
-    """Every setting of `config` that can change a row or a vector, as `section.key: value`."""
+    """Returns every setting that can change a row or a vector, as `section.key: value`."""
     keys = {setting.key: _value(config, setting.key) for setting in settings() if setting.changes_rows}
-    # A moved checkpoint or file is the same one: its digest is among the commits, and texts are compared one by one.
+    # A local checkpoint or file may move: the commits contain its digest, and every text is compared.
     for key in ("model.name", "model.tokenizer.name", "dataset.path"):
         keys[key] = public_name(keys[key])
-    plain: dict[str, Any] = json.loads(json.dumps(keys))  # as it is read back from a file
+    plain: dict[str, Any] = json.loads(json.dumps(keys))  # the values as JSON stores them
     return plain
 
 
 def rule(config: SamplerConfig) -> str:
-    """Names the samplers of queries and keys with their rates, for a person."""
+    """Describes the samplers of queries and keys, with their rates, in Markdown."""
     queries = _rule(config.type, config.base_rate)
     keys = _rule(
         config.keys.type or config.type, config.base_rate if config.keys.base_rate is None else config.keys.base_rate
@@ -78,18 +78,18 @@ def rule(config: SamplerConfig) -> str:
 
 
 def public_name(name: str) -> str:
-    """A Hub id unchanged; of a local file or folder its name alone, so that no path of this machine is published."""
+    """Returns a Hub id unchanged, and only the last part of a local path: no path of this machine is published."""
     return Path(name).resolve().name if Path(name).exists() else name
 
 
 def last_part(name: str) -> str:
-    """The last part of a Hub id or path without a file's suffix: `org/name`, `/data/name/`, `data/name.jsonl`."""
+    """Returns `name` for `org/name`, `/data/name/` and `data/name.jsonl`: the last part without its suffix."""
     last = Path(name).name or "root"
     return re.sub(r"(\.(parquet|jsonl?|csv|txt|gz|bz2|xz|zst))+$", "", last, flags=re.IGNORECASE) or last
 
 
 def safe_name(text: str) -> str:
-    """`text` in characters that are safe in a path and in a git branch."""
+    """Replaces the characters of `text` that are not safe in a path or a git branch."""
     return re.sub(r"[^a-z0-9._-]+", "-", text.lower()).strip("-.") or "unnamed"
 
 

@@ -1,4 +1,4 @@
-"""Measures where the time of a job goes."""
+"""Measures the time of each stage of a job."""
 
 import time
 from collections.abc import Iterator
@@ -6,8 +6,8 @@ from contextlib import contextmanager
 
 
 class Stages:
-    """Seconds by stage. A stage inside another counts for itself alone. For one thread's use: the stages of a thread
-    sum to its time."""
+    """Measures seconds by stage, for one thread. The time of an inner stage does not count for the outer one, so the
+    stages sum to the time of the thread."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -26,12 +26,12 @@ class Stages:
             self.seconds[name] = self.seconds.get(name, 0.0) + own
 
     def move(self, seconds: float, source: str, target: str) -> None:
-        """Counts `seconds` of the stage `source`, which is over, for `target`."""
+        """Moves `seconds` from the stage `source`, which is over, to the stage `target`."""
         self.seconds[source] -= seconds
         self.seconds[target] = self.seconds.get(target, 0.0) + seconds
 
 
 def describe(seconds: dict[str, float]) -> str:
-    """`forward 12.3 s, gather 0.1 s`, longest first; stages under a millisecond are left out."""
+    """Returns `forward 12.3 s, gather 0.1 s`: the longest stage first, without stages below a millisecond."""
     longest = sorted(seconds.items(), key=lambda item: -item[1])
     return ", ".join(f"{name} {value:.3g} s" for name, value in longest if value >= 0.001)

@@ -110,7 +110,7 @@ def stage(layout: Layout, record: Mapping[str, Any]) -> Staged:
         if len(journal.records) != facts["examples"]:
             raise StoreError(
                 f"the journal {journal.folder} holds {len(journal.records)} examples, and held {facts['examples']} "
-                f"when it was whole: parts of it are gone. Run the job of shard.index={index} again, which captures "
+                f"when it was complete: parts of it are missing. Rerun the job of shard.index={index}, which captures "
                 "them again"
             )
     base = base_of(layout, record)
@@ -135,8 +135,8 @@ def stage(layout: Layout, record: Mapping[str, Any]) -> Staged:
     if expected is not None and written.num_examples + skipped != expected:
         raise StoreError(
             f"{layout.root}: {written.num_examples} examples were captured and {skipped} rows had no text, but the "
-            f"source had {expected} rows when the job began: it has changed. Restore it and run the same command "
-            "again, or start anew with output.overwrite=true"
+            f"source had {expected} rows when the job began: it has changed. Restore it and rerun the same command, "
+            "or start over with output.overwrite=true"
         )
     kinds = [kind for kind in KINDS if any(head.kind == kind for head in heads)]
     facts = {key: value for key, value in record.items() if key != "base"} | {
@@ -150,13 +150,13 @@ def stage(layout: Layout, record: Mapping[str, Any]) -> Staged:
 
 
 def mark_done(layout: Layout, shard: ShardConfig, *, examples: int, skipped: int) -> None:
-    """Says durably that a shard is whole: so many examples are in its journal, `skipped` of its rows had no text."""
+    """Marks a shard as captured, durably. Its journal holds `examples`; `skipped` of its source rows had no text."""
     facts = {"examples": examples, "skipped": skipped}
     write_atomic(layout.shard_done(shard.index, shard.count), json.dumps(facts).encode())
 
 
 def is_still_done(layout: Layout, shard: ShardConfig) -> bool:
-    """Whether a shard is marked as done, and whole. The mark goes where its journal has lost something since."""
+    """Whether a shard is marked as captured and its journal is whole. Removes the mark if the journal is not."""
     done = layout.shard_done(shard.index, shard.count)
     if not done.exists():
         return False
@@ -168,7 +168,7 @@ def is_still_done(layout: Layout, shard: ShardConfig) -> bool:
 
 
 def finish_publication(layout: Layout) -> bool:
-    """Finishes the publication of a dataset that a crash interrupted; False where there is none."""
+    """Finishes the promotion of a dataset that a crash interrupted; returns False if there is none."""
     if not layout.staging.manifest.exists():
         return False
     with hold(layout.finalize_lock, "publishing the dataset"):
@@ -176,7 +176,7 @@ def finish_publication(layout: Layout) -> bool:
 
 
 def _growth(base: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """How many rows of the source the dataset was made from before, and with which software, oldest first."""
+    """The source rows and the software of the earlier versions of the dataset, oldest first."""
     if base is None:
         return []
     before: list[dict[str, Any]] = base["grown_from"]
@@ -184,7 +184,7 @@ def _growth(base: dict[str, Any] | None) -> list[dict[str, Any]]:
 
 
 def _public(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The config for the manifest: nothing of where it ran, so that equal datasets have equal manifests."""
+    """The config for the manifest, without where the job ran: equal datasets have equal manifests."""
     config: dict[str, Any] = copy.deepcopy(record["config"])
     del config["output"], config["shard"], config["snapshot"]
     config["model"]["name"] = record["fingerprint"]["model.name"]

@@ -24,10 +24,10 @@ from qk_sniffer.validation import output_problems
 def finalize(
     data_root: Path, *, prove: bool = True, hf_repo_id: str | None = None, hf_branch: str | None = None
 ) -> int:
-    """Makes the dataset at `data_root`, and says what is missing where that cannot be; the exit code.
+    """Makes and publishes the dataset at `data_root`, or prints which shards are missing; returns the exit code.
 
     Raises:
-        QkSnifferError: there is no job; what the shards captured cannot be made a dataset; it is not published.
+        QkSnifferError: there is no job, its journals do not make a dataset, or the publication failed.
     """
     layout = Layout(data_root)
     if not layout.root.is_dir():
@@ -40,7 +40,7 @@ def finalize(
         return 0
     if missing := missing_shards(layout, record):
         print("\n".join([f"{layout.root} cannot be finished yet:", *(f"  - {line}" for line in missing)]))
-        print("Run their jobs, with the command that began this one; shards that are done do nothing then.")
+        print("Rerun the command that started the job: it runs the missing shards and leaves the others alone.")
         return 1
     config = _published(from_dict(record["config"]), hf_repo_id, hf_branch)
     if not prove:
@@ -51,7 +51,7 @@ def finalize(
 
 
 def _published(config: Config, hf_repo_id: str | None, hf_branch: str | None) -> ResolvedConfig:
-    """`config` with the place on the Hub that is given, if one is."""
+    """`config` with the given place on the Hub, if there is one."""
     if hf_repo_id is None:
         return resolve(config)
     output = replace(config.output, hf_repo_id=hf_repo_id, hf_branch=hf_branch)
@@ -62,7 +62,7 @@ def _published(config: Config, hf_repo_id: str | None, hf_branch: str | None) ->
 
 
 def missing_shards(layout: Layout, record: dict[str, Any]) -> list[str]:
-    """A line for each shard of the job of `record` that is not captured, with what there is of it."""
+    """Describes each shard of the job of `record` that is not captured, one a line."""
     count = record["config"]["shard"]["count"]
     lines = []
     for index in range(count):
@@ -74,6 +74,6 @@ def missing_shards(layout: Layout, record: dict[str, Any]) -> list[str]:
         elif captured := len(Journal(layout.journal(index, count), verify=False).records):
             state = f"stopped, with {captured} examples captured"
         else:
-            state = "not begun"
+            state = "not started"
         lines.append(f"shard {index} of {count}: {state}")
     return lines

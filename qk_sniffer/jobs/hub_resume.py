@@ -1,8 +1,8 @@
-"""Going on from what a branch of the Hub holds (`output.resume_from_hub`), and never back from it.
+"""Continues the dataset on a branch of the Hub (`output.resume_from_hub`), and never replaces a newer one.
 
-When a job starts, the branch's manifest and list of examples are fetched, its heads only when rows are added to them;
-huggingface_hub keeps what was fetched. The data root notes at which commit of the branch it stands, and with which
-manifest, in `.sniff_snapshot.json`. Before it publishes, the job looks again at what the branch holds by then.
+When a job starts, it fetches the branch's manifest and list of examples. It fetches the heads only to add rows to them.
+`.sniff_snapshot.json` in the data root holds the commit of the branch and the manifest that the data root corresponds
+to. Before it publishes, the job checks again what the branch holds.
 """
 
 import json
@@ -24,9 +24,9 @@ log = logging.getLogger(__name__)
 
 
 def branch_ahead(config: ResolvedConfig, layout: Layout, here: Mapping[str, Any] | None) -> Branch | None:
-    """The branch that the job publishes to, where its dataset has more rows of the source than `here`.
+    """The branch that the job publishes to, if its dataset has more source rows than `here`; else None.
 
-    `here` is the manifest of a finished dataset in the data root, if there is one.
+    `here` is the manifest of the finished dataset in the data root; None if there is none.
 
     Raises:
         HubError: the Hub cannot be asked.
@@ -48,11 +48,11 @@ def branch_ahead(config: ResolvedConfig, layout: Layout, here: Mapping[str, Any]
 
 
 def guard(layout: Layout, here: Mapping[str, Any], branch: Branch) -> None:
-    """Refuses to let the dataset in the data root take the place of what the branch holds, unless it goes on from that.
+    """Refuses to replace the dataset of the branch unless the data root, with the manifest `here`, continues it.
 
     Raises:
         HubError: the Hub cannot be asked.
-        StoreError: the branch has a dataset of another configuration, of other texts, or of more of them.
+        StoreError: the branch has a dataset of another configuration, of other texts, or of more texts.
     """
     if not branch.has(MANIFEST):
         return
@@ -60,25 +60,25 @@ def guard(layout: Layout, here: Mapping[str, Any], branch: Branch) -> None:
     Job.from_record(here).check_continues(Job.from_record(there), str(branch), finished=True)
     if there["source_rows"] > here["source_rows"]:
         raise StoreError(
-            f"not published: {branch} has {there['source_rows']} rows of the source by now, and {layout.root} has "
-            f"{here['source_rows']}. Ask for more of them (dataset.max_samples) and run the command again, which goes "
-            "on from there; or publish to another output.hf_branch"
+            f"not published: {branch} has {there['source_rows']} source rows by now, and {layout.root} has "
+            f"{here['source_rows']}. Raise dataset.max_samples and rerun the command, which continues the branch; or "
+            "publish to another output.hf_branch"
         )
     theirs, ours = pq.read_table(branch.path(EXAMPLES)), pq.read_table(layout.examples)
     if not ours.slice(0, len(theirs)).equals(theirs):
         raise StoreError(
             f"not published: {branch} was made from other texts than {layout.root}. Publish to another "
-            "output.hf_branch, or replace what is there with output.overwrite=true"
+            "output.hf_branch, or replace its dataset with output.overwrite=true"
         )
 
 
 def matches_snapshot(layout: Layout, branch: Branch) -> bool:
-    """Whether the data root is as it was when it was noted to be what this branch is."""
+    """Whether the data root and the branch are still those of the snapshot."""
     return _read(layout) == _snapshot_of(layout, branch)
 
 
 def write_snapshot(layout: Layout, branch: Branch) -> None:
-    """Notes that the data root is what this branch is.
+    """Records that the data root and the branch hold the same dataset.
 
     Raises:
         StoreError: the data root cannot be written.

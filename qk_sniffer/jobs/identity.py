@@ -1,7 +1,7 @@
-"""What a job is: the keys that decide its rows and vectors, the commits it is pinned to, its software.
+"""Identifies a job by the settings that decide its rows and vectors, the commits it is pinned to, and its software.
 
-A job's identity is written beside its journal when it first starts. Whoever continues it, or finds its finished
-dataset, compares: a dataset is never a mixture of two configurations, two checkpoints or two libraries.
+The identity is stored next to the journal when the job first starts. Every later start compares its own with it, so a
+dataset never mixes two configurations, two checkpoints or two versions of a library.
 """
 
 import importlib.metadata
@@ -23,30 +23,30 @@ class Job:
     """The identity of a dataset's job."""
 
     fingerprint: dict[str, Any]
-    """Config keys that can change rows or vectors, dotted, with their values."""
+    """The settings that can change rows or vectors, by their dotted keys."""
     commits: dict[str, str | None]
-    """`model`, `tokenizer` and `dataset`: the commit of each on the Hub; the digest of a local checkpoint."""
+    """The commits of `model`, `tokenizer` and `dataset` on the Hub; for a local checkpoint the digest of its files."""
     versions: dict[str, str]
 
     @classmethod
     def of(cls, config: ResolvedConfig, commits: dict[str, str | None]) -> "Job":
-        """The job that a resolved `config` asks for, with the software that is installed."""
+        """The job of `config`, with the installed software."""
         versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
         return cls(fingerprint(config), commits, versions)
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> "Job":
-        """The job of a stored record or of a manifest, which both hold these keys among others."""
+        """The job of a stored record or of a manifest; both hold its keys among others."""
         return cls(record["fingerprint"], record["commits"], record["versions"])
 
     def to_dict(self) -> dict[str, Any]:
-        """As it is stored."""
+        """Plain data, as it is stored."""
         return asdict(self)
 
     def differences(self, earlier: "Job", *, finished: bool = False) -> list[str]:
-        """What this job would compute otherwise than `earlier`, a line for each key, commit or library; else empty.
+        """Lists the settings, commits and libraries in which this job differs from `earlier`, one a line.
 
-        To a `finished` dataset it does not matter which software made it, and in how many shards.
+        A `finished` dataset may come from other versions of the software, and from another number of shards.
         """
         mine, theirs = _flat(self), _flat(earlier)
         keys = sorted(key for key in mine | theirs if mine.get(key) != theirs.get(key))
@@ -55,10 +55,10 @@ class Job:
         return [f"{key}: {theirs.get(key)!r} there, {mine.get(key)!r} now" for key in keys]
 
     def check_continues(self, earlier: "Job", where: str, *, finished: bool) -> None:
-        """Refuses to go on with what `earlier` began in `where` if this job would compute something else.
+        """Refuses to continue the work of `earlier` in `where` if this job differs.
 
         Raises:
-            StoreError: with every difference, and the way out.
+            StoreError: lists every difference, and the way out.
         """
         if different := self.differences(earlier, finished=finished):
             state = "a finished dataset" if finished else "an unfinished job"
@@ -68,19 +68,19 @@ class Job:
                         f"{where} holds {state} of another configuration:",
                         *(f"  - {line}" for line in different),
                         "Give this job another folder (output.data_root=...; on the Hub another output.hf_branch), go "
-                        "back to the values there, or replace what is there with output.overwrite=true.",
+                        "back to the old values, or replace the old work with output.overwrite=true.",
                     ]
                 )
             )
 
 
 def resolve_commits(config: ResolvedConfig, earlier: Job | None) -> dict[str, str | None]:
-    """The commits of model and tokenizer: those of an earlier start, else where their revisions stand now.
+    """The commits of model and tokenizer: those of an earlier start, else the current ones of their revisions.
 
-    A local checkpoint has no commit: the digest of its files takes its place, and is taken anew at every start.
+    A local checkpoint has no commit. The digest of its files replaces it, computed at every start.
 
     Raises:
-        SourceError: one of them is neither a folder nor a repository that can be asked or was cached.
+        SourceError: one of them is not a folder, and no repository that the Hub or the local cache knows.
     """
     model, tokenizer = config.model, config.model.tokenizer
     assert model.name is not None and tokenizer.name is not None

@@ -1,4 +1,4 @@
-"""What the sources of a dataset say of themselves in their cards, for the card of the dataset: licence and language."""
+"""Reads the licenses and languages that the cards of model and source state, for the card of the dataset."""
 
 import re
 from pathlib import Path
@@ -16,9 +16,9 @@ _DOCUMENTATION = {"license": ["psf-2.0"], "language": ["en"]}
 
 
 def stated_terms(kind: Kind, name: str, commit: str | None) -> dict[str, list[str]]:
-    """`license` and `language` of a repository of the Hub at `commit`, or of a local folder; empty where not known.
+    """Reads `license` and `language` of a Hub repository at `commit`, or of a local folder.
 
-    No error is worth ending a job for this.
+    Empty where they are not known: an error here must not end a job.
     """
     if kind == "dataset" and name == PYDOC:
         return _DOCUMENTATION
@@ -50,5 +50,5 @@ def _listed(value: Any) -> list[str]:
 
 
 def _is_language(code: str) -> bool:
-    # The Hub takes ISO 639 codes, with a region or script if need be, and refuses a card with anything else.
+    # The Hub accepts ISO 639 codes with an optional region or script, and refuses a card with anything else.
     return re.fullmatch(r"[a-z]{2,3}(-[A-Za-z0-9]+)*|multilingual|code", code) is not None

@@ -1,4 +1,4 @@
-"""The next item is made while the caller works on this one."""
+"""Prepares the next item in a thread while the caller works on this one."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -12,9 +12,9 @@ T = TypeVar("T")
 
 @contextmanager
 def ahead(items: Iterator[T]) -> Iterator[Iterator[T]]:
-    """The same `items`, made in a thread, at most two more than were asked for; what they raise comes in its place.
+    """Yields `items`, made in a thread that is at most two items ahead. Raises an error of `items` in its place.
 
-    When the block is left before the end, the item that is being made is the last, and nobody waits for it.
+    When the block ends early, the thread stops after its current item, and nobody waits for it.
     """
     ready: Queue[T | _End] = Queue(maxsize=1)
     left = Event()
@@ -26,7 +26,7 @@ def ahead(items: Iterator[T]) -> Iterator[Iterator[T]]:
                 if left.is_set():
                     return
                 ready.put(item)
-                if left.is_set():  # while it waited for room
+                if left.is_set():  # while `put` waited for room
                     return
         except BaseException as error:
             end = _End(error)
@@ -45,7 +45,7 @@ def ahead(items: Iterator[T]) -> Iterator[Iterator[T]]:
     finally:
         left.set()
         with suppress(Empty):
-            ready.get_nowait()  # room for the item that the thread may be waiting with
+            ready.get_nowait()  # makes room for the item that the thread may be putting
 
 
 @dataclass(frozen=True)

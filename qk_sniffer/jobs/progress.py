@@ -1,4 +1,4 @@
-"""What a person sees while a job runs: a bar on a terminal, plain lines elsewhere, and where the time went."""
+"""Reports the progress of a job: a bar on a terminal, log lines elsewhere, and a file for other processes."""
 
 import json
 import logging
@@ -16,13 +16,13 @@ LINE_EVERY_S = 10.0
 
 
 class Progress:
-    """Examples done, tokens/s, ETA, rows and memory, on stderr, and in `file` for other processes (`read_progress`).
+    """Reports examples done, tokens/s, ETA, rows and memory on stderr, and in `file` for `read_progress`.
 
-    `total` None: not known beforehand (streaming).
+    `total` is None if the number of examples is not known, as in a stream.
     """
 
     def __init__(self, total: int | None, done: int = 0, *, file: Path) -> None:
-        # disable=None: no bar where stderr is no terminal; plain lines of the log take its place.
+        # disable=None: no bar unless stderr is a terminal; log lines replace it.
         self._bar = tqdm(total=total, initial=done, unit="example", disable=None, dynamic_ncols=True, desc="capture")
         self._total, self._done, self._file = total, done, file
         self._resumed = done > 0
@@ -50,7 +50,7 @@ class Progress:
                 log.info("%s, %s", self._where(now), facts)
 
     def close(self) -> None:
-        """Leaves the bar, and the file, as they stand."""
+        """Closes the bar, and writes the file for the last time."""
         self._bar.close()
         self._write(time.monotonic())
 
@@ -72,20 +72,23 @@ class Progress:
         facts = {
             "examples": self._done,
             "total": self._total,
-            "rows": None if self._resumed else self._rows,  # those of earlier starts are not counted
+            "rows": None if self._resumed else self._rows,  # the rows of earlier starts are not known
             "tokens_per_s": round(self._speed(now), 1),
             "seconds_left": self._seconds_left(now),
             "at": time.time(),
         }
-        beside = self._file.with_name(self._file.name + ".tmp")
-        with suppress(OSError):  # a full disk is for those to report who write what matters
-            beside.write_text(json.dumps(facts))
-            beside.replace(self._file)
+        temporary = self._file.with_name(self._file.name + ".tmp")
+        with suppress(OSError):  # the journal reports a full disk
+            temporary.write_text(json.dumps(facts))
+            temporary.replace(self._file)
 
 
 def read_progress(file: Path) -> dict[str, Any]:
-    """What a job last said: `examples` done of `total`, `rows` (None once it was resumed), `tokens_per_s`,
-    `seconds_left`, and `at`, when that was (seconds since 1970); empty where it said nothing."""
+    """Reads the last report of a job; empty if there is none.
+
+    Keys: `examples` done of `total`, `rows` (None after a resume), `tokens_per_s`, `seconds_left`, and `at`, the time
+    of the report in seconds since 1970.
+    """
     try:
         facts: dict[str, Any] = json.loads(file.read_text())
     except (OSError, ValueError):

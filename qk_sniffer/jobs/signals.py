@@ -1,7 +1,7 @@
-"""Signals end a job where it can be gone on with: between two batches, or at once where none is running.
+"""Stops a job on a signal where it can be resumed: between two batches, or at once if no batch is running.
 
-SIGINT and SIGTERM end it for good, as far as we know. SIGUSR2 is the warning of a scheduler that the job's time is up:
-it is heeded where somebody else has a handler for it, as submitit has in its jobs, which has the job queued again.
+SIGINT and SIGTERM end the job. SIGUSR2 is a scheduler's warning that the job's time is up. It counts only if someone
+else has a handler for it, as submitit does in its jobs; that handler queues the job again.
 """
 
 import logging
@@ -18,23 +18,23 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 WARNING = signal.SIGUSR2
 
 PATIENCE_S = 20.0
-"""How long a batch may go on when no person asked for the stop. SLURM kills 30 s after its SIGTERM, by default, and the
-journal needs some seconds to write what waits for the disk."""
+"""How long a batch may continue when no person asked for the stop. By default, SLURM kills 30 s after its SIGTERM, and
+the journal needs some of these seconds to write its buffer."""
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal asked the job to end, and it did. What was complete is kept."""
+    """A signal ended the job. Complete batches are kept."""
 
     def __init__(self, number: int) -> None:
         self.number = number
         self.name = signal.Signals(number).name
         self.exit_code = 128 + number
-        """As a shell says that a process ended by this signal."""
-        super().__init__(f"stopped by {self.name}; run the same command again to go on")
+        """The exit code that a shell reports for a process that this signal ended."""
+        super().__init__(f"stopped by {self.name}; rerun the same command to resume")
 
 
 class Stopping:
-    """Listens to the signals within its block, where that is the main thread's; a context manager."""
+    """Handles the signals within its block, in the main thread; a context manager."""
 
     def __init__(self) -> None:
         self._busy = False
@@ -57,7 +57,7 @@ class Stopping:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Puts a signal off to the end of this block, or for `PATIENCE_S`; a second SIGINT ends it at once.
+        """Defers a signal to the end of this block, for at most `PATIENCE_S`. A second SIGINT ends the block at once.
 
         Raises:
             Stopped: a signal came.
@@ -72,7 +72,7 @@ class Stopping:
 
     def _heard(self, number: int, _: FrameType | None) -> None:
         if self._pending is not None and not self._time_is_up and number != signal.SIGINT:
-            return  # schedulers send several: the journal is not to be disturbed while it writes what it has
+            return  # schedulers send several signals: the journal must not be disturbed while it writes its buffer
         if self._busy and self._pending is None:
             self._pending = number
             self._wait_for_batch(number)
@@ -84,7 +84,7 @@ class Stopping:
     def _wait_for_batch(self, number: int) -> None:
         name = signal.Signals(number).name
         if number == signal.SIGINT:
-            log.warning("%s: stopping after this batch; once more to stop at once", name)
+            log.warning("%s: stopping after this batch; repeat it to stop at once", name)
             return
         log.warning("%s: stopping after this batch, or in %.0f s", name, PATIENCE_S)
         main = threading.main_thread().ident

@@ -23,10 +23,10 @@ from qk_sniffer.text import aligned
 
 @dataclass(frozen=True)
 class Line:
-    """A job, or a dataset without one, and what it has done. What is not known is None.
+    """A job, or a dataset without a job, and its progress. None where a value is not known.
 
-    `examples` of `total` are captured, `tokens_per_s` and `seconds_left` are what the job said last. `rows` are those
-    of the dataset, or what a job that runs has captured so far.
+    `examples` of `total` are captured. `tokens_per_s` and `seconds_left` come from the job's last report. `rows` are
+    those of the dataset, or those that a running job has captured so far.
     """
 
     status: Status
@@ -37,13 +37,13 @@ class Line:
     rows: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it, flat."""
+        """Plain data, flat."""
         own = {name: value for name, value in vars(self).items() if name != "status"}
         return asdict(self.status) | own
 
 
 def look(folder: Path) -> list[Line]:
-    """A line for each job below `folder`, the last one of each dataset and shard, and each dataset that has none."""
+    """Lists the last job of each dataset and shard below `folder`, and each dataset without a job."""
     latest: dict[tuple[str, int, int], Status] = {}
     roots: dict[str, Path] = {}
     for path in _walk(folder):
@@ -60,13 +60,13 @@ def look(folder: Path) -> list[Line]:
         if root not in known:
             with suppress(*_UNREADABLE):
                 statuses += _of_dataset(Layout(path))
-    # A dataset that was there and is not any more: removed, or moved.
-    there = (status for status in statuses if status.state not in sweep.GOOD or Path(status.data_root).exists())
-    return [_line(status) for status in sorted(there, key=lambda status: (status.data_root, status.shard_index))]
+    # A successful job without a data root: the dataset was removed or moved.
+    existing = (status for status in statuses if status.state not in sweep.GOOD or Path(status.data_root).exists())
+    return [_line(status) for status in sorted(existing, key=lambda status: (status.data_root, status.shard_index))]
 
 
 def table(lines: list[Line]) -> str:
-    """The lines in columns, and under them what those that failed said."""
+    """A table of `lines`, with the errors of failed jobs below it."""
     rows = [("dataset", "shard", "state", "examples", "tokens/s", "left", "rows", "time", "where")]
     errors = []
     for line in lines:
@@ -97,7 +97,7 @@ def table(lines: list[Line]) -> str:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """Status files, sweep files, and the roots of datasets, into which it does not go: they may have many folders."""
+    """Yields status files, sweep files and the roots of datasets, which it does not enter: they may be large."""
     for name, folders, files in os.walk(folder):
         path = Path(name)
         if is_ours(Layout(path)):
@@ -109,11 +109,11 @@ def _walk(folder: Path) -> Iterator[Path]:
 
 
 _UNREADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, StoreError)
-"""What comes of files of other programs that have our names, and of other versions' files."""
+"""Errors of files that other programs or other versions wrote under our names."""
 
 
 def _counts(status: Status) -> tuple[bool, bool, float]:
-    """What runs counts, else what ended, or began to wait, last; a job that never started says nothing of others."""
+    """Orders the statuses of one dataset: a running job last, the latest before it, one that never started first."""
     ended = status.since + status.seconds
     return status.state == sweep.RUNNING, status.state != sweep.NOT_STARTED, ended
 
@@ -124,7 +124,7 @@ def _read(file: Path) -> Iterator[Status]:
 
 
 def _now(status: Status) -> Status:
-    """The status, but that a job which failed is done where its dataset was finished later, by another one."""
+    """The status, or that of a finished job if another job finished the dataset of this failed one later."""
     layout = Layout(Path(status.data_root))
     if status.state in (sweep.FAILED, sweep.INTERRUPTED) and not layout.job_file.exists():
         with suppress(OSError):
@@ -134,7 +134,7 @@ def _now(status: Status) -> Status:
 
 
 def _of_dataset(layout: Layout) -> Iterator[Status]:
-    """The statuses of a dataset that no job below the folder tells of: from its own files."""
+    """The statuses of a dataset without a job below the folder, from its own files."""
     root = str(layout.root.absolute())
     record = read_record(layout)
     if record is None:

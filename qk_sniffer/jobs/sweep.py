@@ -1,9 +1,8 @@
-"""The jobs of a run: what each was to do, the status file that it leaves, and the table of all of them.
+"""Tracks the jobs of a sweep: their settings at submission, the status file of each, and the table of all.
 
-In the folder of a sweep, `sweep.json` holds its jobs as they were submitted, and a lock beside it is held while the
-command that began it runs. In the folder that Hydra makes for each job, `status.json` says how the job stands, and a
-lock beside it is held while it runs. So whoever started a sweep, or anybody else, can read how its jobs stand, wherever
-they run.
+The folder of a sweep holds `sweep.json`, its jobs as they were submitted, and a lock that is held while its command
+runs. Hydra's folder of each job holds `status.json`, and a lock that is held while the job runs. So anyone who sees
+these folders can read the states of the jobs, wherever they run.
 """
 
 import json
@@ -31,7 +30,7 @@ QUEUED, RUNNING, REQUEUED, DONE, PUBLISHED = "queued", "running", "requeued", "d
 FAILED, INTERRUPTED, NOT_STARTED = "failed", "interrupted", "not started"
 
 GOOD = (DONE, PUBLISHED)
-"""The states of a job that came to its end."""
+"""The states of a job that succeeded."""
 
 
 @dataclass(frozen=True)
@@ -47,16 +46,16 @@ class PlannedJob:
 
 
 def describe(number: int, arguments: Sequence[str]) -> str:
-    """A job by its number and what sets it apart: `job 0 (model=qwen3_8b)`."""
+    """Names a job by its number and its own arguments: `job 0 (model=qwen3_8b)`."""
     return f"job {number} ({' '.join(arguments)})" if arguments else f"job {number}"
 
 
 @dataclass
 class Status:
-    """How a job stands. `error` is what it failed with, in one line, and `code` its exit code.
+    """The state of a job. `error` is the message that it failed with, in one line, and `code` its exit code.
 
-    `since` is when it was queued, or began for the last time (seconds since 1970), `seconds` what it took since then,
-    `restarts` how often SLURM has begun it anew; `rows` are those of the whole dataset, once it is made.
+    `since` is the time when it was queued or last started, in seconds since 1970. `seconds` is its duration from then.
+    `restarts` counts the restarts by SLURM. `rows` are those of the whole dataset, None until it is made.
     """
 
     number: int
@@ -84,7 +83,7 @@ class Status:
 
     @classmethod
     def here(cls, number: int, config: ResolvedConfig) -> "Status":
-        """The status of a job that begins in this process."""
+        """The status of a job that starts in this process."""
         status = cls.of(number, config, state=RUNNING)
         status.host = socket.gethostname()
         status.slurm_job_id = slurm_job_id()
@@ -92,28 +91,28 @@ class Status:
         return status
 
     def succeed(self, rows: int | None, url: str | None) -> None:
-        """Notes what the job left."""
+        """Records the result of the job."""
         self.state = DONE if url is None else PUBLISHED
         self.rows, self.url = rows, url
 
     def fail(self, message: str, *, code: int = 1) -> None:
-        """Notes that the job failed with `message`, and the exit code that says so."""
+        """Records that the job failed with `message`, and its exit code."""
         self.state, self.error, self.code = FAILED, textwrap.shorten(message, 300, placeholder=" ..."), code
 
     def write(self, folder: Path) -> None:
-        """Puts the status file into a job's folder."""
+        """Writes the status file to a job's folder."""
         _write(folder / STATUS_FILE, asdict(self))
 
 
 def slurm_job_id() -> str | None:
-    """This process's job as SLURM's commands name it, None outside of SLURM."""
+    """The id of this process's job in SLURM's commands; None outside of SLURM."""
     array = os.environ.get("SLURM_ARRAY_JOB_ID")
     return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ.get("SLURM_JOB_ID")
 
 
 @contextmanager
 def recorded(status: Status, folder: Path) -> Iterator[None]:
-    """Keeps the status file in `folder` while the body runs, which sets the state when it ends."""
+    """Writes the status file in `folder` before and after the body, which sets the state."""
     start = time.monotonic()
     with hold(folder / LOCK, "running this job", wait_s=restart_patience_s()):
         status.write(folder)
@@ -127,18 +126,18 @@ def recorded(status: Status, folder: Path) -> Iterator[None]:
 
 
 def read_status(file: Path) -> Status:
-    """The status in `file`; a job that left no last word has failed."""
+    """Reads the status in `file`. A job that no longer runs and did not record its end has failed."""
     status = Status(**json.loads(file.read_text()))
     if status.state == RUNNING and not is_held(file.with_name(LOCK)):
-        status = Status(**json.loads(file.read_text()))  # it may have ended in between
+        status = Status(**json.loads(file.read_text()))  # it may have ended between the two reads
         if status.state == RUNNING:
             status.seconds = max(file.stat().st_mtime - status.since, 0.0)
-            status.fail("ended without a word: it was killed, or its machine failed (out of memory, time limit)")
+            status.fail("ended without a message: it was killed, or its machine failed (out of memory, time limit)")
     return status
 
 
 def statuses(folder: Path) -> dict[int, Status]:
-    """Every status of the run or sweep in `folder`, by the job's number: those that wait in a queue too."""
+    """Reads every status of the run or sweep in `folder`, by the job's number, queued jobs included."""
     found = {status.number: status for status in queued(folder)}
     for path in sorted(folder.rglob(STATUS_FILE)):
         status = read_status(path)
@@ -148,9 +147,9 @@ def statuses(folder: Path) -> dict[int, Status]:
 
 @contextmanager
 def announced(folder: Path, jobs: Sequence[PlannedJob], *, outlive: bool) -> Iterator[None]:
-    """Says in `folder` what the jobs of a sweep are, while and after its command runs.
+    """Records the jobs of a sweep in `folder`, while its command runs and afterwards.
 
-    `outlive`: the jobs go on when the command is gone, and wait for their turn although the block was interrupted.
+    `outlive` says that the jobs continue when the command ends, even if it was interrupted.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / SWEEP_FILE
@@ -162,7 +161,7 @@ def announced(folder: Path, jobs: Sequence[PlannedJob], *, outlive: bool) -> Ite
             for job in jobs
         ],
     }
-    for left in folder.rglob(STATUS_FILE):  # by an earlier sweep in the same folder
+    for left in folder.rglob(STATUS_FILE):  # of an earlier sweep in the same folder
         if not is_held(left.with_name(LOCK)):
             left.unlink()
     with hold(folder / LOCK, "running this sweep"):
@@ -172,7 +171,7 @@ def announced(folder: Path, jobs: Sequence[PlannedJob], *, outlive: bool) -> Ite
 
 
 def submitted(folder: Path, number: int) -> ResolvedConfig | None:
-    """The config with which a job of the sweep in `folder` was submitted; None where none was announced."""
+    """The config with which a job of the sweep in `folder` was submitted; None if the sweep has no such job."""
     for job in _announced(folder).get("jobs", ()):
         if job["status"]["number"] == number:
             return resolve(from_dict(job["config"]))
@@ -180,7 +179,7 @@ def submitted(folder: Path, number: int) -> ResolvedConfig | None:
 
 
 def queued(folder: Path) -> Iterator[Status]:
-    """The jobs that were announced in `folder`, as if none of them had begun."""
+    """The jobs of the sweep in `folder`, as if none of them had started."""
     facts = _announced(folder)
     waits = not facts.get("ended") and (facts.get("outlive") or is_held(folder / LOCK))
     for job in facts.get("jobs", ()):
@@ -200,8 +199,8 @@ def _announced(folder: Path) -> dict[str, Any]:
 
 
 def table(jobs: Sequence[PlannedJob], found: dict[int, Status]) -> str:
-    """The jobs of a sweep, a line each, with how they ended."""
-    rows = [("job", "model", "state", "rows", "time", "where", "what set it apart")]
+    """A table of the jobs of a sweep and their results, one a line."""
+    rows = [("job", "model", "state", "rows", "time", "where", "its own arguments")]
     for job in jobs:
         status = found.get(job.number) or Status.of(job.number, job.config, state=NOT_STARTED)
         where = status.url or str(job.config.data_root)

@@ -172,7 +172,7 @@ def test_an_interrupted_job(light: dict[str, str], tmp_path: Path) -> None:
         assert process.stdout.readline() == "running with seed 3\n"
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=30) == 130
-        assert process.stderr.read() == "stopped by SIGINT; run the same command again to go on\n"
+        assert process.stderr.read() == "stopped by SIGINT; rerun the same command to resume\n"
 
 
 def test_a_failed_job_does_not_stop_its_sweep(light: dict[str, str], tmp_path: Path) -> None:

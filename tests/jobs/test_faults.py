@@ -98,7 +98,7 @@ def test_a_signal_stops_it_at_the_next_batch(
     child.send(number)
     assert child.wait() == 128 + number
     assert child.told.count("forward") == 3, "the batch that ran was the last one"
-    assert f"stopped by {name}; run the same command again" in child.stderr
+    assert f"stopped by {name}; rerun the same command" in child.stderr
     assert "3 of 24 examples are done" in child.stderr
     assert "resuming: 3 of 24 examples are done" in finish(server, job)
     assert hashes(root_of(job)) == whole

@@ -38,7 +38,7 @@ def test_it_says_which_shards_are_missing(
     run(checkpoint, texts, root, **shard(0))
     assert finalize(root) == 1
     said = capsys.readouterr().out
-    assert "shard 1 of 2: not begun" in said and "shard 0" not in said
+    assert "shard 1 of 2: not started" in said and "shard 0" not in said
     with hold(Layout(root).shard_lock(1, 2), "capturing"):
         assert finalize(root) == 1
     assert "shard 1 of 2: running (process " in capsys.readouterr().out

@@ -146,7 +146,7 @@ def test_rows_appended_to_the_source_are_added(
     caplog.set_level("INFO")
     run(checkpoint, path, root, **ALONE)
     assert sorted(forwarded) == [7, 8, 9, 11]
-    assert "adding to a finished dataset of 7 rows" in caplog.text
+    assert "adding to a finished dataset of 7 source rows" in caplog.text
     manifest = manifests.read(root)
     assert (manifest["examples"], manifest["skipped_rows"], manifest["source_rows"]) == (10, 2, 12)
     for name, table in heads_of(root).items():

@@ -198,7 +198,7 @@ def test_what_another_machine_has_added_meanwhile_is_not_taken_back(hub: FakeHub
     first.job(4)
     second.job(6, killed=True)
     third.job(8)
-    with pytest.raises(StoreError, match=rf"not published: {REPO}, branch {BRANCH} has 8 rows .* has 6\. Ask for more"):
+    with pytest.raises(StoreError, match=rf"not published: {REPO}, branch {BRANCH} has 8 source rows .* has 6\. Raise"):
         second.job(6)
     assert published(hub) == 2
     second.job(10)

@@ -276,7 +276,9 @@ def test_jobs_that_fail_do_not_sink_their_sweep(
     code, said = running.wait()
     assert code == 1
     assert [row[2] for row in rows_of(said)] == ["failed", "failed", "done"], said
-    assert re.search(r"job 0 .*: ended without a word", said) and re.search(r"job 1 .*: model .*broken cannot be", said)
+    assert re.search(r"job 0 .*: ended without a message", said) and re.search(
+        r"job 1 .*: model .*broken cannot be", said
+    )
     assert hashes(whole) == hashes(undisturbed("llama"))
     assert [line["state"] for line in running.status() if line["model"] == names[0].name] == ["failed"]
 
@@ -299,9 +301,9 @@ if "SLURM_PROCID" in os.environ:
     import time
     from pathlib import Path
 
-    from qk_sniffer.jobs import run
+    from qk_sniffer.jobs import capture_examples
 
-    real, here = run.mark_done, Path(__file__).parent
+    real, here = capture_examples.mark_done, Path(__file__).parent
 
     def mark_done(layout, shard, **facts):
         real(layout, shard, **facts)
@@ -309,7 +311,7 @@ if "SLURM_PROCID" in os.environ:
         while len(list(here.glob("[0-9]"))) < shard.count:
             time.sleep(0.001)
 
-    run.mark_done = mark_done
+    capture_examples.mark_done = mark_done
 """
 
 

@@ -76,8 +76,8 @@ with recorded(Status.here(0, config), Path({str(tmp_path)!r})):
 """
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
     (line,) = look(tmp_path)
-    assert line.status.state == "failed" and "ended without a word" in str(line.status.error)
-    assert "a: ended without a word" in table([line])
+    assert line.status.state == "failed" and "ended without a message" in str(line.status.error)
+    assert "a: ended without a message" in table([line])
 
 
 def test_the_last_job_of_a_dataset_and_shard_counts(tmp_path: Path) -> None:

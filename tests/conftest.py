@@ -25,6 +25,13 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Gives this session, its fixtures and its processes a folder for all of Hugging Face instead of the user's."""
+    factory: pytest.TempPathFactory = config._tmp_path_factory  # type: ignore[attr-defined]
+    os.environ["HF_HOME"] = str(factory.mktemp("hf-home"))
+
+
 @pytest.fixture(autouse=True)
 def own_caches(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """`datasets` keeps what it converts: outside of the user's cache, and away from other tests."""
@@ -139,12 +146,7 @@ def verify_base(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     folder = tmp_path_factory.mktemp("verify")
     texts = folder / "texts.jsonl"
     texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
-    with pytest.MonkeyPatch.context() as patch:
-        import datasets.config
-
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "cache")
-        patch.setenv("HF_DATASETS_CACHE", str(folder / "cache"))
-        return run(checkpoint, texts, folder / "out", sampler={"type": "uniform", "base_rate": 6.0})
+    return run(checkpoint, texts, folder / "out", sampler={"type": "uniform", "base_rate": 6.0})
 
 
 @pytest.fixture

@@ -13,6 +13,8 @@ import pytest
 import torch
 from support.jobs import heads_of, vectors
 
+pytestmark = pytest.mark.floor
+
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "models" / "ADDING.md").read_text()
 

@@ -9,6 +9,8 @@ from support.jobs import hashes, run
 from qk_sniffer.backbone.loading import load_backbone
 from qk_sniffer.config import ModelConfig
 
+pytestmark = pytest.mark.floor
+
 PLACES = ("embed_tokens", "rotary_emb", "norm", "layers.0", "layers.1", "layers.2")
 
 

@@ -19,6 +19,8 @@ from qk_sniffer.config import DatasetConfig
 from qk_sniffer.corpus.examples import open_corpus
 from qk_sniffer.errors import SourceError
 
+pytestmark = pytest.mark.floor
+
 
 def cached_copy(tmp_path: Path, commit: str, rows: list[dict[str, Any]], config_name: str = "default") -> None:
     """Puts a dataset `org/name` where `datasets` puts what it made of a Hub repository at a commit."""
@@ -96,11 +98,11 @@ def test_no_network_is_an_answer_within_seconds(tmp_path: Path) -> None:
         port = probe.getsockname()[1]
     code = """
 assert not {'torch', 'datasets', 'transformers', 'huggingface_hub'} & set(sys.modules), 'light to import'
-import datasets, transformers.models.auto
-start = time.perf_counter()
+slept = []
+time.sleep = slept.append
 print(error(dataset, 'org/name'))
 print(error(tokenizer, 'org/name'))
-assert time.perf_counter() - start < 10, 'the libraries alone try again for half a minute'
+assert sum(slept) < 10, 'the libraries alone try again for half a minute'
 """
     done = client(code, f"http://127.0.0.1:{port}", tmp_path)
     of_dataset, of_tokenizer = done.stdout.splitlines()

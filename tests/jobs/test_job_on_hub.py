@@ -20,6 +20,8 @@ from support.zoo import CASES
 
 import qk_sniffer
 
+pytestmark = pytest.mark.floor
+
 BRANCH = "pydoc-tiny-pydoc"
 
 JOB = [

@@ -7,6 +7,8 @@ from support.fake_hub import FakeHub
 
 from qk_sniffer.jobs.licenses import stated_terms
 
+pytestmark = pytest.mark.floor
+
 
 def test_on_the_hub_at_a_commit(hub: FakeHub, endpoint: str) -> None:
     card = b"---\nlicense: mit\nlanguage:\n- en\n- de\n- English\n---\n# Texts\n"

@@ -58,6 +58,7 @@ def write_dataset(root: Path, size: Size, heads: int) -> Path:
         "num_k_heads": heads // QUERY_HEADS_OF_A_KEY_HEAD,
         "head_dim": size.dims,
         "sliding_window": None,
+        "softmax_scale": 1.0,
         "captured": {"q": list(range(heads)), "k": list(range(heads // QUERY_HEADS_OF_A_KEY_HEAD))},
     }
     examples = np.repeat(np.arange(EXAMPLES, dtype=np.int32), size.rows // EXAMPLES)
@@ -84,9 +85,10 @@ def write_dataset(root: Path, size: Size, heads: int) -> Path:
     manifest = {
         "format": FORMAT,
         "config": config,
-        "commits": {},
+        "fingerprint": {"model.name": "benchmark"},
+        "commits": {"model": "benchmark"},
         "files": files,
-        "model": {"layers": [layer], "rope_stage": "post"},
+        "model": {"layers": [layer], "rope_stage": "post", "dtype": "float32"},
         "rows": 0,
     }
     Layout(root).manifest.write_text(json.dumps(manifest))

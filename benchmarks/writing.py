@@ -28,10 +28,10 @@ import xxhash
 from qk_sniffer.capture.gather import DeviceCopiers, Heads, TokenIndices, send
 from qk_sniffer.capture.sampling import Picks, Sampler
 from qk_sniffer.config import SamplerConfig
-from qk_sniffer.store.compact import HeadSpec, compact
+from qk_sniffer.store.compact import compact
 from qk_sniffer.store.journal import ExampleRecord, Journal
 from qk_sniffer.store.journal_writer import JournalWriter
-from qk_sniffer.store.layout import VECTOR_PATH, Layout
+from qk_sniffer.store.layout import VECTOR_PATH, Head, Layout
 from qk_sniffer.store.rows import Rows
 
 HEADS, HEAD_DIM, EXAMPLES, TOKENS = 12, 64, 128, 1024
@@ -79,7 +79,7 @@ def main() -> None:
                 writer.complete([ExampleRecord(index, index, str(index), TOKENS, False, "")])
         journal_mb_s = writer.bytes_written / (time.perf_counter() - start) / 1e6
         parts = [vectors.float().numpy() for vectors in captured]
-        heads = [HeadSpec(0, head, "q", head, HEAD_DIM, None, head) for head in range(HEADS)]
+        heads = [Head(0, head, "q", head, HEAD_DIM, None, head) for head in range(HEADS)]
         sampler = Sampler(SamplerConfig(type="all"))
 
         def ours() -> None:

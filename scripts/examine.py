@@ -30,7 +30,7 @@ from qk_sniffer.backbone.tap import AttentionCall
 from qk_sniffer.capture import proof as proof_module
 from qk_sniffer.config import ModelConfig
 from qk_sniffer.errors import CaptureError, QkSnifferError
-from qk_sniffer.store.compact import HeadSpec
+from qk_sniffer.store.layout import Head
 
 TOKENS = 3 * WINDOW
 
@@ -218,13 +218,11 @@ def _is_proven(backbone: Backbone) -> bool:
     """
     family, decoder_type = backbone.family, backbone.config.model_type
     ids = _ids(proof_module.MIN_TOKENS)[:1]
-    vectors: dict[HeadSpec, np.ndarray] = {}
+    vectors: dict[Head, np.ndarray] = {}
     for call in _captured(backbone, ids):
         for kind, states in (("q", call.query), ("k", call.key)):
             for head in range(states.shape[1]):
-                spec = HeadSpec(
-                    call.layer, head, kind, key_head=0, head_dim=states.shape[-1], sliding_window=None, row=0
-                )
+                spec = Head(call.layer, head, kind, key_head=0, head_dim=states.shape[-1], sliding_window=None, row=0)
                 vectors[spec] = states[0, head].float().numpy()
     positions = np.arange(ids.shape[1])
     with patch.object(family_module, "PROVABLE_TYPES", {decoder_type}):

@@ -29,8 +29,7 @@ from qk_sniffer.backbone.backbone import Backbone
 from qk_sniffer.backbone.family import QueryKey, RotaryCall
 from qk_sniffer.backbone.tap import rotary_functions, watched_rotary
 from qk_sniffer.errors import QkSnifferError
-from qk_sniffer.store.compact import HeadSpec
-from qk_sniffer.store.layout import Layout
+from qk_sniffer.store.layout import Head, Layout
 
 MAX_TOKENS = 4096
 """Longer examples are cut to this number of tokens. Later tokens do not change the vectors of earlier ones."""
@@ -58,7 +57,7 @@ StoredRows = tuple[npt.NDArray[np.int64], Vectors]
 
 
 def prove(
-    backbone: Backbone, layout: Layout, heads: Sequence[HeadSpec], examples: Mapping[int, npt.NDArray[np.int32]]
+    backbone: Backbone, layout: Layout, heads: Sequence[Head], examples: Mapping[int, npt.NDArray[np.int32]]
 ) -> dict[str, Any]:
     """Compares the stored rows of `examples` (token ids by example_id) in `layout` with vectors from hooks.
 
@@ -93,22 +92,22 @@ def prove(
     }
 
 
-def _stored(layout: Layout, heads: Sequence[HeadSpec], example_id: int) -> dict[HeadSpec, StoredRows]:
+def _stored(layout: Layout, heads: Sequence[Head], example_id: int) -> dict[Head, StoredRows]:
     stored = {}
     for head in heads:
-        positions, vectors = rows_of_example(layout.head_file(head.layer, head.head, head.kind), example_id)
+        positions, vectors = rows_of_example(layout.root / head.file, example_id)
         near = positions < MAX_TOKENS
         if near.any():
             stored[head] = positions[near], vectors[near]
     return stored
 
 
-def examples_with_rows(layout: Layout, heads: Sequence[HeadSpec]) -> set[int]:
+def examples_with_rows(layout: Layout, heads: Sequence[Head]) -> set[int]:
     """Returns the example_ids of which any head has rows. The heads of one layer and kind have the same."""
     first_heads = {(head.layer, head.kind): head for head in reversed(heads)}
     found: set[int] = set()
     for head in first_heads.values():
-        ids = pq.read_table(layout.head_file(head.layer, head.head, head.kind), columns=["example_id"])["example_id"]
+        ids = pq.read_table(layout.root / head.file, columns=["example_id"])["example_id"]
         found |= set(ids.unique().to_pylist())
     return found
 
@@ -130,8 +129,8 @@ def rows_of_example(path: Path, example_id: int) -> StoredRows:
 
 
 def _derived(
-    backbone: Backbone, ids: npt.NDArray[np.int32], heads: Mapping[HeadSpec, npt.NDArray[np.int64]]
-) -> dict[HeadSpec, Derived] | None:
+    backbone: Backbone, ids: npt.NDArray[np.int32], heads: Mapping[Head, npt.NDArray[np.int64]]
+) -> dict[Head, Derived] | None:
     """Returns each head's vectors at its positions, from hooks on a plain forward; None without a hook path."""
     family = backbone.family
     length = min(MIN_TOKENS, backbone.num_positions or MIN_TOKENS)
@@ -140,7 +139,7 @@ def _derived(
     modules = {module: layer for module, layer in backbone.attention_layers.items() if layer in head_dims}
     projected: dict[str, torch.Tensor] = {}  # by the attention module whose forward is running
     rotary_calls: list[RotaryCall] = []
-    derived: dict[HeadSpec, Derived] = {}
+    derived: dict[Head, Derived] = {}
     hooks = []
 
     def keep(name: str) -> Callable[..., None]:

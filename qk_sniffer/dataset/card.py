@@ -1,8 +1,8 @@
-"""The dataset card: README.md of a dataset, for the Hub's readers and for `load_dataset`.
+"""Writes the dataset card: README.md of a dataset, for readers on the Hub and for `load_dataset`.
 
-Its front matter names one config for each head, so that `load_dataset(root, "l00h00q")` reads that head and no
-other; the first head is the default. The text depends on the facts alone: no dates, hosts or local paths. On a branch
-of the Hub it tells more: how to read it from there, the proof, pictures.
+The front matter names one config for each head, so that `load_dataset(root, "l00h00q")` reads only that head. The
+first head is the default. The text depends on the facts alone and has no dates, hosts or local paths. The card on a
+branch of the Hub has more sections: loading from the Hub, the proof, the pictures and a citation.
 """
 
 import json
@@ -12,23 +12,23 @@ from dataclasses import replace
 from pathlib import Path
 
 from qk_sniffer.capture.sampling import Sampler
-from qk_sniffer.dataset.card_facts import CardFacts, CardHead, Place
+from qk_sniffer.dataset.bucket_ranges import bucket_ranges
+from qk_sniffer.dataset.card_facts import CardFacts, Place
 from qk_sniffer.dataset.card_snippets import loading
 from qk_sniffer.resolved import rule, safe_name
 from qk_sniffer.store import manifest as manifests
-from qk_sniffer.store.layout import EXAMPLES, KINDS, Layout, head_name, schema
+from qk_sniffer.store.layout import EXAMPLES, KIND_NAMES, KINDS, Head, Layout, schema
 from qk_sniffer.text import compact_ranges
 
 FRONT_MATTER_BYTES = 100_000
-"""The most that the front matter may take."""
+"""The largest size of the front matter."""
 
 _MAX_BUCKET_LINES = 32
-_KIND_NAMES = {"q": "query", "k": "key"}
 
 
 def write_card(facts: CardFacts) -> str:
-    """The card's text. There must be at least one head."""
-    names = [head_name(head.layer, head.head, head.kind) for head in _in_order(facts.heads)]
+    """Returns the text of the card. The dataset has at least one head."""
+    names = [head.name for head in _in_order(facts.heads)]
     front_matter, lists_all = _front_matter(facts, names)
     parts = [
         front_matter,
@@ -48,10 +48,10 @@ def write_card(facts: CardFacts) -> str:
 
 
 def branch_card(root: Path, repo_id: str, branch: str) -> bytes:
-    """The card of the dataset at `root` for its branch on the Hub, with the proof and the pictures in its folder.
+    """Returns the card of the dataset at `root` for its branch on the Hub, with its proof and its pictures.
 
     Raises:
-        StoreError: the dataset is not whole.
+        StoreError: the dataset is incomplete.
     """
     manifest = manifests.read(root)
     pictures = [path.relative_to(root).as_posix() for path in Layout(root).pictures()]
@@ -59,13 +59,13 @@ def branch_card(root: Path, repo_id: str, branch: str) -> bytes:
     return write_card(facts).encode()
 
 
-def _in_order(heads: Sequence[CardHead]) -> list[CardHead]:
-    return sorted(heads, key=lambda head: (head.layer, KINDS.index(head.kind), head.head))
+def _in_order(heads: Sequence[Head]) -> list[Head]:
+    return sorted(heads, key=lambda head: head.key.order)
 
 
 def _front_matter(facts: CardFacts, names: list[str]) -> tuple[str, bool]:
-    """The YAML between its dashes, and whether it names every head."""
-    # A folder's glob takes 11 bytes less a head than the file's name, but costs a listing on the Hub.
+    """Returns the YAML between dashes, and whether it names every head."""
+    # A glob is 11 bytes shorter than the file's name, but costs a listing on the Hub.
     for pattern, listed in (("{}/data.parquet", names), ("{}/*", names), ("{}/data.parquet", names[:1])):
         text = _yaml(facts, [(name, pattern.format(name)) for name in listed])
         if len(text.encode()) <= FRONT_MATTER_BYTES:
@@ -74,13 +74,13 @@ def _front_matter(facts: CardFacts, names: list[str]) -> tuple[str, bool]:
 
 
 def _yaml(facts: CardFacts, configs: list[tuple[str, str]]) -> str:
-    # What derives from a model and from texts of others has the terms of both, which no identifier of the Hub's names.
+    # The vectors derive from a model and from texts. No license identifier of the Hub names the terms of both.
     lines = ["---", f"pretty_name: {_quoted(_title(facts))}"]
     lines += ["license: other", "license_name: terms-of-the-model-and-the-texts"]
     if facts.languages:
         lines += ["language:", *(f"- {_quoted(language)}" for language in facts.languages)]
     lines += ["tags:", *(f"- {tag}" for tag in ("qk-sniffer", "attention", "interpretability"))]
-    lines += ["size_categories:", f"- {_size_category(sum(head.rows for head in facts.heads))}"]
+    lines += ["size_categories:", f"- {_size_category(facts.rows)}"]
     if facts.dataset_commit is not None:
         lines += ["source_datasets:", f"- {_quoted(facts.config.dataset.path or '')}"]
     lines.append("configs:")
@@ -93,19 +93,19 @@ def _yaml(facts: CardFacts, configs: list[tuple[str, str]]) -> str:
 
 def _introduction(facts: CardFacts) -> str:
     counts = {kind: sum(head.kind == kind for head in facts.heads) for kind in KINDS}
-    what = " and ".join(f"{counts[kind]:,} {_KIND_NAMES[kind]} heads" for kind in KINDS if counts[kind])
-    rows = sum(head.rows for head in facts.heads)
+    heads = " and ".join(f"{counts[kind]:,} {KIND_NAMES[kind]} heads" for kind in KINDS if counts[kind])
     stage = "before" if facts.config.capture.capture_pre_rope else "after"
+    file = f"l<layer>h<head><{'|'.join(KINDS)}>/data.parquet"
     return f"""\
 # {_title(facts)}
 
 The query (Q) and key (K) vectors of attention heads of `{_model_name(facts)}` at sampled token positions of
-{facts.num_examples:,} texts of `{_dataset_name(facts)}`: {what}, {rows:,} rows. Captured with qk-sniffer in the
-model's own forward pass, {stage} the rotary embedding (RoPE).
+{facts.num_examples:,} examples of `{_dataset_name(facts)}`: {heads}, {facts.rows:,} rows. qk-sniffer captured them
+in the model's own forward pass, {stage} the rotary embedding (RoPE).
 
-Each head is one Parquet file, `l<layer>h<head><q|k>/data.parquet`; a `k` head is numbered among the key heads.
-Rows are sorted by the order of the texts in their source, then by position. `examples/data.parquet` describes
-the texts, `manifest.json` the run and every file.
+Each head is one Parquet file, `{file}`. A `k` head is numbered among the key heads.
+Rows are sorted by the order of the examples in their source, then by position. `examples/data.parquet` describes the
+examples. `manifest.json` describes the run and every file.
 """
 
 
@@ -113,13 +113,13 @@ def _columns(facts: CardFacts) -> str:
     capture, dtype = facts.config.capture, facts.config.model.dtype
     stage = "before RoPE" if capture.capture_pre_rope else "as attention received it, after RoPE"
     meanings = {
-        "bucket": "the range of positions that the row was drawn from, see Sampling",
-        "example_id": "the text: `examples/data.parquet` has its id in the source, its length and its hash",
-        "position": "the token's position in the text, from 0",
+        "bucket": "the range of positions that the row is drawn from, see Sampling",
+        "example_id": "the example: `examples/data.parquet` has its id in the source, its length and its hash",
+        "position": "the token's position in the example, from 0",
         "vector": f"the query or key vector, {stage}; {dtype}, widened to float32",
-        "sliding_window": "tokens that the layer attends back to, the token itself included; null on full attention",
-        "token_id": "the token at that position",
-        "token_str": "the same, as text",
+        "sliding_window": "tokens that the layer attends back to, including the token itself; null on full attention",
+        "token_id": "the token at this position",
+        "token_str": "the token as text",
     }
     types = {"vector": f"list of {compact_ranges(head.head_dim for head in facts.heads)} float32"}
     fields = schema(1, token_ids=capture.capture_token_ids, token_strings=capture.capture_token_strings)
@@ -143,8 +143,8 @@ def _run(facts: CardFacts) -> str:
         ("split", dataset.split),
         ("text column", dataset.text_column),
         ("id column", dataset.id_column or "none: example_id is the row's index"),
-        ("texts", f"{facts.num_examples:,} ({cut}; {empty})"),
-        ("tokens", f"{facts.num_tokens:,} (the longest text has {facts.longest:,})"),
+        ("examples", f"{facts.num_examples:,} ({cut}; {empty})"),
+        ("tokens", f"{facts.num_tokens:,} (the longest example has {facts.longest:,})"),
         ("stage", "before RoPE" if facts.config.capture.capture_pre_rope else "after RoPE"),
         ("software", ", ".join(f"{name} {version}" for name, version in sorted(facts.software.items()))),
     ]
@@ -153,7 +153,7 @@ def _run(facts: CardFacts) -> str:
 
 
 def _head_layout(facts: CardFacts) -> str:
-    by_layer: dict[int, list[CardHead]] = {}
+    by_layer: dict[int, list[Head]] = {}
     for head in _in_order(facts.heads):
         by_layer.setdefault(head.layer, []).append(head)
     layers_alike: dict[tuple[str, ...], list[int]] = {}
@@ -165,13 +165,14 @@ def _head_layout(facts: CardFacts) -> str:
             *(compact_ranges(head.head for head in heads if head.kind == kind) or "none" for kind in KINDS),
         )
         layers_alike.setdefault(alike, []).append(layer)
+    header = ("layers", "attention", "head_dim", *(f"{KIND_NAMES[kind]} heads" for kind in KINDS))
     table = [(compact_ranges(layers), *alike) for alike, layers in layers_alike.items()]
-    text = "## Heads\n\n" + _table(("layers", "attention", "head_dim", "query heads", "key heads"), table)
+    text = "## Heads\n\n" + _table(header, table)
     draw = facts.config.capture.head_sampling
     if draw.count is not None:
         text += (
             f"\nThe query heads were drawn: {draw.count:,} of the eligible ones (seed {draw.seed}). The key heads are\n"
-            "those that serve them.\n"
+            "the ones that serve them.\n"
         )
     return text
 
@@ -179,66 +180,59 @@ def _head_layout(facts: CardFacts) -> str:
 def _sampling(facts: CardFacts) -> str:
     config, sampler = facts.config.sampler, Sampler(facts.config.sampler)
     kinds = [kind for kind in KINDS if any(head.kind == kind for head in facts.heads)]
-    words, sharing = "seed, example_id, layer, kind, position", "All heads of a layer and kind"
+    hashed, sharing = "seed, example_id, layer, kind, position", "All heads of a layer and kind"
     if config.share == "example":
-        words, sharing = "seed, example_id, position", "All layers, queries and keys alike,"
+        hashed, sharing = "seed, example_id, position", "The queries and keys of all layers"
     text = f"""\
 ## Sampling
 
-Sampler: {rule(config)}, min_bucket_size {config.min_bucket_size:,}, seed {config.seed}. A position is kept when a hash
-of ({words}), read as a number u in [0, 1), is below the probability p of its bucket.
-{sharing} share u. To estimate sums over all positions, weight each row by 1/p.
+Sampler: {rule(config)}, min_bucket_size {config.min_bucket_size:,}, seed {config.seed}. A hash of
+({hashed}) gives a number u in [0, 1). A position is kept when u is below the
+probability p of its bucket. {sharing} share u.
+To estimate sums over all positions, weight each row by 1/p.
 """
     if config.max_rows_per_example is not None:
         text += (
-            f"Where more than {config.max_rows_per_example:,} are kept for a text, layer and kind, those with the\n"
-            "smallest hashes remain: there the true probability is below p.\n"
+            f"If more than {config.max_rows_per_example:,} are kept for an example, layer and kind, only those with\n"
+            "the smallest hashes remain, and the true probability is below p.\n"
         )
     for group in [kinds] if sampler.same_rule() else [[kind] for kind in kinds]:
-        header = ("bucket", "positions", "p", *(f"{_KIND_NAMES[kind]} rows" for kind in group))
+        header = ("bucket", "positions", "p", *(f"{KIND_NAMES[kind]} rows" for kind in group))
         text += "\n" + _table(header, _bucket_lines(facts, sampler, group))
     return text
 
 
 def _bucket_lines(facts: CardFacts, sampler: Sampler, kinds: list[str]) -> list[tuple[str, ...]]:
-    inclusion = sampler.inclusion(kinds[0], facts.longest)
-    buckets = list(inclusion)
-    # Only buckets of equal width, and so of equal p, can be so many that they share a line.
-    step = -(-len(buckets) // _MAX_BUCKET_LINES) or 1
-    lines = []
-    for start in range(0, len(buckets), step):
-        some = buckets[start : start + step]
-        first, last = sampler.span(kinds[0], some[0])[0], sampler.span(kinds[0], some[-1])[1]
-        rows = [sum(facts.rows_by_bucket[kind].get(bucket, 0) for bucket in some) for kind in kinds]
-        lines.append(
-            (
-                compact_ranges(some),
-                f"{first:,} to {min(last, facts.longest - 1):,}",
-                f"{inclusion[some[0]]:.6g}",
-                *(f"{count:,}" for count in rows),
-            )
+    return [
+        (
+            buckets.label,
+            buckets.positions,
+            f"{buckets.probability:.6g}",
+            *(f"{buckets.rows(facts.rows_by_bucket[kind]):,}" for kind in kinds),
         )
-    return lines
+        for buckets in bucket_ranges(sampler, kinds[0], facts.longest, _MAX_BUCKET_LINES)
+    ]
 
 
 def _logits(facts: CardFacts) -> str:
     rotated = (
         "These vectors are from before RoPE: first apply the layer's rotary embedding (its inverse frequencies and\n"
-        "attention scaling are in `manifest.json`), and what some models do behind it (a norm, a scale by position).\n"
-        "Then a logit"
+        "attention scaling are in `manifest.json`), then the norm or the scale by position that some models apply\n"
+        "after it. Then a logit"
         if facts.config.capture.capture_pre_rope
         else "A logit"
     )
     return f"""\
 ## Rebuilding attention logits
 
-{rotated} of a query and a key of the same text, with the key's position at most the query's, is their dot
-product times the layer's softmax scale, then soft-capped where the layer has a softcap. Scale, softcap, sinks and
-rotary parameters of each layer are in `manifest.json`, and so is the key head that serves each query head; the
-metadata of each Parquet file repeats what concerns its head. With a sliding window of w tokens, a query attends to
-a key only when their positions differ by less than w; with an `attention_chunk` of c, only when both positions divided
-by c have the same whole part. Where `position_bias` is true, a bias is added to the logits that is not stored;
-where `sparse_attention` is true, a query attends to some of these keys only, and which ones is not stored.
+{rotated} of a query and a key of the same example, with the key's position at most the query's, is their dot
+product times the layer's softmax scale, then soft-capped if the layer has a softcap. `manifest.json` has the scale,
+softcap, sinks and rotary parameters of each layer, and its numbers of heads: the key head of query head q is
+`q // (num_q_heads // num_k_heads)`. The metadata of each Parquet file has the scale, window and key head of its head.
+With a sliding window of w tokens, a query attends to a key only if their positions differ by less than w. With an
+`attention_chunk` of c, a query attends to a key only if both positions divided by c have the same whole part. Where
+`position_bias` is true, the model adds a bias to the logits, which is not stored. Where `sparse_attention` is true, a
+query attends to only some of these keys, and the choice is not stored.
 """
 
 
@@ -254,8 +248,8 @@ def _proof(facts: CardFacts) -> str:
     return f"""\
 ## Proof
 
-The rows of {rows} were derived again on another path: hooks on the projections of the unmodified
-model, without the tap that captured them. Relative to the spread of a head's vectors they differ by {largest:.1g} at
+The rows of {rows} were computed again on another path: by hooks on the projections of the unmodified
+model, without the tap that captured them. Relative to the spread of a head's vectors, they differ by {largest:.1g} at
 most, in any layer; up to {proof["tolerance"]:g} counts as rounding in {facts.config.model.dtype}. A wrong head,
 position or rotation gives about 1. `manifest.json` has the figure of each layer.
 """
@@ -264,8 +258,8 @@ position or rotation gives about 1. `manifest.json` has the figure of each layer
 def _pictures(facts: CardFacts) -> str:
     if not facts.pictures:
         return ""
-    shown = [f"![{Path(name).stem.replace('_', ' ')}]({name})\n" for name in facts.pictures]
-    return "## Pictures\n\n" + "\n".join(shown)
+    images = [f"![{Path(name).stem.replace('_', ' ')}]({name})\n" for name in facts.pictures]
+    return "## Pictures\n\n" + "\n".join(images)
 
 
 def _terms(facts: CardFacts) -> str:
@@ -277,7 +271,7 @@ def _terms(facts: CardFacts) -> str:
 ## Terms
 
 The vectors derive from {source(_model_name(facts), "model")} and from {source(_dataset_name(facts), "dataset")}.
-No licence of their own is stated here; the terms of both apply.
+This card states no licence of its own: the terms of both apply.
 """
 
 
@@ -288,7 +282,7 @@ def _citation(facts: CardFacts) -> str:
     return f"""\
 ## How to cite
 
-Cite the model, the texts, and this dataset with the commit that was used:
+Cite the model, the texts, and this dataset with the commit that you used:
 
 ```bibtex
 @misc{{{key},
@@ -318,7 +312,7 @@ def _dataset_name(facts: CardFacts) -> str:
 
 
 def _public_name(name: str | None, commit: str | None) -> str:
-    # What has no commit is a local folder or file: its path means nothing to a reader, and may tell too much.
+    # A source without a commit is a local folder or file. Its path means nothing to a reader and may be private.
     return (name if commit is not None else Path(name or "").name) or "unnamed"
 
 

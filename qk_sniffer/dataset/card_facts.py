@@ -1,29 +1,18 @@
-"""What a dataset card tells, from the manifest of its dataset."""
+"""Collects the facts that a dataset card states, from the manifest of its dataset."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from qk_sniffer.config import Config, from_dict
+from qk_sniffer.dataset.heads import captured_heads
 from qk_sniffer.hub.revisions import hub_commit_of
-from qk_sniffer.store.layout import KINDS, head_file
-
-
-@dataclass(frozen=True)
-class CardHead:
-    """One captured head; `head` counts key heads where `kind` is "k"."""
-
-    layer: int
-    kind: str
-    head: int
-    head_dim: int
-    sliding_window: int | None
-    rows: int
+from qk_sniffer.store.layout import Head
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where on the Hub a card is read."""
+    """The branch of the Hub that a card is published to."""
 
     repo_id: str
     branch: str
@@ -31,52 +20,44 @@ class Place:
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What the card tells. A commit is null for what did not come from the Hub."""
+    """The facts that a card states. A commit is None for a source that is not on the Hub."""
 
     config: Config
-    """As the manifest has it: names of local files and folders without their paths."""
+    """The config in the manifest, which names local files and folders without their paths."""
     model_commit: str | None
     tokenizer_commit: str | None
     dataset_commit: str | None
     software: Mapping[str, str]
-    """Versions by name."""
+    """Versions by package."""
     num_examples: int
     num_tokens: int
     num_truncated: int
     num_skipped: int
     longest: int
     """Tokens of the longest example."""
-    heads: Sequence[CardHead]
+    heads: Sequence[Head]
     rows_by_bucket: Mapping[str, Mapping[int, int]]
-    """{kind: {bucket: rows of all its heads}}"""
+    """{kind: {bucket: rows of all heads of the kind}}"""
     licenses: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    """Those that the sources state: {"model": ..., "dataset": ...}."""
+    """The licenses that the sources state: {"model": ..., "dataset": ...}."""
     languages: Sequence[str] = ()
-    """Of the texts, as their source states them."""
+    """The languages of the examples that their source states."""
     place: Place | None = None
-    """Where the card is to be read, if not in a folder; what follows is told there alone."""
+    """None for the card in a folder, which has neither proof nor pictures."""
     proof: Mapping[str, Any] | None = None
-    """The manifest's."""
+    """The manifest's `proof`."""
     pictures: Sequence[str] = ()
-    """Names of files, relative to the card."""
+    """The names of the files, relative to the card."""
+
+    @property
+    def rows(self) -> int:
+        """The rows of all heads."""
+        return sum(sum(rows.values()) for rows in self.rows_by_bucket.values())
 
     @classmethod
     def of(cls, manifest: Mapping[str, Any]) -> "CardFacts":
-        """What the manifest of a dataset says."""
-        model, commits, stated = manifest["model"], manifest["commits"], manifest["stated"]
-        heads = [
-            CardHead(
-                layer["layer"],
-                kind,
-                head,
-                layer["head_dim"],
-                layer["sliding_window"],
-                manifest["files"][head_file(layer["layer"], head, kind)]["rows"],
-            )
-            for layer in model["layers"]
-            for kind in KINDS
-            for head in layer["captured"].get(kind, ())
-        ]
+        """Returns the facts in the manifest of a dataset."""
+        commits, stated = manifest["commits"], manifest["stated"]
         return cls(
             config=from_dict(manifest["config"]),
             model_commit=hub_commit_of(commits["model"]),
@@ -88,7 +69,7 @@ class CardFacts:
             num_truncated=manifest["truncated_examples"],
             num_skipped=manifest["skipped_rows"],
             longest=manifest["longest_example"],
-            heads=heads,
+            heads=captured_heads(manifest),
             rows_by_bucket={
                 kind: {int(bucket): rows for bucket, rows in counted.items()}
                 for kind, counted in manifest["rows_by_bucket"].items()

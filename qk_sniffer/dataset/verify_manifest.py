@@ -1,4 +1,4 @@
-"""A dataset's manifest as `verify` takes it: what it says of files and heads, and whether it agrees with itself."""
+"""Reads the facts that `verify` needs from a manifest, and finds contradictions within the manifest."""
 
 import math
 from collections import Counter
@@ -8,16 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pyarrow as pa
+
 from qk_sniffer.capture.sampling import Sampler
 from qk_sniffer.config import Config, from_dict
-from qk_sniffer.dataset.heads import head_specs
-from qk_sniffer.dataset.verify_report import ANEW, Problem
-from qk_sniffer.dataset.verify_rows import Head
+from qk_sniffer.dataset.heads import captured_heads
+from qk_sniffer.dataset.verify_report import RECREATE, Problem
 from qk_sniffer.errors import StoreError
 from qk_sniffer.resolved import fingerprint, resolve
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.journal import Journal
-from qk_sniffer.store.layout import Layout, schema
+from qk_sniffer.store.layout import Head, Layout, schema
 from qk_sniffer.store.locks import holder, is_held
 from qk_sniffer.store.manifest import FileEntry
 from qk_sniffer.store.record import read_record
@@ -26,26 +27,28 @@ from qk_sniffer.text import counted
 _COUNTS = ("examples", "tokens", "truncated_examples", "skipped_rows", "source_rows", "rows")
 
 _DEPEND_ON_WHERE_IT_RAN = {"model.name", "model.tokenizer.name", "dataset.path", "shard.count"}
-"""Keys whose value in the fingerprint is not found again from the config in the manifest."""
+"""Keys whose value in the fingerprint cannot be computed from the config in the manifest."""
 
 _Number = TypeVar("_Number", int, float)
 
 
 class ProblemError(Exception):
-    """A dataset of which nothing more can be checked."""
+    """A problem that leaves nothing else to check."""
 
-    def __init__(self, fault: Problem) -> None:
-        super().__init__(fault.what)
-        self.fault = fault
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem.what)
+        self.problem = problem
 
 
 @dataclass(frozen=True, eq=False)
 class ManifestFacts:
-    """What the manifest says. `files` and `heads` by the file's name, heads in the order of the manifest's layers.
+    """The facts in a manifest.
 
-    `title`: what was captured, in a line. `proven` and `proof`: what the job found of its vectors, and that in words.
+    `title` names model and dataset in a line. `files` and `heads` are by the file's name, heads in the order of the
+    manifest's layers. `proof` is the job's proof in words.
     """
 
+    root: Path
     title: str
     files: dict[str, FileEntry]
     config: Config
@@ -56,16 +59,16 @@ class ManifestFacts:
     nonfinite_rows: dict[str, int] | None
     inclusion: dict[str, dict[int, float]]
     fingerprints: tuple[dict[str, Any], dict[str, Any]]
-    """That of `config`, and the one that is stated beside it."""
+    """The fingerprint of `config`, and the one in the manifest."""
     proven: bool | None
     proof: str
 
     @classmethod
     def read(cls, root: Path) -> "ManifestFacts":
-        """The manifest of the dataset at `root`.
+        """Reads the manifest of the dataset at `root`.
 
         Raises:
-            FaultError: there is none, or none that can be understood.
+            ProblemError: the manifest is missing, or lacks facts.
         """
         layout = Layout(root)
         try:
@@ -74,24 +77,15 @@ class ManifestFacts:
             raise ProblemError(_no_manifest(layout, error)) from error
         try:
             return cls._of(layout, manifest)
-        except Exception as error:  # whatever a manifest leads to that lacks something or holds nonsense
-            said = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-            way_out = f"use the version of qk-sniffer that made it, or {ANEW}"
-            raise ProblemError(Problem("manifest", "manifest.json is not understood", said, way_out)) from error
+        except Exception as error:  # a manifest without a key, or with nonsense, fails in any way
+            instance = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            way_out = f"use the version of qk-sniffer that wrote it, or {RECREATE}"
+            raise ProblemError(Problem("manifest", "manifest.json is not understood", instance, way_out)) from error
 
     @classmethod
     def _of(cls, layout: Layout, manifest: dict[str, Any]) -> "ManifestFacts":
         config = from_dict(manifest["config"])
-        capture = config.capture
-        heads = {}
-        for spec in head_specs(manifest):
-            if not isinstance(spec.sliding_window, int | None):
-                raise ValueError(f"the sliding_window of layer {spec.layer} is {spec.sliding_window}")
-            path = layout.head_file(spec.layer, spec.head, spec.kind)
-            columns = schema(
-                spec.head_dim, token_ids=capture.capture_token_ids, token_strings=capture.capture_token_strings
-            )
-            heads[path.relative_to(layout.root).as_posix()] = Head(spec, path, columns)
+        heads = {head.file: head for head in captured_heads(manifest)}
         if not heads:
             raise ValueError("no layer has captured heads")
         files = {
@@ -100,10 +94,11 @@ class ManifestFacts:
         }
         model = manifest["model"]
         stage = {"pre": "before RoPE", "post": "after RoPE"}[model["rope_stage"]]
-        # These two came later than the first datasets of this format.
+        # The first datasets of this format have neither of these two.
         nonfinite = manifest.get("nonfinite_rows")
         proof = manifest.get("proof", {"proven": None, "reason": "manifest.json has no proof"})
-        return cls(
+        facts = cls(
+            root=layout.root,
             title=f"{config.model.slug} ({model['dtype']}, {stage}) on {config.dataset.slug}",
             files=files,
             config=config,
@@ -117,30 +112,40 @@ class ManifestFacts:
             proven=proof["proven"],
             proof=_in_words(proof),
         )
+        for head in heads.values():
+            if not isinstance(head.sliding_window, int | None):
+                raise ValueError(f"the sliding_window of layer {head.layer} is {head.sliding_window}")
+            facts.schema(head)
+        return facts
+
+    def schema(self, head: Head) -> pa.Schema:
+        """Returns the columns that the file of a head must have."""
+        capture = self.config.capture
+        return schema(head.head_dim, token_ids=capture.capture_token_ids, token_strings=capture.capture_token_strings)
 
     def contradictions(self) -> Iterator[Problem]:
-        """Where the manifest disagrees with itself."""
+        """Yields the contradictions within the manifest."""
         counts = self.counts
         if self.heads.keys() <= self.files.keys():
             rows = Counter(dict.fromkeys(self.rows_by_bucket, 0))
             for name, head in self.heads.items():
-                rows[head.spec.kind] += self.files[name].rows or 0
+                rows[head.kind] += self.files[name].rows or 0
             for kind, number in sorted(rows.items()):
-                if (there := sum(self.rows_by_bucket.get(kind, {}).values())) != number:
-                    yield _contradiction(f"rows_by_bucket has {there:,} rows of kind {kind}, files has {number:,}")
+                if (in_buckets := sum(self.rows_by_bucket.get(kind, {}).values())) != number:
+                    yield _contradiction(f"rows_by_bucket has {in_buckets:,} rows of kind {kind}, files has {number:,}")
             if counts["rows"] != rows.total():
-                yield _contradiction(f"rows is {counts['rows']:,}, those of files are {rows.total():,}")
+                yield _contradiction(f"rows is {counts['rows']:,}, files has {rows.total():,}")
         if counts["source_rows"] != counts["examples"] + counts["skipped_rows"]:
-            others = f"{counts['examples']:,} examples and {counts['skipped_rows']:,} skipped_rows"
-            yield _contradiction(f"source_rows is {counts['source_rows']:,}, but there are {others}")
-        mine, beside = self.fingerprints
-        for key in sorted((mine.keys() & beside.keys()) - _DEPEND_ON_WHERE_IT_RAN):
-            if mine[key] != beside[key]:
-                yield _contradiction(f"{key} is {mine[key]!r} in config, {beside[key]!r} in fingerprint")
+            others = f"examples is {counts['examples']:,} and skipped_rows {counts['skipped_rows']:,}"
+            yield _contradiction(f"source_rows is {counts['source_rows']:,}, but {others}")
+        of_config, listed = self.fingerprints
+        for key in sorted((of_config.keys() & listed.keys()) - _DEPEND_ON_WHERE_IT_RAN):
+            if of_config[key] != listed[key]:
+                yield _contradiction(f"{key} is {of_config[key]!r} in config, {listed[key]!r} in fingerprint")
 
 
-def _by_bucket(stated: dict[str, dict[str, Any]], number: Callable[[Any], _Number]) -> dict[str, dict[int, _Number]]:
-    return {kind: {int(bucket): number(value) for bucket, value in row.items()} for kind, row in stated.items()}
+def _by_bucket(values: dict[str, dict[str, Any]], number: Callable[[Any], _Number]) -> dict[str, dict[int, _Number]]:
+    return {kind: {int(bucket): number(value) for bucket, value in row.items()} for kind, row in values.items()}
 
 
 def _in_words(proof: dict[str, Any]) -> str:
@@ -163,22 +168,22 @@ def _no_manifest(layout: Layout, error: StoreError) -> Problem:
         way_out = "give data_root the folder of a dataset: one that a job wrote, or fetched from the Hub"
         return Problem("manifest", f"there is no folder {layout.root}", way_out=way_out)
     if layout.manifest.exists():
-        return Problem("manifest", str(error), way_out=f"use the version of qk-sniffer that made it, or {ANEW}")
+        return Problem("manifest", str(error), way_out=f"use the version of qk-sniffer that wrote it, or {RECREATE}")
     what = "the dataset is incomplete: no manifest.json"
     if not layout.work.is_dir():
-        return Problem("manifest", what, way_out="run its job again, or fetch all of the dataset")
+        return Problem("manifest", what, way_out="rerun its job, or fetch the whole dataset")
     running = [f"{holder(lock) or 'a process'} is at work" for lock in layout.locks() if is_held(lock)]
-    way_out = "wait for the job that runs" if running else "run the same command again: it goes on"
+    way_out = "wait for the running job" if running else "rerun the same command to resume"
     return Problem("manifest", what, "; ".join([*running[:1], _progress(layout)]), way_out)
 
 
 def _progress(layout: Layout) -> str:
-    """How far the unfinished job is."""
+    """Returns the progress of the unfinished job in words."""
     if layout.staging.manifest.exists():
-        return "all files are made; they only have to be put in their places"
+        return "all files are staged; they still have to be put in place"
     done = 0
     record = None
-    with suppress(OSError, StoreError):  # a job that runs removes what it needs no more
+    with suppress(OSError, StoreError):  # a running job removes these files when it is done
         record = read_record(layout)
         done = sum(len(Journal(folder, verify=False).records) for folder in layout.journals())
     if record is None:

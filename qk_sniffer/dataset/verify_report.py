@@ -1,13 +1,13 @@
-"""What a verification found, and how it is told: a line a check, each problem with its heads and the way out."""
+"""Formats the result of a verification: one line for each check; each problem with its heads and its way out."""
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qk_sniffer.store.layout import KINDS, HeadKey
+from qk_sniffer.store.layout import KIND_NAMES, Head, HeadKey
 from qk_sniffer.text import compact_ranges, counted, in_mb
 
-ANEW = "fetch the dataset again, or make it anew: its command with output.overwrite=true"
+RECREATE = "fetch the dataset again, or recreate it: run its command with output.overwrite=true"
 
 CHECKS = (
     "manifest",
@@ -28,9 +28,7 @@ CHECKS = (
     "vector",
     "proof",
 )
-"""In the order in which they are told."""
-
-KIND_NAMES = {"q": "query", "k": "key"}
+"""The checks in the order of the report."""
 
 _MAX_INSTANCES = 3
 _OK = "ok"
@@ -38,62 +36,67 @@ _OK = "ok"
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that is wrong; faults with the same `check`, `what` and `way_out` are one problem.
+    """Something that is wrong. The report joins problems with the same `check`, `what` and `way_out`.
 
-    `instance` is where it shows first, `rows` in how many rows of the head.
+    `instance` is the first place where it shows, `rows` the number of rows of the head that have it.
     """
 
     check: str
     what: str
     instance: str = ""
-    way_out: str = ANEW
+    way_out: str = RECREATE
     head: HeadKey | None = None
     rows: int = 0
+
+    @classmethod
+    def of(cls, head: Head, check: str, what: str, instance: str = "", rows: int = 0) -> "Problem":
+        """Returns a problem of a head, whose name comes before the instance."""
+        return cls(check, what, f"{head.name}: {instance}" if instance else "", head=head.key, rows=rows)
 
 
 @dataclass
 class Report:
-    """Grows while a dataset is verified. `heads`: all that the dataset has; `size` in bytes."""
+    """The report, which grows while a dataset is verified. `heads`: all of the dataset; `size` in bytes."""
 
     root: Path
     heads: Collection[HeadKey] = ()
     rows: int = 0
     size: int = 0
     table: list[str] = field(default_factory=list)
-    """Lines for a person that judge nothing: the rows by bucket."""
-    _faults: list[Problem] = field(default_factory=list)
+    """Lines with the rows by bucket."""
+    _problems: list[Problem] = field(default_factory=list)
     _lines: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
 
     def passed(self, check: str, what: str) -> None:
-        """Says what was found right. It is not told if the check turns out to have faults."""
+        """Adds a line for a passed check. It is left out if the check has problems after all."""
         self._lines.setdefault(check, []).append((_OK, what))
 
     def skipped(self, check: str, why: str) -> None:
-        """Says that a check could not be made."""
+        """Adds a line for a check that could not run."""
         self._lines.setdefault(check, []).append(("--", why))
 
     def note(self, check: str, what: str) -> None:
-        """Says what is worth knowing and not wrong."""
+        """Adds a line about something that is worth knowing but not wrong."""
         self._lines.setdefault(check, []).append(("note", what))
 
-    def add(self, faults: Iterable[Problem]) -> None:
-        """Takes up what is wrong."""
-        self._faults += faults
+    def add(self, problems: Iterable[Problem]) -> None:
+        """Adds problems."""
+        self._problems += problems
 
     @property
     def problems(self) -> int:
-        """How many there are; 0 for a dataset that is whole."""
+        """The number of joined problems; 0 for a whole dataset."""
         return len(self._grouped())
 
     def __str__(self) -> str:
         lines = [f"Dataset: {self.root}"]
         for check in CHECKS:
-            problems = [faults for faults in self._grouped() if faults[0].check == check]
+            groups = [group for group in self._grouped() if group[0].check == check]
             for status, what in self._lines.get(check, ()):
-                if not (problems and status == _OK):
+                if not (groups and status == _OK):
                     lines.append(f"  {check:<14}  {status:<5}  {what}")
-            for faults in problems:
-                lines += self._problem(faults)
+            for group in groups:
+                lines += self._joined(group)
         if self.table:
             lines += ["", *self.table, ""]
         if self.problems:
@@ -104,18 +107,18 @@ class Report:
 
     def _grouped(self) -> list[list[Problem]]:
         groups: dict[tuple[str, str, str], list[Problem]] = {}
-        for fault in self._faults:
-            groups.setdefault((fault.check, fault.what, fault.way_out), []).append(fault)
+        for problem in self._problems:
+            groups.setdefault((problem.check, problem.what, problem.way_out), []).append(problem)
         return list(groups.values())
 
-    def _problem(self, faults: list[Problem]) -> list[str]:
-        first = faults[0]
-        heads = {fault.head for fault in faults if fault.head is not None}
-        rows = sum(fault.rows for fault in faults)
+    def _joined(self, group: list[Problem]) -> list[str]:
+        first = group[0]
+        heads = {problem.head for problem in group if problem.head is not None}
+        rows = sum(problem.rows for problem in group)
         where = [counted(rows, "row")] if rows else []
         where += [named(heads, self.heads)] if heads else []
         text = f"  {first.check:<14}  WRONG  {first.what}"
-        instances = [fault.instance for fault in faults if fault.instance]
+        instances = [problem.instance for problem in group if problem.instance]
         shown = instances[:_MAX_INSTANCES]
         if len(instances) > len(shown):
             shown[-1] += f" (and {len(instances) - len(shown):,} more)"
@@ -124,11 +127,10 @@ class Report:
 
 
 def named(heads: Collection[HeadKey], whole: Collection[HeadKey]) -> str:
-    """`heads`, some of `whole`, in few words: `query heads 0-7 of layers 0-5; all 12 key heads`."""
+    """Returns the names of `heads`, which are some of `whole`: `query heads 0-7 of layers 0-5; all 12 key heads`."""
     parts = []
-    for kind in KINDS:
+    for kind, name in KIND_NAMES.items():
         mine, every = ({key for key in keys if key.kind == kind} for keys in (heads, whole))
-        name = KIND_NAMES[kind]
         if mine == every and len(mine) > 1:
             parts.append(f"all {len(mine):,} {name} heads")
             continue

@@ -18,7 +18,7 @@ from qk_sniffer.hub.client import REPO_TYPE, with_retries
 from qk_sniffer.hub.revisions import hub_commit_of
 from qk_sniffer.resolved import rule
 from qk_sniffer.store import manifest as manifests
-from qk_sniffer.store.layout import CARD, FORMAT, MANIFEST
+from qk_sniffer.store.layout import CARD, FORMAT, KINDS, MANIFEST
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -162,7 +162,7 @@ def _facts(endpoint: str, manifest: dict[str, Any]) -> list[str]:
     kinds = [key.kind for key in manifests.heads(manifest)]
     if not kinds:
         raise ValueError("no heads")
-    heads = [f"{kinds.count(kind):,} {kind.upper()}" for kind in ("q", "k") if kind in kinds]
+    heads = [f"{kinds.count(kind):,} {kind.upper()}" for kind in KINDS if kind in kinds]
     size = sum(entry["bytes"] for entry in manifest["files"].values())
     return [
         model,

@@ -14,16 +14,16 @@ from typing import Any
 from qk_sniffer.capture.sampling import Sampler
 from qk_sniffer.config import ShardConfig, from_dict
 from qk_sniffer.corpus.tokenizer import load_tokenizer
-from qk_sniffer.dataset.heads import head_specs
+from qk_sniffer.dataset.heads import captured_heads
 from qk_sniffer.errors import SourceError, StoreError
 from qk_sniffer.hub.revisions import hub_commit_of
 from qk_sniffer.jobs.start import base_of
 from qk_sniffer.machine import num_threads
 from qk_sniffer.store import manifest as manifests
-from qk_sniffer.store.compact import HeadSpec, compact
+from qk_sniffer.store.compact import compact
 from qk_sniffer.store.disk import write_atomic
 from qk_sniffer.store.journal import ExampleRecord, Journal
-from qk_sniffer.store.layout import KINDS, Layout
+from qk_sniffer.store.layout import KINDS, Head, Layout
 from qk_sniffer.store.locks import InUseError, hold
 from qk_sniffer.store.manifest import Written
 from qk_sniffer.store.promote import finish_promotion
@@ -42,7 +42,7 @@ class Staged:
 
     layout: Layout
     """The staging folder's."""
-    heads: Sequence[HeadSpec]
+    heads: Sequence[Head]
     examples: Sequence[ExampleRecord]
     facts: Mapping[str, Any]
     """The manifest's, from the job."""
@@ -98,7 +98,7 @@ def stage(layout: Layout, record: Mapping[str, Any]) -> Staged:
     log.info("writing the Parquet files")
     config = from_dict(record["config"])
     sampler = Sampler(config.sampler)
-    heads = list(head_specs(record))
+    heads = captured_heads(record)
     commits = record["commits"]
     token_string = None
     if config.capture.capture_token_strings:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from qk_sniffer.backbone.layers import LayerHeads
+from qk_sniffer.dataset.heads import captured_heads
 from qk_sniffer.dataset.reader import Dataset, open_dataset, sampler_of
 from qk_sniffer.errors import QkSnifferError, StoreError
 from qk_sniffer.machine import num_threads
@@ -26,7 +26,7 @@ from qk_sniffer.plasticity.config import INSTALL, PlasticityConfig
 from qk_sniffer.plasticity.measure import KeyHead, Keys, Measuring
 from qk_sniffer.plasticity.results import Results, fingerprint, manifest_sha256
 from qk_sniffer.plasticity.tables import HeadResult
-from qk_sniffer.store.layout import HeadKey, head_name
+from qk_sniffer.store.layout import Head, HeadKey, head_name
 from qk_sniffer.text import compact_ranges, counted, shortened
 
 log = logging.getLogger(__name__)
@@ -72,17 +72,19 @@ def plan(dataset: Dataset) -> tuple[list[KeyHead], list[str]]:
         StoreError: there are no queries, or none with its keys.
     """
     captured = set(dataset.heads)
-    key_heads, without_keys = [], []
-    for layer in dataset.manifest["model"]["layers"]:
-        heads = LayerHeads(**{key: layer[key] for key in LayerHeads.__dataclass_fields__})
-        of_keys: dict[int, list[int]] = defaultdict(list)
-        for head in layer["captured"].get("q", ()):
-            if HeadKey(heads.layer, heads.key_head(head), "k") in captured:
-                of_keys[heads.key_head(head)].append(head)
-            else:
-                without_keys.append(head_name(heads.layer, head, "q"))
-        window, chunk = heads.sliding_window, layer.get("attention_chunk")
-        key_heads += [KeyHead(heads.layer, key, tuple(of_keys[key]), window, chunk) for key in sorted(of_keys)]
+    of_keys: dict[tuple[int, int], list[Head]] = defaultdict(list)
+    without_keys = []
+    for head in captured_heads(dataset.manifest):
+        if head.kind != "q":
+            continue
+        if HeadKey(head.layer, head.key_head, "k") in captured:
+            of_keys[head.layer, head.key_head].append(head)
+        else:
+            without_keys.append(head.name)
+    key_heads = [
+        KeyHead(layer, key, tuple(head.head for head in heads), heads[0].sliding_window, heads[0].attention_chunk)
+        for (layer, key), heads in sorted(of_keys.items())
+    ]
     if not key_heads:
         missing = "keys (capture.capture_keys=false)" if without_keys else "queries (capture.capture_queries=false)"
         raise StoreError(f"{dataset} has no {missing}: plasticity needs both; capture it again, with both")

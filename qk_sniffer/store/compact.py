@@ -25,7 +25,7 @@ from qk_sniffer.errors import StoreError
 from qk_sniffer.store.compaction_plan import Block, CompactionPlan, Group, SegmentFiles, find_blocks, plan_compaction
 from qk_sniffer.store.disk import explained
 from qk_sniffer.store.journal import ExampleRecord, Journal
-from qk_sniffer.store.layout import EXAMPLES, Layout, examples_schema, schema
+from qk_sniffer.store.layout import EXAMPLES, Head, Layout, examples_schema, schema
 from qk_sniffer.store.manifest import FileEntry, Written
 from qk_sniffer.store.parquet_writer import ParquetWriter
 from qk_sniffer.store.previous import PreviousVersion
@@ -39,24 +39,6 @@ EXAMPLES_PER_GROUP = 1 << 16
 HEADS_PER_TASK = 4
 """The heads that share the columns next to the vector. A thread writes their files at the same time, and each open file
 has an encoder's buffers."""
-
-
-@dataclass(frozen=True)
-class HeadSpec:
-    """A head to write.
-
-    `row` is its index among the heads of the journal's vectors. `key_head` is the key head that its queries attend
-    with, or the head itself for the kind "k". `metadata` goes into the file's key-value metadata.
-    """
-
-    layer: int
-    head: int
-    kind: str
-    key_head: int
-    head_dim: int
-    sliding_window: int | None
-    row: int
-    metadata: dict[str, str] = field(default_factory=dict, hash=False)
 
 
 class Buckets(Protocol):
@@ -74,7 +56,7 @@ TokenStrings = Callable[[npt.NDArray[np.int32]], Sequence[str]]
 def compact(
     layout: Layout,
     journals: Sequence[Journal],
-    heads: Sequence[HeadSpec],
+    heads: Sequence[Head],
     sampler: Buckets,
     *,
     token_ids: bool = False,
@@ -160,7 +142,7 @@ class _Job:
     stop: threading.Event = field(default_factory=threading.Event)
     tokenizer: threading.Lock = field(default_factory=threading.Lock)  # a tokenizer may not be thread-safe
 
-    def write_heads(self, heads: Sequence[HeadSpec]) -> _Done:
+    def write_heads(self, heads: Sequence[Head]) -> _Done:
         """Writes the files of heads of one (layer, kind)."""
         kind, head_dim = heads[0].kind, heads[0].head_dim
         counted: Counter[int] = Counter()
@@ -181,7 +163,7 @@ class _Job:
                     _count(counted, columns["bucket"], len(heads))
                     for place, (head, output) in enumerate(zip(heads, outputs, strict=True)):
                         vectors = _vectors(head, plan, group, segments)
-                        nonfinite[self._name(head)] += _num_nonfinite(vectors)
+                        nonfinite[head.file] += _num_nonfinite(vectors)
                         table = self._table(head, columns, vectors)
                         if partial[place].num_rows:
                             table = pa.concat_tables([partial[place], table]).combine_chunks()
@@ -190,18 +172,18 @@ class _Job:
                 for output, table in zip(outputs, partial, strict=True):
                     if table.num_rows:
                         output.write(table)
-        entries = {self._name(head): output.entry for head, output in zip(heads, outputs, strict=True)}
+        entries = {head.file: output.entry for head, output in zip(heads, outputs, strict=True)}
         if self.previous is not None:
             nonfinite.update({name: self.previous.nonfinite_rows(name) for name in entries})
         return _Done(kind, {name: entry for name, entry in entries.items() if entry is not None}, counted, +nonfinite)
 
     def _write_previous(
-        self, head: HeadSpec, output: ParquetWriter, rows_per_group: int, counted: Counter[int]
+        self, head: Head, output: ParquetWriter, rows_per_group: int, counted: Counter[int]
     ) -> pa.Table:
         """Writes the row groups that the previous version fills. Returns the remaining rows, fewer than a group."""
         left = self._schema(head).empty_table()
         if self.previous is not None:
-            for table in self.previous.tables(self._name(head), self._schema(head), rows_per_group):
+            for table in self.previous.tables(head.file, self._schema(head), rows_per_group):
                 self._check_going_on()
                 _count(counted, table["bucket"].to_numpy(), 1)
                 if table.num_rows < rows_per_group:
@@ -214,7 +196,7 @@ class _Job:
         if self.stop.is_set():
             raise StoreError("compaction was stopped")
 
-    def _check(self, heads: Sequence[HeadSpec], blocks: Sequence[Block]) -> None:
+    def _check(self, heads: Sequence[Head], blocks: Sequence[Block]) -> None:
         if not blocks:
             return
         num_heads, _, head_dim = blocks[0].vectors.shape
@@ -259,7 +241,7 @@ class _Job:
             strings = list(self.token_string(distinct))
         return pa.array(strings, pa.string()).take(pa.array(inverse.ravel()))
 
-    def _table(self, head: HeadSpec, columns: dict[str, Any], vectors: npt.NDArray[np.float32]) -> pa.Table:
+    def _table(self, head: Head, columns: dict[str, Any], vectors: npt.NDArray[np.float32]) -> pa.Table:
         rows = len(vectors)
         window = np.full(rows, head.sliding_window, np.int32) if head.sliding_window is not None else None
         values = {
@@ -270,18 +252,15 @@ class _Job:
         described = self._schema(head)
         return pa.Table.from_arrays([pa.array(values[name]) for name in described.names], schema=described)
 
-    def _schema(self, head: HeadSpec) -> pa.Schema:
+    def _schema(self, head: Head) -> pa.Schema:
         columns = schema(head.head_dim, token_ids=self.token_ids, token_strings=self.token_string is not None)
         return columns.with_metadata(dict(sorted(head.metadata.items())))
 
-    def _path(self, head: HeadSpec) -> Path:
-        return self.staging.head_file(head.layer, head.head, head.kind)
-
-    def _name(self, head: HeadSpec) -> str:
-        return self._path(head).relative_to(self.staging.root).as_posix()
+    def _path(self, head: Head) -> Path:
+        return self.staging.root / head.file
 
 
-def _tasks(heads: Sequence[HeadSpec]) -> Iterator[list[HeadSpec]]:
+def _tasks(heads: Sequence[Head]) -> Iterator[list[Head]]:
     ordered = sorted(heads, key=lambda head: (head.layer, head.kind, head.row))
     for _, same in groupby(ordered, key=lambda head: (head.layer, head.kind)):
         group = list(same)
@@ -289,11 +268,11 @@ def _tasks(heads: Sequence[HeadSpec]) -> Iterator[list[HeadSpec]]:
 
 
 def _in_threads(
-    job: _Job, tasks: Iterable[list[HeadSpec]], threads: int, on_file: Callable[[str], None] | None
+    job: _Job, tasks: Iterable[list[Head]], threads: int, on_file: Callable[[str], None] | None
 ) -> Iterator[_Done]:
     """Yields the results in the order of the tasks. The first error stops the other threads at their next group."""
 
-    def run(heads: list[HeadSpec]) -> _Done:
+    def run(heads: list[Head]) -> _Done:
         done = job.write_heads(heads)
         if on_file is not None:
             for name in done.entries:
@@ -321,7 +300,7 @@ def _num_nonfinite(vectors: npt.NDArray[np.float32]) -> int:
     return int((~np.isfinite(vectors).all(axis=1)).sum())
 
 
-def _vectors(head: HeadSpec, plan: CompactionPlan, group: Group, segments: SegmentFiles) -> npt.NDArray[np.float32]:
+def _vectors(head: Head, plan: CompactionPlan, group: Group, segments: SegmentFiles) -> npt.NDArray[np.float32]:
     """Returns the group's vectors (num_rows, head_dim) of one head, widened to float32."""
     dtype = plan.blocks[0].vectors.dtype
     raw = segments.gather(

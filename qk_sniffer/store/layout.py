@@ -21,7 +21,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,13 +35,18 @@ from qk_sniffer.text import shortened
 FORMAT = "qk-sniffer/1"
 """The manifest's `format`, which identifies a dataset of this package."""
 
-KINDS = ("q", "k")
-"""The kinds of vectors, in the order of lists: "q" for query heads, "k" for key heads. Each is one letter.
+KIND_NAMES = {"q": "query", "k": "key"}
+"""The kinds of vectors, in the order of lists, with their names for people. Each kind is one letter.
 
-File names, journal, manifest and columns follow from this tuple. To add a kind, name it here, and define its heads
-(`capture/selection.py`), its sampling rule (`capture/sampling.py`), its states in an attention call
-(`capture/capture.py`), its proof (`capture/proof.py`) and its name in the card (`dataset/card.py`).
+File names, journal, manifest, columns, card and the report of verify follow from this table. To add a kind, name it
+here, and define its heads (`capture/selection.py`), its sampling rule (`capture/sampling.py`), its states in an
+attention call (`capture/capture.py`) and its proof (`capture/proof.py`).
 """
+
+KINDS = tuple(KIND_NAMES)
+
+KEY_HEAD_KINDS = ("k",)
+"""The kinds that have one file for each key head. The others have one for each query head."""
 
 MANIFEST = "manifest.json"
 CARD = "README.md"
@@ -63,6 +68,45 @@ class HeadKey(NamedTuple):
     def name(self) -> str:
         """The folder and config name of the head: `l00h00q`."""
         return head_name(*self)
+
+    @property
+    def order(self) -> tuple[int, int, int]:
+        """Sorts heads by layer, then by kind as in `KINDS`, then by number."""
+        return self.layer, KINDS.index(self.kind), self.head
+
+
+@dataclass(frozen=True)
+class Head:
+    """A captured head. `head` counts query heads for the kind "q" and key heads for "k"."""
+
+    layer: int
+    head: int
+    kind: str
+    key_head: int
+    """The key head that its queries attend with, or the head itself for the kind "k"."""
+    head_dim: int
+    sliding_window: int | None
+    """None on full attention."""
+    row: int
+    """The index of the head among the heads of the journal's vectors."""
+    metadata: dict[str, str] = field(default_factory=dict, hash=False)
+    """The key-value metadata of the head's file."""
+    attention_chunk: int | None = None
+    """c where a query at position p sees only keys from position p - p % c on; None without chunks."""
+
+    @property
+    def key(self) -> HeadKey:
+        return HeadKey(self.layer, self.head, self.kind)
+
+    @property
+    def name(self) -> str:
+        """The folder and config name of the head: `l00h00q`."""
+        return self.key.name
+
+    @property
+    def file(self) -> str:
+        """The name of the head's file, relative to the root: `l00h00q/data.parquet`."""
+        return head_file(*self.key)
 
 
 @dataclass(frozen=True)

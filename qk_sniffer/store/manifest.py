@@ -20,7 +20,7 @@ from typing import Any
 from qk_sniffer.errors import StoreError
 from qk_sniffer.store.disk import write_atomic
 from qk_sniffer.store.files import Files
-from qk_sniffer.store.layout import FORMAT, KINDS, MANIFEST, HeadKey, Layout, missing_manifest, parse_head_name
+from qk_sniffer.store.layout import FORMAT, MANIFEST, HeadKey, Layout, missing_manifest, parse_head_name
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def changed_files(root: Path, manifest: Mapping[str, Any]) -> list[str]:
 def heads(manifest: Mapping[str, Any]) -> list[HeadKey]:
     """Returns the heads that a manifest lists, by layer, then in the order of `KINDS`."""
     keys = [key for name in manifest["files"] if (key := parse_head_name(name.split("/")[0])) is not None]
-    return sorted(keys, key=lambda key: (key.layer, KINDS.index(key.kind), key.head))
+    return sorted(keys, key=lambda key: key.order)
 
 
 def _without_none(entry: FileEntry) -> dict[str, Any]:

@@ -23,8 +23,8 @@ from qk_sniffer.backbone.provable_types import PROVABLE_TYPES
 from qk_sniffer.capture import proof as proof_module
 from qk_sniffer.errors import CaptureError
 from qk_sniffer.store import manifest as manifests
-from qk_sniffer.store.compact import HeadSpec
 from qk_sniffer.store.journal_writer import JournalWriter
+from qk_sniffer.store.layout import Head
 from qk_sniffer.store.rows import Slot
 
 pytestmark = pytest.mark.floor
@@ -81,7 +81,7 @@ def test_hooks_tell_right_vectors_from_wrong_ones_in_each_layer(case: Case, stag
     seen, other_stage = captured(right, tokens), captured(other, tokens)
     for layer in case.layers:  # one at a time: hooks of a layer must not see the calls of other layers
         specs = [
-            HeadSpec(layer, head, kind, key_head=0, head_dim=case.head_dim, sliding_window=None, row=0)
+            Head(layer, head, kind, key_head=0, head_dim=case.head_dim, sliding_window=None, row=0)
             for kind in "qk"
             for head in range(seen[layer, kind].shape[1])
         ]

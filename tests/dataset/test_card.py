@@ -25,15 +25,15 @@ from qk_sniffer.config import (
     SamplerConfig,
 )
 from qk_sniffer.dataset.card import FRONT_MATTER_BYTES, write_card
-from qk_sniffer.dataset.card_facts import CardFacts, CardHead, Place
+from qk_sniffer.dataset.card_facts import CardFacts, Place
 from qk_sniffer.resolved import resolve
-from qk_sniffer.store.layout import Layout, examples_schema, head_name, schema
+from qk_sniffer.store.layout import Head, Layout, examples_schema, schema
 
 ROWS = 5
 
 
-def card_head(layer: int, kind: str, head: int, **changes: Any) -> CardHead:
-    return replace(CardHead(layer, kind, head, head_dim=4, sliding_window=None, rows=ROWS), **changes)
+def card_head(layer: int, kind: str, head: int, head_dim: int = 4, sliding_window: int | None = None) -> Head:
+    return Head(layer, head, kind, key_head=0, head_dim=head_dim, sliding_window=sliding_window, row=0)
 
 
 HEADS = [card_head(2, "q", 0), card_head(2, "q", 3), card_head(2, "k", 1), card_head(11, "q", 7), card_head(11, "k", 0)]
@@ -71,28 +71,28 @@ def front_matter(text: str) -> tuple[str, dict[str, Any]]:
     return match[0], yaml.safe_load(match[1])
 
 
-def vectors_of(head: CardHead) -> np.ndarray:
+def vectors_of(head: Head) -> np.ndarray:
     """Every head has its own numbers, so that no head can be taken for another."""
     start = head.layer * 10_000 + head.head * 100 + (50 if head.kind == "k" else 0)
-    return np.arange(start, start + head.rows * head.head_dim, dtype=np.float32).reshape(head.rows, head.head_dim)
+    return np.arange(start, start + ROWS * head.head_dim, dtype=np.float32).reshape(ROWS, head.head_dim)
 
 
-def write_head(path: Path, head: CardHead) -> None:
+def write_head(path: Path, head: Head) -> None:
     path.parent.mkdir(parents=True)
     columns = {
-        "bucket": np.full(head.rows, 7),
-        "example_id": np.full(head.rows, 1),
-        "position": np.arange(head.rows),
+        "bucket": np.full(ROWS, 7),
+        "example_id": np.full(ROWS, 1),
+        "position": np.arange(ROWS),
         "vector": pa.FixedSizeListArray.from_arrays(pa.array(vectors_of(head).ravel()), head.head_dim),
-        "sliding_window": pa.array([head.sliding_window] * head.rows, pa.int32()),
+        "sliding_window": pa.array([head.sliding_window] * ROWS, pa.int32()),
     }
     pq.write_table(pa.table(columns, schema=schema(head.head_dim)), path)
 
 
-def write_dataset(root: Path, facts: CardFacts, heads: Iterable[CardHead]) -> None:
+def write_dataset(root: Path, facts: CardFacts, heads: Iterable[Head]) -> None:
     layout = Layout(root)
     for head in heads:
-        write_head(layout.head_file(head.layer, head.head, head.kind), head)
+        write_head(root / head.file, head)
     layout.examples.parent.mkdir()
     row = {"example_id": 1, "source_id": "one", "num_tokens": 5, "text_hash": "00", "index": 0, "truncated": False}
     pq.write_table(pa.Table.from_pylist([row], schema=examples_schema()), layout.examples)
@@ -113,7 +113,7 @@ def loaded(root: Path, *args: str, **kwargs: str) -> np.ndarray:
 def test_every_head_loads_by_its_name(tmp_path: Path) -> None:
     root = tmp_path / "data"
     write_dataset(root, FACTS, HEADS)
-    names = [head_name(head.layer, head.head, head.kind) for head in HEADS]
+    names = [head.name for head in HEADS]
     assert datasets.get_dataset_config_names(str(root)) == [*names, "examples"]
     for head, name in zip(HEADS, names, strict=True):
         np.testing.assert_array_equal(loaded(root, name), vectors_of(head))
@@ -145,7 +145,7 @@ def test_front_matter() -> None:
     [(999, "n<1K"), (1_000, "1K<n<10K"), (10**6 - 1, "100K<n<1M"), (10**12 - 1, "100B<n<1T"), (10**12, "n>1T")],
 )
 def test_size_category(rows: int, category: str) -> None:
-    facts = replace(FACTS, heads=[card_head(0, "q", 0, rows=rows)])
+    facts = replace(FACTS, heads=[card_head(0, "q", 0)], rows_by_bucket={"q": {7: rows - 1, 8: 1}, "k": {}})
     assert front_matter(write_card(facts))[1]["size_categories"] == [category]
 
 
@@ -163,9 +163,7 @@ def test_1920_heads_stay_within_the_limit_and_load(tmp_path: Path) -> None:
     some = [heads[0], heads[777], heads[-1]]
     write_dataset(tmp_path / "data", facts, some)
     for head in some:
-        np.testing.assert_array_equal(
-            loaded(tmp_path / "data", head_name(head.layer, head.head, head.kind)), vectors_of(head)
-        )
+        np.testing.assert_array_equal(loaded(tmp_path / "data", head.name), vectors_of(head))
 
 
 def test_more_heads_than_fit_load_by_their_files(tmp_path: Path) -> None:
@@ -183,8 +181,7 @@ def test_more_heads_than_fit_load_by_their_files(tmp_path: Path) -> None:
     write_dataset(root, facts, some)
     np.testing.assert_array_equal(loaded(root), vectors_of(some[0]))
     for head in some:
-        name = head_name(head.layer, head.head, head.kind)
-        np.testing.assert_array_equal(loaded(root, data_files=f"{name}/data.parquet"), vectors_of(head))
+        np.testing.assert_array_equal(loaded(root, data_files=head.file), vectors_of(head))
     assert 'load_dataset(root, data_files="l00h00q/data.parquet"' in card
     on_hub = write_card(replace(facts, place=PLACE))
     assert 'load_dataset("me/vectors", data_files="l00h00q/data.parquet"' in on_hub and "cannot list 5,760" in on_hub
@@ -252,14 +249,15 @@ def table(card: str, section: str, number: int = 0) -> list[list[str]]:
 
 
 def test_heads_by_layer() -> None:
-    window = {"sliding_window": 512, "head_dim": 8}
     heads = [
-        card_head(layer, kind, head, **(window if layer < 3 else {}))
+        card_head(layer, kind, head, 8, 512) if layer < 3 else card_head(layer, kind, head)
         for layer in (0, 1, 2, 5)
         for kind, count in (("q", 4), ("k", 2))
         for head in range(count)
     ]
-    card = write_card(replace(FACTS, heads=[*heads, card_head(7, "q", 2), card_head(7, "q", 9)]))
+    heads += [card_head(7, "q", 2), card_head(7, "q", 9)]
+    rows = {"q": {7: 18 * ROWS}, "k": {7: 7 * ROWS, 8: ROWS}}
+    card = write_card(replace(FACTS, heads=heads, rows_by_bucket=rows))
     assert table(card, "Heads") == [
         ["0-2", "sliding, 512 tokens", "8", "0-3", "0-1"],
         ["5", "full", "4", "0-3", "0-1"],
@@ -326,7 +324,7 @@ def test_stage_is_told() -> None:
 def test_run_settings() -> None:
     settings = dict(table(write_card(FACTS), "Run"))
     assert settings["model"] == f"`some-org/some-model`, commit `{'a' * 40}`"
-    assert settings["texts"] == "20 (3 cut at max_length; 1 left out as empty)"
+    assert settings["examples"] == "20 (3 cut at max_length; 1 left out as empty)"
     assert settings["software"] == "qk-sniffer 0.1.0, torch 2.13.0"
     assert settings["split"] == "test" and "dataset config" not in settings
 

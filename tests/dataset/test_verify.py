@@ -1,4 +1,4 @@
-"""Datasets that are whole, those that are not made yet, and the program that says so."""
+"""Tests verify on whole and on unfinished datasets, and the program that calls it."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from support.verify_cases import FILE, HEAD, QUERY_1, edit, flip, rewrite, value
 from qk_sniffer.capture import capture as capture_module
 from qk_sniffer.dataset import verify_rows
 from qk_sniffer.dataset.verify import verify
-from qk_sniffer.dataset.verify_report import ANEW, Problem, Report, named
+from qk_sniffer.dataset.verify_report import RECREATE, Problem, Report, named
 from qk_sniffer.store.layout import HeadKey, Layout, head_name
 from qk_sniffer.store.locks import hold, is_held
 
@@ -106,7 +106,7 @@ def test_vectors_that_are_not_finite_are_counted(root: Path) -> None:
     assert wrong(text) == {} and f"vector          note   2 vectors with NaN or Inf in {QUERY_1}" in text
     edit(root, lambda manifest: manifest["nonfinite_rows"].clear())
     assert (
-        f"NaN or Inf is not that in manifest.json ({QUERY_1}) {HEAD}: 2 instead of 0" in wrong(verified(root))["vector"]
+        f"NaN or Inf differs from manifest.json ({QUERY_1}) {HEAD}: 2 instead of 0" in wrong(verified(root))["vector"]
     )
 
 
@@ -121,7 +121,7 @@ def test_a_file_is_not_kept_in_memory(root: Path) -> None:
     assert max(held) < 4 * group.nbytes
 
 
-def test_a_manifest_of_the_first_days(root: Path) -> None:
+def test_a_manifest_of_the_first_datasets(root: Path) -> None:
     edit(root, lambda manifest: [manifest.pop(key) for key in ("proof", "nonfinite_rows")])
     text = verified(root)
     assert wrong(text) == {} and "proof           note   not proven: manifest.json has no proof" in text
@@ -130,7 +130,7 @@ def test_a_manifest_of_the_first_days(root: Path) -> None:
 def test_a_folder_without_a_manifest_is_incomplete(root: Path, tmp_path: Path) -> None:
     (root / "manifest.json").unlink()
     said = wrong(verified(root))["manifest"]
-    assert said.startswith("the dataset is incomplete: no manifest.json") and "run its job again, or fetch" in said
+    assert said.startswith("the dataset is incomplete: no manifest.json") and "rerun its job, or fetch" in said
     for path in (tmp_path / "nothing", root / "README.md"):
         assert f"there is no folder {path}" in wrong(verified(path))["manifest"]
 
@@ -146,7 +146,7 @@ def test_an_unfinished_job_says_how_far_it_is(
     before = sorted(root.rglob("*"))
     said = wrong(verified(root))["manifest"]
     assert "no manifest.json 20 examples of 24 rows of the source captured" in said
-    assert "way out: run the same command again: it goes on" in said
+    assert "way out: rerun the same command to resume" in said
     code = (
         "import sys; from pathlib import Path; from qk_sniffer.store.locks import hold\n"
         "with hold(Path(sys.argv[1]), 'test'): print('held', flush=True); sys.stdin.read()"
@@ -157,23 +157,23 @@ def test_an_unfinished_job_says_how_far_it_is(
         assert other.stdout is not None and other.stdout.readline() == "held\n"
         said = wrong(verified(root))["manifest"]
         assert f"process {other.pid} on " in said and "is at work; 20 examples" in said
-        assert "way out: wait for the job that runs" in said
+        assert "way out: wait for the running job" in said
         other.communicate("")
     assert sorted(root.rglob("*")) == before
     Layout(root).job_file.unlink()
     assert "has captured nothing yet" in wrong(verified(root))["manifest"]
 
 
-def test_a_version_that_waits_to_be_published(root: Path) -> None:
+def test_a_version_that_waits_to_be_promoted(root: Path) -> None:
     staging = Layout(root).staging.root
     staging.mkdir(parents=True)
     shutil.copy(root / "manifest.json", staging)
-    assert ".qk_sniffer is there" in verified(root) and wrong(verified(root)) == {}
+    assert ".qk_sniffer exists" in verified(root) and wrong(verified(root)) == {}
     (root / "manifest.json").unlink()
-    assert "all files are made; they only have to be put" in wrong(verified(root))["manifest"]
+    assert "all files are staged; they still have to be put" in wrong(verified(root))["manifest"]
 
 
-def test_whether_a_lock_is_held_can_be_asked(tmp_path: Path) -> None:
+def test_is_held(tmp_path: Path) -> None:
     lock = tmp_path / "work" / "a.lock"
     assert not is_held(lock)
     with hold(lock, "test"):
@@ -187,7 +187,7 @@ def test_whether_a_lock_is_held_can_be_asked(tmp_path: Path) -> None:
 
 @pytest.fixture
 def light(tmp_path: Path) -> dict[str, str]:
-    """An environment in which the libraries of a job end the process."""
+    """Returns an environment in which importing a library of a job ends the process."""
     folder = tmp_path / "light"
     folder.mkdir()
     for name in ("torch", "transformers", "datasets", "huggingface_hub", "pandas"):
@@ -205,7 +205,7 @@ def test_exit_codes(root: Path, light: dict[str, str]) -> None:
     done = called(light, f"data_root={root}")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert (done.returncode, done.stderr) == (0, "") and "\nwhole: 18 heads, " in done.stdout
-    # Processor time, as other tests run beside it.
+    # Processor time, because other tests may run at the same time.
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 3
     flip(root / FILE, 300)
     done = called(light, f"data_root={root}")
@@ -225,7 +225,7 @@ def test_settings(root: Path, light: dict[str, str]) -> None:
     assert "python -m qk_sniffer.verify data_root=..." in done.stdout and "Exit codes: 0 whole" in done.stdout
 
 
-def test_heads_are_named_in_few_words() -> None:
+def test_names_of_many_heads_are_short() -> None:
     def keys(*names: tuple[int, int, str]) -> list[HeadKey]:
         return [HeadKey(*name) for name in names]
 
@@ -246,6 +246,6 @@ def test_heads_are_named_in_few_words() -> None:
         "                         l00h00q",
         "                         l00h01q",
         "                         l02h00q (and 3 more)",
-        f"                         way out: {ANEW}",
+        f"                         way out: {RECREATE}",
         "NOT WHOLE: 2 problems",
     ]

@@ -1,4 +1,4 @@
-"""Manifests that are not the dataset's: each contradiction is found and told."""
+"""Tests that verify finds and reports each contradiction in a manifest."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from qk_sniffer.dataset.verify import verify
 
 
 def both(section: str, key: str, value: Any) -> Callable[[dict[str, Any]], None]:
-    """Another value of a setting, in config and fingerprint."""
+    """Returns a change of a setting in config and fingerprint."""
 
     def change(manifest: dict[str, Any]) -> None:
         manifest["config"][section][key] = value
@@ -33,26 +33,30 @@ def both(section: str, key: str, value: Any) -> Callable[[dict[str, Any]], None]
         (lambda m: m["config"]["model"].update(dtype="float16"), {"manifest"}, "model.dtype is 'float16' in config"),
         (both("sampler", "seed", 1), {"sampler"}, "chooses are missing"),
         (both("sampler", "share", "example"), {"sampler"}, "in all 12 query heads; all 6 key heads)"),
-        (both("sampler", "base_rate", 8.0), {"sampler", "manifest"}, "inclusion in manifest.json is not"),
+        (both("sampler", "base_rate", 8.0), {"sampler", "manifest"}, "inclusion in manifest.json differs from"),
         (
             both("sampler", "min_bucket_size", 32),
             {"sampler", "manifest", "bucket"},
-            "inclusion in manifest.json is not",
+            "inclusion in manifest.json differs from",
         ),
-        (lambda m: m.update(rows=7), {"manifest"}, "contradicts itself rows is 7, those of files are"),
-        (lambda m: m["rows_by_bucket"]["q"].update({"0": 5}), {"manifest"}, "is not what the files hold"),
-        (lambda m: m["inclusion"].pop("k"), {"manifest"}, "settings give kind k"),
+        (lambda m: m.update(rows=7), {"manifest"}, "contradicts itself rows is 7, files has"),
+        (
+            lambda m: m["rows_by_bucket"]["q"].update({"0": 5}),
+            {"manifest"},
+            "in manifest.json differs from the files",
+        ),
+        (lambda m: m["inclusion"].pop("k"), {"manifest"}, "settings kind k"),
         (
             lambda m: m.update(source_rows=30),
             {"manifest"},
-            "source_rows is 30, but there are 24 examples and 0 skipped_rows",
+            "source_rows is 30, but examples is 24 and skipped_rows 0",
         ),
         (lambda m: m["files"][FILE].update(rows=1), {"manifest", "parquet"}, "instead of 1 way out"),
         (lambda m: m["files"].pop(FILE), {"heads"}, f"does not list the file of a captured head ({QUERY_1})"),
         (
             lambda m: m["model"]["layers"][0]["captured"]["q"].remove(1),
             {"heads", "manifest"},
-            f"no layer says to be captured {FILE}",
+            f"no layer captures {FILE}",
         ),
         (
             lambda m: m["model"]["layers"][0].update(sliding_window=None),
@@ -60,8 +64,12 @@ def both(section: str, key: str, value: Any) -> Callable[[dict[str, Any]], None]
             "sliding_window is 12 instead of null",
         ),
         (lambda m: m["model"]["layers"][1].update(head_dim=8), {"schema"}, "instead of fixed_size_list<"),
-        (lambda m: m["commits"].update(model="abc"), {"metadata"}, "says (all 12 query heads; all 6 key heads) "),
-        (lambda m: m["proof"].update(proven=False), {"proof"}, "vectors are not those of the model rows of 1 example"),
+        (
+            lambda m: m["commits"].update(model="abc"),
+            {"metadata"},
+            "json (all 12 query heads; all 6 key heads) ",
+        ),
+        (lambda m: m["proof"].update(proven=False), {"proof"}, "the vectors differ from the model's rows of 1 example"),
         (lambda m: m.pop("model"), {"manifest"}, "manifest.json is not understood KeyError: 'model'"),
         (lambda m: m.update(files=[1]), {"manifest"}, "is not understood AttributeError"),
         (lambda m: m["config"]["sampler"].update(kind="x"), {"manifest"}, "is not understood Config"),

@@ -1,4 +1,4 @@
-"""Files, rows and examples, really harmed: each harm is found, under its name, by the check that is there for it."""
+"""Tests that the right check of verify finds each damage to files, rows and examples."""
 
 import hashlib
 import os
@@ -32,13 +32,19 @@ from support.verify_cases import (
 @pytest.mark.parametrize(
     ("harm", "said"),
     [
-        (lambda root: flip(root / FILE, 300), f"another sha256 {FILE} way out: fetch the dataset again, or make it"),
-        (lambda root: os.truncate(root / FILE, 1000), f"not of the size in manifest.json {FILE}: 1,000 bytes, not "),
-        (lambda root: (root / FILE).unlink(), f"listed in manifest.json, but not there {FILE}"),
-        (lambda root: shutil.rmtree(root / HEAD), f"listed in manifest.json, but not there {FILE}"),
+        (
+            lambda root: flip(root / FILE, 300),
+            f"the file has changed {FILE} way out: fetch the dataset again, or recreate",
+        ),
+        (
+            lambda root: os.truncate(root / FILE, 1000),
+            f"the size differs from manifest.json {FILE}: 1,000 bytes instead of ",
+        ),
+        (lambda root: (root / FILE).unlink(), f"listed in manifest.json, but missing {FILE}"),
+        (lambda root: shutil.rmtree(root / HEAD), f"listed in manifest.json, but missing {FILE}"),
         (lambda root: shutil.copytree(root / HEAD, root / "l09h01q"), "does not list it l09h01q/data.parquet way"),
         (lambda root: (root / HEAD / "more.parquet").touch(), f"does not list it {HEAD}/more.parquet way out: remove"),
-        (lambda root: flip(root / "README.md", 300), "another sha256 README.md"),
+        (lambda root: flip(root / "README.md", 300), "the file has changed README.md"),
         (
             lambda root: [flip(root / f"l01h0{i}q" / "data.parquet", 300) for i in range(4)],
             "l01h02q/data.parquet (and 1 more)",
@@ -49,7 +55,7 @@ def test_a_file_that_is_not_the_manifests(harm: Callable[[Path], object], said: 
     harm(root)
     text = verified(root)
     assert wrong(text).keys() == {"files"} and said in wrong(text)["files"]
-    assert "sampler         ok " in text  # the others were looked into
+    assert "sampler         ok " in text  # the other files were checked
 
 
 def test_files_of_others_do_not_matter(root: Path) -> None:
@@ -67,7 +73,7 @@ def test_a_file_that_cannot_be_read_says_why(root: Path) -> None:
     assert "cannot be read: Is a directory" in wrong(verified(root))["files"]
 
 
-# Rows: the manifest has the file's true sha256, so that only the check that is named can find the harm
+# Rows: the manifest has the sha256 of the changed file, so that only the named check can find the damage.
 
 
 def drop(table: pa.Table) -> pa.Table:
@@ -86,7 +92,7 @@ def swap_examples(table: pa.Table) -> pa.Table:
 
 
 def unchosen(table: pa.Table) -> pa.Table:
-    """A row more, of a position that the sampler leaves out."""
+    """Adds a row at a position that the sampler leaves out."""
     here = {value(table, "position", row) for row in range(len(table)) if value(table, "example_id", row) == 0}
     position = min(set(range(len(TEXTS[0]))) - here)
     row = with_values(with_values(table.slice(0, 1), "position", {0: position}), "bucket", {0: position // 16})
@@ -117,7 +123,7 @@ def column_as(column: str, kind: pa.DataType) -> Callable[[pa.Table], pa.Table]:
         (
             unchosen,
             {"sampler", "alike"},
-            f"there are rows that the sampler does not choose (1 row in {QUERY_1}) {HEAD}: example 0,",
+            f"the head has rows that the sampler does not choose (1 row in {QUERY_1}) {HEAD}: example 0,",
         ),
         (lambda t: t.slice(0, 0), {"sampler", "alike"}, "chooses are missing"),
         (lambda t: t.slice(0, len(t) - 1), {"sampler", "alike"}, "chooses are missing (1 row in"),
@@ -130,12 +136,12 @@ def column_as(column: str, kind: pa.DataType) -> Callable[[pa.Table], pa.Table]:
         (
             lambda t: t.take([0, *range(len(t))]),
             {"unique", "alike"},
-            f"there twice (1 row in {QUERY_1}) {HEAD}: row 1, example 0",
+            f"an example and position occurs twice (1 row in {QUERY_1}) {HEAD}: row 1, example 0",
         ),
         (
             lambda t: with_values(t, "bucket", {1: 9}),
             {"bucket"},
-            f"buckets are not those of the positions (1 row in {QUERY_1}) {HEAD}: row 1,",
+            f"buckets do not match the positions (1 row in {QUERY_1}) {HEAD}: row 1,",
         ),
         (
             lambda t: with_values(t, "example_id", {0: 777}),
@@ -175,7 +181,7 @@ def test_rows_that_are_not_the_contracts(
 ) -> None:
     rewrite(root, FILE, change)
     text = verified(root)
-    # A bucket that is left out, or one more, also shows in what the manifest sums up; that is restated here.
+    # `rewrite` also updates the sums in the manifest, so that a missing or surplus row shows only in the rows.
     assert wrong(text).keys() - {"manifest"} == checks
     assert any(said in words for words in wrong(text).values()), text
 
@@ -241,20 +247,20 @@ def test_damage_within_a_parquet_file(column: str, root: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda t: with_values(t, "example_id", {3: 2}), "an example_id is there twice (2 rows) row 2: index 2,"),
+        (lambda t: with_values(t, "example_id", {3: 2}), "an example_id occurs twice (2 rows) row 2: index 2,"),
         (
             lambda t: with_values(t, "example_id", {3: 99}),
-            "example_id is not the index, though dataset.id_column is null (1 row)",
+            "example_id is not the index, although dataset.id_column is null (1 row)",
         ),
         (lambda t: t.take([1, 0, *range(2, len(t))]), "the indices do not ascend (1 row) row 1: index 0"),
-        (lambda t: t.slice(1), "the numbers are not those in manifest.json examples: 23, not 24 tokens: "),
+        (lambda t: t.slice(1), "the numbers differ from manifest.json examples: 23, not 24 tokens: "),
         (lambda t: with_values(t, "truncated", {3: True}), "truncated_examples: 1, not 0"),
         (
             lambda t: with_values(t, "num_tokens", {3: 0}),
             "num_tokens is not 1 to 4,096 (model.tokenizer.max_length) (1 row)",
         ),
-        (lambda t: t.drop(["text_hash"]), "the columns are not those of the contract example_id int32,"),
-        (column_as("num_tokens", pa.int64()), "the columns are not those of the contract"),
+        (lambda t: t.drop(["text_hash"]), "the columns differ from the contract example_id int32,"),
+        (column_as("num_tokens", pa.int64()), "the columns differ from the contract"),
         (lambda t: t.slice(0, 0), "examples: 0, not 24"),
     ],
 )
@@ -268,7 +274,7 @@ def test_rows_cannot_be_checked_without_examples(root: Path) -> None:
     flip(root / "examples" / "data.parquet", 300)
     text = verified(root)
     assert wrong(text).keys() == {"files"}
-    assert "sampler         --     the rows were not checked: examples/data.parquet is not sound" in text
+    assert "sampler         --     the rows were not checked: examples/data.parquet is damaged" in text
     (root / "examples" / "data.parquet").write_bytes(b"no Parquet")
     restate(root)
     assert "cannot be read as Parquet" in wrong(verified(root))["examples"]

@@ -28,11 +28,11 @@ from support.store_cases import (
 
 from qk_sniffer.errors import StoreError
 from qk_sniffer.store import parquet_writer
-from qk_sniffer.store.compact import HeadSpec, compact
+from qk_sniffer.store.compact import compact
 from qk_sniffer.store.compaction_plan import SegmentFiles, find_blocks, plan_compaction
 from qk_sniffer.store.journal import Journal
 from qk_sniffer.store.journal_writer import JournalWriter
-from qk_sniffer.store.layout import Layout, schema
+from qk_sniffer.store.layout import Head, Layout, schema
 from qk_sniffer.store.manifest import FileEntry
 
 
@@ -41,7 +41,7 @@ def test_every_head_has_its_rows_bit_for_bit(tmp_path: Path, dtype: torch.dtype)
     corpus = Captured(dtype=dtype)
     layout, written = make_dataset(tmp_path, corpus, token_ids=True, token_string=token_string, threads=2)
     for head in HEADS:
-        table = pq.read_table(layout.head_file(head.layer, head.head, head.kind))
+        table = pq.read_table(layout.root / head.file)
         expected = corpus.expected(head)
         for name in ("bucket", "example_id", "position", "token_id"):
             np.testing.assert_array_equal(table[name].to_numpy(), expected[name])
@@ -61,7 +61,7 @@ def test_special_values_keep_their_bits(tmp_path: Path) -> None:
     with JournalWriter(journal, queue_bytes=1 << 20, segment_bytes=1 << 20) as writer:
         put(writer, Piece.of(0, "q", vectors, np.zeros(3, np.int32), np.arange(3, dtype=np.int32)))
         writer.complete([corpus.record(0)])
-    written = compact(Layout(tmp_path), [journal], [HeadSpec(0, 0, "q", 0, 6, None, 0)], SAMPLER)
+    written = compact(Layout(tmp_path), [journal], [Head(0, 0, "q", 0, 6, None, 0)], SAMPLER)
     assert written.nonfinite_rows == {"l00h00q/data.parquet": 3}
     table = pq.read_table(Layout(tmp_path).staging.head_file(0, 0, "q"))
     stored = np.stack(table["vector"].to_numpy()).view(np.uint32)
@@ -127,7 +127,7 @@ def test_other_readers_see_the_same_rows(tmp_path: Path) -> None:
 
 def test_a_head_without_rows_is_an_empty_file_that_readers_read(tmp_path: Path) -> None:
     journal = captured_journal(tmp_path / "journal", Captured())
-    written = compact(Layout(tmp_path), [journal], [*HEADS, HeadSpec(7, 0, "k", 0, 8, None, 0)], SAMPLER)
+    written = compact(Layout(tmp_path), [journal], [*HEADS, Head(7, 0, "k", 0, 8, None, 0)], SAMPLER)
     path = Layout(tmp_path).staging.head_file(7, 0, "k")
     assert written.files["l07h00k/data.parquet"].rows == 0
     assert pq.read_table(path).schema.field("vector").type == pa.list_(pa.float32(), 8)
@@ -140,11 +140,11 @@ def test_row_groups_are_bounded_and_follow_from_the_rows_alone(tmp_path: Path) -
     journal = captured_journal(tmp_path / "journal", corpus)
     compact(Layout(tmp_path), [journal], HEADS, SAMPLER, row_group_bytes=10 * HEAD_DIM * 4)
     for head in HEADS:
-        metadata = pq.read_metadata(Layout(tmp_path).staging.head_file(head.layer, head.head, head.kind))
+        metadata = pq.read_metadata(Layout(tmp_path).staging.root / head.file)
         sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
         assert len(sizes) > 10
         assert set(sizes[:-1]) == {10} and sizes[-1] <= 10
-        table = pq.read_table(Layout(tmp_path).staging.head_file(head.layer, head.head, head.kind))
+        table = pq.read_table(Layout(tmp_path).staging.root / head.file)
         np.testing.assert_array_equal(np.stack(table["vector"].to_numpy()), corpus.expected(head)["vector"])
 
 
@@ -244,7 +244,7 @@ def test_missing_token_ids_or_heads_are_an_error(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="without token ids"):
         compact(Layout(tmp_path), [journal], HEADS, SAMPLER, token_ids=True)
     with pytest.raises(StoreError, match="4 heads"):
-        compact(Layout(tmp_path), [journal], [HeadSpec(0, 4, "q", 2, HEAD_DIM, None, 4)], SAMPLER)
+        compact(Layout(tmp_path), [journal], [Head(0, 4, "q", 2, HEAD_DIM, None, 4)], SAMPLER)
 
 
 def test_damage_after_the_journal_was_opened_is_found(tmp_path: Path) -> None:

@@ -22,10 +22,10 @@ from support.store_cases import HEADS, SAMPLER, Captured, Piece, captured_journa
 from qk_sniffer.errors import StoreError
 from qk_sniffer.store import disk, manifest, promote
 from qk_sniffer.store import layout as layout_module
-from qk_sniffer.store.compact import HeadSpec, compact
+from qk_sniffer.store.compact import compact
 from qk_sniffer.store.journal import Journal
 from qk_sniffer.store.journal_writer import JournalWriter
-from qk_sniffer.store.layout import HeadKey, Layout, discard_work, head_name, parse_head_name, prepare_data_root
+from qk_sniffer.store.layout import Head, HeadKey, Layout, discard_work, head_name, parse_head_name, prepare_data_root
 from qk_sniffer.store.locks import Holder, hold, holder, restart_patience_s
 from qk_sniffer.store.manifest import FileEntry
 
@@ -312,6 +312,6 @@ def test_the_estimate_covers_a_real_dataset(tmp_path: Path, dtype: torch.dtype) 
         vectors = torch.randn(2, count, 128).to(dtype)
         put(writer, Piece.of(0, "q", vectors, np.zeros(count, np.int32), np.arange(count)))
         writer.complete([Captured().record(0)])
-    compact(layout, [journal], [HeadSpec(0, head, "q", 0, 128, None, head) for head in range(2)], SAMPLER)
+    compact(layout, [journal], [Head(0, head, "q", 0, 128, None, head) for head in range(2)], SAMPLER)
     used = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
     assert used < disk.required_bytes(2 * count, 128, dtype.itemsize) < 1.3 * used

@@ -13,10 +13,10 @@ import torch
 
 from qk_sniffer.capture.sampling import Sampler
 from qk_sniffer.config import SamplerConfig
-from qk_sniffer.store.compact import HeadSpec, compact
+from qk_sniffer.store.compact import compact
 from qk_sniffer.store.journal import ExampleRecord, Journal
 from qk_sniffer.store.journal_writer import JournalWriter
-from qk_sniffer.store.layout import Layout
+from qk_sniffer.store.layout import Head, Layout
 from qk_sniffer.store.manifest import Written, build
 from qk_sniffer.store.promote import promote
 from qk_sniffer.store.rows import Rows
@@ -28,7 +28,7 @@ WINDOW = {0: None, 3: 64}
 SAMPLER = Sampler(SamplerConfig(type="log_uniform", min_bucket_size=4))
 
 HEADS = [
-    HeadSpec(
+    Head(
         layer, head, kind, head // 2 if kind == "q" else head, HEAD_DIM, WINDOW[layer], head, {"qk_sniffer.kind": kind}
     )
     for layer in LAYERS
@@ -138,7 +138,7 @@ class Captured:
                     put(writer, piece)
                 writer.complete([self.record(index) for index in batch])
 
-    def expected(self, head: HeadSpec) -> dict[str, np.ndarray]:
+    def expected(self, head: Head) -> dict[str, np.ndarray]:
         """Returns the columns of a head's file, by the definition of the dataset."""
         rows: dict[str, list[np.ndarray]] = {"example_id": [], "position": [], "vector": [], "token_id": []}
         for index in range(self.num_examples):

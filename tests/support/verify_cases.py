@@ -1,4 +1,4 @@
-"""Harming a dataset for the tests of its verification, and reading what is said of it."""
+"""Damages datasets for the tests of verify, and reads its reports."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ QUERY_1 = "query head 1 of layer 0"
 
 
 def verified(root: Path) -> str:
-    """The report, which must not depend on how much is read at a time."""
+    """Returns the report, and checks that it does not depend on the sizes of batches."""
     report = verify(root)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(verify_rows, "BLOCK_TOKENS", 100)
@@ -36,18 +36,18 @@ def verified(root: Path) -> str:
     return text
 
 
-def wrong(text: str) -> dict[str, str]:
-    """What is told of each problem's check, on one line each."""
+def wrong(report: str) -> dict[str, str]:
+    """Returns the text of the problems by check, without line breaks."""
     found: dict[str, str] = {}
-    blocks = re.findall(r"^  (\w+) +WRONG  (.*(?:\n {25}.*)*)", text, flags=re.MULTILINE)
-    for check, said in blocks:
-        assert "way out: " in said
-        found[check] = found.get(check, "") + re.sub(r"\s+", " ", said)
+    blocks = re.findall(r"^  (\w+) +WRONG  (.*(?:\n {25}.*)*)", report, flags=re.MULTILINE)
+    for check, text in blocks:
+        assert "way out: " in text
+        found[check] = found.get(check, "") + re.sub(r"\s+", " ", text)
     return found
 
 
 def rewrite(root: Path, name: str, change: Callable[[pa.Table], pa.Table]) -> None:
-    """Changes the table of a Parquet file, and makes the manifest agree with the new file."""
+    """Changes the table of a Parquet file, and updates the manifest."""
     path = root / name
     table = change(pq.read_table(path))
     pq.write_table(table, path)
@@ -63,7 +63,7 @@ def edit(root: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 
 def restate(root: Path) -> None:
-    """Makes what the manifest says of its files true."""
+    """Updates the files and rows in the manifest to the files in the folder."""
 
     def change(manifest: dict[str, Any]) -> None:
         buckets: dict[str, Counter[str]] = {"q": Counter(), "k": Counter()}
@@ -83,12 +83,12 @@ def restate(root: Path) -> None:
 
 
 def with_values(table: pa.Table, column: str, values: dict[int, Any]) -> pa.Table:
-    """`table` with other values of `column` in some rows."""
+    """Returns `table` with other values of `column` in some rows."""
     place = table.schema.get_field_index(column)
-    there = table[column].to_pylist()
+    changed = table[column].to_pylist()
     for row, value in values.items():
-        there[row] = value
-    return table.set_column(place, table.schema.field(column), pa.array(there, table.schema.field(column).type))
+        changed[row] = value
+    return table.set_column(place, table.schema.field(column), pa.array(changed, table.schema.field(column).type))
 
 
 def value(table: pa.Table, column: str, row: int) -> Any:

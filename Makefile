@@ -5,28 +5,28 @@ INSTALLED := .venv/.installed
 
 .PHONY: demo test slow floor check supported bench bench-peers install clean
 
-demo: install  ## the main job on the embedded model and texts, with enough rows to look at
+demo: install  ## run a job on the embedded model and texts, with enough rows to look at
 	$(BIN)/python -m qk_sniffer sampler.base_rate=16
 
-test: install  ## the quick tests
+test: install  ## run the quick tests
 	$(BIN)/python -m pytest -n 2 -q
 
-slow: install  ## the slow tests that CI runs too
+slow: install  ## run the slow tests
 	$(BIN)/python -m pytest -n 2 -q -m slow
 
-supported: install  ## captures every model type of transformers and writes models/SUPPORTED.md
+supported: install  ## capture every model type of transformers and write models/SUPPORTED.md
 	$(BIN)/python scripts/supported.py
 
-bench: install  ## every benchmark; about two hours on two cores (benchmarks/README.md)
+bench: install  ## run every benchmark; takes about two hours on two cores (benchmarks/README.md)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[analysis]'
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/speed.py
 	$(BIN)/python benchmarks/plasticity.py
 
-# All vectors, beside other ways to get them, each in an environment of its own (benchmarks/README.md).
+# Compares qk-sniffer with other ways to get all vectors, each in its own environment (benchmarks/README.md).
 PEERS := .venv-peers
 
-bench-peers: install $(PEERS)/transformer_lens/.installed $(PEERS)/nnsight/.installed  ## beside other ways
+bench-peers: install $(PEERS)/transformer_lens/.installed $(PEERS)/nnsight/.installed  ## compare with other ways to get vectors
 	$(BIN)/python benchmarks/peers.py
 
 $(PEERS)/%/.installed: benchmarks/peers/%.txt constraints.txt
@@ -34,16 +34,16 @@ $(PEERS)/%/.installed: benchmarks/peers/%.txt constraints.txt
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r $<
 	touch $@
 
-check: install  ## lint and types
+check: install  ## check lint, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The oldest transformers that pyproject.toml admits, which takes a huggingface_hub 1, in an environment of its own.
+# Has the oldest transformers that pyproject.toml admits, with a huggingface_hub 1, in its own environment.
 FLOOR := .venv-floor
 FLOOR_TRANSFORMERS := 5.17.0
 
-floor: $(FLOOR)/.installed  ## the tests of what depends on transformers and huggingface_hub, with older versions of both
+floor: $(FLOOR)/.installed  ## run the tests marked floor with older versions of transformers and huggingface_hub
 	$(FLOOR)/bin/python -m pytest -n 2 -q -m 'floor and not slow'
 
 $(FLOOR)/.installed: pyproject.toml constraints.txt

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 pytest_plugins = ("support.bare_machine",)
 
-# Before any library reads them: tests reach no Hub, and two workers share two cores.
+# Set before a library reads them: tests do not reach the Hub, and two workers share two cores.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
@@ -34,7 +34,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(autouse=True)
 def own_caches(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`datasets` keeps what it converts: outside of the user's cache, and away from other tests."""
+    """Gives each test a cache of its own for the files that `datasets` converts."""
     import datasets.config
 
     cache = tmp_path_factory.mktemp("datasets")
@@ -53,7 +53,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Any], Path]:
-    """Saves the checkpoint of a case of the zoo, with a tokenizer, once a session, and returns its folder."""
+    """Returns the folder of a case's checkpoint and tokenizer, which are saved once a session."""
     from support.tiny import save_checkpoint
 
     return functools.cache(lambda case: save_checkpoint(case, tmp_path_factory.mktemp(case.name)))
@@ -78,7 +78,7 @@ def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="session")
 def make_dataset(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> "MakeDataset":
-    """Copies of datasets for the Hub, each made by a job once a session (`hub_cases.py`)."""
+    """Copies datasets to publish; a job writes each original once a session (`hub_cases.py`)."""
     from support.hub_cases import capture, copied
     from support.jobs import TEXTS
 
@@ -116,7 +116,7 @@ def api(hub: "FakeHub") -> "HfApi":
 
 @pytest.fixture
 def waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """This process may use a Hub, but has no login, Xet or cache of the user's; nobody waits: the seconds are kept."""
+    """The seconds that this process would have slept. It may use a Hub, without a login, Xet or cache of the user's."""
     constants = "huggingface_hub.constants."
     monkeypatch.setattr(constants + "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants + "HF_HUB_DISABLE_XET", True)
@@ -131,7 +131,7 @@ def waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 @pytest.fixture
 def endpoint(hub: "FakeHub", waits: list[float], monkeypatch: pytest.MonkeyPatch) -> str:
-    """This process takes the Hub on loopback for the one there is."""
+    """The URL of a Hub on loopback, which this process uses instead of huggingface.co."""
     as_imported = "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.url)
     monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", hub.url + as_imported)
@@ -140,7 +140,7 @@ def endpoint(hub: "FakeHub", waits: list[float], monkeypatch: pytest.MonkeyPatch
 
 @pytest.fixture(scope="session")
 def verify_base(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dataset with some of the rows: head_dim 16, layers 0 and 2 with windows of 12, 4 query and 2 key heads."""
+    """A dataset of sampled rows: head_dim 16, windows of 12 in layers 0 and 2, 4 query and 2 key heads a layer."""
     from support.jobs import TEXTS, run
 
     folder = tmp_path_factory.mktemp("verify")
@@ -151,5 +151,5 @@ def verify_base(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture
 def root(verify_base: Path, tmp_path: Path) -> Path:
-    """A copy of that dataset, to be harmed."""
+    """A copy of `verify_base` that a test may damage."""
     return Path(shutil.copytree(verify_base, tmp_path / "out"))

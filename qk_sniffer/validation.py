@@ -1,7 +1,7 @@
-"""What is wrong with the values of a config, all of it at once, before anything heavy is imported.
+"""Finds all problems in the values of a config at once, before anything heavy is imported.
 
-Only what is certain from the config alone (and a look at whether a path exists) is found here; what a model, a
-dataset or the Hub has to say comes later. Types and unknown keys are the business of `overrides.py`.
+A problem found here follows from the config alone, or from the existence of a path. Problems with a model, a dataset or
+the Hub are found later, on their first use. `cli/overrides.py` finds wrong types and unknown keys.
 """
 
 import re
@@ -24,13 +24,16 @@ _SLUG = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_-])?")
 
 
 def check(config: Config) -> None:
-    """Raises `ConfigError` with all `problems` of `config`, if there are any."""
-    if found := problems(config):
-        raise ConfigError(found)
+    """
+    Raises:
+        ConfigError: `config` has problems; the error lists all of them.
+    """
+    if wrong := problems(config):
+        raise ConfigError(wrong)
 
 
 def problems(config: Config) -> list[str]:
-    """Every value of `config` that cannot be right, one line each that begins with its key; empty when all is well."""
+    """Returns a line for every value that cannot be right. Each line begins with the key. Empty for a valid config."""
     return [
         *_model(config.model),
         *_dataset(config.dataset),
@@ -87,14 +90,14 @@ def _dataset(dataset: DatasetConfig) -> Iterator[str]:
     yield from _data_files(dataset.data_files)
     for column, value in dataset.filter.items():
         if not isinstance(value, str | int | float | bool | None):
-            yield f"dataset.filter.{column} is {value!r}; it must be one value, which the column is compared with"
+            yield f"dataset.filter.{column} is {value!r}; it must be one value, with which the column is compared"
     yield from _at_least("dataset.max_samples", dataset.max_samples, 1)
 
 
 def _capture(config: Config) -> Iterator[str]:
     capture = config.capture
     if not (capture.capture_queries or capture.capture_keys):
-        yield "capture.capture_queries and capture.capture_keys are both false: there would be nothing to capture"
+        yield "capture.capture_queries and capture.capture_keys are both false: nothing would be captured"
     for key, numbers in (("capture.layers", capture.layers), ("capture.heads", capture.heads)):
         if numbers is None:
             continue
@@ -119,7 +122,7 @@ def _inference_and_shard(config: Config) -> Iterator[str]:
 
 
 def output_problems(output: OutputConfig) -> Iterator[str]:
-    """What is wrong with where the dataset goes, one line each."""
+    """Yields a line for every wrong value of the dataset's destination. Each line begins with the key."""
     yield from _not_empty("output.data_root", output.data_root)
     root = Path(output.data_root or ".")
     if root.is_file():
@@ -132,13 +135,13 @@ def output_problems(output: OutputConfig) -> Iterator[str]:
     ):
         yield f"output.hf_repo_id is {repo!r}; it must be org/name, in letters, digits, '-', '_' and '.'"
     if output.resume_from_hub and repo is None:
-        yield "output.resume_from_hub is true, but there is no output.hf_repo_id to resume from; give it as org/name"
+        yield "output.resume_from_hub is true, but output.hf_repo_id is not given; set it to org/name to resume from"
     if output.hf_branch is not None:
         yield from _branch("output.hf_branch", output.hf_branch)
 
 
 def _derived(config: Config) -> Iterator[str]:
-    # The branch that follows from several values; only looked at where those are right by themselves.
+    # The branch follows from several values. It is checked only if each of them is valid alone.
     given = (config.model.name, config.dataset.path)
     slugs = (config.model.slug, config.dataset.slug)
     if config.output.hf_branch is None and all(given) and not any(slug and list(_slug("", slug)) for slug in slugs):
@@ -149,21 +152,24 @@ def _derived(config: Config) -> Iterator[str]:
 
 def _not_built_yet(config: Config) -> Iterator[str]:
     if config.dry_run:
-        yield "dry_run is true; this version cannot do that yet, leave it false"
+        yield "dry_run is true; this version cannot do that yet; leave it false"
 
 
-def _source(key: str, value: str, what: str) -> Iterator[str]:
-    # A Hub id or a path. Wrong for certain is a path that says it is one and does not exist, or what can be neither.
+def _source(key: str, value: str, local: str) -> Iterator[str]:
+    # A Hub id or a path. It is certainly wrong if it has the form of a path and does not exist, or the form of neither.
     if not value.strip():
-        yield f"{key} is empty; it must be org/name on the Hub, or {what}"
+        yield f"{key} is empty; it must be org/name on the Hub, or {local}"
     elif "*" in value:
         yield f"{key} is {value!r}; name the folder, and the files in it by dataset.data_files='*.parquet'"
     elif _exists(value):
         return
     elif value.startswith(("/", "./", "../", "~")) or value in (".", ".."):
-        yield f"{key} is {value!r}, which does not exist (seen from {Path.cwd()})"
+        yield f"{key} is {value!r}, which does not exist (the current folder is {Path.cwd()})"
     elif not re.fullmatch(rf"{_HUB_NAME}(/{_HUB_NAME})?", value):
-        yield f"{key} is {value!r}, which is neither an existing path (seen from {Path.cwd()}) nor org/name on the Hub"
+        yield (
+            f"{key} is {value!r}, which is neither an existing path (the current folder is {Path.cwd()}) "
+            "nor org/name on the Hub"
+        )
     elif "/" not in value and re.search(r"\.(parquet|jsonl?|csv|txt)$", value, flags=re.IGNORECASE):
         yield f"{key} is {value!r}; there is no such file in {Path.cwd()}"
 
@@ -193,7 +199,7 @@ def _data_files(files: Any) -> Iterator[str]:
 
 
 def _branch(key: str, name: str) -> Iterator[str]:
-    # The rules of `git check-ref-format`, and what the Hub keeps for itself.
+    # The rules of `git check-ref-format`, and the names that the Hub reserves.
     parts = name.split("/")
     if (
         re.search(r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|@\{", name)
@@ -203,7 +209,7 @@ def _branch(key: str, name: str) -> Iterator[str]:
     ):
         yield f"{key} is {name!r}, which git does not accept as a branch; use letters, digits, '-', '_' and '.'"
     elif name == "main":
-        yield f"{key} is 'main', which lists the other branches; every dataset has a branch of its own"
+        yield f"{key} is 'main', which lists the other branches; every dataset has its own branch"
     elif parts[0] == "refs":
         yield f"{key} is {name!r}; names below refs/ belong to the Hub"
 
@@ -226,5 +232,5 @@ def _not_empty(key: str, value: str | None) -> Iterator[str]:
 def _exists(path: str) -> bool:
     try:
         return Path(expand_home(path)).exists()
-    except (OSError, ValueError):  # a name that no file can have
+    except (OSError, ValueError):  # no file can have this name
         return False

@@ -1,4 +1,4 @@
-"""The config keys, the shipped choices, what is derived from them, and what is refused as a value."""
+"""Tests the config keys, the shipped choices, the values derived from them, and the values that are refused."""
 
 import re
 from dataclasses import replace
@@ -35,7 +35,7 @@ SNAPSHOT = Path(__file__).parent / "data" / "config.yaml"
 
 YARN = {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}}
 SMOLLM3 = "HuggingFaceTB/SmolLM3-3B-checkpoints"
-# slug: name on the Hub, tokens and positions a bucket in a long-context study, overrides of the model's config.
+# For each slug: name on the Hub, then max_length, min_bucket_size and config_overrides of its long_context.
 PRODUCTION: dict[str, tuple[str, int, int, dict[str, Any]]] = {
     "llama3.1-8b": ("meta-llama/Llama-3.1-8B", 131072, 8192, {}),
     "llama3.2-1b": ("meta-llama/Llama-3.2-1B", 131072, 8192, {}),
@@ -82,7 +82,7 @@ CHOICES = [
 
 
 def test_keys_and_defaults_are_those_of_the_snapshot() -> None:
-    # They are an interface: a change here breaks people's commands. If it is meant, change the file with it.
+    # The keys are an interface: a change breaks the commands of users. Change the file only with an intended change.
     assert OmegaConf.to_yaml(schema()) == SNAPSHOT.read_text()
 
 

@@ -1,4 +1,4 @@
-"""The wheel holds all of the package, and runs from any folder; so does a checkout that nobody installed."""
+"""Tests that the wheel holds the whole package, and that a wheel and an uninstalled checkout run from any folder."""
 
 import os
 import shutil
@@ -15,7 +15,7 @@ PARTS = ("qk_sniffer", "conf", "models")
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    # From a copy: setuptools would put whatever an old build/ folder holds into the wheel.
+    # The build uses a copy, because setuptools puts the files of an old build/ folder into the wheel.
     copy = tmp_path_factory.mktemp("checkout")
     for part in PARTS:
         shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
@@ -41,7 +41,7 @@ def test_every_file_of_the_package_is_in_the_wheel(wheel: Path) -> None:
 
 
 def hostile(folder: Path) -> Path:
-    """A current directory whose folders have the names of ours."""
+    """Returns `folder`, with folders that have the names of the package's folders."""
     for name in ("conf", "models"):
         (folder / name).mkdir()
         (folder / name / "__init__.py").write_text("raise SystemExit('the wrong folder was imported')")

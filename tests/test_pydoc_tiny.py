@@ -1,4 +1,4 @@
-"""The shipped model predicts text it was never shown, and is of the architecture that the default job relies on."""
+"""Tests that the shipped model predicts unseen text, and has the architecture that the default job needs."""
 
 import importlib.util
 import json
@@ -26,7 +26,7 @@ SCRIPT = Path(__file__).parent.parent / "scripts" / "train_pydoc_tiny.py"
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    """The training script, for its lists of topics."""
+    """The training script, imported for its lists of topics."""
     spec = importlib.util.spec_from_file_location("train_pydoc_tiny", SCRIPT)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -68,14 +68,14 @@ def test_it_predicts_held_out_text(held_out_loss: float, tokenizer: Any, script:
 
 
 def test_the_card_states_the_loss_of_this_checkpoint(held_out_loss: float) -> None:
-    # Other versions of Python have slightly other texts; those of 3.11 are the card's own.
+    # The card states the loss for Python 3.11. Other versions of Python have slightly different texts.
     stated = re.search(r"^\| this model \| ([0-9.]+) \|", (FOLDER / "README.md").read_text(encoding="utf-8"), re.M)
     assert stated is not None
     assert held_out_loss == pytest.approx(float(stated[1]), abs=0.1)
 
 
 def test_held_out_topics_are_in_no_other_topic(script: ModuleType) -> None:
-    """Many topics are chapters of others, so that a name alone would not keep a text from the training."""
+    """Some topics contain others, so that leaving out a topic by name may leave its text in the training."""
 
     def sequences(name: str) -> set[tuple[str, ...]]:
         words = topics[name].split()
@@ -157,7 +157,7 @@ def test_architecture(model: Any) -> None:
 
 @pytest.mark.slow
 def test_attention_is_of_use(model: Any, tokenizer: Any) -> None:
-    """The 64 tokens before a token of a held-out text tell more of it than the last 4 alone."""
+    """Tests that 64 tokens of context predict a token of a held-out text better than 4."""
     ids = torch.tensor(tokenizer(topics["import"]).input_ids[1:])
     targets = range(64, len(ids), 8)
 

@@ -1,4 +1,9 @@
-"""Which batches a job runs: those of its look-ahead windows whose examples are not done yet."""
+"""Cuts the examples of a job into look-ahead windows, and each window into batches of about equal length.
+
+A window is tokenized at once and cut into batches by length, so that batches need almost no padding. The composition of
+a batch follows from the lengths alone. A job that restarts cuts the same batches: it takes the lengths of finished
+examples from their records.
+"""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,12 +20,12 @@ from qk_sniffer.timing import Stages
 
 @dataclass(frozen=True)
 class Window:
-    """A look-ahead window in which there is something to do."""
+    """A look-ahead window with at least one unfinished example."""
 
     lengths: Sequence[int]
-    """Tokens of every example, done or not."""
+    """Tokens of each example, finished or not."""
     batches: Sequence[Sequence[Tokens]]
-    """Those to run."""
+    """The batches of unfinished examples."""
 
 
 def open_windows(
@@ -32,26 +37,30 @@ def open_windows(
     boundary: int | None,
     stages: Stages,
 ) -> Iterator[Window]:
-    """The windows of `examples` that are not all `done` (by index); examples of more than `boundary` tokens run alone.
+    """Yields the windows of `examples` that are not finished completely.
 
-    Which examples share a batch follows from the whole window, done or not, so that a job that was killed runs the
-    same batches as one that was not.
+    All examples of a window, finished or not, determine which of them share a batch. A job that was killed therefore
+    runs the same batches as one that was not.
+
+    Args:
+        done: the records of the finished examples, by index.
+        boundary: an example of more tokens runs alone; None for no boundary.
 
     Raises:
-        SourceError: an example that is done has another text now.
+        SourceError: the text of a finished example has changed.
     """
     done = dict(done)
     for window in windows(examples, inference.lookahead):
         for example in window:
             check_unchanged(example, done.get(example.index))
-        fresh = [example for example in window if example.index not in done]
-        if not fresh:
+        unfinished = [example for example in window if example.index not in done]
+        if not unfinished:
             continue
         with stages("tokenize"):
-            tokens = {made.index: made for made in tokenizer(fresh)}
-            trim_memory()  # the encodings of a window of long texts take ten times as much as their ids
-        both = ((example.index, done.get(example.index) or tokens.get(example.index)) for example in window)
-        lengths = {index: found.num_tokens for index, found in both if found is not None}
+            tokens = {each.index: each for each in tokenizer(unfinished)}
+            trim_memory()  # the encodings of long texts take ten times the memory of their ids
+        known = ((example.index, done.get(example.index) or tokens.get(example.index)) for example in window)
+        lengths = {index: each.num_tokens for index, each in known if each is not None}
         yield Window(list(lengths.values()), list(_batches(lengths, tokens, inference, boundary)))
 
 
@@ -72,17 +81,17 @@ def _batches(
 def check_unchanged(example: Example, record: ExampleRecord | None) -> None:
     """
     Raises:
-        SourceError: `record` is of another text.
+        SourceError: the text of `example` is not the text that `record` describes.
     """
     if record is not None and text_hash(example.text) != record.text_hash:
         raise SourceError(
             f"row {example.index} of the dataset (id {example.source_id}) is not the text that was captured before "
-            "the job stopped: the source has changed. Restore it, or start anew with output.overwrite=true"
+            "the job stopped: the source has changed. Restore it, or recreate the dataset with output.overwrite=true"
         )
 
 
 def windows(examples: Iterable[Example], size: int) -> Iterator[list[Example]]:
-    """`examples` in lists of `size`, the last one shorter, in their order."""
+    """Yields `examples`, in their order, in lists of `size`. The last list may be shorter."""
     iterator = iter(examples)
     while window := list(islice(iterator, size)):
         yield window
@@ -91,11 +100,11 @@ def windows(examples: Iterable[Example], size: int) -> Iterator[list[Example]]:
 def batches(
     lengths: Sequence[int], *, max_batch_tokens: int, batch_size: int | None = None, max_padding: float = 0.05
 ) -> list[list[int]]:
-    """Cuts examples of these `lengths` into batches, longest first; every place in `lengths` is in exactly one.
+    """Cuts examples of these `lengths` into batches, longest first. Every index into `lengths` is in exactly one batch.
 
-    In a batch (longest first, then by place): at most `batch_size` examples; no more than `max_batch_tokens` tokens,
-    padding included, but for an example that is longer than that by itself; at most `max_padding` of the tokens
-    are padding.
+    A batch is ordered by length, longest first, then by index. It has at most `batch_size` examples and at most
+    `max_batch_tokens` tokens, padding included; a longer example is a batch of its own. At most the fraction
+    `max_padding` of its tokens is padding.
     """
     order = sorted(range(len(lengths)), key=lambda place: (-lengths[place], place))
     cut: list[list[int]] = []

@@ -1,7 +1,7 @@
-"""Dataset rows -> examples: which rows are used, in which order, and under which ids.
+"""Turns the rows of a source into examples: selects the rows, keeps their order and assigns their ids.
 
-An example's `index`, its row's index in the source, is the order of everything that follows. Its `example_id` is
-what the dataset's rows carry and what the sampler hashes, so two examples must never share one.
+The `index` of an example is the index of its source row. It defines the order of all later steps. The `example_id`
+of an example is in all of its rows, and the sampler hashes it. Two examples therefore never share an `example_id`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,42 +20,42 @@ _BATCH_ROWS = 10_000
 
 @dataclass(frozen=True)
 class Example:
-    """One text, before tokenisation."""
+    """One text, before tokenization."""
 
     index: int
-    """The row's index in the source, from 0, counting the rows that are left out."""
+    """The index of the source row, from 0. Unused rows count."""
     example_id: int
-    """int32."""
+    """Fits int32."""
     source_id: str
-    """The id as the source gives it; the index where `dataset.id_column` is null."""
+    """The id of the source row as text; the index if `dataset.id_column` is null."""
     text: str
 
 
 def open_corpus(config: DatasetConfig, commit: str | None = None) -> "Corpus":
-    """Finds the source, and checks all that can be known before the first text is read.
+    """Opens the source, and checks everything that can be checked before the first text is read.
 
     Args:
-        commit: of a Hub dataset, as an earlier start of the job found it; null pins `config.revision` now.
+        commit: the commit of a Hub dataset that an earlier start of the job pinned; None pins `config.revision` now.
 
     Raises:
         SourceError: the source is not found or cannot be read, a column is missing or of the wrong type, no row is
-            left, or an id is null or stands for two rows (these two when met, if streaming).
+            left, or an id is null or belongs to two rows. When streaming, the iteration finds the last two.
     """
     return Corpus(config, open_source(config, commit))
 
 
 def example_id_of(source_id: Any) -> int:
-    """An integer that fits int32 is its own example_id; of any other id it is a 31-bit digest of its text."""
+    """Returns an integer id that fits int32 unchanged, and a 31-bit digest of the text of any other id."""
     if isinstance(source_id, int) and not isinstance(source_id, bool) and -(2**31) <= source_id < 2**31:
         return source_id
     return int.from_bytes(blake2b(str(source_id).encode(), digest_size=4).digest(), "big") & 0x7FFFFFFF
 
 
 class Corpus:
-    """The examples of one source, in its order.
+    """The examples of one source, in the order of its rows.
 
-    The rows used are those that pass `dataset.filter`, the first `dataset.max_samples` of them. A row whose text is
-    null, empty or only white space is used but gives no example.
+    The used rows are the first `dataset.max_samples` rows that pass `dataset.filter`. A used row gives no example if
+    its text is null, empty or only white space.
     """
 
     def __init__(self, config: DatasetConfig, source: Source) -> None:
@@ -73,27 +73,29 @@ class Corpus:
 
     @property
     def commit(self) -> str | None:
-        """The commit of a Hub dataset, else null."""
+        """The commit of a Hub dataset; None for other sources."""
         return self._source.commit
 
     @property
     def num_rows(self) -> int | None:
-        """How many rows are used, those of all shards and those without a text counted; null when streaming."""
+        """The number of used rows of all shards, with and without text; None when streaming."""
         return None if self._used is None else len(self._used)
 
     @property
     def skipped(self) -> int:
-        """Rows of the shard that were met in the latest iteration, so far, and have no text."""
+        """The number of the shard's rows without text that the latest iteration has passed so far."""
         return self._skipped
 
     def examples(self, *, shard_index: int = 0, shard_count: int = 1, after: int = 0) -> Iterator[Example]:
-        """The examples with `index % shard_count == shard_index`, in source order, of all rows but the first `after`.
+        """Yields the examples with `index % shard_count == shard_index`, in source order.
 
-        Every iteration gives the same ones, so that a restarted job cuts the same windows and batches, and tokenises
-        only the examples that it has not finished.
+        Every iteration yields the same examples. A restarted job therefore cuts the same windows and batches.
+
+        Args:
+            after: the number of used rows, of all shards, to skip at the start.
 
         Raises:
-            SourceError: a row cannot be read; no row of any shard has a text; ids, as for `open_corpus`.
+            SourceError: a row cannot be read; no row of any shard has a text; an id is wrong, as for `open_corpus`.
         """
         self._skipped = 0
         met: dict[int, Example] = {}
@@ -110,11 +112,11 @@ class Corpus:
             if mine:
                 yield example
         if not any_text and not after and not self._any_text():
-            raise SourceError(f"{self._source.name}: no row has a text in column {self._config.text_column!r}.")
+            raise SourceError(f"{self._source.name}: no row has a text in column {self._config.text_column!r}")
 
     def _read(self, shard_index: int, shard_count: int, after: int) -> Iterator[tuple[int, int, dict[str, Any]]]:
-        """The rows used, with their place among them and their index: those that are asked for, or when streaming,
-        where all pass by, all."""
+        """Yields used rows with their number among the used rows and their index: those of the shard and `after`, or
+        all of them when streaming."""
         if self._used is not None:
             for place in range(after, len(self._used)):
                 index = self._used[place]
@@ -142,7 +144,7 @@ class Corpus:
         return used[: self._config.max_samples]
 
     def _check_ids(self, used: Sequence[int], id_column: str) -> None:
-        """Of all rows only the id column is read; texts only where something may be wrong."""
+        """Reads the ids of all rows, and the texts of only the rows whose ids may be wrong."""
         ids = np.empty(len(used), np.int32)
         suspect = np.zeros(len(used), np.bool_)
         for place, source_id in enumerate(self._column(id_column, used)):
@@ -171,12 +173,16 @@ class Corpus:
         if source_id is None:
             raise SourceError(
                 f"{self._source.name}: row {index} has no id (column {self._config.id_column!r} is null there). "
-                "Use another dataset.id_column, or the row's index as the id: dataset.id_column=null."
+                "Use another dataset.id_column, or the row's index as the id: dataset.id_column=null"
             )
         return Example(index, example_id_of(source_id), str(source_id), text)
 
     def _meet(self, example: Example, met: dict[int, Example]) -> None:
-        """Refuses an example whose id one of those `met` before has; keeps it there without its text."""
+        """Adds the example, without its text, to `met`.
+
+        Raises:
+            SourceError: another example in `met` has the same example_id.
+        """
         first = met.setdefault(example.example_id, Example(example.index, example.example_id, example.source_id, ""))
         if first.index == example.index:
             return
@@ -185,19 +191,19 @@ class Corpus:
         else:
             what = (
                 f"the ids {first.source_id!r} of row {first.index} and {example.source_id!r} of row {example.index} "
-                f"differ, but come to the same 31-bit example_id {example.example_id} (a hash collision)"
+                f"differ, but have the same 31-bit example_id {example.example_id} (a hash collision)"
             )
         raise SourceError(
             f"{self._source.name}, column {self._config.id_column!r}: {what}. Their sampled rows could not be told "
-            "apart. Use the row's index as the id: dataset.id_column=null."
+            "apart. Use the row's index as the id: dataset.id_column=null"
         )
 
     def _has_text(self, index: int, row: dict[str, Any]) -> bool:
         text = row[self._config.text_column]
-        if text is not None and not isinstance(text, str):  # a stream may not know its types beforehand
+        if text is not None and not isinstance(text, str):  # a stream may have no column types
             raise SourceError(
                 f"{self._source.name}: row {index} holds {type(text).__name__}, not text, in column "
-                f"{self._config.text_column!r}."
+                f"{self._config.text_column!r}. Set dataset.text_column to a column of strings"
             )
         return text is not None and text != "" and not text.isspace()
 
@@ -206,7 +212,7 @@ class Corpus:
 
     def _check_columns(self) -> None:
         config, types = self._config, self._source.column_types()
-        has = f"It has: {', '.join(f'{column} ({kind})' for column, kind in types.items())}."
+        has = f"It has: {', '.join(f'{column} ({kind})' for column, kind in types.items())}"
         wanted = {"dataset.text_column": config.text_column, "dataset.id_column": config.id_column}
         wanted |= {f"dataset.filter.{column}": column for column in config.filter}
         for key, column in wanted.items():
@@ -221,4 +227,4 @@ class Corpus:
 
     def _no_rows(self) -> SourceError:
         left = f" that pass dataset.filter={self._config.filter}" if self._config.filter else ""
-        return SourceError(f"{self._source.name} has no rows{left}.")
+        return SourceError(f"{self._source.name} has no rows{left}")

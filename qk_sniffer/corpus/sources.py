@@ -1,7 +1,7 @@
-"""From `dataset.path` to rows: a Hub repository, a local folder, a file, or the embedded documentation.
+"""Opens the rows of `dataset.path`: a Hub repository, a local folder, a file, or the embedded documentation.
 
-Everything is read by `datasets`; here its many ways of failing become errors that name the thing and the way out.
-`datasets` is imported inside the functions: a mistyped configuration is answered without it.
+The library `datasets` reads all of them. This module replaces its errors by errors that name the problem and the way
+out. It imports `datasets` inside functions, so that a mistyped setting is reported without loading it.
 """
 
 import glob
@@ -21,13 +21,13 @@ from qk_sniffer.hub.revisions import HubUnreachableError, hub_commit, is_hub_id
 from qk_sniffer.text import shortened
 
 PYDOC = "pydoc"
-"""The `dataset.path` of the documentation topics that every Python carries."""
+"""The `dataset.path` of the documentation topics that ship with every Python."""
 
 SUFFIXES = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".txt": "text"}
-"""Suffix of a data file -> the reader of `datasets`."""
+"""The reader of `datasets` for each suffix of a data file."""
 
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
-"""May follow every suffix but `.parquet`, which is compressed inside."""
+"""The suffixes of compressed files. They may follow any suffix except `.parquet`, which is compressed inside."""
 
 _NOT_DATA = {"config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 _DOCUMENT = "sample_by=document"
@@ -35,18 +35,22 @@ _DOCUMENT = "sample_by=document"
 
 @dataclass(frozen=True)
 class Source:
-    """Rows that were found, and what they are called in messages."""
+    """The rows of a source, and its `name` in messages."""
 
     name: str
     rows: Any
     """A `datasets.Dataset`, or an `IterableDataset` when streaming."""
     commit: str | None = None
-    """The commit of a Hub repository."""
+    """The commit of a Hub repository; None for other sources."""
     files: tuple[str, ...] = ()
-    """The local files behind the rows, if they are local."""
+    """The local files of the rows; empty if the files are remote."""
 
     def read(self, rows: Any) -> Iterator[dict[str, Any]]:
-        """Iterates over `rows`, which are these or some of their columns; the library's errors become ours."""
+        """Iterates over `rows`, which are `self.rows` or some of their columns.
+
+        Raises:
+            SourceError: a row cannot be read.
+        """
         iterator = iter(rows)
         while True:
             try:
@@ -58,7 +62,7 @@ class Source:
             yield row
 
     def column_types(self) -> dict[str, str]:
-        """Column -> the name of its type; `unknown` where a stream does not say and starts with a null."""
+        """Returns the name of each column's type; `unknown` for a stream without types whose first value is null."""
         if self.rows.features is not None:
             features = self.rows.features.items()
             return {column: getattr(feature, "dtype", None) or type(feature).__name__ for column, feature in features}
@@ -70,14 +74,17 @@ class Source:
 
 
 def open_source(config: DatasetConfig, commit: str | None = None) -> Source:
-    """The rows of `config.split`; `commit` pins a Hub repository to the one of an earlier start.
+    """Opens the rows of `config.split`.
+
+    Args:
+        commit: the commit of a Hub dataset that an earlier start of the job pinned; None pins `config.revision` now.
 
     Raises:
-        SourceError: nothing is found at `config.path`, or it has no such config or split, or it cannot be read.
+        SourceError: `config.path` does not exist, has no such config or split, or cannot be read.
     """
     path = config.path
     if not path:
-        raise SourceError("dataset.path is not set.")
+        raise SourceError("dataset.path is not set")
     local = Path(path)
     with _quiet():
         if path == PYDOC:
@@ -87,7 +94,7 @@ def open_source(config: DatasetConfig, commit: str | None = None) -> Source:
         if local.is_dir():
             return _folder(config, local.resolve())
         if not is_hub_id(path) or _reader(local):
-            raise SourceError(f"dataset.path={path}: there is no such file or folder (looked for {local.absolute()}).")
+            raise SourceError(f"dataset.path={path}: there is no such file or folder (looked for {local.absolute()})")
         return _hub(config, path, commit)
 
 
@@ -124,14 +131,14 @@ def _folder(config: DatasetConfig, folder: Path) -> Source:
     formats = sorted({_reader(Path(file)) for file in files})
     if len(formats) > 1:
         raise SourceError(
-            f"{where} holds files of several types ({', '.join(formats)}): {_listing(folder)}. Say which are meant, "
-            "as in dataset.data_files='*.jsonl'."
+            f"{where} holds files of several types ({', '.join(formats)}): {_listing(folder)}. Choose the files, as in "
+            "dataset.data_files='*.jsonl'"
         )
     return _rows(where, _building(where, lambda: _whole_folder(folder, config, files)), config)
 
 
 def _whole_folder(folder: Path, config: DatasetConfig, files: list[str]) -> Any:
-    # `datasets` finds splits by words in the names (`train`, `my_test.txt`), and then leaves every other file out.
+    # `datasets` takes words in file names for splits (`train`, `my_test.txt`), and then leaves out all other files.
     try:
         builder = _builder(str(folder), config)
     except Exception:
@@ -147,13 +154,13 @@ def _hub(config: DatasetConfig, path: str, commit: str | None) -> Source:
     except HubUnreachableError as unreachable:
         return _cached(config, path, commit, unreachable)
     builder = _building(where, lambda: _builder(path, config, revision=commit))
-    if builder.hash != commit:  # where it finds nothing, `datasets` takes whatever other commit it has in its cache
-        raise SourceError(f"{where}: commit {commit} has no data files that can be read, or the connection broke off.")
+    if builder.hash != commit:  # if `datasets` finds no data files, it uses another commit from its cache
+        raise SourceError(f"{where}: commit {commit} has no data files that can be read, or the connection was lost")
     return _rows(where, builder, config, commit)
 
 
 def _cached(config: DatasetConfig, path: str, commit: str | None, unreachable: HubUnreachableError) -> Source:
-    """The copy that `datasets` made of a Hub repository when the Hub could be reached."""
+    """Opens the copy that `datasets` made of a Hub repository when the Hub could be reached."""
     from datasets import config as library
     from datasets.naming import camelcase_to_snakecase
     from datasets.packaged_modules.cache.cache import Cache
@@ -161,7 +168,8 @@ def _cached(config: DatasetConfig, path: str, commit: str | None, unreachable: H
     where = f"dataset {path}"
     *owner, name = path.split("/")
     folder = Path(library.HF_DATASETS_CACHE, "___".join([*owner, camelcase_to_snakecase(name)]))
-    copies = {}  # (config name, commit) -> folder; two variants of a text dataset differ, the one by document is ours
+    # (config name, commit) -> folder. A text dataset may have two variants; the one by document is the right one.
+    copies = {}
     for info in sorted(folder.glob("*/*/*/dataset_info.json"), key=lambda info: _DOCUMENT in str(info)):
         variant = info.parts[-4]
         config_name = json.loads(info.read_text(encoding="utf-8")).get("config_name", variant)
@@ -171,14 +179,14 @@ def _cached(config: DatasetConfig, path: str, commit: str | None, unreachable: H
     found = [key for key in copies if config.name in (None, key[0]) and wanted in (None, key[1])]
     if config.data_files is not None or len(found) != 1:
         have = "; ".join(f"config {name} at commit {sha}" for name, sha in copies) or "nothing"
-        asked = f"config {config.name or '(not named)'} at {wanted or 'any commit'}"
+        needed = f"config {config.name or '(not named)'} at {wanted or 'any commit'}"
         if config.data_files is not None:
-            asked += " with dataset.data_files, which cannot be looked up in the cache"
+            needed += " with dataset.data_files, which cannot be looked up in the cache"
         raise SourceError(
-            f"{where}: there is no local path of this name, and {unreachable}. Asked for is {asked}; in {folder} is "
-            f"{have}. Start once where the Hub can be reached, choose a cached one with dataset.name and "
-            "dataset.revision=<commit>, or download the files and give their folder as dataset.path. "
-            f"dataset={PYDOC} needs no network."
+            f"{where}: there is no local path of this name, and {unreachable}. The job needs {needed}; {folder} has "
+            f"{have}. Run once where the Hub can be reached, choose a cached copy with dataset.name and "
+            "dataset.revision=<commit>, or download the files and set dataset.path to their folder. "
+            f"dataset={PYDOC} needs no network"
         )
     config_name, commit = found[0]
     variant, version = copies[found[0]].parts[-3:-1]
@@ -186,10 +194,10 @@ def _cached(config: DatasetConfig, path: str, commit: str | None, unreachable: H
     return _rows(where, builder, config, commit)
 
 
-def _builder(path: str, config: DatasetConfig, **more: Any) -> Any:
+def _builder(path: str, config: DatasetConfig, **options: Any) -> Any:
     from datasets import load_dataset_builder
 
-    options = {"name": config.name, "data_files": config.data_files, **more}
+    options |= {"name": config.name, "data_files": config.data_files}
     builder = load_dataset_builder(path, **options)
     if getattr(builder.config, "sample_by", None) == "line":  # a text file is one example
         builder = load_dataset_builder(path, sample_by="document", **options)
@@ -205,7 +213,11 @@ def _files_builder(files: list[str]) -> Any:
 
 
 def _building(where: str, make: Callable[[], Any]) -> Any:
-    """What `make` returns, its errors turned into ours."""
+    """Returns the result of `make`.
+
+    Raises:
+        SourceError: `make` failed.
+    """
     try:
         return make()
     except Exception as error:
@@ -213,22 +225,22 @@ def _building(where: str, make: Callable[[], Any]) -> Any:
         if isinstance(error, ValueError) and ("BuilderConfig" in message or "Config name is missing" in message):
             listed = re.search(r"\[(.*?)\]", message, flags=re.DOTALL)
             names = listed.group(1).replace("'", "") if listed else message
-            raise SourceError(f"{where}: no such config. Choose one with dataset.name: {names}.") from error
+            raise SourceError(f"{where}: no such config. Choose one with dataset.name: {names}") from error
         if isinstance(error, FileNotFoundError):
-            raise SourceError(f"{where}: {_first_lines(message)}. Check dataset.data_files.") from error
-        if "find cache for" in message:  # what `datasets` says when a Hub repository has no file that it can read
-            raise SourceError(f"{where}: no data files that can be read. Check dataset.data_files.") from error
+            raise SourceError(f"{where}: {_first_lines(message)}. Check dataset.data_files") from error
+        if "find cache for" in message:  # the message of `datasets` for a Hub repository without readable files
+            raise SourceError(f"{where}: no data files that can be read. Check dataset.data_files") from error
         raise _unreadable(where, error, ()) from error
 
 
 def _rows(where: str, builder: Any, config: DatasetConfig, commit: str | None = None) -> Source:
-    """The rows of the split asked for."""
+    """Opens the rows of `config.split`."""
     data_files = {str(split): paths for split, paths in (builder.config.data_files or {}).items()}
     known = list(data_files or builder.info.splits or [])
-    asked = [config.split] if config.streaming else re.split(r"\s*\+\s*", re.sub(r"\[.*?\]", "", config.split))
-    if known and not {name.strip() for name in asked} <= {*known, "all"}:
+    splits = [config.split] if config.streaming else re.split(r"\s*\+\s*", re.sub(r"\[.*?\]", "", config.split))
+    if known and not {name.strip() for name in splits} <= {*known, "all"}:
         raise _no_split(where, config.split, known, streaming=config.streaming)
-    files = tuple(file for name in asked for file in data_files.get(name, ()) if "://" not in file)
+    files = tuple(file for name in splits for file in data_files.get(name, ()) if "://" not in file)
     try:
         if config.streaming:
             return Source(where, builder.as_streaming_dataset(split=config.split), commit, files)
@@ -245,16 +257,16 @@ def _rows(where: str, builder: Any, config: DatasetConfig, commit: str | None = 
 
 
 def _empty(where: str) -> SourceError:
-    return SourceError(f"{where} has no rows.")
+    return SourceError(f"{where} has no rows")
 
 
 def _no_split(where: str, split: str, known: list[str], streaming: bool = False) -> SourceError:
-    hint = " Streaming takes a whole split: use dataset.max_samples for a part." if streaming and "[" in split else ""
-    return SourceError(f"{where} has no split {split!r}. Choose one with dataset.split: {', '.join(known)}.{hint}")
+    hint = ". Streaming reads a whole split: use dataset.max_samples for a part" if streaming and "[" in split else ""
+    return SourceError(f"{where} has no split {split!r}. Choose one with dataset.split: {', '.join(known)}{hint}")
 
 
 def _unreadable(where: str, error: Exception, files: tuple[str, ...]) -> SourceError:
-    # The library does not always say which file it is: read each one alone.
+    # The error does not always name the file. Reading each file alone finds it.
     for file in filter(lambda file: _reader(Path(file)), files if len(files) > 1 else ()):
         try:
             for _ in _files_builder([file]).as_streaming_dataset("train").with_format("arrow").iter(10_000):
@@ -267,14 +279,14 @@ def _unreadable(where: str, error: Exception, files: tuple[str, ...]) -> SourceE
 
 
 def _reason(error: BaseException) -> str:
-    while error.__cause__ is not None:  # the parser's own words, not "an error occurred"
+    while error.__cause__ is not None:  # the parser's message instead of "an error occurred"
         error = error.__cause__
     if isinstance(error, UnicodeDecodeError):
-        return f"it is not UTF-8 ({error}). Convert it, as with `iconv -f latin1 -t utf-8`."
+        return f"it is not UTF-8 ({error}). Convert it, for example with `iconv -f latin1 -t utf-8`"
     if "BatchSize must be greater than 0" in str(error):
-        return "it has no rows. Leave it out."
+        return "it has no rows. Leave it out"
     if "zstd not supported" in str(error):
-        return "a .zst file needs the package zstandard (`pip install zstandard`)."
+        return "a .zst file needs the package zstandard (`pip install zstandard`)"
     return _first_lines(str(error)) or type(error).__name__
 
 
@@ -284,7 +296,7 @@ def _first_lines(message: str, most: int = 4) -> str:
 
 
 def _reader(file: Path) -> str:
-    """The name of the reader for a file of this name; empty if there is none."""
+    """Returns the name of the reader for a file of this name; empty if no reader reads it."""
     suffixes = [suffix.lower() for suffix in file.suffixes]
     if suffixes and suffixes[-1] in COMPRESSED:
         suffixes.pop()
@@ -305,7 +317,7 @@ def _data_files(folder: Path) -> list[str]:
 
 
 def _names_its_files(folder: Path) -> bool:
-    """Whether the folder has a dataset card that says which files make up which configs."""
+    """Whether the folder has a dataset card that lists the files of its configs."""
     card = folder / "README.md"
     if not card.is_file():
         return False
@@ -321,18 +333,18 @@ def _listing(folder: Path) -> str:
 
 
 def _supported() -> str:
-    return f"Supported: {', '.join(SUFFIXES)}; all but .parquet also with {', '.join(COMPRESSED)}."
+    return f"Supported: {', '.join(SUFFIXES)}; all but .parquet also with {', '.join(COMPRESSED)}"
 
 
 def _refuse(config: DatasetConfig, what: str, *keys: str) -> None:
     given = [f"dataset.{key}={getattr(config, key)}" for key in keys if getattr(config, key) is not None]
     if given:
-        raise SourceError(f"dataset.path={config.path} is {what}: {', '.join(given)} does not apply. Leave it out.")
+        raise SourceError(f"dataset.path={config.path} is {what}: {', '.join(given)} does not apply. Leave it out")
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silences what `datasets` logs about errors that are reported better; its progress bars only on a terminal."""
+    """Silences the logs of `datasets`, whose errors are reported here, and its progress bars outside a terminal."""
     import datasets
 
     verbosity, bars = datasets.utils.logging.get_verbosity(), not datasets.are_progress_bars_disabled()

@@ -1,9 +1,4 @@
-"""Examples -> tokens -> batches of about equal length.
-
-A window of examples is looked ahead at, tokenised in one go, and cut into batches by length, so that nearly nothing
-is padded. What is in a batch follows from the lengths alone: a job that is started again cuts the same batches, and
-takes the lengths of the examples that it has finished from its records.
-"""
+"""Loads a tokenizer and turns examples into tokens."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,12 +16,12 @@ from qk_sniffer.hub.revisions import HubUnreachableError, cached_commit, hub_com
 from qk_sniffer.store.journal import ExampleRecord
 
 _CALL_CHARACTERS = 1 << 22
-"""Texts of so many characters go to the tokenizer at once: its working memory is some hundred bytes a token."""
+"""Maximum characters in one call of the tokenizer, which needs some hundred bytes of memory for each token."""
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """One tokenised example."""
+    """The tokens of one example."""
 
     index: int
     example_id: int
@@ -34,16 +29,16 @@ class Tokens:
     ids: NDArray[np.int32]
     """(num_tokens,)"""
     truncated: bool
-    """Whether tokens were cut off at the end."""
+    """Whether the end of the text was cut off."""
     text_hash: str
 
     @property
     def num_tokens(self) -> int:
-        """At least 1."""
+        """The length of `ids`, at least 1."""
         return len(self.ids)
 
     def record(self) -> ExampleRecord:
-        """What the journal and `examples/data.parquet` keep of the example."""
+        """Returns the record of the example in the journal and in `examples/data.parquet`."""
         return ExampleRecord(
             index=self.index,
             example_id=self.example_id,
@@ -55,24 +50,24 @@ class Tokens:
 
 
 def text_hash(text: str) -> str:
-    """What identifies a text: 128 bits of Blake2b of its UTF-8, in hex."""
+    """Returns the 128-bit Blake2b digest of the UTF-8 text, in hex. It identifies the text."""
     return blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def load_tokenizer(config: ModelConfig, commit: str | None = None) -> "TextTokenizer":
-    """The tokenizer of `config.tokenizer`, by default the model's own.
+    """Loads the tokenizer of `config.tokenizer`, by default the model's own.
 
     Args:
-        commit: of a Hub repository, as an earlier start of the job found it; null pins the revision now.
+        commit: the commit of a Hub repository that an earlier start of the job pinned; None pins the revision now.
 
     Raises:
-        SourceError: it is not found or cannot be loaded, or `max_length` has no room for text.
+        SourceError: the tokenizer is not found or cannot be loaded, or `max_length` leaves no tokens for text.
     """
     from transformers import AutoTokenizer
 
     name = config.tokenizer.name or config.name
     if name is None:
-        raise SourceError("There is no tokenizer to load: set model.name.")
+        raise SourceError("there is no tokenizer to load: set model.name")
     own = name == config.name
     options: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
     if own and config.gguf_file is not None:
@@ -80,7 +75,7 @@ def load_tokenizer(config: ModelConfig, commit: str | None = None) -> "TextToken
     local = Path(name)
     if not local.exists():
         if not is_hub_id(name):
-            raise SourceError(f"tokenizer {name}: there is no such folder (looked for {local.absolute()}).")
+            raise SourceError(f"tokenizer {name}: there is no such folder (looked for {local.absolute()})")
         revision = config.tokenizer.revision or (config.revision if own else None)
         try:
             commit = hub_commit("model", name, commit or revision)
@@ -88,8 +83,8 @@ def load_tokenizer(config: ModelConfig, commit: str | None = None) -> "TextToken
             commit = commit or cached_commit("model", name, revision)
             if commit is None:
                 raise SourceError(
-                    f"tokenizer {name}: {unreachable}, and there is no copy of revision {revision or 'main'} in the "
-                    "cache. Start once where the Hub can be reached, or give a local folder as model.tokenizer.name."
+                    f"tokenizer {name}: {unreachable}, and the cache has no copy of revision {revision or 'main'}. "
+                    "Run once where the Hub can be reached, or set model.tokenizer.name to a local folder"
                 ) from unreachable
             options["local_files_only"] = True
         options["revision"] = commit
@@ -100,23 +95,25 @@ def load_tokenizer(config: ModelConfig, commit: str | None = None) -> "TextToken
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise SourceError(
-            f"The tokenizer of {name} cannot be loaded: {reason[:500].rstrip('.')}. Another one can be given as "
-            "model.tokenizer.name."
+            f"the tokenizer of {name} cannot be loaded: {reason[:500].rstrip('.')}. Set model.tokenizer.name to use "
+            "another one"
         ) from error
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # made up by the library where there are no files for it
-        raise SourceError(f"{name} has no tokenizer: give one, a Hub id or a folder, as model.tokenizer.name.")
+    if len(tokenizer) <= len(
+        tokenizer.all_special_tokens
+    ):  # transformers returns an empty tokenizer if there are no files
+        raise SourceError(f"{name} has no tokenizer: set model.tokenizer.name to a Hub id or a folder that has one")
     return TextTokenizer(tokenizer, config.tokenizer, name=name, commit=commit)
 
 
 class TextTokenizer:
-    """Tokenises examples: cut at the right end to `max_length`, whatever the tokenizer says; never padded."""
+    """Tokenizes examples. Cuts texts at the right end to `max_length` tokens, and never pads."""
 
     def __init__(self, tokenizer: Any, config: TokenizerConfig, *, name: str, commit: str | None = None) -> None:
         special = tokenizer.num_special_tokens_to_add(pair=False) if config.add_special_tokens else 0
-        if config.max_length <= special:  # the library would cut nothing at all
+        if config.max_length <= special:  # the library would not cut the texts
             raise SourceError(
                 f"model.tokenizer.max_length={config.max_length} leaves no room for text: the tokenizer of {name} adds "
-                f"{special} special tokens."
+                f"{special} special tokens"
             )
         tokenizer.truncation_side = "right"
         self._tokenizer = tokenizer
@@ -130,20 +127,20 @@ class TextTokenizer:
         self._skipped = 0
         self.name = name
         self.commit = commit
-        """The commit of a Hub repository, else null."""
+        """The commit of a Hub repository; None for a local folder."""
 
     @property
     def skipped(self) -> int:
-        """Texts so far of which no token was left."""
+        """The number of texts so far that gave no token."""
         return self._skipped
 
     @property
     def class_name(self) -> str:
-        """The library's class that does the work, which may depend on what else is installed."""
+        """The class of transformers that tokenizes. It may depend on the installed packages."""
         return type(self._tokenizer).__name__
 
     def __call__(self, examples: Sequence[Example]) -> list[Tokens]:
-        """The tokens of each example, in their order; an example of no token is left out and counted."""
+        """Returns the tokens of each example, in their order. An example without tokens is left out and counted."""
         tokens = []
         for part in _by_characters(examples):
             for example, (ids, truncated) in zip(part, self._encode([each.text for each in part]), strict=True):
@@ -163,7 +160,7 @@ class TextTokenizer:
         return tokens
 
     def token_strings(self, ids: Sequence[int] | NDArray[np.integer[Any]]) -> list[str]:
-        """The tokens as the vocabulary spells them, from which the text can be had back."""
+        """Returns the tokens as the vocabulary spells them. The text can be restored from them."""
         strings: list[str] = self._tokenizer.convert_ids_to_tokens([int(token) for token in ids])
         return strings
 
@@ -172,7 +169,7 @@ class TextTokenizer:
             encodings = self._tokenizer(texts, **self._options).encodings
             yield from ((encoding.ids, bool(encoding.overflowing)) for encoding in encodings)
             return
-        for text in texts:  # in a batch, these do not say which of the texts overflowed
+        for text in texts:  # for a batch, a tokenizer in Python does not report which texts overflowed
             encoded = self._tokenizer(text, return_overflowing_tokens=True, **self._options)
             yield encoded["input_ids"], bool(encoded.get("overflowing_tokens"))
 

@@ -22,6 +22,7 @@ from qk_sniffer.store.layout import EXAMPLES, Layout, discard_work
 from qk_sniffer.store.locks import hold
 from qk_sniffer.store.previous import PreviousVersion, describe
 from qk_sniffer.store.record import read_record, write_record
+from qk_sniffer.text import shortened
 
 log = logging.getLogger(__name__)
 
@@ -231,7 +232,7 @@ def _check_files(layout: Layout, manifest: Mapping[str, Any]) -> None:
     """Refuses a finished dataset with missing files, or files of another size. `verify` also reads them."""
     if bad := manifests.changed_files(layout.root, manifest):
         raise StoreError(
-            f"{layout.root} is damaged: {', '.join(bad[:5])}{' and more' if len(bad) > 5 else ''} missing, or not of "
+            f"{layout.root} is damaged: {shortened(bad, 5)} missing, or not of "
             f"the size that manifest.json lists ({len(bad)} of {len(manifest['files'])} files). Restore them, or "
             "recreate the dataset with output.overwrite=true"
         )

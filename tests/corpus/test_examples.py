@@ -1,4 +1,4 @@
-"""Rows to examples: which rows, in which order, under which ids; streamed and not."""
+"""Tests the selection, the order and the ids of examples, streamed and not."""
 
 import hashlib
 import time
@@ -59,7 +59,7 @@ def test_shards_share_out_the_rows(tmp_path: Path, streaming: bool) -> None:
 
 def test_example_ids_are_frozen() -> None:
     assert [example_id_of(value) for value in (0, 7, -9, 2**31 - 1, -(2**31))] == [0, 7, -9, 2**31 - 1, -(2**31)]
-    # printf '%s' a | b2sum -l 32, without the highest bit
+    # printf '%s' a | b2sum -l 32, with the highest bit cleared
     frozen = {"a": 0x4A234C55, "row-78153": 0x3C8CCB96}
     assert {value: example_id_of(value) for value in frozen} == frozen
     for value in (2**31, -(2**31) - 1, True, 1.5, "7", "漢"):
@@ -90,7 +90,7 @@ def test_two_rows_of_one_id_are_refused(tmp_path: Path, streaming: bool) -> None
 
 @both_ways
 def test_colliding_ids_are_refused(tmp_path: Path, streaming: bool) -> None:
-    # Found by search: two strings, and an integer that is another one's digest.
+    # Two strings, found by search, with the same digest; then an integer that is the digest of another.
     assert example_id_of("row-78153") == example_id_of("row-85955") == 1015860118
     for one, other in (("row-78153", "row-85955"),):
         rows = [{"id": "x", "text": "text"}, {"id": one, "text": "text"}, {"id": other, "text": "text"}]

@@ -1,4 +1,4 @@
-"""Sources of every kind are read, streamed and not; and every way in which one can be wrong has its answer."""
+"""Tests that sources of every kind are read, streamed and not, and that every problem of a source is reported."""
 
 import gzip
 from pathlib import Path
@@ -56,7 +56,7 @@ def test_in_a_folder_of_text_files_each_is_one_example(tmp_path: Path, streaming
 
 @pytest.mark.parametrize("folder", ["plain", "[odd] *"])
 def test_no_file_of_a_folder_is_left_out_for_its_name(tmp_path: Path, folder: str) -> None:
-    # `datasets` alone would take `my_test.txt` for the test split, and see no other file.
+    # `datasets` alone takes `my_test.txt` for the test split, and reads no other file.
     for name in ("a.txt", "my_test.txt", "part.json.txt", "z [1].txt"):
         write(tmp_path / folder / name, name)
     assert [text for _, text in texts(opened(tmp_path / folder).examples())] == [
@@ -209,7 +209,7 @@ def test_a_folder_that_save_to_disk_wrote_is_explained(tmp_path: Path) -> None:
 @both_ways
 def test_an_unknown_split_is_answered_with_those_there(tmp_path: Path, streaming: bool) -> None:
     file = write(tmp_path / "rows.jsonl", jsonl(ROWS))
-    assert "no split 'test'. Choose one with dataset.split: train." in message(file, split="test", streaming=streaming)
+    assert "no split 'test'. Choose one with dataset.split: train" in message(file, split="test", streaming=streaming)
     if streaming:
         assert "dataset.max_samples" in message(file, split="train[:2]", streaming=True)
     else:

@@ -1,4 +1,4 @@
-"""Datasets and tokenizers of the Hub: pinned to a commit, served from the cache when it cannot be reached."""
+"""Tests that datasets and tokenizers of the Hub are pinned to a commit, and come from the cache without a network."""
 
 import json
 import os
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.floor
 
 
 def cached_copy(tmp_path: Path, commit: str, rows: list[dict[str, Any]], config_name: str = "default") -> None:
-    """Puts a dataset `org/name` where `datasets` puts what it made of a Hub repository at a commit."""
+    """Puts a dataset `org/name` in the folder in which `datasets` caches a Hub repository at a commit."""
     import datasets
 
     write(tmp_path / commit / "train.jsonl", jsonl(rows))
@@ -50,7 +50,7 @@ def test_offline_a_cached_copy_serves(tmp_path: Path, streaming: bool) -> None:
     config = DatasetConfig(path="org/name", streaming=streaming)
     corpus = open_corpus(config)
     assert corpus.commit == one and texts(corpus.examples()) == TEXTS
-    assert "no split 'test'. Choose one with dataset.split: train." in message("org/name", split="test")
+    assert "no split 'test'. Choose one with dataset.split: train" in message("org/name", split="test")
 
     cached_copy(tmp_path, two, ROWS[2:])
     ambiguous = message("org/name")
@@ -67,7 +67,7 @@ def test_offline_a_cached_copy_serves(tmp_path: Path, streaming: bool) -> None:
 
 
 def client(code: str, endpoint: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
-    """Runs `code` in a process whose Hub is at `endpoint`: the libraries read their environment once."""
+    """Runs `code` in a process of its own, whose Hub is at `endpoint`: the libraries read their environment once."""
     imports = (
         "from qk_sniffer.corpus.tokenizer import load_tokenizer\n"
         "from qk_sniffer.config import DatasetConfig, ModelConfig, TokenizerConfig\n"
@@ -93,7 +93,7 @@ def client(code: str, endpoint: str, tmp_path: Path) -> subprocess.CompletedProc
 
 
 def test_no_network_is_an_answer_within_seconds(tmp_path: Path) -> None:
-    with socket.socket() as probe:  # a port that is closed again
+    with socket.socket() as probe:  # finds a port that is closed afterwards
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     code = """
@@ -102,7 +102,7 @@ slept = []
 time.sleep = slept.append
 print(error(dataset, 'org/name'))
 print(error(tokenizer, 'org/name'))
-assert sum(slept) < 10, 'the libraries alone try again for half a minute'
+assert sum(slept) < 10, 'the libraries alone retry for half a minute'
 """
     done = client(code, f"http://127.0.0.1:{port}", tmp_path)
     of_dataset, of_tokenizer = done.stdout.splitlines()
@@ -165,7 +165,7 @@ for text in (
     for answer, part in zip(answers, expected, strict=True):
         assert part in answer
 
-    # The server is gone; what was loaded before still serves, and only at the commit that is asked for.
+    # Without the server, the loaded copies are still used, but only for their own commits.
     code = f"""
 assert dataset('org/name', {old!r}).num_rows == 6
 assert dataset('org/name', revision={new!r}).num_rows == 1

@@ -1,4 +1,4 @@
-"""A real byte-level BPE tokenizer, learnt in a moment, in a folder as a model has it."""
+"""Trains a small byte-level BPE tokenizer, and saves it in a folder as a checkpoint does."""
 
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -8,9 +8,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 
 def save_tokenizer(folder: Path, *, special: bool = True, vocabulary: int = 400, **options: Any) -> Path:
-    """Saves a tokenizer that puts `<s>` (0) before and `</s>` (1) behind a text, unless `special` is false.
+    """Saves a tokenizer that puts `<s>` (0) before and `</s>` (1) after a text, unless `special` is false.
 
-    `options` are what its `tokenizer_config.json` says besides, such as `truncation_side`.
+    `options` are further entries of its `tokenizer_config.json`, such as `truncation_side`.
     """
     from transformers import PreTrainedTokenizerFast
 

@@ -1,4 +1,4 @@
-"""Configs as a command line composes them."""
+"""Composes configs as a command line does."""
 
 import re
 

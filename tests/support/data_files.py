@@ -1,4 +1,4 @@
-"""Small data files of every kind, and a corpus opened on them."""
+"""Writes small data files of every kind, and opens a corpus on them."""
 
 import bz2
 import gzip
@@ -74,7 +74,7 @@ def texts(examples: Iterable[Example]) -> list[tuple[int, str]]:
 
 
 def message(path: Path | str, **options: Any) -> str:
-    """Of the error that opening or reading `path` ends with; it may be a few lines, and never a traceback."""
+    """Returns the message of the error that opening or reading `path` raises, after checking that it is short."""
     with pytest.raises(SourceError) as caught:
         list(opened(path, **options).examples())
     text = str(caught.value)

@@ -1,22 +1,18 @@
-"""Windows and batches by their properties; the tokenizer against the `tokenizers` library used by hand."""
+"""Tests the tokenizer: compares it with the `tokenizers` library, and loads it from folders and from the cache."""
 
 import hashlib
 import json
 import logging
 import warnings
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from support.bpe import save_tokenizer
 from tokenizers import Tokenizer
 
 from qk_sniffer.config import ModelConfig, TokenizerConfig
-from qk_sniffer.corpus.batches import batches, windows
 from qk_sniffer.corpus.examples import Example
 from qk_sniffer.corpus.tokenizer import TextTokenizer, load_tokenizer, text_hash
 from qk_sniffer.errors import SourceError
@@ -26,8 +22,6 @@ pytestmark = pytest.mark.floor
 
 TEXTS = ["hello world", "a", "naïve 漢字 \U0001f600\n\ttabs", "the statement " * 40, "x" * 300, "</s> in the text <s>"]
 
-lengths_lists = st.lists(st.one_of(st.integers(1, 40), st.integers(1, 5000)), max_size=120)
-
 
 def examples(texts: list[str]) -> list[Example]:
     return [Example(3 * i, 100 + i, f"id {i}", text) for i, text in enumerate(texts)]
@@ -35,7 +29,7 @@ def examples(texts: list[str]) -> list[Example]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer that would pad and cut on the left, and warn above 16 tokens."""
+    """A tokenizer whose own settings pad and cut on the left, and warn above 16 tokens."""
     return save_tokenizer(
         tmp_path_factory.mktemp("bpe"),
         model_max_length=16,
@@ -48,70 +42,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def loaded(folder: Path, max_length: int = 4096, *, add_special_tokens: bool = True) -> TextTokenizer:
     tokenizer = TokenizerConfig(max_length=max_length, add_special_tokens=add_special_tokens)
     return load_tokenizer(ModelConfig(name=str(folder), tokenizer=tokenizer))
-
-
-# ---- windows and batches
-
-
-@given(st.integers(0, 50), st.integers(1, 12))
-def test_windows_keep_every_example_in_order(count: int, size: int) -> None:
-    every = examples([f"text {i}" for i in range(count)])
-    cut = list(windows(iter(every), size))
-    assert [example for window in cut for example in window] == every
-    assert all(len(window) == size for window in cut[:-1]) and all(0 < len(window) <= size for window in cut)
-
-
-def test_windows_look_no_further_than_they_must() -> None:
-    taken = []
-
-    def source() -> Any:
-        for example in examples(["text"] * 10):
-            taken.append(example.index)
-            yield example
-
-    next(windows(source(), 4))
-    assert len(taken) == 4
-
-
-@settings(max_examples=300, deadline=None)
-@given(
-    lengths_lists,
-    st.integers(1, 6000),
-    st.one_of(st.none(), st.integers(1, 9)),
-    st.one_of(st.just(0.05), st.floats(0, 0.9)),
-)
-def test_batches_hold_to_every_bound(lengths: list[int], tokens: int, size: int | None, padding: float) -> None:
-    cut = batches(lengths, max_batch_tokens=tokens, batch_size=size, max_padding=padding)
-    assert sorted(place for batch in cut for place in batch) == list(range(len(lengths)))
-    for batch in cut:
-        held = [lengths[place] for place in batch]
-        area = max(held) * len(batch)
-        assert held == sorted(held, reverse=True)
-        assert size is None or len(batch) <= size
-        assert area <= tokens or len(batch) == 1
-        assert (area - sum(held)) / area <= padding + 1e-12
-    longest = [lengths[batch[0]] for batch in cut]
-    assert longest == sorted(longest, reverse=True)
-    assert cut == batches(tuple(lengths), max_batch_tokens=tokens, batch_size=size, max_padding=padding)
-
-
-@settings(max_examples=100, deadline=None)
-@given(lengths_lists, st.integers(1, 6000), st.one_of(st.none(), st.integers(1, 9)))
-def test_no_two_batches_could_be_one(lengths: list[int], tokens: int, size: int | None) -> None:
-    cut = batches(lengths, max_batch_tokens=tokens, batch_size=size)
-    for batch, after in pairwise(cut):
-        held = [lengths[place] for place in [*batch, after[0]]]
-        area = held[0] * len(held)
-        full = size is not None and len(held) > size
-        assert full or area > tokens or (area - sum(held)) / area > 0.05
-
-
-def test_batches_of_known_lengths() -> None:
-    lengths = [100, 7, 98, 100, 50, 48, 95, 300]
-    assert batches(lengths, max_batch_tokens=400) == [[7], [0, 3, 2, 6], [4, 5], [1]]
-    assert batches(lengths, max_batch_tokens=299, batch_size=2) == [[7], [0, 3], [2, 6], [4, 5], [1]]
-    assert batches([5] * 5, max_batch_tokens=10) == [[0, 1], [2, 3], [4]]
-    assert batches([], max_batch_tokens=10) == []
 
 
 # ---- tokens
@@ -261,7 +191,7 @@ def test_the_commit_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_length_without_room_for_text_is_refused(folder: Path) -> None:
-    # `tokenizers` would cut nothing at all.
+    # `tokenizers` would not cut the texts.
     for max_length in (1, 2):
         with pytest.raises(SourceError, match="adds 2 special tokens"):
             loaded(folder, max_length)

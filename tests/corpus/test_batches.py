@@ -1,0 +1,77 @@
+"""Tests windows and batches by their properties."""
+
+from itertools import pairwise
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qk_sniffer.corpus.batches import batches, windows
+from qk_sniffer.corpus.examples import Example
+
+lengths_lists = st.lists(st.one_of(st.integers(1, 40), st.integers(1, 5000)), max_size=120)
+
+
+def examples(count: int) -> list[Example]:
+    return [Example(index, index, str(index), f"text {index}") for index in range(count)]
+
+
+@given(st.integers(0, 50), st.integers(1, 12))
+def test_windows_keep_every_example_in_order(count: int, size: int) -> None:
+    every = examples(count)
+    cut = list(windows(iter(every), size))
+    assert [example for window in cut for example in window] == every
+    assert all(len(window) == size for window in cut[:-1]) and all(0 < len(window) <= size for window in cut)
+
+
+def test_windows_look_no_further_than_they_must() -> None:
+    taken = []
+
+    def source() -> Any:
+        for example in examples(10):
+            taken.append(example.index)
+            yield example
+
+    next(windows(source(), 4))
+    assert len(taken) == 4
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    lengths_lists,
+    st.integers(1, 6000),
+    st.one_of(st.none(), st.integers(1, 9)),
+    st.one_of(st.just(0.05), st.floats(0, 0.9)),
+)
+def test_batches_hold_to_every_bound(lengths: list[int], tokens: int, size: int | None, padding: float) -> None:
+    cut = batches(lengths, max_batch_tokens=tokens, batch_size=size, max_padding=padding)
+    assert sorted(place for batch in cut for place in batch) == list(range(len(lengths)))
+    for batch in cut:
+        held = [lengths[place] for place in batch]
+        area = max(held) * len(batch)
+        assert held == sorted(held, reverse=True)
+        assert size is None or len(batch) <= size
+        assert area <= tokens or len(batch) == 1
+        assert (area - sum(held)) / area <= padding + 1e-12
+    longest = [lengths[batch[0]] for batch in cut]
+    assert longest == sorted(longest, reverse=True)
+    assert cut == batches(tuple(lengths), max_batch_tokens=tokens, batch_size=size, max_padding=padding)
+
+
+@settings(max_examples=100, deadline=None)
+@given(lengths_lists, st.integers(1, 6000), st.one_of(st.none(), st.integers(1, 9)))
+def test_no_two_batches_could_be_one(lengths: list[int], tokens: int, size: int | None) -> None:
+    cut = batches(lengths, max_batch_tokens=tokens, batch_size=size)
+    for batch, after in pairwise(cut):
+        held = [lengths[place] for place in [*batch, after[0]]]
+        area = held[0] * len(held)
+        full = size is not None and len(held) > size
+        assert full or area > tokens or (area - sum(held)) / area > 0.05
+
+
+def test_batches_of_known_lengths() -> None:
+    lengths = [100, 7, 98, 100, 50, 48, 95, 300]
+    assert batches(lengths, max_batch_tokens=400) == [[7], [0, 3, 2, 6], [4, 5], [1]]
+    assert batches(lengths, max_batch_tokens=299, batch_size=2) == [[7], [0, 3], [2, 6], [4, 5], [1]]
+    assert batches([5] * 5, max_batch_tokens=10) == [[0, 1], [2, 3], [4]]
+    assert batches([], max_batch_tokens=10) == []

@@ -285,7 +285,12 @@ def from_dict(values: dict[str, Any]) -> Config:
 
 def schema() -> DictConfig:
     """The defaults as an OmegaConf node that knows the type of every key; writable."""
-    node = OmegaConf.structured(Config)
+    return structured(Config)
+
+
+def structured(kind: type) -> DictConfig:
+    """Returns the defaults of a dataclass as an OmegaConf node that knows the type of every key; writable."""
+    node = OmegaConf.structured(kind)
     assert isinstance(node, DictConfig)
     _unlock(node)
     return node

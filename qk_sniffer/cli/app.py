@@ -1,26 +1,30 @@
-"""The command line: finds what is wrong with it, hands over to Hydra, and says how the jobs ended.
+"""Runs the capture from its command line: checks it, has Hydra run the jobs, and reports how they ended.
 
 Exit codes: 0 all jobs are done, 1 a job failed, 2 the command line or the configuration is wrong, 130 and 143 ended by
 SIGINT and SIGTERM.
 """
 
-import argparse
 import logging
 import os
 import signal
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import hydra
-from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from qk_sniffer.cli import preflight, renamed_keys
+from qk_sniffer import validation
+from qk_sniffer.cli import renamed_keys
+from qk_sniffer.cli.application import Application
+from qk_sniffer.cli.collisions import collisions
 from qk_sniffer.cli.environment import read_environment
+from qk_sniffer.cli.flags import only_prints, parse_flags, show
 from qk_sniffer.cli.launching import Launch
-from qk_sniffer.config import from_omegaconf, register
+from qk_sniffer.cli.preflight import planned
+from qk_sniffer.cli.schema import Schema
+from qk_sniffer.config import Config, from_omegaconf, register
 from qk_sniffer.errors import ConfigError, QkSnifferError
 from qk_sniffer.jobs import sweep
 from qk_sniffer.jobs.signals import WARNING, Stopped, Stopping
@@ -33,12 +37,12 @@ register()
 
 
 def main() -> int:
-    """`python -m qk_sniffer` and `sniff-qk`; returns the exit code."""
+    """Runs `python -m qk_sniffer` and `sniff-qk`; returns the exit code."""
     try:
         args = parse_flags(sys.argv[1:])
-        if args.help or args.hydra_help or args.cfg or args.info or args.shell_completion or args.experimental_rerun:
-            return _show()
-        return _run(preflight.planned(args))
+        if only_prints(args):
+            return show(APPLICATION, task)
+        return _run(planned(args, APPLICATION))
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
@@ -92,36 +96,14 @@ def _stopped(stopped: Stopped, status: sweep.Status, folder: Path) -> None:
     raise SystemExit(stopped.exit_code)  # without the traceback that an interrupt leaves in a job's log
 
 
-def parse_flags(arguments: list[str]) -> argparse.Namespace:
-    if any(argument.partition("=")[0] == "--config" for argument in arguments):
-        raise ConfigError([renamed_keys.CONFIG_FLAG])
-    args, rest = get_args_parser().parse_known_args(arguments)
-    unknown = [text for text in rest if text.startswith("-")]
-    if unknown:
-        raise ConfigError([f"{text}: no such flag; settings are written key=value (see --help)" for text in unknown])
-    if rest:
-        raise ConfigError([f"{' '.join(rest)}: flags come first, then all settings together"])
-    return args
-
-
-def _show() -> int:
-    """Help and the like, which Hydra does by itself."""
-    try:
-        _hydra_main()
-    except Exception as error:  # for these flags Hydra lets errors through as they are
-        print(preflight.explain(error), file=sys.stderr)
-        return 2
-    return 0
-
-
-def _run(planned: list[sweep.PlannedJob]) -> int:
+def _run(jobs: Sequence[sweep.PlannedJob]) -> int:
     """Has Hydra run the jobs, and learns from their status files how they ended."""
     code = 0
-    launch = Launch(planned)
+    launch = Launch(jobs)
     try:
         with launch:
             try:
-                _hydra_main()
+                APPLICATION.run_hydra(task)
             except SystemExit as error:  # Hydra's way to end once it has printed what its launcher raised
                 code = 1 if error.code else 0
             launch.wait()
@@ -129,11 +111,11 @@ def _run(planned: list[sweep.PlannedJob]) -> int:
         code = _interrupted(error)
         launch.wait_for_exit()
     found = {} if launch.folder is None else sweep.statuses(launch.folder)
-    if len(planned) > 1:
-        print(sweep.table(planned, found))
+    if len(jobs) > 1:
+        print(sweep.table(jobs, found))
         print(f"Logs: {launch.folder}")
-    codes = [found[job.number].code if job.number in found else 1 for job in planned]
-    all_done = all(job.number in found and found[job.number].state in sweep.GOOD for job in planned)
+    codes = [found[job.number].code if job.number in found else 1 for job in jobs]
+    all_done = all(job.number in found and found[job.number].state in sweep.GOOD for job in jobs)
     if launch.is_announced and all_done:
         return 0  # the launcher may have given up on a job that was begun anew since
     return code or (0 if all_done else min((code for code in codes if code), default=1))
@@ -145,10 +127,25 @@ def _interrupted(error: KeyboardInterrupt) -> int:
     return error.exit_code if isinstance(error, Stopped) else 130
 
 
-def _hydra_main() -> None:
-    decorated = hydra.main(
-        version_base=preflight.VERSION_BASE,
-        config_path=f"pkg://{preflight.CONFIG_MODULE}",
-        config_name=preflight.CONFIG_NAME,
-    )(task)
-    decorated()
+def _problems(config: Config, hydra_folder: Path | None) -> Iterator[str]:
+    yield from validation.problems(config)
+    root = resolve(config).data_root
+    if hydra_folder is not None and hydra_folder.resolve().is_relative_to(root.resolve()):
+        yield (
+            f"output.data_root is {str(root)!r}, in which Hydra keeps its own folders ({hydra_folder}); "
+            "give the dataset a folder of its own, such as outputs/mine"
+        )
+
+
+APPLICATION = Application(
+    config_name="config",
+    schema=Schema(Config, former=renamed_keys.answer),
+    problems=_problems,
+    resolve=resolve,
+    collisions=collisions,
+    default_groups=("model", "dataset", "sampler", "output"),
+    other_groups={"estimator": "python -m qk_sniffer.plasticity"},
+    open_choices={"model": "model=hf model.name", "dataset": "dataset=hf dataset.path"},
+    filled_by_experiments=("model.config_overrides",),
+)
+"""The capture, as the check of its command line sees it."""

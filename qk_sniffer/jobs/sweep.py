@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from tqdm import tqdm
 
@@ -29,20 +29,26 @@ STATUS_FILE, SWEEP_FILE, LOCK = "status.json", "sweep.json", "job.lock"
 QUEUED, RUNNING, REQUEUED, DONE, PUBLISHED = "queued", "running", "requeued", "done", "published"
 FAILED, INTERRUPTED, NOT_STARTED = "failed", "interrupted", "not started"
 
+Settings = TypeVar("Settings")
+
 GOOD = (DONE, PUBLISHED)
 """The states of a job that succeeded."""
 
 
 @dataclass(frozen=True)
-class PlannedJob:
-    """One job as it would run. `arguments` are those that differ between the jobs of its sweep."""
+class Job(Generic[Settings]):
+    """One job of any program, as it would run. `arguments` differ between the jobs of its sweep."""
 
     number: int
     arguments: tuple[str, ...]
-    config: ResolvedConfig
+    config: Settings
 
     def __str__(self) -> str:
         return describe(self.number, self.arguments)
+
+
+PlannedJob = Job[ResolvedConfig]
+"""A job of the capture."""
 
 
 def describe(number: int, arguments: Sequence[str]) -> str:

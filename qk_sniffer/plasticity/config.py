@@ -1,4 +1,4 @@
-"""The settings of the program: one frozen dataclass, what is wrong with its values, and where the results go."""
+"""Declares the settings of the program, checks their values, and derives the folder of the results."""
 
 import math
 from collections.abc import Iterator
@@ -9,96 +9,105 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
+from qk_sniffer.cli.schema import Schema
+from qk_sniffer.config import structured
 from qk_sniffer.hub.revisions import is_hub_id
 from qk_sniffer.resolved import last_part, safe_name
 from qk_sniffer.text import expand_home
 
-MAX_PAIRS = 1_000_000
-
+INSTALL = "pip install 'qk-sniffer[analysis]'"
 ESTIMATORS = ("regression", "full_covariance")
+MAX_PAIRS = 1_000_000
 MAX_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True)
 class EstimatorConfig:
-    """How the distribution of the queries at a position is estimated; `alpha` is full_covariance's alone."""
+    """How the distribution of the queries at a position is estimated; only full_covariance has an `alpha`."""
 
     name: str = "regression"
-    alpha: float | None = None
+    alpha: float | None = field(
+        default=None, metadata={"help": "forgetting factor of full_covariance, above 0 and below 1"}
+    )
 
 
 @dataclass(frozen=True)
 class PlasticityConfig:
-    """What is measured, of which dataset, and where the results go."""
+    """The dataset, the measurement, and the folder of the results."""
 
-    data_root: str | None = None
-    revision: str | None = None
-    output_dir: str | None = None
-    estimator: EstimatorConfig = field(default_factory=EstimatorConfig)
-    max_tokens_per_head: int = 50_000
-    normality_max_dims: int = 64
-    p_alpha: float = 0.01
-    seed: int = 0
-    num_pairs_per_bucket: int = 256
-    pictures: bool = True
+    data_root: str = field(metadata={"help": "the folder of a dataset, or a dataset repository of the Hub: me/my"})
+    revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of a repository"})
+    output_dir: str | None = field(
+        default=None,
+        metadata={"help": "folder of the results; null: <data_root>-plasticity, or outputs/<revision>-plasticity"},
+    )
+    estimator: EstimatorConfig = field(
+        default_factory=EstimatorConfig, metadata={"help": "regression (the default), or full_covariance"}
+    )
+    max_tokens_per_head: int = field(
+        default=50_000, metadata={"help": "most rows of a head that are used; more are drawn from"}
+    )
+    normality_max_dims: int = field(
+        default=64, metadata={"help": "most components for the Kolmogorov-Smirnov test; more are drawn from"}
+    )
+    p_alpha: float = field(default=0.01, metadata={"help": "a component whose p is below this counts as not normal"})
+    seed: int = field(default=0, metadata={"help": "seed of every draw"})
+    num_pairs_per_bucket: int = field(default=256, metadata={"help": "pairs of keys for each bucket of keys"})
+    pictures: bool = field(default=True, metadata={"help": "draw the pictures, next to the tables"})
 
     @property
     def folder(self) -> Path:
-        """Of the results; call on a config that `resolved` returned."""
+        """The folder of the results. Needs a config that `resolved` returned."""
         assert self.output_dir is not None
         return Path(self.output_dir)
 
     def measures(self) -> dict[str, Any]:
-        """The settings that the numbers depend on."""
+        """Returns the settings that the numbers depend on."""
         values = asdict(self)
         return {key: values[key] for key in values if key not in ("data_root", "revision", "output_dir", "pictures")}
 
 
+SCHEMA = Schema(PlasticityConfig)
+
+
 def problems(config: PlasticityConfig) -> list[str]:
-    """Every value of `config` that cannot be right, one line each that begins with its key; empty when all is well."""
+    """Returns a line for every wrong value of `config`, which begins with its key."""
     return [*_source(config), *_numbers(config), *_estimator(config.estimator)]
 
 
 def resolved(config: PlasticityConfig) -> PlasticityConfig:
-    """`config` with its `output_dir` filled in; `~` is the home folder."""
-    assert config.data_root is not None
+    """Fills in `output_dir`, and expands `~`."""
     data_root = expand_home(config.data_root)
     if config.output_dir is not None:
         return replace(config, data_root=data_root, output_dir=expand_home(config.output_dir))
     if Path(data_root).is_dir() or not is_hub_id(data_root):
-        # Of its name and not of its last part, which "." or ".." has none of.
-        beside = str(Path(data_root).resolve()) if Path(data_root).name in ("", "..") else data_root.rstrip("/")
+        # "." and ".." have no last part to append to.
+        base = str(Path(data_root).resolve()) if Path(data_root).name in ("", "..") else data_root.rstrip("/")
     else:
-        beside = f"outputs/{safe_name(config.revision or last_part(data_root))}"
+        base = f"outputs/{safe_name(config.revision or last_part(data_root))}"
     ending = "" if config.estimator.name == ESTIMATORS[0] else f"-{config.estimator.name.replace('_', '-')}"
-    return replace(config, data_root=data_root, output_dir=f"{beside}-plasticity{ending}")
-
-
-def schema() -> DictConfig:
-    """The defaults as an OmegaConf node that knows the type of every key; writable."""
-    node = OmegaConf.structured(PlasticityConfig)
-    assert isinstance(node, DictConfig)
-    # OmegaConf makes nodes of frozen dataclasses read-only, but Hydra must merge into them.
-    OmegaConf.set_readonly(node, None)
-    OmegaConf.set_readonly(node.estimator, None)
-    return node
+    return replace(config, data_root=data_root, output_dir=f"{base}-plasticity{ending}")
 
 
 def from_omegaconf(node: DictConfig) -> PlasticityConfig:
-    """The typed config of a composed Hydra config."""
+    """Returns the typed config of a composed Hydra config."""
     config = OmegaConf.to_object(node)
     assert isinstance(config, PlasticityConfig)
     return config
 
 
 def register() -> None:
-    """Makes known to Hydra the schema that `conf/plasticity.yaml` starts from."""
-    ConfigStore.instance().store(name="plasticity_schema", node=schema())
+    """Registers with Hydra the schema that `conf/plasticity.yaml` starts from.
+
+    `${qk_sniffer.plasticity_settings:}` lists the settings.
+    """
+    ConfigStore.instance().store(name="plasticity_schema", node=structured(PlasticityConfig))
+    OmegaConf.register_new_resolver("qk_sniffer.plasticity_settings", SCHEMA.help, replace=True)
 
 
 def _source(config: PlasticityConfig) -> Iterator[str]:
     if not config.data_root:
-        yield "data_root is not given; it is the folder of a dataset, or a dataset repository of the Hub: me/my"
+        yield "data_root is empty; it is the folder of a dataset, or a dataset repository of the Hub: me/my"
         return
     root = Path(expand_home(config.data_root))
     if root.is_dir():
@@ -109,7 +118,7 @@ def _source(config: PlasticityConfig) -> Iterator[str]:
     if config.revision == "":
         yield "revision is empty; null is the default branch"
     if config.output_dir == "":
-        yield "output_dir is empty; null is a folder beside the dataset"
+        yield "output_dir is empty; null is a folder next to the dataset"
     elif (
         config.output_dir is not None
         and root.is_dir()
@@ -122,7 +131,7 @@ def _numbers(config: PlasticityConfig) -> Iterator[str]:
     for key in ("max_tokens_per_head", "normality_max_dims", "num_pairs_per_bucket"):
         if getattr(config, key) < 1:
             yield f"{key} is {getattr(config, key)}; it must be at least 1"
-    if config.num_pairs_per_bucket > MAX_PAIRS:  # the differences of so many are held at once
+    if config.num_pairs_per_bucket > MAX_PAIRS:  # all differences are in memory at once
         yield f"num_pairs_per_bucket is {config.num_pairs_per_bucket}; it must be at most {MAX_PAIRS:,}"
     if not 0 < config.p_alpha < 1:
         yield f"p_alpha is {config.p_alpha}; it must be above 0 and below 1"
@@ -138,6 +147,3 @@ def _estimator(estimator: EstimatorConfig) -> Iterator[str]:
             yield f"estimator.alpha is {estimator.alpha}; it must be above 0 and below 1"
     elif estimator.alpha is not None:
         yield "estimator.alpha belongs to estimator=full_covariance; leave it out, or choose that"
-
-
-INSTALL = "pip install 'qk-sniffer[analysis]'"

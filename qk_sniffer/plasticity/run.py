@@ -43,7 +43,6 @@ def run(config: PlasticityConfig) -> int:
     """
     if find_spec("scipy") is None:
         raise QkSnifferError(f"scipy is not installed, which plasticity needs: {INSTALL}")
-    assert config.data_root is not None
     dataset = open_dataset(config.data_root, config.revision)
     key_heads, without_keys = plan(dataset)
     results, job = Results(config.folder), fingerprint(dataset, config)

@@ -84,7 +84,7 @@ def test_help_is_true(light: dict[str, str], tmp_path: Path, monkeypatch: pytest
     executable.touch(mode=0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     for command in commands:
-        assert preflight.planned(get_args(command.split()))
+        assert preflight.planned(get_args(command.split()), app.APPLICATION)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 from hydra._internal.utils import get_args
 
 from qk_sniffer.cli import preflight
+from qk_sniffer.cli.app import APPLICATION
 from qk_sniffer.errors import ConfigError
 from qk_sniffer.jobs.sweep import PlannedJob
 
@@ -20,7 +21,7 @@ CHECKPOINTS = [
 
 
 def plan(*arguments: str) -> list[PlannedJob]:
-    return preflight.planned(get_args(list(arguments)))
+    return preflight.planned(get_args(list(arguments)), APPLICATION)
 
 
 def refusals(*arguments: str) -> list[str]:
@@ -40,18 +41,18 @@ def refusal(*arguments: str) -> str:
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("modle.name=x", r"modle\.name is no key, did you mean model\.name\?; valid at the top: model, dataset, "),
-        ("model.nmae=x", r"model\.nmae is no key, did you mean model\.name\?; valid in model: slug, name, revision"),
+        ("modle.name=x", r"modle\.name is not a key, did you mean model\.name\?; valid at the top: model, dataset, "),
+        ("model.nmae=x", r"model\.nmae is not a key, did you mean model\.name\?; valid in model: slug, name, revision"),
         ("batch_size=4", r"did you mean inference\.batch_size\?"),
         ("model.tokenizer.max_len=4", r"did you mean model\.tokenizer\.max_length\?; valid in model\.tokenizer: name"),
-        ("+model.nmae=x", r"model\.nmae is no key"),
+        ("+model.nmae=x", r"model\.nmae is not a key"),
         ("experimnt=sample", r"did you mean \+experiment=\.\.\.\?"),
         ("experiment=sample", r"an experiment is added to a run: \+experiment=sample"),
         ("+experiment=smple", r"no such experiment, did you mean sample\?; valid: attention_plasticity, sample, smol"),
         ("model=qwen3-8b", r"no such model, did you mean qwen3_8b or .*; valid: .*llama3_1_8b, .*pydoc_tiny"),
         ("model=Qwen/Qwen3-8B", r"for the Hub or a path: model=hf model\.name=Qwen/Qwen3-8B"),
         ("dataset=texts.jsonl", r"for the Hub or a path: dataset=hf dataset\.path=texts\.jsonl"),
-        ("+sampler=all", r"sampler has a choice already, which is changed by sampler=all"),
+        ("+sampler=all", r"sampler has a choice already; change it by sampler=all"),
         ("sampler={type: all}", r"sampler is chosen by name; .* sampler\.<key>=\.\.\."),
         ("sampler=glob(z*)", r"nothing matches; valid: .*log_uniform"),
         ("hydra/launcher=slrum", r"no such hydra/launcher.*; valid: basic, slurm, submitit_local"),
@@ -66,6 +67,7 @@ def refusal(*arguments: str) -> str:
         ("model.tokenizer=null", r"model\.tokenizer is a section; its keys are name, revision, max_length"),
         ("model.tokenizer={max_length: many}", r"model\.tokenizer\.max_length is 'many'; it must be an integer"),
         ("model.revision=1234e5", r"reads as the number 123400000\.0; quote it as text: 'model\.revision=\"1234e5\"'"),
+        ("model.name=org/other", r"model\.name is given twice; give it one value"),
         ("~sampler.seed", r"sampler\.seed cannot be deleted"),
         ("sampler.seed", r"a setting is written key=value"),
         ("dataset.split=train[:9]", r"the value must be quoted, for the shell too: 'dataset\.split=\"train\[:9\]\"'"),
@@ -73,7 +75,7 @@ def refusal(*arguments: str) -> str:
         ("sampler.seed=1,2", r"several values are a sweep, which needs --multirun"),
         ("output.data_root=x-${sampler.sed}", r"output\.data_root is x-\$\{sampler\.sed\}: .*'sampler\.sed' not found"),
         ("output.data_root=outputs", r"in which Hydra keeps its own folders \(outputs/\.runs/"),
-        ("hydra.run.dir=/dev/null/x", r"/dev/null is no folder that can be written to"),
+        ("hydra.run.dir=/dev/null/x", r"/dev/null is not a folder that can be written to"),
         ("output=hub", r"output\.hf_repo_id is not given"),
         ("capture.sampler.type=all", r"capture\.sampler\.type is a key of the original tool; it is now sampler\.type"),
         ("capture.min_bucket_size=4", r"it is now sampler\.min_bucket_size"),
@@ -187,7 +189,7 @@ def test_a_sweep_that_sets_its_jobs_apart_passes() -> None:
     [
         (b"name: [a\nb: : c\n", r"model=mine: while parsing .*mine\.yaml"),
         (b"\xff\xfe\x00", r"model=mine: .*decode"),
-        (b"name: a/b\nnmae: c\n", r"model/mine\.yaml: model\.nmae is no key, did you mean model\.name"),
+        (b"name: a/b\nnmae: c\n", r"model/mine\.yaml: model\.nmae is not a key, did you mean model\.name"),
         (b"name: a/b\ntokenizer: {max_length: x}\n", r"model/mine\.yaml: model\.tokenizer\.max_length: .*'x'"),
         (b"- a\n", r"model/mine\.yaml: .*list"),
         (b"defaults: [nothing]\nname: a/b\n", r"model/mine\.yaml: Could not load 'model/nothing'"),

@@ -38,7 +38,7 @@ def test_everything_wrong_is_named_at_once() -> None:
         "width is 'wide'; it must be an integer",
         "grid is '1'; it must be true or false",
         "scale is ''; it must be a number",
-        "data_rot is no key, did you mean data_root?; valid: data_root, width, scale, grid, title",
+        "data_rot is not a key, did you mean data_root?; valid: data_root, width, scale, grid, title",
         "outputs/x: a setting is written key=value, such as data_root=...",
         "--grid: no such flag; settings are written key=value (see --help)",
         "width is given twice; give it one value",

@@ -218,7 +218,7 @@ def test_exit_codes(root: Path, light: dict[str, str]) -> None:
 def test_settings(root: Path, light: dict[str, str]) -> None:
     done = called(light, f"output.data_root={root}")
     assert (done.returncode, done.stdout) == (2, "")
-    assert "output.data_root is no key, did you mean data_root?" in done.stderr
+    assert "output.data_root is not a key, did you mean data_root?" in done.stderr
     assert "data_root is not given; it is the dataset's folder" in done.stderr
     done = called(light, "--help")
     assert (done.returncode, done.stderr) == (0, "")

@@ -209,7 +209,7 @@ def test_bad_settings(tmp_path: Path) -> None:
         show(Settings(tmp_path, format="xml"))
     with pytest.raises(StoreError, match="there is no folder"):
         show(Settings(tmp_path / "none"))
-    with pytest.raises(ConfigError, match="wach is no key"):
+    with pytest.raises(ConfigError, match="wach is not a key"):
         program.parse(["outputs", "wach=true"], Settings)
 
 

@@ -1,0 +1,100 @@
+"""Reads the flags of a program that Hydra composes, and answers those that only print."""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+from hydra import initialize_config_dir, initialize_config_module
+from hydra._internal.utils import get_args_parser
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.plugins import Plugins
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+
+from qk_sniffer.cli import renamed_keys
+from qk_sniffer.cli.application import CONFIG_MODULE, VERSION_BASE, Application
+from qk_sniffer.cli.explain import explain
+from qk_sniffer.cli.schema import unknown_flag
+from qk_sniffer.errors import ConfigError
+
+
+def parse_flags(arguments: list[str]) -> argparse.Namespace:
+    """Parses a command line as Hydra does.
+
+    Raises:
+        ConfigError: a flag is unknown, or follows the settings.
+    """
+    if any(argument.partition("=")[0] == "--config" for argument in arguments):
+        raise ConfigError([renamed_keys.CONFIG_FLAG])
+    args, rest = get_args_parser().parse_known_args(arguments)
+    unknown = [text for text in rest if text.startswith("-")]
+    if unknown:
+        raise ConfigError([unknown_flag(text) for text in unknown])
+    if rest:
+        raise ConfigError([f"{' '.join(rest)}: flags come first, then all settings together"])
+    return args
+
+
+def only_prints(args: argparse.Namespace) -> bool:
+    """Whether Hydra itself answers the flags, such as `--help`, and runs no checked job."""
+    flags = ("help", "hydra_help", "cfg", "info", "shell_completion", "experimental_rerun")
+    return any(getattr(args, flag) for flag in flags)
+
+
+def show(application: Application[Any], task: Callable[[Any], Any]) -> int:
+    """Has Hydra answer such flags; returns the exit code."""
+    try:
+        application.run_hydra(task)
+    except Exception as error:  # for these flags Hydra does not handle errors
+        print(explain(error, application.schema), file=sys.stderr)
+        return 2
+    return 0
+
+
+@contextmanager
+def initialized(args: argparse.Namespace) -> Iterator[ConfigLoader]:
+    """Initializes Hydra with the config folders that the flags name; the value is its loader.
+
+    Raises:
+        ConfigError: a flag does not name a folder.
+    """
+    if args.config_dir is not None and not Path(args.config_dir).is_dir():
+        raise ConfigError([f"--config-dir {args.config_dir}: there is no such folder (seen from {Path.cwd()})"])
+    Plugins.instance().register(_ConfigDir)
+    _ConfigDir.folder = None if args.config_dir is None else Path(args.config_dir).absolute()
+    try:
+        with _initialized(args.config_path):
+            yield GlobalHydra.instance().config_loader()
+    finally:
+        _ConfigDir.folder = None
+
+
+class _ConfigDir(SearchPathPlugin):
+    """Adds the folder of `--config-dir` to Hydra's search path, which Hydra itself does only in `hydra.main`."""
+
+    folder: ClassVar[Path | None] = None
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        if self.folder is not None:
+            search_path.append("command-line", f"file://{self.folder}")
+
+
+def _initialized(config_path: str | None) -> AbstractContextManager[None]:
+    context: Any
+    if config_path is None or config_path.startswith("pkg://"):
+        module = CONFIG_MODULE if config_path is None else config_path.removeprefix("pkg://")
+        context = initialize_config_module(module, version_base=VERSION_BASE)
+    elif Path(config_path).is_absolute():
+        context = initialize_config_dir(config_path, version_base=VERSION_BASE)
+    else:
+        raise ConfigError(
+            [
+                f"--config-path {config_path} replaces all groups and must be an absolute folder; "
+                "to add groups of your own, use --config-dir"
+            ]
+        )
+    return context  # type: ignore[no-any-return]

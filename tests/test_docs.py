@@ -12,10 +12,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hydra import initialize_config_module
 from hydra._internal.utils import get_args
 
-from qk_sniffer.cli import preflight, program
+from qk_sniffer.cli import app, preflight, program
 from qk_sniffer.jobs.run import run_job
 from qk_sniffer.jobs.sweep import PlannedJob
 from qk_sniffer.plasticity import cli as plasticity
@@ -104,7 +103,7 @@ def jobs_of(words: list[str]) -> list[PlannedJob]:
     """Returns the jobs that `python -m qk_sniffer` would run."""
     args = get_args(words[3:])
     args.multirun = args.multirun or args.cfg is not None  # the settings of a launcher are shown without a sweep
-    return preflight.planned(args)
+    return preflight.planned(args, app.APPLICATION)
 
 
 def composed_only(command: Command) -> str | None:
@@ -171,7 +170,9 @@ def test_jobs(command: Command, tmp_path: Path) -> None:
         repo = job.config.output.hf_repo_id
         assert repo is None or repo.startswith("me/"), f"publishes to {repo}, which is not the reader's"
     if composed_only(command) is None:
-        (job,) = jobs_of([*words, *SMALL, f"output.data_root={tmp_path}/out"])
+        changes = [*SMALL, f"output.data_root={tmp_path}/out"]
+        keys = [change.partition("=")[0] for change in changes]
+        (job,) = jobs_of([*(word for word in words if word.partition("=")[0] not in keys), *changes])
         assert run_job(job.config).rows > 0
 
 
@@ -183,8 +184,7 @@ def test_other_programs(command: Command) -> None:
             subprocess.run(["make", "--dry-run", target], cwd=ROOT, check=True, capture_output=True)
         case ["python", "-m", "qk_sniffer.plasticity", *arguments]:
             args = get_args(arguments)
-            with initialize_config_module(preflight.CONFIG_MODULE, version_base=preflight.VERSION_BASE):
-                jobs = plasticity.check(args.overrides, multirun=args.multirun)
+            jobs = preflight.planned(args, plasticity.APPLICATION)
             assert len(jobs) == (10 if "smollm3" in command.text else command.text.count(",") + 1)
         case ["python", "-m", module, *arguments]:
             settings = program.parse(arguments, import_module(module).Settings)

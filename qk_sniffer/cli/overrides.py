@@ -197,6 +197,8 @@ class Checker:
 
     def _chooses_group(self, argument: str) -> bool:
         key = key_of(argument)
+        if key in self.application.other_groups:
+            return False
         return "/" in key or bool(self.groups(key)) or key == EXPERIMENT
 
 

@@ -117,13 +117,9 @@ class Schema:
 
     def help(self) -> str:
         """Returns the settings for `--help`, one a line."""
-        documented = {key: field for key, field in self._fields.items() if "help" in field.metadata}
-        width = max(map(len, documented))
-        lines = []
-        for key, field in documented.items():
-            default = "" if field.default is MISSING else f" (default: {_written(field.default)})"
-            lines.append(f"  {key:<{width}}  {field.metadata['help']}{default}")
-        return "\n".join(lines)
+        lines = {key: _help_of(field) for key, field in self._fields.items() if "help" in field.metadata}
+        width = max(map(len, lines))
+        return "\n".join(f"  {key:<{width}}  {line}" for key, line in lines.items())
 
     @cached_property
     def _scratch(self) -> DictConfig:
@@ -157,6 +153,13 @@ def _walk(kind: type, prefix: str = "") -> Iterator[tuple[str, Any, "Field[Any]"
 
 def _has_default(field: "Field[Any]") -> bool:
     return field.default is not MISSING or field.default_factory is not MISSING
+
+
+def _help_of(field: "Field[Any]") -> str:
+    meaning = field.metadata["help"]
+    if field.default is MISSING or (field.default is None and "null:" in meaning):
+        return str(meaning)
+    return f"{meaning} (default: {_written(field.default)})"
 
 
 def _plain(annotation: Any) -> Any:

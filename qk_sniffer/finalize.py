@@ -1,9 +1,10 @@
-"""Makes the dataset of a job whose shards are all captured, where the one that should have made it did not.
+"""Makes the dataset of a job whose shards are all captured.
 
-The last of a job's shards to end does this by itself. It is needed by hand when that one died before it was through, or
-when a machine without a GPU shall do it; it may be called at any time, and again. A few rows are proven with the
-model, which is loaded for it, unless prove=false. Says which shards are missing, if any are. A dataset that is
-finished is published, where hf_repo_id says to which repo.
+The last shard of a job does so on its own. Run this program when that shard died before the dataset was finished, or
+to make the dataset on a machine without a GPU. It is safe to run at any time, and more than once.
+
+It loads the model to prove a few rows, unless prove=false. It names the shards that are missing. It publishes a
+finished dataset, with hf_repo_id to that repo.
 
 Exit codes: 0 the dataset is finished, 1 it is not, 2 the settings are wrong, 130 interrupted.
 """
@@ -15,7 +16,6 @@ from pathlib import Path
 
 from qk_sniffer.cli import program
 from qk_sniffer.cli.environment import read_environment
-from qk_sniffer.jobs.finalize import finalize
 
 
 @dataclass(frozen=True)
@@ -23,15 +23,18 @@ class Settings:
     """The settings of the program."""
 
     data_root: Path = field(metadata={"help": "the folder of the dataset"})
-    prove: bool = field(default=True, metadata={"help": "load the model and derive a few rows again"})
+    prove: bool = field(default=True, metadata={"help": "load the model and derive a few rows a second time"})
     hf_repo_id: str | None = field(
-        default=None, metadata={"help": "publish it to this repo of the Hub; null: where an unfinished job would have"}
+        default=None,
+        metadata={"help": "repo of the Hub to publish to; null: that of the job, if the job is unfinished"},
     )
-    hf_branch: str | None = field(default=None, metadata={"help": "the branch to publish to, with hf_repo_id"})
+    hf_branch: str | None = field(
+        default=None, metadata={"help": "branch to publish to, with hf_repo_id; null: <model slug>-<dataset slug>"}
+    )
 
 
 def main() -> int:
-    """`python -m qk_sniffer.finalize`; returns the exit code."""
+    """Runs `python -m qk_sniffer.finalize`; returns the exit code."""
     logging.basicConfig(format="%(message)s")
     logging.getLogger("qk_sniffer").setLevel(logging.INFO)
     read_environment()
@@ -39,6 +42,9 @@ def main() -> int:
 
 
 def _program(settings: Settings) -> int:
+    # This import loads torch, which a wrong command line must not wait for.
+    from qk_sniffer.jobs.finalize import finalize
+
     return finalize(
         settings.data_root, prove=settings.prove, hf_repo_id=settings.hf_repo_id, hf_branch=settings.hf_branch
     )

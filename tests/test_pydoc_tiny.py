@@ -121,14 +121,14 @@ def test_folder_is_a_small_plain_checkpoint() -> None:
     assert sum(files.values()) <= 4_000_000
 
 
-def test_no_file_tells_of_the_machine() -> None:
+def test_no_file_names_the_machine() -> None:
     for path in FOLDER.iterdir():
         text = path.read_bytes().decode("latin-1")
         assert not re.search(r"/(home|root|tmp|work|Users)/|\b20\d\d-\d\d-\d\d\b", text), path
 
 
 @pytest.mark.parametrize("loader", ["AutoModelForCausalLM", "AutoModel"])
-def test_it_loads_without_a_complaint(loader: str, caplog: pytest.LogCaptureFixture, recwarn: Any) -> None:
+def test_it_loads_without_warnings(loader: str, caplog: pytest.LogCaptureFixture, recwarn: Any) -> None:
     log = logging.getLogger("transformers")
     log.addHandler(caplog.handler)
     try:
@@ -156,7 +156,7 @@ def test_architecture(model: Any) -> None:
 
 
 @pytest.mark.slow
-def test_attention_is_of_use(model: Any, tokenizer: Any) -> None:
+def test_a_longer_context_predicts_better(model: Any, tokenizer: Any) -> None:
     """Tests that 64 tokens of context predict a token of a held-out text better than 4."""
     ids = torch.tensor(tokenizer(topics["import"]).input_ids[1:])
     targets = range(64, len(ids), 8)

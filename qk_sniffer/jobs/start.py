@@ -232,9 +232,9 @@ def _check_files(layout: Layout, manifest: Mapping[str, Any]) -> None:
     """Refuses a finished dataset with missing files, or files of another size. `verify` also reads them."""
     if bad := manifests.changed_files(layout.root, manifest):
         raise StoreError(
-            f"{layout.root} is damaged: {shortened(bad, 5)} missing, or not of "
-            f"the size that manifest.json lists ({len(bad)} of {len(manifest['files'])} files). Restore them, or "
-            "recreate the dataset with output.overwrite=true"
+            f"{layout.root} is damaged: {shortened(bad, 5)} missing, or not of the size that manifest.json lists "
+            f"({len(bad)} of {len(manifest['files'])} files). Restore them, or recreate the dataset with "
+            "output.overwrite=true"
         )
 
 

@@ -3,11 +3,14 @@
 from itertools import pairwise
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qk_sniffer.corpus.batches import batches, windows
 from qk_sniffer.corpus.examples import Example
+
+pytestmark = pytest.mark.floor
 
 lengths_lists = st.lists(st.one_of(st.integers(1, 40), st.integers(1, 5000)), max_size=120)
 
@@ -24,7 +27,7 @@ def test_windows_keep_every_example_in_order(count: int, size: int) -> None:
     assert all(len(window) == size for window in cut[:-1]) and all(0 < len(window) <= size for window in cut)
 
 
-def test_windows_look_no_further_than_they_must() -> None:
+def test_a_window_takes_no_example_of_the_next() -> None:
     taken = []
 
     def source() -> Any:
@@ -43,7 +46,7 @@ def test_windows_look_no_further_than_they_must() -> None:
     st.one_of(st.none(), st.integers(1, 9)),
     st.one_of(st.just(0.05), st.floats(0, 0.9)),
 )
-def test_batches_hold_to_every_bound(lengths: list[int], tokens: int, size: int | None, padding: float) -> None:
+def test_batches_keep_every_limit(lengths: list[int], tokens: int, size: int | None, padding: float) -> None:
     cut = batches(lengths, max_batch_tokens=tokens, batch_size=size, max_padding=padding)
     assert sorted(place for batch in cut for place in batch) == list(range(len(lengths)))
     for batch in cut:

@@ -112,7 +112,7 @@ def test_clashes_are_found_before_the_first_text_and_across_shards(tmp_path: Pat
 
 
 @both_ways
-def test_rows_that_are_not_used_have_no_say(tmp_path: Path, streaming: bool) -> None:
+def test_unused_rows_are_ignored(tmp_path: Path, streaming: bool) -> None:
     rows = [
         {"id": "a", "text": "one", "keep": True},
         {"id": "a", "text": " ", "keep": True},

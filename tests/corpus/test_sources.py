@@ -110,7 +110,7 @@ def test_the_embedded_documentation(streaming: bool) -> None:
 
 
 @both_ways
-def test_wrong_columns_are_named_with_those_there(tmp_path: Path, streaming: bool) -> None:
+def test_wrong_columns_are_named_with_the_existing_ones(tmp_path: Path, streaming: bool) -> None:
     file = write(tmp_path / "rows.parquet", parquet(ROWS))
     text = message(file, text_column="body", streaming=streaming)
     assert "no column 'body'. Set dataset.text_column" in text and "id (string), text (string), n (int64)" in text
@@ -207,7 +207,7 @@ def test_a_folder_that_save_to_disk_wrote_is_explained(tmp_path: Path) -> None:
 
 
 @both_ways
-def test_an_unknown_split_is_answered_with_those_there(tmp_path: Path, streaming: bool) -> None:
+def test_an_unknown_split_is_reported_with_the_existing_ones(tmp_path: Path, streaming: bool) -> None:
     file = write(tmp_path / "rows.jsonl", jsonl(ROWS))
     assert "no split 'test'. Choose one with dataset.split: train" in message(file, split="test", streaming=streaming)
     if streaming:

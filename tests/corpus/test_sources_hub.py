@@ -44,7 +44,7 @@ def test_offline_without_a_copy() -> None:
 
 
 @both_ways
-def test_offline_a_cached_copy_serves(tmp_path: Path, streaming: bool) -> None:
+def test_offline_a_cached_copy_is_used(tmp_path: Path, streaming: bool) -> None:
     one, two = "1" * 40, "2" * 40
     cached_copy(tmp_path, one, ROWS)
     config = DatasetConfig(path="org/name", streaming=streaming)
@@ -92,7 +92,7 @@ def client(code: str, endpoint: str, tmp_path: Path) -> subprocess.CompletedProc
     return done
 
 
-def test_no_network_is_an_answer_within_seconds(tmp_path: Path) -> None:
+def test_no_network_is_reported_within_seconds(tmp_path: Path) -> None:
     with socket.socket() as probe:  # finds a port that is closed afterwards
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

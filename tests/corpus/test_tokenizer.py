@@ -68,7 +68,7 @@ def test_tokens_are_those_of_the_tokenizer_cut_at_the_right(
 
 
 @pytest.mark.parametrize("add_special_tokens", [True, False])
-def test_truncation_is_told_to_the_token(folder: Path, add_special_tokens: bool) -> None:
+def test_truncation_is_reported_exactly(folder: Path, add_special_tokens: bool) -> None:
     text = examples(["the statement is a simple one"])
     [whole] = loaded(folder, add_special_tokens=add_special_tokens)(text)
     assert not whole.truncated

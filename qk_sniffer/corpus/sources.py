@@ -168,7 +168,7 @@ def _cached(config: DatasetConfig, path: str, commit: str | None, unreachable: H
     where = f"dataset {path}"
     *owner, name = path.split("/")
     folder = Path(library.HF_DATASETS_CACHE, "___".join([*owner, camelcase_to_snakecase(name)]))
-    # (config name, commit) -> folder. A text dataset may have two variants; the one by document is the right one.
+    # (config name, commit) -> folder. The variant that reads a text file as one example comes last, and is kept.
     copies = {}
     for info in sorted(folder.glob("*/*/*/dataset_info.json"), key=lambda info: _DOCUMENT in str(info)):
         variant = info.parts[-4]

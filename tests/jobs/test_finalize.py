@@ -92,7 +92,7 @@ def test_a_job_without_shards_does_not_pass_for_done_while_another_process_makes
 def test_a_journal_that_lost_something_is_said(captured: Path) -> None:
     for segment in Layout(captured).journal(1, 2).glob("*.safetensors"):
         segment.unlink()
-    with pytest.raises(StoreError, match=r"Run the job of shard\.index=1 again"):
+    with pytest.raises(StoreError, match=r"Rerun the job of shard\.index=1"):
         finalize(captured)
 
 

@@ -1,4 +1,4 @@
-"""Attention plasticity of a dataset: how far what a query says, and not where it stands, decides between two keys.
+"""Measures attention plasticity: how far the content of a query, not its position, decides between two keys.
 
-`docs/plasticity.md` defines what is measured. `python -m qk_sniffer.plasticity` is the program.
+`docs/plasticity.md` defines the measures. `python -m qk_sniffer.plasticity` is the program.
 """

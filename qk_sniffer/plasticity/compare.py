@@ -1,10 +1,10 @@
-"""One figure of the plasticity of several datasets: of the checkpoints of a training, or of different models.
+"""Draws one figure of the plasticity of several datasets: the checkpoints of a training, or different models.
 
-runs are folders that python -m qk_sniffer.plasticity has written, with commas between them. Where the revision or the
-name of every model has a step (stage1-step-40000, step1000), the runs stand in the order of the training; else in the
-order in which they are given.
+runs are folders that python -m qk_sniffer.plasticity has written, with commas between them. They are in the order of the
+training if the revision or the name of every model contains a step (stage1-step-40000, step1000); else in the order
+given.
 
-Exit codes: 0 the figure is written, 1 it cannot be, 2 the settings are wrong, 130 interrupted.
+Exit codes: 0 the figure is written, 1 it cannot be written, 2 the settings are wrong, 130 interrupted.
 """
 
 import re
@@ -43,8 +43,8 @@ class Settings:
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """The results of a dataset. `by_bucket`: mean plasticity over heads by query bucket, the first one that has any
-    to the last."""
+    """The results of a dataset. `by_bucket` is the mean plasticity over heads, from the first query bucket with a value to
+    the last."""
 
     folder: str
     model: str
@@ -63,7 +63,7 @@ class Step:
     step: int
 
     def order(self) -> tuple[Any, ...]:
-        """Stages of pretraining by their number, then other phases by theirs: `lc-4k-to-32k`, `lc-32k-to-64k`."""
+        """Sorts stages of pretraining by their number, then other phases by theirs: `lc-4k-to-32k`, `lc-32k-to-64k`."""
         numbers = tuple(int(number) for number in re.findall(r"\d+", self.phase))
         return (not re.fullmatch(r"(stage\d*)?", self.phase), numbers, self.phase, self.step)
 
@@ -87,7 +87,7 @@ def compare(settings: Settings) -> int:
     folders = [Path(expand_home(name)) for name in settings.runs.split(",") if name]
     problems = []
     if not folders:
-        problems.append("runs is empty; it is folders of results, with commas between them")
+        problems.append("runs is empty; give folders of results, with commas between them")
     if settings.output.suffix != ".png":
         problems.append(f"output is {str(settings.output)!r}; it must end with .png")
     if problems:
@@ -103,10 +103,10 @@ def compare(settings: Settings) -> int:
 
 
 def read(results: Results) -> Run:
-    """The results in a folder.
+    """Reads the results in a folder.
 
     Raises:
-        StoreError: there are none.
+        StoreError: the folder has no finished results.
     """
     record = results.record()
     model = record["dataset"]["model"]

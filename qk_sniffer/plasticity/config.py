@@ -15,7 +15,7 @@ from qk_sniffer.hub.revisions import is_hub_id
 from qk_sniffer.resolved import last_part, safe_name
 from qk_sniffer.text import expand_home
 
-INSTALL = "pip install 'qk-sniffer[analysis]'"
+INSTALL = "pip install scipy matplotlib"
 ESTIMATORS = ("regression", "full_covariance")
 MAX_PAIRS = 1_000_000
 MAX_SEED = 2**63 - 1

@@ -1,8 +1,7 @@
-"""What the positions say about the queries of one head, and what is left of them.
+"""Fits the queries of one head to their positions, and measures the residuals.
 
-Arrays of queries are (head_dim, n): a component is one run of memory, so that every pass over it stays in the
-processor's cache. Nothing here calls BLAS: its threads would get in the way of ours, and sums over many rows would
-depend on how many there are.
+Arrays of queries are (head_dim, n): a component is contiguous in memory, so a pass over it stays in the processor's
+cache. Nothing here calls BLAS: its threads would compete with ours, and its sums would depend on their number.
 """
 
 from dataclasses import dataclass
@@ -16,22 +15,22 @@ Float64 = npt.NDArray[np.float64]
 Int64 = npt.NDArray[np.int64]
 
 SMALLEST_SUM = 1e-12
-"""Below this a sum of squares about the mean counts as this, so that a constant has an R2."""
+"""The least sum of squares about the mean: a smaller one counts as this, so that a constant has an R2."""
 
 CONSTANT = 1e-20
-"""A component whose residual variance is below this share of the head's largest variance is constant: what is left of
-it is rounding, which has no shape."""
+"""A component is constant if its residual variance is below this share of the head's largest variance: its residuals are
+then rounding, and have no shape."""
 
 _BLOCK_ROWS = 1024
 
 
 @dataclass(frozen=True, eq=False)
 class Drift:
-    """The least squares X = alpha + beta p of oriented queries X (head_dim, n) on their positions p.
+    """The least-squares fit X = alpha + beta p of oriented queries X (head_dim, n) to their positions p.
 
-    `r2` is by component, `residuals` are X - alpha - beta p. `u` is beta / |beta|, the first unit vector where beta
-    is 0. `reflection` is the unit normal v of the Householder reflection H = I - 2 v v' that takes the first unit
-    vector to u; it is 0 where they are the same, and H = I.
+    `r2` (head_dim,) has one value a component. `residuals` (head_dim, n) are X - alpha - beta p. `u` (head_dim,) is
+    beta / |beta|, or the first unit vector if beta is 0. `reflection` (head_dim,) is the unit normal v of the Householder
+    reflection H = I - 2 v v' that maps the first unit vector to u; it is 0 if both are the same, and then H = I.
     """
 
     alpha: Float64
@@ -45,8 +44,8 @@ class Drift:
     def rotated(self, vectors: Float64) -> Float64:
         """The rows of `vectors` (m, head_dim) times H."""
         along = 2 * np.einsum("md,d->m", vectors, self.reflection)
-        turned: Float64 = vectors - np.multiply.outer(along, self.reflection)
-        return turned
+        rotated: Float64 = vectors - np.multiply.outer(along, self.reflection)
+        return rotated
 
 
 def orientation(keys: Float32, buckets: npt.NDArray[np.integer[Any]]) -> Float64:
@@ -61,16 +60,16 @@ def orientation(keys: Float32, buckets: npt.NDArray[np.integer[Any]]) -> Float64
 
 
 def components(vectors: Float32, signs: Float64) -> Float64:
-    """`vectors` (n, head_dim), each column times its sign, as (head_dim, n)."""
-    turned = np.empty(vectors.shape[::-1])
-    for start in range(0, len(vectors), _BLOCK_ROWS):  # else every number comes from another line of the cache
-        turned[:, start : start + _BLOCK_ROWS] = vectors[start : start + _BLOCK_ROWS].T
-    turned *= signs[:, None]
-    return turned
+    """Multiplies each column of `vectors` (n, head_dim) by its sign, and returns them as (head_dim, n)."""
+    by_component = np.empty(vectors.shape[::-1])
+    for start in range(0, len(vectors), _BLOCK_ROWS):  # in blocks, so that reads stay in the cache
+        by_component[:, start : start + _BLOCK_ROWS] = vectors[start : start + _BLOCK_ROWS].T
+    by_component *= signs[:, None]
+    return by_component
 
 
 def fit_drift(x: Float64, positions: Int64) -> Drift:
-    """Fits the positions, of which there are two or more; `x` (head_dim, n) becomes the residuals."""
+    """Fits `x` (head_dim, n) to at least two positions. Overwrites `x` with the residuals."""
     mean_position = float(positions.mean())
     centred = positions - mean_position
     spread = float(np.einsum("i,i->", centred, centred))
@@ -89,25 +88,27 @@ def fit_drift(x: Float64, positions: Int64) -> Drift:
 
 
 def direction(beta: Float64) -> Float64:
-    """beta / |beta|; the first unit vector where beta is 0, which has no direction."""
+    """beta / |beta|; the first unit vector if beta is 0."""
     length = np.sqrt(np.einsum("d,d->", beta, beta))
     u: Float64 = beta / length if length > 0 else np.eye(1, len(beta))[0]
     return u
 
 
 def reflection_to(u: Float64) -> Float64:
-    """The unit normal of the Householder reflection that takes the first unit vector to the unit vector `u`; 0 where
-    they are the same."""
+    """The unit normal of the Householder reflection that maps the first unit vector to the unit vector `u`.
+
+    It is 0 if both are the same.
+    """
     rest = float(np.einsum("d,d->", u[1:], u[1:]))
     normal = -u
-    # 1 - u[0], without the cancellation where u[0] is nearly 1.
+    # 1 - u[0], without cancellation if u[0] is nearly 1.
     normal[0] = rest / (1 + u[0]) if u[0] > 0 else 1 - u[0]
     length = np.sqrt(normal[0] ** 2 + rest)
     return normal / length if length > 0 else normal
 
 
 def predictability(drift: Drift, positions: Int64) -> dict[str, float]:
-    """How well t = X u predicts y = log2(p + 1), by least squares; there are two positions or more."""
+    """Measures how well t = X u predicts y = log2(p + 1), by least squares, for at least two positions."""
     centred = positions - positions.mean()
     slope = np.sqrt(np.einsum("d,d->", drift.beta, drift.beta))
     t = np.einsum("ji,j->i", drift.residuals, drift.u) + slope * centred
@@ -127,7 +128,7 @@ def predictability(drift: Drift, positions: Int64) -> dict[str, float]:
 
 
 def rotate_residuals(drift: Drift) -> Float64:
-    """Turns the residuals into the basis of H, in place; returns their variances (head_dim,), ddof 1."""
+    """Rotates the residuals into the basis of H, in place. Returns their variances (head_dim,), ddof 1."""
     along = np.einsum("ji,j->i", drift.residuals, drift.reflection)
     count = drift.residuals.shape[1]
     variances = np.empty(len(drift.residuals))
@@ -143,8 +144,8 @@ def normality(
     """Skewness, excess kurtosis and Kolmogorov-Smirnov p of the rotated residuals (head_dim, n).
 
     Args:
-        is_constant: (head_dim,) components without a shape, which are left out.
-        chosen: those of the components from 1 on whose p is computed.
+        is_constant: (head_dim,) whether a component has no shape and is left out.
+        chosen: the components, from 1 on, whose p is computed.
     """
     skews, kurtoses = shapes(residuals, is_constant)
     tested = np.concatenate([[0], chosen])
@@ -165,7 +166,7 @@ def shapes(x: Float64, is_constant: npt.NDArray[np.bool_]) -> tuple[Float64, Flo
     """Skewness and excess kurtosis of each component of `x` (head_dim, n), whose means are 0.
 
     The unbiased estimators G1 and G2 of Joanes and Gill, "Comparing measures of sample skewness and kurtosis" (1998),
-    which take three and four rows; NaN where there are fewer.
+    which need three and four rows; NaN for fewer.
     """
     n = x.shape[1]
     skews, kurtoses = np.full((2, len(x)), np.nan)
@@ -182,10 +183,10 @@ def shapes(x: Float64, is_constant: npt.NDArray[np.bool_]) -> tuple[Float64, Flo
 
 
 def kolmogorov_smirnov_p(x: Float64, deviations: Float64, chosen: Int64) -> Float64:
-    """The p of the two-sided Kolmogorov-Smirnov test of components over their deviations against N(0, 1).
+    """The p of the two-sided Kolmogorov-Smirnov test of `x` (head_dim, n) over its deviations against N(0, 1).
 
-    The exact distribution of D under the null hypothesis, as `scipy.stats.kstest(x, "norm")` computes it. The result is
-    (head_dim,), NaN but at `chosen`.
+    Uses the exact distribution of D under the null hypothesis, as `scipy.stats.kstest(x, "norm")` does. Returns
+    (head_dim,), NaN except at `chosen`.
     """
     from scipy.special import ndtr
     from scipy.stats import kstwo

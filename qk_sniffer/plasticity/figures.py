@@ -1,5 +1,7 @@
-"""Pictures of one dataset's plasticity, for a paper's appendix: sized for its columns, readable in grey and for
-colour-blind readers (cividis, and the palette of Okabe and Ito)."""
+"""Draws the pictures of a dataset's plasticity, for a paper's appendix.
+
+They fit its columns, and are readable in grey and for colour-blind readers (cividis, and the palette of Okabe and Ito).
+"""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -24,7 +26,7 @@ Float64 = npt.NDArray[np.float64]
 Columns = dict[str, np.ndarray[Any, Any]]
 
 COLUMN_IN, PAGE_IN = 3.4, 7.0
-"""Inches: the width of a column and of a page of two."""
+"""The widths of a column and of a page of two columns, in inches."""
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#999999"
 STYLE: dict[Any, Any] = {
@@ -39,7 +41,7 @@ STYLE: dict[Any, Any] = {
 }
 
 ABSENT: dict[str, Any] = {"facecolor": "#EEEEEE", "edgecolor": GREY, "hatch": "////", "linewidth": 0}
-"""The cell of a head that was not captured, or for which nothing could be measured."""
+"""The style of a cell whose head was not captured or not measured."""
 
 PICTURES = {"by_query_bucket", "by_bucket_pair", "by_head", "component_weights"}
 
@@ -47,11 +49,11 @@ PLASTICITY = "attention plasticity"
 MOST_TICKS = 7
 MOST_LINES = 150
 MOST_NUMBERS = 10
-"""A heatmap of at most so many buckets has its numbers written into it."""
+"""The most buckets of a heatmap with numbers in its cells."""
 
 
 def draw_all(results: Results) -> list[Path]:
-    """Draws all pictures of the results and returns their files; those that were there are replaced.
+    """Draws all pictures of the results, replaces earlier ones, and returns their files.
 
     Without any plasticity there are none of buckets.
 
@@ -72,13 +74,13 @@ def draw_all(results: Results) -> list[Path]:
     with explained(results.pictures, "make"):
         make_folder(results.pictures)
     drawn = [save(results.pictures / f"{name}.png", make) for name, make in pictures.items()]
-    for name in PICTURES - pictures.keys():  # of an earlier state
+    for name in PICTURES - pictures.keys():  # of earlier results
         (results.pictures / f"{name}.png").unlink(missing_ok=True)
     return drawn
 
 
 def save(path: Path, make: "Callable[[], Figure]") -> Path:
-    """Draws a picture in our style and writes it, whole or not at all.
+    """Draws a picture in the style of this module, and writes it whole or not at all.
 
     Raises:
         StoreError: it cannot be written.
@@ -92,7 +94,7 @@ def save(path: Path, make: "Callable[[], Figure]") -> Path:
 
 @contextmanager
 def styled() -> Iterator[None]:
-    """Our style, within the block."""
+    """Applies the style of this module within the block."""
     import matplotlib
 
     with matplotlib.rc_context(STYLE):
@@ -100,7 +102,7 @@ def styled() -> Iterator[None]:
 
 
 class Names:
-    """What a picture calls its dataset, and its buckets: by the position that they begin with."""
+    """The names of a dataset and its buckets in a picture. A bucket is named by its first position."""
 
     def __init__(self, record: dict[str, Any]) -> None:
         estimator = record["settings"]["estimator"]["name"]
@@ -109,21 +111,21 @@ class Names:
         self._sampler = sampler_of({"config": {"sampler": record["dataset"]["sampler"]}})
 
     def buckets(self, axis: Any, buckets: npt.NDArray[np.integer[Any]]) -> None:
-        """Labels the ticks 0, 1, 2, ... of an axis with the first positions of `buckets`, as many as have room."""
+        """Labels the ticks 0, 1, 2, ... of an axis with the first positions of `buckets`, as many as fit."""
         step = -(-len(buckets) // MOST_TICKS)
         labels = [f"{self._sampler.span('q', int(bucket))[0]:,}" for bucket in buckets[::step]]
         axis.set_ticks(range(0, len(buckets), step), labels)
 
 
 def figure(width: float, height: float) -> "Figure":
-    """A figure of so many inches, without pyplot, which keeps figures and looks for a screen."""
+    """A figure of the given size in inches. Avoids pyplot, which keeps figures alive and looks for a screen."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def by_query_bucket(pairs: Columns, names: Names) -> "Figure":
-    """Plasticity over the query's bucket, mean over key buckets: every head faint, and their mean."""
+    """Draws plasticity by query bucket, as the mean over key buckets: every head faint, their mean strong."""
     buckets, lines, mean = by_head_and_bucket(pairs)
     drawn = figure(COLUMN_IN, 2.5)
     axes = drawn.add_subplot()
@@ -139,9 +141,9 @@ def by_query_bucket(pairs: Columns, names: Names) -> "Figure":
 
 
 def by_bucket_pair(pairs: Columns, names: Names) -> "Figure":
-    """Plasticity of query buckets by key buckets, mean over heads."""
+    """Draws plasticity by query bucket and key bucket, as the mean over heads."""
     lowest, highest = int(pairs["k_bucket"].min()), int(pairs["q_bucket"].max())
-    size = highest - lowest  # no query of the lowest bucket, and no key of the highest
+    size = highest - lowest  # the lowest bucket has no query here, the highest no key
     grid = mean_by(pairs["q_bucket"] - lowest - 1, pairs["k_bucket"] - lowest, pairs["ap_bucket"], (size, size))
     drawn = figure(COLUMN_IN, 2.9)
     axes = drawn.add_subplot()
@@ -157,7 +159,7 @@ def by_bucket_pair(pairs: Columns, names: Names) -> "Figure":
 
 
 def by_head(metrics: Columns, names: Names) -> "Figure":
-    """Plasticity, and how much of the queries the position explains, of every head."""
+    """Draws plasticity and positional R2 of every head."""
     from matplotlib.ticker import MaxNLocator
 
     layers, heads = int(metrics["layer"].max()) + 1, int(metrics["q_head"].max()) + 1
@@ -185,8 +187,7 @@ def by_head(metrics: Columns, names: Names) -> "Figure":
 
 
 def component_weights(weights: Columns, names: Names) -> "Figure":
-    """The share of each component in what the position explains: a line for each head, or for each layer where the
-    heads are many."""
+    """Draws the weight of each component: one line a head, or one a layer if there are many heads."""
     heads, which = np.unique(np.stack([weights["layer"], weights["q_head"]]), axis=1, return_inverse=True)
     size = int(weights["component"].max()) + 1
     grid = np.full((heads.shape[1], size), np.nan)
@@ -199,7 +200,7 @@ def component_weights(weights: Columns, names: Names) -> "Figure":
         heads, label = layers[None], "layer (mean of its heads)"
     drawn = figure(PAGE_IN, float(np.clip(0.03 * len(grid), 2.0, 4.0)) + 0.5)
     axes = drawn.add_subplot()
-    # A few components of a few heads would leave all others dark.
+    # Without a limit, a few components of a few heads would make all others dark.
     finite = grid[np.isfinite(grid)]
     top = float(np.quantile(finite, 0.99)) if len(finite) else 1.0
     image = axes.imshow(grid, aspect="auto", origin="lower", vmin=0, vmax=top, interpolation="nearest")
@@ -216,7 +217,7 @@ def component_weights(weights: Columns, names: Names) -> "Figure":
 
 
 def write_numbers(axes: "Axes", image: Any, grid: Float64) -> None:
-    """Writes its number into each cell, in the colour that can be read on it."""
+    """Writes the number into each cell, in a readable colour."""
     digits = 3 if np.nanmax(grid) - np.nanmin(grid) < 0.1 else 2
     for (row, column), value in np.ndenumerate(grid):
         if np.isfinite(value):
@@ -226,7 +227,7 @@ def write_numbers(axes: "Axes", image: Any, grid: Float64) -> None:
 
 
 def mark_absent(axes: "Axes", is_absent: npt.NDArray[np.bool_]) -> None:
-    """Hatches the cells of heads without a value, so that they are not taken for one."""
+    """Hatches the cells of heads without a value, so that no reader takes them for a value."""
     from matplotlib.patches import Rectangle
 
     for row, column in np.argwhere(is_absent):
@@ -234,15 +235,15 @@ def mark_absent(axes: "Axes", is_absent: npt.NDArray[np.bool_]) -> None:
 
 
 def absent_patch() -> Any:
-    """What such a cell looks like, for the legend."""
+    """The legend's patch for a hatched cell."""
     from matplotlib.patches import Patch
 
     return Patch(**ABSENT, label="not captured, or not measured")
 
 
 def by_head_and_bucket(pairs: Columns) -> tuple[npt.NDArray[np.int64], Float64, Float64]:
-    """The query buckets (m,); the plasticity of each head that has any, mean over its key buckets (heads, m); and the
-    mean of the heads (m,), NaN where none has any."""
+    """The query buckets (m,), the plasticity of each head as the mean over its key buckets (heads, m), and the mean of the
+    heads (m,). Leaves out heads without a value; NaN for a bucket without one."""
     if not len(pairs["q_bucket"]):
         return np.empty(0, np.int64), np.empty((0, 0)), np.empty(0)
     buckets = np.arange(pairs["q_bucket"].min(), pairs["q_bucket"].max() + 1)
@@ -250,12 +251,12 @@ def by_head_and_bucket(pairs: Columns) -> tuple[npt.NDArray[np.int64], Float64, 
     lines = mean_by(which, pairs["q_bucket"] - buckets[0], pairs["ap_bucket"], (heads.shape[1], len(buckets)))
     lines = lines[np.isfinite(lines).any(axis=1)]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # of a bucket that no head has
+        warnings.simplefilter("ignore", RuntimeWarning)  # for a bucket without a value
         return buckets, lines, np.nanmean(lines, axis=0)
 
 
 def mean_by(rows: Any, columns: Any, values: Float64, shape: tuple[int, int]) -> Float64:
-    """The mean of the values of each (row, column) that are not NaN; NaN where there are none."""
+    """The mean of the values of each (row, column), without NaN; NaN if none is left."""
     known = np.isfinite(values)
     cells = np.ravel_multi_index((rows[known], columns[known]), shape)
     size = shape[0] * shape[1]

@@ -1,4 +1,4 @@
-"""Pairs of keys of one example in one bucket, drawn so that every pair is as likely as any other."""
+"""Draws pairs of keys of one example in one bucket, all pairs with the same probability."""
 
 from collections.abc import Sequence
 
@@ -8,12 +8,12 @@ import numpy.typing as npt
 Int64 = npt.NDArray[np.int64]
 
 QUERY_ROWS, KEY_ROWS, COMPONENTS, PAIRS = range(4)
-"""What is drawn: the last word of a draw's seed."""
+"""The kinds of draws: the last word of a draw's seed."""
 
 
-def generator(seed: int, layer: int, head: int, what: int) -> np.random.Generator:
-    """The random numbers of one draw: a function of these words alone, whatever else is drawn, and in which order."""
-    return np.random.default_rng(np.random.SeedSequence([seed, layer, head, what]))
+def generator(seed: int, layer: int, head: int, kind: int) -> np.random.Generator:
+    """The random numbers of one draw. They depend on these words alone, not on the order of draws."""
+    return np.random.default_rng(np.random.SeedSequence([seed, layer, head, kind]))
 
 
 class KeyGroups:
@@ -34,16 +34,16 @@ class KeyGroups:
         self._buckets = bucket[self._starts]
 
     def sequences(self, bucket: int) -> Sequence[Int64]:
-        """The rows of each example that has two keys or more in `bucket`, by position."""
+        """The rows of each example with at least two keys in `bucket`, by position."""
         starts, sizes = self._of(bucket)
         return [self._order[start : start + size] for start, size in zip(starts, sizes, strict=True)]
 
     def draw(self, bucket: int, count: int, random: np.random.Generator) -> tuple[Int64, Int64]:
-        """The rows of the first and of the second key of `count` pairs, or of all pairs where there are no more.
+        """The rows of the first and the second key of `count` pairs, or of all pairs if there are fewer.
 
-        The unordered pairs of all examples are numbered, example by example and within one as (0, 1), (0, 2), (1, 2),
-        (0, 3), ...; numbers are drawn without replacement. So memory does not grow with the number of pairs. What is
-        measured does not depend on which key of a pair is the first.
+        The unordered pairs of all examples are numbered, example by example, and within one as (0, 1), (0, 2), (1, 2),
+        (0, 3), ... Numbers are drawn without replacement, so memory does not grow with the number of pairs. Plasticity
+        does not depend on which key of a pair is the first.
         """
         starts, sizes = self._of(bucket)
         pairs = sizes * (sizes - 1) // 2
@@ -62,7 +62,7 @@ class KeyGroups:
 
 
 def _triangular_root(number: Int64) -> Int64:
-    """The largest i with i (i - 1) / 2 <= number; what rounding does to the square root of large numbers is undone."""
+    """The largest i with i (i - 1) / 2 <= number. Corrects the rounding of the square root of large numbers."""
     root = ((1 + np.sqrt(1 + 8 * number.astype(np.float64))) / 2).astype(np.int64)
     root -= root * (root - 1) // 2 > number
     root += root * (root + 1) // 2 <= number

@@ -1,4 +1,4 @@
-"""The measures of the query heads that one key head serves: the rows read, drawn, cleaned; the rows of three tables.
+"""Measures the query heads of a key head: reads, draws and cleans their rows, and computes the rows of three tables.
 
 What cannot be computed is NaN, and a note says why: nothing is left out in silence.
 """
@@ -32,7 +32,7 @@ from qk_sniffer.text import compact_ranges, counted
 
 @dataclass(frozen=True)
 class KeyHead:
-    """A key head, the query heads that it serves and that were captured, and what their layer lets a query see."""
+    """A key head, its captured query heads, and the limits of their layer's attention."""
 
     layer: int
     head: int
@@ -41,8 +41,10 @@ class KeyHead:
     attention_chunk: int | None
 
     def sees(self, first_query: int, last_key: int) -> bool:
-        """Whether any query from the position `first_query` on sees any key up to `last_key`, which is before it: the
-        nearest two do, or none."""
+        """Whether a query at or after `first_query` sees a key at or before `last_key`, an earlier position.
+
+        If any two do, the nearest two do.
+        """
         if self.sliding_window is not None and first_query - last_key > self.sliding_window:
             return False
         chunk = self.attention_chunk
@@ -51,9 +53,9 @@ class KeyHead:
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """The rows of a head that are measured.
+    """The rows of a head to measure.
 
-    `dropped` had numbers that are not finite; `is_intact`: they are of the file that the manifest lists.
+    `dropped` counts rows with NaN or infinite numbers. `is_intact` says that the file is the one of the manifest.
     """
 
     vectors: Float32
@@ -66,7 +68,7 @@ class Rows:
 
 @dataclass(frozen=True, eq=False)
 class Keys:
-    """The keys of a key head as its query heads need them; `signs` (head_dim,) orient them and the queries."""
+    """The keys of a key head, as its query heads use them. `signs` (head_dim,) orient keys and queries."""
 
     head: KeyHead
     rows: Rows
@@ -81,7 +83,7 @@ class Measuring:
         self._dataset, self._sampler, self._config = dataset, sampler, config
 
     def keys(self, head: KeyHead) -> Keys:
-        """Reads the keys that several query heads share.
+        """Reads the keys of a key head, which its query heads share.
 
         Raises:
             StoreError: the file is missing or damaged.
@@ -115,13 +117,13 @@ class Measuring:
             kept = np.sort(random.choice(kept, self._config.max_tokens_per_head, replace=False, shuffle=False))
         if len(kept) < len(vectors):
             vectors, positions, example_ids = vectors[kept], positions[kept], example_ids[kept]
-        # Keys are put into the buckets of the queries, also where they have a sampler of their own.
+        # The keys use the buckets of the queries, even if they have their own sampler.
         buckets = self._sampler.bucket("q", positions).astype(np.int64)
         return Rows(vectors, positions.astype(np.int64), example_ids.astype(np.int64), buckets, dropped, is_intact)
 
 
 class _QueryHead:
-    """A query head, on its way to a result."""
+    """A query head that is being measured."""
 
     def __init__(self, config: PlasticityConfig, sampler: Sampler, keys: Keys, head: int, queries: Rows) -> None:
         self.config, self.sampler, self.keys, self.head, self.queries = config, sampler, keys, head, queries
@@ -161,7 +163,7 @@ class _QueryHead:
         )
 
     def _measure_queries(self, drift: Drift, metrics: dict[str, float | int]) -> Float64:
-        """Fills in what the queries alone tell; returns the variances of the rotated residuals."""
+        """Fills in the metrics of the queries alone. Returns the variances of the rotated residuals."""
         metrics["q_R2_pos"] = float(drift.r2.mean())
         metrics["q_beta_norm"] = float(np.sqrt(np.einsum("d,d->", drift.beta, drift.beta)))
         if metrics["q_beta_norm"] == 0:
@@ -190,7 +192,7 @@ class _QueryHead:
         return Regression(drift, self.keys.signs, variances, mean_positions)
 
     def _plasticity(self, estimator: Estimator | None) -> list[tuple[int, int, float]]:
-        """Every query bucket up to the last one that has rows, with every bucket before it that it sees."""
+        """Pairs every query bucket, up to the last one with rows, with every earlier bucket that it sees."""
         queries_of = self._seen_from()
         found = {(query, key): np.nan for key, queries in queries_of.items() for query in queries}
         if estimator is not None:
@@ -213,7 +215,7 @@ class _QueryHead:
         self._note_gaps(queries_of, without_pairs)
 
     def _seen_from(self) -> dict[int, range]:
-        """The query buckets that see each bucket of keys: all from the next one to the last that is near enough."""
+        """The query buckets that see a key bucket: from the next one to the last one near enough."""
         highest = int(self.queries.buckets.max(initial=self.lowest))
         first_position = {bucket: self.sampler.span("q", bucket)[0] for bucket in range(self.lowest, highest + 1)}
         seen = {}

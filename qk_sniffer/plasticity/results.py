@@ -1,10 +1,10 @@
-"""The folder of results, and what makes it resumable: each head's result is a file until the tables are written.
+"""Keeps the folder of results, which makes a run resumable: each head's result is a file until the tables are written.
 
 <output_dir>/head_metrics.csv, .parquet             and the other two tables (`tables.py`)
-<output_dir>/plasticity.json                        what was measured, with which settings; written last
+<output_dir>/plasticity.json                        dataset, settings and notes; written last
 <output_dir>/pictures/*.png
-<output_dir>/.work/                                 gone once all heads are measured
-    job.json                                        the fingerprint of what the files beside it belong to
+<output_dir>/.work/                                 removed when all heads are measured
+    job.json                                        the fingerprint that the files next to it belong to
     l00h00q.json                                    the result of a head
 """
 
@@ -30,11 +30,11 @@ from qk_sniffer.text import shortened
 log = logging.getLogger(__name__)
 
 FORMAT = "qk-sniffer-plasticity/1"
-"""Of `plasticity.json`. Another number makes all results anew: raise it with every change to what is measured."""
+"""The format of `plasticity.json`. Raise its number with every change to the measures: all results are then recomputed."""
 
 
 class Results:
-    """The results at `folder`; names only, until it is claimed."""
+    """The results at `folder`. Does not touch the folder before `claim`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -44,13 +44,13 @@ class Results:
         self._lock = folder / ".lock"
 
     def claim(self) -> AbstractContextManager[None]:
-        """Makes the folder; holds its lock within the block.
+        """Creates the folder, and holds its lock within the block.
 
         Raises:
-            StoreError: it holds something else, or cannot be written; another process works in it.
+            StoreError: the folder holds something else, cannot be written, or another process holds the lock.
         """
-        there = self.folder.iterdir() if self.folder.is_dir() else ()
-        found = sorted(path.name for path in there if path != self._lock)
+        paths = self.folder.iterdir() if self.folder.is_dir() else ()
+        found = sorted(path.name for path in paths if path != self._lock)
         if (found and not self.record_file.exists() and not self._work.exists()) or MANIFEST in found:
             raise StoreError(f"{self.folder} holds something else ({shortened(found, 5)}); choose another output_dir")
         try:
@@ -60,7 +60,7 @@ class Results:
         return hold(self._lock, "measuring plasticity")
 
     def is_finished(self, fingerprint: str) -> bool:
-        """Whether all is there that a job of this fingerprint makes, but pictures."""
+        """Whether the results of this fingerprint are complete; pictures do not count."""
         try:
             record = self.record()
         except StoreError:
@@ -71,10 +71,10 @@ class Results:
         return all(path.is_file() and sha256_of(path) == digest for path, digest in files.items())
 
     def record(self) -> dict[str, Any]:
-        """What `plasticity.json` says.
+        """The content of `plasticity.json`.
 
         Raises:
-            StoreError: there is none, so that nothing finished is here; or it is of something else.
+            StoreError: the file is missing, so the results are not finished, or it is not of qk-sniffer.
         """
         try:
             record = json.loads(self.record_file.read_text(encoding="utf-8"))
@@ -84,37 +84,37 @@ class Results:
                 "python -m qk_sniffer.plasticity data_root=... output_dir=..."
             ) from None
         except (OSError, ValueError) as error:
-            raise StoreError(f"{self.record_file} cannot be read: {error}. Make the results anew") from error
+            raise StoreError(f"{self.record_file} cannot be read: {error}. Delete it and rerun the command") from error
         if not isinstance(record, dict) or "fingerprint" not in record:
             raise StoreError(f"{self.record_file} is not of qk-sniffer; choose another output_dir")
         return record
 
     def begin(self, fingerprint: str) -> None:
-        """Keeps what earlier starts with this fingerprint measured; with another one it begins anew, and says so."""
+        """Keeps the results of earlier starts with this fingerprint. Discards those of another one, with a warning."""
         job = self._work / "job.json"
         known = job.read_text() if job.exists() else None
         if known is None and self.record_file.exists():
-            with suppress(StoreError):  # a record that cannot be read is made anew
+            with suppress(StoreError):  # an unreadable record is replaced
                 known = self.record()["fingerprint"]
         if known not in (None, fingerprint):
             log.warning("%s has results of other settings or of another dataset: they are replaced", self.folder)
         if not job.exists() or known != fingerprint:
             self._clear()
-            for path in self.pictures.glob("*.png"):  # of what is replaced
+            for path in self.pictures.glob("*.png"):  # of the replaced results
                 path.unlink()
             make_folder(self._work)
             write_atomic(job, fingerprint.encode())
 
     def load(self, layer: int, q_head: int) -> HeadResult | None:
-        """The result of a head, if an earlier start left it."""
+        """The result of a head from an earlier start; None if there is none."""
         try:
             values = json.loads(self._file(layer, q_head).read_bytes())
-        except (FileNotFoundError, ValueError):  # none, or what a full disk or a failing one left of it
+        except (FileNotFoundError, ValueError):  # none, or a part that a full or failing disk left
             return None
         return HeadResult(**values | {"buckets": [tuple(row) for row in values["buckets"]]})
 
     def save(self, result: HeadResult) -> None:
-        """Keeps the result of a head, durably; NaN and all digits come back as they are."""
+        """Stores the result of a head durably, NaN and all digits included."""
         write_atomic(self._file(result.layer, result.q_head), json.dumps(result.to_dict()).encode())
 
     def finish(self, results: list[HeadResult], record: dict[str, Any]) -> list[Path]:
@@ -135,7 +135,7 @@ class Results:
 
 
 def fingerprint(dataset: Dataset, config: PlasticityConfig) -> str:
-    """Tells apart what gives other numbers: settings, datasets, and what is measured."""
+    """A digest of everything that decides the numbers: settings, dataset, and the measures."""
     words = {
         "format": FORMAT,
         "manifest": manifest_sha256(dataset),
@@ -145,5 +145,5 @@ def fingerprint(dataset: Dataset, config: PlasticityConfig) -> str:
 
 
 def manifest_sha256(dataset: Dataset) -> str:
-    """Of the dataset's manifest, which names the checksum of every file."""
+    """The digest of the dataset's manifest, which holds the checksum of every file."""
     return hashlib.sha256(manifests.encode(dataset.manifest)).hexdigest()

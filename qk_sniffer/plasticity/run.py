@@ -1,4 +1,6 @@
-"""One run: a dataset in, tables, a record and pictures out; heads in parallel, each kept as soon as it is measured.
+"""Measures a dataset: reads its heads, measures them in parallel, writes tables, a record and pictures.
+
+Each head is stored as soon as it is measured.
 
 Threads, not processes: numpy lets go of the interpreter in sorts and passes over arrays, and a process would have to
 import scipy anew.
@@ -33,7 +35,7 @@ log = logging.getLogger(__name__)
 
 
 def run(config: PlasticityConfig) -> int:
-    """Measures a dataset; returns the exit code: 1 where a head could not be measured.
+    """Measures a dataset. Returns the exit code: 1 if a head could not be measured.
 
     Args:
         config: without problems, and resolved.
@@ -65,10 +67,10 @@ def run(config: PlasticityConfig) -> int:
 
 
 def plan(dataset: Dataset) -> tuple[list[KeyHead], list[str]]:
-    """The key heads whose query heads were captured, by layer; and the names of query heads without their keys.
+    """Lists the key heads with captured query heads, by layer, and the names of query heads without captured keys.
 
     Raises:
-        StoreError: there are no queries, or none with its keys.
+        StoreError: there are no queries, or none with keys.
     """
     captured = set(dataset.heads)
     of_keys: dict[tuple[int, int], list[Head]] = defaultdict(list)
@@ -86,14 +88,14 @@ def plan(dataset: Dataset) -> tuple[list[KeyHead], list[str]]:
     ]
     if not key_heads:
         missing = "keys (capture.capture_keys=false)" if without_keys else "queries (capture.capture_queries=false)"
-        raise StoreError(f"{dataset} has no {missing}: plasticity needs both; capture it again, with both")
+        raise StoreError(f"{dataset} has no {missing}: plasticity needs both; capture the dataset again with both")
     return key_heads, without_keys
 
 
 def _measure_missing(
     dataset: Dataset, key_heads: Sequence[KeyHead], config: PlasticityConfig, results: Results
 ) -> dict[str, str]:
-    """Measures the heads that no earlier start has; returns why those that could not be were not, by their names."""
+    """Measures the heads that no earlier start measured. Returns the errors of the others, by the head's name."""
     missing = []
     for each in key_heads:
         heads = tuple(head for head in each.query_heads if results.load(each.layer, head) is None)
@@ -139,7 +141,7 @@ def _measure_missing(
 
 
 def portions(key_heads: Sequence[KeyHead], threads: int) -> Iterator[KeyHead]:
-    """Key heads for the threads: with a part of their query heads each, where there are fewer of them than threads."""
+    """Splits the query heads of key heads among the threads, if there are fewer key heads than threads."""
     parts = -(-threads // max(1, len(key_heads)))
     for each in key_heads:
         size = -(-len(each.query_heads) // parts)
@@ -159,7 +161,7 @@ def _record(
     without_keys: Sequence[str],
     damaged: dict[str, str],
 ) -> dict[str, Any]:
-    """What `plasticity.json` says."""
+    """The content of `plasticity.json`."""
     manifest = dataset.manifest
     model = manifest["config"]["model"]
     of_heads: dict[str, list[str]] = defaultdict(list)
@@ -191,13 +193,13 @@ def _record(
 
 
 def _notes(manifest: dict[str, Any]) -> dict[str, list[str]]:
-    """What holds for the whole dataset, or for layers of it."""
+    """The notes on the whole dataset, or on layers of it."""
     notes = {}
     if manifest["model"]["rope_stage"] == "pre":
         notes["captured before RoPE: the vectors carry no position of the rotary embedding"] = ["all heads"]
     for key, meaning in (
         ("position_bias", "attention adds a bias to the logits, which is not measured"),
-        ("sparse_attention", "a query sees only some of the keys, and which ones is not known"),
+        ("sparse_attention", "a query sees only some of the keys, and the dataset does not hold which"),
     ):
         if layers := [layer["layer"] for layer in manifest["model"]["layers"] if layer.get(key)]:
             notes[meaning] = [f"layers {compact_ranges(layers)}"]
@@ -205,9 +207,9 @@ def _notes(manifest: dict[str, Any]) -> dict[str, list[str]]:
 
 
 def draw(results: Results) -> list[Path]:
-    """Draws the pictures of the results; none, and a word, without matplotlib."""
+    """Draws the pictures of the results. Without matplotlib, logs a warning and draws none."""
     if find_spec("matplotlib") is None:
-        log.warning("no pictures: matplotlib is not installed: %s, and run the same command again", INSTALL)
+        log.warning("no pictures: matplotlib is not installed: %s, and rerun the same command", INSTALL)
         return []
     from qk_sniffer.plasticity.figures import draw_all
 
@@ -215,21 +217,21 @@ def draw(results: Results) -> list[Path]:
 
 
 def report(results: Results, pictures: Sequence[Path]) -> None:
-    """Prints what there is now, and all that is not as one might think."""
+    """Prints a summary of the results, with every note and error."""
     record = results.record()
     mean = record["mean_ap_overall"]
     count = record["heads_with_plasticity"]
     of_which = "" if count == record["heads"] else f" of {count}"
-    said = "no plasticity" if mean is None else f"mean plasticity {mean:.4f}{of_which}"
-    print(f"{counted(record['heads'], 'head')} measured, {said}.")
+    summary = "no plasticity" if mean is None else f"mean plasticity {mean:.4f}{of_which}"
+    print(f"{counted(record['heads'], 'head')} measured, {summary}.")
     for note, heads in record["notes"].items():
         print(f"  - {note}: {shortened(heads, 6)}")
     if record["without_keys"]:
-        print(f"  - not measured, for their keys were not captured: {shortened(record['without_keys'], 6)}")
+        print(f"  - not measured, because their keys were not captured: {shortened(record['without_keys'], 6)}")
     for head, reason in record["damaged"].items():
         print(f"  - {head} is NOT measured: {reason}")
     if record["damaged"]:
-        print("Mend these files and run the same command again: it measures what is missing.")
+        print("Restore these files and rerun the same command: it measures the missing heads.")
     print(f"Tables: {results.folder}/head_metrics.csv, head_bucket_plasticity.csv, head_component_weights.csv")
     if pictures:
         print(f"Pictures: {results.pictures}/{', '.join(path.name for path in pictures)}")

@@ -1,4 +1,4 @@
-"""The three tables, as CSV and as Parquet: their columns, and how a head's results become rows of them.
+"""Writes and reads the three tables, as CSV and as Parquet, from the results of the heads.
 
 Numbers that could not be computed are empty in CSV and NaN in Parquet.
 """
@@ -45,12 +45,13 @@ TABLES: dict[str, pa.Schema] = {
         _HEAD | {"component": pa.int32(), "component_r2": pa.float64(), "component_weight": pa.float64()}
     ),
 }
-"""The columns of each table, in their order. `d_model` is the length of a head's vectors, a name that is kept."""
+"""The columns of each table, in their order. `d_model` is the length of a head's vectors; readers of the tables rely on
+the name."""
 
 
 @dataclass(frozen=True)
 class HeadResult:
-    """What was measured of a query head: its part of the tables, and notes for the report."""
+    """The results of one query head: its part of the tables, and notes for the report."""
 
     layer: int
     q_head: int
@@ -68,7 +69,7 @@ class HeadResult:
 
 
 def rows(name: str, result: HeadResult) -> Iterator[dict[str, Any]]:
-    """The rows of the table `name` that tell of one head."""
+    """Yields the rows of one head in the table `name`."""
     head = {"layer": result.layer, "q_head": result.q_head, "k_head": result.k_head}
     if name == "head_metrics":
         yield head | result.metrics
@@ -81,7 +82,7 @@ def rows(name: str, result: HeadResult) -> Iterator[dict[str, Any]]:
 
 
 def weights(r2: list[float]) -> list[float]:
-    """The R2 of a head's components, floored at 0, as shares of their sum; equal where all are 0."""
+    """The R2 of a head's components, floored at 0, as shares of their sum; equal shares if all are 0."""
     floored = np.maximum(r2, 0.0)
     total = floored.sum()
     shares: list[float] = (np.full(len(r2), 1 / len(r2)) if total == 0 else floored / total).tolist()
@@ -89,7 +90,7 @@ def weights(r2: list[float]) -> list[float]:
 
 
 def write(folder: Path, results: Iterable[HeadResult]) -> list[Path]:
-    """Writes the tables of `results`, in their order, and returns the files: whole ones, or those that were there.
+    """Writes the tables of `results`, in their order, and returns the files. Each is written whole, or left as it was.
 
     Raises:
         StoreError: the folder cannot be written.
@@ -111,7 +112,7 @@ def read(folder: Path, name: str) -> dict[str, np.ndarray[Any, Any]]:
     """The columns of the table `name` in the results at `folder`.
 
     Raises:
-        StoreError: it is missing or damaged.
+        StoreError: the table is missing or damaged.
     """
     path = folder / f"{name}.parquet"
     try:

@@ -271,9 +271,9 @@ def test_without_matplotlib_there_are_tables_and_without_scipy_a_word(
     real = module.find_spec
     monkeypatch.setattr(module, "find_spec", lambda name: None if name == "matplotlib" else real(name))
     assert measure(root, tmp_path / "results", pictures=True) == 0
-    assert "pip install 'qk-sniffer[analysis]'" in caplog.text
+    assert "pip install scipy matplotlib" in caplog.text
     monkeypatch.setattr(module, "find_spec", lambda name: None)
-    with pytest.raises(QkSnifferError, match=r"scipy is not installed.*qk-sniffer\[analysis\]"):
+    with pytest.raises(QkSnifferError, match=r"scipy is not installed.*pip install scipy matplotlib"):
         measure(root, tmp_path / "results")
 
 

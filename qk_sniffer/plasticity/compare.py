@@ -1,8 +1,8 @@
 """Draws one figure of the plasticity of several datasets: the checkpoints of a training, or different models.
 
-runs are folders that python -m qk_sniffer.plasticity has written, with commas between them. They are in the order of the
-training if the revision or the name of every model contains a step (stage1-step-40000, step1000); else in the order
-given.
+runs are folders that python -m qk_sniffer.plasticity has written, with commas between them. They are in the order of
+the training if the revision or the name of every model contains a step (stage1-step-40000, step1000); else in the
+order given.
 
 Exit codes: 0 the figure is written, 1 it cannot be written, 2 the settings are wrong, 130 interrupted.
 """
@@ -43,8 +43,8 @@ class Settings:
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """The results of a dataset. `by_bucket` is the mean plasticity over heads, from the first query bucket with a value to
-    the last."""
+    """The results of a dataset. `by_bucket` is the mean plasticity over heads, from the first query bucket with a value
+    to the last."""
 
     folder: str
     model: str

@@ -18,8 +18,8 @@ SMALLEST_SUM = 1e-12
 """The least sum of squares about the mean: a smaller one counts as this, so that a constant has an R2."""
 
 CONSTANT = 1e-20
-"""A component is constant if its residual variance is below this share of the head's largest variance: its residuals are
-then rounding, and have no shape."""
+"""A component is constant if its residual variance is below this share of the head's largest variance. Its residuals
+are then rounding, and have no shape."""
 
 _BLOCK_ROWS = 1024
 
@@ -29,8 +29,8 @@ class Drift:
     """The least-squares fit X = alpha + beta p of oriented queries X (head_dim, n) to their positions p.
 
     `r2` (head_dim,) has one value a component. `residuals` (head_dim, n) are X - alpha - beta p. `u` (head_dim,) is
-    beta / |beta|, or the first unit vector if beta is 0. `reflection` (head_dim,) is the unit normal v of the Householder
-    reflection H = I - 2 v v' that maps the first unit vector to u; it is 0 if both are the same, and then H = I.
+    beta / |beta|, or the first unit vector if beta is 0. `reflection` (head_dim,) is the unit normal v of the
+    Householder reflection H = I - 2 v v' that maps the first unit vector to u; it is 0 if both are the same, and then H = I.
     """
 
     alpha: Float64

@@ -1,8 +1,8 @@
 """Estimates plasticity in two ways: how certain a query of a bucket is which of two earlier keys it prefers.
 
-A query of bucket B is assumed to be normal. It prefers a key by the sign of its product with the keys' difference D. The
-product is normal too, with mean m and variance v; z = m / sqrt(v), and P = Phi(z) is the probability that it prefers the
-first key. The estimators differ in the normal distribution, and in the draw of the pairs.
+A query of bucket B is assumed to be normal. It prefers a key by the sign of its product with the keys' difference D.
+The product is normal too, with mean m and variance v; z = m / sqrt(v), and P = Phi(z) is the probability that it
+prefers the first key. The estimators differ in the normal distribution, and in the draw of the pairs.
 """
 
 from typing import Protocol
@@ -131,7 +131,7 @@ class FullCovariance:
 
 
 def standardised(products: Float64, variances: npt.NDArray[np.float64]) -> Float64:
-    """products / sqrt(variances). With a variance of 0: infinite with the sign of the product, or 0 for a product of 0."""
+    """products / sqrt(variances); infinite with the product's sign for a variance of 0, and 0 for 0 / 0."""
     with np.errstate(divide="ignore", invalid="ignore"):
         z = products / np.sqrt(variances)
     z[(products == 0) & (variances == 0)] = 0.0

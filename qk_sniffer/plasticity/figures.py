@@ -242,8 +242,8 @@ def absent_patch() -> Any:
 
 
 def by_head_and_bucket(pairs: Columns) -> tuple[npt.NDArray[np.int64], Float64, Float64]:
-    """The query buckets (m,), the plasticity of each head as the mean over its key buckets (heads, m), and the mean of the
-    heads (m,). Leaves out heads without a value; NaN for a bucket without one."""
+    """The query buckets (m,), the plasticity of each head as the mean over its key buckets (heads, m), and the mean of
+    the heads (m,). Leaves out heads without a value; NaN for a bucket without one."""
     if not len(pairs["q_bucket"]):
         return np.empty(0, np.int64), np.empty((0, 0)), np.empty(0)
     buckets = np.arange(pairs["q_bucket"].min(), pairs["q_bucket"].max() + 1)

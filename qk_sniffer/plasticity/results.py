@@ -30,7 +30,7 @@ from qk_sniffer.text import shortened
 log = logging.getLogger(__name__)
 
 FORMAT = "qk-sniffer-plasticity/1"
-"""The format of `plasticity.json`. Raise its number with every change to the measures: all results are then recomputed."""
+"""The format of `plasticity.json`. Every change to the measures raises its number: results are then recomputed."""
 
 
 class Results:

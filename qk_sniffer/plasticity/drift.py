@@ -30,7 +30,8 @@ class Drift:
 
     `r2` (head_dim,) has one value a component. `residuals` (head_dim, n) are X - alpha - beta p. `u` (head_dim,) is
     beta / |beta|, or the first unit vector if beta is 0. `reflection` (head_dim,) is the unit normal v of the
-    Householder reflection H = I - 2 v v' that maps the first unit vector to u; it is 0 if both are the same, and then H = I.
+    Householder reflection H = I - 2 v v' that maps the first unit vector to u. It is 0 if both are the same, and then
+    H = I.
     """
 
     alpha: Float64

@@ -284,12 +284,12 @@ def from_dict(values: dict[str, Any]) -> Config:
 
 
 def schema() -> DictConfig:
-    """The defaults as an OmegaConf node that knows the type of every key; writable."""
+    """Returns the defaults of a job as a writable OmegaConf node that knows the type of every key."""
     return structured(Config)
 
 
 def structured(kind: type) -> DictConfig:
-    """Returns the defaults of a dataclass as an OmegaConf node that knows the type of every key; writable."""
+    """Returns the defaults of a dataclass as a writable OmegaConf node that knows the type of every key."""
     node = OmegaConf.structured(kind)
     assert isinstance(node, DictConfig)
     _unlock(node)

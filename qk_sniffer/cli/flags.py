@@ -63,7 +63,9 @@ def initialized(args: argparse.Namespace) -> Iterator[ConfigLoader]:
         ConfigError: a flag does not name a folder.
     """
     if args.config_dir is not None and not Path(args.config_dir).is_dir():
-        raise ConfigError([f"--config-dir {args.config_dir}: there is no such folder (seen from {Path.cwd()})"])
+        raise ConfigError(
+            [f"--config-dir {args.config_dir}: there is no such folder (the current folder is {Path.cwd()})"]
+        )
     Plugins.instance().register(_ConfigDir)
     _ConfigDir.folder = None if args.config_dir is None else Path(args.config_dir).absolute()
     try:

@@ -114,7 +114,7 @@ def _source(config: PlasticityConfig) -> Iterator[str]:
         if config.revision is not None:
             yield f"revision is {config.revision!r}, but {root} is a folder, which has none; leave it out"
     elif not is_hub_id(config.data_root):
-        yield f"data_root is {config.data_root!r}; there is no such folder (seen from {Path.cwd()})"
+        yield f"data_root is {config.data_root!r}; there is no such folder (the current folder is {Path.cwd()})"
     if config.revision == "":
         yield "revision is empty; null is the default branch"
     if config.output_dir == "":

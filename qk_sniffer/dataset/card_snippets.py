@@ -1,4 +1,4 @@
-"""The code of a dataset card that loads its vectors, from a folder or a branch of the Hub; the tests run it."""
+"""Writes the code in a dataset card that loads vectors from a folder or a branch of the Hub. Tests run this code."""
 
 import json
 import shlex
@@ -18,7 +18,7 @@ vectors = rows["vector"][:]  # float32 (rows, head_dim)
 """
 
 _LOAD_BRANCH = """\
-From the Hub, one head or, streaming, without a copy on this machine:
+From the Hub, one head, with or without a copy on this machine:
 
 ```python
 from datasets import load_dataset
@@ -27,7 +27,7 @@ rows = load_dataset({repo}, {which}, revision={branch}, split="train")
 stream = load_dataset({repo}, {which}, revision={branch}, split="train", streaming=True)
 ```
 
-With qk-sniffer, which fetches only the heads that are asked for:
+With qk-sniffer, which fetches only the heads that you read:
 
 ```python
 import qk_sniffer
@@ -36,7 +36,7 @@ dataset = qk_sniffer.open_dataset({repo}, revision={branch})
 vectors, positions, example_ids = dataset.vectors(*dataset.heads[0])
 ```
 
-A copy of the whole branch, which the code below reads:
+Download the whole branch, which the code below reads:
 
 ```bash
 hf download {repo_word} --repo-type dataset --revision {branch_word} --local-dir {folder}
@@ -84,12 +84,12 @@ vectors = [chunk.flatten().to_numpy(zero_copy_only=True).reshape(-1, size) for c
 
 
 def loading(place: Place | None, names: list[str], lists_all: bool) -> str:
-    """The section of a card on loading.
+    """Returns the section of a card on loading.
 
     Args:
-        place: where on the Hub, if not in a folder.
-        names: the heads'.
-        lists_all: whether the card's front matter names them all.
+        place: the branch on the Hub; None for a folder.
+        names: of all heads.
+        lists_all: whether the card's front matter names every head.
     """
     file = f"{names[0]}/data.parquet"
     which = json.dumps(names[0]) if lists_all else f'data_files="{file}"'
@@ -108,7 +108,7 @@ def loading(place: Place | None, names: list[str], lists_all: bool) -> str:
     text = f"## Loading\n\n{first}"
     if not lists_all:
         text += (
-            f"\nA card cannot list {len(names):,} heads as configs, so every head is loaded as above, by its file.\n"
-            'The default config is the first head, the config "examples" the texts.\n'
+            f"\nA card cannot list {len(names):,} heads as configs: load every head as above, by its file.\n"
+            'The default config is the first head. The config "examples" describes the examples.\n'
         )
     return f"{text}\n{second}{_READ_FILES.format(file=file, kind=names[0][-1])}"

@@ -1,4 +1,4 @@
-"""Reading a dataset in Python: of a folder, or of a branch of the Hub, where only what is asked for is fetched.
+"""Reads a dataset in Python, from a folder or from a branch of the Hub, where each file is fetched on its first use.
 
 dataset = qk_sniffer.open_dataset("me/my-vectors", revision="qwen3-8b-pydoc")
 queries, positions, example_ids = dataset.vectors(*dataset.heads[0])
@@ -27,40 +27,39 @@ from qk_sniffer.text import shortened
 
 
 class HeadVectors(NamedTuple):
-    """The rows of a head, in the order of the texts and then of the positions."""
+    """The rows of a head, by the order of the examples and then by position."""
 
     vectors: npt.NDArray[np.float32]
     """(rows, head_dim)"""
     positions: npt.NDArray[np.int32]
-    """(rows,): of the token in its text, from 0."""
+    """(rows,): the position of the token in its example, from 0."""
     example_ids: npt.NDArray[np.int32]
-    """(rows,): of the text; `Dataset.examples` tells more of it."""
+    """(rows,): the example of the token; `Dataset.examples` describes it."""
 
 
 class Dataset:
-    """A finished dataset; its files are read when they are asked for. `open_dataset` makes one."""
+    """A finished dataset, which `open_dataset` returns. Each method reads the files that it needs."""
 
     def __init__(self, files: Files) -> None:
         self._files = files
         self.manifest: dict[str, Any] = manifests.of(files)
-        """What `manifest.json` says: settings, commits, the layout of the heads, probabilities, files."""
+        """The content of `manifest.json`: settings, commits, the layout of the heads, probabilities, files."""
         self.commit: str | None = getattr(files, "commit", None)
-        """The commit on the Hub that is read; null for a folder."""
+        """The commit on the Hub; None for a folder."""
         self.heads: list[HeadKey] = manifests.heads(self.manifest)
-        """The captured heads as (layer, head, kind): by layer, queries ("q") before keys ("k")."""
+        """The captured heads as (layer, head, kind), by layer, queries ("q") before keys ("k")."""
 
     @cached_property
     def examples(self) -> pa.Table:
-        """The texts that the rows come from, one row each: example_id, source_id, num_tokens, text_hash, index,
-        truncated."""
+        """The examples: example_id, source_id, num_tokens, text_hash, index in the source, truncated."""
         return _read(self._files.path(EXAMPLES), None)
 
     def vectors(self, layer: int, head: int, kind: str) -> HeadVectors:
-        """The rows of a head. `head` is the number of a query head where `kind` is "q", of a key head for "k".
+        """Returns the rows of a head. `head` is the number of a query head for the kind "q", of a key head for "k".
 
         Raises:
-            StoreError: the head was not captured; its file is missing or damaged.
-            HubError: its file cannot be fetched.
+            StoreError: the head was not captured, or its file is missing or damaged.
+            HubError: the file cannot be fetched.
         """
         table = self.table(layer, head, kind, ["vector", "position", "example_id"])
         vectors = [_matrix(chunk) for chunk in table["vector"].chunks]
@@ -72,11 +71,11 @@ class Dataset:
         )
 
     def table(self, layer: int, head: int, kind: str, columns: Sequence[str] | None = None) -> pa.Table:
-        """The rows of a head with all columns, or those that are named (see the card for what they mean).
+        """Returns the rows of a head with all columns or the named ones. The card describes the columns.
 
         Raises:
-            StoreError: the head or a column was not captured; its file is missing or damaged.
-            HubError: its file cannot be fetched.
+            StoreError: the head or a column was not captured, or the file is missing or damaged.
+            HubError: the file cannot be fetched.
         """
         key = HeadKey(layer, head, kind)
         if key not in self.heads:
@@ -88,11 +87,11 @@ class Dataset:
         return _read(self._files.path(head_file(*key)), columns)
 
     def is_intact(self, layer: int, head: int, kind: str) -> bool:
-        """Whether the file of a head is the one that the manifest lists, by the sha256 that it states.
+        """Whether the file of a head has the sha256 that the manifest lists.
 
         Raises:
-            StoreError: it is missing.
-            HubError: it cannot be fetched.
+            StoreError: the file is missing.
+            HubError: the file cannot be fetched.
         """
         name = head_file(layer, head, kind)
         path = self._files.path(name)
@@ -103,10 +102,10 @@ class Dataset:
         return bool(digest == self.manifest["files"][name].get("sha256", digest))
 
     def fetch(self, heads: Sequence[HeadKey]) -> None:
-        """Fetches the files of several heads at once, where they are on the Hub.
+        """Fetches the files of several heads in parallel, if the dataset is on the Hub.
 
         Raises:
-            HubError: they cannot be fetched.
+            HubError: a file cannot be fetched.
         """
         self._files.fetch([head_file(*key) for key in heads])
 
@@ -118,14 +117,14 @@ class Dataset:
 
 
 def open_dataset(root_or_repo: str | Path, revision: str | None = None) -> Dataset:
-    """The dataset in a folder, or in a repository of the Hub at `revision`: a branch, a tag or a commit.
+    """Opens the dataset in a folder, or in a repository of the Hub at `revision`: a branch, a tag or a commit.
 
-    Of a repository the manifest alone is fetched at first. huggingface_hub keeps what is fetched, so that what was read
-    once can be read again without a network.
+    Opening a dataset on the Hub fetches only its manifest. huggingface_hub caches fetched files, so that they can be
+    read again without a network.
 
     Raises:
-        StoreError: there is no such folder, or no finished dataset in it.
-        HubError: there is no such repository or revision, or no dataset in it, or the Hub cannot be reached.
+        StoreError: the folder does not exist, or has no finished dataset.
+        HubError: the repository or revision does not exist or has no dataset, or the Hub cannot be reached.
     """
     root = Path(root_or_repo).expanduser()
     if root.is_dir() or not is_hub_id(str(root_or_repo)):
@@ -152,5 +151,5 @@ def _read(path: Path, columns: Sequence[str] | None) -> pa.Table:
 
 
 def sampler_of(manifest: dict[str, Any]) -> Sampler:
-    """The sampler that chose the rows of a dataset."""
+    """Returns the sampler that chose the rows of a dataset."""
     return Sampler(from_dict({"sampler": manifest["config"]["sampler"]}).sampler)

@@ -1,4 +1,4 @@
-"""What a finished job leaves on the screen: what there is now, where, and how to read it."""
+"""Prints the summary of a finished job: the size of the dataset, its place, and code that reads it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -22,14 +22,14 @@ Read it in Python:
   vectors, positions, example_ids = dataset.vectors(*dataset.heads[0])"""
 
 
-def show(where: Files, manifest: Mapping[str, Any], note: str) -> None:
-    """Prints a dataset: examples, rows, heads, files, size; `note`; and three lines that read it."""
+def show(dataset: Files, manifest: Mapping[str, Any], note: str) -> None:
+    """Prints the examples, rows, heads, files and size of a dataset, then `note`, then code that reads a head."""
     files = manifest["files"]
     heads = manifests.heads(manifest)
     size_mb = sum(entry["bytes"] for entry in files.values()) / 1e6
     counts = f"{counted(manifest['examples'], 'example')}, {counted(manifest['tokens'], 'token')}"
-    made = f"{counted(manifest['rows'], 'row')} of {counted(len(heads), 'head')}"
-    print(f"{made}, from {counts}; {counted(len(files), 'file')}, {size_mb:,.1f} MB.")
+    rows = f"{counted(manifest['rows'], 'row')} of {counted(len(heads), 'head')}"
+    print(f"{rows}, from {counts}; {counted(len(files), 'file')}, {size_mb:,.1f} MB.")
     for key, meaning in (
         ("truncated_examples", "cut to model.tokenizer.max_length"),
         ("skipped_rows", "without text left out"),
@@ -49,8 +49,8 @@ def show(where: Files, manifest: Mapping[str, Any], note: str) -> None:
     elif proof["proven"] is None:
         print(f"Not proven: {proof['reason']}.")
     print(note)
-    print(f"Dataset: {where}")
-    if isinstance(where, Branch):
-        print(_READ_BRANCH.format(repo_id=where.repo_id, name=where.name))
+    print(f"Dataset: {dataset}")
+    if isinstance(dataset, Branch):
+        print(_READ_BRANCH.format(repo_id=dataset.repo_id, name=dataset.name))
     else:
-        print(_READ_FOLDER.format(file=where.path(head_file(*heads[0]))))
+        print(_READ_FOLDER.format(file=dataset.path(head_file(*heads[0]))))

@@ -1,7 +1,8 @@
-"""The Hub: a dataset is published to a branch of its own, listed on main, and read back from there.
+"""Talks to the Hub: publishes a dataset to its own branch, lists it on main, and reads it back.
 
-client.py      how the Hub is asked: what is tried again, and what an error says
-publish.py     a finished folder becomes what a branch holds, in one commit
-catalogue.py   main's list of the branches
-branch.py      the files of a branch, fetched one by one where they are needed
+client.py      calls the Hub: retries transient errors, and turns the others into messages with a way out
+publish.py     publishes a finished folder to a branch, in one commit
+catalogue.py   maintains the list of branches on main
+branch.py      fetches the files of a branch as they are needed
+revisions.py   finds the commit of a revision
 """

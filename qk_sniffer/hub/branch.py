@@ -1,6 +1,6 @@
-"""A dataset on a branch of the Hub, read from there: its files are fetched when they are asked for.
+"""Reads a dataset on a branch of the Hub: each file is fetched on its first use.
 
-huggingface_hub keeps what it fetches, by commit: nothing is fetched twice, and all files are of one commit.
+huggingface_hub caches files by commit. No file is fetched twice, and all files are of one commit.
 """
 
 import logging
@@ -25,35 +25,35 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True)
 class Branch:
-    """The dataset that the branch `name` of the dataset repository `repo_id` holds at `commit`."""
+    """The dataset on the branch `name` of the dataset repository `repo_id`, at `commit`."""
 
     repo_id: str
     name: str
     commit: str
 
     def path(self, name: str) -> Path:
-        """The file `name` of the dataset on this machine.
+        """Returns the local copy of the file `name`, which is fetched if necessary.
 
         Raises:
-            HubError: it cannot be fetched.
+            HubError: the file cannot be fetched.
         """
-        return Path(_asked(self.repo_id, self.name, lambda api: _download(api, self.repo_id, name, self.commit)))
+        return Path(_call(self.repo_id, self.name, lambda api: _download(api, self.repo_id, name, self.commit)))
 
     def refetch(self, name: str) -> Path:
-        """The file fetched anew, where the copy on this machine is not what it should be.
+        """Fetches the file again, to replace a damaged copy on this machine.
 
         Raises:
-            HubError: it cannot be fetched.
+            HubError: the file cannot be fetched.
         """
         return Path(
-            _asked(self.repo_id, self.name, lambda api: _download(api, self.repo_id, name, self.commit, force=True))
+            _call(self.repo_id, self.name, lambda api: _download(api, self.repo_id, name, self.commit, force=True))
         )
 
     def has(self, name: str) -> bool:
-        """Whether there is such a file; it is fetched.
+        """Whether the file exists. An existing file is fetched.
 
         Raises:
-            HubError: it cannot be fetched.
+            HubError: the file cannot be fetched.
         """
         from huggingface_hub.errors import RemoteEntryNotFoundError
 
@@ -64,13 +64,13 @@ class Branch:
                 return False
             return True
 
-        return _asked(self.repo_id, self.name, ask)
+        return _call(self.repo_id, self.name, ask)
 
     def fetch(self, names: Iterable[str]) -> None:
-        """Fetches files side by side, with a bar, those that are not on this machine yet.
+        """Fetches the files that are not on this machine yet, in parallel and with a progress bar.
 
         Raises:
-            HubError: they cannot be fetched.
+            HubError: a file cannot be fetched.
         """
         from huggingface_hub import try_to_load_from_cache
 
@@ -82,11 +82,11 @@ class Branch:
         if missing := [name for name in names if not is_here(name)]:
             log.info("fetching %d files of %s", len(missing), self)
             with bars_on_a_terminal():
-                _asked(self.repo_id, self.name, lambda api: _snapshot(api, self.repo_id, missing, self.commit))
+                _call(self.repo_id, self.name, lambda api: _snapshot(api, self.repo_id, missing, self.commit))
 
     @property
     def url(self) -> str:
-        """The branch's page."""
+        """The page of the branch."""
         from huggingface_hub import constants
 
         return branch_url(constants.ENDPOINT, self.repo_id, self.name)
@@ -96,35 +96,35 @@ class Branch:
 
 
 def branch_url(endpoint: str, repo_id: str, branch: str) -> str:
-    """The page of a branch."""
+    """Returns the address of a branch's page."""
     return f"{endpoint}/datasets/{repo_id}/tree/{quote(branch, safe='')}"
 
 
 def find(repo_id: str, branch: str) -> Branch | None:
-    """The branch as it stands now, whatever it holds; None where there is none.
+    """Returns the branch at its newest commit, with or without a dataset; None if it does not exist.
 
     Raises:
-        HubError: the Hub cannot be asked, or does not show the repository to this account.
+        HubError: the Hub cannot be reached, or does not show the repository to this account.
     """
     from huggingface_hub import errors as hub
 
     def ask(api: "HfApi") -> str | None:
         try:
             return api.repo_info(repo_id, repo_type=REPO_TYPE, revision=branch).sha
-        except hub.GatedRepoError:  # for huggingface_hub a kind of missing repository
+        except hub.GatedRepoError:  # a subclass of RepositoryNotFoundError
             raise
         except (hub.RepositoryNotFoundError, hub.RevisionNotFoundError):
             return None
 
-    commit = _asked(repo_id, branch, ask)
+    commit = _call(repo_id, branch, ask)
     return None if commit is None else Branch(repo_id, branch, commit)
 
 
 def open_branch(repo_id: str, revision: str | None) -> Branch:
-    """The dataset at `revision`, from the local copies of huggingface_hub where the Hub cannot be reached.
+    """Opens the dataset at `revision`, from the cache of huggingface_hub if the Hub cannot be reached.
 
     Raises:
-        HubError: there is none, or it is neither to be had from the Hub nor on this machine.
+        HubError: the dataset does not exist, or is neither cached nor within reach.
     """
     from huggingface_hub import errors as hub
 
@@ -146,10 +146,10 @@ def open_branch(repo_id: str, revision: str | None) -> Branch:
                 f"revision=...{_branches(api, repo_id)}"
             ) from None
 
-    return Branch(repo_id, branch, _asked(repo_id, branch, ask))
+    return Branch(repo_id, branch, _call(repo_id, branch, ask))
 
 
-def _asked(repo_id: str, revision: str, ask: "Callable[[HfApi], _Result]") -> _Result:
+def _call(repo_id: str, revision: str, ask: "Callable[[HfApi], _Result]") -> _Result:
     from huggingface_hub import HfApi
 
     api = HfApi()
@@ -170,10 +170,10 @@ def _snapshot(api: "HfApi", repo_id: str, names: list[str], revision: str) -> An
 
 
 def _branches(api: "HfApi", repo_id: str) -> str:
-    """What a message says of the branches that there are."""
+    """Returns the branches of a repository for a message."""
     try:
         found = sorted(ref.name for ref in api.list_repo_refs(repo_id, repo_type=REPO_TYPE).branches)
-    except Exception:  # only a help in a message about something else
+    except Exception:  # the list only adds to a message about another error
         return ""
     names = [name for name in found if name != "main"]
     return f"; it has: {shortened(names, 30)}" if names else "; it has none"

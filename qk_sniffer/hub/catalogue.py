@@ -1,9 +1,9 @@
-"""The list of a repository's branches: README.md on main, kept current by every publication.
+"""Maintains the list of a repository's branches in README.md on main, at every publication.
 
-The list follows from the branches alone: a row for each branch that holds a dataset, made from its manifest. Whoever
-writes it lists what all have published, so that jobs that end together need few commits, and a row that a killed job
-could not write is written by the next one. Rows that are there are kept as they are while their branch stays at the
-commit that they name. Text around the list, which people may have changed, is left alone.
+The list follows from the branches alone. It has a row for each branch with a dataset, made from the manifest. A writer
+lists the branches of all jobs, so that jobs that end together need few commits, and the next job writes the row that a
+killed job could not write. A row stays as it is while its branch stays at the commit that the row names. The text
+around the list, which people may have edited, is not changed.
 """
 
 import json
@@ -45,8 +45,8 @@ viewer: false
 # Query and key vectors of attention heads
 
 The query (Q) and key (K) vectors of transformer attention heads at sampled token positions, captured with qk-sniffer in
-the models' own forward passes. Each branch is a dataset of its own, of one model over one set of texts, with a card
-that tells how it was made. The branch `main` holds nothing but this list.
+the models' own forward passes. Each branch is a separate dataset, of one model over one set of texts, with a card
+that describes it. The branch `main` has only this list.
 
 {list}
 """
@@ -68,16 +68,16 @@ vectors, positions, example_ids = dataset.vectors(*dataset.heads[0])
 
 
 def update_catalogue(api: "HfApi", repo_id: str) -> None:
-    """Brings the list on main of a dataset repository up to date, in a commit of its own, if it is not.
+    """Updates the list on main of a dataset repository in a separate commit, if it is out of date.
 
     Raises:
-        HubError: it could not be written; what was published is on its branch all the same.
+        HubError: the list could not be written. The published datasets are on their branches all the same.
     """
 
     def failed(reason: str) -> HubError:
         return HubError(
-            f"the dataset is on its branch of {repo_id}, but the list of branches on main could not be brought up to "
-            f"date: {reason}. The command of its job, run again, does that"
+            f"the dataset is on its branch of {repo_id}, but the list of branches on main could not be updated: "
+            f"{reason}. Rerun the command of its job to update it"
         )
 
     with_retries(lambda: _update(api, repo_id), api, failed)
@@ -86,7 +86,7 @@ def update_catalogue(api: "HfApi", repo_id: str) -> None:
 def _update(api: "HfApi", repo_id: str) -> None:
     from huggingface_hub import CommitOperationAdd
 
-    # Before the branches are asked for: what another job lists meanwhile makes this commit a conflict, and is not lost.
+    # Read before the branches: if another job updates the list after this line, the commit below is a conflict.
     head = api.repo_info(repo_id, repo_type=REPO_TYPE, revision="main").sha
     assert head is not None
     branches = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo_id, repo_type=REPO_TYPE).branches}
@@ -127,12 +127,12 @@ def _with_list(page: str | None, text: str) -> str:
     _, end, after = rest.partition(_END)
     if begin and end:
         return before + text + after
-    whole = page.replace(_BEGIN, "").rstrip()  # a list whose end is gone cannot be told from the text around it
+    whole = page.replace(_BEGIN, "").rstrip()  # without its end, the list cannot be told from the text around it
     return f"{whole}\n\n{text}\n"
 
 
 def _row(api: "HfApi", repo_id: str, branch: str, commit: str, page: str) -> str | None:
-    """The row of a branch; None where it holds no dataset of ours."""
+    """Returns the row of a branch; None if it has no dataset of this package."""
     link = f"[`{branch}`]({branch_url(api.endpoint, repo_id, branch)})"
     date_url = f"{api.endpoint}/datasets/{repo_id}/commit/{commit}"
     for line in page.splitlines():
@@ -143,11 +143,11 @@ def _row(api: "HfApi", repo_id: str, branch: str, commit: str, page: str) -> str
         return None
     try:
         facts = _facts(api.endpoint, manifest)
-    except Exception as error:  # whatever its manifest may hold, it must not keep others from being listed
-        log.warning("branch %s of %s is not listed: its manifest is not sound (%r)", branch, repo_id, error)
+    except Exception as error:  # a damaged manifest must not prevent the rows of other branches
+        log.warning("branch %s of %s is not listed: its manifest is damaged (%r)", branch, repo_id, error)
         return None
-    made = api.list_repo_commits(repo_id, repo_type=REPO_TYPE, revision=commit)[0].created_at
-    return _line([link, *facts, f"[{made:%Y-%m-%d}]({date_url})"])
+    date = api.list_repo_commits(repo_id, repo_type=REPO_TYPE, revision=commit)[0].created_at
+    return _line([link, *facts, f"[{date:%Y-%m-%d}]({date_url})"])
 
 
 def _facts(endpoint: str, manifest: dict[str, Any]) -> list[str]:
@@ -191,7 +191,7 @@ def _manifest(api: "HfApi", repo_id: str, commit: str) -> dict[str, Any] | None:
 
 
 def _text(api: "HfApi", repo_id: str, name: str, commit: str) -> str | None:
-    """A file at a commit; None where it has none of this name, or the commit is gone with its branch."""
+    """Returns the text of a file at a commit; None if the file or the commit does not exist."""
     from huggingface_hub.errors import RemoteEntryNotFoundError, RevisionNotFoundError
 
     try:
@@ -201,5 +201,5 @@ def _text(api: "HfApi", repo_id: str, name: str, commit: str) -> str | None:
     content = Path(path).read_bytes()
     try:
         return content.decode()
-    except UnicodeDecodeError:  # a person's text, in what is not UTF-8 most often; a card must be UTF-8
+    except UnicodeDecodeError:  # text of a person in another encoding; a card must be UTF-8
         return content.decode("latin-1")

@@ -1,7 +1,7 @@
-"""How the Hub is asked: what passes is tried again, what does not becomes an error with the way out.
+"""Calls the Hub: retries transient errors, and turns the others into messages with a way out.
 
-What passes is a conflict with another writer, a rate limit, a server error, a lost connection. No message holds the
-token, and none of the library's errors is kept as a cause, which might quote it.
+A conflict with another writer, a rate limit, a server error and a lost connection are transient. No message contains
+the token. An error of huggingface_hub may quote the token, so it is never kept as a cause.
 """
 
 import json
@@ -28,15 +28,15 @@ REPO_TYPE = "dataset"
 
 _TRIES = 5
 _TRIES_IN_CONFLICT = 60
-"""After a conflict somebody else has come through: of so many writers, every one does."""
+"""After each conflict another writer has succeeded, so that this number of writers all succeed."""
 _FIRST_WAIT_S = 2.0
 _LONGEST_USUAL_WAIT_S = 30.0
 _LONGEST_WAIT_S = 3600.0
-"""A job that holds a machine does not wait longer for the Hub than this, whatever the Hub asks for."""
+"""A job that occupies a machine does not wait longer for the Hub, whatever the Hub asks for."""
 
 _CONFLICTS = {409, 412}
-_PASSING = {408, 429} | _CONFLICTS
-"""The status codes, besides those of server errors, that another try may not meet again."""
+_TRANSIENT = {408, 429} | _CONFLICTS
+"""The status codes that are worth a retry, next to those of server errors (500 and above)."""
 
 _WITHOUT = "To capture without publishing, leave output.hf_repo_id out"
 
@@ -49,12 +49,17 @@ _Result = TypeVar("_Result")
 
 
 def with_retries(attempt: Callable[[], _Result], api: "HfApi", failed: Callable[[str], HubError]) -> _Result:
-    """What `attempt` returns, tried again after what passes. `failed` makes an error of the reason.
+    """Returns the result of `attempt`, which is retried after a transient error.
+
+    Args:
+        attempt: the call.
+        api: whose token is hidden in messages.
+        failed: makes an error of a reason.
 
     Raises:
-        HubError: that of `failed`; or one that `attempt` raises itself, which is not tried again.
+        HubError: the error of `failed`; or one that `attempt` itself raises, which is not retried.
     """
-    tries = conflicts = 0
+    failures = conflicts = 0
     while True:
         try:
             return attempt()
@@ -65,28 +70,28 @@ def with_retries(attempt: Callable[[], _Result], api: "HfApi", failed: Callable[
             if _status(error) in _CONFLICTS:
                 conflicts += 1
             else:
-                tries += 1
-            wait_s = _wait_s(error, tries + conflicts)
-            given_up = tries == _TRIES or conflicts == _TRIES_IN_CONFLICT
+                failures += 1
+            wait_s = _wait_s(error, failures + conflicts)
+            given_up = failures == _TRIES or conflicts == _TRIES_IN_CONFLICT
             if wait_s is None or wait_s > _LONGEST_WAIT_S or given_up:
                 raise failed(why) from None
-            log.warning("the Hub: %s; trying again in %.0f s", why, wait_s)
+            log.warning("the Hub: %s; retrying in %.0f s", why, wait_s)
             time.sleep(wait_s)
 
 
 def writing_api() -> "HfApi":
-    """The Hub for who publishes: an error where there is no token, instead of requests without one."""
+    """Returns a client that raises an error if no token is set, instead of sending requests without one."""
     from huggingface_hub import HfApi
 
     return HfApi(token=True)
 
 
 def require_access(repo_id: str, *, private: bool = False, api: "HfApi | None" = None) -> None:
-    """Finds out before a long job that it could not publish to `repo_id`; only warns if the Hub cannot be reached.
+    """Checks before a long job that it may publish to `repo_id`; only warns if the Hub cannot be reached.
 
     Raises:
-        HubError: there is no token, the Hub refuses it, it may only read, or offline mode is on; the repository belongs
-            to somebody else; it is public and shall be `private`.
+        HubError: no token is set, the Hub refuses it, it may only read, or offline mode is on; the account may not
+            write to the repository; or the repository is public although `private` is asked for.
     """
     from huggingface_hub import errors as hub
 
@@ -128,7 +133,7 @@ def _is_public(api: "HfApi", repo_id: str) -> bool:
 
 @contextmanager
 def bars_on_a_terminal() -> Iterator[None]:
-    """Hides the progress bars of huggingface_hub where they would fill a log."""
+    """Hides the progress bars of huggingface_hub if stderr is not a terminal."""
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     hidden = not sys.stderr.isatty() and not are_progress_bars_disabled()
@@ -142,7 +147,7 @@ def bars_on_a_terminal() -> Iterator[None]:
 
 
 def reason(error: Exception, api: "HfApi") -> str:
-    """What went wrong, and the way out where it is known; without the token."""
+    """Returns the cause of an error and its way out, if known, without the token."""
     from huggingface_hub import errors as hub
 
     if isinstance(error, hub.LocalTokenNotFoundError):
@@ -151,20 +156,20 @@ def reason(error: Exception, api: "HfApi") -> str:
         return "offline mode is on: unset HF_HUB_OFFLINE"
     refusal = _refusal(error)
     if refusal is None and isinstance(error, hub.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
-        return reason(error.__cause__, api)  # it says that nothing is on this machine either, and its cause why
+        return reason(error.__cause__, api)  # the error says only that no copy is on this machine
     if refusal is None:
-        return f"{type(error).__name__}: {_shown(str(error), api)}"
+        return f"{type(error).__name__}: {_without_token(str(error), api)}"
     status = refusal.response.status_code
-    said = f"{status}, {_shown(refusal.server_message or str(refusal), api)}"
+    answer = f"{status}, {_without_token(refusal.server_message or str(refusal), api)}"
     if isinstance(refusal, hub.GatedRepoError):
-        return f"the repository is gated ({said}): ask for access on its page"
+        return f"the repository is gated ({answer}): ask for access on its page"
     if status == 401:
-        return f"the Hub refuses the token ({said}): set HF_TOKEN to a valid one, or log in with `hf auth login`"
+        return f"the Hub refuses the token ({answer}): set HF_TOKEN to a valid one, or log in with `hf auth login`"
     if status == 403:
-        return f"the token gives no right to that ({said}): use one that does, or another repository"
+        return f"the token gives no right to that ({answer}): use one that does, or another repository"
     if status == 404:
-        return f"the Hub knows no such place, or does not show it to this account ({said})"
-    return f"the Hub answers {said}"
+        return f"the Hub has no such repository, revision or file, or does not show it to this account ({answer})"
+    return f"the Hub answers {answer}"
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
@@ -174,7 +179,7 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _refusal(error: Exception) -> "HfHubHTTPError | None":
-    """The Hub's answer that is behind `error`, if one is."""
+    """Returns the Hub's answer that caused `error`; None if no answer did."""
     from huggingface_hub import errors as hub
 
     return next((cause for cause in _causes(error) if isinstance(cause, hub.HfHubHTTPError)), None)
@@ -186,20 +191,20 @@ def _status(error: Exception) -> int | None:
 
 
 def _wait_s(error: Exception, tries: int) -> float | None:
-    """How long to wait before another try: at least as long as the Hub asks for. None if another would be in vain."""
+    """Returns the seconds to wait before a retry, at least those that the Hub asks for; None if a retry is useless."""
     from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
     usual = min(_FIRST_WAIT_S * 2.0 ** (tries - 1), _LONGEST_USUAL_WAIT_S) * random.uniform(0.5, 1.5)
     refusal = _refusal(error)
     if refusal is not None:
         status = refusal.response.status_code
-        return usual + _asked_s(refusal.response.headers) if status in _PASSING or status >= 500 else None
+        return usual + _retry_after_s(refusal.response.headers) if status in _TRANSIENT or status >= 500 else None
     if isinstance(error, LocalEntryNotFoundError):
-        return None  # no connection for a download, for which huggingface_hub has itself tried half a minute
+        return None  # no connection for a download: huggingface_hub has retried for half a minute
     for cause in _causes(error):
         if isinstance(cause, OfflineModeIsEnabled):
             return None
-        # A proxy's page instead of JSON: huggingface_hub reads some answers before it looks at their status.
+        # A proxy's page instead of JSON: huggingface_hub parses some answers before it checks their status.
         if isinstance(cause, ConnectionError | TimeoutError | json.JSONDecodeError):
             return usual
         if _http_names(cause) & {"NetworkError", "ProxyError", "RemoteProtocolError", "TimeoutException"}:
@@ -207,33 +212,33 @@ def _wait_s(error: Exception, tries: int) -> float | None:
     return None
 
 
-def _asked_s(headers: Mapping[str, str]) -> float:
-    """The seconds that an answer asks to wait; Retry-After is a number of them, or a date."""
-    asked = headers.get("Retry-After", "").strip()
-    if asked.isdecimal():
-        return float(asked)
-    if asked:
-        with suppress(ValueError, TypeError):  # no date, or one without a zone
-            return max(0.0, (parsedate_to_datetime(asked) - datetime.now(UTC)).total_seconds())
+def _retry_after_s(headers: Mapping[str, str]) -> float:
+    """Returns the seconds that an answer asks to wait. Retry-After is a number of seconds or a date."""
+    value = headers.get("Retry-After", "").strip()
+    if value.isdecimal():
+        return float(value)
+    if value:
+        with suppress(ValueError, TypeError):  # not a date, or a date without a zone
+            return max(0.0, (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds())
     limit = re.search(r"r=0;\s*t=(\d+)", headers.get("RateLimit", ""))
     return float(limit[1]) if limit else 0.0
 
 
 def _is_foreseen(error: Exception) -> bool:
-    """Whether `error` tells of the Hub, the network or the machine, and not of a mistake in this program."""
+    """Whether `error` is of the Hub, the network or the machine, and not a mistake in this program."""
     return isinstance(error, OSError | ValueError | RuntimeError) or bool(_http_names(error))
 
 
 def _http_names(error: BaseException) -> set[str]:
-    # huggingface_hub 1 uses httpx, 2 uses httpx2: neither is a library of ours, and their classes have the same names.
+    # huggingface_hub 1 uses httpx, 2 uses httpx2. This package depends on neither; their classes have the same names.
     return {base.__name__ for base in type(error).__mro__ if base.__module__.split(".")[0] in ("httpx", "httpx2")}
 
 
-def _shown(text: str, api: "HfApi") -> str:
+def _without_token(text: str, api: "HfApi") -> str:
     from huggingface_hub import get_token
 
     token = api.token if isinstance(api.token, str) else get_token()
     if token:
-        # A token that cannot be sent (a line break in HF_TOKEN) is quoted with escapes.
+        # An invalid token (a line break in HF_TOKEN) is quoted with escapes.
         text = text.replace(token, "***").replace(repr(token)[1:-1], "***")
     return " ".join(text.split())[:300].rstrip(".")

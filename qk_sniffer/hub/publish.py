@@ -1,10 +1,10 @@
-"""A finished folder becomes what a branch of the Hub holds, in one commit.
+"""Publishes a finished folder to a branch of the Hub, in one commit.
 
-Every try goes the same way. The repository is made if it is missing, and so is the branch, from the repository's first
-commit, so that it inherits no files. Where the branch's newest commit has the title of this content there is nothing
-to do. Otherwise the files go up, and one commit replaces the earlier version, on condition that the branch has not
-moved meanwhile. What passes (a conflict, a rate limit, a server error, a lost connection) is tried again; a commit
-that landed although its answer was lost is then found by its title.
+Each attempt takes the same steps. It creates the repository if it is missing, and the branch from the repository's
+first commit, so that the branch inherits no files. If the branch's newest commit has the title of this content, nothing
+is left to do. Otherwise the attempt uploads the files, and one commit replaces the earlier version, provided that the
+branch has not moved. A transient error (a conflict, a rate limit, a server error, a lost connection) leads to another
+attempt. If the answer to a commit was lost, the next attempt finds the commit by its title.
 """
 
 import hashlib
@@ -29,15 +29,15 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _FILES_AT_A_TIME, _BYTES_AT_A_TIME = 64, 1_000_000_000
-"""After so much a line says how far the upload is."""
+"""The sizes of a part of the upload, after which a line is logged."""
 
 Guard = Callable[[Branch], None]
-"""Raises an error where the dataset must not take the place of the one that a branch holds."""
+"""Raises an error if the dataset must not replace the one on the branch."""
 
 
 @dataclass(frozen=True)
 class Published:
-    """Where a dataset is on the Hub. `changed` is False where the branch held this content already."""
+    """The place of a dataset on the Hub. `changed` is False if the branch already had this content."""
 
     url: str
     commit: str
@@ -54,16 +54,23 @@ def publish(
     guard: Guard | None = None,
     api: "HfApi | None" = None,
 ) -> Published:
-    """Makes the dataset at `root` what the branch of the dataset repository `repo_id` holds, and lists it on main.
+    """Publishes the dataset at `root` to a branch of the dataset repository `repo_id`, and lists it on main.
 
     Publishes the manifest, the files that it names, the pictures, and `card` instead of the folder's card. Deletes the
-    files of an earlier version that the dataset no longer has, and leaves all other files of the branch alone. Creates
-    a missing repository: private with `private`, else with its owner's default. Calls `guard` with each version that
-    the dataset would replace.
+    files of an earlier version that the dataset no longer has. All other files of the branch stay.
+
+    Args:
+        root: of a whole dataset, which is not changed.
+        repo_id: created if it is missing.
+        branch: created if it is missing.
+        card: the branch's README.md.
+        private: creates a missing repository as a private one; otherwise the owner's default decides.
+        guard: called with each version that the dataset would replace.
+        api: the client; by default one with the stored token.
 
     Raises:
-        StoreError: the dataset is not whole; or what `guard` raises.
-        HubError: it could not be published, or not listed. The folder is as it was, and the call may be made again.
+        StoreError: the dataset is incomplete or damaged, or `guard` refuses.
+        HubError: the dataset could not be published, or not be listed. The call may be repeated.
     """
     api = api or writing_api()
     publication = _Publication(root, repo_id, branch, card, private, guard, api)
@@ -73,7 +80,7 @@ def publish(
 
 
 class _Publication:
-    """What the tries of one `publish` share."""
+    """The state of one `publish` over its attempts."""
 
     def __init__(
         self, root: Path, repo_id: str, branch: str, card: bytes, private: bool, guard: Guard | None, api: "HfApi"
@@ -95,27 +102,27 @@ class _Publication:
         )
         self._title = _title(self._manifest)
         self._parent: str | None = None
-        """The commit that the last try was to follow."""
+        """The parent of the last attempt's commit."""
         self._operations: list[CommitOperationAdd | CommitOperationDelete] = []
 
     def attempt(self) -> Published:
-        """One try, which goes on from what earlier ones did."""
+        """Makes one attempt, which resumes from the state of earlier ones."""
         commits = self._commits()
         if self._private and not self.api.repo_info(self._repo_id, repo_type=REPO_TYPE).private:
             raise self.failed(PUBLIC)
         if (landed := self._landed(commits)) is not None:
-            log.info("%s holds this dataset", self._url)
+            log.info("%s has this dataset", self._url)
             return Published(self._url, landed, changed=self._parent is not None)
         head = commits[0].commit_id
         if head != self._parent:
             if self._guard is not None:
                 self._guard(Branch(self._repo_id, self._branch, head))
-            # Kept for another try on the same commit: they know what is uploaded, and which files are unchanged.
+            # Kept for a retry on the same commit: the operations know the uploaded and the unchanged files.
             self._operations = self._changes(head)
             self._parent = head
         with bars_on_a_terminal():
             self._upload()
-            made = self.api.create_commit(
+            commit = self.api.create_commit(
                 self._repo_id,
                 self._operations,
                 commit_message=self._title,
@@ -123,10 +130,10 @@ class _Publication:
                 revision=self._branch,
                 parent_commit=head,
             )
-        return Published(self._url, made.oid, changed=made.oid != head)
+        return Published(self._url, commit.oid, changed=commit.oid != head)
 
     def _upload(self) -> None:
-        """Uploads the files that are not small text, some at a time; what an earlier try has uploaded is left out."""
+        """Uploads the files, except small texts, in parts; leaves out those that an earlier attempt has uploaded."""
         from huggingface_hub import CommitOperationAdd
 
         additions = [each for each in self._operations if isinstance(each, CommitOperationAdd)]
@@ -145,17 +152,16 @@ class _Publication:
                 log.info("uploaded %d files, %.1f of %.1f MB", num_files, num_bytes / 1e6, size / 1e6)
 
     def _check_content(self, addition: "CommitOperationAdd") -> None:
-        # Uploaded files have been hashed on their way, if not before (huggingface_hub 1); the others are texts from
-        # memory, and of these huggingface_hub 2 knows no hash.
+        # Every uploaded file has been hashed. The other additions are texts, which huggingface_hub 2 does not hash.
         entry, info = self._manifest["files"].get(addition.path_in_repo), addition.upload_info
         if entry is not None and getattr(info, "is_hashed", True) and info.sha256.hex() != entry["sha256"]:
             raise _changed(self._root / addition.path_in_repo)
 
     def failed(self, reason: str) -> HubError:
-        """What ends the publication."""
+        """Returns the error that ends the publication."""
         return HubError(
             f"the dataset was not published to {self._repo_id}, branch {self._branch}: {reason}. It stays whole in "
-            f"{self._root}; the command of its job, run again, publishes it without capturing again"
+            f"{self._root}; rerun the command of its job to publish it without capturing again"
         )
 
     @property
@@ -163,15 +169,15 @@ class _Publication:
         return branch_url(self.api.endpoint, self._repo_id, self._branch)
 
     def _commits(self) -> "list[GitCommitInfo]":
-        """Those of the branch, the newest first. Makes repository and branch if they are missing."""
+        """Returns the commits of the branch, the newest first. Creates a missing repository or branch."""
         from huggingface_hub import errors as hub
 
         try:
             return self.api.list_repo_commits(self._repo_id, repo_type=REPO_TYPE, revision=self._branch)
-        except hub.GatedRepoError:  # for huggingface_hub a kind of missing repository
+        except hub.GatedRepoError:  # a subclass of RepositoryNotFoundError
             raise
         except hub.RepositoryNotFoundError:
-            # Not False, which would make it public whatever the owner's default is.
+            # False would make it public, whatever the owner's default is.
             private = True if self._private else None
             self.api.create_repo(self._repo_id, repo_type=REPO_TYPE, private=private, exist_ok=True)
         except hub.RevisionNotFoundError:
@@ -180,11 +186,11 @@ class _Publication:
         self.api.create_branch(self._repo_id, repo_type=REPO_TYPE, branch=self._branch, revision=first, exist_ok=True)
         try:
             return self.api.list_repo_commits(self._repo_id, repo_type=REPO_TYPE, revision=self._branch)
-        except hub.RevisionNotFoundError:  # another job makes it in this moment, or the Hub does not show it yet
-            raise TimeoutError(f"the branch {self._branch} is not there yet") from None
+        except hub.RevisionNotFoundError:  # another job is creating it, or the Hub does not show it yet
+            raise TimeoutError(f"the branch {self._branch} does not exist yet") from None
 
     def _landed(self, commits: "list[GitCommitInfo]") -> str | None:
-        """The commit of this content: the newest, or else one that came after the start of an earlier try."""
+        """Returns the commit of this content: the newest one, or one that is newer than an earlier attempt's parent."""
         if self._parent is None:
             newer = commits[:1]
         else:
@@ -192,13 +198,13 @@ class _Publication:
         return next((commit.commit_id for commit in newer if commit.title == self._title), None)
 
     def _changes(self, head: str) -> "list[CommitOperationAdd | CommitOperationDelete]":
-        """What makes the files at the commit `head` this dataset."""
+        """Returns the operations that turn the files at the commit `head` into this dataset."""
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
         names = self._manifest["files"]
-        there = self.api.list_repo_files(self._repo_id, repo_type=REPO_TYPE, revision=head)
+        on_branch = self.api.list_repo_files(self._repo_id, repo_type=REPO_TYPE, revision=head)
         return [
-            *(CommitOperationDelete(name) for name in there if name not in names and _is_of_a_dataset(name)),
+            *(CommitOperationDelete(name) for name in on_branch if name not in names and _is_of_a_dataset(name)),
             *(CommitOperationAdd(name, self._root / name) for name in names if name != CARD),
             CommitOperationAdd(CARD, self._card),
             CommitOperationAdd(MANIFEST, manifests.encode(self._manifest)),
@@ -218,7 +224,7 @@ def _portions(additions: "Sequence[CommitOperationAdd]") -> "Iterator[Sequence[C
 def _changed(path: Path) -> StoreError:
     return StoreError(
         f"{path} is missing or has changed since manifest.json was written; the dataset was not published. "
-        "Restore the file, or make the dataset anew with output.overwrite=true"
+        "Restore the file, or recreate the dataset with output.overwrite=true"
     )
 
 
@@ -230,7 +236,7 @@ def _title(manifest: dict[str, Any]) -> str:
 
 
 def _is_of_a_dataset(name: str) -> bool:
-    """Whether `name` is that of a file of some dataset, but not of the card and the manifest, which all have."""
+    """Whether `name` is a file of a dataset, other than the card and the manifest, which every dataset has."""
     folder, _, file = name.partition("/")
     if folder == PICTURES:
         return file.endswith(".png")

@@ -1,7 +1,7 @@
-"""Which commit of a Hub repository a job uses, and whether the Hub can be reached at all.
+"""Finds the commit of a revision of a Hub repository, so that a job loads one state of the repository.
 
-Every start asks the Hub once, without the retries that the loading libraries make (half a minute and more when there
-is no network). The answer is a commit, so that everything loaded afterwards is of one state of the repository.
+Each start asks the Hub once, without the retries of the loading libraries, which take half a minute and more without a
+network.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ _TIMEOUT_S = 10.0
 
 
 class HubUnreachableError(SourceError):
-    """The Hub gives no answer: offline mode, no network, or a server error. A cached copy may still serve."""
+    """The Hub gives no answer: offline mode, no network, or a server error. A cached copy may still be usable."""
 
 
 def is_hub_id(name: str) -> bool:
@@ -29,11 +29,11 @@ def is_hub_id(name: str) -> bool:
 
 
 def hub_commit(kind: Kind, name: str, revision: str | None = None) -> str:
-    """The commit that `revision` (branch, tag or commit; null for the default branch) of a repository stands at.
+    """Returns the commit of `revision` (branch, tag or commit; None for the default branch) of a repository.
 
     Raises:
-        HubUnreachableError: there was no usable answer.
-        SourceError: there is no such repository or revision, or it is not open to this account.
+        HubUnreachableError: the Hub gives no usable answer.
+        SourceError: the repository or revision does not exist, or is not open to this account.
     """
     from huggingface_hub import HfApi
     from huggingface_hub import errors as hub
@@ -54,7 +54,7 @@ def hub_commit(kind: Kind, name: str, revision: str | None = None) -> str:
         ) from None
     except hub.OfflineModeIsEnabled:
         raise HubUnreachableError("the Hub cannot be reached: offline mode is on (HF_HUB_OFFLINE=1)") from None
-    except Exception as error:  # the transport's own errors, whichever HTTP library is beneath, and server errors
+    except Exception as error:  # errors of any HTTP library below, and server errors
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise HubUnreachableError(f"the Hub cannot be reached: {reason}") from error
     if commit is None:
@@ -63,10 +63,10 @@ def hub_commit(kind: Kind, name: str, revision: str | None = None) -> str:
 
 
 def cached_commit(kind: Kind, name: str, revision: str | None = None) -> str | None:
-    """The commit of `revision` as far as the files in the local Hub cache tell; null if they do not.
+    """Returns the commit of `revision` in the local Hub cache; None if the cache does not tell.
 
-    A snapshot that was loaded by its commit leaves no branch name behind: the only snapshot there is taken for the
-    default branch, several are not guessed among.
+    The cache stores no branch name for a snapshot that was loaded by its commit. A single snapshot counts as the
+    default branch, one of several does not.
     """
     from huggingface_hub import constants
 
@@ -85,19 +85,19 @@ def _revisions(kind: Kind, name: str) -> str:
 
     try:
         refs = HfApi().list_repo_refs(name, repo_type=kind)
-    except Exception:  # only a help in a message about something else
+    except Exception:  # the list only adds to a message about another error
         return ""
     names = [ref.name for ref in [*refs.branches, *refs.tags]]
-    return f" It has: {shortened(names, 20)}; a commit will do too."
+    return f" It has: {shortened(names, 20)}; a commit works too."
 
 
 def hub_commit_of(commit: str | None) -> str | None:
-    """None for the digest that stands in the place of a local checkpoint's commit."""
+    """Returns the commit, or None for the digest that a local checkpoint has instead of a commit."""
     return None if commit is None or commit.startswith("sha256:") else commit
 
 
 def folder_digest(folder: Path) -> str:
-    """`sha256:` over names and contents of the files that a checkpoint is loaded from, documentation left out."""
+    """Returns `sha256:` and the digest of the names and contents of the files that a checkpoint is loaded from."""
     suffixes = {".safetensors", ".json", ".bin", ".model", ".gguf", ".py", ".txt", ".jinja"}
     files = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix in suffixes)
 
@@ -114,17 +114,17 @@ def folder_digest(folder: Path) -> str:
 
 
 def current_commit(name: str, revision: str) -> str:
-    """Where `revision` of a model repository stands: asked of the Hub, else of the local cache.
+    """Returns the commit of `revision` of a model repository, from the Hub or else from the local cache.
 
     Raises:
-        SourceError: neither knows.
+        SourceError: neither has it, or `name` is not that of a repository.
     """
     if name.endswith(".gguf") and (Path(name).is_file() or not is_hub_id(name)):
         folder, file = Path(name).parent, Path(name).name
         raise SourceError(f"model {name} is a GGUF file: set model.name={folder} model.gguf_file={file} instead")
     if not is_hub_id(name):
         raise SourceError(
-            f"model {name} is no folder and no Hub id: give model.name (or model.tokenizer.name) a folder with "
+            f"model {name} is neither a folder nor a Hub id: give model.name (or model.tokenizer.name) a folder with "
             "config.json, or org/name"
         )
     try:

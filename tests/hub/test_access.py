@@ -1,4 +1,4 @@
-"""Who may publish, and who is told before a job that it may not."""
+"""Tests the access to the Hub: refusals on publishing, and the check before a job."""
 
 import logging
 import socket
@@ -56,10 +56,10 @@ def test_without_a_hub(
     monkeypatch: pytest.MonkeyPatch, make_dataset: MakeDataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     root = make_dataset(tmp_path / "a")
-    with socket.socket() as probe:  # a port that is closed again
+    with socket.socket() as probe:  # leaves a closed port
         probe.bind(("127.0.0.1", 0))
         api = HfApi(endpoint=f"http://127.0.0.1:{probe.getsockname()[1]}", token="hf_alice")
-    with pytest.raises(HubError, match=r"Connection refused.*the command of its job"):
+    with pytest.raises(HubError, match=r"Connection refused.*rerun the command of its job"):
         publish(root, REPO, BRANCH, api=api)
     caplog.clear()
     require_access(REPO, api=api)
@@ -87,7 +87,7 @@ def test_login(hub: FakeHub, api: HfApi, monkeypatch: pytest.MonkeyPatch, caplog
     assert huggingface_hub.get_token() is None
 
 
-def test_access_is_looked_at_before_a_job(hub: FakeHub, api: HfApi) -> None:
+def test_access_is_checked_before_a_job(hub: FakeHub, api: HfApi) -> None:
     with pytest.raises(
         HubError, match=r"could not be published to bob/x: the login is that of alice, .* of alice, lab\."
     ):

@@ -1,4 +1,4 @@
-"""The list of branches on main: a row for every dataset, whoever publishes when, and whatever happens to them."""
+"""Tests the list of branches on main."""
 
 import itertools
 import json
@@ -25,7 +25,7 @@ def page(hub: FakeHub) -> str:
 
 
 def rows(text: str) -> dict[str, list[str]]:
-    """The cells of each row, by branch."""
+    """Returns the cells of each row by branch."""
     cells = [re.split(r"(?<!\\) \| ", line.strip("| ")) for line in text.splitlines() if line.startswith("| [")]
     return {match[1]: line for line in cells if (match := re.match(r"\[`(.+?)`\]", line[0])) is not None}
 
@@ -78,7 +78,9 @@ def test_rows_follow_their_branches(hub: FakeHub, api: HfApi, make_dataset: Make
     assert after["two"][5] == "1 Q + 1 K" and after["two"][-1] != before["two"][-1]
     commit = hub.repositories[REPO].branches["two"]
     fetched = {path for _, path, _ in hub.log[asked:] if path.endswith("manifest.json")}
-    assert fetched == {f"/datasets/{REPO}/resolve/{commit}/manifest.json"}, "rows that stay are not made again"
+    assert fetched == {f"/datasets/{REPO}/resolve/{commit}/manifest.json"}, (
+        "rows of unchanged branches are not written again"
+    )
 
 
 def test_branches_that_hold_no_dataset_are_left_out(
@@ -103,7 +105,7 @@ def test_branches_that_hold_no_dataset_are_left_out(
     publish(root, REPO, BRANCH, api=api)
     assert list(rows(page(hub))) == [BRANCH]
     for number in range(len(damaged)):
-        assert f"branch damaged-{number} of alice/vectors is not listed: its manifest is not sound" in caplog.text
+        assert f"branch damaged-{number} of alice/vectors is not listed: its manifest is damaged" in caplog.text
 
 
 def test_a_branch_that_goes_while_it_is_listed(
@@ -156,7 +158,7 @@ def test_a_row_that_was_not_written_is_written_by_the_next_one(
     root = make_dataset(tmp_path / "a")
     hub.fault("POST", "/commit/main", status=403)
     with pytest.raises(
-        HubError, match=r"is on its branch of alice/vectors, but the list .*no right.*The command of its job"
+        HubError, match=r"is on its branch of alice/vectors, but the list .*no right.*Rerun the command of its job"
     ):
         publish(root, REPO, "one", api=api)
     assert published(hub, "one") == 1 and "README.md" not in held(hub, "main")
@@ -194,10 +196,10 @@ def test_jobs_that_end_together(
     assert all(published(hub, branch) == 1 for branch in roots)
     history = [commit.files.get("README.md", b"").decode() for commit in hub.repositories[REPO].history("main")]
     for later, earlier in itertools.pairwise(history):
-        assert set(rows(later)) > set(rows(earlier)), "no row is ever lost, and no commit changes nothing"
+        assert set(rows(later)) > set(rows(earlier)), "no row is lost, and every commit adds rows"
     statuses = [status for method, path, status in hub.log if method == "POST" and path.endswith("/commit/main")]
-    assert statuses.count(412) > 0, "they were in each other's way"
-    assert statuses.count(200) <= number, "at most a commit each, of the 128 an hour that the Hub allows"
+    assert statuses.count(412) > 0, "some commits are conflicts"
+    assert statuses.count(200) <= number, "at most one commit a job: the Hub allows 128 an hour"
 
 
 def test_the_code_of_the_list_runs(hub: FakeHub, api: HfApi, make_dataset: MakeDataset, tmp_path: Path) -> None:

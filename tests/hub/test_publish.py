@@ -193,7 +193,7 @@ def test_an_outage_ends_after_a_few_tries(
     hub: FakeHub, api: HfApi, make_dataset: MakeDataset, tmp_path: Path, waits: list[float]
 ) -> None:
     hub.fault("POST", "/commit/", times=100)
-    with pytest.raises(HubError, match=r"the Hub answers 503.*stays whole in .*/a; the command of its job, run again"):
+    with pytest.raises(HubError, match=r"the Hub answers 503.*stays whole in .*/a; rerun the command of its job"):
         publish(make_dataset(tmp_path / "a"), REPO, BRANCH, api=api)
     assert hub.count("POST", "/commit/") == 5
     assert len(waits) == 4 and all(2.0**n <= wait <= 3 * 2.0**n for n, wait in enumerate(waits))
@@ -224,7 +224,7 @@ def test_a_wait_of_hours_is_not_waited_for(
         (401, None, r"refuses the token .*HF_TOKEN.*hf auth login"),
         (403, None, r"no right to that .*another repository"),
         (403, "GatedRepo", r"gated .*ask for access"),
-        (404, None, "knows no such place"),
+        (404, None, "no such repository, revision or file"),
         (400, None, r"answers 400, .*as the test asks"),
     ],
 )
@@ -247,7 +247,7 @@ def test_what_does_not_pass_ends_at_once(
     with pytest.raises(HubError, match=message) as caught:
         publish(root, REPO, BRANCH, api=api)
     text = str(caught.value)
-    assert f"published to {REPO}, branch {BRANCH}" in text and f"whole in {root}; the command of its job" in text
+    assert f"published to {REPO}, branch {BRANCH}" in text and f"whole in {root}; rerun the command of its job" in text
     assert "hf_alice" not in text
     assert hub.count(method, path) == 1
     assert contents(root) == before

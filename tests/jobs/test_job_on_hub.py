@@ -87,7 +87,7 @@ def test_killed_in_mid_upload_and_refused(tmp_path: Path) -> None:
         hub.fault("POST", "/commit/", status=403)
         refused = client(hub, tmp_path, *JOB)
         assert refused.returncode == 1 and "Traceback" not in refused.stderr
-        assert "the command of its job, run again, publishes it" in refused.stderr and published(hub, BRANCH) == 0
+        assert "rerun the command of its job to publish it" in refused.stderr and published(hub, BRANCH) == 0
 
         done = client(hub, tmp_path, *JOB)
         assert done.returncode == 0 and "Nothing to do" in done.stdout and "Published: " in done.stdout

@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 _BEGIN = "<!-- qk-sniffer: the list of branches, written anew at every publication -->"
 _END = "<!-- qk-sniffer: end of the list -->"
+"""Markers around the list. Published pages have them, so their wording cannot change."""
 
 _COLUMNS = ("branch", "model", "texts", "split", "sampler", "heads", "rows", "size", "date")
 
@@ -127,7 +128,7 @@ def _with_list(page: str | None, text: str) -> str:
     _, end, after = rest.partition(_END)
     if begin and end:
         return before + text + after
-    whole = page.replace(_BEGIN, "").rstrip()  # without its end, the list cannot be told from the text around it
+    whole = page.replace(_BEGIN, "").rstrip()  # without an end, the list looks like the text around it
     return f"{whole}\n\n{text}\n"
 
 

@@ -1,4 +1,4 @@
-"""The card on made-up datasets: its front matter loads, its code runs, its tables say what is so."""
+"""Tests the card of synthetic datasets: its front matter, its code and its tables."""
 
 import itertools
 import re
@@ -72,7 +72,7 @@ def front_matter(text: str) -> tuple[str, dict[str, Any]]:
 
 
 def vectors_of(head: Head) -> np.ndarray:
-    """Every head has its own numbers, so that no head can be taken for another."""
+    """Returns different numbers for each head, so that a swapped head shows."""
     start = head.layer * 10_000 + head.head * 100 + (50 if head.kind == "k" else 0)
     return np.arange(start, start + ROWS * head.head_dim, dtype=np.float32).reshape(ROWS, head.head_dim)
 
@@ -214,16 +214,16 @@ def test_the_code_of_the_card_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert all(vectors.base is not None for vectors in pyarrow["vectors"])
 
 
-def test_what_is_told_on_the_hub_alone() -> None:
-    """How to read it from there, the proof and pictures; what was run is in tests/test_job_on_hub.py."""
+def test_sections_of_the_card_on_the_hub() -> None:
+    """tests/jobs/test_job_on_hub.py runs the code of a card on the Hub."""
     proof = {"proven": True, "tolerance": 0.1, "examples": [7], "largest_difference_by_layer": {"2": 1e-3, "11": 4e-3}}
-    told = replace(FACTS, place=PLACE, proof=proof, pictures=["pictures/plasticity_by_bucket.png"])
-    card = write_card(told)
+    on_hub = replace(FACTS, place=PLACE, proof=proof, pictures=["pictures/plasticity_by_bucket.png"])
+    card = write_card(on_hub)
     assert "they differ by 0.004 at\nmost, in any layer; up to 0.1 counts as rounding in bfloat16" in card
     assert "![plasticity by bucket](pictures/plasticity_by_bucket.png)" in card
     assert "@misc{some-model-some-texts," in card
     assert "--revision some-model-some-texts --local-dir some-model-some-texts" in card
-    unproven = write_card(replace(told, proof={"proven": None, "reason": "turned off"}))
+    unproven = write_card(replace(on_hub, proof={"proven": None, "reason": "turned off"}))
     assert "Not proven: turned off." in unproven
     for heading in ("From the Hub", "## Proof", "## Pictures", "## How to cite"):
         assert heading in card and heading not in write_card(FACTS)
@@ -313,7 +313,7 @@ def test_columns_are_those_of_the_schema(token_ids: bool, token_strings: bool) -
     assert columns[3][1] == "list of 4 float32" and "bfloat16" in columns[3][2]
 
 
-def test_stage_is_told() -> None:
+def test_stage() -> None:
     after = write_card(FACTS)
     before = write_card(with_config(FACTS, capture=CaptureConfig(capture_pre_rope=True)))
     assert ["stage", "after RoPE"] in table(after, "Run") and ["stage", "before RoPE"] in table(before, "Run")

@@ -1,4 +1,4 @@
-"""`qk_sniffer.open_dataset`: the rows of a folder, and of a branch of the Hub, which is fetched as far as needed."""
+"""Tests `qk_sniffer.open_dataset` on folders and on branches of the Hub."""
 
 import shutil
 from pathlib import Path
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.floor
 
 
 def assert_same(dataset: qk_sniffer.Dataset, root: Path) -> None:
-    """All of the dataset is what the files in the folder hold."""
+    """Asserts that the dataset equals the files in the folder."""
     assert [key.name for key in dataset.heads] == ["l00h00q", "l00h03q", "l00h00k", "l00h01k"]
     for layer, head, kind in dataset.heads:
         table = pq.read_table(root / f"l{layer:02d}h{head:02d}{kind}" / "data.parquet")
@@ -55,7 +55,7 @@ def test_rows_in_several_chunks_and_none(make_dataset: MakeDataset, tmp_path: Pa
     assert empty.vectors.shape == (0, 16) and empty.positions.shape == empty.example_ids.shape == (0,)
 
 
-def test_what_is_not_there_is_named(make_dataset: MakeDataset, tmp_path: Path) -> None:
+def test_errors_name_the_missing_thing(make_dataset: MakeDataset, tmp_path: Path) -> None:
     root = make_dataset(tmp_path / "a")
     dataset = qk_sniffer.open_dataset(root)
     with pytest.raises(StoreError, match=r"no rows of layer 7, head 1, kind 'q'; it has l00h00q, l00h03q"):
@@ -99,7 +99,7 @@ def test_a_branch_is_fetched_head_by_head_and_once(
     assert_same(qk_sniffer.open_dataset(REPO, revision=BRANCH), root)
     assert len(fetched()) == 6 and fetched()[-1] == "examples/data.parquet"
 
-    # What was opened stays at its commit; who opens anew sees the new one.
+    # An open dataset stays at its commit. Opening it again reads the new commit.
     publish(make_dataset(tmp_path / "b", seed=1), REPO, BRANCH, api=api)
     assert_same(dataset, root)
     assert_same(qk_sniffer.open_dataset(REPO, revision=BRANCH), tmp_path / "b")
@@ -110,7 +110,7 @@ def test_a_branch_is_fetched_head_by_head_and_once(
 
 
 @pytest.mark.usefixtures("endpoint")
-def test_what_cannot_be_read_from_the_hub(
+def test_datasets_that_cannot_be_read_from_the_hub(
     hub: FakeHub, api: HfApi, make_dataset: MakeDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish(make_dataset(tmp_path / "a"), REPO, BRANCH, api=api)
@@ -147,7 +147,7 @@ def test_what_cannot_be_read_from_the_hub(
         ("GET", "/l00h01k/"),
     ],
 )
-def test_what_passes_is_tried_again(
+def test_transient_errors_are_retried(
     method: str,
     path: str,
     how: str,
@@ -165,11 +165,11 @@ def test_what_passes_is_tried_again(
     dataset.vectors(0, 0, "q")
     dataset.fetch(dataset.heads)
     assert_same(dataset, root)
-    assert not hub.take_fault(method, path), "the fault was met"
+    assert not hub.take_fault(method, path), "the fault was used"
 
 
 def test_with_xet_and_a_login(make_dataset: MakeDataset, tmp_path: Path) -> None:
-    """A private repository, by the storage that real uploads use: published and read by processes of their own."""
+    """Separate processes publish and read a private repository through the storage of real uploads."""
     from support.local_xet import LocalXet
 
     root = make_dataset(tmp_path / "a")
@@ -212,7 +212,7 @@ print(len(list(stream)), len(load_dataset({REPO!r}, "l00h00k", revision={BRANCH!
 
 
 def test_schema_of_rows(make_dataset: MakeDataset, tmp_path: Path) -> None:
-    """The public names and their order, which callers unpack."""
+    """Callers unpack these public names in this order."""
     assert qk_sniffer.HeadVectors._fields == ("vectors", "positions", "example_ids")
     table = qk_sniffer.open_dataset(make_dataset(tmp_path / "a")).table(0, 0, "k")
     assert isinstance(table, pa.Table)

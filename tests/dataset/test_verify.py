@@ -129,8 +129,8 @@ def test_a_manifest_of_the_first_datasets(root: Path) -> None:
 
 def test_a_folder_without_a_manifest_is_incomplete(root: Path, tmp_path: Path) -> None:
     (root / "manifest.json").unlink()
-    said = wrong(verified(root))["manifest"]
-    assert said.startswith("the dataset is incomplete: no manifest.json") and "rerun its job, or fetch" in said
+    message = wrong(verified(root))["manifest"]
+    assert message.startswith("the dataset is incomplete: no manifest.json") and "rerun its job, or fetch" in message
     for path in (tmp_path / "nothing", root / "README.md"):
         assert f"there is no folder {path}" in wrong(verified(path))["manifest"]
 
@@ -144,9 +144,9 @@ def test_an_unfinished_job_says_how_far_it_is(
     with pytest.raises(Stopped):
         run(checkpoint, texts, root, inference={"batch_size": 1, "lookahead": 1})
     before = sorted(root.rglob("*"))
-    said = wrong(verified(root))["manifest"]
-    assert "no manifest.json 20 examples of 24 rows of the source captured" in said
-    assert "way out: rerun the same command to resume" in said
+    message = wrong(verified(root))["manifest"]
+    assert "no manifest.json 20 examples of 24 rows of the source captured" in message
+    assert "way out: rerun the same command to resume" in message
     code = (
         "import sys; from pathlib import Path; from qk_sniffer.store.locks import hold\n"
         "with hold(Path(sys.argv[1]), 'test'): print('held', flush=True); sys.stdin.read()"
@@ -155,9 +155,9 @@ def test_an_unfinished_job_says_how_far_it_is(
     command = [sys.executable, "-c", code, str(lock)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None and other.stdout.readline() == "held\n"
-        said = wrong(verified(root))["manifest"]
-        assert f"process {other.pid} on " in said and "is at work; 20 examples" in said
-        assert "way out: wait for the running job" in said
+        message = wrong(verified(root))["manifest"]
+        assert f"process {other.pid} on " in message and "is at work; 20 examples" in message
+        assert "way out: wait for the running job" in message
         other.communicate("")
     assert sorted(root.rglob("*")) == before
     Layout(root).job_file.unlink()

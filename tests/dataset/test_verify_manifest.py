@@ -23,7 +23,7 @@ def both(section: str, key: str, value: Any) -> Callable[[dict[str, Any]], None]
 
 
 @pytest.mark.parametrize(
-    ("change", "checks", "said"),
+    ("change", "checks", "message"),
     [
         (
             lambda m: m["config"]["sampler"].update(seed=1),
@@ -77,16 +77,16 @@ def both(section: str, key: str, value: Any) -> Callable[[dict[str, Any]], None]
         (lambda m: m.update(format="qk-sniffer/9"), {"manifest"}, "format 'qk-sniffer/1' way out: use the version of"),
     ],
 )
-def test_a_manifest_that_is_not_the_datasets(
-    change: Callable[[dict[str, Any]], object], checks: set[str], said: str, root: Path
+def test_a_manifest_that_differs_from_its_dataset(
+    change: Callable[[dict[str, Any]], object], checks: set[str], message: str, root: Path
 ) -> None:
     edit(root, change)
     text = verified(root)
     assert wrong(text).keys() == checks, text
-    assert any(said in words for words in wrong(text).values()), text
+    assert any(message in words for words in wrong(text).values()), text
 
 
-def test_a_manifest_that_is_no_json(root: Path) -> None:
+def test_a_manifest_that_is_not_json(root: Path) -> None:
     os.truncate(root / "manifest.json", 100)
     assert "manifest.json cannot be read: " in wrong(verified(root))["manifest"]
 

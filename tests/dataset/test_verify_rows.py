@@ -30,7 +30,7 @@ from support.verify_cases import (
 
 
 @pytest.mark.parametrize(
-    ("harm", "said"),
+    ("damage", "message"),
     [
         (
             lambda root: flip(root / FILE, 300),
@@ -51,14 +51,14 @@ from support.verify_cases import (
         ),
     ],
 )
-def test_a_file_that_is_not_the_manifests(harm: Callable[[Path], object], said: str, root: Path) -> None:
-    harm(root)
+def test_a_damaged_file(damage: Callable[[Path], object], message: str, root: Path) -> None:
+    damage(root)
     text = verified(root)
-    assert wrong(text).keys() == {"files"} and said in wrong(text)["files"]
+    assert wrong(text).keys() == {"files"} and message in wrong(text)["files"]
     assert "sampler         ok " in text  # the other files were checked
 
 
-def test_files_of_others_do_not_matter(root: Path) -> None:
+def test_other_files_do_not_matter(root: Path) -> None:
     (root / "notes").mkdir()
     for name in ("notes/data.parquet", "notes.txt", ".gitattributes", f"{HEAD}/.nfs0001"):
         (root / name).write_text("mine")
@@ -113,7 +113,7 @@ def column_as(column: str, kind: pa.DataType) -> Callable[[pa.Table], pa.Table]:
 
 
 @pytest.mark.parametrize(
-    ("change", "checks", "said"),
+    ("change", "checks", "message"),
     [
         (
             drop,
@@ -176,14 +176,12 @@ def column_as(column: str, kind: pa.DataType) -> Callable[[pa.Table], pa.Table]:
         (lambda t: t.replace_schema_metadata(None), {"metadata"}, "model is missing instead of"),
     ],
 )
-def test_rows_that_are_not_the_contracts(
-    change: Callable[[pa.Table], pa.Table], checks: set[str], said: str, root: Path
-) -> None:
+def test_damaged_rows(change: Callable[[pa.Table], pa.Table], checks: set[str], message: str, root: Path) -> None:
     rewrite(root, FILE, change)
     text = verified(root)
-    # `rewrite` also updates the sums in the manifest, so that a missing or surplus row shows only in the rows.
+    # Some of these changes also show in the sums of the manifest.
     assert wrong(text).keys() - {"manifest"} == checks
-    assert any(said in words for words in wrong(text).values()), text
+    assert any(message in words for words in wrong(text).values()), text
 
 
 def test_a_window_where_there_is_none(root: Path) -> None:
@@ -202,7 +200,7 @@ def test_rows_that_all_heads_lack(root: Path) -> None:
     assert "l00h02q: example 0, position " in wrong(text)["sampler"] and "(and 1 more)" in wrong(text)["sampler"]
 
 
-def test_several_harms_are_all_told(root: Path) -> None:
+def test_all_of_several_problems_are_reported(root: Path) -> None:
     rewrite(root, FILE, swap)
     rewrite(root, "l02h00k/data.parquet", drop)
     flip(root / "l01h00k" / "data.parquet", 300)
@@ -214,7 +212,7 @@ def test_several_harms_are_all_told(root: Path) -> None:
 
 
 @pytest.mark.parametrize("data", [b"not parquet at all", b"PAR1 but then nothing PAR1"])
-def test_a_file_that_is_no_parquet(data: bytes, root: Path) -> None:
+def test_a_file_that_is_not_parquet(data: bytes, root: Path) -> None:
     (root / FILE).write_bytes(data)
 
     def change(manifest: dict[str, Any]) -> None:
@@ -245,7 +243,7 @@ def test_damage_within_a_parquet_file(column: str, root: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda t: with_values(t, "example_id", {3: 2}), "an example_id occurs twice (2 rows) row 2: index 2,"),
         (
@@ -264,10 +262,10 @@ def test_damage_within_a_parquet_file(column: str, root: Path) -> None:
         (lambda t: t.slice(0, 0), "examples: 0, not 24"),
     ],
 )
-def test_examples_that_are_not_the_contracts(change: Callable[[pa.Table], pa.Table], said: str, root: Path) -> None:
+def test_damaged_examples(change: Callable[[pa.Table], pa.Table], message: str, root: Path) -> None:
     rewrite(root, "examples/data.parquet", change)
     text = verified(root)
-    assert said in wrong(text)["examples"], text
+    assert message in wrong(text)["examples"], text
 
 
 def test_rows_cannot_be_checked_without_examples(root: Path) -> None:

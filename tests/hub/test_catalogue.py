@@ -30,7 +30,7 @@ def rows(text: str) -> dict[str, list[str]]:
     return {match[1]: line for line in cells if (match := re.match(r"\[`(.+?)`\]", line[0])) is not None}
 
 
-def test_a_row_tells_of_its_branch(hub: FakeHub, api: HfApi, make_dataset: MakeDataset, tmp_path: Path) -> None:
+def test_a_row_describes_its_branch(hub: FakeHub, api: HfApi, make_dataset: MakeDataset, tmp_path: Path) -> None:
     root = make_dataset(tmp_path / "a")
     done = publish(root, REPO, BRANCH, api=api)
     ((name, cells),) = rows(page(hub)).items()
@@ -47,7 +47,7 @@ def test_a_row_tells_of_its_branch(hub: FakeHub, api: HfApi, make_dataset: MakeD
     assert set(held(hub, "main")) == {"README.md"} and "viewer: false" in page(hub)
 
 
-def test_what_came_from_the_hub_is_linked(hub: FakeHub, api: HfApi, make_dataset: MakeDataset, tmp_path: Path) -> None:
+def test_sources_on_the_hub_are_linked(hub: FakeHub, api: HfApi, make_dataset: MakeDataset, tmp_path: Path) -> None:
     publish(make_dataset(tmp_path / "a"), REPO, BRANCH, api=api)
     repository = hub.repositories[REPO]
     manifest = json.loads(held(hub)["manifest.json"])
@@ -78,12 +78,10 @@ def test_rows_follow_their_branches(hub: FakeHub, api: HfApi, make_dataset: Make
     assert after["two"][5] == "1 Q + 1 K" and after["two"][-1] != before["two"][-1]
     commit = hub.repositories[REPO].branches["two"]
     fetched = {path for _, path, _ in hub.log[asked:] if path.endswith("manifest.json")}
-    assert fetched == {f"/datasets/{REPO}/resolve/{commit}/manifest.json"}, (
-        "rows of unchanged branches are not written again"
-    )
+    assert fetched == {f"/datasets/{REPO}/resolve/{commit}/manifest.json"}, "unchanged rows stay"
 
 
-def test_branches_that_hold_no_dataset_are_left_out(
+def test_branches_without_a_dataset_are_left_out(
     hub: FakeHub, api: HfApi, make_dataset: MakeDataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     repository = hub.create(REPO)
@@ -108,7 +106,7 @@ def test_branches_that_hold_no_dataset_are_left_out(
         assert f"branch damaged-{number} of alice/vectors is not listed: its manifest is damaged" in caplog.text
 
 
-def test_a_branch_that_goes_while_it_is_listed(
+def test_a_branch_that_is_deleted_while_it_is_listed(
     hub: FakeHub, api: HfApi, make_dataset: MakeDataset, tmp_path: Path
 ) -> None:
     class Raced(HfApi):

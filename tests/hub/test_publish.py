@@ -1,4 +1,4 @@
-"""Publishing to a Hub on loopback through the real client, and reading back through `load_dataset`."""
+"""Tests publishing to a Hub on loopback with the real client, and reading back with `load_dataset`."""
 
 import json
 import logging
@@ -138,7 +138,7 @@ FAULTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_what_passes_at_the_commit_is_tried_again(
+def test_a_transient_error_of_the_commit_is_retried(
     name: str, hub: FakeHub, api: HfApi, make_dataset: MakeDataset, tmp_path: Path, waits: list[float]
 ) -> None:
     root, fault = make_dataset(tmp_path / "a"), FAULTS[name]
@@ -146,7 +146,7 @@ def test_what_passes_at_the_commit_is_tried_again(
     done = publish(root, REPO, BRANCH, api=api)
     assert done.changed and done.commit == hub.repositories[REPO].branches[BRANCH]
     assert_published(hub, root, tmp_path)
-    assert hub.count("PUT", "/lfs/") == 5, "files that are there are not sent again"
+    assert hub.count("PUT", "/lfs/") == 5, "uploaded files are not sent again"
     asked = 700 if fault.get("status") == 429 else 0
     assert len(waits) == fault.get("times", 1) and all(asked + 1 <= wait < asked + 10 for wait in waits)
 
@@ -173,10 +173,10 @@ ENDPOINTS = [
 
 @pytest.mark.parametrize("how", ["reply", "drop", "lose"])
 @pytest.mark.parametrize(("method", "path"), ENDPOINTS)
-def test_what_passes_elsewhere_is_tried_again(
+def test_a_transient_error_elsewhere_is_retried(
     method: str, path: str, how: str, hub: FakeHub, api: HfApi, make_dataset: MakeDataset, tmp_path: Path
 ) -> None:
-    """Two outages after another, or statuses that pass; the others are met at the commit."""
+    """Two outages in a row, or transient statuses. The test of the commit covers the other faults."""
     root = make_dataset(tmp_path / "a")
     if how == "reply":
         for status in (408, 409, 429, 503):
@@ -189,7 +189,7 @@ def test_what_passes_elsewhere_is_tried_again(
     assert_published(hub, root, tmp_path)
 
 
-def test_an_outage_ends_after_a_few_tries(
+def test_an_outage_ends_after_a_few_attempts(
     hub: FakeHub, api: HfApi, make_dataset: MakeDataset, tmp_path: Path, waits: list[float]
 ) -> None:
     hub.fault("POST", "/commit/", times=100)
@@ -209,7 +209,7 @@ def test_a_wait_until_a_date(
     assert 800 < waits[0] < 910 and 1 < waits[1] < 10
 
 
-def test_a_wait_of_hours_is_not_waited_for(
+def test_a_wait_of_hours_is_refused(
     hub: FakeHub, api: HfApi, make_dataset: MakeDataset, tmp_path: Path, waits: list[float]
 ) -> None:
     hub.fault("POST", "/commit/", status=429, Retry_After="86400")
@@ -225,11 +225,11 @@ def test_a_wait_of_hours_is_not_waited_for(
         (403, None, r"no right to that .*another repository"),
         (403, "GatedRepo", r"gated .*ask for access"),
         (404, None, "no such repository, revision or file"),
-        (400, None, r"answers 400, .*as the test asks"),
+        (400, None, r"answers 400, .*a fault of the test"),
     ],
 )
 @pytest.mark.parametrize(("method", "path"), [("POST", "/commit/"), ("POST", "/preupload/"), ("GET", "/commits/")])
-def test_what_does_not_pass_ends_at_once(
+def test_a_permanent_error_ends_at_once(
     method: str,
     path: str,
     status: int,
@@ -256,7 +256,7 @@ def test_what_does_not_pass_ends_at_once(
 def test_faults_of_a_single_upload(
     hub: FakeHub, api: HfApi, make_dataset: MakeDataset, tmp_path: Path, waits: list[float]
 ) -> None:
-    """huggingface_hub wraps what its upload threads raise; these two it does not try again by itself."""
+    """huggingface_hub wraps the errors of its upload threads. It does not retry these two itself."""
     root = make_dataset(tmp_path / "a")
     hub.fault("PUT", "/lfs/", status=403)
     with pytest.raises(HubError, match="no right to that"):
@@ -269,7 +269,7 @@ def test_faults_of_a_single_upload(
 
 
 def test_another_writer_in_between(hub: FakeHub, make_dataset: MakeDataset, tmp_path: Path) -> None:
-    """What was known of the branch before is not relied upon: a file that was unchanged then is not now."""
+    """A retry reads the branch again: a file that was unchanged before is changed now."""
 
     raced: list[bool] = []
 
@@ -293,7 +293,7 @@ def test_another_writer_in_between(hub: FakeHub, make_dataset: MakeDataset, tmp_
 
 
 def test_another_writer_after_a_lost_answer(hub: FakeHub, make_dataset: MakeDataset, tmp_path: Path) -> None:
-    """Who comes later wins: what landed is not put on top again."""
+    """The later writer wins: a commit that landed is not repeated on top of it."""
 
     class Raced(HfApi):
         def create_commit(self, *args: Any, **kwargs: Any) -> Any:
@@ -332,7 +332,7 @@ def test_a_damaged_file_is_not_published(hub: FakeHub, api: HfApi, make_dataset:
     assert published(hub) == 0
 
 
-def test_progress_is_told_in_a_log(
+def test_progress_is_logged(
     hub: FakeHub,
     api: HfApi,
     make_dataset: MakeDataset,
@@ -345,9 +345,9 @@ def test_progress_is_told_in_a_log(
     caplog.set_level(logging.INFO, "qk_sniffer")
     root = make_dataset(tmp_path / "a")
     publish(root, REPO, BRANCH, api=api)
-    told = [record.message for record in caplog.records if "files" in record.message]
-    assert told[0].startswith("publishing 7 files, 0.") and told[0].endswith(f"/tree/{BRANCH}")
-    assert [line.split(",")[0] for line in told[1:]] == ["uploaded 3 files", "uploaded 6 files", "uploaded 7 files"]
+    lines = [record.message for record in caplog.records if "files" in record.message]
+    assert lines[0].startswith("publishing 7 files, 0.") and lines[0].endswith(f"/tree/{BRANCH}")
+    assert [line.split(",")[0] for line in lines[1:]] == ["uploaded 3 files", "uploaded 6 files", "uploaded 7 files"]
     assert "it/s" not in capfd.readouterr().err
     assert_published(hub, root, tmp_path)
 
@@ -370,14 +370,14 @@ def test_two_jobs_that_publish_to_one_branch(hub: FakeHub, make_dataset: MakeDat
     assert_whole(held(hub), tmp_path / "copy")
 
 
-def test_a_dataset_that_was_made_without_the_hub_is_published_by_hand(
+def test_finalize_publishes_a_dataset_of_a_job_without_the_hub(
     hub: FakeHub, endpoint: str, make_dataset: MakeDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_alice")
     root = make_dataset(tmp_path / "a")
     assert finalize(root, hf_repo_id=REPO, hf_branch=BRANCH) == 0
     assert_published(hub, root, tmp_path)
-    assert finalize(root, hf_repo_id=REPO) == 0  # the branch that its job would have taken
+    assert finalize(root, hf_repo_id=REPO) == 0  # the default branch of its job
     assert published(hub, BRANCH) == 1
     with pytest.raises(ConfigError, match=r"hf_branch is 'main'"):
         finalize(root, hf_repo_id=REPO, hf_branch="main")

@@ -1,23 +1,24 @@
-"""A Hub on loopback, in memory, for the real clients: repositories with branches that can be written, and read back.
+"""Serves a Hub on loopback, in memory, for the real clients: repositories whose branches can be written and read.
 
     with FakeHub() as hub:
         hub.fault("POST", "/commit/", status=503, times=2)
         publish(..., api=HfApi(endpoint=hub.url, token="hf_alice"))
 
-It answers as huggingface_hub and datasets expect by their source. These are guesses, never held against the real Hub:
-- a commit on another parent than the branch's head is refused with 412, and nothing of it is done;
-- titles of commits come back whole and unchanged, however long;
-- a new repository has one commit, with .gitattributes, and the list of commits ends with it;
-- what a token is refused: 401 for one that is unknown, 403 for another's repository, name or gated files, 404 for a
-  private repository, which is not shown to exist;
-- of a card's front matter the licence, the languages and the configs are validated, the rest is accepted;
+It answers as the source of huggingface_hub and datasets expects. These points are guesses, not verified against the
+real Hub:
+- a commit whose parent is not the branch's head is refused with 412 and has no effect;
+- titles of commits come back unchanged, whatever their length;
+- a new repository has one commit, with .gitattributes, which is the last in the list of commits;
+- an unknown token gets 401; another owner's repository, name or gated files get 403; another owner's private repository
+  gets 404;
+- the licence, the languages and the configs of a card's front matter are validated, the rest is accepted;
 - every branch name is accepted;
-- only .parquet files are LFS, and uploads without Xet are whole ("basic"): the real Hub also has uploads in parts;
-- Xet stores in a folder (`local_xet.py`), where the real one is a service with its own faults;
-- the answer to a fault is text and no JSON, as from a proxy;
-- no limits of its own: the real Hub allows some 128 commits an hour, and answers 429 above that.
-Models and datasets share one space of names. Everybody is in the organisation "lab", which has no repositories. There
-are no pull requests or tags.
+- only .parquet files are LFS, and uploads without Xet are whole ("basic"); the real Hub also has uploads in parts;
+- Xet stores in a folder (`local_xet.py`); the real one is a service with its own faults;
+- the answer to a fault is text, not JSON, as from a proxy;
+- requests are not limited; the real Hub allows about 128 commits an hour and answers more with 429.
+Models and datasets share one namespace. Every user is in the organisation "lab", which has no repositories. Pull
+requests and tags are missing.
 """
 
 import base64
@@ -56,7 +57,7 @@ class Repository:
     branches: dict[str, str] = field(default_factory=dict)
 
     def history(self, revision: str) -> list[Commit]:
-        """From a branch's head or a commit back to the first one."""
+        """Returns the commits from a branch's head or a commit back to the first one."""
         at: str | None = self.branches.get(revision, revision)
         if at not in self.commits:
             raise RefusedError(404, "RevisionNotFound")
@@ -78,8 +79,11 @@ class Repository:
 
 @dataclass
 class Fault:
-    """`reply`: answers with the status; `drop`: hangs up unanswered; `lose`: does the work, then hangs up;
-    `hold`: lets the client wait, until `FakeHub.held` is cleared, then hangs up."""
+    """A fault of the next matching requests.
+
+    `how` is "reply" (answers with the status), "drop" (hangs up without an answer), "lose" (does the work, then hangs
+    up) or "hold" (waits until `FakeHub.held` is cleared, then hangs up).
+    """
 
     method: str
     path: str
@@ -88,7 +92,7 @@ class Fault:
     times: int
     headers: dict[str, str]
 
-    def meets(self, method: str, path: str) -> bool:
+    def matches(self, method: str, path: str) -> bool:
         return method == self.method and self.path in path
 
 
@@ -107,16 +111,16 @@ class FakeHub:
     def __init__(self, xet: LocalXet | None = None) -> None:
         self.xet = xet
         self.tokens = {"hf_alice": "alice", "hf_bob": "bob"}
-        """Whose a token is. The owner of a repository is the first part of its id."""
+        """The user of each token. The owner of a repository is the first part of its id."""
         self.roles: dict[str, str] = {}
-        """Of the tokens that are not "write"."""
+        """The roles of tokens whose role is not "write"."""
         self.repositories: dict[str, Repository] = {}
         self.log: list[tuple[str, str, int | str]] = []
-        """Method, path, and status or kind of fault, of every request."""
+        """The method, the path, and the status or kind of fault of each request."""
         self.page_size = 1000
         self.lock = threading.Lock()
         self.held = threading.Event()
-        """Set while a request is held."""
+        """Set while a request waits."""
         self.uploads: dict[str, bytes] = {}
         self._faults: list[Fault] = []
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
@@ -129,24 +133,24 @@ class FakeHub:
         return repository
 
     def commit(self, repo_id: str, files: dict[str, bytes], branch: str = "main") -> str:
-        """Makes `files` all that a branch holds, in a repository that is made if it is missing; returns the commit."""
+        """Replaces the files of a branch, in a repository that is created if missing; returns the commit."""
         repository = self.repositories.get(repo_id) or self.create(repo_id)
         return repository.add(branch, "by a test", files).id
 
     def fault(
         self, method: str, path: str, how: str = "reply", *, status: int = 503, times: int = 1, **headers: str
     ) -> None:
-        """Makes the next `times` requests fail whose path contains `path`; headers as Retry_After="7"."""
+        """Makes the next `times` requests fail whose path contains `path`. Pass headers as Retry_After="7"."""
         named = {name.replace("_", "-"): value for name, value in headers.items()}
         self._faults.append(Fault(method, path, how, status, times, named))
 
     def count(self, method: str, path: str) -> int:
-        """The requests so far whose path contains `path`."""
+        """Returns the number of requests so far whose path contains `path`."""
         return sum(seen == method and path in where for seen, where, _ in self.log)
 
     def take_fault(self, method: str, path: str) -> Fault | None:
         with self.lock:
-            fault = next((each for each in self._faults if each.times and each.meets(method, path)), None)
+            fault = next((each for each in self._faults if each.times and each.matches(method, path)), None)
             if fault is not None:
                 fault.times -= 1
             return fault
@@ -161,7 +165,7 @@ class FakeHub:
 
 
 Answer = tuple[Any, dict[str, str]]
-"""What is sent back, bytes or what becomes JSON, and headers."""
+"""The body of an answer, as bytes or as an object for JSON, and its headers."""
 
 _API = r"/api/(?:datasets|models)/([^/]+/[^/]+)"
 
@@ -169,7 +173,7 @@ _API = r"/api/(?:datasets|models)/([^/]+/[^/]+)"
 class _Handler(BaseHTTPRequestHandler):
     hub: FakeHub
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # headers and body go out in two pieces
+    disable_nagle_algorithm = True  # headers and body are sent separately
 
     def do_any(self) -> None:
         url = urlsplit(self.path)
@@ -203,7 +207,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, path: str, fault: Fault | None) -> tuple[int, Answer]:
         if fault is not None:
-            return fault.status, (b"as the test asks", {"Content-Type": "text/plain", **fault.headers})
+            return fault.status, (b"a fault of the test", {"Content-Type": "text/plain", **fault.headers})
         try:
             for method, pattern, action in ROUTES:
                 if method == self.command.replace("HEAD", "GET") and (match := re.fullmatch(pattern, path)):
@@ -253,24 +257,24 @@ class _Handler(BaseHTTPRequestHandler):
         return {"errors": [], "warnings": []}, {}
 
     def create(self) -> Answer:
-        user, asked = self._user(needed=True), json.loads(self.body)
-        repo_id = f"{asked['organization'] or user}/{asked['name']}"
+        user, request = self._user(needed=True), json.loads(self.body)
+        repo_id = f"{request['organization'] or user}/{request['name']}"
         if repo_id.split("/")[0] != user:
             raise RefusedError(403, text="You do not have the rights to create a repository under this name")
         if repo_id in self.hub.repositories:
             raise RefusedError(
                 409, text="You already created this repository", url=f"{self.hub.url}/datasets/{repo_id}"
             )
-        self.hub.create(repo_id, private=asked.get("visibility") == "private")
+        self.hub.create(repo_id, private=request.get("visibility") == "private")
         return {"url": f"{self.hub.url}/datasets/{repo_id}"}, {}
 
     def info(self, repo_id: str, revision: str) -> Answer:
         repository = self._repository(repo_id)
         head = repository.history(revision or "main")[0]
         siblings = [{"rfilename": name} for name in head.files]
-        told = {"id": repo_id, "sha": head.id, "private": repository.private, "siblings": siblings, "tags": []}
+        facts = {"id": repo_id, "sha": head.id, "private": repository.private, "siblings": siblings, "tags": []}
         card = head.files.get("README.md", b"").decode(errors="replace").partition("---\n")[2].partition("---\n")[0]
-        return told | {"downloads": 0, "cardData": yaml.safe_load(card)}, {}
+        return facts | {"downloads": 0, "cardData": yaml.safe_load(card)}, {}
 
     def refs(self, repo_id: str) -> Answer:
         branches = self._repository(repo_id).branches.items()
@@ -285,12 +289,12 @@ class _Handler(BaseHTTPRequestHandler):
         return {}, {}
 
     def commits(self, repo_id: str, revision: str) -> Answer:
-        told = {"message": "", "authors": []}
+        common = {"message": "", "authors": []}
         history = self._repository(repo_id).history(revision)
-        return [told | {"id": each.id, "title": each.title, "date": each.date} for each in history], {}
+        return [common | {"id": each.id, "title": each.title, "date": each.date} for each in history], {}
 
     def tree(self, repo_id: str, revision: str, folder: str) -> Answer:
-        """The files below a folder, with or without those of its subfolders; no folders themselves."""
+        """Lists the files below a folder, with or without its subfolders. Folders themselves are not listed."""
         recursive = self.query["recursive"][0].lower() == "true"
         found = []
         for name, content in self._repository(repo_id, files=True).files(revision).items():
@@ -307,13 +311,13 @@ class _Handler(BaseHTTPRequestHandler):
         return found[start:end], {"Link": f'<{following}>; rel="next"'}
 
     def preupload(self, repo_id: str, revision: str) -> Answer:
-        files, told = self._repository(repo_id, write=True).files(revision), []
-        for asked in json.loads(self.body)["files"]:
-            name = asked["path"]
+        files, answers = self._repository(repo_id, write=True).files(revision), []
+        for file in json.loads(self.body)["files"]:
+            name = file["path"]
             mode = "lfs" if name.endswith(".parquet") else "regular"
             oid = _etag(name, files[name]) if name in files else None
-            told.append({"path": name, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
-        return {"files": told}, {}
+            answers.append({"path": name, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
+        return {"files": answers}, {}
 
     def lfs_batch(self, repo_id: str) -> Answer:
         self._repository(repo_id, write=True)
@@ -325,7 +329,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def lfs_upload(self, oid: str) -> Answer:
         if hashlib.sha256(self.body).hexdigest() != oid:
-            raise RefusedError(400, text="not what its sha256 says")
+            raise RefusedError(400, text="the content does not match its sha256")
         self.hub.uploads[oid] = self.body
         return b"", {}
 
@@ -353,8 +357,8 @@ class _Handler(BaseHTTPRequestHandler):
                 del files[value["path"]]
             else:
                 raise RefusedError(400, text=f"cannot be committed: {key} {value['path']}")
-        made = repository.add(branch, lines[0]["value"]["summary"], files)
-        return {"commitOid": made.id, "commitUrl": f"{self.hub.url}/datasets/{repo_id}/commit/{made.id}"}, {}
+        new = repository.add(branch, lines[0]["value"]["summary"], files)
+        return {"commitOid": new.id, "commitUrl": f"{self.hub.url}/datasets/{repo_id}/commit/{new.id}"}, {}
 
     def _uploaded(self, oid: str, size: int) -> bytes | None:
         if oid not in self.hub.uploads and self.hub.xet is not None and oid in self.hub.xet.hashes():
@@ -375,8 +379,8 @@ class _Handler(BaseHTTPRequestHandler):
                 "Link": f'<{refresh}>; rel="xet-auth"',
                 "X-Linked-Size": str(len(content)),
             }
-        if asked := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
-            first, last = int(asked[1]), min(int(asked[2] or len(content)), len(content) - 1)
+        if span := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+            first, last = int(span[1]), min(int(span[2] or len(content)), len(content) - 1)
             headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
             content = content[first : last + 1]
         return content, headers

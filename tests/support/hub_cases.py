@@ -1,4 +1,4 @@
-"""What the tests of the Hub share: real datasets of four heads, and what a repository holds."""
+"""Helps the tests of the Hub: makes datasets of four heads, and reads repositories."""
 
 import os
 import shutil
@@ -22,7 +22,7 @@ BRANCH = "some-model-some-texts"
 HEADS = ["l00h00q", "l00h03q", "l00h00k", "l00h01k"]
 
 MakeDataset = Callable[..., Path]
-"""`make(root, model="some-model", heads=(0, 3), layer=0, seed=0)`: a copy at `root` of a dataset of a real job."""
+"""`make(root, model="some-model", heads=(0, 3), layer=0, seed=0)` copies the dataset of a real job to `root`."""
 
 
 def capture(checkpoint: Path, texts: Path, root: Path, *, model: str, heads: Any, layer: int, seed: int) -> Path:
@@ -51,24 +51,24 @@ def contents(root: Path) -> dict[str, bytes]:
 
 
 def vectors_of(files: dict[str, bytes]) -> dict[str, bytes]:
-    """The Parquet files, which are on a branch as they are in the folder; its card and manifest tell of their place."""
+    """Returns the Parquet files, which are equal on a branch and in a folder; card and manifest differ."""
     return {name: content for name, content in files.items() if name.endswith(".parquet")}
 
 
 def held(hub: FakeHub, branch: str = BRANCH) -> dict[str, bytes]:
-    """What the branch holds, but for what every repository does."""
+    """Returns the files of the branch, without .gitattributes."""
     files = dict(hub.repositories[REPO].files(branch))
     assert files.pop(".gitattributes")
     return files
 
 
 def published(hub: FakeHub, branch: str = BRANCH) -> int:
-    """The commits that were made to the branch, after the repository's first."""
+    """Returns the number of commits to the branch after the repository's first one."""
     return len(hub.repositories[REPO].history(branch)) - 1
 
 
 def assert_whole(files: dict[str, bytes], folder: Path) -> None:
-    """What a branch holds is a whole dataset: every file that of the manifest, every row that of the sampler."""
+    """Asserts that the files of a branch are a whole dataset."""
     for name, content in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -78,14 +78,14 @@ def assert_whole(files: dict[str, bytes], folder: Path) -> None:
 
 
 def assert_published(hub: FakeHub, root: Path, folder: Path) -> None:
-    """The branch holds the dataset, whole, after one commit; and main lists it."""
+    """Asserts that the branch has the whole dataset after one commit, and that main lists it."""
     assert published(hub) == 1 and vectors_of(held(hub)) == vectors_of(contents(root))
     assert_whole(held(hub), folder / "copy")
     assert f"[`{BRANCH}`]" in held(hub, "main")["README.md"].decode()
 
 
 def environment(hub: FakeHub, folder: Path, *, xet: bool = False, token: str | None = "hf_alice") -> dict[str, str]:
-    """That of a process that knows of no other Hub, and keeps what it fetches in the folder."""
+    """Returns the environment of a process that uses only this Hub, with its cache in `folder`."""
     found = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     found["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{found['PATH']}"
     found |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "home")}
@@ -97,6 +97,6 @@ def environment(hub: FakeHub, folder: Path, *, xet: bool = False, token: str | N
 
 
 def client(hub: FakeHub, folder: Path, *command: str, **options: Any) -> "subprocess.CompletedProcess[str]":
-    """Runs Python in such a process."""
+    """Runs Python in that environment."""
     env = environment(hub, folder, **options)
     return subprocess.run([sys.executable, *command], cwd=folder, env=env, capture_output=True, text=True)

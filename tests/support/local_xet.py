@@ -1,9 +1,9 @@
-"""Xet storage without a network: hf_xet keeps what it uploads in a folder when its server's address is `local://folder`.
+"""Stores uploads through Xet without a network: hf_xet writes to a folder if its server is `local://folder`.
 
-The Hub learns from Xet which content it stores under which hash. Here that is read from the shards in the folder, whose
-format (huggingface/xet-core, MDB shards) is: a header of 48 bytes, then entries of 48 bytes. A file has an entry with
-its hash, flags and the number of its segments; an entry for each segment; as many more with the first flag; and with
-the second flag one that holds its sha256. An entry of 32 bytes 0xff begins the end.
+The real Hub learns from Xet which content has which hash. This module reads the hashes from the shards in the folder.
+Their format (huggingface/xet-core, MDB shards) is a header of 48 bytes, then entries of 48 bytes. A file has one entry
+with its hash, flags and number of segments, and one entry for each segment. The first flag doubles the segment entries.
+The second flag adds an entry with the sha256. An entry that starts with 32 bytes 0xff ends the files.
 """
 
 import struct
@@ -20,14 +20,14 @@ class LocalXet:
         self._shards = folder / "xet" / "xorbs" / "shards"
 
     def hashes(self) -> dict[str, str]:
-        """The Xet hash of every stored file by its sha256."""
+        """Returns the Xet hash of each stored file by its sha256."""
         found: dict[str, str] = {}
         for shard in self._shards.glob("*.mdb"):
             found |= _files(shard.read_bytes())
         return found
 
     def content(self, sha256: str, size: int) -> bytes:
-        """A stored file, fetched as a client would."""
+        """Fetches a stored file as a client does."""
         import hf_xet
 
         with tempfile.TemporaryDirectory() as folder:
@@ -52,5 +52,5 @@ def _files(shard: bytes) -> dict[str, str]:
 
 
 def _hex(raw: bytes) -> str:
-    """Xet prints a hash as four little-endian words."""
+    """Formats a hash as Xet does: as four little-endian words."""
     return "".join(f"{word:016x}" for word in struct.unpack("<4Q", raw))

@@ -1,4 +1,4 @@
-"""qk-sniffer: query and key vectors of transformer attention heads, as Parquet datasets."""
+"""Captures the query and key vectors of transformer attention heads into Parquet datasets."""
 
 import importlib
 from pathlib import Path
@@ -9,16 +9,16 @@ if TYPE_CHECKING:
 
 _here = Path(__file__).resolve().parent
 if not (_here / "conf").is_dir():
-    # A checkout keeps `conf/` and `models/` beside this package, a wheel inside it. Either way they are
-    # imported as `qk_sniffer.conf` and `qk_sniffer.models`, so that a folder of the same name in the
-    # current directory, or another distribution's `models`, can never be taken for ours.
+    # A checkout keeps `conf/` and `models/` next to this package, a wheel inside it. Both import them as
+    # `qk_sniffer.conf` and `qk_sniffer.models`, so that neither a folder of the same name in the current directory
+    # nor another distribution's `models` can replace them.
     __path__.append(str(_here.parent))
 
 __all__ = ["Dataset", "HeadVectors", "open_dataset"]
 
 
 def __getattr__(name: str) -> Any:
-    # Only now: a mistyped command line is answered before pyarrow is imported.
+    # A late import: a mistyped command line is answered before pyarrow is imported.
     if name in __all__:
         return getattr(importlib.import_module("qk_sniffer.dataset.reader"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""`python -m qk_sniffer`."""
+"""Runs `python -m qk_sniffer`."""
 
 import sys
 

@@ -1,11 +1,11 @@
-"""How the datasets and jobs below a folder stand: what waits, runs, is finished, or failed and why.
+"""Shows the state of the datasets and jobs below a folder, and the error of each failed job.
 
-It reads files only, so it tells of jobs on any machine that writes to this file system, whether or not the command that
-began them still runs.
+It only reads files. So it shows jobs on any machine that writes to this file system, even after the command that
+started them has ended.
 
-States: queued, running, requeued (its time was up, and it is queued again), done (with shard.count > 1: this shard is
-captured), published, failed, interrupted (by a person or by SLURM, which may begin it again), not started (its sweep
-ended before).
+States: queued, running, requeued (queued again after its time limit), done (with shard.count > 1: this shard is
+captured), published, failed, interrupted (by a person, or by SLURM, which may restart it), not started (its sweep ended
+first).
 """
 
 import json
@@ -25,22 +25,26 @@ EVERY_S = 5.0
 class Settings:
     """The settings of the program."""
 
-    folder: Path = field(default=Path("outputs"), metadata={"help": "what to look through", "positional": True})
-    watch: bool = field(default=False, metadata={"help": f"look again every {EVERY_S:.0f} s, until Ctrl-C"})
-    format: str = field(default="table", metadata={"help": "table, or json: a list of objects, one a line"})
+    folder: Path = field(
+        default=Path("outputs"), metadata={"help": "folder with datasets and jobs", "positional": True}
+    )
+    watch: bool = field(default=False, metadata={"help": f"refresh every {EVERY_S:.0f} s, until Ctrl-C"})
+    format: str = field(
+        default="table", metadata={"help": "table, or json: a list of objects, one for each line of the table"}
+    )
 
 
 def main() -> int:
-    """`python -m qk_sniffer.status`; returns the exit code."""
+    """Runs `python -m qk_sniffer.status`; returns the exit code."""
     return program.run("qk_sniffer.status", __doc__ or "", Settings, show)
 
 
 def show(settings: Settings) -> int:
-    """Prints how everything below the folder stands.
+    """Prints the state of every dataset and job below the folder; returns the exit code.
 
     Raises:
-        ConfigError: there is no such format.
-        StoreError: there is no such folder.
+        ConfigError: the format is unknown.
+        StoreError: the folder does not exist.
     """
     if settings.format not in ("table", "json"):
         raise ConfigError([f"format is {settings.format!r}; valid: table, json"])
@@ -50,12 +54,12 @@ def show(settings: Settings) -> int:
         while True:
             lines = look(settings.folder)
             if settings.format == "json":
-                said = json.dumps([line.to_dict() for line in lines], indent=None if settings.watch else 2)
+                text = json.dumps([line.to_dict() for line in lines], indent=None if settings.watch else 2)
             else:
-                said = table(lines) if lines else f"no datasets or jobs below {settings.folder}"
+                text = table(lines) if lines else f"no datasets or jobs below {settings.folder}"
                 if settings.watch:
-                    said = f"\x1b[H\x1b[J{time.strftime('%H:%M:%S')}, every {EVERY_S:.0f} s, Ctrl-C ends\n{said}"
-            print(said, flush=True)
+                    text = f"\x1b[H\x1b[J{time.strftime('%H:%M:%S')}, every {EVERY_S:.0f} s, Ctrl-C ends\n{text}"
+            print(text, flush=True)
             if not settings.watch:
                 return 0
             time.sleep(EVERY_S)

@@ -1,9 +1,9 @@
-"""Checks a dataset: is it whole, and is it exactly what its manifest says?
+"""Verifies that a dataset is complete and agrees with its manifest.
 
-Every file is held against the size and sha256 in manifest.json, every head's file against the contract (columns, types,
-order, no row twice) and against the sampler, which says exactly which rows there must be. Changes nothing.
+It compares every file with the size and sha256 in manifest.json. It compares the file of every head with the contract
+(columns, types, order, no repeated row) and with the rows that the sampler prescribes. It changes nothing.
 
-Exit codes: 0 whole, 1 something is wrong, 2 the settings are wrong, 130 interrupted.
+Exit codes: 0 whole, 1 the dataset has problems, 2 the settings are wrong, 130 interrupted.
 """
 
 import sys
@@ -16,13 +16,13 @@ from qk_sniffer.dataset.verify import verify
 
 @dataclass(frozen=True)
 class Settings:
-    """What to check."""
+    """The settings of the program."""
 
-    data_root: Path = field(metadata={"help": "the dataset's folder: one that a job wrote, or fetched from the Hub"})
+    data_root: Path = field(metadata={"help": "the dataset's folder, written by a job or downloaded from the Hub"})
 
 
 def main() -> int:
-    """`python -m qk_sniffer.verify`; returns the exit code."""
+    """Runs `python -m qk_sniffer.verify`; returns the exit code."""
     return program.run("qk_sniffer.verify", __doc__, Settings, _program)
 
 

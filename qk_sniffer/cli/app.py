@@ -51,13 +51,13 @@ def main() -> int:
 
 
 def task(node: DictConfig) -> str:
-    """One job, wherever Hydra's launcher runs it; returns its state and leaves the same in its status file."""
+    """Runs one job, wherever Hydra's launcher starts it; returns its state, which it also writes to its status file."""
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
     number = 0 if OmegaConf.is_missing(hydra_config.job, "num") else hydra_config.job.num
     config = None
     if hydra_config.mode == RunMode.MULTIRUN:
-        # Composed anew here, from files that may have changed while the job was waiting.
+        # Hydra composes `node` in the job, from files that may have changed since the job was submitted.
         config = sweep.submitted(Path(hydra_config.sweep.dir), number)
     config = config or resolve(from_omegaconf(node))
     status = sweep.Status.here(number, config)
@@ -75,13 +75,13 @@ def task(node: DictConfig) -> str:
         except Stopped as stopped:
             _stopped(stopped, status, folder)
         except Exception as error:
-            log.exception("Not an error that qk-sniffer foresees:")
+            log.exception("Unexpected error:")
             status.fail(f"{type(error).__name__}: {error}")
     return status.state
 
 
 def _stopped(stopped: Stopped, status: sweep.Status, folder: Path) -> None:
-    """Ends a job that a signal stopped, or has it queued again where the signal says that its time is up."""
+    """Ends a job that a signal stopped. Requeues it if the signal is the warning before its time limit."""
     if "SUBMITIT_EXECUTOR" not in os.environ:
         raise stopped
     log.warning("%s", stopped)
@@ -89,22 +89,22 @@ def _stopped(stopped: Stopped, status: sweep.Status, folder: Path) -> None:
         status.state = sweep.REQUEUED
         status.write(folder)
         try:
-            signal.raise_signal(WARNING)  # now to submitit, which asks for the requeue and exits
+            signal.raise_signal(WARNING)  # submitit handles it: it requeues the job and exits
         except Exception as error:
             status.fail(str(error))
             raise
-    raise SystemExit(stopped.exit_code)  # without the traceback that an interrupt leaves in a job's log
+    raise SystemExit(stopped.exit_code)  # an interrupt would leave a traceback in the log of the job
 
 
 def _run(jobs: Sequence[sweep.PlannedJob]) -> int:
-    """Has Hydra run the jobs, and learns from their status files how they ended."""
+    """Has Hydra run the jobs, and reads their end from their status files; returns the exit code."""
     code = 0
     launch = Launch(jobs)
     try:
         with launch:
             try:
                 APPLICATION.run_hydra(task)
-            except SystemExit as error:  # Hydra's way to end once it has printed what its launcher raised
+            except SystemExit as error:  # Hydra has printed the error of its launcher
                 code = 1 if error.code else 0
             launch.wait()
     except KeyboardInterrupt as error:
@@ -117,12 +117,12 @@ def _run(jobs: Sequence[sweep.PlannedJob]) -> int:
     codes = [found[job.number].code if job.number in found else 1 for job in jobs]
     all_done = all(job.number in found and found[job.number].state in sweep.GOOD for job in jobs)
     if launch.is_announced and all_done:
-        return 0  # the launcher may have given up on a job that was begun anew since
+        return 0  # the launcher may have given up on a job that SLURM restarted
     return code or (0 if all_done else min((code for code in codes if code), default=1))
 
 
 def _interrupted(error: KeyboardInterrupt) -> int:
-    """Says so; returns the exit code."""
+    """Prints that the command was interrupted; returns the exit code."""
     print(str(error) or "interrupted", file=sys.stderr)
     return error.exit_code if isinstance(error, Stopped) else 130
 

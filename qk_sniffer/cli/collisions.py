@@ -1,4 +1,4 @@
-"""Jobs of one sweep that would write to one place: found before the first of them starts."""
+"""Finds the jobs of a sweep that would write to the same place, before the first of them starts."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,7 +11,7 @@ from qk_sniffer.text import shortened
 
 
 def collisions(jobs: Sequence[PlannedJob]) -> list[str]:
-    """What is wrong with `jobs`, sound ones, when they run side by side. The shards of one job may share a folder."""
+    """Returns what is wrong with `jobs` when they run next to each other. Shards of one job may share a folder."""
     by_root: dict[str, list[PlannedJob]] = {}
     by_branch: dict[tuple[str, str], list[PlannedJob]] = {}
     for job in jobs:
@@ -31,7 +31,7 @@ def collisions(jobs: Sequence[PlannedJob]) -> list[str]:
 
 
 def _first_clash(jobs: Sequence[PlannedJob]) -> tuple[PlannedJob, PlannedJob] | None:
-    """Two jobs that are not two shards of one job."""
+    """Returns two jobs that are not two shards of one job; None if all are."""
     first = jobs[0]
     shards: dict[int, PlannedJob] = {}
     for job in jobs:
@@ -55,11 +55,11 @@ def _described(one: PlannedJob, other: PlannedJob, key: str, value: str) -> str:
         return f"{said}; they are the same job twice"
     said += f", though they differ in {shortened(different, 3)}"
     if key == "output.data_root" and one.config.output.hf_branch != other.config.output.hf_branch:
-        return f"{said}; leave {key} out, and each gets a folder of its own"
+        return f"{said}; leave {key} out, so that each gets its own folder"
     swept = [name for name in different if f"{name}={values[name]}" in one.arguments and str(values[name]).isalnum()]
     if not swept:
-        return f"{said}; run them one by one, each with {key} of its own"
-    return f"{said}; give each a place of its own, as in '{key}={value}-${{{swept[0]}}}'"
+        return f"{said}; run them one by one, each with its own {key}"
+    return f"{said}; give each its own place, as in '{key}={value}-${{{swept[0]}}}'"
 
 
 def _flat(values: dict[str, Any], section: str = "") -> dict[str, Any]:

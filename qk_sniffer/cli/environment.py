@@ -1,4 +1,4 @@
-"""The file `.env`: tokens and the like for the processes of a run, wherever they are started."""
+"""Reads the file `.env`, which holds tokens and other variables for the processes of a run."""
 
 from pathlib import Path
 
@@ -8,13 +8,13 @@ from qk_sniffer.errors import ConfigError
 
 
 def read_environment() -> None:
-    """Sets the variables that `.env` in the current directory names, but those that are set already.
+    """Sets the variables of `.env` in the current directory, except those that are set already.
 
-    To be called where a job runs, before a library is imported that reads them (`HF_TOKEN`, `HF_HOME`, `HF_ENDPOINT`);
-    not where it is submitted, or SLURM would keep them with the job.
+    Call this where a job runs, before the import of a library that reads them (`HF_TOKEN`, `HF_HOME`, `HF_ENDPOINT`).
+    Do not call it where a job is submitted: SLURM would store them with the job.
 
     Raises:
-        ConfigError: the file is not text.
+        ConfigError: the file is not UTF-8 text.
     """
     try:
         load_dotenv(Path(".env"))

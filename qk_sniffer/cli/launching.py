@@ -1,7 +1,7 @@
-"""What surrounds Hydra's launchers.
+"""Prepares the launch of jobs by Hydra, and waits for their end.
 
-Before the jobs of a sweep are launched they are announced, and their code is copied; afterwards, those that the
-launcher does not wait for are waited for.
+Before the launch of a sweep it announces the jobs and copies their code. After the launch it waits for the jobs that
+the launcher does not wait for.
 """
 
 import os
@@ -21,20 +21,20 @@ from qk_sniffer.jobs import sweep
 from qk_sniffer.jobs.sweep import PlannedJob
 
 SETTLE_S = 30.0
-"""How long jobs may take to end that an interrupt of their command has reached too."""
+"""Time for jobs to end after an interrupt that reaches them together with their command."""
 
 _SUBMITTED = "_submitted.pkl"
 
 
 class Launch:
-    """One command's launch of its jobs; a context manager around Hydra's part in it."""
+    """The launch of one command's jobs; a context manager around the call of Hydra."""
 
     def __init__(self, planned: Sequence[PlannedJob]) -> None:
         self.planned = planned
         self.folder: Path | None = None
-        """Of the run or the sweep, once Hydra has said it."""
+        """The folder of the run or the sweep; None until Hydra names it."""
         self.is_announced = False
-        """Whether `planned` is what Hydra launches."""
+        """Whether Hydra launches exactly the jobs in `planned`."""
         self._slurm_folder: str | None = None
         self._submitted_before: set[Path] = set()
         self._open = ExitStack()
@@ -49,7 +49,7 @@ class Launch:
         self._open.__exit__(*error)
 
     def begin_sweep(self, hydra: DictConfig) -> None:
-        """Announces the jobs; `hydra` is Hydra's own configuration."""
+        """Announces the jobs, and copies the code for them; `hydra` is Hydra's own configuration."""
         self.folder = Path(hydra.sweep.dir).absolute()
         on_slurm = is_on_slurm(hydra)
         if on_slurm:
@@ -63,7 +63,7 @@ class Launch:
             use_snapshot(self.folder / "code")
 
     def wait(self) -> None:
-        """Returns once all jobs that went to SLURM have ended; its launcher gives up at the first one that died."""
+        """Waits until all jobs on SLURM have ended; its launcher stops waiting when a job dies."""
         if self._slurm_folder is None:
             return
         from submitit import SlurmJob
@@ -73,7 +73,7 @@ class Launch:
             SlurmJob[Any](folder=Path(self._slurm_folder).absolute(), job_id=job_id).wait()
 
     def wait_for_exit(self) -> None:
-        """After an interrupt: gives jobs that end with this command the time to say so."""
+        """Waits, after an interrupt, until the jobs that end with this command have written their status."""
         deadline = time.monotonic() + SETTLE_S
         while self._slurm_folder is None and self.folder is not None and time.monotonic() < deadline:
             if all(status.state != sweep.RUNNING for status in sweep.statuses(self.folder).values()):
@@ -81,47 +81,47 @@ class Launch:
             time.sleep(0.2)
 
     def _submitted(self) -> Iterator[Path]:
-        """What submitit leaves of each job that it submitted."""
+        """Yields the file that submitit writes for each job that it submits."""
         assert self._slurm_folder is not None
         folder = str(Path(self._slurm_folder).absolute() / f"*{_SUBMITTED}").replace("%j", "*")
         yield from Path("/").glob(folder.lstrip("/"))
 
 
 class LaunchCallback(Callback):
-    """Tells the launch of this process where Hydra keeps its jobs, which Hydra tells only to callbacks."""
+    """Gives the launch of this process the folder of the jobs, which Hydra passes only to callbacks."""
 
     launch: ClassVar[Launch | None] = None
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Called by Hydra before a single job."""
+        """Notes the folder of a single job; Hydra calls it before the job."""
         if self.launch is not None:
             self.launch.folder = Path(config.hydra.run.dir).absolute()
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Called by Hydra before a sweep."""
+        """Starts the launch of a sweep; Hydra calls it before the sweep."""
         if self.launch is not None:
             self.launch.begin_sweep(config.hydra)
 
 
 def is_on_slurm(hydra: DictConfig) -> bool:
-    """Whether the jobs of a sweep go to SLURM; `hydra` is Hydra's own configuration."""
+    """Whether the jobs of a sweep run on SLURM; `hydra` is Hydra's own configuration."""
     return str(hydra.launcher["_target_"]).endswith(".SlurmLauncher")
 
 
 def is_plain_sweep(hydra: DictConfig) -> bool:
-    """Whether the jobs of a sweep follow from its arguments alone; other sweepers draw values as they go."""
+    """Whether the arguments of a sweep alone determine its jobs; other sweepers choose values while they run."""
     return bool(hydra.sweeper["_target_"] == f"{BasicSweeper.__module__}.{BasicSweeper.__name__}")
 
 
 def use_snapshot(folder: Path) -> None:
-    """Copies this package into `folder`, and has the processes that are started from now on import it from there."""
+    """Copies this package into `folder`, and makes new processes import it from there."""
     package = Path(qk_sniffer.__file__).parent
     ignored = shutil.ignore_patterns("__pycache__")
     shutil.copytree(package, folder / package.name, ignore=ignored, dirs_exist_ok=True)
     for name in ("conf", "models"):
-        if not (package / name).exists():  # a checkout keeps them beside the package
+        if not (package / name).exists():  # a checkout keeps them next to the package
             shutil.copytree(package.parent / name, folder / name, ignore=ignored, dirs_exist_ok=True)
-    # The current directory comes first in a path that Python makes by itself, and may be the checkout.
+    # Python puts the current directory, which may be the checkout, first in its path.
     os.environ["PYTHONSAFEPATH"] = "1"
     paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")]), str(Path.cwd())]
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)

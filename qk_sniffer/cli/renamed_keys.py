@@ -1,4 +1,4 @@
-"""The command line and the config keys of the original qk-sniffer, and where each of them went."""
+"""Answers the config keys and the flag of the original qk-sniffer with their present names."""
 
 MOVED = {
     "capture.sampler": "sampler",
@@ -31,17 +31,17 @@ GONE = {
 }
 
 CONFIG_FLAG = (
-    "--config is a flag of the original tool; there are no whole config files now: choose model=..., dataset=..., "
-    "sampler=..., output=... (or +experiment=...) and change settings by key=value, in which a key of the old file "
-    "is answered with its new name. Your own files go into groups: --config-dir FOLDER with FOLDER/model/mine.yaml "
-    "makes model=mine"
+    "--config is a flag of the original tool, which read whole config files. Now choose model=..., dataset=..., "
+    "sampler=..., output=... (or +experiment=...) and change settings by key=value; a key of the old file is answered "
+    "with its new name. Put files of your own into groups: with --config-dir FOLDER, FOLDER/model/mine.yaml is "
+    "model=mine"
 )
 
 
 def answer(key: str) -> str | None:
-    """What to say to somebody who gives `key`; null where it is none of the original tool's."""
+    """Returns the answer to a key of the original tool; None for any other key."""
     if key in GONE:
-        return f"{key} is a key of the original tool that is gone: {GONE[key]}"
+        return f"{key} is a key of the original tool that no longer exists: {GONE[key]}"
     if key in MOVED:
         return f"{key} is a key of the original tool; it is now {MOVED[key]}"
     return None

@@ -1,4 +1,4 @@
-"""`python -m qk_sniffer.plasticity`."""
+"""Runs `python -m qk_sniffer.plasticity`."""
 
 import sys
 

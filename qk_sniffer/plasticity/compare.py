@@ -1,8 +1,8 @@
-"""Draws one figure of the plasticity of several datasets: the checkpoints of a training, or different models.
+"""Draws the plasticity of several datasets in one figure: of checkpoints of a training run, or of different models.
 
-runs are folders that python -m qk_sniffer.plasticity has written, with commas between them. They are in the order of
-the training if the revision or the name of every model contains a step (stage1-step-40000, step1000); else in the
-order given.
+runs are folders that python -m qk_sniffer.plasticity has written, separated by commas. If the revision or the name of
+every model has a step (stage1-step-40000, step1000), the figure shows the runs in the order of training. Otherwise it
+keeps the given order.
 
 Exit codes: 0 the figure is written, 1 it cannot be written, 2 the settings are wrong, 130 interrupted.
 """
@@ -37,8 +37,8 @@ MARKERS = "osD^vP*X<>"
 class Settings:
     """The settings of the program."""
 
-    runs: str = field(metadata={"help": "folders of results, with commas between them"})
-    output: Path = field(default=Path("plasticity.png"), metadata={"help": "the figure, a .png"})
+    runs: str = field(metadata={"help": "folders of results, separated by commas"})
+    output: Path = field(default=Path("plasticity.png"), metadata={"help": "file of the figure, a .png"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,27 +73,28 @@ class Step:
 
 
 def main() -> int:
-    """`python -m qk_sniffer.plasticity.compare`; returns the exit code."""
+    """Runs `python -m qk_sniffer.plasticity.compare`; returns the exit code."""
     return program.run("qk_sniffer.plasticity.compare", __doc__ or "", Settings, compare)
 
 
 def compare(settings: Settings) -> int:
-    """Draws the figure.
+    """Draws the figure; returns the exit code.
 
     Raises:
-        ConfigError: the settings are wrong.
-        StoreError: a run has no results; the figure cannot be written.
+        ConfigError: a setting is wrong.
+        StoreError: a run has no results, or the figure cannot be written.
+        QkSnifferError: matplotlib is not installed.
     """
     folders = [Path(expand_home(name)) for name in settings.runs.split(",") if name]
     problems = []
     if not folders:
-        problems.append("runs is empty; give folders of results, with commas between them")
+        problems.append("runs is empty; give folders of results, separated by commas")
     if settings.output.suffix != ".png":
         problems.append(f"output is {str(settings.output)!r}; it must end with .png")
     if problems:
         raise ConfigError(problems)
     if find_spec("matplotlib") is None:
-        raise QkSnifferError(f"matplotlib is not installed, which the figure needs: {INSTALL}")
+        raise QkSnifferError(f"the figure needs matplotlib, which is not installed: {INSTALL}")
     runs = [read(Results(folder)) for folder in folders]
     with explained(settings.output.parent, "make"):
         make_folder(settings.output.parent)

@@ -1,4 +1,4 @@
-"""The program as a person meets it: help, refusals from outside, what runs, and how it ends."""
+"""Runs the program from outside: help, refused command lines, jobs, and exit codes."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from qk_sniffer.config import schema
 
 REPO = Path(qk_sniffer.__file__).parent.parent
 MODEL = ("model=hf", "model.name=org/model")
-# What a job does here: the runner has tests of its own.
+# Replaces the runner, which has tests of its own.
 RUNNER = """
 import os, time, types
 from pathlib import Path
@@ -43,7 +43,7 @@ def run_job(config):
 
 @pytest.fixture
 def light(tmp_path: Path) -> dict[str, str]:
-    """An environment in which the heavy libraries end the process, and jobs do what `RUNNER` says."""
+    """Returns an environment in which heavy libraries end the process, and `RUNNER` runs the jobs."""
     folder = tmp_path / "light"
     folder.mkdir()
     for name in ("torch", "transformers", "datasets", "pyarrow"):
@@ -63,7 +63,7 @@ def sniff(
 
 
 def rows_of(output: str) -> list[list[str]]:
-    """The lines of the table of a sweep, in words."""
+    """Returns the words of each row of a sweep's table."""
     return [line.split() for line in output.splitlines() if re.match(r"\d+  ", line)]
 
 
@@ -103,7 +103,7 @@ def test_a_bad_command_line_ends_at_once(
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 2, done.stderr
     assert f"{problems} problem" in done.stderr and "Traceback" not in done.stderr + done.stdout
-    # Processor time: what it takes by the clock where no other tests run beside it.
+    # Processor time, because other tests run at the same time.
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 3
     assert not (tmp_path / "outputs").exists()
 
@@ -160,7 +160,7 @@ def test_what_only_the_job_finds_wrong_in_the_settings_has_their_exit_code(
     alone = sniff(light, tmp_path, *MODEL, "sampler.seed=5")
     assert alone.returncode == 2 and "this model has positions for 8" in alone.stderr + alone.stdout
     mixed = sniff(light, tmp_path, "--multirun", *MODEL, "sampler.seed=1,5", "output.data_root=o${sampler.seed}")
-    assert mixed.returncode == 1, "another job failed otherwise"
+    assert mixed.returncode == 1, "the other job failed with exit code 1"
 
 
 def test_an_interrupted_job(light: dict[str, str], tmp_path: Path) -> None:
@@ -237,7 +237,7 @@ def test_an_uninstalled_checkout_from_any_folder(light: dict[str, str], tmp_path
     checkout, cwd = tmp_path / "checkout", tmp_path / "elsewhere"
     for name in ("qk_sniffer", "conf", "models"):
         shutil.copytree(REPO / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__", "*.safetensors"))
-        (cwd / name).mkdir(parents=True)  # folders of these names where the user works are none of ours
+        (cwd / name).mkdir(parents=True)  # folders of these names in the current directory are the user's
     (cwd / "qk_sniffer").rmdir()
     (cwd / "conf" / "__init__.py").write_text("raise SystemExit(98)")
     (checkout / "conf" / "model" / "marked.yaml").write_text("name: org/marked\n")
@@ -253,3 +253,14 @@ def test_the_console_script(light: dict[str, str], tmp_path: Path) -> None:
         pytest.skip("the package is not installed in this environment")
     done = sniff(light, tmp_path, "sampler.base_rate=-1", *MODEL, program=[str(script)])
     assert done.returncode == 2 and "sampler.base_rate is -1.0" in done.stderr
+
+
+@pytest.mark.parametrize("module", ["finalize", "plasticity"])
+def test_another_program_refuses_a_wrong_command_line_before_heavy_imports(
+    module: str, light: dict[str, str], tmp_path: Path
+) -> None:
+    program = (sys.executable, "-m", f"qk_sniffer.{module}")
+    done = sniff(light, tmp_path, "dat_root=x", program=program)
+    assert done.returncode == 2, done.stderr
+    assert "dat_root is not a key, did you mean data_root?" in done.stderr
+    assert "data_root is not given; it is the folder of " in done.stderr

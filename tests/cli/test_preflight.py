@@ -1,4 +1,4 @@
-"""What is found wrong with a command line before Hydra runs it, and what passes."""
+"""Checks command lines, alone and as sweeps, before Hydra runs them."""
 
 import itertools
 import re
@@ -81,9 +81,9 @@ def refusal(*arguments: str) -> str:
         ("capture.min_bucket_size=4", r"it is now sampler\.min_bucket_size"),
         ("capture.queue_size=4", r"it is now inference\.queue_mb"),
         ("tokenizer.max_length=5", r"it is now model\.tokenizer\.max_length"),
-        ("tokenizer.padding=left", r"original tool that is gone: .* always padded on the right"),
+        ("tokenizer.padding=left", r"original tool that no longer exists: .* always padded on the right"),
         ("inference.autocast_dtype=float16", r"it is now model\.dtype"),
-        ("output.readme_path=x", r"gone: the card is always README\.md in output\.data_root"),
+        ("output.readme_path=x", r"no longer exists: the card is always README\.md in output\.data_root"),
     ],
 )
 def test_an_argument_is_refused(argument: str, message: str) -> None:
@@ -158,8 +158,11 @@ def test_smollm3_checkpoints_sweeps_by_itself() -> None:
         (("sampler.seed=0,1", "shard.index=5"), r"^shard\.index is 5; [^\[]*$"),
         (("sampler.seed=0,1",), r"job 0 \(sampler\.seed=0\) and job 1 .* both write to output\.data_root=outputs/mod"),
         (("sampler.seed=0,1",), r"'output\.data_root=outputs/model-pydoc-\$\{sampler\.seed\}'$"),
-        (("model.name=a/x,b/x",), r"differ in model\.name, .*; run them one by one, each with output\.data_root"),
-        (("model.revision=a,b", "output.data_root=x"), r"leave output\.data_root out, and each gets a folder of"),
+        (
+            ("model.name=a/x,b/x",),
+            r"differ in model\.name, .*; run them one by one, each with its own output\.data_root",
+        ),
+        (("model.revision=a,b", "output.data_root=x"), r"leave output\.data_root out, so that each gets its own"),
         (("sampler.seed=0,0",), r"job 0 and job 1 .*; they are the same job twice"),
         (("shard.count=2", "shard.index=0,1", "sampler.seed=0,1"), r"differ in sampler\.seed"),
         (

@@ -1,4 +1,4 @@
-"""The command line of the small programs."""
+"""Parses the settings of the small programs, and checks their help and exit codes."""
 
 import sys
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The command line of plasticity: what it refuses, where results go, sweeps, and what starting costs."""
+"""Checks the command line of plasticity: refused settings, the folder of the results, sweeps, and imports at start."""
 
 import re
 import shutil
@@ -21,7 +21,7 @@ def test_a_sweep(verify_base: Path, tmp_path: Path) -> None:
     assert done.returncode == 1 and "at b is incomplete" in done.stderr, done.stderr
     for name in ("a", "c"):
         estimator = record(tmp_path / f"{name}-plasticity-full-covariance")["settings"]["estimator"]
-        assert estimator == {"name": "full_covariance", "alpha": 0.01}, "the other jobs went on"
+        assert estimator == {"name": "full_covariance", "alpha": 0.01}, "the other jobs ran to their end"
 
 
 @pytest.mark.parametrize(

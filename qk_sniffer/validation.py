@@ -1,7 +1,7 @@
 """Finds all problems in the values of a config at once, before anything heavy is imported.
 
 A problem found here follows from the config alone, or from the existence of a path. Problems with a model, a dataset or
-the Hub are found later, on their first use. `cli/overrides.py` finds wrong types and unknown keys.
+the Hub are found later, on their first use. `cli/schema.py` finds wrong types and unknown keys.
 """
 
 import re

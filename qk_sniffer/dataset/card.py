@@ -218,15 +218,15 @@ def _logits(facts: CardFacts) -> str:
     rotated = (
         "These vectors are from before RoPE: first apply the layer's rotary embedding (its inverse frequencies and\n"
         "attention scaling are in `manifest.json`), then the norm or the scale by position that some models apply\n"
-        "after it. Then a logit"
+        "after it. Then the logit"
         if facts.config.capture.capture_pre_rope
-        else "A logit"
+        else "The logit"
     )
     return f"""\
 ## Rebuilding attention logits
 
-{rotated} of a query and a key of the same example, with the key's position at most the query's, is their dot
-product times the layer's softmax scale, then soft-capped if the layer has a softcap. `manifest.json` has the scale,
+{rotated} of a query and a key is their dot product times the layer's softmax scale, then soft-capped if the layer has a
+softcap. Both are of the same example, and the key's position is at most the query's. `manifest.json` has the scale,
 softcap, sinks and rotary parameters of each layer, and its numbers of heads: the key head of query head q is
 `q // (num_q_heads // num_k_heads)`. The metadata of each Parquet file has the scale, window and key head of its head.
 With a sliding window of w tokens, a query attends to a key only if their positions differ by less than w. With an
@@ -248,7 +248,7 @@ def _proof(facts: CardFacts) -> str:
     return f"""\
 ## Proof
 
-The rows of {rows} were computed again on another path: by hooks on the projections of the unmodified
+The rows of {rows} were derived again on another path: by hooks on the projections of the unmodified
 model, without the tap that captured them. Relative to the spread of a head's vectors, they differ by {largest:.1g} at
 most, in any layer; up to {proof["tolerance"]:g} counts as rounding in {facts.config.model.dtype}. A wrong head,
 position or rotation gives about 1. `manifest.json` has the figure of each layer.

@@ -1,4 +1,4 @@
-"""What the benchmarks share: texts, a model of a real shape, processes in turn, and where it was measured."""
+"""Serves all benchmarks: makes texts and a model of a real shape, times processes, and describes the machine."""
 
 import json
 import os
@@ -19,11 +19,11 @@ RESULTS = Path(__file__).parent / "results"
 EMBEDDED_MODEL = ROOT / "qk_sniffer" / "assets" / "pydoc_tiny"
 WINDOW = 512
 CHARACTERS_PER_TOKEN = 6
-"""Enough for a text to have the tokens that it is cut to."""
+"""Makes each text long enough to be cut to the wanted number of tokens."""
 
 
 def write_texts(path: Path, examples: int, tokens: int) -> Path:
-    """Texts that differ, each of at least `tokens` tokens: windows of the documentation, from its begin again."""
+    """Writes distinct texts of at least `tokens` tokens each: windows of the documentation, which repeats as needed."""
     corpus = "\n\n".join(topics.values())
     width = tokens * CHARACTERS_PER_TOKEN
     corpus *= 1 + width // len(corpus)
@@ -36,7 +36,7 @@ def write_texts(path: Path, examples: int, tokens: int) -> Path:
 
 
 def smollm2_shape(folder: Path, **changes: Any) -> Path:
-    """A checkpoint of SmolLM2-135M's shape with random weights, and the embedded model's tokenizer."""
+    """Writes a checkpoint of SmolLM2-135M's shape: random weights, and the tokenizer of the embedded model."""
     import torch
     from transformers import LlamaConfig, LlamaModel
 
@@ -57,7 +57,7 @@ def smollm2_shape(folder: Path, **changes: Any) -> Path:
 
 
 def sliding_qwen3(length: int, **sizes: int) -> Any:
-    """The config of a decoder of these sizes in which every layer has a sliding window of `WINDOW`."""
+    """Returns the config of a decoder of these sizes. Every layer has a sliding window of `WINDOW` tokens."""
     from transformers import Qwen3Config
 
     return Qwen3Config(
@@ -73,7 +73,7 @@ def sliding_qwen3(length: int, **sizes: int) -> Any:
 
 
 def job(model: Path, texts: Path, tokens: int, root: Path, *settings: str) -> list[str]:
-    """The command of a job whose dataset goes to `root`, anew each time."""
+    """Returns the command of a job that writes its dataset to `root` and replaces an earlier one."""
     return [
         *(sys.executable, "-m", "qk_sniffer", "model=hf", f"model.name={model}", "model.dtype=float32"),
         *(f"model.tokenizer.max_length={tokens}", "dataset=hf", f"dataset.path={texts}", "verify.examples=0"),
@@ -82,7 +82,7 @@ def job(model: Path, texts: Path, tokens: int, root: Path, *settings: str) -> li
 
 
 def wall_s(command: list[str]) -> float:
-    """Seconds that a process takes from its start to its end."""
+    """Returns the seconds from the start of a process to its end."""
     start = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     if done.returncode:
@@ -91,7 +91,7 @@ def wall_s(command: list[str]) -> float:
 
 
 def in_turn(rounds: int, measures: dict[str, Callable[[], float]]) -> dict[str, list[float]]:
-    """What each measure gives: A B A B, so that a noisy minute disturbs them all."""
+    """Returns the figures of each measure. The measures alternate (A B A B): a noisy minute disturbs all of them."""
     taken: dict[str, list[float]] = {name: [] for name in measures}
     for _ in range(rounds):
         for name, measure in measures.items():
@@ -104,7 +104,7 @@ def medians(taken: dict[str, list[float]]) -> dict[str, float]:
 
 
 def machine() -> dict[str, Any]:
-    """Where and with what: for every file of results."""
+    """Describes the machine and the versions of the libraries, for every file of results."""
     names = ("torch", "transformers", "pyarrow", "numpy", "datasets")
     return {
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
@@ -115,5 +115,5 @@ def machine() -> dict[str, Any]:
 def _version(name: str) -> str | None:
     try:
         return version(name)
-    except PackageNotFoundError:  # `gpu.py` does without some
+    except PackageNotFoundError:  # `gpu.py` does not need all of them
         return None

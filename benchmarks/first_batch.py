@@ -1,4 +1,4 @@
-"""A job of the embedded model that ends when its first batch would run.
+"""Runs a job of the embedded model and ends it just before its first batch.
 
 python benchmarks/first_batch.py [key=value ...]
 """

@@ -1,11 +1,11 @@
-"""What capture costs on a GPU: time over plain forwards of the same model, memory, and synchronisations.
+"""Measures the cost of capture on a GPU: time over plain forwards of the same model, memory, and synchronisations.
 
     python benchmarks/gpu.py [--minutes 7] [--out results/gpu.json] [--folder DIR]
 
-Models have the shapes of Qwen3-0.6B and Qwen3-8B and random weights. `uniform` captures all heads, a row a bucket;
-`all` captures every token of 300 query heads, drawn, and of the key heads that serve them, which go durably to a
-journal in `--folder`. Exit code 1 where a vector in the journal is not the one that attention had, or where the
-forward waits for the device more often than a plain one.
+The models have the shapes of Qwen3-0.6B and Qwen3-8B and random weights. `uniform` captures all heads, one row in each
+bucket. `all` captures every token of 300 drawn query heads and of their key heads. Both write the rows durably to a
+journal in `--folder`. The exit code is 1 if a vector in the journal differs from the vector that attention received, or
+if a forward with capture waits for the device more often than a plain one.
 """
 
 import argparse
@@ -52,36 +52,36 @@ NUM_BUCKETS = 16
 DRAWN_HEADS = 300
 QUEUE_BYTES, SEGMENT_BYTES = 512 << 20, 128 << 20
 LARGE_QUEUE_BYTES = 2 << 30
-"""Takes two batches of 4,096 tokens with `all`, so that their forwards wait for no disk."""
+"""Holds two batches of 4,096 tokens with `all`, so that their forwards do not wait for the disk."""
 LEAST_S = 1.0
-"""A figure is of as many forwards as take so long."""
+"""Least duration of the forwards behind one figure. It decides their number."""
 MOST_BYTES = 4 << 30
-"""Unless they give more than that: then of fewer, and in one round. So all stays within 8 minutes."""
+"""Most bytes of rows behind one figure. Larger ones take fewer forwards and one round, to stay within 8 minutes."""
 ROUNDS = 3
 CHECKED_PIECE_BYTES = 1 << 20
-"""In the check of vectors: so small that each buffer is filled again while the one before it is under way."""
+"""Piece size in the check of vectors: small enough to refill each buffer while the previous one is copied."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table. Ratios are medians over the rounds, each of which runs the ways in turn."""
+    """A line of the table. Ratios divide medians over the rounds. Each round alternates the ways."""
 
     model: str
     tokens: int
     way: str
     heads: int
     forward_ms: float
-    """A plain forward."""
+    """Of a plain forward."""
     ratio: float
-    """Until all is durable in the journal, over plain forwards."""
+    """Wall time until all rows are durable in the journal, over plain forwards."""
     gpu_ratio: float | None
-    """Of a single forward, on the GPU's clock, over a plain one's; None where its rows outgrow `LARGE_QUEUE_BYTES`, so
-    that it waits for the disk."""
+    """Time of a single forward on the GPU's clock, over a plain one's. None if its rows outgrow `LARGE_QUEUE_BYTES`:
+    the forward then waits for the disk."""
     journal_mb_s: float
     peak_gb: float
     plain_peak_gb: float
     syncs: int
-    """In a forward with capture, beyond those of a plain one."""
+    """Synchronisations in a forward with capture, minus those in a plain one."""
 
     def __str__(self) -> str:
         gpu_ratio = "     -" if self.gpu_ratio is None else f"{self.gpu_ratio:6.3f}"
@@ -94,10 +94,10 @@ class Row:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=7.0, help="begins nothing new after that")
+    parser.add_argument("--minutes", type=float, default=7.0, help="starts no further measurement after this time")
     parser.add_argument("--out", type=Path, default=RESULTS / "gpu.json")
-    parser.add_argument("--folder", type=Path, help="where journals go; default: the system's temporary folder")
-    parser.add_argument("--device", default="cuda", help="cpu: to try the script itself, with --shapes tiny")
+    parser.add_argument("--folder", type=Path, help="folder of the journals; default: the system's temporary folder")
+    parser.add_argument("--device", default="cuda", help="cpu tries the script itself, with --shapes tiny")
     parser.add_argument("--shapes", nargs="+", default=["Qwen3-0.6B", "Qwen3-8B"], choices=SHAPES)
     parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS)
     arguments = parser.parse_args()
@@ -159,7 +159,7 @@ def make_backbone(shape: str, device: torch.device, length: int) -> Backbone:
 def capturing(
     backbone: Backbone, way: str, tokens: int, folder: Path | None, queue_bytes: int = QUEUE_BYTES
 ) -> Iterator[tuple[Capture, JournalWriter]]:
-    """A capture to a journal of its own, which is thrown away."""
+    """Yields a capture that writes to a temporary journal of its own."""
     layers = [layer.heads for layer in backbone.probe()]
     count = DRAWN_HEADS if way == "all" else None
     eligible = sum(layer.num_q_heads for layer in layers)
@@ -186,7 +186,7 @@ def captured(capture: Capture, writer: JournalWriter, plan: BatchPlan) -> None:
 
 def measure(shape: str, backbone: Backbone, tokens: int, folder: Path | None) -> list[Row]:
     ids = torch.from_numpy(np.random.default_rng(0).integers(1000, size=tokens))[None]
-    once, _, plain_peak = timed(backbone, [lambda: backbone.run(ids)])  # the first of a length chooses kernels
+    once, _, plain_peak = timed(backbone, [lambda: backbone.run(ids)])  # the first forward of a length chooses kernels
     if once < 2 * LEAST_S:
         once, _, plain_peak = timed(backbone, [lambda: backbone.run(ids)])
     plain_syncs = num_syncs(lambda: backbone.run(ids))
@@ -240,7 +240,7 @@ def measure(shape: str, backbone: Backbone, tokens: int, folder: Path | None) ->
 
 
 def timed(backbone: Backbone, runs: list[Callable[[], None]]) -> tuple[float, float, float]:
-    """Wall seconds until all is done, seconds of the computing stream, and peak GB of the device."""
+    """Returns the wall seconds of all runs, the seconds of the compute stream, and the peak GB of the device."""
     if backbone.device.type != "cuda":
         start = time.perf_counter()
         for run in runs:
@@ -265,7 +265,7 @@ def timed(backbone: Backbone, runs: list[Callable[[], None]]) -> tuple[float, fl
 
 
 def num_syncs(run: Callable[[], None]) -> int:
-    """How often the host waits for the device in `run`, as torch's own debug mode counts it."""
+    """Counts the waits of the host for the device in `run`, with the debug mode of torch."""
     if not torch.cuda.is_available():
         return 0
     torch.cuda.synchronize()
@@ -280,8 +280,10 @@ def num_syncs(run: Callable[[], None]) -> int:
 
 
 def check_vectors(shape: str, backbone: Backbone, folder: Path | None) -> int:
-    """Blocks of the journal that are not, bit for bit, what attention was called with. Rows arrive beside the
-    computation: were a buffer used again too early, it would show here."""
+    """Counts the blocks of the journal that differ in any bit from the arguments of attention.
+
+    Rows are copied during the computation: a buffer that is reused too early gives different blocks.
+    """
     tokens = 4096
     wrong = 0
     piece_bytes, capture_module.PIECE_BYTES = capture_module.PIECE_BYTES, CHECKED_PIECE_BYTES
@@ -293,7 +295,7 @@ def check_vectors(shape: str, backbone: Backbone, folder: Path | None) -> int:
             stored = stored_blocks(writer._journal)
         last = max(layer for layer, _ in plan.tokens)
 
-        def look(
+        def compare(
             call: AttentionCall,
             capture: Capture = capture,
             plan: BatchPlan = plan,
@@ -309,14 +311,14 @@ def check_vectors(shape: str, backbone: Backbone, folder: Path | None) -> int:
             if call.layer == last:
                 raise ForwardDone
 
-        backbone.forward(plan.ids, look)
+        backbone.forward(plan.ids, compare)
     capture_module.PIECE_BYTES = piece_bytes
-    print(f"{shape}: {wrong} of the journal's blocks differ from what attention was called with", flush=True)
+    print(f"{shape}: {wrong} blocks of the journal differ from the arguments of attention", flush=True)
     return wrong
 
 
 def stored_blocks(journal: Journal) -> dict[str, np.ndarray]:
-    """{l00q: (num_heads, num_rows, head_dim) bits}; a block may be spread over several segments."""
+    """Returns {l00q: (num_heads, num_rows, head_dim) bits}. Several segments may hold parts of one block."""
     parts: dict[str, list[np.ndarray]] = {}
     for path in journal.segments:
         data = np.fromfile(path, np.uint8)

@@ -1,10 +1,11 @@
 #!/bin/bash
-# What capture costs on this machine's NVIDIA GPU, in under 8 minutes: bash benchmarks/gpu.sh [FOLDER OF WHEELS] [OPTIONS]
+# Measures the cost of capture on an NVIDIA GPU in under 8 minutes: bash benchmarks/gpu.sh [FOLDER OF WHEELS] [OPTIONS]
 #
-# Needs a Python 3 (PYTHON=... names another) with torch for CUDA, transformers, pyarrow, numpy, psutil, tqdm and
-# safetensors, and hydra-core, omegaconf and antlr4-python3-runtime, which may come as wheels. Nothing is downloaded.
+# It needs python3 (PYTHON=... names another interpreter) with torch for CUDA, transformers, pyarrow, numpy, psutil,
+# tqdm, safetensors, hydra-core, omegaconf and antlr4-python3-runtime. The last three may come as wheels in a folder.
+# It downloads nothing.
 # On a machine with a network: pip wheel --no-deps -w wheels hydra-core==1.3.8 omegaconf==2.3.1 antlr4-python3-runtime==4.9.3
-# Options are those of benchmarks/gpu.py: --folder names a fast disk for the journals.
+# It passes its options to benchmarks/gpu.py. --folder names a fast disk for the journals.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}

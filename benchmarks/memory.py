@@ -1,10 +1,10 @@
-"""Memory of a job over time: does its peak grow with the number of examples?
+"""Measures the memory of a job over time, to see whether its peak grows with the number of examples.
 
     python benchmarks/memory.py [--examples 64 1024] [--tokens 512] [--out benchmarks/results]
 
-Runs the embedded model over texts of the Python documentation with `sampler=all`, every vector of every head durable
-as Parquet at the end, once for each number of examples, each in a process of its own, in turn, `--rounds` times.
-Anonymous memory (RssAnon of /proc) is read every 20 ms. Writes memory.json and memory.png.
+Runs the embedded model over texts of the Python documentation with `sampler=all`. Each job writes every vector of every
+head durably to Parquet, in a process of its own. The numbers of examples alternate, `--rounds` times. Reads anonymous
+memory (RssAnon of /proc) every 20 ms. Writes memory.json and memory.png.
 """
 
 import argparse
@@ -21,12 +21,12 @@ from common import RESULTS, machine, write_texts
 
 PERIOD_S = 0.02
 SETTINGS = ["inference.queue_mb=32", "inference.segment_mb=16", "inference.max_batch_tokens=4096"]
-"""Buffers and batches small enough for the least number of examples to fill them several times: a job that does not
-takes less memory, and that is no measure of growth."""
+"""Buffers and batches so small that the smallest job fills them several times. A job that does not fill its buffers
+takes less memory, which says nothing about growth."""
 
 
 def measured(examples: int, tokens: int, settings: list[str]) -> dict[str, Any]:
-    """One job: seconds, and anonymous memory in MB over time."""
+    """Runs one job and returns its anonymous memory in MB over time in seconds, and the size of its dataset."""
     with tempfile.TemporaryDirectory() as folder:
         write_texts(Path(folder) / "texts.jsonl", examples, tokens)
         command = [sys.executable, "-m", "qk_sniffer", "dataset=hf", f"dataset.path={folder}/texts.jsonl"]
@@ -56,7 +56,7 @@ def measured(examples: int, tokens: int, settings: list[str]) -> dict[str, Any]:
 
 
 def anonymous_mb(pid: int) -> float | None:
-    """RssAnon of a process; null once it is gone."""
+    """Returns the RssAnon of a process in MB, or None if the process has ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
@@ -66,7 +66,7 @@ def anonymous_mb(pid: int) -> float | None:
 
 
 def plot(runs: list[dict[str, Any]], path: Path) -> None:
-    """Memory over the share of each job's time, a line a job."""
+    """Draws memory over the share of each job's time, one line for each job."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""One sliding layer over n tokens as a job runs it: seconds, and memory above what was there before, as JSON.
+"""Measures one sliding layer over n tokens, run as in a job: its seconds and its additional memory, as JSON.
 
 python benchmarks/one_sliding_layer.py LENGTH
 """
@@ -37,13 +37,13 @@ def main() -> None:
     backbone = Backbone(Qwen3Model(config).eval(), find_family("qwen3"))
     windows: list[int | None] = []
 
-    def look(call: AttentionCall) -> None:
+    def note_window(call: AttentionCall) -> None:
         windows.append(call.sliding_window)
 
-    backbone.forward(torch.zeros(1, 1024, dtype=torch.int64), look)
+    backbone.forward(torch.zeros(1, 1024, dtype=torch.int64), note_window)
     before = peak_mb()
     start = time.perf_counter()
-    backbone.forward(torch.zeros(1, length, dtype=torch.int64), look)
+    backbone.forward(torch.zeros(1, length, dtype=torch.int64), note_window)
     seconds = time.perf_counter() - start
     assert windows == [WINDOW, WINDOW]
     print(json.dumps({"forward_s": seconds, "above_mb": peak_mb() - before}))

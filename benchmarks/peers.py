@@ -1,8 +1,8 @@
-"""All Q and K vectors of the same texts, by qk-sniffer and by what one would write instead (see README.md).
+"""Compares qk-sniffer with other ways to get all Q and K vectors of the same texts (see README.md).
 
     python benchmarks/peers.py [--rounds 3] [--few 2] [--many 14] [--tokens 512]
 
-`make bench-peers` makes the environments of the peers first. Writes results/peers.json, and prints a table.
+`make bench-peers` makes the environments of the peers first. Writes results/peers.json and prints a table.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from memory import PERIOD_S, SETTINGS, anonymous_mb
 PEERS = ("transformer_lens", "nnsight")
 BEFORE, AFTER = "before RoPE", "after RoPE"
 Command = Callable[[Path, Path], list[str]]
-"""Of a process that captures these texts and writes this folder."""
+"""Returns the command of a process that captures these texts and writes this folder."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Run:
 
 @dataclass
 class Side:
-    """A line of the table. `stage`: which vectors it gives; null where it gives none."""
+    """A line of the table. `stage` names the vectors that it gives, and is None if it gives none."""
 
     name: str
     command: Command
@@ -51,9 +51,9 @@ class Side:
         return float(statistics.median(getattr(run, what) for run in self.runs[examples]))
 
     def more(self, what: str) -> float:
-        """What one example more takes: starting a process, and what it holds anyway, count on neither side.
+        """Returns the cost of one more example, without the start of the process and its constant memory.
 
-        The median over the rounds: the two runs of a round come one after the other, in the same minute.
+        It is the median over the rounds. The two runs of a round follow each other, in the same minute.
         """
         few, many = sorted(self.runs)
         pairs = zip(self.runs[few], self.runs[many], strict=True)
@@ -86,18 +86,18 @@ def environment(peer: str) -> Path:
 
 
 def measured(command: list[str]) -> Run:
-    """Seconds that a process takes, and the most anonymous memory that it was seen with."""
+    """Returns the seconds and the peak of anonymous memory of a process."""
     offline = os.environ | {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "TOKENIZERS_PARALLELISM": "false"}
-    with tempfile.TemporaryFile("w+") as said:
+    with tempfile.TemporaryFile("w+") as output:
         start, peak_mb = time.perf_counter(), 0.0
-        process = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, cwd=ROOT, env=offline)
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT, env=offline)
         while process.poll() is None:
             peak_mb = max(peak_mb, anonymous_mb(process.pid) or 0.0)
             time.sleep(PERIOD_S)
         seconds = time.perf_counter() - start
         if process.returncode:
-            said.seek(0)
-            raise SystemExit(f"{' '.join(command)}\n{said.read()}")
+            output.seek(0)
+            raise SystemExit(f"{' '.join(command)}\n{output.read()}")
     return Run(round(seconds, 3), peak_mb)
 
 
@@ -106,13 +106,13 @@ def head_files(root: Path) -> dict[str, Path]:
 
 
 def size_over_raw(root: Path) -> float:
-    """Bytes of the heads' files over those of their numbers as float32."""
+    """Returns the bytes of the heads' files over the bytes of their vectors as float32."""
     files = head_files(root).values()
     return sum(file.stat().st_size for file in files) / sum(_vectors(file).nbytes for file in files)
 
 
 def difference(root: Path, reference: Path) -> float:
-    """The worst vector of all heads: the norm of what it is off by, over its norm; 0 only if every bit is equal."""
+    """Returns the largest relative error, norm of the difference over norm, of any vector; 0 if all bits are equal."""
     expected, found = head_files(reference), head_files(root)
     if expected.keys() != found.keys():
         raise SystemExit(f"{root} has {len(found)} heads, {reference} has {len(expected)}")
@@ -126,7 +126,7 @@ def difference(root: Path, reference: Path) -> float:
 
 
 def _vectors(file: Path) -> npt.NDArray[np.float32]:
-    """(rows, head_dim), in the order of examples and positions."""
+    """Returns (rows, head_dim), ordered by example and position."""
     table = pq.read_table(file, columns=["example_id", "position", "vector"])
     vector = table.sort_by([("example_id", "ascending"), ("position", "ascending")])["vector"].combine_chunks()
     numbers: npt.NDArray[np.float32] = vector.flatten().to_numpy()
@@ -134,7 +134,7 @@ def _vectors(file: Path) -> npt.NDArray[np.float32]:
 
 
 def compare(lines: list[Side], model: Path, folder: Path, tokens: int) -> None:
-    """What each gives for one text against what we give, before and after RoPE. Also a warm-up of every environment."""
+    """Compares the vectors of one text with those of qk-sniffer at the same stage, and warms up all environments."""
     texts = write_texts(folder / "one.jsonl", 1, tokens)
     reference = {BEFORE: folder / "before", AFTER: folder / "after"}
     for stage, root in reference.items():
@@ -149,7 +149,7 @@ def compare(lines: list[Side], model: Path, folder: Path, tokens: int) -> None:
 
 
 def table(lines: list[Side]) -> str:
-    """The first line is the base of the times."""
+    """Returns the Markdown table. Times are relative to the first line."""
     many = max(lines[0].runs)
     rows = [["", "time", "peak MB", "MB more an example", "size over raw", "vectors", "differ from ours by"]]
     for side in lines:
@@ -185,7 +185,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=RESULTS / "peers.json")
     given = parser.parse_args()
     if missing := [peer for peer in PEERS if not environment(peer).exists()]:
-        parser.error(f"no environment of {', '.join(missing)}; `make bench-peers` makes them")
+        parser.error(f"{', '.join(missing)}: no environment; `make bench-peers` makes it")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         model = smollm2_shape(folder / "model")
@@ -210,8 +210,8 @@ def main() -> int:
         "columns": {
             "time_over_plain": "wall time an example, (many - few) of each round, median, over a plain forward's",
             "peak_mb": "median of the peak RssAnon at the larger number of examples",
-            "mb_per_example": "what that peak grows by with an example, between the two numbers of examples",
-            "size_over_raw": "bytes of the heads' Parquet files over those of their numbers as float32",
+            "mb_per_example": "growth of that peak with each example, between the two numbers of examples",
+            "size_over_raw": "bytes of the heads' Parquet files over the bytes of their vectors as float32",
             "difference": "one text: worst vector's distance from ours of the same stage, over its norm; 0: bit-equal",
         },
         "lines": {

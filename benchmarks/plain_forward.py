@@ -1,4 +1,4 @@
-"""A plain forward of the same tokens, as a process: what a job is measured against.
+"""Runs plain forwards of the tokens of a job, as the process to compare the job with.
 
 python benchmarks/plain_forward.py MODEL TEXTS TOKENS
 """

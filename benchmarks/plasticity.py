@@ -1,8 +1,8 @@
-"""CPU seconds that a head costs the plasticity program, at two sizes, against the bars.
+"""Measures the heads per CPU second of the plasticity program at two sizes, and compares them with bars.
 
-Datasets of random heads are made in the layout of real ones: half of their heads are measured by one process, all by
-another, and what the second takes more is of heads alone: neither the start, nor the imports, nor pictures count. User
-and system time of the whole process, all its threads together; the median of the rounds.
+Writes two datasets of random heads in the layout of real ones, the second with twice the heads of the first. Each is
+measured by a process of its own. The difference between the two is the cost of the heads alone, without the start, the
+imports and pictures. CPU seconds are the user and system time of all threads. The figure is the median of the rounds.
 
 python benchmarks/plasticity.py [--rounds 5]
 """
@@ -31,7 +31,7 @@ EXAMPLES = 100
 
 @dataclass(frozen=True)
 class Size:
-    """Heads of so many rows and dimensions; `bar` is heads per CPU second."""
+    """The rows and dimensions of each head. `bar` is the least number of heads per CPU second."""
 
     rows: int
     dims: int
@@ -47,7 +47,7 @@ SIZES = (Size(3000, 16, 160, 25.0), Size(50_000, 128, 16, 1.0))
 
 
 def write_dataset(root: Path, size: Size, heads: int) -> Path:
-    """A dataset of one layer: every vector drifts with its position; uniform sampler, 16 buckets of 512."""
+    """Writes a dataset of one layer whose vectors drift with their position. It has 16 uniform buckets of 512."""
     random = np.random.default_rng(0)
     config = Config().to_dict()
     config["sampler"] |= {"type": "uniform", "min_bucket_size": 512}
@@ -96,7 +96,7 @@ def write_dataset(root: Path, size: Size, heads: int) -> Path:
 
 
 def cpu_s(root: Path, output: Path) -> float:
-    """User and system seconds of a run without pictures."""
+    """Returns the user and system seconds of a run without pictures."""
     command = [sys.executable, "-m", "qk_sniffer.plasticity", f"data_root={root}", f"output_dir={output}"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
@@ -112,7 +112,7 @@ def cpu_s(root: Path, output: Path) -> float:
 
 
 def heads_per_cpu_s(size: Size, rounds: int, folder: Path) -> dict[str, float | list[float]]:
-    """Measures both datasets in turn."""
+    """Measures both datasets alternately."""
     roots = {
         heads: write_dataset(folder / f"{size.rows}-{heads}", size, heads) for heads in (size.heads // 2, size.heads)
     }

@@ -1,8 +1,8 @@
-"""What capture costs beside the forward: one table, each line a ratio or a bound with its bar (see README.md).
+"""Measures the cost of capture next to the forward, and compares each figure with its bar (see README.md).
 
     python benchmarks/speed.py [--rounds 5] [NAME ...]
 
-Writes results/speed.json, and prints the table; exit code 1 if a bar is not met.
+Writes results/speed.json and prints a table. The exit code is 1 if a figure misses its bar.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from common import EMBEDDED_MODEL, RESULTS, ROOT, in_turn, job, machine, medians
 
 @dataclass(frozen=True)
 class Line:
-    """A line of the table. `taken`: seconds, or what `unit` says, of each round."""
+    """A line of the table. `taken` holds the measurements of each round, in seconds or in `unit`."""
 
     name: str
     what: str
@@ -38,7 +38,7 @@ class Line:
 def against_plain_forward(
     name: str, sampler: str, tokens: int, bar: float, *, few: int, many: int, rounds: int
 ) -> Line:
-    """Wall time an example: what `many` examples take more than `few`, so that the start counts on neither side."""
+    """Compares the wall time of an example: of `many` examples minus `few`, so that the start does not count."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         model = smollm2_shape(folder / "model")
@@ -52,7 +52,7 @@ def against_plain_forward(
         taken = in_turn(rounds, measures)
     middle = medians(taken)
     per_example = {who: middle[f"{who}, {many}"] - middle[f"{who}, {few}"] for who in ("plain", "job")}
-    what = f"sampler={sampler}, {tokens} tokens: wall time an example over a plain forward's"
+    what = f"sampler={sampler}, {tokens} tokens: wall time of an example over that of a plain forward"
     return Line(name, what, per_example["job"] / per_example["plain"], bar, taken=taken)
 
 
@@ -69,7 +69,7 @@ def everything_long(rounds: int) -> list[Line]:
 
 
 def some_layers(rounds: int) -> list[Line]:
-    """The first three layers of thirty, against all of them: forward time as the job reports it."""
+    """Compares the forward time of the first three layers with that of all thirty, as the job reports it."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         model, texts = smollm2_shape(folder / "model"), write_texts(folder / "texts.jsonl", 8, 512)
@@ -86,15 +86,15 @@ def some_layers(rounds: int) -> list[Line]:
 
 
 def parquet(rounds: int) -> list[Line]:
-    """CPU seconds from journal to Parquet against pyarrow alone, and the size of what comes out."""
+    """Compares CPU seconds from journal to Parquet with those of pyarrow alone, and sizes with raw float32."""
     lines = []
     for dtype, bar in (("float32", 0.87), ("bfloat16", 0.45)):
         figures = [json.loads(_own_process("writing.py", dtype)) for _ in range(rounds)]
         taken = {key: [figure[key] for figure in figures] for key in figures[0]}
-        # Each process took them in turn: the machine's speed at that time is in both.
+        # Each process measures both, at the same speed of the machine.
         ratios = [figure["ours_s"] / figure["bare_s"] for figure in figures]
-        beside = statistics.median(figure["overhead_s"] / figure["bare_s"] for figure in figures)
-        what = f"{dtype}: CPU of journal to Parquet, over write_table's; {1 + beside:.2f} if all but checksums is free"
+        unavoidable = statistics.median(figure["overhead_s"] / figure["bare_s"] for figure in figures)
+        what = f"{dtype}: CPU of journal to Parquet, over write_table's; {1 + unavoidable:.2f} with checksums alone"
         lines.append(Line(f"parquet-cpu-{dtype}", what, statistics.median(ratios), 1.3, taken=taken))
         size = statistics.median(taken["size"])
         lines.append(Line(f"parquet-size-{dtype}", f"{dtype}: bytes of the files over raw float32", size, bar))
@@ -102,7 +102,7 @@ def parquet(rounds: int) -> list[Line]:
 
 
 def padding(rounds: int) -> list[Line]:
-    """Exact, so it is computed once: the documentation's topics in the batches of a job."""
+    """Counts the tokens of the documentation in the batches of a job. The count is exact and needs no rounds."""
     del rounds
     from qk_sniffer.config import from_dict
     from qk_sniffer.corpus.batches import batches
@@ -115,14 +115,14 @@ def padding(rounds: int) -> list[Line]:
     lines = []
     for size in (None, 4, 16, 64):
         cut = batches(lengths, max_batch_tokens=config.inference.max_batch_tokens, batch_size=size)
-        computed = sum(max(lengths[place] for place in batch) * len(batch) for batch in cut)
+        computed = sum(max(lengths[index] for index in batch) * len(batch) for batch in cut)
         what = f"tokens computed over valid, batch_size={'null' if size is None else size}, {len(cut)} batches"
         lines.append(Line(f"padding-{size or 'default'}", what, computed / sum(lengths), 1.05))
     return lines
 
 
 def sliding(rounds: int) -> list[Line]:
-    """One sliding layer over n = 65,536 against n = 32,768: both over the double."""
+    """Compares one sliding layer over n = 65,536 with twice its cost over n = 32,768."""
     taken: dict[str, list[float]] = {}
     for _ in range(rounds):
         for length in (32768, 65536):
@@ -143,7 +143,7 @@ def sliding(rounds: int) -> list[Line]:
 
 
 def start(rounds: int) -> list[Line]:
-    """From the process's start to its first forward, without the imports that any such process has."""
+    """Measures the time from the start of the process to its first batch, without importing torch and transformers."""
     with tempfile.TemporaryDirectory() as temporary:
         settings = [f"output.data_root={temporary}/out", f"hydra.run.dir={temporary}/run", "output.overwrite=true"]
         ours = [sys.executable, "benchmarks/first_batch.py", *settings]
@@ -159,7 +159,7 @@ def start(rounds: int) -> list[Line]:
 
 
 def plan(rounds: int) -> list[Line]:
-    """The rows of a batch of one long text, tables included that a job makes once."""
+    """Measures the sample plan of one long text, with the tables that a job makes once."""
     lines = []
     for sampler in ("uniform", "log_uniform", "all"):
         taken = {sampler: [float(_own_process("plan.py", sampler)) for _ in range(rounds)]}
@@ -169,7 +169,7 @@ def plan(rounds: int) -> list[Line]:
 
 
 def long_context(rounds: int) -> list[Line]:
-    """Peak of anonymous memory at 131,072 tokens and 300 heads, above a plain forward's."""
+    """Measures the peak of anonymous memory at 131,072 tokens and 300 heads, above that of a plain forward."""
     peaks: dict[str, list[float]] = {}
     for _ in range(min(rounds, 3)):
         for who in ("plain", "uniform", "all"):
@@ -208,7 +208,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=RESULTS / "speed.json")
     arguments = parser.parse_args()
     if unknown := set(arguments.names) - BENCHMARKS.keys():
-        parser.error(f"there is no {', '.join(sorted(unknown))}; there are {', '.join(BENCHMARKS)}")
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; choose from {', '.join(BENCHMARKS)}")
     found: dict[str, Any] = json.loads(arguments.out.read_text())["lines"] if arguments.out.exists() else {}
     lines: list[Line] = []
     for name in arguments.names or BENCHMARKS:

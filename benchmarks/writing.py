@@ -123,7 +123,7 @@ def main() -> None:
         taken: dict[str, list[float]] = {"ours_s": [], "bare_s": [], "overhead_s": []}
         for _ in range(ROUNDS):
             for key, work in zip(taken, (ours, bare, overhead), strict=True):
-                if work is not overhead:  # which reads what `bare` has written
+                if work is not overhead:  # it reads the files that `bare` writes
                     shutil.rmtree(layout.staging.root, ignore_errors=True)
                     for path in Path(folder).glob("*.parquet"):
                         path.unlink()

@@ -1,4 +1,4 @@
-"""What every peer does alike: texts as token ids, and at the end a Parquet file a head with the defaults of pyarrow."""
+"""Serves all peers: turns texts into token ids and writes a Parquet file for each head with the defaults of pyarrow."""
 
 import json
 import sys
@@ -13,7 +13,7 @@ import torch
 from transformers import AutoTokenizer
 
 Kept = dict[tuple[int, str], list[torch.Tensor]]
-"""By layer and kind ("q" or "k"), of each text: (tokens, heads, head_dim)."""
+"""By layer and kind ("q" or "k"): a tensor (tokens, heads, head_dim) for each text."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Forward hooks written by hand on the projections of a Llama: the vectors before RoPE.
+"""Captures the vectors before RoPE with forward hooks, written by hand, on the projections of a Llama.
 
 python benchmarks/peers/with_hooks.py MODEL TEXTS TOKENS ROOT
 """

@@ -1,4 +1,6 @@
-"""nnsight, a trace a text: what goes into attention (after RoPE), or with `projections` what they give (before RoPE).
+"""Captures with nnsight, one trace for each text.
+
+It takes the arguments of attention (after RoPE), or with `projections` the output of the projections (before RoPE).
 
 python benchmarks/peers/with_nnsight.py MODEL TEXTS TOKENS ROOT [projections]
 """

@@ -1,4 +1,4 @@
-"""TransformerLens: `run_with_cache` of the rotated queries and keys, on weights that it does not process.
+"""Captures the rotated queries and keys with `run_with_cache` of TransformerLens, on unprocessed weights.
 
 python benchmarks/peers/with_transformer_lens.py MODEL TEXTS TOKENS ROOT
 """
@@ -15,7 +15,7 @@ HOOKS = {"q": "blocks.{}.attn.hook_rot_q", "k": "blocks.{}.attn.hook_rot_k"}
 
 def main() -> None:
     given = arguments()
-    # It wants a model with a head. The checkpoint has none, so that the head is random: nothing is read behind it.
+    # The bridge needs a model with a head. The checkpoint has none: the head is random, and its output is not used.
     whole = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32).eval()
     model = TransformerBridge.boot_transformers(given.model, hf_model=whole, device="cpu")
     names = {
@@ -32,7 +32,7 @@ def main() -> None:
                 return_cache_object=False,
                 return_type=None,
                 use_cache=False,
-                logits_to_keep=1,  # the logits of one token, as cheap as the head gets
+                logits_to_keep=1,  # the least work that the head allows
             )
             for name, place in names.items():
                 kept[place].append(cache[name][0])

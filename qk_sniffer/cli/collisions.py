@@ -48,18 +48,18 @@ def _unsharded(config: ResolvedConfig) -> ResolvedConfig:
 
 
 def _described(one: PlannedJob, other: PlannedJob, key: str, value: str) -> str:
-    said = f"{one} and {other} would both write to {key}={value}"
+    problem = f"{one} and {other} would both write to {key}={value}"
     values, others = _flat(one.config.to_dict()), _flat(other.config.to_dict())
     different = [name for name in values | others if values.get(name) != others.get(name)]
     if not different:
-        return f"{said}; they are the same job twice"
-    said += f", though they differ in {shortened(different, 3)}"
+        return f"{problem}; they are the same job twice"
+    problem += f", though they differ in {shortened(different, 3)}"
     if key == "output.data_root" and one.config.output.hf_branch != other.config.output.hf_branch:
-        return f"{said}; leave {key} out, so that each gets its own folder"
+        return f"{problem}; leave {key} out, so that each gets its own folder"
     swept = [name for name in different if f"{name}={values[name]}" in one.arguments and str(values[name]).isalnum()]
     if not swept:
-        return f"{said}; run them one by one, each with its own {key}"
-    return f"{said}; give each its own place, as in '{key}={value}-${{{swept[0]}}}'"
+        return f"{problem}; run them one by one, each with its own {key}"
+    return f"{problem}; give each its own place, as in '{key}={value}-${{{swept[0]}}}'"
 
 
 def _flat(values: dict[str, Any], section: str = "") -> dict[str, Any]:

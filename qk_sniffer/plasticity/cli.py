@@ -84,7 +84,7 @@ def _collisions(jobs: Sequence[Job[PlasticityConfig]]) -> Iterator[str]:
     for job in jobs:
         folder = str(job.config.folder.resolve())
         if folder in folders:
-            yield f"{folders[folder]} and {job} would both write to {job.config.folder}; sweep output_dir too"
+            yield f"{folders[folder]} and {job} would both write to {job.config.folder}; give each its own output_dir"
         folders[folder] = job
 
 

@@ -1,4 +1,4 @@
-"""`python -m qk_sniffer.finalize`: by hand, what the last shard does by itself."""
+"""`python -m qk_sniffer.finalize` does by hand what the last shard does."""
 
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,13 @@ EXACT: dict[str, Any] = {"inference": {"batch_size": 1}}
 
 
 def shard(index: int) -> dict[str, Any]:
-    """The sections of the job over a shard of two."""
+    """The sections of the job of one shard of two."""
     return EXACT | {"shard": {"index": index, "count": 2}}
 
 
 @pytest.fixture
 def captured(checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where both shards are captured, and nobody has made the dataset."""
+    """A data root with both shards captured and no dataset."""
     for index in range(2):
         captured_only(checkpoint, texts, tmp_path / "out", monkeypatch, **shard(index))
     return tmp_path / "out"

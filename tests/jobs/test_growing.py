@@ -1,4 +1,4 @@
-"""A finished dataset grows: only new examples are run, and the result is the dataset of all of them."""
+"""A finished dataset grows: the job runs only new examples, and the result is the dataset of all examples."""
 
 import itertools
 import json
@@ -26,7 +26,7 @@ from qk_sniffer.store.previous import PreviousVersion, describe
 from qk_sniffer.store.promote import promote
 
 ALONE = {"inference": {"batch_size": 1}}
-"""One example a forward: then growing changes no bit, for batches have no shapes that it could change."""
+"""One example a forward pass: growing then changes no batch, and no bit."""
 
 
 class Part(Captured):
@@ -101,7 +101,7 @@ def write_texts(path: Path, texts: list[str]) -> None:
 
 @pytest.fixture
 def forwarded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The indices of the examples that are run from here on."""
+    """Collects the indices of the examples that are run."""
     seen: list[int] = []
     real = Capture.run
 

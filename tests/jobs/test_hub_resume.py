@@ -1,4 +1,4 @@
-"""`output.resume_from_hub`: on a new machine a job goes on from what its branch holds, and fetches what it needs."""
+"""`output.resume_from_hub`: on a new machine, a job continues the dataset of its branch, and fetches what it needs."""
 
 import json
 import re
@@ -23,7 +23,7 @@ EXAMPLES = "examples/data.parquet"
 
 
 class Machine:
-    """A machine with a data root and a cache of its own; all of them have the same texts."""
+    """A machine with its own data root and cache. All machines have the same texts."""
 
     def __init__(self, hub: FakeHub, checkpoint: Path, folder: Path, patch: pytest.MonkeyPatch) -> None:
         self.hub, self.checkpoint, self.folder, self.patch = hub, checkpoint, folder, patch
@@ -37,9 +37,9 @@ class Machine:
         self.texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
 
     def job(self, max_samples: int, *, killed: bool = False, **more: dict[str, Any]) -> set[str]:
-        """Runs the job over so many texts; returns the files that it fetched, and keeps which texts it captured.
+        """Runs the job over so many texts. Returns the files that it fetched, and stores which texts it captured.
 
-        One that is `killed` ends between capture and dataset.
+        With `killed`, the job ends between the capture and the dataset.
         """
         sections: dict[str, dict[str, Any]] = {
             "dataset": {"max_samples": max_samples},
@@ -56,11 +56,11 @@ class Machine:
                 run(self.checkpoint, self.texts, self.root, **sections)
         gets = [path for method, path, _ in self.hub.log[start:] if method == "GET"]
         found = [re.fullmatch(rf"/datasets/{REPO}/resolve/[^/]+/(.+)", path) for path in gets]
-        return {match[1] for match in found if match is not None} - {"README.md"}  # which is main's list
+        return {match[1] for match in found if match is not None} - {"README.md"}  # the list of main
 
     @property
     def noted(self) -> str:
-        """The commit that the data root says it stands at."""
+        """The commit in the snapshot of the data root."""
         note = json.loads((self.root / ".sniff_snapshot.json").read_bytes())
         assert (note["repo_id"], note["branch"]) == (REPO, BRANCH)
         return str(note["commit"])
@@ -118,7 +118,7 @@ def test_it_grows_on_another_machine(hub: FakeHub, machine: MakeMachine, tmp_pat
     assert files(second) == files(undisturbed)
     assert second.noted == head(hub) and published(hub) == 2
     assert_whole(held(hub), tmp_path / "copy")
-    # The first machine has eight, the branch twelve: it goes on from those.
+    # The first machine has eight examples, the branch twelve: the job continues the branch.
     assert first.job(14) >= HEADS and sorted(first.captured) == [12, 13]
     assert second.job(14) == {"manifest.json", EXAMPLES} and second.captured == []
     assert published(hub) == 3
@@ -164,7 +164,7 @@ def test_another_configuration_is_refused(hub: FakeHub, machine: MakeMachine) ->
     ):
         machine("third").job(6)
     assert held(hub) == before and second.captured == [] and not second.root.exists()
-    # Also where the data root itself is finished, with what is asked for.
+    # Also if the data root itself is finished, with the requested examples.
     third = machine("another")
     third.job(8, sampler={"seed": 1}, output={"hf_repo_id": None, "resume_from_hub": False})
     with pytest.raises(StoreError, match=r"another configuration"):
@@ -179,7 +179,7 @@ def test_where_the_branch_has_nothing_the_job_begins_anew(hub: FakeHub, machine:
     first.job(4)
     assert len(first.captured) == 4 and published(hub) == 1
     repository = hub.repositories[REPO]
-    repository.branches[BRANCH] = repository.branches["main"]  # as a kill in the middle of an upload leaves it
+    repository.branches[BRANCH] = repository.branches["main"]  # the state after a kill in the middle of an upload
     second = machine("second")
     second.job(4)
     assert len(second.captured) == 4 and published(hub) > 0
@@ -211,7 +211,7 @@ def test_what_was_made_here_without_the_hub_does_not_replace_another_dataset(
     first = machine("first")
     first.job(8)
     alone: dict[str, Any] = {"hf_repo_id": None, "resume_from_hub": False, "overwrite": True}
-    first.job(8, sampler={"seed": 1}, output=alone)  # what is noted of the branch says nothing of this
+    first.job(8, sampler={"seed": 1}, output=alone)  # the snapshot does not cover this
     with pytest.raises(StoreError, match="another configuration"):
         first.job(8, sampler={"seed": 1})
     second = machine("second")
@@ -224,7 +224,7 @@ def test_what_was_made_here_without_the_hub_does_not_replace_another_dataset(
     with pytest.raises(StoreError, match="another configuration"):
         third.job(4, sampler={"seed": 1}, shard={"index": 1, "count": 2})
     assert published(hub) == 1
-    # Fewer rows than the branch has, but made here: it goes on from the branch.
+    # Fewer rows than the branch, but made here: the job continues the branch.
     fourth = machine("fourth")
     fourth.job(2, output=alone | {"overwrite": False})
     fourth.job(8)

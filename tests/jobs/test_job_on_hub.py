@@ -1,4 +1,4 @@
-"""The whole job with `output=hub`, as a user types it: captured here, published there, read back as its card says."""
+"""A whole job with `output=hub`, as a user types it: captured, published, and read back as the card says."""
 
 import json
 import re
@@ -73,7 +73,7 @@ def test_a_job_publishes_and_its_card_tells_how_to_read_it(tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_killed_in_mid_upload_and_refused(tmp_path: Path) -> None:
-    """The dataset stays whole here, and the same command publishes it in one commit, without capturing again."""
+    """The dataset stays whole on disk. The same command publishes it in one commit, without capturing again."""
     with FakeHub() as hub:
         hub.fault("PUT", "/lfs/", "hold")
         process = subprocess.Popen([sys.executable, *JOB], cwd=tmp_path, env=environment(hub, tmp_path))
@@ -104,7 +104,7 @@ def test_without_a_token_nothing_is_captured(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_1300_heads(hub: FakeHub, api: Any, endpoint: str, tmp_path: Path) -> None:
-    """As many files as a large model has, by a real job: in one commit, and every head loads by its name."""
+    """A real job publishes as many files as a large model has in one commit, and every head loads by its name."""
     llama = next(case for case in CASES if case.name == "llama")
     sizes = {"num_hidden_layers": 26, "num_attention_heads": 40, "num_key_value_heads": 10, "hidden_size": 160}
     checkpoint = save_checkpoint(replace(llama, options=llama.options | sizes | {"head_dim": 4}), tmp_path / "model")

@@ -1,4 +1,4 @@
-"""What the cards of a dataset's sources say, which its own card repeats."""
+"""The licenses and languages in the cards of a dataset's sources."""
 
 from pathlib import Path
 

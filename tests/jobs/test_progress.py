@@ -1,4 +1,4 @@
-"""What a person sees: stages that sum to the whole, a bar on a terminal, plain lines elsewhere."""
+"""Stages sum to the whole time; progress is a bar on a terminal, and log lines elsewhere."""
 
 import fcntl
 import io
@@ -73,7 +73,7 @@ def test_a_stream_has_no_total(
 
 
 def everything(master: int) -> str:
-    """What was written to a terminal; a read gives only a part of it."""
+    """Everything written to a terminal: each read returns only a part."""
     data = b""
     with suppress(BlockingIOError):
         while part := os.read(master, 4096):

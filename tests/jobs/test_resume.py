@@ -1,4 +1,4 @@
-"""How jobs start, stop, go on, and keep out of each other's way."""
+"""Jobs start, stop, resume, and do not disturb each other."""
 
 import json
 import os
@@ -169,7 +169,7 @@ def test_killed_again_and_again_at_random_moments_a_job_ends_with_the_same_bytes
     whole = run(checkpoint, texts, tmp_path / "whole", **sections)
     root = tmp_path / "killed"
     values = settings(checkpoint, texts, root, **sections)
-    # Slowed down, so that the moments fall into every part: forwards, journal, compaction, publication.
+    # Slow steps, so that the kills hit every part: forward passes, journal, compaction, promotion.
     code = (
         "import json, os, sys, time\n"
         "from qk_sniffer.capture import capture\n"
@@ -216,7 +216,7 @@ def test_a_journal_damaged_after_it_was_complete_is_mended(
     }
     whole = run(checkpoint, texts, tmp_path / "whole", **sections)
     with monkeypatch.context() as patch:
-        patch.setattr(JournalWriter, "_due", lambda self: bool(self._queue))  # segments of what there is
+        patch.setattr(JournalWriter, "_due", lambda self: bool(self._queue))  # segments of the existing journal
         captured_only(checkpoint, texts, tmp_path / "damaged", monkeypatch, **sections)
     segments = sorted((tmp_path / "damaged").rglob("*.safetensors"))
     assert len(segments) > 2

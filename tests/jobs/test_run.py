@@ -1,4 +1,4 @@
-"""The main job, end to end, on tiny models and real files: what stands in the dataset is what the model computed."""
+"""The main job, end to end, on tiny models and real files: the dataset holds the vectors that the model computed."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Sweeps on a real SLURM of two nodes: whatever happens there, the datasets are those of undisturbed local runs."""
+"""Sweeps on a real SLURM of two nodes: disturbed jobs end with the datasets of undisturbed local runs."""
 
 import json
 import os
@@ -28,7 +28,7 @@ pytestmark = [
 
 FAMILIES = ("qwen3_sliding", "llama", "gemma3")
 MANY = 2000
-"""Texts that take a tiny model long enough to be disturbed: some 10 s."""
+"""Texts that take a tiny model some 10 s, long enough to disturb it."""
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ SAMPLED: dict[str, Any] = {
 def undisturbed(
     models: dict[str, Path], many_texts: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], Path]:
-    """The dataset of a local run over a model, made once."""
+    """The dataset of a local run of a model, made once."""
     folder, made = tmp_path_factory.mktemp("local"), dict[str, Path]()
 
     def dataset(name: str) -> Path:
@@ -78,7 +78,7 @@ def undisturbed(
 
 
 class Sweep:
-    """`python -m qk_sniffer --multirun` with our launcher, in a folder of its own."""
+    """`python -m qk_sniffer --multirun` with our launcher, in its own folder."""
 
     def __init__(
         self,
@@ -101,17 +101,17 @@ class Sweep:
         self.process = self._start()
 
     def again(self) -> None:
-        """The same command once more."""
+        """Runs the same command again."""
         self.before = set(self.cluster.jobs())
         self.process = self._start()
 
     def wait(self) -> tuple[int, str]:
-        """The exit code, and what was said."""
+        """The exit code and the output."""
         said, _ = self.process.communicate(timeout=300)
         return self.process.returncode, said
 
     def dataset(self, model: Path) -> Path:
-        """Where the job over a model puts its dataset."""
+        """The data root of the job of a model."""
         return self.folder / "outputs" / f"{model.name}-texts"
 
     def jobs(self) -> dict[str, str]:
@@ -119,18 +119,18 @@ class Sweep:
         return {job: state for job, state in self.cluster.jobs().items() if job not in self.before}
 
     def job(self, number: int) -> str:
-        """The id of a job of the sweep, which is one of several."""
+        """The id of one job of the sweep."""
         return next(job for job in self.jobs() if job.endswith(f"_{number}"))
 
     def status(self) -> list[dict[str, Any]]:
-        """What `python -m qk_sniffer.status` says, by dataset and shard."""
+        """The output of `python -m qk_sniffer.status`, by dataset and shard."""
         command = [sys.executable, "-m", "qk_sniffer.status", str(self.folder), "format=json"]
         said = subprocess.run(command, env=self.cluster.env, capture_output=True, text=True, check=True).stdout
         found: list[dict[str, Any]] = json.loads(said)
         return found
 
     def until(self, is_so: Callable[[], object], what: str, *, patience_s: float = 120) -> None:
-        """Waits; the sweep must still be running."""
+        """Waits for a condition while the sweep runs."""
         deadline = time.monotonic() + patience_s
         while not is_so():
             assert self.process.poll() is None, f"the sweep ended before {what}:\n{self.process.communicate()[0]}"
@@ -142,7 +142,7 @@ class Sweep:
         self.until(lambda: any(Layout(root).journal(*shard).glob("*.safetensors")), f"{root} is being captured")
 
     def _start(self) -> "subprocess.Popen[str]":
-        # What the sweep is submitted with is what its jobs get.
+        # The jobs get the environment of the submission.
         env = (
             self.cluster.env
             | dict(self.environment)
@@ -155,7 +155,7 @@ class Sweep:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            # A shell that runs the tests in the background has them ignore it, and all that they start.
+            # A shell that runs the tests in the background makes them and their children ignore SIGINT.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
@@ -200,7 +200,7 @@ def test_three_families_on_two_nodes_with_a_preemption_in_the_middle(
     assert states == ["RUNNING", "RUNNING", "PENDING"], "array_parallelism"
     shown = {line["model"]: line["state"] for line in running.status()}
     assert shown == dict(zip(slugs, ["running", "running", "queued"], strict=True))
-    # The warning of a scheduler, as before a time limit or a preemption.
+    # A scheduler's warning, as before a time limit or a preemption.
     running.cluster.run("scancel", "--signal=USR2", running.job(0))
     requeued = lambda: {line["model"]: line["state"] for line in running.status()}[slugs[0]] == "requeued"  # noqa: E731
     running.until(requeued, "the first job is requeued")
@@ -217,7 +217,7 @@ def test_three_families_on_two_nodes_with_a_preemption_in_the_middle(
 def test_three_models_on_the_hub(
     sweep: Callable[..., Sweep], models: dict[str, Path], few_texts: Path, tmp_path: Path
 ) -> None:
-    """A branch a model, and a list of three on main, whoever of them ends first; the token is in `.env` alone."""
+    """Each model gets a branch, and main lists three, in any order of their ends. Only `.env` holds the token."""
     names = ",".join(str(models[name]) for name in FAMILIES)
     slugs = [models[name].name for name in FAMILIES]
     with FakeHub() as hub:
@@ -251,7 +251,7 @@ def test_a_job_that_is_begun_anew_goes_on(
     if how == "requeue":
         cluster.run("scontrol", "requeue", job)
     elif how == "kill and requeue":
-        cluster.kill(signal.SIGSTOP, SLURM_JOB_ID=job, SLURM_PROCID="0")  # it cannot hear anything any more
+        cluster.kill(signal.SIGSTOP, SLURM_JOB_ID=job, SLURM_PROCID="0")  # a stopped process handles no signal
         cluster.run("scontrol", "requeue", job)
     else:
         node = cluster.run("squeue", "--noheader", f"--jobs={job}", "--format=%N").strip()

@@ -1,4 +1,4 @@
-"""`python -m qk_sniffer.status`: what the files below a folder tell of datasets and jobs."""
+"""`python -m qk_sniffer.status` reads the states of datasets and jobs from the files below a folder."""
 
 import json
 import subprocess

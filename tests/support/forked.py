@@ -1,13 +1,14 @@
-"""Jobs as processes of their own that start at once: forked from one that has imported everything and run nothing.
+"""Runs jobs in processes that start at once: forked from one that has imported everything and run nothing.
 
-Each child says what it does, a letter for each step, and can be told to be slow, so that a test can end it in the
-middle of any of them.
+Each child reports the steps that it starts. It can be made slow at a step, or held there until the test releases it, so
+that a test can end it in the middle of any step.
 """
 
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,10 +20,10 @@ STEPS = {
     "manifest": ("qk_sniffer.store.manifest", "write_atomic"),
     "removal": ("qk_sniffer.store.layout", "_remove_tree"),
 }
-"""What is told, just before it is done."""
+"""The steps that a child reports, just before it runs them."""
 
 _SERVER = """
-import importlib, json, logging, os, sys, time
+import importlib, itertools, json, logging, os, sys, time
 import torch
 torch.set_num_threads(1)
 from qk_sniffer import config
@@ -30,14 +31,18 @@ from qk_sniffer.cli import app
 from qk_sniffer.jobs import run
 STEPS = json.loads(sys.argv[1])
 
-def tell(name, module, path, seconds):
+def tell(name, module, path, seconds, held, release):
     owner, (*outer, last) = importlib.import_module(module), path.split(".")
     for attribute in outer:
         owner = getattr(owner, attribute)
     real = getattr(owner, last)
+    times = itertools.count(1)
     def telling(*args, **kwargs):
+        number = next(times)
         os.write(1, (name + "\\n").encode())
         time.sleep(seconds)
+        while number == held and not os.path.exists(release):
+            time.sleep(0.01)
         return real(*args, **kwargs)
     setattr(owner, last, telling)
 
@@ -48,7 +53,7 @@ for line in sys.stdin:
         os.close(0)
         os.dup2(os.open(order["stderr"], os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
         for name, (module, path) in STEPS.items():
-            tell(name, module, path, order["slow"].get(name, 0.0))
+            tell(name, module, path, order["slow"].get(name, 0.0), order["held"].get(name), order["release"] + name)
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         exec(order["before"])
         try:
@@ -69,7 +74,7 @@ for line in sys.stdin:
 
 
 class Server:
-    """Forks jobs one after another; a context manager."""
+    """Forks one job at a time; a context manager."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -78,18 +83,34 @@ class Server:
         )
         assert self._line() == "ready"
 
-    def start(self, job: dict[str, Any], *, slow: dict[str, float] | None = None, before: str = "") -> "Child":
-        """Starts `job`; `slow`: seconds that a step takes longer; `before`: Python code that the child runs first."""
+    def start(
+        self,
+        job: dict[str, Any],
+        *,
+        slow: dict[str, float] | None = None,
+        held: dict[str, int] | None = None,
+        before: str = "",
+    ) -> "Child":
+        """Starts `job`.
+
+        Args:
+            slow: the extra seconds of a step.
+            held: a step waits at this call, counted from 1, until `Child.release`.
+            before: Python code that the child runs first.
+        """
         assert self._process.stdin is not None
-        stderr = self._folder / "stderr.txt"
+        stderr, release = self._folder / "stderr.txt", f"{self._folder}/release-"
         stderr.write_text("")
-        order = {"job": job, "slow": slow or {}, "before": before, "stderr": str(stderr)}
+        for step in STEPS:
+            Path(release + step).unlink(missing_ok=True)
+        order = {"job": job, "slow": slow or {}, "held": held or {}, "before": before}
+        order |= {"stderr": str(stderr), "release": release}
         self._process.stdin.write(json.dumps(order) + "\n")
         self._process.stdin.flush()
         told = []
         while not (line := self._line()).isdigit():
             told.append(line)
-        return Child(self, int(line), stderr, told)
+        return Child(self, int(line), stderr, release, told)
 
     def __enter__(self) -> Self:
         return self
@@ -106,18 +127,19 @@ class Server:
 
 
 class Child:
-    """One job. `told`: the steps that were begun, so far as they were read."""
+    """One job. `told` lists the steps that it has started, as far as they were read."""
 
-    def __init__(self, server: Server, pid: int, stderr: Path, told: list[str]) -> None:
+    def __init__(self, server: Server, pid: int, stderr: Path, release: str, told: list[str]) -> None:
         self.pid = pid
         self.told = told
         self.code: int | None = None
-        """Once it has ended: the exit code, or minus the signal that killed it."""
+        """The exit code, or minus the signal that killed the job; None while it runs."""
         self._server = server
         self._stderr = stderr
+        self._release = release
 
     def reaches(self, step: str, times: int = 1) -> bool:
-        """Reads on until that step has begun so often; False if the job ends before."""
+        """Reads until the step has started so often; returns False if the job ends before."""
         while self.told.count(step) < times and self.code is None:
             self._read()
         return self.told.count(step) >= times
@@ -126,8 +148,19 @@ class Child:
         """Sends a signal."""
         os.kill(self.pid, number)
 
+    def release(self, step: str) -> None:
+        """Lets a held step continue."""
+        Path(self._release + step).touch()
+
+    def says(self, text: str) -> None:
+        """Waits until stderr contains `text`."""
+        deadline = time.monotonic() + 60
+        while text not in self.stderr:
+            assert time.monotonic() < deadline, self.stderr
+            time.sleep(0.01)
+
     def wait(self) -> int:
-        """Reads on until the job has ended; returns `code`."""
+        """Reads until the job has ended; returns `code`."""
         while self.code is None:
             self._read()
         return self.code

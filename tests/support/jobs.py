@@ -1,4 +1,4 @@
-"""Jobs for tests: settings over a tiny checkpoint and texts, and what stands in their datasets."""
+"""Runs jobs for tests over a tiny checkpoint and texts, and reads their datasets."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ TEXTS = [("".join(ALPHABET) * 3)[i : i + 20 + 13 * i % 97] for i in range(24)]
 
 
 def settings(checkpoint: Path, texts: Path, root: Path, **sections: dict[str, Any]) -> dict[str, Any]:
-    """A job over `texts` that keeps every row, with `sections` laid over it."""
+    """The settings of a job over `texts` that keeps every row, overridden by `sections`."""
     values: dict[str, Any] = {
         "model": {"name": str(checkpoint), "dtype": "float32"},
         "dataset": {"path": str(texts)},
@@ -55,7 +55,7 @@ def keys(table: pa.Table) -> list[tuple[int, int]]:
 
 
 def hashes(root: Path) -> dict[str, str]:
-    """sha256 by name of every file of a dataset but its manifest, which holds timings, and work still to be tidied."""
+    """The sha256 of every file of a dataset, by name, without leftovers of the job and without the manifest."""
     return {
         path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(root.rglob("*"))
@@ -68,7 +68,7 @@ def tokens_of(text: str) -> torch.Tensor:
 
 
 class Stopped(BaseException):
-    """Stands for whatever ends a process in the middle."""
+    """Simulates the end of a process in the middle of its work."""
 
 
 def stop_at(index: int, plan: Any, capture: Any, real: Any) -> None:
@@ -78,7 +78,7 @@ def stop_at(index: int, plan: Any, capture: Any, real: Any) -> None:
 
 
 def captured_only(checkpoint: Path, texts: Path, root: Path, patch: pytest.MonkeyPatch, **sections: Any) -> None:
-    """A job that is killed when its journal is whole and nothing is made of it yet."""
+    """Runs a job that ends when its journal is complete, before it makes the dataset."""
 
     def fail(*_: Any) -> bool:
         raise Stopped
@@ -89,7 +89,7 @@ def captured_only(checkpoint: Path, texts: Path, root: Path, patch: pytest.Monke
 
 
 def together(jobs: list[dict[str, Any]]) -> list[int]:
-    """Exit codes of jobs that start in the same moment, each a process of its own."""
+    """Starts jobs in the same moment, each in its own process; returns their exit codes."""
     code = "import json, sys; from qk_sniffer.config import from_dict; from qk_sniffer.jobs.run import run_job; "
     code += "print('ready', flush=True); sys.stdin.readline(); run_job(from_dict(json.loads(sys.argv[1])))"
     processes = [

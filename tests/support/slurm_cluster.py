@@ -1,4 +1,4 @@
-"""A real SLURM on loopback for tests: munged, slurmctld and a slurmd for each node, all on this machine, as root."""
+"""Starts a real SLURM on loopback: munged, slurmctld and one slurmd a node, all on this machine, as root."""
 
 import os
 import shutil
@@ -13,8 +13,8 @@ from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
 
-# No accounting: sacct would fail, and submitit wait for ever for a job that died without a result. The controller
-# knows the same of the jobs that it remembers.
+# Without accounting, sacct would fail, and submitit would wait forever for a job that died without a result. The
+# controller knows the same about the jobs that it remembers.
 SACCT = """#!/bin/sh
 echo 'JobID|State|NodeList'
 exec squeue --noheader --array --states=all --format='%i|%T|%N'
@@ -58,7 +58,7 @@ PartitionName=main Nodes=ALL Default=YES DefaultTime=10 MaxTime=60 State=UP
 
 
 def why_not() -> str | None:
-    """Why no SLURM can be started here; None where it can."""
+    """The reason why SLURM cannot start here; None if it can."""
     if missing := [name for name in PROGRAMS if shutil.which(name) is None]:
         return f"SLURM is not installed ({', '.join(missing)}): apt-get install slurmctld slurmd slurm-client munge"
     if os.geteuid() != 0:
@@ -71,10 +71,10 @@ def why_not() -> str | None:
 
 
 class Cluster:
-    """`with Cluster(2) as cluster`: SLURM with nodes n1 and n2. `env` is what its commands need in the environment."""
+    """`with Cluster(2) as cluster`: SLURM with nodes n1 and n2. `env` is the environment of its commands."""
 
     def __init__(self, num_nodes: int) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # short: the path of a socket is limited
+        self.folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # short, because the path of a socket is limited
         self.nodes = [f"n{number}" for number in range(1, num_nodes + 1)]
         self.env = os.environ | {
             "SLURM_CONF": str(self.folder / "slurm.conf"),
@@ -94,11 +94,11 @@ class Cluster:
         self._stop()
 
     def run(self, *arguments: str) -> str:
-        """What a command of SLURM says."""
+        """The output of a command of SLURM."""
         return subprocess.run(arguments, env=self.env, check=True, capture_output=True, text=True).stdout
 
     def jobs(self) -> dict[str, str]:
-        """The state of every job since the cluster was started, by its id: `1_0`."""
+        """The state of every job since the start of the cluster, by its id: `1_0`."""
         lines = self.run("squeue", "--noheader", "--array", "--states=all", "--format=%i %T").splitlines()
         return dict(line.split() for line in lines)
 
@@ -112,7 +112,7 @@ class Cluster:
                     os.kill(int(process.name), number)
 
     def stop_node(self, node: str) -> None:
-        """Ends a node as a power failure would: nobody hears of it any more, and whatever ran on it is gone."""
+        """Ends a node as a power failure would, with everything that ran on it."""
         daemon = self._daemons[2 + self.nodes.index(node)]
         daemon.kill()
         daemon.wait()
@@ -120,7 +120,7 @@ class Cluster:
         self.kill(signal.SIGKILL, SLURMD_NODENAME=node)
 
     def start_node(self, node: str) -> None:
-        """Starts the daemon of a node that was stopped, and takes it into service again."""
+        """Starts the daemon of a stopped node, and returns the node to service."""
         self._daemons[2 + self.nodes.index(node)] = self._daemon("slurmd", "-D", "-N", node)
         self.run("scontrol", "update", f"NodeName={node}", "State=RESUME")
 

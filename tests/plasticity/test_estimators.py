@@ -1,4 +1,4 @@
-"""Parts of the estimators by themselves: how pairs are drawn near each other, and what is degenerate."""
+"""Checks parts of the estimators alone: the draw of neighbouring pairs, and degenerate cases."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ def full_covariance() -> FullCovariance:
 
 
 def test_neighbours_are_drawn_from_long_examples_more_often_and_near_each_other() -> None:
-    sizes = (200, 40, 2, 1)  # the last one has no pair
+    sizes = (200, 40, 2, 1)  # the last example has no pair
     example = np.repeat(np.arange(4), sizes)
     place = np.concatenate([np.arange(size) for size in sizes])
     groups = KeyGroups(np.zeros(len(place)), example, place * 7)
@@ -27,9 +27,9 @@ def test_neighbours_are_drawn_from_long_examples_more_often_and_near_each_other(
     distance = np.abs(place[first] - place[second])
     assert [distance[example[first] == number].max() for number in range(3)] == [10, 2, 1]
     near = np.bincount(distance[(example[first] == 0)], minlength=11)[1:]
-    assert near.min() > 1_500, "every distance, about as often"
+    assert near.min() > 1_500, "all distances are about equally frequent"
     is_ascending = (place[first] < place[second]).mean()
-    assert 0.48 < is_ascending < 0.52, "which is the first is drawn"
+    assert 0.48 < is_ascending < 0.52, "the order within a pair is random"
     assert len(full_covariance().draw(groups, 1, 10, generator(0, 0, 0, 3))[0]) == 0
 
 

@@ -1,4 +1,4 @@
-"""What the pictures of plasticity show: the numbers of the tables, and clearly where there are none."""
+"""Checks that the pictures of plasticity show the numbers of the tables and mark the missing ones."""
 
 import subprocess
 import sys
@@ -18,12 +18,12 @@ from qk_sniffer.plasticity.figures import Names
 from qk_sniffer.plasticity.results import Results
 
 SIZES = (0, 1, 2), (0, 1, 2, 3)
-"""The layers and query heads of the dataset."""
+"""Layers and query heads of the dataset."""
 
 
 @pytest.fixture
 def results(root: Path, tmp_path: Path) -> Path:
-    """The results of a dataset of which one head has no plasticity."""
+    """Returns the results of a dataset in which one head has no plasticity."""
     rewrite(root, 2, 3, "q", np.ones((1, 16)), [5], [0])
     measure(root, tmp_path / "results", num_pairs_per_bucket=20)
     return tmp_path / "results"
@@ -68,7 +68,7 @@ def test_every_head_is_a_faint_line_and_the_mean_a_strong_one(results: Path) -> 
     np.testing.assert_allclose(strong.get_ydata(), np.nanmean(expected, axis=0))
     assert strong.get_linewidth() > 2 * faint[0].get_linewidth() and strong.get_color() == figures.BLUE
     compared = read(Results(results))
-    np.testing.assert_allclose(compared.by_bucket, strong.get_ydata(), err_msg="in a figure of several")
+    np.testing.assert_allclose(compared.by_bucket, strong.get_ydata(), err_msg="the comparison shows the same mean")
     assert len(compared.heads) == 11
     model = record(results)["dataset"]["model"]["slug"]
     assert (
@@ -88,7 +88,7 @@ def test_bucket_pairs_are_means_over_heads(results: Path) -> None:
         values = columns["ap_bucket"][mine]
         values = values[np.isfinite(values)]
         np.testing.assert_allclose(value, values.mean() if len(values) else np.nan)
-    assert np.isnan(shown[0, 1]), "no key comes after its query"
+    assert np.isnan(shown[0, 1]), "no key follows its query"
 
 
 def test_heads_without_a_value_are_hatched(results: Path) -> None:
@@ -103,7 +103,7 @@ def test_heads_without_a_value_are_hatched(results: Path) -> None:
         expected = [[rows[layer, head][column] for head in SIZES[1]] for layer in SIZES[0]]
         expected[1][2] = np.nan
         np.testing.assert_allclose(grid(axes), expected)
-        assert hatched(axes) == {(1, 2), (2, 3)}, "not captured, and without a value"
+        assert hatched(axes) == {(1, 2), (2, 3)}, "one head is not captured, one has no value"
     (legend,) = drawn.legends
     assert legend.get_texts()[0].get_text() == "not captured, or not measured"
 
@@ -118,12 +118,12 @@ RUN = Run("folder", "smollm3-3b", "texts", "main", "regression", np.linspace(0.5
 
 
 def checkpoints() -> list[Run]:
-    """In another order than that of the training."""
+    """Returns checkpoints in another order than that of the training."""
     steps = ["lc-32k-to-64k-step-4000", "lc-4k-to-32k-step-20000", "stage2-step-4200000", "stage1-step-40000"]
     return [replace(RUN, revision=step, heads=np.full(3, number / 10)) for number, step in enumerate(steps)]
 
 
-def test_checkpoints_stand_in_the_order_of_their_training() -> None:
+def test_checkpoints_are_in_the_order_of_their_training() -> None:
     with figures.styled():
         left, right = draw(checkpoints()).axes[:2]
     assert [tick.get_text() for tick in left.get_xticklabels()] == [
@@ -139,7 +139,7 @@ def test_checkpoints_stand_in_the_order_of_their_training() -> None:
     assert str(step_of(replace(RUN, model="pythia", revision="step512"))) == "512" and step_of(RUN) is None
 
 
-def test_other_runs_stand_as_given_and_are_not_joined() -> None:
+def test_other_runs_keep_the_given_order_and_are_not_joined() -> None:
     runs = [*checkpoints(), replace(RUN, heads=np.linspace(0.5, 1, 101))]
     with figures.styled():
         left = draw(runs).axes[0]

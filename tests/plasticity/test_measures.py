@@ -1,4 +1,4 @@
-"""The numbers: against a slow reference written from the definition, scipy's own, and cases with a known answer."""
+"""Compares the numbers with a slow reference written from the definition, with scipy, and with known answers."""
 
 from itertools import combinations
 from pathlib import Path
@@ -18,11 +18,11 @@ from qk_sniffer.plasticity.key_pairs import KeyGroups, generator
 from qk_sniffer.plasticity.measure import KeyHead
 
 WINDOWS = {0: 12, 1: None, 2: 12, 3: None}
-"""Of the layers of the tests' model."""
+"""Sliding windows of the layers of the test model."""
 
 
 def agree(root: Path, folder: Path, rule: Any) -> None:
-    """Holds all three tables of `folder` against the reference."""
+    """Compares all three tables of `folder` with the reference."""
     bucket, span = rule
     rows = heads_of(root)
     found, pairs = metrics(folder), buckets(folder)
@@ -64,11 +64,11 @@ def agree(root: Path, folder: Path, rule: Any) -> None:
 
 
 def test_a_captured_dataset_agrees_with_the_reference(verify_base: Path, tmp_path: Path) -> None:
-    """Uniform buckets, grouped queries, sliding and full layers."""
+    """The dataset has uniform buckets, grouped queries, and sliding and full layers."""
     assert measure(verify_base, tmp_path / "results") == 0
     agree(verify_base, tmp_path / "results", spans(16))
     seen = buckets(tmp_path / "results")
-    assert set(seen[0, 0]) == {(b, b - 1) for b in range(1, 7)}, "a window of 12 reaches the next bucket of 16 only"
+    assert set(seen[0, 0]) == {(b, b - 1) for b in range(1, 7)}, "a window of 12 reaches only the next bucket of 16"
     assert set(seen[1, 0]) == {(b, c) for b in range(1, 7) for c in range(b)}
 
 
@@ -83,7 +83,7 @@ def test_a_captured_dataset_agrees_with_the_reference(verify_base: Path, tmp_pat
 def test_other_samplers_agree(
     sampler: dict[str, Any], rule: Any, checkpoint: Path, texts: Path, tmp_path: Path
 ) -> None:
-    """Keys with a rule of their own are put into the buckets of the queries; only drawn heads are there."""
+    """Keys with a sampler of their own get the buckets of the queries. The dataset has only drawn heads."""
     capture = {"head_sampling": {"count": 3, "seed": 1}}
     texts.write_text("".join(texts.read_text().splitlines(keepends=True)[:9]))
     root = run(checkpoint, texts, tmp_path / "data", sampler=sampler, capture=capture, verify={"examples": 0})
@@ -129,7 +129,7 @@ def test_the_reflection_takes_the_first_unit_vector_to_the_direction(beta: list[
 
 
 def test_constant_components_and_an_exact_line() -> None:
-    """R2 by the letter: a sum of squares of 0 counts as 1e-12, so that a constant is explained."""
+    """The definition of R2 replaces a sum of squares of 0 with 1e-12: a constant counts as explained."""
     positions = np.array([0, 1, 2, 5, 9, 40])
     x = np.stack([2.0 + 0.5 * positions, np.full(6, 1000.1), [1.0, -1, 2, -2, 0, 0]])
     drift = fit_drift(x, positions)
@@ -142,7 +142,7 @@ def test_constant_components_and_an_exact_line() -> None:
 
 
 def grid(examples: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Positions and examples of a dataset that has every position of every example."""
+    """Returns the positions and examples of a dataset with every position of every example."""
     return np.tile(np.arange(length), examples), np.repeat(np.arange(examples), length)
 
 
@@ -150,7 +150,7 @@ LENGTH, DIMS = 64, 16
 
 
 def synthetic(root: Path, queries: np.ndarray, keys: np.ndarray, layer: int = 1) -> None:
-    """Makes these (examples x LENGTH, DIMS) the vectors of query head 0 and of key head 0 in a layer."""
+    """Replaces the vectors of query head 0 and key head 0 of a layer with these (examples x LENGTH, DIMS)."""
     for kind, values in (("q", queries), ("k", keys)):
         positions, examples = grid(len(values) // LENGTH, LENGTH)
         rewrite(root, layer, 0, kind, values, positions, examples)
@@ -178,7 +178,7 @@ def test_a_mean_far_out_along_every_difference_has_plasticity_0(
     random = np.random.default_rng(0)
     axis = random.normal(size=DIMS)
     queries = 1e4 * axis + random.normal(size=(20 * LENGTH, DIMS))
-    # Of different steps along one axis, so that every difference lies along it.
+    # The keys step along one axis, so that every difference lies along it.
     keys = np.outer(np.arange(4 * LENGTH) + 1.0, axis) + random.normal(scale=1e-3, size=(4 * LENGTH, DIMS))
     synthetic(root, queries, keys)
     measure(root, tmp_path / "results", **estimator)
@@ -186,7 +186,10 @@ def test_a_mean_far_out_along_every_difference_has_plasticity_0(
 
 
 def expected_of(means: np.ndarray, covariance: np.ndarray, keys: np.ndarray) -> dict[tuple[int, int], float]:
-    """Analytic plasticity for normal queries of these means (buckets, DIMS), all pairs of keys, buckets of 16."""
+    """Returns the analytic plasticity of normal queries with these means (buckets, DIMS).
+
+    It takes all pairs of keys in buckets of 16.
+    """
     positions, examples = grid(len(keys) // LENGTH, LENGTH)
     values = {}
     for c in range(3):
@@ -201,7 +204,7 @@ def expected_of(means: np.ndarray, covariance: np.ndarray, keys: np.ndarray) -> 
 
 
 def test_normal_queries_have_the_analytic_value(root: Path, tmp_path: Path) -> None:
-    """20,000 rows around a line: z is known to some 0.02, and plasticity to less than that."""
+    """With 20,000 rows around a line, the error of z is about 0.02, and that of plasticity is smaller."""
     random = np.random.default_rng(3)
     alpha, beta = random.normal(size=DIMS), random.normal(scale=0.05, size=DIMS)
     positions, _ = grid(320, LENGTH)
@@ -215,16 +218,16 @@ def test_normal_queries_have_the_analytic_value(root: Path, tmp_path: Path) -> N
     assert found.keys() == expected.keys()
     for key, value in expected.items():
         assert found[key] == pytest.approx(value, abs=0.01), key
-    assert min(expected.values()) < 0.8, "else there is nothing to get wrong"
+    assert min(expected.values()) < 0.8, "otherwise the test could not fail"
 
 
 def test_full_covariance_has_the_analytic_value_where_components_depend(root: Path, tmp_path: Path) -> None:
-    """The regression takes rotated components as independent: it is wrong here, and the covariance is right."""
+    """The regression treats rotated components as independent. It is wrong here, and the covariance is right."""
     random = np.random.default_rng(4)
     shape = 0.3 * np.eye(DIMS) + 0.1 * np.ones((DIMS, DIMS))  # all components move together
     mean = np.full(DIMS, 0.4)
     queries = mean + random.normal(size=(320 * LENGTH, DIMS)) @ shape.T
-    # Independent of each other, so that neighbours differ as any two do.
+    # Keys are independent, so that neighbours differ like any other two keys.
     keys = random.normal(size=(40 * LENGTH, DIMS)) + random.normal(size=(40 * LENGTH, 1))
     synthetic(root, queries, keys)
     expected = expected_of(np.tile(mean, (4, 1)), shape @ shape.T, keys)
@@ -258,7 +261,7 @@ def test_a_rotation_changes_nothing_of_the_full_covariance(root: Path, tmp_path:
 
 
 def test_the_exponential_weights_are_those_of_the_definition(root: Path, tmp_path: Path) -> None:
-    """One pair of keys along each axis of the difference, so that one value tells of one mean and covariance."""
+    """With a single pair of keys, each value depends on one mean and one covariance."""
     random = np.random.default_rng(6)
     count = 90
     positions, examples = np.sort(random.integers(0, LENGTH, count)), np.arange(count)
@@ -286,7 +289,7 @@ def test_pairs_are_drawn_evenly_and_only_within_an_example_and_bucket() -> None:
     counts: dict[tuple[int, int], int] = {}
     for seed in range(400):
         first, second = groups.draw(1, 100, generator(seed, 0, 0, 3))
-        assert len({frozenset(pair) for pair in zip(first, second, strict=True)}) == 100, "none twice"
+        assert len({frozenset(pair) for pair in zip(first, second, strict=True)}) == 100, "no pair occurs twice"
         assert (example[first] == example[second]).all() and (bucket[first] == 1).all() and (bucket[second] == 1).all()
         for pair in zip(first.tolist(), second.tolist(), strict=True):
             counts[min(pair), max(pair)] = counts.get((min(pair), max(pair)), 0) + 1
@@ -308,7 +311,7 @@ def test_pairs_of_a_long_example_need_no_memory_of_their_number() -> None:
     groups = KeyGroups(np.zeros(size, int), np.zeros(size, int), np.arange(size))
     first, second = groups.draw(0, 5000, generator(0, 0, 0, 3))
     assert (first < second).all() and first.min() >= 0 and second.max() < size
-    assert scipy.stats.kstest((second / size) ** 2, "uniform").pvalue > 1e-4, "i has i of all pairs below it"
+    assert scipy.stats.kstest((second / size) ** 2, "uniform").pvalue > 1e-4, "key i is the second of i pairs"
 
 
 @pytest.mark.parametrize(
@@ -348,7 +351,7 @@ def metrics_of_all(root: Path, tmp_path: Path) -> dict[tuple[int, int], dict[str
 
 @pytest.mark.parametrize("seed", range(8))
 def test_random_small_heads_agree(seed: int, root: Path, tmp_path: Path) -> None:
-    """Few rows, any dimensions, repeated positions, one of the layers with a window."""
+    """Heads have few rows, 2 to 8 dimensions and repeated positions, in a layer with or without a window."""
     random = np.random.default_rng(seed)
     layer, dims = int(random.integers(0, 2)), int(random.integers(2, 9))
     rows = {}

@@ -1,4 +1,4 @@
-"""The program: what it leaves and says; what it does where a dataset is not as one would wish; restarts."""
+"""Checks the program: its files and messages, damaged or incomplete datasets, and restarts."""
 
 import re
 import shutil
@@ -26,7 +26,7 @@ from qk_sniffer.store.manifest import write as write_manifest
 
 
 def test_the_columns_are_the_contract(verify_base: Path, tmp_path: Path) -> None:
-    """Plots and notebooks of others read them."""
+    """Plots and notebooks of users read these columns."""
     measure(verify_base, tmp_path / "results")
     head = "layer,q_head,k_head,"
     measured = "q_R2_pos,q_beta_norm,q_R2_scalar,q_mae_baseline,q_mae_proj,q_mae_ratio,q_resid0_skew,q_resid0_kurt,"
@@ -75,7 +75,7 @@ def test_the_program_from_its_start_to_pictures(
 def test_killed_and_run_again_gives_the_same_bytes(verify_base: Path, tmp_path: Path) -> None:
     settings = (f"data_root={verify_base}", "pictures=false", "num_pairs_per_bucket=20")
     command = [sys.executable, "-m", "qk_sniffer.plasticity", *settings, "output_dir=killed"]
-    # Slow enough to be met in the middle.
+    # Each head takes long enough for the test to kill the program halfway.
     code = "import time, qk_sniffer.plasticity.measure as m; real = m._QueryHead.result\n"
     code += "m._QueryHead.result = lambda self: (time.sleep(0.3), real(self))[1]\n"
     command[1:3] = ["-c", code + "import sys; from qk_sniffer.plasticity.cli import main; sys.exit(main())"]
@@ -138,18 +138,18 @@ def test_heads_of_few_rows_say_what_they_lack(rows: int, root: Path, tmp_path: P
     values, _, examples = columns_of(root, "l01h00q")
     rewrite(root, 1, 0, "q", values[:rows], np.arange(rows) * 20, examples[:rows])
     assert measure(root, tmp_path / "results") == 0
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     row = metrics(tmp_path / "results")[1, 0]
     assert row["n_q_tokens"] == rows
     if rows < 2:
-        assert "nothing can be fitted, measures are NaN: l01h00q" in said
+        assert "nothing can be fitted, measures are NaN: l01h00q" in printed
         of_a_constant = {"q_mae_baseline": 0.0, "q_mae_proj": 0.0, "q_mae_ratio": 1.0} if rows else {}
         for name in (*tables.QUERY_METRICS, "ap_overall"):
             np.testing.assert_equal(row[name], of_a_constant.get(name, np.nan), name)
     else:
         assert np.isfinite(row["q_R2_pos"]) and np.isnan(row["q_resid0_kurt"])
-        assert f"{rows} queries: too few for " in said
-    assert len(metrics(tmp_path / "results")) == 12, "the head stays in the table"
+        assert f"{rows} queries: too few for " in printed
+    assert len(metrics(tmp_path / "results")) == 12, "the head remains in the table"
 
 
 def test_queries_at_one_position(root: Path, tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_queries_at_one_position(root: Path, tmp_path: Path) -> None:
     }
 
 
-def test_empty_buckets_have_rows_of_nan_and_a_word(root: Path, tmp_path: Path) -> None:
+def test_empty_buckets_have_rows_of_nan_and_a_note(root: Path, tmp_path: Path) -> None:
     values, positions, examples = columns_of(root, "l01h00q")
     kept = positions // 16 != 2
     rewrite(root, 1, 0, "q", values[kept], positions[kept], examples[kept])
@@ -183,18 +183,18 @@ def test_empty_buckets_have_rows_of_nan_and_a_word(root: Path, tmp_path: Path) -
     assert notes["no two keys of an example in bucket 1: NaN for it"] == ["l01h00q", "l01h01q"]
 
 
-def test_a_missing_file_is_named_and_made_up_for_once_it_is_there(root: Path, tmp_path: Path, capsys: Any) -> None:
+def test_a_missing_file_is_named_and_measured_once_it_exists(root: Path, tmp_path: Path, capsys: Any) -> None:
     measure(root, tmp_path / "whole")
     key_file, query_file = Layout(root).head_file(1, 1, "k"), Layout(root).head_file(0, 3, "q")
-    held, query = key_file.read_bytes(), query_file.read_bytes()
+    keys, query = key_file.read_bytes(), query_file.read_bytes()
     key_file.unlink()
     query_file.write_bytes(query[:100])
     assert measure(root, tmp_path / "results") == 1
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for name in ("l00h03q", "l01h02q", "l01h03q"):
-        assert re.search(rf"{name} is NOT measured: .* is missing or damaged", said), said
+        assert re.search(rf"{name} is NOT measured: .* is missing or damaged", printed), printed
     assert len(metrics(tmp_path / "results")) == 9
-    key_file.write_bytes(held)
+    key_file.write_bytes(keys)
     query_file.write_bytes(query)
     assert measure(root, tmp_path / "results") == 0
     assert bytes_of(tmp_path / "results") == bytes_of(tmp_path / "whole")
@@ -237,7 +237,7 @@ def test_a_branch_of_the_hub(verify_base: Path, tmp_path: Path) -> None:
     assert wrong.returncode == 1 and "no dataset of qk-sniffer at the revision 'other'" in wrong.stderr
 
 
-def test_what_the_manifest_says_of_layers_is_passed_on(root: Path, tmp_path: Path) -> None:
+def test_facts_of_the_manifest_about_layers_become_notes(root: Path, tmp_path: Path) -> None:
     manifest = read_manifest(root)
     manifest["model"]["rope_stage"] = "pre"
     manifest["model"]["layers"][1] |= {"position_bias": True, "sliding_window": None, "attention_chunk": 32}
@@ -254,7 +254,7 @@ def test_what_the_manifest_says_of_layers_is_passed_on(root: Path, tmp_path: Pat
     assert set(buckets(tmp_path / "results")[1, 0]) == {(1, 0), (3, 2), (5, 4)}, "buckets of 16 in chunks of 32"
 
 
-def test_results_go_nowhere_else(root: Path, tmp_path: Path) -> None:
+def test_results_need_a_folder_of_their_own(root: Path, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "mine.txt").write_text("mine")
     with pytest.raises(StoreError, match="holds something else"):
@@ -263,7 +263,7 @@ def test_results_go_nowhere_else(root: Path, tmp_path: Path) -> None:
         measure(root, tmp_path / "results")
 
 
-def test_without_matplotlib_there_are_tables_and_without_scipy_a_word(
+def test_without_matplotlib_there_are_tables_and_without_scipy_an_error(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     from qk_sniffer.plasticity import run as module
@@ -281,12 +281,14 @@ def test_a_file_that_is_not_the_listed_one_is_named(root: Path, tmp_path: Path, 
     shutil.copy(Layout(root).head_file(1, 1, "q"), Layout(root).head_file(1, 0, "q"))
     shutil.copy(Layout(root).head_file(0, 0, "k"), Layout(root).head_file(2, 0, "k"))
     assert measure(root, tmp_path / "results") == 0
-    said = capsys.readouterr().out
-    assert "the file of the queries is not the one that manifest.json lists (qk_sniffer.verify): l01h00q\n" in said
-    assert "the file of the keys is not the one that manifest.json lists (qk_sniffer.verify): l02h00q, l02h01q" in said
+    printed = capsys.readouterr().out
+    assert "the file of the queries is not the one that manifest.json lists (qk_sniffer.verify): l01h00q\n" in printed
+    assert (
+        "the file of the keys is not the one that manifest.json lists (qk_sniffer.verify): l02h00q, l02h01q" in printed
+    )
 
 
-def test_damaged_results_are_made_anew(root: Path, tmp_path: Path) -> None:
+def test_damaged_results_are_recreated(root: Path, tmp_path: Path) -> None:
     folder = tmp_path / "results"
     measure(root, folder)
     whole = bytes_of(folder)
@@ -294,26 +296,26 @@ def test_damaged_results_are_made_anew(root: Path, tmp_path: Path) -> None:
     assert measure(root, folder) == 0 and bytes_of(folder) == whole
     (folder / "plasticity.json").write_bytes(b"{")
     assert measure(root, folder) == 0 and bytes_of(folder) == whole
-    # A result that a full disk cut short is measured again.
+    # The program measures a head again if a full disk truncated its result.
     query_file = Layout(root).head_file(0, 3, "q")
-    held = query_file.read_bytes()
+    query = query_file.read_bytes()
     query_file.unlink()
     assert measure(root, folder, num_pairs_per_bucket=9) == 1
     (folder / ".work" / "l01h03q.json").write_bytes(b'{"layer": 1')
-    query_file.write_bytes(held)
+    query_file.write_bytes(query)
     assert measure(root, folder, num_pairs_per_bucket=9) == 0
     measure(root, tmp_path / "undisturbed", num_pairs_per_bucket=9)
     assert bytes_of(folder) == bytes_of(tmp_path / "undisturbed")
 
 
-def test_pictures_of_what_is_replaced_go(root: Path, tmp_path: Path) -> None:
+def test_pictures_of_replaced_results_are_removed(root: Path, tmp_path: Path) -> None:
     pictures = tmp_path / "results" / "pictures"
     measure(root, tmp_path / "results", pictures=True)
     assert len(list(pictures.iterdir())) == 4
     measure(root, tmp_path / "results", num_pairs_per_bucket=9)
     assert list(pictures.iterdir()) == []
     measure(root, tmp_path / "results", pictures=True)
-    measure(root, tmp_path / "results", pictures=True, max_tokens_per_head=1)  # no plasticity at all
+    measure(root, tmp_path / "results", pictures=True, max_tokens_per_head=1)  # no head has a plasticity
     assert sorted(path.stem for path in pictures.iterdir()) == ["by_head", "component_weights"]
 
 

@@ -1,4 +1,4 @@
-"""Results and datasets for the tests of plasticity."""
+"""Measures datasets, reads results and changes datasets for the tests of plasticity."""
 
 import json
 import os
@@ -20,11 +20,11 @@ from qk_sniffer.store.layout import Layout, schema
 from qk_sniffer.store.manifest import FileEntry
 
 ALL_PAIRS = 10**6
-"""More pairs than any bucket of these tests has, so that none are drawn."""
+"""More pairs than any bucket of these tests has: the program takes all pairs and draws none."""
 
 
 def measure(root: Path, folder: Path, **settings: Any) -> int:
-    """The exit code of a run without pictures; the regression takes all pairs of keys."""
+    """Returns the exit code of a run without pictures. The regression takes all pairs of keys by default."""
     pairs = 1000 if "estimator" in settings else ALL_PAIRS
     values = {"pictures": False, "num_pairs_per_bucket": pairs} | settings
     config = PlasticityConfig(data_root=str(root), output_dir=str(folder), **values)
@@ -37,14 +37,14 @@ def full_covariance(alpha: float) -> EstimatorConfig:
 
 
 def metrics(folder: Path) -> dict[tuple[int, int], dict[str, float]]:
-    """The rows of head_metrics by layer and query head."""
+    """Returns the rows of head_metrics by layer and query head."""
     columns = tables.read(folder, "head_metrics")
     rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     return {(int(row["layer"]), int(row["q_head"])): row for row in rows}
 
 
 def buckets(folder: Path) -> dict[tuple[int, int], dict[tuple[int, int], float]]:
-    """ap_bucket by (query bucket, key bucket), by layer and query head."""
+    """Returns ap_bucket by (query bucket, key bucket), by layer and query head."""
     columns = tables.read(folder, "head_bucket_plasticity")
     found: dict[tuple[int, int], dict[tuple[int, int], float]] = {}
     del columns["k_head"]
@@ -54,7 +54,7 @@ def buckets(folder: Path) -> dict[tuple[int, int], dict[tuple[int, int], float]]
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
-    """The tables' files."""
+    """Returns the bytes of the tables' files by name."""
     return {path.name: path.read_bytes() for path in sorted(folder.glob("head_*"))}
 
 
@@ -64,7 +64,7 @@ def record(folder: Path) -> dict[str, Any]:
 
 
 def rewrite(root: Path, layer: int, head: int, kind: str, vectors: np.ndarray, positions: Any, examples: Any) -> None:
-    """Puts rows of ours in the place of a head's; buckets and windows are not read from there."""
+    """Replaces the rows of a head. The program does not read the columns of buckets and windows."""
     count, width = vectors.shape
     columns = {
         "bucket": np.zeros(count, np.int32),
@@ -75,11 +75,11 @@ def rewrite(root: Path, layer: int, head: int, kind: str, vectors: np.ndarray, p
     }
     path = Layout(root).head_file(layer, head, kind)
     pq.write_table(pa.table(columns, schema=schema(width)), path)
-    listed(root, path)
+    list_in_manifest(root, path)
 
 
-def listed(root: Path, path: Path) -> None:
-    """Lists a file that was changed in the dataset's manifest."""
+def list_in_manifest(root: Path, path: Path) -> None:
+    """Updates the entry of a changed file in the manifest of the dataset."""
     entry = FileEntry(pq.read_metadata(path).num_rows, path.stat().st_size, sha256(path.read_bytes()).hexdigest())
     manifests.write(
         Layout(root), manifests.with_files(manifests.read(root), {path.relative_to(root).as_posix(): entry})
@@ -87,7 +87,7 @@ def listed(root: Path, path: Path) -> None:
 
 
 def program(cwd: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The program, as a person starts it."""
+    """Runs the program in a process of its own, as a user does."""
     return subprocess.run(
         [sys.executable, "-m", "qk_sniffer.plasticity", *arguments],
         cwd=cwd,
@@ -98,5 +98,5 @@ def program(cwd: Path, *arguments: str, **environment: str) -> subprocess.Comple
 
 
 def environment_of(**more: str) -> dict[str, str]:
-    """That of this process, with this checkout first."""
+    """Returns the environment of this process, with this checkout first on the path."""
     return {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), **more}

@@ -1,6 +1,7 @@
-"""Attention plasticity as its definition reads: loops, whole matrices and scipy, one query head at a time, slowly.
+"""Computes attention plasticity directly from its definition, with loops, whole matrices and scipy.
 
-Nothing is drawn: all pairs of keys count, and all components are tested. Buckets are those of the queries' sampler.
+It is slow and takes one query head at a time. It draws nothing: it takes all pairs of keys and tests all components.
+Buckets are those of the queries' sampler.
 """
 
 import math
@@ -25,7 +26,7 @@ def orientation(keys: np.ndarray, buckets: list[int]) -> np.ndarray:
 
 
 def fit(x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
-    """Intercept and slope of y on x."""
+    """Returns the intercept and slope of y on x."""
     design = np.stack([np.ones(len(x)), x], axis=1)
     intercept, slope = np.linalg.lstsq(design, y, rcond=None)[0]
     return float(intercept), float(slope)
@@ -128,7 +129,7 @@ def is_visible(queries: tuple[int, int], keys: tuple[int, int], window: int | No
 
 
 def ewm(x: np.ndarray, positions: np.ndarray, time: int, alpha: float) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and covariance of the queries at `time`, from the weights of the definition, row by row."""
+    """Returns the mean and covariance of the queries at `time`, row by row from the weights of the definition."""
     observed = sorted({int(p) for p in positions if p <= time})
     weight, first = 0.0, np.zeros(x.shape[1])
     second = np.zeros((x.shape[1], x.shape[1]))
@@ -143,12 +144,12 @@ def ewm(x: np.ndarray, positions: np.ndarray, time: int, alpha: float) -> tuple[
 
 
 def spans(size: int) -> tuple[Bucket, Span]:
-    """Bucket and span of a uniform sampler."""
+    """Returns the bucket and span functions of a uniform sampler."""
     return (lambda position: position // size), (lambda bucket: (bucket * size, (bucket + 1) * size - 1))
 
 
 def log_spans(size: int) -> tuple[Bucket, Span]:
-    """Bucket and span of a log_uniform sampler."""
+    """Returns the bucket and span functions of a log_uniform sampler."""
     lowest = math.ceil(math.log2(size))
     edges = [0, *(2**b - 1 for b in range(lowest + 1, 40))]
 

@@ -2,8 +2,8 @@
 
 Each head is stored as soon as it is measured.
 
-Threads, not processes: numpy lets go of the interpreter in sorts and passes over arrays, and a process would have to
-import scipy anew.
+Threads, not processes: numpy releases the interpreter lock in sorts and passes over arrays, and each process would
+import scipy again.
 """
 
 import logging
@@ -25,6 +25,7 @@ from qk_sniffer.dataset.reader import Dataset, open_dataset, sampler_of
 from qk_sniffer.errors import QkSnifferError, StoreError
 from qk_sniffer.machine import num_threads
 from qk_sniffer.plasticity.config import INSTALL, PlasticityConfig
+from qk_sniffer.plasticity.figures import draw_all
 from qk_sniffer.plasticity.measure import KeyHead, Keys, Measuring
 from qk_sniffer.plasticity.results import Results, fingerprint, manifest_sha256
 from qk_sniffer.plasticity.tables import HeadResult
@@ -211,8 +212,6 @@ def draw(results: Results) -> list[Path]:
     if find_spec("matplotlib") is None:
         log.warning("no pictures: matplotlib is not installed: %s, and rerun the same command", INSTALL)
         return []
-    from qk_sniffer.plasticity.figures import draw_all
-
     return draw_all(results)
 
 

@@ -14,7 +14,7 @@ from hydra.core.override_parser.types import Override, ValueType
 from hydra.errors import HydraException
 
 from qk_sniffer.cli.application import Application
-from qk_sniffer.cli.schema import not_a_setting, repeated
+from qk_sniffer.cli.schema import not_a_setting
 from qk_sniffer.text import closest, did_you_mean
 
 Groups = Callable[[str], list[str]]
@@ -58,10 +58,7 @@ class Checker:
                 whole = whole and not self._chooses_group(argument)
             else:
                 good.append(argument)
-        keys = self._keys(good)
-        problems += repeated(key for key in keys if key is not None)
-        first = [text for place, text in enumerate(good) if keys[place] is None or keys[place] not in keys[:place]]
-        return Checked(problems, first, whole)
+        return Checked(problems, good, whole)
 
     def values_of(self, override: Override) -> list[Any]:
         """Returns the value of an argument, or all values of a sweep; none where they cannot be listed."""
@@ -72,13 +69,6 @@ class Checker:
         except (HydraException, ValueError):  # glob() on a name that is not a group; a range with a step of 0
             return []
         return [self.parser.parse_overrides([f"{override.key_or_group}={text}"])[0].value() for text in texts]
-
-    def _keys(self, arguments: Sequence[str]) -> list[str | None]:
-        """Returns the key or group that each argument sets; None for a deletion and for Hydra's own settings."""
-        return [
-            None if each.is_delete() or each.is_hydra_override() or each.package is not None else each.key_or_group
-            for each in self.parser.parse_overrides(list(arguments))
-        ]
 
     def _problems(self, argument: str, *, has_experiment: bool) -> Iterator[str]:
         try:

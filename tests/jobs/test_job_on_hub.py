@@ -77,7 +77,7 @@ def test_killed_in_mid_upload_and_refused(tmp_path: Path) -> None:
     with FakeHub() as hub:
         hub.fault("PUT", "/lfs/", "hold")
         process = subprocess.Popen([sys.executable, *JOB], cwd=tmp_path, env=environment(hub, tmp_path))
-        assert hub.held.wait(60), "the upload has begun"
+        assert hub.held.wait(60), "the upload has started"
         process.send_signal(signal.SIGKILL)
         process.wait()
         hub.held.clear()

@@ -14,7 +14,7 @@ def is_running() -> bool:
 
 
 def wait_until_gone() -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while is_running() and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not is_running()
@@ -67,12 +67,11 @@ def test_leaving_does_not_wait_for_an_item_that_takes_long() -> None:
     go = threading.Event()
 
     def slow() -> Iterator[int]:
-        go.wait(20)
+        go.wait(60)
         yield 1
 
-    start = time.monotonic()
     with pytest.raises(ZeroDivisionError), ahead(slow()) as _:
         raise ZeroDivisionError
-    assert time.monotonic() - start < 5
+    assert is_running(), "the thread still waits for its item"
     go.set()
     wait_until_gone()

@@ -62,11 +62,9 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Any], Path]
 @pytest.fixture
 def texts(tmp_path: Path) -> Path:
     """A jsonl file of the texts of `jobs`, with ids."""
-    from support.jobs import TEXTS
+    from support.jobs import write_texts
 
-    path = tmp_path / "texts.jsonl"
-    path.write_text("".join(json.dumps({"text": text, "id": f"doc-{i}"}) + "\n" for i, text in enumerate(TEXTS)))
-    return path
+    return write_texts(tmp_path / "texts.jsonl")
 
 
 @pytest.fixture
@@ -97,6 +95,24 @@ def make_dataset(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         return copied(made(model, heads, layer, seed), root)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def undisturbed(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Runs a job over the texts of `jobs`, once a session for each set of sections; returns its dataset, read-only."""
+    from support.jobs import run, write_texts
+
+    folder = tmp_path_factory.mktemp("undisturbed")
+    texts = write_texts(folder / "texts.jsonl")
+    made: dict[str, Path] = {}
+
+    def dataset(**sections: dict[str, Any]) -> Path:
+        key = json.dumps(sections, sort_keys=True)
+        if key not in made:
+            made[key] = run(checkpoint, texts, folder / str(len(made)), **sections)
+        return made[key]
+
+    return dataset
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +39,9 @@ def job(checkpoint: Path, texts: Path, tmp_path: Path) -> dict[str, Any]:
 
 
 @pytest.fixture
-def whole(checkpoint: Path, texts: Path, tmp_path: Path) -> dict[str, str]:
+def whole(undisturbed: Callable[..., Path]) -> dict[str, str]:
     """The hashes of the dataset of an undisturbed job."""
-    return hashes(run(checkpoint, texts, tmp_path / "whole", **SECTIONS))
+    return hashes(undisturbed(**SECTIONS))
 
 
 def root_of(job: dict[str, Any]) -> Path:
@@ -60,11 +60,17 @@ def finish(server: Server, job: dict[str, Any]) -> str:
 @pytest.mark.parametrize("seed", range(int(os.environ.get("KILL_SEEDS", "1"))))
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_killed_at_random_moments_of_every_step(
-    batch_size: int, seed: int, server: Server, checkpoint: Path, texts: Path, tmp_path: Path
+    batch_size: int,
+    seed: int,
+    server: Server,
+    checkpoint: Path,
+    texts: Path,
+    tmp_path: Path,
+    undisturbed: Callable[..., Path],
 ) -> None:
     sections = {"inference": SECTIONS["inference"] | {"batch_size": batch_size}}
     job = settings(checkpoint, texts, tmp_path / "out", **sections)
-    whole = hashes(run(checkpoint, texts, tmp_path / "whole", **sections))
+    whole = hashes(undisturbed(**sections))
     rng = np.random.default_rng(seed)
     slow = dict.fromkeys(STEPS, 0.02) | {"forward": 0.004}
     root = root_of(job)

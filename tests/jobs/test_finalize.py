@@ -1,5 +1,6 @@
 """`python -m qk_sniffer.finalize` does by hand what the last shard does."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +50,11 @@ def test_it_says_which_shards_are_missing(
 def test_it_makes_the_dataset_that_a_dead_shard_did_not_make(
     prove: bool,
     captured: Path,
-    checkpoint: Path,
-    texts: Path,
-    tmp_path: Path,
+    undisturbed: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    root, whole = captured, run(checkpoint, texts, tmp_path / "whole", **EXACT)
+    root, whole = captured, undisturbed(**EXACT)
     if not prove:
         monkeypatch.setattr("qk_sniffer.jobs.components.load_backbone", None)  # no model is loaded
     assert finalize(root, prove=prove) == 0

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -171,9 +172,9 @@ def test_heads_that_get_no_new_row_stay_as_they_are(added: str, checkpoint: Path
 
 
 def test_batches_of_several_examples_give_the_same_vectors_within_rounding(
-    checkpoint: Path, texts: Path, tmp_path: Path
+    checkpoint: Path, texts: Path, tmp_path: Path, undisturbed: Callable[..., Path]
 ) -> None:
-    whole = run(checkpoint, texts, tmp_path / "whole")
+    whole = undisturbed()
     run(checkpoint, texts, tmp_path / "grown", dataset={"max_samples": 11})
     grown = run(checkpoint, texts, tmp_path / "grown")
     for name, table in heads_of(whole).items():
@@ -182,8 +183,10 @@ def test_batches_of_several_examples_give_the_same_vectors_within_rounding(
         np.testing.assert_allclose(vectors(table), vectors(other), rtol=1e-4, atol=1e-5)
 
 
-def test_shards_add_to_a_dataset_of_one_job(checkpoint: Path, texts: Path, tmp_path: Path) -> None:
-    whole = run(checkpoint, texts, tmp_path / "whole", **ALONE)
+def test_shards_add_to_a_dataset_of_one_job(
+    checkpoint: Path, texts: Path, tmp_path: Path, undisturbed: Callable[..., Path]
+) -> None:
+    whole = undisturbed(**ALONE)
     root = tmp_path / "grown"
     run(checkpoint, texts, root, **ALONE, dataset={"max_samples": 7})
     for index in range(3):
@@ -193,9 +196,14 @@ def test_shards_add_to_a_dataset_of_one_job(checkpoint: Path, texts: Path, tmp_p
 
 
 def test_a_killed_job_that_adds_goes_on_and_leaves_the_old_dataset_to_readers(
-    checkpoint: Path, texts: Path, tmp_path: Path, forwarded: list[int], monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path,
+    texts: Path,
+    tmp_path: Path,
+    forwarded: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    undisturbed: Callable[..., Path],
 ) -> None:
-    whole = run(checkpoint, texts, tmp_path / "whole", **ALONE)
+    whole = undisturbed(**ALONE)
     root = tmp_path / "grown"
     run(checkpoint, texts, root, **ALONE, dataset={"max_samples": 7})
     before = hashes(root)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -113,10 +114,15 @@ def test_a_local_file_that_changed_is_not_taken_for_the_finished_one(
 
 @pytest.mark.parametrize("after", [0, 1, 3, 6])
 def test_a_job_that_was_stopped_goes_on_and_ends_with_the_same_bytes(
-    after: int, checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    after: int,
+    checkpoint: Path,
+    texts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    undisturbed: Callable[..., Path],
 ) -> None:
     sections = {"inference": {"batch_size": 3, "lookahead": 10}}
-    whole = run(checkpoint, texts, tmp_path / "whole", **sections)
+    whole = undisturbed(**sections)
     ran: list[set[int]] = []
     run_batch = capture_module.Capture.run
 
@@ -136,9 +142,11 @@ def test_a_job_that_was_stopped_goes_on_and_ends_with_the_same_bytes(
     assert sorted(index for batch in ran for index in batch) == list(range(len(TEXTS))), "work was done twice, or not"
 
 
-def test_a_killed_process_resumes_and_ends_with_the_same_bytes(checkpoint: Path, texts: Path, tmp_path: Path) -> None:
+def test_a_killed_process_resumes_and_ends_with_the_same_bytes(
+    checkpoint: Path, texts: Path, tmp_path: Path, undisturbed: Callable[..., Path]
+) -> None:
     sections: dict[str, Any] = {"inference": {"batch_size": 1, "segment_mb": 1, "queue_mb": 1}}
-    whole = run(checkpoint, texts, tmp_path / "whole", **sections)
+    whole = undisturbed(**sections)
     root = tmp_path / "killed"
     values = settings(checkpoint, texts, root, **sections)
     code = (
@@ -166,13 +174,19 @@ def test_a_killed_process_resumes_and_ends_with_the_same_bytes(checkpoint: Path,
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("harm", ["flip", "first gone", "last gone", "all gone"])
 def test_a_journal_damaged_after_it_was_complete_is_mended(
-    harm: str, streaming: bool, checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    harm: str,
+    streaming: bool,
+    checkpoint: Path,
+    texts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    undisturbed: Callable[..., Path],
 ) -> None:
     sections: dict[str, Any] = {
         "inference": {"batch_size": 1, "segment_mb": 1, "lookahead": 1},
         "dataset": {"streaming": streaming, "max_samples": 20},
     }
-    whole = run(checkpoint, texts, tmp_path / "whole", **sections)
+    whole = undisturbed(**sections)
     with monkeypatch.context() as patch:
         patch.setattr(JournalWriter, "_due", lambda self: bool(self._queue))  # a segment as soon as any rows are queued
         captured_only(checkpoint, texts, tmp_path / "damaged", monkeypatch, **sections)
@@ -188,17 +202,17 @@ def test_a_journal_damaged_after_it_was_complete_is_mended(
 
 
 def test_what_another_shard_has_lost_is_said_with_the_shard(
-    checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: Callable[..., Path]
 ) -> None:
     root, alone = tmp_path / "out", {"batch_size": 1}
     run(checkpoint, texts, root, shard={"index": 1, "count": 2}, inference=alone)
     captured_only(checkpoint, texts, root, monkeypatch, shard={"index": 0, "count": 2}, inference=alone)
     (segment,) = Layout(root).journal(1, 2).glob("*.safetensors")
     segment.unlink()
-    with pytest.raises(StoreError, match=r"held 12 when it was whole.*Run the job of shard\.index=1 again"):
+    with pytest.raises(StoreError, match=r"held 12 when it was complete.*Rerun the job of shard\.index=1"):
         run(checkpoint, texts, root, shard={"index": 0, "count": 2}, inference=alone)
     run(checkpoint, texts, root, shard={"index": 1, "count": 2}, inference=alone)
-    assert hashes(root) == hashes(run(checkpoint, texts, tmp_path / "whole", inference=alone))
+    assert hashes(root) == hashes(undisturbed(inference=alone))
 
 
 def test_a_finished_job_does_nothing(
@@ -248,7 +262,7 @@ def test_a_source_that_changed_in_the_middle_is_refused(
 
 
 def test_a_source_that_changed_before_the_proof_is_refused(
-    checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: Callable[..., Path]
 ) -> None:
     captured_only(checkpoint, texts, tmp_path / "out", monkeypatch)
     lines = [json.dumps({"text": "another", "id": f"doc-{i}"}) for i in range(len(TEXTS))]
@@ -257,12 +271,17 @@ def test_a_source_that_changed_before_the_proof_is_refused(
     with pytest.raises(SourceError, match=r"not the text that was captured"):
         run(checkpoint, texts, tmp_path / "out")
     texts.write_text(before)
-    assert hashes(run(checkpoint, texts, tmp_path / "out")) == hashes(run(checkpoint, texts, tmp_path / "whole"))
+    assert hashes(run(checkpoint, texts, tmp_path / "out")) == hashes(undisturbed())
 
 
 @pytest.mark.parametrize("moment", ["_move", "remove_work"])
-def test_an_overwriting_job_killed_while_it_publishes_does_not_start_anew(
-    moment: str, checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_overwriting_job_killed_while_it_promotes_does_not_start_over(
+    moment: str,
+    checkpoint: Path,
+    texts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    undisturbed: Callable[..., Path],
 ) -> None:
     root = run(checkpoint, texts, tmp_path / "out", sampler={"seed": 1, "type": "uniform"})
 
@@ -275,7 +294,7 @@ def test_an_overwriting_job_killed_while_it_publishes_does_not_start_anew(
     monkeypatch.setattr(capture_module.Capture, "run", fail)
     run(checkpoint, texts, root, output={"overwrite": True})
     monkeypatch.undo()
-    assert hashes(root) == hashes(run(checkpoint, texts, tmp_path / "whole"))
+    assert hashes(root) == hashes(undisturbed())
 
 
 def test_a_finished_dataset_that_lacks_a_file_is_not_called_finished(

@@ -22,6 +22,12 @@ QWEN3 = next(case for case in CASES if case.name == "qwen3_sliding")
 TEXTS = [("".join(ALPHABET) * 3)[i : i + 20 + 13 * i % 97] for i in range(24)]
 
 
+def write_texts(path: Path) -> Path:
+    """Writes `TEXTS` to a jsonl file, with ids."""
+    path.write_text("".join(json.dumps({"text": text, "id": f"doc-{i}"}) + "\n" for i, text in enumerate(TEXTS)))
+    return path
+
+
 def settings(checkpoint: Path, texts: Path, root: Path, **sections: dict[str, Any]) -> dict[str, Any]:
     """The settings of a job over `texts` that keeps every row, overridden by `sections`."""
     values: dict[str, Any] = {

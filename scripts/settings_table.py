@@ -8,8 +8,13 @@ from qk_sniffer.config import Setting, settings
 
 def table() -> str:
     """The table in Markdown: one row a setting, with its default and its help."""
-    rows = [f"| `{each.key}` | {_default(each)} | {each.help} |" for each in settings()]
+    rows = [f"| `{each.key}` | {_default(each)} | {_escaped(each.help)} |" for each in settings()]
     return "\n".join(["| setting | default | meaning |", "|---|---|---|", *rows])
+
+
+def _escaped(text: str) -> str:
+    # Markdown would read `<branch>` as a tag and drop it.
+    return text.replace("<", r"\<")
 
 
 def _default(setting: Setting) -> str:

@@ -1,11 +1,11 @@
-"""Measures the cost of capture on a GPU: time over plain forwards of the same model, memory, and synchronisations.
+"""Measures the cost of capture on a GPU: time over plain passes of the same model, memory, and synchronisations.
 
     python benchmarks/gpu.py [--minutes 7] [--out results/gpu.json] [--folder DIR]
 
 The models have the shapes of Qwen3-0.6B and Qwen3-8B and random weights. `uniform` captures all heads, one row in each
 bucket. `all` captures every token of 300 drawn query heads and of their key heads. Both write the rows durably to a
 journal in `--folder`. The exit code is 1 if a vector in the journal differs from the vector that attention received, or
-if a forward with capture waits for the device more often than a plain one.
+if a forward pass with capture waits for the device more often than a plain one.
 """
 
 import argparse
@@ -52,11 +52,11 @@ NUM_BUCKETS = 16
 DRAWN_HEADS = 300
 QUEUE_BYTES, SEGMENT_BYTES = 512 << 20, 128 << 20
 LARGE_QUEUE_BYTES = 2 << 30
-"""Holds two batches of 4,096 tokens with `all`, so that their forwards do not wait for the disk."""
+"""Holds two batches of 4,096 tokens with `all`, so that their forward passes do not wait for the disk."""
 LEAST_S = 1.0
-"""Least duration of the forwards behind one figure. It decides their number."""
+"""Least duration of the forward passes behind one figure. It decides their number."""
 MOST_BYTES = 4 << 30
-"""Most bytes of rows behind one figure. Larger ones take fewer forwards and one round, to stay within 8 minutes."""
+"""Most bytes of rows behind one figure. Larger ones take fewer passes and one round, to stay within 8 minutes."""
 ROUNDS = 3
 CHECKED_PIECE_BYTES = 1 << 20
 """Piece size in the check of vectors: small enough to refill each buffer while the previous one is copied."""
@@ -71,17 +71,17 @@ class Row:
     way: str
     heads: int
     forward_ms: float
-    """Of a plain forward."""
+    """Of a plain forward pass."""
     ratio: float
-    """Wall time until all rows are durable in the journal, over plain forwards."""
+    """Wall time until all rows are durable in the journal, over plain forward passes."""
     gpu_ratio: float | None
-    """Time of a single forward on the GPU's clock, over a plain one's. None if its rows outgrow `LARGE_QUEUE_BYTES`:
-    the forward then waits for the disk."""
+    """Time of a single pass on the GPU's clock, over a plain one's. None if its rows outgrow `LARGE_QUEUE_BYTES`:
+    the forward pass then waits for the disk."""
     journal_mb_s: float
     peak_gb: float
     plain_peak_gb: float
     syncs: int
-    """Synchronisations in a forward with capture, minus those in a plain one."""
+    """Synchronisations in a forward pass with capture, minus those in a plain one."""
 
     def __str__(self) -> str:
         gpu_ratio = "     -" if self.gpu_ratio is None else f"{self.gpu_ratio:6.3f}"
@@ -186,7 +186,7 @@ def captured(capture: Capture, writer: JournalWriter, plan: BatchPlan) -> None:
 
 def measure(shape: str, backbone: Backbone, tokens: int, folder: Path | None) -> list[Row]:
     ids = torch.from_numpy(np.random.default_rng(0).integers(1000, size=tokens))[None]
-    once, _, plain_peak = timed(backbone, [lambda: backbone.run(ids)])  # the first forward of a length chooses kernels
+    once, _, plain_peak = timed(backbone, [lambda: backbone.run(ids)])  # the first pass of a length chooses kernels
     if once < 2 * LEAST_S:
         once, _, plain_peak = timed(backbone, [lambda: backbone.run(ids)])
     plain_syncs = num_syncs(lambda: backbone.run(ids))

@@ -1,6 +1,6 @@
 """Prints the peak of anonymous memory, in MB, for one text of 131,072 tokens.
 
-The model has ten small sliding layers of 30 query heads: a forward takes minutes at most on a few cores.
+The model has ten small sliding layers of 30 query heads: a forward pass takes minutes at most on a few cores.
 
 python benchmarks/long_context.py plain|uniform|all
 """
@@ -29,7 +29,7 @@ backbone = load_backbone(ModelConfig(name=sys.argv[1], dtype="float32"))
 with banded():
     backbone.run(torch.arange(int(sys.argv[2]))[None] % 1000)
 """
-"""Runs the forward alone, with banded attention too: the model's own kernel needs masks of 17 GB."""
+"""Runs the forward pass alone, with banded attention too: the model's own kernel needs masks of 17 GB."""
 
 
 def make_model(folder: Path) -> Path:

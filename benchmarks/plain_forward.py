@@ -1,4 +1,4 @@
-"""Runs plain forwards of the tokens of a job, as the process to compare the job with.
+"""Runs plain forward passes over the tokens of a job, as the process to compare the job with.
 
 python benchmarks/plain_forward.py MODEL TEXTS TOKENS
 """

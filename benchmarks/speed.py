@@ -1,4 +1,4 @@
-"""Measures the cost of capture next to the forward, and compares each figure with its bar (see README.md).
+"""Measures the cost of capture next to the forward pass, and compares each figure with its bar (see README.md).
 
     python benchmarks/speed.py [--rounds 5] [NAME ...]
 
@@ -169,7 +169,7 @@ def plan(rounds: int) -> list[Line]:
 
 
 def long_context(rounds: int) -> list[Line]:
-    """Measures the peak of anonymous memory at 131,072 tokens and 300 heads, above that of a plain forward."""
+    """Measures the peak of anonymous memory at 131,072 tokens and 300 heads, above that of a plain forward pass."""
     peaks: dict[str, list[float]] = {}
     for _ in range(min(rounds, 3)):
         for who in ("plain", "uniform", "all"):

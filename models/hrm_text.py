@@ -1,4 +1,4 @@
-"""Serves HRM, which runs two stacks of layers alternately, several times in a forward."""
+"""Serves HRM, which runs two stacks of layers alternately, several times in a forward pass."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,10 +1,10 @@
 """Makes the dataset of a job whose shards are all captured.
 
-The last shard of a job does so on its own. Run this program when that shard died before the dataset was finished, or
-to make the dataset on a machine without a GPU. It is safe to run at any time, and more than once.
+Normally the last shard of a job does this. Run this program if that shard died before the dataset was finished, or to
+make the dataset on a machine without a GPU. It is safe to run at any time, and more than once.
 
 It loads the model to prove a few rows, unless prove=false. It names the shards that are missing. It publishes a
-finished dataset, with hf_repo_id to that repo.
+finished dataset, with hf_repo_id to that repository.
 
 Exit codes: 0 the dataset is finished, 1 it is not, 2 the settings are wrong, 130 interrupted.
 """
@@ -26,7 +26,7 @@ class Settings:
     prove: bool = field(default=True, metadata={"help": "load the model and derive a few rows a second time"})
     hf_repo_id: str | None = field(
         default=None,
-        metadata={"help": "repo of the Hub to publish to; null: that of the job, if the job is unfinished"},
+        metadata={"help": "repository on the Hub to publish to; null: that of the job, if the job is unfinished"},
     )
     hf_branch: str | None = field(
         default=None, metadata={"help": "branch to publish to, with hf_repo_id; null: <model slug>-<dataset slug>"}

@@ -49,7 +49,7 @@ def show(settings: Settings) -> int:
     if settings.format not in ("table", "json"):
         raise ConfigError([f"format is {settings.format!r}; valid: table, json"])
     if not settings.folder.is_dir():
-        raise StoreError(f"there is no folder {settings.folder}")
+        raise StoreError(f"the folder {settings.folder} does not exist")
     try:
         while True:
             lines = look(settings.folder)

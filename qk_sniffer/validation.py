@@ -24,7 +24,8 @@ _SLUG = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_-])?")
 
 
 def check(config: Config) -> None:
-    """
+    """Checks the values of `config`.
+
     Raises:
         ConfigError: `config` has problems; the error lists all of them.
     """
@@ -129,7 +130,7 @@ def output_problems(output: OutputConfig) -> Iterator[str]:
         yield f"output.data_root is {output.data_root!r}, which is a file; it must be a folder, or not exist yet"
     repo = output.hf_repo_id
     if repo == "":
-        yield "output.hf_repo_id is not given; output=hub needs output.hf_repo_id=org/name, the repo to publish to"
+        yield "output.hf_repo_id is not given; output=hub needs output.hf_repo_id=org/name, the repository"
     elif repo is not None and (
         not re.fullmatch(f"{_HUB_NAME}/{_HUB_NAME}", repo) or re.search(r"--|\.\.|\.git$", repo)
     ):

@@ -1,6 +1,6 @@
 """Captures one model type of transformers, tiny and random, as a job does, and checks the result.
 
-The vectors, their layout and the forward itself are compared with a recording of the unmodified model. The recording
+Compares the vectors, their layout and the forward pass itself with a recording of the unmodified model. The recording
 uses neither the tap nor families.
 """
 
@@ -102,7 +102,7 @@ def _check_post(backbone: Backbone, facts: list[LayerFacts]) -> tuple[list[Kerne
     """Returns every attention call twice: from the recording and from the capture.
 
     Raises:
-        WrongError: vectors, layers or heads differ, or the capture changes the forward.
+        WrongError: vectors, layers or heads differ, or the capture changes the forward pass.
     """
     decoder, ids = backbone.decoder, _ids()
     with torch.inference_mode():
@@ -138,7 +138,7 @@ def _check_cut(cut: Backbone, seen: list[AttentionCall]) -> None:
         WrongError: the layer has another number or other vectors than in the whole decoder.
     """
     (own, *_), (whole, *_) = _captured(cut, _ids()), seen
-    cut.run(_ids())  # the proof runs a forward to its end
+    cut.run(_ids())  # the proof runs a forward pass to its end
     if own.layer != whole.layer or not (_equal(own.query, whole.query) and _equal(own.key, whole.key)):
         raise WrongError("without the later layers, the first layer has other vectors")
 
@@ -349,10 +349,10 @@ def _reach(call: KernelCall, own: AttentionCall) -> list[str]:
 
 
 def _captured(backbone: Backbone, ids: torch.Tensor, hidden: torch.Tensor | None = None) -> list[AttentionCall]:
-    """Returns the calls of a forward as jobs run it; with `hidden`, those of a plain forward that must return `hidden`.
+    """Returns the calls of a forward pass as jobs run it; with `hidden`, of a plain pass that must return `hidden`.
 
     Raises:
-        WrongError: the plain forward returns other hidden states.
+        WrongError: the plain forward pass returns other hidden states.
     """
     seen: list[AttentionCall] = []
     if hidden is None:
@@ -360,7 +360,7 @@ def _captured(backbone: Backbone, ids: torch.Tensor, hidden: torch.Tensor | None
         return seen
     with backbone.tapped(_keeping(seen)):
         if not torch.equal(backbone.decoder(input_ids=ids, use_cache=False)[0], hidden):
-            raise WrongError("capturing changes the forward")
+            raise WrongError("capturing changes the forward pass")
     return seen
 
 

@@ -36,7 +36,7 @@ class KernelCall:
 
 
 def recorded(decoder: nn.Module, ids: torch.Tensor) -> tuple[list[KernelCall], torch.Tensor]:
-    """Returns the attention calls of a plain forward, in order, and its last hidden states."""
+    """Returns the attention calls of a plain forward pass, in order, and its last hidden states."""
     spaces = {name: vars(sys.modules[name]) for name in {type(module).__module__ for module in decoder.modules()}}
     kernel_calls: list[KernelCall] = []
     rotated: list[Rotated] = []
@@ -82,7 +82,7 @@ def _copying_rotary(function: Callable[..., Any], *rotated: list[Rotated]) -> Ca
 
 
 class _Products(TorchFunctionMode):
-    """Records the first product in each forward of an attention module, and the softmax after it."""
+    """Records the first product in each pass of an attention module, and the softmax after it."""
 
     def __init__(self, decoder: nn.Module, ids: torch.Tensor) -> None:
         super().__init__()

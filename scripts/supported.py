@@ -45,14 +45,14 @@ captured as a job does it:
 
 - **post-RoPE**: yes if query and key equal, bit for bit, the kernel's arguments in an independent recording.
   Layers, heads, windows, softmax scale, softcap and sinks explain the attention weights; the last column names a bias
-  and sparse attention. The forward is unchanged, and no token sees a later one. All other types are refused with an
-  error that gives the reason.
+  and sparse attention. The forward pass is unchanged, and no token sees a later one. All other types are refused with
+  an error that gives the reason.
 - **pre-RoPE**: yes if query and key equal, bit for bit, the inputs of the model's rotary functions, next to the part of
   each head that is not rotated. `no RoPE`: no layer is rotated.
 - **proof**: yes if a job proves its dataset by hooks. `pre`: only a dataset of vectors before RoPE.
 
-A multimodal type is captured by its text decoder. `bert` and its kin are captured as decoders (`is_decoder: true`) and
-refused as encoders. Sliding windows are enabled wherever a config has them.
+A multimodal type is captured by its text decoder. `bert` and similar types are captured as decoders (`is_decoder:
+true`) and refused as encoders. Sliding windows are enabled wherever a config has them.
 
 """
 

@@ -30,7 +30,7 @@ class Backbone:
         self.banded_attention = banded_attention
         self.attention_layers = family.attention_layers(decoder)
         weights = list(decoder.parameters())
-        # Weights that accelerate offloads are on the meta device until a forward needs them.
+        # Weights that accelerate offloads are on the meta device until a forward pass needs them.
         devices = [weight.device for weight in weights if weight.device.type != "meta"]
         self.device, self.dtype = devices[0] if devices else torch.device("cpu"), weights[0].dtype
         self.length_boundary = rotary.length_boundary(self.config)
@@ -59,12 +59,12 @@ class Backbone:
             raise
         except torch.OutOfMemoryError as error:
             raise CaptureError(
-                f"out of memory in a forward over {_by(ids)} tokens: lower inference.max_batch_tokens, or "
+                f"out of memory in a forward pass over {_by(ids)} tokens: lower inference.max_batch_tokens, or "
                 f"model.tokenizer.max_length if it was a single text ({error})"
             ) from error
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
             raise CaptureError(
-                f"{_model_type(self.decoder)}: its forward over {_by(ids)} tokens failed: {type(error).__name__}: "
+                f"{_model_type(self.decoder)}: its forward pass over {_by(ids)} tokens failed: {type(error).__name__}: "
                 f"{error}. If the text is too long for the model, lower model.tokenizer.max_length; if the error names "
                 "a Band, set inference.banded_attention=false"
             ) from error
@@ -75,7 +75,7 @@ class Backbone:
             self.run(ids)
 
     def run(self, ids: torch.Tensor) -> None:
-        """Runs a plain forward over token ids (B, n): no tap, no banded attention, no state of earlier forwards."""
+        """Runs a plain forward pass over token ids (B, n): no tap, no banded attention, no state of earlier passes."""
         if self.length_boundary is not None:
             self._rotary_state.restore()
         with torch.inference_mode():
@@ -83,12 +83,12 @@ class Backbone:
 
     @contextmanager
     def tapped(self, on_call: Callable[[AttentionCall], None]) -> Iterator[None]:
-        """Opens the tap for forwards that the caller runs."""
+        """Opens the tap for forward passes that the caller runs."""
         with tap(self.attention_layers, on_call, family=self.family, pre_rope=self.pre_rope):
             yield
 
     def probe(self) -> list[LayerFacts]:
-        """Returns the facts of every attention layer, from a forward over two tokens; sorted by layer.
+        """Returns the facts of every attention layer, from a forward pass over two tokens; sorted by layer.
 
         Raises:
             CaptureError: the decoder does not run, shows no attention call, or a layer shows several.
@@ -98,8 +98,8 @@ class Backbone:
         def record(call: AttentionCall) -> None:
             if call.layer in facts or call.layer < 0:
                 raise CaptureError(
-                    f"{_model_type(self.decoder)}: layer {call.layer} attends more than once in a forward, or several "
-                    "attention modules name this layer as theirs; a family can distinguish them: "
+                    f"{_model_type(self.decoder)}: layer {call.layer} attends more than once in a forward pass, or "
+                    "several attention modules name this layer as theirs; a family can distinguish them: "
                     "model.family=package.module:Class"
                 )
             facts[call.layer] = _layer_facts(call)

@@ -121,7 +121,7 @@ class Family:
         return arguments.get("position_bias") is not None
 
     def register_tap(self, module: nn.Module, on_query_key: Callable[..., None]) -> Sequence[Any]:
-        """Makes `module` call `on_query_key(query, key)` in each forward.
+        """Makes `module` call `on_query_key(query, key)` in each forward pass.
 
         Only modules that do not call a kernel of the attention interface need this. Query and key have the shapes of
         `AttentionCall`. `scaling` and other arguments of a kernel may follow by name.
@@ -177,7 +177,7 @@ class Family:
     def projected(self, module: nn.Module, outputs: Mapping[str, torch.Tensor], head_dim: int) -> QueryKey:
         """Returns `query` (1, H, n, d) and `key` (1, K, n, d) before RoPE, for the proof by hooks.
 
-        `outputs` holds the outputs of the `projections` by their names, from a forward over n tokens. n is greater than
+        `outputs` holds the outputs of the `projections` by their names, from a pass over n tokens. n is greater than
         the number of heads.
         """
         return heads_first(outputs["q"], head_dim), heads_first(outputs["k"], head_dim)

@@ -21,7 +21,7 @@ class LayerHeads:
 
 @dataclass(frozen=True)
 class LayerFacts:
-    """One self-attention layer, from the arguments of its attention kernel in a forward."""
+    """One self-attention layer, from the arguments of its attention kernel in a forward pass."""
 
     heads: LayerHeads
     attention_chunk: int | None

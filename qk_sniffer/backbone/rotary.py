@@ -1,4 +1,4 @@
-"""Reads the parameters of a decoder's rotary embedding and resets its frequencies between forwards."""
+"""Reads the parameters of a decoder's rotary embedding and resets its frequencies between forward passes."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 LENGTH_DEPENDENT = ("dynamic", "longrope")
-"""Rope types whose frequencies depend on the longest text of a forward that exceeds a boundary."""
+"""Rope types whose frequencies depend on the longest text of a forward pass that exceeds a boundary."""
 
 _GROWN = "max_seq_len_cached"
 """The end of the names of attributes that hold the longest text so far."""
@@ -59,7 +59,7 @@ def num_positions(decoder: nn.Module) -> int | None:
 
 
 class RotaryState:
-    """Keeps the frequencies of the loaded decoder, which forwards over longer texts change until `restore`."""
+    """Keeps the frequencies of the loaded decoder, which forward passes over longer texts change, until `restore`."""
 
     def __init__(self, decoder: nn.Module) -> None:
         self._modules = [

@@ -55,7 +55,7 @@ class AttentionCall:
 
 
 class ForwardDone(BaseException):
-    """Raised by a callback that needs no more layers, to end the forward; not an error."""
+    """Raised by a callback that needs no more layers, to end the forward pass; not an error."""
 
 
 @contextmanager
@@ -69,7 +69,7 @@ def tap(
     """Calls `on_call` before each attention kernel that one of `layers` (module -> layer index) runs.
 
     Raises:
-        CaptureError: with `pre_rope`, the model has no rotary function. In the forward: one of `layers` ran and showed
+        CaptureError: with `pre_rope`, the model has no rotary function. In the pass: one of `layers` ran and showed
             nothing, attention is not causal, a token does not have exactly one key, or vectors before RoPE are not
             defined for this model (see `Family.before_rotary`).
     """

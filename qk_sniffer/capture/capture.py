@@ -1,9 +1,9 @@
 """Captures the chosen rows of each batch: gathers them from the attention calls into the journal's memory.
 
-The rows are chosen before the forward: the indices of the sampled tokens of every (layer, kind) go to the device in one
-tensor. In the forward each (layer, kind) costs one gather over the whole batch, into memory that the journal's writer
-reserves. A gather that is too large for the writer's buffer is cut into pieces. The forward blocks only when the buffer
-is full.
+The rows are chosen before the forward pass: the indices of the sampled tokens of every (layer, kind) go to the device
+in one tensor. In the forward pass, each (layer, kind) costs one gather over the whole batch, into memory that the
+journal's writer reserves. A gather that is too large for the writer's buffer is cut into pieces. The forward pass
+blocks only when the buffer is full.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ PIECE_BYTES = 64 * 2**20
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """A batch of B examples before its forward: padded token ids and the tokens to capture."""
+    """A batch of B examples before its forward pass: padded token ids and the tokens to capture."""
 
     examples: Sequence[Tokens]
     ids: torch.Tensor
@@ -60,7 +60,7 @@ class Capture:
         self._stages = stages
 
     def plan(self, examples: Sequence[Tokens]) -> BatchPlan:
-        """Returns the batch of `examples` with the tokens that the sampler keeps. Runs no forward."""
+        """Returns the batch of `examples` with the tokens that the sampler keeps. Runs no forward pass."""
         lengths = [example.num_tokens for example in examples]
         ids = np.zeros((len(examples), max(lengths)), dtype=np.int64)
         for row, example in zip(ids, examples, strict=True):
@@ -75,10 +75,10 @@ class Capture:
         return sum(len(self._heads[key].numbers) * len(tokens) for key, tokens in plan.tokens.items())
 
     def run(self, plan: BatchPlan) -> None:
-        """Runs one forward, up to the last selected layer, and writes all rows of the batch.
+        """Runs one forward pass, up to the last selected layer, and writes all rows of the batch.
 
         Raises:
-            CaptureError: a selected layer did not call attention in this forward.
+            CaptureError: a selected layer did not call attention in this forward pass.
         """
         wanted = send(plan.tokens, self._backbone.device)
 
@@ -93,7 +93,7 @@ class Capture:
             self._backbone.forward(plan.ids, capture)
         if wanted:
             layers = sorted({layer for layer, _ in wanted})
-            raise CaptureError(f"layers {layers} did not call attention in this forward, though they did in the first")
+            raise CaptureError(f"layers {layers} did not call attention in this forward pass, but did in the first")
 
     def _write(self, plan: BatchPlan, layer: int, kind: str, states: torch.Tensor, tokens: DeviceIndices) -> None:
         heads, head_dim = self._heads[layer, kind], states.shape[-1]

@@ -2,8 +2,8 @@
 
 Tokens are gathered by their indices. On the CPU, long ranges of consecutive tokens, such as the whole examples of
 `sampler=all`, are copied as blocks, which takes a tenth of the time. On CUDA the computing stream gathers them into one
-of two buffers on the device, and a separate stream copies from there to page-locked memory. The forward does not wait
-for that copy: the reader of the memory waits for its event.
+of two buffers on the device, and a separate stream copies from there to page-locked memory. The forward pass does
+not wait for that copy: the reader of the memory waits for its event.
 
 Shapes: B batch, H heads of the states, n tokens, d head_dim.
 """

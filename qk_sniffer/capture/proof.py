@@ -46,7 +46,7 @@ Vectors = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, eq=False)
 class Derived:
-    """The vectors of a head from hooks: `rows` (rows, head_dim), and the `mean` (head_dim,) over the whole forward."""
+    """The vectors of a head from hooks: `rows` (rows, head_dim), and the `mean` (head_dim,) over the whole pass."""
 
     rows: Vectors
     mean: Vectors
@@ -131,13 +131,13 @@ def rows_of_example(path: Path, example_id: int) -> StoredRows:
 def _derived(
     backbone: Backbone, ids: npt.NDArray[np.int32], heads: Mapping[Head, npt.NDArray[np.int64]]
 ) -> dict[Head, Derived] | None:
-    """Returns each head's vectors at its positions, from hooks on a plain forward; None without a hook path."""
+    """Returns each head's vectors at its positions, from hooks on a plain forward pass; None without a hook path."""
     family = backbone.family
     length = min(MIN_TOKENS, backbone.num_positions or MIN_TOKENS)
     ids = np.pad(ids, (0, max(0, length - len(ids))))
     head_dims = {head.layer: head.head_dim for head in heads}
     modules = {module: layer for module, layer in backbone.attention_layers.items() if layer in head_dims}
-    projected: dict[str, torch.Tensor] = {}  # by the attention module whose forward is running
+    projected: dict[str, torch.Tensor] = {}  # by the attention module that is running
     rotary_calls: list[RotaryCall] = []
     derived: dict[Head, Derived] = {}
     hooks = []

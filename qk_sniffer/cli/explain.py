@@ -12,7 +12,7 @@ def explain(error: BaseException, schema: Schema) -> str:
     """Returns the message of an error of Hydra or OmegaConf in one line, with the valid names for an unknown key."""
     text = str(error)
     if to_add := re.match(r"Could not override '(.+)'\.\s+To append to your config use (.+)", text):
-        return f"{to_add[1]} has nothing there to change; to add it, write {to_add[2]}"
+        return f"{to_add[1]} does not exist, so it cannot be changed; to add it, write {to_add[2]}"
     if isinstance(error.__cause__, OmegaConfBaseException):
         text = f"{text}\n{error.__cause__}"
     where = re.match(r"In '([^']+)':(?: \w+ raised while composing config:)?", text)

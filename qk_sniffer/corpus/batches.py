@@ -79,7 +79,8 @@ def _batches(
 
 
 def check_unchanged(example: Example, record: ExampleRecord | None) -> None:
-    """
+    """Checks that the source still has the text of a finished example.
+
     Raises:
         SourceError: the text of `example` is not the text that `record` describes.
     """

@@ -112,8 +112,8 @@ class TextTokenizer:
         special = tokenizer.num_special_tokens_to_add(pair=False) if config.add_special_tokens else 0
         if config.max_length <= special:  # the library would not cut the texts
             raise SourceError(
-                f"model.tokenizer.max_length={config.max_length} leaves no room for text: the tokenizer of {name} adds "
-                f"{special} special tokens"
+                f"model.tokenizer.max_length={config.max_length} leaves no tokens for text: the tokenizer of {name} "
+                f"adds {special} special tokens"
             )
         tokenizer.truncation_side = "right"
         self._tokenizer = tokenizer

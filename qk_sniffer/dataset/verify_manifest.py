@@ -166,13 +166,13 @@ def _contradiction(instance: str) -> Problem:
 def _no_manifest(layout: Layout, error: StoreError) -> Problem:
     if not layout.root.is_dir():
         way_out = "give data_root the folder of a dataset: one that a job wrote, or fetched from the Hub"
-        return Problem("manifest", f"there is no folder {layout.root}", way_out=way_out)
+        return Problem("manifest", f"the folder {layout.root} does not exist", way_out=way_out)
     if layout.manifest.exists():
         return Problem("manifest", str(error), way_out=f"use the version of qk-sniffer that wrote it, or {RECREATE}")
     what = "the dataset is incomplete: no manifest.json"
     if not layout.work.is_dir():
         return Problem("manifest", what, way_out="rerun its job, or fetch the whole dataset")
-    running = [f"{holder(lock) or 'a process'} is at work" for lock in layout.locks() if is_held(lock)]
+    running = [f"{holder(lock) or 'a process'} is writing it" for lock in layout.locks() if is_held(lock)]
     way_out = "wait for the running job" if running else "rerun the same command to resume"
     return Problem("manifest", what, "; ".join([*running[:1], _progress(layout)]), way_out)
 
@@ -180,7 +180,7 @@ def _no_manifest(layout: Layout, error: StoreError) -> Problem:
 def _progress(layout: Layout) -> str:
     """Returns the progress of the unfinished job in words."""
     if layout.staging.manifest.exists():
-        return "all files are staged; they still have to be put in place"
+        return "all files are staged, but not promoted yet"
     done = 0
     record = None
     with suppress(OSError, StoreError):  # a running job removes these files when it is done

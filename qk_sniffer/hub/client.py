@@ -166,7 +166,7 @@ def reason(error: Exception, api: "HfApi") -> str:
     if status == 401:
         return f"the Hub refuses the token ({answer}): set HF_TOKEN to a valid one, or log in with `hf auth login`"
     if status == 403:
-        return f"the token gives no right to that ({answer}): use one that does, or another repository"
+        return f"the token lacks the permission for that ({answer}): use one that has it, or another repository"
     if status == 404:
         return f"the Hub has no such repository, revision or file, or does not show it to this account ({answer})"
     return f"the Hub answers {answer}"

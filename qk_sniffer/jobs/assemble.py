@@ -1,6 +1,6 @@
 """Makes a dataset from the journals of all shards, up to the staging folder; `finish.py` proves and promotes it.
 
-The job's record and its journals hold everything needed. So any shard can do it, or `finalize` later.
+The job's record and its journals hold everything needed. Any shard can therefore make it, and so can `finalize` later.
 """
 
 import copy
@@ -38,7 +38,7 @@ PATIENCE_S = 5.0
 
 @dataclass(frozen=True)
 class Staged:
-    """A dataset in the staging folder, complete but for proof, card and manifest."""
+    """A dataset in the staging folder, complete except for proof, card and manifest."""
 
     layout: Layout
     """The staging folder's."""
@@ -55,10 +55,10 @@ class Staged:
 
 @contextmanager
 def captured_job(layout: Layout) -> Iterator[dict[str, Any] | None]:
-    """Holds the lock of finalizing, and gives the record of the job if all of its shards are captured.
+    """Holds the finalize lock, and yields the record of the job if all of its shards are captured.
 
-    Gives None if a shard is missing, if another process holds the lock, or if the dataset is made already; the log says
-    which.
+    Yields None if a shard is missing, if another process holds the lock, or if the dataset exists already; the log
+    says which.
 
     Raises:
         InUseError: another process makes the dataset of a job that has no shards.
@@ -89,7 +89,7 @@ def _record_of_captured_job(layout: Layout, finalizing: ExitStack) -> dict[str, 
 
 
 def stage(layout: Layout, record: Mapping[str, Any]) -> Staged:
-    """Writes the Parquet files of the dataset of a captured job to the staging folder. Hold the lock of finalizing.
+    """Writes the Parquet files of the dataset of a captured job to the staging folder. Hold the finalize lock.
 
     Raises:
         StoreError: a journal is damaged, the source has changed, or the disk failed; may be called again.
@@ -135,7 +135,7 @@ def stage(layout: Layout, record: Mapping[str, Any]) -> Staged:
     if expected is not None and written.num_examples + skipped != expected:
         raise StoreError(
             f"{layout.root}: {written.num_examples} examples were captured and {skipped} rows had no text, but the "
-            f"source had {expected} rows when the job began: it has changed. Restore it and rerun the same command, "
+            f"source had {expected} rows when the job started: it has changed. Restore it and rerun the same command, "
             "or start over with output.overwrite=true"
         )
     kinds = [kind for kind in KINDS if any(head.kind == kind for head in heads)]
@@ -167,11 +167,11 @@ def is_still_done(layout: Layout, shard: ShardConfig) -> bool:
     return False
 
 
-def finish_publication(layout: Layout) -> bool:
+def finish_interrupted_promotion(layout: Layout) -> bool:
     """Finishes the promotion of a dataset that a crash interrupted; returns False if there is none."""
     if not layout.staging.manifest.exists():
         return False
-    with hold(layout.finalize_lock, "publishing the dataset"):
+    with hold(layout.finalize_lock, "promoting the dataset"):
         return finish_promotion(layout)
 
 

@@ -8,7 +8,7 @@ from qk_sniffer.config import Config, VerifyConfig, from_dict
 from qk_sniffer.corpus.examples import open_corpus
 from qk_sniffer.errors import ConfigError
 from qk_sniffer.hub.client import require_access
-from qk_sniffer.jobs.assemble import finish_publication
+from qk_sniffer.jobs.assemble import finish_interrupted_promotion
 from qk_sniffer.jobs.finish import finish, report_and_publish
 from qk_sniffer.resolved import ResolvedConfig, resolve, with_output
 from qk_sniffer.store import manifest as manifests
@@ -32,7 +32,7 @@ def finalize(
     layout = Layout(data_root)
     if not layout.root.is_dir():
         raise missing_manifest(layout.root)
-    finish_publication(layout)
+    finish_interrupted_promotion(layout)
     record = read_record(layout)
     if record is None:
         config = _published(from_dict(manifests.read(layout.root)["config"]), hf_repo_id, hf_branch)

@@ -81,9 +81,10 @@ def report_and_publish(config: ResolvedConfig, layout: Layout, note: str, files:
     proof = manifest["proof"]
     if proof["proven"] is False:
         raise CaptureError(
-            f"{layout.root} is unproven, and not published: derived a second time from the model's projections, "
-            f"vectors differ by more than {proof['tolerance']} (relative): {proof['largest_difference_by_layer']} by "
-            "layer. Please report this with the model's name; verify.examples=0 makes a dataset without proof"
+            f"the proof of {layout.root} failed, and the dataset was not published. Vectors derived a second time, "
+            f"from the model's projections, differ by more than {proof['tolerance']} (relative): "
+            f"{proof['largest_difference_by_layer']} by layer. Please report this with the model's name; "
+            "verify.examples=0 makes a dataset without proof"
         )
     output = config.output
     if not (output.hf_repo_id and output.hf_branch):

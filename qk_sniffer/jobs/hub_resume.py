@@ -29,7 +29,7 @@ def branch_ahead(config: ResolvedConfig, layout: Layout, here: Mapping[str, Any]
     `here` is the manifest of the finished dataset in the data root; None if there is none.
 
     Raises:
-        HubError: the Hub cannot be asked.
+        HubError: the Hub cannot be reached.
         StoreError: the branch holds a dataset of another configuration.
     """
     output = config.output
@@ -51,7 +51,7 @@ def guard(layout: Layout, here: Mapping[str, Any], branch: Branch) -> None:
     """Refuses to replace the dataset of the branch unless the data root, with the manifest `here`, continues it.
 
     Raises:
-        HubError: the Hub cannot be asked.
+        HubError: the Hub cannot be reached.
         StoreError: the branch has a dataset of another configuration, of other texts, or of more texts.
     """
     if not branch.has(MANIFEST):

@@ -26,7 +26,7 @@ def ahead(items: Iterator[T]) -> Iterator[Iterator[T]]:
                 if left.is_set():
                     return
                 ready.put(item)
-                if left.is_set():  # while `put` waited for room
+                if left.is_set():  # while `put` waited
                     return
         except BaseException as error:
             end = _End(error)
@@ -45,7 +45,7 @@ def ahead(items: Iterator[T]) -> Iterator[Iterator[T]]:
     finally:
         left.set()
         with suppress(Empty):
-            ready.get_nowait()  # makes room for the item that the thread may be putting
+            ready.get_nowait()  # frees a place for the item that the thread may be putting
 
 
 @dataclass(frozen=True)

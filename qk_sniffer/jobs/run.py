@@ -1,6 +1,6 @@
-"""Runs one job, from its config to a finished dataset. Reads as the story of the tool.
+"""Runs one job, from its config to a finished dataset.
 
-A job is a plain function of its config. It runs the same way here, in a sweep, on SLURM and in a test.
+A job is a function of its config. It runs the same way here, in a sweep, on SLURM and in a test.
 """
 
 from contextlib import suppress
@@ -9,7 +9,7 @@ from typing import Any
 from qk_sniffer.config import Config
 from qk_sniffer.hub.client import require_access
 from qk_sniffer.hub.revisions import hub_commit_of
-from qk_sniffer.jobs.assemble import finish_publication, is_still_done
+from qk_sniffer.jobs.assemble import finish_interrupted_promotion, is_still_done
 from qk_sniffer.jobs.capture_examples import capture_examples
 from qk_sniffer.jobs.components import Components, load_components
 from qk_sniffer.jobs.finish import Outcome, finish, report_and_publish
@@ -51,9 +51,9 @@ def _run(config: ResolvedConfig, layout: Layout, stages: Stages, stopping: Stopp
     shard = config.shard
     own_lock = layout.shard_lock(shard.index, shard.count)
     with hold(own_lock, f"capturing shard {shard.index} of {shard.count}", wait_s=restart_patience_s()):
-        published = finish_publication(layout)
+        promoted = finish_interrupted_promotion(layout)
         with stages("open dataset"):
-            start = find_existing_work(config, layout, is_mine=published)
+            start = find_existing_work(config, layout, is_mine=promoted)
         if start.found == "finished":
             remove_leftovers(layout, own_lock)
             return report_and_publish(config, layout, "Nothing to do: the dataset is finished.", start.files)
@@ -70,7 +70,7 @@ def _run(config: ResolvedConfig, layout: Layout, stages: Stages, stopping: Stopp
 
 
 def _record(config: ResolvedConfig, start: Start, components: Components) -> dict[str, Any]:
-    """Everything that the dataset is made from besides the journals, and the facts about the model for the manifest."""
+    """Returns the job's record: all that finalizing needs besides the journals, and facts for the manifest."""
     layers = []
     for layer in components.layers:
         chosen = {kind: list(heads) for number, kind, heads in components.selection if number == layer.heads.layer}

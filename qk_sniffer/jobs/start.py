@@ -53,7 +53,7 @@ def find_existing_work(config: ResolvedConfig, layout: Layout, *, is_mine: bool 
 
     Even with `output.overwrite`, an unfinished job of the same configuration is resumed: a requeued or restarted job
     must not discard its own work. `is_mine` says that the finished dataset is this job's: this start completed its
-    publication.
+    promotion.
 
     Raises:
         StoreError: another job's work or dataset exists, and `output.overwrite` is false.
@@ -65,7 +65,7 @@ def find_existing_work(config: ResolvedConfig, layout: Layout, *, is_mine: bool 
         return _new_start(config, existing.files)
     assert existing.record is not None
     earlier = Job.from_record(existing.record)
-    # Compares the settings alone before anything is asked of the Hub: the commits of another model mean nothing here.
+    # Compares the settings alone before any request to the Hub: the commits of another model are irrelevant here.
     finished = existing.state == "finished"
     Job(settings, earlier.commits, earlier.versions).check_continues(earlier, str(existing.files), finished=finished)
     corpus = open_corpus(config.dataset, earlier.commits["dataset"])

@@ -156,18 +156,18 @@ def _of_dataset(layout: Layout) -> Iterator[Status]:
 
 def _line(status: Status) -> Line:
     layout = Layout(Path(status.data_root))
-    said = read_progress(layout.progress(status.shard_index, status.shard_count))
+    progress = read_progress(layout.progress(status.shard_index, status.shard_count))
     if status.state == sweep.RUNNING:
         status.seconds = max(time.time() - status.since, 0.0)
-    if said and status.state != sweep.NOT_STARTED:
-        is_running = status.state == sweep.RUNNING and said["at"] >= status.since
+    if progress and status.state != sweep.NOT_STARTED:
+        is_running = status.state == sweep.RUNNING and progress["at"] >= status.since
         return Line(
             status,
-            said["examples"],
-            said["total"],
-            said["tokens_per_s"] if is_running else None,
-            said["seconds_left"] if is_running else None,
-            said["rows"],
+            progress["examples"],
+            progress["total"],
+            progress["tokens_per_s"] if is_running else None,
+            progress["seconds_left"] if is_running else None,
+            progress["rows"],
         )
     if status.shard_count == 1 and status.state in (*sweep.GOOD, sweep.FAILED):
         with suppress(*_UNREADABLE):

@@ -124,7 +124,7 @@ def read(results: Results) -> Run:
 
 
 def step_of(run: Run) -> Step | None:
-    """The step of the training that a run's model stands at, from its revision or else its name."""
+    """Returns the training step of a run's model, from its revision or else its name."""
     for text in (run.revision, run.model):
         if found := re.search(r"(?:((?:stage\d*|lc)[\w-]*?)[-_])?step[-_]?(\d+)", text):
             return Step(found[1] or "", int(found[2]))
@@ -153,9 +153,9 @@ def draw(runs: Sequence[Run]) -> "Figure":
 
 
 def names(runs: Sequence[Run]) -> list[str]:
-    """What tells the runs apart: of models, texts, revisions and estimators those that differ; or else the folders."""
-    told = [(run.model, run.texts, run.revision, run.estimator.replace("_", " ")) for run in runs]
-    differ = [column for column in zip(*told, strict=True) if len(set(column)) > 1] or [
+    """Returns labels that distinguish the runs: models, texts, revisions and estimators that differ, or the folders."""
+    parts = [(run.model, run.texts, run.revision, run.estimator.replace("_", " ")) for run in runs]
+    differ = [column for column in zip(*parts, strict=True) if len(set(column)) > 1] or [
         tuple(run.model for run in runs)
     ]
     texts = [", ".join(words) for words in zip(*differ, strict=True)]

@@ -23,7 +23,7 @@ MAX_SEED = 2**63 - 1
 
 @dataclass(frozen=True)
 class EstimatorConfig:
-    """How the distribution of the queries at a position is estimated; only full_covariance has an `alpha`."""
+    """The estimator of the distribution of the queries at a position; only full_covariance has an `alpha`."""
 
     name: str = "regression"
     alpha: float | None = field(
@@ -45,10 +45,11 @@ class PlasticityConfig:
         default_factory=EstimatorConfig, metadata={"help": "regression (the default), or full_covariance"}
     )
     max_tokens_per_head: int = field(
-        default=50_000, metadata={"help": "most rows of a head that are used; more are drawn from"}
+        default=50_000, metadata={"help": "maximum rows of a head; of more, these are drawn"}
     )
     normality_max_dims: int = field(
-        default=64, metadata={"help": "most components for the Kolmogorov-Smirnov test; more are drawn from"}
+        default=64,
+        metadata={"help": "maximum components for the Kolmogorov-Smirnov test; of more, these are drawn"},
     )
     p_alpha: float = field(default=0.01, metadata={"help": "a component whose p is below this counts as not normal"})
     seed: int = field(default=0, metadata={"help": "seed of every draw"})

@@ -85,10 +85,10 @@ def save(path: Path, make: "Callable[[], Figure]") -> Path:
     Raises:
         StoreError: it cannot be written.
     """
-    beside = path.with_name(f".{path.name}")
+    temporary = path.with_name(f".{path.name}")
     with styled(), explained(path, "write"):
-        make().savefig(beside, format="png", metadata={"Software": None})
-        beside.replace(path)
+        make().savefig(temporary, format="png", metadata={"Software": None})
+        temporary.replace(path)
     return path
 
 

@@ -1,6 +1,6 @@
 """Measures the query heads of a key head: reads, draws and cleans their rows, and computes the rows of three tables.
 
-What cannot be computed is NaN, and a note says why: nothing is left out in silence.
+A value that cannot be computed is NaN, and a note gives the reason.
 """
 
 from dataclasses import dataclass
@@ -167,7 +167,7 @@ class _QueryHead:
         metrics["q_R2_pos"] = float(drift.r2.mean())
         metrics["q_beta_norm"] = float(np.sqrt(np.einsum("d,d->", drift.beta, drift.beta)))
         if metrics["q_beta_norm"] == 0:
-            self.notes.append("no positional drift (beta is 0): the first component stands for its direction")
+            self.notes.append("no positional drift (beta is 0): the first component serves as its direction")
         metrics |= predictability(drift, self.queries.positions)
         variances = rotate_residuals(drift)
         is_constant = variances <= CONSTANT * drift.largest_variance

@@ -200,7 +200,7 @@ def _notes(manifest: dict[str, Any]) -> dict[str, list[str]]:
         notes["captured before RoPE: the vectors carry no position of the rotary embedding"] = ["all heads"]
     for key, meaning in (
         ("position_bias", "attention adds a bias to the logits, which is not measured"),
-        ("sparse_attention", "a query sees only some of the keys, and the dataset does not hold which"),
+        ("sparse_attention", "a query sees only some of the keys, and the dataset does not store which"),
     ):
         if layers := [layer["layer"] for layer in manifest["model"]["layers"] if layer.get(key)]:
             notes[meaning] = [f"layers {compact_ranges(layers)}"]

@@ -1,1 +1,1 @@
-"""The durable store: journal, compaction, manifest. Knows nothing of models."""
+"""Stores rows durably: journal, compaction, manifest. Does not depend on models."""

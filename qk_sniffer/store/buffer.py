@@ -1,4 +1,4 @@
-"""Keeps the memory between the forward and the disk: one block of a fixed size that rows are copied into.
+"""Keeps the memory between forward pass and disk: one block of a fixed size that rows are copied into.
 
 Memory that an allocator gives for each row lies scattered among the activations when it is freed, and the process
 then holds far more than it uses. A block avoids that. Its pages take no memory until something is written to them, and

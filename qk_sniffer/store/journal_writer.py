@@ -1,7 +1,7 @@
 """Writes the journal of one shard from a background thread.
 
-The forward reserves a slot of the writer's buffer for the rows of a gather, fills it and commits it. It blocks only
-when the buffer is full. The thread writes committed slots to segments, and then gives their memory back.
+The forward pass reserves a slot of the writer's buffer for the rows of a gather, fills it and commits it. It blocks
+only when the buffer is full. The thread writes committed slots to segments, and then gives their memory back.
 """
 
 import json
@@ -61,7 +61,7 @@ class JournalWriter:
             self._buffer = Buffer(queue_bytes, pinned=pinned)
         except (MemoryError, RuntimeError) as error:  # the latter is torch's
             raise StoreError(
-                f"there is no memory for the {queue_bytes >> 20:,} MB between forward and disk: lower "
+                f"there is no memory for the {queue_bytes >> 20:,} MB between forward pass and disk: lower "
                 "inference.queue_mb"
             ) from error
         self.piece_bytes = queue_bytes // 4

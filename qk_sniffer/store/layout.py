@@ -7,7 +7,7 @@
 <root>/pictures/*.png           optional figures of the vectors; the card shows them on the Hub
 <root>/.sniff_snapshot.json     with output.resume_from_hub: the branch's commit that this root matches
 <root>/.qk_sniffer/             work state, removed once the dataset is whole
-    job.json                    the record of the job; a job with another one is refused
+    job.json                    the record of the job; a job with another record is refused
     *.lock                      held by running jobs
     shard-00000-of-00001.done   exists once the journal of this shard is complete
     shard-00000-of-00001.progress   the progress of the shard's job, for people
@@ -182,7 +182,7 @@ class Layout:
 
     @property
     def finalize_lock(self) -> Path:
-        """The lock held from the start of compaction to the end of publishing."""
+        """The lock held from the start of compaction to the end of promotion."""
         return self.work / "finalize.lock"
 
     def locks(self) -> list[Path]:

@@ -1,4 +1,4 @@
-"""The tap is exact, does not change the forward, and leaves no trace, for every family of the zoo."""
+"""The tap is exact, does not change the forward pass, and leaves no trace, for every family of the zoo."""
 
 import functools
 import sys

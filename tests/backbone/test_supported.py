@@ -135,7 +135,7 @@ class ChangesTheForward(Family):
         (NothingRotated, "layer 0: the vectors are not those that the rotary function receives"),
         (KeyOfTheQuery, "layer 0: the vectors are not those that the rotary function receives"),
         (OtherHooks, "hooks derive other vectors"),
-        (ChangesTheForward, "capturing changes the forward"),
+        (ChangesTheForward, "capturing changes the forward pass"),
     ],
 )
 def test_a_wrong_family_is_found_out(family: type[Family], finding: str, monkeypatch: pytest.MonkeyPatch) -> None:

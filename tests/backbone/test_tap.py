@@ -147,7 +147,7 @@ def test_a_text_longer_than_the_table_of_positions_is_an_error_before_and_in_the
     assert backbone.num_positions == 24
     backbone.forward(ids(24), lambda call: None)
     with pytest.raises(
-        CaptureError, match=r"gpt2: its forward over 2 x 25 tokens failed: .*model\.tokenizer\.max_length"
+        CaptureError, match=r"gpt2: its forward pass over 2 x 25 tokens failed: .*model\.tokenizer\.max_length"
     ):
         backbone.forward(ids(25), lambda call: None)
 

@@ -32,6 +32,8 @@ pytestmark = pytest.mark.floor
 LLAMA = CASES[0]
 LENGTHS = [60, 4, 90, 33]
 
+FAILED = r"the proof of .* failed, and the dataset was not published"
+
 
 @pytest.fixture
 def texts(tmp_path: Path) -> Path:
@@ -124,11 +126,13 @@ def test_a_wrong_dataset_fails_and_stays(
 ) -> None:
     checkpoint = save_checkpoint(LLAMA, tmp_path / "model")
     harm_stored_vectors(monkeypatch, harm)
-    with pytest.raises(CaptureError, match="unproven"):
+    with pytest.raises(CaptureError, match=r"the proof of .* failed, and the dataset was not published"):
         run(checkpoint, texts, tmp_path / "out", inference={"batch_size": 1})
     assert manifests.read(tmp_path / "out")["proof"]["proven"] is False
     assert len(heads_of(tmp_path / "out")) == 18
-    with pytest.raises(CaptureError, match="unproven"):  # also when the command is rerun on the finished dataset
+    with pytest.raises(
+        CaptureError, match=r"the proof of .* failed, and the dataset was not published"
+    ):  # also when the command is rerun on the finished dataset
         run(checkpoint, texts, tmp_path / "out", inference={"batch_size": 1})
 
 
@@ -148,7 +152,7 @@ def test_large_biases_hide_nothing(
     root = run(checkpoint, texts, tmp_path / "right", **sections)
     assert manifests.read(root)["proof"]["proven"] is True
     harm_stored_vectors(monkeypatch, next_position)
-    with pytest.raises(CaptureError, match="unproven"):
+    with pytest.raises(CaptureError, match=r"the proof of .* failed, and the dataset was not published"):
         run(checkpoint, texts, tmp_path / "wrong", **sections, inference={"batch_size": 1})
 
 
@@ -179,7 +183,7 @@ def test_a_short_table_of_positions_is_enough(texts: Path, tmp_path: Path) -> No
 def test_a_wrong_rotation_is_found(texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = save_checkpoint(LLAMA, tmp_path / "model")
     monkeypatch.setattr(Family, "before_rotary", lambda self, module, calls, query, key: (query, key))
-    with pytest.raises(CaptureError, match="unproven"):
+    with pytest.raises(CaptureError, match=r"the proof of .* failed, and the dataset was not published"):
         run(checkpoint, texts, tmp_path / "out", capture={"capture_pre_rope": True}, verify={"examples": 2})
 
 

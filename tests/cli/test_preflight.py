@@ -56,7 +56,7 @@ def refusal(*arguments: str) -> str:
         ("sampler={type: all}", r"sampler is chosen by name; .* sampler\.<key>=\.\.\."),
         ("sampler=glob(z*)", r"nothing matches; valid: .*log_uniform"),
         ("hydra/launcher=slrum", r"no such hydra/launcher.*; valid: basic, slurm, submitit_local"),
-        ("hydra.nope=1", r"hydra\.nope=1: hydra\.nope has nothing there to change"),
+        ("hydra.nope=1", r"hydra\.nope=1: hydra\.nope does not exist, so it cannot be changed"),
         ("sampler.base_rate=fast", r"sampler\.base_rate is 'fast'; it must be a number"),
         ("shard.count=1.5", r"shard\.count is 1\.5; it must be an integer"),
         ("output.private=maybe", r"output\.private is 'maybe'; it must be true or false"),

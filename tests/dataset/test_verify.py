@@ -132,7 +132,7 @@ def test_a_folder_without_a_manifest_is_incomplete(root: Path, tmp_path: Path) -
     message = wrong(verified(root))["manifest"]
     assert message.startswith("the dataset is incomplete: no manifest.json") and "rerun its job, or fetch" in message
     for path in (tmp_path / "nothing", root / "README.md"):
-        assert f"there is no folder {path}" in wrong(verified(path))["manifest"]
+        assert f"the folder {path} does not exist" in wrong(verified(path))["manifest"]
 
 
 def test_an_unfinished_job_says_how_far_it_is(
@@ -156,7 +156,7 @@ def test_an_unfinished_job_says_how_far_it_is(
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None and other.stdout.readline() == "held\n"
         message = wrong(verified(root))["manifest"]
-        assert f"process {other.pid} on " in message and "is at work; 20 examples" in message
+        assert f"process {other.pid} on " in message and "is writing it; 20 examples" in message
         assert "way out: wait for the running job" in message
         other.communicate("")
     assert sorted(root.rglob("*")) == before
@@ -170,7 +170,7 @@ def test_a_version_that_waits_to_be_promoted(root: Path) -> None:
     shutil.copy(root / "manifest.json", staging)
     assert ".qk_sniffer exists" in verified(root) and wrong(verified(root)) == {}
     (root / "manifest.json").unlink()
-    assert "all files are staged; they still have to be put" in wrong(verified(root))["manifest"]
+    assert "all files are staged, but not promoted yet" in wrong(verified(root))["manifest"]
 
 
 def test_is_held(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.floor, pytest.mark.usefixtures("waits")]
     [
         (True, REPO, r"there is no token: set HF_TOKEN, or .*hf auth login"),
         ("hf_mallory", REPO, "refuses the token"),
-        ("hf_bob", REPO, "no right to that"),
+        ("hf_bob", REPO, "lacks the permission"),
         ("hf_alice", "alice/two--dashes", "Cannot have --"),
         ("hf_secret\ntoken", REPO, r"Illegal header value .*\*\*\*"),
     ],

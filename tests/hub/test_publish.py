@@ -222,7 +222,7 @@ def test_a_wait_of_hours_is_refused(
     ("status", "code", "message"),
     [
         (401, None, r"refuses the token .*HF_TOKEN.*hf auth login"),
-        (403, None, r"no right to that .*another repository"),
+        (403, None, r"lacks the permission .*another repository"),
         (403, "GatedRepo", r"gated .*ask for access"),
         (404, None, "no such repository, revision or file"),
         (400, None, r"answers 400, .*a fault of the test"),
@@ -259,7 +259,7 @@ def test_faults_of_a_single_upload(
     """huggingface_hub wraps the errors of its upload threads. It does not retry these two itself."""
     root = make_dataset(tmp_path / "a")
     hub.fault("PUT", "/lfs/", status=403)
-    with pytest.raises(HubError, match="no right to that"):
+    with pytest.raises(HubError, match="lacks the permission"):
         publish(root, REPO, BRANCH, api=api)
     assert waits == [] and published(hub) == 0
     hub.fault("PUT", "/lfs/", status=409)

@@ -173,7 +173,7 @@ def test_another_configuration_is_refused(hub: FakeHub, machine: MakeMachine) ->
     assert len(third.captured) == 8 and held(hub) != before
 
 
-def test_where_the_branch_has_nothing_the_job_begins_anew(hub: FakeHub, machine: MakeMachine) -> None:
+def test_without_a_dataset_on_the_branch_the_job_starts_from_nothing(hub: FakeHub, machine: MakeMachine) -> None:
     hub.create(REPO)
     first = machine("first")
     first.job(4)

@@ -80,7 +80,7 @@ def test_overwriting_does_not_take_the_work_of_a_shard_that_runs(
     assert manifests.read(root)["examples"] == len(TEXTS)
 
 
-def test_other_rows_than_an_unfinished_job_was_begun_with_are_refused(
+def test_other_rows_than_those_of_an_unfinished_job_are_refused(
     checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = capture_module.Capture.run

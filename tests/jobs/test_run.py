@@ -238,7 +238,7 @@ def test_only_the_heads_asked_for_are_captured(checkpoint: Path, texts: Path, tm
         names(layers=[7])
 
 
-def test_tokens_can_be_kept_beside_the_vectors(checkpoint: Path, texts: Path, tmp_path: Path) -> None:
+def test_tokens_can_be_stored_next_to_the_vectors(checkpoint: Path, texts: Path, tmp_path: Path) -> None:
     root = run(checkpoint, texts, tmp_path / "out", capture={"capture_token_ids": True, "capture_token_strings": True})
     for table in heads_of(root).values():
         assert table.schema.names[-2:] == ["token_id", "token_str"]

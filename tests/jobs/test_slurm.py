@@ -241,7 +241,7 @@ def test_three_models_on_the_hub(
 
 
 @pytest.mark.parametrize("how", ["requeue", "kill and requeue", "node"])
-def test_a_job_that_is_begun_anew_goes_on(
+def test_a_requeued_job_resumes(
     how: str, sweep: Callable[..., Sweep], models: dict[str, Path], undisturbed: Callable[[str], Path]
 ) -> None:
     running = sweep("model=hf", f"model.name={models['llama']}")

@@ -207,7 +207,7 @@ def test_as_a_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
 def test_bad_settings(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="format is 'xml'; valid: table, json"):
         show(Settings(tmp_path, format="xml"))
-    with pytest.raises(StoreError, match="there is no folder"):
+    with pytest.raises(StoreError, match="does not exist"):
         show(Settings(tmp_path / "none"))
     with pytest.raises(ConfigError, match="wach is not a key"):
         program.parse(["outputs", "wach=true"], Settings)

@@ -248,7 +248,7 @@ def test_facts_of_the_manifest_about_layers_become_notes(root: Path, tmp_path: P
     for note, where in (
         ("captured before RoPE: the vectors carry no position of the rotary embedding", "all heads"),
         ("attention adds a bias to the logits, which is not measured", "layers 1"),
-        ("a query sees only some of the keys, and the dataset does not hold which", "layers 0"),
+        ("a query sees only some of the keys, and the dataset does not store which", "layers 0"),
     ):
         assert notes[note] == [where]
     assert set(buckets(tmp_path / "results")[1, 0]) == {(1, 0), (3, 2), (5, 4)}, "buckets of 16 in chunks of 32"

@@ -1,4 +1,4 @@
-"""Tests the buffer between forward and disk: its regions never overlap and are as low as possible."""
+"""Tests the buffer between forward pass and disk: its regions never overlap and are as low as possible."""
 
 import numpy as np
 from hypothesis import given

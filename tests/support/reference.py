@@ -46,7 +46,7 @@ def vectors(case: Case, decoder: nn.Module, ids: torch.Tensor, *, rotated: bool)
 
 
 def projections(case: Case, decoder: nn.Module, ids: torch.Tensor) -> Vectors:
-    """Returns the outputs of the linear projections in a plain forward, float64 (batch, n, heads, head_dim)."""
+    """Returns the outputs of the linear projections in a plain forward pass, float64 (batch, n, heads, head_dim)."""
     outputs: dict[str, torch.Tensor] = {}
     made: Vectors = {}
 

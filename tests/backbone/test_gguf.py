@@ -234,6 +234,7 @@ except SourceError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_file_of_a_repository_is_that_of_the_commit(tmp_path: Path) -> None:
     model = LLAMA.model()
     content = write_gguf(model, tmp_path / "tiny.gguf").read_bytes()

@@ -168,6 +168,7 @@ def test_transient_errors_are_retried(
     assert not hub.take_fault(method, path), "the fault was used"
 
 
+@pytest.mark.slow
 def test_with_xet_and_a_login(make_dataset: MakeDataset, tmp_path: Path) -> None:
     """Separate processes publish and read a private repository through the storage of real uploads."""
     from support.local_xet import LocalXet

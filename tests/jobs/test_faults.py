@@ -56,6 +56,18 @@ def finish(server: Server, job: dict[str, Any]) -> str:
     return child.stderr
 
 
+def test_a_killed_job_resumes_and_ends_with_the_same_bytes(
+    server: Server, job: dict[str, Any], whole: dict[str, str]
+) -> None:
+    child = server.start(job, held={"forward": 8})
+    assert child.reaches("forward", 8)
+    child.send(signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
+    assert not (root_of(job) / "manifest.json").exists()
+    finish(server, job)
+    assert hashes(root_of(job)) == whole
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(int(os.environ.get("KILL_SEEDS", "1"))))
 @pytest.mark.parametrize("batch_size", [1, 2])

@@ -95,6 +95,7 @@ def test_killed_in_mid_upload_and_refused(tmp_path: Path) -> None:
         assert_whole(held(hub, BRANCH), tmp_path / "copy")
 
 
+@pytest.mark.slow
 def test_without_a_token_nothing_is_captured(tmp_path: Path) -> None:
     with FakeHub() as hub:
         failed = client(hub, tmp_path, *JOB, token=None)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -29,9 +28,7 @@ from support.jobs import (
 from support.tiny import save_checkpoint
 
 from qk_sniffer.capture import capture as capture_module
-from qk_sniffer.config import from_dict
 from qk_sniffer.errors import SourceError, StoreError
-from qk_sniffer.jobs.run import run_job
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.journal_writer import JournalWriter
 from qk_sniffer.store.layout import Layout
@@ -140,35 +137,6 @@ def test_a_job_that_was_stopped_goes_on_and_ends_with_the_same_bytes(
     resumed = True
     assert hashes(run(checkpoint, texts, tmp_path / "broken", **sections)) == hashes(whole)
     assert sorted(index for batch in ran for index in batch) == list(range(len(TEXTS))), "work was done twice, or not"
-
-
-def test_a_killed_process_resumes_and_ends_with_the_same_bytes(
-    checkpoint: Path, texts: Path, tmp_path: Path, undisturbed: Callable[..., Path]
-) -> None:
-    sections: dict[str, Any] = {"inference": {"batch_size": 1, "segment_mb": 1, "queue_mb": 1}}
-    whole = undisturbed(**sections)
-    root = tmp_path / "killed"
-    values = settings(checkpoint, texts, root, **sections)
-    code = (
-        "import json, sys\n"
-        "from qk_sniffer.capture import capture\n"
-        "from qk_sniffer.config import from_dict\n"
-        "from qk_sniffer.jobs import run\n"
-        "real = capture.Capture.run\n"
-        "def stepwise(self, plan):\n    real(self, plan); print('batch', flush=True); sys.stdin.readline()\n"
-        "capture.Capture.run = stepwise; run.run_job(from_dict(json.loads(sys.argv[1])))"
-    )
-    command = [sys.executable, "-c", code, json.dumps(values)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0) as process:
-        assert process.stdin is not None and process.stdout is not None
-        for _ in range(6):
-            assert process.stdout.readline() == b"batch\n"
-            process.stdin.write(b"\n")
-        assert process.stdout.readline() == b"batch\n"
-        process.send_signal(signal.SIGKILL)
-    assert not (root / "manifest.json").exists()
-    run_job(from_dict(values))
-    assert hashes(root) == hashes(whole)
 
 
 @pytest.mark.parametrize("streaming", [False, True])

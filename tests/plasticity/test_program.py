@@ -223,6 +223,7 @@ def test_query_heads_whose_keys_were_not_captured_are_named(root: Path, tmp_path
     assert "their keys were not captured: l01h02q, l01h03q" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_branch_of_the_hub(verify_base: Path, tmp_path: Path) -> None:
     files = {path.relative_to(verify_base).as_posix(): path.read_bytes() for path in verify_base.rglob("*.*")}
     with FakeHub() as hub:

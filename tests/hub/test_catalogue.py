@@ -155,9 +155,8 @@ def test_a_row_that_was_not_written_is_written_by_the_next_one(
 ) -> None:
     root = make_dataset(tmp_path / "a")
     hub.fault("POST", "/commit/main", status=403)
-    with pytest.raises(
-        HubError, match=r"is on its branch of alice/vectors, but the list .*no right.*Rerun the command of its job"
-    ):
+    message = r"is on its branch of alice/vectors, but the list .*lacks the permission.*Rerun the command of its job"
+    with pytest.raises(HubError, match=message):
         publish(root, REPO, "one", api=api)
     assert published(hub, "one") == 1 and "README.md" not in held(hub, "main")
     publish(root, REPO, "two", api=api)

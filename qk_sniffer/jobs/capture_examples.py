@@ -52,12 +52,12 @@ def capture_examples(
         boundary=components.backbone.length_boundary,
         stages=in_thread,
     )
-    first = list(islice(windows, 1))
-    if first:
-        _check_space(config, layout, start, components, sampler, first[0].lengths, journal)
     progress = Progress(total, len(journal.records), file=layout.progress(shard.index, shard.count))
     tokens_wanted = config.capture.capture_token_ids or config.capture.capture_token_strings
     try:
+        first = list(islice(windows, 1))
+        if first:
+            _check_space(config, layout, start, components, sampler, first[0].lengths, journal)
         with JournalWriter(
             journal,
             queue_bytes=inference.queue_mb * 2**20,

@@ -361,7 +361,7 @@ def test_a_job_runs_the_settings_and_the_code_that_were_submitted(
     manifest = json.loads((tmp_path / "outputs" / "mine-few" / "manifest.json").read_text())
     assert manifest["config"]["model"]["tokenizer"]["max_length"] == 30 and manifest["tokens"] == 30
     (code_folder,) = (tmp_path / "outputs" / ".sweeps").glob("*/*/code")
-    assert (code_folder / "qk_sniffer" / "run.py").exists()
+    assert (code_folder / "qk_sniffer" / "jobs" / "run.py").exists()
 
 
 def tokens_in(folder: Path, token: str) -> Sequence[Path]:

@@ -28,7 +28,7 @@ def write_texts(path: Path, examples: int, tokens: int) -> Path:
     width = tokens * CHARACTERS_PER_TOKEN
     corpus *= 1 + width // len(corpus)
     step = (len(corpus) - width) / examples
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         for number in range(examples):
             start = int(number * step)
             file.write(json.dumps({"text": f"{number}. {corpus[start : start + width]}"}) + "\n")

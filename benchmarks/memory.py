@@ -58,7 +58,7 @@ def measured(examples: int, tokens: int, settings: list[str]) -> dict[str, Any]:
 def anonymous_mb(pid: int) -> float | None:
     """Returns the RssAnon of a process in MB, or None if the process has ended."""
     try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
     except OSError:
         return None
     found = [int(line.split()[1]) for line in lines if line.startswith("RssAnon:")]

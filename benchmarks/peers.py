@@ -88,7 +88,7 @@ def environment(peer: str) -> Path:
 def measured(command: list[str]) -> Run:
     """Returns the seconds and the peak of anonymous memory of a process."""
     offline = os.environ | {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "TOKENIZERS_PARALLELISM": "false"}
-    with tempfile.TemporaryFile("w+") as output:
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as output:
         start, peak_mb = time.perf_counter(), 0.0
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, cwd=ROOT, env=offline)
         while process.poll() is None:

@@ -16,7 +16,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(model_name)
     model = AutoModel.from_pretrained(model_name, dtype=torch.float32).eval()
     with torch.inference_mode():
-        for line in Path(texts).read_text().splitlines():
+        for line in Path(texts).read_text(encoding="utf-8").splitlines():
             text = json.loads(line)["text"]
             ids = tokenizer(text, truncation=True, max_length=int(tokens), return_tensors="pt").input_ids
             model(input_ids=ids, use_cache=False)

@@ -50,7 +50,7 @@ SKIPS_ALL = "import pytest; pytest.skip('lacks a library', allow_module_level=Tr
 
 
 def executable(path: Path, code: str = "exit 0") -> None:
-    path.write_text(f"#!/bin/sh\n{code}\n")
+    path.write_text(f"#!/bin/sh\n{code}\n", encoding="utf-8")
     path.chmod(0o755)
 
 

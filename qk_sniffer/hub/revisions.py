@@ -73,7 +73,7 @@ def cached_commit(kind: Kind, name: str, revision: str | None = None) -> str | N
     folder = Path(constants.HF_HUB_CACHE, f"{kind}s--{name.replace('/', '--')}")
     ref = folder / "refs" / (revision or "main")
     if ref.is_file():
-        return ref.read_text().strip()
+        return ref.read_text(encoding="utf-8").strip()
     snapshots = [path.name for path in folder.glob("snapshots/*")]
     if revision in snapshots:
         return revision

@@ -79,7 +79,7 @@ class Progress:
         }
         temporary = self._file.with_name(self._file.name + ".tmp")
         with suppress(OSError):  # the journal reports a full disk
-            temporary.write_text(json.dumps(facts))
+            temporary.write_text(json.dumps(facts), encoding="utf-8")
             temporary.replace(self._file)
 
 
@@ -90,7 +90,7 @@ def read_progress(file: Path) -> dict[str, Any]:
     of the report in seconds since 1970.
     """
     try:
-        facts: dict[str, Any] = json.loads(file.read_text())
+        facts: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return facts

@@ -133,9 +133,9 @@ def recorded(status: Status, folder: Path) -> Iterator[None]:
 
 def read_status(file: Path) -> Status:
     """Reads the status in `file`. A job that no longer runs and did not record its end has failed."""
-    status = Status(**json.loads(file.read_text()))
+    status = Status(**json.loads(file.read_text(encoding="utf-8")))
     if status.state == RUNNING and not is_held(file.with_name(LOCK)):
-        status = Status(**json.loads(file.read_text()))  # it may have ended between the two reads
+        status = Status(**json.loads(file.read_text(encoding="utf-8")))  # it may have ended between the two reads
         if status.state == RUNNING:
             status.seconds = max(file.stat().st_mtime - status.since, 0.0)
             status.fail("ended without a message: it was killed, or its machine failed (out of memory, time limit)")
@@ -198,7 +198,7 @@ def _write(file: Path, facts: dict[str, Any]) -> None:
 
 def _announced(folder: Path) -> dict[str, Any]:
     try:
-        facts: dict[str, Any] = json.loads((folder / SWEEP_FILE).read_text())
+        facts: dict[str, Any] = json.loads((folder / SWEEP_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return facts

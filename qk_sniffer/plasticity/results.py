@@ -92,7 +92,7 @@ class Results:
     def begin(self, fingerprint: str) -> None:
         """Keeps the results of earlier starts with this fingerprint. Discards those of another one, with a warning."""
         job = self._work / "job.json"
-        known = job.read_text() if job.exists() else None
+        known = job.read_text(encoding="utf-8") if job.exists() else None
         if known is None and self.record_file.exists():
             with suppress(StoreError):  # an unreadable record is replaced
                 known = self.record()["fingerprint"]

@@ -333,7 +333,7 @@ def hooked(smollm2: Path, texts_of_topics: Path) -> list[HookedVectors]:
             projection = getattr(model.model.layers[layer].self_attn, f"{kind}_proj")
             projection.register_forward_hook(keep(layer, kind))
     found = []
-    for line in texts_of_topics.read_text().splitlines():
+    for line in texts_of_topics.read_text(encoding="utf-8").splitlines():
         ids = torch.tensor([tokenizer(json.loads(line)["text"])["input_ids"][:MAX_LENGTH]])
         with torch.inference_mode():
             model(input_ids=ids, use_cache=False)

@@ -97,7 +97,8 @@ def test_an_example_is_never_added_twice(tmp_path: Path) -> None:
 
 
 def write_texts(path: Path, texts: list[str]) -> None:
-    path.write_text("".join(json.dumps({"text": text, "id": f"doc-{i}"}) + "\n" for i, text in enumerate(texts)))
+    lines = [json.dumps({"text": text, "id": f"doc-{i}"}) + "\n" for i, text in enumerate(texts)]
+    path.write_text("".join(lines), encoding="utf-8")
 
 
 @pytest.fixture
@@ -236,11 +237,11 @@ def test_what_cannot_be_added_to_is_refused_and_stays_as_it_is(
         run_job(job(checkpoint, texts, root, dataset={"max_samples": 4}))
     with pytest.raises(StoreError, match="base_rate"):
         run_job(job(checkpoint, texts, root, sampler={"type": "uniform", "base_rate": 3.0}))
-    lines = texts.read_text().splitlines(keepends=True)
-    texts.write_text("".join([lines[0], lines[2], lines[1], *lines[3:]]))
+    lines = texts.read_text(encoding="utf-8").splitlines(keepends=True)
+    texts.write_text("".join([lines[0], lines[2], lines[1], *lines[3:]]), encoding="utf-8")
     with pytest.raises(SourceError, match=r"row 1 .*the source has changed"):
         run_job(job(checkpoint, texts, root))
-    texts.write_text("".join(lines))
+    texts.write_text("".join(lines), encoding="utf-8")
     assert hashes(root) == before and not (root / ".qk_sniffer").exists()
 
     head = root / "l01h00k" / "data.parquet"

@@ -223,8 +223,8 @@ def test_a_source_that_changed_in_the_middle_is_refused(
     sections = {"inference": {"batch_size": 1, "lookahead": 1}}
     with pytest.raises(Stopped):
         run(checkpoint, texts, tmp_path / "out", **sections)
-    lines = texts.read_text().splitlines()
-    texts.write_text("\n".join([json.dumps({"text": "another", "id": "doc-0"}), *lines[1:]]) + "\n")
+    lines = texts.read_text(encoding="utf-8").splitlines()
+    texts.write_text("\n".join([json.dumps({"text": "another", "id": "doc-0"}), *lines[1:]]) + "\n", encoding="utf-8")
     with pytest.raises(SourceError, match=r"row 0 .*not the text"):
         run(checkpoint, texts, tmp_path / "out", **sections)
 
@@ -234,11 +234,11 @@ def test_a_source_that_changed_before_the_proof_is_refused(
 ) -> None:
     captured_only(checkpoint, texts, tmp_path / "out", monkeypatch)
     lines = [json.dumps({"text": "another", "id": f"doc-{i}"}) for i in range(len(TEXTS))]
-    before = texts.read_text()
-    texts.write_text("\n".join(lines) + "\n")
+    before = texts.read_text(encoding="utf-8")
+    texts.write_text("\n".join(lines) + "\n", encoding="utf-8")
     with pytest.raises(SourceError, match=r"not the text that was captured"):
         run(checkpoint, texts, tmp_path / "out")
-    texts.write_text(before)
+    texts.write_text(before, encoding="utf-8")
     assert hashes(run(checkpoint, texts, tmp_path / "out")) == hashes(undisturbed())
 
 

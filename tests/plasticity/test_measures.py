@@ -85,7 +85,7 @@ def test_other_samplers_agree(
 ) -> None:
     """Keys with a sampler of their own get the buckets of the queries. The dataset has only drawn heads."""
     capture = {"head_sampling": {"count": 3, "seed": 1}}
-    texts.write_text("".join(texts.read_text().splitlines(keepends=True)[:9]))
+    texts.write_text("".join(texts.read_text(encoding="utf-8").splitlines(keepends=True)[:9]), encoding="utf-8")
     root = run(checkpoint, texts, tmp_path / "data", sampler=sampler, capture=capture, verify={"examples": 0})
     assert measure(root, tmp_path / "results") == 0
     agree(root, tmp_path / "results", rule)

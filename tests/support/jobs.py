@@ -24,7 +24,8 @@ TEXTS = [("".join(ALPHABET) * 3)[i : i + 20 + 13 * i % 97] for i in range(24)]
 
 def write_texts(path: Path) -> Path:
     """Writes `TEXTS` to a jsonl file, with ids."""
-    path.write_text("".join(json.dumps({"text": text, "id": f"doc-{i}"}) + "\n" for i, text in enumerate(TEXTS)))
+    lines = [json.dumps({"text": text, "id": f"doc-{i}"}) + "\n" for i, text in enumerate(TEXTS)]
+    path.write_text("".join(lines), encoding="utf-8")
     return path
 
 

@@ -202,6 +202,13 @@ class InferenceConfig:
         default=False, metadata={"help": "log the time of each stage of each batch", "changes_rows": False}
     )
 
+    def batching(self) -> "dict[str, int | None]":
+        """Returns the settings that may change while a job is unfinished, and when its dataset grows.
+
+        Vectors of differently composed batches agree within rounding, so the manifest records every change.
+        """
+        return {"max_batch_tokens": self.max_batch_tokens, "batch_size": self.batch_size}
+
 
 @dataclass(frozen=True)
 class ShardConfig:

@@ -2,12 +2,15 @@
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from qk_sniffer.config import Config, OutputConfig, SamplerConfig, settings
+from qk_sniffer.config import Config, InferenceConfig, OutputConfig, SamplerConfig, settings
 from qk_sniffer.text import expand_home
+
+_BATCHING = {name: f"inference.{name}" for name in InferenceConfig().batching()}
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,16 @@ def fingerprint(config: ResolvedConfig) -> dict[str, Any]:
         keys[key] = public_name(keys[key])
     plain: dict[str, Any] = json.loads(json.dumps(keys))  # the values as JSON stores them
     return plain
+
+
+def batching_of(settings: Mapping[str, Any]) -> dict[str, int | None]:
+    """Returns the batch settings in a fingerprint: those of the first start of the dataset's job."""
+    return {name: settings[key] for name, key in _BATCHING.items()}
+
+
+def without_batching(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings of a fingerprint that must not change before the job is finished."""
+    return {key: value for key, value in settings.items() if key not in _BATCHING.values()}
 
 
 def rule(config: SamplerConfig) -> str:

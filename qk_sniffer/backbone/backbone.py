@@ -57,12 +57,9 @@ class Backbone:
             self._forward(ids, on_call)
         except QkSnifferError:
             raise
-        except torch.OutOfMemoryError as error:
-            raise CaptureError(
-                f"out of memory in a forward pass over {_by(ids)} tokens: lower inference.max_batch_tokens, or "
-                f"model.tokenizer.max_length if it was a single text ({error})"
-            ) from error
-        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        except (AttributeError, IndexError, MemoryError, RuntimeError, TypeError, ValueError) as error:
+            if _is_out_of_memory(error):
+                raise CaptureError(f"out of memory in a forward pass over {_less_memory(ids)} ({error})") from error
             raise CaptureError(
                 f"{_model_type(self.decoder)}: its forward pass over {_by(ids)} tokens failed: {type(error).__name__}: "
                 f"{error}. If the text is too long for the model, lower model.tokenizer.max_length; if the error names "
@@ -146,6 +143,25 @@ def _layer_facts(call: AttentionCall) -> LayerFacts:
         sinks=None if call.sinks is None else call.sinks.double().tolist(),
         position_bias=call.position_bias,
         sparse_attention=call.sparse_attention,
+    )
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # On the CPU, torch raises a RuntimeError of no class of its own.
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def _less_memory(ids: torch.Tensor) -> str:
+    """Names the batch that is too large, and the way out."""
+    texts, longest = ids.shape
+    if texts > 1:
+        return (
+            f"{texts} x {longest} tokens: rerun the command with inference.max_batch_tokens={texts // 2 * longest}, "
+            "which keeps the captured examples"
+        )
+    return (
+        f"a single text of {longest} tokens: rerun the command with more memory, which keeps the captured examples, or "
+        "make another dataset of shorter texts with model.tokenizer.max_length"
     )
 
 

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from qk_sniffer.capture.sampling import Sampler
@@ -19,10 +20,11 @@ from qk_sniffer.errors import SourceError, StoreError
 from qk_sniffer.hub.revisions import hub_commit_of
 from qk_sniffer.jobs.start import base_of
 from qk_sniffer.machine import num_threads
+from qk_sniffer.resolved import batching_of
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.compact import compact
 from qk_sniffer.store.disk import write_atomic
-from qk_sniffer.store.journal import ExampleRecord, Journal
+from qk_sniffer.store.journal import Batching, ExampleRecord, Journal
 from qk_sniffer.store.layout import KINDS, Head, Layout
 from qk_sniffer.store.locks import InUseError, hold
 from qk_sniffer.store.manifest import Written
@@ -144,6 +146,7 @@ def stage(layout: Layout, record: Mapping[str, Any]) -> Staged:
         "inclusion": {kind: sampler.inclusion(kind, written.longest_example) for kind in kinds},
         "skipped_rows": skipped,
         "source_rows": written.num_examples + skipped,
+        "batching": _changes(journals, batching_of(record["fingerprint"])),
         "grown_from": _growth(record["base"]),
     }
     return Staged(layout.staging, heads, examples, facts, written)
@@ -175,12 +178,26 @@ def finish_interrupted_promotion(layout: Layout) -> bool:
         return finish_promotion(layout)
 
 
+def _changes(journals: Sequence[Journal], first: Batching) -> list[dict[str, Any]]:
+    """The changes of the batch settings from `first`, by shard, in the order of the batches. `from_index` is the first
+    example of the source that was captured after the change."""
+    changes = []
+    for shard, journal in enumerate(journals):
+        current = first
+        batches = [journal.batching[batch] for batch in sorted(journal.batching)]
+        for batching, same in groupby(batches, key=lambda batch: batch[1]):
+            if batching != current:
+                changes.append({"shard": shard, "from_index": min(index for index, _ in same), **batching})
+            current = batching
+    return changes
+
+
 def _growth(base: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """The source rows and the software of the earlier versions of the dataset, oldest first."""
+    """The source rows, software and changed batch settings of the earlier versions of the dataset, oldest first."""
     if base is None:
         return []
     before: list[dict[str, Any]] = base["grown_from"]
-    return [*before, {"source_rows": base["source_rows"], "versions": base["versions"]}]
+    return [*before, {key: base[key] for key in ("source_rows", "versions", "batching")}]
 
 
 def _public(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -62,6 +62,7 @@ def capture_examples(
             journal,
             queue_bytes=inference.queue_mb * 2**20,
             segment_bytes=inference.segment_mb * 2**20,
+            batching=inference.batching(),
             pinned=components.backbone.device.type == "cuda",
         ) as writer:
             capture = Capture(

@@ -6,13 +6,13 @@ dataset never mixes two configurations, two checkpoints or two versions of a lib
 
 import importlib.metadata
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from qk_sniffer.errors import StoreError
 from qk_sniffer.hub.revisions import current_commit, folder_digest
-from qk_sniffer.resolved import ResolvedConfig, fingerprint
+from qk_sniffer.resolved import ResolvedConfig, fingerprint, without_batching
 
 LIBRARIES = ("torch", "transformers")
 """Another version of these may compute other vectors."""
@@ -23,7 +23,8 @@ class Job:
     """The identity of a dataset's job."""
 
     fingerprint: dict[str, Any]
-    """The settings that can change rows or vectors, by their dotted keys."""
+    """The settings that can change rows or vectors, by their dotted keys. The batch settings are those of the first
+    start."""
     commits: dict[str, str | None]
     """The commits of `model`, `tokenizer` and `dataset` on the Hub; for a local checkpoint the digest of its files."""
     versions: dict[str, str]
@@ -39,6 +40,10 @@ class Job:
         """The job of a stored record or of a manifest; both hold its keys among others."""
         return cls(record["fingerprint"], record["commits"], record["versions"])
 
+    def added_to(self, earlier: "Job") -> "Job":
+        """This job as one that adds to the dataset of `earlier`, with the batch settings of its first start."""
+        return replace(self, fingerprint=earlier.fingerprint | without_batching(self.fingerprint))
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as it is stored."""
         return asdict(self)
@@ -46,7 +51,8 @@ class Job:
     def differences(self, earlier: "Job", *, finished: bool = False) -> list[str]:
         """Lists the settings, commits and libraries in which this job differs from `earlier`, one a line.
 
-        A `finished` dataset may come from other versions of the software, and from another number of shards.
+        The batch settings may differ. A `finished` dataset may also come from other versions of the software, and from
+        another number of shards.
         """
         mine, theirs = _flat(self), _flat(earlier)
         keys = sorted(key for key in mine | theirs if mine.get(key) != theirs.get(key))
@@ -100,7 +106,7 @@ def resolve_commits(config: ResolvedConfig, earlier: Job | None) -> dict[str, st
 
 def _flat(job: Job) -> dict[str, Any]:
     return (
-        job.fingerprint
+        without_batching(job.fingerprint)
         | {f"commit of the {name}": commit for name, commit in job.commits.items()}
         | {f"version of {name}": version for name, version in job.versions.items()}
     )

@@ -17,7 +17,7 @@ from qk_sniffer.jobs.licenses import stated_terms
 from qk_sniffer.jobs.signals import Stopping
 from qk_sniffer.jobs.start import Start, find_existing_work, register_job, source_rows
 from qk_sniffer.machine import return_memory, trim_memory
-from qk_sniffer.resolved import ResolvedConfig, resolve
+from qk_sniffer.resolved import ResolvedConfig, batching_of, resolve
 from qk_sniffer.store.layout import Layout, prepare_data_root, remove_leftovers
 from qk_sniffer.store.locks import hold, restart_patience_s
 from qk_sniffer.timing import Stages
@@ -75,8 +75,10 @@ def _record(config: ResolvedConfig, start: Start, components: Components) -> dic
     for layer in components.layers:
         chosen = {kind: list(heads) for number, kind, heads in components.selection if number == layer.heads.layer}
         layers.append(layer.to_dict() | {"captured": chosen})
+    settings = config.to_dict()
+    settings["inference"] |= batching_of(start.job.fingerprint)
     return start.job.to_dict() | {
-        "config": config.to_dict(),
+        "config": settings,
         "source_rows": source_rows(config, start.corpus),
         "base": None if start.base is None else dict(start.base.record),
         "stated": {

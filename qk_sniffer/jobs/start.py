@@ -15,7 +15,7 @@ from qk_sniffer.errors import HubError, SourceError, StoreError
 from qk_sniffer.hub.branch import Branch
 from qk_sniffer.jobs.hub_resume import branch_ahead
 from qk_sniffer.jobs.identity import Job, resolve_commits
-from qk_sniffer.resolved import ResolvedConfig, fingerprint
+from qk_sniffer.resolved import ResolvedConfig, fingerprint, without_batching
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.files import Files, Folder
 from qk_sniffer.store.layout import EXAMPLES, Layout, discard_work
@@ -99,7 +99,9 @@ def _existing_work(config: ResolvedConfig, layout: Layout) -> _Existing:
 
 def _starts_over(existing: _Existing, settings: Mapping[str, Any], *, overwrite: bool, is_mine: bool) -> bool:
     """Whether the job ignores the existing work: there is none, or `output.overwrite` replaces it."""
-    same_settings = existing.record is not None and existing.record["fingerprint"] == settings
+    same_settings = existing.record is not None and (
+        without_batching(existing.record["fingerprint"]) == without_batching(settings)
+    )
     match existing.state, overwrite, is_mine, same_settings:
         case "nothing", _, _, _:
             return True
@@ -126,7 +128,8 @@ def _continue_finished(config: ResolvedConfig, layout: Layout, existing: _Existi
         return Start(job, corpus, "finished", files)
     _warn_of_other_versions(job, earlier)
     on_hub = asdict(files) if isinstance(files, Branch) else None
-    return Start(job, corpus, "nothing", files, PreviousVersion(files, describe(files) | {"hub": on_hub}))
+    base = PreviousVersion(files, describe(files) | {"hub": on_hub})
+    return Start(job.added_to(earlier), corpus, "nothing", files, base)
 
 
 def _continue_unfinished(

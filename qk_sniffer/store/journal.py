@@ -8,6 +8,7 @@ starts in to the one that ends it. Rows of unfinished batches are ignored; a res
 
 import json
 import logging
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,9 @@ from qk_sniffer.store.disk import explained, make_folder
 from qk_sniffer.store.segment import SUFFIX, DamageError, read_header, segment_number, verify_segment
 
 log = logging.getLogger(__name__)
+
+Batching = Mapping[str, int | None]
+"""The settings that decide which examples share a batch, by name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +42,8 @@ class Journal:
     Attributes:
         records: the examples of the finished batches, by index. A writer adds its own when it closes.
         batches: the numbers of the finished batches.
+        batching: for each finished batch, the lowest index of its examples and the batch settings of its job. A batch
+            that was written without its settings is missing.
         segments: the files that hold rows of these batches.
         damaged: the names of the segments that cannot be used. Batches with rows in them are not finished.
         lost: indices of examples that were finished before and are not any more, as far as the journal shows.
@@ -49,6 +55,7 @@ class Journal:
         self.folder = folder
         self.records: dict[int, ExampleRecord] = {}
         self.batches: set[int] = set()
+        self.batching: dict[int, tuple[int, Batching]] = {}
         self.segments: list[Path] = []
         self.damaged: list[str] = []
         self.lost: set[int] = set()
@@ -87,11 +94,19 @@ class Journal:
         self._unused.clear()
         self.damaged.clear()
 
+    def add(self, batch: int, records: Sequence[ExampleRecord], batching: Batching | None) -> None:
+        """Adds a finished batch, which is durable."""
+        self.batches.add(batch)
+        self.records.update((record.index, record) for record in records)
+        if records and batching is not None:
+            self.batching[batch] = min(record.index for record in records), batching
+
     def _open(self, verify: bool) -> None:
         paths = [path for path in self.folder.glob("*" + SUFFIX) if segment_number(path) is not None]
         found = self._compare(paths) if verify else {}
         ends: dict[int, list[dict[str, Any]]] = {}
         spans: dict[int, tuple[Path, int, int]] = {}
+        batching: dict[int, Batching | None] = {}
         for path in sorted(paths):
             if path in found:
                 continue
@@ -100,11 +115,12 @@ class Journal:
                 number, (first, last) = segment_number(path), json.loads(metadata["batches"])
                 assert number is not None
                 ends[number], spans[number] = json.loads(metadata["ended"]), (path, first, last)
+                batching[number] = json.loads(metadata.get("batching", "null"))
             except DamageError as error:
                 found[path] = error
         for path, damage in sorted(found.items()):
             log.warning("journal segment %s is damaged (%s); its examples are captured again", path, damage)
-        self._settle(ends, set(spans))
+        self._settle(ends, batching)
         for path, first, last in spans.values():
             used = any(batch in self.batches for batch in range(first, last + 1))
             (self.segments if used else self._unused).append(path)
@@ -113,14 +129,14 @@ class Journal:
         self._unused.extend(found)
         self.damaged = sorted(path.name for path in found)
 
-    def _settle(self, ends: dict[int, list[dict[str, Any]]], present: set[int]) -> None:
+    def _settle(self, ends: dict[int, list[dict[str, Any]]], batching: Mapping[int, Batching | None]) -> None:
+        present = set(ends)
         for number, ended in sorted(ends.items()):
             for end in ended:
                 if not present.issuperset(range(end["since"], number + 1)):
                     self.lost.update(values[0] for values in end["records"])
                     continue
-                self.batches.add(end["batch"])
-                self.records.update((values[0], ExampleRecord(*values)) for values in end["records"])
+                self.add(end["batch"], [ExampleRecord(*values) for values in end["records"]], batching[number])
         self.lost -= self.records.keys()
         if self.lost:
             log.warning("journal %s: the rows of %d finished examples are lost", self.folder, len(self.lost))

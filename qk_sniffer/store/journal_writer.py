@@ -19,7 +19,7 @@ from qk_sniffer.errors import StoreError
 from qk_sniffer.machine import trim_memory
 from qk_sniffer.store.buffer import Buffer, Region
 from qk_sniffer.store.disk import explained
-from qk_sniffer.store.journal import ExampleRecord, Journal
+from qk_sniffer.store.journal import Batching, ExampleRecord, Journal
 from qk_sniffer.store.rows import RUN_COLUMNS, Event, Form, Rows, Slot, block_tensors
 from qk_sniffer.store.segment import write_segment
 
@@ -40,7 +40,14 @@ class JournalWriter:
     """
 
     def __init__(
-        self, journal: Journal, *, queue_bytes: int, segment_bytes: int, flush_s: float = FLUSH_S, pinned: bool = False
+        self,
+        journal: Journal,
+        *,
+        queue_bytes: int,
+        segment_bytes: int,
+        flush_s: float = FLUSH_S,
+        pinned: bool = False,
+        batching: Batching | None = None,
     ) -> None:
         """Removes files without use from the journal's folder, and starts the thread. Hold the shard's lock.
 
@@ -50,9 +57,11 @@ class JournalWriter:
             segment_bytes: the approximate size of a segment.
             flush_s: the longest time that a finished batch waits for its segment to fill, in seconds.
             pinned: whether the buffer is page-locked, so that a CUDA device copies to it while it computes.
+            batching: the batch settings of the job, which every segment names.
         """
         journal.prepare()
         self._journal = journal
+        self._batching = batching
         self._segment_bytes = segment_bytes
         self._flush_s = flush_s
         self._changed = threading.Condition()
@@ -152,8 +161,7 @@ class JournalWriter:
             self._changed.notify_all()
         self._thread.join()
         for end in self._done:
-            self._journal.batches.add(end.batch)
-            self._journal.records.update((record.index, record) for record in end.records)
+            self._journal.add(end.batch, end.records, self._batching)
         self._done.clear()
         self._journal.lost -= self._journal.records.keys()
         self._journal.next_batch = self._batch + 1
@@ -274,6 +282,8 @@ class JournalWriter:
             "batches": json.dumps([items[0].batch, items[-1].batch]),
             "ended": json.dumps(ended),
         }
+        if self._batching is not None:
+            metadata["batching"] = json.dumps(self._batching)
         tensors = [tensor for _, group in sorted(slots.items()) for tensor in block_tensors(group)]
         # The small tensors first: a compaction reads them alone before it reads any rows. The sort is stable.
         tensors.sort(key=lambda tensor: tensor.name.endswith(".vectors"))

@@ -2,6 +2,10 @@
 
 format          "qk-sniffer/1"
 job             the keys that the job adds: resolved config, versions, commits, head layout, rotary parameters, ...
+batching        changes of the batch settings while the job ran: [{"shard", "from_index", "max_batch_tokens",
+                "batch_size"}, ...]. from_index is the source's index of the first example that was captured after the
+                change. The fingerprint has the settings before the first change
+grown_from      [{"source_rows", "versions", "batching"}, ...]: of the earlier versions of a dataset that has grown
 examples, tokens, rows         of the whole dataset; rows over all heads
 longest_example tokens of the longest example
 rows_by_bucket  {"q": {"7": 1234, ...}, "k": ...}, over all heads of the kind

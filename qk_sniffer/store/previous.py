@@ -108,5 +108,6 @@ def describe(files: Files) -> dict[str, Any]:
         "source_rows": manifest["source_rows"],
         "skipped_rows": manifest["skipped_rows"],
         "versions": manifest["versions"],
+        "batching": manifest.get("batching", []),
         "grown_from": manifest.get("grown_from", []),
     }

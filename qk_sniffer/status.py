@@ -1,7 +1,7 @@
 """Shows the state of the datasets and jobs below a folder, and the error of each failed job.
 
-It only reads files. So it shows jobs on any machine that writes to this file system, even after the command that
-started them has ended.
+It reads files. So it shows jobs on any machine that writes to this file system, even after the command that started
+them has ended. Where SLURM answers, it adds the scheduler's reason to the jobs that wait: `queued: Priority`.
 
 States: queued, running, requeued (queued again after its time limit), done (with shard.count > 1: this shard is
 captured), published, failed, interrupted (by a person, or by SLURM, which may restart it), not started (its sweep ended
@@ -16,7 +16,8 @@ from pathlib import Path
 
 from qk_sniffer.cli import program
 from qk_sniffer.errors import ConfigError, StoreError
-from qk_sniffer.jobs.status import look, table
+from qk_sniffer.jobs.slurm import Reasons
+from qk_sniffer.jobs.status import look, table, with_reasons
 
 EVERY_S = 5.0
 
@@ -50,9 +51,10 @@ def show(settings: Settings) -> int:
         raise ConfigError([f"format is {settings.format!r}; valid: table, json"])
     if not settings.folder.is_dir():
         raise StoreError(f"the folder {settings.folder} does not exist")
+    reasons = Reasons()
     try:
         while True:
-            lines = look(settings.folder)
+            lines = with_reasons(look(settings.folder), reasons)
             if settings.format == "json":
                 text = json.dumps([line.to_dict() for line in lines], indent=None if settings.watch else 2)
             else:

@@ -1,13 +1,15 @@
 """Prepares the launch of jobs by Hydra, and waits for their end.
 
-Before the launch of a sweep it announces the jobs and copies their code. After the launch it waits for the jobs that
-the launcher does not wait for.
+Before the launch of a sweep it announces the jobs and copies their code. While they wait on SLURM, it tells why. After
+the launch it waits for the jobs that the launcher does not wait for.
 """
 
+import glob
 import os
+import re
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,6 +19,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 import qk_sniffer
+from qk_sniffer.cli.queue_watch import QueueWatch
 from qk_sniffer.jobs import sweep
 from qk_sniffer.jobs.sweep import PlannedJob
 
@@ -55,9 +58,12 @@ class Launch:
         if on_slurm:
             self._slurm_folder = str(hydra.launcher.submitit_folder)
             self._submitted_before = set(self._submitted())
+        record: Callable[[Sequence[str]], None] | None = None
         if is_plain_sweep(hydra):
             self.is_announced = True
-            self._open.enter_context(sweep.announced(self.folder, self.planned, outlive=on_slurm))
+            record = self._open.enter_context(sweep.announced(self.folder, self.planned, outlive=on_slurm))
+        if on_slurm:
+            self._open.enter_context(QueueWatch(self.planned, self._submitted_ids, record))
         wanted = self.planned[0].config.snapshot
         if on_slurm if wanted is None else wanted:
             use_snapshot(self.folder / "code")
@@ -68,8 +74,7 @@ class Launch:
             return
         from submitit import SlurmJob
 
-        for path in sorted(set(self._submitted()) - self._submitted_before):
-            job_id = path.name.removesuffix(_SUBMITTED)
+        for job_id in self._submitted_ids():
             SlurmJob[Any](folder=Path(self._slurm_folder).absolute(), job_id=job_id).wait()
 
     def wait_for_exit(self) -> None:
@@ -80,11 +85,20 @@ class Launch:
                 return
             time.sleep(0.2)
 
+    def _submitted_ids(self) -> list[str]:
+        """Returns the ids of this launch's jobs on SLURM, in the order of the jobs."""
+        names = (path.name.removesuffix(_SUBMITTED) for path in set(self._submitted()) - self._submitted_before)
+        # An array, or the only job of a sweep, is submitted at once; later batches of a sweep have larger ids.
+        return sorted(
+            (name for name in names if re.fullmatch(r"\d+(_\d+)?", name)),
+            key=lambda name: [int(part) for part in name.split("_")],
+        )
+
     def _submitted(self) -> Iterator[Path]:
         """Yields the file that submitit writes for each job that it submits."""
         assert self._slurm_folder is not None
-        folder = str(Path(self._slurm_folder).absolute() / f"*{_SUBMITTED}").replace("%j", "*")
-        yield from Path("/").glob(folder.lstrip("/"))
+        folder = glob.escape(str(Path(self._slurm_folder).absolute())).replace("%j", "*")
+        yield from Path("/").glob(f"{folder.lstrip('/')}/*{_SUBMITTED}")
 
 
 class LaunchCallback(Callback):

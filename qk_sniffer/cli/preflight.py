@@ -21,6 +21,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from qk_sniffer.cli import slurm_limits
 from qk_sniffer.cli.application import Application
 from qk_sniffer.cli.explain import explain, replace_unresolved
 from qk_sniffer.cli.flags import initialized
@@ -228,8 +229,11 @@ def _launcher_problems(name: str, config: DictConfig, *, is_sweep: bool) -> Iter
         return
     if not is_sweep:
         yield f"hydra/launcher={name} is for sweeps: add --multirun (-m), also for a single job"
-    elif is_on_slurm(config.hydra) and shutil.which("srun") is None:
-        yield f"hydra/launcher={name}: this machine has no commands of SLURM (srun); start from a login node"
+    elif is_on_slurm(config.hydra):
+        if shutil.which("srun") is None:
+            yield f"hydra/launcher={name}: this machine has no commands of SLURM (srun); start from a login node"
+        else:
+            yield from slurm_limits.problems(config.hydra.launcher)
 
 
 def _folder_problems(folder: Path) -> Iterator[str]:

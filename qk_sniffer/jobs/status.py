@@ -11,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from qk_sniffer.errors import StoreError
-from qk_sniffer.jobs import sweep
+from qk_sniffer.jobs import slurm, sweep
 from qk_sniffer.jobs.progress import read_progress
 from qk_sniffer.jobs.sweep import STATUS_FILE, SWEEP_FILE, Status
 from qk_sniffer.store import manifest as manifests
@@ -26,7 +26,7 @@ class Line:
     """A job, or a dataset without a job, and its progress. None where a value is not known.
 
     `examples` of `total` are captured. `tokens_per_s` and `seconds_left` come from the job's last report. `rows` are
-    those of the dataset, or those that a running job has captured so far.
+    those of the dataset, or those that a running job has captured so far. `reason` is SLURM's reason why a job waits.
     """
 
     status: Status
@@ -35,6 +35,7 @@ class Line:
     tokens_per_s: float | None = None
     seconds_left: float | None = None
     rows: int | None = None
+    reason: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, flat."""
@@ -65,8 +66,22 @@ def look(folder: Path) -> list[Line]:
     return [_line(status) for status in sorted(existing, key=lambda status: (status.data_root, status.shard_index))]
 
 
+def with_reasons(lines: list[Line], reasons: slurm.Reasons) -> list[Line]:
+    """Adds SLURM's reasons to the jobs that wait in its queue; none if it does not answer on this machine."""
+    in_queue = {
+        number: line.status.slurm_job_id
+        for number, line in enumerate(lines)
+        if line.status.state in (sweep.QUEUED, sweep.REQUEUED) and line.status.slurm_job_id is not None
+    }
+    found = reasons.of(set(in_queue.values()))
+    return [
+        replace(line, reason=found.get(in_queue[number])) if number in in_queue else line
+        for number, line in enumerate(lines)
+    ]
+
+
 def table(lines: list[Line]) -> str:
-    """A table of `lines`, with the errors of failed jobs below it."""
+    """A table of `lines`; below it the errors of failed jobs, and the meaning of reasons that need a person."""
     rows = [("dataset", "shard", "state", "examples", "tokens/s", "left", "rows", "time", "where")]
     errors = []
     for line in lines:
@@ -76,24 +91,26 @@ def table(lines: list[Line]) -> str:
         examples = "" if line.examples is None else f"{line.examples:,}"
         if line.examples is not None and line.total is not None and line.examples < line.total:
             examples += f" of {line.total:,} ({line.examples / line.total:.0%})"
-        slurm = f"SLURM {status.slurm_job_id}" if status.slurm_job_id else ""
+        on_slurm = f"SLURM {status.slurm_job_id}" if status.slurm_job_id else ""
         restarts = f"restarted {status.restarts} x" if status.restarts else ""
         rows.append(
             (
                 name,
                 shard,
-                status.state,
+                status.state if line.reason is None else f"{status.state}: {line.reason}",
                 examples,
                 "" if line.tokens_per_s is None else f"{line.tokens_per_s:,.0f}",
                 "" if line.seconds_left is None else tqdm.format_interval(line.seconds_left),
                 "" if line.rows is None else f"{line.rows:,}",
                 tqdm.format_interval(status.seconds) if status.seconds else "",
-                ", ".join(filter(None, [status.url, status.host, slurm, restarts])),
+                ", ".join(filter(None, [status.url, status.host, on_slurm, restarts])),
             )
         )
         if status.error:
             errors.append(f"{name}{f' (shard {shard})' if shard else ''}: {status.error}")
-    return "\n".join([aligned(rows), *errors])
+    known = sorted({line.reason for line in lines if line.reason is not None})
+    meanings = [f"{reason}: {meaning}" for reason in known if (meaning := slurm.advice(reason)) is not None]
+    return "\n".join([aligned(rows), *errors, *meanings])
 
 
 def _walk(folder: Path) -> Iterator[Path]:

@@ -10,7 +10,7 @@ import os
 import socket
 import textwrap
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -152,10 +152,11 @@ def statuses(folder: Path) -> dict[int, Status]:
 
 
 @contextmanager
-def announced(folder: Path, jobs: Sequence[PlannedJob], *, outlive: bool) -> Iterator[None]:
+def announced(folder: Path, jobs: Sequence[PlannedJob], *, outlive: bool) -> Iterator[Callable[[Sequence[str]], None]]:
     """Records the jobs of a sweep in `folder`, while its command runs and afterwards.
 
-    `outlive` says that the jobs continue when the command ends, even if it was interrupted.
+    `outlive` says that the jobs continue when the command ends, even if it was interrupted. Yields a function that
+    records the jobs' ids on SLURM, those of the first jobs, once they are known.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / SWEEP_FILE
@@ -170,9 +171,15 @@ def announced(folder: Path, jobs: Sequence[PlannedJob], *, outlive: bool) -> Ite
     for left in folder.rglob(STATUS_FILE):  # of an earlier sweep in the same folder
         if not is_held(left.with_name(LOCK)):
             left.unlink()
+
+    def record_slurm_ids(job_ids: Sequence[str]) -> None:
+        for job, job_id in zip(facts["jobs"], job_ids, strict=False):
+            job["status"]["slurm_job_id"] = job_id
+        _write(file, facts)
+
     with hold(folder / LOCK, "running this sweep"):
         _write(file, facts)
-        yield
+        yield record_slurm_ids
         _write(file, facts | {"ended": True})
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from hydra._internal.utils import get_args
+from support.slurm_commands import Commands
 
 from qk_sniffer.cli import preflight
 from qk_sniffer.cli.app import APPLICATION
@@ -224,3 +225,17 @@ def test_a_launcher_that_would_do_nothing_or_cannot_be_had(monkeypatch: pytest.M
     assert len(plan("--multirun", "hydra/launcher=submitit_local")) == 1
     monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
     assert len(plan("--multirun", "hydra/launcher=slurm")) == 1
+
+
+def test_a_time_limit_above_that_of_the_partition_is_refused_even_if_nobody_set_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands = Commands(tmp_path / "bin", monkeypatch)
+    commands.say("srun", "")
+    commands.say("sinfo", "main*|1:00:00|64|gpu:8|500000\nlong|infinite|64|gpu:8|500000\n")
+    on_slurm = ("--multirun", "hydra/launcher=slurm")
+    assert refusal(*on_slurm).startswith("hydra.launcher.timeout_min is 1440, but the time limit of partition main is")
+    assert "use hydra.launcher.timeout_min=60 " in refusal(*on_slurm)
+    assert len(plan(*on_slurm, "hydra.launcher.timeout_min=60")) == 1
+    assert len(plan(*on_slurm, "hydra.launcher.partition=long")) == 1
+    assert len(refusals(*on_slurm, "sampler.base_rate=-1")) == 2, "with all other problems"

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from support.jobs import Stopped, run
+from support.slurm_commands import Commands
 
 from qk_sniffer import status
 from qk_sniffer.cli import program
@@ -202,6 +203,51 @@ def test_as_a_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert status.main() == 0
     (found,) = json.loads(capsys.readouterr().out)
     assert found["state"] == "not started" and found["data_root"] == str(tmp_path / "a")
+
+
+def test_jobs_that_wait_on_slurm_have_its_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commands = Commands(tmp_path / "bin", monkeypatch)
+    commands.say("squeue", "12_0|PENDING|PartitionTimeLimit\n12_1|PENDING|BeginTime\n12_2|PENDING|Priority\n")
+    jobs = planned(*(tmp_path / name for name in "abcd"))
+    with announced(tmp_path / "1", jobs, outlive=True) as record_slurm_ids:
+        assert show(Settings(tmp_path)) == 0 and commands.calls("squeue") == [], "no id is known"
+        capsys.readouterr()
+        record_slurm_ids(["12_0", "12_1", "12_2", "12_3"])
+        with begin(tmp_path / "1" / "1", jobs[1].config, 1) as _:
+            found = Status.here(1, jobs[1].config)
+            found.state, found.slurm_job_id = "requeued", "12_1"
+            found.write(tmp_path / "1" / "1")
+            assert show(Settings(tmp_path)) == 0
+            shown = capsys.readouterr().out.splitlines()
+            assert show(Settings(tmp_path, format="json")) == 0
+            facts = json.loads(capsys.readouterr().out)
+    states = [" ".join(line.split()[1:]) for line in shown[1:5]]
+    assert states[0] == "queued: PartitionTimeLimit SLURM 12_0"
+    assert states[1].startswith("requeued: BeginTime ")
+    assert states[2:] == ["queued: Priority SLURM 12_2", "queued SLURM 12_3"]
+    (meaning,) = shown[5:]
+    assert meaning.startswith("PartitionTimeLimit: the time limit is above") and "hydra.launcher.timeout_min" in meaning
+    assert [(line["state"], line["reason"]) for line in facts] == [
+        ("queued", "PartitionTimeLimit"),
+        ("requeued", "BeginTime"),
+        ("queued", "Priority"),
+        ("queued", None),
+    ]
+    assert commands.calls("squeue") == ["--noheader --array --jobs=12 --format=%i|%T|%r"] * 2
+
+
+def test_without_slurm_no_reason_is_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with announced(tmp_path / "1", planned(tmp_path / "a"), outlive=True) as record_slurm_ids:
+        record_slurm_ids(["12_0"])
+        assert show(Settings(tmp_path)) == 0
+        Commands(tmp_path / "bin", monkeypatch).say("squeue", "slurm_load_jobs error: down\n", code=1)
+        assert show(Settings(tmp_path)) == 0
+    without, failed = capsys.readouterr().out.split("dataset")[1:]
+    assert without == failed and "queued  " in without
 
 
 def test_bad_settings(tmp_path: Path) -> None:

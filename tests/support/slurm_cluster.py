@@ -54,6 +54,7 @@ MinJobAge=3600
 GresTypes=gpu
 {nodes}
 PartitionName=main Nodes=ALL Default=YES DefaultTime=10 MaxTime=60 State=UP
+PartitionName=short Nodes=n1 MaxTime=5 State=UP
 """
 
 
@@ -156,7 +157,8 @@ class Cluster:
 
     def _is_up(self) -> bool:
         with suppress(subprocess.CalledProcessError):
-            return self.run("sinfo", "-h", "-N", "-t", "idle", "-o", "%N").split() == self.nodes
+            # It names a node once for each of its partitions.
+            return set(self.run("sinfo", "-h", "-N", "-t", "idle", "-o", "%N").split()) == set(self.nodes)
         return False
 
     def _daemon(self, *command: str) -> "subprocess.Popen[bytes]":

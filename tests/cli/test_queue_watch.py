@@ -1,0 +1,108 @@
+"""A command that waits for its jobs on SLURM tells why they wait."""
+
+import logging
+import time
+from pathlib import Path
+
+import pytest
+from support.slurm_commands import Commands
+
+from qk_sniffer.cli import queue_watch
+from qk_sniffer.cli.launching import Launch
+from qk_sniffer.cli.queue_watch import QueueWatch
+from qk_sniffer.config import from_dict
+from qk_sniffer.errors import StoreError
+from qk_sniffer.jobs import slurm
+from qk_sniffer.jobs.sweep import PlannedJob
+from qk_sniffer.resolved import resolve
+
+
+@pytest.fixture
+def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Commands:
+    caplog.set_level(logging.INFO)
+    return Commands(tmp_path / "bin", monkeypatch)
+
+
+def jobs(count: int) -> list[PlannedJob]:
+    config = resolve(from_dict({"model": {"name": "org/m"}}))
+    return [PlannedJob(number, (f"sampler.seed={number}",), config) for number in range(count)]
+
+
+def told(caplog: pytest.LogCaptureFixture) -> list[str]:
+    found = [f"{record.levelname} {record.getMessage()}" for record in caplog.records]
+    caplog.clear()
+    return found
+
+
+def queue(*reasons: str) -> str:
+    return "".join(f"12_{number}|PENDING|{reason}\n" for number, reason in enumerate(reasons) if reason)
+
+
+def test_a_reason_is_told_once_and_again_when_it_changes(commands: Commands, caplog: pytest.LogCaptureFixture) -> None:
+    watch = QueueWatch(jobs(3), lambda: ["12_0", "12_1", "12_2"], None)
+    watch.find()
+    commands.say("squeue", queue("None", "None", "None"))
+    watch.tell()
+    assert told(caplog) == []
+    commands.say("squeue", queue("PartitionTimeLimit", "PartitionTimeLimit", "Priority"))
+    for _ in range(2):
+        watch.tell()
+    first, second = told(caplog)
+    assert first.startswith("WARNING SLURM does not start jobs 0-1 (SLURM 12): PartitionTimeLimit: the time limit is ")
+    assert "hydra.launcher.timeout_min" in first
+    assert second == "INFO SLURM has not started job 2 (sampler.seed=2) (SLURM 12_2): Priority"
+    commands.say("squeue", queue("PartitionTimeLimit", "PartitionDown", "Resources"))
+    watch.tell()
+    (changed,) = told(caplog)
+    assert changed.startswith("WARNING SLURM does not start job 1 (sampler.seed=1) (SLURM 12_1): PartitionDown: ")
+    commands.say("squeue", "", code=1)
+    watch.tell()
+    commands.say("squeue", queue("None", "PartitionDown", ""))
+    watch.tell()
+    assert told(caplog) == [], "nothing changed that is known"
+    commands.say("squeue", queue("PartitionTimeLimit", "PartitionDown", "Priority"))
+    watch.tell()
+    assert told(caplog) == ["INFO SLURM has not started job 2 (sampler.seed=2) (SLURM 12_2): Priority"], "queued again"
+
+
+def test_ids_of_jobs_come_from_the_names_that_submitit_gives_its_files(tmp_path: Path) -> None:
+    launch = Launch(jobs(12))
+    launch._slurm_folder = str(tmp_path / "a [b]*" / ".submitit" / "%j")
+
+    def submit(*job_ids: str) -> None:
+        for job_id in job_ids:
+            file = tmp_path / "a [b]*" / ".submitit" / job_id / f"{job_id}_submitted.pkl"
+            file.parent.mkdir(parents=True)
+            file.touch()
+
+    submit("7_0", "7_1")
+    launch._submitted_before = set(launch._submitted())
+    submit(*(f"12_{number}" for number in range(11)), "112", "x")
+    assert launch._submitted_ids() == [*(f"12_{number}" for number in range(11)), "112"]
+
+
+def test_ids_are_recorded_and_reasons_told_while_a_command_waits(
+    commands: Commands, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(queue_watch, "FIND_EVERY_S", 0.01)
+    monkeypatch.setattr(queue_watch, "FIRST_S", 0.02)
+    monkeypatch.setattr(slurm, "ASK_EVERY_S", 0.02)
+    commands.say("squeue", queue("PartitionTimeLimit"))
+    submitted: list[str] = []
+    recorded = []
+    with QueueWatch(jobs(1), lambda: list(submitted), recorded.append):
+        submitted.append("12_0")
+        deadline = time.monotonic() + 20
+        while len(commands.calls("squeue")) < 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert recorded == [["12_0"]]
+        submitted.append("13")  # ends with the command
+    assert recorded == [["12_0"], ["12_0", "13"]]
+    assert len(told(caplog)) == 1
+
+
+def test_a_full_disk_does_not_end_the_wait() -> None:
+    def record(_: object) -> None:
+        raise StoreError("disk full")
+
+    QueueWatch(jobs(1), lambda: ["12"], record).find()

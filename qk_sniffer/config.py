@@ -11,10 +11,14 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 ASSETS = Path(__file__).resolve().parent / "assets"
+
+MOST_SHARDS = 100_000
+"""The largest `shard.count`."""
 
 _RUN_ID = secrets.token_hex(3)
 
@@ -284,10 +288,15 @@ def from_omegaconf(node: DictConfig) -> Config:
 
 
 def from_dict(values: dict[str, Any]) -> Config:
-    """Returns the config of which `Config.to_dict` returned `values`. Missing keys have their defaults."""
-    node = OmegaConf.merge(schema(), values)
-    assert isinstance(node, DictConfig)
-    return from_omegaconf(node)
+    """Returns the config of which `Config.to_dict` returned `values`. Missing keys have their defaults.
+
+    The values are plain data. A text such as `${oc.env:HF_TOKEN}` stays as it is: stored settings may come from someone
+    else, and are never interpolated.
+
+    Raises:
+        ValueError: a value has another type than its setting.
+    """
+    return msgspec.convert(values, Config)
 
 
 def schema() -> DictConfig:

@@ -1,14 +1,18 @@
 """Reports the progress of a job: a bar on a terminal, log lines elsewhere, and a file for other processes."""
 
-import json
 import logging
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import psutil
 from tqdm import tqdm
+
+from qk_sniffer.errors import StoreError
+from qk_sniffer.store import stored
+from qk_sniffer.store.disk import create
+from qk_sniffer.store.stored import Count, encode
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +83,8 @@ class Progress:
         }
         temporary = self._file.with_name(self._file.name + ".tmp")
         with suppress(OSError):  # the journal reports a full disk
-            temporary.write_text(json.dumps(facts), encoding="utf-8")
+            with create(temporary) as file:
+                file.write(encode(facts))
             temporary.replace(self._file)
 
 
@@ -90,7 +95,16 @@ def read_progress(file: Path) -> dict[str, Any]:
     of the report in seconds since 1970.
     """
     try:
-        facts: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        facts: Any = stored.read(file, _Facts, way_out="rerun the job")
+    except (OSError, StoreError):
         return {}
-    return facts
+    return dict(facts)
+
+
+class _Facts(TypedDict):
+    examples: Count
+    total: Count | None
+    rows: Count | None
+    tokens_per_s: float
+    seconds_left: float | None
+    at: float

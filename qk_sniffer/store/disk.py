@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from qk_sniffer.errors import StoreError
 
@@ -19,7 +20,7 @@ def write_atomic(path: Path, data: bytes) -> None:
     temporary = path.with_name(path.name + ".tmp")
     with explained(path, "write"):
         try:
-            with temporary.open("wb") as file:
+            with create(temporary) as file:
                 file.write(data)
                 sync_file(file.fileno())
             temporary.rename(path)
@@ -27,6 +28,13 @@ def write_atomic(path: Path, data: bytes) -> None:
             temporary.unlink(missing_ok=True)
             raise
         sync_folder(path.parent)
+
+
+def create(path: Path) -> BinaryIO:
+    """Opens a new file for writing. Replaces a file of this name, and a link without writing to its target."""
+    path.unlink(missing_ok=True)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    return os.fdopen(os.open(path, flags, 0o666), "wb")
 
 
 def sync_file(descriptor: int) -> None:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from qk_sniffer.errors import StoreError
+
 
 class Files(Protocol):
     """The files of a dataset by their names relative to its root, with slashes: `l00h00q/data.parquet`."""
@@ -29,7 +31,12 @@ class Folder:
     root: Path
 
     def path(self, name: str) -> Path:
-        return self.root / name
+        """Returns the path of the file.
+
+        Raises:
+            StoreError: a link leads out of the dataset.
+        """
+        return inside(self.root, name)
 
     def refetch(self, name: str) -> Path:
         return self.path(name)
@@ -39,3 +46,21 @@ class Folder:
 
     def __str__(self) -> str:
         return str(self.root)
+
+
+def inside(root: Path, name: str) -> Path:
+    """Returns the path of the file `name` of the dataset at `root`, which no link leads out of.
+
+    A folder in the cache of huggingface_hub consists of links to its neighbour `blobs`.
+
+    Raises:
+        StoreError: the file is elsewhere.
+    """
+    path, real = root / name, root.resolve()
+    target = path.resolve()
+    is_cached = real.parent.name == "snapshots" and target.is_relative_to(real.parent.parent / "blobs")
+    if not (target.is_relative_to(real) or is_cached):
+        raise StoreError(
+            f"{path} leads out of the dataset, to {target}: it is not read. Replace it by a copy of the file"
+        )
+    return path

@@ -15,7 +15,7 @@
     staging/                    the next version of the root, until it is whole
 """
 
-import json
+import os
 import re
 import shutil
 import tempfile
@@ -23,11 +23,13 @@ from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple, TypedDict
 
 import pyarrow as pa
+from msgspec import Meta
 
 from qk_sniffer.errors import StoreError
+from qk_sniffer.store import stored
 from qk_sniffer.store.disk import make_folder
 from qk_sniffer.store.locks import InUseError, hold
 from qk_sniffer.text import shortened
@@ -133,7 +135,7 @@ class Layout:
     def head_files(self) -> Iterator[tuple[HeadKey, Path]]:
         """Yields the head files that exist, in no particular order."""
         for path in self.root.glob("l*h*/data.parquet"):
-            if (key := parse_head_name(path.parent.name)) is not None:
+            if (key := parse_head_name(path.parent.name)) is not None and not path.parent.is_symlink():
                 yield key, path
 
     def pictures(self) -> list[Path]:
@@ -214,7 +216,17 @@ def parse_head_name(name: str) -> HeadKey | None:
     return key if key.name == name else None
 
 
-_HEAD_NAME = re.compile(rf"l(\d{{2,}})h(\d{{2,}})([{''.join(KINDS)}])")
+_HEAD_NAME = re.compile(rf"l([0-9]{{2,6}})h([0-9]{{2,6}})([{''.join(KINDS)}])")
+
+_PICTURE = re.compile(rf"{PICTURES}/[A-Za-z0-9_][A-Za-z0-9_.-]{{0,200}}\.png")
+
+
+def is_dataset_file(name: str) -> bool:
+    """Whether a manifest may list a file of this name: its card, examples, a head or a picture."""
+    if name in (CARD, EXAMPLES) or _PICTURE.fullmatch(name) is not None:
+        return True
+    key = parse_head_name(name.partition("/")[0])
+    return key is not None and name == head_file(*key)
 
 
 def schema(head_dim: int, *, token_ids: bool = False, token_strings: bool = False) -> pa.Schema:
@@ -266,6 +278,11 @@ def prepare_data_root(root: Path) -> Layout:
             )
         if root.is_symlink() and not root.exists():
             raise StoreError(f"the data root {root} is a link to {root.readlink()}, which does not exist")
+        if (odd := odd_entry(layout)) is not None:
+            raise StoreError(
+                f"{odd} is neither a file nor a folder of this package, and is not followed or opened: remove it, or "
+                "replace the work of this folder with output.overwrite=true"
+            )
         make_folder(layout.work)
         tempfile.TemporaryFile(dir=layout.work).close()
     except OSError as error:
@@ -273,6 +290,22 @@ def prepare_data_root(root: Path) -> Layout:
             f"cannot write to the data root {root}: {error.strerror}; choose another output.data_root"
         ) from error
     return layout
+
+
+def odd_entry(layout: Layout) -> Path | None:
+    """Returns a link, a pipe or a device in the work folder, or a work folder that is none; None if nothing is odd."""
+    work = layout.work
+    if work.is_symlink() or (work.exists() and not work.is_dir()):
+        return work
+    for folder, folders, files in os.walk(work):
+        for name in folders:
+            if (path := Path(folder, name)).is_symlink():
+                return path
+        for name in files:
+            path = Path(folder, name)
+            if path.is_symlink() or not (path.is_file() or not path.exists()):  # it may have been removed by now
+                return path
+    return None
 
 
 def discard_work(layout: Layout, own_lock: Path) -> None:
@@ -337,10 +370,14 @@ def is_ours(layout: Layout) -> bool:
 
 def _is_our_manifest(path: Path) -> bool:
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        stored.read(path, _Format, way_out="", most_bytes=stored.LARGE, follow_links=True)
+    except (OSError, StoreError):
         return False
-    return isinstance(manifest, dict) and manifest.get("format") == FORMAT
+    return True
+
+
+class _Format(TypedDict):
+    format: Annotated[str, Meta(pattern=rf"\A{FORMAT}\Z")]
 
 
 def missing_manifest(root: Path) -> StoreError:

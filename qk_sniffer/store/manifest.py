@@ -21,10 +21,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qk_sniffer.errors import StoreError
+from qk_sniffer.store import stored
 from qk_sniffer.store.disk import write_atomic
-from qk_sniffer.store.files import Files
+from qk_sniffer.store.files import Files, inside
+from qk_sniffer.store.forms import Manifest, read_job
 from qk_sniffer.store.layout import FORMAT, MANIFEST, HeadKey, Layout, missing_manifest, parse_head_name
+
+WAY_OUT = (
+    "use the version of qk-sniffer that wrote it, fetch the dataset again, or recreate it with output.overwrite=true"
+)
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,7 @@ def with_files(manifest: Mapping[str, Any], files: Mapping[str, FileEntry]) -> d
 
 def encode(manifest: Mapping[str, Any]) -> bytes:
     """Returns the manifest's bytes. The keys are sorted, so that equal manifests are equal files."""
-    return json.dumps(manifest, indent=2, sort_keys=True, ensure_ascii=False).encode()
+    return stored.encode(manifest, indent=2, sort_keys=True)
 
 
 def write(layout: Layout, manifest: Mapping[str, Any]) -> None:
@@ -104,18 +109,14 @@ def read(root: Path) -> dict[str, Any]:
     """Returns the manifest of the dataset at `root`.
 
     Raises:
-        StoreError: the dataset has none and is therefore incomplete, or it is not a manifest of this package.
+        StoreError: the dataset has none and is therefore incomplete; or the manifest cannot be read, or is not one of
+            this package.
     """
-    path = Layout(root).manifest
+    path = inside(root, MANIFEST)
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        return read_job(path, Manifest, way_out=WAY_OUT, follow_links=True)
     except (FileNotFoundError, NotADirectoryError):
         raise missing_manifest(root) from None
-    except (OSError, ValueError) as error:
-        raise StoreError(f"{path} cannot be read: {error}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise StoreError(f"{path} is not a manifest of qk-sniffer in the format {FORMAT!r}")
-    return manifest
 
 
 def of(files: Files) -> dict[str, Any]:

@@ -10,7 +10,6 @@ A crash before the end of step 1 leaves the old dataset and the journals. After 
 the remaining steps.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,11 @@ from typing import Any
 from qk_sniffer.errors import StoreError
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.disk import explained, sync_folder, write_atomic
+from qk_sniffer.store.forms import Manifest, read_job
 from qk_sniffer.store.layout import CARD, Layout, remove_file, remove_work
 from qk_sniffer.store.manifest import FileEntry
+
+WAY_OUT = "replace the unfinished job with output.overwrite=true"
 
 
 def promote(layout: Layout, manifest: Mapping[str, Any], *, card: bytes | None = None) -> None:
@@ -47,7 +49,7 @@ def finish_promotion(layout: Layout) -> bool:
     if not staging.manifest.exists():
         return False
     with explained(layout.root, "move the dataset into"):
-        manifest = json.loads(staging.manifest.read_bytes())
+        manifest = read_job(staging.manifest, Manifest, way_out=WAY_OUT, follow_links=False)
         if _same_bytes(staging.manifest, layout.manifest):
             remove_work(layout)  # the only remaining step
             return True
@@ -67,6 +69,8 @@ def _move(layout: Layout, files: Mapping[str, Mapping[str, Any]]) -> None:
     touched: set[Path] = set()
     for name, entry in files.items():
         source, target = layout.staging.root / name, layout.root / name
+        if target.parent.is_symlink():
+            raise StoreError(f"{target.parent} is a link, and the dataset is not written through it; remove the link")
         if source.exists():
             target.parent.mkdir(exist_ok=True)
             source.replace(target)

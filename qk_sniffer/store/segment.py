@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from qk_sniffer.store.disk import sync_file, sync_folder
+from qk_sniffer.store.disk import create, sync_file, sync_folder
 
 SUFFIX = ".safetensors"
 
@@ -83,7 +83,7 @@ def write_segment(folder: Path, number: int, tensors: Sequence[Tensor], metadata
 
     temporary = folder / f"{number:08d}.tmp"
     try:
-        with temporary.open("wb") as file:
+        with create(temporary) as file:
             start = len(header).to_bytes(8, "little") + header
             file.write(start)
             checksum = xxhash.xxh3_64(start)

@@ -1,0 +1,260 @@
+"""Declares the forms of the record of a job and of the manifest of a dataset, which `stored.py` checks.
+
+Names of files, heads and kinds follow `layout.py`. A file whose name has another form is never read, written or
+uploaded.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, NotRequired, TypedDict, get_args
+
+from msgspec import Meta
+
+from qk_sniffer.config import MOST_SHARDS, Config
+from qk_sniffer.store import stored
+from qk_sniffer.store.layout import FORMAT, KINDS, is_dataset_file
+from qk_sniffer.store.stored import LARGE, Count, Text, UnreadableError
+
+MOST_LAYERS = 10_000
+MOST_HEADS = 100_000
+"""The most heads of a kind in one layer."""
+
+Kind = Literal["q", "k"]
+assert get_args(Kind) == KINDS
+
+HeadNumber = Annotated[int, Meta(ge=0, lt=MOST_HEADS)]
+NumHeads = Annotated[int, Meta(ge=1, le=MOST_HEADS)]
+Bucket = Annotated[str, Meta(pattern=r"\A[0-9]{1,10}\Z")]
+Sha256 = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+Slug = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9._-]{1,500}\Z")]
+Number = int | float
+
+
+class Layer(TypedDict):
+    """A layer, as `LayerFacts.to_dict` and the job describe it."""
+
+    layer: Annotated[int, Meta(ge=0, lt=MOST_LAYERS)]
+    num_q_heads: NumHeads
+    num_k_heads: NumHeads
+    head_dim: Annotated[int, Meta(ge=1, le=1 << 16)]
+    sliding_window: Annotated[int, Meta(ge=1, lt=2**31)] | None
+    attention_chunk: NotRequired[Annotated[int, Meta(ge=1, lt=2**31)] | None]
+    softmax_scale: Number
+    softcap: NotRequired[Number | None]
+    sinks: NotRequired[list[Number] | None]
+    position_bias: NotRequired[bool]
+    sparse_attention: NotRequired[bool]
+    captured: dict[Kind, list[HeadNumber]]
+
+
+class Model(TypedDict):
+    """The loaded model."""
+
+    model_type: Text
+    dtype: Text
+    attn_implementation: Text | None
+    rope_stage: Literal["pre", "post"]
+    layers: Annotated[list[Layer], Meta(min_length=1, max_length=MOST_LAYERS)]
+    rotary: dict[str, Any]
+
+
+class Commits(TypedDict):
+    """Commits on the Hub; for a local checkpoint the digest of its files."""
+
+    model: Text | None
+    tokenizer: Text | None
+    dataset: Text | None
+
+
+class Terms(TypedDict):
+    """The terms that a source states."""
+
+    license: list[Text]
+    language: list[Text]
+
+
+class Stated(TypedDict):
+    """The terms of the sources."""
+
+    model: Terms
+    dataset: Terms
+
+
+class _Model(TypedDict):
+    slug: Slug
+
+
+class _Dataset(TypedDict):
+    slug: Slug
+
+
+class _Keys(TypedDict):
+    type: Literal["uniform", "log_uniform", "all"] | None
+    base_rate: Annotated[float, Meta(gt=0, le=1e15)] | None
+
+
+class _Sampler(TypedDict):
+    type: Literal["uniform", "log_uniform", "all"]
+    base_rate: Annotated[float, Meta(gt=0, le=1e15)]
+    min_bucket_size: Annotated[int, Meta(ge=1, le=2**31)]
+    max_rows_per_example: Annotated[int, Meta(ge=1, le=2**53)] | None
+    seed: Annotated[int, Meta(ge=0, lt=2**63)]
+    share: Literal["layer_kind", "example"]
+    keys: NotRequired[_Keys]
+
+
+class _Shard(TypedDict):
+    index: Annotated[int, Meta(ge=0, lt=MOST_SHARDS)]
+    count: Annotated[int, Meta(ge=1, le=MOST_SHARDS)]
+
+
+class Settings(TypedDict):
+    """The settings of a job that later steps compute with. `Config` has the types of all."""
+
+    model: _Model
+    dataset: _Dataset
+    sampler: _Sampler
+    shard: NotRequired[_Shard]
+
+
+class Growth(TypedDict):
+    """An earlier version of a dataset."""
+
+    source_rows: Count
+    versions: dict[str, Text]
+
+
+class Place(TypedDict):
+    """A branch of the Hub at a commit."""
+
+    repo_id: Text
+    name: Text
+    commit: Text
+
+
+class Base(TypedDict):
+    """The finished dataset that a job adds to; `hub` is None for the one in the data root."""
+
+    hub: Place | None
+    manifest_sha256: Sha256
+    source_rows: Count
+    skipped_rows: Count
+    versions: dict[str, Text]
+    grown_from: list[Growth]
+
+
+TokenizerFacts = TypedDict("TokenizerFacts", {"class": Text})
+
+
+class Job(TypedDict):
+    """The facts that the record of a job and the manifest of its dataset share."""
+
+    fingerprint: dict[str, Any]
+    commits: Commits
+    versions: dict[str, Text]
+    config: Settings
+    stated: Stated
+    model: Model
+    tokenizer: TokenizerFacts
+
+
+class Record(Job):
+    """The record of an unfinished job."""
+
+    source_rows: Count | None
+    base: Base | None
+
+
+class Entry(TypedDict):
+    """A file of a dataset."""
+
+    rows: NotRequired[Count]
+    bytes: Count
+    sha256: Sha256
+
+
+class Proof(TypedDict):
+    """The proof of a dataset. Only one that was made has numbers; the others have a reason."""
+
+    proven: bool | None
+    reason: NotRequired[Text]
+    examples: NotRequired[list[int]]
+    tolerance: NotRequired[Number]
+    largest_difference_by_layer: NotRequired[dict[Bucket, float | None]]
+
+
+class Manifest(Job):
+    """The manifest of a dataset."""
+
+    format: Annotated[str, Meta(pattern=rf"\A{FORMAT}\Z")]
+    examples: Count
+    tokens: Count
+    longest_example: Annotated[int, Meta(ge=0, lt=2**31)]
+    truncated_examples: Count
+    skipped_rows: Count
+    source_rows: Count
+    grown_from: list[Growth]
+    rows: Count
+    rows_by_bucket: dict[Kind, dict[Bucket, Count]]
+    inclusion: dict[Kind, dict[Bucket, Annotated[float, Meta(ge=0, le=1)]]]
+    nonfinite_rows: NotRequired[dict[str, Count]]
+    files: dict[str, Entry]
+    proof: Proof
+    timings: dict[str, Number]
+
+
+def read_job(path: Path, form: type[Record | Manifest], *, way_out: str, follow_links: bool) -> dict[str, Any]:
+    """Returns the record or the manifest in a file, as plain data.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: there is no such file.
+        UnreadableError: it is not a record or a manifest of this package.
+    """
+    values: Any = stored.read(path, form, way_out=way_out, most_bytes=LARGE, follow_links=follow_links)
+    return _checked(values, path, way_out)
+
+
+def decode_manifest(data: bytes, name: str, *, way_out: str) -> dict[str, Any]:
+    """Returns the manifest in `data`, as plain data. `name` is its name in errors.
+
+    Raises:
+        UnreadableError: it is not a manifest of this package.
+    """
+    values: Any = stored.decode(data, Manifest, name, way_out)
+    return _checked(values, name, way_out)
+
+
+def _checked(values: dict[str, Any], name: Path | str, way_out: str) -> dict[str, Any]:
+    stored.check(values, _Configured, name, way_out)
+    for problem in _contradictions(values):
+        raise UnreadableError(name, f"contradicts itself ({problem})", way_out)
+    return values
+
+
+class _Configured(TypedDict):
+    config: Config
+
+
+def _contradictions(job: Mapping[str, Any]) -> Iterator[str]:
+    """Yields what is impossible in a record or a manifest whose types and ranges are right."""
+    seen = set()
+    for layer in job["model"]["layers"]:
+        number, num_q, num_k = layer["layer"], layer["num_q_heads"], layer["num_k_heads"]
+        if number in seen:
+            yield f"layer {number} is listed twice"
+        seen.add(number)
+        if num_k > num_q:
+            yield f"layer {number} has {num_k:,} key heads for {num_q:,} query heads"
+        for kind, heads in layer["captured"].items():
+            if len(set(heads)) != len(heads):
+                yield f"layer {number} lists a head of kind {kind} twice"
+            if max(heads, default=0) >= (num_k if kind == "k" else num_q):
+                yield f"layer {number} lists head {max(heads)} of kind {kind}, which it does not have"
+    for name in job.get("files", ()):
+        if not is_dataset_file(name):
+            yield f"{name!r} is not the name of a dataset's file"
+    proof = job.get("proof")
+    if proof is not None:
+        numbers = {"examples", "tolerance", "largest_difference_by_layer"}
+        if missing := ({"reason"} if proof["proven"] is None else numbers) - proof.keys():
+            yield f"proof lacks {', '.join(sorted(missing))}"

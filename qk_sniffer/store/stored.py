@@ -1,0 +1,139 @@
+"""Reads files that a job, a sweep or another person has left, and accepts only data of the declared form.
+
+Such a file may be damaged, come from another version, or be made to do harm. A reader gets data of the declared types
+and ranges, or one error that names the file and the way out. The form is a TypedDict or a dataclass whose annotations
+msgspec checks. Links are not followed unless the reader says so, and only regular files are opened.
+"""
+
+import json
+import os
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+
+from qk_sniffer.errors import StoreError
+
+_T = TypeVar("_T")
+
+SMALL, LARGE = 1 << 20, 1 << 26
+"""The most bytes of a file: of one with a few facts, and of one that lists heads, files or jobs."""
+
+MOST_DEPTH = 40
+"""The deepest nesting of lists and objects. A manifest has 6 levels and those of the model's own config."""
+
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+"""A number of rows, tokens, bytes or examples."""
+
+Text = Annotated[str, msgspec.Meta(max_length=10_000)]
+
+
+class UnreadableError(StoreError):
+    """A stored file cannot be read, or is not of the expected form. The message names the file and the way out."""
+
+    def __init__(self, path: Path | str, problem: str, way_out: str) -> None:
+        super().__init__(f"{path} {problem}; {way_out}")
+        self.problem = problem
+
+
+def read(path: Path, form: type[_T], *, way_out: str, most_bytes: int = SMALL, follow_links: bool = False) -> _T:
+    """Returns the content of a JSON file of the given form; keys that the form does not name are kept.
+
+    Args:
+        path: the file.
+        form: a TypedDict; or a dataclass, for which the result is the plain dict that describes it.
+        way_out: the end of the error message: how a person gets past the file.
+        most_bytes: the largest size that is read.
+        follow_links: whether the file may be a link. False in the work folder.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: there is no such file.
+        UnreadableError: the file cannot be read, is too large or too deep, or is not of the form.
+    """
+    return decode(
+        read_bytes(path, way_out=way_out, most_bytes=most_bytes, follow_links=follow_links), form, path, way_out
+    )
+
+
+def read_bytes(path: Path, *, way_out: str, most_bytes: int = SMALL, follow_links: bool = False) -> bytes:
+    """Returns the bytes of a regular file.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: there is no such file.
+        UnreadableError: it cannot be read, is not a regular file, is a link that is not followed, or is too large.
+    """
+    # O_NONBLOCK: opening a pipe without a writer would wait for one.
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if follow_links else os.O_NOFOLLOW)
+    try:
+        with os.fdopen(os.open(path, flags), "rb") as file:
+            facts = os.fstat(file.fileno())
+            if not stat.S_ISREG(facts.st_mode):
+                raise UnreadableError(path, "is not a file", way_out)
+            data = file.read(most_bytes + 1)
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except OSError as error:
+        problem = "is a link, which is not followed" if path.is_symlink() else f"cannot be read: {error.strerror}"
+        raise UnreadableError(path, problem, way_out) from error
+    if len(data) > most_bytes:
+        raise UnreadableError(path, f"is larger than {most_bytes >> 20:,} MB", way_out)
+    return data
+
+
+def decode(data: bytes | str, form: type[_T], name: Path | str, way_out: str) -> _T:
+    """Returns JSON `data` of the given form. `name` is its name in errors.
+
+    Raises:
+        UnreadableError: the data is not JSON, too deep, or not of the form.
+    """
+    try:
+        values = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise UnreadableError(name, f"is not JSON ({_in_a_line(error)})", way_out) from error
+    return check(values, form, name, way_out)
+
+
+def check(values: Any, form: type[_T], name: Path | str, way_out: str) -> _T:
+    """Returns `values`, as JSON gives them, unchanged if they are of the given form.
+
+    Raises:
+        UnreadableError: they are not.
+    """
+    if _is_deeper(values, MOST_DEPTH):
+        raise UnreadableError(name, f"is not understood (nested deeper than {MOST_DEPTH} levels)", way_out)
+    try:
+        msgspec.convert(values, form)
+    except (msgspec.ValidationError, ValueError, OverflowError) as error:
+        raise UnreadableError(name, f"is not understood ({_in_a_line(error)})", way_out) from error
+    return values  # type: ignore[no-any-return]
+
+
+def encode(values: Mapping[str, Any], *, indent: int | None = None, sort_keys: bool = False) -> bytes:
+    """Returns the JSON of `values`, from which `json.loads` gives the same values back.
+
+    A path may hold bytes that are not UTF-8. Python reads them as lone surrogates, which UTF-8 cannot encode. They
+    become the escapes that JSON has for them.
+    """
+    text = json.dumps(values, indent=indent, sort_keys=sort_keys, ensure_ascii=False)
+    return text.encode("utf-8", "backslashreplace")
+
+
+def _is_deeper(values: Any, most: int) -> bool:
+    level = [values]
+    for _ in range(most + 1):
+        inner: list[Any] = []
+        for value in level:
+            if isinstance(value, dict):
+                inner.extend(value.values())
+            elif isinstance(value, list):
+                inner.extend(value)
+        level = [value for value in inner if isinstance(value, dict | list)]
+        if not level:
+            return False
+    return True
+
+
+def _in_a_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

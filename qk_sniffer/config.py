@@ -294,9 +294,21 @@ def from_dict(values: dict[str, Any]) -> Config:
     else, and are never interpolated.
 
     Raises:
-        ValueError: a value has another type than its setting.
+        ValueError: a key is not a setting, or a value has another type than its setting.
     """
-    return msgspec.convert(values, Config)
+    config = msgspec.convert(values, Config)
+    if unknown := sorted(_unknown(values, Config, "")):
+        raise ValueError(f"unknown settings {', '.join(unknown)}")
+    return config
+
+
+def _unknown(values: dict[str, Any], section: type, prefix: str) -> Iterator[str]:
+    known = {each.name: each for each in fields(section)}
+    for name, value in values.items():
+        if name not in known:
+            yield prefix + name
+        elif (nested := known[name].default_factory) is not MISSING and is_dataclass(nested):
+            yield from _unknown(value, nested, f"{prefix}{name}.")
 
 
 def schema() -> DictConfig:

@@ -22,6 +22,7 @@ from qk_sniffer.store.layout import Head, Layout, schema
 from qk_sniffer.store.locks import holder, is_held
 from qk_sniffer.store.manifest import FileEntry
 from qk_sniffer.store.record import read_record
+from qk_sniffer.store.stored import UnreadableError
 from qk_sniffer.text import counted
 
 _COUNTS = ("examples", "tokens", "truncated_examples", "skipped_rows", "source_rows", "rows")
@@ -94,9 +95,8 @@ class ManifestFacts:
         }
         model = manifest["model"]
         stage = {"pre": "before RoPE", "post": "after RoPE"}[model["rope_stage"]]
-        # The first datasets of this format have neither of these two.
-        nonfinite = manifest.get("nonfinite_rows")
-        proof = manifest.get("proof", {"proven": None, "reason": "manifest.json has no proof"})
+        nonfinite = manifest.get("nonfinite_rows")  # the first datasets of this format do not have it
+        proof = manifest["proof"]
         facts = cls(
             root=layout.root,
             title=f"{config.model.slug} ({model['dtype']}, {stage}) on {config.dataset.slug}",
@@ -168,7 +168,8 @@ def _no_manifest(layout: Layout, error: StoreError) -> Problem:
         way_out = "give data_root the folder of a dataset: one that a job wrote, or fetched from the Hub"
         return Problem("manifest", f"the folder {layout.root} does not exist", way_out=way_out)
     if layout.manifest.exists():
-        return Problem("manifest", str(error), way_out=f"use the version of qk-sniffer that wrote it, or {RECREATE}")
+        problem = f"manifest.json {error.problem}" if isinstance(error, UnreadableError) else str(error)
+        return Problem("manifest", problem, way_out=f"use the version of qk-sniffer that wrote it, or {RECREATE}")
     what = "the dataset is incomplete: no manifest.json"
     if not layout.work.is_dir():
         return Problem("manifest", what, way_out="rerun its job, or fetch the whole dataset")

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, NotRequired, TypedDict, get_args
 
 from msgspec import Meta
 
-from qk_sniffer.config import MOST_SHARDS, Config
+from qk_sniffer.config import MOST_SHARDS, from_dict
 from qk_sniffer.store import stored
 from qk_sniffer.store.layout import FORMAT, KINDS, is_dataset_file
 from qk_sniffer.store.stored import LARGE, Count, Text, UnreadableError
@@ -98,7 +98,7 @@ class _Sampler(TypedDict):
     base_rate: Annotated[float, Meta(gt=0, le=1e15)]
     min_bucket_size: Annotated[int, Meta(ge=1, le=2**31)]
     max_rows_per_example: Annotated[int, Meta(ge=1, le=2**53)] | None
-    seed: Annotated[int, Meta(ge=0, lt=2**63)]
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)]
     share: Literal["layer_kind", "example"]
     keys: NotRequired[_Keys]
 
@@ -186,7 +186,7 @@ class Proof(TypedDict):
 class Manifest(Job):
     """The manifest of a dataset."""
 
-    format: Annotated[str, Meta(pattern=rf"\A{FORMAT}\Z")]
+    format: Text
     examples: Count
     tokens: Count
     longest_example: Annotated[int, Meta(ge=0, lt=2**31)]
@@ -203,36 +203,49 @@ class Manifest(Job):
     timings: dict[str, Number]
 
 
-def read_job(path: Path, form: type[Record | Manifest], *, way_out: str, follow_links: bool) -> dict[str, Any]:
-    """Returns the record or the manifest in a file, as plain data.
+def read_record(path: Path, *, way_out: str) -> dict[str, Any]:
+    """Returns the record of a job in a file of the work folder, as plain data.
 
     Raises:
-        FileNotFoundError, NotADirectoryError: there is no such file.
-        UnreadableError: it is not a record or a manifest of this package.
+        FileNotFoundError: there is no such file.
+        UnreadableError: it is not a record of this package.
     """
-    values: Any = stored.read(path, form, way_out=way_out, most_bytes=LARGE, follow_links=follow_links)
+    values: Any = stored.read(path, Record, way_out=way_out, most_bytes=LARGE)
     return _checked(values, path, way_out)
 
 
-def decode_manifest(data: bytes, name: str, *, way_out: str) -> dict[str, Any]:
+def read_manifest(path: Path, *, way_out: str, follow_links: bool) -> dict[str, Any]:
+    """Returns the manifest in a file, as plain data.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: there is no such file.
+        UnreadableError: it is not a manifest of this package.
+    """
+    data = stored.read_bytes(path, way_out=way_out, most_bytes=LARGE, follow_links=follow_links)
+    return decode_manifest(data, path, way_out=way_out)
+
+
+def decode_manifest(data: bytes, name: Path | str, *, way_out: str) -> dict[str, Any]:
     """Returns the manifest in `data`, as plain data. `name` is its name in errors.
 
     Raises:
         UnreadableError: it is not a manifest of this package.
     """
-    values: Any = stored.decode(data, Manifest, name, way_out)
-    return _checked(values, name, way_out)
+    values = stored.decode(data, dict[str, Any], name, way_out)
+    if values.get("format") != FORMAT:
+        raise UnreadableError(name, f"is not a manifest of qk-sniffer in the format {FORMAT!r}", way_out)
+    manifest: Any = stored.check(values, Manifest, name, way_out)
+    return _checked(manifest, name, way_out)
 
 
 def _checked(values: dict[str, Any], name: Path | str, way_out: str) -> dict[str, Any]:
-    stored.check(values, _Configured, name, way_out)
+    try:
+        from_dict(values["config"])
+    except ValueError as error:
+        raise UnreadableError(name, f"is not understood (config: {error})", way_out) from error
     for problem in _contradictions(values):
         raise UnreadableError(name, f"contradicts itself ({problem})", way_out)
     return values
-
-
-class _Configured(TypedDict):
-    config: Config
 
 
 def _contradictions(job: Mapping[str, Any]) -> Iterator[str]:

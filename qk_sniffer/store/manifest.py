@@ -24,7 +24,7 @@ from typing import Any
 from qk_sniffer.store import stored
 from qk_sniffer.store.disk import write_atomic
 from qk_sniffer.store.files import Files, inside
-from qk_sniffer.store.forms import Manifest, read_job
+from qk_sniffer.store.forms import read_manifest
 from qk_sniffer.store.layout import FORMAT, MANIFEST, HeadKey, Layout, missing_manifest, parse_head_name
 
 WAY_OUT = (
@@ -114,7 +114,7 @@ def read(root: Path) -> dict[str, Any]:
     """
     path = inside(root, MANIFEST)
     try:
-        return read_job(path, Manifest, way_out=WAY_OUT, follow_links=True)
+        return read_manifest(path, way_out=WAY_OUT, follow_links=True)
     except (FileNotFoundError, NotADirectoryError):
         raise missing_manifest(root) from None
 

@@ -17,7 +17,7 @@ from typing import Any
 from qk_sniffer.errors import StoreError
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.disk import explained, sync_folder, write_atomic
-from qk_sniffer.store.forms import Manifest, read_job
+from qk_sniffer.store.forms import read_manifest
 from qk_sniffer.store.layout import CARD, Layout, remove_file, remove_work
 from qk_sniffer.store.manifest import FileEntry
 
@@ -49,7 +49,7 @@ def finish_promotion(layout: Layout) -> bool:
     if not staging.manifest.exists():
         return False
     with explained(layout.root, "move the dataset into"):
-        manifest = read_job(staging.manifest, Manifest, way_out=WAY_OUT, follow_links=False)
+        manifest = read_manifest(staging.manifest, way_out=WAY_OUT, follow_links=False)
         if _same_bytes(staging.manifest, layout.manifest):
             remove_work(layout)  # the only remaining step
             return True

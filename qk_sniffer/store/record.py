@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from qk_sniffer.store import forms
 from qk_sniffer.store.disk import write_atomic
-from qk_sniffer.store.forms import Record, read_job
 from qk_sniffer.store.layout import Layout
 from qk_sniffer.store.stored import encode
 
@@ -18,7 +18,7 @@ def read_record(layout: Layout) -> dict[str, Any] | None:
         StoreError: the record cannot be read, or is not one of this package.
     """
     try:
-        return read_job(layout.job_file, Record, way_out=WAY_OUT, follow_links=False)
+        return forms.read_record(layout.job_file, way_out=WAY_OUT)
     except FileNotFoundError:
         return None
 

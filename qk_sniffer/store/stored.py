@@ -67,16 +67,19 @@ def read_bytes(path: Path, *, way_out: str, most_bytes: int = SMALL, follow_link
     # O_NONBLOCK: opening a pipe without a writer would wait for one.
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if follow_links else os.O_NOFOLLOW)
     try:
-        with os.fdopen(os.open(path, flags), "rb") as file:
-            facts = os.fstat(file.fileno())
-            if not stat.S_ISREG(facts.st_mode):
-                raise UnreadableError(path, "is not a file", way_out)
-            data = file.read(most_bytes + 1)
+        descriptor = os.open(path, flags)
+        try:
+            is_file = stat.S_ISREG(os.fstat(descriptor).st_mode)
+            data = os.fdopen(descriptor, "rb", closefd=False).read(most_bytes + 1) if is_file else None
+        finally:
+            os.close(descriptor)
     except (FileNotFoundError, NotADirectoryError):
         raise
     except OSError as error:
         problem = "is a link, which is not followed" if path.is_symlink() else f"cannot be read: {error.strerror}"
         raise UnreadableError(path, problem, way_out) from error
+    if data is None:
+        raise UnreadableError(path, "is not a file", way_out)
     if len(data) > most_bytes:
         raise UnreadableError(path, f"is larger than {most_bytes >> 20:,} MB", way_out)
     return data

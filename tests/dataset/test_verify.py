@@ -122,9 +122,14 @@ def test_a_file_is_not_kept_in_memory(root: Path) -> None:
 
 
 def test_a_manifest_of_the_first_datasets(root: Path) -> None:
-    edit(root, lambda manifest: [manifest.pop(key) for key in ("proof", "nonfinite_rows")])
-    text = verified(root)
-    assert wrong(text) == {} and "proof           note   not proven: manifest.json has no proof" in text
+    edit(root, lambda manifest: manifest.pop("nonfinite_rows"))
+    assert wrong(verified(root)) == {}
+
+
+@pytest.mark.parametrize("key", ["files", "commits", "fingerprint", "versions", "proof", "source_rows", "stated"])
+def test_a_manifest_without_a_fact_is_not_whole(root: Path, key: str) -> None:
+    edit(root, lambda manifest: manifest.pop(key))
+    assert f"missing required field `{key}`" in wrong(verified(root))["manifest"]
 
 
 def test_a_folder_without_a_manifest_is_incomplete(root: Path, tmp_path: Path) -> None:

@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 import torch
 from support.jobs import TEXTS, Stopped, hashes, heads_of, keys, run, settings, stop_at, vectors
-from support.store_cases import HEADS, SAMPLER, Captured, captured_journal, file_bytes, make_dataset, token_string
+from support.store_cases import (
+    HEADS,
+    SAMPLER,
+    Captured,
+    captured_journal,
+    file_bytes,
+    job_facts,
+    make_dataset,
+    token_string,
+)
 
 from qk_sniffer.capture.capture import Capture
 from qk_sniffer.config import from_dict
@@ -47,8 +56,7 @@ def grow(layout: Layout, part: Captured, **options: Any) -> None:
     base = PreviousVersion(Folder(layout.root), describe(Folder(layout.root)))
     journal = captured_journal(layout.journal(0, 1), part)
     written = compact(layout, [journal], HEADS, SAMPLER, previous=base, **options)
-    facts = {"config": {}, "source_rows": 0, "skipped_rows": 0, "versions": {}}
-    promote(layout, build(facts, written), card=b"# card\n")
+    promote(layout, build(job_facts(), written), card=b"# card\n")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -65,8 +73,7 @@ def test_a_dataset_that_grew_has_the_bytes_of_one_that_did_not(
         grown = Layout(tmp_path / f"grown-{len(bounds)}-{bounds[1]}")
         journal = captured_journal(grown.journal(0, 1), Part(0, bounds[1], dtype=dtype))
         written = compact(grown, [journal], HEADS, SAMPLER, **options)
-        facts = {"config": {}, "source_rows": 0, "skipped_rows": 0, "versions": {}}
-        promote(grown, build(facts, written), card=b"# card\n")
+        promote(grown, build(job_facts(), written), card=b"# card\n")
         for first, last in itertools.pairwise(bounds[1:]):
             grow(grown, Part(first, last, dtype=dtype), **options)
         found = file_bytes(grown.root)
@@ -79,7 +86,7 @@ def test_a_dataset_that_grew_has_the_bytes_of_one_that_did_not(
 
 def test_an_example_is_never_added_twice(tmp_path: Path) -> None:
     layout, _ = make_dataset(tmp_path, Part(0, 6))
-    manifest = manifests.read(tmp_path) | {"source_rows": 6, "skipped_rows": 0, "versions": {}}
+    manifest = manifests.read(tmp_path) | {"source_rows": 6}
     manifests.write(layout, manifest)
     journal = Journal(layout.journal(0, 1))
     with JournalWriter(journal, queue_bytes=1 << 20, segment_bytes=1 << 14) as writer:

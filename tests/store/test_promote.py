@@ -17,7 +17,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.store_cases import HEADS, SAMPLER, Captured, Piece, captured_journal, file_bytes, make_dataset, put
+from support.store_cases import (
+    HEADS,
+    SAMPLER,
+    Captured,
+    Piece,
+    captured_journal,
+    file_bytes,
+    job_facts,
+    make_dataset,
+    put,
+)
 
 from qk_sniffer.errors import StoreError
 from qk_sniffer.store import disk, manifest, promote
@@ -68,7 +78,7 @@ def test_a_root_without_manifest_is_incomplete(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="not a manifest of qk-sniffer"):
         manifest.read(tmp_path)
     (tmp_path / "manifest.json").write_text("{")
-    with pytest.raises(StoreError, match="cannot be read"):
+    with pytest.raises(StoreError, match="is not JSON"):
         manifest.read(tmp_path)
 
 
@@ -105,7 +115,7 @@ def test_a_crash_anywhere_leaves_the_old_dataset_or_one_that_is_finished(tmp_pat
     before = file_bytes(start.root)
     written = compact(start, [journal], heads, SAMPLER)
     card = b"# new card\n"
-    built = manifest.with_files(manifest.build({"config": {}}, written), {"README.md": FileEntry.of(card)})
+    built = manifest.with_files(manifest.build(job_facts(), written), {"README.md": FileEntry.of(card)})
     crashes = 0
     for step in range(100):
         root = tmp_path / f"root{step}"
@@ -136,7 +146,7 @@ def test_compaction_does_not_touch_a_staged_version(tmp_path: Path) -> None:
     layout = prepare_data_root(tmp_path)
     journal = captured_journal(layout.journal(0, 1), Captured())
     written = compact(layout, [journal], HEADS, SAMPLER)
-    manifest.write(layout.staging, manifest.build({}, written))
+    manifest.write(layout.staging, manifest.build(job_facts(), written))
     with pytest.raises(StoreError, match="staged version that is not promoted yet"):
         compact(layout, [journal], HEADS, SAMPLER)
     assert promote.finish_promotion(layout)

@@ -7,12 +7,13 @@ cut an example in two, with the later part first.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from qk_sniffer.capture.sampling import Sampler
-from qk_sniffer.config import SamplerConfig
+from qk_sniffer.config import Config, DatasetConfig, ModelConfig, SamplerConfig
 from qk_sniffer.store.compact import compact
 from qk_sniffer.store.journal import ExampleRecord, Journal
 from qk_sniffer.store.journal_writer import JournalWriter
@@ -165,7 +166,7 @@ def make_dataset(root: Path, corpus: Captured, **options: object) -> tuple[Layou
     journal = captured_journal(layout.journal(0, 1), corpus)
     written = compact(layout, [journal], HEADS, SAMPLER, **options)
     card = b"# card\n"
-    promote(layout, build({"config": {}}, written), card=card)
+    promote(layout, build(job_facts(), written), card=card)
     return layout, written
 
 
@@ -173,3 +174,36 @@ def file_bytes(root: Path) -> dict[str, bytes]:
     """Returns the bytes of all files below `root` by name, without the work folder."""
     found = {path.relative_to(root).as_posix(): path for path in root.rglob("*") if path.is_file()}
     return {name: path.read_bytes() for name, path in found.items() if not name.startswith(".qk_sniffer")}
+
+
+def job_facts() -> dict[str, Any]:
+    """Returns what a job of `HEADS` adds to the manifest."""
+    terms = {"license": [], "language": []}
+    layers = [
+        {
+            "layer": layer,
+            "num_q_heads": NUM_HEADS["q"],
+            "num_k_heads": NUM_HEADS["k"],
+            "head_dim": HEAD_DIM,
+            "sliding_window": WINDOW[layer],
+            "softmax_scale": 0.25,
+            "captured": {kind: list(range(number)) for kind, number in NUM_HEADS.items()},
+        }
+        for layer in LAYERS
+    ]
+    model = {"model_type": "llama", "dtype": "bfloat16", "attn_implementation": "sdpa", "rope_stage": "post"}
+    config = Config(model=ModelConfig(slug="model"), dataset=DatasetConfig(slug="texts"))
+    return {
+        "fingerprint": {},
+        "commits": {"model": None, "tokenizer": None, "dataset": None},
+        "versions": {},
+        "config": config.to_dict(),
+        "stated": {"model": terms, "dataset": terms},
+        "model": model | {"layers": layers, "rotary": {}},
+        "tokenizer": {"class": "Tokenizer"},
+        "source_rows": 0,
+        "skipped_rows": 0,
+        "grown_from": [],
+        "inclusion": {},
+        "proof": {"proven": None, "reason": "not asked for"},
+    }

@@ -27,6 +27,7 @@ NumHeads = Annotated[int, Meta(ge=1, le=MOST_HEADS)]
 Bucket = Annotated[str, Meta(pattern=r"\A[0-9]{1,10}\Z")]
 Sha256 = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
 Slug = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9._-]{1,500}\Z")]
+BatchSize = Annotated[int, Meta(ge=1, le=2**53)]
 Number = int | float
 
 
@@ -117,11 +118,21 @@ class Settings(TypedDict):
     shard: NotRequired[_Shard]
 
 
+class BatchSettings(TypedDict):
+    """A change of the batch settings."""
+
+    shard: Annotated[int, Meta(ge=0, lt=MOST_SHARDS)]
+    from_index: Count
+    max_batch_tokens: BatchSize
+    batch_size: BatchSize | None
+
+
 class Growth(TypedDict):
     """An earlier version of a dataset."""
 
     source_rows: Count
     versions: dict[str, Text]
+    batching: NotRequired[list[BatchSettings]]
 
 
 class Place(TypedDict):
@@ -140,8 +151,21 @@ class Base(TypedDict):
     source_rows: Count
     skipped_rows: Count
     versions: dict[str, Text]
+    batching: NotRequired[list[BatchSettings]]
     grown_from: list[Growth]
 
+
+Fingerprint = TypedDict(
+    "Fingerprint",
+    {
+        "model.name": Text,
+        "model.tokenizer.name": Text,
+        "dataset.path": Text,
+        "inference.max_batch_tokens": BatchSize,
+        "inference.batch_size": BatchSize | None,
+    },
+)
+"""The settings in a fingerprint that later steps read; the others are compared."""
 
 TokenizerFacts = TypedDict("TokenizerFacts", {"class": Text})
 
@@ -149,7 +173,7 @@ TokenizerFacts = TypedDict("TokenizerFacts", {"class": Text})
 class Job(TypedDict):
     """The facts that the record of a job and the manifest of its dataset share."""
 
-    fingerprint: dict[str, Any]
+    fingerprint: Fingerprint
     commits: Commits
     versions: dict[str, Text]
     config: Settings
@@ -193,6 +217,7 @@ class Manifest(Job):
     truncated_examples: Count
     skipped_rows: Count
     source_rows: Count
+    batching: NotRequired[list[BatchSettings]]
     grown_from: list[Growth]
     rows: Count
     rows_by_bucket: dict[Kind, dict[Bucket, Count]]

@@ -14,6 +14,7 @@ import torch
 
 from qk_sniffer.capture.sampling import Sampler
 from qk_sniffer.config import Config, DatasetConfig, ModelConfig, SamplerConfig
+from qk_sniffer.resolved import fingerprint, resolve
 from qk_sniffer.store.compact import compact
 from qk_sniffer.store.journal import ExampleRecord, Journal
 from qk_sniffer.store.journal_writer import JournalWriter
@@ -192,9 +193,9 @@ def job_facts() -> dict[str, Any]:
         for layer in LAYERS
     ]
     model = {"model_type": "llama", "dtype": "bfloat16", "attn_implementation": "sdpa", "rope_stage": "post"}
-    config = Config(model=ModelConfig(slug="model"), dataset=DatasetConfig(slug="texts"))
+    config = resolve(Config(model=ModelConfig(name="model"), dataset=DatasetConfig(path="texts")))
     return {
-        "fingerprint": {},
+        "fingerprint": fingerprint(config),
         "commits": {"model": None, "tokenizer": None, "dataset": None},
         "versions": {},
         "config": config.to_dict(),

@@ -8,9 +8,20 @@ QkSnifferError
 └── HubError         the finished dataset cannot be published
 """
 
+from qk_sniffer.text import printable
+
 
 class QkSnifferError(Exception):
-    """Ends a job with a message instead of a traceback, and with a non-zero exit code."""
+    """Ends a job with a message instead of a traceback, and with a non-zero exit code.
+
+    The message consists of `lines`. Names and errors in them may come from files, so each is escaped to one line.
+    """
+
+    def __init__(self, *lines: str) -> None:
+        super().__init__(*lines)
+
+    def __str__(self) -> str:
+        return "\n".join(map(printable, self.args))
 
 
 class ConfigError(QkSnifferError):
@@ -19,7 +30,7 @@ class ConfigError(QkSnifferError):
     def __init__(self, problems: list[str]) -> None:
         self.problems = problems
         head = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        super().__init__("\n".join([f"{head} in the configuration:", *(f"  - {problem}" for problem in problems)]))
+        super().__init__(f"{head} in the configuration:", *(f"  - {problem}" for problem in problems))
 
 
 class SourceError(QkSnifferError):

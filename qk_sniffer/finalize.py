@@ -37,11 +37,11 @@ def main() -> int:
     """Runs `python -m qk_sniffer.finalize`; returns the exit code."""
     logging.basicConfig(format="%(message)s")
     logging.getLogger("qk_sniffer").setLevel(logging.INFO)
-    read_environment()
     return program.run("qk_sniffer.finalize", __doc__ or "", Settings, _program)
 
 
 def _program(settings: Settings) -> int:
+    read_environment()
     # This import loads torch, which a wrong command line must not wait for.
     from qk_sniffer.jobs.finalize import finalize
 

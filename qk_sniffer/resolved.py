@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from qk_sniffer.config import Config, InferenceConfig, OutputConfig, SamplerConfig, settings
+from qk_sniffer.markdown import code
 from qk_sniffer.text import expand_home
 
 _BATCHING = {name: f"inference.{name}" for name in InferenceConfig().batching()}
@@ -131,4 +132,4 @@ def _with_expanded_paths(config: Config) -> Config:
 
 
 def _rule(sampler_type: str, base_rate: float) -> str:
-    return f"`{sampler_type}`" if sampler_type == "all" else f"`{sampler_type}`, base_rate {base_rate:g}"
+    return code(sampler_type) if sampler_type == "all" else f"{code(sampler_type)}, base_rate {base_rate:g}"

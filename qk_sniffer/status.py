@@ -18,6 +18,7 @@ from qk_sniffer.cli import program
 from qk_sniffer.errors import ConfigError, StoreError
 from qk_sniffer.jobs.slurm import Reasons
 from qk_sniffer.jobs.status import look, table, with_reasons
+from qk_sniffer.text import printable, say, say_text
 
 EVERY_S = 5.0
 
@@ -57,11 +58,13 @@ def show(settings: Settings) -> int:
             lines = with_reasons(look(settings.folder), reasons)
             if settings.format == "json":
                 text = json.dumps([line.to_dict() for line in lines], indent=None if settings.watch else 2)
+                say_text(text.replace("\x7f", "\\u007f"))  # the only control character that JSON leaves as it is
             else:
-                text = table(lines) if lines else f"no datasets or jobs below {settings.folder}"
                 if settings.watch:
-                    text = f"\x1b[H\x1b[J{time.strftime('%H:%M:%S')}, every {EVERY_S:.0f} s, Ctrl-C ends\n{text}"
-            print(text, flush=True)
+                    sys.stdout.write("\x1b[H\x1b[J")
+                    say(f"{time.strftime('%H:%M:%S')}, every {EVERY_S:.0f} s, Ctrl-C ends")
+                say_text(table(lines) if lines else f"no datasets or jobs below {printable(settings.folder)}")
+            sys.stdout.flush()
             if not settings.watch:
                 return 0
             time.sleep(EVERY_S)

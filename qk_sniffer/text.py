@@ -1,8 +1,54 @@
-"""Formats numbers, lists and columns for people, and suggests names for mistyped ones."""
+"""Formats numbers, lists and columns for people, and suggests names for mistyped ones.
+
+Texts from files may hold characters that control a terminal, hide or reorder words, or begin a line that looks like one
+of ours. `printable` escapes them. Whatever this package prints, logs or raises goes through it: `say`, `aligned`, the
+loggers of `logs.py` and the errors of `errors.py` call it.
+"""
 
 import difflib
+import json
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TextIO
+
+
+def printable(text: object) -> str:
+    """Returns a text as one line of visible characters. Every other character, a line break included, is escaped.
+
+    Escaped are control characters, marks that reorder or hide text (bidirectional, of zero width), separators of lines,
+    spaces other than the usual one, and surrogates, which stand for the bytes of a name that is not UTF-8.
+    """
+    shown = str(text)
+    if shown.isprintable():
+        return shown
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in shown)
+
+
+def printable_lines(text: object) -> str:
+    """Returns a text of several lines, each as `printable` makes it."""
+    return "\n".join(map(printable, str(text).split("\n")))
+
+
+def python_literal(text: str) -> str:
+    """Returns the literal of a string in Python code, on one line and in double quotes."""
+    return printable(json.dumps(text, ensure_ascii=False))
+
+
+def say(*lines: object, to: TextIO | None = None) -> None:
+    """Prints lines on stdout, or on another stream. Each stays one line, whatever it holds.
+
+    Characters that the stream's encoding lacks are escaped too.
+    """
+    stream = to or sys.stdout
+    text = "\n".join(map(printable, lines))
+    encoding = stream.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream)
+
+
+def say_text(text: object, to: TextIO | None = None) -> None:
+    """Prints a text of several lines, such as a table, on stdout, or on another stream."""
+    say(*str(text).split("\n"), to=to)
 
 
 def compact_ranges(numbers: Iterable[int]) -> str:
@@ -22,9 +68,10 @@ def counted(number: int, noun: str) -> str:
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Returns rows of cells as lines, the columns aligned."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+    """Returns rows of cells as lines, the columns aligned. Each row is one line, whatever its cells hold."""
+    shown = [[*map(printable, row)] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in shown)
 
 
 def shortened(names: Sequence[str], most: int) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from qk_sniffer.cli import program
 from qk_sniffer.dataset.verify import verify
+from qk_sniffer.text import say_text
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ def main() -> int:
 
 def _program(settings: Settings) -> int:
     report = verify(settings.data_root)
-    print(report)
+    say_text(report)
     return 1 if report.problems else 0
 
 

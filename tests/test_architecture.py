@@ -14,7 +14,9 @@ import qk_sniffer
 PACKAGE = Path(qk_sniffer.__file__).parent
 
 FLOORS = (
-    ("errors", "text", "timing", "machine", "assets"),
+    ("text", "timing", "machine", "assets"),
+    ("errors", "markdown"),
+    ("logs",),
     ("config",),
     ("resolved",),
     ("store",),
@@ -122,3 +124,18 @@ def test_families_of_models_build_on_public_modules() -> None:
 def test_no_module_imports_a_file_of_models() -> None:
     for module, tree in MODULES.items():
         assert not any(name.startswith("qk_sniffer.models.") for name, _ in imports(tree)), module
+
+
+@pytest.mark.parametrize(
+    ("call", "only"),
+    [("print", "text"), ("logging.getLogger", "logs"), ("HfApi", "hub.client")],
+)
+def test_what_is_shown_and_sent_goes_through_one_module(call: str, only: str) -> None:
+    """It escapes what is printed and logged, and announces an unusual Hub."""
+    callers = {
+        module
+        for module, tree in MODULES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == call and module != "finalize"
+    }
+    assert callers == {only}

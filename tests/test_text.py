@@ -1,8 +1,22 @@
-"""Formats lists for messages."""
+"""Formats lists for messages, and escapes what could control a terminal, hide words or imitate a line of ours."""
+
+import io
+import logging
+import sys
+import unicodedata
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from qk_sniffer.text import shortened
+from qk_sniffer.errors import ConfigError, StoreError
+from qk_sniffer.logs import logger
+from qk_sniffer.text import aligned, printable, printable_lines, python_literal, say, say_text, shortened
+
+HOSTILE = "\x1b]0;owned\x07\x1b[2J\r\nwhole: 2 heads\x7f\x9b31m\u202e\u2066\u200b\u2028\ud800\ufeff\u00a0\U000e0041"
+"""A name with every kind of character that must not reach a terminal."""
+
+ESCAPED = r"\x1b]0;owned\x07\x1b[2J\r\nwhole: 2 heads\x7f\x9b31m\u202e\u2066\u200b\u2028\ud800\ufeff\xa0\U000e0041"
 
 
 @pytest.mark.parametrize(
@@ -17,3 +31,49 @@ from qk_sniffer.text import shortened
 )
 def test_a_long_list_ends_with_the_number_of_the_others(names: list[str], expected: str) -> None:
     assert shortened(names, 2) == expected
+
+
+def test_only_visible_characters_are_left() -> None:
+    assert printable(HOSTILE) == ESCAPED and printable(ESCAPED) == ESCAPED
+    assert printable("café 日本 naïve-model/v1.5 (x) 🙂") == "café 日本 naïve-model/v1.5 (x) 🙂"
+    hidden = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+    for each in map(chr, range(sys.maxunicode + 1)):
+        if unicodedata.category(each) in hidden:
+            assert printable(each).isascii() and printable(each).isprintable()
+
+
+@given(st.text(st.characters()))
+def test_every_text_becomes_one_line_for_every_stream(text: str) -> None:
+    assert len(printable(text).splitlines()) <= 1
+    assert printable_lines(f"{text}\n{text}").count("\n") == 2 * text.count("\n") + 1
+    assert eval(python_literal(text)) == text
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    say(text, text, to=stream)
+    stream.flush()
+    assert stream.buffer.getvalue().count(b"\n") == 2  # type: ignore[attr-defined]
+
+
+def test_tables_messages_and_logs_hold_no_foreign_line(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    assert aligned([("name", "rows"), (HOSTILE, "1")]).splitlines()[1] == f"{ESCAPED}  1"
+    assert str(StoreError(f"{HOSTILE} is damaged", "  - way out")) == f"{ESCAPED} is damaged\n  - way out"
+    assert str(ConfigError([HOSTILE])) == f"1 problem in the configuration:\n  - {ESCAPED}"
+    say(HOSTILE, "end")
+    say_text(StoreError(HOSTILE, "end"))
+    assert capsys.readouterr().out == f"{ESCAPED}\nend\n" * 2
+    log = logger("qk_sniffer.test")
+    log.warning("%s has %d rows of %.1f", HOSTILE, 3, 0.25)
+    log.error("%s", ConfigError([HOSTILE]))
+    log.warning("%s", OSError(HOSTILE))
+    try:
+        raise RuntimeError(HOSTILE)
+    except RuntimeError:
+        log.exception("Unexpected error:")
+    log.debug("%s", HOSTILE)
+    assert caplog.messages[:3] == [f"{ESCAPED} has 3 rows of 0.2", str(ConfigError([HOSTILE])), ESCAPED]
+    assert caplog.messages[3].endswith("whole: 2 heads" + ESCAPED.partition("whole: 2 heads")[2])
+    assert "Traceback" in caplog.messages[3] and printable_lines(caplog.text) == caplog.text
+    assert [record.name for record in caplog.records] == ["qk_sniffer.test"] * 4
+    assert {record.module for record in caplog.records} == {"test_text"}
+    assert logging.getLogger("qk_sniffer.test").isEnabledFor(logging.WARNING)

@@ -19,6 +19,7 @@ from qk_sniffer.backbone.gguf import check_gguf, gguf_source, refuse_lost
 from qk_sniffer.backbone.trailing_layers import cut_after
 from qk_sniffer.config import ModelConfig
 from qk_sniffer.errors import QkSnifferError, SourceError
+from qk_sniffer.hub.endpoint import announce
 from qk_sniffer.text import shortened
 
 T = TypeVar("T")
@@ -76,6 +77,7 @@ def _cached_first(config: ModelConfig, commit: str | None, load: Callable[[dict[
         # The cache comes first: without a network, the library retries for a minute before it reads the cache.
         return load(source | {"local_files_only": True})
     except OSError:
+        announce()
         return load(source)
 
 
@@ -174,7 +176,8 @@ def _loading(config: ModelConfig) -> Iterator[None]:
         raise
     except Exception as error:  # any error of the checkpoint or of the code in it
         hint = "; set model.trust_remote_code=true if you trust its code" if "trust_remote_code" in str(error) else ""
-        raise SourceError(f"{where} cannot be loaded: {type(error).__name__}: {error}{hint}") from error
+        text = " ".join(str(error).split())
+        raise SourceError(f"{where} cannot be loaded: {type(error).__name__}: {text}{hint}") from error
     finally:
         transformers.logging.set_verbosity(verbosity)
         if bars:

@@ -6,7 +6,6 @@ without an error.
 """
 
 import copy
-import logging
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -14,8 +13,9 @@ from transformers import PretrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
 from qk_sniffer.backbone.unloaded import unloaded
+from qk_sniffer.logs import logger
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 _KEY = "model.config_overrides"
 _PATH = f"{_KEY}.rope_parameters"

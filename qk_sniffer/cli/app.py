@@ -4,7 +4,6 @@ Exit codes: 0 all jobs are done, 1 a job failed, 2 the command line or the confi
 SIGINT and SIGTERM.
 """
 
-import logging
 import os
 import signal
 import sys
@@ -28,9 +27,11 @@ from qk_sniffer.config import Config, from_omegaconf, register
 from qk_sniffer.errors import ConfigError, QkSnifferError
 from qk_sniffer.jobs import sweep
 from qk_sniffer.jobs.signals import WARNING, Stopped, Stopping
+from qk_sniffer.logs import logger
 from qk_sniffer.resolved import resolve
+from qk_sniffer.text import say, say_text
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 # A launcher's worker imports this module to find `task`, and then composes the job's config.
 register()
@@ -44,7 +45,7 @@ def main() -> int:
             return show(APPLICATION, task)
         return _run(planned(args, APPLICATION))
     except ConfigError as error:
-        print(error, file=sys.stderr)
+        say_text(error, to=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
         return _interrupted(error)
@@ -112,8 +113,8 @@ def _run(jobs: Sequence[sweep.PlannedJob]) -> int:
         launch.wait_for_exit()
     found = {} if launch.folder is None else sweep.statuses(launch.folder)
     if len(jobs) > 1:
-        print(sweep.table(jobs, found))
-        print(f"Logs: {launch.folder}")
+        say_text(sweep.table(jobs, found))
+        say(f"Logs: {launch.folder}")
     codes = [found[job.number].code if job.number in found else 1 for job in jobs]
     all_done = all(job.number in found and found[job.number].state in sweep.GOOD for job in jobs)
     if launch.is_announced and all_done:
@@ -123,7 +124,7 @@ def _run(jobs: Sequence[sweep.PlannedJob]) -> int:
 
 def _interrupted(error: KeyboardInterrupt) -> int:
     """Prints that the command was interrupted; returns the exit code."""
-    print(str(error) or "interrupted", file=sys.stderr)
+    say(str(error) or "interrupted", to=sys.stderr)
     return error.exit_code if isinstance(error, Stopped) else 130
 
 

@@ -1,22 +1,140 @@
-"""Reads the file `.env`, which holds tokens and other variables for the processes of a run."""
+"""Reads the file `.env` of the current folder, which holds tokens and other variables for the processes of a run.
 
+A folder may come from someone else, with its `.env`. So the file sets only the variables in `ALLOWED`, which neither
+run code nor send the login to another address. SECURITY.md gives the reason for each.
+"""
+
+import os
+import stat
+from collections.abc import Mapping
+from io import StringIO
 from pathlib import Path
 
-from dotenv import load_dotenv
+from dotenv import dotenv_values
 
 from qk_sniffer.errors import ConfigError
+from qk_sniffer.hub.endpoint import is_encrypted
+from qk_sniffer.logs import logger
+from qk_sniffer.text import shortened
+
+log = logger(__name__)
+
+PROXIES = frozenset(
+    spelling(name)
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
+    for spelling in (str.lower, str.upper)
+)
+
+ALLOWED = PROXIES | {
+    # the login
+    "HF_TOKEN",
+    "HUGGING_FACE_HUB_TOKEN",
+    # the folders of downloads
+    "HF_HOME",
+    "HF_HUB_CACHE",
+    "HF_XET_CACHE",
+    "HF_DATASETS_CACHE",
+    # what is asked of the Hub, and how
+    "HF_HUB_OFFLINE",
+    "TRANSFORMERS_OFFLINE",
+    "HF_DATASETS_OFFLINE",
+    "HF_HUB_DISABLE_IMPLICIT_TOKEN",
+    "HF_HUB_DISABLE_TELEMETRY",
+    "HF_HUB_DISABLE_XET",
+    "HF_HUB_DOWNLOAD_TIMEOUT",
+    "HF_HUB_ETAG_TIMEOUT",
+    "HF_XET_HIGH_PERFORMANCE",
+    # what is shown and how files are stored
+    "HF_DATASETS_DISABLE_PROGRESS_BARS",
+    "HF_HUB_DISABLE_PROGRESS_BARS",
+    "HF_HUB_DISABLE_SYMLINKS",
+    "HF_HUB_DISABLE_SYMLINKS_WARNING",
+    # the devices and threads of the machine
+    "CUDA_VISIBLE_DEVICES",
+    "OMP_NUM_THREADS",
+    "TOKENIZERS_PARALLELISM",
+}
+"""The variables that `.env` may set."""
+
+_LARGEST = 65_536
+"""The largest size of the file, in bytes."""
+
+_MOST_NAMES = 10
+
+_told: set[str] = set()
+"""The warnings that this process has logged."""
 
 
 def read_environment() -> None:
-    """Sets the variables of `.env` in the current directory, except those that are set already.
+    """Sets the variables of `.env` in the current folder that are in `ALLOWED` and not set already.
 
-    Call this where a job runs, before the import of a library that reads them (`HF_TOKEN`, `HF_HOME`, `HF_ENDPOINT`).
-    Do not call it where a job is submitted: SLURM would store them with the job.
+    Logs one warning that names the variables that it ignores. Their values never appear in a message. Values are
+    literal: `${NAME}` is not replaced.
+
+    Call this where a job runs, before the import of a library that reads the variables. Do not call it where a job is
+    submitted: SLURM would store them with the job.
 
     Raises:
-        ConfigError: the file is not UTF-8 text.
+        ConfigError: the file cannot be read, is too large or is not UTF-8 text; or a value holds a dollar sign.
     """
+    path = Path(".env").absolute()
+    given = dotenv_values(stream=StringIO(_text(path)), interpolate=False)
+    wanted = {name: value for name, value in given.items() if not _is_set(name)}
+    names = ALLOWED if is_encrypted() else ALLOWED - PROXIES
+    if ignored := [name for name in wanted if name not in names]:
+        _warn_once(
+            f"{path}: {shortened(ignored, _MOST_NAMES)} ignored: .env sets only the variables that SECURITY.md lists"
+            + ("" if PROXIES.isdisjoint(ignored) else ", and no proxy while HF_ENDPOINT is not https")
+            + ". Set others in the environment"
+        )
+    os.environ.update(_checked(path, {name: value or "" for name, value in wanted.items() if name in names}))
+
+
+def _checked(path: Path, values: Mapping[str, str]) -> Mapping[str, str]:
+    # huggingface_hub itself replaces `$NAME` in the names of its folders.
+    if problems := [
+        f"{path}: the value of {name} has a {what}. Write the value out, or set {name} in the environment"
+        for name, value in values.items()
+        for character, what in (("$", "dollar sign, and variables in values are not replaced"), ("\0", "zero byte"))
+        if character in value
+    ]:
+        raise ConfigError(problems)
+    return values
+
+
+def _is_set(name: str) -> bool:
+    # Of two spellings of a proxy, the one in small letters counts.
+    spellings = {name.lower(), name.upper()} if name in PROXIES else {name}
+    return not spellings.isdisjoint(os.environ)
+
+
+def _text(path: Path) -> str:
+    """Returns the text of the file; an empty one if it does not exist or is not a file."""
     try:
-        load_dotenv(Path(".env"))
+        # Without O_NONBLOCK, a pipe of this name would block the program.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        raise ConfigError([f"{path} cannot be read: {error.strerror}. Repair it, or move it away"]) from None
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if not stat.S_ISREG(mode):
+            if not stat.S_ISDIR(mode):  # a virtual environment often has this name
+                _warn_once(f"{path} is not a file, and is ignored. Set its variables in the environment")
+            return ""
+        data = os.pread(descriptor, _LARGEST + 1, 0)
+    finally:
+        os.close(descriptor)
+    if len(data) > _LARGEST:
+        raise ConfigError([f"{path} is larger than {_LARGEST:,} bytes: it is no list of variables. Move it away"])
+    try:
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ConfigError([f"{Path('.env').absolute()} is not UTF-8: {error.reason}"]) from None
+        raise ConfigError([f"{path} is not UTF-8: {error.reason}"]) from None
+
+
+def _warn_once(message: str) -> None:
+    if message not in _told:
+        _told.add(message)
+        log.warning("%s", message)

@@ -20,6 +20,7 @@ from qk_sniffer.cli.application import CONFIG_MODULE, VERSION_BASE, Application
 from qk_sniffer.cli.explain import explain
 from qk_sniffer.cli.schema import unknown_flag
 from qk_sniffer.errors import ConfigError
+from qk_sniffer.text import say
 
 
 def parse_flags(arguments: list[str]) -> argparse.Namespace:
@@ -50,7 +51,7 @@ def show(application: Application[Any], task: Callable[[Any], Any]) -> int:
     try:
         application.run_hydra(task)
     except Exception as error:  # for these flags Hydra does not handle errors
-        print(explain(error, application.schema), file=sys.stderr)
+        say(explain(error, application.schema), to=sys.stderr)
         return 2
     return 0
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from qk_sniffer.cli.schema import Schema, not_a_setting, repeated, unknown_flag
 from qk_sniffer.errors import ConfigError, QkSnifferError
+from qk_sniffer.text import say, say_text
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -34,17 +35,18 @@ def run(name: str, about: str, kind: type[Settings], program: Callable[[Settings
     arguments = sys.argv[1:]
     try:
         if {"-h", "--help"} & set(arguments):
-            print(_help(name, about, kind), flush=True)
+            say_text(_help(name, about, kind))
+            sys.stdout.flush()
             return 0
         return program(parse(arguments, kind))
     except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except QkSnifferError as error:
-        print(error, file=sys.stderr)
+        say_text(error, to=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        say("interrupted", to=sys.stderr)
         return 130
 
 

@@ -1,6 +1,5 @@
 """Tells, while a command waits for its jobs on SLURM, why the scheduler does not start them."""
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -10,9 +9,10 @@ from typing import Any
 from qk_sniffer.errors import StoreError
 from qk_sniffer.jobs import slurm
 from qk_sniffer.jobs.sweep import PlannedJob, describe
+from qk_sniffer.logs import logger
 from qk_sniffer.text import compact_ranges
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 FIND_EVERY_S = 5.0
 FIRST_S = 10.0

@@ -6,8 +6,7 @@ branch of the Hub has more sections: loading from the Hub, the proof, the pictur
 """
 
 import json
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from qk_sniffer.capture.sampling import Sampler
 from qk_sniffer.dataset.bucket_ranges import bucket_ranges
 from qk_sniffer.dataset.card_facts import CardFacts, Place
 from qk_sniffer.dataset.card_snippets import loading
+from qk_sniffer.markdown import block, code, in_url, link, plain, table, tex, yaml_string
 from qk_sniffer.resolved import rule, safe_name
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.layout import EXAMPLES, KIND_NAMES, KINDS, Head, Layout, schema
@@ -75,14 +75,14 @@ def _front_matter(facts: CardFacts, names: list[str]) -> tuple[str, bool]:
 
 def _yaml(facts: CardFacts, configs: list[tuple[str, str]]) -> str:
     # The vectors derive from a model and from texts. No license identifier of the Hub names the terms of both.
-    lines = ["---", f"pretty_name: {_quoted(_title(facts))}"]
+    lines = ["---", f"pretty_name: {yaml_string(_title(facts))}"]
     lines += ["license: other", "license_name: terms-of-the-model-and-the-texts"]
     if facts.languages:
-        lines += ["language:", *(f"- {_quoted(language)}" for language in facts.languages)]
+        lines += ["language:", *(f"- {yaml_string(language)}" for language in facts.languages)]
     lines += ["tags:", *(f"- {tag}" for tag in ("qk-sniffer", "attention", "interpretability"))]
     lines += ["size_categories:", f"- {_size_category(facts.rows)}"]
     if facts.dataset_commit is not None:
-        lines += ["source_datasets:", f"- {_quoted(facts.config.dataset.path or '')}"]
+        lines += ["source_datasets:", f"- {yaml_string(facts.config.dataset.path or '')}"]
     lines.append("configs:")
     for number, (name, files) in enumerate([*configs, ("examples", EXAMPLES)]):
         lines += [f"- config_name: {name}", f"  data_files: {files}"]
@@ -97,10 +97,10 @@ def _introduction(facts: CardFacts) -> str:
     stage = "before" if facts.config.capture.capture_pre_rope else "after"
     file = f"l<layer>h<head><{'|'.join(KINDS)}>/data.parquet"
     return f"""\
-# {_title(facts)}
+# {plain(_title(facts))}
 
-The query (Q) and key (K) vectors of attention heads of `{_model_name(facts)}` at sampled token positions of
-{facts.num_examples:,} examples of `{_dataset_name(facts)}`: {heads}, {facts.rows:,} rows. qk-sniffer captured them
+The query (Q) and key (K) vectors of attention heads of {code(_model_name(facts))} at sampled token positions of
+{facts.num_examples:,} examples of {code(_dataset_name(facts))}: {heads}, {facts.rows:,} rows. qk-sniffer captured them
 in the model's own forward pass, {stage} the rotary embedding (RoPE).
 
 Each head is one Parquet file, `{file}`. A `k` head is numbered among the key heads.
@@ -116,40 +116,41 @@ def _columns(facts: CardFacts) -> str:
         "bucket": "the range of positions that the row is drawn from, see Sampling",
         "example_id": "the example: `examples/data.parquet` has its id in the source, its length and its hash",
         "position": "the token's position in the example, from 0",
-        "vector": f"the query or key vector, {stage}; {dtype}, widened to float32",
+        "vector": f"the query or key vector, {stage}; {plain(dtype)}, widened to float32",
         "sliding_window": "tokens that the layer attends back to, including the token itself; null on full attention",
         "token_id": "the token at this position",
         "token_str": "the token as text",
     }
     types = {"vector": f"list of {compact_ranges(head.head_dim for head in facts.heads)} float32"}
     fields = schema(1, token_ids=capture.capture_token_ids, token_strings=capture.capture_token_strings)
-    table = [(f"`{field.name}`", types.get(field.name, str(field.type)), meanings[field.name]) for field in fields]
-    return "## Columns\n\n" + _table(("column", "type", "meaning"), table)
+    lines = [(f"`{field.name}`", types.get(field.name, str(field.type)), meanings[field.name]) for field in fields]
+    return "## Columns\n\n" + table(("column", "type", "meaning"), lines)
 
 
 def _run(facts: CardFacts) -> str:
     model, dataset, tokenizer = facts.config.model, facts.config.dataset, facts.config.model.tokenizer
+    overrides = json.dumps(model.config_overrides, sort_keys=True)
     cut, empty = f"{facts.num_truncated:,} cut at max_length", f"{facts.num_skipped:,} left out as empty"
     settings = [
         ("model", _source(model.name, model.revision, facts.model_commit)),
-        ("dtype", model.dtype),
-        ("attention implementation", model.attn_implementation),
-        ("config overrides", json.dumps(model.config_overrides, sort_keys=True) if model.config_overrides else None),
+        ("dtype", plain(model.dtype)),
+        ("attention implementation", _plain(model.attn_implementation)),
+        ("config overrides", code(overrides) if model.config_overrides else ""),
         ("tokenizer", _source(tokenizer.name, tokenizer.revision, facts.tokenizer_commit)),
         ("special tokens", "added" if tokenizer.add_special_tokens else "not added"),
         ("max_length", f"{tokenizer.max_length:,} tokens"),
         ("dataset", _source(dataset.path, dataset.revision, facts.dataset_commit)),
-        ("dataset config", dataset.name),
-        ("split", dataset.split),
-        ("text column", dataset.text_column),
-        ("id column", dataset.id_column or "none: example_id is the row's index"),
+        ("dataset config", _plain(dataset.name)),
+        ("split", plain(dataset.split)),
+        ("text column", _plain(dataset.text_column)),
+        ("id column", _plain(dataset.id_column) or "none: example_id is the row's index"),
         ("examples", f"{facts.num_examples:,} ({cut}; {empty})"),
         ("tokens", f"{facts.num_tokens:,} (the longest example has {facts.longest:,})"),
         ("stage", "before RoPE" if facts.config.capture.capture_pre_rope else "after RoPE"),
-        ("software", ", ".join(f"{name} {version}" for name, version in sorted(facts.software.items()))),
+        ("software", plain(", ".join(f"{name} {version}" for name, version in sorted(facts.software.items())))),
     ]
-    table = [(key, value) for key, value in settings if value]
-    return "## Run\n\n" + _table(("setting", "value"), table)
+    lines = [(key, value) for key, value in settings if value]
+    return "## Run\n\n" + table(("setting", "value"), lines)
 
 
 def _head_layout(facts: CardFacts) -> str:
@@ -166,8 +167,8 @@ def _head_layout(facts: CardFacts) -> str:
         )
         layers_alike.setdefault(alike, []).append(layer)
     header = ("layers", "attention", "head_dim", *(f"{KIND_NAMES[kind]} heads" for kind in KINDS))
-    table = [(compact_ranges(layers), *alike) for alike, layers in layers_alike.items()]
-    text = "## Heads\n\n" + _table(header, table)
+    lines = [(compact_ranges(layers), *alike) for alike, layers in layers_alike.items()]
+    text = "## Heads\n\n" + table(header, lines)
     draw = facts.config.capture.head_sampling
     if draw.count is not None:
         text += (
@@ -198,7 +199,7 @@ To estimate sums over all positions, weight each row by 1/p.
         )
     for group in [kinds] if sampler.same_rule() else [[kind] for kind in kinds]:
         header = ("bucket", "positions", "p", *(f"{KIND_NAMES[kind]} rows" for kind in group))
-        text += "\n" + _table(header, _bucket_lines(facts, sampler, group))
+        text += "\n" + table(header, _bucket_lines(facts, sampler, group))
     return text
 
 
@@ -241,7 +242,7 @@ def _proof(facts: CardFacts) -> str:
     if proof is None:
         return ""
     if not proof["proven"]:
-        return f"## Proof\n\nNot proven: {proof['reason']}.\n"
+        return f"## Proof\n\nNot proven: {plain(proof['reason'])}.\n"
     largest = max(proof["largest_difference_by_layer"].values())
     count = len(proof["examples"])
     rows = "one example" if count == 1 else f"{count} examples"
@@ -250,7 +251,7 @@ def _proof(facts: CardFacts) -> str:
 
 The rows of {rows} were derived again on another path: by hooks on the projections of the unmodified
 model, without the tap that captured them. Relative to the spread of a head's vectors, they differ by {largest:.1g} at
-most, in any layer; up to {proof["tolerance"]:g} counts as rounding in {facts.config.model.dtype}. A wrong head,
+most, in any layer; up to {proof["tolerance"]:g} counts as rounding in {plain(facts.config.model.dtype)}. A wrong head,
 position or rotation gives about 1. `manifest.json` has the figure of each layer.
 """
 
@@ -258,14 +259,14 @@ position or rotation gives about 1. `manifest.json` has the figure of each layer
 def _pictures(facts: CardFacts) -> str:
     if not facts.pictures:
         return ""
-    images = [f"![{Path(name).stem.replace('_', ' ')}]({name})\n" for name in facts.pictures]
+    images = [f"!{link(plain(Path(name).stem.replace('_', ' ')), in_url(name, safe='/'))}\n" for name in facts.pictures]
     return "## Pictures\n\n" + "\n".join(images)
 
 
 def _terms(facts: CardFacts) -> str:
     def source(name: str, role: str) -> str:
-        licenses = ", ".join(f"`{license}`" for license in facts.licenses.get(role, ()))
-        return f"`{name}`" + (f" (licence: {licenses})" if licenses else "")
+        licenses = ", ".join(code(license) for license in facts.licenses.get(role, ()))
+        return code(name) + (f" (licence: {licenses})" if licenses else "")
 
     return f"""\
 ## Terms
@@ -279,24 +280,20 @@ def _citation(facts: CardFacts) -> str:
     if facts.place is None:
         return ""
     key = safe_name(facts.place.branch).replace(".", "-")
+    entry = f"""\
+@misc{{{key},
+  title        = {{{tex(_title(facts))}}},
+  howpublished = {{Dataset repository {tex(facts.place.repo_id)} on the Hugging Face Hub, branch
+                  {tex(facts.place.branch)}}},
+  note         = {{Captured with qk-sniffer}}
+}}
+"""
     return f"""\
 ## How to cite
 
 Cite the model, the texts, and this dataset with the commit that you used:
 
-```bibtex
-@misc{{{key},
-  title        = {{{_for_tex(_title(facts))}}},
-  howpublished = {{Dataset repository {_for_tex(facts.place.repo_id)} on the Hugging Face Hub, branch
-                  {_for_tex(facts.place.branch)}}},
-  note         = {{Captured with qk-sniffer}}
-}}
-```
-"""
-
-
-def _for_tex(text: str) -> str:
-    return re.sub(r"([_&%#$])", r"\\\1", text)
+{block("bibtex", entry)}"""
 
 
 def _title(facts: CardFacts) -> str:
@@ -317,10 +314,15 @@ def _public_name(name: str | None, commit: str | None) -> str:
 
 
 def _source(name: str | None, revision: str | None, commit: str | None) -> str:
-    text = f"`{_public_name(name, commit)}`"
+    text = code(_public_name(name, commit))
     if commit is None:
         return text
-    return f"{text}, commit `{commit}`" + ("" if revision in (None, "main", commit) else f" (revision `{revision}`)")
+    text += f", commit {code(commit)}"
+    return text if revision in (None, "main", commit) else f"{text} (revision {code(revision)})"
+
+
+def _plain(text: str | None) -> str:
+    return "" if text is None else plain(text)
 
 
 def _size_category(rows: int) -> str:
@@ -329,12 +331,3 @@ def _size_category(rows: int) -> str:
         if rows < 10 ** (power + 3):
             return f"n<{bound}" if power == 0 else f"{bounds[power - 1]}<n<{bound}"
     return f"n>{bounds[-1]}"
-
-
-def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -1,9 +1,10 @@
 """Writes the code in a dataset card that loads vectors from a folder or a branch of the Hub. Tests run this code."""
 
-import json
 import shlex
 
 from qk_sniffer.dataset.card_facts import Place
+from qk_sniffer.markdown import block
+from qk_sniffer.text import printable, python_literal
 
 _LOAD_FOLDER = """\
 ```python
@@ -20,27 +21,26 @@ vectors = rows["vector"][:]  # float32 (rows, head_dim)
 _LOAD_BRANCH = """\
 From the Hub, one head, with or without a copy on this machine:
 
-```python
+{streaming}
+With qk-sniffer, which fetches only the heads that you read:
+
+{reading}
+Download the whole branch, which the code below reads:
+
+{download}"""
+
+_STREAMING = """\
 from datasets import load_dataset
 
 rows = load_dataset({repo}, {which}, revision={branch}, split="train")
 stream = load_dataset({repo}, {which}, revision={branch}, split="train", streaming=True)
-```
+"""
 
-With qk-sniffer, which fetches only the heads that you read:
-
-```python
+_READING = """\
 import qk_sniffer
 
 dataset = qk_sniffer.open_dataset({repo}, revision={branch})
 vectors, positions, example_ids = dataset.vectors(*dataset.heads[0])
-```
-
-Download the whole branch, which the code below reads:
-
-```bash
-hf download {repo_word} --repo-type dataset --revision {branch_word} --local-dir {folder}
-```
 """
 
 _READ_FILES = """\
@@ -92,18 +92,16 @@ def loading(place: Place | None, names: list[str], lists_all: bool) -> str:
         lists_all: whether the card's front matter names every head.
     """
     file = f"{names[0]}/data.parquet"
-    which = json.dumps(names[0]) if lists_all else f'data_files="{file}"'
+    which = python_literal(names[0]) if lists_all else f'data_files="{file}"'
     first, second = _LOAD_FOLDER.format(which=which), ""
     if place is not None:
-        repo_id, branch = place.repo_id, place.branch
-        first, second = "", f"In that folder:\n\n{first}\n"
+        second = f"In that folder:\n\n{first}\n"
+        repo, branch, folder = map(_shell_word, (place.repo_id, place.branch, place.branch.replace("/", "-")))
+        literals = {"repo": python_literal(place.repo_id), "branch": python_literal(place.branch), "which": which}
         first = _LOAD_BRANCH.format(
-            repo=json.dumps(repo_id),
-            which=which,
-            branch=json.dumps(branch),
-            repo_word=shlex.quote(repo_id),
-            branch_word=shlex.quote(branch),
-            folder=shlex.quote(branch.replace("/", "-")),
+            streaming=block("python", _STREAMING.format(**literals)),
+            reading=block("python", _READING.format(**literals)),
+            download=block("bash", f"hf download {repo} --repo-type dataset --revision {branch} --local-dir {folder}"),
         )
     text = f"## Loading\n\n{first}"
     if not lists_all:
@@ -112,3 +110,7 @@ def loading(place: Place | None, names: list[str], lists_all: bool) -> str:
             'The default config is the first head. The config "examples" describes the examples.\n'
         )
     return f"{text}\n{second}{_READ_FILES.format(file=file, kind=names[0][-1])}"
+
+
+def _shell_word(name: str) -> str:
+    return shlex.quote(printable(name))

@@ -7,18 +7,18 @@ from qk_sniffer.hub.branch import Branch
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.files import Files
 from qk_sniffer.store.layout import head_file
-from qk_sniffer.text import counted
+from qk_sniffer.text import counted, python_literal, say, say_text
 
 _READ_FOLDER = """\
 Read it in Python:
   import pandas as pd
-  head = pd.read_parquet("{file}")
+  head = pd.read_parquet({file})
   print(head[["bucket", "example_id", "position", "vector"]].head())"""
 
 _READ_BRANCH = """\
 Read it in Python:
   import qk_sniffer
-  dataset = qk_sniffer.open_dataset("{repo_id}", revision="{name}")
+  dataset = qk_sniffer.open_dataset({repo_id}, revision={name})
   vectors, positions, example_ids = dataset.vectors(*dataset.heads[0])"""
 
 
@@ -29,28 +29,28 @@ def show(dataset: Files, manifest: Mapping[str, Any], note: str) -> None:
     size_mb = sum(entry["bytes"] for entry in files.values()) / 1e6
     counts = f"{counted(manifest['examples'], 'example')}, {counted(manifest['tokens'], 'token')}"
     rows = f"{counted(manifest['rows'], 'row')} of {counted(len(heads), 'head')}"
-    print(f"{rows}, from {counts}; {counted(len(files), 'file')}, {size_mb:,.1f} MB.")
+    say(f"{rows}, from {counts}; {counted(len(files), 'file')}, {size_mb:,.1f} MB.")
     for key, meaning in (
         ("truncated_examples", "cut to model.tokenizer.max_length"),
         ("skipped_rows", "without text left out"),
     ):
         if manifest[key]:
-            print(f"{counted(manifest[key], 'example')} {meaning}.")
+            say(f"{counted(manifest[key], 'example')} {meaning}.")
     if not manifest["rows"]:
-        print("The sampler kept no row: raise sampler.base_rate.")
+        say("The sampler kept no row: raise sampler.base_rate.")
     if nonfinite := manifest.get("nonfinite_rows"):
         rows, heads_with = counted(sum(nonfinite.values()), "row"), counted(len(nonfinite), "head")
-        print(f"{rows} of {heads_with} hold NaN or infinite numbers, kept as the model computed them.")
+        say(f"{rows} of {heads_with} hold NaN or infinite numbers, kept as the model computed them.")
     proof = manifest["proof"]
     if proof["proven"]:
         largest = max(proof["largest_difference_by_layer"].values())
         which = counted(len(proof["examples"]), "example")
-        print(f"Proven: rows of {which}, derived again by hooks, differ by {largest:.1g} at most (relative).")
+        say(f"Proven: rows of {which}, derived again by hooks, differ by {largest:.1g} at most (relative).")
     elif proof["proven"] is None:
-        print(f"Not proven: {proof['reason']}.")
-    print(note)
-    print(f"Dataset: {dataset}")
+        say(f"Not proven: {proof['reason']}.")
+    say(note)
+    say(f"Dataset: {dataset}")
     if isinstance(dataset, Branch):
-        print(_READ_BRANCH.format(repo_id=dataset.repo_id, name=dataset.name))
+        say_text(_READ_BRANCH.format(repo_id=python_literal(dataset.repo_id), name=python_literal(dataset.name)))
     else:
-        print(_READ_FOLDER.format(file=dataset.path(head_file(*heads[0]))))
+        say_text(_READ_FOLDER.format(file=python_literal(str(dataset.path(head_file(*heads[0]))))))

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from qk_sniffer.store.layout import KIND_NAMES, Head, HeadKey
-from qk_sniffer.text import compact_ranges, counted, in_mb
+from qk_sniffer.text import compact_ranges, counted, in_mb, printable
 
 RECREATE = "fetch the dataset again, or recreate it: run its command with output.overwrite=true"
 
@@ -103,7 +103,7 @@ class Report:
             lines.append(f"NOT WHOLE: {counted(self.problems, 'problem')}")
         else:
             lines.append(f"whole: {counted(len(self.heads), 'head')}, {counted(self.rows, 'row')}, {in_mb(self.size)}")
-        return "\n".join(lines)
+        return "\n".join(map(printable, lines))
 
     def _grouped(self) -> list[list[Problem]]:
         groups: dict[tuple[str, str, str], list[Problem]] = {}

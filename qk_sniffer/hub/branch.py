@@ -3,22 +3,22 @@
 huggingface_hub caches files by commit. No file is fetched twice, and all files are of one commit.
 """
 
-import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import quote
 
 from qk_sniffer.errors import HubError
-from qk_sniffer.hub.client import REPO_TYPE, bars_on_a_terminal, with_retries
+from qk_sniffer.hub.client import REPO_TYPE, bars_on_a_terminal, reading_api, with_retries
+from qk_sniffer.logs import logger
+from qk_sniffer.markdown import in_url
 from qk_sniffer.store.layout import MANIFEST
 from qk_sniffer.text import shortened
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 _Result = TypeVar("_Result")
 
@@ -97,7 +97,7 @@ class Branch:
 
 def branch_url(endpoint: str, repo_id: str, branch: str) -> str:
     """Returns the address of a branch's page."""
-    return f"{endpoint}/datasets/{repo_id}/tree/{quote(branch, safe='')}"
+    return f"{endpoint}/datasets/{repo_id}/tree/{in_url(branch)}"
 
 
 def find(repo_id: str, branch: str) -> Branch | None:
@@ -150,9 +150,7 @@ def open_branch(repo_id: str, revision: str | None) -> Branch:
 
 
 def _call(repo_id: str, revision: str, ask: "Callable[[HfApi], _Result]") -> _Result:
-    from huggingface_hub import HfApi
-
-    api = HfApi()
+    api = reading_api()
 
     def failed(reason: str) -> HubError:
         return HubError(f"the dataset {repo_id} at {revision!r} cannot be read from the Hub: {reason}")

@@ -7,7 +7,6 @@ around the list, which people may have edited, is not changed.
 """
 
 import json
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,15 +14,18 @@ from qk_sniffer.config import from_dict
 from qk_sniffer.errors import HubError
 from qk_sniffer.hub.branch import branch_url
 from qk_sniffer.hub.client import REPO_TYPE, with_retries
-from qk_sniffer.hub.revisions import hub_commit_of
+from qk_sniffer.hub.revisions import hub_commit_of, is_hub_id
+from qk_sniffer.logs import logger
+from qk_sniffer.markdown import block, code, in_url, link, plain, table_row
 from qk_sniffer.resolved import rule
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.layout import CARD, FORMAT, KINDS, MANIFEST
+from qk_sniffer.text import python_literal
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 _BEGIN = "<!-- qk-sniffer: the list of branches, written anew at every publication -->"
 _END = "<!-- qk-sniffer: end of the list -->"
@@ -52,20 +54,20 @@ that describes it. The branch `main` has only this list.
 {list}
 """
 
-_LOADING = """\
-```python
+_LOADING = (
+    """\
 from datasets import load_dataset
 
 rows = load_dataset({repo}, {head}, revision={branch}, split="train")
-```
-
-```python
+""",
+    """\
 import qk_sniffer
 
 dataset = qk_sniffer.open_dataset({repo}, revision={branch})
 vectors, positions, example_ids = dataset.vectors(*dataset.heads[0])
-```
-"""
+""",
+)
+"""Blocks of Python."""
 
 
 def update_catalogue(api: "HfApi", repo_id: str) -> None:
@@ -110,14 +112,15 @@ def _update(api: "HfApi", repo_id: str) -> None:
 
 
 def _list(api: "HfApi", repo_id: str, rows: dict[str, str], branches: dict[str, str]) -> str:
-    lines = [_BEGIN, "", _line(_COLUMNS), _line(["---"] * len(_COLUMNS)), *rows.values()]
+    lines = [_BEGIN, "", table_row(_COLUMNS), table_row(["---"] * len(_COLUMNS)), *rows.values()]
     if rows:
         branch = next(iter(rows))
         manifest = _manifest(api, repo_id, branches[branch])
         assert manifest is not None
         head = manifests.heads(manifest)[0].name
         quoted = {"repo": repo_id, "head": head, "branch": branch}
-        lines += ["", _LOADING.format(**{key: json.dumps(value) for key, value in quoted.items()}).rstrip()]
+        literals = {key: python_literal(value) for key, value in quoted.items()}
+        lines += ["", "\n".join(block("python", text.format(**literals)) for text in _LOADING).rstrip()]
     return "\n".join([*lines, "", _END])
 
 
@@ -134,10 +137,10 @@ def _with_list(page: str | None, text: str) -> str:
 
 def _row(api: "HfApi", repo_id: str, branch: str, commit: str, page: str) -> str | None:
     """Returns the row of a branch; None if it has no dataset of this package."""
-    link = f"[`{branch}`]({branch_url(api.endpoint, repo_id, branch)})"
+    name = link(code(branch), branch_url(api.endpoint, repo_id, branch))
     date_url = f"{api.endpoint}/datasets/{repo_id}/commit/{commit}"
     for line in page.splitlines():
-        if line.startswith(_line([link]).rstrip()) and line.endswith(f"({date_url}) |"):
+        if line.startswith(table_row([name])) and line.endswith(f"({date_url}) |"):
             return line
     manifest = _manifest(api, repo_id, commit)
     if manifest is None:
@@ -145,21 +148,18 @@ def _row(api: "HfApi", repo_id: str, branch: str, commit: str, page: str) -> str
     try:
         facts = _facts(api.endpoint, manifest)
     except Exception as error:  # a damaged manifest must not prevent the rows of other branches
-        log.warning("branch %s of %s is not listed: its manifest is damaged (%r)", branch, repo_id, error)
+        log.warning("branch %s of %s is not listed: its manifest is damaged (%s)", branch, repo_id, repr(error))
         return None
     date = api.list_repo_commits(repo_id, repo_type=REPO_TYPE, revision=commit)[0].created_at
-    return _line([link, *facts, f"[{date:%Y-%m-%d}]({date_url})"])
+    return table_row([name, *facts, link(f"{date:%Y-%m-%d}", date_url)])
 
 
 def _facts(endpoint: str, manifest: dict[str, Any]) -> list[str]:
     config, commits = from_dict(manifest["config"]), manifest["commits"]
-    model, texts = str(config.model.name), str(config.dataset.path)
-    if hub_commit_of(commits["model"]) is not None:
-        model = f"[{model}]({endpoint}/{model}/tree/{commits['model']})"
-    if commits["dataset"] is not None:
-        texts = f"[{texts}]({endpoint}/datasets/{texts}/tree/{commits['dataset']})"
+    model = _source(endpoint, config.model.name, hub_commit_of(commits["model"]))
+    texts = _source(f"{endpoint}/datasets", config.dataset.path, commits["dataset"])
     if config.dataset.name is not None:
-        texts += f" ({config.dataset.name})"
+        texts += f" ({plain(config.dataset.name)})"
     kinds = [key.kind for key in manifests.heads(manifest)]
     if not kinds:
         raise ValueError("no heads")
@@ -168,7 +168,7 @@ def _facts(endpoint: str, manifest: dict[str, Any]) -> list[str]:
     return [
         model,
         texts,
-        config.dataset.split,
+        plain(config.dataset.split),
         rule(config.sampler),
         " + ".join(heads),
         f"{manifest['rows']:,}",
@@ -176,8 +176,11 @@ def _facts(endpoint: str, manifest: dict[str, Any]) -> list[str]:
     ]
 
 
-def _line(cells: Any) -> str:
-    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+def _source(pages: str, name: str | None, commit: str | None) -> str:
+    """Returns the name of a model or of texts, with a link if it is on the Hub."""
+    if name is None or commit is None or not is_hub_id(name):
+        return plain(name)
+    return link(plain(name), f"{pages}/{name}/tree/{in_url(commit)}")
 
 
 def _manifest(api: "HfApi", repo_id: str, commit: str) -> dict[str, Any] | None:

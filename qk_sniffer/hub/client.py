@@ -5,7 +5,6 @@ the token. An error of huggingface_hub may quote the token, so it is never kept 
 """
 
 import json
-import logging
 import random
 import re
 import sys
@@ -17,12 +16,14 @@ from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, TypeVar
 
 from qk_sniffer.errors import HubError
+from qk_sniffer.hub.endpoint import announce
+from qk_sniffer.logs import logger
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 REPO_TYPE = "dataset"
 
@@ -83,7 +84,16 @@ def writing_api() -> "HfApi":
     """Returns a client that raises an error if no token is set, instead of sending requests without one."""
     from huggingface_hub import HfApi
 
+    announce()
     return HfApi(token=True)
+
+
+def reading_api() -> "HfApi":
+    """Returns a client that sends the token if one is set."""
+    from huggingface_hub import HfApi
+
+    announce()
+    return HfApi()
 
 
 def require_access(repo_id: str, *, private: bool = False, api: "HfApi | None" = None) -> None:

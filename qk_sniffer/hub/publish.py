@@ -8,7 +8,6 @@ attempt. If the answer to a commit was lost, the next attempt finds the commit b
 """
 
 import hashlib
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -19,6 +18,7 @@ from qk_sniffer.errors import HubError, StoreError
 from qk_sniffer.hub.branch import Branch, branch_url
 from qk_sniffer.hub.catalogue import update_catalogue
 from qk_sniffer.hub.client import PUBLIC, REPO_TYPE, bars_on_a_terminal, with_retries, writing_api
+from qk_sniffer.logs import logger
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.layout import CARD, MANIFEST, PICTURES, Layout, parse_head_name
 from qk_sniffer.store.manifest import FileEntry
@@ -26,7 +26,7 @@ from qk_sniffer.store.manifest import FileEntry
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, GitCommitInfo, HfApi
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 _FILES_AT_A_TIME, _BYTES_AT_A_TIME = 64, 1_000_000_000
 """The sizes of a part of the upload, after which a line is logged."""

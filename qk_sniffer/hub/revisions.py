@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from qk_sniffer.errors import SourceError
+from qk_sniffer.hub.client import reading_api
 from qk_sniffer.text import shortened
 
 Kind = Literal["dataset", "model"]
@@ -35,11 +36,10 @@ def hub_commit(kind: Kind, name: str, revision: str | None = None) -> str:
         HubUnreachableError: the Hub gives no usable answer.
         SourceError: the repository or revision does not exist, or is not open to this account.
     """
-    from huggingface_hub import HfApi
     from huggingface_hub import errors as hub
 
     try:
-        commit = HfApi().repo_info(name, repo_type=kind, revision=revision, timeout=_TIMEOUT_S).sha
+        commit = reading_api().repo_info(name, repo_type=kind, revision=revision, timeout=_TIMEOUT_S).sha
     except hub.GatedRepoError:
         raise SourceError(
             f"{kind} {name!r} is gated on the Hub: ask for access on its page, then log in (`hf auth login`, or "
@@ -81,10 +81,8 @@ def cached_commit(kind: Kind, name: str, revision: str | None = None) -> str | N
 
 
 def _revisions(kind: Kind, name: str) -> str:
-    from huggingface_hub import HfApi
-
     try:
-        refs = HfApi().list_repo_refs(name, repo_type=kind)
+        refs = reading_api().list_repo_refs(name, repo_type=kind)
     except Exception:  # the list only adds to a message about another error
         return ""
     names = [ref.name for ref in [*refs.branches, *refs.tags]]

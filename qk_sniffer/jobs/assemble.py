@@ -5,7 +5,6 @@ The job's record and its journals hold everything needed. Any shard can therefor
 
 import copy
 import json
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from qk_sniffer.dataset.heads import captured_heads
 from qk_sniffer.errors import SourceError, StoreError
 from qk_sniffer.hub.revisions import hub_commit_of
 from qk_sniffer.jobs.start import base_of
+from qk_sniffer.logs import logger
 from qk_sniffer.machine import num_threads
 from qk_sniffer.resolved import batching_of
 from qk_sniffer.store import manifest as manifests
@@ -31,7 +31,7 @@ from qk_sniffer.store.manifest import Written
 from qk_sniffer.store.promote import finish_promotion
 from qk_sniffer.store.record import read_record
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 
 PATIENCE_S = 5.0

@@ -1,6 +1,5 @@
 """Captures the examples of a shard into its journal: tokenize, plan, forward pass, journal, batch by batch."""
 
-import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import chain, islice
@@ -15,6 +14,7 @@ from qk_sniffer.jobs.prefetch import ahead
 from qk_sniffer.jobs.progress import Progress
 from qk_sniffer.jobs.signals import Stopped, Stopping
 from qk_sniffer.jobs.start import Start, source_rows
+from qk_sniffer.logs import logger
 from qk_sniffer.resolved import ResolvedConfig
 from qk_sniffer.store.disk import ensure_space, required_bytes
 from qk_sniffer.store.journal import Journal
@@ -22,7 +22,7 @@ from qk_sniffer.store.journal_writer import JournalWriter
 from qk_sniffer.store.layout import KINDS, Layout
 from qk_sniffer.timing import Stages
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 
 def capture_examples(

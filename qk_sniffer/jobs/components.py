@@ -1,6 +1,5 @@
 """Loads what a job needs in memory: tokenizer, model, and the heads to capture."""
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -11,10 +10,11 @@ from qk_sniffer.capture.selection import Selection, select
 from qk_sniffer.corpus.tokenizer import TextTokenizer, load_tokenizer
 from qk_sniffer.errors import ConfigError
 from qk_sniffer.hub.revisions import hub_commit_of
+from qk_sniffer.logs import logger
 from qk_sniffer.resolved import ResolvedConfig
 from qk_sniffer.timing import Stages
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from qk_sniffer.store.journal import Journal
 from qk_sniffer.store.layout import Layout, missing_manifest
 from qk_sniffer.store.locks import holder, is_held
 from qk_sniffer.store.record import read_record
+from qk_sniffer.text import say
 from qk_sniffer.timing import Stages
 from qk_sniffer.validation import output_problems
 
@@ -39,8 +40,11 @@ def finalize(
         report_and_publish(config, layout, "Nothing to do: the dataset is finished.", Folder(layout.root))
         return 0
     if missing := missing_shards(layout, record):
-        print("\n".join([f"{layout.root} cannot be finished yet:", *(f"  - {line}" for line in missing)]))
-        print("Rerun the command that started the job: it runs the missing shards and leaves the others alone.")
+        say(
+            f"{layout.root} cannot be finished yet:",
+            *(f"  - {line}" for line in missing),
+            "Rerun the command that started the job: it runs the missing shards and leaves the others alone.",
+        )
         return 1
     config = _published(from_dict(record["config"]), hf_repo_id, hf_branch)
     if not prove:

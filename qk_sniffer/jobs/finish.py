@@ -28,6 +28,7 @@ from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.files import Files, Folder
 from qk_sniffer.store.layout import Layout
 from qk_sniffer.store.promote import promote
+from qk_sniffer.text import say
 from qk_sniffer.timing import Stages, describe
 
 
@@ -76,7 +77,7 @@ def report_and_publish(config: ResolvedConfig, layout: Layout, note: str, files:
     if isinstance(files, Branch):
         hub_resume.write_snapshot(layout, files)
         update_catalogue(writing_api(), files.repo_id)  # a killed job may have published without it
-        print(f"On the Hub: {files.url}")
+        say(f"On the Hub: {files.url}")
         return Outcome(manifest["rows"], files.url)
     proof = manifest["proof"]
     if proof["proven"] is False:
@@ -100,7 +101,7 @@ def report_and_publish(config: ResolvedConfig, layout: Layout, note: str, files:
     )
     if output.resume_from_hub:
         hub_resume.write_snapshot(layout, Branch(output.hf_repo_id, output.hf_branch, published.commit))
-    print(f"{'Published' if published.changed else 'Already published'}: {published.url}")
+    say(f"{'Published' if published.changed else 'Already published'}: {published.url}")
     return Outcome(manifest["rows"], published.url)
 
 

@@ -6,7 +6,6 @@ to. Before it publishes, the job checks again what the branch holds.
 """
 
 import json
-import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,12 +14,13 @@ import pyarrow.parquet as pq
 from qk_sniffer.errors import StoreError
 from qk_sniffer.hub.branch import Branch, find
 from qk_sniffer.jobs.identity import Job
+from qk_sniffer.logs import logger
 from qk_sniffer.resolved import ResolvedConfig, fingerprint
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.disk import explained, sha256_of, write_atomic
 from qk_sniffer.store.layout import EXAMPLES, MANIFEST, Layout
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 
 def branch_ahead(config: ResolvedConfig, layout: Layout, here: Mapping[str, Any] | None) -> Branch | None:

@@ -69,14 +69,10 @@ class Job:
         if different := self.differences(earlier, finished=finished):
             state = "a finished dataset" if finished else "an unfinished job"
             raise StoreError(
-                "\n".join(
-                    [
-                        f"{where} holds {state} of another configuration:",
-                        *(f"  - {line}" for line in different),
-                        "Give this job another folder (output.data_root=...; on the Hub another output.hf_branch), go "
-                        "back to the old values, or replace the old work with output.overwrite=true.",
-                    ]
-                )
+                f"{where} holds {state} of another configuration:",
+                *(f"  - {line}" for line in different),
+                "Give this job another folder (output.data_root=...; on the Hub another output.hf_branch), go back to "
+                "the old values, or replace the old work with output.overwrite=true.",
             )
 
 

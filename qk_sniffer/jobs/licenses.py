@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qk_sniffer.corpus.sources import PYDOC
+from qk_sniffer.hub.client import reading_api
 from qk_sniffer.hub.revisions import Kind
 
 if TYPE_CHECKING:
@@ -38,9 +39,7 @@ def _of_folder(folder: Path) -> "CardData | None":
 
 
 def _of_hub(kind: Kind, name: str, commit: str | None) -> "CardData | None":
-    from huggingface_hub import HfApi
-
-    info = HfApi().repo_info(name, repo_type=kind, revision=commit, timeout=_TIMEOUT_S)
+    info = reading_api().repo_info(name, repo_type=kind, revision=commit, timeout=_TIMEOUT_S)
     return getattr(info, "card_data", None)
 
 

@@ -1,6 +1,5 @@
 """Reports the progress of a job: a bar on a terminal, log lines elsewhere, and a file for other processes."""
 
-import logging
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -10,11 +9,12 @@ import psutil
 from tqdm import tqdm
 
 from qk_sniffer.errors import StoreError
+from qk_sniffer.logs import logger
 from qk_sniffer.store import stored
 from qk_sniffer.store.disk import create
 from qk_sniffer.store.stored import Count, encode
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 LINE_EVERY_S = 10.0
 

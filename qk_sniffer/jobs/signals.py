@@ -4,14 +4,15 @@ SIGINT and SIGTERM end the job. SIGUSR2 is a scheduler's warning that the job's 
 else has a handler for it, as submitit does in its jobs; that handler queues the job again.
 """
 
-import logging
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-log = logging.getLogger(__name__)
+from qk_sniffer.logs import logger
+
+log = logger(__name__)
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

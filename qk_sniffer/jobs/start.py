@@ -1,6 +1,5 @@
 """Decides how a job starts: from nothing, from the work of an earlier start, or not at all."""
 
-import logging
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ from qk_sniffer.errors import HubError, SourceError, StoreError
 from qk_sniffer.hub.branch import Branch
 from qk_sniffer.jobs.hub_resume import branch_ahead
 from qk_sniffer.jobs.identity import Job, resolve_commits
+from qk_sniffer.logs import logger
 from qk_sniffer.resolved import ResolvedConfig, fingerprint, without_batching
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.files import Files, Folder
@@ -24,7 +24,7 @@ from qk_sniffer.store.previous import PreviousVersion, describe
 from qk_sniffer.store.record import read_record, write_record
 from qk_sniffer.text import shortened
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 PATIENCE_S = 60.0
 """How long to wait for the start of another shard."""

@@ -18,7 +18,7 @@ from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.layout import Layout, is_ours
 from qk_sniffer.store.locks import holder, is_held
 from qk_sniffer.store.record import read_record
-from qk_sniffer.text import aligned
+from qk_sniffer.text import aligned, printable
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def table(lines: list[Line]) -> str:
             errors.append(f"{name}{f' (shard {shard})' if shard else ''}: {status.error}")
     known = sorted({line.reason for line in lines if line.reason is not None})
     meanings = [f"{reason}: {meaning}" for reason in known if (meaning := slurm.advice(reason)) is not None]
-    return "\n".join([aligned(rows), *errors, *meanings])
+    return "\n".join([aligned(rows), *map(printable, [*errors, *meanings])])
 
 
 def _walk(folder: Path) -> Iterator[Path]:

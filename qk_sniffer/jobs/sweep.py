@@ -22,7 +22,7 @@ from qk_sniffer.config import from_dict
 from qk_sniffer.resolved import ResolvedConfig, resolve
 from qk_sniffer.store.disk import write_atomic
 from qk_sniffer.store.locks import hold, is_held, restart_patience_s
-from qk_sniffer.text import aligned
+from qk_sniffer.text import aligned, printable
 
 STATUS_FILE, SWEEP_FILE, LOCK = "status.json", "sweep.json", "job.lock"
 
@@ -221,4 +221,4 @@ def table(jobs: Sequence[PlannedJob], found: dict[int, Status]) -> str:
         taken = tqdm.format_interval(status.seconds) if status.state not in (QUEUED, NOT_STARTED) else ""
         rows.append((str(job.number), status.model, status.state, count, taken, where, " ".join(job.arguments)))
     errors = [f"{job}: {found[job.number].error}" for job in jobs if job.number in found and found[job.number].error]
-    return "\n".join([aligned(rows), *errors])
+    return "\n".join([aligned(rows), *map(printable, errors)])

@@ -3,7 +3,6 @@
 Exit codes: 0 done, 1 a job failed or left out a head, 2 the command line or a setting is wrong, 130 interrupted.
 """
 
-import logging
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -22,9 +21,11 @@ from qk_sniffer.cli.flags import initialized, only_prints, parse_flags, show
 from qk_sniffer.cli.preflight import Composer
 from qk_sniffer.errors import ConfigError, QkSnifferError
 from qk_sniffer.jobs.sweep import Job
+from qk_sniffer.logs import logger
 from qk_sniffer.plasticity.config import SCHEMA, PlasticityConfig, from_omegaconf, problems, register, resolved
+from qk_sniffer.text import say, say_text
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 # A launcher's worker imports this module to find `task`, and then composes the job's config.
 main_config.register()
@@ -42,10 +43,10 @@ def main() -> int:
             composer.planned()
             return max(_run(composer.config_name, args.overrides, is_sweep=composer.is_sweep))
     except ConfigError as error:
-        print(error, file=sys.stderr)
+        say_text(error, to=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; rerun the command to measure the heads that are missing", file=sys.stderr)
+        say("interrupted; rerun the command to measure the heads that are missing", to=sys.stderr)
         return 130
 
 

@@ -24,7 +24,7 @@ from qk_sniffer.plasticity.config import INSTALL
 from qk_sniffer.plasticity.figures import BLUE, GREY, PAGE_IN, PLASTICITY, Float64, by_head_and_bucket, figure, save
 from qk_sniffer.plasticity.results import Results
 from qk_sniffer.store.disk import explained, make_folder
-from qk_sniffer.text import counted, expand_home
+from qk_sniffer.text import counted, expand_home, say
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -99,7 +99,7 @@ def compare(settings: Settings) -> int:
     with explained(settings.output.parent, "make"):
         make_folder(settings.output.parent)
     save(settings.output, lambda: draw(runs))
-    print(f"{counted(len(runs), 'run')}: {settings.output}")
+    say(f"{counted(len(runs), 'run')}: {settings.output}")
     return 0
 
 

@@ -10,7 +10,6 @@
 
 import hashlib
 import json
-import logging
 import shutil
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 
 from qk_sniffer.dataset.reader import Dataset
 from qk_sniffer.errors import StoreError
+from qk_sniffer.logs import logger
 from qk_sniffer.plasticity import tables
 from qk_sniffer.plasticity.config import PlasticityConfig
 from qk_sniffer.plasticity.tables import HeadResult
@@ -27,7 +27,7 @@ from qk_sniffer.store.layout import MANIFEST, head_name
 from qk_sniffer.store.locks import hold
 from qk_sniffer.text import shortened
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 FORMAT = "qk-sniffer-plasticity/1"
 """The format of `plasticity.json`. Every change to the measures raises its number: results are then recomputed."""

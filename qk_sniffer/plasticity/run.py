@@ -6,7 +6,6 @@ Threads, not processes: numpy releases the interpreter lock in sorts and passes 
 import scipy again.
 """
 
-import logging
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -23,6 +22,7 @@ from tqdm import tqdm
 from qk_sniffer.dataset.heads import captured_heads
 from qk_sniffer.dataset.reader import Dataset, open_dataset, sampler_of
 from qk_sniffer.errors import QkSnifferError, StoreError
+from qk_sniffer.logs import logger
 from qk_sniffer.machine import num_threads
 from qk_sniffer.plasticity.config import INSTALL, PlasticityConfig
 from qk_sniffer.plasticity.figures import draw_all
@@ -30,9 +30,9 @@ from qk_sniffer.plasticity.measure import KeyHead, Keys, Measuring
 from qk_sniffer.plasticity.results import Results, fingerprint, manifest_sha256
 from qk_sniffer.plasticity.tables import HeadResult
 from qk_sniffer.store.layout import Head, HeadKey, head_name
-from qk_sniffer.text import compact_ranges, counted, shortened
+from qk_sniffer.text import compact_ranges, counted, say, shortened
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 
 def run(config: PlasticityConfig) -> int:
@@ -59,7 +59,7 @@ def run(config: PlasticityConfig) -> int:
             found = [result for key in heads if (result := results.load(*key)) is not None]
             if not found:
                 reasons = dict.fromkeys(damaged.values())
-                raise StoreError("\n".join([f"no head of {dataset} could be measured:", *reasons]))
+                raise StoreError(f"no head of {dataset} could be measured:", *reasons)
             record = _record(dataset, config, job, found, without_keys, damaged)
             results.finish(found, record)
         pictures = draw(results) if config.pictures else []
@@ -222,15 +222,15 @@ def report(results: Results, pictures: Sequence[Path]) -> None:
     count = record["heads_with_plasticity"]
     of_which = "" if count == record["heads"] else f" of {count}"
     summary = "no plasticity" if mean is None else f"mean plasticity {mean:.4f}{of_which}"
-    print(f"{counted(record['heads'], 'head')} measured, {summary}.")
+    say(f"{counted(record['heads'], 'head')} measured, {summary}.")
     for note, heads in record["notes"].items():
-        print(f"  - {note}: {shortened(heads, 6)}")
+        say(f"  - {note}: {shortened(heads, 6)}")
     if record["without_keys"]:
-        print(f"  - not measured, because their keys were not captured: {shortened(record['without_keys'], 6)}")
+        say(f"  - not measured, because their keys were not captured: {shortened(record['without_keys'], 6)}")
     for head, reason in record["damaged"].items():
-        print(f"  - {head} is NOT measured: {reason}")
+        say(f"  - {head} is NOT measured: {reason}")
     if record["damaged"]:
-        print("Restore these files and rerun the same command: it measures the missing heads.")
-    print(f"Tables: {results.folder}/head_metrics.csv, head_bucket_plasticity.csv, head_component_weights.csv")
+        say("Restore these files and rerun the same command: it measures the missing heads.")
+    say(f"Tables: {results.folder}/head_metrics.csv, head_bucket_plasticity.csv, head_component_weights.csv")
     if pictures:
-        print(f"Pictures: {results.pictures}/{', '.join(path.name for path in pictures)}")
+        say(f"Pictures: {results.pictures}/{', '.join(path.name for path in pictures)}")

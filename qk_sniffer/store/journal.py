@@ -7,7 +7,6 @@ starts in to the one that ends it. Rows of unfinished batches are ignored; a res
 """
 
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from qk_sniffer.errors import StoreError
+from qk_sniffer.logs import logger
 from qk_sniffer.store.disk import explained, make_folder
 from qk_sniffer.store.segment import SUFFIX, DamageError, read_header, segment_number, verify_segment
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 Batching = Mapping[str, int | None]
 """The settings that decide which examples share a batch, by name."""

@@ -32,10 +32,10 @@ from qk_sniffer.errors import ConfigError, StoreError
 def run_job(config):
     print("running with seed", config.sampler.seed, flush=True)
     match config.sampler.seed:
-        case 1: raise StoreError("the disk is full:\\n  free some space")
+        case 1: raise StoreError("the disk is full:", "  free some space")
         case 2: raise RuntimeError("out of luck")
         case 3: time.sleep(60)
-        case 6: print("code from", Path(qk_sniffer.__file__).parent, os.environ.get("SNIFFED"), os.environ["HOME"])
+        case 6: print("code from", Path(qk_sniffer.__file__).parent, os.environ.get("HF_XET_CACHE"), os.environ["HOME"])
         case 5: raise ConfigError(["model.tokenizer.max_length is 9, but this model has positions for 8"])
     return types.SimpleNamespace(rows=1234, url=None)
 """
@@ -214,9 +214,10 @@ def test_jobs_in_processes_of_their_own_run_a_copy_of_the_code_if_asked(light: d
 
 
 def test_the_env_file_is_read_for_what_is_not_set(light: dict[str, str], tmp_path: Path) -> None:
-    (tmp_path / ".env").write_text("SNIFFED=from-the-file\nHOME=/nowhere\n")
+    (tmp_path / ".env").write_text("HF_XET_CACHE=from-the-file\nHOME=/nowhere\nLD_PRELOAD=/nowhere/evil.so\n")
     done = sniff(light, tmp_path, *MODEL, "sampler.seed=6")
     assert f"from-the-file {os.environ['HOME']}" in done.stdout, done.stderr
+    assert done.stderr.count("LD_PRELOAD ignored") == 1 and "evil.so" not in done.stderr
     (tmp_path / ".env").write_bytes(b"A=\xff\n")
     bad = sniff(light, tmp_path, *MODEL)
     assert bad.returncode == 2 and ".env is not UTF-8" in bad.stderr and "Traceback" not in bad.stderr

@@ -123,12 +123,12 @@ def test_three_models_on_the_hub(
     names = ",".join(str(models[name]) for name in FAMILIES)
     slugs = [models[name].name for name in FAMILIES]
     with FakeHub() as hub:
-        lines = [f"HF_ENDPOINT={hub.url}", "HF_TOKEN=hf_alice", f"HF_HOME={tmp_path / 'home'}", "HF_HUB_DISABLE_XET=1"]
+        lines = ["HF_TOKEN=hf_alice", f"HF_HOME={tmp_path / 'home'}", "HF_HUB_DISABLE_XET=1"]
         (tmp_path / ".env").write_text("\n".join(lines) + "\n")
         running = sweep(
             *("model=hf", f"model.name={names}", "output=hub", f"output.hf_repo_id={REPO}"),
             texts=few_texts,
-            environment={"HF_HUB_OFFLINE": "0"},
+            environment={"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.url},
         )
         code, said = running.wait()
         assert code == 0, said
@@ -140,6 +140,7 @@ def test_three_models_on_the_hub(
             assert published(hub, branch) == 1
             assert_whole(held(hub, branch), tmp_path / "copies" / branch)
         assert "hf_alice" not in said + logs(running.folder)
+        assert logs(running.folder).count(f"go to {hub.url} instead of https://huggingface.co") == len(names.split(","))
 
 
 @pytest.mark.parametrize("how", ["requeue", "kill and requeue", "node"])

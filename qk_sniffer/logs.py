@@ -1,0 +1,34 @@
+"""Makes the loggers of this package. What they write may hold names and errors from files of someone else."""
+
+import logging
+import traceback
+from numbers import Number
+from textwrap import indent
+from typing import Any
+
+from qk_sniffer.errors import QkSnifferError
+from qk_sniffer.text import printable, printable_lines
+
+
+class _Logger(logging.LoggerAdapter[logging.Logger]):
+    """Escapes the arguments of a message, so that none can control a terminal or imitate another line of the log."""
+
+    def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
+        if not self.isEnabledFor(level):
+            return
+        shown = [*map(_shown, args)]
+        if kwargs.pop("exc_info", False):
+            msg, shown = f"{msg}\n%s", [*shown, indent(printable_lines(traceback.format_exc().rstrip()), "  ")]
+        super().log(level, msg, *shown, stacklevel=kwargs.pop("stacklevel", 1) + 1, **kwargs)
+
+
+def logger(name: str) -> logging.LoggerAdapter[logging.Logger]:
+    """Returns the logger of a module, as `logging.getLogger` does, with arguments that are escaped."""
+    return _Logger(logging.getLogger(name), {})
+
+
+def _shown(argument: object) -> object:
+    if isinstance(argument, Number):
+        return argument
+    # The lines of our own errors are escaped already.
+    return str(argument) if isinstance(argument, QkSnifferError) else printable(argument)

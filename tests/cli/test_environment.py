@@ -1,0 +1,169 @@
+"""Tests what the file `.env` of the current folder may set, and what it may look like."""
+
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from qk_sniffer.cli import environment
+from qk_sniffer.cli.environment import ALLOWED, PROXIES, read_environment
+from qk_sniffer.errors import ConfigError
+
+Read = Callable[[str], dict[str, str]]
+
+
+@pytest.fixture(autouse=True)
+def bare_process(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An empty folder and a process that has no variable of interest and has logged nothing. Restores its variables."""
+    before = dict(os.environ)
+    for name in [*ALLOWED, "HF_ENDPOINT"]:
+        os.environ.pop(name, None)
+    monkeypatch.setattr(environment, "_told", set())
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+@pytest.fixture
+def read(in_tmp: Path) -> Read:
+    """Writes `.env`, reads it, and returns the variables that it has set."""
+
+    def written_and_read(text: str) -> dict[str, str]:
+        (in_tmp / ".env").write_text(text, encoding="utf-8")
+        before = dict(os.environ)
+        read_environment()
+        return {name: value for name, value in os.environ.items() if before.get(name) != value}
+
+    return written_and_read
+
+
+def test_every_allowed_name_is_obeyed_and_documented(read: Read, caplog: pytest.LogCaptureFixture) -> None:
+    values = {name: f"value of {name}" for name in ALLOWED}
+    assert read("".join(f"{name}={value}\n" for name, value in values.items())) == values
+    assert caplog.messages == []
+    page = (Path(__file__).parents[2] / "SECURITY.md").read_text(encoding="utf-8")
+    (table,) = re.findall(r"^\| variables of `\.env` .*?\n\n", page, flags=re.MULTILINE | re.DOTALL)
+    named = {name for row in table.splitlines()[2:] for name in re.findall(r"`(\w+)`", row.split("|")[1])}
+    assert named | {name.upper() for name in named & PROXIES} == ALLOWED
+
+
+# Variables by which a folder of someone else could run code, read the login or send it elsewhere.
+HARMFUL = re.findall(
+    r"\S+",
+    """
+    BASH_ENV CURL_CA_BUNDLE GCONV_PATH GIT_SSH_COMMAND HF_ENDPOINT HF_HUB_ENDPOINT HF_INFERENCE_ENDPOINT
+    HF_MODULES_CACHE HF_OIDC_RESOURCE HF_STORED_TOKENS_PATH HF_TOKEN_PATH HF_XET_CLIENT_UNIX_SOCKET_PATH
+    HF_XET_DATA_DEFAULT_CAS_ENDPOINT HF_XET_LOG_DEST HOME HUGGINGFACE_CO_STAGING LD_LIBRARY_PATH LD_PRELOAD NETRC PATH
+    PYTHONBREAKPOINT PYTHONHOME PYTHONINSPECT PYTHONPATH PYTHONSTARTUP PYTHONWARNINGS REQUESTS_CA_BUNDLE SBATCH_EXPORT
+    SLURM_CONF SSL_CERT_DIR SSL_CERT_FILE TMPDIR TORCHINDUCTOR_CACHE_DIR TRITON_CACHE_DIR XDG_CACHE_HOME hf_token
+    """,
+)
+
+
+@pytest.mark.parametrize("name", HARMFUL)
+def test_another_name_is_ignored_and_named_once(
+    name: str, read: Read, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(name, raising=False)
+    assert read(f"{name}=the-value\n") == {}
+    read_environment()
+    (message,) = caplog.messages
+    assert f"{name} ignored" in message and "SECURITY.md" in message and "Set others in the environment" in message
+    assert "the-value" not in message and caplog.records[0].levelno == logging.WARNING
+
+
+def test_a_name_that_is_set_already_is_neither_changed_nor_reported(
+    read: Read, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "https://mine")
+    monkeypatch.setenv("HTTPS_PROXY", "http://mine")  # one of two spellings, of which the other one would count
+    monkeypatch.setenv("HF_HOME", "")
+    assert read("HF_ENDPOINT=x\nhttps_proxy=http://theirs\nHF_HOME=theirs\nHF_TOKEN=theirs\n") == {"HF_TOKEN": "theirs"}
+    assert caplog.messages == []
+
+
+def test_many_names_take_one_line(read: Read, caplog: pytest.LogCaptureFixture) -> None:
+    read("".join(f"OTHER_{number}=x\n" for number in range(2000)) + "'A\x1b[31m\u202eB'=1\n")
+    (message,) = caplog.messages
+    assert "OTHER_9 and 1,991 more ignored" in message and len(message) < 500
+    environment._told.clear()
+    read("'A\x1b[31m\u202eB'=1\n")
+    assert r"A\x1b[31m\u202eB ignored" in caplog.messages[-1]
+
+
+@pytest.mark.parametrize("endpoint", ["http://hub.lab:8080", "HTTP://x", "hub.lab"])
+def test_a_proxy_is_refused_if_the_login_would_reach_it_unencrypted(
+    endpoint: str, read: Read, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", endpoint)
+    assert read("http_proxy=http://evil\nALL_PROXY=http://evil\nHF_TOKEN=mine\n") == {"HF_TOKEN": "mine"}
+    assert "http_proxy, ALL_PROXY ignored" in caplog.text and "no proxy while HF_ENDPOINT is not https" in caplog.text
+
+
+@pytest.mark.parametrize("value", ["${SECRET}", "$SECRET", "x${SECRET:-y}", "'${SECRET}'"])
+def test_values_never_take_in_other_variables(value: str, read: Read, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A proxy's name or a folder's would carry a secret of the environment outside."""
+    monkeypatch.setenv("SECRET", "s3cret")
+    for name in ("HF_HOME", "https_proxy"):
+        with pytest.raises(
+            ConfigError, match=rf"\.env: the value of {name} has a dollar sign.*set {name} in the env"
+        ) as e:
+            read(f"{name}={value}\n")
+        assert "s3cret" not in str(e.value) and value not in str(e.value) and name not in os.environ
+
+
+def test_values_that_no_variable_can_have(read: Read) -> None:
+    with pytest.raises(ConfigError, match="the value of HF_TOKEN has a zero byte"):
+        read("HF_TOKEN=a\0b\n")
+    assert read("HF_TOKEN\nHF_HOME=\n\n# words\nexport HF_HUB_OFFLINE='1'\n\ufeff= =\n") == {
+        "HF_TOKEN": "",
+        "HF_HOME": "",
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+def test_a_mark_at_the_start_is_not_part_of_the_first_name(read: Read) -> None:
+    assert read("\ufeffHF_TOKEN=mine\n") == {"HF_TOKEN": "mine"}
+
+
+def test_what_is_not_a_file(in_tmp: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = in_tmp / ".env"
+    read_environment()  # there is none
+    path.mkdir()
+    read_environment()  # a virtual environment
+    assert caplog.messages == []
+    path.rmdir()
+    os.mkfifo(path)
+    read_environment()
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    read_environment()
+    assert all("is not a file, and is ignored" in message for message in caplog.messages)
+    path.unlink()
+    path.symlink_to(path)
+    with pytest.raises(ConfigError, match=r"\.env cannot be read: .*Repair it, or move it away"):
+        read_environment()
+
+
+def test_a_link_to_a_file_is_followed(in_tmp: Path) -> None:
+    (in_tmp / "mine").write_text("HF_TOKEN=mine\n")
+    (in_tmp / ".env").symlink_to("mine")
+    read_environment()
+    assert os.environ["HF_TOKEN"] == "mine"
+    (in_tmp / "mine").unlink()
+    del os.environ["HF_TOKEN"]
+    read_environment()
+    assert "HF_TOKEN" not in os.environ
+
+
+def test_sizes_and_bytes_that_no_list_of_variables_has(read: Read, in_tmp: Path) -> None:
+    assert read("#" * 65_000 + "\nHF_TOKEN=mine\n") == {"HF_TOKEN": "mine"}
+    with pytest.raises(ConfigError, match=r"\.env is larger than 65,536 bytes"):
+        read("#" * 65_537)
+    (in_tmp / ".env").write_bytes(b"HF_TOKEN=\xff\n")
+    with pytest.raises(ConfigError, match=r"\.env is not UTF-8") as error:
+        read_environment()
+    assert "xff" not in str(error.value)

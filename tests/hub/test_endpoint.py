@@ -1,0 +1,81 @@
+"""Tests that a Hub other than huggingface.co is announced before anything is sent to it."""
+
+from pathlib import Path
+
+import pytest
+from support.fake_hub import FakeHub
+from support.hub_cases import client
+
+from qk_sniffer.hub import endpoint
+from qk_sniffer.hub.branch import find
+from qk_sniffer.hub.client import reading_api, writing_api
+
+pytestmark = pytest.mark.usefixtures("waits")
+
+
+@pytest.fixture(autouse=True)
+def new_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(endpoint, "_announced", set())
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["https://huggingface.co", "https://huggingface.co/", "HTTPS://HuggingFace.co", "https://huggingface.co:443"],
+)
+def test_the_usual_hub_is_not_announced(
+    address: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+    reading_api()
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("https://hf-mirror.com", "go to https://hf-mirror.com instead of https://huggingface.co"),
+        ("http://huggingface.co", "go to http://huggingface.co instead"),
+        ("https://huggingface.co:8443", "huggingface.co:8443"),
+        ("https://huggingface.co.evil.com", "huggingface.co.evil.com"),
+        ("https://huggingface.co/evil", "huggingface.co/evil"),
+        ("https://huggingface.co@evil.com", "go to https://***@evil.com"),
+        ("https://me:pass@word@hub.lab", "go to https://***@hub.lab"),
+        ("https://huggingface.co\u202e\n", r"https://huggingface.co\u202e\n"),
+        ("https://hugging\u0430face.co", "https://hugging"),
+        ("https://[huggingface.co", "https://[huggingface.co"),
+        ("https://huggingface.co:port", "huggingface.co:port"),
+        ("", "go to  instead"),
+    ],
+)
+def test_any_other_is_announced_once(
+    address: str, shown: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+    reading_api()
+    writing_api()
+    (message,) = caplog.messages
+    assert message.startswith("HF_ENDPOINT is set: what this process asks of the Hub, and the login's token, go to ")
+    assert shown in message and "pass" not in message
+    assert message.endswith("not encrypted") == (not address.startswith("https:"))
+
+
+def test_offline_nothing_is_sent(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://hf-mirror.com")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    reading_api()
+    assert caplog.messages == []
+
+
+def test_before_the_first_request(endpoint: str, hub: FakeHub, caplog: pytest.LogCaptureFixture) -> None:
+    requests_at: list[int] = []
+    caplog.handler.addFilter(lambda record: requests_at.append(len(hub.log)) or True)
+    find("alice/vectors", "main")
+    assert requests_at[0] == 0 and f"go to {endpoint} instead" in caplog.messages[0]
+    assert len(hub.log) > 0
+
+
+def test_a_notebook_shows_it(hub: FakeHub, tmp_path: Path) -> None:
+    """It has no handler of logs."""
+    done = client(hub, tmp_path, "-c", "import qk_sniffer; qk_sniffer.open_dataset('alice/none')")
+    assert "there is no dataset repository alice/none" in done.stderr
+    assert done.stderr.count(f"go to {hub.url} instead of https://huggingface.co. That connection is not") == 1

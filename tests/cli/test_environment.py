@@ -46,7 +46,8 @@ def test_every_allowed_name_is_obeyed_and_documented(read: Read, caplog: pytest.
     assert caplog.messages == []
     page = (Path(__file__).parents[2] / "SECURITY.md").read_text(encoding="utf-8")
     (table,) = re.findall(r"^\| variables of `\.env` .*?\n\n", page, flags=re.MULTILINE | re.DOTALL)
-    named = {name for row in table.splitlines()[2:] for name in re.findall(r"`(\w+)`", row.split("|")[1])}
+    rows = table.strip().splitlines()[2:]
+    named = {name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[1])}
     assert named | {name.upper() for name in named & PROXIES} == ALLOWED
 
 

@@ -179,6 +179,20 @@ def test_the_manifest_tells_no_path_of_this_machine(checkpoint: Path, texts: Pat
         assert str(checkpoint.parent).encode() not in (root / name).read_bytes()
 
 
+def test_a_name_that_looks_like_an_interpolation_is_a_name(
+    checkpoint: Path, texts: Path, tmp_path: Path, undisturbed: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    named = tmp_path / "a${b}${oc.env:HF_TOKEN}.jsonl"
+    named.write_bytes(texts.read_bytes())
+    root = run(checkpoint, named, tmp_path / "out")
+    assert heads_of(root) == heads_of(undisturbed())
+    assert manifests.read(root)["config"]["dataset"]["path"] == named.name
+    assert named.name in (root / "README.md").read_text(encoding="utf-8")
+    run(checkpoint, named, tmp_path / "out")  # reads the manifest again
+    assert not any(b"hf_secret" in path.read_bytes() for path in root.rglob("*") if path.is_file())
+
+
 def test_a_checkpoint_without_a_tokenizer_says_so(texts: Path, tmp_path: Path) -> None:
     QWEN3.model().save_pretrained(tmp_path / "model")
     with pytest.raises(SourceError, match=r"model\.tokenizer\.name"):

@@ -49,11 +49,11 @@ class QueueWatch:
 
     def find(self) -> None:
         """Looks for jobs that have been submitted, and records their ids."""
-        found = self._submitted()
-        if len(found) > len(self._ids):
-            self._ids = found
-            if self._record is not None:
-                with suppress(StoreError):  # a full disk does not end the wait
+        with suppress(OSError, StoreError):  # neither a lost network nor a full disk ends the wait
+            found = self._submitted()
+            if len(found) > len(self._ids):
+                self._ids = found
+                if self._record is not None:
                     self._record(found)
 
     def tell(self) -> None:

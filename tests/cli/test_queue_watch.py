@@ -101,8 +101,10 @@ def test_ids_are_recorded_and_reasons_told_while_a_command_waits(
     assert len(told(caplog)) == 1
 
 
-def test_a_full_disk_does_not_end_the_wait() -> None:
-    def record(_: object) -> None:
-        raise StoreError("disk full")
+@pytest.mark.parametrize("error", [StoreError("disk full"), OSError("stale file handle")])
+def test_a_file_system_that_fails_does_not_end_the_wait(error: Exception) -> None:
+    def fail(*_: object) -> list[str]:
+        raise error
 
-    QueueWatch(jobs(1), lambda: ["12"], record).find()
+    QueueWatch(jobs(1), lambda: ["12"], fail).find()
+    QueueWatch(jobs(1), fail, None).find()

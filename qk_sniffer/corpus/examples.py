@@ -62,6 +62,7 @@ class Corpus:
         self._config = config
         self._source = source
         self._skipped = 0
+        self._last_index = -1
         self._check_columns()
         id_column = [config.id_column] if config.id_column is not None else []
         self._rows = source.rows.select_columns(list({config.text_column, *id_column, *config.filter}))
@@ -82,6 +83,11 @@ class Corpus:
         return None if self._used is None else len(self._used)
 
     @property
+    def last_index(self) -> int:
+        """The index of the last used row that the latest iteration has passed so far; -1 before the first."""
+        return self._last_index
+
+    @property
     def skipped(self) -> int:
         """The number of the shard's rows without text that the latest iteration has passed so far."""
         return self._skipped
@@ -96,23 +102,45 @@ class Corpus:
 
         Raises:
             SourceError: a row cannot be read; no row of any shard has a text; an id is wrong, as for `open_corpus`.
+                When streaming, the error names the setting that keeps the examples before that row.
         """
         self._skipped = 0
+        self._last_index = -1
         met: dict[int, Example] = {}
         any_text = False
-        for place, index, row in self._read(shard_index, shard_count, after):
-            mine = index % shard_count == shard_index and place >= after
-            if not self._has_text(index, row):
-                self._skipped += mine
-                continue
-            any_text = True
-            example = self._example(index, row)
-            if self._used is None and self._config.id_column is not None:
-                self._meet(example, met)
-            if mine:
-                yield example
+        sound = 0
+        try:
+            for place, index, row in self._read(shard_index, shard_count, after):
+                sound = place
+                mine = index % shard_count == shard_index and place >= after
+                if self._has_text(index, row):
+                    any_text = True
+                    example = self._example(index, row)
+                    if self._used is None and self._config.id_column is not None:
+                        self._meet(example, met)
+                    if mine:
+                        yield example
+                else:
+                    self._skipped += mine
+                sound = place + 1
+                self._last_index = index
+        except SourceError as error:
+            if self._used is None and sound:
+                raise SourceError(f"{str(error).rstrip('.')}. {_way_out(sound)}") from error
+            raise
         if not any_text and not after and not self._any_text():
             raise SourceError(f"{self._source.name}: no row has a text in column {self._config.text_column!r}")
+
+    def uses(self, index: int) -> bool:
+        """Whether row `index` of a stream is not after its used rows. With a filter, this reads the rows up to it.
+
+        Raises:
+            SourceError: a row cannot be read.
+        """
+        most = self._config.max_samples
+        if most is None or not self._config.filter:
+            return most is None or index < most
+        return any(each >= index for _, each, _ in self._read(0, 1, 0))
 
     def _read(self, shard_index: int, shard_count: int, after: int) -> Iterator[tuple[int, int, dict[str, Any]]]:
         """Yields used rows with their number among the used rows and their index: those of the shard and `after`, or
@@ -228,3 +256,11 @@ class Corpus:
     def _no_rows(self) -> SourceError:
         left = f" that pass dataset.filter={self._config.filter}" if self._config.filter else ""
         return SourceError(f"{self._source.name} has no rows{left}")
+
+
+def _way_out(sound: int) -> str:
+    rows = "row" if sound == 1 else f"{sound} rows"
+    return (
+        f"To make the dataset of the {rows} before it, which keeps the captured examples, rerun the command with "
+        f"dataset.max_samples={sound}"
+    )

@@ -17,7 +17,7 @@ from qk_sniffer.corpus.tokenizer import load_tokenizer
 from qk_sniffer.dataset.heads import captured_heads
 from qk_sniffer.errors import SourceError, StoreError
 from qk_sniffer.hub.revisions import hub_commit_of
-from qk_sniffer.jobs.start import base_of
+from qk_sniffer.jobs.start import START_PATIENCE_S, base_of, check_limit
 from qk_sniffer.logs import logger
 from qk_sniffer.machine import num_threads
 from qk_sniffer.resolved import batching_of
@@ -32,7 +32,6 @@ from qk_sniffer.store.promote import finish_promotion
 from qk_sniffer.store.record import read_record
 
 log = logger(__name__)
-
 
 PATIENCE_S = 5.0
 """How long to wait for the lock: longer than a shard holds it that only checks which shards are missing."""
@@ -152,10 +151,21 @@ def stage(layout: Layout, record: Mapping[str, Any]) -> Staged:
     return Staged(layout.staging, heads, examples, facts, written)
 
 
-def mark_done(layout: Layout, shard: ShardConfig, *, examples: int, skipped: int) -> None:
-    """Marks a shard as captured, durably. Its journal holds `examples`; `skipped` of its source rows had no text."""
+def mark_done(layout: Layout, shard: ShardConfig, *, rows: int | None, examples: int, skipped: int) -> None:
+    """Marks a shard as captured, durably.
+
+    Args:
+        rows: the number of source rows of the job, as the shard knew it from its start.
+        examples: the number of examples in the shard's journal.
+        skipped: the number of the shard's source rows without text.
+
+    Raises:
+        StoreError: the job has got another number of rows since.
+    """
     facts = {"examples": examples, "skipped": skipped}
-    write_atomic(layout.shard_done(shard.index, shard.count), json.dumps(facts).encode())
+    with hold(layout.start_lock, "ending the capture of a shard", wait_s=START_PATIENCE_S):
+        check_limit(layout, rows)
+        write_atomic(layout.shard_done(shard.index, shard.count), json.dumps(facts).encode())
 
 
 def is_still_done(layout: Layout, shard: ShardConfig) -> bool:

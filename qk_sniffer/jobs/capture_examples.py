@@ -88,7 +88,14 @@ def capture_examples(
         progress.close()
     if not journal.records and shard.count == 1 and start.base is None:
         raise SourceError(f"dataset {config.dataset.path} has no text that gives a token: nothing was captured")
-    mark_done(layout, shard, examples=len(journal.records), skipped=corpus.skipped + components.tokenizer.skipped)
+    if corpus.num_rows is None and (last := max(journal.records, default=-1)) > corpus.last_index:
+        raise SourceError(
+            f"dataset {config.dataset.path}: row {last} was captured before, and the used rows end with row "
+            f"{corpus.last_index} now: the source has changed, or dataset.max_samples. Restore them, or recreate the "
+            "dataset with output.overwrite=true"
+        )
+    skipped = corpus.skipped + components.tokenizer.skipped
+    mark_done(layout, shard, rows=source_rows(config, corpus), examples=len(journal.records), skipped=skipped)
 
 
 def _examples_of_shard(config: ResolvedConfig, start: Start) -> int | None:

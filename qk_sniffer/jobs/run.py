@@ -15,7 +15,7 @@ from qk_sniffer.jobs.components import Components, load_components
 from qk_sniffer.jobs.finish import Outcome, finish, report_and_publish
 from qk_sniffer.jobs.licenses import stated_terms
 from qk_sniffer.jobs.signals import Stopping
-from qk_sniffer.jobs.start import Start, find_existing_work, register_job, source_rows
+from qk_sniffer.jobs.start import Start, change_limit, find_existing_work, register_job, source_rows
 from qk_sniffer.machine import return_memory, trim_memory
 from qk_sniffer.resolved import ResolvedConfig, batching_of, resolve
 from qk_sniffer.store.layout import Layout, prepare_data_root, remove_leftovers
@@ -57,6 +57,8 @@ def _run(config: ResolvedConfig, layout: Layout, stages: Stages, stopping: Stopp
         if start.found == "finished":
             remove_leftovers(layout, own_lock)
             return report_and_publish(config, layout, "Nothing to do: the dataset is finished.", start.files)
+        if start.found == "unfinished":
+            change_limit(config, layout, start.corpus)
         if start.base is not None:
             start.base.fetch()  # now, not after hours of capture
         components = None

@@ -18,6 +18,7 @@ from qk_sniffer.logs import logger
 from qk_sniffer.resolved import ResolvedConfig, fingerprint, without_batching
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.files import Files, Folder
+from qk_sniffer.store.journal import Journal
 from qk_sniffer.store.layout import EXAMPLES, Layout, discard_work
 from qk_sniffer.store.locks import hold
 from qk_sniffer.store.previous import PreviousVersion, describe
@@ -26,8 +27,11 @@ from qk_sniffer.text import shortened
 
 log = logger(__name__)
 
-PATIENCE_S = 60.0
+START_PATIENCE_S = 60.0
 """How long to wait for the start of another shard."""
+
+FINALIZE_PATIENCE_S = 5.0
+"""How long to wait for the finalize lock: longer than a shard holds it that only checks which shards are missing."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +143,12 @@ def _continue_unfinished(
     record = existing.record
     assert record is not None
     base, rows = base_of(layout, record), source_rows(config, corpus)
+    if _changes_limit(config, rows, record):
+        problem = _limit_problem(layout, rows, record, corpus)
+        if problem and not config.output.overwrite:
+            raise StoreError(problem)
+        if not problem:
+            record = {**record, "source_rows": rows}
     if config.output.overwrite and not (_is_same(job, rows, record) and _is_there(base)):
         return _new_start(config, existing.files)
     _check_same(job, rows, record, layout.root)
@@ -158,7 +168,7 @@ def register_job(layout: Layout, job: Job, record: Mapping[str, Any], *, own_loc
     Raises:
         StoreError: another job's work exists and must not be replaced, or is running.
     """
-    with hold(layout.start_lock, "starting", wait_s=PATIENCE_S):
+    with hold(layout.start_lock, "starting", wait_s=START_PATIENCE_S):
         stored = read_record(layout)
         if stored is not None:
             if not overwrite:
@@ -167,6 +177,51 @@ def register_job(layout: Layout, job: Job, record: Mapping[str, Any], *, own_loc
                 return
             discard_work(layout, own_lock)
         write_record(layout, record)
+
+
+def change_limit(config: ResolvedConfig, layout: Layout, corpus: Corpus) -> None:
+    """Gives the unfinished job of a stream another `dataset.max_samples`, if the config has another one.
+
+    All shards read the whole stream, so no shard is captured any more: each counts its examples again. Does nothing if
+    another shard has made the change.
+
+    Raises:
+        StoreError: the job has captured examples after the new limit, or its dataset is being made.
+    """
+    rows, record = source_rows(config, corpus), read_record(layout)
+    if record is None or not _changes_limit(config, rows, record):
+        return
+    change = "changing dataset.max_samples"
+    with (
+        hold(layout.start_lock, change, wait_s=START_PATIENCE_S),
+        hold(layout.finalize_lock, change, wait_s=FINALIZE_PATIENCE_S),
+    ):
+        record = read_record(layout)
+        if record is None or not _changes_limit(config, rows, record):
+            return
+        if problem := _limit_problem(layout, rows, record, corpus):
+            raise StoreError(problem)
+        log.info("dataset.max_samples of the unfinished job changes from %s to %s", record["source_rows"], rows)
+        count = record["config"]["shard"]["count"]
+        for index in range(count):
+            layout.shard_done(index, count).unlink(missing_ok=True)
+        settings = record["config"] | {"dataset": record["config"]["dataset"] | {"max_samples": rows}}
+        write_record(layout, record | {"config": settings, "source_rows": rows})
+
+
+def check_limit(layout: Layout, rows: int | None) -> None:
+    """Checks that the job's `dataset.max_samples` is still `rows`. Hold the start lock.
+
+    Raises:
+        StoreError: another start of the job has changed it.
+    """
+    record = read_record(layout)
+    if record is not None and record["source_rows"] != rows:
+        wanted = "null" if record["source_rows"] is None else record["source_rows"]
+        raise StoreError(
+            f"another start of the job in {layout.root} has changed dataset.max_samples while this shard ran. Its "
+            f"examples are kept: rerun the command with dataset.max_samples={wanted}"
+        )
 
 
 def base_of(layout: Layout, record: Mapping[str, Any]) -> PreviousVersion | None:
@@ -192,6 +247,32 @@ def _new_start(config: ResolvedConfig, files: Files) -> Start:
     corpus = open_corpus(config.dataset)
     job = Job.of(config, resolve_commits(config, None) | {"dataset": corpus.commit})
     return Start(job, corpus, "nothing", files)
+
+
+def _changes_limit(config: ResolvedConfig, rows: int | None, record: Mapping[str, Any]) -> bool:
+    """Whether the unfinished job of `record` reads a stream, and has another `dataset.max_samples`."""
+    both_stream = config.dataset.streaming and record["config"]["dataset"]["streaming"]
+    return both_stream and rows != record["source_rows"]
+
+
+def _limit_problem(layout: Layout, rows: int | None, record: Mapping[str, Any], corpus: Corpus) -> str | None:
+    """Returns why the unfinished job of a stream cannot have `rows` as its `dataset.max_samples`; None if it can."""
+    way_out = (
+        "Raise dataset.max_samples, give this job another folder (output.data_root=...), or replace the work with "
+        "output.overwrite=true"
+    )
+    before = 0 if record["base"] is None else record["base"]["source_rows"]
+    if rows is not None and rows < before:
+        return f"{layout.root} adds to a dataset of {before} rows, and dataset.max_samples is {rows}. {way_out}"
+    count = record["config"]["shard"]["count"]
+    journals = (Journal(layout.journal(index, count), verify=False) for index in range(count))
+    last = max((max(journal.records, default=-1) for journal in journals), default=-1)
+    if corpus.uses(last):
+        return None
+    return (
+        f"{layout.root} holds an unfinished job that has captured row {last} of the dataset, which is after those of "
+        f"dataset.max_samples={rows}. {way_out}"
+    )
 
 
 def _is_same(job: Job, rows: int | None, record: Mapping[str, Any]) -> bool:

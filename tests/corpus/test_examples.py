@@ -146,3 +146,29 @@ def test_the_check_of_a_million_ids_reads_one_column(tmp_path: Path) -> None:
     start = time.perf_counter()
     assert opened(tmp_path / "rows.parquet", id_column="id").num_rows == count
     assert time.perf_counter() - start < 10
+
+
+FAULTS = {
+    "bad line": ('{"text": "a", "id": "x"}\n{"text": \n', "b.jsonl cannot be read: JSON parse error"),
+    "no id": ('{"text": "a"}\n', "row 5 has no id"),
+    "repeated id": ('{"text": "a", "id": "1"}\n', "rows 1 and 5 have the same id"),
+    "collision": ('{"text": "a", "id": "row-85955"}\n', "hash collision"),
+    "type": ('{"text": ["a"], "id": "x"}\n', "cannot be read: Couldn't cast"),
+    "encoding": ('{"text": "\\ud800", "id": "x"}\n', "b.jsonl cannot be read: JSON parse error"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_late_fault_of_a_stream_names_the_rows_before_it(fault: str, tmp_path: Path) -> None:
+    content, expected = FAULTS[fault]
+    rows = [{"text": "text", "id": id_} for id_ in ("0", "1", "filtered", "row-78153", "4")]
+    write(tmp_path / "a.jsonl", jsonl(rows))
+    write(tmp_path / "b.jsonl", content)
+    options = {"id_column": "id", "streaming": True}
+    text = message(tmp_path, **options)
+    assert expected in text
+    assert text.endswith(
+        "To make the dataset of the 5 rows before it, which keeps the captured examples, rerun the command with "
+        "dataset.max_samples=5"
+    )
+    assert len(list(opened(tmp_path, **options, max_samples=5).examples())) == 5

@@ -11,6 +11,17 @@ from urllib.parse import quote
 
 from qk_sniffer.text import printable
 
+_MARKUP = re.compile(
+    r"""
+    ^\W | ^\d+[.)] | \W$                 # a mark may begin a list, and spaces may begin code or break a line
+    | (?<![^\W_])_ | _(?![^\W_])         # an underscore between letters or digits is no markup
+    | (?<=www)\.                         # "www." begins a link in GitHub's Markdown
+    | [^\w\ .,/;=()'"+?-]
+    """,
+    flags=re.VERBOSE | re.IGNORECASE,
+)
+"""Matches ending with a character that must be escaped in text."""
+
 
 def plain(text: object) -> str:
     """Returns a value as text of a sentence, a heading, a link or a cell, without any markup of its own."""
@@ -75,10 +86,10 @@ def _entities(text: str) -> str:
     """Replaces all punctuation that could be markup. Parsers never take a character that is so written for markup."""
 
     def shown(found: re.Match[str]) -> str:
-        return f"&#{ord(found[0])};"
+        *before, last = found[0]
+        return f"{''.join(before)}&#{ord(last)};"
 
-    # An underscore between letters or digits is no markup. "www." begins a link in GitHub's Markdown.
-    return re.sub(r"""(?<![^\W_])_|_(?![^\W_])|(?i:(?<=www))\.|[^\w .,/;=()'"+?-]""", shown, text)
+    return _MARKUP.sub(shown, text)
 
 
 def _longest_run(text: str) -> int:

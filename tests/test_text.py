@@ -6,7 +6,7 @@ import sys
 import unicodedata
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qk_sniffer.errors import ConfigError, StoreError
@@ -43,6 +43,7 @@ def test_only_visible_characters_are_left() -> None:
 
 
 @given(st.text(st.characters()))
+@settings(deadline=None)
 def test_every_text_becomes_one_line_for_every_stream(text: str) -> None:
     assert len(printable(text).splitlines()) <= 1
     assert printable_lines(f"{text}\n{text}").count("\n") == 2 * text.count("\n") + 1

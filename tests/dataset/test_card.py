@@ -1,5 +1,6 @@
 """Tests the card of synthetic datasets: its front matter, its code and its tables."""
 
+import ast
 import itertools
 import re
 from collections.abc import Iterable
@@ -13,6 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from hypothesis import example, given
+from hypothesis import settings as with_settings
+from support.hostile import TERMINAL, names, skeleton
 
 from qk_sniffer.config import (
     CaptureConfig,
@@ -23,11 +27,13 @@ from qk_sniffer.config import (
     ModelConfig,
     OutputConfig,
     SamplerConfig,
+    TokenizerConfig,
 )
 from qk_sniffer.dataset.card import FRONT_MATTER_BYTES, write_card
 from qk_sniffer.dataset.card_facts import CardFacts, Place
 from qk_sniffer.resolved import resolve
 from qk_sniffer.store.layout import Head, Layout, examples_schema, schema
+from qk_sniffer.text import printable
 
 ROWS = 5
 
@@ -341,3 +347,46 @@ def test_the_text_is_fixed_by_the_facts_and_has_no_local_path() -> None:
         assert "private" not in text
         assert write_card(replace(facts, heads=HEADS[::-1], software=dict(reversed(FACTS.software.items())))) == text
     assert "| dataset | `a\\|b.jsonl` |" in write_card(local)
+
+
+def card_of(name: str) -> str:
+    """The card of a dataset that someone else made, with `name` wherever it may have one."""
+    tokenizer = TokenizerConfig(name=name, revision=name)
+    model = ModelConfig(name=name, revision=name, dtype=name, attn_implementation=name, config_overrides={name: [name]})
+    texts = DatasetConfig(path=name, name=name, revision=name, split=name, text_column=name, id_column=name)
+    return write_card(
+        replace(
+            with_config(FACTS, model=replace(model, tokenizer=tokenizer), dataset=texts),
+            model_commit=name,
+            tokenizer_commit=name,
+            dataset_commit=f"{name}.",
+            software={name: name},
+            licenses={"model": [name], "dataset": [name]},
+            languages=[name],
+            proof={"proven": None, "reason": name},
+            pictures=[f"pictures/{name}.png"],
+            place=Place(name, name),
+        )
+    )
+
+
+HARMLESS = card_of("name")
+
+
+@given(names)
+@example(TERMINAL)
+@example("a\n```\n# b")
+@example("a |\n\n<script>")
+@with_settings(max_examples=25, deadline=None)
+def test_names_of_someone_else_stay_in_their_places(name: str) -> None:
+    card = card_of(name)
+    assert skeleton(card.partition("\n---\n")[2]) == skeleton(HARMLESS.partition("\n---\n")[2])
+    assert card.replace("\n", "").isprintable()
+    _, values = front_matter(card)
+    assert values.keys() == front_matter(HARMLESS)[1].keys()
+    assert values["source_datasets"] == [printable(name)] and values["language"] == [printable(name)]
+    for block in re.findall(r"^```python\n(.*?)^```", card, flags=re.DOTALL | re.MULTILINE):
+        compile(block, "README.md", "exec")
+    (loaded,) = {line for line in card.splitlines() if line.startswith("stream = ")}
+    calls = ast.walk(ast.parse(loaded))
+    assert {node.value for node in calls if isinstance(node, ast.Constant)} >= {name}

@@ -86,8 +86,7 @@ def _entities(text: str) -> str:
     """Replaces all punctuation that could be markup. Parsers never take a character that is so written for markup."""
 
     def shown(found: re.Match[str]) -> str:
-        *before, last = found[0]
-        return f"{''.join(before)}&#{ord(last)};"
+        return f"{found[0][:-1]}&#{ord(found[0][-1])};"
 
     return _MARKUP.sub(shown, text)
 

@@ -113,14 +113,14 @@ def _update(api: "HfApi", repo_id: str) -> None:
 
 def _list(api: "HfApi", repo_id: str, rows: dict[str, str], branches: dict[str, str]) -> str:
     lines = [_BEGIN, "", table_row(_COLUMNS), table_row(["---"] * len(_COLUMNS)), *rows.values()]
-    if rows:
-        branch = next(iter(rows))
+    for branch in rows:
         manifest = _manifest(api, repo_id, branches[branch])
-        assert manifest is not None
-        head = manifests.heads(manifest)[0].name
-        quoted = {"repo": repo_id, "head": head, "branch": branch}
+        if manifest is None or not (heads := manifests.heads(manifest)):
+            continue  # a row that a person wrote
+        quoted = {"repo": repo_id, "head": heads[0].name, "branch": branch}
         literals = {key: python_literal(value) for key, value in quoted.items()}
         lines += ["", "\n".join(block("python", text.format(**literals)) for text in _LOADING).rstrip()]
+        break
     return "\n".join([*lines, "", _END])
 
 

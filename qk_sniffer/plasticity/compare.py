@@ -21,7 +21,17 @@ from qk_sniffer.cli import program
 from qk_sniffer.errors import ConfigError, QkSnifferError
 from qk_sniffer.plasticity import tables
 from qk_sniffer.plasticity.config import INSTALL
-from qk_sniffer.plasticity.figures import BLUE, GREY, PAGE_IN, PLASTICITY, Float64, by_head_and_bucket, figure, save
+from qk_sniffer.plasticity.figures import (
+    BLUE,
+    GREY,
+    PAGE_IN,
+    PLASTICITY,
+    Float64,
+    as_text,
+    by_head_and_bucket,
+    figure,
+    save,
+)
 from qk_sniffer.plasticity.results import Results
 from qk_sniffer.store.disk import explained, make_folder
 from qk_sniffer.text import counted, expand_home, say
@@ -140,7 +150,7 @@ def draw(runs: Sequence[Run]) -> "Figure":
         order = sorted(range(len(runs)), key=lambda i: steps[i].order())
         runs, labels = [runs[i] for i in order], [str(steps[i]) for i in order]
     else:
-        labels = names(runs)
+        labels = [as_text(name) for name in names(runs)]
     columns = max(1, min(5, int(PAGE_IN / (0.06 * max(map(len, labels)) + 0.5))))
     drawn = figure(PAGE_IN, 3.1 + 0.15 * -(-len(runs) // columns))
     left, right = drawn.subplots(1, 2, sharey=True)

@@ -17,6 +17,7 @@ from qk_sniffer.plasticity import tables
 from qk_sniffer.plasticity.config import ESTIMATORS
 from qk_sniffer.plasticity.results import Results
 from qk_sniffer.store.disk import explained, make_folder
+from qk_sniffer.text import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -107,7 +108,7 @@ class Names:
     def __init__(self, record: dict[str, Any]) -> None:
         estimator = record["settings"]["estimator"]["name"]
         of_which = "" if estimator == ESTIMATORS[0] else f" ({estimator.replace('_', ' ')})"
-        self.dataset = f"{record['dataset']['model']['slug']} on {record['dataset']['texts']}{of_which}"
+        self.dataset = as_text(f"{record['dataset']['model']['slug']} on {record['dataset']['texts']}{of_which}")
         self._sampler = sampler_of({"config": {"sampler": record["dataset"]["sampler"]}})
 
     def buckets(self, axis: Any, buckets: npt.NDArray[np.integer[Any]]) -> None:
@@ -115,6 +116,12 @@ class Names:
         step = -(-len(buckets) // MOST_TICKS)
         labels = [f"{self._sampler.span('q', int(bucket))[0]:,}" for bucket in buckets[::step]]
         axis.set_ticks(range(0, len(buckets), step), labels)
+
+
+def as_text(text: str) -> str:
+    """Returns a text that matplotlib draws as it is: in one line, without formulas, and in a legend."""
+    shown = printable(text).replace("$", r"\$")
+    return f" {shown}" if shown.startswith("_") else shown
 
 
 def figure(width: float, height: float) -> "Figure":

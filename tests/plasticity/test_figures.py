@@ -16,6 +16,7 @@ from qk_sniffer.plasticity import figures, tables
 from qk_sniffer.plasticity.compare import Run, Settings, compare, draw, names, read, step_of
 from qk_sniffer.plasticity.figures import Names
 from qk_sniffer.plasticity.results import Results
+from qk_sniffer.text import printable
 
 SIZES = (0, 1, 2), (0, 1, 2, 3)
 """Layers and query heads of the dataset."""
@@ -179,3 +180,16 @@ def test_several_datasets_in_one_figure(results: Path, tmp_path: Path) -> None:
 def test_the_committed_picture_is_small() -> None:
     picture = Path(__file__).parents[2] / "docs" / "plasticity.png"
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size < 300_000
+
+
+def test_names_are_drawn_as_they_are(results: Path) -> None:
+    """A formula in a name could end the program, and a legend leaves out names that begin with an underscore."""
+    for name in (r"$\frac$", r"a\$b$", "_x", "two\nlines\x1b"):
+        drawn = figures.figure(1.0, 1.0)
+        text = drawn.text(0, 0, figures.as_text(name))
+        shown, is_formula = text._preprocess_math(text.get_text())  # type: ignore[attr-defined]
+        assert not is_formula and shown.strip() == printable(name) and not shown.startswith("_")
+    runs = [replace(read(Results(results)), model=name) for name in ("$a_{$", "_b")]
+    compared = draw(runs)
+    compared.canvas.draw()
+    assert [text.get_text().strip() for text in compared.legends[0].get_texts()] == [r"\$a_{\$", "_b"]

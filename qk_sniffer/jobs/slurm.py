@@ -212,8 +212,7 @@ def _answer(*command: str) -> str | None:
 
 def _code(reason: str) -> str:
     """A reason without its details, such as the list of unavailable nodes, which changes often."""
-    code = reason.partition(",")[0].strip()
-    return "".join(letter if letter.isprintable() else "?" for letter in code)[:60]
+    return reason.partition(",")[0].strip()[:60]
 
 
 def _number(text: str, least: int = 1) -> int | None:

@@ -71,7 +71,7 @@ def test_reasons_of_waiting_jobs() -> None:
     found = slurm.reasons(SQUEUE)
     assert found["12_0"] == "PartitionTimeLimit" and found["12_3"] == "None" and "7" not in found
     assert found["17"] == "ReqNodeNotAvail", "the list of nodes changes often"
-    assert slurm.reasons("12|PENDING|a\x1b[2Jb|c\n") == {"12": "a?[2Jb|c"}
+    assert slurm.reasons("12|PENDING|see|the admins\nno line\n") == {"12": "see|the admins"}
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,11 @@ def problems(launcher: DictConfig) -> Iterator[str]:
     chosen = [each for each in known if each.name in wanted]
     if not chosen:
         return
+    if all(each.state in ("drain", "inact") for each in chosen):
+        valid = [each.name for each in known if each.state == "up"]
+        yield f"{_names(chosen)} accepts no jobs now ({chosen[0].state}); wait, or use another {setting}" + (
+            f": {shortened(valid, 5)}" if valid else ""
+        )
     yield from _time_problems(request, chosen, known)
     if all(each.cpus is not None for each in chosen):  # there are nodes
         yield from _size_problems(request, chosen, known)
@@ -115,5 +120,5 @@ def _names(chosen: Sequence[Partition]) -> str:
 
 
 def _others(known: Sequence[Partition], limit_of: Limit, least: float) -> str:
-    fitting = [each.name for each in known if (limit_of(each) or 0) >= least]
+    fitting = [each.name for each in known if each.state == "up" and (limit_of(each) or 0) >= least]
     return f", or another hydra.launcher.partition: {shortened(fitting, 5)}" if fitting else ""

@@ -9,7 +9,7 @@ import re
 import subprocess
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 ANSWER_S = 10.0
 """A command that takes longer is ended, and counts as no answer."""
@@ -91,11 +91,13 @@ _ADVICE = (
 class Partition:
     """The limits of a partition. `cpus`, `gpus` and `memory_mb` (MiB) are the largest of any of its nodes.
 
+    `state` is that of sinfo: `up`, `down` (jobs are queued, none starts), `drain` or `inact` (no job is accepted).
     A limit is None where SLURM does not tell it, and `minutes` is infinite where there is none.
     """
 
     name: str
     is_default: bool
+    state: str
     minutes: float | None
     cpus: int | None
     gpus: int | None
@@ -132,28 +134,26 @@ def advice(reason: str) -> str | None:
 
 def partitions() -> list[Partition] | None:
     """Returns all partitions, hidden ones included; None if SLURM does not answer."""
-    said = _answer("sinfo", "--noheader", "--all", "--exact", "--format=%P|%l|%c|%G|%m")
+    said = _answer("sinfo", "--noheader", "--all", "--exact", "--format=%P|%a|%l|%c|%G|%m")
     return None if said is None else parse_partitions(said)
 
 
 def parse_partitions(said: str) -> list[Partition]:
-    """Reads the output of `sinfo --format='%P|%l|%c|%G|%m'`, which has a line for each kind of node."""
+    """Reads the output of `sinfo --format='%P|%a|%l|%c|%G|%m'`, which has a line for each kind of node."""
     found: dict[str, Partition] = {}
     for line in said.splitlines():
-        if line.count("|") != 4:
+        if line.count("|") != 5:
             continue
-        name, limit, cpus, gres, memory = (cell.strip() for cell in line.split("|"))
+        name, state, limit, cpus, gres, memory = (cell.strip() for cell in line.split("|"))
         # A node without a configured memory has 1 MiB.
         sizes = _number(cpus), _gpus(gres), _number(memory, least=2)
-        own = Partition(name.removesuffix("*"), name.endswith("*"), parse_minutes(limit), *sizes)
+        own = Partition(name.removesuffix("*"), name.endswith("*"), state, parse_minutes(limit), *sizes)
         other = found.get(own.name, own)
-        found[own.name] = Partition(
-            own.name,
-            own.is_default,
-            own.minutes,
-            _larger(own.cpus, other.cpus),
-            _larger(own.gpus, other.gpus),
-            _larger(own.memory_mb, other.memory_mb),
+        found[own.name] = replace(
+            own,
+            cpus=_larger(own.cpus, other.cpus),
+            gpus=_larger(own.gpus, other.gpus),
+            memory_mb=_larger(own.memory_mb, other.memory_mb),
         )
     return list(found.values())
 

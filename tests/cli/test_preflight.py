@@ -232,7 +232,7 @@ def test_a_time_limit_above_that_of_the_partition_is_refused_even_if_nobody_set_
 ) -> None:
     commands = Commands(tmp_path / "bin", monkeypatch)
     commands.say("srun", "")
-    commands.say("sinfo", "main*|1:00:00|64|gpu:8|500000\nlong|infinite|64|gpu:8|500000\n")
+    commands.say("sinfo", "main*|up|1:00:00|64|gpu:8|500000\nlong|up|infinite|64|gpu:8|500000\n")
     on_slurm = ("--multirun", "hydra/launcher=slurm")
     said = refusal(*on_slurm)
     assert said.startswith("hydra.launcher.timeout_min is 1440, but the time limit of partition main is 60 minutes; ")

@@ -36,19 +36,19 @@ def test_what_fits_is_submitted(commands: Commands) -> None:
             {"timeout_min": 1440},
             "hydra.launcher.timeout_min is 1440, but the time limit of partition main is 60 minutes; use "
             "hydra.launcher.timeout_min=60 (a job that reaches its time limit is requeued and resumes), or another "
-            "hydra.launcher.partition: hid, down",
+            "hydra.launcher.partition: hid",
         ),
         (
             {"timeout_min": 61, "partition": "short,main"},
             "hydra.launcher.timeout_min is 61, but the time limit of the partitions main, short is 60 minutes; use "
             "hydra.launcher.timeout_min=60 (a job that reaches its time limit is requeued and resumes), or another "
-            "hydra.launcher.partition: hid, down",
+            "hydra.launcher.partition: hid",
         ),
         (
             {"additional_parameters": {"time": "1-00:00:00"}, "partition": "short"},
             "hydra.launcher.additional_parameters.time is 1-00:00:00, but the time limit of partition short is 5 "
             "minutes; use hydra.launcher.additional_parameters.time=5 (a job that reaches its time limit is requeued "
-            "and resumes), or another hydra.launcher.partition: hid, down",
+            "and resumes), or another hydra.launcher.partition: hid",
         ),
         (
             {"mem_gb": 64},
@@ -58,7 +58,7 @@ def test_what_fits_is_submitted(commands: Commands) -> None:
         (
             {"gpus_per_node": 1, "partition": "hid"},
             "hydra.launcher.gpus_per_node is 1, but no node of partition hid has more GPUs than 0; use "
-            "hydra.launcher.gpus_per_node=0, or another hydra.launcher.partition: main, short, down",
+            "hydra.launcher.gpus_per_node=0, or another hydra.launcher.partition: main, short",
         ),
         (
             {"gpus_per_node": 2},
@@ -100,6 +100,17 @@ def test_no_limit_is_larger_than_any(commands: Commands) -> None:
     assert problems(timeout_min=0, partition="down") == []
 
 
+def test_a_partition_that_accepts_no_jobs(commands: Commands) -> None:
+    commands.say("sinfo", "main*|drain|1:00:00|2|gpu:1|4000\nshort|inact|5:00|2|gpu:1|4000\n")
+    assert problems() == ["partition main accepts no jobs now (drain); wait, or use another hydra.launcher.partition"]
+    commands.say("sinfo", SINFO.replace("short|up", "short|inact"))
+    assert problems(partition="short", timeout_min=5) == [
+        "partition short accepts no jobs now (inact); wait, or use another hydra.launcher.partition: main, hid"
+    ]
+    assert problems(partition="short,main") == []
+    assert problems(partition="down") == [], "it is queued, and the reason is told"
+
+
 def test_variables_of_sbatch_precede_the_settings(commands: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SBATCH_PARTITION", "hid")
     assert problems(timeout_min=1440, gpus_per_node=0) == []
@@ -126,7 +137,7 @@ def test_a_quality_of_service_that_lifts_the_limit(commands: Commands) -> None:
 
 def test_limits_that_are_not_known_refuse_nothing(commands: Commands, monkeypatch: pytest.MonkeyPatch) -> None:
     large = {"timeout_min": 10**6, "mem_gb": 10**6, "gpus_per_node": 99, "cpus_per_task": 999}
-    for said in ("", "main|1:00:00|2|(null)|4000\n", "main*|n/a|0|(null)|0\n", "main*|n/a|999|gpu|1\n"):
+    for said in ("", "main|up|1:00|2|(null)|4\n", "main*|up|n/a|0|(null)|0\n", "main*|up|n/a|999|gpu|1\n"):
         commands.say("sinfo", said)
         assert problems(**large) == [], said or "no partition; no default; no node; no configured values"
     commands.say("sinfo", SINFO, code=1)

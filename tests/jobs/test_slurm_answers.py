@@ -42,7 +42,7 @@ def test_time_limits(text: str, minutes: float | None) -> None:
 
 def test_partitions() -> None:
     main, *others = slurm.parse_partitions(SINFO)
-    assert main == Partition("main", is_default=True, minutes=60, cpus=2, gpus=1, memory_mb=4000)
+    assert main == Partition("main", is_default=True, state="up", minutes=60, cpus=2, gpus=1, memory_mb=4000)
     assert [(each.name, each.minutes, each.gpus) for each in others] == [
         ("short", 5, 1),
         ("hid", 1440, 0),
@@ -51,16 +51,19 @@ def test_partitions() -> None:
 
 
 def test_a_partition_with_several_kinds_of_nodes_has_the_limits_of_the_largest() -> None:
-    said = "gpu*|2-00:00:00|64|gpu:a100:4(S:0-1),nvme:1|515000\ngpu*|2-00:00:00|128|gpu:h100:2,gpu:l40:6|256000\n"
-    assert slurm.parse_partitions(said) == [Partition("gpu", True, 2880, 128, 8, 515000)]
+    said = "gpu*|up|2-00:00:00|64|gpu:a100:4(S:0-1),nvme:1|515000\ngpu*|up|2-00:00:00|128|gpu:h100:2,gpu:l40:6|256000\n"
+    assert slurm.parse_partitions(said) == [Partition("gpu", True, "up", 2880, 128, 8, 515000)]
 
 
 @pytest.mark.parametrize(
     ("line", "partition"),
     [
-        ("a|n/a|0|(null)|0", Partition("a", False, None, None, 0, None)),
-        ("a|infinite|16|gpu|1", Partition("a", False, math.inf, 16, None, None)),
-        ("a|infinite|16|craynetwork:4,gpu:1g.5gb:7(S:0,2)|2000+", Partition("a", False, math.inf, 16, 7, 2000)),
+        ("a|up|n/a|0|(null)|0", Partition("a", False, "up", None, None, 0, None)),
+        ("a|up|infinite|16|gpu|1", Partition("a", False, "up", math.inf, 16, None, None)),
+        (
+            "a|up|infinite|16|nic:4,gpu:1g.5gb:7(S:0,2)|2000+",
+            Partition("a", False, "up", math.inf, 16, 7, 2000),
+        ),
     ],
 )
 def test_a_limit_that_is_not_told_is_unknown(line: str, partition: Partition) -> None:

@@ -34,7 +34,9 @@ def sweep(cluster: Cluster, tmp_path: Path) -> Iterator[Callable[..., Sweep]]:
         yield start
 
 
-def test_what_no_job_can_get_is_refused_at_submission(sweep: Callable[..., Sweep], tmp_path: Path) -> None:
+def test_what_no_job_can_get_is_refused_at_submission(
+    sweep: Callable[..., Sweep], cluster: Cluster, tmp_path: Path
+) -> None:
     too_much = {"timeout_min": 1440, "mem_gb": 64, "gpus_per_node": 2, "cpus_per_task": 999}
     running = sweep(*(f"hydra.launcher.{key}={value}" for key, value in too_much.items()))
     code, said = running.wait()
@@ -49,6 +51,13 @@ def test_what_no_job_can_get_is_refused_at_submission(sweep: Callable[..., Sweep
     running = sweep("hydra.launcher.partition=shrt")
     code, said = running.wait()
     assert code == 2 and "SLURM has no partition 'shrt', did you mean short?; valid: main, short" in said
+    cluster.run("scontrol", "update", "PartitionName=short", "State=DRAIN")
+    try:
+        running = sweep("hydra.launcher.partition=short", "hydra.launcher.timeout_min=5")
+        code, said = running.wait()
+    finally:
+        cluster.run("scontrol", "update", "PartitionName=short", "State=UP")
+    assert code == 2 and "partition short accepts no jobs now (drain); wait, or use another" in said
     assert not running.jobs() and not (tmp_path / "outputs").exists()
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 SINFO = """\
-main*|1:00:00|2|gpu:1|4000
-short|5:00|2|gpu:1|4000
-hid|1-00:00:00|2|(null)|4000
-down|infinite|2|gpu:1|4000
+main*|up|1:00:00|2|gpu:1|4000
+short|up|5:00|2|gpu:1|4000
+hid|up|1-00:00:00|2|(null)|4000
+down|down|infinite|2|gpu:1|4000
 """
-"""What `sinfo --noheader --all --exact --format=%P|%l|%c|%G|%m` of SLURM 22.05 says."""
+"""What `sinfo --noheader --all --exact --format=%P|%a|%l|%c|%G|%m` of SLURM 22.05 says."""
 
 SQUEUE = """\
 9|PENDING|PartitionDown

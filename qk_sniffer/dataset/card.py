@@ -6,9 +6,10 @@ branch of the Hub has more sections: loading from the Hub, the proof, the pictur
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from qk_sniffer.capture.sampling import Sampler
 from qk_sniffer.dataset.bucket_ranges import bucket_ranges
@@ -16,7 +17,6 @@ from qk_sniffer.dataset.card_facts import CardFacts, Place
 from qk_sniffer.dataset.card_snippets import loading
 from qk_sniffer.markdown import block, code, in_url, link, plain, table, tex, yaml_string
 from qk_sniffer.resolved import rule, safe_name
-from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.layout import EXAMPLES, KIND_NAMES, KINDS, Head, Layout, schema
 from qk_sniffer.text import compact_ranges
 
@@ -47,13 +47,8 @@ def write_card(facts: CardFacts) -> str:
     return "\n".join(part for part in parts if part)
 
 
-def branch_card(root: Path, repo_id: str, branch: str) -> bytes:
-    """Returns the card of the dataset at `root` for its branch on the Hub, with its proof and its pictures.
-
-    Raises:
-        StoreError: the dataset is incomplete.
-    """
-    manifest = manifests.read(root)
+def branch_card(root: Path, manifest: Mapping[str, Any], repo_id: str, branch: str) -> bytes:
+    """Returns the card of the dataset at `root` for its branch on the Hub, with its proof and its pictures."""
     pictures = [path.relative_to(root).as_posix() for path in Layout(root).pictures()]
     facts = replace(CardFacts.of(manifest), place=Place(repo_id, branch), proof=manifest["proof"], pictures=pictures)
     return write_card(facts).encode()

@@ -7,8 +7,9 @@ branch has not moved. A transient error (a conflict, a rate limit, a server erro
 attempt. If the answer to a commit was lost, the next attempt finds the commit by its title.
 """
 
+import base64
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -20,6 +21,8 @@ from qk_sniffer.hub.catalogue import update_catalogue
 from qk_sniffer.hub.client import PUBLIC, REPO_TYPE, bars_on_a_terminal, with_retries, writing_api
 from qk_sniffer.logs import logger
 from qk_sniffer.store import manifest as manifests
+from qk_sniffer.store.disk import sha256_of
+from qk_sniffer.store.files import inside
 from qk_sniffer.store.layout import CARD, MANIFEST, PICTURES, Layout, parse_head_name
 from qk_sniffer.store.manifest import FileEntry
 
@@ -46,6 +49,7 @@ class Published:
 
 def publish(
     root: Path,
+    manifest: Mapping[str, Any],
     repo_id: str,
     branch: str,
     card: bytes,
@@ -56,11 +60,16 @@ def publish(
 ) -> Published:
     """Publishes the dataset at `root` to a branch of the dataset repository `repo_id`, and lists it on main.
 
-    Publishes the manifest, the files that it names, the pictures, and `card` instead of the folder's card. Deletes the
+    Publishes the manifest, the files that it lists, the pictures, and `card` instead of the folder's card. Deletes the
     files of an earlier version that the dataset no longer has. All other files of the branch stay.
+
+    Only files within the root are sent, and only under the names of a dataset's files. The bytes of each file are
+    compared with its sha256 in the manifest before the commit. huggingface_hub computes the sha256 of large files at
+    their upload, so they are read no second time.
 
     Args:
         root: of a whole dataset, which is not changed.
+        manifest: the dataset's, as `manifests.read` returns it.
         repo_id: created if it is missing.
         branch: created if it is missing.
         card: the branch's README.md.
@@ -69,11 +78,11 @@ def publish(
         api: the client; by default one with the stored token.
 
     Raises:
-        StoreError: the dataset is incomplete or damaged, or `guard` refuses.
+        StoreError: a file is missing, is not the one of the manifest or is elsewhere, or `guard` refuses.
         HubError: the dataset could not be published, or not be listed. The call may be repeated.
     """
     api = api or writing_api()
-    publication = _Publication(root, repo_id, branch, card, private, guard, api)
+    publication = _Publication(root, manifest, repo_id, branch, card, private, guard, api)
     published = with_retries(publication.attempt, api, publication.failed)
     update_catalogue(api, repo_id)
     return published
@@ -83,7 +92,15 @@ class _Publication:
     """The state of one `publish` over its attempts."""
 
     def __init__(
-        self, root: Path, repo_id: str, branch: str, card: bytes, private: bool, guard: Guard | None, api: "HfApi"
+        self,
+        root: Path,
+        manifest: Mapping[str, Any],
+        repo_id: str,
+        branch: str,
+        card: bytes,
+        private: bool,
+        guard: Guard | None,
+        api: "HfApi",
     ) -> None:
         self.api = api
         self._root = root
@@ -91,15 +108,10 @@ class _Publication:
         self._branch = branch
         self._private = private
         self._guard = guard
-        manifest = manifests.read(root)
         if changed := manifests.changed_files(root, manifest):
             raise _changed(root / changed[0])
-        pictures = [path.relative_to(root).as_posix() for path in Layout(root).pictures()]
         self._card = card
-        self._manifest = manifests.with_files(
-            manifest,
-            {CARD: FileEntry.of(self._card)} | {name: FileEntry.of((root / name).read_bytes()) for name in pictures},
-        )
+        self._manifest = manifests.with_files(manifest, {CARD: FileEntry.of(card), **_new_pictures(root, manifest)})
         self._title = _title(self._manifest)
         self._parent: str | None = None
         """The parent of the last attempt's commit."""
@@ -152,9 +164,9 @@ class _Publication:
                 log.info("uploaded %d files, %.1f of %.1f MB", num_files, num_bytes / 1e6, size / 1e6)
 
     def _check_content(self, addition: "CommitOperationAdd") -> None:
-        # Every uploaded file has been hashed. The other additions are texts, which huggingface_hub 2 does not hash.
-        entry, info = self._manifest["files"].get(addition.path_in_repo), addition.upload_info
-        if entry is not None and getattr(info, "is_hashed", True) and info.sha256.hex() != entry["sha256"]:
+        # Every uploaded file has been hashed. huggingface_hub 2 hashes the small files of the commit here.
+        entry = self._manifest["files"].get(addition.path_in_repo)
+        if entry is not None and addition.upload_info.sha256.hex() != entry["sha256"]:
             raise _changed(self._root / addition.path_in_repo)
 
     def failed(self, reason: str) -> HubError:
@@ -201,11 +213,21 @@ class _Publication:
         """Returns the operations that turn the files at the commit `head` into this dataset."""
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
+        class CheckedAddition(CommitOperationAdd):
+            """A file whose bytes are compared with its sha256 when they go into the commit itself."""
+
+            def b64content(addition) -> bytes:  # noqa: N805
+                with addition.as_file() as file:
+                    content = file.read()
+                if hashlib.sha256(content).hexdigest() != names[addition.path_in_repo]["sha256"]:
+                    raise _changed(self._root / addition.path_in_repo)
+                return base64.b64encode(content)
+
         names = self._manifest["files"]
         on_branch = self.api.list_repo_files(self._repo_id, repo_type=REPO_TYPE, revision=head)
         return [
             *(CommitOperationDelete(name) for name in on_branch if name not in names and _is_of_a_dataset(name)),
-            *(CommitOperationAdd(name, self._root / name) for name in names if name != CARD),
+            *(CheckedAddition(name, inside(self._root, name)) for name in names if name != CARD),
             CommitOperationAdd(CARD, self._card),
             CommitOperationAdd(MANIFEST, manifests.encode(self._manifest)),
         ]
@@ -219,6 +241,26 @@ def _portions(additions: "Sequence[CommitOperationAdd]") -> "Iterator[Sequence[C
             start, size = number, 0
         size += each.upload_info.size
     yield additions[start:]
+
+
+def _new_pictures(root: Path, manifest: Mapping[str, Any]) -> dict[str, FileEntry]:
+    """Returns the entries of the pictures that the manifest does not list.
+
+    Raises:
+        StoreError: a picture cannot be read, or a link leads out of the dataset.
+    """
+    entries = {}
+    for picture in Layout(root).pictures():
+        name = picture.relative_to(root).as_posix()
+        path = inside(root, name)
+        if name not in manifest["files"]:
+            try:
+                entries[name] = FileEntry(None, path.stat().st_size, sha256_of(path))
+            except OSError as error:
+                raise StoreError(
+                    f"{path} cannot be published: {error.strerror}. Repair or remove it, and rerun the command"
+                ) from error
+    return entries
 
 
 def _changed(path: Path) -> StoreError:

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qk_sniffer.config import Config, VerifyConfig, from_dict
+from qk_sniffer.config import Config, OutputConfig, VerifyConfig, from_dict
 from qk_sniffer.corpus.examples import open_corpus
 from qk_sniffer.errors import ConfigError
 from qk_sniffer.hub.client import require_access
@@ -36,7 +36,9 @@ def finalize(
     finish_interrupted_promotion(layout)
     record = read_record(layout)
     if record is None:
-        config = _published(from_dict(manifests.read(layout.root)["config"]), hf_repo_id, hf_branch)
+        # Where a dataset is published is decided by the caller alone: it may be of someone else.
+        config = replace(from_dict(manifests.read(layout.root)["config"]), output=OutputConfig())
+        config = _published(config, hf_repo_id, hf_branch)
         report_and_publish(config, layout, "Nothing to do: the dataset is finished.", Folder(layout.root))
         return 0
     if missing := missing_shards(layout, record):

@@ -93,9 +93,10 @@ def report_and_publish(config: ResolvedConfig, layout: Layout, note: str, files:
     guarded = output.resume_from_hub and not output.overwrite
     published = publish(
         layout.root,
+        manifest,
         output.hf_repo_id,
         output.hf_branch,
-        branch_card(layout.root, output.hf_repo_id, output.hf_branch),
+        branch_card(layout.root, manifest, output.hf_repo_id, output.hf_branch),
         private=output.private,
         guard=partial(hub_resume.guard, layout, manifest) if guarded else None,
     )

@@ -1,10 +1,13 @@
 """Wraps the file system: durable writes, checks of free space, and errors that name the path."""
 
+import errno
 import hashlib
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO
 
@@ -35,6 +38,20 @@ def create(path: Path) -> BinaryIO:
     path.unlink(missing_ok=True)
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     return os.fdopen(os.open(path, flags, 0o666), "wb")
+
+
+def open_regular(path: Path, *, follow_links: bool = True) -> BufferedReader:
+    """Opens a regular file for reading. Does not wait for the writer of a pipe, and opens no device.
+
+    Raises:
+        OSError: the file cannot be opened, is not a regular file, or is a link that is not followed.
+    """
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if follow_links else os.O_NOFOLLOW)
+    descriptor = os.open(path, flags)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+    return os.fdopen(descriptor, "rb")
 
 
 def sync_file(descriptor: int) -> None:
@@ -73,8 +90,8 @@ def explained(path: Path, action: str) -> Iterator[None]:
 
 
 def sha256_of(path: Path) -> str:
-    """Returns the sha256 of a file, in hex."""
-    with path.open("rb") as file:
+    """Returns the sha256 of a regular file, in hex."""
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -1,5 +1,6 @@
 """Gives access to the files of a finished dataset, in a folder or on a branch of the Hub (`hub/branch.py`)."""
 
+import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,3 +65,19 @@ def inside(root: Path, name: str) -> Path:
             f"{path} leads out of the dataset, to {target}: it is not read. Replace it by a copy of the file"
         )
     return path
+
+
+def difference(path: Path, size: int) -> str | None:
+    """Returns how the file at `path` differs from one of `size` bytes, without reading it; None if it does not.
+
+    Only a regular file can be the same.
+    """
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return "is missing"
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    if not stat.S_ISREG(found.st_mode):
+        return "is not a regular file"
+    return None if found.st_size == size else f"has {found.st_size:,} bytes instead of {size:,}"

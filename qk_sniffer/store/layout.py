@@ -139,8 +139,9 @@ class Layout:
                 yield key, path
 
     def pictures(self) -> list[Path]:
-        """Returns the pictures that exist."""
-        return sorted((self.root / PICTURES).glob("*.png"))
+        """Returns the pictures that exist and whose names a manifest may list."""
+        paths = sorted((self.root / PICTURES).glob("*.png"))
+        return [path for path in paths if is_dataset_file(f"{PICTURES}/{path.name}")]
 
     @property
     def snapshot(self) -> Path:

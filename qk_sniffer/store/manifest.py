@@ -23,7 +23,7 @@ from typing import Any
 
 from qk_sniffer.store import stored
 from qk_sniffer.store.disk import write_atomic
-from qk_sniffer.store.files import Files, inside
+from qk_sniffer.store.files import Files, difference, inside
 from qk_sniffer.store.forms import read_manifest
 from qk_sniffer.store.layout import FORMAT, MANIFEST, HeadKey, Layout, missing_manifest, parse_head_name
 
@@ -130,12 +130,13 @@ def of(files: Files) -> dict[str, Any]:
 
 
 def changed_files(root: Path, manifest: Mapping[str, Any]) -> list[str]:
-    """Returns the names of the files at `root` that are missing or differ in size from the manifest."""
+    """Returns the names of the files at `root` that are missing or differ in size from the manifest.
 
-    def is_unchanged(path: Path, size: int) -> bool:
-        return path.is_file() and path.stat().st_size == size
-
-    return [name for name, entry in manifest["files"].items() if not is_unchanged(root / name, entry["bytes"])]
+    Raises:
+        StoreError: a link leads out of the dataset.
+    """
+    files = manifest["files"].items()
+    return [name for name, entry in files if difference(inside(root, name), entry["bytes"]) is not None]
 
 
 def heads(manifest: Mapping[str, Any]) -> list[HeadKey]:

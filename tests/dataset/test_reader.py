@@ -178,7 +178,9 @@ def test_with_xet_and_a_login(make_dataset: MakeDataset, tmp_path: Path) -> None
 from pathlib import Path
 from qk_sniffer.dataset.card import branch_card
 from qk_sniffer.hub.publish import publish
-place = Path({str(root)!r}), {REPO!r}, {BRANCH!r}
+from qk_sniffer.store.manifest import read
+root = Path({str(root)!r})
+place = root, read(root), {REPO!r}, {BRANCH!r}
 print(publish(*place, branch_card(*place), private=True).changed)
 """
     read = f"""

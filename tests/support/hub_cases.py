@@ -14,6 +14,7 @@ from qk_sniffer.dataset.verify import verify
 from qk_sniffer.hub.publish import Published
 from qk_sniffer.hub.publish import publish as publish_with_card
 from qk_sniffer.jobs.run import run_job
+from qk_sniffer.store import manifest as manifests
 from support.fake_hub import FakeHub
 from support.jobs import settings
 
@@ -37,7 +38,8 @@ def capture(checkpoint: Path, texts: Path, root: Path, *, model: str, heads: Any
 
 def publish(root: Path, repo_id: str, branch: str, **options: Any) -> Published:
     """Publishes a dataset with its card, as a job does."""
-    return publish_with_card(root, repo_id, branch, branch_card(root, repo_id, branch), **options)
+    manifest = manifests.read(root)
+    return publish_with_card(root, manifest, repo_id, branch, branch_card(root, manifest, repo_id, branch), **options)
 
 
 def copied(source: Path, root: Path) -> Path:

@@ -1,7 +1,8 @@
 """Shows the state of the datasets and jobs below a folder, and the error of each failed job.
 
 It reads files. So it shows jobs on any machine that writes to this file system, even after the command that started
-them has ended. Where SLURM answers, it adds the scheduler's reason to the jobs that wait: `queued: Priority`.
+them has ended. A file that cannot be read is named on stderr and left out. Where SLURM answers, it adds the scheduler's
+reason to the jobs that wait: `queued: Priority`.
 
 States: queued, running, requeued (queued again after its time limit), done (with shard.count > 1: this shard is
 captured), published, failed, interrupted (by a person, or by SLURM, which may restart it), not started (its sweep ended
@@ -55,7 +56,8 @@ def show(settings: Settings) -> int:
     reasons = Reasons()
     try:
         while True:
-            lines = with_reasons(look(settings.folder), reasons)
+            unreadable: list[StoreError] = []
+            lines = with_reasons(look(settings.folder, unreadable.append), reasons)
             if settings.format == "json":
                 text = json.dumps([line.to_dict() for line in lines], indent=None if settings.watch else 2)
                 say_text(text.replace("\x7f", "\\u007f"))  # the only control character that JSON leaves as it is
@@ -65,6 +67,8 @@ def show(settings: Settings) -> int:
                     say(f"{time.strftime('%H:%M:%S')}, every {EVERY_S:.0f} s, Ctrl-C ends")
                 say_text(table(lines) if lines else f"no datasets or jobs below {printable(settings.folder)}")
             sys.stdout.flush()
+            for error in unreadable:
+                say(f"left out: {error}", to=sys.stderr)
             if not settings.watch:
                 return 0
             time.sleep(EVERY_S)

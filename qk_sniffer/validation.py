@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qk_sniffer.capture import sampling
-from qk_sniffer.config import Config, DatasetConfig, ModelConfig, OutputConfig
+from qk_sniffer.config import MOST_SHARDS, Config, DatasetConfig, ModelConfig, OutputConfig
 from qk_sniffer.errors import ConfigError
 from qk_sniffer.resolved import resolve
 from qk_sniffer.text import expand_home
@@ -116,7 +116,7 @@ def _inference_and_shard(config: Config) -> Iterator[str]:
     for key in ("batch_size", "max_batch_tokens", "lookahead", "queue_mb", "segment_mb"):
         yield from _at_least(f"inference.{key}", getattr(config.inference, key), 1)
     index, count = config.shard.index, config.shard.count
-    yield from _at_least("shard.count", count, 1)
+    yield from _at_least("shard.count", count, 1, MOST_SHARDS)
     if index < 0 or index >= max(count, 1):
         yield f"shard.index is {index}; with shard.count={count} it must be 0 to {max(count, 1) - 1}"
     yield from _at_least("verify.examples", config.verify.examples, 0)

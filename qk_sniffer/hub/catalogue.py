@@ -6,7 +6,6 @@ killed job could not write. A row stays as it is while its branch stays at the c
 around the list, which people may have edited, is not changed.
 """
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,9 @@ from qk_sniffer.logs import logger
 from qk_sniffer.markdown import block, code, in_url, link, plain, table_row
 from qk_sniffer.resolved import rule
 from qk_sniffer.store import manifest as manifests
+from qk_sniffer.store.forms import decode_manifest
 from qk_sniffer.store.layout import CARD, FORMAT, KINDS, MANIFEST
+from qk_sniffer.store.stored import UnreadableError
 from qk_sniffer.text import python_literal
 
 if TYPE_CHECKING:
@@ -114,10 +115,10 @@ def _update(api: "HfApi", repo_id: str) -> None:
 def _list(api: "HfApi", repo_id: str, rows: dict[str, str], branches: dict[str, str]) -> str:
     lines = [_BEGIN, "", table_row(_COLUMNS), table_row(["---"] * len(_COLUMNS)), *rows.values()]
     for branch in rows:
-        manifest = _manifest(api, repo_id, branches[branch])
-        if manifest is None or not (heads := manifests.heads(manifest)):
-            continue  # a row that a person wrote
-        quoted = {"repo": repo_id, "head": heads[0].name, "branch": branch}
+        # The row may be one that a person wrote, or of a manifest that cannot be read any more.
+        if (manifest := _manifest(api, repo_id, branch, branches[branch])) is None:
+            continue
+        quoted = {"repo": repo_id, "head": manifests.heads(manifest)[0].name, "branch": branch}
         literals = {key: python_literal(value) for key, value in quoted.items()}
         lines += ["", "\n".join(block("python", text.format(**literals)) for text in _LOADING).rstrip()]
         break
@@ -142,14 +143,10 @@ def _row(api: "HfApi", repo_id: str, branch: str, commit: str, page: str) -> str
     for line in page.splitlines():
         if line.startswith(table_row([name])) and line.endswith(f"({date_url}) |"):
             return line
-    manifest = _manifest(api, repo_id, commit)
+    manifest = _manifest(api, repo_id, branch, commit)
     if manifest is None:
         return None
-    try:
-        facts = _facts(api.endpoint, manifest)
-    except Exception as error:  # a damaged manifest must not prevent the rows of other branches
-        log.warning("branch %s of %s is not listed: its manifest is damaged (%s)", branch, repo_id, repr(error))
-        return None
+    facts = _facts(api.endpoint, manifest)
     date = api.list_repo_commits(repo_id, repo_type=REPO_TYPE, revision=commit)[0].created_at
     return table_row([name, *facts, link(f"{date:%Y-%m-%d}", date_url)])
 
@@ -161,8 +158,6 @@ def _facts(endpoint: str, manifest: dict[str, Any]) -> list[str]:
     if config.dataset.name is not None:
         texts += f" ({plain(config.dataset.name)})"
     kinds = [key.kind for key in manifests.heads(manifest)]
-    if not kinds:
-        raise ValueError("no heads")
     heads = [f"{kinds.count(kind):,} {kind.upper()}" for kind in KINDS if kind in kinds]
     size = sum(entry["bytes"] for entry in manifest["files"].values())
     return [
@@ -183,27 +178,39 @@ def _source(pages: str, name: str | None, commit: str | None) -> str:
     return link(plain(name), f"{pages}/{name}/tree/{in_url(commit)}")
 
 
-def _manifest(api: "HfApi", repo_id: str, commit: str) -> dict[str, Any] | None:
-    text = _text(api, repo_id, MANIFEST, commit)
-    if text is None:
+def _manifest(api: "HfApi", repo_id: str, branch: str, commit: str) -> dict[str, Any] | None:
+    """Returns the manifest of a branch; None if it has none of this package, or one that cannot be read."""
+    content = _content(api, repo_id, MANIFEST, commit)
+    if content is None:
         return None
+    if f'"{FORMAT}"'.encode() not in content:
+        return None
+    problem = "it lists no heads"
     try:
-        manifest = json.loads(text)
-    except ValueError:
-        return None
-    return manifest if isinstance(manifest, dict) and manifest.get("format") == FORMAT else None
+        manifest = decode_manifest(content, MANIFEST, way_out="publish that dataset again")
+        if manifests.heads(manifest):
+            return manifest
+    except UnreadableError as error:  # must not prevent the rows of other branches
+        problem = str(error)
+    log.warning("branch %s of %s is not listed: its manifest is damaged (%s)", branch, repo_id, problem)
+    return None
 
 
 def _text(api: "HfApi", repo_id: str, name: str, commit: str) -> str | None:
     """Returns the text of a file at a commit; None if the file or the commit does not exist."""
-    from huggingface_hub.errors import RemoteEntryNotFoundError, RevisionNotFoundError
-
-    try:
-        path = api.hf_hub_download(repo_id, name, repo_type=REPO_TYPE, revision=commit)
-    except (RemoteEntryNotFoundError, RevisionNotFoundError):
+    if (content := _content(api, repo_id, name, commit)) is None:
         return None
-    content = Path(path).read_bytes()
     try:
         return content.decode()
     except UnicodeDecodeError:  # text of a person in another encoding; a card must be UTF-8
         return content.decode("latin-1")
+
+
+def _content(api: "HfApi", repo_id: str, name: str, commit: str) -> bytes | None:
+    from huggingface_hub.errors import RemoteEntryNotFoundError, RevisionNotFoundError
+
+    try:
+        path = Path(api.hf_hub_download(repo_id, name, repo_type=REPO_TYPE, revision=commit))
+    except (RemoteEntryNotFoundError, RevisionNotFoundError):
+        return None
+    return path.read_bytes()

@@ -5,9 +5,8 @@ When a job starts, it fetches the branch's manifest and list of examples. It fet
 to. Before it publishes, the job checks again what the branch holds.
 """
 
-import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypedDict
 
 import pyarrow.parquet as pq
 
@@ -17,8 +16,11 @@ from qk_sniffer.jobs.identity import Job
 from qk_sniffer.logs import logger
 from qk_sniffer.resolved import ResolvedConfig, fingerprint
 from qk_sniffer.store import manifest as manifests
+from qk_sniffer.store import stored
 from qk_sniffer.store.disk import explained, sha256_of, write_atomic
+from qk_sniffer.store.forms import Sha256
 from qk_sniffer.store.layout import EXAMPLES, MANIFEST, Layout
+from qk_sniffer.store.stored import Text
 
 log = logger(__name__)
 
@@ -85,19 +87,28 @@ def write_snapshot(layout: Layout, branch: Branch) -> None:
     """
     if not matches_snapshot(layout, branch):
         with explained(layout.snapshot, "write"):
-            write_atomic(layout.snapshot, json.dumps(_snapshot_of(layout, branch), indent=2).encode())
+            write_atomic(layout.snapshot, stored.encode(_snapshot_of(layout, branch), indent=2))
 
 
-def _snapshot_of(layout: Layout, branch: Branch) -> dict[str, str | None]:
+class _Snapshot(TypedDict):
+    repo_id: Text
+    branch: Text
+    commit: Text
+    manifest_sha256: Sha256 | None
+
+
+def _snapshot_of(layout: Layout, branch: Branch) -> _Snapshot:
     manifest = layout.manifest
     digest = sha256_of(manifest) if manifest.exists() else None
-    place = {"repo_id": branch.repo_id, "branch": branch.name, "commit": branch.commit}
-    return {**place, "manifest_sha256": digest}
+    return _Snapshot(repo_id=branch.repo_id, branch=branch.name, commit=branch.commit, manifest_sha256=digest)
 
 
-def _read(layout: Layout) -> dict[str, str | None] | None:
+def _read(layout: Layout) -> _Snapshot | None:
+    """Returns the snapshot; None if there is none. One that cannot be read tells nothing, and is written again."""
     try:
-        stored: dict[str, str | None] = json.loads(layout.snapshot.read_bytes())
-    except (OSError, ValueError):
+        return stored.read(layout.snapshot, _Snapshot, way_out="remove it")
+    except FileNotFoundError:
         return None
-    return stored
+    except StoreError as error:
+        log.warning("%s; its content is not used", error)
+        return None

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -43,26 +43,28 @@ class Line:
         return asdict(self.status) | own
 
 
-def look(folder: Path) -> list[Line]:
-    """Lists the last job of each dataset and shard below `folder`, and each dataset without a job."""
+def look(folder: Path, left_out: Callable[[StoreError], None] = lambda _: None) -> list[Line]:
+    """Lists the last job of each dataset and shard below `folder`, and each dataset without a job.
+
+    `left_out` gets the error of each file that cannot be read. Its job or dataset is not listed.
+    """
     latest: dict[tuple[str, int, int], Status] = {}
     roots: dict[str, Path] = {}
     for path in _walk(folder):
         if path.name in (SWEEP_FILE, STATUS_FILE):
-            for status in _read(path):
+            for status in _read(path, left_out):
                 key = (_real(status.data_root), status.shard_index, status.shard_count)
                 if key not in latest or _counts(status) >= _counts(latest[key]):
                     latest[key] = status
         else:
-            roots[str(path.resolve())] = path
+            roots[_real(path)] = path
     known = {root for root, _, _ in latest}
     statuses = [_now(status) for status in latest.values()]
     for root, path in roots.items():
         if root not in known:
-            with suppress(*_UNREADABLE):
-                statuses += _of_dataset(Layout(path))
+            statuses += _of_dataset(Layout(path), left_out)
     # A successful job without a data root: the dataset was removed or moved.
-    existing = (status for status in statuses if status.state not in sweep.GOOD or Path(status.data_root).exists())
+    existing = (status for status in statuses if status.state not in sweep.GOOD or _exists(status.data_root))
     return [_line(status) for status in sorted(existing, key=lambda status: (status.data_root, status.shard_index))]
 
 
@@ -86,7 +88,7 @@ def table(lines: list[Line]) -> str:
     errors = []
     for line in lines:
         status = line.status
-        name = os.path.relpath(status.data_root) if _is_below(Path(status.data_root), Path.cwd()) else status.data_root
+        name = os.path.relpath(status.data_root) if _is_below(status.data_root, Path.cwd()) else status.data_root
         shard = f"{status.shard_index} of {status.shard_count}" if status.shard_count > 1 else ""
         examples = "" if line.examples is None else f"{line.examples:,}"
         if line.examples is not None and line.total is not None and line.examples < line.total:
@@ -125,50 +127,63 @@ def _walk(folder: Path) -> Iterator[Path]:
         yield from (path / file for file in (SWEEP_FILE, STATUS_FILE) if file in files)
 
 
-_UNREADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, StoreError)
-"""Errors of files that other programs or other versions wrote under our names."""
-
-
 def _counts(status: Status) -> tuple[bool, bool, float]:
     """Orders the statuses of one dataset: a running job last, the latest before it, one that never started first."""
     ended = status.since + status.seconds
     return status.state == sweep.RUNNING, status.state != sweep.NOT_STARTED, ended
 
 
-def _read(file: Path) -> Iterator[Status]:
-    with suppress(*_UNREADABLE):
-        yield from sweep.queued(file.parent) if file.name == SWEEP_FILE else [sweep.read_status(file)]
+def _read(file: Path, left_out: Callable[[StoreError], None]) -> list[Status]:
+    try:
+        return [*sweep.queued(file.parent)] if file.name == SWEEP_FILE else [sweep.read_status(file)]
+    except StoreError as error:
+        left_out(error)
+    except OSError:
+        pass  # it was removed in the meantime
+    return []
 
 
 def _now(status: Status) -> Status:
     """The status, or that of a finished job if another job finished the dataset of this failed one later."""
     layout = Layout(Path(status.data_root))
-    if status.state in (sweep.FAILED, sweep.INTERRUPTED) and not layout.job_file.exists():
+    if status.state in (sweep.FAILED, sweep.INTERRUPTED) and not os.path.lexists(layout.job_file):
         with suppress(OSError):
             if layout.manifest.stat().st_mtime > status.since + status.seconds:
                 return replace(status, state=sweep.DONE, error=None, code=0)
     return status
 
 
-def _of_dataset(layout: Layout) -> Iterator[Status]:
+def _of_dataset(layout: Layout, left_out: Callable[[StoreError], None]) -> list[Status]:
     """The statuses of a dataset without a job below the folder, from its own files."""
-    root = str(layout.root.absolute())
-    record = read_record(layout)
-    if record is None:
-        if layout.manifest.exists():
-            yield Status(0, root, manifests.read(layout.root)["config"]["model"]["slug"], state=sweep.DONE)
-        return
-    model, count = record["config"]["model"]["slug"], record["config"]["shard"]["count"]
+    try:
+        record = read_record(layout)
+        if record is not None:
+            return _of_shards(layout, record)
+        if os.path.lexists(layout.manifest):
+            slug = manifests.read(layout.root)["config"]["model"]["slug"]
+            return [Status(0, str(layout.root.absolute()), slug, state=sweep.DONE)]
+    except StoreError as error:
+        left_out(error)
+    except OSError:
+        pass  # it was removed in the meantime
+    return []
+
+
+def _of_shards(layout: Layout, record: dict[str, Any]) -> list[Status]:
+    root, config = str(layout.root.absolute()), record["config"]
+    slug, count = config["model"]["slug"], config["shard"]["count"]
+    statuses = []
     for index in range(count):
         lock = layout.shard_lock(index, count)
-        status = Status(0, root, model, index, count)
+        status = Status(0, root, slug, index, count)
         if is_held(lock) and (by := holder(lock)) is not None:
             status.host, status.slurm_job_id = by.host, by.slurm_job_id
         elif layout.shard_done(index, count).exists():
             status.state = sweep.DONE
         else:
             status.state = sweep.INTERRUPTED
-        yield status
+        statuses.append(status)
+    return statuses
 
 
 def _line(status: Status) -> Line:
@@ -187,15 +202,22 @@ def _line(status: Status) -> Line:
             progress["rows"],
         )
     if status.shard_count == 1 and status.state in (*sweep.GOOD, sweep.FAILED):
-        with suppress(*_UNREADABLE):
+        with suppress(OSError, StoreError):
             manifest = manifests.read(layout.root)
             return Line(status, manifest["examples"], rows=manifest["rows"])
     return Line(status, rows=status.rows)
 
 
-def _real(path: str) -> str:
-    return str(Path(path).resolve())
+def _real(path: str | Path) -> str:
+    return os.path.realpath(path)
 
 
-def _is_below(path: Path, folder: Path) -> bool:
-    return path.resolve().is_relative_to(folder.resolve())
+def _exists(path: str) -> bool:
+    try:
+        return Path(path).exists()
+    except OSError:  # no file can have this name
+        return False
+
+
+def _is_below(path: str, folder: Path) -> bool:
+    return Path(_real(path)).is_relative_to(_real(folder))

@@ -5,31 +5,47 @@ runs. Hydra's folder of each job holds `status.json`, and a lock that is held wh
 these folders can read the states of the jobs, wherever they run.
 """
 
-import json
 import os
 import socket
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, TypedDict, TypeVar
 
+from msgspec import Meta
 from tqdm import tqdm
 
-from qk_sniffer.config import from_dict
+from qk_sniffer.config import MOST_SHARDS, from_dict
+from qk_sniffer.logs import logger
 from qk_sniffer.resolved import ResolvedConfig, resolve
-from qk_sniffer.store.disk import write_atomic
+from qk_sniffer.store import stored
+from qk_sniffer.store.disk import explained, write_atomic
 from qk_sniffer.store.locks import hold, is_held, restart_patience_s
+from qk_sniffer.store.stored import LARGE, Count, PathText, Seconds, Text, UnreadableError
 from qk_sniffer.text import aligned, printable
+
+log = logger(__name__)
 
 STATUS_FILE, SWEEP_FILE, LOCK = "status.json", "sweep.json", "job.lock"
 
 QUEUED, RUNNING, REQUEUED, DONE, PUBLISHED = "queued", "running", "requeued", "done", "published"
 FAILED, INTERRUPTED, NOT_STARTED = "failed", "interrupted", "not started"
 
+_STATES = (QUEUED, RUNNING, REQUEUED, DONE, PUBLISHED, FAILED, INTERRUPTED, NOT_STARTED)
+State = Annotated[str, Meta(pattern=rf"\A({'|'.join(_STATES)})\Z")]
+
+SlurmId = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9_+.-]{1,100}\Z")]
+"""The id of a job in SLURM's commands."""
+
 Settings = TypeVar("Settings")
+
+MOST_JOBS = 100_000
+"""The most jobs of a sweep."""
+
+_SUBMIT_AGAIN = "remove it, and start the sweep again"
 
 GOOD = (DONE, PUBLISHED)
 """The states of a job that succeeded."""
@@ -64,24 +80,24 @@ class Status:
     `restarts` counts the restarts by SLURM. `rows` are those of the whole dataset, None until it is made.
     """
 
-    number: int
-    data_root: str
-    model: str
-    shard_index: int = 0
-    shard_count: int = 1
-    state: str = RUNNING
-    since: float = field(default_factory=time.time)
-    seconds: float = 0.0
-    rows: int | None = None
-    url: str | None = None
-    error: str | None = None
-    code: int = 0
-    host: str | None = None
-    slurm_job_id: str | None = None
-    restarts: int = 0
+    number: Count
+    data_root: PathText
+    model: Text
+    shard_index: Annotated[int, Meta(ge=0, lt=MOST_SHARDS)] = 0
+    shard_count: Annotated[int, Meta(ge=1, le=MOST_SHARDS)] = 1
+    state: State = RUNNING
+    since: Seconds = field(default_factory=time.time)
+    seconds: Seconds = 0.0
+    rows: Count | None = None
+    url: Text | None = None
+    error: Text | None = None
+    code: Annotated[int, Meta(ge=-1000, le=1000)] = 0
+    host: Text | None = None
+    slurm_job_id: SlurmId | None = None
+    restarts: Count = 0
 
     @classmethod
-    def of(cls, number: int, config: ResolvedConfig, *, state: str) -> "Status":
+    def of(cls, number: int, config: ResolvedConfig, *, state: State) -> "Status":
         """The status of the job of `config`."""
         root = str(config.data_root.absolute())
         shard = config.shard
@@ -131,24 +147,65 @@ def recorded(status: Status, folder: Path) -> Iterator[None]:
             status.write(folder)
 
 
+class _SweepJob(TypedDict):
+    status: Status
+    config: dict[str, Any]
+
+
+class _Sweep(TypedDict):
+    outlive: bool
+    ended: bool
+    jobs: Annotated[list[_SweepJob], Meta(max_length=MOST_JOBS)]
+
+
 def read_status(file: Path) -> Status:
-    """Reads the status in `file`. A job that no longer runs and did not record its end has failed."""
-    status = Status(**json.loads(file.read_text(encoding="utf-8")))
+    """Reads the status in `file`. A job that no longer runs and did not record its end has failed.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        UnreadableError: it is not a status file.
+    """
+    status = _read_status(file)
     if status.state == RUNNING and not is_held(file.with_name(LOCK)):
-        status = Status(**json.loads(file.read_text(encoding="utf-8")))  # it may have ended between the two reads
+        status = _read_status(file)  # it may have ended between the two reads
         if status.state == RUNNING:
             status.seconds = max(file.stat().st_mtime - status.since, 0.0)
             status.fail("ended without a message: it was killed, or its machine failed (out of memory, time limit)")
     return status
 
 
+def _read_status(file: Path) -> Status:
+    values: Any = stored.read(file, Status, way_out="remove it; it only tells the state of a job")
+    return _status(values)
+
+
+def _status(values: dict[str, Any]) -> Status:
+    return Status(**{each.name: values[each.name] for each in fields(Status) if each.name in values})
+
+
 def statuses(folder: Path) -> dict[int, Status]:
-    """Reads every status of the run or sweep in `folder`, by the job's number, queued jobs included."""
-    found = {status.number: status for status in queued(folder)}
+    """Reads every status of the run or sweep in `folder`, by the job's number, queued jobs included.
+
+    Logs a warning for a file that cannot be read, and leaves it out.
+    """
+    found: dict[int, Status] = {}
+    with _warned():
+        found |= {status.number: status for status in queued(folder)}
     for path in sorted(folder.rglob(STATUS_FILE)):
-        status = read_status(path)
-        found[status.number] = status
+        with _warned():
+            status = read_status(path)
+            found[status.number] = status
     return found
+
+
+@contextmanager
+def _warned() -> Iterator[None]:
+    try:
+        yield
+    except UnreadableError as error:
+        log.warning("%s", error)
+    except OSError:
+        pass  # it was removed in the meantime
 
 
 @contextmanager
@@ -157,8 +214,12 @@ def announced(folder: Path, jobs: Sequence[PlannedJob], *, outlive: bool) -> Ite
 
     `outlive` says that the jobs continue when the command ends, even if it was interrupted. Yields a function that
     records the jobs' ids on SLURM, those of the first jobs, once they are known.
+
+    Raises:
+        StoreError: the folder cannot be written, or a sweep runs in it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    with explained(folder, "write"):
+        folder.mkdir(parents=True, exist_ok=True)
     file = folder / SWEEP_FILE
     facts: dict[str, Any] = {
         "outlive": outlive,
@@ -168,9 +229,10 @@ def announced(folder: Path, jobs: Sequence[PlannedJob], *, outlive: bool) -> Ite
             for job in jobs
         ],
     }
-    for left in folder.rglob(STATUS_FILE):  # of an earlier sweep in the same folder
-        if not is_held(left.with_name(LOCK)):
-            left.unlink()
+    with explained(folder, "write"):
+        for left in folder.rglob(STATUS_FILE):  # of an earlier sweep in the same folder
+            if not is_held(left.with_name(LOCK)):
+                left.unlink()
 
     def record_slurm_ids(job_ids: Sequence[str]) -> None:
         for job, job_id in zip(facts["jobs"], job_ids, strict=False):
@@ -184,31 +246,48 @@ def announced(folder: Path, jobs: Sequence[PlannedJob], *, outlive: bool) -> Ite
 
 
 def submitted(folder: Path, number: int) -> ResolvedConfig | None:
-    """The config with which a job of the sweep in `folder` was submitted; None if the sweep has no such job."""
-    for job in _announced(folder).get("jobs", ()):
-        if job["status"]["number"] == number:
-            return resolve(from_dict(job["config"]))
+    """The config with which a job of the sweep in `folder` was submitted; None if the sweep has no such job.
+
+    Raises:
+        UnreadableError: the file of the sweep cannot be read.
+    """
+    facts = _announced(folder)
+    for job in facts["jobs"] if facts is not None else ():
+        if job["status"].number == number:
+            try:
+                return resolve(from_dict(job["config"]))
+            except ValueError as error:
+                raise UnreadableError(
+                    folder / SWEEP_FILE, f"is not understood (config of job {number}: {error})", _SUBMIT_AGAIN
+                ) from error
     return None
 
 
 def queued(folder: Path) -> Iterator[Status]:
-    """The jobs of the sweep in `folder`, as if none of them had started."""
+    """The jobs of the sweep in `folder`, as if none of them had started.
+
+    Raises:
+        UnreadableError: the file of the sweep cannot be read.
+    """
     facts = _announced(folder)
-    waits = not facts.get("ended") and (facts.get("outlive") or is_held(folder / LOCK))
-    for job in facts.get("jobs", ()):
-        yield Status(**job["status"] | {"state": QUEUED if waits else NOT_STARTED})
+    if facts is None:
+        return
+    waits = not facts["ended"] and (facts["outlive"] or is_held(folder / LOCK))
+    for job in facts["jobs"]:
+        yield replace(job["status"], state=QUEUED if waits else NOT_STARTED)
 
 
 def _write(file: Path, facts: dict[str, Any]) -> None:
-    write_atomic(file, json.dumps(facts).encode())
+    write_atomic(file, stored.encode(facts))
 
 
-def _announced(folder: Path) -> dict[str, Any]:
+def _announced(folder: Path) -> _Sweep | None:
     try:
-        facts: dict[str, Any] = json.loads((folder / SWEEP_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return facts
+        facts: Any = stored.read(folder / SWEEP_FILE, _Sweep, way_out=_SUBMIT_AGAIN, most_bytes=LARGE)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    jobs = [_SweepJob(status=_status(job["status"]), config=job["config"]) for job in facts["jobs"]]
+    return _Sweep(outlive=facts["outlive"], ended=facts["ended"], jobs=jobs)
 
 
 def table(jobs: Sequence[PlannedJob], found: dict[int, Status]) -> str:

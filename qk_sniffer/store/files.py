@@ -1,5 +1,6 @@
 """Gives access to the files of a finished dataset, in a folder or on a branch of the Hub (`hub/branch.py`)."""
 
+import os
 import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -57,8 +58,9 @@ def inside(root: Path, name: str) -> Path:
     Raises:
         StoreError: the file is elsewhere.
     """
-    path, real = root / name, root.resolve()
-    target = path.resolve()
+    # Unlike `Path.resolve`, `realpath` gives a path for a link to itself too. Opening it fails.
+    path, real = root / name, Path(os.path.realpath(root))
+    target = Path(os.path.realpath(path))
     is_cached = real.parent.name == "snapshots" and target.is_relative_to(real.parent.parent / "blobs")
     if not (target.is_relative_to(real) or is_cached):
         raise StoreError(

@@ -16,9 +16,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from qk_sniffer.errors import StoreError
+from qk_sniffer.store import stored
 from qk_sniffer.store.disk import explained
+from qk_sniffer.store.stored import Count, Text
 
 _FLOCK = "hhqqi"
 """C's `struct flock`: type, whence, start, length (0: to the end), pid."""
@@ -28,9 +31,9 @@ _FLOCK = "hhqqi"
 class Holder:
     """The process that holds a lock. `slurm_job_id` is None outside of SLURM."""
 
-    pid: int
-    host: str
-    slurm_job_id: str | None
+    pid: Count
+    host: Text
+    slurm_job_id: Text | None
 
     def __str__(self) -> str:
         job = f", SLURM job {self.slurm_job_id}" if self.slurm_job_id else ""
@@ -89,10 +92,10 @@ def hold(path: Path, purpose: str, *, wait_s: float = 0.0) -> Iterator[None]:
 def holder(path: Path) -> Holder | None:
     """Returns the process that wrote the lock file last, None without such a file. It may have crashed."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        return Holder(int(values["pid"]), str(values["host"]), values["slurm_job_id"])
-    except (OSError, ValueError, KeyError, TypeError):
+        values: Any = stored.read(path, Holder, way_out="")
+    except (OSError, StoreError):
         return None
+    return Holder(values["pid"], values["host"], values["slurm_job_id"])
 
 
 def is_held(path: Path) -> bool:

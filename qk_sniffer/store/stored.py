@@ -29,6 +29,12 @@ Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 
 Text = Annotated[str, msgspec.Meta(max_length=10_000)]
 
+PathText = Annotated[str, msgspec.Meta(min_length=1, max_length=4096, pattern=r"\A[^\0]+\Z")]
+"""A path of a file or folder."""
+
+Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e12)]
+"""A duration, or a time since 1970."""
+
 
 class UnreadableError(StoreError):
     """A stored file cannot be read, or is not of the expected form. The message names the file and the way out."""

@@ -8,8 +8,6 @@ to. Before it publishes, the job checks again what the branch holds.
 from collections.abc import Mapping
 from typing import Any, TypedDict
 
-import pyarrow.parquet as pq
-
 from qk_sniffer.errors import StoreError
 from qk_sniffer.hub.branch import Branch, find
 from qk_sniffer.jobs.identity import Job
@@ -20,6 +18,7 @@ from qk_sniffer.store import stored
 from qk_sniffer.store.disk import explained, sha256_of, write_atomic
 from qk_sniffer.store.forms import Sha256
 from qk_sniffer.store.layout import EXAMPLES, MANIFEST, Layout
+from qk_sniffer.store.parquet_files import read_parquet
 from qk_sniffer.store.stored import Text
 
 log = logger(__name__)
@@ -66,7 +65,7 @@ def guard(layout: Layout, here: Mapping[str, Any], branch: Branch) -> None:
             f"{here['source_rows']}. Raise dataset.max_samples and rerun the command, which continues the branch; or "
             "publish to another output.hf_branch"
         )
-    theirs, ours = pq.read_table(branch.path(EXAMPLES)), pq.read_table(layout.examples)
+    theirs, ours = read_parquet(branch.path(EXAMPLES)), read_parquet(layout.examples)
     if not ours.slice(0, len(theirs)).equals(theirs):
         raise StoreError(
             f"not published: {branch} was made from other texts than {layout.root}. Publish to another "

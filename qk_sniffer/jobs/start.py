@@ -6,8 +6,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import pyarrow.parquet as pq
-
 from qk_sniffer.corpus.examples import Corpus, open_corpus
 from qk_sniffer.corpus.tokenizer import text_hash
 from qk_sniffer.errors import HubError, SourceError, StoreError
@@ -21,6 +19,7 @@ from qk_sniffer.store.files import Files, Folder
 from qk_sniffer.store.journal import Journal
 from qk_sniffer.store.layout import EXAMPLES, Layout, discard_work
 from qk_sniffer.store.locks import hold
+from qk_sniffer.store.parquet_files import read_parquet
 from qk_sniffer.store.previous import PreviousVersion, describe
 from qk_sniffer.store.record import read_record, write_record
 from qk_sniffer.text import shortened
@@ -334,7 +333,7 @@ def _warn_of_other_versions(job: Job, earlier: Job) -> None:
 
 def _check_texts(files: Files, corpus: Corpus) -> None:
     """Refuses a local source whose texts or ids differ from those of the dataset: no commit pins them."""
-    table = pq.read_table(files.path(EXAMPLES), columns=["index", "source_id", "text_hash"]).to_pydict()
+    table = read_parquet(files.path(EXAMPLES), columns=["index", "source_id", "text_hash"]).to_pydict()
     there = dict(zip(table["index"], zip(table["source_id"], table["text_hash"], strict=True), strict=True))
     last = max(there, default=-1)
     for example in corpus.examples():

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from qk_sniffer.errors import StoreError
 from qk_sniffer.store.disk import write_atomic
+from qk_sniffer.store.parquet_files import read_parquet
 
 QUERY_METRICS = (
     "q_R2_pos",
@@ -116,7 +117,7 @@ def read(folder: Path, name: str) -> dict[str, np.ndarray[Any, Any]]:
     """
     path = folder / f"{name}.parquet"
     try:
-        table = pq.read_table(path, schema=TABLES[name])
+        table = read_parquet(path, schema=TABLES[name])
     except (OSError, pa.ArrowException) as error:
         raise StoreError(f"{path} is missing or damaged: {str(error).partition(chr(10))[0]}") from error
     return {column: table[column].to_numpy() for column in table.column_names}

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from qk_sniffer.errors import StoreError
 from qk_sniffer.store import manifest as manifests
@@ -15,6 +14,7 @@ from qk_sniffer.store.disk import sha256_of
 from qk_sniffer.store.files import Files
 from qk_sniffer.store.journal import ExampleRecord
 from qk_sniffer.store.layout import EXAMPLES, MANIFEST
+from qk_sniffer.store.parquet_files import open_parquet, read_parquet
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class PreviousVersion:
 
     def examples(self) -> list[ExampleRecord]:
         """Returns the examples of the dataset, in the order of the source."""
-        columns = pq.read_table(self._checked(EXAMPLES)).to_pydict()
+        columns = read_parquet(self._checked(EXAMPLES)).to_pydict()
         names = ExampleRecord.__dataclass_fields__
         return [ExampleRecord(*values) for values in zip(*(columns[name] for name in names), strict=True)]
 
@@ -70,7 +70,7 @@ class PreviousVersion:
         """
         path = self._checked(name)
         pending = schema.empty_table()
-        with pq.ParquetFile(path) as file:
+        with open_parquet(path) as file:
             for group in range(file.num_row_groups):
                 read = file.read_row_group(group, columns=schema.names)
                 pending = pa.concat_tables([pending, pa.Table.from_arrays(read.columns, schema=schema)])

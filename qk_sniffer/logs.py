@@ -1,6 +1,7 @@
 """Makes the loggers of this package. What they write may hold names and errors from files of someone else."""
 
 import logging
+import sys
 import traceback
 from numbers import Number
 from textwrap import indent
@@ -20,6 +21,14 @@ class _Logger(logging.LoggerAdapter[logging.Logger]):
         if kwargs.pop("exc_info", False):
             msg, shown = f"{msg}\n%s", [*shown, indent(printable_lines(traceback.format_exc().rstrip()), "  ")]
         super().log(level, msg, *shown, stacklevel=kwargs.pop("stacklevel", 1) + 1, **kwargs)
+
+
+class JobLog(logging.FileHandler):
+    """Writes the log of a job. On a full disk its lines are lost; the terminal still has them, and the job's error."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
 
 
 def logger(name: str) -> logging.LoggerAdapter[logging.Logger]:

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from hydra._internal.utils import run_and_report
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -19,16 +20,17 @@ from qk_sniffer.cli import renamed_keys
 from qk_sniffer.cli.application import Application
 from qk_sniffer.cli.collisions import collisions
 from qk_sniffer.cli.environment import read_environment
-from qk_sniffer.cli.flags import only_prints, parse_flags, show
+from qk_sniffer.cli.flags import initialized, only_prints, parse_flags, show
+from qk_sniffer.cli.hydra_jobs import run_jobs
 from qk_sniffer.cli.launching import Launch
-from qk_sniffer.cli.preflight import planned
+from qk_sniffer.cli.preflight import Composer
 from qk_sniffer.cli.schema import Schema
 from qk_sniffer.config import Config, from_omegaconf, register
 from qk_sniffer.errors import ConfigError, QkSnifferError
 from qk_sniffer.jobs import sweep
 from qk_sniffer.jobs.signals import WARNING, Stopped, Stopping
 from qk_sniffer.logs import logger
-from qk_sniffer.resolved import resolve
+from qk_sniffer.resolved import ResolvedConfig, resolve
 from qk_sniffer.text import say, say_text
 
 log = logger(__name__)
@@ -43,7 +45,9 @@ def main() -> int:
         args = parse_flags(sys.argv[1:])
         if only_prints(args):
             return show(APPLICATION, task)
-        return _run(planned(args, APPLICATION))
+        with initialized(args) as loader:
+            composer = Composer(loader, APPLICATION, args)
+            return _run(composer.planned(), composer)
     except ConfigError as error:
         say_text(error, to=sys.stderr)
         return 2
@@ -56,29 +60,37 @@ def task(node: DictConfig) -> str:
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
     number = 0 if OmegaConf.is_missing(hydra_config.job, "num") else hydra_config.job.num
-    config = None
-    if hydra_config.mode == RunMode.MULTIRUN:
+    composed = resolve(from_omegaconf(node))
+    try:
         # Hydra composes `node` in the job, from files that may have changed since the job was submitted.
-        config = sweep.submitted(Path(hydra_config.sweep.dir), number)
-    config = config or resolve(from_omegaconf(node))
-    status = sweep.Status.here(number, config)
-    with sweep.recorded(status, folder):
-        try:
-            with Stopping():
-                read_environment()
-                from qk_sniffer.jobs.run import run_job
-
-                outcome = run_job(config)
-                status.succeed(outcome.rows, outcome.url)
-        except QkSnifferError as error:
-            log.error("%s", error)
-            status.fail(str(error), code=2 if isinstance(error, ConfigError) else 1)
-        except Stopped as stopped:
-            _stopped(stopped, status, folder)
-        except Exception as error:
-            log.exception("Unexpected error:")
-            status.fail(f"{type(error).__name__}: {error}")
+        is_sweep = hydra_config.mode == RunMode.MULTIRUN
+        config = (sweep.submitted(Path(hydra_config.sweep.dir), number) if is_sweep else None) or composed
+        status = sweep.Status.here(number, config)
+        with sweep.recorded(status, folder):
+            _run_job(config, status, folder)
+    except QkSnifferError as error:
+        log.error("%s", error)
+        return sweep.FAILED
     return status.state
+
+
+def _run_job(config: ResolvedConfig, status: sweep.Status, folder: Path) -> None:
+    """Runs a job, and notes its end in its status."""
+    try:
+        with Stopping():
+            read_environment()
+            from qk_sniffer.jobs.run import run_job
+
+            outcome = run_job(config)
+            status.succeed(outcome.rows, outcome.url)
+    except QkSnifferError as error:
+        log.error("%s", error)
+        status.fail(str(error), code=2 if isinstance(error, ConfigError) else 1)
+    except Stopped as stopped:
+        _stopped(stopped, status, folder)
+    except Exception as error:
+        log.exception("Unexpected error:")
+        status.fail(f"{type(error).__name__}: {error}")
 
 
 def _stopped(stopped: Stopped, status: sweep.Status, folder: Path) -> None:
@@ -97,16 +109,21 @@ def _stopped(stopped: Stopped, status: sweep.Status, folder: Path) -> None:
     raise SystemExit(stopped.exit_code)  # an interrupt would leave a traceback in the log of the job
 
 
-def _run(jobs: Sequence[sweep.PlannedJob]) -> int:
+def _run(jobs: Sequence[sweep.PlannedJob], composer: Composer[ResolvedConfig]) -> int:
     """Has Hydra run the jobs, and reads their end from their status files; returns the exit code."""
     code = 0
     launch = Launch(jobs)
     try:
         with launch:
             try:
-                APPLICATION.run_hydra(task)
+                _launch(composer)
+            except QkSnifferError as error:
+                say_text(error, to=sys.stderr)
+                code = 1
             except SystemExit as error:  # Hydra has printed the error of its launcher
                 code = 1 if error.code else 0
+                if launch.error is not None:
+                    say_text(launch.error, to=sys.stderr)
             launch.wait()
     except KeyboardInterrupt as error:
         code = _interrupted(error)
@@ -120,6 +137,21 @@ def _run(jobs: Sequence[sweep.PlannedJob]) -> int:
     if launch.is_announced and all_done:
         return 0  # the launcher may have given up on a job that SLURM restarted
     return code or (0 if all_done else min((code for code in codes if code), default=1))
+
+
+def _launch(composer: Composer[ResolvedConfig]) -> None:
+    problem: QkSnifferError | None = None
+
+    def call() -> None:
+        nonlocal problem
+        try:
+            run_jobs(composer.config_name, task, list(composer.arguments), is_sweep=composer.is_sweep)
+        except QkSnifferError as error:
+            problem = error
+
+    run_and_report(call)  # Hydra's own report of any other error
+    if problem is not None:
+        raise problem
 
 
 def _interrupted(error: KeyboardInterrupt) -> int:

@@ -20,8 +20,10 @@ from omegaconf import DictConfig
 
 import qk_sniffer
 from qk_sniffer.cli.queue_watch import QueueWatch
+from qk_sniffer.errors import QkSnifferError
 from qk_sniffer.jobs import sweep
 from qk_sniffer.jobs.sweep import PlannedJob
+from qk_sniffer.store.disk import explained
 
 SETTLE_S = 30.0
 """Time for jobs to end after an interrupt that reaches them together with their command."""
@@ -38,6 +40,8 @@ class Launch:
         """The folder of the run or the sweep; None until Hydra names it."""
         self.is_announced = False
         """Whether Hydra launches exactly the jobs in `planned`."""
+        self.error: QkSnifferError | None = None
+        """The error that ended the launch before Hydra started a job."""
         self._slurm_folder: str | None = None
         self._submitted_before: set[Path] = set()
         self._open = ExitStack()
@@ -66,7 +70,8 @@ class Launch:
             self._open.enter_context(QueueWatch(self.planned, self._submitted_ids, record))
         wanted = self.planned[0].config.snapshot
         if on_slurm if wanted is None else wanted:
-            use_snapshot(self.folder / "code")
+            with explained(self.folder, "copy the code to"):
+                use_snapshot(self.folder / "code")
 
     def wait(self) -> None:
         """Waits until all jobs on SLURM have ended; its launcher stops waiting when a job dies."""
@@ -114,7 +119,12 @@ class LaunchCallback(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Starts the launch of a sweep; Hydra calls it before the sweep."""
         if self.launch is not None:
-            self.launch.begin_sweep(config.hydra)
+            try:
+                self.launch.begin_sweep(config.hydra)
+            except QkSnifferError as error:
+                # Hydra makes a warning of an exception of a callback, and starts the jobs all the same.
+                self.launch.error = error
+                raise SystemExit(1) from error
 
 
 def is_on_slurm(hydra: DictConfig) -> bool:

@@ -5,7 +5,6 @@ out. It imports `datasets` inside functions, so that a mistyped setting is repor
 """
 
 import glob
-import json
 import logging
 import re
 import sys
@@ -13,12 +12,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from qk_sniffer.config import DatasetConfig
-from qk_sniffer.errors import SourceError
+from qk_sniffer.errors import SourceError, StoreError
 from qk_sniffer.hub.revisions import HubUnreachableError, hub_commit, is_hub_id
-from qk_sniffer.text import is_utf8_path, shortened, utf8_way_out
+from qk_sniffer.logs import logger
+from qk_sniffer.store import stored
+from qk_sniffer.text import shortened
+
+log = logger(__name__)
 
 PYDOC = "pydoc"
 """The `dataset.path` of the documentation topics that ship with every Python."""
@@ -31,6 +34,12 @@ COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 
 _NOT_DATA = {"config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 _DOCUMENT = "sample_by=document"
+
+
+class _Info(TypedDict):
+    """The description that `datasets` stores next to its copy of a dataset."""
+
+    config_name: NotRequired[str | None]
 
 
 @dataclass(frozen=True)
@@ -123,8 +132,6 @@ def _file(config: DatasetConfig, file: Path) -> Source:
 def _folder(config: DatasetConfig, folder: Path) -> Source:
     _refuse(config, "a local folder", "revision")
     where = f"folder {folder}"
-    if not is_utf8_path(folder.name):  # `datasets` names a class and its cache after the folder
-        raise SourceError(f"{where}: datasets cannot read a folder of this name: {utf8_way_out(folder.name)}")
     if config.name is not None or config.data_files is not None or _names_its_files(folder):
         return _rows(where, _building(where, lambda: _builder(str(folder), config)), config)
     files = _data_files(folder)
@@ -174,7 +181,12 @@ def _cached(config: DatasetConfig, path: str, commit: str | None, unreachable: H
     copies = {}
     for info in sorted(folder.glob("*/*/*/dataset_info.json"), key=lambda info: _DOCUMENT in str(info)):
         variant = info.parts[-4]
-        config_name = json.loads(info.read_text(encoding="utf-8")).get("config_name", variant)
+        try:
+            facts = stored.read(info, _Info, way_out="delete its folder", most_bytes=stored.LARGE, follow_links=True)
+        except (OSError, StoreError) as error:  # the copy does not count
+            log.warning("%s", error)
+            continue
+        config_name = facts.get("config_name") or variant
         if variant in (config_name, f"{config_name}-{_DOCUMENT}"):
             copies[config_name, info.parts[-2]] = info.parent
     wanted = commit or (config.revision if config.revision != "main" else None)
@@ -246,30 +258,16 @@ def _rows(where: str, builder: Any, config: DatasetConfig, commit: str | None = 
     try:
         if config.streaming:
             return Source(where, builder.as_streaming_dataset(split=config.split), commit, files)
-        _check_cache(where)
         builder.download_and_prepare()
         return Source(where, builder.as_dataset(split=config.split), commit, files)
     except StopIteration as error:
         raise _empty(where) from error
-    except SourceError:
-        raise
     except Exception as error:
         if "corresponds to no data" in str(error):
             raise _empty(where) from error
         if isinstance(error, ValueError) and re.search(r"split|slice|instruction", str(error), flags=re.IGNORECASE):
             raise SourceError(f"{where}: dataset.split={config.split}: {_first_lines(str(error))}") from error
         raise _unreadable(where, error, files) from error
-
-
-def _check_cache(where: str) -> None:
-    from datasets import config as library
-
-    if not is_utf8_path(library.HF_DATASETS_CACHE):
-        raise SourceError(
-            f"{where}: datasets cannot write its cache to {library.HF_DATASETS_CACHE}: "
-            f"{utf8_way_out(library.HF_DATASETS_CACHE)}; or set HF_HOME or HF_DATASETS_CACHE to another folder, or "
-            "dataset.streaming=true"
-        )
 
 
 def _empty(where: str) -> SourceError:

@@ -14,11 +14,11 @@ from qk_sniffer.jobs.identity import Job
 from qk_sniffer.logs import logger
 from qk_sniffer.resolved import ResolvedConfig, fingerprint
 from qk_sniffer.store import manifest as manifests
-from qk_sniffer.store import stored
+from qk_sniffer.store import previous, stored
 from qk_sniffer.store.disk import explained, sha256_of, write_atomic
 from qk_sniffer.store.forms import Sha256
-from qk_sniffer.store.layout import EXAMPLES, MANIFEST, Layout
-from qk_sniffer.store.parquet_files import read_parquet
+from qk_sniffer.store.layout import EXAMPLES, MANIFEST, Layout, examples_schema
+from qk_sniffer.store.parquet_tables import read_table
 from qk_sniffer.store.stored import Text
 
 log = logger(__name__)
@@ -65,7 +65,9 @@ def guard(layout: Layout, here: Mapping[str, Any], branch: Branch) -> None:
             f"{here['source_rows']}. Raise dataset.max_samples and rerun the command, which continues the branch; or "
             "publish to another output.hf_branch"
         )
-    theirs, ours = read_parquet(branch.path(EXAMPLES)), read_parquet(layout.examples)
+    way_out = "publish to another output.hf_branch, or replace the branch's dataset with output.overwrite=true"
+    theirs = read_table(branch.path(EXAMPLES), examples_schema(), way_out=way_out)
+    ours = read_table(layout.examples, examples_schema(), way_out=previous.WAY_OUT)
     if not ours.slice(0, len(theirs)).equals(theirs):
         raise StoreError(
             f"not published: {branch} was made from other texts than {layout.root}. Publish to another "

@@ -17,9 +17,8 @@ from qk_sniffer.resolved import ResolvedConfig, fingerprint, without_batching
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.files import Files, Folder
 from qk_sniffer.store.journal import Journal
-from qk_sniffer.store.layout import EXAMPLES, Layout, discard_work
+from qk_sniffer.store.layout import Layout, discard_work
 from qk_sniffer.store.locks import hold
-from qk_sniffer.store.parquet_files import read_parquet
 from qk_sniffer.store.previous import PreviousVersion, describe
 from qk_sniffer.store.record import read_record, write_record
 from qk_sniffer.text import shortened
@@ -125,13 +124,13 @@ def _continue_finished(config: ResolvedConfig, layout: Layout, existing: _Existi
     if isinstance(files, Folder):
         _check_files(layout, manifest)
     grows = _rows_are_added(files, manifest, config, corpus)
+    on_hub = asdict(files) if isinstance(files, Branch) else None
+    base = PreviousVersion(files, describe(files) | {"hub": on_hub})
     if corpus.commit is None:
-        _check_texts(files, corpus)
+        _check_texts(base, corpus)
     if not grows:
         return Start(job, corpus, "finished", files)
     _warn_of_other_versions(job, earlier)
-    on_hub = asdict(files) if isinstance(files, Branch) else None
-    base = PreviousVersion(files, describe(files) | {"hub": on_hub})
     return Start(job.added_to(earlier), corpus, "nothing", files, base)
 
 
@@ -154,7 +153,7 @@ def _continue_unfinished(
     if base is not None:
         base.check()
         if corpus.commit is None:
-            _check_texts(base.files, corpus)
+            _check_texts(base, corpus)
     return Start(job, corpus, "unfinished", existing.files, base)
 
 
@@ -331,17 +330,16 @@ def _warn_of_other_versions(job: Job, earlier: Job) -> None:
         log.warning("adding to a dataset that other versions made (%s); the manifest names both", ", ".join(changed))
 
 
-def _check_texts(files: Files, corpus: Corpus) -> None:
+def _check_texts(previous: PreviousVersion, corpus: Corpus) -> None:
     """Refuses a local source whose texts or ids differ from those of the dataset: no commit pins them."""
-    table = read_parquet(files.path(EXAMPLES), columns=["index", "source_id", "text_hash"]).to_pydict()
-    there = dict(zip(table["index"], zip(table["source_id"], table["text_hash"], strict=True), strict=True))
+    there = {record.index: (record.source_id, record.text_hash) for record in previous.examples()}
     last = max(there, default=-1)
     for example in corpus.examples():
         if example.index > last:
             break
         if there.get(example.index, found := (example.source_id, text_hash(example.text))) != found:
             raise SourceError(
-                f"row {example.index} of the dataset (id {example.source_id}) is not the text that {files} was "
-                "made from: the source has changed. Give this job another folder (output.data_root=...), or replace "
-                "the dataset with output.overwrite=true"
+                f"row {example.index} of the dataset (id {example.source_id}) is not the text that {previous.files} "
+                "was made from: the source has changed. Give this job another folder (output.data_root=...), or "
+                "replace the dataset with output.overwrite=true"
             )

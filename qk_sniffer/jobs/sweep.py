@@ -19,6 +19,7 @@ from msgspec import Meta
 from tqdm import tqdm
 
 from qk_sniffer.config import MOST_SHARDS, from_dict
+from qk_sniffer.errors import StoreError
 from qk_sniffer.logs import logger
 from qk_sniffer.resolved import ResolvedConfig, resolve
 from qk_sniffer.store import stored
@@ -144,7 +145,10 @@ def recorded(status: Status, folder: Path) -> Iterator[None]:
             if status.state == RUNNING:
                 status.state = INTERRUPTED
             status.seconds = round(time.monotonic() - start, 3)
-            status.write(folder)
+            try:
+                status.write(folder)
+            except StoreError as error:  # it must not hide how the job ended
+                log.warning("the end of this job is not recorded: %s", error)
 
 
 class _SweepJob(TypedDict):

@@ -8,8 +8,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from hydra.core.global_hydra import GlobalHydra
-from hydra.core.utils import JobReturn
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 
@@ -18,6 +16,7 @@ from qk_sniffer.cli.application import Application
 from qk_sniffer.cli.environment import read_environment
 from qk_sniffer.cli.explain import explain
 from qk_sniffer.cli.flags import initialized, only_prints, parse_flags, show
+from qk_sniffer.cli.hydra_jobs import run_jobs
 from qk_sniffer.cli.preflight import Composer
 from qk_sniffer.errors import ConfigError, QkSnifferError
 from qk_sniffer.jobs.sweep import Job
@@ -42,9 +41,9 @@ def main() -> int:
             composer = Composer(loader, APPLICATION, args)
             composer.planned()
             return max(_run(composer.config_name, args.overrides, is_sweep=composer.is_sweep))
-    except ConfigError as error:
+    except QkSnifferError as error:
         say_text(error, to=sys.stderr)
-        return 2
+        return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:
         say("interrupted; rerun the command to measure the heads that are missing", to=sys.stderr)
         return 130
@@ -64,14 +63,8 @@ def task(node: DictConfig) -> int:
 
 def _run(config_name: str, arguments: list[str], *, is_sweep: bool) -> list[int]:
     """Has Hydra run the jobs; returns their exit codes."""
-    hydra_object = GlobalHydra.instance().hydra
-    assert hydra_object is not None
     try:
-        if not is_sweep:
-            done: list[JobReturn] = [hydra_object.run(config_name, task, arguments)]
-        else:
-            done = [job for batch in hydra_object.multirun(config_name, task, arguments) for job in batch]
-        return [job.return_value for job in done]
+        return [job.return_value for job in run_jobs(config_name, task, arguments, is_sweep=is_sweep)]
     except HydraException as error:
         raise ConfigError([re.sub(r"\s+", " ", explain(error, SCHEMA))]) from None
 

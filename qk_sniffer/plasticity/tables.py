@@ -14,9 +14,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from qk_sniffer.errors import StoreError
 from qk_sniffer.store.disk import write_atomic
-from qk_sniffer.store.parquet_files import read_parquet
+from qk_sniffer.store.forms import MOST_BUCKETS, MOST_HEAD_DIM, MOST_HEADS, MOST_LAYERS
+from qk_sniffer.store.parquet_tables import read_table
+from qk_sniffer.store.stored import UnreadableError
 
 QUERY_METRICS = (
     "q_R2_pos",
@@ -48,6 +49,19 @@ TABLES: dict[str, pa.Schema] = {
 }
 """The columns of each table, in their order. `d_model` is the length of a head's vectors; readers of the tables rely on
 the name."""
+
+
+_MOST = {
+    "layer": MOST_LAYERS,
+    "q_head": MOST_HEADS,
+    "k_head": MOST_HEADS,
+    "q_bucket": MOST_BUCKETS,
+    "k_bucket": MOST_BUCKETS,
+    "component": MOST_HEAD_DIM,
+}
+"""For each column of numbers of things: a number that is larger than all of them."""
+
+WAY_OUT = "remove plasticity.json in its folder and rerun the measurement"
 
 
 @dataclass(frozen=True)
@@ -113,14 +127,19 @@ def read(folder: Path, name: str) -> dict[str, np.ndarray[Any, Any]]:
     """The columns of the table `name` in the results at `folder`.
 
     Raises:
-        StoreError: the table is missing or damaged.
+        StoreError: the table is missing or damaged, or has numbers that no dataset has.
     """
     path = folder / f"{name}.parquet"
-    try:
-        table = read_parquet(path, schema=TABLES[name])
-    except (OSError, pa.ArrowException) as error:
-        raise StoreError(f"{path} is missing or damaged: {str(error).partition(chr(10))[0]}") from error
-    return {column: table[column].to_numpy() for column in table.column_names}
+    table = read_table(path, TABLES[name], way_out=WAY_OUT)
+    for column in table.column_names:
+        if table[column].null_count:
+            raise UnreadableError(path, f"has nulls in the column {column}", WAY_OUT)
+    columns = {column: table[column].to_numpy() for column in table.column_names}
+    for column, most in _MOST.items():
+        values = columns.get(column, ())
+        if len(values) and not 0 <= values.min() <= values.max() < most:
+            raise UnreadableError(path, f"has numbers in the column {column} that are not 0 to {most - 1:,}", WAY_OUT)
+    return columns
 
 
 def _csv(table: pa.Table) -> bytes:

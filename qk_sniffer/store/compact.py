@@ -22,7 +22,15 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from qk_sniffer.errors import StoreError
-from qk_sniffer.store.compaction_plan import Block, CompactionPlan, Group, SegmentFiles, find_blocks, plan_compaction
+from qk_sniffer.store.compaction_plan import (
+    WAY_OUT,
+    Block,
+    CompactionPlan,
+    Group,
+    SegmentFiles,
+    find_blocks,
+    plan_compaction,
+)
 from qk_sniffer.store.disk import explained
 from qk_sniffer.store.journal import ExampleRecord, Journal
 from qk_sniffer.store.layout import EXAMPLES, Head, Layout, examples_schema, schema
@@ -202,9 +210,13 @@ class _Job:
         num_heads, _, head_dim = blocks[0].vectors.shape
         for head in heads:
             if head.row >= num_heads or head.head_dim != head_dim:
-                raise StoreError(f"the journal has {num_heads} heads of size {head_dim}; it does not contain {head}")
+                raise StoreError(
+                    f"the journal has {num_heads} heads of size {head_dim}; it does not contain {head}; {WAY_OUT}"
+                )
         if self._needs_tokens and any("token_id" not in block.places for block in blocks):
-            raise StoreError("token ids or strings were requested, but the journal was captured without token ids")
+            raise StoreError(
+                f"token ids or strings were requested, but the journal was captured without token ids; {WAY_OUT}"
+            )
 
     @property
     def _needs_tokens(self) -> bool:
@@ -219,7 +231,7 @@ class _Job:
 
         at = np.minimum(np.searchsorted(self.index, group.index), len(self.index) - 1)
         if not np.array_equal(self.index[at], group.index):
-            raise StoreError("the journals contain rows of examples that they do not list")
+            raise StoreError(f"the journals contain rows of examples that they do not list; {WAY_OUT}")
         position = gather("position")
         columns: dict[str, Any] = {
             "bucket": self.sampler.bucket(kind, position).astype(np.int32),
@@ -322,7 +334,9 @@ def _merged(journals: Sequence[Journal]) -> list[ExampleRecord]:
     found: dict[int, ExampleRecord] = {}
     for journal in journals:
         if twice := found.keys() & journal.records.keys():
-            raise StoreError(f"examples {sorted(twice)[:5]} are in {journal.folder} and in another shard's journal")
+            raise StoreError(
+                f"examples {sorted(twice)[:5]} are in {journal.folder} and in another shard's journal; {WAY_OUT}"
+            )
         found |= journal.records
     return [found[index] for index in sorted(found)]
 
@@ -335,7 +349,7 @@ def _check_apart(old: Sequence[ExampleRecord], new: Sequence[ExampleRecord]) -> 
         if record.index <= last or record.example_id in ids:
             raise StoreError(
                 f"example {record.index} (example_id {record.example_id}) is in the finished dataset already, or comes "
-                "before the dataset's last example: it cannot be added"
+                f"before the dataset's last example: it cannot be added; {WAY_OUT}"
             )
 
 

@@ -17,10 +17,12 @@ import numpy.typing as npt
 
 from qk_sniffer.errors import StoreError
 from qk_sniffer.store.journal import Journal
-from qk_sniffer.store.rows import RUN_COLUMNS, parse_tensor_name
+from qk_sniffer.store.rows import RUN_COLUMNS
 from qk_sniffer.store.segment import ITEM_SIZES, DamageError, Place, read_header
+from qk_sniffer.store.segment_facts import BATCH, COUNT, FIRST, INDEX, LAST, START, blocks_of
 
-BATCH, INDEX, START, COUNT, FIRST, LAST = range(len(RUN_COLUMNS))
+WAY_OUT = "capture the dataset again with output.overwrite=true"
+"""The way out of journals that are whole and contradict each other."""
 
 MAX_OPEN_FILES = 32
 """The segments that one thread keeps open. Many threads must stay below the usual limit of 1,024 descriptors."""
@@ -112,13 +114,10 @@ def find_blocks(journals: Sequence[Journal]) -> dict[tuple[int, str], list[Block
     for journal in journals:
         batches = np.array(sorted(journal.batches), dtype=np.int64)
         for path in journal.segments:
-            places: dict[tuple[int, str], dict[str, Place]] = {}
             try:
-                for name, place in read_header(path).tensors.items():
-                    layer, kind, column = parse_tensor_name(name)
-                    places.setdefault((layer, kind), {})[column] = place
+                places = blocks_of(read_header(path))
             except DamageError as error:
-                raise StoreError(f"the journal segment {path} is damaged: {error}") from error
+                raise StoreError(f"the journal segment {path} is damaged: {error}; rerun its job") from error
             for key, columns in places.items():
                 found.setdefault(key, []).append(Block(path, columns, batches))
     return found
@@ -131,7 +130,9 @@ def plan_compaction(blocks: Sequence[Block], files: "SegmentFiles") -> Compactio
         StoreError: the blocks contain a row twice, or differ in dtype or size.
     """
     if len({(block.vectors.dtype, block.vectors.shape[0], block.vectors.shape[2]) for block in blocks}) > 1:
-        raise StoreError(f"the journals contain vectors of several types or sizes: {blocks[0].path} and others")
+        raise StoreError(
+            f"the journals contain vectors of several types or sizes: {blocks[0].path} and others; {WAY_OUT}"
+        )
     tables, owners = [np.empty((0, len(RUN_COLUMNS)), np.int64)], [np.empty(0, np.int64)]
     for number, block in enumerate(blocks):
         place = block.places["runs"]
@@ -147,7 +148,7 @@ def plan_compaction(blocks: Sequence[Block], files: "SegmentFiles") -> Compactio
         at = int(np.flatnonzero(overlap)[0])
         raise StoreError(
             f"example {runs[at, INDEX]} was captured twice: its rows are in {blocks[owner[at]].path} and also in "
-            f"{blocks[owner[at + 1]].path}"
+            f"{blocks[owner[at + 1]].path}; {WAY_OUT}"
         )
     return CompactionPlan(blocks, runs, owner)
 

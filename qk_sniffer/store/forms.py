@@ -19,6 +19,10 @@ MOST_LAYERS = 10_000
 MOST_HEADS = 100_000
 """The most heads of a kind in one layer."""
 
+MOST_HEAD_DIM = 1 << 16
+MOST_BUCKETS = 1 << 20
+"""The most buckets of positions that results are drawn by."""
+
 Kind = Literal["q", "k"]
 assert get_args(Kind) == KINDS
 
@@ -37,7 +41,7 @@ class Layer(TypedDict):
     layer: Annotated[int, Meta(ge=0, lt=MOST_LAYERS)]
     num_q_heads: NumHeads
     num_k_heads: NumHeads
-    head_dim: Annotated[int, Meta(ge=1, le=1 << 16)]
+    head_dim: Annotated[int, Meta(ge=1, le=MOST_HEAD_DIM)]
     sliding_window: Annotated[int, Meta(ge=1, lt=2**31)] | None
     attention_chunk: NotRequired[Annotated[int, Meta(ge=1, lt=2**31)] | None]
     softmax_scale: Number

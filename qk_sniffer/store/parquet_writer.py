@@ -17,7 +17,6 @@ from qk_sniffer.errors import StoreError
 from qk_sniffer.store.disk import sync_file
 from qk_sniffer.store.layout import VECTOR_PATH
 from qk_sniffer.store.manifest import FileEntry
-from qk_sniffer.text import is_utf8_path
 
 
 class ParquetWriter:
@@ -33,10 +32,8 @@ class ParquetWriter:
         self._rows = 0
         self._written: list[pq.FileMetaData] = []
         others = [name for name in schema.names if name != "vector"]
-        # pyarrow takes a path as UTF-8 text, see `parquet_files.py`.
-        self._file = None if is_utf8_path(path) else path.open("wb")
         self._writer = pq.ParquetWriter(
-            self._file or path,
+            path,
             schema,
             version="2.6",
             compression="zstd",
@@ -59,22 +56,15 @@ class ParquetWriter:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
             with suppress(Exception):  # otherwise pyarrow closes it when it collects the writer
-                self._close()
+                self._writer.close()
             return
-        self._close()
+        self._writer.close()
         check_encodings(self._path, self._written[0])
         with self._path.open("rb") as file:
             sync_file(file.fileno())
             # Hashed from a mapping: pyarrow would copy each write for a Python file object that hashes it.
             with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as data:
                 self.entry = FileEntry(self._rows, len(data), hashlib.sha256(data).hexdigest())
-
-    def _close(self) -> None:
-        try:
-            self._writer.close()
-        finally:
-            if self._file is not None:
-                self._file.close()
 
 
 def check_encodings(path: Path, metadata: pq.FileMetaData) -> None:

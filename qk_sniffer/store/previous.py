@@ -7,14 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from qk_sniffer.errors import StoreError
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.disk import sha256_of
 from qk_sniffer.store.files import Files
 from qk_sniffer.store.journal import ExampleRecord
-from qk_sniffer.store.layout import EXAMPLES, MANIFEST
-from qk_sniffer.store.parquet_files import open_parquet, read_parquet
+from qk_sniffer.store.layout import EXAMPLES, MANIFEST, examples_schema
+from qk_sniffer.store.parquet_tables import read_table
+from qk_sniffer.store.stored import UnreadableError
+
+WAY_OUT = "restore the file, or recreate the dataset with output.overwrite=true"
 
 
 @dataclass(frozen=True)
@@ -52,8 +56,12 @@ class PreviousVersion:
         self.files.fetch([name for name, entry in self.manifest["files"].items() if "rows" in entry])
 
     def examples(self) -> list[ExampleRecord]:
-        """Returns the examples of the dataset, in the order of the source."""
-        columns = read_parquet(self._checked(EXAMPLES)).to_pydict()
+        """Returns the examples of the dataset, in the order of the source.
+
+        Raises:
+            StoreError: the file is not the one in the manifest, or not a list of examples.
+        """
+        columns = read_table(self._checked(EXAMPLES), examples_schema(), way_out=WAY_OUT).to_pydict()
         names = ExampleRecord.__dataclass_fields__
         return [ExampleRecord(*values) for values in zip(*(columns[name] for name in names), strict=True)]
 
@@ -66,17 +74,20 @@ class PreviousVersion:
         """Yields the rows of the head's file `name` in tables of `rows_per_table` rows; the last may have fewer.
 
         Raises:
-            StoreError: the file is not the one in the manifest.
+            StoreError: the file is not the one in the manifest, or not of this schema.
         """
         path = self._checked(name)
         pending = schema.empty_table()
-        with open_parquet(path) as file:
-            for group in range(file.num_row_groups):
-                read = file.read_row_group(group, columns=schema.names)
-                pending = pa.concat_tables([pending, pa.Table.from_arrays(read.columns, schema=schema)])
-                while pending.num_rows >= rows_per_table:
-                    yield pending.slice(0, rows_per_table).combine_chunks()
-                    pending = pending.slice(rows_per_table)
+        try:
+            with pq.ParquetFile(path) as file:
+                for group in range(file.num_row_groups):
+                    read = file.read_row_group(group, columns=schema.names)
+                    pending = pa.concat_tables([pending, pa.Table.from_arrays(read.columns, schema=schema)])
+                    while pending.num_rows >= rows_per_table:
+                        yield pending.slice(0, rows_per_table).combine_chunks()
+                        pending = pending.slice(rows_per_table)
+        except (OSError, pa.ArrowException, ValueError) as error:  # a ValueError: of other columns
+            raise UnreadableError(path, f"is not a file of this head ({error})", WAY_OUT) from error
         if pending.num_rows:
             yield pending.combine_chunks()
 
@@ -84,17 +95,19 @@ class PreviousVersion:
         entry = self.manifest["files"].get(name)
         path = None if entry is None else self._found(name, entry["sha256"])
         if path is None:
-            raise StoreError(
-                f"{self.files.path(name)} is missing or damaged: it is not the file that manifest.json lists, so "
-                "nothing can be added to this dataset. Restore the file, or recreate the dataset with "
-                "output.overwrite=true"
-            )
+            raise self._damaged(name)
         return path
+
+    def _damaged(self, name: str) -> StoreError:
+        return StoreError(
+            f"{self.files.path(name)} is missing or damaged: it is not the file that manifest.json lists, so "
+            f"nothing can be added to this dataset. {WAY_OUT[0].upper()}{WAY_OUT[1:]}"
+        )
 
     def _found(self, name: str, sha256: str) -> Path | None:
         for get in (self.files.path, self.files.refetch):
             path = get(name)
-            if path.exists() and sha256_of(path) == sha256:
+            if path.is_file() and sha256_of(path) == sha256:
                 return path
         return None
 

@@ -192,14 +192,15 @@ def block_name(layer: int, kind: str) -> str:
     return f"l{layer:02d}{kind}"
 
 
-def parse_tensor_name(name: str) -> tuple[int, str, str]:
-    """Returns the layer, kind and column of a tensor in a segment."""
+def parse_tensor_name(name: str) -> tuple[int, str, str] | None:
+    """Returns the layer, kind and column of a tensor in a segment; None for a name that `block_tensors` never gives."""
     match = _TENSOR_NAME.fullmatch(name)
-    assert match is not None, f"{name} is not the name of a segment's tensor"
+    if match is None or f"{block_name(int(match[1]), match[2])}.{match[3]}" != name:
+        return None
     return int(match[1]), match[2], match[3]
 
 
-_TENSOR_NAME = re.compile(rf"l(\d+)([{''.join(KINDS)}])\.(\w+)")
+_TENSOR_NAME = re.compile(rf"l([0-9]{{2,6}})([{''.join(KINDS)}])\.([a-z_]{{1,20}})")
 
 
 def block_tensors(slots: Sequence[Slot]) -> list[Tensor]:

@@ -7,20 +7,27 @@ written here because the library's writer takes whole tensors and has neither ch
 numpy reader has no bfloat16.
 """
 
+import errno
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from io import FileIO
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
+from msgspec import Meta
 
+from qk_sniffer.store import stored
 from qk_sniffer.store.disk import create, sync_file, sync_folder
+from qk_sniffer.store.stored import LARGE, Count, UnreadableError
 
 SUFFIX = ".safetensors"
 
@@ -104,30 +111,62 @@ def write_segment(folder: Path, number: int, tensors: Sequence[Tensor], metadata
     return path
 
 
+@contextmanager
+def open_segment(path: Path) -> Iterator[FileIO]:
+    """Opens a segment for reading within the block, without a buffer.
+
+    Raises:
+        DamageError: it is not a regular file.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise DamageError("it is a link, which is not followed") from error
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise DamageError("it is not a file")
+    with FileIO(descriptor) as file:
+        yield file
+
+
+class _Entry(TypedDict):
+    dtype: str
+    shape: Annotated[list[Count], Meta(max_length=3)]
+    data_offsets: tuple[Count, Count]
+
+
 def read_header(path: Path) -> Header:
     """Returns the header of a segment.
 
     Raises:
-        DamageError: the header cannot be read, or the file's length differs from the header's.
+        DamageError: the header cannot be read, or the tensors in it do not fill the file one after another.
     """
-    with path.open("rb") as file:
+    with open_segment(path) as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > size - 8:
+        if size < 8 or length > min(size - 8, LARGE):
             raise DamageError("cut off within the header")
         raw = file.read(length)
     try:
-        entries = json.loads(raw)
-        metadata = entries.pop("__metadata__")
-        tensors = {
-            name: Place(entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
-            for name, entry in entries.items()
-        }
-        end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        entries = stored.decode(raw, dict[str, dict[str, Any]], path, "")
+        metadata = stored.check(entries.pop("__metadata__", None), dict[str, str], path, "")
+        stored.check(entries, dict[str, _Entry], path, "")
+    except UnreadableError as error:
         raise DamageError("the header is not readable") from error
+    end = 0
+    for entry in sorted(entries.values(), key=lambda entry: entry["data_offsets"]):
+        begin, stop = entry["data_offsets"]
+        if begin != end or stop - begin != prod(entry["shape"]) * ITEM_SIZES.get(entry["dtype"], 0):
+            raise DamageError("the header contradicts itself")
+        end = stop
     if size != 8 + length + end:
         raise DamageError(f"it has {size:,} bytes instead of {8 + length + end:,}")
+    tensors = {
+        name: Place(entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+        for name, entry in entries.items()
+    }
     return Header(metadata, tensors)
 
 
@@ -140,7 +179,7 @@ def verify_segment(path: Path) -> None:
     match = _NAME.fullmatch(path.name)
     assert match is not None, "not the name of a segment"
     checksum = xxhash.xxh3_64()
-    with path.open("rb", buffering=0) as file:
+    with open_segment(path) as file:
         buffer = memoryview(bytearray(_CHUNK))
         while count := file.readinto(buffer):
             checksum.update(buffer[:count])
@@ -148,4 +187,4 @@ def verify_segment(path: Path) -> None:
         raise DamageError("its checksum is wrong")
 
 
-_NAME = re.compile(r"(\d{8,})-([0-9a-f]{16})" + re.escape(SUFFIX))
+_NAME = re.compile(r"([0-9]{8,18})-([0-9a-f]{16})" + re.escape(SUFFIX))

@@ -1,0 +1,48 @@
+"""Has Hydra run jobs, and turns what the disk refuses it into one clear error.
+
+Hydra writes the folder of each job (`.hydra/`, the log) before the job starts. A full disk or a folder that cannot be
+written ends Hydra there, with its own traceback.
+"""
+
+import errno
+from collections.abc import Callable
+from typing import Any
+
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.utils import JobReturn
+
+from qk_sniffer.errors import StoreError
+
+_OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG}
+_OF_A_PATH = {errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
+
+
+def run_jobs(config_name: str, task: Callable[[Any], Any], arguments: list[str], *, is_sweep: bool) -> list[JobReturn]:
+    """Runs `task` for each job of a command line. Hydra is initialized.
+
+    Raises:
+        StoreError: Hydra cannot write the folder of a job.
+    """
+    hydra_object = GlobalHydra.instance().hydra
+    assert hydra_object is not None
+    try:
+        if not is_sweep:
+            return [hydra_object.run(config_name, task, arguments)]
+        return [job for batch in hydra_object.multirun(config_name, task, arguments) for job in batch]
+    except (OSError, ValueError) as error:  # a ValueError: of the configuration of the log
+        cause = _of_the_disk(error)
+        if cause is None:
+            raise
+        where = cause.filename or "the folder of the job (hydra.run.dir or hydra.sweep.dir)"
+        raise StoreError(
+            f"cannot write {where}: {cause.strerror}. Free some space, or give Hydra another folder with "
+            "hydra.run.dir=... (of a sweep: hydra.sweep.dir=...); then rerun the command, which keeps what is complete"
+        ) from error
+
+
+def _of_the_disk(error: BaseException | None) -> OSError | None:
+    while error is not None:
+        if isinstance(error, OSError) and (error.errno in _OF_THE_DISK | _OF_A_PATH):
+            return error
+        error = error.__cause__ or error.__context__
+    return None

@@ -1,0 +1,162 @@
+"""Reads the facts in a journal segment, and accepts only those that a writer could have written.
+
+A checksum in a name shows that the bytes are those of the name. It does not show who made them. Metadata, shapes, types
+and places that contradict each other are damage, like a wrong checksum: the examples are captured again.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypedDict
+
+import numpy as np
+import numpy.typing as npt
+from msgspec import Meta
+
+from qk_sniffer.store import stored
+from qk_sniffer.store.rows import DTYPES, RUN_COLUMNS, parse_tensor_name
+from qk_sniffer.store.segment import DamageError, Header, Place, open_segment
+from qk_sniffer.store.stored import Count, UnreadableError
+
+BATCH, INDEX, START, COUNT, FIRST, LAST = range(len(RUN_COLUMNS))
+
+_MOST_POSITION = 2**31 - 1
+
+Int64 = npt.NDArray[np.int64]
+Blocks = dict[tuple[int, str], dict[str, Place]]
+"""The places of a segment's tensors, by (layer, kind) and column."""
+
+_Record = tuple[
+    Count,
+    Annotated[int, Meta(ge=0, lt=2**31)],
+    str,
+    Annotated[int, Meta(ge=1, lt=2**31)],
+    bool,
+    Annotated[str, Meta(pattern=r"\A[0-9a-f]{1,128}\Z")],
+]
+"""The fields of an `ExampleRecord`."""
+
+
+class Ended(TypedDict):
+    """A batch that ends in a segment: the segment that it starts in, and its examples."""
+
+    batch: Count
+    since: Count
+    records: list[_Record]
+
+
+class _Batching(TypedDict):
+    max_batch_tokens: Annotated[int, Meta(ge=1, le=2**53)]
+    batch_size: Annotated[int, Meta(ge=1, le=2**53)] | None
+
+
+class _Metadata(TypedDict):
+    format: Literal["qk-sniffer-journal/1"]
+    batches: str
+    ended: str
+
+
+@dataclass(frozen=True)
+class SegmentFacts:
+    """The metadata of a segment: its first and last batch, the batches that end in it, and its batch settings."""
+
+    first: int
+    last: int
+    ended: list[Ended]
+    batching: Mapping[str, int | None] | None
+
+
+def facts_of(header: Header, number: int) -> SegmentFacts:
+    """Returns the facts in the metadata of segment `number`.
+
+    Raises:
+        DamageError: no writer writes such metadata.
+    """
+    metadata: Any = header.metadata
+    try:
+        stored.check(metadata, _Metadata, "its metadata", "")
+        first, last = stored.decode(metadata["batches"], tuple[Count, Count], "batches", "")
+        ended = stored.decode(metadata["ended"], list[Ended], "ended", "")
+        batching = stored.decode(metadata.get("batching", "null"), _Batching | None, "batching", "")  # type: ignore[arg-type]
+    except UnreadableError as error:
+        raise DamageError(f"its metadata {error.problem}") from error
+    if first > last or any(not first <= end["batch"] <= last or end["since"] > number for end in ended):
+        raise DamageError("its metadata contradicts itself")
+    return SegmentFacts(first, last, ended, batching)  # type: ignore[arg-type]
+
+
+def blocks_of(header: Header) -> Blocks:
+    """Returns the places of the tensors of each block.
+
+    Raises:
+        DamageError: the tensors are not those of blocks.
+    """
+    blocks: Blocks = {}
+    for name, place in header.tensors.items():
+        if (parsed := parse_tensor_name(name)) is None:
+            raise DamageError(f"it has a tensor {name[:100]!r}")
+        layer, kind, column = parsed
+        blocks.setdefault((layer, kind), {})[column] = place
+    for (layer, kind), places in blocks.items():
+        if not _is_block(places):
+            raise DamageError(f"the tensors of layer {layer}, kind {kind} are not those of a block")
+    return blocks
+
+
+def _is_block(places: Mapping[str, Place]) -> bool:
+    columns = places.keys() - {"runs", "vectors"}
+    if not {"runs", "vectors", "position"} <= places.keys() or not columns <= {"position", "token_id"}:
+        return False
+    runs, vectors = places["runs"], places["vectors"]
+    if len(vectors.shape) != 3 or min(vectors.shape) < 1 or vectors.dtype not in DTYPES.values():
+        return False
+    is_right = (runs.dtype, runs.shape[1:], len(runs.shape)) == ("I64", (len(RUN_COLUMNS),), 2)
+    return is_right and all((places[name].dtype, places[name].shape) == ("I32", vectors.shape[1:2]) for name in columns)
+
+
+def check_runs(path: Path, header: Header, facts: SegmentFacts) -> Int64:
+    """Checks that the runs of each block describe its rows.
+
+    Returns the (batch, index) of each run, (n, 2), without repetitions.
+
+    Reads runs and positions, which are small next to the vectors.
+
+    Raises:
+        DamageError: they do not.
+    """
+    found = [np.empty((0, 2), np.int64)]
+    for (layer, kind), places in blocks_of(header).items():
+        runs, position = _read(path, places["runs"], np.int64), _read(path, places["position"], np.int32)
+        if not (_describe(runs, position) and _are_between(runs[:, BATCH], facts.first, facts.last)):
+            raise DamageError(f"the runs of layer {layer}, kind {kind} do not describe its rows")
+        found.append(runs[:, [BATCH, INDEX]])
+    return np.unique(np.concatenate(found), axis=0)
+
+
+def _describe(runs: Int64, position: npt.NDArray[np.int32]) -> bool:
+    """Whether `runs` (num_runs, 6) follow each other through the rows, and each has ascending positions."""
+    start, count, first, last = (runs[:, column] for column in (START, COUNT, FIRST, LAST))
+    num_rows = len(position)
+    if not (len(runs) and _are_between(count, 1, num_rows) and _are_between(runs[:, INDEX], 0, 2**53)):
+        return False
+    if not (_are_between(first, 0, _MOST_POSITION) and _are_between(last, 0, _MOST_POSITION)):
+        return False
+    stops = np.cumsum(count)  # cannot overflow: there are fewer runs than bytes in the file
+    if stops[-1] != num_rows or not np.array_equal(start, stops - count):
+        return False
+    ascends = np.diff(position.astype(np.int64)) > 0
+    ascends[start[1:] - 1] = True
+    return bool(ascends.all() and np.array_equal(position[start], first) and np.array_equal(position[stops - 1], last))
+
+
+def _are_between(values: Int64, least: int, most: int) -> bool:
+    return not len(values) or (int(values.min()) >= least and int(values.max()) <= most)
+
+
+def _read(path: Path, place: Place, dtype: type[np.generic]) -> npt.NDArray[Any]:
+    values = np.empty(place.shape, dtype)
+    with open_segment(path) as file:
+        file.seek(place.offset)
+        if file.readinto(values.data.cast("B")) != values.nbytes:
+            raise DamageError("it is shorter than it was")
+    return values

@@ -1,0 +1,49 @@
+"""A disk that refuses the folders of Hydra ends each program with one clear error."""
+
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CAPTURE = ("qk_sniffer", "model=hf", "model.name=org/m", "dataset=pydoc")
+PLASTICITY = ("qk_sniffer.plasticity", "data_root=org/m")
+
+
+def no_byte_more() -> None:
+    """Makes every write to a file fail, like a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+
+
+def as_sweep(command: tuple[str, ...]) -> tuple[str, ...]:
+    module, *settings = command
+    swept = {
+        "qk_sniffer": ("sampler.seed=0,1", "output.data_root=out-${sampler.seed}"),
+        "qk_sniffer.plasticity": ("seed=0,1", "output_dir=out-${seed}"),
+    }
+    return (module, "--multirun", *settings, *swept[module])
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        CAPTURE,
+        PLASTICITY,
+        pytest.param(as_sweep(CAPTURE), marks=pytest.mark.slow),
+        pytest.param(as_sweep(PLASTICITY), marks=pytest.mark.slow),
+    ],
+)
+def test_a_full_disk(command: tuple[str, ...], tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-B", "-m", *command],
+        cwd=tmp_path,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        preexec_fn=no_byte_more,
+        timeout=120,
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr + done.stdout, done.stderr
+    assert "File too large" in done.stderr and "rerun the command" in done.stderr

@@ -9,7 +9,7 @@ from typing import Any
 
 from qk_sniffer.config import Config, InferenceConfig, OutputConfig, SamplerConfig, settings
 from qk_sniffer.markdown import code
-from qk_sniffer.text import expand_home
+from qk_sniffer.text import expand_home, is_surrogate, path_text
 
 _BATCHING = {name: f"inference.{name}" for name in InferenceConfig().batching()}
 
@@ -69,7 +69,16 @@ def fingerprint(config: ResolvedConfig) -> dict[str, Any]:
     for key in ("model.name", "model.tokenizer.name", "dataset.path"):
         keys[key] = public_name(keys[key])
     plain: dict[str, Any] = json.loads(json.dumps(keys))  # the values as JSON stores them
-    return plain
+    return {key: public_values(value) for key, value in plain.items()}
+
+
+def public_values(values: Any) -> Any:
+    """Returns nested values with all texts as they are published: in valid Unicode, whatever the locale."""
+    if isinstance(values, dict):
+        return {public_values(key): public_values(value) for key, value in values.items()}
+    if isinstance(values, list):
+        return [public_values(value) for value in values]
+    return path_text(values) if isinstance(values, str) and any(map(is_surrogate, values)) else values
 
 
 def batching_of(settings: Mapping[str, Any]) -> dict[str, int | None]:
@@ -93,7 +102,7 @@ def rule(config: SamplerConfig) -> str:
 
 def public_name(name: str) -> str:
     """Returns a Hub id unchanged, and only the last part of a local path: no path of this machine is published."""
-    return Path(name).resolve().name if Path(name).exists() else name
+    return path_text(Path(name).resolve().name) if Path(name).exists() else name
 
 
 def last_part(name: str) -> str:

@@ -7,6 +7,7 @@ loggers of `logs.py` and the errors of `errors.py` call it.
 
 import difflib
 import json
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -93,6 +94,43 @@ def closest(name: str, valid: Sequence[str], cutoff: float = 0.7) -> list[str]:
 def did_you_mean(names: Sequence[str]) -> str:
     """Returns `, did you mean a or b?`; an empty string for no names."""
     return f", did you mean {' or '.join(names)}?" if names else ""
+
+
+def is_utf8_path(path: Path | str) -> bool:
+    """Whether the bytes of a path are its UTF-8 text. Libraries that are not written in Python open no other path.
+
+    It is false for a name that is not valid UTF-8, and in a locale of another encoding for most names outside ASCII.
+    """
+    text = str(path)
+    try:
+        return os.fsencode(text) == text.encode()
+    except UnicodeEncodeError:
+        return False
+
+
+def is_surrogate(character: str) -> bool:
+    """Whether a character stands for a byte of a name that is not text in the locale's encoding."""
+    return "\ud800" <= character <= "\udfff"
+
+
+def utf8_way_out(path: Path | str) -> str:
+    """Returns the way out for a path that is not `is_utf8_path`."""
+    try:
+        os.fsencode(str(path)).decode()
+    except UnicodeError:
+        return "rename it to a name in UTF-8, or give a link to it that has an ASCII name"
+    return f"the encoding of this locale is {sys.getfilesystemencoding()}: set PYTHONUTF8=1 and rerun the command"
+
+
+def path_text(path: Path | str) -> str:
+    """Returns a path as text for other machines: its bytes as UTF-8, the other characters escaped.
+
+    It does not depend on the locale, as the path itself does.
+    """
+    try:
+        return printable(os.fsencode(str(path)).decode("utf-8", "surrogateescape"))
+    except UnicodeEncodeError:  # no path of this machine
+        return printable(path)
 
 
 def expand_home(path: str) -> str:

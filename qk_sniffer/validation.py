@@ -13,7 +13,7 @@ from qk_sniffer.capture import sampling
 from qk_sniffer.config import MOST_SHARDS, Config, DatasetConfig, ModelConfig, OutputConfig
 from qk_sniffer.errors import ConfigError
 from qk_sniffer.resolved import resolve
-from qk_sniffer.text import expand_home
+from qk_sniffer.text import expand_home, is_utf8_path, utf8_way_out
 
 DTYPES = ("bfloat16", "float16", "float32")
 MAX_INT32 = 2**31 - 1
@@ -54,6 +54,8 @@ def _model(model: ModelConfig) -> Iterator[str]:
         yield "model.name is not given; model=hf needs model.name=org/name, or a folder that holds a checkpoint"
     else:
         yield from _source("model.name", model.name, "a folder")
+        if model.gguf_file is None:  # Python reads GGUF files
+            yield from _loadable("model.name", model.name)
     yield from _revision("model.revision", model.revision, "model.name", model.name, default="main")
     if model.dtype not in DTYPES:
         yield f"model.dtype is {model.dtype!r}; valid: {', '.join(DTYPES)}"
@@ -67,6 +69,7 @@ def _model(model: ModelConfig) -> Iterator[str]:
     tokenizer = model.tokenizer
     if tokenizer.name is not None:
         yield from _source("model.tokenizer.name", tokenizer.name, "a folder")
+        yield from _loadable("model.tokenizer.name", tokenizer.name)
     source = tokenizer.name or model.name
     yield from _revision("model.tokenizer.revision", tokenizer.revision, "the tokenizer", source, default="main")
     yield from _at_least("model.tokenizer.max_length", tokenizer.max_length, 1, MAX_INT32)
@@ -173,6 +176,12 @@ def _source(key: str, value: str, local: str) -> Iterator[str]:
         )
     elif "/" not in value and re.search(r"\.(parquet|jsonl?|csv|txt)$", value, flags=re.IGNORECASE):
         yield f"{key} is {value!r}; there is no such file in {Path.cwd()}"
+
+
+def _loadable(key: str, value: str) -> Iterator[str]:
+    path = expand_home(value)
+    if not is_utf8_path(path) and _exists(value):
+        yield f"{key} is {value!r}, which the libraries for weights and tokenizers cannot open: {utf8_way_out(path)}"
 
 
 def _revision(key: str, revision: str | None, of: str, source: str | None, *, default: str | None) -> Iterator[str]:

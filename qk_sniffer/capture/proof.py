@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.parquet as pq
 import torch
 from torch import nn
 
@@ -30,6 +29,7 @@ from qk_sniffer.backbone.family import QueryKey, RotaryCall
 from qk_sniffer.backbone.tap import rotary_functions, watched_rotary
 from qk_sniffer.errors import QkSnifferError
 from qk_sniffer.store.layout import Head, Layout
+from qk_sniffer.store.parquet_files import open_parquet, read_parquet
 
 MAX_TOKENS = 4096
 """Longer examples are cut to this number of tokens. Later tokens do not change the vectors of earlier ones."""
@@ -107,14 +107,14 @@ def examples_with_rows(layout: Layout, heads: Sequence[Head]) -> set[int]:
     first_heads = {(head.layer, head.kind): head for head in reversed(heads)}
     found: set[int] = set()
     for head in first_heads.values():
-        ids = pq.read_table(layout.root / head.file, columns=["example_id"])["example_id"]
+        ids = read_parquet(layout.root / head.file, columns=["example_id"])["example_id"]
         found |= set(ids.unique().to_pylist())
     return found
 
 
 def rows_of_example(path: Path, example_id: int) -> StoredRows:
     """Returns the rows of one example in a head's file. Reads only the row groups that contain them in full."""
-    with pq.ParquetFile(path) as file:
+    with open_parquet(path) as file:
         found, start = [], 0
         ids = file.read(columns=["example_id"])["example_id"].to_numpy()
         for group in range(file.num_row_groups):

@@ -4,6 +4,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -48,6 +49,8 @@ def only_prints(args: argparse.Namespace) -> bool:
 
 def show(application: Application[Any], task: Callable[[Any], Any]) -> int:
     """Has Hydra answer such flags; returns the exit code."""
+    if isinstance(sys.stdout, TextIOWrapper):  # Hydra prints any value with `print`
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         application.run_hydra(task)
     except Exception as error:  # for these flags Hydra does not handle errors

@@ -19,7 +19,7 @@ from qk_sniffer.errors import SourceError, StoreError
 from qk_sniffer.hub.revisions import HubUnreachableError, hub_commit, is_hub_id
 from qk_sniffer.logs import logger
 from qk_sniffer.store import stored
-from qk_sniffer.text import shortened
+from qk_sniffer.text import is_utf8_path, shortened, utf8_way_out
 
 log = logger(__name__)
 
@@ -132,6 +132,8 @@ def _file(config: DatasetConfig, file: Path) -> Source:
 def _folder(config: DatasetConfig, folder: Path) -> Source:
     _refuse(config, "a local folder", "revision")
     where = f"folder {folder}"
+    if not is_utf8_path(folder.name):  # `datasets` names a class and its cache after the folder
+        raise SourceError(f"{where}: datasets cannot read a folder of this name: {utf8_way_out(folder.name)}")
     if config.name is not None or config.data_files is not None or _names_its_files(folder):
         return _rows(where, _building(where, lambda: _builder(str(folder), config)), config)
     files = _data_files(folder)
@@ -258,16 +260,30 @@ def _rows(where: str, builder: Any, config: DatasetConfig, commit: str | None = 
     try:
         if config.streaming:
             return Source(where, builder.as_streaming_dataset(split=config.split), commit, files)
+        _check_cache(where)
         builder.download_and_prepare()
         return Source(where, builder.as_dataset(split=config.split), commit, files)
     except StopIteration as error:
         raise _empty(where) from error
+    except SourceError:
+        raise
     except Exception as error:
         if "corresponds to no data" in str(error):
             raise _empty(where) from error
         if isinstance(error, ValueError) and re.search(r"split|slice|instruction", str(error), flags=re.IGNORECASE):
             raise SourceError(f"{where}: dataset.split={config.split}: {_first_lines(str(error))}") from error
         raise _unreadable(where, error, files) from error
+
+
+def _check_cache(where: str) -> None:
+    from datasets import config as library
+
+    if not is_utf8_path(library.HF_DATASETS_CACHE):
+        raise SourceError(
+            f"{where}: datasets cannot write its cache to {library.HF_DATASETS_CACHE}: "
+            f"{utf8_way_out(library.HF_DATASETS_CACHE)}; or set HF_HOME or HF_DATASETS_CACHE to another folder, or "
+            "dataset.streaming=true"
+        )
 
 
 def _empty(where: str) -> SourceError:

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from qk_sniffer.capture.sampling import Sampler
 from qk_sniffer.config import from_dict
@@ -23,6 +22,7 @@ from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.disk import sha256_of
 from qk_sniffer.store.files import Files, Folder
 from qk_sniffer.store.layout import EXAMPLES, HeadKey, head_file
+from qk_sniffer.store.parquet_files import open_parquet
 from qk_sniffer.text import shortened
 
 
@@ -141,7 +141,7 @@ def _matrix(chunk: pa.FixedSizeListArray) -> npt.NDArray[np.float32]:
 
 def _read(path: Path, columns: Sequence[str] | None) -> pa.Table:
     try:
-        with pq.ParquetFile(path) as file:
+        with open_parquet(path) as file:
             if unknown := set(columns or ()) - set(file.schema_arrow.names):
                 has = ", ".join(file.schema_arrow.names)
                 raise StoreError(f"{path} has no column {', '.join(sorted(unknown))}; it has {has}")

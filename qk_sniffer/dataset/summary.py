@@ -7,7 +7,7 @@ from qk_sniffer.hub.branch import Branch
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.files import Files
 from qk_sniffer.store.layout import head_file
-from qk_sniffer.text import counted, python_literal, say, say_text
+from qk_sniffer.text import counted, is_utf8_path, python_literal, say, say_text
 
 _READ_FOLDER = """\
 Read it in Python:
@@ -53,4 +53,7 @@ def show(dataset: Files, manifest: Mapping[str, Any], note: str) -> None:
     if isinstance(dataset, Branch):
         say_text(_READ_BRANCH.format(repo_id=python_literal(dataset.repo_id), name=python_literal(dataset.name)))
     else:
-        say_text(_READ_FOLDER.format(file=python_literal(str(dataset.path(head_file(*heads[0]))))))
+        path = str(dataset.path(head_file(*heads[0])))
+        literal = python_literal(path)
+        # pandas opens no other path itself.
+        say_text(_READ_FOLDER.format(file=literal if is_utf8_path(path) else f'open({literal}, "rb")'))

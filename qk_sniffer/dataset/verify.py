@@ -10,7 +10,6 @@ from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from qk_sniffer.dataset.bucket_ranges import bucket_ranges
@@ -20,6 +19,7 @@ from qk_sniffer.dataset.verify_rows import Examples, HeadCheck, check_file, chec
 from qk_sniffer.machine import num_threads
 from qk_sniffer.store.layout import EXAMPLES, KIND_NAMES, Head, Layout, examples_schema, parse_head_name
 from qk_sniffer.store.manifest import FileEntry
+from qk_sniffer.store.parquet_files import open_parquet
 from qk_sniffer.text import counted, in_mb
 
 HEADS_PER_TASK = 16
@@ -156,7 +156,7 @@ def _unlisted(facts: ManifestFacts) -> Iterator[Problem]:
 def _check_examples(facts: ManifestFacts, report: Report) -> Examples | None:
     """Returns the examples, or None if they are too damaged to check the rows with them."""
     try:
-        with pq.ParquetFile(Layout(facts.root).examples) as file:
+        with open_parquet(Layout(facts.root).examples) as file:
             table = file.read()
     except (pa.ArrowException, OSError) as error:
         report.add([Problem("examples", "cannot be read as Parquet", str(error).partition("\n")[0])])

@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from qk_sniffer.capture.sampling import Sampler
 from qk_sniffer.dataset.verify_report import Problem
 from qk_sniffer.store.layout import Head
+from qk_sniffer.store.parquet_files import open_parquet
 
 BLOCK_TOKENS = 1 << 20
 """Tokens of the examples in a block."""
@@ -87,7 +88,7 @@ def check_file(path: Path, head: Head, schema: pa.Schema, rows: int) -> HeadChec
     """Checks the schema, metadata, number of rows and vectors of a head's file."""
     result = HeadCheck()
     try:
-        with pq.ParquetFile(path) as file:
+        with open_parquet(path) as file:
             result.problems += _schema_problems(head, schema, file.schema_arrow)
             result.readable = not result.problems
             result.problems += _metadata_problems(head, file.schema_arrow)
@@ -110,7 +111,7 @@ def check_rows(root: Path, heads: Sequence[Head], sampler: Sampler, examples: Ex
     layer, kind = heads[0].layer, heads[0].kind
     with ExitStack() as stack:
         streams = [
-            _Stream(head, stack.enter_context(pq.ParquetFile(root / head.file)), sampler, examples) for head in heads
+            _Stream(head, stack.enter_context(open_parquet(root / head.file)), sampler, examples) for head in heads
         ]
         for block in examples.blocks():
             ids, lengths = examples.example_id[block].tolist(), examples.num_tokens[block].tolist()

@@ -13,11 +13,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from qk_sniffer.errors import HubError
 from qk_sniffer.hub.endpoint import announce
 from qk_sniffer.logs import logger
+from qk_sniffer.text import is_utf8_path, utf8_way_out
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -94,6 +96,21 @@ def reading_api() -> "HfApi":
 
     announce()
     return HfApi()
+
+
+def require_uploads_from(root: Path) -> None:
+    """Checks that huggingface_hub can open files below the folder `root`.
+
+    Raises:
+        HubError: the library for uploads cannot.
+    """
+    from huggingface_hub import constants
+
+    if not constants.HF_HUB_DISABLE_XET and not is_utf8_path(root):
+        raise HubError(
+            f"files in {root} cannot be uploaded to the Hub by its library hf_xet: {utf8_way_out(root)}; or set "
+            "HF_HUB_DISABLE_XET=1"
+        )
 
 
 def require_access(repo_id: str, *, private: bool = False, api: "HfApi | None" = None) -> None:

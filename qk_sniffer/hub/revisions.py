@@ -5,6 +5,7 @@ network.
 """
 
 import hashlib
+import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Literal
 
 from qk_sniffer.errors import SourceError
 from qk_sniffer.hub.client import reading_api
-from qk_sniffer.text import shortened
+from qk_sniffer.text import is_utf8_path, shortened, utf8_way_out
 
 Kind = Literal["dataset", "model"]
 
@@ -80,6 +81,21 @@ def cached_commit(kind: Kind, name: str, revision: str | None = None) -> str | N
     return snapshots[0] if len(snapshots) == 1 and revision in (None, "main") else None
 
 
+def check_cache() -> None:
+    """Checks that models of the Hub can be loaded from the local cache.
+
+    Raises:
+        SourceError: the libraries for weights and tokenizers cannot open the cache's folder.
+    """
+    from huggingface_hub import constants
+
+    if not is_utf8_path(constants.HF_HUB_CACHE):
+        raise SourceError(
+            f"models cannot be loaded from the Hub's cache in {constants.HF_HUB_CACHE}: "
+            f"{utf8_way_out(constants.HF_HUB_CACHE)}; or set HF_HOME or HF_HUB_CACHE to another folder"
+        )
+
+
 def _revisions(kind: Kind, name: str) -> str:
     try:
         refs = reading_api().list_repo_refs(name, repo_type=kind)
@@ -107,7 +123,7 @@ def folder_digest(folder: Path) -> str:
         digests = list(pool.map(digest, files))
     whole = hashlib.sha256()
     for path, part in zip(files, digests, strict=True):
-        whole.update(path.name.encode() + b"\0" + part)
+        whole.update(os.fsencode(path.name) + b"\0" + part)
     return f"sha256:{whole.hexdigest()}"
 
 

@@ -20,7 +20,7 @@ from qk_sniffer.hub.revisions import hub_commit_of
 from qk_sniffer.jobs.start import START_PATIENCE_S, base_of, check_limit
 from qk_sniffer.logs import logger
 from qk_sniffer.machine import num_threads
-from qk_sniffer.resolved import batching_of
+from qk_sniffer.resolved import batching_of, public_values
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.compact import compact
 from qk_sniffer.store.disk import write_atomic
@@ -217,4 +217,5 @@ def _public(record: Mapping[str, Any]) -> dict[str, Any]:
     config["model"]["name"] = record["fingerprint"]["model.name"]
     config["model"]["tokenizer"]["name"] = record["fingerprint"]["model.tokenizer.name"]
     config["dataset"]["path"] = record["fingerprint"]["dataset.path"]
-    return config
+    public: dict[str, Any] = public_values(config)
+    return public

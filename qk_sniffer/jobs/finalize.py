@@ -7,7 +7,7 @@ from typing import Any
 from qk_sniffer.config import Config, OutputConfig, VerifyConfig, from_dict
 from qk_sniffer.corpus.examples import open_corpus
 from qk_sniffer.errors import ConfigError
-from qk_sniffer.hub.client import require_access
+from qk_sniffer.hub.client import require_access, require_uploads_from
 from qk_sniffer.jobs.assemble import finish_interrupted_promotion
 from qk_sniffer.jobs.finish import finish, report_and_publish
 from qk_sniffer.resolved import ResolvedConfig, resolve, with_output
@@ -33,6 +33,8 @@ def finalize(
     layout = Layout(data_root)
     if not layout.root.is_dir():
         raise missing_manifest(layout.root)
+    if hf_repo_id is not None:
+        require_uploads_from(layout.root)
     finish_interrupted_promotion(layout)
     record = read_record(layout)
     if record is None:

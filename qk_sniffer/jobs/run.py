@@ -4,11 +4,12 @@ A job is a function of its config. It runs the same way here, in a sweep, on SLU
 """
 
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from qk_sniffer.config import Config
-from qk_sniffer.hub.client import require_access
-from qk_sniffer.hub.revisions import hub_commit_of
+from qk_sniffer.hub.client import require_access, require_uploads_from
+from qk_sniffer.hub.revisions import check_cache, hub_commit_of
 from qk_sniffer.jobs.assemble import finish_interrupted_promotion, is_still_done
 from qk_sniffer.jobs.capture_examples import capture_examples
 from qk_sniffer.jobs.components import Components, load_components
@@ -34,7 +35,10 @@ def run_job(config: Config) -> Outcome:
     check(config)
     job = resolve(config)
     if job.output.hf_repo_id:
+        require_uploads_from(job.data_root)
         require_access(job.output.hf_repo_id, private=job.output.private)  # now, not after hours of capture
+    if not all(name and Path(name).is_dir() for name in (job.model.name, job.model.tokenizer.name)):
+        check_cache()
     existed = job.data_root.exists()
     layout = prepare_data_root(job.data_root)
     return_memory()

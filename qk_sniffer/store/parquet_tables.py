@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from qk_sniffer.store.parquet_files import open_parquet
 from qk_sniffer.store.stored import UnreadableError
 
 
@@ -22,7 +22,7 @@ def read_table(path: Path, schema: pa.Schema, *, way_out: str) -> pa.Table:
         # pyarrow would read all files of a folder, and wait for the other end of a pipe.
         if not stat.S_ISREG(path.stat().st_mode):
             raise UnreadableError(path, "is not a file", way_out)
-        with pq.ParquetFile(path) as file:
+        with open_parquet(path) as file:
             if wrong := "; ".join(_differences(file.schema_arrow, schema)):
                 raise UnreadableError(path, f"has other columns ({wrong})", way_out)
             table = file.read(columns=schema.names).select(schema.names)

@@ -17,6 +17,7 @@ from qk_sniffer.errors import StoreError
 from qk_sniffer.store.disk import sync_file
 from qk_sniffer.store.layout import VECTOR_PATH
 from qk_sniffer.store.manifest import FileEntry
+from qk_sniffer.text import is_utf8_path
 
 
 class ParquetWriter:
@@ -32,8 +33,10 @@ class ParquetWriter:
         self._rows = 0
         self._written: list[pq.FileMetaData] = []
         others = [name for name in schema.names if name != "vector"]
+        # pyarrow takes a path as UTF-8 text, see `parquet_files.py`.
+        self._file = None if is_utf8_path(path) else path.open("wb")
         self._writer = pq.ParquetWriter(
-            path,
+            self._file or path,
             schema,
             version="2.6",
             compression="zstd",
@@ -56,15 +59,22 @@ class ParquetWriter:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
             with suppress(Exception):  # otherwise pyarrow closes it when it collects the writer
-                self._writer.close()
+                self._close()
             return
-        self._writer.close()
+        self._close()
         check_encodings(self._path, self._written[0])
         with self._path.open("rb") as file:
             sync_file(file.fileno())
             # Hashed from a mapping: pyarrow would copy each write for a Python file object that hashes it.
             with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as data:
                 self.entry = FileEntry(self._rows, len(data), hashlib.sha256(data).hexdigest())
+
+    def _close(self) -> None:
+        try:
+            self._writer.close()
+        finally:
+            if self._file is not None:
+                self._file.close()
 
 
 def check_encodings(path: Path, metadata: pq.FileMetaData) -> None:

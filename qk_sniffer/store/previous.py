@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from qk_sniffer.errors import StoreError
 from qk_sniffer.store import manifest as manifests
@@ -15,6 +14,7 @@ from qk_sniffer.store.disk import sha256_of
 from qk_sniffer.store.files import Files
 from qk_sniffer.store.journal import ExampleRecord
 from qk_sniffer.store.layout import EXAMPLES, MANIFEST, examples_schema
+from qk_sniffer.store.parquet_files import open_parquet
 from qk_sniffer.store.parquet_tables import read_table
 from qk_sniffer.store.stored import UnreadableError
 
@@ -79,7 +79,7 @@ class PreviousVersion:
         path = self._checked(name)
         pending = schema.empty_table()
         try:
-            with pq.ParquetFile(path) as file:
+            with open_parquet(path) as file:
                 for group in range(file.num_row_groups):
                     read = file.read_row_group(group, columns=schema.names)
                     pending = pa.concat_tables([pending, pa.Table.from_arrays(read.columns, schema=schema)])

@@ -207,7 +207,8 @@ def _growth(base: dict[str, Any] | None) -> list[dict[str, Any]]:
     if base is None:
         return []
     before: list[dict[str, Any]] = base["grown_from"]
-    return [*before, {key: base[key] for key in ("source_rows", "versions", "batching")}]
+    own = {"source_rows": base["source_rows"], "versions": base["versions"], "batching": base.get("batching", [])}
+    return [*before, own]
 
 
 def _public(record: Mapping[str, Any]) -> dict[str, Any]:

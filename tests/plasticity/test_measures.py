@@ -63,6 +63,7 @@ def agree(root: Path, folder: Path, rule: Any) -> None:
             np.testing.assert_allclose(weights[name][of_head], expected[name], rtol=1e-8, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_a_captured_dataset_agrees_with_the_reference(verify_base: Path, tmp_path: Path) -> None:
     """The dataset has uniform buckets, grouped queries, and sliding and full layers."""
     assert measure(verify_base, tmp_path / "results") == 0

@@ -72,6 +72,7 @@ def test_the_program_from_its_start_to_pictures(
     assert bytes_of(folder).keys() == before.keys() and bytes_of(folder) != before
 
 
+@pytest.mark.slow
 def test_killed_and_run_again_gives_the_same_bytes(verify_base: Path, tmp_path: Path) -> None:
     settings = (f"data_root={verify_base}", "pictures=false", "num_pairs_per_bucket=20")
     command = [sys.executable, "-m", "qk_sniffer.plasticity", *settings, "output_dir=killed"]
@@ -309,6 +310,7 @@ def test_damaged_results_are_recreated(root: Path, tmp_path: Path) -> None:
     assert bytes_of(folder) == bytes_of(tmp_path / "undisturbed")
 
 
+@pytest.mark.slow
 def test_pictures_of_replaced_results_are_removed(root: Path, tmp_path: Path) -> None:
     pictures = tmp_path / "results" / "pictures"
     measure(root, tmp_path / "results", pictures=True)

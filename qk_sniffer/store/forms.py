@@ -186,9 +186,28 @@ class Job(TypedDict):
     tokenizer: TokenizerFacts
 
 
+JobId = Annotated[str, Meta(pattern=r"\A[0-9a-f]{16}-[0-9a-f]{16}\Z")]
+"""The identity of a job: see `record.py`."""
+
+
+class Identity(TypedDict):
+    """The part of a record that identifies its job."""
+
+    job_id: JobId
+
+
+class Mark(TypedDict):
+    """The mark of a captured shard: the examples in its journal, and its source rows without text."""
+
+    job: JobId
+    examples: Count
+    skipped: Count
+
+
 class Record(Job):
     """The record of an unfinished job."""
 
+    job_id: JobId
     source_rows: Count | None
     base: Base | None
 
@@ -207,6 +226,7 @@ class Proof(TypedDict):
     proven: bool | None
     reason: NotRequired[Text]
     examples: NotRequired[list[int]]
+    model_commit: NotRequired[Text | None]
     tolerance: NotRequired[Number]
     largest_difference_by_layer: NotRequired[dict[Bucket, float | None]]
 
@@ -228,6 +248,7 @@ class Manifest(Job):
     inclusion: dict[Kind, dict[Bucket, Annotated[float, Meta(ge=0, le=1)]]]
     nonfinite_rows: NotRequired[dict[str, Count]]
     files: dict[str, Entry]
+    job_id: NotRequired[JobId]  # until the manifest is promoted
     proof: Proof
     timings: dict[str, Number]
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from qk_sniffer.plasticity import tables
 from qk_sniffer.plasticity.measure import KeyHead
 from qk_sniffer.plasticity.results import Results
 from qk_sniffer.plasticity.run import portions
+from qk_sniffer.plasticity.tables import HeadResult
 from qk_sniffer.store.layout import Layout
+from qk_sniffer.store.locks import TakenAwayError
 from qk_sniffer.store.manifest import read as read_manifest
 from qk_sniffer.store.manifest import write as write_manifest
 
@@ -263,6 +266,41 @@ def test_results_need_a_folder_of_their_own(root: Path, tmp_path: Path) -> None:
         measure(root, tmp_path / "other")
     with Results(tmp_path / "results").claim(), pytest.raises(StoreError, match="measuring plasticity"):
         measure(root, tmp_path / "results")
+
+
+def test_a_run_whose_folder_is_taken_writes_nothing_there(tmp_path: Path) -> None:
+    mine, theirs = Results(tmp_path / "results"), Results(tmp_path / "results")
+    result = HeadResult(0, 0, 0, {"ap_overall": 0.5}, [], [0.5])
+    writes: list[Callable[[], object]] = [
+        lambda: mine.begin("mine"),
+        lambda: mine.save(result),
+        lambda: mine.finish([result], {"damaged": {}}),
+        mine.check,
+    ]
+    for write in writes:
+        with pytest.raises(TakenAwayError, match="was removed, moved or replaced"), mine.claim():
+            mine.begin("mine")
+            mine.save(result)
+            assert mine.load(0, 0) == result
+            shutil.rmtree(mine.folder)
+            with theirs.claim():
+                theirs.begin("theirs")
+                assert theirs.load(0, 0) is None
+                left = {path: path.read_bytes() for path in mine.folder.rglob("*") if path.is_file()}
+                write()
+        left = {path: data for path, data in left.items() if path.name != ".lock"}
+        assert {path: path.read_bytes() for path in mine.folder.rglob("*") if path.is_file()} == left
+        shutil.rmtree(mine.folder)
+
+
+def test_the_result_of_a_head_belongs_to_its_settings(tmp_path: Path) -> None:
+    results = Results(tmp_path / "results")
+    with results.claim():
+        results.begin("one")
+        results.save(HeadResult(0, 0, 0, {"ap_overall": 0.5}, [], [0.5]))
+        (results.folder / ".work" / "job.json").write_text("two", encoding="utf-8")
+        results.begin("two")
+        assert results.load(0, 0) is None
 
 
 def test_without_matplotlib_there_are_tables_and_without_scipy_an_error(

@@ -149,7 +149,8 @@ class Journal:
             if segment_number(path) is None:
                 continue
             try:
-                header = read_header(path)
+                with explained(path, "read"):
+                    header = read_header(path)
             except DamageError as error:
                 damaged[path] = error
                 continue

@@ -118,6 +118,8 @@ def test_a_shard_that_ran_while_the_limit_changed_is_not_taken_for_captured(
     monkeypatch.setattr(capture_examples, "mark_done", mark)
     with pytest.raises(StoreError, match=r"while this shard ran.*rerun the command with dataset\.max_samples=3"):
         run(checkpoint, stream, layout.root, dataset=STREAM | {"max_samples": 5}, inference=ALONE)
-    assert not layout.shard_done(0, 1).exists() and len(Journal(layout.journal(0, 1), stored_job_id(layout)).records) == 4
+    assert (
+        not layout.shard_done(0, 1).exists() and len(Journal(layout.journal(0, 1), stored_job_id(layout)).records) == 4
+    )
     with pytest.raises(SourceError, match=r"row 4 was captured before, and the used rows end with row 2 now"):
         run(checkpoint, stream, layout.root, dataset=STREAM | {"max_samples": 3}, inference=ALONE)

@@ -1,17 +1,18 @@
-"""Has Hydra run jobs, and turns what the disk refuses it into one clear error.
+"""Has Hydra run jobs, and turns what the disk or SLURM refuses it into one clear error.
 
 Hydra writes the folder of each job (`.hydra/`, the log) before the job starts. A full disk or a folder that cannot be
-written ends Hydra there, with its own traceback.
+written ends Hydra there, with its own traceback. So does a job that sbatch does not accept.
 """
 
 import errno
 from collections.abc import Callable
+from subprocess import CalledProcessError
 from typing import Any
 
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.utils import JobReturn
 
-from qk_sniffer.errors import StoreError
+from qk_sniffer.errors import QkSnifferError, StoreError
 
 _OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG}
 _OF_A_PATH = {errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
@@ -22,6 +23,7 @@ def run_jobs(config_name: str, task: Callable[[Any], Any], arguments: list[str],
 
     Raises:
         StoreError: Hydra cannot write the folder of a job.
+        QkSnifferError: SLURM does not accept the jobs.
     """
     hydra_object = GlobalHydra.instance().hydra
     assert hydra_object is not None
@@ -29,6 +31,14 @@ def run_jobs(config_name: str, task: Callable[[Any], Any], arguments: list[str],
         if not is_sweep:
             return [hydra_object.run(config_name, task, arguments)]
         return [job for batch in hydra_object.multirun(config_name, task, arguments) for job in batch]
+    except RuntimeError as error:  # submitit's
+        cause = error.__cause__
+        if not (isinstance(cause, CalledProcessError) and "sbatch" in cause.cmd):
+            raise
+        raise QkSnifferError(
+            f"SLURM does not accept the jobs: {cause.stderr.strip() or 'sbatch failed without a message'}. Change the "
+            "settings of hydra.launcher that it names, and rerun the command"
+        ) from error
     except (OSError, ValueError) as error:  # a ValueError: of the configuration of the log
         cause = _of_the_disk(error)
         if cause is None:

@@ -126,7 +126,10 @@ class Corpus:
                 self._last_index = index
         except SourceError as error:
             if self._used is None and sound:
-                raise SourceError(f"{str(error).rstrip('.')}. {_way_out(sound)}") from error
+                # An error of the library that reads the source has a cause, unlike those of this module.
+                lost = self.commit is not None and error.__cause__ is not None
+                again = "If the connection was lost, rerun the same command. " if lost else ""
+                raise SourceError(f"{str(error).rstrip('.')}. {again}{_way_out(sound)}") from error
             raise
         if not any_text and not after and not self._any_text():
             raise SourceError(f"{self._source.name}: no row has a text in column {self._config.text_column!r}")

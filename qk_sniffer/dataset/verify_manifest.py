@@ -25,7 +25,7 @@ from qk_sniffer.store.record import read_record
 from qk_sniffer.store.stored import UnreadableError
 from qk_sniffer.text import counted
 
-_COUNTS = ("examples", "tokens", "longest_example", "truncated_examples", "skipped_rows", "source_rows", "rows")
+_COUNTS = ("examples", "tokens", "truncated_examples", "skipped_rows", "source_rows", "rows")
 
 _DEPEND_ON_WHERE_IT_RAN = {"model.name", "model.tokenizer.name", "dataset.path", "shard.count"}
 """Keys whose value in the fingerprint cannot be computed from the config in the manifest."""
@@ -61,6 +61,8 @@ class ManifestFacts:
     inclusion: dict[str, dict[int, float]]
     fingerprints: tuple[dict[str, Any], dict[str, Any]]
     """The fingerprint of `config`, and the one in the manifest."""
+    commits: tuple[str | None, str | None]
+    """The model's commits that the dataset was captured and proven with."""
     proven: bool | None
     proof: str
 
@@ -109,6 +111,7 @@ class ManifestFacts:
             nonfinite_rows=None if nonfinite is None else {name: int(rows) for name, rows in nonfinite.items()},
             inclusion=_by_bucket(manifest["inclusion"], float),
             fingerprints=(fingerprint(resolve(config)), dict(manifest["fingerprint"])),
+            commits=(manifest["commits"]["model"], proof.get("model_commit", manifest["commits"]["model"])),
             proven=proof["proven"],
             proof=_in_words(proof),
         )
@@ -138,6 +141,9 @@ class ManifestFacts:
         if counts["source_rows"] != counts["examples"] + counts["skipped_rows"]:
             others = f"examples is {counts['examples']:,} and skipped_rows {counts['skipped_rows']:,}"
             yield _contradiction(f"source_rows is {counts['source_rows']:,}, but {others}")
+        captured, proved = self.commits
+        if captured != proved:
+            yield _contradiction(f"the model's commit is {captured} in commits, {proved} in proof")
         of_config, listed = self.fingerprints
         for key in sorted((of_config.keys() & listed.keys()) - _DEPEND_ON_WHERE_IT_RAN):
             if of_config[key] != listed[key]:
@@ -186,7 +192,8 @@ def _progress(layout: Layout) -> str:
     record = None
     with suppress(OSError, StoreError):  # a running job removes these files when it is done
         record = read_record(layout)
-        done = sum(len(Journal(folder, verify=False).records) for folder in layout.journals())
+        job_id = None if record is None else record["job_id"]
+        done = sum(len(Journal(folder, job_id, verify=False).records) for folder in layout.journals())
     if record is None:
         return "its job has captured nothing yet"
     total = record.get("source_rows")

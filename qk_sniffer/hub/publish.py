@@ -21,7 +21,7 @@ from qk_sniffer.hub.catalogue import update_catalogue
 from qk_sniffer.hub.client import PUBLIC, REPO_TYPE, bars_on_a_terminal, with_retries, writing_api
 from qk_sniffer.logs import logger
 from qk_sniffer.store import manifest as manifests
-from qk_sniffer.store.disk import sha256_of
+from qk_sniffer.store.disk import Check, sha256_of, unchecked
 from qk_sniffer.store.files import inside
 from qk_sniffer.store.layout import CARD, MANIFEST, PICTURES, Layout, parse_head_name
 from qk_sniffer.store.manifest import FileEntry
@@ -56,6 +56,7 @@ def publish(
     *,
     private: bool = False,
     guard: Guard | None = None,
+    check: Check = unchecked,
     api: "HfApi | None" = None,
 ) -> Published:
     """Publishes the dataset at `root` to a branch of the dataset repository `repo_id`, and lists it on main.
@@ -75,6 +76,8 @@ def publish(
         card: the branch's README.md.
         private: creates a missing repository as a private one; otherwise the owner's default decides.
         guard: called with each version that the dataset would replace.
+        check: called before the files are read, and before each step that changes the branch. It raises an error if
+            another dataset is at `root` now.
         api: the client; by default one with the stored token.
 
     Raises:
@@ -82,7 +85,7 @@ def publish(
         HubError: the dataset could not be published, or not be listed. The call may be repeated.
     """
     api = api or writing_api()
-    publication = _Publication(root, manifest, repo_id, branch, card, private, guard, api)
+    publication = _Publication(root, manifest, repo_id, branch, card, private, guard, check, api)
     published = with_retries(publication.attempt, api, publication.failed)
     update_catalogue(api, repo_id)
     return published
@@ -100,6 +103,7 @@ class _Publication:
         card: bytes,
         private: bool,
         guard: Guard | None,
+        check: Check,
         api: "HfApi",
     ) -> None:
         self.api = api
@@ -108,6 +112,8 @@ class _Publication:
         self._branch = branch
         self._private = private
         self._guard = guard
+        self._check = check
+        check()
         if changed := manifests.changed_files(root, manifest):
             raise _changed(root / changed[0])
         self._card = card
@@ -133,7 +139,9 @@ class _Publication:
             self._operations = self._changes(head)
             self._parent = head
         with bars_on_a_terminal():
+            self._check()
             self._upload()
+            self._check()
             commit = self.api.create_commit(
                 self._repo_id,
                 self._operations,

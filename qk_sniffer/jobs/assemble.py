@@ -4,7 +4,6 @@ The job's record and its journals hold everything needed. Any shard can therefor
 """
 
 import copy
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -22,14 +21,17 @@ from qk_sniffer.logs import logger
 from qk_sniffer.machine import num_threads
 from qk_sniffer.resolved import batching_of, public_values
 from qk_sniffer.store import manifest as manifests
+from qk_sniffer.store.claim import Claim
 from qk_sniffer.store.compact import compact
-from qk_sniffer.store.disk import write_atomic
+from qk_sniffer.store.disk import remove, type_of
+from qk_sniffer.store.forms import Mark
 from qk_sniffer.store.journal import Batching, ExampleRecord, Journal
 from qk_sniffer.store.layout import KINDS, Head, Layout
 from qk_sniffer.store.locks import InUseError, hold
 from qk_sniffer.store.manifest import Written
-from qk_sniffer.store.promote import finish_promotion
-from qk_sniffer.store.record import read_record
+from qk_sniffer.store.promote import finish_promotion, finish_removal, staged_manifest
+from qk_sniffer.store.record import read_mark, read_record, write_mark
+from qk_sniffer.store.stored import UnreadableError
 
 log = logger(__name__)
 
@@ -54,23 +56,32 @@ class Staged:
         return manifests.build({**self.facts, "proof": proof}, self.written, timings=timings)
 
 
+@dataclass(frozen=True)
+class CapturedJob:
+    """The job whose dataset this process makes: its record, and its claim to the data root."""
+
+    record: dict[str, Any]
+    claim: Claim
+
+
 @contextmanager
-def captured_job(layout: Layout) -> Iterator[dict[str, Any] | None]:
-    """Holds the finalize lock, and yields the record of the job if all of its shards are captured.
+def captured_job(layout: Layout, job_id: str) -> Iterator[CapturedJob | None]:
+    """Holds the finalize lock, and yields the job `job_id` if all of its shards are captured.
 
     Yields None if a shard is missing, if another process holds the lock, or if the dataset exists already; the log
     says which.
 
     Raises:
         InUseError: another process makes the dataset of a job that has no shards.
+        TakenAwayError: the data root has another job, now or at the end of a step of the block.
     """
     with ExitStack() as finalizing:
-        yield _record_of_captured_job(layout, finalizing)
+        yield _captured_job(layout, job_id, finalizing)
 
 
-def _record_of_captured_job(layout: Layout, finalizing: ExitStack) -> dict[str, Any] | None:
+def _captured_job(layout: Layout, job_id: str, finalizing: ExitStack) -> CapturedJob | None:
     try:
-        finalizing.enter_context(hold(layout.finalize_lock, "making the dataset", wait_s=PATIENCE_S))
+        lock = finalizing.enter_context(hold(layout.finalize_lock, "making the dataset", wait_s=PATIENCE_S))
     except InUseError:
         record = read_record(layout)
         if record is not None and record["config"]["shard"]["count"] == 1:
@@ -81,22 +92,28 @@ def _record_of_captured_job(layout: Layout, finalizing: ExitStack) -> dict[str, 
     if record is None:
         log.info("another shard has made the dataset")
         return None
+    finalizing.enter_context(lock.explaining())
+    claim = Claim(lock, layout, job_id)
+    claim.check()
     count = record["config"]["shard"]["count"]
-    missing = [index for index in range(count) if not layout.shard_done(index, count).exists()]
+    missing = [index for index in range(count) if read_mark(layout, index, count, job_id) is None]
     if missing:
         log.info("shard done; the dataset is made when shards %s of %d are done too", missing, count)
         return None
-    return record
+    return CapturedJob(record, claim)
 
 
-def stage(layout: Layout, record: Mapping[str, Any]) -> Staged:
+def stage(layout: Layout, job: CapturedJob) -> Staged:
     """Writes the Parquet files of the dataset of a captured job to the staging folder. Hold the finalize lock.
+
+    Removes a staged version of another job.
 
     Raises:
         StoreError: a journal is damaged, the source has changed, or the disk failed; may be called again.
         SourceError: no text of the dataset has a token.
     """
     log.info("writing the Parquet files")
+    record, claim = job.record, job.claim
     config = from_dict(record["config"])
     sampler = Sampler(config.sampler)
     heads = captured_heads(record)
@@ -105,16 +122,18 @@ def stage(layout: Layout, record: Mapping[str, Any]) -> Staged:
     if config.capture.capture_token_strings:
         token_string = load_tokenizer(config.model, hub_commit_of(commits["tokenizer"])).token_strings
     count = config.shard.count
-    journals = [Journal(layout.journal(index, count), verify=False) for index in range(count)]
-    done = [json.loads(layout.shard_done(index, count).read_bytes()) for index in range(count)]
-    for index, (journal, facts) in enumerate(zip(journals, done, strict=True)):
-        if len(journal.records) != facts["examples"]:
+    journals = [Journal(layout.journal(index, count), claim.job_id, verify=False) for index in range(count)]
+    marks = [read_mark(layout, index, count, claim.job_id) for index in range(count)]
+    for index, (journal, mark) in enumerate(zip(journals, marks, strict=True)):
+        held = 0 if mark is None else mark["examples"]
+        if mark is None or len(journal.records) != held:
             raise StoreError(
-                f"the journal {journal.folder} holds {len(journal.records)} examples, and held {facts['examples']} "
+                f"the journal {journal.folder} holds {len(journal.records)} examples, and held {held} "
                 f"when it was complete: parts of it are missing. Rerun the job of shard.index={index}, which captures "
                 "them again"
             )
     base = base_of(layout, record)
+    _remove_staged(layout, claim)
     written = compact(
         layout,
         journals,
@@ -124,8 +143,9 @@ def stage(layout: Layout, record: Mapping[str, Any]) -> Staged:
         token_string=token_string,
         previous=base,
         threads=num_threads(),
+        check=claim.check,
     )
-    skipped = sum(shard["skipped"] for shard in done)
+    skipped = sum(mark["skipped"] for mark in marks if mark is not None)
     examples = [example for journal in journals for example in journal.records.values()]
     if base is not None:
         skipped += base.record["skipped_rows"]
@@ -151,41 +171,84 @@ def stage(layout: Layout, record: Mapping[str, Any]) -> Staged:
     return Staged(layout.staging, heads, examples, facts, written)
 
 
-def mark_done(layout: Layout, shard: ShardConfig, *, rows: int | None, examples: int, skipped: int) -> None:
+def _remove_staged(layout: Layout, claim: Claim) -> None:
+    """Removes a staged version of another job. The job's own is promoted before a job stages another one."""
+    staged = staged_manifest(layout)
+    if staged is not None and staged.get("job_id") != claim.job_id:
+        claim.check()
+        remove(layout.staging.root)
+
+
+def mark_done(
+    layout: Layout, shard: ShardConfig, *, claim: Claim, rows: int | None, examples: int, skipped: int
+) -> None:
     """Marks a shard as captured, durably.
 
     Args:
+        layout: of the data root.
+        shard: the captured shard.
+        claim: that of the job, with the shard's lock.
         rows: the number of source rows of the job, as the shard knew it from its start.
         examples: the number of examples in the shard's journal.
         skipped: the number of the shard's source rows without text.
 
     Raises:
         StoreError: the job has got another number of rows since.
+        TakenAwayError: the data root is no longer the job's.
     """
-    facts = {"examples": examples, "skipped": skipped}
+    mark = Mark(job=claim.job_id, examples=examples, skipped=skipped)
+    claim.check()
     with hold(layout.start_lock, "ending the capture of a shard", wait_s=START_PATIENCE_S):
         check_limit(layout, rows)
-        write_atomic(layout.shard_done(shard.index, shard.count), json.dumps(facts).encode())
+        write_mark(layout, shard.index, shard.count, mark, check=claim.check)
 
 
-def is_still_done(layout: Layout, shard: ShardConfig) -> bool:
+def is_still_done(layout: Layout, shard: ShardConfig, claim: Claim) -> bool:
     """Whether a shard is marked as captured and its journal is whole. Removes the mark if the journal is not."""
-    done = layout.shard_done(shard.index, shard.count)
-    if not done.exists():
-        return False
-    journal = Journal(layout.journal(shard.index, shard.count))
-    if journal.is_whole and len(journal.records) == json.loads(done.read_bytes())["examples"]:
-        return True
-    done.unlink()
+    mark = read_mark(layout, shard.index, shard.count, claim.job_id)
+    if mark is not None:
+        journal = Journal(layout.journal(shard.index, shard.count), claim.job_id)
+        if journal.is_whole and len(journal.records) == mark["examples"]:
+            return True
+    claim.check()
+    layout.shard_done(shard.index, shard.count).unlink(missing_ok=True)
     return False
 
 
-def finish_interrupted_promotion(layout: Layout) -> bool:
-    """Finishes the promotion of a dataset that a crash interrupted; returns False if there is none."""
-    if not layout.staging.manifest.exists():
+def remove_unreadable_marks(layout: Layout, shard_count: int, claim: Claim) -> None:
+    """Removes the marks that cannot be read: their shards count as not captured, and keep their journals."""
+    for index in range(shard_count):
+        try:
+            read_mark(layout, index, shard_count, claim.job_id)
+        except UnreadableError as error:
+            log.warning("%s is removed: it %s", layout.shard_done(index, shard_count), error.problem)
+            claim.check()
+            remove(layout.shard_done(index, shard_count))
+
+
+def finish_interrupted_promotion(layout: Layout, *, overwrite: bool = False) -> bool:
+    """Finishes the promotion of a dataset that a crash interrupted; returns False if there is none.
+
+    With `overwrite`, a staged version that cannot be promoted is removed.
+
+    Raises:
+        UnreadableError: the record or the staged manifest cannot be read, or a file that it lists is missing.
+    """
+    if type_of(layout.staging.manifest) is None:
         return False
-    with hold(layout.finalize_lock, "promoting the dataset"):
-        return finish_promotion(layout)
+    with hold(layout.finalize_lock, "promoting the dataset", replace=overwrite) as lock, lock.explaining():
+        try:
+            record = read_record(layout)
+            if record is None:
+                return finish_removal(layout, lock.check)
+            return finish_promotion(layout, Claim(lock, layout, record["job_id"]))
+        except UnreadableError as error:
+            if not overwrite:
+                raise
+            log.warning("the staged version of the dataset is not promoted, and removed: %s", error)
+            lock.check()
+            remove(layout.staging.root)
+            return False
 
 
 def _changes(journals: Sequence[Journal], first: Batching) -> list[dict[str, Any]]:
@@ -207,7 +270,8 @@ def _growth(base: dict[str, Any] | None) -> list[dict[str, Any]]:
     if base is None:
         return []
     before: list[dict[str, Any]] = base["grown_from"]
-    return [*before, {key: base[key] for key in ("source_rows", "versions", "batching")}]
+    own = {"source_rows": base["source_rows"], "versions": base["versions"], "batching": base.get("batching", [])}
+    return [*before, own]
 
 
 def _public(record: Mapping[str, Any]) -> dict[str, Any]:

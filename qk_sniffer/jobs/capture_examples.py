@@ -16,6 +16,7 @@ from qk_sniffer.jobs.signals import Stopped, Stopping
 from qk_sniffer.jobs.start import Start, source_rows
 from qk_sniffer.logs import logger
 from qk_sniffer.resolved import ResolvedConfig
+from qk_sniffer.store.claim import Claim
 from qk_sniffer.store.disk import ensure_space, required_bytes
 from qk_sniffer.store.journal import Journal
 from qk_sniffer.store.journal_writer import JournalWriter
@@ -26,17 +27,26 @@ log = logger(__name__)
 
 
 def capture_examples(
-    config: ResolvedConfig, layout: Layout, start: Start, components: Components, stages: Stages, stopping: Stopping
+    config: ResolvedConfig,
+    layout: Layout,
+    start: Start,
+    claim: Claim,
+    components: Components,
+    stages: Stages,
+    stopping: Stopping,
 ) -> None:
-    """Captures the examples of a shard that are not in its journal or in the previous version. Hold the shard's lock.
+    """Captures the examples of a shard that are not in its journal or in the previous version.
+
+    `claim` is that of the registered job, with the shard's lock.
 
     Raises:
         SourceError: no text of the dataset has a token.
         StoreError: the disk is full or fails.
+        TakenAwayError: the data root is no longer the job's.
         Stopped: a signal came; complete batches are in the journal.
     """
     shard, inference, corpus = config.shard, config.inference, start.corpus
-    journal = Journal(layout.journal(shard.index, shard.count))
+    journal = Journal(layout.journal(shard.index, shard.count), claim.job_id)
     total = _examples_of_shard(config, start)
     if start.base is not None:
         log.info("adding to a finished dataset of %d source rows", start.rows_before)
@@ -52,7 +62,7 @@ def capture_examples(
         boundary=components.backbone.length_boundary,
         stages=in_thread,
     )
-    progress = Progress(total, len(journal.records), file=layout.progress(shard.index, shard.count))
+    progress = Progress(total, len(journal.records), file=layout.progress(shard.index, shard.count), check=claim.check)
     tokens_wanted = config.capture.capture_token_ids or config.capture.capture_token_strings
     try:
         first = list(islice(windows, 1))
@@ -64,6 +74,7 @@ def capture_examples(
             segment_bytes=inference.segment_mb * 2**20,
             batching=inference.batching(),
             pinned=components.backbone.device.type == "cuda",
+            check=claim.check,
         ) as writer:
             capture = Capture(
                 components.backbone, components.selection, sampler, writer, token_ids=tokens_wanted, stages=stages
@@ -94,8 +105,8 @@ def capture_examples(
             f"{corpus.last_index} now: the source has changed, or dataset.max_samples. Restore them, or recreate the "
             "dataset with output.overwrite=true"
         )
-    skipped = corpus.skipped + components.tokenizer.skipped
-    mark_done(layout, shard, rows=source_rows(config, corpus), examples=len(journal.records), skipped=skipped)
+    rows, skipped = source_rows(config, corpus), corpus.skipped + components.tokenizer.skipped
+    mark_done(layout, shard, claim=claim, rows=rows, examples=len(journal.records), skipped=skipped)
 
 
 def _examples_of_shard(config: ResolvedConfig, start: Start) -> int | None:

@@ -21,6 +21,8 @@ log = logger(__name__)
 class Components:
     """The loaded tokenizer and model. `selection` names heads of `layers`."""
 
+    commits: Mapping[str, str | None]
+    """The commits that `model` and `tokenizer` were loaded at."""
     tokenizer: TextTokenizer
     backbone: Backbone
     layers: list[LayerFacts]
@@ -67,4 +69,5 @@ def _load(config: ResolvedConfig, commits: Mapping[str, str | None]) -> Componen
         str(backbone.dtype).removeprefix("torch."),
         backbone.device,
     )
-    return Components(tokenizer, backbone, layers, selection)
+    loaded = {role: commits[role] for role in ("model", "tokenizer")}
+    return Components(loaded, tokenizer, backbone, layers, selection)

@@ -6,17 +6,19 @@ from typing import Any
 
 from qk_sniffer.config import Config, OutputConfig, VerifyConfig, from_dict
 from qk_sniffer.corpus.examples import open_corpus
-from qk_sniffer.errors import ConfigError
+from qk_sniffer.errors import ConfigError, SourceError
 from qk_sniffer.hub.client import require_access, require_uploads_from
 from qk_sniffer.jobs.assemble import finish_interrupted_promotion
 from qk_sniffer.jobs.finish import finish, report_and_publish
+from qk_sniffer.jobs.identity import Job, resolve_commits
 from qk_sniffer.resolved import ResolvedConfig, resolve, with_output
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.files import Folder
 from qk_sniffer.store.journal import Journal
 from qk_sniffer.store.layout import Layout, missing_manifest
 from qk_sniffer.store.locks import holder, is_held
-from qk_sniffer.store.record import read_record
+from qk_sniffer.store.record import read_mark, read_record
+from qk_sniffer.store.work_folder import clear_obstacles
 from qk_sniffer.text import say
 from qk_sniffer.timing import Stages
 from qk_sniffer.validation import output_problems
@@ -35,6 +37,7 @@ def finalize(
         raise missing_manifest(layout.root)
     if hf_repo_id is not None:
         require_uploads_from(layout.root)
+    clear_obstacles(layout, overwrite=False)
     finish_interrupted_promotion(layout)
     record = read_record(layout)
     if record is None:
@@ -53,9 +56,28 @@ def finalize(
     config = _published(from_dict(record["config"]), hf_repo_id, hf_branch)
     if not prove:
         config = replace(config, verify=VerifyConfig(examples=0))
+    _check_checkpoint(config, layout, record)
     corpus = open_corpus(config.dataset, record["commits"]["dataset"]) if config.verify.examples else None
-    done = finish(config, layout, corpus, None, Stages())
+    done = finish(config, layout, record["job_id"], corpus, None, Stages())
     return 1 if done is None and read_record(layout) is not None else 0
+
+
+def _check_checkpoint(config: ResolvedConfig, layout: Layout, record: dict[str, Any]) -> None:
+    """Checks that a local model and tokenizer are those of the job, if this program loads them.
+
+    Raises:
+        SourceError: they have changed.
+    """
+    needed = ["model", "tokenizer"] if config.verify.examples else []
+    if config.capture.capture_token_strings:
+        needed.append("tokenizer")
+    there = record["commits"]
+    now = resolve_commits(config, Job.from_record(record)) if needed else there
+    if changed := sorted({role for role in needed if now[role] != there[role]}):
+        raise SourceError(
+            f"the {' and the '.join(changed)} of the job at {layout.root} changed after the capture: restore the files "
+            f"of {config.model.name}, or rerun the job with output.overwrite=true"
+        )
 
 
 def _published(config: Config, hf_repo_id: str | None, hf_branch: str | None) -> ResolvedConfig:
@@ -74,12 +96,12 @@ def missing_shards(layout: Layout, record: dict[str, Any]) -> list[str]:
     count = record["config"]["shard"]["count"]
     lines = []
     for index in range(count):
-        if layout.shard_done(index, count).exists():
+        if read_mark(layout, index, count, record["job_id"]) is not None:
             continue
         lock = layout.shard_lock(index, count)
         if is_held(lock):
             state = f"running ({holder(lock)})"
-        elif captured := len(Journal(layout.journal(index, count), verify=False).records):
+        elif captured := len(Journal(layout.journal(index, count), record["job_id"], verify=False).records):
             state = f"stopped, with {captured} examples captured"
         else:
             state = "not started"

@@ -15,7 +15,7 @@ from qk_sniffer.corpus.examples import Corpus
 from qk_sniffer.dataset.card import branch_card, write_card
 from qk_sniffer.dataset.card_facts import CardFacts
 from qk_sniffer.dataset.summary import show
-from qk_sniffer.errors import CaptureError
+from qk_sniffer.errors import CaptureError, StoreError
 from qk_sniffer.hub.branch import Branch
 from qk_sniffer.hub.catalogue import update_catalogue
 from qk_sniffer.hub.client import writing_api
@@ -25,8 +25,10 @@ from qk_sniffer.jobs.assemble import Staged, captured_job, stage
 from qk_sniffer.jobs.components import Components, load_components
 from qk_sniffer.resolved import ResolvedConfig
 from qk_sniffer.store import manifest as manifests
+from qk_sniffer.store.disk import Check, unchecked
 from qk_sniffer.store.files import Files, Folder
 from qk_sniffer.store.layout import Layout
+from qk_sniffer.store.locks import TakenAwayError
 from qk_sniffer.store.promote import promote
 from qk_sniffer.text import say
 from qk_sniffer.timing import Stages, describe
@@ -41,38 +43,64 @@ class Outcome:
 
 
 def finish(
-    config: ResolvedConfig, layout: Layout, corpus: Corpus | None, components: Components | None, stages: Stages
+    config: ResolvedConfig,
+    layout: Layout,
+    job_id: str,
+    corpus: Corpus | None,
+    components: Components | None,
+    stages: Stages,
+    check: Check = unchecked,
 ) -> Outcome | None:
     """Makes the dataset. Returns None if shards are missing, or if another process makes it.
 
     Args:
+        job_id: the identity of the job whose dataset is made.
         corpus: the examples to prove; None if `config` asks for no proof.
         components: those that the capture used; None loads them if the proof needs them.
+        check: that of the lock of the process's shard, if it has one.
 
     Raises:
+        TakenAwayError: the data root is no longer the job's.
         QkSnifferError: everything written before is kept, and this may be called again.
     """
-    with captured_job(layout) as record:
-        if record is None:
+    check()  # and not the record, which another shard removes with the work of the whole job
+    with captured_job(layout, job_id) as job:
+        check()
+        if job is None:
             return None
         with stages("compact"):
-            staged = stage(layout, record)
+            staged = stage(layout, job)
         with stages("verify"):
-            proof = _prove(config, record, staged, corpus, components, stages)
+            proof = _prove(config, job.record, staged, corpus, components, stages)
+        job.claim.check()  # what was proven is the job's
         manifest = staged.manifest(proof, timings=stages.seconds)
         with stages("promote"):
-            promote(layout, manifest, card=write_card(CardFacts.of(manifest)).encode())
-    return report_and_publish(config, layout, f"Time: {describe(stages.seconds)}", Folder(layout.root))
+            promote(layout, manifest, card=write_card(CardFacts.of(manifest)).encode(), claim=job.claim)
+        made = manifests.read(layout.root)
+    return report_and_publish(config, layout, f"Time: {describe(stages.seconds)}", Folder(layout.root), check, made)
 
 
-def report_and_publish(config: ResolvedConfig, layout: Layout, note: str, files: Files) -> Outcome:
+def report_and_publish(
+    config: ResolvedConfig,
+    layout: Layout,
+    note: str,
+    files: Files,
+    check: Check = unchecked,
+    made: Mapping[str, Any] | None = None,
+) -> Outcome:
     """Prints a summary of the finished dataset in `files` with `note`, and publishes it to its branch, if it has one.
+
+    `made` is the manifest of the dataset, if this process has made it. `check` is that of the lock of its shard.
 
     Raises:
         CaptureError: the proof failed.
         HubError: the dataset could not be published.
+        TakenAwayError: another dataset is in the data root now.
     """
+    check()
     manifest = manifests.of(files)
+    if made is not None and manifest != made:
+        raise _replaced(layout)
     show(files, manifest, note)
     if isinstance(files, Branch):
         hub_resume.write_snapshot(layout, files)
@@ -98,12 +126,28 @@ def report_and_publish(config: ResolvedConfig, layout: Layout, note: str, files:
         output.hf_branch,
         branch_card(layout.root, manifest, output.hf_repo_id, output.hf_branch),
         private=output.private,
+        check=partial(_check_unchanged, layout, manifest, check),
         guard=partial(hub_resume.guard, layout, manifest) if guarded else None,
     )
     if output.resume_from_hub:
+        _check_unchanged(layout, manifest, check)
         hub_resume.write_snapshot(layout, Branch(output.hf_repo_id, output.hf_branch, published.commit))
     say(f"{'Published' if published.changed else 'Already published'}: {published.url}")
     return Outcome(manifest["rows"], published.url)
+
+
+def _check_unchanged(layout: Layout, manifest: Mapping[str, Any], check: Check) -> None:
+    """Checks that the dataset in the data root is the one of `manifest`, whose files have their checksums in it."""
+    check()
+    if manifests.read(layout.root) != manifest:
+        raise _replaced(layout)
+
+
+def _replaced(layout: Layout) -> TakenAwayError:
+    return TakenAwayError(
+        f"another dataset has replaced the one in {layout.root} while this process used it, and was not published. "
+        "Rerun the command of the job whose dataset is to be published, in a folder of its own"
+    )
 
 
 def _prove(
@@ -130,5 +174,12 @@ def _prove(
         check_unchanged(example, captured[example.index])
     if components is None:
         components = load_components(config, record["commits"], stages)
+    commits = {role: record["commits"][role] for role in components.commits}
+    if components.commits != commits:
+        raise StoreError(
+            f"the job in {staged.layout.root} was captured with the commits {commits}, and the loaded model and "
+            f"tokenizer are {components.commits}: they prove nothing about its vectors. Rerun the job's command"
+        )
     tokens = components.tokenizer(found)
-    return prove(components.backbone, staged.layout, staged.heads, {each.example_id: each.ids for each in tokens})
+    proof = prove(components.backbone, staged.layout, staged.heads, {each.example_id: each.ids for each in tokens})
+    return proof | {"model_commit": components.commits["model"]}

@@ -3,6 +3,7 @@
 A job is a function of its config. It runs the same way here, in a sweep, on SLURM and in a test.
 """
 
+import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from qk_sniffer.config import Config
 from qk_sniffer.hub.client import require_access, require_uploads_from
 from qk_sniffer.hub.revisions import check_cache, hub_commit_of
-from qk_sniffer.jobs.assemble import finish_interrupted_promotion, is_still_done
+from qk_sniffer.jobs.assemble import finish_interrupted_promotion, is_still_done, remove_unreadable_marks
 from qk_sniffer.jobs.capture_examples import capture_examples
 from qk_sniffer.jobs.components import Components, load_components
 from qk_sniffer.jobs.finish import Outcome, finish, report_and_publish
@@ -19,8 +20,10 @@ from qk_sniffer.jobs.signals import Stopping
 from qk_sniffer.jobs.start import Start, change_limit, find_existing_work, register_job, source_rows
 from qk_sniffer.machine import return_memory, trim_memory
 from qk_sniffer.resolved import ResolvedConfig, batching_of, resolve
-from qk_sniffer.store.layout import Layout, prepare_data_root, remove_leftovers
+from qk_sniffer.store.claim import Claim
+from qk_sniffer.store.layout import Layout
 from qk_sniffer.store.locks import hold, restart_patience_s
+from qk_sniffer.store.work_folder import prepare_data_root, remove_leftovers
 from qk_sniffer.timing import Stages
 from qk_sniffer.validation import check
 
@@ -40,7 +43,8 @@ def run_job(config: Config) -> Outcome:
     if not all(name and Path(name).is_dir() for name in (job.model.name, job.model.tokenizer.name)):
         check_cache()
     existed = job.data_root.exists()
-    layout = prepare_data_root(job.data_root)
+    layout = prepare_data_root(job.data_root, overwrite=job.output.overwrite)
+    made = layout.root.stat()
     return_memory()
     try:
         with Stopping() as stopping:
@@ -48,31 +52,37 @@ def run_job(config: Config) -> Outcome:
     finally:
         if not existed:
             with suppress(OSError):
-                layout.root.rmdir()  # a job that failed before it wrote anything leaves nothing
+                if os.path.samestat(made, layout.root.stat()):  # and not the folder of another job
+                    layout.root.rmdir()  # a job that failed before it wrote anything leaves nothing
 
 
 def _run(config: ResolvedConfig, layout: Layout, stages: Stages, stopping: Stopping) -> Outcome:
-    shard = config.shard
-    own_lock = layout.shard_lock(shard.index, shard.count)
-    with hold(own_lock, f"capturing shard {shard.index} of {shard.count}", wait_s=restart_patience_s()):
-        promoted = finish_interrupted_promotion(layout)
+    shard, overwrite = config.shard, config.output.overwrite
+    path, purpose = layout.shard_lock(shard.index, shard.count), f"capturing shard {shard.index} of {shard.count}"
+    with hold(path, purpose, wait_s=restart_patience_s(), replace=overwrite) as lock, lock.explaining():
+        promoted = finish_interrupted_promotion(layout, overwrite=overwrite)
         with stages("open dataset"):
             start = find_existing_work(config, layout, is_mine=promoted)
         if start.found == "finished":
-            remove_leftovers(layout, own_lock)
-            return report_and_publish(config, layout, "Nothing to do: the dataset is finished.", start.files)
+            remove_leftovers(layout, lock.path)
+            note = "Nothing to do: the dataset is finished."
+            return report_and_publish(config, layout, note, start.files, lock.check)
         if start.found == "unfinished":
-            change_limit(config, layout, start.corpus)
+            change_limit(config, layout, start.corpus, check=lock.check)
         if start.base is not None:
             start.base.fetch()  # now, not after hours of capture
         components = None
-        if start.found == "nothing" or not is_still_done(layout, shard):
+        claim = None if start.job_id is None else Claim(lock, layout, start.job_id)
+        if claim is not None and overwrite:
+            remove_unreadable_marks(layout, shard.count, claim)
+        if claim is None or not is_still_done(layout, shard, claim):
             components = load_components(config, start.job.commits, stages)
             record = _record(config, start, components)
-            register_job(layout, start.job, record, own_lock=own_lock, overwrite=config.output.overwrite)
-            capture_examples(config, layout, start, components, stages, stopping)
+            job_id = register_job(layout, start.job, record, own_lock=lock, overwrite=overwrite)
+            claim = Claim(lock, layout, job_id)
+            capture_examples(config, layout, start, claim, components, stages, stopping)
         trim_memory()  # of the forward passes, before the compaction starts its threads
-        return finish(config, layout, start.corpus, components, stages) or Outcome()
+        return finish(config, layout, claim.job_id, start.corpus, components, stages, lock.check) or Outcome()
 
 
 def _record(config: ResolvedConfig, start: Start, components: Components) -> dict[str, Any]:

@@ -15,12 +15,15 @@ from qk_sniffer.jobs.identity import Job, resolve_commits
 from qk_sniffer.logs import logger
 from qk_sniffer.resolved import ResolvedConfig, fingerprint, without_batching
 from qk_sniffer.store import manifest as manifests
+from qk_sniffer.store.disk import Check, unchecked
 from qk_sniffer.store.files import Files, Folder
 from qk_sniffer.store.journal import Journal
-from qk_sniffer.store.layout import Layout, discard_work
-from qk_sniffer.store.locks import hold
+from qk_sniffer.store.layout import Layout
+from qk_sniffer.store.locks import Lock, hold
 from qk_sniffer.store.previous import PreviousVersion, describe
-from qk_sniffer.store.record import read_record, write_record
+from qk_sniffer.store.record import new_job_id, read_record, write_record
+from qk_sniffer.store.stored import UnreadableError
+from qk_sniffer.store.work_folder import discard_work
 from qk_sniffer.text import shortened
 
 log = logger(__name__)
@@ -43,6 +46,8 @@ class Start:
     """The files of the existing work: in the data root, or on the branch of the Hub."""
     base: PreviousVersion | None = None
     """The finished dataset that the job adds to."""
+    job_id: str | None = None
+    """The identity of the unfinished job; None for a job that is not registered yet."""
 
     @property
     def rows_before(self) -> int:
@@ -88,10 +93,15 @@ class _Existing:
 
 
 def _existing_work(config: ResolvedConfig, layout: Layout) -> _Existing:
-    record = read_record(layout)
-    if record is not None:
-        return _Existing("unfinished", Folder(layout.root), record)
-    manifest = manifests.read(layout.root) if layout.manifest.exists() else None
+    try:
+        record = read_record(layout)
+        if record is not None:
+            return _Existing("unfinished", Folder(layout.root), record)
+        manifest = manifests.read(layout.root) if layout.manifest.exists() else None
+    except UnreadableError:
+        if not config.output.overwrite:
+            raise
+        return _Existing("nothing", Folder(layout.root), None)  # replaced, whatever it is
     if config.output.resume_from_hub and not config.output.overwrite:
         branch = branch_ahead(config, layout, manifest)
         if branch is not None:
@@ -154,30 +164,39 @@ def _continue_unfinished(
         base.check()
         if corpus.commit is None:
             _check_texts(base, corpus)
-    return Start(job, corpus, "unfinished", existing.files, base)
+    return Start(job, corpus, "unfinished", existing.files, base, record["job_id"])
 
 
-def register_job(layout: Layout, job: Job, record: Mapping[str, Any], *, own_lock: Path, overwrite: bool) -> None:
+def register_job(layout: Layout, job: Job, record: Mapping[str, Any], *, own_lock: Lock, overwrite: bool) -> str:
     """Stores `record` as that of the job in `layout`, unless another shard of the same job has done so.
 
-    Hold `own_lock`, the lock of this job's shard. With `overwrite`, discards other work: only now that everything this
-    job needs was found.
+    `own_lock` is the lock of this job's shard. With `overwrite`, discards other work: only now that everything this job
+    needs was found. Returns the identity of the job: a new one, or that in the stored record.
 
     Raises:
         StoreError: another job's work exists and must not be replaced, or is running.
+        TakenAwayError: the data root is no longer this process's.
     """
-    with hold(layout.start_lock, "starting", wait_s=START_PATIENCE_S):
-        stored = read_record(layout)
-        if stored is not None:
+    own_lock.check()
+    with hold(layout.start_lock, "starting", wait_s=START_PATIENCE_S, replace=overwrite):
+        try:
+            stored = read_record(layout)
+            if stored is not None:
+                if not overwrite:
+                    _check_same(job, record["source_rows"], stored, layout.root)
+                if _is_same(job, record["source_rows"], stored) and record["base"] == stored["base"]:
+                    return str(stored["job_id"])
+                discard_work(layout, own_lock.path, check=own_lock.check)
+        except UnreadableError:
             if not overwrite:
-                _check_same(job, record["source_rows"], stored, layout.root)
-            if _is_same(job, record["source_rows"], stored) and record["base"] == stored["base"]:
-                return
-            discard_work(layout, own_lock)
-        write_record(layout, record)
+                raise
+            discard_work(layout, own_lock.path, check=own_lock.check)
+        job_id = new_job_id(record)
+        write_record(layout, {**record, "job_id": job_id}, check=own_lock.check)
+        return job_id
 
 
-def change_limit(config: ResolvedConfig, layout: Layout, corpus: Corpus) -> None:
+def change_limit(config: ResolvedConfig, layout: Layout, corpus: Corpus, *, check: Check = unchecked) -> None:
     """Gives the unfinished job of a stream another `dataset.max_samples`, if the config has another one.
 
     All shards read the whole stream, so no shard is captured any more: each counts its examples again. Does nothing if
@@ -189,6 +208,7 @@ def change_limit(config: ResolvedConfig, layout: Layout, corpus: Corpus) -> None
     rows, record = source_rows(config, corpus), read_record(layout)
     if record is None or not _changes_limit(config, rows, record):
         return
+    check()
     change = "changing dataset.max_samples"
     with (
         hold(layout.start_lock, change, wait_s=START_PATIENCE_S),
@@ -202,9 +222,10 @@ def change_limit(config: ResolvedConfig, layout: Layout, corpus: Corpus) -> None
         log.info("dataset.max_samples of the unfinished job changes from %s to %s", record["source_rows"], rows)
         count = record["config"]["shard"]["count"]
         for index in range(count):
+            check()
             layout.shard_done(index, count).unlink(missing_ok=True)
         settings = record["config"] | {"dataset": record["config"]["dataset"] | {"max_samples": rows}}
-        write_record(layout, record | {"config": settings, "source_rows": rows})
+        write_record(layout, record | {"config": settings, "source_rows": rows}, check=check)
 
 
 def check_limit(layout: Layout, rows: int | None) -> None:
@@ -263,7 +284,7 @@ def _limit_problem(layout: Layout, rows: int | None, record: Mapping[str, Any], 
     if rows is not None and rows < before:
         return f"{layout.root} adds to a dataset of {before} rows, and dataset.max_samples is {rows}. {way_out}"
     count = record["config"]["shard"]["count"]
-    journals = (Journal(layout.journal(index, count), verify=False) for index in range(count))
+    journals = (Journal(layout.journal(index, count), record["job_id"], verify=False) for index in range(count))
     last = max((max(journal.records, default=-1) for journal in journals), default=-1)
     if corpus.uses(last):
         return None

@@ -17,7 +17,7 @@ from qk_sniffer.jobs.sweep import STATUS_FILE, SWEEP_FILE, Status
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.layout import Layout, is_ours
 from qk_sniffer.store.locks import holder, is_held
-from qk_sniffer.store.record import read_record
+from qk_sniffer.store.record import read_mark, read_record
 from qk_sniffer.text import aligned, printable
 
 
@@ -178,7 +178,7 @@ def _of_shards(layout: Layout, record: dict[str, Any]) -> list[Status]:
         status = Status(0, root, slug, index, count)
         if is_held(lock) and (by := holder(lock)) is not None:
             status.host, status.slurm_job_id = by.host, by.slurm_job_id
-        elif layout.shard_done(index, count).exists():
+        elif read_mark(layout, index, count, record["job_id"]) is not None:
             status.state = sweep.DONE
         else:
             status.state = sweep.INTERRUPTED

@@ -24,7 +24,7 @@ from qk_sniffer.logs import logger
 from qk_sniffer.resolved import ResolvedConfig, resolve
 from qk_sniffer.store import stored
 from qk_sniffer.store.disk import explained, write_atomic
-from qk_sniffer.store.locks import hold, is_held, restart_patience_s
+from qk_sniffer.store.locks import Lock, TakenAwayError, hold, is_held, restart_patience_s
 from qk_sniffer.store.stored import LARGE, Count, PathText, Seconds, Text, UnreadableError
 from qk_sniffer.text import aligned, printable
 
@@ -135,9 +135,12 @@ def slurm_job_id() -> str | None:
 
 @contextmanager
 def recorded(status: Status, folder: Path) -> Iterator[None]:
-    """Writes the status file in `folder` before and after the body, which sets the state."""
+    """Writes the status file in `folder` before and after the body, which sets the state.
+
+    If the folder is removed or replaced in the meantime, another job may use it: the end is not recorded there.
+    """
     start = time.monotonic()
-    with hold(folder / LOCK, "running this job", wait_s=restart_patience_s()):
+    with hold(folder / LOCK, "running this job", wait_s=restart_patience_s()) as lock:
         status.write(folder)
         try:
             yield
@@ -146,6 +149,7 @@ def recorded(status: Status, folder: Path) -> Iterator[None]:
                 status.state = INTERRUPTED
             status.seconds = round(time.monotonic() - start, 3)
             try:
+                lock.check()
                 status.write(folder)
             except StoreError as error:  # it must not hide how the job ended
                 log.warning("the end of this job is not recorded: %s", error)
@@ -238,15 +242,27 @@ def announced(folder: Path, jobs: Sequence[PlannedJob], *, outlive: bool) -> Ite
             if not is_held(left.with_name(LOCK)):
                 left.unlink()
 
-    def record_slurm_ids(job_ids: Sequence[str]) -> None:
-        for job, job_id in zip(facts["jobs"], job_ids, strict=False):
-            job["status"]["slurm_job_id"] = job_id
-        _write(file, facts)
+    with hold(folder / LOCK, "running this sweep") as lock:
 
-    with hold(folder / LOCK, "running this sweep"):
+        def record_slurm_ids(job_ids: Sequence[str]) -> None:
+            for job, job_id in zip(facts["jobs"], job_ids, strict=False):
+                job["status"]["slurm_job_id"] = job_id
+            if _is_held_still(lock):
+                _write(file, facts)
+
         _write(file, facts)
         yield record_slurm_ids
-        _write(file, facts | {"ended": True})
+        if _is_held_still(lock):
+            _write(file, facts | {"ended": True})
+
+
+def _is_held_still(lock: Lock) -> bool:
+    try:
+        lock.check()
+    except TakenAwayError as error:
+        log.warning("the state of this run is not recorded: %s", error)
+        return False
+    return True
 
 
 def submitted(folder: Path, number: int) -> ResolvedConfig | None:

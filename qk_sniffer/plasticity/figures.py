@@ -16,7 +16,7 @@ from qk_sniffer.dataset.reader import sampler_of
 from qk_sniffer.plasticity import tables
 from qk_sniffer.plasticity.config import ESTIMATORS
 from qk_sniffer.plasticity.results import Results
-from qk_sniffer.store.disk import explained, make_folder
+from qk_sniffer.store.disk import Check, explained, make_folder, unchecked
 from qk_sniffer.text import printable
 
 if TYPE_CHECKING:
@@ -73,14 +73,16 @@ def draw_all(results: Results) -> list[Path]:
         "component_weights": lambda: component_weights(weights, names),
     }
     with explained(results.pictures, "make"):
+        results.check()
         make_folder(results.pictures)
-    drawn = [save(results.pictures / f"{name}.png", make) for name, make in pictures.items()]
+    drawn = [save(results.pictures / f"{name}.png", make, check=results.check) for name, make in pictures.items()]
+    results.check()
     for name in PICTURES - pictures.keys():  # of earlier results
         (results.pictures / f"{name}.png").unlink(missing_ok=True)
     return drawn
 
 
-def save(path: Path, make: "Callable[[], Figure]") -> Path:
+def save(path: Path, make: "Callable[[], Figure]", *, check: Check = unchecked) -> Path:
     """Draws a picture in the style of this module, and writes it whole or not at all.
 
     Raises:
@@ -88,7 +90,10 @@ def save(path: Path, make: "Callable[[], Figure]") -> Path:
     """
     temporary = path.with_name(f".{path.name}")
     with styled(), explained(path, "write"):
-        make().savefig(temporary, format="png", metadata={"Software": None})
+        figure = make()
+        check()
+        figure.savefig(temporary, format="png", metadata={"Software": None})
+        check()
         temporary.replace(path)
     return path
 

@@ -30,6 +30,7 @@ from qk_sniffer.plasticity.measure import KeyHead, Keys, Measuring
 from qk_sniffer.plasticity.results import Results, fingerprint, manifest_sha256
 from qk_sniffer.plasticity.tables import HeadResult
 from qk_sniffer.store.layout import Head, HeadKey, head_name
+from qk_sniffer.store.locks import TakenAwayError
 from qk_sniffer.text import compact_ranges, counted, say, shortened
 
 log = logger(__name__)
@@ -125,6 +126,8 @@ def _measure_missing(
                 if isinstance(keys, StoreError):
                     raise keys
                 results.save(measuring.query_head(keys, head))
+            except TakenAwayError:
+                raise
             except StoreError as error:
                 damaged[head_name(each.layer, head, "q")] = str(error)
             bar.update()

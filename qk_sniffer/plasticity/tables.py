@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from qk_sniffer.store.disk import write_atomic
+from qk_sniffer.store.disk import Check, unchecked, write_atomic
 from qk_sniffer.store.forms import MOST_BUCKETS, MOST_HEAD_DIM, MOST_HEADS, MOST_LAYERS
 from qk_sniffer.store.parquet_tables import read_table
 from qk_sniffer.store.stored import UnreadableError
@@ -104,7 +104,7 @@ def weights(r2: list[float]) -> list[float]:
     return shares
 
 
-def write(folder: Path, results: Iterable[HeadResult]) -> list[Path]:
+def write(folder: Path, results: Iterable[HeadResult], *, check: Check = unchecked) -> list[Path]:
     """Writes the tables of `results`, in their order, and returns the files. Each is written whole, or left as it was.
 
     Raises:
@@ -119,7 +119,7 @@ def write(folder: Path, results: Iterable[HeadResult]) -> list[Path]:
         pq.write_table(table, parquet, compression="zstd")
         for ending, data in (("csv", _csv(table)), ("parquet", parquet.getvalue())):
             files.append(folder / f"{name}.{ending}")
-            write_atomic(files[-1], data)
+            write_atomic(files[-1], data, check=check)
     return files
 
 

@@ -6,7 +6,6 @@ from the segments, and only the bytes of its heads, so memory does not grow with
 its rows alone. They do not depend on segments, batches and restarts.
 """
 
-import shutil
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -31,7 +30,7 @@ from qk_sniffer.store.compaction_plan import (
     find_blocks,
     plan_compaction,
 )
-from qk_sniffer.store.disk import explained
+from qk_sniffer.store.disk import Check, explained, remove, unchecked
 from qk_sniffer.store.journal import ExampleRecord, Journal
 from qk_sniffer.store.layout import EXAMPLES, Head, Layout, examples_schema, schema
 from qk_sniffer.store.manifest import FileEntry, Written
@@ -73,12 +72,13 @@ def compact(
     threads: int = 1,
     row_group_bytes: int = ROW_GROUP_BYTES,
     on_file: Callable[[str], None] | None = None,
+    check: Check = unchecked,
 ) -> Written:
     """Stages the files of `heads` and the file of the examples in `journals`. `promote` puts them in place.
 
     Hold the finalize lock from here to the end of `promote`. Heads without rows get a file without rows. The rows of
     `previous`, a finished dataset with the same heads, come before those of the journals. `on_file` is called, from
-    several threads, with the name of every file that is written.
+    several threads, with the name of every file that is written. `check` is that of the claim of the journals' job.
 
     Raises:
         StoreError: the journals are damaged, contradict each other or have no token ids; the disk is full; or a whole
@@ -101,10 +101,12 @@ def compact(
         token_string,
         previous,
         row_group_bytes,
+        check,
     )
     records = old + records
     with explained(layout.staging.root, "write"):
-        shutil.rmtree(layout.staging.root, ignore_errors=True)
+        check()
+        remove(layout.staging.root)
         layout.staging.root.mkdir(parents=True)
         files = {EXAMPLES: _write_examples(layout.staging, records)}
         buckets: dict[str, Counter[int]] = {}
@@ -113,6 +115,7 @@ def compact(
             files |= done.entries
             buckets.setdefault(done.kind, Counter()).update(done.buckets)
             nonfinite += done.nonfinite
+        check()
     return Written(
         files=dict(sorted(files.items())),
         rows_by_bucket={kind: dict(sorted(counted.items())) for kind, counted in sorted(buckets.items())},
@@ -147,6 +150,7 @@ class _Job:
     token_string: TokenStrings | None
     previous: PreviousVersion | None
     row_group_bytes: int
+    check: Check
     stop: threading.Event = field(default_factory=threading.Event)
     tokenizer: threading.Lock = field(default_factory=threading.Lock)  # a tokenizer may not be thread-safe
 
@@ -155,6 +159,7 @@ class _Job:
         kind, head_dim = heads[0].kind, heads[0].head_dim
         counted: Counter[int] = Counter()
         nonfinite: Counter[str] = Counter()
+        self.check()
         with SegmentFiles() as segments:
             plan = plan_compaction(self.blocks.get((heads[0].layer, kind), []), segments)
             self._check(heads, plan.blocks)

@@ -5,8 +5,8 @@ import hashlib
 import os
 import shutil
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO
@@ -18,18 +18,25 @@ PARQUET_SHARE = 0.75
 mantissas: 0.72 for bfloat16, 0.86 for float32, whose journal is twice as large."""
 
 
-def write_atomic(path: Path, data: bytes) -> None:
+Check = Callable[[], None]
+"""Raises an error if the folder that a process writes to is no longer its own. Called before each step."""
+
+
+def unchecked() -> None:
+    """Is the check of a folder that no lock protects."""
+
+
+def write_atomic(path: Path, data: bytes, *, check: Check = unchecked) -> None:
     """Writes `path` whole or not at all, and durably. Replaces an existing file."""
     temporary = path.with_name(path.name + ".tmp")
     with explained(path, "write"):
-        try:
-            with create(temporary) as file:
-                file.write(data)
-                sync_file(file.fileno())
+        check()
+        with written_beside(temporary) as file:
+            file.write(data)
+            file.flush()
+            sync_file(file.fileno())
+            check()
             temporary.rename(path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
         sync_folder(path.parent)
 
 
@@ -52,6 +59,42 @@ def open_regular(path: Path, *, follow_links: bool = True) -> BufferedReader:
         os.close(descriptor)
         raise OSError(errno.EINVAL, "it is not a regular file", str(path))
     return os.fdopen(descriptor, "rb")
+
+
+@contextmanager
+def written_beside(temporary: Path) -> Iterator[BinaryIO]:
+    """Creates `temporary` for a block that writes and renames it. An error removes the file.
+
+    If the folder is replaced during the block, a file of this name is another process's: it stays.
+    """
+    with create(temporary) as file:
+        try:
+            yield file
+        except BaseException:
+            with suppress(OSError):
+                if os.path.samestat(os.fstat(file.fileno()), temporary.lstat()):
+                    temporary.unlink()
+            raise
+
+
+def type_of(path: Path) -> str | None:
+    """Returns what is at `path`, without following links: "file", "folder", "link" or "special file"; None: nothing."""
+    try:
+        mode = path.lstat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return _TYPES.get(stat.S_IFMT(mode), "special file")
+
+
+_TYPES = {stat.S_IFREG: "file", stat.S_IFDIR: "folder", stat.S_IFLNK: "link"}
+
+
+def remove(path: Path) -> None:
+    """Removes what is at `path`, if there is anything: a folder with its content, or a link and not its target."""
+    if type_of(path) == "folder":
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def sync_file(descriptor: int) -> None:

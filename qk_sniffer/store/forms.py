@@ -14,7 +14,6 @@ from qk_sniffer.config import MOST_SHARDS, from_dict
 from qk_sniffer.store import stored
 from qk_sniffer.store.layout import FORMAT, KINDS, is_dataset_file
 from qk_sniffer.store.stored import LARGE, Count, Text, UnreadableError
-from qk_sniffer.text import is_branch_name
 
 MOST_LAYERS = 10_000
 MOST_HEADS = 100_000
@@ -31,9 +30,6 @@ HeadNumber = Annotated[int, Meta(ge=0, lt=MOST_HEADS)]
 NumHeads = Annotated[int, Meta(ge=1, le=MOST_HEADS)]
 Bucket = Annotated[str, Meta(pattern=r"\A[0-9]{1,10}\Z")]
 Sha256 = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
-Commit = Annotated[str, Meta(pattern=r"\A[0-9a-f]{40}\Z")]
-CommitOrDigest = Annotated[str, Meta(pattern=r"\A([0-9a-f]{40}|sha256:[0-9a-f]{64})\Z")]
-RepoId = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}/[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}\Z")]
 Slug = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9._-]{1,500}\Z")]
 BatchSize = Annotated[int, Meta(ge=1, le=2**53)]
 Number = int | float
@@ -70,9 +66,9 @@ class Model(TypedDict):
 class Commits(TypedDict):
     """Commits on the Hub; for a local checkpoint the digest of its files."""
 
-    model: CommitOrDigest | None
-    tokenizer: CommitOrDigest | None
-    dataset: Commit | None
+    model: Text | None
+    tokenizer: Text | None
+    dataset: Text | None
 
 
 class Terms(TypedDict):
@@ -146,9 +142,9 @@ class Growth(TypedDict):
 class Place(TypedDict):
     """A branch of the Hub at a commit."""
 
-    repo_id: RepoId
+    repo_id: Text
     name: Text
-    commit: Commit
+    commit: Text
 
 
 class Base(TypedDict):
@@ -190,9 +186,28 @@ class Job(TypedDict):
     tokenizer: TokenizerFacts
 
 
+JobId = Annotated[str, Meta(pattern=r"\A[0-9a-f]{16}-[0-9a-f]{16}\Z")]
+"""The identity of a job: see `record.py`."""
+
+
+class Identity(TypedDict):
+    """The part of a record that identifies its job."""
+
+    job_id: JobId
+
+
+class Mark(TypedDict):
+    """The mark of a captured shard: the examples in its journal, and its source rows without text."""
+
+    job: JobId
+    examples: Count
+    skipped: Count
+
+
 class Record(Job):
     """The record of an unfinished job."""
 
+    job_id: JobId
     source_rows: Count | None
     base: Base | None
 
@@ -211,6 +226,7 @@ class Proof(TypedDict):
     proven: bool | None
     reason: NotRequired[Text]
     examples: NotRequired[list[int]]
+    model_commit: NotRequired[Text | None]
     tolerance: NotRequired[Number]
     largest_difference_by_layer: NotRequired[dict[Bucket, float | None]]
 
@@ -232,6 +248,7 @@ class Manifest(Job):
     inclusion: dict[Kind, dict[Bucket, Annotated[float, Meta(ge=0, le=1)]]]
     nonfinite_rows: NotRequired[dict[str, Count]]
     files: dict[str, Entry]
+    job_id: NotRequired[JobId]  # until the manifest is promoted
     proof: Proof
     timings: dict[str, Number]
 
@@ -296,9 +313,6 @@ def _contradictions(job: Mapping[str, Any]) -> Iterator[str]:
                 yield f"layer {number} lists a head of kind {kind} twice"
             if max(heads, default=0) >= (num_k if kind == "k" else num_q):
                 yield f"layer {number} lists head {max(heads)} of kind {kind}, which it does not have"
-    base = job.get("base")
-    if base is not None and base["hub"] is not None and not is_branch_name(base["hub"]["name"]):
-        yield f"{base['hub']['name']!r} is not the name of a branch"
     for name in job.get("files", ()):
         if not is_dataset_file(name):
             yield f"{name!r} is not the name of a dataset's file"

@@ -4,6 +4,8 @@
 (layer, kind) in it (`rows.py`). Its metadata lists the batches that end in it, with their examples. Segments become
 durable in the order of their numbers. A batch is therefore finished when every segment exists from the one that it
 starts in to the one that ends it. Rows of unfinished batches are ignored; a restart reruns them under new numbers.
+
+Each segment carries the identity of the job that wrote it. Those of another job are not part of the journal.
 """
 
 import json
@@ -15,8 +17,8 @@ from typing import Any
 
 from qk_sniffer.errors import StoreError
 from qk_sniffer.logs import logger
-from qk_sniffer.store.disk import explained, make_folder
-from qk_sniffer.store.segment import SUFFIX, DamageError, read_header, segment_number, verify_segment
+from qk_sniffer.store.disk import Check, explained, make_folder, unchecked
+from qk_sniffer.store.segment import SUFFIX, DamageError, Header, read_header, segment_number, verify_segment
 
 log = logger(__name__)
 
@@ -47,18 +49,24 @@ class Journal:
         segments: the files that hold rows of these batches.
         damaged: the names of the segments that cannot be used. Batches with rows in them are not finished.
         lost: indices of examples that were finished before and are not any more, as far as the journal shows.
+        foreign: the names of the segments of other jobs.
         next_segment, next_batch: the first numbers that no readable segment uses.
     """
 
-    def __init__(self, folder: Path, *, verify: bool = True) -> None:
-        """Reads the journal. `verify` compares every segment with its checksum, at about the speed of the disk."""
+    def __init__(self, folder: Path, job_id: str | None = None, *, verify: bool = True) -> None:
+        """Reads the journal of the job `job_id`; None: of no job, as for a benchmark.
+
+        `verify` compares every segment with its checksum, at about the speed of the disk.
+        """
         self.folder = folder
+        self.job_id = job_id
         self.records: dict[int, ExampleRecord] = {}
         self.batches: set[int] = set()
         self.batching: dict[int, tuple[int, Batching]] = {}
         self.segments: list[Path] = []
         self.damaged: list[str] = []
         self.lost: set[int] = set()
+        self.foreign: list[str] = []
         self.next_segment = 0
         self.next_batch = 0
         self._verified: set[Path] = set()
@@ -85,14 +93,17 @@ class Journal:
                 "captures the examples in the damaged segments again and keeps the others"
             )
 
-    def prepare(self) -> None:
+    def prepare(self, check: Check = unchecked) -> None:
         """Makes the folder ready for a writer: creates it and removes the files without use. Hold the shard's lock."""
         with explained(self.folder, "write"):
+            check()
             make_folder(self.folder)
             for path in (*self._unused, *self.folder.glob("*.tmp")):
+                check()
                 path.unlink(missing_ok=True)
         self._unused.clear()
         self.damaged.clear()
+        self.foreign.clear()
 
     def add(self, batch: int, records: Sequence[ExampleRecord], batching: Batching | None) -> None:
         """Adds a finished batch, which is durable."""
@@ -102,16 +113,17 @@ class Journal:
             self.batching[batch] = min(record.index for record in records), batching
 
     def _open(self, verify: bool) -> None:
-        paths = [path for path in self.folder.glob("*" + SUFFIX) if segment_number(path) is not None]
-        found = self._compare(paths) if verify else {}
+        headers, found = self._headers()
+        if verify:
+            found |= self._compare(list(headers))
         ends: dict[int, list[dict[str, Any]]] = {}
         spans: dict[int, tuple[Path, int, int]] = {}
         batching: dict[int, Batching | None] = {}
-        for path in sorted(paths):
+        for path, header in headers.items():
             if path in found:
                 continue
             try:
-                metadata = read_header(path).metadata
+                metadata = header.metadata
                 number, (first, last) = segment_number(path), json.loads(metadata["batches"])
                 assert number is not None
                 ends[number], spans[number] = json.loads(metadata["ended"]), (path, first, last)
@@ -128,6 +140,28 @@ class Journal:
         self.next_batch = max((last for _, _, last in spans.values()), default=-1) + 1
         self._unused.extend(found)
         self.damaged = sorted(path.name for path in found)
+
+    def _headers(self) -> tuple[dict[Path, Header], dict[Path, DamageError]]:
+        """Returns the headers of the segments of this job by path, in order, and the damage of unreadable ones."""
+        headers: dict[Path, Header] = {}
+        damaged: dict[Path, DamageError] = {}
+        for path in sorted(self.folder.glob("*" + SUFFIX)):
+            if segment_number(path) is None:
+                continue
+            try:
+                with explained(path, "read"):
+                    header = read_header(path)
+            except DamageError as error:
+                damaged[path] = error
+                continue
+            if header.metadata.get("job") == self.job_id:
+                headers[path] = header
+            else:
+                self.foreign.append(path.name)
+                self._unused.append(path)
+        if self.foreign:
+            log.warning("journal %s: %d segments of another job are ignored", self.folder, len(self.foreign))
+        return headers, damaged
 
     def _settle(self, ends: dict[int, list[dict[str, Any]]], batching: Mapping[int, Batching | None]) -> None:
         present = set(ends)

@@ -18,7 +18,7 @@ from typing import Self
 from qk_sniffer.errors import StoreError
 from qk_sniffer.machine import trim_memory
 from qk_sniffer.store.buffer import Buffer, Region
-from qk_sniffer.store.disk import explained
+from qk_sniffer.store.disk import Check, explained, unchecked
 from qk_sniffer.store.journal import Batching, ExampleRecord, Journal
 from qk_sniffer.store.rows import RUN_COLUMNS, Event, Form, Rows, Slot, block_tensors
 from qk_sniffer.store.segment import write_segment
@@ -48,20 +48,23 @@ class JournalWriter:
         flush_s: float = FLUSH_S,
         pinned: bool = False,
         batching: Batching | None = None,
+        check: Check = unchecked,
     ) -> None:
         """Removes files without use from the journal's folder, and starts the thread. Hold the shard's lock.
 
         Args:
             journal: the journal to continue.
+            check: that of the claim of the journal's job.
             queue_bytes: the size of the buffer, which holds the rows that are not durable yet.
             segment_bytes: the approximate size of a segment.
             flush_s: the longest time that a finished batch waits for its segment to fill, in seconds.
             pinned: whether the buffer is page-locked, so that a CUDA device copies to it while it computes.
             batching: the batch settings of the job, which every segment names.
         """
-        journal.prepare()
+        journal.prepare(check)
         self._journal = journal
         self._batching = batching
+        self._check_claim = check
         self._segment_bytes = segment_bytes
         self._flush_s = flush_s
         self._changed = threading.Condition()
@@ -284,10 +287,12 @@ class JournalWriter:
         }
         if self._batching is not None:
             metadata["batching"] = json.dumps(self._batching)
+        if journal.job_id is not None:
+            metadata["job"] = journal.job_id
         tensors = [tensor for _, group in sorted(slots.items()) for tensor in block_tensors(group)]
         # The small tensors first: a compaction reads them alone before it reads any rows. The sort is stable.
         tensors.sort(key=lambda tensor: tensor.name.endswith(".vectors"))
-        path = write_segment(journal.folder, number, tensors, metadata)
+        path = write_segment(journal.folder, number, tensors, metadata, self._check_claim)
         journal.segments.append(path)
         journal.next_segment += 1
         return path

@@ -7,7 +7,7 @@
 <root>/pictures/*.png           optional figures of the vectors; the card shows them on the Hub
 <root>/.sniff_snapshot.json     with output.resume_from_hub: the branch's commit that this root matches
 <root>/.qk_sniffer/             work state, removed once the dataset is whole
-    job.json                    the record of the job; a job with another record is refused
+    job.json                    the record of the job, with its identity; a job with another record is refused
     *.lock                      held by running jobs
     shard-00000-of-00001.done   exists once the journal of this shard is complete
     shard-00000-of-00001.progress   the progress of the shard's job, for people
@@ -15,12 +15,9 @@
     staging/                    the next version of the root, until it is whole
 """
 
-import os
 import re
-import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, NamedTuple, TypedDict
@@ -30,9 +27,6 @@ from msgspec import Meta
 
 from qk_sniffer.errors import StoreError
 from qk_sniffer.store import stored
-from qk_sniffer.store.disk import make_folder
-from qk_sniffer.store.locks import InUseError, hold
-from qk_sniffer.text import shortened
 
 FORMAT = "qk-sniffer/1"
 """The manifest's `format`, which identifies a dataset of this package."""
@@ -155,8 +149,12 @@ class Layout:
     def job_file(self) -> Path:
         return self.work / "job.json"
 
+    @property
+    def journal_folder(self) -> Path:
+        return self.work / "journal"
+
     def journal(self, shard_index: int, shard_count: int) -> Path:
-        return self.work / "journal" / f"shard-{shard_index:05d}-of-{shard_count:05d}"
+        return self.journal_folder / f"shard-{shard_index:05d}-of-{shard_count:05d}"
 
     def shard_done(self, shard_index: int, shard_count: int) -> Path:
         """The file that exists once this shard's journal is complete.
@@ -168,7 +166,7 @@ class Layout:
 
     def journals(self) -> list[Path]:
         """Returns the journals that exist, of all shards."""
-        return sorted((self.work / "journal").glob("shard-*-of-*"))
+        return sorted(self.journal_folder.glob("shard-*-of-*"))
 
     def progress(self, shard_index: int, shard_count: int) -> Path:
         """The file with the progress of this shard's job (`jobs/progress.py`)."""
@@ -260,108 +258,12 @@ def examples_schema() -> pa.Schema:
     )
 
 
-def prepare_data_root(root: Path) -> Layout:
-    """Creates the work folder of `root`, and returns the layout. The root is empty or `is_ours`.
-
-    Raises:
-        StoreError: a file is in the way, the folder holds other files, or it cannot be written.
-    """
-    layout = Layout(root)
-    if root.exists() and not root.is_dir():
-        raise StoreError(f"the data root {root} is a file; choose another output.data_root")
-    try:
-        # Listed before `is_ours` is called: another shard may create the work folder in between.
-        names = sorted(path.name for path in root.iterdir()) if root.is_dir() else []
-        if names and not is_ours(layout):
-            raise StoreError(
-                f"{root} is not empty and not a dataset of qk-sniffer (it holds {shortened(names, 5)}); choose another "
-                "output.data_root, or empty it yourself"
-            )
-        if root.is_symlink() and not root.exists():
-            raise StoreError(f"the data root {root} is a link to {root.readlink()}, which does not exist")
-        if (odd := odd_entry(layout)) is not None:
-            raise StoreError(
-                f"{odd} is neither a file nor a folder of this package, and is not followed or opened: remove it, or "
-                "replace the work of this folder with output.overwrite=true"
-            )
-        make_folder(layout.work)
-        tempfile.TemporaryFile(dir=layout.work).close()
-    except OSError as error:
-        raise StoreError(
-            f"cannot write to the data root {root}: {error.strerror}; choose another output.data_root"
-        ) from error
-    return layout
-
-
-def odd_entry(layout: Layout) -> Path | None:
-    """Returns a link, a pipe or a device in the work folder, or a work folder that is none; None if nothing is odd."""
-    work = layout.work
-    if work.is_symlink() or (work.exists() and not work.is_dir()):
-        return work
-    for folder, folders, files in os.walk(work):
-        for name in folders:
-            if (path := Path(folder, name)).is_symlink():
-                return path
-        for name in files:
-            path = Path(folder, name)
-            if path.is_symlink() or not (path.is_file() or not path.exists()):  # it may have been removed by now
-                return path
-    return None
-
-
-def discard_work(layout: Layout, own_lock: Path) -> None:
-    """Removes the work state of another job, so that this one starts from nothing. A finished dataset stays.
-
-    Hold `own_lock`, the lock of this job's shard, and the start lock.
-
-    Raises:
-        InUseError: a job is running in this root.
-    """
-    with ExitStack() as running:
-        for lock in {layout.finalize_lock, *layout.locks()} - {own_lock, layout.start_lock}:
-            running.enter_context(hold(lock, "working in the folder that this job replaces"))
-        remove_work(layout)
-
-
-def remove_leftovers(layout: Layout, own_lock: Path) -> None:
-    """Removes the files that a job leaves in the work folder when it is killed after its dataset is whole.
-
-    Hold `own_lock`.
-    """
-    for lock in layout.locks():
-        if lock != own_lock:
-            with suppress(InUseError), hold(lock, "tidying up"):
-                pass  # leaving the block removes the file
-    with suppress(InUseError), hold(layout.start_lock, "tidying up"), hold(layout.finalize_lock, "tidying up"):
-        if not layout.job_file.exists():
-            remove_work(layout)
-
-
 def remove_file(layout: Layout, path: Path) -> None:
     """Removes a file of the dataset, and its folder below the root if that is empty then."""
     path.unlink(missing_ok=True)
     if path.parent != layout.root:
         with suppress(OSError):
             path.parent.rmdir()
-
-
-def remove_work(layout: Layout) -> None:
-    """Removes the work state except for the locks, which their holders remove. The staging goes last."""
-    _remove_tree(layout.work / "journal")
-    for pattern in ("*.done", "*.progress", "*.tmp"):  # *.tmp: of a write that a kill interrupted
-        for path in layout.work.glob(pattern):
-            path.unlink(missing_ok=True)
-    layout.job_file.unlink(missing_ok=True)
-    # The manifest goes first: without it the staging is not whole, and no job promotes it.
-    layout.staging.manifest.unlink(missing_ok=True)
-    _remove_tree(layout.staging.root)
-    with suppress(OSError):  # it may contain locks
-        layout.work.rmdir()
-
-
-def _remove_tree(folder: Path) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)
 
 
 def is_ours(layout: Layout) -> bool:

@@ -1,14 +1,19 @@
 """Holds kernel file locks in the data root: they are released when a job dies, and they name their holder.
 
+A lock protects a folder only as long as its file is at its path. If the folder is removed, moved or replaced while a
+job runs, another job can take a lock of the same name there. A job therefore checks its `Lock` before each write.
+
 On Linux these are record locks of the open file description. File systems that serve several machines (NFS, Lustre,
 GPFS) treat them as POSIX locks. Unlike those, they are not released when the process closes another descriptor of the
 file.
 """
 
+import errno
 import fcntl
 import json
 import os
 import socket
+import stat
 import struct
 import sys
 import time
@@ -18,10 +23,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qk_sniffer.errors import StoreError
+from qk_sniffer.errors import QkSnifferError, StoreError
 from qk_sniffer.store import stored
-from qk_sniffer.store.disk import explained
-from qk_sniffer.store.stored import Count, Text
+from qk_sniffer.store.disk import explained, remove, type_of
+from qk_sniffer.store.stored import Count, Text, UnreadableError
 
 _FLOCK = "hhqqi"
 """C's `struct flock`: type, whence, start, length (0: to the end), pid."""
@@ -49,6 +54,44 @@ class InUseError(StoreError):
     """A lock is held already, by another process or by this one."""
 
 
+class TakenAwayError(StoreError):
+    """The folder that a process writes to was removed, moved or replaced. The process writes nothing more there."""
+
+
+@dataclass(frozen=True)
+class Lock:
+    """A lock that is held. `descriptor` is that of the locked file."""
+
+    path: Path
+    descriptor: int
+
+    def check(self) -> None:
+        """Checks that the file at the path is still the locked file: nothing was removed, moved or replaced.
+
+        Raises:
+            TakenAwayError: it is not.
+        """
+        if not self.is_at_its_path:
+            raise TakenAwayError(
+                f"{self.path.parent} was removed, moved or replaced while this process used it: {self.path.name} is no "
+                "longer the lock that it holds. Nothing more is written there; rerun the command to start over"
+            )
+
+    @property
+    def is_at_its_path(self) -> bool:
+        """Whether the file at the path is still the locked file."""
+        return _is_at(self.descriptor, self.path)
+
+    @contextmanager
+    def explaining(self) -> Iterator[None]:
+        """Raises a TakenAwayError for an error of the block if the lock is lost, which explains the error."""
+        try:
+            yield
+        except (QkSnifferError, OSError):
+            self.check()
+            raise
+
+
 def restart_patience_s() -> float:
     """Returns how long a job waits for a lock that its previous run may still hold: zero unless SLURM restarted it.
 
@@ -58,35 +101,41 @@ def restart_patience_s() -> float:
 
 
 @contextmanager
-def hold(path: Path, purpose: str, *, wait_s: float = 0.0) -> Iterator[None]:
+def hold(path: Path, purpose: str, *, wait_s: float = 0.0, replace: bool = False) -> Iterator[Lock]:
     """Holds the lock `path` within the block. The file exists during the block, and after a crash.
 
-    `purpose` is the activity of a holder in the error: "capturing shard 0 of 1". `wait_s` is how long to try.
+    `purpose` is the activity of a holder in the error: "capturing shard 0 of 1". `wait_s` is how long to try. With
+    `replace`, a folder, a link or anything else of that name that is not a lock file is removed first. Creates the
+    folder of the lock, but not its parents.
 
     Raises:
         InUseError: the lock is held.
+        UnreadableError: there is something else of that name.
         StoreError: the file system has no locks, or the folder cannot be written.
     """
     deadline = time.monotonic() + wait_s
     while True:
         try:
             with explained(path, "lock"):
-                descriptor = _locked(path, purpose)
+                lock = Lock(path, _locked(path, purpose, replace))
             break
         except InUseError:
             if time.monotonic() >= deadline:
                 raise
             time.sleep(0.05)
-    _held.add(descriptor)
+    _held.add(lock.descriptor)
     try:
-        yield
+        yield lock
     finally:
-        # Unlinked while it is held: a process that opened it before then finds another file, or none, at the path.
-        path.unlink(missing_ok=True)
-        _held.discard(descriptor)
-        os.close(descriptor)
-        with suppress(OSError):  # an empty work folder has no meaning
-            path.parent.rmdir()
+        is_mine = lock.is_at_its_path  # another job may have a lock there
+        if is_mine:
+            # Unlinked while it is held: a process that opened it before then finds another file, or none, at the path.
+            path.unlink(missing_ok=True)
+        _held.discard(lock.descriptor)
+        os.close(lock.descriptor)
+        if is_mine:
+            with suppress(OSError):  # an empty work folder has no meaning
+                path.parent.rmdir()
 
 
 def holder(path: Path) -> Holder | None:
@@ -101,10 +150,12 @@ def holder(path: Path) -> Holder | None:
 def is_held(path: Path) -> bool:
     """Whether a process holds the lock at this moment. Needs no write permission and changes nothing."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY | _SAFELY)
     except OSError:
         return False
     try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return False
         if sys.platform == "linux":
             query = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
             return bool(struct.unpack(_FLOCK, fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, query))[0] != fcntl.F_UNLCK)
@@ -116,12 +167,25 @@ def is_held(path: Path) -> bool:
         os.close(descriptor)
 
 
-def _locked(path: Path, purpose: str) -> int:
+_SAFELY = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+"""Opens no link, and does not wait for the other end of a pipe."""
+
+
+def _locked(path: Path, purpose: str, replace: bool) -> int:
     while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(exist_ok=True)
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | _SAFELY, 0o666)
         except FileNotFoundError:  # another job removed the folder at its end
+            continue
+        except OSError:
+            if type_of(path) in (None, "file"):
+                raise
+            _clear(path, replace, f"is a {type_of(path)}, not a lock file")
+            continue
+        if problem := _problem(os.fstat(descriptor)):
+            os.close(descriptor)
+            _clear(path, replace, problem)
             continue
         try:
             _lock(descriptor)
@@ -141,6 +205,20 @@ def _locked(path: Path, purpose: str) -> int:
         os.close(descriptor)  # the locked file was just unlinked by its holder
 
 
+def _problem(facts: os.stat_result) -> str | None:
+    if not stat.S_ISREG(facts.st_mode):
+        return "is not a lock file"
+    if facts.st_nlink > 1:
+        return "is the same file as another one, which would be overwritten"
+    return None
+
+
+def _clear(path: Path, replace: bool, problem: str) -> None:
+    if not replace:
+        raise UnreadableError(path, problem, "remove it; in a data root, output.overwrite=true does so")
+    remove(path)
+
+
 def _lock(descriptor: int) -> None:
     if sys.platform == "linux":
         whole_file = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
@@ -151,9 +229,13 @@ def _lock(descriptor: int) -> None:
 
 def _is_at(descriptor: int, path: Path) -> bool:
     try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
+        return os.path.samestat(os.fstat(descriptor), path.lstat())
+    except (FileNotFoundError, NotADirectoryError):
         return False
+    except OSError as error:
+        if error.errno == errno.ESTALE:  # NFS: another machine has removed the file
+            return False
+        raise
 
 
 _held: set[int] = set()

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from qk_sniffer.store import stored
-from qk_sniffer.store.disk import write_atomic
+from qk_sniffer.store.disk import Check, unchecked, write_atomic
 from qk_sniffer.store.files import Files, difference, inside
 from qk_sniffer.store.forms import read_manifest
 from qk_sniffer.store.layout import FORMAT, MANIFEST, HeadKey, Layout, missing_manifest, parse_head_name
@@ -100,9 +100,9 @@ def encode(manifest: Mapping[str, Any]) -> bytes:
     return stored.encode(manifest, indent=2, sort_keys=True)
 
 
-def write(layout: Layout, manifest: Mapping[str, Any]) -> None:
+def write(layout: Layout, manifest: Mapping[str, Any], *, check: Check = unchecked) -> None:
     """Writes the manifest of the dataset at `layout`, atomically and durably."""
-    write_atomic(layout.manifest, encode(manifest))
+    write_atomic(layout.manifest, encode(manifest), check=check)
 
 
 def read(root: Path) -> dict[str, Any]:

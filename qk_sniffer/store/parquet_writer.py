@@ -27,7 +27,7 @@ class ParquetWriter:
     """
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(exist_ok=True)
         self.entry: FileEntry | None = None
         self._path = path
         self._rows = 0

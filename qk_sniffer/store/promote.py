@@ -8,6 +8,9 @@
 
 A crash before the end of step 1 leaves the old dataset and the journals. After a later crash, `finish_promotion` does
 the remaining steps.
+
+The staged manifest carries the identity of its job, and only that job promotes it. The manifest in the root does not:
+equal jobs make equal manifests.
 """
 
 from collections.abc import Mapping
@@ -15,74 +18,128 @@ from pathlib import Path
 from typing import Any
 
 from qk_sniffer.errors import StoreError
+from qk_sniffer.logs import logger
 from qk_sniffer.store import manifest as manifests
-from qk_sniffer.store.disk import explained, sync_folder, write_atomic
+from qk_sniffer.store.claim import Claim
+from qk_sniffer.store.disk import Check, explained, sha256_of, sync_folder, unchecked, write_atomic
 from qk_sniffer.store.forms import read_manifest
-from qk_sniffer.store.layout import CARD, Layout, remove_file, remove_work
+from qk_sniffer.store.layout import CARD, Layout, remove_file
 from qk_sniffer.store.manifest import FileEntry
+from qk_sniffer.store.stored import UnreadableError
+from qk_sniffer.store.work_folder import remove_work
+
+log = logger(__name__)
 
 WAY_OUT = "replace the unfinished job with output.overwrite=true"
 
 
-def promote(layout: Layout, manifest: Mapping[str, Any], *, card: bytes | None = None) -> None:
+def promote(
+    layout: Layout, manifest: Mapping[str, Any], *, card: bytes | None = None, claim: Claim | None = None
+) -> None:
     """Promotes the files that `compact` has staged, with `card`, which is added to the manifest.
 
-    Hold the finalize lock.
+    Hold the finalize lock. `claim` is that of the manifest's job; None if it has none.
 
     Raises:
         StoreError: the disk failed. The old dataset still exists, or `finish_promotion` completes the new one.
+        TakenAwayError: the data root is no longer the job's.
     """
-    staging = layout.staging
+    staging, check = layout.staging, unchecked if claim is None else claim.check
     with explained(staging.root, "write"):
         if card is not None:
-            write_atomic(staging.card, card)
+            write_atomic(staging.card, card, check=check)
             manifest = manifests.with_files(manifest, {CARD: FileEntry.of(card)})
         for name in manifest["files"]:
             sync_folder((staging.root / name).parent)
-        manifests.write(staging, manifest)
-    finish_promotion(layout)
+        manifests.write(staging, manifest, check=check)
+    _promote(layout, dict(manifest), claim)
 
 
-def finish_promotion(layout: Layout) -> bool:
-    """Finishes an interrupted promotion. Returns False if there is none. Hold the finalize lock."""
-    staging = layout.staging
-    if not staging.manifest.exists():
+def finish_promotion(layout: Layout, claim: Claim | None = None) -> bool:
+    """Finishes an interrupted promotion of the job of `claim`. Returns False if there is none.
+
+    Hold the finalize lock. A staged version of another job stays where it is.
+
+    Raises:
+        UnreadableError: the staged manifest cannot be read, or a file that it lists is missing.
+        StoreError: the disk failed.
+        TakenAwayError: the data root is no longer the job's.
+    """
+    manifest = staged_manifest(layout)
+    if manifest is None:
         return False
-    with explained(layout.root, "move the dataset into"):
-        manifest = read_manifest(staging.manifest, way_out=WAY_OUT, follow_links=False)
-        if _same_bytes(staging.manifest, layout.manifest):
-            remove_work(layout)  # the only remaining step
-            return True
-        layout.manifest.unlink(missing_ok=True)
-        sync_folder(layout.root)
-        _move(layout, manifest["files"])
-        for _, path in list(layout.head_files()):
-            if path.relative_to(layout.root).as_posix() not in manifest["files"]:
-                remove_file(layout, path)
-        sync_folder(layout.root)
-        manifests.write(layout, manifest)
-        remove_work(layout)
+    if manifest.get("job_id") != (None if claim is None else claim.job_id):
+        log.warning("%s is of another job and is not promoted", layout.staging.manifest)
+        return False
+    _promote(layout, manifest, claim)
     return True
 
 
-def _move(layout: Layout, files: Mapping[str, Mapping[str, Any]]) -> None:
+def finish_removal(layout: Layout, check: Check) -> bool:
+    """Removes the rest of the work of a promotion that was interrupted after the record of its job was removed.
+
+    Returns False if there is none. Hold the finalize lock.
+    """
+    manifest = staged_manifest(layout)
+    if manifest is None or not _is_promoted(layout, manifest):
+        return False
+    remove_work(layout, check)
+    return True
+
+
+def staged_manifest(layout: Layout) -> dict[str, Any] | None:
+    """Returns the manifest of the staged version; None if no version is staged whole.
+
+    Raises:
+        UnreadableError: it cannot be read.
+    """
+    try:
+        return read_manifest(layout.staging.manifest, way_out=WAY_OUT, follow_links=False)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _promote(layout: Layout, manifest: dict[str, Any], claim: Claim | None) -> None:
+    check = unchecked if claim is None else claim.check
+    with explained(layout.root, "move the dataset into"):
+        if not _is_promoted(layout, manifest):
+            check()
+            layout.manifest.unlink(missing_ok=True)
+            sync_folder(layout.root)
+            _move(layout, manifest["files"], check)
+            for _, path in list(layout.head_files()):
+                if path.relative_to(layout.root).as_posix() not in manifest["files"]:
+                    check()
+                    remove_file(layout, path)
+            sync_folder(layout.root)
+            manifests.write(layout, _public(manifest), check=check)
+        check()
+        remove_work(layout, unchecked if claim is None else claim.lock.check)
+
+
+def _move(layout: Layout, files: Mapping[str, Mapping[str, Any]], check: Check) -> None:
     touched: set[Path] = set()
     for name, entry in files.items():
         source, target = layout.staging.root / name, layout.root / name
         if target.parent.is_symlink():
             raise StoreError(f"{target.parent} is a link, and the dataset is not written through it; remove the link")
+        check()
         if source.exists():
             target.parent.mkdir(exist_ok=True)
             source.replace(target)
             touched.add(target.parent)
-        elif not target.exists() or target.stat().st_size != entry["bytes"]:
-            raise StoreError(
-                f"{target} is missing from the version that replaces the dataset; rerun the command with "
-                "output.overwrite=true"
-            )
+        elif not target.exists() or sha256_of(target) != entry["sha256"]:
+            raise UnreadableError(target, "is missing from the version that replaces the dataset", WAY_OUT)
     for folder in touched:
         sync_folder(folder)
 
 
-def _same_bytes(one: Path, other: Path) -> bool:
-    return other.exists() and one.read_bytes() == other.read_bytes()
+def _is_promoted(layout: Layout, manifest: Mapping[str, Any]) -> bool:
+    """Whether only the removal of the work is left to do."""
+    expected = manifests.encode(_public(manifest))
+    return layout.manifest.exists() and layout.manifest.read_bytes() == expected
+
+
+def _public(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest of the root: without the identity of the job."""
+    return {key: value for key, value in manifest.items() if key != "job_id"}

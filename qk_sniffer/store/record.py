@@ -1,28 +1,87 @@
-"""Reads and writes the record of an unfinished job: everything that finalizing its journals needs."""
+"""Reads and writes the record of an unfinished job, and the marks of its captured shards.
 
+The record is everything that finalizing the journals needs. It carries the identity of the job, `job_id`: a random
+number, and a digest of settings, commits and versions. Each segment, each mark and the staged manifest carry it too.
+Those with another identity are not the job's.
+"""
+
+import hashlib
+import json
+import secrets
 from collections.abc import Mapping
 from typing import Any
 
-from qk_sniffer.store import forms
-from qk_sniffer.store.disk import write_atomic
+from qk_sniffer.logs import logger
+from qk_sniffer.store import forms, stored
+from qk_sniffer.store.disk import Check, unchecked, write_atomic
+from qk_sniffer.store.forms import Identity, Mark
 from qk_sniffer.store.layout import Layout
-from qk_sniffer.store.stored import encode
+from qk_sniffer.store.stored import LARGE, UnreadableError
+
+log = logger(__name__)
 
 WAY_OUT = "replace the unfinished job with output.overwrite=true, or use the version of qk-sniffer that wrote it"
+
+
+def new_job_id(record: Mapping[str, Any]) -> str:
+    """Draws the identity of a job that starts with `record`."""
+    return f"{secrets.token_hex(8)}-{_digest(record)}"
+
+
+def stored_job_id(layout: Layout) -> str:
+    """Returns the identity of the job whose record is in `layout`.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: there is no record.
+        UnreadableError: it cannot be read.
+    """
+    return stored.read(layout.job_file, Identity, way_out=WAY_OUT, most_bytes=LARGE)["job_id"]
 
 
 def read_record(layout: Layout) -> dict[str, Any] | None:
     """Returns the record of the unfinished job in `layout`, which it wrote at its start; None without a job.
 
     Raises:
-        StoreError: the record cannot be read, or is not one of this package.
+        UnreadableError: the record cannot be read, or is not one of this package.
     """
     try:
-        return forms.read_record(layout.job_file, way_out=WAY_OUT)
+        record = forms.read_record(layout.job_file, way_out=WAY_OUT)
     except FileNotFoundError:
         return None
+    if record["job_id"].partition("-")[2] != _digest(record):
+        raise UnreadableError(
+            layout.job_file, "contradicts itself (job_id is of other settings, commits or versions)", WAY_OUT
+        )
+    return record
 
 
-def write_record(layout: Layout, record: Mapping[str, Any]) -> None:
+def write_record(layout: Layout, record: Mapping[str, Any], *, check: Check = unchecked) -> None:
     """Writes the record of a job that starts. Hold the start lock."""
-    write_atomic(layout.job_file, encode(record, indent=2, sort_keys=True))
+    write_atomic(layout.job_file, stored.encode(record, indent=2, sort_keys=True), check=check)
+
+
+def read_mark(layout: Layout, shard_index: int, shard_count: int, job_id: str) -> Mark | None:
+    """Returns the mark of a captured shard of the job `job_id`; None if there is none of this job.
+
+    Raises:
+        UnreadableError: the mark cannot be read.
+    """
+    path = layout.shard_done(shard_index, shard_count)
+    try:
+        mark = stored.read(path, Mark, way_out="remove it, or use output.overwrite=true; then rerun the shard's job")
+    except FileNotFoundError:
+        return None
+    if mark["job"] != job_id:
+        log.warning("%s is of another job and does not count", path)
+        return None
+    return mark
+
+
+def write_mark(layout: Layout, shard_index: int, shard_count: int, mark: Mark, *, check: Check = unchecked) -> None:
+    """Marks a shard as captured, durably."""
+    write_atomic(layout.shard_done(shard_index, shard_count), stored.encode(mark), check=check)
+
+
+def _digest(record: Mapping[str, Any]) -> str:
+    words = [record[key] for key in ("fingerprint", "commits", "versions")]
+    return hashlib.sha256(json.dumps(words, sort_keys=True).encode()).hexdigest()[:16]

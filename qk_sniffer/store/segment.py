@@ -26,7 +26,7 @@ import xxhash
 from msgspec import Meta
 
 from qk_sniffer.store import stored
-from qk_sniffer.store.disk import create, sync_file, sync_folder
+from qk_sniffer.store.disk import Check, sync_file, sync_folder, unchecked, written_beside
 from qk_sniffer.store.stored import LARGE, Count, UnreadableError
 
 SUFFIX = ".safetensors"
@@ -78,7 +78,9 @@ def segment_number(path: Path) -> int | None:
     return int(match[1]) if match else None
 
 
-def write_segment(folder: Path, number: int, tensors: Sequence[Tensor], metadata: Mapping[str, str]) -> Path:
+def write_segment(
+    folder: Path, number: int, tensors: Sequence[Tensor], metadata: Mapping[str, str], check: Check = unchecked
+) -> Path:
     """Writes a segment durably and returns its path. An error leaves no file."""
     entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
@@ -89,24 +91,22 @@ def write_segment(folder: Path, number: int, tensors: Sequence[Tensor], metadata
     header += b" " * (-len(header) % 8)
 
     temporary = folder / f"{number:08d}.tmp"
-    try:
-        with create(temporary) as file:
-            start = len(header).to_bytes(8, "little") + header
-            file.write(start)
-            checksum = xxhash.xxh3_64(start)
-            for tensor in tensors:
-                for chunk in tensor.chunks():
-                    data = np.ascontiguousarray(chunk).data.cast("B")
-                    file.write(data)
-                    checksum.update(data)
-            assert file.tell() == len(start) + end, "the chunks of a tensor do not make its shape"
-            file.flush()
-            sync_file(file.fileno())
+    check()
+    with written_beside(temporary) as file:
+        start = len(header).to_bytes(8, "little") + header
+        file.write(start)
+        checksum = xxhash.xxh3_64(start)
+        for tensor in tensors:
+            for chunk in tensor.chunks():
+                data = np.ascontiguousarray(chunk).data.cast("B")
+                file.write(data)
+                checksum.update(data)
+        assert file.tell() == len(start) + end, "the chunks of a tensor do not make its shape"
+        file.flush()
+        sync_file(file.fileno())
         path = folder / f"{number:08d}-{checksum.hexdigest()}{SUFFIX}"
+        check()
         temporary.rename(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
     sync_folder(folder)
     return path
 

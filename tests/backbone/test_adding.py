@@ -36,9 +36,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 COMMANDS = re.findall(r"^python -m qk_sniffer (.*)$", PAGE, flags=re.MULTILINE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "pre_rope"),
-    [(0, False), pytest.param(0, True, marks=pytest.mark.slow), (1, False)],
+    [(0, False), (0, True), (1, False)],
     ids=["post_rope", "pre_rope", "short_name"],
 )
 def test_the_commands_of_the_page_capture_the_vectors_of_its_model(folder: Path, number: int, pre_rope: bool) -> None:

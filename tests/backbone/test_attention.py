@@ -25,7 +25,7 @@ pytestmark = pytest.mark.floor
 with_kernels = pytest.mark.parametrize(
     ("case", "kernel"), CASES_AND_KERNELS, ids=[f"{case.name}-{kernel}" for case, kernel in CASES_AND_KERNELS]
 )
-both_dtypes = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+both_dtypes = pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
 both_stages = pytest.mark.parametrize("pre_rope", [False, True], ids=["post_rope", "pre_rope"])
 
 

@@ -46,7 +46,7 @@ def texts(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize("stage", ["post", "pre"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_a_right_dataset_is_proven(
     case: Case, stage: str, dtype: str, texts: Path, folder_of: FolderOf, tmp_path: Path
 ) -> None:

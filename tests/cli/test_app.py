@@ -204,6 +204,7 @@ def test_a_launcher_with_processes_of_its_own(light: dict[str, str], tmp_path: P
     assert len(list((tmp_path / "outputs" / ".sweeps").glob("*/*"))) == 1
 
 
+@pytest.mark.slow
 def test_jobs_in_processes_of_their_own_run_a_copy_of_the_code_if_asked(light: dict[str, str], tmp_path: Path) -> None:
     arguments = ("sampler.seed=0,6", "output.data_root=x-${sampler.seed}", "hydra/launcher=submitit_local")
     done = sniff(light, tmp_path, "--multirun", *MODEL, *arguments, "snapshot=true")

@@ -1,4 +1,4 @@
-"""A disk that refuses the folders of Hydra ends each program with one clear error."""
+"""What the disk or SLURM refuses Hydra ends each program with one clear error."""
 
 import os
 import resource
@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.slurm_commands import Commands
 
 CAPTURE = ("qk_sniffer", "model=hf", "model.name=org/m", "dataset=pydoc")
 PLASTICITY = ("qk_sniffer.plasticity", "data_root=org/m")
@@ -47,3 +48,24 @@ def test_a_full_disk(command: tuple[str, ...], tmp_path: Path) -> None:
     )
     assert done.returncode == 1 and "Traceback" not in done.stderr + done.stdout, done.stderr
     assert "File too large" in done.stderr and "rerun the command" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [CAPTURE, PLASTICITY])
+def test_jobs_that_sbatch_does_not_accept(
+    command: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands = Commands(tmp_path / "bin", monkeypatch)
+    commands.say("sbatch", "", code=1, before="echo 'sbatch: error: Batch job submission failed: account' >&2")
+    for name in ("srun", "sinfo", "squeue", "sacct"):
+        commands.say(name, "")
+    done = subprocess.run(
+        [sys.executable, "-m", *as_sweep(command), "hydra/launcher=slurm"],
+        cwd=tmp_path,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 1 and "Traceback" not in done.stderr + done.stdout, done.stderr
+    assert "SLURM does not accept the jobs: sbatch: error: Batch job submission failed: account" in done.stderr

@@ -142,6 +142,7 @@ def test_a_sweep_is_expanded_as_hydra_does() -> None:
     assert len(plan("-m", "model=glob(qwen3_*)")) == 5
 
 
+@pytest.mark.slow
 def test_smollm3_checkpoints_sweeps_by_itself() -> None:
     jobs = plan("+experiment=smollm3_checkpoints")
     assert [job.config.output.hf_branch for job in jobs] == [

@@ -2,14 +2,18 @@
 
 import hashlib
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets import Features, IterableDataset, Value
 from support.data_files import ROWS, TEXTS, both_ways, jsonl, message, opened, parquet, texts, write
 
-from qk_sniffer.corpus.examples import example_id_of
+from qk_sniffer.config import DatasetConfig
+from qk_sniffer.corpus.examples import Corpus, example_id_of
+from qk_sniffer.corpus.sources import Source
 from qk_sniffer.errors import SourceError
 
 # ---- which rows
@@ -172,3 +176,17 @@ def test_a_late_fault_of_a_stream_names_the_rows_before_it(fault: str, tmp_path:
         "dataset.max_samples=5"
     )
     assert len(list(opened(tmp_path, **options, max_samples=5).examples())) == 5
+
+
+def test_a_stream_of_the_hub_that_breaks_off_may_have_lost_its_connection() -> None:
+    def rows() -> Iterator[dict[str, str]]:
+        yield from ({"text": "one"}, {"text": "two"})
+        raise ConnectionError("reset by peer")
+
+    features = Features({"text": Value("string")})
+    source = Source("dataset org/texts", IterableDataset.from_generator(rows, features=features), commit="0" * 40)
+    corpus = Corpus(DatasetConfig(path="org/texts", streaming=True), source)
+    with pytest.raises(
+        SourceError, match=r"reset by peer\. If the connection was lost, rerun the same command\. To make"
+    ):
+        list(corpus.examples())

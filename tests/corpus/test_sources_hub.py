@@ -92,6 +92,7 @@ def client(code: str, endpoint: str, tmp_path: Path) -> subprocess.CompletedProc
     return done
 
 
+@pytest.mark.slow
 def test_no_network_is_reported_within_seconds(tmp_path: Path) -> None:
     with socket.socket() as probe:  # finds a port that is closed afterwards
         probe.bind(("127.0.0.1", 0))
@@ -111,6 +112,7 @@ assert sum(slept) < 10, 'the libraries alone retry for half a minute'
     assert "Retrying" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_hub_dataset_is_pinned(tmp_path: Path) -> None:
     tokenizer = save_tokenizer(tmp_path / "tokenizer")
     with FakeHub() as hub:

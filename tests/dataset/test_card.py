@@ -155,6 +155,7 @@ def test_size_category(rows: int, category: str) -> None:
     assert front_matter(write_card(facts))[1]["size_categories"] == [category]
 
 
+@pytest.mark.slow
 def test_1920_heads_stay_within_the_limit_and_load(tmp_path: Path) -> None:
     # All heads of Qwen3-14B, whose file names alone would take 111 kB.
     heads = [

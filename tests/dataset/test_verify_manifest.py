@@ -65,10 +65,11 @@ def both(section: str, key: str, value: Any) -> Callable[[dict[str, Any]], None]
         ),
         (lambda m: m["model"]["layers"][1].update(head_dim=8), {"schema"}, "instead of fixed_size_list<"),
         (
-            lambda m: m["commits"].update(model="abc1" * 10),
-            {"metadata"},
+            lambda m: m["commits"].update(model="abc"),
+            {"manifest", "metadata"},
             "json (all 12 query heads; all 6 key heads) ",
         ),
+        (lambda m: m["proof"].update(model_commit="abc"), {"manifest"}, "in commits, abc in proof"),
         (lambda m: m["proof"].update(proven=False), {"proof"}, "the vectors differ from the model's rows of 1 example"),
         (
             lambda m: m.pop("model"),

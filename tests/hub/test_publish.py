@@ -36,6 +36,23 @@ from qk_sniffer.store.layout import Layout
 pytestmark = [pytest.mark.floor, pytest.mark.usefixtures("waits")]
 
 
+def test_a_dataset_that_is_replaced_is_not_published(
+    hub: FakeHub, api: HfApi, make_dataset: MakeDataset, tmp_path: Path
+) -> None:
+    root, calls = make_dataset(tmp_path / "1"), []
+
+    def check() -> None:
+        calls.append(published(hub, BRANCH) if REPO in hub.repositories else 0)
+        if len(calls) == last:
+            raise StoreError("another dataset is there")
+
+    for last in (1, 2, 3):
+        calls.clear()
+        with pytest.raises(StoreError, match="another dataset is there"):
+            publish(root, REPO, BRANCH, api=api, check=check)
+        assert len(calls) == last and (REPO not in hub.repositories or published(hub, BRANCH) == 0)
+
+
 def test_two_branches_are_read_back_by_revision(
     hub: FakeHub, api: HfApi, make_dataset: MakeDataset, tmp_path: Path
 ) -> None:

@@ -194,7 +194,14 @@ def test_a_signal_while_the_forward_waits_for_the_disk(
     assert hashes(root_of(job)) == whole
 
 
-@pytest.mark.parametrize("step", ["compaction", "publication", "manifest"])
+@pytest.mark.parametrize(
+    "step",
+    [
+        "publication",
+        pytest.param("compaction", marks=pytest.mark.slow),
+        pytest.param("manifest", marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_while_the_dataset_is_made(
     step: str, server: Server, job: dict[str, Any], whole: dict[str, str]
 ) -> None:
@@ -214,7 +221,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))
 """
 
 
-@pytest.mark.parametrize("step", ["segment", "compaction"])
+@pytest.mark.parametrize("step", ["segment", pytest.param("compaction", marks=pytest.mark.slow)])
 def test_a_full_disk_is_said_and_what_was_there_is_kept(
     step: str, server: Server, job: dict[str, Any], whole: dict[str, str], texts: Path
 ) -> None:
@@ -238,7 +245,9 @@ def test_a_full_disk_is_said_and_what_was_there_is_kept(
     assert hashes(root) == whole
 
 
-@pytest.mark.parametrize("harm", ["flipped", "cut short", "gone"])
+@pytest.mark.parametrize(
+    "harm", ["flipped", *(pytest.param(harm, marks=pytest.mark.slow) for harm in ("cut short", "gone"))]
+)
 def test_a_damaged_segment_is_found_and_its_examples_run_again(
     harm: str, server: Server, job: dict[str, Any], whole: dict[str, str]
 ) -> None:

@@ -306,7 +306,7 @@ def test_a_folder_that_is_not_ours_is_left_alone(checkpoint: Path, texts: Path, 
 
 def test_two_jobs_cannot_write_one_data_root(checkpoint: Path, texts: Path, tmp_path: Path) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from qk_sniffer.store.layout import prepare_data_root;"
+        "import sys, time; from pathlib import Path; from qk_sniffer.store.work_folder import prepare_data_root;"
         "from qk_sniffer.store.locks import hold; layout = prepare_data_root(Path(sys.argv[1]))\n"
         "with hold(layout.shard_lock(0, 1), 'capturing'):\n    print('held', flush=True); time.sleep(60)"
     )

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.floor
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("stage", ["post", "pre"])
 def test_every_stored_vector_is_bit_for_bit_the_models_own(
     case: Case, dtype: str, stage: str, folder_of: FolderOf, tmp_path: Path

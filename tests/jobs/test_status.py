@@ -1,6 +1,7 @@
 """`python -m qk_sniffer.status` reads the states of datasets and jobs from the files below a folder."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -53,6 +54,19 @@ def test_a_sweep_from_beginning_to_end(tmp_path: Path) -> None:
             found.succeed(7, "https://hub/b")
         assert states(tmp_path)["b"] == "published"
     assert states(tmp_path) == {"a": "interrupted", "b": "published", "c": "not started"}
+
+
+def test_a_run_whose_folder_is_taken_writes_nothing_there(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder, jobs = tmp_path / "1", planned(tmp_path / "a", tmp_path / "b")
+    with announced(folder, jobs[:1], outlive=False) as record_slurm_ids, begin(folder / "0", jobs[0].config):
+        shutil.rmtree(folder)
+        with announced(folder, jobs[1:], outlive=False), begin(folder / "0", jobs[1].config):
+            pass
+        left = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        record_slurm_ids(["7"])
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == left
+    assert states(folder) == {"b": "interrupted"}
+    assert caplog.text.count("is not recorded") == 3
 
 
 @pytest.mark.parametrize(("outlive", "state"), [(False, "not started"), (True, "queued")])

@@ -30,14 +30,14 @@ from support.store_cases import (
 )
 
 from qk_sniffer.errors import StoreError
-from qk_sniffer.store import disk, manifest, promote
-from qk_sniffer.store import layout as layout_module
+from qk_sniffer.store import disk, manifest, promote, work_folder
 from qk_sniffer.store.compact import compact
 from qk_sniffer.store.journal import Journal
 from qk_sniffer.store.journal_writer import JournalWriter
-from qk_sniffer.store.layout import Head, HeadKey, Layout, discard_work, head_name, parse_head_name, prepare_data_root
+from qk_sniffer.store.layout import Head, HeadKey, Layout, head_name, parse_head_name
 from qk_sniffer.store.locks import Holder, hold, holder, restart_patience_s
 from qk_sniffer.store.manifest import FileEntry
+from qk_sniffer.store.work_folder import discard_work, prepare_data_root
 
 
 def test_names() -> None:
@@ -159,14 +159,14 @@ def test_preparing_creates_the_folder(tmp_path: Path) -> None:
 
 
 def test_two_shards_prepare_a_root_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = layout_module.is_ours
+    real = work_folder.is_ours
 
     def other_comes(layout: Layout) -> bool:
         answer = real(layout)
         layout.work.mkdir(exist_ok=True)
         return answer
 
-    monkeypatch.setattr(layout_module, "is_ours", other_comes)
+    monkeypatch.setattr(work_folder, "is_ours", other_comes)
     assert prepare_data_root(tmp_path).work.is_dir()
 
 

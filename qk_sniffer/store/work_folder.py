@@ -1,0 +1,153 @@
+"""Prepares the work folder of a data root, checks what is in it, and removes it.
+
+A job makes the files and folders that `layout.py` names. Anything else of these names is an obstacle, such as a folder
+called job.json or a link. It is never followed or opened. A job with `output.overwrite` removes it.
+"""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+from qk_sniffer.errors import StoreError
+from qk_sniffer.store.disk import Check, make_folder, remove, type_of, unchecked
+from qk_sniffer.store.layout import Layout, is_ours
+from qk_sniffer.store.locks import InUseError, hold
+from qk_sniffer.store.stored import UnreadableError
+from qk_sniffer.text import shortened
+
+_FILES = (".done", ".json", ".lock", ".progress", ".tmp")
+"""The endings of the files that are directly in a work folder. *.tmp is left by a write that a kill interrupted."""
+
+
+def prepare_data_root(root: Path, *, overwrite: bool = False) -> Layout:
+    """Creates the work folder of `root`, and returns the layout. The root is empty, `is_ours` or has a work folder.
+
+    `overwrite` removes what is in the way in the work folder: see `clear_obstacles`.
+
+    Raises:
+        StoreError: a file is in the way, the folder holds other files, or it cannot be written.
+    """
+    layout = Layout(root)
+    if root.exists() and not root.is_dir():
+        raise StoreError(f"the data root {root} is a file; choose another output.data_root")
+    try:
+        # Listed before `is_ours` is called: another shard may create the work folder in between.
+        names = sorted(path.name for path in root.iterdir()) if root.is_dir() else []
+        if names and layout.work.name not in names and not is_ours(layout):
+            raise StoreError(
+                f"{root} is not empty and not a dataset of qk-sniffer (it holds {shortened(names, 5)}); choose another "
+                "output.data_root, or empty it yourself"
+            )
+        if root.is_symlink() and not root.exists():
+            raise StoreError(f"the data root {root} is a link to {root.readlink()}, which does not exist")
+        clear_obstacles(layout, overwrite=overwrite)
+        make_folder(layout.work)
+        tempfile.TemporaryFile(dir=layout.work).close()
+    except OSError as error:
+        raise StoreError(
+            f"cannot write to the data root {root}: {error.strerror}; choose another output.data_root"
+        ) from error
+    return layout
+
+
+def clear_obstacles(layout: Layout, *, overwrite: bool) -> None:
+    """Checks that the work folder, if there is one, holds only files and folders where a job makes files and folders.
+
+    With `overwrite`, removes the others: a link without its target, a folder with its content.
+
+    Raises:
+        UnreadableError: there is an obstacle, and `overwrite` is false.
+    """
+    for path, expected in _entries(layout):
+        found = type_of(path)
+        if found is None or found == expected or (expected is None and found in ("file", "folder")):
+            continue
+        if not overwrite:
+            raise UnreadableError(
+                path,
+                f"is a {found}, not a {expected or 'file or folder'} of this package",
+                "remove it, or replace the work in this folder with output.overwrite=true",
+            )
+        remove(path)
+
+
+def _entries(layout: Layout) -> Iterator[tuple[Path, str | None]]:
+    """Yields everything in the work folder with its expected type: "file", "folder", or None for either of them."""
+    yield layout.work, "folder"
+    for path in _listed(layout.work):
+        if path in (layout.journal_folder, layout.staging.root):
+            yield path, "folder"
+        else:
+            yield path, "file" if path.suffix in _FILES else None
+    for journal in _listed(layout.journal_folder):
+        yield journal, "folder"
+        for path in _listed(journal):
+            yield path, "file" if path.suffix in (".safetensors", ".tmp") else None
+    for folder, folders, files in os.walk(layout.staging.root):
+        yield from ((Path(folder, name), "folder") for name in folders)
+        yield from ((Path(folder, name), "file") for name in files)
+
+
+def _listed(folder: Path) -> list[Path]:
+    with suppress(FileNotFoundError, NotADirectoryError):  # another shard may remove it
+        return sorted(folder.iterdir())
+    return []
+
+
+def discard_work(layout: Layout, own_lock: Path, *, check: Check = unchecked) -> None:
+    """Removes the work of another job, so that this one starts from nothing. A finished dataset stays.
+
+    Removes everything in the work folder, whatever it is. Hold `own_lock`, the lock of this job's shard, and the start
+    lock. `check` is that of the own lock.
+
+    Raises:
+        InUseError: a job is running in this root.
+    """
+    with ExitStack() as running:
+        for lock in {layout.finalize_lock, *layout.locks()} - {own_lock, layout.start_lock}:
+            running.enter_context(hold(lock, "working in the folder that this job replaces", replace=True))
+        for path in _listed(layout.work):
+            if path.suffix != ".lock" and path not in (layout.job_file, layout.staging.root):
+                check()
+                remove(path)
+        remove_work(layout, check)
+
+
+def remove_leftovers(layout: Layout, own_lock: Path) -> None:
+    """Removes the files that a job leaves in the work folder when it is killed after its dataset is whole.
+
+    Hold `own_lock`.
+    """
+    for path in layout.locks():
+        if path != own_lock:
+            with suppress(InUseError), hold(path, "tidying up"):
+                pass  # leaving the block removes the file
+    with suppress(InUseError), hold(layout.start_lock, "tidying up") as lock, hold(layout.finalize_lock, "tidying up"):
+        if not layout.job_file.exists():
+            remove_work(layout, lock.check)
+
+
+def remove_work(layout: Layout, check: Check = unchecked) -> None:
+    """Removes the work state except for the locks, which their holders remove. The staging goes last."""
+    check()
+    _remove_tree(layout.journal_folder)
+    for path in _listed(layout.work):
+        if path.suffix in (".done", ".progress", ".tmp"):
+            check()
+            remove(path)
+    check()
+    remove(layout.job_file)
+    if type_of(layout.staging.root) == "folder":  # not through a link
+        # The manifest goes first: without it the staging is not whole, and no job promotes it.
+        check()
+        remove(layout.staging.manifest)
+    check()
+    _remove_tree(layout.staging.root)
+    with suppress(OSError):  # it may contain locks
+        layout.work.rmdir()
+
+
+def _remove_tree(folder: Path) -> None:
+    remove(folder)

@@ -1,8 +1,10 @@
-"""Counts the threads that a process may use, and returns freed memory to the system."""
+"""Counts the threads and the memory that a process may use, and returns freed memory to the system."""
 
 import ctypes
 import os
 from contextlib import suppress
+
+import psutil
 
 MOST_THREADS = 16
 """More threads do not write faster to any disk, and each takes memory."""
@@ -18,6 +20,11 @@ def num_threads() -> int:
     """Returns the number of cores that SLURM or a container leaves to this process, at most `MOST_THREADS`."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(cores, MOST_THREADS)
+
+
+def available_memory() -> int:
+    """Returns the bytes of memory that the machine can give without swapping."""
+    return int(psutil.virtual_memory().available)
 
 
 def return_memory() -> None:

@@ -8,6 +8,7 @@ loggers of `logs.py` and the errors of `errors.py` call it.
 import difflib
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -79,6 +80,16 @@ def shortened(names: Sequence[str], most: int) -> str:
     """Returns the first `most` names and the number of the others: `a, b and 3 more`."""
     more = len(names) - most
     return ", ".join(names[:most]) + (f" and {more:,} more" if more > 0 else "")
+
+
+def is_branch_name(name: str) -> bool:
+    """Whether git accepts `name` as that of a branch, by the rules of `git check-ref-format`."""
+    return not (
+        re.search(r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|@\{", name)
+        or any(not part or part.startswith(".") or part.endswith((".", ".lock")) for part in name.split("/"))
+        or name.startswith("-")
+        or name == "@"
+    )
 
 
 def in_mb(size: int) -> str:

@@ -13,7 +13,7 @@ from qk_sniffer.capture import sampling
 from qk_sniffer.config import MOST_SHARDS, Config, DatasetConfig, ModelConfig, OutputConfig
 from qk_sniffer.errors import ConfigError
 from qk_sniffer.resolved import resolve
-from qk_sniffer.text import expand_home, is_utf8_path, utf8_way_out
+from qk_sniffer.text import expand_home, is_branch_name, is_utf8_path, utf8_way_out
 
 DTYPES = ("bfloat16", "float16", "float32")
 MAX_INT32 = 2**31 - 1
@@ -209,18 +209,11 @@ def _data_files(files: Any) -> Iterator[str]:
 
 
 def _branch(key: str, name: str) -> Iterator[str]:
-    # The rules of `git check-ref-format`, and the names that the Hub reserves.
-    parts = name.split("/")
-    if (
-        re.search(r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|@\{", name)
-        or any(not part or part.startswith(".") or part.endswith((".", ".lock")) for part in parts)
-        or name.startswith("-")
-        or name == "@"
-    ):
+    if not is_branch_name(name):
         yield f"{key} is {name!r}, which git does not accept as a branch; use letters, digits, '-', '_' and '.'"
     elif name == "main":
         yield f"{key} is 'main', which lists the other branches; every dataset has its own branch"
-    elif parts[0] == "refs":
+    elif name.split("/")[0] == "refs":
         yield f"{key} is {name!r}; names below refs/ belong to the Hub"
 
 

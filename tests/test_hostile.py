@@ -42,7 +42,7 @@ def theirs(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             manifest["config"][section][key] = NAME  # type: ignore[index]
             manifest["fingerprint"][f"{section}.{key}"] = NAME  # type: ignore[index]
         manifest["proof"] = {"proven": None, "reason": NAME}
-        manifest["commits"] = {"model": NAME, "tokenizer": NAME, "dataset": NAME}
+        manifest["commits"] = {"model": "a" * 40, "tokenizer": "a" * 40, "dataset": "a" * 40}
 
     edit(root, rename)
     return root.rename(root.with_name(TERMINAL))

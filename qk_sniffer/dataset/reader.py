@@ -15,14 +15,16 @@ import pyarrow as pa
 
 from qk_sniffer.capture.sampling import Sampler
 from qk_sniffer.config import from_dict
+from qk_sniffer.dataset.heads import captured_heads
 from qk_sniffer.errors import StoreError
 from qk_sniffer.hub.branch import open_branch
 from qk_sniffer.hub.revisions import is_hub_id
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.disk import sha256_of
-from qk_sniffer.store.files import Files, Folder
-from qk_sniffer.store.layout import EXAMPLES, HeadKey, head_file
-from qk_sniffer.store.parquet_files import open_parquet
+from qk_sniffer.store.files import Files, Folder, difference
+from qk_sniffer.store.layout import EXAMPLES, HeadKey, head_file, schema
+from qk_sniffer.store.parquet_tables import read_examples, read_table
+from qk_sniffer.store.stored import UnreadableError
 from qk_sniffer.text import shortened
 
 
@@ -37,8 +39,15 @@ class HeadVectors(NamedTuple):
     """(rows,): the example of the token; `Dataset.examples` describes it."""
 
 
+WAY_OUT = "restore the file, or fetch the dataset again"
+
+
 class Dataset:
-    """A finished dataset, which `open_dataset` returns. Each method reads the files that it needs."""
+    """A finished dataset, which `open_dataset` returns. Each method reads the files that it needs.
+
+    A file is read only if it has the size, the columns and the number of rows that the manifest says, and if its rows
+    fit in memory. `is_intact` also compares its sha256. `python -m qk_sniffer.verify` checks every row.
+    """
 
     def __init__(self, files: Files) -> None:
         self._files = files
@@ -48,11 +57,18 @@ class Dataset:
         """The commit on the Hub; None for a folder."""
         self.heads: list[HeadKey] = manifests.heads(self.manifest)
         """The captured heads as (layer, head, kind), by layer, queries ("q") before keys ("k")."""
+        self._captured = {head.file: head for head in captured_heads(self.manifest)}
+        self._capture = from_dict(self.manifest["config"]).capture
 
     @cached_property
     def examples(self) -> pa.Table:
-        """The examples: example_id, source_id, num_tokens, text_hash, index in the source, truncated."""
-        return _read(self._files.path(EXAMPLES), None)
+        """The examples: example_id, source_id, num_tokens, text_hash, index in the source, truncated.
+
+        Raises:
+            StoreError: the file is missing or damaged, or has other examples than the manifest says.
+            HubError: the file cannot be fetched.
+        """
+        return read_examples(self._path(EXAMPLES), self.manifest, way_out=WAY_OUT)
 
     def vectors(self, layer: int, head: int, kind: str) -> HeadVectors:
         """Returns the rows of a head. `head` is the number of a query head for the kind "q", of a key head for "k".
@@ -62,6 +78,8 @@ class Dataset:
             HubError: the file cannot be fetched.
         """
         table = self.table(layer, head, kind, ["vector", "position", "example_id"])
+        if any(chunk.flatten().null_count for chunk in table["vector"].chunks):
+            raise UnreadableError(self._files.path(head_file(layer, head, kind)), "has vectors with nulls", WAY_OUT)
         vectors = [_matrix(chunk) for chunk in table["vector"].chunks]
         size = table.schema.field("vector").type.list_size
         return HeadVectors(
@@ -74,7 +92,8 @@ class Dataset:
         """Returns the rows of a head with all columns or the named ones. The card describes the columns.
 
         Raises:
-            StoreError: the head or a column was not captured, or the file is missing or damaged.
+            StoreError: the head or a column was not captured, or the file is missing or damaged, has other columns or
+                rows than the manifest says, or does not fit in memory.
             HubError: the file cannot be fetched.
         """
         key = HeadKey(layer, head, kind)
@@ -84,22 +103,35 @@ class Dataset:
                 f"{self} has no rows of layer {layer}, head {head}, kind {kind!r}; it has {shortened(names, 6)} "
                 "(`.heads`)"
             )
-        return _read(self._files.path(head_file(*key)), columns)
+        file = head_file(*key)
+        path, listed = self._path(file), self._captured.get(file)
+        if listed is None:
+            raise UnreadableError(path, "is of a head that no layer in manifest.json has", WAY_OUT)
+        expected = schema(
+            listed.head_dim,
+            token_ids=self._capture.capture_token_ids,
+            token_strings=self._capture.capture_token_strings,
+        )
+        if unknown := set(columns or ()) - set(expected.names):
+            has = ", ".join(expected.names)
+            raise StoreError(f"{path} has no column {', '.join(sorted(unknown))}; it has {has}")
+        return read_table(
+            path, expected, way_out=WAY_OUT, rows=self.manifest["files"][file].get("rows"), columns=columns
+        )
 
     def is_intact(self, layer: int, head: int, kind: str) -> bool:
         """Whether the file of a head has the sha256 that the manifest lists.
 
         Raises:
-            StoreError: the file is missing.
+            StoreError: the file is missing, or has another size than the manifest lists.
             HubError: the file cannot be fetched.
         """
         name = head_file(layer, head, kind)
-        path = self._files.path(name)
+        path = self._path(name)
         try:
-            digest = sha256_of(path)
+            return bool(sha256_of(path) == self.manifest["files"][name]["sha256"])
         except OSError as error:
-            raise StoreError(f"{path} is missing or damaged: {error.strerror}") from error
-        return bool(digest == self.manifest["files"][name].get("sha256", digest))
+            raise UnreadableError(path, f"is missing or damaged ({error.strerror})", WAY_OUT) from error
 
     def fetch(self, heads: Sequence[HeadKey]) -> None:
         """Fetches the files of several heads in parallel, if the dataset is on the Hub.
@@ -108,6 +140,16 @@ class Dataset:
             HubError: a file cannot be fetched.
         """
         self._files.fetch([head_file(*key) for key in heads])
+
+    def _path(self, name: str) -> Path:
+        """Returns the path of a file, which is fetched if needed and has the size that the manifest lists."""
+        entry = self.manifest["files"].get(name)
+        path = self._files.path(name)
+        if entry is None:
+            raise UnreadableError(path, "is not listed in manifest.json", WAY_OUT)
+        if (problem := difference(path, entry["bytes"])) is not None:
+            raise UnreadableError(path, f"is missing or damaged (it {problem})", WAY_OUT)
+        return path
 
     def __str__(self) -> str:
         return str(self._files)
@@ -137,17 +179,6 @@ def open_dataset(root_or_repo: str | Path, revision: str | None = None) -> Datas
 def _matrix(chunk: pa.FixedSizeListArray) -> npt.NDArray[np.float32]:
     flat: npt.NDArray[np.float32] = chunk.flatten().to_numpy(zero_copy_only=True)
     return flat.reshape(-1, chunk.type.list_size)
-
-
-def _read(path: Path, columns: Sequence[str] | None) -> pa.Table:
-    try:
-        with open_parquet(path) as file:
-            if unknown := set(columns or ()) - set(file.schema_arrow.names):
-                has = ", ".join(file.schema_arrow.names)
-                raise StoreError(f"{path} has no column {', '.join(sorted(unknown))}; it has {has}")
-            return file.read(columns=columns)
-    except (OSError, pa.ArrowException) as error:
-        raise StoreError(f"{path} is missing or damaged: {str(error).partition(chr(10))[0]}") from error
 
 
 def sampler_of(manifest: dict[str, Any]) -> Sampler:

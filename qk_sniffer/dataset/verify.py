@@ -1,6 +1,6 @@
 """Compares a dataset with its manifest: every file, every head, every row, the examples and the proof."""
 
-import hashlib
+import stat
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -9,23 +9,31 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-import pyarrow as pa
 from tqdm import tqdm
 
 from qk_sniffer.dataset.bucket_ranges import bucket_ranges
 from qk_sniffer.dataset.verify_manifest import ManifestFacts, ProblemError
 from qk_sniffer.dataset.verify_report import Problem, Report, named
 from qk_sniffer.dataset.verify_rows import Examples, HeadCheck, check_file, check_rows, values
-from qk_sniffer.machine import num_threads
+from qk_sniffer.errors import StoreError
+from qk_sniffer.machine import available_memory, num_threads
+from qk_sniffer.store.disk import sha256_of
+from qk_sniffer.store.files import inside
+from qk_sniffer.store.forms import MOST_BUCKETS
 from qk_sniffer.store.layout import EXAMPLES, KIND_NAMES, Head, Layout, examples_schema, parse_head_name
 from qk_sniffer.store.manifest import FileEntry
 from qk_sniffer.store.parquet_files import open_parquet
+from qk_sniffer.store.parquet_tables import UNREADABLE, first_line, read_table
+from qk_sniffer.store.stored import UnreadableError
 from qk_sniffer.text import counted, in_mb
 
 HEADS_PER_TASK = 16
 """The number of heads whose rows a thread checks side by side, with one run of the sampler."""
 
 _MAX_BUCKET_LINES = 12
+
+_BYTES_PER_TOKEN = 64
+"""The memory that the sampler takes for each token of an example, at most."""
 
 _ROW_CHECKS = {
     "order": "rows are sorted by example and position",
@@ -80,7 +88,7 @@ def _check_files(facts: ManifestFacts, report: Report, bar: tqdm) -> tuple[set[s
     """Returns the names of the intact files, and the checks of the heads' files by name."""
 
     def check(name: str) -> tuple[list[Problem], HeadCheck | None]:
-        problems = list(_file_problems(facts.root / name, facts.files[name]))
+        problems = list(_file_problems(facts.root, name, facts.files[name]))
         head = facts.heads.get(name)
         if problems or head is None:
             return problems, None
@@ -116,17 +124,22 @@ def _check_files(facts: ManifestFacts, report: Report, bar: tqdm) -> tuple[set[s
     return intact, checks
 
 
-def _file_problems(path: Path, entry: FileEntry) -> Iterator[Problem]:
-    name = f"{path.parent.name}/{path.name}" if path.name == "data.parquet" else path.name
+def _file_problems(root: Path, name: str, entry: FileEntry) -> Iterator[Problem]:
     try:
-        size = path.stat().st_size
-        if size != entry.size:
-            sizes = f"{name}: {size:,} bytes instead of {entry.size:,}"
+        path = inside(root, name)
+    except StoreError:
+        yield Problem("files", "a link leads out of the dataset", name, "replace it by a copy of the file")
+        return
+    try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            kind = "Is a directory" if stat.S_ISDIR(found.st_mode) else "Not a regular file"
+            yield Problem("files", f"cannot be read: {kind}", name, "replace it by a copy of the file")
+        elif found.st_size != entry.size:
+            sizes = f"{name}: {found.st_size:,} bytes instead of {entry.size:,}"
             yield Problem("files", "the size differs from manifest.json", sizes)
-            return
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != entry.sha256:
-                yield Problem("files", "the sha256 differs from manifest.json: the file has changed", name)
+        elif sha256_of(path) != entry.sha256:
+            yield Problem("files", "the sha256 differs from manifest.json: the file has changed", name)
     except FileNotFoundError:
         yield Problem("files", "listed in manifest.json, but missing", name)
     except OSError as error:
@@ -155,20 +168,26 @@ def _unlisted(facts: ManifestFacts) -> Iterator[Problem]:
 
 def _check_examples(facts: ManifestFacts, report: Report) -> Examples | None:
     """Returns the examples, or None if they are too damaged to check the rows with them."""
+    path = Layout(facts.root).examples
     try:
-        with open_parquet(Layout(facts.root).examples) as file:
-            table = file.read()
-    except (pa.ArrowException, OSError) as error:
-        report.add([Problem("examples", "cannot be read as Parquet", str(error).partition("\n")[0])])
+        with open_parquet(path) as file:
+            found = file.schema_arrow
+        if not found.equals(examples_schema()):
+            columns = ", ".join(f"{column.name} {column.type}" for column in found)
+            report.add([Problem("examples", "the columns differ from the contract", columns)])
+            return None
+        table = read_table(path, examples_schema(), way_out="")
+    except UnreadableError as error:
+        report.add([Problem("examples", "cannot be read as Parquet", error.problem)])
         return None
-    if not table.schema.equals(examples_schema()):
-        columns = ", ".join(f"{column.name} {column.type}" for column in table.schema)
-        report.add([Problem("examples", "the columns differ from the contract", columns)])
+    except UNREADABLE as error:
+        report.add([Problem("examples", "cannot be read as Parquet", first_line(error))])
         return None
     example_id, num_tokens, index = (values(table[name]) for name in ("example_id", "num_tokens", "index"))
     for key, number in (
         ("examples", len(table)),
         ("tokens", int(num_tokens.sum(dtype=np.int64))),
+        ("longest_example", longest := int(num_tokens.max(initial=0))),
         ("truncated_examples", int(np.count_nonzero(values(table["truncated"])))),
     ):
         if facts.counts[key] != number:
@@ -190,7 +209,18 @@ def _check_examples(facts: ManifestFacts, report: Report) -> Examples | None:
             example = ", ".join(f"{name} {table[name][row]}" for name in ("index", "example_id", "num_tokens"))
             report.add([Problem("examples", what, f"row {row}: {example}", rows=int(wrong.sum()))])
     report.passed("examples", f"{len(table):,}, with {counted(int(num_tokens.sum(dtype=np.int64)), 'token')}")
-    return None if repeated.any() or length_is_wrong.any() or not len(table) else Examples(example_id, num_tokens)
+    too_long = _is_too_long(facts, longest)
+    if too_long:
+        report.add([Problem("examples", "an example has too many tokens to check its rows", f"{longest:,} tokens")])
+    is_damaged = repeated.any() or length_is_wrong.any() or not len(table) or too_long
+    return None if is_damaged else Examples(example_id, num_tokens)
+
+
+def _is_too_long(facts: ManifestFacts, longest: int) -> bool:
+    """Whether the sampler cannot choose the rows of an example of `longest` tokens again, for memory or its buckets."""
+    last = max(longest - 1, 0)
+    buckets = max(int(facts.sampler.bucket(head.kind, [last])[0]) for head in facts.heads.values())
+    return buckets > MOST_BUCKETS or longest * _BYTES_PER_TOKEN > available_memory()
 
 
 def _check_rows(

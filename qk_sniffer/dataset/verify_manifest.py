@@ -25,7 +25,7 @@ from qk_sniffer.store.record import read_record
 from qk_sniffer.store.stored import UnreadableError
 from qk_sniffer.text import counted
 
-_COUNTS = ("examples", "tokens", "truncated_examples", "skipped_rows", "source_rows", "rows")
+_COUNTS = ("examples", "tokens", "longest_example", "truncated_examples", "skipped_rows", "source_rows", "rows")
 
 _DEPEND_ON_WHERE_IT_RAN = {"model.name", "model.tokenizer.name", "dataset.path", "shard.count"}
 """Keys whose value in the fingerprint cannot be computed from the config in the manifest."""

@@ -23,6 +23,7 @@ from qk_sniffer.capture.sampling import Sampler
 from qk_sniffer.dataset.verify_report import Problem
 from qk_sniffer.store.layout import Head
 from qk_sniffer.store.parquet_files import open_parquet
+from qk_sniffer.store.parquet_tables import UNREADABLE, excess, first_line
 
 BLOCK_TOKENS = 1 << 20
 """Tokens of the examples in a block."""
@@ -96,11 +97,14 @@ def check_file(path: Path, head: Head, schema: pa.Schema, rows: int) -> HeadChec
                 numbers = f"{file.metadata.num_rows:,} instead of {rows:,}"
                 what = "has another number of rows than manifest.json lists"
                 result.problems.append(Problem.of(head, "parquet", what, numbers))
+            if result.readable and (problem := excess(path, file, schema, at_once=False)) is not None:
+                result.problems.append(Problem.of(head, "parquet", "cannot be read as Parquet", problem))
+                result.readable = False
             if result.readable:
                 result.nonfinite, nulls = _count_nonfinite(file, head.head_dim)
                 if nulls:
                     result.problems.append(Problem.of(head, "vector", "vectors have numbers that are null", rows=nulls))
-    except (pa.ArrowException, OSError) as error:
+    except UNREADABLE as error:
         result.problems.append(_unreadable(head, error))
         result.readable = False
     return result
@@ -184,7 +188,7 @@ class _Stream:
         """Checks the next rows and returns the keys of the rows with valid positions; None at the end of the file."""
         try:
             batch = next(self._batches, None)
-        except (pa.ArrowException, OSError) as error:
+        except UNREADABLE as error:
             self._result.problems.append(_unreadable(self._head, error))
             self._whole = False
             batch = None
@@ -303,4 +307,4 @@ def _count_nonfinite(file: pq.ParquetFile, head_dim: int) -> tuple[int, int]:
 
 
 def _unreadable(head: Head, error: Exception) -> Problem:
-    return Problem.of(head, "parquet", "cannot be read as Parquet", str(error).partition("\n")[0])
+    return Problem.of(head, "parquet", "cannot be read as Parquet", first_line(error))

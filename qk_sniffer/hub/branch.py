@@ -3,17 +3,21 @@
 huggingface_hub caches files by commit. No file is fetched twice, and all files are of one commit.
 """
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from qk_sniffer.errors import HubError
 from qk_sniffer.hub.client import REPO_TYPE, bars_on_a_terminal, reading_api, with_retries
+from qk_sniffer.hub.revisions import is_hub_id
 from qk_sniffer.logs import logger
 from qk_sniffer.markdown import in_url
 from qk_sniffer.store.layout import MANIFEST
-from qk_sniffer.text import shortened
+from qk_sniffer.store.stored import LARGE
+from qk_sniffer.text import is_branch_name, shortened
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -25,11 +29,20 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True)
 class Branch:
-    """The dataset on the branch `name` of the dataset repository `repo_id`, at `commit`."""
+    """The dataset on the branch `name` of the dataset repository `repo_id`, at `commit`.
+
+    Raises:
+        HubError: these are not names of a repository and a branch, and a commit. huggingface_hub makes paths of them.
+    """
 
     repo_id: str
     name: str
     commit: str
+
+    def __post_init__(self) -> None:
+        _check_place(self.repo_id, self.name)
+        if re.fullmatch("[0-9a-f]{40}", self.commit) is None:
+            raise HubError(f"{self.commit!r} is not a commit of the dataset repository {self.repo_id}")
 
     def path(self, name: str) -> Path:
         """Returns the local copy of the file `name`, which is fetched if necessary.
@@ -116,6 +129,7 @@ def find(repo_id: str, branch: str) -> Branch | None:
         except (hub.RepositoryNotFoundError, hub.RevisionNotFoundError):
             return None
 
+    _check_place(repo_id, branch)
     commit = _call(repo_id, branch, ask)
     return None if commit is None else Branch(repo_id, branch, commit)
 
@@ -146,7 +160,15 @@ def open_branch(repo_id: str, revision: str | None) -> Branch:
                 f"revision=...{_branches(api, repo_id)}"
             ) from None
 
+    _check_place(repo_id, branch)
     return Branch(repo_id, branch, _call(repo_id, branch, ask))
+
+
+def _check_place(repo_id: str, revision: str) -> None:
+    if not is_hub_id(repo_id):
+        raise HubError(f"{repo_id!r} is not the name of a repository on the Hub; it must be owner/name")
+    if not is_branch_name(revision):
+        raise HubError(f"{revision!r} is not a revision of {repo_id}; it must be a branch, a tag or a commit")
 
 
 def _call(repo_id: str, revision: str, ask: "Callable[[HfApi], _Result]") -> _Result:
@@ -159,7 +181,14 @@ def _call(repo_id: str, revision: str, ask: "Callable[[HfApi], _Result]") -> _Re
 
 
 def _download(api: "HfApi", repo_id: str, name: str, revision: str, *, force: bool = False) -> str:
-    path: str = api.hf_hub_download(repo_id, name, repo_type=REPO_TYPE, revision=revision, force_download=force)
+    fetch: Any = partial(
+        api.hf_hub_download, repo_id, name, repo_type=REPO_TYPE, revision=revision, force_download=force
+    )
+    if name == MANIFEST:  # the sizes of the other files are in it
+        info = fetch(dry_run=True)
+        if info.will_download and (info.file_size or 0) > LARGE:
+            raise HubError(f"{name} of {repo_id} at {revision!r} is larger than {LARGE >> 20:,} MB: it is not fetched")
+    path: str = fetch()
     return path
 
 

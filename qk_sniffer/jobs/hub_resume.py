@@ -16,9 +16,9 @@ from qk_sniffer.resolved import ResolvedConfig, fingerprint
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store import previous, stored
 from qk_sniffer.store.disk import explained, sha256_of, write_atomic
-from qk_sniffer.store.forms import Sha256
-from qk_sniffer.store.layout import EXAMPLES, MANIFEST, Layout, examples_schema
-from qk_sniffer.store.parquet_tables import read_table
+from qk_sniffer.store.forms import Commit, Sha256
+from qk_sniffer.store.layout import EXAMPLES, MANIFEST, Layout
+from qk_sniffer.store.parquet_tables import read_examples
 from qk_sniffer.store.stored import Text
 
 log = logger(__name__)
@@ -66,8 +66,8 @@ def guard(layout: Layout, here: Mapping[str, Any], branch: Branch) -> None:
             "publish to another output.hf_branch"
         )
     way_out = "publish to another output.hf_branch, or replace the branch's dataset with output.overwrite=true"
-    theirs = read_table(branch.path(EXAMPLES), examples_schema(), way_out=way_out)
-    ours = read_table(layout.examples, examples_schema(), way_out=previous.WAY_OUT)
+    theirs = read_examples(branch.path(EXAMPLES), there, way_out=way_out)
+    ours = read_examples(layout.examples, here, way_out=previous.WAY_OUT)
     if not ours.slice(0, len(theirs)).equals(theirs):
         raise StoreError(
             f"not published: {branch} was made from other texts than {layout.root}. Publish to another "
@@ -94,7 +94,7 @@ def write_snapshot(layout: Layout, branch: Branch) -> None:
 class _Snapshot(TypedDict):
     repo_id: Text
     branch: Text
-    commit: Text
+    commit: Commit
     manifest_sha256: Sha256 | None
 
 

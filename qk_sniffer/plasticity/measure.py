@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from qk_sniffer.capture.sampling import Sampler
-from qk_sniffer.dataset.reader import Dataset
+from qk_sniffer.dataset.reader import WAY_OUT, Dataset
 from qk_sniffer.errors import StoreError
 from qk_sniffer.plasticity.config import PlasticityConfig
 from qk_sniffer.plasticity.drift import (
@@ -27,7 +27,11 @@ from qk_sniffer.plasticity.drift import (
 from qk_sniffer.plasticity.estimators import Estimator, FullCovariance, Regression, plasticity
 from qk_sniffer.plasticity.key_pairs import COMPONENTS, KEY_ROWS, PAIRS, QUERY_ROWS, KeyGroups, generator
 from qk_sniffer.plasticity.tables import QUERY_METRICS, HeadResult
+from qk_sniffer.store.layout import head_file
 from qk_sniffer.text import compact_ranges, counted
+
+MAX_BUCKETS = 2048
+"""The most buckets of positions. Memory and time grow with their square."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,11 @@ class Rows:
     buckets: Int64
     dropped: int
     is_intact: bool
+
+    @property
+    def repeated(self) -> int:
+        """The number of rows whose example and position another row has too."""
+        return len(self.positions) - len(np.unique((self.example_ids << 32) | self.positions))
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,9 +111,6 @@ class Measuring:
             HubError: the file cannot be fetched.
         """
         queries = self._rows(keys.head.layer, head, "q", QUERY_ROWS)
-        width, of_keys = queries.vectors.shape[1], keys.rows.vectors.shape[1]
-        if width != of_keys:
-            raise StoreError(f"its vectors have {width} numbers and those of its keys {of_keys}: one file is damaged")
         return _QueryHead(self._config, self._sampler, keys, head, queries).result()
 
     def _rows(self, layer: int, head: int, kind: str, what: int) -> Rows:
@@ -117,8 +123,16 @@ class Measuring:
             kept = np.sort(random.choice(kept, self._config.max_tokens_per_head, replace=False, shuffle=False))
         if len(kept) < len(vectors):
             vectors, positions, example_ids = vectors[kept], positions[kept], example_ids[kept]
+        if len(positions) and positions.min() < 0:
+            raise StoreError(f"{head_file(layer, head, kind)} of {self._dataset} has negative positions; {WAY_OUT}")
         # The keys use the buckets of the queries, even if they have their own sampler.
         buckets = self._sampler.bucket("q", positions).astype(np.int64)
+        if (number := int(buckets.max(initial=0)) + 1) > MAX_BUCKETS:
+            raise StoreError(
+                f"{head_file(layer, head, kind)} of {self._dataset} has positions in {number:,} buckets, of which "
+                f"plasticity compares all pairs; it takes at most {MAX_BUCKETS:,}. Capture with a larger "
+                "sampler.min_bucket_size"
+            )
         return Rows(vectors, positions.astype(np.int64), example_ids.astype(np.int64), buckets, dropped, is_intact)
 
 
@@ -141,6 +155,8 @@ class _QueryHead:
         for rows, kind in ((self.queries, "queries"), (self.keys.rows, "keys")):
             if rows.dropped:
                 self.notes.append(f"{rows.dropped:,} {kind} left out, with NaN or infinite numbers")
+            if repeated := rows.repeated:
+                self.notes.append(f"{repeated:,} {kind} repeat an example and position (qk_sniffer.verify)")
             if not rows.is_intact:
                 self.notes.append(f"the file of the {kind} is not the one that manifest.json lists (qk_sniffer.verify)")
         r2 = np.full(width, np.nan)

@@ -14,6 +14,7 @@ from qk_sniffer.config import MOST_SHARDS, from_dict
 from qk_sniffer.store import stored
 from qk_sniffer.store.layout import FORMAT, KINDS, is_dataset_file
 from qk_sniffer.store.stored import LARGE, Count, Text, UnreadableError
+from qk_sniffer.text import is_branch_name
 
 MOST_LAYERS = 10_000
 MOST_HEADS = 100_000
@@ -30,6 +31,9 @@ HeadNumber = Annotated[int, Meta(ge=0, lt=MOST_HEADS)]
 NumHeads = Annotated[int, Meta(ge=1, le=MOST_HEADS)]
 Bucket = Annotated[str, Meta(pattern=r"\A[0-9]{1,10}\Z")]
 Sha256 = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
+Commit = Annotated[str, Meta(pattern=r"\A[0-9a-f]{40}\Z")]
+CommitOrDigest = Annotated[str, Meta(pattern=r"\A([0-9a-f]{40}|sha256:[0-9a-f]{64})\Z")]
+RepoId = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}/[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}\Z")]
 Slug = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9._-]{1,500}\Z")]
 BatchSize = Annotated[int, Meta(ge=1, le=2**53)]
 Number = int | float
@@ -66,9 +70,9 @@ class Model(TypedDict):
 class Commits(TypedDict):
     """Commits on the Hub; for a local checkpoint the digest of its files."""
 
-    model: Text | None
-    tokenizer: Text | None
-    dataset: Text | None
+    model: CommitOrDigest | None
+    tokenizer: CommitOrDigest | None
+    dataset: Commit | None
 
 
 class Terms(TypedDict):
@@ -142,9 +146,9 @@ class Growth(TypedDict):
 class Place(TypedDict):
     """A branch of the Hub at a commit."""
 
-    repo_id: Text
+    repo_id: RepoId
     name: Text
-    commit: Text
+    commit: Commit
 
 
 class Base(TypedDict):
@@ -313,6 +317,9 @@ def _contradictions(job: Mapping[str, Any]) -> Iterator[str]:
                 yield f"layer {number} lists a head of kind {kind} twice"
             if max(heads, default=0) >= (num_k if kind == "k" else num_q):
                 yield f"layer {number} lists head {max(heads)} of kind {kind}, which it does not have"
+    base = job.get("base")
+    if base is not None and base["hub"] is not None and not is_branch_name(base["hub"]["name"]):
+        yield f"{base['hub']['name']!r} is not the name of a branch"
     for name in job.get("files", ()):
         if not is_dataset_file(name):
             yield f"{name!r} is not the name of a dataset's file"

@@ -7,7 +7,7 @@ another file. Python opens the files at these paths.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,14 +16,14 @@ from qk_sniffer.text import is_utf8_path
 
 
 @contextmanager
-def open_parquet(path: Path) -> Iterator[pq.ParquetFile]:
-    """Opens a Parquet file for reading.
+def open_parquet(path: Path, **options: Any) -> Iterator[pq.ParquetFile]:
+    """Opens a Parquet file for reading, with options of `pq.ParquetFile`.
 
     Raises:
         OSError: there is no such file, or it cannot be read.
         pa.ArrowException: it is not a Parquet file.
     """
-    with _source(path) as source, pq.ParquetFile(source) as file:
+    with _source(path) as source, pq.ParquetFile(source, **options) as file:
         yield file
 
 

@@ -1,22 +1,91 @@
-"""Reads Parquet files of a declared form. `ParquetWriter` writes them; someone else may have changed them since."""
+"""Reads Parquet files of a declared form. `ParquetWriter` writes them; someone else may have changed them since.
+
+A file of a few bytes can claim any number of rows, which would fill the memory of the reader. The claims of a file are
+compared with its pages and with the available memory before rows are read.
+"""
 
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, BinaryIO
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
+from qk_sniffer.machine import available_memory
+from qk_sniffer.store.disk import open_regular
+from qk_sniffer.store.layout import examples_schema
 from qk_sniffer.store.parquet_files import open_parquet
+from qk_sniffer.store.parquet_pages import PageError, read_pages
 from qk_sniffer.store.stored import UnreadableError
+from qk_sniffer.text import in_mb
+
+MOST_EXPANSION = 2_000
+"""The largest ratio of the rows in memory to the file. Files of vectors that are all 0 have 300."""
+
+UNREADABLE = (OSError, ValueError, MemoryError, pa.ArrowException)
+"""The errors of pyarrow for a damaged file."""
 
 
-def read_table(path: Path, schema: pa.Schema, *, way_out: str) -> pa.Table:
+def read_table(
+    path: Path, schema: pa.Schema, *, way_out: str, rows: int | None = None, columns: Sequence[str] | None = None
+) -> pa.Table:
     """Returns the columns of `schema` from a Parquet file, in the order and with the types of `schema`.
 
-    The file may have other columns too. `way_out` is the end of the error message.
+    Args:
+        path: the file. It may have other columns too.
+        schema: of numbers, booleans, texts, and lists of a fixed number of numbers.
+        way_out: the end of the error message.
+        rows: the number of rows that the file must have; None for any.
+        columns: some columns of `schema`, in the order of the result; None for all.
 
     Raises:
-        UnreadableError: the file is missing or damaged, or lacks one of the columns.
+        UnreadableError: the file is missing or damaged, lacks one of the columns, has another number of rows, or does
+            not fit in memory.
+    """
+    wanted = schema if columns is None else pa.schema([schema.field(name) for name in columns])
+    with opened(path, schema, way_out=way_out, rows=rows) as file:
+        if problem := excess(path, file, wanted):
+            raise UnreadableError(path, problem, way_out)
+        table = _read(path, file, wanted, way_out)
+        table.validate(full=True)  # also that texts are UTF-8
+    for field in wanted:
+        if not field.nullable and table[field.name].null_count:
+            raise UnreadableError(path, f"has nulls in the column {field.name}", way_out)
+    return table
+
+
+def read_examples(path: Path, manifest: Mapping[str, Any], *, way_out: str) -> pa.Table:
+    """Returns the list of examples of the dataset with this manifest.
+
+    Raises:
+        UnreadableError: as for `read_table`; or the examples are not those of the manifest.
+    """
+    table = read_table(path, examples_schema(), way_out=way_out, rows=manifest["examples"])
+    ids, lengths, index = (table[name].to_numpy() for name in ("example_id", "num_tokens", "index"))
+    tokens, longest = int(lengths.sum(dtype=np.int64)), int(lengths.max(initial=0))
+    problem = None
+    if len(np.unique(ids)) != len(ids) or (np.diff(index, prepend=-1) <= 0).any():
+        problem = "lists an example twice, or not in the order of the source"
+    elif len(lengths) and int(lengths.min()) < 1:
+        problem = "lists an example without tokens"
+    elif (tokens, longest) != (manifest["tokens"], manifest["longest_example"]):
+        listed = f"{manifest['tokens']:,} tokens, {manifest['longest_example']:,} at most"
+        problem = f"has examples of {tokens:,} tokens, {longest:,} at most, and manifest.json lists {listed}"
+    if problem is not None:
+        raise UnreadableError(path, problem, way_out)
+    return table
+
+
+@contextmanager
+def opened(path: Path, schema: pa.Schema, *, way_out: str, rows: int | None = None) -> Iterator[pq.ParquetFile]:
+    """Opens a Parquet file that has the columns of `schema`, and `rows` rows unless `rows` is None.
+
+    Raises:
+        UnreadableError: the file is missing or damaged, has other columns or rows, or a read in the block fails.
     """
     try:
         # pyarrow would read all files of a folder, and wait for the other end of a pipe.
@@ -25,15 +94,96 @@ def read_table(path: Path, schema: pa.Schema, *, way_out: str) -> pa.Table:
         with open_parquet(path) as file:
             if wrong := "; ".join(_differences(file.schema_arrow, schema)):
                 raise UnreadableError(path, f"has other columns ({wrong})", way_out)
-            table = file.read(columns=schema.names).select(schema.names)
-        table.validate(full=True)  # also that texts are UTF-8
-    except (OSError, pa.ArrowException) as error:
-        reason = str(error).partition("\n")[0]
-        raise UnreadableError(path, f"is missing or damaged ({reason})", way_out) from error
+            if rows is not None and file.metadata.num_rows != rows:
+                numbers = f"has {file.metadata.num_rows:,} rows, and manifest.json lists {rows:,}"
+                raise UnreadableError(path, numbers, way_out)
+            yield file
+    except UNREADABLE as error:
+        raise UnreadableError(path, f"is missing or damaged ({first_line(error)})", way_out) from error
+
+
+def excess(path: Path, file: pq.ParquetFile, schema: pa.Schema, *, at_once: bool = True) -> str | None:
+    """Returns what keeps the columns of `schema` in the open `file` at `path` from being read; None if nothing does.
+
+    Compares the number of values that the file claims with its pages, and the memory that a read takes with the
+    available memory. Texts count with the bytes of their pages. `at_once` says that all rows are in memory at once;
+    otherwise those of one row group are.
+    """
+    metadata = file.metadata
+    try:
+        with open_regular(path) as raw:
+            groups = [
+                _group_bytes(raw, schema, metadata.row_group(number)) for number in range(metadata.num_row_groups)
+            ]
+            size = raw.seek(0, 2)
+    except (PageError, *UNREADABLE) as error:
+        return f"is missing or damaged ({first_line(error)})"
+    if sum(metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)) != metadata.num_rows:
+        return "is missing or damaged (its row groups have another number of rows than it claims)"
+    if sum(groups) > MOST_EXPANSION * size:
+        return f"claims {metadata.num_rows:,} rows of {in_mb(sum(groups))} in {size:,} bytes"
+    return _too_large(sum(groups) if at_once else max(groups, default=0))
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error of pyarrow."""
+    return (str(error) or type(error).__name__).partition("\n")[0]
+
+
+def _read(path: Path, file: pq.ParquetFile, schema: pa.Schema, way_out: str) -> pa.Table:
+    texts = [field.name for field in schema if field.type == pa.string()]
+    if not texts:
+        return file.read(columns=schema.names).select(schema.names)
+    # A repeated text is in memory once, until the length of all texts together is known.
+    with open_parquet(path, metadata=file.metadata, read_dictionary=texts) as compact:
+        table = compact.read(columns=schema.names).select(schema.names)
+    for name in texts:
+        if problem := _too_large(sum(map(_text_bytes, table[name].chunks))):
+            raise UnreadableError(path, problem, way_out)
+        place = schema.get_field_index(name)
+        table = table.set_column(place, file.schema_arrow.field(name), table[name].cast(pa.string()))
+    return table.replace_schema_metadata(file.schema_arrow.metadata)
+
+
+def _group_bytes(raw: BinaryIO, schema: pa.Schema, group: Any) -> int:
+    """Returns the bytes in memory of the rows of a row group, with the largest pages."""
+    if not group.num_rows:
+        return 0
+    columns = [group.column(number) for number in range(group.num_columns)]
+    total = 0
     for field in schema:
-        if not field.nullable and table[field.name].null_count:
-            raise UnreadableError(path, f"has nulls in the column {field.name}", way_out)
-    return table
+        parts = [column for column in columns if column.path_in_schema.partition(".")[0] == field.name]
+        width = field.type.list_size if pa.types.is_fixed_size_list(field.type) else 1
+        if len(parts) != 1 or parts[0].num_values != group.num_rows * width:
+            raise PageError(f"the column {field.name} claims another number of values than its rows have")
+        column = parts[0]
+        starts = [column.data_page_offset, *([column.dictionary_page_offset] if column.has_dictionary_page else [])]
+        pages = read_pages(raw, min(starts), column.total_compressed_size)
+        if pages.values != column.num_values:
+            raise PageError(f"the pages of the column {field.name} have another number of values than it claims")
+        if field.type == pa.string():
+            total += pages.size + 8 * group.num_rows
+        else:
+            total += pages.largest + _bytes_per_row(field.type) * group.num_rows
+    return total
+
+
+def _bytes_per_row(kind: pa.DataType) -> int:
+    if pa.types.is_fixed_size_list(kind):
+        return int(kind.list_size * _bytes_per_row(kind.value_type))
+    return max(1, int(kind.bit_width) // 8)
+
+
+def _text_bytes(chunk: pa.DictionaryArray) -> int:
+    lengths = pc.take(pc.binary_length(chunk.dictionary), chunk.indices)
+    return int(pc.sum(lengths).as_py() or 0)
+
+
+def _too_large(required: int) -> str | None:
+    available = available_memory()
+    if required <= available:
+        return None
+    return f"does not fit in memory: its rows take {in_mb(required)}, and {in_mb(available)} are available"
 
 
 def _differences(found: pa.Schema, expected: pa.Schema) -> Iterator[str]:

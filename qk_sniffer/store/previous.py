@@ -13,9 +13,8 @@ from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.disk import sha256_of
 from qk_sniffer.store.files import Files
 from qk_sniffer.store.journal import ExampleRecord
-from qk_sniffer.store.layout import EXAMPLES, MANIFEST, examples_schema
-from qk_sniffer.store.parquet_files import open_parquet
-from qk_sniffer.store.parquet_tables import read_table
+from qk_sniffer.store.layout import EXAMPLES, MANIFEST
+from qk_sniffer.store.parquet_tables import excess, opened, read_examples
 from qk_sniffer.store.stored import UnreadableError
 
 WAY_OUT = "restore the file, or recreate the dataset with output.overwrite=true"
@@ -59,9 +58,9 @@ class PreviousVersion:
         """Returns the examples of the dataset, in the order of the source.
 
         Raises:
-            StoreError: the file is not the one in the manifest, or not a list of examples.
+            StoreError: the file is not the one in the manifest, or not the list of its examples.
         """
-        columns = read_table(self._checked(EXAMPLES), examples_schema(), way_out=WAY_OUT).to_pydict()
+        columns = read_examples(self._checked(EXAMPLES), self.manifest, way_out=WAY_OUT).to_pydict()
         names = ExampleRecord.__dataclass_fields__
         return [ExampleRecord(*values) for values in zip(*(columns[name] for name in names), strict=True)]
 
@@ -78,16 +77,16 @@ class PreviousVersion:
         """
         path = self._checked(name)
         pending = schema.empty_table()
-        try:
-            with open_parquet(path) as file:
-                for group in range(file.num_row_groups):
-                    read = file.read_row_group(group, columns=schema.names)
-                    pending = pa.concat_tables([pending, pa.Table.from_arrays(read.columns, schema=schema)])
-                    while pending.num_rows >= rows_per_table:
-                        yield pending.slice(0, rows_per_table).combine_chunks()
-                        pending = pending.slice(rows_per_table)
-        except (OSError, pa.ArrowException, ValueError) as error:  # a ValueError: of other columns
-            raise UnreadableError(path, f"is not a file of this head ({error})", WAY_OUT) from error
+        rows = self.manifest["files"][name].get("rows")
+        with opened(path, schema, way_out=WAY_OUT, rows=rows) as file:
+            if problem := excess(path, file, schema, at_once=False):
+                raise UnreadableError(path, problem, WAY_OUT)
+            for group in range(file.num_row_groups):
+                read = file.read_row_group(group, columns=schema.names).select(schema.names)
+                pending = pa.concat_tables([pending, pa.Table.from_arrays(read.columns, schema=schema)])
+                while pending.num_rows >= rows_per_table:
+                    yield pending.slice(0, rows_per_table).combine_chunks()
+                    pending = pending.slice(rows_per_table)
         if pending.num_rows:
             yield pending.combine_chunks()
 

@@ -11,6 +11,7 @@ from huggingface_hub import HfApi
 from support.fake_hub import FakeHub
 from support.hub_cases import BRANCH, REPO, MakeDataset, client, publish
 from support.jobs import vectors
+from support.verify_cases import restate
 
 import qk_sniffer
 from qk_sniffer.errors import HubError, StoreError
@@ -48,10 +49,11 @@ def test_rows_in_several_chunks_and_none(make_dataset: MakeDataset, tmp_path: Pa
     path = root / "l00h00q/data.parquet"
     table = pq.read_table(path)
     pq.write_table(table, path, row_group_size=3)
-    dataset = qk_sniffer.open_dataset(root)
-    np.testing.assert_array_equal(dataset.vectors(0, 0, "q").vectors, vectors(table))
+    restate(root)
+    np.testing.assert_array_equal(qk_sniffer.open_dataset(root).vectors(0, 0, "q").vectors, vectors(table))
     pq.write_table(table.schema.empty_table(), path)
-    empty = dataset.vectors(0, 0, "q")
+    restate(root)
+    empty = qk_sniffer.open_dataset(root).vectors(0, 0, "q")
     assert empty.vectors.shape == (0, 16) and empty.positions.shape == empty.example_ids.shape == (0,)
 
 

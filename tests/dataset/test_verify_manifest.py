@@ -65,7 +65,7 @@ def both(section: str, key: str, value: Any) -> Callable[[dict[str, Any]], None]
         ),
         (lambda m: m["model"]["layers"][1].update(head_dim=8), {"schema"}, "instead of fixed_size_list<"),
         (
-            lambda m: m["commits"].update(model="abc"),
+            lambda m: m["commits"].update(model="abc1" * 10),
             {"manifest", "metadata"},
             "json (all 12 query heads; all 6 key heads) ",
         ),

@@ -10,6 +10,7 @@ import scipy.stats
 from support.jobs import heads_of, run, vectors
 from support.plasticity_cases import ALL_PAIRS, buckets, full_covariance, measure, metrics, record, rewrite
 from support.plasticity_reference import ewm, log_spans, reference, spans
+from support.verify_cases import edit
 
 from qk_sniffer.dataset.reader import open_dataset, sampler_of
 from qk_sniffer.plasticity import tables
@@ -355,6 +356,7 @@ def test_random_small_heads_agree(seed: int, root: Path, tmp_path: Path) -> None
     """Heads have few rows, 2 to 8 dimensions and repeated positions, in a layer with or without a window."""
     random = np.random.default_rng(seed)
     layer, dims = int(random.integers(0, 2)), int(random.integers(2, 9))
+    edit(root, lambda manifest: manifest["model"]["layers"][layer].update(head_dim=dims))
     rows = {}
     for kind, count in (("q", int(random.integers(4, 40))), ("k", int(random.integers(1, 60)))):
         positions, examples = random.integers(0, 80, count), random.integers(0, 4, count)

@@ -19,7 +19,6 @@ import numpy as np
 
 from qk_sniffer.cli import program
 from qk_sniffer.errors import ConfigError, QkSnifferError
-from qk_sniffer.plasticity import tables
 from qk_sniffer.plasticity.config import INSTALL
 from qk_sniffer.plasticity.figures import (
     BLUE,
@@ -121,11 +120,11 @@ def read(results: Results) -> Run:
     """
     record = results.record()
     model = record["dataset"]["model"]
-    pairs = tables.read(results.folder, "head_bucket_plasticity")
+    pairs = results.table("head_bucket_plasticity")
     _, _, means = by_head_and_bucket(pairs)
     known = np.flatnonzero(np.isfinite(means))
     means = means[known[0] : known[-1] + 1] if len(known) else means[:0]
-    heads = tables.read(results.folder, "head_metrics")["ap_overall"]
+    heads = results.table("head_metrics")["ap_overall"]
     estimator = record["settings"]["estimator"]["name"]
     texts = record["dataset"]["texts"]
     return Run(

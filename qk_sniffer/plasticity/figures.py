@@ -16,7 +16,7 @@ from qk_sniffer.dataset.reader import sampler_of
 from qk_sniffer.plasticity import tables
 from qk_sniffer.plasticity.config import ESTIMATORS
 from qk_sniffer.plasticity.results import Results
-from qk_sniffer.store.disk import Check, explained, make_folder, unchecked
+from qk_sniffer.store.disk import Check, create, explained, make_folder, unchecked
 from qk_sniffer.text import printable
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def draw_all(results: Results) -> list[Path]:
         StoreError: a table is missing or damaged; the folder cannot be written.
     """
     record = results.record()
-    metrics, pairs, weights = (tables.read(results.folder, name) for name in tables.TABLES)
+    metrics, pairs, weights = map(results.table, tables.TABLES)
     names = Names(record)
     pictures: dict[str, Callable[[], Figure]] = {}
     if np.isfinite(pairs["ap_bucket"]).any():
@@ -90,9 +90,10 @@ def save(path: Path, make: "Callable[[], Figure]", *, check: Check = unchecked) 
     """
     temporary = path.with_name(f".{path.name}")
     with styled(), explained(path, "write"):
-        figure = make()
+        drawn = make()
         check()
-        figure.savefig(temporary, format="png", metadata={"Software": None})
+        with create(temporary) as file:
+            drawn.savefig(file, format="png", metadata={"Software": None})
         check()
         temporary.replace(path)
     return path

@@ -16,22 +16,24 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from qk_sniffer.dataset.reader import Dataset
 from qk_sniffer.errors import StoreError
 from qk_sniffer.logs import logger
 from qk_sniffer.plasticity import tables
 from qk_sniffer.plasticity.config import PlasticityConfig
+from qk_sniffer.plasticity.forms import FORMAT, encode_head, read_head, read_record
 from qk_sniffer.plasticity.tables import HeadResult
 from qk_sniffer.store import manifest as manifests
-from qk_sniffer.store.disk import Check, make_folder, sha256_of, unchecked, write_atomic
+from qk_sniffer.store import stored
+from qk_sniffer.store.disk import Check, explained, make_folder, sha256_of, unchecked, write_atomic
 from qk_sniffer.store.layout import MANIFEST, head_name
 from qk_sniffer.store.locks import hold
+from qk_sniffer.store.stored import UnreadableError
 from qk_sniffer.text import shortened
 
 log = logger(__name__)
-
-FORMAT = "qk-sniffer-plasticity/1"
-"""The format of `plasticity.json`. Every change to the measures raises its number: results are then recomputed."""
 
 
 class Results:
@@ -54,10 +56,14 @@ class Results:
             StoreError: the folder holds something else, cannot be written, or another process holds the lock.
             TakenAwayError: the folder is removed, moved or replaced during the block. Nothing more is written there.
         """
-        paths = self.folder.iterdir() if self.folder.is_dir() else ()
+        with explained(self.folder, "read"):
+            paths = list(self.folder.iterdir()) if self.folder.is_dir() else []
         found = sorted(path.name for path in paths if path != self._lock_file)
         if (found and not self.record_file.exists() and not self._work.exists()) or MANIFEST in found:
             raise StoreError(f"{self.folder} holds something else ({shortened(found, 5)}); choose another output_dir")
+        for path in (self._work, self.pictures):
+            if path.is_symlink():
+                raise StoreError(f"{path} is a link, and results are not written through it: remove the link")
         try:
             make_folder(self.folder)
         except OSError as error:
@@ -92,55 +98,59 @@ class Results:
             StoreError: the file is missing, so the results are not finished, or it is not of qk-sniffer.
         """
         try:
-            record = json.loads(self.record_file.read_text(encoding="utf-8"))
+            return read_record(self.record_file)
         except (FileNotFoundError, NotADirectoryError):
             raise StoreError(
                 f"{self.folder} has no finished results: no {self.record_file.name}. Make them by "
                 "python -m qk_sniffer.plasticity data_root=... output_dir=..."
             ) from None
-        except (OSError, ValueError) as error:
-            raise StoreError(f"{self.record_file} cannot be read: {error}. Delete it and rerun the command") from error
-        if not isinstance(record, dict) or "fingerprint" not in record:
-            raise StoreError(f"{self.record_file} is not of qk-sniffer; choose another output_dir")
-        return record
+
+    def table(self, name: str) -> dict[str, np.ndarray[Any, Any]]:
+        """The columns of a table of finished results.
+
+        Raises:
+            StoreError: the results are not finished, or the table is not the one of `plasticity.json`.
+        """
+        file = f"{name}.parquet"
+        path = self.folder / file
+        columns = tables.read(self.folder, name)
+        if sha256_of(path) != self.record()["tables"][file]:
+            raise UnreadableError(path, f"is not the table that {self.record_file.name} lists", tables.WAY_OUT)
+        return columns
 
     def begin(self, fingerprint: str) -> None:
         """Keeps the results of earlier starts with this fingerprint. Discards those of another one, with a warning."""
         job = self._work / "job.json"
-        known = job.read_text(encoding="utf-8") if job.exists() else None
-        if known is None and self.record_file.exists():
-            with suppress(StoreError):  # an unreadable record is replaced
+        known = stored_before = _text(job)
+        if known is None:
+            with suppress(StoreError):  # there is no record, or an unreadable one, which is replaced
                 known = self.record()["fingerprint"]
         if known not in (None, fingerprint):
             log.warning("%s has results of other settings or of another dataset: they are replaced", self.folder)
         self.check()
         self._fingerprint = fingerprint
-        if not job.exists() or known != fingerprint:
-            self._clear()
-            for path in self.pictures.glob("*.png"):  # of the replaced results
-                path.unlink()
-            make_folder(self._work)
+        if stored_before != fingerprint:
+            with explained(self.folder, "replace the results in"):
+                self._clear()
+                for path in self.pictures.glob("*.png"):  # of the replaced results
+                    path.unlink()
+                make_folder(self._work)
             write_atomic(job, fingerprint.encode(), check=self.check)
 
     def load(self, layer: int, q_head: int) -> HeadResult | None:
         """The result of a head from an earlier start; None if there is none of this fingerprint."""
-        try:
-            values = json.loads(self._file(layer, q_head).read_bytes())
-        except (FileNotFoundError, ValueError):  # none, or a part that a full or failing disk left
-            return None
-        if values.pop("fingerprint", None) != self._fingerprint:
-            return None
-        return HeadResult(**values | {"buckets": [tuple(row) for row in values["buckets"]]})
+        return read_head(self._file(layer, q_head), layer, q_head, str(self._fingerprint))
 
     def save(self, result: HeadResult) -> None:
         """Stores the result of a head durably, NaN and all digits included."""
-        values = {"fingerprint": self._fingerprint} | result.to_dict()
-        write_atomic(self._file(result.layer, result.q_head), json.dumps(values).encode(), check=self.check)
+        data = encode_head(result, str(self._fingerprint))
+        write_atomic(self._file(result.layer, result.q_head), data, check=self.check)
 
     def finish(self, results: list[HeadResult], record: dict[str, Any]) -> list[Path]:
         """Writes the tables, and `record` last; returns the tables' files."""
         self.check()
-        self.record_file.unlink(missing_ok=True)
+        with explained(self.record_file, "replace"):
+            self.record_file.unlink(missing_ok=True)
         files = tables.write(self.folder, results, check=self.check)
         record = {"format": FORMAT, "tables": {path.name: sha256_of(path) for path in files}} | record
         write_atomic(self.record_file, json.dumps(record, indent=2, sort_keys=True).encode(), check=self.check)
@@ -154,6 +164,14 @@ class Results:
 
     def _clear(self) -> None:
         shutil.rmtree(self._work, ignore_errors=True)
+
+
+def _text(path: Path) -> str | None:
+    """Returns the text of a short file; None if there is none that can be read."""
+    try:
+        return stored.read_bytes(path, way_out="").decode("ascii", "replace")
+    except (OSError, StoreError):
+        return None
 
 
 def fingerprint(dataset: Dataset, config: PlasticityConfig) -> str:

@@ -102,7 +102,9 @@ class _Keys(TypedDict):
     base_rate: Annotated[float, Meta(gt=0, le=1e15)] | None
 
 
-class _Sampler(TypedDict):
+class SamplerSettings(TypedDict):
+    """The settings of a sampler."""
+
     type: Literal["uniform", "log_uniform", "all"]
     base_rate: Annotated[float, Meta(gt=0, le=1e15)]
     min_bucket_size: Annotated[int, Meta(ge=1, le=2**31)]
@@ -122,7 +124,7 @@ class Settings(TypedDict):
 
     model: _Model
     dataset: _Dataset
-    sampler: _Sampler
+    sampler: SamplerSettings
     shard: NotRequired[_Shard]
 
 

@@ -62,7 +62,10 @@ class PreviousVersion:
         """
         columns = read_examples(self._checked(EXAMPLES), self.manifest, way_out=WAY_OUT).to_pydict()
         names = ExampleRecord.__dataclass_fields__
-        return [ExampleRecord(*values) for values in zip(*(columns[name] for name in names), strict=True)]
+        records = [ExampleRecord(*values) for values in zip(*(columns[name] for name in names), strict=True)]
+        if len(records) != self.manifest["examples"]:
+            raise self._damaged(EXAMPLES)
+        return records
 
     def nonfinite_rows(self, name: str) -> int:
         """Returns the number of rows with NaN or Inf in the head's file `name`."""
@@ -112,9 +115,17 @@ class PreviousVersion:
 
 
 def describe(files: Files) -> dict[str, Any]:
-    """Returns the record of the dataset in `files` for a job that adds to it, without its location."""
+    """Returns the record of the dataset in `files` for a job that adds to it, without its location.
+
+    Raises:
+        StoreError: the manifest contradicts itself about the rows of the source.
+    """
     path = files.path(MANIFEST)
     manifest = manifests.of(files)
+    examples, skipped, rows = (manifest[key] for key in ("examples", "skipped_rows", "source_rows"))
+    if examples + skipped != rows:
+        problem = f"contradicts itself (source_rows is {rows:,}, examples {examples:,} and skipped_rows {skipped:,})"
+        raise UnreadableError(path, problem, WAY_OUT)
     return {
         "manifest_sha256": sha256_of(path),
         "source_rows": manifest["source_rows"],

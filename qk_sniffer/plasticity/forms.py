@@ -1,0 +1,124 @@
+"""Declares the forms of the files in a folder of results, which a later start and `compare` read back."""
+
+import hashlib
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypedDict, get_args
+
+from msgspec import Meta
+
+from qk_sniffer.errors import StoreError
+from qk_sniffer.plasticity.config import ESTIMATORS
+from qk_sniffer.plasticity.tables import QUERY_METRICS, TABLES, HeadResult
+from qk_sniffer.store import stored
+from qk_sniffer.store.forms import HeadNumber, SamplerSettings, Sha256
+from qk_sniffer.store.stored import LARGE, Count, Text, UnreadableError
+
+FORMAT = "qk-sniffer-plasticity/1"
+"""The format of `plasticity.json`. Every change to the measures raises its number: results are then recomputed."""
+
+TABLE_FILES = frozenset(f"{name}.{ending}" for name in TABLES for ending in ("csv", "parquet"))
+
+_WAY_OUT = "delete it and rerun the measurement"
+
+_Estimator = Literal["regression", "full_covariance"]
+assert get_args(_Estimator) == ESTIMATORS
+
+
+class _EstimatorSettings(TypedDict):
+    name: _Estimator
+
+
+class _Settings(TypedDict):
+    estimator: _EstimatorSettings
+
+
+class _Model(TypedDict):
+    slug: Text
+    name: Text
+    revision: Text
+
+
+class _Dataset(TypedDict):
+    model: _Model
+    texts: Text
+    sampler: SamplerSettings
+
+
+class Record(TypedDict):
+    """The content of `plasticity.json`."""
+
+    fingerprint: Sha256
+    tables: dict[str, Sha256]
+    settings: _Settings
+    dataset: _Dataset
+    heads: Count
+    heads_with_plasticity: Count
+    mean_ap_overall: float | None
+    notes: dict[str, list[str]]
+    without_keys: list[str]
+    damaged: dict[str, str]
+
+
+class _Format(TypedDict):
+    format: Literal["qk-sniffer-plasticity/1"]
+
+
+class _Head(TypedDict):
+    layer: HeadNumber
+    q_head: HeadNumber
+    k_head: HeadNumber
+    metrics: dict[str, float | int]
+    buckets: list[tuple[Annotated[int, Meta(ge=0, lt=2**31)], Annotated[int, Meta(ge=0, lt=2**31)], float]]
+    r2: Annotated[list[float], Meta(min_length=1, max_length=1 << 16)]
+    notes: list[str]
+
+
+_METRICS = {"n_q_tokens", "n_k_tokens", "d_model", *QUERY_METRICS, "ap_overall"}
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Returns the content of `plasticity.json`.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: there is no such file.
+        UnreadableError: it is not of this package, or of another version.
+    """
+    values = stored.read(path, _Format, way_out=_WAY_OUT, most_bytes=LARGE)
+    record: Any = stored.check(values, Record, path, _WAY_OUT)
+    if record["tables"].keys() != TABLE_FILES:
+        raise UnreadableError(path, "contradicts itself (it does not list the tables)", _WAY_OUT)
+    return dict(record)
+
+
+def encode_head(result: HeadResult, fingerprint: str) -> bytes:
+    """Returns the bytes of a head's file: its result, NaN and all digits included, and a digest of it."""
+    values = result.to_dict()
+    return stored.encode({"fingerprint": fingerprint, "result": values, "sha256": _digest(values)})
+
+
+def read_head(path: Path, layer: int, q_head: int, fingerprint: str) -> HeadResult | None:
+    """Returns the result of a head; None if the file is missing, damaged, or of another head or fingerprint.
+
+    It is then measured again.
+    """
+    try:
+        file: Any = stored.read(path, _HeadFile, way_out=_WAY_OUT, most_bytes=LARGE)
+    except (OSError, StoreError):
+        return None
+    values = file["result"]
+    if file["sha256"] != _digest(values) or values["metrics"].keys() != _METRICS:
+        return None
+    if (values["layer"], values["q_head"], file["fingerprint"]) != (layer, q_head, fingerprint):
+        return None
+    names = HeadResult.__dataclass_fields__
+    return HeadResult(**{name: values[name] for name in names} | {"buckets": [tuple(row) for row in values["buckets"]]})
+
+
+class _HeadFile(TypedDict):
+    result: _Head
+    sha256: Sha256
+    fingerprint: str
+
+
+def _digest(values: dict[str, Any]) -> str:
+    return hashlib.sha256(stored.encode(values, sort_keys=True)).hexdigest()

@@ -3,8 +3,10 @@
 Normally the last shard of a job does this. Run this program if that shard died before the dataset was finished, or to
 make the dataset on a machine without a GPU. It is safe to run at any time, and more than once.
 
-It loads the model to prove a few rows, unless prove=false. It names the shards that are missing. It publishes a
-finished dataset, with hf_repo_id to that repository.
+It loads the model to prove a few rows, unless prove=false. The folder may come from someone else. A job that asks for
+code of its own (model.trust_remote_code, model.allow_pickle, model.family) is refused, unless the setting of that name
+here allows it too. It names the shards that are missing. It publishes a finished dataset, with hf_repo_id to that
+repository.
 
 Exit codes: 0 the dataset is finished, 1 it is not, 2 the settings are wrong, 130 interrupted.
 """
@@ -24,6 +26,13 @@ class Settings:
 
     data_root: Path = field(metadata={"help": "the folder of the dataset"})
     prove: bool = field(default=True, metadata={"help": "load the model and derive a few rows a second time"})
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": "the job may run Python code from the checkpoint, if it asks for it"}
+    )
+    allow_pickle: bool = field(default=False, metadata={"help": "the job may load pickled weights, if it asks for it"})
+    family: str | None = field(
+        default=None, metadata={"help": "the family, package.module:Class, that the job may import if it asks for it"}
+    )
     hf_repo_id: str | None = field(
         default=None,
         metadata={"help": "repository on the Hub to publish to; null: that of the job, if the job is unfinished"},
@@ -43,10 +52,14 @@ def main() -> int:
 def _program(settings: Settings) -> int:
     read_environment()
     # This import loads torch, which a wrong command line must not wait for.
-    from qk_sniffer.jobs.finalize import finalize
+    from qk_sniffer.jobs.finalize import Allowed, finalize
 
     return finalize(
-        settings.data_root, prove=settings.prove, hf_repo_id=settings.hf_repo_id, hf_branch=settings.hf_branch
+        settings.data_root,
+        prove=settings.prove,
+        allowed=Allowed(settings.trust_remote_code, settings.allow_pickle, settings.family),
+        hf_repo_id=settings.hf_repo_id,
+        hf_branch=settings.hf_branch,
     )
 
 

@@ -1,6 +1,7 @@
 """Makes the dataset of a job whose shards are all captured, and publishes one that is finished."""
 
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,22 @@ from qk_sniffer.timing import Stages
 from qk_sniffer.validation import output_problems
 
 
+@dataclass(frozen=True)
+class Allowed:
+    """The code that a job may run when its dataset is made: settings of `model` that the caller allows too."""
+
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+    family: str | None = None
+
+
 def finalize(
-    data_root: Path, *, prove: bool = True, hf_repo_id: str | None = None, hf_branch: str | None = None
+    data_root: Path,
+    *,
+    prove: bool = True,
+    allowed: Allowed | None = None,
+    hf_repo_id: str | None = None,
+    hf_branch: str | None = None,
 ) -> int:
     """Makes and publishes the dataset at `data_root`, or prints which shards are missing; returns the exit code.
 
@@ -56,6 +71,8 @@ def finalize(
     config = _published(from_dict(record["config"]), hf_repo_id, hf_branch)
     if not prove:
         config = replace(config, verify=VerifyConfig(examples=0))
+    if problems := list(_forbidden(config, allowed or Allowed())):
+        raise ConfigError(problems)
     _check_checkpoint(config, layout, record)
     corpus = open_corpus(config.dataset, record["commits"]["dataset"]) if config.verify.examples else None
     done = finish(config, layout, record["job_id"], corpus, None, Stages())
@@ -77,6 +94,28 @@ def _check_checkpoint(config: ResolvedConfig, layout: Layout, record: dict[str, 
         raise SourceError(
             f"the {' and the '.join(changed)} of the job at {layout.root} changed after the capture: restore the files "
             f"of {config.model.name}, or rerun the job with output.overwrite=true"
+        )
+
+
+def _forbidden(config: Config, allowed: Allowed) -> Iterator[str]:
+    """Yields a line for each setting of the job that runs code and is not allowed. Each line begins with its key."""
+    model = config.model
+    proves, has_strings = config.verify.examples > 0, config.capture.capture_token_strings
+    way_out = "if you trust it" + ("" if has_strings else "; prove=false loads no model")
+    if model.trust_remote_code and (proves or has_strings) and not allowed.trust_remote_code:
+        yield (
+            f"trust_remote_code is false, but the job runs Python code of {model.name} (model.trust_remote_code=true): "
+            f"give trust_remote_code=true {way_out}"
+        )
+    if model.allow_pickle and proves and not allowed.allow_pickle:
+        yield (
+            f"allow_pickle is false, but the job loads pickled weights of {model.name} (model.allow_pickle=true): "
+            "give allow_pickle=true if you trust them; prove=false loads no model"
+        )
+    if model.family is not None and proves and allowed.family != model.family:
+        yield (
+            f"family is {'null' if allowed.family is None else allowed.family}, but the job imports {model.family} "
+            f"(model.family): give family={model.family} if you trust it; prove=false loads no model"
         )
 
 

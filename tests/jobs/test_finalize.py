@@ -1,15 +1,17 @@
 """`python -m qk_sniffer.finalize` does by hand what the last shard does."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.jobs import captured_only, hashes, run, settings
 
-from qk_sniffer.config import from_dict
-from qk_sniffer.errors import StoreError
-from qk_sniffer.jobs.finalize import finalize
+from qk_sniffer.config import Config, from_dict
+from qk_sniffer.errors import ConfigError, StoreError
+from qk_sniffer.jobs import finalize as finalize_module
+from qk_sniffer.jobs.finalize import Allowed, finalize
 from qk_sniffer.jobs.finish import Outcome
 from qk_sniffer.jobs.run import run_job
 from qk_sniffer.store import manifest as manifests
@@ -109,3 +111,23 @@ def test_what_a_job_leaves(checkpoint: Path, texts: Path, tmp_path: Path) -> Non
     made = run_job(from_dict(values))
     assert made == Outcome(manifests.read(tmp_path / "out")["rows"]) and made.rows
     assert run_job(from_dict(settings(checkpoint, texts, tmp_path / "out"))) == made
+
+
+def test_a_job_that_asks_for_code_is_refused_unless_the_caller_allows_it(
+    captured: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = finalize_module.from_dict
+    monkeypatch.setattr(finalize_module, "finish", lambda *_, **__: Outcome())
+    asked: dict[str, Any]
+    for asked in ({"trust_remote_code": True}, {"allow_pickle": True}, {"family": "package:Class"}):
+
+        def asking(values: dict[str, Any], asked: dict[str, Any] = asked) -> Config:
+            config = real(values)
+            return replace(config, model=replace(config.model, **asked))
+
+        monkeypatch.setattr(finalize_module, "from_dict", asking)
+        (setting,) = asked
+        with pytest.raises(ConfigError, match=rf"{setting} is .*model\.{setting}.*: give {setting}=.*prove=false"):
+            finalize(captured)
+        assert finalize(captured, prove=False) == 0
+        assert finalize(captured, allowed=Allowed(**asked)) == 0

@@ -11,7 +11,7 @@ from itertools import groupby
 from typing import Any
 
 from qk_sniffer.capture.sampling import Sampler
-from qk_sniffer.config import ShardConfig, from_dict
+from qk_sniffer.config import ModelConfig, ShardConfig, from_dict
 from qk_sniffer.corpus.tokenizer import load_tokenizer
 from qk_sniffer.dataset.heads import captured_heads
 from qk_sniffer.errors import SourceError, StoreError
@@ -103,10 +103,10 @@ def _captured_job(layout: Layout, job_id: str, finalizing: ExitStack) -> Capture
     return CapturedJob(record, claim)
 
 
-def stage(layout: Layout, job: CapturedJob) -> Staged:
+def stage(layout: Layout, job: CapturedJob, model: ModelConfig) -> Staged:
     """Writes the Parquet files of the dataset of a captured job to the staging folder. Hold the finalize lock.
 
-    Removes a staged version of another job.
+    `model` is the caller's, who decides which code its tokenizer may run. Removes a staged version of another job.
 
     Raises:
         StoreError: a journal is damaged, the source has changed, or the disk failed; may be called again.
@@ -120,7 +120,7 @@ def stage(layout: Layout, job: CapturedJob) -> Staged:
     commits = record["commits"]
     token_string = None
     if config.capture.capture_token_strings:
-        token_string = load_tokenizer(config.model, hub_commit_of(commits["tokenizer"])).token_strings
+        token_string = load_tokenizer(model, hub_commit_of(commits["tokenizer"])).token_strings
     count = config.shard.count
     journals = [Journal(layout.journal(index, count), claim.job_id, verify=False) for index in range(count)]
     marks = [read_mark(layout, index, count, claim.job_id) for index in range(count)]

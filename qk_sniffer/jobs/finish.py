@@ -69,7 +69,7 @@ def finish(
         if job is None:
             return None
         with stages("compact"):
-            staged = stage(layout, job)
+            staged = stage(layout, job, config.model)
         with stages("verify"):
             proof = _prove(config, job.record, staged, corpus, components, stages)
         job.claim.check()  # what was proven is the job's

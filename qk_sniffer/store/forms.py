@@ -211,8 +211,9 @@ class Mark(TypedDict):
 
 
 class Record(Job):
-    """The record of an unfinished job."""
+    """The record of an unfinished job. `sha256` is a digest of the rest."""
 
+    sha256: Sha256
     job_id: JobId
     source_rows: Count | None
     base: Base | None

@@ -8,17 +8,20 @@ starts in to the one that ends it. Rows of unfinished batches are ignored; a res
 Each segment carries the identity of the job that wrote it. Those of another job are not part of the journal.
 """
 
-import json
-from collections.abc import Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from qk_sniffer.errors import StoreError
 from qk_sniffer.logs import logger
-from qk_sniffer.store.disk import Check, explained, make_folder, unchecked
-from qk_sniffer.store.segment import SUFFIX, DamageError, Header, read_header, segment_number, verify_segment
+from qk_sniffer.store.disk import Check, explained, make_folder, remove, unchecked
+from qk_sniffer.store.segment import SUFFIX, DamageError, read_header, segment_number, verify_segment
+from qk_sniffer.store.segment_facts import SegmentFacts, blocks_of, check_runs, facts_of
 
 log = logger(__name__)
 
@@ -69,7 +72,10 @@ class Journal:
         self.foreign: list[str] = []
         self.next_segment = 0
         self.next_batch = 0
-        self._verified: set[Path] = set()
+        self._verified: dict[Path, npt.NDArray[np.int64]] = {}
+        """The segments that were compared with their checksums: the batch and the example of each run, without
+        repetitions."""
+        self._batch_of: dict[int, int] = {}
         self._unused: list[Path] = []
         self._open(verify)
 
@@ -85,6 +91,7 @@ class Journal:
             StoreError: segments are damaged, now or when the journal was opened. The error names them.
         """
         found = self._compare([path for path in self.segments if path not in self._verified])
+        found |= self._strangers(self.segments)
         self.damaged = sorted({*self.damaged, *(path.name for path in found)})
         if not self.is_whole:
             what = ", ".join(self.damaged) or "segments are missing"
@@ -100,7 +107,7 @@ class Journal:
             make_folder(self.folder)
             for path in (*self._unused, *self.folder.glob("*.tmp")):
                 check()
-                path.unlink(missing_ok=True)
+                remove(path)
         self._unused.clear()
         self.damaged.clear()
         self.foreign.clear()
@@ -113,37 +120,32 @@ class Journal:
             self.batching[batch] = min(record.index for record in records), batching
 
     def _open(self, verify: bool) -> None:
-        headers, found = self._headers()
+        facts, found = self._read_facts()
         if verify:
-            found |= self._compare(list(headers))
-        ends: dict[int, list[dict[str, Any]]] = {}
-        spans: dict[int, tuple[Path, int, int]] = {}
-        batching: dict[int, Batching | None] = {}
-        for path, header in headers.items():
-            if path in found:
-                continue
-            try:
-                metadata = header.metadata
-                number, (first, last) = segment_number(path), json.loads(metadata["batches"])
-                assert number is not None
-                ends[number], spans[number] = json.loads(metadata["ended"]), (path, first, last)
-                batching[number] = json.loads(metadata.get("batching", "null"))
-            except DamageError as error:
-                found[path] = error
+            found |= self._compare(list(facts))
+        while True:
+            usable = {path: each for path, each in facts.items() if path not in found}
+            odd = self._settle(usable) | self._strangers(usable)
+            if not odd:
+                break
+            found |= odd
         for path, damage in sorted(found.items()):
             log.warning("journal segment %s is damaged (%s); its examples are captured again", path, damage)
-        self._settle(ends, batching)
-        for path, first, last in spans.values():
-            used = any(batch in self.batches for batch in range(first, last + 1))
+        if self.lost:
+            log.warning("journal %s: the rows of %d finished examples are lost", self.folder, len(self.lost))
+        batches = sorted(self.batches)
+        for path, each in usable.items():
+            at = bisect_left(batches, each.first)
+            used = at < len(batches) and batches[at] <= each.last
             (self.segments if used else self._unused).append(path)
-        self.next_segment = max(spans, default=-1) + 1
-        self.next_batch = max((last for _, _, last in spans.values()), default=-1) + 1
+        self.next_segment = max(map(_number, usable), default=-1) + 1
+        self.next_batch = max((each.last for each in usable.values()), default=-1) + 1
         self._unused.extend(found)
         self.damaged = sorted(path.name for path in found)
 
-    def _headers(self) -> tuple[dict[Path, Header], dict[Path, DamageError]]:
-        """Returns the headers of the segments of this job by path, in order, and the damage of unreadable ones."""
-        headers: dict[Path, Header] = {}
+    def _read_facts(self) -> tuple[dict[Path, SegmentFacts], dict[Path, DamageError]]:
+        """Returns the facts of the segments of this job by path, in order, and the damage of unreadable ones."""
+        facts: dict[Path, SegmentFacts] = {}
         damaged: dict[Path, DamageError] = {}
         for path in sorted(self.folder.glob("*" + SUFFIX)):
             if segment_number(path) is None:
@@ -151,37 +153,74 @@ class Journal:
             try:
                 with explained(path, "read"):
                     header = read_header(path)
+                if header.metadata.get("job") != self.job_id:
+                    self.foreign.append(path.name)
+                    self._unused.append(path)
+                    continue
+                blocks_of(header)
+                facts[path] = facts_of(header, _number(path))
             except DamageError as error:
                 damaged[path] = error
-                continue
-            if header.metadata.get("job") == self.job_id:
-                headers[path] = header
-            else:
-                self.foreign.append(path.name)
-                self._unused.append(path)
         if self.foreign:
             log.warning("journal %s: %d segments of another job are ignored", self.folder, len(self.foreign))
-        return headers, damaged
+        return facts, damaged
 
-    def _settle(self, ends: dict[int, list[dict[str, Any]]], batching: Mapping[int, Batching | None]) -> None:
-        present = set(ends)
-        for number, ended in sorted(ends.items()):
-            for end in ended:
-                if not present.issuperset(range(end["since"], number + 1)):
+    def _settle(self, facts: Mapping[Path, SegmentFacts]) -> dict[Path, DamageError]:
+        """Finds the finished batches in `facts`, which are in order. Returns the segments that contradict earlier ones.
+
+        Forgets those that it has found before.
+        """
+        self.records.clear()
+        self.batches.clear()
+        self.batching.clear()
+        self.lost.clear()
+        self._batch_of.clear()
+        odd: dict[Path, DamageError] = {}
+        present: set[int] = set()
+        for path in facts:
+            if _number(path) in present:
+                odd[path] = DamageError("another segment has its number")
+            present.add(_number(path))
+        for path, each in facts.items():
+            for end in each.ended:
+                if not present.issuperset(range(end["since"], _number(path) + 1)):
                     self.lost.update(values[0] for values in end["records"])
                     continue
-                self.add(end["batch"], [ExampleRecord(*values) for values in end["records"]], batching[number])
+                records = [ExampleRecord(*values) for values in end["records"]]
+                indices = {record.index for record in records}
+                if len(indices) < len(records) or indices & self.records.keys() or end["batch"] in self.batches:
+                    odd[path] = DamageError("it lists examples or batches that are listed already")
+                    break
+                self.add(end["batch"], records, each.batching)
+                self._batch_of.update(dict.fromkeys(indices, end["batch"]))
         self.lost -= self.records.keys()
-        if self.lost:
-            log.warning("journal %s: the rows of %d finished examples are lost", self.folder, len(self.lost))
+        return odd
+
+    def _strangers(self, paths: Iterable[Path]) -> dict[Path, DamageError]:
+        """Returns the segments with rows of finished batches that belong to none of their examples."""
+        index, batch = (np.array(values, np.int64) for values in (list(self._batch_of), list(self._batch_of.values())))
+        order = np.argsort(index)
+        index, batch = index[order], batch[order]
+        odd = {}
+        for path in paths:
+            runs = self._verified.get(path)
+            if runs is None:
+                continue
+            runs = runs[np.isin(runs[:, 0], batch)]
+            at = np.minimum(np.searchsorted(index, runs[:, 1]), len(index) - 1)
+            if not (np.array_equal(index[at], runs[:, 1]) and np.array_equal(batch[at], runs[:, 0])):
+                odd[path] = DamageError("it has rows of examples that its batches do not list")
+        return odd
 
     def _compare(self, paths: list[Path]) -> dict[Path, DamageError]:
+        """Compares segments with their checksums, and their runs with their rows. Returns the damage of each."""
         damaged: dict[Path, DamageError] = {}
 
         def compare(path: Path) -> None:
             try:
                 verify_segment(path)
-                self._verified.add(path)
+                header = read_header(path)
+                self._verified[path] = check_runs(path, header, facts_of(header, _number(path)))
             except DamageError as error:
                 damaged[path] = error
 
@@ -189,3 +228,9 @@ class Journal:
             for _ in pool.map(compare, paths):
                 pass
         return damaged
+
+
+def _number(path: Path) -> int:
+    number = segment_number(path)
+    assert number is not None
+    return number

@@ -21,7 +21,7 @@ from qk_sniffer.errors import StoreError
 from qk_sniffer.logs import logger
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.claim import Claim
-from qk_sniffer.store.disk import Check, explained, sha256_of, sync_folder, unchecked, write_atomic
+from qk_sniffer.store.disk import Check, explained, sha256_of, sync_folder, type_of, unchecked, write_atomic
 from qk_sniffer.store.forms import read_manifest
 from qk_sniffer.store.layout import CARD, Layout, remove_file
 from qk_sniffer.store.manifest import FileEntry
@@ -71,6 +71,9 @@ def finish_promotion(layout: Layout, claim: Claim | None = None) -> bool:
     if manifest.get("job_id") != (None if claim is None else claim.job_id):
         log.warning("%s is of another job and is not promoted", layout.staging.manifest)
         return False
+    if not _is_promoted(layout, manifest):
+        with explained(layout.root, "read"):
+            _check_files(layout, manifest["files"])
     _promote(layout, manifest, claim)
     return True
 
@@ -115,6 +118,17 @@ def _promote(layout: Layout, manifest: dict[str, Any], claim: Claim | None) -> N
             manifests.write(layout, _public(manifest), check=check)
         check()
         remove_work(layout, unchecked if claim is None else claim.lock.check)
+
+
+def _check_files(layout: Layout, files: Mapping[str, Mapping[str, Any]]) -> None:
+    """Compares the files, staged or moved already, with the manifest: time has passed since they were written."""
+    for name, entry in files.items():
+        staged = layout.staging.root / name
+        path = staged if type_of(staged) is not None else layout.root / name
+        if type_of(path) != "file" or sha256_of(path) != entry["sha256"]:
+            raise UnreadableError(
+                path, "is missing from the version that replaces the dataset, or has changed", WAY_OUT
+            )
 
 
 def _move(layout: Layout, files: Mapping[str, Mapping[str, Any]], check: Check) -> None:

@@ -1,6 +1,6 @@
-"""Prepares the next item in a thread while the caller works on this one."""
+"""Runs work in a thread next to the caller: the next item of an iterator, or a check."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from queue import Empty, Queue
@@ -46,6 +46,34 @@ def ahead(items: Iterator[T]) -> Iterator[Iterator[T]]:
         left.set()
         with suppress(Empty):
             ready.get_nowait()  # frees a place for the item that the thread may be putting
+
+
+@contextmanager
+def in_background(work: Callable[[Event], None]) -> Iterator[Callable[[], None]]:
+    """Runs `work` in a thread within the block. Yields a function that waits for its end, and raises its error.
+
+    `work` gets an event. It is set when the block ends early, and `work` returns soon after. Nobody waits for that.
+    """
+    left = Event()
+    done: Queue[BaseException | None] = Queue(maxsize=1)
+
+    def run() -> None:
+        try:
+            work(left)
+        except BaseException as error:
+            done.put(error)
+        else:
+            done.put(None)
+
+    def wait() -> None:
+        if (error := done.get()) is not None:
+            raise error
+
+    Thread(target=run, name="background", daemon=True).start()
+    try:
+        yield wait
+    finally:
+        left.set()
 
 
 @dataclass(frozen=True)

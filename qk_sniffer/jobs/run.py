@@ -16,6 +16,7 @@ from qk_sniffer.jobs.capture_examples import capture_examples
 from qk_sniffer.jobs.components import Components, load_components
 from qk_sniffer.jobs.finish import Outcome, finish, report_and_publish
 from qk_sniffer.jobs.licenses import stated_terms
+from qk_sniffer.jobs.prefetch import in_background
 from qk_sniffer.jobs.signals import Stopping
 from qk_sniffer.jobs.start import Start, change_limit, find_existing_work, register_job, source_rows
 from qk_sniffer.machine import return_memory, trim_memory
@@ -76,13 +77,27 @@ def _run(config: ResolvedConfig, layout: Layout, stages: Stages, stopping: Stopp
         if claim is not None and overwrite:
             remove_unreadable_marks(layout, shard.count, claim)
         if claim is None or not is_still_done(layout, shard, claim):
-            components = load_components(config, start.job.commits, stages)
+            components = _load(config, start, stages)
             record = _record(config, start, components)
             job_id = register_job(layout, start.job, record, own_lock=lock, overwrite=overwrite)
             claim = Claim(lock, layout, job_id)
             capture_examples(config, layout, start, claim, components, stages, stopping)
         trim_memory()  # of the forward passes, before the compaction starts its threads
         return finish(config, layout, claim.job_id, start.corpus, components, stages, lock.check) or Outcome()
+
+
+def _load(config: ResolvedConfig, start: Start, stages: Stages) -> Components:
+    """Loads the components. Meanwhile compares the dataset that the job adds to with its manifest.
+
+    A damaged file would otherwise be noticed when all new rows are captured.
+    """
+    if start.base is None:
+        return load_components(config, start.job.commits, stages)
+    with in_background(start.base.check_files) as wait:
+        components = load_components(config, start.job.commits, stages)
+        with stages("check dataset"):
+            wait()
+    return components
 
 
 def _record(config: ResolvedConfig, start: Start, components: Components) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pyarrow as pa
@@ -11,7 +12,7 @@ import pyarrow as pa
 from qk_sniffer.errors import StoreError
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.disk import sha256_of
-from qk_sniffer.store.files import Files
+from qk_sniffer.store.files import Files, difference
 from qk_sniffer.store.journal import ExampleRecord
 from qk_sniffer.store.layout import EXAMPLES, MANIFEST
 from qk_sniffer.store.parquet_tables import excess, opened, read_examples
@@ -53,6 +54,23 @@ class PreviousVersion:
     def fetch(self) -> None:
         """Fetches the files that are not on this machine."""
         self.files.fetch([name for name, entry in self.manifest["files"].items() if "rows" in entry])
+
+    def check_files(self, stop: Event) -> None:
+        """Compares the files with the manifest: first the sizes of all, then their content, at the speed of the disk.
+
+        Returns early when `stop` is set.
+
+        Raises:
+            StoreError: a file is missing or damaged.
+        """
+        listed = {name: entry for name, entry in self.manifest["files"].items() if "rows" in entry}
+        for name, entry in listed.items():
+            if difference(self.files.path(name), entry["bytes"]) is not None:
+                self._checked(name)  # which fetches a file of the Hub again
+        for name in listed:
+            if stop.is_set():
+                return
+            self._checked(name)
 
     def examples(self) -> list[ExampleRecord]:
         """Returns the examples of the dataset, in the order of the source.

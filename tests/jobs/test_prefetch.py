@@ -3,10 +3,11 @@
 import threading
 import time
 from collections.abc import Iterator
+from threading import Event
 
 import pytest
 
-from qk_sniffer.jobs.prefetch import ahead
+from qk_sniffer.jobs.prefetch import ahead, in_background
 
 
 def is_running() -> bool:
@@ -75,3 +76,27 @@ def test_leaving_does_not_wait_for_an_item_that_takes_long() -> None:
     assert is_running(), "the thread still waits for its item"
     go.set()
     wait_until_gone()
+
+
+def test_work_in_the_background_ends_with_the_block() -> None:
+    began, ended = Event(), Event()
+
+    def work(left: Event) -> None:
+        began.set()
+        assert left.wait(10)
+        ended.set()
+
+    with pytest.raises(ValueError, match="of the caller"), in_background(work):
+        assert began.wait(10)
+        raise ValueError("of the caller")
+    assert ended.wait(10)
+
+
+def test_an_error_in_the_background_is_raised_where_the_caller_waits() -> None:
+    def fail(_: Event) -> None:
+        raise KeyError("in the thread")
+
+    with in_background(fail) as wait, pytest.raises(KeyError, match="in the thread"):
+        wait()
+    with in_background(lambda _: None) as wait:
+        wait()

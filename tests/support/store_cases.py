@@ -167,7 +167,7 @@ def make_dataset(root: Path, corpus: Captured, **options: object) -> tuple[Layou
     journal = captured_journal(layout.journal(0, 1), corpus)
     written = compact(layout, [journal], HEADS, SAMPLER, **options)
     card = b"# card\n"
-    promote(layout, build(job_facts(), written), card=card)
+    promote(layout, build(job_facts() | {"source_rows": written.num_examples}, written), card=card)
     return layout, written
 
 

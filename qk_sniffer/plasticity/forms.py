@@ -73,7 +73,7 @@ class _Head(TypedDict):
     notes: list[str]
 
 
-_METRICS = {"n_q_tokens", "n_k_tokens", "d_model", *QUERY_METRICS, "ap_overall"}
+METRICS = {"n_q_tokens", "n_k_tokens", "d_model", *QUERY_METRICS, "ap_overall"}
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -106,7 +106,7 @@ def read_head(path: Path, layer: int, q_head: int, fingerprint: str) -> HeadResu
     except (OSError, StoreError):
         return None
     values = file["result"]
-    if file["sha256"] != _digest(values) or values["metrics"].keys() != _METRICS:
+    if file["sha256"] != _digest(values) or values["metrics"].keys() != METRICS:
         return None
     if (values["layer"], values["q_head"], file["fingerprint"]) != (layer, q_head, fingerprint):
         return None

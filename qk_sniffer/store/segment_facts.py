@@ -32,7 +32,7 @@ _Record = tuple[
     str,
     Annotated[int, Meta(ge=1, lt=2**31)],
     bool,
-    Annotated[str, Meta(pattern=r"\A[0-9a-f]{1,128}\Z")],
+    Annotated[str, Meta(pattern=r"\A[0-9a-f]{0,128}\Z")],
 ]
 """The fields of an `ExampleRecord`."""
 

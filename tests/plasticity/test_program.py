@@ -19,6 +19,7 @@ from support.verify_cases import edit
 
 from qk_sniffer.errors import QkSnifferError, StoreError
 from qk_sniffer.plasticity import tables
+from qk_sniffer.plasticity.forms import METRICS
 from qk_sniffer.plasticity.measure import KeyHead
 from qk_sniffer.plasticity.results import Results
 from qk_sniffer.plasticity.run import portions
@@ -274,7 +275,7 @@ def test_results_need_a_folder_of_their_own(root: Path, tmp_path: Path) -> None:
 
 def test_a_run_whose_folder_is_taken_writes_nothing_there(tmp_path: Path) -> None:
     mine, theirs = Results(tmp_path / "results"), Results(tmp_path / "results")
-    result = HeadResult(0, 0, 0, {"ap_overall": 0.5}, [], [0.5])
+    result = HeadResult(0, 0, 0, dict.fromkeys(METRICS, 0.5), [], [0.5])
     writes: list[Callable[[], object]] = [
         lambda: mine.begin("mine"),
         lambda: mine.save(result),
@@ -301,7 +302,7 @@ def test_the_result_of_a_head_belongs_to_its_settings(tmp_path: Path) -> None:
     results = Results(tmp_path / "results")
     with results.claim():
         results.begin("one")
-        results.save(HeadResult(0, 0, 0, {"ap_overall": 0.5}, [], [0.5]))
+        results.save(HeadResult(0, 0, 0, dict.fromkeys(METRICS, 0.5), [], [0.5]))
         (results.folder / ".work" / "job.json").write_text("two", encoding="utf-8")
         results.begin("two")
         assert results.load(0, 0) is None

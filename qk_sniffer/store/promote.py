@@ -20,6 +20,7 @@ from typing import Any
 from qk_sniffer.errors import StoreError
 from qk_sniffer.logs import logger
 from qk_sniffer.store import manifest as manifests
+from qk_sniffer.store import stored
 from qk_sniffer.store.claim import Claim
 from qk_sniffer.store.disk import Check, explained, sha256_of, sync_folder, type_of, unchecked, write_atomic
 from qk_sniffer.store.forms import read_manifest
@@ -106,6 +107,9 @@ def _promote(layout: Layout, manifest: dict[str, Any], claim: Claim | None) -> N
     check = unchecked if claim is None else claim.check
     with explained(layout.root, "move the dataset into"):
         if not _is_promoted(layout, manifest):
+            for folder in sorted({(layout.root / name).parent for name in manifest["files"]} - {layout.root}):
+                if type_of(folder) not in (None, "folder"):
+                    raise StoreError(f"{folder} is not a folder, and the dataset is not written through it; remove it")
             check()
             layout.manifest.unlink(missing_ok=True)
             sync_folder(layout.root)
@@ -135,8 +139,6 @@ def _move(layout: Layout, files: Mapping[str, Mapping[str, Any]], check: Check) 
     touched: set[Path] = set()
     for name, entry in files.items():
         source, target = layout.staging.root / name, layout.root / name
-        if target.parent.is_symlink():
-            raise StoreError(f"{target.parent} is a link, and the dataset is not written through it; remove the link")
         check()
         if source.exists():
             target.parent.mkdir(exist_ok=True)
@@ -151,7 +153,10 @@ def _move(layout: Layout, files: Mapping[str, Mapping[str, Any]], check: Check) 
 def _is_promoted(layout: Layout, manifest: Mapping[str, Any]) -> bool:
     """Whether only the removal of the work is left to do."""
     expected = manifests.encode(_public(manifest))
-    return layout.manifest.exists() and layout.manifest.read_bytes() == expected
+    try:
+        return stored.read_bytes(layout.manifest, way_out="", most_bytes=len(expected)) == expected
+    except (OSError, StoreError):  # none, or another one
+        return False
 
 
 def _public(manifest: Mapping[str, Any]) -> dict[str, Any]:

@@ -215,7 +215,7 @@ class SegmentFiles:
         else:
             if len(self._open) >= MAX_OPEN_FILES:
                 os.close(self._open.popitem(last=False)[1])
-            self._open[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self._open[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
         return self._open[path]
 
     def __enter__(self) -> "SegmentFiles":

@@ -1,6 +1,5 @@
 """Declares the forms of the files in a folder of results, which a later start and `compare` read back."""
 
-import hashlib
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict, get_args
 
@@ -93,7 +92,7 @@ def read_record(path: Path) -> dict[str, Any]:
 def encode_head(result: HeadResult, fingerprint: str) -> bytes:
     """Returns the bytes of a head's file: its result, NaN and all digits included, and a digest of it."""
     values = result.to_dict()
-    return stored.encode({"fingerprint": fingerprint, "result": values, "sha256": _digest(values)})
+    return stored.encode({"fingerprint": fingerprint, "result": values, "sha256": stored.digest(values)})
 
 
 def read_head(path: Path, layer: int, q_head: int, fingerprint: str) -> HeadResult | None:
@@ -106,7 +105,7 @@ def read_head(path: Path, layer: int, q_head: int, fingerprint: str) -> HeadResu
     except (OSError, StoreError):
         return None
     values = file["result"]
-    if file["sha256"] != _digest(values) or values["metrics"].keys() != METRICS:
+    if file["sha256"] != stored.digest(values) or values["metrics"].keys() != METRICS:
         return None
     if (values["layer"], values["q_head"], file["fingerprint"]) != (layer, q_head, fingerprint):
         return None
@@ -118,7 +117,3 @@ class _HeadFile(TypedDict):
     result: _Head
     sha256: Sha256
     fingerprint: str
-
-
-def _digest(values: dict[str, Any]) -> str:
-    return hashlib.sha256(stored.encode(values, sort_keys=True)).hexdigest()

@@ -256,6 +256,7 @@ class Manifest(Job):
     nonfinite_rows: NotRequired[dict[str, Count]]
     files: dict[str, Entry]
     job_id: NotRequired[JobId]  # until the manifest is promoted
+    sha256: NotRequired[Sha256]  # until it is promoted: a digest of the rest
     proof: Proof
     timings: dict[str, Number]
 

@@ -80,10 +80,7 @@ class PreviousVersion:
         """
         columns = read_examples(self._checked(EXAMPLES), self.manifest, way_out=WAY_OUT).to_pydict()
         names = ExampleRecord.__dataclass_fields__
-        records = [ExampleRecord(*values) for values in zip(*(columns[name] for name in names), strict=True)]
-        if len(records) != self.manifest["examples"]:
-            raise self._damaged(EXAMPLES)
-        return records
+        return [ExampleRecord(*values) for values in zip(*(columns[name] for name in names), strict=True)]
 
     def nonfinite_rows(self, name: str) -> int:
         """Returns the number of rows with NaN or Inf in the head's file `name`."""

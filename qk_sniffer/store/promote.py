@@ -9,8 +9,8 @@
 A crash before the end of step 1 leaves the old dataset and the journals. After a later crash, `finish_promotion` does
 the remaining steps.
 
-The staged manifest carries the identity of its job, and only that job promotes it. The manifest in the root does not:
-equal jobs make equal manifests.
+The staged manifest carries the identity of its job, and only that job promotes it. It also has a digest of its content.
+The manifest in the root has neither: equal jobs make equal manifests.
 """
 
 from collections.abc import Mapping
@@ -52,7 +52,7 @@ def promote(
             manifest = manifests.with_files(manifest, {CARD: FileEntry.of(card)})
         for name in manifest["files"]:
             sync_folder((staging.root / name).parent)
-        manifests.write(staging, manifest, check=check)
+        manifests.write(staging, {**manifest, "sha256": stored.digest(manifest)}, check=check)
     _promote(layout, dict(manifest), claim)
 
 
@@ -95,12 +95,16 @@ def staged_manifest(layout: Layout) -> dict[str, Any] | None:
     """Returns the manifest of the staged version; None if no version is staged whole.
 
     Raises:
-        UnreadableError: it cannot be read.
+        UnreadableError: it cannot be read, or has changed.
     """
+    path = layout.staging.manifest
     try:
-        return read_manifest(layout.staging.manifest, way_out=WAY_OUT, follow_links=False)
+        manifest = read_manifest(path, way_out=WAY_OUT, follow_links=False)
     except (FileNotFoundError, NotADirectoryError):
         return None
+    if manifest.pop("sha256", None) != stored.digest(manifest):
+        raise UnreadableError(path, "has changed since it was written", WAY_OUT)
+    return manifest
 
 
 def _promote(layout: Layout, manifest: dict[str, Any], claim: Claim | None) -> None:

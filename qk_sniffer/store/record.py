@@ -48,7 +48,7 @@ def read_record(layout: Layout) -> dict[str, Any] | None:
         record = forms.read_record(layout.job_file, way_out=WAY_OUT)
     except FileNotFoundError:
         return None
-    if record.pop("sha256") != _sha256(record):
+    if record.pop("sha256") != stored.digest(record):
         raise UnreadableError(layout.job_file, "has changed since it was written", WAY_OUT)
     if record["job_id"].partition("-")[2] != _digest(record):
         raise UnreadableError(
@@ -59,7 +59,7 @@ def read_record(layout: Layout) -> dict[str, Any] | None:
 
 def write_record(layout: Layout, record: Mapping[str, Any], *, check: Check = unchecked) -> None:
     """Writes the record of a job, with a digest of it. Hold the start lock."""
-    written = {**record, "sha256": _sha256(record)}
+    written = {**record, "sha256": stored.digest(record)}
     write_atomic(layout.job_file, stored.encode(written, indent=2, sort_keys=True), check=check)
 
 
@@ -83,11 +83,6 @@ def read_mark(layout: Layout, shard_index: int, shard_count: int, job_id: str) -
 def write_mark(layout: Layout, shard_index: int, shard_count: int, mark: Mark, *, check: Check = unchecked) -> None:
     """Marks a shard as captured, durably."""
     write_atomic(layout.shard_done(shard_index, shard_count), stored.encode(mark), check=check)
-
-
-def _sha256(record: Mapping[str, Any]) -> str:
-    plain: Any = json.loads(stored.encode(record))  # as it is read back: all keys are strings
-    return hashlib.sha256(stored.encode(plain, sort_keys=True)).hexdigest()
 
 
 def _digest(record: Mapping[str, Any]) -> str:

@@ -5,6 +5,7 @@ and ranges, or one error that names the file and the way out. The form is a Type
 msgspec checks. Links are not followed unless the reader says so, and only regular files are opened.
 """
 
+import hashlib
 import json
 import os
 import stat
@@ -127,6 +128,12 @@ def encode(values: Mapping[str, Any], *, indent: int | None = None, sort_keys: b
     """
     text = json.dumps(values, indent=indent, sort_keys=sort_keys, ensure_ascii=False)
     return text.encode("utf-8", "backslashreplace")
+
+
+def digest(values: Mapping[str, Any]) -> str:
+    """Returns the sha256 of `values`, in hex. Values that were written and read back have the same digest."""
+    plain: Any = json.loads(encode(values))  # all keys are strings
+    return hashlib.sha256(encode(plain, sort_keys=True)).hexdigest()
 
 
 def _is_deeper(values: Any, most: int) -> bool:

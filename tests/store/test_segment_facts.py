@@ -10,6 +10,8 @@ import pytest
 import xxhash
 from support.store_cases import Captured, captured_journal
 
+from qk_sniffer.store.journal import Journal
+from qk_sniffer.store.journal_writer import JournalWriter
 from qk_sniffer.store.segment import DamageError, read_header, segment_number
 from qk_sniffer.store.segment_facts import blocks_of, check_runs, facts_of
 
@@ -151,3 +153,40 @@ def test_other_things_of_the_name_of_a_segment(segment: Path, tmp_path: Path) ->
     for path, problem in ((folder, "not a file"), (pipe, "not a file"), (link, "is a link")):
         with pytest.raises(DamageError, match=problem):
             read_header(path)
+
+
+def test_the_examples_of_a_damaged_segment_are_captured_again(tmp_path: Path) -> None:
+    journal = captured_journal(tmp_path / "journal", Captured(), segment_bytes=1 << 14)
+    path = journal.segments[1]
+    edited(path, path.parent, ended(lambda values: values[0].update(since=10**15)))
+    path.unlink()
+    again = Journal(journal.folder)
+    assert len(again.damaged) == 1 and not again.is_whole
+    assert again.records.keys() < journal.records.keys()
+    with JournalWriter(again, queue_bytes=1 << 20, segment_bytes=1 << 14) as writer:
+        Captured().write(writer, again.records)
+    whole = Journal(journal.folder)
+    assert whole.is_whole and whole.records == journal.records
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda values: values[0]["records"].pop(),  # its rows are of no example
+        lambda values: values[0]["records"].append(values[0]["records"][0]),
+        lambda values: values.append(values[0]),
+    ],
+)
+def test_batches_that_contradict_the_rows_are_damage(
+    change: Callable[[list[dict[str, Any]]], object], segment: Path, tmp_path: Path
+) -> None:
+    edited(segment, tmp_path, ended(change))
+    journal = Journal(tmp_path)
+    assert len(journal.damaged) == 1 and not journal.records
+
+
+def test_two_segments_of_one_number_are_damage(segment: Path, tmp_path: Path) -> None:
+    edited(segment, tmp_path, lambda _: None)
+    edited(segment, tmp_path, metadata("more", "1"))
+    journal = Journal(tmp_path)
+    assert len(journal.damaged) == 1 and len(journal.segments) == 1

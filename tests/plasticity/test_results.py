@@ -1,0 +1,123 @@
+"""Odd files in a folder of results end in one clear error, or their head is measured again."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from support.plasticity_cases import bytes_of, measure, record
+
+from qk_sniffer.errors import StoreError
+from qk_sniffer.plasticity import compare
+from qk_sniffer.plasticity.forms import METRICS
+from qk_sniffer.plasticity.results import Results
+from qk_sniffer.plasticity.tables import HeadResult
+from qk_sniffer.store.disk import sha256_of
+
+
+@pytest.fixture(scope="module")
+def measured(verify_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("measured") / "results"
+    assert measure(verify_base, folder) == 0
+    return folder
+
+
+@pytest.fixture
+def results(measured: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "results"
+    folder.mkdir()
+    for path in measured.glob("*.*"):
+        (folder / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda facts: facts.pop("fingerprint"), "missing required field `fingerprint`"),
+        (lambda facts: facts.update(format="other"), "is not understood"),
+        (lambda facts: facts["tables"].clear(), "does not list the tables"),
+        (lambda facts: facts["tables"].update({"../../x": "0" * 64}), "does not list the tables"),
+        (lambda facts: facts.update(damaged=0), r"at `\$.damaged`"),
+        (lambda facts: facts["dataset"]["model"].update(slug=None), r"at `\$.dataset.model.slug`"),
+        (lambda facts: facts["settings"]["estimator"].update(name="x"), r"at `\$.settings.estimator.name`"),
+        (lambda facts: facts["dataset"]["sampler"].update(min_bucket_size=0), "min_bucket_size"),
+        (lambda facts: facts.update(heads=1e99), r"at `\$.heads`"),
+    ],
+)
+def test_an_odd_record_is_refused_and_replaced(
+    change: Callable[[dict[str, Any]], object], problem: str, results: Path, verify_base: Path
+) -> None:
+    facts, whole = record(results), bytes_of(results)
+    change(facts)
+    (results / "plasticity.json").write_text(json.dumps(facts))
+    with pytest.raises(StoreError, match=rf"plasticity\.json .*{problem}.*; delete it and rerun"):
+        compare.read(Results(results))
+    assert not Results(results).is_finished("0" * 64)
+    assert measure(verify_base, results) == 0
+    assert bytes_of(results) == whole and compare.read(Results(results))
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "problem"),
+    [
+        ("layer", 2**31 - 1, "numbers in the column layer that are not 0 to 9,999"),
+        ("q_bucket", -5, "numbers in the column q_bucket"),
+        ("k_bucket", 2**30, "numbers in the column k_bucket"),
+    ],
+)
+def test_a_table_of_other_numbers_is_refused(column: str, value: int, problem: str, results: Path) -> None:
+    path = results / "head_bucket_plasticity.parquet"
+    table = pq.read_table(path)
+    odd = pa.array([value, *table[column].to_pylist()[1:]], table.schema.field(column).type)
+    pq.write_table(table.set_column(table.schema.get_field_index(column), table.schema.field(column), odd), path)
+    with pytest.raises(StoreError, match=problem):
+        compare.read(Results(results))
+
+
+def test_a_table_that_the_record_does_not_list_is_refused(results: Path) -> None:
+    path = results / "head_metrics.parquet"
+    pq.write_table(pq.read_table(path).slice(1), path)
+    with pytest.raises(StoreError, match=r"head_metrics\.parquet is not the table that plasticity\.json lists"):
+        compare.read(Results(results))
+    facts = record(results)
+    facts["tables"][path.name] = sha256_of(path)
+    (results / "plasticity.json").write_text(json.dumps(facts))
+    assert compare.read(Results(results)).texts
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda path: path.write_bytes(path.read_bytes().replace(b"0.5", b"0.6", 1)),
+        lambda path: path.write_bytes(path.read_bytes().replace(b'"layer": 0', b'"layer": 1')),
+        lambda path: path.write_bytes(b"[" * 100_000),
+        lambda path: path.write_text("{}"),
+        lambda path: (path.unlink(), path.mkdir()),
+        lambda path: (path.unlink(), os.mkfifo(path)),
+        lambda path: (path.rename(path.with_name("other")), path.symlink_to("other")),
+    ],
+)
+def test_an_odd_result_of_a_head_does_not_count(change: Callable[[Path], object], tmp_path: Path) -> None:
+    results = Results(tmp_path / "results")
+    whole = HeadResult(0, 1, 0, dict.fromkeys(METRICS, 0.5), [(1, 0, 0.5)], [0.5])
+    with results.claim():
+        results.begin("one")
+        results.save(whole)
+        assert results.load(0, 1) == whole
+        change(results.folder / ".work" / "l00h01q.json")
+        assert results.load(0, 1) is None
+
+
+@pytest.mark.parametrize("name", [".work", "pictures"])
+def test_results_are_not_written_through_a_link(name: str, results: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (results / name).symlink_to(tmp_path / "elsewhere")
+    refused = pytest.raises(StoreError, match=f"{name} is a link, and results are not written through it")
+    with refused, Results(results).claim():
+        pass
+    assert not list((tmp_path / "elsewhere").iterdir())

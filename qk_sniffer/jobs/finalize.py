@@ -12,6 +12,7 @@ from qk_sniffer.hub.client import require_access, require_uploads_from
 from qk_sniffer.jobs.assemble import finish_interrupted_promotion
 from qk_sniffer.jobs.finish import finish, report_and_publish
 from qk_sniffer.jobs.identity import Job, resolve_commits
+from qk_sniffer.jobs.start import check_files
 from qk_sniffer.resolved import ResolvedConfig, resolve, with_output
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.files import Folder
@@ -57,7 +58,9 @@ def finalize(
     record = read_record(layout)
     if record is None:
         # Where a dataset is published is decided by the caller alone: it may be of someone else.
-        config = replace(from_dict(manifests.read(layout.root)["config"]), output=OutputConfig())
+        manifest = manifests.read(layout.root)
+        check_files(layout, manifest)
+        config = replace(from_dict(manifest["config"]), output=OutputConfig())
         config = _published(config, hf_repo_id, hf_branch)
         report_and_publish(config, layout, "Nothing to do: the dataset is finished.", Folder(layout.root))
         return 0

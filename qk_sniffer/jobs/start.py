@@ -132,7 +132,7 @@ def _continue_finished(config: ResolvedConfig, layout: Layout, existing: _Existi
     earlier = Job.from_record(manifest)
     job.check_continues(earlier, str(files), finished=True)
     if isinstance(files, Folder):
-        _check_files(layout, manifest)
+        check_files(layout, manifest)
     grows = _rows_are_added(files, manifest, config, corpus)
     on_hub = asdict(files) if isinstance(files, Branch) else None
     base = PreviousVersion(files, describe(files) | {"hub": on_hub})
@@ -331,8 +331,12 @@ def _rows_are_added(files: Files, manifest: Mapping[str, Any], config: ResolvedC
     return now > there
 
 
-def _check_files(layout: Layout, manifest: Mapping[str, Any]) -> None:
-    """Refuses a finished dataset with missing files, or files of another size. `verify` also reads them."""
+def check_files(layout: Layout, manifest: Mapping[str, Any]) -> None:
+    """Checks that a finished dataset has its files, by their sizes. `verify` also reads them.
+
+    Raises:
+        StoreError: a file is missing or has another size.
+    """
     if bad := manifests.changed_files(layout.root, manifest):
         raise StoreError(
             f"{layout.root} is damaged: {shortened(bad, 5)} missing, or not of the size that manifest.json lists "

@@ -8,6 +8,8 @@ import json
 import logging
 import os
 import signal
+import subprocess
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -283,3 +285,32 @@ def test_many_edits(kind: str, part: int, bench: Bench) -> None:
             edit(bench, kind, f"{part}-{number}")
     finally:
         logging.disable(logging.NOTSET)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "name", "content"),
+    [
+        ("job", ".qk_sniffer/job.json", b'{"config": {"shard": {"count": 1e9}}}'),
+        ("job", ".qk_sniffer/shard-00000-of-00001.done", b"garbage"),
+        ("staged", ".qk_sniffer/staging/manifest.json", b"[" * 100_000),
+        ("finished", "manifest.json", b'{"format": "qk-sniffer/1"}'),
+        ("finished", "examples/data.parquet", b"PAR1"),
+    ],
+)
+def test_nothing_raw_reaches_the_terminal(kind: str, name: str, content: bytes, bench: Bench) -> None:
+    copied(bench.states[kind], bench.root)
+    (bench.root / name).write_bytes(content)
+    arguments = [f"model.name={bench.checkpoint}", "model.dtype=float32", "dataset=hf", f"dataset.path={bench.texts}"]
+    for command in (
+        ["qk_sniffer.status", str(bench.root)],
+        ["qk_sniffer.verify", f"data_root={bench.root}"],
+        ["qk_sniffer.finalize", f"data_root={bench.root}", "prove=false"],
+        ["qk_sniffer.plasticity", f"data_root={bench.root}", f"output_dir={bench.folder / 'out'}"],
+        ["qk_sniffer", "model=hf", *arguments, f"output.data_root={bench.root}", "verify.examples=0"],
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", *command], cwd=bench.folder, capture_output=True, text=True, timeout=120
+        )
+        assert "Traceback" not in done.stdout + done.stderr, done.stderr
+        assert done.returncode in ((0, 1) if command[0] == "qk_sniffer.status" else (1, 2)), (command, done.stderr)

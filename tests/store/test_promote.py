@@ -30,7 +30,7 @@ from support.store_cases import (
 )
 
 from qk_sniffer.errors import StoreError
-from qk_sniffer.store import disk, manifest, promote, work_folder
+from qk_sniffer.store import disk, manifest, promote, stored, work_folder
 from qk_sniffer.store.compact import compact
 from qk_sniffer.store.journal import Journal
 from qk_sniffer.store.journal_writer import JournalWriter
@@ -146,7 +146,8 @@ def test_compaction_does_not_touch_a_staged_version(tmp_path: Path) -> None:
     layout = prepare_data_root(tmp_path)
     journal = captured_journal(layout.journal(0, 1), Captured())
     written = compact(layout, [journal], HEADS, SAMPLER)
-    manifest.write(layout.staging, manifest.build(job_facts(), written))
+    built = manifest.build(job_facts(), written)
+    manifest.write(layout.staging, built | {"sha256": stored.digest(built)})
     with pytest.raises(StoreError, match="staged version that is not promoted yet"):
         compact(layout, [journal], HEADS, SAMPLER)
     assert promote.finish_promotion(layout)

@@ -66,6 +66,21 @@ def test_offline_a_cached_copy_is_used(tmp_path: Path, streaming: bool) -> None:
         open_corpus(config, commit="3" * 40)
 
 
+def test_an_odd_description_of_a_copy_does_not_count(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    import datasets
+
+    cached_copy(tmp_path, "1" * 40, ROWS)
+    (info,) = Path(datasets.config.HF_DATASETS_CACHE).glob("org___name/*/*/*/dataset_info.json")
+    for content in ("", "[]", '{"config_name": 1}', "[" * 100_000):
+        info.write_text(content)
+        assert "the job needs" in message("org/name").lower()
+        assert f"{info} is not" in caplog.text
+        caplog.clear()
+    info.unlink()
+    info.mkdir()
+    assert "the job needs" in message("org/name").lower()
+
+
 def client(code: str, endpoint: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
     """Runs `code` in a process of its own, whose Hub is at `endpoint`: the libraries read their environment once."""
     imports = (

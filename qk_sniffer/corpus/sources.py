@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 from qk_sniffer.config import DatasetConfig
+from qk_sniffer.corpus.home import check_home
 from qk_sniffer.errors import SourceError, StoreError
 from qk_sniffer.hub.revisions import HubUnreachableError, hub_commit, is_hub_id
 from qk_sniffer.logs import logger
@@ -135,7 +136,7 @@ def _folder(config: DatasetConfig, folder: Path) -> Source:
     if not is_utf8_path(folder.name):  # `datasets` names a class and its cache after the folder
         raise SourceError(f"{where}: datasets cannot read a folder of this name: {utf8_way_out(folder.name)}")
     if config.name is not None or config.data_files is not None or _names_its_files(folder):
-        return _rows(where, _building(where, lambda: _builder(str(folder), config)), config)
+        return _rows(where, _building(where, lambda: _builder(str(folder), config)), config, home=folder)
     files = _data_files(folder)
     if not files:
         raise SourceError(f"{where} holds no data files: {_listing(folder)}. {_supported()}")
@@ -145,7 +146,7 @@ def _folder(config: DatasetConfig, folder: Path) -> Source:
             f"{where} holds files of several types ({', '.join(formats)}): {_listing(folder)}. Choose the files, as in "
             "dataset.data_files='*.jsonl'"
         )
-    return _rows(where, _building(where, lambda: _whole_folder(folder, config, files)), config)
+    return _rows(where, _building(where, lambda: _whole_folder(folder, config, files)), config, home=folder)
 
 
 def _whole_folder(folder: Path, config: DatasetConfig, files: list[str]) -> Any:
@@ -167,7 +168,7 @@ def _hub(config: DatasetConfig, path: str, commit: str | None) -> Source:
     builder = _building(where, lambda: _builder(path, config, revision=commit))
     if builder.hash != commit:  # if `datasets` finds no data files, it uses another commit from its cache
         raise SourceError(f"{where}: commit {commit} has no data files that can be read, or the connection was lost")
-    return _rows(where, builder, config, commit)
+    return _rows(where, builder, config, commit, home=f"hf://datasets/{path}@{commit}/")
 
 
 def _cached(config: DatasetConfig, path: str, commit: str | None, unreachable: HubUnreachableError) -> Source:
@@ -249,9 +250,14 @@ def _building(where: str, make: Callable[[], Any]) -> Any:
         raise _unreadable(where, error, ()) from error
 
 
-def _rows(where: str, builder: Any, config: DatasetConfig, commit: str | None = None) -> Source:
-    """Opens the rows of `config.split`."""
+def _rows(
+    where: str, builder: Any, config: DatasetConfig, commit: str | None = None, *, home: Path | str | None = None
+) -> Source:
+    """Opens the rows of `config.split`. `home` is the folder, or the address of the repository, of their files."""
     data_files = {str(split): paths for split, paths in (builder.config.data_files or {}).items()}
+    if home is not None:
+        is_named = config.data_files is not None
+        check_home(where, [file for paths in data_files.values() for file in paths], home, is_named=is_named)
     known = list(data_files or builder.info.splits or [])
     splits = [config.split] if config.streaming else re.split(r"\s*\+\s*", re.sub(r"\[.*?\]", "", config.split))
     if known and not {name.strip() for name in splits} <= {*known, "all"}:

@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from support.data_files import FORMATS, ROWS, TEXTS, both_ways, jsonl, message, opened, parquet, texts, write
 
+from qk_sniffer.corpus.home import check_home
 from qk_sniffer.errors import SourceError
 
 # ---- what is read
@@ -225,3 +226,62 @@ def test_a_zst_file_says_what_is_missing(tmp_path: Path) -> None:
     file = write(tmp_path / "rows.jsonl.zst", b"\x28\xb5\x2f\xfdbroken")
     text = message(file)
     assert str(file) in text and ("zstandard" in text) == ("zstd" not in compr)
+
+
+# ---- files from elsewhere
+
+CARD = """\
+---
+configs:
+- config_name: default
+  data_files:
+  - split: train
+    path: [own.csv, {path}]
+  header: null
+  names: [text]
+---
+"""
+
+
+@both_ways
+def test_a_card_names_no_files_outside_of_its_folder(tmp_path: Path, streaming: bool) -> None:
+    secret = write(tmp_path / "home" / "config.json", '{"token": "x"}')
+    write(tmp_path / "texts" / "own.csv", "own")
+    write(tmp_path / "texts" / "inner" / "other.csv", "own")
+    for path in (secret, "../home/config.json", "inner/../../home/config.json", f"file://{secret}"):
+        write(tmp_path / "texts" / "README.md", CARD.format(path=path))
+        text = message(tmp_path / "texts", streaming=streaming)
+        assert "README.md names" in text and "config.json" in text and "dataset.data_files" in text, path
+    (tmp_path / "texts" / "folder").symlink_to(tmp_path / "home" / "away")
+    write(tmp_path / "home" / "away" / "file", "")
+    write(tmp_path / "texts" / "README.md", CARD.format(path="folder/../config.json"))
+    assert "leads out of the dataset" in message(tmp_path / "texts", streaming=streaming), "of the text, it is inside"
+    named = opened(tmp_path / "texts", streaming=streaming, data_files=str(secret), text_column="token")
+    assert texts(named.examples()) == [(0, "x")], "files that the user names are read"
+
+
+def test_a_repository_of_the_hub_has_only_its_own_files() -> None:
+    home = "hf://datasets/org/name@1234/"
+    check_home("dataset", [f"{home}a.csv", f"zip://b.csv::{home}c.zip"], home, is_named=False)
+    for file in ("/home/me/secret.csv", "hf://datasets/me/private@1234/a.csv", "https://169.254.169.254/a.csv"):
+        check_home("dataset", [file], home, is_named=True)
+        with pytest.raises(SourceError, match=r"README\.md names"):
+            check_home("dataset", [file], home, is_named=False)
+
+
+@both_ways
+@pytest.mark.parametrize("how", ["bare", "card", "data_files"])
+def test_a_link_leads_to_no_file_outside_of_its_folder(tmp_path: Path, how: str, streaming: bool) -> None:
+    folder, secret = tmp_path / "texts", write(tmp_path / "secret", "x")
+    write(folder / "own.csv", "own\nrow")
+    link = folder / "linked.csv"
+    link.symlink_to(secret)
+    if how == "card":
+        write(folder / "README.md", CARD.format(path=link.name))
+    text = message(folder, streaming=streaming, data_files="*.csv" if how == "data_files" else None)
+    assert "linked.csv leads out of the dataset" in text and str(secret) in text
+    link.unlink()
+    link.symlink_to("own.csv")
+    (folder / "README.md").unlink(missing_ok=True)
+    own = opened(folder, streaming=streaming, data_files={"train": "linked.csv"}, text_column="own")
+    assert texts(own.examples()) == [(0, "row")]

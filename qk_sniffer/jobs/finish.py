@@ -30,6 +30,7 @@ from qk_sniffer.store.files import Files, Folder
 from qk_sniffer.store.layout import Layout
 from qk_sniffer.store.locks import TakenAwayError
 from qk_sniffer.store.promote import promote
+from qk_sniffer.store.work_folder import remove_leftovers
 from qk_sniffer.text import say
 from qk_sniffer.timing import Stages, describe
 
@@ -76,6 +77,7 @@ def finish(
         manifest = staged.manifest(proof, timings=stages.seconds)
         with stages("promote"):
             promote(layout, manifest, card=write_card(CardFacts.of(manifest)).encode(), claim=job.claim)
+        remove_leftovers(layout, layout.finalize_lock)  # of a job that was killed while it held another lock
         made = manifests.read(layout.root)
     return report_and_publish(config, layout, f"Time: {describe(stages.seconds)}", Folder(layout.root), check, made)
 

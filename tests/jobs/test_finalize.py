@@ -57,6 +57,8 @@ def test_it_makes_the_dataset_that_a_dead_shard_did_not_make(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     root, whole = captured, undisturbed(**EXACT)
+    for lock in (Layout(root).start_lock, Layout(root).shard_lock(1, 2)):
+        lock.touch()  # of a job that was killed while it held the lock
     if not prove:
         monkeypatch.setattr("qk_sniffer.jobs.components.load_backbone", None)  # no model is loaded
     assert finalize(root, prove=prove) == 0

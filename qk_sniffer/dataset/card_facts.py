@@ -74,6 +74,6 @@ class CardFacts:
                 kind: {int(bucket): rows for bucket, rows in counted.items()}
                 for kind, counted in manifest["rows_by_bucket"].items()
             },
-            licenses={source: terms["license"] for source, terms in stated.items()},
+            licenses={source: stated[source]["license"] for source in ("model", "dataset")},
             languages=stated["dataset"]["language"],
         )

@@ -308,6 +308,9 @@ def _checked(values: dict[str, Any], name: Path | str, way_out: str) -> dict[str
 
 def _contradictions(job: Mapping[str, Any]) -> Iterator[str]:
     """Yields what is impossible in a record or a manifest whose types and ranges are right."""
+    count, of_fingerprint = job["config"].get("shard", {}).get("count"), job["fingerprint"].get("shard.count")
+    if "base" in job and (count is None or count != of_fingerprint):
+        yield f"shard.count is {count} in config, {of_fingerprint} in fingerprint"
     seen = set()
     for layer in job["model"]["layers"]:
         number, num_q, num_k = layer["layer"], layer["num_q_heads"], layer["num_k_heads"]

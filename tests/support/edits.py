@@ -61,6 +61,7 @@ class Editor:
 
     def _segment(self, path: Path) -> None:
         """Edits the header of a segment, and names the file by the checksum of the result."""
+        self.is_signed = True
         data = path.read_bytes()
         length = int.from_bytes(data[:8], "little")
         entries = json.loads(data[8 : 8 + length])

@@ -270,7 +270,7 @@ COUNTS = {"job": 700, "staged": 300, "finished": 600, "grown": 100, "results": 1
 def test_some_edits(kind: str, bench: Bench) -> None:
     logging.disable(logging.CRITICAL)
     try:
-        for number in range(COUNTS[kind] // 20):
+        for number in range(COUNTS[kind] // 40):
             edit(bench, kind, f"quick-{number}")
     finally:
         logging.disable(logging.NOTSET)

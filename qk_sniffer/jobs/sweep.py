@@ -183,11 +183,17 @@ def read_status(file: Path) -> Status:
 
 
 def _read_status(file: Path) -> Status:
-    values: Any = stored.read(file, Status, way_out="remove it; it only tells the state of a job")
-    return _status(values)
+    way_out = "remove it; it only tells the state of a job"
+    values: Any = stored.read(file, Status, way_out=way_out)
+    return _status(values, file, way_out)
 
 
-def _status(values: dict[str, Any]) -> Status:
+def _status(values: dict[str, Any], file: Path, way_out: str) -> Status:
+    try:
+        os.fsencode(values["data_root"])
+    except UnicodeEncodeError as error:
+        problem = f"has a data_root that is no path in this locale ({values['data_root']!r})"
+        raise UnreadableError(file, problem, f"set PYTHONUTF8=1, or {way_out}") from error
     return Status(**{each.name: values[each.name] for each in fields(Status) if each.name in values})
 
 
@@ -303,10 +309,13 @@ def _write(file: Path, facts: dict[str, Any]) -> None:
 
 def _announced(folder: Path) -> _Sweep | None:
     try:
-        facts: Any = stored.read(folder / SWEEP_FILE, _Sweep, way_out=_SUBMIT_AGAIN, most_bytes=LARGE)
+        file = folder / SWEEP_FILE
+        facts: Any = stored.read(file, _Sweep, way_out=_SUBMIT_AGAIN, most_bytes=LARGE)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    jobs = [_SweepJob(status=_status(job["status"]), config=job["config"]) for job in facts["jobs"]]
+    jobs = [
+        _SweepJob(status=_status(job["status"], file, _SUBMIT_AGAIN), config=job["config"]) for job in facts["jobs"]
+    ]
     return _Sweep(outlive=facts["outlive"], ended=facts["ended"], jobs=jobs)
 
 

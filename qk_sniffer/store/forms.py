@@ -235,7 +235,7 @@ class Proof(TypedDict):
     examples: NotRequired[list[int]]
     model_commit: NotRequired[Text | None]
     tolerance: NotRequired[Number]
-    largest_difference_by_layer: NotRequired[dict[Bucket, float | None]]
+    largest_difference_by_layer: NotRequired[dict[Bucket, float]]
 
 
 class Manifest(Job):
@@ -335,3 +335,5 @@ def _contradictions(job: Mapping[str, Any]) -> Iterator[str]:
         numbers = {"examples", "tolerance", "largest_difference_by_layer"}
         if missing := ({"reason"} if proof["proven"] is None else numbers) - proof.keys():
             yield f"proof lacks {', '.join(sorted(missing))}"
+        elif proof["proven"] and not proof["largest_difference_by_layer"]:
+            yield "proof is of no layer"

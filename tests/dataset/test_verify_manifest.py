@@ -70,6 +70,16 @@ def both(section: str, key: str, value: Any) -> Callable[[dict[str, Any]], None]
             "json (all 12 query heads; all 6 key heads) ",
         ),
         (lambda m: m["proof"].update(model_commit="abc"), {"manifest"}, "in commits, abc in proof"),
+        (
+            lambda m: m["proof"].update(largest_difference_by_layer={}),
+            {"manifest"},
+            "contradicts itself (proof is of no layer)",
+        ),
+        (
+            lambda m: m["proof"]["largest_difference_by_layer"].update({"1": None}),
+            {"manifest"},
+            "Expected `float`, got `null` - at",
+        ),
         (lambda m: m["proof"].update(proven=False), {"proof"}, "the vectors differ from the model's rows of 1 example"),
         (
             lambda m: m.pop("model"),

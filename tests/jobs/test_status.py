@@ -307,3 +307,17 @@ def test_what_cannot_be_read_is_not_in_the_way(tmp_path: Path) -> None:
     (tmp_path / "4").mkdir()
     (tmp_path / "4" / "manifest.json").write_text('{"format": "qk-sniffer/1"}')
     assert look(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", [sweep.STATUS_FILE, sweep.SWEEP_FILE])
+def test_a_path_that_no_file_has_is_left_out(name: str, tmp_path: Path) -> None:
+    status = {"number": 0, "data_root": "\ud800", "model": "m"}
+    facts = status if name == sweep.STATUS_FILE else {"outlive": False, "ended": True, "jobs": [job_of(status)]}
+    (tmp_path / name).write_text(json.dumps(facts))
+    left_out: list[StoreError] = []
+    assert look(tmp_path, left_out.append) == [] and sweep.statuses(tmp_path) == {}
+    assert [f"{tmp_path / name} has a data_root that is no path" in str(error) for error in left_out] == [True]
+
+
+def job_of(status: dict[str, Any]) -> dict[str, Any]:
+    return {"status": status, "config": {}}

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from qk_sniffer.config import InferenceConfig
-from qk_sniffer.corpus.examples import Example
+from qk_sniffer.corpus.examples import Corpus, Example
 from qk_sniffer.corpus.tokenizer import TextTokenizer, Tokens, text_hash
 from qk_sniffer.errors import SourceError
 from qk_sniffer.machine import trim_memory
@@ -79,16 +79,45 @@ def _batches(
 
 
 def check_unchanged(example: Example, record: ExampleRecord | None) -> None:
-    """Checks that the source still has the text of a finished example.
+    """Checks that the source still has the text and the id of a finished example.
 
     Raises:
-        SourceError: the text of `example` is not the text that `record` describes.
+        SourceError: the text or the id of `example` is not the text that `record` describes.
     """
-    if record is not None and text_hash(example.text) != record.text_hash:
-        raise SourceError(
+    if record is None:
+        return
+    if (example.source_id, text_hash(example.text)) != (record.source_id, record.text_hash):
+        raise _changed(
             f"row {example.index} of the dataset (id {example.source_id}) is not the text that was captured before "
-            "the job stopped: the source has changed. Restore it, or recreate the dataset with output.overwrite=true"
+            "the job stopped"
         )
+
+
+def check_same_texts(corpus: Corpus, captured: Iterable[ExampleRecord], *, whole: bool = False) -> None:
+    """Checks that the source still has the texts of the `captured` examples; with `whole`, no others before the last.
+
+    Raises:
+        SourceError: it has others, or a row cannot be read.
+    """
+    left = {record.index: record for record in captured}
+    last = max(left, default=-1)
+    for example in corpus.examples():
+        if example.index > last:
+            break
+        record = left.pop(example.index, None)
+        check_unchanged(example, record)
+        if whole and record is None:
+            raise _changed(
+                f"row {example.index} of the dataset (id {example.source_id}) had no text when its shard ran"
+            )
+    if left:
+        raise _changed(f"row {min(left)} of the dataset was captured, and is not one of its texts any more")
+
+
+def _changed(what: str) -> SourceError:
+    return SourceError(
+        f"{what}: the source has changed. Restore it, or recreate the dataset with output.overwrite=true"
+    )
 
 
 def windows(examples: Iterable[Example], size: int) -> Iterator[list[Example]]:

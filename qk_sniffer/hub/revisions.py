@@ -4,10 +4,7 @@ Each start asks the Hub once, without the retries of the loading libraries, whic
 network.
 """
 
-import hashlib
-import os
 import re
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
@@ -108,23 +105,6 @@ def _revisions(kind: Kind, name: str) -> str:
 def hub_commit_of(commit: str | None) -> str | None:
     """Returns the commit, or None for the digest that a local checkpoint has instead of a commit."""
     return None if commit is None or commit.startswith("sha256:") else commit
-
-
-def folder_digest(folder: Path) -> str:
-    """Returns `sha256:` and the digest of the names and contents of the files that a checkpoint is loaded from."""
-    suffixes = {".safetensors", ".json", ".bin", ".model", ".gguf", ".py", ".txt", ".jinja"}
-    files = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix in suffixes)
-
-    def digest(path: Path) -> bytes:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").digest()
-
-    with ThreadPoolExecutor() as pool:
-        digests = list(pool.map(digest, files))
-    whole = hashlib.sha256()
-    for path, part in zip(files, digests, strict=True):
-        whole.update(os.fsencode(path.name) + b"\0" + part)
-    return f"sha256:{whole.hexdigest()}"
 
 
 def current_commit(name: str, revision: str) -> str:

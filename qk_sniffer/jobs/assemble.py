@@ -12,10 +12,11 @@ from typing import Any
 
 from qk_sniffer.capture.sampling import Sampler
 from qk_sniffer.config import ModelConfig, ShardConfig, from_dict
-from qk_sniffer.corpus.tokenizer import load_tokenizer
+from qk_sniffer.corpus.tokenizer import TextTokenizer, load_tokenizer
 from qk_sniffer.dataset.heads import captured_heads
 from qk_sniffer.errors import SourceError, StoreError
 from qk_sniffer.hub.revisions import hub_commit_of
+from qk_sniffer.jobs.identity import checkpoint_files
 from qk_sniffer.jobs.start import START_PATIENCE_S, base_of, check_limit
 from qk_sniffer.logs import logger
 from qk_sniffer.machine import num_threads
@@ -75,11 +76,28 @@ def captured_job(layout: Layout, job_id: str) -> Iterator[CapturedJob | None]:
         InUseError: another process makes the dataset of a job that has no shards.
         TakenAwayError: the data root has another job, now or at the end of a step of the block.
     """
-    with ExitStack() as finalizing:
-        yield _captured_job(layout, job_id, finalizing)
+    while True:
+        with ExitStack() as finalizing:
+            job = _captured_job(layout, job_id, finalizing)
+            if not isinstance(job, _Missing):
+                yield job
+                return
+        # A shard that has ended meanwhile may have found the lock held, and has left the dataset to this process.
+        if missing := [index for index in job.shards if read_mark(layout, index, job.count, job_id) is None]:
+            log.info("shard done; the dataset is made when shards %s of %d are done too", missing, job.count)
+            yield None
+            return
 
 
-def _captured_job(layout: Layout, job_id: str, finalizing: ExitStack) -> CapturedJob | None:
+@dataclass(frozen=True)
+class _Missing:
+    """The shards of a job, of `count`, that are not captured."""
+
+    shards: Sequence[int]
+    count: int
+
+
+def _captured_job(layout: Layout, job_id: str, finalizing: ExitStack) -> CapturedJob | _Missing | None:
     try:
         lock = finalizing.enter_context(hold(layout.finalize_lock, "making the dataset", wait_s=PATIENCE_S))
     except InUseError:
@@ -98,19 +116,19 @@ def _captured_job(layout: Layout, job_id: str, finalizing: ExitStack) -> Capture
     count = record["config"]["shard"]["count"]
     missing = [index for index in range(count) if read_mark(layout, index, count, job_id) is None]
     if missing:
-        log.info("shard done; the dataset is made when shards %s of %d are done too", missing, count)
-        return None
+        return _Missing(missing, count)
     return CapturedJob(record, claim)
 
 
-def stage(layout: Layout, job: CapturedJob, model: ModelConfig) -> Staged:
+def stage(layout: Layout, job: CapturedJob, model: ModelConfig, tokenizer: TextTokenizer | None = None) -> Staged:
     """Writes the Parquet files of the dataset of a captured job to the staging folder. Hold the finalize lock.
 
-    `model` is the caller's, who decides which code its tokenizer may run. Removes a staged version of another job.
+    `model` is the caller's, who decides which code its tokenizer may run. `tokenizer` is the one of the capture; None
+    loads it if it is needed. Removes a staged version of another job.
 
     Raises:
         StoreError: a journal is damaged, the source has changed, or the disk failed; may be called again.
-        SourceError: no text of the dataset has a token.
+        SourceError: no text of the dataset has a token, or the tokenizer has changed.
     """
     log.info("writing the Parquet files")
     record, claim = job.record, job.claim
@@ -120,7 +138,10 @@ def stage(layout: Layout, job: CapturedJob, model: ModelConfig) -> Staged:
     commits = record["commits"]
     token_string = None
     if config.capture.capture_token_strings:
-        token_string = load_tokenizer(model, hub_commit_of(commits["tokenizer"])).token_strings
+        if tokenizer is None:
+            tokenizer = load_tokenizer(model, hub_commit_of(commits["tokenizer"]))
+            checkpoint_files(model, commits, ["tokenizer"])
+        token_string = tokenizer.token_strings
     count = config.shard.count
     journals = [Journal(layout.journal(index, count), claim.job_id, verify=False) for index in range(count)]
     marks = [read_mark(layout, index, count, claim.job_id) for index in range(count)]

@@ -62,6 +62,11 @@ def capture_examples(
         boundary=components.backbone.length_boundary,
         stages=in_thread,
     )
+
+    def check() -> None:
+        claim.check()
+        components.check()  # no row of other weights becomes durable
+
     progress = Progress(total, len(journal.records), file=layout.progress(shard.index, shard.count), check=claim.check)
     tokens_wanted = config.capture.capture_token_ids or config.capture.capture_token_strings
     try:
@@ -74,7 +79,7 @@ def capture_examples(
             segment_bytes=inference.segment_mb * 2**20,
             batching=inference.batching(),
             pinned=components.backbone.device.type == "cuda",
-            check=claim.check,
+            check=check,
         ) as writer:
             capture = Capture(
                 components.backbone, components.selection, sampler, writer, token_ids=tokens_wanted, stages=stages

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from qk_sniffer.backbone.backbone import Backbone
 from qk_sniffer.backbone.layers import LayerFacts
@@ -10,8 +11,10 @@ from qk_sniffer.capture.selection import Selection, select
 from qk_sniffer.corpus.tokenizer import TextTokenizer, load_tokenizer
 from qk_sniffer.errors import ConfigError
 from qk_sniffer.hub.revisions import hub_commit_of
+from qk_sniffer.jobs.identity import checkpoint_files
 from qk_sniffer.logs import logger
 from qk_sniffer.resolved import ResolvedConfig
+from qk_sniffer.store.disk import Check, unchecked
 from qk_sniffer.timing import Stages
 
 log = logger(__name__)
@@ -27,6 +30,8 @@ class Components:
     backbone: Backbone
     layers: list[LayerFacts]
     selection: Selection
+    check: Check
+    """Raises a SourceError if a file that the loaded model may read again, or be a view of, has changed."""
 
 
 def load_components(config: ResolvedConfig, commits: Mapping[str, str | None], stages: Stages) -> Components:
@@ -69,5 +74,8 @@ def _load(config: ResolvedConfig, commits: Mapping[str, str | None]) -> Componen
         str(backbone.dtype).removeprefix("torch."),
         backbone.device,
     )
+    files = checkpoint_files(config.model, commits)
+    devices = {weight.device.type for weight in backbone.decoder.parameters()} & {"cpu", "meta"}
+    check = partial(files["model"].check, replaced="meta" in devices) if devices and "model" in files else unchecked
     loaded = {role: commits[role] for role in ("model", "tokenizer")}
-    return Components(loaded, tokenizer, backbone, layers, selection)
+    return Components(loaded, tokenizer, backbone, layers, selection, check)

@@ -10,12 +10,12 @@ from itertools import islice
 from typing import Any
 
 from qk_sniffer.capture.proof import examples_with_rows, prove
-from qk_sniffer.corpus.batches import check_unchanged
+from qk_sniffer.corpus.batches import check_same_texts, check_unchanged
 from qk_sniffer.corpus.examples import Corpus
 from qk_sniffer.dataset.card import branch_card, write_card
 from qk_sniffer.dataset.card_facts import CardFacts
 from qk_sniffer.dataset.summary import show
-from qk_sniffer.errors import CaptureError, StoreError
+from qk_sniffer.errors import CaptureError, SourceError, StoreError
 from qk_sniffer.hub.branch import Branch
 from qk_sniffer.hub.catalogue import update_catalogue
 from qk_sniffer.hub.client import writing_api
@@ -62,6 +62,7 @@ def finish(
 
     Raises:
         TakenAwayError: the data root is no longer the job's.
+        SourceError: the texts or the model are others than those of the capture.
         QkSnifferError: everything written before is kept, and this may be called again.
     """
     check()  # and not the record, which another shard removes with the work of the whole job
@@ -70,7 +71,9 @@ def finish(
         if job is None:
             return None
         with stages("compact"):
-            staged = stage(layout, job, config.model)
+            staged = stage(layout, job, config.model, None if components is None else components.tokenizer)
+        if corpus is not None:
+            _check_texts(job.record, staged, corpus)
         with stages("verify"):
             proof = _prove(config, job.record, staged, corpus, components, stages)
         job.claim.check()  # what was proven is the job's
@@ -152,6 +155,26 @@ def _replaced(layout: Layout) -> TakenAwayError:
     )
 
 
+def _check_texts(record: Mapping[str, Any], staged: Staged, corpus: Corpus) -> None:
+    """Checks that all shards have captured the texts of `corpus`: no commit pins those of a local source.
+
+    Raises:
+        SourceError: they have not.
+    """
+    commit = record["commits"]["dataset"]
+    if corpus.commit != commit:
+        raise SourceError(
+            f"the job has captured {_named(commit)}, and dataset.path names {_named(corpus.commit)} now: restore the "
+            "source, or recreate the dataset with output.overwrite=true"
+        )
+    if commit is None and record["config"]["shard"]["count"] > 1:
+        check_same_texts(corpus, staged.examples, whole=True)
+
+
+def _named(commit: str | None) -> str:
+    return "a local source" if commit is None else f"commit {commit} of a dataset on the Hub"
+
+
 def _prove(
     config: ResolvedConfig,
     record: Mapping[str, Any],
@@ -184,4 +207,5 @@ def _prove(
         )
     tokens = components.tokenizer(found)
     proof = prove(components.backbone, staged.layout, staged.heads, {each.example_id: each.ids for each in tokens})
+    components.check()
     return proof | {"model_commit": components.commits["model"]}

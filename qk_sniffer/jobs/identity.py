@@ -5,13 +5,15 @@ dataset never mixes two configurations, two checkpoints or two versions of a lib
 """
 
 import importlib.metadata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from qk_sniffer.errors import StoreError
-from qk_sniffer.hub.revisions import current_commit, folder_digest
+from qk_sniffer.config import ModelConfig
+from qk_sniffer.errors import SourceError, StoreError
+from qk_sniffer.hub.checkpoint_files import CheckpointFiles, folder_digest
+from qk_sniffer.hub.revisions import current_commit, hub_commit_of
 from qk_sniffer.resolved import ResolvedConfig, fingerprint, without_batching
 
 LIBRARIES = ("torch", "transformers")
@@ -79,7 +81,8 @@ class Job:
 def resolve_commits(config: ResolvedConfig, earlier: Job | None) -> dict[str, str | None]:
     """The commits of model and tokenizer: those of an earlier start, else the current ones of their revisions.
 
-    A local checkpoint has no commit. The digest of its files replaces it, computed at every start.
+    A local checkpoint has no commit. The digest of its files replaces it, computed at every start. If its folder is
+    gone, its name may be that of a repository, whose commit differs from the digest.
 
     Raises:
         SourceError: one of them is not a folder, and no repository that the Hub or the local cache knows.
@@ -91,13 +94,36 @@ def resolve_commits(config: ResolvedConfig, earlier: Job | None) -> dict[str, st
     for role, (name, revision) in asked.items():
         if Path(name).is_dir():
             commits[role] = folder_digest(Path(name))
-        elif earlier is not None:
+        elif earlier is not None and hub_commit_of(earlier.commits[role]) is not None:
             commits[role] = earlier.commits[role]
         else:
             commits[role] = (
                 commits["model"] if asked["model"] == (name, revision) and commits else current_commit(name, revision)
             )
     return commits
+
+
+def checkpoint_files(
+    model: ModelConfig, commits: Mapping[str, str | None], roles: Sequence[str] = ("model", "tokenizer")
+) -> dict[str, CheckpointFiles]:
+    """Returns the files of those `roles` that are local folders, after they were loaded.
+
+    Raises:
+        SourceError: they are not those of `commits`: they have changed since the job started.
+    """
+    names = {"model": model.name, "tokenizer": model.tokenizer.name or model.name}
+    found = {}
+    for role in roles:
+        if commits[role] is None or hub_commit_of(commits[role]) is not None:
+            continue
+        found[role] = CheckpointFiles(Path(str(names[role])))
+        if found[role].digest != commits[role]:
+            raise SourceError(
+                f"the files of the {role} in {names[role]} changed while the job used them: restore them and rerun the "
+                "command, which keeps what was captured before. Give a checkpoint that is written again and again a "
+                "copy of its own"
+            )
+    return found
 
 
 def _flat(job: Job) -> dict[str, Any]:

@@ -79,7 +79,7 @@ def _run(config: ResolvedConfig, layout: Layout, stages: Stages, stopping: Stopp
         if claim is None or not is_still_done(layout, shard, claim):
             components = _load(config, start, stages)
             record = _record(config, start, components)
-            job_id = register_job(layout, start.job, record, own_lock=lock, overwrite=overwrite)
+            job_id = register_job(layout, start, record, own_lock=lock, overwrite=overwrite)
             claim = Claim(lock, layout, job_id)
             capture_examples(config, layout, start, claim, components, stages, stopping)
         trim_memory()  # of the forward passes, before the compaction starts its threads

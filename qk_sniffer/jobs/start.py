@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from qk_sniffer.corpus.batches import check_same_texts
 from qk_sniffer.corpus.examples import Corpus, open_corpus
 from qk_sniffer.corpus.tokenizer import text_hash
 from qk_sniffer.errors import HubError, SourceError, StoreError
@@ -15,7 +16,7 @@ from qk_sniffer.jobs.identity import Job, resolve_commits
 from qk_sniffer.logs import logger
 from qk_sniffer.resolved import ResolvedConfig, fingerprint, without_batching
 from qk_sniffer.store import manifest as manifests
-from qk_sniffer.store.disk import Check, unchecked
+from qk_sniffer.store.disk import Check, type_of, unchecked
 from qk_sniffer.store.files import Files, Folder
 from qk_sniffer.store.journal import Journal
 from qk_sniffer.store.layout import Layout
@@ -48,6 +49,8 @@ class Start:
     """The finished dataset that the job adds to."""
     job_id: str | None = None
     """The identity of the unfinished job; None for a job that is not registered yet."""
+    replaces: str | None = None
+    """The identity of an unfinished job of the same settings that this one replaces; None if it replaces none."""
 
     @property
     def rows_before(self) -> int:
@@ -157,8 +160,11 @@ def _continue_unfinished(
             raise StoreError(problem)
         if not problem:
             record = {**record, "source_rows": rows}
-    if config.output.overwrite and not (_is_same(job, rows, record) and _is_there(base)):
-        return _new_start(config, existing.files)
+    if config.output.overwrite:
+        if not (_is_same(job, rows, record) and _is_there(base)):
+            return _new_start(config, existing.files)
+        if corpus.commit is None and not _has_texts_of(layout, record, corpus):
+            return replace(_new_start(config, existing.files), replaces=record["job_id"])
     _check_same(job, rows, record, layout.root)
     if base is not None:
         base.check()
@@ -167,7 +173,7 @@ def _continue_unfinished(
     return Start(job, corpus, "unfinished", existing.files, base, record["job_id"])
 
 
-def register_job(layout: Layout, job: Job, record: Mapping[str, Any], *, own_lock: Lock, overwrite: bool) -> str:
+def register_job(layout: Layout, start: Start, record: Mapping[str, Any], *, own_lock: Lock, overwrite: bool) -> str:
     """Stores `record` as that of the job in `layout`, unless another shard of the same job has done so.
 
     `own_lock` is the lock of this job's shard. With `overwrite`, discards other work: only now that everything this job
@@ -183,17 +189,35 @@ def register_job(layout: Layout, job: Job, record: Mapping[str, Any], *, own_loc
             stored = read_record(layout)
             if stored is not None:
                 if not overwrite:
-                    _check_same(job, record["source_rows"], stored, layout.root)
-                if _is_same(job, record["source_rows"], stored) and record["base"] == stored["base"]:
+                    _check_same(start.job, record["source_rows"], stored, layout.root)
+                    if record["base"] != stored["base"]:
+                        raise _overtaken(layout.root)
+                if (
+                    _is_same(start.job, record["source_rows"], stored)
+                    and record["base"] == stored["base"]
+                    and stored["job_id"] != start.replaces
+                ):
                     return str(stored["job_id"])
                 discard_work(layout, own_lock.path, check=own_lock.check)
         except UnreadableError:
             if not overwrite:
                 raise
             discard_work(layout, own_lock.path, check=own_lock.check)
+        if not overwrite:
+            if start.base is None and type_of(layout.manifest) is not None:
+                raise _overtaken(layout.root)
+            if start.base is not None:
+                start.base.check()
         job_id = new_job_id(record)
         write_record(layout, {**record, "job_id": job_id}, check=own_lock.check)
         return job_id
+
+
+def _overtaken(root: Path) -> StoreError:
+    return StoreError(
+        f"another job has changed the dataset in {root} while this one started: rerun the command, which continues "
+        "from there, or give this job another folder (output.data_root=...)"
+    )
 
 
 def change_limit(config: ResolvedConfig, layout: Layout, corpus: Corpus, *, check: Check = unchecked) -> None:
@@ -249,6 +273,18 @@ def base_of(layout: Layout, record: Mapping[str, Any]) -> PreviousVersion | None
     if base is None:
         return None
     return PreviousVersion(Folder(layout.root) if base["hub"] is None else Branch(**base["hub"]), base)
+
+
+def _has_texts_of(layout: Layout, record: Mapping[str, Any], corpus: Corpus) -> bool:
+    """Whether the source still has the texts that the shards of the unfinished job have captured."""
+    count = record["config"]["shard"]["count"]
+    journals = (Journal(layout.journal(index, count), record["job_id"], verify=False) for index in range(count))
+    try:
+        check_same_texts(corpus, (each for journal in journals for each in journal.records.values()))
+    except SourceError as error:
+        log.warning("the unfinished job is replaced: %s", error)
+        return False
+    return True
 
 
 def _is_there(base: PreviousVersion | None) -> bool:

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from qk_sniffer.errors import StoreError
+from qk_sniffer.errors import QkSnifferError, StoreError
 from qk_sniffer.machine import trim_memory
 from qk_sniffer.store.buffer import Buffer, Region
 from qk_sniffer.store.disk import Check, explained, unchecked
@@ -203,7 +203,7 @@ class JournalWriter:
 
     def _check(self) -> None:
         if self._error is not None:
-            if isinstance(self._error, StoreError):
+            if isinstance(self._error, QkSnifferError):
                 raise StoreError(str(self._error)) from self._error
             raise StoreError(f"the journal's writer failed: {self._error!r}") from self._error
 

@@ -16,7 +16,7 @@ from support.zoo import CASES, Case
 from qk_sniffer.backbone.loading import check_model, load_backbone
 from qk_sniffer.config import ModelConfig
 from qk_sniffer.errors import SourceError
-from qk_sniffer.hub.revisions import folder_digest
+from qk_sniffer.hub.checkpoint_files import folder_digest
 
 pytestmark = pytest.mark.floor
 

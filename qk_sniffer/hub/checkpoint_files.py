@@ -1,0 +1,95 @@
+"""Identifies a local checkpoint by its files, and notices when they change while a model uses them.
+
+Weights on the CPU may be a view of their file: a program that writes into the file changes the loaded model. A file
+that takes the place of another one does not.
+"""
+
+import hashlib
+import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from qk_sniffer.errors import SourceError
+
+_SUFFIXES = {".safetensors", ".json", ".bin", ".model", ".gguf", ".py", ".txt", ".jinja", ".tiktoken"}
+
+_Facts = tuple[int, int, int, int, int]
+"""Device, inode, size, and the times of the last changes of content and of attributes. The last one cannot be set."""
+
+_TICK_NS = 2_000_000_000
+"""A file may change again within this time without another time of its change."""
+
+
+class CheckpointFiles:
+    """The files that a checkpoint in `folder` is loaded from. Thread-safe: `check` may compute a digest twice.
+
+    Attributes:
+        digest: `sha256:` and the digest of the names and contents of the files.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Reads the files, except for those that are known from before and have not changed since."""
+        self.folder = folder
+        paths = sorted(_files(folder))
+        self._facts = {path: _facts_of(path) for path in paths}
+        with ThreadPoolExecutor() as pool:
+            self._digests = dict(zip(paths, pool.map(_digest_of, paths), strict=True))
+        whole = hashlib.sha256()
+        for path in paths:
+            whole.update(os.fsencode(path.name) + b"\0" + self._digests[path])
+        self.digest = f"sha256:{whole.hexdigest()}"
+
+    def check(self, *, replaced: bool = False) -> None:
+        """Checks that no program has written into a file since it was read. Costs a few lookups of attributes.
+
+        With `replaced`, another file may not have taken its place either: a model that is not in memory reads it again.
+
+        Raises:
+            SourceError: a file has other content.
+        """
+        for path, before in self._facts.items():
+            now = _facts_of(path)
+            if now is None or before is None or now == before or (now[:2] != before[:2] and not replaced):
+                continue
+            if _digest_of(path) != self._digests[path]:
+                raise SourceError(
+                    f"{path} was changed while the job computed with it, and the loaded model may have changed with "
+                    "it: restore the file and rerun the command, which keeps what was captured before. Give a "
+                    "checkpoint that is written again and again a copy of its own"
+                )
+            self._facts[path] = now
+
+
+def folder_digest(folder: Path) -> str:
+    """Returns `sha256:` and the digest of the names and contents of the files that a checkpoint is loaded from."""
+    return CheckpointFiles(folder).digest
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.iterdir() if path.is_file() and path.suffix in _SUFFIXES)
+
+
+def _facts_of(path: Path) -> _Facts | None:
+    try:
+        facts = path.stat()
+    except OSError:
+        return None
+    return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns
+
+
+def _digest_of(path: Path) -> bytes:
+    facts, start = _facts_of(path), time.time_ns()
+    known = _known.get(path)
+    if known is not None and known[0] == facts:
+        return known[1]
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").digest()
+    if facts is not None and facts == _facts_of(path) and start - facts[4] > _TICK_NS:
+        _known[path] = facts, digest
+    return digest
+
+
+_known: dict[Path, tuple[_Facts, bytes]] = {}
+"""The digests of files that have had their facts for a while."""

@@ -1,0 +1,295 @@
+"""Texts and checkpoints that change while a job runs, between its starts, or between its shards: never a mixture."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+from support.jobs import TEXTS, Stopped, captured_only, hashes, run
+
+from qk_sniffer.capture.capture import Capture
+from qk_sniffer.errors import SourceError, StoreError
+from qk_sniffer.hub.checkpoint_files import CheckpointFiles
+from qk_sniffer.jobs import assemble, components, identity
+from qk_sniffer.jobs import run as run_module
+from qk_sniffer.jobs.finalize import finalize
+from qk_sniffer.store import manifest as manifests
+from qk_sniffer.store.layout import Layout
+
+SECTIONS: dict[str, Any] = {"inference": {"batch_size": 4, "lookahead": 10}, "capture": {"layers": [1]}}
+
+
+def write(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+def changed(row: int) -> list[str]:
+    """The texts, with another one in this row."""
+    return [text[::-1] if index == row else text for index, text in enumerate(TEXTS)]
+
+
+def half(index: int) -> dict[str, Any]:
+    return SECTIONS | {"shard": {"index": index, "count": 2}}
+
+
+@pytest.mark.parametrize("verify", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_shards_of_other_texts_make_no_dataset(checkpoint: Path, tmp_path: Path, verify: int) -> None:
+    root, texts, whole = tmp_path / "out", write(tmp_path / "texts.jsonl", TEXTS), tmp_path / "whole"
+    sections = {"verify": {"examples": verify}}
+    run(checkpoint, texts, root, **half(0), **sections)
+    write(texts, changed(4))  # a row of the first shard
+    with pytest.raises(SourceError, match=r"row 4 .* not the text that was captured"):
+        run(checkpoint, texts, root, **half(1), **sections)
+    assert not (root / "manifest.json").exists()
+    run(checkpoint, texts, root, **half(1), **sections, output={"overwrite": True})
+    run(checkpoint, texts, root, **half(0), **sections)
+    run(checkpoint, texts, whole, **SECTIONS, **sections)
+    assert hashes(root).keys() == hashes(whole).keys()
+    assert hashes(root)["examples/data.parquet"] == hashes(whole)["examples/data.parquet"]
+
+
+@pytest.mark.parametrize("done", [False, True])
+def test_overwriting_gets_out_of_a_job_whose_texts_have_changed(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, done: bool
+) -> None:
+    root, texts = tmp_path / "out", write(tmp_path / "texts.jsonl", TEXTS)
+    if done:
+        captured_only(checkpoint, texts, root, monkeypatch, **SECTIONS)
+    else:
+        real, ran = Capture.run, []
+
+        def stop(self: Capture, plan: Any) -> None:
+            ran.append(plan)
+            if len(ran) > 4:
+                raise Stopped
+            real(self, plan)
+
+        with monkeypatch.context() as patch, pytest.raises(Stopped):
+            patch.setattr(Capture, "run", stop)
+            run(checkpoint, texts, root, **SECTIONS)
+    write(texts, changed(7))
+    run(checkpoint, texts, root, **SECTIONS, output={"overwrite": True})
+    assert hashes(root) == hashes(run(checkpoint, texts, tmp_path / "whole", **SECTIONS))
+
+
+def other_weights(model: Path) -> bytes:
+    """The file of other weights of the same shapes."""
+    weights = load_file(model / "model.safetensors")
+    other = model.with_suffix(".other")
+    save_file({name: value * 1.5 for name, value in weights.items()}, other, {"format": "pt"})
+    return other.read_bytes()
+
+
+def overwrite(path: Path, content: bytes) -> None:
+    """Writes into the file, which stays the same one."""
+    with path.open("r+b") as file:
+        file.write(content)
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Puts another file in the place of the file."""
+    path.with_suffix(".new").write_bytes(content)
+    path.with_suffix(".new").rename(path)
+
+
+@pytest.mark.parametrize("change", [overwrite, pytest.param(replace, marks=pytest.mark.slow)])
+def test_a_model_whose_file_is_written_while_the_job_runs(
+    checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Any
+) -> None:
+    model, root = Path(shutil.copytree(checkpoint, tmp_path / checkpoint.name)), tmp_path / "out"
+    file = model / "model.safetensors"
+    before, real, ran = file.read_bytes(), Capture.run, []
+
+    def run_changed(self: Capture, plan: Any) -> None:
+        ran.append(plan)
+        if len(ran) == 4:
+            change(file, other_weights(model))
+        real(self, plan)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Capture, "run", run_changed)
+        if change is replace:  # the loaded weights are those of the former file
+            run(model, texts, root, **SECTIONS)
+            replace(file, before)
+        else:
+            with pytest.raises(StoreError, match=r"model\.safetensors was changed while the job computed with it"):
+                run(model, texts, root, **SECTIONS)
+            assert not (root / "manifest.json").exists()
+            with pytest.raises(StoreError, match="commit of the model"):
+                run(model, texts, root, **SECTIONS)
+            overwrite(file, before)
+    run(model, texts, root, **SECTIONS)
+    assert hashes(root) == hashes(run(checkpoint, texts, tmp_path / "whole", **SECTIONS))
+
+
+@pytest.mark.parametrize("change", [pytest.param(overwrite, marks=pytest.mark.slow), replace])
+def test_a_model_that_changes_between_its_digest_and_its_loading_is_refused(
+    checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Any
+) -> None:
+    model, root, real = (
+        Path(shutil.copytree(checkpoint, tmp_path / checkpoint.name)),
+        tmp_path / "out",
+        components.load_backbone,
+    )
+
+    def load(*args: Any, **options: Any) -> Any:
+        change(model / "model.safetensors", other_weights(model))
+        return real(*args, **options)
+
+    monkeypatch.setattr(components, "load_backbone", load)
+    with pytest.raises(SourceError, match=r"the files of the model in .* changed while the job used them"):
+        run(model, texts, root, **SECTIONS)
+    assert not root.exists()
+
+
+def test_a_model_that_is_written_before_the_proof_proves_nothing(
+    checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, root, real = (
+        Path(shutil.copytree(checkpoint, tmp_path / checkpoint.name)),
+        tmp_path / "out",
+        assemble.compact,
+    )
+
+    def compact(*args: Any, **options: Any) -> Any:
+        overwrite(model / "model.safetensors", other_weights(model))
+        return real(*args, **options)
+
+    monkeypatch.setattr(assemble, "compact", compact)
+    with pytest.raises(SourceError, match="was changed while the job computed with it"):
+        run(model, texts, root, **SECTIONS)
+
+
+def test_the_strings_of_tokens_are_those_of_the_tokenizer_of_the_capture(
+    checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, root, real = (
+        Path(shutil.copytree(checkpoint, tmp_path / checkpoint.name)),
+        tmp_path / "out",
+        run_module.finish,
+    )
+    sections = SECTIONS | {"capture": {"layers": [1], "capture_token_strings": True}}
+    vocabulary = model / "tokenizer.json"
+    before = vocabulary.read_text(encoding="utf-8")
+
+    def finish(*args: Any) -> Any:
+        replace(vocabulary, before.replace('"a":', '"A":').encode())
+        return real(*args)
+
+    monkeypatch.setattr(run_module, "finish", finish)
+    assert '"a":' in before
+    run(model, texts, root, **sections)
+    monkeypatch.undo()
+    whole = run(checkpoint, texts, tmp_path / "whole", **sections)
+    assert hashes(root)["l01h00q/data.parquet"] == hashes(whole)["l01h00q/data.parquet"]
+
+
+def test_finalize_refuses_a_tokenizer_that_changes_under_it(
+    checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, root, real = (
+        Path(shutil.copytree(checkpoint, tmp_path / checkpoint.name)),
+        tmp_path / "out",
+        assemble.load_tokenizer,
+    )
+    sections = SECTIONS | {"capture": {"layers": [1], "capture_token_strings": True}}
+    captured_only(model, texts, root, monkeypatch, **sections)
+
+    def load(*args: Any) -> Any:
+        vocabulary = model / "tokenizer.json"
+        replace(vocabulary, vocabulary.read_bytes().replace(b'"a":', b'"A":'))
+        return real(*args)
+
+    monkeypatch.setattr(assemble, "load_tokenizer", load)
+    with pytest.raises(SourceError, match=r"the files of the tokenizer in .* changed while the job used them"):
+        finalize(root, prove=False)
+
+
+def test_a_repository_does_not_take_the_place_of_a_folder(
+    checkpoint: Path, texts: Path, in_tmp: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(checkpoint, "mine")
+    captured_only(Path("mine"), texts, in_tmp / "out", monkeypatch, **SECTIONS)
+    shutil.rmtree("mine")
+    monkeypatch.setattr(identity, "current_commit", lambda name, revision: "c" * 40)
+    with pytest.raises(StoreError, match=f"commit of the model: 'sha256:.*' there, '{'c' * 40}' now"):
+        run(Path("mine"), texts, in_tmp / "out", **SECTIONS)
+    with pytest.raises(SourceError, match="changed after the capture"):
+        finalize(in_tmp / "out")
+
+
+def test_a_file_is_read_again_only_when_it_may_have_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qk_sniffer.hub.checkpoint_files._TICK_NS", -(10**12))
+    file = tmp_path / "config.json"
+    file.write_bytes(b"one")
+    files = CheckpointFiles(tmp_path)
+    monkeypatch.setattr("qk_sniffer.hub.checkpoint_files.hashlib.file_digest", None)
+    assert CheckpointFiles(tmp_path).digest == files.digest
+    files.check()
+    monkeypatch.undo()
+    file.chmod(0o600)  # other attributes, the same content
+    files.check()
+    overwrite(file, b"two")
+    with pytest.raises(SourceError, match=r"config\.json was changed"):
+        files.check()
+    assert CheckpointFiles(tmp_path).digest != files.digest
+
+
+def test_a_job_does_not_replace_a_dataset_that_was_made_while_it_started(
+    checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, real = tmp_path / "out", run_module.load_components
+
+    def load(*args: Any) -> Any:
+        monkeypatch.setattr(run_module, "load_components", real)
+        run(checkpoint, texts, root, **SECTIONS, sampler={"seed": 3})
+        return real(*args)
+
+    monkeypatch.setattr(run_module, "load_components", load)
+    with pytest.raises(StoreError, match=r"another job has changed the dataset in .* while this one started"):
+        run(checkpoint, texts, root, **half(0))
+    assert manifests.read(root)["config"]["sampler"]["seed"] == 3
+
+
+def test_a_job_that_adds_to_another_version_does_not_discard_the_work_of_a_shard(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, texts = tmp_path / "out", write(tmp_path / "texts.jsonl", TEXTS[:12])
+    run(checkpoint, texts, root, **SECTIONS)
+    write(texts, TEXTS)
+    aside, real = tmp_path / "manifest.json", run_module.load_components
+
+    def load(*args: Any) -> Any:
+        monkeypatch.setattr(run_module, "load_components", real)
+        (root / "manifest.json").rename(aside)
+        run(checkpoint, texts, root, **half(1))
+        aside.rename(root / "manifest.json")
+        return real(*args)
+
+    monkeypatch.setattr(run_module, "load_components", load)
+    with pytest.raises(StoreError, match="another job has changed the dataset"):
+        run(checkpoint, texts, root, **half(0))
+    assert Layout(root).shard_done(1, 2).exists()
+
+
+def test_the_last_of_two_shards_makes_the_dataset_though_the_lock_was_held(
+    checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "out"
+    monkeypatch.setattr(assemble, "PATIENCE_S", 0.0)
+    marks = assemble.read_mark
+
+    def read_mark(layout: Layout, *rest: Any) -> Any:
+        found = marks(layout, *rest)
+        if rest[0] == 1 and found is None:  # the other shard ends while this one holds the lock
+            monkeypatch.setattr(assemble, "read_mark", marks)
+            run(checkpoint, texts, root, **half(1))
+            assert not (root / "manifest.json").exists()
+        return found
+
+    monkeypatch.setattr(assemble, "read_mark", read_mark)
+    run(checkpoint, texts, root, **half(0))
+    assert manifests.read(root)["examples"] == len(TEXTS)

@@ -273,7 +273,8 @@ def _limits(rule: _Rule, length: int) -> UInt64:
     buckets = rule.bucket(np.arange(length))
     distinct = np.arange(buckets[0], buckets[-1] + 1)
     # u < p  <=>  hash >> 11 < ceil(p * 2**53)  <=>  hash <= (ceil(p * 2**53) << 11) - 1, all exact.
-    limits = [(math.ceil(p * 2.0**53) << 11) - 1 for p in rule.probability(distinct).tolist()]
+    # A p that is 0 by underflow counts as the smallest one.
+    limits = [(max(1, math.ceil(p * 2.0**53)) << 11) - 1 for p in rule.probability(distinct).tolist()]
     return _read_only(np.array(limits, dtype=np.uint64)[buckets - buckets[0]])
 
 

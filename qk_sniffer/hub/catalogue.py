@@ -185,15 +185,11 @@ def _manifest(api: "HfApi", repo_id: str, branch: str, commit: str) -> dict[str,
         return None
     if f'"{FORMAT}"'.encode() not in content:
         return None
-    problem = "it lists no heads"
     try:
-        manifest = decode_manifest(content, MANIFEST, way_out="publish that dataset again")
-        if manifests.heads(manifest):
-            return manifest
+        return decode_manifest(content, MANIFEST, way_out="publish that dataset again")
     except UnreadableError as error:  # must not prevent the rows of other branches
-        problem = str(error)
-    log.warning("branch %s of %s is not listed: its manifest is damaged (%s)", branch, repo_id, problem)
-    return None
+        log.warning("branch %s of %s is not listed: its manifest is damaged (%s)", branch, repo_id, error)
+        return None
 
 
 def _text(api: "HfApi", repo_id: str, name: str, commit: str) -> str | None:

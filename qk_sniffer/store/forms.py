@@ -12,7 +12,7 @@ from msgspec import Meta
 
 from qk_sniffer.config import MOST_SHARDS, from_dict
 from qk_sniffer.store import stored
-from qk_sniffer.store.layout import FORMAT, KINDS, is_dataset_file
+from qk_sniffer.store.layout import FORMAT, KINDS, is_dataset_file, parse_head_name
 from qk_sniffer.store.stored import LARGE, Count, Text, UnreadableError
 from qk_sniffer.text import is_branch_name
 
@@ -21,6 +21,9 @@ MOST_HEADS = 100_000
 """The most heads of a kind in one layer."""
 
 MOST_HEAD_DIM = 1 << 16
+MOST_FILES = 1 << 17
+"""The most heads of a dataset, each of which is a file."""
+
 MOST_BUCKETS = 1 << 20
 """The most buckets of positions that results are drawn by."""
 
@@ -311,6 +314,9 @@ def _contradictions(job: Mapping[str, Any]) -> Iterator[str]:
     count, of_fingerprint = job["config"].get("shard", {}).get("count"), job["fingerprint"].get("shard.count")
     if "base" in job and (count is None or count != of_fingerprint):
         yield f"shard.count is {count} in config, {of_fingerprint} in fingerprint"
+    captured = sum(len(heads) for layer in job["model"]["layers"] for heads in layer["captured"].values())
+    if not 1 <= captured <= MOST_FILES:
+        yield f"its layers list {captured:,} captured heads, not 1 to {MOST_FILES:,}"
     seen = set()
     for layer in job["model"]["layers"]:
         number, num_q, num_k = layer["layer"], layer["num_q_heads"], layer["num_k_heads"]
@@ -330,6 +336,8 @@ def _contradictions(job: Mapping[str, Any]) -> Iterator[str]:
     for name in job.get("files", ()):
         if not is_dataset_file(name):
             yield f"{name!r} is not the name of a dataset's file"
+    if "files" in job:
+        yield from _in_a_manifest(job)
     proof = job.get("proof")
     if proof is not None:
         numbers = {"examples", "tolerance", "largest_difference_by_layer"}
@@ -337,3 +345,15 @@ def _contradictions(job: Mapping[str, Any]) -> Iterator[str]:
             yield f"proof lacks {', '.join(sorted(missing))}"
         elif proof["proven"] and not proof["largest_difference_by_layer"]:
             yield "proof is of no layer"
+
+
+def _in_a_manifest(manifest: Mapping[str, Any]) -> Iterator[str]:
+    if not any(parse_head_name(name.partition("/")[0]) for name in manifest["files"]):
+        yield "it lists no heads"
+    captured = {kind for layer in manifest["model"]["layers"] for kind, heads in layer["captured"].items() if heads}
+    if lacking := captured - manifest["rows_by_bucket"].keys():
+        yield f"rows_by_bucket lacks the kind {min(lacking)}"
+    sampler = manifest["config"]["sampler"]
+    types = {sampler["type"], sampler.get("keys", {}).get("type")}
+    if types & {"uniform", "all"} and manifest["longest_example"] > MOST_BUCKETS * sampler["min_bucket_size"]:
+        yield f"its positions have more than {MOST_BUCKETS:,} buckets"

@@ -361,3 +361,8 @@ def test_expected_rows_sum_the_probabilities_of_all_positions(options: dict[str,
     assert sampler.expected_rows("q", num_tokens) == pytest.approx(whole)
     capped = Sampler(SamplerConfig(**options, base_rate=3.0, min_bucket_size=12, max_rows_per_example=2))
     assert capped.expected_rows("q", num_tokens) == pytest.approx(min(whole, 2))
+
+
+def test_the_smallest_rate_keeps_no_row() -> None:
+    sampler = Sampler(SamplerConfig(type="uniform", base_rate=5e-324))
+    assert len(sampler.positions(0, 0, "q", 4096)) == 0

@@ -80,6 +80,25 @@ def both(section: str, key: str, value: Any) -> Callable[[dict[str, Any]], None]
             {"manifest"},
             "Expected `float`, got `null` - at",
         ),
+        (lambda m: m.update(files={}), {"manifest"}, "contradicts itself (it lists no heads)"),
+        (
+            lambda m: [layer.update(captured={}) for layer in m["model"]["layers"]],
+            {"manifest"},
+            "its layers list 0 captured heads",
+        ),
+        (
+            lambda m: [
+                layer.update(num_q_heads=70_000, captured={"q": list(range(70_000))}) for layer in m["model"]["layers"]
+            ],
+            {"manifest"},
+            "captured heads, not 1 to 131,072",
+        ),
+        (lambda m: m.update(rows_by_bucket={}), {"manifest"}, "rows_by_bucket lacks the kind k"),
+        (
+            lambda m: (m.update(longest_example=2**31 - 1), m["config"]["sampler"].update(min_bucket_size=1)),
+            {"manifest"},
+            "its positions have more than 1,048,576 buckets",
+        ),
         (lambda m: m["proof"].update(proven=False), {"proof"}, "the vectors differ from the model's rows of 1 example"),
         (
             lambda m: m.pop("model"),

@@ -1,6 +1,7 @@
 """Texts and checkpoints that change while a job runs, between its starts, or between its shards: never a mixture."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from safetensors.torch import load_file, save_file
 from support.jobs import TEXTS, Stopped, captured_only, hashes, run
 
 from qk_sniffer.capture.capture import Capture
+from qk_sniffer.config import DatasetConfig
+from qk_sniffer.corpus.examples import open_corpus
 from qk_sniffer.errors import SourceError, StoreError
 from qk_sniffer.hub.checkpoint_files import CheckpointFiles
 from qk_sniffer.jobs import assemble, components, identity
@@ -293,3 +296,15 @@ def test_the_last_of_two_shards_makes_the_dataset_though_the_lock_was_held(
     monkeypatch.setattr(assemble, "read_mark", read_mark)
     run(checkpoint, texts, root, **half(0))
     assert manifests.read(root)["examples"] == len(TEXTS)
+
+
+@pytest.mark.parametrize("change", [write, pytest.param(None, marks=pytest.mark.slow)])
+def test_a_file_with_the_time_of_another_one_is_read_again(tmp_path: Path, change: Any) -> None:
+    path = write(tmp_path / "texts.jsonl", ["one", "two"])
+    config, facts = DatasetConfig(path=str(path)), path.stat()
+    assert [each.text for each in open_corpus(config).examples()] == ["one", "two"]
+    if change is None:
+        path.unlink()
+    write(path, ["six", "ten"])
+    os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))
+    assert [each.text for each in open_corpus(config).examples()] == ["six", "ten"]

@@ -9,6 +9,7 @@ Each segment carries the identity of the job that wrote it. Those of another job
 """
 
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -175,12 +176,12 @@ class Journal:
         self.batching.clear()
         self.lost.clear()
         self._batch_of.clear()
-        odd: dict[Path, DamageError] = {}
-        present: set[int] = set()
-        for path in facts:
-            if _number(path) in present:
-                odd[path] = DamageError("another segment has its number")
-            present.add(_number(path))
+        numbers = Counter(map(_number, facts))
+        # Two writers have continued the journal: the batches of one do not continue in the segments of the other.
+        odd = {path: DamageError("another segment has its number") for path in facts if numbers[_number(path)] > 1}
+        if odd:
+            return odd
+        present = set(numbers)
         for path, each in facts.items():
             for end in each.ended:
                 if not present.issuperset(range(end["since"], _number(path) + 1)):

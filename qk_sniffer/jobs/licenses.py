@@ -7,11 +7,15 @@ from typing import TYPE_CHECKING, Any
 from qk_sniffer.corpus.sources import PYDOC
 from qk_sniffer.hub.client import reading_api
 from qk_sniffer.hub.revisions import Kind
+from qk_sniffer.store.stored import SMALL
 
 if TYPE_CHECKING:
     from huggingface_hub import CardData
 
 _TIMEOUT_S = 10.0
+
+_MOST_CHARACTERS, _MOST_ENTRIES = 200, 100
+"""The largest names and lists that are taken from a card. The record of the job, which holds them, has limits too."""
 
 _DOCUMENTATION = {"license": ["psf-2.0"], "language": ["en"]}
 
@@ -35,7 +39,9 @@ def _of_folder(folder: Path) -> "CardData | None":
     from huggingface_hub import RepoCard
 
     card = folder / "README.md"
-    return RepoCard.load(card, ignore_metadata_errors=True).data if card.is_file() else None
+    if not card.is_file() or card.stat().st_size > SMALL:  # parsing a large one takes minutes
+        return None
+    return RepoCard.load(card, ignore_metadata_errors=True).data
 
 
 def _of_hub(kind: Kind, name: str, commit: str | None) -> "CardData | None":
@@ -45,7 +51,7 @@ def _of_hub(kind: Kind, name: str, commit: str | None) -> "CardData | None":
 
 def _listed(value: Any) -> list[str]:
     values = value if isinstance(value, list) else [value]
-    return [each for each in values if isinstance(each, str)]
+    return [each for each in values if isinstance(each, str) and len(each) <= _MOST_CHARACTERS][:_MOST_ENTRIES]
 
 
 def _is_language(code: str) -> bool:

@@ -30,3 +30,12 @@ def test_where_nothing_is_known(card: str | None, tmp_path: Path) -> None:
         (tmp_path / "README.md").write_text(card)
     assert stated_terms("model", str(tmp_path), None) == {"license": [], "language": []}
     assert stated_terms("dataset", "org/nothing", "0" * 40) == {"license": [], "language": []}
+
+
+def test_cards_without_measure(tmp_path: Path) -> None:
+    """The record of a job has limits: one that goes beyond them cannot be read back."""
+    many = ", ".join(["mit"] * 500)
+    (tmp_path / "README.md").write_text(f"---\nlicense: [{'a' * 20_000}, {many}]\nlanguage: en\n---\n")
+    assert stated_terms("model", str(tmp_path), None) == {"license": ["mit"] * 100, "language": ["en"]}
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n" + "x" * 2_000_000)
+    assert stated_terms("model", str(tmp_path), None) == {"license": [], "language": []}

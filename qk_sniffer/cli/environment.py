@@ -5,6 +5,7 @@ run code nor send the login to another address. SECURITY.md gives the reason for
 """
 
 import os
+import re
 import stat
 from collections.abc import Mapping
 from io import StringIO
@@ -56,6 +57,9 @@ ALLOWED = PROXIES | {
 }
 """The variables that `.env` may set."""
 
+_SECONDS = {"HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT"}
+"""Those that huggingface_hub reads as integers when it is imported."""
+
 _LARGEST = 65_536
 """The largest size of the file, in bytes."""
 
@@ -75,7 +79,8 @@ def read_environment() -> None:
     submitted: SLURM would store them with the job.
 
     Raises:
-        ConfigError: the file cannot be read, is too large or is not UTF-8 text; or a value holds a dollar sign.
+        ConfigError: the file cannot be read, is too large or is not UTF-8 text; or a value holds a dollar sign, or is
+            not a number where one is expected.
     """
     path = Path(".env").absolute()
     given = dotenv_values(stream=StringIO(_text(path)), interpolate=False)
@@ -97,6 +102,12 @@ def _checked(path: Path, values: Mapping[str, str]) -> Mapping[str, str]:
         for name, value in values.items()
         for character, what in (("$", "dollar sign, and variables in values are not replaced"), ("\0", "zero byte"))
         if character in value
+    ]:
+        raise ConfigError(problems)
+    if problems := [
+        f"{path}: the value of {name} is not a whole number of seconds"
+        for name, value in values.items()
+        if name in _SECONDS and re.fullmatch("[0-9]{1,9}", value.strip()) is None
     ]:
         raise ConfigError(problems)
     return values

@@ -41,7 +41,7 @@ def read(in_tmp: Path) -> Read:
 
 
 def test_every_allowed_name_is_obeyed_and_documented(read: Read, caplog: pytest.LogCaptureFixture) -> None:
-    values = {name: f"value of {name}" for name in ALLOWED}
+    values = {name: "30" if name.endswith("_TIMEOUT") else f"value of {name}" for name in ALLOWED}
     assert read("".join(f"{name}={value}\n" for name, value in values.items())) == values
     assert caplog.messages == []
     page = (Path(__file__).parents[2] / "SECURITY.md").read_text(encoding="utf-8")
@@ -114,6 +114,14 @@ def test_values_never_take_in_other_variables(value: str, read: Read, monkeypatc
         ) as e:
             read(f"{name}={value}\n")
         assert "s3cret" not in str(e.value) and value not in str(e.value) and name not in os.environ
+
+
+@pytest.mark.parametrize("value", ["abc", "1e999", "-1", "", "9" * 5000])
+def test_seconds_that_the_library_of_the_hub_cannot_read(value: str, read: Read) -> None:
+    for name in ("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT"):
+        with pytest.raises(ConfigError, match=rf"\.env: the value of {name} is not a whole number of seconds"):
+            read(f"{name}={value}\n")
+    assert read("HF_HUB_ETAG_TIMEOUT=30\n") == {"HF_HUB_ETAG_TIMEOUT": "30"}
 
 
 def test_values_that_no_variable_can_have(read: Read) -> None:

@@ -39,9 +39,9 @@ def _of_folder(folder: Path) -> "CardData | None":
     from huggingface_hub import RepoCard
 
     card = folder / "README.md"
-    if not card.is_file() or card.stat().st_size > SMALL:  # parsing a large one takes minutes
-        return None
-    return RepoCard.load(card, ignore_metadata_errors=True).data
+    # Parsing a large card takes minutes.
+    is_usable = card.is_file() and card.stat().st_size <= SMALL
+    return RepoCard.load(card, ignore_metadata_errors=True).data if is_usable else None
 
 
 def _of_hub(kind: Kind, name: str, commit: str | None) -> "CardData | None":

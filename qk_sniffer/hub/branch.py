@@ -15,7 +15,7 @@ from qk_sniffer.hub.client import REPO_TYPE, bars_on_a_terminal, reading_api, wi
 from qk_sniffer.hub.revisions import is_hub_id
 from qk_sniffer.logs import logger
 from qk_sniffer.markdown import in_url
-from qk_sniffer.store.layout import MANIFEST
+from qk_sniffer.store.layout import CARD, MANIFEST
 from qk_sniffer.store.stored import LARGE
 from qk_sniffer.text import is_branch_name, shortened
 
@@ -50,7 +50,7 @@ class Branch:
         Raises:
             HubError: the file cannot be fetched.
         """
-        return Path(_call(self.repo_id, self.name, lambda api: _download(api, self.repo_id, name, self.commit)))
+        return Path(_call(self.repo_id, self.name, lambda api: download(api, self.repo_id, name, self.commit)))
 
     def refetch(self, name: str) -> Path:
         """Fetches the file again, to replace a damaged copy on this machine.
@@ -59,7 +59,7 @@ class Branch:
             HubError: the file cannot be fetched.
         """
         return Path(
-            _call(self.repo_id, self.name, lambda api: _download(api, self.repo_id, name, self.commit, force=True))
+            _call(self.repo_id, self.name, lambda api: download(api, self.repo_id, name, self.commit, force=True))
         )
 
     def has(self, name: str) -> bool:
@@ -72,7 +72,7 @@ class Branch:
 
         def ask(api: "HfApi") -> bool:
             try:
-                _download(api, self.repo_id, name, self.commit)
+                download(api, self.repo_id, name, self.commit)
             except RemoteEntryNotFoundError:
                 return False
             return True
@@ -146,7 +146,7 @@ def open_branch(repo_id: str, revision: str | None) -> Branch:
 
     def ask(api: "HfApi") -> str:
         try:
-            return Path(_download(api, repo_id, MANIFEST, branch)).parent.name
+            return Path(download(api, repo_id, MANIFEST, branch)).parent.name
         except hub.GatedRepoError:
             raise
         except hub.RepositoryNotFoundError:
@@ -180,11 +180,17 @@ def _call(repo_id: str, revision: str, ask: "Callable[[HfApi], _Result]") -> _Re
     return with_retries(lambda: ask(api), api, failed)
 
 
-def _download(api: "HfApi", repo_id: str, name: str, revision: str, *, force: bool = False) -> str:
+def download(api: "HfApi", repo_id: str, name: str, revision: str, *, force: bool = False) -> str:
+    """Returns the path of the local copy of a file, which is fetched if necessary.
+
+    Raises:
+        HubError: a manifest or a card is too large.
+        Exception: those of huggingface_hub.
+    """
     fetch: Any = partial(
         api.hf_hub_download, repo_id, name, repo_type=REPO_TYPE, revision=revision, force_download=force
     )
-    if name == MANIFEST:  # the sizes of the other files are in it
+    if name in (MANIFEST, CARD):  # the sizes of the other files are in the manifest
         info = fetch(dry_run=True)
         if info.will_download and (info.file_size or 0) > LARGE:
             raise HubError(f"{name} of {repo_id} at {revision!r} is larger than {LARGE >> 20:,} MB: it is not fetched")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from qk_sniffer.config import from_dict
 from qk_sniffer.errors import HubError
-from qk_sniffer.hub.branch import branch_url
+from qk_sniffer.hub.branch import branch_url, download
 from qk_sniffer.hub.client import REPO_TYPE, with_retries
 from qk_sniffer.hub.revisions import hub_commit_of, is_hub_id
 from qk_sniffer.logs import logger
@@ -180,7 +180,11 @@ def _source(pages: str, name: str | None, commit: str | None) -> str:
 
 def _manifest(api: "HfApi", repo_id: str, branch: str, commit: str) -> dict[str, Any] | None:
     """Returns the manifest of a branch; None if it has none of this package, or one that cannot be read."""
-    content = _content(api, repo_id, MANIFEST, commit)
+    try:
+        content = _content(api, repo_id, MANIFEST, commit)
+    except HubError as error:
+        log.warning("branch %s of %s is not listed: %s", branch, repo_id, error)
+        return None
     if content is None:
         return None
     if f'"{FORMAT}"'.encode() not in content:
@@ -206,7 +210,7 @@ def _content(api: "HfApi", repo_id: str, name: str, commit: str) -> bytes | None
     from huggingface_hub.errors import RemoteEntryNotFoundError, RevisionNotFoundError
 
     try:
-        path = Path(api.hf_hub_download(repo_id, name, repo_type=REPO_TYPE, revision=commit))
+        path = Path(download(api, repo_id, name, commit))
     except (RemoteEntryNotFoundError, RevisionNotFoundError):
         return None
     return path.read_bytes()

@@ -3,9 +3,10 @@
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Annotated, Any, TypedDict
 
 import psutil
+from msgspec import Meta
 from tqdm import tqdm
 
 from qk_sniffer.errors import StoreError
@@ -103,10 +104,13 @@ def read_progress(file: Path) -> dict[str, Any]:
     return dict(facts)
 
 
+_Number = Annotated[float, Meta(ge=-1e12, le=1e12)]
+
+
 class _Facts(TypedDict):
     examples: Count
     total: Count | None
     rows: Count | None
-    tokens_per_s: float
-    seconds_left: float | None
-    at: float
+    tokens_per_s: _Number
+    seconds_left: _Number | None
+    at: _Number

@@ -8,8 +8,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
-_HEADER_BYTES = 1 << 16
-"""The most bytes of a page's header. Ours have 30; statistics of strings make others longer."""
+_USUAL_HEADER_BYTES, _HEADER_BYTES = 1 << 8, 1 << 16
+"""The bytes that are read for a page's header, and the most that one may have. Ours have 30; statistics of strings make
+others longer."""
+
+_MOST_PAGES = 10_000
+"""The most pages of a column in a row group. Ours have a few."""
 
 _MOST_DEPTH = 8
 
@@ -38,15 +42,16 @@ def read_pages(file: BinaryIO, start: int, compressed_size: int) -> Pages:
     """Reads the page headers of the column that begins at byte `start` and has `compressed_size` bytes.
 
     Raises:
-        PageError: a header is damaged, or the pages do not fill these bytes.
+        PageError: a header is damaged, the pages do not fill these bytes, or they are too many.
     """
-    values = size = largest = 0
+    values = size = largest = number = 0
     at, end = start, start + compressed_size
     while at < end:
-        file.seek(at)
-        reader = _Reader(file.read(min(_HEADER_BYTES, end - at)))
+        number += 1
+        if number > _MOST_PAGES:
+            raise PageError(f"a column has more than {_MOST_PAGES:,} pages in a row group")
         try:
-            header = reader.struct(0)
+            header, length = _header(file, at, end)
             kind, unpacked, packed = (header[field] for field in (1, 2, 3))
             if not (isinstance(kind, int) and isinstance(unpacked, int) and isinstance(packed, int)):
                 raise PageError("a page has no size")
@@ -58,10 +63,23 @@ def read_pages(file: BinaryIO, start: int, compressed_size: int) -> Pages:
             raise PageError("a page has a negative size")
         size += unpacked
         largest = max(largest, unpacked)
-        at += reader.at + packed
+        at += length + packed
     if at != end:
         raise PageError("the pages do not end where the file claims")
     return Pages(values, size, largest)
+
+
+def _header(file: BinaryIO, at: int, end: int) -> "tuple[_Struct, int]":
+    """Returns the header at byte `at` and its length. Few headers are longer than the usual ones."""
+    for most in (_USUAL_HEADER_BYTES, _HEADER_BYTES):
+        file.seek(at)
+        reader = _Reader(file.read(min(most, end - at)))
+        try:
+            return reader.struct(0), reader.at
+        except (IndexError, PageError):
+            if most == _HEADER_BYTES or end - at <= most:
+                raise
+    raise AssertionError("the loop returns or raises")
 
 
 _Struct = dict[int, "int | _Struct | None"]

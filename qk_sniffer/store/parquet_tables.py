@@ -110,15 +110,16 @@ def excess(path: Path, file: pq.ParquetFile, schema: pa.Schema, *, at_once: bool
     otherwise those of one row group are.
     """
     metadata = file.metadata
+    row_groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
     try:
         with open_regular(path) as raw:
-            groups = [
-                _group_bytes(raw, schema, metadata.row_group(number)) for number in range(metadata.num_row_groups)
-            ]
             size = raw.seek(0, 2)
+            if _compressed_bytes(row_groups) > size:  # columns that overlap would be read more than once
+                return "is missing or damaged (its columns claim more bytes than it has)"
+            groups = [_group_bytes(raw, schema, group) for group in row_groups]
     except (PageError, *UNREADABLE) as error:
         return f"is missing or damaged ({first_line(error)})"
-    if sum(metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)) != metadata.num_rows:
+    if sum(group.num_rows for group in row_groups) != metadata.num_rows:
         return "is missing or damaged (its row groups have another number of rows than it claims)"
     if sum(groups) > MOST_EXPANSION * size:
         return f"claims {metadata.num_rows:,} rows of {in_mb(sum(groups))} in {size:,} bytes"
@@ -143,6 +144,11 @@ def _read(path: Path, file: pq.ParquetFile, schema: pa.Schema, way_out: str) -> 
         place = schema.get_field_index(name)
         table = table.set_column(place, file.schema_arrow.field(name), table[name].cast(pa.string()))
     return table.replace_schema_metadata(file.schema_arrow.metadata)
+
+
+def _compressed_bytes(row_groups: Sequence[Any]) -> int:
+    columns = (group.column(number) for group in row_groups for number in range(group.num_columns))
+    return sum(max(0, column.total_compressed_size) for column in columns)
 
 
 def _group_bytes(raw: BinaryIO, schema: pa.Schema, group: Any) -> int:

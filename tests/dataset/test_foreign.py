@@ -148,6 +148,27 @@ def test_the_claims_of_pages_are_added_up(tmp_path: Path) -> None:
             read_pages(file, 0, len(content))
 
 
+def test_many_small_pages_and_long_headers(tmp_path: Path) -> None:
+    path = tmp_path / "column"
+    small = page(0, 0, b"")
+    path.write_bytes(small * 10_001)
+    with path.open("rb") as file:
+        assert read_pages(file, 0, 10_000 * len(small)).values == 0
+        with pytest.raises(PageError, match="more than 10,000 pages"):
+            read_pages(file, 0, 10_001 * len(small))
+    header, statistics = page(5, 100, b"")[:-2], b"\x1c\x18" + varint(15_000) + b"s" * 30_000 + b"\0"
+    path.write_bytes(header + statistics + b"\0\0")
+    with path.open("rb") as file:
+        assert read_pages(file, 0, path.stat().st_size).values == 5
+
+
+def test_columns_that_overlap_are_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = (root / "l00h01q" / "data.parquet").stat().st_size
+    monkeypatch.setattr(parquet_tables, "_compressed_bytes", lambda row_groups: size + 1)
+    with pytest.raises(StoreError, match="its columns claim more bytes than it has"):
+        qk_sniffer.open_dataset(root).vectors(0, 1, "q")
+
+
 def test_pages_with_more_values_than_rows_are_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A list of one row may claim billions of numbers, which pyarrow would read to find its end."""
     real = parquet_tables.read_pages

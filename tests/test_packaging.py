@@ -57,7 +57,7 @@ def run(site: Path, cwd: Path, *arguments: str) -> subprocess.CompletedProcess[s
     )
 
 
-@pytest.mark.parametrize("form", ["wheel", "checkout"])
+@pytest.mark.parametrize("form", [pytest.param("wheel", marks=pytest.mark.slow), "checkout"])
 def test_it_runs_from_any_folder(form: str, wheel: Path, tmp_path: Path) -> None:
     site = tmp_path / "site"
     if form == "wheel":

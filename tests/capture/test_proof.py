@@ -45,7 +45,7 @@ def texts(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-@pytest.mark.parametrize("stage", ["post", "pre"])
+@pytest.mark.parametrize("stage", ["post", pytest.param("pre", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_a_right_dataset_is_proven(
     case: Case, stage: str, dtype: str, texts: Path, folder_of: FolderOf, tmp_path: Path
@@ -76,7 +76,7 @@ HARMS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-@pytest.mark.parametrize("stage", ["post", "pre"])
+@pytest.mark.parametrize("stage", ["post", pytest.param("pre", marks=pytest.mark.slow)])
 def test_hooks_tell_right_vectors_from_wrong_ones_in_each_layer(case: Case, stage: str, folder_of: FolderOf) -> None:
     right, other = (loaded(folder_of(case), pre_rope=pre) for pre in (stage == "pre", stage != "pre"))
     tokens = ids(batch=1, length=300)

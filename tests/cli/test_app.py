@@ -154,6 +154,7 @@ def test_a_job_that_fails(light: dict[str, str], tmp_path: Path) -> None:
     assert any("the disk is full" in log for log in logs) and any("Traceback" in log for log in logs)
 
 
+@pytest.mark.slow
 def test_what_only_the_job_finds_wrong_in_the_settings_has_their_exit_code(
     light: dict[str, str], tmp_path: Path
 ) -> None:
@@ -175,6 +176,7 @@ def test_an_interrupted_job(light: dict[str, str], tmp_path: Path) -> None:
         assert process.stderr.read() == "stopped by SIGINT; rerun the same command to resume\n"
 
 
+@pytest.mark.slow
 def test_a_failed_job_does_not_stop_its_sweep(light: dict[str, str], tmp_path: Path) -> None:
     arguments = ("sampler.seed=0,1,2,4", "output.data_root=x-${sampler.seed}")
     done = sniff(light, tmp_path, "--multirun", *MODEL, *arguments)
@@ -189,6 +191,7 @@ def test_a_failed_job_does_not_stop_its_sweep(light: dict[str, str], tmp_path: P
     assert "the disk is full: free some space" in done.stdout and "RuntimeError: out of luck" in done.stdout
 
 
+@pytest.mark.slow
 def test_jobs_that_start_in_one_second_keep_apart(light: dict[str, str], tmp_path: Path) -> None:
     command = [sys.executable, "-m", "qk_sniffer", *MODEL]
     processes = [subprocess.Popen(command, env=light, cwd=tmp_path, stdout=subprocess.DEVNULL) for _ in range(2)]
@@ -196,6 +199,7 @@ def test_jobs_that_start_in_one_second_keep_apart(light: dict[str, str], tmp_pat
     assert len(list((tmp_path / "outputs" / ".runs").rglob("status.json"))) == 2
 
 
+@pytest.mark.slow
 def test_a_launcher_with_processes_of_its_own(light: dict[str, str], tmp_path: Path) -> None:
     arguments = ("sampler.seed=0,1", "output.data_root=x-${sampler.seed}", "hydra/launcher=submitit_local")
     done = sniff(light, tmp_path, "--multirun", *MODEL, *arguments)

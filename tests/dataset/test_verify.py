@@ -205,6 +205,7 @@ def called(env: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[
     return subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
 
 
+@pytest.mark.slow
 def test_exit_codes(root: Path, light: dict[str, str]) -> None:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = called(light, f"data_root={root}")

@@ -36,6 +36,7 @@ JOB = [
 ]
 
 
+@pytest.mark.slow
 def test_a_job_publishes_and_its_card_tells_how_to_read_it(tmp_path: Path) -> None:
     (tmp_path / ".env").write_text("HF_TOKEN=hf_alice\n")
     with FakeHub(LocalXet(tmp_path / "xet")) as hub:

@@ -199,6 +199,7 @@ def run_writer(folder: Path, segment_bytes: str, **options: object) -> "subproce
     )
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_moment_loses_nothing_complete(tmp_path: Path) -> None:
     corpus = Captured(num_examples=300, batch=2)
     rng, done = np.random.default_rng(), 0

@@ -202,14 +202,18 @@ class Journal:
         index, batch = (np.array(values, np.int64) for values in (list(self._batch_of), list(self._batch_of.values())))
         order = np.argsort(index)
         index, batch = index[order], batch[order]
+        finished = np.array(list(self.batches), np.int64)
         odd = {}
         for path in paths:
             runs = self._verified.get(path)
             if runs is None:
                 continue
-            runs = runs[np.isin(runs[:, 0], batch)]
+            runs = runs[np.isin(runs[:, 0], finished)]
+            if not len(runs):
+                continue
             at = np.minimum(np.searchsorted(index, runs[:, 1]), len(index) - 1)
-            if not (np.array_equal(index[at], runs[:, 1]) and np.array_equal(batch[at], runs[:, 0])):
+            listed = len(index) and np.array_equal(index[at], runs[:, 1]) and np.array_equal(batch[at], runs[:, 0])
+            if not listed:
                 odd[path] = DamageError("it has rows of examples that its batches do not list")
         return odd
 

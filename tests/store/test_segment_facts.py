@@ -173,6 +173,8 @@ def test_the_examples_of_a_damaged_segment_are_captured_again(tmp_path: Path) ->
     "change",
     [
         lambda values: values[0]["records"].pop(),  # its rows are of no example
+        lambda values: values[0]["records"].clear(),
+        lambda values: [each["records"].clear() for each in values],
         lambda values: values[0]["records"].append(values[0]["records"][0]),
         lambda values: values.append(values[0]),
     ],

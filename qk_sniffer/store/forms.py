@@ -92,12 +92,22 @@ class Stated(TypedDict):
     dataset: Terms
 
 
+class _Tokenizer(TypedDict):
+    name: Text | None
+
+
 class _Model(TypedDict):
     slug: Slug
+    name: Text | None
+    revision: Text
+    tokenizer: _Tokenizer
 
 
 class _Dataset(TypedDict):
     slug: Slug
+    path: Text | None
+    max_samples: Count | None
+    streaming: bool
 
 
 class _Keys(TypedDict):
@@ -123,12 +133,19 @@ class _Shard(TypedDict):
 
 
 class Settings(TypedDict):
-    """The settings of a job that later steps compute with. `Config` has the types of all."""
+    """The settings of a dataset that later steps compute with. `Config` has the types of all."""
 
     model: _Model
     dataset: _Dataset
     sampler: SamplerSettings
-    shard: NotRequired[_Shard]
+
+
+class JobSettings(Settings):
+    """The settings of a job, with those of the place where it runs."""
+
+    shard: _Shard
+    output: dict[str, Any]
+    snapshot: bool | None
 
 
 class BatchSettings(TypedDict):
@@ -189,7 +206,6 @@ class Job(TypedDict):
     fingerprint: Fingerprint
     commits: Commits
     versions: dict[str, Text]
-    config: Settings
     stated: Stated
     model: Model
     tokenizer: TokenizerFacts
@@ -218,6 +234,7 @@ class Record(Job):
 
     sha256: Sha256
     job_id: JobId
+    config: JobSettings
     source_rows: Count | None
     base: Base | None
 
@@ -245,6 +262,7 @@ class Manifest(Job):
     """The manifest of a dataset."""
 
     format: Text
+    config: Settings
     examples: Count
     tokens: Count
     longest_example: Annotated[int, Meta(ge=0, lt=2**31)]

@@ -117,6 +117,7 @@ class Journal:
         """Adds a finished batch, which is durable."""
         self.batches.add(batch)
         self.records.update((record.index, record) for record in records)
+        self._batch_of.update((record.index, batch) for record in records)
         if records and batching is not None:
             self.batching[batch] = min(record.index for record in records), batching
 
@@ -193,7 +194,6 @@ class Journal:
                     odd[path] = DamageError("it lists examples or batches that are listed already")
                     break
                 self.add(end["batch"], records, each.batching)
-                self._batch_of.update(dict.fromkeys(indices, end["batch"]))
         self.lost -= self.records.keys()
         return odd
 

@@ -110,6 +110,8 @@ def both(section: str, key: str, value: Any) -> Callable[[dict[str, Any]], None]
             {"manifest"},
             "got `array` - at `$.files`)",
         ),
+        (lambda m: m["config"]["model"].pop("name"), {"manifest"}, "missing required field `name`"),
+        (lambda m: m["config"]["dataset"].pop("max_samples"), {"manifest"}, "missing required field `max_samples`"),
         (
             lambda m: m["config"]["sampler"].update(kind="x"),
             {"manifest"},

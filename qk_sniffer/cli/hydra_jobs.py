@@ -11,6 +11,7 @@ from typing import Any
 
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.utils import JobReturn
+from hydra.types import RunMode
 
 from qk_sniffer.errors import QkSnifferError, StoreError
 
@@ -27,6 +28,8 @@ def run_jobs(config_name: str, task: Callable[[Any], Any], arguments: list[str],
     """
     hydra_object = GlobalHydra.instance().hydra
     assert hydra_object is not None
+    # Hydra's own start adds this too: a job of a sweep finds by its mode that it is one.
+    arguments = [*arguments, f"hydra.mode={(RunMode.MULTIRUN if is_sweep else RunMode.RUN).name}"]
     try:
         if not is_sweep:
             return [hydra_object.run(config_name, task, arguments)]

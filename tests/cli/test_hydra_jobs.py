@@ -7,7 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from support.slurm_commands import Commands
+
+from qk_sniffer.cli.flags import initialized, parse_flags
+from qk_sniffer.cli.hydra_jobs import run_jobs
 
 CAPTURE = ("qk_sniffer", "model=hf", "model.name=org/m", "dataset=pydoc")
 PLASTICITY = ("qk_sniffer.plasticity", "data_root=org/m")
@@ -69,3 +74,12 @@ def test_jobs_that_sbatch_does_not_accept(
     )
     assert done.returncode == 1 and "Traceback" not in done.stderr + done.stdout, done.stderr
     assert "SLURM does not accept the jobs: sbatch: error: Batch job submission failed: account" in done.stderr
+
+
+@pytest.mark.parametrize("mode", [RunMode.RUN, RunMode.MULTIRUN])
+def test_a_job_knows_whether_it_is_of_a_sweep(mode: RunMode, tmp_path: Path) -> None:
+    is_sweep = mode == RunMode.MULTIRUN
+    folders = [f"hydra.run.dir={tmp_path}", f"hydra.sweep.dir={tmp_path}"]
+    with initialized(parse_flags(folders)):
+        done = run_jobs("config", lambda _: HydraConfig.get().mode, folders, is_sweep=is_sweep)
+    assert [job.return_value for job in done] == [mode]

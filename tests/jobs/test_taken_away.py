@@ -170,7 +170,8 @@ def move_away(root: Path) -> None:
 
 
 def remove_work(root: Path) -> None:
-    shutil.rmtree(Layout(root).work)
+    # Moved first, because the thread of the journal still changes its files.
+    shutil.rmtree(Layout(root).work.rename(root.with_name("removed")))
 
 
 def remove_lock(root: Path) -> None:

@@ -57,7 +57,8 @@ def run(site: Path, cwd: Path, *arguments: str) -> subprocess.CompletedProcess[s
     )
 
 
-@pytest.mark.parametrize("form", [pytest.param("wheel", marks=pytest.mark.slow), "checkout"])
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["wheel", "checkout"])
 def test_it_runs_from_any_folder(form: str, wheel: Path, tmp_path: Path) -> None:
     site = tmp_path / "site"
     if form == "wheel":

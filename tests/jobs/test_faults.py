@@ -297,6 +297,7 @@ journal_writer.write_segment = fail
     assert hashes(root_of(job)) == whole
 
 
+@pytest.mark.slow
 def test_a_second_job_ends_at_once_and_names_the_first(
     server: Server, job: dict[str, Any], whole: dict[str, str], tmp_path: Path
 ) -> None:

@@ -6,7 +6,6 @@ run code nor send the login to another address. SECURITY.md gives the reason for
 
 import os
 import re
-import stat
 from collections.abc import Mapping
 from io import StringIO
 from pathlib import Path
@@ -16,6 +15,7 @@ from dotenv import dotenv_values
 from qk_sniffer.errors import ConfigError
 from qk_sniffer.hub.endpoint import is_encrypted
 from qk_sniffer.logs import logger
+from qk_sniffer.store.disk import OddFileError, open_regular
 from qk_sniffer.text import shortened
 
 log = logger(__name__)
@@ -122,21 +122,16 @@ def _is_set(name: str) -> bool:
 def _text(path: Path) -> str:
     """Returns the text of the file; an empty one if it does not exist or is not a file."""
     try:
-        # Without O_NONBLOCK, a pipe of this name would block the program.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open_regular(path) as file:
+            data = file.read(_LARGEST + 1)
     except FileNotFoundError:
+        return ""
+    except OddFileError:
+        if not path.is_dir():  # a virtual environment often has this name
+            _warn_once(f"{path} is not a file, and is ignored. Set its variables in the environment")
         return ""
     except OSError as error:
         raise ConfigError([f"{path} cannot be read: {error.strerror}. Repair it, or move it away"]) from None
-    try:
-        mode = os.fstat(descriptor).st_mode
-        if not stat.S_ISREG(mode):
-            if not stat.S_ISDIR(mode):  # a virtual environment often has this name
-                _warn_once(f"{path} is not a file, and is ignored. Set its variables in the environment")
-            return ""
-        data = os.pread(descriptor, _LARGEST + 1, 0)
-    finally:
-        os.close(descriptor)
     if len(data) > _LARGEST:
         raise ConfigError([f"{path} is larger than {_LARGEST:,} bytes: it is no list of variables. Move it away"])
     try:

@@ -47,17 +47,27 @@ def create(path: Path) -> BinaryIO:
     return os.fdopen(os.open(path, flags, 0o666), "wb")
 
 
+class OddFileError(OSError):
+    """A path leads to a link that is not followed, or to something other than a regular file; `strerror` says which."""
+
+
 def open_regular(path: Path, *, follow_links: bool = True) -> BufferedReader:
     """Opens a regular file for reading. Does not wait for the writer of a pipe, and opens no device.
 
     Raises:
-        OSError: the file cannot be opened, is not a regular file, or is a link that is not followed.
+        OddFileError: it is not a regular file, or a link that is not followed.
+        OSError: it cannot be opened.
     """
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if follow_links else os.O_NOFOLLOW)
-    descriptor = os.open(path, flags)
+    try:
+        descriptor = os.open(path, flags)
+    except OSError as error:
+        if error.errno == errno.ELOOP and not follow_links:
+            raise OddFileError(errno.ELOOP, "is a link, which is not followed", str(path)) from error
+        raise
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+        raise OddFileError(errno.EINVAL, "is not a file", str(path))
     return os.fdopen(descriptor, "rb")
 
 

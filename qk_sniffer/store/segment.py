@@ -7,15 +7,13 @@ written here because the library's writer takes whole tensors and has neither ch
 numpy reader has no bfloat16.
 """
 
-import errno
 import json
 import os
 import re
-import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from io import FileIO
+from io import BufferedReader
 from math import prod
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
@@ -26,7 +24,7 @@ import xxhash
 from msgspec import Meta
 
 from qk_sniffer.store import stored
-from qk_sniffer.store.disk import Check, sync_file, sync_folder, unchecked, written_beside
+from qk_sniffer.store.disk import Check, OddFileError, open_regular, sync_file, sync_folder, unchecked, written_beside
 from qk_sniffer.store.stored import LARGE, Count, UnreadableError
 
 SUFFIX = ".safetensors"
@@ -112,22 +110,17 @@ def write_segment(
 
 
 @contextmanager
-def open_segment(path: Path) -> Iterator[FileIO]:
-    """Opens a segment for reading within the block, without a buffer.
+def open_segment(path: Path) -> Iterator[BufferedReader]:
+    """Opens a segment for reading within the block.
 
     Raises:
         DamageError: it is not a regular file.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            raise DamageError("it is a link, which is not followed") from error
-        raise
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise DamageError("it is not a file")
-    with FileIO(descriptor) as file:
+        file = open_regular(path, follow_links=False)
+    except OddFileError as error:
+        raise DamageError(f"it {error.strerror}") from error
+    with file:
         yield file
 
 

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from msgspec import Meta
 
 from qk_sniffer.store import stored
+from qk_sniffer.store.forms import BatchSize
 from qk_sniffer.store.rows import DTYPES, RUN_COLUMNS, parse_tensor_name
 from qk_sniffer.store.segment import DamageError, Header, Place, open_segment
 from qk_sniffer.store.stored import Count, UnreadableError
@@ -46,8 +47,8 @@ class Ended(TypedDict):
 
 
 class _Batching(TypedDict):
-    max_batch_tokens: Annotated[int, Meta(ge=1, le=2**53)]
-    batch_size: Annotated[int, Meta(ge=1, le=2**53)] | None
+    max_batch_tokens: BatchSize
+    batch_size: BatchSize | None
 
 
 class _Metadata(TypedDict):

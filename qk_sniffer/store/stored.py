@@ -7,8 +7,6 @@ msgspec checks. Links are not followed unless the reader says so, and only regul
 
 import hashlib
 import json
-import os
-import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -16,6 +14,7 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 
 from qk_sniffer.errors import StoreError
+from qk_sniffer.store.disk import OddFileError, open_regular
 
 _T = TypeVar("_T")
 
@@ -71,22 +70,15 @@ def read_bytes(path: Path, *, way_out: str, most_bytes: int = SMALL, follow_link
         FileNotFoundError, NotADirectoryError: there is no such file.
         UnreadableError: it cannot be read, is not a regular file, is a link that is not followed, or is too large.
     """
-    # O_NONBLOCK: opening a pipe without a writer would wait for one.
-    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if follow_links else os.O_NOFOLLOW)
     try:
-        descriptor = os.open(path, flags)
-        try:
-            is_file = stat.S_ISREG(os.fstat(descriptor).st_mode)
-            data = os.fdopen(descriptor, "rb", closefd=False).read(most_bytes + 1) if is_file else None
-        finally:
-            os.close(descriptor)
+        with open_regular(path, follow_links=follow_links) as file:
+            data = file.read(most_bytes + 1)
     except (FileNotFoundError, NotADirectoryError):
         raise
+    except OddFileError as error:
+        raise UnreadableError(path, str(error.strerror), way_out) from error
     except OSError as error:
-        problem = "is a link, which is not followed" if path.is_symlink() else f"cannot be read: {error.strerror}"
-        raise UnreadableError(path, problem, way_out) from error
-    if data is None:
-        raise UnreadableError(path, "is not a file", way_out)
+        raise UnreadableError(path, f"cannot be read: {error.strerror}", way_out) from error
     if len(data) > most_bytes:
         raise UnreadableError(path, f"is larger than {most_bytes >> 20:,} MB", way_out)
     return data
@@ -115,7 +107,7 @@ def check(values: Any, form: type[_T], name: Path | str, way_out: str) -> _T:
         raise UnreadableError(name, f"is not understood (nested deeper than {MOST_DEPTH} levels)", way_out)
     try:
         msgspec.convert(values, form)
-    except (msgspec.ValidationError, ValueError, OverflowError) as error:
+    except (ValueError, OverflowError) as error:
         raise UnreadableError(name, f"is not understood ({_in_a_line(error)})", way_out) from error
     return values  # type: ignore[no-any-return]
 

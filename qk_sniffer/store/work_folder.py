@@ -132,7 +132,7 @@ def remove_leftovers(layout: Layout, own_lock: Path) -> None:
 def remove_work(layout: Layout, check: Check = unchecked) -> None:
     """Removes the work state except for the locks, which their holders remove. The staging goes last."""
     check()
-    _remove_tree(layout.journal_folder)
+    remove(layout.journal_folder)
     for path in _listed(layout.work):
         if path.suffix in (".done", ".progress", ".tmp"):
             check()
@@ -144,10 +144,6 @@ def remove_work(layout: Layout, check: Check = unchecked) -> None:
         check()
         remove(layout.staging.manifest)
     check()
-    _remove_tree(layout.staging.root)
+    remove(layout.staging.root)
     with suppress(OSError):  # it may contain locks
         layout.work.rmdir()
-
-
-def _remove_tree(folder: Path) -> None:
-    remove(folder)

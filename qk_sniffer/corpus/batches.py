@@ -82,7 +82,7 @@ def check_unchanged(example: Example, record: ExampleRecord | None) -> None:
     """Checks that the source still has the text and the id of a finished example.
 
     Raises:
-        SourceError: the text or the id of `example` is not the text that `record` describes.
+        SourceError: `example` has another text or id than `record`.
     """
     if record is None:
         return

@@ -17,7 +17,9 @@ from qk_sniffer.dataset.heads import captured_heads
 from qk_sniffer.errors import SourceError, StoreError
 from qk_sniffer.hub.revisions import hub_commit_of
 from qk_sniffer.jobs.identity import checkpoint_files
-from qk_sniffer.jobs.start import START_PATIENCE_S, base_of, check_limit
+from qk_sniffer.jobs.shards import journals_of, uncaptured
+from qk_sniffer.jobs.source_rows import FINALIZE_PATIENCE_S, START_PATIENCE_S, check_limit
+from qk_sniffer.jobs.start import base_of
 from qk_sniffer.logs import logger
 from qk_sniffer.machine import num_threads
 from qk_sniffer.resolved import batching_of, public_values
@@ -35,9 +37,6 @@ from qk_sniffer.store.record import read_mark, read_record, write_mark
 from qk_sniffer.store.stored import UnreadableError
 
 log = logger(__name__)
-
-PATIENCE_S = 5.0
-"""How long to wait for the lock: longer than a shard holds it that only checks which shards are missing."""
 
 
 @dataclass(frozen=True)
@@ -78,28 +77,25 @@ def captured_job(layout: Layout, job_id: str) -> Iterator[CapturedJob | None]:
     """
     while True:
         with ExitStack() as finalizing:
-            job = _captured_job(layout, job_id, finalizing)
-            if not isinstance(job, _Missing):
+            job = _locked_job(layout, job_id, finalizing)
+            if job is None or not uncaptured(layout, job.record):
                 yield job
                 return
-        # A shard that has ended meanwhile may have found the lock held, and has left the dataset to this process.
-        if missing := [index for index in job.shards if read_mark(layout, index, job.count, job_id) is None]:
-            log.info("shard done; the dataset is made when shards %s of %d are done too", missing, job.count)
+        # A shard that has ended since may have found the lock held, and has left the dataset to this process.
+        if missing := uncaptured(layout, job.record):
+            count = job.record["config"]["shard"]["count"]
+            log.info("shard done; the dataset is made when shards %s of %d are done too", missing, count)
             yield None
             return
 
 
-@dataclass(frozen=True)
-class _Missing:
-    """The shards of a job, of `count`, that are not captured."""
+def _locked_job(layout: Layout, job_id: str, finalizing: ExitStack) -> CapturedJob | None:
+    """Takes the finalize lock, and returns the job, captured or not; None if another process has the lock or is done.
 
-    shards: Sequence[int]
-    count: int
-
-
-def _captured_job(layout: Layout, job_id: str, finalizing: ExitStack) -> CapturedJob | _Missing | None:
+    `finalizing` holds the lock.
+    """
     try:
-        lock = finalizing.enter_context(hold(layout.finalize_lock, "making the dataset", wait_s=PATIENCE_S))
+        lock = finalizing.enter_context(hold(layout.finalize_lock, "making the dataset", wait_s=FINALIZE_PATIENCE_S))
     except InUseError:
         record = read_record(layout)
         if record is not None and record["config"]["shard"]["count"] == 1:
@@ -113,10 +109,6 @@ def _captured_job(layout: Layout, job_id: str, finalizing: ExitStack) -> Capture
     finalizing.enter_context(lock.explaining())
     claim = Claim(lock, layout, job_id)
     claim.check()
-    count = record["config"]["shard"]["count"]
-    missing = [index for index in range(count) if read_mark(layout, index, count, job_id) is None]
-    if missing:
-        return _Missing(missing, count)
     return CapturedJob(record, claim)
 
 
@@ -143,7 +135,7 @@ def stage(layout: Layout, job: CapturedJob, model: ModelConfig, tokenizer: TextT
             checkpoint_files(model, commits, ["tokenizer"])
         token_string = tokenizer.token_strings
     count = config.shard.count
-    journals = [Journal(layout.journal(index, count), claim.job_id, verify=False) for index in range(count)]
+    journals = journals_of(layout, record)
     marks = [read_mark(layout, index, count, claim.job_id) for index in range(count)]
     for index, (journal, mark) in enumerate(zip(journals, marks, strict=True)):
         held = 0 if mark is None else mark["examples"]

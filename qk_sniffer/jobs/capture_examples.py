@@ -13,7 +13,8 @@ from qk_sniffer.jobs.components import Components
 from qk_sniffer.jobs.prefetch import ahead
 from qk_sniffer.jobs.progress import Progress
 from qk_sniffer.jobs.signals import Stopped, Stopping
-from qk_sniffer.jobs.start import Start, source_rows
+from qk_sniffer.jobs.source_rows import source_rows
+from qk_sniffer.jobs.start import Start
 from qk_sniffer.logs import logger
 from qk_sniffer.resolved import ResolvedConfig
 from qk_sniffer.store.claim import Claim

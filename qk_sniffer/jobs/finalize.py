@@ -12,6 +12,7 @@ from qk_sniffer.hub.client import require_access, require_uploads_from
 from qk_sniffer.jobs.assemble import finish_interrupted_promotion
 from qk_sniffer.jobs.finish import finish, report_and_publish
 from qk_sniffer.jobs.identity import Job, resolve_commits
+from qk_sniffer.jobs.shards import uncaptured
 from qk_sniffer.jobs.start import check_files
 from qk_sniffer.resolved import ResolvedConfig, resolve, with_output
 from qk_sniffer.store import manifest as manifests
@@ -19,7 +20,7 @@ from qk_sniffer.store.files import Folder
 from qk_sniffer.store.journal import Journal
 from qk_sniffer.store.layout import Layout, missing_manifest
 from qk_sniffer.store.locks import holder, is_held
-from qk_sniffer.store.record import read_mark, read_record
+from qk_sniffer.store.record import read_record
 from qk_sniffer.store.work_folder import clear_obstacles
 from qk_sniffer.text import say
 from qk_sniffer.timing import Stages
@@ -137,9 +138,7 @@ def missing_shards(layout: Layout, record: dict[str, Any]) -> list[str]:
     """Describes each shard of the job of `record` that is not captured, one a line."""
     count = record["config"]["shard"]["count"]
     lines = []
-    for index in range(count):
-        if read_mark(layout, index, count, record["job_id"]) is not None:
-            continue
+    for index in uncaptured(layout, record):
         lock = layout.shard_lock(index, count)
         if is_held(lock):
             state = f"running ({holder(lock)})"

@@ -18,7 +18,8 @@ from qk_sniffer.jobs.finish import Outcome, finish, report_and_publish
 from qk_sniffer.jobs.licenses import stated_terms
 from qk_sniffer.jobs.prefetch import in_background
 from qk_sniffer.jobs.signals import Stopping
-from qk_sniffer.jobs.start import Start, change_limit, find_existing_work, register_job, source_rows
+from qk_sniffer.jobs.source_rows import change_limit, source_rows
+from qk_sniffer.jobs.start import Start, find_existing_work, register_job
 from qk_sniffer.machine import return_memory, trim_memory
 from qk_sniffer.resolved import ResolvedConfig, batching_of, resolve
 from qk_sniffer.store.claim import Claim

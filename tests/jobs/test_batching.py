@@ -108,6 +108,7 @@ def test_the_way_out_of_a_full_memory_keeps_the_captured_examples(
     undisturbed: Undisturbed,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    expected = undisturbed(inference=inference(3))
     real, ran = Backbone.run, []
 
     def run_or_fail(self: Backbone, ids: torch.Tensor) -> None:
@@ -131,4 +132,4 @@ def test_the_way_out_of_a_full_memory_keeps_the_captured_examples(
     assert given and manifest["fingerprint"]["inference.max_batch_tokens"] == 16384
     assert manifest["batching"][-1]["max_batch_tokens"] == given["max_batch_tokens"]
     assert "resuming: " in caplog.text
-    assert_same_rows(tmp_path / "out", undisturbed(inference=inference(3)))
+    assert_same_rows(tmp_path / "out", expected)

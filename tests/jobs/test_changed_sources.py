@@ -15,7 +15,7 @@ from qk_sniffer.config import DatasetConfig
 from qk_sniffer.corpus.examples import open_corpus
 from qk_sniffer.errors import SourceError, StoreError
 from qk_sniffer.hub.checkpoint_files import CheckpointFiles
-from qk_sniffer.jobs import assemble, components, identity
+from qk_sniffer.jobs import assemble, components, identity, shards
 from qk_sniffer.jobs import run as run_module
 from qk_sniffer.jobs.finalize import finalize
 from qk_sniffer.store import manifest as manifests
@@ -282,18 +282,18 @@ def test_the_last_of_two_shards_makes_the_dataset_though_the_lock_was_held(
     checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = tmp_path / "out"
-    monkeypatch.setattr(assemble, "PATIENCE_S", 0.0)
-    marks = assemble.read_mark
+    monkeypatch.setattr(assemble, "FINALIZE_PATIENCE_S", 0.0)
+    marks = shards.read_mark
 
     def read_mark(layout: Layout, *rest: Any) -> Any:
         found = marks(layout, *rest)
         if rest[0] == 1 and found is None:  # the other shard ends while this one holds the lock
-            monkeypatch.setattr(assemble, "read_mark", marks)
+            monkeypatch.setattr(shards, "read_mark", marks)
             run(checkpoint, texts, root, **half(1))
             assert not (root / "manifest.json").exists()
         return found
 
-    monkeypatch.setattr(assemble, "read_mark", read_mark)
+    monkeypatch.setattr(shards, "read_mark", read_mark)
     run(checkpoint, texts, root, **half(0))
     assert manifests.read(root)["examples"] == len(TEXTS)
 

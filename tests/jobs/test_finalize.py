@@ -71,7 +71,7 @@ def test_it_makes_the_dataset_that_a_dead_shard_did_not_make(
 
 
 def test_it_waits_for_nobody_who_makes_the_dataset(captured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qk_sniffer.jobs.assemble.PATIENCE_S", 0.1)
+    monkeypatch.setattr("qk_sniffer.jobs.assemble.FINALIZE_PATIENCE_S", 0.1)
     with hold(Layout(captured).finalize_lock, "making the dataset"):
         assert finalize(captured) == 1
     assert finalize(captured) == 0
@@ -83,7 +83,7 @@ def test_a_job_without_shards_does_not_pass_for_done_while_another_process_makes
     root = tmp_path / "out"
     run(checkpoint, texts, root, dataset={"max_samples": 5})
     captured_only(checkpoint, texts, root, monkeypatch)
-    monkeypatch.setattr("qk_sniffer.jobs.assemble.PATIENCE_S", 0.1)
+    monkeypatch.setattr("qk_sniffer.jobs.assemble.FINALIZE_PATIENCE_S", 0.1)
     with hold(Layout(root).finalize_lock, "making the dataset"):
         for again in (lambda: run(checkpoint, texts, root), lambda: finalize(root)):
             with pytest.raises(InUseError, match="is making the dataset"):

@@ -8,13 +8,14 @@ import glob
 import logging
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 from qk_sniffer.config import DatasetConfig
+from qk_sniffer.corpus.copies import check_cache, is_stale
 from qk_sniffer.corpus.home import check_home
 from qk_sniffer.errors import SourceError, StoreError
 from qk_sniffer.hub.revisions import HubUnreachableError, hub_commit, is_hub_id
@@ -266,8 +267,8 @@ def _rows(
     try:
         if config.streaming:
             return Source(where, builder.as_streaming_dataset(split=config.split), commit, files)
-        _check_cache(where)
-        builder.download_and_prepare(download_mode="reuse_cache_if_exists" if _is_stale(builder, files) else None)
+        check_cache(where)
+        builder.download_and_prepare(download_mode="reuse_cache_if_exists" if is_stale(builder, files) else None)
         return Source(where, builder.as_dataset(split=config.split), commit, files)
     except StopIteration as error:
         raise _empty(where) from error
@@ -279,29 +280,6 @@ def _rows(
         if isinstance(error, ValueError) and re.search(r"split|slice|instruction", str(error), flags=re.IGNORECASE):
             raise SourceError(f"{where}: dataset.split={config.split}: {_first_lines(str(error))}") from error
         raise _unreadable(where, error, files) from error
-
-
-def _is_stale(builder: Any, files: Sequence[str]) -> bool:
-    """Whether a local file may have changed since `datasets` made its copy of the files.
-
-    `datasets` compares the time of the last change of content, which an archive or `cp -p` gives to other files too.
-    """
-    try:
-        made = Path(builder.cache_dir, "dataset_info.json").stat().st_mtime_ns
-        return any(Path(file).stat().st_ctime_ns >= made for file in files)
-    except OSError:  # there is no copy, or an error that the reader explains
-        return False
-
-
-def _check_cache(where: str) -> None:
-    from datasets import config as library
-
-    if not is_utf8_path(library.HF_DATASETS_CACHE):
-        raise SourceError(
-            f"{where}: datasets cannot write its cache to {library.HF_DATASETS_CACHE}: "
-            f"{utf8_way_out(library.HF_DATASETS_CACHE)}; or set HF_HOME or HF_DATASETS_CACHE to another folder, or "
-            "dataset.streaming=true"
-        )
 
 
 def _empty(where: str) -> SourceError:

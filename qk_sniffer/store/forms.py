@@ -4,7 +4,7 @@ Names of files, heads and kinds follow `layout.py`. A file whose name has anothe
 uploaded.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired, TypedDict, get_args
 
@@ -12,7 +12,7 @@ from msgspec import Meta
 
 from qk_sniffer.config import MOST_SHARDS, from_dict
 from qk_sniffer.store import stored
-from qk_sniffer.store.layout import FORMAT, KINDS, is_dataset_file, parse_head_name
+from qk_sniffer.store.layout import FORMAT, KEY_HEAD_KINDS, KINDS, is_dataset_file, parse_head_name
 from qk_sniffer.store.stored import LARGE, Count, Text, UnreadableError
 from qk_sniffer.text import is_branch_name
 
@@ -290,7 +290,7 @@ def read_record(path: Path, *, way_out: str) -> dict[str, Any]:
         UnreadableError: it is not a record of this package.
     """
     values: Any = stored.read(path, Record, way_out=way_out, most_bytes=LARGE)
-    return _checked(values, path, way_out)
+    return _checked(values, path, way_out, _in_a_record)
 
 
 def read_manifest(path: Path, *, way_out: str, follow_links: bool) -> dict[str, Any]:
@@ -314,29 +314,60 @@ def decode_manifest(data: bytes, name: Path | str, *, way_out: str) -> dict[str,
     if values.get("format") != FORMAT:
         raise UnreadableError(name, f"is not a manifest of qk-sniffer in the format {FORMAT!r}", way_out)
     manifest: Any = stored.check(values, Manifest, name, way_out)
-    return _checked(manifest, name, way_out)
+    return _checked(manifest, name, way_out, _in_a_manifest)
 
 
-def _checked(values: dict[str, Any], name: Path | str, way_out: str) -> dict[str, Any]:
+def _checked(
+    values: dict[str, Any], name: Path | str, way_out: str, contradictions: Callable[[Mapping[str, Any]], Iterator[str]]
+) -> dict[str, Any]:
+    """Checks what types and ranges do not tell: the settings, and what is impossible together."""
     try:
         from_dict(values["config"])
     except ValueError as error:
         raise UnreadableError(name, f"is not understood (config: {error})", way_out) from error
-    for problem in _contradictions(values):
+    for problem in contradictions(values):
         raise UnreadableError(name, f"contradicts itself ({problem})", way_out)
     return values
 
 
-def _contradictions(job: Mapping[str, Any]) -> Iterator[str]:
-    """Yields what is impossible in a record or a manifest whose types and ranges are right."""
-    count, of_fingerprint = job["config"].get("shard", {}).get("count"), job["fingerprint"].get("shard.count")
-    if "base" in job and (count is None or count != of_fingerprint):
+def _in_a_record(record: Mapping[str, Any]) -> Iterator[str]:
+    count, of_fingerprint = record["config"]["shard"]["count"], record["fingerprint"].get("shard.count")
+    if count != of_fingerprint:
         yield f"shard.count is {count} in config, {of_fingerprint} in fingerprint"
-    captured = sum(len(heads) for layer in job["model"]["layers"] for heads in layer["captured"].values())
+    base = record["base"]
+    if base is not None and base["hub"] is not None and not is_branch_name(base["hub"]["name"]):
+        yield f"{base['hub']['name']!r} is not the name of a branch"
+    yield from _in_layers(record["model"]["layers"])
+
+
+def _in_a_manifest(manifest: Mapping[str, Any]) -> Iterator[str]:
+    layers = manifest["model"]["layers"]
+    yield from _in_layers(layers)
+    for name in manifest["files"]:
+        if not is_dataset_file(name):
+            yield f"{name!r} is not the name of a dataset's file"
+    if not any(parse_head_name(name.partition("/")[0]) for name in manifest["files"]):
+        yield "it lists no heads"
+    captured = {kind for layer in layers for kind, heads in layer["captured"].items() if heads}
+    if lacking := captured - manifest["rows_by_bucket"].keys():
+        yield f"rows_by_bucket lacks the kind {min(lacking)}"
+    sampler = manifest["config"]["sampler"]
+    types = {sampler["type"], sampler.get("keys", {}).get("type")}
+    if types & {"uniform", "all"} and manifest["longest_example"] > MOST_BUCKETS * sampler["min_bucket_size"]:
+        yield f"its positions have more than {MOST_BUCKETS:,} buckets"
+    proof, numbers = manifest["proof"], {"examples", "tolerance", "largest_difference_by_layer"}
+    if missing := ({"reason"} if proof["proven"] is None else numbers) - proof.keys():
+        yield f"proof lacks {', '.join(sorted(missing))}"
+    elif proof["proven"] and not proof["largest_difference_by_layer"]:
+        yield "proof is of no layer"
+
+
+def _in_layers(layers: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    captured = sum(len(heads) for layer in layers for heads in layer["captured"].values())
     if not 1 <= captured <= MOST_FILES:
         yield f"its layers list {captured:,} captured heads, not 1 to {MOST_FILES:,}"
     seen = set()
-    for layer in job["model"]["layers"]:
+    for layer in layers:
         number, num_q, num_k = layer["layer"], layer["num_q_heads"], layer["num_k_heads"]
         if number in seen:
             yield f"layer {number} is listed twice"
@@ -346,32 +377,5 @@ def _contradictions(job: Mapping[str, Any]) -> Iterator[str]:
         for kind, heads in layer["captured"].items():
             if len(set(heads)) != len(heads):
                 yield f"layer {number} lists a head of kind {kind} twice"
-            if max(heads, default=0) >= (num_k if kind == "k" else num_q):
+            if max(heads, default=0) >= (num_k if kind in KEY_HEAD_KINDS else num_q):
                 yield f"layer {number} lists head {max(heads)} of kind {kind}, which it does not have"
-    base = job.get("base")
-    if base is not None and base["hub"] is not None and not is_branch_name(base["hub"]["name"]):
-        yield f"{base['hub']['name']!r} is not the name of a branch"
-    for name in job.get("files", ()):
-        if not is_dataset_file(name):
-            yield f"{name!r} is not the name of a dataset's file"
-    if "files" in job:
-        yield from _in_a_manifest(job)
-    proof = job.get("proof")
-    if proof is not None:
-        numbers = {"examples", "tolerance", "largest_difference_by_layer"}
-        if missing := ({"reason"} if proof["proven"] is None else numbers) - proof.keys():
-            yield f"proof lacks {', '.join(sorted(missing))}"
-        elif proof["proven"] and not proof["largest_difference_by_layer"]:
-            yield "proof is of no layer"
-
-
-def _in_a_manifest(manifest: Mapping[str, Any]) -> Iterator[str]:
-    if not any(parse_head_name(name.partition("/")[0]) for name in manifest["files"]):
-        yield "it lists no heads"
-    captured = {kind for layer in manifest["model"]["layers"] for kind, heads in layer["captured"].items() if heads}
-    if lacking := captured - manifest["rows_by_bucket"].keys():
-        yield f"rows_by_bucket lacks the kind {min(lacking)}"
-    sampler = manifest["config"]["sampler"]
-    types = {sampler["type"], sampler.get("keys", {}).get("type")}
-    if types & {"uniform", "all"} and manifest["longest_example"] > MOST_BUCKETS * sampler["min_bucket_size"]:
-        yield f"its positions have more than {MOST_BUCKETS:,} buckets"

@@ -78,23 +78,28 @@ def _batches(
         yield from ([example] for example in members if boundary is not None and example.num_tokens > boundary)
 
 
-def check_unchanged(example: Example, record: ExampleRecord | None) -> None:
-    """Checks that the source still has the text and the id of a finished example.
+def check_unchanged(
+    example: Example, record: ExampleRecord | None, origin: str = "that was captured before the job stopped"
+) -> None:
+    """Checks that the source still has the text and the id of a finished example. `origin` says where that is from.
 
     Raises:
         SourceError: `example` has another text or id than `record`.
     """
-    if record is None:
-        return
-    if (example.source_id, text_hash(example.text)) != (record.source_id, record.text_hash):
-        raise _changed(
-            f"row {example.index} of the dataset (id {example.source_id}) is not the text that was captured before "
-            "the job stopped"
-        )
+    if record is not None and (example.source_id, text_hash(example.text)) != (record.source_id, record.text_hash):
+        raise _changed(f"row {example.index} of the dataset (id {example.source_id}) is not the text {origin}")
 
 
-def check_same_texts(corpus: Corpus, captured: Iterable[ExampleRecord], *, whole: bool = False) -> None:
+def check_same_texts(
+    corpus: Corpus,
+    captured: Iterable[ExampleRecord],
+    *,
+    whole: bool = False,
+    origin: str = "that was captured before the job stopped",
+) -> None:
     """Checks that the source still has the texts of the `captured` examples; with `whole`, no others before the last.
+
+    `origin` says in errors where these texts are from.
 
     Raises:
         SourceError: it has others, or a row cannot be read.
@@ -105,18 +110,19 @@ def check_same_texts(corpus: Corpus, captured: Iterable[ExampleRecord], *, whole
         if example.index > last:
             break
         record = left.pop(example.index, None)
-        check_unchanged(example, record)
+        check_unchanged(example, record, origin)
         if whole and record is None:
             raise _changed(
                 f"row {example.index} of the dataset (id {example.source_id}) had no text when its shard ran"
             )
     if left:
-        raise _changed(f"row {min(left)} of the dataset was captured, and is not one of its texts any more")
+        raise _changed(f"row {min(left)} of the dataset has lost the text {origin}")
 
 
 def _changed(what: str) -> SourceError:
     return SourceError(
-        f"{what}: the source has changed. Restore it, or recreate the dataset with output.overwrite=true"
+        f"{what}: the source has changed. Restore it, give this job another folder (output.data_root=...), or replace "
+        "the dataset with output.overwrite=true"
     )
 
 

@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 from qk_sniffer.corpus.batches import check_same_texts
 from qk_sniffer.corpus.examples import Corpus, open_corpus
-from qk_sniffer.corpus.tokenizer import text_hash
 from qk_sniffer.errors import HubError, SourceError, StoreError
 from qk_sniffer.hub.branch import Branch
 from qk_sniffer.jobs.hub_resume import branch_ahead
@@ -309,14 +308,4 @@ def _warn_of_other_versions(job: Job, earlier: Job) -> None:
 
 def _check_texts(previous: PreviousVersion, corpus: Corpus) -> None:
     """Refuses a local source whose texts or ids differ from those of the dataset: no commit pins them."""
-    there = {record.index: (record.source_id, record.text_hash) for record in previous.examples()}
-    last = max(there, default=-1)
-    for example in corpus.examples():
-        if example.index > last:
-            break
-        if there.get(example.index, found := (example.source_id, text_hash(example.text))) != found:
-            raise SourceError(
-                f"row {example.index} of the dataset (id {example.source_id}) is not the text that {previous.files} "
-                "was made from: the source has changed. Give this job another folder (output.data_root=...), or "
-                "replace the dataset with output.overwrite=true"
-            )
+    check_same_texts(corpus, previous.examples(), origin=f"that {previous.files} was made from")

@@ -34,6 +34,11 @@ def changed(row: int) -> list[str]:
     return [text[::-1] if index == row else text for index, text in enumerate(TEXTS)]
 
 
+def copy_of(checkpoint: Path, folder: Path) -> Path:
+    """Copies a checkpoint that the test changes."""
+    return Path(shutil.copytree(checkpoint, folder / checkpoint.name))
+
+
 def half(index: int) -> dict[str, Any]:
     return SECTIONS | {"shard": {"index": index, "count": 2}}
 
@@ -52,6 +57,15 @@ def test_shards_of_other_texts_make_no_dataset(checkpoint: Path, tmp_path: Path,
     run(checkpoint, texts, whole, **SECTIONS, **sections)
     assert hashes(root).keys() == hashes(whole).keys()
     assert hashes(root)["examples/data.parquet"] == hashes(whole)["examples/data.parquet"]
+
+
+def test_a_dataset_does_not_grow_from_a_source_that_has_lost_a_text(checkpoint: Path, tmp_path: Path) -> None:
+    root, texts = tmp_path / "out", write(tmp_path / "texts.jsonl", TEXTS[:4])
+    run(checkpoint, texts, root, **SECTIONS)
+    write(texts, [TEXTS[0], "", *TEXTS[2:6]])
+    with pytest.raises(SourceError, match=r"row 1 of the dataset has lost the text that .* was made from"):
+        run(checkpoint, texts, root, **SECTIONS)
+    assert manifests.read(root)["examples"] == 4
 
 
 @pytest.mark.parametrize("done", [False, True])
@@ -102,7 +116,7 @@ def replace(path: Path, content: bytes) -> None:
 def test_a_model_whose_file_is_written_while_the_job_runs(
     checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Any
 ) -> None:
-    model, root = Path(shutil.copytree(checkpoint, tmp_path / checkpoint.name)), tmp_path / "out"
+    model, root = copy_of(checkpoint, tmp_path), tmp_path / "out"
     file = model / "model.safetensors"
     before, real, ran = file.read_bytes(), Capture.run, []
 
@@ -132,11 +146,7 @@ def test_a_model_whose_file_is_written_while_the_job_runs(
 def test_a_model_that_changes_between_its_digest_and_its_loading_is_refused(
     checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Any
 ) -> None:
-    model, root, real = (
-        Path(shutil.copytree(checkpoint, tmp_path / checkpoint.name)),
-        tmp_path / "out",
-        components.load_backbone,
-    )
+    model, root, real = copy_of(checkpoint, tmp_path), tmp_path / "out", components.load_backbone
 
     def load(*args: Any, **options: Any) -> Any:
         change(model / "model.safetensors", other_weights(model))
@@ -151,11 +161,7 @@ def test_a_model_that_changes_between_its_digest_and_its_loading_is_refused(
 def test_a_model_that_is_written_before_the_proof_proves_nothing(
     checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, root, real = (
-        Path(shutil.copytree(checkpoint, tmp_path / checkpoint.name)),
-        tmp_path / "out",
-        assemble.compact,
-    )
+    model, root, real = copy_of(checkpoint, tmp_path), tmp_path / "out", assemble.compact
 
     def compact(*args: Any, **options: Any) -> Any:
         overwrite(model / "model.safetensors", other_weights(model))
@@ -169,11 +175,7 @@ def test_a_model_that_is_written_before_the_proof_proves_nothing(
 def test_the_strings_of_tokens_are_those_of_the_tokenizer_of_the_capture(
     checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, root, real = (
-        Path(shutil.copytree(checkpoint, tmp_path / checkpoint.name)),
-        tmp_path / "out",
-        run_module.finish,
-    )
+    model, root, real = copy_of(checkpoint, tmp_path), tmp_path / "out", run_module.finish
     sections = SECTIONS | {"capture": {"layers": [1], "capture_token_strings": True}}
     vocabulary = model / "tokenizer.json"
     before = vocabulary.read_text(encoding="utf-8")
@@ -193,11 +195,7 @@ def test_the_strings_of_tokens_are_those_of_the_tokenizer_of_the_capture(
 def test_finalize_refuses_a_tokenizer_that_changes_under_it(
     checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, root, real = (
-        Path(shutil.copytree(checkpoint, tmp_path / checkpoint.name)),
-        tmp_path / "out",
-        assemble.load_tokenizer,
-    )
+    model, root, real = copy_of(checkpoint, tmp_path), tmp_path / "out", assemble.load_tokenizer
     sections = SECTIONS | {"capture": {"layers": [1], "capture_token_strings": True}}
     captured_only(model, texts, root, monkeypatch, **sections)
 

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -266,26 +266,25 @@ def edit(bench: Bench, kind: str, seed: str) -> None:
 COUNTS = {"job": 700, "staged": 300, "finished": 600, "grown": 100, "results": 100, "measuring": 100, "sweep": 300}
 
 
-@pytest.mark.parametrize("kind", COUNTS)
-def test_some_edits(kind: str, bench: Bench) -> None:
+def edits(bench: Bench, kind: str, seeds: Iterable[str]) -> None:
     logging.disable(logging.CRITICAL)
     try:
-        for number in range(COUNTS[kind] // 40):
-            edit(bench, kind, f"quick-{number}")
+        for seed in seeds:
+            edit(bench, kind, seed)
     finally:
         logging.disable(logging.NOTSET)
+
+
+@pytest.mark.parametrize("kind", COUNTS)
+def test_some_edits(kind: str, bench: Bench) -> None:
+    edits(bench, kind, (f"quick-{number}" for number in range(COUNTS[kind] // 40)))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", range(10))
 @pytest.mark.parametrize("kind", COUNTS)
 def test_many_edits(kind: str, part: int, bench: Bench) -> None:
-    logging.disable(logging.CRITICAL)
-    try:
-        for number in range(COUNTS[kind] // 10):
-            edit(bench, kind, f"{part}-{number}")
-    finally:
-        logging.disable(logging.NOTSET)
+    edits(bench, kind, (f"{part}-{number}" for number in range(COUNTS[kind] // 10)))
 
 
 @pytest.mark.slow

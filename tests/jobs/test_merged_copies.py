@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.jobs import Stopped, hashes, run
+from support.jobs import hashes, run, stopped_after
 
-from qk_sniffer.capture.capture import Capture
 from qk_sniffer.store.journal_writer import JournalWriter
 from qk_sniffer.store.layout import Layout
 
@@ -17,15 +16,8 @@ SECTIONS: dict[str, Any] = {"inference": {"batch_size": 4, "lookahead": 10}, "ca
 SIZES = [(2, 3), (3, 2), (3, 4), (2, 7), (7, 2)]
 
 
-def stopped_after(batches: int, segment_items: int, checkpoint: Path, texts: Path, root: Path) -> None:
+def small_segments(batches: int, segment_items: int, checkpoint: Path, texts: Path, root: Path) -> None:
     """Runs a job that is killed in its capture; its segments have `segment_items` items or batches."""
-    real, ran = Capture.run, []
-
-    def stop(self: Capture, plan: Any) -> None:
-        if len(ran) == batches:
-            raise Stopped
-        ran.append(plan)
-        real(self, plan)
 
     def take(self: Any) -> Any:
         with self._changed:
@@ -33,10 +25,9 @@ def stopped_after(batches: int, segment_items: int, checkpoint: Path, texts: Pat
                 self._changed.wait()
             return [self._queue.popleft() for _ in range(min(segment_items, len(self._queue)))]
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(Capture, "run", stop)
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(JournalWriter, "_take", take)
-        run(checkpoint, texts, root, **SECTIONS)
+        stopped_after(batches, checkpoint, texts, root, **SECTIONS)
 
 
 @pytest.mark.parametrize(("one", "other"), [(3, 5), *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in SIZES)])
@@ -44,9 +35,9 @@ def test_no_row_is_lost_or_doubled(
     checkpoint: Path, texts: Path, tmp_path: Path, undisturbed: Callable[..., Path], one: int, other: int
 ) -> None:
     root, copy = tmp_path / "out", tmp_path / "copy"
-    stopped_after(2, 3, checkpoint, texts, root)
+    small_segments(2, 3, checkpoint, texts, root)
     shutil.copytree(root, copy)
-    stopped_after(3, one, checkpoint, texts, root)
-    stopped_after(5, other, checkpoint, texts, copy)
+    small_segments(3, one, checkpoint, texts, root)
+    small_segments(5, other, checkpoint, texts, copy)
     shutil.copytree(Layout(copy).journal(0, 1), Layout(root).journal(0, 1), dirs_exist_ok=True)
     assert hashes(run(checkpoint, texts, root, **SECTIONS)) == hashes(undisturbed(**SECTIONS))

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 from support.forked import Server
-from support.jobs import Stopped, captured_only, hashes, run, settings
+from support.jobs import Stopped, captured_only, hashes, run, settings, stopped_after
 
 from qk_sniffer.capture.capture import Capture
 from qk_sniffer.dataset.verify import verify
@@ -92,21 +92,6 @@ def at(step: str, patch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
         return real(*args, **options)
 
     patch.setattr(owner, name, disturbed)
-
-
-def stopped_after(batches: int, checkpoint: Path, texts: Path, root: Path, **sections: Any) -> None:
-    """Runs a job that ends in the middle of its capture."""
-    real, ran = Capture.run, []
-
-    def stop(self: Capture, plan: Any) -> None:
-        if len(ran) == batches:
-            raise Stopped
-        ran.append(plan)
-        real(self, plan)
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(Capture, "run", stop)
-        run(checkpoint, texts, root, **sections)
 
 
 IN_THREAD = ("segment",)
@@ -260,9 +245,7 @@ def test_segments_and_marks_of_another_job_do_not_count(
     for path in Layout(theirs).journal(0, 1).iterdir():
         shutil.copy(path, journal)
     shutil.copy(Layout(theirs).shard_done(0, 1), Layout(root).work)
-    with pytest.raises(StoreError, match="captured"):
-        assert finalize(root) == 1
-        raise StoreError("nothing is captured")
+    assert finalize(root) == 1
     assert hashes(run(checkpoint, texts, root, **SECTIONS)) == hashes(undisturbed(**SECTIONS))
     assert "segments of another job are ignored" in caplog.text
     assert "of another job and does not count" in caplog.text

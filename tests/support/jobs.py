@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from qk_sniffer.capture.capture import Capture
 from qk_sniffer.config import from_dict
 from qk_sniffer.jobs.run import run_job
 from support.tiny import ALPHABET
@@ -82,6 +83,21 @@ def stop_at(index: int, plan: Any, capture: Any, real: Any) -> None:
     if any(example.index == index for example in plan.examples):
         raise Stopped
     real(capture, plan)
+
+
+def stopped_after(batches: int, checkpoint: Path, texts: Path, root: Path, **sections: Any) -> None:
+    """Runs a job that ends in the middle of its capture."""
+    real, ran = Capture.run, []
+
+    def stop(self: Capture, plan: Any) -> None:
+        if len(ran) == batches:
+            raise Stopped
+        ran.append(plan)
+        real(self, plan)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(Capture, "run", stop)
+        run(checkpoint, texts, root, **sections)
 
 
 def captured_only(checkpoint: Path, texts: Path, root: Path, patch: pytest.MonkeyPatch, **sections: Any) -> None:

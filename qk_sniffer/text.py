@@ -38,7 +38,7 @@ def python_literal(text: str) -> str:
 
 
 def say(*lines: object, to: TextIO | None = None) -> None:
-    """Prints lines on stdout, or on another stream. Each stays one line, whatever it holds.
+    """Prints lines on stdout, or on another stream. A line break in one of them is escaped.
 
     Characters that the stream's encoding lacks are escaped too.
     """
@@ -70,7 +70,7 @@ def counted(number: int, noun: str) -> str:
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Returns rows of cells as lines, the columns aligned. Each row is one line, whatever its cells hold."""
+    """Returns rows of cells as lines, the columns aligned. Line breaks in cells are escaped."""
     shown = [[*map(printable, row)] for row in rows]
     widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in shown)

@@ -133,7 +133,7 @@ def _text(path: Path) -> str:
     except OSError as error:
         raise ConfigError([f"{path} cannot be read: {error.strerror}. Repair it, or move it away"]) from None
     if len(data) > _LARGEST:
-        raise ConfigError([f"{path} is larger than {_LARGEST:,} bytes: it is no list of variables. Move it away"])
+        raise ConfigError([f"{path} is larger than {_LARGEST:,} bytes: it is not a list of variables. Move it away"])
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -19,8 +19,8 @@ _announced: set[str] = set()
 def announce() -> None:
     """Logs a warning that names the Hub of this process, once, unless it is huggingface.co or offline mode is on.
 
-    Call this before every first request: `hub.client` does so for its clients, and whoever lets transformers or
-    datasets talk to the Hub.
+    Call this before the first request. `hub.client` calls it for its clients. A caller that lets transformers or
+    datasets talk to the Hub calls it too.
     """
     from huggingface_hub import constants
 

@@ -88,7 +88,7 @@ def _run(config: ResolvedConfig, layout: Layout, stages: Stages, stopping: Stopp
 
 
 def _load(config: ResolvedConfig, start: Start, stages: Stages) -> Components:
-    """Loads the components. Meanwhile compares the dataset that the job adds to with its manifest.
+    """Loads the components. At the same time, compares the dataset that the job adds to with its manifest.
 
     A damaged file would otherwise be noticed when all new rows are captured.
     """

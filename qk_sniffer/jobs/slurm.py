@@ -84,7 +84,7 @@ _ADVICE = (
     ),
     (r"ReservationDeleted", "the reservation of the job was deleted; cancel the job, and rerun without it"),
 )
-"""Explains the reasons that do not end by themselves, or only with other jobs: patterns of SLURM's names for them."""
+"""Patterns of SLURM's names for reasons that last until a person acts or other jobs end, with their meaning."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def is_ordinary(reason: str) -> bool:
 
 
 def advice(reason: str) -> str | None:
-    """Returns the meaning of a reason and the way out; None if the wait ends by itself or the reason is unknown."""
+    """Returns the meaning of a reason and the way out; None if the job only waits its turn, or if the reason is unknown."""
     return next((text for pattern, text in _ADVICE if re.fullmatch(pattern, reason)), None)
 
 

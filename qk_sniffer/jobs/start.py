@@ -98,7 +98,7 @@ def _existing_work(config: ResolvedConfig, layout: Layout) -> _Existing:
     except UnreadableError:
         if not config.output.overwrite:
             raise
-        return _Existing("nothing", Folder(layout.root), None)  # replaced, whatever it is
+        return _Existing("nothing", Folder(layout.root), None)  # the job replaces it
     if config.output.resume_from_hub and not config.output.overwrite:
         branch = branch_ahead(config, layout, manifest)
         if branch is not None:

@@ -31,7 +31,7 @@ def write_atomic(path: Path, data: bytes, *, check: Check = unchecked) -> None:
     temporary = path.with_name(path.name + ".tmp")
     with explained(path, "write"):
         check()
-        with written_beside(temporary) as file:
+        with temporary_file(temporary) as file:
             file.write(data)
             file.flush()
             sync_file(file.fileno())
@@ -72,7 +72,7 @@ def open_regular(path: Path, *, follow_links: bool = True) -> BufferedReader:
 
 
 @contextmanager
-def written_beside(temporary: Path) -> Iterator[BinaryIO]:
+def temporary_file(temporary: Path) -> Iterator[BinaryIO]:
     """Creates `temporary` for a block that writes and renames it. An error removes the file.
 
     If the folder is replaced during the block, a file of this name is another process's: it stays.

@@ -24,7 +24,7 @@ import xxhash
 from msgspec import Meta
 
 from qk_sniffer.store import stored
-from qk_sniffer.store.disk import Check, OddFileError, open_regular, sync_file, sync_folder, unchecked, written_beside
+from qk_sniffer.store.disk import Check, OddFileError, open_regular, sync_file, sync_folder, unchecked, temporary_file
 from qk_sniffer.store.stored import LARGE, Count, UnreadableError
 
 SUFFIX = ".safetensors"
@@ -90,7 +90,7 @@ def write_segment(
 
     temporary = folder / f"{number:08d}.tmp"
     check()
-    with written_beside(temporary) as file:
+    with temporary_file(temporary) as file:
         start = len(header).to_bytes(8, "little") + header
         file.write(start)
         checksum = xxhash.xxh3_64(start)

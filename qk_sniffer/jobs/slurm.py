@@ -128,7 +128,7 @@ def is_ordinary(reason: str) -> bool:
 
 
 def advice(reason: str) -> str | None:
-    """Returns the meaning of a reason and the way out; None if the job only waits its turn, or if the reason is unknown."""
+    """Returns the meaning of a reason and the way out; None if a job only waits its turn, or for an unknown one."""
     return next((text for pattern, text in _ADVICE if re.fullmatch(pattern, reason)), None)
 
 

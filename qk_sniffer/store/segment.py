@@ -24,7 +24,7 @@ import xxhash
 from msgspec import Meta
 
 from qk_sniffer.store import stored
-from qk_sniffer.store.disk import Check, OddFileError, open_regular, sync_file, sync_folder, unchecked, temporary_file
+from qk_sniffer.store.disk import Check, OddFileError, open_regular, sync_file, sync_folder, temporary_file, unchecked
 from qk_sniffer.store.stored import LARGE, Count, UnreadableError
 
 SUFFIX = ".safetensors"

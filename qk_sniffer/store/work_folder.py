@@ -99,8 +99,8 @@ def _listed(folder: Path) -> list[Path]:
 def discard_work(layout: Layout, own_lock: Path, *, check: Check = unchecked) -> None:
     """Removes the work of another job, so that this one starts from nothing. A finished dataset stays.
 
-    Removes everything in the work folder: files, folders and links. Hold `own_lock`, the lock of this job's shard, and the start
-    lock. `check` is that of the own lock.
+    Removes everything in the work folder: files, folders and links. Hold `own_lock`, the lock of this job's shard, and
+    the start lock. `check` is that of the own lock.
 
     Raises:
         InUseError: a job is running in this root.

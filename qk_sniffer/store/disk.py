@@ -48,7 +48,7 @@ def create(path: Path) -> BinaryIO:
 
 
 class OddFileError(OSError):
-    """A path leads to a link that is not followed, or to something other than a regular file; `strerror` says which."""
+    """A path leads to a link that is not followed, or to something other than a regular file; `strerror` names it."""
 
 
 def open_regular(path: Path, *, follow_links: bool = True) -> BufferedReader:
@@ -63,11 +63,11 @@ def open_regular(path: Path, *, follow_links: bool = True) -> BufferedReader:
         descriptor = os.open(path, flags)
     except OSError as error:
         if error.errno == errno.ELOOP and not follow_links:
-            raise OddFileError(errno.ELOOP, "is a link, which is not followed", str(path)) from error
+            raise OddFileError(errno.ELOOP, "a link, which is not followed", str(path)) from error
         raise
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise OddFileError(errno.EINVAL, "is not a file", str(path))
+        raise OddFileError(errno.EINVAL, "not a file", str(path))
     return os.fdopen(descriptor, "rb")
 
 

@@ -119,7 +119,7 @@ def open_segment(path: Path) -> Iterator[BufferedReader]:
     try:
         file = open_regular(path, follow_links=False)
     except OddFileError as error:
-        raise DamageError(f"it {error.strerror}") from error
+        raise DamageError(f"it is {error.strerror}") from error
     with file:
         yield file
 

@@ -76,7 +76,7 @@ def read_bytes(path: Path, *, way_out: str, most_bytes: int = SMALL, follow_link
     except (FileNotFoundError, NotADirectoryError):
         raise
     except OddFileError as error:
-        raise UnreadableError(path, str(error.strerror), way_out) from error
+        raise UnreadableError(path, f"is {error.strerror}", way_out) from error
     except OSError as error:
         raise UnreadableError(path, f"cannot be read: {error.strerror}", way_out) from error
     if len(data) > most_bytes:

@@ -27,6 +27,9 @@ with_kernels = pytest.mark.parametrize(
 )
 both_dtypes = pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
 both_stages = pytest.mark.parametrize("pre_rope", [False, True], ids=["post_rope", "pre_rope"])
+post_rope_first = pytest.mark.parametrize(
+    "pre_rope", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["post_rope", "pre_rope"]
+)
 
 
 def whole(case: Case, folder: Path, *, kernel: str | None = None, dtype: str = "float32") -> PreTrainedModel:
@@ -124,7 +127,7 @@ def test_before_and_after_the_rotary_embedding_differ(case: Case, folder_of: Fol
 
 
 @with_kernels
-@both_stages
+@post_rope_first
 def test_the_forward_is_the_same_with_the_tap_open(
     case: Case, kernel: str, pre_rope: bool, folder_of: FolderOf
 ) -> None:
@@ -138,7 +141,7 @@ def test_the_forward_is_the_same_with_the_tap_open(
 
 
 @with_kernels
-@both_stages
+@post_rope_first
 def test_everything_is_put_back_also_after_an_exception(
     case: Case, kernel: str, pre_rope: bool, folder_of: FolderOf
 ) -> None:
@@ -160,7 +163,7 @@ def test_everything_is_put_back_also_after_an_exception(
 
 
 @with_kernels
-@both_stages
+@post_rope_first
 def test_right_padding_changes_no_valid_position_beyond_rounding(
     case: Case, kernel: str, pre_rope: bool, folder_of: FolderOf
 ) -> None:

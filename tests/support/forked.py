@@ -18,7 +18,7 @@ STEPS = {
     "compaction": ("qk_sniffer.store.compact", "_Job.write_heads"),
     "publication": ("qk_sniffer.store.promote", "sync_folder"),
     "manifest": ("qk_sniffer.store.manifest", "write_atomic"),
-    "removal": ("qk_sniffer.store.work_folder", "_remove_tree"),
+    "removal": ("qk_sniffer.store.work_folder", "remove"),
 }
 """The steps that a child reports, just before it runs them."""
 

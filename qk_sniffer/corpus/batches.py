@@ -86,7 +86,10 @@ def check_unchanged(
     Raises:
         SourceError: `example` has another text or id than `record`.
     """
-    if record is not None and (example.source_id, text_hash(example.text)) != (record.source_id, record.text_hash):
+    if record is None:
+        return
+    now = example.source_id, example.example_id, text_hash(example.text)
+    if now != (record.source_id, record.example_id, record.text_hash):
         raise _changed(f"row {example.index} of the dataset (id {example.source_id}) is not the text {origin}")
 
 

@@ -1,17 +1,18 @@
 """Turns the rows of a source into examples: selects the rows, keeps their order and assigns their ids.
 
 The `index` of an example is the index of its source row. It defines the order of all later steps. The `example_id`
-of an example is in all of its rows, and the sampler hashes it. Two examples therefore never share an `example_id`.
+of an example is in all of its rows, and the sampler hashes it. Two examples therefore never share an `example_id`:
+see `ids.py`.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 from typing import Any
 
 import numpy as np
 
 from qk_sniffer.config import DatasetConfig
+from qk_sniffer.corpus.ids import RepeatedIdError, StreamedIds, moved_numbers, preferred_number
 from qk_sniffer.corpus.sources import Source, open_source
 from qk_sniffer.errors import SourceError
 
@@ -44,13 +45,6 @@ def open_corpus(config: DatasetConfig, commit: str | None = None) -> "Corpus":
     return Corpus(config, open_source(config, commit))
 
 
-def example_id_of(source_id: Any) -> int:
-    """Returns an integer id that fits int32 unchanged, and a 31-bit digest of the text of any other id."""
-    if isinstance(source_id, int) and not isinstance(source_id, bool) and -(2**31) <= source_id < 2**31:
-        return source_id
-    return int.from_bytes(blake2b(str(source_id).encode(), digest_size=4).digest(), "big") & 0x7FFFFFFF
-
-
 class Corpus:
     """The examples of one source, in the order of its rows.
 
@@ -67,10 +61,12 @@ class Corpus:
         id_column = [config.id_column] if config.id_column is not None else []
         self._rows = source.rows.select_columns(list({config.text_column, *id_column, *config.filter}))
         self._used: Sequence[int] | None = None
+        self._moved: dict[int, int] = {}
+        """The example_ids of the rows whose preferred number another example has, by index."""
         if not config.streaming:
             self._used = self._rows_used()
             if config.id_column is not None:
-                self._check_ids(self._used, config.id_column)
+                self._moved = self._moved_ids(self._used, config.id_column)
 
     @property
     def commit(self) -> str | None:
@@ -106,7 +102,7 @@ class Corpus:
         """
         self._skipped = 0
         self._last_index = -1
-        met: dict[int, Example] = {}
+        streamed = StreamedIds()
         any_text = False
         sound = 0
         try:
@@ -115,11 +111,9 @@ class Corpus:
                 mine = index % shard_count == shard_index and place >= after
                 if self._has_text(index, row):
                     any_text = True
-                    example = self._example(index, row)
-                    if self._used is None and self._config.id_column is not None:
-                        self._meet(example, met)
+                    example_id, source_id = self._ids(index, row, streamed)
                     if mine:
-                        yield example
+                        yield Example(index, example_id, str(source_id), row[self._config.text_column])
                 else:
                     self._skipped += mine
                 sound = place + 1
@@ -174,59 +168,61 @@ class Corpus:
             raise self._no_rows()
         return used[: self._config.max_samples]
 
-    def _check_ids(self, used: Sequence[int], id_column: str) -> None:
-        """Reads the ids of all rows, and the texts of only the rows whose ids may be wrong."""
-        ids = np.empty(len(used), np.int32)
-        suspect = np.zeros(len(used), np.bool_)
+    def _moved_ids(self, used: Sequence[int], id_column: str) -> dict[int, int]:
+        """Reads the ids of all rows, and the texts of only the rows whose numbers other rows may claim too.
+
+        Raises:
+            SourceError: an example has no id, or the id of another example.
+        """
+        preferred = np.zeros(len(used), np.int32)
+        without_id = []
         for place, source_id in enumerate(self._column(id_column, used)):
-            ids[place] = 0 if source_id is None else example_id_of(source_id)
-            suspect[place] = source_id is None
-        order = np.argsort(ids, kind="stable")
-        repeated = np.flatnonzero(ids[order][1:] == ids[order][:-1])
-        suspect[order[repeated]] = suspect[order[repeated + 1]] = True
-        met: dict[int, Example] = {}
-        for place in np.flatnonzero(suspect).tolist():
-            index = used[place]
-            row = self._rows[index]
-            if self._has_text(index, row):
-                self._meet(self._example(index, row), met)
+            if source_id is None:
+                without_id.append(place)
+            else:
+                preferred[place] = preferred_number(source_id)
+
+        def id_of(place: int) -> str | None:
+            row = self._rows[used[place]]
+            return str(self._source_id(used[place], row)) if self._has_text(used[place], row) else None
+
+        try:
+            moved = moved_numbers(preferred, id_of, without_id)
+        except RepeatedIdError as error:
+            raise self._repeated(used[error.first], used[error.second], id_of(error.second)) from None
+        return {used[place]: number for place, number in moved.items()}
 
     def _column(self, column: str, used: Sequence[int]) -> Iterator[Any]:
         rows = self._rows.select_columns([column]).select(used).with_format("arrow")
         for table in rows.iter(_BATCH_ROWS):
             yield from table[column].to_pylist()
 
-    def _example(self, index: int, row: dict[str, Any]) -> Example:
-        text = row[self._config.text_column]
+    def _ids(self, index: int, row: dict[str, Any], streamed: StreamedIds) -> tuple[int, Any]:
+        """Returns the example_id and the id of a row with text. `streamed` has those of earlier rows of a stream."""
+        source_id = self._source_id(index, row)
+        if self._used is not None or self._config.id_column is None:
+            return self._moved.get(index, preferred_number(source_id)), source_id
+        try:
+            return streamed.add(index, source_id), source_id
+        except RepeatedIdError as error:
+            raise self._repeated(error.first, index, source_id) from None
+
+    def _source_id(self, index: int, row: dict[str, Any]) -> Any:
         if self._config.id_column is None:
-            return Example(index, index, str(index), text)
+            return index
         source_id = row[self._config.id_column]
         if source_id is None:
             raise SourceError(
                 f"{self._source.name}: row {index} has no id (column {self._config.id_column!r} is null there). "
                 "Use another dataset.id_column, or the row's index as the id: dataset.id_column=null"
             )
-        return Example(index, example_id_of(source_id), str(source_id), text)
+        return source_id
 
-    def _meet(self, example: Example, met: dict[int, Example]) -> None:
-        """Adds the example, without its text, to `met`.
-
-        Raises:
-            SourceError: another example in `met` has the same example_id.
-        """
-        first = met.setdefault(example.example_id, Example(example.index, example.example_id, example.source_id, ""))
-        if first.index == example.index:
-            return
-        if first.source_id == example.source_id:
-            what = f"rows {first.index} and {example.index} have the same id {example.source_id!r}"
-        else:
-            what = (
-                f"the ids {first.source_id!r} of row {first.index} and {example.source_id!r} of row {example.index} "
-                f"differ, but have the same 31-bit example_id {example.example_id} (a hash collision)"
-            )
-        raise SourceError(
-            f"{self._source.name}, column {self._config.id_column!r}: {what}. Their sampled rows could not be told "
-            "apart. Use the row's index as the id: dataset.id_column=null"
+    def _repeated(self, first: int, second: int, source_id: Any) -> SourceError:
+        return SourceError(
+            f"{self._source.name}, column {self._config.id_column!r}: rows {first} and {second} have the same id "
+            f"{str(source_id)!r}. Their sampled rows could not be told apart. Use the row's index as the id: "
+            "dataset.id_column=null"
         )
 
     def _has_text(self, index: int, row: dict[str, Any]) -> bool:

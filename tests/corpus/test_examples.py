@@ -12,7 +12,8 @@ from datasets import Features, IterableDataset, Value
 from support.data_files import ROWS, TEXTS, both_ways, jsonl, message, opened, parquet, texts, write
 
 from qk_sniffer.config import DatasetConfig
-from qk_sniffer.corpus.examples import Corpus, example_id_of
+from qk_sniffer.corpus.examples import Corpus
+from qk_sniffer.corpus.ids import preferred_number
 from qk_sniffer.corpus.sources import Source
 from qk_sniffer.errors import SourceError
 
@@ -62,13 +63,13 @@ def test_shards_share_out_the_rows(tmp_path: Path, streaming: bool) -> None:
 
 
 def test_example_ids_are_frozen() -> None:
-    assert [example_id_of(value) for value in (0, 7, -9, 2**31 - 1, -(2**31))] == [0, 7, -9, 2**31 - 1, -(2**31)]
+    assert [preferred_number(value) for value in (0, 7, -9, 2**31 - 1, -(2**31))] == [0, 7, -9, 2**31 - 1, -(2**31)]
     # printf '%s' a | b2sum -l 32, with the highest bit cleared
     frozen = {"a": 0x4A234C55, "row-78153": 0x3C8CCB96}
-    assert {value: example_id_of(value) for value in frozen} == frozen
+    assert {value: preferred_number(value) for value in frozen} == frozen
     for value in (2**31, -(2**31) - 1, True, 1.5, "7", "漢"):
         digest = hashlib.blake2b(str(value).encode("utf-8"), digest_size=4).hexdigest()
-        assert example_id_of(value) == int(digest, 16) % 2**31
+        assert preferred_number(value) == int(digest, 16) % 2**31
 
 
 @both_ways
@@ -80,8 +81,8 @@ def test_ids_of_every_type(tmp_path: Path, streaming: bool) -> None:
         return [(example.example_id, example.source_id) for example in examples]
 
     assert ids(None) == [(0, "0"), (1, "1"), (2, "2")]
-    assert ids("id") == [(example_id_of(name), name) for name in "acf"]
-    assert ids("n") == [(7, "7"), (-9, "-9"), (example_id_of(2**31), str(2**31))]
+    assert ids("id") == [(preferred_number(name), name) for name in "acf"]
+    assert ids("n") == [(7, "7"), (-9, "-9"), (preferred_number(2**31), str(2**31))]
 
 
 @both_ways
@@ -93,17 +94,24 @@ def test_two_rows_of_one_id_are_refused(tmp_path: Path, streaming: bool) -> None
 
 
 @both_ways
-def test_colliding_ids_are_refused(tmp_path: Path, streaming: bool) -> None:
+def test_an_id_whose_number_is_taken_gets_the_next_free_one(tmp_path: Path, streaming: bool) -> None:
     # Two strings, found by search, with the same digest; then an integer that is the digest of another.
-    assert example_id_of("row-78153") == example_id_of("row-85955") == 1015860118
-    for one, other in (("row-78153", "row-85955"),):
-        rows = [{"id": "x", "text": "text"}, {"id": one, "text": "text"}, {"id": other, "text": "text"}]
-        text = message(write(tmp_path / "rows.jsonl", jsonl(rows)), id_column="id", streaming=streaming)
-        assert f"{one!r} of row 1 and {other!r} of row 2 differ" in text and "hash collision" in text
-        assert "1015860118" in text and "dataset.id_column=null" in text
+    assert preferred_number("row-78153") == preferred_number("row-85955") == 1015860118
     big = 2**31 + 5
-    file = write(tmp_path / "ints.parquet", parquet([{"id": i, "text": "t"} for i in (big, example_id_of(big))]))
-    assert "hash collision" in message(file, id_column="id", streaming=streaming)
+    digest = preferred_number(big)
+    for one, other, number in (("row-78153", "row-85955", 1015860118), (big, digest, digest)):
+        rows = [{"id": one, "text": " "}, {"id": 1, "text": "text"}, {"id": one, "text": "text"}]
+        rows += [{"id": other, "text": "text"}]
+        if isinstance(one, str):
+            rows[1]["id"] = "x"
+        file = write(tmp_path / f"{number}.parquet", parquet(rows))
+        corpus = opened(file, id_column="id", streaming=streaming)
+        found = [(example.source_id, example.example_id) for example in corpus.examples()]
+        assert found[1:] == [(str(one), number), (str(other), number + 1)]
+        assert [each.example_id for each in corpus.examples(shard_index=3, shard_count=4)] == [number + 1]
+        assert [each.example_id for each in corpus.examples(after=3)] == [number + 1]
+        alone = opened(file, id_column="id", streaming=streaming, filter={"id": other})
+        assert [each.example_id for each in alone.examples()] == [number]
 
 
 def test_clashes_are_found_before_the_first_text_and_across_shards(tmp_path: Path) -> None:
@@ -156,7 +164,6 @@ FAULTS = {
     "bad line": ('{"text": "a", "id": "x"}\n{"text": \n', "b.jsonl cannot be read: JSON parse error"),
     "no id": ('{"text": "a"}\n', "row 5 has no id"),
     "repeated id": ('{"text": "a", "id": "1"}\n', "rows 1 and 5 have the same id"),
-    "collision": ('{"text": "a", "id": "row-85955"}\n', "hash collision"),
     "type": ('{"text": ["a"], "id": "x"}\n', "cannot be read: Couldn't cast"),
     "encoding": ('{"text": "\\ud800", "id": "x"}\n', "b.jsonl cannot be read: JSON parse error"),
 }

@@ -205,6 +205,24 @@ def test_shards_add_to_a_dataset_of_one_job(
     assert hashes(root) == hashes(whole)
 
 
+@pytest.mark.parametrize("streaming", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_ids_of_one_digest_have_the_same_numbers_in_a_dataset_that_grew_and_in_shards(
+    streaming: bool, checkpoint: Path, tmp_path: Path
+) -> None:
+    names = ["row-78153", "doc", "row-85955", "end"]  # the first and the third have the same digest
+    lines = [json.dumps({"text": text, "id": name}) + "\n" for text, name in zip(TEXTS, names, strict=False)]
+    texts, dataset = tmp_path / "texts.jsonl", {"id_column": "id", "streaming": streaming}
+    texts.write_text("".join(lines), encoding="utf-8")
+    grown, sharded = tmp_path / "grown", tmp_path / "sharded"
+    for count in (2, None):
+        run(checkpoint, texts, grown, **ALONE, dataset=dataset | {"max_samples": count})
+    for index in range(2):
+        run(checkpoint, texts, sharded, **ALONE, dataset=dataset, shard={"count": 2, "index": index})
+    found = heads_of(grown)["l00h00q"]["example_id"].unique().to_pylist()
+    assert found[2] == found[0] + 1 == 1015860119
+    assert hashes(grown) == hashes(sharded)
+
+
 def test_a_killed_job_that_adds_goes_on_and_leaves_the_old_dataset_to_readers(
     checkpoint: Path,
     texts: Path,

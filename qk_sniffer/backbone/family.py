@@ -40,7 +40,8 @@ class Family:
         {r"^language_model\.model\.": "model.", r"^model\.language_model\.": "model."}
     )
     """Pattern -> replacement: maps the names of the decoder's weights in a multimodal checkpoint to the decoder's own.
-    The two patterns are of older and of newer files."""
+    A family that overrides it loads the decoder alone; otherwise the class of the whole model names the weights, if
+    transformers has one. The two patterns are of older and of newer files."""
 
     unused = ("pooler.",)
     """Prefixes of decoder weights that no query or key depends on. A checkpoint may lack these weights."""

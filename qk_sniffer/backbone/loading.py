@@ -1,9 +1,11 @@
 """Loads the decoder of a checkpoint; an incomplete one is an error that names the missing weights."""
 
 import logging
+import re
 import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +19,7 @@ from qk_sniffer.backbone.family import Family, find_family, imported_family
 from qk_sniffer.backbone.gguf import check_gguf, gguf_source, refuse_lost
 from qk_sniffer.backbone.loaded_weights import refuse_incomplete
 from qk_sniffer.backbone.trailing_layers import cut_after
+from qk_sniffer.backbone.wrapper import is_wrapper, load_decoder, model_class, with_text_config
 from qk_sniffer.config import ModelConfig
 from qk_sniffer.errors import QkSnifferError, SourceError
 from qk_sniffer.hub.endpoint import announce
@@ -79,20 +82,29 @@ def _cached_first(config: ModelConfig, commit: str | None, load: Callable[[dict[
         return load(source)
 
 
-def _read_config(config: ModelConfig, source: dict[str, Any]) -> tuple[PretrainedConfig, Family, dict[str, Any]]:
-    """Returns the decoder's config with its overrides, its family, and the arguments that load it."""
+@dataclass(frozen=True)
+class _Model:
+    """A model whose config is read."""
+
+    text: PretrainedConfig
+    """The decoder's config, with its overrides."""
+    wrapper: PretrainedConfig | None
+    """The config of the larger model whose class loads the decoder; None if the decoder's own class loads it."""
+    family: Family
+    source: dict[str, Any]
+    """The arguments that locate the weights and name them."""
+
+
+def _read_config(config: ModelConfig, source: dict[str, Any]) -> _Model:
     # The import comes first, because it may register the model with transformers.
     named = None if config.family is None else imported_family(config.family)
     if config.gguf_file is not None:
         source = gguf_source(config.gguf_file, source)
     whole = AutoConfig.from_pretrained(**source)
-    text = whole.get_text_config()
+    text = _text_config(whole)
     family = named or find_family(text.model_type)
-    if text is not whole:
-        # A multimodal checkpoint: only its decoder is built, from weights with the names of the whole model.
-        source = source | {"key_mapping": family.key_mapping}
-        if (quantization := getattr(whole, "quantization_config", None)) is not None:
-            text.quantization_config = quantization
+    if text is not whole and (quantization := getattr(whole, "quantization_config", None)) is not None:
+        text.quantization_config = quantization
     saved = _as_saved(whole, text, source) if config.config_overrides and config.gguf_file is None else {}
     overridden = with_overrides(text, config.config_overrides, saved)
     attends_to_encoder = whole.is_encoder_decoder and "is_encoder_decoder" not in config.config_overrides
@@ -103,13 +115,21 @@ def _read_config(config: ModelConfig, source: dict[str, Any]) -> tuple[Pretraine
         )
     if config.gguf_file is not None:
         refuse_lost(overridden, config, source["gguf_file"])
-    return overridden, family, source
+    if config.gguf_file is None and not whole.is_encoder_decoder and is_wrapper(whole, text, family):
+        return _Model(overridden, with_text_config(whole, text, overridden), family, source)
+    return _Model(overridden, None, family, source if text is whole else source | {"key_mapping": family.key_mapping})
+
+
+def _text_config(whole: PretrainedConfig) -> PretrainedConfig:
+    try:
+        return whole.get_text_config()
+    except ValueError:  # an encoder of texts next to a decoder
+        return whole.get_text_config(decoder=True)
 
 
 def _as_saved(whole: PretrainedConfig, text: PretrainedConfig, source: dict[str, Any]) -> dict[str, Any]:
     """Returns the decoder's part of config.json as saved, before the config's class changes it; may be empty."""
-    where = {key: value for key, value in source.items() if key != "key_mapping"}
-    raw: dict[str, Any] = PretrainedConfig.get_config_dict(**where)[0]
+    raw: dict[str, Any] = PretrainedConfig.get_config_dict(**source)[0]
     if text is whole:
         return raw
     parts = [part for part in raw.values() if isinstance(part, dict)]
@@ -124,28 +144,42 @@ def _auto_class(config: ModelConfig, model_config: PretrainedConfig, family: Fam
     # Tensors of GGUF files have the names of the model with its head. Without it, some types find no tensor.
     if own_code_has_head_only or (config.gguf_file is not None and family.auto_class == "AutoModel"):
         return getattr(transformers, with_head)
-    return getattr(transformers, family.auto_class)
+    named = getattr(transformers, family.auto_class)
+    if offered or not hasattr(named, "_model_mapping") or type(model_config) in named._model_mapping:
+        return named
+    if (found := model_class(model_config)) is None:
+        raise SourceError(
+            f"model {config.name}: transformers {transformers.__version__} has no class that loads a decoder of the "
+            f"type {model_config.model_type}. A family can name one (model.family=package.module:Class, "
+            "Family.auto_class)"
+        )
+    return found
 
 
 def _loaded(
     config: ModelConfig, source: dict[str, Any], layers: Collection[int] | None
 ) -> tuple[PreTrainedModel, Family, dict[str, Any]]:
-    model_config, family, source = _read_config(config, source)
+    found = _read_config(config, source)
+    arguments = found.source | {
+        "dtype": getattr(torch, config.dtype),
+        "device_map": config.device_map,
+        "use_safetensors": None if config.allow_pickle or config.gguf_file else True,
+        "ignore_mismatched_sizes": True,  # reported below, with all other wrong weights
+        "output_loading_info": True,
+    }
     if config.gguf_file is not None:
         # Without this, a quantized file may stay packed and run on its own kernels, those of attention included.
-        source = source | {"quantization_config": GgufConfig(dequantize=True)}
-    with nullcontext() if layers is None else cut_after(layers, family):
-        model, info = _auto_class(config, model_config, family).from_pretrained(
-            config=model_config,
-            dtype=getattr(torch, config.dtype),
-            device_map=config.device_map,
-            attn_implementation=config.attn_implementation,
-            use_safetensors=None if config.allow_pickle or config.gguf_file else True,
-            ignore_mismatched_sizes=True,  # reported below, with all other wrong weights
-            output_loading_info=True,
-            **source,
-        )
-    return model, family, info
+        arguments["quantization_config"] = GgufConfig(dequantize=True)
+    with nullcontext() if layers is None else cut_after(layers, found.family):
+        if found.wrapper is not None:
+            if config.attn_implementation is not None:
+                found.text._attn_implementation = config.attn_implementation  # its towers may not support it
+            model, info = load_decoder(found.wrapper, found.text, found.family, **arguments)
+        else:
+            model, info = _auto_class(config, found.text, found.family).from_pretrained(
+                config=found.text, attn_implementation=config.attn_implementation, **arguments
+            )
+    return model, found.family, info
 
 
 @contextmanager
@@ -174,7 +208,7 @@ def _loading(config: ModelConfig) -> Iterator[None]:
         raise
     except Exception as error:  # any error of the checkpoint or of the code in it
         hint = "; set model.trust_remote_code=true if you trust its code" if "trust_remote_code" in str(error) else ""
-        text = " ".join(str(error).split())
+        text = re.sub(r"\W*(Model type should be|Should contain) one of .*", "", " ".join(str(error).split()))
         raise SourceError(f"{where} cannot be loaded: {type(error).__name__}: {text}{hint}") from error
     finally:
         transformers.logging.set_verbosity(verbosity)

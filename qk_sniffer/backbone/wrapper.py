@@ -42,7 +42,7 @@ def is_wrapper(whole: PretrainedConfig, text: PretrainedConfig, family: Family) 
 
 
 def model_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
-    """Returns the class of transformers that loads a model of `config`; None without one, and for a model's own code."""
+    """Returns the class of transformers that loads a model of `config`; None without one, as for own code."""
     for name in _AUTO_CLASSES:
         known = getattr(transformers, name)._model_mapping
         if type(config) in known:

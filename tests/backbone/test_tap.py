@@ -91,8 +91,19 @@ def compile_attention(decoder: Any, backend: Any) -> Any:
     return decoder
 
 
-@pytest.mark.parametrize("how", [compile_whole, compile_in_place, compile_some_layers, compile_attention])
-@pytest.mark.parametrize("pre_rope", [False, True], ids=["post_rope", "pre_rope"])
+@pytest.mark.parametrize(
+    ("how", "pre_rope"),
+    [
+        (compile_whole, False),
+        (compile_in_place, True),
+        (compile_some_layers, False),
+        (compile_attention, False),
+        pytest.param(compile_whole, True, marks=pytest.mark.slow),
+        pytest.param(compile_in_place, False, marks=pytest.mark.slow),
+        pytest.param(compile_some_layers, True, marks=pytest.mark.slow),
+        pytest.param(compile_attention, True, marks=pytest.mark.slow),
+    ],
+)
 def test_a_compiled_model_shows_the_vectors_of_the_model_that_it_was_compiled_from(
     decoder: Any, how: Callable[..., Any], pre_rope: bool
 ) -> None:

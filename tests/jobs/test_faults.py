@@ -109,7 +109,7 @@ def test_killed_at_random_moments_of_every_step(
     assert hashes(root) == whole
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGINT", marks=pytest.mark.slow)])
 def test_a_signal_stops_it_at_the_next_batch(
     name: str, server: Server, job: dict[str, Any], whole: dict[str, str]
 ) -> None:

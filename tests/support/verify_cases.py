@@ -26,8 +26,8 @@ def verified(root: Path) -> str:
     """Returns the report, and checks that it does not depend on the sizes of batches."""
     report = verify(root)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(verify_rows, "BLOCK_TOKENS", 100)
-        patch.setattr(verify_rows, "BATCH_ROWS", 20)
+        patch.setattr(verify_rows, "BLOCK_TOKENS", 300)
+        patch.setattr(verify_rows, "BATCH_ROWS", 60)
         patch.setattr(verify_rows, "BATCH_BYTES", 5000)
         patch.setattr(verify_module, "HEADS_PER_TASK", 3)
         assert str(verify(root)) == str(report)

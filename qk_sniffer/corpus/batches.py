@@ -89,8 +89,14 @@ def check_unchanged(
     if record is None:
         return
     now = example.source_id, example.example_id, text_hash(example.text)
-    if now != (record.source_id, record.example_id, record.text_hash):
-        raise _changed(f"row {example.index} of the dataset (id {example.source_id}) is not the text {origin}")
+    if now == (record.source_id, record.example_id, record.text_hash):
+        return
+    if now[2] == record.text_hash and now[0] != record.source_id:
+        raise _changed(
+            f"row {example.index} of the dataset has the id {example.source_id} now, and had {record.source_id} with "
+            f"the text {origin} (earlier versions read some ids as numbers or dates)"
+        )
+    raise _changed(f"row {example.index} of the dataset (id {example.source_id}) is not the text {origin}")
 
 
 def check_same_texts(

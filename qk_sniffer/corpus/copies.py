@@ -1,23 +1,20 @@
-"""Checks the copies of texts that `datasets` keeps in its cache: their folder, and whether they are still current."""
+"""Keeps the copies that `datasets` makes of local files apart by the content of the files, and checks their folder."""
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from qk_sniffer.errors import SourceError
 from qk_sniffer.text import is_utf8_path, utf8_way_out
 
 
-def is_stale(builder: Any, files: Sequence[str]) -> bool:
-    """Whether a local file may have changed since `datasets` made its copy of the files.
-
-    `datasets` compares the time of the last change of content, which an archive or `cp -p` gives to other files too.
-    """
-    try:
-        made = Path(builder.cache_dir, "dataset_info.json").stat().st_mtime_ns
-        return any(Path(file).stat().st_ctime_ns >= made for file in files)
-    except OSError:  # there is no copy, or an error that the reader explains
-        return False
+def digest_of(files: Sequence[str]) -> str:
+    """Returns a digest of the contents of files. `datasets` itself compares times, which other files may have too."""
+    whole = hashlib.sha256()
+    for file in files:
+        with Path(file).open("rb") as content:
+            whole.update(hashlib.file_digest(content, "sha256").digest())
+    return whole.hexdigest()[:32]
 
 
 def check_cache(where: str) -> None:

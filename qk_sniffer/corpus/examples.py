@@ -7,16 +7,20 @@ see `ids.py`.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
 
 from qk_sniffer.config import DatasetConfig
-from qk_sniffer.corpus.ids import RepeatedIdError, StreamedIds, moved_numbers, preferred_number
+from qk_sniffer.corpus.ids import RepeatedIdError, StreamedIds, moved_numbers, preferred_number, repeated_places
+from qk_sniffer.corpus.rows import no_rows
 from qk_sniffer.corpus.sources import Source, open_source
+from qk_sniffer.corpus.values import Filter, id_of
 from qk_sniffer.errors import SourceError
 
-_BATCH_ROWS = 10_000
+_SHOWN_ROWS = 1_000
+"""The rows of which an error shows values."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +61,10 @@ class Corpus:
         self._source = source
         self._skipped = 0
         self._last_index = -1
-        self._check_columns()
         id_column = [config.id_column] if config.id_column is not None else []
-        self._rows = source.rows.select_columns(list({config.text_column, *id_column, *config.filter}))
+        self._columns = sorted({config.text_column, *id_column, *config.filter})
+        self._kinds = source.rows.kinds(self._columns)
+        self._check_columns()
         self._used: Sequence[int] | None = None
         self._moved: dict[int, int] = {}
         """The example_ids of the rows whose preferred number another example has, by index."""
@@ -143,30 +148,72 @@ class Corpus:
         """Yields used rows with their number among the used rows and their index: those of the shard and `after`, or
         all of them when streaming."""
         if self._used is not None:
-            for place in range(after, len(self._used)):
-                index = self._used[place]
+            for place, (index, row) in enumerate(self._rows_at(self._used, self._columns, after), after):
                 if index % shard_count == shard_index:
-                    yield place, index, self._rows[index]
+                    yield place, index, row
             return
         used = 0
-        for index, row in enumerate(self._source.read(self._rows)):
-            if all(row[column] == value for column, value in self._config.filter.items()):
+        filter = self._filter()
+        for index, row in enumerate(self._source.rows.read(self._columns)):
+            if filter.accepts(row):
                 yield used, index, row
                 used += 1
                 if used == self._config.max_samples:
                     return
         if not used:
-            raise self._no_rows()
+            raise self._no_rows(filter)
+
+    def _rows_at(
+        self, indices: Sequence[int], columns: Sequence[str], after: int = 0
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yields the rows of `indices`, which ascend, without the first `after` of them. Reads the source once.
+
+        Raises:
+            SourceError: the source has lost rows since it was opened.
+        """
+        wanted = iter(indices[after:])
+        index = next(wanted, None)
+        if index is None:
+            return
+        for number, row in enumerate(self._source.rows.read(columns, index), index):
+            if number == index:
+                yield index, row
+                index = next(wanted, None)
+                if index is None:
+                    return
+        raise SourceError(
+            f"{self._source.name} has no row {index} any more: it was changed while the job read it. Rerun the "
+            "command, which keeps what was captured before"
+        )
 
     def _rows_used(self) -> Sequence[int]:
-        used: Sequence[int] = range(len(self._rows))
+        rows, most, filter = self._source.rows, self._config.max_samples, self._filter()
         if self._config.filter:
-            columns = (self._column(column, used) for column in self._config.filter)
-            wanted = tuple(self._config.filter.values())
-            used = [index for index, values in enumerate(zip(*columns, strict=True)) if values == wanted]
+            columns: list[str] = [*self._config.filter, *([] if rows.has_schema else [self._config.text_column])]
+            passed = (index for index, row in enumerate(self._checked(columns)) if filter.accepts(row))
+            used: Sequence[int] = list(islice(passed, most))
+        elif rows.has_schema:
+            used = range(rows.count(most))
+        else:
+            used = range(sum(1 for _ in islice(self._checked([self._config.text_column]), most)))
         if not used:
-            raise self._no_rows()
-        return used[: self._config.max_samples]
+            raise self._no_rows(filter)
+        return used
+
+    def _checked(self, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+        """Yields these columns of all rows. Checks that texts are text, which no schema says."""
+        for index, row in enumerate(self._source.rows.read(columns)):
+            if self._config.text_column in row:
+                self._has_text(index, row)
+            yield row
+
+    def _filter(self) -> Filter:
+        filter = Filter(self._config.filter, self._kinds, typed=self._source.rows.typed)
+        if self._source.rows.has_schema and filter.impossible:
+            for row in islice(self._source.rows.read([*self._config.filter]), _SHOWN_ROWS):
+                filter.accepts(row)
+            raise self._no_rows(filter)
+        return filter
 
     def _moved_ids(self, used: Sequence[int], id_column: str) -> dict[int, int]:
         """Reads the ids of all rows, and the texts of only the rows whose numbers other rows may claim too.
@@ -175,27 +222,35 @@ class Corpus:
             SourceError: an example has no id, or the id of another example.
         """
         preferred = np.zeros(len(used), np.int32)
-        without_id = []
-        for place, source_id in enumerate(self._column(id_column, used)):
+        places = []
+        for place, (_, row) in enumerate(self._rows_at(used, [id_column])):
+            source_id = id_of(row[id_column], typed=self._source.rows.typed)
             if source_id is None:
-                without_id.append(place)
+                places.append(place)
             else:
                 preferred[place] = preferred_number(source_id)
 
-        def id_of(place: int) -> str | None:
-            row = self._rows[used[place]]
-            return str(self._source_id(used[place], row)) if self._has_text(used[place], row) else None
+        def text_of(index: int, row: dict[str, Any]) -> str | None:
+            return str(self._source_id(index, row)) if self._has_text(index, row) else None
+
+        # One pass over the source reads nearly all rows that `moved_numbers` asks for.
+        known: dict[int, str | None] = {}
+        likely = sorted({*places, *repeated_places(preferred)})
+        for place, (index, row) in zip(
+            likely, self._rows_at([used[each] for each in likely], self._columns), strict=True
+        ):
+            known[place] = text_of(index, row)
+
+        def id_at(place: int) -> str | None:
+            if place not in known:
+                known[place] = text_of(*next(self._rows_at([used[place]], self._columns)))
+            return known[place]
 
         try:
-            moved = moved_numbers(preferred, id_of, without_id)
+            moved = moved_numbers(preferred, id_at, places)
         except RepeatedIdError as error:
-            raise self._repeated(used[error.first], used[error.second], id_of(error.second)) from None
+            raise self._repeated(used[error.first], used[error.second], id_at(error.second)) from None
         return {used[place]: number for place, number in moved.items()}
-
-    def _column(self, column: str, used: Sequence[int]) -> Iterator[Any]:
-        rows = self._rows.select_columns([column]).select(used).with_format("arrow")
-        for table in rows.iter(_BATCH_ROWS):
-            yield from table[column].to_pylist()
 
     def _ids(self, index: int, row: dict[str, Any], streamed: StreamedIds) -> tuple[int, Any]:
         """Returns the example_id and the id of a row with text. `streamed` has those of earlier rows of a stream."""
@@ -210,7 +265,7 @@ class Corpus:
     def _source_id(self, index: int, row: dict[str, Any]) -> Any:
         if self._config.id_column is None:
             return index
-        source_id = row[self._config.id_column]
+        source_id = id_of(row[self._config.id_column], typed=self._source.rows.typed)
         if source_id is None:
             raise SourceError(
                 f"{self._source.name}: row {index} has no id (column {self._config.id_column!r} is null there). "
@@ -235,10 +290,11 @@ class Corpus:
         return text is not None and text != "" and not text.isspace()
 
     def _any_text(self) -> bool:
-        return any(self._has_text(index, self._rows[index]) for index in self._used or ())
+        rows = self._rows_at(self._used or (), [self._config.text_column])
+        return any(self._has_text(index, row) for index, row in rows)
 
     def _check_columns(self) -> None:
-        config, types = self._config, self._source.column_types()
+        config, types = self._config, self._kinds
         has = f"It has: {', '.join(f'{column} ({kind})' for column, kind in types.items())}"
         wanted = {"dataset.text_column": config.text_column, "dataset.id_column": config.id_column}
         wanted |= {f"dataset.filter.{column}": column for column in config.filter}
@@ -252,9 +308,12 @@ class Corpus:
                 f"to a column of strings. {has}"
             )
 
-    def _no_rows(self) -> SourceError:
-        left = f" that pass dataset.filter={self._config.filter}" if self._config.filter else ""
-        return SourceError(f"{self._source.name} has no rows{left}")
+    def _no_rows(self, filter: Filter) -> SourceError:
+        if not self._config.filter:
+            return no_rows(self._source.name)
+        return SourceError(
+            f"{self._source.name} has no rows that pass dataset.filter={self._config.filter}: {filter.explain()}"
+        )
 
 
 def _way_out(sound: int) -> str:

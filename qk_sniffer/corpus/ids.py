@@ -54,8 +54,7 @@ def moved_numbers(
     """
     order = np.argsort(preferred, kind="stable")
     ordered = preferred[order]
-    again = np.flatnonzero(ordered[1:] == ordered[:-1])
-    queued = {*order[again].tolist(), *order[again + 1].tolist(), *np.asarray(suspects, np.int64).tolist()}
+    queued = {*repeated_places(preferred), *np.asarray(suspects, np.int64).tolist()}
     waiting = list(queued)
     heapify(waiting)
     holders: dict[int, tuple[int, str]] = {}
@@ -92,6 +91,14 @@ def moved_numbers(
                     queued.add(later)
                     heappush(waiting, later)
     return moved
+
+
+def repeated_places(preferred: npt.NDArray[np.int32]) -> set[int]:
+    """Returns the places whose preferred number another place prefers too."""
+    order = np.argsort(preferred, kind="stable")
+    ordered = preferred[order]
+    again = np.flatnonzero(ordered[1:] == ordered[:-1])
+    return {*order[again].tolist(), *order[again + 1].tolist()}
 
 
 class StreamedIds:

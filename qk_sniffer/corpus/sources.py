@@ -1,47 +1,37 @@
 """Opens the rows of `dataset.path`: a Hub repository, a local folder, a file, or the embedded documentation.
 
-The library `datasets` reads all of them. This module replaces its errors by errors that name the problem and the way
-out. It imports `datasets` inside functions, so that a mistyped setting is reported without loading it.
+The library `datasets` finds the configs, splits and files of a folder or repository. The readers of this package give
+the values of parquet, json, csv and txt files (`rows.py`), and the library those of other formats. This module replaces
+its errors by errors that name the problem and the way out. It imports `datasets` inside functions, so that a mistyped
+setting is reported without loading it.
 """
 
-import glob
 import logging
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any
 
 from qk_sniffer.config import DatasetConfig
-from qk_sniffer.corpus.copies import check_cache, is_stale
+from qk_sniffer.corpus import hub_copies
+from qk_sniffer.corpus.copies import check_cache, digest_of
+from qk_sniffer.corpus.data_files import COMPRESSED, first_lines, reason
 from qk_sniffer.corpus.home import check_home
-from qk_sniffer.errors import SourceError, StoreError
+from qk_sniffer.corpus.rows import FORMATS, FileRows, LibraryRows, ListRows, Part, Rows, no_rows
+from qk_sniffer.errors import SourceError
 from qk_sniffer.hub.revisions import HubUnreachableError, hub_commit, is_hub_id
-from qk_sniffer.logs import logger
-from qk_sniffer.store import stored
 from qk_sniffer.text import is_utf8_path, shortened, utf8_way_out
-
-log = logger(__name__)
 
 PYDOC = "pydoc"
 """The `dataset.path` of the documentation topics that ship with every Python."""
 
 SUFFIXES = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".txt": "text"}
-"""The reader of `datasets` for each suffix of a data file."""
-
-COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
-"""The suffixes of compressed files. They may follow any suffix except `.parquet`, which is compressed inside."""
+"""The format of a data file with each suffix."""
 
 _NOT_DATA = {"config.json", "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
-_DOCUMENT = "sample_by=document"
-
-
-class _Info(TypedDict):
-    """The description that `datasets` stores next to its copy of a dataset."""
-
-    config_name: NotRequired[str | None]
 
 
 @dataclass(frozen=True)
@@ -49,39 +39,9 @@ class Source:
     """The rows of a source, and its `name` in messages."""
 
     name: str
-    rows: Any
-    """A `datasets.Dataset`, or an `IterableDataset` when streaming."""
+    rows: Rows
     commit: str | None = None
     """The commit of a Hub repository; None for other sources."""
-    files: tuple[str, ...] = ()
-    """The local files of the rows; empty if the files are remote."""
-
-    def read(self, rows: Any) -> Iterator[dict[str, Any]]:
-        """Iterates over `rows`, which are `self.rows` or some of their columns.
-
-        Raises:
-            SourceError: a row cannot be read.
-        """
-        iterator = iter(rows)
-        while True:
-            try:
-                row = next(iterator)
-            except StopIteration:
-                return
-            except Exception as error:
-                raise _unreadable(self.name, error, self.files) from error
-            yield row
-
-    def column_types(self) -> dict[str, str]:
-        """Returns the name of each column's type; `unknown` for a stream without types whose first value is null."""
-        if self.rows.features is not None:
-            features = self.rows.features.items()
-            return {column: getattr(feature, "dtype", None) or type(feature).__name__ for column, feature in features}
-        first = next(self.read(self.rows), None)
-        if first is None:
-            raise _empty(self.name)
-        names = {str: "string", type(None): "unknown"}
-        return {column: names.get(type(value), type(value).__name__) for column, value in first.items()}
 
 
 def open_source(config: DatasetConfig, commit: str | None = None) -> Source:
@@ -112,23 +72,20 @@ def open_source(config: DatasetConfig, commit: str | None = None) -> Source:
 def _pydoc(config: DatasetConfig) -> Source:
     from pydoc_data.topics import topics
 
-    from datasets import Dataset
-
     _refuse(config, "the embedded documentation", "name", "revision", "data_files")
-    names = sorted(topics)
-    rows = Dataset.from_dict({"id": names, "text": [topics[name] for name in names]})
     where = f"dataset {PYDOC}"
     if config.split != "train":
         raise _no_split(where, config.split, ["train"])
-    return Source(where, rows.to_iterable_dataset() if config.streaming else rows)
+    return Source(where, ListRows([{"id": name, "text": topics[name]} for name in sorted(topics)]))
 
 
 def _file(config: DatasetConfig, file: Path) -> Source:
     _refuse(config, "a file", "name", "revision", "data_files")
     where = f"file {file}"
-    if not _reader(file):
+    reader = _reader(file)
+    if not reader:
         raise SourceError(f"{where}: a file of this type cannot be read. {_supported()}")
-    return _rows(where, _building(where, lambda: _files_builder([str(file.resolve())])), config)
+    return Source(where, _of_files(where, {"train": [str(file)]}, reader, {}, config))
 
 
 def _folder(config: DatasetConfig, folder: Path) -> Source:
@@ -137,7 +94,8 @@ def _folder(config: DatasetConfig, folder: Path) -> Source:
     if not is_utf8_path(folder.name):  # `datasets` names a class and its cache after the folder
         raise SourceError(f"{where}: datasets cannot read a folder of this name: {utf8_way_out(folder.name)}")
     if config.name is not None or config.data_files is not None or _names_its_files(folder):
-        return _rows(where, _building(where, lambda: _builder(str(folder), config)), config, home=folder)
+        builder = _building(where, lambda: _builder(str(folder), config))
+        return Source(where, _of_builder(where, builder, config, folder))
     files = _data_files(folder)
     if not files:
         raise SourceError(f"{where} holds no data files: {_listing(folder)}. {_supported()}")
@@ -147,17 +105,29 @@ def _folder(config: DatasetConfig, folder: Path) -> Source:
             f"{where} holds files of several types ({', '.join(formats)}): {_listing(folder)}. Choose the files, as in "
             "dataset.data_files='*.jsonl'"
         )
-    return _rows(where, _building(where, lambda: _whole_folder(folder, config, files)), config, home=folder)
+    check_home(where, files, folder, is_named=False)
+    return Source(where, _of_files(where, _splits(folder, config, files), formats[0], {}, config))
 
 
-def _whole_folder(folder: Path, config: DatasetConfig, files: list[str]) -> Any:
-    # `datasets` takes words in file names for splits (`train`, `my_test.txt`), and then leaves out all other files.
+def _splits(folder: Path, config: DatasetConfig, files: list[str]) -> dict[str, list[str]]:
+    """Returns the files of each split: those that `datasets` finds, or all as `train` if it finds only some."""
+    # It takes words in file names for splits (`train`, `my_test.txt`), and then leaves out all other files.
     try:
-        builder = _builder(str(folder), config)
+        found = _files_of(_builder(str(folder), config))
     except Exception:
-        return _files_builder(files)
-    used = {file for of_split in builder.config.data_files.values() for file in of_split}
-    return builder if used >= set(files) else _files_builder(files)
+        return {"train": files}
+    return found if {file for of_split in found.values() for file in of_split} >= set(files) else {"train": files}
+
+
+def _of_builder(where: str, builder: Any, config: DatasetConfig, folder: Path) -> Rows:
+    """Opens the rows of a local folder, of which `builder` has found the files."""
+    data_files = _files_of(builder)
+    named = [file for files in data_files.values() for file in files]
+    check_home(where, named, folder, is_named=config.data_files is not None)
+    format, options = _format_of(builder)
+    if format is None or any("://" in file for file in named):
+        return _of_library(where, builder, config)
+    return _of_files(where, data_files, format, options, config)
 
 
 def _hub(config: DatasetConfig, path: str, commit: str | None) -> Source:
@@ -169,47 +139,66 @@ def _hub(config: DatasetConfig, path: str, commit: str | None) -> Source:
     builder = _building(where, lambda: _builder(path, config, revision=commit))
     if builder.hash != commit:  # if `datasets` finds no data files, it uses another commit from its cache
         raise SourceError(f"{where}: commit {commit} has no data files that can be read, or the connection was lost")
-    return _rows(where, builder, config, commit, home=f"hf://datasets/{path}@{commit}/")
+    home = f"hf://datasets/{path}@{commit}/"
+    data_files = _files_of(builder)
+    named = [file for files in data_files.values() for file in files]
+    check_home(where, named, home, is_named=config.data_files is not None)
+    format, options = _format_of(builder)
+    if format is None or not all(file.startswith(home) for file in named):
+        return Source(where, _of_library(where, builder, config), commit)
+    if config.streaming:
+        return Source(where, _of_files(where, data_files, format, options, config), commit)
+    names = {split: [file.removeprefix(home) for file in files] for split, files in data_files.items()}
+    chosen = {split: names[split] for split in _named_splits(where, config, list(names))}
+    try:
+        paths = {split: hub_copies.fetch(path, commit, files) for split, files in chosen.items()}
+    except Exception as error:
+        raise SourceError(f"{where} cannot be read: {reason(error)}") from error
+    listed = hub_copies.Listing(commit, builder.config.name, config.data_files, format, options, names)
+    hub_copies.remember(path, listed)
+    return Source(where, _of_files(where, paths, format, options, config), commit)
 
 
 def _cached(config: DatasetConfig, path: str, commit: str | None, unreachable: HubUnreachableError) -> Source:
-    """Opens the copy that `datasets` made of a Hub repository when the Hub could be reached."""
-    from datasets import config as library
-    from datasets.naming import camelcase_to_snakecase
+    """Opens the copy of a Hub repository that was made when the Hub could be reached."""
     from datasets.packaged_modules.cache.cache import Cache
 
     where = f"dataset {path}"
-    *owner, name = path.split("/")
-    folder = Path(library.HF_DATASETS_CACHE, "___".join([*owner, camelcase_to_snakecase(name)]))
-    # (config name, commit) -> folder. The variant that reads a text file as one example comes last, and is kept.
-    copies = {}
-    for info in sorted(folder.glob("*/*/*/dataset_info.json"), key=lambda info: _DOCUMENT in str(info)):
-        variant = info.parts[-4]
-        try:
-            facts = stored.read(info, _Info, way_out="delete its folder", most_bytes=stored.LARGE, follow_links=True)
-        except (OSError, StoreError) as error:  # the copy does not count
-            log.warning("%s", error)
-            continue
-        config_name = facts.get("config_name") or variant
-        if variant in (config_name, f"{config_name}-{_DOCUMENT}"):
-            copies[config_name, info.parts[-2]] = info.parent
+    folder, library_copies = hub_copies.library_copies(path)
+    copies: dict[tuple[str, str], Path | hub_copies.Listing] = {}
+    if config.data_files is None:
+        copies |= library_copies
+    copies |= {(each.config_name, each.commit): each for each in hub_copies.listings(path, config.data_files)}
     wanted = commit or (config.revision if config.revision != "main" else None)
     found = [key for key in copies if config.name in (None, key[0]) and wanted in (None, key[1])]
-    if config.data_files is not None or len(found) != 1:
+    if len(found) != 1:
         have = "; ".join(f"config {name} at commit {sha}" for name, sha in copies) or "nothing"
         needed = f"config {config.name or '(not named)'} at {wanted or 'any commit'}"
         if config.data_files is not None:
-            needed += " with dataset.data_files, which cannot be looked up in the cache"
+            needed += " with these dataset.data_files"
         raise SourceError(
             f"{where}: there is no local path of this name, and {unreachable}. The job needs {needed}; {folder} has "
             f"{have}. Run once where the Hub can be reached, choose a cached copy with dataset.name and "
             "dataset.revision=<commit>, or download the files and set dataset.path to their folder. "
             f"dataset={PYDOC} needs no network"
         )
-    config_name, commit = found[0]
-    variant, version = copies[found[0]].parts[-3:-1]
+    _, commit = found[0]
+    copy = copies[found[0]]
+    if isinstance(copy, hub_copies.Listing):
+        paths = {}
+        for split in _named_splits(where, config, list(copy.splits)):
+            files = hub_copies.fetched(path, commit, copy.splits[split])
+            if files is None:
+                raise SourceError(
+                    f"{where}: the cache lacks files of split {split!r} at commit {commit}, and {unreachable}. Run "
+                    "once where the Hub can be reached"
+                )
+            paths[split] = files
+        return Source(where, _of_files(where, paths, copy.format, copy.options, config), commit)
+    variant, version = copy.parts[-3:-1]
+    name = path.rpartition("/")[2]
     builder = Cache(dataset_name=name, repo_id=path, config_name=variant, version=version, hash=commit)
-    return _rows(where, builder, config, commit)
+    return Source(where, _of_library(where, builder, config), commit)
 
 
 def _builder(path: str, config: DatasetConfig, **options: Any) -> Any:
@@ -220,14 +209,6 @@ def _builder(path: str, config: DatasetConfig, **options: Any) -> Any:
     if getattr(builder.config, "sample_by", None) == "line":  # a text file is one example
         builder = load_dataset_builder(path, sample_by="document", **options)
     return builder
-
-
-def _files_builder(files: list[str]) -> Any:
-    from datasets import load_dataset_builder
-
-    reader = _reader(Path(files[0]))
-    options = {"sample_by": "document"} if reader == "text" else {}
-    return load_dataset_builder(reader, data_files={"train": [glob.escape(file) for file in files]}, **options)
 
 
 def _building(where: str, make: Callable[[], Any]) -> Any:
@@ -245,80 +226,104 @@ def _building(where: str, make: Callable[[], Any]) -> Any:
             names = listed.group(1).replace("'", "") if listed else message
             raise SourceError(f"{where}: no such config. Choose one with dataset.name: {names}") from error
         if isinstance(error, FileNotFoundError):
-            raise SourceError(f"{where}: {_first_lines(message)}. Check dataset.data_files") from error
+            raise SourceError(f"{where}: {first_lines(message)}. Check dataset.data_files") from error
         if "find cache for" in message:  # the message of `datasets` for a Hub repository without readable files
             raise SourceError(f"{where}: no data files that can be read. Check dataset.data_files") from error
-        raise _unreadable(where, error, ()) from error
+        raise SourceError(f"{where} cannot be read: {reason(error)}") from error
 
 
-def _rows(
-    where: str, builder: Any, config: DatasetConfig, commit: str | None = None, *, home: Path | str | None = None
-) -> Source:
-    """Opens the rows of `config.split`. `home` is the folder, or the address of the repository, of their files."""
-    data_files = {str(split): paths for split, paths in (builder.config.data_files or {}).items()}
-    if home is not None:
-        is_named = config.data_files is not None
-        check_home(where, [file for paths in data_files.values() for file in paths], home, is_named=is_named)
-    known = list(data_files or builder.info.splits or [])
-    splits = [config.split] if config.streaming else re.split(r"\s*\+\s*", re.sub(r"\[.*?\]", "", config.split))
-    if known and not {name.strip() for name in splits} <= {*known, "all"}:
+def _files_of(builder: Any) -> dict[str, list[str]]:
+    """Returns the files of each split that a builder of `datasets` has found."""
+    return {str(split): list(paths) for split, paths in (builder.config.data_files or {}).items()}
+
+
+def _format_of(builder: Any) -> tuple[str | None, dict[str, Any]]:
+    """Returns the format and the options of the files that a builder reads; None for what only the library reads."""
+    name = type(builder.config).__name__.removesuffix("Config").lower()
+    if name not in FORMATS:
+        return None, {}
+    usual = type(builder.config)()
+    neutral = {"name", "version", "data_dir", "data_files", "description", "chunksize", "batch_size", "delimiter"}
+    neutral |= {"column_names", "parse_agent_traces", "on_mixed_types", "use_threads", "block_size", "keep_linebreaks"}
+    if name != "text":  # a card may give types, and for a text file the name of its column
+        neutral |= {"features"}
+    options = {
+        each.name: value
+        for each in fields(builder.config)
+        if each.name not in neutral and (value := getattr(builder.config, each.name)) != getattr(usual, each.name)
+    }
+    is_known = set(options) <= FORMATS[name].options and len(str(options.get("sep", ","))) == 1
+    return (name, options) if is_known else (None, {})
+
+
+def _of_files(
+    where: str, data_files: Mapping[str, Sequence[str]], format: str, options: Mapping[str, Any], config: DatasetConfig
+) -> Rows:
+    """Opens the rows of `config.split`, of files that the readers of this package read."""
+    names = _named_splits(where, config, list(data_files))
+    rows = FileRows(where, [Part(data_files[names[0]])], FORMATS[format].make(options), may_scan=not config.streaming)
+    if config.split in data_files:
+        return rows
+    counts = {name: replace(rows, parts=[Part(data_files[name])]).count() for name in dict.fromkeys(names)}
+    spec = "+".join(names) if config.split == "all" else config.split
+    return replace(rows, parts=[Part(data_files[name], *ends) for name, *ends in _slices(where, spec, counts)])
+
+
+def _named_splits(where: str, config: DatasetConfig, known: list[str]) -> list[str]:
+    """Returns the splits that `config.split` names, in their order.
+
+    Raises:
+        SourceError: there is no such split, or a stream is asked for a part of one.
+    """
+    names = [config.split] if config.streaming else re.split(r"\s*\+\s*", re.sub(r"\[.*?\]", "", config.split))
+    if names == ["all"] and "all" not in known:
+        return known
+    if not {name.strip() for name in names} <= set(known):
         raise _no_split(where, config.split, known, streaming=config.streaming)
-    files = tuple(file for name in splits for file in data_files.get(name, ()) if "://" not in file)
+    return [name.strip() for name in names]
+
+
+def _slices(where: str, spec: str, counts: Mapping[str, int]) -> list[tuple[str, int, int]]:
+    """Returns the splits that `spec` names, each with the numbers of its first row and of the row after its last."""
+    from datasets import ReadInstruction
+
+    try:
+        absolute = ReadInstruction.from_spec(spec).to_absolute(counts)
+    except (ValueError, AssertionError) as error:
+        raise SourceError(f"{where}: dataset.split={spec}: {first_lines(str(error))}") from error
+    return [
+        (each.splitname, each.from_ or 0, counts[each.splitname] if each.to is None else each.to) for each in absolute
+    ]
+
+
+def _of_library(where: str, builder: Any, config: DatasetConfig) -> Rows:
+    """Opens the rows of `config.split`, which the library reads. Its copy of local files is of their content."""
+    data_files = _files_of(builder)
+    known = list(data_files or builder.info.splits or [])
+    files = [file for name in _named_splits(where, config, known) for file in data_files.get(name, ())]
+    local = [file for file in files if "://" not in file]
     try:
         if config.streaming:
-            return Source(where, builder.as_streaming_dataset(split=config.split), commit, files)
+            return LibraryRows(where, builder.as_streaming_dataset(split=config.split))
         check_cache(where)
-        builder.download_and_prepare(download_mode="reuse_cache_if_exists" if is_stale(builder, files) else None)
-        return Source(where, builder.as_dataset(split=config.split), commit, files)
+        copy = f"{builder.cache_dir}-{digest_of(local)}" if local else None
+        builder.download_and_prepare(copy)
+        return LibraryRows(where, builder.as_dataset(split=config.split))
     except StopIteration as error:
-        raise _empty(where) from error
+        raise no_rows(where) from error
     except SourceError:
         raise
     except Exception as error:
         if "corresponds to no data" in str(error):
-            raise _empty(where) from error
+            raise no_rows(where) from error
         if isinstance(error, ValueError) and re.search(r"split|slice|instruction", str(error), flags=re.IGNORECASE):
-            raise SourceError(f"{where}: dataset.split={config.split}: {_first_lines(str(error))}") from error
-        raise _unreadable(where, error, files) from error
-
-
-def _empty(where: str) -> SourceError:
-    return SourceError(f"{where} has no rows")
+            raise SourceError(f"{where}: dataset.split={config.split}: {first_lines(str(error))}") from error
+        raise SourceError(f"{where} cannot be read: {reason(error)}") from error
 
 
 def _no_split(where: str, split: str, known: list[str], streaming: bool = False) -> SourceError:
     hint = ". Streaming reads a whole split: use dataset.max_samples for a part" if streaming and "[" in split else ""
     return SourceError(f"{where} has no split {split!r}. Choose one with dataset.split: {', '.join(known)}{hint}")
-
-
-def _unreadable(where: str, error: Exception, files: tuple[str, ...]) -> SourceError:
-    # The error does not always name the file. Reading each file alone finds it.
-    for file in filter(lambda file: _reader(Path(file)), files if len(files) > 1 else ()):
-        try:
-            for _ in _files_builder([file]).as_streaming_dataset("train").with_format("arrow").iter(10_000):
-                pass
-        except StopIteration:
-            continue  # an empty file
-        except Exception as own:
-            return SourceError(f"{where}: file {file} cannot be read: {_reason(own)}")
-    return SourceError(f"{where} cannot be read: {_reason(error)}")
-
-
-def _reason(error: BaseException) -> str:
-    while error.__cause__ is not None:  # the parser's message instead of "an error occurred"
-        error = error.__cause__
-    if isinstance(error, UnicodeDecodeError):
-        return f"it is not UTF-8 ({error}). Convert it, for example with `iconv -f latin1 -t utf-8`"
-    if "BatchSize must be greater than 0" in str(error):
-        return "it has no rows. Leave it out"
-    if "zstd not supported" in str(error):
-        return "a .zst file needs the package zstandard (`pip install zstandard`)"
-    return _first_lines(str(error)) or type(error).__name__
-
-
-def _first_lines(message: str, most: int = 4) -> str:
-    lines = [line.strip() for line in message.strip().splitlines() if line.strip()]
-    return " ".join(lines[:most])
 
 
 def _reader(file: Path) -> str:

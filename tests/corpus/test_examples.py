@@ -14,6 +14,7 @@ from support.data_files import ROWS, TEXTS, both_ways, jsonl, message, opened, p
 from qk_sniffer.config import DatasetConfig
 from qk_sniffer.corpus.examples import Corpus
 from qk_sniffer.corpus.ids import preferred_number
+from qk_sniffer.corpus.rows import LibraryRows
 from qk_sniffer.corpus.sources import Source
 from qk_sniffer.errors import SourceError
 
@@ -161,17 +162,17 @@ def test_the_check_of_a_million_ids_reads_one_column(tmp_path: Path) -> None:
 
 
 FAULTS = {
-    "bad line": ('{"text": "a", "id": "x"}\n{"text": \n', "b.jsonl cannot be read: JSON parse error"),
-    "no id": ('{"text": "a"}\n', "row 5 has no id"),
-    "repeated id": ('{"text": "a", "id": "1"}\n', "rows 1 and 5 have the same id"),
-    "type": ('{"text": ["a"], "id": "x"}\n', "cannot be read: Couldn't cast"),
-    "encoding": ('{"text": "\\ud800", "id": "x"}\n', "b.jsonl cannot be read: JSON parse error"),
+    "bad line": ('{"text": "a", "id": "x"}\n{"text": \n', "b.jsonl cannot be read: JSON parse error in line 2", 6),
+    "no id": ('{"text": "a"}\n', "row 5 has no id", 5),
+    "repeated id": ('{"text": "a", "id": "1"}\n', "rows 1 and 5 have the same id", 5),
+    "type": ('{"text": ["a"], "id": "x"}\n', "row 5 holds list, not text, in column 'text'", 5),
+    "encoding": ('{"text": "\\ud800", "id": "x"}\n', "b.jsonl cannot be read: JSON parse error in line 1", 5),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_late_fault_of_a_stream_names_the_rows_before_it(fault: str, tmp_path: Path) -> None:
-    content, expected = FAULTS[fault]
+    content, expected, sound = FAULTS[fault]
     rows = [{"text": "text", "id": id_} for id_ in ("0", "1", "filtered", "row-78153", "4")]
     write(tmp_path / "a.jsonl", jsonl(rows))
     write(tmp_path / "b.jsonl", content)
@@ -179,10 +180,10 @@ def test_a_late_fault_of_a_stream_names_the_rows_before_it(fault: str, tmp_path:
     text = message(tmp_path, **options)
     assert expected in text
     assert text.endswith(
-        "To make the dataset of the 5 rows before it, which keeps the captured examples, rerun the command with "
-        "dataset.max_samples=5"
+        f"To make the dataset of the {sound} rows before it, which keeps the captured examples, rerun the command with "
+        f"dataset.max_samples={sound}"
     )
-    assert len(list(opened(tmp_path, **options, max_samples=5).examples())) == 5
+    assert len(list(opened(tmp_path, **options, max_samples=sound).examples())) == sound
 
 
 def test_a_stream_of_the_hub_that_breaks_off_may_have_lost_its_connection() -> None:
@@ -191,7 +192,8 @@ def test_a_stream_of_the_hub_that_breaks_off_may_have_lost_its_connection() -> N
         raise ConnectionError("reset by peer")
 
     features = Features({"text": Value("string")})
-    source = Source("dataset org/texts", IterableDataset.from_generator(rows, features=features), commit="0" * 40)
+    stream = LibraryRows("dataset org/texts", IterableDataset.from_generator(rows, features=features))
+    source = Source("dataset org/texts", stream, commit="0" * 40)
     corpus = Corpus(DatasetConfig(path="org/texts", streaming=True), source)
     with pytest.raises(
         SourceError, match=r"reset by peer\. If the connection was lost, rerun the same command\. To make"

@@ -170,11 +170,17 @@ def test_the_broken_file_of_a_folder_is_found(tmp_path: Path, name: str, streami
     assert f"file {broken} cannot be read" in text and reason in text
 
 
-def test_files_that_do_not_fit_together(tmp_path: Path) -> None:
-    write(tmp_path / "a.jsonl", jsonl([{"text": "a"}]))
-    write(tmp_path / "b.jsonl", jsonl([{"text": "b", "extra": 1}]))
-    text = message(tmp_path)
-    assert str(tmp_path) in text and "extra" in text
+@both_ways
+def test_files_need_only_the_columns_that_are_used(tmp_path: Path, streaming: bool) -> None:
+    for name, form in FORMATS.items():
+        folder = tmp_path / name.strip("[]*")
+        write(folder / f"a-{name}", form([{"text": "a"}]))
+        write(folder / f"b-{name}", form([{"extra": 1, "text": "b"}]))
+        assert texts(opened(folder, streaming=streaming).examples()) == [(0, "a"), (1, "b")]
+    write(tmp_path / "other" / "a.csv", "text,id\na,1\n")
+    other = write(tmp_path / "other" / "b.csv", "body,id\nb,2\n")
+    text = message(tmp_path / "other", streaming=streaming)
+    assert f"file {other} cannot be read" in text and "no column 'text'; it has: body, id" in text
 
 
 def test_local_paths_that_cannot_be_used(tmp_path: Path, in_tmp: Path) -> None:

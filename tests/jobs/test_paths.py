@@ -11,8 +11,9 @@ from types import SimpleNamespace
 import pytest
 from support.jobs import run, write_texts
 
-from qk_sniffer.config import Config, ModelConfig, TokenizerConfig
+from qk_sniffer.config import Config, DatasetConfig, ModelConfig, TokenizerConfig
 from qk_sniffer.corpus import sources
+from qk_sniffer.corpus.examples import open_corpus
 from qk_sniffer.dataset.reader import open_dataset
 from qk_sniffer.dataset.verify import verify
 from qk_sniffer.errors import HubError, SourceError
@@ -90,8 +91,12 @@ def test_a_cache_that_libraries_cannot_open_is_refused_before_the_model_is_loade
 ) -> None:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", odd)
     monkeypatch.setattr("qk_sniffer.jobs.run.load_components", None)
+    arrow = texts.parent / "arrow" / "train.arrow"
+    arrow.parent.mkdir()
+    arrow.touch()
     with pytest.raises(SourceError, match=r"cannot write its cache to .*caf\\udce9: rename it.*HF_HOME"):
-        run(checkpoint, texts, odd / "out")
+        run(checkpoint, arrow.parent, odd / "out", dataset={"data_files": "*.arrow"})
+    assert open_corpus(DatasetConfig(path=str(texts))).num_rows, "files that the library does not read need no cache"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(odd))
     with pytest.raises(SourceError, match=r"the Hub's cache in .*caf\\udce9: rename it.*HF_HUB_CACHE"):
         run(Path("some/model"), texts, odd / "out")

@@ -1,0 +1,124 @@
+"""Opens data files: on this machine or on the Hub, compressed or not.
+
+A pointer of Git LFS and a text in UTF-16 are refused as what they are. Read as data, they would be text.
+"""
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, TextIO, cast
+
+from qk_sniffer.hub.lfs import HEAD_BYTES, pointer_problem
+
+HUB = "hf://"
+"""The start of the address of a file on the Hub."""
+
+COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
+"""The suffixes of compressed files. They may follow any suffix except `.parquet`, which is compressed inside."""
+
+_MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+
+
+class FormatError(Exception):
+    """A file is not of its format. The message names the place in the file."""
+
+
+@contextmanager
+def open_bytes(file: str, *, compressed: bool = True) -> Iterator[BinaryIO]:
+    """Opens a file for reading; with `compressed`, its content if it is compressed.
+
+    Raises:
+        FormatError: it is a pointer of Git LFS, or the package that decompresses it is missing.
+        OSError: it cannot be read.
+    """
+    with _raw(file) as raw:
+        head = raw.read(HEAD_BYTES)
+        raw.seek(0)
+        if problem := pointer_problem(head):
+            raise FormatError(problem)
+        method = _compression(file, head) if compressed else None
+        if method is None:
+            yield raw
+            return
+        with _decompressor(method)(raw, mode="rb") as content:
+            yield content
+
+
+@contextmanager
+def open_text(file: str, *, encoding: str | None = None, newline: str = "") -> Iterator[TextIO]:
+    """Opens a text file without its byte order mark. `encoding` is UTF-8 for None.
+
+    Raises:
+        FormatError: as for `open_bytes`; or it is in UTF-16 or UTF-32.
+        OSError: it cannot be read.
+    """
+    with open_bytes(file) as content:
+        buffered = io.BufferedReader(cast(Any, content), 1 << 20)
+        if encoding is None and (found := _wide_encoding(buffered.peek(HEAD_BYTES)[:HEAD_BYTES])):
+            raise FormatError(
+                f"it is {found} text, not UTF-8. Convert it, for example with `iconv -f {found.lower()} -t utf-8`"
+            )
+        if encoding is None or encoding.lower().replace("_", "-") in ("utf-8", "utf8"):
+            encoding = "utf-8-sig"
+        yield io.TextIOWrapper(buffered, encoding=encoding, newline=newline)
+
+
+def reason(error: BaseException) -> str:
+    """Returns why a file cannot be read, in a line."""
+    while error.__cause__ is not None and not isinstance(
+        error, FormatError
+    ):  # the parser's message instead of "an error occurred"
+        error = error.__cause__
+    if isinstance(error, UnicodeDecodeError):
+        return f"it is not UTF-8 ({error}). Convert it, for example with `iconv -f latin1 -t utf-8`"
+    if "BatchSize must be greater than 0" in str(error):
+        return "it has no rows. Leave it out"
+    if "zstd not supported" in str(error):
+        return _NO_ZSTD
+    return first_lines(str(error)) or type(error).__name__
+
+
+def first_lines(message: str, most: int = 4) -> str:
+    """Returns the first lines of a message that are not empty, as one line."""
+    lines = [line.strip() for line in message.strip().splitlines() if line.strip()]
+    return " ".join(lines[:most])
+
+
+_NO_ZSTD = "a .zst file needs the package zstandard (`pip install zstandard`)"
+
+
+def _raw(file: str) -> BinaryIO:
+    if file.startswith(HUB):
+        from huggingface_hub import HfFileSystem
+
+        return cast(BinaryIO, HfFileSystem().open(file.removeprefix(HUB), "rb"))
+    return Path(file).open("rb")
+
+
+def _compression(file: str, head: bytes) -> str | None:
+    for suffix, method in COMPRESSED.items():
+        if file.lower().endswith(suffix):
+            return method
+    return next((method for magic, method in _MAGIC.items() if head.startswith(magic)), None)
+
+
+def _decompressor(method: str) -> Any:
+    from fsspec.compression import compr
+
+    if method not in compr:
+        raise FormatError(_NO_ZSTD)
+    return compr[method]
+
+
+def _wide_encoding(head: bytes) -> str | None:
+    """Returns the name of the encoding of a text that begins with `head` and has 2 or 4 bytes for each character."""
+    if head.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")):
+        return "UTF-32"
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "UTF-16"
+    for first, name in ((1, "UTF-16LE"), (0, "UTF-16BE")):  # without a mark: every other byte of ASCII text is zero
+        every_other = head[first::2]
+        if len(head) >= 4 and every_other.count(0) > 0.8 * len(every_other):
+            return name
+    return None

@@ -1,0 +1,135 @@
+"""Finds the copies of a Hub dataset on this machine, and keeps what is needed to read them without a network.
+
+The files are in the cache of huggingface_hub. A listing of our own names those of each config and split, which only the
+Hub knows otherwise. `datasets` keeps copies in a format of its own, of the formats that it reads.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NotRequired, TypedDict
+
+from qk_sniffer.errors import StoreError
+from qk_sniffer.hub.endpoint import announce
+from qk_sniffer.logs import logger
+from qk_sniffer.store import stored
+from qk_sniffer.store.disk import write_atomic
+
+log = logger(__name__)
+
+_DOCUMENT = "sample_by=document"
+_DOWNLOADS = 8
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The files of one config of a repository at a commit."""
+
+    commit: str
+    config_name: str
+    data_files: Any
+    """`dataset.data_files` of the job that chose them."""
+    format: str
+    """A key of `rows.FORMATS`."""
+    options: Mapping[str, Any]
+    """Of the reader."""
+    splits: Mapping[str, Sequence[str]]
+    """The names of the files in the repository, by split."""
+
+
+class _Stored(TypedDict):
+    """A listing as JSON."""
+
+    commit: str
+    config_name: str
+    data_files: Any
+    format: str
+    options: dict[str, Any]
+    splits: dict[str, list[str]]
+
+
+class _Info(TypedDict):
+    """The description that `datasets` stores next to its copy of a dataset."""
+
+    config_name: NotRequired[str | None]
+
+
+def fetch(repo_id: str, commit: str, names: Sequence[str]) -> list[str]:
+    """Returns the paths of files of a repository in the cache; fetches those that are not there."""
+    from huggingface_hub import hf_hub_download
+
+    announce()
+
+    def one(name: str) -> str:
+        return str(hf_hub_download(repo_id, name, repo_type="dataset", revision=commit))
+
+    with ThreadPoolExecutor(_DOWNLOADS) as pool:
+        return list(pool.map(one, names))
+
+
+def fetched(repo_id: str, commit: str, names: Sequence[str]) -> list[str] | None:
+    """Returns the paths of files of a repository in the cache; None if one is not there."""
+    from huggingface_hub import try_to_load_from_cache
+
+    paths = [try_to_load_from_cache(repo_id, name, revision=commit, repo_type="dataset") for name in names]
+    there = [path for path in paths if isinstance(path, str)]
+    return there if len(there) == len(names) else None
+
+
+def remember(repo_id: str, listing: Listing) -> None:
+    """Stores a listing. A cache that cannot be written costs only later use without a network."""
+    data = stored.encode(asdict(listing), sort_keys=True)
+    key = json.dumps([listing.config_name, listing.data_files], sort_keys=True)
+    file = _folder(repo_id) / f"{listing.commit}-{sha256(key.encode()).hexdigest()[:16]}.json"
+    try:
+        if file.exists() and file.read_bytes() == data:
+            return
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(file, data)
+    except (OSError, StoreError) as error:
+        log.warning("the files of %s cannot be listed for use without a network: %s", repo_id, error)
+
+
+def listings(repo_id: str, data_files: Any) -> list[Listing]:
+    """Returns the stored listings of the files that `dataset.data_files` chooses."""
+    found = []
+    for file in sorted(_folder(repo_id).glob("*.json")):
+        try:
+            facts = stored.read(file, _Stored, way_out="delete it", most_bytes=stored.LARGE)
+        except (OSError, StoreError) as error:
+            log.warning("%s", error)
+            continue
+        if facts["data_files"] == data_files:
+            found.append(Listing(**facts))
+    return found
+
+
+def library_copies(repo_id: str) -> tuple[Path, dict[tuple[str, str], Path]]:
+    """Returns the folder of the copies that `datasets` made, and the copies by config and commit."""
+    from datasets import config as library
+    from datasets.naming import camelcase_to_snakecase
+
+    *owner, name = repo_id.split("/")
+    folder = Path(library.HF_DATASETS_CACHE, "___".join([*owner, camelcase_to_snakecase(name)]))
+    copies = {}
+    # The variant that reads a text file as one example comes last, and is kept.
+    for info in sorted(folder.glob("*/*/*/dataset_info.json"), key=lambda info: _DOCUMENT in str(info)):
+        variant = info.parts[-4]
+        try:
+            facts = stored.read(info, _Info, way_out="delete its folder", most_bytes=stored.LARGE, follow_links=True)
+        except (OSError, StoreError) as error:  # the copy does not count
+            log.warning("%s", error)
+            continue
+        config_name = facts.get("config_name") or variant
+        if variant in (config_name, f"{config_name}-{_DOCUMENT}"):
+            copies[config_name, info.parts[-2]] = info.parent
+    return folder, copies
+
+
+def _folder(repo_id: str) -> Path:
+    from datasets import config as library
+
+    return Path(library.HF_DATASETS_CACHE, "qk_sniffer", repo_id.replace("/", "___"))

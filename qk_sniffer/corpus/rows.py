@@ -1,0 +1,298 @@
+"""Reads the rows of a source in their order, from number n on, as often as needed and with only some of their columns.
+
+Local files are read directly, each time. No copy of them can be out of date, and the check of captured texts reads the
+files themselves. Files of other formats than ours are read by the library `datasets`.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from qk_sniffer.corpus.csv_files import OPTIONS as CSV_OPTIONS
+from qk_sniffer.corpus.csv_files import CsvReader
+from qk_sniffer.corpus.data_files import HUB, FormatError, reason
+from qk_sniffer.corpus.json_files import OPTIONS as JSON_OPTIONS
+from qk_sniffer.corpus.json_files import JsonReader
+from qk_sniffer.corpus.parquet_files import OPTIONS as PARQUET_OPTIONS
+from qk_sniffer.corpus.parquet_files import ParquetReader
+from qk_sniffer.corpus.text_files import OPTIONS as TEXT_OPTIONS
+from qk_sniffer.corpus.text_files import TextReader
+from qk_sniffer.errors import SourceError
+
+
+class Rows(Protocol):
+    """The rows of a source. Each method raises a SourceError if a row cannot be read."""
+
+    @property
+    def typed(self) -> bool:
+        """Whether values have types. False if all are text, as in CSV files."""
+
+    @property
+    def has_schema(self) -> bool:
+        """Whether the types of `kinds` are those of all rows. False for JSON, where each value has its own type."""
+
+    def kinds(self, wanted: Sequence[str]) -> dict[str, str]:
+        """Returns the names of the columns and of their types, at least of the `wanted` columns that exist.
+
+        Without a schema, the type is that of the first values, and `unknown` for a column that is null there.
+        """
+
+    def count(self, most: int | None = None) -> int:
+        """Returns the number of rows, or `most` if there are more."""
+
+    def read(self, columns: Sequence[str], start: int = 0) -> Iterator[dict[str, Any]]:
+        """Yields these columns of the rows from number `start` on."""
+
+
+class Reader(Protocol):
+    """Reads files of one format. Raises any error for a file that cannot be read."""
+
+    typed: bool
+    has_schema: bool
+
+    def kinds(self, file: str, wanted: Sequence[str]) -> dict[str, str]:
+        """Returns the columns of a file and their types; empty for a file without rows or header.
+
+        Without a schema, it looks for the `wanted` columns in the whole file.
+        """
+
+    def count(self, file: str) -> int | None:
+        """Returns the number of rows; None if only reading tells it."""
+
+    def read(self, file: str, columns: Sequence[str], start: int = 0) -> Iterator[dict[str, Any]]:
+        """Yields these columns of the rows from number `start` on."""
+
+
+class _Format(NamedTuple):
+    make: Callable[[Mapping[str, Any]], Reader]
+    options: set[str]
+
+
+FORMATS = {
+    "parquet": _Format(ParquetReader, PARQUET_OPTIONS),
+    "json": _Format(JsonReader, JSON_OPTIONS),
+    "csv": _Format(CsvReader, CSV_OPTIONS),
+    "text": _Format(TextReader, TEXT_OPTIONS),
+}
+"""The formats that are read directly, by the names that `datasets` has for them, and the options that each knows."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """The rows `start` to `stop` of some files; all rows of them if `stop` is None."""
+
+    files: Sequence[str]
+    start: int = 0
+    stop: int | None = None
+
+
+_Facts = tuple[int, int, int, int]
+"""Device, inode, size, and time of the last change of content."""
+
+
+@dataclass
+class FileRows:
+    """The rows of files of one format, on this machine or on the Hub. Each iteration reads the files again."""
+
+    where: str
+    """The name of the source in errors."""
+    parts: Sequence[Part]
+    """One part of all rows, or parts that state their numbers of rows."""
+    reader: Reader
+    may_scan: bool = True
+    """Whether to look for a column in all rows of all files."""
+    _counts: dict[str, int] = field(default_factory=dict)
+    _facts: dict[str, _Facts] = field(default_factory=dict)
+
+    @property
+    def typed(self) -> bool:
+        """Whether values have types."""
+        return self.reader.typed
+
+    @property
+    def has_schema(self) -> bool:
+        """Whether columns have types."""
+        return self.reader.has_schema
+
+    def kinds(self, wanted: Sequence[str]) -> dict[str, str]:
+        """Returns the columns of the first file that has any; in files without a schema, it looks for wanted ones."""
+        kinds: dict[str, str] = {}
+        for file in (file for part in self.parts for file in part.files):
+            missing = [column for column in wanted if column not in kinds] if self.may_scan else []
+            with self._explaining(file):
+                found = self.reader.kinds(file, missing)
+            for column, kind in found.items():
+                if kinds.get(column, "unknown") == "unknown":
+                    kinds[column] = kind
+            if kinds and (self.has_schema or set(missing) <= set(kinds)):
+                break
+        if not kinds:
+            raise no_rows(self.where)
+        return kinds
+
+    def count(self, most: int | None = None) -> int:
+        """Returns the number of rows. Reads files that do not state it."""
+        if all(part.stop is not None for part in self.parts):
+            total = sum((part.stop or 0) - part.start for part in self.parts)
+        else:
+            total = 0
+            for file in (file for part in self.parts for file in part.files):
+                if most is not None and total >= most:
+                    break
+                known = self._count(file)
+                left = None if most is None else most - total
+                total += sum(1 for _ in islice(self._read(file, [], 0), left)) if known is None else known
+        return total if most is None else min(total, most)
+
+    def read(self, columns: Sequence[str], start: int = 0) -> Iterator[dict[str, Any]]:
+        """Yields the rows from number `start` on. Skips whole files of which the number of rows is known."""
+        skip = start
+        for part in self.parts:
+            length = None if part.stop is None else part.stop - part.start
+            if length is not None and skip >= length:
+                skip -= length
+                continue
+            rows = self._of_files(part.files, columns, part.start + skip)
+            yield from islice(rows, None if length is None else length - skip)
+            skip = 0
+
+    def _of_files(self, files: Sequence[str], columns: Sequence[str], skip: int) -> Iterator[dict[str, Any]]:
+        for file in files:
+            known = self._count(file) if skip else None
+            if known is None:
+                for row in self._read(file, columns, 0):
+                    if skip:
+                        skip -= 1
+                    else:
+                        yield row
+            elif known <= skip:
+                skip -= known
+            else:
+                yield from self._read(file, columns, skip)
+                skip = 0
+
+    def _count(self, file: str) -> int | None:
+        if file not in self._counts:
+            with self._explaining(file):
+                count = self.reader.count(file)
+            if count is None:
+                return None
+            self._counts[file] = count
+        return self._counts[file]
+
+    def _read(self, file: str, columns: Sequence[str], start: int) -> Iterator[dict[str, Any]]:
+        number = start
+        with self._explaining(file):
+            for number, row in enumerate(self.reader.read(file, columns, start), start + 1):  # noqa: B007
+                yield row
+        self._counts[file] = number
+
+    @contextmanager
+    def _explaining(self, file: str) -> Iterator[None]:
+        """Turns an error into one that names the file. Refuses a file that changes between or during two readings."""
+        self._check_unchanged(file)
+        try:
+            yield
+        except (FormatError, UnicodeDecodeError) as error:
+            raise self._failed(file, error) from None
+        except Exception as error:
+            raise self._failed(file, error) from error
+        self._check_unchanged(file)
+
+    def _failed(self, file: str, error: Exception) -> SourceError:
+        name = self.where if self.where == f"file {file}" else f"{self.where}: file {file}"
+        return SourceError(f"{name} cannot be read: {reason(error)}")
+
+    def _check_unchanged(self, file: str) -> None:
+        now = _facts_of(file)
+        before = self._facts.setdefault(file, now) if now else None
+        if now is None or before is None or now == before:
+            return
+        # Lines may be appended: the rows that the job uses are those that were there.
+        if now[:2] != before[:2] or now[2] <= before[2] or isinstance(self.reader, ParquetReader):
+            raise SourceError(
+                f"{self.where}: file {file} was changed while the job read it: rerun the command, which keeps what was "
+                "captured before"
+            )
+
+
+class LibraryRows:
+    """The rows of a `datasets.Dataset`, or of an `IterableDataset`."""
+
+    typed = True
+    has_schema = True
+
+    def __init__(self, where: str, rows: Any, failed: Callable[[Exception], SourceError] | None = None) -> None:
+        """`failed` makes the error for one of the library."""
+        self._where = where
+        self._rows = rows
+        self._failed = failed or (lambda error: SourceError(f"{where} cannot be read: {reason(error)}"))
+
+    def kinds(self, wanted: Sequence[str]) -> dict[str, str]:
+        """Returns all columns; those of the first row of a stream without types."""
+        if self._rows.features is not None:
+            features = self._rows.features.items()
+            return {column: getattr(feature, "dtype", None) or type(feature).__name__ for column, feature in features}
+        first = next(self._iterated(self._rows), None)
+        if first is None:
+            raise no_rows(self._where)
+        names = {str: "string", type(None): "unknown"}
+        return {column: names.get(type(value), type(value).__name__) for column, value in first.items()}
+
+    def count(self, most: int | None = None) -> int:
+        """Returns the number of rows of a `Dataset`."""
+        return len(self._rows) if most is None else min(len(self._rows), most)
+
+    def read(self, columns: Sequence[str], start: int = 0) -> Iterator[dict[str, Any]]:
+        """Yields the rows from number `start` on."""
+        rows = self._rows.select_columns(list(columns))
+        if hasattr(rows, "select"):
+            rows = rows.select(range(start, len(rows)))
+            start = 0
+        return islice(self._iterated(rows), start, None)
+
+    def _iterated(self, rows: Any) -> Iterator[dict[str, Any]]:
+        try:
+            yield from rows
+        except Exception as error:
+            raise self._failed(error) from error
+
+
+class ListRows:
+    """Rows in memory."""
+
+    typed = True
+    has_schema = True
+
+    def __init__(self, rows: Sequence[dict[str, str]]) -> None:
+        self._rows = rows
+
+    def kinds(self, wanted: Sequence[str]) -> dict[str, str]:
+        """Returns all columns, which are of text."""
+        return dict.fromkeys(self._rows[0], "string")
+
+    def count(self, most: int | None = None) -> int:
+        """Returns the number of rows."""
+        return len(self._rows[:most])
+
+    def read(self, columns: Sequence[str], start: int = 0) -> Iterator[dict[str, Any]]:
+        """Yields the rows from number `start` on."""
+        return ({column: row[column] for column in columns} for row in self._rows[start:])
+
+
+def no_rows(where: str) -> SourceError:
+    """Returns the error for a source without rows."""
+    return SourceError(f"{where} cannot be read: it has no rows")
+
+
+def _facts_of(file: str) -> _Facts | None:
+    if file.startswith(HUB):
+        return None
+    try:
+        facts = Path(file).stat()
+    except OSError:  # its reader explains it
+        return None
+    return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns

@@ -23,6 +23,7 @@ from qk_sniffer.backbone.wrapper import is_wrapper, load_decoder, model_class, w
 from qk_sniffer.config import ModelConfig
 from qk_sniffer.errors import QkSnifferError, SourceError
 from qk_sniffer.hub.endpoint import announce
+from qk_sniffer.hub.lfs import refuse_pointers_of_weights
 
 T = TypeVar("T")
 
@@ -69,9 +70,12 @@ def _cached_first(config: ModelConfig, commit: str | None, load: Callable[[dict[
         "pretrained_model_name_or_path": str(config.name),
         "trust_remote_code": config.trust_remote_code,
     }
+    folder = Path(str(config.name))
+    if folder.is_dir():
+        refuse_pointers_of_weights(folder, config.gguf_file)
     if config.gguf_file is not None:
         check_gguf(config)
-    if Path(str(config.name)).is_dir():
+    if folder.is_dir():
         return load(source)
     source["revision"] = commit or config.revision
     try:

@@ -223,8 +223,9 @@ class Corpus:
         """
         preferred = np.zeros(len(used), np.int32)
         places = []
+        typed = self._source.rows.typed
         for place, (_, row) in enumerate(self._rows_at(used, [id_column])):
-            source_id = id_of(row[id_column], typed=self._source.rows.typed)
+            source_id = id_of(row[id_column], typed=typed)
             if source_id is None:
                 places.append(place)
             else:

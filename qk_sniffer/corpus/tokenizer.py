@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from qk_sniffer.config import ModelConfig, TokenizerConfig
 from qk_sniffer.corpus.examples import Example
 from qk_sniffer.errors import SourceError
+from qk_sniffer.hub.lfs import refuse_pointers
 from qk_sniffer.hub.revisions import HubUnreachableError, cached_commit, hub_commit, is_hub_id
 from qk_sniffer.store.journal import ExampleRecord
 
@@ -90,6 +91,7 @@ def load_tokenizer(config: ModelConfig, commit: str | None = None) -> "TextToken
         options["revision"] = commit
     else:
         commit = None
+        refuse_pointers(local, "*.json", "*.model", "*.txt", "*.tiktoken")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(local), **options)
     except Exception as error:

@@ -1,7 +1,7 @@
 """Recognizes the small files that Git leaves in place of large ones that it has not fetched (Git LFS)."""
 
+import glob
 import re
-from collections.abc import Iterable
 from pathlib import Path
 
 from qk_sniffer.errors import SourceError
@@ -23,13 +23,15 @@ def pointer_problem(head: bytes) -> str | None:
     )
 
 
-def refuse_pointers(files: Iterable[Path]) -> None:
-    """Checks that no file is a pointer of Git LFS. A file that cannot be read is left to its reader.
+def refuse_pointers(folder: Path, *patterns: str) -> None:
+    """Checks that no file in `folder` of one of these patterns is a pointer of Git LFS.
+
+    A file that cannot be read is left to its reader.
 
     Raises:
         SourceError: a file is one.
     """
-    for file in files:
+    for file in (file for pattern in patterns for file in sorted(folder.glob(pattern))):
         try:
             if file.stat().st_size >= HEAD_BYTES:
                 continue
@@ -38,3 +40,17 @@ def refuse_pointers(files: Iterable[Path]) -> None:
             continue
         if problem:
             raise SourceError(f"{file} cannot be loaded: {problem}")
+
+
+def refuse_pointers_of_weights(folder: Path, gguf_file: str | None) -> None:
+    """Checks that the weights that a checkpoint is loaded from are no pointers of Git LFS.
+
+    Raises:
+        SourceError: a file is one.
+    """
+    if gguf_file is not None:
+        refuse_pointers(folder, glob.escape(gguf_file))
+    elif any(folder.glob("*.safetensors")):  # other formats of the same weights are not loaded
+        refuse_pointers(folder, "*.safetensors", "config.json")
+    else:
+        refuse_pointers(folder, "*.bin", "config.json")

@@ -49,7 +49,7 @@ class KeyHead:
 
         If any two do, the nearest two do.
         """
-        if self.sliding_window is not None and first_query - last_key > self.sliding_window:
+        if self.sliding_window is not None and first_query - last_key >= self.sliding_window:
             return False
         chunk = self.attention_chunk
         return chunk is None or first_query // chunk == last_key // chunk

@@ -320,8 +320,10 @@ def test_pairs_of_a_long_example_need_no_memory_of_their_number() -> None:
     ("first_query", "last_key", "window", "chunk", "sees"),
     [
         (16, 15, None, None, True),
-        (16, 4, 12, None, True),
-        (16, 3, 12, None, False),
+        (16, 5, 12, None, True),
+        (16, 4, 12, None, False),
+        (128, 63, 66, None, True),
+        (128, 63, 65, None, False),
         (16, 15, None, 16, False),
         (16, 15, None, 32, True),
         (32, 15, None, 32, False),

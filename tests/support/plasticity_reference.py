@@ -120,10 +120,10 @@ def reference(
 
 
 def is_visible(queries: tuple[int, int], keys: tuple[int, int], window: int | None) -> bool:
-    """Whether some query position p of the one range and some key position of the other lie within [p - window, p]."""
+    """Whether some query position p of the one range and some key position of the other lie within (p - window, p]."""
     for p in range(queries[0], queries[1] + 1):
         for j in range(keys[0], keys[1] + 1):
-            if j <= p and (window is None or j >= p - window):
+            if j <= p and (window is None or j > p - window):
                 return True
     return False
 

@@ -146,11 +146,11 @@ def save_tiny(model_type: str, folder: Path) -> None:
     try:
         model = _whole(config)
     except ImportError:
-        model = _randomized(AutoModel.from_config(text_config))
+        model = randomized(AutoModel.from_config(text_config))
         weights = {f"model.language_model.{name}": weight.clone() for name, weight in model.state_dict().items()}
         save_file(weights, folder / "model.safetensors")
     else:
-        _randomized(model).save_pretrained(folder)
+        randomized(model).save_pretrained(folder)
 
 
 def _whole(config: PretrainedConfig) -> PreTrainedModel:
@@ -164,7 +164,7 @@ def _whole(config: PretrainedConfig) -> PreTrainedModel:
     return model
 
 
-def _randomized(model: PreTrainedModel) -> PreTrainedModel:
+def randomized(model: PreTrainedModel) -> PreTrainedModel:
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.min() == weight.max():  # norms, biases and gates, whose ones and zeros would hide mistakes

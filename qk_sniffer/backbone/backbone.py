@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -10,12 +12,14 @@ from transformers import PretrainedConfig
 
 from qk_sniffer.backbone import rotary
 from qk_sniffer.backbone.banded_attention import banded
-from qk_sniffer.backbone.family import Family
+from qk_sniffer.backbone.family import Family, RotaryCall
 from qk_sniffer.backbone.layers import LayerFacts, LayerHeads
-from qk_sniffer.backbone.tap import AttentionCall, ForwardDone, shows_nothing, tap
+from qk_sniffer.backbone.rotation import Frequencies, Rotation, frequencies, rotation
+from qk_sniffer.backbone.tap import AttentionCall, ForwardDone, OnRotary, shows_nothing, tap
 from qk_sniffer.errors import CaptureError, QkSnifferError
 
-PROBE_TOKENS = 2
+PROBE_TOKENS = 16
+"""Enough positions to tell the frequencies of two kinds of layers apart."""
 
 
 class Backbone:
@@ -66,9 +70,11 @@ class Backbone:
                 "a Band, set inference.banded_attention=false"
             ) from error
 
-    def _forward(self, ids: torch.Tensor, on_call: Callable[[AttentionCall], None]) -> None:
+    def _forward(
+        self, ids: torch.Tensor, on_call: Callable[[AttentionCall], None], on_rotary: OnRotary | None = None
+    ) -> None:
         attention = banded() if self.banded_attention else nullcontext()
-        with attention, self.tapped(on_call), suppress(ForwardDone):
+        with attention, self.tapped(on_call, on_rotary), suppress(ForwardDone):
             self.run(ids)
 
     def run(self, ids: torch.Tensor) -> None:
@@ -79,13 +85,14 @@ class Backbone:
             self.decoder(input_ids=on_device(ids, self.device), use_cache=False)
 
     @contextmanager
-    def tapped(self, on_call: Callable[[AttentionCall], None]) -> Iterator[None]:
+    def tapped(self, on_call: Callable[[AttentionCall], None], on_rotary: OnRotary | None = None) -> Iterator[None]:
         """Opens the tap for forward passes that the caller runs."""
-        with tap(self.attention_layers, on_call, family=self.family, pre_rope=self.pre_rope):
+        family, layers = self.family, self.attention_layers
+        with tap(layers, on_call, family=family, pre_rope=self.pre_rope, on_rotary=on_rotary):
             yield
 
     def probe(self) -> list[LayerFacts]:
-        """Returns the facts of every attention layer, from a forward pass over two tokens; sorted by layer.
+        """Returns the facts of every attention layer, from a forward pass over a few tokens; sorted by layer.
 
         Raises:
             CaptureError: the decoder does not run, shows no attention call, or a layer shows several.
@@ -99,10 +106,17 @@ class Backbone:
                     "several attention modules name this layer as theirs; a family can distinguish them: "
                     "model.family=package.module:Class"
                 )
-            facts[call.layer] = _layer_facts(call)
+            facts[call.layer] = _layer_facts(call, rotations[call.layer])
 
+        rotations: dict[int, Rotation | str | None] = {}
+
+        def rotate(layer: int, module: nn.Module, calls: list[RotaryCall], *states: torch.Tensor) -> None:
+            query, key = states
+            rotations[layer] = rotation(module, calls, query, key, self.frequencies, self.family)
+
+        length = min(PROBE_TOKENS, self.length_boundary or PROBE_TOKENS, self.num_positions or PROBE_TOKENS)
         try:
-            self._forward(torch.arange(1, PROBE_TOKENS + 1)[None], record)
+            self._forward(1 + torch.arange(length)[None] % 2, record, rotate)
         except QkSnifferError:
             raise
         except Exception as error:  # any error of the model's code
@@ -122,12 +136,18 @@ class Backbone:
             raise CaptureError(f"{_model_type(self.decoder)}: this model has no softmax attention to capture")
         return [facts[layer] for layer in sorted(facts)]
 
+    @cached_property
+    def frequencies(self) -> dict[str, Frequencies]:
+        """The frequencies of the decoder's rotary embeddings, by name."""
+        return frequencies(self.decoder, self.config)
+
     def rotary_parameters(self) -> dict[str, Any]:
         """Returns the inverse frequencies, the attention scaling and the config's rotary parameters."""
-        return rotary.parameters(self.decoder, self.config)
+        by_name = {name: one.to_dict() for name, one in self.frequencies.items()}
+        return rotary.parameters(self.decoder, self.config) | {"frequencies": by_name}
 
 
-def _layer_facts(call: AttentionCall) -> LayerFacts:
+def _layer_facts(call: AttentionCall, rotation: Rotation | str | None) -> LayerFacts:
     head_dim = call.query.shape[-1]
     return LayerFacts(
         LayerHeads(
@@ -136,6 +156,7 @@ def _layer_facts(call: AttentionCall) -> LayerFacts:
             num_k_heads=call.key.shape[1],
             head_dim=head_dim,
             sliding_window=call.sliding_window,
+            hides_keys=call.hides_keys,
         ),
         attention_chunk=call.attention_chunk,
         softmax_scale=head_dim**-0.5 if call.softmax_scale is None else float(call.softmax_scale),
@@ -143,6 +164,7 @@ def _layer_facts(call: AttentionCall) -> LayerFacts:
         sinks=None if call.sinks is None else call.sinks.double().tolist(),
         position_bias=call.position_bias,
         sparse_attention=call.sparse_attention,
+        rotation=asdict(rotation) if isinstance(rotation, Rotation) else rotation,
     )
 
 

@@ -30,6 +30,10 @@ NO_SELF_ATTENTION = ("Cross", "Delta", "Lightning")
 """Parts of the names of attention classes that attend to another sequence, or are linear and have no softmax."""
 
 
+_PLAIN_ATTENTION = (None, "full_attention", "sliding_attention", "attention", "hybrid", "hybrid_sliding")
+"""Entries of `layer_types` for softmax attention to all earlier keys, or to those of a window."""
+
+
 class Family:
     """The generic family. Its methods receive loaded modules."""
 
@@ -93,7 +97,7 @@ class Family:
         a sliding one.
         """
         window: int | None = arguments.get("sliding_window")
-        if window is None and _layer_type(module) == "sliding_attention":
+        if window is None and layer_type(module) == "sliding_attention":
             config: Any = module.config
             return getattr(config, "sliding_window", None)
         return window
@@ -103,7 +107,7 @@ class Family:
 
         A query sees only keys of its own chunk.
         """
-        if _layer_type(module) == "chunked_attention":
+        if layer_type(module) == "chunked_attention":
             config: Any = module.config
             return int(config.attention_chunk_size)
         return None
@@ -116,6 +120,15 @@ class Family:
         """
         shared = bool(getattr(module, "skip_topk", False))
         return shared or any("Indexer" in type(part).__name__ for part in module.modules())
+
+    def hides_keys(self, module: nn.Module) -> bool:
+        """Whether a query does not see all earlier keys for another reason than a window.
+
+        The default is True for chunks, for keys selected by their content, and for an entry of the config's
+        `layer_types` that does not name full or sliding attention.
+        """
+        chunked = self.attention_chunk(module) is not None
+        return chunked or self.sparse_attention(module) or layer_type(module) not in _PLAIN_ATTENTION
 
     def position_bias(self, module: nn.Module, arguments: Mapping[str, Any]) -> bool:
         """Whether a bias by position or by key is added to the logits. `arguments` are those of the kernel, by name."""
@@ -207,7 +220,7 @@ class Family:
         return None if self.changed_after_rotary else (query, key)
 
 
-def _layer_type(module: nn.Module) -> str | None:
+def layer_type(module: nn.Module) -> str | None:
     """Returns the entry of the config's `layer_types` for the layer that `module` names as its own."""
     layer = getattr(module, "layer_idx", None)
     types = getattr(getattr(module, "config", None), "layer_types", None) or ()

@@ -6,16 +6,25 @@ from typing import Any
 
 @dataclass(frozen=True)
 class LayerHeads:
-    """The heads of one attention layer; `sliding_window` is None on full attention."""
+    """The heads of one attention layer."""
 
     layer: int
     num_q_heads: int
     num_k_heads: int
     head_dim: int
     sliding_window: int | None
+    """The number of positions that a query sees, its own included; None without a window."""
+    hides_keys: bool = False
+    """Whether a query does not see all earlier keys for another reason than a window: chunks, a selection by content,
+    or a kind of attention that is not known."""
+
+    @property
+    def full_attention(self) -> bool:
+        """Whether every query sees all earlier keys."""
+        return self.sliding_window is None and not self.hides_keys
 
     def key_head(self, head: int) -> int:
-        """Returns the key head of query head `head`."""
+        """Returns the key head of query head `head`. Neighbouring query heads share a key head."""
         return head // (self.num_q_heads // self.num_k_heads)
 
 
@@ -36,9 +45,15 @@ class LayerFacts:
     """Whether a bias by position or by key is added to the logits. The bias is not stored."""
     sparse_attention: bool
     """Whether a query sees only some of the keys before it, selected by their content. The selection is not stored."""
+    rotation: dict[str, Any] | str | None
+    """How queries and keys turn, in the form of `Rotation`; the reason if that is not known; None without RoPE."""
 
     def to_dict(self) -> dict[str, Any]:
         """Returns all facts in one flat dict, the form of the manifest."""
         values = asdict(self)
         heads: dict[str, Any] = values.pop("heads")
-        return heads | values
+        del heads["hides_keys"]
+        num_q, num_k = self.heads.num_q_heads, self.heads.num_k_heads
+        if num_q % num_k == 0:  # heads of any other layer cannot be captured
+            heads["key_head"] = [self.heads.key_head(head) for head in range(num_q)]
+        return heads | {"full_attention": self.heads.full_attention} | values

@@ -32,6 +32,36 @@ def parameters(decoder: nn.Module, config: PretrainedConfig) -> dict[str, Any]:
     return {"rope_parameters": getattr(config, "rope_parameters", None), "embeddings": embeddings}
 
 
+def kinds(module: nn.Module) -> list[str]:
+    """Returns the kinds of layers that a rotary embedding has frequencies for; an empty name for all kinds."""
+    ends = ("inv_freq", "_inv_freq")
+    names = [
+        name for name, buffer in module.named_buffers(recurse=False) if name.endswith(ends[0]) and buffer.dim() == 1
+    ]
+    return [name.removesuffix(ends[1]).removesuffix(ends[0]) for name in names if "original" not in name]
+
+
+def tables(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Returns the tables with a row for each position that a module holds, by name."""
+    return [
+        (name, table) for name, table in module.named_buffers(recurse=False) if name in _TABLES and table.dim() == 2
+    ]
+
+
+def parameters_of(config: PretrainedConfig, kind: str) -> dict[str, Any]:
+    """Returns the config's rotary parameters for a kind of layer; empty if it has none."""
+    rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    return rope.get(kind) or {} if kind and kind in rope else rope
+
+
+def boundary_of(config: PretrainedConfig, kind: str) -> int | None:
+    """Returns the most tokens for which a kind of layer has the same frequencies; None if they never change."""
+    rope = parameters_of(config, kind)
+    if rope.get("rope_type") == "dynamic":
+        return int(config.max_position_embeddings)
+    return rope.get("original_max_position_embeddings") if rope.get("rope_type") in LENGTH_DEPENDENT else None
+
+
 def length_boundary(config: PretrainedConfig) -> int | None:
     """Returns the most tokens for which the frequencies do not depend on the text's length; None if they never do."""
     rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}

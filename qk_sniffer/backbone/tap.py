@@ -24,8 +24,8 @@ import torch
 from torch import nn
 from transformers.modeling_utils import AttentionInterface
 
-from qk_sniffer.backbone.banded_attention import Band
 from qk_sniffer.backbone.family import Family, RotaryCall
+from qk_sniffer.backbone.masks import Visible, check_mask
 from qk_sniffer.errors import CaptureError
 
 
@@ -52,6 +52,12 @@ class AttentionCall:
     """Whether a bias by position, such as ALiBi, or by key is added to the logits."""
     sparse_attention: bool
     """Whether a query sees only some of the keys before it, selected by their content."""
+    hides_keys: bool
+    """Whether a query does not see all earlier keys for another reason than a window."""
+
+
+OnRotary = Callable[[int, nn.Module, list[RotaryCall], torch.Tensor, torch.Tensor], None]
+"""Receives the rotary calls of a layer: see `tap`."""
 
 
 class ForwardDone(BaseException):
@@ -65,8 +71,12 @@ def tap(
     *,
     family: Family,
     pre_rope: bool = False,
+    on_rotary: OnRotary | None = None,
 ) -> Iterator[None]:
     """Calls `on_call` before each attention kernel that one of `layers` (module -> layer index) runs.
+
+    `on_rotary`, if given, is called first, with the layer, its module, its rotary calls, and query and key as attention
+    receives them.
 
     Raises:
         CaptureError: with `pre_rope`, the model has no rotary function. In the pass: one of `layers` ran and showed
@@ -77,7 +87,7 @@ def tap(
     rotary_calls: list[RotaryCall] = []
     forward_arguments: dict[str, Any] = {}  # of the attention module that is running
     last_seen: list[weakref.ref[torch.Tensor]] = []
-    causal_masks: list[weakref.ref[torch.Tensor]] = []  # checked once: a check waits for the GPU
+    checked_masks: list[tuple[weakref.ref[torch.Tensor], Visible]] = []  # once: a check waits for the GPU
 
     def reset() -> None:
         for state in (rotary_calls, forward_arguments, last_seen):
@@ -98,27 +108,32 @@ def tap(
         if last_seen and last_seen[0]() is query and last_seen[1]() is key:
             return  # the same vectors again, to attend to other values
         last_seen[:] = weakref.ref(query), weakref.ref(key)
-        mask = arguments.get("attention_mask")
-        if mask is None or not any(known() is mask for known in causal_masks):
-            _refuse_acausal(module, query, arguments)
-            if isinstance(mask, torch.Tensor):
-                causal_masks[:] = [known for known in causal_masks if known() is not None] + [weakref.ref(mask)]
         _refuse_other_keys(module, query, key)
-        sliding_window = family.sliding_window(module, arguments)
-        _refuse_other_window(module, sliding_window, arguments.get("attention_mask"))
+        mask = arguments.get("attention_mask")
+        window = family.sliding_window(module, arguments)
+        rules = Visible(window, family.attention_chunk(module), family.sparse_attention(module))
+        if mask is None or not any(known() is mask and rules == of for known, of in checked_masks):
+            check_mask(module, query.shape[2], rules, arguments)
+            if isinstance(mask, torch.Tensor):
+                checked_masks[:] = [one for one in checked_masks if one[0]() is not None]
+                checked_masks.append((weakref.ref(mask), rules))
+        layer = family.layer(module, layers[module], forward_arguments)
+        if on_rotary is not None:
+            on_rotary(layer, module, [*rotary_calls], query, key)
         vectors = family.before_rotary(module, rotary_calls, query, key) if pre_rope else (query, key)
         rotary_calls.clear()
         on_call(
             AttentionCall(
-                family.layer(module, layers[module], forward_arguments),
+                layer,
                 *vectors,
-                sliding_window=sliding_window,
-                attention_chunk=family.attention_chunk(module),
+                sliding_window=rules.window,
+                attention_chunk=rules.chunk,
                 softmax_scale=arguments.get("scaling"),
                 softcap=arguments.get("softcap"),
                 sinks=arguments.get("s_aux"),
                 position_bias=family.position_bias(module, arguments),
-                sparse_attention=family.sparse_attention(module),
+                sparse_attention=rules.is_sparse,
+                hides_keys=family.hides_keys(module),
             )
         )
 
@@ -139,7 +154,8 @@ def tap(
             "before RoPE cannot be distinguished from those after it; set capture.capture_pre_rope=false, or define "
             "them in a family (model.family=package.module:Class)"
         )
-    rotary = watched_rotary(layers, family, rotary_calls) if pre_rope else nullcontext()
+    is_watched = pre_rope or on_rotary is not None
+    rotary = watched_rotary(layers, family, rotary_calls) if is_watched else nullcontext()
     with rotary, torch.compiler.set_stance("force_eager"):
         handles: list[Any] = []
         try:
@@ -170,41 +186,11 @@ def shows_nothing(modules: Iterable[nn.Module], family: Family) -> CaptureError:
     )
 
 
-def _sees_last(mask: Any) -> bool:
-    """Whether the first token sees the last one; True without a mask."""
-    if not isinstance(mask, torch.Tensor):
-        return mask is None
-    corner = mask[..., 0, -1]
-    return bool((corner if mask.dtype == torch.bool else corner > torch.finfo(mask.dtype).min / 2).any())
-
-
-def _refuse_acausal(module: nn.Module, query: torch.Tensor, arguments: dict[str, Any]) -> None:
-    n = query.shape[2]
-    causal = arguments.get("is_causal", getattr(module, "is_causal", True))
-    mask = arguments.get("attention_mask")
-    if n > 1 and (not causal or isinstance(mask, torch.Tensor)) and _sees_last(mask):
-        hint = "; for this model as a decoder, set model.config_overrides.is_decoder=true"
-        can_be_decoder = getattr(getattr(module, "config", None), "is_decoder", None) is False
-        raise CaptureError(
-            f"{type(module).__name__} is not causal: its tokens attend to later ones and to padding. Only decoders "
-            "can be captured" + (hint if can_be_decoder else "")
-        )
-
-
 def _refuse_other_keys(module: nn.Module, query: torch.Tensor, key: torch.Tensor) -> None:
     if key.shape[2] != query.shape[2]:
         raise CaptureError(
             f"{type(module).__name__} attends with {query.shape[2]} queries to {key.shape[2]} keys: its tokens do not "
             "have one key vector each, so it cannot be captured"
-        )
-
-
-def _refuse_other_window(module: nn.Module, sliding_window: int | None, mask: Any) -> None:
-    if isinstance(mask, Band) and mask.window != sliding_window:
-        declared = "no window" if sliding_window is None else f"a window of {sliding_window}"
-        raise CaptureError(
-            f"{type(module).__name__} attends within a window of {mask.window} tokens, but {declared} is declared: a "
-            "family can declare it (Family.sliding_window, see models/ADDING.md)"
         )
 
 

@@ -109,18 +109,20 @@ def _eligible_layers(layers: Sequence[LayerHeads], capture: CaptureConfig) -> li
     candidates = [layer for number, layer in known.items() if number in wanted]
     if not capture.full_attention_only:
         return candidates
-    full = [layer for layer in candidates if layer.sliding_window is None]
+    full = [layer for layer in candidates if layer.full_attention]
     if full:
         return full
-    elsewhere = compact_ranges(layer.layer for layer in layers if layer.sliding_window is None)
+    elsewhere = compact_ranges(layer.layer for layer in layers if layer.full_attention)
     which = (
         "every layer of the model"
         if capture.layers is None
         else f"every layer of capture.layers ({compact_ranges(wanted)})"
     )
+    windows = all(layer.sliding_window is not None for layer in candidates)
+    what = "has a sliding window" if windows else "hides earlier keys (sliding windows, chunks or sparse attention)"
     raise ConfigError(
         [
-            f"capture.full_attention_only leaves no layer: {which} has a sliding window; full attention: "
+            f"capture.full_attention_only leaves no layer: {which} {what}; full attention: "
             f"{'layers ' + elsewhere if elsewhere else 'none'}"
         ]
     )

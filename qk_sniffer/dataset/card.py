@@ -112,7 +112,7 @@ def _columns(facts: CardFacts) -> str:
         "example_id": "the example: `examples/data.parquet` has its id in the source, its length and its hash",
         "position": "the token's position in the example, from 0",
         "vector": f"the query or key vector, {stage}; {plain(dtype)}, widened to float32",
-        "sliding_window": "tokens that the layer attends back to, including the token itself; null on full attention",
+        "sliding_window": "tokens that the layer attends back to, including the token itself; null without a window",
         "token_id": "the token at this position",
         "token_str": "the token as text",
     }
@@ -154,9 +154,8 @@ def _head_layout(facts: CardFacts) -> str:
         by_layer.setdefault(head.layer, []).append(head)
     layers_alike: dict[tuple[str, ...], list[int]] = {}
     for layer, heads in by_layer.items():
-        window = heads[0].sliding_window
         alike = (
-            "full" if window is None else f"sliding, {window:,} tokens",
+            _attention(heads[0]),
             str(heads[0].head_dim),
             *(compact_ranges(head.head for head in heads if head.kind == kind) or "none" for kind in KINDS),
         )
@@ -171,6 +170,18 @@ def _head_layout(facts: CardFacts) -> str:
             "the ones that serve them.\n"
         )
     return text
+
+
+def _attention(head: Head) -> str:
+    """Returns the attention of the head's layer in words."""
+    limits = []
+    if head.sliding_window is not None:
+        limits.append(f"sliding, {head.sliding_window:,} tokens")
+    if head.attention_chunk is not None:
+        limits.append(f"chunks of {head.attention_chunk:,} tokens")
+    if head.sparse_attention:
+        limits.append("sparse")
+    return "; ".join(limits) or ("not full" if head.full_attention is False else "full")
 
 
 def _sampling(facts: CardFacts) -> str:
@@ -223,8 +234,8 @@ def _logits(facts: CardFacts) -> str:
 
 {rotated} of a query and a key is their dot product times the layer's softmax scale, then soft-capped if the layer has a
 softcap. Both are of the same example, and the key's position is at most the query's. `manifest.json` has the scale,
-softcap, sinks and rotary parameters of each layer, and its numbers of heads: the key head of query head q is
-`q // (num_q_heads // num_k_heads)`. The metadata of each Parquet file has the scale, window and key head of its head.
+softcap, sinks and rotary parameters of each layer, and its `key_head`, the key head of each query head. The metadata of
+each Parquet file has the scale, window and key head of its head.
 With a sliding window of w tokens, a query attends to a key only if their positions differ by less than w. With an
 `attention_chunk` of c, a query attends to a key only if both positions divided by c have the same whole part. Where
 `position_bias` is true, the model adds a bias to the logits, which is not stored. Where `sparse_attention` is true, a

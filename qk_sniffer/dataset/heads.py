@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from typing import Any
 
-from qk_sniffer.backbone.layers import LayerHeads
 from qk_sniffer.store.layout import KEY_HEAD_KINDS, KINDS, Head
 
 
@@ -11,24 +10,34 @@ def captured_heads(record: Mapping[str, Any]) -> list[Head]:
     """Returns the captured heads in the order of the record's layers, queries before keys in each layer."""
     heads = []
     for layer in record["model"]["layers"]:
-        of_layer = LayerHeads(**{key: layer[key] for key in LayerHeads.__dataclass_fields__})
         for kind in KINDS:
             for row, head in enumerate(layer["captured"].get(kind, ())):
-                key_head = head if kind in KEY_HEAD_KINDS else of_layer.key_head(head)
+                of_head = head if kind in KEY_HEAD_KINDS else key_head(layer, head)
                 heads.append(
                     Head(
-                        layer=of_layer.layer,
+                        layer=layer["layer"],
                         head=head,
                         kind=kind,
-                        key_head=key_head,
-                        head_dim=of_layer.head_dim,
-                        sliding_window=of_layer.sliding_window,
+                        key_head=of_head,
+                        head_dim=layer["head_dim"],
+                        sliding_window=layer["sliding_window"],
                         row=row,
-                        metadata=_metadata(record, layer, head, kind, key_head),
+                        metadata=_metadata(record, layer, head, kind, of_head),
                         attention_chunk=layer.get("attention_chunk"),
+                        sparse_attention=layer.get("sparse_attention", False),
+                        full_attention=layer.get("full_attention"),
                     )
                 )
     return heads
+
+
+def key_head(layer: Mapping[str, Any], head: int) -> int:
+    """Returns the key head that query head `head` of a layer of the record attends with.
+
+    Datasets of earlier versions have no `key_head`: there, neighbouring query heads share a key head.
+    """
+    of_queries: list[int] | None = layer.get("key_head")
+    return head // (layer["num_q_heads"] // layer["num_k_heads"]) if of_queries is None else of_queries[head]
 
 
 def _metadata(

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from qk_sniffer.capture.sampling import Sampler
 from qk_sniffer.config import from_dict
-from qk_sniffer.dataset.heads import captured_heads
+from qk_sniffer.dataset.heads import captured_heads, key_head
 from qk_sniffer.errors import StoreError
 from qk_sniffer.hub.branch import open_branch
 from qk_sniffer.hub.revisions import is_hub_id
@@ -25,7 +25,7 @@ from qk_sniffer.store.files import Files, Folder, difference
 from qk_sniffer.store.layout import EXAMPLES, HeadKey, head_file, schema
 from qk_sniffer.store.parquet_tables import read_examples, read_table
 from qk_sniffer.store.stored import UnreadableError
-from qk_sniffer.text import shortened
+from qk_sniffer.text import compact_ranges, shortened
 
 
 class HeadVectors(NamedTuple):
@@ -69,6 +69,20 @@ class Dataset:
             HubError: the file cannot be fetched.
         """
         return read_examples(self._path(EXAMPLES), self.manifest, way_out=WAY_OUT)
+
+    def key_head(self, layer: int, head: int) -> int:
+        """Returns the number of the key head that query head `head` of a layer attends with, captured or not.
+
+        Raises:
+            StoreError: the dataset has nothing of this layer, or the layer has no such head.
+        """
+        found = next((one for one in self.manifest["model"]["layers"] if one["layer"] == layer), None)
+        if found is None:
+            layers = compact_ranges(one["layer"] for one in self.manifest["model"]["layers"])
+            raise StoreError(f"{self} has no layer {layer}; it has layers {layers}")
+        if not 0 <= head < found["num_q_heads"]:
+            raise StoreError(f"{self}: layer {layer} has no query head {head}; it has 0-{found['num_q_heads'] - 1}")
+        return key_head(found, head)
 
     def vectors(self, layer: int, head: int, kind: str) -> HeadVectors:
         """Returns the rows of a head. `head` is the number of a query head for the kind "q", of a key head for "k".

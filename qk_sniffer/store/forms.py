@@ -42,6 +42,15 @@ BatchSize = Annotated[int, Meta(ge=1, le=2**53)]
 Number = int | float
 
 
+class Rotation(TypedDict):
+    """The rotation of a layer's queries and keys, by the name of its frequencies in `Model.rotary`."""
+
+    frequencies: Text
+    pairs: Literal["halves", "neighbours", "neighbours to halves"]
+    first: Annotated[int, Meta(ge=0, lt=MOST_HEAD_DIM)]
+    changed_after: bool
+
+
 class Layer(TypedDict):
     """A layer, as `LayerFacts.to_dict` and the job describe it."""
 
@@ -50,12 +59,15 @@ class Layer(TypedDict):
     num_k_heads: NumHeads
     head_dim: Annotated[int, Meta(ge=1, le=MOST_HEAD_DIM)]
     sliding_window: Annotated[int, Meta(ge=1, lt=2**31)] | None
+    key_head: NotRequired[list[HeadNumber]]
+    full_attention: NotRequired[bool]
     attention_chunk: NotRequired[Annotated[int, Meta(ge=1, lt=2**31)] | None]
     softmax_scale: Number
     softcap: NotRequired[Number | None]
     sinks: NotRequired[list[Number] | None]
     position_bias: NotRequired[bool]
     sparse_attention: NotRequired[bool]
+    rotation: NotRequired[Rotation | Text | None]
     captured: dict[Kind, list[HeadNumber]]
 
 
@@ -374,6 +386,11 @@ def _in_layers(layers: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         seen.add(number)
         if num_k > num_q:
             yield f"layer {number} has {num_k:,} key heads for {num_q:,} query heads"
+        if (of_queries := layer.get("key_head")) is not None:
+            if len(of_queries) != num_q:
+                yield f"layer {number} lists the key heads of {len(of_queries):,} query heads, and has {num_q:,}"
+            elif max(of_queries) >= num_k:
+                yield f"layer {number} lists key head {max(of_queries)} in key_head, which it does not have"
         for kind, heads in layer["captured"].items():
             if len(set(heads)) != len(heads):
                 yield f"layer {number} lists a head of kind {kind} twice"

@@ -82,13 +82,17 @@ class Head:
     """The key head that its queries attend with, or the head itself for the kind "k"."""
     head_dim: int
     sliding_window: int | None
-    """None on full attention."""
+    """w where a query at position p sees only keys from position p - w + 1 on; None without a window."""
     row: int
     """The index of the head among the heads of the journal's vectors."""
     metadata: dict[str, str] = field(default_factory=dict, hash=False)
     """The key-value metadata of the head's file."""
     attention_chunk: int | None = None
     """c where a query at position p sees only keys from position p - p % c on; None without chunks."""
+    sparse_attention: bool = False
+    """Whether a query sees only some of the keys before it, selected by their content."""
+    full_attention: bool | None = None
+    """Whether a query sees all earlier keys; None if the dataset does not say."""
 
     @property
     def key(self) -> HeadKey:

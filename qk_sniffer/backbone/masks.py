@@ -1,0 +1,93 @@
+"""Compares the mask of an attention call with the keys that the call's layer is declared to show its queries."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from qk_sniffer.backbone.banded_attention import Band
+from qk_sniffer.errors import CaptureError
+
+_WAY_OUT = "a family can declare it (Family.sliding_window, attention_chunk, sparse_attention; see models/ADDING.md)"
+
+
+@dataclass(frozen=True)
+class Visible:
+    """The declared rule by which a layer's queries see earlier keys."""
+
+    window: int | None
+    """w: a query at position p sees keys from position p - w + 1 on; None without a window."""
+    chunk: int | None
+    """c: a query at position p sees keys from position p - p % c on; None without chunks."""
+    is_sparse: bool
+    """Whether a selection by content hides more keys."""
+
+    def first(self, position: int) -> int:
+        """Returns the first position that a query at `position` sees, before any selection by content."""
+        first = 0 if self.window is None else max(0, position - self.window + 1)
+        return first if self.chunk is None else max(first, position - position % self.chunk)
+
+
+def check_mask(module: nn.Module, n: int, rules: Visible, arguments: dict[str, Any]) -> None:
+    """Checks that attention over n tokens is causal, and that the last query sees the keys that `rules` declare.
+
+    Reads a value of a mask on a GPU once. `arguments` are those of the kernel, by name. Without a mask, the kernel's
+    arguments alone decide.
+
+    Raises:
+        CaptureError: a token sees later ones, or sees other keys than declared.
+    """
+    mask = arguments.get("attention_mask")
+    if isinstance(mask, Band):
+        _refuse_other_window(module, rules, mask.window)
+    if n == 1:
+        return
+    causal = arguments.get("is_causal", getattr(module, "is_causal", True))
+    if not isinstance(mask, torch.Tensor):
+        if not causal and mask is None:
+            raise _acausal(module)
+        return
+    sees_last = _is_visible(mask[..., 0, -1]).any()
+    is_whole = mask.shape[-2:] == (n, n) and not rules.is_sparse
+    expected = torch.arange(n, device=mask.device) >= rules.first(n - 1)
+    differs = (_is_visible(mask[..., -1, :]) != expected).any() if is_whole else sees_last
+    if not bool(sees_last | differs):
+        return
+    if sees_last:
+        raise _acausal(module)
+    last, before = (_reach(mask[..., position, : position + 1]) for position in (n - 1, n - 2))
+    if last is not None and last in (before, n):
+        _refuse_other_window(module, rules, None if last == n else last)
+    raise CaptureError(
+        f"{type(module).__name__} in layer {getattr(module, 'layer_idx', '?')}: its mask hides keys that its facts do "
+        f"not exclude, or shows keys that they do: {_WAY_OUT}"
+    )
+
+
+def _is_visible(values: torch.Tensor) -> torch.Tensor:
+    return values if values.dtype == torch.bool else values > torch.finfo(values.dtype).min / 2
+
+
+def _reach(row: torch.Tensor) -> int | None:
+    """Returns the number of keys that a query sees, its own included, if they are the last ones; otherwise None."""
+    visible = _is_visible(row).reshape(-1, row.shape[-1])
+    count = int(visible[0].sum())
+    return count if bool((visible == visible[0]).all()) and bool(visible[0, row.shape[-1] - count :].all()) else None
+
+
+def _acausal(module: nn.Module) -> CaptureError:
+    hint = "; for this model as a decoder, set model.config_overrides.is_decoder=true"
+    can_be_decoder = getattr(getattr(module, "config", None), "is_decoder", None) is False
+    return CaptureError(
+        f"{type(module).__name__} is not causal: its tokens attend to later ones and to padding. Only decoders "
+        "can be captured" + (hint if can_be_decoder else "")
+    )
+
+
+def _refuse_other_window(module: nn.Module, rules: Visible, window: int | None) -> None:
+    if rules.window == window:
+        return
+    attends, declared = ("no window" if size is None else f"a window of {size}" for size in (window, rules.window))
+    where = f"within {attends} tokens" if window is not None else "without a window"
+    raise CaptureError(f"{type(module).__name__} attends {where}, but {declared} is declared: {_WAY_OUT}")

@@ -1,0 +1,40 @@
+"""The facts of a layer explain the attention weights of eager models: reach, key heads, scale, softcap and sinks."""
+
+import re
+from pathlib import Path
+
+import examine as examine_module
+import pytest
+import supported
+import transformers
+from support.eager import check_reach, check_weights, eager_backbone, layers_and_calls
+
+TABLE = supported.TABLE.read_text()
+CAPTURED = re.findall(r"^\| (\S+) \| \w+ \| yes ", TABLE, flags=re.MULTILINE)
+
+UNSHOWN = {"falcon"}
+"""Types whose own kernel returns no attention weights."""
+
+
+@pytest.mark.parametrize("model_type", ["gemma3_text", "gpt_oss", "llama4_text", "minimax_m3_vl_text"])
+def test_facts_give_the_attention_weights(model_type: str) -> None:
+    layers = layers_and_calls(eager_backbone(model_type))
+    assert len(layers) == 4
+    for layer, call, weights in layers:
+        check_reach(layer, weights)
+        check_weights(layer, call, weights)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(f"transformers {transformers.__version__}" not in TABLE, reason="the table is of another version")
+@pytest.mark.parametrize("model_type", CAPTURED)
+def test_facts_give_the_attention_weights_of_every_type(model_type: str) -> None:
+    backbone, _, _ = examine_module._loaded(model_type)
+    decoder = backbone.decoder
+    decoder.set_attn_implementation("eager")
+    layers = layers_and_calls(backbone)
+    assert bool(layers) is (model_type not in UNSHOWN)
+    for layer, call, weights in layers:
+        check_reach(layer, weights)
+        if not layer["position_bias"]:
+            check_weights(layer, call, weights)

@@ -170,7 +170,9 @@ class CaptureConfig:
         default=None, metadata={"help": "query heads to capture in each layer; their key heads follow; null: all"}
     )
     head_sampling: HeadSamplingConfig = field(default_factory=HeadSamplingConfig)
-    full_attention_only: bool = field(default=False, metadata={"help": "leave out sliding-window layers"})
+    full_attention_only: bool = field(
+        default=False, metadata={"help": "keep only layers whose queries see all earlier keys"}
+    )
     capture_pre_rope: bool = field(
         default=False, metadata={"help": "capture vectors before the rotary embedding instead of after it"}
     )

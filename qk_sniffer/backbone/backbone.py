@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from typing import Any
 
@@ -14,11 +14,11 @@ from qk_sniffer.backbone import rotary
 from qk_sniffer.backbone.banded_attention import banded
 from qk_sniffer.backbone.family import Family, RotaryCall
 from qk_sniffer.backbone.layers import LayerFacts, LayerHeads
-from qk_sniffer.backbone.rotation import Frequencies, Rotation, frequencies, rotation
-from qk_sniffer.backbone.tap import AttentionCall, ForwardDone, OnRotary, shows_nothing, tap
+from qk_sniffer.backbone.rotation import NOT_RECORDED, Frequencies, Rotation, frequencies, rotation
+from qk_sniffer.backbone.tap import AttentionCall, ForwardDone, OnRotary, rotary_functions, shows_nothing, tap
 from qk_sniffer.errors import CaptureError, QkSnifferError
 
-PROBE_TOKENS = 16
+PROBE_TOKENS = 6
 """Enough positions to tell the frequencies of two kinds of layers apart."""
 
 
@@ -98,6 +98,12 @@ class Backbone:
             CaptureError: the decoder does not run, shows no attention call, or a layer shows several.
         """
         facts: dict[int, LayerFacts] = {}
+        rotations: dict[int, dict[str, Any] | str | None] = {}
+        known = self.frequencies
+
+        def note_rotation(layer: int, module: nn.Module, calls: list[RotaryCall], *states: torch.Tensor) -> None:
+            found = rotation(module, calls, states[0], states[1], known, self.family)
+            rotations[layer] = asdict(found) if isinstance(found, Rotation) else found
 
         def record(call: AttentionCall) -> None:
             if call.layer in facts or call.layer < 0:
@@ -106,17 +112,11 @@ class Backbone:
                     "several attention modules name this layer as theirs; a family can distinguish them: "
                     "model.family=package.module:Class"
                 )
-            facts[call.layer] = _layer_facts(call, rotations[call.layer])
-
-        rotations: dict[int, Rotation | str | None] = {}
-
-        def rotate(layer: int, module: nn.Module, calls: list[RotaryCall], *states: torch.Tensor) -> None:
-            query, key = states
-            rotations[layer] = rotation(module, calls, query, key, self.frequencies, self.family)
+            facts[call.layer] = replace(_layer_facts(call), rotation=rotations[call.layer])
 
         length = min(PROBE_TOKENS, self.length_boundary or PROBE_TOKENS, self.num_positions or PROBE_TOKENS)
         try:
-            self._forward(1 + torch.arange(length)[None] % 2, record, rotate)
+            self._forward(1 + torch.arange(length)[None] % 2, record, note_rotation)
         except QkSnifferError:
             raise
         except Exception as error:  # any error of the model's code
@@ -134,6 +134,9 @@ class Backbone:
                     "family can name the layers (Family.attention_layers, see models/ADDING.md)"
                 )
             raise CaptureError(f"{_model_type(self.decoder)}: this model has no softmax attention to capture")
+        if known and not rotary_functions(self.attention_layers, self.family):
+            reason = f"{NOT_RECORDED}the decoder has rotary frequencies, and no rotary function that is known"
+            facts = {layer: replace(fact, rotation=reason) for layer, fact in facts.items()}
         return [facts[layer] for layer in sorted(facts)]
 
     @cached_property
@@ -147,7 +150,7 @@ class Backbone:
         return rotary.parameters(self.decoder, self.config) | {"frequencies": by_name}
 
 
-def _layer_facts(call: AttentionCall, rotation: Rotation | str | None) -> LayerFacts:
+def _layer_facts(call: AttentionCall) -> LayerFacts:
     head_dim = call.query.shape[-1]
     return LayerFacts(
         LayerHeads(
@@ -164,7 +167,6 @@ def _layer_facts(call: AttentionCall, rotation: Rotation | str | None) -> LayerF
         sinks=None if call.sinks is None else call.sinks.double().tolist(),
         position_bias=call.position_bias,
         sparse_attention=call.sparse_attention,
-        rotation=asdict(rotation) if isinstance(rotation, Rotation) else rotation,
     )
 
 

@@ -45,7 +45,7 @@ class LayerFacts:
     """Whether a bias by position or by key is added to the logits. The bias is not stored."""
     sparse_attention: bool
     """Whether a query sees only some of the keys before it, selected by their content. The selection is not stored."""
-    rotation: dict[str, Any] | str | None
+    rotation: dict[str, Any] | str | None = None
     """How queries and keys turn, in the form of `Rotation`; the reason if that is not known; None without RoPE."""
 
     def to_dict(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ frequencies allow. The rotation that explains the function is recorded, and othe
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -63,6 +64,8 @@ class Rotation:
     """One of `PAIRS`."""
     first: int
     """The first rotated component of a head."""
+    direction: int
+    """1 if the first component of a pair turns towards the second, -1 if away from it."""
     changed_after: bool
     """Whether the model scales or normalizes queries or keys after the rotation."""
 
@@ -78,6 +81,8 @@ def frequencies(decoder: nn.Module, config: PretrainedConfig) -> dict[str, Frequ
                     for kind in rotary.kinds(module):
                         if (one := _of_module(module, kind, config)) is not None:
                             found[f"{name}.{kind}" if kind else name] = one
+                if "Attention" not in type(module).__name__:
+                    continue
                 for table, values in rotary.tables(module):
                     if table not in found and (inv_freq := _of_table(values)) is not None:
                         found[table] = Frequencies(inv_freq, 1.0)
@@ -102,14 +107,19 @@ def rotation(
         return None
     try:
         pairs = _before_and_after(module, calls, query, key, family)
-    except (CaptureError, ValueError) as error:
-        return f"{NOT_RECORDED}{type(module).__name__}: {error}"
+    except CaptureError:
+        pairs = []
+    if not pairs:
+        return (
+            f"{NOT_RECORDED}{type(module).__name__} attends with vectors that no rotary function of its layer returned"
+        )
     best: tuple[float, Rotation] | None = None
     for name, candidate in _by_kind(known, layer_type(module)):
-        for layout, first in _layouts(candidate, query.shape[-1]):
-            differences = [_difference(before, after, candidate, layout, first) for before, after in pairs]
-            if best is None or max(differences) < 0.7 * best[0]:  # of two that are alike, the first
-                best = max(differences), Rotation(name, layout, first, family.changed_after_rotary)
+        for layout, first, direction in _layouts(candidate, query.shape[-1]):
+            one = Rotation(name, layout, first, direction, family.changed_after_rotary)
+            difference = max(_difference(before, after, candidate, one) for before, after in pairs)
+            if best is None or difference < 0.7 * best[0]:  # of two that are alike, the first
+                best = difference, one
     if best is None or best[0] > LARGEST_DIFFERENCE:
         reason = (
             "the decoder has no inverse frequencies" if best is None else "no frequencies of the decoder explain it"
@@ -118,15 +128,16 @@ def rotation(
     return best[1]
 
 
-def rotate(vectors: torch.Tensor, inv_freq: torch.Tensor, scaling: float, layout: str, first: int) -> torch.Tensor:
-    """Returns `vectors` (..., n, d) of positions 0 to n - 1, rotated in float64."""
-    size = len(inv_freq)
+def rotate(vectors: torch.Tensor, candidate: Frequencies, rotation: Rotation) -> torch.Tensor:
+    """Returns `vectors` (..., n, d) of positions 0 to n - 1 of a short text, rotated in float64."""
+    inv_freq, scaling = torch.tensor(candidate.inv_freq, dtype=torch.float64), candidate.attention_scaling
+    size, first, layout = len(inv_freq), rotation.first, rotation.pairs
     halves = first + torch.arange(size), first + size + torch.arange(size)
     neighbours = first + 2 * torch.arange(size), first + 2 * torch.arange(size) + 1
     (one, other) = halves if layout == "halves" else neighbours
     (to_one, to_other) = neighbours if layout == "neighbours" else halves
     angle = torch.arange(vectors.shape[-2], dtype=torch.float64)[:, None] * inv_freq
-    cos, sin = scaling * angle.cos(), scaling * angle.sin()
+    cos, sin = scaling * angle.cos(), rotation.direction * scaling * angle.sin()
     a, b = vectors[..., one], vectors[..., other]
     turned = vectors.clone()
     turned[..., to_one], turned[..., to_other] = a * cos - b * sin, a * sin + b * cos
@@ -136,14 +147,20 @@ def rotate(vectors: torch.Tensor, inv_freq: torch.Tensor, scaling: float, layout
 def _before_and_after(
     module: nn.Module, calls: Sequence[RotaryCall], query: torch.Tensor, key: torch.Tensor, family: Family
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Returns queries and keys (heads, n, d) before and after the rotation, in float64 on the CPU."""
+    """Returns queries and keys (heads, n, d) before and after the rotation, in float64 on the CPU.
+
+    Empty if the rotary function returns heads of another width than attention receives.
+
+    Raises:
+        CaptureError: query or key does not follow from the rotary calls.
+    """
     if family.changed_after_rotary:
         pairs = [_heads_first(before, after, query.shape[2]) for before, after in calls[:2]]
     else:
         before_query, before_key = family.before_rotary(module, calls, query, key)
         pairs = [(before_query, query), (before_key, key)]
     if any(before.shape != after.shape or before.shape[-1] != query.shape[-1] for before, after in pairs):
-        raise ValueError("its rotary function does not return heads of the width that attention receives")
+        return []
     return [(before[0].double().cpu(), after[0].double().cpu()) for before, after in pairs]
 
 
@@ -156,19 +173,17 @@ def _by_kind(known: Mapping[str, Frequencies], kind: str | None) -> Iterator[tup
     yield from sorted(known.items(), key=lambda item: item[1].layer_type != kind)
 
 
-def _layouts(candidate: Frequencies, head_dim: int) -> Iterator[tuple[str, int]]:
+def _layouts(candidate: Frequencies, head_dim: int) -> Iterator[tuple[str, int, int]]:
+    """Yields the possible (pairs, first, direction) of a rotation."""
     width = 2 * len(candidate.inv_freq)
-    for layout in PAIRS:
-        for first in dict.fromkeys((0, head_dim - width)):
-            if width <= head_dim:
-                yield layout, first
+    if width <= head_dim:
+        yield from product(PAIRS, dict.fromkeys((0, head_dim - width)), (1, -1))
 
 
-def _difference(before: torch.Tensor, after: torch.Tensor, candidate: Frequencies, layout: str, first: int) -> float:
-    inv_freq = torch.tensor(candidate.inv_freq, dtype=torch.float64)
-    turned = rotate(before, inv_freq, candidate.attention_scaling, layout, first)
+def _difference(before: torch.Tensor, after: torch.Tensor, candidate: Frequencies, rotation: Rotation) -> float:
     change = torch.linalg.vector_norm(after - before)
-    return float(torch.linalg.vector_norm(turned - after) / change) if change > 0 else 0.0
+    difference = torch.linalg.vector_norm(rotate(before, candidate, rotation) - after)
+    return float(difference / change) if change > 0 else 0.0
 
 
 def _of_module(module: nn.Module, kind: str, config: PretrainedConfig) -> Frequencies | None:
@@ -222,6 +237,8 @@ def _used(module: nn.Module, kind: str, length: int) -> tuple[torch.Tensor, floa
     """
     name = f"{kind}_inv_freq" if kind else "inv_freq"
     held = getattr(module, name)
+    if held.is_meta:
+        return None
     positions = torch.tensor([sorted({0, 1, 7, length // 2, length - 1} & set(range(length)))], device=held.device)
     states = torch.zeros(1, positions.shape[1], 2, device=held.device)
     before = held.double().cpu()
@@ -240,7 +257,7 @@ def _used(module: nn.Module, kind: str, length: int) -> tuple[torch.Tensor, floa
         arrangements = expected, torch.cat([expected, expected], -1), expected.repeat_interleave(2, -1)
         if any(one.shape == turned.shape and (one - turned).abs().max() < 4 * _CLOSE for one in arrangements):
             declared = getattr(module, f"{kind}_attention_scaling" if kind else "attention_scaling", scaling)
-            return inv_freq, declared if abs(declared - scaling) < 1e-5 * scaling else scaling
+            return inv_freq, declared if abs(declared - scaling) < 1e-5 * scaling else float(f"{scaling:.6g}")
     return None
 
 

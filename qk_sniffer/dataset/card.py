@@ -14,6 +14,7 @@ from typing import Any
 from qk_sniffer.capture.sampling import Sampler
 from qk_sniffer.dataset.bucket_ranges import bucket_ranges
 from qk_sniffer.dataset.card_facts import CardFacts, Place
+from qk_sniffer.dataset.card_rotation import rotary_embedding
 from qk_sniffer.dataset.card_snippets import loading
 from qk_sniffer.markdown import block, code, in_url, link, plain, table, tex, yaml_string
 from qk_sniffer.resolved import rule, safe_name
@@ -39,6 +40,7 @@ def write_card(facts: CardFacts) -> str:
         _head_layout(facts),
         _sampling(facts),
         _logits(facts),
+        rotary_embedding(facts),
         _proof(facts),
         _pictures(facts),
         _terms(facts),
@@ -223,9 +225,8 @@ def _bucket_lines(facts: CardFacts, sampler: Sampler, kinds: list[str]) -> list[
 
 def _logits(facts: CardFacts) -> str:
     rotated = (
-        "These vectors are from before RoPE: first apply the layer's rotary embedding (its inverse frequencies and\n"
-        "attention scaling are in `manifest.json`), then the norm or the scale by position that some models apply\n"
-        "after it. Then the logit"
+        "These vectors are from before RoPE: first apply the layer's rotary embedding, as below, then the norm or the\n"
+        "scale by position that some models apply after it. Then the logit"
         if facts.config.capture.capture_pre_rope
         else "The logit"
     )

@@ -38,6 +38,8 @@ class CardFacts:
     heads: Sequence[Head]
     rows_by_bucket: Mapping[str, Mapping[int, int]]
     """{kind: {bucket: rows of all heads of the kind}}"""
+    rotations: Mapping[int, Mapping[str, Any] | str | None] = field(default_factory=dict)
+    """How each layer rotates, as in the manifest; empty if it does not say."""
     licenses: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """The licenses that the sources state: {"model": ..., "dataset": ...}."""
     languages: Sequence[str] = ()
@@ -73,6 +75,9 @@ class CardFacts:
             rows_by_bucket={
                 kind: {int(bucket): rows for bucket, rows in counted.items()}
                 for kind, counted in manifest["rows_by_bucket"].items()
+            },
+            rotations={
+                layer["layer"]: layer["rotation"] for layer in manifest["model"]["layers"] if "rotation" in layer
             },
             licenses={source: stated[source]["license"] for source in ("model", "dataset")},
             languages=stated["dataset"]["language"],

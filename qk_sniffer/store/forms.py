@@ -48,6 +48,7 @@ class Rotation(TypedDict):
     frequencies: Text
     pairs: Literal["halves", "neighbours", "neighbours to halves"]
     first: Annotated[int, Meta(ge=0, lt=MOST_HEAD_DIM)]
+    direction: Literal[1, -1]
     changed_after: bool
 
 

@@ -1,7 +1,6 @@
 """The facts of a layer explain the attention weights of eager models: reach, key heads, scale, softcap and sinks."""
 
 import re
-from pathlib import Path
 
 import examine as examine_module
 import pytest

@@ -137,6 +137,15 @@ def test_an_impossible_selection_is_an_error(capture: CaptureConfig, message: st
     assert message in str(error.value)
 
 
+def test_layers_that_hide_keys_for_another_reason_have_no_full_attention() -> None:
+    """A layer of chunks, of sparse attention or of an unknown kind has no window, and is not full."""
+    layers = [LayerHeads(0, 8, 2, 64, None), LayerHeads(1, 8, 2, 64, None, hides_keys=True)]
+    capture = CaptureConfig(full_attention_only=True)
+    assert query_heads(layers, capture) == {(0, head) for head in range(8)}
+    with pytest.raises(ConfigError, match=r"\(1\) hides earlier keys \(sliding windows, chunks or sparse .* layers 0"):
+        select(layers, replace(capture, layers=[1]))
+
+
 def test_a_model_of_sliding_layers_has_no_full_attention() -> None:
     with pytest.raises(ConfigError, match="every layer of the model has a sliding window; full attention: none"):
         select(LAYERS[:2], CaptureConfig(full_attention_only=True))

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,9 +12,10 @@ from huggingface_hub import HfApi
 from support.fake_hub import FakeHub
 from support.hub_cases import BRANCH, REPO, MakeDataset, client, publish
 from support.jobs import vectors
-from support.verify_cases import restate
+from support.verify_cases import edit, restate
 
 import qk_sniffer
+from qk_sniffer.dataset.heads import captured_heads
 from qk_sniffer.errors import HubError, StoreError
 from qk_sniffer.store import manifest as manifests
 
@@ -42,6 +44,47 @@ def test_a_folder(make_dataset: MakeDataset, tmp_path: Path) -> None:
     assert dataset.manifest == manifests.read(root) and str(dataset) == str(root)
     queries, positions, example_ids = dataset.vectors(*dataset.heads[0])
     assert queries.shape == (len(positions), 16) and len(example_ids) == len(positions)
+
+
+def test_the_key_head_of_each_query_head(make_dataset: MakeDataset, tmp_path: Path) -> None:
+    root = make_dataset(tmp_path / "a")
+    (layer,) = manifests.read(root)["model"]["layers"]
+    assert layer["key_head"] == [0, 0, 1, 1]
+    assert [qk_sniffer.open_dataset(root).key_head(0, head) for head in range(4)] == [0, 0, 1, 1]
+    for wrong in ((1, 0), (0, 4), (0, -1)):
+        with pytest.raises(StoreError, match=r"has no (layer 1; it has layers 0|query head (4|-1); it has 0-3)"):
+            qk_sniffer.open_dataset(root).key_head(*wrong)
+
+
+@pytest.mark.parametrize("listed", [None, [1, 0, 1, 0]], ids=["of an earlier version", "in another order"])
+def test_key_heads_are_those_that_the_manifest_lists(
+    listed: list[int] | None, make_dataset: MakeDataset, tmp_path: Path
+) -> None:
+    root = make_dataset(tmp_path / "a")
+
+    def change(manifest: dict[str, Any]) -> None:
+        (layer,) = manifest["model"]["layers"]
+        del layer["key_head"]
+        layer.update({} if listed is None else {"key_head": listed})
+
+    edit(root, change)
+    dataset = qk_sniffer.open_dataset(root)
+    assert [dataset.key_head(0, head) for head in range(4)] == (listed or [0, 0, 1, 1])
+    of_queries = {head.head: head.key_head for head in captured_heads(dataset.manifest) if head.kind == "q"}
+    assert of_queries == ({0: 0, 3: 1} if listed is None else {0: 1, 3: 0})
+
+
+@pytest.mark.parametrize(
+    ("key_head", "problem"),
+    [([0, 0, 1], "key heads of 3 query heads, and has 4"), ([0, 0, 1, 2], "lists key head 2 in key_head")],
+)
+def test_impossible_key_heads_are_refused(
+    key_head: list[int], problem: str, make_dataset: MakeDataset, tmp_path: Path
+) -> None:
+    root = make_dataset(tmp_path / "a")
+    edit(root, lambda manifest: manifest["model"]["layers"][0].update(key_head=key_head))
+    with pytest.raises(StoreError, match=f"contradicts itself .*{problem}"):
+        qk_sniffer.open_dataset(root)
 
 
 def test_rows_in_several_chunks_and_none(make_dataset: MakeDataset, tmp_path: Path) -> None:

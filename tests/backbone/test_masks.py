@@ -1,0 +1,62 @@
+"""A mask that shows other keys than a layer declares is an error."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from qk_sniffer.backbone.masks import Visible, check_mask
+from qk_sniffer.errors import CaptureError
+
+pytestmark = pytest.mark.floor
+
+N = 12
+FULL = Visible(None, None, is_sparse=False)
+
+
+def mask(rules: Visible, n: int = N, *, additive: bool = False) -> torch.Tensor:
+    row, column = torch.arange(n)[:, None], torch.arange(n)
+    seen = (column <= row) & (column >= torch.tensor([rules.first(i) for i in range(n)])[:, None])
+    return torch.where(seen, 0.0, torch.finfo(torch.float32).min)[None, None] if additive else seen[None, None]
+
+
+def check(rules: Visible, mask: Any, n: int = N) -> None:
+    check_mask(nn.Linear(1, 1), n, rules, {"attention_mask": mask})
+
+
+WINDOW, CHUNK = Visible(5, None, is_sparse=False), Visible(None, 5, is_sparse=False)
+BOTH, WHOLE = Visible(3, 5, is_sparse=False), Visible(N, None, is_sparse=False)
+
+
+@pytest.mark.parametrize("additive", [False, True], ids=["bool", "additive"])
+@pytest.mark.parametrize("rules", [FULL, WINDOW, CHUNK, BOTH, WHOLE])
+def test_a_mask_as_declared_is_accepted(rules: Visible, additive: bool) -> None:
+    for n in (2, 3, N):
+        check(rules, mask(rules, n, additive=additive), n)
+
+
+@pytest.mark.parametrize("additive", [False, True], ids=["bool", "additive"])
+@pytest.mark.parametrize(
+    ("declared", "real", "message"),
+    [
+        (FULL, WINDOW, "within a window of 5 tokens, but no window is declared: a family can declare it"),
+        (Visible(4, None, is_sparse=False), WINDOW, "within a window of 5 tokens, but a window of 4 is declared"),
+        (WINDOW, FULL, "without a window, but a window of 5 is declared"),
+        (FULL, CHUNK, "hides keys that its facts do not exclude"),
+        (CHUNK, FULL, "or shows keys that they do"),
+        (CHUNK, WINDOW, "within a window of 5 tokens, but no window is declared"),
+    ],
+)
+def test_a_mask_of_another_rule_is_refused(declared: Visible, real: Visible, message: str, additive: bool) -> None:
+    with pytest.raises(CaptureError, match=message):
+        check(declared, mask(real, additive=additive))
+
+
+def test_keys_that_are_hidden_from_some_heads_alone_are_refused() -> None:
+    of_heads = mask(FULL).repeat(1, 2, 1, 1)
+    check(FULL, of_heads)
+    of_heads[0, 1, -1, 3] = False
+    with pytest.raises(CaptureError, match="hides keys that its facts do not exclude"):
+        check(FULL, of_heads)
+    check(Visible(None, None, is_sparse=True), of_heads)

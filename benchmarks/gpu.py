@@ -175,7 +175,7 @@ def capturing(
 
 def made(capture: Capture, index: int, tokens: int) -> BatchPlan:
     ids = np.random.default_rng(index).integers(1000, size=tokens).astype(np.int32)
-    return capture.plan([Tokens(index, index, str(index), ids, False, "")])
+    return capture.plan([Tokens(index, index, str(index), ids, 0, "")])
 
 
 def captured(capture: Capture, writer: JournalWriter, plan: BatchPlan) -> None:

@@ -32,7 +32,10 @@ class TokenizerConfig:
         default=None, metadata={"help": "branch, tag or commit of the tokenizer; null: the model's, or main"}
     )
     max_length: int = field(default=4096, metadata={"help": "maximum tokens of an example; the rest is cut off"})
-    add_special_tokens: bool = field(default=True, metadata={"help": "add the tokenizer's special tokens to each text"})
+    add_special_tokens: Any = field(
+        default="auto",
+        metadata={"help": "add the tokenizer's special tokens to each text; auto: unless the text has them already"},
+    )
 
 
 @dataclass(frozen=True)

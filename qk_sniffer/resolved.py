@@ -45,6 +45,8 @@ def resolve(config: Config) -> ResolvedConfig:
     tokenizer = model.tokenizer
     if tokenizer.name is None:
         tokenizer = replace(tokenizer, name=model.name, revision=tokenizer.revision or model.revision)
+    if tokenizer.add_special_tokens in ("true", "false"):
+        tokenizer = replace(tokenizer, add_special_tokens=tokenizer.add_special_tokens == "true")
     values = {field.name: getattr(config, field.name) for field in fields(config)}
     return ResolvedConfig(
         **values

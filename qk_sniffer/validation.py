@@ -16,6 +16,7 @@ from qk_sniffer.resolved import resolve
 from qk_sniffer.text import expand_home, is_branch_name, is_utf8_path, utf8_way_out
 
 DTYPES = ("bfloat16", "float16", "float32")
+SPECIAL_TOKENS = ("auto", "true", "false")
 MAX_INT32 = 2**31 - 1
 MAX_SEED = 2**63 - 1
 
@@ -73,6 +74,8 @@ def _model(model: ModelConfig) -> Iterator[str]:
     source = tokenizer.name or model.name
     yield from _revision("model.tokenizer.revision", tokenizer.revision, "the tokenizer", source, default="main")
     yield from _at_least("model.tokenizer.max_length", tokenizer.max_length, 1, MAX_INT32)
+    if not isinstance(added := tokenizer.add_special_tokens, bool) and added not in SPECIAL_TOKENS:
+        yield f"model.tokenizer.add_special_tokens is {added!r}; valid: {', '.join(SPECIAL_TOKENS)}"
     yield from _at_least("model.long_context.max_length", model.long_context.max_length, 1, MAX_INT32)
     yield from _at_least("model.long_context.min_bucket_size", model.long_context.min_bucket_size, 1, MAX_INT32)
 

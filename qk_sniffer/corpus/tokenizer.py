@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from qk_sniffer.config import ModelConfig, TokenizerConfig
 from qk_sniffer.corpus.examples import Example
+from qk_sniffer.corpus.special_tokens import Encoded, SpecialTokens
 from qk_sniffer.errors import SourceError
 from qk_sniffer.hub.lfs import refuse_pointers
 from qk_sniffer.hub.revisions import HubUnreachableError, cached_commit, hub_commit, is_hub_id
@@ -29,14 +30,22 @@ class Tokens:
     source_id: str
     ids: NDArray[np.int32]
     """(num_tokens,)"""
-    truncated: bool
-    """Whether the end of the text was cut off."""
+    left_out: int
+    """Tokens at the end of the text that were cut off."""
     text_hash: str
+    begins_special: bool = False
+    ends_special: bool = False
+    """Whether the text itself begins or ends with special tokens, which were not added again."""
 
     @property
     def num_tokens(self) -> int:
         """The length of `ids`, at least 1."""
         return len(self.ids)
+
+    @property
+    def truncated(self) -> bool:
+        """Whether the end of the text was cut off."""
+        return self.left_out > 0
 
     def record(self) -> ExampleRecord:
         """Returns the record of the example in the journal and in `examples/data.parquet`."""
@@ -47,6 +56,9 @@ class Tokens:
             num_tokens=self.num_tokens,
             truncated=self.truncated,
             text_hash=self.text_hash,
+            left_out=self.left_out,
+            begins_special=self.begins_special,
+            ends_special=self.ends_special,
         )
 
 
@@ -108,10 +120,19 @@ def load_tokenizer(config: ModelConfig, commit: str | None = None) -> "TextToken
 
 
 class TextTokenizer:
-    """Tokenizes examples. Cuts texts at the right end to `max_length` tokens, and never pads."""
+    """Tokenizes examples. Cuts texts at the right end to `max_length` tokens, and never pads.
+
+    Special tokens are added to every text (`add_special_tokens=True`), to none (False), or only where the text does not
+    have them already ("auto").
+    """
 
     def __init__(self, tokenizer: Any, config: TokenizerConfig, *, name: str, commit: str | None = None) -> None:
-        special = tokenizer.num_special_tokens_to_add(pair=False) if config.add_special_tokens else 0
+        special = tokenizer.num_special_tokens_to_add(pair=False)
+        self._special: SpecialTokens | None = None
+        """The special tokens that this object adds; None if the tokenizer adds them."""
+        if config.add_special_tokens is not True:
+            self._special = SpecialTokens.of(tokenizer, name) if config.add_special_tokens else SpecialTokens()
+            special = len(self._special)
         if config.max_length <= special:  # the library would not cut the texts
             raise SourceError(
                 f"model.tokenizer.max_length={config.max_length} leaves no tokens for text: the tokenizer of {name} "
@@ -119,13 +140,8 @@ class TextTokenizer:
             )
         tokenizer.truncation_side = "right"
         self._tokenizer = tokenizer
-        self._options = {
-            "add_special_tokens": config.add_special_tokens,
-            "truncation": True,
-            "max_length": config.max_length,
-            "padding": False,
-            "return_attention_mask": False,
-        }
+        self._max_length = config.max_length
+        self._added = special
         self._skipped = 0
         self.name = name
         self.commit = commit
@@ -145,8 +161,8 @@ class TextTokenizer:
         """Returns the tokens of each example, in their order. An example without tokens is left out and counted."""
         tokens = []
         for part in _by_characters(examples):
-            for example, (ids, truncated) in zip(part, self._encode([each.text for each in part]), strict=True):
-                if len(ids) == 0:
+            for example, encoded in zip(part, self._encode([each.text for each in part]), strict=True):
+                if len(encoded.ids) == 0:
                     self._skipped += 1
                     continue
                 tokens.append(
@@ -154,9 +170,11 @@ class TextTokenizer:
                         example.index,
                         example.example_id,
                         example.source_id,
-                        np.asarray(ids, np.int32),
-                        truncated,
+                        np.asarray(encoded.ids, np.int32),
+                        encoded.left_out,
                         text_hash(example.text),
+                        encoded.begins_special,
+                        encoded.ends_special,
                     )
                 )
         return tokens
@@ -166,14 +184,30 @@ class TextTokenizer:
         strings: list[str] = self._tokenizer.convert_ids_to_tokens([int(token) for token in ids])
         return strings
 
-    def _encode(self, texts: list[str]) -> Iterator[tuple[list[int], bool]]:
+    def added_tokens(self) -> dict[str, list[str]] | None:
+        """Returns the special tokens `before` and `after` each text, as the vocabulary spells them.
+
+        None if they are added to every text, or to none, whatever it begins with.
+        """
+        if not self._special:
+            return None
+        return {"before": self.token_strings(self._special.before), "after": self.token_strings(self._special.after)}
+
+    def _encode(self, texts: list[str]) -> Iterator[Encoded]:
+        options = {"padding": False, "return_attention_mask": False}
+        if self._special is not None:
+            # verbose=False: no warning about texts that are longer than the tokenizer's own limit.
+            found = self._tokenizer(texts, add_special_tokens=False, truncation=False, verbose=False, **options)
+            yield from (self._special.around(ids, self._max_length) for ids in found["input_ids"])
+            return
+        options |= {"truncation": True, "max_length": self._max_length}
         if getattr(self._tokenizer, "is_fast", False):
-            encodings = self._tokenizer(texts, **self._options).encodings
-            yield from ((encoding.ids, bool(encoding.overflowing)) for encoding in encodings)
+            for encoding in self._tokenizer(texts, **options).encodings:
+                yield Encoded(encoding.ids, sum(len(part.ids) - self._added for part in encoding.overflowing))
             return
         for text in texts:  # for a batch, a tokenizer in Python does not report which texts overflowed
-            encoded = self._tokenizer(text, return_overflowing_tokens=True, **self._options)
-            yield encoded["input_ids"], bool(encoded.get("overflowing_tokens"))
+            encoded = self._tokenizer(text, return_overflowing_tokens=True, **options)
+            yield Encoded(encoded["input_ids"], len(encoded.get("overflowing_tokens", ())))
 
 
 def _by_characters(examples: Sequence[Example]) -> Iterator[list[Example]]:

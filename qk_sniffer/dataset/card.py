@@ -128,13 +128,15 @@ def _run(facts: CardFacts) -> str:
     model, dataset, tokenizer = facts.config.model, facts.config.dataset, facts.config.model.tokenizer
     overrides = json.dumps(model.config_overrides, sort_keys=True)
     cut, empty = f"{facts.num_truncated:,} cut at max_length", f"{facts.num_skipped:,} left out as empty"
+    if facts.num_truncated and facts.truncated_tokens is not None:
+        cut += f", without {facts.truncated_tokens:,} tokens in all"
     settings = [
         ("model", _source(model.name, model.revision, facts.model_commit)),
         ("dtype", plain(model.dtype)),
         ("attention implementation", _plain(model.attn_implementation)),
         ("config overrides", code(overrides) if model.config_overrides else ""),
         ("tokenizer", _source(tokenizer.name, tokenizer.revision, facts.tokenizer_commit)),
-        ("special tokens", "added" if tokenizer.add_special_tokens else "not added"),
+        ("special tokens", _special_tokens(facts)),
         ("max_length", f"{tokenizer.max_length:,} tokens"),
         ("dataset", _source(dataset.path, dataset.revision, facts.dataset_commit)),
         ("dataset config", _plain(dataset.name)),
@@ -148,6 +150,18 @@ def _run(facts: CardFacts) -> str:
     ]
     lines = [(key, value) for key, value in settings if value]
     return "## Run\n\n" + table(("setting", "value"), lines)
+
+
+def _special_tokens(facts: CardFacts) -> str:
+    if (added := facts.config.model.tokenizer.add_special_tokens) != "auto":
+        return "added" if added else "not added"
+    sides = [
+        f"{code(''.join(facts.special_tokens[side]))} {side} each text"
+        + (f" ({number:,} have it already)" if (number := facts.own_special_tokens.get(side)) else "")
+        for side in ("before", "after")
+        if facts.special_tokens.get(side)
+    ]
+    return " and ".join(sides) or "none: the tokenizer adds none"
 
 
 def _head_layout(facts: CardFacts) -> str:

@@ -46,6 +46,13 @@ class CardFacts:
     """The languages of the examples that their source states."""
     place: Place | None = None
     """None for the card in a folder, which has neither proof nor pictures."""
+    truncated_tokens: int | None = None
+    """The tokens that the truncated examples lack in all; None if the number is not known."""
+    special_tokens: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    """The special tokens `before` and `after` each text that does not have them already; empty if they are added to
+    every text or to none."""
+    own_special_tokens: Mapping[str, int] = field(default_factory=dict)
+    """The examples whose text has these tokens already, by the same keys."""
     proof: Mapping[str, Any] | None = None
     """The manifest's `proof`."""
     pictures: Sequence[str] = ()
@@ -81,4 +88,7 @@ class CardFacts:
             },
             licenses={source: stated[source]["license"] for source in ("model", "dataset")},
             languages=stated["dataset"]["language"],
+            truncated_tokens=manifest.get("truncated_tokens"),
+            special_tokens=manifest["tokenizer"].get("special_tokens", {}),
+            own_special_tokens=manifest.get("own_special_tokens", {}),
         )

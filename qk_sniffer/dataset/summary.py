@@ -30,12 +30,17 @@ def show(dataset: Files, manifest: Mapping[str, Any], note: str) -> None:
     counts = f"{counted(manifest['examples'], 'example')}, {counted(manifest['tokens'], 'token')}"
     rows = f"{counted(manifest['rows'], 'row')} of {counted(len(heads), 'head')}"
     say(f"{rows}, from {counts}; {counted(len(files), 'file')}, {size_mb:,.1f} MB.")
-    for key, meaning in (
-        ("truncated_examples", "cut to model.tokenizer.max_length"),
-        ("skipped_rows", "without text left out"),
-    ):
-        if manifest[key]:
-            say(f"{counted(manifest[key], 'example')} {meaning}.")
+    if cut := manifest["truncated_examples"]:
+        tokens = manifest.get("truncated_tokens")
+        lost = "" if tokens is None else f": {counted(tokens, 'token')} left out in all"
+        say(f"{counted(cut, 'example')} cut to model.tokenizer.max_length{lost}.")
+    if skipped := manifest["skipped_rows"]:
+        say(f"{counted(skipped, 'example')} without text left out.")
+    added, own = manifest["tokenizer"].get("special_tokens", {}), manifest.get("own_special_tokens", {})
+    for side, verb in (("before", "begin"), ("after", "end")):
+        if own.get(side):
+            texts = f"{counted(own[side], 'text')} {verb}{'s' if own[side] == 1 else ''} with"
+            say(f"{texts} {''.join(added.get(side, ()))} already, which was not added again.")
     if not manifest["rows"]:
         say("The sampler kept no row: raise sampler.base_rate.")
     if nonfinite := manifest.get("nonfinite_rows"):

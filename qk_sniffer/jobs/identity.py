@@ -15,6 +15,7 @@ from qk_sniffer.errors import SourceError, StoreError
 from qk_sniffer.hub.checkpoint_files import CheckpointFiles, folder_digest
 from qk_sniffer.hub.revisions import current_commit, hub_commit_of
 from qk_sniffer.resolved import ResolvedConfig, fingerprint, without_batching
+from qk_sniffer.text import shortened
 
 LIBRARIES = ("torch", "transformers")
 """Another version of these may compute other vectors."""
@@ -56,11 +57,16 @@ class Job:
         The batch settings may differ. A `finished` dataset may also come from other versions of the software, and from
         another number of shards.
         """
+        differing = self._differing(earlier, finished)
+        return [f"{key}: {there!r} there, {now!r} now" for key, (there, now) in differing.items()]
+
+    def _differing(self, earlier: "Job", finished: bool) -> dict[str, tuple[Any, Any]]:
+        """Returns the value of `earlier` and that of this job for everything in which they differ."""
         mine, theirs = _flat(self), _flat(earlier)
         keys = sorted(key for key in mine | theirs if mine.get(key) != theirs.get(key))
         if finished:
             keys = [key for key in keys if not key.startswith("version of ") and key != "shard.count"]
-        return [f"{key}: {theirs.get(key)!r} there, {mine.get(key)!r} now" for key in keys]
+        return {key: (theirs.get(key), mine.get(key)) for key in keys}
 
     def check_continues(self, earlier: "Job", where: str, *, finished: bool) -> None:
         """Refuses to continue the work of `earlier` in `where` if this job differs.
@@ -70,11 +76,14 @@ class Job:
         """
         if different := self.differences(earlier, finished=finished):
             state = "a finished dataset" if finished else "an unfinished job"
+            differing = self._differing(earlier, finished)
+            flags = [f"{key}={str(there).lower()}" for key, (there, _) in differing.items() if isinstance(there, bool)]
+            old = f" ({shortened(flags, 5)})" if flags else ""
             raise StoreError(
                 f"{where} holds {state} of another configuration:",
                 *(f"  - {line}" for line in different),
                 "Give this job another folder (output.data_root=...; on the Hub another output.hf_branch), go back to "
-                "the old values, or replace the old work with output.overwrite=true.",
+                f"the old values{old}, or replace the old work with output.overwrite=true.",
             )
 
 

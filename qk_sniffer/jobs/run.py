@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qk_sniffer.config import Config
+from qk_sniffer.corpus.tokenizer import TextTokenizer
 from qk_sniffer.hub.client import require_access, require_uploads_from
 from qk_sniffer.hub.revisions import check_cache, hub_commit_of
 from qk_sniffer.jobs.assemble import finish_interrupted_promotion, is_still_done, remove_unreadable_marks
@@ -125,5 +126,10 @@ def _record(config: ResolvedConfig, start: Start, components: Components) -> dic
             "layers": layers,
             "rotary": components.backbone.rotary_parameters(),
         },
-        "tokenizer": {"class": components.tokenizer.class_name},
+        "tokenizer": _described(components.tokenizer),
     }
+
+
+def _described(tokenizer: TextTokenizer) -> dict[str, Any]:
+    added = tokenizer.added_tokens()
+    return {"class": tokenizer.class_name} | ({} if added is None else {"special_tokens": added})

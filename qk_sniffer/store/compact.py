@@ -103,7 +103,7 @@ def compact(
         row_group_bytes,
         check,
     )
-    records = old + records
+    added, records = records, old + records
     with explained(layout.staging.root, "write"):
         check()
         remove(layout.staging.root)
@@ -122,6 +122,8 @@ def compact(
         num_examples=len(records),
         num_tokens=sum(record.num_tokens for record in records),
         num_truncated=sum(record.truncated for record in records),
+        truncated_tokens=_truncated_tokens(previous, added),
+        own_special_tokens=_own_special_tokens(previous, added),
         longest_example=max((record.num_tokens for record in records), default=0),
         nonfinite_rows=dict(sorted(nonfinite.items())),
     )
@@ -344,6 +346,24 @@ def _merged(journals: Sequence[Journal]) -> list[ExampleRecord]:
             )
         found |= journal.records
     return [found[index] for index in sorted(found)]
+
+
+def _truncated_tokens(previous: PreviousVersion | None, added: Sequence[ExampleRecord]) -> int | None:
+    """Returns the tokens that were cut off, of all examples; None if an earlier version did not count them."""
+    before = 0
+    if previous is not None and previous.manifest["truncated_examples"]:
+        before = previous.manifest.get("truncated_tokens", None)
+    if before is None or any(record.truncated and not record.left_out for record in added):
+        return None
+    return before + sum(record.left_out for record in added)
+
+
+def _own_special_tokens(previous: PreviousVersion | None, added: Sequence[ExampleRecord]) -> dict[str, int]:
+    before = {} if previous is None else previous.manifest.get("own_special_tokens", {})
+    return {
+        "before": before.get("before", 0) + sum(record.begins_special for record in added),
+        "after": before.get("after", 0) + sum(record.ends_special for record in added),
+    }
 
 
 def _check_apart(old: Sequence[ExampleRecord], new: Sequence[ExampleRecord]) -> None:

@@ -210,7 +210,22 @@ Fingerprint = TypedDict(
 )
 """The settings in a fingerprint that later steps read; the others are compared."""
 
-TokenizerFacts = TypedDict("TokenizerFacts", {"class": Text})
+
+class SpecialTokens(TypedDict):
+    """The special tokens that are added to a text that does not have them."""
+
+    before: list[Text]
+    after: list[Text]
+
+
+class OwnSpecialTokens(TypedDict):
+    """The numbers of examples whose text has special tokens of its own."""
+
+    before: Count
+    after: Count
+
+
+TokenizerFacts = TypedDict("TokenizerFacts", {"class": Text, "special_tokens": NotRequired[SpecialTokens]})
 
 
 class Job(TypedDict):
@@ -280,6 +295,8 @@ class Manifest(Job):
     tokens: Count
     longest_example: Annotated[int, Meta(ge=0, lt=2**31)]
     truncated_examples: Count
+    truncated_tokens: NotRequired[Count]
+    own_special_tokens: NotRequired[OwnSpecialTokens]
     skipped_rows: Count
     source_rows: Count
     batching: NotRequired[list[BatchSettings]]

@@ -32,7 +32,12 @@ Batching = Mapping[str, int | None]
 
 @dataclass(frozen=True, slots=True)
 class ExampleRecord:
-    """An example whose rows are all captured. `text_hash` is the hash of the text before tokenisation, in hex."""
+    """An example whose rows are all captured. `text_hash` is the hash of the text before tokenisation, in hex.
+
+    A truncated example lacks `left_out` tokens at its end; 0 means that the number is not known, as in the journals of
+    earlier versions. `begins_special` and `ends_special` say that the text itself has special tokens there, which were
+    not added again.
+    """
 
     index: int
     example_id: int
@@ -40,6 +45,9 @@ class ExampleRecord:
     num_tokens: int
     truncated: bool
     text_hash: str
+    left_out: int = 0
+    begins_special: bool = False
+    ends_special: bool = False
 
 
 class Journal:

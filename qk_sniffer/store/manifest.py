@@ -8,6 +8,10 @@ batching        changes of the batch settings while the job ran: [{"shard", "fro
 grown_from      [{"source_rows", "versions", "batching"}, ...]: of the earlier versions of a dataset that has grown
 examples, tokens, rows         of the whole dataset; rows over all heads
 longest_example tokens of the longest example
+truncated_examples, truncated_tokens    examples that were cut to max_length, and the tokens that they lack in all. The
+                second is missing if an earlier version, which did not count them, has captured some
+own_special_tokens  {"before", "after"}: examples whose text itself begins or ends with the special tokens that the
+                tokenizer adds; they were not added again. `tokenizer` has these tokens
 rows_by_bucket  {"q": {"7": 1234, ...}, "k": ...}, over all heads of the kind
 nonfinite_rows  {"l00h00q/data.parquet": 3}: rows with NaN or Inf, for the heads that have any
 files           {"l00h00q/data.parquet": {"rows", "bytes", "sha256"}, ...}; rows of Parquet files only
@@ -55,6 +59,10 @@ class Written:
     num_examples: int
     num_tokens: int
     num_truncated: int
+    truncated_tokens: int | None
+    """The tokens that the truncated examples lack in all; None if the number is not known."""
+    own_special_tokens: dict[str, int]
+    """Examples whose text itself has special tokens "before" and "after", which were not added again."""
     longest_example: int
     nonfinite_rows: dict[str, int]
     """Rows with NaN or Inf, by the head's file, for the heads that have any."""
@@ -79,12 +87,15 @@ def build(job: Mapping[str, Any], written: Written, *, timings: Mapping[str, flo
         "tokens": written.num_tokens,
         "longest_example": written.longest_example,
         "truncated_examples": written.num_truncated,
+        "own_special_tokens": written.own_special_tokens,
         "rows": written.rows,
         "rows_by_bucket": written.rows_by_bucket,
         "nonfinite_rows": written.nonfinite_rows,
         "files": {name: _without_none(entry) for name, entry in written.files.items()},
         "timings": dict(timings or {}),
     }
+    if written.truncated_tokens is not None:
+        manifest["truncated_tokens"] = written.truncated_tokens
     plain: dict[str, Any] = json.loads(encode(manifest))  # as `read` returns it: all keys are strings
     return plain
 

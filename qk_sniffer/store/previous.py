@@ -79,8 +79,8 @@ class PreviousVersion:
             StoreError: the file is not the one in the manifest, or not the list of its examples.
         """
         columns = read_examples(self._checked(EXAMPLES), self.manifest, way_out=WAY_OUT).to_pydict()
-        names = ExampleRecord.__dataclass_fields__
-        return [ExampleRecord(*values) for values in zip(*(columns[name] for name in names), strict=True)]
+        rows = zip(*columns.values(), strict=True)
+        return [ExampleRecord(**dict(zip(columns, values, strict=True))) for values in rows]
 
     def nonfinite_rows(self, name: str) -> int:
         """Returns the number of rows with NaN or Inf in the head's file `name`."""

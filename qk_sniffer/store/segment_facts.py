@@ -7,7 +7,7 @@ and places that contradict each other are damage, like a wrong checksum: the exa
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypedDict
+from typing import Annotated, Any, Literal, NamedTuple, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -27,15 +27,23 @@ Int64 = npt.NDArray[np.int64]
 Blocks = dict[tuple[int, str], dict[str, Place]]
 """The places of a segment's tensors, by (layer, kind) and column."""
 
-_Record = tuple[
-    Count,
-    Annotated[int, Meta(ge=0, lt=2**31)],
-    str,
-    Annotated[int, Meta(ge=1, lt=2**31)],
-    bool,
-    Annotated[str, Meta(pattern=r"\A[0-9a-f]{0,128}\Z")],
-]
-"""The fields of an `ExampleRecord`."""
+
+class _Record(NamedTuple):
+    """The fields of an `ExampleRecord`. Those with a default are missing in journals of earlier versions."""
+
+    index: Count
+    example_id: Annotated[int, Meta(ge=-(2**31), lt=2**31)]
+    source_id: str
+    num_tokens: Annotated[int, Meta(ge=1, lt=2**31)]
+    truncated: bool
+    text_hash: Annotated[str, Meta(pattern=r"\A[0-9a-f]{0,128}\Z")]
+    left_out: Count = 0
+    begins_special: bool = False
+    ends_special: bool = False
+
+
+_RECORD_LENGTHS = (6, len(_Record._fields))
+"""Those of earlier versions, and of this one."""
 
 
 class Ended(TypedDict):
@@ -81,6 +89,8 @@ def facts_of(header: Header, number: int) -> SegmentFacts:
         batching = stored.decode(metadata.get("batching", "null"), _Batching | None, "batching", "")  # type: ignore[arg-type]
     except UnreadableError as error:
         raise DamageError(f"its metadata {error.problem}") from error
+    if any(len(record) not in _RECORD_LENGTHS for end in ended for record in end["records"]):
+        raise DamageError("its metadata has records of another length")
     if first > last or any(not first <= end["batch"] <= last or end["since"] > number for end in ended):
         raise DamageError("its metadata contradicts itself")
     return SegmentFacts(first, last, ended, batching)  # type: ignore[arg-type]

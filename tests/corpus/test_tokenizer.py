@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 
 from qk_sniffer.config import ModelConfig, TokenizerConfig
 from qk_sniffer.corpus.examples import Example
+from qk_sniffer.corpus.special_tokens import SpecialTokens
 from qk_sniffer.corpus.tokenizer import TextTokenizer, load_tokenizer, text_hash
 from qk_sniffer.errors import SourceError
 from qk_sniffer.hub.revisions import cached_commit
@@ -39,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-def loaded(folder: Path, max_length: int = 4096, *, add_special_tokens: bool = True) -> TextTokenizer:
+def loaded(folder: Path, max_length: int = 4096, *, add_special_tokens: bool | str = True) -> TextTokenizer:
     tokenizer = TokenizerConfig(max_length=max_length, add_special_tokens=add_special_tokens)
     return load_tokenizer(ModelConfig(name=str(folder), tokenizer=tokenizer))
 
@@ -91,6 +92,77 @@ def test_a_tokenizer_in_python_gives_the_same_answers(tmp_path: Path, add_specia
             room = max_length - add_special_tokens
             assert each.ids.tolist() == inner[:room] + [1] * add_special_tokens
             assert each.truncated == (len(inner) > room)
+
+
+# ---- special tokens that a text has already
+
+ENDS = [("", ""), ("<s>", ""), ("", "</s>"), ("<s>", "</s>"), ("<s><s>", "</s></s>"), ("</s>", "<s>")]
+
+
+@pytest.mark.parametrize("max_length", [3, 4, 17, 64, 4096])
+def test_a_text_that_has_special_tokens_gets_no_second_ones(folder: Path, max_length: int) -> None:
+    reference = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    given = [before + text + after for text in [*TEXTS, ""] for before, after in ENDS]
+    auto = loaded(folder, max_length, add_special_tokens="auto")
+    assert auto.added_tokens() == {"before": ["<s>"], "after": ["</s>"]}
+    for text, each in zip(given, auto(examples(given)), strict=True):
+        inner = reference.encode(text, add_special_tokens=False).ids
+        begins = inner[:1] == [0]
+        ends = inner[begins:][-1:] == [1]
+        inner = inner[begins : len(inner) - ends]
+        room = max_length - 2
+        assert each.ids.tolist() == [0, *inner[:room], 1]
+        assert (each.begins_special, each.ends_special) == (begins, ends)
+        assert each.left_out == max(0, len(inner) - room) and each.truncated == (len(inner) > room)
+        record = each.record()
+        assert (record.left_out, record.begins_special, record.ends_special) == (each.left_out, begins, ends)
+
+
+@pytest.mark.parametrize("max_length", [3, 4, 17, 64, 4096])
+@pytest.mark.parametrize("special", [True, False])
+def test_other_texts_have_the_tokens_of_the_tokenizer(max_length: int, special: bool, tmp_path: Path) -> None:
+    folder = save_tokenizer(tmp_path, special=special)
+    auto, same = (loaded(folder, max_length, add_special_tokens=how) for how in ("auto", True))
+    for one, other in zip(auto(examples(TEXTS)), same(examples(TEXTS)), strict=True):
+        assert (one.ids.tolist(), one.left_out) == (other.ids.tolist(), other.left_out)
+        assert not one.begins_special and not one.ends_special
+    assert same.added_tokens() is None and (auto.added_tokens() is None) == (not special)
+
+
+@pytest.mark.parametrize("how", [True, False, "auto"])
+def test_every_token_of_a_text_is_kept_or_counted_as_left_out(how: bool | str, folder: Path, tmp_path: Path) -> None:
+    from transformers import ByT5Tokenizer
+
+    ByT5Tokenizer().save_pretrained(tmp_path)
+    for source in (folder, tmp_path):
+        whole = loaded(source, 10**6, add_special_tokens=how)(examples(TEXTS))
+        for max_length in (3, 7, 20):
+            cut = loaded(source, max_length, add_special_tokens=how)(examples(TEXTS))
+            assert [each.num_tokens + each.left_out for each in cut] == [each.num_tokens for each in whole]
+
+
+def test_a_tokenizer_in_python_adds_no_second_end(tmp_path: Path) -> None:
+    from transformers import ByT5Tokenizer
+
+    ByT5Tokenizer().save_pretrained(tmp_path)
+    auto = loaded(tmp_path, add_special_tokens="auto")
+    [with_end, without] = auto(examples(["hello</s>", "hello"]))
+    assert with_end.ids.tolist() == without.ids.tolist() == [byte + 3 for byte in b"hello"] + [1]
+    assert (with_end.ends_special, without.ends_special) == (True, False)
+
+
+def test_several_special_tokens_before_a_text() -> None:
+    special = SpecialTokens((8, 9), (5,))
+    for text, expected in (
+        ([1, 2], [8, 9, 1, 2, 5]),
+        ([8, 9, 1], [8, 9, 1, 5]),
+        ([9, 1], [8, 9, 1, 5]),
+        ([8, 1, 5], [8, 9, 8, 1, 5]),
+        ([], [8, 9, 5]),
+    ):
+        assert special.around(text, 100).ids == expected
+    one = SpecialTokens((7,), (7,))
+    assert one.around([7], 100).ids == [7, 7] and one.around([7, 7], 100).ids == [7, 7]
 
 
 def test_texts_of_no_token_are_left_out_and_counted(folder: Path) -> None:

@@ -69,7 +69,7 @@ def test_special_values_keep_their_bits(tmp_path: Path) -> None:
 
 
 def test_the_schema_is_the_contract(tmp_path: Path) -> None:
-    layout, _ = make_dataset(tmp_path, Captured(), threads=2)
+    layout, written = make_dataset(tmp_path, Captured(), threads=2)
     found = pq.read_schema(layout.head_file(0, 0, "q"))
     assert [(field.name, field.type, field.nullable) for field in found] == [
         ("bucket", pa.int32(), False),
@@ -86,6 +86,7 @@ def test_the_schema_is_the_contract(tmp_path: Path) -> None:
     assert examples["example_id"].to_pylist() == [1000 - index for index in range(12)]
     assert examples["source_id"][3].as_py() == "id-3 é\n"
     assert examples["truncated"].to_pylist()[:6] == [True, False, False, False, False, True]
+    assert written.truncated_tokens is None, "the journal is as one of an earlier version"
 
 
 def test_encodings(tmp_path: Path) -> None:

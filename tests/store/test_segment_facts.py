@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import xxhash
 from support.store_cases import Captured, captured_journal
 
-from qk_sniffer.store.journal import Journal
+from qk_sniffer.store.journal import ExampleRecord, Journal
 from qk_sniffer.store.journal_writer import JournalWriter
 from qk_sniffer.store.segment import DamageError, read_header, segment_number
 from qk_sniffer.store.segment_facts import blocks_of, check_runs, facts_of
@@ -76,6 +77,21 @@ def test_an_untouched_segment_is_whole(segment: Path, tmp_path: Path) -> None:
     assert [each["batch"] for each in facts_of(read_header(segment), 0).ended] == [0, 1, 2, 3]
 
 
+def test_records_of_earlier_versions_and_negative_ids_are_read(segment: Path, tmp_path: Path) -> None:
+    def shorten(values: list[dict[str, Any]]) -> None:
+        for end in values:
+            end["records"] = [[record[0], -record[1], *record[2:6]] for record in end["records"]]
+
+    folder = tmp_path / "journal"
+    folder.mkdir()
+    path = edited(segment, folder, ended(shorten))
+    check(path)
+    (records, *_) = [end["records"] for end in facts_of(read_header(path), 0).ended]
+    assert ExampleRecord(*records[0]) == replace(
+        Captured().record(records[0][0]), example_id=records[0][1], left_out=0, begins_special=False
+    )
+
+
 @pytest.mark.parametrize(
     "edit",
     [
@@ -97,6 +113,7 @@ def test_an_untouched_segment_is_whole(segment: Path, tmp_path: Path) -> None:
         ended(lambda values: values[0].pop("records")),
         ended(lambda values: values[0]["records"][0].pop()),
         ended(lambda values: values[0]["records"][0].append(1)),
+        ended(lambda values: values[0]["records"][0].__delitem__(slice(7, None))),
         ended(lambda values: values[0]["records"].append([2**60, 1, "x", 1, False, "00"])),
         ended(lambda values: values[0]["records"].append([1, 2**31, "x", 1, False, "00"])),
         ended(lambda values: values[0]["records"].append([1, 1, "x", 0, False, "00"])),

@@ -194,7 +194,7 @@ class TextTokenizer:
         return {"before": self.token_strings(self._special.before), "after": self.token_strings(self._special.after)}
 
     def _encode(self, texts: list[str]) -> Iterator[Encoded]:
-        options = {"padding": False, "return_attention_mask": False}
+        options: dict[str, Any] = {"padding": False, "return_attention_mask": False}
         if self._special is not None:
             # verbose=False: no warning about texts that are longer than the tokenizer's own limit.
             found = self._tokenizer(texts, add_special_tokens=False, truncation=False, verbose=False, **options)

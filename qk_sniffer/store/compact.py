@@ -350,7 +350,7 @@ def _merged(journals: Sequence[Journal]) -> list[ExampleRecord]:
 
 def _truncated_tokens(previous: PreviousVersion | None, added: Sequence[ExampleRecord]) -> int | None:
     """Returns the tokens that were cut off, of all examples; None if an earlier version did not count them."""
-    before = 0
+    before: int | None = 0
     if previous is not None and previous.manifest["truncated_examples"]:
         before = previous.manifest.get("truncated_tokens", None)
     if before is None or any(record.truncated and not record.left_out for record in added):

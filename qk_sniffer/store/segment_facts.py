@@ -31,7 +31,7 @@ Blocks = dict[tuple[int, str], dict[str, Place]]
 class _Record(NamedTuple):
     """The fields of an `ExampleRecord`. Those with a default are missing in journals of earlier versions."""
 
-    index: Count
+    source_index: Count
     example_id: Annotated[int, Meta(ge=-(2**31), lt=2**31)]
     source_id: str
     num_tokens: Annotated[int, Meta(ge=1, lt=2**31)]

@@ -1,28 +1,88 @@
 """Compares the weights that transformers has read from a checkpoint with those of the decoder."""
 
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from qk_sniffer.backbone.family import Family
+from qk_sniffer.backbone.quantization import UNREADABLE
 from qk_sniffer.errors import SourceError
 from qk_sniffer.text import shortened
 
+_COMPUTED = r"(^|\.)rotary[^.]*\.|(inv_freq|cos_cached|sin_cached|position_ids|token_type_ids|_float_tensor|version)$"
+"""Matches tensors of older checkpoints that a model computes itself."""
 
-def refuse_incomplete(name: str, model: Any, decoder: Any, family: Family, info: dict[str, Any]) -> None:
+_MASKS = ("bias", "masked_bias", "causal_mask", "mask", "tril")
+"""The names of causal masks that older checkpoints store directly in an attention module."""
+
+_QUANTIZED = r"scales?(_inv|_2)?$|(packed|qweight|qzeros|g_idx|zero_point|absmax|quant_map|SCB|blocks)$|quant_state"
+"""Matches the parts of quantized weights."""
+
+_EMBEDDINGS = r"emb|wpe$|project_in$"
+"""Matches the modules between the token ids and the first layer."""
+
+_WHOLE_LAYER = r"layers\\?\.\d+(\\?\.)?(\.\*)?$"
+"""Matches the patterns by which classes of transformers ignore a layer that has a certain number."""
+
+_INTEGERS_OF_WEIGHTS = r"(weight|_proj|experts?)$"
+"""Matches the names of weights, among those of integer tensors. The others are masks, positions and tables."""
+
+_FLOATS = ("F64", "F32", "F16", "BF16")
+"""The dtypes of safetensors whose numbers are the values of weights."""
+
+
+@contextmanager
+def ignored_layers_reported() -> Iterator[None]:
+    """Makes transformers report the weights of layers that its classes ignore by their number.
+
+    Such a class ignores the layers for multi-token prediction, by the number that they have in the models of its
+    authors. In a deeper model, that number may be one of a layer of the decoder.
+    """
+    original: Callable[[PreTrainedModel, Any], None] = PreTrainedModel._adjust_missing_and_unexpected_keys
+
+    def adjust(self: PreTrainedModel, loading_info: Any) -> None:
+        patterns = set(self._keys_to_ignore_on_load_unexpected or ())
+        self._keys_to_ignore_on_load_unexpected = {each for each in patterns if not re.search(_WHOLE_LAYER, each)}
+        try:
+            original(self, loading_info)
+        finally:
+            self._keys_to_ignore_on_load_unexpected = patterns
+
+    PreTrainedModel._adjust_missing_and_unexpected_keys = adjust  # type: ignore
+    try:
+        yield
+    finally:
+        PreTrainedModel._adjust_missing_and_unexpected_keys = original  # type: ignore
+
+
+def refuse_incomplete(
+    name: str, model: Any, family: Family, info: Mapping[str, Any], dtypes: Mapping[str, str], *, multimodal: bool
+) -> None:
     """Refuses a checkpoint whose weights are not those of its decoder.
 
-    `info` is the loading info of transformers for `model`, and `name` that of the checkpoint.
+    Args:
+        name: of the checkpoint.
+        model: the loaded model.
+        family: that of the model.
+        info: the loading info of transformers.
+        dtypes: the stored dtypes by the stored names, as in the headers of safetensors files; empty if not known.
+        multimodal: whether the checkpoint also has the weights of other towers.
 
     Raises:
         SourceError: the decoder has weights that the checkpoint lacks, or the checkpoint has weights that determine
-            the vectors and that the decoder lacks.
+            the vectors and that the decoder lacks or has read as other numbers.
     """
+    decoder = family.decoder(model)
     _refuse_missing(name, model, decoder, family, info)
-    _refuse_dropped(name, model, decoder, family, info)
+    _refuse_dropped(name, model, decoder, family, info, multimodal=multimodal)
+    _refuse_unscaled(name, model, info, dtypes)
 
 
-def _refuse_missing(name: str, model: nn.Module, decoder: nn.Module, family: Family, info: dict[str, Any]) -> None:
+def _refuse_missing(name: str, model: nn.Module, decoder: nn.Module, family: Family, info: Mapping[str, Any]) -> None:
     prefix = _prefix(model, decoder)
     unused = tuple(prefix + name for name in family.unused)
     wrong = {key: key for key in info["missing_keys"]}
@@ -43,37 +103,91 @@ def _refuse_missing(name: str, model: nn.Module, decoder: nn.Module, family: Fam
     )
 
 
-def _refuse_dropped(name: str, model: Any, decoder: Any, family: Family, info: dict[str, Any]) -> None:
-    """Refuses a checkpoint with weights that determine its vectors and that the decoder lacks.
-
-    These are weights inside an attention module, and a bias of a module that has none. Masks and rotary tables of older
-    checkpoints are buffers. A head, other towers and further layers are omitted on purpose.
-    """
-    prefix = _prefix(model, decoder)
-    layers = family.attention_layers(decoder)
-    modules = {prefix + path: module for path, module in decoder.named_modules()}
-    attention = tuple(f"{path}." for path, module in modules.items() if module in layers)
-    base = f"{model.base_model_prefix}."
-
-    def is_needed(key: str) -> bool:
-        path, _, leaf = key.rpartition(".")
-        if leaf == "bias" and getattr(modules.get(path), "weight", None) is not None:
-            return True
-        inside = next((key.removeprefix(start) for start in attention if key.startswith(start)), "")
-        return "." in inside and not inside.startswith("rotary") and not leaf.endswith("inv_freq")
-
+def _refuse_dropped(
+    name: str, model: Any, decoder: Any, family: Family, info: Mapping[str, Any], *, multimodal: bool
+) -> None:
+    kept = _Kept(model, decoder, family, multimodal=multimodal)
     keys = sorted(info["unexpected_keys"])
-    dropped = [key for key in keys if any(map(is_needed, (key, key.removeprefix(base), base + key)))]
+    base = f"{model.base_model_prefix}."
+    dropped = [key for key in keys if any(map(kept.needs, (key, key.removeprefix(base), base + key)))]
     if not dropped:
         return
-    unset = [key for key, value in decoder.config.to_dict().items() if "bias" in key and value is False]
-    way_out = "check that its config.json belongs to it, with quantization_config if it is quantized"
-    if unset and all(key.endswith(".bias") for key in dropped):
-        way_out = "set " + " or ".join(f"model.config_overrides.{key}=true" for key in unset)
     raise SourceError(
         f"model {name}: its config does not ask for {len(dropped)} weights that the checkpoint has: "
-        f"{shortened(dropped, 5)}. Without them the vectors would differ, so nothing is captured; {way_out}"
+        f"{shortened(dropped, 5)}. Without them the vectors would differ, so nothing is captured; "
+        f"{_way_out(decoder.config, dropped)}"
     )
+
+
+def _way_out(config: Any, dropped: list[str]) -> str:
+    unset = [key for key, value in config.to_dict().items() if "bias" in key and value is False]
+    if unset and all(key.endswith(".bias") for key in dropped):
+        return "set " + " or ".join(f"model.config_overrides.{key}=true" for key in unset)
+    way_out = "check that its config.json belongs to it, with quantization_config if it is quantized"
+    if any(re.search(_QUANTIZED, key) for key in dropped):
+        return f"{way_out}; {UNREADABLE}"
+    return f"{way_out}; a family can name weights that no query or key depends on (Family.unused)"
+
+
+class _Kept:
+    """The modules of a decoder, and which weights of a checkpoint belong into them."""
+
+    def __init__(self, model: Any, decoder: Any, family: Family, *, multimodal: bool) -> None:
+        self.prefix = _prefix(model, decoder)
+        self.unused = family.unused
+        self.modules = dict(decoder.named_modules())
+        self.attention = family.attention_layers(decoder)
+        self.multimodal = multimodal
+
+    def needs(self, key: str) -> bool:
+        """Whether the vectors depend on a weight of the name `key`, which the decoder does not have."""
+        if not key.startswith(self.prefix):
+            return False
+        inner = key.removeprefix(self.prefix)
+        path, _, leaf = inner.rpartition(".")
+        if inner.startswith(self.unused) or re.search(_COMPUTED, inner):
+            return False
+        owner = path
+        while owner not in self.modules:
+            owner = owner.rpartition(".")[0]
+        module = self.modules[owner]
+        if owner == "":
+            first = inner.partition(".")[0]
+            return bool(path) and not self.multimodal and re.search(_EMBEDDINGS, first) is not None
+        is_mask = leaf in _MASKS and module in self.attention
+        if owner == path and (is_mask or leaf in module._buffers):
+            return False
+        # A layer that was left out has no module. An expert that was left out has none either, but is inside a layer.
+        is_stack = isinstance(module, nn.ModuleList) and not any(part.isdigit() for part in owner.split("."))
+        return not is_stack
+
+
+def _refuse_unscaled(name: str, model: Any, info: Mapping[str, Any], dtypes: Mapping[str, str]) -> None:
+    """Refuses quantized weights that were read as if their numbers were the weights themselves."""
+    if getattr(model, "hf_quantizer", None) is not None:
+        return
+    weights, base = model.state_dict(), f"{model.base_model_prefix}."
+    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+
+    def is_read(key: str) -> bool:
+        names = (key, key.removeprefix(base), base + key)
+        if any(each in weights and not weights[each].is_floating_point() for each in names):
+            return False
+        return not any(each in info["unexpected_keys"] for each in names) and not any(
+            pattern.search(key) for pattern in ignored
+        )
+
+    quantized = [
+        f"{key} ({dtype})"
+        for key, dtype in sorted(dtypes.items())
+        if dtype not in _FLOATS and (dtype.startswith("F") or re.search(_INTEGERS_OF_WEIGHTS, key)) and is_read(key)
+    ]
+    if quantized:
+        raise SourceError(
+            f"model {name}: {len(quantized)} of its weights are quantized, and its config.json has no "
+            f"quantization_config that transformers can read: {shortened(quantized, 3)}. Their numbers are not the "
+            f"weights, so nothing is captured; {UNREADABLE}"
+        )
 
 
 def _prefix(model: nn.Module, decoder: nn.Module) -> str:

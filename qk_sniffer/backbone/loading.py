@@ -12,18 +12,22 @@ from typing import Any, TypeVar
 import torch
 import transformers
 from transformers import AutoConfig, GgufConfig, PretrainedConfig, PreTrainedModel
+from transformers.utils.hub import cached_file
 
 from qk_sniffer.backbone.backbone import Backbone
+from qk_sniffer.backbone.checkpoint_weights import check_folder, stored_dtypes, weight_files, weights_problem
 from qk_sniffer.backbone.config_overrides import with_overrides
 from qk_sniffer.backbone.family import Family, find_family, imported_family
 from qk_sniffer.backbone.gguf import check_gguf, gguf_source, refuse_lost
-from qk_sniffer.backbone.loaded_weights import refuse_incomplete
+from qk_sniffer.backbone.loaded_weights import ignored_layers_reported, refuse_incomplete
+from qk_sniffer.backbone.quantization import refuse_unknown_quantizer
 from qk_sniffer.backbone.trailing_layers import cut_after
 from qk_sniffer.backbone.wrapper import is_wrapper, load_decoder, model_class, with_text_config
 from qk_sniffer.config import ModelConfig
 from qk_sniffer.errors import QkSnifferError, SourceError
 from qk_sniffer.hub.endpoint import announce
 from qk_sniffer.hub.lfs import refuse_pointers_of_weights
+from qk_sniffer.hub.revisions import is_hub_id, repository_files
 
 T = TypeVar("T")
 
@@ -46,11 +50,9 @@ def load_backbone(
         SourceError: the model cannot be found or loaded, it attends to an encoder, or its checkpoint and its decoder do
             not have the same weights.
     """
-    with _loading(config):
-        model, family, info = _cached_first(config, commit, lambda source: _loaded(config, source, layers))
-    decoder = family.decoder(model.eval())
-    refuse_incomplete(str(config.name), model, decoder, family, info)
-    return Backbone(decoder, family, pre_rope=pre_rope, banded_attention=banded_attention)
+    with _loading(config, commit):
+        model, family = _cached_first(config, commit, lambda source: _loaded(config, source, layers))
+    return Backbone(family.decoder(model.eval()), family, pre_rope=pre_rope, banded_attention=banded_attention)
 
 
 def check_model(config: ModelConfig, *, commit: str | None = None) -> None:
@@ -60,7 +62,7 @@ def check_model(config: ModelConfig, *, commit: str | None = None) -> None:
         ConfigError: `config` does not fit the model.
         SourceError: the model cannot be found, or it attends to an encoder.
     """
-    with _loading(config):
+    with _loading(config, commit):
         _cached_first(config, commit, lambda source: _read_config(config, source))
 
 
@@ -105,10 +107,14 @@ def _read_config(config: ModelConfig, source: dict[str, Any]) -> _Model:
     if config.gguf_file is not None:
         source = gguf_source(config.gguf_file, source)
     whole = AutoConfig.from_pretrained(**source)
+    if config.gguf_file is None and Path(str(config.name)).is_dir():
+        explicit = getattr(whole, "transformers_weights", None)
+        check_folder(Path(str(config.name)), explicit, allow_pickle=config.allow_pickle)
     text = _text_config(whole)
     family = named or find_family(text.model_type)
     if text is not whole and (quantization := getattr(whole, "quantization_config", None)) is not None:
         text.quantization_config = quantization
+    refuse_unknown_quantizer(str(config.name), text)
     saved = _as_saved(whole, text, source) if config.config_overrides and config.gguf_file is None else {}
     overridden = with_overrides(text, config.config_overrides, saved)
     attends_to_encoder = whole.is_encoder_decoder and "is_encoder_decoder" not in config.config_overrides
@@ -162,7 +168,7 @@ def _auto_class(config: ModelConfig, model_config: PretrainedConfig, family: Fam
 
 def _loaded(
     config: ModelConfig, source: dict[str, Any], layers: Collection[int] | None
-) -> tuple[PreTrainedModel, Family, dict[str, Any]]:
+) -> tuple[PreTrainedModel, Family]:
     found = _read_config(config, source)
     arguments = found.source | {
         "dtype": getattr(torch, config.dtype),
@@ -174,7 +180,7 @@ def _loaded(
     if config.gguf_file is not None:
         # Without this, a quantized file may stay packed and run on its own kernels, those of attention included.
         arguments["quantization_config"] = GgufConfig(dequantize=True)
-    with nullcontext() if layers is None else cut_after(layers, found.family):
+    with ignored_layers_reported(), nullcontext() if layers is None else cut_after(layers, found.family):
         if found.wrapper is not None:
             if config.attn_implementation is not None:
                 found.text._attn_implementation = config.attn_implementation  # its towers may not support it
@@ -183,11 +189,15 @@ def _loaded(
             model, info = _auto_class(config, found.text, found.family).from_pretrained(
                 config=found.text, attn_implementation=config.attn_implementation, **arguments
             )
-    return model, found.family, info
+    explicit = getattr(found.wrapper or found.text, "transformers_weights", None)
+    dtypes = {} if config.gguf_file is not None else stored_dtypes(weight_files(found.source, explicit))
+    is_multimodal = found.wrapper is not None or "key_mapping" in found.source
+    refuse_incomplete(str(config.name), model, found.family, info, dtypes, multimodal=is_multimodal)
+    return model, found.family
 
 
 @contextmanager
-def _loading(config: ModelConfig) -> Iterator[None]:
+def _loading(config: ModelConfig, commit: str | None) -> Iterator[None]:
     """Turns the errors of transformers into errors that name the model and the way out."""
     where = f"model {config.name}" + (f" at revision {config.revision}" if config.revision != "main" else "")
     verbosity, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
@@ -198,11 +208,8 @@ def _loading(config: ModelConfig) -> Iterator[None]:
         yield
     except OSError as error:
         text = str(error)
-        if "safetensors" in text and not config.allow_pickle:
-            raise SourceError(
-                f"{where} has no safetensors weights. A pickle checkpoint can run any code when it is loaded: if you "
-                f"trust its author, set model.allow_pickle=true. ({_first_line(text)})"
-            ) from error
+        if problem := _weights_problem(config, commit):
+            raise SourceError(f"{where} {problem}") from error
         file = "config.json" if config.gguf_file is None else "the file of model.gguf_file"
         raise SourceError(
             f"{where} cannot be loaded: {_first_line(text)} Give model.name a Hub id (org/name) or a local folder "
@@ -210,6 +217,9 @@ def _loading(config: ModelConfig) -> Iterator[None]:
         ) from error
     except QkSnifferError:
         raise
+    except ImportError as error:  # of a quantizer, which names its package
+        text = " ".join(str(error).split())
+        raise SourceError(f"{where} needs a package that is not installed: {text}") from error
     except Exception as error:  # any error of the checkpoint or of the code in it
         hint = "; set model.trust_remote_code=true if you trust its code" if "trust_remote_code" in str(error) else ""
         text = re.sub(r"\W*(Model type should be|Should contain) one of .*", "", " ".join(str(error).split()))
@@ -218,6 +228,26 @@ def _loading(config: ModelConfig) -> Iterator[None]:
         transformers.logging.set_verbosity(verbosity)
         if bars:
             transformers.logging.enable_progress_bar()
+
+
+def _weights_problem(config: ModelConfig, commit: str | None) -> str | None:
+    """Returns what is wrong with the weights of a repository that could not be loaded; None if it is not known."""
+    name, revision = str(config.name), commit or config.revision
+    if config.gguf_file is not None or Path(name).exists() or not is_hub_id(name):
+        return None
+    names = repository_files(name, revision)
+    if "config.json" not in names:
+        return None
+
+    def read(file: str) -> bytes:
+        path = cached_file(name, file, revision=revision)
+        assert path is not None
+        return Path(path).read_bytes()
+
+    try:
+        return weights_problem(names, read, allow_pickle=config.allow_pickle)
+    except OSError:  # the index cannot be read either
+        return None
 
 
 def _first_line(text: str) -> str:

@@ -78,6 +78,20 @@ def cached_commit(kind: Kind, name: str, revision: str | None = None) -> str | N
     return snapshots[0] if len(snapshots) == 1 and revision in (None, "main") else None
 
 
+def repository_files(name: str, commit: str) -> list[str]:
+    """Returns the names of the files of a model repository at a commit, from the Hub or else from the local cache.
+
+    Empty if neither knows them.
+    """
+    from huggingface_hub import constants
+
+    try:
+        return reading_api().list_repo_files(name, revision=commit)
+    except Exception:  # the list only adds to a message about another error
+        snapshot = Path(constants.HF_HUB_CACHE, f"models--{name.replace('/', '--')}", "snapshots", commit)
+        return [path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file()]
+
+
 def check_cache() -> None:
     """Checks that models of the Hub can be loaded from the local cache.
 

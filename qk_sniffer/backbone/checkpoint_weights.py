@@ -1,0 +1,149 @@
+"""Finds the weight files of a checkpoint, reads their headers, and says why they cannot be loaded."""
+
+import json
+import re
+import struct
+from collections.abc import Callable, Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers.utils.hub import cached_file
+
+from qk_sniffer.errors import SourceError
+from qk_sniffer.text import shortened
+
+_WEIGHTS = "model.safetensors"
+_PICKLE = "pytorch_model.bin"
+_INDEX = ".index.json"
+
+_VARIANT = r"model\.([\w-]+?)(?:-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.([\w-]+)\.json"
+
+_LFS_POINTER = b"version https://git-lfs"
+
+_LONGEST_HEADER = 2**30
+
+
+def stored_dtypes(files: Iterable[Path]) -> dict[str, str]:
+    """Returns the dtypes of the tensors in safetensors files, by their names. Other files are left out.
+
+    A dtype has the name that the format gives it, such as BF16 or F8_E4M3.
+    """
+    dtypes: dict[str, str] = {}
+    for path in files:
+        if path.suffix == ".safetensors":
+            header = _header(path)
+            dtypes |= {name: str(entry["dtype"]) for name, entry in header.items() if name != "__metadata__"}
+    return dtypes
+
+
+def _header(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header: dict[str, Any] = json.loads(file.read(min(length, _LONGEST_HEADER)))
+    return header
+
+
+def weight_files(source: Mapping[str, Any], explicit: str | None = None) -> list[Path]:
+    """Returns the weight files that transformers reads for the keyword arguments `source`, once they were read.
+
+    `explicit` is the config's `transformers_weights`. A repository's files are those in the local cache.
+    """
+    where = {key: source[key] for key in ("revision",) if key in source}
+    name = source["pretrained_model_name_or_path"]
+
+    def find(file: str) -> Path | None:
+        if Path(name).is_dir():
+            path = Path(name, file)
+            return path if path.is_file() else None
+        found = cached_file(
+            name,
+            file,
+            local_files_only=True,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            **where,
+        )
+        return None if found is None else Path(found)
+
+    for candidate in (explicit,) if explicit else (_WEIGHTS, _WEIGHTS + _INDEX, _PICKLE, _PICKLE + _INDEX):
+        path = find(candidate)
+        if path is not None and candidate.endswith(_INDEX):
+            parent = Path(candidate).parent
+            return [shard for file in _shards(path.read_bytes()) if (shard := find(str(parent / file))) is not None]
+        if path is not None:
+            return [path]
+    return []
+
+
+def _shards(index: bytes) -> list[str]:
+    return sorted(set(json.loads(index)["weight_map"].values()))
+
+
+def check_folder(folder: Path, explicit: str | None, *, allow_pickle: bool) -> None:
+    """Checks that the checkpoint in `folder` has weights that can be loaded, as far as the names of its files tell.
+
+    Raises:
+        SourceError: names what is missing or what is there, and the way out.
+    """
+    names = {path.relative_to(folder).as_posix() for pattern in ("*", "*/*") for path in folder.glob(pattern)}
+    if explicit is not None and explicit in names:
+        return
+    if problem := weights_problem(names, lambda name: (folder / name).read_bytes(), allow_pickle=allow_pickle):
+        raise SourceError(f"model {folder} {problem}")
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+                raise SourceError(
+                    f"model {folder}: {path.name} is a Git LFS pointer, not the weights: run git lfs pull in that "
+                    "folder, or download the model with hf download"
+                )
+
+
+def weights_problem(names: Collection[str], read: Callable[[str], bytes], *, allow_pickle: bool) -> str | None:
+    """Returns what keeps the weights among the files `names` of a checkpoint from being loaded; None if nothing does.
+
+    `names` are relative to the checkpoint, and `read` returns the content of one of them.
+    """
+    for single in (_WEIGHTS, _PICKLE) if allow_pickle else (_WEIGHTS,):
+        if single in names:
+            return None
+        if single + _INDEX in names:
+            shards = _shards(read(single + _INDEX))
+            missing = [shard for shard in shards if shard not in names]
+            if not missing:
+                return None
+            return (
+                f"lacks {len(missing)} of the {len(shards)} files that its index {single}{_INDEX} names: "
+                f"{shortened(missing, 3)}. Restore them, or download the model again (hf download)"
+            )
+    top = sorted(name for name in names if "/" not in name)
+    if shards := [name for name in top if re.fullmatch(r"model-\d+-of-\d+\.safetensors", name)]:
+        return (
+            f"has {len(shards)} shards ({shortened(shards, 1)}), but not their index {_WEIGHTS}{_INDEX}: restore it, "
+            "or download the model again (hf download)"
+        )
+    if variants := {name: match[1] or match[2] for name in top if (match := re.fullmatch(_VARIANT, name))}:
+        file = next((name for name in variants if name.endswith(".json")), min(variants))
+        plain = _WEIGHTS + (_INDEX if file.endswith(".json") else "")
+        return (
+            f"has weights of the variant {variants[file]} alone ({shortened(list(variants), 2)}), and transformers "
+            f"reads them by their plain name: copy or link {file} to {plain}"
+        )
+    pickles = [name for name in top if re.fullmatch(r"pytorch_model.*\.bin(\.index\.json)?", name)]
+    if pickles and not allow_pickle:
+        return (
+            f"has no safetensors weights, but a pickle ({shortened(pickles, 2)}), which can run any code when it is "
+            "loaded: if you trust its author, set model.allow_pickle=true"
+        )
+    if files := [name for name in top if name.endswith(".gguf")]:
+        return f"has no weights but in GGUF files: set model.gguf_file to one of {shortened(files, 3)}"
+    deeper = sorted({name.partition("/")[0] for name in names if re.search(rf"/{_WEIGHTS}({_INDEX})?$", name)})
+    if deeper:
+        return (
+            f"has weights in its folders alone ({shortened(deeper, 3)}): give model.name the path of one that also has "
+            "config.json"
+        )
+    others = [name for name in top if re.search(r"\.(safetensors|bin|pth|pt|ckpt|h5|msgpack|onnx|npz)$", name)]
+    has = f"its weights have other names ({shortened(others, 3)})" if others else "it has no file of weights"
+    needed = f"{_WEIGHTS}, or {_WEIGHTS}{_INDEX} and the files that it names"
+    return f"cannot be loaded: {has}. transformers reads {needed}"

@@ -1,0 +1,97 @@
+"""Weights that are missing or have other names are an error that says what is there, and the way out."""
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.tiny import CUT
+from support.zoo import CASES
+
+from qk_sniffer.backbone.checkpoint_weights import stored_dtypes, weights_problem
+from qk_sniffer.backbone.loading import check_model, load_backbone
+from qk_sniffer.config import ModelConfig
+from qk_sniffer.errors import SourceError
+
+pytestmark = pytest.mark.floor
+
+LLAMA = replace(CASES[0], options=CUT)
+
+
+def problem(names: Iterable[str], *, allow_pickle: bool = False, shards: Iterable[str] = ()) -> str:
+    index = json.dumps({"weight_map": {f"weight {i}": file for i, file in enumerate(shards)}})
+    return weights_problem(list(names), lambda name: index.encode(), allow_pickle=allow_pickle) or ""
+
+
+SHARDS = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ([], r"it has no file of weights\. transformers reads model\.safetensors, or"),
+        (["config.json", "tokenizer.json"], r"it has no file of weights\."),
+        (SHARDS, rf"has 3 shards \({SHARDS[0]} and 2 more\), but not their index {INDEX}"),
+        ([INDEX, *SHARDS[::2]], rf"lacks 1 of the 3 files that its index {INDEX} names: {SHARDS[1]}\. Restore"),
+        ([INDEX], r"lacks 3 of the 3 files"),
+        (["model.fp16.safetensors"], r"of the variant fp16 alone .*link model\.fp16\.safetensors to model\.safetens"),
+        (
+            ["model.safetensors.index.fp16.json", "model.fp16-00001-of-00001.safetensors"],
+            r"of the variant fp16 alone .*link model\.safetensors\.index\.fp16\.json to model\.safetensors\.index\.j",
+        ),
+        (["model.fp16.safetensors", "pytorch_model.bin"], "of the variant fp16 alone"),
+        (["pytorch_model.bin"], r"but a pickle \(pytorch_model\.bin\), .*set model\.allow_pickle=true$"),
+        (["pytorch_model.bin.index.json", "pytorch_model-1.bin"], r"set model\.allow_pickle=true$"),
+        (["tiny.Q4_0.gguf"], r"set model\.gguf_file to one of tiny\.Q4_0\.gguf$"),
+        (["step-1/model.safetensors"], r"in its folders alone \(step-1\)"),
+        (["consolidated.safetensors"], r"its weights have other names \(consolidated\.safetensors\)\. transformers"),
+    ],
+)
+def test_each_kind_of_missing_weights_has_its_own_way_out(names: list[str], message: str) -> None:
+    found = problem(names, shards=SHARDS)
+    assert re.search(message, found)
+    assert ("allow_pickle" in found) == any(name.startswith("pytorch_model") for name in names[:1])
+
+
+def test_weights_that_are_there_are_no_problem() -> None:
+    assert not problem(["model.safetensors"]) and not problem([INDEX, *SHARDS], shards=SHARDS)
+    pickled = ["pytorch_model.bin.index.json", "pytorch_model-1.bin"]
+    assert not problem(pickled, allow_pickle=True, shards=pickled[1:])
+    assert "lacks 1 of the 2 files" in problem(pickled, allow_pickle=True, shards=[pickled[1], "pytorch_model-2.bin"])
+    assert "of weights" in problem(["config.json"], allow_pickle=True)
+
+
+def test_a_folder_is_checked_before_anything_is_loaded(tmp_path: Path) -> None:
+    LLAMA.model().save_pretrained(tmp_path, max_shard_size="4KB")
+    config = ModelConfig(name=str(tmp_path), dtype="float32")
+    load_backbone(config)
+    lost = sorted(tmp_path.glob("*.safetensors"))[1]
+    lost.unlink()
+    with pytest.raises(SourceError, match=rf"lacks 1 of the \d+ files .*{lost.name}") as caught:
+        check_model(config)
+    assert "pickle" not in str(caught.value)
+    for path in tmp_path.glob("model*"):
+        path.unlink()
+    with pytest.raises(SourceError, match=rf"model {tmp_path} .*no file of weights"):
+        check_model(config)
+
+
+def test_a_pointer_of_git_lfs_is_named_as_what_it_is(tmp_path: Path) -> None:
+    LLAMA.config().save_pretrained(tmp_path)
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258\n"
+    (tmp_path / "model.safetensors").write_text(pointer)
+    with pytest.raises(SourceError, match=r"model\.safetensors is a Git LFS pointer, .*git lfs pull"):
+        check_model(ModelConfig(name=str(tmp_path)))
+
+
+def test_the_stored_dtypes_are_those_of_the_files(tmp_path: Path) -> None:
+    weights = {"a": torch.ones(2, dtype=torch.bfloat16), "b": torch.ones(2).to(torch.float8_e4m3fn)}
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert load_file(tmp_path / "model.safetensors").keys() == weights.keys()
+    (tmp_path / "pytorch_model.bin").touch()
+    assert stored_dtypes(sorted(tmp_path.iterdir())) == {"a": "BF16", "b": "F8_E4M3"}

@@ -1,0 +1,119 @@
+"""Every weight of a checkpoint that the vectors depend on is in the decoder, or the error names it."""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from support.tiny import CUT
+from support.zoo import CASES, Case
+
+from qk_sniffer.backbone.loading import check_model, load_backbone
+from qk_sniffer.config import ModelConfig
+from qk_sniffer.errors import SourceError
+
+pytestmark = pytest.mark.floor
+
+LLAMA = replace(CASES[0], options=CUT)
+"""Two layers."""
+
+Weights = dict[str, torch.Tensor]
+
+
+def saved(folder: Path, change: Callable[[Weights], Weights], case: Case = LLAMA, **config: object) -> ModelConfig:
+    """Saves `case` with changed weights and further keys of its config.json; returns the config that loads it."""
+    case.model().save_pretrained(folder)
+    file = folder / "model.safetensors"
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+    if config:
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    return ModelConfig(name=str(folder), dtype="float32")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.1.mlp.down_proj.weight_scale_inv",
+        "model.layers.1.mlp.down_proj.input_scale",
+        "model.layers.0.self_attn.k_scale",
+        "model.layers.0.self_attn.sinks",
+        "model.layers.0.pre_mlp_norm.weight",
+        "model.layers.1.mlp.experts.7.up_proj.weight",
+        "model.embed_tokens.weight_scale",
+        "model.embed_norm.weight",
+        "model.norm.bias",
+    ],
+)
+def test_a_further_weight_of_what_is_kept_is_an_error_that_names_it(name: str, tmp_path: Path) -> None:
+    config = saved(tmp_path, lambda weights: weights | {name: torch.ones(1)})
+    with pytest.raises(SourceError, match=rf"does not ask for 1 weights .*: {re.escape(name)}\."):
+        load_backbone(config)
+
+
+def test_what_no_query_or_key_depends_on_may_be_there(tmp_path: Path) -> None:
+    further = [
+        "lm_head.weight_scale",
+        "score.weight",
+        "mtp.layers.0.self_attn.q_proj.weight",
+        "model.mtp.embed_norm.weight",
+        "model.layers.2.self_attn.q_proj.weight_scale_inv",
+        "model.layers.0.self_attn.rotary_emb.inv_freq",
+        "model.layers.0.self_attn.masked_bias",
+        "visual.blocks.0.attn.qkv.weight_scale",
+    ]
+    config = saved(tmp_path, lambda weights: weights | {name: torch.ones(1) for name in further})
+    load_backbone(config)
+    load_backbone(config, layers=[0])
+
+
+def test_a_layer_that_transformers_ignores_by_its_number_is_not_ignored_if_it_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "model.layers.1.mlp.down_proj.weight_scale"
+    config = saved(tmp_path, lambda weights: weights | {name: torch.ones(1)})
+    for pattern, ignored in ((r"model\.layers\.1.*", False), (r"layers.1.mlp.down_proj", True)):
+        monkeypatch.setattr(transformers.LlamaPreTrainedModel, "_keys_to_ignore_on_load_unexpected", [pattern])
+        if ignored:
+            load_backbone(config)
+        else:
+            with pytest.raises(SourceError, match=re.escape(name)):
+                load_backbone(config)
+
+
+def mlp_as(dtype: torch.dtype) -> Callable[[Weights], Weights]:
+    return lambda weights: {name: w.to(dtype) if ".mlp." in name else w for name, w in weights.items()}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "stored"), [(torch.float8_e4m3fn, "F8_E4M3"), (torch.int8, "I8"), (torch.int32, "I32")]
+)
+def test_quantized_weights_without_a_quantizer_are_an_error_that_names_them(
+    dtype: torch.dtype, stored: str, tmp_path: Path
+) -> None:
+    config = saved(tmp_path, mlp_as(dtype))
+    message = rf"6 of its weights are quantized, .*model\.layers\.0\.mlp\.down_proj\.weight \({stored}\)"
+    with pytest.raises(SourceError, match=message):
+        load_backbone(config)
+
+
+def test_quantized_weights_of_what_is_left_out_are_no_error(tmp_path: Path) -> None:
+    def change(weights: Weights) -> Weights:
+        return weights | {
+            "lm_head.weight": weights["lm_head.weight"].to(torch.float8_e4m3fn),
+            "model.layers.2.mlp.down_proj.weight": torch.ones(16, 16, dtype=torch.int8),
+            "model.layers.0.self_attn.bias": torch.ones(1, 1, 8, 8, dtype=torch.uint8),
+        }
+
+    load_backbone(saved(tmp_path, change))
+
+
+def test_a_method_of_quantization_that_transformers_ignores_is_an_error_that_names_it(tmp_path: Path) -> None:
+    config = saved(tmp_path, mlp_as(torch.float8_e4m3fn), quantization_config={"quant_method": "modelopt"})
+    with pytest.raises(SourceError, match=r"quantized with 'modelopt' .*compressed-tensors, .*fp8"):
+        check_model(config)

@@ -17,6 +17,12 @@ from omegaconf import DictConfig, OmegaConf
 
 ASSETS = Path(__file__).resolve().parent / "assets"
 
+DTYPES = ("bfloat16", "float16", "float32")
+"""The dtypes in which models compute."""
+
+AUTO = "auto"
+"""The `model.dtype` of a checkpoint's own dtype."""
+
 MOST_SHARDS = 100_000
 """The largest `shard.count`."""
 
@@ -64,7 +70,10 @@ class ModelConfig:
         default=None, metadata={"help": "org/name on the Hub, or a folder with a checkpoint (with model=hf)"}
     )
     revision: str = field(default="main", metadata={"help": "branch, tag or commit of the model"})
-    dtype: str = field(default="bfloat16", metadata={"help": "bfloat16, float16 or float32"})
+    dtype: str = field(
+        default="bfloat16",
+        metadata={"help": "bfloat16, float16, float32, or auto: the checkpoint's own"},
+    )
     device_map: Any = field(
         default="auto",
         metadata={"help": "a device, or a device map of transformers, such as auto", "changes_rows": False},

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from qk_sniffer.capture import sampling
-from qk_sniffer.config import MOST_SHARDS, Config, DatasetConfig, ModelConfig, OutputConfig
+from qk_sniffer.config import AUTO, DTYPES, MOST_SHARDS, Config, DatasetConfig, ModelConfig, OutputConfig
 from qk_sniffer.errors import ConfigError
 from qk_sniffer.resolved import resolve
 from qk_sniffer.text import expand_home, is_branch_name, is_utf8_path, utf8_way_out
 
-DTYPES = ("bfloat16", "float16", "float32")
 SPECIAL_TOKENS = ("auto", "true", "false")
 MAX_INT32 = 2**31 - 1
 MAX_SEED = 2**63 - 1
@@ -58,8 +57,8 @@ def _model(model: ModelConfig) -> Iterator[str]:
         if model.gguf_file is None:  # Python reads GGUF files
             yield from _loadable("model.name", model.name)
     yield from _revision("model.revision", model.revision, "model.name", model.name, default="main")
-    if model.dtype not in DTYPES:
-        yield f"model.dtype is {model.dtype!r}; valid: {', '.join(DTYPES)}"
+    if model.dtype not in (*DTYPES, AUTO):
+        yield f"model.dtype is {model.dtype!r}; valid: {', '.join(DTYPES)}, {AUTO} (the checkpoint's own)"
     if not isinstance(model.device_map, str | int | dict | None) or isinstance(model.device_map, bool):
         yield (
             f"model.device_map is {model.device_map!r}; it must be a name (auto, cpu, cuda:0, ...), "

@@ -14,6 +14,7 @@ from qk_sniffer.backbone import rotary
 from qk_sniffer.backbone.banded_attention import banded
 from qk_sniffer.backbone.family import Family, RotaryCall
 from qk_sniffer.backbone.layers import LayerFacts, LayerHeads
+from qk_sniffer.backbone.quantization import COMPUTED_IN, StoredWeights
 from qk_sniffer.backbone.rotation import NOT_RECORDED, Frequencies, Rotation, frequencies, rotation
 from qk_sniffer.backbone.tap import AttentionCall, ForwardDone, OnRotary, rotary_functions, shows_nothing, tap
 from qk_sniffer.errors import CaptureError, QkSnifferError
@@ -26,17 +27,26 @@ class Backbone:
     """Holds a loaded decoder. `forward` runs it and shows every attention call to a callback."""
 
     def __init__(
-        self, decoder: nn.Module, family: Family, *, pre_rope: bool = False, banded_attention: bool = True
+        self,
+        decoder: nn.Module,
+        family: Family,
+        *,
+        pre_rope: bool = False,
+        banded_attention: bool = True,
+        stored: StoredWeights = StoredWeights(),  # noqa: B008  (frozen)
     ) -> None:
         self.decoder = decoder
         self.family = family
         self.pre_rope = pre_rope
         self.banded_attention = banded_attention
+        self.stored = stored
         self.attention_layers = family.attention_layers(decoder)
         weights = list(decoder.parameters())
         # Weights that accelerate offloads are on the meta device until a forward pass needs them.
         devices = [weight.device for weight in weights if weight.device.type != "meta"]
-        self.device, self.dtype = devices[0] if devices else torch.device("cpu"), weights[0].dtype
+        self.device = devices[0] if devices else torch.device("cpu")
+        # Quantized weights are packed into integers.
+        self.dtype = next(weight.dtype for weight in weights if weight.dtype in COMPUTED_IN)
         self.length_boundary = rotary.length_boundary(self.config)
         """Texts of more tokens must run alone, see `rotary.length_boundary`; None if no text must."""
         self.num_positions = rotary.num_positions(decoder)

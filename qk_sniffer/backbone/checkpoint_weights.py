@@ -7,9 +7,11 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from transformers import PretrainedConfig
 from transformers.utils.hub import cached_file
 
-from qk_sniffer.errors import SourceError
+from qk_sniffer.config import AUTO, DTYPES
+from qk_sniffer.errors import ConfigError, SourceError
 from qk_sniffer.text import shortened
 
 _WEIGHTS = "model.safetensors"
@@ -19,6 +21,9 @@ _INDEX = ".index.json"
 _VARIANT = r"model\.([\w-]+?)(?:-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.([\w-]+)\.json"
 
 _LFS_POINTER = b"version https://git-lfs"
+
+FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""The dtypes of safetensors whose numbers are the values of weights, with their names in torch."""
 
 _LONGEST_HEADER = 2**30
 
@@ -34,6 +39,26 @@ def stored_dtypes(files: Iterable[Path]) -> dict[str, str]:
             header = _header(path)
             dtypes |= {name: str(entry["dtype"]) for name, entry in header.items() if name != "__metadata__"}
     return dtypes
+
+
+def first_float(dtypes: Mapping[str, str]) -> str | None:
+    """Returns the dtype of the first tensor of `stored_dtypes` whose numbers are its values; None if none is."""
+    return next((FLOATS[dtype] for dtype in dtypes.values() if dtype in FLOATS), None)
+
+
+def own_dtype(config: PretrainedConfig) -> str | None:
+    """Returns the dtype that a checkpoint's config names; None if it names none."""
+    return None if config.dtype is None else str(config.dtype).removeprefix("torch.")
+
+
+def check_dtype(own: str | None) -> None:
+    """Checks that models compute in a checkpoint's own dtype, if it is known.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    if own is not None and own not in DTYPES:
+        raise ConfigError([f"model.dtype is {AUTO}, and the checkpoint's own is {own}; valid: {', '.join(DTYPES)}"])
 
 
 def _header(path: Path) -> dict[str, Any]:

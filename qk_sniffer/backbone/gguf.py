@@ -7,16 +7,20 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from torch import nn
-from transformers import PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.integrations.gguf.reader import read_gguf_metadata
+from transformers.integrations.gguf.utils import is_gguf_arch_supported
+from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 from transformers.utils.hub import cached_file
 
 from qk_sniffer.backbone.unloaded import unloaded
 from qk_sniffer.config import ModelConfig
-from qk_sniffer.errors import ConfigError
+from qk_sniffer.errors import ConfigError, SourceError
+from qk_sniffer.text import shortened
 
 _ROTARY_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
@@ -25,6 +29,9 @@ _AS_IN_CONFIG = {
     ".attn_logit_softcapping": "attn_logit_softcapping",
 }
 """Endings of keys in a file -> the key of transformers' configs with the same meaning."""
+
+_LAYERS_OF_27B = {"gemma2": 46, "gemma3": 62}
+"""The layers by which llama.cpp knows a model of 27 billion parameters, by the architecture of the file."""
 
 
 def check_gguf(config: ModelConfig) -> None:
@@ -74,6 +81,7 @@ def refuse_lost(text: PretrainedConfig, config: ModelConfig, path: str) -> None:
 
     Raises:
         ConfigError: `model.config_overrides` does not give these parameters.
+        SourceError: the file has tensors that transformers does not read.
     """
     metadata, tensors = read_gguf_metadata(path)
     decoder = unloaded(text)
@@ -89,6 +97,7 @@ def refuse_lost(text: PretrainedConfig, config: ModelConfig, path: str) -> None:
             continue
         if name != "sliding_window" or value < longest:
             lost[f"{key}={value}"] = name
+    lost |= _lost_scale(text, given, metadata)
     if lost:
         ways = " and ".join(f"model.config_overrides.{name}" for name in dict.fromkeys(lost.values()))
         raise ConfigError(
@@ -97,6 +106,11 @@ def refuse_lost(text: PretrainedConfig, config: ModelConfig, path: str) -> None:
                 f"({', '.join(lost)}): give {ways} as in the config.json of the original model, or load that model "
                 "itself if its config has no such key"
             ]
+        )
+    if unread := _unread(text, metadata, tensors):
+        raise SourceError(
+            f"model.gguf_file={config.gguf_file} has {len(unread)} tensors that transformers does not read from it: "
+            f"{shortened(unread, 3)}. Without them the vectors would differ: load the original model instead"
         )
 
 
@@ -139,8 +153,55 @@ def _lost_by_decoder(decoder: nn.Module, given: set[str], metadata: Mapping[str,
             if "partial_rotary_factor" not in given:
                 lost[f"{key}={value}"] = "rope_parameters.partial_rotary_factor"
         elif key.endswith(".attention.scale") and value and scales and not _is_close(value, scales):
-            lost[f"{key}={value}"] = "attention_multiplier"
+            is_gemma = hasattr(decoder.config, "query_pre_attn_scalar")
+            lost[f"{key}={value}"] = "query_pre_attn_scalar" if is_gemma else "attention_multiplier"
     return lost
+
+
+def _lost_scale(text: PretrainedConfig, given: set[str], metadata: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the attention scale of a Gemma file, if it is not that of the config -> the override that gives it.
+
+    No key stores the scale. llama.cpp knows it by the number of layers, and the config has that of the smaller models.
+    """
+    architecture = metadata["general.architecture"]
+    if architecture not in _LAYERS_OF_27B or "query_pre_attn_scalar" in given:
+        return {}
+    if metadata.get(f"{architecture}.attention.scale"):
+        return {}
+    layers, scalar = metadata[f"{architecture}.block_count"], metadata[f"{architecture}.attention.key_length"]
+    if layers == _LAYERS_OF_27B[architecture]:
+        scalar = metadata[f"{architecture}.embedding_length"] / metadata[f"{architecture}.attention.head_count"]
+    if getattr(text, "query_pre_attn_scalar", scalar) == scalar:
+        return {}
+    return {f"an attention scale of {scalar:g} ** -0.5 for its {layers} layers": f"query_pre_attn_scalar={scalar:g}"}
+
+
+def _unread(text: PretrainedConfig, metadata: Mapping[str, Any], tensors: Iterable[str]) -> list[str]:
+    """Returns the tensors of the file that determine vectors and that transformers does not load.
+
+    Empty for an architecture whose tensors transformers reports after loading, as it does for safetensors.
+    """
+    architecture = metadata["general.architecture"]
+    model = None if is_gguf_arch_supported(architecture) else unloaded(text, AutoModelForCausalLM)
+    if model is None:
+        return []
+    processors: Any = TENSOR_PROCESSORS
+    processor = processors.get(architecture, TensorProcessor)(config=text.to_dict())
+    weights, base = model.state_dict(), f"{model.base_model_prefix}."
+    read: set[str] = set()
+    for names in (weights, [name.removeprefix(base) for name in weights]):
+        # A stand-in without children: transformers maps those of each submodule again, which takes long.
+        stand_in = SimpleNamespace(config=text, state_dict=lambda names=names: names, named_children=tuple)
+        read |= set(get_gguf_hf_weights_map(stand_in, processor))
+    read |= {f"{name}.weight" for name in read}  # experts, which are mapped by their module
+    return [name for name in tensors if name not in read and not _is_left_out(name, text)]
+
+
+def _is_left_out(tensor: str, text: PretrainedConfig) -> bool:
+    """Whether the tensor of a file belongs to no layer of the decoder, or is checked elsewhere."""
+    if layer := re.match(r"blk\.(\d+)\.", tensor):
+        return int(layer[1]) >= int(text.num_hidden_layers)
+    return tensor.startswith(("output.", "rope_"))
 
 
 def _lost_biases(text: PretrainedConfig, decoder: nn.Module, tensors: Iterable[str]) -> dict[str, str]:

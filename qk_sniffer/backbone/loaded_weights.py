@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from qk_sniffer.backbone.checkpoint_weights import FLOATS
 from qk_sniffer.backbone.family import Family
 from qk_sniffer.backbone.quantization import UNREADABLE
 from qk_sniffer.errors import SourceError
@@ -30,9 +31,6 @@ _WHOLE_LAYER = r"layers\\?\.\d+(\\?\.)?(\.\*)?$"
 
 _INTEGERS_OF_WEIGHTS = r"(weight|_proj|experts?)$"
 """Matches the names of weights, among those of integer tensors. The others are masks, positions and tables."""
-
-_FLOATS = ("F64", "F32", "F16", "BF16")
-"""The dtypes of safetensors whose numbers are the values of weights."""
 
 
 @contextmanager
@@ -106,10 +104,14 @@ def _refuse_missing(name: str, model: nn.Module, decoder: nn.Module, family: Fam
 def _refuse_dropped(
     name: str, model: Any, decoder: Any, family: Family, info: Mapping[str, Any], *, multimodal: bool
 ) -> None:
-    kept = _Kept(model, decoder, family, multimodal=multimodal)
-    keys = sorted(info["unexpected_keys"])
+    kept = _Kept(model, decoder, family)
     base = f"{model.base_model_prefix}."
-    dropped = [key for key in keys if any(map(kept.needs, (key, key.removeprefix(base), base + key)))]
+    dropped = [
+        key
+        for key in sorted(info["unexpected_keys"])
+        if any(map(kept.needs, (key, key.removeprefix(base), base + key)))
+        or (not multimodal and kept.lacks_embedding(key, base))
+    ]
     if not dropped:
         return
     raise SourceError(
@@ -132,12 +134,11 @@ def _way_out(config: Any, dropped: list[str]) -> str:
 class _Kept:
     """The modules of a decoder, and which weights of a checkpoint belong into them."""
 
-    def __init__(self, model: Any, decoder: Any, family: Family, *, multimodal: bool) -> None:
+    def __init__(self, model: Any, decoder: Any, family: Family) -> None:
         self.prefix = _prefix(model, decoder)
         self.unused = family.unused
         self.modules = dict(decoder.named_modules())
         self.attention = family.attention_layers(decoder)
-        self.multimodal = multimodal
 
     def needs(self, key: str) -> bool:
         """Whether the vectors depend on a weight of the name `key`, which the decoder does not have."""
@@ -152,14 +153,19 @@ class _Kept:
             owner = owner.rpartition(".")[0]
         module = self.modules[owner]
         if owner == "":
-            first = inner.partition(".")[0]
-            return bool(path) and not self.multimodal and re.search(_EMBEDDINGS, first) is not None
+            return False
         is_mask = leaf in _MASKS and module in self.attention
         if owner == path and (is_mask or leaf in module._buffers):
             return False
         # A layer that was left out has no module. An expert that was left out has none either, but is inside a layer.
         is_stack = isinstance(module, nn.ModuleList) and not any(part.isdigit() for part in owner.split("."))
         return not is_stack
+
+    def lacks_embedding(self, key: str, base: str) -> bool:
+        """Whether `key`, stored with the prefix `base` of the decoder, is of a module between token ids and layers."""
+        first, _, rest = key.removeprefix(base).partition(".")
+        is_lacking = key.startswith(base) and bool(rest) and first not in self.modules
+        return is_lacking and re.search(_EMBEDDINGS, first) is not None and not re.search(_COMPUTED, key)
 
 
 def _refuse_unscaled(name: str, model: Any, info: Mapping[str, Any], dtypes: Mapping[str, str]) -> None:
@@ -180,7 +186,7 @@ def _refuse_unscaled(name: str, model: Any, info: Mapping[str, Any], dtypes: Map
     quantized = [
         f"{key} ({dtype})"
         for key, dtype in sorted(dtypes.items())
-        if dtype not in _FLOATS and (dtype.startswith("F") or re.search(_INTEGERS_OF_WEIGHTS, key)) and is_read(key)
+        if dtype not in FLOATS and (dtype.startswith("F") or re.search(_INTEGERS_OF_WEIGHTS, key)) and is_read(key)
     ]
     if quantized:
         raise SourceError(

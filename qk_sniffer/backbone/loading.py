@@ -15,15 +15,28 @@ from transformers import AutoConfig, GgufConfig, PretrainedConfig, PreTrainedMod
 from transformers.utils.hub import cached_file
 
 from qk_sniffer.backbone.backbone import Backbone
-from qk_sniffer.backbone.checkpoint_weights import check_folder, stored_dtypes, weight_files, weights_problem
+from qk_sniffer.backbone.checkpoint_weights import (
+    check_dtype,
+    check_folder,
+    first_float,
+    own_dtype,
+    stored_dtypes,
+    weight_files,
+    weights_problem,
+)
 from qk_sniffer.backbone.config_overrides import with_overrides
 from qk_sniffer.backbone.family import Family, find_family, imported_family
 from qk_sniffer.backbone.gguf import check_gguf, gguf_source, refuse_lost
 from qk_sniffer.backbone.loaded_weights import ignored_layers_reported, refuse_incomplete
-from qk_sniffer.backbone.quantization import refuse_unknown_quantizer
+from qk_sniffer.backbone.quantization import (
+    StoredWeights,
+    describe_quantization,
+    quantization_config,
+    refuse_unknown_quantizer,
+)
 from qk_sniffer.backbone.trailing_layers import cut_after
 from qk_sniffer.backbone.wrapper import is_wrapper, load_decoder, model_class, with_text_config
-from qk_sniffer.config import ModelConfig
+from qk_sniffer.config import AUTO, ModelConfig
 from qk_sniffer.errors import QkSnifferError, SourceError
 from qk_sniffer.hub.endpoint import announce
 from qk_sniffer.hub.lfs import refuse_pointers_of_weights
@@ -51,8 +64,10 @@ def load_backbone(
             not have the same weights.
     """
     with _loading(config, commit):
-        model, family = _cached_first(config, commit, lambda source: _loaded(config, source, layers))
-    return Backbone(family.decoder(model.eval()), family, pre_rope=pre_rope, banded_attention=banded_attention)
+        model, family, stored = _cached_first(config, commit, lambda source: _loaded(config, source, layers))
+    return Backbone(
+        family.decoder(model.eval()), family, pre_rope=pre_rope, banded_attention=banded_attention, stored=stored
+    )
 
 
 def check_model(config: ModelConfig, *, commit: str | None = None) -> None:
@@ -111,6 +126,9 @@ def _read_config(config: ModelConfig, source: dict[str, Any]) -> _Model:
         explicit = getattr(whole, "transformers_weights", None)
         check_folder(Path(str(config.name)), explicit, allow_pickle=config.allow_pickle)
     text = _text_config(whole)
+    text.dtype = text.dtype or whole.dtype
+    if config.dtype == AUTO:
+        check_dtype(own_dtype(text))
     family = named or find_family(text.model_type)
     if text is not whole and (quantization := getattr(whole, "quantization_config", None)) is not None:
         text.quantization_config = quantization
@@ -168,10 +186,11 @@ def _auto_class(config: ModelConfig, model_config: PretrainedConfig, family: Fam
 
 def _loaded(
     config: ModelConfig, source: dict[str, Any], layers: Collection[int] | None
-) -> tuple[PreTrainedModel, Family]:
+) -> tuple[PreTrainedModel, Family, StoredWeights]:
     found = _read_config(config, source)
+    quantization = quantization_config(found.text)
     arguments = found.source | {
-        "dtype": getattr(torch, config.dtype),
+        "dtype": _dtype(config, found.text, found.source),
         "device_map": config.device_map,
         "use_safetensors": None if config.allow_pickle or config.gguf_file else True,
         "ignore_mismatched_sizes": True,  # reported below, with all other wrong weights
@@ -193,7 +212,23 @@ def _loaded(
     dtypes = {} if config.gguf_file is not None else stored_dtypes(weight_files(found.source, explicit))
     is_multimodal = found.wrapper is not None or "key_mapping" in found.source
     refuse_incomplete(str(config.name), model, found.family, info, dtypes, multimodal=is_multimodal)
-    return model, found.family
+    own = own_dtype(found.text) or first_float(dtypes)
+    return model, found.family, StoredWeights(own, describe_quantization(model, quantization))
+
+
+def _dtype(config: ModelConfig, model_config: PretrainedConfig, source: dict[str, Any]) -> Any:
+    """Returns the dtype to load: that of `config`, or the checkpoint's own, which may be known to transformers alone.
+
+    Raises:
+        ConfigError: no model computes in the checkpoint's own dtype.
+    """
+    if config.dtype != AUTO:
+        return getattr(torch, config.dtype)
+    own = own_dtype(model_config)
+    if own is None and config.gguf_file is None:
+        own = first_float(stored_dtypes(weight_files(source, getattr(model_config, "transformers_weights", None))))
+    check_dtype(own)
+    return AUTO if own is None else getattr(torch, own)
 
 
 @contextmanager

@@ -1,17 +1,47 @@
 """Tells how the weights of a checkpoint are quantized, and refuses what transformers cannot read."""
 
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import PretrainedConfig
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
+from qk_sniffer.config import DTYPES
 from qk_sniffer.errors import SourceError
+
+COMPUTED_IN = tuple(getattr(torch, name) for name in DTYPES)
+"""The dtypes in which models compute."""
 
 UNREADABLE = (
     "if it is in a format that transformers cannot read, load the original model or one that was quantized in another "
     "format (models/SUPPORTED.md lists them)"
 )
 """The way out for quantized weights without a quantizer."""
+
+
+@dataclass(frozen=True)
+class StoredWeights:
+    """Describes the weights of a checkpoint as they are stored."""
+
+    dtype: str | None = None
+    """The checkpoint's own dtype, such as bfloat16; None if it names none."""
+    quantization: dict[str, Any] | None = None
+    """The `method`, whether the weights were `dequantized` when they were loaded, and the `config` of the checkpoint;
+    None if they are not quantized."""
+
+
+def describe_quantization(model: Any, config: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Returns `StoredWeights.quantization` of a loaded model, whose `quantization_config` is `config`."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is None:
+        return None
+    config = config or {"quant_method": method(quantizer.quantization_config.to_dict())}
+    packed = any(
+        type(tensor.data) is not torch.Tensor or (tensor.dim() > 1 and tensor.dtype not in COMPUTED_IN)
+        for tensor in (*model.parameters(), *model.state_dict().values())
+    )
+    return {"method": method(config), "dequantized": not packed, "config": config}
 
 
 def quantization_config(config: PretrainedConfig) -> dict[str, Any] | None:

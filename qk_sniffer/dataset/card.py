@@ -16,6 +16,7 @@ from qk_sniffer.dataset.bucket_ranges import bucket_ranges
 from qk_sniffer.dataset.card_facts import CardFacts, Place
 from qk_sniffer.dataset.card_rotation import rotary_embedding
 from qk_sniffer.dataset.card_snippets import loading
+from qk_sniffer.dataset.weights import computed_in, quantized
 from qk_sniffer.markdown import block, code, in_url, link, plain, table, tex, yaml_string
 from qk_sniffer.resolved import rule, safe_name
 from qk_sniffer.store.layout import EXAMPLES, KIND_NAMES, KINDS, Head, Layout, schema
@@ -107,7 +108,7 @@ examples. `manifest.json` describes the run and every file.
 
 
 def _columns(facts: CardFacts) -> str:
-    capture, dtype = facts.config.capture, facts.config.model.dtype
+    capture, dtype = facts.config.capture, facts.dtype
     stage = "before RoPE" if capture.capture_pre_rope else "as attention received it, after RoPE"
     meanings = {
         "bucket": "the range of positions that the row is drawn from, see Sampling",
@@ -132,7 +133,8 @@ def _run(facts: CardFacts) -> str:
         cut += f", without {facts.truncated_tokens:,} tokens in all"
     settings = [
         ("model", _source(model.name, model.revision, facts.model_commit)),
-        ("dtype", plain(model.dtype)),
+        ("dtype", plain(computed_in(facts.dtype, facts.checkpoint_dtype))),
+        ("quantization", "" if facts.quantization is None else plain(quantized(facts.quantization))),
         ("attention implementation", _plain(model.attn_implementation)),
         ("config overrides", code(overrides) if model.config_overrides else ""),
         ("tokenizer", _source(tokenizer.name, tokenizer.revision, facts.tokenizer_commit)),
@@ -272,7 +274,7 @@ def _proof(facts: CardFacts) -> str:
 
 The rows of {rows} were derived again on another path: by hooks on the projections of the unmodified
 model, without the tap that captured them. Relative to the spread of a head's vectors, they differ by {largest:.1g} at
-most, in any layer; up to {proof["tolerance"]:g} counts as rounding in {plain(facts.config.model.dtype)}. A wrong head,
+most, in any layer; up to {proof["tolerance"]:g} counts as rounding in {plain(facts.dtype)}. A wrong head,
 position or rotation gives about 1. `manifest.json` has the figure of each layer.
 """
 

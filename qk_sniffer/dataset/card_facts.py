@@ -24,6 +24,8 @@ class CardFacts:
 
     config: Config
     """The config in the manifest, which names local files and folders without their paths."""
+    dtype: str
+    """The dtype that the model computed in."""
     model_commit: str | None
     tokenizer_commit: str | None
     dataset_commit: str | None
@@ -42,6 +44,10 @@ class CardFacts:
     """How each layer rotates, as in the manifest; empty if it does not say."""
     licenses: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """The licenses that the sources state: {"model": ..., "dataset": ...}."""
+    checkpoint_dtype: str | None = None
+    """The dtype that the checkpoint names as its own; None if it is not known."""
+    quantization: Mapping[str, Any] | None = None
+    """The manifest's `quantization` of the model."""
     languages: Sequence[str] = ()
     """The languages of the examples that their source states."""
     place: Place | None = None
@@ -69,6 +75,9 @@ class CardFacts:
         commits, stated = manifest["commits"], manifest["stated"]
         return cls(
             config=from_dict(manifest["config"]),
+            dtype=manifest["model"]["dtype"],
+            checkpoint_dtype=manifest["model"].get("checkpoint_dtype"),
+            quantization=manifest["model"].get("quantization"),
             model_commit=hub_commit_of(commits["model"]),
             tokenizer_commit=hub_commit_of(commits["tokenizer"]),
             dataset_commit=commits["dataset"],

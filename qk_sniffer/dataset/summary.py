@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from qk_sniffer.dataset.weights import computed_in, quantized
 from qk_sniffer.hub.branch import Branch
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.files import Files
@@ -30,6 +31,10 @@ def show(dataset: Files, manifest: Mapping[str, Any], note: str) -> None:
     counts = f"{counted(manifest['examples'], 'example')}, {counted(manifest['tokens'], 'token')}"
     rows = f"{counted(manifest['rows'], 'row')} of {counted(len(heads), 'head')}"
     say(f"{rows}, from {counts}; {counted(len(files), 'file')}, {size_mb:,.1f} MB.")
+    model = manifest["model"]
+    say(f"Computed in {computed_in(model['dtype'], model.get('checkpoint_dtype'))}.")
+    if quantization := model.get("quantization"):
+        say(f"The model's weights are quantized with {quantized(quantization)}.")
     if cut := manifest["truncated_examples"]:
         tokens = manifest.get("truncated_tokens")
         lost = "" if tokens is None else f": {counted(tokens, 'token')} left out in all"

@@ -65,13 +65,15 @@ def _load(config: ResolvedConfig, commits: Mapping[str, str | None]) -> Componen
     selection = select([layer.heads for layer in layers], config.capture)
     if selection.note:
         log.warning("%s", selection.note)
+    own = backbone.stored.dtype
     log.info(
-        "%s: %d of %d query heads, %d files; %s on %s",
+        "%s: %d of %d query heads, %d files; %s%s on %s",
         config.model.slug,
         selection.drawn,
         sum(layer.heads.num_q_heads for layer in layers),
         selection.num_heads,
         str(backbone.dtype).removeprefix("torch."),
+        f" (the checkpoint's is {own})" if own and own != str(backbone.dtype).removeprefix("torch.") else "",
         backbone.device,
     )
     files = checkpoint_files(config.model, commits)

@@ -72,11 +72,21 @@ class Layer(TypedDict):
     captured: dict[Kind, list[HeadNumber]]
 
 
+class Quantization(TypedDict):
+    """The way in which the weights of a checkpoint are quantized; `config` is its `quantization_config`."""
+
+    method: Text
+    dequantized: bool
+    config: dict[str, Any]
+
+
 class Model(TypedDict):
     """The loaded model."""
 
     model_type: Text
     dtype: Text
+    checkpoint_dtype: NotRequired[Text | None]
+    quantization: NotRequired[Quantization | None]
     attn_implementation: Text | None
     rope_stage: Literal["pre", "post"]
     layers: Annotated[list[Layer], Meta(min_length=1, max_length=MOST_LAYERS)]

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gguf import GGUFWriter
 from support.fake_hub import FakeHub
 from support.gguf_files import write_gguf
 from support.jobs import heads_of, keys, vectors
@@ -160,6 +162,67 @@ def test_biases_of_attention_that_the_config_does_not_ask_for_are_refused_until_
     decoder = load_backbone(of(tmp_path, config_overrides={"attention_bias": True})).decoder
     for key, weight in model.get_decoder().state_dict().items():
         assert torch.equal(decoder.state_dict()[key], weight), key
+
+
+@pytest.mark.parametrize(
+    ("architecture", "tensor"),
+    [
+        ("stablelm", "blk.1.attn_q_norm.weight"),
+        ("llama", "blk.2.ffn_gate_inp.weight"),
+        ("llama", "blk.0.attn_q.scale"),
+        ("llama", "token_embd_norm.weight"),
+    ],
+)
+def test_a_tensor_that_is_not_read_is_an_error_that_names_it(architecture: str, tensor: str, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"architecture": architecture, "rope__dimension_count": 2, "rope__freq_base": 10000.0}
+    settings = settings if architecture == "stablelm" else {}
+    write_gguf(LLAMA.model(), tmp_path / "tiny.gguf", tensors={tensor: [1.0, 1.0]}, **settings)
+    with pytest.raises(SourceError, match=rf"has 1 tensors that transformers does not read.*: {re.escape(tensor)}\."):
+        check_model(of(tmp_path))
+
+
+def test_tensors_of_the_head_and_of_further_layers_may_be_left_unread(tmp_path: Path) -> None:
+    further = {"output.weight": np.ones((96, 32)), "output.bias": [1.0], "blk.3.nextn.eh_proj.weight": [1.0]}
+    write_gguf(LLAMA.model(), tmp_path / "tiny.gguf", tensors=further)
+    load_backbone(of(tmp_path), layers=[0])
+
+
+def test_the_attention_scale_that_a_gemma_file_implies_is_asked_for_if_it_is_not_that_of_the_config(
+    tmp_path: Path,
+) -> None:
+    case = next(case for case in CASES if case.name == "gemma2")
+    model = replace(case, options=case.options | {"query_pre_attn_scalar": 16}).model()
+    write_gguf(model, tmp_path / "tiny.gguf", attention__key_length=16, attention__sliding_window=12)
+    with pytest.raises(ConfigError, match=r"scale of 16 \*\* -0\.5 for its 3 layers\): give .*_scalar=16 as"):
+        check_model(of(tmp_path))
+    backbone = load_backbone(of(tmp_path, config_overrides={"query_pre_attn_scalar": 16}))
+    assert {layer.softmax_scale for layer in backbone.probe()} == {0.25}
+    for key, weight in model.get_decoder().state_dict().items():
+        assert torch.allclose(backbone.decoder.state_dict()[key], weight, atol=1e-6), key
+
+
+@pytest.mark.parametrize(
+    ("architecture", "layers", "scalar"), [("gemma2", 46, 144), ("gemma3", 62, 168), ("gemma2", 42, None)]
+)
+def test_a_gemma_file_of_27b_has_a_scale_of_its_own(
+    architecture: str, layers: int, scalar: int | None, tmp_path: Path
+) -> None:
+    writer = GGUFWriter(tmp_path / "tiny.gguf", architecture)
+    writer.add_name("tiny")
+    writer.add_block_count(layers)
+    writer.add_embedding_length(32 * (scalar or 112))
+    writer.add_head_count(32)
+    writer.add_key_length(256)
+    writer.add_tensor("token_embd.weight", np.ones((2, 2), np.float32))
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        write()
+    writer.close()
+    if scalar is None:
+        check_model(of(tmp_path))
+    else:
+        with pytest.raises(ConfigError, match=rf"give model\.config_overrides\.query_pre_attn_scalar={scalar} as"):
+            check_model(of(tmp_path))
+        check_model(of(tmp_path, config_overrides={"query_pre_attn_scalar": scalar}))
 
 
 def test_a_type_with_one_projection_for_all_is_read_whole(tmp_path: Path) -> None:

@@ -53,6 +53,7 @@ CONFIG = resolve(
 )
 FACTS = CardFacts(
     config=CONFIG,
+    dtype="bfloat16",
     model_commit="a" * 40,
     tokenizer_commit="a" * 40,
     dataset_commit="b" * 40,
@@ -350,6 +351,17 @@ def test_the_text_is_fixed_by_the_facts_and_has_no_local_path() -> None:
     assert "| dataset | `a\\|b.jsonl` |" in write_card(local)
 
 
+def test_the_card_names_the_dtype_that_computed_that_of_the_checkpoint_and_the_quantization() -> None:
+    config = replace(CONFIG, model=replace(CONFIG.model, dtype="auto"))
+    card = write_card(replace(FACTS, config=config, checkpoint_dtype="bfloat16"))
+    assert "| dtype | bfloat16 |" in card and "quantization" not in card and "auto" not in card
+    quantization = {"method": "fp8", "dequantized": True, "config": {}}
+    card = write_card(replace(FACTS, dtype="float32", checkpoint_dtype="bfloat16", quantization=quantization))
+    assert "| dtype | float32 (the dtype of the checkpoint is bfloat16) |" in card
+    assert "| quantization | fp8, dequantized when they were loaded |" in card
+    assert "; float32, widened to float32 |" in card
+
+
 def card_of(name: str) -> str:
     """The card of a dataset that someone else made, with `name` wherever it may have one."""
     tokenizer = TokenizerConfig(name=name, revision=name)
@@ -358,6 +370,9 @@ def card_of(name: str) -> str:
     return write_card(
         replace(
             with_config(FACTS, model=replace(model, tokenizer=tokenizer), dataset=texts),
+            dtype=name,
+            checkpoint_dtype=f"{name}.",
+            quantization={"method": name, "dequantized": True, "config": {name: name}},
             model_commit=name,
             tokenizer_commit=name,
             dataset_commit=f"{name}.",

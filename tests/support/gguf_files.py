@@ -23,6 +23,11 @@ _NAMES = {
     "mlp.gate_up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+_NAMES_OF_GEMMA = {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
 _OUTSIDE = {"embed_tokens": "token_embd", "norm": "output_norm"}
 
 
@@ -39,7 +44,7 @@ def write_gguf(
 
     `metadata` holds further keys of its architecture, with `__` for a dot.
     """
-    config = model.config
+    config = model.config.get_text_config()
     architecture = architecture or config.model_type
     writer = GGUFWriter(path, architecture)
     writer.add_name("tiny")
@@ -51,12 +56,12 @@ def write_gguf(
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(metadata.pop("rope__freq_base", config.rope_parameters["rope_theta"]))
-    head_dim = config.hidden_size // config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     writer.add_rope_dimension_count(metadata.pop("rope__dimension_count", head_dim))
     writer.add_vocab_size(config.vocab_size)
     for key, value in metadata.items():
-        add = writer.add_string if isinstance(value, str) else writer.add_float32
-        add(f"{architecture}.{key.replace('__', '.')}", value)
+        kinds = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}
+        kinds[type(value)](f"{architecture}.{key.replace('__', '.')}", value)
     for name, weight in model.get_decoder().state_dict().items():
         if name == leave_out:
             continue
@@ -64,9 +69,12 @@ def write_gguf(
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(module[-6:])
         if architecture == "llama" and heads:
             weight = _as_neighbours(weight, heads)
+        if architecture.startswith("gemma") and "norm" in module:
+            weight = weight + 1
         if module.startswith("layers."):
             _, layer, inside = module.split(".", 2)
-            stored = f"blk.{layer}.{_NAMES[inside]}"
+            names = _NAMES | (_NAMES_OF_GEMMA if architecture.startswith("gemma") else {})
+            stored = f"blk.{layer}.{names[inside]}"
         else:
             stored = _OUTSIDE[module]
         writer.add_tensor(f"{stored}.{part}", weight.float().numpy())

@@ -6,7 +6,7 @@ from typing import Any
 
 def computed_in(dtype: str, own: str | None) -> str:
     """Returns the dtype that a model computed in, with `own`, that of its checkpoint, if it is another one."""
-    return dtype if own in (None, dtype) else f"{dtype} (the dtype of the checkpoint is {own})"
+    return dtype if own in (None, dtype) else f"{dtype}, from a checkpoint in {own}"
 
 
 def quantized(quantization: Mapping[str, Any]) -> str:

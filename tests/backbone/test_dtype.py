@@ -99,6 +99,6 @@ def test_a_job_names_the_dtype_that_it_computed_in(
         assert (manifest["model"]["dtype"], manifest["model"]["checkpoint_dtype"]) == (resolved, "bfloat16")
         assert manifest["model"]["quantization"] is None
         assert manifest["proof"]["tolerance"] == {"bfloat16": 1e-1, "float32": 2e-3}[resolved]
-        written = resolved if dtype == "auto" else "float32 (the dtype of the checkpoint is bfloat16)"
+        written = resolved if dtype == "auto" else "float32, from a checkpoint in bfloat16"
         assert f"Computed in {written}." in capsys.readouterr().out
         assert f"| dtype | {written} |" in (root / "README.md").read_text()

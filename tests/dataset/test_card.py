@@ -357,7 +357,7 @@ def test_the_card_names_the_dtype_that_computed_that_of_the_checkpoint_and_the_q
     assert "| dtype | bfloat16 |" in card and "quantization" not in card and "auto" not in card
     quantization = {"method": "fp8", "dequantized": True, "config": {}}
     card = write_card(replace(FACTS, dtype="float32", checkpoint_dtype="bfloat16", quantization=quantization))
-    assert "| dtype | float32 (the dtype of the checkpoint is bfloat16) |" in card
+    assert "| dtype | float32, from a checkpoint in bfloat16 |" in card
     assert "| quantization | fp8, dequantized when they were loaded |" in card
     assert "; float32, widened to float32 |" in card
 

@@ -34,7 +34,8 @@ FLOORS = (
 IMPORT_TORCH = {
     *(f"backbone.{name}" for name in ("backbone", "banded_attention", "config_overrides", "family", "gguf", "loading")),
     *(f"backbone.{name}" for name in ("rotary", "rotary_overrides", "tap", "trailing_layers", "unloaded")),
-    *(f"backbone.{name}" for name in ("loaded_weights", "masks", "rotation", "wrapper")),
+    *(f"backbone.{name}" for name in ("checkpoint_weights", "loaded_weights", "masks", "quantization")),
+    *(f"backbone.{name}" for name in ("rotation", "wrapper")),
     *(f"capture.{name}" for name in ("capture", "gather", "proof")),
 }
 """Modules that import torch or transformers when they are imported themselves."""

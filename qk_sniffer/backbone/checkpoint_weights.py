@@ -20,8 +20,6 @@ _INDEX = ".index.json"
 
 _VARIANT = r"model\.([\w-]+?)(?:-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.([\w-]+)\.json"
 
-_LFS_POINTER = b"version https://git-lfs"
-
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """The dtypes of safetensors whose numbers are the values of weights, with their names in torch."""
 
@@ -115,13 +113,6 @@ def check_folder(folder: Path, explicit: str | None, *, allow_pickle: bool) -> N
         return
     if problem := weights_problem(names, lambda name: (folder / name).read_bytes(), allow_pickle=allow_pickle):
         raise SourceError(f"model {folder} {problem}")
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
-                raise SourceError(
-                    f"model {folder}: {path.name} is a Git LFS pointer, not the weights: run git lfs pull in that "
-                    "folder, or download the model with hf download"
-                )
 
 
 def weights_problem(names: Collection[str], read: Callable[[str], bytes], *, allow_pickle: bool) -> str | None:

@@ -23,6 +23,7 @@ from qk_sniffer.cli.environment import read_environment
 from qk_sniffer.cli.flags import initialized, only_prints, parse_flags, show
 from qk_sniffer.cli.hydra_jobs import run_jobs
 from qk_sniffer.cli.launching import Launch
+from qk_sniffer.cli.overrides import key_of
 from qk_sniffer.cli.preflight import Composer
 from qk_sniffer.cli.schema import Schema
 from qk_sniffer.config import Config, from_omegaconf, register
@@ -61,6 +62,9 @@ def task(node: DictConfig) -> str:
     folder = Path(hydra_config.runtime.output_dir)
     number = 0 if OmegaConf.is_missing(hydra_config.job, "num") else hydra_config.job.num
     composed = resolve(from_omegaconf(node))
+    choice, name = hydra_config.runtime.choices["model"], composed.model.name
+    if choice != "hf" and "model.name" in map(key_of, hydra_config.overrides.task):
+        log.info("%s is captured with the slug %s and the settings of model=%s", name, composed.model.slug, choice)
     try:
         # Hydra composes `node` in the job, from files that may have changed since the job was submitted.
         is_sweep = hydra_config.mode == RunMode.MULTIRUN
@@ -179,6 +183,7 @@ APPLICATION = Application(
     default_groups=("model", "dataset", "sampler", "output"),
     other_groups={"estimator": "python -m qk_sniffer.plasticity"},
     open_choices={"model": "model=hf model.name", "dataset": "dataset=hf dataset.path"},
+    described={"model": "model.name"},
     filled_by_experiments=("model.config_overrides",),
 )
 """The capture, as the check of its command line sees it."""

@@ -34,6 +34,8 @@ class Application(Generic[Settings]):
     """Config groups of another program, with the command of that program."""
     open_choices: Mapping[str, str] = field(default_factory=dict)
     """For a group that takes any name on the Hub or path: the arguments before `=` that name it."""
+    described: Mapping[str, str] = field(default_factory=dict)
+    """For a group whose choices describe one thing, such as a model: the key that names it."""
     filled_by_experiments: tuple[str, ...] = ()
     """Mappings that experiments fill, so that a value for the whole mapping would undo the experiment."""
 

@@ -26,7 +26,7 @@ from qk_sniffer.cli.application import Application
 from qk_sniffer.cli.explain import explain, replace_unresolved
 from qk_sniffer.cli.flags import initialized
 from qk_sniffer.cli.launching import is_on_slurm, is_plain_sweep
-from qk_sniffer.cli.overrides import Checker, key_of
+from qk_sniffer.cli.overrides import EXPERIMENT, Checker, key_of
 from qk_sniffer.errors import ConfigError
 from qk_sniffer.jobs.sweep import Job, Settings, describe
 from qk_sniffer.text import shortened
@@ -191,10 +191,10 @@ class Composer(Generic[Settings]):
             folder = Path(str(node.hydra.sweep.dir if self.is_sweep else node.hydra.run.dir))
         except Exception as error:  # as in `_refused`
             return [self._explain(error)], []
-        node = copy.deepcopy(node)
+        node, choices = copy.deepcopy(node), node.hydra.runtime.choices
         with open_dict(node):
             del node["hydra"]
-        problems = replace_unresolved(node, self.schema)
+        problems = [*self._undescribed(node, choices, arguments), *replace_unresolved(node, self.schema)]
         missing = self.schema.fill_missing(node)
         problems += self.schema.missing(missing)
         try:
@@ -204,6 +204,20 @@ class Composer(Generic[Settings]):
         found = [*self.application.problems(config, folder), *_folder_problems(folder)]
         problems += [problem for problem in found if not any(_mentions(problem, key) for key in missing)]
         return problems, [] if problems else [self.application.resolve(config)]
+
+    def _undescribed(self, node: DictConfig, choices: DictConfig, arguments: Sequence[str]) -> Iterator[str]:
+        """Returns the problem of each name that is given without its description: it would get that of the default."""
+        keys = {key_of(text) for text in arguments}
+        for group, key in self.application.described.items():
+            if group in keys or not keys & {key, EXPERIMENT}:
+                continue
+            default = self._compose([text for text in arguments if key_of(text) == "hydra.searchpath"])
+            name, choice = OmegaConf.select(node, key), choices[group]
+            if choice == default.hydra.runtime.choices[group] and name != OmegaConf.select(default, key):
+                yield (
+                    f"{key}={name} is given without {group}=..., so it would get the slug and the settings of "
+                    f"{group}={choice}: set {self.application.open_choices[group]}={name}"
+                )
 
     def _values_alone(self, arguments: Sequence[str]) -> list[str]:
         """Returns the problems of the given values where their groups do not compose."""

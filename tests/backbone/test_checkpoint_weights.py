@@ -81,14 +81,6 @@ def test_a_folder_is_checked_before_anything_is_loaded(tmp_path: Path) -> None:
         check_model(config)
 
 
-def test_a_pointer_of_git_lfs_is_named_as_what_it_is(tmp_path: Path) -> None:
-    LLAMA.config().save_pretrained(tmp_path)
-    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258\n"
-    (tmp_path / "model.safetensors").write_text(pointer)
-    with pytest.raises(SourceError, match=r"model\.safetensors is a Git LFS pointer, .*git lfs pull"):
-        check_model(ModelConfig(name=str(tmp_path)))
-
-
 def test_the_stored_dtypes_are_those_of_the_files(tmp_path: Path) -> None:
     weights = {"a": torch.ones(2, dtype=torch.bfloat16), "b": torch.ones(2).to(torch.float8_e4m3fn)}
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})

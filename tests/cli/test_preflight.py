@@ -129,6 +129,39 @@ def test_an_experiment_says_what_a_model_lacks_for_it() -> None:
     assert "one by one: +model.config_overrides.a=..." in whole
 
 
+# A name without its group
+
+
+def test_a_model_that_is_named_without_a_choice_is_refused_with_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight, "PATIENCE_S", 600.0)
+    said = refusal("model.name=org/other", "sampler.seed=1")
+    assert said == (
+        "model.name=org/other is given without model=..., so it would get the slug and the settings of "
+        "model=pydoc_tiny: set model=hf model.name=org/other"
+    )
+    found = refusals("--multirun", "model.name=a/x,b/x")
+    assert len(found) == 2 and all("set model=hf model.name=" in problem for problem in found)
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\nmodel: {name: org/other}\n")
+    assert "model=hf" in refusal("--config-dir", str(tmp_path), "+experiment=mine")
+
+
+def test_a_model_that_is_named_next_to_its_choice_keeps_the_slug_of_the_choice() -> None:
+    (job,) = plan("model=qwen3_8b", "model.name=org/copy")
+    assert (job.config.model.slug, job.config.model.tokenizer.name) == ("qwen3-8b", "org/copy")
+    (job,) = plan("+experiment=sample", "model.name=org/copy")  # an experiment with a model of its own
+    assert job.config.model.slug == "smollm2-135m"
+    (job,) = plan(*MODEL)
+    assert (job.config.model.slug, job.config.model.dtype) == ("model", "auto")
+
+
+def test_texts_that_are_named_without_a_choice_get_no_settings_of_another_choice() -> None:
+    (job,), (same,) = plan("dataset.path=org/texts"), plan("dataset=hf", "dataset.path=org/texts")
+    assert job.config == same.config and job.config.dataset.slug == "texts"
+
+
 # Sweeps
 
 

@@ -245,9 +245,9 @@ class ShardConfig:
 class VerifyConfig:
     """The proof of a finished dataset: its vectors are computed a second time and compared."""
 
-    examples: int = field(
-        default=1,
-        metadata={"help": "number of examples to compute a second time, as proof; 0: none"},
+    examples: int | None = field(
+        default=None,
+        metadata={"help": "examples to compute a second time, as proof; null: until each layer has rows; 0: none"},
     )
 
 

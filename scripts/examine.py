@@ -28,6 +28,7 @@ from qk_sniffer.backbone.loading import load_backbone
 from qk_sniffer.backbone.provable_types import PROVABLE_TYPES
 from qk_sniffer.backbone.tap import AttentionCall
 from qk_sniffer.capture import proof as proof_module
+from qk_sniffer.capture.proof_examples import MIN_TOKENS
 from qk_sniffer.config import ModelConfig
 from qk_sniffer.errors import CaptureError, QkSnifferError
 from qk_sniffer.store.layout import Head
@@ -217,7 +218,7 @@ def _is_proven(backbone: Backbone) -> bool:
             projections. A job would refuse a right dataset.
     """
     family, decoder_type = backbone.family, backbone.config.model_type
-    ids = _ids(proof_module.MIN_TOKENS)[:1]
+    ids = _ids(MIN_TOKENS)[:1]
     vectors: dict[Head, np.ndarray] = {}
     for call in _captured(backbone, ids):
         for kind, states in (("q", call.query), ("k", call.key)):

@@ -32,7 +32,10 @@ FLOORS = (
 """Folders and single modules, from the ground up. Each imports only itself and lower floors."""
 
 IMPORT_TORCH = {
-    *(f"backbone.{name}" for name in ("backbone", "banded_attention", "config_overrides", "family", "gguf", "loading")),
+    *(
+        f"backbone.{name}"
+        for name in ("attention_check", "backbone", "banded_attention", "config_overrides", "family", "gguf", "loading")
+    ),
     *(f"backbone.{name}" for name in ("rotary", "rotary_overrides", "tap", "trailing_layers", "unloaded")),
     *(f"backbone.{name}" for name in ("checkpoint_weights", "loaded_weights", "masks", "quantization")),
     *(f"backbone.{name}" for name in ("rotation", "wrapper")),

@@ -16,7 +16,15 @@ from qk_sniffer.backbone.family import Family, RotaryCall
 from qk_sniffer.backbone.layers import LayerFacts, LayerHeads
 from qk_sniffer.backbone.quantization import COMPUTED_IN, StoredWeights
 from qk_sniffer.backbone.rotation import NOT_RECORDED, Frequencies, Rotation, frequencies, rotation
-from qk_sniffer.backbone.tap import AttentionCall, ForwardDone, OnRotary, rotary_functions, shows_nothing, tap
+from qk_sniffer.backbone.tap import (
+    AttentionCall,
+    ForwardDone,
+    KernelRun,
+    OnRotary,
+    rotary_functions,
+    shows_nothing,
+    tap,
+)
 from qk_sniffer.errors import CaptureError, QkSnifferError
 
 PROBE_TOKENS = 6
@@ -59,8 +67,13 @@ class Backbone:
         config: PretrainedConfig = self.decoder.config  # type: ignore[assignment]
         return config
 
-    def forward(self, ids: torch.Tensor, on_call: Callable[[AttentionCall], None]) -> None:
-        """Runs the decoder on token ids (B, n), padded on the right; `on_call` may raise `ForwardDone`.
+    def forward(
+        self,
+        ids: torch.Tensor,
+        on_call: Callable[[AttentionCall], None],
+        on_run: Callable[[KernelRun], None] | None = None,
+    ) -> None:
+        """Runs the decoder on token ids (B, n), padded on the right; both callbacks may raise `ForwardDone`.
 
         The decoder receives no attention mask: causal attention hides the padding from every valid position.
 
@@ -68,7 +81,7 @@ class Backbone:
             CaptureError: the decoder's code fails, the memory is exhausted, or one of the errors of `tap`.
         """
         try:
-            self._forward(ids, on_call)
+            self._forward(ids, on_call, on_run)
         except QkSnifferError:
             raise
         except (AttributeError, IndexError, MemoryError, RuntimeError, TypeError, ValueError) as error:
@@ -81,10 +94,14 @@ class Backbone:
             ) from error
 
     def _forward(
-        self, ids: torch.Tensor, on_call: Callable[[AttentionCall], None], on_rotary: OnRotary | None = None
+        self,
+        ids: torch.Tensor,
+        on_call: Callable[[AttentionCall], None],
+        on_run: Callable[[KernelRun], None] | None = None,
+        on_rotary: OnRotary | None = None,
     ) -> None:
         attention = banded() if self.banded_attention else nullcontext()
-        with attention, self.tapped(on_call, on_rotary), suppress(ForwardDone):
+        with attention, self.tapped(on_call, on_run, on_rotary), suppress(ForwardDone):
             self.run(ids)
 
     def run(self, ids: torch.Tensor) -> None:
@@ -95,10 +112,15 @@ class Backbone:
             self.decoder(input_ids=on_device(ids, self.device), use_cache=False)
 
     @contextmanager
-    def tapped(self, on_call: Callable[[AttentionCall], None], on_rotary: OnRotary | None = None) -> Iterator[None]:
+    def tapped(
+        self,
+        on_call: Callable[[AttentionCall], None],
+        on_run: Callable[[KernelRun], None] | None = None,
+        on_rotary: OnRotary | None = None,
+    ) -> Iterator[None]:
         """Opens the tap for forward passes that the caller runs."""
         family, layers = self.family, self.attention_layers
-        with tap(layers, on_call, family=family, pre_rope=self.pre_rope, on_rotary=on_rotary):
+        with tap(layers, on_call, family=family, pre_rope=self.pre_rope, on_run=on_run, on_rotary=on_rotary):
             yield
 
     def probe(self) -> list[LayerFacts]:
@@ -126,7 +148,7 @@ class Backbone:
 
         length = min(PROBE_TOKENS, self.length_boundary or PROBE_TOKENS, self.num_positions or PROBE_TOKENS)
         try:
-            self._forward(1 + torch.arange(length)[None] % 2, record, note_rotation)
+            self._forward(1 + torch.arange(length)[None] % 2, record, on_rotary=note_rotation)
         except QkSnifferError:
             raise
         except Exception as error:  # any error of the model's code

@@ -60,6 +60,26 @@ OnRotary = Callable[[int, nn.Module, list[RotaryCall], torch.Tensor, torch.Tenso
 """Receives the rotary calls of a layer: see `tap`."""
 
 
+@dataclass(frozen=True)
+class KernelRun:
+    """A finished run of a kernel of transformers' attention interface: all that it received, and its output."""
+
+    call: AttentionCall
+    """Its facts; with `pre_rope`, its vectors are not those that the kernel received."""
+    query: torch.Tensor
+    """(B, H, n, d)"""
+    key: torch.Tensor
+    """(B, K, n, d)"""
+    value: torch.Tensor | None
+    """(B, K, n, width); None if the model passes it in another way."""
+    mask: Any
+    """A tensor that broadcasts to (B, H, n, n), a `Band`, or another kernel's own form; None without a mask."""
+    arguments: Mapping[str, Any]
+    """The other arguments, by name."""
+    output: Any
+    """(B, n, H, width) for the known kernels."""
+
+
 class ForwardDone(BaseException):
     """Raised by a callback that needs no more layers, to end the forward pass; not an error."""
 
@@ -71,10 +91,12 @@ def tap(
     *,
     family: Family,
     pre_rope: bool = False,
+    on_run: Callable[[KernelRun], None] | None = None,
     on_rotary: OnRotary | None = None,
 ) -> Iterator[None]:
     """Calls `on_call` before each attention kernel that one of `layers` (module -> layer index) runs.
 
+    Calls `on_run` after each of them that belongs to transformers' attention interface.
     `on_rotary`, if given, is called first, with the layer, its module, its rotary calls, and query and key as attention
     receives them.
 
@@ -102,11 +124,13 @@ def tap(
             raise shows_nothing([module], family)
         reset()
 
-    def on_query_key(module: nn.Module, query: torch.Tensor, key: torch.Tensor, **arguments: Any) -> None:
+    def on_query_key(
+        module: nn.Module, query: torch.Tensor, key: torch.Tensor, **arguments: Any
+    ) -> AttentionCall | None:
         if module not in layers:
-            return
+            return None
         if last_seen and last_seen[0]() is query and last_seen[1]() is key:
-            return  # the same vectors again, to attend to other values
+            return None  # the same vectors again, to attend to other values
         last_seen[:] = weakref.ref(query), weakref.ref(key)
         _refuse_other_keys(module, query, key)
         mask = arguments.get("attention_mask")
@@ -122,29 +146,40 @@ def tap(
             on_rotary(layer, module, [*rotary_calls], query, key)
         vectors = family.before_rotary(module, rotary_calls, query, key) if pre_rope else (query, key)
         rotary_calls.clear()
-        on_call(
-            AttentionCall(
-                layer,
-                *vectors,
-                sliding_window=rules.window,
-                attention_chunk=rules.chunk,
-                softmax_scale=arguments.get("scaling"),
-                softcap=arguments.get("softcap"),
-                sinks=arguments.get("s_aux"),
-                position_bias=family.position_bias(module, arguments),
-                sparse_attention=rules.is_sparse,
-                hides_keys=family.hides_keys(module),
-            )
+        call = AttentionCall(
+            layer,
+            *vectors,
+            sliding_window=rules.window,
+            attention_chunk=rules.chunk,
+            softmax_scale=arguments.get("scaling"),
+            softcap=arguments.get("softcap"),
+            sinks=arguments.get("s_aux"),
+            position_bias=family.position_bias(module, arguments),
+            sparse_attention=rules.is_sparse,
+            hides_keys=family.hides_keys(module),
         )
+        on_call(call)
+        return call
+
+    def show(module: nn.Module, query: torch.Tensor, key: torch.Tensor, **arguments: Any) -> None:
+        on_query_key(module, query, key, **arguments)
 
     def lookup(self: AttentionInterface, name: str, default: Callable[..., Any]) -> Callable[..., Any]:
         kernel = original_lookup(self, name, default)
 
         @functools.wraps(kernel)
         def tapped(module: nn.Module, query: torch.Tensor, key: torch.Tensor, *args: Any, **arguments: Any) -> Any:
-            on_query_key(module, query, key, **dict(zip(("value", "attention_mask"), args, strict=False)) | arguments)
+            named = dict(zip(("value", "attention_mask"), args, strict=False)) | arguments
+            call = on_query_key(module, query, key, **named)
             with torch.compiler.set_stance("default"):
-                return kernel(module, query, key, *args, **arguments)
+                returned = kernel(module, query, key, *args, **arguments)
+            if on_run is not None and call is not None:
+                value, mask = named.pop("value", None), named.pop("attention_mask", None)
+                if further := args[2:]:
+                    named["positional"] = further
+                output = returned[0] if isinstance(returned, tuple) else returned
+                on_run(KernelRun(call, query, key, value, mask, named, output))
+            return returned
 
         return tapped
 
@@ -160,7 +195,7 @@ def tap(
         handles: list[Any] = []
         try:
             for module in layers:
-                handles += family.register_tap(module, functools.partial(on_query_key, module))
+                handles += family.register_tap(module, functools.partial(show, module))
                 handles.append(module.register_forward_pre_hook(before_forward, with_kwargs=True))
                 handles.append(module.register_forward_hook(after_forward))
             AttentionInterface.get_interface = lookup  # type: ignore[method-assign, assignment]

@@ -4,6 +4,8 @@ The rows are chosen before the forward pass: the indices of the sampled tokens o
 in one tensor. In the forward pass, each (layer, kind) costs one gather over the whole batch, into memory that the
 journal's writer reserves. A gather that is too large for the writer's buffer is cut into pieces. The forward pass
 blocks only when the buffer is full.
+
+The forward pass over the longest text so far also checks the attention kernels (`backbone/attention_check.py`).
 """
 
 from collections.abc import Sequence
@@ -12,8 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from qk_sniffer.backbone.attention_check import AttentionCheck
 from qk_sniffer.backbone.backbone import Backbone
-from qk_sniffer.backbone.tap import AttentionCall, ForwardDone
+from qk_sniffer.backbone.tap import AttentionCall, ForwardDone, KernelRun
 from qk_sniffer.capture.gather import DeviceCopiers, DeviceIndices, Heads, TokenIndices, send
 from qk_sniffer.capture.sampling import Sampler
 from qk_sniffer.capture.selection import Selection
@@ -50,7 +53,9 @@ class Capture:
         *,
         token_ids: bool,
         stages: Stages,
+        attention: AttentionCheck | None = None,
     ) -> None:
+        """`attention` checks the kernels; None checks none."""
         self._backbone = backbone
         self._heads = {(layer, kind): Heads(heads) for layer, kind, heads in selection}
         self._copiers = DeviceCopiers()
@@ -58,6 +63,7 @@ class Capture:
         self._writer = writer
         self._token_ids = token_ids
         self._stages = stages
+        self._attention = attention
 
     def plan(self, examples: Sequence[Tokens]) -> BatchPlan:
         """Returns the batch of `examples` with the tokens that the sampler keeps. Runs no forward pass."""
@@ -81,16 +87,26 @@ class Capture:
             CaptureError: a selected layer did not call attention in this forward pass.
         """
         wanted = send(plan.tokens, self._backbone.device)
+        check = None if self._attention is None else self._attention.of(plan.examples[0].num_tokens)
 
         def capture(call: AttentionCall) -> None:
             for kind, states in _states(call).items():
                 if (tokens := wanted.pop((call.layer, kind), None)) is not None:
                     self._write(plan, call.layer, kind, states, tokens)
-            if not wanted:
+            if not wanted and (check is None or not check.waits):
+                raise ForwardDone
+
+        def see(run: KernelRun) -> None:
+            assert check is not None
+            with self._stages("check attention"):
+                check.see(run)
+            if not wanted and not check.waits:
                 raise ForwardDone
 
         with self._stages("forward"):
-            self._backbone.forward(plan.ids, capture)
+            self._backbone.forward(plan.ids, capture, None if check is None else see)
+        if check is not None:
+            self._writer.add_checks(check.finish())
         if wanted:
             layers = sorted({layer for layer, _ in wanted})
             raise CaptureError(f"layers {layers} did not call attention in this forward pass, but did in the first")

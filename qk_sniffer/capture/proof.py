@@ -7,13 +7,16 @@ its attention. Stored rows that differ by more than rounding were captured wrong
 
 The measure is taken over all rows of one head and example, with Frobenius norms:
 
-    max(0, (||stored - derived|| - eps ||derived||) / ||derived - mean||)
+    max(0, (||stored - derived|| - eps ||derived||) / max(||derived - mean||, sqrt(rows) spread / 2))
 
 `mean` is the head's mean over the example: all vectors of a head with a large bias are alike, so the norm alone would
-hide errors. `eps` is that of the model's dtype: the stored vectors have no more digits. Rounding comes from batches of
-another shape and from banded attention, and grows with depth. A wrong head, position or rotation gives about 1.
+hide errors. `spread` is the median distance of a vector from the mean, which counts where the few compared rows happen
+to be close to it. `eps` is that of the model's dtype: the stored vectors have no more digits. Rounding comes from
+batches of another shape and from banded attention, and grows with depth. A wrong head, position or rotation gives about
+1.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,105 +30,109 @@ from torch import nn
 from qk_sniffer.backbone.backbone import Backbone
 from qk_sniffer.backbone.family import QueryKey, RotaryCall
 from qk_sniffer.backbone.tap import rotary_functions, watched_rotary
+from qk_sniffer.capture.proof_examples import MAX_TOKENS, MIN_TOKENS, Choice, LayerKind, tokens_to_derive
 from qk_sniffer.errors import QkSnifferError
 from qk_sniffer.store.layout import Head, Layout
-from qk_sniffer.store.parquet_files import open_parquet, read_parquet
-
-MAX_TOKENS = 4096
-"""Longer examples are cut to this number of tokens. Later tokens do not change the vectors of earlier ones."""
-
-MIN_TOKENS = 257
-"""Shorter examples are padded on the right to this number of tokens. No model has as many heads, so that the shapes of
-states are unambiguous."""
+from qk_sniffer.store.parquet_files import open_parquet
 
 TOLERANCES = {"float32": 2e-3, "float16": 2e-2, "bfloat16": 1e-1}
 """The largest relative difference that counts as rounding, by the dtype of the model."""
 
+Int64 = npt.NDArray[np.int64]
 Vectors = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, eq=False)
 class Derived:
-    """The vectors of a head from hooks: `rows` (rows, head_dim), and the `mean` (head_dim,) over the whole pass."""
+    """The vectors of a head from hooks: `rows` (rows, head_dim); over the whole pass, their `mean` (head_dim,) and the
+    `spread`, the median of their distances from it."""
 
     rows: Vectors
     mean: Vectors
+    spread: float
 
 
-StoredRows = tuple[npt.NDArray[np.int64], Vectors]
+StoredRows = tuple[Int64, Vectors]
 """Positions (rows,) and vectors (rows, head_dim)."""
 
 
 def prove(
-    backbone: Backbone, layout: Layout, heads: Sequence[Head], examples: Mapping[int, npt.NDArray[np.int32]]
+    backbone: Backbone, layout: Layout, heads: Sequence[Head], choice: Choice, ids: Mapping[int, npt.NDArray[np.int32]]
 ) -> dict[str, Any]:
-    """Compares the stored rows of `examples` (token ids by example_id) in `layout` with vectors from hooks.
+    """Compares the chosen rows of `heads` in `layout` with vectors from hooks. `ids` are token ids by example_id.
 
-    Returns the manifest's `proof`: `proven` (None where the family has no hook path), the tolerance, and the largest
+    Returns the manifest's `proof`: `proven` (None where the family has no hook path), the rows and heads that were
+    compared, the largest of their positions, each (layer, kind) without a compared row, the tolerance, and the largest
     difference by layer.
     """
-    proof: dict[str, Any] = {"proven": None, "examples": sorted(examples), "max_tokens": MAX_TOKENS}
-    boundary = backbone.length_boundary
-    if boundary is not None and max(MIN_TOKENS, *map(len, examples.values())) > boundary:
-        reason = f"this model's rotary frequencies depend on the length of texts of more than {boundary} tokens"
-        return proof | {"reason": reason}
+    proof: dict[str, Any] = {"proven": None, "examples": sorted(ids), "max_tokens": MAX_TOKENS}
     eps = torch.finfo(backbone.dtype).eps
     largest: dict[int, float] = {}
-    for example_id, ids in examples.items():
-        stored = _stored(layout, heads, example_id)
+    compared: set[Head] = set()
+    rows, longest_position = 0, -1
+    for example_id, tokens in ids.items():
+        stored = _stored(layout, heads, example_id, choice.rows[example_id])
+        part = tokens[: tokens_to_derive(len(tokens), backbone.length_boundary)]
         try:
-            derived = _derived(backbone, ids[:MAX_TOKENS], {head: positions for head, (positions, _) in stored.items()})
+            derived = _derived(backbone, part, {head: positions for head, (positions, _) in stored.items()})
         except QkSnifferError:
             raise
         except Exception as error:  # from the model's code, if it differs from what its family expects
             return proof | {"reason": f"the hook path does not fit this model ({type(error).__name__}: {error})"}
         if derived is None:
             return proof | {"reason": "no hook path is known for this family of models"}
-        for head, (_, vectors) in stored.items():
-            largest[head.layer] = max(largest.get(head.layer, 0.0), _difference(vectors, derived[head], eps))
+        for head, (positions, vectors) in stored.items():
+            difference = _difference(vectors, derived[head], eps)
+            largest[head.layer] = float(np.maximum(largest.get(head.layer, 0.0), difference))  # NaN if either is
+            compared.add(head)
+            rows += len(positions)
+            longest_position = max(longest_position, int(positions.max()))
     tolerance = TOLERANCES[str(backbone.dtype).removeprefix("torch.")]
+    covered = {(head.layer, head.kind) for head in compared}
+    uncovered = sorted({(head.layer, head.kind) for head in heads} - covered)
     return proof | {
         # `all` of `<=`, so that a difference of NaN proves nothing.
         "proven": bool(largest) and all(difference <= tolerance for difference in largest.values()),
+        "rows": rows,
+        "heads": len(compared),
+        "longest_position": longest_position,
+        "uncovered": [{"layer": layer, "kind": kind} for layer, kind in uncovered],
         "tolerance": tolerance,
         "largest_difference_by_layer": dict(sorted(largest.items())),
     }
 
 
-def _stored(layout: Layout, heads: Sequence[Head], example_id: int) -> dict[Head, StoredRows]:
+def _stored(
+    layout: Layout, heads: Sequence[Head], example_id: int, rows: Mapping[LayerKind, Int64]
+) -> dict[Head, StoredRows]:
     stored = {}
     for head in heads:
-        positions, vectors = rows_of_example(layout.root / head.file, example_id)
-        near = positions < MAX_TOKENS
-        if near.any():
-            stored[head] = positions[near], vectors[near]
+        if (head.layer, head.kind) in rows:
+            positions, vectors = rows_of_example(layout.root / head.file, example_id, rows[head.layer, head.kind])
+            if len(positions):
+                stored[head] = positions, vectors
     return stored
 
 
-def examples_with_rows(layout: Layout, heads: Sequence[Head]) -> set[int]:
-    """Returns the example_ids of which any head has rows. The heads of one layer and kind have the same."""
-    first_heads = {(head.layer, head.kind): head for head in reversed(heads)}
-    found: set[int] = set()
-    for head in first_heads.values():
-        ids = read_parquet(layout.root / head.file, columns=["example_id"])["example_id"]
-        found |= set(ids.unique().to_pylist())
-    return found
-
-
-def rows_of_example(path: Path, example_id: int) -> StoredRows:
-    """Returns the rows of one example in a head's file. Reads only the row groups that contain them in full."""
+def rows_of_example(path: Path, example_id: int, rows: Int64) -> StoredRows:
+    """Returns the rows of an example among `rows` of a head's file. Reads only the row groups that contain them."""
     with open_parquet(path) as file:
-        found, start = [], 0
-        ids = file.read(columns=["example_id"])["example_id"].to_numpy()
+        found: list[int] = []
+        kept: list[Int64] = []
+        before = start = 0
         for group in range(file.num_row_groups):
             stop = start + file.metadata.row_group(group).num_rows
-            if (ids[start:stop] == example_id).any():
+            mine = rows[(rows >= start) & (rows < stop)]
+            if len(mine):
+                kept.append(mine - start + before)
                 found.append(group)
+                before += stop - start
             start = stop
         table = file.read_row_groups(found, columns=["example_id", "position", "vector"])
-    mine = table["example_id"].to_numpy() == example_id
+    numbers = np.concatenate([np.empty(0, np.int64), *kept])
+    numbers = numbers[table["example_id"].to_numpy()[numbers] == example_id]
     vectors = table["vector"].combine_chunks().flatten().to_numpy().reshape(-1, table["vector"].type.list_size)
-    return table["position"].to_numpy()[mine].astype(np.int64), vectors[mine]
+    return table["position"].to_numpy()[numbers].astype(np.int64), vectors[numbers]
 
 
 def _derived(
@@ -159,7 +166,9 @@ def _derived(
                 query, key = vectors
                 states = {"q": query, "k": key}[head.kind][0, head.head]
                 rows = states[torch.from_numpy(positions).to(states.device)]
-                derived[head] = Derived(rows.float().cpu().numpy(), states.float().mean(0).cpu().numpy())
+                mean = states.float().mean(0)
+                spread = float((states.float() - mean).norm(dim=-1).median())
+                derived[head] = Derived(rows.float().cpu().numpy(), mean.cpu().numpy(), spread)
 
     def begin(*_: Any) -> None:
         projected.clear()
@@ -189,6 +198,7 @@ def _difference(stored: Vectors, derived: Derived, eps: float = 0.0) -> float:
     mean = np.where(np.isnan(derived.mean), 0, derived.mean)
     with np.errstate(invalid="ignore"):  # inf - inf
         beyond = np.linalg.norm(one - other) - eps * np.linalg.norm(other)
-    spread = np.linalg.norm(np.where(both, 0, other - mean)) or np.linalg.norm(other) or 1.0
+    typical = 0.0 if math.isnan(derived.spread) else derived.spread * math.sqrt(len(other)) / 2
+    spread = max(float(np.linalg.norm(np.where(both, 0, other - mean))), typical) or np.linalg.norm(other) or 1.0
     # Not max(0, beyond), which would turn NaN into 0.
     return 0.0 if beyond <= 0 else float(beyond / spread)

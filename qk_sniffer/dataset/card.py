@@ -16,6 +16,7 @@ from qk_sniffer.dataset.bucket_ranges import bucket_ranges
 from qk_sniffer.dataset.card_facts import CardFacts, Place
 from qk_sniffer.dataset.card_rotation import rotary_embedding
 from qk_sniffer.dataset.card_snippets import loading
+from qk_sniffer.dataset.proof_words import compared, largest_difference
 from qk_sniffer.dataset.weights import computed_in, quantized
 from qk_sniffer.markdown import block, code, in_url, link, plain, table, tex, yaml_string
 from qk_sniffer.resolved import rule, safe_name
@@ -266,16 +267,25 @@ def _proof(facts: CardFacts) -> str:
         return ""
     if not proof["proven"]:
         return f"## Proof\n\nNot proven: {plain(proof['reason'])}.\n"
-    largest = max(proof["largest_difference_by_layer"].values())
-    count = len(proof["examples"])
-    rows = "one example" if count == 1 else f"{count} examples"
-    return f"""\
+    rows = compared(proof, heads=len(facts.heads), layers=len({head.layer for head in facts.heads}))
+    largest = largest_difference(proof)
+    text = f"""\
 ## Proof
 
-The rows of {rows} were derived again on another path: by hooks on the projections of the unmodified
+The job derived these vectors a second time: {rows}.
+The second path is a plain forward pass with hooks on the projections of the unmodified
 model, without the tap that captured them. Relative to the spread of a head's vectors, they differ by {largest:.1g} at
 most, in any layer; up to {proof["tolerance"]:g} counts as rounding in {plain(facts.dtype)}. A wrong head,
 position or rotation gives about 1. `manifest.json` has the figure of each layer.
+"""
+    checks = [check for check in proof.get("attention", ()) if check["passed"]]
+    if not checks:
+        return text
+    kinds = ", ".join(f"layer {check['layer']} ({plain(check['kind'])})" for check in checks)
+    return f"""{text}
+The attention kernel itself was checked in the longest text, of {max(check["tokens"] for check in checks):,} tokens, in
+one layer of each kind of attention: {kinds}. At positions to {max(max(check["positions"]) for check in checks):,}, its
+output agrees with softmax(q K) V, computed in float64.
 """
 
 

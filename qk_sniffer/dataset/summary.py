@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from qk_sniffer.dataset.proof_words import attention, compared
 from qk_sniffer.dataset.weights import computed_in, quantized
 from qk_sniffer.hub.branch import Branch
 from qk_sniffer.store import manifest as manifests
@@ -53,11 +54,10 @@ def show(dataset: Files, manifest: Mapping[str, Any], note: str) -> None:
         say(f"{rows} of {heads_with} hold NaN or infinite numbers, kept as the model computed them.")
     proof = manifest["proof"]
     if proof["proven"]:
-        largest = max(proof["largest_difference_by_layer"].values())
-        which = counted(len(proof["examples"]), "example")
-        say(f"Proven: rows of {which}, derived again by hooks, differ by {largest:.1g} at most (relative).")
+        rows = compared(proof, heads=len(heads), layers=len({head.layer for head in heads}))
+        say(f"Proven: {rows}; {attention(proof)}.")
     elif proof["proven"] is None:
-        say(f"Not proven: {proof['reason']}.")
+        say(f"Not proven: {proof['reason']}" + (f"; {attention(proof)}." if "attention" in proof else "."))
     say(note)
     say(f"Dataset: {dataset}")
     if isinstance(dataset, Branch):

@@ -314,7 +314,7 @@ def _report_proof(facts: ManifestFacts, report: Report) -> None:
     elif facts.proven:
         report.passed("proof", facts.proof)
     else:
-        what = "the job found that the vectors differ from the model's"
+        what = "the job's proof of the vectors failed"
         report.add([Problem("proof", what, facts.proof, "do not use them; report this with the model's name")])
 
 

@@ -1,6 +1,5 @@
 """Reads the facts that `verify` needs from a manifest, and finds contradictions within the manifest."""
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -13,6 +12,7 @@ import pyarrow as pa
 from qk_sniffer.capture.sampling import Sampler
 from qk_sniffer.config import Config, from_dict
 from qk_sniffer.dataset.heads import captured_heads
+from qk_sniffer.dataset.proof_words import attention, compared, largest_difference, why
 from qk_sniffer.dataset.verify_report import RECREATE, Problem
 from qk_sniffer.errors import StoreError
 from qk_sniffer.resolved import fingerprint, resolve
@@ -113,7 +113,7 @@ class ManifestFacts:
             fingerprints=(fingerprint(resolve(config)), dict(manifest["fingerprint"])),
             commits=(manifest["commits"]["model"], proof.get("model_commit", manifest["commits"]["model"])),
             proven=proof["proven"],
-            proof=_in_words(proof),
+            proof=_in_words(proof, heads),
         )
         for head in heads.values():
             if not isinstance(head.sliding_window, int | None):
@@ -154,15 +154,15 @@ def _by_bucket(values: dict[str, dict[str, Any]], number: Callable[[Any], _Numbe
     return {kind: {int(bucket): number(value) for bucket, value in row.items()} for kind, row in values.items()}
 
 
-def _in_words(proof: dict[str, Any]) -> str:
+def _in_words(proof: dict[str, Any], heads: dict[str, Head]) -> str:
     if proof["proven"] is None:
         return f"not proven: {proof['reason']}"
-    largest = max(proof["largest_difference_by_layer"].values(), default=math.nan)
-    which = counted(len(proof["examples"]), "example")
-    return (
-        f"rows of {which}, derived again by the job, differ by {largest:.1g} at most (relative; tolerance "
-        f"{proof['tolerance']:g})"
-    )
+    if not proof["proven"] and "reason" in proof:
+        return why(proof)
+    rows = compared(proof, heads=len(heads), layers=len({head.layer for head in heads.values()}))
+    differ = f"differ by {largest_difference(proof):.1g} at most (relative; tolerance {proof['tolerance']:g})"
+    failed = any(check["passed"] is False for check in proof.get("attention", ()))
+    return f"{rows}, derived again by the job, {differ}; {why(proof) if failed else attention(proof)}"
 
 
 def _contradiction(instance: str) -> Problem:

@@ -28,10 +28,11 @@ from qk_sniffer.store.claim import Claim
 from qk_sniffer.store.compact import compact
 from qk_sniffer.store.disk import remove, type_of
 from qk_sniffer.store.forms import Mark
-from qk_sniffer.store.journal import Batching, ExampleRecord, Journal
+from qk_sniffer.store.journal import AttentionFacts, Batching, ExampleRecord, Journal
 from qk_sniffer.store.layout import KINDS, Head, Layout
 from qk_sniffer.store.locks import InUseError, hold
 from qk_sniffer.store.manifest import Written
+from qk_sniffer.store.previous import PreviousVersion
 from qk_sniffer.store.promote import finish_promotion, finish_removal, staged_manifest
 from qk_sniffer.store.record import read_mark, read_record, write_mark
 from qk_sniffer.store.stored import UnreadableError
@@ -49,6 +50,8 @@ class Staged:
     examples: Sequence[ExampleRecord]
     facts: Mapping[str, Any]
     """The manifest's, from the job."""
+    checks: Sequence[AttentionFacts]
+    """The check of each kind of attention, by layer."""
     written: Written
 
     def manifest(self, proof: Mapping[str, Any], *, timings: Mapping[str, float]) -> dict[str, Any]:
@@ -181,7 +184,20 @@ def stage(layout: Layout, job: CapturedJob, model: ModelConfig, tokenizer: TextT
         "batching": _changes(journals, batching_of(record["fingerprint"])),
         "grown_from": _growth(record["base"]),
     }
-    return Staged(layout.staging, heads, examples, facts, written)
+    return Staged(layout.staging, heads, examples, facts, _checks(journals, base), written)
+
+
+def _checks(journals: Sequence[Journal], base: PreviousVersion | None) -> list[AttentionFacts]:
+    """The checks of attention kernels in all shards and in the earlier version: one of each kind of attention.
+
+    It is one that failed, or else the one with the longest text.
+    """
+    made = [] if base is None else [*base.manifest["proof"].get("attention", ())]
+    made += [check for journal in journals for batch in sorted(journal.checks) for check in journal.checks[batch]]
+    by_kind: dict[str, AttentionFacts] = {}
+    for check in sorted(made, key=lambda each: (each["passed"] is not False, each["passed"] is None, -each["tokens"])):
+        by_kind.setdefault(check["kind"], check)
+    return sorted(by_kind.values(), key=lambda check: check["layer"])
 
 
 def _remove_staged(layout: Layout, claim: Claim) -> None:

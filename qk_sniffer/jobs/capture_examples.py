@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 
+from qk_sniffer.backbone.attention_check import AttentionCheck
 from qk_sniffer.capture.capture import BatchPlan, Capture
 from qk_sniffer.capture.sampling import Sampler
 from qk_sniffer.corpus.batches import Window, open_windows
@@ -83,7 +84,13 @@ def capture_examples(
             check=check,
         ) as writer:
             capture = Capture(
-                components.backbone, components.selection, sampler, writer, token_ids=tokens_wanted, stages=stages
+                components.backbone,
+                components.selection,
+                sampler,
+                writer,
+                token_ids=tokens_wanted,
+                stages=stages,
+                attention=None if config.verify.examples == 0 else _attention_check(components),
             )
             logged: dict[str, float] = {}
             with ahead(_plans(capture, chain(first, windows), in_thread)) as plans:
@@ -122,6 +129,13 @@ def _examples_of_shard(config: ResolvedConfig, start: Start) -> int | None:
     shard = config.shard
     first = start.rows_before + (shard.index - start.rows_before) % shard.count
     return len(range(first, start.corpus.num_rows, shard.count))
+
+
+def _attention_check(components: Components) -> AttentionCheck:
+    """The check of the kernels that the forward passes run, which end with the last captured layer."""
+    last = max(layer for layer, _, _ in components.selection)
+    run = [layer for layer in components.layers if layer.heads.layer <= last]
+    return AttentionCheck(run, components.backbone.family, components.backbone.dtype)
 
 
 def _plans(capture: Capture, windows: Iterator[Window], stages: Stages) -> Iterator[BatchPlan]:

@@ -78,9 +78,14 @@ def finalize(
     if problems := list(_forbidden(config, allowed or Allowed())):
         raise ConfigError(problems)
     _check_checkpoint(config, layout, record)
-    corpus = open_corpus(config.dataset, record["commits"]["dataset"]) if config.verify.examples else None
+    corpus = open_corpus(config.dataset, record["commits"]["dataset"]) if _proves(config) else None
     done = finish(config, layout, record["job_id"], corpus, None, Stages())
     return 1 if done is None and read_record(layout) is not None else 0
+
+
+def _proves(config: Config) -> bool:
+    """Whether the job derives rows a second time, for which it loads the model."""
+    return config.verify.examples != 0
 
 
 def _check_checkpoint(config: ResolvedConfig, layout: Layout, record: dict[str, Any]) -> None:
@@ -89,7 +94,7 @@ def _check_checkpoint(config: ResolvedConfig, layout: Layout, record: dict[str, 
     Raises:
         SourceError: they have changed.
     """
-    needed = ["model", "tokenizer"] if config.verify.examples else []
+    needed = ["model", "tokenizer"] if _proves(config) else []
     if config.capture.capture_token_strings:
         needed.append("tokenizer")
     there = record["commits"]
@@ -104,7 +109,7 @@ def _check_checkpoint(config: ResolvedConfig, layout: Layout, record: dict[str, 
 def _forbidden(config: Config, allowed: Allowed) -> Iterator[str]:
     """Yields a line for each setting of the job that runs code and is not allowed. Each line begins with its key."""
     model = config.model
-    proves, has_strings = config.verify.examples > 0, config.capture.capture_token_strings
+    proves, has_strings = _proves(config), config.capture.capture_token_strings
     way_out = "if you trust it" + ("" if has_strings else "; prove=false loads no model")
     if model.trust_remote_code and (proves or has_strings) and not allowed.trust_remote_code:
         yield (

@@ -9,11 +9,13 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
-from qk_sniffer.capture.proof import examples_with_rows, prove
+from qk_sniffer.capture.proof import prove
+from qk_sniffer.capture.proof_examples import MAX_TOKENS, choose
 from qk_sniffer.corpus.batches import check_same_texts, check_unchanged
 from qk_sniffer.corpus.examples import Corpus
 from qk_sniffer.dataset.card import branch_card, write_card
 from qk_sniffer.dataset.card_facts import CardFacts
+from qk_sniffer.dataset.proof_words import why
 from qk_sniffer.dataset.summary import show
 from qk_sniffer.errors import CaptureError, SourceError, StoreError
 from qk_sniffer.hub.branch import Branch
@@ -114,12 +116,7 @@ def report_and_publish(
         return Outcome(manifest["rows"], files.url)
     proof = manifest["proof"]
     if proof["proven"] is False:
-        raise CaptureError(
-            f"the proof of {layout.root} failed, and the dataset was not published. Vectors derived a second time, "
-            f"from the model's projections, differ by more than {proof['tolerance']} (relative): "
-            f"{proof['largest_difference_by_layer']} by layer. Please report this with the model's name; "
-            "verify.examples=0 makes a dataset without proof"
-        )
+        raise CaptureError(f"the proof of {layout.root} failed, and the dataset was not published. {why(proof)}")
     output = config.output
     if not (output.hf_repo_id and output.hf_branch):
         return Outcome(manifest["rows"])
@@ -183,29 +180,54 @@ def _prove(
     components: Components | None,
     stages: Stages,
 ) -> dict[str, Any]:
-    """Proves the shortest examples that have rows (see `capture/proof.py`); returns the manifest's `proof`."""
+    """Proves some examples that have rows (see `capture/proof.py`); returns the manifest's `proof`.
+
+    It includes the checks of attention kernels that the capture has made. A failed one fails the proof.
+    """
+    proof = _prove_rows(config, record, staged, corpus, components, stages)
+    if not staged.checks:
+        return proof
+    failed = any(check["passed"] is False for check in staged.checks)
+    return proof | {"attention": staged.checks} | ({"proven": False} if failed else {})
+
+
+def _prove_rows(
+    config: ResolvedConfig,
+    record: Mapping[str, Any],
+    staged: Staged,
+    corpus: Corpus | None,
+    components: Components | None,
+    stages: Stages,
+) -> dict[str, Any]:
     count = config.verify.examples
     if count == 0 or corpus is None:
         return {"proven": None, "reason": "turned off (verify.examples=0)"}
-    with_rows = examples_with_rows(staged.layout, staged.heads)
-    shortest = sorted(
-        (example.num_tokens, example.index, example) for example in staged.examples if example.example_id in with_rows
-    )
-    if not shortest:
+    if not staged.written.rows:
         return {"proven": None, "reason": "the dataset has no rows"}
-    captured = {index: example for _, index, example in shortest[:count]}
+    if components is None:
+        components = load_components(config, record["commits"], stages)
+    backbone = components.backbone
+    boundary = backbone.length_boundary
+    parameters = sum(weight.numel() for weight in backbone.decoder.parameters())
+    choice = choose(staged.layout, staged.heads, staged.examples, count=count, parameters=parameters, boundary=boundary)
+    if not choice.examples:
+        reason = (
+            f"all rows are at positions from {MAX_TOKENS:,} on"
+            if boundary is None
+            else f"this model's rotary frequencies depend on the length of texts of more than {boundary} tokens"
+        )
+        return {"proven": None, "reason": reason}
+    captured = {example.index: example for example in choice.examples}
     found = list(islice((example for example in corpus.examples() if example.index in captured), len(captured)))
     for example in found:
         check_unchanged(example, captured[example.index])
-    if components is None:
-        components = load_components(config, record["commits"], stages)
     commits = {role: record["commits"][role] for role in components.commits}
     if components.commits != commits:
         raise StoreError(
             f"the job in {staged.layout.root} was captured with the commits {commits}, and the loaded model and "
             f"tokenizer are {components.commits}: they prove nothing about its vectors. Rerun the job's command"
         )
-    tokens = components.tokenizer(found)
-    proof = prove(components.backbone, staged.layout, staged.heads, {each.example_id: each.ids for each in tokens})
+    ids = {each.example_id: each.ids for each in components.tokenizer(found)}
+    proof = prove(backbone, staged.layout, staged.heads, choice, ids)
     components.check()
     return proof | {"model_commit": components.commits["model"]}

@@ -285,6 +285,29 @@ class Entry(TypedDict):
     sha256: Sha256
 
 
+class Attention(TypedDict):
+    """The check of an attention kernel in one layer, at some positions of one text."""
+
+    layer: Annotated[int, Meta(ge=0, lt=MOST_LAYERS)]
+    kind: Text
+    tokens: Annotated[int, Meta(ge=1, lt=2**31)]
+    positions: Annotated[list[Count], Meta(max_length=1000)]
+    tolerance: Number
+    passed: bool | None
+    reason: NotRequired[Text]
+    """Why it was not made, where `passed` is None."""
+    largest_difference: NotRequired[Number | None]
+    """None if the kernel returned numbers that are not finite."""
+    wrong_positions: NotRequired[Annotated[list[Count], Meta(max_length=1000)]]
+
+
+class LayerKind(TypedDict):
+    """The heads of one kind in one layer."""
+
+    layer: Annotated[int, Meta(ge=0, lt=MOST_LAYERS)]
+    kind: Kind
+
+
 class Proof(TypedDict):
     """The proof of a dataset. Only one that was made has numbers; the others have a reason."""
 
@@ -294,6 +317,11 @@ class Proof(TypedDict):
     model_commit: NotRequired[Text | None]
     tolerance: NotRequired[Number]
     largest_difference_by_layer: NotRequired[dict[Bucket, float]]
+    rows: NotRequired[Count]
+    heads: NotRequired[Count]
+    longest_position: NotRequired[Count]
+    uncovered: NotRequired[list[LayerKind]]
+    attention: NotRequired[Annotated[list[Attention], Meta(max_length=MOST_LAYERS)]]
 
 
 class Manifest(Job):
@@ -396,7 +424,13 @@ def _in_a_manifest(manifest: Mapping[str, Any]) -> Iterator[str]:
     if types & {"uniform", "all"} and manifest["longest_example"] > MOST_BUCKETS * sampler["min_bucket_size"]:
         yield f"its positions have more than {MOST_BUCKETS:,} buckets"
     proof, numbers = manifest["proof"], {"examples", "tolerance", "largest_difference_by_layer"}
-    if missing := ({"reason"} if proof["proven"] is None else numbers) - proof.keys():
+    attention = proof.get("attention", ())
+    failed = any(check["passed"] is False for check in attention)
+    if proof["proven"] is not False and failed:
+        yield "proof has a check of attention that failed"
+    elif (
+        missing := ({"reason"} if proof["proven"] is None or (failed and "reason" in proof) else numbers) - proof.keys()
+    ):
         yield f"proof lacks {', '.join(sorted(missing))}"
     elif proof["proven"] and not proof["largest_difference_by_layer"]:
         yield "proof is of no layer"

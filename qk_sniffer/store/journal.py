@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +29,9 @@ log = logger(__name__)
 
 Batching = Mapping[str, int | None]
 """The settings that decide which examples share a batch, by name."""
+
+AttentionFacts = Mapping[str, Any]
+"""The result of a check of an attention kernel, as in the manifest: see `forms.Attention`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +62,7 @@ class Journal:
         batches: the numbers of the finished batches.
         batching: for each finished batch, the lowest index of its examples and the batch settings of its job. A batch
             that was written without its settings is missing.
+        checks: for each finished batch, the checks of attention kernels in its forward pass.
         segments: the files that hold rows of these batches.
         damaged: the names of the segments that cannot be used. Batches with rows in them are not finished.
         lost: indices of examples that were finished before and are not any more, as far as the journal shows.
@@ -75,6 +80,7 @@ class Journal:
         self.records: dict[int, ExampleRecord] = {}
         self.batches: set[int] = set()
         self.batching: dict[int, tuple[int, Batching]] = {}
+        self.checks: dict[int, Sequence[AttentionFacts]] = {}
         self.segments: list[Path] = []
         self.damaged: list[str] = []
         self.lost: set[int] = set()
@@ -121,9 +127,16 @@ class Journal:
         self.damaged.clear()
         self.foreign.clear()
 
-    def add(self, batch: int, records: Sequence[ExampleRecord], batching: Batching | None) -> None:
+    def add(
+        self,
+        batch: int,
+        records: Sequence[ExampleRecord],
+        batching: Batching | None,
+        checks: Sequence[AttentionFacts] = (),
+    ) -> None:
         """Adds a finished batch, which is durable."""
         self.batches.add(batch)
+        self.checks[batch] = checks
         self.records.update((record.index, record) for record in records)
         self._batch_of.update((record.index, batch) for record in records)
         if records and batching is not None:
@@ -183,6 +196,7 @@ class Journal:
         self.records.clear()
         self.batches.clear()
         self.batching.clear()
+        self.checks.clear()
         self.lost.clear()
         self._batch_of.clear()
         numbers = Counter(map(_number, facts))
@@ -201,7 +215,7 @@ class Journal:
                 if len(indices) < len(records) or indices & self.records.keys() or end["batch"] in self.batches:
                     odd[path] = DamageError("it lists examples or batches that are listed already")
                     break
-                self.add(end["batch"], records, each.batching)
+                self.add(end["batch"], records, each.batching, end.get("checks", ()))
         self.lost -= self.records.keys()
         return odd
 

@@ -19,7 +19,7 @@ from qk_sniffer.errors import QkSnifferError, StoreError
 from qk_sniffer.machine import trim_memory
 from qk_sniffer.store.buffer import Buffer, Region
 from qk_sniffer.store.disk import Check, explained, unchecked
-from qk_sniffer.store.journal import Batching, ExampleRecord, Journal
+from qk_sniffer.store.journal import AttentionFacts, Batching, ExampleRecord, Journal
 from qk_sniffer.store.rows import RUN_COLUMNS, Event, Form, Rows, Slot, block_tensors
 from qk_sniffer.store.segment import write_segment
 
@@ -82,6 +82,7 @@ class JournalWriter:
         self._error: BaseException | None = None
         self._batch = journal.next_batch
         self._batch_index: set[int] = set()
+        self._checks: list[AttentionFacts] = []
         self._seen = set(journal.records)
         self._forms: dict[tuple[int, str], Form] = {}
         self._since: dict[int, int] = {}  # the thread's: the segment that each open batch starts in
@@ -130,6 +131,10 @@ class JournalWriter:
             slot.committed = True
             self._changed.notify_all()
 
+    def add_checks(self, checks: Sequence[AttentionFacts]) -> None:
+        """Adds results of checks of attention kernels to the open batch, with which they become durable."""
+        self._checks += checks
+
     def complete(self, records: Sequence[ExampleRecord]) -> None:
         """Ends the batch. `records` are its examples, including those without rows.
 
@@ -144,8 +149,9 @@ class JournalWriter:
             raise ValueError(f"examples {sorted(again)} are complete already")
         with self._changed:
             self._check_open()
-            self._queue.append(_End(self._batch, tuple(records), time.monotonic()))
+            self._queue.append(_End(self._batch, tuple(records), tuple(self._checks), time.monotonic()))
             self._changed.notify_all()
+        self._checks.clear()
         self._seen |= indices
         self._batch += 1
         self._batch_index.clear()
@@ -164,7 +170,7 @@ class JournalWriter:
             self._changed.notify_all()
         self._thread.join()
         for end in self._done:
-            self._journal.add(end.batch, end.records, self._batching)
+            self._journal.add(end.batch, end.records, self._batching, end.checks)
         self._done.clear()
         self._journal.lost -= self._journal.records.keys()
         self._journal.next_batch = self._batch + 1
@@ -278,7 +284,7 @@ class JournalWriter:
                 slots.setdefault((item.layer, item.kind), []).append(item)
             else:
                 records = [astuple(record) for record in item.records]
-                ended.append({"batch": item.batch, "since": since, "records": records})
+                ended.append({"batch": item.batch, "since": since, "records": records, "checks": item.checks})
                 del self._since[item.batch]
         metadata = {
             "format": "qk-sniffer-journal/1",
@@ -302,5 +308,6 @@ class JournalWriter:
 class _End:
     batch: int
     records: tuple[ExampleRecord, ...]
+    checks: tuple[AttentionFacts, ...]
     at: float
     nbytes = 0

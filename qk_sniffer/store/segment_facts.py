@@ -7,14 +7,14 @@ and places that contradict each other are damage, like a wrong checksum: the exa
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypedDict
+from typing import Annotated, Any, Literal, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 import numpy.typing as npt
 from msgspec import Meta
 
 from qk_sniffer.store import stored
-from qk_sniffer.store.forms import BatchSize
+from qk_sniffer.store.forms import Attention, BatchSize
 from qk_sniffer.store.rows import DTYPES, RUN_COLUMNS, parse_tensor_name
 from qk_sniffer.store.segment import DamageError, Header, Place, open_segment
 from qk_sniffer.store.stored import Count, UnreadableError
@@ -47,11 +47,12 @@ _RECORD_LENGTHS = (6, len(_Record._fields))
 
 
 class Ended(TypedDict):
-    """A batch that ends in a segment: the segment that it starts in, and its examples."""
+    """A batch that ends in a segment: the segment that it starts in, its examples, and the checks of its attention."""
 
     batch: Count
     since: Count
     records: list[_Record]
+    checks: NotRequired[list[Attention]]  # since checks are made
 
 
 class _Batching(TypedDict):

@@ -1,0 +1,159 @@
+"""Chooses the examples that prove a dataset: as few and as short as cover every layer and kind.
+
+With a sampler, an example has rows in some layers and kinds only. One forward pass derives the vectors of an example in
+all layers at once, and so each further example is chosen for the layers and kinds that it adds, in proportion to its
+cost. The choice ends when every (layer, kind) has a row and every kind has `ENOUGH_ROWS`, or when the cost reaches its
+limit. The cost is counted in tokens of forward passes, and the limit follows from the dataset and the model alone, so
+that the same dataset is proven by the same examples on every machine.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from qk_sniffer.store.journal import ExampleRecord
+from qk_sniffer.store.layout import Head, Layout
+from qk_sniffer.store.parquet_files import read_parquet
+
+MAX_TOKENS = 4096
+"""Longer examples are cut to this number of tokens. Later tokens do not change the vectors of earlier ones."""
+
+MIN_TOKENS = 257
+"""Shorter examples are padded on the right to this number of tokens. No model has as many heads, so that the shapes of
+states are unambiguous."""
+
+ENOUGH_ROWS = 200
+"""The rows to compare of each kind; the heads of a layer count once."""
+
+SHARE = 0.02
+"""The most tokens of forward passes, as a share of the tokens of the dataset."""
+
+FEW_FLOPS = 6e11
+"""The arithmetic that a proof may always take. A slow core needs about half a minute for it."""
+
+MOST_BYTES = 256 << 20
+"""The most bytes of stored vectors of one example that are compared, over all heads."""
+
+MOST_CANDIDATES = 10_000
+"""The examples to choose from: the shortest ones that have rows."""
+
+Int64 = npt.NDArray[np.int64]
+LayerKind = tuple[int, str]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The examples that prove a dataset, and the rows of them to compare."""
+
+    examples: Sequence[ExampleRecord]
+    rows: Mapping[int, Mapping[LayerKind, Int64]]
+    """The numbers of rows in the files of each (layer, kind), by example_id. Its heads have the same rows."""
+
+
+def choose(
+    layout: Layout,
+    heads: Sequence[Head],
+    examples: Sequence[ExampleRecord],
+    *,
+    count: int | None,
+    parameters: int,
+    boundary: int | None,
+) -> Choice:
+    """Chooses examples that have rows in the files of `heads` in `layout`.
+
+    Args:
+        layout: of the dataset, which may be staged.
+        heads: all heads of the dataset.
+        examples: all examples of the dataset.
+        count: the number of examples, the shortest ones; None for as many as cover every (layer, kind).
+        parameters: the number of the model's weights, which its cost follows from.
+        boundary: `Backbone.length_boundary`. Examples whose frequencies the proof cannot have are not chosen.
+    """
+    first_heads = {(head.layer, head.kind): head for head in reversed(heads)}
+    files = {group: layout.root / first_heads[group].file for group in sorted(first_heads)}
+    found: set[int] = set()
+    for file in files.values():
+        found |= set(read_parquet(file, columns=["example_id"])["example_id"].unique().to_pylist())
+    candidates = sorted(
+        (example for example in examples if example.example_id in found and is_derivable(example.num_tokens, boundary)),
+        key=lambda example: (example.num_tokens, example.index),
+    )[:MOST_CANDIDATES]
+    cut = np.array([tokens_to_derive(example.num_tokens, boundary) for example in candidates], np.int64)
+    most_rows = max(1, MOST_BYTES // sum(4 * head.head_dim for head in heads))
+    places = [_places(file, [example.example_id for example in candidates], cut) for file in files.values()]
+    start, rows = (np.stack(each, axis=1) for each in zip(*places, strict=True))
+    if count is None:
+        budget = max(SHARE * sum(example.num_tokens for example in examples), FEW_FLOPS / (2 * parameters))
+        chosen = _cover(np.minimum(rows, most_rows), np.maximum(cut, MIN_TOKENS), [kind for _, kind in files], budget)
+    else:
+        chosen = np.flatnonzero(rows.any(axis=1)).tolist()[:count]
+    return Choice(
+        [candidates[number] for number in chosen],
+        {
+            candidates[number].example_id: {
+                group: start[number, column] + _spread(rows[number, column], most_rows)
+                for column, group in enumerate(files)
+                if rows[number, column]
+            }
+            for number in chosen
+        },
+    )
+
+
+def tokens_to_derive(num_tokens: int, boundary: int | None) -> int:
+    """Returns the number of an example's tokens that the proof runs."""
+    return num_tokens if boundary is not None and num_tokens > boundary else min(num_tokens, MAX_TOKENS)
+
+
+def is_derivable(num_tokens: int, boundary: int | None) -> bool:
+    """Whether a pass of the proof has the rotary frequencies of the example's own pass, in spite of its padding."""
+    return boundary is None or num_tokens >= MIN_TOKENS or boundary >= MIN_TOKENS
+
+
+def _places(file: Path, example_ids: Sequence[int], cut: Int64) -> tuple[Int64, Int64]:
+    """Returns the first row in `file` of each example, and the number of its rows at positions below `cut`."""
+    table = read_parquet(file, columns=["example_id", "position"])
+    ids, position = (table[name].to_numpy() for name in ("example_id", "position"))
+    starts = np.flatnonzero(np.concatenate([[len(ids) > 0], ids[1:] != ids[:-1]]))  # each example's rows are together
+    run_of = dict(zip(ids[starts].tolist(), range(len(starts)), strict=True))
+    run = np.array([run_of.get(example, -1) for example in example_ids], np.int64)
+    stops = np.append(starts[1:], len(ids))
+    first = np.where(run >= 0, starts[run] if len(starts) else 0, 0)
+    number = [
+        int(np.searchsorted(position[starts[at] : stops[at]], limit)) if at >= 0 else 0
+        for at, limit in zip(run.tolist(), cut.tolist(), strict=True)
+    ]
+    return first, np.array(number, np.int64)
+
+
+def _cover(rows: Int64, cost: Int64, kinds: Sequence[str], budget: float) -> list[int]:
+    """Returns the numbers of the chosen candidates. `rows` is (candidates, groups), `kinds` the kind of each group."""
+    chosen: list[int] = []
+    of_kind = {kind: np.array([each == kind for each in kinds]) for kind in kinds}
+    uncovered = np.ones(len(kinds), np.bool_)
+    missing = dict.fromkeys(of_kind, ENOUGH_ROWS)
+    left = np.ones(len(rows), np.bool_)
+    while left.any():
+        gain = (rows[:, uncovered] > 0).sum(axis=1) / len(kinds)
+        for kind, columns in of_kind.items():
+            gain += np.minimum(rows[:, columns].sum(axis=1), missing[kind]) / ENOUGH_ROWS
+        worth = np.where(left & (cost <= budget), gain / cost, 0.0)
+        if not chosen and not worth.any():
+            worth = (gain > 0) / cost  # no example is within the limit: the shortest one proves the dataset
+        best = int(worth.argmax())
+        if not worth[best]:
+            break
+        chosen.append(best)
+        left[best] = False
+        budget -= cost[best]
+        uncovered &= rows[best] == 0
+        missing = {kind: max(0, missing[kind] - int(rows[best, of_kind[kind]].sum())) for kind in of_kind}
+    return chosen
+
+
+def _spread(number: int, most: int) -> Int64:
+    """Returns at most `most` of the numbers below `number`, evenly spread, the first and the last among them."""
+    return np.unique(np.linspace(0, number - 1, min(number, most)).round().astype(np.int64))

@@ -1,0 +1,75 @@
+"""Says in words what the proof of a dataset covers, and why it failed."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from qk_sniffer.text import compact_ranges, counted
+
+
+def compared(proof: Mapping[str, Any], *, heads: int, layers: int) -> str:
+    """Returns the rows that a proof compared: `1,240 rows of 60 heads in all 6 layers, positions to 4,095`.
+
+    `heads` and `layers` are the numbers of those that the dataset has. A proof of an earlier version of this package
+    tells its examples alone.
+    """
+    if "rows" not in proof:
+        return f"rows of {counted(len(proof['examples']), 'example')}"
+    proven = len(proof["largest_difference_by_layer"])
+    of_heads = counted(heads, "head") if proof["heads"] == heads else f"{proof['heads']:,} of {counted(heads, 'head')}"
+    of_layers = _all(layers) if proven == layers else f"{proven:,} of {counted(layers, 'layer')}"
+    rows = f"{counted(proof['rows'], 'row')} of {of_heads} in {of_layers}"
+    return f"{rows}, positions to {proof['longest_position']:,}"
+
+
+def attention(proof: Mapping[str, Any]) -> str:
+    """Returns where a job checked attention itself, and which kinds it could not check."""
+    checks: Sequence[Mapping[str, Any]] = proof.get("attention", ())
+    made = [check for check in checks if check["passed"] is not None]
+    skipped = [f"{check['kind']}: {check['reason']}" for check in checks if check["passed"] is None]
+    if not made:
+        return "attention itself not checked" + (f" ({'; '.join(skipped)})" if skipped else "")
+    positions = {position for check in made for position in check["positions"]}
+    where = f"attention itself at {counted(len(positions), 'position')} to {max(positions):,}"
+    return where + (f" (not checked: {'; '.join(skipped)})" if skipped else "")
+
+
+def largest_difference(proof: Mapping[str, Any]) -> float:
+    """Returns the largest difference of a layer; NaN without layers."""
+    differences = proof["largest_difference_by_layer"].values()
+    return max(differences, key=lambda value: math.inf if math.isnan(value) else value, default=math.nan)
+
+
+def why(proof: Mapping[str, Any]) -> str:
+    """Returns why a proof failed, and the way out."""
+    report = "Please report this with the model's name; verify.examples=0 makes a dataset without proof"
+    reasons = [_wrong(check) for check in proof.get("attention", ()) if check["passed"] is False]
+    if reasons:
+        reasons.append(
+            "That is an error of the attention kernel, which changes the vectors of all later layers. Set "
+            "model.attn_implementation to another kernel, or lower model.tokenizer.max_length, and add "
+            "output.overwrite=true"
+        )
+    differences = proof.get("largest_difference_by_layer", {})
+    if differences and not all(difference <= proof["tolerance"] for difference in differences.values()):
+        reasons.insert(
+            0,
+            "Vectors derived a second time, from the model's projections, differ by more than "
+            f"{proof['tolerance']} (relative): {differences} by layer",
+        )
+        reasons.append(report)
+    return ". ".join(reasons or [report])
+
+
+def _wrong(check: Mapping[str, Any]) -> str:
+    largest = check.get("largest_difference")
+    size = "is not finite" if largest is None else f"differs by up to {largest:.2g} (relative)"
+    return (
+        f"Layer {check['layer']} ({check['kind']}), positions {compact_ranges(check['wrong_positions'])} of a text of "
+        f"{check['tokens']:,} tokens: the output of the attention kernel {size} from softmax(q K) V of the queries, "
+        f"keys and values that it received, where up to {check['tolerance']:g} is rounding"
+    )
+
+
+def _all(layers: int) -> str:
+    return "the only layer" if layers == 1 else f"all {layers:,} layers"

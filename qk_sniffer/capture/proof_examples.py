@@ -3,7 +3,8 @@
 With a sampler, an example has rows in some layers and kinds only. One forward pass derives the vectors of an example in
 all layers at once, and so each further example is chosen for the layers and kinds that it adds, in proportion to its
 cost. The choice ends when every (layer, kind) has a row and every kind has `ENOUGH_ROWS`, or when the cost reaches its
-limit. The cost is counted in tokens of forward passes, and the limit follows from the dataset and the model alone, so
+limit. If there is enough left, the longest example follows: its rows are at the latest positions that the proof runs.
+The cost is counted in tokens of forward passes, and the limit follows from the dataset and the model alone, so
 that the same dataset is proven by the same examples on every machine.
 """
 
@@ -80,7 +81,8 @@ def choose(
     candidates = sorted(
         (example for example in examples if example.example_id in found and is_derivable(example.num_tokens, boundary)),
         key=lambda example: (example.num_tokens, example.index),
-    )[:MOST_CANDIDATES]
+    )
+    candidates = candidates[:MOST_CANDIDATES] + candidates[MOST_CANDIDATES:][-1:]  # and the longest one
     cut = np.array([tokens_to_derive(example.num_tokens, boundary) for example in candidates], np.int64)
     most_rows = max(1, MOST_BYTES // sum(4 * head.head_dim for head in heads))
     places = [_places(file, [example.example_id for example in candidates], cut) for file in files.values()]
@@ -151,6 +153,9 @@ def _cover(rows: Int64, cost: Int64, kinds: Sequence[str], budget: float) -> lis
         budget -= cost[best]
         uncovered &= rows[best] == 0
         missing = {kind: max(0, missing[kind] - int(rows[best, of_kind[kind]].sum())) for kind in of_kind}
+    longest = int(cost.argmax()) if len(cost) else -1
+    if chosen and left[longest] and rows[longest].any() and cost[chosen].max() < cost[longest] <= budget:
+        chosen.append(longest)
     return chosen
 
 

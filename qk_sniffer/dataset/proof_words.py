@@ -63,11 +63,14 @@ def why(proof: Mapping[str, Any]) -> str:
 
 def _wrong(check: Mapping[str, Any]) -> str:
     largest = check.get("largest_difference")
-    size = "is not finite" if largest is None else f"differs by up to {largest:.2g} (relative)"
+    exact = "softmax(q K) V of the queries, keys and values that it received"
+    if largest is None:
+        finding = f"is not finite, and {exact} is"
+    else:
+        finding = f"differs by up to {largest:.2g} (relative) from {exact}; up to {check['tolerance']:g} is rounding"
     return (
         f"Layer {check['layer']} ({check['kind']}), positions {compact_ranges(check['wrong_positions'])} of a text of "
-        f"{check['tokens']:,} tokens: the output of the attention kernel {size} from softmax(q K) V of the queries, "
-        f"keys and values that it received, where up to {check['tolerance']:g} is rounding"
+        f"{check['tokens']:,} tokens: the output of the attention kernel {finding}"
     )
 
 

@@ -291,7 +291,7 @@ class Attention(TypedDict):
     layer: Annotated[int, Meta(ge=0, lt=MOST_LAYERS)]
     kind: Text
     tokens: Annotated[int, Meta(ge=1, lt=2**31)]
-    positions: Annotated[list[Count], Meta(max_length=1000)]
+    positions: Annotated[list[Count], Meta(min_length=1, max_length=1000)]
     tolerance: Number
     passed: bool | None
     reason: NotRequired[Text]
@@ -299,6 +299,9 @@ class Attention(TypedDict):
     largest_difference: NotRequired[Number | None]
     """None if the kernel returned numbers that are not finite."""
     wrong_positions: NotRequired[Annotated[list[Count], Meta(max_length=1000)]]
+
+
+_COVERAGE = {"rows", "heads", "longest_position", "uncovered"}
 
 
 class LayerKind(TypedDict):
@@ -423,17 +426,26 @@ def _in_a_manifest(manifest: Mapping[str, Any]) -> Iterator[str]:
     types = {sampler["type"], sampler.get("keys", {}).get("type")}
     if types & {"uniform", "all"} and manifest["longest_example"] > MOST_BUCKETS * sampler["min_bucket_size"]:
         yield f"its positions have more than {MOST_BUCKETS:,} buckets"
-    proof, numbers = manifest["proof"], {"examples", "tolerance", "largest_difference_by_layer"}
-    attention = proof.get("attention", ())
-    failed = any(check["passed"] is False for check in attention)
-    if proof["proven"] is not False and failed:
-        yield "proof has a check of attention that failed"
-    elif (
-        missing := ({"reason"} if proof["proven"] is None or (failed and "reason" in proof) else numbers) - proof.keys()
-    ):
+    yield from _in_a_proof(manifest["proof"])
+
+
+def _in_a_proof(proof: Mapping[str, Any]) -> Iterator[str]:
+    checks = proof.get("attention", ())
+    failed = any(check["passed"] is False for check in checks)
+    needed = {"examples", "tolerance", "largest_difference_by_layer"}
+    if proof["proven"] is None or (failed and "reason" in proof):
+        needed = {"reason"}
+    elif proof.keys() & _COVERAGE:  # earlier versions have none of these
+        needed |= _COVERAGE
+    if missing := needed - proof.keys():
         yield f"proof lacks {', '.join(sorted(missing))}"
     elif proof["proven"] and not proof["largest_difference_by_layer"]:
         yield "proof is of no layer"
+    elif proof["proven"] is not False and failed:
+        yield "proof is not false, and a check of attention failed"
+    for check in checks:
+        if check["passed"] is not True and ("reason" if check["passed"] is None else "wrong_positions") not in check:
+            yield f"the check of attention in layer {check['layer']} does not say what is wrong"
 
 
 def _in_layers(layers: Sequence[Mapping[str, Any]]) -> Iterator[str]:

@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file, save_file
 from support.backbones import FolderOf, captured, loaded
-from support.jobs import heads_of, run
+from support.jobs import captured_only, heads_of, run, stopped_after
+from support.kernels import without_keys_from, wrong_kernel
 from support.tiny import ALPHABET, save_checkpoint
 from support.zoo import CASES, Case, ids
 from torch import nn
@@ -21,7 +22,9 @@ from torch import nn
 from qk_sniffer.backbone.family import Family
 from qk_sniffer.backbone.provable_types import PROVABLE_TYPES
 from qk_sniffer.capture import proof as proof_module
+from qk_sniffer.dataset.verify import verify
 from qk_sniffer.errors import CaptureError
+from qk_sniffer.jobs.finalize import finalize
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.journal_writer import JournalWriter
 from qk_sniffer.store.layout import Head
@@ -64,6 +67,10 @@ def test_a_right_dataset_is_proven(
     differences = proof["largest_difference_by_layer"]
     assert differences.keys() == {str(layer) for layer in case.layers}
     assert max(differences.values()) < (1e-5 if dtype == "float32" else 0.03)
+    assert proof["uncovered"] == [] and proof["longest_position"] == 32 and proof["heads"] == len(heads_of(root))
+    assert proof["rows"] == (4 + 33) * proof["heads"]
+    assert {check["passed"] for check in proof["attention"]} == {True}
+    assert {check["tokens"] for check in proof["attention"]} == {90}
 
 
 HARMS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -190,10 +197,72 @@ def test_a_wrong_rotation_is_found(texts: Path, tmp_path: Path, monkeypatch: pyt
 def test_only_examples_with_rows_prove_anything(texts: Path, tmp_path: Path) -> None:
     checkpoint = save_checkpoint(LLAMA, tmp_path / "model")
     sampler = {"type": "uniform", "base_rate": 2.0, "min_bucket_size": 64, "share": "example"}
-    root = run(checkpoint, texts, tmp_path / "out", sampler=sampler | {"seed": 3})
+    root = run(checkpoint, texts, tmp_path / "out", sampler=sampler | {"seed": 3}, verify={"examples": 1})
     with_rows = {example for table in heads_of(root).values() for example in table["example_id"].to_pylist()}
     shortest = min(with_rows, key=lambda example: LENGTHS[example])
     assert manifests.read(root)["proof"]["examples"] == [shortest] != [1]
+
+
+def test_a_difference_that_is_not_a_number_proves_nothing(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def not_a_number(slot: Slot) -> None:
+        slot.vectors[0, -1, 0] = float("nan")
+
+    harm_stored_vectors(monkeypatch, not_a_number)
+    with pytest.raises(CaptureError, match=FAILED):
+        run(save_checkpoint(LLAMA, tmp_path / "model"), texts, tmp_path / "out", inference={"batch_size": 1})
+
+
+def test_a_kernel_that_is_wrong_for_long_texts_leaves_the_dataset_unproven(
+    checkpoint: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "out"
+    line = (
+        r"Layer 1 \(full attention\), positions 67, 88-89 of a text of 90 tokens: the output of the attention kernel "
+        r"differs by up to \S+ \(relative\) from softmax\(q K\) V .* Set model.attn_implementation to another kernel"
+    )
+    with wrong_kernel(without_keys_from(64)), pytest.raises(CaptureError, match=f"{FAILED}. .*{line}"):
+        run(checkpoint, texts, root)  # the forward passes of the proof have the same kernel
+    proof = manifests.read(root)["proof"]
+    assert proof["proven"] is False
+    assert max(proof["largest_difference_by_layer"].values()) < 1e-5
+    assert [(check["layer"], check["passed"]) for check in proof["attention"]] == [(0, False), (1, False)]
+    assert "positions 67, 88-89 of a text of 90 tokens" in str(verify(root))
+    with pytest.raises(CaptureError, match=line):  # also when the command is rerun on the finished dataset
+        run(checkpoint, texts, root)
+    capsys.readouterr()
+    run(checkpoint, texts, root, output={"overwrite": True})
+    assert "Proven: 1,620 rows of 18 heads in all 3 layers, positions to 89; attention itself at " in (
+        capsys.readouterr().out
+    )
+
+
+def test_the_checks_of_attention_outlast_kills_shards_and_growth(
+    checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, alone = tmp_path / "out", {"batch_size": 1, "lookahead": 1}
+    with wrong_kernel(without_keys_from(64)):
+        stopped_after(3, checkpoint, texts, root, inference=alone)  # after the text of 90 tokens
+    with pytest.raises(CaptureError, match=FAILED):
+        run(checkpoint, texts, root, inference=alone)
+    assert {check["tokens"] for check in manifests.read(root)["proof"]["attention"]} == {90}
+
+    root = tmp_path / "shards"
+    with wrong_kernel(without_keys_from(64)):
+        captured_only(checkpoint, texts, root, monkeypatch, shard={"index": 0, "count": 2})  # 60 and 90 tokens
+    captured_only(checkpoint, texts, root, monkeypatch, shard={"index": 1, "count": 2})
+    with pytest.raises(CaptureError, match=f"{FAILED}.*a text of 90 tokens"):
+        finalize(root, prove=False)
+
+    root = tmp_path / "grown"
+    for count in (3, 4):  # the last text has 33 tokens
+        run(checkpoint, texts, root, dataset={"max_samples": count})
+        checks = manifests.read(root)["proof"]["attention"]
+        assert [(check["kind"], check["tokens"], check["passed"]) for check in checks] == [
+            ("a sliding window of 12", 90, True),
+            ("full attention", 90, True),
+        ]
 
 
 def test_it_can_be_turned_off(texts: Path, tmp_path: Path) -> None:
@@ -245,6 +314,6 @@ def test_rows_of_an_example_are_found_in_every_row_group(tmp_path: Path) -> None
         tmp_path / "x",
         row_group_size=4,
     )
-    found, rows = proof_module.rows_of_example(tmp_path / "x", 3)
+    found, rows = proof_module.rows_of_example(tmp_path / "x", 3, np.arange(3, 14))
     assert found.tolist() == list(range(8))
     assert rows.tolist() == np.arange(10, 26, dtype=np.float32).reshape(8, 2).tolist()

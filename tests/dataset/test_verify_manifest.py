@@ -99,7 +99,18 @@ def both(section: str, key: str, value: Any) -> Callable[[dict[str, Any]], None]
             {"manifest"},
             "its positions have more than 1,048,576 buckets",
         ),
-        (lambda m: m["proof"].update(proven=False), {"proof"}, "the vectors differ from the model's rows of 1 example"),
+        (lambda m: m["proof"].update(proven=False), {"proof"}, "the job's proof of the vectors failed 1,"),
+        (lambda m: m["proof"].pop("heads"), {"manifest"}, "contradicts itself (proof lacks heads)"),
+        (
+            lambda m: m["proof"]["attention"][0].update(passed=False),
+            {"manifest"},
+            "(proof is not false, and a check of attention failed)",
+        ),
+        (
+            lambda m: (m["proof"].update(proven=False), m["proof"]["attention"][1].update(passed=None)),
+            {"manifest"},
+            "(the check of attention in layer 1 does not say what is wrong)",
+        ),
         (
             lambda m: m.pop("model"),
             {"manifest"},

@@ -198,3 +198,18 @@ def test_a_commit_that_fails_waits_for_its_copy(tmp_path: Path, monkeypatch: pyt
         writer._thread.join(10)
         writer.commit(slot, Copy(lambda: waited.append("arrived")))
     assert waited == ["arrived"]
+
+
+def test_checks_of_attention_are_durable_with_their_batch(tmp_path: Path) -> None:
+    check = {"layer": 0, "kind": "full attention", "tokens": 9, "positions": [8], "tolerance": 0.1, "passed": True}
+    journal = Journal(tmp_path)
+    with JournalWriter(journal, queue_bytes=10_000, segment_bytes=4_000) as writer:
+        for index in range(3):
+            put(writer, ones(10, index=index))
+            if index != 1:
+                writer.add_checks([check | {"tokens": 9 + index}])
+            if index != 2:  # a batch that is not finished
+                writer.complete([Captured().record(index)])
+    expected = {0: [check], 1: []}
+    assert {batch: [*checks] for batch, checks in journal.checks.items()} == expected
+    assert {batch: [*checks] for batch, checks in Journal(tmp_path).checks.items()} == expected

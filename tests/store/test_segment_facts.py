@@ -74,6 +74,9 @@ def renamed(old: str, new: str) -> Edit:
 def test_an_untouched_segment_is_whole(segment: Path, tmp_path: Path) -> None:
     check(segment)
     check(edited(segment, tmp_path, lambda _: None))
+    check(
+        edited(segment, tmp_path, ended(lambda values: [each.pop("checks") for each in values]))
+    )  # of earlier versions
     assert [each["batch"] for each in facts_of(read_header(segment), 0).ended] == [0, 1, 2, 3]
 
 
@@ -111,6 +114,7 @@ def test_records_of_earlier_versions_and_negative_ids_are_read(segment: Path, tm
         ended(lambda values: values[0].update(since=10**15)),
         ended(lambda values: values[0].update(since=-1)),
         ended(lambda values: values[0].pop("records")),
+        ended(lambda values: values[0].update(checks=[{"layer": 0}])),
         ended(lambda values: values[0]["records"][0].pop()),
         ended(lambda values: values[0]["records"][0].append(1)),
         ended(lambda values: values[0]["records"][0].__delitem__(slice(7, None))),

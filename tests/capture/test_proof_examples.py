@@ -1,0 +1,120 @@
+"""Tests the choice of the examples that prove a dataset."""
+
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from support.jobs import heads_of, run
+
+from qk_sniffer.capture import proof_examples
+from qk_sniffer.capture.proof_examples import MIN_TOKENS, Choice, choose
+from qk_sniffer.store import manifest as manifests
+from qk_sniffer.store.journal import ExampleRecord
+from qk_sniffer.store.layout import Head, Layout
+
+TINY = 1_000
+"""Weights of a model that runs any number of tokens."""
+
+LARGE = 10**12
+"""Weights of a model for which only the share of the dataset's tokens counts."""
+
+Rows = dict[tuple[int, str], dict[int, list[int]]]
+"""Positions by example in each (layer, kind)."""
+
+
+def chosen(tmp_path: Path, tokens: list[int], rows: Rows, count: int | None = None, **options: Any) -> Choice:
+    """The choice for a dataset of one head for each (layer, kind) and of examples 0, 1, ... of these lengths."""
+    heads = [Head(layer, 0, kind, 0, 4, None, 0) for layer, kind in rows]
+    for head in heads:
+        of_head = rows[head.layer, head.kind]
+        table = pa.table(
+            {
+                "example_id": pa.array(np.repeat([*of_head], [*map(len, of_head.values())]), pa.int32()),
+                "position": pa.array([*chain.from_iterable(of_head.values())], pa.int32()),
+            }
+        )
+        (tmp_path / head.file).parent.mkdir(exist_ok=True)
+        pq.write_table(table, tmp_path / head.file)
+    examples = [ExampleRecord(number, number, str(number), length, False, "") for number, length in enumerate(tokens)]
+    options = {"parameters": TINY, "boundary": None} | options
+    return choose(Layout(tmp_path), heads, examples, count=count, **options)
+
+
+def ids(choice: Choice) -> list[int]:
+    return [example.example_id for example in choice.examples]
+
+
+def test_examples_are_added_until_every_layer_and_kind_has_rows(tmp_path: Path) -> None:
+    rows: Rows = {(0, "q"): {0: [3], 1: [2, 9]}, (1, "q"): {1: [1]}, (0, "k"): {2: [5]}, (1, "k"): {0: [7], 3: [1]}}
+    choice = chosen(tmp_path, [50, 60, 300, 40], rows)
+    assert ids(choice) == [1, 0, 2, 3], "first what adds the most; all of them, because there are few rows"
+    assert {group: numbers.tolist() for group, numbers in choice.rows[1].items()} == {(0, "q"): [1, 2], (1, "q"): [0]}
+    assert {group: numbers.tolist() for group, numbers in choice.rows[0].items()} == {(0, "q"): [0], (1, "k"): [0]}
+
+
+def test_enough_rows_are_enough_and_the_longest_example_reaches_the_late_positions(tmp_path: Path) -> None:
+    tokens = [300, 310, 5000, 320, 330]
+    rows: Rows = {(0, kind): {number: [*range(150)] for number in range(5)} for kind in "qk"}
+    rows[0, "q"][2] = [*range(100), 4095, 4096]
+    choice = chosen(tmp_path, tokens, rows)
+    assert ids(choice) == [0, 1, 2]
+    assert choice.rows[2][0, "q"].tolist() == [300 + number for number in range(101)], (
+        "rows of later tokens are not run"
+    )
+    assert ids(chosen(tmp_path, tokens, rows, parameters=int(6e11) // 2 // 4000)) == [0, 1], (
+        "the longest costs too much"
+    )
+
+
+def test_the_cost_is_bounded_by_the_tokens_of_the_dataset(tmp_path: Path) -> None:
+    tokens = [1000] * 100
+    rows: Rows = {(layer, "q"): {layer: [0]} for layer in range(20)}
+    assert ids(chosen(tmp_path, tokens, rows, parameters=LARGE)) == [0, 1], "two of a hundred"
+    assert len(ids(chosen(tmp_path, tokens, rows))) == 20
+    assert ids(chosen(tmp_path, [900, 800, 700], {(0, "q"): {0: [1], 1: [1]}}, parameters=LARGE)) == [1], "one at least"
+
+
+def test_a_number_takes_the_shortest_examples_that_have_rows(tmp_path: Path) -> None:
+    rows: Rows = {(0, "q"): {0: [1], 1: [1], 3: [1], 4: [4096]}, (0, "k"): {3: [2]}}
+    assert ids(chosen(tmp_path, [50, 30, 10, 20, 5000], rows, count=2)) == [3, 1]
+    assert ids(chosen(tmp_path, [50, 30, 10, 20, 5000], rows, count=9)) == [3, 1, 0]
+
+
+def test_frequencies_that_depend_on_the_length_leave_out_what_needs_padding(tmp_path: Path) -> None:
+    rows: Rows = {(0, "q"): {0: [1], 1: [1], 2: [4999]}}
+    assert ids(chosen(tmp_path, [50, 300, 5000], rows, boundary=MIN_TOKENS)) == [0, 1, 2], "the last one in full"
+    assert ids(chosen(tmp_path, [50, 300, 5000], rows, boundary=100)) == [1, 2]
+    assert ids(chosen(tmp_path, [50, 60], {(0, "q"): {0: [1], 1: [1]}}, boundary=55)) == []
+
+
+def test_rows_of_large_examples_are_spread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proof_examples, "MOST_BYTES", 2 * 16 * 4)  # four rows of two heads of 4 numbers
+    rows: Rows = {(0, kind): {0: [*range(100)]} for kind in "qk"}
+    assert chosen(tmp_path, [100], rows).rows[0][0, "k"].tolist() == [0, 33, 66, 99]
+
+
+def test_sparse_rows_are_proven_in_every_layer_and_head(
+    checkpoint: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sampler = {"type": "log_uniform", "base_rate": 1.0, "min_bucket_size": 64}
+    root = run(checkpoint, texts, tmp_path / "out", sampler=sampler)
+    proof, heads = manifests.read(root)["proof"], heads_of(root)
+    assert proof["proven"] is True and proof["uncovered"] == [] and proof["heads"] == len(heads) == 18
+    assert len(proof["examples"]) > 5
+    compared = sum(
+        table["example_id"].to_pylist().count(each) for table in heads.values() for each in proof["examples"]
+    )
+    assert proof["rows"] == compared
+    last = max(
+        position
+        for table in heads.values()
+        for example, position in zip(table["example_id"].to_pylist(), table["position"].to_pylist(), strict=True)
+        if example in proof["examples"]
+    )
+    assert proof["longest_position"] == last
+    line = f"Proven: {compared:,} rows of 18 heads in all 3 layers, positions to {last}; attention itself at "
+    assert line in capsys.readouterr().out

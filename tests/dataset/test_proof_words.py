@@ -1,0 +1,62 @@
+"""Tests the words for what a proof covers."""
+
+from typing import Any
+
+from qk_sniffer.dataset.proof_words import attention, compared, largest_difference, why
+
+CHECK: dict[str, Any] = {
+    "layer": 3,
+    "kind": "full attention",
+    "tokens": 131_072,
+    "positions": [0, 65_536, 131_071],
+    "tolerance": 0.05,
+    "passed": True,
+    "largest_difference": 0.001,
+    "wrong_positions": [],
+}
+PROOF: dict[str, Any] = {
+    "proven": True,
+    "examples": [7, 9],
+    "rows": 1_240,
+    "heads": 60,
+    "longest_position": 4095,
+    "uncovered": [],
+    "tolerance": 0.1,
+    "largest_difference_by_layer": dict.fromkeys("012345", 0.01),
+    "attention": [CHECK, CHECK | {"layer": 4, "kind": "chunks of 8", "positions": [0, 7, 8, 9]}],
+}
+
+
+def test_it_says_what_was_compared() -> None:
+    assert compared(PROOF, heads=60, layers=6) == "1,240 rows of 60 heads in all 6 layers, positions to 4,095"
+    some = PROOF | {"heads": 58, "largest_difference_by_layer": {"0": 0.1, "1": float("nan")}}
+    assert compared(some, heads=60, layers=6) == "1,240 rows of 58 of 60 heads in 2 of 6 layers, positions to 4,095"
+    assert largest_difference(PROOF) == 0.01 and str(largest_difference(some)) == "nan"
+    earlier = {"proven": True, "examples": [7], "tolerance": 0.1, "largest_difference_by_layer": {"0": 0.01}}
+    assert compared(earlier, heads=60, layers=6) == "rows of 1 example"
+
+
+def test_it_says_where_attention_was_checked_and_where_not() -> None:
+    assert attention(PROOF) == "attention itself at 6 positions to 131,071"
+    skipped = CHECK | {"passed": None, "reason": "no kernel"}
+    assert attention({"attention": [skipped]}) == "attention itself not checked (full attention: no kernel)"
+    assert attention({"attention": [PROOF["attention"][1], skipped]}) == (
+        "attention itself at 4 positions to 9 (not checked: full attention: no kernel)"
+    )
+    assert attention({}) == "attention itself not checked"
+
+
+def test_it_says_why_a_proof_failed() -> None:
+    wrong = CHECK | {"passed": False, "largest_difference": 0.71, "wrong_positions": [65_536, 131_071]}
+    kernel = why(PROOF | {"attention": [wrong]})
+    assert kernel.startswith(
+        "Layer 3 (full attention), positions 65536, 131071 of a text of 131,072 tokens: the output of the attention "
+        "kernel differs by up to 0.71 (relative) from softmax(q K) V"
+    )
+    assert "Set model.attn_implementation to another kernel" in kernel and "from the model's projections" not in kernel
+    assert "the attention kernel is not finite, and softmax(q K) V of" in why(
+        PROOF | {"attention": [wrong | {"largest_difference": None}]}
+    )
+    rows = why(PROOF | {"largest_difference_by_layer": {"0": 0.2}})
+    assert "differ by more than 0.1 (relative): {'0': 0.2} by layer" in rows and "attention kernel" not in rows
+    assert "report this" in rows

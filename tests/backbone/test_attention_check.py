@@ -128,7 +128,8 @@ def long_run(length: int, facts: LayerFacts, **arguments: Any) -> KernelRun:
         first = max(0, at + 1 - (facts.heads.sliding_window or length))
         logits = (query[0, :, at].double() @ key[0, 0, first : at + 1].double().T) * 0.5
         output[0, at] = (logits.softmax(-1) @ value[0, 0, first : at + 1].double()).float()
-    call = AttentionCall(0, query, key, None, None, 0.5, None, None, position_bias=False, sparse_attention=False)
+    off = dict.fromkeys(("position_bias", "sparse_attention", "hides_keys"), False)
+    call = AttentionCall(0, query, key, None, None, 0.5, None, None, **off)
     return KernelRun(call, query, key, value, None, {"scaling": 0.5, "dropout": 0.0} | arguments, output)
 
 
@@ -164,6 +165,8 @@ def test_what_is_not_known_is_not_judged() -> None:
         assert made["passed"] is None and made["reason"] == reason
     biased = replace(facts, position_bias=True)
     assert result(long_run(9, biased), biased)["reason"] == "a bias by position is added to the logits"
+    odd = replace(facts, heads=replace(facts.heads, hides_keys=True))
+    assert result(long_run(9, odd), odd)["reason"] == "which earlier keys its queries see is not known"
     sparse = replace(facts, sparse_attention=True)
     assert "is not in the mask" in result(long_run(9, sparse), sparse)["reason"]
 

@@ -4,6 +4,7 @@ A document is a list of objects or of texts, or one object after another. It is 
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, TextIO
@@ -16,6 +17,7 @@ OPTIONS = {"encoding"}
 _CHUNK = 1 << 20
 _NAMES = {str: "string", bool: "bool", int: "int64", float: "float64", dict: "struct", list: "list"}
 _SAMPLE_ROWS = 1_000
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class JsonReader:
@@ -103,7 +105,7 @@ def _value(line: str, number: int) -> Any:
 
 def _check_escapes(source: str, value: Any, number: int) -> None:
     """Refuses half a surrogate pair, which is no character: no text in UTF-8 can hold it."""
-    if "\\u" in source:
+    if _SURROGATE.search(source):
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError:

@@ -9,9 +9,9 @@ setting is reported without loading it.
 import logging
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,14 @@ from qk_sniffer.corpus import hub_copies
 from qk_sniffer.corpus.copies import check_cache, digest_of
 from qk_sniffer.corpus.data_files import COMPRESSED, first_lines, reason
 from qk_sniffer.corpus.home import check_home
-from qk_sniffer.corpus.rows import FORMATS, FileRows, LibraryRows, ListRows, Part, Rows, no_rows
+from qk_sniffer.corpus.rows import FORMATS, LibraryRows, ListRows, Rows, no_rows
+from qk_sniffer.corpus.splits import named_splits, no_split, rows_of_files
 from qk_sniffer.errors import SourceError
 from qk_sniffer.hub.revisions import HubUnreachableError, hub_commit, is_hub_id
+from qk_sniffer.logs import logger
 from qk_sniffer.text import is_utf8_path, shortened, utf8_way_out
+
+log = logger(__name__)
 
 PYDOC = "pydoc"
 """The `dataset.path` of the documentation topics that ship with every Python."""
@@ -75,7 +79,7 @@ def _pydoc(config: DatasetConfig) -> Source:
     _refuse(config, "the embedded documentation", "name", "revision", "data_files")
     where = f"dataset {PYDOC}"
     if config.split != "train":
-        raise _no_split(where, config.split, ["train"])
+        raise no_split(where, config.split, ["train"])
     return Source(where, ListRows([{"id": name, "text": topics[name]} for name in sorted(topics)]))
 
 
@@ -85,7 +89,7 @@ def _file(config: DatasetConfig, file: Path) -> Source:
     reader = _reader(file)
     if not reader:
         raise SourceError(f"{where}: a file of this type cannot be read. {_supported()}")
-    return Source(where, _of_files(where, {"train": [str(file)]}, reader, {}, config))
+    return Source(where, rows_of_files(where, {"train": [str(file)]}, reader, {}, config))
 
 
 def _folder(config: DatasetConfig, folder: Path) -> Source:
@@ -106,7 +110,7 @@ def _folder(config: DatasetConfig, folder: Path) -> Source:
             "dataset.data_files='*.jsonl'"
         )
     check_home(where, files, folder, is_named=False)
-    return Source(where, _of_files(where, _splits(folder, config, files), formats[0], {}, config))
+    return Source(where, rows_of_files(where, _splits(folder, config, files), formats[0], {}, config))
 
 
 def _splits(folder: Path, config: DatasetConfig, files: list[str]) -> dict[str, list[str]]:
@@ -124,10 +128,10 @@ def _of_builder(where: str, builder: Any, config: DatasetConfig, folder: Path) -
     data_files = _files_of(builder)
     named = [file for files in data_files.values() for file in files]
     check_home(where, named, folder, is_named=config.data_files is not None)
-    format, options = _format_of(builder)
+    format, options = _format_of(where, builder)
     if format is None or any("://" in file for file in named):
         return _of_library(where, builder, config)
-    return _of_files(where, data_files, format, options, config)
+    return rows_of_files(where, data_files, format, options, config)
 
 
 def _hub(config: DatasetConfig, path: str, commit: str | None) -> Source:
@@ -143,20 +147,20 @@ def _hub(config: DatasetConfig, path: str, commit: str | None) -> Source:
     data_files = _files_of(builder)
     named = [file for files in data_files.values() for file in files]
     check_home(where, named, home, is_named=config.data_files is not None)
-    format, options = _format_of(builder)
+    format, options = _format_of(where, builder)
     if format is None or not all(file.startswith(home) for file in named):
         return Source(where, _of_library(where, builder, config), commit)
     if config.streaming:
-        return Source(where, _of_files(where, data_files, format, options, config), commit)
+        return Source(where, rows_of_files(where, data_files, format, options, config), commit)
     names = {split: [file.removeprefix(home) for file in files] for split, files in data_files.items()}
-    chosen = {split: names[split] for split in _named_splits(where, config, list(names))}
+    chosen = {split: names[split] for split in named_splits(where, config, list(names))}
     try:
         paths = {split: hub_copies.fetch(path, commit, files) for split, files in chosen.items()}
     except Exception as error:
         raise SourceError(f"{where} cannot be read: {reason(error)}") from error
     listed = hub_copies.Listing(commit, builder.config.name, config.data_files, format, options, names)
     hub_copies.remember(path, listed)
-    return Source(where, _of_files(where, paths, format, options, config), commit)
+    return Source(where, rows_of_files(where, paths, format, options, config), commit)
 
 
 def _cached(config: DatasetConfig, path: str, commit: str | None, unreachable: HubUnreachableError) -> Source:
@@ -186,7 +190,7 @@ def _cached(config: DatasetConfig, path: str, commit: str | None, unreachable: H
     copy = copies[found[0]]
     if isinstance(copy, hub_copies.Listing):
         paths = {}
-        for split in _named_splits(where, config, list(copy.splits)):
+        for split in named_splits(where, config, list(copy.splits)):
             files = hub_copies.fetched(path, commit, copy.splits[split])
             if files is None:
                 raise SourceError(
@@ -194,7 +198,12 @@ def _cached(config: DatasetConfig, path: str, commit: str | None, unreachable: H
                     "once where the Hub can be reached"
                 )
             paths[split] = files
-        return Source(where, _of_files(where, paths, copy.format, copy.options, config), commit)
+        return Source(where, rows_of_files(where, paths, copy.format, copy.options, config), commit)
+    log.warning(
+        "%s: read from a copy that the library datasets made, with the types that it guessed. Run once where the Hub "
+        "can be reached to read the files themselves",
+        where,
+    )
     variant, version = copy.parts[-3:-1]
     name = path.rpartition("/")[2]
     builder = Cache(dataset_name=name, repo_id=path, config_name=variant, version=version, hash=commit)
@@ -225,10 +234,11 @@ def _building(where: str, make: Callable[[], Any]) -> Any:
             listed = re.search(r"\[(.*?)\]", message, flags=re.DOTALL)
             names = listed.group(1).replace("'", "") if listed else message
             raise SourceError(f"{where}: no such config. Choose one with dataset.name: {names}") from error
+        # Two messages of `datasets` for a repository without files that it can read.
+        if "find cache for" in message or "data files found" in message:
+            raise SourceError(f"{where} has no data files that can be read. Check dataset.data_files") from error
         if isinstance(error, FileNotFoundError):
             raise SourceError(f"{where}: {first_lines(message)}. Check dataset.data_files") from error
-        if "find cache for" in message:  # the message of `datasets` for a Hub repository without readable files
-            raise SourceError(f"{where}: no data files that can be read. Check dataset.data_files") from error
         raise SourceError(f"{where} cannot be read: {reason(error)}") from error
 
 
@@ -237,7 +247,7 @@ def _files_of(builder: Any) -> dict[str, list[str]]:
     return {str(split): list(paths) for split, paths in (builder.config.data_files or {}).items()}
 
 
-def _format_of(builder: Any) -> tuple[str | None, dict[str, Any]]:
+def _format_of(where: str, builder: Any) -> tuple[str | None, dict[str, Any]]:
     """Returns the format and the options of the files that a builder reads; None for what only the library reads."""
     name = type(builder.config).__name__.removesuffix("Config").lower()
     if name not in FORMATS:
@@ -252,55 +262,23 @@ def _format_of(builder: Any) -> tuple[str | None, dict[str, Any]]:
         for each in fields(builder.config)
         if each.name not in neutral and (value := getattr(builder.config, each.name)) != getattr(usual, each.name)
     }
-    is_known = set(options) <= FORMATS[name].options and len(str(options.get("sep", ","))) == 1
-    return (name, options) if is_known else (None, {})
-
-
-def _of_files(
-    where: str, data_files: Mapping[str, Sequence[str]], format: str, options: Mapping[str, Any], config: DatasetConfig
-) -> Rows:
-    """Opens the rows of `config.split`, of files that the readers of this package read."""
-    names = _named_splits(where, config, list(data_files))
-    rows = FileRows(where, [Part(data_files[names[0]])], FORMATS[format].make(options), may_scan=not config.streaming)
-    if config.split in data_files:
-        return rows
-    counts = {name: replace(rows, parts=[Part(data_files[name])]).count() for name in dict.fromkeys(names)}
-    spec = "+".join(names) if config.split == "all" else config.split
-    return replace(rows, parts=[Part(data_files[name], *ends) for name, *ends in _slices(where, spec, counts)])
-
-
-def _named_splits(where: str, config: DatasetConfig, known: list[str]) -> list[str]:
-    """Returns the splits that `config.split` names, in their order.
-
-    Raises:
-        SourceError: there is no such split, or a stream is asked for a part of one.
-    """
-    names = [config.split] if config.streaming else re.split(r"\s*\+\s*", re.sub(r"\[.*?\]", "", config.split))
-    if names == ["all"] and "all" not in known:
-        return known
-    if not {name.strip() for name in names} <= set(known):
-        raise _no_split(where, config.split, known, streaming=config.streaming)
-    return [name.strip() for name in names]
-
-
-def _slices(where: str, spec: str, counts: Mapping[str, int]) -> list[tuple[str, int, int]]:
-    """Returns the splits that `spec` names, each with the numbers of its first row and of the row after its last."""
-    from datasets import ReadInstruction
-
-    try:
-        absolute = ReadInstruction.from_spec(spec).to_absolute(counts)
-    except (ValueError, AssertionError) as error:
-        raise SourceError(f"{where}: dataset.split={spec}: {first_lines(str(error))}") from error
-    return [
-        (each.splitname, each.from_ or 0, counts[each.splitname] if each.to is None else each.to) for each in absolute
-    ]
+    if set(options) <= FORMATS[name].options and len(str(options.get("sep", ","))) == 1:
+        return name, options
+    log.warning(
+        "%s: the library datasets reads these %s files, for their options %s. It guesses types, and may take texts "
+        "such as NA for null",
+        where,
+        name,
+        ", ".join(sorted(options)),
+    )
+    return None, {}
 
 
 def _of_library(where: str, builder: Any, config: DatasetConfig) -> Rows:
     """Opens the rows of `config.split`, which the library reads. Its copy of local files is of their content."""
     data_files = _files_of(builder)
     known = list(data_files or builder.info.splits or [])
-    files = [file for name in _named_splits(where, config, known) for file in data_files.get(name, ())]
+    files = [file for name in named_splits(where, config, known) for file in data_files.get(name, ())]
     local = [file for file in files if "://" not in file]
     try:
         if config.streaming:
@@ -319,11 +297,6 @@ def _of_library(where: str, builder: Any, config: DatasetConfig) -> Rows:
         if isinstance(error, ValueError) and re.search(r"split|slice|instruction", str(error), flags=re.IGNORECASE):
             raise SourceError(f"{where}: dataset.split={config.split}: {first_lines(str(error))}") from error
         raise SourceError(f"{where} cannot be read: {reason(error)}") from error
-
-
-def _no_split(where: str, split: str, known: list[str], streaming: bool = False) -> SourceError:
-    hint = ". Streaming reads a whole split: use dataset.max_samples for a part" if streaming and "[" in split else ""
-    return SourceError(f"{where} has no split {split!r}. Choose one with dataset.split: {', '.join(known)}{hint}")
 
 
 def _reader(file: Path) -> str:

@@ -3,6 +3,7 @@
 import codecs
 import gzip
 import json
+import os
 import tracemalloc
 import uuid
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from support.data_files import both_ways, jsonl, message, opened, texts, write
 
 from qk_sniffer.corpus import parquet_files
 from qk_sniffer.corpus.examples import Corpus
+from qk_sniffer.errors import SourceError
 
 
 def ids(corpus: Corpus) -> list[str]:
@@ -282,6 +284,50 @@ def test_a_pointer_of_git_lfs_is_named(tmp_path: Path, name: str, streaming: boo
 def test_a_compressed_file_is_known_by_its_content(tmp_path: Path) -> None:
     file = write(tmp_path / "rows.jsonl", gzip.compress(jsonl([{"text": "a"}])))
     assert texts(opened(file).examples()) == [(0, "a")]
+
+
+# ---- files that change
+
+
+@both_ways
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows.parquet", "rows.arrow"])
+def test_another_file_of_the_same_name_and_times_is_read(tmp_path: Path, name: str, streaming: bool) -> None:
+    # A renamed folder takes its files along with all their times, also with that of the last change of attributes.
+    for folder, text in (("now", "one"), ("later", "two")):
+        file = write(tmp_path / folder / name, b"")
+        if name == "rows.parquet":
+            parquet(file, {"text": [text]})
+        elif name == "rows.arrow":
+            table = pa.table({"text": [text]})
+            with pa.ipc.new_stream(str(file), table.schema) as stream:
+                stream.write_table(table)
+        else:
+            write(file, f"text\n{text}\n" if name == "rows.csv" else jsonl([{"text": text}]))
+        os.utime(file, (10**9, 10**9))
+    options = {"data_files": name, "streaming": streaming}
+    assert texts(opened(tmp_path / "now", **options).examples()) == [(0, "one")]
+    (tmp_path / "now").rename(tmp_path / "before")
+    (tmp_path / "later").rename(tmp_path / "now")
+    assert texts(opened(tmp_path / "now", **options).examples()) == [(0, "two")]
+
+
+def test_a_file_that_changes_while_it_is_read_is_named(tmp_path: Path) -> None:
+    file = write(tmp_path / "rows.jsonl", jsonl([{"text": "a"}, {"text": "b"}]))
+    corpus = opened(file)
+    with file.open("ab") as appended:
+        appended.write(jsonl([{"text": "c"}]))
+    assert texts(corpus.examples()) == [(0, "a"), (1, "b")], "rows that come later do not matter"
+    for rows in ([{"text": "a"}], [{"text": "x"}, {"text": "b"}]):
+        write(file, jsonl(rows))
+        with pytest.raises(SourceError, match=r"rows\.jsonl was changed while the job read it"):
+            list(corpus.examples())
+
+
+def test_options_that_only_the_library_knows_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(tmp_path / "README.md", "---\nconfigs:\n- config_name: x\n  data_files: a.csv\n  skiprows: 1\n---\n")
+    write(tmp_path / "a.csv", "# a comment\ntext,id\nNA,1\nb,2\n")
+    assert texts(opened(tmp_path).examples()) == [(1, "b")]
+    assert "the library datasets reads these csv files, for their options skiprows" in caplog.text
 
 
 # ---- filters

@@ -81,6 +81,12 @@ def test_an_odd_description_of_a_copy_does_not_count(tmp_path: Path, caplog: pyt
     assert "the job needs" in message("org/name").lower()
 
 
+ROWS_OF = """
+def rows(corpus):
+    return [(example.source_id, example.text) for example in corpus.examples()]
+"""
+
+
 def client(code: str, endpoint: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
     """Runs `code` in a process of its own, whose Hub is at `endpoint`: the libraries read their environment once."""
     imports = (
@@ -137,6 +143,8 @@ def test_a_hub_dataset_is_pinned(tmp_path: Path) -> None:
         hub.commit("org/name", {"logo.xyz": b""}, branch="gone")
         new = hub.commit("org/name", files | {"train.jsonl": jsonl(ROWS[5:])})
         hub.commit("org/LongBooks-v2", {"a.txt": b"one\nline", "b.txt": b"two"})
+        table, other = b"id,text\n007,NA\n12,n/a\n", b"id,text\n1,other\n"
+        hub.commit("org/table", {"train.csv": table, "test.csv": other, "extra.csv": other})
         hub.commit("org/gated", files)
         hub.repositories["org/gated"].gated = True
         checkpoint = {path.name: path.read_bytes() for path in tokenizer.iterdir()}
@@ -144,6 +152,7 @@ def test_a_hub_dataset_is_pinned(tmp_path: Path) -> None:
         code = f"""
 def texts(corpus):
     return [(example.index, example.text) for example in corpus.examples()]
+{ROWS_OF}
 corpus = dataset('org/name')
 assert corpus.commit == {new!r} and texts(corpus) == [(0, {TEXTS[2][1]!r})], corpus.commit
 for streaming in (False, True):
@@ -152,6 +161,9 @@ for streaming in (False, True):
 assert dataset('org/name', revision='v1').num_rows == 1
 assert dataset('org/name', {old!r}, revision='v1').num_rows == 6
 assert texts(dataset('org/LongBooks-v2')) == [(0, 'one\\nline'), (1, 'two')]
+for options in ({{}}, {{'split': 'train[:1]'}}, {{'split': 'test+train'}}, {{'data_files': 'ext*.csv'}}):
+    print(options, rows(dataset('org/table', id_column='id', **options)))
+print('streamed', rows(dataset('org/table', id_column='id', streaming=True)))
 assert tokenizer('org/model').commit == {model!r}
 for text in (
     error(dataset, 'org/name', revision='v2'),
@@ -167,6 +179,15 @@ for text in (
     print(text)
 """
         answers = client(code, hub.url, tmp_path).stdout.splitlines()
+    tables = answers[:5]
+    assert tables == [
+        "{} [('007', 'NA'), ('12', 'n/a')]",
+        "{'split': 'train[:1]'} [('007', 'NA')]",
+        "{'split': 'test+train'} [('1', 'other'), ('007', 'NA'), ('12', 'n/a')]",
+        "{'data_files': 'ext*.csv'} [('1', 'other')]",
+        "streamed [('007', 'NA'), ('12', 'n/a')]",
+    ]
+    answers = answers[5:]
     expected = [
         "It has: main, v1, gone",
         "has no data files that can be read",
@@ -189,6 +210,12 @@ assert dataset('org/name', revision={new!r}).num_rows == 1
 assert [each.text for each in dataset('org/LongBooks-v2').examples()] == ['one\\nline', 'two']
 assert tokenizer('org/model').commit == tokenizer('org/model', {model!r}).commit == {model!r}
 print(error(dataset, 'org/name'))
+{ROWS_OF}
+for options in ({{}}, {{'split': 'train[:1]'}}, {{'split': 'test+train'}}, {{'data_files': 'ext*.csv'}}):
+    print(options, rows(dataset('org/table', id_column='id', **options)))
+print(error(dataset, 'org/table', data_files='test.csv'))
 """
     done = client(code, hub.url, tmp_path)
+    assert done.stdout.splitlines()[1:5] == tables[:4], done.stdout
+    assert "with these dataset.data_files" in done.stdout.splitlines()[5]
     assert old in done.stdout and new in done.stdout and "Retrying" not in done.stderr

@@ -93,6 +93,13 @@ class ModelConfig:
     family: str | None = field(
         default=None, metadata={"help": "a family of your own, package.module:Class (see models/ADDING.md)"}
     )
+    adapter: str | None = field(
+        default=None, metadata={"help": "an adapter of the package peft for the model: a Hub id or a folder"}
+    )
+    merge_adapter: bool = field(
+        default=False,
+        metadata={"help": "add the adapter's weights to those of the model, instead of running it next to them"},
+    )
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     long_context: LongContextConfig = field(default_factory=LongContextConfig, metadata={"changes_rows": False})
 

@@ -36,6 +36,10 @@ def resolve(config: Config) -> ResolvedConfig:
         revision = _short_revision(model.revision)
         if not model_slug.endswith(revision):
             model_slug = f"{model_slug}-{revision}"
+    if model.adapter is not None:
+        adapter = safe_name(last_part(model.adapter))
+        if not model_slug.endswith(adapter):
+            model_slug = f"{model_slug}-{adapter}"
     dataset_slug = dataset.slug or safe_name(last_part(dataset.path or "dataset"))
     branch = output.hf_branch or "-".join(
         [model_slug, dataset_slug]
@@ -68,10 +72,15 @@ def fingerprint(config: ResolvedConfig) -> dict[str, Any]:
     """Returns every setting that can change a row or a vector, as `section.key: value`."""
     keys = {setting.key: _value(config, setting.key) for setting in settings() if setting.changes_rows}
     # A local checkpoint or file may move: the commits contain its digest, and every text is compared.
-    for key in ("model.name", "model.tokenizer.name", "dataset.path"):
-        keys[key] = public_name(keys[key])
+    for key in ("model.name", "model.adapter", "model.tokenizer.name", "dataset.path"):
+        keys[key] = None if keys[key] is None else public_name(keys[key])
     plain: dict[str, Any] = json.loads(json.dumps(keys))  # the values as JSON stores them
     return {key: public_values(value) for key, value in plain.items()}
+
+
+def with_defaults(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a stored fingerprint with the settings that its version of this package did not have yet."""
+    return {setting.key: setting.default for setting in settings() if setting.changes_rows} | dict(fingerprint)
 
 
 def public_values(values: Any) -> Any:
@@ -136,7 +145,12 @@ def _with_expanded_paths(config: Config) -> Config:
     tokenizer = replace(config.model.tokenizer, name=expanded(config.model.tokenizer.name))
     return replace(
         config,
-        model=replace(config.model, name=expanded(config.model.name), tokenizer=tokenizer),
+        model=replace(
+            config.model,
+            name=expanded(config.model.name),
+            adapter=expanded(config.model.adapter),
+            tokenizer=tokenizer,
+        ),
         dataset=replace(config.dataset, path=expanded(config.dataset.path)),
         output=replace(config.output, data_root=expanded(config.output.data_root)),
     )

@@ -64,6 +64,11 @@ def _model(model: ModelConfig) -> Iterator[str]:
             f"model.device_map is {model.device_map!r}; it must be a name (auto, cpu, cuda:0, ...), "
             "a mapping of modules to devices, or null"
         )
+    if model.adapter is not None:
+        yield from _source("model.adapter", model.adapter, "a folder")
+        yield from _loadable("model.adapter", model.adapter)
+    elif model.merge_adapter:
+        yield "model.merge_adapter is true, but model.adapter is not given; set it to a folder or to org/name"
     for key in ("attn_implementation", "gguf_file", "family"):
         yield from _not_empty(f"model.{key}", getattr(model, key))
     tokenizer = model.tokenizer

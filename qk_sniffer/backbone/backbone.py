@@ -42,12 +42,15 @@ class Backbone:
         pre_rope: bool = False,
         banded_attention: bool = True,
         stored: StoredWeights = StoredWeights(),  # noqa: B008  (frozen)
+        adapter: dict[str, str | None] | None = None,
     ) -> None:
         self.decoder = decoder
         self.family = family
         self.pre_rope = pre_rope
         self.banded_attention = banded_attention
         self.stored = stored
+        self.adapter = adapter
+        """The facts of the adapter on the decoder, for the manifest; None without an adapter."""
         self.attention_layers = family.attention_layers(decoder)
         weights = list(decoder.parameters())
         # Weights that accelerate offloads are on the meta device until a forward pass needs them.

@@ -14,6 +14,8 @@ import transformers
 from transformers import AutoConfig, GgufConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils.hub import cached_file
 
+from qk_sniffer.backbone.adapter import base_alone, check_adapter, load_adapter
+from qk_sniffer.backbone.adapter_files import adapter_of
 from qk_sniffer.backbone.backbone import Backbone
 from qk_sniffer.backbone.checkpoint_weights import (
     check_dtype,
@@ -49,36 +51,44 @@ def load_backbone(
     config: ModelConfig,
     *,
     commit: str | None = None,
+    adapter_commit: str | None = None,
     pre_rope: bool = False,
     banded_attention: bool = True,
     layers: Collection[int] | None = None,
 ) -> Backbone:
-    """Loads the decoder of `config.name` without its head, in eval mode.
+    """Loads the decoder of `config.name` without its head, in eval mode, with the adapter of `config.adapter` on it.
 
-    `commit` pins a Hub model to the commit of an earlier start. With `layers`, the decoder ends with the last of them,
-    if the model allows it.
-
-    Raises:
-        ConfigError: `config` does not fit the model.
-        SourceError: the model cannot be found or loaded, it attends to an encoder, or its checkpoint and its decoder do
-            not have the same weights.
-    """
-    with _loading(config, commit):
-        model, family, stored = _cached_first(config, commit, lambda source: _loaded(config, source, layers))
-    return Backbone(
-        family.decoder(model.eval()), family, pre_rope=pre_rope, banded_attention=banded_attention, stored=stored
-    )
-
-
-def check_model(config: ModelConfig, *, commit: str | None = None) -> None:
-    """Checks `config` against the model's own config, without loading weights.
+    `commit` and `adapter_commit` pin a model and an adapter on the Hub to the commits of an earlier start. With
+    `layers`, the decoder ends with the last of them, if the model allows it and there is no adapter.
 
     Raises:
-        ConfigError: `config` does not fit the model.
-        SourceError: the model cannot be found, or it attends to an encoder.
+        ConfigError: `config` does not fit the model or the adapter.
+        SourceError: the model or the adapter cannot be found or loaded, the model attends to an encoder, or its
+            checkpoint and its decoder do not have the same weights.
     """
     with _loading(config, commit):
-        _cached_first(config, commit, lambda source: _read_config(config, source))
+        adapter = adapter_of(config, commit, adapter_commit)
+        kept = layers if adapter is None else None  # the adapter may have weights of every layer
+        model, family, stored = _cached_first(config, commit, lambda source: _loaded(config, source, kept))
+    decoder, facts = family.decoder(model.eval()), None
+    if adapter is not None:
+        load_adapter(adapter, decoder, merge=config.merge_adapter)
+        facts = adapter.facts()
+    return Backbone(decoder, family, pre_rope=pre_rope, banded_attention=banded_attention, stored=stored, adapter=facts)
+
+
+def check_model(config: ModelConfig, *, commit: str | None = None, adapter_commit: str | None = None) -> None:
+    """Checks `config` against the model's own config and the adapter's, without loading weights.
+
+    Raises:
+        ConfigError: `config` does not fit the model or the adapter.
+        SourceError: the model or the adapter cannot be found, they do not fit, or the model attends to an encoder.
+    """
+    with _loading(config, commit):
+        adapter = adapter_of(config, commit, adapter_commit)
+        found = _cached_first(config, commit, lambda source: _read_config(config, source))
+        if adapter is not None:
+            check_adapter(adapter, found.text)
 
 
 def _cached_first(config: ModelConfig, commit: str | None, load: Callable[[dict[str, Any]], T]) -> T:
@@ -199,7 +209,8 @@ def _loaded(
     if config.gguf_file is not None:
         # Without this, a quantized file may stay packed and run on its own kernels, those of attention included.
         arguments["quantization_config"] = GgufConfig(dequantize=True)
-    with ignored_layers_reported(), nullcontext() if layers is None else cut_after(layers, found.family):
+    cut = nullcontext() if layers is None else cut_after(layers, found.family)
+    with base_alone(), ignored_layers_reported(), cut:
         if found.wrapper is not None:
             if config.attn_implementation is not None:
                 found.text._attn_implementation = config.attn_implementation  # its towers may not support it

@@ -6,7 +6,7 @@ branch of the Hub has more sections: loading from the Hub, the proof, the pictur
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -98,7 +98,7 @@ def _introduction(facts: CardFacts) -> str:
     return f"""\
 # {plain(_title(facts))}
 
-The query (Q) and key (K) vectors of attention heads of {code(_model_name(facts))} at sampled token positions of
+The query (Q) and key (K) vectors of attention heads of {_adapted(facts, code)} at sampled token positions of
 {facts.num_examples:,} examples of {code(_dataset_name(facts))}: {heads}, {facts.rows:,} rows. qk-sniffer captured them
 in the model's own forward pass, {stage} the rotary embedding (RoPE).
 
@@ -134,6 +134,7 @@ def _run(facts: CardFacts) -> str:
         cut += f", without {facts.truncated_tokens:,} tokens in all"
     settings = [
         ("model", _source(model.name, model.revision, facts.model_commit)),
+        ("adapter", _adapter(facts)),
         ("dtype", plain(computed_in(facts.dtype, facts.checkpoint_dtype))),
         ("quantization", "" if facts.quantization is None else plain(quantized(facts.quantization))),
         ("attention implementation", _plain(model.attn_implementation)),
@@ -301,11 +302,14 @@ def _terms(facts: CardFacts) -> str:
         licenses = ", ".join(code(license) for license in facts.licenses.get(role, ()))
         return code(name) + (f" (licence: {licenses})" if licenses else "")
 
+    sources = [source(_model_name(facts), "model"), source(_dataset_name(facts), "dataset")]
+    if facts.config.model.adapter is not None:
+        sources.insert(1, source(_adapter_name(facts), "adapter"))
     return f"""\
 ## Terms
 
-The vectors derive from {source(_model_name(facts), "model")} and from {source(_dataset_name(facts), "dataset")}.
-This card states no licence of its own: the terms of both apply.
+The vectors derive from {" and from ".join(sources)}.
+This card states no licence of its own: the terms of {"both" if len(sources) == 2 else "all"} apply.
 """
 
 
@@ -330,11 +334,29 @@ Cite the model, the texts, and this dataset with the commit that you used:
 
 
 def _title(facts: CardFacts) -> str:
-    return f"Q and K vectors of {_model_name(facts)} on {_dataset_name(facts)}"
+    return f"Q and K vectors of {_adapted(facts, str)} on {_dataset_name(facts)}"
+
+
+def _adapted(facts: CardFacts, shown: Callable[[str], str]) -> str:
+    """Returns the name of the model, with that of its adapter; `shown` formats each name."""
+    model = shown(_model_name(facts))
+    return model if facts.config.model.adapter is None else f"{model} with the adapter {shown(_adapter_name(facts))}"
+
+
+def _adapter(facts: CardFacts) -> str:
+    model = facts.config.model
+    if model.adapter is None:
+        return ""
+    how = "merged into the model's weights" if model.merge_adapter else "computed next to the model's weights"
+    return f"{_source(model.adapter, None, facts.adapter_commit)} ({how})"
 
 
 def _model_name(facts: CardFacts) -> str:
     return _public_name(facts.config.model.name, facts.model_commit)
+
+
+def _adapter_name(facts: CardFacts) -> str:
+    return _public_name(facts.config.model.adapter, facts.adapter_commit)
 
 
 def _dataset_name(facts: CardFacts) -> str:

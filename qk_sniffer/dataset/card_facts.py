@@ -43,13 +43,14 @@ class CardFacts:
     rotations: Mapping[int, Mapping[str, Any] | str | None] = field(default_factory=dict)
     """How each layer rotates, as in the manifest; empty if it does not say."""
     licenses: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    """The licenses that the sources state: {"model": ..., "dataset": ...}."""
+    """The licenses that the sources state: {"model": ..., "adapter": ..., "dataset": ...}."""
     checkpoint_dtype: str | None = None
     """The dtype that the checkpoint names as its own; None if it is not known."""
     quantization: Mapping[str, Any] | None = None
     """The manifest's `quantization` of the model."""
     languages: Sequence[str] = ()
     """The languages of the examples that their source states."""
+    adapter_commit: str | None = None
     place: Place | None = None
     """None for the card in a folder, which has neither proof nor pictures."""
     truncated_tokens: int | None = None
@@ -79,6 +80,7 @@ class CardFacts:
             checkpoint_dtype=manifest["model"].get("checkpoint_dtype"),
             quantization=manifest["model"].get("quantization"),
             model_commit=hub_commit_of(commits["model"]),
+            adapter_commit=hub_commit_of(commits.get("adapter")),
             tokenizer_commit=hub_commit_of(commits["tokenizer"]),
             dataset_commit=commits["dataset"],
             software=manifest["versions"],
@@ -95,7 +97,7 @@ class CardFacts:
             rotations={
                 layer["layer"]: layer["rotation"] for layer in manifest["model"]["layers"] if "rotation" in layer
             },
-            licenses={source: stated[source]["license"] for source in ("model", "dataset")},
+            licenses={source: terms["license"] for source, terms in stated.items()},
             languages=stated["dataset"]["language"],
             truncated_tokens=manifest.get("truncated_tokens"),
             special_tokens=manifest["tokenizer"].get("special_tokens", {}),

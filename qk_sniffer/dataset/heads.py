@@ -56,4 +56,6 @@ def _metadata(
         "softmax_scale": layer["softmax_scale"],
         "dtype": model["dtype"],
     }
+    if (adapter := record["fingerprint"].get("model.adapter")) is not None:
+        values |= {"adapter": adapter, "adapter_revision": record["commits"].get("adapter")}
     return {key: "null" if value is None else str(value) for key, value in values.items()}

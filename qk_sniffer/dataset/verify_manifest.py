@@ -27,7 +27,7 @@ from qk_sniffer.text import counted
 
 _COUNTS = ("examples", "tokens", "longest_example", "truncated_examples", "skipped_rows", "source_rows", "rows")
 
-_DEPEND_ON_WHERE_IT_RAN = {"model.name", "model.tokenizer.name", "dataset.path", "shard.count"}
+_DEPEND_ON_WHERE_IT_RAN = {"model.name", "model.adapter", "model.tokenizer.name", "dataset.path", "shard.count"}
 """Keys whose value in the fingerprint cannot be computed from the config in the manifest."""
 
 _Number = TypeVar("_Number", int, float)

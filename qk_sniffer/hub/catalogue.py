@@ -154,6 +154,8 @@ def _row(api: "HfApi", repo_id: str, branch: str, commit: str, page: str) -> str
 def _facts(endpoint: str, manifest: dict[str, Any]) -> list[str]:
     config, commits = from_dict(manifest["config"]), manifest["commits"]
     model = _source(endpoint, config.model.name, hub_commit_of(commits["model"]))
+    if config.model.adapter is not None:
+        model += f" + {_source(endpoint, config.model.adapter, hub_commit_of(commits.get('adapter')))}"
     texts = _source(f"{endpoint}/datasets", config.dataset.path, commits["dataset"])
     if config.dataset.name is not None:
         texts += f" ({plain(config.dataset.name)})"

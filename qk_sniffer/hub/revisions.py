@@ -92,6 +92,31 @@ def repository_files(name: str, commit: str) -> list[str]:
         return [path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*") if path.is_file()]
 
 
+def hub_file(name: str, file: str, revision: str | None = None) -> Path | None:
+    """Returns the path of a file of a model repository, fetched if needed; None if the repository has no such file.
+
+    The local cache is asked first.
+
+    Raises:
+        HubUnreachableError: the cache does not tell, and the Hub gives no answer.
+    """
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    if not is_hub_id(name):
+        return None
+    cached = try_to_load_from_cache(name, file, revision=revision)
+    if cached is not None:
+        return Path(cached) if isinstance(cached, str) else None
+    try:
+        facts = reading_api().model_info(name, revision=revision, timeout=_TIMEOUT_S)
+        if all(sibling.rfilename != file for sibling in facts.siblings or ()):
+            return None
+        return Path(hf_hub_download(name, file, revision=facts.sha))
+    except Exception as error:  # errors of any HTTP library below
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise HubUnreachableError(f"the Hub cannot be reached: {reason}") from error
+
+
 def check_cache() -> None:
     """Checks that models of the Hub can be loaded from the local cache.
 

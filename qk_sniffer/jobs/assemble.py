@@ -308,6 +308,7 @@ def _public(record: Mapping[str, Any]) -> dict[str, Any]:
     config: dict[str, Any] = copy.deepcopy(record["config"])
     del config["output"], config["shard"], config["snapshot"]
     config["model"]["name"] = record["fingerprint"]["model.name"]
+    config["model"]["adapter"] = record["fingerprint"].get("model.adapter")
     config["model"]["tokenizer"]["name"] = record["fingerprint"]["model.tokenizer.name"]
     config["dataset"]["path"] = record["fingerprint"]["dataset.path"]
     public: dict[str, Any] = public_values(config)

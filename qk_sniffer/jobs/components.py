@@ -11,7 +11,7 @@ from qk_sniffer.capture.selection import Selection, select
 from qk_sniffer.corpus.tokenizer import TextTokenizer, load_tokenizer
 from qk_sniffer.errors import ConfigError
 from qk_sniffer.hub.revisions import hub_commit_of
-from qk_sniffer.jobs.identity import checkpoint_files
+from qk_sniffer.jobs.identity import ROLES, checkpoint_files
 from qk_sniffer.logs import logger
 from qk_sniffer.resolved import ResolvedConfig
 from qk_sniffer.store.disk import Check, unchecked
@@ -25,7 +25,7 @@ class Components:
     """The loaded tokenizer and model. `selection` names heads of `layers`."""
 
     commits: Mapping[str, str | None]
-    """The commits that `model` and `tokenizer` were loaded at."""
+    """The commits that model, tokenizer and adapter were loaded at."""
     tokenizer: TextTokenizer
     backbone: Backbone
     layers: list[LayerFacts]
@@ -46,11 +46,12 @@ def load_components(config: ResolvedConfig, commits: Mapping[str, str | None], s
 
 
 def _load(config: ResolvedConfig, commits: Mapping[str, str | None]) -> Components:
-    check_model(config.model, commit=commits["model"])
+    check_model(config.model, commit=commits["model"], adapter_commit=commits.get("adapter"))
     tokenizer = load_tokenizer(config.model, hub_commit_of(commits["tokenizer"]))
     backbone = load_backbone(
         config.model,
         commit=commits["model"],
+        adapter_commit=commits.get("adapter"),
         pre_rope=config.capture.capture_pre_rope,
         banded_attention=config.inference.banded_attention,
         # All layers must be seen to tell that none of those asked for has full attention.
@@ -79,5 +80,5 @@ def _load(config: ResolvedConfig, commits: Mapping[str, str | None]) -> Componen
     files = checkpoint_files(config.model, commits)
     devices = {weight.device.type for weight in backbone.decoder.parameters()} & {"cpu", "meta"}
     check = partial(files["model"].check, replaced="meta" in devices) if devices and "model" in files else unchecked
-    loaded = {role: commits[role] for role in ("model", "tokenizer")}
+    loaded = {role: commits[role] for role in ROLES if role in commits}
     return Components(loaded, tokenizer, backbone, layers, selection, check)

@@ -11,7 +11,7 @@ from qk_sniffer.errors import ConfigError, SourceError
 from qk_sniffer.hub.client import require_access, require_uploads_from
 from qk_sniffer.jobs.assemble import finish_interrupted_promotion
 from qk_sniffer.jobs.finish import finish, report_and_publish
-from qk_sniffer.jobs.identity import Job, resolve_commits
+from qk_sniffer.jobs.identity import ROLES, Job, resolve_commits
 from qk_sniffer.jobs.shards import uncaptured
 from qk_sniffer.jobs.start import check_files
 from qk_sniffer.resolved import ResolvedConfig, resolve, with_output
@@ -89,12 +89,12 @@ def _proves(config: Config) -> bool:
 
 
 def _check_checkpoint(config: ResolvedConfig, layout: Layout, record: dict[str, Any]) -> None:
-    """Checks that a local model and tokenizer are those of the job, if this program loads them.
+    """Checks that a local model, adapter and tokenizer are those of the job, if this program loads them.
 
     Raises:
         SourceError: they have changed.
     """
-    needed = ["model", "tokenizer"] if _proves(config) else []
+    needed = [role for role in ROLES if role in record["commits"]] if _proves(config) else []
     if config.capture.capture_token_strings:
         needed.append("tokenizer")
     there = record["commits"]

@@ -6,6 +6,7 @@ dataset never mixes two configurations, two checkpoints or two versions of a lib
 
 import importlib.metadata
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,15 @@ from qk_sniffer.config import ModelConfig
 from qk_sniffer.errors import SourceError, StoreError
 from qk_sniffer.hub.checkpoint_files import CheckpointFiles, folder_digest
 from qk_sniffer.hub.revisions import current_commit, hub_commit_of
-from qk_sniffer.resolved import ResolvedConfig, fingerprint, without_batching
+from qk_sniffer.resolved import ResolvedConfig, fingerprint, with_defaults, without_batching
 from qk_sniffer.text import shortened
 
 LIBRARIES = ("torch", "transformers")
-"""Another version of these may compute other vectors."""
+"""Another version of these may compute other vectors. With an adapter, the same goes for peft."""
+
+
+ROLES = ("model", "tokenizer", "adapter")
+"""What a model is loaded from; each has a commit. Most jobs have no adapter."""
 
 
 @dataclass(frozen=True)
@@ -29,19 +34,23 @@ class Job:
     """The settings that can change rows or vectors, by their dotted keys. The batch settings are those of the first
     start."""
     commits: dict[str, str | None]
-    """The commits of `model`, `tokenizer` and `dataset` on the Hub; for a local checkpoint the digest of its files."""
+    """The commits of `model`, `tokenizer`, `dataset` and any `adapter` on the Hub; for a local checkpoint the digest of
+    its files."""
     versions: dict[str, str]
 
     @classmethod
     def of(cls, config: ResolvedConfig, commits: dict[str, str | None]) -> "Job":
         """The job of `config`, with the installed software."""
         versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
+        if config.model.adapter is not None:
+            with suppress(importlib.metadata.PackageNotFoundError):  # loading the adapter says so
+                versions["peft"] = importlib.metadata.version("peft")
         return cls(fingerprint(config), commits, versions)
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> "Job":
         """The job of a stored record or of a manifest; both hold its keys among others."""
-        return cls(record["fingerprint"], record["commits"], record["versions"])
+        return cls(with_defaults(record["fingerprint"]), record["commits"], record["versions"])
 
     def added_to(self, earlier: "Job") -> "Job":
         """This job as one that adds to the dataset of `earlier`, with the batch settings of its first start."""
@@ -88,7 +97,7 @@ class Job:
 
 
 def resolve_commits(config: ResolvedConfig, earlier: Job | None) -> dict[str, str | None]:
-    """The commits of model and tokenizer: those of an earlier start, else the current ones of their revisions.
+    """The commits of model, adapter and tokenizer: those of an earlier start, else the current ones of their revisions.
 
     A local checkpoint has no commit. The digest of its files replaces it, computed at every start. If its folder is
     gone, its name may be that of a repository, whose commit differs from the digest.
@@ -99,11 +108,13 @@ def resolve_commits(config: ResolvedConfig, earlier: Job | None) -> dict[str, st
     model, tokenizer = config.model, config.model.tokenizer
     assert model.name is not None and tokenizer.name is not None
     asked = {"model": (model.name, model.revision), "tokenizer": (tokenizer.name, tokenizer.revision or "main")}
+    if model.adapter is not None:
+        asked["adapter"] = (model.adapter, "main")
     commits: dict[str, str | None] = {}
     for role, (name, revision) in asked.items():
         if Path(name).is_dir():
             commits[role] = folder_digest(Path(name))
-        elif earlier is not None and hub_commit_of(earlier.commits[role]) is not None:
+        elif earlier is not None and hub_commit_of(earlier.commits.get(role)) is not None:
             commits[role] = earlier.commits[role]
         else:
             commits[role] = (
@@ -113,20 +124,21 @@ def resolve_commits(config: ResolvedConfig, earlier: Job | None) -> dict[str, st
 
 
 def checkpoint_files(
-    model: ModelConfig, commits: Mapping[str, str | None], roles: Sequence[str] = ("model", "tokenizer")
+    model: ModelConfig, commits: Mapping[str, str | None], roles: Sequence[str] = ROLES
 ) -> dict[str, CheckpointFiles]:
     """Returns the files of those `roles` that are local folders, after they were loaded.
 
     Raises:
         SourceError: they are not those of `commits`: they have changed since the job started.
     """
-    names = {"model": model.name, "tokenizer": model.tokenizer.name or model.name}
+    names = {"model": model.name, "tokenizer": model.tokenizer.name or model.name, "adapter": model.adapter}
     found = {}
     for role in roles:
-        if commits[role] is None or hub_commit_of(commits[role]) is not None:
+        commit = commits.get(role)
+        if commit is None or hub_commit_of(commit) is not None:
             continue
         found[role] = CheckpointFiles(Path(str(names[role])))
-        if found[role].digest != commits[role]:
+        if found[role].digest != commit:
             raise SourceError(
                 f"the files of the {role} in {names[role]} changed while the job used them: restore them and rerun the "
                 "command, which keeps what was captured before. Give a checkpoint that is written again and again a "

@@ -43,7 +43,7 @@ def run_job(config: Config) -> Outcome:
     if job.output.hf_repo_id:
         require_uploads_from(job.data_root)
         require_access(job.output.hf_repo_id, private=job.output.private)  # now, not after hours of capture
-    if not all(name and Path(name).is_dir() for name in (job.model.name, job.model.tokenizer.name)):
+    if not all(name and Path(name).is_dir() for name in _loaded_from(job)):
         check_cache()
     existed = job.data_root.exists()
     layout = prepare_data_root(job.data_root, overwrite=job.output.overwrite)
@@ -57,6 +57,11 @@ def run_job(config: Config) -> Outcome:
             with suppress(OSError):
                 if os.path.samestat(made, layout.root.stat()):  # and not the folder of another job
                     layout.root.rmdir()  # a job that failed before it wrote anything leaves nothing
+
+
+def _loaded_from(job: ResolvedConfig) -> list[str | None]:
+    names = [job.model.name, job.model.tokenizer.name]
+    return names if job.model.adapter is None else [*names, job.model.adapter]
 
 
 def _run(config: ResolvedConfig, layout: Layout, stages: Stages, stopping: Stopping) -> Outcome:
@@ -115,7 +120,11 @@ def _record(config: ResolvedConfig, start: Start, components: Components) -> dic
         "source_rows": source_rows(config, start.corpus),
         "base": None if start.base is None else dict(start.base.record),
         "stated": {
-            "model": stated_terms("model", config.model.name or "", hub_commit_of(start.job.commits["model"])),
+            **{
+                role: stated_terms("model", name, hub_commit_of(start.job.commits[role]))
+                for role, name in (("model", config.model.name), ("adapter", config.model.adapter))
+                if name is not None
+            },
             "dataset": stated_terms("dataset", config.dataset.path or "", start.job.commits["dataset"]),
         },
         "model": {
@@ -127,7 +136,8 @@ def _record(config: ResolvedConfig, start: Start, components: Components) -> dic
             "rope_stage": "pre" if config.capture.capture_pre_rope else "post",
             "layers": layers,
             "rotary": components.backbone.rotary_parameters(),
-        },
+        }
+        | ({} if components.backbone.adapter is None else {"adapter": components.backbone.adapter}),
         "tokenizer": _described(components.tokenizer),
     }
 

@@ -15,7 +15,7 @@ from qk_sniffer.jobs.identity import Job, resolve_commits
 from qk_sniffer.jobs.shards import journals_of
 from qk_sniffer.jobs.source_rows import START_PATIENCE_S, changes_limit, limit_problem, source_rows
 from qk_sniffer.logs import logger
-from qk_sniffer.resolved import ResolvedConfig, fingerprint, without_batching
+from qk_sniffer.resolved import ResolvedConfig, fingerprint, with_defaults, without_batching
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.disk import type_of
 from qk_sniffer.store.files import Files, Folder
@@ -109,7 +109,7 @@ def _existing_work(config: ResolvedConfig, layout: Layout) -> _Existing:
 def _starts_over(existing: _Existing, settings: Mapping[str, Any], *, overwrite: bool, is_mine: bool) -> bool:
     """Whether the job ignores the existing work: there is none, or `output.overwrite` replaces it."""
     same_settings = existing.record is not None and (
-        without_batching(existing.record["fingerprint"]) == without_batching(settings)
+        without_batching(with_defaults(existing.record["fingerprint"])) == without_batching(settings)
     )
     match existing.state, overwrite, is_mine, same_settings:
         case "nothing", _, _, _:

@@ -80,6 +80,13 @@ class Quantization(TypedDict):
     config: dict[str, Any]
 
 
+class Adapter(TypedDict):
+    """The adapter on the loaded model: its kind in the words of peft, and the model that it was trained on."""
+
+    kind: Text
+    base: Text | None
+
+
 class Model(TypedDict):
     """The loaded model."""
 
@@ -91,6 +98,7 @@ class Model(TypedDict):
     rope_stage: Literal["pre", "post"]
     layers: Annotated[list[Layer], Meta(min_length=1, max_length=MOST_LAYERS)]
     rotary: dict[str, Any]
+    adapter: NotRequired[Adapter]
 
 
 class Commits(TypedDict):
@@ -99,6 +107,7 @@ class Commits(TypedDict):
     model: CommitOrDigest | None
     tokenizer: CommitOrDigest | None
     dataset: Commit | None
+    adapter: NotRequired[CommitOrDigest]
 
 
 class Terms(TypedDict):
@@ -113,6 +122,7 @@ class Stated(TypedDict):
 
     model: Terms
     dataset: Terms
+    adapter: NotRequired[Terms]
 
 
 class _Tokenizer(TypedDict):
@@ -123,6 +133,7 @@ class _Model(TypedDict):
     slug: Slug
     name: Text | None
     revision: Text
+    adapter: NotRequired[Text | None]
     tokenizer: _Tokenizer
 
 
@@ -214,6 +225,7 @@ Fingerprint = TypedDict(
         "model.name": Text,
         "model.tokenizer.name": Text,
         "dataset.path": Text,
+        "model.adapter": NotRequired[Text | None],
         "inference.max_batch_tokens": BatchSize,
         "inference.batch_size": BatchSize | None,
     },

@@ -25,7 +25,7 @@ from qk_sniffer.store.previous import PreviousVersion, describe
 from qk_sniffer.store.record import new_job_id, read_record, write_record
 from qk_sniffer.store.stored import UnreadableError
 from qk_sniffer.store.work_folder import discard_work
-from qk_sniffer.text import shortened
+from qk_sniffer.text import compact_ranges, shortened
 
 log = logger(__name__)
 
@@ -184,11 +184,13 @@ def register_job(layout: Layout, start: Start, record: Mapping[str, Any], *, own
             if stored is not None:
                 if not overwrite:
                     _check_same(start.job, record["source_rows"], stored, layout.root)
+                    _check_same_heads(record, stored, f"{layout.root} holds an unfinished job")
                     if record["base"] != stored["base"]:
                         raise _overtaken(layout.root)
                 if (
                     _is_same(start.job, record["source_rows"], stored)
                     and record["base"] == stored["base"]
+                    and _captured(record) == _captured(stored)
                     and stored["job_id"] != start.replaces
                 ):
                     return str(stored["job_id"])
@@ -201,10 +203,33 @@ def register_job(layout: Layout, start: Start, record: Mapping[str, Any], *, own
             if start.base is None and type_of(layout.manifest) is not None:
                 raise _overtaken(layout.root)
             if start.base is not None:
-                start.base.check()
+                _check_same_heads(record, start.base.manifest, f"{start.base.files} is a finished dataset")
         job_id = new_job_id(record)
         write_record(layout, {**record, "job_id": job_id}, check=own_lock.check)
         return job_id
+
+
+def _captured(record: Mapping[str, Any]) -> dict[tuple[int, str], list[int]]:
+    """Returns the captured heads of a record or a manifest, by layer and kind."""
+    layers = record["model"]["layers"]
+    return {(of["layer"], kind): heads for of in layers for kind, heads in of["captured"].items() if heads}
+
+
+def _check_same_heads(record: Mapping[str, Any], earlier: Mapping[str, Any], what: str) -> None:
+    """Refuses to add to work of an earlier version that selected other heads by the same settings.
+
+    Raises:
+        StoreError: it did.
+    """
+    now, there = _captured(record), _captured(earlier)
+    if now != there:
+        then, new = (compact_ranges({layer for layer, _ in heads}) for heads in (there, now))
+        raise StoreError(
+            f"{what} of an earlier version of qk-sniffer, which selected other heads by the same settings: of layers "
+            f"{then} there, of layers {new} now (capture.full_attention_only leaves out every layer that hides earlier "
+            "keys). Give this job another folder (output.data_root=...), or replace the old work with "
+            "output.overwrite=true"
+        )
 
 
 def _overtaken(root: Path) -> StoreError:

@@ -14,7 +14,9 @@ from qk_sniffer.backbone.backbone import Backbone
 from qk_sniffer.backbone.banded_attention import Band
 from qk_sniffer.backbone.family import Family, find_family
 from qk_sniffer.backbone.tap import AttentionCall, ForwardDone
-from qk_sniffer.errors import CaptureError
+from qk_sniffer.capture.selection import select
+from qk_sniffer.config import CaptureConfig
+from qk_sniffer.errors import CaptureError, ConfigError
 
 OWN_ATTENTION = ["bloom", "codegen", "falcon", "gpt_neo", "gpt_neox_japanese", "gptj", "mpt", "openai-gpt"]
 
@@ -175,6 +177,34 @@ def test_a_window_that_nothing_declares_is_refused() -> None:
 def test_a_layer_says_whether_it_sees_only_some_keys(model_type: str, sparse: list[bool]) -> None:
     backbone = Backbone(decoder_of(model_type), find_family(model_type))
     assert [fact.sparse_attention for fact in backbone.probe()] == sparse
+
+
+@pytest.mark.parametrize(
+    ("model_type", "full"),
+    [
+        ("llama4_text", [1, 3]),
+        ("minimax_m3_vl_text", [1, 3]),
+        ("gemma3_text", [1, 3]),
+        ("deepseek_v32", []),
+        ("llama", [0, 1, 2, 3]),
+    ],
+)
+def test_full_attention_only_keeps_the_layers_that_hide_no_key(model_type: str, full: list[int]) -> None:
+    layers = [fact.heads for fact in Backbone(decoder_of(model_type), find_family(model_type)).probe()]
+    assert [layer.layer for layer in layers if layer.full_attention] == full
+    capture = CaptureConfig(full_attention_only=True)
+    if full:
+        assert sorted({layer for layer, _, _ in select(layers, capture)}) == full
+    else:
+        with pytest.raises(ConfigError, match=r"every layer of the model hides earlier keys .*full attention: none"):
+            select(layers, capture)
+
+
+def test_attention_of_an_unknown_kind_is_not_full() -> None:
+    decoder: Any = decoder_of("llama")
+    decoder.config.layer_types = ["full_attention", "another_attention"] * 2
+    facts = Backbone(decoder, Family()).probe()
+    assert [fact.heads.full_attention for fact in facts] == [True, False] * 2
 
 
 @pytest.mark.parametrize(

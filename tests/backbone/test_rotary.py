@@ -1,6 +1,7 @@
 """Frequencies that depend on a text's length: each text has the vectors that it has alone, after any other text."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,26 @@ def test_every_text_is_captured_as_if_it_were_alone(name: str, texts: Path, tmp_
             mine = np.array(table["example_id"]) == examples[example]
             wanted = expected[example][layer, kind][number]
             np.testing.assert_allclose(rows[mine], wanted, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_code_of_the_card_rotates_the_rows_of_a_job(
+    name: str, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The texts are on both sides of the boundary."""
+    folder = save_checkpoint(CASES[name], tmp_path / name)
+    capture = {"capture_pre_rope": True, "layers": [0], "heads": [1]}
+    root = run(folder, texts, tmp_path / "out", capture=capture, verify={"examples": 0})
+    monkeypatch.chdir(root)
+    blocks = re.findall(r"```python\n(.*?)```", (root / "README.md").read_text(), flags=re.DOTALL)
+    (code,) = (block for block in blocks if "def rotate" in block)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    rotated = names["rotated"]
+    assert len(rotated) == len(TEXTS)
+    for row in _examples(root):
+        expected = alone(folder, TEXTS[row["index"]])[0, "q"][1]
+        np.testing.assert_allclose(rotated[row["example_id"]], expected, rtol=2e-4, atol=2e-5)
 
 
 def _examples(root: Path) -> list[dict[str, Any]]:

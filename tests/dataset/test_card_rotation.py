@@ -1,10 +1,14 @@
 """The code of a card rotates vectors as the model does, for every type of RoPE, on both sides of a boundary."""
 
+import re
 from pathlib import Path
 from typing import Any
 
+import examine as examine_module
 import numpy as np
 import pytest
+import supported
+import transformers
 from support.rotated_vectors import manifest_of, run_card, vectors_of
 from support.zoo import CASES, Case
 from tiny_configs import randomized, tiny_config
@@ -102,3 +106,30 @@ def test_the_code_rotates_and_turns_back_texts_of_any_length(
             for example, vectors in made.items():
                 np.testing.assert_allclose(vectors, expected[example], rtol=1e-4, atol=1e-4)
     assert rotated
+
+
+TABLE = supported.TABLE.read_text()
+ROTATED = re.findall(r"^\| (\S+) \| \w+ \| yes \| yes ", TABLE, flags=re.MULTILINE)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(f"transformers {transformers.__version__}" not in TABLE, reason="the table is of another version")
+@pytest.mark.parametrize("model_type", ROTATED)
+def test_the_rotation_of_every_type_is_recorded(
+    model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    backbone, _, _ = examine_module._loaded(model_type)
+    decoder, family = backbone.decoder, backbone.family
+    manifest = manifest_of(backbone)
+    layers = {one["layer"]: one["rotation"] for one in manifest["model"]["layers"]}
+    rotations = {str(rotation): layer for layer, rotation in layers.items() if isinstance(rotation, dict)}
+    assert rotations and not any(isinstance(rotation, str) for rotation in layers.values())
+    if family.changed_after_rotary:
+        return
+    before, after = (vectors_of(decoder, family, 20, pre_rope=pre_rope) for pre_rope in (True, False))
+    for layer in rotations.values():
+        for kind in "qk":
+            old, new = before[layer, kind][0], after[layer, kind][0]
+            made = run_card(tmp_path, manifest, layer, kind, {7: old}, pre_rope=True)
+            np.testing.assert_allclose(made[7], new, rtol=1e-3, atol=1e-4)

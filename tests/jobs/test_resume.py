@@ -22,11 +22,13 @@ from support.jobs import (
     run,
     settings,
     stop_at,
+    stopped_after,
     together,
     vectors,
 )
 from support.tiny import save_checkpoint
 
+from qk_sniffer.backbone.layers import LayerHeads
 from qk_sniffer.capture import capture as capture_module
 from qk_sniffer.errors import SourceError, StoreError
 from qk_sniffer.store import manifest as manifests
@@ -75,6 +77,28 @@ def test_overwriting_does_not_take_the_work_of_a_shard_that_runs(
     assert sorted(path.name for path in shard_0.iterdir()) == before
     run(checkpoint, texts, root, shard={"index": 1, "count": 2})
     assert manifests.read(root)["examples"] == len(TEXTS)
+
+
+def test_work_of_a_version_that_selected_other_heads_is_not_continued(
+    checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An earlier version took layers that hide keys for those of full attention."""
+    lines = texts.read_text(encoding="utf-8").splitlines(keepends=True)[:6]
+    few, capture = tmp_path / "few.jsonl", {"full_attention_only": True}
+    unfinished, finished = tmp_path / "unfinished", tmp_path / "finished"
+    few.write_text("".join(lines[:4]), encoding="utf-8")
+    with monkeypatch.context() as earlier:
+        earlier.setattr(LayerHeads, "full_attention", True)
+        stopped_after(0, checkpoint, few, unfinished, capture=capture)
+        run(checkpoint, few, finished, capture=capture, verify={"examples": 0})
+    with pytest.raises(StoreError, match=r"unfinished job of an earlier version .* layers 0-2 there, of layers 1"):
+        run(checkpoint, few, unfinished, capture=capture)
+    run(checkpoint, few, finished, capture=capture)  # nothing to do
+    few.write_text("".join(lines), encoding="utf-8")
+    with pytest.raises(StoreError, match=r"finished dataset of an earlier version .* layers 0-2 there, of layers 1"):
+        run(checkpoint, few, finished, capture=capture)
+    replaced = run(checkpoint, few, finished, capture=capture, output={"overwrite": True}, verify={"examples": 0})
+    assert {name[:3] for name in heads_of(replaced)} == {"l01"}
 
 
 def test_other_rows_than_those_of_an_unfinished_job_are_refused(

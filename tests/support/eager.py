@@ -79,18 +79,33 @@ def check_reach(layer: dict[str, Any], weights: torch.Tensor) -> None:
             assert head.sees(query, key) is bool(visible[query:, : key + 1].any())
 
 
-def check_weights(layer: dict[str, Any], call: AttentionCall, weights: torch.Tensor) -> None:
-    """Asserts that the layer's facts lead from the captured vectors to the attention weights."""
+def check_weights(
+    layer: dict[str, Any], call: AttentionCall, weights: torch.Tensor, *, without_sinks: bool = False
+) -> None:
+    """Asserts that the layer's facts lead from the captured vectors to the attention weights.
+
+    `without_sinks` says that the kernel scales its output by the sinks, and not the weights that it returns.
+    """
     n = call.query.shape[2]
     logits = layer["softmax_scale"] * call.query.float() @ call.key[:, layer["key_head"]].float().mT
     if layer["softcap"] is not None:
         logits = layer["softcap"] * torch.tanh(logits / layer["softcap"])
     mask = weights > 0 if layer["sparse_attention"] else declared_keys(layer, n)
     logits = logits.masked_fill(~mask, -torch.inf)
-    if layer["sinks"] is not None:
+    if layer["sinks"] is not None and not without_sinks:
         sinks = torch.tensor(layer["sinks"])[None, :, None, None].expand(len(logits), -1, n, 1)
         logits = torch.cat([logits, sinks], dim=-1)
     torch.testing.assert_close(logits.softmax(-1)[..., :n], weights.float(), rtol=1e-3, atol=1e-4)
+
+
+def check_scale_next_to_bias(layer: dict[str, Any], call: AttentionCall, weights: torch.Tensor) -> None:
+    """Asserts that logits less the scaled products of queries and keys are alike in both texts: a bias by position."""
+    products = layer["softmax_scale"] * call.query.double() @ call.key[:, layer["key_head"]].double().mT
+    bias = weights.double().log() - products
+    bias = (bias - bias[..., :1]).masked_fill(weights < 1e-6, 0)  # the softmax's own shift of each row
+    both = (weights > 1e-6).all(0)
+    torch.testing.assert_close(bias[0][both], bias[1][both], rtol=1e-3, atol=1e-3)
+    assert float(bias.abs().max()) > 0.01
 
 
 def _weights(call: KernelCall) -> torch.Tensor | None:

@@ -1,9 +1,9 @@
 """Proves a dataset: derives the stored rows of a few examples a second time, on another path, and compares.
 
 The other path is a plain forward pass of the unmodified model over one example, with the user's own attention kernel:
-no tap, no bands, no batch. Hooks on the query and key projections (or the norms behind them) give the vectors before
-RoPE. The model's own rotary function rotates them with the model's own embedding. A family defines any further steps of
-its attention. Stored rows that differ by more than rounding were captured wrongly.
+no tap, no batch, and no bands up to `MAX_TOKENS` tokens. Hooks on the query and key projections (or the norms behind
+them) give the vectors before RoPE. The model's own rotary function rotates them with the model's own embedding. A
+family defines any further steps of its attention. Stored rows that differ by more than rounding were captured wrongly.
 
 The measure is taken over all rows of one head and example, with Frobenius norms:
 
@@ -18,6 +18,7 @@ batches of another shape and from banded attention, and grows with depth. A wron
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,12 +29,16 @@ import torch
 from torch import nn
 
 from qk_sniffer.backbone.backbone import Backbone
+from qk_sniffer.backbone.banded_attention import banded
 from qk_sniffer.backbone.family import QueryKey, RotaryCall
-from qk_sniffer.backbone.tap import rotary_functions, watched_rotary
-from qk_sniffer.capture.proof_examples import MAX_TOKENS, MIN_TOKENS, Choice, LayerKind, tokens_to_derive
+from qk_sniffer.backbone.tap import ForwardDone, rotary_functions, watched_rotary
+from qk_sniffer.capture.proof_examples import MAX_TOKENS, MIN_TOKENS, LayerKind, Pass
 from qk_sniffer.errors import QkSnifferError
+from qk_sniffer.logs import logger
 from qk_sniffer.store.layout import Head, Layout
 from qk_sniffer.store.parquet_files import open_parquet
+
+log = logger(__name__)
 
 TOLERANCES = {"float32": 2e-3, "float16": 2e-2, "bfloat16": 1e-1}
 """The largest relative difference that counts as rounding, by the dtype of the model."""
@@ -57,27 +62,36 @@ StoredRows = tuple[Int64, Vectors]
 
 
 def prove(
-    backbone: Backbone, layout: Layout, heads: Sequence[Head], choice: Choice, ids: Mapping[int, npt.NDArray[np.int32]]
+    backbone: Backbone,
+    layout: Layout,
+    heads: Sequence[Head],
+    passes: Sequence[Pass],
+    ids: Mapping[int, npt.NDArray[np.int32]],
 ) -> dict[str, Any]:
-    """Compares the chosen rows of `heads` in `layout` with vectors from hooks. `ids` are token ids by example_id.
+    """Compares rows of `heads` in `layout` with vectors from hooks in `passes`. `ids` are token ids by example_id.
 
     Returns the manifest's `proof`: `proven` (None where the family has no hook path), the rows and heads that were
-    compared, the largest of their positions, each (layer, kind) without a compared row, the tolerance, and the largest
-    difference by layer.
+    compared, the largest of their positions, and of those in the first layers alone (`beyond`), each (layer, kind)
+    without a compared row, the tolerance, and the largest difference by layer.
     """
     proof: dict[str, Any] = {"proven": None, "examples": sorted(ids), "max_tokens": MAX_TOKENS}
     eps = torch.finfo(backbone.dtype).eps
     largest: dict[int, float] = {}
     compared: set[Head] = set()
-    rows, longest_position = 0, -1
-    for example_id, tokens in ids.items():
-        stored = _stored(layout, heads, example_id, choice.rows[example_id])
-        part = tokens[: tokens_to_derive(len(tokens), backbone.length_boundary)]
+    rows, longest_position, beyond = 0, -1, {}
+    for one in passes:
+        stored = _stored(layout, heads, one.example.example_id, one.rows)
+        if not stored:
+            continue
+        tokens = ids[one.example.example_id][: one.tokens]
         try:
-            derived = _derived(backbone, part, {head: positions for head, (positions, _) in stored.items()})
+            derived = _derived(backbone, tokens, {head: positions for head, (positions, _) in stored.items()})
         except QkSnifferError:
             raise
         except Exception as error:  # from the model's code, if it differs from what its family expects
+            if one.first_layers:  # the memory may not hold it
+                log.warning("no row beyond position %s is compared: %s", f"{MAX_TOKENS - 1:,}", error)
+                continue
             return proof | {"reason": f"the hook path does not fit this model ({type(error).__name__}: {error})"}
         if derived is None:
             return proof | {"reason": "no hook path is known for this family of models"}
@@ -86,20 +100,28 @@ def prove(
             largest[head.layer] = float(np.maximum(largest.get(head.layer, 0.0), difference))  # NaN if either is
             compared.add(head)
             rows += len(positions)
-            longest_position = max(longest_position, int(positions.max()))
+        last = max(int(positions.max()) for positions, _ in stored.values())
+        if one.first_layers:
+            beyond = {"beyond": {"layers": sorted({head.layer for head in stored}), "longest_position": last}}
+        else:
+            longest_position = max(longest_position, last)
     tolerance = TOLERANCES[str(backbone.dtype).removeprefix("torch.")]
     covered = {(head.layer, head.kind) for head in compared}
     uncovered = sorted({(head.layer, head.kind) for head in heads} - covered)
-    return proof | {
-        # `all` of `<=`, so that a difference of NaN proves nothing.
-        "proven": bool(largest) and all(difference <= tolerance for difference in largest.values()),
-        "rows": rows,
-        "heads": len(compared),
-        "longest_position": longest_position,
-        "uncovered": [{"layer": layer, "kind": kind} for layer, kind in uncovered],
-        "tolerance": tolerance,
-        "largest_difference_by_layer": dict(sorted(largest.items())),
-    }
+    return (
+        proof
+        | beyond
+        | {
+            # `all` of `<=`, so that a difference of NaN proves nothing.
+            "proven": bool(largest) and all(difference <= tolerance for difference in largest.values()),
+            "rows": rows,
+            "heads": len(compared),
+            "longest_position": longest_position,
+            "uncovered": [{"layer": layer, "kind": kind} for layer, kind in uncovered],
+            "tolerance": tolerance,
+            "largest_difference_by_layer": dict(sorted(largest.items())),
+        }
+    )
 
 
 def _stored(
@@ -169,6 +191,8 @@ def _derived(
                 mean = states.float().mean(0)
                 spread = float((states.float() - mean).norm(dim=-1).median())
                 derived[head] = Derived(rows.float().cpu().numpy(), mean.cpu().numpy(), spread)
+        if len(derived) == len(heads):
+            raise ForwardDone
 
     def begin(*_: Any) -> None:
         projected.clear()
@@ -183,7 +207,8 @@ def _derived(
                 return None
             hooks += [part.register_forward_hook(keep(name)) for name, part in parts.items()]
             hooks.append(module.register_forward_hook(derive, with_kwargs=True))
-        with torch.inference_mode(), watched_rotary(modules, family, rotary_calls):
+        attention = banded() if backbone.banded_attention and len(ids) > MAX_TOKENS else nullcontext()
+        with attention, watched_rotary(modules, family, rotary_calls), suppress(ForwardDone):
             backbone.run(torch.from_numpy(ids.astype(np.int64))[None])
     finally:
         for hook in hooks:

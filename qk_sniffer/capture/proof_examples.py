@@ -3,7 +3,8 @@
 With a sampler, an example has rows in some layers and kinds only. One forward pass derives the vectors of an example in
 all layers at once, and so each further example is chosen for the layers and kinds that it adds, in proportion to its
 cost. The choice ends when every (layer, kind) has a row and every kind has `ENOUGH_ROWS`, or when the cost reaches its
-limit. If there is enough left, the longest example follows: its rows are at the latest positions that the proof runs.
+limit. If there is enough left, the longest example follows: first its tokens up to `MAX_TOKENS` in all layers, then all
+of them in the first layers, whose vectors need little of a forward pass.
 The cost is counted in tokens of forward passes, and the limit follows from the dataset and the model alone, so
 that the same dataset is proven by the same examples on every machine.
 """
@@ -46,12 +47,15 @@ LayerKind = tuple[int, str]
 
 
 @dataclass(frozen=True)
-class Choice:
-    """The examples that prove a dataset, and the rows of them to compare."""
+class Pass:
+    """A forward pass of the proof over the first `tokens` tokens of an example."""
 
-    examples: Sequence[ExampleRecord]
-    rows: Mapping[int, Mapping[LayerKind, Int64]]
-    """The numbers of rows in the files of each (layer, kind), by example_id. Its heads have the same rows."""
+    example: ExampleRecord
+    tokens: int
+    rows: Mapping[LayerKind, Int64]
+    """The rows to compare: their numbers in the files of each (layer, kind). Its heads have the same rows."""
+    first_layers: bool = False
+    """Whether it runs the first layers alone."""
 
 
 def choose(
@@ -61,9 +65,10 @@ def choose(
     *,
     count: int | None,
     parameters: int,
+    layers: int,
     boundary: int | None,
-) -> Choice:
-    """Chooses examples that have rows in the files of `heads` in `layout`.
+) -> list[Pass]:
+    """Chooses passes over examples that have rows in the files of `heads` in `layout`.
 
     Args:
         layout: of the dataset, which may be staged.
@@ -71,6 +76,7 @@ def choose(
         examples: all examples of the dataset.
         count: the number of examples, the shortest ones; None for as many as cover every (layer, kind).
         parameters: the number of the model's weights, which its cost follows from.
+        layers: the number of layers that the model runs.
         boundary: `Backbone.length_boundary`. Examples whose frequencies the proof cannot have are not chosen.
     """
     first_heads = {(head.layer, head.kind): head for head in reversed(heads)}
@@ -87,22 +93,39 @@ def choose(
     most_rows = max(1, MOST_BYTES // sum(4 * head.head_dim for head in heads))
     places = [_places(file, [example.example_id for example in candidates], cut) for file in files.values()]
     start, rows = (np.stack(each, axis=1) for each in zip(*places, strict=True))
+    budget = max(SHARE * sum(example.num_tokens for example in examples), FEW_FLOPS / (2 * parameters))
     if count is None:
-        budget = max(SHARE * sum(example.num_tokens for example in examples), FEW_FLOPS / (2 * parameters))
-        chosen = _cover(np.minimum(rows, most_rows), np.maximum(cut, MIN_TOKENS), [kind for _, kind in files], budget)
+        cost = np.maximum(cut, MIN_TOKENS)
+        chosen = _cover(np.minimum(rows, most_rows), cost, [kind for _, kind in files], budget)
+        budget -= int(cost[chosen].sum())
     else:
         chosen = np.flatnonzero(rows.any(axis=1)).tolist()[:count]
-    return Choice(
-        [candidates[number] for number in chosen],
-        {
-            candidates[number].example_id: {
-                group: start[number, column] + _spread(rows[number, column], most_rows)
-                for column, group in enumerate(files)
-                if rows[number, column]
-            }
-            for number in chosen
-        },
-    )
+    passes = [
+        Pass(candidates[number], int(cut[number]), _rows(list(files), start[number], rows[number], most_rows))
+        for number in chosen
+    ]
+    if count is not None or not passes or cut[-1] == candidates[-1].num_tokens:
+        return passes
+    longest = candidates[-1]
+    first: dict[tuple[int | None, int | None], int] = {}
+    for head in sorted(heads, key=lambda head: head.layer):
+        first.setdefault((head.sliding_window, head.attention_chunk), head.layer)
+    early = [layer for layer in first.values() if longest.num_tokens * (layer + 1) / layers <= budget]
+    groups = [group for group in files if group[0] in early]
+    places = [_places(files[group], [longest.example_id], np.array([longest.num_tokens])) for group in groups]
+    all_rows = _rows(groups, [each[0] for each, _ in places], [each[0] for _, each in places], most_rows)
+    return passes + ([Pass(longest, longest.num_tokens, all_rows, first_layers=True)] if all_rows else [])
+
+
+def _rows(
+    groups: Sequence[LayerKind], start: Sequence[int] | Int64, number: Sequence[int] | Int64, most: int
+) -> dict[LayerKind, Int64]:
+    """Returns at most `most` rows of an example in each (layer, kind), evenly spread, the first and last among them."""
+    return {
+        group: at + np.unique(np.linspace(0, rows - 1, min(int(rows), most)).round().astype(np.int64))
+        for group, at, rows in zip(groups, start, number, strict=True)
+        if rows
+    }
 
 
 def tokens_to_derive(num_tokens: int, boundary: int | None) -> int:
@@ -157,8 +180,3 @@ def _cover(rows: Int64, cost: Int64, kinds: Sequence[str], budget: float) -> lis
     if chosen and left[longest] and rows[longest].any() and cost[chosen].max() < cost[longest] <= budget:
         chosen.append(longest)
     return chosen
-
-
-def _spread(number: int, most: int) -> Int64:
-    """Returns at most `most` of the numbers below `number`, evenly spread, the first and the last among them."""
-    return np.unique(np.linspace(0, number - 1, min(number, most)).round().astype(np.int64))

@@ -19,7 +19,12 @@ def compared(proof: Mapping[str, Any], *, heads: int, layers: int) -> str:
     of_heads = counted(heads, "head") if proof["heads"] == heads else f"{proof['heads']:,} of {counted(heads, 'head')}"
     of_layers = _all(layers) if proven == layers else f"{proven:,} of {counted(layers, 'layer')}"
     rows = f"{counted(proof['rows'], 'row')} of {of_heads} in {of_layers}"
-    return f"{rows}, positions to {proof['longest_position']:,}"
+    far = proof.get("beyond")
+    beyond = ""
+    if far is not None:
+        which = f"layer{'' if len(far['layers']) == 1 else 's'} {compact_ranges(far['layers'])}"
+        beyond = f" ({which}: to {far['longest_position']:,})"
+    return f"{rows}, positions to {proof['longest_position']:,}{beyond}"
 
 
 def attention(proof: Mapping[str, Any]) -> str:

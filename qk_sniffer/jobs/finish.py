@@ -209,15 +209,23 @@ def _prove_rows(
     backbone = components.backbone
     boundary = backbone.length_boundary
     parameters = sum(weight.numel() for weight in backbone.decoder.parameters())
-    choice = choose(staged.layout, staged.heads, staged.examples, count=count, parameters=parameters, boundary=boundary)
-    if not choice.examples:
+    passes = choose(
+        staged.layout,
+        staged.heads,
+        staged.examples,
+        count=count,
+        parameters=parameters,
+        layers=max(backbone.attention_layers.values()) + 1,
+        boundary=boundary,
+    )
+    if not passes:
         reason = (
             f"all rows are at positions from {MAX_TOKENS:,} on"
             if boundary is None
             else f"this model's rotary frequencies depend on the length of texts of more than {boundary} tokens"
         )
         return {"proven": None, "reason": reason}
-    captured = {example.index: example for example in choice.examples}
+    captured = {each.example.index: each.example for each in passes}
     found = list(islice((example for example in corpus.examples() if example.index in captured), len(captured)))
     for example in found:
         check_unchanged(example, captured[example.index])
@@ -228,6 +236,6 @@ def _prove_rows(
             f"tokenizer are {components.commits}: they prove nothing about its vectors. Rerun the job's command"
         )
     ids = {each.example_id: each.ids for each in components.tokenizer(found)}
-    proof = prove(backbone, staged.layout, staged.heads, choice, ids)
+    proof = prove(backbone, staged.layout, staged.heads, passes, ids)
     components.check()
     return proof | {"model_commit": components.commits["model"]}

@@ -323,6 +323,13 @@ class LayerKind(TypedDict):
     kind: Kind
 
 
+class Beyond(TypedDict):
+    """The layers that a proof ran over a longer text than the others."""
+
+    layers: Annotated[list[Annotated[int, Meta(ge=0, lt=MOST_LAYERS)]], Meta(min_length=1, max_length=MOST_LAYERS)]
+    longest_position: Count
+
+
 class Proof(TypedDict):
     """The proof of a dataset. Only one that was made has numbers; the others have a reason."""
 
@@ -335,6 +342,7 @@ class Proof(TypedDict):
     rows: NotRequired[Count]
     heads: NotRequired[Count]
     longest_position: NotRequired[Count]
+    beyond: NotRequired[Beyond]
     uncovered: NotRequired[list[LayerKind]]
     attention: NotRequired[Annotated[list[Attention], Meta(max_length=MOST_LAYERS)]]
 

@@ -22,6 +22,7 @@ from torch import nn
 from qk_sniffer.backbone.family import Family
 from qk_sniffer.backbone.provable_types import PROVABLE_TYPES
 from qk_sniffer.capture import proof as proof_module
+from qk_sniffer.capture import proof_examples
 from qk_sniffer.dataset.verify import verify
 from qk_sniffer.errors import CaptureError
 from qk_sniffer.jobs.finalize import finalize
@@ -263,6 +264,27 @@ def test_the_checks_of_attention_outlast_kills_shards_and_growth(
             ("a sliding window of 12", 90, True),
             ("full attention", 90, True),
         ]
+
+
+def test_late_rows_of_a_long_text_are_compared_in_the_first_layers(
+    checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for module in (proof_module, proof_examples):
+        monkeypatch.setattr(module, "MAX_TOKENS", 64)
+    proof = manifests.read(run(checkpoint, texts, tmp_path / "right"))["proof"]
+    assert proof["proven"] is True and proof["longest_position"] == 63
+    assert proof["beyond"] == {"layers": [0, 1], "longest_position": 89}
+    assert "rows of 18 heads in all 3 layers, positions to 63 (layers 0-1: to 89); attention itself" in (
+        capsys.readouterr().out
+    )
+
+    def late_position(slot: Slot) -> None:
+        if slot.layer == 1 and slot.vectors.shape[1] == 90:
+            slot.vectors[:, 70:] = slot.vectors[:, 70:].roll(1, dims=1)
+
+    harm_stored_vectors(monkeypatch, late_position)
+    with pytest.raises(CaptureError, match=FAILED):
+        run(checkpoint, texts, tmp_path / "wrong", inference={"batch_size": 1})
 
 
 def test_it_can_be_turned_off(texts: Path, tmp_path: Path) -> None:

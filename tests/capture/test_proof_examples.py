@@ -11,7 +11,7 @@ import pytest
 from support.jobs import heads_of, run
 
 from qk_sniffer.capture import proof_examples
-from qk_sniffer.capture.proof_examples import MIN_TOKENS, Choice, choose
+from qk_sniffer.capture.proof_examples import MIN_TOKENS, Pass, choose
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.journal import ExampleRecord
 from qk_sniffer.store.layout import Head, Layout
@@ -26,8 +26,8 @@ Rows = dict[tuple[int, str], dict[int, list[int]]]
 """Positions by example in each (layer, kind)."""
 
 
-def chosen(tmp_path: Path, tokens: list[int], rows: Rows, count: int | None = None, **options: Any) -> Choice:
-    """The choice for a dataset of one head for each (layer, kind) and of examples 0, 1, ... of these lengths."""
+def chosen(tmp_path: Path, tokens: list[int], rows: Rows, count: int | None = None, **options: Any) -> list[Pass]:
+    """The passes for a dataset of one head for each (layer, kind) and of examples 0, 1, ... of these lengths."""
     heads = [Head(layer, 0, kind, 0, 4, None, 0) for layer, kind in rows]
     for head in heads:
         of_head = rows[head.layer, head.kind]
@@ -40,34 +40,38 @@ def chosen(tmp_path: Path, tokens: list[int], rows: Rows, count: int | None = No
         (tmp_path / head.file).parent.mkdir(exist_ok=True)
         pq.write_table(table, tmp_path / head.file)
     examples = [ExampleRecord(number, number, str(number), length, False, "") for number, length in enumerate(tokens)]
-    options = {"parameters": TINY, "boundary": None} | options
+    options = {"parameters": TINY, "boundary": None, "layers": 4} | options
     return choose(Layout(tmp_path), heads, examples, count=count, **options)
 
 
-def ids(choice: Choice) -> list[int]:
-    return [example.example_id for example in choice.examples]
+def ids(passes: list[Pass]) -> list[int]:
+    return [each.example.example_id for each in passes]
 
 
 def test_examples_are_added_until_every_layer_and_kind_has_rows(tmp_path: Path) -> None:
     rows: Rows = {(0, "q"): {0: [3], 1: [2, 9]}, (1, "q"): {1: [1]}, (0, "k"): {2: [5]}, (1, "k"): {0: [7], 3: [1]}}
     choice = chosen(tmp_path, [50, 60, 300, 40], rows)
     assert ids(choice) == [1, 0, 2, 3], "first what adds the most; all of them, because there are few rows"
-    assert {group: numbers.tolist() for group, numbers in choice.rows[1].items()} == {(0, "q"): [1, 2], (1, "q"): [0]}
-    assert {group: numbers.tolist() for group, numbers in choice.rows[0].items()} == {(0, "q"): [0], (1, "k"): [0]}
+    assert {group: numbers.tolist() for group, numbers in choice[0].rows.items()} == {(0, "q"): [1, 2], (1, "q"): [0]}
+    assert {group: numbers.tolist() for group, numbers in choice[1].rows.items()} == {(0, "q"): [0], (1, "k"): [0]}
 
 
 def test_enough_rows_are_enough_and_the_longest_example_reaches_the_late_positions(tmp_path: Path) -> None:
     tokens = [300, 310, 5000, 320, 330]
     rows: Rows = {(0, kind): {number: [*range(150)] for number in range(5)} for kind in "qk"}
     rows[0, "q"][2] = [*range(100), 4095, 4096]
-    choice = chosen(tmp_path, tokens, rows)
-    assert ids(choice) == [0, 1, 2]
-    assert choice.rows[2][0, "q"].tolist() == [300 + number for number in range(101)], (
-        "rows of later tokens are not run"
-    )
-    assert ids(chosen(tmp_path, tokens, rows, parameters=int(6e11) // 2 // 4000)) == [0, 1], (
-        "the longest costs too much"
-    )
+    rows[3, "q"] = {2: [4999]}
+    *passes, last, beyond = chosen(tmp_path, tokens, rows, layers=8)
+    assert ids(passes) == [0, 1]
+    assert (last.example.example_id, last.tokens, last.first_layers) == (2, 4096, False)
+    assert last.rows[0, "q"].tolist() == [300 + number for number in range(101)], "rows of later tokens are not run"
+    assert (beyond.example.example_id, beyond.tokens, beyond.first_layers) == (2, 5000, True)
+    assert beyond.rows[0, "q"].tolist() == [300 + number for number in range(102)], "the first layer alone"
+    assert (3, "q") not in beyond.rows
+    few = int(6e11) // 2 // (4096 + 1000)
+    assert [each.tokens for each in chosen(tmp_path, tokens, rows, layers=8, parameters=few)] == [300, 310, 4096]
+    fewer = int(6e11) // 2 // 4000
+    assert ids(chosen(tmp_path, tokens, rows, layers=8, parameters=fewer)) == [0, 1, 2], "beyond the first layer alone"
 
 
 def test_the_cost_is_bounded_by_the_tokens_of_the_dataset(tmp_path: Path) -> None:
@@ -94,7 +98,7 @@ def test_frequencies_that_depend_on_the_length_leave_out_what_needs_padding(tmp_
 def test_rows_of_large_examples_are_spread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(proof_examples, "MOST_BYTES", 2 * 16 * 4)  # four rows of two heads of 4 numbers
     rows: Rows = {(0, kind): {0: [*range(100)]} for kind in "qk"}
-    assert chosen(tmp_path, [100], rows).rows[0][0, "k"].tolist() == [0, 33, 66, 99]
+    assert chosen(tmp_path, [100], rows)[0].rows[0, "k"].tolist() == [0, 33, 66, 99]
 
 
 def test_sparse_rows_are_proven_in_every_layer_and_head(

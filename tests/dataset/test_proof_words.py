@@ -29,6 +29,8 @@ PROOF: dict[str, Any] = {
 
 def test_it_says_what_was_compared() -> None:
     assert compared(PROOF, heads=60, layers=6) == "1,240 rows of 60 heads in all 6 layers, positions to 4,095"
+    far = PROOF | {"beyond": {"layers": [0], "longest_position": 131_071}}
+    assert compared(far, heads=60, layers=6).endswith("in all 6 layers, positions to 4,095 (layer 0: to 131,071)")
     some = PROOF | {"heads": 58, "largest_difference_by_layer": {"0": 0.1, "1": float("nan")}}
     assert compared(some, heads=60, layers=6) == "1,240 rows of 58 of 60 heads in 2 of 6 layers, positions to 4,095"
     assert largest_difference(PROOF) == 0.01 and str(largest_difference(some)) == "nan"

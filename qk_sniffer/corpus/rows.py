@@ -89,8 +89,8 @@ class Part:
     stop: int | None = None
 
 
-_Facts = tuple[int, int, int, int]
-"""Device, inode, size, and time of the last change of content."""
+_Facts = tuple[int, int, int]
+"""Size, and times of the last changes of content and of attributes. Some file systems change the number of an inode."""
 
 
 @dataclass
@@ -212,7 +212,7 @@ class FileRows:
         if now is None or before is None or now == before:
             return
         # Lines may be appended: the rows that the job uses are those that were there.
-        if now[:2] != before[:2] or now[2] <= before[2] or isinstance(self.reader, ParquetReader):
+        if now[0] <= before[0] or isinstance(self.reader, ParquetReader):
             raise SourceError(
                 f"{self.where}: file {file} was changed while the job read it: rerun the command, which keeps what was "
                 "captured before"
@@ -295,4 +295,4 @@ def _facts_of(file: str) -> _Facts | None:
         facts = Path(file).stat()
     except OSError:  # its reader explains it
         return None
-    return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns
+    return facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns

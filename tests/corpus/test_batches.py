@@ -7,8 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qk_sniffer.corpus.batches import batches, windows
+from qk_sniffer.corpus.batches import batches, check_unchanged, windows
 from qk_sniffer.corpus.examples import Example
+from qk_sniffer.corpus.tokenizer import text_hash
+from qk_sniffer.errors import SourceError
+from qk_sniffer.store.journal import ExampleRecord
 
 pytestmark = pytest.mark.floor
 
@@ -78,3 +81,21 @@ def test_batches_of_known_lengths() -> None:
     assert batches(lengths, max_batch_tokens=299, batch_size=2) == [[7], [0, 3], [2, 6], [4, 5], [1]]
     assert batches([5] * 5, max_batch_tokens=10) == [[0, 1], [2, 3], [4]]
     assert batches([], max_batch_tokens=10) == []
+
+
+def test_an_id_that_is_read_otherwise_than_before_is_told_from_another_text() -> None:
+    def record(source_id: str, text: str) -> ExampleRecord:
+        return ExampleRecord(
+            index=3, example_id=12, source_id=source_id, num_tokens=2, truncated=False, text_hash=text_hash(text)
+        )
+
+    example = Example(3, 12, "12", "text")
+    check_unchanged(example, None)
+    check_unchanged(example, record("12", "text"))
+    with pytest.raises(
+        SourceError, match=r"row 3 of the dataset has the id 12 now, and had 12\.0 .*output\.overwrite=true"
+    ):
+        check_unchanged(example, record("12.0", "text"))
+    for other in (record("12", "other"), record("12.0", "other")):
+        with pytest.raises(SourceError, match=r"row 3 of the dataset \(id 12\) is not the text"):
+            check_unchanged(example, other)

@@ -306,3 +306,17 @@ def test_a_file_with_the_time_of_another_one_is_read_again(tmp_path: Path, chang
     write(path, ["six", "ten"])
     os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))
     assert [each.text for each in open_corpus(config).examples()] == ["six", "ten"]
+
+
+def test_a_rerun_notices_other_texts_of_the_same_times(checkpoint: Path, tmp_path: Path) -> None:
+    # A renamed folder takes its files along with all their times.
+    now, later, root = tmp_path / "now", tmp_path / "later", tmp_path / "out"
+    for folder, texts in ((now, TEXTS[:4]), (later, [TEXTS[0], TEXTS[1][::-1], *TEXTS[2:4]])):
+        folder.mkdir()
+        write(folder / "texts.jsonl", texts)
+        os.utime(folder / "texts.jsonl", (10**9, 10**9))
+    run(checkpoint, now / "texts.jsonl", root, **SECTIONS)
+    now.rename(tmp_path / "before")
+    later.rename(now)
+    with pytest.raises(SourceError, match=r"row 1 .* is not the text that .* was made from"):
+        run(checkpoint, now / "texts.jsonl", root, **SECTIONS)

@@ -7,10 +7,10 @@ Hub knows otherwise. `datasets` keeps copies in a format of its own, of the form
 import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 from qk_sniffer.errors import StoreError
 from qk_sniffer.hub.endpoint import announce
@@ -46,7 +46,7 @@ class _Stored(TypedDict):
     commit: str
     config_name: str
     data_files: Any
-    format: str
+    format: Literal["parquet", "json", "csv", "text"]
     options: dict[str, Any]
     splits: dict[str, list[str]]
 
@@ -103,7 +103,7 @@ def listings(repo_id: str, data_files: Any) -> list[Listing]:
             log.warning("%s", error)
             continue
         if facts["data_files"] == data_files:
-            found.append(Listing(**facts))
+            found.append(Listing(**{each.name: facts[each.name] for each in fields(Listing)}))  # type: ignore[literal-required]
     return found
 
 

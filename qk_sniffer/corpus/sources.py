@@ -158,7 +158,7 @@ def _hub(config: DatasetConfig, path: str, commit: str | None) -> Source:
         paths = {split: hub_copies.fetch(path, commit, files) for split, files in chosen.items()}
     except Exception as error:
         raise SourceError(f"{where} cannot be read: {reason(error)}") from error
-    listed = hub_copies.Listing(commit, builder.config.name, config.data_files, format, options, names)
+    listed = hub_copies.Listing(commit, config.name or builder.config.name, config.data_files, format, options, names)
     hub_copies.remember(path, listed)
     return Source(where, rows_of_files(where, paths, format, options, config), commit)
 

@@ -17,6 +17,7 @@ from support.fake_hub import FakeHub
 
 from qk_sniffer.config import DatasetConfig
 from qk_sniffer.corpus.examples import open_corpus
+from qk_sniffer.corpus.hub_copies import Listing, remember
 from qk_sniffer.errors import SourceError
 
 pytestmark = pytest.mark.floor
@@ -79,6 +80,30 @@ def test_an_odd_description_of_a_copy_does_not_count(tmp_path: Path, caplog: pyt
     info.unlink()
     info.mkdir()
     assert "the job needs" in message("org/name").lower()
+
+
+def test_offline_the_files_that_were_fetched_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import datasets
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    commit = "1" * 40
+    snapshot = tmp_path / "datasets--org--name" / "snapshots" / commit
+    write(snapshot / "a.csv", "id,text\n007,NA\n")
+    splits = {"train": ["a.csv"], "test": ["b.csv"]}
+    remember("org/name", Listing(commit, "default", None, "csv", {}, splits))
+    cached_copy(tmp_path, commit, ROWS)
+    (example,) = open_corpus(DatasetConfig(path="org/name", id_column="id")).examples()
+    assert (example.source_id, example.text) == ("007", "NA"), "not those of the copy, whose reader guesses"
+    assert "the cache lacks files of split 'test'" in message("org/name", split="test")
+    assert "with these dataset.data_files" in message("org/name", data_files="*.csv")
+    (file,) = Path(datasets.config.HF_DATASETS_CACHE, "qk_sniffer").rglob("*.json")
+    for content in ("", "[]", '{"commit": 1}', file.read_text().replace('"csv"', '"odd"')):
+        file.write_text(content)
+        assert texts(open_corpus(DatasetConfig(path="org/name")).examples()) == TEXTS
+        assert f"{file} is not" in caplog.text and "with the types that it guessed" in caplog.text
+        caplog.clear()
 
 
 ROWS_OF = """

@@ -24,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
+import quantized
 import transformers
 from examine import Entry, examine, names_projections
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -85,7 +86,7 @@ def main() -> int:
     if arguments.types:
         print("\n".join(map(row, entries)))
     else:
-        TABLE.write_text(table(entries))
+        TABLE.write_text(f"{table(entries)}\n{quantized.table()}")
         PROVABLE.write_text(provable_module(entries))
     bad = [entry for entry in entries if entry.post not in ("yes", "no")]
     for entry in bad:

@@ -58,7 +58,14 @@ def ignored_layers_reported() -> Iterator[None]:
 
 
 def refuse_incomplete(
-    name: str, model: Any, family: Family, info: Mapping[str, Any], dtypes: Mapping[str, str], *, multimodal: bool
+    name: str,
+    model: Any,
+    family: Family,
+    info: Mapping[str, Any],
+    dtypes: Mapping[str, str],
+    *,
+    multimodal: bool,
+    quantized: bool,
 ) -> None:
     """Refuses a checkpoint whose weights are not those of its decoder.
 
@@ -69,6 +76,7 @@ def refuse_incomplete(
         info: the loading info of transformers.
         dtypes: the stored dtypes by the stored names, as in the headers of safetensors files; empty if not known.
         multimodal: whether the checkpoint also has the weights of other towers.
+        quantized: whether a quantizer has read the weights.
 
     Raises:
         SourceError: the decoder has weights that the checkpoint lacks, or the checkpoint has weights that determine
@@ -77,7 +85,7 @@ def refuse_incomplete(
     decoder = family.decoder(model)
     _refuse_missing(name, model, decoder, family, info)
     _refuse_dropped(name, model, decoder, family, info, multimodal=multimodal)
-    _refuse_unscaled(name, model, info, dtypes)
+    _refuse_unscaled(name, model, info, dtypes, quantized=quantized)
 
 
 def _refuse_missing(name: str, model: nn.Module, decoder: nn.Module, family: Family, info: Mapping[str, Any]) -> None:
@@ -168,12 +176,13 @@ class _Kept:
         return is_lacking and re.search(_EMBEDDINGS, first) is not None and not re.search(_COMPUTED, key)
 
 
-def _refuse_unscaled(name: str, model: Any, info: Mapping[str, Any], dtypes: Mapping[str, str]) -> None:
+def _refuse_unscaled(
+    name: str, model: Any, info: Mapping[str, Any], dtypes: Mapping[str, str], *, quantized: bool
+) -> None:
     """Refuses quantized weights that were read as if their numbers were the weights themselves."""
-    if getattr(model, "hf_quantizer", None) is not None:
-        return
     weights, base = model.state_dict(), f"{model.base_model_prefix}."
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+    scaled = {key.rpartition(".")[0] for key in dtypes if "scale" in key}
 
     def is_read(key: str) -> bool:
         names = (key, key.removeprefix(base), base + key)
@@ -183,16 +192,21 @@ def _refuse_unscaled(name: str, model: Any, info: Mapping[str, Any], dtypes: Map
             pattern.search(key) for pattern in ignored
         )
 
-    quantized = [
+    def is_unscaled(key: str, dtype: str) -> bool:
+        if quantized:  # a quantizer reads all but what lacks its scale
+            return dtype.startswith("F8") and "scale" not in key and key.rpartition(".")[0] not in scaled
+        return dtype.startswith("F") or re.search(_INTEGERS_OF_WEIGHTS, key) is not None
+
+    unscaled = [
         f"{key} ({dtype})"
         for key, dtype in sorted(dtypes.items())
-        if dtype not in FLOATS and (dtype.startswith("F") or re.search(_INTEGERS_OF_WEIGHTS, key)) and is_read(key)
+        if dtype not in FLOATS and is_unscaled(key, dtype) and is_read(key)
     ]
-    if quantized:
+    if unscaled:
+        lack = "no scale" if quantized else "no quantization_config in config.json that transformers can read"
         raise SourceError(
-            f"model {name}: {len(quantized)} of its weights are quantized, and its config.json has no "
-            f"quantization_config that transformers can read: {shortened(quantized, 3)}. Their numbers are not the "
-            f"weights, so nothing is captured; {UNREADABLE}"
+            f"model {name}: {len(unscaled)} of its weights are quantized, and there is {lack}: "
+            f"{shortened(unscaled, 3)}. Their numbers are not the weights, so nothing is captured; {UNREADABLE}"
         )
 
 

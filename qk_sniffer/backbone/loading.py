@@ -32,9 +32,9 @@ from qk_sniffer.backbone.gguf import check_gguf, gguf_source, refuse_lost
 from qk_sniffer.backbone.loaded_weights import ignored_layers_reported, refuse_incomplete
 from qk_sniffer.backbone.quantization import (
     StoredWeights,
-    describe_quantization,
+    check_quantizer,
+    method,
     quantization_config,
-    refuse_unknown_quantizer,
 )
 from qk_sniffer.backbone.trailing_layers import cut_after
 from qk_sniffer.backbone.wrapper import is_wrapper, load_decoder, model_class, with_text_config
@@ -142,7 +142,7 @@ def _read_config(config: ModelConfig, source: dict[str, Any]) -> _Model:
     family = named or find_family(text.model_type)
     if text is not whole and (quantization := getattr(whole, "quantization_config", None)) is not None:
         text.quantization_config = quantization
-    refuse_unknown_quantizer(str(config.name), text)
+    check_quantizer(str(config.name), text)
     saved = _as_saved(whole, text, source) if config.config_overrides and config.gguf_file is None else {}
     overridden = with_overrides(text, config.config_overrides, saved)
     attends_to_encoder = whole.is_encoder_decoder and "is_encoder_decoder" not in config.config_overrides
@@ -179,8 +179,10 @@ def _auto_class(config: ModelConfig, model_config: PretrainedConfig, family: Fam
     with_head = "AutoModelForCausalLM"
     offered = (getattr(model_config, "auto_map", None) or {}) if config.trust_remote_code else {}
     own_code_has_head_only = family.auto_class not in offered and with_head in offered
-    # Tensors of GGUF files have the names of the model with its head. Without it, some types find no tensor.
-    if own_code_has_head_only or (config.gguf_file is not None and family.auto_class == "AutoModel"):
+    # These name their tensors as the model with its head does. Without it, some types find no tensor.
+    quantization = quantization_config(model_config)
+    needs_head = config.gguf_file is not None or (quantization is not None and method(quantization) == "torchao")
+    if own_code_has_head_only or (needs_head and family.auto_class == "AutoModel"):
         return getattr(transformers, with_head)
     named = getattr(transformers, family.auto_class)
     if offered or not hasattr(named, "_model_mapping") or type(model_config) in named._model_mapping:
@@ -198,7 +200,7 @@ def _loaded(
     config: ModelConfig, source: dict[str, Any], layers: Collection[int] | None
 ) -> tuple[PreTrainedModel, Family, StoredWeights]:
     found = _read_config(config, source)
-    quantization = quantization_config(found.text)
+    quantization = {"quant_method": "gguf"} if config.gguf_file else quantization_config(found.text)
     arguments = found.source | {
         "dtype": _dtype(config, found.text, found.source),
         "device_map": config.device_map,
@@ -222,9 +224,17 @@ def _loaded(
     explicit = getattr(found.wrapper or found.text, "transformers_weights", None)
     dtypes = {} if config.gguf_file is not None else stored_dtypes(weight_files(found.source, explicit))
     is_multimodal = found.wrapper is not None or "key_mapping" in found.source
-    refuse_incomplete(str(config.name), model, found.family, info, dtypes, multimodal=is_multimodal)
+    refuse_incomplete(
+        str(config.name),
+        model,
+        found.family,
+        info,
+        dtypes,
+        multimodal=is_multimodal,
+        quantized=quantization is not None,
+    )
     own = own_dtype(found.text) or first_float(dtypes)
-    return model, found.family, StoredWeights(own, describe_quantization(model, quantization))
+    return model, found.family, StoredWeights(own, quantization)
 
 
 def _dtype(config: ModelConfig, model_config: PretrainedConfig, source: dict[str, Any]) -> Any:

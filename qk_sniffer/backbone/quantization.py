@@ -1,9 +1,11 @@
 """Tells how the weights of a checkpoint are quantized, and refuses what transformers cannot read."""
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PretrainedConfig
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
@@ -12,6 +14,21 @@ from qk_sniffer.errors import SourceError
 
 COMPUTED_IN = tuple(getattr(torch, name) for name in DTYPES)
 """The dtypes in which models compute."""
+
+_PACKAGES = {
+    "aqlm": {"aqlm": "aqlm"},
+    "auto-round": {"auto_round": "auto-round"},
+    "awq": {"gptqmodel": "gptqmodel"},
+    "bitsandbytes_4bit": {"bitsandbytes": "bitsandbytes"},
+    "bitsandbytes_8bit": {"bitsandbytes": "bitsandbytes"},
+    "compressed-tensors": {"compressed_tensors": "compressed-tensors"},
+    "gptq": {"optimum": "optimum", "gptqmodel": "gptqmodel"},
+    "hqq": {"hqq": "hqq"},
+    "quark": {"quark": "amd-quark"},
+    "torchao": {"torchao": "torchao"},
+    "vptq": {"vptq": "vptq"},
+}
+"""Method of quantization -> the modules that read it -> the packages that contain them."""
 
 UNREADABLE = (
     "if it is in a format that transformers cannot read, load the original model or one that was quantized in another "
@@ -27,21 +44,20 @@ class StoredWeights:
     dtype: str | None = None
     """The checkpoint's own dtype, such as bfloat16; None if it names none."""
     quantization: dict[str, Any] | None = None
-    """The `method`, whether the weights were `dequantized` when they were loaded, and the `config` of the checkpoint;
-    None if they are not quantized."""
+    """The `quantization_config` of the checkpoint; None if it is not quantized."""
 
+    def describe_quantization(self, decoder: nn.Module) -> dict[str, Any] | None:
+        """Returns the `method`, the `config`, and whether the loaded `decoder` computes with `dequantized` weights.
 
-def describe_quantization(model: Any, config: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Returns `StoredWeights.quantization` of a loaded model, whose `quantization_config` is `config`."""
-    quantizer = getattr(model, "hf_quantizer", None)
-    if quantizer is None:
-        return None
-    config = config or {"quant_method": method(quantizer.quantization_config.to_dict())}
-    packed = any(
-        type(tensor.data) is not torch.Tensor or (tensor.dim() > 1 and tensor.dtype not in COMPUTED_IN)
-        for tensor in (*model.parameters(), *model.state_dict().values())
-    )
-    return {"method": method(config), "dequantized": not packed, "config": config}
+        Some methods dequantize the weights in the first forward pass. None if the checkpoint is not quantized.
+        """
+        if self.quantization is None:
+            return None
+        packed = any(
+            type(tensor.data) is not torch.Tensor or (tensor.dim() > 1 and tensor.dtype not in COMPUTED_IN)
+            for tensor in (*decoder.parameters(), *decoder.state_dict().values())
+        )
+        return {"method": method(self.quantization), "dequantized": not packed, "config": self.quantization}
 
 
 def quantization_config(config: PretrainedConfig) -> dict[str, Any] | None:
@@ -58,14 +74,23 @@ def method(quantization: dict[str, Any]) -> str:
     return str(getattr(quantization.get("quant_method"), "value", quantization.get("quant_method")))
 
 
-def refuse_unknown_quantizer(name: str, config: PretrainedConfig) -> None:
-    """Refuses a model whose config names a method of quantization that transformers ignores.
+def check_quantizer(name: str, config: PretrainedConfig) -> None:
+    """Checks that transformers can read the quantized weights of a model, if they are quantized.
 
     Raises:
-        SourceError: transformers would read the quantized numbers as if they were the weights.
+        SourceError: transformers would read the quantized numbers as if they were the weights, or a package that reads
+            them is not installed.
     """
     quantization = quantization_config(config)
-    if quantization is not None and method(quantization) not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+    if quantization is None:
+        return
+    packages = _PACKAGES.get(method(quantization), {})
+    if missing := [package for module, package in packages.items() if find_spec(module) is None]:
+        raise SourceError(
+            f"model {name} is quantized with {method(quantization)}, and the package that reads it is not installed: "
+            f"run pip install {' '.join(missing)}"
+        )
+    if method(quantization) not in AUTO_QUANTIZATION_CONFIG_MAPPING:
         known = ", ".join(sorted(AUTO_QUANTIZATION_CONFIG_MAPPING))
         raise SourceError(
             f"model {name} is quantized with {method(quantization)!r} (quant_method of its quantization_config), which "

@@ -85,8 +85,6 @@ def load_decoder(
         loaded: Any = cls.from_pretrained(config=config, **arguments)
     model, info = loaded
     decoder, path = _decoder(model, text.model_type, family)
-    if (quantizer := getattr(model, "hf_quantizer", None)) is not None:
-        decoder.hf_quantizer = quantizer
     return decoder, _relative(info, f"{path}.")
 
 

@@ -131,7 +131,7 @@ def _record(config: ResolvedConfig, start: Start, components: Components) -> dic
             "model_type": components.backbone.config.model_type,
             "dtype": str(components.backbone.dtype).removeprefix("torch."),
             "checkpoint_dtype": components.backbone.stored.dtype,
-            "quantization": components.backbone.stored.quantization,
+            "quantization": components.backbone.stored.describe_quantization(components.backbone.decoder),
             "attn_implementation": components.backbone.config._attn_implementation,
             "rope_stage": "pre" if config.capture.capture_pre_rope else "post",
             "layers": layers,

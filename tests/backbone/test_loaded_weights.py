@@ -97,7 +97,8 @@ def test_quantized_weights_without_a_quantizer_are_an_error_that_names_them(
     dtype: torch.dtype, stored: str, tmp_path: Path
 ) -> None:
     config = saved(tmp_path, mlp_as(dtype))
-    message = rf"6 of its weights are quantized, .*model\.layers\.0\.mlp\.down_proj\.weight \({stored}\)"
+    name = r"model\.layers\.0\.mlp\.down_proj\.weight"
+    message = rf"6 of its weights are quantized, and there is no quantization_config .*{name} \({stored}\)"
     with pytest.raises(SourceError, match=message):
         load_backbone(config)
 

@@ -29,12 +29,17 @@ CUT: dict[str, Any] = {
 def save_checkpoint(case: Case, folder: Path, dtype: torch.dtype = torch.float32) -> Path:
     """Saves the random model of `case` with a tokenizer: a token for each character of `ALPHABET` from 1, 0 unknown."""
     case.model(dtype=dtype).save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def save_tokenizer(folder: Path) -> None:
+    """Saves the tokenizer of `save_checkpoint`."""
     vocabulary = {"<unk>": 0} | {character: number for number, character in enumerate(ALPHABET, 1)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
-    return folder
 
 
 def saved(case: Case, folder: Path, dtype: torch.dtype = torch.float32) -> ModelConfig:

@@ -1,0 +1,103 @@
+"""A quantized checkpoint has the vectors of its dequantized weights, or is refused with the package that it needs."""
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import quantized
+import torch
+from quantized import FORMATS, Format, compared, examine
+from safetensors.torch import load_file, save_file
+from support.jobs import run
+from support.tiny import save_tokenizer
+
+from qk_sniffer.backbone import quantization as quantization_module
+from qk_sniffer.backbone.loading import check_model, load_backbone
+from qk_sniffer.config import ModelConfig
+from qk_sniffer.errors import SourceError
+from qk_sniffer.store import manifest as manifests
+
+of_transformers = pytest.mark.parametrize(
+    "format", [each for each in FORMATS if each.package is None], ids=lambda each: each.name
+)
+
+
+@of_transformers
+def test_a_format_that_transformers_reads_alone(format: Format) -> None:
+    entry = examine(format)
+    assert entry.captured == (format.method != "modelopt")
+    assert quantized.row(entry) in quantized.TABLE.read_text().splitlines()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", [each for each in FORMATS if each.package], ids=lambda each: each.name)
+def test_a_format_of_another_package(format: Format) -> None:
+    if format.package is None or find_spec(format.package) is None:
+        pytest.skip(f"{format.package} is not installed")
+    assert quantized.row(examine(format)) in quantized.TABLE.read_text().splitlines()
+
+
+def test_dequantized_weights_are_the_stored_numbers_times_their_scales(tmp_path: Path) -> None:
+    quantized.save_fp8(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    decoder = load_backbone(ModelConfig(name=str(tmp_path), dtype="float32")).decoder
+    name = "layers.1.self_attn.k_proj.weight"
+    scale = stored[f"model.{name}_scale_inv"].repeat_interleave(quantized.BLOCK, 0)
+    expected = stored[f"model.{name}"].float() * scale.repeat_interleave(quantized.BLOCK, 1)
+    assert torch.equal(decoder.state_dict()[name], expected)
+
+
+def test_a_scale_that_is_missing_is_an_error_that_names_its_weight(tmp_path: Path) -> None:
+    quantized.save_fp8(tmp_path)
+    file = tmp_path / "model.safetensors"
+    name = "model.layers.0.self_attn.q_proj.weight"
+    save_file({key: w for key, w in load_file(file).items() if key != f"{name}_scale_inv"}, file, {"format": "pt"})
+    with pytest.raises(SourceError, match=rf"1 of its weights are quantized, .* no scale: {name} \(F8_E4M3\)"):
+        load_backbone(ModelConfig(name=str(tmp_path), dtype="float32"))
+
+
+@pytest.mark.parametrize(
+    ("method", "packages"),
+    [
+        ({"quant_method": "gptq"}, "optimum gptqmodel"),
+        ({"quant_method": "awq"}, "gptqmodel"),
+        ({"quant_method": "compressed-tensors"}, "compressed-tensors"),
+        ({"quant_method": "torchao"}, "torchao"),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
+    ],
+)
+def test_a_package_that_is_missing_is_named_before_anything_is_loaded(
+    method: dict[str, Any], packages: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = quantized.llama()
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": method}))
+    monkeypatch.setattr(quantization_module, "find_spec", lambda name: None)
+    with pytest.raises(SourceError, match=rf"the package that reads it is not installed: run pip install {packages}$"):
+        check_model(ModelConfig(name=str(tmp_path)))
+
+
+def test_a_job_names_the_quantization(tmp_path: Path, texts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "tiny"
+    quantized.save_fp8(folder)
+    save_tokenizer(folder)
+    manifest = manifests.read(run(folder, texts, tmp_path / "out", dataset={"max_samples": 2}))
+    assert manifest["model"]["quantization"] == {
+        "method": "fp8",
+        "dequantized": True,
+        "config": json.loads((folder / "config.json").read_text())["quantization_config"],
+    }
+    assert manifest["proof"]["proven"] is True
+    assert "The model's weights are quantized with fp8, dequantized" in capsys.readouterr().out
+    assert "| quantization | fp8, dequantized" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_the_comparison_finds_other_vectors(tmp_path: Path) -> None:
+    original = quantized.save_fp8(tmp_path)
+    with torch.no_grad():
+        original.get_submodule("model.layers.1.self_attn.k_proj").weight.mul_(2)
+    backbone = load_backbone(ModelConfig(name=str(tmp_path), dtype="float32"))
+    assert compared(backbone, original) > quantized.MOST_DIFFERENCE

@@ -37,7 +37,7 @@ IMPORT_TORCH = {
         for name in ("attention_check", "backbone", "banded_attention", "config_overrides", "family", "gguf", "loading")
     ),
     *(f"backbone.{name}" for name in ("rotary", "rotary_overrides", "tap", "trailing_layers", "unloaded")),
-    *(f"backbone.{name}" for name in ("checkpoint_weights", "loaded_weights", "masks", "quantization")),
+    *(f"backbone.{name}" for name in ("checkpoint_weights", "limits", "loaded_weights", "masks", "quantization")),
     *(f"backbone.{name}" for name in ("adapter", "adapter_files", "rotation", "wrapper")),
     *(f"capture.{name}" for name in ("capture", "gather", "proof")),
 }

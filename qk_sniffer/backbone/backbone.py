@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from qk_sniffer.backbone import rotary
+from qk_sniffer.backbone import limits, rotary
 from qk_sniffer.backbone.banded_attention import banded
 from qk_sniffer.backbone.family import Family, RotaryCall
 from qk_sniffer.backbone.layers import LayerFacts, LayerHeads
@@ -62,6 +62,10 @@ class Backbone:
         """Texts of more tokens must run alone, see `rotary.length_boundary`; None if no text must."""
         self.num_positions = rotary.num_positions(decoder)
         """The most tokens that the decoder's table of positions allows; None without a table."""
+        self.max_positions = limits.max_positions(self.config)
+        """The most tokens of a text that the config provides for; None if it names no number."""
+        self.num_embeddings = limits.num_embeddings(decoder)
+        """The rows of the embedding of token ids; None if their number is not known."""
         self._rotary_state = rotary.RotaryState(decoder)
 
     @property

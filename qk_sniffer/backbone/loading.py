@@ -77,8 +77,12 @@ def load_backbone(
     return Backbone(decoder, family, pre_rope=pre_rope, banded_attention=banded_attention, stored=stored, adapter=facts)
 
 
-def check_model(config: ModelConfig, *, commit: str | None = None, adapter_commit: str | None = None) -> None:
+def check_model(
+    config: ModelConfig, *, commit: str | None = None, adapter_commit: str | None = None
+) -> PretrainedConfig:
     """Checks `config` against the model's own config and the adapter's, without loading weights.
+
+    Returns the decoder's config.
 
     Raises:
         ConfigError: `config` does not fit the model or the adapter.
@@ -89,6 +93,7 @@ def check_model(config: ModelConfig, *, commit: str | None = None, adapter_commi
         found = _cached_first(config, commit, lambda source: _read_config(config, source))
         if adapter is not None:
             check_adapter(adapter, found.text)
+    return found.text
 
 
 def _cached_first(config: ModelConfig, commit: str | None, load: Callable[[dict[str, Any]], T]) -> T:

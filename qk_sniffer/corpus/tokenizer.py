@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from qk_sniffer.errors import SourceError
 from qk_sniffer.hub.lfs import refuse_pointers
 from qk_sniffer.hub.revisions import HubUnreachableError, cached_commit, hub_commit, is_hub_id
 from qk_sniffer.store.journal import ExampleRecord
+
+_NOT_IN_TEXTS = ("pad", "image", "audio", "video", "boi_", "eoi_", "boa_", "eoa_")
+"""Parts of the names of special tokens that texts do not have."""
 
 _CALL_CHARACTERS = 1 << 22
 """Maximum characters in one call of the tokenizer, which needs some hundred bytes of memory for each token."""
@@ -143,6 +147,7 @@ class TextTokenizer:
         self._max_length = config.max_length
         self._added = special
         self._skipped = 0
+        self._num_embeddings: int | None = None
         self.name = name
         self.commit = commit
         """The commit of a Hub repository; None for a local folder."""
@@ -157,14 +162,47 @@ class TextTokenizer:
         """The class of transformers that tokenizes. It may depend on the installed packages."""
         return type(self._tokenizer).__name__
 
+    @cached_property
+    def largest_id(self) -> int:
+        """The largest id of the vocabulary and of the added tokens.
+
+        Padding, and what stands for an image, audio or a video, is left out: a text normally has none, and models are
+        used with tokenizers that have such a token more than the model.
+        """
+        named = self._tokenizer.special_tokens_map
+        unused = {str(named[key]) for key in named if any(part in key for part in _NOT_IN_TEXTS)}
+        return max(number for token, number in self._tokenizer.get_vocab().items() if token not in unused)
+
+    def check_fits(self, num_embeddings: int | None, model: str) -> None:
+        """Checks that the embedding of `model`, of `num_embeddings` rows, has one for each token; None: not known yet.
+
+        Raises:
+            SourceError: it has not.
+        """
+        if num_embeddings is None:
+            return
+        if self.largest_id >= num_embeddings:
+            raise SourceError(
+                f"the tokenizer of {self.name} has ids up to {self.largest_id} "
+                f"({self.token_strings([self.largest_id])[0]!r}), and the embedding of {model} has {num_embeddings} "
+                f"rows, for ids up to {num_embeddings - 1}: it is not the tokenizer of this model. Set "
+                "model.tokenizer.name to the one that the model was trained with"
+            )
+        self._num_embeddings = num_embeddings
+
     def __call__(self, examples: Sequence[Example]) -> list[Tokens]:
-        """Returns the tokens of each example, in their order. An example without tokens is left out and counted."""
+        """Returns the tokens of each example, in their order. An example without tokens is left out and counted.
+
+        Raises:
+            SourceError: a text has a token that the model's embedding has no row for.
+        """
         tokens = []
         for part in _by_characters(examples):
             for example, encoded in zip(part, self._encode([each.text for each in part]), strict=True):
                 if len(encoded.ids) == 0:
                     self._skipped += 1
                     continue
+                self._check_ids(example, encoded.ids)
                 tokens.append(
                     Tokens(
                         example.index,
@@ -192,6 +230,15 @@ class TextTokenizer:
         if not self._special:
             return None
         return {"before": self.token_strings(self._special.before), "after": self.token_strings(self._special.after)}
+
+    def _check_ids(self, example: Example, ids: Sequence[int]) -> None:
+        if self._num_embeddings is not None and (largest := max(ids)) >= self._num_embeddings:
+            raise SourceError(
+                f"row {example.index} of the dataset (id {example.source_id}) has the token "
+                f"{self.token_strings([largest])[0]!r} of the id {largest}, and the embedding of the model has "
+                f"{self._num_embeddings} rows. Remove the token from the text, or set model.tokenizer.name to the "
+                "tokenizer that the model was trained with"
+            )
 
     def _encode(self, texts: list[str]) -> Iterator[Encoded]:
         options: dict[str, Any] = {"padding": False, "return_attention_mask": False}

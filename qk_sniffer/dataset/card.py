@@ -142,6 +142,7 @@ def _run(facts: CardFacts) -> str:
         ("tokenizer", _source(tokenizer.name, tokenizer.revision, facts.tokenizer_commit)),
         ("special tokens", _special_tokens(facts)),
         ("max_length", f"{tokenizer.max_length:,} tokens"),
+        ("max_position_embeddings", _beyond(facts)),
         ("dataset", _source(dataset.path, dataset.revision, facts.dataset_commit)),
         ("dataset config", _plain(dataset.name)),
         ("split", plain(dataset.split)),
@@ -154,6 +155,13 @@ def _run(facts: CardFacts) -> str:
     ]
     lines = [(key, value) for key, value in settings if value]
     return "## Run\n\n" + table(("setting", "value"), lines)
+
+
+def _beyond(facts: CardFacts) -> str:
+    if not facts.num_beyond or facts.max_positions is None:
+        return ""
+    examples = f"{facts.num_beyond:,} examples are" if facts.num_beyond > 1 else "one example is"
+    return f"{facts.max_positions:,} tokens: {examples} longer, captured as the model computes them"
 
 
 def _special_tokens(facts: CardFacts) -> str:

@@ -60,6 +60,10 @@ class CardFacts:
     every text or to none."""
     own_special_tokens: Mapping[str, int] = field(default_factory=dict)
     """The examples whose text has these tokens already, by the same keys."""
+    max_positions: int | None = None
+    """The tokens of a text that the model's config provides for; None if that is not known."""
+    num_beyond: int = 0
+    """The examples of more tokens."""
     proof: Mapping[str, Any] | None = None
     """The manifest's `proof`."""
     pictures: Sequence[str] = ()
@@ -101,5 +105,7 @@ class CardFacts:
             languages=stated["dataset"]["language"],
             truncated_tokens=manifest.get("truncated_tokens"),
             special_tokens=manifest["tokenizer"].get("special_tokens", {}),
+            max_positions=manifest["model"].get("max_positions"),
+            num_beyond=manifest.get("examples_beyond_max_positions", 0),
             own_special_tokens=manifest.get("own_special_tokens", {}),
         )

@@ -40,6 +40,12 @@ def show(dataset: Files, manifest: Mapping[str, Any], note: str) -> None:
         tokens = manifest.get("truncated_tokens")
         lost = "" if tokens is None else f": {counted(tokens, 'token')} left out in all"
         say(f"{counted(cut, 'example')} cut to model.tokenizer.max_length{lost}.")
+    if beyond := manifest.get("examples_beyond_max_positions"):
+        limit = counted(manifest["model"]["max_positions"], "token")
+        say(
+            f"{counted(beyond, 'example')} longer than the {limit} that the model's config provides for "
+            "(max_position_embeddings): captured as the model computes them."
+        )
     if skipped := manifest["skipped_rows"]:
         say(f"{counted(skipped, 'example')} without text left out.")
     added, own = manifest["tokenizer"].get("special_tokens", {}), manifest.get("own_special_tokens", {})

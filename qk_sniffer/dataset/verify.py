@@ -189,8 +189,9 @@ def _check_examples(facts: ManifestFacts, report: Report) -> Examples | None:
         ("tokens", int(num_tokens.sum(dtype=np.int64))),
         ("longest_example", longest := int(num_tokens.max(initial=0))),
         ("truncated_examples", int(np.count_nonzero(values(table["truncated"])))),
+        ("examples_beyond_max_positions", int(np.count_nonzero(num_tokens > (facts.max_positions or 0)))),
     ):
-        if facts.counts[key] != number:
+        if facts.counts.get(key, number) != number:
             instance = f"{key}: {number:,}, not {facts.counts[key]:,}"
             report.add([Problem("examples", "the numbers differ from manifest.json", instance)])
     max_length = facts.config.model.tokenizer.max_length

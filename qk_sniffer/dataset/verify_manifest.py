@@ -27,6 +27,9 @@ from qk_sniffer.text import counted
 
 _COUNTS = ("examples", "tokens", "longest_example", "truncated_examples", "skipped_rows", "source_rows", "rows")
 
+_LATER_COUNTS = {"examples_beyond_max_positions"}
+"""Numbers that earlier versions did not write."""
+
 _DEPEND_ON_WHERE_IT_RAN = {"model.name", "model.adapter", "model.tokenizer.name", "dataset.path", "shard.count"}
 """Keys whose value in the fingerprint cannot be computed from the config in the manifest."""
 
@@ -56,6 +59,7 @@ class ManifestFacts:
     sampler: Sampler
     heads: dict[str, Head]
     counts: dict[str, int]
+    max_positions: int | None
     rows_by_bucket: dict[str, dict[int, int]]
     nonfinite_rows: dict[str, int] | None
     inclusion: dict[str, dict[int, float]]
@@ -106,7 +110,8 @@ class ManifestFacts:
             config=config,
             sampler=Sampler(config.sampler),
             heads=heads,
-            counts={key: int(manifest[key]) for key in _COUNTS},
+            counts={key: int(manifest[key]) for key in (*_COUNTS, *(_LATER_COUNTS & manifest.keys()))},
+            max_positions=model.get("max_positions"),
             rows_by_bucket=_by_bucket(manifest["rows_by_bucket"], int),
             nonfinite_rows=None if nonfinite is None else {name: int(rows) for name, rows in nonfinite.items()},
             inclusion=_by_bucket(manifest["inclusion"], float),

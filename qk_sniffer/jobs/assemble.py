@@ -175,6 +175,7 @@ def stage(layout: Layout, job: CapturedJob, model: ModelConfig, tokenizer: TextT
             f"source had {expected} rows when the job started: it has changed. Restore it and rerun the same command, "
             "or start over with output.overwrite=true"
         )
+    limit = record["model"].get("max_positions")
     kinds = [kind for kind in KINDS if any(head.kind == kind for head in heads)]
     facts = {key: value for key, value in record.items() if key != "base"} | {
         "config": _public(record),
@@ -184,6 +185,8 @@ def stage(layout: Layout, job: CapturedJob, model: ModelConfig, tokenizer: TextT
         "batching": _changes(journals, batching_of(record["fingerprint"])),
         "grown_from": _growth(record["base"]),
     }
+    if limit is not None:
+        facts["examples_beyond_max_positions"] = sum(example.num_tokens > limit for example in examples)
     return Staged(layout.staging, heads, examples, facts, _checks(journals, base), written)
 
 

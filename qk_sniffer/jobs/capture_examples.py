@@ -56,13 +56,16 @@ def capture_examples(
         log.info("resuming: %d of %s examples are done", len(journal.records), "?" if total is None else total)
     sampler = Sampler(config.sampler)
     in_thread = Stages()
-    windows = open_windows(
-        corpus.examples(shard_index=shard.index, shard_count=shard.count, after=start.rows_before),
-        components.tokenizer,
-        journal.records,
-        inference,
-        boundary=components.backbone.length_boundary,
-        stages=in_thread,
+    windows = _noting_long_texts(
+        components.backbone.max_positions,
+        open_windows(
+            corpus.examples(shard_index=shard.index, shard_count=shard.count, after=start.rows_before),
+            components.tokenizer,
+            journal.records,
+            inference,
+            boundary=components.backbone.length_boundary,
+            stages=in_thread,
+        ),
     )
 
     def check() -> None:
@@ -120,6 +123,22 @@ def capture_examples(
         )
     rows, skipped = source_rows(config, corpus), corpus.skipped + components.tokenizer.skipped
     mark_done(layout, shard, claim=claim, rows=rows, examples=len(journal.records), skipped=skipped)
+
+
+def _noting_long_texts(limit: int | None, windows: Iterator[Window]) -> Iterator[Window]:
+    """Yields `windows`. Warns of the first one that has a text of more than `limit` tokens."""
+    is_noted = limit is None
+    for window in windows:
+        if not is_noted and limit is not None and (longest := max(window.lengths, default=0)) > limit:
+            is_noted = True
+            log.warning(
+                "a text has %d tokens, and the model's config provides for %d (max_position_embeddings): longer texts "
+                "are captured as the model computes them. model.tokenizer.max_length=%d cuts them",
+                longest,
+                limit,
+                limit,
+            )
+        yield window
 
 
 def _examples_of_shard(config: ResolvedConfig, start: Start) -> int | None:

@@ -6,6 +6,7 @@ from functools import partial
 
 from qk_sniffer.backbone.backbone import Backbone
 from qk_sniffer.backbone.layers import LayerFacts
+from qk_sniffer.backbone.limits import planned_num_embeddings
 from qk_sniffer.backbone.loading import check_model, load_backbone
 from qk_sniffer.capture.selection import Selection, select
 from qk_sniffer.corpus.tokenizer import TextTokenizer, load_tokenizer
@@ -46,8 +47,9 @@ def load_components(config: ResolvedConfig, commits: Mapping[str, str | None], s
 
 
 def _load(config: ResolvedConfig, commits: Mapping[str, str | None]) -> Components:
-    check_model(config.model, commit=commits["model"], adapter_commit=commits.get("adapter"))
+    decoder_config = check_model(config.model, commit=commits["model"], adapter_commit=commits.get("adapter"))
     tokenizer = load_tokenizer(config.model, hub_commit_of(commits["tokenizer"]))
+    tokenizer.check_fits(planned_num_embeddings(decoder_config, tokenizer.largest_id), str(config.model.name))
     backbone = load_backbone(
         config.model,
         commit=commits["model"],
@@ -57,6 +59,7 @@ def _load(config: ResolvedConfig, commits: Mapping[str, str | None]) -> Componen
         # All layers must be seen to tell that none of those asked for has full attention.
         layers=None if config.capture.full_attention_only else config.capture.layers,
     )
+    tokenizer.check_fits(backbone.num_embeddings, str(config.model.name))
     limit, max_length = backbone.num_positions, config.model.tokenizer.max_length
     if limit is not None and max_length > limit:
         raise ConfigError(

@@ -136,6 +136,7 @@ def _record(config: ResolvedConfig, start: Start, components: Components) -> dic
             "rope_stage": "pre" if config.capture.capture_pre_rope else "post",
             "layers": layers,
             "rotary": components.backbone.rotary_parameters(),
+            "max_positions": components.backbone.max_positions,
         }
         | ({} if components.backbone.adapter is None else {"adapter": components.backbone.adapter}),
         "tokenizer": _described(components.tokenizer),

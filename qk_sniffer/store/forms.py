@@ -99,6 +99,7 @@ class Model(TypedDict):
     layers: Annotated[list[Layer], Meta(min_length=1, max_length=MOST_LAYERS)]
     rotary: dict[str, Any]
     adapter: NotRequired[Adapter]
+    max_positions: NotRequired[Count | None]
 
 
 class Commits(TypedDict):
@@ -358,6 +359,7 @@ class Manifest(Job):
     truncated_examples: Count
     truncated_tokens: NotRequired[Count]
     own_special_tokens: NotRequired[OwnSpecialTokens]
+    examples_beyond_max_positions: NotRequired[Count]
     skipped_rows: Count
     source_rows: Count
     batching: NotRequired[list[BatchSettings]]

@@ -10,6 +10,8 @@ examples, tokens, rows         of the whole dataset; rows over all heads
 longest_example tokens of the longest example
 truncated_examples, truncated_tokens    examples that were cut to max_length, and the tokens that they lack in all. The
                 second is missing if an earlier version, which did not count them, has captured some
+examples_beyond_max_positions   examples of more tokens than `max_positions` of `model`, the number that the model's
+                config provides for; missing if the config has no such number, or an earlier version wrote the manifest
 own_special_tokens  {"before", "after"}: examples whose text itself begins or ends with the special tokens that the
                 tokenizer adds; they were not added again. `tokenizer` has these tokens
 rows_by_bucket  {"q": {"7": 1234, ...}, "k": ...}, over all heads of the kind

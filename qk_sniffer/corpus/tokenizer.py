@@ -171,7 +171,8 @@ class TextTokenizer:
         """
         named = self._tokenizer.special_tokens_map
         unused = {str(named[key]) for key in named if any(part in key for part in _NOT_IN_TEXTS)}
-        return max(number for token, number in self._tokenizer.get_vocab().items() if token not in unused)
+        vocabulary: dict[str, int] = self._tokenizer.get_vocab()
+        return max(number for token, number in vocabulary.items() if token not in unused)
 
     def check_fits(self, num_embeddings: int | None, model: str) -> None:
         """Checks that the embedding of `model`, of `num_embeddings` rows, has one for each token; None: not known yet.

@@ -10,23 +10,13 @@ from typing import Any
 
 from qk_sniffer.corpus.data_files import FormatError, open_text
 
-OPTIONS = {
-    "sep",
-    "header",
-    "names",
-    "quotechar",
-    "escapechar",
-    "doublequote",
-    "skipinitialspace",
-    "quoting",
-    "encoding",
-}
-"""The options of `datasets` for CSV files that this reader knows. A dataset card may set them."""
-
 
 class CsvReader:
     """Reads CSV files of the same options."""
 
+    options = frozenset(
+        {"sep", "header", "names", "quotechar", "escapechar", "doublequote", "skipinitialspace", "quoting", "encoding"}
+    )
     typed = False
     has_schema = True
 
@@ -39,7 +29,7 @@ class CsvReader:
         self._encoding = options.get("encoding")
         self._dialect: dict[str, Any] = {
             "delimiter": options.get("sep", ","),
-            **{key: options[key] for key in OPTIONS & set(options) - {"sep", "header", "names", "encoding"}},
+            **{key: options[key] for key in self.options & set(options) - {"sep", "header", "names", "encoding"}},
         }
 
     def kinds(self, file: str, wanted: Sequence[str]) -> dict[str, str]:

@@ -11,19 +11,19 @@ from typing import Any, TextIO
 
 from qk_sniffer.corpus.data_files import FormatError, open_text
 
-OPTIONS = {"encoding"}
-"""The options of `datasets` for JSON files that this reader knows. A dataset card may set them."""
-
 _CHUNK = 1 << 20
 _NAMES = {str: "string", bool: "bool", int: "int64", float: "float64", dict: "struct", list: "list"}
 _SAMPLE_ROWS = 1_000
-_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_SPACE = re.compile(r"[ \t\r\n]*")
+_LONGEST_WORD = len("-Infinity")
+"""A word may be cut this far from the end of a piece, or a number at its end."""
 
 
 class JsonReader:
     """Reads JSON files. A key that an object lacks is null there."""
 
     typed = True
+    options = frozenset({"encoding"})
     has_schema = False
 
     def __init__(self, options: Mapping[str, Any]) -> None:
@@ -35,7 +35,7 @@ class JsonReader:
         Reads on while a wanted column is missing.
         """
         kinds: dict[str, str] = {}
-        for rows, row in enumerate(self._objects(file), 1):
+        for rows, (row, _) in enumerate(self._objects(file), 1):
             for column, value in row.items():
                 if kinds.get(column, "unknown") == "unknown":
                     kinds[column] = "unknown" if value is None else _NAMES[type(value)]
@@ -51,25 +51,29 @@ class JsonReader:
         """Yields the rows from number `start` on.
 
         Raises:
-            FormatError: the file is not JSON, or holds something else than objects.
+            FormatError: the file is not JSON, holds something else than objects, or a text in these columns that UTF-8
+                cannot encode.
         """
-        for index, row in enumerate(self._objects(file)):
+        for index, (row, line) in enumerate(self._objects(file)):
             if index >= start:
-                yield {column: row.get(column) for column in columns}
+                values = {column: row.get(column) for column in columns}
+                for value in values.values():
+                    if isinstance(value, str) and not value.isascii():
+                        _check_text(value, line)
+                yield values
 
-    def _objects(self, file: str) -> Iterator[dict[str, Any]]:
+    def _objects(self, file: str) -> Iterator[tuple[dict[str, Any], int]]:
+        """Yields each object with the number of its first line."""
         with open_text(file, encoding=self._encoding, newline="\n") as text:
-            read, before = "", -1  # a line, and the number of lines before it
-            for line in text:
-                read, before = line, before + 1
+            read, number = "", 0
+            for number, line in enumerate(text, 1):  # noqa: B007
+                read = line
                 if not line.isspace():
                     break
-            if not read.strip():
-                return
             is_document = read.lstrip().startswith("[") or not _is_whole(read)
-            values = _of_document(text, read, before) if is_document else _of_lines(text, read, before)
-            for value, number in values:
-                yield value if isinstance(value, dict) else _row_of(value, number)
+            values = _of_document(_Cursor(text, read, number)) if is_document else _of_lines(text, read, number)
+            for value, line_number in values:
+                yield value if isinstance(value, dict) else _row_of(value, line_number), line_number
 
 
 def _is_whole(line: str) -> bool:
@@ -87,79 +91,90 @@ def _row_of(value: Any, line: int) -> dict[str, Any]:
     raise FormatError(f"JSON parse error: line {line} holds {type(value).__name__}, not an object with columns")
 
 
-def _of_lines(text: TextIO, first: str, before: int) -> Iterator[tuple[Any, int]]:
-    for number, line in enumerate(chain([first], text), before + 1):
-        if not line.isspace():
-            yield _value(line, number), number
-
-
-def _value(line: str, number: int) -> Any:
+def _check_text(value: str, line: int) -> None:
     try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        message = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-        raise FormatError(f"JSON parse error in line {number}: {message}") from error
-    _check_escapes(line, value, number)
-    return value
+        value.encode()
+    except UnicodeEncodeError:
+        raise FormatError(f"JSON parse error in line {line}: it escapes half a surrogate pair, no character") from None
 
 
-def _check_escapes(source: str, value: Any, number: int) -> None:
-    """Refuses half a surrogate pair, which is no character: no text in UTF-8 can hold it."""
-    if _SURROGATE.search(source):
-        try:
-            json.dumps(value, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise FormatError(f"JSON parse error in line {number}: it escapes half a surrogate pair") from None
-
-
-def _of_document(text: TextIO, buffer: str, before: int) -> Iterator[tuple[Any, int]]:
-    """Yields the values of a document that begins with `buffer`, each with the number of its first line."""
-    decode = json.JSONDecoder().raw_decode
-    place, lines, in_list, ended = 0, before + 1, False, False
-    needs_value = True
-    while True:
-        place = _next(buffer, place)
-        if place == len(buffer) and not ended:
-            lines += buffer.count("\n")
-            buffer, place = text.read(_CHUNK), 0
-            ended = not buffer
-            continue
-        line = lines + buffer.count("\n", 0, place)
-        if place == len(buffer):
-            if in_list:
-                raise FormatError(f"JSON parse error in line {line}: the list has no end")
-            return
-        sign = buffer[place]
-        if not in_list and sign == "[":
-            in_list, needs_value, first = True, True, place
-        elif in_list and sign == "]" and (not needs_value or first is not None):
-            in_list, needs_value = False, True
-        elif in_list and not needs_value:
-            if sign != ",":
-                raise FormatError(f"JSON parse error in line {line}: Expecting ',' delimiter")
-            needs_value, first = True, None
-        else:
+def _of_lines(text: TextIO, first: str, number: int) -> Iterator[tuple[Any, int]]:
+    for line_number, line in enumerate(chain([first], text), number):
+        if not line.isspace():
             try:
-                value, end = decode(buffer, place)
-            except (json.JSONDecodeError, RecursionError) as error:
-                pos, message = getattr(error, "pos", 0), getattr(error, "msg", str(error))
-                # The value may continue beyond the buffer.
-                if not ended and (message.startswith("Unterminated") or pos > len(buffer) - 16):
-                    lines += buffer.count("\n", 0, place)
-                    more = text.read(max(_CHUNK, len(buffer)))
-                    buffer, place, ended = buffer[place:] + more, 0, not more
-                    continue
-                line = lines + buffer.count("\n", 0, pos)
-                raise FormatError(f"JSON parse error in line {line}: {message}") from error
-            _check_escapes(buffer[place:end], value, line)
-            yield value, line
-            place, needs_value, first = end, not in_list, None
+                yield json.loads(line), line_number
+            except (ValueError, RecursionError) as error:
+                raise _parse_error(error, line_number) from error
+
+
+def _of_document(cursor: "_Cursor") -> Iterator[tuple[Any, int]]:
+    while sign := cursor.sign():
+        if sign != "[":
+            yield cursor.value()
             continue
-        place += 1
+        cursor.skip()
+        sign = cursor.sign()
+        while sign != "]":
+            yield cursor.value()
+            sign = cursor.sign()
+            if sign == ",":
+                cursor.skip()
+            elif sign != "]":
+                raise FormatError(f"JSON parse error in line {cursor.line}: Expecting ',' delimiter")
+        cursor.skip()
 
 
-def _next(buffer: str, place: int) -> int:
-    """Returns the place of the next character that is not white space."""
-    while place < len(buffer) and buffer[place] in " \t\r\n":
-        place += 1
-    return place
+class _Cursor:
+    """A place in a document that is read piece by piece. `line` is the number of its line."""
+
+    def __init__(self, text: TextIO, buffer: str, line: int) -> None:
+        self._text = text
+        self._buffer = buffer
+        self._place = 0
+        self._decode = json.JSONDecoder().raw_decode
+        self.line = line
+
+    def sign(self) -> str:
+        """Moves to the next character that is not white space, and returns it; empty at the end."""
+        while True:
+            self._move(_SPACE.match(self._buffer, self._place).end())  # type: ignore[union-attr]
+            if self._place < len(self._buffer):
+                return self._buffer[self._place]
+            if not self._read_more():
+                return ""
+
+    def skip(self) -> None:
+        """Moves over a character."""
+        self._place += 1
+
+    def value(self) -> tuple[Any, int]:
+        """Moves over a value; returns it with the number of its first line."""
+        self.sign()
+        while True:
+            try:
+                value, end = self._decode(self._buffer, self._place)
+            except (ValueError, RecursionError) as error:
+                place = error.pos if isinstance(error, json.JSONDecodeError) else 0
+                is_cut = place > len(self._buffer) - _LONGEST_WORD or "Unterminated" in str(error)
+                if is_cut and self._read_more():
+                    continue
+                self._move(max(place, self._place))
+                raise _parse_error(error, self.line) from error
+            line = self.line
+            self._move(end)
+            return value, line
+
+    def _move(self, place: int) -> None:
+        self.line += self._buffer.count("\n", self._place, place)
+        self._place = place
+
+    def _read_more(self) -> bool:
+        rest = self._buffer[self._place :]
+        more = self._text.read(max(_CHUNK, len(rest)))  # so that a long value is not parsed too often
+        self._buffer, self._place = rest + more, 0
+        return bool(more)
+
+
+def _parse_error(error: Exception, line: int) -> FormatError:
+    message = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+    return FormatError(f"JSON parse error in line {line}: {message}")

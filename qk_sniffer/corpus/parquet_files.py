@@ -7,9 +7,6 @@ from typing import Any
 
 from qk_sniffer.corpus.data_files import HUB, FormatError, open_bytes
 
-OPTIONS: set[str] = set()
-"""The options of `datasets` for Parquet files that this reader knows: none."""
-
 _BATCH_BYTES, _BATCH_ROWS = 1 << 24, 10_000
 _NAMES = {"halffloat": "float16", "float": "float32", "double": "float64"}
 _STRINGS = ("string", "large_string", "string_view")
@@ -19,6 +16,7 @@ class ParquetReader:
     """Reads Parquet files."""
 
     typed = True
+    options = frozenset[str]()
     has_schema = True
 
     def __init__(self, options: Mapping[str, Any]) -> None:

@@ -4,21 +4,17 @@ Local files are read directly, each time. No copy of them can be out of date, an
 files themselves. Files of other formats than ours are read by the library `datasets`.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
-from qk_sniffer.corpus.csv_files import OPTIONS as CSV_OPTIONS
 from qk_sniffer.corpus.csv_files import CsvReader
 from qk_sniffer.corpus.data_files import HUB, FormatError, reason
-from qk_sniffer.corpus.json_files import OPTIONS as JSON_OPTIONS
 from qk_sniffer.corpus.json_files import JsonReader
-from qk_sniffer.corpus.parquet_files import OPTIONS as PARQUET_OPTIONS
 from qk_sniffer.corpus.parquet_files import ParquetReader
-from qk_sniffer.corpus.text_files import OPTIONS as TEXT_OPTIONS
 from qk_sniffer.corpus.text_files import TextReader
 from qk_sniffer.errors import SourceError
 
@@ -50,6 +46,8 @@ class Rows(Protocol):
 class Reader(Protocol):
     """Reads files of one format. Raises any error for a file that cannot be read."""
 
+    options: frozenset[str]
+    """The options of `datasets` for files of this format that the reader knows. A dataset card may set them."""
     typed: bool
     has_schema: bool
 
@@ -66,18 +64,13 @@ class Reader(Protocol):
         """Yields these columns of the rows from number `start` on."""
 
 
-class _Format(NamedTuple):
-    make: Callable[[Mapping[str, Any]], Reader]
-    options: set[str]
-
-
-FORMATS = {
-    "parquet": _Format(ParquetReader, PARQUET_OPTIONS),
-    "json": _Format(JsonReader, JSON_OPTIONS),
-    "csv": _Format(CsvReader, CSV_OPTIONS),
-    "text": _Format(TextReader, TEXT_OPTIONS),
+FORMATS: dict[str, type[ParquetReader | JsonReader | CsvReader | TextReader]] = {
+    "parquet": ParquetReader,
+    "json": JsonReader,
+    "csv": CsvReader,
+    "text": TextReader,
 }
-"""The formats that are read directly, by the names that `datasets` has for them, and the options that each knows."""
+"""The formats that are read directly, by the names that `datasets` has for them."""
 
 
 @dataclass(frozen=True)

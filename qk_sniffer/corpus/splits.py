@@ -26,7 +26,7 @@ def rows_of_files(
         SourceError: there is no such split, or its rows cannot be counted.
     """
     names = named_splits(where, config, list(data_files))
-    rows = FileRows(where, [Part(data_files[names[0]])], FORMATS[format].make(options), may_scan=not config.streaming)
+    rows = FileRows(where, [Part(data_files[names[0]])], FORMATS[format](options), may_scan=not config.streaming)
     if config.split in data_files:
         return rows
     counts = {name: replace(rows, parts=[Part(data_files[name])]).count() for name in dict.fromkeys(names)}

@@ -5,14 +5,12 @@ from typing import Any
 
 from qk_sniffer.corpus.data_files import FormatError, open_text
 
-OPTIONS = {"encoding", "sample_by"}
-"""The options of `datasets` for text files that this reader knows. A dataset card may set them."""
-
 
 class TextReader:
     """Reads text files, as they are but for a byte order mark."""
 
     typed = True
+    options = frozenset({"encoding", "sample_by"})
     has_schema = True
 
     def __init__(self, options: Mapping[str, Any]) -> None:

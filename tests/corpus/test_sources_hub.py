@@ -1,5 +1,6 @@
 """Tests that datasets and tokenizers of the Hub are pinned to a commit, and come from the cache without a network."""
 
+import gzip
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 from support.bpe import save_tokenizer
-from support.data_files import ROWS, TEXTS, both_ways, jsonl, message, texts, write
+from support.data_files import ROWS, TEXTS, both_ways, jsonl, message, parquet, texts, write
 from support.fake_hub import FakeHub
 
 from qk_sniffer.config import DatasetConfig
@@ -168,6 +169,8 @@ def test_a_hub_dataset_is_pinned(tmp_path: Path) -> None:
         hub.commit("org/name", {"logo.xyz": b""}, branch="gone")
         new = hub.commit("org/name", files | {"train.jsonl": jsonl(ROWS[5:])})
         hub.commit("org/LongBooks-v2", {"a.txt": b"one\nline", "b.txt": b"two"})
+        hub.commit("org/rows", {"train.parquet": parquet(ROWS)})
+        hub.commit("org/packed", {"train.jsonl.gz": gzip.compress(jsonl(ROWS))})
         table, other = b"id,text\n007,NA\n12,n/a\n", b"id,text\n1,other\n"
         hub.commit("org/table", {"train.csv": table, "test.csv": other, "extra.csv": other})
         hub.commit("org/gated", files)
@@ -183,6 +186,8 @@ assert corpus.commit == {new!r} and texts(corpus) == [(0, {TEXTS[2][1]!r})], cor
 for streaming in (False, True):
     corpus = dataset('org/name', {old!r}, streaming=streaming)
     assert corpus.commit == {old!r} and texts(corpus) == {TEXTS!r}, corpus.commit
+    for path in ('org/rows', 'org/packed'):
+        assert texts(dataset(path, streaming=streaming)) == {TEXTS!r}, path
 assert dataset('org/name', revision='v1').num_rows == 1
 assert dataset('org/name', {old!r}, revision='v1').num_rows == 6
 assert texts(dataset('org/LongBooks-v2')) == [(0, 'one\\nline'), (1, 'two')]

@@ -91,8 +91,7 @@ def weight_files(source: Mapping[str, Any], explicit: str | None = None) -> list
     for candidate in (explicit,) if explicit else (_WEIGHTS, _WEIGHTS + _INDEX, _PICKLE, _PICKLE + _INDEX):
         path = find(candidate)
         if path is not None and candidate.endswith(_INDEX):
-            parent = Path(candidate).parent
-            return [shard for file in _shards(path.read_bytes()) if (shard := find(str(parent / file))) is not None]
+            return [shard for file in _shards(path.read_bytes()) if (shard := find(file)) is not None]
         if path is not None:
             return [path]
     return []

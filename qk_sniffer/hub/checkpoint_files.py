@@ -5,11 +5,14 @@ that takes the place of another one does not.
 """
 
 import hashlib
+import json
 import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from qk_sniffer.errors import SourceError
 
@@ -38,7 +41,8 @@ class CheckpointFiles:
             self._digests = dict(zip(paths, pool.map(_digest_of, paths), strict=True))
         whole = hashlib.sha256()
         for path in paths:
-            whole.update(os.fsencode(path.name) + b"\0" + self._digests[path])
+            name = Path(os.path.relpath(path, folder)).as_posix()
+            whole.update(os.fsencode(name) + b"\0" + self._digests[path])
         self.digest = f"sha256:{whole.hexdigest()}"
 
     def check(self, *, replaced: bool = False) -> None:
@@ -67,8 +71,31 @@ def folder_digest(folder: Path) -> str:
     return CheckpointFiles(folder).digest
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    return (path for path in folder.iterdir() if path.is_file() and path.suffix in _SUFFIXES)
+def _files(folder: Path) -> set[Path]:
+    """Returns the files that a checkpoint may be loaded from: those in `folder` itself, and those that they name."""
+    own = {path for path in folder.iterdir() if path.is_file() and path.suffix in _SUFFIXES}
+    return own | {path for name in _named(folder) if (path := folder / name).is_file()}
+
+
+def _named(folder: Path) -> Iterator[str]:
+    """Yields the files that the config and the indexes of weights name, which may be in other folders."""
+    indexes = [path.name for path in folder.glob("*.index.json")]
+    explicit = _read_json(folder / "config.json").get("transformers_weights")
+    if isinstance(explicit, str):
+        yield explicit
+        indexes.append(explicit)
+    for index in indexes:
+        named = _read_json(folder / index).get("weight_map") if index.endswith(".json") else None
+        yield from {name for name in named.values() if isinstance(name, str)} if isinstance(named, dict) else ()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """Returns the object in a JSON file; an empty one for a file that has none, which the loader reports."""
+    with suppress(OSError, ValueError):
+        values = json.loads(path.read_bytes())
+        if isinstance(values, dict):
+            return values
+    return {}
 
 
 def _facts_of(path: Path) -> _Facts | None:

@@ -1,7 +1,10 @@
 """Weights that are missing or have other names are an error that says what is there, and the way out."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.fake_hub import FakeHub
 from support.tiny import CUT
 from support.zoo import CASES
 
@@ -87,3 +91,41 @@ def test_the_stored_dtypes_are_those_of_the_files(tmp_path: Path) -> None:
     assert load_file(tmp_path / "model.safetensors").keys() == weights.keys()
     (tmp_path / "pytorch_model.bin").touch()
     assert stored_dtypes(sorted(tmp_path.iterdir())) == {"a": "BF16", "b": "F8_E4M3"}
+
+
+ON_THE_HUB = """
+import sys
+from qk_sniffer.backbone.loading import load_backbone
+from qk_sniffer.config import ModelConfig
+from qk_sniffer.errors import SourceError
+for name in sys.argv[1:]:
+    try:
+        load_backbone(ModelConfig(name=name, dtype="float32"))
+    except SourceError as error:
+        print(error)
+"""
+
+
+@pytest.mark.slow
+def test_a_repository_without_weights_says_what_it_has(tmp_path: Path) -> None:
+    LLAMA.config().save_pretrained(tmp_path)
+    config = (tmp_path / "config.json").read_bytes()
+    index = json.dumps({"metadata": {}, "weight_map": {"a": SHARDS[0], "b": SHARDS[1]}}).encode()
+    repositories: dict[str, tuple[dict[str, bytes], str]] = {
+        "org/variant": ({"model.fp16.safetensors": b""}, "of the variant fp16 alone"),
+        "org/lacking": ({INDEX: index, SHARDS[0]: b""}, f"lacks 1 of the 2 files .*: {SHARDS[1]}"),
+        "org/pickled": ({"pytorch_model.bin": b""}, "set model.allow_pickle=true"),
+        "org/empty": ({"README.md": b""}, "it has no file of weights"),
+    }
+    with FakeHub() as hub:
+        for name, (files, _) in repositories.items():
+            hub.commit(name, {"config.json": config} | files)
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+        environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+        command = [sys.executable, "-c", ON_THE_HUB, *repositories]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(repositories), done.stderr
+    for line, (name, (_, message)) in zip(lines, repositories.items(), strict=True):
+        assert re.match(f"model {name} .*{message}", line), line
+        assert ("pickle" in line) == (name == "org/pickled")

@@ -111,9 +111,36 @@ def test_the_digest_of_a_local_checkpoint_follows_its_contents(tmp_path: Path) -
     assert folder_digest(tmp_path) != before
 
 
-def change_weights(folder: Path, change: Any) -> list[str]:
-    """Applies `change` to the weights of a checkpoint in one file; returns the new names."""
-    file = folder / "model.safetensors"
+def test_the_digest_of_a_local_checkpoint_has_the_files_that_its_index_or_config_names(tmp_path: Path) -> None:
+    CASES[0].model().save_pretrained(tmp_path, max_shard_size="20KB")
+    plain = folder_digest(tmp_path)
+    index = tmp_path / "model.safetensors.index.json"
+    values = json.loads(index.read_text())
+    moved = sorted(tmp_path.glob("*.safetensors"))[0].name
+    (tmp_path / "deeper").mkdir()
+    (tmp_path / moved).rename(tmp_path / "deeper" / moved)
+    deeper = {name: f"deeper/{file}" if file == moved else file for name, file in values["weight_map"].items()}
+    index.write_text(json.dumps(values | {"weight_map": deeper}))
+    config = ModelConfig(name=str(tmp_path), dtype="float32")
+    before, weights = folder_digest(tmp_path), load_backbone(config).decoder.state_dict()
+    assert before != plain
+    change_weights(tmp_path / "deeper", lambda stored: {name: w + 1 for name, w in stored.items()}, moved)
+    assert folder_digest(tmp_path) != before
+    after = load_backbone(config).decoder.state_dict()
+    assert any(not torch.equal(weights[name], after[name]) for name in weights), "the file is loaded"
+    path = tmp_path / "config.json"
+    named = {"transformers_weights": "deeper/index.safetensors.index.json"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | named))
+    index.rename(tmp_path / "deeper" / "index.safetensors.index.json")
+    assert load_backbone(config).decoder.state_dict().keys() == weights.keys()
+    before = folder_digest(tmp_path)
+    change_weights(tmp_path / "deeper", lambda stored: {name: w + 1 for name, w in stored.items()}, moved)
+    assert folder_digest(tmp_path) != before
+
+
+def change_weights(folder: Path, change: Any, name: str = "model.safetensors") -> list[str]:
+    """Applies `change` to the weights in one file of a checkpoint; returns the new names."""
+    file = folder / name
     weights = change(load_file(file))
     save_file(weights, file, metadata={"format": "pt"})
     return list(weights)

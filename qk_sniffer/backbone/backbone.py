@@ -30,6 +30,8 @@ from qk_sniffer.errors import CaptureError, QkSnifferError
 PROBE_TOKENS = 6
 """Enough positions to tell the frequencies of two kinds of layers apart."""
 
+SECOND_PROBE_TOKENS = 64
+
 
 class Backbone:
     """Holds a loaded decoder. `forward` runs it and shows every attention call to a callback."""
@@ -141,8 +143,9 @@ class Backbone:
         known = self.frequencies
 
         def note_rotation(layer: int, module: nn.Module, calls: list[RotaryCall], *states: torch.Tensor) -> None:
-            found = rotation(module, calls, states[0], states[1], known, self.family)
-            rotations[layer] = asdict(found) if isinstance(found, Rotation) else found
+            if layer not in rotations or isinstance(rotations[layer], str):
+                found = rotation(module, calls, states[0], states[1], known, self.family)
+                rotations[layer] = asdict(found) if isinstance(found, Rotation) else found
 
         def record(call: AttentionCall) -> None:
             if call.layer in facts or call.layer < 0:
@@ -151,11 +154,10 @@ class Backbone:
                     "several attention modules name this layer as theirs; a family can distinguish them: "
                     "model.family=package.module:Class"
                 )
-            facts[call.layer] = replace(_layer_facts(call), rotation=rotations[call.layer])
+            facts[call.layer] = _layer_facts(call)
 
-        length = min(PROBE_TOKENS, self.length_boundary or PROBE_TOKENS, self.num_positions or PROBE_TOKENS)
         try:
-            self._forward(1 + torch.arange(length)[None] % 2, record, on_rotary=note_rotation)
+            self._forward(self._probe_ids(PROBE_TOKENS), record, on_rotary=note_rotation)
         except QkSnifferError:
             raise
         except Exception as error:  # any error of the model's code
@@ -173,10 +175,18 @@ class Backbone:
                     "family can name the layers (Family.attention_layers, see models/ADDING.md)"
                 )
             raise CaptureError(f"{_model_type(self.decoder)}: this model has no softmax attention to capture")
+        if any(isinstance(one, str) for one in rotations.values()):
+            with suppress(Exception):  # of a longer text, in which a slow rotation is larger than rounding
+                self._forward(self._probe_ids(SECOND_PROBE_TOKENS), lambda call: None, on_rotary=note_rotation)
         if known and not rotary_functions(self.attention_layers, self.family):
             reason = f"{NOT_RECORDED}the decoder has rotary frequencies, and no rotary function that is known"
-            facts = {layer: replace(fact, rotation=reason) for layer, fact in facts.items()}
-        return [facts[layer] for layer in sorted(facts)]
+            rotations = dict.fromkeys(facts, reason)
+        return [replace(facts[layer], rotation=rotations[layer]) for layer in sorted(facts)]
+
+    def _probe_ids(self, length: int) -> torch.Tensor:
+        """Returns at most `length` token ids (1, n), which every vocabulary and table of positions has."""
+        length = min(length, self.length_boundary or length, self.num_positions or length)
+        return 1 + torch.arange(length)[None] % 2
 
     @cached_property
     def frequencies(self) -> dict[str, Frequencies]:

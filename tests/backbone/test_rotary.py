@@ -110,6 +110,15 @@ def test_texts_do_depend_on_what_shares_their_forward() -> None:
         assert not torch.allclose(own, together, atol=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_slow_rotation_is_told_from_rounding(dtype: torch.dtype) -> None:
+    rope = {"rope_type": "linear", "rope_theta": 1e6, "factor": 64.0}
+    case = Case("slow", "LlamaConfig", {"rope_parameters": rope, "head_dim": 64}, 64)
+    facts = Backbone(case.decoder(dtype=dtype), find_family("llama")).probe()
+    expected = {"frequencies": "rotary_emb", "pairs": "halves", "first": 0, "direction": 1, "changed_after": False}
+    assert [fact.rotation for fact in facts] == [expected] * 3
+
+
 BY_KIND = Case(
     "by_kind",
     "Gemma3TextConfig",

@@ -207,6 +207,16 @@ def _notes(manifest: dict[str, Any]) -> dict[str, list[str]]:
     ):
         if layers := [layer["layer"] for layer in manifest["model"]["layers"] if layer.get(key)]:
             notes[meaning] = [f"layers {compact_ranges(layers)}"]
+    limits = ("sliding_window", "attention_chunk", "sparse_attention")
+    unknown = [
+        layer["layer"]
+        for layer in manifest["model"]["layers"]
+        if layer.get("full_attention") is False and not any(layer.get(key) for key in limits)
+    ]
+    if unknown:
+        notes["a query does not see all earlier keys, and the dataset does not say which"] = [
+            f"layers {compact_ranges(unknown)}"
+        ]
     return notes
 
 

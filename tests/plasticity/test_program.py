@@ -252,6 +252,7 @@ def test_facts_of_the_manifest_about_layers_become_notes(root: Path, tmp_path: P
     manifest["model"]["rope_stage"] = "pre"
     manifest["model"]["layers"][1] |= {"position_bias": True, "sliding_window": None, "attention_chunk": 32}
     manifest["model"]["layers"][0] |= {"sparse_attention": True}
+    manifest["model"]["layers"][2] |= {"full_attention": False, "sliding_window": None}
     write_manifest(Layout(root), manifest)
     measure(root, tmp_path / "results")
     notes = record(tmp_path / "results")["notes"]
@@ -259,6 +260,7 @@ def test_facts_of_the_manifest_about_layers_become_notes(root: Path, tmp_path: P
         ("captured before RoPE: the vectors carry no position of the rotary embedding", "all heads"),
         ("attention adds a bias to the logits, which is not measured", "layers 1"),
         ("a query sees only some of the keys, and the dataset does not store which", "layers 0"),
+        ("a query does not see all earlier keys, and the dataset does not say which", "layers 2"),
     ):
         assert notes[note] == [where]
     assert set(buckets(tmp_path / "results")[1, 0]) == {(1, 0), (3, 2), (5, 4)}, "buckets of 16 in chunks of 32"

@@ -18,7 +18,7 @@ from typing import Any
 from qk_sniffer.config import DatasetConfig
 from qk_sniffer.corpus import hub_copies
 from qk_sniffer.corpus.copies import check_cache, digest_of
-from qk_sniffer.corpus.data_files import COMPRESSED, first_lines, reason
+from qk_sniffer.corpus.data_files import ARCHIVES, COMPRESSED, first_lines, reason
 from qk_sniffer.corpus.home import check_home
 from qk_sniffer.corpus.rows import FORMATS, LibraryRows, ListRows, Rows, no_rows
 from qk_sniffer.corpus.splits import named_splits, no_split, rows_of_files
@@ -262,14 +262,15 @@ def _format_of(where: str, builder: Any) -> tuple[str | None, dict[str, Any]]:
         for each in fields(builder.config)
         if each.name not in neutral and (value := getattr(builder.config, each.name)) != getattr(usual, each.name)
     }
-    if set(options) <= FORMATS[name].options and len(str(options.get("sep", ","))) == 1:
+    is_packed = any(file.lower().endswith(ARCHIVES) for files in _files_of(builder).values() for file in files)
+    if set(options) <= FORMATS[name].options and len(str(options.get("sep", ","))) == 1 and not is_packed:
         return name, options
+    why = "in an archive" if is_packed else f"with the options {', '.join(sorted(options))}"
     log.warning(
-        "%s: the library datasets reads these %s files, for their options %s. It guesses types, and may take texts "
-        "such as NA for null",
+        "%s: the library datasets reads these %s files %s. It guesses types, and may take texts such as NA for null",
         where,
         name,
-        ", ".join(sorted(options)),
+        why,
     )
     return None, {}
 

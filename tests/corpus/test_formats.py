@@ -6,6 +6,7 @@ import json
 import os
 import tracemalloc
 import uuid
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -327,7 +328,15 @@ def test_options_that_only_the_library_knows_are_told(tmp_path: Path, caplog: py
     write(tmp_path / "README.md", "---\nconfigs:\n- config_name: x\n  data_files: a.csv\n  skiprows: 1\n---\n")
     write(tmp_path / "a.csv", "# a comment\ntext,id\nNA,1\nb,2\n")
     assert texts(opened(tmp_path).examples()) == [(1, "b")]
-    assert "the library datasets reads these csv files, for their options skiprows" in caplog.text
+    assert "the library datasets reads these csv files with the options skiprows. It guesses types" in caplog.text
+
+
+@both_ways
+def test_the_library_reads_archives(tmp_path: Path, streaming: bool, caplog: pytest.LogCaptureFixture) -> None:
+    with zipfile.ZipFile(tmp_path / "rows.zip", "w") as archive:
+        archive.writestr("train.jsonl", jsonl([{"text": "a"}, {"text": "b"}]))
+    assert texts(opened(tmp_path, data_files="*.zip", streaming=streaming).examples()) == [(0, "a"), (1, "b")]
+    assert "the library datasets reads these json files in an archive" in caplog.text
 
 
 # ---- filters

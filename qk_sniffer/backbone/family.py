@@ -48,7 +48,8 @@ class Family:
     transformers has one. The two patterns are of older and of newer files."""
 
     unused = ("pooler.",)
-    """Prefixes of decoder weights that no query or key depends on. A checkpoint may lack these weights."""
+    """Prefixes of decoder weights that no query or key depends on. A checkpoint may lack these weights,
+    or have others of these names."""
 
     rotary_function = "apply_rot"
     """The common start of the names of the rotary functions in the Python module of the attention class."""

@@ -5,6 +5,7 @@ A GGUF file, the format of llama.cpp, holds a model with its config and tokenize
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,11 +13,12 @@ from typing import Any
 
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
-from transformers.integrations.gguf.reader import read_gguf_metadata
+from transformers.integrations.gguf.reader import GgufHeader, read_gguf_metadata
 from transformers.integrations.gguf.utils import is_gguf_arch_supported
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 from transformers.utils.hub import cached_file
 
+from qk_sniffer.backbone.quantization import StoredWeights
 from qk_sniffer.backbone.unloaded import unloaded
 from qk_sniffer.config import ModelConfig
 from qk_sniffer.errors import ConfigError, SourceError
@@ -72,6 +74,17 @@ def gguf_source(file: str, source: dict[str, Any]) -> dict[str, Any]:
     path = cached_file(name, file, **where)
     assert path is not None
     return {"pretrained_model_name_or_path": str(Path(path).parent), "gguf_file": str(Path(path).absolute())}
+
+
+def stored_in_gguf(path: str) -> StoredWeights:
+    """Returns the dtype of the floats in a file, or its types of quantized tensors with their numbers."""
+    from gguf import GGMLQuantizationType
+
+    header = GgufHeader.from_file(path)
+    if header.dtype is not None:
+        return StoredWeights(str(header.dtype).removeprefix("torch."))
+    types = Counter(GGMLQuantizationType(number).name for number in header.ggml_types.values())
+    return StoredWeights(quantization={"quant_method": "gguf", "types": dict(sorted(types.items()))})
 
 
 def refuse_lost(text: PretrainedConfig, config: ModelConfig, path: str) -> None:

@@ -5,7 +5,7 @@ import re
 import sys
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,7 +28,7 @@ from qk_sniffer.backbone.checkpoint_weights import (
 )
 from qk_sniffer.backbone.config_overrides import with_overrides
 from qk_sniffer.backbone.family import Family, find_family, imported_family
-from qk_sniffer.backbone.gguf import check_gguf, gguf_source, refuse_lost
+from qk_sniffer.backbone.gguf import check_gguf, gguf_source, refuse_lost, stored_in_gguf
 from qk_sniffer.backbone.loaded_weights import ignored_layers_reported, refuse_incomplete
 from qk_sniffer.backbone.quantization import (
     StoredWeights,
@@ -103,11 +103,10 @@ def _cached_first(config: ModelConfig, commit: str | None, load: Callable[[dict[
         "trust_remote_code": config.trust_remote_code,
     }
     folder = Path(str(config.name))
-    if folder.is_dir():
-        refuse_pointers_of_weights(folder, config.gguf_file)
     if config.gguf_file is not None:
         check_gguf(config)
     if folder.is_dir():
+        refuse_pointers_of_weights(folder, config.gguf_file)
         return load(source)
     source["revision"] = commit or config.revision
     try:
@@ -129,6 +128,11 @@ class _Model:
     family: Family
     source: dict[str, Any]
     """The arguments that locate the weights and name them."""
+
+    @property
+    def explicit(self) -> str | None:
+        """The file of weights that the config names; None for the usual ones."""
+        return getattr(self.wrapper or self.text, "transformers_weights", None)
 
 
 def _read_config(config: ModelConfig, source: dict[str, Any]) -> _Model:
@@ -205,9 +209,9 @@ def _loaded(
     config: ModelConfig, source: dict[str, Any], layers: Collection[int] | None
 ) -> tuple[PreTrainedModel, Family, StoredWeights]:
     found = _read_config(config, source)
-    quantization = {"quant_method": "gguf"} if config.gguf_file else quantization_config(found.text)
+    stored = _stored(config, found)
     arguments = found.source | {
-        "dtype": _dtype(config, found.text, found.source),
+        "dtype": _dtype(config, stored),
         "device_map": config.device_map,
         "use_safetensors": None if config.allow_pickle or config.gguf_file else True,
         "ignore_mismatched_sizes": True,  # reported below, with all other wrong weights
@@ -226,23 +230,30 @@ def _loaded(
             model, info = _auto_class(config, found.text, found.family).from_pretrained(
                 config=found.text, attn_implementation=config.attn_implementation, **arguments
             )
-    explicit = getattr(found.wrapper or found.text, "transformers_weights", None)
-    dtypes = {} if config.gguf_file is not None else stored_dtypes(weight_files(found.source, explicit))
-    is_multimodal = found.wrapper is not None or "key_mapping" in found.source
+    files = () if config.gguf_file is not None else weight_files(found.source, found.explicit)
+    dtypes = stored_dtypes(files)
     refuse_incomplete(
         str(config.name),
         model,
         found.family,
         info,
         dtypes,
-        multimodal=is_multimodal,
-        quantized=quantization is not None,
+        multimodal=found.wrapper is not None or "key_mapping" in found.source,
+        quantized=stored.quantization is not None,
     )
-    own = own_dtype(found.text) or first_float(dtypes)
-    return model, found.family, StoredWeights(own, quantization)
+    # A repository's files are known only now.
+    return model, found.family, replace(stored, dtype=stored.dtype or first_float(dtypes))
 
 
-def _dtype(config: ModelConfig, model_config: PretrainedConfig, source: dict[str, Any]) -> Any:
+def _stored(config: ModelConfig, found: _Model) -> StoredWeights:
+    """Returns what is known of the stored weights before they are read."""
+    if config.gguf_file is not None:
+        return stored_in_gguf(found.source["gguf_file"])
+    own = own_dtype(found.text) or first_float(stored_dtypes(weight_files(found.source, found.explicit)))
+    return StoredWeights(own, quantization_config(found.text))
+
+
+def _dtype(config: ModelConfig, stored: StoredWeights) -> Any:
     """Returns the dtype to load: that of `config`, or the checkpoint's own, which may be known to transformers alone.
 
     Raises:
@@ -250,11 +261,8 @@ def _dtype(config: ModelConfig, model_config: PretrainedConfig, source: dict[str
     """
     if config.dtype != AUTO:
         return getattr(torch, config.dtype)
-    own = own_dtype(model_config)
-    if own is None and config.gguf_file is None:
-        own = first_float(stored_dtypes(weight_files(source, getattr(model_config, "transformers_weights", None))))
-    check_dtype(own)
-    return AUTO if own is None else getattr(torch, own)
+    check_dtype(stored.dtype)
+    return AUTO if stored.dtype is None else getattr(torch, stored.dtype)
 
 
 @contextmanager

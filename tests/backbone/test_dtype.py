@@ -4,8 +4,10 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from gguf import GGMLQuantizationType
 from safetensors.torch import load_file, save_file
 from support.gguf_files import write_gguf
 from support.jobs import run
@@ -32,7 +34,7 @@ def without_dtype(folder: Path) -> None:
     file.write_text(json.dumps(values))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_dtype_of_the_config_counts_and_else_that_of_the_weights(dtype: torch.dtype, tmp_path: Path) -> None:
     LLAMA.model(dtype=dtype).save_pretrained(tmp_path)
     config = ModelConfig(name=str(tmp_path), dtype="auto")
@@ -80,10 +82,20 @@ def test_a_dtype_that_no_model_computes_in_is_refused(named: bool, tmp_path: Pat
     assert load_backbone(replace(config, dtype="float32")).stored.dtype == "float64"
 
 
-def test_a_gguf_file_has_the_dtype_of_transformers(tmp_path: Path) -> None:
+def test_a_gguf_file_has_the_dtype_of_its_floats_and_a_quantized_one_is_named_so(tmp_path: Path) -> None:
+    config = ModelConfig(name=str(tmp_path), gguf_file="tiny.gguf", dtype="auto")
     write_gguf(LLAMA.model(), tmp_path / "tiny.gguf")
-    backbone = load_backbone(ModelConfig(name=str(tmp_path), gguf_file="tiny.gguf", dtype="auto"))
+    backbone = load_backbone(config)
+    assert (backbone.dtype, backbone.stored.dtype, backbone.stored.quantization) == (torch.float32, "float32", None)
+    write_gguf(LLAMA.model(), tmp_path / "tiny.gguf", types={"token_embd.weight": np.float16})
+    assert load_backbone(config).dtype == torch.float16
+    quantized = replace(LLAMA, options=CUT | {"hidden_size": 32, "num_attention_heads": 4})
+    write_gguf(quantized.model(), tmp_path / "tiny.gguf", types={"token_embd.weight": GGMLQuantizationType.Q8_0})
+    backbone = load_backbone(config)
     assert backbone.dtype == torch.float32
+    description = backbone.stored.describe_quantization(backbone.decoder)
+    assert description is not None and description["method"] == "gguf" and description["dequantized"]
+    assert description["config"]["types"] == {"F32": 19, "Q8_0": 1}
 
 
 def test_a_job_names_the_dtype_that_it_computed_in(

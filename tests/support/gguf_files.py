@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGUFWriter
+from gguf import GGMLQuantizationType, GGUFWriter, quantize
 from transformers import PreTrainedModel
 
 _NAMES = {
@@ -38,9 +38,12 @@ def write_gguf(
     architecture: str | None = None,
     leave_out: str = "",
     tensors: dict[str, Any] | None = None,
+    types: dict[str, Any] | None = None,
     **metadata: Any,
 ) -> Path:
-    """Writes `model` in float32 without a tokenizer and without the weight `leave_out`; adds `tensors`.
+    """Writes `model` without a tokenizer and without the weight `leave_out`; adds `tensors`.
+
+    The tensors are in float32, except for those with another of numpy's or GGUF's types in `types`.
 
     `metadata` holds further keys of its architecture, with `__` for a dot.
     """
@@ -77,7 +80,7 @@ def write_gguf(
             stored = f"blk.{layer}.{names[inside]}"
         else:
             stored = _OUTSIDE[module]
-        writer.add_tensor(f"{stored}.{part}", weight.float().numpy())
+        _add(writer, f"{stored}.{part}", weight.float().numpy(), (types or {}).get(f"{stored}.{part}", np.float32))
     for name, tensor in (tensors or {}).items():
         writer.add_tensor(name, np.asarray(tensor, np.float32))
     writer.write_header_to_file()
@@ -85,6 +88,13 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def _add(writer: GGUFWriter, name: str, weight: Any, kind: Any) -> None:
+    if isinstance(kind, GGMLQuantizationType):
+        writer.add_tensor(name, quantize(weight, kind), raw_dtype=kind)
+    else:
+        writer.add_tensor(name, weight.astype(kind))
 
 
 def _as_neighbours(weight: torch.Tensor, heads: int) -> torch.Tensor:

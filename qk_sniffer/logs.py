@@ -3,6 +3,7 @@
 import logging
 import sys
 import traceback
+import warnings
 from numbers import Number
 from textwrap import indent
 from typing import Any
@@ -31,9 +32,44 @@ class JobLog(logging.FileHandler):
             super().handleError(record)
 
 
+class _Record(logging.LogRecord):
+    """A record of any library, which no text in it can use to control a terminal or to imitate another record."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.exc_info and self.exc_info[0] is not None:
+            self.exc_text = indent(printable_lines("".join(traceback.format_exception(*self.exc_info)).rstrip()), "  ")
+
+    def getMessage(self) -> str:  # noqa: N802
+        text = super().getMessage()
+        return printable_lines(text) if self.name.split(".")[0] == _PACKAGE else _indented(text)
+
+
+def escape_libraries() -> None:
+    """Escapes what libraries log, and their warnings, in this process. They quote the files that they read.
+
+    Programs call it, because it changes the whole process.
+    """
+    logging.setLogRecordFactory(_Record)
+    warnings.formatwarning = _printable_warning
+
+
 def logger(name: str) -> logging.LoggerAdapter[logging.Logger]:
     """Returns the logger of a module, as `logging.getLogger` does, with arguments that are escaped."""
     return _Logger(logging.getLogger(name), {})
+
+
+_PACKAGE = __name__.split(".")[0]
+_formatwarning = warnings.formatwarning
+
+
+def _printable_warning(*args: Any, **kwargs: Any) -> str:
+    return _indented(_formatwarning(*args, **kwargs).rstrip("\n")) + "\n"
+
+
+def _indented(text: str) -> str:
+    """Returns a text whose lines after the first cannot be taken for others."""
+    return printable_lines(text).replace("\n", "\n  ")
 
 
 def _shown(argument: object) -> object:

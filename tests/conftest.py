@@ -47,9 +47,10 @@ def own_caches(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
 def own_logging() -> Iterator[None]:
     """Takes back how a test configures logging, as a job that Hydra starts in the test's process does."""
     root = logging.getLogger()
-    level, handlers = root.level, [*root.handlers]
+    level, handlers, factory = root.level, [*root.handlers], logging.getLogRecordFactory()
     yield
     root.setLevel(level)
+    logging.setLogRecordFactory(factory)
     for handler in [*root.handlers]:
         if handler not in handlers:
             root.removeHandler(handler)

@@ -4,13 +4,14 @@ import io
 import logging
 import sys
 import unicodedata
+import warnings
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qk_sniffer.errors import ConfigError, StoreError
-from qk_sniffer.logs import logger
+from qk_sniffer.logs import escape_libraries, logger
 from qk_sniffer.text import aligned, printable, printable_lines, python_literal, say, say_text, shortened
 
 HOSTILE = "\x1b]0;owned\x07\x1b[2J\r\nwhole: 2 heads\x7f\x9b31m\u202e\u2066\u200b\u2028\ud800\ufeff\u00a0\U000e0041"
@@ -78,3 +79,20 @@ def test_tables_messages_and_logs_hold_no_foreign_line(
     assert [record.name for record in caplog.records] == ["qk_sniffer.test"] * 4
     assert {record.module for record in caplog.records} == {"test_text"}
     assert logging.getLogger("qk_sniffer.test").isEnabledFor(logging.WARNING)
+
+
+def test_what_libraries_log_and_warn_is_escaped(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    escape_libraries()
+    library = logging.getLogger("some_library")
+    library.warning("the key %s is not known", HOSTILE)
+    library.warning("first\nwhole: 2 heads")
+    try:
+        raise RuntimeError(HOSTILE)
+    except RuntimeError:
+        library.exception("failed")
+    shown = caplog.text + warnings.formatwarning(UserWarning(HOSTILE), UserWarning, "x.py", 1, "code")
+    assert shown.count("0;owned") == 3 and printable_lines(shown) == shown
+    assert not [line for line in shown.splitlines() if line.startswith("whole: 2 heads")]

@@ -30,7 +30,7 @@ from qk_sniffer.config import Config, from_omegaconf, register
 from qk_sniffer.errors import ConfigError, QkSnifferError
 from qk_sniffer.jobs import sweep
 from qk_sniffer.jobs.signals import WARNING, Stopped, Stopping
-from qk_sniffer.logs import logger
+from qk_sniffer.logs import escape_libraries, logger
 from qk_sniffer.resolved import ResolvedConfig, resolve
 from qk_sniffer.text import say, say_text
 
@@ -42,6 +42,7 @@ register()
 
 def main() -> int:
     """Runs `python -m qk_sniffer` and `sniff-qk`; returns the exit code."""
+    escape_libraries()
     try:
         args = parse_flags(sys.argv[1:])
         if only_prints(args):
@@ -58,6 +59,7 @@ def main() -> int:
 
 def task(node: DictConfig) -> str:
     """Runs one job, wherever Hydra's launcher starts it; returns its state, which it also writes to its status file."""
+    escape_libraries()
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
     number = 0 if OmegaConf.is_missing(hydra_config.job, "num") else hydra_config.job.num

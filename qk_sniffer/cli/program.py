@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from qk_sniffer.cli.schema import Schema, not_a_setting, repeated, unknown_flag
 from qk_sniffer.errors import ConfigError, QkSnifferError
+from qk_sniffer.logs import escape_libraries
 from qk_sniffer.text import say, say_text
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def run(name: str, about: str, kind: type[Settings], program: Callable[[Settings
     Returns:
         the exit code: that of `program`; 1 for a `QkSnifferError`, 2 for wrong settings, 130 when interrupted.
     """
+    escape_libraries()
     arguments = sys.argv[1:]
     try:
         if {"-h", "--help"} & set(arguments):

@@ -1,5 +1,6 @@
 """Loads a tokenizer and turns examples into tokens."""
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -108,6 +109,7 @@ def load_tokenizer(config: ModelConfig, commit: str | None = None) -> "TextToken
     else:
         commit = None
         refuse_pointers(local, "*.json", "*.model", "*.txt", "*.tiktoken")
+        _refuse_files_elsewhere(local)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(local), **options)
     except Exception as error:
@@ -121,6 +123,24 @@ def load_tokenizer(config: ModelConfig, commit: str | None = None) -> "TextToken
     ):  # transformers returns an empty tokenizer if there are no files
         raise SourceError(f"{name} has no tokenizer: set model.tokenizer.name to a Hub id or a folder that has one")
     return TextTokenizer(tokenizer, config.tokenizer, name=name, commit=commit)
+
+
+def _refuse_files_elsewhere(folder: Path) -> None:
+    """Refuses a tokenizer in `folder` of which transformers would read a file in another folder.
+
+    The digest that identifies the tokenizer is of the files in its folder.
+    """
+    try:
+        settings = json.loads((folder / "tokenizer_config.json").read_bytes())
+    except (OSError, ValueError, RecursionError):  # there is none, or transformers reports it
+        return
+    named = settings.get("fast_tokenizer_files") if isinstance(settings, dict) else None
+    for name in named if isinstance(named, list) else ():
+        if not isinstance(name, str) or Path(name).name != name:
+            raise SourceError(
+                f"the tokenizer of {folder} names {name} in fast_tokenizer_files of tokenizer_config.json, which is "
+                "not a file in its folder: copy the file there and name it without a folder"
+            )
 
 
 class TextTokenizer:

@@ -153,14 +153,16 @@ class Dataset:
         Raises:
             HubError: a file cannot be fetched.
         """
-        self._files.fetch([head_file(*key) for key in heads])
+        listed = self.manifest["files"]
+        names = [head_file(*key) for key in heads]
+        self._files.fetch({name: listed[name]["bytes"] for name in names if name in listed})
 
     def _path(self, name: str) -> Path:
         """Returns the path of a file, which is fetched if needed and has the size that the manifest lists."""
         entry = self.manifest["files"].get(name)
-        path = self._files.path(name)
         if entry is None:
-            raise UnreadableError(path, "is not listed in manifest.json", WAY_OUT)
+            raise UnreadableError(name, f"of {self} is not listed in manifest.json", WAY_OUT)
+        path = self._files.path(name, entry["bytes"])
         if (problem := difference(path, entry["bytes"])) is not None:
             raise UnreadableError(path, f"is missing or damaged (it {problem})", WAY_OUT)
         return path

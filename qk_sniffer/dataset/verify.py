@@ -159,11 +159,15 @@ def _nonfinite_problems(facts: ManifestFacts, checks: Mapping[str, HeadCheck]) -
 def _unlisted(facts: ManifestFacts) -> Iterator[Problem]:
     """Yields files in the folders of heads and examples that readers may take for part of the dataset."""
     known = {*facts.files, *facts.heads, EXAMPLES}
-    for path in sorted(facts.root.glob("*/*")):
-        folder, name = path.parent.name, path.relative_to(facts.root).as_posix()
-        is_ours = folder == "examples" or parse_head_name(folder) is not None
-        if is_ours and name not in known and not path.name.startswith("."):
-            yield Problem("files", "not part of the dataset: manifest.json does not list it", name, "remove it")
+    for folder in sorted(facts.root.iterdir()):
+        is_ours = folder.name == "examples" or parse_head_name(folder.name) is not None
+        if not is_ours or not folder.is_dir():
+            continue
+        # The names in a linked folder are those of files elsewhere.
+        for path in [folder] if folder.is_symlink() else sorted(folder.iterdir()):
+            name = path.relative_to(facts.root).as_posix()
+            if name not in known and not path.name.startswith("."):
+                yield Problem("files", "not part of the dataset: manifest.json does not list it", name, "remove it")
 
 
 def _check_examples(facts: ManifestFacts, report: Report) -> Examples | None:

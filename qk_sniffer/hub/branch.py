@@ -4,7 +4,7 @@ huggingface_hub caches files by commit. No file is fetched twice, and all files 
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -44,13 +44,15 @@ class Branch:
         if re.fullmatch("[0-9a-f]{40}", self.commit) is None:
             raise HubError(f"{self.commit!r} is not a commit of the dataset repository {self.repo_id}")
 
-    def path(self, name: str) -> Path:
+    def path(self, name: str, size: int | None = None) -> Path:
         """Returns the local copy of the file `name`, which is fetched if necessary.
 
         Raises:
-            HubError: the file cannot be fetched.
+            HubError: the file cannot be fetched, or does not have the `size` that the manifest lists.
         """
-        return Path(_call(self.repo_id, self.name, lambda api: download(api, self.repo_id, name, self.commit)))
+        return Path(
+            _call(self.repo_id, self.name, lambda api: download(api, self.repo_id, name, self.commit, size=size))
+        )
 
     def refetch(self, name: str) -> Path:
         """Fetches the file again, to replace a damaged copy on this machine.
@@ -79,11 +81,11 @@ class Branch:
 
         return _call(self.repo_id, self.name, ask)
 
-    def fetch(self, names: Iterable[str]) -> None:
+    def fetch(self, sizes: Mapping[str, int]) -> None:
         """Fetches the files that are not on this machine yet, in parallel and with a progress bar.
 
         Raises:
-            HubError: a file cannot be fetched.
+            HubError: a file cannot be fetched, or does not have the size that `sizes` has for it.
         """
         from huggingface_hub import try_to_load_from_cache
 
@@ -92,7 +94,10 @@ class Branch:
                 try_to_load_from_cache(self.repo_id, name, revision=self.commit, repo_type=REPO_TYPE), str
             )
 
-        if missing := [name for name in names if not is_here(name)]:
+        if missing := [name for name in sizes if not is_here(name)]:
+            there = _call(self.repo_id, self.name, lambda api: _sizes(api, self.repo_id, self.commit))
+            for name in missing:
+                _check_size(self, name, there.get(name), sizes[name])
             log.info("fetching %d files of %s", len(missing), self)
             with bars_on_a_terminal():
                 _call(self.repo_id, self.name, lambda api: _snapshot(api, self.repo_id, missing, self.commit))
@@ -180,22 +185,47 @@ def _call(repo_id: str, revision: str, ask: "Callable[[HfApi], _Result]") -> _Re
     return with_retries(lambda: ask(api), api, failed)
 
 
-def download(api: "HfApi", repo_id: str, name: str, revision: str, *, force: bool = False) -> str:
+def download(
+    api: "HfApi", repo_id: str, name: str, revision: str, *, force: bool = False, size: int | None = None
+) -> str:
     """Returns the path of the local copy of a file, which is fetched if necessary.
 
+    Args:
+        size: the size that the file must have; None for any, of a manifest or a card up to `LARGE`.
+
     Raises:
-        HubError: a manifest or a card is too large.
+        HubError: the file on the Hub has another size, or is too large.
         Exception: those of huggingface_hub.
     """
     fetch: Any = partial(
         api.hf_hub_download, repo_id, name, repo_type=REPO_TYPE, revision=revision, force_download=force
     )
-    if name in (MANIFEST, CARD):  # the sizes of the other files are in the manifest
+    if size is not None or name in (MANIFEST, CARD):  # the sizes of the other files are in the manifest
         info = fetch(dry_run=True)
-        if info.will_download and (info.file_size or 0) > LARGE:
+        if info.will_download and size is not None:
+            _check_size(f"{repo_id} at {revision!r}", name, info.file_size, size)
+        elif info.will_download and (info.file_size or 0) > LARGE:
             raise HubError(f"{name} of {repo_id} at {revision!r} is larger than {LARGE >> 20:,} MB: it is not fetched")
     path: str = fetch()
     return path
+
+
+def _check_size(where: object, name: str, there: int | None, listed: int) -> None:
+    """Checks the size of a file before it is fetched: a foreign repository may hold any amount of data.
+
+    `there` is None for a file that does not exist, which the download reports.
+    """
+    if there is not None and there != listed:
+        raise HubError(
+            f"{name} of {where} has {there:,} bytes instead of the {listed:,} that manifest.json lists: it is not "
+            "fetched"
+        )
+
+
+def _sizes(api: "HfApi", repo_id: str, revision: str) -> dict[str, int]:
+    """Returns the sizes of all files, by name."""
+    listed = api.list_repo_tree(repo_id, recursive=True, revision=revision, repo_type=REPO_TYPE)
+    return {each.path: each.size for each in listed if hasattr(each, "size")}
 
 
 def _snapshot(api: "HfApi", repo_id: str, names: list[str], revision: str) -> Any:

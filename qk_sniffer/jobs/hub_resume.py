@@ -66,7 +66,7 @@ def guard(layout: Layout, here: Mapping[str, Any], branch: Branch) -> None:
             "publish to another output.hf_branch"
         )
     way_out = "publish to another output.hf_branch, or replace the branch's dataset with output.overwrite=true"
-    theirs = read_examples(branch.path(EXAMPLES), there, way_out=way_out)
+    theirs = read_examples(branch.path(EXAMPLES, there["files"][EXAMPLES]["bytes"]), there, way_out=way_out)
     ours = read_examples(layout.examples, here, way_out=previous.WAY_OUT)
     if not ours.slice(0, len(theirs)).equals(theirs):
         raise StoreError(

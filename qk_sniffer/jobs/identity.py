@@ -14,9 +14,12 @@ from typing import Any
 from qk_sniffer.config import ModelConfig
 from qk_sniffer.errors import SourceError, StoreError
 from qk_sniffer.hub.checkpoint_files import CheckpointFiles, folder_digest
-from qk_sniffer.hub.revisions import current_commit, hub_commit_of
+from qk_sniffer.hub.revisions import current_commit, hub_commit_of, is_hub_id
+from qk_sniffer.logs import logger
 from qk_sniffer.resolved import ResolvedConfig, fingerprint, with_defaults, without_batching
 from qk_sniffer.text import shortened
+
+log = logger(__name__)
 
 LIBRARIES = ("torch", "transformers")
 """Another version of these may compute other vectors. With an adapter, the same goes for peft."""
@@ -113,6 +116,8 @@ def resolve_commits(config: ResolvedConfig, earlier: Job | None) -> dict[str, st
     commits: dict[str, str | None] = {}
     for role, (name, revision) in asked.items():
         if Path(name).is_dir():
+            if is_hub_id(name):  # it has the form of both
+                log.info("the %s %s is the local folder %s", role, name, Path(name).absolute())
             commits[role] = folder_digest(Path(name))
         elif earlier is not None and hub_commit_of(earlier.commits.get(role)) is not None:
             commits[role] = earlier.commits[role]

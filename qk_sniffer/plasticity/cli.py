@@ -20,7 +20,7 @@ from qk_sniffer.cli.hydra_jobs import run_jobs
 from qk_sniffer.cli.preflight import Composer
 from qk_sniffer.errors import ConfigError, QkSnifferError
 from qk_sniffer.jobs.sweep import Job
-from qk_sniffer.logs import logger
+from qk_sniffer.logs import escape_libraries, logger
 from qk_sniffer.plasticity.config import SCHEMA, PlasticityConfig, from_omegaconf, problems, register, resolved
 from qk_sniffer.text import say, say_text
 
@@ -33,6 +33,7 @@ register()
 
 def main() -> int:
     """Runs `python -m qk_sniffer.plasticity`; returns the exit code."""
+    escape_libraries()
     try:
         args = parse_flags(sys.argv[1:])
         if only_prints(args):
@@ -51,6 +52,7 @@ def main() -> int:
 
 def task(node: DictConfig) -> int:
     """Runs one job, wherever Hydra's launcher starts it; returns its exit code."""
+    escape_libraries()
     from qk_sniffer.plasticity.run import run
 
     try:

@@ -41,6 +41,9 @@ if TYPE_CHECKING:
 
 MARKERS = "osD^vP*X<>"
 
+_NAME_LENGTH = 300
+"""The part of a name in which a training step is looked for."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -73,7 +76,7 @@ class Step:
 
     def order(self) -> tuple[Any, ...]:
         """Sorts stages of pretraining by their number, then other phases by theirs: `lc-4k-to-32k`, `lc-32k-to-64k`."""
-        numbers = tuple(int(number) for number in re.findall(r"\d+", self.phase))
+        numbers = tuple(int(number) for number in re.findall(r"\d{1,15}", self.phase))
         return (not re.fullmatch(r"(stage\d*)?", self.phase), numbers, self.phase, self.step)
 
     def __str__(self) -> str:
@@ -135,7 +138,8 @@ def read(results: Results) -> Run:
 def step_of(run: Run) -> Step | None:
     """Returns the training step of a run's model, from its revision or else its name."""
     for text in (run.revision, run.model):
-        if found := re.search(r"(?:((?:stage\d*|lc)[\w-]*?)[-_])?step[-_]?(\d+)", text):
+        # A name of someone else may have any length, and any number of digits.
+        if found := re.search(r"(?:((?:stage\d*|lc)[\w-]*?)[-_])?step[-_]?(\d{1,15})(?!\d)", text[:_NAME_LENGTH]):
             return Step(found[1] or "", int(found[2]))
     return None
 

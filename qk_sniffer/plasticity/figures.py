@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qk_sniffer.dataset.reader import sampler_of
+from qk_sniffer.errors import QkSnifferError
 from qk_sniffer.plasticity import tables
 from qk_sniffer.plasticity.config import ESTIMATORS
 from qk_sniffer.plasticity.results import Results
@@ -51,6 +52,13 @@ MOST_TICKS = 7
 MOST_LINES = 150
 MOST_NUMBERS = 10
 """The most buckets of a heatmap with numbers in its cells."""
+
+MOST_CELLS = 1 << 25
+"""The most cells that a picture is computed from: 256 MB. Tables of someone else may name any numbers of heads and
+buckets, and a small table can describe a grid of any size."""
+
+MOST_HEAD_CELLS = 1 << 17
+"""The most cells of the picture with one cell for each head."""
 
 
 def draw_all(results: Results) -> list[Path]:
@@ -176,6 +184,7 @@ def by_head(metrics: Columns, names: Names) -> "Figure":
     from matplotlib.ticker import MaxNLocator
 
     layers, heads = int(metrics["layer"].max()) + 1, int(metrics["q_head"].max()) + 1
+    check_cells((layers, heads), MOST_HEAD_CELLS)
     height = float(np.clip(PAGE_IN / 2.6 * layers / heads, 1.1, 6.0)) + 0.7
     drawn = figure(PAGE_IN, height)
     panels = drawn.subplots(1, 2, sharey=True)
@@ -203,6 +212,7 @@ def component_weights(weights: Columns, names: Names) -> "Figure":
     """Draws the weight of each component: one line a head, or one a layer if there are many heads."""
     heads, which = np.unique(np.stack([weights["layer"], weights["q_head"]]), axis=1, return_inverse=True)
     size = int(weights["component"].max()) + 1
+    check_cells((heads.shape[1], size))
     grid = np.full((heads.shape[1], size), np.nan)
     grid[which, weights["component"]] = weights["component_weight"] * size
     label = "layer (a line for each head)"
@@ -268,8 +278,26 @@ def by_head_and_bucket(pairs: Columns) -> tuple[npt.NDArray[np.int64], Float64, 
         return buckets, lines, np.nanmean(lines, axis=0)
 
 
+def check_cells(shape: tuple[int, int], most: int = MOST_CELLS) -> None:
+    """Checks the size of a grid before memory is taken for it.
+
+    Raises:
+        QkSnifferError: it has more than `most` cells.
+    """
+    if shape[0] * shape[1] > most:
+        raise QkSnifferError(
+            f"the tables name heads, buckets or components that make a grid of {shape[0]:,} x {shape[1]:,} cells; a "
+            f"picture shows at most {most:,}. Check the tables with other programs, or measure the dataset again"
+        )
+
+
 def mean_by(rows: Any, columns: Any, values: Float64, shape: tuple[int, int]) -> Float64:
-    """The mean of the values of each (row, column), without NaN; NaN if none is left."""
+    """The mean of the values of each (row, column), without NaN; NaN if none is left.
+
+    Raises:
+        QkSnifferError: `shape` has too many cells.
+    """
+    check_cells(shape)
     known = np.isfinite(values)
     cells = np.ravel_multi_index((rows[known], columns[known]), shape)
     size = shape[0] * shape[1]

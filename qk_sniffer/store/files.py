@@ -2,7 +2,7 @@
 
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -13,14 +13,17 @@ from qk_sniffer.errors import StoreError
 class Files(Protocol):
     """The files of a dataset by their names relative to its root, with slashes: `l00h00q/data.parquet`."""
 
-    def path(self, name: str) -> Path:
-        """Returns the path of the file on this machine; fetches it if needed. In a folder it may be missing."""
+    def path(self, name: str, size: int | None = None) -> Path:
+        """Returns the path of the file on this machine. In a folder it may be missing.
+
+        If needed, it is fetched. A file that does not have `size` bytes is not.
+        """
 
     def refetch(self, name: str) -> Path:
         """Returns the path of a file that was damaged; fetches it a second time if it was fetched."""
 
-    def fetch(self, names: Iterable[str]) -> None:
-        """Fetches several files at once, which `path` would fetch one by one."""
+    def fetch(self, sizes: Mapping[str, int]) -> None:
+        """Fetches several files at once, which `path` would fetch one by one. `sizes` has their bytes by name."""
 
     def __str__(self) -> str:
         """The name of the dataset in messages."""
@@ -32,8 +35,8 @@ class Folder:
 
     root: Path
 
-    def path(self, name: str) -> Path:
-        """Returns the path of the file.
+    def path(self, name: str, size: int | None = None) -> Path:
+        """Returns the path of the file, of whatever size it is.
 
         Raises:
             StoreError: a link leads out of the dataset.
@@ -43,7 +46,7 @@ class Folder:
     def refetch(self, name: str) -> Path:
         return self.path(name)
 
-    def fetch(self, names: Iterable[str]) -> None:
+    def fetch(self, sizes: Mapping[str, int]) -> None:
         pass  # they are on this machine
 
     def __str__(self) -> str:

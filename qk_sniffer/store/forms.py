@@ -16,8 +16,8 @@ from qk_sniffer.store.layout import FORMAT, KEY_HEAD_KINDS, KINDS, is_dataset_fi
 from qk_sniffer.store.stored import LARGE, Count, Text, UnreadableError
 from qk_sniffer.text import is_branch_name
 
-MOST_LAYERS = 10_000
-MOST_HEADS = 100_000
+MOST_LAYERS = 2_000
+MOST_HEADS = 10_000
 """The most heads of a kind in one layer."""
 
 MOST_HEAD_DIM = 1 << 16
@@ -39,7 +39,8 @@ CommitOrDigest = Annotated[str, Meta(pattern=r"\A([0-9a-f]{40}|sha256:[0-9a-f]{6
 RepoId = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}/[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}\Z")]
 Slug = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9._-]{1,500}\Z")]
 BatchSize = Annotated[int, Meta(ge=1, le=2**53)]
-Number = int | float
+Number = float
+"""A number that fits a float; also an integer."""
 
 
 class Rotation(TypedDict):

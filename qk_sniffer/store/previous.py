@@ -53,7 +53,7 @@ class PreviousVersion:
 
     def fetch(self) -> None:
         """Fetches the files that are not on this machine."""
-        self.files.fetch([name for name, entry in self.manifest["files"].items() if "rows" in entry])
+        self.files.fetch({name: entry["bytes"] for name, entry in self.manifest["files"].items() if "rows" in entry})
 
     def check_files(self, stop: Event) -> None:
         """Compares the files with the manifest: first the sizes of all, then their content, at the speed of the disk.
@@ -65,7 +65,7 @@ class PreviousVersion:
         """
         listed = {name: entry for name, entry in self.manifest["files"].items() if "rows" in entry}
         for name, entry in listed.items():
-            if difference(self.files.path(name), entry["bytes"]) is not None:
+            if difference(self.files.path(name, entry["bytes"]), entry["bytes"]) is not None:
                 self._checked(name)  # which fetches a file of the Hub again
         for name in listed:
             if stop.is_set():

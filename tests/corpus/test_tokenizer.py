@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -237,6 +238,12 @@ def test_tokenizers_that_cannot_be_loaded(folder: Path, tmp_path: Path, monkeypa
     auto_map = {"auto_map": {"AutoTokenizer": ["code.Tokenizer", None]}}
     (tmp_path / "remote" / "tokenizer_config.json").write_text(json.dumps(auto_map))
     assert "trust_remote_code" in error("./remote"), "the message of transformers is cut behind a long path"
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(folder, elsewhere)
+    settings = json.loads((elsewhere / "tokenizer_config.json").read_text())
+    settings["fast_tokenizer_files"] = ["../tokenizer.4.0.0.json"]
+    (elsewhere / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert "names ../tokenizer.4.0.0.json in fast_tokenizer_files" in error(elsewhere)
     assert "no such folder" in error("./missing/folder")
     assert "none.gguf" in error(folder, gguf_file="none.gguf")
     offline = error("org/name", revision="v1")

@@ -155,6 +155,23 @@ def test_a_branch_is_fetched_head_by_head_and_once(
 
 
 @pytest.mark.usefixtures("endpoint")
+def test_a_file_that_is_larger_than_its_manifest_lists_is_not_fetched(
+    hub: FakeHub, api: HfApi, make_dataset: MakeDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(make_dataset(tmp_path / "a"), REPO, BRANCH, api=api)
+    repository, name = hub.repositories[REPO], "l00h03q/data.parquet"
+    repository.add(BRANCH, "larger", repository.files(BRANCH) | {name: b"x" * 1_000_000})
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "another"))
+    dataset = qk_sniffer.open_dataset(REPO, revision=BRANCH)
+    for read in (lambda: dataset.vectors(0, 3, "q"), lambda: dataset.fetch(dataset.heads)):
+        with pytest.raises(
+            HubError, match=r"l00h03q/data\.parquet of .* has 1,000,000 bytes instead of the .*not fetched"
+        ):
+            read()
+    assert hub.count("GET", name) == 0
+
+
+@pytest.mark.usefixtures("endpoint")
 def test_datasets_that_cannot_be_read_from_the_hub(
     hub: FakeHub, api: HfApi, make_dataset: MakeDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

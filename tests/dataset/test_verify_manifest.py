@@ -87,9 +87,13 @@ def both(section: str, key: str, value: Any) -> Callable[[dict[str, Any]], None]
             "its layers list 0 captured heads",
         ),
         (
-            lambda m: [
-                layer.update(num_q_heads=70_000, captured={"q": list(range(70_000))}) for layer in m["model"]["layers"]
-            ],
+            lambda m: m["model"].update(
+                layers=[
+                    m["model"]["layers"][0]
+                    | {"layer": number, "num_q_heads": 10_000, "captured": {"q": list(range(10_000))}}
+                    for number in range(14)
+                ]
+            ),
             {"manifest"},
             "captured heads, not 1 to 131,072",
         ),
@@ -133,6 +137,7 @@ def both(section: str, key: str, value: Any) -> Callable[[dict[str, Any]], None]
             {"manifest"},
             "at `$.config.sampler.type`)",
         ),
+        (lambda m: m["proof"].update(tolerance=10**400), {"manifest"}, "at `$.proof.tolerance`)"),
         (lambda m: m.update(format="qk-sniffer/9"), {"manifest"}, "format 'qk-sniffer/1' way out: use the version of"),
     ],
 )

@@ -65,6 +65,14 @@ def test_other_files_do_not_matter(root: Path) -> None:
     assert wrong(verified(root)) == {}
 
 
+def test_names_in_a_linked_folder_are_not_shown(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "a secret").touch()
+    (root / "l09h09q").symlink_to(tmp_path / "elsewhere")
+    text = verified(root)
+    assert "does not list it l09h09q way out: remove" in wrong(text)["files"] and "a secret" not in text
+
+
 def test_a_file_that_cannot_be_read_says_why(root: Path) -> None:
     (root / FILE).unlink()
     (root / FILE).mkdir()

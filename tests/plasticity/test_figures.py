@@ -11,9 +11,9 @@ import pytest
 from matplotlib.patches import Rectangle
 from support.plasticity_cases import environment_of, measure, metrics, record, rewrite
 
-from qk_sniffer.errors import ConfigError, StoreError
+from qk_sniffer.errors import ConfigError, QkSnifferError, StoreError
 from qk_sniffer.plasticity import figures, tables
-from qk_sniffer.plasticity.compare import Run, Settings, compare, draw, names, read, step_of
+from qk_sniffer.plasticity.compare import Run, Settings, Step, compare, draw, names, read, step_of
 from qk_sniffer.plasticity.figures import Names
 from qk_sniffer.plasticity.results import Results
 from qk_sniffer.text import printable
@@ -138,6 +138,28 @@ def test_checkpoints_are_in_the_order_of_their_training() -> None:
     assert means.get_linestyle() == "-" and "training step" in left.get_xlabel()
     assert len(right.get_lines()) == 4
     assert str(step_of(replace(RUN, model="pythia", revision="step512"))) == "512" and step_of(RUN) is None
+
+
+@pytest.mark.parametrize("revision", ["step" + "1" * 5000, "step" + "1" * 400, "lc" * 5000, "lc-" * 2000 + "step"])
+def test_a_name_of_any_length_is_no_training_step(revision: str) -> None:
+    assert step_of(replace(RUN, revision=revision)) is None
+    step = Step(revision, 1)
+    assert max(step.order(), step.order()) == step.order()
+
+
+def test_tables_that_make_a_grid_of_any_size_are_refused() -> None:
+    count = 3000
+    pairs = {name: np.arange(count) % 1000 for name in ("layer", "q_head")}
+    pairs |= {"k_bucket": np.zeros(count, int), "q_bucket": np.arange(count) * 300, "ap_bucket": np.ones(count)}
+    weights = {"layer": pairs["layer"], "q_head": pairs["q_head"], "component": np.arange(count) * 20}
+    metrics = {"layer": np.array([1999]), "q_head": np.array([9999]), "ap_overall": np.ones(1), "q_R2_pos": np.ones(1)}
+    for draw_one in (
+        lambda: figures.by_head_and_bucket(pairs),
+        lambda: figures.component_weights(weights | {"component_weight": np.ones(count)}, None),
+        lambda: figures.by_head(metrics, None),
+    ):
+        with pytest.raises(QkSnifferError, match=r"make a grid of .* cells; a picture shows at most"):
+            draw_one()
 
 
 def test_other_runs_keep_the_given_order_and_are_not_joined() -> None:

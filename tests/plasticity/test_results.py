@@ -65,7 +65,7 @@ def test_an_odd_record_is_refused_and_replaced(
 @pytest.mark.parametrize(
     ("column", "value", "problem"),
     [
-        ("layer", 2**31 - 1, "numbers in the column layer that are not 0 to 9,999"),
+        ("layer", 2**31 - 1, "numbers in the column layer that are not 0 to 1,999"),
         ("q_bucket", -5, "numbers in the column q_bucket"),
         ("k_bucket", 2**30, "numbers in the column k_bucket"),
     ],

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,11 @@ from transformers import PretrainedConfig
 from qk_sniffer.backbone.adapter_files import Adapter
 from qk_sniffer.backbone.unloaded import unloaded
 from qk_sniffer.errors import ConfigError, QkSnifferError, SourceError
+from qk_sniffer.hub.revisions import is_hub_id
+from qk_sniffer.logs import logger
 from qk_sniffer.text import shortened
+
+log = logger(__name__)
 
 _SAVED = "base_model.model."
 """The prefix that peft gives the names of the model's modules in a file."""
@@ -45,13 +50,17 @@ _CHANGES_BASE = ("pissa_niter", "corda", "loftq", "lora_ga")
 """How the names of initializations begin that change the weights of the model by chance or by the training texts."""
 
 
-def check_adapter(adapter: Adapter, config: PretrainedConfig) -> None:
-    """Checks an adapter against the decoder of `config`, without loading the weights of either.
+def check_adapter(adapter: Adapter, name: str, config: PretrainedConfig) -> None:
+    """Checks an adapter against the decoder of the model `name` with `config`, without loading the weights of either.
+
+    Warns if the adapter was trained on a model of another name: one of the same shapes may be another model.
 
     Raises:
         ConfigError: the adapter is of a kind that cannot be captured.
         SourceError: the adapter does not fit the decoder.
     """
+    if adapter.base and is_hub_id(adapter.base) and not Path(name).exists() and adapter.base.lower() != name.lower():
+        log.warning("the adapter %s was trained on %s, and model.name is %s", adapter.name, adapter.base, name)
     settings = _peft_config(adapter)
     decoder, weights = unloaded(config), adapter.shapes()
     if decoder is None:
@@ -300,9 +309,12 @@ def _refuse_other_shapes(adapter: Adapter, model: Any, weights: Mapping[str, tor
         if name in here and here[name].shape != weight.shape
     ]
     if bad:
+        hint = ""
+        if all("embed" in name for name in bad):
+            hint = ". If its training has added tokens, merge it with peft and give model.name the merged model"
         raise SourceError(
             f"the adapter {adapter.name} has {len(bad)} weights of another shape than this model: {shortened(bad, 5)}. "
-            f"It was trained on {adapter.base or 'another model'}"
+            f"It was trained on {adapter.base or 'another model'}{hint}"
         )
 
 

@@ -92,7 +92,7 @@ def check_model(
         adapter = adapter_of(config, commit, adapter_commit)
         found = _cached_first(config, commit, lambda source: _read_config(config, source))
         if adapter is not None:
-            check_adapter(adapter, found.text)
+            check_adapter(adapter, str(config.name), found.text)
     return found.text
 
 

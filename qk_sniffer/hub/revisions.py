@@ -108,13 +108,26 @@ def hub_file(name: str, file: str, revision: str | None = None) -> Path | None:
     if cached is not None:
         return Path(cached) if isinstance(cached, str) else None
     try:
-        facts = reading_api().model_info(name, revision=revision, timeout=_TIMEOUT_S)
-        if all(sibling.rfilename != file for sibling in facts.siblings or ()):
-            return None
-        return Path(hf_hub_download(name, file, revision=facts.sha))
+        commit, files = _listed(name, revision)
+        return Path(hf_hub_download(name, file, revision=commit)) if file in files else None
     except Exception as error:  # errors of any HTTP library below
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise HubUnreachableError(f"the Hub cannot be reached: {reason}") from error
+
+
+def _listed(name: str, revision: str | None) -> tuple[str | None, frozenset[str]]:
+    """Returns the commit of a revision of a model repository, and the names of its files; asks once for a commit."""
+    known = _files_at.get((name, revision or ""))
+    if known is not None:
+        return revision, known
+    facts = reading_api().model_info(name, revision=revision, timeout=_TIMEOUT_S)
+    files = frozenset(sibling.rfilename for sibling in facts.siblings or ())
+    _files_at[name, str(facts.sha)] = files
+    return facts.sha, files
+
+
+_files_at: dict[tuple[str, str], frozenset[str]] = {}
+"""The names of the files of repositories, by name and commit."""
 
 
 def check_cache() -> None:

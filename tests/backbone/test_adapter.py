@@ -6,6 +6,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support import reference
-from support.adapters import adapted, lora, save_adapter
+from support.adapters import adapted, linear_in_attention, lora, save_adapter
 from support.backbones import captured
 from support.jobs import QWEN3
-from support.zoo import CASES, Case, decoder_of, ids
+from support.zoo import CASES, VOCAB, Case, decoder_of, ids
 
+from qk_sniffer.backbone.adapter import check_adapter
+from qk_sniffer.backbone.adapter_files import SETTINGS, WEIGHTS, Adapter
 from qk_sniffer.backbone.backbone import Backbone
 from qk_sniffer.backbone.family import find_family
 from qk_sniffer.backbone.loading import check_model, load_backbone
@@ -25,6 +28,8 @@ from qk_sniffer.config import ModelConfig
 from qk_sniffer.errors import ConfigError, QkSnifferError, SourceError
 
 pytestmark = pytest.mark.floor
+
+FITTING = QWEN3.config()
 
 merged_or_not = pytest.mark.parametrize("merge", [False, True])
 
@@ -137,27 +142,42 @@ def same_as_peft(case: Case, config: ModelConfig) -> None:
 def test_adapters_of_all_families(
     case: Case, dtype: torch.dtype, merge: bool, folder_of: Callable[[Case], Path], tmp_path: Path
 ) -> None:
-    linear = {
-        name.rpartition(".")[2]
-        for name, module in case.decoder().named_modules()
-        if isinstance(module, torch.nn.Linear) and "att" in name
-    }
-    folder = save_adapter(case, tmp_path / "tuned", lora(target_modules=sorted(linear)), dtype)
+    folder = save_adapter(case, tmp_path / "tuned", lora(target_modules=linear_in_attention(case)), dtype)
     name, kind = str(folder_of(case)), str(dtype).removeprefix("torch.")
     same_as_peft(case, ModelConfig(name=name, adapter=str(folder), merge_adapter=merge, dtype=kind, device_map="cpu"))
 
 
 @pytest.mark.slow
 @merged_or_not
-@pytest.mark.parametrize("targets", [["q_proj"], ["q_proj", "gate_proj", "up_proj", "down_proj"]])
-def test_experts_of_older_versions(targets: list[str], merge: bool, tmp_path: Path) -> None:
-    # transformers 4 had a module for each projection of each expert.
+@pytest.mark.parametrize("older", [False, True])
+def test_adapters_of_experts(older: bool, merge: bool, folder_of: Callable[[Case], Path], tmp_path: Path) -> None:
     case = next(case for case in CASES if case.name == "qwen3_moe")
-    folder = save_adapter(case, tmp_path / "tuned", lora(target_modules=targets))
-    case.model().save_pretrained(tmp_path / "model")
-    name = str(tmp_path / "model")
-    config = ModelConfig(name=name, adapter=str(folder), merge_adapter=merge, dtype="float32", device_map="cpu")
-    same_as_peft(case, config)
+    config = lora(target_modules=["q_proj", "gate_proj", "up_proj", "down_proj"])
+    folder = tmp_path / "tuned"
+    if older:  # in transformers 4, each projection of each expert is a module
+        config.save_pretrained(folder)
+        save_file(weights_of_experts(case), folder / "adapter_model.safetensors")
+    else:
+        save_adapter(case, folder, config)
+    name = str(folder_of(case))
+    same_as_peft(
+        case, ModelConfig(name=name, adapter=str(folder), merge_adapter=merge, dtype="float32", device_map="cpu")
+    )
+
+
+def weights_of_experts(case: Case) -> dict[str, torch.Tensor]:
+    sizes: Any = case.config()
+    hidden, inner = sizes.hidden_size, sizes.moe_intermediate_size
+    shapes = {"self_attn.q_proj": (hidden, sizes.num_attention_heads * sizes.head_dim)}
+    for expert in range(sizes.num_experts):
+        shapes |= {f"mlp.experts.{expert}.{name}_proj": (hidden, inner) for name in ("gate", "up")}
+        shapes[f"mlp.experts.{expert}.down_proj"] = (inner, hidden)
+    torch.manual_seed(5)
+    weights = {}
+    for layer, (name, (width, out)) in product(case.layers, shapes.items()):
+        module = f"base_model.model.model.layers.{layer}.{name}"
+        weights |= {f"{module}.lora_A.weight": torch.randn(4, width), f"{module}.lora_B.weight": torch.randn(out, 4)}
+    return weights
 
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -213,6 +233,33 @@ def test_an_adapter_of_another_model_is_refused_before_weights_are_loaded(checkp
     text = error(ModelConfig(name=str(checkpoint), adapter=str(folder)))
     assert "q_proj.lora_B.weight ([32, 4] in the adapter, [64, 4] by the model)" in text
     assert "It was trained on org/llama" in text
+
+
+def test_an_adapter_with_further_tokens_is_refused(model: ModelConfig, tmp_path: Path) -> None:
+    from peft import get_peft_model
+
+    whole = QWEN3.model()
+    whole.resize_token_embeddings(VOCAB + 2)
+    get_peft_model(whole, lora()).save_pretrained(tmp_path / "more", save_embedding_layers=True)
+    text = error(replace(model, adapter=str(tmp_path / "more")))
+    assert "embed_tokens.weight ([98, 32] in the adapter, [96, 32] by the model)" in text
+    assert "If its training has added tokens, merge it with peft" in text
+
+
+def test_an_adapter_of_a_model_of_another_name_is_a_warning(
+    adapter: Path, made: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    change_settings(adapter, base_model_name_or_path="org/Base")
+    for name in ("org/other", "ORG/base", str(made)):
+        check_adapter(Adapter("tuned", json.loads((adapter / SETTINGS).read_text()), adapter / WEIGHTS), name, FITTING)
+    assert caplog.messages == ["the adapter tuned was trained on org/Base, and model.name is org/other"]
+
+
+@pytest.mark.slow
+def test_weights_on_disk_are_refused(model: ModelConfig) -> None:
+    places = dict.fromkeys(("embed_tokens", "rotary_emb", "norm", "layers.0", "layers.2"), "cpu")
+    with pytest.raises(ConfigError, match=r"kept on disk .*: set model\.device_map to devices that hold the whole"):
+        load_backbone(replace(model, device_map=places | {"layers.1": "disk"}))
 
 
 @pytest.mark.parametrize("kind", ["PROMPT_TUNING", pytest.param("PREFIX_TUNING", marks=pytest.mark.slow)])

@@ -1,6 +1,7 @@
 """Jobs with an adapter: their identity, their proof, and what the manifest and the card say."""
 
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from importlib import metadata, util
 from pathlib import Path
@@ -10,9 +11,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from safetensors.torch import load_file, save_file
-from support.adapters import save_adapter
+from support.adapters import linear_in_attention, lora, save_adapter
 from support.fake_hub import FakeHub
 from support.jobs import QWEN3, captured_only, heads_of, run, settings, vectors
+from support.zoo import CASES, Case
 
 from qk_sniffer.config import Config, ModelConfig, from_dict
 from qk_sniffer.dataset.verify import verify
@@ -70,6 +72,19 @@ def test_a_dataset_of_an_adapted_model_is_proven_and_says_so(
     mine, plain = (vectors(heads_of(each)["l01h00q"]) for each in (root, without))
     assert mine.shape == plain.shape and np.abs(mine - plain).max() > 0.5
     assert "adapter" not in manifests.read(without)["commits"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("merge", [False, True])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_adapted_models_of_all_families_are_proven(
+    case: Case, merge: bool, folder_of: Callable[[Case], Path], texts: Path, tmp_path: Path
+) -> None:
+    config = lora(target_modules=linear_in_attention(case))
+    folder = save_adapter(case, tmp_path / "tuned", config)
+    model = {"adapter": str(folder), "merge_adapter": merge}
+    root = run(folder_of(case), texts, tmp_path / "out", model=model, dataset={"max_samples": 3})
+    assert manifests.read(root)["proof"]["proven"] is True
 
 
 def test_an_adapter_belongs_to_the_identity_of_a_job(

@@ -37,3 +37,9 @@ def adapted(case: Case, adapter: Path, *, merged: bool = False, dtype: torch.dty
     model = PeftModel.from_pretrained(case.model(dtype=dtype), str(adapter))
     whole: nn.Module = model.merge_and_unload(safe_merge=True) if merged else model.get_base_model()
     return whole.eval()
+
+
+def linear_in_attention(case: Case) -> list[str]:
+    """Returns the last parts of the names of the linear modules in attention."""
+    linear = [name for name, module in case.decoder().named_modules() if isinstance(module, nn.Linear)]
+    return sorted({name.rpartition(".")[2] for name in linear if "att" in name})

@@ -101,6 +101,20 @@ def _shards(index: bytes) -> list[str]:
     return sorted(set(json.loads(index)["weight_map"].values()))
 
 
+def config_problem(folder: Path) -> str | None:
+    """Returns why a folder is no checkpoint, as far as the names of its files tell; None if it has a config.json."""
+    names = sorted(path.name for path in folder.iterdir())
+    if "config.json" in names:
+        return None
+    if not names:
+        return "is an empty folder: give model.name a folder with config.json and weights, or org/name on the Hub"
+    if files := [name for name in names if name.endswith(".gguf")]:
+        return f"has no config.json, but GGUF files: set model.gguf_file to one of {shortened(files, 3)}"
+    if deeper := sorted(path.parent.name for path in folder.glob("*/config.json")):
+        return f"has no config.json: give model.name the path of one of its folders that has ({shortened(deeper, 3)})"
+    return f"has no config.json, which every checkpoint has; in the folder are {shortened(names, 3)}"
+
+
 def check_folder(folder: Path, explicit: str | None, *, allow_pickle: bool) -> None:
     """Checks that the checkpoint in `folder` has weights that can be loaded, as far as the names of its files tell.
 

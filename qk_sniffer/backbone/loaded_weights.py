@@ -23,8 +23,8 @@ _MASKS = ("bias", "masked_bias", "causal_mask", "mask", "tril")
 _QUANTIZED = r"scales?(_inv|_2)?$|(packed|qweight|qzeros|g_idx|zero_point|absmax|quant_map|SCB|blocks)$|quant_state"
 """Matches the parts of quantized weights."""
 
-_EMBEDDINGS = r"emb|wpe$|project_in$"
-"""Matches the modules between the token ids and the first layer."""
+_EMBEDDINGS = r"^(?!mtp|nextn).*(emb|wpe$|project_in$)"
+"""Matches the modules between the token ids and the first layer, and not those of multi-token prediction."""
 
 _WHOLE_LAYER = r"layers\\?\.\d+(\\?\.)?(\.\*)?$"
 """Matches the patterns by which classes of transformers ignore a layer that has a certain number."""

@@ -20,6 +20,7 @@ from qk_sniffer.backbone.backbone import Backbone
 from qk_sniffer.backbone.checkpoint_weights import (
     check_dtype,
     check_folder,
+    config_problem,
     first_float,
     own_dtype,
     stored_dtypes,
@@ -277,7 +278,7 @@ def _loading(config: ModelConfig, commit: str | None) -> Iterator[None]:
         yield
     except OSError as error:
         text = str(error)
-        if problem := _weights_problem(config, commit):
+        if problem := _files_problem(config, commit):
             raise SourceError(f"{where} {problem}") from error
         file = "config.json" if config.gguf_file is None else "the file of model.gguf_file"
         raise SourceError(
@@ -290,6 +291,8 @@ def _loading(config: ModelConfig, commit: str | None) -> Iterator[None]:
         text = " ".join(str(error).split())
         raise SourceError(f"{where} needs a package that is not installed: {text}") from error
     except Exception as error:  # any error of the checkpoint or of the code in it
+        if Path(str(config.name)).is_dir() and (problem := _files_problem(config, commit)):
+            raise SourceError(f"{where} {problem}") from error
         hint = "; set model.trust_remote_code=true if you trust its code" if "trust_remote_code" in str(error) else ""
         text = re.sub(r"\W*(Model type should be|Should contain) one of .*", "", " ".join(str(error).split()))
         raise SourceError(f"{where} cannot be loaded: {type(error).__name__}: {text}{hint}") from error
@@ -299,10 +302,14 @@ def _loading(config: ModelConfig, commit: str | None) -> Iterator[None]:
             transformers.logging.enable_progress_bar()
 
 
-def _weights_problem(config: ModelConfig, commit: str | None) -> str | None:
-    """Returns what is wrong with the weights of a repository that could not be loaded; None if it is not known."""
+def _files_problem(config: ModelConfig, commit: str | None) -> str | None:
+    """Returns what a folder or repository that could not be loaded lacks; None if it is not known."""
     name, revision = str(config.name), commit or config.revision
-    if config.gguf_file is not None or Path(name).exists() or not is_hub_id(name):
+    if config.gguf_file is not None:
+        return None
+    if Path(name).is_dir():
+        return config_problem(Path(name))
+    if Path(name).exists() or not is_hub_id(name):
         return None
     names = repository_files(name, revision)
     if "config.json" not in names:

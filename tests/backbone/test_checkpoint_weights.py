@@ -85,6 +85,22 @@ def test_a_folder_is_checked_before_anything_is_loaded(tmp_path: Path) -> None:
         check_model(config)
 
 
+def test_a_folder_that_is_no_checkpoint_says_what_it_has(tmp_path: Path) -> None:
+    def said() -> str:
+        with pytest.raises(SourceError) as caught:
+            check_model(ModelConfig(name=str(tmp_path)))
+        return str(caught.value)
+
+    assert said().startswith(f"model {tmp_path} is an empty folder: give model.name")
+    (tmp_path / "notes.txt").touch()
+    assert "has no config.json, which every checkpoint has; in the folder are notes.txt" in said()
+    (tmp_path / "step-100").mkdir()
+    (tmp_path / "step-100" / "config.json").touch()
+    assert "one of its folders that has (step-100)" in said()
+    (tmp_path / "tiny.gguf").touch()
+    assert "set model.gguf_file to one of tiny.gguf" in said()
+
+
 def test_the_stored_dtypes_are_those_of_the_files(tmp_path: Path) -> None:
     weights = {"a": torch.ones(2, dtype=torch.bfloat16), "b": torch.ones(2).to(torch.float8_e4m3fn)}
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})

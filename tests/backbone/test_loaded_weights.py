@@ -62,6 +62,7 @@ def test_what_no_query_or_key_depends_on_may_be_there(tmp_path: Path) -> None:
         "score.weight",
         "mtp.layers.0.self_attn.q_proj.weight",
         "model.mtp.embed_norm.weight",
+        "model.mtp_emb_norm.0.weight",
         "model.layers.2.self_attn.q_proj.weight_scale_inv",
         "model.layers.0.self_attn.rotary_emb.inv_freq",
         "model.layers.0.self_attn.masked_bias",

@@ -12,6 +12,7 @@ from quantized import FORMATS, Format, compared, examine
 from safetensors.torch import load_file, save_file
 from support.jobs import run
 from support.tiny import save_tokenizer
+from support.zoo import CASES
 
 from qk_sniffer.backbone import quantization as quantization_module
 from qk_sniffer.backbone.loading import check_model, load_backbone
@@ -56,6 +57,29 @@ def test_a_scale_that_is_missing_is_an_error_that_names_its_weight(tmp_path: Pat
     save_file({key: w for key, w in load_file(file).items() if key != f"{name}_scale_inv"}, file, {"format": "pt"})
     with pytest.raises(SourceError, match=rf"1 of its weights are quantized, .* no scale: {name} \(F8_E4M3\)"):
         load_backbone(ModelConfig(name=str(tmp_path), dtype="float32"))
+
+
+def test_the_decoder_of_a_quantized_multimodal_checkpoint_is_dequantized(tmp_path: Path) -> None:
+    original = next(case for case in CASES if case.name == "gemma3_multimodal").model()
+    original.save_pretrained(tmp_path)
+    weights = {}
+    for name, weight in load_file(tmp_path / "model.safetensors").items():
+        weights[name] = weight
+        if "language_model" in name and "_proj." in name:
+            scale = weight.abs().max() / 448
+            weights |= {name: (weight / scale).to(torch.float8_e4m3fn), f"{name}_scale_inv": scale.reshape(1, 1)}
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    path = tmp_path / "config.json"
+    whole = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
+    config = {"quant_method": "fp8", "activation_scheme": "dynamic", "modules_to_not_convert": whole}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": config}))
+    backbone = load_backbone(ModelConfig(name=str(tmp_path), dtype="float32"))
+    assert backbone.stored.describe_quantization(backbone.decoder) == {
+        "method": "fp8",
+        "dequantized": True,
+        "config": config,
+    }
+    assert 0 < compared(backbone, original) < quantized.MOST_DIFFERENCE
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 from torch.nn.functional import cross_entropy
 
 import qk_sniffer.assets
+from qk_sniffer.config import from_dict
+from qk_sniffer.jobs.run import run_job
 
 FOLDER = Path(qk_sniffer.assets.__file__).parent / "pydoc_tiny"
 SCRIPT = Path(__file__).parent.parent / "scripts" / "train_pydoc_tiny.py"
@@ -169,3 +171,24 @@ def test_a_longer_context_predicts_better(model: Any, tokenizer: Any) -> None:
         return float(cross_entropy(logits, ids[list(targets)]))
 
     assert loss_after(64) < loss_after(4) - 0.3
+
+
+@pytest.mark.parametrize(
+    ("settings", "reached"),
+    [
+        pytest.param({"max_samples": 16}, r"2\d\d; attention itself at 8 positions to 255", id="some"),
+        pytest.param({}, r"[\d,]+; attention itself at 9 positions to 4,095", id="all", marks=pytest.mark.slow),
+    ],
+)
+def test_the_default_job_is_proven_in_every_layer_and_head(
+    settings: dict[str, Any], reached: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    length = 256 if settings else 4096
+    values: dict[str, Any] = {
+        "model": {"name": str(FOLDER), "slug": "pydoc-tiny", "dtype": "float32", "tokenizer": {"max_length": length}},
+        "dataset": {"path": "pydoc", **settings},
+        "output": {"data_root": str(tmp_path / "out")},
+    }
+    run_job(from_dict(values))
+    said = capsys.readouterr().out
+    assert re.search(rf"Proven: [\d,]+ rows of 60 heads in all 6 layers, positions to {reached}\.", said), said

@@ -32,7 +32,7 @@ from qk_sniffer.backbone.backbone import Backbone
 from qk_sniffer.backbone.banded_attention import banded
 from qk_sniffer.backbone.family import QueryKey, RotaryCall
 from qk_sniffer.backbone.tap import ForwardDone, rotary_functions, watched_rotary
-from qk_sniffer.capture.proof_examples import MAX_TOKENS, MIN_TOKENS, LayerKind, Pass
+from qk_sniffer.capture.proof_examples import MAX_TOKENS, MIN_TOKENS, Pass
 from qk_sniffer.errors import QkSnifferError
 from qk_sniffer.logs import logger
 from qk_sniffer.store.layout import Head, Layout
@@ -79,8 +79,7 @@ def prove(
     largest: dict[int, float] = {}
     compared: set[Head] = set()
     rows, longest_position, beyond = 0, -1, {}
-    for one in passes:
-        stored = _stored(layout, heads, one.example.example_id, one.rows)
+    for one, stored in zip(passes, _stored(layout, heads, passes), strict=True):
         if not stored:
             continue
         tokens = ids[one.example.example_id][: one.tokens]
@@ -124,37 +123,40 @@ def prove(
     )
 
 
-def _stored(
-    layout: Layout, heads: Sequence[Head], example_id: int, rows: Mapping[LayerKind, Int64]
-) -> dict[Head, StoredRows]:
-    stored = {}
+def _stored(layout: Layout, heads: Sequence[Head], passes: Sequence[Pass]) -> list[dict[Head, StoredRows]]:
+    """Returns the rows of each pass, of the heads that have any. Opens each file once."""
+    stored: list[dict[Head, StoredRows]] = [{} for _ in passes]
     for head in heads:
-        if (head.layer, head.kind) in rows:
-            positions, vectors = rows_of_example(layout.root / head.file, example_id, rows[head.layer, head.kind])
-            if len(positions):
-                stored[head] = positions, vectors
+        group = head.layer, head.kind
+        mine = [(number, one) for number, one in enumerate(passes) if group in one.rows]
+        wanted = [(one.example.example_id, one.rows[group]) for _, one in mine]
+        for (number, _), rows in zip(mine, rows_of_examples(layout.root / head.file, wanted), strict=True):
+            if len(rows[0]):
+                stored[number][head] = rows
     return stored
 
 
-def rows_of_example(path: Path, example_id: int, rows: Int64) -> StoredRows:
-    """Returns the rows of an example among `rows` of a head's file. Reads only the row groups that contain them."""
+def rows_of_examples(path: Path, wanted: Sequence[tuple[int, Int64]]) -> list[StoredRows]:
+    """Returns, for each (example_id, rows) in `wanted`, those of the numbered rows of a head's file that are of the
+    example. Reads only the row groups that contain them."""
+    if not wanted:
+        return []
     with open_parquet(path) as file:
-        found: list[int] = []
-        kept: list[Int64] = []
-        before = start = 0
-        for group in range(file.num_row_groups):
-            stop = start + file.metadata.row_group(group).num_rows
-            mine = rows[(rows >= start) & (rows < stop)]
-            if len(mine):
-                kept.append(mine - start + before)
-                found.append(group)
-                before += stop - start
-            start = stop
-        table = file.read_row_groups(found, columns=["example_id", "position", "vector"])
-    numbers = np.concatenate([np.empty(0, np.int64), *kept])
-    numbers = numbers[table["example_id"].to_numpy()[numbers] == example_id]
+        sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+        starts = np.cumsum([0, *sizes])
+        group_of = [np.searchsorted(starts, rows, side="right") - 1 for _, rows in wanted]
+        read = np.unique(np.concatenate(group_of))
+        table = file.read_row_groups(read.tolist(), columns=["example_id", "position", "vector"])
+    # The first row of each group that was read, among all rows that were read.
+    place = dict(zip(read.tolist(), np.cumsum([0, *(sizes[group] for group in read)]).tolist(), strict=False))
+    ids, position = (table[name].to_numpy() for name in ("example_id", "position"))
     vectors = table["vector"].combine_chunks().flatten().to_numpy().reshape(-1, table["vector"].type.list_size)
-    return table["position"].to_numpy()[numbers].astype(np.int64), vectors[numbers]
+    found = []
+    for (example_id, rows), groups in zip(wanted, group_of, strict=True):
+        numbers = rows - starts[groups] + np.array([place[group] for group in groups.tolist()], np.int64)
+        numbers = numbers[ids[numbers] == example_id]
+        found.append((position[numbers].astype(np.int64), vectors[numbers]))
+    return found
 
 
 def _derived(

@@ -36,8 +36,8 @@ SHARE = 0.02
 FEW_FLOPS = 6e11
 """The arithmetic that a proof may always take. A slow core needs about half a minute for it."""
 
-MOST_BYTES = 256 << 20
-"""The most bytes of stored vectors of one example that are compared, over all heads."""
+MOST_BYTES = 128 << 20
+"""The most bytes of stored vectors that a pass compares, over all heads."""
 
 MOST_CANDIDATES = 10_000
 """The examples to choose from: the shortest ones that have rows."""
@@ -142,16 +142,16 @@ def _places(file: Path, example_ids: Sequence[int], cut: Int64) -> tuple[Int64, 
     """Returns the first row in `file` of each example, and the number of its rows at positions below `cut`."""
     table = read_parquet(file, columns=["example_id", "position"])
     ids, position = (table[name].to_numpy() for name in ("example_id", "position"))
-    starts = np.flatnonzero(np.concatenate([[len(ids) > 0], ids[1:] != ids[:-1]]))  # each example's rows are together
-    run_of = dict(zip(ids[starts].tolist(), range(len(starts)), strict=True))
-    run = np.array([run_of.get(example, -1) for example in example_ids], np.int64)
+    if not len(ids):
+        return np.zeros(len(cut), np.int64), np.zeros(len(cut), np.int64)
+    starts = np.flatnonzero(np.concatenate([[True], ids[1:] != ids[:-1]]))  # each example's rows are together
     stops = np.append(starts[1:], len(ids))
-    first = np.where(run >= 0, starts[run] if len(starts) else 0, 0)
-    number = [
-        int(np.searchsorted(position[starts[at] : stops[at]], limit)) if at >= 0 else 0
-        for at, limit in zip(run.tolist(), cut.tolist(), strict=True)
-    ]
-    return first, np.array(number, np.int64)
+    order = np.argsort(ids[starts], kind="stable")
+    run = order[np.minimum(np.searchsorted(ids[starts[order]], example_ids), len(order) - 1)]
+    first, number = starts[run], np.where(ids[starts[run]] == example_ids, stops[run] - starts[run], 0)
+    for at in np.flatnonzero((number > 0) & (position[stops[run] - 1] >= cut)).tolist():
+        number[at] = np.searchsorted(position[first[at] : stops[run[at]]], cut[at])
+    return first, number
 
 
 def _cover(rows: Int64, cost: Int64, kinds: Sequence[str], budget: float) -> list[int]:

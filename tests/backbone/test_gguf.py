@@ -418,6 +418,7 @@ def test_stored_vectors_of_a_real_model_are_those_of_hooks(
     job = ["model=hf", f"model.name={smollm2}", f"model.gguf_file={FILE}", "model.dtype=float32"]
     job += [f"model.tokenizer.max_length={MAX_LENGTH}", "dataset=hf", f"dataset.path={texts_of_topics}"]
     job += ["sampler=all", f"capture.layers={LAYERS}", f"capture.heads={Q_HEADS}", "inference.batch_size=1"]
+    job += ["verify.examples=1"]
     for stage in ("post", "pre"):
         stage_of = [f"capture.capture_pre_rope={stage == 'pre'}", f"output.data_root={stage}"]
         command = [sys.executable, "-m", "qk_sniffer", *job, *stage_of]

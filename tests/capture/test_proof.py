@@ -336,6 +336,9 @@ def test_rows_of_an_example_are_found_in_every_row_group(tmp_path: Path) -> None
         tmp_path / "x",
         row_group_size=4,
     )
-    found, rows = proof_module.rows_of_example(tmp_path / "x", 3, np.arange(3, 14))
+    (found, rows), (others, _) = proof_module.rows_of_examples(
+        tmp_path / "x", [(3, np.arange(3, 14)), (9, np.array([15]))]
+    )
+    assert others.tolist() == [2]
     assert found.tolist() == list(range(8))
     assert rows.tolist() == np.arange(10, 26, dtype=np.float32).reshape(8, 2).tolist()

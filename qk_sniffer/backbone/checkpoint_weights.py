@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PretrainedConfig
 from transformers.utils.hub import cached_file
 
@@ -27,16 +28,28 @@ _LONGEST_HEADER = 2**30
 
 
 def stored_dtypes(files: Iterable[Path]) -> dict[str, str]:
-    """Returns the dtypes of the tensors in safetensors files, by their names. Other files are left out.
+    """Returns the dtypes of the tensors in files of weights, by their names. Reads no weights.
 
-    A dtype has the name that the format gives it, such as BF16 or F8_E4M3.
+    A dtype has the name that safetensors gives it, such as BF16 or F8_E4M3; those of pickles resemble it.
     """
     dtypes: dict[str, str] = {}
     for path in files:
         if path.suffix == ".safetensors":
             header = _header(path)
             dtypes |= {name: str(entry["dtype"]) for name, entry in header.items() if name != "__metadata__"}
+        else:
+            dtypes |= _pickled_dtypes(path)
     return dtypes
+
+
+def _pickled_dtypes(path: Path) -> dict[str, str]:
+    try:
+        weights = torch.load(path, map_location="meta", weights_only=True)
+        tensors = {name: weight for name, weight in weights.items() if isinstance(weight, torch.Tensor)}
+    except Exception:  # transformers reads it, or reports the error
+        return {}
+    names = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()}
+    return {name: dtype.replace("float", "f").replace("int", "i").upper() for name, dtype in names.items()}
 
 
 def first_float(dtypes: Mapping[str, str]) -> str | None:

@@ -181,7 +181,8 @@ def _lost_scale(text: PretrainedConfig, given: set[str], metadata: Mapping[str, 
         return {}
     if metadata.get(f"{architecture}.attention.scale"):
         return {}
-    layers, scalar = metadata[f"{architecture}.block_count"], metadata[f"{architecture}.attention.key_length"]
+    layers = metadata[f"{architecture}.block_count"]
+    scalar = metadata.get(f"{architecture}.attention.key_length", getattr(text, "head_dim", None))
     if layers == _LAYERS_OF_27B[architecture]:
         scalar = metadata[f"{architecture}.embedding_length"] / metadata[f"{architecture}.attention.head_count"]
     if getattr(text, "query_pre_attn_scalar", scalar) == scalar:

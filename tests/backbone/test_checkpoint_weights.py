@@ -105,8 +105,9 @@ def test_the_stored_dtypes_are_those_of_the_files(tmp_path: Path) -> None:
     weights = {"a": torch.ones(2, dtype=torch.bfloat16), "b": torch.ones(2).to(torch.float8_e4m3fn)}
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     assert load_file(tmp_path / "model.safetensors").keys() == weights.keys()
-    (tmp_path / "pytorch_model.bin").touch()
-    assert stored_dtypes(sorted(tmp_path.iterdir())) == {"a": "BF16", "b": "F8_E4M3"}
+    assert stored_dtypes([tmp_path / "model.safetensors"]) == {"a": "BF16", "b": "F8_E4M3"}
+    torch.save(weights | {"c": torch.ones(2, dtype=torch.int8)}, tmp_path / "pytorch_model.bin")
+    assert stored_dtypes([tmp_path / "pytorch_model.bin"]) == {"a": "BF16", "b": "F8_E4M3FN", "c": "I8"}
 
 
 ON_THE_HUB = """

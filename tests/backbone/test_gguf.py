@@ -202,7 +202,12 @@ def test_the_attention_scale_that_a_gemma_file_implies_is_asked_for_if_it_is_not
 
 
 @pytest.mark.parametrize(
-    ("architecture", "layers", "scalar"), [("gemma2", 46, 144), ("gemma3", 62, 168), ("gemma2", 42, None)]
+    ("architecture", "layers", "scalar"),
+    [
+        ("gemma2", 46, 144),
+        pytest.param("gemma3", 62, 168, marks=pytest.mark.slow),
+        pytest.param("gemma2", 42, None, marks=pytest.mark.slow),
+    ],
 )
 def test_a_gemma_file_of_27b_has_a_scale_of_its_own(
     architecture: str, layers: int, scalar: int | None, tmp_path: Path

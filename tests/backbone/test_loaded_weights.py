@@ -102,6 +102,11 @@ def test_quantized_weights_without_a_quantizer_are_an_error_that_names_them(
     message = rf"6 of its weights are quantized, and there is no quantization_config .*{name} \({stored}\)"
     with pytest.raises(SourceError, match=message):
         load_backbone(config)
+    file = tmp_path / "model.safetensors"
+    torch.save(load_file(file), tmp_path / "pytorch_model.bin")
+    file.unlink()
+    with pytest.raises(SourceError, match="6 of its weights are quantized"):
+        load_backbone(replace(config, allow_pickle=True))
 
 
 def test_quantized_weights_of_what_is_left_out_are_no_error(tmp_path: Path) -> None:

@@ -155,6 +155,17 @@ def test_a_job_that_fails(light: dict[str, str], tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_model_that_takes_the_place_of_a_choice_is_told(light: dict[str, str], tmp_path: Path) -> None:
+    said = "org/copy is captured with the slug qwen3-8b and the settings of model=qwen3_8b"
+    done = sniff(light, tmp_path, "model=qwen3_8b", "model.name=org/copy")
+    assert done.returncode == 0 and said in done.stdout + done.stderr
+    done = sniff(light, tmp_path, *MODEL)
+    assert done.returncode == 0 and "is captured with the slug" not in done.stdout + done.stderr
+    done = sniff(light, tmp_path, "--multirun", "model.name=org/a,org/b")
+    assert done.returncode == 2 and "set model=hf model.name=org/a" in done.stderr
+
+
+@pytest.mark.slow
 def test_what_only_the_job_finds_wrong_in_the_settings_has_their_exit_code(
     light: dict[str, str], tmp_path: Path
 ) -> None:

@@ -21,6 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from qk_sniffer.backbone import banded_attention as banded_module
 from qk_sniffer.backbone import family as family_module
+from qk_sniffer.backbone.attention_check import AttentionCheck
 from qk_sniffer.backbone.backbone import Backbone
 from qk_sniffer.backbone.family import Family
 from qk_sniffer.backbone.layers import LayerFacts
@@ -72,6 +73,7 @@ def examine(model_type: str) -> Entry:
         calls, seen = _check_post(backbone, facts)
         _check_cut(cut, seen)
         notes = _notes(backbone, calls, seen, facts)
+        _check_attention(backbone, facts)
         pre, reason = _pre_verdict(backbone, calls)
         before = Backbone(backbone.decoder, backbone.family, pre_rope=True, banded_attention=False)
         proof = "yes" if _is_proven(backbone) else "pre" if pre == "yes" and _is_proven(before) else "no"
@@ -130,6 +132,20 @@ def _check_post(backbone: Backbone, facts: list[LayerFacts]) -> tuple[list[Kerne
         if _differ(seen, _captured(Backbone(decoder, backbone.family), _ids()), slice(None)):
             raise WrongError("with banded attention the vectors differ")
     return calls, seen
+
+
+def _check_attention(backbone: Backbone, facts: list[LayerFacts]) -> None:
+    """Runs the check of attention kernels that every job makes, which must not find a right kernel wrong.
+
+    Raises:
+        WrongError: it does.
+    """
+    check = AttentionCheck(facts, backbone.family, backbone.dtype).of(TOKENS)
+    assert check is not None
+    backbone.forward(_ids(), lambda call: None, check.see)
+    for result in check.finish():
+        if result["passed"] is False:
+            raise WrongError(f"layer {result['layer']}: the check of attention finds its kernel wrong")
 
 
 def _check_cut(cut: Backbone, seen: list[AttentionCall]) -> None:

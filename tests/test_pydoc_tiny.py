@@ -174,19 +174,20 @@ def test_a_longer_context_predicts_better(model: Any, tokenizer: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "reached"),
+    ("max_samples", "reached"),
     [
-        pytest.param({"max_samples": 16}, r"2\d\d; attention itself at 8 positions to 255", id="some"),
-        pytest.param({}, r"[\d,]+; attention itself at 9 positions to 4,095", id="all", marks=pytest.mark.slow),
+        pytest.param(3, r"2\d\d; attention itself at 8 positions to 255", id="some"),
+        pytest.param(None, r"[\d,]+; attention itself at 9 positions to 4,095", id="all", marks=pytest.mark.slow),
     ],
 )
 def test_the_default_job_is_proven_in_every_layer_and_head(
-    settings: dict[str, Any], reached: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    max_samples: int | None, reached: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    length = 256 if settings else 4096
+    length = 4096 if max_samples is None else 256
     values: dict[str, Any] = {
         "model": {"name": str(FOLDER), "slug": "pydoc-tiny", "dtype": "float32", "tokenizer": {"max_length": length}},
-        "dataset": {"path": "pydoc", **settings},
+        "dataset": {"path": "pydoc", "max_samples": max_samples},
+        "sampler": {"base_rate": 1.0 if max_samples is None else 16.0},
         "output": {"data_root": str(tmp_path / "out")},
     }
     run_job(from_dict(values))

@@ -217,6 +217,7 @@ def _attend(run: KernelRun, layer: LayerFacts, at: Sequence[int], dtype: torch.d
     wide = torch.float64 if device.type in ("cpu", "cuda") else torch.float32
     num_k, d = run.key.shape[1], run.key.shape[3]
     where = torch.tensor(at, device=device)
+    first = torch.tensor([_first_key(position, layer) for position in at], device=device)
     # (K, H / K * P, d): the query heads that share a key head, one after the other.
     query = run.query[0][:, where].to(wide).reshape(num_k, -1, d)
     group = query.shape[1] // len(at)
@@ -235,7 +236,13 @@ def _attend(run: KernelRun, layer: LayerFacts, at: Sequence[int], dtype: torch.d
     weighted = torch.zeros(*top.shape, run.value.shape[-1], dtype=wide, device=device)
     step = max(1, PIECE_BYTES // (num_k * (d + run.value.shape[-1]) * 8))
     for start, stop in _pieces(step, layer, at):
-        visible = _visible(run, layer, where, start, stop)  # (P or H * P, piece)
+        keys = torch.arange(start, stop, device=device)
+        visible = ((keys >= first[:, None]) & (keys <= where[:, None]))[None]  # (1, P, piece)
+        if layer.sparse_attention:
+            selected = run.mask[0][:, where, start:stop]
+            visible = visible & (
+                selected if selected.dtype == torch.bool else selected > torch.finfo(selected.dtype).min / 2
+            )
         key, value = (states[0, :, start:stop].to(wide) for states in (run.key, run.value))
         logits = rounding(rounding(query @ key.transpose(1, 2)) * scale)
         if softcap is not None:
@@ -266,14 +273,3 @@ def _first_key(position: int, layer: LayerFacts) -> int:
     window, chunk = layer.heads.sliding_window, layer.attention_chunk
     first = 0 if window is None else max(0, position - window + 1)
     return first if chunk is None else max(first, position - position % chunk)
-
-
-def _visible(run: KernelRun, layer: LayerFacts, where: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-    """Returns the keys `start` to `stop` that each position sees, (1 or H, P, stop - start)."""
-    keys = torch.arange(start, stop, device=where.device)
-    first = torch.tensor([_first_key(position, layer) for position in where.tolist()], device=where.device)
-    visible = ((keys >= first[:, None]) & (keys <= where[:, None]))[None]
-    if not layer.sparse_attention:
-        return visible
-    selected: torch.Tensor = run.mask[0][:, where, start:stop]
-    return visible & (selected if selected.dtype == torch.bool else selected > torch.finfo(selected.dtype).min / 2)

@@ -239,7 +239,7 @@ def test_a_kernel_that_is_wrong_for_long_texts_leaves_the_dataset_unproven(
     )
 
 
-def test_the_checks_of_attention_outlast_kills_shards_and_growth(
+def test_the_checks_of_attention_outlast_kills_and_shards(
     checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root, alone = tmp_path / "out", {"batch_size": 1, "lookahead": 1}
@@ -256,6 +256,9 @@ def test_the_checks_of_attention_outlast_kills_shards_and_growth(
     with pytest.raises(CaptureError, match=f"{FAILED}.*a text of 90 tokens"):
         finalize(root, prove=False)
 
+
+@pytest.mark.slow
+def test_the_checks_of_attention_outlast_growth(checkpoint: Path, texts: Path, tmp_path: Path) -> None:
     root = tmp_path / "grown"
     for count in (3, 4):  # the last text has 33 tokens
         run(checkpoint, texts, root, dataset={"max_samples": count})

@@ -139,13 +139,20 @@ class Backbone:
             CaptureError: the decoder does not run, shows no attention call, or a layer shows several.
         """
         facts: dict[int, LayerFacts] = {}
-        rotations: dict[int, dict[str, Any] | str | None] = {}
+        rotations: dict[int, Rotation | str | None] = {}
+        keys: dict[int, torch.Tensor] = {}  # by layer: some layers attend to the keys of an earlier one
         known = self.frequencies
 
         def note_rotation(layer: int, module: nn.Module, calls: list[RotaryCall], *states: torch.Tensor) -> None:
+            query, key = states
             if layer not in rotations or isinstance(rotations[layer], str):
-                found = rotation(module, calls, states[0], states[1], known, self.family)
-                rotations[layer] = asdict(found) if isinstance(found, Rotation) else found
+                rotations[layer] = rotation(module, calls, query, key, known, self.family)
+            if isinstance(rotations[layer], str):
+                for earlier, one in keys.items():
+                    of_key = rotations[earlier]
+                    if isinstance(of_key, Rotation) and one.device == key.device and torch.equal(one, key):
+                        rotations[layer] = rotation(module, calls, query, key, known, self.family, of_key)
+            keys[layer] = key
 
         def record(call: AttentionCall) -> None:
             if call.layer in facts or call.layer < 0:
@@ -181,7 +188,8 @@ class Backbone:
         if known and not rotary_functions(self.attention_layers, self.family):
             reason = f"{NOT_RECORDED}the decoder has rotary frequencies, and no rotary function that is known"
             rotations = dict.fromkeys(facts, reason)
-        return [replace(facts[layer], rotation=rotations[layer]) for layer in sorted(facts)]
+        found = {layer: asdict(one) if isinstance(one, Rotation) else one for layer, one in rotations.items()}
+        return [replace(facts[layer], rotation=found[layer]) for layer in sorted(facts)]
 
     def _probe_ids(self, length: int) -> torch.Tensor:
         """Returns at most `length` token ids (1, n), which every vocabulary and table of positions has."""

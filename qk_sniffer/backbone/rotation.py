@@ -98,15 +98,17 @@ def rotation(
     key: torch.Tensor,
     known: Mapping[str, Frequencies],
     family: Family,
+    of_key: Rotation | None = None,
 ) -> Rotation | str | None:
     """Returns the rotation of a layer from its rotary calls; the reason if none of `known` explains them.
 
-    None for a layer that is not rotated. `query` and `key` are the vectors that attention receives.
+    None for a layer that is not rotated. `query` and `key` are the vectors that attention receives. `of_key` is the
+    rotation of an earlier layer, if `key` is that layer's: then the query must have the same one.
     """
     if not calls:
         return None
     try:
-        pairs = _before_and_after(module, calls, query, key, family)
+        pairs = _before_and_after(module, calls, query, query if of_key is not None else key, family)
     except CaptureError:
         pairs = []
     if not pairs:
@@ -125,6 +127,8 @@ def rotation(
             "the decoder has no inverse frequencies" if best is None else "no frequencies of the decoder explain it"
         )
         return f"{NOT_RECORDED}{type(module).__name__} calls a rotary function, and {reason}"
+    if of_key not in (None, best[1]):
+        return f"{NOT_RECORDED}{type(module).__name__} rotates its queries otherwise than the earlier layer of its keys"
     return best[1]
 
 

@@ -1,6 +1,7 @@
 """The facts of a layer explain the attention weights of eager models: reach, key heads, scale, softcap and sinks."""
 
 import re
+from typing import Any
 
 import examine as examine_module
 import pytest
@@ -26,6 +27,26 @@ def test_facts_give_the_attention_weights(model_type: str) -> None:
     layers = layers_and_calls(eager_backbone(model_type))
     assert len(layers) == 4
     for layer, call, weights in layers:
+        check_reach(layer, weights)
+        check_weights(layer, call, weights)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model_type", "options"),
+    [
+        ("falcon_h1", {"key_multiplier": 0.7}),
+        ("gemma3_text", {"attn_logit_softcapping": 3.0}),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
+        ("gpt2", {"scale_attn_weights": False}),
+        ("granite", {"attention_multiplier": 0.4}),
+        ("llama4_text", {"attn_temperature_tuning": False}),
+        ("olmo", {"clip_qkv": 3.0}),
+        ("vaultgemma", {"attn_logit_softcapping": 5.0}),
+    ],
+)
+def test_settings_that_change_attention_are_among_the_facts(model_type: str, options: dict[str, Any]) -> None:
+    for layer, call, weights in layers_and_calls(eager_backbone(model_type, **options)):
         check_reach(layer, weights)
         check_weights(layer, call, weights)
 

@@ -12,6 +12,7 @@ import torch
 from support.jobs import heads_of, run, tokens_of, vectors
 from support.tiny import ALPHABET, save_checkpoint
 from support.zoo import Case
+from tiny_configs import tiny_config
 from transformers import AutoModel
 
 from qk_sniffer.backbone.backbone import Backbone
@@ -117,6 +118,15 @@ def test_a_slow_rotation_is_told_from_rounding(dtype: torch.dtype) -> None:
     facts = Backbone(case.decoder(dtype=dtype), find_family("llama")).probe()
     expected = {"frequencies": "rotary_emb", "pairs": "halves", "first": 0, "direction": 1, "changed_after": False}
     assert [fact.rotation for fact in facts] == [expected] * 3
+
+
+@pytest.mark.parametrize("model_type", ["gemma3n_text", "gemma4_text"])
+def test_layers_with_the_keys_of_an_earlier_one_turn_as_it_does(model_type: str) -> None:
+    torch.manual_seed(0)
+    decoder = AutoModel.from_config(tiny_config(model_type)).eval().get_decoder()
+    facts = Backbone(decoder, find_family(model_type)).probe()
+    names = [fact.rotation["frequencies"] for fact in facts if isinstance(fact.rotation, dict)]
+    assert names == [f"rotary_emb.{kind}_attention" for kind in ("sliding", "full", "sliding", "full")]
 
 
 BY_KIND = Case(

@@ -328,3 +328,21 @@ def test_the_fingerprint_leaves_out_only_settings_that_cannot_change_a_row_or_a_
         *(f"output.{name}" for name in ("data_root", "hf_repo_id", "hf_branch", "private", "overwrite")),
         "output.resume_from_hub",
     }
+
+
+@pytest.mark.parametrize(
+    ("given", "stored"), [(True, True), ("true", True), (False, False), ("false", False), ("auto", "auto")]
+)
+def test_special_tokens_are_a_flag_or_auto(given: Any, stored: bool | str) -> None:
+    tokenizer = TokenizerConfig(add_special_tokens=given)
+    config = Config(model=ModelConfig(name="org/model", tokenizer=tokenizer), dataset=DatasetConfig(path="org/texts"))
+    assert problems(config) == []
+    value = fingerprint(resolve(config))["model.tokenizer.add_special_tokens"]
+    assert value == stored and type(value) is type(stored)
+
+
+def test_other_values_of_special_tokens_are_refused() -> None:
+    for wrong in (1, "yes", None):
+        model = ModelConfig(name="org/model", tokenizer=TokenizerConfig(add_special_tokens=wrong))
+        (problem,) = problems(Config(model=model, dataset=DatasetConfig(path="org/texts")))
+        assert problem == f"model.tokenizer.add_special_tokens is {wrong!r}; valid: auto, true, false"

@@ -251,8 +251,8 @@ def _bucket_lines(facts: CardFacts, sampler: Sampler, kinds: list[str]) -> list[
 
 def _logits(facts: CardFacts) -> str:
     rotated = (
-        "These vectors are from before RoPE: first apply the layer's rotary embedding, as below, then the norm or the\n"
-        "scale by position that some models apply after it. Then the logit"
+        "These vectors are from before RoPE: first apply the layer's rotary embedding, as below, then the norm or\n"
+        "the scale by position that some models apply after it.\nThen the logit"
         if facts.config.capture.capture_pre_rope
         else "The logit"
     )

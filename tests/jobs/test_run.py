@@ -118,6 +118,12 @@ def test_the_manifest_tells_what_made_the_dataset_and_holds_for_its_files(
     layers = manifest["model"]["layers"]
     assert [layer["sliding_window"] for layer in layers] == [12, None, 12]
     assert [layer["softmax_scale"] for layer in layers] == [0.25] * 3
+    assert [layer["full_attention"] for layer in layers] == [False, True, False]
+    assert [layer["key_head"] for layer in layers] == [[0, 0, 1, 1]] * 3
+    turns = {"frequencies": "rotary_emb", "pairs": "halves", "first": 0, "direction": 1, "changed_after": False}
+    assert [layer["rotation"] for layer in layers] == [turns] * 3
+    of_layers = manifest["model"]["rotary"]["frequencies"]["rotary_emb"]
+    assert of_layers == manifest["model"]["rotary"]["embeddings"]["rotary_emb"]
     (rotary,) = manifest["model"]["rotary"]["embeddings"].values()
     assert rotary["attention_scaling"] == 1.0
     expected = 10000.0 ** (-np.arange(0, 16, 2) / 16)

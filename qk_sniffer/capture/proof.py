@@ -219,13 +219,16 @@ def _derived(
 
 
 def _difference(stored: Vectors, derived: Derived, eps: float = 0.0) -> float:
-    """Returns the measure that the module docstring defines. NaN in both vectors counts as equal."""
-    both = np.isnan(stored) & np.isnan(derived.rows)
+    """Returns the measure that the module docstring defines; NaN if only one of the vectors is not finite.
+
+    NaN in both vectors counts as equal, and so does the same infinity. They do not count in the mean and the spread.
+    """
+    both = (np.isnan(stored) & np.isnan(derived.rows)) | (np.isinf(stored) & (stored == derived.rows))
     one, other = (np.where(both, 0, rows).astype(np.float64) for rows in (stored, derived.rows))
-    mean = np.where(np.isnan(derived.mean), 0, derived.mean)
-    with np.errstate(invalid="ignore"):  # inf - inf
-        beyond = np.linalg.norm(one - other) - eps * np.linalg.norm(other)
-    typical = 0.0 if math.isnan(derived.spread) else derived.spread * math.sqrt(len(other)) / 2
+    if not (np.isfinite(one).all() and np.isfinite(other).all()):
+        return math.nan
+    mean = np.where(np.isfinite(derived.mean), derived.mean, 0)
+    beyond = np.linalg.norm(one - other) - eps * np.linalg.norm(other)
+    typical = derived.spread * math.sqrt(len(other)) / 2 if math.isfinite(derived.spread) else 0.0
     spread = max(float(np.linalg.norm(np.where(both, 0, other - mean))), typical) or np.linalg.norm(other) or 1.0
-    # Not max(0, beyond), which would turn NaN into 0.
-    return 0.0 if beyond <= 0 else float(beyond / spread)
+    return max(0.0, float(beyond / spread))

@@ -6,7 +6,7 @@ vectors of the dequantized weights.
 
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -211,12 +211,9 @@ def save_pack_quantized(folder: Path) -> PreTrainedModel:
     """Saves eight 4-bit integers in one of 32 bits, with a scale for each group of a row."""
 
     def quantized(name: str, weight: torch.Tensor) -> Weights:
-        groups = weight.unflatten(1, (-1, BLOCK))
-        scale = groups.abs().amax(2) / 7
-        codes = (groups / scale[..., None]).round().clamp(-8, 7).flatten(1) + 8
-        shifted = codes.to(torch.int64).unflatten(1, (-1, 8)) << torch.arange(0, 32, 4)
+        codes, scale = _integers(weight)
         return {
-            f"{name}_packed": shifted.sum(2).to(torch.int32),
+            f"{name}_packed": _packed(codes, 1, range(8)),
             f"{name}_scale": scale,
             f"{name}_shape": torch.tensor(weight.shape),
         }
@@ -241,13 +238,58 @@ def save_bitsandbytes(folder: Path, **settings: Any) -> PreTrainedModel:
 
 
 def save_gptq(folder: Path) -> PreTrainedModel:
-    """Saves a config of GPTQ, whose weights only its library writes."""
-    return _write(folder, llama(), llama().state_dict(), {"quant_method": "gptq", "bits": 4, "group_size": BLOCK})
+    """Saves eight 4-bit integers of a column in one of 32 bits, with a scale and a zero for each group of a column."""
+
+    def quantized(name: str, weight: torch.Tensor) -> Weights:
+        codes, scale = _integers(weight)
+        module = name.removesuffix(".weight")
+        zeros = torch.full_like(scale, 7, dtype=torch.int64)  # one less than the zero, as the format has it
+        return {
+            f"{module}.qweight": _packed(codes.T, 0, range(8)),
+            f"{module}.qzeros": _packed(zeros.T, 1, range(8)),
+            f"{module}.scales": scale.T.half(),
+            f"{module}.g_idx": torch.arange(weight.shape[1], dtype=torch.int32) // BLOCK,
+        }
+
+    config = {"bits": 4, "group_size": BLOCK, "desc_act": False, "sym": True, "checkpoint_format": "gptq"}
+    return _save(folder, llama(), quantized, {"quant_method": "gptq"} | config)
 
 
 def save_awq(folder: Path) -> PreTrainedModel:
-    """Saves a config of AWQ, whose weights only its library writes."""
-    return _write(folder, llama(), llama().state_dict(), {"quant_method": "awq", "bits": 4, "group_size": BLOCK})
+    """Saves eight 4-bit integers of a row in one of 32 bits, in the order of AWQ."""
+    order = (0, 2, 4, 6, 1, 3, 5, 7)
+
+    def quantized(name: str, weight: torch.Tensor) -> Weights:
+        codes, scale = _integers(weight)
+        module = name.removesuffix(".weight")
+        zeros = torch.full_like(scale, 8, dtype=torch.int64)
+        return {
+            f"{module}.qweight": _packed(codes.T, 1, order),
+            f"{module}.qzeros": _packed(zeros.T, 1, order),
+            f"{module}.scales": scale.T.half(),
+        }
+
+    config = {
+        "bits": 4,
+        "group_size": BLOCK,
+        "zero_point": True,
+        "version": "gemm",
+        "modules_to_not_convert": ["lm_head"],
+    }
+    return _save(folder, llama(), quantized, {"quant_method": "awq"} | config)
+
+
+def _integers(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns 4-bit integers (rows, columns) with a zero of 8, and a scale (rows, groups) for each group of a row."""
+    groups = weight.unflatten(1, (-1, BLOCK))
+    scale = groups.abs().amax(2) / 7
+    return (groups / scale[..., None]).round().clamp(-8, 7).flatten(1).to(torch.int64) + 8, scale
+
+
+def _packed(codes: torch.Tensor, dim: int, order: Sequence[int]) -> torch.Tensor:
+    """Packs 8 integers in one of 32 bits, along `dim`: the one at `order[i]` takes the bits from 4 i on."""
+    eights = codes.unflatten(dim, (-1, 8)).movedim(dim + 1, -1)[..., list(order)]
+    return (eights << torch.arange(0, 32, 4)).sum(-1).to(torch.int32)
 
 
 def save_modelopt(folder: Path) -> PreTrainedModel:

@@ -289,7 +289,8 @@ def _integers(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def _packed(codes: torch.Tensor, dim: int, order: Sequence[int]) -> torch.Tensor:
     """Packs 8 integers in one of 32 bits, along `dim`: the one at `order[i]` takes the bits from 4 i on."""
     eights = codes.unflatten(dim, (-1, 8)).movedim(dim + 1, -1)[..., list(order)]
-    return (eights << torch.arange(0, 32, 4)).sum(-1).to(torch.int32)
+    packed: torch.Tensor = (eights << torch.arange(0, 32, 4)).sum(-1)
+    return packed.to(torch.int32)
 
 
 def save_modelopt(folder: Path) -> PreTrainedModel:

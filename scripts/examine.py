@@ -56,6 +56,8 @@ class Entry:
     """The differences from the layout of a plain decoder, the reason of a refusal, or the error."""
     decoder_type: str = ""
     """The model type of the text decoder; empty for a type that is not captured."""
+    whole: bool = False
+    """Whether a multimodal model is compared with its captured decoder (`examine_whole.py`)."""
 
 
 class WrongError(Exception):
@@ -68,10 +70,10 @@ def examine(model_type: str) -> Entry:
     try:
         backbone, facts, cut = _loaded(model_type)
     except QkSnifferError as error:
-        return replace(entry, note=_reason(error))
+        return replace(entry, note=reason_of(error))
     try:
         calls, seen = _check_post(backbone, facts)
-        _check_cut(cut, seen)
+        check_cut(cut, seen, _ids())
         notes = _notes(backbone, calls, seen, facts)
         _check_attention(backbone, facts)
         pre, reason = _pre_verdict(backbone, calls)
@@ -96,7 +98,7 @@ def _loaded(model_type: str) -> tuple[Backbone, list[LayerFacts], Backbone]:
         try:
             backbone = load_backbone(config, banded_attention=False)
         except QkSnifferError as error:
-            raise type(error)(str(error).replace(f"model {folder} ", "")) from error
+            raise without_name(error, folder) from error
         facts = backbone.probe()
         return backbone, facts, load_backbone(config, banded_attention=False, layers=[facts[0].heads.layer])
 
@@ -110,7 +112,7 @@ def _check_post(backbone: Backbone, facts: list[LayerFacts]) -> tuple[list[Kerne
     decoder, ids = backbone.decoder, _ids()
     with torch.inference_mode():
         calls, hidden = recorded(decoder, ids)
-        seen = _captured(backbone, ids, hidden)
+        seen = captured(backbone, ids, hidden)
     missed = {type(call.module).__name__ for call in calls if call.module not in backbone.attention_layers}
     if missed:
         raise WrongError(f"attention of {', '.join(sorted(missed))} is not captured")
@@ -126,10 +128,10 @@ def _check_post(backbone: Backbone, facts: list[LayerFacts]) -> tuple[list[Kerne
     # Padding is at the end and has no mask, so earlier tokens must not see later ones.
     half = TOKENS // 2
     ids[:, half:] = ids[:, half:].flip(0)
-    if _differ(seen, _captured(backbone, ids), slice(0, half)):
+    if _differ(seen, captured(backbone, ids), slice(0, half)):
         raise WrongError("tokens see later ones")
     with patch.object(banded_module, "MIN_BLOCK", WINDOW):  # several blocks in a short text
-        if _differ(seen, _captured(Backbone(decoder, backbone.family), _ids()), slice(None)):
+        if _differ(seen, captured(Backbone(decoder, backbone.family), _ids()), slice(None)):
             raise WrongError("with banded attention the vectors differ")
     return calls, seen
 
@@ -148,14 +150,14 @@ def _check_attention(backbone: Backbone, facts: list[LayerFacts]) -> None:
             raise WrongError(f"layer {result['layer']}: the check of attention finds its kernel wrong")
 
 
-def _check_cut(cut: Backbone, seen: list[AttentionCall]) -> None:
+def check_cut(cut: Backbone, seen: list[AttentionCall], ids: torch.Tensor) -> None:
     """Checks the decoder that ends with its first layer.
 
     Raises:
         WrongError: the layer has another number or other vectors than in the whole decoder.
     """
-    (own, *_), (whole, *_) = _captured(cut, _ids()), seen
-    cut.run(_ids())  # the proof runs a forward pass to its end
+    (own, *_), (whole, *_) = captured(cut, ids), seen
+    cut.run(ids)  # the proof runs a forward pass to its end
     if own.layer != whole.layer or not (_equal(own.query, whole.query) and _equal(own.key, whole.key)):
         raise WrongError("without the later layers, the first layer has other vectors")
 
@@ -169,9 +171,9 @@ def _pre_verdict(backbone: Backbone, calls: list[KernelCall]) -> tuple[str, list
     before = Backbone(backbone.decoder, backbone.family, pre_rope=True, banded_attention=False)
     rotated = [bool(call.rotated) for call in calls]
     try:
-        seen = _captured(before, _ids())
+        seen = captured(before, _ids())
     except CaptureError as error:
-        return ("no", [_reason(error)]) if any(rotated) else ("no RoPE", [])
+        return ("no", [reason_of(error)]) if any(rotated) else ("no RoPE", [])
     for call, own in zip(calls, seen, strict=True):
         for after, vectors in ((call.query, own.query), (call.key, own.key)):
             known = any(_is_before(vectors, after, pair) for pair in call.rotated)
@@ -236,7 +238,7 @@ def _is_proven(backbone: Backbone) -> bool:
     family, decoder_type = backbone.family, backbone.config.model_type
     ids = _ids(MIN_TOKENS)[:1]
     vectors: dict[Head, np.ndarray] = {}
-    for call in _captured(backbone, ids):
+    for call in captured(backbone, ids):
         for kind, states in (("q", call.query), ("k", call.key)):
             for head in range(states.shape[1]):
                 spec = Head(call.layer, head, kind, key_head=0, head_dim=states.shape[-1], sliding_window=None, row=0)
@@ -365,7 +367,7 @@ def _reach(call: KernelCall, own: AttentionCall) -> list[str]:
     return notes
 
 
-def _captured(backbone: Backbone, ids: torch.Tensor, hidden: torch.Tensor | None = None) -> list[AttentionCall]:
+def captured(backbone: Backbone, ids: torch.Tensor, hidden: torch.Tensor | None = None) -> list[AttentionCall]:
     """Returns the calls of a forward pass as jobs run it; with `hidden`, of a plain pass that must return `hidden`.
 
     Raises:
@@ -406,6 +408,11 @@ def _ids(length: int = TOKENS) -> torch.Tensor:
     return torch.randint(5, VOCAB, (2, length), generator=torch.Generator().manual_seed(1))
 
 
-def _reason(error: QkSnifferError) -> str:
+def reason_of(error: QkSnifferError) -> str:
     """Returns the first clause of the error's message: the reason without the way out."""
     return re.split(r"; |: it is |\. |\n|, so |, as ", re.sub(r"^\S+: this model", "this model", str(error)))[0]
+
+
+def without_name(error: QkSnifferError, folder: str) -> QkSnifferError:
+    """Returns the error without the folder of the checkpoint."""
+    return type(error)(re.sub(rf"^model {folder}:? ", "", str(error)))

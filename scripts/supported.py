@@ -1,12 +1,13 @@
-"""Captures every causal language model of the installed transformers and writes the results to two files.
+"""Captures every language model of the installed transformers, multimodal ones too, and writes two files.
 
     python scripts/supported.py [--jobs N] [MODEL_TYPE ...]
 
 `models/SUPPORTED.md` is the table for readers. `qk_sniffer/backbone/provable_types.py` lists the model types whose
-datasets a job proves. With MODEL_TYPE, the command prints the rows of these types and writes nothing.
+datasets a job proves. With MODEL_TYPE, the command prints the rows of these types and writes nothing; `whole:gemma3` is
+the row of the multimodal model in the table of those.
 
-Worker processes examine the types (`examine.py`). A worker that takes too long is killed. A type that hangs, crashes or
-is captured wrongly has a row FAILED or WRONG, and the command exits with code 1.
+Worker processes examine the types (`examine.py`, `examine_whole.py`). A worker that takes too long is killed. A type
+that hangs, crashes or is captured wrongly has a row FAILED or WRONG, and the command exits with code 1.
 """
 
 import argparse
@@ -21,12 +22,13 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import quantized
 import transformers
 from examine import Entry, examine, names_projections
+from examine_whole import examine_whole, whole_types
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from qk_sniffer.backbone.family import find_family
@@ -34,6 +36,8 @@ from qk_sniffer.backbone.family import find_family
 ROOT = Path(__file__).parent.parent
 TABLE = ROOT / "models" / "SUPPORTED.md"
 PROVABLE = ROOT / "qk_sniffer" / "backbone" / "provable_types.py"
+WHOLE = "whole:"
+"""Before the type of a multimodal model that is compared with its decoder."""
 TIMEOUT_S = 120
 """For one type, or for the imports of a worker."""
 
@@ -52,8 +56,18 @@ captured as a job does it:
   each head that is not rotated. `no RoPE`: no layer is rotated.
 - **proof**: yes if a job proves its dataset by hooks. `pre`: only a dataset of vectors before RoPE.
 
-A multimodal type is captured by its text decoder. `bert` and similar types are captured as decoders (`is_decoder:
-true`) and refused as encoders. Sliding windows are enabled wherever a config has them.
+A multimodal type is captured by its text decoder; [below](#multimodal-models) it is compared with the whole model.
+`bert` and similar types are captured as decoders (`is_decoder: true`) and refused as encoders. Sliding windows,
+multipliers, caps, biases, norms and YaRN are enabled wherever a config has them.
+
+"""
+
+WHOLE_HEADER = """\
+## Multimodal models
+
+The whole model was built tiny and random with its towers, and saved twice: as its checkpoints are published, and with
+the names of its own modules. Captured: the decoder is loaded from both without the towers, and its query and key are
+those of the whole model in a forward pass over a text.
 
 """
 
@@ -77,12 +91,13 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.worker:
         return _work(arguments.types)
-    types = arguments.types or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    whole = [f"{WHOLE}{model_type}" for model_type in whole_types()]
+    types = arguments.types or sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) + whole
     with ThreadPoolExecutor(arguments.jobs) as pool:
         parts = pool.map(
             lambda part: list(_examined(part)), (types[i :: arguments.jobs] for i in range(arguments.jobs))
         )
-        entries = sorted((entry for part in parts for entry in part), key=lambda entry: entry.model_type)
+        entries = sorted((entry for part in parts for entry in part), key=lambda entry: (entry.whole, entry.model_type))
     if arguments.types:
         print("\n".join(map(row, entries)))
     else:
@@ -96,6 +111,8 @@ def main() -> int:
 
 def table(entries: Sequence[Entry]) -> str:
     """Returns the page of the table; a pure function of the entries."""
+    whole = [entry for entry in entries if entry.whole]
+    entries = [entry for entry in entries if not entry.whole]
     captured = [entry for entry in entries if entry.post != "no"]
     refused = [entry for entry in entries if entry.post == "no"]
     pre = Counter(entry.pre for entry in captured)
@@ -119,11 +136,27 @@ def table(entries: Sequence[Entry]) -> str:
         *map(row, refused),
         "",
     ]
-    return HEADER.format(version=transformers.__version__) + "\n".join(lines)
+    return HEADER.format(version=transformers.__version__) + "\n".join(lines) + "\n" + _whole_table(whole)
+
+
+def _whole_table(entries: Sequence[Entry]) -> str:
+    captured = sum(entry.post == "yes" for entry in entries)
+    lines = [
+        f"Of {len(entries)} model types, **{captured} are captured** and {len(entries) - captured} refused.",
+        "",
+        "| model type | class | captured | decoder | note |",
+        "|---|---|---|---|---|",
+        *map(row, entries),
+        "",
+    ]
+    return WHOLE_HEADER + "\n".join(lines)
 
 
 def row(entry: Entry) -> str:
-    """Returns the type's line of the page: a refused type has only its reason."""
+    """Returns the type's line of the page: a refused type has only its reason, except in the table of whole models."""
+    if entry.whole:
+        cells = [entry.model_type, f"`{entry.class_name}`", entry.post, entry.decoder_type, entry.note]
+        return "| " + " | ".join(cells) + " |"
     verdicts = [] if entry.post == "no" else [entry.post, entry.pre, entry.proof]
     return "| " + " | ".join([entry.model_type, entry.class_name, *verdicts, entry.note]) + " |"
 
@@ -158,7 +191,15 @@ def _examined(types: Sequence[str]) -> Iterator[Entry]:
         if process.wait() != 0 or left:
             died = left.pop(0)
             note = f"its process ended with code {process.returncode}, or took more than {TIMEOUT_S} s"
-            yield Entry(died, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[died], post="FAILED", note=note)
+            yield replace(_entry(died), post="FAILED", note=note)
+
+
+def _entry(model_type: str) -> Entry:
+    """Returns the entry of a type before its examination."""
+    name = model_type.removeprefix(WHOLE)
+    if name != model_type:
+        return Entry(name, "", whole=True)
+    return Entry(name, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name])
 
 
 def _work(types: Sequence[str]) -> int:
@@ -167,12 +208,12 @@ def _work(types: Sequence[str]) -> int:
     transformers.logging.set_verbosity(logging.ERROR)
     transformers.logging.disable_progress_bar()
     for model_type in types:
+        name = model_type.removeprefix(WHOLE)
         try:
-            entry = examine(model_type)
+            entry = examine(name) if name == model_type else examine_whole(name)
         except Exception as error:
-            class_name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
             note = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            entry = Entry(model_type, class_name, post="FAILED", note=note)
+            entry = replace(_entry(model_type), post="FAILED", note=note)
         print(json.dumps(asdict(entry)), flush=True)
     return 0
 

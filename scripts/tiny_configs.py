@@ -2,9 +2,12 @@
 
 A config is shrunk from its own defaults. A field that many families have gets one small value (`SIZES`). Nested configs
 are shrunk in the same way. Every kind of layer remains, and sliding windows are enabled wherever a config has them.
-`NEEDS` holds the further requirements of a type.
+Multipliers, caps, biases and norms that have no effect by default get one, as in published checkpoints. `NEEDS` holds
+the further requirements of a type.
 """
 
+import re
+from contextlib import suppress
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import save_file
+from tiny_towers import TOWERS
 from transformers import (
     CONFIG_MAPPING,
     AutoModel,
@@ -46,6 +50,7 @@ _SIZES: list[tuple[int, str]] = [
     (WINDOW, "sliding_window sliding_window_size attention_window_size window_size attention_chunk_size index_topk"),
     (WINDOW // 2, "keep_window_size index_block_size"),
     (1, "index_topk_blocks"),
+    (WINDOW, "floor_scale log_scaling_n_floor"),  # queries are scaled beyond these positions
     # Experts.
     (4, "num_experts num_local_experts n_routed_experts moe_num_experts"),
     (2, "num_experts_per_tok num_experts_per_token moe_topk moe_k moe_top_k zero_expert_num"),
@@ -58,6 +63,10 @@ _SIZES: list[tuple[int, str]] = [
     (2, "linear_num_key_heads"),
     (1, "n_groups"),
     (128, "mamba_d_ssm"),
+    # Towers of multimodal models, and their decoders.
+    (LAYERS, "layers depth"),
+    (4, "attention_heads"),
+    (64, "embed_dim out_hidden_size output_dim projection_dim projector_hidden_size hidden_dim embedding_size"),
     # Embeddings by layer and by n-gram.
     (16, "hidden_size_per_layer_input"),
     (50, "ngram_vocab_size_base"),
@@ -68,7 +77,7 @@ _ENCODERS = "bert bert-generation big_bird camembert data2vec-text electra ernie
 _ENCODERS += "roberta-prelayernorm roc_bert roformer xlm-roberta xlm-roberta-xl"
 _LATENT = "axk1 axk2 bailing_hybrid deepseek_v2 deepseek_v3 deepseek_v32 glm4_moe_lite glm_moe_dsa kimi_linear "
 _LATENT += "longcat_flash minicpm3 youtu"
-_NO_HEAD_DIM = "hunyuan_v1_dense hunyuan_v1_moe ministral"
+_NO_HEAD_DIM = "hunyuan_v1_dense hunyuan_v1_moe minimax ministral mixtral"
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _SHARED = {"num_hidden_layers": LAYERS, "num_kv_shared_layers": LAYERS}
 
@@ -118,8 +127,32 @@ NEEDS: dict[str, dict[str, Any]] = {
     "reformer": {"is_decoder": True, "axial_pos_embds": False},
     "xmod": {"is_decoder": True, "default_language": "en_XX"},
     "zaya": {"num_experts_per_tok": 1},
+    **TOWERS,
 }
 """Fields by the model type of a model or of a nested config. An encoder is a language model if it is a decoder."""
+
+_FACTOR = 1.3
+"""A factor that changes every digit of what it scales."""
+
+_SHAKEN = re.compile(
+    r"multiplier|scal(e|ing)|factor|soft_?cap|clip|bias|qk_?norm|qk_layernorm|alpha|mup|k_eq_v|mem_rope"
+)
+"""Names of fields that can change attention."""
+
+_NOT_SHAKEN = re.compile(
+    r"init|dropout|std|rescale|time_step|loss|mtp|position_bias|in_fp32|dim_|_norm_std|max_|bidirect"
+)
+
+_ABSENT = {"floor": float(WINDOW), "cap": 20.0, "clip": 4.0, "scal": 0.7, "mult": _FACTOR}
+"""Part of a field's name -> its value, where None means that there is none."""
+
+_YARN = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 128,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.5,
+}
 
 _WINDOWED = {"full_attention": "sliding_attention", "hybrid": "hybrid_sliding"}
 """Layer type -> the type of such a layer with a sliding window."""
@@ -185,16 +218,46 @@ def _shrunk(config_class: type[PretrainedConfig], needs: dict[str, Any]) -> Pret
             small[name] = _shrunk(type(value), NEEDS.get(value.model_type, {}) | needs.get(name, {}))
         elif name in needs:
             small[name] = needs[name]
-        elif name in SIZES and (value is not None or name == "sliding_window"):
+        elif name in SIZES and not isinstance(value, list | tuple) and (value is not None or name == "sliding_window"):
             small[name] = SIZES[name]
         elif name == "use_sliding_window":
             small[name] = True
         elif name.endswith("token_id") and value is not None:
-            small[name] = min(value[0] if isinstance(value, list) else value, VOCAB - 1)
+            small[name] = min(value[0] if isinstance(value, list | tuple) else value, VOCAB - 1)
         elif name == "layer_types" and value:
             kinds = list(dict.fromkeys(value))
             if "sliding_window" in vars(default) and len(kinds) == 1 and kinds[0] in _WINDOWED:
                 kinds.append(_WINDOWED[kinds[0]])
             small[name] = list(islice(cycle(kinds), max(LAYERS, len(kinds))))
             small["num_hidden_layers"] = len(small[name])
-    return config_class(**needs | small)
+    config = config_class(**needs | small)
+    is_tower = re.search("Vision|Audio|VQ", config_class.__name__)
+    return config if is_tower else _shaken(config, needs | small, needs)
+
+
+def _shaken(config: PretrainedConfig, given: dict[str, Any], needs: dict[str, Any]) -> PretrainedConfig:
+    """Returns a config in which every scalar that can change attention does, if the class of `config` accepts it."""
+    for name, value in vars(config).items():
+        if name in needs or not _SHAKEN.search(name) or _NOT_SHAKEN.search(name):
+            continue
+        candidates: list[Any] = []
+        if value is False:
+            candidates = [True]
+        elif value is None:
+            candidates = [other for part, other in _ABSENT.items() if part in name]
+        elif value in (0, 1) and value is not True:
+            candidates = [_FACTOR, 2]
+        for candidate in candidates:
+            try:
+                config = type(config)(**given | {name: candidate})
+            except (StrictDataclassError, ValueError):
+                continue
+            given = given | {name: candidate}
+            break
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "default" and "rope_parameters" not in needs:
+        with suppress(StrictDataclassError, AttributeError, KeyError):  # some types have no YaRN
+            config = type(config)(**given | {"rope_parameters": rope | _YARN})
+    elif "llama_4_scaling_beta" in rope:
+        config = type(config)(**given | {"rope_parameters": rope | {"original_max_position_embeddings": WINDOW}})
+    return config

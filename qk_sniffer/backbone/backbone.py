@@ -60,8 +60,10 @@ class Backbone:
         self.device = devices[0] if devices else torch.device("cpu")
         # Quantized weights are packed into integers.
         self.dtype = next(weight.dtype for weight in weights if weight.dtype in COMPUTED_IN)
-        self.length_boundary = rotary.length_boundary(self.config)
-        """Texts of more tokens must run alone, see `rotary.length_boundary`; None if no text must."""
+        boundaries = rotary.length_boundary(self.config), family.length_boundary(self.config)
+        self.length_boundary = min((boundary for boundary in boundaries if boundary is not None), default=None)
+        """Texts of more tokens must run alone: their rotary frequencies depend on the length of the forward pass, or
+        the keys that their queries keep (`Family.length_boundary`). None if no text must."""
         self.num_positions = rotary.num_positions(decoder)
         """The most tokens that the decoder's table of positions allows; None without a table."""
         self.max_positions = limits.max_positions(self.config)

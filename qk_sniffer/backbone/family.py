@@ -26,7 +26,7 @@ RotaryCall = tuple[torch.Tensor, torch.Tensor]
 QueryKey = tuple[torch.Tensor, torch.Tensor]
 """The queries (B, H, n, d) and the keys (B, K, n, d) of one layer."""
 
-NO_SELF_ATTENTION = ("Cross", "Delta", "Lightning")
+NO_SELF_ATTENTION = ("Cross", "Delta", "Lightning", "LinearAttention")
 """Parts of the names of attention classes that attend to another sequence, or are linear and have no softmax."""
 
 
@@ -130,6 +130,13 @@ class Family:
         """
         chunked = self.attention_chunk(module) is not None
         return chunked or self.sparse_attention(module) or layer_type(module) not in _PLAIN_ATTENTION
+
+    def length_boundary(self, config: Any) -> int | None:
+        """Returns the most tokens of a text whose vectors do not change with padding; None if none do.
+
+        Longer texts run alone. `config` is the decoder's.
+        """
+        return None
 
     def position_bias(self, module: nn.Module, arguments: Mapping[str, Any]) -> bool:
         """Whether a bias by position or by key is added to the logits. `arguments` are those of the kernel, by name."""

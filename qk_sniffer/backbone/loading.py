@@ -223,14 +223,17 @@ def _loaded(
         arguments["quantization_config"] = GgufConfig(dequantize=True)
     cut = nullcontext() if layers is None else cut_after(layers, found.family)
     with base_alone(), ignored_layers_reported(), cut:
+        loaded: Any = None
         if found.wrapper is not None:
             if config.attn_implementation is not None:
                 found.text._attn_implementation = config.attn_implementation  # its towers may not support it
-            model, info = load_decoder(found.wrapper, found.text, found.family, **arguments)
-        else:
-            model, info = _auto_class(config, found.text, found.family).from_pretrained(
+            loaded = load_decoder(found.wrapper, found.text, found.family, **arguments)
+            arguments["key_mapping"] = found.family.key_mapping  # for the decoder's own class
+        if loaded is None:
+            loaded = _auto_class(config, found.text, found.family).from_pretrained(
                 config=found.text, attn_implementation=config.attn_implementation, **arguments
             )
+        model, info = loaded
     files = () if config.gguf_file is not None else weight_files(found.source, found.explicit)
     dtypes = stored_dtypes(files)
     refuse_incomplete(

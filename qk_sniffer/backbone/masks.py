@@ -46,7 +46,7 @@ def check_mask(module: nn.Module, n: int, rules: Visible, arguments: dict[str, A
     causal = arguments.get("is_causal", getattr(module, "is_causal", True))
     if not isinstance(mask, torch.Tensor):
         if not causal and mask is None:
-            raise _acausal(module)
+            raise _acausal(module, causal)
         return
     sees_last = _is_visible(mask[..., 0, -1]).any()
     is_whole = mask.shape[-2:] == (n, n) and not rules.is_sparse
@@ -55,7 +55,7 @@ def check_mask(module: nn.Module, n: int, rules: Visible, arguments: dict[str, A
     if not bool(sees_last | differs):
         return
     if sees_last:
-        raise _acausal(module)
+        raise _acausal(module, causal)
     last, before = (_reach(mask[..., position, : position + 1]) for position in (n - 1, n - 2))
     if last is not None and last in (before, n):
         _refuse_other_window(module, rules, None if last == n else last)
@@ -76,12 +76,16 @@ def _reach(row: torch.Tensor) -> int | None:
     return count if bool((visible == visible[0]).all()) and bool(visible[0, row.shape[-1] - count :].all()) else None
 
 
-def _acausal(module: nn.Module) -> CaptureError:
-    hint = "; for this model as a decoder, set model.config_overrides.is_decoder=true"
-    can_be_decoder = getattr(getattr(module, "config", None), "is_decoder", None) is False
+def _acausal(module: nn.Module, causal: Any) -> CaptureError:
+    config = getattr(module, "config", None)
+    hint = ""
+    if getattr(config, "is_decoder", None) is False:
+        hint = "; for this model as a decoder, set model.config_overrides.is_decoder=true"
+    elif causal and getattr(config, "_attn_implementation", "eager") != "eager":
+        hint = "; if this is one, its mask for this kernel is not causal: set model.attn_implementation=eager"
     return CaptureError(
         f"{type(module).__name__} is not causal: its tokens attend to later ones and to padding. Only decoders "
-        "can be captured" + (hint if can_be_decoder else "")
+        f"can be captured{hint}"
     )
 
 

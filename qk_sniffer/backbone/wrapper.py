@@ -28,7 +28,10 @@ _AUTO_CLASSES = (
     "AutoModelForPreTraining",
     "AutoModel",
 )
-"""The first one that knows a config names the class that loads it; a class with a head is the one that is published."""
+"""The first one that knows a config names its class, if the config does not. Published weights have a head."""
+
+
+_LOADER: Any = PreTrainedModel.from_pretrained.__func__  # type: ignore[attr-defined]
 
 
 def is_wrapper(whole: PretrainedConfig, text: PretrainedConfig, family: Family) -> bool:
@@ -43,6 +46,10 @@ def is_wrapper(whole: PretrainedConfig, text: PretrainedConfig, family: Family) 
 
 def model_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
     """Returns the class of transformers that loads a model of `config`; None without one, as for own code."""
+    for name in config.architectures or ():
+        saved = getattr(transformers, name, None)
+        if isinstance(saved, type) and getattr(saved, "config_class", None) is type(config):
+            return saved
     for name in _AUTO_CLASSES:
         known = getattr(transformers, name)._model_mapping
         if type(config) in known:
@@ -53,38 +60,46 @@ def model_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
 
 
 def with_text_config(whole: PretrainedConfig, text: PretrainedConfig, new: PretrainedConfig) -> PretrainedConfig:
-    """Returns a copy of the config that contains `text` directly, with `new` in its place.
+    """Returns a copy of `whole` with `new` in the place of `text`, which it contains at any depth.
 
-    This is `whole` or a config inside it, such as that of one of several models that are saved together.
+    If the class of `whole` has a loader of its own, which reads more than its weights, this is a copy of the part of
+    `whole` that contains `text`.
     """
     for key, value in vars(whole).items():
-        if value is text:
-            changed = deepcopy(whole)
-            setattr(changed, key, new)
-            return changed
-    for value in vars(whole).values():
-        if isinstance(value, PretrainedConfig) and value.get_text_config() is text:
-            return with_text_config(value, text, new)
+        if not isinstance(value, PretrainedConfig) or value.get_text_config() is not text:
+            continue
+        inner = new if value is text else with_text_config(value, text, new)
+        cls = model_class(whole)
+        if value is not text and (cls is None or cls.from_pretrained.__func__ is not _LOADER):  # type: ignore[attr-defined]
+            return inner
+        changed = deepcopy(whole)
+        setattr(changed, key, inner)
+        return changed
     raise SourceError(f"the config of {whole.model_type} does not contain that of its text decoder")
 
 
 def load_decoder(
     config: PretrainedConfig, text: PretrainedConfig, family: Family, **arguments: Any
-) -> tuple[PreTrainedModel, dict[str, Any]]:
+) -> tuple[PreTrainedModel, dict[str, Any]] | None:
     """Loads the decoder of `text` inside of `config`, with the arguments of `from_pretrained`.
 
     Returns the decoder and transformers' loading info. The names of its weights are those of the decoder, and all other
-    weights of the checkpoint are unexpected.
+    weights of the checkpoint are unexpected. None if the class of `config` needs a library that is not installed.
 
     Raises:
-        SourceError: the class of `config` has no such decoder.
+        SourceError: the class has no such decoder, or the decoder's weights are those of another part.
     """
     cls = model_class(config)
     assert cls is not None
-    with _towers_without_libraries(), _reduced(cls, text.model_type, family):
-        loaded: Any = cls.from_pretrained(config=config, **arguments)
+    with towers_without_libraries() as lacking, _reduced(cls, text.model_type, family):
+        try:
+            loaded: Any = cls.from_pretrained(config=config, **arguments)
+        except (AttributeError, TypeError):
+            if lacking:
+                return None
+            raise
     model, info = loaded
-    decoder, path = _decoder(model, text.model_type, family)
+    decoder, path = decoder_of(model, text.model_type, family)
     return decoder, _relative(info, f"{path}.")
 
 
@@ -111,7 +126,7 @@ def _reduced(cls: type[PreTrainedModel], text_type: str, family: Family) -> Iter
 
 
 def _reduce(model: PreTrainedModel, text_type: str, family: Family) -> None:
-    _, path = _decoder(model, text_type, family)
+    _, path = decoder_of(model, text_type, family)
     module: Any = model
     for name in path.split("."):
         module._is_hf_initialized = True  # transformers does not initialize the removed parts
@@ -121,11 +136,16 @@ def _reduce(model: PreTrainedModel, text_type: str, family: Family) -> None:
                     parts[other] = None  # the attribute remains
         module = module.get_submodule(name)
     left = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    tied = model.all_tied_weights_keys
-    model.all_tied_weights_keys = {a: b for a, b in tied.items() if a in left and b in left}
+    tied = {name: source for name, source in model.all_tied_weights_keys.items() if name in left}
+    if lost := [source for source in tied.values() if source not in left]:
+        raise SourceError(
+            f"{type(model).__name__} of transformers ties {len(lost)} weights of its decoder to those of another part, "
+            f"such as {lost[0]}: the decoder cannot be loaded alone"
+        )
+    model.all_tied_weights_keys = tied
 
 
-def _decoder(model: PreTrainedModel, text_type: str, family: Family) -> tuple[PreTrainedModel, str]:
+def decoder_of(model: PreTrainedModel, text_type: str, family: Family) -> tuple[PreTrainedModel, str]:
     """Returns the text decoder inside `model` and its path."""
     paths = {
         module: path
@@ -143,14 +163,16 @@ def _decoder(model: PreTrainedModel, text_type: str, family: Family) -> tuple[Pr
 
 
 @contextmanager
-def _towers_without_libraries() -> Iterator[None]:
-    """Puts an empty module in the place of each tower whose library is not installed."""
+def towers_without_libraries() -> Iterator[list[str]]:
+    """Puts an empty module in the place of each tower whose library is not installed, and lists what was lacking."""
+    lacking: list[str] = []
 
     def or_empty(from_config: Any) -> Any:
         def building(config: PretrainedConfig, *args: Any, **arguments: Any) -> nn.Module:
             try:
                 built: nn.Module = from_config(config, *args, **arguments)
-            except ImportError:
+            except ImportError as error:
+                lacking.append(" ".join(str(error).split()))
                 built = nn.Module()
                 built.config = config  # type: ignore[assignment]
             return built
@@ -166,7 +188,7 @@ def _towers_without_libraries() -> Iterator[None]:
                 stack.callback(delattr, auto, "from_config")
             else:
                 stack.callback(setattr, auto, "from_config", own)
-        yield
+        yield lacking
 
 
 def _relative(info: dict[str, Any], prefix: str) -> dict[str, Any]:

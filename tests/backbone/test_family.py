@@ -179,6 +179,22 @@ def test_a_layer_says_whether_it_sees_only_some_keys(model_type: str, sparse: li
     assert [fact.sparse_attention for fact in backbone.probe()] == sparse
 
 
+def test_texts_of_doge_whose_queries_do_not_keep_every_key_run_alone() -> None:
+    backbone = Backbone(decoder_of("doge", keep_window_size=20, sliding_window=None), find_family("doge"))
+    for module in backbone.attention_layers:
+        module.A.data.fill_(0.5)
+        module.keep_window_size = 20
+    text = ids(20).repeat(1, 2)  # each token twice: equal biases in the first layer
+
+    def last_keys(tokens: torch.Tensor, n: int) -> torch.Tensor:
+        return captured(backbone, tokens)[-1].key[:, :, :n]
+
+    assert backbone.length_boundary == 20
+    assert torch.allclose(last_keys(text[:, :20], 20), last_keys(text, 20), atol=1e-4)
+    padded = torch.cat([text, torch.zeros(2, 24, dtype=torch.long)], dim=1)
+    assert not torch.allclose(last_keys(text, 40), last_keys(padded, 40), atol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("model_type", "full"),
     [

@@ -1,5 +1,6 @@
 """A mask that shows other keys than a layer declares is an error."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -60,3 +61,13 @@ def test_keys_that_are_hidden_from_some_heads_alone_are_refused() -> None:
     with pytest.raises(CaptureError, match="hides keys that its facts do not exclude"):
         check(FULL, of_heads)
     check(Visible(None, None, is_sparse=True), of_heads)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "hint"), [("sdpa", r": set model\.attn_implementation=eager$"), ("eager", "captured$")]
+)
+def test_a_decoder_whose_kernel_gets_no_causal_mask_is_told_of_the_eager_one(kernel: str, hint: str) -> None:
+    module: Any = nn.Linear(1, 1)
+    module.config = SimpleNamespace(_attn_implementation=kernel)
+    with pytest.raises(CaptureError, match=rf"Linear is not causal.*{hint}"):
+        check_mask(module, N, FULL, {"attention_mask": torch.zeros(1, 1, N, N)})

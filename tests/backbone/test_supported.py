@@ -12,6 +12,7 @@ import pytest
 import supported
 import transformers
 from examine import examine
+from examine_whole import examine_whole, whole_types
 from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -186,14 +187,14 @@ def test_vectors_before_rope_that_depend_on_the_position_are_found_out() -> None
 
 
 def test_other_vectors_than_those_of_the_kernel_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    copied = examine_module._captured
+    copied = examine_module.captured
 
     def one_bit(*args: Any) -> Any:
         seen = copied(*args)
         seen[2].key[0, 1, 5, 3] = seen[2].key[0, 1, 5, 3].nextafter(seen[2].key.new_tensor(9.0))
         return seen
 
-    monkeypatch.setattr(examine_module, "_captured", one_bit)
+    monkeypatch.setattr(examine_module, "captured", one_bit)
     assert examine("mistral").note == "layer 2: the vectors are not those that attention receives"
 
 
@@ -217,3 +218,30 @@ def test_a_type_that_takes_too_long_is_a_failure(monkeypatch: pytest.MonkeyPatch
     entries = list(supported._examined(["llama", "qwen3"]))
     assert [(entry.model_type, entry.post) for entry in entries] == [("llama", "FAILED"), ("qwen3", "FAILED")]
     assert "took more than 0.1 s" in entries[0].note
+
+
+WHOLE = re.findall(r"^\| (\S+) \| `(\w*)` \| (yes|no) \| (\w*) \| (.*) \|$", TABLE, flags=re.MULTILINE)
+
+
+@same_version
+def test_the_table_of_multimodal_models_has_every_type_once() -> None:
+    assert [name for name, *_ in WHOLE] == whole_types()
+    captured = {name for name, _, verdict, *_ in WHOLE if verdict == "yes"}
+    assert f"Of {len(WHOLE)} model types, **{len(captured)} are captured** and {len(WHOLE) - len(captured)}" in TABLE
+    assert {"smolvlm", "idefics2", "idefics3", "qwen3_vl_moe", "glm4v_moe", "kimi_k25", "minimax_m3_vl"} <= captured
+    assert {"qianfan_ocr", "qwen2_5_omni", "qwen3_omni_moe", "paddleocr_vl", "kosmos-2", "step3p7"} <= captured
+
+
+@same_version
+@pytest.mark.parametrize("name", ["qwen3_vl_moe", pytest.param("qwen2_5_omni", marks=pytest.mark.slow)])
+def test_a_row_of_a_multimodal_model_is_what_the_examination_finds(name: str) -> None:
+    assert supported.row(examine_whole(name)) in TABLE.splitlines()
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl_moe", pytest.param("glm4v_moe", marks=pytest.mark.slow)])
+def test_experts_as_they_are_published_need_the_class_of_the_whole_model(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading_module, "is_wrapper", lambda *_: False)
+    entry = examine_whole(name)
+    assert entry.post == "no" and "lacks, or has in another shape" in entry.note and "experts" in entry.note

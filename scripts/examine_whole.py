@@ -15,7 +15,7 @@ import torch
 import transformers
 from examine import Entry, WrongError, captured, check_cut, reason_of, without_name
 from recording import KernelCall, recorded
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny_configs import randomized, tiny_config
 from transformers import CONFIG_MAPPING, AutoModel, PretrainedConfig
 from transformers.models.auto import modeling_auto
@@ -31,6 +31,9 @@ _TOKENS = 24
 
 _CLASSES = {"shieldgemma2": "ShieldGemma2ForImageClassification"}
 """Classes of published models that no auto class for text names."""
+
+_TRANSPOSED = {"qwen3_vl_moe": ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")}
+"""Weights whose last two dimensions are exchanged in published checkpoints, which transformers does not save."""
 
 
 def whole_types() -> list[str]:
@@ -88,6 +91,13 @@ def _save(model: Any, config: PretrainedConfig, folder: str, published: bool) ->
         save_file(weights, Path(folder) / "model.safetensors")
     elif model is not None:
         model.save_pretrained(folder, save_original_format=published)
+        if published and (names := _TRANSPOSED.get(config.model_type)) is not None:
+            file = Path(folder) / "model.safetensors"
+            weights = {
+                name: weight.transpose(1, 2).contiguous() if name.endswith(names) else weight
+                for name, weight in load_file(file).items()
+            }
+            save_file(weights, file, metadata={"format": "pt"})
     else:
         config.save_pretrained(folder)
         save_file({"nothing": torch.zeros(1)}, Path(folder) / "model.safetensors")

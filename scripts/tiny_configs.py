@@ -35,7 +35,7 @@ _SIZES: list[tuple[int, str]] = [
     (LAYERS, "num_hidden_layers n_layer n_layers num_layers decoder_layers num_decoder_layers"),
     (1, "encoder_layers num_encoder_layers"),
     (64, "hidden_size d_model n_embd emb_dim"),
-    (32, "intermediate_size ffn_dim ffn_hidden_size dim_ff dff encoder_ffn_dim decoder_ffn_dim moe_intermediate_size"),
+    (32, "intermediate_size ffn_dim ffn_hidden_size dim_ff dff encoder_ffn_dim decoder_ffn_dim"),
     (32, "expert_ffn_hidden_size dense_intermediate_size shared_expert_intermediate_size shared_intermediate_size"),
     (512, "max_position_embeddings n_positions n_ctx max_seq_len"),
     # Attention.
@@ -52,6 +52,7 @@ _SIZES: list[tuple[int, str]] = [
     (1, "index_topk_blocks"),
     (WINDOW, "floor_scale log_scaling_n_floor"),  # queries are scaled beyond these positions
     # Experts.
+    (24, "moe_intermediate_size"),  # no fused projection is square: a transposed one would not be noticed
     (4, "num_experts num_local_experts n_routed_experts moe_num_experts"),
     (2, "num_experts_per_tok num_experts_per_token moe_topk moe_k moe_top_k zero_expert_num"),
     (1, "num_shared_experts n_shared_experts n_group topk_group num_expert_group"),
@@ -76,7 +77,7 @@ SIZES = {name: size for size, names in _SIZES for name in names.split()}
 _ENCODERS = "bert bert-generation big_bird camembert data2vec-text electra ernie megatron-bert rembert roberta "
 _ENCODERS += "roberta-prelayernorm roc_bert roformer xlm-roberta xlm-roberta-xl"
 _LATENT = "axk1 axk2 bailing_hybrid deepseek_v2 deepseek_v3 deepseek_v32 glm4_moe_lite glm_moe_dsa kimi_linear "
-_LATENT += "longcat_flash minicpm3 youtu"
+_LATENT += "longcat_flash minicpm3 mistral4 youtu"
 _NO_HEAD_DIM = "hunyuan_v1_dense hunyuan_v1_moe minimax ministral mixtral"
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _SHARED = {"num_hidden_layers": LAYERS, "num_kv_shared_layers": LAYERS}

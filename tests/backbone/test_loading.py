@@ -12,7 +12,9 @@ import transformers
 from safetensors.torch import load_file, save_file
 from support.tiny import saved
 from support.zoo import CASES, Case
+from transformers import CONFIG_MAPPING
 
+from qk_sniffer.backbone import loading as loading_module
 from qk_sniffer.backbone.loading import check_model, load_backbone
 from qk_sniffer.config import ModelConfig
 from qk_sniffer.errors import SourceError
@@ -320,3 +322,19 @@ def test_weights_of_other_names_are_an_error_that_shows_them(tmp_path: Path) -> 
     change_weights(tmp_path, lambda weights: {f"tower.{name}": weight for name, weight in weights.items()})
     with pytest.raises(SourceError, match=r"of other names, such as tower\..*Family\.key_mapping"):
         load_backbone(config)
+
+
+def test_a_type_that_no_class_of_transformers_loads_is_refused_in_two_lines(tmp_path: Path) -> None:
+    CONFIG_MAPPING["kosmos_2_text_model"](layers=1).save_pretrained(tmp_path)
+    save_file({"nothing": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(
+        SourceError, match=r"no class that loads .* type kosmos_2_text_model\..*Family\.auto_class"
+    ) as e:
+        load_backbone(ModelConfig(name=str(tmp_path)))
+    assert len(str(e.value).replace(str(tmp_path), "")) < 240
+
+
+def test_the_list_of_all_types_is_no_part_of_an_error() -> None:
+    with pytest.raises(SourceError) as e, loading_module._loading(ModelConfig(name="me/it"), None):
+        raise ValueError("Unrecognized model. Should contain one of albert, aria, and all the others")
+    assert str(e.value).endswith("ValueError: Unrecognized model")

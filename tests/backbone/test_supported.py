@@ -13,6 +13,7 @@ import supported
 import transformers
 from examine import examine
 from examine_whole import examine_whole, whole_types
+from tiny_configs import tiny_config
 from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -60,10 +61,30 @@ def test_nothing_in_the_table_is_wrong_and_its_counts_are_those_of_its_rows() ->
 
 @same_version
 @pytest.mark.parametrize(
-    "name", ["afmoe", "deepseek_v3", "diffllama", "falcon", "gemma4_text", "inkling_text", "mamba", "zamba2"]
+    "name",
+    ["afmoe", "deepseek_v3", "diffllama", "falcon", "falcon_h1", "gemma4_text", "inkling_text", "mamba", "zamba2"],
 )
 def test_a_row_is_what_the_examination_finds(name: str) -> None:
     assert supported.row(examine(name)) in TABLE.splitlines()
+
+
+def test_scalars_that_can_change_attention_do_in_the_configs_of_the_sweep() -> None:
+    assert tiny_config("falcon_h1").key_multiplier == 1.3
+    assert tiny_config("granite").attention_multiplier == 1.3
+    assert tiny_config("gemma3_text").attn_logit_softcapping == 20.0
+    assert tiny_config("olmoe").clip_qkv == 4.0
+    assert tiny_config("stablelm").qk_layernorm and tiny_config("cohere").use_qk_norm
+    assert tiny_config("llama").attention_bias and tiny_config("zamba2").use_mem_rope
+    assert tiny_config("deepseek_v3").rope_parameters["mscale_all_dim"] == 0.5
+    assert tiny_config("inkling2_text").log_scaling_n_floor == tiny_config("llama4_text").floor_scale == 8
+
+
+@pytest.mark.parametrize("name", ["falcon_h1", pytest.param("inkling2_text", marks=pytest.mark.slow)])
+def test_a_proof_without_the_scale_of_a_type_is_found_out(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    family = type(find_family(name))
+    step = "projected" if "projected" in vars(family) else "after_rotary"
+    monkeypatch.setattr(family, step, getattr(Family, step))
+    assert "hooks derive other vectors" in examine(name).note
 
 
 class OneLayerLess(Family):

@@ -284,7 +284,8 @@ class JournalWriter:
                 slots.setdefault((item.layer, item.kind), []).append(item)
             else:
                 records = [astuple(record) for record in item.records]
-                ended.append({"batch": item.batch, "since": since, "records": records, "checks": item.checks})
+                end = {"batch": item.batch, "since": since, "records": records}
+                ended.append(end | ({"checks": item.checks} if item.checks else {}))
                 del self._since[item.batch]
         metadata = {
             "format": "qk-sniffer-journal/1",

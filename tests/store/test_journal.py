@@ -230,4 +230,4 @@ def test_the_bytes_of_a_segment_are_fixed(tmp_path: Path) -> None:
                 index, position = np.array([5, 5, 5, 2, 2, 2])[rows], np.array([0, 3, 9, 1, 2, 8])[rows]
                 put(writer, Piece.of(3, kind, vectors, index, position, position + 100))
         writer.complete([Captured().record(2), Captured().record(5)])
-    assert [path.name for path in Journal(tmp_path).segments] == ["00000000-8dc60cad6ca4d691.safetensors"]
+    assert [path.name for path in Journal(tmp_path).segments] == ["00000000-583409dfe034a407.safetensors"]

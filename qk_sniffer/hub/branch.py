@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from qk_sniffer.errors import HubError
+from qk_sniffer.errors import HubError, StoreError
 from qk_sniffer.hub.client import REPO_TYPE, bars_on_a_terminal, reading_api, with_retries
 from qk_sniffer.hub.revisions import is_hub_id
 from qk_sniffer.logs import logger
@@ -48,7 +48,8 @@ class Branch:
         """Returns the local copy of the file `name`, which is fetched if necessary.
 
         Raises:
-            HubError: the file cannot be fetched, or does not have the `size` that the manifest lists.
+            HubError: the file cannot be fetched.
+            StoreError: it does not have the `size` that the manifest lists.
         """
         return Path(
             _call(self.repo_id, self.name, lambda api: download(api, self.repo_id, name, self.commit, size=size))
@@ -85,7 +86,8 @@ class Branch:
         """Fetches the files that are not on this machine yet, in parallel and with a progress bar.
 
         Raises:
-            HubError: a file cannot be fetched, or does not have the size that `sizes` has for it.
+            HubError: a file cannot be fetched.
+            StoreError: it does not have the size that `sizes` has for it.
         """
         from huggingface_hub import try_to_load_from_cache
 
@@ -194,7 +196,8 @@ def download(
         size: the size that the file must have; None for any, of a manifest or a card up to `LARGE`.
 
     Raises:
-        HubError: the file on the Hub has another size, or is too large.
+        HubError: the file is too large.
+        StoreError: it has another size.
         Exception: those of huggingface_hub.
     """
     fetch: Any = partial(
@@ -216,7 +219,7 @@ def _check_size(where: object, name: str, there: int | None, listed: int) -> Non
     `there` is None for a file that does not exist, which the download reports.
     """
     if there is not None and there != listed:
-        raise HubError(
+        raise StoreError(
             f"{name} of {where} has {there:,} bytes instead of the {listed:,} that manifest.json lists: it is not "
             "fetched"
         )

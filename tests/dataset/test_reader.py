@@ -165,7 +165,7 @@ def test_a_file_that_is_larger_than_its_manifest_lists_is_not_fetched(
     dataset = qk_sniffer.open_dataset(REPO, revision=BRANCH)
     for read in (lambda: dataset.vectors(0, 3, "q"), lambda: dataset.fetch(dataset.heads)):
         with pytest.raises(
-            HubError, match=r"l00h03q/data\.parquet of .* has 1,000,000 bytes instead of the .*not fetched"
+            StoreError, match=r"l00h03q/data\.parquet of .* has 1,000,000 bytes instead of the .*not fetched"
         ):
             read()
     assert hub.count("GET", name) == 0

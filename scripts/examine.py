@@ -204,7 +204,7 @@ def _check_unmoved(before: Backbone) -> None:
     if not torch.allclose(outputs[0], outputs[1], rtol=1e-3, atol=1e-4):
         # Another part depends on the position, such as hunyuan's norms: only the first layer can be compared.
         del seen[0][1:], seen[1][1:]
-    if seen[0][0].layer == 0 and _differ(*seen, slice(None)):
+    if seen[0][0].layer == 0 and _differ(*seen, slice(None), atol=1e-2):  # norms magnify rounding
         raise WrongError("vectors before RoPE depend on the position")
 
 
@@ -388,10 +388,10 @@ def _keeping(calls: list[AttentionCall]) -> Callable[[AttentionCall], None]:
     return lambda call: calls.append(replace(call, query=call.query.clone(), key=call.key.clone()))
 
 
-def _differ(seen: list[AttentionCall], others: list[AttentionCall], tokens: slice) -> bool:
+def _differ(seen: list[AttentionCall], others: list[AttentionCall], tokens: slice, atol: float = 1e-4) -> bool:
     """Whether some vector at `tokens` differs by more than rounding."""
     return any(
-        not torch.allclose(one[:, :, tokens], other[:, :, tokens], rtol=1e-3, atol=1e-4)
+        not torch.allclose(one[:, :, tokens], other[:, :, tokens], rtol=1e-3, atol=atol)
         for a, b in zip(seen, others, strict=True)
         for one, other in ((a.query, b.query), (a.key, b.key))
     )

@@ -26,7 +26,7 @@ RotaryCall = tuple[torch.Tensor, torch.Tensor]
 QueryKey = tuple[torch.Tensor, torch.Tensor]
 """The queries (B, H, n, d) and the keys (B, K, n, d) of one layer."""
 
-NO_SELF_ATTENTION = ("Cross", "Delta", "Lightning", "LinearAttention")
+NO_SELF_ATTENTION = ("Cross", "Delta", "Lightning")
 """Parts of the names of attention classes that attend to another sequence, or are linear and have no softmax."""
 
 
@@ -75,6 +75,7 @@ class Family:
             and not any(mark in type(module).__name__ for mark in NO_SELF_ATTENTION)
             and "encoder_attn" not in name
             and not getattr(module, "is_cross_attention", False)
+            and getattr(module, "layer_type", None) != "linear_attention"
         }
         # A block of attention and norms may look like the attention module inside it: the inner one counts.
         return {

@@ -176,7 +176,8 @@ def _differences(run: KernelRun, layer: LayerFacts, at: Sequence[int], dtype: to
     _refuse_unknown(run, layer)
     exact, rounded = _attend(run, layer, at, None), _attend(run, layer, at, dtype)
     got = run.output[0, list(at)].to(exact.dtype)
-    both = torch.isnan(got) & torch.isnan(exact)
+    rounded = torch.where(torch.isfinite(rounded), rounded, exact)  # logits beyond float16 are infinite only if rounded
+    both = (torch.isnan(got) & torch.isnan(exact)) | (torch.isinf(exact) & (got == exact))
     got, exact, rounded = (torch.where(both, 0.0, states) for states in (got, exact, rounded))
     norm = exact.norm(dim=-1)
     beyond = (got - exact).norm(dim=-1) - 4 * (rounded - exact).norm(dim=-1)

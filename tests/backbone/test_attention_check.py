@@ -152,6 +152,24 @@ def test_a_long_text_is_checked_piece_by_piece(window: int | None, monkeypatch: 
     assert wrong["passed"] is False and wrong["wrong_positions"] == [65_536] and wrong["tokens"] == 70_000
 
 
+def test_what_is_beyond_float16_is_no_fault_of_the_kernel() -> None:
+    facts = layer()
+    run = long_run(9, facts)
+    large = replace(run, query=run.query * 1e5, output=run.output.clone())
+    for at in positions(9, facts):
+        logits = large.query[0, :, at].double() @ large.key[0, 0, : at + 1].double().T * 0.5
+        large.output[0, at] = (logits.softmax(-1) @ run.value[0, 0, : at + 1].double()).float()
+    check = AttentionCheck([facts], Family(), torch.float16).of(9)
+    assert check is not None
+    check.see(large)
+    assert check.finish()[0]["passed"] is True
+    run.value[0, 0, 0, 0] = torch.inf
+    run.output[..., 0] = torch.inf
+    assert result(run, facts)["passed"] is True
+    run.output[0, 8, 0, 0] = 0.0
+    assert result(run, facts)["wrong_positions"] == [8]
+
+
 def test_what_is_not_known_is_not_judged() -> None:
     facts = layer()
     assert result(long_run(9, facts, use_cache=False, position_ids=torch.arange(9)), facts)["passed"] is True

@@ -26,7 +26,9 @@ def decoder_of(model_type: str, **options: Any) -> nn.Module:
     for name, value in options.items():
         setattr(config, name, value)
     torch.manual_seed(0)
-    decoder: nn.Module = AutoModel.from_config(config).eval().get_decoder()
+    # Older versions of transformers give Doge no causal mask for other kernels.
+    kernel = "eager" if model_type == "doge" else None
+    decoder: nn.Module = AutoModel.from_config(config, attn_implementation=kernel).eval().get_decoder()
     return decoder
 
 

@@ -12,6 +12,7 @@ test: install  ## run the quick tests
 	$(BIN)/python -m pytest -n 2 -q
 
 slow: install  ## run the slow tests
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[quantized]'
 	$(BIN)/python -m pytest -n 2 -q -m slow
 
 supported: install  ## capture every model type of transformers and write models/SUPPORTED.md

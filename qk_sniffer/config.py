@@ -1,8 +1,9 @@
 """Declares every setting: one frozen dataclass a config group.
 
 The field names are the keys of the command line and of `conf/`. The metadata of a field holds its help text. It says
-`"changes_rows": False` where another value cannot change a row or a vector of the dataset. `resolved.py` derives values
-from a config; `validation.py` checks one.
+`"changes_rows": False` where another value cannot change a row or a vector of the dataset. It says
+`"names_source": True` where a value is a Hub id or a path, and `"names_files": True` where it names files of a source:
+the paths of this machine are not published. `resolved.py` derives values from a config; `validation.py` checks one.
 """
 
 import secrets
@@ -26,6 +27,15 @@ AUTO = "auto"
 MOST_SHARDS = 100_000
 """The largest `shard.count`."""
 
+MOST_COUNT = 2**53
+"""The largest number of tokens, examples or rows: JSON readers read integers up to it exactly."""
+
+MOST_RATE = 1e15
+"""The largest `sampler.base_rate`."""
+
+MOST_SLUG = 500
+"""The most characters of a slug."""
+
 _RUN_ID = secrets.token_hex(3)
 
 
@@ -33,7 +43,10 @@ _RUN_ID = secrets.token_hex(3)
 class TokenizerConfig:
     """The tokenizer, and the part of each text that it keeps."""
 
-    name: str | None = field(default=None, metadata={"help": "tokenizer, a Hub id or a folder; null: the model's own"})
+    name: str | None = field(
+        default=None,
+        metadata={"help": "tokenizer, a Hub id or a folder; null: the model's own", "names_source": True},
+    )
     revision: str | None = field(
         default=None, metadata={"help": "branch, tag or commit of the tokenizer; null: the model's, or main"}
     )
@@ -67,7 +80,8 @@ class ModelConfig:
         default=None, metadata={"help": "name in folders and branches; null: from model.name", "changes_rows": False}
     )
     name: str | None = field(
-        default=None, metadata={"help": "org/name on the Hub, or a folder with a checkpoint (with model=hf)"}
+        default=None,
+        metadata={"help": "org/name on the Hub, or a folder with a checkpoint (with model=hf)", "names_source": True},
     )
     revision: str = field(default="main", metadata={"help": "branch, tag or commit of the model"})
     dtype: str = field(
@@ -81,20 +95,21 @@ class ModelConfig:
     attn_implementation: str | None = field(
         default=None, metadata={"help": "attention kernel, such as eager or sdpa; null: transformers' default"}
     )
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "run Python code from the checkpoint", "changes_rows": False}
-    )
+    trust_remote_code: bool = field(default=False, metadata={"help": "run Python code from the checkpoint"})
     allow_pickle: bool = field(default=False, metadata={"help": "load pickled weights", "changes_rows": False})
     config_overrides: dict[str, Any] = field(
         default_factory=dict,
         metadata={"help": "values merged into the model's config: +model.config_overrides.rope_parameters.factor=4"},
     )
-    gguf_file: str | None = field(default=None, metadata={"help": "a GGUF file in the folder or repository"})
+    gguf_file: str | None = field(
+        default=None, metadata={"help": "a GGUF file in the folder or repository", "names_files": True}
+    )
     family: str | None = field(
         default=None, metadata={"help": "a family of your own, package.module:Class (see models/ADDING.md)"}
     )
     adapter: str | None = field(
-        default=None, metadata={"help": "an adapter of the package peft for the model: a Hub id or a folder"}
+        default=None,
+        metadata={"help": "an adapter of the package peft for the model: a Hub id or a folder", "names_source": True},
     )
     merge_adapter: bool = field(
         default=False,
@@ -113,13 +128,17 @@ class DatasetConfig:
     )
     path: str | None = field(
         default=None,
-        metadata={"help": "org/name on the Hub, a folder, or a parquet, jsonl, csv or txt file (dataset=hf)"},
+        metadata={
+            "help": "org/name on the Hub, a folder, or a parquet, jsonl, csv or txt file (dataset=hf)",
+            "names_source": True,
+        },
     )
     name: str | None = field(default=None, metadata={"help": "config of a dataset with several configs"})
     revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of the dataset; null: main"})
     split: str = field(default="train", metadata={"help": "split of the dataset"})
     data_files: Any = field(
-        default=None, metadata={"help": "the files to read from the folder or repository, such as '*.jsonl'"}
+        default=None,
+        metadata={"help": "the files to read from the folder or repository, such as '*.jsonl'", "names_files": True},
     )
     text_column: str = field(default="text", metadata={"help": "column that holds the text"})
     id_column: str | None = field(
@@ -354,6 +373,10 @@ class Setting:
     help: str
     changes_rows: bool
     """Whether another value can change a row or a vector of the dataset."""
+    names_source: bool
+    """Whether a value is a Hub id, or a path of this machine."""
+    names_files: bool
+    """Whether a value names files of a source, which may be paths or addresses."""
 
 
 def settings() -> tuple[Setting, ...]:
@@ -368,7 +391,8 @@ def _settings_of(section: type, prefix: str, changes_rows: bool) -> Iterator[Set
         if is_dataclass(default):
             yield from _settings_of(type(default), key + ".", changes)
         else:
-            yield Setting(key, default, each.metadata["help"], changes)
+            names = [each.metadata.get(flag, False) for flag in ("names_source", "names_files")]
+            yield Setting(key, default, each.metadata["help"], changes, *names)
 
 
 def settings_help() -> str:

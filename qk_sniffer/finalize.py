@@ -40,6 +40,9 @@ class Settings:
     hf_branch: str | None = field(
         default=None, metadata={"help": "branch to publish to, with hf_repo_id; null: <model slug>-<dataset slug>"}
     )
+    private: bool = field(
+        default=False, metadata={"help": "create the repository as private; a job that asked for this gets it anyway"}
+    )
 
 
 def main() -> int:
@@ -60,6 +63,7 @@ def _program(settings: Settings) -> int:
         allowed=Allowed(settings.trust_remote_code, settings.allow_pickle, settings.family),
         hf_repo_id=settings.hf_repo_id,
         hf_branch=settings.hf_branch,
+        private=settings.private,
     )
 
 

@@ -72,15 +72,17 @@ def fingerprint(config: ResolvedConfig) -> dict[str, Any]:
     """Returns every setting that can change a row or a vector, as `section.key: value`."""
     keys = {setting.key: _value(config, setting.key) for setting in settings() if setting.changes_rows}
     # A local checkpoint or file may move: the commits contain its digest, and every text is compared.
-    for key in ("model.name", "model.adapter", "model.tokenizer.name", "dataset.path"):
-        keys[key] = None if keys[key] is None else public_name(keys[key])
+    for setting in settings():
+        if setting.names_source and keys[setting.key] is not None:
+            keys[setting.key] = public_name(keys[setting.key])
     plain: dict[str, Any] = json.loads(json.dumps(keys))  # the values as JSON stores them
-    return {key: public_values(value) for key, value in plain.items()}
+    return with_public_files({key: public_values(value) for key, value in plain.items()})
 
 
 def with_defaults(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a stored fingerprint with the settings that its version of this package did not have yet."""
-    return {setting.key: setting.default for setting in settings() if setting.changes_rows} | dict(fingerprint)
+    """Returns a stored fingerprint as this version makes it: with all settings, and without paths of a machine."""
+    defaults = {setting.key: setting.default for setting in settings() if setting.changes_rows}
+    return defaults | with_public_files(fingerprint)
 
 
 def public_values(values: Any) -> Any:
@@ -114,6 +116,37 @@ def rule(config: SamplerConfig) -> str:
 def public_name(name: str) -> str:
     """Returns a Hub id unchanged, and only the last part of a local path: no path of this machine is published."""
     return path_text(Path(name).resolve().name) if Path(name).exists() else name
+
+
+def public_files(names: Any) -> Any:
+    """Returns the names of a source's files, in a text, a list or a mapping, as they are published.
+
+    A path within the source stays as it is. Of another path, and of an address outside the Hub, only the last part
+    stays: an address may be signed with a secret.
+    """
+    if isinstance(names, Mapping):
+        return {key: public_files(value) for key, value in names.items()}
+    if isinstance(names, list):
+        return [public_files(name) for name in names]
+    return "::".join(map(_public_file, names.split("::"))) if isinstance(names, str) else names
+
+
+def _public_file(name: str) -> str:
+    protocol, separator, rest = name.partition("://")
+    if separator:
+        return name if protocol in _OPEN_PROTOCOLS else re.split(r"[?#]", rest)[0].rstrip("/").rpartition("/")[2]
+    is_elsewhere = name.startswith(("/", "~")) or ".." in Path(name).parts
+    return Path(name).name if is_elsewhere else name
+
+
+_OPEN_PROTOCOLS = ("hf", "zip", "tar", "gzip", "bz2", "xz", "zstd", "lz4")
+"""The protocols of files on the Hub, and of those within an archive."""
+
+
+def with_public_files(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a fingerprint whose settings name the files of sources by `public_files`."""
+    named = {setting.key for setting in settings() if setting.names_files}
+    return {key: public_files(value) if key in named else value for key, value in fingerprint.items()}
 
 
 def last_part(name: str) -> str:

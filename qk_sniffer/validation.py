@@ -10,7 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from qk_sniffer.capture import sampling
-from qk_sniffer.config import AUTO, DTYPES, MOST_SHARDS, Config, DatasetConfig, ModelConfig, OutputConfig
+from qk_sniffer.config import (
+    AUTO,
+    DTYPES,
+    MOST_COUNT,
+    MOST_SHARDS,
+    MOST_SLUG,
+    Config,
+    DatasetConfig,
+    ModelConfig,
+    OutputConfig,
+)
 from qk_sniffer.errors import ConfigError
 from qk_sniffer.resolved import resolve
 from qk_sniffer.text import expand_home, is_branch_name, is_utf8_path, utf8_way_out
@@ -44,6 +54,7 @@ def problems(config: Config) -> list[str]:
         *_inference_and_shard(config),
         *output_problems(config.output),
         *_derived(config),
+        *_root_in_source(config),
         *_not_built_yet(config),
     ]
 
@@ -102,7 +113,7 @@ def _dataset(dataset: DatasetConfig) -> Iterator[str]:
     for column, value in dataset.filter.items():
         if not isinstance(value, str | int | float | bool | None):
             yield f"dataset.filter.{column} is {value!r}; it must be one value, with which the column is compared"
-    yield from _at_least("dataset.max_samples", dataset.max_samples, 1)
+    yield from _at_least("dataset.max_samples", dataset.max_samples, 1, MOST_COUNT)
 
 
 def _capture(config: Config) -> Iterator[str]:
@@ -124,7 +135,7 @@ def _capture(config: Config) -> Iterator[str]:
 
 def _inference_and_shard(config: Config) -> Iterator[str]:
     for key in ("batch_size", "max_batch_tokens", "lookahead", "queue_mb", "segment_mb"):
-        yield from _at_least(f"inference.{key}", getattr(config.inference, key), 1)
+        yield from _at_least(f"inference.{key}", getattr(config.inference, key), 1, MOST_COUNT)
     index, count = config.shard.index, config.shard.count
     yield from _at_least("shard.count", count, 1, MOST_SHARDS)
     if index < 0 or index >= max(count, 1):
@@ -159,6 +170,20 @@ def _derived(config: Config) -> Iterator[str]:
         branch = resolve(config).output.hf_branch
         assert branch is not None
         yield from _branch("output.hf_branch", branch)
+
+
+def _root_in_source(config: Config) -> Iterator[str]:
+    # A later start would read the files of the dataset as texts.
+    path, output = config.dataset.path, config.output
+    if not path or not _exists(path) or config.dataset.data_files is not None:
+        return
+    source, root = (Path(expand_home(name)).resolve() for name in (path, resolve(config).output.data_root or "."))
+    if source.is_dir() and root.is_relative_to(source):
+        given = "output.data_root is" if output.data_root else "output.data_root is null, which is"
+        yield (
+            f"{given} {str(root)!r}, which is inside of dataset.path: its files would be read as texts. Choose a "
+            "folder elsewhere, or name the files of the texts in dataset.data_files"
+        )
 
 
 def _not_built_yet(config: Config) -> Iterator[str]:
@@ -227,6 +252,8 @@ def _branch(key: str, name: str) -> Iterator[str]:
 def _slug(key: str, slug: str | None) -> Iterator[str]:
     if slug is not None and not _SLUG.fullmatch(slug):
         yield f"{key} is {slug!r}; it becomes part of a path and a branch: use letters, digits, '-', '_' and '.'"
+    elif slug is not None and len(slug) > MOST_SLUG:
+        yield f"{key} has {len(slug)} characters; it becomes part of a path and a branch: use at most {MOST_SLUG}"
 
 
 def _at_least(key: str, value: int | None, least: int, most: int | None = None) -> Iterator[str]:

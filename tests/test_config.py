@@ -320,7 +320,7 @@ def test_every_setting_of_the_schema_has_a_help_text() -> None:
 def test_the_fingerprint_leaves_out_only_settings_that_cannot_change_a_row_or_a_vector() -> None:
     left_out = {setting.key for setting in settings()} - fingerprint(resolve(GOOD)).keys()
     assert left_out == {
-        *("model.slug", "model.device_map", "model.trust_remote_code", "model.allow_pickle"),
+        *("model.slug", "model.device_map", "model.allow_pickle"),
         *(f"model.long_context.{name}" for name in ("max_length", "min_bucket_size", "config_overrides")),
         *("dataset.slug", "dataset.max_samples", "dataset.streaming"),
         *("inference.queue_mb", "inference.segment_mb", "inference.debug_logging"),

@@ -40,6 +40,9 @@ from qk_sniffer.store.parquet_files import open_parquet
 
 log = logger(__name__)
 
+MOST_REASON = 1000
+"""The most characters of the reason for a proof that was not made."""
+
 TOLERANCES = {"float32": 2e-3, "float16": 2e-2, "bfloat16": 1e-1}
 """The largest relative difference that counts as rounding, by the dtype of the model."""
 
@@ -91,7 +94,8 @@ def prove(
             if one.first_layers:  # the memory may not hold it
                 log.warning("no row beyond position %s is compared: %s", f"{MAX_TOKENS - 1:,}", error)
                 continue
-            return proof | {"reason": f"the hook path does not fit this model ({type(error).__name__}: {error})"}
+            reason = f"the hook path does not fit this model ({type(error).__name__}: {error})"
+            return proof | {"reason": reason[:MOST_REASON]}
         if derived is None:
             return proof | {"reason": "no hook path is known for this family of models"}
         for head, (positions, vectors) in stored.items():

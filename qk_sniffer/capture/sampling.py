@@ -38,7 +38,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from qk_sniffer.config import SamplerConfig
+from qk_sniffer.config import MOST_COUNT, MOST_RATE, SamplerConfig
 from qk_sniffer.errors import ConfigError
 
 TYPES = ("uniform", "log_uniform", "all")
@@ -191,12 +191,12 @@ def problems(config: SamplerConfig) -> list[str]:
         if value not in valid
     ]
     for key, rate in (("sampler.base_rate", config.base_rate), ("sampler.keys.base_rate", config.keys.base_rate)):
-        if rate is not None and not (rate > 0 and math.isfinite(rate)):
-            lines.append(f"{key} is {rate}; it must be a finite number above 0")
+        if rate is not None and not 0 < rate <= MOST_RATE:
+            lines.append(f"{key} is {rate}; it must be a finite number above 0, at most {MOST_RATE:g}")
     if not 1 <= config.min_bucket_size <= 2**31:
         lines.append(f"sampler.min_bucket_size is {config.min_bucket_size}; it must be 1 to {2**31}")
-    if config.max_rows_per_example is not None and config.max_rows_per_example < 1:
-        lines.append(f"sampler.max_rows_per_example is {config.max_rows_per_example}; it must be at least 1")
+    if config.max_rows_per_example is not None and not 1 <= config.max_rows_per_example <= MOST_COUNT:
+        lines.append(f"sampler.max_rows_per_example is {config.max_rows_per_example}; it must be 1 to {MOST_COUNT}")
     return lines
 
 

@@ -23,6 +23,10 @@ _SHOWN_ROWS = 1_000
 """The rows of which an error shows values."""
 
 
+MOST_ID = 10_000
+"""The most characters of an id. Every example of the dataset lists its id."""
+
+
 @dataclass(frozen=True)
 class Example:
     """One text, before tokenization."""
@@ -117,6 +121,12 @@ class Corpus:
                 if self._has_text(index, row):
                     any_text = True
                     example_id, source_id = self._ids(index, row, streamed)
+                    if len(str(source_id)) > MOST_ID:
+                        raise SourceError(
+                            f"{self._source.name}: the id of row {index} has {len(str(source_id)):,} characters, more "
+                            f"than {MOST_ID:,}: is dataset.id_column={self._config.id_column} its text? "
+                            "dataset.id_column=null numbers the rows"
+                        )
                     if mine:
                         yield Example(index, example_id, str(source_id), row[self._config.text_column])
                 else:

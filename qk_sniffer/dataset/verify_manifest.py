@@ -15,7 +15,7 @@ from qk_sniffer.dataset.heads import captured_heads
 from qk_sniffer.dataset.proof_words import attention, compared, largest_difference, why
 from qk_sniffer.dataset.verify_report import RECREATE, Problem
 from qk_sniffer.errors import StoreError
-from qk_sniffer.resolved import fingerprint, resolve
+from qk_sniffer.resolved import fingerprint, resolve, with_public_files
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.journal import Journal
 from qk_sniffer.store.layout import Head, Layout, schema
@@ -115,7 +115,7 @@ class ManifestFacts:
             rows_by_bucket=_by_bucket(manifest["rows_by_bucket"], int),
             nonfinite_rows=None if nonfinite is None else {name: int(rows) for name, rows in nonfinite.items()},
             inclusion=_by_bucket(manifest["inclusion"], float),
-            fingerprints=(fingerprint(resolve(config)), dict(manifest["fingerprint"])),
+            fingerprints=(fingerprint(resolve(config)), with_public_files(manifest["fingerprint"])),
             commits=(manifest["commits"]["model"], proof.get("model_commit", manifest["commits"]["model"])),
             proven=proof["proven"],
             proof=_in_words(proof, heads),

@@ -11,12 +11,12 @@ from itertools import groupby
 from typing import Any
 
 from qk_sniffer.capture.sampling import Sampler
-from qk_sniffer.config import ModelConfig, ShardConfig, from_dict
+from qk_sniffer.config import ModelConfig, ShardConfig, from_dict, settings
 from qk_sniffer.corpus.tokenizer import TextTokenizer, load_tokenizer
 from qk_sniffer.dataset.heads import captured_heads
 from qk_sniffer.errors import SourceError, StoreError
 from qk_sniffer.hub.revisions import hub_commit_of
-from qk_sniffer.jobs.identity import checkpoint_files
+from qk_sniffer.jobs.identity import Job, checkpoint_files
 from qk_sniffer.jobs.shards import journals_of, uncaptured
 from qk_sniffer.jobs.source_rows import FINALIZE_PATIENCE_S, START_PATIENCE_S, check_limit
 from qk_sniffer.jobs.start import base_of
@@ -179,6 +179,7 @@ def stage(layout: Layout, job: CapturedJob, model: ModelConfig, tokenizer: TextT
     kinds = [kind for kind in KINDS if any(head.kind == kind for head in heads)]
     facts = {key: value for key, value in record.items() if key != "base"} | {
         "config": _public(record),
+        "fingerprint": Job.from_record(record).fingerprint,
         "inclusion": {kind: sampler.inclusion(kind, written.longest_example) for kind in kinds},
         "skipped_rows": skipped,
         "source_rows": written.num_examples + skipped,
@@ -310,9 +311,13 @@ def _public(record: Mapping[str, Any]) -> dict[str, Any]:
     """The config for the manifest, without where the job ran: equal datasets have equal manifests."""
     config: dict[str, Any] = copy.deepcopy(record["config"])
     del config["output"], config["shard"], config["snapshot"]
-    config["model"]["name"] = record["fingerprint"]["model.name"]
-    config["model"]["adapter"] = record["fingerprint"].get("model.adapter")
-    config["model"]["tokenizer"]["name"] = record["fingerprint"]["model.tokenizer.name"]
-    config["dataset"]["path"] = record["fingerprint"]["dataset.path"]
+    published = Job.from_record(record).fingerprint
+    for setting in settings():
+        if setting.names_source or setting.names_files:
+            *sections, name = setting.key.split(".")
+            section = config
+            for each in sections:
+                section = section[each]
+            section[name] = published[setting.key]
     public: dict[str, Any] = public_values(config)
     return public

@@ -14,13 +14,13 @@ from qk_sniffer.jobs.finish import finish, report_and_publish
 from qk_sniffer.jobs.identity import ROLES, Job, resolve_commits
 from qk_sniffer.jobs.shards import uncaptured
 from qk_sniffer.jobs.start import check_files
-from qk_sniffer.resolved import ResolvedConfig, resolve, with_output
+from qk_sniffer.resolved import ResolvedConfig, with_output
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.files import Folder
 from qk_sniffer.store.journal import Journal
 from qk_sniffer.store.layout import Layout, missing_manifest
 from qk_sniffer.store.locks import holder, is_held
-from qk_sniffer.store.record import read_record
+from qk_sniffer.store.record import read_record, read_unpublished
 from qk_sniffer.store.work_folder import clear_obstacles
 from qk_sniffer.text import say
 from qk_sniffer.timing import Stages
@@ -43,6 +43,7 @@ def finalize(
     allowed: Allowed | None = None,
     hf_repo_id: str | None = None,
     hf_branch: str | None = None,
+    private: bool = False,
 ) -> int:
     """Makes and publishes the dataset at `data_root`, or prints which shards are missing; returns the exit code.
 
@@ -61,8 +62,11 @@ def finalize(
         # Where a dataset is published is decided by the caller alone: it may be of someone else.
         manifest = manifests.read(layout.root)
         check_files(layout, manifest)
-        config = replace(from_dict(manifest["config"]), output=OutputConfig())
-        config = _published(config, hf_repo_id, hf_branch)
+        # But not whether it is public, if the job asked for a private repository and has not published it.
+        mark = read_unpublished(layout, manifest)
+        private = private or (mark is not None and mark["private"])
+        config = replace(from_dict(manifest["config"]), output=OutputConfig(private=private))
+        config = _published(config, hf_repo_id, hf_branch, private)
         report_and_publish(config, layout, "Nothing to do: the dataset is finished.", Folder(layout.root))
         return 0
     if missing := missing_shards(layout, record):
@@ -72,7 +76,7 @@ def finalize(
             "Rerun the command that started the job: it runs the missing shards and leaves the others alone.",
         )
         return 1
-    config = _published(from_dict(record["config"]), hf_repo_id, hf_branch)
+    config = _published(from_dict(record["config"]), hf_repo_id, hf_branch, private)
     if not prove:
         config = replace(config, verify=VerifyConfig(examples=0))
     if problems := list(_forbidden(config, allowed or Allowed())):
@@ -128,14 +132,15 @@ def _forbidden(config: Config, allowed: Allowed) -> Iterator[str]:
         )
 
 
-def _published(config: Config, hf_repo_id: str | None, hf_branch: str | None) -> ResolvedConfig:
-    """`config` with the given place on the Hub, if there is one."""
+def _published(config: Config, hf_repo_id: str | None, hf_branch: str | None, private: bool) -> ResolvedConfig:
+    """`config` with the given place on the Hub, if there is one. It is private if the job or the caller says so."""
+    output = replace(config.output, private=config.output.private or private)
     if hf_repo_id is None:
-        return resolve(config)
-    output = replace(config.output, hf_repo_id=hf_repo_id, hf_branch=hf_branch)
+        return with_output(config, output)
+    output = replace(output, hf_repo_id=hf_repo_id, hf_branch=hf_branch)
     if problems := list(output_problems(output)):
         raise ConfigError(problems)
-    require_access(hf_repo_id)
+    require_access(hf_repo_id, private=output.private)
     return with_output(config, output)
 
 

@@ -4,7 +4,7 @@ A job does this when its shard is captured, and `python -m qk_sniffer.finalize` 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -25,13 +25,16 @@ from qk_sniffer.hub.publish import publish
 from qk_sniffer.jobs import hub_resume
 from qk_sniffer.jobs.assemble import Staged, captured_job, stage
 from qk_sniffer.jobs.components import Components, load_components
-from qk_sniffer.resolved import ResolvedConfig
+from qk_sniffer.resolved import ResolvedConfig, with_output
 from qk_sniffer.store import manifest as manifests
+from qk_sniffer.store.claim import Claim
 from qk_sniffer.store.disk import Check, unchecked
 from qk_sniffer.store.files import Files, Folder
-from qk_sniffer.store.layout import Layout
+from qk_sniffer.store.layout import CARD, Layout
 from qk_sniffer.store.locks import TakenAwayError
+from qk_sniffer.store.manifest import FileEntry
 from qk_sniffer.store.promote import promote
+from qk_sniffer.store.record import read_unpublished, remove_unpublished, write_unpublished
 from qk_sniffer.store.work_folder import remove_leftovers
 from qk_sniffer.text import say
 from qk_sniffer.timing import Stages, describe
@@ -72,6 +75,9 @@ def finish(
         check()
         if job is None:
             return None
+        # Another shard's start may be later than this process's.
+        private = config.output.private or job.record["config"]["output"].get("private", False)
+        config = with_output(config, replace(config.output, private=private))
         with stages("compact"):
             staged = stage(layout, job, config.model, None if components is None else components.tokenizer)
         if corpus is not None:
@@ -80,11 +86,22 @@ def finish(
             proof = _prove(config, job.record, staged, corpus, components, stages)
         job.claim.check()  # what was proven is the job's
         manifest = staged.manifest(proof, timings=stages.seconds)
+        card = write_card(CardFacts.of(manifest)).encode()
+        _mark_unpublished(config, layout, manifests.with_files(manifest, {CARD: FileEntry.of(card)}), job.claim)
         with stages("promote"):
-            promote(layout, manifest, card=write_card(CardFacts.of(manifest)).encode(), claim=job.claim)
+            promote(layout, manifest, card=card, claim=job.claim)
         remove_leftovers(layout, layout.finalize_lock)  # of a job that was killed while it held another lock
         made = manifests.read(layout.root)
     return report_and_publish(config, layout, f"Time: {describe(stages.seconds)}", Folder(layout.root), check, made)
+
+
+def _mark_unpublished(config: ResolvedConfig, layout: Layout, manifest: Mapping[str, Any], claim: Claim) -> None:
+    """Marks a dataset that is published after its promotion, before which its job has no other trace in the folder."""
+    if config.output.hf_repo_id is not None and manifest["proof"]["proven"] is not False:
+        write_unpublished(layout, manifest, private=config.output.private, check=claim.check)
+    else:
+        claim.check()
+        remove_unpublished(layout)
 
 
 def report_and_publish(
@@ -121,16 +138,29 @@ def report_and_publish(
     if not (output.hf_repo_id and output.hf_branch):
         return Outcome(manifest["rows"])
     guarded = output.resume_from_hub and not output.overwrite
-    published = publish(
-        layout.root,
-        manifest,
-        output.hf_repo_id,
-        output.hf_branch,
-        branch_card(layout.root, manifest, output.hf_repo_id, output.hf_branch),
-        private=output.private,
-        check=partial(_check_unchanged, layout, manifest, check),
-        guard=partial(hub_resume.guard, layout, manifest) if guarded else None,
-    )
+    mark = read_unpublished(layout, manifest)
+    if mark is not None and mark["private"] != output.private:
+        write_unpublished(layout, manifest, private=output.private, check=check)
+    try:
+        published = publish(
+            layout.root,
+            manifest,
+            output.hf_repo_id,
+            output.hf_branch,
+            branch_card(layout.root, manifest, output.hf_repo_id, output.hf_branch),
+            private=output.private,
+            check=partial(_check_unchanged, layout, manifest, check),
+            guard=partial(hub_resume.guard, layout, manifest) if guarded else None,
+        )
+    except TakenAwayError:
+        raise
+    except StoreError:
+        if mark is not None:
+            remove_unpublished(layout)  # a damaged dataset is not published; output.overwrite captures it again
+        raise
+    if mark is not None:
+        _check_unchanged(layout, manifest, check)
+        remove_unpublished(layout)
     if output.resume_from_hub:
         _check_unchanged(layout, manifest, check)
         hub_resume.write_snapshot(layout, Branch(output.hf_repo_id, output.hf_branch, published.commit))

@@ -53,7 +53,10 @@ class Job:
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> "Job":
         """The job of a stored record or of a manifest; both hold its keys among others."""
-        return cls(with_defaults(record["fingerprint"]), record["commits"], record["versions"])
+        stored = dict(record["fingerprint"])
+        # Earlier versions have it among the settings only.
+        stored.setdefault("model.trust_remote_code", record["config"]["model"].get("trust_remote_code", False))
+        return cls(with_defaults(stored), record["commits"], record["versions"])
 
     def added_to(self, earlier: "Job") -> "Job":
         """This job as one that adds to the dataset of `earlier`, with the batch settings of its first start."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from qk_sniffer.config import Config
 from qk_sniffer.corpus.tokenizer import TextTokenizer
+from qk_sniffer.errors import StoreError
 from qk_sniffer.hub.client import require_access, require_uploads_from
 from qk_sniffer.hub.revisions import check_cache, hub_commit_of
 from qk_sniffer.jobs.assemble import finish_interrupted_promotion, is_still_done, remove_unreadable_marks
@@ -17,15 +18,18 @@ from qk_sniffer.jobs.capture_examples import capture_examples
 from qk_sniffer.jobs.components import Components, load_components
 from qk_sniffer.jobs.finish import Outcome, finish, report_and_publish
 from qk_sniffer.jobs.licenses import stated_terms
+from qk_sniffer.jobs.loaded_code import class_and_code
 from qk_sniffer.jobs.prefetch import in_background
 from qk_sniffer.jobs.signals import Stopping
 from qk_sniffer.jobs.source_rows import change_limit, source_rows
-from qk_sniffer.jobs.start import Start, find_existing_work, register_job
+from qk_sniffer.jobs.start import Start, change_output, find_existing_work, register_job
 from qk_sniffer.machine import return_memory, trim_memory
 from qk_sniffer.resolved import ResolvedConfig, batching_of, resolve
+from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.claim import Claim
 from qk_sniffer.store.layout import Layout
 from qk_sniffer.store.locks import hold, restart_patience_s
+from qk_sniffer.store.record import read_unpublished
 from qk_sniffer.store.work_folder import prepare_data_root, remove_leftovers
 from qk_sniffer.timing import Stages
 from qk_sniffer.validation import check
@@ -70,13 +74,14 @@ def _run(config: ResolvedConfig, layout: Layout, stages: Stages, stopping: Stopp
     with hold(path, purpose, wait_s=restart_patience_s(), replace=overwrite) as lock, lock.explaining():
         promoted = finish_interrupted_promotion(layout, overwrite=overwrite)
         with stages("open dataset"):
-            start = find_existing_work(config, layout, is_mine=promoted)
+            start = find_existing_work(config, layout, is_mine=promoted or _is_yet_to_publish(config, layout))
         if start.found == "finished":
             remove_leftovers(layout, lock.path)
             note = "Nothing to do: the dataset is finished."
             return report_and_publish(config, layout, note, start.files, lock.check)
         if start.found == "unfinished":
             change_limit(config, layout, start.corpus, check=lock.check)
+            change_output(config, layout, check=lock.check)
         if start.base is not None:
             start.base.fetch()  # now, not after hours of capture
         components = None
@@ -91,6 +96,15 @@ def _run(config: ResolvedConfig, layout: Layout, stages: Stages, stopping: Stopp
             capture_examples(config, layout, start, claim, components, stages, stopping)
         trim_memory()  # of the forward passes, before the compaction starts its threads
         return finish(config, layout, claim.job_id, start.corpus, components, stages, lock.check) or Outcome()
+
+
+def _is_yet_to_publish(config: ResolvedConfig, layout: Layout) -> bool:
+    """Whether the job publishes, and an earlier start of it made the finished dataset and did not publish it."""
+    if config.output.hf_repo_id is None:
+        return False
+    with suppress(StoreError):  # a dataset or a mark that cannot be read is replaced
+        return read_unpublished(layout, manifests.read(layout.root)) is not None
+    return False
 
 
 def _load(config: ResolvedConfig, start: Start, stages: Stages) -> Components:
@@ -129,6 +143,8 @@ def _record(config: ResolvedConfig, start: Start, components: Components) -> dic
         },
         "model": {
             "model_type": components.backbone.config.model_type,
+            "decoder": class_and_code(type(components.backbone.decoder)),
+            "family": class_and_code(type(components.backbone.family)),
             "dtype": str(components.backbone.dtype).removeprefix("torch."),
             "checkpoint_dtype": components.backbone.stored.dtype,
             "quantization": components.backbone.stored.describe_quantization(components.backbone.decoder),

@@ -15,9 +15,9 @@ from qk_sniffer.jobs.identity import Job, resolve_commits
 from qk_sniffer.jobs.shards import journals_of
 from qk_sniffer.jobs.source_rows import START_PATIENCE_S, changes_limit, limit_problem, source_rows
 from qk_sniffer.logs import logger
-from qk_sniffer.resolved import ResolvedConfig, fingerprint, with_defaults, without_batching
+from qk_sniffer.resolved import ResolvedConfig, fingerprint, without_batching
 from qk_sniffer.store import manifest as manifests
-from qk_sniffer.store.disk import type_of
+from qk_sniffer.store.disk import Check, type_of
 from qk_sniffer.store.files import Files, Folder
 from qk_sniffer.store.layout import Layout
 from qk_sniffer.store.locks import Lock, hold
@@ -57,7 +57,7 @@ def find_existing_work(config: ResolvedConfig, layout: Layout, *, is_mine: bool 
 
     Even with `output.overwrite`, an unfinished job of the same configuration is resumed: a requeued or restarted job
     must not discard its own work. `is_mine` says that the finished dataset is this job's: this start completed its
-    promotion.
+    promotion, or an earlier one has yet to publish it.
 
     Raises:
         StoreError: another job's work or dataset exists, and `output.overwrite` is false.
@@ -75,7 +75,13 @@ def find_existing_work(config: ResolvedConfig, layout: Layout, *, is_mine: bool 
     corpus = open_corpus(config.dataset, earlier.commits["dataset"])
     job = Job.of(config, resolve_commits(config, earlier) | {"dataset": corpus.commit})
     if finished:
-        return _continue_finished(config, layout, existing, job, corpus)
+        try:
+            return _continue_finished(config, layout, existing, job, corpus)
+        except (SourceError, StoreError) as error:
+            if not config.output.overwrite:
+                raise
+            log.warning("the finished dataset is replaced: %s", error)
+            return _new_start(config, existing.files)
     return _continue_unfinished(config, layout, existing, job, corpus)
 
 
@@ -109,7 +115,7 @@ def _existing_work(config: ResolvedConfig, layout: Layout) -> _Existing:
 def _starts_over(existing: _Existing, settings: Mapping[str, Any], *, overwrite: bool, is_mine: bool) -> bool:
     """Whether the job ignores the existing work: there is none, or `output.overwrite` replaces it."""
     same_settings = existing.record is not None and (
-        without_batching(with_defaults(existing.record["fingerprint"])) == without_batching(settings)
+        without_batching(Job.from_record(existing.record).fingerprint) == without_batching(settings)
     )
     match existing.state, overwrite, is_mine, same_settings:
         case "nothing", _, _, _:
@@ -185,14 +191,17 @@ def register_job(layout: Layout, start: Start, record: Mapping[str, Any], *, own
                 if not overwrite:
                     _check_same(start.job, record["source_rows"], stored, layout.root)
                     _check_same_heads(record, stored, f"{layout.root} holds an unfinished job")
+                    _check_same_loaded(record, stored, layout.root)
                     if record["base"] != stored["base"]:
                         raise _overtaken(layout.root)
                 if (
                     _is_same(start.job, record["source_rows"], stored)
                     and record["base"] == stored["base"]
                     and _captured(record) == _captured(stored)
+                    and not _differences_of_loaded(record, stored)
                     and stored["job_id"] != start.replaces
                 ):
+                    _store_output(layout, stored, record["config"]["output"], own_lock.check)
                     return str(stored["job_id"])
                 discard_work(layout, own_lock.path, check=own_lock.check)
         except UnreadableError:
@@ -207,6 +216,53 @@ def register_job(layout: Layout, start: Start, record: Mapping[str, Any], *, own
         job_id = new_job_id(record)
         write_record(layout, {**record, "job_id": job_id}, check=own_lock.check)
         return job_id
+
+
+def change_output(config: ResolvedConfig, layout: Layout, *, check: Check) -> None:
+    """Gives the unfinished job in `layout` the `output` of `config`: a dataset is published as the latest start asks.
+
+    `check` is that of the lock of the process's shard.
+    """
+    check()
+    with hold(layout.start_lock, "starting", wait_s=START_PATIENCE_S):
+        record = read_record(layout)
+        if record is not None:
+            _store_output(layout, record, config.to_dict()["output"], check)
+
+
+def _store_output(layout: Layout, record: dict[str, Any], output: Mapping[str, Any], check: Check) -> None:
+    if record["config"]["output"] != output:
+        write_record(layout, {**record, "config": {**record["config"], "output": output}}, check=check)
+
+
+def _differences_of_loaded(record: Mapping[str, Any], stored: Mapping[str, Any]) -> list[str]:
+    """Lists in what the loaded model and tokenizer differ from those that the job has loaded before, one a line."""
+    lines = []
+    for what, key in (
+        ("model", "decoder"),
+        ("model", "family"),
+        ("model", "attn_implementation"),
+        ("tokenizer", "class"),
+    ):
+        now, there = record[what].get(key), stored[what].get(key)
+        if key in stored[what] and now != there:  # earlier versions do not store all of them
+            lines.append(f"{key} of the {what}: {there!r} there, {now!r} now")
+    return lines
+
+
+def _check_same_loaded(record: Mapping[str, Any], stored: Mapping[str, Any], root: Path) -> None:
+    """Refuses to resume a job with another model or tokenizer of the same settings.
+
+    Raises:
+        StoreError: their classes, their code or the attention kernel differ.
+    """
+    if lines := _differences_of_loaded(record, stored):
+        raise StoreError(
+            f"{root} holds an unfinished job, and what was loaded for it differs:",
+            *(f"  - {line}" for line in lines),
+            "Restore the code and the packages that the job started with, give this job another folder "
+            "(output.data_root=...), or replace the old work with output.overwrite=true.",
+        )
 
 
 def _captured(record: Mapping[str, Any]) -> dict[tuple[int, str], list[int]]:

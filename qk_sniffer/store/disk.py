@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import secrets
 import shutil
 import stat
 from collections.abc import Callable, Iterator
@@ -101,10 +102,50 @@ _TYPES = {stat.S_IFREG: "file", stat.S_IFDIR: "folder", stat.S_IFLNK: "link"}
 
 def remove(path: Path) -> None:
     """Removes what is at `path`, if there is anything: a folder with its content, or a link and not its target."""
-    if type_of(path) == "folder":
-        shutil.rmtree(path)
-    else:
+    if type_of(path) != "folder":
         path.unlink(missing_ok=True)
+        return
+    descriptor = _open_folder(path)
+    try:
+        while names := _names(descriptor):
+            for name in names:
+                _remove_entry(name, descriptor)
+    finally:
+        os.close(descriptor)
+    os.rmdir(path)  # noqa: PTH106 - as the entries
+
+
+def _remove_entry(name: str, folder: int) -> None:
+    """Removes an entry of an open folder; of a folder that contains folders, these become entries first.
+
+    The depth is therefore not limited by the recursion of Python, the number of open files or the length of paths.
+    """
+    if not _is_folder(name, folder):
+        os.unlink(name, dir_fd=folder)
+        return
+    inner = _open_folder(name, folder)
+    try:
+        for each in _names(inner):
+            if _is_folder(each, inner):
+                os.rename(each, f".removed-{secrets.token_hex(8)}", src_dir_fd=inner, dst_dir_fd=folder)
+            else:
+                os.unlink(each, dir_fd=inner)
+    finally:
+        os.close(inner)
+    os.rmdir(name, dir_fd=folder)
+
+
+def _names(folder: int) -> list[str]:
+    with os.scandir(folder) as entries:
+        return [entry.name for entry in entries]
+
+
+def _is_folder(name: str, folder: int) -> bool:
+    return stat.S_ISDIR(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode)
+
+
+def _open_folder(path: Path | str, folder: int | None = None) -> int:
+    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
 
 
 def sync_file(descriptor: int) -> None:

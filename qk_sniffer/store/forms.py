@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, NotRequired, TypedDict, get_args
 
 from msgspec import Meta
 
-from qk_sniffer.config import MOST_SHARDS, from_dict
+from qk_sniffer.config import MOST_COUNT, MOST_RATE, MOST_SHARDS, MOST_SLUG, from_dict
 from qk_sniffer.store import stored
 from qk_sniffer.store.layout import FORMAT, KEY_HEAD_KINDS, KINDS, is_dataset_file, parse_head_name
 from qk_sniffer.store.stored import LARGE, Count, Text, UnreadableError
@@ -36,9 +36,10 @@ Bucket = Annotated[str, Meta(pattern=r"\A[0-9]{1,10}\Z")]
 Sha256 = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
 Commit = Annotated[str, Meta(pattern=r"\A[0-9a-f]{40}\Z")]
 CommitOrDigest = Annotated[str, Meta(pattern=r"\A([0-9a-f]{40}|sha256:[0-9a-f]{64})\Z")]
-RepoId = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}/[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}\Z")]
-Slug = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9._-]{1,500}\Z")]
-BatchSize = Annotated[int, Meta(ge=1, le=2**53)]
+_HUB_NAME = "[A-Za-z0-9_]([A-Za-z0-9_.-]{0,98}[A-Za-z0-9_])?"
+RepoId = Annotated[str, Meta(pattern=rf"\A{_HUB_NAME}/{_HUB_NAME}\Z")]
+Slug = Annotated[str, Meta(pattern=rf"\A[A-Za-z0-9._-]{{1,{MOST_SLUG}}}\Z")]
+BatchSize = Annotated[int, Meta(ge=1, le=MOST_COUNT)]
 Number = float
 """A number that fits a float; also an integer."""
 
@@ -92,6 +93,8 @@ class Model(TypedDict):
     """The loaded model."""
 
     model_type: Text
+    decoder: NotRequired[Text]
+    family: NotRequired[Text]
     dtype: Text
     checkpoint_dtype: NotRequired[Text | None]
     quantization: NotRequired[Quantization | None]
@@ -148,16 +151,16 @@ class _Dataset(TypedDict):
 
 class _Keys(TypedDict):
     type: Literal["uniform", "log_uniform", "all"] | None
-    base_rate: Annotated[float, Meta(gt=0, le=1e15)] | None
+    base_rate: Annotated[float, Meta(gt=0, le=MOST_RATE)] | None
 
 
 class SamplerSettings(TypedDict):
     """The settings of a sampler."""
 
     type: Literal["uniform", "log_uniform", "all"]
-    base_rate: Annotated[float, Meta(gt=0, le=1e15)]
+    base_rate: Annotated[float, Meta(gt=0, le=MOST_RATE)]
     min_bucket_size: Annotated[int, Meta(ge=1, le=2**31)]
-    max_rows_per_example: Annotated[int, Meta(ge=1, le=2**53)] | None
+    max_rows_per_example: Annotated[int, Meta(ge=1, le=MOST_COUNT)] | None
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)]
     share: Literal["layer_kind", "example"]
     keys: NotRequired[_Keys]
@@ -281,6 +284,13 @@ class Mark(TypedDict):
     skipped: Count
 
 
+class Unpublished(TypedDict):
+    """The mark of a dataset that its job has not published yet. `manifest` is the digest of its manifest."""
+
+    manifest: Sha256
+    private: bool
+
+
 class Record(Job):
     """The record of an unfinished job. `sha256` is a digest of the rest."""
 
@@ -383,8 +393,17 @@ def read_record(path: Path, *, way_out: str) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         UnreadableError: it is not a record of this package.
     """
-    values: Any = stored.read(path, Record, way_out=way_out, most_bytes=LARGE)
-    return _checked(values, path, way_out, _in_a_record)
+    return decode_record(stored.read_bytes(path, way_out=way_out, most_bytes=LARGE), path, way_out=way_out)
+
+
+def decode_record(data: bytes, name: Path | str, *, way_out: str) -> dict[str, Any]:
+    """Returns the record of a job in `data`, as plain data. `name` is its name in errors.
+
+    Raises:
+        UnreadableError: it is not a record of this package.
+    """
+    values: Any = stored.decode(data, Record, name, way_out)
+    return _checked(values, name, way_out, _in_a_record)
 
 
 def read_manifest(path: Path, *, way_out: str, follow_links: bool) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import astuple, dataclass
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -22,6 +23,11 @@ from qk_sniffer.store.disk import Check, explained, unchecked
 from qk_sniffer.store.journal import AttentionFacts, Batching, ExampleRecord, Journal
 from qk_sniffer.store.rows import RUN_COLUMNS, Event, Form, Rows, Slot, block_tensors
 from qk_sniffer.store.segment import write_segment
+from qk_sniffer.store.stored import LARGE
+from qk_sniffer.text import in_mb
+
+MOST_METADATA = LARGE * 3 // 4
+"""The most bytes of the facts of finished batches in the header of a segment."""
 
 FLUSH_S = 30.0
 """The longest time that a finished batch waits for its segment to fill, in seconds."""
@@ -85,6 +91,7 @@ class JournalWriter:
         self._checks: list[AttentionFacts] = []
         self._seen = set(journal.records)
         self._forms: dict[tuple[int, str], Form] = {}
+        self._ended_bytes = 0  # of the facts of finished batches in the queue
         self._since: dict[int, int] = {}  # the thread's: the segment that each open batch starts in
         self._done: list[_End] = []
         self.durable_examples = len(journal.records)
@@ -147,9 +154,16 @@ class JournalWriter:
             raise ValueError(f"rows of examples {sorted(strangers)} were committed, but the batch does not name them")
         if again := indices & self._seen:
             raise ValueError(f"examples {sorted(again)} are complete already")
+        end = _End(self._batch, tuple(records), tuple(self._checks), time.monotonic())
+        if end.metadata_bytes > MOST_METADATA:
+            raise StoreError(
+                f"the ids of {len(records):,} examples in a batch have {in_mb(end.metadata_bytes)}, more than a "
+                "journal file lists: lower inference.batch_size, or number the examples with dataset.id_column=null"
+            )
         with self._changed:
             self._check_open()
-            self._queue.append(_End(self._batch, tuple(records), tuple(self._checks), time.monotonic()))
+            self._queue.append(end)
+            self._ended_bytes += end.metadata_bytes
             self._changed.notify_all()
         self._checks.clear()
         self._seen |= indices
@@ -254,16 +268,24 @@ class JournalWriter:
                 self._changed.wait(None if end is None else max(0.0, end.at + self._flush_s - time.monotonic()))
             self._memory_wanted = False
             items: list[Slot | _End] = []
-            size = 0
-            while self._queue and (size < self._segment_bytes or isinstance(self._queue[0], _End)):
+            size = metadata = 0
+            while self._queue:
+                item = self._queue[0]
+                if isinstance(item, _End):
+                    if metadata and metadata + item.metadata_bytes > MOST_METADATA:
+                        break
+                    metadata += item.metadata_bytes
+                elif size >= self._segment_bytes:
+                    break
                 items.append(self._queue.popleft())
-                size += items[-1].nbytes
+                size += item.nbytes
+            self._ended_bytes -= metadata
             return items
 
     def _due(self) -> bool:
         if not self._queue:
             return False
-        if self._memory_wanted or self._buffer.taken >= self._segment_bytes:
+        if self._memory_wanted or max(self._buffer.taken / self._segment_bytes, self._ended_bytes / MOST_METADATA) >= 1:
             return True
         end = self._first_end()
         return end is not None and time.monotonic() >= end.at + self._flush_s
@@ -312,3 +334,8 @@ class _End:
     checks: tuple[AttentionFacts, ...]
     at: float
     nbytes = 0
+
+    @cached_property
+    def metadata_bytes(self) -> int:
+        """The bytes of its facts in the header of a segment, which is JSON that holds JSON."""
+        return len(json.dumps(json.dumps([*map(astuple, self.records), self.checks])))

@@ -13,6 +13,7 @@
     shard-00000-of-00001.progress   the progress of the shard's job, for people
     journal/shard-00000-of-00001/00000001-1a2b3c4d5e6f7081.safetensors
     staging/                    the next version of the root, until it is whole
+    unpublished.json            exists from the promotion of a dataset until it is published
 """
 
 import re
@@ -152,6 +153,11 @@ class Layout:
     @property
     def job_file(self) -> Path:
         return self.work / "job.json"
+
+    @property
+    def unpublished(self) -> Path:
+        """The mark of a dataset that its job has yet to publish (`store/record.py`)."""
+        return self.work / "unpublished.json"
 
     @property
     def journal_folder(self) -> Path:

@@ -2,7 +2,7 @@
 
     1. The card and then the manifest are written into the staging, which is whole from here on.
     2. The root's manifest is removed: readers see an incomplete dataset.
-    3. Files are renamed into place; heads that are no longer part of the dataset are removed.
+    3. Files are renamed into place; heads and pictures that are not part of the new dataset are removed.
     4. The manifest is written: readers see the new dataset.
     5. The journals are removed, then the staging's manifest, then the staging.
 
@@ -23,13 +23,15 @@ from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store import stored
 from qk_sniffer.store.claim import Claim
 from qk_sniffer.store.disk import Check, explained, sha256_of, sync_folder, type_of, unchecked, write_atomic
-from qk_sniffer.store.forms import read_manifest
+from qk_sniffer.store.forms import decode_manifest, read_manifest
 from qk_sniffer.store.layout import CARD, Layout, remove_file
 from qk_sniffer.store.manifest import FileEntry
 from qk_sniffer.store.stored import UnreadableError
 from qk_sniffer.store.work_folder import remove_work
 
 log = logger(__name__)
+
+_RERUN = "Then rerun the command, which promotes what it has captured"
 
 WAY_OUT = "replace the unfinished job with output.overwrite=true"
 
@@ -42,6 +44,7 @@ def promote(
     Hold the finalize lock. `claim` is that of the manifest's job; None if it has none.
 
     Raises:
+        UnreadableError: no reader would accept the manifest.
         StoreError: the disk failed. The old dataset still exists, or `finish_promotion` completes the new one.
         TakenAwayError: the data root is no longer the job's.
     """
@@ -50,6 +53,7 @@ def promote(
         if card is not None:
             write_atomic(staging.card, card, check=check)
             manifest = manifests.with_files(manifest, {CARD: FileEntry.of(card)})
+        decode_manifest(manifests.encode(manifest), staging.manifest, way_out=WAY_OUT)  # as every reader does
         for name in manifest["files"]:
             sync_folder((staging.root / name).parent)
         manifests.write(staging, {**manifest, "sha256": stored.digest(manifest)}, check=check)
@@ -113,13 +117,20 @@ def _promote(layout: Layout, manifest: dict[str, Any], claim: Claim | None) -> N
         if not _is_promoted(layout, manifest):
             for folder in sorted({(layout.root / name).parent for name in manifest["files"]} - {layout.root}):
                 if type_of(folder) not in (None, "folder"):
-                    raise StoreError(f"{folder} is not a folder, and the dataset is not written through it; remove it")
+                    raise StoreError(
+                        f"{folder} is not a folder, and the dataset is not written through it; remove it. {_RERUN}"
+                    )
+            for path in (layout.manifest, *(layout.root / name for name in manifest["files"])):
+                if type_of(path) == "folder":
+                    raise StoreError(f"{path} is a folder, where the dataset has a file: remove it. {_RERUN}")
             check()
             layout.manifest.unlink(missing_ok=True)
             sync_folder(layout.root)
             _move(layout, manifest["files"], check)
-            for _, path in list(layout.head_files()):
-                if path.relative_to(layout.root).as_posix() not in manifest["files"]:
+            # The pictures of a version are of its vectors.
+            for path in [*(path for _, path in layout.head_files()), *layout.pictures()]:
+                is_listed = path.relative_to(layout.root).as_posix() in manifest["files"]
+                if not is_listed and not path.parent.is_symlink():
                     check()
                     remove_file(layout, path)
             sync_folder(layout.root)

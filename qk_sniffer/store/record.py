@@ -2,19 +2,22 @@
 
 The record is everything that finalizing the journals needs. It carries the identity of the job, `job_id`: a random
 number, and a digest of settings, commits and versions. Each segment, each mark and the staged manifest carry it too.
-Those with another identity are not the job's.
+Those with another identity are not the job's. When the job has made its dataset and has yet to publish it, a mark says
+so.
 """
 
 import hashlib
 import json
 import secrets
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
+from qk_sniffer.errors import StoreError
 from qk_sniffer.logs import logger
 from qk_sniffer.store import forms, stored
 from qk_sniffer.store.disk import Check, unchecked, write_atomic
-from qk_sniffer.store.forms import Identity, Mark
+from qk_sniffer.store.forms import Identity, Mark, Unpublished
 from qk_sniffer.store.layout import Layout
 from qk_sniffer.store.stored import LARGE, UnreadableError
 
@@ -58,9 +61,50 @@ def read_record(layout: Layout) -> dict[str, Any] | None:
 
 
 def write_record(layout: Layout, record: Mapping[str, Any], *, check: Check = unchecked) -> None:
-    """Writes the record of a job, with a digest of it. Hold the start lock."""
-    written = {**record, "sha256": stored.digest(record)}
-    write_atomic(layout.job_file, stored.encode(written, indent=2, sort_keys=True), check=check)
+    """Writes the record of a job, with a digest of it. Hold the start lock.
+
+    Raises:
+        StoreError: no reader would accept it. A setting or a fact of the model is outside of its limits.
+    """
+    data = stored.encode({**record, "sha256": stored.digest(record)}, indent=2, sort_keys=True)
+    try:
+        forms.decode_record(data, layout.job_file, way_out="")
+    except UnreadableError as error:
+        raise StoreError(
+            f"the job cannot be stored in {layout.job_file}: it {error.problem}. Change the setting that this names"
+        ) from error
+    if len(data) > LARGE:
+        raise StoreError(f"the job cannot be stored in {layout.job_file}: it has {len(data):,} bytes, over {LARGE:,}")
+    write_atomic(layout.job_file, data, check=check)
+
+
+def write_unpublished(layout: Layout, manifest: Mapping[str, Any], *, private: bool, check: Check = unchecked) -> None:
+    """Marks the dataset of `manifest` as one that its job has yet to publish, `private` or not.
+
+    A job with `output.overwrite` that starts while the mark exists publishes the dataset, and does not replace it.
+    """
+    mark = Unpublished(manifest=_manifest_digest(manifest), private=private)
+    write_atomic(layout.unpublished, stored.encode(mark), check=check)
+
+
+def read_unpublished(layout: Layout, manifest: Mapping[str, Any]) -> Unpublished | None:
+    """Returns the mark of the dataset of `manifest`; None if it has none.
+
+    Raises:
+        UnreadableError: the mark cannot be read.
+    """
+    try:
+        mark = stored.read(layout.unpublished, Unpublished, way_out="remove it, or use output.overwrite=true")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return mark if mark["manifest"] == _manifest_digest(manifest) else None
+
+
+def remove_unpublished(layout: Layout) -> None:
+    """Removes the mark of a dataset that is published, or that is to be replaced."""
+    layout.unpublished.unlink(missing_ok=True)
+    with suppress(OSError):
+        layout.work.rmdir()  # it may contain locks
 
 
 def read_mark(layout: Layout, shard_index: int, shard_count: int, job_id: str) -> Mark | None:
@@ -83,6 +127,10 @@ def read_mark(layout: Layout, shard_index: int, shard_count: int, job_id: str) -
 def write_mark(layout: Layout, shard_index: int, shard_count: int, mark: Mark, *, check: Check = unchecked) -> None:
     """Marks a shard as captured, durably."""
     write_atomic(layout.shard_done(shard_index, shard_count), stored.encode(mark), check=check)
+
+
+def _manifest_digest(manifest: Mapping[str, Any]) -> str:
+    return stored.digest({key: value for key, value in manifest.items() if key != "job_id"})
 
 
 def _digest(record: Mapping[str, Any]) -> str:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, TypeVar
 
 import msgspec
 
+from qk_sniffer.config import MOST_COUNT
 from qk_sniffer.errors import StoreError
 from qk_sniffer.store.disk import OddFileError, open_regular
 
@@ -24,7 +25,7 @@ SMALL, LARGE = 1 << 20, 1 << 26
 MOST_DEPTH = 40
 """The deepest nesting of lists and objects. A manifest has 6 levels and those of the model's own config."""
 
-Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+Count = Annotated[int, msgspec.Meta(ge=0, le=MOST_COUNT)]
 """A number of rows, tokens, bytes or examples."""
 
 Text = Annotated[str, msgspec.Meta(max_length=10_000)]

@@ -4,7 +4,6 @@ A job makes the files and folders that `layout.py` names. Anything else of these
 called job.json or a link. It is never followed or opened. A job with `output.overwrite` removes it.
 """
 
-import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
@@ -55,7 +54,8 @@ def prepare_data_root(root: Path, *, overwrite: bool = False) -> Layout:
 def clear_obstacles(layout: Layout, *, overwrite: bool) -> None:
     """Checks that the work folder, if there is one, holds only files and folders where a job makes files and folders.
 
-    With `overwrite`, removes the others: a link without its target, a folder with its content.
+    With `overwrite`, removes the others: a link without its target, a folder with its content. It also removes a folder
+    in the data root where a dataset has a file. Such a dataset is damaged.
 
     Raises:
         UnreadableError: there is an obstacle, and `overwrite` is false.
@@ -71,6 +71,11 @@ def clear_obstacles(layout: Layout, *, overwrite: bool) -> None:
                 "remove it, or replace the work in this folder with output.overwrite=true",
             )
         remove(path)
+    if overwrite:
+        heads = [path for _, path in layout.head_files()]
+        for path in (layout.manifest, layout.card, layout.examples, layout.snapshot, *heads):
+            if not path.parent.is_symlink() and type_of(path) == "folder":
+                remove(path)
 
 
 def _entries(layout: Layout) -> Iterator[tuple[Path, str | None]]:
@@ -85,9 +90,10 @@ def _entries(layout: Layout) -> Iterator[tuple[Path, str | None]]:
         yield journal, "folder"
         for path in _listed(journal):
             yield path, "file" if path.suffix in (".safetensors", ".tmp") else None
-    for folder, folders, files in os.walk(layout.staging.root):
-        yield from ((Path(folder, name), "folder") for name in folders)
-        yield from ((Path(folder, name), "file") for name in files)
+    for path in _listed(layout.staging.root):
+        yield path, "file" if path.is_file() else "folder"
+        if not path.is_symlink():
+            yield from ((inner, "file") for inner in _listed(path))
 
 
 def _listed(folder: Path) -> list[Path]:

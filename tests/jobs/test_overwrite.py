@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 from support.jobs import Stopped, captured_only, hashes, run
+from support.surroundings import deepen
 
 from qk_sniffer.errors import StoreError
 from qk_sniffer.jobs.finalize import finalize
@@ -213,3 +215,39 @@ def test_overwriting_finishes_or_redoes_an_interrupted_promotion(
         run(checkpoint, texts, root, **SECTIONS)
     run(checkpoint, texts, root, **SECTIONS, output={"overwrite": True})
     assert hashes(root) == hashes(undisturbed(**SECTIONS))
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "README.md", "l01h00q/data.parquet", "examples/data.parquet"])
+def test_a_folder_where_a_dataset_has_a_file_is_named_or_replaced(
+    name: str, captured: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    root = Path(shutil.copytree(captured / "out", tmp_path / "out"))
+    (root / name).parent.mkdir(exist_ok=True)
+    folder(root / name)
+    with pytest.raises(StoreError, match=rf"out/{re.escape(name)} is a folder"):
+        run(checkpoint, captured / "texts.jsonl", root, **SECTIONS)
+    assert (root / name / "content").exists()
+    run(checkpoint, captured / "texts.jsonl", root, **SECTIONS, output={"overwrite": True})
+    assert (root / name).is_file()
+
+
+@pytest.mark.slow
+def test_deep_folders_are_replaced(captured: Path, checkpoint: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(captured / "out", tmp_path / "out"))
+    layout = Layout(root)
+    deepen(layout.journal(0, 1) / "x", 1100)
+    deepen(layout.staging.head_file(0, 0, "q"), 1100)
+    run(checkpoint, captured / "texts.jsonl", root, **SECTIONS, output={"overwrite": True})
+    assert not layout.work.exists()
+
+
+def test_the_pictures_of_another_version_are_removed_with_it(captured: Path, checkpoint: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(captured / "out", tmp_path / "out"))
+    layout = Layout(root)
+    picture = root / "pictures" / "by_head.png"
+    picture.parent.mkdir()
+    picture.write_bytes(b"of the vectors of another model")
+    (root / "pictures" / "notes.txt").write_text("mine")
+    run(checkpoint, captured / "texts.jsonl", root, **SECTIONS)
+    assert layout.pictures() == []
+    assert (root / "pictures" / "notes.txt").read_text() == "mine"

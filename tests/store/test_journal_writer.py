@@ -213,3 +213,20 @@ def test_checks_of_attention_are_durable_with_their_batch(tmp_path: Path) -> Non
     expected = {0: [check], 1: []}
     assert {batch: [*checks] for batch, checks in journal.checks.items()} == expected
     assert {batch: [*checks] for batch, checks in Journal(tmp_path).checks.items()} == expected
+
+
+def test_a_segment_ends_before_its_header_is_larger_than_its_reader_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal_writer, "MOST_METADATA", 4000)
+    records = [ExampleRecord(i, i, f'"{i}"' + "é" * 100, 5, False, "00") for i in range(30)]
+    journal = Journal(tmp_path / "journal")
+    with JournalWriter(journal, queue_bytes=1 << 16, segment_bytes=1 << 16, flush_s=60.0) as writer:
+        for start in range(0, 30, 3):
+            writer.complete(records[start : start + 3])
+        with pytest.raises(StoreError, match=r"ids of 20 examples .* lower inference\.batch_size"):
+            writer.complete([ExampleRecord(i, i, "é" * 100, 5, False, "00") for i in range(100, 120)])
+    assert len(journal.segments) == 10
+    for path in journal.segments:
+        assert 2000 < len(segment.read_header(path).metadata["ended"]) < 4000
+    assert [*Journal(tmp_path / "journal").records.values()] == records

@@ -30,3 +30,15 @@ def unchanged(folder: Path, *ours: Path) -> Iterator[None]:
     before = state(folder, *ours)
     yield
     assert state(folder, *ours) == before
+
+
+def deepen(path: Path, levels: int) -> None:
+    """Creates `path` with as many folders in each other: more than Python recurses, or a path can name."""
+    path.mkdir(parents=True)
+    folder = os.open(path, os.O_RDONLY)
+    for _ in range(levels):
+        os.mkdir("inner", dir_fd=folder)
+        inner = os.open("inner", os.O_RDONLY, dir_fd=folder)
+        os.close(folder)
+        folder = inner
+    os.close(folder)

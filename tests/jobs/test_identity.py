@@ -1,0 +1,186 @@
+"""The settings and the code that decide vectors belong to a job's identity; the places where it runs do not."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.jobs import captured_only, run, stopped_after, write_texts
+
+from qk_sniffer import resolved
+from qk_sniffer.config import from_dict
+from qk_sniffer.errors import ConfigError, StoreError
+from qk_sniffer.jobs import run as run_module
+from qk_sniffer.jobs.identity import Job
+from qk_sniffer.jobs.loaded_code import class_and_code
+from qk_sniffer.resolved import fingerprint, public_files, resolve
+from qk_sniffer.store import manifest as manifests
+from qk_sniffer.store import stored
+from qk_sniffer.store.layout import Layout
+from qk_sniffer.store.record import read_record, write_record
+
+SECTIONS: dict[str, Any] = {
+    "dataset": {"max_samples": 4},
+    "capture": {"layers": [0], "heads": [0]},
+    "inference": {"batch_size": 2, "lookahead": 4},
+    "verify": {"examples": 0},
+}
+REMOTE = SECTIONS | {"model": {"trust_remote_code": True}}
+
+
+def test_a_job_is_not_resumed_with_the_code_of_another_class(checkpoint: Path, texts: Path, tmp_path: Path) -> None:
+    root = tmp_path / "out"
+    stopped_after(1, checkpoint, texts, root, **REMOTE)
+    with pytest.raises(StoreError, match=r"trust_remote_code: True there, False now(.|\n)*trust_remote_code=true"):
+        run(checkpoint, texts, root, **SECTIONS)
+    run(checkpoint, texts, root, **REMOTE)
+    assert manifests.read(root)["fingerprint"]["model.trust_remote_code"] is True
+
+
+def test_earlier_versions_have_it_among_the_settings_only() -> None:
+    for trusted in (True, False):
+        config = from_dict({"model": {"name": "org/model", "trust_remote_code": trusted}, "dataset": {"path": "pydoc"}})
+        now = fingerprint(resolve(config))
+        earlier = {key: value for key, value in now.items() if key != "model.trust_remote_code"}
+        record = {"fingerprint": earlier, "config": config.to_dict(), "commits": {}, "versions": {}}
+        assert Job.from_record(record).fingerprint == now
+
+
+@pytest.mark.parametrize("key", ["decoder", "attn_implementation"])
+def test_a_job_is_not_resumed_with_another_class_or_kernel(
+    key: str, checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "out"
+    stopped_after(1, checkpoint, texts, root, **SECTIONS)
+    job_id = (read_record(Layout(root)) or {})["job_id"]
+    real = run_module._record
+
+    def other(*args: Any) -> dict[str, Any]:
+        record = real(*args)
+        return record | {"model": record["model"] | {key: "other"}}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "_record", other)
+        with pytest.raises(StoreError, match=rf"{key} of the model: '[\w.]+' there, 'other' now"):
+            run(checkpoint, texts, root, **SECTIONS)
+        stopped_after(0, checkpoint, texts, root, **SECTIONS, output={"overwrite": True})
+    assert (read_record(Layout(root)) or {})["job_id"] != job_id
+
+
+def test_code_that_no_library_pins_has_a_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert class_and_code(Layout) == "qk_sniffer.store.layout.Layout"
+    monkeypatch.syspath_prepend(tmp_path)
+    names = []
+    for value in (1, 2, 1):
+        (tmp_path / "my_code.py").write_text(f"class Mine:\n    value = {value}\n")
+        sys.modules.pop("my_code", None)
+        names.append(class_and_code(__import__("my_code").Mine))
+    sys.modules.pop("my_code")
+    assert names[0] == names[2] != names[1]
+    assert names[0].startswith("Mine (sha256 of its code: ")
+
+
+def test_no_path_of_this_machine_is_published(checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "private-folder-of-alice"
+    folder.mkdir()
+    file = write_texts(folder / "t.jsonl")
+    root = run(
+        checkpoint, folder, tmp_path / "out", **SECTIONS | {"dataset": {"data_files": str(file), "max_samples": 4}}
+    )
+    manifest = manifests.read(root)
+    assert manifest["config"]["dataset"]["data_files"] == "t.jsonl" == manifest["fingerprint"]["dataset.data_files"]
+    for name in ("manifest.json", "README.md"):
+        assert str(tmp_path) not in (root / name).read_text()
+
+
+def test_a_job_of_an_earlier_version_that_stored_a_path_is_resumed_and_does_not_publish_it(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, root = write_texts(tmp_path / "t.jsonl"), tmp_path / "out"
+    sections = SECTIONS | {"dataset": {"data_files": str(file), "max_samples": 4}}
+    with monkeypatch.context() as patch:
+        patch.setattr(resolved, "public_files", lambda names: names)
+        captured_only(checkpoint, tmp_path / ".", root, monkeypatch, **sections)
+    assert str(tmp_path) in (read_record(Layout(root)) or {})["fingerprint"]["dataset.data_files"]
+    run(checkpoint, tmp_path / ".", root, **sections)
+    assert str(tmp_path) not in (root / "manifest.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("names", "public"),
+    [
+        (None, None),
+        ("*.jsonl", "*.jsonl"),
+        ("data/*.jsonl", "data/*.jsonl"),
+        ("/home/alice/data/*.jsonl", "*.jsonl"),
+        ("~/data/x.jsonl", "x.jsonl"),
+        ("../alice/x.jsonl", "x.jsonl"),
+        (["/a/x.jsonl", "y.jsonl"], ["x.jsonl", "y.jsonl"]),
+        ({"train": ["/a/x.jsonl"]}, {"train": ["x.jsonl"]}),
+        ("https://alice:secret@host/bucket/x.parquet?X-Amz-Signature=secret", "x.parquet"),
+        ("s3://bucket-of-alice/x.parquet", "x.parquet"),
+        ("zip://inside/*.jsonl::/home/alice/x.zip", "zip://inside/*.jsonl::x.zip"),
+        ("hf://datasets/org/name/x.parquet", "hf://datasets/org/name/x.parquet"),
+    ],
+)
+def test_names_of_files_as_they_are_published(names: Any, public: Any) -> None:
+    assert public_files(names) == public == public_files(public)
+
+
+@pytest.mark.parametrize(
+    ("section", "values"),
+    [
+        ("inference", {"max_batch_tokens": 2**60}),
+        ("inference", {"batch_size": 2**60}),
+        ("sampler", {"type": "uniform", "base_rate": 1e16}),
+        ("sampler", {"max_rows_per_example": 2**60}),
+        ("dataset", {"max_samples": 2**60}),
+        ("model", {"slug": "a" * 600}),
+    ],
+)
+def test_values_that_no_reader_takes_are_refused_before_anything_is_loaded(
+    section: str, values: dict[str, Any], checkpoint: Path, texts: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=rf"{section}\.{[*values][-1]} "):
+        run(checkpoint, texts, tmp_path / "out", **{section: values})
+
+
+def test_a_record_that_no_reader_takes_is_not_written(
+    checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "out"
+    stopped_after(0, checkpoint, texts, root, **SECTIONS)
+    record, before = read_record(Layout(root)), Layout(root).job_file.read_bytes()
+    assert record is not None
+    for key, value in (("versions", {"torch": "1" * 20_000}), ("source_rows", 2**60), ("base", {})):
+        with pytest.raises(StoreError, match=rf"cannot be stored in .*job\.json: it is not understood .*{key}"):
+            write_record(Layout(root), record | {key: value})
+    monkeypatch.setattr("qk_sniffer.store.record.LARGE", 100)
+    with pytest.raises(StoreError, match="over 100"):
+        write_record(Layout(root), record)
+    assert Layout(root).job_file.read_bytes() == before
+
+
+def test_a_record_that_adds_to_no_repository_of_the_hub_is_replaced(
+    checkpoint: Path, texts: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "out"
+    stopped_after(0, checkpoint, texts, root, **SECTIONS)
+    layout = Layout(root)
+    record = read_record(layout)
+    assert record is not None
+    base = {"manifest_sha256": "0" * 64, "source_rows": 1, "skipped_rows": 0, "versions": {}, "grown_from": []}
+    record["base"] = base | {"hub": {"repo_id": "a/b-", "name": "b", "commit": "c" * 40}}
+    layout.job_file.write_bytes(stored.encode(record | {"sha256": stored.digest(record)}))
+    with pytest.raises(StoreError, match=r"job\.json .*repo_id"):
+        run(checkpoint, texts, root, **SECTIONS)
+    run(checkpoint, texts, root, **SECTIONS, output={"overwrite": True})
+
+
+def test_a_data_root_among_the_texts_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    write_texts(folder / "texts.jsonl")
+    with pytest.raises(ConfigError, match=r"output\.data_root is .*inside of dataset\.path"):
+        run(checkpoint, folder, folder / "out", **SECTIONS)
+    assert [path.name for path in folder.iterdir()] == ["texts.jsonl"]

@@ -1,0 +1,178 @@
+"""A job publishes as its latest start asks, and its dataset is captured once, however often the upload fails."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.fake_hub import FakeHub
+from support.hub_cases import REPO
+from support.jobs import captured_only, run, stopped_after
+
+from qk_sniffer.capture.capture import Capture
+from qk_sniffer.errors import HubError, StoreError
+from qk_sniffer.jobs import run as run_module
+from qk_sniffer.jobs.finalize import finalize
+from qk_sniffer.store import manifest as manifests
+from qk_sniffer.store import record as records
+from qk_sniffer.store.layout import Layout
+
+SECTIONS: dict[str, Any] = {
+    "model": {"slug": "m"},
+    "dataset": {"max_samples": 4},
+    "capture": {"layers": [0], "heads": [0]},
+    "inference": {"batch_size": 2, "lookahead": 4},
+    "verify": {"examples": 0},
+}
+PUBLIC = {"hf_repo_id": REPO}
+PRIVATE = PUBLIC | {"private": True}
+
+
+@pytest.fixture
+def logged_in(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("HF_TOKEN", "hf_alice")
+    return endpoint
+
+
+@pytest.fixture
+def batches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The batches that are captured."""
+    captured: list[Any] = []
+    real = Capture.run
+
+    def counted(self: Capture, plan: Any) -> None:
+        captured.append(plan)
+        real(self, plan)
+
+    monkeypatch.setattr(Capture, "run", counted)
+    return captured
+
+
+@pytest.mark.parametrize("captures", [0, 1, 2])
+@pytest.mark.parametrize("second", [PRIVATE, {}], ids=["private", "local"])
+def test_finalize_publishes_as_the_latest_start_asks(
+    captures: int,
+    second: dict[str, Any],
+    hub: FakeHub,
+    logged_in: str,
+    checkpoint: Path,
+    texts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`captures` batches are done at the first start: none, some or all."""
+    root = tmp_path / "out"
+    if captures < 2:
+        stopped_after(captures, checkpoint, texts, root, **SECTIONS, output=PUBLIC)
+    else:
+        captured_only(checkpoint, texts, root, monkeypatch, **SECTIONS, output=PUBLIC)
+    captured_only(checkpoint, texts, root, monkeypatch, **SECTIONS, output=second)
+    assert finalize(root) == 0
+    assert {name: repository.private for name, repository in hub.repositories.items()} == (
+        {REPO: True} if second else {}
+    )
+
+
+def test_the_last_shard_publishes_privately_if_a_later_start_asked_for_it(
+    hub: FakeHub, logged_in: str, checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, real = tmp_path / "out", run_module.capture_examples
+
+    def meanwhile(*arguments: Any) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(run_module, "capture_examples", real)
+            run(checkpoint, texts, root, **SECTIONS, shard={"index": 1, "count": 2}, output=PRIVATE)
+        real(*arguments)
+
+    monkeypatch.setattr(run_module, "capture_examples", meanwhile)
+    run(checkpoint, texts, root, **SECTIONS, shard={"index": 0, "count": 2}, output=PUBLIC)
+    assert hub.repositories[REPO].private
+
+
+def test_finalize_keeps_a_dataset_private_whose_upload_has_failed(
+    hub: FakeHub, logged_in: str, checkpoint: Path, texts: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "out"
+    hub.fault("POST", "/repos/create", status=403, times=1)
+    with pytest.raises(HubError):
+        run(checkpoint, texts, root, **SECTIONS, output=PRIVATE)
+    assert finalize(root, hf_repo_id=REPO) == 0
+    assert hub.repositories[REPO].private
+    assert not Layout(root).work.exists()
+    assert finalize(root, hf_repo_id="alice/other", private=True) == 0
+    assert hub.repositories["alice/other"].private
+
+
+def test_overwriting_publishes_without_capturing_again(
+    hub: FakeHub, logged_in: str, checkpoint: Path, texts: Path, tmp_path: Path, batches: list[Any]
+) -> None:
+    root, output = tmp_path / "out", PUBLIC | {"overwrite": True}
+    hub.fault("POST", "/commit/", status=403, times=1)
+    with pytest.raises(HubError, match="without capturing again"):
+        run(checkpoint, texts, root, **SECTIONS, output=output)
+    assert len(batches) == 4
+    run(checkpoint, texts, root, **SECTIONS, output=output)
+    assert len(batches) == 4 and REPO in hub.repositories
+    assert not Layout(root).work.exists()
+    run(checkpoint, texts, root, **SECTIONS, output=output)  # published: another start replaces it
+    assert len(batches) == 8
+
+
+@pytest.fixture(scope="module")
+def unpublished(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset whose publication has not ended, and its texts."""
+    from support.jobs import write_texts
+
+    folder = tmp_path_factory.mktemp("unpublished")
+    root = run(checkpoint, write_texts(folder / "texts.jsonl"), folder / "out", **SECTIONS)
+    Layout(root).work.mkdir()
+    records.write_unpublished(Layout(root), manifests.read(root), private=False)
+    return folder
+
+
+def damage(root: Path) -> None:
+    path = root / "l00h00q" / "data.parquet"
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+def lose(root: Path) -> None:
+    (root / "l00h00q" / "data.parquet").unlink()
+
+
+def garble_the_mark(root: Path) -> None:
+    Layout(root).unpublished.write_bytes(b"\xff{")
+
+
+@pytest.mark.parametrize(
+    ("make", "captured"), [(lose, [4]), (garble_the_mark, [4]), pytest.param(damage, [0, 4], marks=pytest.mark.slow)]
+)
+def test_overwriting_gets_out_of_a_dataset_that_cannot_be_published(
+    make: Callable[[Path], object],
+    captured: list[int],
+    unpublished: Path,
+    hub: FakeHub,
+    logged_in: str,
+    checkpoint: Path,
+    tmp_path: Path,
+    batches: list[Any],
+) -> None:
+    root = Path(shutil.copytree(unpublished / "out", tmp_path / "out"))
+    make(root)
+    for number in captured:
+        batches.clear()
+        try:
+            run(checkpoint, unpublished / "texts.jsonl", root, **SECTIONS, output=PUBLIC | {"overwrite": True})
+        except StoreError as error:
+            assert "overwrite=true" in str(error)
+        assert len(batches) == number
+    assert REPO in hub.repositories
+
+
+def test_a_start_that_does_not_publish_replaces_the_dataset(
+    unpublished: Path, checkpoint: Path, tmp_path: Path, batches: list[Any]
+) -> None:
+    root = Path(shutil.copytree(unpublished / "out", tmp_path / "out"))
+    run(checkpoint, unpublished / "texts.jsonl", root, **SECTIONS, output={"overwrite": True})
+    assert len(batches) == 4
+    assert not Layout(root).work.exists()

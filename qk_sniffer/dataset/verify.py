@@ -19,7 +19,7 @@ from qk_sniffer.errors import StoreError
 from qk_sniffer.machine import available_memory, num_threads
 from qk_sniffer.store.disk import sha256_of
 from qk_sniffer.store.files import inside
-from qk_sniffer.store.forms import MOST_BUCKETS
+from qk_sniffer.store.form_types import MOST_BUCKETS
 from qk_sniffer.store.layout import EXAMPLES, KIND_NAMES, Head, Layout, examples_schema, parse_head_name
 from qk_sniffer.store.manifest import FileEntry
 from qk_sniffer.store.parquet_files import open_parquet

@@ -16,7 +16,7 @@ from qk_sniffer.resolved import ResolvedConfig, fingerprint
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store import previous, stored
 from qk_sniffer.store.disk import explained, sha256_of, write_atomic
-from qk_sniffer.store.forms import Commit, Sha256
+from qk_sniffer.store.form_types import Commit, Sha256
 from qk_sniffer.store.layout import EXAMPLES, MANIFEST, Layout
 from qk_sniffer.store.parquet_tables import read_examples
 from qk_sniffer.store.stored import Text

@@ -4,106 +4,31 @@ Names of files, heads and kinds follow `layout.py`. A file whose name has anothe
 uploaded.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NotRequired, TypedDict, get_args
+from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 from msgspec import Meta
 
-from qk_sniffer.config import MOST_COUNT, MOST_RATE, MOST_SHARDS, MOST_SLUG, from_dict
+from qk_sniffer.config import MOST_COUNT, MOST_RATE, MOST_SHARDS, from_dict
 from qk_sniffer.store import stored
-from qk_sniffer.store.layout import FORMAT, KEY_HEAD_KINDS, KINDS, is_dataset_file, parse_head_name
+from qk_sniffer.store.form_types import (
+    MOST_BUCKETS,
+    BatchSize,
+    Bucket,
+    Commit,
+    CommitOrDigest,
+    Kind,
+    Number,
+    RepoId,
+    Sha256,
+    Slug,
+)
+from qk_sniffer.store.layout import FORMAT, is_dataset_file, parse_head_name
+from qk_sniffer.store.model_forms import Model, layer_problems
+from qk_sniffer.store.proof_forms import Proof, proof_problems
 from qk_sniffer.store.stored import LARGE, Count, Text, UnreadableError
 from qk_sniffer.text import is_branch_name
-
-MOST_LAYERS = 2_000
-MOST_HEADS = 10_000
-"""The most heads of a kind in one layer."""
-
-MOST_HEAD_DIM = 1 << 16
-MOST_FILES = 1 << 17
-"""The most heads of a dataset, each of which is a file."""
-
-MOST_BUCKETS = 1 << 20
-"""The most buckets of positions that results are drawn by."""
-
-Kind = Literal["q", "k"]
-assert get_args(Kind) == KINDS
-
-HeadNumber = Annotated[int, Meta(ge=0, lt=MOST_HEADS)]
-NumHeads = Annotated[int, Meta(ge=1, le=MOST_HEADS)]
-Bucket = Annotated[str, Meta(pattern=r"\A[0-9]{1,10}\Z")]
-Sha256 = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]
-Commit = Annotated[str, Meta(pattern=r"\A[0-9a-f]{40}\Z")]
-CommitOrDigest = Annotated[str, Meta(pattern=r"\A([0-9a-f]{40}|sha256:[0-9a-f]{64})\Z")]
-_HUB_NAME = "[A-Za-z0-9_]([A-Za-z0-9_.-]{0,98}[A-Za-z0-9_])?"
-RepoId = Annotated[str, Meta(pattern=rf"\A{_HUB_NAME}/{_HUB_NAME}\Z")]
-Slug = Annotated[str, Meta(pattern=rf"\A[A-Za-z0-9._-]{{1,{MOST_SLUG}}}\Z")]
-BatchSize = Annotated[int, Meta(ge=1, le=MOST_COUNT)]
-Number = float
-"""A number that fits a float; also an integer."""
-
-
-class Rotation(TypedDict):
-    """The rotation of a layer's queries and keys, by the name of its frequencies in `Model.rotary`."""
-
-    frequencies: Text
-    pairs: Literal["halves", "neighbours", "neighbours to halves"]
-    first: Annotated[int, Meta(ge=0, lt=MOST_HEAD_DIM)]
-    direction: Literal[1, -1]
-    changed_after: bool
-
-
-class Layer(TypedDict):
-    """A layer, as `LayerFacts.to_dict` and the job describe it."""
-
-    layer: Annotated[int, Meta(ge=0, lt=MOST_LAYERS)]
-    num_q_heads: NumHeads
-    num_k_heads: NumHeads
-    head_dim: Annotated[int, Meta(ge=1, le=MOST_HEAD_DIM)]
-    sliding_window: Annotated[int, Meta(ge=1, lt=2**31)] | None
-    key_head: NotRequired[list[HeadNumber]]
-    full_attention: NotRequired[bool]
-    attention_chunk: NotRequired[Annotated[int, Meta(ge=1, lt=2**31)] | None]
-    softmax_scale: Number
-    softcap: NotRequired[Number | None]
-    sinks: NotRequired[list[Number] | None]
-    position_bias: NotRequired[bool]
-    sparse_attention: NotRequired[bool]
-    rotation: NotRequired[Rotation | Text | None]
-    captured: dict[Kind, list[HeadNumber]]
-
-
-class Quantization(TypedDict):
-    """The way in which the weights of a checkpoint are quantized; `config` is its `quantization_config`."""
-
-    method: Text
-    dequantized: bool
-    config: dict[str, Any]
-
-
-class Adapter(TypedDict):
-    """The adapter on the loaded model: its kind in the words of peft, and the model that it was trained on."""
-
-    kind: Text
-    base: Text | None
-
-
-class Model(TypedDict):
-    """The loaded model."""
-
-    model_type: Text
-    decoder: NotRequired[Text]
-    family: NotRequired[Text]
-    dtype: Text
-    checkpoint_dtype: NotRequired[Text | None]
-    quantization: NotRequired[Quantization | None]
-    attn_implementation: Text | None
-    rope_stage: Literal["pre", "post"]
-    layers: Annotated[list[Layer], Meta(min_length=1, max_length=MOST_LAYERS)]
-    rotary: dict[str, Any]
-    adapter: NotRequired[Adapter]
-    max_positions: NotRequired[Count | None]
 
 
 class Commits(TypedDict):
@@ -309,56 +234,6 @@ class Entry(TypedDict):
     sha256: Sha256
 
 
-class Attention(TypedDict):
-    """The check of an attention kernel in one layer, at some positions of one text."""
-
-    layer: Annotated[int, Meta(ge=0, lt=MOST_LAYERS)]
-    kind: Text
-    tokens: Annotated[int, Meta(ge=1, lt=2**31)]
-    positions: Annotated[list[Count], Meta(min_length=1, max_length=1000)]
-    tolerance: Number
-    passed: bool | None
-    reason: NotRequired[Text]
-    """Why it was not made, where `passed` is None."""
-    largest_difference: NotRequired[Number | None]
-    """None if the kernel returned numbers that are not finite."""
-    wrong_positions: NotRequired[Annotated[list[Count], Meta(max_length=1000)]]
-
-
-_COVERAGE = {"rows", "heads", "longest_position", "uncovered"}
-
-
-class LayerKind(TypedDict):
-    """The heads of one kind in one layer."""
-
-    layer: Annotated[int, Meta(ge=0, lt=MOST_LAYERS)]
-    kind: Kind
-
-
-class Beyond(TypedDict):
-    """The layers that a proof ran over a longer text than the others."""
-
-    layers: Annotated[list[Annotated[int, Meta(ge=0, lt=MOST_LAYERS)]], Meta(min_length=1, max_length=MOST_LAYERS)]
-    longest_position: Count
-
-
-class Proof(TypedDict):
-    """The proof of a dataset. Only one that was made has numbers; the others have a reason."""
-
-    proven: bool | None
-    reason: NotRequired[Text]
-    examples: NotRequired[list[int]]
-    model_commit: NotRequired[Text | None]
-    tolerance: NotRequired[Number]
-    largest_difference_by_layer: NotRequired[dict[Bucket, float]]
-    rows: NotRequired[Count]
-    heads: NotRequired[Count]
-    longest_position: NotRequired[Count]
-    beyond: NotRequired[Beyond]
-    uncovered: NotRequired[list[LayerKind]]
-    attention: NotRequired[Annotated[list[Attention], Meta(max_length=MOST_LAYERS)]]
-
-
 class Manifest(Job):
     """The manifest of a dataset."""
 
@@ -450,12 +325,12 @@ def _in_a_record(record: Mapping[str, Any]) -> Iterator[str]:
     base = record["base"]
     if base is not None and base["hub"] is not None and not is_branch_name(base["hub"]["name"]):
         yield f"{base['hub']['name']!r} is not the name of a branch"
-    yield from _in_layers(record["model"]["layers"])
+    yield from layer_problems(record["model"]["layers"])
 
 
 def _in_a_manifest(manifest: Mapping[str, Any]) -> Iterator[str]:
     layers = manifest["model"]["layers"]
-    yield from _in_layers(layers)
+    yield from layer_problems(layers)
     for name in manifest["files"]:
         if not is_dataset_file(name):
             yield f"{name!r} is not the name of a dataset's file"
@@ -468,47 +343,4 @@ def _in_a_manifest(manifest: Mapping[str, Any]) -> Iterator[str]:
     types = {sampler["type"], sampler.get("keys", {}).get("type")}
     if types & {"uniform", "all"} and manifest["longest_example"] > MOST_BUCKETS * sampler["min_bucket_size"]:
         yield f"its positions have more than {MOST_BUCKETS:,} buckets"
-    yield from _in_a_proof(manifest["proof"])
-
-
-def _in_a_proof(proof: Mapping[str, Any]) -> Iterator[str]:
-    checks = proof.get("attention", ())
-    failed = any(check["passed"] is False for check in checks)
-    needed = {"examples", "tolerance", "largest_difference_by_layer"}
-    if proof["proven"] is None or (failed and "reason" in proof):
-        needed = {"reason"}
-    elif proof.keys() & _COVERAGE:  # earlier versions have none of these
-        needed |= _COVERAGE
-    if missing := needed - proof.keys():
-        yield f"proof lacks {', '.join(sorted(missing))}"
-    elif proof["proven"] and not proof["largest_difference_by_layer"]:
-        yield "proof is of no layer"
-    elif proof["proven"] is not False and failed:
-        yield "proof is not false, and a check of attention failed"
-    for check in checks:
-        if check["passed"] is not True and ("reason" if check["passed"] is None else "wrong_positions") not in check:
-            yield f"the check of attention in layer {check['layer']} does not say what is wrong"
-
-
-def _in_layers(layers: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    captured = sum(len(heads) for layer in layers for heads in layer["captured"].values())
-    if not 1 <= captured <= MOST_FILES:
-        yield f"its layers list {captured:,} captured heads, not 1 to {MOST_FILES:,}"
-    seen = set()
-    for layer in layers:
-        number, num_q, num_k = layer["layer"], layer["num_q_heads"], layer["num_k_heads"]
-        if number in seen:
-            yield f"layer {number} is listed twice"
-        seen.add(number)
-        if num_k > num_q:
-            yield f"layer {number} has {num_k:,} key heads for {num_q:,} query heads"
-        if (of_queries := layer.get("key_head")) is not None:
-            if len(of_queries) != num_q:
-                yield f"layer {number} lists the key heads of {len(of_queries):,} query heads, and has {num_q:,}"
-            elif max(of_queries) >= num_k:
-                yield f"layer {number} lists key head {max(of_queries)} in key_head, which it does not have"
-        for kind, heads in layer["captured"].items():
-            if len(set(heads)) != len(heads):
-                yield f"layer {number} lists a head of kind {kind} twice"
-            if max(heads, default=0) >= (num_k if kind in KEY_HEAD_KINDS else num_q):
-                yield f"layer {number} lists head {max(heads)} of kind {kind}, which it does not have"
+    yield from proof_problems(manifest["proof"])

@@ -31,7 +31,7 @@ Batching = Mapping[str, int | None]
 """The settings that decide which examples share a batch, by name."""
 
 AttentionFacts = Mapping[str, Any]
-"""The result of a check of an attention kernel, as in the manifest: see `forms.Attention`."""
+"""The result of a check of an attention kernel, as in the manifest: see `proof_forms.Attention`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,8 @@ import numpy.typing as npt
 from msgspec import Meta
 
 from qk_sniffer.store import stored
-from qk_sniffer.store.forms import Attention, BatchSize
+from qk_sniffer.store.form_types import BatchSize
+from qk_sniffer.store.proof_forms import Attention
 from qk_sniffer.store.rows import DTYPES, RUN_COLUMNS, parse_tensor_name
 from qk_sniffer.store.segment import DamageError, Header, Place, open_segment
 from qk_sniffer.store.stored import Count, UnreadableError

@@ -1,0 +1,79 @@
+"""Declares the form of the proof in the manifest of a dataset, and of the checks of attention in it."""
+
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, NotRequired, TypedDict
+
+from msgspec import Meta
+
+from qk_sniffer.store.form_types import MOST_LAYERS, Bucket, Kind, Number
+from qk_sniffer.store.stored import Count, Text
+
+
+class Attention(TypedDict):
+    """The check of an attention kernel in one layer, at some positions of one text."""
+
+    layer: Annotated[int, Meta(ge=0, lt=MOST_LAYERS)]
+    kind: Text
+    tokens: Annotated[int, Meta(ge=1, lt=2**31)]
+    positions: Annotated[list[Count], Meta(min_length=1, max_length=1000)]
+    tolerance: Number
+    passed: bool | None
+    reason: NotRequired[Text]
+    """Why it was not made, where `passed` is None."""
+    largest_difference: NotRequired[Number | None]
+    """None if the kernel returned numbers that are not finite."""
+    wrong_positions: NotRequired[Annotated[list[Count], Meta(max_length=1000)]]
+
+
+_COVERAGE = {"rows", "heads", "longest_position", "uncovered"}
+
+
+class LayerKind(TypedDict):
+    """The heads of one kind in one layer."""
+
+    layer: Annotated[int, Meta(ge=0, lt=MOST_LAYERS)]
+    kind: Kind
+
+
+class Beyond(TypedDict):
+    """The layers that a proof ran over a longer text than the others."""
+
+    layers: Annotated[list[Annotated[int, Meta(ge=0, lt=MOST_LAYERS)]], Meta(min_length=1, max_length=MOST_LAYERS)]
+    longest_position: Count
+
+
+class Proof(TypedDict):
+    """The proof of a dataset. Only one that was made has numbers; the others have a reason."""
+
+    proven: bool | None
+    reason: NotRequired[Text]
+    examples: NotRequired[list[int]]
+    model_commit: NotRequired[Text | None]
+    tolerance: NotRequired[Number]
+    largest_difference_by_layer: NotRequired[dict[Bucket, float]]
+    rows: NotRequired[Count]
+    heads: NotRequired[Count]
+    longest_position: NotRequired[Count]
+    beyond: NotRequired[Beyond]
+    uncovered: NotRequired[list[LayerKind]]
+    attention: NotRequired[Annotated[list[Attention], Meta(max_length=MOST_LAYERS)]]
+
+
+def proof_problems(proof: Mapping[str, Any]) -> Iterator[str]:
+    """Yields what is impossible together in a proof."""
+    checks = proof.get("attention", ())
+    failed = any(check["passed"] is False for check in checks)
+    needed = {"examples", "tolerance", "largest_difference_by_layer"}
+    if proof["proven"] is None or (failed and "reason" in proof):
+        needed = {"reason"}
+    elif proof.keys() & _COVERAGE:  # earlier versions have none of these
+        needed |= _COVERAGE
+    if missing := needed - proof.keys():
+        yield f"proof lacks {', '.join(sorted(missing))}"
+    elif proof["proven"] and not proof["largest_difference_by_layer"]:
+        yield "proof is of no layer"
+    elif proof["proven"] is not False and failed:
+        yield "proof is not false, and a check of attention failed"
+    for check in checks:
+        if check["passed"] is not True and ("reason" if check["passed"] is None else "wrong_positions") not in check:
+            yield f"the check of attention in layer {check['layer']} does not say what is wrong"

@@ -1,5 +1,6 @@
 """The settings and the code that decide vectors belong to a job's identity; the places where it runs do not."""
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from support.jobs import captured_only, run, stopped_after, write_texts
 
 from qk_sniffer import resolved
 from qk_sniffer.config import from_dict
-from qk_sniffer.errors import ConfigError, StoreError
+from qk_sniffer.errors import ConfigError, SourceError, StoreError
 from qk_sniffer.jobs import run as run_module
 from qk_sniffer.jobs.identity import Job
 from qk_sniffer.jobs.loaded_code import class_and_code
@@ -184,3 +185,11 @@ def test_a_data_root_among_the_texts_is_refused(checkpoint: Path, tmp_path: Path
     with pytest.raises(ConfigError, match=r"output\.data_root is .*inside of dataset\.path"):
         run(checkpoint, folder, folder / "out", **SECTIONS)
     assert [path.name for path in folder.iterdir()] == ["texts.jsonl"]
+
+
+def test_ids_that_are_texts_are_refused_before_anything_is_captured(checkpoint: Path, tmp_path: Path) -> None:
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text(json.dumps({"id": "x" * 10_001, "text": "abc"}) + "\n")
+    sections = SECTIONS | {"dataset": {"id_column": "id"}}
+    with pytest.raises(SourceError, match=r"id of row 0 has 10,001 characters.*dataset\.id_column=null"):
+        run(checkpoint, texts, tmp_path / "out", **sections)

@@ -4,7 +4,7 @@ A pointer of Git LFS and a text in UTF-16 are refused as what they are. Read as 
 """
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO, cast
@@ -21,6 +21,10 @@ ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.xz", ".tar.bz2", ".7z", ".r
 """The suffixes of files that the library `datasets` alone unpacks."""
 
 _MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+
+
+_ZSTD_CHUNK = 1 << 14
+"""The compressed bytes that are decompressed at a time: few, as a chunk of long repetitions has a thousandfold content."""
 
 
 class FormatError(Exception):
@@ -106,7 +110,54 @@ def _compression(file: str, head: bytes) -> str | None:
     return next((method for magic, method in _MAGIC.items() if head.startswith(magic)), None)
 
 
+class _Frames(io.RawIOBase):
+    """The content of a file of compressed frames, one after another.
+
+    Raises:
+        FormatError: the file ends within a frame. Readers of the package zstandard take this for the end of the content.
+    """
+
+    def __init__(self, raw: BinaryIO, new_frame: Callable[[], Any]) -> None:
+        """`new_frame` makes the decompressor of one frame."""
+        self._raw = raw
+        self._new_frame = new_frame
+        self._frame: Any = None
+        self._compressed = b""
+        self._content = memoryview(b"")
+
+    def readable(self) -> bool:
+        """Returns True."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fills the start of a buffer, and returns the number of bytes; 0 at the end."""
+        while not self._content:
+            self._compressed = self._compressed or self._raw.read(_ZSTD_CHUNK)
+            if not self._compressed:
+                if self._frame is not None:
+                    raise FormatError("it ends in the middle of its compressed data. Copy or download it again")
+                return 0
+            if self._frame is None:
+                self._frame = self._new_frame()
+            self._content = memoryview(self._frame.decompress(self._compressed))
+            self._compressed = b""
+            if self._frame.eof:
+                self._compressed = self._frame.unused_data
+                self._frame = None
+        count = min(len(buffer), len(self._content))
+        buffer[:count] = self._content[:count]
+        self._content = self._content[count:]
+        return count
+
+
 def _decompressor(method: str) -> Any:
+    if method == "zstd":
+        try:
+            from zstandard import ZstdDecompressor
+        except ImportError:
+            pass  # newer versions of Python have a decompressor of their own
+        else:
+            return lambda raw, mode: _Frames(raw, lambda: ZstdDecompressor().decompressobj())
     from fsspec.compression import compr
 
     if method not in compr:

@@ -4,11 +4,14 @@ import codecs
 import gzip
 import json
 import os
+import sys
 import tracemalloc
 import uuid
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -285,6 +288,24 @@ def test_a_pointer_of_git_lfs_is_named(tmp_path: Path, name: str, streaming: boo
 def test_a_compressed_file_is_known_by_its_content(tmp_path: Path) -> None:
     file = write(tmp_path / "rows.jsonl", gzip.compress(jsonl([{"text": "a"}])))
     assert texts(opened(file).examples()) == [(0, "a")]
+
+
+@both_ways
+def test_a_zst_file_that_is_cut_is_named(tmp_path: Path, streaming: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The package is not installed everywhere. The decompressors of zlib have the same methods.
+    package = SimpleNamespace(ZstdDecompressor=lambda: SimpleNamespace(decompressobj=zlib.decompressobj))
+    monkeypatch.setitem(sys.modules, "zstandard", package)
+    monkeypatch.setattr("qk_sniffer.corpus.data_files._ZSTD_CHUNK", 10)
+    rows = [{"text": f"{number}"} for number in range(40)]
+    frames = [zlib.compress(jsonl(rows[:20])), zlib.compress(b""), zlib.compress(jsonl(rows[20:]))]
+    whole = write(tmp_path / "rows.jsonl.zst", b"".join(frames))
+    expected = [(number, f"{number}") for number in range(40)]
+    assert texts(opened(whole, streaming=streaming).examples()) == expected
+    content = zlib.compressobj()
+    cut = content.compress(jsonl(rows)) + content.flush(zlib.Z_SYNC_FLUSH)  # at the end of a line
+    for data in (cut, b"".join(frames)[:-1], frames[0] + cut, frames[0] + frames[2][:1]):
+        text = message(write(tmp_path / "cut.jsonl.zst", data), streaming=streaming)
+        assert "cut.jsonl.zst cannot be read: it ends in the middle of its compressed data" in text
 
 
 # ---- files that change

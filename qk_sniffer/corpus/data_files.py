@@ -24,7 +24,7 @@ _MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2
 
 
 _ZSTD_CHUNK = 1 << 14
-"""The compressed bytes that are decompressed at a time: few, as a chunk of long repetitions has a thousandfold content."""
+"""The compressed bytes that are decompressed at a time: few, as long repetitions have a thousandfold content."""
 
 
 class FormatError(Exception):
@@ -114,7 +114,7 @@ class _Frames(io.RawIOBase):
     """The content of a file of compressed frames, one after another.
 
     Raises:
-        FormatError: the file ends within a frame. Readers of the package zstandard take this for the end of the content.
+        FormatError: the file ends within a frame. Readers of the package zstandard take this for the end.
     """
 
     def __init__(self, raw: BinaryIO, new_frame: Callable[[], Any]) -> None:

@@ -103,7 +103,9 @@ def test_every_production_model_has_a_choice_and_nothing_is_left_over() -> None:
     assert set(others.values()) == OTHER_FAMILIES | {"HuggingFaceTB/SmolLM2-135M"}
 
 
-@pytest.mark.parametrize("slug", PRODUCTION)
+@pytest.mark.parametrize(
+    "slug", [pytest.param(slug, marks=pytest.mark.slow) if "-step-" in slug else slug for slug in PRODUCTION]
+)
 def test_a_production_model_alone_and_in_the_study(slug: str) -> None:
     name, max_length, min_bucket_size, overrides = PRODUCTION[slug]
     alone = composed(choice(slug))

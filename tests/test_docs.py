@@ -163,15 +163,19 @@ def test_every_block_has_a_language_or_is_a_known_diagram(block: Block) -> None:
 
 @pytest.mark.usefixtures("at_readers")
 @pytest.mark.parametrize("command", JOBS, ids=str)
-def test_jobs(command: Command, tmp_path: Path) -> None:
-    words = command.words()
-    jobs = jobs_of(words)
+def test_jobs(command: Command) -> None:
+    jobs = jobs_of(command.words())
     for job in jobs:
         repo = job.config.output.hf_repo_id
         assert repo is None or repo.startswith("me/"), f"publishes to {repo}, which is not the reader's"
-    if composed_only(command) is None:
-        (job,) = jobs_of([*words, *SMALL, f"output.data_root={tmp_path}/out"])
-        assert run_job(job.config).rows > 0
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("at_readers")
+@pytest.mark.parametrize("command", [each for each in JOBS if composed_only(each) is None], ids=str)
+def test_jobs_make_datasets(command: Command, tmp_path: Path) -> None:
+    (job,) = jobs_of([*command.words(), *SMALL, f"output.data_root={tmp_path}/out"])
+    assert run_job(job.config).rows > 0
 
 
 @pytest.mark.usefixtures("at_readers")

@@ -48,7 +48,15 @@ def texts(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+QUICK = {"llama", "qwen2", "gemma3_multimodal", "mllama", "llama4", "glm4", "smollm3", "deepseek_v3_yarn"}
+"""Names of cases with different steps between projection and attention."""
+
+
+@pytest.mark.parametrize(
+    "case",
+    [case if case.name in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES],
+    ids=lambda case: case.name,
+)
 @pytest.mark.parametrize("stage", ["post", pytest.param("pre", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_a_right_dataset_is_proven(

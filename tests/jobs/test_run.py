@@ -33,7 +33,7 @@ pytestmark = pytest.mark.floor
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("stage", ["post", "pre"])
+@pytest.mark.parametrize("stage", ["post", pytest.param("pre", marks=pytest.mark.slow)])
 def test_every_stored_vector_is_bit_for_bit_the_models_own(
     case: Case, dtype: str, stage: str, folder_of: FolderOf, tmp_path: Path
 ) -> None:

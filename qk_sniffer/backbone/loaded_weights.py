@@ -1,10 +1,11 @@
 """Compares the weights that transformers has read from a checkpoint with those of the decoder."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -30,7 +31,16 @@ _WHOLE_LAYER = r"layers\\?\.\d+(\\?\.)?(\.\*)?$"
 """Matches the patterns by which classes of transformers ignore a layer that has a certain number."""
 
 _INTEGERS_OF_WEIGHTS = r"(weight|_proj|experts?)$"
-"""Matches the names of weights, among those of integer tensors. The others are masks, positions and tables."""
+"""Matches the names of weights, among those of integer tensors that have other names in the model, or none.
+
+The others are masks, positions and tables.
+"""
+
+_OTHER_SCALE = r"(input|output|act|activation|\b[qkv])_scale"
+"""Matches the names of scales of activations, which are not those of weights."""
+
+_EXPERT = r"(.*\bexperts)\.(\d+)\.(.*)"
+"""Matches the names of the weights of experts that are stored one by one."""
 
 
 @contextmanager
@@ -85,7 +95,9 @@ def refuse_incomplete(
     decoder = family.decoder(model)
     _refuse_missing(name, model, decoder, family, info)
     _refuse_dropped(name, model, decoder, family, info, multimodal=multimodal)
-    _refuse_unscaled(name, model, info, dtypes, quantized=quantized)
+    names = _Names(model, family, info, multimodal=multimodal)
+    _refuse_unscaled(name, names, dtypes, quantized=quantized)
+    _refuse_renumbered_experts(name, names, dtypes)
 
 
 def _refuse_missing(name: str, model: nn.Module, decoder: nn.Module, family: Family, info: Mapping[str, Any]) -> None:
@@ -176,31 +188,21 @@ class _Kept:
         return is_lacking and re.search(_EMBEDDINGS, first) is not None and not re.search(_COMPUTED, key)
 
 
-def _refuse_unscaled(
-    name: str, model: Any, info: Mapping[str, Any], dtypes: Mapping[str, str], *, quantized: bool
-) -> None:
+def _refuse_unscaled(name: str, names: "_Names", dtypes: Mapping[str, str], *, quantized: bool) -> None:
     """Refuses quantized weights that were read as if their numbers were the weights themselves."""
-    weights, base = model.state_dict(), f"{model.base_model_prefix}."
-    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
-    scaled = {key.rpartition(".")[0] for key in dtypes if "scale" in key}
-
-    def is_read(key: str) -> bool:
-        names = (key, key.removeprefix(base), base + key)
-        if any(each in weights and not weights[each].is_floating_point() for each in names):
-            return False
-        return not any(each in info["unexpected_keys"] for each in names) and not any(
-            pattern.search(key) for pattern in ignored
-        )
+    scaled = {key.rpartition(".")[0] for key in dtypes if "scale" in key and not re.search(_OTHER_SCALE, key)}
 
     def is_unscaled(key: str, dtype: str) -> bool:
+        lands = names.lands_on_floats(key)
         if quantized:  # a quantizer reads all but what lacks its scale
-            return dtype.startswith("F8") and "scale" not in key and key.rpartition(".")[0] not in scaled
-        return dtype.startswith("F") or re.search(_INTEGERS_OF_WEIGHTS, key) is not None
+            has_scale = key.rpartition(".")[0] in scaled and not key.endswith("bias")
+            return (dtype.startswith("F8") or lands) and "scale" not in key and not has_scale
+        return dtype.startswith("F") or lands or re.search(_INTEGERS_OF_WEIGHTS, key) is not None
 
     unscaled = [
         f"{key} ({dtype})"
         for key, dtype in sorted(dtypes.items())
-        if dtype not in FLOATS and is_unscaled(key, dtype) and is_read(key)
+        if dtype not in FLOATS and is_unscaled(key, dtype) and names.is_read(key)
     ]
     if unscaled:
         lack = "no scale" if quantized else "no quantization_config in config.json that transformers can read"
@@ -208,6 +210,82 @@ def _refuse_unscaled(
             f"model {name}: {len(unscaled)} of its weights are quantized, and there is {lack}: "
             f"{shortened(unscaled, 3)}. Their numbers are not the weights, so nothing is captured; {UNREADABLE}"
         )
+
+
+def _refuse_renumbered_experts(name: str, names: "_Names", stored: Collection[str]) -> None:
+    """Refuses experts that are not numbered from zero without a gap.
+
+    transformers stacks the experts of a layer in the order of their numbers, so that each would get the number of
+    another one.
+    """
+    numbers: dict[tuple[str, str], set[int]] = {}
+    for key in stored:
+        if (match := re.fullmatch(_EXPERT, key)) and names.is_read(key):
+            numbers.setdefault((match[1], match[3]), set()).add(int(match[2]))
+    wrong = {
+        f"{path}.{min(set(range(len(found))) - found)}.{leaf} is missing, {path}.{max(found)}.{leaf} is there"
+        for (path, leaf), found in numbers.items()
+        if found != set(range(len(found)))
+    }
+    if wrong:
+        raise SourceError(
+            f"model {name}: the experts of its checkpoint are not numbered from 0 without a gap: "
+            f"{shortened(sorted(wrong), 2)}. Each would be read as another one, so nothing is captured; check that the "
+            "checkpoint is complete"
+        )
+
+
+class _Names:
+    """The names that the tensors of a checkpoint have in the loaded model."""
+
+    def __init__(self, model: Any, family: Family, info: Mapping[str, Any], *, multimodal: bool) -> None:
+        self._model = model
+        self._weights = model.state_dict()
+        self._base = f"{model.base_model_prefix}."
+        self._mapping = family.key_mapping or {}
+        self._multimodal = multimodal
+        self._unexpected = info["unexpected_keys"]
+        self._ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+
+    def of(self, key: str) -> set[str]:
+        """Returns the names that a tensor stored as `key` may have."""
+        mapped = key
+        for pattern, replacement in self._mapping.items():
+            mapped = re.sub(pattern, replacement, mapped)
+        found = {key, mapped}
+        if self._multimodal:
+            found.add(re.sub(r"^.*language_model\.", "", key))
+        return {name for each in found for name in (each, each.removeprefix(self._base), self._base + each)}
+
+    def lands_on_floats(self, key: str) -> bool:
+        """Whether a tensor stored as `key` becomes a floating-point tensor of the model without a conversion."""
+        return any(name in self._weights and not self._is_packed(name) for name in self.of(key))
+
+    def is_read(self, key: str) -> bool:
+        """Whether a tensor stored as `key` was read as numbers. The packed weights of a quantizer are not."""
+        names = self.of(key)
+        if any(name in self._weights and self._is_packed(name) for name in names):
+            return False
+        return not any(name in self._unexpected for name in names) and not any(
+            pattern.search(key) for pattern in self._ignored
+        )
+
+    def _is_packed(self, name: str) -> bool:
+        """Whether the tensor `name` of the model is not of floats, and is so on purpose.
+
+        Where a quantizer reads a checkpoint, any other parameter keeps the dtype that it is stored in.
+        """
+        weight = self._weights[name]
+        if weight.is_floating_point():
+            return False
+        path, _, leaf = name.rpartition(".")
+        module = self._model.get_submodule(path)
+        parameter = module._parameters.get(leaf)
+        is_plain = type(parameter) is nn.Parameter and type(parameter.data) is torch.Tensor
+        is_of_model = type(module).__module__.startswith(("torch.nn.", "transformers.models.")) or (
+            type(module).__module__ == type(self._model).__module__
+        )
+        return not (is_plain and is_of_model and (weight.itemsize == 1 or leaf in ("weight", "bias")))
 
 
 def _prefix(model: nn.Module, decoder: nn.Module) -> str:

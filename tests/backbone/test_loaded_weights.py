@@ -124,3 +124,43 @@ def test_a_method_of_quantization_that_transformers_ignores_is_an_error_that_nam
     config = saved(tmp_path, mlp_as(torch.float8_e4m3fn), quantization_config={"quant_method": "modelopt"})
     with pytest.raises(SourceError, match=r"quantized with 'modelopt' .*compressed-tensors, .*fp8"):
         check_model(config)
+
+
+INTEGERS = (
+    "model.layers.1.input_layernorm.weight",
+    "model.embed_tokens.weight",
+    "model.layers.0.self_attn.q_proj.bias",
+)
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_integers_that_would_be_read_as_floats_are_an_error_whatever_their_names(
+    quantized: bool, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    further: dict[str, object] = {"attention_bias": True}
+    if quantized:
+        further["quantization_config"] = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+
+    def change(weights: Weights) -> Weights:
+        biases = {f"model.layers.{i}.self_attn.{name}_proj.bias": torch.ones(16) for i in (0, 1) for name in "qkvo"}
+        size = {name: weights[name.replace("bias", "weight")].shape[0] for name in biases}
+        weights = weights | {name: bias[:1].repeat(size[name]) for name, bias in biases.items()}
+        scales = {name.replace("bias", "weight_scale_inv"): torch.ones(1, 1) for name in biases if quantized}
+        return weights | scales | {name: (weights[name] * 90).to(dtype) for name in INTEGERS}
+
+    config = saved(tmp_path, change, **further)
+    with pytest.raises(SourceError, match="3 of its weights are quantized") as caught:
+        load_backbone(config)
+    assert all(name in str(caught.value) for name in INTEGERS)
+
+
+def test_experts_that_are_not_numbered_from_zero_without_a_gap_are_an_error(tmp_path: Path) -> None:
+    case = next(case for case in CASES if case.name == "qwen3_moe")
+
+    def renumbered(weights: Weights) -> Weights:
+        return {re.sub(r"(layers\.1\..*experts\.)0\.", r"\g<1>27.", name): w for name, w in weights.items()}
+
+    config = saved(tmp_path, renumbered, case)
+    with pytest.raises(SourceError, match=r"layers\.1\.mlp\.experts\.0\.down_proj\.weight is missing, .*experts\.27\."):
+        load_backbone(config)

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from qk_sniffer.corpus.data_files import HUB, FormatError, open_bytes
+from qk_sniffer.corpus.values import Float16, Float32
 
 _BATCH_BYTES, _BATCH_ROWS = 1 << 24, 10_000
 _NAMES = {"halffloat": "float16", "float": "float32", "double": "float64"}
@@ -25,8 +26,7 @@ class ParquetReader:
     def kinds(self, file: str, wanted: Sequence[str]) -> dict[str, str]:
         """Returns the types of all columns."""
         with _opened(file) as parquet:
-            ids = _uuids(parquet)
-            return {each.name: "uuid" if each.name in ids else _name(each.type) for each in parquet.schema_arrow}
+            return _kinds(parquet)
 
     def count(self, file: str) -> int:
         """Returns the number of rows, which the file states."""
@@ -43,7 +43,7 @@ class ParquetReader:
             names = parquet.schema_arrow.names
             if absent := [column for column in columns if column not in names]:
                 raise FormatError(f"it has no column {absent[0]!r}; it has: {', '.join(names)}")
-            ids = _uuids(parquet)
+            kinds = _kinds(parquet)
             groups, skip = _groups(parquet.metadata, start)
             if not groups:
                 return
@@ -54,7 +54,7 @@ class ParquetReader:
                     continue
                 part = batch.slice(skip)
                 skip = 0
-                values = [_values(part.column(column), column in ids) for column in columns]
+                values = [_values(part.column(column), kinds[column]) for column in columns]
                 for row in zip(*values, strict=True):
                     yield dict(zip(columns, row, strict=True))
 
@@ -89,9 +89,19 @@ def _batch_rows(metadata: Any, columns: Sequence[str]) -> int:
     return max(1, min(_BATCH_ROWS, int(_BATCH_BYTES / most)))
 
 
-def _values(column: Any, is_uuid: bool) -> list[Any]:
+def _values(column: Any, kind: str) -> list[Any]:
     values: list[Any] = column.to_pylist()
-    return [uuid.UUID(bytes=value) if isinstance(value, bytes) else value for value in values] if is_uuid else values
+    if kind == "uuid":
+        return [uuid.UUID(bytes=value) if isinstance(value, bytes) else value for value in values]
+    if number := {"float16": Float16, "float32": Float32}.get(kind):
+        return [None if value is None else number(value) for value in values]
+    return values
+
+
+def _kinds(parquet: Any) -> dict[str, str]:
+    """Returns the types of all columns."""
+    ids = _uuids(parquet)
+    return {each.name: "uuid" if each.name in ids else _name(each.type) for each in parquet.schema_arrow}
 
 
 def _uuids(parquet: Any) -> set[str]:

@@ -3,6 +3,7 @@
 A value has the type that its file gives it. The cells of a CSV file have no types: each is text.
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from datetime import date, datetime
@@ -34,6 +35,14 @@ def id_of(value: Any, *, typed: bool) -> Any:
     if not typed and isinstance(value, str) and _CANONICAL.fullmatch(value):
         return int(value)
     return value
+
+
+class Float16(float):
+    """A number that a file holds as float16. Another file of the source may have the column in another type."""
+
+
+class Float32(float):
+    """A number that a file holds as float32."""
 
 
 class Filter:
@@ -81,8 +90,13 @@ class Filter:
 
 
 def _same_as(wanted: Any, kind: str, *, typed: bool) -> Callable[[Any], bool]:
-    if kind in ("float16", "float32") and (number := _number(wanted)) is not None:
-        wanted = getattr(np, kind)(number).item()
+    number = _number(wanted)
+    # A float without a class of its own is of the column's first type, or a float64 of a later file.
+    equal: dict[type, tuple[int | float | None, ...]] = {
+        float: (number, _rounded(number, kind)),
+        Float16: (_rounded(number, "float16"),),
+        Float32: (_rounded(number, "float32"),),
+    }
 
     def same(value: Any) -> bool:
         if value is None or wanted is None:
@@ -93,8 +107,10 @@ def _same_as(wanted: Any, kind: str, *, typed: bool) -> Callable[[Any], bool]:
             return value is _boolean(wanted)
         if isinstance(value, Decimal):
             return value == _decimal(wanted)
-        if isinstance(value, int | float):
-            return value == _number(wanted)
+        if isinstance(value, float):
+            return value in equal.get(type(value), equal[float])
+        if isinstance(value, int):
+            return value == number
         if isinstance(value, date):
             return value == _time(wanted, type_of=datetime if isinstance(value, datetime) else date)
         return str(value) == str(wanted)
@@ -138,6 +154,18 @@ def _number(wanted: Any) -> int | float | None:
         except ValueError:
             continue
     return None
+
+
+def _rounded(number: int | float | None, kind: str) -> int | float | None:
+    """Returns the number as a column of this type holds it, or the number itself if it has no place there."""
+    if number is None or kind not in ("float16", "float32"):
+        return number
+    try:
+        with np.errstate(over="ignore"):
+            rounded: float = getattr(np, kind)(number).item()
+    except OverflowError:
+        return number
+    return rounded if math.isfinite(rounded) else number
 
 
 def _decimal(wanted: Any) -> Decimal | None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -399,6 +400,19 @@ def test_a_filter_value_is_compared_in_the_columns_type(tmp_path: Path, streamin
             assert "".join(text for _, text in texts(corpus.examples())) == expected
         else:
             message(csv, filter={column: value}, streaming=streaming)
+
+
+@both_ways
+def test_a_filter_value_is_compared_in_the_type_of_each_file(tmp_path: Path, streaming: bool) -> None:
+    kinds = {"float16": pa.float16(), "float32": pa.float32(), "float64": pa.float64()}
+    for number, order in enumerate([["float32", "float64"], ["float64", "float32"], ["float16", "float32", "float64"]]):
+        for place, kind in enumerate(order):
+            values = pa.array(np.array([0.1, 0.2], kind), kinds[kind])
+            parquet(tmp_path / f"{number}" / f"{place}.parquet", {"text": ["a", "b"], "x": values})
+        corpus = opened(tmp_path / f"{number}", filter={"x": 0.1}, streaming=streaming)
+        assert texts(corpus.examples()) == [(2 * place, "a") for place in range(len(order))]
+        for huge in (1e39, 10**400):
+            message(tmp_path / f"{number}", filter={"x": huge}, streaming=streaming)
 
 
 @both_ways

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from qk_sniffer.backbone.adapter_files import Adapter
+from qk_sniffer.backbone.quantization import COMPUTED_IN
 from qk_sniffer.backbone.unloaded import unloaded
 from qk_sniffer.errors import ConfigError, QkSnifferError, SourceError
 from qk_sniffer.hub.revisions import is_hub_id
@@ -71,7 +72,7 @@ def check_adapter(adapter: Adapter, name: str, config: PretrainedConfig) -> None
             model = _injected(decoder, path, settings)
         except Exception:  # some initializations need weights; loading raises any other error again
             return
-    _refuse_other_shapes(adapter, model, mine)
+    _refuse_others(adapter, model, mine)
 
 
 def load_adapter(adapter: Adapter, decoder: nn.Module, *, merge: bool) -> None:
@@ -93,7 +94,7 @@ def load_adapter(adapter: Adapter, decoder: nn.Module, *, merge: bool) -> None:
     with _quiet():
         try:
             model = _injected(decoder, path, settings)
-            _refuse_other_shapes(adapter, model, mine)
+            _refuse_others(adapter, model, mine)
             _load_weights(adapter, model, mine)
         except QkSnifferError:
             raise
@@ -299,10 +300,26 @@ def _expected(model: Any) -> dict[str, torch.Tensor]:
     return {name: weight for name, weight in saved.items() if weight.is_floating_point() and weight.data_ptr() in held}
 
 
-def _refuse_other_shapes(adapter: Adapter, model: Any, weights: Mapping[str, torch.Tensor]) -> None:
+def _refuse_others(adapter: Adapter, model: Any, weights: Mapping[str, torch.Tensor]) -> None:
+    """Refuses weights that have another shape than in the model, or that are not stored in floats.
+
+    Raises:
+        SourceError: the file has some.
+    """
     from peft import get_peft_model_state_dict
 
     here = model.state_dict() | get_peft_model_state_dict(model, save_embedding_layers=False)
+    quantized = [
+        f"{_short(name)} ({str(weight.dtype).removeprefix('torch.')})"
+        for name, weight in sorted(weights.items())
+        if name in here and here[name].is_floating_point() and weight.dtype not in (*COMPUTED_IN, torch.float64)
+    ]
+    if quantized:
+        raise SourceError(
+            f"the adapter {adapter.name} has {len(quantized)} weights that are not stored in floats: "
+            f"{shortened(quantized, 5)}. Their numbers are not the weights, so nothing is captured; give model.adapter "
+            "the adapter as its training has saved it"
+        )
     bad = [
         f"{_short(name)} ({list(weight.shape)} in the adapter, {list(here[name].shape)} by the model)"
         for name, weight in sorted(weights.items())

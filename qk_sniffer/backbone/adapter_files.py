@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from qk_sniffer.config import ModelConfig
 from qk_sniffer.errors import ConfigError, SourceError
+from qk_sniffer.hub.lfs import refuse_pointers
 from qk_sniffer.hub.revisions import HubUnreachableError, hub_file, is_hub_id
 from qk_sniffer.store import stored
 from qk_sniffer.store.stored import Text
@@ -124,6 +125,8 @@ def _found(config: ModelConfig, commit: str | None) -> Adapter:
     name = str(config.adapter)
     if importlib.util.find_spec("peft") is None:
         raise ConfigError([f"model.adapter={name} needs the package peft: run pip install peft"])
+    if Path(name).is_dir():
+        refuse_pointers(Path(name), SETTINGS, WEIGHTS if Path(name, WEIGHTS).is_file() else PICKLE)
     try:
         settings = _file(name, SETTINGS, commit)
         weights = None if settings is None else _file(name, WEIGHTS, commit)

@@ -4,15 +4,18 @@ import json
 import re
 import struct
 from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from transformers import PretrainedConfig
 from transformers.utils.hub import cached_file
 
 from qk_sniffer.config import AUTO, DTYPES
 from qk_sniffer.errors import ConfigError, SourceError
+from qk_sniffer.hub.lfs import refuse_pointer
 from qk_sniffer.text import shortened
 
 _WEIGHTS = "model.safetensors"
@@ -23,6 +26,9 @@ _VARIANT = r"model\.([\w-]+?)(?:-\d+-of-\d+)?\.safetensors|model\.safetensors\.i
 
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """The dtypes of safetensors whose numbers are the values of weights, with their names in torch."""
+
+_CANDIDATES = (_WEIGHTS, _WEIGHTS + _INDEX, _PICKLE, _PICKLE + _INDEX)
+"""The files that transformers tries, in its order."""
 
 _LONGEST_HEADER = 2**30
 
@@ -50,6 +56,16 @@ def _pickled_dtypes(path: Path) -> dict[str, str]:
         return {}
     names = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()}
     return {name: dtype.replace("float", "f").replace("int", "i").upper() for name, dtype in names.items()}
+
+
+def stored_bytes(path: Path, name: str) -> tuple[str, list[int], bytes]:
+    """Returns the dtype, shape and bytes of the tensor `name` of a file of weights."""
+    if path.suffix == ".safetensors":
+        with safe_open(path, "pt") as file:
+            tensor: torch.Tensor = file.get_tensor(name)
+    else:
+        tensor = torch.load(path, map_location="cpu", weights_only=True)[name]
+    return str(tensor.dtype), list(tensor.shape), tensor.flatten().view(torch.uint8).numpy().tobytes()
 
 
 def first_float(dtypes: Mapping[str, str]) -> str | None:
@@ -101,7 +117,7 @@ def weight_files(source: Mapping[str, Any], explicit: str | None = None) -> list
         )
         return None if found is None else Path(found)
 
-    for candidate in (explicit,) if explicit else (_WEIGHTS, _WEIGHTS + _INDEX, _PICKLE, _PICKLE + _INDEX):
+    for candidate in (explicit,) if explicit else _CANDIDATES:
         path = find(candidate)
         if path is not None and candidate.endswith(_INDEX):
             return [shard for file in _shards(path.read_bytes()) if (shard := find(file)) is not None]
@@ -131,9 +147,19 @@ def config_problem(folder: Path) -> str | None:
 def check_folder(folder: Path, explicit: str | None, *, allow_pickle: bool) -> None:
     """Checks that the checkpoint in `folder` has weights that can be loaded, as far as the names of its files tell.
 
+    Files that are not loaded may be pointers of Git LFS.
+
     Raises:
-        SourceError: names what is missing or what is there, and the way out.
+        SourceError: names what is missing, what is there, or a file that Git LFS has not fetched, and the way out.
     """
+    for file in (folder / name for name in ((explicit,) if explicit else _CANDIDATES)):
+        if file.is_file():
+            refuse_pointer(file)
+            break
+    # A broken index is left to its reader.
+    with suppress(AttributeError, KeyError, TypeError, ValueError):
+        for file in weight_files({"pretrained_model_name_or_path": str(folder)}, explicit):
+            refuse_pointer(file)
     names = {path.relative_to(folder).as_posix() for pattern in ("*", "*/*") for path in folder.glob(pattern)}
     if explicit is not None and explicit in names:
         return

@@ -1,21 +1,27 @@
 """Compares the weights that transformers has read from a checkpoint with those of the decoder."""
 
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from qk_sniffer.backbone.checkpoint_weights import FLOATS
+from qk_sniffer.backbone import experts
+from qk_sniffer.backbone.checkpoint_weights import FLOATS, stored_bytes
 from qk_sniffer.backbone.family import Family
 from qk_sniffer.backbone.quantization import UNREADABLE
 from qk_sniffer.errors import SourceError
 from qk_sniffer.text import shortened
 
-_COMPUTED = r"(^|\.)rotary[^.]*\.|(inv_freq|cos_cached|sin_cached|position_ids|token_type_ids|_float_tensor|version)$"
+_COMPUTED = (
+    r"(^|\.)rotary[^.]*\.(?!.*(weight|bias)$)"
+    r"|(inv_freq|cos_cached|sin_cached|position_ids|token_type_ids|_float_tensor|version)$"
+)
 """Matches tensors of older checkpoints that a model computes itself."""
 
 _MASKS = ("bias", "masked_bias", "causal_mask", "mask", "tril")
@@ -24,7 +30,7 @@ _MASKS = ("bias", "masked_bias", "causal_mask", "mask", "tril")
 _QUANTIZED = r"scales?(_inv|_2)?$|(packed|qweight|qzeros|g_idx|zero_point|absmax|quant_map|SCB|blocks)$|quant_state"
 """Matches the parts of quantized weights."""
 
-_EMBEDDINGS = r"^(?!mtp|nextn).*(emb|wpe$|project_in$)"
+_EMBEDDINGS = r"^(?!mtp|nextn).*(emb|wpe$|project_in$)|^(pre|input)_?(layer_?)?norm"
 """Matches the modules between the token ids and the first layer, and not those of multi-token prediction."""
 
 _WHOLE_LAYER = r"layers\\?\.\d+(\\?\.)?(\.\*)?$"
@@ -39,8 +45,23 @@ The others are masks, positions and tables.
 _OTHER_SCALE = r"(input|output|act|activation|\b[qkv])_scale"
 """Matches the names of scales of activations, which are not those of weights."""
 
-_EXPERT = r"(.*\bexperts)\.(\d+)\.(.*)"
-"""Matches the names of the weights of experts that are stored one by one."""
+
+class UnconvertedError(Exception):
+    """transformers could not make weights of a model from those of its checkpoint."""
+
+    def __init__(self, names: Collection[str]) -> None:
+        super().__init__(f"conversion of {shortened(sorted(names), 3)}")
+        self.names = sorted(names)
+
+    def explained(self, name: str, stored: Collection[str]) -> SourceError:
+        """Returns the error for the user of the checkpoint `name`, whose files have the `stored` names."""
+        lacking = experts.missing(stored)
+        reason = f"it lacks {shortened(lacking, 3)}" if lacking else "their parts are missing or of another shape"
+        return SourceError(
+            f"model {name}: transformers cannot make {len(self.names)} weights of the model from those of its "
+            f"checkpoint ({shortened(self.names, 3)}): {reason}. Check that the checkpoint is complete and that "
+            "model.config_overrides does not change its shapes"
+        )
 
 
 @contextmanager
@@ -49,7 +70,11 @@ def ignored_layers_reported() -> Iterator[None]:
 
     Such a class ignores the layers for multi-token prediction, by the number that they have in the models of its
     authors. In a deeper model, that number may be one of a layer of the decoder.
+
+    Raises:
+        UnconvertedError: transformers has weights that it cannot convert. Its own error names none of them.
     """
+    unconverted: set[str] = set()
     original: Callable[[PreTrainedModel, Any], None] = PreTrainedModel._adjust_missing_and_unexpected_keys
 
     def adjust(self: PreTrainedModel, loading_info: Any) -> None:
@@ -59,10 +84,15 @@ def ignored_layers_reported() -> Iterator[None]:
             original(self, loading_info)
         finally:
             self._keys_to_ignore_on_load_unexpected = patterns
+        unconverted.update(loading_info.conversion_errors)
 
     PreTrainedModel._adjust_missing_and_unexpected_keys = adjust  # type: ignore
     try:
         yield
+    except RuntimeError as error:
+        if unconverted:
+            raise UnconvertedError(unconverted) from error
+        raise
     finally:
         PreTrainedModel._adjust_missing_and_unexpected_keys = original  # type: ignore
 
@@ -97,7 +127,7 @@ def refuse_incomplete(
     _refuse_dropped(name, model, decoder, family, info, multimodal=multimodal)
     names = _Names(model, family, info, multimodal=multimodal)
     _refuse_unscaled(name, names, dtypes, quantized=quantized)
-    _refuse_renumbered_experts(name, names, dtypes)
+    _refuse_renumbered(name, names, dtypes)
 
 
 def _refuse_missing(name: str, model: nn.Module, decoder: nn.Module, family: Family, info: Mapping[str, Any]) -> None:
@@ -179,12 +209,15 @@ class _Kept:
             return False
         # A layer that was left out has no module. An expert that was left out has none either, but is inside a layer.
         is_stack = isinstance(module, nn.ModuleList) and not any(part.isdigit() for part in owner.split("."))
-        return not is_stack
+        number = inner.removeprefix(f"{owner}.").partition(".")[0]
+        return not (is_stack and number.isdigit())
 
     def lacks_embedding(self, key: str, base: str) -> bool:
-        """Whether `key`, stored with the prefix `base` of the decoder, is of a module between token ids and layers."""
+        """Whether `key`, stored with the prefix `base` of the decoder, is of what is between token ids and layers."""
         first, _, rest = key.removeprefix(base).partition(".")
-        is_lacking = key.startswith(base) and bool(rest) and first not in self.modules
+        if key.startswith(base) and not rest:
+            return first.endswith("_scale") and "logit" not in first
+        is_lacking = key.startswith(base) and first not in self.modules
         return is_lacking and re.search(_EMBEDDINGS, first) is not None and not re.search(_COMPUTED, key)
 
 
@@ -212,27 +245,49 @@ def _refuse_unscaled(name: str, names: "_Names", dtypes: Mapping[str, str], *, q
         )
 
 
-def _refuse_renumbered_experts(name: str, names: "_Names", stored: Collection[str]) -> None:
-    """Refuses experts that are not numbered from zero without a gap.
-
-    transformers stacks the experts of a layer in the order of their numbers, so that each would get the number of
-    another one.
-    """
-    numbers: dict[tuple[str, str], set[int]] = {}
-    for key in stored:
-        if (match := re.fullmatch(_EXPERT, key)) and names.is_read(key):
-            numbers.setdefault((match[1], match[3]), set()).add(int(match[2]))
-    wrong = {
-        f"{path}.{min(set(range(len(found))) - found)}.{leaf} is missing, {path}.{max(found)}.{leaf} is there"
-        for (path, leaf), found in numbers.items()
-        if found != set(range(len(found)))
-    }
-    if wrong:
+def _refuse_renumbered(name: str, names: "_Names", stored: Collection[str]) -> None:
+    """Refuses experts that are not numbered from zero without a gap."""
+    if wrong := experts.renumbered(filter(names.is_read, stored)):
         raise SourceError(
             f"model {name}: the experts of its checkpoint are not numbered from 0 without a gap: "
-            f"{shortened(sorted(wrong), 2)}. Each would be read as another one, so nothing is captured; check that the "
+            f"{shortened(wrong, 2)}. Each would be read as another one, so nothing is captured; check that the "
             "checkpoint is complete"
         )
+
+
+def refuse_contradictions(name: str, base: str, stored: Mapping[Path, Collection[str]]) -> None:
+    """Refuses a checkpoint that has a tensor twice, with other values.
+
+    Args:
+        name: of the checkpoint.
+        base: the prefix that a name in the checkpoint may lack.
+        stored: the names of the tensors by the file that they are in.
+
+    Raises:
+        SourceError: names both, with their files.
+    """
+    places: dict[str, list[tuple[Path, str]]] = {}
+    for path, keys in stored.items():
+        for key in keys:
+            places.setdefault(key.removeprefix(f"{base}.") if base else key, []).append((path, key))
+    for (path, key), *others in (found for found in places.values() if len(found) > 1):
+        for other_path, other in others:
+            if stored_bytes(path, key) != stored_bytes(other_path, other):
+                raise SourceError(
+                    f"model {name} has a weight twice, with different values: {key} in {path.name} and {other} in "
+                    f"{other_path.name}. Only one of them would be read, so nothing is captured; remove the wrong one, "
+                    "or download the model again (hf download)"
+                )
+
+
+def decoder_float(
+    model: Any, family: Family, info: Mapping[str, Any], dtypes: Mapping[str, str], *, multimodal: bool
+) -> str | None:
+    """Returns the dtype in which most tensors of the decoder are stored; None if none is stored in floats."""
+    names = _Names(model, family, info, multimodal=multimodal)
+    mine = {key: dtype for key, dtype in dtypes.items() if dtype in FLOATS and names.lands_on_floats(key)}
+    counted = Counter(FLOATS[dtype] for dtype in (mine or dtypes).values() if dtype in FLOATS)
+    return counted.most_common(1)[0][0] if counted else None
 
 
 class _Names:

@@ -30,7 +30,13 @@ from qk_sniffer.backbone.checkpoint_weights import (
 from qk_sniffer.backbone.config_overrides import with_overrides
 from qk_sniffer.backbone.family import Family, find_family, imported_family
 from qk_sniffer.backbone.gguf import check_gguf, gguf_source, refuse_lost, stored_in_gguf
-from qk_sniffer.backbone.loaded_weights import ignored_layers_reported, refuse_incomplete
+from qk_sniffer.backbone.loaded_weights import (
+    UnconvertedError,
+    decoder_float,
+    ignored_layers_reported,
+    refuse_contradictions,
+    refuse_incomplete,
+)
 from qk_sniffer.backbone.quantization import (
     StoredWeights,
     check_quantizer,
@@ -42,7 +48,7 @@ from qk_sniffer.backbone.wrapper import is_wrapper, load_decoder, model_class, w
 from qk_sniffer.config import AUTO, ModelConfig
 from qk_sniffer.errors import QkSnifferError, SourceError
 from qk_sniffer.hub.endpoint import announce
-from qk_sniffer.hub.lfs import refuse_pointers_of_weights
+from qk_sniffer.hub.lfs import refuse_pointers_of_model
 from qk_sniffer.hub.revisions import is_hub_id, repository_files
 
 T = TypeVar("T")
@@ -107,7 +113,7 @@ def _cached_first(config: ModelConfig, commit: str | None, load: Callable[[dict[
     if config.gguf_file is not None:
         check_gguf(config)
     if folder.is_dir():
-        refuse_pointers_of_weights(folder, config.gguf_file)
+        refuse_pointers_of_model(folder, config.gguf_file)
         return load(source)
     source["revision"] = commit or config.revision
     try:
@@ -221,6 +227,34 @@ def _loaded(
     if config.gguf_file is not None:
         # Without this, a quantized file may stay packed and run on its own kernels, those of attention included.
         arguments["quantization_config"] = GgufConfig(dequantize=True)
+    try:
+        model, info = _from_pretrained(config, found, layers, arguments)
+    except UnconvertedError as error:
+        raise error.explained(str(config.name), stored_dtypes(_files(config, found))) from error
+    # The files of a repository are known only now.
+    by_file = {path: stored_dtypes([path]) for path in _files(config, found)}
+    dtypes = {key: dtype for one in by_file.values() for key, dtype in one.items()}
+    multimodal = found.wrapper is not None or "key_mapping" in found.source
+    refuse_contradictions(str(config.name), model.base_model_prefix, by_file)
+    refuse_incomplete(
+        str(config.name),
+        model,
+        found.family,
+        info,
+        dtypes,
+        multimodal=multimodal,
+        quantized=stored.quantization is not None,
+    )
+    own = decoder_float(model, found.family, info, dtypes, multimodal=multimodal)
+    if own is not None and (stored.quantization is None or stored.dtype is None):
+        stored = replace(stored, dtype=own)  # config.json may name another
+    return model, found.family, stored
+
+
+def _from_pretrained(
+    config: ModelConfig, found: _Model, layers: Collection[int] | None, arguments: dict[str, Any]
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Loads a model with the `arguments` of from_pretrained; returns it and transformers' loading info."""
     cut = nullcontext() if layers is None else cut_after(layers, found.family)
     with base_alone(), ignored_layers_reported(), cut:
         loaded: Any = None
@@ -234,19 +268,12 @@ def _loaded(
                 config=found.text, attn_implementation=config.attn_implementation, **arguments
             )
         model, info = loaded
-    files = () if config.gguf_file is not None else weight_files(found.source, found.explicit)
-    dtypes = stored_dtypes(files)
-    refuse_incomplete(
-        str(config.name),
-        model,
-        found.family,
-        info,
-        dtypes,
-        multimodal=found.wrapper is not None or "key_mapping" in found.source,
-        quantized=stored.quantization is not None,
-    )
-    # A repository's files are known only now.
-    return model, found.family, replace(stored, dtype=stored.dtype or first_float(dtypes))
+    return model, info
+
+
+def _files(config: ModelConfig, found: _Model) -> list[Path]:
+    """Returns the files of weights whose headers are compared with the loaded model."""
+    return [] if config.gguf_file is not None else weight_files(found.source, found.explicit)
 
 
 def _stored(config: ModelConfig, found: _Model) -> StoredWeights:

@@ -1,6 +1,5 @@
 """Recognizes the small files that Git leaves in place of large ones that it has not fetched (Git LFS)."""
 
-import glob
 import re
 from pathlib import Path
 
@@ -32,25 +31,27 @@ def refuse_pointers(folder: Path, *patterns: str) -> None:
         SourceError: a file is one.
     """
     for file in (file for pattern in patterns for file in sorted(folder.glob(pattern))):
-        try:
-            if file.stat().st_size >= HEAD_BYTES:
-                continue
-            problem = pointer_problem(file.read_bytes())
-        except OSError:
-            continue
-        if problem:
-            raise SourceError(f"{file} cannot be loaded: {problem}")
+        refuse_pointer(file)
 
 
-def refuse_pointers_of_weights(folder: Path, gguf_file: str | None) -> None:
-    """Checks that the weights that a checkpoint is loaded from are no pointers of Git LFS.
+def refuse_pointer(file: Path) -> None:
+    """Checks that a file is no pointer of Git LFS. One that cannot be read is left to its reader.
 
     Raises:
-        SourceError: a file is one.
+        SourceError: it is one.
     """
-    if gguf_file is not None:
-        refuse_pointers(folder, glob.escape(gguf_file))
-    elif any(folder.glob("*.safetensors")):  # other formats of the same weights are not loaded
-        refuse_pointers(folder, "*.safetensors", "config.json")
-    else:
-        refuse_pointers(folder, "*.bin", "config.json")
+    try:
+        problem = pointer_problem(file.read_bytes()) if file.stat().st_size < HEAD_BYTES else None
+    except OSError:
+        return
+    if problem:
+        raise SourceError(f"{file} cannot be loaded: {problem}")
+
+
+def refuse_pointers_of_model(folder: Path, gguf_file: str | None) -> None:
+    """Checks that neither the config of a checkpoint nor its GGUF file, if it is loaded from one, is a pointer.
+
+    Raises:
+        SourceError: it is one.
+    """
+    refuse_pointer(folder / ("config.json" if gguf_file is None else gguf_file))

@@ -219,6 +219,22 @@ def test_weights_that_match_no_module_are_an_error_that_names_them(model: ModelC
     assert "has no weights of the modules of this decoder, such as base_model.model.model.blocks.0" in error(model)
 
 
+def test_weights_that_are_not_floats_are_an_error_that_names_them(model: ModelConfig, adapter: Path) -> None:
+    def change(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        first = min(name for name in weights if "lora_A" in name)
+        return weights | {first: (weights[first] * 100).to(torch.int8)}
+
+    change_weights(adapter, change)
+    with pytest.raises(SourceError, match=r"has 1 weights that are not stored in floats: \S+ \(int8\)\."):
+        load_backbone(model)
+
+
+def test_an_adapter_that_git_lfs_has_not_fetched_is_named(model: ModelConfig, adapter: Path) -> None:
+    pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 4096\n"
+    (adapter / "adapter_model.safetensors").write_text(pointer)
+    assert "adapter_model.safetensors cannot be loaded: it is a Git LFS pointer" in error(model)
+
+
 def test_weights_that_an_adapter_lacks_are_an_error_that_names_them(model: ModelConfig, adapter: Path) -> None:
     name = "layers.1.self_attn.k_proj.lora_B.weight"
     change_weights(adapter, lambda weights: {key: weights[key] for key in weights if not key.endswith(name)})

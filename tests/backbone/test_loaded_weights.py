@@ -48,6 +48,10 @@ def saved(folder: Path, change: Callable[[Weights], Weights], case: Case = LLAMA
         "model.embed_tokens.weight_scale",
         "model.embed_norm.weight",
         "model.norm.bias",
+        "model.input_scale",
+        "model.pre_norm.weight",
+        "model.layers.x.down_proj.weight",
+        "model.layers.1.self_attn.rotary_scale.weight",
     ],
 )
 def test_a_further_weight_of_what_is_kept_is_an_error_that_names_it(name: str, tmp_path: Path) -> None:
@@ -164,3 +168,30 @@ def test_experts_that_are_not_numbered_from_zero_without_a_gap_are_an_error(tmp_
     config = saved(tmp_path, renumbered, case)
     with pytest.raises(SourceError, match=r"layers\.1\.mlp\.experts\.0\.down_proj\.weight is missing, .*experts\.27\."):
         load_backbone(config)
+
+
+def test_an_expert_that_is_missing_is_named(tmp_path: Path) -> None:
+    case = next(case for case in CASES if case.name == "qwen3_moe")
+    name = "model.layers.1.mlp.experts.2.up_proj.weight"
+    config = saved(tmp_path, lambda weights: {key: w for key, w in weights.items() if key != name}, case)
+    with pytest.raises(
+        SourceError, match=rf"cannot make 1 weights .*gate_up_proj.*: it lacks {re.escape(name)}\. Check"
+    ):
+        load_backbone(config)
+
+
+def test_a_weight_that_is_stored_twice_with_other_values_is_an_error_that_names_both(tmp_path: Path) -> None:
+    name = "model.layers.1.self_attn.q_proj.weight"
+    one, other = tmp_path / "model-1.safetensors", tmp_path / "model-2.safetensors"
+    config = saved(tmp_path, lambda weights: weights)
+    weights = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").rename(one)
+    for second in (name, name.removeprefix("model.")):
+        shards = dict.fromkeys(weights, one.name) | {second: other.name}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": shards}))
+        save_file({second: weights[name]}, other, metadata={"format": "pt"})
+        load_backbone(config)
+        save_file({second: weights[name] + 1}, other, metadata={"format": "pt"})
+        message = rf"twice, with different values: {name} in {one.name} and {second} in {other.name}\."
+        with pytest.raises(SourceError, match=message):
+            load_backbone(config)

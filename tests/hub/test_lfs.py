@@ -1,5 +1,6 @@
 """Tests that files which Git LFS has not fetched are named, and that only those which would be loaded matter."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -20,11 +21,23 @@ def model(checkpoint: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "name", ["model.safetensors", "model-00002-of-00002.safetensors", "config.json", "pytorch_model.bin"]
+    "name",
+    [
+        "model.safetensors",
+        "model-00002-of-00002.safetensors",
+        "model-parts/2.safetensors",
+        "config.json",
+        "pytorch_model.bin",
+    ],
 )
 def test_weights_that_were_not_fetched_are_named(model: Path, name: str) -> None:
     if name.endswith(".bin"):
         (model / "model.safetensors").unlink()
+    if name.startswith("model-"):
+        (model / "model.safetensors").rename(model / "model-00001-of-00002.safetensors")
+        weights = {"a": "model-00001-of-00002.safetensors", "b": name}
+        (model / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weights}))
+    (model / name).parent.mkdir(exist_ok=True)
     (model / name).write_text(POINTER)
     with pytest.raises(
         SourceError, match=rf"{name} cannot be loaded: it is a Git LFS pointer to a file of 4,096,000 .*pull"
@@ -46,7 +59,7 @@ def test_a_tokenizer_that_was_not_fetched_is_named(model: Path, name: str) -> No
 
 
 def test_files_that_are_not_loaded_may_be_pointers(model: Path) -> None:
-    for name in ("pytorch_model.bin", "model.onnx", "q4.gguf"):
+    for name in ("pytorch_model.bin", "model.onnx", "q4.gguf", "consolidated.safetensors"):
         (model / name).write_text(POINTER)
     check_model(ModelConfig(name=str(model)))
     (model / "model.safetensors").write_text(POINTER)

@@ -31,6 +31,8 @@ class CsvReader:
             "delimiter": options.get("sep", ","),
             **{key: options[key] for key in self.options & set(options) - {"sep", "header", "names", "encoding"}},
         }
+        if self._dialect.get("quoting") != csv.QUOTE_NONE:  # the others tell how to write, or make floats of cells
+            self._dialect["quoting"] = csv.QUOTE_MINIMAL
 
     def kinds(self, file: str, wanted: Sequence[str]) -> dict[str, str]:
         """Returns the columns, all of text."""

@@ -4,6 +4,7 @@ A pointer of Git LFS and a text in UTF-16 are refused as what they are. Read as 
 """
 
 import io
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,13 @@ COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
 ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.xz", ".tar.bz2", ".7z", ".rar", ".lz4")
 """The suffixes of files that the library `datasets` alone unpacks."""
 
-_MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bz2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+_MAGIC = {
+    rb"\x1f\x8b": "gzip",
+    rb"BZh[1-9](1AY&SY|\x17rE8P\x90)": "bz2",  # a text may begin with its first four bytes
+    rb"\xfd7zXZ\0": "xz",
+    rb"\x28\xb5\x2f\xfd": "zstd",
+}
+"""The patterns of the first bytes of compressed files."""
 
 
 _ZSTD_CHUNK = 1 << 14
@@ -107,7 +114,7 @@ def _compression(file: str, head: bytes) -> str | None:
     for suffix, method in COMPRESSED.items():
         if file.lower().endswith(suffix):
             return method
-    return next((method for magic, method in _MAGIC.items() if head.startswith(magic)), None)
+    return next((method for magic, method in _MAGIC.items() if re.match(magic, head)), None)
 
 
 class _Frames(io.RawIOBase):

@@ -200,27 +200,28 @@ class Corpus:
         rows, most, filter = self._source.rows, self._config.max_samples, self._filter()
         if self._config.filter:
             columns: list[str] = [*self._config.filter, *([] if rows.has_schema else [self._config.text_column])]
-            passed = (index for index, row in enumerate(self._checked(columns)) if filter.accepts(row))
-            used: Sequence[int] = list(islice(passed, most))
+            used: Sequence[int] = list(islice(self._checked(columns, filter), most))
         elif rows.has_schema:
             used = range(rows.count(most))
         else:
-            used = range(sum(1 for _ in islice(self._checked([self._config.text_column]), most)))
+            used = range(sum(1 for _ in islice(self._checked([self._config.text_column], filter), most)))
         if not used:
             raise self._no_rows(filter)
         return used
 
-    def _checked(self, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-        """Yields these columns of all rows. Checks that texts are text, which no schema says."""
+    def _checked(self, columns: Sequence[str], filter: Filter) -> Iterator[int]:
+        """Yields the indices of the rows that pass the filter. Checks that texts are text, which no schema says."""
         for index, row in enumerate(self._source.rows.read(columns)):
-            if self._config.text_column in row:
-                self._has_text(index, row)
-            yield row
+            if filter.accepts(row):
+                if self._config.text_column in row:
+                    self._has_text(index, row)
+                yield index
 
     def _filter(self) -> Filter:
         filter = Filter(self._config.filter, self._kinds, typed=self._source.rows.typed)
-        if self._source.rows.has_schema and filter.impossible:
-            for row in islice(self._source.rows.read([*self._config.filter]), _SHOWN_ROWS):
+        rows = self._source.rows
+        if rows.has_schema and filter.is_impossible(self._kinds) and all(map(filter.is_impossible, rows.all_kinds())):
+            for row in islice(rows.read([*self._config.filter]), _SHOWN_ROWS):
                 filter.accepts(row)
             raise self._no_rows(filter)
         return filter
@@ -308,10 +309,15 @@ class Corpus:
         config, types = self._config, self._kinds
         has = f"It has: {', '.join(f'{column} ({kind})' for column, kind in types.items())}"
         wanted = {"dataset.text_column": config.text_column, "dataset.id_column": config.id_column}
+        # A stream without types is not read to its end for a column.
+        may_come = config.streaming and not self._source.rows.has_schema
+        start = " in its first rows, the only ones that dataset.streaming=true looks at" if may_come else ""
         wanted |= {f"dataset.filter.{column}": column for column in config.filter}
         for key, column in wanted.items():
             if column is not None and column not in types:
-                raise SourceError(f"{self._source.name} has no column {column!r}. Set {key} to one that it has. {has}")
+                raise SourceError(
+                    f"{self._source.name} has no column {column!r}{start}. Set {key} to one that it has. {has}"
+                )
         kind = types[config.text_column]
         if kind not in ("string", "large_string", "unknown"):
             raise SourceError(

@@ -82,6 +82,8 @@ def _is_whole(line: str) -> bool:
         json.loads(line)
     except json.JSONDecodeError as error:
         return error.pos < len(line.rstrip()) and not error.msg.startswith("Extra data")
+    except (ValueError, RecursionError):  # a number of too many digits, or lists too deep: the reader names the line
+        return True
     return True
 
 

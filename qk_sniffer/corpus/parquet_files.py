@@ -37,10 +37,12 @@ class ParquetReader:
         """Yields the rows from number `start` on.
 
         Raises:
-            FormatError: the file has no such column.
+            FormatError: the file has no such column, or several.
         """
         with _opened(file) as parquet:
             names = parquet.schema_arrow.names
+            if several := [column for column in columns if names.count(column) > 1]:
+                raise FormatError(f"it has several columns {several[0]!r}; it has: {', '.join(names)}")
             if absent := [column for column in columns if column not in names]:
                 raise FormatError(f"it has no column {absent[0]!r}; it has: {', '.join(names)}")
             kinds = _kinds(parquet)
@@ -118,6 +120,8 @@ def _name(kind: Any) -> str:
         return _name(kind.value_type)
     if isinstance(kind, pa.BaseExtensionType):
         return _name(kind.storage_type)
+    if pa.types.is_null(kind):
+        return "unknown"
     text = str(kind)
     if text in _STRINGS:
         return "string"

@@ -36,6 +36,9 @@ class Rows(Protocol):
         Without a schema, the type is that of the first values, and `unknown` for a column that is null there.
         """
 
+    def all_kinds(self) -> Iterator[dict[str, str]]:
+        """Yields the columns and types of each file."""
+
     def count(self, most: int | None = None) -> int:
         """Returns the number of rows, or `most` if there are more."""
 
@@ -111,7 +114,11 @@ class FileRows:
         return self.reader.has_schema
 
     def kinds(self, wanted: Sequence[str]) -> dict[str, str]:
-        """Returns the columns of the first file that has any; in files without a schema, it looks for wanted ones."""
+        """Returns the columns of the first file that has any.
+
+        Looks in later files for wanted columns: for those that files without a schema lack, and for the types of those
+        that are null throughout a file.
+        """
         kinds: dict[str, str] = {}
         for file in (file for part in self.parts for file in part.files):
             missing = [column for column in wanted if column not in kinds] if self.may_scan else []
@@ -120,11 +127,21 @@ class FileRows:
             for column, kind in found.items():
                 if kinds.get(column, "unknown") == "unknown":
                     kinds[column] = kind
-            if kinds and (self.has_schema or set(missing) <= set(kinds)):
+            if kinds and not self.has_schema and set(missing) <= set(kinds):
+                break
+            if kinds and self.has_schema and all(kinds.get(column) != "unknown" for column in wanted):
                 break
         if not kinds:
             raise no_rows(self.where)
         return kinds
+
+    def all_kinds(self) -> Iterator[dict[str, str]]:
+        """Yields the columns and types of each file that has any."""
+        for file in (file for part in self.parts for file in part.files):
+            with self._explaining(file):
+                kinds = self.reader.kinds(file, [])
+            if kinds:
+                yield kinds
 
     def count(self, most: int | None = None) -> int:
         """Returns the number of rows. Reads files that do not state it."""
@@ -235,6 +252,10 @@ class LibraryRows:
         names = {str: "string", type(None): "unknown"}
         return {column: names.get(type(value), type(value).__name__) for column, value in first.items()}
 
+    def all_kinds(self) -> Iterator[dict[str, str]]:
+        """Yields the columns and types of all rows."""
+        yield self.kinds([])
+
     def count(self, most: int | None = None) -> int:
         """Returns the number of rows of a `Dataset`."""
         return len(self._rows) if most is None else min(len(self._rows), most)
@@ -266,6 +287,10 @@ class ListRows:
     def kinds(self, wanted: Sequence[str]) -> dict[str, str]:
         """Returns all columns, which are of text."""
         return dict.fromkeys(self._rows[0], "string")
+
+    def all_kinds(self) -> Iterator[dict[str, str]]:
+        """Yields the columns and types of all rows."""
+        yield self.kinds([])
 
     def count(self, most: int | None = None) -> int:
         """Returns the number of rows."""

@@ -48,6 +48,10 @@ class Source:
     """The commit of a Hub repository; None for other sources."""
 
 
+_KNOWN_VALUES: dict[str, tuple[Any, ...]] = {"header": (0, "infer", None), "sample_by": ("document",)}
+"""The values of options of `datasets` that the readers know, where they do not know all."""
+
+
 def open_source(config: DatasetConfig, commit: str | None = None) -> Source:
     """Opens the rows of `config.split`.
 
@@ -263,7 +267,9 @@ def _format_of(where: str, builder: Any) -> tuple[str | None, dict[str, Any]]:
         if each.name not in neutral and (value := getattr(builder.config, each.name)) != getattr(usual, each.name)
     }
     is_packed = any(file.lower().endswith(ARCHIVES) for files in _files_of(builder).values() for file in files)
-    if set(options) <= FORMATS[name].options and len(str(options.get("sep", ","))) == 1 and not is_packed:
+    is_known = all(options[key] in known for key, known in _KNOWN_VALUES.items() if key in options)
+    is_known &= set(options) <= FORMATS[name].options and len(str(options.get("sep", ","))) == 1
+    if is_known and not is_packed:
         return name, options
     why = "in an archive" if is_packed else f"with the options {', '.join(sorted(options))}"
     log.warning(

@@ -59,10 +59,9 @@ class Filter:
         self._met: dict[str, dict[str, None]] = {column: {} for column in wanted}
         self._matched: set[str] = set()
 
-    @property
-    def impossible(self) -> bool:
-        """Whether no value of a column's type can be equal to the value that is wanted there."""
-        return any(not _is_possible(value, self._kinds[column]) for column, value in self._wanted.items())
+    def is_impossible(self, kinds: Mapping[str, str]) -> bool:
+        """Whether a column is of a type of which no value can be equal to the value that is wanted there."""
+        return any(not _is_possible(value, kinds.get(column, "unknown")) for column, value in self._wanted.items())
 
     def accepts(self, row: Mapping[str, Any]) -> bool:
         """Whether a row has all values."""

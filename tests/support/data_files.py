@@ -65,6 +65,12 @@ def write(path: Path, content: bytes | str) -> Path:
     return path
 
 
+def write_parquet(path: Path, columns: dict[str, Any], **options: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), path, **options)
+    return path
+
+
 def opened(path: Path | str, **options: Any) -> Corpus:
     return open_corpus(DatasetConfig(path=str(path), **options))
 

@@ -3,17 +3,27 @@
 The other path is a plain forward pass of the unmodified model over one example, with the user's own attention kernel:
 no tap, no batch, and no bands up to `MAX_TOKENS` tokens. Hooks on the query and key projections (or the norms behind
 them) give the vectors before RoPE. The model's own rotary function rotates them with the model's own embedding. A
-family defines any further steps of its attention. Stored rows that differ by more than rounding were captured wrongly.
+family defines any further steps of its attention. If stored rows differ from the derived ones by more than rounding,
+one of the two paths is wrong, and the proof fails. Rows that are not compared are not proven.
 
-The measure is taken over all rows of one head and example, with Frobenius norms:
+Two measures are taken of each head and example. The first one is over all its compared rows, with Frobenius norms:
 
     max(0, (||stored - derived|| - eps ||derived||) / max(||derived - mean||, sqrt(rows) spread / 2))
+
+The second one is the largest over its rows, with the norms of one row each:
+
+    max(0, (||stored - derived|| - eps ||derived|| - 4 median) / max(||derived - mean||, spread / 2))
+
+`median` is that of ||stored - derived|| over the rows: what rounding does to most of them. A few wrong rows among
+thousands change the first measure less than rounding does, and the second one to about 1.
 
 `mean` is the head's mean over the example: all vectors of a head with a large bias are alike, so the norm alone would
 hide errors. `spread` is the median distance of a vector from the mean, which counts where the few compared rows happen
 to be close to it. `eps` is that of the model's dtype: the stored vectors have no more digits. Rounding comes from
-batches of another shape and from banded attention, and grows with depth. A wrong head, position or rotation gives about
-1.
+batches of another shape and from banded attention, and grows with depth. It differs from row to row, and so the second
+measure has a tolerance of its own. A wrong head, position or rotation gives about 1.
+
+Numbers that are not finite in both vectors count as equal. A row without any other number is not a compared one.
 """
 
 import math
@@ -44,7 +54,10 @@ MOST_REASON = 1000
 """The most characters of the reason for a proof that was not made."""
 
 TOLERANCES = {"float32": 2e-3, "float16": 2e-2, "bfloat16": 1e-1}
-"""The largest relative difference that counts as rounding, by the dtype of the model."""
+"""The largest relative difference over the rows of a head that counts as rounding, by the dtype of the model."""
+
+ROW_TOLERANCES = {"float32": 0.2, "float16": 0.3, "bfloat16": 0.5}
+"""The same for a single row."""
 
 Int64 = npt.NDArray[np.int64]
 Vectors = npt.NDArray[np.float32]
@@ -73,13 +86,14 @@ def prove(
 ) -> dict[str, Any]:
     """Compares rows of `heads` in `layout` with vectors from hooks in `passes`. `ids` are token ids by example_id.
 
-    Returns the manifest's `proof`: `proven` (None where the family has no hook path), the rows and heads that were
-    compared, the largest of their positions, and of those in the first layers alone (`beyond`), each (layer, kind)
-    without a compared row, the tolerance, and the largest difference by layer.
+    Returns the manifest's `proof`: `proven` (None where the family has no hook path, or no chosen row is finite), the
+    rows and heads that were compared, the largest of their positions, and of those in the first layers alone
+    (`beyond`), each (layer, kind) without a compared row, and both tolerances with the largest differences by layer.
     """
     proof: dict[str, Any] = {"proven": None, "examples": sorted(ids), "max_tokens": MAX_TOKENS}
     eps = torch.finfo(backbone.dtype).eps
     largest: dict[int, float] = {}
+    largest_row: dict[int, float] = {}
     compared: set[Head] = set()
     rows, longest_position, beyond = 0, -1, {}
     for one, stored in zip(passes, _stored(layout, heads, passes), strict=True):
@@ -98,17 +112,26 @@ def prove(
             return proof | {"reason": reason[:MOST_REASON]}
         if derived is None:
             return proof | {"reason": "no hook path is known for this family of models"}
+        layers, last = set(), -1
         for head, (positions, vectors) in stored.items():
-            difference = _difference(vectors, derived[head], eps)
-            largest[head.layer] = float(np.maximum(largest.get(head.layer, 0.0), difference))  # NaN if either is
+            whole, row = _differences(vectors, derived[head], eps)
+            counted = ~_same_nonfinite(vectors, derived[head].rows).all(axis=1)
+            if not counted.any():
+                continue
+            largest[head.layer] = float(np.maximum(largest.get(head.layer, 0.0), whole))  # NaN if either is
+            largest_row[head.layer] = float(np.maximum(largest_row.get(head.layer, 0.0), row))
             compared.add(head)
-            rows += len(positions)
-        last = max(int(positions.max()) for positions, _ in stored.values())
-        if one.first_layers:
-            beyond = {"beyond": {"layers": sorted({head.layer for head in stored}), "longest_position": last}}
-        else:
+            layers.add(head.layer)
+            rows += int(counted.sum())
+            last = max(last, int(positions[counted].max()))
+        if not one.first_layers:
             longest_position = max(longest_position, last)
-    tolerance = TOLERANCES[str(backbone.dtype).removeprefix("torch.")]
+        elif layers:
+            beyond = {"beyond": {"layers": sorted(layers), "longest_position": last}}
+    if not compared:
+        return proof | {"reason": "no row of the compared examples has a finite number"}
+    dtype = str(backbone.dtype).removeprefix("torch.")
+    tolerance, row_tolerance = TOLERANCES[dtype], ROW_TOLERANCES[dtype]
     covered = {(head.layer, head.kind) for head in compared}
     uncovered = sorted({(head.layer, head.kind) for head in heads} - covered)
     return (
@@ -116,13 +139,16 @@ def prove(
         | beyond
         | {
             # `all` of `<=`, so that a difference of NaN proves nothing.
-            "proven": bool(largest) and all(difference <= tolerance for difference in largest.values()),
+            "proven": all(difference <= tolerance for difference in largest.values())
+            and all(difference <= row_tolerance for difference in largest_row.values()),
             "rows": rows,
             "heads": len(compared),
             "longest_position": longest_position,
             "uncovered": [{"layer": layer, "kind": kind} for layer, kind in uncovered],
             "tolerance": tolerance,
             "largest_difference_by_layer": dict(sorted(largest.items())),
+            "row_tolerance": row_tolerance,
+            "largest_row_difference_by_layer": dict(sorted(largest_row.items())),
         }
     )
 
@@ -222,17 +248,32 @@ def _derived(
     return derived if len(derived) == len(heads) else None
 
 
-def _difference(stored: Vectors, derived: Derived, eps: float = 0.0) -> float:
-    """Returns the measure that the module docstring defines; NaN if only one of the vectors is not finite.
+def _differences(stored: Vectors, derived: Derived, eps: float = 0.0) -> tuple[float, float]:
+    """Returns both measures that the module docstring defines; NaN if only one of the vectors is not finite.
 
-    NaN in both vectors counts as equal, and so does the same infinity. They do not count in the mean and the spread.
+    What `_same_nonfinite` finds does not count in the mean and the spread.
     """
-    both = (np.isnan(stored) & np.isnan(derived.rows)) | (np.isinf(stored) & (stored == derived.rows))
-    one, other = (np.where(both, 0, rows).astype(np.float64) for rows in (stored, derived.rows))
+    same = _same_nonfinite(stored, derived.rows)
+    if same.all():
+        return 0.0, 0.0
+    one, other = (np.where(same, 0, rows).astype(np.float64) for rows in (stored, derived.rows))
     if not (np.isfinite(one).all() and np.isfinite(other).all()):
-        return math.nan
+        return math.nan, math.nan
     mean = np.where(np.isfinite(derived.mean), derived.mean, 0)
-    beyond = np.linalg.norm(one - other) - eps * np.linalg.norm(other)
-    typical = derived.spread * math.sqrt(len(other)) / 2 if math.isfinite(derived.spread) else 0.0
-    spread = max(float(np.linalg.norm(np.where(both, 0, other - mean))), typical) or np.linalg.norm(other) or 1.0
-    return max(0.0, float(beyond / spread))
+    spread = derived.spread / 2 if math.isfinite(derived.spread) else 0.0
+    errors, norms, from_mean = (
+        np.linalg.norm(rows, axis=1) for rows in (one - other, other, np.where(same, 0, other - mean))
+    )
+    typical = np.maximum(from_mean, spread)
+    rows = (errors - eps * norms - 4 * np.median(errors)) / np.where(
+        typical > 0, typical, np.where(norms > 0, norms, 1.0)
+    )
+    whole = np.array([np.linalg.norm(values) for values in (errors, norms, from_mean)])
+    typical_whole = max(float(whole[2]), math.sqrt(len(other)) * spread) or float(whole[1]) or 1.0
+    return max(0.0, float(whole[0] - eps * whole[1]) / typical_whole), max(0.0, float(rows.max()))
+
+
+def _same_nonfinite(stored: Vectors, derived: Vectors) -> npt.NDArray[np.bool_]:
+    """Returns which numbers are NaN in both vectors, or the same infinity."""
+    same: npt.NDArray[np.bool_] = (np.isnan(stored) & np.isnan(derived)) | (np.isinf(stored) & (stored == derived))
+    return same

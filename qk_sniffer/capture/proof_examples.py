@@ -4,7 +4,7 @@ With a sampler, an example has rows in some layers and kinds only. One forward p
 all layers at once, and so each further example is chosen for the layers and kinds that it adds, in proportion to its
 cost. The choice ends when every (layer, kind) has a row and every kind has `ENOUGH_ROWS`, or when the cost reaches its
 limit. If there is enough left, the longest example follows: first its tokens up to `MAX_TOKENS` in all layers, then all
-of them in the first layers, whose vectors need little of a forward pass.
+of them in the first layers, whose vectors need little of a forward pass, for the rows of later tokens.
 The cost is counted in tokens of forward passes, and the limit follows from the dataset and the model alone, so
 that the same dataset is proven by the same examples on every machine.
 """
@@ -112,9 +112,20 @@ def choose(
         first.setdefault((head.sliding_window, head.attention_chunk), head.layer)
     early = [layer for layer in first.values() if longest.num_tokens * (layer + 1) / layers <= budget]
     groups = [group for group in files if group[0] in early]
-    places = [_places(files[group], [longest.example_id], np.array([longest.num_tokens])) for group in groups]
-    all_rows = _rows(groups, [each[0] for each, _ in places], [each[0] for _, each in places], most_rows)
-    return passes + ([Pass(longest, longest.num_tokens, all_rows, first_layers=True)] if all_rows else [])
+    late = _late_rows(groups, [files[group] for group in groups], longest, most_rows)
+    return passes + ([Pass(longest, longest.num_tokens, late, first_layers=True)] if late else [])
+
+
+def _late_rows(
+    groups: Sequence[LayerKind], files: Sequence[Path], example: ExampleRecord, most: int
+) -> dict[LayerKind, Int64]:
+    """Returns rows of an example at positions from `MAX_TOKENS` on, which no other pass has."""
+    early, whole = (
+        [_places(file, [example.example_id], np.array([tokens])) for file in files]
+        for tokens in (MAX_TOKENS, example.num_tokens)
+    )
+    start = [int(first[0] + number[0]) for first, number in early]
+    return _rows(groups, start, [int(e[1][0] - s[1][0]) for e, s in zip(whole, early, strict=True)], most)
 
 
 def _rows(

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from qk_sniffer.errors import StoreError
 from qk_sniffer.store.layout import KEY_HEAD_KINDS, KINDS, Head
 
 
@@ -35,9 +36,20 @@ def key_head(layer: Mapping[str, Any], head: int) -> int:
     """Returns the key head that query head `head` of a layer of the record attends with.
 
     Datasets of earlier versions have no `key_head`: there, neighbouring query heads share a key head.
+
+    Raises:
+        StoreError: the layer has no `key_head`, and its query heads do not divide among its key heads.
     """
     of_queries: list[int] | None = layer.get("key_head")
-    return head // (layer["num_q_heads"] // layer["num_k_heads"]) if of_queries is None else of_queries[head]
+    if of_queries is not None:
+        return of_queries[head]
+    queries, keys = layer["num_q_heads"], layer["num_k_heads"]
+    if keys < 1 or queries % keys:
+        raise StoreError(
+            f"layer {layer.get('layer')} has {queries} query heads and {keys} key heads, and no key_head: which key "
+            "head a query head attends with does not follow. Recreate the dataset with output.overwrite=true"
+        )
+    return int(head // (queries // keys))
 
 
 def _metadata(

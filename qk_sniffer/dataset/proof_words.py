@@ -55,15 +55,18 @@ def why(proof: Mapping[str, Any]) -> str:
             "model.attn_implementation to another kernel, or lower model.tokenizer.max_length, and add "
             "output.overwrite=true"
         )
-    differences = proof.get("largest_difference_by_layer", {})
-    if differences and not all(difference <= proof["tolerance"] for difference in differences.values()):
-        reasons.insert(
-            0,
-            "Vectors derived a second time, from the model's projections, differ by more than "
-            f"{proof['tolerance']} (relative): {differences} by layer",
+    wrong = [
+        f"{what} derived a second time, from the model's projections, differ by more than {tolerance} (relative): "
+        f"{differences} by layer"
+        for what, tolerance, differences in (
+            ("Vectors", proof.get("tolerance"), proof.get("largest_difference_by_layer", {})),
+            ("Single rows of vectors", proof.get("row_tolerance"), proof.get("largest_row_difference_by_layer", {})),
         )
-        reasons.append(report)
-    return ". ".join(reasons or [report])
+        if not all(difference <= tolerance for difference in differences.values())
+    ]
+    if wrong or not reasons:
+        reasons = [*wrong, *reasons, report]
+    return ". ".join(reasons)
 
 
 def _wrong(check: Mapping[str, Any]) -> str:

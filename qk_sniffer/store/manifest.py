@@ -17,9 +17,11 @@ own_special_tokens  {"before", "after"}: examples whose text itself begins or en
 rows_by_bucket  {"q": {"7": 1234, ...}, "k": ...}, over all heads of the kind
 nonfinite_rows  {"l00h00q/data.parquet": 3}: rows with NaN or Inf, for the heads that have any
 proof           {"proven", "examples", "rows", "heads", "longest_position", "beyond", "uncovered", "tolerance",
-                "largest_difference_by_layer", "attention", ...}: the rows that were derived a second time, over all
-                heads, and each (layer, kind) without one. attention has the check of a kernel for each kind of
-                attention: {"layer", "kind", "tokens", "positions", "passed", ...}. Without numbers there is a "reason"
+                "largest_difference_by_layer", "row_tolerance", "largest_row_difference_by_layer", "attention", ...}:
+                the rows that were derived a second time, over all heads, and each (layer, kind) without one. A
+                difference is over the rows of a head in an example, or of a single row. attention has the check of a
+                kernel for each kind of attention: {"layer", "kind", "tokens", "positions", "passed", ...}. Without
+                numbers there is a "reason"
 files           {"l00h00q/data.parquet": {"rows", "bytes", "sha256"}, ...}; rows of Parquet files only
 timings         seconds by stage of the run that wrote it: the only part that differs between equal datasets
 """

@@ -51,6 +51,9 @@ class Proof(TypedDict):
     model_commit: NotRequired[Text | None]
     tolerance: NotRequired[Number]
     largest_difference_by_layer: NotRequired[dict[Bucket, float]]
+    row_tolerance: NotRequired[Number]
+    largest_row_difference_by_layer: NotRequired[dict[Bucket, float]]
+    """Of single rows. Earlier versions have neither."""
     rows: NotRequired[Count]
     heads: NotRequired[Count]
     longest_position: NotRequired[Count]
@@ -70,6 +73,8 @@ def proof_problems(proof: Mapping[str, Any]) -> Iterator[str]:
         needed |= _COVERAGE
     if missing := needed - proof.keys():
         yield f"proof lacks {', '.join(sorted(missing))}"
+    elif ("row_tolerance" in proof) != ("largest_row_difference_by_layer" in proof):
+        yield "proof has only one of row_tolerance and largest_row_difference_by_layer"
     elif proof["proven"] and not proof["largest_difference_by_layer"]:
         yield "proof is of no layer"
     elif proof["proven"] is not False and failed:

@@ -62,3 +62,6 @@ def test_it_says_why_a_proof_failed() -> None:
     rows = why(PROOF | {"largest_difference_by_layer": {"0": 0.2}})
     assert "differ by more than 0.1 (relative): {'0': 0.2} by layer" in rows and "attention kernel" not in rows
     assert "report this" in rows
+    single = why(PROOF | {"row_tolerance": 0.5, "largest_row_difference_by_layer": {"0": 0.9, "1": 0.1}})
+    assert single.startswith("Single rows of vectors derived a second time, from the model's projections, differ by")
+    assert "more than 0.5 (relative): {'0': 0.9, '1': 0.1} by layer" in single and "report this" in single

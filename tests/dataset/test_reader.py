@@ -15,7 +15,7 @@ from support.jobs import vectors
 from support.verify_cases import edit, restate
 
 import qk_sniffer
-from qk_sniffer.dataset.heads import captured_heads
+from qk_sniffer.dataset.heads import captured_heads, key_head
 from qk_sniffer.errors import HubError, StoreError
 from qk_sniffer.store import manifest as manifests
 
@@ -72,6 +72,14 @@ def test_key_heads_are_those_that_the_manifest_lists(
     assert [dataset.key_head(0, head) for head in range(4)] == (listed or [0, 0, 1, 1])
     of_queries = {head.head: head.key_head for head in captured_heads(dataset.manifest) if head.kind == "q"}
     assert of_queries == ({0: 0, 3: 1} if listed is None else {0: 1, 3: 0})
+
+
+@pytest.mark.parametrize("key_heads", [4, 0])
+def test_key_heads_that_do_not_divide_the_query_heads_are_refused(key_heads: int) -> None:
+    layer = {"layer": 3, "num_q_heads": 6, "num_k_heads": key_heads}
+    assert key_head(layer | {"key_head": [0, 0, 1, 1, 2, 3]}, 5) == 3
+    with pytest.raises(StoreError, match=f"layer 3 has 6 query heads and {key_heads} key heads, and no key_head"):
+        key_head(layer, 5)
 
 
 @pytest.mark.parametrize(

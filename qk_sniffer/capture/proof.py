@@ -21,7 +21,8 @@ thousands change the first measure less than rounding does, and the second one t
 hide errors. `spread` is the median distance of a vector from the mean, which counts where the few compared rows happen
 to be close to it. `eps` is that of the model's dtype: the stored vectors have no more digits. Rounding comes from
 batches of another shape and from banded attention, and grows with depth. It differs from row to row, and so the second
-measure has a tolerance of its own. A wrong head, position or rotation gives about 1.
+measure has a tolerance of its own. It does not count in a model with experts: rounding can make a router choose another
+expert for a token, which changes its later vectors wholly. A wrong head, position or rotation gives about 1.
 
 Numbers that are not finite in both vectors count as equal. A row without any other number is not a compared one.
 """
@@ -132,6 +133,8 @@ def prove(
         return proof | {"reason": "no row of the compared examples has a finite number"}
     dtype = str(backbone.dtype).removeprefix("torch.")
     tolerance, row_tolerance = TOLERANCES[dtype], ROW_TOLERANCES[dtype]
+    # Rounding can make a router choose another expert for a token, whose later vectors are then others.
+    chooses = any("expert" in name for name, _ in backbone.decoder.named_modules())
     covered = {(head.layer, head.kind) for head in compared}
     uncovered = sorted({(head.layer, head.kind) for head in heads} - covered)
     return (
@@ -140,16 +143,19 @@ def prove(
         | {
             # `all` of `<=`, so that a difference of NaN proves nothing.
             "proven": all(difference <= tolerance for difference in largest.values())
-            and all(difference <= row_tolerance for difference in largest_row.values()),
+            and (chooses or all(difference <= row_tolerance for difference in largest_row.values())),
             "rows": rows,
             "heads": len(compared),
             "longest_position": longest_position,
             "uncovered": [{"layer": layer, "kind": kind} for layer, kind in uncovered],
             "tolerance": tolerance,
             "largest_difference_by_layer": dict(sorted(largest.items())),
-            "row_tolerance": row_tolerance,
-            "largest_row_difference_by_layer": dict(sorted(largest_row.items())),
         }
+        | (
+            {}
+            if chooses
+            else {"row_tolerance": row_tolerance, "largest_row_difference_by_layer": dict(sorted(largest_row.items()))}
+        )
     )
 
 

@@ -52,7 +52,7 @@ def test_a_job_publishes_and_its_card_tells_how_to_read_it(tmp_path: Path) -> No
         (download,) = re.findall(r"```bash\n(.*?)```", card, flags=re.DOTALL)
         blocks = re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)
         hub_code, folder_code = blocks[:2], blocks[2:]
-        assert len(folder_code) == 5
+        assert len(folder_code) == 6
         shown = "print('shown', len(rows), len(list(stream)), len(vectors), len(positions), len(example_ids))"
         read = client(hub, tmp_path, "-c", "\n".join([*hub_code, shown]), xet=True, token=None)
         assert read.stdout.splitlines()[-1] == "shown 300 300 300 300 300", read.stderr

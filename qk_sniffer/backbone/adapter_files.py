@@ -61,14 +61,7 @@ class Adapter:
         Raises:
             SourceError: the file cannot be read.
         """
-        if self.weights.suffix == ".bin":
-            return self._pickled("meta")
-        try:
-            with safe_open(self.weights, "pt") as file:
-                names = file.keys()
-                return {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in names}
-        except (OSError, SafetensorError) as error:
-            raise self._unreadable(error) from error
+        return self._read("meta")
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Returns the weights by name, on the CPU.
@@ -76,11 +69,17 @@ class Adapter:
         Raises:
             SourceError: the file cannot be read.
         """
+        return self._read("cpu")
+
+    def _read(self, device: str) -> dict[str, torch.Tensor]:
+        """Returns the weights on a device. On the meta device, those of a safetensors file are never read."""
         if self.weights.suffix == ".bin":
-            return self._pickled("cpu")
+            return self._pickled(device)
         try:
             with safe_open(self.weights, "pt") as file:
                 names = file.keys()
+                if device == "meta":
+                    return {name: torch.empty(file.get_slice(name).get_shape(), device=device) for name in names}
                 return {name: file.get_tensor(name) for name in names}
         except (OSError, SafetensorError) as error:
             raise self._unreadable(error) from error

@@ -23,6 +23,7 @@ import torch
 
 from qk_sniffer.backbone.family import Family
 from qk_sniffer.backbone.layers import LayerFacts
+from qk_sniffer.backbone.masks import Visible
 from qk_sniffer.backbone.tap import KernelRun
 from qk_sniffer.logs import logger
 from qk_sniffer.text import compact_ranges
@@ -218,7 +219,8 @@ def _attend(run: KernelRun, layer: LayerFacts, at: Sequence[int], dtype: torch.d
     wide = torch.float64 if device.type in ("cpu", "cuda") else torch.float32
     num_k, d = run.key.shape[1], run.key.shape[3]
     where = torch.tensor(at, device=device)
-    first = torch.tensor([_first_key(position, layer) for position in at], device=device)
+    visible_from = _visible(layer).first
+    first = torch.tensor([*map(visible_from, at)], device=device)
     # (K, H / K * P, d): the query heads that share a key head, one after the other.
     query = run.query[0][:, where].to(wide).reshape(num_k, -1, d)
     group = query.shape[1] // len(at)
@@ -263,14 +265,13 @@ def _attend(run: KernelRun, layer: LayerFacts, at: Sequence[int], dtype: torch.d
 
 def _pieces(step: int, layer: LayerFacts, at: Sequence[int]) -> Iterator[tuple[int, int]]:
     """Yields the ranges of at most `step` keys that some position in `at` sees, as (start, stop)."""
-    ranges = [(_first_key(position, layer), position + 1) for position in at]
+    visible_from = _visible(layer).first
+    ranges = [(visible_from(position), position + 1) for position in at]
     for start in range(0, max(at) + 1, step):
         stop = min(start + step, max(at) + 1)
         if any(first < stop and start < end for first, end in ranges):
             yield start, stop
 
 
-def _first_key(position: int, layer: LayerFacts) -> int:
-    window, chunk = layer.heads.sliding_window, layer.attention_chunk
-    first = 0 if window is None else max(0, position - window + 1)
-    return first if chunk is None else max(first, position - position % chunk)
+def _visible(layer: LayerFacts) -> Visible:
+    return Visible(layer.heads.sliding_window, layer.attention_chunk, layer.sparse_attention)

@@ -83,7 +83,7 @@ def finish(
         if corpus is not None:
             _check_texts(job.record, staged, corpus)
         with stages("verify"):
-            proof = _prove(config, job.record, staged, corpus, components, stages)
+            proof = _with_checks(_prove(config, job.record, staged, corpus, components, stages), staged)
         job.claim.check()  # what was proven is the job's
         manifest = staged.manifest(proof, timings=stages.seconds)
         card = write_card(CardFacts.of(manifest)).encode()
@@ -202,6 +202,14 @@ def _named(commit: str | None) -> str:
     return "a local source" if commit is None else f"commit {commit} of a dataset on the Hub"
 
 
+def _with_checks(proof: dict[str, Any], staged: Staged) -> dict[str, Any]:
+    """Returns `proof` with the checks of attention kernels that the capture has made. A failed one fails the proof."""
+    if not staged.checks:
+        return proof
+    failed = any(check["passed"] is False for check in staged.checks)
+    return proof | {"attention": staged.checks} | ({"proven": False} if failed else {})
+
+
 def _prove(
     config: ResolvedConfig,
     record: Mapping[str, Any],
@@ -210,25 +218,7 @@ def _prove(
     components: Components | None,
     stages: Stages,
 ) -> dict[str, Any]:
-    """Proves some examples that have rows (see `capture/proof.py`); returns the manifest's `proof`.
-
-    It includes the checks of attention kernels that the capture has made. A failed one fails the proof.
-    """
-    proof = _prove_rows(config, record, staged, corpus, components, stages)
-    if not staged.checks:
-        return proof
-    failed = any(check["passed"] is False for check in staged.checks)
-    return proof | {"attention": staged.checks} | ({"proven": False} if failed else {})
-
-
-def _prove_rows(
-    config: ResolvedConfig,
-    record: Mapping[str, Any],
-    staged: Staged,
-    corpus: Corpus | None,
-    components: Components | None,
-    stages: Stages,
-) -> dict[str, Any]:
+    """Proves some examples that have rows (see `capture/proof.py`); returns the manifest's `proof` without checks."""
     count = config.verify.examples
     if count == 0 or corpus is None:
         return {"proven": None, "reason": "turned off (verify.examples=0)"}

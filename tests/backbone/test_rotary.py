@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from support.jobs import heads_of, run, tokens_of, vectors
+from support.rope import BOUNDARY, DYNAMIC, LONGROPE
 from support.tiny import ALPHABET, save_checkpoint
 from support.zoo import Case
 from tiny_configs import tiny_config
@@ -21,16 +22,6 @@ from qk_sniffer.backbone.tap import AttentionCall
 
 pytestmark = pytest.mark.floor
 
-BOUNDARY = 24
-
-DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
-LONGROPE = {
-    "rope_type": "longrope",
-    "rope_theta": 10000.0,
-    "original_max_position_embeddings": BOUNDARY,
-    "short_factor": [1.0, 1.1, 1.2, 1.3],
-    "long_factor": [2.0, 3.0, 4.0, 5.0],
-}
 CASES = {
     "dynamic": Case("dynamic", "LlamaConfig", {"rope_parameters": DYNAMIC, "max_position_embeddings": BOUNDARY}, 8),
     "longrope": Case("longrope", "LlamaConfig", {"rope_parameters": LONGROPE, "max_position_embeddings": 96}, 8),

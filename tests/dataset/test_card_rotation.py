@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import supported
 import transformers
+from support.rope import BOUNDARY, DYNAMIC, LONGROPE
 from support.rotated_vectors import manifest_of, run_card, vectors_of
 from support.zoo import CASES, Case
 from tiny_configs import randomized, tiny_config
@@ -17,9 +18,7 @@ from transformers import AutoModel
 from qk_sniffer.backbone.backbone import Backbone
 from qk_sniffer.backbone.family import Family, find_family
 
-BOUNDARY = 24
 DEFAULT = {"rope_type": "default", "rope_theta": 10000.0}
-DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 3.0}
 PROPORTIONAL = {"rope_type": "proportional", "rope_theta": 10000.0, "factor": 2.0, "partial_rotary_factor": 0.5}
 LLAMA3 = {
@@ -31,13 +30,6 @@ LLAMA3 = {
     "original_max_position_embeddings": BOUNDARY,
 }
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": BOUNDARY}
-LONGROPE = {
-    "rope_type": "longrope",
-    "rope_theta": 10000.0,
-    "original_max_position_embeddings": BOUNDARY,
-    "short_factor": [1.0, 1.1, 1.2, 1.3],
-    "long_factor": [2.0, 3.0, 4.0, 5.0],
-}
 PARTIAL = LONGROPE | {"partial_rotary_factor": 0.5, "short_factor": [1.0, 1.5], "long_factor": [2.0, 3.0]}
 MSCALES = LONGROPE | {"short_mscale": 1.1, "long_mscale": 1.3}
 

@@ -296,6 +296,7 @@ class _Names:
     def __init__(self, model: Any, family: Family, info: Mapping[str, Any], *, multimodal: bool) -> None:
         self._model = model
         self._weights = model.state_dict()
+        self._modules = dict(model.named_modules())
         self._base = f"{model.base_model_prefix}."
         self._mapping = family.key_mapping or {}
         self._multimodal = multimodal
@@ -334,7 +335,9 @@ class _Names:
         if weight.is_floating_point():
             return False
         path, _, leaf = name.rpartition(".")
-        module = self._model.get_submodule(path)
+        module = self._modules.get(path)
+        if module is None:  # a part that a quantizer adds to the state of a weight
+            return True
         parameter = module._parameters.get(leaf)
         is_plain = type(parameter) is nn.Parameter and type(parameter.data) is torch.Tensor
         is_of_model = type(module).__module__.startswith(("torch.nn.", "transformers.models.")) or (

@@ -224,7 +224,7 @@ def save_pack_quantized(folder: Path) -> PreTrainedModel:
 
 def save_torchao(folder: Path) -> PreTrainedModel:
     """Saves 8-bit integers by torchao."""
-    from torchao.quantization import Int8WeightOnlyConfig  # type: ignore[import-not-found,unused-ignore]
+    from torchao.quantization import Int8WeightOnlyConfig  # type: ignore[import-not-found,import-untyped,unused-ignore]
     from transformers import TorchAoConfig
 
     return _saved_by_library(folder, lambda: TorchAoConfig(Int8WeightOnlyConfig(version=2)))

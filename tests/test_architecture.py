@@ -43,7 +43,7 @@ IMPORT_TORCH = {
 }
 """Modules that import torch or transformers when they are imported themselves."""
 
-IMPORT_TORCH_LATE = {"corpus.tokenizer", "store.buffer", "store.rows"}
+IMPORT_TORCH_LATE = {"backbone.damaged_files", "corpus.tokenizer", "store.buffer", "store.rows"}
 """Modules that import torch or transformers inside a function."""
 
 MODULES = {

@@ -1,8 +1,6 @@
 """Finds the weight files of a checkpoint, reads their headers, and says why they cannot be loaded."""
 
-import json
 import re
-import struct
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -13,6 +11,7 @@ from safetensors import safe_open
 from transformers import PretrainedConfig
 from transformers.utils.hub import cached_file
 
+from qk_sniffer.backbone.damaged_files import DamagedFileError, damage, json_object, safetensors_header, shards_of
 from qk_sniffer.config import AUTO, DTYPES
 from qk_sniffer.errors import ConfigError, SourceError
 from qk_sniffer.hub.lfs import refuse_pointer
@@ -30,19 +29,19 @@ FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat1
 _CANDIDATES = (_WEIGHTS, _WEIGHTS + _INDEX, _PICKLE, _PICKLE + _INDEX)
 """The files that transformers tries, in its order."""
 
-_LONGEST_HEADER = 2**30
-
 
 def stored_dtypes(files: Iterable[Path]) -> dict[str, str]:
     """Returns the dtypes of the tensors in files of weights, by their names. Reads no weights.
 
     A dtype has the name that safetensors gives it, such as BF16 or F8_E4M3; those of pickles resemble it.
+
+    Raises:
+        DamagedFileError: a safetensors file is damaged.
     """
     dtypes: dict[str, str] = {}
     for path in files:
         if path.suffix == ".safetensors":
-            header = _header(path)
-            dtypes |= {name: str(entry["dtype"]) for name, entry in header.items() if name != "__metadata__"}
+            dtypes |= {name: str(entry["dtype"]) for name, entry in safetensors_header(path).items()}
         else:
             dtypes |= _pickled_dtypes(path)
     return dtypes
@@ -88,18 +87,38 @@ def check_dtype(own: str | None) -> None:
         raise ConfigError([f"model.dtype is {AUTO}, and the checkpoint's own is {own}; valid: {', '.join(DTYPES)}"])
 
 
-def _header(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header: dict[str, Any] = json.loads(file.read(min(length, _LONGEST_HEADER)))
-    return header
-
-
 def weight_files(source: Mapping[str, Any], explicit: str | None = None) -> list[Path]:
     """Returns the weight files that transformers reads for the keyword arguments `source`, once they were read.
 
     `explicit` is the config's `transformers_weights`. A repository's files are those in the local cache.
+
+    Raises:
+        DamagedFileError: the index of the files is damaged.
     """
+    top, find = _top_file(source, explicit)
+    if top is not None and top.name.endswith(_INDEX):
+        return [shard for file in shards_of(top.read_bytes()) if (shard := find(file)) is not None]
+    return [] if top is None else [top]
+
+
+def damaged_file(source: Mapping[str, Any], explicit: str | None = None) -> str | None:
+    """Returns what is wrong with the first damaged file among those of `weight_files` and their index; None without.
+
+    Reads no weights.
+    """
+    top, find = _top_file(source, explicit)
+    files = [] if top is None else [top]
+    if top is not None and top.name.endswith(_INDEX) and damage(top) is None:
+        files = [shard for file in shards_of(top.read_bytes()) if (shard := find(file)) is not None]
+    return next((_damaged(file.name, how) for file in files if (how := damage(file)) is not None), None)
+
+
+def _damaged(file: str, how: str) -> str:
+    return f"has a damaged file, {file}: {how}. Restore it, or download the model again (hf download)"
+
+
+def _top_file(source: Mapping[str, Any], explicit: str | None) -> tuple[Path | None, Callable[[str], Path | None]]:
+    """Returns the file of weights that transformers reads first, or their index, and what finds a file by its name."""
     where = {key: source[key] for key in ("revision",) if key in source}
     name = source["pretrained_model_name_or_path"]
 
@@ -118,22 +137,19 @@ def weight_files(source: Mapping[str, Any], explicit: str | None = None) -> list
         return None if found is None else Path(found)
 
     for candidate in (explicit,) if explicit else _CANDIDATES:
-        path = find(candidate)
-        if path is not None and candidate.endswith(_INDEX):
-            return [shard for file in _shards(path.read_bytes()) if (shard := find(file)) is not None]
-        if path is not None:
-            return [path]
-    return []
-
-
-def _shards(index: bytes) -> list[str]:
-    return sorted(set(json.loads(index)["weight_map"].values()))
+        if (path := find(candidate)) is not None:
+            return path, find
+    return None, find
 
 
 def config_problem(folder: Path) -> str | None:
-    """Returns why a folder is no checkpoint, as far as the names of its files tell; None if it has a config.json."""
+    """Returns why a folder is no checkpoint, as far as the names of its files and its config.json tell; None if not."""
     names = sorted(path.name for path in folder.iterdir())
     if "config.json" in names:
+        try:
+            json_object((folder / "config.json").read_bytes())
+        except DamagedFileError as error:
+            return _damaged("config.json", str(error))
         return None
     if not names:
         return "is an empty folder: give model.name a folder with config.json and weights, or org/name on the Hub"
@@ -145,25 +161,27 @@ def config_problem(folder: Path) -> str | None:
 
 
 def check_folder(folder: Path, explicit: str | None, *, allow_pickle: bool) -> None:
-    """Checks that the checkpoint in `folder` has weights that can be loaded, as far as the names of its files tell.
+    """Checks that the checkpoint in `folder` has weights that can be loaded, as far as names and headers tell.
 
-    Files that are not loaded may be pointers of Git LFS.
+    Files that are not loaded may be pointers of Git LFS, or damaged.
 
     Raises:
-        SourceError: names what is missing, what is there, or a file that Git LFS has not fetched, and the way out.
+        SourceError: names what is missing, what is there, or a file that is damaged or that Git LFS has not fetched,
+            and the way out.
     """
+    source = {"pretrained_model_name_or_path": str(folder)}
     for file in (folder / name for name in ((explicit,) if explicit else _CANDIDATES)):
         if file.is_file():
             refuse_pointer(file)
             break
-    # A broken index is left to its reader.
-    with suppress(AttributeError, KeyError, TypeError, ValueError):
-        for file in weight_files({"pretrained_model_name_or_path": str(folder)}, explicit):
+    with suppress(DamagedFileError):  # an index, which is reported below
+        for file in weight_files(source, explicit):
             refuse_pointer(file)
     names = {path.relative_to(folder).as_posix() for pattern in ("*", "*/*") for path in folder.glob(pattern)}
-    if explicit is not None and explicit in names:
-        return
-    if problem := weights_problem(names, lambda name: (folder / name).read_bytes(), allow_pickle=allow_pickle):
+    problem = None
+    if explicit is None or explicit not in names:
+        problem = weights_problem(names, lambda name: (folder / name).read_bytes(), allow_pickle=allow_pickle)
+    if problem := problem or damaged_file(source, explicit):
         raise SourceError(f"model {folder} {problem}")
 
 
@@ -176,7 +194,10 @@ def weights_problem(names: Collection[str], read: Callable[[str], bytes], *, all
         if single in names:
             return None
         if single + _INDEX in names:
-            shards = _shards(read(single + _INDEX))
+            try:
+                shards = shards_of(read(single + _INDEX))
+            except DamagedFileError as error:
+                return _damaged(single + _INDEX, str(error))
             missing = [shard for shard in shards if shard not in names]
             if not missing:
                 return None

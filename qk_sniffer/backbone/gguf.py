@@ -18,6 +18,7 @@ from transformers.integrations.gguf.utils import is_gguf_arch_supported
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 from transformers.utils.hub import cached_file
 
+from qk_sniffer.backbone.damaged_files import damage
 from qk_sniffer.backbone.quantization import StoredWeights
 from qk_sniffer.backbone.unloaded import unloaded
 from qk_sniffer.config import ModelConfig
@@ -74,6 +75,19 @@ def gguf_source(file: str, source: dict[str, Any]) -> dict[str, Any]:
     path = cached_file(name, file, **where)
     assert path is not None
     return {"pretrained_model_name_or_path": str(Path(path).parent), "gguf_file": str(Path(path).absolute())}
+
+
+def refuse_damaged(config: ModelConfig, path: str) -> None:
+    """Refuses the file at `path` if it is damaged, as one is whose download broke off.
+
+    Raises:
+        SourceError: it is.
+    """
+    if how := damage(Path(path)):
+        raise SourceError(
+            f"model.gguf_file={config.gguf_file} of {config.name} is damaged: {how}. Restore it, or download it again "
+            "(hf download)"
+        )
 
 
 def stored_in_gguf(path: str) -> StoredWeights:

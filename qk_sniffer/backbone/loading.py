@@ -21,6 +21,7 @@ from qk_sniffer.backbone.checkpoint_weights import (
     check_dtype,
     check_folder,
     config_problem,
+    damaged_file,
     first_float,
     own_dtype,
     stored_dtypes,
@@ -29,7 +30,7 @@ from qk_sniffer.backbone.checkpoint_weights import (
 )
 from qk_sniffer.backbone.config_overrides import with_overrides
 from qk_sniffer.backbone.family import Family, find_family, imported_family
-from qk_sniffer.backbone.gguf import check_gguf, gguf_source, refuse_lost, stored_in_gguf
+from qk_sniffer.backbone.gguf import check_gguf, gguf_source, refuse_damaged, refuse_lost, stored_in_gguf
 from qk_sniffer.backbone.loaded_weights import (
     UnconvertedError,
     decoder_float,
@@ -147,6 +148,7 @@ def _read_config(config: ModelConfig, source: dict[str, Any]) -> _Model:
     named = None if config.family is None else imported_family(config.family)
     if config.gguf_file is not None:
         source = gguf_source(config.gguf_file, source)
+        refuse_damaged(config, source["gguf_file"])
     whole = AutoConfig.from_pretrained(**source)
     if config.gguf_file is None and Path(str(config.name)).is_dir():
         explicit = getattr(whole, "transformers_weights", None)
@@ -308,7 +310,7 @@ def _loading(config: ModelConfig, commit: str | None) -> Iterator[None]:
         yield
     except OSError as error:
         text = str(error)
-        if problem := _files_problem(config, commit):
+        if problem := _local_problem(config, commit) or _files_problem(config, commit):
             raise SourceError(f"{where} {problem}") from error
         file = "config.json" if config.gguf_file is None else "the file of model.gguf_file"
         raise SourceError(
@@ -321,7 +323,7 @@ def _loading(config: ModelConfig, commit: str | None) -> Iterator[None]:
         text = " ".join(str(error).split())
         raise SourceError(f"{where} needs a package that is not installed: {text}") from error
     except Exception as error:  # any error of the checkpoint or of the code in it
-        if Path(str(config.name)).is_dir() and (problem := _files_problem(config, commit)):
+        if problem := _local_problem(config, commit):
             raise SourceError(f"{where} {problem}") from error
         hint = "; set model.trust_remote_code=true if you trust its code" if "trust_remote_code" in str(error) else ""
         text = re.sub(r"\W*(Model type should be|Should contain) one of .*", "", " ".join(str(error).split()))
@@ -332,14 +334,25 @@ def _loading(config: ModelConfig, commit: str | None) -> Iterator[None]:
             transformers.logging.enable_progress_bar()
 
 
-def _files_problem(config: ModelConfig, commit: str | None) -> str | None:
-    """Returns what a folder or repository that could not be loaded lacks; None if it is not known."""
-    name, revision = str(config.name), commit or config.revision
+def _local_problem(config: ModelConfig, commit: str | None) -> str | None:
+    """Returns what is wrong with the files on this machine of a model that could not be loaded; None if nothing is."""
+    name = str(config.name)
     if config.gguf_file is not None:
         return None
     if Path(name).is_dir():
         return config_problem(Path(name))
-    if Path(name).exists() or not is_hub_id(name):
+    if not is_hub_id(name):
+        return None
+    try:
+        return damaged_file({"pretrained_model_name_or_path": name, "revision": commit or config.revision})
+    except OSError:
+        return None
+
+
+def _files_problem(config: ModelConfig, commit: str | None) -> str | None:
+    """Returns what a repository that could not be loaded lacks; None if it is not known."""
+    name, revision = str(config.name), commit or config.revision
+    if config.gguf_file is not None or Path(name).exists() or not is_hub_id(name):
         return None
     names = repository_files(name, revision)
     if "config.json" not in names:

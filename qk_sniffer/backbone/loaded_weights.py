@@ -42,6 +42,9 @@ _INTEGERS_OF_WEIGHTS = r"(weight|_proj|experts?)$"
 The others are masks, positions and tables.
 """
 
+_SCALE = r"scale|absmax|SCB"
+"""Matches the names of the scales of weights, and those of activations."""
+
 _OTHER_SCALE = r"(input|output|act|activation|\b[qkv])_scale"
 """Matches the names of scales of activations, which are not those of weights."""
 
@@ -223,14 +226,14 @@ class _Kept:
 
 def _refuse_unscaled(name: str, names: "_Names", dtypes: Mapping[str, str], *, quantized: bool) -> None:
     """Refuses quantized weights that were read as if their numbers were the weights themselves."""
-    scaled = {key.rpartition(".")[0] for key in dtypes if "scale" in key and not re.search(_OTHER_SCALE, key)}
+    scaled = {key.rpartition(".")[0] for key in dtypes if re.search(_SCALE, key) and not re.search(_OTHER_SCALE, key)}
 
     def is_unscaled(key: str, dtype: str) -> bool:
-        lands = names.lands_on_floats(key)
+        is_weight = names.lands_on_floats(key) or re.search(_INTEGERS_OF_WEIGHTS, key) is not None
         if quantized:  # a quantizer reads all but what lacks its scale
-            has_scale = key.rpartition(".")[0] in scaled and not key.endswith("bias")
-            return (dtype.startswith("F8") or lands) and "scale" not in key and not has_scale
-        return dtype.startswith("F") or lands or re.search(_INTEGERS_OF_WEIGHTS, key) is not None
+            has_scale = not scaled.isdisjoint((key, key.rpartition(".")[0])) and not key.endswith("bias")
+            return (dtype.startswith("F8") or is_weight) and "scale" not in key and not has_scale
+        return dtype.startswith("F") or is_weight
 
     unscaled = [
         f"{key} ({dtype})"
@@ -343,7 +346,7 @@ class _Names:
         is_of_model = type(module).__module__.startswith(("torch.nn.", "transformers.models.")) or (
             type(module).__module__ == type(self._model).__module__
         )
-        return not (is_plain and is_of_model and (weight.itemsize == 1 or leaf in ("weight", "bias")))
+        return not (is_plain and is_of_model)
 
 
 def _prefix(model: nn.Module, decoder: nn.Module) -> str:

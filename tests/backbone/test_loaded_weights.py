@@ -159,6 +159,24 @@ def test_integers_that_would_be_read_as_floats_are_an_error_whatever_their_names
     assert all(name in str(caught.value) for name in INTEGERS)
 
 
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32])
+@pytest.mark.parametrize(
+    ("type", "name"),
+    [("qwen3_moe", "model.layers.1.mlp.experts.2.up_proj.weight"), ("gpt_oss", "model.layers.1.mlp.experts.down_proj")],
+)
+def test_integers_of_experts_without_a_scale_are_an_error_that_names_them(
+    type: str, name: str, dtype: torch.dtype, quantized: bool, tmp_path: Path
+) -> None:
+    case = next(case for case in CASES if case.name == type)
+    fp8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [8, 8]}
+    further: dict[str, object] = {"quantization_config": fp8} if quantized else {}
+    config = saved(tmp_path, lambda weights: weights | {name: (weights[name] * 90).to(dtype)}, case, **further)
+    lack = "no scale" if quantized else "no quantization_config"
+    with pytest.raises(SourceError, match=rf"1 of its weights are quantized, and there is {lack}.*: {name} \("):
+        load_backbone(config)
+
+
 def test_experts_that_are_not_numbered_from_zero_without_a_gap_are_an_error(tmp_path: Path) -> None:
     case = next(case for case in CASES if case.name == "qwen3_moe")
 

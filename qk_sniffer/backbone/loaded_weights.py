@@ -4,7 +4,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qk_sniffer.backbone import experts
-from qk_sniffer.backbone.checkpoint_weights import FLOATS, stored_bytes
+from qk_sniffer.backbone.checkpoint_weights import FLOATS
 from qk_sniffer.backbone.family import Family
 from qk_sniffer.backbone.quantization import UNREADABLE
 from qk_sniffer.errors import SourceError
@@ -256,31 +255,6 @@ def _refuse_renumbered(name: str, names: "_Names", stored: Collection[str]) -> N
             f"{shortened(wrong, 2)}. Each would be read as another one, so nothing is captured; check that the "
             "checkpoint is complete"
         )
-
-
-def refuse_contradictions(name: str, base: str, stored: Mapping[Path, Collection[str]]) -> None:
-    """Refuses a checkpoint that has a tensor twice, with other values.
-
-    Args:
-        name: of the checkpoint.
-        base: the prefix that a name in the checkpoint may lack.
-        stored: the names of the tensors by the file that they are in.
-
-    Raises:
-        SourceError: names both, with their files.
-    """
-    places: dict[str, list[tuple[Path, str]]] = {}
-    for path, keys in stored.items():
-        for key in keys:
-            places.setdefault(key.removeprefix(f"{base}.") if base else key, []).append((path, key))
-    for (path, key), *others in (found for found in places.values() if len(found) > 1):
-        for other_path, other in others:
-            if stored_bytes(path, key) != stored_bytes(other_path, other):
-                raise SourceError(
-                    f"model {name} has a weight twice, with different values: {key} in {path.name} and {other} in "
-                    f"{other_path.name}. Only one of them would be read, so nothing is captured; remove the wrong one, "
-                    "or download the model again (hf download)"
-                )
 
 
 def decoder_float(

@@ -35,7 +35,6 @@ from qk_sniffer.backbone.loaded_weights import (
     UnconvertedError,
     decoder_float,
     ignored_layers_reported,
-    refuse_contradictions,
     refuse_incomplete,
 )
 from qk_sniffer.backbone.quantization import (
@@ -44,6 +43,7 @@ from qk_sniffer.backbone.quantization import (
     method,
     quantization_config,
 )
+from qk_sniffer.backbone.spellings import refuse_contradictions, spellings_recorded
 from qk_sniffer.backbone.trailing_layers import cut_after
 from qk_sniffer.backbone.wrapper import is_wrapper, load_decoder, model_class, with_text_config
 from qk_sniffer.config import AUTO, ModelConfig
@@ -230,14 +230,16 @@ def _loaded(
         # Without this, a quantized file may stay packed and run on its own kernels, those of attention included.
         arguments["quantization_config"] = GgufConfig(dequantize=True)
     try:
-        model, info = _from_pretrained(config, found, layers, arguments)
+        with spellings_recorded() as spellings:
+            model, info = _from_pretrained(config, found, layers, arguments)
     except UnconvertedError as error:
-        raise error.explained(str(config.name), stored_dtypes(_files(config, found))) from error
-    # The files of a repository are known only now.
-    by_file = {path: stored_dtypes([path]) for path in _files(config, found)}
+        by_file = _dtypes_by_file(config, found)
+        refuse_contradictions(str(config.name), spellings, by_file)
+        raise error.explained(str(config.name), {key for one in by_file.values() for key in one}) from error
+    by_file = _dtypes_by_file(config, found)  # those of a repository are known only now
     dtypes = {key: dtype for one in by_file.values() for key, dtype in one.items()}
     multimodal = found.wrapper is not None or "key_mapping" in found.source
-    refuse_contradictions(str(config.name), model.base_model_prefix, by_file)
+    refuse_contradictions(str(config.name), spellings, by_file)
     refuse_incomplete(
         str(config.name),
         model,
@@ -273,9 +275,10 @@ def _from_pretrained(
     return model, info
 
 
-def _files(config: ModelConfig, found: _Model) -> list[Path]:
-    """Returns the files of weights whose headers are compared with the loaded model."""
-    return [] if config.gguf_file is not None else weight_files(found.source, found.explicit)
+def _dtypes_by_file(config: ModelConfig, found: _Model) -> dict[Path, dict[str, str]]:
+    """Returns the stored dtypes in each file of weights, by the stored names."""
+    files = [] if config.gguf_file is not None else weight_files(found.source, found.explicit)
+    return {path: stored_dtypes([path]) for path in files}
 
 
 def _stored(config: ModelConfig, found: _Model) -> StoredWeights:

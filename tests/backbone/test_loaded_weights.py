@@ -196,20 +196,3 @@ def test_an_expert_that_is_missing_is_named(tmp_path: Path) -> None:
         SourceError, match=rf"cannot make 1 weights .*gate_up_proj.*: it lacks {re.escape(name)}\. Check"
     ):
         load_backbone(config)
-
-
-def test_a_weight_that_is_stored_twice_with_other_values_is_an_error_that_names_both(tmp_path: Path) -> None:
-    name = "model.layers.1.self_attn.q_proj.weight"
-    one, other = tmp_path / "model-1.safetensors", tmp_path / "model-2.safetensors"
-    config = saved(tmp_path, lambda weights: weights)
-    weights = load_file(tmp_path / "model.safetensors")
-    (tmp_path / "model.safetensors").rename(one)
-    for second in (name, name.removeprefix("model.")):
-        shards = dict.fromkeys(weights, one.name) | {second: other.name}
-        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": shards}))
-        save_file({second: weights[name]}, other, metadata={"format": "pt"})
-        load_backbone(config)
-        save_file({second: weights[name] + 1}, other, metadata={"format": "pt"})
-        message = rf"twice, with different values: {name} in {one.name} and {second} in {other.name}\."
-        with pytest.raises(SourceError, match=message):
-            load_backbone(config)

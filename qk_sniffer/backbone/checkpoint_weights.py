@@ -57,6 +57,13 @@ def _pickled_dtypes(path: Path) -> dict[str, str]:
     return {name: dtype.replace("float", "f").replace("int", "i").upper() for name, dtype in names.items()}
 
 
+def stored_shape(path: Path, name: str) -> list[int]:
+    """Returns the shape of the tensor `name` of a file of weights. Reads no weights."""
+    if path.suffix == ".safetensors":
+        return list(safetensors_header(path)[name]["shape"])
+    return list(torch.load(path, map_location="meta", weights_only=True)[name].shape)
+
+
 def stored_bytes(path: Path, name: str) -> tuple[str, list[int], bytes]:
     """Returns the dtype, shape and bytes of the tensor `name` of a file of weights."""
     if path.suffix == ".safetensors":

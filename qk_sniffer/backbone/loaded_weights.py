@@ -4,6 +4,8 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from qk_sniffer.backbone import experts
-from qk_sniffer.backbone.checkpoint_weights import FLOATS
+from qk_sniffer.backbone.checkpoint_weights import FLOATS, stored_shape
 from qk_sniffer.backbone.family import Family
 from qk_sniffer.backbone.quantization import UNREADABLE
 from qk_sniffer.errors import SourceError
@@ -24,7 +26,10 @@ _COMPUTED = (
 """Matches tensors of older checkpoints that a model computes itself."""
 
 _MASKS = ("bias", "masked_bias", "causal_mask", "mask", "tril")
-"""The names of causal masks that older checkpoints store directly in an attention module."""
+"""The names of causal masks that older checkpoints store directly in an attention module.
+
+A mask is a matrix or one number. A bias of that name is a vector.
+"""
 
 _QUANTIZED = r"scales?(_inv|_2)?$|(packed|qweight|qzeros|g_idx|zero_point|absmax|quant_map|SCB|blocks)$|quant_state"
 """Matches the parts of quantized weights."""
@@ -104,7 +109,7 @@ def refuse_incomplete(
     model: Any,
     family: Family,
     info: Mapping[str, Any],
-    dtypes: Mapping[str, str],
+    stored: Mapping[Path, Mapping[str, str]],
     *,
     multimodal: bool,
     quantized: bool,
@@ -116,7 +121,8 @@ def refuse_incomplete(
         model: the loaded model.
         family: that of the model.
         info: the loading info of transformers.
-        dtypes: the stored dtypes by the stored names, as in the headers of safetensors files; empty if not known.
+        stored: the stored dtypes by the stored names, as in the headers of safetensors files, by the file; empty if not
+            known.
         multimodal: whether the checkpoint also has the weights of other towers.
         quantized: whether a quantizer has read the weights.
 
@@ -126,7 +132,8 @@ def refuse_incomplete(
     """
     decoder = family.decoder(model)
     _refuse_missing(name, model, decoder, family, info)
-    _refuse_dropped(name, model, decoder, family, info, multimodal=multimodal)
+    _refuse_dropped(name, model, decoder, family, info, stored, multimodal=multimodal)
+    dtypes = {key: dtype for one in stored.values() for key, dtype in one.items()}
     names = _Names(model, family, info, multimodal=multimodal)
     _refuse_unscaled(name, names, dtypes, quantized=quantized)
     _refuse_renumbered(name, names, dtypes)
@@ -154,14 +161,26 @@ def _refuse_missing(name: str, model: nn.Module, decoder: nn.Module, family: Fam
 
 
 def _refuse_dropped(
-    name: str, model: Any, decoder: Any, family: Family, info: Mapping[str, Any], *, multimodal: bool
+    name: str,
+    model: Any,
+    decoder: Any,
+    family: Family,
+    info: Mapping[str, Any],
+    stored: Mapping[Path, Collection[str]],
+    *,
+    multimodal: bool,
 ) -> None:
     kept = _Kept(model, decoder, family)
+
+    def is_bias(key: str) -> bool:
+        shapes = [stored_shape(path, key) for path, keys in stored.items() if key in keys]
+        return any(len(shape) == 1 and shape[0] > 1 for shape in shapes)
+
     base = f"{model.base_model_prefix}."
     dropped = [
         key
         for key in sorted(info["unexpected_keys"])
-        if any(map(kept.needs, (key, key.removeprefix(base), base + key)))
+        if any(kept.needs(each, partial(is_bias, key)) for each in (key, key.removeprefix(base), base + key))
         or (not multimodal and kept.lacks_embedding(key, base))
     ]
     if not dropped:
@@ -192,8 +211,11 @@ class _Kept:
         self.modules = dict(decoder.named_modules())
         self.attention = family.attention_layers(decoder)
 
-    def needs(self, key: str) -> bool:
-        """Whether the vectors depend on a weight of the name `key`, which the decoder does not have."""
+    def needs(self, key: str, is_bias: Callable[[], bool]) -> bool:
+        """Whether the vectors depend on a weight of the name `key`, which the decoder does not have.
+
+        `is_bias` tells whether it is no mask, if it has the name of one.
+        """
         if not key.startswith(self.prefix):
             return False
         inner = key.removeprefix(self.prefix)
@@ -207,7 +229,7 @@ class _Kept:
         if owner == "":
             return False
         is_mask = leaf in _MASKS and module in self.attention
-        if owner == path and (is_mask or leaf in module._buffers):
+        if owner == path and ((is_mask and not is_bias()) or leaf in module._buffers):
             return False
         # A layer that was left out has no module. An expert that was left out has none either, but is inside a layer.
         is_stack = isinstance(module, nn.ModuleList) and not any(part.isdigit() for part in owner.split("."))

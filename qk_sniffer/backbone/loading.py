@@ -245,7 +245,7 @@ def _loaded(
         model,
         found.family,
         info,
-        dtypes,
+        by_file,
         multimodal=multimodal,
         quantized=stored.quantization is not None,
     )

@@ -70,11 +70,45 @@ def test_what_no_query_or_key_depends_on_may_be_there(tmp_path: Path) -> None:
         "model.layers.2.self_attn.q_proj.weight_scale_inv",
         "model.layers.0.self_attn.rotary_emb.inv_freq",
         "model.layers.0.self_attn.masked_bias",
+        "rotary_emb.inv_freq",
         "visual.blocks.0.attn.qkv.weight_scale",
     ]
     config = saved(tmp_path, lambda weights: weights | {name: torch.ones(1) for name in further})
     load_backbone(config)
     load_backbone(config, layers=[0])
+
+
+def with_another(name: str, tensor: torch.Tensor) -> Callable[[Weights], Weights]:
+    return lambda weights: weights | {name: tensor}
+
+
+GPT2 = Case("gpt2", "GPT2Config", {"n_positions": 64}, 8)
+
+
+def test_masks_of_older_checkpoints_may_be_there_and_biases_of_their_name_may_not(tmp_path: Path) -> None:
+    mask = torch.ones(1, 1, 8, 8).tril()
+    masks: list[tuple[Case, str, torch.Tensor]] = [
+        (LLAMA, "model.layers.0.self_attn.bias", mask.bool()),
+        (LLAMA, "model.layers.0.self_attn.bias", mask[0, 0]),
+        (LLAMA, "model.layers.1.self_attn.masked_bias", torch.tensor(-1e4)),
+        (GPT2, "h.0.attn.bias", mask),
+        (GPT2, "transformer.h.1.attn.masked_bias", torch.tensor(-1e4)),
+        (GPT2, "transformer.h.0.attn.rotary_emb.inv_freq", torch.ones(4)),
+    ]
+    for case, name, tensor in masks:
+        load_backbone(saved(tmp_path, with_another(name, tensor), case))
+    real = [
+        (LLAMA, "model.layers.0.self_attn.bias"),
+        (LLAMA, "layers.1.self_attn.masked_bias"),
+        (LLAMA, "model.layers.0.self_attn.q_norm.weight"),
+        (GPT2, "transformer.h.0.attn.q_norm.weight"),
+        (GPT2, "h.1.attn.rotary_emb.weight"),
+        (GPT2, "h.1.attn.masked_bias"),
+    ]
+    for case, name in real:
+        config = saved(tmp_path, with_another(name, torch.ones(16)), case)
+        with pytest.raises(SourceError, match=rf"does not ask for 1 weights .*: {re.escape(name)}\."):
+            load_backbone(config)
 
 
 def test_a_layer_that_transformers_ignores_by_its_number_is_not_ignored_if_it_is_kept(

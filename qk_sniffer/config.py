@@ -273,7 +273,7 @@ class VerifyConfig:
 
     examples: int | None = field(
         default=None,
-        metadata={"help": "examples to compute a second time, as proof; null: the few that cover each layer; 0: none"},
+        metadata={"help": "examples to compute a second time, as proof; null: few, of all layers and parts; 0: none"},
     )
 
 

@@ -29,12 +29,14 @@ from qk_sniffer.backbone.loading import load_backbone
 from qk_sniffer.backbone.provable_types import PROVABLE_TYPES
 from qk_sniffer.backbone.tap import AttentionCall
 from qk_sniffer.capture import proof as proof_module
-from qk_sniffer.capture.proof_examples import MIN_TOKENS
 from qk_sniffer.config import ModelConfig
 from qk_sniffer.errors import CaptureError, QkSnifferError
 from qk_sniffer.store.layout import Head
 
 TOKENS = 3 * WINDOW
+
+MORE_THAN_HEADS = 257
+"""More tokens than any model has heads, so that the shapes of states are unambiguous."""
 
 _COUNTS_FROM_ZERO = {"minimax_m3_vl_text"}
 """Types that do not run on positions that start above 0."""
@@ -236,7 +238,7 @@ def _is_proven(backbone: Backbone) -> bool:
             projections. A job would refuse a right dataset.
     """
     family, decoder_type = backbone.family, backbone.config.model_type
-    ids = _ids(MIN_TOKENS)[:1]
+    ids = _ids(MORE_THAN_HEADS)[:1]
     vectors: dict[Head, np.ndarray] = {}
     for call in captured(backbone, ids):
         for kind, states in (("q", call.query), ("k", call.key)):

@@ -96,7 +96,7 @@ class Backbone:
         except QkSnifferError:
             raise
         except (AttributeError, IndexError, MemoryError, RuntimeError, TypeError, ValueError) as error:
-            if _is_out_of_memory(error):
+            if is_out_of_memory(error):
                 raise CaptureError(f"out of memory in a forward pass over {_less_memory(ids)} ({error})") from error
             raise CaptureError(
                 f"{_model_type(self.decoder)}: its forward pass over {_by(ids)} tokens failed: {type(error).__name__}: "
@@ -229,7 +229,8 @@ def _layer_facts(call: AttentionCall) -> LayerFacts:
     )
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error of a forward pass says that the memory is exhausted."""
     # On the CPU, torch raises a RuntimeError of no class of its own.
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
 

@@ -1,5 +1,6 @@
 """Reads the parameters of a decoder's rotary embedding and resets its frequencies between forward passes."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -56,22 +57,24 @@ def parameters_of(config: PretrainedConfig, kind: str) -> dict[str, Any]:
 
 def boundary_of(config: PretrainedConfig, kind: str) -> int | None:
     """Returns the most tokens for which a kind of layer has the same frequencies; None if they never change."""
-    rope = parameters_of(config, kind)
-    if rope.get("rope_type") == "dynamic":
-        return int(config.max_position_embeddings)
-    return rope.get("original_max_position_embeddings") if rope.get("rope_type") in LENGTH_DEPENDENT else None
+    return _boundary(config, parameters_of(config, kind))
 
 
 def length_boundary(config: PretrainedConfig) -> int | None:
     """Returns the most tokens for which the frequencies do not depend on the text's length; None if they never do."""
     rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
     by_kind_of_layer = [value for value in rope.values() if isinstance(value, dict)]
-    boundaries = [
-        one.get("original_max_position_embeddings") or config.max_position_embeddings
-        for one in by_kind_of_layer or [rope]
-        if one.get("rope_type") in LENGTH_DEPENDENT
-    ]
-    return min(boundaries, default=None)
+    boundaries = [_boundary(config, one) for one in by_kind_of_layer or [rope]]
+    return min((boundary for boundary in boundaries if boundary is not None), default=None)
+
+
+def _boundary(config: PretrainedConfig, rope: Mapping[str, Any]) -> int | None:
+    kind = rope.get("rope_type")
+    if kind not in LENGTH_DEPENDENT:
+        return None
+    # The type dynamic grows from the config's number on, whatever original number its parameters name.
+    original = None if kind == "dynamic" else rope.get("original_max_position_embeddings")
+    return int(original or config.max_position_embeddings)
 
 
 def num_positions(decoder: nn.Module) -> int | None:

@@ -39,11 +39,11 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from qk_sniffer.backbone.backbone import Backbone
+from qk_sniffer.backbone.backbone import Backbone, is_out_of_memory
 from qk_sniffer.backbone.banded_attention import banded
 from qk_sniffer.backbone.family import QueryKey, RotaryCall
 from qk_sniffer.backbone.tap import ForwardDone, rotary_functions, watched_rotary
-from qk_sniffer.capture.proof_examples import MAX_TOKENS, MIN_TOKENS, Pass
+from qk_sniffer.capture.proof_examples import MAX_TOKENS, Pass
 from qk_sniffer.errors import QkSnifferError
 from qk_sniffer.logs import logger
 from qk_sniffer.store.layout import Head, Layout
@@ -84,8 +84,12 @@ def prove(
     heads: Sequence[Head],
     passes: Sequence[Pass],
     ids: Mapping[int, npt.NDArray[np.int32]],
+    *,
+    min_tokens: int,
 ) -> dict[str, Any]:
     """Compares rows of `heads` in `layout` with vectors from hooks in `passes`. `ids` are token ids by example_id.
+
+    Shorter texts are padded on the right to `min_tokens`, which is more than any layer has heads.
 
     Returns the manifest's `proof`: `proven` (None where the family has no hook path, or no chosen row is finite), the
     rows and heads that were compared, the largest of their positions, and of those in the first layers alone
@@ -102,11 +106,12 @@ def prove(
             continue
         tokens = ids[one.example.example_id][: one.tokens]
         try:
-            derived = _derived(backbone, tokens, {head: positions for head, (positions, _) in stored.items()})
+            positions_of = {head: positions for head, (positions, _) in stored.items()}
+            derived = _derived(backbone, _padded(tokens, backbone, min_tokens), positions_of)
         except QkSnifferError:
             raise
         except Exception as error:  # from the model's code, if it differs from what its family expects
-            if one.first_layers:  # the memory may not hold it
+            if one.first_layers and is_out_of_memory(error):
                 log.warning("no row beyond position %s is compared: %s", f"{MAX_TOKENS - 1:,}", error)
                 continue
             reason = f"the hook path does not fit this model ({type(error).__name__}: {error})"
@@ -195,13 +200,16 @@ def rows_of_examples(path: Path, wanted: Sequence[tuple[int, Int64]]) -> list[St
     return found
 
 
+def _padded(ids: npt.NDArray[np.int32], backbone: Backbone, min_tokens: int) -> npt.NDArray[np.int32]:
+    length = min(min_tokens, backbone.num_positions or min_tokens)
+    return np.pad(ids, (0, max(0, length - len(ids))))
+
+
 def _derived(
     backbone: Backbone, ids: npt.NDArray[np.int32], heads: Mapping[Head, npt.NDArray[np.int64]]
 ) -> dict[Head, Derived] | None:
     """Returns each head's vectors at its positions, from hooks on a plain forward pass; None without a hook path."""
     family = backbone.family
-    length = min(MIN_TOKENS, backbone.num_positions or MIN_TOKENS)
-    ids = np.pad(ids, (0, max(0, length - len(ids))))
     head_dims = {head.layer: head.head_dim for head in heads}
     modules = {module: layer for module, layer in backbone.attention_layers.items() if layer in head_dims}
     projected: dict[str, torch.Tensor] = {}  # by the attention module that is running

@@ -1,21 +1,28 @@
-"""Chooses the examples that prove a dataset: as few and as short as cover every layer and kind.
+"""Chooses the examples that prove a dataset: short ones that cover every layer and kind, and some of every part.
 
 With a sampler, an example has rows in some layers and kinds only. One forward pass derives the vectors of an example in
 all layers at once, and so each further example is chosen for the layers and kinds that it adds, in proportion to its
 cost. The choice ends when every (layer, kind) has a row and every kind has `ENOUGH_ROWS`, or when the cost reaches its
 limit. If there is enough left, the longest example follows: first its tokens up to `MAX_TOKENS` in all layers, then all
 of them in the first layers, whose vectors need little of a forward pass, for the rows of later tokens.
-The cost is counted in tokens of forward passes, and the limit follows from the dataset and the model alone, so
-that the same dataset is proven by the same examples on every machine.
+
+An error may be in some batches only, in one shard, or in what was added to a dataset later. If there is still enough
+left, examples from all parts of the dataset follow, which a hash draws.
+
+The cost is counted in arithmetic of forward passes, and the limit follows from the dataset, the model and the type of
+the device alone, so that the same dataset is proven by the same examples on every machine of a kind.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from qk_sniffer.capture.forward_cost import ForwardCost, Numbers
+from qk_sniffer.capture.sampling import counter_hash
 from qk_sniffer.store.journal import ExampleRecord
 from qk_sniffer.store.layout import Head, Layout
 from qk_sniffer.store.parquet_files import read_parquet
@@ -23,18 +30,14 @@ from qk_sniffer.store.parquet_files import read_parquet
 MAX_TOKENS = 4096
 """Longer examples are cut to this number of tokens. Later tokens do not change the vectors of earlier ones."""
 
-MIN_TOKENS = 257
-"""Shorter examples are padded on the right to this number of tokens. No model has as many heads, so that the shapes of
-states are unambiguous."""
-
 ENOUGH_ROWS = 200
 """The rows to compare of each kind; the heads of a layer count once."""
 
-SHARE = 0.02
-"""The most tokens of forward passes, as a share of the tokens of the dataset."""
+SPREAD = 8
+"""The examples to draw from all parts of a dataset, and at least one of each part."""
 
-FEW_FLOPS = 6e11
-"""The arithmetic that a proof may always take. A slow core needs about half a minute for it."""
+SHARE = 0.02
+"""The most arithmetic of a proof, as a share of a forward pass over each example."""
 
 MOST_BYTES = 128 << 20
 """The most bytes of stored vectors that a pass compares, over all heads."""
@@ -61,11 +64,10 @@ class Pass:
 def choose(
     layout: Layout,
     heads: Sequence[Head],
-    examples: Sequence[ExampleRecord],
+    parts: Sequence[Sequence[ExampleRecord]],
     *,
     count: int | None,
-    parameters: int,
-    layers: int,
+    cost: ForwardCost,
     boundary: int | None,
 ) -> list[Pass]:
     """Chooses passes over examples that have rows in the files of `heads` in `layout`.
@@ -73,10 +75,9 @@ def choose(
     Args:
         layout: of the dataset, which may be staged.
         heads: all heads of the dataset.
-        examples: all examples of the dataset.
-        count: the number of examples, the shortest ones; None for as many as cover every (layer, kind).
-        parameters: the number of the model's weights, which its cost follows from.
-        layers: the number of layers that the model runs.
+        parts: all examples of the dataset, in parts that were captured apart.
+        count: the number of examples, the shortest ones; None for as many as the module's docstring says.
+        cost: of forward passes of the model.
         boundary: `Backbone.length_boundary`. Examples whose frequencies the proof cannot have are not chosen.
     """
     first_heads = {(head.layer, head.kind): head for head in reversed(heads)}
@@ -84,36 +85,104 @@ def choose(
     found: set[int] = set()
     for file in files.values():
         found |= set(read_parquet(file, columns=["example_id"])["example_id"].unique().to_pylist())
-    candidates = sorted(
-        (example for example in examples if example.example_id in found and is_derivable(example.num_tokens, boundary)),
-        key=lambda example: (example.num_tokens, example.index),
-    )
+    usable = [
+        [
+            example
+            for example in part
+            if example.example_id in found and is_derivable(example.num_tokens, boundary, cost.min_tokens)
+        ]
+        for part in parts
+    ]
+    candidates = sorted(chain(*usable), key=lambda example: (example.num_tokens, example.index))
     candidates = candidates[:MOST_CANDIDATES] + candidates[MOST_CANDIDATES:][-1:]  # and the longest one
-    cut = np.array([tokens_to_derive(example.num_tokens, boundary) for example in candidates], np.int64)
     most_rows = max(1, MOST_BYTES // sum(4 * head.head_dim for head in heads))
-    places = [_places(file, [example.example_id for example in candidates], cut) for file in files.values()]
-    start, rows = (np.stack(each, axis=1) for each in zip(*places, strict=True))
-    budget = max(SHARE * sum(example.num_tokens for example in examples), FEW_FLOPS / (2 * parameters))
+    cut, start, rows = _found(files, candidates, boundary)
+    lengths = [example.num_tokens for example in chain(*parts)]
+    budget = max(SHARE * float(cost.flops(lengths).sum()), cost.few)
+    costs = cost.flops(np.maximum(cut, cost.min_tokens))
     if count is None:
-        cost = np.maximum(cut, MIN_TOKENS)
-        chosen = _cover(np.minimum(rows, most_rows), cost, [kind for _, kind in files], budget)
-        budget -= int(cost[chosen].sum())
+        chosen = _cover(np.minimum(rows, most_rows), costs, [kind for _, kind in files], budget)
     else:
         chosen = np.flatnonzero(rows.any(axis=1)).tolist()[:count]
     passes = [
         Pass(candidates[number], int(cut[number]), _rows(list(files), start[number], rows[number], most_rows))
         for number in chosen
     ]
-    if count is not None or not passes or cut[-1] == candidates[-1].num_tokens:
+    if count is not None or not passes:
         return passes
-    longest = candidates[-1]
+    budget -= float(costs[chosen].sum())
+    late: list[Pass] = []
+    if cut[-1] < candidates[-1].num_tokens:
+        late = _late(files, heads, candidates[-1], cost, budget, most_rows)
+        budget -= sum(float(cost.flops(one.tokens, max(layer for layer, _ in one.rows))) for one in late)
+    drawn = _drawn(usable, {each.example.index for each in passes}, cost, boundary, budget)
+    cut, start, rows = _found(files, drawn, boundary)
+    passes += [
+        Pass(example, int(cut[number]), _rows(list(files), start[number], rows[number], most_rows))
+        for number, example in enumerate(drawn)
+        if rows[number].any()
+    ]
+    return passes + late
+
+
+def _found(
+    files: Mapping[LayerKind, Path], examples: Sequence[ExampleRecord], boundary: int | None
+) -> tuple[Int64, Int64, Int64]:
+    """Returns the tokens of each example that a pass runs, (examples,), and in the files of each (layer, kind) its
+    first row and the number of its rows among these tokens, (examples, groups) each."""
+    cut = np.array([tokens_to_derive(example.num_tokens, boundary) for example in examples], np.int64)
+    places = [_places(file, [example.example_id for example in examples], cut) for file in files.values()]
+    start, rows = (np.stack(each, axis=1) for each in zip(*places, strict=True))
+    return cut, start, rows
+
+
+def _late(
+    files: Mapping[LayerKind, Path],
+    heads: Sequence[Head],
+    example: ExampleRecord,
+    cost: ForwardCost,
+    budget: float,
+    most: int,
+) -> list[Pass]:
+    """Returns the pass over all tokens of a long example: in the first layer of each reach that the budget allows."""
     first: dict[tuple[int | None, int | None], int] = {}
     for head in sorted(heads, key=lambda head: head.layer):
         first.setdefault((head.sliding_window, head.attention_chunk), head.layer)
-    early = [layer for layer in first.values() if longest.num_tokens * (layer + 1) / layers <= budget]
+    early = [layer for layer in first.values() if cost.flops(example.num_tokens, layer) <= budget]
     groups = [group for group in files if group[0] in early]
-    late = _late_rows(groups, [files[group] for group in groups], longest, most_rows)
-    return passes + ([Pass(longest, longest.num_tokens, late, first_layers=True)] if late else [])
+    rows = _late_rows(groups, [files[group] for group in groups], example, most)
+    return [Pass(example, example.num_tokens, rows, first_layers=True)] if rows else []
+
+
+def _drawn(
+    parts: Sequence[Sequence[ExampleRecord]],
+    taken: set[int],
+    cost: ForwardCost,
+    boundary: int | None,
+    budget: float,
+) -> list[ExampleRecord]:
+    """Draws examples for the budget from all parts, one from each section that has none of the `taken` indexes."""
+    drawn = []
+    sections = [section for part in parts for section in _sections(part, max(1, SPREAD // len(parts)))]
+    sections = [section for section in sections if not any(example.index in taken for example in section)]
+    for left, section in zip(range(len(sections), 0, -1), sections, strict=True):
+        tokens = np.array([tokens_to_derive(example.num_tokens, boundary) for example in section])
+        costs = cost.flops(np.maximum(tokens, cost.min_tokens))
+        order = counter_hash(np.array([example.index for example in section], np.int64))
+        affordable = np.flatnonzero(costs <= budget / left)
+        if len(affordable):
+            best = int(affordable[order[affordable].argmin()])
+            drawn.append(section[best])
+            budget -= float(costs[best])
+    return drawn
+
+
+def _sections(part: Sequence[ExampleRecord], number: int) -> Iterator[Sequence[ExampleRecord]]:
+    """Yields at most `number` sections of a part, of almost equal numbers of examples."""
+    edges = np.linspace(0, len(part), number + 1).round().astype(int).tolist()
+    for start, stop in pairwise(edges):
+        if start < stop:
+            yield part[start:stop]
 
 
 def _late_rows(
@@ -144,9 +213,9 @@ def tokens_to_derive(num_tokens: int, boundary: int | None) -> int:
     return num_tokens if boundary is not None and num_tokens > boundary else min(num_tokens, MAX_TOKENS)
 
 
-def is_derivable(num_tokens: int, boundary: int | None) -> bool:
+def is_derivable(num_tokens: int, boundary: int | None, min_tokens: int) -> bool:
     """Whether a pass of the proof has the rotary frequencies of the example's own pass, in spite of its padding."""
-    return boundary is None or num_tokens >= MIN_TOKENS or boundary >= MIN_TOKENS
+    return boundary is None or num_tokens >= min_tokens or boundary >= min_tokens
 
 
 def _places(file: Path, example_ids: Sequence[int], cut: Int64) -> tuple[Int64, Int64]:
@@ -165,7 +234,7 @@ def _places(file: Path, example_ids: Sequence[int], cut: Int64) -> tuple[Int64, 
     return first, number
 
 
-def _cover(rows: Int64, cost: Int64, kinds: Sequence[str], budget: float) -> list[int]:
+def _cover(rows: Int64, cost: Numbers, kinds: Sequence[str], budget: float) -> list[int]:
     """Returns the numbers of the chosen candidates. `rows` is (candidates, groups), `kinds` the kind of each group."""
     chosen: list[int] = []
     of_kind = {kind: np.array([each == kind for each in kinds]) for kind in kinds}

@@ -16,7 +16,7 @@ from qk_sniffer.dataset.bucket_ranges import bucket_ranges
 from qk_sniffer.dataset.card_facts import CardFacts, Place
 from qk_sniffer.dataset.card_rotation import rotary_embedding
 from qk_sniffer.dataset.card_snippets import loading
-from qk_sniffer.dataset.proof_words import compared, largest_difference
+from qk_sniffer.dataset.proof_words import compared, largest_difference, whence
 from qk_sniffer.dataset.weights import computed_in, quantized
 from qk_sniffer.markdown import block, code, in_url, link, plain, table, tex, yaml_string
 from qk_sniffer.resolved import rule, safe_name
@@ -281,7 +281,8 @@ def _proof(facts: CardFacts) -> str:
     text = f"""\
 ## Proof
 
-The job derived these vectors a second time: {rows}.
+The job derived these vectors a second time: {rows},
+from {whence(proof, facts.num_examples)}.
 The second path is a plain forward pass with hooks on the projections of the unmodified
 model, without the tap that captured them. Relative to the spread of a head's vectors, they differ by {largest:.1g} at
 most, in any layer; up to {proof["tolerance"]:g} counts as rounding in {plain(facts.dtype)}. A wrong head,

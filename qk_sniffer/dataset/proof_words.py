@@ -27,6 +27,14 @@ def compared(proof: Mapping[str, Any], *, heads: int, layers: int) -> str:
     return f"{rows}, positions to {proof['longest_position']:,}{beyond}"
 
 
+def whence(proof: Mapping[str, Any], examples: int) -> str:
+    """Returns of how many of the dataset's examples a proof compared rows: `8 of 90 examples`."""
+    number = len(proof["examples"])
+    if examples == 1:
+        return "the only example"
+    return f"{'all' if number == examples else f'{number:,} of'} {counted(examples, 'example')}"
+
+
 def attention(proof: Mapping[str, Any]) -> str:
     """Returns where a job checked attention itself, and which kinds it could not check."""
     checks: Sequence[Mapping[str, Any]] = proof.get("attention", ())

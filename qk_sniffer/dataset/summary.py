@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from qk_sniffer.dataset.proof_words import attention, compared
+from qk_sniffer.dataset.proof_words import attention, compared, whence
 from qk_sniffer.dataset.weights import computed_in, quantized
 from qk_sniffer.hub.branch import Branch
 from qk_sniffer.store import manifest as manifests
@@ -61,7 +61,7 @@ def show(dataset: Files, manifest: Mapping[str, Any], note: str) -> None:
     proof = manifest["proof"]
     if proof["proven"]:
         rows = compared(proof, heads=len(heads), layers=len({head.layer for head in heads}))
-        say(f"Proven: {rows}; {attention(proof)}.")
+        say(f"Proven: {rows}; {attention(proof)}; from {whence(proof, manifest['examples'])}.")
     elif proof["proven"] is None:
         say(f"Not proven: {proof['reason']}" + (f"; {attention(proof)}." if "attention" in proof else "."))
     say(note)

@@ -12,7 +12,7 @@ import pyarrow as pa
 from qk_sniffer.capture.sampling import Sampler
 from qk_sniffer.config import Config, from_dict
 from qk_sniffer.dataset.heads import captured_heads
-from qk_sniffer.dataset.proof_words import attention, compared, largest_difference, why
+from qk_sniffer.dataset.proof_words import attention, compared, largest_difference, whence, why
 from qk_sniffer.dataset.verify_report import RECREATE, Problem
 from qk_sniffer.errors import StoreError
 from qk_sniffer.resolved import fingerprint, resolve, with_public_files
@@ -118,7 +118,7 @@ class ManifestFacts:
             fingerprints=(fingerprint(resolve(config)), with_public_files(manifest["fingerprint"])),
             commits=(manifest["commits"]["model"], proof.get("model_commit", manifest["commits"]["model"])),
             proven=proof["proven"],
-            proof=_in_words(proof, heads),
+            proof=_in_words(proof, heads, int(manifest["examples"])),
         )
         for head in heads.values():
             if not isinstance(head.sliding_window, int | None):
@@ -159,7 +159,7 @@ def _by_bucket(values: dict[str, dict[str, Any]], number: Callable[[Any], _Numbe
     return {kind: {int(bucket): number(value) for bucket, value in row.items()} for kind, row in values.items()}
 
 
-def _in_words(proof: dict[str, Any], heads: dict[str, Head]) -> str:
+def _in_words(proof: dict[str, Any], heads: dict[str, Head], examples: int) -> str:
     if proof["proven"] is None:
         return f"not proven: {proof['reason']}"
     if not proof["proven"] and "reason" in proof:
@@ -167,7 +167,8 @@ def _in_words(proof: dict[str, Any], heads: dict[str, Head]) -> str:
     rows = compared(proof, heads=len(heads), layers=len({head.layer for head in heads.values()}))
     differ = f"differ by {largest_difference(proof):.1g} at most (relative; tolerance {proof['tolerance']:g})"
     failed = any(check["passed"] is False for check in proof.get("attention", ()))
-    return f"{rows}, derived again by the job, {differ}; {why(proof) if failed else attention(proof)}"
+    derived = f"derived again by the job from {whence(proof, examples)}"
+    return f"{rows}, {derived}, {differ}; {why(proof) if failed else attention(proof)}"
 
 
 def _contradiction(instance: str) -> Problem:

@@ -7,7 +7,7 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any
 
 from qk_sniffer.capture.sampling import Sampler
@@ -47,12 +47,18 @@ class Staged:
     layout: Layout
     """The staging folder's."""
     heads: Sequence[Head]
-    examples: Sequence[ExampleRecord]
+    parts: Sequence[Sequence[ExampleRecord]]
+    """All examples, in parts that were captured apart: the earlier version, then each shard."""
     facts: Mapping[str, Any]
     """The manifest's, from the job."""
     checks: Sequence[AttentionFacts]
     """The check of each kind of attention, by layer."""
     written: Written
+
+    @property
+    def examples(self) -> Iterator[ExampleRecord]:
+        """The examples of all parts."""
+        return chain(*self.parts)
 
     def manifest(self, proof: Mapping[str, Any], *, timings: Mapping[str, float]) -> dict[str, Any]:
         """The manifest of the dataset, with its `proof`. `timings` are seconds by stage."""
@@ -162,10 +168,10 @@ def stage(layout: Layout, job: CapturedJob, model: ModelConfig, tokenizer: TextT
         check=claim.check,
     )
     skipped = sum(mark["skipped"] for mark in marks if mark is not None)
-    examples = [example for journal in journals for example in journal.records.values()]
+    parts = [[*journal.records.values()] for journal in journals]
     if base is not None:
         skipped += base.record["skipped_rows"]
-        examples = base.examples() + examples
+        parts.insert(0, base.examples())
     if not written.num_examples:
         raise SourceError(f"dataset {config.dataset.path} has no text that gives a token: nothing was captured")
     expected = None if config.dataset.streaming else record["source_rows"]
@@ -187,8 +193,8 @@ def stage(layout: Layout, job: CapturedJob, model: ModelConfig, tokenizer: TextT
         "grown_from": _growth(record["base"]),
     }
     if limit is not None:
-        facts["examples_beyond_max_positions"] = sum(example.num_tokens > limit for example in examples)
-    return Staged(layout.staging, heads, examples, facts, _checks(journals, base), written)
+        facts["examples_beyond_max_positions"] = sum(example.num_tokens > limit for example in chain(*parts))
+    return Staged(layout.staging, heads, parts, facts, _checks(journals, base), written)
 
 
 def _checks(journals: Sequence[Journal], base: PreviousVersion | None) -> list[AttentionFacts]:

@@ -9,6 +9,7 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
+from qk_sniffer.capture.forward_cost import ForwardCost
 from qk_sniffer.capture.proof import prove
 from qk_sniffer.capture.proof_examples import MAX_TOKENS, choose
 from qk_sniffer.corpus.batches import check_same_texts, check_unchanged
@@ -229,15 +230,8 @@ def _prove(
     backbone = components.backbone
     boundary = backbone.length_boundary
     parameters = sum(weight.numel() for weight in backbone.decoder.parameters())
-    passes = choose(
-        staged.layout,
-        staged.heads,
-        staged.examples,
-        count=count,
-        parameters=parameters,
-        layers=max(backbone.attention_layers.values()) + 1,
-        boundary=boundary,
-    )
+    cost = ForwardCost.of(parameters, record["model"]["layers"], backbone.device.type)
+    passes = choose(staged.layout, staged.heads, staged.parts, count=count, cost=cost, boundary=boundary)
     if not passes:
         reason = (
             f"all rows are at positions from {MAX_TOKENS:,} on"
@@ -256,6 +250,6 @@ def _prove(
             f"tokenizer are {components.commits}: they prove nothing about its vectors. Rerun the job's command"
         )
     ids = {each.example_id: each.ids for each in components.tokenizer(found)}
-    proof = prove(backbone, staged.layout, staged.heads, passes, ids)
+    proof = prove(backbone, staged.layout, staged.heads, passes, ids, min_tokens=cost.min_tokens)
     components.check()
     return proof | {"model_commit": components.commits["model"]}

@@ -140,6 +140,24 @@ def harm_stored_vectors(monkeypatch: pytest.MonkeyPatch, harm: Callable[[Slot], 
     monkeypatch.setattr(JournalWriter, "commit", harmed)
 
 
+def test_wrong_rows_of_a_shard_or_of_later_examples_fail(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = save_checkpoint(LLAMA, tmp_path / "model")
+    for part in ("later", "shard"):
+        lines = [json.dumps({"text": "".join(ALPHABET)[at : at + 30]}) + "\n" for at in range(20)]
+        texts.write_text("".join(lines), encoding="utf-8")
+        shards: list[dict[str, Any]] = [{"shard": {"index": index, "count": 2}} for index in range(2)]
+        first, second = shards if part == "shard" else ({"dataset": {"max_samples": 18}}, {})
+        root = tmp_path / part
+        run(checkpoint, texts, root, **first)
+        with monkeypatch.context() as patch, pytest.raises(CaptureError, match=FAILED):
+            harm_stored_vectors(patch, next_position)
+            run(checkpoint, texts, root, **second)
+        proven = manifests.read(root)["proof"]["examples"]
+        assert len(proven) < 20 and {18, 19} & set(proven) and {example % 2 for example in proven} == {0, 1}
+
+
 @pytest.mark.parametrize("harm", [next_position, other_head, one_component])
 def test_a_wrong_dataset_fails_and_stays(
     harm: Callable[[Slot], None], texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -179,6 +197,11 @@ def test_one_wrong_row_among_many_fails_where_rounding_is_large(
 
 
 def test_rows_without_a_finite_number_prove_nothing(texts: Path, tmp_path: Path) -> None:
+    lines = texts.read_text(encoding="utf-8").splitlines()
+    texts.write_text(
+        "\n".join(line for line, n in zip(lines, LENGTHS, strict=True) if n > 4), encoding="utf-8"
+    )  # whose outputs are finite
+    lengths = [n for n in LENGTHS if n > 4]
     checkpoint = save_checkpoint(LLAMA, tmp_path / "model")
     weights = load_file(checkpoint / "model.safetensors")
     proofs = []
@@ -190,9 +213,7 @@ def test_rows_without_a_finite_number_prove_nothing(texts: Path, tmp_path: Path)
     late, early = proofs
     assert late["proven"] is True and late["largest_difference_by_layer"].keys() == {"0", "1"}
     assert late["uncovered"] == [{"layer": 1, "kind": "k"}, {"layer": 2, "kind": "k"}, {"layer": 2, "kind": "q"}]
-    assert late["heads"] == 4 + 2 + 4 and late["rows"] == late["heads"] * sum(
-        LENGTHS[each] for each in late["examples"]
-    )
+    assert late["heads"] == 4 + 2 + 4 and late["rows"] == late["heads"] * sum(lengths)
     assert early["proven"] is True and early["heads"] == 4
 
 
@@ -286,7 +307,7 @@ def test_a_kernel_that_is_wrong_for_long_texts_leaves_the_dataset_unproven(
         run(checkpoint, texts, root)
     capsys.readouterr()
     run(checkpoint, texts, root, output={"overwrite": True})
-    assert "Proven: 1,620 rows of 18 heads in all 3 layers, positions to 89; attention itself at " in (
+    assert "Proven: 3,366 rows of 18 heads in all 3 layers, positions to 89; attention itself at " in (
         capsys.readouterr().out
     )
 
@@ -349,16 +370,18 @@ def test_it_can_be_turned_off(texts: Path, tmp_path: Path) -> None:
     assert manifests.read(root)["proof"] == {"proven": None, "reason": "turned off (verify.examples=0)"}
 
 
-@pytest.mark.parametrize(("boundary", "proven"), [(32, None), (300, True)])
+@pytest.mark.parametrize(("boundary", "proven"), [(3, None), (32, True)])
 def test_frequencies_that_depend_on_the_length_are_proven_where_they_do_not(
     boundary: int, proven: bool | None, texts: Path, tmp_path: Path
 ) -> None:
+    if proven is None:
+        texts.write_text(json.dumps({"text": ALPHABET[0] * 4}), encoding="utf-8")  # padded to more tokens than heads
     dynamic = {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}}
     case = replace(LLAMA, options=LLAMA.options | dynamic | {"max_position_embeddings": boundary})
     checkpoint = save_checkpoint(case, tmp_path / "model")
     proof = manifests.read(run(checkpoint, texts, tmp_path / "out"))["proof"]
     assert proof["proven"] is proven
-    assert proven or "depend on the length of texts of more than 32 tokens" in proof["reason"]
+    assert proven or "depend on the length of texts of more than 3 tokens" in proof["reason"]
 
 
 class Blind(Family):

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from qk_sniffer.dataset.proof_words import attention, compared, largest_difference, why
+from qk_sniffer.dataset.proof_words import attention, compared, largest_difference, whence, why
 
 CHECK: dict[str, Any] = {
     "layer": 3,
@@ -27,15 +27,22 @@ PROOF: dict[str, Any] = {
 }
 
 
+def words(proof: dict[str, Any]) -> str:
+    return compared(proof, heads=60, layers=6)
+
+
 def test_it_says_what_was_compared() -> None:
-    assert compared(PROOF, heads=60, layers=6) == "1,240 rows of 60 heads in all 6 layers, positions to 4,095"
+    line = "1,240 rows of 60 heads in all 6 layers, positions to 4,095"
+    assert words(PROOF) == line
+    assert whence(PROOF, 90) == "2 of 90 examples" and whence(PROOF, 2) == "all 2 examples"
+    assert whence(PROOF | {"examples": [7]}, 1) == "the only example"
     far = PROOF | {"beyond": {"layers": [0], "longest_position": 131_071}}
-    assert compared(far, heads=60, layers=6).endswith("in all 6 layers, positions to 4,095 (layer 0: to 131,071)")
+    assert words(far) == f"{line} (layer 0: to 131,071)"
     some = PROOF | {"heads": 58, "largest_difference_by_layer": {"0": 0.1, "1": float("nan")}}
-    assert compared(some, heads=60, layers=6) == "1,240 rows of 58 of 60 heads in 2 of 6 layers, positions to 4,095"
+    assert words(some).startswith("1,240 rows of 58 of 60 heads in 2 of 6 layers, positions to 4,095")
     assert largest_difference(PROOF) == 0.01 and str(largest_difference(some)) == "nan"
     earlier = {"proven": True, "examples": [7], "tolerance": 0.1, "largest_difference_by_layer": {"0": 0.01}}
-    assert compared(earlier, heads=60, layers=6) == "rows of 1 example"
+    assert words(earlier) == "rows of 1 example"
 
 
 def test_it_says_where_attention_was_checked_and_where_not() -> None:

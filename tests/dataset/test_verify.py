@@ -73,7 +73,7 @@ def test_the_report_says_what_was_found(verify_base: Path) -> None:
     assert f"sampler         ok     18 heads: {rows:,} rows, exactly those that the sampler chooses" in text
     assert "heads           ok     18: query heads 0-3 of layers 0-2; key heads 0-1 of layers 0-2" in text
     assert f"files           ok     20 files, {size:,.1f} MB: size and sha256" in text
-    assert "derived again by the job, differ by" in text
+    assert "derived again by the job from 11 of 24 examples, differ by" in text
     tokens = np.array([len(text) for text in TEXTS])
     for kind, name, heads in (("q", "query", 12), ("k", "key", 6)):
         for bucket, there in manifest["rows_by_bucket"][kind].items():

@@ -103,7 +103,7 @@ def both(section: str, key: str, value: Any) -> Callable[[dict[str, Any]], None]
             {"manifest"},
             "its positions have more than 1,048,576 buckets",
         ),
-        (lambda m: m["proof"].update(proven=False), {"proof"}, "the job's proof of the vectors failed 1,"),
+        (lambda m: m["proof"].update(proven=False), {"proof"}, "the job's proof of the vectors failed 4,0"),
         (lambda m: m["proof"].pop("heads"), {"manifest"}, "contradicts itself (proof lacks heads)"),
         (
             lambda m: m["proof"]["attention"][0].update(passed=False),

@@ -13,7 +13,14 @@ from typing import Any
 import numpy as np
 
 from qk_sniffer.config import DatasetConfig
-from qk_sniffer.corpus.ids import RepeatedIdError, StreamedIds, moved_numbers, preferred_number, repeated_places
+from qk_sniffer.corpus.ids import (
+    RepeatedIdError,
+    StreamedIds,
+    identity,
+    moved_numbers,
+    preferred_number,
+    repeated_places,
+)
 from qk_sniffer.corpus.rows import no_rows
 from qk_sniffer.corpus.sources import Source, open_source
 from qk_sniffer.corpus.values import Filter, id_of
@@ -242,26 +249,27 @@ class Corpus:
             else:
                 preferred[place] = preferred_number(source_id)
 
-        def text_of(index: int, row: dict[str, Any]) -> str | None:
-            return str(self._source_id(index, row)) if self._has_text(index, row) else None
+        def id_of_row(index: int, row: dict[str, Any]) -> tuple[bool, str] | None:
+            return identity(self._source_id(index, row)) if self._has_text(index, row) else None
 
         # One pass over the source reads nearly all rows that `moved_numbers` asks for.
-        known: dict[int, str | None] = {}
+        known: dict[int, tuple[bool, str] | None] = {}
         likely = sorted({*places, *repeated_places(preferred)})
         for place, (index, row) in zip(
             likely, self._rows_at([used[each] for each in likely], self._columns), strict=True
         ):
-            known[place] = text_of(index, row)
+            known[place] = id_of_row(index, row)
 
-        def id_at(place: int) -> str | None:
+        def id_at(place: int) -> tuple[bool, str] | None:
             if place not in known:
-                known[place] = text_of(*next(self._rows_at([used[place]], self._columns)))
+                known[place] = id_of_row(*next(self._rows_at([used[place]], self._columns)))
             return known[place]
 
         try:
             moved = moved_numbers(preferred, id_at, places)
         except RepeatedIdError as error:
-            raise self._repeated(used[error.first], used[error.second], id_at(error.second)) from None
+            _, text = id_at(error.second) or (False, "")
+            raise self._repeated(used[error.first], used[error.second], text) from None
         return {used[place]: number for place, number in moved.items()}
 
     def _ids(self, index: int, row: dict[str, Any], streamed: StreamedIds) -> tuple[int, Any]:

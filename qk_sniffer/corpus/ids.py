@@ -4,12 +4,14 @@ Each id prefers a number: an integer that fits int32 prefers itself, any other i
 order of the source, an id gets the number that it prefers. If an earlier id has that number, it gets the next number
 that no earlier id has; 0 follows 2**31 - 1. Only ids of examples count: a row without text takes no number.
 
+An id is a value of the source: 12 and the text "12" are two ids, as true and "true" are.
+
 The rule depends on nothing but the ids and their order. An id therefore keeps its number when rows are appended. All
 shards agree, and so do a source that is streamed and one that is not.
 """
 
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from hashlib import blake2b
 from heapq import heapify, heappop, heappush
 from typing import Any
@@ -36,8 +38,13 @@ def preferred_number(source_id: Any) -> int:
     return int.from_bytes(blake2b(str(source_id).encode(), digest_size=4).digest(), "big") & _LARGEST
 
 
+def identity(source_id: Any) -> tuple[bool, str]:
+    """Returns whether an id is a text, and its text: equal for equal ids alone."""
+    return isinstance(source_id, str), str(source_id)
+
+
 def moved_numbers(
-    preferred: npt.NDArray[np.int32], id_of: Callable[[int], str | None], suspects: npt.ArrayLike = ()
+    preferred: npt.NDArray[np.int32], id_of: Callable[[int], Hashable | None], suspects: npt.ArrayLike = ()
 ) -> dict[int, int]:
     """Returns the numbers of the examples that do not get the one that they prefer, by their place.
 
@@ -45,8 +52,8 @@ def moved_numbers(
 
     Args:
         preferred: the number that the id at each place of the source prefers, (num_places,).
-        id_of: returns the text of the id at a place; None if that row gives no example. It may be slow: it is called
-            only for places whose number more than one id may claim.
+        id_of: returns the `identity` of the id at a place; None if that row gives no example. It may be slow: it is
+            called only for places whose number more than one id may claim.
         suspects: further places for which `id_of` is called, because it may refuse them.
 
     Raises:
@@ -57,14 +64,14 @@ def moved_numbers(
     queued = {*repeated_places(preferred), *np.asarray(suspects, np.int64).tolist()}
     waiting = list(queued)
     heapify(waiting)
-    holders: dict[int, tuple[int, str]] = {}
+    holders: dict[int, tuple[int, Hashable]] = {}
 
     def places_of(number: int) -> list[int]:
         first, stop = np.searchsorted(ordered, number), np.searchsorted(ordered, number, side="right")
         places: list[int] = order[first:stop].tolist()
         return places
 
-    def holder_of(number: int, before: int) -> tuple[int, str] | None:
+    def holder_of(number: int, before: int) -> tuple[int, Hashable] | None:
         if number not in holders:
             for place in places_of(number):
                 # A queued place is in `holders` already if it comes before this one and has kept its number.
@@ -121,7 +128,7 @@ class StreamedIds:
         Raises:
             RepeatedIdError: an earlier place has the same id.
         """
-        digest = int.from_bytes(blake2b(str(source_id).encode(), digest_size=8).digest(), "big")
+        digest = int.from_bytes(blake2b(repr(identity(source_id)).encode(), digest_size=8).digest(), "big")
         number = preferred_number(source_id)
         while (entry := self._table[slot := self._slot(number)]) >= 0:
             if self._digests[entry] == digest:

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from support.data_files import opened
+from support.data_files import both_ways, jsonl, message, opened, write
 
 from qk_sniffer.corpus import ids as module
 from qk_sniffer.corpus.ids import RepeatedIdError, StreamedIds, moved_numbers, preferred_number
@@ -109,3 +110,23 @@ def test_one_id_twice_is_an_error_also_where_it_has_moved(monkeypatch: pytest.Mo
     with pytest.raises(RepeatedIdError) as found:
         moved_numbers(np.full(4, 5, np.int32), lambda place: names[place])
     assert (streamed.value.first, streamed.value.second) == (found.value.first, found.value.second) == (1, 3)
+
+
+@both_ways
+def test_a_number_and_its_text_are_two_ids(tmp_path: Path, streaming: bool) -> None:
+    values: list[Any] = [12, "12", True, "True", 2**40, str(2**40), [1], "[1]", 1.5, "1.5"]
+    file = write(tmp_path / "rows.jsonl", jsonl([{"id": value, "text": "text"} for value in values]))
+    examples = list(opened(file, id_column="id", streaming=streaming).examples())
+    assert [example.source_id for example in examples] == [str(value) for value in values]
+    expected = by_brute_force([preferred_number(value) for value in values], [True] * len(values))
+    assert [example.example_id for example in examples] == expected and len(set(expected)) == len(values)
+    pairs: list[tuple[Any, Any]] = [(12, 12), ("12", "12"), (True, True), ([1], [1]), (1.0, 1)]
+    for one, again in pairs:
+        rows = [{"id": each, "text": "text"} for each in ("x", 12 if one == "12" else "12", one, again)]
+        text = message(write(tmp_path / "again.jsonl", jsonl(rows)), id_column="id", streaming=streaming)
+        assert f"rows 2 and 3 have the same id '{again}'" in text
+
+
+def test_one_spelling_in_csv_is_one_id(tmp_path: Path) -> None:
+    file = write(tmp_path / "rows.csv", 'id,text\n12,a\n"12",b\n')
+    assert "rows 0 and 1 have the same id '12'" in message(file, id_column="id")

@@ -25,6 +25,9 @@ from qk_sniffer.corpus.rows import no_rows
 from qk_sniffer.corpus.sources import Source, open_source
 from qk_sniffer.corpus.values import Filter, id_of
 from qk_sniffer.errors import SourceError
+from qk_sniffer.logs import logger
+
+log = logger(__name__)
 
 _SHOWN_ROWS = 1_000
 """The rows of which an error shows values."""
@@ -317,15 +320,23 @@ class Corpus:
         config, types = self._config, self._kinds
         has = f"It has: {', '.join(f'{column} ({kind})' for column, kind in types.items())}"
         wanted = {"dataset.text_column": config.text_column, "dataset.id_column": config.id_column}
+        wanted |= {f"dataset.filter.{column}": column for column in config.filter}
         # A stream without types is not read to its end for a column.
         may_come = config.streaming and not self._source.rows.has_schema
         start = " in its first rows, the only ones that dataset.streaming=true looks at" if may_come else ""
-        wanted |= {f"dataset.filter.{column}": column for column in config.filter}
         for key, column in wanted.items():
-            if column is not None and column not in types:
-                raise SourceError(
-                    f"{self._source.name} has no column {column!r}{start}. Set {key} to one that it has. {has}"
+            if column is None or column in types:
+                continue
+            if may_come and config.filter.get(column) is not None:
+                log.warning(
+                    "%s has no column %r in its first rows: rows without it do not pass %s=%s. %s",
+                    *(self._source.name, column, key, config.filter[column], has),
                 )
+                types[column] = "unknown"
+                continue
+            raise SourceError(
+                f"{self._source.name} has no column {column!r}{start}. Set {key} to one that it has. {has}"
+            )
         kind = types[config.text_column]
         if kind not in ("string", "large_string", "unknown"):
             raise SourceError(

@@ -83,6 +83,9 @@ class Filter:
         for column, met in self._met.items():
             if column not in self._matched:
                 kind = self._kinds[column] if self._typed else "text"
+                if kind == "unknown" and met.keys() <= {"None"}:
+                    lines.append(f"column {column!r} has no value in any row")
+                    continue
                 has = f"has {shortened([*met], _SHOWN_VALUES)}" if met else "has other values"
                 lines.append(f"column {column!r} ({kind}) {has}")
         return "; ".join(lines) or "each value is there, but no row has all of them"

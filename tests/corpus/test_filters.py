@@ -5,7 +5,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from support.data_files import both_ways, jsonl, message, opened, texts, write, write_parquet
+import pytest
+from support.data_files import both_ways, csv, jsonl, message, opened, parquet, texts, write, write_parquet
 
 
 @both_ways
@@ -91,3 +92,32 @@ def test_a_filter_that_nothing_passes_names_the_type_and_some_values(tmp_path: P
     many = write(tmp_path / "rows.csv", "text,n\n" + "".join(f"a,{'x' * 50}{number}\n" for number in range(99)))
     text = message(many, filter={"n": 1}, streaming=streaming)
     assert "column 'n' (text) has 'xxx" in text and len(text) < 1_000
+
+
+@both_ways
+def test_a_column_that_comes_late_is_null_before(
+    tmp_path: Path, streaming: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows: list[dict[str, Any]] = [{"text": f"text {number}"} for number in range(1_500)]
+    late = write(tmp_path / "rows.jsonl", jsonl([*rows, {"text": "late", "k": 0.5}, {"text": "later", "k": 1}]))
+    assert texts(opened(late, filter={"k": 1}, streaming=streaming).examples()) == [(1_501, "later")]
+    warned = (
+        "has no column 'k' in its first rows: rows without it do not pass dataset.filter.k=1. It has: text (string)"
+    )
+    assert (warned in caplog.text) == streaming
+    text = message(late, filter={"k": 7}, streaming=streaming)
+    assert "no rows that pass dataset.filter={'k': 7}: column 'k'" in text and "has None, 0.5, 1" in text
+    # A wrong name would let all rows pass.
+    if streaming:
+        assert "has no column 'k' in its first rows" in message(late, filter={"k": None}, streaming=True)
+    else:
+        assert len(texts(opened(late, filter={"k": None}).examples())) == 1_500
+
+
+@both_ways
+def test_a_column_that_no_row_has_is_an_error(tmp_path: Path, streaming: bool) -> None:
+    rows = [{"text": f"text {number}"} for number in range(3)]
+    for file in (write(tmp_path / "rows.csv", csv(rows)), write(tmp_path / "rows.parquet", parquet(rows))):
+        assert "has no column 'k'. Set dataset.filter.k" in message(file, filter={"k": 1}, streaming=streaming)
+    text = message(write(tmp_path / "rows.jsonl", jsonl(rows)), filter={"k": 1}, streaming=streaming)
+    assert ("column 'k' has no value in any row" if streaming else "has no column 'k'. Set dataset.filter.k") in text

@@ -141,10 +141,9 @@ def test_columns_of_json_may_come_late(tmp_path: Path, streaming: bool) -> None:
     late = [{"text": "a", "n": {"deep": [1]}, "more": 1}, {"n": "x", "text": "b", "more": [], "id": "late"}]
     file = write(tmp_path / "rows.jsonl", jsonl([*early, *late]))
     assert texts(opened(file, streaming=streaming).examples()) == [(1_500, "a"), (1_501, "b")]
-    if not streaming:
-        assert [each.index for each in opened(file, filter={"id": "late"}).examples()] == [1_501]
-    else:
-        text = message(file, filter={"id": "late"}, streaming=True)
+    assert [each.index for each in opened(file, filter={"id": "late"}, streaming=streaming).examples()] == [1_501]
+    for options in ({"id_column": "id"}, {"text_column": "id"}) if streaming else ():
+        text = message(file, streaming=True, **options)
         assert "has no column 'id' in its first rows, the only ones that dataset.streaming=true looks at." in text
     write(tmp_path / "second" / "a.jsonl", jsonl([{"text": "a"}]))
     write(tmp_path / "second" / "b.jsonl", jsonl([{"text": "b", "id": "x"}]))

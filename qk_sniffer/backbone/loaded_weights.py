@@ -72,16 +72,39 @@ class UnconvertedError(Exception):
 
 
 @contextmanager
+def unconverted_named() -> Iterator[None]:
+    """Names the weights that transformers cannot make, which its own errors do not.
+
+    Quantized weights that a checkpoint lacks are among them: random numbers cannot take their place, as they do for
+    other weights.
+
+    Raises:
+        UnconvertedError: transformers has weights that it cannot convert.
+    """
+    original: Callable[..., Any] = PreTrainedModel._finalize_model_loading
+
+    def finalize(model: PreTrainedModel, load_config: Any, loading_info: Any) -> Any:
+        try:
+            return original(model, load_config, loading_info)
+        except RuntimeError as error:
+            if names := set(loading_info.conversion_errors) or loading_info.missing_and_mismatched():
+                raise UnconvertedError(names) from error
+            raise
+
+    PreTrainedModel._finalize_model_loading = staticmethod(finalize)  # type: ignore
+    try:
+        yield
+    finally:
+        PreTrainedModel._finalize_model_loading = staticmethod(original)  # type: ignore
+
+
+@contextmanager
 def ignored_layers_reported() -> Iterator[None]:
     """Makes transformers report the weights of layers that its classes ignore by their number.
 
     Such a class ignores the layers for multi-token prediction, by the number that they have in the models of its
     authors. In a deeper model, that number may be one of a layer of the decoder.
-
-    Raises:
-        UnconvertedError: transformers has weights that it cannot convert. Its own error names none of them.
     """
-    unconverted: set[str] = set()
     original: Callable[[PreTrainedModel, Any], None] = PreTrainedModel._adjust_missing_and_unexpected_keys
 
     def adjust(self: PreTrainedModel, loading_info: Any) -> None:
@@ -91,15 +114,10 @@ def ignored_layers_reported() -> Iterator[None]:
             original(self, loading_info)
         finally:
             self._keys_to_ignore_on_load_unexpected = patterns
-        unconverted.update(loading_info.conversion_errors)
 
     PreTrainedModel._adjust_missing_and_unexpected_keys = adjust  # type: ignore
     try:
         yield
-    except RuntimeError as error:
-        if unconverted:
-            raise UnconvertedError(unconverted) from error
-        raise
     finally:
         PreTrainedModel._adjust_missing_and_unexpected_keys = original  # type: ignore
 

@@ -36,6 +36,7 @@ from qk_sniffer.backbone.loaded_weights import (
     decoder_float,
     ignored_layers_reported,
     refuse_incomplete,
+    unconverted_named,
 )
 from qk_sniffer.backbone.quantization import (
     StoredWeights,
@@ -260,7 +261,7 @@ def _from_pretrained(
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Loads a model with the `arguments` of from_pretrained; returns it and transformers' loading info."""
     cut = nullcontext() if layers is None else cut_after(layers, found.family)
-    with base_alone(), ignored_layers_reported(), cut:
+    with base_alone(), ignored_layers_reported(), unconverted_named(), cut:
         loaded: Any = None
         if found.wrapper is not None:
             if config.attn_implementation is not None:

@@ -1,6 +1,7 @@
 """A quantized checkpoint has the vectors of its dequantized weights, or is refused with the package that it needs."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import quantized
 import torch
 from quantized import FORMATS, Format, compared, examine
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.jobs import run
 from support.tiny import save_tokenizer
@@ -58,6 +60,25 @@ def test_a_scale_that_is_missing_is_an_error_that_names_its_weight(tmp_path: Pat
     save_file({key: w for key, w in load_file(file).items() if key != f"{name}_scale_inv"}, file, {"format": "pt"})
     with pytest.raises(SourceError, match=rf"1 of its weights are quantized, .* no scale: {name} \(F8_E4M3\)"):
         load_backbone(ModelConfig(name=str(tmp_path), dtype="float32"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", [each for each in FORMATS if each.package in IN_EXTRA], ids=lambda each: each.name)
+def test_each_part_of_a_quantized_weight_that_is_missing_is_an_error_that_names_the_weight(
+    format: Format, tmp_path: Path
+) -> None:
+    format.save(tmp_path)
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    module = "layers.1.self_attn.q_proj"
+    parts = [name for name in weights if name.startswith(f"model.{module}.") and not name.endswith("weight_format")]
+    assert len(parts) > 1
+    for part in parts:
+        save_file({name: weight for name, weight in weights.items() if name != part}, file, metadata)
+        with pytest.raises(SourceError, match=rf" 1 (weights|of its weights) .*{re.escape(module)}\."):
+            load_backbone(ModelConfig(name=str(tmp_path), dtype="float32", device_map="cpu"))
 
 
 def test_the_decoder_of_a_quantized_multimodal_checkpoint_is_dequantized(tmp_path: Path) -> None:

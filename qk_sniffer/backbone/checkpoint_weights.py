@@ -11,9 +11,10 @@ from safetensors import safe_open
 from transformers import PretrainedConfig
 from transformers.utils.hub import cached_file
 
-from qk_sniffer.backbone.damaged_files import DamagedFileError, damage, json_object, safetensors_header, shards_of
+from qk_sniffer.backbone.damaged_files import damage, safetensors_header, shards_of
 from qk_sniffer.config import AUTO, DTYPES
 from qk_sniffer.errors import ConfigError, SourceError
+from qk_sniffer.hub.json_files import DamagedFileError, json_object
 from qk_sniffer.hub.lfs import refuse_pointer
 from qk_sniffer.text import shortened
 

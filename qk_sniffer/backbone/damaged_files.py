@@ -9,16 +9,13 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+from qk_sniffer.hub.json_files import DamagedFileError, json_object
 from qk_sniffer.text import shortened
 
 _LENGTH_BYTES = 8
 """The bytes of the length of a header, with which a safetensors file begins."""
 
 _LONGEST_HEADER = 2**30
-
-
-class DamagedFileError(ValueError):
-    """A file of weights is damaged. The message says how, without the name of the file."""
 
 
 def safetensors_header(path: Path) -> dict[str, Any]:
@@ -45,25 +42,6 @@ def safetensors_header(path: Path) -> dict[str, Any]:
     if size != whole:
         raise DamagedFileError(f"it has {size:,} bytes, and its header says {whole:,}")
     return entries
-
-
-def json_object(content: bytes) -> dict[str, Any]:
-    """Returns the object that a JSON file holds.
-
-    Raises:
-        DamagedFileError: it holds none.
-    """
-    try:
-        found = json.loads(content.decode())
-    except UnicodeDecodeError:
-        raise DamagedFileError("it is not UTF-8") from None
-    except json.JSONDecodeError as error:
-        raise DamagedFileError(f"it is not JSON ({error.msg} in line {error.lineno})") from None
-    except (ValueError, RecursionError) as error:  # a number of too many digits, or lists too deep
-        raise DamagedFileError(f"it is not JSON ({error})") from None
-    if not isinstance(found, dict):
-        raise DamagedFileError(f"it holds {type(found).__name__}, not an object")
-    return found
 
 
 def shards_of(index: bytes) -> list[str]:

@@ -15,9 +15,13 @@ from qk_sniffer.config import ModelConfig, TokenizerConfig
 from qk_sniffer.corpus.examples import Example
 from qk_sniffer.corpus.special_tokens import Encoded, SpecialTokens
 from qk_sniffer.errors import SourceError
+from qk_sniffer.hub.json_files import damaged_json
 from qk_sniffer.hub.lfs import refuse_pointers
 from qk_sniffer.hub.revisions import HubUnreachableError, cached_commit, hub_commit, is_hub_id
 from qk_sniffer.store.journal import ExampleRecord
+
+_JSON_FILES = ("tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
+"""The files of a tokenizer that hold a JSON object."""
 
 _NOT_IN_TEXTS = ("pad", "image", "audio", "video", "boi_", "eoi_", "boa_", "eoa_")
 """Parts of the names of special tokens that texts do not have."""
@@ -113,10 +117,11 @@ def load_tokenizer(config: ModelConfig, commit: str | None = None) -> "TextToken
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(local), **options)
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        damaged = damaged_json(local / file for file in _JSON_FILES)
+        reason = damaged or " ".join(str(error).split()) or type(error).__name__
         raise SourceError(
-            f"the tokenizer of {name} cannot be loaded: {reason[:500].rstrip('.')}. Set model.tokenizer.name to use "
-            "another one"
+            f"the tokenizer of {name} cannot be loaded: {reason[:500].rstrip('.')}. "
+            f"{'Restore the file, or set' if damaged else 'Set'} model.tokenizer.name to use another one"
         ) from error
     if len(tokenizer) <= len(
         tokenizer.all_special_tokens

@@ -250,6 +250,25 @@ def test_tokenizers_that_cannot_be_loaded(folder: Path, tmp_path: Path, monkeypa
     assert "org/name" in offline and "HF_HUB_OFFLINE=1" in offline and "v1" in offline
 
 
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_damaged_file_of_a_tokenizer_is_named(folder: Path, tmp_path: Path, file: str) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    whole = (copy / file).read_bytes()
+    for content, how in (
+        (whole[: len(whole) // 2], "it is not JSON ("),
+        (b"", "it is not JSON (Expecting value in line 1)"),
+        (b"[]", "it holds list, not an object"),
+        (b"\xff", "it is not UTF-8"),
+    ):
+        (copy / file).write_bytes(content)
+        with pytest.raises(SourceError) as caught:
+            load_tokenizer(ModelConfig(name=str(copy)))
+        message = str(caught.value)
+        assert f"the tokenizer of {copy} cannot be loaded: {file} is damaged: {how}" in message
+        assert message.endswith("Restore the file, or set model.tokenizer.name to use another one")
+
+
 def test_the_commit_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 

@@ -30,7 +30,7 @@ def json_object(content: bytes) -> dict[str, Any]:
 
 
 def damaged_json(files: Iterable[Path]) -> str | None:
-    """Returns the name of the first file that holds no JSON object, with the reason; None if each that can be read does."""
+    """Returns the name of the first file that holds no JSON object, with the reason; None if each readable one does."""
     for file in files:
         try:
             json_object(file.read_bytes())

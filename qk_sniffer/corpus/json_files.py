@@ -5,6 +5,7 @@ A document is a list of objects or of texts, or one object after another. It is 
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, TextIO
@@ -38,7 +39,7 @@ class JsonReader:
         for rows, (row, _) in enumerate(self._objects(file), 1):
             for column, value in row.items():
                 if kinds.get(column, "unknown") == "unknown":
-                    kinds[column] = "unknown" if value is None else _NAMES[type(value)]
+                    kinds[column] = "unknown" if value is None else _NAMES.get(type(value), "struct")
             if rows >= _SAMPLE_ROWS and set(wanted) <= set(kinds):
                 break
         return kinds
@@ -51,11 +52,14 @@ class JsonReader:
         """Yields the rows from number `start` on.
 
         Raises:
-            FormatError: the file is not JSON, holds something else than objects, or a text in these columns that UTF-8
-                cannot encode.
+            FormatError: the file is not JSON, holds something else than objects, or has in these columns a text that
+                UTF-8 cannot encode, or two values of a row.
         """
         for index, (row, line) in enumerate(self._objects(file)):
             if index >= start:
+                if isinstance(row, _Repeating) and not row.repeated.isdisjoint(columns):
+                    key = min(row.repeated.intersection(columns))
+                    raise FormatError(f"JSON parse error: the object in line {line} has the key {key!r} twice")
                 values = {column: row.get(column) for column in columns}
                 for value in values.values():
                     if isinstance(value, str) and not value.isascii():
@@ -100,11 +104,30 @@ def _check_text(value: str, line: int) -> None:
         raise FormatError(f"JSON parse error in line {line}: it escapes half a surrogate pair, no character") from None
 
 
+class _Repeating(dict[str, Any]):
+    """An object that has keys twice. Each key has its last value."""
+
+    repeated: set[str]
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) == len(pairs):
+        return found
+    repeating = _Repeating(found)
+    repeating.repeated = {key for key, count in Counter(key for key, _ in pairs).items() if count > 1}
+    return repeating
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+"""Keeps account of the keys that an object has twice."""
+
+
 def _of_lines(text: TextIO, first: str, number: int) -> Iterator[tuple[Any, int]]:
     for line_number, line in enumerate(chain([first], text), number):
         if not line.isspace():
             try:
-                yield json.loads(line), line_number
+                yield _DECODER.decode(line), line_number
             except (ValueError, RecursionError) as error:
                 raise _parse_error(error, line_number) from error
 
@@ -133,7 +156,7 @@ class _Cursor:
         self._text = text
         self._buffer = buffer
         self._place = 0
-        self._decode = json.JSONDecoder().raw_decode
+        self._decode = _DECODER.raw_decode
         self.line = line
 
     def sign(self) -> str:

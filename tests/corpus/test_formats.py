@@ -190,6 +190,19 @@ def test_broken_json_is_named_by_its_line(tmp_path: Path, content: str, line: in
     assert "JSON parse error" in text and f"line {line}" in text
 
 
+@both_ways
+@pytest.mark.parametrize("layout", ["{}\n{}\n", "[{},\n{}]"], ids=["lines", "a list"])
+def test_a_column_that_an_object_has_twice_is_an_error(tmp_path: Path, layout: str, streaming: bool) -> None:
+    def rows(second: str) -> Path:
+        return write(tmp_path / "rows.json", layout.format('{"text": "a", "id": 1}', second))
+
+    file = rows('{"text": "b", "id": 2, "text": "c"}')
+    assert "the object in line 2 has the key 'text' twice" in message(file, streaming=streaming)
+    file = rows('{"text": "b", "id": 2, "id": 3, "deep": {"text": 1, "text": 2}}')
+    assert texts(opened(file, streaming=streaming).examples()) == [(0, "a"), (1, "b")]
+    assert "the object in line 2 has the key 'id' twice" in message(file, id_column="id", streaming=streaming)
+
+
 def test_a_large_list_is_read_piece_by_piece(tmp_path: Path) -> None:
     file = tmp_path / "rows.json"
     with file.open("w") as out:

@@ -191,7 +191,9 @@ def _refuse_dropped(
     kept = _Kept(model, decoder, family)
 
     def is_bias(key: str) -> bool:
-        shapes = [stored_shape(path, key) for path, keys in stored.items() if key in keys]
+        # In a larger model, the stored name begins with the path of the decoder.
+        places = ((path, each) for path, keys in stored.items() for each in keys if f".{each}".endswith(f".{key}"))
+        shapes = [stored_shape(*place) for place in places]
         return any(len(shape) == 1 and shape[0] > 1 for shape in shapes)
 
     base = f"{model.base_model_prefix}."

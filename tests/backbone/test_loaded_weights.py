@@ -111,6 +111,15 @@ def test_masks_of_older_checkpoints_may_be_there_and_biases_of_their_name_may_no
             load_backbone(config)
 
 
+def test_a_bias_of_the_name_of_a_mask_in_a_larger_model_is_refused(tmp_path: Path) -> None:
+    case = next(case for case in CASES if case.name == "gemma3_multimodal")
+    name = "language_model.model.layers.0.self_attn.bias"
+    load_backbone(saved(tmp_path, with_another(name, torch.ones(1, 1, 8, 8).tril()), case))
+    config = saved(tmp_path, with_another(name, torch.ones(32)), case)
+    with pytest.raises(SourceError, match=r"does not ask for 1 weights .*: layers\.0\.self_attn\.bias\."):
+        load_backbone(config)
+
+
 def test_a_layer_that_transformers_ignores_by_its_number_is_not_ignored_if_it_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

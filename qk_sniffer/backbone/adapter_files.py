@@ -13,6 +13,7 @@ from typing import Any, NotRequired, TypedDict
 import torch
 from safetensors import SafetensorError, safe_open
 
+from qk_sniffer.backbone.damaged_files import damage
 from qk_sniffer.config import ModelConfig
 from qk_sniffer.errors import ConfigError, SourceError
 from qk_sniffer.hub.lfs import refuse_pointers
@@ -94,8 +95,11 @@ class Adapter:
         return values
 
     def _unreadable(self, error: Exception) -> SourceError:
-        reason = " ".join(str(error).split())[:300]
-        return SourceError(f"the weights of the adapter {self.name} cannot be read: {self.weights}: {reason}")
+        reason = damage(self.weights) or " ".join(str(error).split())[:300].rstrip(".")
+        return SourceError(
+            f"the weights of the adapter {self.name} cannot be read: {self.weights}: {reason}. Restore the file, or "
+            "download the adapter again (hf download)"
+        )
 
 
 def adapter_of(config: ModelConfig, commit: str | None = None, adapter_commit: str | None = None) -> Adapter | None:

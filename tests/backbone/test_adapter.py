@@ -381,3 +381,13 @@ def test_a_folder_without_an_adapter_is_an_error_that_names_it(model: ModelConfi
 def test_a_missing_package_is_an_error_that_names_it(model: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "needs the package peft: run pip install peft" in error(model, ConfigError)
+
+
+@pytest.mark.parametrize("kept", [0, 50, -9])
+def test_a_damaged_file_of_weights_is_named(kept: int, model: ModelConfig, adapter: Path) -> None:
+    file = adapter / WEIGHTS
+    file.write_bytes(file.read_bytes()[:kept])
+    how = "it ends in its header, after" if kept >= 0 else "it has .* bytes, and its header says"
+    for read in (check_model, load_backbone):
+        with pytest.raises(SourceError, match=rf"{re.escape(str(file))}: {how} .* download the adapter again"):
+            read(model)

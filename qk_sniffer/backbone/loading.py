@@ -314,7 +314,7 @@ def _loading(config: ModelConfig, commit: str | None) -> Iterator[None]:
         yield
     except OSError as error:
         text = str(error)
-        if problem := _local_problem(config, commit) or _files_problem(config, commit):
+        if problem := _files_problem(config, commit) or _local_problem(config, commit):
             raise SourceError(f"{where} {problem}") from error
         file = "config.json" if config.gguf_file is None else "the file of model.gguf_file"
         raise SourceError(

@@ -131,6 +131,7 @@ def test_a_repository_without_weights_says_what_it_has(tmp_path: Path) -> None:
     repositories: dict[str, tuple[dict[str, bytes], str]] = {
         "org/variant": ({"model.fp16.safetensors": b""}, "of the variant fp16 alone"),
         "org/lacking": ({INDEX: index, SHARDS[0]: b""}, f"lacks 1 of the 2 files .*: {SHARDS[1]}"),
+        "org/damaged": ({INDEX: index, SHARDS[0]: b"", SHARDS[1]: b""}, f"has a damaged file, {SHARDS[0]}: it ends in"),
         "org/pickled": ({"pytorch_model.bin": b""}, "set model.allow_pickle=true"),
         "org/empty": ({"README.md": b""}, "it has no file of weights"),
     }

@@ -21,6 +21,9 @@ ASSETS = Path(__file__).resolve().parent / "assets"
 DTYPES = ("bfloat16", "float16", "float32")
 """The dtypes in which models compute."""
 
+STAGES = ("pre", "post")
+"""The stages of vectors: before the rotary embedding and after it."""
+
 AUTO = "auto"
 """The `model.dtype` of a checkpoint's own dtype."""
 
@@ -170,7 +173,7 @@ class KeySamplerConfig:
 class SamplerConfig:
     """The rule that selects token positions; `capture/sampling.py` defines it."""
 
-    type: str = field(default="log_uniform", metadata={"help": "log_uniform, uniform or all (see capture/sampling.py)"})
+    type: str = field(default="log_uniform", metadata={"help": "log_uniform, uniform, all or none"})
     base_rate: float = field(
         default=1.0, metadata={"help": "expected rows for each head, example and bucket of positions"}
     )
@@ -198,6 +201,18 @@ class HeadSamplingConfig:
 
 
 @dataclass(frozen=True)
+class StatisticsConfig:
+    """Statistics of the captured heads over all tokens, sampled or not; `store/statistics.py` defines them."""
+
+    enabled: bool = field(default=False, metadata={"help": "also make statistics of each head over all tokens"})
+    stages: list[str] = field(
+        default_factory=lambda: ["post"], metadata={"help": "pre, post or both: before RoPE and after it"}
+    )
+    skip_tokens: int = field(default=0, metadata={"help": "leave out the first tokens of each text, this many"})
+    covariance: bool = field(default=True, metadata={"help": "whole covariances; false: variances alone"})
+
+
+@dataclass(frozen=True)
 class CaptureConfig:
     """The vectors to capture: kinds, layers, query heads, and the stage (before or after RoPE)."""
 
@@ -218,6 +233,7 @@ class CaptureConfig:
         default=False, metadata={"help": "add a column with the token as the vocabulary spells it"}
     )
     capture_token_ids: bool = field(default=False, metadata={"help": "add a column with the token's id"})
+    statistics: StatisticsConfig = field(default_factory=StatisticsConfig)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from qk_sniffer.config import (
     MOST_COUNT,
     MOST_SHARDS,
     MOST_SLUG,
+    STAGES,
     Config,
     DatasetConfig,
     ModelConfig,
@@ -131,6 +132,10 @@ def _capture(config: Config) -> Iterator[str]:
             yield f"{key} is {numbers}; it names {', '.join(map(str, repeated))} more than once"
     yield from _at_least("capture.head_sampling.count", capture.head_sampling.count, 1)
     yield from _at_least("capture.head_sampling.seed", capture.head_sampling.seed, 0, MAX_SEED)
+    stages = capture.statistics.stages
+    if not stages or len({*stages}) < len(stages) or not {*stages} <= {*STAGES}:
+        yield f"capture.statistics.stages is {stages}; valid: [pre], [post], [pre,post]"
+    yield from _at_least("capture.statistics.skip_tokens", capture.statistics.skip_tokens, 0, MOST_COUNT)
 
 
 def _inference_and_shard(config: Config) -> Iterator[str]:

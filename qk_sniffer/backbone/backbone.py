@@ -83,6 +83,8 @@ class Backbone:
         ids: torch.Tensor,
         on_call: Callable[[AttentionCall], None],
         on_run: Callable[[KernelRun], None] | None = None,
+        *,
+        both_stages: bool = False,
     ) -> None:
         """Runs the decoder on token ids (B, n), padded on the right; both callbacks may raise `ForwardDone`.
 
@@ -92,7 +94,7 @@ class Backbone:
             CaptureError: the decoder's code fails, the memory is exhausted, or one of the errors of `tap`.
         """
         try:
-            self._forward(ids, on_call, on_run)
+            self._forward(ids, on_call, on_run, both_stages=both_stages)
         except QkSnifferError:
             raise
         except (AttributeError, IndexError, MemoryError, RuntimeError, TypeError, ValueError) as error:
@@ -110,9 +112,11 @@ class Backbone:
         on_call: Callable[[AttentionCall], None],
         on_run: Callable[[KernelRun], None] | None = None,
         on_rotary: OnRotary | None = None,
+        *,
+        both_stages: bool = False,
     ) -> None:
         attention = banded() if self.banded_attention else nullcontext()
-        with attention, self.tapped(on_call, on_run, on_rotary), suppress(ForwardDone):
+        with attention, self.tapped(on_call, on_run, on_rotary, both_stages=both_stages), suppress(ForwardDone):
             self.run(ids)
 
     def run(self, ids: torch.Tensor) -> None:
@@ -128,14 +132,26 @@ class Backbone:
         on_call: Callable[[AttentionCall], None],
         on_run: Callable[[KernelRun], None] | None = None,
         on_rotary: OnRotary | None = None,
+        *,
+        both_stages: bool = False,
     ) -> Iterator[None]:
         """Opens the tap for forward passes that the caller runs."""
         family, layers = self.family, self.attention_layers
-        with tap(layers, on_call, family=family, pre_rope=self.pre_rope, on_run=on_run, on_rotary=on_rotary):
+        with tap(
+            layers,
+            on_call,
+            family=family,
+            pre_rope=self.pre_rope,
+            both_stages=both_stages,
+            on_run=on_run,
+            on_rotary=on_rotary,
+        ):
             yield
 
-    def probe(self) -> list[LayerFacts]:
+    def probe(self, *, both_stages: bool = False) -> list[LayerFacts]:
         """Returns the facts of every attention layer, from a forward pass over a few tokens; sorted by layer.
+
+        `both_stages` also checks that later passes can show the vectors before RoPE and those after it.
 
         Raises:
             CaptureError: the decoder does not run, shows no attention call, or a layer shows several.
@@ -166,7 +182,8 @@ class Backbone:
             facts[call.layer] = _layer_facts(call)
 
         try:
-            self._forward(self._probe_ids(PROBE_TOKENS), record, on_rotary=note_rotation)
+            ids = self._probe_ids(PROBE_TOKENS)
+            self._forward(ids, record, on_rotary=note_rotation, both_stages=both_stages)
         except QkSnifferError:
             raise
         except Exception as error:  # any error of the model's code

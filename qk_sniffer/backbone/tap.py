@@ -24,7 +24,7 @@ import torch
 from torch import nn
 from transformers.modeling_utils import AttentionInterface
 
-from qk_sniffer.backbone.family import Family, RotaryCall
+from qk_sniffer.backbone.family import Family, QueryKey, RotaryCall
 from qk_sniffer.backbone.masks import Visible, check_mask
 from qk_sniffer.errors import CaptureError
 
@@ -54,6 +54,9 @@ class AttentionCall:
     """Whether a query sees only some of the keys before it, selected by their content."""
     hides_keys: bool
     """Whether a query does not see all earlier keys for another reason than a window."""
+    other_stage: QueryKey | None = None
+    """`query` and `key` of the other stage: after the rotary embedding with `pre_rope`, before it otherwise. None
+    unless both stages are shown."""
 
 
 OnRotary = Callable[[int, nn.Module, list[RotaryCall], torch.Tensor, torch.Tensor], None]
@@ -91,19 +94,21 @@ def tap(
     *,
     family: Family,
     pre_rope: bool = False,
+    both_stages: bool = False,
     on_run: Callable[[KernelRun], None] | None = None,
     on_rotary: OnRotary | None = None,
 ) -> Iterator[None]:
     """Calls `on_call` before each attention kernel that one of `layers` (module -> layer index) runs.
 
     Calls `on_run` after each of them that belongs to transformers' attention interface.
+    With `both_stages`, a call also has the vectors of the stage that `pre_rope` does not name.
     `on_rotary`, if given, is called first, with the layer, its module, its rotary calls, and query and key as attention
     receives them.
 
     Raises:
-        CaptureError: with `pre_rope`, the model has no rotary function. In the pass: one of `layers` ran and showed
-            nothing, attention is not causal, a token does not have exactly one key, or vectors before RoPE are not
-            defined for this model (see `Family.before_rotary`).
+        CaptureError: vectors before RoPE are wanted, and the model has no rotary function. In the pass: one of `layers`
+            ran and showed nothing, attention is not causal, a token does not have exactly one key, or vectors before
+            RoPE are not defined for this model (see `Family.before_rotary`).
     """
     original_lookup = AttentionInterface.get_interface
     rotary_calls: list[RotaryCall] = []
@@ -144,8 +149,10 @@ def tap(
         layer = family.layer(module, layers[module], forward_arguments)
         if on_rotary is not None:
             on_rotary(layer, module, [*rotary_calls], query, key)
-        vectors = family.before_rotary(module, rotary_calls, query, key) if pre_rope else (query, key)
+        after = query, key
+        before = family.before_rotary(module, rotary_calls, query, key) if needs_before else after
         rotary_calls.clear()
+        vectors, others = (before, after) if pre_rope else (after, before)
         call = AttentionCall(
             layer,
             *vectors,
@@ -157,6 +164,7 @@ def tap(
             position_bias=family.position_bias(module, arguments),
             sparse_attention=rules.is_sparse,
             hides_keys=family.hides_keys(module),
+            other_stage=others if both_stages else None,
         )
         on_call(call)
         return call
@@ -183,13 +191,15 @@ def tap(
 
         return tapped
 
-    if pre_rope and not rotary_functions(layers, family):
+    needs_before = pre_rope or both_stages
+    if needs_before and not rotary_functions(layers, family):
         raise CaptureError(
             f"no rotary function next to {', '.join(sorted({type(module).__name__ for module in layers}))}: vectors "
-            "before RoPE cannot be distinguished from those after it; set capture.capture_pre_rope=false, or define "
+            "before RoPE cannot be distinguished from those after it; set capture.capture_pre_rope=false and "
+            "capture.statistics.stages=[post], or define "
             "them in a family (model.family=package.module:Class)"
         )
-    is_watched = pre_rope or on_rotary is not None
+    is_watched = needs_before or on_rotary is not None
     rotary = watched_rotary(layers, family, rotary_calls) if is_watched else nullcontext()
     with rotary, torch.compiler.set_stance("force_eager"):
         handles: list[Any] = []

@@ -5,7 +5,8 @@ in one tensor. In the forward pass, each (layer, kind) costs one gather over the
 journal's writer reserves. A gather that is too large for the writer's buffer is cut into pieces. The forward pass
 blocks only when the buffer is full.
 
-The forward pass over the longest text so far also checks the attention kernels (`backbone/attention_check.py`).
+The forward pass over the longest text so far also checks the attention kernels (`backbone/attention_check.py`). With
+`capture.statistics`, each forward pass also adds all its tokens to the statistics of the heads (`moments.py`).
 """
 
 from collections.abc import Sequence
@@ -18,12 +19,16 @@ from qk_sniffer.backbone.attention_check import AttentionCheck
 from qk_sniffer.backbone.backbone import Backbone
 from qk_sniffer.backbone.tap import AttentionCall, ForwardDone, KernelRun
 from qk_sniffer.capture.gather import DeviceCopiers, DeviceIndices, Heads, TokenIndices, send
+from qk_sniffer.capture.moments import Moments
 from qk_sniffer.capture.sampling import Sampler
 from qk_sniffer.capture.selection import Selection
 from qk_sniffer.corpus.tokenizer import Tokens
 from qk_sniffer.errors import CaptureError
 from qk_sniffer.store.journal_writer import JournalWriter
+from qk_sniffer.store.layout import KINDS
 from qk_sniffer.store.rows import Rows
+from qk_sniffer.store.segment import Tensor
+from qk_sniffer.store.statistics import PartKey, part_tensors
 from qk_sniffer.timing import Stages
 
 PIECE_BYTES = 64 * 2**20
@@ -39,6 +44,8 @@ class BatchPlan:
     """(B, n) int64, padded on the right with token 0, which no valid position can see."""
     tokens: dict[tuple[int, str], TokenIndices]
     """The tokens to capture, by (layer, kind); one object where several capture the same."""
+    ends_group: bool = True
+    """Whether this is the last batch of its group: the batches of a group become durable together."""
 
 
 class Capture:
@@ -54,8 +61,9 @@ class Capture:
         token_ids: bool,
         stages: Stages,
         attention: AttentionCheck | None = None,
+        moments: Moments | None = None,
     ) -> None:
-        """`attention` checks the kernels; None checks none."""
+        """`attention` checks the kernels, and `moments` takes statistics of all tokens; None for neither."""
         self._backbone = backbone
         self._heads = {(layer, kind): Heads(heads) for layer, kind, heads in selection}
         self._copiers = DeviceCopiers()
@@ -64,8 +72,9 @@ class Capture:
         self._token_ids = token_ids
         self._stages = stages
         self._attention = attention
+        self._moments = moments
 
-    def plan(self, examples: Sequence[Tokens]) -> BatchPlan:
+    def plan(self, examples: Sequence[Tokens], *, ends_group: bool = True) -> BatchPlan:
         """Returns the batch of `examples` with the tokens that the sampler keeps. Runs no forward pass."""
         lengths = [example.num_tokens for example in examples]
         ids = np.zeros((len(examples), max(lengths)), dtype=np.int64)
@@ -74,7 +83,8 @@ class Capture:
         picks = self._sampler.plan([example.example_id for example in examples], lengths, list(self._heads))
         distinct = {id(each): each for each in picks.values()}
         tokens = {key: TokenIndices.of(each, self._backbone.device) for key, each in distinct.items()}
-        return BatchPlan(examples, torch.from_numpy(ids), {key: tokens[id(each)] for key, each in picks.items()})
+        planned = {key: tokens[id(each)] for key, each in picks.items()}
+        return BatchPlan(examples, torch.from_numpy(ids), planned, ends_group)
 
     def num_rows(self, plan: BatchPlan) -> int:
         """Returns the number of rows that the batch adds to the dataset, over all heads."""
@@ -82,6 +92,8 @@ class Capture:
 
     def run(self, plan: BatchPlan) -> None:
         """Runs one forward pass, up to the last selected layer, and writes all rows of the batch.
+
+        `finish` ends the batch.
 
         Raises:
             CaptureError: a selected layer did not call attention in this forward pass.
@@ -93,6 +105,7 @@ class Capture:
             for kind, states in _states(call).items():
                 if (tokens := wanted.pop((call.layer, kind), None)) is not None:
                     self._write(plan, call.layer, kind, states, tokens)
+                    self._add_moments(plan, call, kind)
             if not wanted and (check is None or not check.waits):
                 raise ForwardDone
 
@@ -104,12 +117,42 @@ class Capture:
                 raise ForwardDone
 
         with self._stages("forward"):
-            self._backbone.forward(plan.ids, capture, None if check is None else see)
+            self._backbone.forward(plan.ids, capture, None if check is None else see, both_stages=self._both_stages)
         if check is not None:
             self._writer.add_checks(check.finish())
         if wanted:
             layers = sorted({layer for layer, _ in wanted})
             raise CaptureError(f"layers {layers} did not call attention in this forward pass, but did in the first")
+
+    def finish(self, plan: BatchPlan) -> None:
+        """Ends the batch, and with it its group if it is the last one: then its statistics become durable too."""
+        statistics: list[Tensor] = []
+        if self._moments is not None and plan.ends_group:
+            with self._stages("statistics"):
+                statistics = part_tensors(self._moments.take())
+        records = [example.record() for example in plan.examples]
+        self._writer.complete(records, ends_group=plan.ends_group, statistics=statistics)
+
+    @property
+    def _both_stages(self) -> bool:
+        return self._moments is not None and {*self._moments.config.stages} != {self._stage}
+
+    @property
+    def _stage(self) -> str:
+        return "pre" if self._backbone.pre_rope else "post"
+
+    def _add_moments(self, plan: BatchPlan, call: AttentionCall, kind: str) -> None:
+        if self._moments is None:
+            return
+        lengths = [example.num_tokens for example in plan.examples]
+        with self._stages("statistics"):
+            for stage in self._moments.config.stages:
+                if stage == self._stage:
+                    states = _states(call)[kind]
+                else:
+                    assert call.other_stage is not None
+                    states = call.other_stage[KINDS.index(kind)]
+                self._moments.add(PartKey(call.layer, kind, stage), states, lengths)
 
     def _write(self, plan: BatchPlan, layer: int, kind: str, states: torch.Tensor, tokens: DeviceIndices) -> None:
         heads, head_dim = self._heads[layer, kind], states.shape[-1]

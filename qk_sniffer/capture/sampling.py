@@ -24,7 +24,8 @@ Bucket, and the number of positions that it spans (the end of the example may cu
 
 A position is kept when u < p, with p = min(1, base_rate / positions spanned), in float64, and p = 1 for `all`. Every
 whole bucket therefore expects base_rate rows an example, or all of its positions if they are fewer. Of the positions
-kept, `max_rows_per_example` leaves those with the smallest hashes for each (example, layer, kind).
+kept, `max_rows_per_example` leaves those with the smallest hashes for each (example, layer, kind). The type `none`
+keeps no position; its buckets are those of `all`.
 
 The keys may have their own type and base_rate; they share the other settings with the queries.
 """
@@ -41,7 +42,7 @@ import numpy.typing as npt
 from qk_sniffer.config import MOST_COUNT, MOST_RATE, SamplerConfig
 from qk_sniffer.errors import ConfigError
 
-TYPES = ("uniform", "log_uniform", "all")
+TYPES = ("uniform", "log_uniform", "all", "none")
 SHARES = ("layer_kind", "example")
 
 # The word of the hash for each kind.
@@ -143,6 +144,9 @@ class Sampler:
             if is_shared and rule in shared:
                 plan[layer, kind] = shared[rule]
                 continue
+            if rule.type == "none":
+                plan[layer, kind] = shared[rule] = Picks(tokens.row[:0], tokens.position[:0])
+                continue
             keys = states if is_shared else _absorb(_absorb(states, layer), _KIND_WORDS[kind])
             np.bitwise_xor(np.repeat(keys, tokens.lengths), tokens.mixed, out=hashes)
             _mix(hashes, scratch)
@@ -153,7 +157,7 @@ class Sampler:
         return plan
 
     def _keeps_all(self, rule: "_Rule") -> bool:
-        return rule.type == "all" and self.config.max_rows_per_example is None
+        return rule.type == "none" or (rule.type == "all" and self.config.max_rows_per_example is None)
 
     def _capped(self, kept: Int64, hashes: UInt64, tokens: "_Tokens") -> Int64:
         # `kept` are ascending indices into the batch's tokens. No two hashes of one (example, layer, kind) are equal,
@@ -229,8 +233,8 @@ class _Rule:
 
     def probability(self, buckets: Int64) -> Float64:
         first, last = self.span(buckets)
-        if self.type == "all":
-            return np.ones(buckets.shape)
+        if self.type in ("all", "none"):
+            return np.full(buckets.shape, float(self.type == "all"))
         return np.minimum(1.0, self.base_rate / (last - first + 1).astype(np.float64))
 
     def limits(self, num_tokens: int) -> UInt64:

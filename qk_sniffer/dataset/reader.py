@@ -22,8 +22,9 @@ from qk_sniffer.hub.revisions import is_hub_id
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.disk import sha256_of
 from qk_sniffer.store.files import Files, Folder, difference
-from qk_sniffer.store.layout import EXAMPLES, HeadKey, head_file, schema
+from qk_sniffer.store.layout import EXAMPLES, HeadKey, head_file, schema, statistics_file
 from qk_sniffer.store.parquet_tables import read_examples, read_table
+from qk_sniffer.store.statistics import Statistics, read_statistics
 from qk_sniffer.store.stored import UnreadableError
 from qk_sniffer.text import compact_ranges, shortened
 
@@ -132,6 +133,34 @@ class Dataset:
         return read_table(
             path, expected, way_out=WAY_OUT, rows=self.manifest["files"][file].get("rows"), columns=columns
         )
+
+    def statistics(self, layer: int, kind: str, stage: str | None = None) -> Statistics:
+        """Returns the statistics of the captured heads of a layer over all tokens, for the kind "q" or "k".
+
+        `stage` is "pre" or "post": before or after RoPE. None is the stage of the dataset's statistics, if they have
+        one alone.
+
+        Raises:
+            StoreError: the dataset has no such statistics, or the file is missing or damaged.
+            HubError: the file cannot be fetched.
+        """
+        config = self._capture.statistics
+        stages = config.stages if config.enabled else []
+        if not stages:
+            raise StoreError(f"{self} has no statistics: capture.statistics.enabled=true makes them")
+        if stage is None and len(stages) > 1:
+            raise StoreError(f"{self} has statistics of the stages {', '.join(stages)}: name one")
+        of_stage, name = stages[0] if stage is None else stage, statistics_file(layer)
+        found = None
+        if of_stage in stages and name in self.manifest["files"]:
+            found = read_statistics(self._path(name), kind, of_stage, way_out=WAY_OUT)
+        if found is None:
+            raise StoreError(
+                f"{self} has no statistics of layer {layer}, kind {kind!r}, stage {of_stage!r}; it has those of layers "
+                f"{compact_ranges(sorted({key.layer for key in self.heads}))}, kinds "
+                f"{', '.join(sorted({key.kind for key in self.heads}))}, stages {', '.join(stages)}"
+            )
+        return found
 
     def is_intact(self, layer: int, head: int, kind: str) -> bool:
         """Whether the file of a head has the sha256 that the manifest lists.

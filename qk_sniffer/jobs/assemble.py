@@ -6,7 +6,7 @@ The job's record and its journals hold everything needed. Any shard can therefor
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, groupby
 from typing import Any
 
@@ -26,6 +26,7 @@ from qk_sniffer.resolved import batching_of, public_values
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.claim import Claim
 from qk_sniffer.store.compact import compact
+from qk_sniffer.store.compact_statistics import compact_statistics
 from qk_sniffer.store.disk import remove, type_of
 from qk_sniffer.store.forms import Mark
 from qk_sniffer.store.journal import AttentionFacts, Batching, ExampleRecord, Journal
@@ -167,6 +168,12 @@ def stage(layout: Layout, job: CapturedJob, model: ModelConfig, tokenizer: TextT
         threads=num_threads(),
         check=claim.check,
     )
+    if (statistics := config.capture.statistics).enabled:
+        rotations = {layer["layer"]: layer.get("rotation") for layer in record["model"]["layers"]}
+        files, nonfinite = compact_statistics(
+            layout.staging, journals, heads, statistics, rotations, previous=base, check=claim.check
+        )
+        written = replace(written, files=dict(sorted((written.files | files).items())), statistics_nonfinite=nonfinite)
     skipped = sum(mark["skipped"] for mark in marks if mark is not None)
     parts = [[*journal.records.values()] for journal in journals]
     if base is not None:

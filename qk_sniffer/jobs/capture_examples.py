@@ -1,13 +1,16 @@
 """Captures the examples of a shard into its journal: tokenize, plan, forward pass, journal, batch by batch."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
 
 from qk_sniffer.backbone.attention_check import AttentionCheck
 from qk_sniffer.capture.capture import BatchPlan, Capture
+from qk_sniffer.capture.forward_cost import ForwardCost
+from qk_sniffer.capture.moments import Moments, rotary_pairs
 from qk_sniffer.capture.sampling import Sampler
 from qk_sniffer.corpus.batches import Window, open_windows
+from qk_sniffer.corpus.tokenizer import Tokens
 from qk_sniffer.errors import SourceError
 from qk_sniffer.jobs.assemble import mark_done
 from qk_sniffer.jobs.components import Components
@@ -26,6 +29,9 @@ from qk_sniffer.store.layout import KINDS, Layout
 from qk_sniffer.timing import Stages
 
 log = logger(__name__)
+
+GROUP = 16
+"""The arithmetic of a group of batches with statistics, in `ForwardCost.few`: that of a few minutes."""
 
 
 def capture_examples(
@@ -94,12 +100,15 @@ def capture_examples(
                 token_ids=tokens_wanted,
                 stages=stages,
                 attention=None if config.verify.examples == 0 else _attention_check(components),
+                moments=_moments(config, components),
             )
+            group_flops = GROUP * components.cost.few if config.capture.statistics.enabled else 0.0
+            batches = _grouped(chain(first, windows), components.cost, group_flops)
             logged: dict[str, float] = {}
-            with ahead(_plans(capture, chain(first, windows), in_thread)) as plans:
+            with ahead(_plans(capture, batches, in_thread)) as plans:
                 for plan in plans:
                     with stopping.deferred():
-                        _capture_batch(capture, plan, writer, progress)
+                        _capture_batch(capture, plan, progress)
                     if inference.debug_logging:
                         now = stages.seconds | in_thread.seconds
                         now |= {"transfer": writer.transfer_s, "write": writer.write_s - writer.transfer_s}
@@ -157,18 +166,41 @@ def _attention_check(components: Components) -> AttentionCheck:
     return AttentionCheck(run, components.backbone.family, components.backbone.dtype)
 
 
-def _plans(capture: Capture, windows: Iterator[Window], stages: Stages) -> Iterator[BatchPlan]:
+def _moments(config: ResolvedConfig, components: Components) -> Moments | None:
+    if not config.capture.statistics.enabled:
+        return None
+    heads = {(layer, kind): heads for layer, kind, heads in components.selection}
+    known = components.backbone.frequencies
+    pairs = {layer.heads.layer: rotary_pairs(layer, known) for layer in components.layers}
+    return Moments(config.capture.statistics, heads, pairs)
+
+
+def _grouped(windows: Iterable[Window], cost: ForwardCost, flops: float) -> Iterator[tuple[Sequence[Tokens], bool]]:
+    """Yields each batch, and whether it is the last one of its group.
+
+    A group is the fewest batches of a window that take `flops` operations. It follows from the source alone: finished
+    groups, which a restart leaves out, change no other group.
+    """
     for window in windows:
-        for batch in window.batches:
-            with stages("plan"):
-                plan = capture.plan(batch)
-            yield plan
+        done = 0.0
+        for number, batch in enumerate(window.batches, start=1):
+            done += float(cost.flops([example.num_tokens for example in batch]).sum())
+            is_last = done >= flops or number == len(window.batches)
+            done = 0.0 if is_last else done
+            yield batch, is_last
 
 
-def _capture_batch(capture: Capture, plan: BatchPlan, writer: JournalWriter, progress: Progress) -> None:
+def _plans(capture: Capture, batches: Iterator[tuple[Sequence[Tokens], bool]], stages: Stages) -> Iterator[BatchPlan]:
+    for batch, ends_group in batches:
+        with stages("plan"):
+            plan = capture.plan(batch, ends_group=ends_group)
+        yield plan
+
+
+def _capture_batch(capture: Capture, plan: BatchPlan, progress: Progress) -> None:
     """Captures one batch into the journal."""
     capture.run(plan)
-    writer.complete([example.record() for example in plan.examples])
+    capture.finish(plan)
     progress.add(len(plan.examples), sum(example.num_tokens for example in plan.examples), capture.num_rows(plan))
 
 

@@ -8,6 +8,7 @@ from qk_sniffer.backbone.backbone import Backbone
 from qk_sniffer.backbone.layers import LayerFacts
 from qk_sniffer.backbone.limits import planned_num_embeddings
 from qk_sniffer.backbone.loading import check_model, load_backbone
+from qk_sniffer.capture.forward_cost import ForwardCost
 from qk_sniffer.capture.selection import Selection, select
 from qk_sniffer.corpus.tokenizer import TextTokenizer, load_tokenizer
 from qk_sniffer.errors import ConfigError
@@ -31,6 +32,7 @@ class Components:
     backbone: Backbone
     layers: list[LayerFacts]
     selection: Selection
+    cost: ForwardCost
     check: Check
     """Raises a SourceError if a file that the loaded model may read again, or be a view of, has changed."""
 
@@ -65,7 +67,9 @@ def _load(config: ResolvedConfig, commits: Mapping[str, str | None]) -> Componen
         raise ConfigError(
             [f"model.tokenizer.max_length is {max_length}, but this model has positions for {limit}: set it so"]
         )
-    layers = backbone.probe()
+    statistics = config.capture.statistics
+    stages = {"pre" if backbone.pre_rope else "post", *(statistics.stages if statistics.enabled else ())}
+    layers = backbone.probe(both_stages=len(stages) == 2)
     selection = select([layer.heads for layer in layers], config.capture)
     if selection.note:
         log.warning("%s", selection.note)
@@ -84,4 +88,6 @@ def _load(config: ResolvedConfig, commits: Mapping[str, str | None]) -> Componen
     devices = {weight.device.type for weight in backbone.decoder.parameters()} & {"cpu", "meta"}
     check = partial(files["model"].check, replaced="meta" in devices) if devices and "model" in files else unchecked
     loaded = {role: commits[role] for role in ROLES if role in commits}
-    return Components(loaded, tokenizer, backbone, layers, selection, check)
+    parameters = sum(weight.numel() for weight in backbone.decoder.parameters())
+    cost = ForwardCost.of(parameters, [layer.to_dict() for layer in layers], backbone.device.type)
+    return Components(loaded, tokenizer, backbone, layers, selection, cost, check)

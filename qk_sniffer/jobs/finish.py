@@ -9,7 +9,6 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
-from qk_sniffer.capture.forward_cost import ForwardCost
 from qk_sniffer.capture.proof import prove
 from qk_sniffer.capture.proof_examples import MAX_TOKENS, choose
 from qk_sniffer.corpus.batches import check_same_texts, check_unchanged
@@ -229,8 +228,7 @@ def _prove(
         components = load_components(config, record["commits"], stages)
     backbone = components.backbone
     boundary = backbone.length_boundary
-    parameters = sum(weight.numel() for weight in backbone.decoder.parameters())
-    cost = ForwardCost.of(parameters, record["model"]["layers"], backbone.device.type)
+    cost = components.cost
     passes = choose(staged.layout, staged.heads, staged.parts, count=count, cost=cost, boundary=boundary)
     if not passes:
         reason = (

@@ -75,14 +75,14 @@ class _Dataset(TypedDict):
 
 
 class _Keys(TypedDict):
-    type: Literal["uniform", "log_uniform", "all"] | None
+    type: Literal["uniform", "log_uniform", "all", "none"] | None
     base_rate: Annotated[float, Meta(gt=0, le=MOST_RATE)] | None
 
 
 class SamplerSettings(TypedDict):
     """The settings of a sampler."""
 
-    type: Literal["uniform", "log_uniform", "all"]
+    type: Literal["uniform", "log_uniform", "all", "none"]
     base_rate: Annotated[float, Meta(gt=0, le=MOST_RATE)]
     min_bucket_size: Annotated[int, Meta(ge=1, le=2**31)]
     max_rows_per_example: Annotated[int, Meta(ge=1, le=MOST_COUNT)] | None
@@ -234,6 +234,12 @@ class Entry(TypedDict):
     sha256: Sha256
 
 
+class StatisticsFacts(TypedDict):
+    """The statistics of a dataset: vectors with NaN or Inf, by head and stage."""
+
+    nonfinite: dict[str, Count]
+
+
 class Manifest(Job):
     """The manifest of a dataset."""
 
@@ -254,6 +260,7 @@ class Manifest(Job):
     rows_by_bucket: dict[Kind, dict[Bucket, Count]]
     inclusion: dict[Kind, dict[Bucket, Annotated[float, Meta(ge=0, le=1)]]]
     nonfinite_rows: NotRequired[dict[str, Count]]
+    statistics: NotRequired[StatisticsFacts]
     files: dict[str, Entry]
     job_id: NotRequired[JobId]  # until the manifest is promoted
     sha256: NotRequired[Sha256]  # until it is promoted: a digest of the rest
@@ -341,6 +348,6 @@ def _in_a_manifest(manifest: Mapping[str, Any]) -> Iterator[str]:
         yield f"rows_by_bucket lacks the kind {min(lacking)}"
     sampler = manifest["config"]["sampler"]
     types = {sampler["type"], sampler.get("keys", {}).get("type")}
-    if types & {"uniform", "all"} and manifest["longest_example"] > MOST_BUCKETS * sampler["min_bucket_size"]:
+    if types & {"uniform", "all", "none"} and manifest["longest_example"] > MOST_BUCKETS * sampler["min_bucket_size"]:
         yield f"its positions have more than {MOST_BUCKETS:,} buckets"
     yield from proof_problems(manifest["proof"])

@@ -63,6 +63,8 @@ class Journal:
         batching: for each finished batch, the lowest index of its examples and the batch settings of its job. A batch
             that was written without its settings is missing.
         checks: for each finished batch, the checks of attention kernels in its forward pass.
+        statistics: for each finished group of batches that has any, the lowest index of its examples and the segment
+            with its statistics.
         segments: the files that hold rows of these batches.
         damaged: the names of the segments that cannot be used. Batches with rows in them are not finished.
         lost: indices of examples that were finished before and are not any more, as far as the journal shows.
@@ -81,6 +83,7 @@ class Journal:
         self.batches: set[int] = set()
         self.batching: dict[int, tuple[int, Batching]] = {}
         self.checks: dict[int, Sequence[AttentionFacts]] = {}
+        self.statistics: list[tuple[int, Path]] = []
         self.segments: list[Path] = []
         self.damaged: list[str] = []
         self.lost: set[int] = set()
@@ -197,6 +200,7 @@ class Journal:
         self.batches.clear()
         self.batching.clear()
         self.checks.clear()
+        self.statistics.clear()
         self.lost.clear()
         self._batch_of.clear()
         numbers = Counter(map(_number, facts))
@@ -206,8 +210,11 @@ class Journal:
             return odd
         present = set(numbers)
         for path, each in facts.items():
-            for end in each.ended:
-                if not present.issuperset(range(end["since"], _number(path) + 1)):
+            is_there = [present.issuperset(range(end["since"], _number(path) + 1)) for end in each.ended]
+            if each.statistics and not all(is_there):  # they are of all batches together
+                is_there = [False] * len(is_there)
+            for end, is_whole in zip(each.ended, is_there, strict=True):
+                if not is_whole:
                     self.lost.update(values[0] for values in end["records"])
                     continue
                 records = [ExampleRecord(*values) for values in end["records"]]
@@ -216,6 +223,10 @@ class Journal:
                     odd[path] = DamageError("it lists examples or batches that are listed already")
                     break
                 self.add(end["batch"], records, each.batching, end.get("checks", ()))
+            else:
+                if each.statistics and all(is_there):
+                    first = min((values[0] for end in each.ended for values in end["records"]), default=0)
+                    self.statistics.append((first, path))
         self.lost -= self.records.keys()
         return odd
 

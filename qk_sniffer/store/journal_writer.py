@@ -22,7 +22,7 @@ from qk_sniffer.store.buffer import Buffer, Region
 from qk_sniffer.store.disk import Check, explained, unchecked
 from qk_sniffer.store.journal import AttentionFacts, Batching, ExampleRecord, Journal
 from qk_sniffer.store.rows import RUN_COLUMNS, Event, Form, Rows, Slot, block_tensors
-from qk_sniffer.store.segment import write_segment
+from qk_sniffer.store.segment import Tensor, write_segment
 from qk_sniffer.store.stored import LARGE
 from qk_sniffer.text import in_mb
 
@@ -89,6 +89,7 @@ class JournalWriter:
         self._batch = journal.next_batch
         self._batch_index: set[int] = set()
         self._checks: list[AttentionFacts] = []
+        self._group: list[_Batch] = []  # the finished batches of the open group
         self._seen = set(journal.records)
         self._forms: dict[tuple[int, str], Form] = {}
         self._ended_bytes = 0  # of the facts of finished batches in the queue
@@ -142,8 +143,12 @@ class JournalWriter:
         """Adds results of checks of attention kernels to the open batch, with which they become durable."""
         self._checks += checks
 
-    def complete(self, records: Sequence[ExampleRecord]) -> None:
+    def complete(
+        self, records: Sequence[ExampleRecord], *, ends_group: bool = True, statistics: Sequence[Tensor] = ()
+    ) -> None:
         """Ends the batch. `records` are its examples, including those without rows.
+
+        The batches of a group become durable together, with the tensors of the group's `statistics`.
 
         Raises:
             StoreError: the thread failed.
@@ -154,24 +159,27 @@ class JournalWriter:
             raise ValueError(f"rows of examples {sorted(strangers)} were committed, but the batch does not name them")
         if again := indices & self._seen:
             raise ValueError(f"examples {sorted(again)} are complete already")
-        end = _End(self._batch, tuple(records), tuple(self._checks), time.monotonic())
+        self._group.append(_Batch(self._batch, tuple(records), tuple(self._checks)))
+        end = _End(tuple(self._group), tuple(statistics), time.monotonic())
         if end.metadata_bytes > MOST_METADATA:
             raise StoreError(
-                f"the ids of {len(records):,} examples in a batch have {in_mb(end.metadata_bytes)}, more than a "
+                f"the ids of {end.num_records:,} examples in a batch have {in_mb(end.metadata_bytes)}, more than a "
                 "journal file lists: lower inference.batch_size, or number the examples with dataset.id_column=null"
             )
-        with self._changed:
-            self._check_open()
-            self._queue.append(end)
-            self._ended_bytes += end.metadata_bytes
-            self._changed.notify_all()
+        if ends_group:
+            with self._changed:
+                self._check_open()
+                self._queue.append(end)
+                self._ended_bytes += end.metadata_bytes
+                self._changed.notify_all()
+            self._group.clear()
         self._checks.clear()
         self._seen |= indices
         self._batch += 1
         self._batch_index.clear()
 
     def close(self) -> None:
-        """Waits until all finished batches are durable. Drops the rows of an unfinished batch.
+        """Waits until all batches of finished groups are durable. Drops the rows of the others.
 
         Raises:
             StoreError: the thread failed, now or before.
@@ -184,7 +192,8 @@ class JournalWriter:
             self._changed.notify_all()
         self._thread.join()
         for end in self._done:
-            self._journal.add(end.batch, end.records, self._batching, end.checks)
+            for batch in end.batches:
+                self._journal.add(batch.number, batch.records, self._batching, batch.checks)
         self._done.clear()
         self._journal.lost -= self._journal.records.keys()
         self._journal.next_batch = self._batch + 1
@@ -246,7 +255,7 @@ class JournalWriter:
                     for item in items:
                         if isinstance(item, _End):
                             self._done.append(item)
-                            self.durable_examples += len(item.records)
+                            self.durable_examples += item.num_records
                         else:
                             self._buffer.give_back(item.region)
                     self._changed.notify_all()
@@ -279,6 +288,8 @@ class JournalWriter:
                     break
                 items.append(self._queue.popleft())
                 size += item.nbytes
+                if isinstance(item, _End) and item.statistics:
+                    break  # a segment has the statistics of one group
             self._ended_bytes -= metadata
             return items
 
@@ -296,29 +307,34 @@ class JournalWriter:
     def _write(self, items: list["Slot | _End"]) -> Path:
         journal, number = self._journal, self._journal.next_segment
         slots: dict[tuple[int, str], list[Slot]] = {}
-        ended = []
+        statistics: Sequence[Tensor] = ()
+        numbers, ended = [], []
         for item in items:
-            since = self._since.setdefault(item.batch, number)
             if isinstance(item, Slot):
+                numbers.append(item.batch)
+                self._since.setdefault(item.batch, number)
                 start = time.monotonic()
                 item.wait()
                 self.transfer_s += time.monotonic() - start
                 slots.setdefault((item.layer, item.kind), []).append(item)
-            else:
-                records = [astuple(record) for record in item.records]
-                end = {"batch": item.batch, "since": since, "records": records}
-                ended.append(end | ({"checks": item.checks} if item.checks else {}))
-                del self._since[item.batch]
+                continue
+            statistics = item.statistics
+            for batch in item.batches:
+                numbers.append(batch.number)
+                since = self._since.pop(batch.number, number)
+                end = {"batch": batch.number, "since": since, "records": [*map(astuple, batch.records)]}
+                ended.append(end | ({"checks": batch.checks} if batch.checks else {}))
         metadata = {
             "format": "qk-sniffer-journal/1",
-            "batches": json.dumps([items[0].batch, items[-1].batch]),
+            "batches": json.dumps([min(numbers), max(numbers)]),
             "ended": json.dumps(ended),
         }
         if self._batching is not None:
             metadata["batching"] = json.dumps(self._batching)
         if journal.job_id is not None:
             metadata["job"] = journal.job_id
-        tensors = [tensor for _, group in sorted(slots.items()) for tensor in block_tensors(group)]
+        tensors = [*statistics]
+        tensors += [tensor for _, group in sorted(slots.items()) for tensor in block_tensors(group)]
         # The small tensors first: a compaction reads them alone before it reads any rows. The sort is stable.
         tensors.sort(key=lambda tensor: tensor.name.endswith(".vectors"))
         path = write_segment(journal.folder, number, tensors, metadata, self._check_claim)
@@ -328,14 +344,30 @@ class JournalWriter:
 
 
 @dataclass(frozen=True, eq=False)
-class _End:
-    batch: int
+class _Batch:
+    number: int
     records: tuple[ExampleRecord, ...]
     checks: tuple[AttentionFacts, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class _End:
+    """The end of a group of batches, which become durable together."""
+
+    batches: tuple[_Batch, ...]
+    statistics: tuple[Tensor, ...]
     at: float
-    nbytes = 0
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.statistics)
+
+    @property
+    def num_records(self) -> int:
+        return sum(len(batch.records) for batch in self.batches)
 
     @cached_property
     def metadata_bytes(self) -> int:
         """The bytes of its facts in the header of a segment, which is JSON that holds JSON."""
-        return len(json.dumps(json.dumps([*map(astuple, self.records), self.checks])))
+        facts = [[*map(astuple, batch.records), batch.checks] for batch in self.batches]
+        return len(json.dumps(json.dumps(facts)))

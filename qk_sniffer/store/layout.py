@@ -49,6 +49,7 @@ MANIFEST = "manifest.json"
 CARD = "README.md"
 EXAMPLES = "examples/data.parquet"
 PICTURES = "pictures"
+STATISTICS = "statistics"
 
 VECTOR_PATH = "vector.list.element"
 """The Parquet column of the vectors' numbers: pyarrow's name for a list whose field is unnamed."""
@@ -142,6 +143,11 @@ class Layout:
         paths = sorted((self.root / PICTURES).glob("*.png"))
         return [path for path in paths if is_dataset_file(f"{PICTURES}/{path.name}")]
 
+    def statistics_files(self) -> list[Path]:
+        """Returns the files of statistics that exist."""
+        paths = sorted((self.root / STATISTICS).glob("*.safetensors"))
+        return [path for path in paths if is_statistics_file(f"{STATISTICS}/{path.name}")]
+
     @property
     def snapshot(self) -> Path:
         return self.root / ".sniff_snapshot.json"
@@ -216,6 +222,20 @@ def head_file(layer: int, head: int, kind: str) -> str:
     return f"{head_name(layer, head, kind)}/data.parquet"
 
 
+def statistics_file(layer: int) -> str:
+    """Returns the name of the file of a layer's statistics, relative to the root."""
+    return f"{STATISTICS}/layer-{layer:02d}.safetensors"
+
+
+def is_statistics_file(name: str) -> bool:
+    """Whether `name` is that of a file of statistics."""
+    match = _STATISTICS_FILE.fullmatch(name)
+    return match is not None and name == statistics_file(int(match[1]))
+
+
+_STATISTICS_FILE = re.compile(rf"{STATISTICS}/layer-([0-9]{{2,6}})\.safetensors")
+
+
 def parse_head_name(name: str) -> HeadKey | None:
     """Returns the head whose `head_name` is `name`, None for any other name."""
     match = _HEAD_NAME.fullmatch(name)
@@ -231,8 +251,8 @@ _PICTURE = re.compile(rf"{PICTURES}/[A-Za-z0-9_][A-Za-z0-9_.-]{{0,200}}\.png")
 
 
 def is_dataset_file(name: str) -> bool:
-    """Whether a manifest may list a file of this name: its card, examples, a head or a picture."""
-    if name in (CARD, EXAMPLES) or _PICTURE.fullmatch(name) is not None:
+    """Whether a manifest may list a file of this name: its card, examples, a head, a picture or statistics."""
+    if name in (CARD, EXAMPLES) or is_statistics_file(name) or _PICTURE.fullmatch(name) is not None:
         return True
     key = parse_head_name(name.partition("/")[0])
     return key is not None and name == head_file(*key)

@@ -14,8 +14,9 @@ from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.disk import sha256_of
 from qk_sniffer.store.files import Files, difference
 from qk_sniffer.store.journal import ExampleRecord
-from qk_sniffer.store.layout import EXAMPLES, MANIFEST
+from qk_sniffer.store.layout import EXAMPLES, MANIFEST, is_statistics_file, statistics_file
 from qk_sniffer.store.parquet_tables import excess, opened, read_examples
+from qk_sniffer.store.statistics import PartKey, Statistics, read_statistics
 from qk_sniffer.store.stored import UnreadableError
 
 WAY_OUT = "restore the file, or recreate the dataset with output.overwrite=true"
@@ -53,7 +54,13 @@ class PreviousVersion:
 
     def fetch(self) -> None:
         """Fetches the files that are not on this machine."""
-        self.files.fetch({name: entry["bytes"] for name, entry in self.manifest["files"].items() if "rows" in entry})
+        self.files.fetch({name: entry["bytes"] for name, entry in self._data_files.items()})
+
+    @property
+    def _data_files(self) -> dict[str, Any]:
+        """The entries of the files that the next version continues."""
+        files = self.manifest["files"].items()
+        return {name: entry for name, entry in files if "rows" in entry or is_statistics_file(name)}
 
     def check_files(self, stop: Event) -> None:
         """Compares the files with the manifest: first the sizes of all, then their content, at the speed of the disk.
@@ -63,7 +70,7 @@ class PreviousVersion:
         Raises:
             StoreError: a file is missing or damaged.
         """
-        listed = {name: entry for name, entry in self.manifest["files"].items() if "rows" in entry}
+        listed = self._data_files
         for name, entry in listed.items():
             if difference(self.files.path(name, entry["bytes"]), entry["bytes"]) is not None:
                 self._checked(name)  # which fetches a file of the Hub again
@@ -81,6 +88,15 @@ class PreviousVersion:
         columns = read_examples(self._checked(EXAMPLES), self.manifest, way_out=WAY_OUT).to_pydict()
         rows = zip(*columns.values(), strict=True)
         return [ExampleRecord(**dict(zip(columns, values, strict=True))) for values in rows]
+
+    def statistics(self, key: PartKey) -> Statistics | None:
+        """Returns the statistics of a key; None if the dataset has none of this kind and stage.
+
+        Raises:
+            StoreError: the file is not the one in the manifest.
+        """
+        path = self._checked(statistics_file(key.layer))
+        return read_statistics(path, key.kind, key.stage, way_out=WAY_OUT)
 
     def nonfinite_rows(self, name: str) -> int:
         """Returns the number of rows with NaN or Inf in the head's file `name`."""

@@ -127,8 +127,9 @@ def _promote(layout: Layout, manifest: dict[str, Any], claim: Claim | None) -> N
             layout.manifest.unlink(missing_ok=True)
             sync_folder(layout.root)
             _move(layout, manifest["files"], check)
-            # The pictures of a version are of its vectors.
-            for path in [*(path for _, path in layout.head_files()), *layout.pictures()]:
+            # The pictures and statistics of a version are of its vectors.
+            others = [*layout.pictures(), *layout.statistics_files()]
+            for path in [*(path for _, path in layout.head_files()), *others]:
                 is_listed = path.relative_to(layout.root).as_posix() in manifest["files"]
                 if not is_listed and not path.parent.is_symlink():
                     check()

@@ -29,7 +29,7 @@ from qk_sniffer.store.stored import LARGE, Count, UnreadableError
 
 SUFFIX = ".safetensors"
 
-ITEM_SIZES = {"BF16": 2, "F16": 2, "F32": 4, "I32": 4, "I64": 8}
+ITEM_SIZES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "I32": 4, "I64": 8}
 """The bytes of a number, by the name of its type in safetensors, for the types that segments contain."""
 
 _CHUNK = 1 << 20

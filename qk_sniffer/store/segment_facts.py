@@ -18,6 +18,7 @@ from qk_sniffer.store.form_types import BatchSize
 from qk_sniffer.store.proof_forms import Attention
 from qk_sniffer.store.rows import DTYPES, RUN_COLUMNS, parse_tensor_name
 from qk_sniffer.store.segment import DamageError, Header, Place, open_segment
+from qk_sniffer.store.statistics import PREFIX, PartKey, places_of
 from qk_sniffer.store.stored import Count, UnreadableError
 
 BATCH, INDEX, START, COUNT, FIRST, LAST = range(len(RUN_COLUMNS))
@@ -69,12 +70,16 @@ class _Metadata(TypedDict):
 
 @dataclass(frozen=True)
 class SegmentFacts:
-    """The metadata of a segment: its first and last batch, the batches that end in it, and its batch settings."""
+    """The metadata of a segment: its first and last batch, the batches that end in it, and its batch settings.
+
+    `statistics` are the places of the statistics of the batches that end in it.
+    """
 
     first: int
     last: int
     ended: list[Ended]
     batching: Mapping[str, int | None] | None
+    statistics: Mapping[PartKey, Mapping[str, Place]]
 
 
 def facts_of(header: Header, number: int) -> SegmentFacts:
@@ -95,7 +100,10 @@ def facts_of(header: Header, number: int) -> SegmentFacts:
         raise DamageError("its metadata has records of another length")
     if first > last or any(not first <= end["batch"] <= last or end["since"] > number for end in ended):
         raise DamageError("its metadata contradicts itself")
-    return SegmentFacts(first, last, ended, batching)  # type: ignore[arg-type]
+    statistics = places_of(header)
+    if statistics and not ended:
+        raise DamageError("it has statistics of no batch")
+    return SegmentFacts(first, last, ended, batching, statistics)  # type: ignore[arg-type]
 
 
 def blocks_of(header: Header) -> Blocks:
@@ -106,6 +114,8 @@ def blocks_of(header: Header) -> Blocks:
     """
     blocks: Blocks = {}
     for name, place in header.tensors.items():
+        if name.startswith(PREFIX):
+            continue
         if (parsed := parse_tensor_name(name)) is None:
             raise DamageError(f"it has a tensor {name[:100]!r}")
         layer, kind, column = parsed

@@ -1,0 +1,179 @@
+"""Accumulates statistics of heads over all tokens of the forward passes, on the device of the states.
+
+The vectors of a batch are taken in pieces of bounded size. Each piece gives a count, a mean and centered moments in
+float32, which do not cancel because they are centered, and merges into float64 sums (`store/statistics.py` has the
+formula). Padding never counts.
+
+Shapes: B batch, H heads that are kept, n tokens, d numbers of a vector, f rotary frequencies, p tokens of a piece.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from qk_sniffer.backbone.layers import LayerFacts
+from qk_sniffer.backbone.rotation import Frequencies
+from qk_sniffer.config import StatisticsConfig
+from qk_sniffer.store.statistics import Part, PartKey, paired
+
+PIECE_BYTES = 32 << 20
+"""The bytes of a piece in float32."""
+
+Pairs = Sequence[tuple[int, int]]
+
+
+def rotary_pairs(layer: LayerFacts, frequencies: Mapping[str, Frequencies]) -> Pairs | None:
+    """Returns the two components of a head that turn with each frequency of a layer; None if they are not known."""
+    if not isinstance(layer.rotation, dict):
+        return None
+    return paired(layer.rotation, len(frequencies[layer.rotation["frequencies"]].inv_freq))
+
+
+@dataclass
+class _Sums:
+    """The part of the heads of one key so far, on their device, in float64."""
+
+    count: torch.Tensor  # (H,)
+    nonfinite: torch.Tensor  # (H,)
+    mean: torch.Tensor  # (H, d)
+    moment: torch.Tensor  # (H, d, d) or (H, d)
+    minimum: torch.Tensor  # (H, d)
+    maximum: torch.Tensor  # (H, d)
+    norm: torch.Tensor  # (H, 2)
+    modulus: torch.Tensor  # (H, f)
+
+    @classmethod
+    def empty(cls, heads: int, d: int, f: int, *, covariance: bool, device: torch.device) -> "_Sums":
+        def zeros(*shape: int) -> torch.Tensor:
+            return torch.zeros(heads, *shape, dtype=torch.float64, device=device)
+
+        return cls(
+            zeros(),
+            zeros(),
+            zeros(d),
+            zeros(d, d) if covariance else zeros(d),
+            zeros(d) + torch.inf,
+            zeros(d) - torch.inf,
+            zeros(2),
+            zeros(f),
+        )
+
+    def add(self, vectors: torch.Tensor, pairs: torch.Tensor | None) -> None:
+        """Adds vectors (H, p, d) in float32. `pairs` (2, f) are their components by frequency."""
+        finite = torch.isfinite(vectors.sum(dim=-1))
+        if not bool(finite.all()):  # a sum of finite numbers may overflow
+            finite = torch.isfinite(vectors).all(dim=-1)
+        count = finite.sum(dim=1).double()
+        self.nonfinite += finite.shape[1] - count
+        whole = bool(finite.all())
+        kept = vectors if whole else torch.where(finite[..., None], vectors, 0.0)
+        divisor = count.clamp(min=1)[:, None]
+        mean = kept.sum(dim=1).double() / divisor
+        centered = kept - mean[:, None].float()
+        if not whole:
+            centered = torch.where(finite[..., None], centered, 0.0)
+        # The float32 mean, and the sum of many numbers, are rounded: `rest` is what the sum of the distances lacks.
+        rest = centered.sum(dim=1).double() / divisor
+        mean = mean.float().double() + rest
+        if self.moment.dim() == 3:
+            moment = torch.bmm(centered.transpose(1, 2), centered).double()
+            moment -= rest[:, :, None] * rest[:, None, :] * divisor[..., None]
+        else:
+            moment = centered.square().sum(dim=1).double() - rest**2 * divisor
+        low, high = (
+            (kept, kept)
+            if whole
+            else (
+                torch.where(finite[..., None], vectors, torch.inf),
+                torch.where(finite[..., None], vectors, -torch.inf),
+            )
+        )
+        norms = torch.linalg.vector_norm(kept, dim=-1)
+        norm = norms.sum(dim=1).double() / divisor[:, 0]
+        apart = norms.double() - norm[:, None]
+        if not whole:
+            apart = torch.where(finite, apart, 0.0)
+        total = self.count + count
+        share = (count / total.clamp(min=1))[:, None]
+        weight = self.count[:, None] * share
+        change, step = mean - self.mean, norm - self.norm[:, 0]
+        if self.moment.dim() == 3:
+            self.moment += moment + change[:, :, None] * change[:, None, :] * weight[..., None]
+        else:
+            self.moment += moment + change**2 * weight
+        self.mean += change * share
+        self.norm[:, 1] += apart.square().sum(dim=1) + step**2 * weight[:, 0]
+        self.norm[:, 0] += step * share[:, 0]
+        self.minimum = torch.minimum(self.minimum, low.amin(dim=1).double())
+        self.maximum = torch.maximum(self.maximum, high.amax(dim=1).double())
+        if pairs is not None:
+            modulus = torch.hypot(kept[..., pairs[0]], kept[..., pairs[1]]).sum(dim=1).double() / divisor
+            self.modulus += (modulus - self.modulus) * share
+        self.count = total
+
+    def part(self) -> Part:
+        arrays = {name: values.cpu().numpy() for name, values in vars(self).items()}
+        whole = {name: arrays.pop(name).astype(np.int64) for name in ("count", "nonfinite")}
+        return Part(**whole, **arrays)
+
+
+@dataclass
+class Moments:
+    """Statistics of the selected heads since the last `take`."""
+
+    config: StatisticsConfig
+    heads: Mapping[tuple[int, str], Sequence[int]]
+    """The heads of each (layer, kind), ascending."""
+    pairs: Mapping[int, Pairs | None]
+    """The components by rotary frequency, by layer."""
+    _sums: dict[PartKey, _Sums] = field(default_factory=dict)
+    _pairs: dict[tuple[int, torch.device], torch.Tensor] = field(default_factory=dict)
+
+    def add(self, key: PartKey, states: torch.Tensor, lengths: Sequence[int]) -> None:
+        """Adds the tokens of a batch. `states` is (B, heads of the layer, n, d); `lengths` are those of its texts."""
+        heads = self.heads[key.layer, key.kind]
+        every = len(heads) == states.shape[1]
+        pairs = self._pairs_of(key, states.device)
+        if key not in self._sums:
+            self._sums[key] = _Sums.empty(
+                len(heads),
+                states.shape[-1],
+                0 if pairs is None else pairs.shape[1],
+                covariance=self.config.covariance,
+                device=states.device,
+            )
+        step = max(1, PIECE_BYTES // (4 * len(heads) * states.shape[-1]))
+        pieces, size = [], 0
+        for row, length in enumerate(lengths):
+            start = self.config.skip_tokens
+            while start < length:
+                stop = min(length, start + step - size)
+                piece = states[row, :, start:stop] if every else states[row, list(heads), start:stop]
+                pieces.append(piece)
+                size += stop - start
+                start = stop
+                if size == step:
+                    self._sums[key].add(_joined(pieces), pairs)
+                    pieces, size = [], 0
+        if pieces:
+            self._sums[key].add(_joined(pieces), pairs)
+
+    def take(self) -> dict[PartKey, Part]:
+        """Returns the parts since the last call, on the host, and starts anew."""
+        parts = {key: sums.part() for key, sums in self._sums.items()}
+        self._sums.clear()
+        return parts
+
+    def _pairs_of(self, key: PartKey, device: torch.device) -> torch.Tensor | None:
+        pairs = self.pairs[key.layer] if key.stage == "pre" else None
+        if pairs is None:
+            return None
+        if (key.layer, device) not in self._pairs:
+            self._pairs[key.layer, device] = torch.tensor(pairs, device=device).reshape(-1, 2).T
+        return self._pairs[key.layer, device]
+
+
+def _joined(pieces: Sequence[torch.Tensor]) -> torch.Tensor:
+    return pieces[0].float() if len(pieces) == 1 else torch.cat([*pieces], dim=1).float()

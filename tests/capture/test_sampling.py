@@ -327,7 +327,7 @@ def test_max_rows_counts_each_example_alone() -> None:
 def test_bad_values_are_named_together() -> None:
     config = SamplerConfig(
         type="log", base_rate=0.0, min_bucket_size=0, max_rows_per_example=0, share="all",
-        keys=KeySamplerConfig(type="none", base_rate=float("nan")),
+        keys=KeySamplerConfig(type="every", base_rate=float("nan")),
     )  # fmt: skip
     with pytest.raises(ConfigError) as error:
         Sampler(config)

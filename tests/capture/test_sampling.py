@@ -335,7 +335,7 @@ def test_bad_values_are_named_together() -> None:
     assert len(error.value.problems) == len(keys)
     for key, problem in zip(keys, error.value.problems, strict=True):
         assert problem.startswith(f"sampler.{key} is ")
-    assert "uniform, log_uniform, all, null" in error.value.problems[1]
+    assert "uniform, log_uniform, all, none, null" in error.value.problems[1]
 
 
 def test_a_long_plan_takes_well_under_a_second() -> None:

@@ -10,7 +10,7 @@ import secrets
 from collections.abc import Iterator
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 from hydra.core.config_store import ConfigStore
@@ -20,6 +20,9 @@ ASSETS = Path(__file__).resolve().parent / "assets"
 
 DTYPES = ("bfloat16", "float16", "float32")
 """The dtypes in which models compute."""
+
+SamplerType = Literal["uniform", "log_uniform", "all", "none"]
+"""The samplers; `capture/sampling.py` defines them."""
 
 STAGES = ("pre", "post")
 """The stages of vectors: before the rotary embedding and after it."""
@@ -152,7 +155,11 @@ class DatasetConfig:
     )
     # Changes the number of examples, not the rows of an example.
     max_samples: int | None = field(
-        default=None, metadata={"help": "use only the first rows, at most this many; null: all", "changes_rows": False}
+        default=None,
+        metadata={
+            "help": "use only the first rows that pass the filter, at most this many; null: all",
+            "changes_rows": False,
+        },
     )
     streaming: bool = field(
         default=False, metadata={"help": "read the dataset without downloading it completely", "changes_rows": False}

@@ -35,14 +35,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
+from typing import get_args
 
 import numpy as np
 import numpy.typing as npt
 
-from qk_sniffer.config import MOST_COUNT, MOST_RATE, SamplerConfig
+from qk_sniffer.config import MOST_COUNT, MOST_RATE, SamplerConfig, SamplerType
 from qk_sniffer.errors import ConfigError
 
-TYPES = ("uniform", "log_uniform", "all", "none")
+TYPES = get_args(SamplerType)
 SHARES = ("layer_kind", "example")
 
 # The word of the hash for each kind.

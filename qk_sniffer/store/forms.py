@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 from msgspec import Meta
 
-from qk_sniffer.config import MOST_COUNT, MOST_RATE, MOST_SHARDS, from_dict
+from qk_sniffer.config import MOST_COUNT, MOST_RATE, MOST_SHARDS, SamplerType, from_dict
 from qk_sniffer.store import stored
 from qk_sniffer.store.form_types import (
     MOST_BUCKETS,
@@ -75,14 +75,14 @@ class _Dataset(TypedDict):
 
 
 class _Keys(TypedDict):
-    type: Literal["uniform", "log_uniform", "all", "none"] | None
+    type: SamplerType | None
     base_rate: Annotated[float, Meta(gt=0, le=MOST_RATE)] | None
 
 
 class SamplerSettings(TypedDict):
     """The settings of a sampler."""
 
-    type: Literal["uniform", "log_uniform", "all", "none"]
+    type: SamplerType
     base_rate: Annotated[float, Meta(gt=0, le=MOST_RATE)]
     min_bucket_size: Annotated[int, Meta(ge=1, le=2**31)]
     max_rows_per_example: Annotated[int, Meta(ge=1, le=MOST_COUNT)] | None

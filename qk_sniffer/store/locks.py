@@ -185,6 +185,8 @@ def _locked(path: Path, purpose: str, replace: bool) -> int:
             continue
         if problem := _problem(os.fstat(descriptor)):
             os.close(descriptor)
+            if is_held(path):  # by a job whose folder was copied with hard links meanwhile
+                raise _in_use(path, purpose)
             _clear(path, replace, problem)
             continue
         try:
@@ -195,14 +197,18 @@ def _locked(path: Path, purpose: str, replace: bool) -> int:
                 return descriptor
         except (BlockingIOError, PermissionError):
             os.close(descriptor)
-            raise InUseError(
-                f"{path.parent.parent} is in use: {holder(path) or 'another process'} is {purpose}. Two jobs cannot "
-                f"write one data root: wait for that one or end it (lock: {path})"
-            ) from None
+            raise _in_use(path, purpose) from None
         except BaseException:
             os.close(descriptor)
             raise
         os.close(descriptor)  # the locked file was just unlinked by its holder
+
+
+def _in_use(path: Path, purpose: str) -> InUseError:
+    return InUseError(
+        f"{path.parent.parent} is in use: {holder(path) or 'another process'} is {purpose}. Two jobs cannot "
+        f"write one data root: wait for that one or end it (lock: {path})"
+    )
 
 
 def _problem(facts: os.stat_result) -> str | None:

@@ -194,6 +194,21 @@ def test_overwriting_respects_the_lock_of_a_running_job(captured: Path, checkpoi
     assert segment(Layout(root)).is_file()
 
 
+def test_overwriting_respects_the_lock_of_a_job_whose_folder_was_copied_with_hard_links(
+    captured: Path, checkpoint: Path, tmp_path: Path
+) -> None:
+    root = Path(shutil.copytree(captured / "out", tmp_path / "out"))
+    for count in (1, 2):  # its own, and that of another shard
+        path = Layout(root).shard_lock(count - 1, count)
+        STATES["job.json is garbage"](Layout(root))
+        with hold(path, "capturing") as lock:
+            (tmp_path / f"backup-{count}").hardlink_to(path)
+            with pytest.raises(InUseError, match="in use"):
+                run(checkpoint, captured / "texts.jsonl", root, **SECTIONS, output={"overwrite": True})
+            lock.check()
+    assert segment(Layout(root)).is_file()
+
+
 def test_overwriting_finishes_or_redoes_an_interrupted_promotion(
     captured: Path,
     checkpoint: Path,

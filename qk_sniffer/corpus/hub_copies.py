@@ -12,11 +12,12 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
 
-from qk_sniffer.errors import StoreError
+from qk_sniffer.errors import SourceError, StoreError
 from qk_sniffer.hub.endpoint import announce
 from qk_sniffer.logs import logger
 from qk_sniffer.store import stored
 from qk_sniffer.store.disk import write_atomic
+from qk_sniffer.store.files import inside
 
 log = logger(__name__)
 
@@ -58,25 +59,54 @@ class _Info(TypedDict):
 
 
 def fetch(repo_id: str, commit: str, names: Sequence[str]) -> list[str]:
-    """Returns the paths of files of a repository in the cache; fetches those that are not there."""
+    """Returns the paths of files of a repository in the cache; fetches those that are not there.
+
+    Raises:
+        SourceError: a link leads out of the cache.
+    """
     from huggingface_hub import hf_hub_download
 
     announce()
 
     def one(name: str) -> str:
-        return str(hf_hub_download(repo_id, name, repo_type="dataset", revision=commit))
+        return _own(hf_hub_download(repo_id, name, repo_type="dataset", revision=commit), name)
 
     with ThreadPoolExecutor(_DOWNLOADS) as pool:
         return list(pool.map(one, names))
 
 
 def fetched(repo_id: str, commit: str, names: Sequence[str]) -> list[str] | None:
-    """Returns the paths of files of a repository in the cache; None if one is not there."""
+    """Returns the paths of files of a repository in the cache; None if one is not there.
+
+    Raises:
+        SourceError: a name or a link leads out of the cache.
+    """
     from huggingface_hub import try_to_load_from_cache
 
-    paths = [try_to_load_from_cache(repo_id, name, revision=commit, repo_type="dataset") for name in names]
-    there = [path for path in paths if isinstance(path, str)]
+    there = []
+    for name in names:
+        try:
+            path = try_to_load_from_cache(repo_id, name, revision=commit, repo_type="dataset")
+        except ValueError as error:  # a name that leads out of the cache
+            raise SourceError(
+                f"the cache lists {name!r} among the files of {repo_id}, which no repository can have: delete the "
+                f"folder {_folder(repo_id)}, and run once where the Hub can be reached"
+            ) from error
+        if isinstance(path, str):
+            there.append(_own(path, name))
     return there if len(there) == len(names) else None
+
+
+def _own(path: str, name: str) -> str:
+    """Returns the path of the file `name` in the cache. A cache may come from someone else, with links to any file.
+
+    Raises:
+        SourceError: a link leads out of the repository's folder in the cache.
+    """
+    try:
+        return str(inside(Path(path.removesuffix(name)), name))
+    except StoreError as error:
+        raise SourceError(str(error)) from error
 
 
 def remember(repo_id: str, listing: Listing) -> None:

@@ -107,6 +107,28 @@ def test_offline_the_files_that_were_fetched_are_read(
         caplog.clear()
 
 
+def test_a_cache_of_someone_else_adds_no_file_from_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    commit = "1" * 40
+    snapshot = tmp_path / "cache" / "datasets--org--name" / "snapshots" / commit
+    secret = write(tmp_path / "secret.txt", "secret")
+    snapshot.mkdir(parents=True)
+    (snapshot / "a.txt").symlink_to(secret)
+    remember("org/name", Listing(commit, "default", None, "text", {}, {"train": ["a.txt"]}))
+    assert "leads out of" in message("org/name")
+    (snapshot / "a.txt").unlink()
+    blob = write(snapshot.parent.parent / "blobs" / "b", "its own")
+    (snapshot / "a.txt").symlink_to(blob)
+    assert [example.text for example in open_corpus(DatasetConfig(path="org/name")).examples()] == ["its own"]
+    (file,) = Path(datasets.config.HF_DATASETS_CACHE, "qk_sniffer").rglob("*.json")
+    content = file.read_text()
+    for name in ("../../../../secret.txt", str(secret)):
+        file.write_text(content.replace("a.txt", name))
+        assert "which no repository can have" in message("org/name")
+
+
 ROWS_OF = """
 def rows(corpus):
     return [(example.source_id, example.text) for example in corpus.examples()]

@@ -4,9 +4,9 @@ Normally the last shard of a job does this. Run this program if that shard died 
 make the dataset on a machine without a GPU. It is safe to run at any time, and more than once.
 
 It loads the model to prove a few rows, unless prove=false. The folder may come from someone else. A job that asks for
-code of its own (model.trust_remote_code, model.allow_pickle, model.family) is refused, unless the setting of that name
-here allows it too. It names the shards that are missing. It publishes a finished dataset, with hf_repo_id to that
-repository.
+code (model.trust_remote_code, model.allow_pickle, model.family, a kernel of the Hub in model.attn_implementation) is
+refused, unless the setting of that name here allows it too. It names the shards that are missing. It publishes a
+finished dataset, with hf_repo_id to that repository.
 
 Exit codes: 0 the dataset is finished, 1 it is not, 2 the settings are wrong, 130 interrupted.
 """
@@ -32,6 +32,9 @@ class Settings:
     allow_pickle: bool = field(default=False, metadata={"help": "the job may load pickled weights, if it asks for it"})
     family: str | None = field(
         default=None, metadata={"help": "the family, package.module:Class, that the job may import if it asks for it"}
+    )
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "the kernel of the Hub, org/name, that the job may load if it asks for it"}
     )
     hf_repo_id: str | None = field(
         default=None,
@@ -60,7 +63,9 @@ def _program(settings: Settings) -> int:
     return finalize(
         settings.data_root,
         prove=settings.prove,
-        allowed=Allowed(settings.trust_remote_code, settings.allow_pickle, settings.family),
+        allowed=Allowed(
+            settings.trust_remote_code, settings.allow_pickle, settings.family, settings.attn_implementation
+        ),
         hf_repo_id=settings.hf_repo_id,
         hf_branch=settings.hf_branch,
         private=settings.private,

@@ -34,6 +34,7 @@ class Allowed:
     trust_remote_code: bool = False
     allow_pickle: bool = False
     family: str | None = None
+    attn_implementation: str | None = None
 
 
 def finalize(
@@ -125,21 +126,28 @@ def _forbidden(config: Config, allowed: Allowed) -> Iterator[str]:
             f"allow_pickle is false, but the job loads pickled weights of {model.name} (model.allow_pickle=true): "
             "give allow_pickle=true if you trust them; prove=false loads no model"
         )
-    if model.family is not None and proves and allowed.family != model.family:
-        yield (
-            f"family is {'null' if allowed.family is None else allowed.family}, but the job imports {model.family} "
-            f"(model.family): give family={model.family} if you trust it; prove=false loads no model"
-        )
+    named = [("family", "imports", model.family, allowed.family)]
+    if "/" in (model.attn_implementation or ""):  # a kernel of the Hub, and not one of transformers or torch
+        kernel = model.attn_implementation
+        named.append(("attn_implementation", "loads the kernel", kernel, allowed.attn_implementation))
+    for key, verb, asked, given in named:
+        if asked is not None and proves and given != asked:
+            yield (
+                f"{key} is {'null' if given is None else given}, but the job {verb} {asked} (model.{key}): give "
+                f"{key}={asked} if you trust it; prove=false loads no model"
+            )
 
 
 def _published(config: Config, hf_repo_id: str | None, hf_branch: str | None, private: bool) -> ResolvedConfig:
     """`config` with the given place on the Hub, if there is one. It is private if the job or the caller says so."""
     output = replace(config.output, private=config.output.private or private)
+    if hf_repo_id is not None:
+        output = replace(output, hf_repo_id=hf_repo_id, hf_branch=hf_branch)
+    # The folder of a stored job may have moved.
+    if problems := list(output_problems(replace(output, data_root=None))):
+        raise ConfigError(problems)
     if hf_repo_id is None:
         return with_output(config, output)
-    output = replace(output, hf_repo_id=hf_repo_id, hf_branch=hf_branch)
-    if problems := list(output_problems(output)):
-        raise ConfigError(problems)
     require_access(hf_repo_id, private=output.private)
     return with_output(config, output)
 

@@ -121,7 +121,12 @@ def test_a_job_that_asks_for_code_is_refused_unless_the_caller_allows_it(
     real = finalize_module.from_dict
     monkeypatch.setattr(finalize_module, "finish", lambda *_, **__: Outcome())
     asked: dict[str, Any]
-    for asked in ({"trust_remote_code": True}, {"allow_pickle": True}, {"family": "package:Class"}):
+    for asked in (
+        {"trust_remote_code": True},
+        {"allow_pickle": True},
+        {"family": "package:Class"},
+        {"attn_implementation": "org/kernel"},
+    ):
 
         def asking(values: dict[str, Any], asked: dict[str, Any] = asked) -> Config:
             config = real(values)
@@ -133,3 +138,19 @@ def test_a_job_that_asks_for_code_is_refused_unless_the_caller_allows_it(
             finalize(captured)
         assert finalize(captured, prove=False) == 0
         assert finalize(captured, allowed=Allowed(**asked)) == 0
+
+
+@pytest.mark.parametrize(("key", "value"), [("hf_branch", "main"), ("hf_branch", "../x"), ("hf_repo_id", "../../x")])
+def test_the_place_in_a_stored_job_is_checked_like_one_that_is_given(
+    key: str, value: str, captured: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = finalize_module.from_dict
+
+    def changed(values: dict[str, Any]) -> Config:
+        config = real(values)
+        output: Any = {"hf_repo_id": "alice/vectors", key: value}
+        return replace(config, output=replace(config.output, **output))
+
+    monkeypatch.setattr(finalize_module, "from_dict", changed)
+    with pytest.raises(ConfigError, match=f"output.{key} is"):
+        finalize(captured)

@@ -2,7 +2,7 @@
 
 Texts from files may hold characters that control a terminal, hide or reorder words, or begin a line that looks like one
 of ours. `printable` escapes them. Whatever this package prints, logs or raises goes through it: `say`, `aligned`, the
-loggers of `logs.py` and the errors of `errors.py` call it.
+loggers of `logs.py` and the errors of `errors.py` call it. It also leaves out the secrets that `hide` was told.
 """
 
 import difflib
@@ -22,9 +22,22 @@ def printable(text: object) -> str:
     spaces other than the usual one, and surrogates, which stand for the bytes of a name that is not UTF-8.
     """
     shown = str(text)
+    for secret, replacement in _hidden:
+        shown = shown.replace(secret, replacement)
     if shown.isprintable():
         return shown
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in shown)
+
+
+_hidden: tuple[tuple[str, str], ...] = ()
+"""The secrets of this process, as errors may quote them, and what is shown instead. Threads read it: it is replaced."""
+
+
+def hide(secret: str, replacement: str = "***") -> None:
+    """Has `printable` show `replacement` instead of a secret. Libraries quote one as it is or with escapes."""
+    global _hidden
+    quoted = (secret, repr(secret)[1:-1], repr(secret.encode("utf-8", "surrogateescape"))[2:-1])
+    _hidden = tuple((dict(_hidden) | dict.fromkeys(quoted, replacement)).items())
 
 
 def printable_lines(text: object) -> str:

@@ -13,6 +13,7 @@ from qk_sniffer.config import from_dict
 from qk_sniffer.errors import HubError
 from qk_sniffer.hub.branch import branch_url, download
 from qk_sniffer.hub.client import REPO_TYPE, with_retries
+from qk_sniffer.hub.endpoint import without_login
 from qk_sniffer.hub.revisions import hub_commit_of, is_hub_id
 from qk_sniffer.logs import logger
 from qk_sniffer.markdown import block, code, in_url, link, plain, table_row
@@ -138,15 +139,16 @@ def _with_list(page: str | None, text: str) -> str:
 
 def _row(api: "HfApi", repo_id: str, branch: str, commit: str, page: str) -> str | None:
     """Returns the row of a branch; None if it has no dataset of this package."""
-    name = link(code(branch), branch_url(api.endpoint, repo_id, branch))
-    date_url = f"{api.endpoint}/datasets/{repo_id}/commit/{commit}"
+    endpoint = without_login(api.endpoint)
+    name = link(code(branch), branch_url(endpoint, repo_id, branch))
+    date_url = f"{endpoint}/datasets/{repo_id}/commit/{commit}"
     for line in page.splitlines():
         if line.startswith(table_row([name])) and line.endswith(f"({date_url}) |"):
             return line
     manifest = _manifest(api, repo_id, branch, commit)
     if manifest is None:
         return None
-    facts = _facts(api.endpoint, manifest)
+    facts = _facts(endpoint, manifest)
     date = api.list_repo_commits(repo_id, repo_type=REPO_TYPE, revision=commit)[0].created_at
     return table_row([name, *facts, link(f"{date:%Y-%m-%d}", date_url)])
 

@@ -8,10 +8,16 @@ import re
 from urllib.parse import urlsplit
 
 from qk_sniffer.logs import logger
+from qk_sniffer.text import hide
 
 log = logger(__name__)
 
 HUB = "https://huggingface.co"
+
+_LOGIN = re.compile("(?<=//)[^/?#]*@")
+
+_SHORTEST_SECRET = 8
+"""A shorter text is no token, and may be a part of any word."""
 
 _announced: set[str] = set()
 
@@ -19,22 +25,39 @@ _announced: set[str] = set()
 def announce() -> None:
     """Logs a warning that names the Hub of this process, once, unless it is huggingface.co or offline mode is on.
 
+    From here on, no message of this process shows the login: the token, and a name and password in the address.
+
     Call this before the first request. `hub.client` calls it for its clients. A caller that lets transformers or
     datasets talk to the Hub calls it too.
     """
     from huggingface_hub import constants
 
     endpoint = constants.ENDPOINT
+    _hide_login(endpoint)
     if constants.HF_HUB_OFFLINE or is_huggingface(endpoint) or endpoint in _announced:
         return
     _announced.add(endpoint)
-    shown = re.sub(r"(?<=//)[^/?#]*@", "***@", endpoint)  # without a password
     log.warning(
         "HF_ENDPOINT is set: what this process asks of the Hub, and the login's token, go to %s instead of %s%s",
-        shown,
+        endpoint,
         HUB,
         "" if _scheme(endpoint) == "https" else ". That connection is not encrypted",
     )
+
+
+def _hide_login(endpoint: str) -> None:
+    from huggingface_hub import get_token
+
+    token = get_token()
+    if token is not None and len(token) >= _SHORTEST_SECRET:
+        hide(token)
+    if (login := _LOGIN.search(endpoint)) is not None:
+        hide(f"//{login[0]}", "//***@")
+
+
+def without_login(endpoint: str) -> str:
+    """Returns an address without a name and password, for pages, files and people."""
+    return _LOGIN.sub("", endpoint, count=1)
 
 
 def is_huggingface(endpoint: str) -> bool:

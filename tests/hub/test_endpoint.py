@@ -1,11 +1,14 @@
 """Tests that a Hub other than huggingface.co is announced before anything is sent to it."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from support.fake_hub import FakeHub
-from support.hub_cases import client
+from support.hub_cases import client, environment
 
+from qk_sniffer import text
 from qk_sniffer.hub import endpoint
 from qk_sniffer.hub.branch import find
 from qk_sniffer.hub.client import reading_api, writing_api
@@ -16,6 +19,7 @@ pytestmark = pytest.mark.usefixtures("waits")
 @pytest.fixture(autouse=True)
 def new_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(endpoint, "_announced", set())
+    monkeypatch.setattr(text, "_hidden", ())
 
 
 @pytest.mark.parametrize(
@@ -79,3 +83,37 @@ def test_a_notebook_shows_it(hub: FakeHub, tmp_path: Path) -> None:
     done = client(hub, tmp_path, "-c", "import qk_sniffer; qk_sniffer.open_dataset('alice/none')")
     assert "there is no dataset repository alice/none" in done.stderr
     assert done.stderr.count(f"go to {hub.url} instead of https://huggingface.co. That connection is not") == 1
+
+
+def test_no_message_shows_the_login(hub: FakeHub, tmp_path: Path) -> None:
+    """Libraries quote an address with its password, and a token that no header can hold."""
+    password = hub.url.replace("//", "//me:a-password@")
+    ask = (
+        "import logging, sys\n"
+        "from qk_sniffer.errors import QkSnifferError\n"
+        "from qk_sniffer.logs import logger\n"
+        "from qk_sniffer.hub.branch import Branch, branch_url, open_branch\n"
+        "from qk_sniffer.hub.revisions import hub_commit, hub_file\n"
+        "logging.basicConfig()\n"
+        "asked = 0\n"
+        "for call, *args in ((hub_commit, 'model', 'a/b'), (hub_file, 'a/b', 'c'), (open_branch, 'a/b', None)):\n"
+        "    try:\n"
+        "        call(*args)\n"
+        "    except QkSnifferError as error:\n"
+        "        asked += 1\n"
+        "        print(error)\n"
+        "        logger('qk_sniffer.test').error('', exc_info=True)\n"
+        "print(Branch('a/b', 'c', '1' * 40).url)\n"
+        "sys.exit(asked != 3)\n"
+    )
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "token").write_bytes(b"hf_a-secret\0token")
+    env = environment(hub, tmp_path, token=None)
+    for address in (hub.url, password):
+        done = subprocess.run(
+            [sys.executable, "-c", ask], env=env | {"HF_ENDPOINT": address}, capture_output=True, text=True
+        )
+        said = done.stdout + done.stderr
+        assert done.returncode == 0, said
+        assert "password" not in said and "secret" not in said
+        assert "***" in said and f"{hub.url}/datasets/a/b/tree/c" in done.stdout

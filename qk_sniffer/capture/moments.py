@@ -16,12 +16,10 @@ import torch
 from qk_sniffer.backbone.layers import LayerFacts
 from qk_sniffer.backbone.rotation import Frequencies
 from qk_sniffer.config import StatisticsConfig
-from qk_sniffer.store.statistics import Part, PartKey, paired
+from qk_sniffer.store.statistics import Pairs, Part, PartKey, paired
 
 PIECE_BYTES = 32 << 20
 """The bytes of a piece in float32."""
-
-Pairs = Sequence[tuple[int, int]]
 
 
 def rotary_pairs(layer: LayerFacts, frequencies: Mapping[str, Frequencies]) -> Pairs | None:

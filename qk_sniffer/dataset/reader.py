@@ -24,7 +24,8 @@ from qk_sniffer.store.disk import sha256_of
 from qk_sniffer.store.files import Files, Folder, difference
 from qk_sniffer.store.layout import EXAMPLES, HeadKey, head_file, schema, statistics_file
 from qk_sniffer.store.parquet_tables import read_examples, read_table
-from qk_sniffer.store.statistics import Statistics, read_statistics
+from qk_sniffer.store.statistics import Statistics
+from qk_sniffer.store.statistics_file import read_statistics
 from qk_sniffer.store.stored import UnreadableError
 from qk_sniffer.text import compact_ranges, shortened
 

@@ -1,4 +1,4 @@
-"""Compares a dataset with its manifest: every file, every head, every row, the examples and the proof."""
+"""Compares a dataset with its manifest: every file, head and row, the examples, the statistics and the proof."""
 
 import stat
 from collections import Counter
@@ -15,12 +15,22 @@ from qk_sniffer.dataset.bucket_ranges import bucket_ranges
 from qk_sniffer.dataset.verify_manifest import ManifestFacts, ProblemError
 from qk_sniffer.dataset.verify_report import Problem, Report, named
 from qk_sniffer.dataset.verify_rows import Examples, HeadCheck, check_file, check_rows, values
+from qk_sniffer.dataset.verify_statistics import check_statistics
 from qk_sniffer.errors import StoreError
 from qk_sniffer.machine import available_memory, num_threads
 from qk_sniffer.store.disk import sha256_of
 from qk_sniffer.store.files import inside
 from qk_sniffer.store.form_types import MOST_BUCKETS
-from qk_sniffer.store.layout import EXAMPLES, KIND_NAMES, Head, Layout, examples_schema, parse_head_name
+from qk_sniffer.store.layout import (
+    EXAMPLES,
+    KIND_NAMES,
+    STATISTICS,
+    Head,
+    Layout,
+    examples_schema,
+    is_statistics_file,
+    parse_head_name,
+)
 from qk_sniffer.store.manifest import FileEntry
 from qk_sniffer.store.parquet_files import open_parquet
 from qk_sniffer.store.parquet_tables import UNREADABLE, first_line, read_table
@@ -61,12 +71,14 @@ def verify(root: Path) -> Report:
     report.rows = facts.counts["rows"]
     report.size = sum(entry.size for entry in facts.files.values())
     num_steps = len(facts.files) + len(_tasks(list(facts.heads.values())))
+    num_steps += sum(map(is_statistics_file, facts.files))
     # disable=None hides the bar if stderr is not a terminal.
     with tqdm(total=num_steps, unit="step", desc="verify", disable=None, dynamic_ncols=True, leave=False) as bar:
         _check_heads(facts, report)
         intact, checks = _check_files(facts, report, bar)
         examples = _check_examples(facts, report) if EXAMPLES in intact else None
-        _check_rows(facts, checks, examples, report, bar)
+        whole = _check_rows(facts, checks, examples, report, bar)
+        check_statistics(facts, intact, whole, examples, report, lambda work, layers: _each(work, layers, bar))
     _check_manifest(facts, examples, report)
     _report_proof(facts, report)
     return report
@@ -157,10 +169,10 @@ def _nonfinite_problems(facts: ManifestFacts, checks: Mapping[str, HeadCheck]) -
 
 
 def _unlisted(facts: ManifestFacts) -> Iterator[Problem]:
-    """Yields files in the folders of heads and examples that readers may take for part of the dataset."""
+    """Yields files in the folders of heads, examples and statistics that readers may take for part of the dataset."""
     known = {*facts.files, *facts.heads, EXAMPLES}
     for folder in sorted(facts.root.iterdir()):
-        is_ours = folder.name == "examples" or parse_head_name(folder.name) is not None
+        is_ours = folder.name in ("examples", STATISTICS) or parse_head_name(folder.name) is not None
         if not is_ours or not folder.is_dir():
             continue
         # The names in a linked folder are those of files elsewhere.
@@ -230,12 +242,13 @@ def _is_too_long(facts: ManifestFacts, longest: int) -> bool:
 
 def _check_rows(
     facts: ManifestFacts, file_checks: Mapping[str, HeadCheck], examples: Examples | None, report: Report, bar: tqdm
-) -> None:
+) -> set[str]:
+    """Returns the names of the heads' files that have exactly the rows that the sampler chooses."""
     heads = [facts.heads[name] for name, result in file_checks.items() if result.readable]
     if examples is None or not heads:
         reason = "examples/data.parquet is damaged" if examples is None else "no head's file can be read"
         report.skipped("sampler", f"the rows were not checked: {reason}")
-        return
+        return set()
     tasks = _tasks(heads)
 
     def check(task: list[Head]) -> list[HeadCheck]:
@@ -257,6 +270,7 @@ def _check_rows(
     rows = counted(sum(counter.total() for counter in rows_by_bucket.values()), "row")
     report.passed("sampler", f"{some}: {rows}, exactly those that the sampler chooses")
     report.table = _bucket_table(facts, heads, examples, rows_by_bucket)
+    return {head.file for head, result in checks if not (result.problems or file_checks[head.file].problems)}
 
 
 def _unlike(checks: Sequence[tuple[Head, HeadCheck]]) -> Iterator[Problem]:

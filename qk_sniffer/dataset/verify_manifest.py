@@ -18,10 +18,11 @@ from qk_sniffer.errors import StoreError
 from qk_sniffer.resolved import fingerprint, resolve, with_public_files
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.journal import Journal
-from qk_sniffer.store.layout import Head, Layout, schema
+from qk_sniffer.store.layout import Head, Layout, is_statistics_file, schema, statistics_file
 from qk_sniffer.store.locks import holder, is_held
 from qk_sniffer.store.manifest import FileEntry
 from qk_sniffer.store.record import read_record
+from qk_sniffer.store.statistics import Pairs, paired
 from qk_sniffer.store.stored import UnreadableError
 from qk_sniffer.text import counted
 
@@ -62,6 +63,11 @@ class ManifestFacts:
     max_positions: int | None
     rows_by_bucket: dict[str, dict[int, int]]
     nonfinite_rows: dict[str, int] | None
+    statistics_nonfinite: dict[str, int] | None
+    """The vectors with NaN or Inf of the statistics, by head and stage; None if the manifest has no `statistics`."""
+    frequency_pairs: dict[int, Pairs | None]
+    """The components that turn with each rotary frequency, by layer; None where they are not known. Empty without
+    statistics."""
     inclusion: dict[str, dict[int, float]]
     fingerprints: tuple[dict[str, Any], dict[str, Any]]
     """The fingerprint of `config`, and the one in the manifest."""
@@ -113,6 +119,8 @@ class ManifestFacts:
             counts={key: int(manifest[key]) for key in (*_COUNTS, *(_LATER_COUNTS & manifest.keys()))},
             max_positions=model.get("max_positions"),
             rows_by_bucket=_by_bucket(manifest["rows_by_bucket"], int),
+            statistics_nonfinite=manifest.get("statistics", {}).get("nonfinite"),
+            frequency_pairs=_frequency_pairs(model) if config.capture.statistics.enabled else {},
             nonfinite_rows=None if nonfinite is None else {name: int(rows) for name, rows in nonfinite.items()},
             inclusion=_by_bucket(manifest["inclusion"], float),
             fingerprints=(fingerprint(resolve(config)), with_public_files(manifest["fingerprint"])),
@@ -149,10 +157,45 @@ class ManifestFacts:
         captured, proved = self.commits
         if captured != proved:
             yield _contradiction(f"the model's commit is {captured} in commits, {proved} in proof")
+        yield from self._statistics_contradictions()
         of_config, listed = self.fingerprints
         for key in sorted((of_config.keys() & listed.keys()) - _DEPEND_ON_WHERE_IT_RAN):
             if of_config[key] != listed[key]:
                 yield _contradiction(f"{key} is {of_config[key]!r} in config, {listed[key]!r} in fingerprint")
+
+    def _statistics_contradictions(self) -> Iterator[Problem]:
+        statistics = self.config.capture.statistics
+        files = sorted(name for name in self.files if is_statistics_file(name))
+        if not statistics.enabled:
+            if files or self.statistics_nonfinite is not None:
+                what = f"the file {files[0]}" if files else "statistics"
+                yield _contradiction(f"it has {what}, but capture.statistics.enabled is false in config")
+            return
+        layers = {head.layer for head in self.heads.values()}
+        expected = {statistics_file(layer) for layer in layers}
+        if missing := sorted(expected - self.files.keys()):
+            yield _contradiction(
+                f"files has no {missing[0]}, one of {counted(len(missing), 'missing file')} of statistics"
+            )
+        if others := sorted(set(files) - expected):
+            yield _contradiction(f"files has {others[0]}, and the layer is not captured")
+        if self.statistics_nonfinite is None:
+            yield _contradiction("it has no statistics, but capture.statistics.enabled is true in config")
+            return
+        known = {f"{head.name}.{stage}" for head in self.heads.values() for stage in statistics.stages}
+        if strangers := sorted(self.statistics_nonfinite.keys() - known):
+            yield _contradiction(
+                f"statistics.nonfinite has {strangers[0]!r}, which is no head and stage of its statistics"
+            )
+
+
+def _frequency_pairs(model: dict[str, Any]) -> dict[int, Pairs | None]:
+    found: dict[int, Pairs | None] = {}
+    for layer in model["layers"]:
+        rotation = layer.get("rotation")
+        of = model["rotary"]["frequencies"][rotation["frequencies"]] if isinstance(rotation, dict) else {}
+        found[layer["layer"]] = paired(rotation, len(of.get("inv_freq", ())))
+    return found
 
 
 def _by_bucket(values: dict[str, dict[str, Any]], number: Callable[[Any], _Number]) -> dict[str, dict[int, _Number]]:

@@ -26,6 +26,7 @@ CHECKS = (
     "sampler",
     "alike",
     "vector",
+    "statistics",
     "proof",
 )
 """The checks in the order of the report."""

@@ -17,12 +17,12 @@ from qk_sniffer.store.statistics import (
     Part,
     PartKey,
     Statistics,
-    encode,
     merge,
     paired,
     places_of,
     read_parts,
 )
+from qk_sniffer.store.statistics_file import encode
 
 Places = Mapping[PartKey, Mapping[str, Place]]
 

@@ -16,7 +16,8 @@ from qk_sniffer.store.files import Files, difference
 from qk_sniffer.store.journal import ExampleRecord
 from qk_sniffer.store.layout import EXAMPLES, MANIFEST, is_statistics_file, statistics_file
 from qk_sniffer.store.parquet_tables import excess, opened, read_examples
-from qk_sniffer.store.statistics import PartKey, Statistics, read_statistics
+from qk_sniffer.store.statistics import PartKey, Statistics
+from qk_sniffer.store.statistics_file import read_statistics
 from qk_sniffer.store.stored import UnreadableError
 
 WAY_OUT = "restore the file, or recreate the dataset with output.overwrite=true"

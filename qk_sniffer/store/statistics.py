@@ -1,4 +1,4 @@
-"""Statistics of heads over all tokens: their parts in the journal, how parts merge, and their files in a dataset.
+"""Statistics of heads over all tokens: their parts in the journal, how parts merge, and what they give.
 
 A part describes the heads of one (layer, kind, stage) over the tokens of some examples. With count n and mean m, it has
 M = sum of (x - m)(x - m)', or the diagonal of M. Two parts a and b merge as
@@ -8,31 +8,29 @@ M = sum of (x - m)(x - m)', or the diagonal of M. Two parts a and b merge as
 (Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979). The parts
 of a dataset merge in float64 and in the order of the source, so that kills and restarts change no bit.
 
-A segment of the journal has the tensors of a part under names such as `statistics.l00q.post.mean`. In a dataset, the
-file `statistics/layer-00.safetensors` has tensors such as `q.post.mean`. The covariance has the divisor n - 1.
+A segment of the journal has the tensors of a part under names such as `statistics.l00q.post.mean`.
+`statistics_file.py` has the files of a dataset.
 
 Shapes: H heads, ascending; d numbers of a vector; f rotary frequencies.
 """
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
 
 from qk_sniffer.config import STAGES
 from qk_sniffer.store.layout import KINDS
 from qk_sniffer.store.rows import block_name
 from qk_sniffer.store.segment import DamageError, Header, Place, Tensor, open_segment
-from qk_sniffer.store.stored import UnreadableError
 
 Floats = npt.NDArray[np.floating[Any]]
 Int64 = npt.NDArray[np.int64]
+Pairs = Sequence[tuple[int, int]]
 
 PREFIX = "statistics."
 """The start of the names of tensors of statistics in a segment."""
@@ -176,7 +174,7 @@ def read_parts(path: Path, places: Mapping[PartKey, Mapping[str, Place]]) -> Ite
             yield key, Part(**arrays)
 
 
-def paired(rotation: Any, size: int) -> list[tuple[int, int]] | None:
+def paired(rotation: Any, size: int) -> Pairs | None:
     """Returns the two components of a head that turn with each of `size` frequencies; None if they are not known.
 
     `rotation` is that of a layer in the manifest: a mapping, the reason why it is not recorded, or None without RoPE.
@@ -237,7 +235,7 @@ class Statistics:
         return found
 
     @classmethod
-    def of(cls, heads: Sequence[int], part: Part, pairs: Sequence[tuple[int, int]] | None) -> "Statistics":
+    def of(cls, heads: Sequence[int], part: Part, pairs: Pairs | None) -> "Statistics":
         """Returns the statistics that a part holds. `pairs` are those of `part.modulus`; None without any."""
         count = part.count[:, None]
 
@@ -290,61 +288,3 @@ def merge(parts: Iterable[tuple[PartKey, Part]]) -> dict[PartKey, Part]:
     for key, part in parts:
         merged[key] = merged[key].merged(part) if key in merged else part
     return merged
-
-
-def encode(statistics: Mapping[tuple[str, str], Statistics]) -> bytes:
-    """Returns the file of a layer's statistics, by kind and stage."""
-    tensors = {
-        f"{kind}.{stage}.{each.name}": np.ascontiguousarray(values)
-        for (kind, stage), one in sorted(statistics.items())
-        for each in fields(one)
-        if (values := getattr(one, each.name)) is not None
-    }
-    data: bytes = save(tensors, metadata={"format": "qk-sniffer-statistics/1"})
-    return data
-
-
-def read_statistics(path: Path, kind: str, stage: str, *, way_out: str) -> Statistics | None:
-    """Returns the statistics of a kind and stage in the file of a layer; None if it has none.
-
-    Raises:
-        UnreadableError: the file cannot be read, or is not one of statistics.
-    """
-    start = f"{kind}.{stage}."
-    try:
-        with safe_open(path, framework="numpy") as file:
-            found = {name.removeprefix(start): file.get_tensor(name) for name in file.keys() if name.startswith(start)}  # noqa: SIM118
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise UnreadableError(path, f"is not a file of statistics ({error})", way_out) from error
-    if not found:
-        return None
-    optional = dict.fromkeys(("covariance", "frequency_pairs", "frequency_modulus"))
-    if found.keys() | optional.keys() != {each.name for each in fields(Statistics)}:
-        raise UnreadableError(path, f"lacks arrays of the kind {kind!r} and stage {stage!r}", way_out)
-    statistics = Statistics(**(optional | found))
-    if problem := _shape_problem(statistics):
-        raise UnreadableError(path, f"contradicts itself ({start}{problem})", way_out)
-    return statistics
-
-
-def _shape_problem(statistics: Statistics) -> str | None:
-    if statistics.mean.ndim != 2:
-        return "mean has another shape"
-    heads, d = statistics.mean.shape
-    pairs = statistics.frequency_pairs
-    f = 0 if pairs is None or pairs.ndim != 2 else len(pairs)
-    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("variance", "minimum", "maximum"), (heads, d))
-    shapes |= dict.fromkeys(("heads", "count", "nonfinite", "norm_mean", "norm_variance"), (heads,))
-    shapes |= {"covariance": (heads, d, d), "frequency_pairs": (f, 2), "frequency_modulus": (heads, f)}
-    for name, shape in shapes.items():
-        values = getattr(statistics, name)
-        if values is not None and values.shape != shape:
-            return f"{name} has another shape"
-        is_whole = name in ("heads", "count", "nonfinite", "frequency_pairs")
-        if values is not None and values.dtype != (np.int64 if is_whole else np.float32):
-            return f"{name} has another type"
-    if (pairs is None) != (statistics.frequency_modulus is None) or (
-        pairs is not None and ((pairs < 0) | (pairs >= d)).any()
-    ):
-        return "frequency_pairs do not fit"
-    return None

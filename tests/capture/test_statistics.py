@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from support.backbones import FolderOf
 from support.jobs import TEXTS, captured_only, hashes, run, stopped_after
 from support.tiny import save_checkpoint
+from support.verify_cases import verified, wrong
 from support.zoo import CASES, Case
 
 import qk_sniffer
@@ -204,6 +205,7 @@ def test_vectors_with_nan_are_counted_and_left_out(texts: Path, tmp_path: Path) 
     assert set(found.nonfinite) == {(~finite).sum()} and set(found.count) == {finite.sum()}
     assert_close(found, rows[:, finite])
     assert dataset.manifest["statistics"]["nonfinite"]["l00h00q.post"] == (~finite).sum()
+    assert wrong(verified(root)) == {}
 
 
 def test_a_dataset_without_them_says_so(checkpoint: Path, texts: Path, tmp_path: Path) -> None:
@@ -226,7 +228,7 @@ def test_damaged_files_are_named(checkpoint: Path, texts: Path, tmp_path: Path) 
     header = json.loads(data[8 : 8 + length])
     header["q.post.mean"]["shape"] = header["q.post.mean"]["shape"][::-1]
     changed = json.dumps(header, separators=(",", ":")).encode().ljust(length)
-    for wrong in (data[:-1], data[:8] + b"x" + data[9:], data[:8] + changed + data[8 + length :]):
-        file.write_bytes(wrong)
+    for damaged in (data[:-1], data[:8] + b"x" + data[9:], data[:8] + changed + data[8 + length :]):
+        file.write_bytes(damaged)
         with pytest.raises(StoreError, match="layer-00"):
             qk_sniffer.open_dataset(root).statistics(0, "q")

@@ -1,0 +1,285 @@
+"""Compares the statistics of a dataset with its manifest, its examples and, where every row is there, its rows.
+
+The file of a layer is in memory as a whole. The rows of a head are read in batches.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qk_sniffer.dataset.verify_manifest import ManifestFacts
+from qk_sniffer.dataset.verify_report import Problem, Report
+from qk_sniffer.dataset.verify_rows import BATCH_BYTES, Examples, batches, values
+from qk_sniffer.store.layout import Head, statistics_file
+from qk_sniffer.store.parquet_files import open_parquet
+from qk_sniffer.store.parquet_tables import UNREADABLE
+from qk_sniffer.store.statistics import PartKey, Statistics
+from qk_sniffer.store.statistics_file import arrays_in, read_statistics
+from qk_sniffer.store.stored import UnreadableError
+from qk_sniffer.text import counted
+
+MEAN_ROUNDING, COVARIANCE_ROUNDING = 1e-6, 1e-5
+"""The rounding of a mean and of a covariance, relative to the largest number of the head."""
+
+_MOST_SQUARED = 1e12
+"""The largest number whose sums of squares surely have a place in float32. Moments of larger ones may be infinite."""
+
+_LEAST = {
+    "mean": 1,
+    "minimum": 1,
+    "maximum": 1,
+    "norm_mean": 1,
+    "frequency_modulus": 1,
+    "variance": 2,
+    "norm_variance": 2,
+    "covariance": 2,
+}
+"""The tokens from which on a head has these numbers. With fewer they are NaN."""
+
+_CHECK = "statistics"
+
+Float64 = npt.NDArray[np.float64]
+
+
+def check_statistics(
+    facts: ManifestFacts,
+    intact: Collection[str],
+    whole: Collection[str],
+    examples: Examples | None,
+    report: Report,
+    each: Callable[[Callable[[int], Sequence[Problem]], Sequence[int]], Iterator[Sequence[Problem]]],
+) -> None:
+    """Reports on the statistics of a dataset; nothing if it has none.
+
+    Args:
+        facts: of the manifest.
+        intact: the names of the files that are those of the manifest.
+        whole: the names of the heads' files whose rows are those that the sampler chooses.
+        examples: None if they are damaged.
+        report: the report.
+        each: runs a function for several layers, and yields its results in their order.
+    """
+    config = facts.config.capture.statistics
+    if not config.enabled:
+        return
+    of_layer: dict[int, list[Head]] = {}
+    for head in facts.heads.values():
+        of_layer.setdefault(head.layer, []).append(head)
+    layers = sorted(of_layer)
+    there = [layer for layer in layers if statistics_file(layer) in intact]
+    num_tokens, all_rows = None, -1
+    if examples is not None:
+        lengths = examples.num_tokens.astype(np.int64)
+        num_tokens, all_rows = int(np.maximum(lengths - config.skip_tokens, 0).sum()), int(lengths.sum())
+    row_stage = "pre" if facts.config.capture.capture_pre_rope else "post"
+
+    def is_comparable(head: Head) -> bool:
+        return row_stage in config.stages and head.file in whole and facts.files[head.file].rows == all_rows
+
+    checks = [
+        _LayerCheck(facts, of_layer[layer], num_tokens, row_stage, {*filter(is_comparable, of_layer[layer])})
+        for layer in there
+    ]
+
+    def check(index: int) -> list[Problem]:
+        return list(checks[index].problems())
+
+    for problems in each(check, range(len(checks))):
+        report.add(problems)
+    some = counted(len(layers), "layer") if len(there) == len(layers) else f"{len(there)} of {len(layers)} layers"
+    compared = sum(len(each.comparable) for each in checks)
+    tokens = "" if num_tokens is None else f", {counted(num_tokens, 'token')} a head"
+    report.passed(_CHECK, f"{some}, {_in_words(config.stages)}{tokens}")
+    if compared:
+        report.passed(_CHECK, f"{counted(compared, 'head')}: mean, covariance and range are those of the rows")
+
+
+class _LayerCheck:
+    """Checks the file of a layer."""
+
+    def __init__(
+        self, facts: ManifestFacts, heads: Sequence[Head], num_tokens: int | None, row_stage: str, comparable: set[Head]
+    ) -> None:
+        """`comparable` are the heads with a row for every token, of the stage `row_stage`, which has statistics."""
+        self._facts, self._num_tokens = facts, num_tokens
+        self._row_stage, self.comparable = row_stage, comparable
+        self._config = facts.config.capture.statistics
+        self._layer = heads[0].layer
+        self._heads: dict[str, list[Head]] = {}
+        for head in sorted(heads, key=lambda head: head.row):
+            self._heads.setdefault(head.kind, []).append(head)
+
+    def problems(self) -> Iterator[Problem]:
+        name = statistics_file(self._layer)
+        path = self._facts.root / name
+        keys = [PartKey(self._layer, kind, stage) for kind in self._heads for stage in self._config.stages]
+        try:
+            starts = {array.rpartition(".")[0] for array in arrays_in(path, way_out="")}
+            expected = {f"{key.kind}.{key.stage}" for key in keys}
+            if starts != expected:
+                listed = f"{name}: {_names(starts)} instead of {_names(expected)}"
+                yield Problem(_CHECK, "other kinds and stages than manifest.json says", listed)
+            for key in keys:
+                if f"{key.kind}.{key.stage}" in starts:
+                    found = read_statistics(path, key.kind, key.stage, way_out="")
+                    if found is not None:
+                        yield from self._of_key(name, key, found)
+        except UnreadableError as error:
+            yield Problem(_CHECK, "a file cannot be read", f"{name}: {error.problem}")
+
+    def _of_key(self, name: str, key: PartKey, found: Statistics) -> Iterator[Problem]:
+        heads, start = self._heads[key.kind], f"{name}, {key.kind}.{key.stage}"
+        numbers, d = [head.head for head in heads], heads[0].head_dim
+        if found.heads.tolist() != numbers:
+            what = f"{start}: {_names(found.heads.tolist())} instead of {_names(numbers)}"
+            yield Problem(_CHECK, "statistics of other heads than the captured ones", what)
+            return
+        if found.mean.shape[1] != d:
+            yield Problem(_CHECK, "vectors of another size than manifest.json says", f"{start}: {found.mean.shape[1]}")
+            return
+        if (found.covariance is not None) != self._config.covariance:
+            has = "has no covariance" if found.covariance is None else "has a covariance"
+            yield Problem(_CHECK, "capture.statistics.covariance in manifest.json says otherwise", f"{start} {has}")
+        pairs = self._facts.frequency_pairs[self._layer] if key.stage == "pre" else None
+        listed = None if found.frequency_pairs is None else [tuple(pair) for pair in found.frequency_pairs.tolist()]
+        if listed != (None if pairs is None else [*pairs]):
+            yield Problem(_CHECK, "frequency_pairs differ from the layer's rotation in manifest.json", start)
+        for index, head in enumerate(heads):
+            for what, instance in self._of_head(found, index, f"{head.name}.{key.stage}"):
+                yield Problem.of(head, _CHECK, what, f"{key.stage} RoPE: {instance}" if instance else key.stage)
+            if key.stage == self._row_stage and head in self.comparable:
+                for what in self._unlike_rows(found, index, head):
+                    yield Problem.of(head, _CHECK, what, f"{key.stage} RoPE")
+
+    def _of_head(self, found: Statistics, index: int, name: str) -> Iterator[tuple[str, str]]:
+        """Yields the problems of one head, with an instance."""
+        count, nonfinite = int(found.count[index]), int(found.nonfinite[index])
+        if min(count, nonfinite) < 0 or (self._num_tokens is not None and count + nonfinite != self._num_tokens):
+            numbers = f"{count:,} and {nonfinite:,} of {self._num_tokens or 0:,}"
+            yield "count and nonfinite do not sum to the tokens of the examples", numbers
+        listed = (self._facts.statistics_nonfinite or {}).get(name, 0)
+        if listed != nonfinite:
+            yield "nonfinite differs from manifest.json", f"{nonfinite:,} instead of {listed:,}"
+        yield from ((what, "") for what in number_problems(found, index))
+
+    def _unlike_rows(self, found: Statistics, index: int, head: Head) -> Iterator[str]:
+        """Yields the differences between the statistics of a head and its rows."""
+        rows = _Rows(head.head_dim, covariance=found.covariance is not None)
+        try:
+            with open_parquet(self._facts.root / head.file) as file:
+                batch_rows = max(1, BATCH_BYTES // (4 * head.head_dim))
+                for batch in batches(file, batch_rows, ["position", "vector"]):
+                    numbers = values(batch.column("vector").flatten()).reshape(-1, head.head_dim)
+                    rows.add(numbers[values(batch.column("position")) >= self._config.skip_tokens])
+        except UNREADABLE:
+            return  # `check_file` has reported it
+        if int(found.count[index]) != rows.count:
+            yield "count is not that of the rows without NaN and Inf"
+        elif rows.count:
+            yield from rows.differences(found, index)
+
+
+class _Rows:
+    """Moments of the rows of a head in float64, batch by batch."""
+
+    def __init__(self, d: int, *, covariance: bool) -> None:
+        self.count = 0
+        self._covariance = covariance
+        self._mean = np.zeros(d)
+        self._moment = np.zeros((d, d) if covariance else d)
+        self._minimum, self._maximum = np.full(d, np.inf), np.full(d, -np.inf)
+
+    def add(self, vectors: npt.NDArray[np.float32]) -> None:
+        """Adds vectors (rows, d). Leaves out those with NaN or Inf."""
+        finite = vectors[np.isfinite(vectors).all(axis=1)].astype(np.float64)
+        if not len(finite):
+            return
+        mean = finite.mean(axis=0)
+        centered = finite - mean
+        total = self.count + len(finite)
+        change = mean - self._mean
+        weight = self.count * len(finite) / total
+        if self._covariance:
+            self._moment += centered.T @ centered + np.outer(change, change) * weight
+        else:
+            self._moment += np.square(centered).sum(axis=0) + change**2 * weight
+        self._mean += change * (len(finite) / total)
+        self._minimum = np.minimum(self._minimum, finite.min(axis=0))
+        self._maximum = np.maximum(self._maximum, finite.max(axis=0))
+        self.count = total
+
+    def differences(self, found: Statistics, index: int) -> Iterator[str]:
+        """Yields the names of the statistics of a head that are not those of the rows."""
+        largest = max(np.abs(self._minimum).max(), np.abs(self._maximum).max())
+        if not np.abs(found.mean[index] - self._mean).max() <= MEAN_ROUNDING * largest:
+            yield "mean is not that of the rows"
+        if not (
+            np.array_equal(found.minimum[index], self._minimum) and np.array_equal(found.maximum[index], self._maximum)
+        ):
+            yield "minimum or maximum is not that of the rows"
+        if self.count < 2 or largest > _MOST_SQUARED:
+            return
+        moment = self._moment / (self.count - 1)
+        bar = COVARIANCE_ROUNDING * np.abs(moment).max() + (MEAN_ROUNDING * largest) ** 2
+        if not np.abs(found.variance[index] - (np.diagonal(moment) if self._covariance else moment)).max() <= bar:
+            yield "variance is not that of the rows"
+        if found.covariance is not None and not np.abs(found.covariance[index] - moment).max() <= bar:
+            yield "covariance is not that of the rows"
+
+
+def number_problems(found: Statistics, index: int) -> Iterator[str]:
+    """Yields the impossible numbers in the statistics of the head at `index`."""
+    count = int(found.count[index])
+    one = {name: of_heads[index] for name in _LEAST if (of_heads := getattr(found, name)) is not None}
+    for name, least in _LEAST.items():
+        if name in one and count < least and not np.isnan(one[name]).all():
+            yield f"{name} has numbers, although count is below {least}"
+    if count < 1:
+        return
+    largest = float(found.absmax[index].max())
+    squares = largest <= _MOST_SQUARED
+    for name, least in _LEAST.items():
+        is_square = least == 2 or name in ("norm_mean", "frequency_modulus")
+        if name in one and count >= least and (squares or not is_square) and not np.isfinite(one[name]).all():
+            yield f"{name} has NaN or Inf"
+            return  # which no comparison below is for
+    mean, minimum, maximum = (one[name].astype(np.float64) for name in ("mean", "minimum", "maximum"))
+    rounding = MEAN_ROUNDING * np.maximum(np.abs(minimum), np.abs(maximum))
+    if (minimum > maximum).any() or (mean < minimum - rounding).any() or (mean > maximum + rounding).any():
+        yield "mean is not between minimum and maximum"
+    if not squares:
+        return
+    if one["norm_mean"] < np.linalg.norm(mean) - MEAN_ROUNDING * len(mean) * largest:
+        yield "norm_mean is below the norm of the mean"
+    if found.frequency_pairs is not None:
+        a, b = mean[found.frequency_pairs].T
+        if (one["frequency_modulus"] < np.hypot(a, b) - 2 * MEAN_ROUNDING * largest).any():
+            yield "frequency_modulus is below the modulus of the mean"
+    if count < 2:
+        return
+    variance = one["variance"].astype(np.float64)
+    if min(variance.min(), float(one["norm_variance"])) < 0:
+        yield "a variance is negative"
+    if "covariance" in one:
+        yield from _covariance_problems(one["covariance"].astype(np.float64), variance)
+
+
+def _covariance_problems(covariance: Float64, variance: Float64) -> Iterator[str]:
+    """Yields the impossible numbers in the covariance of a head. All numbers are finite."""
+    rounding = COVARIANCE_ROUNDING * np.abs(covariance).max()
+    if np.abs(covariance - covariance.T).max() > rounding:
+        yield "covariance is not symmetric"
+    elif np.linalg.eigvalsh(covariance)[0] < -COVARIANCE_ROUNDING * np.trace(covariance):
+        yield "covariance is not positive semidefinite"
+    if np.abs(np.diagonal(covariance) - variance).max() > rounding:
+        yield "variance is not the diagonal of covariance"
+
+
+def _in_words(stages: Sequence[str]) -> str:
+    return " and ".join(f"{word} RoPE" for stage, word in (("pre", "before"), ("post", "after")) if stage in stages)
+
+
+def _names(names: Collection[Any]) -> str:
+    return ", ".join(map(str, sorted(names)))[:200] or "none"

@@ -1,0 +1,218 @@
+"""Tests what verify says of whole statistics, and of those that contradict manifest, examples, rows or themselves."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from support.hub_cases import copied
+from support.jobs import TEXTS, run
+from support.verify_cases import edit, flip, restate, verified, wrong
+
+LAYER_1 = "statistics/layer-01.safetensors"
+TOKENS = sum(max(0, len(text) - 3) for text in TEXTS)
+
+Arrays = dict[str, np.ndarray]
+
+
+@pytest.fixture(scope="module")
+def made(undisturbed: Callable[..., Path]) -> Path:
+    statistics = {"enabled": True, "stages": ["pre", "post"], "skip_tokens": 3}
+    return undisturbed(capture={"layers": [1, 2], "statistics": statistics}, verify={"examples": 0})
+
+
+@pytest.fixture
+def root(made: Path, tmp_path: Path) -> Path:
+    return copied(made, tmp_path / "out")
+
+
+def change(root: Path, edit_arrays: Callable[[Arrays], object], name: str = LAYER_1) -> dict[str, str]:
+    """Changes the arrays of a file, lists it in the manifest, and returns the problems by check."""
+    arrays = {key: np.array(values) for key, values in load_file(root / name).items()}
+    edit_arrays(arrays)
+    save_file({key: np.ascontiguousarray(values) for key, values in arrays.items()}, root / name)
+    restate(root)
+    return wrong(verified(root))
+
+
+def plus(key: str, at: Any, number: float) -> Callable[[Arrays], object]:
+    return lambda arrays: np.add.at(arrays[key], at, number)
+
+
+def put(key: str, at: Any, number: float) -> Callable[[Arrays], object]:
+    def edit_arrays(arrays: Arrays) -> None:
+        arrays[key][at] = number
+
+    return edit_arrays
+
+
+def test_whole_statistics_are_compared_with_the_rows(root: Path) -> None:
+    text = verified(root)
+    assert wrong(text) == {}
+    assert f"statistics      ok     2 layers, before RoPE and after RoPE, {TOKENS:,} tokens a head\n" in text
+    assert "statistics      ok     12 heads: mean, covariance and range are those of the rows\n" in text
+
+
+@pytest.mark.parametrize(
+    ("sections", "compared"),
+    [
+        ({"sampler": {"type": "none"}}, 0),
+        ({"capture": {"statistics": {"enabled": True, "covariance": False}}}, 18),
+        ({"capture": {"statistics": {"enabled": True, "stages": ["pre"]}, "capture_pre_rope": True}}, 18),
+        ({"capture": {"statistics": {"enabled": True, "stages": ["pre"]}}}, 0),
+        ({"sampler": {"max_rows_per_example": 5}}, 0),
+        ({"sampler": {"type": "none", "keys": {"type": "all"}}}, 6),
+    ],
+    ids=str,
+)
+def test_what_jobs_make_is_whole(
+    sections: dict[str, Any], compared: int, checkpoint: Path, texts: Path, tmp_path: Path
+) -> None:
+    sections = {"capture": {"statistics": {"enabled": True}}, "verify": {"examples": 0}} | sections
+    text = verified(run(checkpoint, texts, tmp_path / "out", **sections))
+    assert wrong(text) == {}
+    assert text.count("statistics      ok") == 1 + bool(compared)
+    assert compared == 0 or f"{compared} heads: mean" in text
+
+
+def test_what_grew_from_texts_of_one_token_is_whole(checkpoint: Path, tmp_path: Path) -> None:
+    texts = tmp_path / "texts.jsonl"
+    values: dict[str, Any] = {
+        "capture": {"statistics": {"enabled": True, "stages": ["pre", "post"]}},
+        "inference": {"batch_size": 1},
+    }
+    for texts_so_far in (["a"], ["a", "bc"], ["a", "bc", "defgh" * 9]):
+        texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts_so_far))
+        text = verified(run(checkpoint, texts, tmp_path / "out", **values))
+        assert wrong(text) == {}, text
+
+
+@pytest.mark.parametrize(
+    ("edit_arrays", "expected"),
+    [
+        (plus("q.post.count", 1, 1), "count and nonfinite do not sum to the tokens of the examples"),
+        (put("q.post.count", 1, -5), "count and nonfinite do not sum"),
+        (plus("q.pre.nonfinite", 1, 1), "nonfinite differs from manifest.json"),
+        (plus("q.post.mean", (1, 3), 1e-3), "mean is not that of the rows (query head 1 of layer 1)"),
+        (plus("q.pre.mean", (1, 3), 100), "mean is not between minimum and maximum"),
+        (put("k.post.mean", (1, 3), np.nan), "mean has NaN or Inf"),
+        (put("q.pre.minimum", (1, 3), -np.inf), "minimum has NaN or Inf"),
+        (put("q.post.minimum", (1, 3), -100), "minimum or maximum is not that of the rows"),
+        (plus("q.pre.covariance", (1, 3, 4), 0.1), "covariance is not symmetric"),
+        (plus("q.post.covariance", (1, [3, 4], [4, 3]), 1e-4), "covariance is not that of the rows"),
+        (plus("q.pre.covariance", (1, [3, 4], [4, 3]), 100), "covariance is not positive semidefinite"),
+        (put("q.pre.covariance", (1, 3, 4), np.nan), "covariance has NaN or Inf"),
+        (plus("q.pre.variance", (1, 3), 1), "variance is not the diagonal of covariance"),
+        (put("q.pre.variance", (1, 3), -1), "a variance is negative"),
+        (put("q.pre.norm_mean", 1, 0), "norm_mean is below the norm of the mean"),
+        (put("q.pre.frequency_modulus", (1, 0), -1), "frequency_modulus is below the modulus of the mean"),
+        (plus("q.pre.frequency_pairs", (0, 0), 1), "frequency_pairs differ from the layer's rotation"),
+        (plus("q.post.heads", 1, 1), "statistics of other heads than the captured ones"),
+    ],
+    ids=lambda value: value[:40] if isinstance(value, str) else "",
+)
+def test_numbers_that_cannot_be_are_named(edit_arrays: Any, expected: str, root: Path) -> None:
+    found = change(root, edit_arrays)
+    assert found.keys() == {"statistics"} and expected in found["statistics"]
+
+
+def test_heads_without_tokens_have_no_numbers(root: Path) -> None:
+    def without_tokens(arrays: Arrays) -> None:
+        arrays["q.pre.nonfinite"] += arrays["q.pre.count"]
+        arrays["q.pre.count"][:] = 0
+
+    edit(root, lambda manifest: manifest["statistics"].update(nonfinite={f"l01h0{h}q.pre": TOKENS for h in range(4)}))
+    found = change(root, without_tokens)
+    assert "mean has numbers, although count is below 1 (query heads 0-3 of layer 1)" in found["statistics"]
+    assert "sum to" not in found["statistics"] and "differs from manifest.json" not in found["statistics"]
+
+
+def without(start: str) -> Callable[[Arrays], object]:
+    return lambda arrays: [arrays.pop(key) for key in [*arrays] if key.startswith(start)]
+
+
+def renamed(old: str, new: str) -> Callable[[Arrays], object]:
+    return lambda arrays: [
+        arrays.update({new + key.removeprefix(old): arrays.pop(key)}) for key in [*arrays] if key.startswith(old)
+    ]
+
+
+def narrow(arrays: Arrays) -> None:
+    for key in [*arrays]:
+        if key.startswith("q.post.") and arrays[key].ndim > 1:
+            arrays[key] = arrays[key][(slice(None), *(slice(0, 8),) * (arrays[key].ndim - 1))]
+
+
+@pytest.mark.parametrize(
+    ("edit_arrays", "expected"),
+    [
+        (without("q.pre."), "other kinds and stages than manifest.json says"),
+        (without("k."), "k.post, k.pre, q.post, q.pre"),
+        (renamed("q.pre.", "v.pre."), "q.post, v.pre instead of"),
+        (without("q.pre.mean"), "a file cannot be read"),
+        (without("q.pre.covariance"), "q.pre has no covariance"),
+        (without("q.pre.frequency"), "frequency_pairs differ from the layer's rotation"),
+        (without("q.pre.frequency_pairs"), "frequency_pairs and frequency_modulus belong together"),
+        (renamed("q.pre.mean", "q.pre.median"), "lacks arrays of the kind 'q' and stage 'pre'"),
+        (narrow, "vectors of another size than manifest.json says"),
+        (lambda arrays: arrays.update({"q.pre.mean": arrays["q.pre.mean"].astype(np.float64)}), "another type"),
+        (lambda arrays: arrays.update({"q.pre.mean": arrays["q.pre.mean"].T}), "another shape"),
+        (lambda arrays: arrays.clear(), "none instead of k.post"),
+    ],
+    ids=lambda value: value[:40] if isinstance(value, str) else "",
+)
+def test_other_arrays_are_named(edit_arrays: Any, expected: str, root: Path) -> None:
+    found = change(root, edit_arrays)
+    assert found.keys() == {"statistics"} and expected in found["statistics"]
+
+
+def test_files_that_are_damaged_missing_or_not_listed(root: Path, tmp_path: Path) -> None:
+    path = root / LAYER_1
+    data = path.read_bytes()
+    flip(path, 900)
+    assert "the sha256 differs" in wrong(verified(root))["files"]
+    path.write_bytes(b"no statistics")
+    restate(root)
+    assert "a file cannot be read" in wrong(verified(root))["statistics"]
+    path.write_bytes(data)
+    restate(root)
+    path.rename(path.with_name("layer-07.safetensors"))
+    found = wrong(verified(root))
+    assert "listed in manifest.json, but missing" in found["files"] and "layer-07" in found["files"]
+    path.with_name("layer-07.safetensors").rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    assert "a link leads out of the dataset" in wrong(verified(root))["files"]
+
+
+@pytest.mark.parametrize(
+    ("change_manifest", "expected"),
+    [
+        (lambda manifest: manifest.pop("statistics"), "it has no statistics, but capture.statistics.enabled is true"),
+        (lambda manifest: manifest["files"].pop(LAYER_1), f"files has no {LAYER_1}"),
+        (
+            lambda manifest: manifest["files"].update({"statistics/layer-00.safetensors": manifest["files"][LAYER_1]}),
+            "files has statistics/layer-00.safetensors, and the layer is not captured",
+        ),
+        (
+            lambda manifest: manifest["statistics"]["nonfinite"].update({"l00h00q.post": 1}),
+            "statistics.nonfinite has 'l00h00q.post', which is no head and stage",
+        ),
+        (
+            lambda manifest: manifest["config"]["capture"]["statistics"].update(enabled=False),
+            f"it has the file {LAYER_1}, but capture.statistics.enabled is false",
+        ),
+    ],
+)
+def test_manifests_that_contradict_the_statistics(change_manifest: Any, expected: str, root: Path) -> None:
+    edit(root, change_manifest)
+    assert expected in wrong(verified(root))["manifest"]
+
+
+def test_a_dataset_without_statistics_has_no_facts_of_them(undisturbed: Callable[..., Path], tmp_path: Path) -> None:
+    root = copied(undisturbed(capture={"layers": [1]}, verify={"examples": 0}), tmp_path / "out")
+    assert "  statistics" not in verified(root)
+    edit(root, lambda manifest: manifest.update(statistics={"nonfinite": {}}))
+    assert "it has statistics, but capture.statistics.enabled is false" in wrong(verified(root))["manifest"]

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qk_sniffer.dataset.reader import Dataset, HeadVectors, open_dataset
+    from qk_sniffer.export.write import export
 
 _here = Path(__file__).resolve().parent
 if not (_here / "conf").is_dir():
@@ -14,11 +15,13 @@ if not (_here / "conf").is_dir():
     # nor another distribution's `models` can replace them.
     __path__.append(str(_here.parent))
 
-__all__ = ["Dataset", "HeadVectors", "open_dataset"]
+__all__ = ["Dataset", "HeadVectors", "export", "open_dataset"]
 
 
 def __getattr__(name: str) -> Any:
     # A late import: a mistyped command line is answered before pyarrow is imported.
+    if name == "export":
+        return importlib.import_module("qk_sniffer.export")
     if name in __all__:
         return getattr(importlib.import_module("qk_sniffer.dataset.reader"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -15,6 +15,8 @@ import yaml
 from hydra._internal.utils import get_args
 
 from qk_sniffer.cli import app, preflight, program
+from qk_sniffer.export import cli as export
+from qk_sniffer.export.formats import FORMATS
 from qk_sniffer.jobs.run import run_job
 from qk_sniffer.jobs.sweep import PlannedJob
 from qk_sniffer.plasticity import cli as plasticity
@@ -188,6 +190,9 @@ def test_other_programs(command: Command) -> None:
             args = get_args(arguments)
             jobs = preflight.planned(args, plasticity.APPLICATION)
             assert len(jobs) == (10 if "smollm3" in command.text else command.text.count(",") + 1)
+        case ["python", "-m", "qk_sniffer.export", *arguments]:
+            settings = program.parse(arguments, export.Settings)
+            assert settings.format in FORMATS
         case ["python", "-m", module, *arguments]:
             settings = program.parse(arguments, import_module(module).Settings)
             if "smollm3" in command.text:
@@ -241,6 +246,16 @@ def test_yaml_is_chosen_from_a_folder_of_the_readers(block: Block, tmp_path: Pat
     )
     if group == "model":
         assert job.config.model.name == yaml.safe_load(block.text)["name"]
+
+
+@pytest.mark.slow
+def test_statistics_in_two_commands_as_they_are_written(tmp_path: Path) -> None:
+    (block,) = [each for each in BLOCKS if each.page == "README.md" and "qk_sniffer.export" in each.text]
+    env = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    code = f"set -e\n{block.text}"
+    done = subprocess.run(["bash", "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "outputs" / "calibration-triattention.pt").is_file()
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Finds the limits that a decoder sets to texts: the rows of its embedding, and the positions that its config names."""
+"""Finds the limits of a decoder: the rows of its embedding, and the positions and layers that its config names."""
 
 from contextlib import suppress
 from typing import Any
@@ -25,6 +25,12 @@ def max_positions(config: PretrainedConfig) -> int | None:
         if one.get("factor") and one.get("original_max_position_embeddings")
     ]
     return max([limit, *extended])
+
+
+def num_layers(config: PretrainedConfig) -> int | None:
+    """Returns the number of layers that the config names, with attention or not; None if it names no number."""
+    number = getattr(config, "num_hidden_layers", None)
+    return number if isinstance(number, int) and number > 0 else None
 
 
 def num_embeddings(decoder: nn.Module) -> int | None:

@@ -17,8 +17,9 @@ from qk_sniffer.capture.sampling import Sampler
 from qk_sniffer.config import from_dict
 from qk_sniffer.dataset.heads import captured_heads, key_head
 from qk_sniffer.errors import StoreError
-from qk_sniffer.hub.branch import open_branch
+from qk_sniffer.hub.branch import Branch, open_branch
 from qk_sniffer.hub.revisions import is_hub_id
+from qk_sniffer.resolved import safe_name
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.disk import sha256_of
 from qk_sniffer.store.files import Files, Folder, difference
@@ -196,6 +197,17 @@ class Dataset:
         if (problem := difference(path, entry["bytes"])) is not None:
             raise UnreadableError(path, f"is missing or damaged (it {problem})", WAY_OUT)
         return path
+
+    def beside(self, ending: str) -> Path:
+        """Returns a path for results: `<folder>ending`, or `outputs/<branch>ending` for a dataset on the Hub."""
+        if isinstance(self._files, Folder):
+            root = self._files.root
+            # "." and ".." have no last part to append to.
+            root = root.resolve() if root.name in ("", "..") else root
+            return root.with_name(root.name + ending)
+        assert isinstance(self._files, Branch)
+        name = self._files.repo_id.rpartition("/")[2] if self._files.name == "main" else self._files.name
+        return Path("outputs", safe_name(name) + ending)
 
     def __str__(self) -> str:
         return str(self._files)

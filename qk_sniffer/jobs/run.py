@@ -150,6 +150,7 @@ def _record(config: ResolvedConfig, start: Start, components: Components) -> dic
             "quantization": components.backbone.stored.describe_quantization(components.backbone.decoder),
             "attn_implementation": components.backbone.config._attn_implementation,
             "rope_stage": "pre" if config.capture.capture_pre_rope else "post",
+            "num_layers": components.backbone.num_layers,
             "layers": layers,
             "rotary": components.backbone.rotary_parameters(),
             "max_positions": components.backbone.max_positions,

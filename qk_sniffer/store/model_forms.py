@@ -66,6 +66,7 @@ class Model(TypedDict):
     quantization: NotRequired[Quantization | None]
     attn_implementation: Text | None
     rope_stage: Literal["pre", "post"]
+    num_layers: NotRequired[Annotated[int, Meta(ge=1, le=MOST_LAYERS)] | None]
     layers: Annotated[list[Layer], Meta(min_length=1, max_length=MOST_LAYERS)]
     rotary: dict[str, Any]
     adapter: NotRequired[Adapter]

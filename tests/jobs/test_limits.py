@@ -31,6 +31,7 @@ def test_texts_beyond_the_positions_of_the_model_are_captured_and_flagged(
     assert f"the model's config provides for {most}" in warning and f"model.tokenizer.max_length={most}" in warning
     beyond = sum(len(text) > most for text in TEXTS)
     manifest = manifests.read(root)
+    assert manifest["model"]["num_layers"] == 3
     assert (manifest["model"]["max_positions"], manifest["examples_beyond_max_positions"]) == (most, beyond)
     assert f"{beyond} examples longer than the {most} tokens that the model's config" in capsys.readouterr().out
     line = f"{most} tokens: {beyond} examples are longer, captured as the model computes them"

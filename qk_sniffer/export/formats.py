@@ -1,0 +1,29 @@
+"""Lists the formats of an export."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from qk_sniffer.export import tria, triattention
+from qk_sniffer.export.source import Source
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format of another program."""
+
+    suffix: str
+    """The end of the default output, after the name of the dataset's folder."""
+    problems: Callable[[Source], Iterable[str]]
+    """Returns a line for each reason why a dataset cannot be exported."""
+    encode: Callable[[Source], Mapping[str, bytes]]
+    """Returns the files of a folder by name; for a format of one file, this file under an empty name."""
+    is_folder: bool = False
+    has_provenance: bool = False
+    """Whether the file itself holds the provenance."""
+
+
+FORMATS = {
+    "triattention": Format("-triattention.pt", triattention.problems, triattention.encode, has_provenance=True),
+    "tria": Format("-triattention.tria", tria.problems, tria.encode),
+}
+"""By name."""

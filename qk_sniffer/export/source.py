@@ -1,0 +1,179 @@
+"""Reads what formats need from a dataset, and words what a dataset lacks or has beyond a format.
+
+Each method that returns problems yields one line for each: the reason, and what to capture instead.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from importlib.metadata import version
+from typing import Any
+
+from qk_sniffer.config import StatisticsConfig, from_dict
+from qk_sniffer.dataset.reader import Dataset
+from qk_sniffer.errors import StoreError
+from qk_sniffer.store import manifest as manifests
+from qk_sniffer.store.layout import KEY_HEAD_KINDS, KIND_NAMES, head_name
+from qk_sniffer.store.statistics import Statistics
+from qk_sniffer.text import compact_ranges, shortened
+
+_STAGE_NAMES = {"pre": "before RoPE", "post": "after RoPE"}
+
+
+class Source:
+    """A dataset with statistics, for an export."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+        self.model: dict[str, Any] = dataset.manifest["model"]
+        self.notes: dict[str, Any] = {}
+        """What a format adds to the provenance."""
+
+    @cached_property
+    def settings(self) -> StatisticsConfig:
+        """The settings of the statistics."""
+        return from_dict(self.dataset.manifest["config"]).capture.statistics
+
+    @cached_property
+    def layers(self) -> list[dict[str, Any]]:
+        """The captured layers, ascending, as the manifest describes them."""
+        captured = [layer for layer in self.model["layers"] if any(layer["captured"].values())]
+        return sorted(captured, key=lambda layer: layer["layer"])
+
+    @property
+    def num_layers(self) -> int:
+        """The layers of the model, with attention or not."""
+        return int(self.model.get("num_layers") or self.layers[-1]["layer"] + 1)
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """num_q_heads, num_k_heads and head_dim, where all layers have the same."""
+        return {name: self.layers[0][name] for name in ("num_q_heads", "num_k_heads", "head_dim")}
+
+    def statistics(self, layer: int, kind: str, stage: str) -> Statistics:
+        """Returns the statistics of a layer's heads, each of which has two tokens or more.
+
+        Raises:
+            StoreError: a head has fewer, or the file cannot be read.
+            HubError: the file cannot be fetched.
+        """
+        found = self.dataset.statistics(layer, kind, stage)
+        for head, count in zip(found.heads.tolist(), found.count.tolist(), strict=True):
+            if count < 2:
+                raise StoreError(
+                    f"{self.dataset}: the statistics of {head_name(layer, head, kind)} are of {count} tokens: capture "
+                    "more or longer texts"
+                )
+        return found
+
+    def needs(self, stage: str, kind: str, *, covariance: bool = False) -> Iterator[str]:
+        """Yields the problem that the dataset lacks the statistics of a stage and kind, or their covariances."""
+        wanted = f"statistics of {KIND_NAMES[kind]} vectors {_STAGE_NAMES[stage]}"
+        if not self.settings.enabled:
+            yield f"it has no {wanted}: capture with capture.statistics.enabled=true, stages=[{stage}]"
+        elif stage not in self.settings.stages:
+            has = " and ".join(_STAGE_NAMES[one] for one in self.settings.stages)
+            yield f"it has statistics {has}, and no {wanted}: capture with 'capture.statistics.stages=[{stage}]'"
+        elif not any(layer["captured"].get(kind) for layer in self.layers):
+            yield f"it has no {wanted}: no such vectors were captured"
+        elif covariance and not self.settings.covariance:
+            yield "it has variances without covariances: capture with capture.statistics.covariance=true"
+
+    def needs_one_shape(self) -> Iterator[str]:
+        """Yields the problem of layers whose heads differ in number or size."""
+        shapes = {tuple(layer[name] for name in self.shape) for layer in self.layers}
+        if len(shapes) > 1:
+            found = ", ".join(f"{q} query and {k} key heads of {d} numbers" for q, k, d in sorted(shapes))
+            yield f"its layers differ ({found}), and the format has one shape for all layers"
+
+    def needs_all_layers(self) -> Iterator[str]:
+        """Yields the problem of layers without vectors: not captured, or without attention."""
+        if missing := set(range(self.num_layers)) - {layer["layer"] for layer in self.layers}:
+            yield (
+                f"it has nothing of layers {compact_ranges(missing)}, which were not captured or have no attention, "
+                "and the format has every layer of the model: capture all with capture.layers=null"
+            )
+
+    def needs_all_heads(self, kind: str) -> Iterator[str]:
+        """Yields the problem of captured layers with heads that were not captured."""
+        missing = [
+            head_name(layer["layer"], head, kind)
+            for layer in self.layers
+            for head in range(layer["num_k_heads" if kind in KEY_HEAD_KINDS else "num_q_heads"])
+            if head not in layer["captured"].get(kind, ())
+        ]
+        if missing:
+            yield (
+                f"it has nothing of the heads {shortened(missing, 6)}, and the format has every head of a layer: "
+                "capture with capture.heads=null and capture.head_sampling.count=null"
+            )
+
+    def needs_no_bias(self) -> Iterator[str]:
+        """Yields the problem of layers that add a bias to the logits."""
+        if biased := self._layers_where(lambda layer: layer.get("position_bias")):
+            yield f"layers {biased} add a bias by position to the logits, which the method does not know"
+
+    def needs_whole_rotation(self) -> Iterator[str]:
+        """Yields the problems of layers whose queries do not turn as a whole in halves: component i with i + d/2."""
+        for reason, layers in self._grouped((layer["layer"], self._rotation_problem(layer)) for layer in self.layers):
+            yield f"layers {compact_ranges(layers)} {reason}"
+
+    def frequencies(self, layer: dict[str, Any]) -> dict[str, Any]:
+        """Returns `inv_freq` and `attention_scaling` of a layer that is rotated."""
+        found: dict[str, Any] = self.model["rotary"]["frequencies"][layer["rotation"]["frequencies"]]
+        return found
+
+    def provenance(self) -> dict[str, Any]:
+        """Returns where the numbers come from, as plain data for JSON."""
+        manifest = self.dataset.manifest
+        fingerprint, commits = manifest["fingerprint"], manifest["commits"]
+        return {
+            "made_by": f"qk-sniffer {version('qk-sniffer')}",
+            "versions": manifest.get("versions"),
+            "model": fingerprint["model.name"],
+            "model_commit": commits["model"],
+            "adapter": fingerprint.get("model.adapter"),
+            "adapter_commit": commits.get("adapter"),
+            "dtype": self.model["dtype"],
+            "dataset": fingerprint["dataset.path"],
+            "dataset_name": fingerprint.get("dataset.name"),
+            "dataset_split": fingerprint.get("dataset.split"),
+            "dataset_commit": commits["dataset"],
+            "examples": manifest["examples"],
+            "tokens": manifest["tokens"],
+            "longest_example": manifest["longest_example"],
+            "skip_tokens": self.settings.skip_tokens,
+            "nonfinite": manifest.get("statistics", {}).get("nonfinite", {}),
+            "vectors_commit": self.dataset.commit,
+            "manifest_sha256": hashlib.sha256(manifests.encode(manifest)).hexdigest(),
+            **self.notes,
+        }
+
+    def _rotation_problem(self, layer: dict[str, Any]) -> str | None:
+        rotation = layer.get("rotation")
+        others = "the method needs RoPE over whole heads, in halves"
+        if rotation is None:
+            return f"have no RoPE, and {others}: leave them out with capture.layers, if the method does not run there"
+        if isinstance(rotation, str):
+            return f"have a rotation that is {rotation}, and {others}"
+        if rotation["pairs"] != "halves":
+            return f"rotate neighbouring components ({rotation['pairs']}), and {others}"
+        rotated = 2 * len(self.frequencies(layer)["inv_freq"])
+        if rotated != layer["head_dim"]:
+            return f"rotate {rotated} of {layer['head_dim']} components, and {others}"
+        if rotation["direction"] != 1:
+            return f"rotate in the other direction, and {others}"
+        if rotation["changed_after"]:
+            return "scale or normalize queries after RoPE, so that statistics before RoPE are not of what attends"
+        return None
+
+    def _layers_where(self, condition: Any) -> str:
+        return compact_ranges(layer["layer"] for layer in self.layers if condition(layer))
+
+    @staticmethod
+    def _grouped(pairs: Iterable[tuple[int, str | None]]) -> Iterator[tuple[str, list[int]]]:
+        groups: dict[str, list[int]] = {}
+        for layer, reason in pairs:
+            if reason is not None:
+                groups.setdefault(reason, []).append(layer)
+        yield from groups.items()

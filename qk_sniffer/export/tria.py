@@ -1,0 +1,83 @@
+"""Encodes version 2 of the TRIA file, which ports of TriAttention to ggml and MLX read.
+
+All numbers are little-endian. A header of 64 bytes: u32 magic, version, num_layers, num_heads, num_kv_heads, head_dim,
+and frequencies f = head_dim / 2; f32 rope_theta and attention scaling of the rotary embedding; zeros. Then f32
+(num_layers,) budget scales, and by layer and query head f32 (f,) of each of `q_mean_real`, `q_mean_imag`, `q_abs_mean`
+(as in `triattention.py`) and `mrl`, the modulus of the mean divided by the mean modulus. Heads that were not captured
+are zeros.
+"""
+
+import struct
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from qk_sniffer.export.source import Source
+
+_HEADER = struct.Struct("<7I2f28x")
+_MAGIC = 0x54524941
+_VERSION = 2
+_LEAST_MODULUS = 1e-12
+"""The floor of the divisor of `mrl`."""
+_CLOSE = 1e-5
+"""The largest relative difference of a frequency from that of the rope_theta."""
+
+
+def problems(source: Source) -> Iterator[str]:
+    """Yields the reasons why the dataset cannot be exported. Layers and heads may be missing."""
+    yield from source.needs("pre", "q")
+    yield from source.needs_one_shape()
+    yield from source.needs_no_bias()
+    found = [*source.needs_whole_rotation()]
+    yield from found
+    if not found and _theta(source) is None:
+        yield (
+            "the frequencies of its layers are not the powers of one rope_theta that its config names, and the format "
+            "has this number alone"
+        )
+    if not found and len(_scalings(source)) > 1:
+        yield "its layers have several attention scalings, and the format has one"
+
+
+def encode(source: Source) -> Mapping[str, bytes]:
+    """Returns the file."""
+    shape, num_layers = source.shape, source.num_layers
+    f = shape["head_dim"] // 2
+    (scaling,) = _scalings(source)
+    header = _HEADER.pack(
+        _MAGIC,
+        _VERSION,
+        num_layers,
+        shape["num_q_heads"],
+        shape["num_k_heads"],
+        shape["head_dim"],
+        f,
+        _theta(source),
+        scaling,
+    )
+    heads = np.zeros((num_layers, shape["num_q_heads"], 4, f), "<f4")
+    for layer in source.layers:
+        found = source.statistics(layer["layer"], "q", "pre")
+        mean, modulus = found.frequency_mean, found.frequency_modulus
+        assert mean is not None and modulus is not None
+        length = np.abs(mean) / np.maximum(modulus, _LEAST_MODULUS)
+        heads[layer["layer"], found.heads] = np.stack([mean.real, mean.imag, modulus, length], axis=1)
+    budgets = np.ones(num_layers, "<f4")  # every layer keeps the same share of its keys
+    return {"": header + budgets.tobytes() + heads.tobytes()}
+
+
+def _theta(source: Source) -> float | None:
+    """Returns the base of the frequencies of all layers; None if there is no such number among those of the config."""
+    rope = source.model["rotary"].get("rope_parameters") or {}
+    named = [rope, *(value for value in rope.values() if isinstance(value, dict))]
+    for theta in [float(one["rope_theta"]) for one in named if one.get("rope_theta")]:
+        powers = theta ** -(np.arange(source.shape["head_dim"] // 2) * 2 / source.shape["head_dim"])
+        if all(
+            np.allclose(source.frequencies(layer)["inv_freq"], powers, rtol=_CLOSE, atol=0) for layer in source.layers
+        ):
+            return theta
+    return None
+
+
+def _scalings(source: Source) -> set[float]:
+    return {source.frequencies(layer)["attention_scaling"] for layer in source.layers}

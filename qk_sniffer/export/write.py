@@ -1,0 +1,74 @@
+"""Exports a dataset to the file or folder of a format."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from qk_sniffer.dataset.reader import Dataset, open_dataset
+from qk_sniffer.errors import ConfigError, StoreError
+from qk_sniffer.export.formats import FORMATS
+from qk_sniffer.export.source import Source
+from qk_sniffer.store import disk
+from qk_sniffer.text import closest, did_you_mean
+
+PROVENANCE = "provenance.json"
+
+
+def export(
+    dataset: Dataset | str | Path, format: str, path: str | Path | None = None, *, overwrite: bool = False
+) -> Path:
+    """Writes the statistics of a dataset in a format of another program.
+
+    Args:
+        dataset: a dataset, or the folder of one.
+        format: a name in `qk_sniffer.export.formats.FORMATS`, such as "triattention".
+        path: the file or folder to write; None for a name next to the dataset's folder, or in `outputs` for a dataset
+            on the Hub.
+        overwrite: replace what is at `path`.
+
+    Returns:
+        the path. The provenance of the numbers is in the file, or in JSON: as `provenance.json` in a folder, or next
+        to a file that has no room for it, under the same name with `.json` after it.
+
+    Raises:
+        ConfigError: there is no such format.
+        StoreError: the dataset lacks what the format needs, or has what it cannot express; `path` exists, or cannot be
+            written.
+        HubError: a file of the dataset cannot be fetched.
+    """
+    if format not in FORMATS:
+        near = did_you_mean(closest(format, list(FORMATS)))
+        raise ConfigError([f"format is {format!r}{near}; valid: {', '.join(FORMATS)}"])
+    chosen = FORMATS[format]
+    opened = dataset if isinstance(dataset, Dataset) else open_dataset(dataset)
+    target = Path(path).expanduser() if path is not None else opened.beside(chosen.suffix)
+    if not overwrite and disk.type_of(target) is not None:
+        raise StoreError(f"{target} exists: give another output, or overwrite=true to replace it")
+    source = Source(opened)
+    if problems := [*chosen.problems(source)]:
+        raise StoreError(f"{opened} cannot be exported as {format}:", *(f"  - {problem}" for problem in problems))
+    files = dict(chosen.encode(source))
+    provenance = (json.dumps(source.provenance(), indent=2, ensure_ascii=False) + "\n").encode()
+    with disk.explained(target, "write"):
+        disk.make_folder(target.parent)
+        if chosen.is_folder:
+            _write_folder(target, files | {PROVENANCE: provenance})
+        else:
+            if not chosen.has_provenance:
+                disk.write_atomic(target.with_name(f"{target.name}.json"), provenance)
+            disk.write_atomic(target, files[""])
+    return target
+
+
+def _write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Writes a folder whole, next to its place, and then renames it."""
+    if disk.type_of(folder) == "folder" and (others := {path.name for path in folder.iterdir()} - files.keys()):
+        raise StoreError(f"{folder} has other files, such as {min(others)}: give another output")
+    temporary = folder.with_name(f"{folder.name}.tmp")
+    disk.remove(temporary)
+    temporary.mkdir()
+    for name, data in files.items():
+        disk.write_atomic(temporary / name, data)
+    disk.remove(folder)
+    temporary.rename(folder)
+    disk.sync_folder(folder.parent)

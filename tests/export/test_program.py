@@ -1,0 +1,79 @@
+"""Tests the program, the function and their outputs; the tests of each format compare its numbers."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from support.export_cases import statistics
+
+import qk_sniffer
+from qk_sniffer.errors import ConfigError, StoreError
+from qk_sniffer.export import cli
+from qk_sniffer.export.formats import FORMATS
+
+
+@pytest.fixture
+def root(undisturbed: Callable[..., Path]) -> Path:
+    """The folder of a dataset with statistics alone."""
+    return undisturbed(sampler={"type": "none"}, capture=statistics(), verify={"examples": 0})
+
+
+def called(*arguments: str) -> int:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["export", *arguments])
+        return cli.main()
+
+
+def test_the_program_writes_and_names_the_file(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "stats.pt"
+    assert called(f"data_root={root}", "format=triattention", f"output={output}") == 0
+    assert capsys.readouterr().out == f"Written: {output}\n"
+    written = output.read_bytes()
+    assert called(f"data_root={root}", "format=triattention", f"output={output}") == 1
+    assert "exists: give another output, or overwrite=true to replace it" in capsys.readouterr().err
+    output.write_bytes(b"")
+    assert called(f"data_root={root}", "format=triattention", f"output={output}", "overwrite=true") == 0
+    assert output.read_bytes() == written, "the same dataset gives the same bytes"
+    assert [path.name for path in tmp_path.iterdir()] == ["stats.pt"]
+
+
+def test_wrong_settings(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert called(f"data_root={root}", "format=triatention") == 2
+    assert "format is 'triatention', did you mean triattention" in capsys.readouterr().err
+    assert called("format=tria") == 2
+    assert "data_root is not given" in capsys.readouterr().err
+    assert called(f"data_root={tmp_path}/nowhere", "format=tria") == 1
+    assert "no such folder" in capsys.readouterr().err
+
+
+def test_the_help_lists_every_format(capsys: pytest.CaptureFixture[str]) -> None:
+    assert called("--help") == 0
+    listed = capsys.readouterr().out
+    assert all(f"\n  {name} " in listed for name in FORMATS)
+
+
+def test_the_function_is_callable_before_and_after_its_package_is_imported(root: Path, tmp_path: Path) -> None:
+    for number in range(2):
+        assert qk_sniffer.export(root, "tria", tmp_path / f"{number}.tria") == tmp_path / f"{number}.tria"
+    with pytest.raises(ConfigError, match="format is 'none'; valid: triattention"):
+        qk_sniffer.export(root, "none")
+
+
+def test_a_dataset_without_the_statistics_names_the_setting(undisturbed: Callable[..., Path]) -> None:
+    with pytest.raises(
+        StoreError, match=r"has no statistics of query vectors before RoPE: .*enabled=true, stages=\[pre"
+    ):
+        qk_sniffer.export(undisturbed(), "tria")
+    post = undisturbed(capture=statistics(stages=["post"]))
+    with pytest.raises(StoreError, match=r"statistics after RoPE, .*'capture\.statistics\.stages=\[pre\]'"):
+        qk_sniffer.export(post, "tria")
+    keys = undisturbed(capture=statistics() | {"capture_queries": False})
+    with pytest.raises(StoreError, match="no such vectors were captured"):
+        qk_sniffer.export(keys, "tria")
+
+
+def test_a_folder_that_cannot_be_written(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StoreError, match="cannot write"):
+        qk_sniffer.export(root, "tria", tmp_path / "file" / "stats.tria")

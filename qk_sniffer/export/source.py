@@ -69,11 +69,12 @@ class Source:
     def needs(self, stage: str, kind: str, *, covariance: bool = False) -> Iterator[str]:
         """Yields the problem that the dataset lacks the statistics of a stage and kind, or their covariances."""
         wanted = f"statistics of {KIND_NAMES[kind]} vectors {_STAGE_NAMES[stage]}"
+        setting = f"'capture.statistics.stages=[{stage}]'"
         if not self.settings.enabled:
-            yield f"it has no {wanted}: capture with capture.statistics.enabled=true, stages=[{stage}]"
+            yield f"it has no {wanted}: capture with capture.statistics.enabled=true and {setting}"
         elif stage not in self.settings.stages:
             has = " and ".join(_STAGE_NAMES[one] for one in self.settings.stages)
-            yield f"it has statistics {has}, and no {wanted}: capture with 'capture.statistics.stages=[{stage}]'"
+            yield f"it has statistics {has}, and no {wanted}: capture with {setting}"
         elif not any(layer["captured"].get(kind) for layer in self.layers):
             yield f"it has no {wanted}: no such vectors were captured"
         elif covariance and not self.settings.covariance:

@@ -9,6 +9,8 @@ from qk_sniffer.dataset.heads import captured_heads
 from qk_sniffer.hub.revisions import hub_commit_of
 from qk_sniffer.store.layout import Head
 
+_SOURCES = ("model", "adapter", "dataset")
+
 
 @dataclass(frozen=True)
 class Place:
@@ -101,7 +103,7 @@ class CardFacts:
             rotations={
                 layer["layer"]: layer["rotation"] for layer in manifest["model"]["layers"] if "rotation" in layer
             },
-            licenses={source: terms["license"] for source, terms in stated.items()},
+            licenses={source: stated[source]["license"] for source in _SOURCES if source in stated},
             languages=stated["dataset"]["language"],
             truncated_tokens=manifest.get("truncated_tokens"),
             special_tokens=manifest["tokenizer"].get("special_tokens", {}),

@@ -168,17 +168,23 @@ def stage(layout: Layout, job: CapturedJob, model: ModelConfig, tokenizer: TextT
         threads=num_threads(),
         check=claim.check,
     )
-    if (statistics := config.capture.statistics).enabled:
-        rotations = {layer["layer"]: layer.get("rotation") for layer in record["model"]["layers"]}
-        files, nonfinite = compact_statistics(
-            layout.staging, journals, heads, statistics, rotations, previous=base, check=claim.check
-        )
-        written = replace(written, files=dict(sorted((written.files | files).items())), statistics_nonfinite=nonfinite)
     skipped = sum(mark["skipped"] for mark in marks if mark is not None)
     parts = [[*journal.records.values()] for journal in journals]
     if base is not None:
         skipped += base.record["skipped_rows"]
         parts.insert(0, base.examples())
+    if (statistics := config.capture.statistics).enabled:
+        files, nonfinite = compact_statistics(
+            layout.staging,
+            journals,
+            heads,
+            statistics,
+            {layer["layer"]: layer.get("rotation") for layer in record["model"]["layers"]},
+            num_tokens=sum(max(0, example.num_tokens - statistics.skip_tokens) for example in chain(*parts)),
+            previous=base,
+            check=claim.check,
+        )
+        written = replace(written, files=dict(sorted((written.files | files).items())), statistics_nonfinite=nonfinite)
     if not written.num_examples:
         raise SourceError(f"dataset {config.dataset.path} has no text that gives a token: nothing was captured")
     expected = None if config.dataset.streaming else record["source_rows"]

@@ -1,6 +1,7 @@
 """Merges the statistics of the journals into the files of a dataset, one layer at a time."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from qk_sniffer.errors import StoreError
 from qk_sniffer.store.compaction_plan import WAY_OUT
 from qk_sniffer.store.disk import Check, unchecked, write_atomic
 from qk_sniffer.store.journal import Journal
-from qk_sniffer.store.layout import Head, Layout, head_name, statistics_file
+from qk_sniffer.store.layout import Head, Layout, statistics_file
 from qk_sniffer.store.manifest import FileEntry
 from qk_sniffer.store.previous import PreviousVersion
 from qk_sniffer.store.segment import DamageError, Place, read_header
@@ -17,7 +18,6 @@ from qk_sniffer.store.statistics import (
     Part,
     PartKey,
     Statistics,
-    merge,
     paired,
     places_of,
     read_parts,
@@ -34,49 +34,62 @@ def compact_statistics(
     config: StatisticsConfig,
     rotations: Mapping[int, Any],
     *,
+    num_tokens: int,
     previous: PreviousVersion | None = None,
     check: Check = unchecked,
 ) -> tuple[dict[str, FileEntry], dict[str, int]]:
     """Stages a file of statistics for each layer of `heads`, after those of `previous`.
 
-    `rotations` has the rotation of each layer in the form of the manifest. Returns the files by name, and the vectors
-    with NaN or Inf by head and stage, for those that have any: `{"l00h00q.post": 3}`.
+    `rotations` has the rotation of each layer in the form of the manifest. `num_tokens` is the number of tokens of all
+    examples, without those that are left out. Returns the files by name, and the vectors with NaN or Inf by head and
+    stage, for those that have any: `{"l00h00q.post": 3}`.
 
     Raises:
-        StoreError: the journals have no statistics of a head, or a segment is damaged.
+        StoreError: the journals or the previous version lack statistics, or have others; or a segment is damaged.
     """
     segments = [path for _, path in sorted(pair for journal in journals for pair in journal.statistics)]
     places = [(path, _places(path)) for path in segments]
     files: dict[str, FileEntry] = {}
     nonfinite: dict[str, int] = {}
     for layer in sorted({head.layer for head in heads}):
-        of_layer: dict[str, list[int]] = {}
+        of_layer: dict[str, list[Head]] = {}
         for head in sorted((head for head in heads if head.layer == layer), key=lambda head: head.row):
-            of_layer.setdefault(head.kind, []).append(head.head)
+            of_layer.setdefault(head.kind, []).append(head)
         keys = [PartKey(layer, kind, stage) for kind in of_layer for stage in config.stages]
-        merged = merge([*_of_previous(previous, keys), *_of_segments(places, keys)])
-        if merged.keys() != {*keys}:
-            _, kind, stage = min({*keys} - merged.keys())
-            raise StoreError(f"the journals have no statistics of layer {layer}, kind {kind}, stage {stage}; {WAY_OUT}")
+        merged: dict[PartKey, Part] = {}
+        for key, part in chain(_of_previous(previous, keys), _of_segments(places, keys)):
+            if not _fits(part, merged.get(key), len(of_layer[key.kind]), of_layer[key.kind][0].head_dim, config):
+                raise _wrong(key, "are of other heads or have other shapes than those of the job")
+            merged[key] = merged[key].merged(part) if key in merged else part
         found: dict[tuple[str, str], Statistics] = {}
-        for key, part in merged.items():
-            numbers = of_layer[key.kind]
-            if len(part.count) != len(numbers):
-                raise StoreError(
-                    f"the journals have statistics of {len(part.count)} heads of layer {layer}, kind {key.kind}, not "
-                    f"of {len(numbers)}; {WAY_OUT}"
-                )
-            size = part.modulus.shape[1]
-            found[key.kind, key.stage] = Statistics.of(numbers, part, paired(rotations.get(layer), size))
-            for head_number, number in zip(numbers, part.nonfinite.tolist(), strict=True):
+        for key in keys:
+            if key not in merged or (merged[key].count + merged[key].nonfinite != num_tokens).any():
+                raise _wrong(key, f"are not those of all {num_tokens:,} tokens")
+            part, of_kind = merged[key], of_layer[key.kind]
+            pairs = paired(rotations.get(layer), part.modulus.shape[1])
+            if max(chain(*(pairs or ())), default=0) >= of_kind[0].head_dim:
+                raise _wrong(key, "have more rotary frequencies than a head")
+            found[key.kind, key.stage] = Statistics.of([head.head for head in of_kind], part, pairs)
+            for head, number in zip(of_kind, part.nonfinite.tolist(), strict=True):
                 if number:
-                    nonfinite[f"{head_name(layer, head_number, key.kind)}.{key.stage}"] = number
+                    nonfinite[f"{head.name}.{key.stage}"] = number
         data = encode(found)
         path = staging.root / statistics_file(layer)
         path.parent.mkdir(exist_ok=True)
         write_atomic(path, data, check=check)
         files[statistics_file(layer)] = FileEntry.of(data)
     return files, nonfinite
+
+
+def _fits(part: Part, earlier: Part | None, num_heads: int, d: int, config: StatisticsConfig) -> bool:
+    """Whether a part is one of `num_heads` heads of `d` numbers, and merges with an earlier one."""
+    whole = (d, d) if config.covariance else (d,)
+    is_like = earlier is None or earlier.modulus.shape == part.modulus.shape
+    return part.moment.shape == (num_heads, *whole) and part.modulus.shape[0] == num_heads and is_like
+
+
+def _wrong(key: PartKey, what: str) -> StoreError:
+    return StoreError(f"the statistics of layer {key.layer}, kind {key.kind}, stage {key.stage} {what}; {WAY_OUT}")
 
 
 def _places(path: Path) -> Places:

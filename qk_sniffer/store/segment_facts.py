@@ -7,7 +7,7 @@ and places that contradict each other are damage, like a wrong checksum: the exa
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, NotRequired, TypedDict
+from typing import Annotated, Any, BinaryIO, Literal, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -138,11 +138,11 @@ def _is_block(places: Mapping[str, Place]) -> bool:
 
 
 def check_runs(path: Path, header: Header, facts: SegmentFacts) -> Int64:
-    """Checks that the runs of each block describe its rows.
+    """Checks that the runs of each block describe its rows, and that all statistics are of the same tokens.
 
     Returns the (batch, index) of each run, (n, 2), without repetitions.
 
-    Reads runs and positions, which are small next to the vectors.
+    Reads runs, positions and counts, which are small next to the vectors.
 
     Raises:
         DamageError: they do not.
@@ -153,7 +153,24 @@ def check_runs(path: Path, header: Header, facts: SegmentFacts) -> Int64:
         if not (_describe(runs, position) and _are_between(runs[:, BATCH], facts.first, facts.last)):
             raise DamageError(f"the runs of layer {layer}, kind {kind} do not describe its rows")
         found.append(runs[:, [BATCH, INDEX]])
+    _check_counts(path, facts)
     return np.unique(np.concatenate(found), axis=0)
+
+
+def _check_counts(path: Path, facts: SegmentFacts) -> None:
+    """Checks that the statistics of every head are of equally many tokens, and no more than the examples have."""
+    if not facts.statistics:
+        return
+    most = sum(_Record(*record).num_tokens for end in facts.ended for record in end["records"])
+    numbers: set[int] = set()
+    with open_segment(path) as file:
+        for places in facts.statistics.values():
+            count, nonfinite = (_read_from(file, places[name], np.int64) for name in ("count", "nonfinite"))
+            if not (_are_between(count, 0, most) and _are_between(nonfinite, 0, most)):
+                raise DamageError("it has statistics of more tokens than its examples")
+            numbers.update((count + nonfinite).tolist())
+    if len(numbers) > 1 or max(numbers, default=0) > most:
+        raise DamageError("the statistics of its heads are not of the same tokens")
 
 
 def _describe(runs: Int64, position: npt.NDArray[np.int32]) -> bool:
@@ -177,9 +194,13 @@ def _are_between(values: Int64, least: int, most: int) -> bool:
 
 
 def _read(path: Path, place: Place, dtype: type[np.generic]) -> npt.NDArray[Any]:
-    values = np.empty(place.shape, dtype)
     with open_segment(path) as file:
-        file.seek(place.offset)
-        if file.readinto(values.data.cast("B")) != values.nbytes:
-            raise DamageError("it is shorter than it was")
+        return _read_from(file, place, dtype)
+
+
+def _read_from(file: BinaryIO, place: Place, dtype: type[np.generic]) -> npt.NDArray[Any]:
+    values = np.empty(place.shape, dtype)
+    file.seek(place.offset)
+    if values.size and file.readinto(values.data.cast("B")) != values.nbytes:  # type: ignore[attr-defined]
+        raise DamageError("it is shorter than it was")
     return values

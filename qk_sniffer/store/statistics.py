@@ -15,7 +15,7 @@ Shapes: H heads, ascending; d numbers of a vector; f rotary frequencies.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -280,11 +280,3 @@ class Statistics:
             np.stack([plain(self.norm_mean), plain(self.norm_variance) * divisor[:, 0]], axis=1),
             modulus,
         )
-
-
-def merge(parts: Iterable[tuple[PartKey, Part]]) -> dict[PartKey, Part]:
-    """Merges the parts of each key, in their order."""
-    merged: dict[PartKey, Part] = {}
-    for key, part in parts:
-        merged[key] = merged[key].merged(part) if key in merged else part
-    return merged

@@ -17,6 +17,7 @@ import yaml
 from hypothesis import example, given
 from hypothesis import settings as with_settings
 from support.hostile import TERMINAL, names, skeleton
+from support.verify_cases import edit
 
 from qk_sniffer.config import (
     CaptureConfig,
@@ -32,6 +33,7 @@ from qk_sniffer.config import (
 from qk_sniffer.dataset.card import FRONT_MATTER_BYTES, write_card
 from qk_sniffer.dataset.card_facts import CardFacts, Place
 from qk_sniffer.resolved import resolve
+from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.layout import Head, Layout, examples_schema, schema
 from qk_sniffer.text import printable
 
@@ -406,3 +408,9 @@ def test_names_of_someone_else_stay_in_their_places(name: str) -> None:
     (loaded,) = {line for line in card.splitlines() if line.startswith("stream = ")}
     calls = ast.walk(ast.parse(loaded))
     assert {node.value for node in calls if isinstance(node, ast.Constant)} >= {name}
+
+
+def test_terms_of_sources_that_are_not_known_are_left_out(root: Path) -> None:
+    before = write_card(CardFacts.of(manifests.read(root)))
+    edit(root, lambda manifest: manifest["stated"].update(unknown="terms"))
+    assert write_card(CardFacts.of(manifests.read(root))) == before

@@ -7,6 +7,7 @@ setting is reported without loading it.
 """
 
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ from qk_sniffer.corpus.splits import named_splits, no_split, rows_of_files
 from qk_sniffer.errors import SourceError
 from qk_sniffer.hub.revisions import HubUnreachableError, hub_commit, is_hub_id
 from qk_sniffer.logs import logger
+from qk_sniffer.store.disk import walk
 from qk_sniffer.text import is_utf8_path, shortened, utf8_way_out
 
 log = logger(__name__)
@@ -317,14 +319,13 @@ def _reader(file: Path) -> str:
 
 
 def _data_files(folder: Path) -> list[str]:
-    def visible(parts: tuple[str, ...]) -> bool:
-        return not any(part.startswith((".", "__")) for part in parts)
-
-    return sorted(
-        str(file)
-        for file in folder.rglob("*")
-        if _reader(file) and file.name not in _NOT_DATA and visible(file.relative_to(folder).parts) and file.is_file()
-    )
+    found = []
+    for path, folders, names in walk(folder):
+        folders[:] = [name for name in folders if not name.startswith((".", "__"))]
+        visible = (path / name for name in names if name not in _NOT_DATA and not name.startswith((".", "__")))
+        # Unlike `Path.is_file`, this is no error for a path that is too long.
+        found += [str(file) for file in visible if _reader(file) and os.path.isfile(file)]  # noqa: PTH113
+    return sorted(found)
 
 
 def _names_its_files(folder: Path) -> bool:

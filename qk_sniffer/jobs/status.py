@@ -15,6 +15,7 @@ from qk_sniffer.jobs import slurm, sweep
 from qk_sniffer.jobs.progress import read_progress
 from qk_sniffer.jobs.sweep import STATUS_FILE, SWEEP_FILE, Status
 from qk_sniffer.store import manifest as manifests
+from qk_sniffer.store.disk import walk
 from qk_sniffer.store.layout import Layout, is_ours
 from qk_sniffer.store.locks import holder, is_held
 from qk_sniffer.store.record import read_mark, read_record
@@ -117,13 +118,16 @@ def table(lines: list[Line]) -> str:
 
 def _walk(folder: Path) -> Iterator[Path]:
     """Yields status files, sweep files and the roots of datasets, which it does not enter: they may be large."""
-    for name, folders, files in os.walk(folder):
-        path = Path(name)
-        if is_ours(Layout(path)):
+    for path, folders, files in walk(folder):
+        try:
+            is_root = is_ours(Layout(path))
+        except OSError:  # what is in it cannot be looked up: for permissions, or the length of its path
+            is_root = False
+        if is_root:
             folders.clear()
             yield path
             continue
-        folders[:] = sorted(set(folders) - {".submitit", "code", "__pycache__"})
+        folders[:] = [name for name in folders if name not in (".submitit", "code", "__pycache__")]
         yield from (path / file for file in (SWEEP_FILE, STATUS_FILE) if file in files)
 
 

@@ -23,7 +23,7 @@ from qk_sniffer.errors import StoreError
 from qk_sniffer.logs import logger
 from qk_sniffer.resolved import ResolvedConfig, resolve
 from qk_sniffer.store import stored
-from qk_sniffer.store.disk import explained, write_atomic
+from qk_sniffer.store.disk import explained, walk, write_atomic
 from qk_sniffer.store.locks import Lock, TakenAwayError, hold, is_held, restart_patience_s
 from qk_sniffer.store.stored import LARGE, Count, PathText, Seconds, Text, UnreadableError
 from qk_sniffer.text import aligned, printable
@@ -205,11 +205,15 @@ def statuses(folder: Path) -> dict[int, Status]:
     found: dict[int, Status] = {}
     with _warned():
         found |= {status.number: status for status in queued(folder)}
-    for path in sorted(folder.rglob(STATUS_FILE)):
+    for path in _status_files(folder):
         with _warned():
             status = read_status(path)
             found[status.number] = status
     return found
+
+
+def _status_files(folder: Path) -> list[Path]:
+    return sorted(path / STATUS_FILE for path, _, files in walk(folder) if STATUS_FILE in files)
 
 
 @contextmanager
@@ -244,7 +248,7 @@ def announced(folder: Path, jobs: Sequence[PlannedJob], *, outlive: bool) -> Ite
         ],
     }
     with explained(folder, "write"):
-        for left in folder.rglob(STATUS_FILE):  # of an earlier sweep in the same folder
+        for left in _status_files(folder):  # of an earlier sweep in the same folder
             if not is_held(left.with_name(LOCK)):
                 left.unlink()
 

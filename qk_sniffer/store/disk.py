@@ -100,6 +100,25 @@ def type_of(path: Path) -> str | None:
 _TYPES = {stat.S_IFREG: "file", stat.S_IFDIR: "folder", stat.S_IFLNK: "link"}
 
 
+def walk(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """Yields every folder from `folder` on with the sorted names of its folders and its other entries, as `os.walk`.
+
+    A caller may remove names of folders, which are then not entered. Links are not followed. A folder that cannot be
+    read is left out. The depth is not limited by the recursion of Python.
+    """
+    waiting = [folder]
+    while waiting:
+        path = waiting.pop()
+        try:
+            with os.scandir(path) as entries:
+                found = sorted((entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries)
+        except OSError:
+            continue
+        folders = [name for name, is_folder in found if is_folder]
+        yield path, folders, [name for name, is_folder in found if not is_folder]
+        waiting.extend(path / name for name in reversed(folders))
+
+
 def remove(path: Path) -> None:
     """Removes what is at `path`, if there is anything: a folder with its content, or a link and not its target."""
     if type_of(path) != "folder":

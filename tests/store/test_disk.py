@@ -5,7 +5,11 @@ from pathlib import Path
 
 from support.surroundings import deepen
 
-from qk_sniffer.store.disk import remove
+from qk_sniffer.config import DatasetConfig
+from qk_sniffer.corpus.examples import open_corpus
+from qk_sniffer.jobs import sweep
+from qk_sniffer.jobs.status import look
+from qk_sniffer.store.disk import remove, walk
 
 
 def test_a_folder_of_any_depth_is_removed(tmp_path: Path) -> None:
@@ -29,3 +33,23 @@ def test_the_targets_of_links_stay(tmp_path: Path) -> None:
     remove(tmp_path / "link")  # nothing is there
     assert [path.name for path in tmp_path.iterdir()] == ["user"]
     assert (tmp_path / "user" / "file").read_text() == "mine"
+
+
+def test_a_deep_folder_of_someone_else_hides_nothing_and_is_no_error(tmp_path: Path) -> None:
+    deep, sweeps = tmp_path / "texts" / "deep", tmp_path / "sweep"
+    deepen(deep, 1500)
+    sweeps.mkdir()
+    status = sweep.Status(3, str(tmp_path / "root"), "m", state=sweep.FAILED)
+    status.write(sweeps)
+    (deep / "a.txt").write_text("a text")
+    (tmp_path / "texts" / ".hidden").mkdir()
+    (tmp_path / "texts" / ".hidden" / "b.txt").write_text("hidden")
+    (tmp_path / "texts" / "link").symlink_to(tmp_path)
+    try:
+        assert [line.status.number for line in look(tmp_path)] == [3]
+        assert list(sweep.statuses(tmp_path)) == [3]
+        assert [example.text for example in open_corpus(DatasetConfig(path=str(deep.parent))).examples()] == ["a text"]
+        folders = [path for path, _, _ in walk(deep)]
+        assert folders[0] == deep and len(folders) > 600, "those whose path is not too long"
+    finally:
+        remove(deep)

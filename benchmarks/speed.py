@@ -36,7 +36,7 @@ class Line:
 
 
 def against_plain_forward(
-    name: str, sampler: str, tokens: int, bar: float, *, few: int, many: int, rounds: int
+    name: str, sampler: str, tokens: int, bar: float, *settings: str, few: int, many: int, rounds: int
 ) -> Line:
     """Compares the wall time of an example: of `many` examples minus `few`, so that the start does not count."""
     with tempfile.TemporaryDirectory() as temporary:
@@ -46,13 +46,13 @@ def against_plain_forward(
         for count in (few, many):
             texts = write_texts(folder / f"{count}.jsonl", count, tokens)
             plain = [sys.executable, "benchmarks/plain_forward.py", str(model), str(texts), str(tokens)]
-            ours = job(model, texts, tokens, folder / "out", f"sampler={sampler}", "inference.batch_size=1")
+            ours = job(model, texts, tokens, folder / "out", f"sampler={sampler}", "inference.batch_size=1", *settings)
             measures[f"plain, {count}"] = lambda command=plain: wall_s(command)
             measures[f"job, {count}"] = lambda command=ours: wall_s(command)
         taken = in_turn(rounds, measures)
     middle = medians(taken)
     per_example = {who: middle[f"{who}, {many}"] - middle[f"{who}, {few}"] for who in ("plain", "job")}
-    what = f"sampler={sampler}, {tokens} tokens: wall time of an example over that of a plain forward"
+    what = f"{' '.join((f'sampler={sampler}', *settings))}, {tokens} tokens: an example over a plain forward"
     return Line(name, what, per_example["job"] / per_example["plain"], bar, taken=taken)
 
 
@@ -66,6 +66,16 @@ def everything(rounds: int) -> list[Line]:
 
 def everything_long(rounds: int) -> list[Line]:
     return [against_plain_forward("all-4096", "all", 4096, 1.25, few=1, many=33, rounds=min(rounds, 3))]
+
+
+def of_every_token(rounds: int) -> list[Line]:
+    enabled, variances = "capture.statistics.enabled=true", "capture.statistics.covariance=false"
+    lines = []
+    for tokens, few, many in ((512, 8, 40), (4096, 1, 5)):
+        for name, bar, settings in (("covariance", 1.10, [enabled]), ("variance", 1.03, [enabled, variances])):
+            sizes = {"few": few, "many": many, "rounds": rounds}
+            lines.append(against_plain_forward(f"{name}-{tokens}", "none", tokens, bar, *settings, **sizes))
+    return lines
 
 
 def some_layers(rounds: int) -> list[Line]:
@@ -195,6 +205,7 @@ BENCHMARKS = {
     "sliding": sliding,
     "three-layers": some_layers,
     "uniform": uniform,
+    "statistics": of_every_token,
     "all": everything,
     "memory": long_context,
     "all-long": everything_long,

@@ -4,6 +4,8 @@ capture.statistics makes the statistics of a dataset. The formats, and the stati
 
   triattention        a .pt file for TriAttention and TensorRT-LLM: queries, stage pre
   tria                a .tria file, version 2, for the ports of TriAttention to ggml and MLX: queries, stage pre
+  expected_attention  a folder for ExpectedAttentionStatsPress of kvpress: queries, stage pre, skip_tokens=4
+  qfilters            a folder for QFilters of kvpress: queries, stage post
 
 A layout that a format cannot express is refused, with the reason. docs/kv_cache.md describes each method.
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from qk_sniffer.export import tria, triattention
+from qk_sniffer.export import expected_attention, qfilters, tria, triattention
 from qk_sniffer.export.source import Source
 
 
@@ -25,5 +25,9 @@ class Format:
 FORMATS = {
     "triattention": Format("-triattention.pt", triattention.problems, triattention.encode, has_provenance=True),
     "tria": Format("-triattention.tria", tria.problems, tria.encode),
+    "expected_attention": Format(
+        "-expected-attention", expected_attention.problems, expected_attention.encode, is_folder=True
+    ),
+    "qfilters": Format("-qfilters", qfilters.problems, qfilters.encode, is_folder=True),
 }
 """By name."""

@@ -3,7 +3,8 @@
 The field names are the keys of the command line and of `conf/`. The metadata of a field holds its help text. It says
 `"changes_rows": False` where another value cannot change a row or a vector of the dataset. It says
 `"names_source": True` where a value is a Hub id or a path, and `"names_files": True` where it names files of a source:
-the paths of this machine are not published. `resolved.py` derives values from a config; `validation.py` checks one.
+the paths of this machine are not published. It says `"compares": True` where values are compared with those of a
+source, which may be texts. `resolved.py` derives values from a config; `validation.py` checks one.
 """
 
 import secrets
@@ -151,7 +152,8 @@ class DatasetConfig:
         default=None, metadata={"help": "column that holds the example's id; null: the row number is the id"}
     )
     filter: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "keep only rows with these values: +dataset.filter.length=long"}
+        default_factory=dict,
+        metadata={"help": "keep only rows with these values: +dataset.filter.length=long", "compares": True},
     )
     # Changes the number of examples, not the rows of an example.
     max_samples: int | None = field(

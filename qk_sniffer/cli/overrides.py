@@ -5,6 +5,7 @@ schema and the groups on its own, before Hydra composes anything.
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, get_origin
@@ -101,8 +102,9 @@ class Checker:
         ):
             yield f"{argument}: a list is written in brackets: {key}=[{argument.partition('=')[2]}]"
         else:
+            yield from self._respelled(override, values)
             for value in values:
-                yield from self._value_problems(key, value, override, has_experiment=has_experiment)
+                yield from self._value_problems(key, value, has_experiment=has_experiment)
 
     def _group_problems(self, override: Override, values: list[Any]) -> Iterator[str]:
         group, plain = override.key_or_group, (override.input_line or "").lstrip("+")
@@ -140,7 +142,30 @@ class Checker:
             return f"{group}={choice}: {problem}"
         return f"{group}={choice}: no such {group}{did_you_mean(near)}; valid: {', '.join(sorted(valid))}"
 
-    def _value_problems(self, key: str, value: Any, override: Override, *, has_experiment: bool) -> Iterator[str]:
+    def _respelled(self, override: Override, values: list[Any]) -> Iterator[str]:
+        """Yields a problem where Hydra reads a text as a number of another spelling, such as `1.10` as 1.1."""
+        if override.is_sweep_override() and override.value_type == ValueType.RANGE_SWEEP:
+            return
+        start, _, given = (override.input_line or "").partition("=")
+        written = Counter(re.split(r"[\s,:(){}\[\]]+", given.lower()))
+        for key, number in [each for value in values for each in self._texts_as_numbers(override.key_or_group, value)]:
+            written[str(number)] -= 1
+            if written[str(number)] >= 0:
+                continue
+            if key == override.key_or_group and not override.is_sweep_override():
+                yield f"{start}={given} reads as the number {number}; quote it as text: '{start}=\"{given}\"'"
+            else:
+                yield f'{start}={given}: a value reads as the number {number}; quote the texts in it: "..."'
+
+    def _texts_as_numbers(self, key: str, value: Any) -> Iterator[tuple[str, int | float]]:
+        """Yields the numbers in `value`, each with its key, that stand for a text or are compared with one."""
+        if isinstance(value, dict):
+            for name, inner in value.items():
+                yield from self._texts_as_numbers(f"{key}.{name}", inner)
+        elif isinstance(value, int | float) and not isinstance(value, bool) and self.schema.may_be_text(key):
+            yield key, value
+
+    def _value_problems(self, key: str, value: Any, *, has_experiment: bool) -> Iterator[str]:
         schema = self.schema
         if schema.is_free(key):
             return
@@ -149,16 +174,11 @@ class Checker:
                 yield f"{key} is a section; its keys are {', '.join(schema.children(key))}"
                 return
             for name, inner in value.items():
-                yield from self._value_problems(f"{key}.{name}", inner, override, has_experiment=has_experiment)
+                yield from self._value_problems(f"{key}.{name}", inner, has_experiment=has_experiment)
         elif key not in schema.types:
             yield schema.unknown(key, self._experiment_meant(key))
         elif value == "???" or not schema.fits(key, value):
             yield schema.mistyped(key, value)
-        elif schema.plain_type(key) is str and isinstance(value, int | float):
-            # Hydra reads `revision=1234e5` as a number, whose text is another one.
-            given = (override.input_line or "").partition("=")[2]
-            if not override.is_sweep_override() and str(value).lower() != given.lower():
-                yield f"{key}={given} reads as the number {value}; quote it as text: '{key}=\"{given}\"'"
         elif has_experiment and key in self.application.filled_by_experiments and isinstance(value, dict):
             yield (
                 f"{key} as a whole would replace the values of the experiment; give its parts one by one: "

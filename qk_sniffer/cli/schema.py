@@ -53,6 +53,11 @@ class Schema:
         """Returns the type of `key` without `| None`; None for an unknown key."""
         return _plain(self.types.get(key))
 
+    def may_be_text(self, key: str) -> bool:
+        """Whether a value of `key` is a text, or is compared with texts."""
+        section = self._fields.get(key.rpartition(".")[0])
+        return self.plain_type(key) is str or (section is not None and section.metadata.get("compares", False))
+
     def required(self) -> list[str]:
         """Returns the keys that have no default."""
         return [key for key, field in self._fields.items() if not _has_default(field)]

@@ -17,6 +17,10 @@ from qk_sniffer.text import shortened
 _SHOWN_VALUES = 5
 _SHOWN_CHARACTERS = 40
 _CANONICAL = re.compile(r"0|-?[1-9][0-9]{0,9}")
+_NUMERAL = re.compile(
+    r"\s*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?\s*|[+-]?(inf|infinity|nan)", re.ASCII | re.IGNORECASE
+)
+"""A text that is a number. Python also takes `1_0` for 10, which may be a name in a file."""
 
 
 def id_of(value: Any, *, typed: bool) -> Any:
@@ -150,6 +154,8 @@ def _number(wanted: Any) -> int | float | None:
         return None
     if isinstance(wanted, int | float):
         return wanted
+    if not _NUMERAL.fullmatch(str(wanted)):
+        return None
     for kind in (int, float):
         try:
             return kind(str(wanted))

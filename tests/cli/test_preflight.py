@@ -68,6 +68,9 @@ def refusal(*arguments: str) -> str:
         ("model.tokenizer=null", r"model\.tokenizer is a section; its keys are name, revision, max_length"),
         ("model.tokenizer={max_length: many}", r"model\.tokenizer\.max_length is 'many'; it must be an integer"),
         ("model.revision=1234e5", r"reads as the number 123400000\.0; quote it as text: 'model\.revision=\"1234e5\"'"),
+        ("model.tokenizer={revision: 1e5}", r"a value reads as the number 100000\.0; quote the texts in it"),
+        ("+dataset.filter.v=1.10", r"number 1\.1; quote it as text: '\+dataset\.filter\.v=\"1\.10\"'"),
+        ("+dataset.filter={v: 1.10, w: 1.1}", r"a value reads as the number 1\.1; quote the texts"),
         ("~sampler.seed", r"sampler\.seed cannot be deleted"),
         ("sampler.seed", r"a setting is written key=value"),
         ("dataset.split=train[:9]", r"the value must be quoted, for the shell too: 'dataset\.split=\"train\[:9\]\"'"),
@@ -88,6 +91,16 @@ def refusal(*arguments: str) -> str:
 )
 def test_an_argument_is_refused(argument: str, message: str) -> None:
     assert re.search(message, refusal(*MODEL, argument))
+
+
+def test_numbers_that_may_be_texts_are_taken_as_they_are_written() -> None:
+    filters = ["v=1.1", "v=7", "v=nan", "v=null", "v=true", 'v="1.10"', "v='007'", "v=007"]
+    good = [*(f"+dataset.filter.{each}" for each in filters), '+dataset.filter={v: 1.1, w: 7, x: "1e5"}']
+    for argument in (*good, "+model.config_overrides.rope_theta=1e6"):
+        assert plan(*MODEL, argument)
+    assert len(plan("--multirun", *MODEL, "model.slug=range(3)")) == 3
+    for sweep in ("model.revision=1e5,main", "+dataset.filter.v=1.1,1.10"):
+        assert "a value reads as the number" in refusal("--multirun", *MODEL, sweep)
 
 
 def test_everything_wrong_is_named_at_once() -> None:

@@ -36,7 +36,7 @@ def test_a_filter_value_is_compared_in_the_columns_type(tmp_path: Path, streamin
         assert kept(column, value) == ["a"], (column, value)
     for column, value in (("date", None), ("float", 7), ("string", "x"), ("bool", False)):
         assert kept(column, value) == ["b"], (column, value)
-    csv = write(tmp_path / "rows.csv", "text,n,flag\na,7.0,True\nb,,false\nc,007,x\n")
+    csv = write(tmp_path / "rows.csv", "text,n,flag\na,7.0,True\nb,,false\nc,007,x\nd,0_7,x\n")
     for column, value, expected in (
         ("n", 7, "ac"), ("n", "007", "c"), ("n", "7", ""), ("flag", True, "a"), ("n", None, "b"), ("n", "", "b"),
     ):  # fmt: skip

@@ -6,6 +6,7 @@ capture.statistics makes the statistics of a dataset. The formats, and the stati
   tria                a .tria file, version 2, for the ports of TriAttention to ggml and MLX: queries, stage pre
   expected_attention  a folder for ExpectedAttentionStatsPress of kvpress: queries, stage pre, skip_tokens=4
   qfilters            a folder for QFilters of kvpress: queries, stage post
+  kv_scales           a folder with ranges of keys for KV-cache quantization, such as vLLM's: keys, stage post
 
 A layout that a format cannot express is refused, with the reason. docs/kv_cache.md describes each method.
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
-from qk_sniffer.export import expected_attention, qfilters, tria, triattention
+from qk_sniffer.export import expected_attention, kv_scales, qfilters, tria, triattention
 from qk_sniffer.export.source import Source
 
 
@@ -29,5 +29,6 @@ FORMATS = {
         "-expected-attention", expected_attention.problems, expected_attention.encode, is_folder=True
     ),
     "qfilters": Format("-qfilters", qfilters.problems, qfilters.encode, is_folder=True),
+    "kv_scales": Format("-kv-scales", kv_scales.problems, kv_scales.encode, is_folder=True),
 }
 """By name."""

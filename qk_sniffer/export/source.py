@@ -95,6 +95,18 @@ class Source:
                 "and the format has every layer of the model: capture all with capture.layers=null"
             )
 
+    def needs_all_attention_layers(self) -> Iterator[str]:
+        """Yields the problem of layers that have attention and were not captured."""
+        present = {layer["layer"] for layer in self.layers}
+        missing = {layer["layer"] for layer in self.model["layers"]} - present
+        if self._selects_layers:  # the manifest does not list the layers after the last captured one
+            missing |= set(range(max(present) + 1, self.num_layers))
+        if missing:
+            yield (
+                f"it has nothing of layers {compact_ranges(missing)}, which have attention: capture all with "
+                "capture.layers=null, full_attention_only=false and head_sampling.count=null"
+            )
+
     def needs_all_heads(self, kind: str) -> Iterator[str]:
         """Yields the problem of captured layers with heads that were not captured."""
         missing = [
@@ -149,6 +161,11 @@ class Source:
             "manifest_sha256": hashlib.sha256(manifests.encode(manifest)).hexdigest(),
             **self.notes,
         }
+
+    @property
+    def _selects_layers(self) -> bool:
+        capture = from_dict(self.dataset.manifest["config"]).capture
+        return capture.layers is not None or capture.full_attention_only or capture.head_sampling.count is not None
 
     def _rotation_problem(self, layer: dict[str, Any]) -> str | None:
         rotation = layer.get("rotation")

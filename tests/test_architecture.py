@@ -46,6 +46,7 @@ IMPORT_TORCH = {
 IMPORT_TORCH_LATE = {
     "backbone.damaged_files",
     "corpus.tokenizer",
+    "corpus.tokenizer_files",
     "export.triattention",
     "store.buffer",
     "store.rows",

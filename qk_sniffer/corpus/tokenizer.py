@@ -1,6 +1,5 @@
 """Loads a tokenizer and turns examples into tokens."""
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,11 +13,15 @@ from numpy.typing import NDArray
 from qk_sniffer.config import ModelConfig, TokenizerConfig
 from qk_sniffer.corpus.examples import Example
 from qk_sniffer.corpus.special_tokens import Encoded, SpecialTokens
+from qk_sniffer.corpus.tokenizer_files import difference_from_file, refuse_files_elsewhere
 from qk_sniffer.errors import SourceError
 from qk_sniffer.hub.json_files import damaged_json
 from qk_sniffer.hub.lfs import refuse_pointers
 from qk_sniffer.hub.revisions import HubUnreachableError, cached_commit, hub_commit, is_hub_id
+from qk_sniffer.logs import logger
 from qk_sniffer.store.journal import ExampleRecord
+
+log = logger(__name__)
 
 _JSON_FILES = ("tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
 """The files of a tokenizer that hold a JSON object."""
@@ -113,9 +116,14 @@ def load_tokenizer(config: ModelConfig, commit: str | None = None) -> "TextToken
     else:
         commit = None
         refuse_pointers(local, "*.json", "*.model", "*.txt", "*.tiktoken")
-        _refuse_files_elsewhere(local)
+        refuse_files_elsewhere(local)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(local), **options)
+        if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers returns an empty one without files
+            raise SourceError(f"{name} has no tokenizer: set model.tokenizer.name to a Hub id or a folder that has one")
+        loaded = TextTokenizer(tokenizer, config.tokenizer, name=name, commit=commit)
+    except SourceError:
+        raise
     except Exception as error:
         damaged = damaged_json(local / file for file in _JSON_FILES)
         reason = damaged or " ".join(str(error).split()) or type(error).__name__
@@ -123,29 +131,16 @@ def load_tokenizer(config: ModelConfig, commit: str | None = None) -> "TextToken
             f"the tokenizer of {name} cannot be loaded: {reason[:500].rstrip('.')}. "
             f"{'Restore the file, or set' if damaged else 'Set'} model.tokenizer.name to use another one"
         ) from error
-    if len(tokenizer) <= len(
-        tokenizer.all_special_tokens
-    ):  # transformers returns an empty tokenizer if there are no files
-        raise SourceError(f"{name} has no tokenizer: set model.tokenizer.name to a Hub id or a folder that has one")
-    return TextTokenizer(tokenizer, config.tokenizer, name=name, commit=commit)
-
-
-def _refuse_files_elsewhere(folder: Path) -> None:
-    """Refuses a tokenizer in `folder` of which transformers would read a file in another folder.
-
-    The digest that identifies the tokenizer is of the files in its folder.
-    """
-    try:
-        settings = json.loads((folder / "tokenizer_config.json").read_bytes())
-    except (OSError, ValueError, RecursionError):  # there is none, or transformers reports it
-        return
-    named = settings.get("fast_tokenizer_files") if isinstance(settings, dict) else None
-    for name in named if isinstance(named, list) else ():
-        if not isinstance(name, str) or Path(name).name != name:
-            raise SourceError(
-                f"the tokenizer of {folder} names {name} in fast_tokenizer_files of tokenizer_config.json, which is "
-                "not a file in its folder: copy the file there and name it without a folder"
-            )
+    if "gguf_file" not in options and (found := difference_from_file(tokenizer, str(local), commit)):
+        log.warning(
+            "transformers reads the tokenizer of %s as %s, which does not split texts as its tokenizer.json says: %s. "
+            "The tokens of transformers are captured. If they are wrong, set model.tokenizer.name to a copy of the "
+            'tokenizer with "tokenizer_class": "PreTrainedTokenizerFast" in tokenizer_config.json',
+            name,
+            loaded.class_name,
+            found,
+        )
+    return loaded
 
 
 class TextTokenizer:
@@ -220,11 +215,11 @@ class TextTokenizer:
         """Returns the tokens of each example, in their order. An example without tokens is left out and counted.
 
         Raises:
-            SourceError: a text has a token that the model's embedding has no row for.
+            SourceError: the tokenizer fails, or a text has a token that the model's embedding has no row for.
         """
         tokens = []
         for part in _by_characters(examples):
-            for example, encoded in zip(part, self._encode([each.text for each in part]), strict=True):
+            for example, encoded in zip(part, self._encoded(part), strict=True):
                 if len(encoded.ids) == 0:
                     self._skipped += 1
                     continue
@@ -265,6 +260,21 @@ class TextTokenizer:
                 f"{self._num_embeddings} rows. Remove the token from the text, or set model.tokenizer.name to the "
                 "tokenizer that the model was trained with"
             )
+
+    def _encoded(self, examples: Sequence[Example]) -> list[Encoded]:
+        try:
+            return list(self._encode([each.text for each in examples]))
+        except MemoryError:
+            raise
+        except Exception as error:  # tokenizers raise any class of error
+            for example in examples if len(examples) > 1 else ():
+                self._encoded([example])
+            first = examples[0]
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise SourceError(
+                f"the tokenizer of {self.name} fails at row {first.index} of the dataset (id {first.source_id}): "
+                f"{reason[:500].rstrip('.')}. Set model.tokenizer.name to the tokenizer that the model was trained with"
+            ) from error
 
     def _encode(self, texts: list[str]) -> Iterator[Encoded]:
         options: dict[str, Any] = {"padding": False, "return_attention_mask": False}

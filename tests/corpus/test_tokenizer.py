@@ -250,6 +250,36 @@ def test_tokenizers_that_cannot_be_loaded(folder: Path, tmp_path: Path, monkeypa
     assert "org/name" in offline and "HF_HUB_OFFLINE=1" in offline and "v1" in offline
 
 
+def of_class(folder: Path, copy: Path, name: str, *, unknown: bool) -> Path:
+    """Copies a tokenizer under the name of a class of transformers; its first token becomes the `unknown` one."""
+    copy.mkdir()
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        text = (folder / file).read_text(encoding="utf-8")
+        (copy / file).write_text(text.replace("<s>", "<unk>") if unknown else text, encoding="utf-8")
+    settings = json.loads((copy / "tokenizer_config.json").read_text(encoding="utf-8"))
+    (copy / "tokenizer_config.json").write_text(json.dumps(settings | {"tokenizer_class": name}), encoding="utf-8")
+    return copy
+
+
+def test_a_class_that_splits_texts_otherwise_than_the_file_is_a_warning(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("PreTrainedTokenizerFast", "GPT2Tokenizer"):
+        loaded(of_class(folder, tmp_path / name, name, unknown=True))
+    assert not caplog.records
+    wrong = loaded(of_class(folder, tmp_path / "wrong", "GemmaTokenizer", unknown=True))
+    assert "as GemmaTokenizer, which does not split texts as its tokenizer.json says: the tokens [" in caplog.text
+    assert 0 in wrong(examples(["a b"]))[0].ids[1:], "an unknown token for each space"
+
+
+def test_a_tokenizer_that_fails_names_the_row(folder: Path, tmp_path: Path) -> None:
+    wrong = loaded(of_class(folder, tmp_path / "wrong", "GemmaTokenizer", unknown=False))
+    with pytest.raises(
+        SourceError, match=r"wrong fails at row 3 of the dataset \(id id 1\): Unk token `<unk>` not found"
+    ):
+        wrong(examples(["", "a b", "a b"]))
+
+
 @pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
 def test_a_damaged_file_of_a_tokenizer_is_named(folder: Path, tmp_path: Path, file: str) -> None:
     copy = tmp_path / "copy"

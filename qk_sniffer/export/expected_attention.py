@@ -34,7 +34,7 @@ def problems(source: Source) -> Iterator[str]:
 
 def encode(source: Source) -> Mapping[str, bytes]:
     """Returns the files of the folder."""
-    layers = [source.statistics(layer["layer"], "q", "pre") for layer in source.layers]
+    layers = [source.statistics(layer, "q", "pre", covariance=True) for layer in source.layers]
     mean = np.stack([found.mean for found in layers])
     covariance = np.stack([found.covariance for found in layers if found.covariance is not None])
     provenance = source.provenance()

@@ -41,7 +41,7 @@ def encode(source: Source) -> Mapping[str, bytes]:
     for layer in source.layers:
         number = layer["layer"]
         for stage in source.settings.stages:
-            found = source.statistics(number, "k", stage)
+            found = source.statistics(layer, "k", stage)
             start = f"layers.{number}." if stage == "post" else f"layers.{number}.{stage}."
             ranges |= {start + name: getattr(found, name) for name in ("minimum", "maximum", "absmax")}
             if stage == "post":

@@ -40,7 +40,7 @@ def encode(source: Source) -> Mapping[str, bytes]:
     by_origin: dict[str, int] = {"rows": 0, "mean": 0}
     for layer in source.layers:
         number = layer["layer"]
-        found = source.statistics(number, "q", "post")
+        found = source.statistics(layer, "q", "post", covariance=True)
         sums = np.zeros((shape["num_k_heads"], 1))
         for row, head in enumerate(found.heads.tolist()):
             direction = leading_direction(found, row)
@@ -49,7 +49,7 @@ def encode(source: Source) -> Mapping[str, bytes]:
             key_head = source.dataset.key_head(number, head)
             filters[number, key_head] -= sign * direction
             sums[key_head] += 1
-        filters[number] /= sums
+        filters[number] /= np.maximum(sums, 1)
     source.notes["sign_from"] = {origin: count for origin, count in by_origin.items() if count}
     arguments = {
         "num_layers": source.num_layers,

@@ -9,13 +9,18 @@ from functools import cached_property
 from importlib.metadata import version
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from qk_sniffer.config import StatisticsConfig, from_dict
 from qk_sniffer.dataset.reader import Dataset
 from qk_sniffer.errors import StoreError
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.layout import KEY_HEAD_KINDS, KIND_NAMES, head_name
 from qk_sniffer.store.statistics import Statistics
-from qk_sniffer.text import compact_ranges, shortened
+from qk_sniffer.text import compact_ranges, counted, shortened
+
+Floats = npt.NDArray[np.float64]
 
 _STAGE_NAMES = {"pre": "before RoPE", "post": "after RoPE"}
 
@@ -43,26 +48,41 @@ class Source:
     @property
     def num_layers(self) -> int:
         """The layers of the model, with attention or not."""
-        return int(self.model.get("num_layers") or self.layers[-1]["layer"] + 1)
+        number: int = self.layers[-1]["layer"] + 1
+        return max(self.model.get("num_layers") or 0, number)
 
     @property
     def shape(self) -> dict[str, int]:
         """num_q_heads, num_k_heads and head_dim, where all layers have the same."""
         return {name: self.layers[0][name] for name in ("num_q_heads", "num_k_heads", "head_dim")}
 
-    def statistics(self, layer: int, kind: str, stage: str) -> Statistics:
-        """Returns the statistics of a layer's heads, each of which has two tokens or more.
+    def statistics(self, layer: dict[str, Any], kind: str, stage: str, *, covariance: bool = False) -> Statistics:
+        """Returns the statistics of a layer's captured heads, each of which has two tokens or more.
+
+        With `covariance`, there is one. At the stage pre of a layer that `needs_whole_rotation` accepts, there are
+        frequencies.
 
         Raises:
-            StoreError: a head has fewer, or the file cannot be read.
+            StoreError: a head has fewer tokens; the file cannot be read, or contradicts the manifest.
             HubError: the file cannot be fetched.
         """
-        found = self.dataset.statistics(layer, kind, stage)
+        number = layer["layer"]
+        found = self.dataset.statistics(number, kind, stage)
+        expected = (sorted(layer["captured"].get(kind, [])), layer["head_dim"])
+        is_as_described = (found.heads.tolist(), found.mean.shape[1]) == expected
+        if stage == "pre" and isinstance(layer.get("rotation"), dict):
+            f = len(self.frequencies(layer)[0])
+            is_as_described &= found.frequency_pairs is not None and len(found.frequency_pairs) == f
+        if not is_as_described or (covariance and found.covariance is None):
+            raise StoreError(
+                f"{self.dataset}: the statistics of layer {number} are not of the heads that manifest.json describes: "
+                "fetch the dataset again, or recreate it with output.overwrite=true"
+            )
         for head, count in zip(found.heads.tolist(), found.count.tolist(), strict=True):
             if count < 2:
+                name = head_name(number, head, kind)
                 raise StoreError(
-                    f"{self.dataset}: the statistics of {head_name(layer, head, kind)} are of {count} tokens: capture "
-                    "more or longer texts"
+                    f"{self.dataset}: the statistics of {name} are of {counted(count, 'token')}: capture longer texts"
                 )
         return found
 
@@ -131,10 +151,28 @@ class Source:
         for reason, layers in self._grouped((layer["layer"], self._rotation_problem(layer)) for layer in self.layers):
             yield f"layers {compact_ranges(layers)} {reason}"
 
-    def frequencies(self, layer: dict[str, Any]) -> dict[str, Any]:
-        """Returns `inv_freq` and `attention_scaling` of a layer that is rotated."""
-        found: dict[str, Any] = self.model["rotary"]["frequencies"][layer["rotation"]["frequencies"]]
-        return found
+    def frequencies(self, layer: dict[str, Any]) -> tuple[Floats, float]:
+        """Returns the frequencies (f,) and the attention scaling of a layer that is rotated.
+
+        Raises:
+            StoreError: the manifest does not have them.
+        """
+        name = layer["rotation"]["frequencies"]
+        try:
+            found = self.model["rotary"]["frequencies"][name]
+            return np.array(found["inv_freq"], np.float64).reshape(-1), float(found["attention_scaling"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise StoreError(
+                f"{self.dataset}: manifest.json has no frequencies {name!r}, by which layer {layer['layer']} rotates: "
+                "fetch the dataset again, or recreate it with output.overwrite=true"
+            ) from error
+
+    def rope_parameters(self) -> list[dict[str, Any]]:
+        """Returns the `rope_parameters` of the model's config: one mapping, or one for each kind of layer."""
+        named = self.model["rotary"].get("rope_parameters")
+        if not isinstance(named, dict):
+            return []
+        return [value for value in named.values() if isinstance(value, dict)] or [named]
 
     def provenance(self) -> dict[str, Any]:
         """Returns where the numbers come from, as plain data for JSON."""
@@ -176,7 +214,7 @@ class Source:
             return f"have a rotation that is {rotation}, and {others}"
         if rotation["pairs"] != "halves":
             return f"rotate neighbouring components ({rotation['pairs']}), and {others}"
-        rotated = 2 * len(self.frequencies(layer)["inv_freq"])
+        rotated = 2 * len(self.frequencies(layer)[0])
         if rotated != layer["head_dim"]:
             return f"rotate {rotated} of {layer['head_dim']} components, and {others}"
         if rotation["direction"] != 1:

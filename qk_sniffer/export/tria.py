@@ -12,7 +12,9 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from qk_sniffer.export.source import Source
+from qk_sniffer.export.source import Floats, Source
+from qk_sniffer.machine import available_memory
+from qk_sniffer.text import in_mb
 
 _HEADER = struct.Struct("<7I2f28x")
 _MAGIC = 0x54524941
@@ -37,6 +39,10 @@ def problems(source: Source) -> Iterator[str]:
         )
     if not found and len(_scalings(source)) > 1:
         yield "its layers have several attention scalings, and the format has one"
+    shape = source.shape
+    size = 2 * 4 * source.num_layers * shape["num_q_heads"] * shape["head_dim"]
+    if size > available_memory():
+        yield f"the file does not fit in memory ({in_mb(size)})"
 
 
 def encode(source: Source) -> Mapping[str, bytes]:
@@ -57,7 +63,7 @@ def encode(source: Source) -> Mapping[str, bytes]:
     )
     heads = np.zeros((num_layers, shape["num_q_heads"], 4, f), "<f4")
     for layer in source.layers:
-        found = source.statistics(layer["layer"], "q", "pre")
+        found = source.statistics(layer, "q", "pre")
         mean, modulus = found.frequency_mean, found.frequency_modulus
         assert mean is not None and modulus is not None
         length = np.abs(mean) / np.maximum(modulus, _LEAST_MODULUS)
@@ -68,16 +74,19 @@ def encode(source: Source) -> Mapping[str, bytes]:
 
 def _theta(source: Source) -> float | None:
     """Returns the base of the frequencies of all layers; None if there is no such number among those of the config."""
-    rope = source.model["rotary"].get("rope_parameters") or {}
-    named = [rope, *(value for value in rope.values() if isinstance(value, dict))]
-    for theta in [float(one["rope_theta"]) for one in named if one.get("rope_theta")]:
-        powers = theta ** -(np.arange(source.shape["head_dim"] // 2) * 2 / source.shape["head_dim"])
-        if all(
-            np.allclose(source.frequencies(layer)["inv_freq"], powers, rtol=_CLOSE, atol=0) for layer in source.layers
-        ):
-            return theta
+    size = source.shape["head_dim"]
+    for theta in [one.get("rope_theta") for one in source.rope_parameters()]:
+        if not isinstance(theta, int | float) or theta <= 0:
+            continue
+        powers = theta ** -(np.arange(size // 2) * 2 / size)
+        if all(_are_close(source.frequencies(layer)[0], powers) for layer in source.layers):
+            return float(theta)
     return None
 
 
+def _are_close(frequencies: Floats, powers: Floats) -> bool:
+    return len(frequencies) == len(powers) and np.allclose(frequencies, powers, rtol=_CLOSE, atol=0)
+
+
 def _scalings(source: Source) -> set[float]:
-    return {source.frequencies(layer)["attention_scaling"] for layer in source.layers}
+    return {source.frequencies(layer)[1] for layer in source.layers}

@@ -29,7 +29,7 @@ def encode(source: Source) -> Mapping[str, bytes]:
     sampled = []
     for layer in source.layers:
         number = layer["layer"]
-        found = source.statistics(number, "q", "pre")
+        found = source.statistics(layer, "q", "pre")
         assert found.frequency_mean is not None and found.frequency_modulus is not None
         for row, head in enumerate(found.heads.tolist()):
             sampled.append([number, head])
@@ -44,7 +44,7 @@ def encode(source: Source) -> Mapping[str, bytes]:
 
 
 def _metadata(source: Source, sampled: list[list[int]]) -> dict[str, Any]:
-    rope = source.model["rotary"].get("rope_parameters") or {}
+    rope_types = {str(one.get("rope_type", "default")) for one in source.rope_parameters()}
     return {
         "num_traces": source.dataset.manifest["examples"],
         "head_dim": source.shape["head_dim"],
@@ -53,7 +53,7 @@ def _metadata(source: Source, sampled: list[list[int]]) -> dict[str, Any]:
         "system_prompt": "",
         "attn_implementation": source.model["attn_implementation"],
         "rope_style": "half",
-        "rope_type": str(rope.get("rope_type", "default")),
+        "rope_type": ", ".join(sorted(rope_types)) or "default",
         "sampled_heads": sampled,
         "provenance": source.provenance(),
     }

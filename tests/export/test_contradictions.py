@@ -1,0 +1,70 @@
+"""Tests exports of datasets of someone else: what contradicts itself ends with an error that names the file."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.export_cases import without_rows
+
+import qk_sniffer
+from qk_sniffer.errors import StoreError
+from qk_sniffer.store import manifest as manifests
+
+
+def drop_frequencies(model: dict[str, Any]) -> None:
+    model["rotary"]["frequencies"] = {}
+
+
+def text_as_frequencies(model: dict[str, Any]) -> None:
+    model["rotary"]["frequencies"]["rotary_emb"]["inv_freq"] = "many"
+
+
+def fewer_frequencies(model: dict[str, Any]) -> None:
+    model["layers"][0]["head_dim"] = 8
+    model["rotary"]["frequencies"]["rotary_emb"]["inv_freq"] = [1.0] * 4
+
+
+def another_head(model: dict[str, Any]) -> None:
+    model["layers"][1]["captured"]["q"] = [0, 1]
+
+
+def many_layers_and_heads(model: dict[str, Any]) -> None:
+    model["num_layers"] = 2000
+    for layer in model["layers"]:
+        layer |= {"num_q_heads": 10_000, "key_head": [0] * 10_000, "head_dim": 1 << 16}
+    model["rotary"]["frequencies"]["rotary_emb"]["inv_freq"] = [1.0] * (1 << 15)
+
+
+def text_as_parameters(model: dict[str, Any]) -> None:
+    model["rotary"]["rope_parameters"] = ["rope_theta"]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (drop_frequencies, "has no frequencies 'rotary_emb', by which layer 0 rotates"),
+        (text_as_frequencies, "has no frequencies 'rotary_emb'"),
+        (fewer_frequencies, "its layers differ"),
+        (another_head, "the statistics of layer 1 are not of the heads that manifest.json describes"),
+        (many_layers_and_heads, "the file does not fit in memory"),
+        (text_as_parameters, "not the powers of one rope_theta"),
+    ],
+)
+def test_a_manifest_that_contradicts_the_statistics(
+    change: Callable[[dict[str, Any]], None], reason: str, checkpoint: Path, texts: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "out"
+    without_rows(checkpoint, texts, root)
+    manifest = manifests.read(root)
+    change(manifest["model"])
+    (root / "manifest.json").write_bytes(manifests.encode(manifest))
+    with pytest.raises(StoreError, match=reason):
+        qk_sniffer.export(root, "tria")
+
+
+def test_a_dataset_of_one_token(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "one.jsonl").write_text('{"text": "a"}\n')
+    dataset = without_rows(checkpoint, tmp_path / "one.jsonl", tmp_path / "out")
+    with pytest.raises(StoreError, match=r"the statistics of l00h00q are of 1 token: capture longer texts"):
+        qk_sniffer.export(dataset, "triattention")

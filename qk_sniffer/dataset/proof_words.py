@@ -6,10 +6,13 @@ from typing import Any
 
 from qk_sniffer.text import compact_ranges, counted
 
+_WORDS = {"q": "queries", "k": "keys"}
+
 
 def compared(proof: Mapping[str, Any], *, heads: int, layers: int) -> str:
     """Returns the rows that a proof compared: `1,240 rows of 60 heads in all 6 layers, positions to 4,095`.
 
+    Kinds of vectors without a compared row follow the layers: `(no keys in layers 0-2)`.
     `heads` and `layers` are the numbers of those that the dataset has. A proof of an earlier version of this package
     tells its examples alone.
     """
@@ -18,12 +21,11 @@ def compared(proof: Mapping[str, Any], *, heads: int, layers: int) -> str:
     proven = len(proof["largest_difference_by_layer"])
     of_heads = counted(heads, "head") if proof["heads"] == heads else f"{proof['heads']:,} of {counted(heads, 'head')}"
     of_layers = _all(layers) if proven == layers else f"{proven:,} of {counted(layers, 'layer')}"
-    rows = f"{counted(proof['rows'], 'row')} of {of_heads} in {of_layers}"
+    rows = f"{counted(proof['rows'], 'row')} of {of_heads} in {of_layers}{_uncovered(proof)}"
     far = proof.get("beyond")
     beyond = ""
     if far is not None:
-        which = f"layer{'' if len(far['layers']) == 1 else 's'} {compact_ranges(far['layers'])}"
-        beyond = f" ({which}: to {far['longest_position']:,})"
+        beyond = f" ({_layers(far['layers'])}: to {far['longest_position']:,})"
     return f"{rows}, positions to {proof['longest_position']:,}{beyond}"
 
 
@@ -88,6 +90,18 @@ def _wrong(check: Mapping[str, Any]) -> str:
         f"Layer {check['layer']} ({check['kind']}), positions {compact_ranges(check['wrong_positions'])} of a text of "
         f"{check['tokens']:,} tokens: the output of the attention kernel {finding}"
     )
+
+
+def _uncovered(proof: Mapping[str, Any]) -> str:
+    layers: dict[str, list[int]] = {}
+    for each in proof["uncovered"]:
+        layers.setdefault(each["kind"], []).append(each["layer"])
+    kinds = [f"no {word} in {_layers(layers[kind])}" for kind, word in _WORDS.items() if kind in layers]
+    return f" ({', '.join(kinds)})" if kinds else ""
+
+
+def _layers(layers: Sequence[int]) -> str:
+    return f"layer{'' if len(layers) == 1 else 's'} {compact_ranges(layers)}"
 
 
 def _all(layers: int) -> str:

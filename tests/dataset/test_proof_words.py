@@ -40,6 +40,11 @@ def test_it_says_what_was_compared() -> None:
     assert words(far) == f"{line} (layer 0: to 131,071)"
     some = PROOF | {"heads": 58, "largest_difference_by_layer": {"0": 0.1, "1": float("nan")}}
     assert words(some).startswith("1,240 rows of 58 of 60 heads in 2 of 6 layers, positions to 4,095")
+    lacking = [{"layer": layer, "kind": kind} for layer, kind in ((0, "k"), (1, "k"), (3, "k"), (5, "q"))]
+    assert words(PROOF | {"heads": 50, "uncovered": lacking}) == (
+        "1,240 rows of 50 of 60 heads in all 6 layers (no queries in layer 5, no keys in layers 0-1, 3), "
+        "positions to 4,095"
+    )
     assert largest_difference(PROOF) == 0.01 and str(largest_difference(some)) == "nan"
     earlier = {"proven": True, "examples": [7], "tolerance": 0.1, "largest_difference_by_layer": {"0": 0.01}}
     assert words(earlier) == "rows of 1 example"

@@ -140,6 +140,11 @@ def tap(
         _refuse_other_keys(module, query, key)
         mask = arguments.get("attention_mask")
         window = family.sliding_window(module, arguments)
+        if window is not None and window < 1:
+            raise CaptureError(
+                f"{type(module).__name__} has a sliding window of {window} tokens, in which no query sees a key: set "
+                "model.config_overrides.sliding_window to the window that the model was trained with"
+            )
         rules = Visible(window, family.attention_chunk(module), family.sparse_attention(module))
         if mask is None or not any(known() is mask and rules == of for known, of in checked_masks):
             check_mask(module, query.shape[2], rules, arguments)

@@ -37,7 +37,7 @@ class ParquetReader:
         """Yields the rows from number `start` on.
 
         Raises:
-            FormatError: the file has no such column, or several.
+            FormatError: the file has no such column, or several, or a text that is not UTF-8.
         """
         with _opened(file) as parquet:
             names = parquet.schema_arrow.names
@@ -56,7 +56,7 @@ class ParquetReader:
                     continue
                 part = batch.slice(skip)
                 skip = 0
-                values = [_values(part.column(column), kinds[column]) for column in columns]
+                values = [_values(part.column(column), column, kinds[column]) for column in columns]
                 for row in zip(*values, strict=True):
                     yield dict(zip(columns, row, strict=True))
 
@@ -91,8 +91,13 @@ def _batch_rows(metadata: Any, columns: Sequence[str]) -> int:
     return max(1, min(_BATCH_ROWS, int(_BATCH_BYTES / most)))
 
 
-def _values(column: Any, kind: str) -> list[Any]:
-    values: list[Any] = column.to_pylist()
+def _values(column: Any, name: str, kind: str) -> list[Any]:
+    try:
+        values: list[Any] = column.to_pylist()
+    except UnicodeDecodeError as error:
+        raise FormatError(
+            f"its column {name!r} holds text that is not UTF-8 ({error}). Write the file again from the original texts"
+        ) from error
     if kind == "uuid":
         return [uuid.UUID(bytes=value) if isinstance(value, bytes) else value for value in values]
     if number := {"float16": Float16, "float32": Float32}.get(kind):

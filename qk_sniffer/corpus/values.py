@@ -78,7 +78,7 @@ class Filter:
                 accepted = False
                 met = self._met[column]
                 if len(met) <= _SHOWN_VALUES:
-                    met[repr(value)[:_SHOWN_CHARACTERS]] = None
+                    met[_written(value)[:_SHOWN_CHARACTERS]] = None
         return accepted
 
     def explain(self) -> str:
@@ -87,12 +87,17 @@ class Filter:
         for column, met in self._met.items():
             if column not in self._matched:
                 kind = self._kinds[column] if self._typed else "text"
-                if kind == "unknown" and met.keys() <= {"None"}:
+                if kind == "unknown" and met.keys() <= {_written(None)}:
                     lines.append(f"column {column!r} has no value in any row")
                     continue
                 has = f"has {shortened([*met], _SHOWN_VALUES)}" if met else "has other values"
                 lines.append(f"column {column!r} ({kind}) {has}")
         return "; ".join(lines) or "each value is there, but no row has all of them"
+
+
+def _written(value: Any) -> str:
+    """Returns a value as a filter is written, but with quotes around a text."""
+    return "null" if value is None else repr(value) if isinstance(value, str) else str(value)
 
 
 def _same_as(wanted: Any, kind: str, *, typed: bool) -> Callable[[Any], bool]:

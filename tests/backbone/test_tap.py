@@ -29,20 +29,21 @@ pytestmark = pytest.mark.floor
 
 Seen = dict[int, tuple[torch.Tensor, torch.Tensor]]
 
+TINY: dict[str, Any] = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
 
 @pytest.fixture
 def decoder() -> Any:
     torch.manual_seed(0)
     torch._dynamo.reset()
-    config = LlamaConfig(
-        vocab_size=96,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    return LlamaModel(config).eval()
+    return LlamaModel(LlamaConfig(**TINY)).eval()
 
 
 def ids(length: int = 20) -> torch.Tensor:
@@ -161,6 +162,14 @@ def test_a_text_longer_than_the_table_of_positions_is_an_error_before_and_in_the
         CaptureError, match=r"gpt2: its forward pass over 2 x 25 tokens failed: .*model\.tokenizer\.max_length"
     ):
         backbone.forward(ids(25), lambda call: None)
+
+
+@pytest.mark.parametrize("window", [0, -3])
+def test_a_window_in_which_no_query_sees_a_key_is_refused_with_the_setting(window: int) -> None:
+    config = Gemma3TextConfig(**TINY, head_dim=8, layer_types=["sliding_attention"] * 3, sliding_window=window)
+    backbone = Backbone(Gemma3TextModel(config).eval(), Family())
+    with pytest.raises(CaptureError, match=rf"a sliding window of {window} tokens.*config_overrides\.sliding_window"):
+        backbone.probe()
 
 
 def test_a_family_that_sees_nothing_with_this_kernel_says_so() -> None:

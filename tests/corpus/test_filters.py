@@ -89,6 +89,11 @@ def test_a_filter_that_nothing_passes_names_the_type_and_some_values(tmp_path: P
     assert "column 'kind' (string) has 'long', 'short'" in message(file, filter={"kind": "x"}, streaming=streaming)
     both = message(file, filter={"n": 7, "kind": "short"}, streaming=streaming)
     assert "each value is there, but no row has all of them" in both
+    moments = pa.array([0, None], pa.timestamp("s", "UTC"))
+    moment = write_parquet(tmp_path / "moments.parquet", {"text": ["a", "b"], "at": moments})
+    assert "tz=UTC]) has 1970-01-01 00:00:00+00:00, null" in message(
+        moment, filter={"at": "1970-01-01"}, streaming=streaming
+    )
     many = write(tmp_path / "rows.csv", "text,n\n" + "".join(f"a,{'x' * 50}{number}\n" for number in range(99)))
     text = message(many, filter={"n": 1}, streaming=streaming)
     assert "column 'n' (text) has 'xxx" in text and len(text) < 1_000
@@ -106,7 +111,7 @@ def test_a_column_that_comes_late_is_null_before(
     )
     assert (warned in caplog.text) == streaming
     text = message(late, filter={"k": 7}, streaming=streaming)
-    assert "no rows that pass dataset.filter={'k': 7}: column 'k'" in text and "has None, 0.5, 1" in text
+    assert "no rows that pass dataset.filter={'k': 7}: column 'k'" in text and "has null, 0.5, 1" in text
     # A wrong name would let all rows pass.
     if streaming:
         assert "has no column 'k' in its first rows" in message(late, filter={"k": None}, streaming=True)

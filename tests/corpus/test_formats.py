@@ -231,6 +231,13 @@ def test_integers_that_became_floats_are_integers(tmp_path: Path, streaming: boo
 
 
 @both_ways
+def test_a_parquet_text_that_is_not_utf_8_is_named_with_its_column(tmp_path: Path, streaming: bool) -> None:
+    wrong = pa.Array.from_buffers(pa.string(), 2, pa.array([b"a", b"\xe9"]).buffers())
+    text = message(write_parquet(tmp_path / "rows.parquet", {"text": wrong}), streaming=streaming)
+    assert "its column 'text' holds text that is not UTF-8" in text and "iconv" not in text
+
+
+@both_ways
 def test_strings_and_ids_of_every_arrow_type(tmp_path: Path, streaming: bool) -> None:
     rows = ["a", "b", "a"]
     for kind in (pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int8(), pa.string())):

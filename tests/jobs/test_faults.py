@@ -22,7 +22,11 @@ from support.forked import STEPS, Server
 from support.jobs import QWEN3, hashes, heads_of, run, settings, vectors
 from support.tiny import save_checkpoint
 
+from qk_sniffer.jobs import capture_examples
 from qk_sniffer.store import manifest as manifests
+
+SMALL_GROUPS = "from qk_sniffer.jobs import capture_examples; capture_examples.GROUP = 1e-5"
+"""Makes a job end a group of batches with statistics every two or three batches."""
 
 SECTIONS: dict[str, Any] = {"inference": {"batch_size": 1, "segment_mb": 1, "queue_mb": 1}}
 
@@ -48,9 +52,9 @@ def root_of(job: dict[str, Any]) -> Path:
     return Path(job["output"]["data_root"])
 
 
-def finish(server: Server, job: dict[str, Any]) -> str:
+def finish(server: Server, job: dict[str, Any], before: str = "") -> str:
     """Runs the job to its end; returns its stderr."""
-    child = server.start(job)
+    child = server.start(job, before=before)
     assert child.wait() == 0, child.stderr
     assert not (root_of(job) / ".qk_sniffer").exists()
     return child.stderr
@@ -70,17 +74,22 @@ def test_a_killed_job_resumes_and_ends_with_the_same_bytes(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(int(os.environ.get("KILL_SEEDS", "1"))))
-@pytest.mark.parametrize("batch_size", [1, 2])
+@pytest.mark.parametrize(("batch_size", "stages"), [(1, []), (2, []), (2, ["pre", "post"])])
 def test_killed_at_random_moments_of_every_step(
     batch_size: int,
+    stages: list[str],
     seed: int,
     server: Server,
     checkpoint: Path,
     texts: Path,
     tmp_path: Path,
     undisturbed: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    sections = {"inference": SECTIONS["inference"] | {"batch_size": batch_size}}
+    sections: dict[str, Any] = {"inference": SECTIONS["inference"] | {"batch_size": batch_size, "lookahead": 12}}
+    if stages:
+        sections["capture"] = {"statistics": {"enabled": True, "stages": stages}}
+    monkeypatch.setattr(capture_examples, "GROUP", 1e-5)  # as in the processes
     job = settings(checkpoint, texts, tmp_path / "out", **sections)
     whole = hashes(undisturbed(**sections))
     rng = np.random.default_rng(seed)
@@ -89,7 +98,7 @@ def test_killed_at_random_moments_of_every_step(
     killed: Counter[str] = Counter()
     while killed.total() < 36 or min(killed[name] for name in STEPS) < 5:
         step = min(STEPS, key=lambda name: (killed[name], rng.random()))
-        child = server.start(job, slow=slow)
+        child = server.start(job, slow=slow, before=SMALL_GROUPS)
         if child.reaches(step, int(rng.integers(1, 6))):
             time.sleep(rng.uniform(0, 0.03))
             child.send(signal.SIGKILL)
@@ -102,10 +111,10 @@ def test_killed_at_random_moments_of_every_step(
         if (root / "manifest.json").exists():
             assert hashes(root) == whole, "a manifest says that all is there"
         if rng.random() < 0.2:
-            finish(server, job)
+            finish(server, job, SMALL_GROUPS)
             assert hashes(root) == whole
             shutil.rmtree(root)
-    finish(server, job)
+    finish(server, job, SMALL_GROUPS)
     assert hashes(root) == whole
 
 

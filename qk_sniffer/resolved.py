@@ -190,4 +190,4 @@ def _with_expanded_paths(config: Config) -> Config:
 
 
 def _rule(sampler_type: str, base_rate: float) -> str:
-    return code(sampler_type) if sampler_type == "all" else f"{code(sampler_type)}, base_rate {base_rate:g}"
+    return code(sampler_type) if sampler_type in ("all", "none") else f"{code(sampler_type)}, base_rate {base_rate:g}"

@@ -121,6 +121,10 @@ def _capture(config: Config) -> Iterator[str]:
     capture = config.capture
     if not (capture.capture_queries or capture.capture_keys):
         yield "capture.capture_queries and capture.capture_keys are both false: nothing would be captured"
+    types = [config.sampler.type] * capture.capture_queries
+    types += [config.sampler.keys.type or config.sampler.type] * capture.capture_keys
+    if types and {*types} == {"none"} and not capture.statistics.enabled:
+        yield "sampler.type is none and capture.statistics.enabled is false: nothing would be captured"
     for key, numbers in (("capture.layers", capture.layers), ("capture.heads", capture.heads)):
         if numbers is None:
             continue

@@ -70,6 +70,7 @@ OTHER_FAMILIES = {
     "mistralai/Ministral-8B-Instruct-2410",
 }
 TO_BE_GIVEN = {
+    ("sampler", "none"): ["capture.statistics.enabled=true"],
     ("model", "hf"): ["model.name=org/name"],
     ("dataset", "hf"): ["dataset.path=org/texts"],
     ("output", "hub"): ["output.hf_repo_id=me/vectors"],
@@ -241,6 +242,18 @@ BAD: list[tuple[str, Config]] = [
     (r"sampler\.max_rows_per_example is 0", replace(GOOD, sampler=SamplerConfig(max_rows_per_example=0))),
     (r"sampler\.seed is -1", replace(GOOD, sampler=SamplerConfig(seed=-1))),
     (r"sampler\.keys\.type is 'some'", replace(GOOD, sampler=SamplerConfig(keys=KeySamplerConfig(type="some")))),
+    (
+        r"sampler\.type is none and capture\.statistics\.enabled is false: nothing",
+        replace(GOOD, sampler=SamplerConfig(type="none")),
+    ),
+    (
+        r"sampler\.type is none and capture\.statistics",
+        replace(
+            GOOD,
+            sampler=SamplerConfig(type="none", keys=KeySamplerConfig(type="all")),
+            capture=CaptureConfig(capture_keys=False),
+        ),
+    ),
     (r"are both false", replace(GOOD, capture=CaptureConfig(capture_queries=False, capture_keys=False))),
     (r"capture\.layers is \[-1\]", replace(GOOD, capture=CaptureConfig(layers=[-1]))),
     (r"capture\.layers is \[\]", replace(GOOD, capture=CaptureConfig(layers=[]))),

@@ -86,6 +86,10 @@ class Sampler:
         """Whether queries and keys have the same buckets and probabilities."""
         return self._rules["q"] == self._rules["k"]
 
+    def keeps_none(self, kind: str) -> bool:
+        """Whether no position is ever kept."""
+        return self._rules[kind].type == "none"
+
     def bucket(self, kind: str, positions: npt.ArrayLike) -> Int32:
         """Returns the bucket of every position. Exact for positions 0 to 2**31 - 1."""
         return self._rules[kind].bucket(np.asarray(positions, dtype=np.int64)).astype(np.int32)

@@ -11,22 +11,20 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from qk_sniffer.capture.sampling import Sampler
-from qk_sniffer.dataset.bucket_ranges import bucket_ranges
 from qk_sniffer.dataset.card_facts import CardFacts, Place
 from qk_sniffer.dataset.card_rotation import rotary_embedding
+from qk_sniffer.dataset.card_sampling import sampling
 from qk_sniffer.dataset.card_snippets import loading
+from qk_sniffer.dataset.card_statistics import statistics
 from qk_sniffer.dataset.proof_words import compared, largest_difference, whence
 from qk_sniffer.dataset.weights import computed_in, quantized
 from qk_sniffer.markdown import block, code, in_url, link, plain, table, tex, yaml_string
-from qk_sniffer.resolved import rule, safe_name
+from qk_sniffer.resolved import safe_name
 from qk_sniffer.store.layout import EXAMPLES, KIND_NAMES, KINDS, Head, Layout, schema
 from qk_sniffer.text import compact_ranges
 
 FRONT_MATTER_BYTES = 100_000
 """The largest size of the front matter."""
-
-_MAX_BUCKET_LINES = 32
 
 
 def write_card(facts: CardFacts) -> str:
@@ -40,7 +38,8 @@ def write_card(facts: CardFacts) -> str:
         _columns(facts),
         _run(facts),
         _head_layout(facts),
-        _sampling(facts),
+        sampling(facts),
+        statistics(facts),
         _logits(facts),
         rotary_embedding(facts),
         _proof(facts),
@@ -210,43 +209,6 @@ def _attention(head: Head) -> str:
     if head.sparse_attention:
         limits.append("sparse")
     return "; ".join(limits) or ("not full" if head.full_attention is False else "full")
-
-
-def _sampling(facts: CardFacts) -> str:
-    config, sampler = facts.config.sampler, Sampler(facts.config.sampler)
-    kinds = [kind for kind in KINDS if any(head.kind == kind for head in facts.heads)]
-    hashed, sharing = "seed, example_id, layer, kind, position", "All heads of a layer and kind"
-    if config.share == "example":
-        hashed, sharing = "seed, example_id, position", "The queries and keys of all layers"
-    text = f"""\
-## Sampling
-
-Sampler: {rule(config)}, min_bucket_size {config.min_bucket_size:,}, seed {config.seed}. A hash of
-({hashed}) gives a number u in [0, 1). A position is kept when u is below the
-probability p of its bucket. {sharing} share u.
-To estimate sums over all positions, weight each row by 1/p.
-"""
-    if config.max_rows_per_example is not None:
-        text += (
-            f"If more than {config.max_rows_per_example:,} are kept for an example, layer and kind, only those with\n"
-            "the smallest hashes remain, and the true probability is below p.\n"
-        )
-    for group in [kinds] if sampler.same_rule() else [[kind] for kind in kinds]:
-        header = ("bucket", "positions", "p", *(f"{KIND_NAMES[kind]} rows" for kind in group))
-        text += "\n" + table(header, _bucket_lines(facts, sampler, group))
-    return text
-
-
-def _bucket_lines(facts: CardFacts, sampler: Sampler, kinds: list[str]) -> list[tuple[str, ...]]:
-    return [
-        (
-            buckets.label,
-            buckets.positions,
-            f"{buckets.probability:.6g}",
-            *(f"{buckets.rows(facts.rows_by_bucket[kind]):,}" for kind in kinds),
-        )
-        for buckets in bucket_ranges(sampler, kinds[0], facts.longest, _MAX_BUCKET_LINES)
-    ]
 
 
 def _logits(facts: CardFacts) -> str:

@@ -23,9 +23,16 @@ Read it in Python:
   dataset = qk_sniffer.open_dataset({repo_id}, revision={name})
   vectors, positions, example_ids = dataset.vectors(*dataset.heads[0])"""
 
+_READ_STATISTICS = """\
+Read them in Python:
+  import qk_sniffer
+  dataset = qk_sniffer.open_dataset({where})
+  statistics = dataset.statistics({layer}, "{kind}", "{stage}")
+  print(statistics.heads, statistics.mean)"""
+
 
 def show(dataset: Files, manifest: Mapping[str, Any], note: str) -> None:
-    """Prints the examples, rows, heads, files and size of a dataset, then `note`, then code that reads a head."""
+    """Prints the examples, rows, heads, files and size of a dataset, then `note`, then code that reads it."""
     files = manifest["files"]
     heads = manifests.heads(manifest)
     size_mb = sum(entry["bytes"] for entry in files.values()) / 1e6
@@ -54,7 +61,10 @@ def show(dataset: Files, manifest: Mapping[str, Any], note: str) -> None:
             texts = f"{counted(own[side], 'text')} {verb}{'s' if own[side] == 1 else ''} with"
             say(f"{texts} {''.join(added.get(side, ()))} already, which was not added again.")
     if not manifest["rows"]:
-        say("The sampler kept no row: raise sampler.base_rate.")
+        if "statistics" in manifest and manifest["config"]["sampler"]["type"] == "none":
+            say("sampler=none keeps no rows: the dataset has statistics.")
+        else:
+            say("The sampler kept no row: raise sampler.base_rate.")
     if nonfinite := manifest.get("nonfinite_rows"):
         rows, heads_with = counted(sum(nonfinite.values()), "row"), counted(len(nonfinite), "head")
         say(f"{rows} of {heads_with} hold NaN or infinite numbers, kept as the model computed them.")
@@ -66,7 +76,13 @@ def show(dataset: Files, manifest: Mapping[str, Any], note: str) -> None:
         say(f"Not proven: {proof['reason']}" + (f"; {attention(proof)}." if "attention" in proof else "."))
     say(note)
     say(f"Dataset: {dataset}")
-    if isinstance(dataset, Branch):
+    if not manifest["rows"] and "statistics" in manifest:
+        head, stage = heads[0], manifest["config"]["capture"]["statistics"]["stages"][0]
+        where = python_literal(str(dataset))
+        if isinstance(dataset, Branch):
+            where = f"{python_literal(dataset.repo_id)}, revision={python_literal(dataset.name)}"
+        say_text(_READ_STATISTICS.format(where=where, layer=head.layer, kind=head.kind, stage=stage))
+    elif isinstance(dataset, Branch):
         say_text(_READ_BRANCH.format(repo_id=python_literal(dataset.repo_id), name=python_literal(dataset.name)))
     else:
         path = str(dataset.path(head_file(*heads[0])))

@@ -286,7 +286,10 @@ def _unlike(checks: Sequence[tuple[Head, HeadCheck]]) -> Iterator[Problem]:
 def _bucket_table(
     facts: ManifestFacts, heads: Sequence[Head], examples: Examples, rows_by_bucket: dict[str, Counter[int]]
 ) -> list[str]:
-    """Returns lines with the rows of `heads` by bucket, next to the rows that the sampler expects."""
+    """Returns lines with the rows of `heads` by bucket, next to the rows that the sampler expects.
+
+    Returns none for a sampler that keeps no rows.
+    """
     lengths = np.sort(examples.num_tokens).astype(np.int64)
     before = np.concatenate([[0], np.cumsum(lengths)])
 
@@ -295,6 +298,8 @@ def _bucket_table(
         shorter = int(np.searchsorted(lengths, stop))
         return int(before[shorter]) + (len(lengths) - shorter) * stop
 
+    if all(map(facts.sampler.keeps_none, rows_by_bucket)) and not any(map(Counter.total, rows_by_bucket.values())):
+        return []
     limit = facts.config.sampler.max_rows_per_example
     lines = [("kind", "bucket", "positions", "rows", "expected" if limit is None else "expected at most")]
     for kind, counter in rows_by_bucket.items():

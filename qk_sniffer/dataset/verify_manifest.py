@@ -63,8 +63,8 @@ class ManifestFacts:
     max_positions: int | None
     rows_by_bucket: dict[str, dict[int, int]]
     nonfinite_rows: dict[str, int] | None
-    statistics_nonfinite: dict[str, int] | None
-    """The vectors with NaN or Inf of the statistics, by head and stage; None if the manifest has no `statistics`."""
+    statistics: dict[str, Any] | None
+    """The manifest's `statistics`; None if it has none."""
     frequency_pairs: dict[int, Pairs | None]
     """The components that turn with each rotary frequency, by layer; None where they are not known. Empty without
     statistics."""
@@ -119,7 +119,7 @@ class ManifestFacts:
             counts={key: int(manifest[key]) for key in (*_COUNTS, *(_LATER_COUNTS & manifest.keys()))},
             max_positions=model.get("max_positions"),
             rows_by_bucket=_by_bucket(manifest["rows_by_bucket"], int),
-            statistics_nonfinite=manifest.get("statistics", {}).get("nonfinite"),
+            statistics=manifest.get("statistics"),
             frequency_pairs=_frequency_pairs(model) if config.capture.statistics.enabled else {},
             nonfinite_rows=None if nonfinite is None else {name: int(rows) for name, rows in nonfinite.items()},
             inclusion=_by_bucket(manifest["inclusion"], float),
@@ -167,7 +167,7 @@ class ManifestFacts:
         statistics = self.config.capture.statistics
         files = sorted(name for name in self.files if is_statistics_file(name))
         if not statistics.enabled:
-            if files or self.statistics_nonfinite is not None:
+            if files or self.statistics is not None:
                 what = f"the file {files[0]}" if files else "statistics"
                 yield _contradiction(f"it has {what}, but capture.statistics.enabled is false in config")
             return
@@ -179,11 +179,11 @@ class ManifestFacts:
             )
         if others := sorted(set(files) - expected):
             yield _contradiction(f"files has {others[0]}, and the layer is not captured")
-        if self.statistics_nonfinite is None:
+        if self.statistics is None:
             yield _contradiction("it has no statistics, but capture.statistics.enabled is true in config")
             return
         known = {f"{head.name}.{stage}" for head in self.heads.values() for stage in statistics.stages}
-        if strangers := sorted(self.statistics_nonfinite.keys() - known):
+        if strangers := sorted(self.statistics["nonfinite"].keys() - known):
             yield _contradiction(
                 f"statistics.nonfinite has {strangers[0]!r}, which is no head and stage of its statistics"
             )

@@ -73,6 +73,9 @@ def check_statistics(
     if examples is not None:
         lengths = examples.num_tokens.astype(np.int64)
         num_tokens, all_rows = int(np.maximum(lengths - config.skip_tokens, 0).sum()), int(lengths.sum())
+        if facts.statistics is not None and facts.statistics["tokens"] != num_tokens:
+            what = "statistics.tokens in manifest.json is not the number of tokens of the examples"
+            report.add([Problem(_CHECK, what, f"{facts.statistics['tokens']:,} instead of {num_tokens:,}")])
     row_stage = "pre" if facts.config.capture.capture_pre_rope else "post"
 
     def is_comparable(head: Head) -> bool:
@@ -159,7 +162,7 @@ class _LayerCheck:
         if min(count, nonfinite) < 0 or (self._num_tokens is not None and count + nonfinite != self._num_tokens):
             numbers = f"{count:,} and {nonfinite:,} of {self._num_tokens or 0:,}"
             yield "count and nonfinite do not sum to the tokens of the examples", numbers
-        listed = (self._facts.statistics_nonfinite or {}).get(name, 0)
+        listed = 0 if self._facts.statistics is None else self._facts.statistics["nonfinite"].get(name, 0)
         if listed != nonfinite:
             yield "nonfinite differs from manifest.json", f"{nonfinite:,} instead of {listed:,}"
         yield from ((what, "") for what in number_problems(found, index))

@@ -174,17 +174,19 @@ def stage(layout: Layout, job: CapturedJob, model: ModelConfig, tokenizer: TextT
         skipped += base.record["skipped_rows"]
         parts.insert(0, base.examples())
     if (statistics := config.capture.statistics).enabled:
+        tokens = sum(max(0, example.num_tokens - statistics.skip_tokens) for example in chain(*parts))
         files, nonfinite = compact_statistics(
             layout.staging,
             journals,
             heads,
             statistics,
             {layer["layer"]: layer.get("rotation") for layer in record["model"]["layers"]},
-            num_tokens=sum(max(0, example.num_tokens - statistics.skip_tokens) for example in chain(*parts)),
+            num_tokens=tokens,
             previous=base,
             check=claim.check,
         )
-        written = replace(written, files=dict(sorted((written.files | files).items())), statistics_nonfinite=nonfinite)
+        found = {"tokens": tokens, "nonfinite": nonfinite}
+        written = replace(written, files=dict(sorted((written.files | files).items())), statistics=found)
     if not written.num_examples:
         raise SourceError(f"dataset {config.dataset.path} has no text that gives a token: nothing was captured")
     expected = None if config.dataset.streaming else record["source_rows"]

@@ -72,8 +72,14 @@ def plan(dataset: Dataset) -> tuple[list[KeyHead], list[str]]:
     """Lists the key heads with captured query heads, by layer, and the names of query heads without captured keys.
 
     Raises:
-        StoreError: there are no queries, or none with keys.
+        StoreError: there are no queries, or none with keys, or their sampler keeps no rows.
     """
+    sampler = sampler_of(dataset.manifest)
+    if sampler.keeps_none("q") or sampler.keeps_none("k"):
+        raise StoreError(
+            f"{dataset} was captured with sampler=none, which keeps no rows: plasticity needs queries and keys; "
+            "capture the dataset again with another sampler"
+        )
     captured = set(dataset.heads)
     of_keys: dict[tuple[int, int], list[Head]] = defaultdict(list)
     without_keys = []

@@ -235,8 +235,9 @@ class Entry(TypedDict):
 
 
 class StatisticsFacts(TypedDict):
-    """The statistics of a dataset: vectors with NaN or Inf, by head and stage."""
+    """The statistics of a dataset: tokens of each head, and vectors with NaN or Inf by head and stage."""
 
+    tokens: Count
     nonfinite: dict[str, Count]
 
 

@@ -16,8 +16,9 @@ own_special_tokens  {"before", "after"}: examples whose text itself begins or en
                 tokenizer adds; they were not added again. `tokenizer` has these tokens
 rows_by_bucket  {"q": {"7": 1234, ...}, "k": ...}, over all heads of the kind
 nonfinite_rows  {"l00h00q/data.parquet": 3}: rows with NaN or Inf, for the heads that have any
-statistics      {"nonfinite": {"l00h00q.post": 3}}: vectors with NaN or Inf, for the heads that have any; missing
-                without statistics. `config.capture.statistics` says of which tokens and stages they are
+statistics      {"tokens": 9000, "nonfinite": {"l00h00q.post": 3}}: the tokens of each head, and those of them
+                whose vectors have NaN or Inf, for the heads that have any; missing without statistics.
+                `config.capture.statistics` says which tokens and stages they are of
 proof           {"proven", "examples", "rows", "heads", "longest_position", "beyond", "uncovered", "tolerance",
                 "largest_difference_by_layer", "row_tolerance", "largest_row_difference_by_layer", "attention", ...}:
                 the rows that were derived a second time, over all heads, and each (layer, kind) without one. A
@@ -76,8 +77,8 @@ class Written:
     longest_example: int
     nonfinite_rows: dict[str, int]
     """Rows with NaN or Inf, by the head's file, for the heads that have any."""
-    statistics_nonfinite: dict[str, int] | None = None
-    """The vectors with NaN or Inf of the statistics, by head and stage; None without statistics."""
+    statistics: dict[str, Any] | None = None
+    """The manifest's `statistics`; None without statistics."""
 
     @property
     def rows(self) -> int:
@@ -106,8 +107,8 @@ def build(job: Mapping[str, Any], written: Written, *, timings: Mapping[str, flo
         "files": {name: _without_none(entry) for name, entry in written.files.items()},
         "timings": dict(timings or {}),
     }
-    if written.statistics_nonfinite is not None:
-        manifest["statistics"] = {"nonfinite": written.statistics_nonfinite}
+    if written.statistics is not None:
+        manifest["statistics"] = written.statistics
     if written.truncated_tokens is not None:
         manifest["truncated_tokens"] = written.truncated_tokens
     plain: dict[str, Any] = json.loads(encode(manifest))  # as `read` returns it: all keys are strings

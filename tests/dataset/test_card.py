@@ -28,6 +28,7 @@ from qk_sniffer.config import (
     ModelConfig,
     OutputConfig,
     SamplerConfig,
+    StatisticsConfig,
     TokenizerConfig,
 )
 from qk_sniffer.dataset.card import FRONT_MATTER_BYTES, write_card
@@ -68,6 +69,9 @@ FACTS = CardFacts(
     heads=HEADS,
     rows_by_bucket={"q": {7: 6, 8: 4, 9: 5}, "k": {7: 9, 8: 1}},
 )
+
+
+WITH_STATISTICS = CaptureConfig(statistics=StatisticsConfig(enabled=True, stages=["pre", "post"]))
 
 
 def with_config(facts: CardFacts, **groups: Any) -> CardFacts:
@@ -371,7 +375,7 @@ def card_of(name: str) -> str:
     texts = DatasetConfig(path=name, name=name, revision=name, split=name, text_column=name, id_column=name)
     return write_card(
         replace(
-            with_config(FACTS, model=replace(model, tokenizer=tokenizer), dataset=texts),
+            with_config(FACTS, model=replace(model, tokenizer=tokenizer), dataset=texts, capture=WITH_STATISTICS),
             dtype=name,
             checkpoint_dtype=f"{name}.",
             quantization={"method": name, "dequantized": True, "config": {name: name}},
@@ -383,6 +387,7 @@ def card_of(name: str) -> str:
             languages=[name],
             proof={"proven": None, "reason": name},
             pictures=[f"pictures/{name}.png"],
+            statistics_tokens=8_000,
             place=Place(name, name),
         )
     )

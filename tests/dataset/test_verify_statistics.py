@@ -214,5 +214,11 @@ def test_manifests_that_contradict_the_statistics(change_manifest: Any, expected
 def test_a_dataset_without_statistics_has_no_facts_of_them(undisturbed: Callable[..., Path], tmp_path: Path) -> None:
     root = copied(undisturbed(capture={"layers": [1]}, verify={"examples": 0}), tmp_path / "out")
     assert "  statistics" not in verified(root)
-    edit(root, lambda manifest: manifest.update(statistics={"nonfinite": {}}))
+    edit(root, lambda manifest: manifest.update(statistics={"tokens": 1, "nonfinite": {}}))
     assert "it has statistics, but capture.statistics.enabled is false" in wrong(verified(root))["manifest"]
+
+
+def test_the_tokens_in_the_manifest_are_those_of_the_examples(root: Path) -> None:
+    edit(root, lambda manifest: manifest["statistics"].update(tokens=TOKENS - 1))
+    found = wrong(verified(root))
+    assert f"{TOKENS - 1:,} instead of {TOKENS:,}" in found["statistics"]

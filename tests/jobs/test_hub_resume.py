@@ -8,11 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from support.fake_hub import FakeHub
 from support.hub_cases import BRANCH, REPO, assert_whole, held, published
 from support.jobs import TEXTS, captured_only, hashes, run
 
+import qk_sniffer
 from qk_sniffer.capture.capture import Capture
 from qk_sniffer.errors import HubError, SourceError, StoreError
 
@@ -122,6 +124,39 @@ def test_it_grows_on_another_machine(hub: FakeHub, machine: MakeMachine, tmp_pat
     assert first.job(14) >= HEADS and sorted(first.captured) == [12, 13]
     assert second.job(14) == {"manifest.json", EXAMPLES} and second.captured == []
     assert published(hub) == 3
+
+
+def test_statistics_are_published_read_from_the_branch_and_grow_there(
+    hub: FakeHub, machine: MakeMachine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    statistics = {"enabled": True, "stages": ["pre", "post"], "skip_tokens": 2}
+    wanted: dict[str, Any] = {"capture": {"layers": [0, 2], "statistics": statistics}, "sampler": {"type": "none"}}
+    local = {"output": {"hf_repo_id": None, "resume_from_hub": False}}
+    first, second, undisturbed = machine("first"), machine("second"), machine("undisturbed")
+    first.job(8, **wanted)
+    names = {f"statistics/layer-0{layer}.safetensors" for layer in (0, 2)}
+    assert names <= held(hub).keys()
+    assert second.job(8, **wanted) == {"manifest.json", EXAMPLES} and second.captured == []
+    assert second.job(12, killed=True, **wanted) >= names
+    assert sorted(second.captured) == [8, 9, 10, 11]
+    assert second.job(12, **wanted) & names == set(), "nothing is fetched twice"
+    undisturbed.job(8, **wanted, **local)
+    undisturbed.job(12, **wanted, **local)
+    assert files(second) == files(undisturbed) and published(hub) == 2
+    assert_whole(held(hub), tmp_path / "copy")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    dataset = qk_sniffer.open_dataset(REPO, revision=BRANCH)
+    found = dataset.statistics(2, "k", "pre")
+    expected = qk_sniffer.open_dataset(undisturbed.root).statistics(2, "k", "pre")
+    for name, values in vars(expected).items():
+        assert np.array_equal(getattr(found, name), values), name
+    assert set(found.count) == {sum(len(text) - 2 for text in TEXTS[:12])}
+    card = held(hub)["README.md"].decode()
+    (reading,) = [code for code in re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL) if ".statistics(" in code]
+    shown: dict[str, Any] = {}
+    exec(compile(reading, "README.md", "exec"), shown)
+    assert np.array_equal(shown["mean"], dataset.statistics(0, "q", "pre").mean)
 
 
 def test_killed_while_it_grows(hub: FakeHub, machine: MakeMachine) -> None:

@@ -1,0 +1,87 @@
+"""Writes the section of a dataset card on statistics: their tokens, their arrays, and code that reads them.
+
+Tests run this code.
+"""
+
+from qk_sniffer.dataset.card_facts import CardFacts, Place
+from qk_sniffer.markdown import block, table
+from qk_sniffer.store.layout import STATISTICS, statistics_file
+from qk_sniffer.text import counted, python_literal
+
+ARRAYS = {
+    "heads": ("(H,) int64", "the captured heads, ascending: query heads for `q`, key heads for `k`"),
+    "count": ("(H,) int64", "n, the tokens that every other array is of"),
+    "nonfinite": ("(H,) int64", "further tokens: their vectors have NaN or Inf and count in nothing else"),
+    "mean": ("(H, d) float32", "mean of each number of the vector"),
+    "variance": ("(H, d) float32", "variance of each number, divisor n - 1, in squared units of the vectors"),
+    "covariance": ("(H, d, d) float32", "covariance of the numbers, divisor n - 1, in squared units of the vectors"),
+    "minimum": ("(H, d) float32", "smallest value of each number"),
+    "maximum": ("(H, d) float32", "largest value of each number"),
+    "norm_mean": ("(H,) float32", "mean of the Euclidean norms of the vectors"),
+    "norm_variance": ("(H,) float32", "variance of these norms, divisor n - 1"),
+    "frequency_pairs": ("(f, 2) int64", "the numbers a and b of a vector that turn with each rotary frequency, from 0"),
+    "frequency_modulus": ("(H, f) float32", "mean of the modulus sqrt(a² + b²) of each pair"),
+}
+"""The shape and the meaning of each array of `store.statistics.Statistics`."""
+
+_STAGES = {"pre": "before RoPE", "post": "after RoPE"}
+
+_WITH_QK_SNIFFER = """\
+import qk_sniffer
+
+dataset = qk_sniffer.open_dataset({where})
+found = dataset.statistics({layer}, "{kind}", "{stage}")
+heads, mean, {second} = found.heads, found.mean, found.{second}
+"""
+
+_WITH_SAFETENSORS = """\
+from safetensors.numpy import load_file
+
+arrays = load_file("{file}")
+mean = arrays["{kind}.{stage}.mean"]
+"""
+
+
+def statistics(facts: CardFacts) -> str:
+    """Returns the section; empty for a dataset without statistics."""
+    config, tokens = facts.config.capture.statistics, facts.statistics_tokens
+    if not config.enabled or tokens is None:
+        return ""
+    left_out = ["frequency_pairs", "frequency_modulus"] if "pre" not in config.stages else []
+    if not config.covariance:
+        left_out.append("covariance")
+    lines = [(f"`{name}`", *ARRAYS[name]) for name in ARRAYS if name not in left_out]
+    head = min(facts.heads, key=lambda head: head.key.order)
+    names = {"layer": head.layer, "kind": head.kind, "stage": config.stages[0], "file": statistics_file(head.layer)}
+    second = "covariance" if config.covariance else "variance"
+    reading = _WITH_QK_SNIFFER.format(where=_where(facts.place), second=second, **names)
+    stages = " and ".join(words for stage, words in _STAGES.items() if stage in config.stages)
+    skipped = f", without the first {counted(config.skip_tokens, 'token')} of each text" if config.skip_tokens else ""
+    text = f"""\
+## Statistics
+
+`{STATISTICS}/layer-<layer>.safetensors` has statistics of each captured head over all tokens, sampled or not{skipped}:
+{counted(tokens, "token")} a head, {stages}. Padding does not count.
+An array is named by kind, stage and the name below, such as `{head.kind}.{config.stages[0]}.mean`. The stage is `pre`
+or `post`: before or after RoPE. H is the number of captured heads of the layer and kind, d is head_dim, f the number of
+rotary frequencies. Where no unit is given, the numbers have the units of the vectors.
+
+{table(("array", "shape", "meaning"), lines)}
+Numbers of a head without a token are NaN, and variances of a head with one token too.
+"""
+    if "pre" in config.stages:
+        text += "Arrays by frequency are of the stage `pre`, and of layers whose rotation `manifest.json` records.\n"
+    return f"""\
+{text}
+With qk-sniffer, which also has `absmax` and, by frequency, the complex mean of a + ib:
+
+{block("python", reading)}
+In {"that folder" if facts.place is not None else "the folder of this card"}, with safetensors alone:
+
+{block("python", _WITH_SAFETENSORS.format(**names))}"""
+
+
+def _where(place: Place | None) -> str:
+    if place is None:
+        return '"."'
+    return f"{python_literal(place.repo_id)}, revision={python_literal(place.branch)}"

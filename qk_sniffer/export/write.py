@@ -1,6 +1,7 @@
 """Exports a dataset to the file or folder of a format."""
 
 import json
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -64,11 +65,15 @@ def _write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
     """Writes a folder whole, next to its place, and then renames it."""
     if disk.type_of(folder) == "folder" and (others := {path.name for path in folder.iterdir()} - files.keys()):
         raise StoreError(f"{folder} has other files, such as {min(others)}: give another output")
-    temporary = folder.with_name(f"{folder.name}.tmp")
-    disk.remove(temporary)
+    # Not a fixed name, as in `write_atomic`: a folder of this name could be the user's.
+    temporary = folder.with_name(f".{folder.name}-{secrets.token_hex(8)}.tmp")
     temporary.mkdir()
-    for name, data in files.items():
-        disk.write_atomic(temporary / name, data)
-    disk.remove(folder)
-    temporary.rename(folder)
+    try:
+        for name, data in files.items():
+            disk.write_atomic(temporary / name, data)
+        disk.remove(folder)
+        temporary.rename(folder)
+    except BaseException:
+        disk.remove(temporary)
+        raise
     disk.sync_folder(folder.parent)

@@ -122,6 +122,9 @@ def test_a_folder_with_other_files_is_not_replaced(post: Dataset, tmp_path: Path
         qk_sniffer.export(post, "qfilters", folder)
     qk_sniffer.export(post, "qfilters", folder, overwrite=True)
     assert (folder / "model.safetensors").read_bytes() == written
+    (tmp_path / "filters.tmp").mkdir()
+    qk_sniffer.export(post, "qfilters", folder, overwrite=True)
+    (tmp_path / "filters.tmp").rmdir()
     (folder / "notes.txt").touch()
     with pytest.raises(StoreError, match=r"has other files, such as notes\.txt: give another output"):
         qk_sniffer.export(post, "qfilters", folder, overwrite=True)

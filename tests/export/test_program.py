@@ -1,11 +1,15 @@
 """Tests the program, the function and their outputs; the tests of each format compare its numbers."""
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from huggingface_hub import HfApi
 from support.export_cases import statistics
+from support.fake_hub import FakeHub
+from support.hub_cases import BRANCH, REPO, copied, publish
 
 import qk_sniffer
 from qk_sniffer.errors import ConfigError, StoreError
@@ -69,6 +73,19 @@ def test_a_dataset_without_the_statistics_names_the_setting(undisturbed: Callabl
     keys = undisturbed(capture=statistics() | {"capture_queries": False})
     with pytest.raises(StoreError, match="no such vectors were captured"):
         qk_sniffer.export(keys, "tria")
+
+
+@pytest.mark.usefixtures("endpoint", "in_tmp")
+def test_a_dataset_on_the_hub_is_exported_to_the_folder_of_outputs(
+    hub: FakeHub, api: HfApi, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(copied(root, tmp_path / "copy"), REPO, BRANCH, api=api)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    assert called(f"data_root={REPO}", f"revision={BRANCH}", "format=tria") == 0
+    written = tmp_path / "outputs" / f"{BRANCH}-triattention.tria"
+    provenance = json.loads(written.with_name(f"{written.name}.json").read_text())
+    assert provenance["vectors_commit"] == hub.repositories[REPO].history(BRANCH)[0].id
+    assert written.read_bytes() == qk_sniffer.export(root, "tria", tmp_path / "stats.tria").read_bytes()
 
 
 def test_a_folder_that_cannot_be_written(root: Path, tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """Tests the file of TriAttention with a reader of its format, against float64 over the rows before RoPE."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import numpy as np
@@ -9,11 +11,15 @@ import pytest
 import torch
 from support.backbones import FolderOf
 from support.export_cases import edited, halves, rows_of, statistics, without_rows
-from support.jobs import TEXTS
+from support.jobs import TEXTS, settings
 from support.zoo import CASES
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qk_sniffer
+from qk_sniffer import assets
+from qk_sniffer.config import from_dict
 from qk_sniffer.errors import StoreError
+from qk_sniffer.jobs.run import run_job
 
 BY_NAME = {case.name: case for case in CASES}
 
@@ -109,3 +115,33 @@ def test_queries_that_change_after_rope_are_refused(checkpoint: Path, texts: Pat
     for change, reason in [({"changed_after": True}, "normalize queries after RoPE"), ({"direction": -1}, "direction")]:
         with pytest.raises(StoreError, match=reason):
             qk_sniffer.export(edited(tmp_path / "out", rotation=rotation | change), "triattention")
+
+
+@pytest.mark.slow
+def test_the_norm_of_the_queries_counts(tmp_path: Path) -> None:
+    """Compares with the method's own script, which takes the outputs of q_proj. docs/kv_cache.md has these numbers."""
+    chosen = [*topics.values()][:20]
+    (tmp_path / "topics.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in chosen))
+    folder = Path(assets.__file__).parent / "pydoc_tiny"
+    long = {"model": {"tokenizer": {"max_length": 1024}}, "sampler": {"type": "none"}, "verify": {"examples": 0}}
+    values = settings(folder, tmp_path / "topics.jsonl", tmp_path / "out", capture=statistics(), **long)
+    run_job(from_dict(values))
+    _, heads = read(qk_sniffer.export(tmp_path / "out", "triattention"))
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    seen: dict[tuple[int, str], list[np.ndarray]] = {}
+    for number, layer in enumerate(model.model.layers):
+        for name in ("q_proj", "q_norm"):
+            kept = seen[number, name] = []
+            getattr(layer.self_attn, name).register_forward_hook(
+                lambda module, inputs, output, kept=kept: kept.append(output.double().numpy().reshape(-1, 8, 32))
+            )
+    with torch.inference_mode():
+        for text in chosen:
+            model(tokenizer(text, return_tensors="pt")["input_ids"][:, :1024])
+    moduli = {key: np.abs(halves(np.concatenate(outputs))).mean(axis=0) for key, outputs in seen.items()}
+    ratios = np.stack([moduli[layer, "q_proj"] / moduli[layer, "q_norm"] for layer in range(6)])
+    ours = np.array([[heads[layer, head]["q_abs_mean"] for head in range(8)] for layer in range(6)])
+    assert ours == pytest.approx(np.stack([moduli[layer, "q_norm"] for layer in range(6)]), rel=1e-4)
+    assert (ratios.min(), ratios.max()) == pytest.approx((0.73, 1.29), abs=0.03)

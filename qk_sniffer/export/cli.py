@@ -18,7 +18,7 @@ from pathlib import Path
 
 from qk_sniffer.cli import program
 from qk_sniffer.dataset.reader import open_dataset
-from qk_sniffer.export.formats import FORMATS
+from qk_sniffer.export.formats import FORMATS, format_named
 from qk_sniffer.export.write import export
 from qk_sniffer.text import say
 
@@ -45,6 +45,7 @@ def main() -> int:
 
 
 def _program(settings: Settings) -> int:
+    format_named(settings.format)  # a wrong name is answered before the dataset is opened
     dataset = open_dataset(settings.data_root, settings.revision)
     say(f"Written: {export(dataset, settings.format, settings.output, overwrite=settings.overwrite)}")
     return 0

@@ -20,7 +20,7 @@ N_SINK = 4
 def problems(source: Source) -> Iterator[str]:
     """Yields the reasons why the dataset cannot be exported."""
     yield from source.needs("pre", "q", covariance=True)
-    yield from source.needs_one_shape()
+    yield from source.needs_one_shape("num_q_heads", "head_dim")
     yield from source.needs_all_layers()
     yield from source.needs_all_heads("q")
     yield from source.needs_whole_rotation()

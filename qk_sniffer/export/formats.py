@@ -3,8 +3,10 @@
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+from qk_sniffer.errors import ConfigError
 from qk_sniffer.export import expected_attention, kv_scales, qfilters, tria, triattention
 from qk_sniffer.export.source import Source
+from qk_sniffer.text import closest, did_you_mean
 
 
 @dataclass(frozen=True)
@@ -32,3 +34,15 @@ FORMATS = {
     "kv_scales": Format("-kv-scales", kv_scales.problems, kv_scales.encode, is_folder=True),
 }
 """By name."""
+
+
+def format_named(name: str) -> Format:
+    """Returns the format of a name.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if name not in FORMATS:
+        near = did_you_mean(closest(name, list(FORMATS)))
+        raise ConfigError([f"format is {name!r}{near}; valid: {', '.join(FORMATS)}"])
+    return FORMATS[name]

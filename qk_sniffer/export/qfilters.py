@@ -27,7 +27,7 @@ Floats = npt.NDArray[np.float64]
 def problems(source: Source) -> Iterator[str]:
     """Yields the reasons why the dataset cannot be exported."""
     yield from source.needs("post", "q", covariance=True)
-    yield from source.needs_one_shape()
+    yield from source.needs_one_shape("num_k_heads", "head_dim")
     yield from source.needs_all_layers()
     yield from source.needs_all_heads("q")
     yield from source.needs_no_bias()

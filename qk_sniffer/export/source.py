@@ -100,12 +100,11 @@ class Source:
         elif covariance and not self.settings.covariance:
             yield "it has variances without covariances: capture with capture.statistics.covariance=true"
 
-    def needs_one_shape(self) -> Iterator[str]:
-        """Yields the problem of layers whose heads differ in number or size."""
-        shapes = {tuple(layer[name] for name in self.shape) for layer in self.layers}
-        if len(shapes) > 1:
-            found = ", ".join(f"{q} query and {k} key heads of {d} numbers" for q, k, d in sorted(shapes))
-            yield f"its layers differ ({found}), and the format has one shape for all layers"
+    def needs_one_shape(self, *names: str) -> Iterator[str]:
+        """Yields the problem of layers that differ in one of `names`: num_q_heads, num_k_heads, head_dim."""
+        for name in names:
+            if len(found := sorted({layer[name] for layer in self.layers})) > 1:
+                yield f"its layers differ in {name} ({', '.join(map(str, found))}), and the format has one for all"
 
     def needs_all_layers(self) -> Iterator[str]:
         """Yields the problem of layers without vectors: not captured, or without attention."""

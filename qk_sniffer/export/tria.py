@@ -28,7 +28,7 @@ _CLOSE = 1e-5
 def problems(source: Source) -> Iterator[str]:
     """Yields the reasons why the dataset cannot be exported. Layers and heads may be missing."""
     yield from source.needs("pre", "q")
-    yield from source.needs_one_shape()
+    yield from source.needs_one_shape("num_q_heads", "num_k_heads", "head_dim")
     yield from source.needs_no_bias()
     found = [*source.needs_whole_rotation()]
     yield from found

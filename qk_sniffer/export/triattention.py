@@ -15,7 +15,7 @@ from qk_sniffer.export.source import Source
 def problems(source: Source) -> Iterator[str]:
     """Yields the reasons why the dataset cannot be exported. Layers and heads may be missing."""
     yield from source.needs("pre", "q")
-    yield from source.needs_one_shape()
+    yield from source.needs_one_shape("head_dim")
     yield from source.needs_whole_rotation()
     yield from source.needs_no_bias()
 

@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from qk_sniffer.dataset.reader import Dataset, open_dataset
-from qk_sniffer.errors import ConfigError, StoreError
-from qk_sniffer.export.formats import FORMATS
+from qk_sniffer.errors import StoreError
+from qk_sniffer.export.formats import format_named
 from qk_sniffer.export.source import Source
 from qk_sniffer.store import disk
-from qk_sniffer.text import closest, did_you_mean
 
 PROVENANCE = "provenance.json"
 
@@ -37,10 +36,7 @@ def export(
             written.
         HubError: a file of the dataset cannot be fetched.
     """
-    if format not in FORMATS:
-        near = did_you_mean(closest(format, list(FORMATS)))
-        raise ConfigError([f"format is {format!r}{near}; valid: {', '.join(FORMATS)}"])
-    chosen = FORMATS[format]
+    chosen = format_named(format)
     opened = dataset if isinstance(dataset, Dataset) else open_dataset(dataset)
     target = Path(path).expanduser() if path is not None else opened.beside(chosen.suffix)
     if not overwrite and disk.type_of(target) is not None:

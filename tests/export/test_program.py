@@ -43,7 +43,7 @@ def test_the_program_writes_and_names_the_file(root: Path, tmp_path: Path, capsy
 
 
 def test_wrong_settings(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert called(f"data_root={root}", "format=triatention") == 2
+    assert called(f"data_root={tmp_path}/nowhere", "format=triatention") == 2
     assert "format is 'triatention', did you mean triattention" in capsys.readouterr().err
     assert called("format=tria") == 2
     assert "data_root is not given" in capsys.readouterr().err

@@ -95,10 +95,7 @@ def test_other_rotations_are_refused(
     [
         ({"position_bias": True}, "layers 2 add a bias by position"),
         ({"rotation": "not recorded: it is odd"}, "layers 2 have a rotation that is not recorded: it is odd"),
-        (
-            {"num_q_heads": 6, "key_head": [0, 0, 0, 1, 1, 1]},
-            "its layers differ .4 query and 2 key heads of 16 numbers",
-        ),
+        ({"head_dim": 8}, r"its layers differ in head_dim \(8, 16\), .*\n.* layers 2 rotate 16 of 8 components"),
     ],
 )
 def test_layers_that_it_cannot_express_are_refused(

@@ -1,6 +1,6 @@
 """Reads JSON files: an object a line, or a whole document. Values keep the types that they have in the file.
 
-A document is a list of objects or of texts, or one object after another. It is read piece by piece.
+A document is one list of texts, or objects one after another, in lists or not. It is read piece by piece.
 """
 
 import json
@@ -133,14 +133,23 @@ def _of_lines(text: TextIO, first: str, number: int) -> Iterator[tuple[Any, int]
 
 
 def _of_document(cursor: "_Cursor") -> Iterator[tuple[Any, int]]:
+    values, holds_text = 0, False
     while sign := cursor.sign():
+        values += 1
+        if values > 1 and holds_text:  # a list a line, whose texts are the columns of a row
+            raise FormatError(
+                f"JSON parse error: line {cursor.line} holds a further value after a list of texts. A row of several "
+                'columns is an object, such as {"id": ..., "text": ...}'
+            )
         if sign != "[":
             yield cursor.value()
             continue
         cursor.skip()
         sign = cursor.sign()
         while sign != "]":
-            yield cursor.value()
+            value, line = cursor.value()
+            holds_text = holds_text or isinstance(value, str)
+            yield value, line
             sign = cursor.sign()
             if sign == ",":
                 cursor.skip()

@@ -180,6 +180,8 @@ def test_json_documents(tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPat
         ('[{"text": "a"},\n{"text": oops}, {"text": "' + "b" * 100 + '"}]', 2),
         ('{"text": "a"}\n[1]\n', 2),
         ("[1, 2]", 1),
+        ('["id 1", "a"]\n["id 2", "b"]\n', 2),
+        ('["a",\n"b"]\n\n{"text": "c"}\n', 4),
         ('{"text": "a", "n": ' + "9" * 5_000 + "}\n", 1),
         ('{"text": "a", "n": ' + "[" * 100_000 + "]" * 100_000 + "}\n", 1),
         ('{"text": "a"}\n{"text": "\\ud83d"}\n', 2),

@@ -215,7 +215,16 @@ def test_the_small_programs_run_on_the_demo(
     assert "pydoc-tiny-pydoc" in capsys.readouterr().out
 
 
-@pytest.mark.usefixtures("at_readers", "demo")
+@pytest.fixture(scope="module")
+def statistics(reader: Path) -> None:
+    """The dataset of the README's command that makes statistics, in the reader's folder, over few tokens."""
+    (command,) = [each for each in JOBS if "output.data_root=outputs/statistics" in each.text]
+    with chdir(reader):
+        (job,) = jobs_of([*command.words(), *SMALL])
+        run_job(job.config)
+
+
+@pytest.mark.usefixtures("at_readers", "demo", "statistics")
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "python"], ids=str)
 def test_python(block: Block) -> None:
     if block.page in PYTHON_RUN_ELSEWHERE:

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
+from math import ceil
 
 from qk_sniffer.backbone.attention_check import AttentionCheck
 from qk_sniffer.capture.capture import BatchPlan, Capture
@@ -22,7 +23,7 @@ from qk_sniffer.jobs.start import Start
 from qk_sniffer.logs import logger
 from qk_sniffer.resolved import ResolvedConfig
 from qk_sniffer.store.claim import Claim
-from qk_sniffer.store.disk import ensure_space, required_bytes
+from qk_sniffer.store.disk import ensure_space, required_bytes, required_statistics_bytes
 from qk_sniffer.store.journal import Journal
 from qk_sniffer.store.journal_writer import JournalWriter
 from qk_sniffer.store.layout import KINDS, Layout
@@ -83,7 +84,7 @@ def capture_examples(
     try:
         first = list(islice(windows, 1))
         if first:
-            _check_space(config, layout, start, components, sampler, first[0].lengths, journal)
+            _check_space(config, layout, start, components, sampler, first[0], journal)
         with JournalWriter(
             journal,
             queue_bytes=inference.queue_mb * 2**20,
@@ -102,8 +103,7 @@ def capture_examples(
                 attention=None if config.verify.examples == 0 else _attention_check(components),
                 moments=_moments(config, components),
             )
-            group_flops = GROUP * components.cost.few if config.capture.statistics.enabled else 0.0
-            batches = _grouped(chain(first, windows), components.cost, group_flops)
+            batches = _grouped(chain(first, windows), components.cost, _group_flops(config, components))
             logged: dict[str, float] = {}
             with ahead(_plans(capture, batches, in_thread)) as plans:
                 for plan in plans:
@@ -175,6 +175,11 @@ def _moments(config: ResolvedConfig, components: Components) -> Moments | None:
     return Moments(config.capture.statistics, heads, pairs)
 
 
+def _group_flops(config: ResolvedConfig, components: Components) -> float:
+    """The fewest operations of a group; without statistics, every batch is one."""
+    return GROUP * components.cost.few if config.capture.statistics.enabled else 0.0
+
+
 def _grouped(windows: Iterable[Window], cost: ForwardCost, flops: float) -> Iterator[tuple[Sequence[Tokens], bool]]:
     """Yields each batch, and whether it is the last one of its group.
 
@@ -217,15 +222,16 @@ def _check_space(
     start: Start,
     components: Components,
     sampler: Sampler,
-    lengths: Sequence[int],
+    window: Window,
     journal: Journal,
 ) -> None:
     """Checks the disk for the whole job, as if all examples were as long as those of the first window.
 
+
     Raises:
         StoreError: there is not enough space.
     """
-    wanted = source_rows(config, start.corpus)
+    wanted, lengths = source_rows(config, start.corpus), window.lengths
     if wanted is None or not lengths:
         return
     heads: Counter[str] = Counter()
@@ -234,9 +240,20 @@ def _check_space(
     rows_per_example = {
         kind: sum(sampler.expected_rows(kind, length) for length in lengths) / len(lengths) for kind in KINDS
     }
-    rows = sum(heads[kind] * rows_per_example[kind] for kind in KINDS) * (wanted - start.rows_before)
+    examples = wanted - start.rows_before
+    rows = sum(heads[kind] * rows_per_example[kind] for kind in KINDS) * examples
     head_dim = max(layer.heads.head_dim for layer in components.layers)
     required = required_bytes(int(rows), head_dim, components.backbone.dtype.itemsize)
+    statistics, hint = config.capture.statistics, ""
+    if statistics.enabled:
+        groups = sum(is_last for _, is_last in _grouped([window], components.cost, _group_flops(config, components)))
+        required += required_statistics_bytes(
+            heads.total() * len(statistics.stages),
+            head_dim,
+            ceil(groups * examples / sum(map(len, window.batches))),
+            covariance=statistics.covariance,
+        )
+        hint = ", or capture.statistics.covariance=false" if statistics.covariance else ""
     in_journal = sum(path.stat().st_size for path in journal.segments)
     copied = 0 if start.base is None else sum(file["bytes"] for file in start.base.manifest["files"].values())
-    ensure_space(layout.root, required + copied - in_journal)
+    ensure_space(layout.root, required + copied - in_journal, hint=hint)

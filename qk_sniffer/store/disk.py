@@ -218,8 +218,19 @@ def required_bytes(num_vectors: int, head_dim: int, itemsize: int) -> int:
     return int(1.1 * (1 + PARQUET_SHARE * (1.2 if itemsize > 2 else 1.0)) * journal)
 
 
-def ensure_space(root: Path, required: int) -> None:
+def required_statistics_bytes(num_heads: int, head_dim: int, groups: int, *, covariance: bool) -> int:
+    """Returns the bytes on disk of the statistics of `num_heads` heads, counted once for each stage.
+
+    Counts the dataset's and those of `groups` groups of batches in the journal, because both exist during compaction.
+    """
+    of_head = 4 * (head_dim**2 if covariance else head_dim) + 24 * head_dim + 64
+    return int(1.1 * num_heads * of_head * (groups + 1))
+
+
+def ensure_space(root: Path, required: int, *, hint: str = "") -> None:
     """Checks that `required` bytes are free on the disk of `root`, which need not exist yet.
+
+    `hint` ends the ways out of the error.
 
     Raises:
         StoreError: less is free. The error gives both figures.
@@ -228,9 +239,10 @@ def ensure_space(root: Path, required: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < required:
         raise StoreError(
-            f"not enough disk space at {root}: about {_gigabytes(required)} are needed (journal and Parquet "
+            f"not enough disk space at {root}: about {_gigabytes(required)} are needed (journal and dataset "
             f"together) and {_gigabytes(free)} are free. Choose another output.data_root, fewer examples "
             "(dataset.max_samples), fewer heads (capture.head_sampling.count) or a lower sampler.base_rate"
+            f"{hint}"
         )
 
 

@@ -2,6 +2,7 @@
 
 <root>/l00h00q/data.parquet     one folder a head
 <root>/examples/data.parquet    the examples that the rows come from
+<root>/statistics/layer-00.safetensors  with capture.statistics: the heads of a layer over all tokens, one file a layer
 <root>/README.md                the card
 <root>/manifest.json            written last: a root without it is incomplete
 <root>/pictures/*.png           optional figures of the vectors; the card shows them on the Hub

@@ -160,6 +160,31 @@ def test_a_lost_segment_costs_its_group_alone(
     assert hashes(run(checkpoint, texts, root, **values)) == whole
 
 
+@pytest.mark.parametrize("covariance", [True, False])
+def test_the_disk_is_checked_for_them_before_the_first_forward(
+    covariance: bool, checkpoint: Path, texts: Path, tmp_path: Path, small_groups: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    required: list[int] = []
+
+    def ensure_space(root: Path, size: int, *, hint: str = "") -> None:
+        required.append(size)
+        assert bool(hint) == covariance
+
+    monkeypatch.setattr(capture_examples, "ensure_space", ensure_space)
+    values: dict[str, Any] = {
+        "capture": asked(["pre", "post"], covariance=covariance),
+        "sampler": {"type": "none"},
+        "inference": {"batch_size": 2, "lookahead": 12},
+    }
+    root = tmp_path / "out"
+    captured_only(checkpoint, texts, root, monkeypatch, **values)
+    in_journal = sum(path.stat().st_size for path in (root / ".qk_sniffer" / "journal").rglob("*.safetensors"))
+    names = 8 * 2 * 2 * 3 * 100 * len([*(root / ".qk_sniffer" / "journal").rglob("*.safetensors")])
+    run(checkpoint, texts, root, **values)
+    used = in_journal + sum(path.stat().st_size for path in (root / "statistics").iterdir())
+    assert used - names < required[0] < 1.5 * used
+
+
 def test_batches_and_shards_change_only_rounding(checkpoint: Path, texts: Path, tmp_path: Path) -> None:
     sampler = {"type": "none"}
     one = qk_sniffer.open_dataset(run(checkpoint, texts, tmp_path / "one", sampler=sampler, capture=asked()))

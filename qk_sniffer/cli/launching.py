@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 
 import qk_sniffer
 from qk_sniffer.cli.queue_watch import QueueWatch
-from qk_sniffer.errors import QkSnifferError
+from qk_sniffer.errors import QkSnifferError, StoreError
 from qk_sniffer.jobs import sweep
 from qk_sniffer.jobs.sweep import PlannedJob
 from qk_sniffer.store.disk import explained
@@ -138,7 +138,16 @@ def is_plain_sweep(hydra: DictConfig) -> bool:
 
 
 def use_snapshot(folder: Path) -> None:
-    """Copies this package into `folder`, and makes new processes import it from there."""
+    """Copies this package into `folder`, and makes new processes import it from there.
+
+    Raises:
+        StoreError: a path with this name would be two paths.
+    """
+    if os.pathsep in f"{folder}{Path.cwd()}":
+        raise StoreError(
+            f"the code cannot be copied to {folder}: Python takes the character {os.pathsep!r} in it or in the current "
+            f"folder, {Path.cwd()}, for the end of a path. Start in another folder, or set snapshot=false"
+        )
     package = Path(qk_sniffer.__file__).parent
     ignored = shutil.ignore_patterns("__pycache__")
     shutil.copytree(package, folder / package.name, ignore=ignored, dirs_exist_ok=True)

@@ -21,7 +21,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from qk_sniffer.cli import slurm_limits
+from qk_sniffer.cli import slurm_limits, slurm_script
 from qk_sniffer.cli.application import Application
 from qk_sniffer.cli.explain import explain, replace_unresolved
 from qk_sniffer.cli.flags import initialized
@@ -247,6 +247,7 @@ def _launcher_problems(name: str, config: DictConfig, *, is_sweep: bool) -> Iter
         if shutil.which("srun") is None:
             yield f"hydra/launcher={name}: this machine has no commands of SLURM (srun); start from a login node"
         else:
+            yield from slurm_script.problems(config.hydra)
             yield from slurm_limits.problems(config.hydra.launcher)
 
 

@@ -165,7 +165,7 @@ def parse_minutes(limit: str) -> float | None:
     """
     if limit.lower() in ("infinite", "unlimited", "-1"):
         return math.inf
-    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", limit)
+    match = re.fullmatch(r"(?:(\d{1,9})-)?(\d{1,9})(?::(\d{1,9}))?(?::(\d{1,9}))?", limit)
     if match is None:
         return None
     days, first, second, third = (int(part or 0) for part in match.groups())
@@ -217,7 +217,7 @@ def _code(reason: str) -> str:
 
 def _number(text: str, least: int = 1) -> int | None:
     """The number that begins `text`; None below `least`: sinfo shows such a number for a value that is not known."""
-    match = re.match(r"\d+", text)
+    match = re.match(r"\d{1,18}(?!\d)", text)
     number = int(match[0]) if match else 0
     return number if number >= least else None
 
@@ -226,7 +226,7 @@ def _gpus(gres: str) -> int | None:
     """The number of GPUs in a node's generic resources: `gpu:a100:4(S:0-1),nvme:1`."""
     if gres in ("", "(null)"):
         return 0
-    counts: Sequence[str] = re.findall(r"(?:^|,)gpu(?::[^:,()]+)*?:(\d+)(?=[,(]|$)", gres)
+    counts: Sequence[str] = re.findall(r"(?:^|,)gpu(?::[^:,()]+)*?:(\d{1,9})(?=[,(]|$)", gres)
     return sum(map(int, counts)) if counts or "gpu" not in gres else None
 
 

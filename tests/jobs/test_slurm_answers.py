@@ -34,6 +34,8 @@ def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Commands:
         ("n/a", None),
         ("", None),
         ("soon", None),
+        ("9" * 5000, None),
+        ("1-" + "9" * 5000, None),
     ],
 )
 def test_time_limits(text: str, minutes: float | None) -> None:
@@ -59,6 +61,7 @@ def test_a_partition_with_several_kinds_of_nodes_has_the_limits_of_the_largest()
     ("line", "partition"),
     [
         ("a|up|n/a|0|(null)|0", Partition("a", False, "up", None, None, 0, None)),
+        (f"a|up|{'9' * 5000}|{'9' * 5000}|gpu:{'9' * 5000}|{'9' * 5000}", Partition("a", False, "up", *[None] * 4)),
         ("a|up|infinite|16|gpu|1", Partition("a", False, "up", math.inf, 16, None, None)),
         (
             "a|up|infinite|16|nic:4,gpu:1g.5gb:7(S:0,2)|2000+",

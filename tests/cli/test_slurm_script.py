@@ -1,0 +1,74 @@
+"""What would be a command in the script of a job on SLURM, or a pattern in a path, is refused."""
+
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+from submitit.slurm.slurm import _make_sbatch_string
+
+from qk_sniffer.cli import launching, slurm_script
+from qk_sniffer.errors import StoreError
+
+
+def problems(folder: str = "outputs/.sweeps/1", **launcher: Any) -> list[str]:
+    own = {"submitit_folder": "${hydra.sweep.dir}/.submitit/%j", "setup": ["module load a\nmodule load b"]}
+    whole = OmegaConf.create({"hydra": {"sweep": {"dir": folder}, "launcher": own | launcher}})
+    return list(slurm_script.problems(whole.hydra))
+
+
+def test_usual_settings_are_submitted() -> None:
+    assert problems() == problems("/a b/it's-\u00e9", comment="a 'b' \"c\" $d", additional_parameters={"x": 1}) == []
+
+
+def test_a_line_break_would_be_a_command(tmp_path: Path) -> None:
+    folder = tmp_path / "a\ntouch made #"
+    script = _make_sbatch_string("true", folder, use_srun=False)
+    subprocess.run(["bash"], input=script, text=True, cwd=tmp_path, stderr=subprocess.DEVNULL)
+    assert (tmp_path / "made").exists(), "submitit writes safe scripts by now: this check is not needed any more"
+    (problem,) = problems(str(folder))
+    assert "has the character '\\n' in its path" in problem and "hydra.sweep.dir" in problem
+
+
+@pytest.mark.parametrize("character", ["%", "\\", "\r", "\x1b"])
+def test_a_folder_that_slurm_takes_otherwise(character: str) -> None:
+    (problem,) = problems(f"/x/50{character}a")
+    assert f"has the character {character!r} in its path" in problem
+
+
+def test_the_current_folder_is_a_part_of_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "100%"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    assert "has the character '%'" in problems()[0]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("comment", "a\ntouch made"),
+        ("name", "a\rb"),
+        ("additional_parameters", {"mail-user": "a\nb"}),
+        ("additional_parameters", {"a\nb": 1}),
+        ("srun_args", ["a", "b\n"]),
+    ],
+)
+def test_a_setting_of_several_lines(key: str, value: Any) -> None:
+    (problem,) = problems(**{key: value})
+    assert problem.startswith(f"hydra.launcher.{key} has a line break")
+
+
+@pytest.mark.parametrize("place", ["folder", "current"])
+def test_code_is_not_copied_to_where_python_does_not_find_it(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    odd = tmp_path / f"a{os.pathsep}b"
+    odd.mkdir()
+    before = os.environ.get("PYTHONPATH")
+    if place == "current":
+        monkeypatch.chdir(odd)
+    with pytest.raises(StoreError, match=r"the code cannot be copied to .*snapshot=false"):
+        launching.use_snapshot((odd if place == "folder" else tmp_path) / "code")
+    assert os.environ.get("PYTHONPATH") == before and not [*tmp_path.rglob("code")]

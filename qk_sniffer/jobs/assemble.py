@@ -229,8 +229,7 @@ def _remove_staged(layout: Layout, claim: Claim) -> None:
     """Removes a staged version of another job. The job's own is promoted before a job stages another one."""
     staged = staged_manifest(layout)
     if staged is not None and staged.get("job_id") != claim.job_id:
-        claim.check()
-        remove(layout.staging.root)
+        remove(layout.staging.root, claim.check)
 
 
 def mark_done(
@@ -276,8 +275,7 @@ def remove_unreadable_marks(layout: Layout, shard_count: int, claim: Claim) -> N
             read_mark(layout, index, shard_count, claim.job_id)
         except UnreadableError as error:
             log.warning("%s is removed: it %s", layout.shard_done(index, shard_count), error.problem)
-            claim.check()
-            remove(layout.shard_done(index, shard_count))
+            remove(layout.shard_done(index, shard_count), claim.check)
 
 
 def finish_interrupted_promotion(layout: Layout, *, overwrite: bool = False) -> bool:
@@ -300,8 +298,7 @@ def finish_interrupted_promotion(layout: Layout, *, overwrite: bool = False) -> 
             if not overwrite:
                 raise
             log.warning("the staged version of the dataset is not promoted, and removed: %s", error)
-            lock.check()
-            remove(layout.staging.root)
+            remove(layout.staging.root, lock.check)
             return False
 
 

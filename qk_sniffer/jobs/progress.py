@@ -88,6 +88,7 @@ class Progress:
             self._check()
             with create(temporary) as file:
                 file.write(encode(facts))
+            self._check()
             temporary.replace(self._file)
 
 

@@ -105,8 +105,8 @@ def compact(
     )
     added, records = records, old + records
     with explained(layout.staging.root, "write"):
+        remove(layout.staging.root, check)
         check()
-        remove(layout.staging.root)
         layout.staging.root.mkdir(parents=True)
         files = {EXAMPLES: _write_examples(layout.staging, records)}
         buckets: dict[str, Counter[int]] = {}

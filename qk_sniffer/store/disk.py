@@ -119,13 +119,19 @@ def walk(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
         waiting.extend(path / name for name in reversed(folders))
 
 
-def remove(path: Path) -> None:
-    """Removes what is at `path`, if there is anything: a folder with its content, or a link and not its target."""
+def remove(path: Path, check: Check = unchecked) -> None:
+    """Removes what is at `path`, if there is anything: a folder with its content, or a link and not its target.
+
+    `check` is called before anything is removed, and when a folder is open: what is removed from then on is of the
+    folder that was at `path` during the check, although another one may take its place.
+    """
+    check()
     if type_of(path) != "folder":
         path.unlink(missing_ok=True)
         return
     descriptor = _open_folder(path)
     try:
+        check()
         while names := _names(descriptor):
             for name in names:
                 _remove_entry(name, descriptor)

@@ -124,8 +124,7 @@ class Journal:
             check()
             make_folder(self.folder)
             for path in (*self._unused, *self.folder.glob("*.tmp")):
-                check()
-                remove(path)
+                remove(path, check)
         self._unused.clear()
         self.damaged.clear()
         self.foreign.clear()

@@ -116,8 +116,7 @@ def discard_work(layout: Layout, own_lock: Path, *, check: Check = unchecked) ->
             running.enter_context(hold(lock, "working in the folder that this job replaces", replace=True))
         for path in _listed(layout.work):
             if path.suffix != ".lock" and path not in (layout.job_file, layout.staging.root):
-                check()
-                remove(path)
+                remove(path, check)
         remove_work(layout, check)
 
 
@@ -137,19 +136,14 @@ def remove_leftovers(layout: Layout, own_lock: Path) -> None:
 
 def remove_work(layout: Layout, check: Check = unchecked) -> None:
     """Removes the work state except for the locks, which their holders remove. The staging goes last."""
-    check()
-    remove(layout.journal_folder)
+    remove(layout.journal_folder, check)
     for path in _listed(layout.work):
         if path.suffix in (".done", ".progress", ".tmp"):
-            check()
-            remove(path)
-    check()
-    remove(layout.job_file)
+            remove(path, check)
+    remove(layout.job_file, check)
     if type_of(layout.staging.root) == "folder":  # not through a link
         # The manifest goes first: without it the staging is not whole, and no job promotes it.
-        check()
-        remove(layout.staging.manifest)
-    check()
-    remove(layout.staging.root)
+        remove(layout.staging.manifest, check)
+    remove(layout.staging.root, check)
     with suppress(OSError):  # it may contain locks
         layout.work.rmdir()

@@ -2,13 +2,17 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
+import pytest
 from support.surroundings import deepen
 
 from qk_sniffer.config import DatasetConfig
 from qk_sniffer.corpus.examples import open_corpus
+from qk_sniffer.errors import StoreError
 from qk_sniffer.jobs import sweep
 from qk_sniffer.jobs.status import look
+from qk_sniffer.store import disk
 from qk_sniffer.store.disk import remove, walk
 
 
@@ -53,3 +57,26 @@ def test_a_deep_folder_of_someone_else_hides_nothing_and_is_no_error(tmp_path: P
         assert folders[0] == deep and len(folders) > 600, "those whose path is not too long"
     finally:
         remove(deep)
+
+
+def test_a_folder_that_takes_the_place_of_a_removed_one_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, other = tmp_path / "folder", tmp_path / "other"
+    for each in (folder, other):
+        (each / "inner").mkdir(parents=True)
+        (each / "inner" / "file").write_text(each.name)
+    real = disk._open_folder
+
+    def check() -> None:
+        if (folder / "inner" / "file").read_text() != "folder":
+            raise StoreError("replaced")
+
+    def open_another(*arguments: Any) -> int:
+        monkeypatch.undo()
+        folder.rename(tmp_path / "away")
+        other.rename(folder)
+        return real(*arguments)
+
+    monkeypatch.setattr(disk, "_open_folder", open_another)
+    with pytest.raises(StoreError, match="replaced"):
+        remove(folder, check)
+    assert (folder / "inner" / "file").exists() and (tmp_path / "away" / "inner" / "file").exists()

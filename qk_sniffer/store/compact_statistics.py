@@ -56,10 +56,13 @@ def compact_statistics(
         for head in sorted((head for head in heads if head.layer == layer), key=lambda head: head.row):
             of_layer.setdefault(head.kind, []).append(head)
         keys = [PartKey(layer, kind, stage) for kind in of_layer for stage in config.stages]
+        whole = {key: _moment_shape(of_layer[key.kind], covariance=config.covariance) for key in keys}
+        _check_shapes(places, whole)
         merged: dict[PartKey, Part] = {}
-        for key, part in chain(_of_previous(previous, keys), _of_segments(places, keys)):
-            if not _fits(part, merged.get(key), len(of_layer[key.kind]), of_layer[key.kind][0].head_dim, config):
-                raise _wrong(key, "are of other heads or have other shapes than those of the job")
+        for key, part in chain(_of_previous(previous, keys, of_layer), _of_segments(places, keys)):
+            other = key in merged and merged[key].modulus.shape != part.modulus.shape
+            if other or part.moment.shape != whole[key]:
+                raise _wrong(key, _OTHER)
             merged[key] = merged[key].merged(part) if key in merged else part
         found: dict[tuple[str, str], Statistics] = {}
         for key in keys:
@@ -68,7 +71,7 @@ def compact_statistics(
             part, of_kind = merged[key], of_layer[key.kind]
             pairs = paired(rotations.get(layer), part.modulus.shape[1])
             if max(chain(*(pairs or ())), default=0) >= of_kind[0].head_dim:
-                raise _wrong(key, "have more rotary frequencies than a head")
+                raise _wrong(key, _TOO_MANY)
             found[key.kind, key.stage] = Statistics.of([head.head for head in of_kind], part, pairs)
             for head, number in zip(of_kind, part.nonfinite.tolist(), strict=True):
                 if number:
@@ -81,11 +84,32 @@ def compact_statistics(
     return files, nonfinite
 
 
-def _fits(part: Part, earlier: Part | None, num_heads: int, d: int, config: StatisticsConfig) -> bool:
-    """Whether a part is one of `num_heads` heads of `d` numbers, and merges with an earlier one."""
-    whole = (d, d) if config.covariance else (d,)
-    is_like = earlier is None or earlier.modulus.shape == part.modulus.shape
-    return part.moment.shape == (num_heads, *whole) and part.modulus.shape[0] == num_heads and is_like
+_OTHER = "are of other heads or have other shapes than those of the job"
+_TOO_MANY = "have more rotary frequencies than a head"
+
+
+def _moment_shape(heads: Sequence[Head], *, covariance: bool) -> tuple[int, ...]:
+    d = heads[0].head_dim
+    return (len(heads), d, d) if covariance else (len(heads), d)
+
+
+def _check_shapes(places: Iterable[tuple[Path, Places]], whole: Mapping[PartKey, tuple[int, ...]]) -> None:
+    """Checks, before any array is read, that the parts of the segments have the shapes of the job.
+
+    `whole` has the shape of the moments of each key.
+
+    Raises:
+        StoreError: a part has others, which may be of any size.
+    """
+    for _, of_path in places:
+        for key, shape in whole.items():
+            part = of_path.get(key)
+            if part is None:
+                continue
+            if part["moment"].shape != shape:
+                raise _wrong(key, _OTHER)
+            if 2 * part["modulus"].shape[1] > shape[1]:
+                raise _wrong(key, _TOO_MANY)
 
 
 def _wrong(key: PartKey, what: str) -> StoreError:
@@ -99,13 +123,21 @@ def _places(path: Path) -> Places:
         raise _damaged(path, error) from error
 
 
-def _of_previous(previous: PreviousVersion | None, keys: Iterable[PartKey]) -> Iterator[tuple[PartKey, Part]]:
+def _of_previous(
+    previous: PreviousVersion | None, keys: Iterable[PartKey], heads: Mapping[str, Sequence[Head]]
+) -> Iterator[tuple[PartKey, Part]]:
+    """Yields the parts of the previous version; `heads` are those of the layer by kind."""
     if previous is None:
         return
     for key in keys:
         found = previous.statistics(key)
-        if found is not None:
-            yield key, found.part()
+        if found is None:
+            continue
+        if found.heads.tolist() != [head.head for head in heads[key.kind]]:
+            raise _wrong(key, _OTHER)
+        if min(found.count.min(), found.nonfinite.min()) < 0:
+            raise _wrong(key, "have a negative count")
+        yield key, found.part()
 
 
 def _of_segments(places: Sequence[tuple[Path, Places]], keys: Sequence[PartKey]) -> Iterator[tuple[PartKey, Part]]:

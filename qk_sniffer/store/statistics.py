@@ -153,6 +153,8 @@ def _is_part(places: Mapping[str, Place]) -> bool:
     if {name: place.dtype for name, place in places.items()} != _TYPES or len(places["mean"].shape) != 2:
         return False
     heads, d = places["mean"].shape
+    if min(heads, d) < 1:  # arrays without numbers may claim any size
+        return False
     shapes = {name: place.shape for name, place in places.items()}
     moment, modulus = shapes.pop("moment"), shapes.pop("modulus")
     expected = {"count": (heads,), "nonfinite": (heads,), "norm": (heads, 2)}

@@ -106,6 +106,8 @@ def _shape_problem(listed: Mapping[str, Array]) -> str | None:
     if len(listed["mean"].shape) != 2:
         return "mean has another shape"
     heads, d = listed["mean"].shape
+    if min(heads, d) < 1:  # arrays without numbers may claim any size
+        return "mean is empty"
     if ("frequency_pairs" in listed) != ("frequency_modulus" in listed):
         return "frequency_pairs and frequency_modulus belong together"
     f = listed["frequency_pairs"].shape[0] if "frequency_pairs" in listed and listed["frequency_pairs"].shape else 0

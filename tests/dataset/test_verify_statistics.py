@@ -12,6 +12,9 @@ from support.hub_cases import copied
 from support.jobs import TEXTS, run
 from support.verify_cases import edit, flip, restate, verified, wrong
 
+from qk_sniffer import open_dataset
+from qk_sniffer.errors import StoreError
+
 LAYER_1 = "statistics/layer-01.safetensors"
 TOKENS = sum(max(0, len(text) - 3) for text in TEXTS)
 
@@ -222,3 +225,20 @@ def test_the_tokens_in_the_manifest_are_those_of_the_examples(root: Path) -> Non
     edit(root, lambda manifest: manifest["statistics"].update(tokens=TOKENS - 1))
     found = wrong(verified(root))
     assert f"{TOKENS - 1:,} instead of {TOKENS:,}" in found["statistics"]
+
+
+@pytest.mark.parametrize("d", [0, 1 << 20, 1 << 40])
+def test_arrays_without_numbers_that_claim_any_size(d: int, root: Path) -> None:
+    shapes = {name: [0, d] for name in ("mean", "variance", "minimum", "maximum")} | {"covariance": [0, d, d]}
+    shapes |= {name: [0] for name in ("heads", "count", "nonfinite", "norm_mean", "norm_variance")}
+    whole = ("heads", "count", "nonfinite")
+    header = {
+        f"q.post.{name}": {"dtype": "I64" if name in whole else "F32", "shape": shape, "data_offsets": [0, 0]}
+        for name, shape in shapes.items()
+    }
+    data = json.dumps(header).encode()
+    (root / LAYER_1).write_bytes(len(data).to_bytes(8, "little") + data)
+    restate(root)
+    with pytest.raises(StoreError, match=r"contradicts itself \(q\.post\.mean is empty\)"):
+        open_dataset(root).statistics(1, "q", "post")
+    assert "mean is empty" in wrong(verified(root))["statistics"]

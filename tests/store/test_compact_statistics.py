@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -158,3 +159,71 @@ def test_a_segment_with_counts_that_cannot_be_is_damaged(number: int, tmp_path: 
     journal = written(tmp_path / "journal", change)
     assert len(journal.damaged) == 1 and len(journal.records) == 6
     assert len(journal.statistics) == 1
+
+
+def empty(shape: tuple[int, ...]) -> Callable[[int, Parts], object]:
+    """Returns a change to a part without numbers, whose arrays claim any size."""
+
+    def change(group: int, parts: Parts) -> None:
+        if group == 1:
+            nothing, vectors = np.zeros(0, np.int64), np.broadcast_to(np.zeros(()), (0, shape[-1]))
+            parts[KEYS[0]] = Part(
+                nothing, nothing, vectors, np.empty(shape), vectors, vectors, np.empty((0, 2)), np.empty((0, 0))
+            )
+
+    return change
+
+
+@pytest.mark.parametrize("shape", [(0, 16), (0, 16, 16)])
+def test_a_part_of_no_heads_is_damage(shape: tuple[int, ...], tmp_path: Path) -> None:
+    journal = written(tmp_path / "journal", empty(shape))
+    assert len(journal.damaged) == 1 and len(journal.statistics) == 1
+
+
+@pytest.mark.parametrize("change", [fewer_heads, diagonal, too_many_frequencies])
+def test_parts_of_other_shapes_are_not_read(
+    change: Callable[[int, Parts], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = written(tmp_path / "journal", change)
+    monkeypatch.setattr("qk_sniffer.store.compact_statistics.read_parts", lambda *_: pytest.fail("it is read"))
+    with pytest.raises(StoreError, match=r"have other shapes|more rotary frequencies"):
+        staged(tmp_path / "out", journal)
+
+
+class Earlier:
+    """Gives the statistics of an earlier version, as `PreviousVersion` does."""
+
+    def __init__(self, root: Path, **changes: np.ndarray) -> None:
+        self.root, self.changes = root, changes
+
+    def statistics(self, key: PartKey) -> Statistics | None:
+        path = self.root / f"statistics/layer-{key.layer:02d}.safetensors"
+        found = read_statistics(path, key.kind, key.stage, way_out="")
+        assert found is not None
+        return replace(found, **self.changes) if key == KEYS[0] else found
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, None),
+        ({"heads": np.array([0, 1, 2, 9])}, "are of other heads"),
+        ({"count": np.full(4, -1), "nonfinite": np.full(4, NUM_TOKENS + 1)}, "have a negative count"),
+    ],
+)
+def test_statistics_of_an_earlier_version_that_cannot_be_are_refused(
+    changes: dict[str, np.ndarray], message: str | None, tmp_path: Path
+) -> None:
+    journal = written(tmp_path / "journal")
+    earlier: Any = Earlier(staged(tmp_path / "first", journal), **changes)
+    staging = Layout(tmp_path / "out").staging
+    staging.root.mkdir(parents=True)
+
+    def grow() -> None:
+        compact_statistics(staging, [journal], HEADS, CONFIG, ROTATIONS, num_tokens=2 * NUM_TOKENS, previous=earlier)
+
+    if message is None:
+        grow()
+    else:
+        with pytest.raises(StoreError, match=f"layer 0, kind q, stage pre {message}"):
+            grow()

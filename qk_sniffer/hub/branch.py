@@ -21,7 +21,7 @@ from qk_sniffer.store.stored import LARGE
 from qk_sniffer.text import is_branch_name, shortened
 
 if TYPE_CHECKING:
-    from huggingface_hub import HfApi
+    from huggingface_hub import DryRunFileInfo, HfApi
 
 log = logger(__name__)
 
@@ -56,15 +56,18 @@ class Branch:
             _call(self.repo_id, self.name, lambda api: download(api, self.repo_id, name, self.commit, size=size))
         )
 
-    def refetch(self, name: str) -> Path:
+    def refetch(self, name: str, size: int | None = None) -> Path:
         """Fetches the file again, to replace a damaged copy on this machine.
 
         Raises:
             HubError: the file cannot be fetched.
+            StoreError: it does not have the `size` that the manifest lists.
         """
-        return Path(
-            _call(self.repo_id, self.name, lambda api: download(api, self.repo_id, name, self.commit, force=True))
-        )
+
+        def again(api: "HfApi") -> str:
+            return download(api, self.repo_id, name, self.commit, force=True, size=size)
+
+        return Path(_call(self.repo_id, self.name, again))
 
     def has(self, name: str) -> bool:
         """Whether the file exists. An existing file is fetched.
@@ -205,19 +208,32 @@ def download(
         api.hf_hub_download, repo_id, name, repo_type=REPO_TYPE, revision=revision, force_download=force
     )
     if size is not None or name in (MANIFEST, CARD):  # the sizes of the other files are in the manifest
-        info = fetch(dry_run=True)
-        if info.will_download and size is not None:
-            _check_size(f"{repo_id} at {revision!r}", name, info.file_size, size)
-        elif info.will_download and (info.file_size or 0) > LARGE:
+        there = _size_to_fetch(api, repo_id, name, revision) if force else _missing_size(fetch(dry_run=True))
+        if size is not None:
+            _check_size(f"{repo_id} at {revision!r}", name, there, size)
+        elif (there or 0) > LARGE:
             raise HubError(f"{name} of {repo_id} at {revision!r} is larger than {LARGE >> 20:,} MB: it is not fetched")
     path: str = fetch()
     return path
 
 
+def _missing_size(info: "DryRunFileInfo") -> int | None:
+    """Returns the size of a file that a download would fetch; None if it is on this machine."""
+    return info.file_size if info.will_download else None
+
+
+def _size_to_fetch(api: "HfApi", repo_id: str, name: str, revision: str) -> int | None:
+    """Returns the size of a file on the Hub; a dry run would tell that of the copy on this machine."""
+    from huggingface_hub import hf_hub_url
+
+    url = hf_hub_url(repo_id, name, repo_type=REPO_TYPE, revision=revision, endpoint=api.endpoint)
+    return api.get_hf_file_metadata(url=url).size
+
+
 def _check_size(where: object, name: str, there: int | None, listed: int) -> None:
     """Checks the size of a file before it is fetched: a foreign repository may hold any amount of data.
 
-    `there` is None for a file that does not exist, which the download reports.
+    `there` is None for a file that does not exist, which the download reports, or is on this machine.
     """
     if there is not None and there != listed:
         raise StoreError(

@@ -19,7 +19,7 @@ from qk_sniffer.store.disk import explained, sha256_of, write_atomic
 from qk_sniffer.store.form_types import Commit, Sha256
 from qk_sniffer.store.layout import EXAMPLES, MANIFEST, Layout
 from qk_sniffer.store.parquet_tables import read_examples
-from qk_sniffer.store.stored import Text
+from qk_sniffer.store.stored import Text, UnreadableError
 
 log = logger(__name__)
 
@@ -66,7 +66,9 @@ def guard(layout: Layout, here: Mapping[str, Any], branch: Branch) -> None:
             "publish to another output.hf_branch"
         )
     way_out = "publish to another output.hf_branch, or replace the branch's dataset with output.overwrite=true"
-    theirs = read_examples(branch.path(EXAMPLES, there["files"][EXAMPLES]["bytes"]), there, way_out=way_out)
+    if (entry := there["files"].get(EXAMPLES)) is None:
+        raise UnreadableError(EXAMPLES, f"of {branch} is not listed in manifest.json", way_out)
+    theirs = read_examples(branch.path(EXAMPLES, entry["bytes"]), there, way_out=way_out)
     ours = read_examples(layout.examples, here, way_out=previous.WAY_OUT)
     if not ours.slice(0, len(theirs)).equals(theirs):
         raise StoreError(

@@ -19,8 +19,11 @@ class Files(Protocol):
         If needed, it is fetched. A file that does not have `size` bytes is not.
         """
 
-    def refetch(self, name: str) -> Path:
-        """Returns the path of a file that was damaged; fetches it a second time if it was fetched."""
+    def refetch(self, name: str, size: int | None = None) -> Path:
+        """Returns the path of a file that was damaged; fetches it a second time if it was fetched.
+
+        A file that does not have `size` bytes is not.
+        """
 
     def fetch(self, sizes: Mapping[str, int]) -> None:
         """Fetches several files at once, which `path` would fetch one by one. `sizes` has their bytes by name."""
@@ -43,7 +46,7 @@ class Folder:
         """
         return inside(self.root, name)
 
-    def refetch(self, name: str) -> Path:
+    def refetch(self, name: str, size: int | None = None) -> Path:
         return self.path(name)
 
     def fetch(self, sizes: Mapping[str, int]) -> None:

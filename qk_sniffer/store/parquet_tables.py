@@ -123,7 +123,7 @@ def excess(path: Path, file: pq.ParquetFile, schema: pa.Schema, *, at_once: bool
         return "is missing or damaged (its row groups have another number of rows than it claims)"
     if sum(groups) > MOST_EXPANSION * size:
         return f"claims {metadata.num_rows:,} rows of {in_mb(sum(groups))} in {size:,} bytes"
-    return _too_large(sum(groups) if at_once else max(groups, default=0))
+    return too_large(sum(groups) if at_once else max(groups, default=0))
 
 
 def first_line(error: BaseException) -> str:
@@ -139,7 +139,7 @@ def _read(path: Path, file: pq.ParquetFile, schema: pa.Schema, way_out: str) -> 
     with open_parquet(path, metadata=file.metadata, read_dictionary=texts) as compact:
         table = compact.read(columns=schema.names).select(schema.names)
     for name in texts:
-        if problem := _too_large(sum(map(_text_bytes, table[name].chunks))):
+        if problem := too_large(sum(map(_text_bytes, table[name].chunks))):
             raise UnreadableError(path, problem, way_out)
         place = schema.get_field_index(name)
         table = table.set_column(place, file.schema_arrow.field(name), table[name].cast(pa.string()))
@@ -185,7 +185,8 @@ def _text_bytes(chunk: pa.DictionaryArray) -> int:
     return int(pc.sum(lengths).as_py() or 0)
 
 
-def _too_large(required: int) -> str | None:
+def too_large(required: int) -> str | None:
+    """Returns why rows that take `required` bytes are not read; None if they fit in memory."""
     available = available_memory()
     if required <= available:
         return None

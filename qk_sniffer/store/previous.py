@@ -15,12 +15,18 @@ from qk_sniffer.store.disk import sha256_of
 from qk_sniffer.store.files import Files, difference
 from qk_sniffer.store.journal import ExampleRecord
 from qk_sniffer.store.layout import EXAMPLES, MANIFEST, is_statistics_file, statistics_file
-from qk_sniffer.store.parquet_tables import excess, opened, read_examples
+from qk_sniffer.store.parquet_tables import excess, opened, read_examples, too_large
 from qk_sniffer.store.statistics import PartKey, Statistics
 from qk_sniffer.store.statistics_file import read_statistics
 from qk_sniffer.store.stored import UnreadableError
 
 WAY_OUT = "restore the file, or recreate the dataset with output.overwrite=true"
+
+RECORD_BYTES = 450
+"""The memory of an `ExampleRecord`, without the characters of its texts, which have 60 bytes in all in a usual one."""
+
+_RECORDS_AT_A_TIME = 1 << 16
+"""The examples whose columns are lists of Python at the same time."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,7 @@ class PreviousVersion:
     @property
     def is_there(self) -> bool:
         """Whether the dataset still has the recorded manifest."""
-        return self._found(MANIFEST, self.record["manifest_sha256"]) is not None
+        return self._found(MANIFEST, self.record["manifest_sha256"], None) is not None
 
     def check(self) -> None:
         """Checks that the dataset is the recorded one.
@@ -84,11 +90,20 @@ class PreviousVersion:
         """Returns the examples of the dataset, in the order of the source.
 
         Raises:
-            StoreError: the file is not the one in the manifest, or not the list of its examples.
+            StoreError: the file is not the one in the manifest or not the list of its examples, or the examples do not
+                fit in memory.
         """
-        columns = read_examples(self._checked(EXAMPLES), self.manifest, way_out=WAY_OUT).to_pydict()
-        rows = zip(*columns.values(), strict=True)
-        return [ExampleRecord(**dict(zip(columns, values, strict=True))) for values in rows]
+        path = self._checked(EXAMPLES)
+        table = read_examples(path, self.manifest, way_out=WAY_OUT)
+        # Repeated texts and lengths take few bytes in a file.
+        if problem := too_large(table.nbytes + RECORD_BYTES * table.num_rows):
+            raise UnreadableError(path, problem, WAY_OUT)
+        records = []
+        for batch in table.to_batches(_RECORDS_AT_A_TIME):
+            columns = [column.to_pylist() for column in batch.columns]
+            for values in zip(*columns, strict=True):
+                records.append(ExampleRecord(**dict(zip(table.column_names, values, strict=True))))
+        return records
 
     def statistics(self, key: PartKey) -> Statistics | None:
         """Returns the statistics of a key; None if the dataset has none of this kind and stage.
@@ -127,20 +142,18 @@ class PreviousVersion:
 
     def _checked(self, name: str) -> Path:
         entry = self.manifest["files"].get(name)
-        path = None if entry is None else self._found(name, entry["sha256"])
+        path = None if entry is None else self._found(name, entry["sha256"], entry["bytes"])
         if path is None:
-            raise self._damaged(name)
+            raise StoreError(
+                f"{name} of {self.files} is missing or damaged: it is not the file that manifest.json lists, so "
+                f"nothing can be added to this dataset. {WAY_OUT[0].upper()}{WAY_OUT[1:]}"
+            )
         return path
 
-    def _damaged(self, name: str) -> StoreError:
-        return StoreError(
-            f"{self.files.path(name)} is missing or damaged: it is not the file that manifest.json lists, so "
-            f"nothing can be added to this dataset. {WAY_OUT[0].upper()}{WAY_OUT[1:]}"
-        )
-
-    def _found(self, name: str, sha256: str) -> Path | None:
+    def _found(self, name: str, sha256: str, size: int | None) -> Path | None:
+        """Returns the path of the file with this digest; None if there is none. `size` is in bytes, None if unknown."""
         for get in (self.files.path, self.files.refetch):
-            path = get(name)
+            path = get(name, size)
             if path.is_file() and sha256_of(path) == sha256:
                 return path
         return None

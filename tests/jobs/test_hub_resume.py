@@ -296,3 +296,51 @@ def test_a_list_that_was_not_written_is_written_by_who_resumes(hub: FakeHub, mac
     assert "README.md" not in held(hub, "main")
     machine("second").job(4)
     assert BRANCH in held(hub, "main")["README.md"].decode()
+
+
+def hostile(hub: FakeHub, **changes: bytes) -> dict[str, bytes]:
+    """Replaces files of the branch by name. Returns all of its files."""
+    found = dict(hub.repositories[REPO].files(BRANCH))
+    found |= changes
+    hub.commit(REPO, found, BRANCH)
+    return found
+
+
+def test_a_list_of_examples_of_another_size_is_not_fetched(hub: FakeHub, machine: MakeMachine) -> None:
+    machine("first").job(8)
+    hostile(hub, **{EXAMPLES: held(hub)[EXAMPLES] + bytes(1 << 20)})
+    second = machine("second")
+    start = len(hub.log)
+    with pytest.raises(StoreError, match=r"examples/data\.parquet of .* bytes instead of .*: it is not fetched"):
+        second.job(12)
+    assert not [1 for method, path, _ in hub.log[start:] if method == "GET" and path.endswith(EXAMPLES)]
+    assert not second.root.exists()
+
+
+def test_a_damaged_copy_is_not_replaced_by_a_file_of_another_size(hub: FakeHub, machine: MakeMachine) -> None:
+    machine("first").job(8)
+    second = machine("second")
+    second.job(12, killed=True)
+    (copy,) = second.folder.glob(f"cache/**/snapshots/*/{EXAMPLES}")
+    copy.write_bytes(copy.read_bytes()[:-1])
+    head_ = hub.repositories[REPO].history(BRANCH)[0]
+    head_.files[EXAMPLES] += bytes(1 << 20)  # a Hub that answers otherwise for the same commit
+    with pytest.raises(StoreError, match="it is not fetched"):
+        second.job(12)
+
+
+def test_a_branch_that_lists_no_examples_is_neither_added_to_nor_replaced(hub: FakeHub, machine: MakeMachine) -> None:
+    machine("first").job(8)
+    manifest = json.loads(held(hub)["manifest.json"])
+    del manifest["files"][EXAMPLES]
+    found = hostile(hub, **{"manifest.json": json.dumps(manifest).encode(), EXAMPLES: bytes(1 << 20)})
+    second = machine("second")
+    start = len(hub.log)
+    with pytest.raises(StoreError, match=rf"{EXAMPLES} of .* is missing or damaged"):
+        second.job(12)
+    third = machine("third")
+    third.job(8, output={"hf_repo_id": None, "resume_from_hub": False})
+    with pytest.raises(StoreError, match=rf"{EXAMPLES} of .* is not listed in manifest\.json"):
+        third.job(8)
+    assert not [1 for method, path, _ in hub.log[start:] if method == "GET" and path.endswith(EXAMPLES)]
+    assert hub.repositories[REPO].files(BRANCH) == found

@@ -13,10 +13,10 @@ from support.plasticity_cases import list_in_manifest
 from support.store_cases import Captured, job_facts, make_dataset
 
 from qk_sniffer.errors import StoreError
-from qk_sniffer.store import manifest, promote
+from qk_sniffer.store import manifest, parquet_tables, promote
 from qk_sniffer.store.files import Folder
 from qk_sniffer.store.layout import Layout
-from qk_sniffer.store.previous import PreviousVersion, describe
+from qk_sniffer.store.previous import RECORD_BYTES, PreviousVersion, describe
 from qk_sniffer.store.promote import finish_promotion
 from qk_sniffer.store.record import new_job_id, read_record, write_record
 
@@ -43,7 +43,7 @@ def test_each_damaged_file_is_noticed(change: Callable[[Path], Any], layout: Lay
     before = previous(layout)
     before.check_files(Event())
     change(layout.head_file(3, 1, "q"))
-    with pytest.raises(StoreError, match=r"l03h01q/data\.parquet is missing or damaged: .*overwrite=true"):
+    with pytest.raises(StoreError, match=r"l03h01q/data\.parquet of .* is missing or damaged: .*overwrite=true"):
         before.check_files(Event())
 
 
@@ -127,3 +127,14 @@ def test_a_record_that_was_edited_is_noticed(tmp_path: Path) -> None:
     layout.job_file.write_text(json.dumps(stored))
     with pytest.raises(StoreError, match=r"job\.json has changed since it was written; .*overwrite=true"):
         read_record(layout)
+
+
+def test_examples_that_do_not_fit_in_memory_as_records_are_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = make_dataset(tmp_path, Captured(num_examples=40))[0]
+    before, table_bytes = previous(layout), pq.read_table(layout.examples).nbytes
+    assert [record.index for record in before.examples()] == [*range(40)]
+    monkeypatch.setattr(parquet_tables, "available_memory", lambda: table_bytes + 39 * RECORD_BYTES)
+    with pytest.raises(StoreError, match=r"examples/data\.parquet does not fit in memory: its rows take"):
+        before.examples()

@@ -92,8 +92,9 @@ def prove(
     Shorter texts are padded on the right to `min_tokens`, which is more than any layer has heads.
 
     Returns the manifest's `proof`: `proven` (None where the family has no hook path, or no chosen row is finite), the
-    rows and heads that were compared, the largest of their positions, and of those in the first layers alone
-    (`beyond`), each (layer, kind) without a compared row, and both tolerances with the largest differences by layer.
+    rows and heads that were compared, the largest of their positions, and of those that `for_late_rows` has added in
+    some layers (`beyond`), each (layer, kind) without a compared row, and both tolerances with the largest differences
+    by layer.
     """
     proof: dict[str, Any] = {"proven": None, "examples": sorted(ids), "max_tokens": MAX_TOKENS}
     eps = torch.finfo(backbone.dtype).eps
@@ -111,7 +112,7 @@ def prove(
         except QkSnifferError:
             raise
         except Exception as error:  # from the model's code, if it differs from what its family expects
-            if one.first_layers and is_out_of_memory(error):
+            if one.for_late_rows and is_out_of_memory(error):
                 log.warning("no row beyond position %s is compared: %s", f"{MAX_TOKENS - 1:,}", error)
                 continue
             reason = f"the hook path does not fit this model ({type(error).__name__}: {error})"
@@ -130,7 +131,7 @@ def prove(
             layers.add(head.layer)
             rows += int(counted.sum())
             last = max(last, int(positions[counted].max()))
-        if not one.first_layers:
+        if not one.for_late_rows:
             longest_position = max(longest_position, last)
         elif layers:
             beyond = {"beyond": {"layers": sorted(layers), "longest_position": last}}

@@ -4,7 +4,8 @@ With a sampler, an example has rows in some layers and kinds only. One forward p
 all layers at once, and so each further example is chosen for the layers and kinds that it adds, in proportion to its
 cost. The choice ends when every (layer, kind) has a row and every kind has `ENOUGH_ROWS`, or when the cost reaches its
 limit. If there is enough left, the longest example follows: first its tokens up to `MAX_TOKENS` in all layers, then all
-of them in the first layers, whose vectors need little of a forward pass, for the rows of later tokens.
+of them, for the rows of later tokens: in the layers up to the last one that half of what is left allows, and in the
+first layer of each reach that all of it allows.
 
 An error may be in some batches only, in one shard, or in what was added to a dataset later. If there is still enough
 left, examples from all parts of the dataset follow, which a hash draws.
@@ -57,8 +58,8 @@ class Pass:
     tokens: int
     rows: Mapping[LayerKind, Int64]
     """The rows to compare: their numbers in the files of each (layer, kind). Its heads have the same rows."""
-    first_layers: bool = False
-    """Whether it runs the first layers alone."""
+    for_late_rows: bool = False
+    """Whether it is for rows from `MAX_TOKENS` on, and may run the first layers alone."""
 
 
 def choose(
@@ -144,14 +145,18 @@ def _late(
     budget: float,
     most: int,
 ) -> list[Pass]:
-    """Returns the pass over all tokens of a long example: in the first layer of each reach that the budget allows."""
+    """Returns the pass over all tokens of a long example.
+
+    It is of the layers that half of the budget allows, and of the first layer of each reach that the budget allows.
+    """
     first: dict[tuple[int | None, int | None], int] = {}
     for head in sorted(heads, key=lambda head: head.layer):
         first.setdefault((head.sliding_window, head.attention_chunk), head.layer)
-    early = [layer for layer in first.values() if cost.flops(example.num_tokens, layer) <= budget]
-    groups = [group for group in files if group[0] in early]
+    costs = {layer: float(cost.flops(example.num_tokens, layer)) for layer, _ in files}
+    first_of_reach = first.values()
+    groups = [(layer, kind) for layer, kind in files if costs[layer] <= budget / (1 if layer in first_of_reach else 2)]
     rows = _late_rows(groups, [files[group] for group in groups], example, most)
-    return [Pass(example, example.num_tokens, rows, first_layers=True)] if rows else []
+    return [Pass(example, example.num_tokens, rows, for_late_rows=True)] if rows else []
 
 
 def _drawn(

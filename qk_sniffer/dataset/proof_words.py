@@ -22,11 +22,13 @@ def compared(proof: Mapping[str, Any], *, heads: int, layers: int) -> str:
     of_heads = counted(heads, "head") if proof["heads"] == heads else f"{proof['heads']:,} of {counted(heads, 'head')}"
     of_layers = _all(layers) if proven == layers else f"{proven:,} of {counted(layers, 'layer')}"
     rows = f"{counted(proof['rows'], 'row')} of {of_heads} in {of_layers}{_uncovered(proof)}"
-    far = proof.get("beyond")
+    far, last = proof.get("beyond"), proof["longest_position"]
     beyond = ""
-    if far is not None:
+    if far is not None and len(far["layers"]) == proven:
+        last = max(last, far["longest_position"])
+    elif far is not None:
         beyond = f" ({_layers(far['layers'])}: to {far['longest_position']:,})"
-    return f"{rows}, positions to {proof['longest_position']:,}{beyond}"
+    return f"{rows}, positions to {last:,}{beyond}"
 
 
 def whence(proof: Mapping[str, Any], examples: int) -> str:

@@ -342,22 +342,20 @@ def test_the_checks_of_attention_outlast_growth(checkpoint: Path, texts: Path, t
         ]
 
 
-def test_late_rows_of_a_long_text_are_compared_in_the_first_layers(
+def test_late_rows_of_a_long_text_are_compared_in_all_layers_that_cost_little(
     checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for module in (proof_module, proof_examples):
         monkeypatch.setattr(module, "MAX_TOKENS", 64)
     proof = manifests.read(run(checkpoint, texts, tmp_path / "right"))["proof"]
     assert proof["proven"] is True and proof["longest_position"] == 63
-    assert proof["beyond"] == {"layers": [0, 1], "longest_position": 89}
+    assert proof["beyond"] == {"layers": [0, 1, 2], "longest_position": 89}
     compared = [min(LENGTHS[each], 64) for each in proof["examples"]]
-    assert proof["rows"] == 18 * sum(compared) + 12 * (90 - 64), "each row once"
-    assert "rows of 18 heads in all 3 layers, positions to 63 (layers 0-1: to 89); attention itself" in (
-        capsys.readouterr().out
-    )
+    assert proof["rows"] == 18 * (sum(compared) + 90 - 64), "each row once"
+    assert "rows of 18 heads in all 3 layers, positions to 89; attention itself" in capsys.readouterr().out
 
     def late_position(slot: Slot) -> None:
-        if slot.layer == 1 and slot.vectors.shape[1] == 90:
+        if slot.layer == 2 and slot.vectors.shape[1] == 90:
             slot.vectors[:, 70:] = slot.vectors[:, 70:].roll(1, dims=1)
 
     harm_stored_vectors(monkeypatch, late_position)

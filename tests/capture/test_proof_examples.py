@@ -86,16 +86,18 @@ def test_enough_rows_are_enough_and_the_longest_example_reaches_the_late_positio
     rows[3, "q"] = {2: [4999]}
     *passes, last, third, fourth, beyond = chosen(tmp_path, tokens, rows, layers=8)
     assert ids(passes) == [0, 1] and ids([third, fourth]) == [3, 4]
-    assert (last.example.example_id, last.tokens, last.first_layers) == (2, 4096, False)
+    assert (last.example.example_id, last.tokens, last.for_late_rows) == (2, 4096, False)
     assert last.rows[0, "q"].tolist() == [300 + number for number in range(101)], "rows of later tokens are not run"
-    assert (beyond.example.example_id, beyond.tokens, beyond.first_layers) == (2, 5000, True)
-    assert {group: numbers.tolist() for group, numbers in beyond.rows.items()} == {(0, "q"): [401]}, "no row twice"
+    assert (beyond.example.example_id, beyond.tokens, beyond.for_late_rows) == (2, 5000, True)
+    late = {group: numbers.tolist() for group, numbers in beyond.rows.items()}
+    assert late == {(0, "q"): [401], (3, "q"): [0]}, "no row twice, and all layers, which cost little"
     few = int(6e11) // 2 // (4096 + 1000)
     short = chosen(tmp_path, tokens, rows, layers=8, parameters=few)
     assert [each.tokens for each in short] == [300, 310, 4096, 330], "the last one is drawn for what is left"
     fewer = int(6e11) // 2 // 4000
     passes = chosen(tmp_path, tokens, rows, layers=8, parameters=fewer)
-    assert ids(passes) == [0, 1, 3, 4, 2] and passes[-1].first_layers, "beyond the first layer alone"
+    assert ids(passes) == [0, 1, 3, 4, 2] and passes[-1].for_late_rows
+    assert passes[-1].rows.keys() == {(0, "q")}, "the first layer alone, for what is left of the budget"
 
 
 def test_the_pairs_of_queries_and_keys_count_in_the_cost_of_late_positions(tmp_path: Path) -> None:

@@ -38,6 +38,8 @@ def test_it_says_what_was_compared() -> None:
     assert whence(PROOF | {"examples": [7]}, 1) == "the only example"
     far = PROOF | {"beyond": {"layers": [0], "longest_position": 131_071}}
     assert words(far) == f"{line} (layer 0: to 131,071)"
+    everywhere = PROOF | {"beyond": {"layers": [*range(6)], "longest_position": 131_071}}
+    assert words(everywhere) == "1,240 rows of 60 heads in all 6 layers, positions to 131,071"
     some = PROOF | {"heads": 58, "largest_difference_by_layer": {"0": 0.1, "1": float("nan")}}
     assert words(some).startswith("1,240 rows of 58 of 60 heads in 2 of 6 layers, positions to 4,095")
     lacking = [{"layer": layer, "kind": kind} for layer, kind in ((0, "k"), (1, "k"), (3, "k"), (5, "q"))]

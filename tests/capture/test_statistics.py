@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from support.backbones import FolderOf
 from support.jobs import TEXTS, captured_only, hashes, run, stopped_after
 from support.tiny import save_checkpoint
-from support.verify_cases import verified, wrong
+from support.verify_cases import edit, restate, verified, wrong
 from support.zoo import CASES, Case
 
 import qk_sniffer
@@ -214,6 +214,37 @@ def test_a_dataset_that_grows_merges_them(checkpoint: Path, texts: Path, tmp_pat
     assert set(found.count) == {dataset.manifest["tokens"]}
     assert_close(found, rows_of(root, 1, "q"))
     assert dataset.statistics(1, "q", "pre").frequency_modulus is not None
+
+
+@pytest.mark.parametrize("harm", ["narrow", "fewer tokens", "no file", "other arrays"])
+def test_a_dataset_with_other_statistics_does_not_grow(
+    harm: str, checkpoint: Path, texts: Path, tmp_path: Path
+) -> None:
+    values: dict[str, Any] = {"capture": asked(), "verify": {"examples": 0}}
+    root = run(checkpoint, texts, tmp_path / "out", dataset={"max_samples": 10}, **values)
+    name = "statistics/layer-01.safetensors"
+    arrays = load_file(root / name)
+    if harm == "narrow":
+        cut = {each: values[..., :8] for each, values in arrays.items() if values.dim() > 1}
+        arrays |= cut | {each: values[:, :8] for each, values in cut.items() if values.dim() == 3}
+    elif harm == "fewer tokens":
+        arrays["q.post.count"] -= 1
+    elif harm == "other arrays":
+        del arrays["q.post.mean"]
+    save_file({each: values.contiguous() for each, values in arrays.items()}, root / name)
+    restate(root)
+    if harm == "no file":
+        edit(root, lambda manifest: manifest["files"].pop(name))
+    before = hashes(root)
+    expected = {
+        "narrow": "layer 1, kind q, stage post are of other heads or have other shapes",
+        "fewer tokens": "layer 1, kind q, stage post are not those of all",
+        "no file": r"layer-01\.safetensors .*is missing or damaged",
+        "other arrays": "lacks arrays of the kind 'q'",
+    }[harm]
+    with pytest.raises(StoreError, match=expected):
+        run(checkpoint, texts, root, **values)
+    assert hashes(root) == before
 
 
 def test_vectors_with_nan_are_counted_and_left_out(texts: Path, tmp_path: Path) -> None:

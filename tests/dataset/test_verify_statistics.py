@@ -1,5 +1,6 @@
 """Tests what verify says of whole statistics, and of those that contradict manifest, examples, rows or themselves."""
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -8,11 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from support.edits import Editor
 from support.hub_cases import copied
 from support.jobs import TEXTS, run
 from support.verify_cases import edit, flip, restate, verified, wrong
 
-from qk_sniffer import open_dataset
+import qk_sniffer
+from qk_sniffer.dataset.verify import verify
 from qk_sniffer.errors import StoreError
 
 LAYER_1 = "statistics/layer-01.safetensors"
@@ -240,5 +243,30 @@ def test_arrays_without_numbers_that_claim_any_size(d: int, root: Path) -> None:
     (root / LAYER_1).write_bytes(len(data).to_bytes(8, "little") + data)
     restate(root)
     with pytest.raises(StoreError, match=r"contradicts itself \(q\.post\.mean is empty\)"):
-        open_dataset(root).statistics(1, "q", "post")
+        qk_sniffer.open_dataset(root).statistics(1, "q", "post")
     assert "mean is empty" in wrong(verified(root))["statistics"]
+
+
+def edit_header(path: Path, seed: str, outside: Path) -> str:
+    """Makes a random change of the header of a file; returns its description."""
+    editor, data = Editor(seed, outside), path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.dumps(editor.edited(json.loads(data[8 : 8 + length]))).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + length :])
+    return editor.what
+
+
+@pytest.mark.parametrize("part", [0, *(pytest.param(part, marks=pytest.mark.slow) for part in range(1, 20))])
+def test_a_changed_header_is_a_problem_or_an_error(part: int, root: Path, tmp_path: Path) -> None:
+    path = root / LAYER_1
+    data = path.read_bytes()
+    for number in range(30 if part else 8):
+        path.write_bytes(data)
+        what = edit_header(path, f"{part}-{number}", tmp_path)
+        restate(root)
+        problems = verify(root).problems
+        for kind, stage in itertools.product("qk", ("pre", "post")):
+            try:
+                qk_sniffer.open_dataset(root).statistics(1, kind, stage)
+            except StoreError:
+                assert problems, what

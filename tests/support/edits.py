@@ -51,7 +51,7 @@ class Editor:
             values = json.loads(path.read_bytes())
         except ValueError:  # it holds a digest alone
             return self._bytes(path)
-        edited = self._edited(values)
+        edited = self.edited(values)
         if isinstance(edited, dict) and "sha256" in edited and self.random.random() < 0.5:
             # As someone would who knows the format.
             self.is_signed = True
@@ -69,11 +69,11 @@ class Editor:
         if self.random.random() < 0.5:
             key = self.random.choice(sorted(metadata))
             try:
-                metadata[key] = json.dumps(self._edited(json.loads(metadata[key])))
+                metadata[key] = json.dumps(self.edited(json.loads(metadata[key])))
             except ValueError:
-                entries = self._edited(entries)
+                entries = self.edited(entries)
         else:
-            entries = self._edited(entries)
+            entries = self.edited(entries)
         header = json.dumps(entries).encode()
         header += b" " * (-len(header) % 8)
         whole = len(header).to_bytes(8, "little") + header + data[8 + length :]
@@ -81,7 +81,7 @@ class Editor:
         number = path.name.partition("-")[0]
         path.with_name(f"{number}-{xxhash.xxh3_64_hexdigest(whole)}.safetensors").write_bytes(whole)
 
-    def _edited(self, values: Any) -> Any:
+    def edited(self, values: Any) -> Any:
         """Returns `values` with one change somewhere."""
         places: list[tuple[Any, Any]] = []
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from qk_sniffer.errors import StoreError
 from qk_sniffer.jobs import progress
 from qk_sniffer.jobs.progress import Progress
 from qk_sniffer.timing import Stages, describe
@@ -95,3 +96,15 @@ def test_a_bar_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
         text = everything(master)
     os.close(master)
     assert " 5/10 " in text and "24 rows" in text and not caplog.messages
+
+
+def test_a_report_replaces_none_of_a_job_that_has_taken_the_data_root(tmp_path: Path) -> None:
+    file = tmp_path / "shard.progress"
+
+    def check() -> None:
+        if file.with_name(file.name + ".tmp").exists():  # the other job comes while the report is written
+            file.write_text("of the other job")
+            raise StoreError("taken away")
+
+    Progress(3, file=file, check=check).close()
+    assert file.read_text() == "of the other job"

@@ -46,8 +46,11 @@ class ForwardCost:
 
     @property
     def min_tokens(self) -> int:
-        """The fewest tokens of a pass of the proof. States of more tokens than heads have unambiguous shapes."""
-        return 1 + max(one.num_heads for one in self.layers)
+        """The fewest tokens of a pass of the proof. States of more tokens than heads have unambiguous shapes.
+
+        One projection may return queries, keys and values, and a gate for each query head.
+        """
+        return 1 + 4 * max(one.num_heads for one in self.layers)
 
     def flops(self, tokens: npt.ArrayLike, last_layer: int | None = None) -> Numbers:
         """Returns the floating-point operations of passes over texts of `tokens` tokens.

@@ -89,7 +89,7 @@ def prove(
 ) -> dict[str, Any]:
     """Compares rows of `heads` in `layout` with vectors from hooks in `passes`. `ids` are token ids by example_id.
 
-    Shorter texts are padded on the right to `min_tokens`, which is more than any layer has heads.
+    Shorter texts are padded on the right to `min_tokens`, which is more than the heads that any projection returns.
 
     Returns the manifest's `proof`: `proven` (None where the family has no hook path, or no chosen row is finite), the
     rows and heads that were compared, the largest of their positions, and of those that `for_late_rows` has added in

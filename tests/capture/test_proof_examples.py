@@ -138,7 +138,7 @@ def test_frequencies_that_depend_on_the_length_leave_out_what_needs_padding(tmp_
     rows: Rows = {(0, "q"): {0: [1], 1: [1], 2: [4999]}}
     tokens = [4, 300, 5000]
     assert ids(chosen(tmp_path, tokens, rows, boundary=100)) == [0, 1, 2], "the last one in full"
-    assert ids(chosen(tmp_path, tokens, rows, boundary=3)) == [1, 2], "the first one would be padded to 5 tokens"
+    assert ids(chosen(tmp_path, tokens, rows, boundary=3)) == [1, 2], "the first one would be padded to 17 tokens"
     assert ids(chosen(tmp_path, [4, 4], {(0, "q"): {0: [1], 1: [1]}}, boundary=3)) == []
 
 

@@ -6,7 +6,7 @@ run code nor send the login to another address. SECURITY.md gives the reason for
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from io import StringIO
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from qk_sniffer.errors import ConfigError
 from qk_sniffer.hub.endpoint import is_encrypted
 from qk_sniffer.logs import logger
 from qk_sniffer.store.disk import OddFileError, open_regular
-from qk_sniffer.text import shortened
+from qk_sniffer.text import counted, shortened
 
 log = logger(__name__)
 
@@ -65,6 +65,8 @@ _LARGEST = 65_536
 
 _MOST_NAMES = 10
 
+_PLAIN_NAME = re.compile("[A-Z][A-Z0-9_]{0,63}|[a-z][a-z0-9_]{0,63}")
+
 _told: set[str] = set()
 """The warnings that this process has logged."""
 
@@ -88,11 +90,20 @@ def read_environment() -> None:
     names = ALLOWED if is_encrypted() else ALLOWED - PROXIES
     if ignored := [name for name in wanted if name not in names]:
         _warn_once(
-            f"{path}: {shortened(ignored, _MOST_NAMES)} ignored: .env sets only the variables that SECURITY.md lists"
+            f"{path}: {_named(ignored)} ignored: .env sets only the variables that SECURITY.md lists"
             + ("" if PROXIES.isdisjoint(ignored) else ", and no proxy while HF_ENDPOINT is not https")
             + ". Set others in the environment"
         )
     os.environ.update(_checked(path, {name: value or "" for name, value in wanted.items() if name in names}))
+
+
+def _named(ignored: Sequence[str]) -> str:
+    """Names variables. Lines that may be something else, such as those of a key, are counted."""
+    names = [name for name in ignored if _PLAIN_NAME.fullmatch(name)]
+    others = len(ignored) - len(names)
+    return " and ".join(
+        ([shortened(names, _MOST_NAMES)] if names else []) + ([counted(others, "other line")] if others else [])
+    )
 
 
 def _checked(path: Path, values: Mapping[str, str]) -> Mapping[str, str]:

@@ -39,8 +39,10 @@ def export(
     chosen = format_named(format)
     opened = dataset if isinstance(dataset, Dataset) else open_dataset(dataset)
     target = Path(path).expanduser() if path is not None else opened.beside(chosen.suffix)
-    if not overwrite and disk.type_of(target) is not None:
-        raise StoreError(f"{target} exists: give another output, or overwrite=true to replace it")
+    beside = None if chosen.is_folder or chosen.has_provenance else target.with_name(f"{target.name}.json")
+    for output in (target, beside):
+        if output is not None and not overwrite and disk.type_of(output) is not None:
+            raise StoreError(f"{output} exists: give another output, or overwrite=true to replace it")
     source = Source(opened)
     if problems := [*chosen.problems(source)]:
         raise StoreError(f"{opened} cannot be exported as {format}:", *(f"  - {problem}" for problem in problems))
@@ -51,10 +53,20 @@ def export(
         if chosen.is_folder:
             _write_folder(target, files | {PROVENANCE: provenance})
         else:
-            if not chosen.has_provenance:
-                disk.write_atomic(target.with_name(f"{target.name}.json"), provenance)
-            disk.write_atomic(target, files[""])
+            if beside is not None:
+                _write_file(beside, provenance)
+            _write_file(target, files[""])
     return target
+
+
+def _write_file(path: Path, data: bytes) -> None:
+    """Writes a file whole, under a name next to its place that is no user's, and then renames it."""
+    if disk.type_of(path) == "folder":
+        raise StoreError(f"{path} is a folder: give another output")
+    temporary = path.with_name(f".{path.name}-{secrets.token_hex(8)}.tmp")
+    disk.write_atomic(temporary, data)
+    temporary.rename(path)
+    disk.sync_folder(path.parent)
 
 
 def _write_folder(folder: Path, files: Mapping[str, bytes]) -> None:

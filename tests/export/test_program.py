@@ -42,6 +42,19 @@ def test_the_program_writes_and_names_the_file(root: Path, tmp_path: Path, capsy
     assert [path.name for path in tmp_path.iterdir()] == ["stats.pt"]
 
 
+def test_no_file_next_to_the_output_is_replaced_unasked(root: Path, tmp_path: Path) -> None:
+    output = tmp_path / "stats.tria"
+    others = [tmp_path / "stats.tria.json", tmp_path / "stats.tria.tmp", tmp_path / "stats.tria.json.tmp"]
+    for other in others:
+        other.write_bytes(b"mine")
+    with pytest.raises(StoreError, match=r"stats\.tria\.json exists: give another output, or overwrite=true"):
+        qk_sniffer.export(root, "tria", output)
+    assert sorted(tmp_path.iterdir()) == sorted(others) and {other.read_bytes() for other in others} == {b"mine"}
+    qk_sniffer.export(root, "tria", output, overwrite=True)
+    assert json.loads(others[0].read_bytes())["made_by"].startswith("qk-sniffer")
+    assert {other.read_bytes() for other in others[1:]} == {b"mine"}
+
+
 def test_wrong_settings(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert called(f"data_root={tmp_path}/nowhere", "format=triatention") == 2
     assert "format is 'triatention', did you mean triattention" in capsys.readouterr().err

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from glob import has_magic
 from pathlib import Path
 from typing import Any
 
@@ -115,8 +116,10 @@ def _folder(config: DatasetConfig, folder: Path) -> Source:
             f"{where} holds files of several types ({', '.join(formats)}): {_listing(folder)}. Choose the files, as in "
             "dataset.data_files='*.jsonl'"
         )
-    check_home(where, files, folder, is_named=False)
-    return Source(where, rows_of_files(where, _splits(folder, config, files), formats[0], {}, config))
+    splits = _splits(folder, config, files)
+    # A card that `_names_its_files` does not see may have added some.
+    check_home(where, [file for of_split in splits.values() for file in of_split], folder, is_named=False)
+    return Source(where, rows_of_files(where, splits, formats[0], {}, config))
 
 
 def _splits(folder: Path, config: DatasetConfig, files: list[str]) -> dict[str, list[str]]:
@@ -126,7 +129,10 @@ def _splits(folder: Path, config: DatasetConfig, files: list[str]) -> dict[str, 
         found = _files_of(_builder(str(folder), config))
     except Exception:
         return {"train": files}
-    return found if {file for of_split in found.values() for file in of_split} >= set(files) else {"train": files}
+    of_all = {file for of_split in found.values() for file in of_split}
+    # It takes the name of the folder for a pattern: of `texts*`, it finds the files of `texts2` too.
+    is_wider = has_magic(str(folder)) and not all(Path(file).is_relative_to(folder) for file in of_all)
+    return found if of_all >= set(files) and not is_wider else {"train": files}
 
 
 def _of_builder(where: str, builder: Any, config: DatasetConfig, folder: Path) -> Rows:

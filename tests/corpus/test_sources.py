@@ -1,6 +1,8 @@
 """Tests that sources of every kind are read, streamed and not, and that every problem of a source is reported."""
 
 import gzip
+import json
+import zipfile
 from pathlib import Path
 
 import pyarrow as pa
@@ -257,7 +259,7 @@ def test_a_card_names_no_files_outside_of_its_folder(tmp_path: Path, streaming: 
     for path in (secret, "../home/config.json", "inner/../../home/config.json", f"file://{secret}"):
         write(tmp_path / "texts" / "README.md", CARD.format(path=path))
         text = message(tmp_path / "texts", streaming=streaming)
-        assert "README.md names" in text and "config.json" in text and "dataset.data_files" in text, path
+        assert ".huggingface.yaml names" in text and "config.json" in text and "dataset.data_files" in text, path
     (tmp_path / "texts" / "folder").symlink_to(tmp_path / "home" / "away")
     write(tmp_path / "home" / "away" / "file", "")
     write(tmp_path / "texts" / "README.md", CARD.format(path="folder/../config.json"))
@@ -271,8 +273,93 @@ def test_a_repository_of_the_hub_has_only_its_own_files() -> None:
     check_home("dataset", [f"{home}a.csv", f"zip://b.csv::{home}c.zip"], home, is_named=False)
     for file in ("/home/me/secret.csv", "hf://datasets/me/private@1234/a.csv", "https://169.254.169.254/a.csv"):
         check_home("dataset", [file], home, is_named=True)
-        with pytest.raises(SourceError, match=r"README\.md names"):
+        with pytest.raises(SourceError, match=r"\.huggingface\.yaml names"):
             check_home("dataset", [file], home, is_named=False)
+
+
+def without_dashes(card: str) -> str:
+    return card.removeprefix("---\n").removesuffix("---\n")
+
+
+UNSEEN = {
+    "a blank line first": ("README.md", lambda card: f"\n{card}"),
+    "spaces first": ("README.md", lambda card: f"  {card}"),
+    "a quoted key": ("README.md", lambda card: card.replace("configs:", '"configs":')),
+    "a space in the key": ("README.md", lambda card: card.replace("configs:", "configs :")),
+    "no card": (".huggingface.yaml", without_dashes),
+}
+"""Files that name the files of a folder for `datasets`, however they do: their names, and their content from a card."""
+
+
+@both_ways
+@pytest.mark.parametrize("how", UNSEEN)
+def test_every_file_that_is_found_for_a_folder_is_its_own(tmp_path: Path, how: str, streaming: bool) -> None:
+    name, written = UNSEEN[how]
+    folder, secret = tmp_path / "texts", write(tmp_path / "secret.csv", "x")
+    write(folder / "own.csv", "text\nown")
+    write(folder / name, written(CARD.format(path=secret)))
+    text = message(folder, streaming=streaming)
+    assert f".huggingface.yaml names {secret}" in text and "dataset.data_files" in text
+    (folder / ".hidden").mkdir()
+    (folder / ".hidden" / "linked.csv").symlink_to(secret)
+    write(folder / name, written(CARD.format(path=".hidden/linked.csv")))
+    text = message(folder, streaming=streaming)
+    assert "linked.csv leads out of the dataset" in text and str(secret) in text
+    (folder / ".hidden" / "linked.csv").unlink()
+    write(folder / ".hidden" / "linked.csv", "text\nhidden")
+    assert (0, "own") in texts(opened(folder, streaming=streaming).examples()), "its own files are read"
+
+
+@both_ways
+@pytest.mark.parametrize("data_files", [None, "*.txt*"])
+def test_a_link_that_only_datasets_finds_leads_nowhere(tmp_path: Path, data_files: str | None, streaming: bool) -> None:
+    secret = write(tmp_path / "secret.txt", "x")
+    write(tmp_path / "texts" / "own.txt", "own")
+    (tmp_path / "texts" / "b.txt.log").symlink_to(secret)
+    assert "b.txt.log leads out" in message(tmp_path / "texts", streaming=streaming, data_files=data_files)
+    (tmp_path / "texts" / "b.txt.log").unlink()
+    write(tmp_path / "texts" / "b.txt.log", "log")
+    found = opened(tmp_path / "texts", streaming=streaming, data_files=data_files)
+    assert texts(found.examples()) == [(0, "log"), (1, "own")]
+
+
+@both_ways
+def test_the_name_of_a_folder_or_file_is_no_pattern_or_chain(tmp_path: Path, streaming: bool) -> None:
+    folder = tmp_path / "texts*"
+    write(folder / "a::b.txt", "a")
+    write(folder / "c.txt", "c")
+    write(tmp_path / "texts2" / "d.txt", "not of this folder")
+    assert texts(opened(folder, streaming=streaming).examples()) == [(0, "a"), (1, "c")]
+    (folder / "a::b.txt").unlink()
+    assert texts(opened(folder, streaming=streaming).examples()) == [(0, "c")]
+    (folder / "a::b.txt").symlink_to(write(tmp_path / "secret.txt", "x"))
+    assert "a::b.txt leads out of the dataset" in message(folder, streaming=streaming)
+
+
+@both_ways
+def test_a_card_reads_files_in_archives_and_no_file_that_another_lists(tmp_path: Path, streaming: bool) -> None:
+    folder, secret = tmp_path / "texts", write(tmp_path / "secret.csv", "x")
+    write(folder / "own.csv", "own")
+    listed = write(folder / "refs.json", json.dumps({"version": 1, "refs": {"a.csv": [f"file://{secret}"]}}))
+    write(folder / "README.md", CARD.format(path=f'"reference://a.csv::{listed}"'))
+    text = message(folder, streaming=streaming)
+    assert f"names reference://a.csv::{listed}" in text and "zip" in text and "dataset.data_files" in text
+    with zipfile.ZipFile(folder / "packed.zip", "w") as packed:
+        packed.writestr("a.csv", "packed")
+    write(folder / "README.md", CARD.format(path=f'"zip://*.csv::{folder}/packed.zip"'))
+    if streaming:  # offline, `datasets` unpacks no archive that a card names, but streams it
+        assert texts(opened(folder, streaming=True).examples()) == [(0, "own"), (1, "packed")]
+
+
+def test_each_hop_to_a_file_is_of_an_archive_or_a_compression(tmp_path: Path) -> None:
+    own = f"{tmp_path}/a.gz"
+    for protocol in ("zip", "tar", "gzip", "bz2", "xz", "zstd", "lz4", "zip://b::tar"):
+        check_home("folder", [f"{protocol}://a::{own}"], tmp_path, is_named=False)
+    chains = "zip://a::reference://b reference://a::zip://b /a::zip://b zip://../a"
+    for hop in f"reference://a file:///a simplecache://a ZIP://a zip {chains}".split():
+        with pytest.raises(SourceError, match="not a file of this dataset"):
+            check_home("folder", [f"{hop}::{own}"], tmp_path, is_named=False)
+        check_home("folder", [f"{hop}::{own}"], tmp_path, is_named=True)
 
 
 @both_ways

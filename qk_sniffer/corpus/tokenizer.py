@@ -116,8 +116,9 @@ def load_tokenizer(config: ModelConfig, commit: str | None = None) -> "TextToken
     else:
         commit = None
         refuse_pointers(local, "*.json", "*.model", "*.txt", "*.tiktoken")
-        refuse_files_elsewhere(local)
     try:
+        where = {key: options[key] for key in ("revision", "local_files_only") if key in options}
+        refuse_files_elsewhere(str(local), trust_remote_code=config.trust_remote_code, **where)
         tokenizer = AutoTokenizer.from_pretrained(str(local), **options)
         if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers returns an empty one without files
             raise SourceError(f"{name} has no tokenizer: set model.tokenizer.name to a Hub id or a folder that has one")

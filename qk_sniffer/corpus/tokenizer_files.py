@@ -1,14 +1,26 @@
-"""Compares the files of a tokenizer with what transformers makes of them."""
+"""Checks the files of a tokenizer: what transformers would open for them, and what it makes of them."""
 
-import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from qk_sniffer.errors import SourceError
+from qk_sniffer.hub.json_files import DamagedFileError, json_object
 
 _PROBE = "Hello world, it's  a test\n\nof 1234 words: d\u00e9j\u00e0 vu, \u6f22\u5b57; if x == y:"
 
 _SHOWN_IDS = 8
+
+_SHOWN_CHARACTERS = 200
+
+_SETTINGS = "tokenizer_config.json"
+
+_SPECIAL_TOKENS = "special_tokens_map.json"
+
+_VOCABULARIES = ("vocab", "merges", "entity_vocab")
+"""Arguments of tokenizers that hold a vocabulary, or the name of its file."""
+
+_NEVER_OPENED = ("tokenizer_file", "special_tokens_map_file", "added_tokens_file", "tokenizer_config_file")
+"""Keys of tokenizer_config.json that published tokenizers have, and that transformers replaces by its own files."""
 
 
 def difference_from_file(tokenizer: Any, name: str, commit: str | None) -> str | None:
@@ -43,19 +55,93 @@ def difference_from_file(tokenizer: Any, name: str, commit: str | None) -> str |
     return f"the tokens {next(shown)} of {_PROBE!r} would be {next(shown)}"
 
 
-def refuse_files_elsewhere(folder: Path) -> None:
-    """Refuses a tokenizer in `folder` of which transformers would read a file in another folder.
+def refuse_files_elsewhere(name: str, *, trust_remote_code: bool = False, **options: Any) -> None:
+    """Refuses a tokenizer of which transformers would read a file that is not in its folder or Hub repository.
 
-    The digest that identifies the tokenizer is of the files in its folder.
+    The digest or the commit that identifies the tokenizer covers only the files there. Where a vocabulary is expected,
+    `tokenizers` opens the file that a string names: a repository could make any text of this machine the vocabulary.
+
+    Args:
+        name: the folder, the file or the Hub id that the tokenizer is loaded from.
+        trust_remote_code: the code of the repository may read any file and define keys of its own: only
+            `fast_tokenizer_files` of a folder is checked.
+        options: `revision` and `local_files_only` of a Hub id.
+
+    Raises:
+        SourceError: a file of the tokenizer names such a file.
+        OSError: the Hub does not give a file of the tokenizer.
     """
-    try:
-        settings = json.loads((folder / "tokenizer_config.json").read_bytes())
-    except (OSError, ValueError, RecursionError):  # there is none, or transformers reports it
-        return
-    named = settings.get("fast_tokenizer_files") if isinstance(settings, dict) else None
-    for name in named if isinstance(named, list) else ():
-        if not isinstance(name, str) or Path(name).name != name:
+    settings = _read_object(_file_of(name, _SETTINGS, options))
+    listed = settings.get("fast_tokenizer_files")
+    described = [file for file in listed if isinstance(file, str)] if isinstance(listed, list) else []
+    for file in listed if isinstance(listed, list) else ():
+        if not isinstance(file, str) or _leaves(file) or (Path(name).is_dir() and Path(file).name != file):
             raise SourceError(
-                f"the tokenizer of {folder} names {name} in fast_tokenizer_files of tokenizer_config.json, which is "
+                f"the tokenizer of {name} names {file} in fast_tokenizer_files of tokenizer_config.json, which is "
                 "not a file in its folder: copy the file there and name it without a folder"
             )
+    if trust_remote_code:
+        return
+    for key, value in settings.items():
+        if _holds_path(key, value) or (key.endswith("_file") and key not in _NEVER_OPENED and _exists(name, value)):
+            _refuse(name, _SETTINGS, key, value)
+    for key, value in _read_object(_file_of(name, _SPECIAL_TOKENS, options)).items():
+        if _holds_path(key, value) or (key.endswith(("_file", "_spm")) and isinstance(value, str)):
+            _refuse(name, _SPECIAL_TOKENS, key, value)
+    for file in dict.fromkeys(("tokenizer.json", *described)):
+        model = _read_object(_file_of(name, file, options)).get("model")
+        for key, value in model.items() if isinstance(model, dict) else ():
+            if _holds_path(key, value):
+                _refuse(name, file, f"model.{key}", value)
+
+
+def _holds_path(key: str, value: Any) -> bool:
+    """Whether the value of a key is a string, or has one, where tokenizers would open the file of this name."""
+    if key == "init_inputs":  # arguments by position, the first of which is the vocabulary
+        return isinstance(value, str) or (isinstance(value, list) and any(isinstance(item, str) for item in value))
+    return key in _VOCABULARIES and isinstance(value, str)
+
+
+def _exists(name: str, value: Any) -> bool:
+    """Whether `value` is the path of a file that is not one of the folder `name`.
+
+    Published tokenizers have paths of the machine that saved them, which transformers replaces for most keys.
+    """
+    if not isinstance(value, str):
+        return False
+    try:
+        return Path(value).is_file() and not Path(value).resolve().is_relative_to(Path(name).resolve())
+    except (OSError, ValueError, RuntimeError):  # no path: too long, with a null character, or a loop of links
+        return False
+
+
+def _leaves(file: str) -> bool:
+    return Path(file).is_absolute() or ".." in Path(file).parts
+
+
+def _refuse(name: str, file: str, key: str, value: Any) -> NoReturn:
+    shown = value if len(str(value)) <= _SHOWN_CHARACTERS else f"{str(value)[:_SHOWN_CHARACTERS]}..."
+    raise SourceError(
+        f"the tokenizer of {name} is refused: {key} of its {file} is {shown!r}, which transformers would open as a "
+        f"file of this machine. Remove {key} from {file}, or set model.tokenizer.name to another tokenizer"
+    )
+
+
+def _file_of(name: str, file: str, options: dict[str, Any]) -> Path | None:
+    """Returns the path of a file of the tokenizer as transformers finds it; None if the tokenizer has no such file."""
+    from transformers.utils.hub import cached_file
+
+    if Path(name).is_file():
+        return Path(name) if file == "tokenizer.json" and name.endswith(".json") else None
+    found = cached_file(name, file, _raise_exceptions_for_missing_entries=False, **options)
+    return None if found is None else Path(found)
+
+
+def _read_object(path: Path | None) -> dict[str, Any]:
+    """Returns the object in a JSON file; an empty one if there is none, which transformers reports."""
+    if path is None:
+        return {}
+    try:
+        return json_object(path.read_bytes())
+    except (OSError, DamagedFileError):
+        return {}

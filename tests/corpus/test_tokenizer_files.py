@@ -1,0 +1,149 @@
+"""Tests that no file of a tokenizer makes transformers open a file elsewhere on this machine."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.bpe import save_tokenizer
+
+from qk_sniffer.config import ModelConfig
+from qk_sniffer.corpus.examples import Example
+from qk_sniffer.corpus.tokenizer import TextTokenizer, load_tokenizer
+from qk_sniffer.errors import SourceError
+
+pytestmark = pytest.mark.floor
+
+WORDS = ["[UNK]", "[PAD]", "[CLS]", "[SEP]", "[MASK]", "hello", "world"]
+
+Save = Callable[..., Path]
+"""Saves a tokenizer of JSON files by their names, and a vocabulary."""
+
+
+@pytest.fixture
+def secret(tmp_path: Path) -> Path:
+    """A text file of the user that happens to work as a vocabulary."""
+    return write(tmp_path / "private" / "notes.txt", "\n".join([*WORDS, "password"]))
+
+
+@pytest.fixture(params=["folder", "hub"])
+def save(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Save:
+    """Saves a tokenizer of BERT as a local folder, or as a repository in the Hub's cache."""
+    commit = "1" * 40
+    cache = tmp_path / "cache"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+
+    def saved(files: dict[str, Any], vocabulary: list[str] | None = None) -> Path:
+        hub = request.param == "hub"
+        folder = cache / "models--org--name" / "snapshots" / commit if hub else tmp_path / "folder"
+        files = {"config.json": {"model_type": "bert"}} | files
+        for name, content in files.items():
+            write(folder / name, json.dumps(content))
+        if vocabulary:
+            write(folder / "vocab.txt", "\n".join(vocabulary))
+        return Path("org/name") if hub else folder
+
+    return saved
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def load(name: Path) -> TextTokenizer:
+    return load_tokenizer(ModelConfig(name=str(name)))
+
+
+def ids(tokenizer: TextTokenizer, text: str) -> list[int]:
+    [tokens] = tokenizer([Example(0, 0, "0", text)])
+    return tokens.ids.tolist()
+
+
+SETTINGS = {"tokenizer_class": "BertTokenizer"}
+
+
+@pytest.mark.parametrize(
+    ("file", "key"),
+    [
+        ("tokenizer_config.json", "vocab"),
+        ("tokenizer_config.json", "merges"),
+        ("tokenizer_config.json", "init_inputs"),
+        ("tokenizer_config.json", "merges_file"),
+        ("special_tokens_map.json", "vocab"),
+        ("special_tokens_map.json", "vocab_file"),
+        ("tokenizer.json", "model.vocab"),
+        ("tokenizer.4.0.0.json", "model.vocab"),
+    ],
+)
+def test_a_file_that_names_a_file_elsewhere_is_refused(file: str, key: str, save: Save, secret: Path) -> None:
+    named: Any = [str(secret)] if key == "init_inputs" else str(secret)
+    files: dict[str, Any] = {"tokenizer_config.json": dict(SETTINGS)}
+    if key == "model.vocab":
+        described = {"version": "1.0", "added_tokens": [], "model": {"type": "WordPiece", "vocab": named}}
+        files[file] = described
+        files["tokenizer_config.json"]["fast_tokenizer_files"] = [file]
+    else:
+        files.setdefault(file, {})[key] = named
+    name = save(files, WORDS)
+    with pytest.raises(SourceError) as caught:
+        load(name)
+    assert f"the tokenizer of {name} is refused: {key} of its {file} is {named!r}" in str(caught.value)
+
+
+def test_a_list_of_files_that_leaves_the_repository_is_refused(save: Save) -> None:
+    name = save({"tokenizer_config.json": SETTINGS | {"fast_tokenizer_files": ["../tokenizer.4.0.0.json"]}}, WORDS)
+    with pytest.raises(SourceError, match=r"names \.\./tokenizer\.4\.0\.0\.json in fast_tokenizer_files"):
+        load(name)
+
+
+def test_what_published_tokenizers_have_stays_allowed(
+    save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(write(tmp_path / "work" / "tokenizer.json", "{}").parent)
+    name = save(
+        {
+            "tokenizer_config.json": SETTINGS
+            | {
+                "init_inputs": [],
+                "tokenizer_file": "tokenizer.json",
+                "special_tokens_map_file": "/root/.cache/torch/special_tokens_map.json",
+                "vocab_file": "/content/model/vocab.txt",
+                "merges_file": "merges.txt",
+                "name_or_path": "bert-base-uncased",
+            },
+            "special_tokens_map.json": {"unk_token": "[UNK]", "pad_token": {"content": "[PAD]", "lstrip": False}},
+            "added_tokens.json": {"vocab": 7},
+        },
+        WORDS,
+    )
+    assert ids(load(name), "hello world") == [2, 5, 6, 3]
+
+
+def test_a_tokenizer_with_its_own_vocabulary_in_json_loads(save: Save, tmp_path: Path) -> None:
+    source = save_tokenizer(tmp_path / "source")
+    files = {path.name: json.loads(path.read_text(encoding="utf-8")) for path in source.glob("*.json")}
+    assert ids(load(save(files)), "hello world") == ids(load(source), "hello world")
+
+
+def test_code_that_the_user_trusts_may_define_keys(tmp_path: Path) -> None:
+    folder = save_tokenizer(tmp_path / "source")
+    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    write(folder / "merges.own", "a b")
+    write(folder / "tokenizer_config.json", json.dumps(settings | {"vocab": str(folder / "merges.own")}))
+    with pytest.raises(SourceError, match=r"vocab of its tokenizer_config\.json"):
+        load(folder)
+    load_tokenizer(ModelConfig(name=str(folder), trust_remote_code=True))
+
+
+def test_a_tokenizer_of_a_single_file(tmp_path: Path, secret: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(save_tokenizer(tmp_path / "source").parent)
+    file = Path("source/tokenizer.json")  # transformers takes no absolute path of a file
+    assert ids(load(file), "hello world") == ids(load(file.parent), "hello world")
+    content = json.loads(file.read_text(encoding="utf-8"))
+    content["model"]["vocab"] = str(secret)
+    write(file, json.dumps(content))
+    with pytest.raises(SourceError, match=r"model\.vocab of its tokenizer\.json"):
+        load(file)

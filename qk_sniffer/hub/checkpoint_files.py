@@ -17,6 +17,7 @@ from typing import Any
 from qk_sniffer.errors import SourceError
 
 _SUFFIXES = {".safetensors", ".json", ".bin", ".model", ".gguf", ".py", ".txt", ".jinja", ".tiktoken"}
+_SUFFIXES |= {".codes", ".spm", ".tokenizer"}  # of vocabularies that few classes of tokenizers read
 
 _Facts = tuple[int, int, int, int, int]
 """Device, inode, size, and the times of the last changes of content and of attributes. The last one cannot be set."""

@@ -113,6 +113,22 @@ def test_the_digest_of_a_local_checkpoint_follows_its_contents(tmp_path: Path) -
     assert folder_digest(tmp_path) != before
 
 
+def test_the_digest_of_a_local_checkpoint_has_every_file_that_a_tokenizer_may_read(tmp_path: Path) -> None:
+    source = Path(transformers.__file__).parent / "models"
+    named = {
+        name
+        for path in source.glob("*/tokenization_*.py")
+        for block in re.findall(r"^VOCAB_FILES_NAMES = \{(.*?)\}", path.read_text(encoding="utf-8"), re.M | re.S)
+        for name in re.findall(r':\s*"([^"]+)"', block)
+    }
+    assert {"vocab.txt", "bpe.codes", "source.spm", "prophetnet.tokenizer"} <= named
+    digests = {folder_digest(tmp_path)}
+    for name in sorted(named):
+        (tmp_path / name).write_text("a vocabulary")
+        digests.add(folder_digest(tmp_path))
+    assert len(digests) == len(named) + 1
+
+
 def test_the_digest_of_a_local_checkpoint_has_the_files_that_its_index_or_config_names(tmp_path: Path) -> None:
     CASES[0].model().save_pretrained(tmp_path, max_shard_size="20KB")
     plain = folder_digest(tmp_path)

@@ -110,7 +110,8 @@ def test_three_families_on_two_nodes_with_a_preemption_in_the_middle(
     assert code == 0, said
     assert [row[1:3] for row in rows_of(said)] == [[slug, "done"] for slug in slugs]
     log = logs(running.folder)
-    assert "SIGUSR2: stopping after this batch" in log and re.search(rf"resuming: \d+ of {MANY} examples are done", log)
+    assert "stopped by SIGUSR2" in log, "between two batches, or after the one that it came in"
+    assert re.search(rf"resuming: \d+ of {MANY} examples are done", log)
     for name, root in zip(FAMILIES, roots, strict=True):
         assert hashes(root) == hashes(undisturbed(name))
     assert {line["restarts"] for line in running.status() if line["model"] == slugs[0]} == {1}

@@ -85,13 +85,12 @@ def fetched(repo_id: str, commit: str, names: Sequence[str]) -> list[str] | None
 
     there = []
     for name in names:
-        try:
-            path = try_to_load_from_cache(repo_id, name, revision=commit, repo_type="dataset")
-        except ValueError as error:  # a name that leads out of the cache
+        if name.startswith("/") or ".." in Path(name).parts:
             raise SourceError(
                 f"the cache lists {name!r} among the files of {repo_id}, which no repository can have: delete the "
                 f"folder {_folder(repo_id)}, and run once where the Hub can be reached"
-            ) from error
+            )
+        path = try_to_load_from_cache(repo_id, name, revision=commit, repo_type="dataset")
         if isinstance(path, str):
             there.append(_own(path, name))
     return there if len(there) == len(names) else None

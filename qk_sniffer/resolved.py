@@ -9,7 +9,7 @@ from typing import Any
 
 from qk_sniffer.config import Config, InferenceConfig, OutputConfig, SamplerConfig, settings
 from qk_sniffer.markdown import code
-from qk_sniffer.text import expand_home, is_surrogate, path_text
+from qk_sniffer.text import expand_home, is_surrogate, leads_out, path_text
 
 _BATCHING = {name: f"inference.{name}" for name in InferenceConfig().batching()}
 
@@ -135,7 +135,7 @@ def _public_file(name: str) -> str:
     protocol, separator, rest = name.partition("://")
     if separator:
         return name if protocol in _OPEN_PROTOCOLS else re.split(r"[?#]", rest)[0].rstrip("/").rpartition("/")[2]
-    is_elsewhere = name.startswith(("/", "~")) or ".." in Path(name).parts
+    is_elsewhere = name.startswith("~") or leads_out(name)
     return Path(name).name if is_elsewhere else name
 
 

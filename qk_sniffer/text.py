@@ -77,6 +77,11 @@ def compact_ranges(numbers: Iterable[int]) -> str:
     return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
+def leads_out(name: str) -> bool:
+    """Whether the name of a file in a folder is one of a file elsewhere: absolute, or with `..`."""
+    return Path(name).is_absolute() or ".." in Path(name).parts
+
+
 def counted(number: int, noun: str) -> str:
     """Returns a number with its noun: `1 row`, `2,000 rows`."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

@@ -67,8 +67,9 @@ class Backbone:
         self.num_positions = rotary.num_positions(decoder)
         """The most tokens that the decoder's table of positions allows; None without a table."""
         self.max_positions = limits.max_positions(self.config)
-        self.num_layers = limits.num_layers(self.config)
         """The most tokens of a text that the config provides for; None if it names no number."""
+        self.num_layers = limits.num_layers(self.config)
+        """The layers of the decoder, with attention or not; None if the config names no number."""
         self.num_embeddings = limits.num_embeddings(decoder)
         """The rows of the embedding of token ids; None if their number is not known."""
         self._rotary_state = rotary.RotaryState(decoder)

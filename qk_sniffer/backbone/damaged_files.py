@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qk_sniffer.hub.json_files import DamagedFileError, json_object
-from qk_sniffer.text import shortened
+from qk_sniffer.text import leads_out, shortened
 
 _LENGTH_BYTES = 8
 """The bytes of the length of a header, with which a safetensors file begins."""
@@ -58,7 +58,7 @@ def shards_of(index: bytes) -> list[str]:
     if not shards or not all(isinstance(shard, str) for shard in shards):
         raise DamagedFileError("its weight_map does not name the file of each weight")
     shards = sorted(set(shards))
-    if outside := [shard for shard in shards if Path(shard).is_absolute() or ".." in Path(shard).parts]:
+    if outside := [shard for shard in shards if leads_out(shard)]:
         raise DamagedFileError(
             f"it names {len(outside)} files outside of its folder, which are not read: {shortened(outside, 2)}"
         )

@@ -147,11 +147,7 @@ class Capture:
         lengths = [example.num_tokens for example in plan.examples]
         with self._stages("statistics"):
             for stage in self._moments.config.stages:
-                if stage == self._stage:
-                    states = _states(call)[kind]
-                else:
-                    assert call.other_stage is not None
-                    states = call.other_stage[KINDS.index(kind)]
+                states = _states(call, other_stage=stage != self._stage)[kind]
                 self._moments.add(PartKey(call.layer, kind, stage), states, lengths)
 
     def _write(self, plan: BatchPlan, layer: int, kind: str, states: torch.Tensor, tokens: DeviceIndices) -> None:
@@ -170,6 +166,8 @@ class Capture:
             self._stages.move(self._writer.wait_s - waited_s, "gather", "queue")
 
 
-def _states(call: AttentionCall) -> dict[str, torch.Tensor]:
-    """Returns the states (B, H, n, d) of an attention call, by kind."""
-    return {"q": call.query, "k": call.key}
+def _states(call: AttentionCall, *, other_stage: bool = False) -> dict[str, torch.Tensor]:
+    """Returns the states (B, H, n, d) of an attention call, or those of the stage that it shows besides, by kind."""
+    states = call.other_stage if other_stage else (call.query, call.key)
+    assert states is not None, "the pass did not show both stages"
+    return dict(zip(KINDS, states, strict=True))

@@ -1,4 +1,4 @@
-"""Estimates the arithmetic of forward passes, which limits what a proof may run."""
+"""Estimates the arithmetic of forward passes, which limits a proof and the groups of batches with statistics."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass

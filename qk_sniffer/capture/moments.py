@@ -128,11 +128,13 @@ class Moments:
     """The components by rotary frequency, by layer."""
     _sums: dict[PartKey, _Sums] = field(default_factory=dict)
     _pairs: dict[tuple[int, torch.device], torch.Tensor] = field(default_factory=dict)
+    _index: dict[tuple[int, str, torch.device], torch.Tensor] = field(default_factory=dict)
+    """The heads on a device, sent once, where not all heads of a layer are kept."""
 
     def add(self, key: PartKey, states: torch.Tensor, lengths: Sequence[int]) -> None:
         """Adds the tokens of a batch. `states` is (B, heads of the layer, n, d); `lengths` are those of its texts."""
         heads = self.heads[key.layer, key.kind]
-        every = len(heads) == states.shape[1]
+        index = None if len(heads) == states.shape[1] else self._index_of(key, states.device)
         pairs = self._pairs_of(key, states.device)
         if key not in self._sums:
             self._sums[key] = _Sums.empty(
@@ -148,7 +150,7 @@ class Moments:
             start = self.config.skip_tokens
             while start < length:
                 stop = min(length, start + step - size)
-                piece = states[row, :, start:stop] if every else states[row, list(heads), start:stop]
+                piece = states[row, :, start:stop] if index is None else states[row, index, start:stop]
                 pieces.append(piece)
                 size += stop - start
                 start = stop
@@ -163,6 +165,12 @@ class Moments:
         parts = {key: sums.part() for key, sums in self._sums.items()}
         self._sums.clear()
         return parts
+
+    def _index_of(self, key: PartKey, device: torch.device) -> torch.Tensor:
+        place = key.layer, key.kind, device
+        if place not in self._index:
+            self._index[place] = torch.tensor(self.heads[key.layer, key.kind], device=device)
+        return self._index[place]
 
     def _pairs_of(self, key: PartKey, device: torch.device) -> torch.Tensor | None:
         pairs = self.pairs[key.layer] if key.stage == "pre" else None

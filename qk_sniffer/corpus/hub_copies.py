@@ -18,6 +18,7 @@ from qk_sniffer.logs import logger
 from qk_sniffer.store import stored
 from qk_sniffer.store.disk import write_atomic
 from qk_sniffer.store.files import inside
+from qk_sniffer.text import leads_out
 
 log = logger(__name__)
 
@@ -85,7 +86,7 @@ def fetched(repo_id: str, commit: str, names: Sequence[str]) -> list[str] | None
 
     there = []
     for name in names:
-        if name.startswith("/") or ".." in Path(name).parts:
+        if leads_out(name):
             raise SourceError(
                 f"the cache lists {name!r} among the files of {repo_id}, which no repository can have: delete the "
                 f"folder {_folder(repo_id)}, and run once where the Hub can be reached"

@@ -5,6 +5,7 @@ from typing import Any, NoReturn
 
 from qk_sniffer.errors import SourceError
 from qk_sniffer.hub.json_files import DamagedFileError, json_object
+from qk_sniffer.text import leads_out
 
 _PROBE = "Hello world, it's  a test\n\nof 1234 words: d\u00e9j\u00e0 vu, \u6f22\u5b57; if x == y:"
 
@@ -75,7 +76,7 @@ def refuse_files_elsewhere(name: str, *, trust_remote_code: bool = False, **opti
     listed = settings.get("fast_tokenizer_files")
     described = [file for file in listed if isinstance(file, str)] if isinstance(listed, list) else []
     for file in listed if isinstance(listed, list) else ():
-        if not isinstance(file, str) or _leaves(file) or (Path(name).is_dir() and Path(file).name != file):
+        if not isinstance(file, str) or leads_out(file) or (Path(name).is_dir() and Path(file).name != file):
             raise SourceError(
                 f"the tokenizer of {name} names {file} in fast_tokenizer_files of tokenizer_config.json, which is "
                 "not a file in its folder: copy the file there and name it without a folder"
@@ -113,10 +114,6 @@ def _exists(name: str, value: Any) -> bool:
         return Path(value).is_file() and not Path(value).resolve().is_relative_to(Path(name).resolve())
     except (OSError, ValueError, RuntimeError):  # no path: too long, with a null character, or a loop of links
         return False
-
-
-def _leaves(file: str) -> bool:
-    return Path(file).is_absolute() or ".." in Path(file).parts
 
 
 def _refuse(name: str, file: str, key: str, value: Any) -> NoReturn:

@@ -168,6 +168,8 @@ def stage(layout: Layout, job: CapturedJob, model: ModelConfig, tokenizer: TextT
         threads=num_threads(),
         check=claim.check,
     )
+    if not written.num_examples:
+        raise SourceError(f"dataset {config.dataset.path} has no text that gives a token: nothing was captured")
     skipped = sum(mark["skipped"] for mark in marks if mark is not None)
     parts = [[*journal.records.values()] for journal in journals]
     if base is not None:
@@ -187,8 +189,6 @@ def stage(layout: Layout, job: CapturedJob, model: ModelConfig, tokenizer: TextT
         )
         found = {"tokens": tokens, "nonfinite": nonfinite}
         written = replace(written, files=dict(sorted((written.files | files).items())), statistics=found)
-    if not written.num_examples:
-        raise SourceError(f"dataset {config.dataset.path} has no text that gives a token: nothing was captured")
     expected = None if config.dataset.streaming else record["source_rows"]
     if expected is not None and written.num_examples + skipped != expected:
         raise StoreError(

@@ -227,7 +227,6 @@ def _check_space(
 ) -> None:
     """Checks the disk for the whole job, as if all examples were as long as those of the first window.
 
-
     Raises:
         StoreError: there is not enough space.
     """

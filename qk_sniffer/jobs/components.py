@@ -33,6 +33,7 @@ class Components:
     layers: list[LayerFacts]
     selection: Selection
     cost: ForwardCost
+    """Of the decoder's forward passes on its device."""
     check: Check
     """Raises a SourceError if a file that the loaded model may read again, or be a view of, has changed."""
 

@@ -349,6 +349,11 @@ class _Batch:
     records: tuple[ExampleRecord, ...]
     checks: tuple[AttentionFacts, ...]
 
+    @cached_property
+    def metadata_bytes(self) -> int:
+        """The bytes of its facts in the header of a segment, which is JSON that holds JSON."""
+        return len(json.dumps(json.dumps([*map(astuple, self.records), self.checks])))
+
 
 @dataclass(frozen=True, eq=False)
 class _End:
@@ -366,8 +371,7 @@ class _End:
     def num_records(self) -> int:
         return sum(len(batch.records) for batch in self.batches)
 
-    @cached_property
+    @property
     def metadata_bytes(self) -> int:
-        """The bytes of its facts in the header of a segment, which is JSON that holds JSON."""
-        facts = [[*map(astuple, batch.records), batch.checks] for batch in self.batches]
-        return len(json.dumps(json.dumps(facts)))
+        """The bytes of the facts of its batches in the header of a segment."""
+        return sum(batch.metadata_bytes for batch in self.batches)

@@ -124,6 +124,19 @@ def open_segment(path: Path) -> Iterator[BufferedReader]:
         yield file
 
 
+def read_array(file: BufferedReader, place: Place, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    """Returns the numbers at a place of an open segment.
+
+    Raises:
+        DamageError: the file is too short.
+    """
+    values = np.empty(place.shape, dtype)
+    file.seek(place.offset)
+    if values.size and file.readinto(values.data.cast("B")) != values.nbytes:
+        raise DamageError("it is shorter than it was")
+    return values
+
+
 class _Entry(TypedDict):
     dtype: str
     shape: Annotated[list[Count], Meta(max_length=3)]

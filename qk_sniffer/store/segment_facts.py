@@ -7,7 +7,7 @@ and places that contradict each other are damage, like a wrong checksum: the exa
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal, NamedTuple, NotRequired, TypedDict
+from typing import Annotated, Any, Literal, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,7 @@ from qk_sniffer.store import stored
 from qk_sniffer.store.form_types import BatchSize
 from qk_sniffer.store.proof_forms import Attention
 from qk_sniffer.store.rows import DTYPES, RUN_COLUMNS, parse_tensor_name
-from qk_sniffer.store.segment import DamageError, Header, Place, open_segment
+from qk_sniffer.store.segment import DamageError, Header, Place, open_segment, read_array
 from qk_sniffer.store.statistics import PREFIX, PartKey, places_of
 from qk_sniffer.store.stored import Count, UnreadableError
 
@@ -165,7 +165,7 @@ def _check_counts(path: Path, facts: SegmentFacts) -> None:
     numbers: set[int] = set()
     with open_segment(path) as file:
         for places in facts.statistics.values():
-            count, nonfinite = (_read_from(file, places[name], np.int64) for name in ("count", "nonfinite"))
+            count, nonfinite = (read_array(file, places[name], np.int64) for name in ("count", "nonfinite"))
             if not (_are_between(count, 0, most) and _are_between(nonfinite, 0, most)):
                 raise DamageError("it has statistics of more tokens than its examples")
             numbers.update((count + nonfinite).tolist())
@@ -195,12 +195,4 @@ def _are_between(values: Int64, least: int, most: int) -> bool:
 
 def _read(path: Path, place: Place, dtype: type[np.generic]) -> npt.NDArray[Any]:
     with open_segment(path) as file:
-        return _read_from(file, place, dtype)
-
-
-def _read_from(file: BinaryIO, place: Place, dtype: type[np.generic]) -> npt.NDArray[Any]:
-    values = np.empty(place.shape, dtype)
-    file.seek(place.offset)
-    if values.size and file.readinto(values.data.cast("B")) != values.nbytes:  # type: ignore[attr-defined]
-        raise DamageError("it is shorter than it was")
-    return values
+        return read_array(file, place, dtype)

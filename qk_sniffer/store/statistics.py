@@ -26,7 +26,7 @@ import numpy.typing as npt
 from qk_sniffer.config import STAGES
 from qk_sniffer.store.layout import KINDS
 from qk_sniffer.store.rows import block_name
-from qk_sniffer.store.segment import DamageError, Header, Place, Tensor, open_segment
+from qk_sniffer.store.segment import DamageError, Header, Place, Tensor, open_segment, read_array
 
 Floats = npt.NDArray[np.floating[Any]]
 Int64 = npt.NDArray[np.int64]
@@ -168,10 +168,7 @@ def read_parts(path: Path, places: Mapping[PartKey, Mapping[str, Place]]) -> Ite
         for key, of_part in places.items():
             arrays: dict[str, Any] = {}
             for name, place in of_part.items():
-                values = np.empty(place.shape, _NUMPY[place.dtype])
-                file.seek(place.offset)
-                if values.size and file.readinto(values.data.cast("B")) != values.nbytes:
-                    raise DamageError("it is shorter than it was")
+                values = read_array(file, place, _NUMPY[place.dtype])
                 arrays[name] = values if place.dtype == "I64" else values.astype(np.float64)
             yield key, Part(**arrays)
 

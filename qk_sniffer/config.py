@@ -25,8 +25,10 @@ DTYPES = ("bfloat16", "float16", "float32")
 SamplerType = Literal["uniform", "log_uniform", "all", "none"]
 """The samplers; `capture/sampling.py` defines them."""
 
-STAGES = ("pre", "post")
-"""The stages of vectors: before the rotary embedding and after it."""
+STAGE_NAMES = {"pre": "before RoPE", "post": "after RoPE"}
+"""The stages of vectors, in the order of lists, with their names for people."""
+
+STAGES = tuple(STAGE_NAMES)
 
 AUTO = "auto"
 """The `model.dtype` of a checkpoint's own dtype."""

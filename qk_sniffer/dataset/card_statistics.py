@@ -3,6 +3,7 @@
 Tests run this code.
 """
 
+from qk_sniffer.config import STAGE_NAMES
 from qk_sniffer.dataset.card_facts import CardFacts, Place
 from qk_sniffer.markdown import block, table
 from qk_sniffer.store.layout import STATISTICS, statistics_file
@@ -23,8 +24,6 @@ ARRAYS = {
     "frequency_modulus": ("(H, f) float32", "mean of the modulus sqrt(a² + b²) of each pair"),
 }
 """The shape and the meaning of each array of `store.statistics.Statistics`."""
-
-_STAGES = {"pre": "before RoPE", "post": "after RoPE"}
 
 _WITH_QK_SNIFFER = """\
 import qk_sniffer
@@ -55,7 +54,7 @@ def statistics(facts: CardFacts) -> str:
     names = {"layer": head.layer, "kind": head.kind, "stage": config.stages[0], "file": statistics_file(head.layer)}
     second = "covariance" if config.covariance else "variance"
     reading = _WITH_QK_SNIFFER.format(where=_where(facts.place), second=second, **names)
-    stages = " and ".join(words for stage, words in _STAGES.items() if stage in config.stages)
+    stages = " and ".join(words for stage, words in STAGE_NAMES.items() if stage in config.stages)
     skipped = f", without the first {counted(config.skip_tokens, 'token')} of each text" if config.skip_tokens else ""
     text = f"""\
 ## Statistics

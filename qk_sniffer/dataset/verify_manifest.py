@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 
 from qk_sniffer.capture.sampling import Sampler
-from qk_sniffer.config import Config, from_dict
+from qk_sniffer.config import STAGE_NAMES, Config, from_dict
 from qk_sniffer.dataset.heads import captured_heads
 from qk_sniffer.dataset.proof_words import attention, compared, largest_difference, whence, why
 from qk_sniffer.dataset.verify_report import RECREATE, Problem
@@ -106,7 +106,7 @@ class ManifestFacts:
             for name, entry in manifest["files"].items()
         }
         model = manifest["model"]
-        stage = {"pre": "before RoPE", "post": "after RoPE"}[model["rope_stage"]]
+        stage = STAGE_NAMES[model["rope_stage"]]
         nonfinite = manifest.get("nonfinite_rows")  # the first datasets of this format do not have it
         proof = manifest["proof"]
         facts = cls(

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from qk_sniffer.config import STAGE_NAMES
 from qk_sniffer.dataset.verify_manifest import ManifestFacts
 from qk_sniffer.dataset.verify_report import Problem, Report
 from qk_sniffer.dataset.verify_rows import BATCH_BYTES, Examples, batches, values
@@ -94,7 +95,8 @@ def check_statistics(
     some = counted(len(layers), "layer") if len(there) == len(layers) else f"{len(there)} of {len(layers)} layers"
     compared = sum(len(each.comparable) for each in checks)
     tokens = "" if num_tokens is None else f", {counted(num_tokens, 'token')} a head"
-    report.passed(_CHECK, f"{some}, {_in_words(config.stages)}{tokens}")
+    stages = " and ".join(words for stage, words in STAGE_NAMES.items() if stage in config.stages)
+    report.passed(_CHECK, f"{some}, {stages}{tokens}")
     if compared:
         report.passed(_CHECK, f"{counted(compared, 'head')}: mean, covariance and range are those of the rows")
 
@@ -278,10 +280,6 @@ def _covariance_problems(covariance: Float64, variance: Float64) -> Iterator[str
         yield "covariance is not positive semidefinite"
     if np.abs(np.diagonal(covariance) - variance).max() > rounding:
         yield "variance is not the diagonal of covariance"
-
-
-def _in_words(stages: Sequence[str]) -> str:
-    return " and ".join(f"{word} RoPE" for stage, word in (("pre", "before"), ("post", "after")) if stage in stages)
 
 
 def _names(names: Collection[Any]) -> str:

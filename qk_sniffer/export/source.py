@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qk_sniffer.config import StatisticsConfig, from_dict
+from qk_sniffer.config import STAGE_NAMES, StatisticsConfig, from_dict
 from qk_sniffer.dataset.reader import Dataset
 from qk_sniffer.errors import StoreError
 from qk_sniffer.store import manifest as manifests
@@ -21,8 +21,6 @@ from qk_sniffer.store.statistics import Statistics
 from qk_sniffer.text import compact_ranges, counted, shortened
 
 Floats = npt.NDArray[np.float64]
-
-_STAGE_NAMES = {"pre": "before RoPE", "post": "after RoPE"}
 
 
 class Source:
@@ -88,12 +86,12 @@ class Source:
 
     def needs(self, stage: str, kind: str, *, covariance: bool = False) -> Iterator[str]:
         """Yields the problem that the dataset lacks the statistics of a stage and kind, or their covariances."""
-        wanted = f"statistics of {KIND_NAMES[kind]} vectors {_STAGE_NAMES[stage]}"
+        wanted = f"statistics of {KIND_NAMES[kind]} vectors {STAGE_NAMES[stage]}"
         setting = f"'capture.statistics.stages=[{stage}]'"
         if not self.settings.enabled:
             yield f"it has no {wanted}: capture with capture.statistics.enabled=true and {setting}"
         elif stage not in self.settings.stages:
-            has = " and ".join(_STAGE_NAMES[one] for one in self.settings.stages)
+            has = " and ".join(STAGE_NAMES[one] for one in self.settings.stages)
             yield f"it has statistics {has}, and no {wanted}: capture with {setting}"
         elif not any(layer["captured"].get(kind) for layer in self.layers):
             yield f"it has no {wanted}: no such vectors were captured"

@@ -39,6 +39,9 @@ MOST_SHARDS = 100_000
 MOST_COUNT = 2**53
 """The largest number of tokens, examples or rows: JSON readers read integers up to it exactly."""
 
+MOST_HEAD_DIM = 1 << 12
+"""The most numbers of a vector. Released models have up to 576; a covariance of this size has 64 MiB in float32."""
+
 MOST_RATE = 1e15
 """The largest `sampler.base_rate`."""
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from qk_sniffer.backbone.layers import LayerHeads
 from qk_sniffer.capture.sampling import counter_hash
-from qk_sniffer.config import CaptureConfig
+from qk_sniffer.config import MOST_HEAD_DIM, CaptureConfig
 from qk_sniffer.errors import CaptureError, ConfigError
 from qk_sniffer.text import compact_ranges
 
@@ -66,10 +66,16 @@ def select(layers: Sequence[LayerHeads], capture: CaptureConfig) -> Selection:
 
     Raises:
         ConfigError: the settings name a layer or a head that does not exist, or leave nothing to capture.
-        CaptureError: the query heads of a layer do not share its key heads evenly.
+        CaptureError: the query heads of a layer do not share its key heads evenly, or a vector is too large.
     """
     if not (capture.capture_queries or capture.capture_keys):
         raise ConfigError(["capture.capture_queries and capture.capture_keys are both false: nothing to capture"])
+    for layer in layers:
+        if layer.head_dim > MOST_HEAD_DIM:
+            raise CaptureError(
+                f"layer {layer.layer} has vectors of {layer.head_dim:,} numbers, and those of a dataset have at most "
+                f"{MOST_HEAD_DIM:,}: choose a model with smaller heads"
+            )
     candidates = _eligible_layers(layers, capture)
     for layer in candidates:
         if layer.num_k_heads < 1 or layer.num_q_heads % layer.num_k_heads:

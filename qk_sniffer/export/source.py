@@ -82,6 +82,17 @@ class Source:
                 raise StoreError(
                     f"{self.dataset}: the statistics of {name} are of {counted(count, 'token')}: capture longer texts"
                 )
+        numbers = (found.mean, found.minimum, found.maximum, found.frequency_modulus)
+        for row, head in enumerate(found.heads.tolist()):
+            of_head = [values[row] for values in numbers if values is not None]
+            if covariance and found.covariance is not None:
+                of_head.append(found.covariance[row])
+            if not all(np.isfinite(values).all() for values in of_head):
+                name = head_name(number, head, kind)
+                raise StoreError(
+                    f"{self.dataset}: the statistics of {name} have NaN or Inf. `python -m qk_sniffer.verify` says "
+                    "whether the file is damaged: fetch it again, or recreate the dataset with output.overwrite=true"
+                )
         return found
 
     def needs(self, stage: str, kind: str, *, covariance: bool = False) -> Iterator[str]:

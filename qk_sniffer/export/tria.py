@@ -14,6 +14,7 @@ import numpy as np
 
 from qk_sniffer.export.source import Floats, Source
 from qk_sniffer.machine import available_memory
+from qk_sniffer.store.form_types import MOST_NUMBER
 from qk_sniffer.text import in_mb
 
 _HEADER = struct.Struct("<7I2f28x")
@@ -23,6 +24,8 @@ _LEAST_MODULUS = 1e-12
 """The floor of the divisor of `mrl`."""
 _CLOSE = 1e-5
 """The largest relative difference of a frequency from that of the rope_theta."""
+_SMALLEST = 1e-30
+"""The smallest rope_theta whose powers are numbers."""
 
 
 def problems(source: Source) -> Iterator[str]:
@@ -76,7 +79,7 @@ def _theta(source: Source) -> float | None:
     """Returns the base of the frequencies of all layers; None if there is no such number among those of the config."""
     size = source.shape["head_dim"]
     for theta in [one.get("rope_theta") for one in source.rope_parameters()]:
-        if not isinstance(theta, int | float) or theta <= 0:
+        if not isinstance(theta, int | float) or not _SMALLEST <= theta <= MOST_NUMBER:
             continue
         powers = theta ** -(np.arange(size // 2) * 2 / size)
         if all(_are_close(source.frequencies(layer)[0], powers) for layer in source.layers):

@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal, TypedDict, get_args
 
 from msgspec import Meta
 
+from qk_sniffer.config import MOST_HEAD_DIM
 from qk_sniffer.errors import StoreError
 from qk_sniffer.plasticity.config import ESTIMATORS
 from qk_sniffer.plasticity.tables import QUERY_METRICS, TABLES, HeadResult
@@ -69,7 +70,7 @@ class _Head(TypedDict):
     k_head: HeadNumber
     metrics: dict[str, float | int]
     buckets: list[tuple[Annotated[int, Meta(ge=0, lt=2**31)], Annotated[int, Meta(ge=0, lt=2**31)], float]]
-    r2: Annotated[list[float], Meta(min_length=1, max_length=1 << 16)]
+    r2: Annotated[list[float], Meta(min_length=1, max_length=MOST_HEAD_DIM)]
     notes: list[str]
 
 

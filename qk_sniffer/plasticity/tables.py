@@ -14,8 +14,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from qk_sniffer.config import MOST_HEAD_DIM
 from qk_sniffer.store.disk import Check, unchecked, write_atomic
-from qk_sniffer.store.form_types import MOST_BUCKETS, MOST_HEAD_DIM, MOST_HEADS, MOST_LAYERS
+from qk_sniffer.store.form_types import MOST_BUCKETS, MOST_HEADS, MOST_LAYERS
 from qk_sniffer.store.parquet_tables import read_table
 from qk_sniffer.store.stored import UnreadableError
 

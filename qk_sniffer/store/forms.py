@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 from msgspec import Meta
 
-from qk_sniffer.config import MOST_COUNT, MOST_RATE, MOST_SHARDS, SamplerType, from_dict
+from qk_sniffer.config import MOST_COUNT, MOST_RATE, MOST_SHARDS, STAGES, SamplerType, from_dict
 from qk_sniffer.store import stored
 from qk_sniffer.store.form_types import (
     MOST_BUCKETS,
@@ -19,15 +19,15 @@ from qk_sniffer.store.form_types import (
     Commit,
     CommitOrDigest,
     Kind,
-    Number,
     RepoId,
     Sha256,
     Slug,
+    Stage,
 )
 from qk_sniffer.store.layout import FORMAT, is_dataset_file, parse_head_name
 from qk_sniffer.store.model_forms import Model, layer_problems
 from qk_sniffer.store.proof_forms import Proof, proof_problems
-from qk_sniffer.store.stored import LARGE, Count, Text, UnreadableError
+from qk_sniffer.store.stored import LARGE, Count, Seconds, Text, UnreadableError
 from qk_sniffer.text import is_branch_name
 
 
@@ -91,6 +91,17 @@ class SamplerSettings(TypedDict):
     keys: NotRequired[_Keys]
 
 
+class _Statistics(TypedDict):
+    enabled: bool
+    stages: Annotated[list[Stage], Meta(min_length=1, max_length=len(STAGES))]
+    skip_tokens: Count
+    covariance: bool
+
+
+class _Capture(TypedDict):
+    statistics: NotRequired[_Statistics]
+
+
 class _Shard(TypedDict):
     index: Annotated[int, Meta(ge=0, lt=MOST_SHARDS)]
     count: Annotated[int, Meta(ge=1, le=MOST_SHARDS)]
@@ -102,6 +113,7 @@ class Settings(TypedDict):
     model: _Model
     dataset: _Dataset
     sampler: SamplerSettings
+    capture: NotRequired[_Capture]
 
 
 class JobSettings(Settings):
@@ -155,6 +167,8 @@ Fingerprint = TypedDict(
         "model.name": Text,
         "model.tokenizer.name": Text,
         "dataset.path": Text,
+        "dataset.name": NotRequired[Text | None],
+        "dataset.split": NotRequired[Text],
         "model.adapter": NotRequired[Text | None],
         "inference.max_batch_tokens": BatchSize,
         "inference.batch_size": BatchSize | None,
@@ -266,7 +280,7 @@ class Manifest(Job):
     job_id: NotRequired[JobId]  # until the manifest is promoted
     sha256: NotRequired[Sha256]  # until it is promoted: a digest of the rest
     proof: Proof
-    timings: dict[str, Number]
+    timings: dict[str, Seconds]
 
 
 def read_record(path: Path, *, way_out: str) -> dict[str, Any]:
@@ -310,6 +324,8 @@ def decode_manifest(data: bytes, name: Path | str, *, way_out: str) -> dict[str,
     if values.get("format") != FORMAT:
         raise UnreadableError(name, f"is not a manifest of qk-sniffer in the format {FORMAT!r}", way_out)
     manifest: Any = stored.check(values, Manifest, name, way_out)
+    if not stored.is_unicode(manifest):  # unlike a record, whose paths may hold any bytes
+        raise UnreadableError(name, "is not understood (a text is not valid Unicode)", way_out)
     return _checked(manifest, name, way_out, _in_a_manifest)
 
 

@@ -5,7 +5,16 @@ from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 from msgspec import Meta
 
-from qk_sniffer.store.form_types import MOST_FILES, MOST_HEAD_DIM, MOST_LAYERS, HeadNumber, Kind, Number, NumHeads
+from qk_sniffer.config import MOST_HEAD_DIM
+from qk_sniffer.store.form_types import (
+    MOST_FILES,
+    MOST_LAYERS,
+    HeadNumber,
+    Kind,
+    Number,
+    NumHeads,
+    Positive,
+)
 from qk_sniffer.store.layout import KEY_HEAD_KINDS
 from qk_sniffer.store.stored import Count, Text
 
@@ -33,11 +42,39 @@ class Layer(TypedDict):
     attention_chunk: NotRequired[Annotated[int, Meta(ge=1, lt=2**31)] | None]
     softmax_scale: Number
     softcap: NotRequired[Number | None]
-    sinks: NotRequired[list[Number] | None]
+    sinks: NotRequired[list[float] | None]  # weights, which may be infinite
     position_bias: NotRequired[bool]
     sparse_attention: NotRequired[bool]
     rotation: NotRequired[Rotation | Text | None]
     captured: dict[Kind, list[HeadNumber]]
+
+
+Frequency = Annotated[list[Number], Meta(max_length=MOST_HEAD_DIM)]
+
+
+class LongFrequencies(TypedDict):
+    """The frequencies of a text beyond a boundary: as listed, or by the base and the factor of dynamic ones."""
+
+    attention_scaling: Positive
+    inv_freq: NotRequired[Frequency]
+    rope_theta: NotRequired[Positive]
+    factor: NotRequired[Positive]
+
+
+class Frequencies(TypedDict):
+    """The frequencies of a rotary embedding."""
+
+    inv_freq: Frequency
+    attention_scaling: Positive
+    boundary: NotRequired[Count]
+    long: NotRequired[LongFrequencies | Text]
+    layer_type: NotRequired[Text]
+
+
+class Rotary(TypedDict):
+    """The frequencies by name, and further facts in the words of transformers."""
+
+    frequencies: NotRequired[dict[Text, Frequencies]]
 
 
 class Quantization(TypedDict):
@@ -68,7 +105,7 @@ class Model(TypedDict):
     rope_stage: Literal["pre", "post"]
     num_layers: NotRequired[Annotated[int, Meta(ge=1, le=MOST_LAYERS)] | None]
     layers: Annotated[list[Layer], Meta(min_length=1, max_length=MOST_LAYERS)]
-    rotary: dict[str, Any]
+    rotary: Rotary
     adapter: NotRequired[Adapter]
     max_positions: NotRequired[Count | None]
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any, NotRequired, TypedDict
 
 from msgspec import Meta
 
-from qk_sniffer.store.form_types import MOST_LAYERS, Bucket, Kind, Number
+from qk_sniffer.store.form_types import MOST_LAYERS, Bucket, Kind, Number, Positive
 from qk_sniffer.store.stored import Count, Text
 
 
@@ -16,7 +16,7 @@ class Attention(TypedDict):
     kind: Text
     tokens: Annotated[int, Meta(ge=1, lt=2**31)]
     positions: Annotated[list[Count], Meta(min_length=1, max_length=1000)]
-    tolerance: Number
+    tolerance: Positive
     passed: bool | None
     reason: NotRequired[Text]
     """Why it was not made, where `passed` is None."""
@@ -47,11 +47,12 @@ class Proof(TypedDict):
 
     proven: bool | None
     reason: NotRequired[Text]
-    examples: NotRequired[list[int]]
+    examples: NotRequired[list[Count]]
     model_commit: NotRequired[Text | None]
-    tolerance: NotRequired[Number]
+    tolerance: NotRequired[Positive]
     largest_difference_by_layer: NotRequired[dict[Bucket, float]]
-    row_tolerance: NotRequired[Number]
+    """NaN or infinite where vectors are."""
+    row_tolerance: NotRequired[Positive]
     largest_row_difference_by_layer: NotRequired[dict[Bucket, float]]
     """Of single rows. Earlier versions have neither."""
     rows: NotRequired[Count]

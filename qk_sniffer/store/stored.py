@@ -25,6 +25,9 @@ SMALL, LARGE = 1 << 20, 1 << 26
 MOST_DEPTH = 40
 """The deepest nesting of lists and objects. A manifest has 6 levels and those of the model's own config."""
 
+MOST_INTEGER = 2**64
+"""The largest absolute value of an integer. Others are not numbers of libraries, and may not even fit a float."""
+
 Count = Annotated[int, msgspec.Meta(ge=0, le=MOST_COUNT)]
 """A number of rows, tokens, bytes or examples."""
 
@@ -104,8 +107,8 @@ def check(values: Any, form: type[_T], name: Path | str, way_out: str) -> _T:
     Raises:
         UnreadableError: they are not.
     """
-    if _is_deeper(values, MOST_DEPTH):
-        raise UnreadableError(name, f"is not understood (nested deeper than {MOST_DEPTH} levels)", way_out)
+    if (problem := _limits_problem(values)) is not None:
+        raise UnreadableError(name, f"is not understood ({problem})", way_out)
     try:
         msgspec.convert(values, form)
     except (ValueError, OverflowError) as error:
@@ -123,25 +126,37 @@ def encode(values: Mapping[str, Any], *, indent: int | None = None, sort_keys: b
     return text.encode("utf-8", "backslashreplace")
 
 
+def is_unicode(values: Any) -> bool:
+    """Whether each text in `values`, as JSON gives them, can be encoded in UTF-8."""
+    try:
+        json.dumps(values, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def digest(values: Mapping[str, Any]) -> str:
     """Returns the sha256 of `values`, in hex. Values that were written and read back have the same digest."""
     plain: Any = json.loads(encode(values))  # all keys are strings
     return hashlib.sha256(encode(plain, sort_keys=True)).hexdigest()
 
 
-def _is_deeper(values: Any, most: int) -> bool:
+def _limits_problem(values: Any) -> str | None:
+    """Returns how `values` exceed the limits of all files, those of keys without a form included."""
     level = [values]
-    for _ in range(most + 1):
+    for _ in range(MOST_DEPTH + 1):
         inner: list[Any] = []
         for value in level:
             if isinstance(value, dict):
                 inner.extend(value.values())
             elif isinstance(value, list):
                 inner.extend(value)
+        if any(isinstance(value, int) and not -MOST_INTEGER <= value <= MOST_INTEGER for value in inner):
+            return "an integer has more than 64 bits"
         level = [value for value in inner if isinstance(value, dict | list)]
         if not level:
-            return False
-    return True
+            return None
+    return f"nested deeper than {MOST_DEPTH} levels"
 
 
 def _in_a_line(error: Exception) -> str:

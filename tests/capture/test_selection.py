@@ -12,7 +12,7 @@ from scipy import stats
 
 from qk_sniffer.backbone.layers import LayerHeads
 from qk_sniffer.capture.selection import select
-from qk_sniffer.config import CaptureConfig, HeadSamplingConfig
+from qk_sniffer.config import MOST_HEAD_DIM, CaptureConfig, HeadSamplingConfig
 from qk_sniffer.errors import CaptureError, ConfigError
 from qk_sniffer.text import compact_ranges
 
@@ -161,6 +161,13 @@ def test_heads_that_do_not_divide_are_an_error_where_they_are_captured() -> None
 def test_compact_ranges() -> None:
     assert compact_ranges([7, 1, 2, 0, 3, 9, 10]) == "0-3, 7, 9-10"
     assert compact_ranges([]) == ""
+
+
+def test_vectors_beyond_those_of_the_contract_are_refused() -> None:
+    assert select([LayerHeads(0, 2, 1, MOST_HEAD_DIM, None)], CaptureConfig()).num_heads == 3
+    larger = LayerHeads(7, 2, 1, MOST_HEAD_DIM + 1, None)
+    with pytest.raises(CaptureError, match="layer 7 has vectors of 4,097 numbers, and those of a dataset have at most"):
+        select([*LAYERS, larger], CaptureConfig(layers=[0]))
 
 
 def test_nothing_heavy_is_imported() -> None:

@@ -137,7 +137,7 @@ def both(section: str, key: str, value: Any) -> Callable[[dict[str, Any]], None]
             {"manifest"},
             "at `$.config.sampler.type`)",
         ),
-        (lambda m: m["proof"].update(tolerance=10**400), {"manifest"}, "at `$.proof.tolerance`)"),
+        (lambda m: m["proof"].update(tolerance=10**400), {"manifest"}, "an integer has more than 64 bits"),
         (lambda m: m.update(format="qk-sniffer/9"), {"manifest"}, "format 'qk-sniffer/1' way out: use the version of"),
     ],
 )

@@ -19,7 +19,7 @@ for _ in range(60):
 
 def odd_values(outside: Path) -> list[Any]:
     """Returns values that a hostile or damaged file may hold. `outside` must not be touched."""
-    numbers = [-1, 0, 1, 7, 10**9, 1e9, 10**30, -(2**63), 2**53, 0.5, float("nan"), float("inf"), -0.0]
+    numbers = [-1, 0, 1, 7, 10**9, 1e9, 10**30, 10**400, 1e300, -(2**63), 2**53, 0.5, float("nan"), float("inf"), -0.0]
     texts = ["", "x", "../../outside/file", str(outside / "file"), "/dev/zero", "${oc.env:HF_TOKEN}", "\x1b[31m\u202e"]
     return [None, True, *numbers, *texts, "\ud800", "a\0b", "y" * 20_000, [], {}, _DEEP, {"a": [1, None]}]
 

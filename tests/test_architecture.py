@@ -24,6 +24,7 @@ FLOORS = (
     ("corpus", "backbone"),
     ("capture",),
     ("validation", "dataset"),
+    ("drawing",),
     ("jobs",),
     ("cli",),
     ("export", "plasticity"),

@@ -20,7 +20,7 @@ from qk_sniffer.dataset.proof_words import compared, largest_difference, whence
 from qk_sniffer.dataset.weights import computed_in, quantized
 from qk_sniffer.markdown import block, code, in_url, link, plain, table, tex, yaml_string
 from qk_sniffer.resolved import safe_name
-from qk_sniffer.store.layout import EXAMPLES, KIND_NAMES, KINDS, Head, Layout, schema
+from qk_sniffer.store.layout import EXAMPLES, KIND_NAMES, KINDS, PICTURE_SUFFIXES, Head, Layout, schema
 from qk_sniffer.text import compact_ranges
 
 FRONT_MATTER_BYTES = 100_000
@@ -264,8 +264,14 @@ output agrees with softmax(q K) V, computed in float64.
 def _pictures(facts: CardFacts) -> str:
     if not facts.pictures:
         return ""
-    images = [f"!{link(plain(Path(name).stem.replace('_', ' ')), in_url(name, safe='/'))}\n" for name in facts.pictures]
-    return "## Pictures\n\n" + "\n".join(images)
+    shown, drawn = PICTURE_SUFFIXES
+    found = [f"!{_picture(name)}\n" for name in facts.pictures if name.endswith(shown)]
+    found += [f"{_picture(name, ' as SVG')}\n" for name in facts.pictures if name.endswith(drawn)]
+    return "## Pictures\n\n" + "\n".join(found)
+
+
+def _picture(name: str, ending: str = "") -> str:
+    return link(plain(Path(name).stem.replace("_", " ") + ending), in_url(name, safe="/"))
 
 
 def _terms(facts: CardFacts) -> str:

@@ -23,7 +23,7 @@ from qk_sniffer.logs import logger
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.disk import Check, sha256_of, unchecked
 from qk_sniffer.store.files import inside
-from qk_sniffer.store.layout import CARD, MANIFEST, PICTURES, Layout, parse_head_name
+from qk_sniffer.store.layout import CARD, MANIFEST, Layout, is_dataset_file
 from qk_sniffer.store.manifest import FileEntry
 
 if TYPE_CHECKING:
@@ -234,7 +234,7 @@ class _Publication:
         names = self._manifest["files"]
         on_branch = self.api.list_repo_files(self._repo_id, repo_type=REPO_TYPE, revision=head)
         return [
-            *(CommitOperationDelete(name) for name in on_branch if name not in names and _is_of_a_dataset(name)),
+            *(CommitOperationDelete(name) for name in on_branch if name not in names and is_dataset_file(name)),
             *(CheckedAddition(name, inside(self._root, name)) for name in names if name != CARD),
             CommitOperationAdd(CARD, self._card),
             CommitOperationAdd(MANIFEST, manifests.encode(self._manifest)),
@@ -283,11 +283,3 @@ def _title(manifest: dict[str, Any]) -> str:
     digest = hashlib.sha256(content).hexdigest()[:16]
     config = manifest["config"]
     return f"{config['model']['slug']} on {config['dataset']['slug']}: {manifest['rows']:,} rows [{digest}]"
-
-
-def _is_of_a_dataset(name: str) -> bool:
-    """Whether `name` is a file of a dataset, other than the card and the manifest, which every dataset has."""
-    folder, _, file = name.partition("/")
-    if folder == PICTURES:
-        return file.endswith(".png")
-    return file == "data.parquet" and (folder == "examples" or parse_head_name(folder) is not None)

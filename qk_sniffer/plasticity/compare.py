@@ -18,19 +18,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qk_sniffer.cli import program
+from qk_sniffer.drawing.style import BLUE, GREY, PAGE_IN, Float64, as_text, figure, save
 from qk_sniffer.errors import ConfigError, QkSnifferError
 from qk_sniffer.plasticity.config import INSTALL
-from qk_sniffer.plasticity.figures import (
-    BLUE,
-    GREY,
-    PAGE_IN,
-    PLASTICITY,
-    Float64,
-    as_text,
-    by_head_and_bucket,
-    figure,
-    save,
-)
+from qk_sniffer.plasticity.figures import PLASTICITY, by_head_and_bucket
 from qk_sniffer.plasticity.results import Results
 from qk_sniffer.store.disk import explained, make_folder
 from qk_sniffer.text import counted, expand_home, say
@@ -50,7 +41,9 @@ class Settings:
     """The settings of the program."""
 
     runs: str = field(metadata={"help": "folders of results, separated by commas"})
-    output: Path = field(default=Path("plasticity.png"), metadata={"help": "file of the figure, a .png"})
+    output: Path = field(
+        default=Path("plasticity.png"), metadata={"help": "file of the figure, a .png; its .svg is written next to it"}
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,8 +103,8 @@ def compare(settings: Settings) -> int:
     runs = [read(Results(folder)) for folder in folders]
     with explained(settings.output.parent, "make"):
         make_folder(settings.output.parent)
-    save(settings.output, lambda: draw(runs))
-    say(f"{counted(len(runs), 'run')}: {settings.output}")
+    files = save(settings.output.with_suffix(""), lambda: draw(runs))
+    say(f"{counted(len(runs), 'run')}: {', '.join(map(str, files))}")
     return 0
 
 

@@ -1,11 +1,7 @@
-"""Draws the pictures of a dataset's plasticity, for a paper's appendix.
-
-They fit its columns, and are readable in grey and for colour-blind readers (cividis, and the palette of Okabe and Ito).
-"""
+"""Draws the pictures of a dataset's plasticity, for a paper's appendix."""
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,37 +9,30 @@ import numpy as np
 import numpy.typing as npt
 
 from qk_sniffer.dataset.reader import sampler_of
-from qk_sniffer.errors import QkSnifferError
+from qk_sniffer.drawing.style import (
+    BLUE,
+    COLUMN_IN,
+    GREY,
+    PAGE_IN,
+    Float64,
+    absent_patch,
+    as_text,
+    check_cells,
+    figure,
+    mark_absent,
+    save,
+)
 from qk_sniffer.plasticity import tables
 from qk_sniffer.plasticity.config import ESTIMATORS
 from qk_sniffer.plasticity.results import Results
-from qk_sniffer.store.disk import Check, create, explained, make_folder, unchecked
-from qk_sniffer.text import printable
+from qk_sniffer.store.disk import explained, make_folder
+from qk_sniffer.store.layout import PICTURE_SUFFIXES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-Float64 = npt.NDArray[np.float64]
 Columns = dict[str, np.ndarray[Any, Any]]
-
-COLUMN_IN, PAGE_IN = 3.4, 7.0
-"""The widths of a column and of a page of two columns, in inches."""
-
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#999999"
-STYLE: dict[Any, Any] = {
-    "font.size": 8,
-    "axes.titlesize": 8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "figure.dpi": 200,
-    "image.cmap": "cividis",
-    "legend.frameon": False,
-    "hatch.linewidth": 0.4,
-}
-
-ABSENT: dict[str, Any] = {"facecolor": "#EEEEEE", "edgecolor": GREY, "hatch": "////", "linewidth": 0}
-"""The style of a cell whose head was not captured or not measured."""
 
 PICTURES = {"by_query_bucket", "by_bucket_pair", "by_head", "component_weights"}
 
@@ -52,10 +41,6 @@ MOST_TICKS = 7
 MOST_LINES = 150
 MOST_NUMBERS = 10
 """The most buckets of a heatmap with numbers in its cells."""
-
-MOST_CELLS = 1 << 25
-"""The most cells that a picture is computed from: 256 MB. Tables of someone else may name any numbers of heads and
-buckets, and a small table can describe a grid of any size."""
 
 MOST_HEAD_CELLS = 1 << 17
 """The most cells of the picture with one cell for each head."""
@@ -83,37 +68,14 @@ def draw_all(results: Results) -> list[Path]:
     with explained(results.pictures, "make"):
         results.check()
         make_folder(results.pictures)
-    drawn = [save(results.pictures / f"{name}.png", make, check=results.check) for name, make in pictures.items()]
+    drawn = [
+        file for name, make in pictures.items() for file in save(results.pictures / name, make, check=results.check)
+    ]
     results.check()
     for name in PICTURES - pictures.keys():  # of earlier results
-        (results.pictures / f"{name}.png").unlink(missing_ok=True)
+        for suffix in PICTURE_SUFFIXES:
+            (results.pictures / f"{name}{suffix}").unlink(missing_ok=True)
     return drawn
-
-
-def save(path: Path, make: "Callable[[], Figure]", *, check: Check = unchecked) -> Path:
-    """Draws a picture in the style of this module, and writes it whole or not at all.
-
-    Raises:
-        StoreError: it cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}")
-    with styled(), explained(path, "write"):
-        drawn = make()
-        check()
-        with create(temporary) as file:
-            drawn.savefig(file, format="png", metadata={"Software": None})
-        check()
-        temporary.replace(path)
-    return path
-
-
-@contextmanager
-def styled() -> Iterator[None]:
-    """Applies the style of this module within the block."""
-    import matplotlib
-
-    with matplotlib.rc_context(STYLE):
-        yield
 
 
 class Names:
@@ -130,19 +92,6 @@ class Names:
         step = -(-len(buckets) // MOST_TICKS)
         labels = [f"{self._sampler.span('q', int(bucket))[0]:,}" for bucket in buckets[::step]]
         axis.set_ticks(range(0, len(buckets), step), labels)
-
-
-def as_text(text: str) -> str:
-    """Returns a text that matplotlib draws as it is: in one line, without formulas, and in a legend."""
-    shown = printable(text).replace("$", r"\$")
-    return f" {shown}" if shown.startswith("_") else shown
-
-
-def figure(width: float, height: float) -> "Figure":
-    """A figure of the given size in inches. Avoids pyplot, which keeps figures alive and looks for a screen."""
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")
 
 
 def by_query_bucket(pairs: Columns, names: Names) -> "Figure":
@@ -199,12 +148,12 @@ def by_head(metrics: Columns, names: Names) -> "Figure":
         axes.set(xlabel="query head", title=title)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        mark_absent(axes, np.isnan(grid))
+        mark_absent(axes)
         is_anything_absent |= bool(np.isnan(grid).any())
     panels[0].set_ylabel("layer")
     drawn.suptitle(names.dataset, fontsize=8)
     if is_anything_absent:
-        drawn.legend(handles=[absent_patch()], loc="outside lower center")
+        drawn.legend(handles=[absent_patch("not captured, or not measured")], loc="outside lower center")
     return drawn
 
 
@@ -249,21 +198,6 @@ def write_numbers(axes: "Axes", image: Any, grid: Float64) -> None:
             axes.text(column, row, text, ha="center", va="center", fontsize=5.5, color=colour)
 
 
-def mark_absent(axes: "Axes", is_absent: npt.NDArray[np.bool_]) -> None:
-    """Hatches the cells of heads without a value, so that no reader takes them for a value."""
-    from matplotlib.patches import Rectangle
-
-    for row, column in np.argwhere(is_absent):
-        axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, **ABSENT))
-
-
-def absent_patch() -> Any:
-    """The legend's patch for a hatched cell."""
-    from matplotlib.patches import Patch
-
-    return Patch(**ABSENT, label="not captured, or not measured")
-
-
 def by_head_and_bucket(pairs: Columns) -> tuple[npt.NDArray[np.int64], Float64, Float64]:
     """The query buckets (m,), the plasticity of each head as the mean over its key buckets (heads, m), and the mean of
     the heads (m,). Leaves out heads without a value; NaN for a bucket without one."""
@@ -276,19 +210,6 @@ def by_head_and_bucket(pairs: Columns) -> tuple[npt.NDArray[np.int64], Float64, 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # for a bucket without a value
         return buckets, lines, np.nanmean(lines, axis=0)
-
-
-def check_cells(shape: tuple[int, int], most: int = MOST_CELLS) -> None:
-    """Checks the size of a grid before memory is taken for it.
-
-    Raises:
-        QkSnifferError: it has more than `most` cells.
-    """
-    if shape[0] * shape[1] > most:
-        raise QkSnifferError(
-            f"the tables name heads, buckets or components that make a grid of {shape[0]:,} x {shape[1]:,} cells; a "
-            f"picture shows at most {most:,}. Check the tables with other programs, or measure the dataset again"
-        )
 
 
 def mean_by(rows: Any, columns: Any, values: Float64, shape: tuple[int, int]) -> Float64:

@@ -2,7 +2,7 @@
 
 <output_dir>/head_metrics.csv, .parquet             and the other two tables (`tables.py`)
 <output_dir>/plasticity.json                        dataset, settings and notes; written last
-<output_dir>/pictures/*.png
+<output_dir>/pictures/*.png, *.svg
 <output_dir>/.work/                                 removed when all heads are measured
     job.json                                        the fingerprint that the files next to it belong to
     l00h00q.json                                    the result of a head, with the fingerprint
@@ -28,7 +28,7 @@ from qk_sniffer.plasticity.tables import HeadResult
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store import stored
 from qk_sniffer.store.disk import Check, explained, make_folder, sha256_of, unchecked, write_atomic
-from qk_sniffer.store.layout import MANIFEST, head_name
+from qk_sniffer.store.layout import MANIFEST, PICTURE_SUFFIXES, head_name
 from qk_sniffer.store.locks import hold
 from qk_sniffer.store.stored import UnreadableError
 from qk_sniffer.text import shortened
@@ -132,8 +132,9 @@ class Results:
         if stored_before != fingerprint:
             with explained(self.folder, "replace the results in"):
                 self._clear()
-                for path in self.pictures.glob("*.png"):  # of the replaced results
-                    path.unlink()
+                for suffix in PICTURE_SUFFIXES:
+                    for path in self.pictures.glob(f"*{suffix}"):  # of the replaced results
+                        path.unlink()
                 make_folder(self._work)
             write_atomic(job, fingerprint.encode(), check=self.check)
 

@@ -29,7 +29,7 @@ from qk_sniffer.plasticity.figures import draw_all
 from qk_sniffer.plasticity.measure import KeyHead, Keys, Measuring
 from qk_sniffer.plasticity.results import Results, fingerprint, manifest_sha256
 from qk_sniffer.plasticity.tables import HeadResult
-from qk_sniffer.store.layout import Head, HeadKey, head_name
+from qk_sniffer.store.layout import PICTURE_SUFFIXES, Head, HeadKey, head_name
 from qk_sniffer.store.locks import TakenAwayError
 from qk_sniffer.text import compact_ranges, counted, say, shortened
 
@@ -252,4 +252,5 @@ def report(results: Results, pictures: Sequence[Path]) -> None:
         say("Restore these files and rerun the same command: it measures the missing heads.")
     say(f"Tables: {results.folder}/head_metrics.csv, head_bucket_plasticity.csv, head_component_weights.csv")
     if pictures:
-        say(f"Pictures: {results.pictures}/{', '.join(path.name for path in pictures)}")
+        names = dict.fromkeys(path.stem for path in pictures)
+        say(f"Pictures: {results.pictures}/{', '.join(names)} ({', '.join(PICTURE_SUFFIXES)})")

@@ -5,7 +5,7 @@
 <root>/statistics/layer-00.safetensors  with capture.statistics: the heads of a layer over all tokens, one file a layer
 <root>/README.md                the card
 <root>/manifest.json            written last: a root without it is incomplete
-<root>/pictures/*.png           optional figures of the vectors; the card shows them on the Hub
+<root>/pictures/*.png, *.svg    optional figures of the vectors; the card shows them on the Hub
 <root>/.sniff_snapshot.json     with output.resume_from_hub: the branch's commit that this root matches
 <root>/.qk_sniffer/             work state, removed once the dataset is whole
     job.json                    the record of the job, with its identity; a job with another record is refused
@@ -50,6 +50,9 @@ MANIFEST = "manifest.json"
 CARD = "README.md"
 EXAMPLES = "examples/data.parquet"
 PICTURES = "pictures"
+PICTURE_SUFFIXES = (".png", ".svg")
+"""The formats of every picture. Pages show the first."""
+
 STATISTICS = "statistics"
 
 VECTOR_PATH = "vector.list.element"
@@ -141,8 +144,8 @@ class Layout:
 
     def pictures(self) -> list[Path]:
         """Returns the pictures that exist and whose names a manifest may list."""
-        paths = sorted((self.root / PICTURES).glob("*.png"))
-        return [path for path in paths if is_dataset_file(f"{PICTURES}/{path.name}")]
+        paths = sorted((self.root / PICTURES).glob("*.*"))
+        return [path for path in paths if is_picture(f"{PICTURES}/{path.name}")]
 
     def statistics_files(self) -> list[Path]:
         """Returns the files of statistics that exist."""
@@ -248,12 +251,18 @@ def parse_head_name(name: str) -> HeadKey | None:
 
 _HEAD_NAME = re.compile(rf"l([0-9]{{2,6}})h([0-9]{{2,6}})([{''.join(KINDS)}])")
 
-_PICTURE = re.compile(rf"{PICTURES}/[A-Za-z0-9_][A-Za-z0-9_.-]{{0,200}}\.png")
+
+def is_picture(name: str) -> bool:
+    """Whether `name` is that of a picture."""
+    return _PICTURE.fullmatch(name) is not None
+
+
+_PICTURE = re.compile(rf"{PICTURES}/[A-Za-z0-9_][A-Za-z0-9_.-]{{0,200}}({'|'.join(map(re.escape, PICTURE_SUFFIXES))})")
 
 
 def is_dataset_file(name: str) -> bool:
     """Whether a manifest may list a file of this name: its card, examples, a head, a picture or statistics."""
-    if name in (CARD, EXAMPLES) or is_statistics_file(name) or _PICTURE.fullmatch(name) is not None:
+    if name in (CARD, EXAMPLES) or is_statistics_file(name) or is_picture(name):
         return True
     key = parse_head_name(name.partition("/")[0])
     return key is not None and name == head_file(*key)

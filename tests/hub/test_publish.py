@@ -110,7 +110,8 @@ def test_another_version_replaces_and_deletes(
     assert len(held(hub)) == 4 + 2 + 3
     repository = hub.repositories[REPO]
     mine = {"notes.txt": b"mine", "l00h00q/notes": b"mine"}
-    repository.add(BRANCH, "by hand", repository.files(BRANCH) | mine)
+    earlier = {"statistics/layer-05.safetensors": b"of another layer", "pictures/norms.svg": b"of other vectors"}
+    repository.add(BRANCH, "by hand", repository.files(BRANCH) | mine | earlier)
     root = make_dataset(tmp_path / "b", heads=(2,), seed=1)
     done = publish(root, REPO, BRANCH, api=api)
     assert done.changed and published(hub) == 3
@@ -131,13 +132,17 @@ def test_only_the_dataset_and_its_pictures_are_published(
     assert set(held(hub)) == expected
     (root / "pictures").mkdir()
     (root / "pictures" / "by_bucket.png").write_bytes(b"a picture")
+    (root / "pictures" / "by_bucket.svg").write_bytes(b"the same in lines")
     (root / "pictures" / "notes.txt").write_text("mine")
     publish(root, REPO, BRANCH, api=api)
     files = held(hub)
-    assert set(files) == {*expected, "pictures/by_bucket.png"}
+    pictures = {"pictures/by_bucket.png", "pictures/by_bucket.svg"}
+    assert set(files) == {*expected, *pictures}
     assert "![by bucket](pictures/by_bucket.png)" in files["README.md"].decode()
-    assert "pictures/by_bucket.png" in json.loads(files["manifest.json"])["files"]
-    (root / "pictures" / "by_bucket.png").unlink()
+    assert "\n[by bucket as SVG](pictures/by_bucket.svg)" in files["README.md"].decode()
+    assert pictures < json.loads(files["manifest.json"])["files"].keys()
+    for name in pictures:
+        (root / name).unlink()
     publish(root, REPO, BRANCH, api=api)
     assert set(held(hub)) == expected
 

@@ -15,7 +15,7 @@ from support.surroundings import deepen
 from qk_sniffer.errors import StoreError
 from qk_sniffer.jobs.finalize import finalize
 from qk_sniffer.store import manifest as manifests
-from qk_sniffer.store.layout import Layout
+from qk_sniffer.store.layout import PICTURE_SUFFIXES, Layout
 from qk_sniffer.store.locks import InUseError, hold
 
 SECTIONS: dict[str, Any] = {"inference": {"batch_size": 4, "lookahead": 10}, "capture": {"layers": [1]}}
@@ -261,8 +261,10 @@ def test_the_pictures_of_another_version_are_removed_with_it(captured: Path, che
     layout = Layout(root)
     picture = root / "pictures" / "by_head.png"
     picture.parent.mkdir()
-    picture.write_bytes(b"of the vectors of another model")
+    for suffix in PICTURE_SUFFIXES:
+        picture.with_suffix(suffix).write_bytes(b"of the vectors of another model")
     (root / "pictures" / "notes.txt").write_text("mine")
     run(checkpoint, captured / "texts.jsonl", root, **SECTIONS)
     assert layout.pictures() == []
+    assert [path.name for path in (root / "pictures").iterdir()] == ["notes.txt"]
     assert (root / "pictures" / "notes.txt").read_text() == "mine"

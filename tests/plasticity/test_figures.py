@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from matplotlib.patches import Rectangle
 from support.plasticity_cases import environment_of, measure, metrics, record, rewrite
 
+from qk_sniffer.drawing import style
 from qk_sniffer.errors import ConfigError, QkSnifferError, StoreError
 from qk_sniffer.plasticity import figures, tables
 from qk_sniffer.plasticity.compare import Run, Settings, Step, compare, draw, names, read, step_of
@@ -31,7 +31,7 @@ def results(root: Path, tmp_path: Path) -> Path:
 
 
 def of(results: Path, name: str, make: Any) -> Any:
-    with figures.styled():
+    with style.styled():
         return make(tables.read(results, name), Names(record(results)))
 
 
@@ -41,8 +41,9 @@ def grid(axes: Any) -> np.ndarray:
 
 
 def hatched(axes: Any) -> set[tuple[int, int]]:
-    cells = [patch for patch in axes.patches if isinstance(patch, Rectangle) and patch.get_hatch()]
-    return {(int(cell.get_y() + 0.5), int(cell.get_x() + 0.5)) for cell in cells}
+    """The cells without a value, through which the hatched background shows."""
+    assert axes.patch.get_hatch() == style.ABSENT["hatch"]
+    return {(int(row), int(column)) for row, column in np.argwhere(np.isnan(grid(axes)))}
 
 
 def test_every_head_is_a_faint_line_and_the_mean_a_strong_one(results: Path) -> None:
@@ -61,13 +62,13 @@ def test_every_head_is_a_faint_line_and_the_mean_a_strong_one(results: Path) -> 
                 means.append(values.mean() if len(values) else np.nan)
             expected.append(means)
     lines = axes.get_lines()
-    faint = [line for line in lines if line.get_color() == figures.GREY and len(line.get_ydata())]
+    faint = [line for line in lines if line.get_color() == style.GREY and len(line.get_ydata())]
     assert len(faint) == 11, "one head has no plasticity"
     shown = [line.get_ydata() for line in faint]
     np.testing.assert_allclose(shown, [means for means in expected if np.isfinite(means).any()])
     (strong,) = [line for line in lines if line.get_label() == "mean of 11 heads"]
     np.testing.assert_allclose(strong.get_ydata(), np.nanmean(expected, axis=0))
-    assert strong.get_linewidth() > 2 * faint[0].get_linewidth() and strong.get_color() == figures.BLUE
+    assert strong.get_linewidth() > 2 * faint[0].get_linewidth() and strong.get_color() == style.BLUE
     compared = read(Results(results))
     np.testing.assert_allclose(compared.by_bucket, strong.get_ydata(), err_msg="the comparison shows the same mean")
     assert len(compared.heads) == 11
@@ -95,7 +96,7 @@ def test_bucket_pairs_are_means_over_heads(results: Path) -> None:
 def test_heads_without_a_value_are_hatched(results: Path) -> None:
     metrics_of = tables.read(results, "head_metrics")
     some = np.flatnonzero((metrics_of["layer"] != 1) | (metrics_of["q_head"] != 2))
-    with figures.styled():
+    with style.styled():
         some_columns = {name: values[some] for name, values in metrics_of.items()}
         drawn = figures.by_head(some_columns, Names(record(results)))
     plasticity, r2 = drawn.axes[:2]
@@ -125,7 +126,7 @@ def checkpoints() -> list[Run]:
 
 
 def test_checkpoints_are_in_the_order_of_their_training() -> None:
-    with figures.styled():
+    with style.styled():
         left, right = draw(checkpoints()).axes[:2]
     assert [tick.get_text() for tick in left.get_xticklabels()] == [
         "stage1 40k",
@@ -164,7 +165,7 @@ def test_tables_that_make_a_grid_of_any_size_are_refused() -> None:
 
 def test_other_runs_keep_the_given_order_and_are_not_joined() -> None:
     runs = [*checkpoints(), replace(RUN, heads=np.linspace(0.5, 1, 101))]
-    with figures.styled():
+    with style.styled():
         left = draw(runs).axes[0]
     assert [tick.get_text() for tick in left.get_xticklabels()] == [run.revision for run in runs]
     (means,) = left.get_lines()
@@ -193,6 +194,8 @@ def test_several_datasets_in_one_figure(results: Path, tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment_of())
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "pictures" / "both.png").read_bytes().startswith(b"\x89PNG")
+    assert "stage" not in done.stdout and "both.png, pictures/both.svg" in done.stdout
+    assert ">attention plasticity</text>" in (tmp_path / "pictures" / "both.svg").read_text(encoding="utf-8")
     with pytest.raises(StoreError, match="nothing has no finished results"):
         compare(Settings(f"{results},{tmp_path / 'nothing'}", tmp_path / "both.png"))
     with pytest.raises(ConfigError, match=r"runs is empty[\s\S]*output is 'both.jpg'"):
@@ -207,8 +210,8 @@ def test_the_committed_picture_is_small() -> None:
 def test_names_are_drawn_as_they_are(results: Path) -> None:
     """A formula in a name could end the program, and a legend leaves out names that begin with an underscore."""
     for name in (r"$\frac$", r"a\$b$", "_x", "two\nlines\x1b"):
-        drawn = figures.figure(1.0, 1.0)
-        text = drawn.text(0, 0, figures.as_text(name))
+        drawn = style.figure(1.0, 1.0)
+        text = drawn.text(0, 0, style.as_text(name))
         shown, is_formula = text._preprocess_math(text.get_text())  # type: ignore[attr-defined]
         assert not is_formula and shown.strip() == printable(name) and not shown.startswith("_")
     runs = [replace(read(Results(results)), model=name) for name in ("$a_{$", "_b")]

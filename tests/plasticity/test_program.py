@@ -65,9 +65,14 @@ def test_the_program_from_its_start_to_pictures(
         "plasticity.json",
     ]
     pictures = sorted((folder / "pictures").iterdir())
-    assert [path.stem for path in pictures] == ["by_bucket_pair", "by_head", "by_query_bucket", "component_weights"]
+    names = ["by_bucket_pair", "by_head", "by_query_bucket", "component_weights"]
+    assert [path.name for path in pictures] == [f"{name}{suffix}" for name in names for suffix in (".png", ".svg")]
     for path in pictures:
-        assert path.read_bytes().startswith(b"\x89PNG") and path.stat().st_size < 300_000
+        start = b"\x89PNG" if path.suffix == ".png" else b"<?xml"
+        assert path.read_bytes().startswith(start) and path.stat().st_size < 300_000
+    assert f"{', '.join(['by_query_bucket', 'by_bucket_pair', 'by_head', 'component_weights'])} (.png, .svg)" in (
+        first.stdout
+    )
     before = bytes_of(folder)
     caplog.set_level("INFO")
     assert measure(root, folder, num_pairs_per_bucket=8) == 0
@@ -359,12 +364,12 @@ def test_damaged_results_are_recreated(root: Path, tmp_path: Path) -> None:
 def test_pictures_of_replaced_results_are_removed(root: Path, tmp_path: Path) -> None:
     pictures = tmp_path / "results" / "pictures"
     measure(root, tmp_path / "results", pictures=True)
-    assert len(list(pictures.iterdir())) == 4
+    assert len(list(pictures.iterdir())) == 8
     measure(root, tmp_path / "results", num_pairs_per_bucket=9)
     assert list(pictures.iterdir()) == []
     measure(root, tmp_path / "results", pictures=True)
     measure(root, tmp_path / "results", pictures=True, max_tokens_per_head=1)  # no head has a plasticity
-    assert sorted(path.stem for path in pictures.iterdir()) == ["by_head", "component_weights"]
+    assert sorted({path.stem for path in pictures.iterdir()}) == ["by_head", "component_weights"]
 
 
 def test_threads_share_the_query_heads_of_few_key_heads() -> None:

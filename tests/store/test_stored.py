@@ -108,7 +108,7 @@ def test_stored_settings_are_not_interpolated(monkeypatch: pytest.MonkeyPatch) -
 )
 def test_the_names_of_a_dataset(name: str) -> None:
     assert is_dataset_file(name)
-    assert is_dataset_file("pictures/norms_by_layer.png")
+    assert is_dataset_file("pictures/norms_by_layer.png") and is_dataset_file("pictures/norms_by_layer.svg")
 
 
 @pytest.mark.parametrize(
@@ -131,6 +131,8 @@ def test_the_names_of_a_dataset(name: str) -> None:
         "manifest.json",
         "pictures/../../x.png",
         "pictures/.png",
+        "pictures/.svg",
+        "pictures/a.jpg",
         "pictures/a/b.png",
         "pictures/a.png\n",
         ".qk_sniffer/job.json",

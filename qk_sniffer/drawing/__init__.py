@@ -1,0 +1,1 @@
+"""Draws the pictures of a dataset, and gives all pictures their style."""

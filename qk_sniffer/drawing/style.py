@@ -1,0 +1,126 @@
+"""Gives all pictures their style and their files: a PNG for pages, and an SVG for papers, whose text stays text.
+
+They fit the columns of a paper, and are readable in grey and for colour-blind readers (cividis, and the palette of
+Okabe and Ito). The same numbers give the same bytes with one version of matplotlib.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qk_sniffer.errors import QkSnifferError
+from qk_sniffer.store.disk import Check, explained, temporary_file, unchecked
+from qk_sniffer.store.layout import PICTURE_SUFFIXES
+from qk_sniffer.text import printable
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Float64 = npt.NDArray[np.float64]
+
+COLUMN_IN, PAGE_IN = 3.4, 7.0
+"""The widths of a column and of a page of two columns, in inches."""
+
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#999999"
+STYLE: dict[Any, Any] = {
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "figure.dpi": 200,
+    "savefig.dpi": "figure",
+    "image.cmap": "cividis",
+    "legend.frameon": False,
+    "hatch.linewidth": 0.4,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "qk-sniffer",
+}
+
+ABSENT: dict[str, Any] = {"facecolor": "#EEEEEE", "edgecolor": GREY, "hatch": "////", "linewidth": 0}
+"""The style of a cell without a value."""
+
+MOST_CELLS = 1 << 25
+"""The most cells that a picture is computed from: 256 MB. Files of someone else may name any numbers of heads, buckets
+and channels, and a small file can describe a grid of any size."""
+
+_METADATA: dict[str, dict[str, None]] = {
+    ".png": {"Software": None},
+    ".svg": {"Date": None, "Creator": None},
+}
+"""What matplotlib would write into the files, and which is left out: the version and the time."""
+
+
+def save(path: Path, make: "Callable[[], Figure]", *, check: Check = unchecked) -> list[Path]:
+    """Draws a picture in the style of this module, and writes it in each format, whole or not at all.
+
+    `path` is without a suffix. Returns the files.
+
+    Raises:
+        StoreError: a file cannot be written.
+    """
+    files = [path.with_name(path.name + suffix) for suffix in PICTURE_SUFFIXES]
+    with styled():
+        drawn = make()
+        for file in files:
+            temporary = file.with_name(f".{file.name}")
+            with explained(file, "write"):
+                check()
+                with temporary_file(temporary) as target:
+                    drawn.savefig(target, format=file.suffix[1:], metadata=_METADATA[file.suffix])
+                    target.flush()
+                    check()
+                    temporary.replace(file)
+            drawn.set_layout_engine("none")  # computed by now, and the same for every format
+    return files
+
+
+@contextmanager
+def styled() -> Iterator[None]:
+    """Applies the style of this module within the block."""
+    import matplotlib
+
+    with matplotlib.rc_context(STYLE):
+        yield
+
+
+def as_text(text: str) -> str:
+    """Returns a text that matplotlib draws as it is: in one line, without formulas, and in a legend."""
+    shown = printable(text).replace("$", r"\$")
+    return f" {shown}" if shown.startswith("_") else shown
+
+
+def figure(width: float, height: float) -> "Figure":
+    """A figure of the given size in inches. Avoids pyplot, which keeps figures alive and looks for a screen."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def mark_absent(axes: "Axes") -> None:
+    """Hatches what no cell of an image covers, so that no reader takes an absent value for a value."""
+    axes.patch.set(**ABSENT)
+
+
+def absent_patch(label: str) -> Any:
+    """The legend's patch for a hatched cell."""
+    from matplotlib.patches import Patch
+
+    return Patch(**ABSENT, label=label)
+
+
+def check_cells(shape: tuple[int, int], most: int = MOST_CELLS) -> None:
+    """Checks the size of a grid before memory is taken for it.
+
+    Raises:
+        QkSnifferError: it has more than `most` cells.
+    """
+    if shape[0] * shape[1] > most:
+        raise QkSnifferError(
+            f"the files name heads, buckets or channels that make a grid of {shape[0]:,} x {shape[1]:,} cells; a "
+            f"picture shows at most {most:,}. Check the files with other programs, or make them again"
+        )

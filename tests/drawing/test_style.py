@@ -1,0 +1,53 @@
+"""Checks the files of pictures: both formats, whole or not at all, the same bytes twice, without time and version."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import matplotlib
+import numpy as np
+import pytest
+
+from qk_sniffer.drawing.style import as_text, check_cells, figure, save
+from qk_sniffer.errors import QkSnifferError, StoreError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def drawing() -> "Figure":
+    drawn = figure(3.0, 2.0)
+    axes = drawn.add_subplot()
+    axes.imshow(np.arange(12.0).reshape(3, 4))
+    axes.set(title=as_text("$a$ <b>\x1b"), xlabel="channel")
+    return drawn
+
+
+def test_a_picture_is_a_png_and_an_svg_of_the_same_bytes_each_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = save(tmp_path / "a.b", drawing)
+    assert files == [tmp_path / "a.b.png", tmp_path / "a.b.svg"]
+    first = [path.read_bytes() for path in files]
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "0")
+    assert [path.read_bytes() for path in save(tmp_path / "a.b", drawing)] == first
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.b.png", "a.b.svg"], "no temporary file is left"
+    png, svg = first[0], first[1].decode()
+    assert png.startswith(b"\x89PNG") and ">channel</text>" in svg and "&lt;b&gt;" in svg
+    assert matplotlib.__version__ not in svg and matplotlib.__version__.encode() not in png and "dc:date" not in svg
+
+
+def test_a_picture_that_cannot_be_written_leaves_the_earlier_one(tmp_path: Path) -> None:
+    (tmp_path / "a.svg").mkdir()
+    with pytest.raises(StoreError, match=r"cannot write .*a\.svg: Is a directory"):
+        save(tmp_path / "a", drawing)
+    before = (tmp_path / "a.png").read_bytes()
+    with pytest.raises(ZeroDivisionError):
+        save(tmp_path / "a", drawing, check=lambda: 1 // 0)  # type: ignore[arg-type,return-value]
+    assert (tmp_path / "a.png").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "a.svg"]
+
+
+def test_a_grid_of_any_size_is_refused() -> None:
+    check_cells((1, 1 << 25))
+    with pytest.raises(QkSnifferError, match=r"a grid of 2 x 16,777,217 cells; a picture shows at most 33,554,432"):
+        check_cells((2, (1 << 24) + 1))

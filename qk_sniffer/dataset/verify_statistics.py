@@ -1,9 +1,11 @@
 """Compares the statistics of a dataset with its manifest, its examples and, where every row is there, its rows.
 
-The file of a layer is in memory as a whole. The rows of a head are read in batches.
+The statistics are read head by head, and the rows of a head in batches. The memory of a thread is at most about seven
+times that of the covariance of one head, which has at most `MOST_HEAD_DIM` rows.
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,15 +19,21 @@ from qk_sniffer.store.layout import Head, statistics_file
 from qk_sniffer.store.parquet_files import open_parquet
 from qk_sniffer.store.parquet_tables import UNREADABLE
 from qk_sniffer.store.statistics import PartKey, Statistics
-from qk_sniffer.store.statistics_file import arrays_in, read_statistics
+from qk_sniffer.store.statistics_file import Heads, arrays_in, heads_in, read_statistics
 from qk_sniffer.store.stored import UnreadableError
 from qk_sniffer.text import counted
 
 MEAN_ROUNDING, COVARIANCE_ROUNDING = 1e-6, 1e-5
 """The rounding of a mean and of a covariance, relative to the largest number of the head."""
 
+NORM_ROUNDING = 1e-4
+"""The rounding of a mean square, relative to itself."""
+
 _MOST_SQUARED = 1e12
 """The largest number whose sums of squares surely have a place in float32. Moments of larger ones may be infinite."""
+
+_LEAST_SQUARED = 1e-15
+"""The smallest number whose square surely has a place in float32. Norms of smaller ones may be 0."""
 
 _LEAST = {
     "mean": 1,
@@ -127,49 +135,53 @@ class _LayerCheck:
                 listed = f"{name}: {_names(starts)} instead of {_names(expected)}"
                 yield Problem(_CHECK, "other kinds and stages than manifest.json says", listed)
             for key in keys:
-                if f"{key.kind}.{key.stage}" in starts:
-                    found = read_statistics(path, key.kind, key.stage, way_out="")
-                    if found is not None:
-                        yield from self._of_key(name, key, found)
+                found = heads_in(path, key.kind, key.stage, way_out="")
+                if found is not None:
+                    yield from self._of_key(path, key, found)
         except UnreadableError as error:
             yield Problem(_CHECK, "a file cannot be read", f"{name}: {error.problem}")
 
-    def _of_key(self, name: str, key: PartKey, found: Statistics) -> Iterator[Problem]:
-        heads, start = self._heads[key.kind], f"{name}, {key.kind}.{key.stage}"
+    def _of_key(self, path: Path, key: PartKey, there: Heads) -> Iterator[Problem]:
+        heads, start = self._heads[key.kind], f"{statistics_file(self._layer)}, {key.kind}.{key.stage}"
         numbers, d = [head.head for head in heads], heads[0].head_dim
-        if found.heads.tolist() != numbers:
-            what = f"{start}: {_names(found.heads.tolist())} instead of {_names(numbers)}"
+        if there.numbers != numbers:
+            what = f"{start}: {_names(there.numbers)} instead of {_names(numbers)}"
             yield Problem(_CHECK, "statistics of other heads than the captured ones", what)
             return
-        if found.mean.shape[1] != d:
-            yield Problem(_CHECK, "vectors of another size than manifest.json says", f"{start}: {found.mean.shape[1]}")
+        if there.head_dim != d:
+            yield Problem(_CHECK, "vectors of another size than manifest.json says", f"{start}: {there.head_dim}")
             return
-        if (found.covariance is not None) != self._config.covariance:
-            has = "has no covariance" if found.covariance is None else "has a covariance"
+        if there.has_covariance != self._config.covariance:
+            has = "has a covariance" if there.has_covariance else "has no covariance"
             yield Problem(_CHECK, "capture.statistics.covariance in manifest.json says otherwise", f"{start} {has}")
-        pairs = self._facts.frequency_pairs[self._layer] if key.stage == "pre" else None
-        listed = None if found.frequency_pairs is None else [tuple(pair) for pair in found.frequency_pairs.tolist()]
-        if listed != (None if pairs is None else [*pairs]):
-            yield Problem(_CHECK, "frequency_pairs differ from the layer's rotation in manifest.json", start)
-        for index, head in enumerate(heads):
-            for what, instance in self._of_head(found, index, f"{head.name}.{key.stage}"):
+        for row, head in enumerate(heads):
+            found = read_statistics(path, key.kind, key.stage, way_out="", row=row)
+            assert found is not None
+            if row == 0 and not self._has_pairs_of(key.stage, found):
+                yield Problem(_CHECK, "frequency_pairs differ from the layer's rotation in manifest.json", start)
+            for what, instance in self._of_head(found, f"{head.name}.{key.stage}"):
                 yield Problem.of(head, _CHECK, what, f"{key.stage} RoPE: {instance}" if instance else key.stage)
             if key.stage == self._row_stage and head in self.comparable:
-                for what in self._unlike_rows(found, index, head):
+                for what in self._unlike_rows(found, head):
                     yield Problem.of(head, _CHECK, what, f"{key.stage} RoPE")
 
-    def _of_head(self, found: Statistics, index: int, name: str) -> Iterator[tuple[str, str]]:
+    def _has_pairs_of(self, stage: str, found: Statistics) -> bool:
+        pairs = self._facts.frequency_pairs[self._layer] if stage == "pre" else None
+        listed = None if found.frequency_pairs is None else [tuple(pair) for pair in found.frequency_pairs.tolist()]
+        return listed == (None if pairs is None else [*pairs])
+
+    def _of_head(self, found: Statistics, name: str) -> Iterator[tuple[str, str]]:
         """Yields the problems of one head, with an instance."""
-        count, nonfinite = int(found.count[index]), int(found.nonfinite[index])
+        count, nonfinite = int(found.count[0]), int(found.nonfinite[0])
         if min(count, nonfinite) < 0 or (self._num_tokens is not None and count + nonfinite != self._num_tokens):
             numbers = f"{count:,} and {nonfinite:,} of {self._num_tokens or 0:,}"
             yield "count and nonfinite do not sum to the tokens of the examples", numbers
         listed = 0 if self._facts.statistics is None else self._facts.statistics["nonfinite"].get(name, 0)
         if listed != nonfinite:
             yield "nonfinite differs from manifest.json", f"{nonfinite:,} instead of {listed:,}"
-        yield from ((what, "") for what in number_problems(found, index))
+        yield from ((what, "") for what in number_problems(found))
 
-    def _unlike_rows(self, found: Statistics, index: int, head: Head) -> Iterator[str]:
+    def _unlike_rows(self, found: Statistics, head: Head) -> Iterator[str]:
         """Yields the differences between the statistics of a head and its rows."""
         rows = _Rows(head.head_dim, covariance=found.covariance is not None)
         try:
@@ -180,10 +192,10 @@ class _LayerCheck:
                     rows.add(numbers[values(batch.column("position")) >= self._config.skip_tokens])
         except UNREADABLE:
             return  # `check_file` has reported it
-        if int(found.count[index]) != rows.count:
+        if int(found.count[0]) != rows.count:
             yield "count is not that of the rows without NaN and Inf"
         elif rows.count:
-            yield from rows.differences(found, index)
+            yield from rows.differences(found)
 
 
 class _Rows:
@@ -207,7 +219,7 @@ class _Rows:
         change = mean - self._mean
         weight = self.count * len(finite) / total
         if self._covariance:
-            self._moment += centered.T @ centered + np.outer(change, change) * weight
+            self._moment += centered.T @ centered + np.outer(change * weight, change)
         else:
             self._moment += np.square(centered).sum(axis=0) + change**2 * weight
         self._mean += change * (len(finite) / total)
@@ -215,35 +227,33 @@ class _Rows:
         self._maximum = np.maximum(self._maximum, finite.max(axis=0))
         self.count = total
 
-    def differences(self, found: Statistics, index: int) -> Iterator[str]:
-        """Yields the names of the statistics of a head that are not those of the rows."""
+    def differences(self, found: Statistics) -> Iterator[str]:
+        """Yields the names of the statistics of one head that are not those of the rows."""
         largest = max(np.abs(self._minimum).max(), np.abs(self._maximum).max())
-        if not np.abs(found.mean[index] - self._mean).max() <= MEAN_ROUNDING * largest:
+        if not np.abs(found.mean[0] - self._mean).max() <= MEAN_ROUNDING * largest:
             yield "mean is not that of the rows"
-        if not (
-            np.array_equal(found.minimum[index], self._minimum) and np.array_equal(found.maximum[index], self._maximum)
-        ):
+        if not (np.array_equal(found.minimum[0], self._minimum) and np.array_equal(found.maximum[0], self._maximum)):
             yield "minimum or maximum is not that of the rows"
         if self.count < 2 or largest > _MOST_SQUARED:
             return
         moment = self._moment / (self.count - 1)
-        bar = COVARIANCE_ROUNDING * np.abs(moment).max() + (MEAN_ROUNDING * largest) ** 2
-        if not np.abs(found.variance[index] - (np.diagonal(moment) if self._covariance else moment)).max() <= bar:
+        bar = COVARIANCE_ROUNDING * _largest(moment) + (MEAN_ROUNDING * largest) ** 2
+        if not np.abs(found.variance[0] - (np.diagonal(moment) if self._covariance else moment)).max() <= bar:
             yield "variance is not that of the rows"
-        if found.covariance is not None and not np.abs(found.covariance[index] - moment).max() <= bar:
+        if found.covariance is not None and not _largest(found.covariance[0] - moment) <= bar:
             yield "covariance is not that of the rows"
 
 
-def number_problems(found: Statistics, index: int) -> Iterator[str]:
-    """Yields the impossible numbers in the statistics of the head at `index`."""
-    count = int(found.count[index])
-    one = {name: of_heads[index] for name in _LEAST if (of_heads := getattr(found, name)) is not None}
+def number_problems(found: Statistics) -> Iterator[str]:
+    """Yields the impossible numbers in the statistics of one head."""
+    count = int(found.count[0])
+    one = {name: of_heads[0] for name in _LEAST if (of_heads := getattr(found, name)) is not None}
     for name, least in _LEAST.items():
         if name in one and count < least and not np.isnan(one[name]).all():
             yield f"{name} has numbers, although count is below {least}"
     if count < 1:
         return
-    largest = float(found.absmax[index].max())
+    largest = float(found.absmax[0].max())
     squares = largest <= _MOST_SQUARED
     for name, least in _LEAST.items():
         is_square = least == 2 or name in ("norm_mean", "frequency_modulus")
@@ -254,7 +264,7 @@ def number_problems(found: Statistics, index: int) -> Iterator[str]:
     rounding = MEAN_ROUNDING * np.maximum(np.abs(minimum), np.abs(maximum))
     if (minimum > maximum).any() or (mean < minimum - rounding).any() or (mean > maximum + rounding).any():
         yield "mean is not between minimum and maximum"
-    if not squares:
+    if not squares or 0 < largest < _LEAST_SQUARED:
         return
     if one["norm_mean"] < np.linalg.norm(mean) - MEAN_ROUNDING * len(mean) * largest:
         yield "norm_mean is below the norm of the mean"
@@ -262,24 +272,41 @@ def number_problems(found: Statistics, index: int) -> Iterator[str]:
         a, b = mean[found.frequency_pairs].T
         if (one["frequency_modulus"] < np.hypot(a, b) - 2 * MEAN_ROUNDING * largest).any():
             yield "frequency_modulus is below the modulus of the mean"
-    if count < 2:
-        return
-    variance = one["variance"].astype(np.float64)
-    if min(variance.min(), float(one["norm_variance"])) < 0:
+    variance = one["variance"].astype(np.float64) if count > 1 else np.zeros(len(mean))
+    norm_variance = float(one["norm_variance"]) if count > 1 else 0.0
+    if min(variance.min(), norm_variance) < 0:
         yield "a variance is negative"
-    if "covariance" in one:
+        return  # no comparison below is for it
+    spread = variance * ((count - 1) / count)
+    if (spread > (maximum - mean) * (mean - minimum) + COVARIANCE_ROUNDING * largest**2).any():
+        yield "variance is above that of any numbers between minimum and maximum with this mean"
+    squared = mean**2 + spread  # the mean of the squares
+    of_norm = float(one["norm_mean"]) ** 2 + norm_variance * ((count - 1) / count)
+    if abs(of_norm - squared.sum()) > NORM_ROUNDING * squared.sum():
+        yield "norm_mean and norm_variance are not those of vectors with this mean and variance"
+    if found.frequency_pairs is not None:
+        a, b = squared[found.frequency_pairs].T
+        most = np.sqrt(a + b) * (1 + NORM_ROUNDING) + 2 * MEAN_ROUNDING * largest
+        if (one["frequency_modulus"] > most).any():
+            yield "frequency_modulus is above the root of the mean square"
+    if count > 1 and "covariance" in one:
         yield from _covariance_problems(one["covariance"].astype(np.float64), variance)
 
 
 def _covariance_problems(covariance: Float64, variance: Float64) -> Iterator[str]:
     """Yields the impossible numbers in the covariance of a head. All numbers are finite."""
-    rounding = COVARIANCE_ROUNDING * np.abs(covariance).max()
-    if np.abs(covariance - covariance.T).max() > rounding:
+    rounding = COVARIANCE_ROUNDING * _largest(covariance)
+    if _largest(covariance - covariance.T) > rounding:
         yield "covariance is not symmetric"
     elif np.linalg.eigvalsh(covariance)[0] < -COVARIANCE_ROUNDING * np.trace(covariance):
         yield "covariance is not positive semidefinite"
     if np.abs(np.diagonal(covariance) - variance).max() > rounding:
         yield "variance is not the diagonal of covariance"
+
+
+def _largest(values: Float64) -> float:
+    """Returns the largest absolute value, without a copy of the array; NaN if there is one."""
+    return max(float(values.max()), -float(values.min()))
 
 
 def _names(names: Collection[Any]) -> str:

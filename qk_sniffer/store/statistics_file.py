@@ -13,6 +13,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from qk_sniffer.config import MOST_HEAD_DIM
 from qk_sniffer.machine import available_memory
 from qk_sniffer.store.disk import open_regular
 from qk_sniffer.store.statistics import Statistics
@@ -32,6 +33,14 @@ class Array(NamedTuple):
 
     dtype: str
     shape: tuple[int, ...]
+
+
+class Heads(NamedTuple):
+    """The heads of a kind and stage in a file, and what it has of them."""
+
+    numbers: list[int]
+    head_dim: int
+    has_covariance: bool
 
 
 def encode(statistics: Mapping[tuple[str, str], Statistics]) -> bytes:
@@ -56,25 +65,44 @@ def arrays_in(path: Path, *, way_out: str) -> dict[str, Array]:
         return _arrays(file)
 
 
-def read_statistics(path: Path, kind: str, stage: str, *, way_out: str) -> Statistics | None:
+def heads_in(path: Path, kind: str, stage: str, *, way_out: str) -> Heads | None:
+    """Returns the heads of a kind and stage in the file of a layer; None if it has none.
+
+    Raises:
+        UnreadableError: the file cannot be read, or is not one of statistics.
+    """
+    with _opened(path, way_out) as file:
+        listed = _listed(file, path, kind, stage, way_out)
+        if not listed:
+            return None
+        numbers = file.get_tensor(f"{kind}.{stage}.heads").tolist()
+    return Heads(numbers, listed["mean"].shape[1], "covariance" in listed)
+
+
+def read_statistics(path: Path, kind: str, stage: str, *, way_out: str, row: int | None = None) -> Statistics | None:
     """Returns the statistics of a kind and stage in the file of a layer; None if it has none.
+
+    With `row`, only the head at this place in the arrays is read, and H is 1.
 
     Raises:
         UnreadableError: the file cannot be read, is not one of statistics, or does not fit in memory.
     """
     start = f"{kind}.{stage}."
     with _opened(path, way_out) as file:
-        listed = {name.removeprefix(start): each for name, each in _arrays(file).items() if name.startswith(start)}
+        listed = _listed(file, path, kind, stage, way_out)
         if not listed:
             return None
-        if not {*FIELDS} - {*_OPTIONAL} <= listed.keys() <= {*FIELDS}:
-            raise UnreadableError(path, f"lacks arrays of the kind {kind!r} and stage {stage!r}", way_out)
-        if problem := _shape_problem(listed):
-            raise UnreadableError(path, f"contradicts itself ({start}{problem})", way_out)
         size = sum(_ITEMSIZE[each.dtype] * int(np.prod(each.shape, dtype=object)) for each in listed.values())
+        if row is not None:
+            size //= listed["mean"].shape[0]
         if size > available_memory():
             raise UnreadableError(path, f"does not fit in memory ({in_mb(size)})", way_out)
-        found = {name: file.get_tensor(start + name) for name in listed}
+        found = {
+            name: file.get_tensor(start + name)
+            if row is None or name == "frequency_pairs"
+            else file.get_slice(start + name)[row : row + 1]
+            for name in listed
+        }
     missing: dict[str, Any] = dict.fromkeys(_OPTIONAL)
     statistics = Statistics(**(missing | found))
     pairs, d = statistics.frequency_pairs, statistics.mean.shape[1]
@@ -96,6 +124,17 @@ def _opened(path: Path, way_out: str) -> Iterator[Any]:
         raise UnreadableError(path, f"is not a file of statistics ({error})", way_out) from error
 
 
+def _listed(file: Any, path: Path, kind: str, stage: str, way_out: str) -> dict[str, Array]:
+    """Returns the arrays of a kind and stage by field, which have one another's shapes; empty if there are none."""
+    start = f"{kind}.{stage}."
+    listed = {name.removeprefix(start): each for name, each in _arrays(file).items() if name.startswith(start)}
+    if listed and not {*FIELDS} - {*_OPTIONAL} <= listed.keys() <= {*FIELDS}:
+        raise UnreadableError(path, f"lacks arrays of the kind {kind!r} and stage {stage!r}", way_out)
+    if listed and (problem := _shape_problem(listed)):
+        raise UnreadableError(path, f"contradicts itself ({start}{problem})", way_out)
+    return listed
+
+
 def _arrays(file: Any) -> dict[str, Array]:
     slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
     return {name: Array(each.get_dtype(), tuple(each.get_shape())) for name, each in slices.items()}
@@ -108,6 +147,8 @@ def _shape_problem(listed: Mapping[str, Array]) -> str | None:
     heads, d = listed["mean"].shape
     if min(heads, d) < 1:  # arrays without numbers may claim any size
         return "mean is empty"
+    if d > MOST_HEAD_DIM:
+        return f"mean has vectors of {d:,} numbers, more than {MOST_HEAD_DIM:,}"
     if ("frequency_pairs" in listed) != ("frequency_modulus" in listed):
         return "frequency_pairs and frequency_modulus belong together"
     f = listed["frequency_pairs"].shape[0] if "frequency_pairs" in listed and listed["frequency_pairs"].shape else 0

@@ -2,21 +2,28 @@
 
 import itertools
 import json
+import tracemalloc
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from support.backbones import FolderOf
 from support.edits import Editor
 from support.hub_cases import copied
 from support.jobs import TEXTS, run
 from support.verify_cases import edit, flip, restate, verified, wrong
+from support.zoo import CASES, Case
 
 import qk_sniffer
 from qk_sniffer.dataset.verify import verify
+from qk_sniffer.dataset.verify_statistics import number_problems
 from qk_sniffer.errors import StoreError
+from qk_sniffer.store.statistics import Statistics
+from qk_sniffer.store.statistics_file import FIELDS, Heads, encode, heads_in, read_statistics
 
 LAYER_1 = "statistics/layer-01.safetensors"
 TOKENS = sum(max(0, len(text) - 3) for text in TEXTS)
@@ -114,7 +121,15 @@ def test_what_grew_from_texts_of_one_token_is_whole(checkpoint: Path, tmp_path: 
         (plus("q.pre.variance", (1, 3), 1), "variance is not the diagonal of covariance"),
         (put("q.pre.variance", (1, 3), -1), "a variance is negative"),
         (put("q.pre.norm_mean", 1, 0), "norm_mean is below the norm of the mean"),
+        (put("q.pre.norm_mean", 1, 1e6), "norm_mean and norm_variance are not those of vectors with this mean"),
+        (put("k.post.norm_mean", 1, np.inf), "norm_mean has NaN or Inf"),
+        (put("q.pre.norm_variance", 1, -1), "a variance is negative"),
+        (put("q.pre.norm_variance", 1, np.nan), "norm_variance has NaN or Inf"),
+        (put("q.post.norm_variance", 1, 1e6), "norm_mean and norm_variance are not those of vectors with this mean"),
+        (put("q.pre.variance", (1, 3), 1e6), "variance is above that of any numbers between minimum and maximum"),
         (put("q.pre.frequency_modulus", (1, 0), -1), "frequency_modulus is below the modulus of the mean"),
+        (put("q.pre.frequency_modulus", (1, 0), np.inf), "frequency_modulus has NaN or Inf"),
+        (put("q.pre.frequency_modulus", (1, 0), 1e3), "frequency_modulus is above the root of the mean square"),
         (plus("q.pre.frequency_pairs", (0, 0), 1), "frequency_pairs differ from the layer's rotation"),
         (plus("q.post.heads", 1, 1), "statistics of other heads than the captured ones"),
     ],
@@ -123,6 +138,82 @@ def test_what_grew_from_texts_of_one_token_is_whole(checkpoint: Path, tmp_path: 
 def test_numbers_that_cannot_be_are_named(edit_arrays: Any, expected: str, root: Path) -> None:
     found = change(root, edit_arrays)
     assert found.keys() == {"statistics"} and expected in found["statistics"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_statistics_of_every_kind_of_model_are_possible(
+    case: Case, dtype: str, folder_of: FolderOf, texts: Path, tmp_path: Path
+) -> None:
+    sections: dict[str, Any] = {
+        "model": {"dtype": dtype},
+        "sampler": {"type": "none"},
+        "capture": {"statistics": {"enabled": True, "stages": ["pre", "post"]}},
+        "verify": {"examples": 0},
+    }
+    text = verified(run(folder_of(case), texts, tmp_path / "out", **sections))
+    assert wrong(text) == {}, text
+
+
+def one_head(vectors: np.ndarray) -> Statistics:
+    """Statistics of a head over vectors (n, d), in float64."""
+    n, norm = len(vectors), np.linalg.norm(vectors.astype(np.float64), axis=1)
+    ddof = min(1, n - 1)
+    variance = vectors.var(axis=0, ddof=ddof, dtype=np.float64) if n > 1 else np.full(vectors.shape[1], np.nan)
+    a, b = vectors[:, :1].astype(np.float64), vectors[:, 1:2].astype(np.float64)
+    return Statistics(
+        np.array([0]),
+        np.array([n]),
+        np.array([0]),
+        vectors.mean(axis=0, dtype=np.float64).astype(np.float32)[None],
+        variance.astype(np.float32)[None],
+        None,
+        vectors.min(axis=0)[None],
+        vectors.max(axis=0)[None],
+        norm.mean().astype(np.float32)[None],
+        np.array([norm.var(ddof=1) if n > 1 else np.nan], np.float32),
+        np.array([[0, 1]]),
+        np.hypot(a, b).mean(axis=0).astype(np.float32)[None],
+    )
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 1000])
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e-12, 1.0, 1e11, 1e20])
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_numbers_of_real_vectors_are_possible(n: int, scale: float, offset: float) -> None:
+    drawn = np.random.default_rng(n).standard_normal((n, 8)) + offset
+    with np.errstate(over="ignore", invalid="ignore"):
+        found = one_head((scale * drawn).astype(np.float32))
+    assert [*number_problems(found)] == []
+    if n == 1 and scale == 1:
+        longer = replace(found, norm_mean=found.norm_mean * np.float32(1.01))
+        assert [*number_problems(longer)] == [
+            "norm_mean and norm_variance are not those of vectors with this mean and variance"
+        ]
+
+
+def test_memory_is_that_of_a_few_covariances_of_one_head(tmp_path: Path) -> None:
+    num_heads, d = 24, 256
+    one = one_head(np.random.default_rng(0).standard_normal((2 * d, d)).astype(np.float32))
+    many = {name: np.repeat(getattr(one, name), num_heads, axis=0) for name in FIELDS if name != "covariance"}
+    covariance = np.repeat(np.diag(one.variance[0])[None], num_heads, axis=0)
+    pairs: dict[str, Any] = {"frequency_pairs": None, "frequency_modulus": None}
+    whole = Statistics(**many | pairs | {"heads": np.arange(num_heads), "covariance": covariance})
+    path = tmp_path / "layer-00.safetensors"
+    path.write_bytes(encode({("q", "post"): whole}))
+    there = heads_in(path, "q", "post", way_out="")
+    assert there == Heads([*range(num_heads)], d, has_covariance=True)
+    one_covariance = 4 * d * d
+    tracemalloc.start()
+    try:
+        for row in range(num_heads):
+            found = read_statistics(path, "q", "post", way_out="", row=row)
+            assert found is not None and found.heads.tolist() == [row] and not [*number_problems(found)]
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 7 * one_covariance < path.stat().st_size / 3
 
 
 def test_heads_without_tokens_have_no_numbers(root: Path) -> None:

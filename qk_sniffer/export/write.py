@@ -4,14 +4,26 @@ import json
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Annotated, TypedDict
+
+from msgspec import Meta
 
 from qk_sniffer.dataset.reader import Dataset, open_dataset
 from qk_sniffer.errors import StoreError
 from qk_sniffer.export.formats import format_named
 from qk_sniffer.export.source import Source
-from qk_sniffer.store import disk
+from qk_sniffer.store import disk, stored
 
 PROVENANCE = "provenance.json"
+
+_FILES_OF_FOLDERS = {
+    PROVENANCE,
+    "config.json",
+    "model.safetensors",
+    "kv_scales.safetensors",
+    "key_ranges.safetensors",
+}
+"""The names of files in the folders of all formats."""
 
 
 def export(
@@ -24,7 +36,7 @@ def export(
         format: a name in `qk_sniffer.export.formats.FORMATS`, such as "triattention".
         path: the file or folder to write; None for a name next to the dataset's folder, or in `outputs` for a dataset
             on the Hub.
-        overwrite: replace what is at `path`.
+        overwrite: replace the file at `path`, or the folder of an earlier export.
 
     Returns:
         the path. The provenance of the numbers is in the file, or in JSON: as `provenance.json` in a folder, or next
@@ -32,8 +44,8 @@ def export(
 
     Raises:
         ConfigError: there is no such format.
-        StoreError: the dataset lacks what the format needs, or has what it cannot express; `path` exists, or cannot be
-            written.
+        StoreError: the dataset lacks what the format needs, or has what it cannot express; `path` exists, has what no
+            export wrote, or cannot be written.
         HubError: a file of the dataset cannot be fetched.
     """
     chosen = format_named(format)
@@ -43,6 +55,12 @@ def export(
     for output in (target, beside):
         if output is not None and not overwrite and disk.type_of(output) is not None:
             raise StoreError(f"{output} exists: give another output, or overwrite=true to replace it")
+    if chosen.is_folder:
+        _check_folder(target)
+    else:
+        _check_file(target)
+        if beside is not None and disk.type_of(beside) is not None:
+            _check_provenance(beside)
     source = Source(opened)
     if problems := [*chosen.problems(source)]:
         raise StoreError(f"{opened} cannot be exported as {format}:", *(f"  - {problem}" for problem in problems))
@@ -59,10 +77,53 @@ def export(
     return target
 
 
+class _Provenance(TypedDict):
+    made_by: Annotated[str, Meta(pattern=r"\Aqk-sniffer ")]
+
+
+def _check_file(path: Path) -> None:
+    """Checks that a file can take the place of what is at `path`.
+
+    Raises:
+        StoreError: it is no file.
+    """
+    if (found := disk.type_of(path)) not in (None, "file", "link"):
+        raise StoreError(f"{path} is a {found}: give another output")
+
+
+def _check_provenance(path: Path) -> None:
+    """Checks that an export wrote the file at `path`.
+
+    Raises:
+        StoreError: it did not.
+    """
+    try:
+        stored.read(path, _Provenance, way_out="", most_bytes=stored.LARGE)
+    except (OSError, stored.UnreadableError) as error:
+        raise StoreError(f"{path} was not written by an export: remove it, or give another output") from error
+
+
+def _check_folder(folder: Path) -> None:
+    """Checks that there is nothing at `folder`, or an empty folder, or that of an earlier export, and no more in it.
+
+    Raises:
+        StoreError: there is something else.
+    """
+    if (found := disk.type_of(folder)) is None:
+        return
+    if found != "folder":
+        raise StoreError(f"{folder} is a {found}: give another output")
+    with disk.explained(folder, "read"):
+        names = sorted(path.name for path in folder.iterdir())
+    for name in names:
+        if name not in _FILES_OF_FOLDERS or disk.type_of(folder / name) != "file":
+            raise StoreError(f"{folder / name} was not written by an export: remove it, or give another output")
+    if names:
+        _check_provenance(folder / PROVENANCE)
+
+
 def _write_file(path: Path, data: bytes) -> None:
     """Writes a file whole, under a name next to its place that is no user's, and then renames it."""
-    if disk.type_of(path) == "folder":
-        raise StoreError(f"{path} is a folder: give another output")
     temporary = path.with_name(f".{path.name}-{secrets.token_hex(8)}.tmp")
     disk.write_atomic(temporary, data)
     temporary.rename(path)
@@ -71,17 +132,18 @@ def _write_file(path: Path, data: bytes) -> None:
 
 def _write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
     """Writes a folder whole, next to its place, and then renames it."""
-    if disk.type_of(folder) == "folder" and (others := {path.name for path in folder.iterdir()} - files.keys()):
-        raise StoreError(f"{folder} has other files, such as {min(others)}: give another output")
     # Not a fixed name, as in `write_atomic`: a folder of this name could be the user's.
-    temporary = folder.with_name(f".{folder.name}-{secrets.token_hex(8)}.tmp")
+    temporary, earlier = (folder.with_name(f".{folder.name}-{secrets.token_hex(8)}.tmp") for _ in range(2))
     temporary.mkdir()
     try:
         for name, data in files.items():
             disk.write_atomic(temporary / name, data)
-        disk.remove(folder)
+        _check_folder(folder)  # again: the numbers took a while
+        if folder.exists():
+            folder.rename(earlier)
         temporary.rename(folder)
     except BaseException:
         disk.remove(temporary)
         raise
+    disk.remove(earlier)
     disk.sync_folder(folder.parent)

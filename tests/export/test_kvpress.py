@@ -126,7 +126,7 @@ def test_a_folder_with_other_files_is_not_replaced(post: Dataset, tmp_path: Path
     qk_sniffer.export(post, "qfilters", folder, overwrite=True)
     (tmp_path / "filters.tmp").rmdir()
     (folder / "notes.txt").touch()
-    with pytest.raises(StoreError, match=r"has other files, such as notes\.txt: give another output"):
+    with pytest.raises(StoreError, match=r"notes\.txt was not written by an export: remove it, or give another output"):
         qk_sniffer.export(post, "qfilters", folder, overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["filters"]
 

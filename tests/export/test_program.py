@@ -1,6 +1,8 @@
 """Tests the program, the function and their outputs; the tests of each format compare its numbers."""
 
+import functools
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +17,7 @@ import qk_sniffer
 from qk_sniffer.errors import ConfigError, StoreError
 from qk_sniffer.export import cli
 from qk_sniffer.export.formats import FORMATS
+from qk_sniffer.store import disk
 
 
 @pytest.fixture
@@ -50,9 +53,54 @@ def test_no_file_next_to_the_output_is_replaced_unasked(root: Path, tmp_path: Pa
     with pytest.raises(StoreError, match=r"stats\.tria\.json exists: give another output, or overwrite=true"):
         qk_sniffer.export(root, "tria", output)
     assert sorted(tmp_path.iterdir()) == sorted(others) and {other.read_bytes() for other in others} == {b"mine"}
-    qk_sniffer.export(root, "tria", output, overwrite=True)
+    with pytest.raises(StoreError, match=r"stats\.tria\.json was not written by an export: remove it, or give another"):
+        qk_sniffer.export(root, "tria", output, overwrite=True)
+    assert not output.exists() and others[0].read_bytes() == b"mine"
+    others[0].unlink()
+    for _ in range(2):
+        qk_sniffer.export(root, "tria", output, overwrite=True)
     assert json.loads(others[0].read_bytes())["made_by"].startswith("qk-sniffer")
     assert {other.read_bytes() for other in others[1:]} == {b"mine"}
+
+
+def put_folder(path: Path) -> None:
+    (path / "deeper").mkdir(parents=True)
+
+
+def test_what_no_export_wrote_is_not_replaced(root: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "stats"
+    export = functools.partial(qk_sniffer.export, root, "kv_scales", folder, overwrite=True)
+    folder.mkdir()
+    export()  # an empty one
+    written = {path.name: path.read_bytes() for path in folder.iterdir()}
+    changes: list[tuple[str, Callable[[Path], object]]] = [
+        ("provenance.json", put_folder),
+        ("kv_scales.safetensors", put_folder),
+        ("kv_scales.safetensors", lambda path: path.symlink_to(tmp_path / "elsewhere")),
+        ("key_ranges.safetensors", os.mkfifo),
+        ("provenance.json", lambda path: path.write_text('{"made_by": "me"}')),
+        ("provenance.json", lambda path: None),  # as in a folder with a user's model
+        ("mine", lambda path: path.write_text("mine")),
+    ]
+    for name, put in changes:
+        disk.remove(folder / name)
+        put(folder / name)
+        before = sorted(folder.rglob("*"))
+        with pytest.raises(StoreError, match=rf"{name} was not written by an export: remove it, or give"):
+            export()
+        assert sorted(folder.rglob("*")) == before and sorted(tmp_path.iterdir()) == [folder]
+        disk.remove(folder / name)
+        if name in written:
+            (folder / name).write_bytes(written[name])
+    export()
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == written
+    folder.rename(tmp_path / "elsewhere")
+    folder.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(StoreError, match="stats is a link: give another output"):
+        export()
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(StoreError, match="pipe is a special file: give another output"):
+        qk_sniffer.export(root, "triattention", tmp_path / "pipe", overwrite=True)
 
 
 def test_wrong_settings(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,9 +7,10 @@ branch has not moved. A transient error (a conflict, a rate limit, a server erro
 attempt. If the answer to a commit was lost, the next attempt finds the commit by its title.
 """
 
-import base64
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -21,8 +22,8 @@ from qk_sniffer.hub.catalogue import update_catalogue
 from qk_sniffer.hub.client import PUBLIC, REPO_TYPE, bars_on_a_terminal, with_retries, writing_api
 from qk_sniffer.logs import logger
 from qk_sniffer.store import manifest as manifests
-from qk_sniffer.store.disk import Check, sha256_of, unchecked
-from qk_sniffer.store.files import inside
+from qk_sniffer.store.disk import Check, unchecked
+from qk_sniffer.store.files import open_inside
 from qk_sniffer.store.layout import CARD, MANIFEST, Layout, is_dataset_file
 from qk_sniffer.store.manifest import FileEntry
 
@@ -64,9 +65,8 @@ def publish(
     Publishes the manifest, the files that it lists, the pictures, and `card` instead of the folder's card. Deletes the
     files of an earlier version that the dataset no longer has. All other files of the branch stay.
 
-    Only files within the root are sent, and only under the names of a dataset's files. The bytes of each file are
-    compared with its sha256 in the manifest before the commit. huggingface_hub computes the sha256 of large files at
-    their upload, so they are read no second time.
+    Only files within the root are sent, and only under the names of a dataset's files. Each file is opened once, and
+    compared with its sha256 in the manifest before any of it is sent (`hub/checked_file.py`).
 
     Args:
         root: of a whole dataset, which is not changed.
@@ -106,6 +106,8 @@ class _Publication:
         check: Check,
         api: "HfApi",
     ) -> None:
+        from qk_sniffer.hub.checked_file import changed
+
         self.api = api
         self._root = root
         self._repo_id = repo_id
@@ -114,14 +116,16 @@ class _Publication:
         self._guard = guard
         self._check = check
         check()
-        if changed := manifests.changed_files(root, manifest):
-            raise _changed(root / changed[0])
+        if others := manifests.changed_files(root, manifest):
+            raise changed(root / others[0])
         self._card = card
         self._manifest = manifests.with_files(manifest, {CARD: FileEntry.of(card), **_new_pictures(root, manifest)})
         self._title = _title(self._manifest)
         self._parent: str | None = None
         """The parent of the last attempt's commit."""
-        self._operations: list[CommitOperationAdd | CommitOperationDelete] = []
+        self._deletions: list[CommitOperationDelete] = []
+        self._additions: dict[str, CommitOperationAdd] = {}
+        """The files that were uploaded for this parent, by name."""
 
     def attempt(self) -> Published:
         """Makes one attempt, which resumes from the state of earlier ones."""
@@ -135,8 +139,8 @@ class _Publication:
         if head != self._parent:
             if self._guard is not None:
                 self._guard(Branch(self._repo_id, self._branch, head))
-            # Kept for a retry on the same commit: the operations know the uploaded and the unchanged files.
-            self._operations = self._changes(head)
+            # Kept for a retry on the same commit: the additions know the uploaded and the unchanged files.
+            self._deletions, self._additions = self._outdated(head), {}
             self._parent = head
         with bars_on_a_terminal():
             self._check()
@@ -144,7 +148,7 @@ class _Publication:
             self._check()
             commit = self.api.create_commit(
                 self._repo_id,
-                self._operations,
+                [*self._deletions, *self._additions.values()],
                 commit_message=self._title,
                 repo_type=REPO_TYPE,
                 revision=self._branch,
@@ -154,28 +158,43 @@ class _Publication:
 
     def _upload(self) -> None:
         """Uploads the files, except small texts, in parts; leaves out those that an earlier attempt has uploaded."""
-        from huggingface_hub import CommitOperationAdd
-
-        additions = [each for each in self._operations if isinstance(each, CommitOperationAdd)]
-        size = sum(each.upload_info.size for each in additions)
-        log.info("publishing %d files, %.1f MB, to %s", len(additions), size / 1e6, self._url)
+        own = {CARD: self._card, MANIFEST: manifests.encode(self._manifest)}
+        sizes = {name: entry["bytes"] for name, entry in self._manifest["files"].items()}
+        sizes |= {name: len(content) for name, content in own.items()}
+        size = sum(sizes.values())
+        log.info("publishing %d files, %.1f MB, to %s", len(sizes), size / 1e6, self._url)
         num_files, num_bytes = 0, 0
-        for some in _portions(additions):
-            self.api.preupload_lfs_files(
-                self._repo_id, some, repo_type=REPO_TYPE, revision=self._branch, free_memory=False
-            )
-            for each in some:
-                self._check_content(each)
+        for some in _portions(sizes):
+            if not set(some) <= set(self._additions):
+                self._upload_some(some, own)
             num_files += len(some)
-            num_bytes += sum(each.upload_info.size for each in some)
-            if len(some) < len(additions):
+            num_bytes += sum(sizes[name] for name in some)
+            if len(some) < len(sizes):
                 log.info("uploaded %d files, %.1f of %.1f MB", num_files, num_bytes / 1e6, size / 1e6)
 
-    def _check_content(self, addition: "CommitOperationAdd") -> None:
-        # Every uploaded file has been hashed. huggingface_hub 2 hashes the small files of the commit here.
-        entry = self._manifest["files"].get(addition.path_in_repo)
-        if entry is not None and addition.upload_info.sha256.hex() != entry["sha256"]:
-            raise _changed(self._root / addition.path_in_repo)
+    def _upload_some(self, names: list[str], own: Mapping[str, bytes]) -> None:
+        """Uploads some files. `own` has the content of those that do not come from the folder."""
+        from huggingface_hub import CommitOperationAdd
+
+        from qk_sniffer.hub.checked_file import CheckedFile
+
+        with ExitStack() as opened:
+            files = {
+                name: opened.enter_context(CheckedFile(self._root, name, self._manifest["files"][name]["sha256"]))
+                for name in names
+                if name not in own
+            }
+            additions = {name: files.get(name) or CommitOperationAdd(name, own[name]) for name in names}
+            self.api.preupload_lfs_files(
+                self._repo_id,
+                list(additions.values()),
+                repo_type=REPO_TYPE,
+                revision=self._branch,
+                free_memory=False,
+            )
+            for file in files.values():
+                file.check_unchanged()
+        self._additions |= additions
 
     def failed(self, reason: str) -> HubError:
         """Returns the error that ends the publication."""
@@ -217,38 +236,26 @@ class _Publication:
             newer = list(takewhile(lambda commit: commit.commit_id != self._parent, commits))
         return next((commit.commit_id for commit in newer if commit.title == self._title), None)
 
-    def _changes(self, head: str) -> "list[CommitOperationAdd | CommitOperationDelete]":
-        """Returns the operations that turn the files at the commit `head` into this dataset."""
-        from huggingface_hub import CommitOperationAdd, CommitOperationDelete
-
-        class CheckedAddition(CommitOperationAdd):
-            """A file whose bytes are compared with its sha256 when they go into the commit itself."""
-
-            def b64content(addition) -> bytes:  # noqa: N805
-                with addition.as_file() as file:
-                    content = file.read()
-                if hashlib.sha256(content).hexdigest() != names[addition.path_in_repo]["sha256"]:
-                    raise _changed(self._root / addition.path_in_repo)
-                return base64.b64encode(content)
+    def _outdated(self, head: str) -> "list[CommitOperationDelete]":
+        """Returns the deletions of the files at the commit `head` that this dataset does not have."""
+        from huggingface_hub import CommitOperationDelete
 
         names = self._manifest["files"]
         on_branch = self.api.list_repo_files(self._repo_id, repo_type=REPO_TYPE, revision=head)
-        return [
-            *(CommitOperationDelete(name) for name in on_branch if name not in names and is_dataset_file(name)),
-            *(CheckedAddition(name, inside(self._root, name)) for name in names if name != CARD),
-            CommitOperationAdd(CARD, self._card),
-            CommitOperationAdd(MANIFEST, manifests.encode(self._manifest)),
-        ]
+        return [CommitOperationDelete(name) for name in on_branch if name not in names and is_dataset_file(name)]
 
 
-def _portions(additions: "Sequence[CommitOperationAdd]") -> "Iterator[Sequence[CommitOperationAdd]]":
-    start, size = 0, 0
-    for number, each in enumerate(additions):
-        if number > start and (number - start == _FILES_AT_A_TIME or size + each.upload_info.size > _BYTES_AT_A_TIME):
-            yield additions[start:number]
-            start, size = number, 0
-        size += each.upload_info.size
-    yield additions[start:]
+def _portions(sizes: Mapping[str, int]) -> Iterator[list[str]]:
+    """Yields parts of the names of files. `sizes` has their bytes."""
+    part: list[str] = []
+    size = 0
+    for name, bytes_of_it in sizes.items():
+        if part and (len(part) == _FILES_AT_A_TIME or size + bytes_of_it > _BYTES_AT_A_TIME):
+            yield part
+            part, size = [], 0
+        part.append(name)
+        size += bytes_of_it
+    yield part
 
 
 def _new_pictures(root: Path, manifest: Mapping[str, Any]) -> dict[str, FileEntry]:
@@ -260,22 +267,16 @@ def _new_pictures(root: Path, manifest: Mapping[str, Any]) -> dict[str, FileEntr
     entries = {}
     for picture in Layout(root).pictures():
         name = picture.relative_to(root).as_posix()
-        path = inside(root, name)
-        if name not in manifest["files"]:
-            try:
-                entries[name] = FileEntry(None, path.stat().st_size, sha256_of(path))
-            except OSError as error:
-                raise StoreError(
-                    f"{path} cannot be published: {error.strerror}. Repair or remove it, and rerun the command"
-                ) from error
+        try:
+            with open_inside(root, name) as file:
+                if name not in manifest["files"]:
+                    size = os.fstat(file.fileno()).st_size
+                    entries[name] = FileEntry(None, size, hashlib.file_digest(file, "sha256").hexdigest())
+        except OSError as error:
+            raise StoreError(
+                f"{picture} cannot be published: {error.strerror}. Repair or remove it, and rerun the command"
+            ) from error
     return entries
-
-
-def _changed(path: Path) -> StoreError:
-    return StoreError(
-        f"{path} is missing or has changed since manifest.json was written; the dataset was not published. "
-        "Restore the file, or recreate the dataset with output.overwrite=true"
-    )
 
 
 def _title(manifest: dict[str, Any]) -> str:

@@ -52,8 +52,13 @@ class OddFileError(OSError):
     """A path leads to a link that is not followed, or to something other than a regular file; `strerror` names it."""
 
 
-def open_regular(path: Path, *, follow_links: bool = True) -> BufferedReader:
+def open_regular(path: Path, *, follow_links: bool = True, folder: int | None = None) -> BufferedReader:
     """Opens a regular file for reading. Does not wait for the writer of a pipe, and opens no device.
+
+    Args:
+        path: of the file.
+        follow_links: whether its last part may be a link.
+        folder: the descriptor of an open folder that a relative path starts from.
 
     Raises:
         OddFileError: it is not a regular file, or a link that is not followed.
@@ -61,7 +66,7 @@ def open_regular(path: Path, *, follow_links: bool = True) -> BufferedReader:
     """
     flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if follow_links else os.O_NOFOLLOW)
     try:
-        descriptor = os.open(path, flags)
+        descriptor = os.open(path, flags, dir_fd=folder)
     except OSError as error:
         if error.errno == errno.ELOOP and not follow_links:
             raise OddFileError(errno.ELOOP, "a link, which is not followed", str(path)) from error
@@ -129,7 +134,7 @@ def remove(path: Path, check: Check = unchecked) -> None:
     if type_of(path) != "folder":
         path.unlink(missing_ok=True)
         return
-    descriptor = _open_folder(path)
+    descriptor = open_folder(path)
     try:
         check()
         while names := _names(descriptor):
@@ -148,7 +153,7 @@ def _remove_entry(name: str, folder: int) -> None:
     if not _is_folder(name, folder):
         os.unlink(name, dir_fd=folder)
         return
-    inner = _open_folder(name, folder)
+    inner = open_folder(name, folder)
     try:
         for each in _names(inner):
             if _is_folder(each, inner):
@@ -169,7 +174,8 @@ def _is_folder(name: str, folder: int) -> bool:
     return stat.S_ISDIR(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode)
 
 
-def _open_folder(path: Path | str, folder: int | None = None) -> int:
+def open_folder(path: Path | str, folder: int | None = None) -> int:
+    """Returns the descriptor of a folder that is not a link. A relative path starts from the open `folder`."""
     return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
 
 

@@ -4,10 +4,12 @@ import os
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Protocol
 
 from qk_sniffer.errors import StoreError
+from qk_sniffer.store.disk import open_folder, open_regular
 
 
 class Files(Protocol):
@@ -64,15 +66,49 @@ def inside(root: Path, name: str) -> Path:
     Raises:
         StoreError: the file is elsewhere.
     """
+    _resolved(root, name)
+    return root / name
+
+
+def open_inside(root: Path, name: str) -> BufferedReader:
+    """Opens the file `name` of the dataset at `root`, as `inside` finds it.
+
+    Opens the resolved path, and follows no link in it: a file or folder that is replaced by a link after the check is
+    an error.
+
+    Raises:
+        StoreError: the file is elsewhere.
+        OddFileError: it is not a regular file, or has become a link.
+        OSError: it cannot be opened.
+    """
+    base, target = _resolved(root, name)
+    folder = os.open(base, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        *parents, last = target.relative_to(base).parts or (".",)
+        for parent in parents:
+            inner = open_folder(parent, folder)
+            os.close(folder)
+            folder = inner
+        return open_regular(Path(last), follow_links=False, folder=folder)
+    finally:
+        os.close(folder)
+
+
+def _resolved(root: Path, name: str) -> tuple[Path, Path]:
+    """Returns the resolved path of the file `name`, after the resolved folder that it is in.
+
+    Raises:
+        StoreError: it is neither in `root` nor, for a folder in the cache, among its blobs.
+    """
     # Unlike `Path.resolve`, `realpath` gives a path for a link to itself too. Opening it fails.
     path, real = root / name, Path(os.path.realpath(root))
     target = Path(os.path.realpath(path))
-    is_cached = real.parent.name == "snapshots" and target.is_relative_to(real.parent.parent / "blobs")
-    if not (target.is_relative_to(real) or is_cached):
-        raise StoreError(
-            f"{path} leads out of the dataset, to {target}: it is not read. Replace it by a copy of the file"
-        )
-    return path
+    if target.is_relative_to(real):
+        return real, target
+    blobs = real.parent.parent / "blobs"
+    if real.parent.name == "snapshots" and target.is_relative_to(blobs):
+        return blobs, target
+    raise StoreError(f"{path} leads out of the dataset, to {target}: it is not read. Replace it by a copy of the file")
 
 
 def difference(path: Path, size: int) -> str | None:

@@ -1,5 +1,6 @@
 """Tests that a publication sends only the files of its dataset, each of which is the one that the manifest lists."""
 
+import base64
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ from support.verify_cases import edit
 
 from qk_sniffer.errors import StoreError
 from qk_sniffer.jobs.finalize import finalize
+from qk_sniffer.store.disk import open_regular
 
 pytestmark = [pytest.mark.floor, pytest.mark.usefixtures("waits")]
 
@@ -147,10 +149,112 @@ def test_a_file_that_changes_during_the_upload_ends_it(hub: FakeHub, make_datase
 def test_a_dataset_is_hashed_once(
     hub: FakeHub, api: HfApi, make_dataset: MakeDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def unexpected(path: Path) -> str:
-        raise AssertionError(f"{path} is hashed before the upload, which hashes it too")
+    hashed: list[str] = []
 
-    monkeypatch.setattr("qk_sniffer.hub.publish.sha256_of", unexpected)
+    def counting(file: Any) -> bytes:
+        hashed.append(os.path.realpath(f"/proc/self/fd/{file.fileno()}"))
+        return hashlib.file_digest(file, "sha256").digest()
+
+    monkeypatch.setattr("huggingface_hub.lfs.sha_fileobj", counting)
     root = make_dataset(tmp_path / "a")
     publish(root, REPO, BRANCH, api=api)
     assert set(held(hub)) == set(contents(root)) and json.loads(held(hub)["manifest.json"])["files"]
+    files = [name for name in contents(root) if name not in ("README.md", "manifest.json")]
+    assert sorted(hashed) == sorted(str(root / name) for name in files)
+
+
+HEAD = "l00h00q/data.parquet"
+
+
+def as_link(path: Path, secret: Path) -> None:
+    path.unlink()
+    path.symlink_to(secret)
+
+
+def as_file(path: Path, secret: Path) -> None:
+    secret.replace(path)
+
+
+@pytest.mark.parametrize("swapped", [as_link, as_file])
+@pytest.mark.parametrize("name", [HEAD, "pictures/new.png"])
+@pytest.mark.parametrize("moment", ["before it is opened", "after it is checked"])
+def test_a_file_that_is_swapped_while_it_is_published_is_not_sent(
+    moment: str,
+    name: str,
+    swapped: Callable[[Path, Path], None],
+    secret: Path,
+    hub: FakeHub,
+    api: HfApi,
+    make_dataset: MakeDataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Large files are sent from the descriptor that was checked; small ones are compared when the commit reads them."""
+    root = make_dataset(tmp_path / "a")
+    (root / "pictures").mkdir()
+    (root / "pictures/new.png").write_bytes(b"picture" * 10)
+    before = (root / name).read_bytes()
+    secret.write_bytes(SECRET.ljust(len(before))[: len(before)])
+    sent = secret.read_bytes()
+    step = "preupload_lfs_files" if moment == "after it is checked" else "list_repo_commits"
+    call = getattr(api, step)
+
+    def swapping(*args: Any, **kwargs: Any) -> Any:
+        if secret.exists() and not (root / name).is_symlink():
+            swapped(root / name, secret)
+        return call(*args, **kwargs)
+
+    monkeypatch.setattr(api, step, swapping)
+    if moment == "after it is checked" and name == HEAD:
+        publish(root, REPO, BRANCH, api=api)
+        assert held(hub)[name] == before
+    else:
+        with pytest.raises(StoreError, match=r"leads out of the dataset|missing or has changed"):
+            publish(root, REPO, BRANCH, api=api)
+        assert published(hub) == 0
+    assert not any(sent in body or base64.b64encode(sent) in body for body in hub.received)
+
+
+def test_a_picture_is_listed_as_it_was_checked(
+    hub: FakeHub, api: HfApi, secret: Path, make_dataset: MakeDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = make_dataset(tmp_path / "a")
+    picture = root / "pictures/a.png"
+    picture.parent.mkdir()
+    picture.write_bytes(b"picture")
+
+    def late(path: Path, **options: Any) -> Any:
+        if path.name == picture.name:
+            as_link(picture, secret)
+        return open_regular(path, **options)
+
+    monkeypatch.setattr("qk_sniffer.store.files.open_regular", late)
+    with pytest.raises(StoreError, match=r"a\.png cannot be published: a link, which is not followed"):
+        publish(root, REPO, BRANCH, api=api)
+    assert hub.log == []
+
+
+@pytest.mark.parametrize("keeps_its_content", [True, False])
+def test_a_file_that_is_written_to_during_its_upload(
+    keeps_its_content: bool,
+    hub: FakeHub,
+    api: HfApi,
+    make_dataset: MakeDataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    root = make_dataset(tmp_path / "a")
+    upload, content = api.preupload_lfs_files, (root / HEAD).read_bytes()
+
+    def writing(*args: Any, **kwargs: Any) -> None:
+        upload(*args, **kwargs)
+        (root / HEAD).write_bytes(content if keeps_its_content else content[::-1])
+
+    monkeypatch.setattr(api, "preupload_lfs_files", writing)
+    if keeps_its_content:
+        publish(root, REPO, BRANCH, api=api)
+        assert published(hub) == 1
+        return
+    with pytest.raises(StoreError, match=r"l00h00q/data\.parquet is missing or has changed"):
+        publish(root, REPO, BRANCH, api=api)
+    assert published(hub) == 0

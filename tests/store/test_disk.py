@@ -64,7 +64,7 @@ def test_a_folder_that_takes_the_place_of_a_removed_one_stays(tmp_path: Path, mo
     for each in (folder, other):
         (each / "inner").mkdir(parents=True)
         (each / "inner" / "file").write_text(each.name)
-    real = disk._open_folder
+    real = disk.open_folder
 
     def check() -> None:
         if (folder / "inner" / "file").read_text() != "folder":
@@ -76,7 +76,7 @@ def test_a_folder_that_takes_the_place_of_a_removed_one_stays(tmp_path: Path, mo
         other.rename(folder)
         return real(*arguments)
 
-    monkeypatch.setattr(disk, "_open_folder", open_another)
+    monkeypatch.setattr(disk, "open_folder", open_another)
     with pytest.raises(StoreError, match="replaced"):
         remove(folder, check)
     assert (folder / "inner" / "file").exists() and (tmp_path / "away" / "inner" / "file").exists()

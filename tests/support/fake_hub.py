@@ -117,6 +117,8 @@ class FakeHub:
         self.repositories: dict[str, Repository] = {}
         self.log: list[tuple[str, str, int | str]] = []
         """The method, the path, and the status or kind of fault of each request."""
+        self.received: list[bytes] = []
+        """The bodies of the requests."""
         self.page_size = 1000
         self.lock = threading.Lock()
         self.held = threading.Event()
@@ -182,6 +184,7 @@ class _Handler(BaseHTTPRequestHandler):
         how = fault.how if fault else None
         if how not in ("drop", "hold"):
             self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            self.hub.received.append(self.body)
             status, (content, headers) = self._answer(url.path, fault if how == "reply" else None)
         self.hub.log.append((self.command, url.path, how if how in ("drop", "lose", "hold") else status))
         if how == "hold":

@@ -2,19 +2,32 @@
 
 import hashlib
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Any, cast
 
+from qk_sniffer.corpus.data_files import DataFile, open_bytes
 from qk_sniffer.errors import SourceError
 from qk_sniffer.text import is_utf8_path, utf8_way_out
 
 
-def digest_of(files: Sequence[str]) -> str:
+def digest_of(files: Sequence[DataFile]) -> str:
     """Returns a digest of the contents of files. `datasets` itself compares times, which other files may have too."""
     whole = hashlib.sha256()
     for file in files:
-        with Path(file).open("rb") as content:
-            whole.update(hashlib.file_digest(content, "sha256").digest())
+        with open_bytes(file, compressed=False) as content:
+            whole.update(hashlib.file_digest(cast(Any, content), "sha256").digest())
     return whole.hexdigest()[:32]
+
+
+def check_unchanged(files: Sequence[DataFile]) -> None:
+    """Checks that files are those whose content `digest_of` read, and that no link leads out of their folder by now.
+
+    Raises:
+        ChangedError: one is another.
+        StoreError: a link leads out.
+    """
+    for file in files:
+        with open_bytes(file, compressed=False):
+            pass
 
 
 def check_cache(where: str) -> None:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from qk_sniffer.corpus.data_files import FormatError, open_text
+from qk_sniffer.corpus.data_files import DataFile, FormatError, open_text
 
 
 class CsvReader:
@@ -34,16 +34,16 @@ class CsvReader:
         if self._dialect.get("quoting") != csv.QUOTE_NONE:  # the others tell how to write, or make floats of cells
             self._dialect["quoting"] = csv.QUOTE_MINIMAL
 
-    def kinds(self, file: str, wanted: Sequence[str]) -> dict[str, str]:
+    def kinds(self, file: DataFile, wanted: Sequence[str]) -> dict[str, str]:
         """Returns the columns, all of text."""
         header, _ = next(self._records(file), ([], 0))
         return dict.fromkeys(header, "string")
 
-    def count(self, file: str) -> int | None:
+    def count(self, file: DataFile) -> int | None:
         """Returns None: only reading tells the number of rows."""
         return None
 
-    def read(self, file: str, columns: Sequence[str], start: int = 0) -> Iterator[dict[str, Any]]:
+    def read(self, file: DataFile, columns: Sequence[str], start: int = 0) -> Iterator[dict[str, Any]]:
         """Yields the rows from number `start` on. An empty cell is None.
 
         Raises:
@@ -63,10 +63,10 @@ class CsvReader:
             if index >= start:
                 yield {column: record[place] or None for column, place in places.items()}
 
-    def _records(self, file: str) -> Iterator[tuple[list[str], int]]:
+    def _records(self, file: DataFile) -> Iterator[tuple[list[str], int]]:
         """Yields the header, then every record that is not an empty line, each with the number of its first line."""
         csv.field_size_limit(sys.maxsize)  # the default is shorter than many texts
-        with open_text(file, encoding=self._encoding) as text:
+        with open_text(file, encoding=self._encoding, may_grow=True) as text:
             last = ""
 
             def lines() -> Iterator[str]:

@@ -1,16 +1,21 @@
 """Opens data files: on this machine or on the Hub, compressed or not.
 
+A file is checked where it is opened: that no link leads out of its folder, and that it is the one of the last reading.
 A pointer of Git LFS and a text in UTF-16 are refused as what they are. Read as data, they would be text.
 """
 
 import io
+import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO, cast
 
 from qk_sniffer.hub.lfs import HEAD_BYTES, pointer_problem
+from qk_sniffer.store.disk import OddFileError
+from qk_sniffer.store.files import open_inside
 
 HUB = "hf://"
 """The start of the address of a file on the Hub."""
@@ -34,40 +39,128 @@ _ZSTD_CHUNK = 1 << 14
 """The compressed bytes that are decompressed at a time: few, as long repetitions have a thousandfold content."""
 
 
+_END_BYTES = 1 << 16
+"""The bytes at the start and at the end of a file that are compared after lines were appended to it."""
+
+
 class FormatError(Exception):
     """A file is not of its format. The message names the place in the file."""
 
 
+class ChangedError(Exception):
+    """A file is not the one of an earlier reading."""
+
+
+@dataclass(frozen=True)
+class _State:
+    """A file when it was first opened."""
+
+    facts: tuple[int, int, int]
+    """Size, and times of the last changes of content and of attributes. Some file systems change the inode's number."""
+    ends: tuple[bytes, bytes]
+
+    @classmethod
+    def of(cls, raw: BinaryIO) -> "_State":
+        found = os.fstat(raw.fileno())
+        facts = (found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+        return cls(facts, _ends(raw, found.st_size))
+
+    def has_grown_to(self, now: "_State", raw: BinaryIO) -> bool:
+        """Whether whole lines were appended. Between the ends, the content is not compared."""
+        size = self.facts[0]
+        return now.facts[0] > size and self.ends[1].endswith(b"\n") and _ends(raw, size) == self.ends
+
+
+@dataclass
+class DataFile:
+    """A file of a source of texts, on this machine or on the Hub. Remembers its state from one reading to the next."""
+
+    path: str
+    """Its path, or its address on the Hub."""
+    home: Path | None = None
+    """The folder that no link may lead out of; None for a file that the user names, and on the Hub."""
+    _first: _State | None = field(default=None, compare=False)
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether it is on the Hub."""
+        return self.path.startswith(HUB)
+
+    def open(self) -> BinaryIO:
+        """Opens it. What is checked to be in its folder is what is opened.
+
+        Raises:
+            StoreError: a link leads out of its folder.
+            FormatError: it is not a regular file, or has become a link.
+            OSError: it cannot be opened.
+        """
+        if self.is_remote:
+            from huggingface_hub import HfFileSystem
+
+            return cast(BinaryIO, HfFileSystem().open(self.path.removeprefix(HUB), "rb"))
+        if self.home is None:
+            return Path(self.path).open("rb")
+        try:
+            return open_inside(self.home, self.path)
+        except OddFileError as error:
+            raise FormatError(f"it is {error.strerror}") from error
+
+    def check_unchanged(self, raw: BinaryIO, *, may_grow: bool) -> None:
+        """Checks that the open file is the one that was opened first.
+
+        Raises:
+            ChangedError: it is not; `may_grow` allows lines that were appended.
+        """
+        if self.is_remote:
+            return
+        now = _State.of(raw)
+        first = self._first = self._first or now
+        if now.facts != first.facts and not (may_grow and first.has_grown_to(now, raw)):
+            raise ChangedError
+
+
 @contextmanager
-def open_bytes(file: str, *, compressed: bool = True) -> Iterator[BinaryIO]:
+def open_bytes(file: DataFile, *, compressed: bool = True, may_grow: bool = False) -> Iterator[BinaryIO]:
     """Opens a file for reading; with `compressed`, its content if it is compressed.
+
+    Args:
+        file: the file.
+        compressed: whether it may be compressed.
+        may_grow: whether lines may be appended to it between two readings, if it is not compressed.
 
     Raises:
         FormatError: it is a pointer of Git LFS, or the package that decompresses it is missing.
+        ChangedError: it changes during the reading, or has changed since an earlier one.
+        StoreError: a link leads out of its folder.
         OSError: it cannot be read.
     """
-    with _raw(file) as raw:
+    with file.open() as raw:
         head = raw.read(HEAD_BYTES)
         raw.seek(0)
         if problem := pointer_problem(head):
             raise FormatError(problem)
-        method = _compression(file, head) if compressed else None
+        method = _compression(file.path, head) if compressed else None
+        may_grow = may_grow and method is None
+        file.check_unchanged(raw, may_grow=may_grow)
         if method is None:
             yield raw
-            return
-        with _decompressor(method)(raw, mode="rb") as content:
-            yield content
+        else:
+            with _decompressor(method)(raw, mode="rb") as content:
+                yield content
+        file.check_unchanged(raw, may_grow=may_grow)
 
 
 @contextmanager
-def open_text(file: str, *, encoding: str | None = None, newline: str = "") -> Iterator[TextIO]:
+def open_text(
+    file: DataFile, *, encoding: str | None = None, newline: str = "", may_grow: bool = False
+) -> Iterator[TextIO]:
     """Opens a text file without its byte order mark. `encoding` is UTF-8 for None.
 
     Raises:
         FormatError: as for `open_bytes`; or it is in UTF-16 or UTF-32.
-        OSError: it cannot be read.
+        ChangedError, StoreError, OSError: as for `open_bytes`.
     """
-    with open_bytes(file) as content:
+    with open_bytes(file, may_grow=may_grow) as content:
         buffered = io.BufferedReader(cast(Any, content), 1 << 20)
         if encoding is None and (found := _wide_encoding(buffered.peek(HEAD_BYTES)[:HEAD_BYTES])):
             raise FormatError(
@@ -75,7 +168,8 @@ def open_text(file: str, *, encoding: str | None = None, newline: str = "") -> I
             )
         if encoding is None or encoding.lower().replace("_", "-") in ("utf-8", "utf8"):
             encoding = "utf-8-sig"
-        yield io.TextIOWrapper(buffered, encoding=encoding, newline=newline)
+        text = io.TextIOWrapper(buffered, encoding=encoding, newline=newline)
+        yield text
 
 
 def reason(error: BaseException) -> str:
@@ -102,12 +196,10 @@ def first_lines(message: str, most: int = 4) -> str:
 _NO_ZSTD = "a .zst file needs the package zstandard (`pip install zstandard`)"
 
 
-def _raw(file: str) -> BinaryIO:
-    if file.startswith(HUB):
-        from huggingface_hub import HfFileSystem
-
-        return cast(BinaryIO, HfFileSystem().open(file.removeprefix(HUB), "rb"))
-    return Path(file).open("rb")
+def _ends(raw: BinaryIO, size: int) -> tuple[bytes, bytes]:
+    """Returns the start and the end of the first `size` bytes of an open file, whose place stays."""
+    last = min(size, _END_BYTES)
+    return os.pread(raw.fileno(), last, 0), os.pread(raw.fileno(), last, size - last)
 
 
 def _compression(file: str, head: bytes) -> str | None:

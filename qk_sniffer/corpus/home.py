@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
+from qk_sniffer.corpus.data_files import DataFile
 from qk_sniffer.errors import SourceError, StoreError
 from qk_sniffer.store.files import inside
 
@@ -36,6 +37,11 @@ def check_home(where: str, files: Iterable[str], home: Path | str, *, is_named: 
                 f"{where}: its README.md or .huggingface.yaml names {file}, which is not a file of this dataset: it is "
                 f"not read. Name the files to read in dataset.data_files{_HINT if '://' in file else ''}"
             )
+
+
+def data_file(path: str, home: Path) -> DataFile:
+    """Returns a file that `check_home` has accepted for the folder `home`. Outside of it are only files of the user."""
+    return DataFile(path, home if Path(os.path.normpath(path)).is_relative_to(home) else None)
 
 
 def _is_inside(where: str, folder: Path, file: str) -> bool:

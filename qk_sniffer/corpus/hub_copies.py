@@ -12,6 +12,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
 
+from qk_sniffer.corpus.data_files import DataFile
 from qk_sniffer.errors import SourceError, StoreError
 from qk_sniffer.hub.endpoint import announce
 from qk_sniffer.logs import logger
@@ -59,8 +60,8 @@ class _Info(TypedDict):
     config_name: NotRequired[str | None]
 
 
-def fetch(repo_id: str, commit: str, names: Sequence[str]) -> list[str]:
-    """Returns the paths of files of a repository in the cache; fetches those that are not there.
+def fetch(repo_id: str, commit: str, names: Sequence[str]) -> list[DataFile]:
+    """Returns files of a repository in the cache; fetches those that are not there.
 
     Raises:
         SourceError: a link leads out of the cache.
@@ -69,15 +70,15 @@ def fetch(repo_id: str, commit: str, names: Sequence[str]) -> list[str]:
 
     announce()
 
-    def one(name: str) -> str:
+    def one(name: str) -> DataFile:
         return _own(hf_hub_download(repo_id, name, repo_type="dataset", revision=commit), name)
 
     with ThreadPoolExecutor(_DOWNLOADS) as pool:
         return list(pool.map(one, names))
 
 
-def fetched(repo_id: str, commit: str, names: Sequence[str]) -> list[str] | None:
-    """Returns the paths of files of a repository in the cache; None if one is not there.
+def fetched(repo_id: str, commit: str, names: Sequence[str]) -> list[DataFile] | None:
+    """Returns files of a repository in the cache; None if one is not there.
 
     Raises:
         SourceError: a name or a link leads out of the cache.
@@ -97,14 +98,15 @@ def fetched(repo_id: str, commit: str, names: Sequence[str]) -> list[str] | None
     return there if len(there) == len(names) else None
 
 
-def _own(path: str, name: str) -> str:
-    """Returns the path of the file `name` in the cache. A cache may come from someone else, with links to any file.
+def _own(path: str, name: str) -> DataFile:
+    """Returns the file `name` in the cache, at `path`. A cache may come from someone else, with links to any file.
 
     Raises:
         SourceError: a link leads out of the repository's folder in the cache.
     """
+    snapshot = Path(path.removesuffix(name))
     try:
-        return str(inside(Path(path.removesuffix(name)), name))
+        return DataFile(str(inside(snapshot, name)), snapshot)
     except StoreError as error:
         raise SourceError(str(error)) from error
 

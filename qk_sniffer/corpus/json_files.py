@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, TextIO
 
-from qk_sniffer.corpus.data_files import FormatError, open_text
+from qk_sniffer.corpus.data_files import DataFile, FormatError, open_text
 
 _CHUNK = 1 << 20
 _NAMES = {str: "string", bool: "bool", int: "int64", float: "float64", dict: "struct", list: "list"}
@@ -30,7 +30,7 @@ class JsonReader:
     def __init__(self, options: Mapping[str, Any]) -> None:
         self._encoding = options.get("encoding")
 
-    def kinds(self, file: str, wanted: Sequence[str]) -> dict[str, str]:
+    def kinds(self, file: DataFile, wanted: Sequence[str]) -> dict[str, str]:
         """Returns the types of the first values in each column; `unknown` for a column that is null there.
 
         Reads on while a wanted column is missing.
@@ -44,11 +44,11 @@ class JsonReader:
                 break
         return kinds
 
-    def count(self, file: str) -> int | None:
+    def count(self, file: DataFile) -> int | None:
         """Returns None: only reading tells the number of rows."""
         return None
 
-    def read(self, file: str, columns: Sequence[str], start: int = 0) -> Iterator[dict[str, Any]]:
+    def read(self, file: DataFile, columns: Sequence[str], start: int = 0) -> Iterator[dict[str, Any]]:
         """Yields the rows from number `start` on.
 
         Raises:
@@ -66,9 +66,9 @@ class JsonReader:
                         _check_text(value, line)
                 yield values
 
-    def _objects(self, file: str) -> Iterator[tuple[dict[str, Any], int]]:
+    def _objects(self, file: DataFile) -> Iterator[tuple[dict[str, Any], int]]:
         """Yields each object with the number of its first line."""
-        with open_text(file, encoding=self._encoding, newline="\n") as text:
+        with open_text(file, encoding=self._encoding, newline="\n", may_grow=True) as text:
             read, number = "", 0
             for number, line in enumerate(text, 1):  # noqa: B007
                 read = line

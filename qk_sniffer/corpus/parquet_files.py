@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from qk_sniffer.corpus.data_files import HUB, FormatError, open_bytes
+from qk_sniffer.corpus.data_files import DataFile, FormatError, open_bytes
 from qk_sniffer.corpus.values import Float16, Float32
 
 _BATCH_BYTES, _BATCH_ROWS = 1 << 24, 10_000
@@ -23,17 +23,17 @@ class ParquetReader:
     def __init__(self, options: Mapping[str, Any]) -> None:
         del options
 
-    def kinds(self, file: str, wanted: Sequence[str]) -> dict[str, str]:
+    def kinds(self, file: DataFile, wanted: Sequence[str]) -> dict[str, str]:
         """Returns the types of all columns."""
         with _opened(file) as parquet:
             return _kinds(parquet)
 
-    def count(self, file: str) -> int:
+    def count(self, file: DataFile) -> int:
         """Returns the number of rows, which the file states."""
         with _opened(file) as parquet:
             return int(parquet.metadata.num_rows)
 
-    def read(self, file: str, columns: Sequence[str], start: int = 0) -> Iterator[dict[str, Any]]:
+    def read(self, file: DataFile, columns: Sequence[str], start: int = 0) -> Iterator[dict[str, Any]]:
         """Yields the rows from number `start` on.
 
         Raises:
@@ -62,13 +62,12 @@ class ParquetReader:
 
 
 @contextmanager
-def _opened(file: str) -> Iterator[Any]:
+def _opened(file: DataFile) -> Iterator[Any]:
     import pyarrow.parquet as pq
 
-    is_remote = file.startswith(HUB)
     with open_bytes(file, compressed=False) as content:
         # A small buffer bounds the memory, and a large part at a time bounds the number of requests.
-        yield pq.ParquetFile(content, buffer_size=0 if is_remote else 1 << 20, pre_buffer=is_remote)
+        yield pq.ParquetFile(content, buffer_size=0 if file.is_remote else 1 << 20, pre_buffer=file.is_remote)
 
 
 def _groups(metadata: Any, start: int) -> tuple[list[int], int]:

@@ -8,11 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
-from pathlib import Path
 from typing import Any, Protocol
 
 from qk_sniffer.corpus.csv_files import CsvReader
-from qk_sniffer.corpus.data_files import HUB, FormatError, reason
+from qk_sniffer.corpus.data_files import ChangedError, DataFile, FormatError, reason
 from qk_sniffer.corpus.json_files import JsonReader
 from qk_sniffer.corpus.parquet_files import ParquetReader
 from qk_sniffer.corpus.text_files import TextReader
@@ -54,16 +53,16 @@ class Reader(Protocol):
     typed: bool
     has_schema: bool
 
-    def kinds(self, file: str, wanted: Sequence[str]) -> dict[str, str]:
+    def kinds(self, file: DataFile, wanted: Sequence[str]) -> dict[str, str]:
         """Returns the columns of a file and their types; empty for a file without rows or header.
 
         Without a schema, it looks for the `wanted` columns in the whole file.
         """
 
-    def count(self, file: str) -> int | None:
+    def count(self, file: DataFile) -> int | None:
         """Returns the number of rows; None if only reading tells it."""
 
-    def read(self, file: str, columns: Sequence[str], start: int = 0) -> Iterator[dict[str, Any]]:
+    def read(self, file: DataFile, columns: Sequence[str], start: int = 0) -> Iterator[dict[str, Any]]:
         """Yields these columns of the rows from number `start` on."""
 
 
@@ -80,13 +79,9 @@ FORMATS: dict[str, type[ParquetReader | JsonReader | CsvReader | TextReader]] = 
 class Part:
     """The rows `start` to `stop` of some files; all rows of them if `stop` is None."""
 
-    files: Sequence[str]
+    files: Sequence[DataFile]
     start: int = 0
     stop: int | None = None
-
-
-_Facts = tuple[int, int, int]
-"""Size, and times of the last changes of content and of attributes. Some file systems change the number of an inode."""
 
 
 @dataclass
@@ -101,7 +96,6 @@ class FileRows:
     may_scan: bool = True
     """Whether to look for a column in all rows of all files."""
     _counts: dict[str, int] = field(default_factory=dict)
-    _facts: dict[str, _Facts] = field(default_factory=dict)
 
     @property
     def typed(self) -> bool:
@@ -169,7 +163,7 @@ class FileRows:
             yield from islice(rows, None if length is None else length - skip)
             skip = 0
 
-    def _of_files(self, files: Sequence[str], columns: Sequence[str], skip: int) -> Iterator[dict[str, Any]]:
+    def _of_files(self, files: Sequence[DataFile], columns: Sequence[str], skip: int) -> Iterator[dict[str, Any]]:
         for file in files:
             known = self._count(file) if skip else None
             if known is None:
@@ -184,49 +178,40 @@ class FileRows:
                 yield from self._read(file, columns, skip)
                 skip = 0
 
-    def _count(self, file: str) -> int | None:
-        if file not in self._counts:
+    def _count(self, file: DataFile) -> int | None:
+        if file.path not in self._counts:
             with self._explaining(file):
                 count = self.reader.count(file)
             if count is None:
                 return None
-            self._counts[file] = count
-        return self._counts[file]
+            self._counts[file.path] = count
+        return self._counts[file.path]
 
-    def _read(self, file: str, columns: Sequence[str], start: int) -> Iterator[dict[str, Any]]:
+    def _read(self, file: DataFile, columns: Sequence[str], start: int) -> Iterator[dict[str, Any]]:
         number = start
         with self._explaining(file):
             for number, row in enumerate(self.reader.read(file, columns, start), start + 1):  # noqa: B007
                 yield row
-        self._counts[file] = number
+        self._counts[file.path] = number
 
     @contextmanager
-    def _explaining(self, file: str) -> Iterator[None]:
+    def _explaining(self, file: DataFile) -> Iterator[None]:
         """Turns an error into one that names the file. Refuses a file that changes between or during two readings."""
-        self._check_unchanged(file)
         try:
             yield
+        except ChangedError:
+            raise SourceError(
+                f"{self.where}: file {file.path} was changed while the job read it: rerun the command, which keeps "
+                "what was captured before"
+            ) from None
         except (FormatError, UnicodeDecodeError) as error:
             raise self._failed(file, error) from None
         except Exception as error:
             raise self._failed(file, error) from error
-        self._check_unchanged(file)
 
-    def _failed(self, file: str, error: Exception) -> SourceError:
-        name = self.where if self.where == f"file {file}" else f"{self.where}: file {file}"
+    def _failed(self, file: DataFile, error: Exception) -> SourceError:
+        name = self.where if self.where == f"file {file.path}" else f"{self.where}: file {file.path}"
         return SourceError(f"{name} cannot be read: {reason(error)}")
-
-    def _check_unchanged(self, file: str) -> None:
-        now = _facts_of(file)
-        before = self._facts.setdefault(file, now) if now else None
-        if now is None or before is None or now == before:
-            return
-        # Lines may be appended: the rows that the job uses are those that were there.
-        if now[0] <= before[0] or isinstance(self.reader, ParquetReader):
-            raise SourceError(
-                f"{self.where}: file {file} was changed while the job read it: rerun the command, which keeps what was "
-                "captured before"
-            )
 
 
 class LibraryRows:
@@ -304,13 +289,3 @@ class ListRows:
 def no_rows(where: str) -> SourceError:
     """Returns the error for a source without rows."""
     return SourceError(f"{where} cannot be read: it has no rows")
-
-
-def _facts_of(file: str) -> _Facts | None:
-    if file.startswith(HUB):
-        return None
-    try:
-        facts = Path(file).stat()
-    except OSError:  # its reader explains it
-        return None
-    return facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns

@@ -19,9 +19,9 @@ from typing import Any
 
 from qk_sniffer.config import DatasetConfig
 from qk_sniffer.corpus import hub_copies
-from qk_sniffer.corpus.copies import check_cache, digest_of
-from qk_sniffer.corpus.data_files import ARCHIVES, COMPRESSED, first_lines, reason
-from qk_sniffer.corpus.home import check_home
+from qk_sniffer.corpus.copies import check_cache, check_unchanged, digest_of
+from qk_sniffer.corpus.data_files import ARCHIVES, COMPRESSED, ChangedError, DataFile, first_lines, reason
+from qk_sniffer.corpus.home import check_home, data_file
 from qk_sniffer.corpus.rows import FORMATS, LibraryRows, ListRows, Rows, no_rows
 from qk_sniffer.corpus.splits import named_splits, no_split, rows_of_files
 from qk_sniffer.errors import SourceError
@@ -96,7 +96,7 @@ def _file(config: DatasetConfig, file: Path) -> Source:
     reader = _reader(file)
     if not reader:
         raise SourceError(f"{where}: a file of this type cannot be read. {_supported()}")
-    return Source(where, rows_of_files(where, {"train": [str(file)]}, reader, {}, config))
+    return Source(where, rows_of_files(where, {"train": [DataFile(str(file))]}, reader, {}, config))
 
 
 def _folder(config: DatasetConfig, folder: Path) -> Source:
@@ -119,7 +119,11 @@ def _folder(config: DatasetConfig, folder: Path) -> Source:
     splits = _splits(folder, config, files)
     # A card that `_names_its_files` does not see may have added some.
     check_home(where, [file for of_split in splits.values() for file in of_split], folder, is_named=False)
-    return Source(where, rows_of_files(where, splits, formats[0], {}, config))
+    return Source(where, rows_of_files(where, _in(splits, folder), formats[0], {}, config))
+
+
+def _in(splits: dict[str, list[str]], folder: Path) -> dict[str, list[DataFile]]:
+    return {split: [data_file(file, folder) for file in files] for split, files in splits.items()}
 
 
 def _splits(folder: Path, config: DatasetConfig, files: list[str]) -> dict[str, list[str]]:
@@ -142,8 +146,8 @@ def _of_builder(where: str, builder: Any, config: DatasetConfig, folder: Path) -
     check_home(where, named, folder, is_named=config.data_files is not None)
     format, options = _format_of(where, builder)
     if format is None or any("://" in file for file in named):
-        return _of_library(where, builder, config)
-    return rows_of_files(where, data_files, format, options, config)
+        return _of_library(where, builder, config, folder)
+    return rows_of_files(where, _in(data_files, folder), format, options, config)
 
 
 def _hub(config: DatasetConfig, path: str, commit: str | None) -> Source:
@@ -163,7 +167,8 @@ def _hub(config: DatasetConfig, path: str, commit: str | None) -> Source:
     if format is None or not all(file.startswith(home) for file in named):
         return Source(where, _of_library(where, builder, config), commit)
     if config.streaming:
-        return Source(where, rows_of_files(where, data_files, format, options, config), commit)
+        streamed = {split: [DataFile(file) for file in files] for split, files in data_files.items()}
+        return Source(where, rows_of_files(where, streamed, format, options, config), commit)
     names = {split: [file.removeprefix(home) for file in files] for split, files in data_files.items()}
     chosen = {split: names[split] for split in named_splits(where, config, list(names))}
     try:
@@ -289,23 +294,29 @@ def _format_of(where: str, builder: Any) -> tuple[str | None, dict[str, Any]]:
     return None, {}
 
 
-def _of_library(where: str, builder: Any, config: DatasetConfig) -> Rows:
-    """Opens the rows of `config.split`, which the library reads. Its copy of local files is of their content."""
+def _of_library(where: str, builder: Any, config: DatasetConfig, folder: Path | None = None) -> Rows:
+    """Opens the rows of `config.split`, which the library reads. Its copy of local files is of their content.
+
+    The library opens files by their paths. Those of `folder` are checked before and after that.
+    """
     data_files = _files_of(builder)
     known = list(data_files or builder.info.splits or [])
     files = [file for name in named_splits(where, config, known) for file in data_files.get(name, ())]
-    local = [file for file in files if "://" not in file]
+    local = [data_file(file, folder) if folder else DataFile(file) for file in files if "://" not in file]
     try:
         if config.streaming:
             return LibraryRows(where, builder.as_streaming_dataset(split=config.split))
         check_cache(where)
         copy = f"{builder.cache_dir}-{digest_of(local)}" if local else None
         builder.download_and_prepare(copy)
+        check_unchanged(local)
         return LibraryRows(where, builder.as_dataset(split=config.split))
     except StopIteration as error:
         raise no_rows(where) from error
     except SourceError:
         raise
+    except ChangedError as error:
+        raise SourceError(f"{where}: a file was changed while the job read it: rerun the command") from error
     except Exception as error:
         if "corresponds to no data" in str(error):
             raise no_rows(where) from error

@@ -6,13 +6,17 @@ from dataclasses import replace
 from typing import Any
 
 from qk_sniffer.config import DatasetConfig
-from qk_sniffer.corpus.data_files import first_lines
+from qk_sniffer.corpus.data_files import DataFile, first_lines
 from qk_sniffer.corpus.rows import FORMATS, FileRows, Part, Rows
 from qk_sniffer.errors import SourceError
 
 
 def rows_of_files(
-    where: str, data_files: Mapping[str, Sequence[str]], format: str, options: Mapping[str, Any], config: DatasetConfig
+    where: str,
+    data_files: Mapping[str, Sequence[DataFile]],
+    format: str,
+    options: Mapping[str, Any],
+    config: DatasetConfig,
 ) -> Rows:
     """Opens the rows of `config.split`. For a part of a split, this counts the rows of the split.
 
@@ -57,7 +61,9 @@ def no_split(where: str, split: str, known: list[str], streaming: bool = False) 
     return SourceError(f"{where} has no split {split!r}. Choose one with dataset.split: {', '.join(known)}{hint}")
 
 
-def _parts(where: str, spec: str, counts: Mapping[str, int], data_files: Mapping[str, Sequence[str]]) -> list[Part]:
+def _parts(
+    where: str, spec: str, counts: Mapping[str, int], data_files: Mapping[str, Sequence[DataFile]]
+) -> list[Part]:
     """Returns the parts that a `spec` of `datasets` names, such as `train[:10%]+test`."""
     from datasets import ReadInstruction
 

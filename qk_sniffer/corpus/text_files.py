@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from qk_sniffer.corpus.data_files import FormatError, open_text
+from qk_sniffer.corpus.data_files import DataFile, FormatError, open_text
 
 
 class TextReader:
@@ -16,15 +16,15 @@ class TextReader:
     def __init__(self, options: Mapping[str, Any]) -> None:
         self._encoding = options.get("encoding")
 
-    def kinds(self, file: str, wanted: Sequence[str]) -> dict[str, str]:
+    def kinds(self, file: DataFile, wanted: Sequence[str]) -> dict[str, str]:
         """Returns the one column."""
         return {"text": "string"}
 
-    def count(self, file: str) -> int | None:
+    def count(self, file: DataFile) -> int | None:
         """Returns None: only reading tells whether the file is text."""
         return None
 
-    def read(self, file: str, columns: Sequence[str], start: int = 0) -> Iterator[dict[str, Any]]:
+    def read(self, file: DataFile, columns: Sequence[str], start: int = 0) -> Iterator[dict[str, Any]]:
         """Yields the row, if `start` is 0.
 
         Raises:

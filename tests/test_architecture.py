@@ -39,7 +39,10 @@ IMPORT_TORCH = {
     ),
     *(f"backbone.{name}" for name in ("rotary", "rotary_overrides", "tap", "trailing_layers", "unloaded")),
     *(f"backbone.{name}" for name in ("checkpoint_weights", "limits", "loaded_weights", "masks", "quantization")),
-    *(f"backbone.{name}" for name in ("adapter", "adapter_files", "rotation", "spellings", "wrapper")),
+    *(
+        f"backbone.{name}"
+        for name in ("adapter", "adapter_files", "implementations", "rotation", "spellings", "wrapper")
+    ),
     *(f"capture.{name}" for name in ("capture", "gather", "moments", "proof")),
 }
 """Modules that import torch or transformers when they are imported themselves."""

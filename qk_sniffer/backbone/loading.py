@@ -31,6 +31,7 @@ from qk_sniffer.backbone.checkpoint_weights import (
 from qk_sniffer.backbone.config_overrides import with_overrides
 from qk_sniffer.backbone.family import Family, find_family, imported_family
 from qk_sniffer.backbone.gguf import check_gguf, gguf_source, refuse_damaged, refuse_lost, stored_in_gguf
+from qk_sniffer.backbone.implementations import without_implementations
 from qk_sniffer.backbone.loaded_weights import (
     UnconvertedError,
     decoder_float,
@@ -150,7 +151,7 @@ def _read_config(config: ModelConfig, source: dict[str, Any]) -> _Model:
     if config.gguf_file is not None:
         source = gguf_source(config.gguf_file, source)
         refuse_damaged(config, source["gguf_file"])
-    whole = AutoConfig.from_pretrained(**source)
+    whole = without_implementations(AutoConfig.from_pretrained(**source))
     if config.gguf_file is None and Path(str(config.name)).is_dir():
         explicit = getattr(whole, "transformers_weights", None)
         check_folder(Path(str(config.name)), explicit, allow_pickle=config.allow_pickle)

@@ -5,6 +5,7 @@ huggingface_hub caches files by commit. No file is fetched twice, and all files 
 
 import re
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from qk_sniffer.hub.endpoint import without_login
 from qk_sniffer.hub.revisions import is_hub_id
 from qk_sniffer.logs import logger
 from qk_sniffer.markdown import in_url
+from qk_sniffer.store.disk import write_atomic
 from qk_sniffer.store.layout import CARD, MANIFEST
 from qk_sniffer.store.stored import LARGE
 from qk_sniffer.text import is_branch_name, shortened
@@ -157,7 +159,7 @@ def open_branch(repo_id: str, revision: str | None) -> Branch:
 
     def ask(api: "HfApi") -> str:
         try:
-            return Path(download(api, repo_id, MANIFEST, branch)).parent.name
+            snapshot = Path(download(api, repo_id, MANIFEST, branch)).parent
         except hub.GatedRepoError:
             raise
         except hub.RepositoryNotFoundError:
@@ -170,6 +172,8 @@ def open_branch(repo_id: str, revision: str | None) -> Branch:
                 f"{repo_id} has no dataset of qk-sniffer at the revision {branch!r}; name a branch with "
                 f"revision=...{_branches(api, repo_id)}"
             ) from None
+        _remember(snapshot, branch)
+        return snapshot.name
 
     _check_place(repo_id, branch)
     return Branch(repo_id, branch, _call(repo_id, branch, ask))
@@ -208,13 +212,30 @@ def download(
         api.hf_hub_download, repo_id, name, repo_type=REPO_TYPE, revision=revision, force_download=force
     )
     if size is not None or name in (MANIFEST, CARD):  # the sizes of the other files are in the manifest
-        there = _size_to_fetch(api, repo_id, name, revision) if force else _missing_size(fetch(dry_run=True))
+        if force:
+            there = _size_to_fetch(api, repo_id, name, revision)
+        else:
+            found = fetch(dry_run=True)
+            there = _missing_size(found)
+            fetch = partial(fetch, revision=found.commit_hash)  # a branch may move until the file is fetched
         if size is not None:
             _check_size(f"{repo_id} at {revision!r}", name, there, size)
         elif (there or 0) > LARGE:
             raise HubError(f"{name} of {repo_id} at {revision!r} is larger than {LARGE >> 20:,} MB: it is not fetched")
     path: str = fetch()
     return path
+
+
+def _remember(snapshot: Path, revision: str) -> None:
+    """Records the commit of a revision in the cache, for a later start without a network.
+
+    huggingface_hub does so only for a file that it fetches by the name of a branch.
+    """
+    ref = snapshot.parent.parent / "refs" / revision
+    with suppress(OSError, StoreError):  # the cache may be read-only
+        if revision != snapshot.name and (not ref.exists() or ref.read_text() != snapshot.name):
+            ref.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(ref, snapshot.name.encode())
 
 
 def _missing_size(info: "DryRunFileInfo") -> int | None:

@@ -39,7 +39,7 @@ from typing import Any
 from qk_sniffer.store import stored
 from qk_sniffer.store.disk import Check, unchecked, write_atomic
 from qk_sniffer.store.files import Files, difference, inside
-from qk_sniffer.store.forms import read_manifest
+from qk_sniffer.store.forms import decode_manifest, read_manifest
 from qk_sniffer.store.layout import FORMAT, MANIFEST, HeadKey, Layout, missing_manifest, parse_head_name
 
 WAY_OUT = (
@@ -153,6 +153,20 @@ def of(files: Files) -> dict[str, Any]:
         HubError: the manifest cannot be fetched.
     """
     return read(files.path(MANIFEST).parent)
+
+
+def with_digest(files: Files) -> tuple[dict[str, Any], str]:
+    """Returns the manifest of the dataset in `files`, and the sha256 of the bytes that it was read from, in hex.
+
+    Raises:
+        StoreError, HubError: as for `of`.
+    """
+    path = inside(files.path(MANIFEST).parent, MANIFEST)
+    try:
+        data = stored.read_bytes(path, way_out=WAY_OUT, most_bytes=stored.LARGE, follow_links=True)
+    except (FileNotFoundError, NotADirectoryError):
+        raise missing_manifest(path.parent) from None
+    return decode_manifest(data, path, way_out=WAY_OUT), hashlib.sha256(data).hexdigest()
 
 
 def changed_files(root: Path, manifest: Mapping[str, Any]) -> list[str]:

@@ -48,16 +48,22 @@ class PreviousVersion:
             StoreError: it is another one.
         """
         if not self.is_there:
-            raise StoreError(
-                f"{self.files} is no longer the dataset that this job was adding to: restore it, or recreate it "
-                "with output.overwrite=true"
-            )
+            raise self._replaced()
+
+    def _replaced(self) -> StoreError:
+        return StoreError(
+            f"{self.files} is no longer the dataset that this job was adding to: restore it, or recreate it "
+            "with output.overwrite=true"
+        )
 
     @cached_property
     def manifest(self) -> dict[str, Any]:
         """The manifest of the dataset."""
         self.check()
-        return manifests.of(self.files)
+        manifest, digest = manifests.with_digest(self.files)
+        if digest != self.record["manifest_sha256"]:  # it was replaced after the check
+            raise self._replaced()
+        return manifest
 
     def fetch(self) -> None:
         """Fetches the files that are not on this machine."""
@@ -165,14 +171,13 @@ def describe(files: Files) -> dict[str, Any]:
     Raises:
         StoreError: the manifest contradicts itself about the rows of the source.
     """
-    path = files.path(MANIFEST)
-    manifest = manifests.of(files)
+    manifest, digest = manifests.with_digest(files)
     examples, skipped, rows = (manifest[key] for key in ("examples", "skipped_rows", "source_rows"))
     if examples + skipped != rows:
         problem = f"contradicts itself (source_rows is {rows:,}, examples {examples:,} and skipped_rows {skipped:,})"
-        raise UnreadableError(path, problem, WAY_OUT)
+        raise UnreadableError(files.path(MANIFEST), problem, WAY_OUT)
     return {
-        "manifest_sha256": sha256_of(path),
+        "manifest_sha256": digest,
         "source_rows": manifest["source_rows"],
         "skipped_rows": manifest["skipped_rows"],
         "versions": manifest["versions"],

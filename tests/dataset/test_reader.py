@@ -17,6 +17,7 @@ from support.verify_cases import edit, restate
 import qk_sniffer
 from qk_sniffer.dataset.heads import captured_heads, key_head
 from qk_sniffer.errors import HubError, StoreError
+from qk_sniffer.hub import branch
 from qk_sniffer.store import manifest as manifests
 
 pytestmark = pytest.mark.floor
@@ -160,6 +161,27 @@ def test_a_branch_is_fetched_head_by_head_and_once(
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert_same(qk_sniffer.open_dataset(REPO, revision=BRANCH), tmp_path / "b")
+
+
+@pytest.mark.usefixtures("endpoint")
+def test_a_branch_that_moves_while_it_is_opened_is_opened_at_the_commit_that_was_checked(
+    hub: FakeHub, api: HfApi, make_dataset: MakeDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = make_dataset(tmp_path / "a")
+    publish(root, REPO, BRANCH, api=api)
+    repository = hub.repositories[REPO]
+    first, real = repository.history(BRANCH)[0].id, branch._missing_size
+
+    def move(info: Any) -> int | None:
+        if repository.history(BRANCH)[0].id == first:
+            repository.add(BRANCH, "larger", repository.files(BRANCH) | {"manifest.json": b" " * 100_000_000})
+        return real(info)
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "another"))
+    monkeypatch.setattr(branch, "_missing_size", move)
+    dataset = qk_sniffer.open_dataset(REPO, revision=BRANCH)
+    assert dataset.commit == first != repository.history(BRANCH)[0].id
+    assert_same(dataset, root)
 
 
 @pytest.mark.usefixtures("endpoint")

@@ -55,6 +55,20 @@ def test_the_comparison_ends_when_it_is_stopped(layout: Layout) -> None:
     previous(layout).check_files(stop)
 
 
+def test_a_manifest_that_is_replaced_after_its_check_is_not_used(
+    layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, real = previous(layout), PreviousVersion.check
+
+    def replaced(self: PreviousVersion) -> None:
+        real(self)
+        manifest.write(layout, manifest.read(layout.root) | {"timings": {}, "tokens": 10**6})
+
+    monkeypatch.setattr(PreviousVersion, "check", replaced)
+    with pytest.raises(StoreError, match="is no longer the dataset that this job was adding to"):
+        _ = before.manifest
+
+
 def test_a_manifest_that_contradicts_itself_is_not_added_to(layout: Layout) -> None:
     manifest.write(layout, manifest.read(layout.root) | {"source_rows": 9})
     with pytest.raises(StoreError, match=r"contradicts itself \(source_rows is 9, examples 4 and skipped_rows 0\)"):

@@ -5,8 +5,10 @@ lead to any file. Such a file may be a secret, and its tokens would be captured 
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from qk_sniffer.corpus.data_files import DataFile
 from qk_sniffer.errors import SourceError, StoreError
@@ -16,6 +18,59 @@ _PACKED = frozenset({"zip", "tar", "gzip", "bz2", "xz", "zstd", "lz4"})
 """The protocols of archives and compressed files. Others may open any path, as `reference` does those in a list."""
 
 _HINT = f". Of addresses, a card may have those of files in its archives: {', '.join(sorted(_PACKED))}"
+
+
+@contextmanager
+def own_patterns(where: str, data_files: Any) -> Iterator[None]:
+    """Checks each pattern that `datasets` resolves in the block, before it lists a folder or asks an address for it.
+
+    Args:
+        where: the name of the source in errors.
+        data_files: `dataset.data_files`, whose patterns may be elsewhere.
+
+    Raises:
+        SourceError: the card of the source has a pattern of files elsewhere.
+    """
+    from datasets import data_files as library
+
+    named, resolve = set(_texts(data_files)), library.resolve_pattern
+
+    def checked(pattern: str, base_path: str, *arguments: Any, **options: Any) -> Any:
+        if pattern not in named and not _is_own_pattern(pattern, base_path):
+            raise _elsewhere(where, pattern)
+        return resolve(pattern, base_path, *arguments, **options)
+
+    library.resolve_pattern = checked
+    try:
+        yield
+    finally:
+        library.resolve_pattern = resolve
+
+
+def _texts(values: Any) -> Iterator[str]:
+    if isinstance(values, str):
+        yield values
+    elif values is not None:
+        for value in values.values() if isinstance(values, dict) else values:
+            yield from _texts(value)
+
+
+def _is_own_pattern(pattern: str, base: str) -> bool:
+    """Whether all files of a pattern are in the folder, or at the address of the repository, `base`."""
+    *members, last = pattern.split("::") if "://" in pattern else [pattern]
+    if not all(map(_is_member, members)):
+        return False
+    if "://" in base:
+        last = last.removeprefix(f"{base}/")
+        return "://" not in last and not os.path.normpath(last).startswith(("/", ".."))
+    return "://" not in last and Path(os.path.normpath(Path(base, last))).is_relative_to(base)
+
+
+def _elsewhere(where: str, file: str) -> SourceError:
+    return SourceError(
+        f"{where}: its README.md or .huggingface.yaml names {file}, which is not a file of this dataset: it is "
+        f"not read. Name the files to read in dataset.data_files{_HINT if '://' in file else ''}"
+    )
 
 
 def check_home(where: str, files: Iterable[str], home: Path | str, *, is_named: bool) -> None:
@@ -33,10 +88,7 @@ def check_home(where: str, files: Iterable[str], home: Path | str, *, is_named: 
     for file in files:
         is_own = file.rpartition("::")[2].startswith(home) if isinstance(home, str) else _is_inside(where, home, file)
         if not (is_own or is_named):
-            raise SourceError(
-                f"{where}: its README.md or .huggingface.yaml names {file}, which is not a file of this dataset: it is "
-                f"not read. Name the files to read in dataset.data_files{_HINT if '://' in file else ''}"
-            )
+            raise _elsewhere(where, file)
 
 
 def data_file(path: str, home: Path) -> DataFile:

@@ -21,7 +21,7 @@ from qk_sniffer.config import DatasetConfig
 from qk_sniffer.corpus import hub_copies
 from qk_sniffer.corpus.copies import check_cache, check_unchanged, digest_of
 from qk_sniffer.corpus.data_files import ARCHIVES, COMPRESSED, ChangedError, DataFile, first_lines, reason
-from qk_sniffer.corpus.home import check_home, data_file
+from qk_sniffer.corpus.home import check_home, data_file, own_patterns
 from qk_sniffer.corpus.rows import FORMATS, LibraryRows, ListRows, Rows, no_rows
 from qk_sniffer.corpus.splits import named_splits, no_split, rows_of_files
 from qk_sniffer.errors import SourceError
@@ -105,7 +105,7 @@ def _folder(config: DatasetConfig, folder: Path) -> Source:
     if not is_utf8_path(folder.name):  # `datasets` names a class and its cache after the folder
         raise SourceError(f"{where}: datasets cannot read a folder of this name: {utf8_way_out(folder.name)}")
     if config.name is not None or config.data_files is not None or _names_its_files(folder):
-        builder = _building(where, lambda: _builder(str(folder), config))
+        builder = _building(where, lambda: _builder(where, str(folder), config))
         return Source(where, _of_builder(where, builder, config, folder))
     files = _data_files(folder)
     if not files:
@@ -130,7 +130,9 @@ def _splits(folder: Path, config: DatasetConfig, files: list[str]) -> dict[str, 
     """Returns the files of each split: those that `datasets` finds, or all as `train` if it finds only some."""
     # It takes words in file names for splits (`train`, `my_test.txt`), and then leaves out all other files.
     try:
-        found = _files_of(_builder(str(folder), config))
+        found = _files_of(_builder(f"folder {folder}", str(folder), config))
+    except SourceError:
+        raise
     except Exception:
         return {"train": files}
     of_all = {file for of_split in found.values() for file in of_split}
@@ -156,7 +158,7 @@ def _hub(config: DatasetConfig, path: str, commit: str | None) -> Source:
         commit = hub_commit("dataset", path, commit or config.revision)
     except HubUnreachableError as unreachable:
         return _cached(config, path, commit, unreachable)
-    builder = _building(where, lambda: _builder(path, config, revision=commit))
+    builder = _building(where, lambda: _builder(where, path, config, revision=commit))
     if builder.hash != commit:  # if `datasets` finds no data files, it uses another commit from its cache
         raise SourceError(f"{where}: commit {commit} has no data files that can be read, or the connection was lost")
     home = f"hf://datasets/{path}@{commit}/"
@@ -227,13 +229,14 @@ def _cached(config: DatasetConfig, path: str, commit: str | None, unreachable: H
     return Source(where, _of_library(where, builder, config), commit)
 
 
-def _builder(path: str, config: DatasetConfig, **options: Any) -> Any:
+def _builder(where: str, path: str, config: DatasetConfig, **options: Any) -> Any:
     from datasets import load_dataset_builder
 
     options |= {"name": config.name, "data_files": config.data_files}
-    builder = load_dataset_builder(path, **options)
-    if getattr(builder.config, "sample_by", None) == "line":  # a text file is one example
-        builder = load_dataset_builder(path, sample_by="document", **options)
+    with own_patterns(where, config.data_files):
+        builder = load_dataset_builder(path, **options)
+        if getattr(builder.config, "sample_by", None) == "line":  # a text file is one example
+            builder = load_dataset_builder(path, sample_by="document", **options)
     return builder
 
 
@@ -245,6 +248,8 @@ def _building(where: str, make: Callable[[], Any]) -> Any:
     """
     try:
         return make()
+    except SourceError:
+        raise
     except Exception as error:
         message = str(error)
         if isinstance(error, ValueError) and ("BuilderConfig" in message or "Config name is missing" in message):

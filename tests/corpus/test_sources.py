@@ -8,6 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from datasets import data_files
 from support.data_files import FORMATS, ROWS, TEXTS, both_ways, jsonl, message, opened, parquet, texts, write
 
 from qk_sniffer.corpus.home import check_home
@@ -266,6 +267,32 @@ def test_a_card_names_no_files_outside_of_its_folder(tmp_path: Path, streaming: 
     assert "leads out of the dataset" in message(tmp_path / "texts", streaming=streaming), "of the text, it is inside"
     named = opened(tmp_path / "texts", streaming=streaming, data_files=str(secret), text_column="token")
     assert texts(named.examples()) == [(0, "x")], "files that the user names are read"
+
+
+def test_a_pattern_of_a_card_is_checked_before_anything_is_listed_or_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    real = data_files.url_to_fs
+    monkeypatch.setattr(data_files, "url_to_fs", lambda url, **options: asked.append(url) or real(url, **options))
+    folder = tmp_path / "texts"
+    write(folder / "own.csv", "own")
+    write(tmp_path / "secret.csv", "x")
+    for path in (
+        f"{tmp_path}/**",
+        "../*.csv",
+        "inner/../../*.csv",
+        f"file://{tmp_path}/*.csv",
+        "http://127.0.0.1:1/a.csv",
+        "zip://*.csv::http://127.0.0.1:1/a.zip",
+        f"zip://*.csv::{tmp_path}/a.zip",
+        "simplecache::http://127.0.0.1:1/a.csv",
+    ):
+        for name, written in UNSEEN.values():
+            write(folder / name, written(CARD.format(path=f'"{path}"')))
+            assert ".huggingface.yaml names" in message(folder, streaming=False), path
+            (folder / name).unlink()
+    assert asked and all(Path(url).is_relative_to(folder) for url in asked)
 
 
 def test_a_repository_of_the_hub_has_only_its_own_files() -> None:

@@ -50,6 +50,7 @@ from qk_sniffer.backbone.trailing_layers import cut_after
 from qk_sniffer.backbone.wrapper import is_wrapper, load_decoder, model_class, with_text_config
 from qk_sniffer.config import AUTO, ModelConfig
 from qk_sniffer.errors import QkSnifferError, SourceError
+from qk_sniffer.hub.checkpoint_links import refuse_links_out
 from qk_sniffer.hub.endpoint import announce
 from qk_sniffer.hub.lfs import refuse_pointers_of_model
 from qk_sniffer.hub.revisions import is_hub_id, repository_files
@@ -76,7 +77,7 @@ def load_backbone(
         SourceError: the model or the adapter cannot be found or loaded, the model attends to an encoder, or its
             checkpoint and its decoder do not have the same weights.
     """
-    with _loading(config, commit):
+    with _loading(config, commit, adapter_commit):
         adapter = adapter_of(config, commit, adapter_commit)
         kept = layers if adapter is None else None  # the adapter may have weights of every layer
         model, family, stored = _cached_first(config, commit, lambda source: _loaded(config, source, kept))
@@ -98,7 +99,7 @@ def check_model(
         ConfigError: `config` does not fit the model or the adapter.
         SourceError: the model or the adapter cannot be found, they do not fit, or the model attends to an encoder.
     """
-    with _loading(config, commit):
+    with _loading(config, commit, adapter_commit):
         adapter = adapter_of(config, commit, adapter_commit)
         found = _cached_first(config, commit, lambda source: _read_config(config, source))
         if adapter is not None:
@@ -304,8 +305,14 @@ def _dtype(config: ModelConfig, stored: StoredWeights) -> Any:
 
 
 @contextmanager
-def _loading(config: ModelConfig, commit: str | None) -> Iterator[None]:
-    """Turns the errors of transformers into errors that name the model and the way out."""
+def _loading(config: ModelConfig, commit: str | None, adapter_commit: str | None) -> Iterator[None]:
+    """Turns the errors of transformers into errors that name the model and the way out.
+
+    Checks first that no link of the model and of its adapter leads to a file that is not theirs.
+    """
+    refuse_links_out(str(config.name), commit)
+    if config.adapter is not None:
+        refuse_links_out(config.adapter, adapter_commit)
     where = f"model {config.name}" + (f" at revision {config.revision}" if config.revision != "main" else "")
     verbosity, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity(logging.ERROR)  # its report lists the head, which is omitted on purpose

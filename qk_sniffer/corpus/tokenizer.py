@@ -15,6 +15,7 @@ from qk_sniffer.corpus.examples import Example
 from qk_sniffer.corpus.special_tokens import Encoded, SpecialTokens
 from qk_sniffer.corpus.tokenizer_files import difference_from_file, refuse_files_elsewhere
 from qk_sniffer.errors import SourceError
+from qk_sniffer.hub.checkpoint_links import refuse_links_out
 from qk_sniffer.hub.json_files import damaged_json
 from qk_sniffer.hub.lfs import refuse_pointers
 from qk_sniffer.hub.revisions import HubUnreachableError, cached_commit, hub_commit, is_hub_id
@@ -86,7 +87,8 @@ def load_tokenizer(config: ModelConfig, commit: str | None = None) -> "TextToken
         commit: the commit of a Hub repository that an earlier start of the job pinned; None pins the revision now.
 
     Raises:
-        SourceError: the tokenizer is not found or cannot be loaded, or `max_length` leaves no tokens for text.
+        SourceError: the tokenizer is not found or cannot be loaded, a link leads out of its folder, or
+            `max_length` leaves no tokens for text.
     """
     from transformers import AutoTokenizer
 
@@ -115,6 +117,8 @@ def load_tokenizer(config: ModelConfig, commit: str | None = None) -> "TextToken
         options["revision"] = commit
     else:
         commit = None
+    refuse_links_out(name, commit)
+    if local.exists():
         refuse_pointers(local, "*.json", "*.model", "*.txt", "*.tiktoken")
     try:
         where = {key: options[key] for key in ("revision", "local_files_only") if key in options}

@@ -16,8 +16,10 @@ from typing import Any
 
 from qk_sniffer.errors import SourceError
 
-_SUFFIXES = {".safetensors", ".json", ".bin", ".model", ".gguf", ".py", ".txt", ".jinja", ".tiktoken"}
-_SUFFIXES |= {".codes", ".spm", ".tokenizer"}  # of vocabularies that few classes of tokenizers read
+TEXTS = frozenset({".json", ".model", ".py", ".txt", ".jinja", ".tiktoken", ".codes", ".spm", ".tokenizer"})
+"""The suffixes of the files of a checkpoint that hold no weights. The last three are those of rare vocabularies."""
+
+_SUFFIXES = TEXTS | {".safetensors", ".bin", ".gguf"}
 
 _Facts = tuple[int, int, int, int, int]
 """Device, inode, size, and the times of the last changes of content and of attributes. The last one cannot be set."""

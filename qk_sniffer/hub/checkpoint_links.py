@@ -1,0 +1,83 @@
+"""Refuses links by which a checkpoint takes its tokenizer, templates or settings from elsewhere on this machine.
+
+A checkpoint may come from someone else. Tokens of a file that such a link leads to would become part of the dataset,
+and lines of it part of messages. Weights may be links to anywhere: of a file without tensors, nothing gets further.
+"""
+
+import os
+from itertools import chain
+from pathlib import Path
+
+from qk_sniffer.errors import SourceError, StoreError
+from qk_sniffer.hub.checkpoint_files import TEXTS
+from qk_sniffer.hub.json_files import DamagedFileError, json_object
+from qk_sniffer.store.disk import open_regular
+from qk_sniffer.store.files import inside
+
+_MOST_BYTES = 1 << 24
+
+_MARKS = {"config.json": "model_type", "tokenizer_config.json": "tokenizer_class", "adapter_config.json": "peft_type"}
+"""The key by which each of these files shows that its folder is a checkpoint."""
+
+_MOST_LINKS = 8
+
+_TEMPLATES = "additional_chat_templates"
+"""The one folder in a checkpoint that transformers reads texts from."""
+
+
+def refuse_links_out(name: str, commit: str | None = None) -> None:
+    """Checks the links of a checkpoint. A link may lead to a file
+
+    - in the folder of the checkpoint; or, for a repository in the Hub's cache, among its `blobs`;
+    - of the same name in another checkpoint, if that one's link may lead on.
+
+    Args:
+        name: the folder, or the Hub id of a repository, of which the cache is checked.
+        commit: that of a Hub id.
+
+    Raises:
+        SourceError: a link leads elsewhere.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        from huggingface_hub import constants
+
+        folder = Path(constants.HF_HUB_CACHE, f"models--{name.replace('/', '--')}", "snapshots", commit or "")
+        if commit is None or not folder.is_dir():
+            return
+    for path in sorted(chain(folder.iterdir(), folder.glob(f"{_TEMPLATES}/*"))):
+        if path.suffix in TEXTS and not (_is_inside(folder, path) or _is_of_checkpoint(path)):
+            raise SourceError(
+                f"{path} leads to {os.path.realpath(path)}, which is neither in its folder nor a file of the same name "
+                "in another checkpoint: it is not read. Replace the link by a copy of the file"
+            )
+
+
+def _is_inside(folder: Path, path: Path) -> bool:
+    try:
+        inside(folder, str(path.relative_to(folder)))
+    except StoreError:
+        return False
+    return True
+
+
+def _is_of_checkpoint(path: Path, most: int = _MOST_LINKS) -> bool:
+    """Whether the link `path` leads to a file of its name in a checkpoint, which has it itself or by such a link."""
+    if not path.is_symlink() or most == 0:
+        return False
+    source = Path(os.path.realpath(path.parent), path.readlink())
+    if source.name != path.name or not _is_checkpoint(source.parent):
+        return False
+    return _is_inside(source.parent, source) or _is_of_checkpoint(source, most - 1)
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    return any(isinstance(_read(folder / file).get(key), str) for file, key in _MARKS.items())
+
+
+def _read(path: Path) -> dict[str, object]:
+    try:
+        with open_regular(path) as file:
+            return json_object(file.read(_MOST_BYTES))
+    except (OSError, DamagedFileError):
+        return {}

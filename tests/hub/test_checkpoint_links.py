@@ -1,0 +1,120 @@
+"""Tests which links a checkpoint may have: to its own files and to those of other checkpoints."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from qk_sniffer.backbone.loading import check_model
+from qk_sniffer.config import ModelConfig
+from qk_sniffer.corpus.tokenizer import load_tokenizer
+from qk_sniffer.errors import SourceError
+from qk_sniffer.hub.checkpoint_links import refuse_links_out
+
+COMMIT = "1" * 40
+REFUSED = "which is neither in its folder nor a file of the same name in another checkpoint"
+
+
+def write(path: Path, text: str = "[UNK]\nsecret") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def link(path: Path, to: Path | str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.symlink_to(to)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write(tmp_path / "received" / "config.json", json.dumps({"model_type": "bert"})).parent
+
+
+@pytest.mark.parametrize("name", ["vocab.txt", "tokenizer.json", "chat_template.jinja", "spiece.model", "code.py"])
+def test_a_link_to_a_file_of_the_machine_is_refused(tmp_path: Path, folder: Path, name: str) -> None:
+    link(folder / name, write(tmp_path / "home" / "id_rsa"))
+    with pytest.raises(SourceError, match=REFUSED):
+        refuse_links_out(str(folder))
+
+
+def test_no_part_of_a_checkpoint_is_read_through_such_a_link(tmp_path: Path, folder: Path) -> None:
+    secret = write(tmp_path / "home" / "id_rsa")
+    path = link(folder / "vocab.txt", secret)
+    with pytest.raises(SourceError, match=REFUSED):
+        load_tokenizer(ModelConfig(name=str(folder)))
+    with pytest.raises(SourceError, match=REFUSED):
+        check_model(ModelConfig(name=str(folder)))
+    with pytest.raises(SourceError, match=REFUSED):
+        check_model(ModelConfig(name=str(tmp_path / "home"), adapter=str(folder)))
+    path.unlink()
+    (folder / "config.json").unlink()
+    link(folder / "config.json", secret)
+    with pytest.raises(SourceError, match=REFUSED):
+        check_model(ModelConfig(name=str(folder)))
+
+
+def test_a_file_that_only_has_the_name_of_a_checkpoint_is_refused(tmp_path: Path, folder: Path) -> None:
+    docker = write(tmp_path / ".docker" / "config.json", '{"auths": {}}')
+    (folder / "config.json").unlink()
+    link(folder / "config.json", docker)
+    with pytest.raises(SourceError, match=REFUSED):
+        refuse_links_out(str(folder))
+    (folder / "config.json").unlink()
+    link(folder / "vocab.txt", write(docker.parent / "vocab.txt"))
+    with pytest.raises(SourceError, match=REFUSED):
+        refuse_links_out(str(folder))
+
+
+def test_a_link_through_another_checkpoint_is_refused(tmp_path: Path, folder: Path) -> None:
+    base = write(tmp_path / "base" / "config.json", json.dumps({"model_type": "bert"})).parent
+    link(base / "vocab.txt", write(tmp_path / "home" / "id_rsa"))
+    link(folder / "vocab.txt", base / "vocab.txt")
+    with pytest.raises(SourceError, match=REFUSED):
+        refuse_links_out(str(folder))
+    (folder / "vocab.txt").unlink()
+    link(folder / "vocab.txt", write(base / "notes.txt"))
+    with pytest.raises(SourceError, match=REFUSED):
+        refuse_links_out(str(folder))
+
+
+def test_templates_in_a_linked_folder_are_refused(tmp_path: Path, folder: Path) -> None:
+    link(folder / "additional_chat_templates", write(tmp_path / "home" / "secret.jinja").parent)
+    with pytest.raises(SourceError, match=REFUSED):
+        refuse_links_out(str(folder))
+
+
+def test_a_loop_of_links_is_an_error(folder: Path) -> None:
+    link(folder / "vocab.txt", folder.parent / "other" / "vocab.txt")
+    write(folder.parent / "other" / "config.json", json.dumps({"model_type": "bert"}))
+    link(folder.parent / "other" / "vocab.txt", folder / "vocab.txt")
+    refuse_links_out(str(folder))  # it cannot be opened
+    with pytest.raises(SourceError):
+        load_tokenizer(ModelConfig(name=str(folder)))
+
+
+def test_files_of_a_base_and_weights_may_be_links(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = write(tmp_path / "base" / "tokenizer_config.json", json.dumps({"tokenizer_class": "BertTokenizer"})).parent
+    write(base / "vocab.txt")
+    link(folder / "own.json", "config.json")
+    link(folder / "vocab.txt", "../base/vocab.txt")
+    link(folder / "model.safetensors", write(tmp_path / "scratch" / "part-1"))
+    link(folder / "train.log", write(tmp_path / "scratch" / "log"))
+    refuse_links_out(str(folder))
+    repository = tmp_path / "cache" / "models--org--name"
+    write(repository / "blobs" / "1234")
+    snapshot = link(repository / "snapshots" / COMMIT / "vocab.txt", "../../blobs/1234").parent
+    link(snapshot / "config.json", write(repository / "blobs" / "5678", json.dumps({"model_type": "bert"})))
+    refuse_links_out(str(snapshot))
+    (folder / "vocab.txt").unlink()
+    link(folder / "vocab.txt", snapshot / "vocab.txt")
+    refuse_links_out(str(folder))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    refuse_links_out("org/name", COMMIT)
+    (repository / "blobs" / "1234").unlink()
+    link(repository / "blobs" / "1234", tmp_path / "scratch" / "log")
+    with pytest.raises(SourceError, match=REFUSED):
+        refuse_links_out("org/name", COMMIT)

@@ -17,6 +17,15 @@ from qk_sniffer.store.files import inside
 _PACKED = frozenset({"zip", "tar", "gzip", "bz2", "xz", "zstd", "lz4"})
 """The protocols of archives and compressed files. Others may open any path, as `reference` does those in a list."""
 
+_SELF_CONTAINED = frozenset(
+    {
+        *("arrow", "cache", "conll", "csv", "json", "parquet", "text", "webdataset", "xml"),
+        *("audiofolder", "imagefolder", "videofolder"),
+    }
+)
+"""The formats of `datasets` that open no files but those that it has found. Others do: `harbor` opens neighbours of
+theirs, which may be links, and a file of `hdf5`, `iceberg` or `lance` may name any file."""
+
 _HINT = f". Of addresses, a card may have those of files in its archives: {', '.join(sorted(_PACKED))}"
 
 
@@ -89,6 +98,21 @@ def check_home(where: str, files: Iterable[str], home: Path | str, *, is_named: 
         is_own = file.rpartition("::")[2].startswith(home) if isinstance(home, str) else _is_inside(where, home, file)
         if not (is_own or is_named):
             raise _elsewhere(where, file)
+
+
+def check_format(where: str, builder: Any) -> None:
+    """Checks that what `datasets` reads is in the files that `check_home` sees. `builder` is of that library.
+
+    Raises:
+        SourceError: its format may lead to other files.
+    """
+    format = type(builder).__module__.rpartition(".")[2]
+    if format not in _SELF_CONTAINED:
+        raise SourceError(
+            f"{where}: the files that its README.md, .huggingface.yaml or dataset.data_files names are of the format "
+            f"{format}, which may lead to other files of this machine: they are not read. Convert them to parquet or "
+            "jsonl"
+        )
 
 
 def data_file(path: str, home: Path) -> DataFile:

@@ -21,7 +21,7 @@ from qk_sniffer.config import DatasetConfig
 from qk_sniffer.corpus import hub_copies
 from qk_sniffer.corpus.copies import check_cache, check_unchanged, digest_of
 from qk_sniffer.corpus.data_files import ARCHIVES, COMPRESSED, ChangedError, DataFile, first_lines, reason
-from qk_sniffer.corpus.home import check_home, data_file, own_patterns
+from qk_sniffer.corpus.home import check_format, check_home, data_file, own_patterns
 from qk_sniffer.corpus.rows import FORMATS, LibraryRows, ListRows, Rows, no_rows
 from qk_sniffer.corpus.splits import named_splits, no_split, rows_of_files
 from qk_sniffer.errors import SourceError
@@ -304,6 +304,7 @@ def _of_library(where: str, builder: Any, config: DatasetConfig, folder: Path | 
 
     The library opens files by their paths. Those of `folder` are checked before and after that.
     """
+    check_format(where, builder)
     data_files = _files_of(builder)
     known = list(data_files or builder.info.splits or [])
     files = [file for name in named_splits(where, config, known) for file in data_files.get(name, ())]

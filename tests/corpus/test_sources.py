@@ -390,6 +390,18 @@ def test_each_hop_to_a_file_is_of_an_archive_or_a_compression(tmp_path: Path) ->
 
 
 @both_ways
+@pytest.mark.parametrize("named", [None, "tasks/a/task.toml"])
+def test_a_format_that_leads_to_other_files_is_not_read(tmp_path: Path, named: str | None, streaming: bool) -> None:
+    folder, secret = tmp_path / "texts", write(tmp_path / "secret", "x")
+    write(folder / "tasks" / "a" / "task.toml", "[task]\nname = 'a'\n")
+    (folder / "tasks" / "a" / "instruction.md").symlink_to(secret)
+    if named is None:
+        write(folder / "README.md", "---\nconfigs:\n- config_name: default\n  data_files: tasks/a/task.toml\n---\n")
+    text = message(folder, streaming=streaming, data_files=named, text_column="instruction")
+    assert "of the format harbor, which may lead to other files" in text and "Convert them to parquet" in text
+
+
+@both_ways
 @pytest.mark.parametrize("how", ["bare", "card", "data_files"])
 def test_a_link_leads_to_no_file_outside_of_its_folder(tmp_path: Path, how: str, streaming: bool) -> None:
     folder, secret = tmp_path / "texts", write(tmp_path / "secret", "x")

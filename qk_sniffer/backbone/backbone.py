@@ -1,6 +1,7 @@
 """Runs the backbone, the model without its language-model head, and describes its attention layers."""
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
 from functools import cached_property
@@ -163,8 +164,11 @@ class Backbone:
         keys: dict[int, torch.Tensor] = {}  # by layer: some layers attend to the keys of an earlier one
         known = self.frequencies
 
+        modules: dict[int, nn.Module] = {}
+
         def note_rotation(layer: int, module: nn.Module, calls: list[RotaryCall], *states: torch.Tensor) -> None:
             query, key = states
+            modules[layer] = module
             if layer not in rotations or isinstance(rotations[layer], str):
                 rotations[layer] = rotation(module, calls, query, key, known, self.family)
             if isinstance(rotations[layer], str):
@@ -210,7 +214,17 @@ class Backbone:
             reason = f"{NOT_RECORDED}the decoder has rotary frequencies, and no rotary function that is known"
             rotations = dict.fromkeys(facts, reason)
         found = {layer: asdict(one) if isinstance(one, Rotation) else one for layer, one in rotations.items()}
-        return [replace(facts[layer], rotation=found[layer]) for layer in sorted(facts)]
+        stored = self._stored_names(modules)
+        return [replace(facts[layer], rotation=found[layer], module=stored[layer]) for layer in sorted(facts)]
+
+    def _stored_names(self, modules: Mapping[int, nn.Module]) -> dict[int, str | None]:
+        """Returns the names of attention modules in the checkpoint, by layer; None for one that serves several."""
+        inner = {module: name for name, module in self.decoder.named_modules()}
+        serves = Counter(modules.values())
+        return {
+            layer: self.stored.modules.get(inner[module]) if serves[module] == 1 else None
+            for layer, module in modules.items()
+        }
 
     def _probe_ids(self, length: int) -> torch.Tensor:
         """Returns at most `length` token ids (1, n), which every vocabulary and table of positions has."""

@@ -47,6 +47,9 @@ class LayerFacts:
     """Whether a query sees only some of the keys before it, selected by their content. The selection is not stored."""
     rotation: dict[str, Any] | str | None = None
     """How queries and keys turn, in the form of `Rotation`; the reason if that is not known; None without RoPE."""
+    module: str | None = None
+    """The name of its attention module in the checkpoint, such as `model.layers.0.self_attn`; None if it is not known,
+    or if the module serves several layers."""
 
     def to_dict(self) -> dict[str, Any]:
         """Returns all facts in one flat dict, the form of the manifest."""

@@ -309,6 +309,30 @@ def decoder_float(
     return counted.most_common(1)[0][0] if counted else None
 
 
+def stored_modules(
+    model: Any, family: Family, info: Mapping[str, Any], stored: Collection[str], *, multimodal: bool
+) -> dict[str, str]:
+    """Returns the names of the decoder's attention modules in the checkpoint, by their names in the decoder.
+
+    A module is missing if the stored names of its weights do not begin with one name, or are not known.
+    """
+    decoder = family.decoder(model)
+    names, prefix = _Names(model, family, info, multimodal=multimodal), _prefix(model, decoder)
+    attention = family.attention_layers(decoder)
+    inner = {name for name, module in decoder.named_modules() if module in attention}
+    found: dict[str, set[str]] = {}
+    for key in stored:
+        for name in names.of(key):
+            path = name.removeprefix(prefix)
+            owner = path if name.startswith(prefix) and names.has(name) else ""
+            while owner and owner not in inner:
+                owner = owner.rpartition(".")[0]
+            rest = path.removeprefix(owner)  # `.k_proj.weight`
+            if owner and key.endswith(rest):
+                found.setdefault(owner, set()).add(key.removesuffix(rest))
+    return {owner: next(iter(each)) for owner, each in found.items() if len(each) == 1}
+
+
 class _Names:
     """The names that the tensors of a checkpoint have in the loaded model."""
 
@@ -331,6 +355,10 @@ class _Names:
         if self._multimodal:
             found.add(re.sub(r"^.*language_model\.", "", key))
         return {name for each in found for name in (each, each.removeprefix(self._base), self._base + each)}
+
+    def has(self, name: str) -> bool:
+        """Whether the model has a tensor `name`."""
+        return name in self._weights
 
     def lands_on_floats(self, key: str) -> bool:
         """Whether a tensor stored as `key` becomes a floating-point tensor of the model without a conversion."""

@@ -37,6 +37,7 @@ from qk_sniffer.backbone.loaded_weights import (
     decoder_float,
     ignored_layers_reported,
     refuse_incomplete,
+    stored_modules,
     unconverted_named,
 )
 from qk_sniffer.backbone.quantization import (
@@ -255,6 +256,7 @@ def _loaded(
     own = decoder_float(model, found.family, info, dtypes, multimodal=multimodal)
     if own is not None and (stored.quantization is None or stored.dtype is None):
         stored = replace(stored, dtype=own)  # config.json may name another
+    stored = replace(stored, modules=stored_modules(model, found.family, info, dtypes, multimodal=multimodal))
     return model, found.family, stored
 
 

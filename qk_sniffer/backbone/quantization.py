@@ -1,6 +1,7 @@
 """Tells how the weights of a checkpoint are quantized, and refuses what transformers cannot read."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
 
@@ -45,6 +46,8 @@ class StoredWeights:
     """The checkpoint's own dtype, such as bfloat16; None if it names none."""
     quantization: dict[str, Any] | None = None
     """The `quantization_config` of the checkpoint; None if it is not quantized."""
+    modules: Mapping[str, str] = field(default_factory=dict)
+    """The names of attention modules in the checkpoint, by their names in the decoder, where they are known."""
 
     def describe_quantization(self, decoder: nn.Module) -> dict[str, Any] | None:
         """Returns the `method`, the `config`, and whether the loaded `decoder` computes with `dequantized` weights.

@@ -1,14 +1,18 @@
-"""Encodes the ranges of keys after RoPE, for KV-cache quantization.
+"""Encodes the ranges of keys after RoPE, and of values where they were captured, for KV-cache quantization.
 
-`kv_scales.safetensors` has a scale for each layer under the name and in the shape that vLLM reads from a checkpoint:
-float32 `model.layers.<layer>.self_attn.k_scale` (1,), the largest absolute value divided by 448, the largest number of
-the type FP8 E4M3.
+`kv_scales.safetensors` has the scales of a layer in the form of compressed-tensors' checkpoints, which vLLM reads:
+float32 (1,) `<module>.k_scale` and `<module>.v_scale`, where `<module>` is the layer's attention module in the
+checkpoint. A scale is the largest absolute value divided by 448, the largest number of the type FP8 E4M3; 1 for zeros.
+`kv_scales_by_head.safetensors` has them for each key head, (key heads, 1, 1). `quantization_config.json` is the entry
+of that name for the model's config.json: its `kv_cache_scheme` has the strategy `tensor`, of the first file. That of
+the second one is `attn_head`.
 
 `key_ranges.safetensors` has finer ranges: float32 `layers.<layer>.k_scale` (key heads,), the same for each key head,
 and `layers.<layer>.minimum`, `maximum` and `absmax` (key heads, d) by channel. With statistics before RoPE too, it has
-`layers.<layer>.pre.minimum`, `pre.maximum` and `pre.absmax`.
+`layers.<layer>.pre.minimum`, `pre.maximum` and `pre.absmax`. `value_ranges.safetensors` has those of values.
 """
 
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,16 +21,28 @@ import numpy.typing as npt
 from safetensors.numpy import save
 
 from qk_sniffer.export.source import Source
+from qk_sniffer.store.layout import KEY_HEAD_KINDS, KIND_NAMES
+from qk_sniffer.text import compact_ranges
 
 LARGEST = 448.0
 """The largest number of the type FP8 E4M3."""
+
+SCHEME = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
+"""The `kv_cache_scheme` of scales for each tensor, in the words of compressed-tensors."""
 
 
 def problems(source: Source) -> Iterator[str]:
     """Yields the reasons why the dataset cannot be exported."""
     yield from source.needs("post", "k")
     yield from source.needs_all_attention_layers()
-    yield from source.needs_all_heads("k")
+    for kind in _kinds(source):
+        yield from source.needs_all_heads(kind)
+    if unnamed := [layer["layer"] for layer in source.layers if layer.get("module") is None]:
+        yield (
+            f"the attention modules of layers {compact_ranges(unnamed)} have no known names in the checkpoint, by "
+            "which vLLM finds their scales: it is a GGUF file, it names weights otherwise than transformers, or a "
+            "module serves several layers; or an earlier version captured the dataset"
+        )
     if source.settings.enabled and source.settings.skip_tokens:
         yield (
             f"its statistics leave out the first {source.settings.skip_tokens} tokens of each text, whose keys are "
@@ -34,21 +50,55 @@ def problems(source: Source) -> Iterator[str]:
         )
 
 
+def _kinds(source: Source) -> list[str]:
+    """Returns the kinds that a KV cache stores and the dataset has, and the kind of keys."""
+    return [
+        kind for kind in KEY_HEAD_KINDS if kind == "k" or any(layer["captured"].get(kind) for layer in source.layers)
+    ]
+
+
 def encode(source: Source) -> Mapping[str, bytes]:
     """Returns the files of the folder."""
     scales: dict[str, npt.NDArray[np.float32]] = {}
-    ranges: dict[str, npt.NDArray[Any]] = {}
+    by_head: dict[str, npt.NDArray[np.float32]] = {}
+    ranges: dict[str, dict[str, npt.NDArray[Any]]] = {kind: {} for kind in _kinds(source)}
     for layer in source.layers:
-        number = layer["layer"]
-        for stage in source.settings.stages:
-            found = source.statistics(layer, "k", stage)
-            start = f"layers.{number}." if stage == "post" else f"layers.{number}.{stage}."
-            ranges |= {start + name: getattr(found, name) for name in ("minimum", "maximum", "absmax")}
-            if stage == "post":
-                by_head = found.absmax.max(axis=1) / np.float32(LARGEST)
-                ranges[f"{start}k_scale"] = by_head
-                scales[f"model.layers.{number}.self_attn.k_scale"] = by_head.max(keepdims=True)
+        number, module = layer["layer"], layer["module"]
+        for kind, of_kind in ranges.items():
+            for stage in source.settings.stages if kind == "k" else ["post"]:
+                found = source.statistics(layer, kind, stage)
+                start = f"layers.{number}." if stage == "post" else f"layers.{number}.{stage}."
+                of_kind |= {start + name: getattr(found, name) for name in ("minimum", "maximum", "absmax")}
+                if stage == "post":
+                    largest = found.absmax.max(axis=1) / np.float32(LARGEST)
+                    of_heads = np.where(largest > 0, largest, np.float32(1))
+                    of_kind[f"{start}{kind}_scale"] = of_heads
+                    scales[f"{module}.{kind}_scale"] = of_heads.max(keepdims=True)
+                    by_head[f"{module}.{kind}_scale"] = of_heads.reshape(-1, 1, 1)
+    missing = [KIND_NAMES.get(kind, "value") for kind in "kv" if kind not in ranges]
+    source.notes["scales"] = {
+        "of": [KIND_NAMES[kind] for kind in ranges],
+        "scale": f"largest absolute value / {LARGEST:g}, for FP8 E4M3",
+    } | ({"missing": missing} if missing else {})
+    metadata = {"format": "pt", "scales_of": ", ".join(KIND_NAMES[kind] for kind in ranges)}
     return {
-        "kv_scales.safetensors": save(scales, metadata={"format": "pt"}),
-        "key_ranges.safetensors": save(ranges, metadata={"format": "pt"}),
+        "kv_scales.safetensors": save(scales, metadata=metadata),
+        "kv_scales_by_head.safetensors": save(by_head, metadata=metadata),
+        "quantization_config.json": (json.dumps({"quantization_config": _config()}, indent=2) + "\n").encode(),
+        **{
+            f"{KIND_NAMES[kind]}_ranges.safetensors": save(of_kind, metadata={"format": "pt"})
+            for kind, of_kind in ranges.items()
+        },
+    }
+
+
+def _config() -> dict[str, Any]:
+    """Returns the `quantization_config` of a model with a quantized KV cache and plain weights."""
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "dense",
+        "quantization_status": "frozen",
+        "config_groups": {},
+        "ignore": [],
+        "kv_cache_scheme": SCHEME,
     }

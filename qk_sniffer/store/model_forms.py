@@ -46,6 +46,7 @@ class Layer(TypedDict):
     position_bias: NotRequired[bool]
     sparse_attention: NotRequired[bool]
     rotation: NotRequired[Rotation | Text | None]
+    module: NotRequired[Text | None]
     captured: dict[Kind, list[HeadNumber]]
 
 

@@ -3,7 +3,9 @@
 from typing import Any
 
 import pytest
-from support.zoo import CASES, ids
+from safetensors import safe_open
+from support.backbones import FolderOf, loaded
+from support.zoo import CASES, Case, ids
 from torch import nn
 
 from qk_sniffer.backbone.backbone import Backbone
@@ -36,3 +38,22 @@ def test_a_family_is_found_by_model_type_or_named() -> None:
 
 class Named(Family):
     """A family of a user."""
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        case if case.name in {"llama", "gemma3_multimodal"} else pytest.param(case, marks=pytest.mark.slow)
+        for case in CASES
+    ],
+    ids=lambda case: case.name,
+)
+def test_layers_have_the_names_of_their_modules_in_the_checkpoint(case: Case, folder_of: FolderOf) -> None:
+    backbone = loaded(folder_of(case))
+    inner = {module: name for name, module in backbone.decoder.named_modules()}
+    number = {index: inner[module] for module, index in backbone.attention_layers.items()}
+    with safe_open(folder_of(case) / "model.safetensors", "pt") as file:
+        stored = [*file.keys()]
+    for facts in backbone.probe():
+        assert facts.module is not None and any(name.startswith(f"{facts.module}.") for name in stored)
+        assert facts.module.endswith(number[facts.heads.layer])

@@ -1,13 +1,14 @@
 """Tests the scales and ranges of keys against the rows."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from support.backbones import FolderOf
-from support.export_cases import rows_of, statistics, without_rows
+from support.export_cases import edited, rows_of, statistics, without_rows
 from support.zoo import CASES
 
 import qk_sniffer
@@ -21,6 +22,8 @@ def test_the_ranges_are_those_of_all_keys(undisturbed: Callable[..., Path], tmp_
     pre = qk_sniffer.open_dataset(undisturbed(capture=statistics() | {"capture_pre_rope": True}))
     folder = qk_sniffer.export(post, "kv_scales", tmp_path / "scales")
     scales, ranges = load_file(folder / "kv_scales.safetensors"), load_file(folder / "key_ranges.safetensors")
+    by_head = load_file(folder / "kv_scales_by_head.safetensors")
+    assert by_head.keys() == scales.keys()
     assert {*scales} == {f"model.layers.{layer}.self_attn.k_scale" for layer in range(3)}
     for layer in range(3):
         keys = np.stack([rows_of(post, layer, head, "k") for head in range(2)])
@@ -28,6 +31,8 @@ def test_the_ranges_are_those_of_all_keys(undisturbed: Callable[..., Path], tmp_
         assert scale.shape == (1,) and scale.dtype == np.float32
         assert scale == pytest.approx(np.abs(keys).max() / 448)
         assert ranges[f"layers.{layer}.k_scale"] == pytest.approx(np.abs(keys).max(axis=(1, 2)) / 448)
+        of_heads = by_head[f"model.layers.{layer}.self_attn.k_scale"]
+        assert of_heads.shape == (2, 1, 1) and of_heads.ravel() == pytest.approx(np.abs(keys).max(axis=(1, 2)) / 448)
         before = np.stack([rows_of(pre, layer, head, "k") for head in range(2)])
         for start, rows in ((f"layers.{layer}.", keys), (f"layers.{layer}.pre.", before)):
             assert np.array_equal(ranges[f"{start}minimum"], rows.min(axis=1))
@@ -36,9 +41,51 @@ def test_the_ranges_are_those_of_all_keys(undisturbed: Callable[..., Path], tmp_
 
 
 def test_a_layer_without_attention_has_no_scale(folder_of: FolderOf, texts: Path, tmp_path: Path) -> None:
-    dataset = without_rows(folder_of(BY_NAME["mllama"]), texts, tmp_path / "out")
-    scales = load_file(qk_sniffer.export(dataset, "kv_scales") / "kv_scales.safetensors")
-    assert {*scales} == {"model.layers.0.self_attn.k_scale", "model.layers.2.self_attn.k_scale"}
+    checkpoint = folder_of(BY_NAME["mllama"])
+    dataset = without_rows(checkpoint, texts, tmp_path / "out")
+    folder = qk_sniffer.export(dataset, "kv_scales")
+    scales = load_file(folder / "kv_scales.safetensors")
+    stored = [*load_file(checkpoint / "model.safetensors")]
+    modules = [name.removesuffix(".k_scale") for name in scales]
+    assert len(modules) == 2 and all(f"{module}.k_proj.weight" in stored for module in modules)
+    noted = json.loads((folder / "provenance.json").read_text())["scales"]
+    assert noted["of"] == ["key"] and noted["missing"] == ["value"] and "448" in noted["scale"]
+
+
+@pytest.mark.slow
+def test_the_loader_of_compressed_tensors_reads_the_scales(checkpoint: Path, texts: Path, tmp_path: Path) -> None:
+    """transformers loads such checkpoints with the package compressed-tensors."""
+    import torch
+    from compressed_tensors.quantization import QuantizationConfig
+    from transformers import AutoModelForCausalLM
+
+    folder = qk_sniffer.export(without_rows(checkpoint, texts, tmp_path / "out"), "kv_scales", tmp_path / "scales")
+    entry = json.loads((folder / "quantization_config.json").read_text())
+    config = json.loads((checkpoint / "config.json").read_text())
+    for strategy, name in (("tensor", "kv_scales"), ("attn_head", "kv_scales_by_head")):
+        entry["quantization_config"]["kv_cache_scheme"]["strategy"] = strategy
+        parsed = QuantizationConfig.model_validate(entry["quantization_config"])
+        assert parsed.kv_cache_scheme is not None and parsed.kv_cache_scheme.num_bits == 8
+        scales = load_file(folder / f"{name}.safetensors")
+        quantized = tmp_path / strategy
+        quantized.mkdir()
+        save_file(
+            load_file(checkpoint / "model.safetensors") | scales, quantized / "model.safetensors", {"format": "pt"}
+        )
+        (quantized / "config.json").write_text(json.dumps(config | entry))
+        model, info = AutoModelForCausalLM.from_pretrained(quantized, dtype=torch.float32, output_loading_info=True)
+        assert not info["unexpected_keys"] and not info["mismatched_keys"]
+        assert info["missing_keys"] == {each.replace("k_scale", "v_scale") for each in scales}
+        state = model.state_dict()
+        for each, values in scales.items():
+            assert np.array_equal(state[each].numpy(), values)
+
+
+def test_a_model_whose_modules_have_no_names_is_refused(checkpoint: Path, texts: Path, tmp_path: Path) -> None:
+    without_rows(checkpoint, texts, tmp_path / "out")
+    dataset = edited(tmp_path / "out", module=None)
+    with pytest.raises(StoreError, match="modules of layers 2 have no known names in the checkpoint"):
+        qk_sniffer.export(dataset, "kv_scales")
 
 
 def test_ranges_that_miss_keys_are_refused(checkpoint: Path, texts: Path, tmp_path: Path) -> None:

@@ -250,7 +250,7 @@ def _is_proven(backbone: Backbone) -> bool:
         derived = proof_module._derived(backbone, ids[0].numpy().astype(np.int32), dict.fromkeys(vectors, positions))
     if derived is None:
         return False
-    largest = max(proof_module._differences(vectors[spec], derived[spec])[0] for spec in vectors)
+    largest = max(proof_module.differences(vectors[spec], derived[spec])[0] for spec in vectors)
     if largest <= proof_module.TOLERANCES["float32"]:
         return True
     if names_projections(family) or decoder_type in PROVABLE_TYPES:

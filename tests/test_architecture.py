@@ -43,7 +43,7 @@ IMPORT_TORCH = {
         f"backbone.{name}"
         for name in ("adapter", "adapter_files", "implementations", "rotation", "spellings", "wrapper")
     ),
-    *(f"capture.{name}" for name in ("capture", "gather", "moments", "proof")),
+    *(f"capture.{name}" for name in ("capture", "gather", "moments", "proof", "proof_statistics")),
 }
 """Modules that import torch or transformers when they are imported themselves."""
 

@@ -56,14 +56,17 @@ class Capture:
         backbone: Backbone,
         selection: Selection,
         sampler: Sampler,
-        writer: JournalWriter,
+        writer: JournalWriter | None,
         *,
         token_ids: bool,
         stages: Stages,
         attention: AttentionCheck | None = None,
         moments: Moments | None = None,
     ) -> None:
-        """`attention` checks the kernels, and `moments` takes statistics of all tokens; None for neither."""
+        """`attention` checks the kernels, and `moments` takes statistics of all tokens; None for neither.
+
+        Without `writer`, no row is written: `sampler` keeps none, there is no `attention`, and no batch is finished.
+        """
         self._backbone = backbone
         self._heads = {(layer, kind): Heads(heads) for layer, kind, heads in selection}
         self._copiers = DeviceCopiers()
@@ -119,6 +122,7 @@ class Capture:
         with self._stages("forward"):
             self._backbone.forward(plan.ids, capture, None if check is None else see, both_stages=self._both_stages)
         if check is not None:
+            assert self._writer is not None
             self._writer.add_checks(check.finish())
         if wanted:
             layers = sorted({layer for layer, _ in wanted})
@@ -126,6 +130,7 @@ class Capture:
 
     def finish(self, plan: BatchPlan) -> None:
         """Ends the batch, and with it its group if it is the last one: then its statistics become durable too."""
+        assert self._writer is not None
         statistics: list[Tensor] = []
         if self._moments is not None and plan.ends_group:
             with self._stages("statistics"):
@@ -151,6 +156,9 @@ class Capture:
                 self._moments.add(PartKey(call.layer, kind, stage), states, lengths)
 
     def _write(self, plan: BatchPlan, layer: int, kind: str, states: torch.Tensor, tokens: DeviceIndices) -> None:
+        if not len(tokens):
+            return
+        assert self._writer is not None
         heads, head_dim = self._heads[layer, kind], states.shape[-1]
         source_index = np.array([example.index for example in plan.examples])
         row_bytes = len(heads.numbers) * head_dim * states.element_size()

@@ -2,11 +2,12 @@
 
 The vectors of a batch are taken in pieces of bounded size. Each piece gives a count, a mean and centered moments in
 float32, which do not cancel because they are centered, and merges into float64 sums (`store/statistics.py` has the
-formula). Padding never counts.
+formula). A piece with numbers whose squares float32 might not hold is computed in float64. Padding never counts.
 
 Shapes: B batch, H heads that are kept, n tokens, d numbers of a vector, f rotary frequencies, p tokens of a piece.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -20,6 +21,10 @@ from qk_sniffer.store.statistics import Pairs, Part, PartKey, paired
 
 PIECE_BYTES = 32 << 20
 """The bytes of a piece in float32."""
+
+LARGE = 1e15
+"""A piece with larger numbers is computed in float64. The squares of 2**23 numbers, as many as a piece has, of this
+size have a sum in float32."""
 
 
 def rotary_pairs(layer: LayerFacts, frequencies: Mapping[str, Frequencies]) -> Pairs | None:
@@ -60,38 +65,36 @@ class _Sums:
 
     def add(self, vectors: torch.Tensor, pairs: torch.Tensor | None) -> None:
         """Adds vectors (H, p, d) in float32. `pairs` (2, f) are their components by frequency."""
-        finite = torch.isfinite(vectors.sum(dim=-1))
-        if not bool(finite.all()):  # a sum of finite numbers may overflow
+        low, high = vectors.amin(dim=1), vectors.amax(dim=1)
+        largest = float(torch.maximum(-low, high).max())  # NaN or Inf if there is any
+        finite, kept, count = None, vectors, torch.full_like(self.count, vectors.shape[1])
+        if not math.isfinite(largest):
             finite = torch.isfinite(vectors).all(dim=-1)
-        count = finite.sum(dim=1).double()
-        self.nonfinite += finite.shape[1] - count
-        whole = bool(finite.all())
-        kept = vectors if whole else torch.where(finite[..., None], vectors, 0.0)
+            count = finite.sum(dim=1).double()
+            self.nonfinite += finite.shape[1] - count
+            low = torch.where(finite[..., None], vectors, torch.inf).amin(dim=1)
+            high = torch.where(finite[..., None], vectors, -torch.inf).amax(dim=1)
+            kept = torch.where(finite[..., None], vectors, 0.0)
+            largest = float(kept.abs().max())
+        if largest > LARGE:
+            kept = kept.double()
         divisor = count.clamp(min=1)[:, None]
-        mean = kept.sum(dim=1).double() / divisor
-        centered = kept - mean[:, None].float()
-        if not whole:
+        mean = (kept.sum(dim=1).double() / divisor).to(kept.dtype)
+        centered = kept - mean[:, None]
+        if finite is not None:
             centered = torch.where(finite[..., None], centered, 0.0)
-        # The float32 mean, and the sum of many numbers, are rounded: `rest` is what the sum of the distances lacks.
+        # The mean, and the sum of many numbers, are rounded: `rest` is what the sum of the distances lacks.
         rest = centered.sum(dim=1).double() / divisor
-        mean = mean.float().double() + rest
+        mean = mean.double() + rest
         if self.moment.dim() == 3:
             moment = torch.bmm(centered.transpose(1, 2), centered).double()
             moment -= rest[:, :, None] * rest[:, None, :] * divisor[..., None]
         else:
             moment = centered.square().sum(dim=1).double() - rest**2 * divisor
-        low, high = (
-            (kept, kept)
-            if whole
-            else (
-                torch.where(finite[..., None], vectors, torch.inf),
-                torch.where(finite[..., None], vectors, -torch.inf),
-            )
-        )
         norms = torch.linalg.vector_norm(kept, dim=-1)
         norm = norms.sum(dim=1).double() / divisor[:, 0]
         apart = norms.double() - norm[:, None]
-        if not whole:
+        if finite is not None:
             apart = torch.where(finite, apart, 0.0)
         total = self.count + count
         share = (count / total.clamp(min=1))[:, None]
@@ -104,8 +107,8 @@ class _Sums:
         self.mean += change * share
         self.norm[:, 1] += apart.square().sum(dim=1) + step**2 * weight[:, 0]
         self.norm[:, 0] += step * share[:, 0]
-        self.minimum = torch.minimum(self.minimum, low.amin(dim=1).double())
-        self.maximum = torch.maximum(self.maximum, high.amax(dim=1).double())
+        self.minimum = torch.minimum(self.minimum, low.double())
+        self.maximum = torch.maximum(self.maximum, high.double())
         if pairs is not None:
             modulus = torch.hypot(kept[..., pairs[0]], kept[..., pairs[1]]).sum(dim=1).double() / divisor
             self.modulus += (modulus - self.modulus) * share

@@ -28,7 +28,7 @@ Numbers that are not finite in both vectors count as equal. A row without any ot
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,7 +108,7 @@ def prove(
         tokens = ids[one.example.example_id][: one.tokens]
         try:
             positions_of = {head: positions for head, (positions, _) in stored.items()}
-            derived = _derived(backbone, _padded(tokens, backbone, min_tokens), positions_of)
+            derived = _derived(backbone, padded(tokens, backbone, min_tokens), positions_of)
         except QkSnifferError:
             raise
         except Exception as error:  # from the model's code, if it differs from what its family expects
@@ -121,7 +121,7 @@ def prove(
             return proof | {"reason": "no hook path is known for this family of models"}
         layers, last = set(), -1
         for head, (positions, vectors) in stored.items():
-            whole, row = _differences(vectors, derived[head], eps)
+            whole, row = differences(vectors, derived[head], eps)
             counted = ~_same_nonfinite(vectors, derived[head].rows).all(axis=1)
             if not counted.any():
                 continue
@@ -201,7 +201,8 @@ def rows_of_examples(path: Path, wanted: Sequence[tuple[int, Int64]]) -> list[St
     return found
 
 
-def _padded(ids: npt.NDArray[np.int32], backbone: Backbone, min_tokens: int) -> npt.NDArray[np.int32]:
+def padded(ids: npt.NDArray[np.int32], backbone: Backbone, min_tokens: int) -> npt.NDArray[np.int32]:
+    """Returns token ids, padded on the right to `min_tokens` where the decoder has positions for so many."""
     length = min(min_tokens, backbone.num_positions or min_tokens)
     return np.pad(ids, (0, max(0, length - len(ids))))
 
@@ -210,35 +211,57 @@ def _derived(
     backbone: Backbone, ids: npt.NDArray[np.int32], heads: Mapping[Head, npt.NDArray[np.int64]]
 ) -> dict[Head, Derived] | None:
     """Returns each head's vectors at its positions, from hooks on a plain forward pass; None without a hook path."""
+    derived: dict[Head, Derived] = {}
+
+    def see(layer: int, stage: str, states_of: Mapping[str, torch.Tensor]) -> None:
+        for head, positions in heads.items():
+            if head.layer == layer and head.kind in states_of:
+                states = states_of[head.kind][0, head.head]
+                rows = states[torch.from_numpy(positions).to(states.device)]
+                mean = states.float().mean(0)
+                spread = float((states.float() - mean).norm(dim=-1).median())
+                derived[head] = Derived(rows.float().cpu().numpy(), mean.cpu().numpy(), spread)
+
+    is_known = derive(backbone, ids, {*heads}, ["pre" if backbone.pre_rope else "post"], see)
+    return derived if is_known and len(derived) == len(heads) else None
+
+
+See = Callable[[int, str, Mapping[str, torch.Tensor]], None]
+"""Receives the vectors (1, heads, n, d) of a layer and stage by kind."""
+
+
+def derive(
+    backbone: Backbone, ids: npt.NDArray[np.int32], heads: Collection[Head], stages: Sequence[str], see: See
+) -> bool:
+    """Derives the vectors of all tokens in the layers of `heads`, from hooks on a plain forward pass over `ids`.
+
+    Calls `see` with each layer and each of `stages`. Returns whether a hook path is known.
+    """
     family = backbone.family
     head_dims = {head.layer: head.head_dim for head in heads}
     modules = {module: layer for module, layer in backbone.attention_layers.items() if layer in head_dims}
     projected: dict[str, torch.Tensor] = {}  # by the attention module that is running
     rotary_calls: list[RotaryCall] = []
-    derived: dict[Head, Derived] = {}
+    waiting = {(layer, stage) for layer in head_dims for stage in stages}
     hooks = []
 
     def keep(name: str) -> Callable[..., None]:
         return lambda _, inputs, output: projected.update({name: output})
 
-    def derive(module: nn.Module, inputs: Any, arguments: dict[str, Any], output: Any) -> None:
-        layer = modules[module]
+    def show(module: nn.Module, inputs: Any, arguments: dict[str, Any], output: Any) -> None:
+        layer, is_rotated = modules[module], bool(rotary_calls)
         before = family.projected(module, projected, head_dims[layer])
-        vectors: QueryKey | None = before
-        if rotary_calls and not backbone.pre_rope:
-            width = rotary_calls[0][0].shape[-1]
-            vectors = family.rotated(module, *before, arguments.get("position_embeddings"), width)
-        if vectors is not None and not (rotary_calls and backbone.pre_rope):
-            vectors = family.after_rotary(module, *vectors)
-        for head, positions in heads.items():
-            if vectors is not None and head.layer == layer:
-                query, key = vectors
-                states = {"q": query, "k": key}[head.kind][0, head.head]
-                rows = states[torch.from_numpy(positions).to(states.device)]
-                mean = states.float().mean(0)
-                spread = float((states.float() - mean).norm(dim=-1).median())
-                derived[head] = Derived(rows.float().cpu().numpy(), mean.cpu().numpy(), spread)
-        if len(derived) == len(heads):
+        for stage in stages:
+            vectors: QueryKey | None = before
+            if is_rotated and stage == "post":
+                width = rotary_calls[0][0].shape[-1]
+                vectors = family.rotated(module, *before, arguments.get("position_embeddings"), width)
+            if vectors is not None and not (is_rotated and stage == "pre"):
+                vectors = family.after_rotary(module, *vectors)
+            if vectors is not None:
+                see(layer, stage, dict(zip("qk", vectors, strict=True)))
+                waiting.discard((layer, stage))
+        if not waiting:
             raise ForwardDone
 
     def begin(*_: Any) -> None:
@@ -246,24 +269,24 @@ def _derived(
         rotary_calls.clear()
 
     if not rotary_functions(modules, family):
-        return None
+        return False
     try:
         hooks += [module.register_forward_pre_hook(begin) for module in backbone.attention_layers]
         for module in modules:
             if (parts := family.projections(module)) is None:
-                return None
+                return False
             hooks += [part.register_forward_hook(keep(name)) for name, part in parts.items()]
-            hooks.append(module.register_forward_hook(derive, with_kwargs=True))
+            hooks.append(module.register_forward_hook(show, with_kwargs=True))
         attention = banded() if backbone.banded_attention and len(ids) > MAX_TOKENS else nullcontext()
         with attention, watched_rotary(modules, family, rotary_calls), suppress(ForwardDone):
             backbone.run(torch.from_numpy(ids.astype(np.int64))[None])
     finally:
         for hook in hooks:
             hook.remove()
-    return derived if len(derived) == len(heads) else None
+    return not waiting
 
 
-def _differences(stored: Vectors, derived: Derived, eps: float = 0.0) -> tuple[float, float]:
+def differences(stored: Vectors, derived: Derived, eps: float = 0.0) -> tuple[float, float]:
     """Returns both measures that the module docstring defines; NaN if only one of the vectors is not finite.
 
     What `_same_nonfinite` finds does not count in the mean and the spread.

@@ -10,6 +10,9 @@ first layer of each reach that all of it allows.
 An error may be in some batches only, in one shard, or in what was added to a dataset later. If there is still enough
 left, examples from all parts of the dataset follow, which a hash draws.
 
+Statistics of all tokens need no rows: their examples are those that a hash draws from all parts, within a limit of the
+same size.
+
 The cost is counted in arithmetic of forward passes, and the limit follows from the dataset, the model and the type of
 the device alone, so that the same dataset is proven by the same examples on every machine of a kind.
 """
@@ -124,6 +127,36 @@ def choose(
         if rows[number].any()
     ]
     return passes + late
+
+
+def choose_for_statistics(
+    parts: Sequence[Sequence[ExampleRecord]],
+    *,
+    count: int | None,
+    cost: ForwardCost,
+    boundary: int | None,
+    skip_tokens: int,
+) -> list[Pass]:
+    """Chooses passes over examples with tokens from position `skip_tokens` on, without rows.
+
+    The arguments are those of `choose`. Each example is run on two paths.
+    """
+    usable = [
+        [
+            example
+            for example in part
+            if tokens_to_derive(example.num_tokens, boundary) > skip_tokens
+            and is_derivable(example.num_tokens, boundary, cost.min_tokens)
+        ]
+        for part in parts
+    ]
+    shortest = sorted(chain(*usable), key=lambda example: (example.num_tokens, example.index))
+    chosen = shortest[:count]
+    if count is None:
+        total = float(cost.flops([example.num_tokens for example in chain(*parts)]).sum())
+        budget = max(SHARE * total, cost.few) / 2
+        chosen = _drawn(usable, set(), cost, boundary, budget) or shortest[:1]
+    return [Pass(example, tokens_to_derive(example.num_tokens, boundary), {}) for example in chosen]
 
 
 def _found(

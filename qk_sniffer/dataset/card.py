@@ -16,7 +16,7 @@ from qk_sniffer.dataset.card_rotation import rotary_embedding
 from qk_sniffer.dataset.card_sampling import sampling
 from qk_sniffer.dataset.card_snippets import loading
 from qk_sniffer.dataset.card_statistics import statistics
-from qk_sniffer.dataset.proof_words import compared, largest_difference, whence
+from qk_sniffer.dataset.proof_words import compared, largest_difference, of_rows, of_statistics, whence
 from qk_sniffer.dataset.weights import computed_in, quantized
 from qk_sniffer.markdown import block, code, in_url, link, plain, table, tex, yaml_string
 from qk_sniffer.resolved import safe_name
@@ -238,17 +238,25 @@ def _proof(facts: CardFacts) -> str:
         return ""
     if not proof["proven"]:
         return f"## Proof\n\nNot proven: {plain(proof['reason'])}.\n"
-    rows = compared(proof, heads=len(facts.heads), layers=len({head.layer for head in facts.heads}))
-    largest = largest_difference(proof)
+    heads, layers, largest = len(facts.heads), len({head.layer for head in facts.heads}), largest_difference(proof)
+    statistics = of_statistics(proof, heads=heads, layers=layers, examples=facts.num_examples)
+    what, tolerance = statistics, (proof if of_rows(proof) else proof["statistics"])["tolerance"]
+    if of_rows(proof):
+        what = f"{compared(proof, heads=heads, layers=layers)},\nfrom {whence(proof, facts.num_examples)}"
+        what += f";\n{statistics}" if statistics else ""
     text = f"""\
 ## Proof
 
-The job derived these vectors a second time: {rows},
-from {whence(proof, facts.num_examples)}.
+The job derived these vectors a second time: {what}.
 The second path is a plain forward pass with hooks on the projections of the unmodified
 model, without the tap that captured them. Relative to the spread of a head's vectors, they differ by {largest:.1g} at
-most, in any layer; up to {proof["tolerance"]:g} counts as rounding in {plain(facts.dtype)}. A wrong head,
+most, in any layer; up to {tolerance:g} counts as rounding in {plain(facts.dtype)}. A wrong head,
 position or rotation gives about 1. `manifest.json` has the figure of each layer.
+"""
+    if statistics and "reason" not in proof["statistics"]:
+        text += """\
+Of statistics, count, mean and covariance of single examples were compared, as the capture makes them and as float64
+makes them of the vectors of the second path.
 """
     checks = [check for check in proof.get("attention", ()) if check["passed"]]
     if not checks:

@@ -68,8 +68,8 @@ class CardFacts:
     """The examples of more tokens."""
     proof: Mapping[str, Any] | None = None
     """The manifest's `proof`."""
-    statistics_tokens: int | None = None
-    """The tokens that the statistics of each head are of; None without statistics."""
+    statistics: Mapping[str, Any] | None = None
+    """The manifest's `statistics`; None without statistics."""
     pictures: Sequence[str] = ()
     """The names of the files, relative to the card."""
 
@@ -111,6 +111,6 @@ class CardFacts:
             special_tokens=manifest["tokenizer"].get("special_tokens", {}),
             max_positions=manifest["model"].get("max_positions"),
             num_beyond=manifest.get("examples_beyond_max_positions", 0),
-            statistics_tokens=manifest.get("statistics", {}).get("tokens"),
+            statistics=manifest.get("statistics"),
             own_special_tokens=manifest.get("own_special_tokens", {}),
         )

@@ -3,11 +3,13 @@
 Tests run this code.
 """
 
+from collections.abc import Collection
+
 from qk_sniffer.config import STAGE_NAMES
 from qk_sniffer.dataset.card_facts import CardFacts, Place
 from qk_sniffer.markdown import block, table
 from qk_sniffer.store.layout import STATISTICS, statistics_file
-from qk_sniffer.text import counted, python_literal
+from qk_sniffer.text import counted, python_literal, shortened
 
 ARRAYS = {
     "heads": ("(H,) int64", "the captured heads, ascending: query heads for `q`, key heads for `k`"),
@@ -43,9 +45,10 @@ mean = arrays["{kind}.{stage}.mean"]
 
 def statistics(facts: CardFacts) -> str:
     """Returns the section; empty for a dataset without statistics."""
-    config, tokens = facts.config.capture.statistics, facts.statistics_tokens
-    if not config.enabled or tokens is None:
+    config = facts.config.capture.statistics
+    if not config.enabled or facts.statistics is None:
         return ""
+    tokens = facts.statistics["tokens"]
     left_out = ["frequency_pairs", "frequency_modulus"] if "pre" not in config.stages else []
     if not config.covariance:
         left_out.append("covariance")
@@ -67,7 +70,7 @@ rotary frequencies. Where no unit is given, the numbers have the units of the ve
 
 {table(("array", "shape", "meaning"), lines)}
 Numbers of a head without a token are NaN, and variances of a head with one token too.
-"""
+{_exceptions(facts)}"""
     if "pre" in config.stages:
         text += "Arrays by frequency are of the stage `pre`, and of layers whose rotation `manifest.json` records.\n"
     return f"""\
@@ -78,6 +81,23 @@ With qk-sniffer, which also has `absmax` and, by frequency, the complex mean of 
 In {"that folder" if facts.place is not None else "the folder of this card"}, with safetensors alone:
 
 {block("python", _WITH_SAFETENSORS.format(**names))}"""
+
+
+def _exceptions(facts: CardFacts) -> str:
+    """Returns sentences on vectors with NaN or Inf, and on numbers that float32 cannot hold; empty without any."""
+    found = facts.statistics or {}
+    lines = []
+    if nonfinite := found.get("nonfinite"):
+        vectors = counted(sum(nonfinite.values()), "vector")
+        lines.append(f"{vectors} with NaN or Inf, of {_some(nonfinite)}, count in `nonfinite` alone.\n")
+    if overflow := found.get("overflow"):
+        lines.append(f"NaN is also in the place of numbers that float32 cannot hold, of {_some(overflow)}.\n")
+    return "".join(lines)
+
+
+def _some(names: Collection[str]) -> str:
+    """Names heads and stages, as the manifest lists them all."""
+    return shortened([f"`{name}`" for name in names], 6)
 
 
 def _where(place: Place | None) -> str:

@@ -19,9 +19,7 @@ def compared(proof: Mapping[str, Any], *, heads: int, layers: int) -> str:
     if "rows" not in proof:
         return f"rows of {counted(len(proof['examples']), 'example')}"
     proven = len(proof["largest_difference_by_layer"])
-    of_heads = counted(heads, "head") if proof["heads"] == heads else f"{proof['heads']:,} of {counted(heads, 'head')}"
-    of_layers = _all(layers) if proven == layers else f"{proven:,} of {counted(layers, 'layer')}"
-    rows = f"{counted(proof['rows'], 'row')} of {of_heads} in {of_layers}{_uncovered(proof)}"
+    rows = f"{counted(proof['rows'], 'row')} of {_parts(proof, heads, layers)}"
     far, last = proof.get("beyond"), proof["longest_position"]
     beyond = ""
     if far is not None and len(far["layers"]) == proven:
@@ -29,6 +27,24 @@ def compared(proof: Mapping[str, Any], *, heads: int, layers: int) -> str:
     elif far is not None:
         beyond = f" ({_layers(far['layers'])}: to {far['longest_position']:,})"
     return f"{rows}, positions to {last:,}{beyond}"
+
+
+def of_statistics(proof: Mapping[str, Any], *, heads: int, layers: int, examples: int) -> str:
+    """Returns the statistics that a proof compared: `statistics of 60 heads in all 6 layers, from 4 of 90 examples`.
+
+    Empty for a proof without any. `heads` and `layers` are as in `compared`, `examples` is the dataset's number.
+    """
+    made = proof.get("statistics")
+    if made is None:
+        return ""
+    if "reason" in made:
+        return f"statistics not proven: {made['reason']}"
+    return f"statistics of {_parts(made, heads, layers)}, from {whence(made, examples)}"
+
+
+def of_rows(proof: Mapping[str, Any]) -> bool:
+    """Whether a proof that was made compared rows. One of a dataset without rows compared statistics alone."""
+    return "largest_difference_by_layer" in proof
 
 
 def whence(proof: Mapping[str, Any], examples: int) -> str:
@@ -52,8 +68,9 @@ def attention(proof: Mapping[str, Any]) -> str:
 
 
 def largest_difference(proof: Mapping[str, Any]) -> float:
-    """Returns the largest difference of a layer; NaN without layers."""
-    differences = proof["largest_difference_by_layer"].values()
+    """Returns the largest difference of a layer, of rows and of statistics; NaN without layers."""
+    parts = (proof, proof.get("statistics", {}))
+    differences = [each for part in parts for each in part.get("largest_difference_by_layer", {}).values()]
     return max(differences, key=lambda value: math.inf if math.isnan(value) else value, default=math.nan)
 
 
@@ -67,14 +84,16 @@ def why(proof: Mapping[str, Any]) -> str:
             "model.attn_implementation to another kernel, or lower model.tokenizer.max_length, and add "
             "output.overwrite=true"
         )
+    statistics: Mapping[str, Any] = proof.get("statistics", {})
     wrong = [
         f"{what} derived a second time, from the model's projections, differ by more than {tolerance} (relative): "
         f"{differences} by layer"
         for what, tolerance, differences in (
             ("Vectors", proof.get("tolerance"), proof.get("largest_difference_by_layer", {})),
             ("Single rows of vectors", proof.get("row_tolerance"), proof.get("largest_row_difference_by_layer", {})),
+            ("Statistics", statistics.get("tolerance"), statistics.get("largest_difference_by_layer", {})),
         )
-        if not all(difference <= tolerance for difference in differences.values())
+        if not all(difference <= tolerance for difference in differences.values())  # NaN is not
     ]
     if wrong or not reasons:
         reasons = [*wrong, *reasons, report]
@@ -92,6 +111,14 @@ def _wrong(check: Mapping[str, Any]) -> str:
         f"Layer {check['layer']} ({check['kind']}), positions {compact_ranges(check['wrong_positions'])} of a text of "
         f"{check['tokens']:,} tokens: the output of the attention kernel {finding}"
     )
+
+
+def _parts(proof: Mapping[str, Any], heads: int, layers: int) -> str:
+    """Returns the heads and layers of a proof: `58 of 60 heads in all 6 layers (no keys in layer 2)`."""
+    proven = len(proof["largest_difference_by_layer"])
+    of_heads = counted(heads, "head") if proof["heads"] == heads else f"{proof['heads']:,} of {counted(heads, 'head')}"
+    of_layers = _all(layers) if proven == layers else f"{proven:,} of {counted(layers, 'layer')}"
+    return f"{of_heads} in {of_layers}{_uncovered(proof)}"
 
 
 def _uncovered(proof: Mapping[str, Any]) -> str:

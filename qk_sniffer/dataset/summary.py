@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
-from qk_sniffer.dataset.proof_words import attention, compared, whence
+from qk_sniffer.dataset.proof_words import attention, compared, of_rows, of_statistics, whence
 from qk_sniffer.dataset.weights import computed_in, quantized
 from qk_sniffer.hub.branch import Branch
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.files import Files
 from qk_sniffer.store.layout import head_file
-from qk_sniffer.text import counted, is_utf8_path, python_literal, say, say_text
+from qk_sniffer.text import counted, is_utf8_path, python_literal, say, say_text, shortened
 
 _READ_FOLDER = """\
 Read it in Python:
@@ -68,10 +68,22 @@ def show(dataset: Files, manifest: Mapping[str, Any], note: str) -> None:
     if nonfinite := manifest.get("nonfinite_rows"):
         rows, heads_with = counted(sum(nonfinite.values()), "row"), counted(len(nonfinite), "head")
         say(f"{rows} of {heads_with} hold NaN or infinite numbers, kept as the model computed them.")
+    facts = manifest.get("statistics", {})
+    if nonfinite := facts.get("nonfinite"):
+        vectors, heads_with = counted(sum(nonfinite.values()), "vector"), shortened([*nonfinite], 6)
+        say(f"Statistics leave out {vectors} with NaN or infinite numbers: {heads_with}.")
+    if overflow := facts.get("overflow"):
+        say(f"Statistics have NaN for numbers that float32 cannot hold: {shortened(overflow, 6)}.")
     proof = manifest["proof"]
     if proof["proven"]:
-        rows = compared(proof, heads=len(heads), layers=len({head.layer for head in heads}))
-        say(f"Proven: {rows}; {attention(proof)}; from {whence(proof, manifest['examples'])}.")
+        layers = len({head.layer for head in heads})
+        statistics = of_statistics(proof, heads=len(heads), layers=layers, examples=manifest["examples"])
+        if of_rows(proof):
+            rows = compared(proof, heads=len(heads), layers=layers)
+            whole = f"{rows}; {attention(proof)}; from {whence(proof, manifest['examples'])}"
+            say(f"Proven: {whole}{f'; {statistics}' if statistics else ''}.")
+        else:
+            say(f"Proven: {statistics}; {attention(proof)}.")
     elif proof["proven"] is None:
         say(f"Not proven: {proof['reason']}" + (f"; {attention(proof)}." if "attention" in proof else "."))
     say(note)

@@ -12,7 +12,7 @@ import pyarrow as pa
 from qk_sniffer.capture.sampling import Sampler
 from qk_sniffer.config import STAGE_NAMES, Config, from_dict
 from qk_sniffer.dataset.heads import captured_heads
-from qk_sniffer.dataset.proof_words import attention, compared, largest_difference, whence, why
+from qk_sniffer.dataset.proof_words import attention, compared, largest_difference, of_rows, of_statistics, whence, why
 from qk_sniffer.dataset.verify_report import RECREATE, Problem
 from qk_sniffer.errors import StoreError
 from qk_sniffer.resolved import fingerprint, resolve, with_public_files
@@ -183,10 +183,11 @@ class ManifestFacts:
             yield _contradiction("it has no statistics, but capture.statistics.enabled is true in config")
             return
         known = {f"{head.name}.{stage}" for head in self.heads.values() for stage in statistics.stages}
-        if strangers := sorted(self.statistics["nonfinite"].keys() - known):
-            yield _contradiction(
-                f"statistics.nonfinite has {strangers[0]!r}, which is no head and stage of its statistics"
-            )
+        for name in ("nonfinite", "overflow"):
+            if strangers := sorted({*self.statistics.get(name, ())} - known):
+                yield _contradiction(
+                    f"statistics.{name} has {strangers[0]!r}, which is no head and stage of its statistics"
+                )
 
 
 def _frequency_pairs(model: dict[str, Any]) -> dict[int, Pairs | None]:
@@ -207,11 +208,17 @@ def _in_words(proof: dict[str, Any], heads: dict[str, Head], examples: int) -> s
         return f"not proven: {proof['reason']}"
     if not proof["proven"] and "reason" in proof:
         return why(proof)
-    rows = compared(proof, heads=len(heads), layers=len({head.layer for head in heads.values()}))
-    differ = f"differ by {largest_difference(proof):.1g} at most (relative; tolerance {proof['tolerance']:g})"
+    layers = len({head.layer for head in heads.values()})
+    statistics = of_statistics(proof, heads=len(heads), layers=layers, examples=examples)
+    tolerance = (proof if of_rows(proof) else proof["statistics"])["tolerance"]
+    differ = f"differ by {largest_difference(proof):.1g} at most (relative; tolerance {tolerance:g})"
     failed = any(check["passed"] is False for check in proof.get("attention", ()))
-    derived = f"derived again by the job from {whence(proof, examples)}"
-    return f"{rows}, {derived}, {differ}; {why(proof) if failed else attention(proof)}"
+    last = why(proof) if failed else attention(proof)
+    if not of_rows(proof):
+        return f"{statistics}, derived again by the job, {differ}; {last}"
+    rows = compared(proof, heads=len(heads), layers=layers)
+    what = f"{rows}, derived again by the job from {whence(proof, examples)}, {differ}"
+    return "; ".join(part for part in (what, statistics, last) if part)
 
 
 def _contradiction(instance: str) -> Problem:

@@ -18,7 +18,7 @@ from qk_sniffer.dataset.verify_rows import BATCH_BYTES, Examples, batches, value
 from qk_sniffer.store.layout import Head, statistics_file
 from qk_sniffer.store.parquet_files import open_parquet
 from qk_sniffer.store.parquet_tables import UNREADABLE
-from qk_sniffer.store.statistics import PartKey, Statistics
+from qk_sniffer.store.statistics import LEAST_TOKENS, PartKey, Statistics
 from qk_sniffer.store.statistics_file import Heads, arrays_in, heads_in, read_statistics
 from qk_sniffer.store.stored import UnreadableError
 from qk_sniffer.text import counted
@@ -29,23 +29,11 @@ MEAN_ROUNDING, COVARIANCE_ROUNDING = 1e-6, 1e-5
 NORM_ROUNDING = 1e-4
 """The rounding of a mean square, relative to itself."""
 
-_MOST_SQUARED = 1e12
-"""The largest number whose sums of squares surely have a place in float32. Moments of larger ones may be infinite."""
+_SURELY_HELD = 1e12
+"""The largest number of vectors whose covariances and norms float32 surely holds."""
 
 _LEAST_SQUARED = 1e-15
 """The smallest number whose square surely has a place in float32. Norms of smaller ones may be 0."""
-
-_LEAST = {
-    "mean": 1,
-    "minimum": 1,
-    "maximum": 1,
-    "norm_mean": 1,
-    "frequency_modulus": 1,
-    "variance": 2,
-    "norm_variance": 2,
-    "covariance": 2,
-}
-"""The tokens from which on a head has these numbers. With fewer they are NaN."""
 
 _CHECK = "statistics"
 
@@ -107,6 +95,9 @@ def check_statistics(
     report.passed(_CHECK, f"{some}, {stages}{tokens}")
     if compared:
         report.passed(_CHECK, f"{counted(compared, 'head')}: mean, covariance and range are those of the rows")
+    if facts.statistics is not None and (beyond := facts.statistics.get("overflow")):
+        what = f"float32 cannot hold all numbers of {len(beyond):,} of the heads and stages"
+        report.note(_CHECK, f"{what}, such as {beyond[0]}: those numbers are NaN")
 
 
 class _LayerCheck:
@@ -176,9 +167,13 @@ class _LayerCheck:
         if min(count, nonfinite) < 0 or (self._num_tokens is not None and count + nonfinite != self._num_tokens):
             numbers = f"{count:,} and {nonfinite:,} of {self._num_tokens or 0:,}"
             yield "count and nonfinite do not sum to the tokens of the examples", numbers
-        listed = 0 if self._facts.statistics is None else self._facts.statistics["nonfinite"].get(name, 0)
+        facts = self._facts.statistics or {"nonfinite": {}}
+        listed = facts["nonfinite"].get(name, 0)
         if listed != nonfinite:
             yield "nonfinite differs from manifest.json", f"{nonfinite:,} instead of {listed:,}"
+        if (is_listed := name in facts.get("overflow", ())) != found.overflows(0):
+            what = "has" if is_listed else "does not have"
+            yield "NaN differs from overflow in manifest.json", f"which {what} {name}"
         yield from ((what, "") for what in number_problems(found))
 
     def _unlike_rows(self, found: Statistics, head: Head) -> Iterator[str]:
@@ -234,37 +229,41 @@ class _Rows:
             yield "mean is not that of the rows"
         if not (np.array_equal(found.minimum[0], self._minimum) and np.array_equal(found.maximum[0], self._maximum)):
             yield "minimum or maximum is not that of the rows"
-        if self.count < 2 or largest > _MOST_SQUARED:
+        if self.count < 2:
             return
         moment = self._moment / (self.count - 1)
         bar = COVARIANCE_ROUNDING * _largest(moment) + (MEAN_ROUNDING * largest) ** 2
-        if not np.abs(found.variance[0] - (np.diagonal(moment) if self._covariance else moment)).max() <= bar:
+        if _differs(found.variance[0], np.diagonal(moment) if self._covariance else moment, bar):
             yield "variance is not that of the rows"
-        if found.covariance is not None and not _largest(found.covariance[0] - moment) <= bar:
+        if found.covariance is not None and _differs(found.covariance[0], moment, bar):
             yield "covariance is not that of the rows"
+
+
+def _differs(found: npt.NDArray[np.float32], expected: Float64, bar: float) -> bool:
+    """Whether numbers are not the expected ones. NaN stands for one that float32 cannot hold, of some tokens or all."""
+    return not _largest(np.where(np.isfinite(found), found - expected, 0.0)) <= bar
 
 
 def number_problems(found: Statistics) -> Iterator[str]:
     """Yields the impossible numbers in the statistics of one head."""
     count = int(found.count[0])
-    one = {name: of_heads[0] for name in _LEAST if (of_heads := getattr(found, name)) is not None}
-    for name, least in _LEAST.items():
+    one = {name: of_heads[0] for name in LEAST_TOKENS if (of_heads := getattr(found, name)) is not None}
+    for name, least in LEAST_TOKENS.items():
         if name in one and count < least and not np.isnan(one[name]).all():
             yield f"{name} has numbers, although count is below {least}"
     if count < 1:
         return
     largest = float(found.absmax[0].max())
-    squares = largest <= _MOST_SQUARED
-    for name, least in _LEAST.items():
-        is_square = least == 2 or name in ("norm_mean", "frequency_modulus")
-        if name in one and count >= least and (squares or not is_square) and not np.isfinite(one[name]).all():
+    for name, least in LEAST_TOKENS.items():
+        is_held = largest <= _SURELY_HELD or name in ("mean", "minimum", "maximum")
+        if name in one and count >= least and is_held and not np.isfinite(one[name]).all():
             yield f"{name} has NaN or Inf"
             return  # which no comparison below is for
     mean, minimum, maximum = (one[name].astype(np.float64) for name in ("mean", "minimum", "maximum"))
     rounding = MEAN_ROUNDING * np.maximum(np.abs(minimum), np.abs(maximum))
     if (minimum > maximum).any() or (mean < minimum - rounding).any() or (mean > maximum + rounding).any():
         yield "mean is not between minimum and maximum"
-    if not squares or 0 < largest < _LEAST_SQUARED:
+    if found.overflows(0) or 0 < largest < _LEAST_SQUARED:
         return
     if one["norm_mean"] < np.linalg.norm(mean) - MEAN_ROUNDING * len(mean) * largest:
         yield "norm_mean is below the norm of the mean"

@@ -57,11 +57,14 @@ class Source:
     def statistics(self, layer: dict[str, Any], kind: str, stage: str, *, covariance: bool = False) -> Statistics:
         """Returns the statistics of a layer's captured heads, each of which has two tokens or more.
 
+        The numbers of these statistics are finite; without `covariance`, all but covariances and norms.
+
         With `covariance`, there is one. At the stage pre of a layer that `needs_whole_rotation` accepts, there are
         frequencies.
 
         Raises:
-            StoreError: a head has fewer tokens; the file cannot be read, or contradicts the manifest.
+            StoreError: a head has fewer tokens, or numbers that float32 cannot hold; the file cannot be read, or
+                contradicts the manifest.
             HubError: the file cannot be fetched.
         """
         number = layer["layer"]
@@ -76,9 +79,18 @@ class Source:
                 f"{self.dataset}: the statistics of layer {number} are not of the heads that manifest.json describes: "
                 "fetch the dataset again, or recreate it with output.overwrite=true"
             )
-        for head, count in zip(found.heads.tolist(), found.count.tolist(), strict=True):
+        needed = [found.mean, found.minimum, found.maximum]
+        needed += [
+            one for one in (found.frequency_modulus, found.covariance if covariance else None) if one is not None
+        ]
+        for index, (head, count) in enumerate(zip(found.heads.tolist(), found.count.tolist(), strict=True)):
+            name = head_name(number, head, kind)
+            if count >= 2 and not all(np.isfinite(array[index]).all() for array in needed):
+                raise StoreError(
+                    f"{self.dataset}: the statistics of {name} at the stage {stage} have numbers that float32 cannot "
+                    "hold: leave the head out with capture.heads, or the layer with capture.layers"
+                )
             if count < 2:
-                name = head_name(number, head, kind)
                 raise StoreError(
                     f"{self.dataset}: the statistics of {name} are of {counted(count, 'token')}: capture longer texts"
                 )

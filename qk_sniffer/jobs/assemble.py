@@ -177,7 +177,7 @@ def stage(layout: Layout, job: CapturedJob, model: ModelConfig, tokenizer: TextT
         parts.insert(0, base.examples())
     if (statistics := config.capture.statistics).enabled:
         tokens = sum(max(0, example.num_tokens - statistics.skip_tokens) for example in chain(*parts))
-        files, nonfinite = compact_statistics(
+        files, found = compact_statistics(
             layout.staging,
             journals,
             heads,
@@ -187,7 +187,6 @@ def stage(layout: Layout, job: CapturedJob, model: ModelConfig, tokenizer: TextT
             previous=base,
             check=claim.check,
         )
-        found = {"tokens": tokens, "nonfinite": nonfinite}
         written = replace(written, files=dict(sorted((written.files | files).items())), statistics=found)
     expected = None if config.dataset.streaming else record["source_rows"]
     if expected is not None and written.num_examples + skipped != expected:

@@ -8,7 +8,6 @@ from math import ceil
 from qk_sniffer.backbone.attention_check import AttentionCheck
 from qk_sniffer.capture.capture import BatchPlan, Capture
 from qk_sniffer.capture.forward_cost import ForwardCost
-from qk_sniffer.capture.moments import Moments, rotary_pairs
 from qk_sniffer.capture.sampling import Sampler
 from qk_sniffer.corpus.batches import Window, open_windows
 from qk_sniffer.corpus.tokenizer import Tokens
@@ -101,7 +100,7 @@ def capture_examples(
                 token_ids=tokens_wanted,
                 stages=stages,
                 attention=None if config.verify.examples == 0 else _attention_check(components),
-                moments=_moments(config, components),
+                moments=components.moments(config.capture.statistics),
             )
             batches = _grouped(chain(first, windows), components.cost, _group_flops(config, components))
             logged: dict[str, float] = {}
@@ -164,15 +163,6 @@ def _attention_check(components: Components) -> AttentionCheck:
     last = max(layer for layer, _, _ in components.selection)
     run = [layer for layer in components.layers if layer.heads.layer <= last]
     return AttentionCheck(run, components.backbone.family, components.backbone.dtype)
-
-
-def _moments(config: ResolvedConfig, components: Components) -> Moments | None:
-    if not config.capture.statistics.enabled:
-        return None
-    heads = {(layer, kind): heads for layer, kind, heads in components.selection}
-    known = components.backbone.frequencies
-    pairs = {layer.heads.layer: rotary_pairs(layer, known) for layer in components.layers}
-    return Moments(config.capture.statistics, heads, pairs)
 
 
 def _group_flops(config: ResolvedConfig, components: Components) -> float:

@@ -9,7 +9,9 @@ from qk_sniffer.backbone.layers import LayerFacts
 from qk_sniffer.backbone.limits import planned_num_embeddings
 from qk_sniffer.backbone.loading import check_model, load_backbone
 from qk_sniffer.capture.forward_cost import ForwardCost
+from qk_sniffer.capture.moments import Moments, rotary_pairs
 from qk_sniffer.capture.selection import Selection, select
+from qk_sniffer.config import StatisticsConfig
 from qk_sniffer.corpus.tokenizer import TextTokenizer, load_tokenizer
 from qk_sniffer.errors import ConfigError
 from qk_sniffer.hub.revisions import hub_commit_of
@@ -36,6 +38,14 @@ class Components:
     """Of the decoder's forward passes on its device."""
     check: Check
     """Raises a SourceError if a file that the loaded model may read again, or be a view of, has changed."""
+
+    def moments(self, config: StatisticsConfig) -> Moments | None:
+        """Returns empty statistics of the selected heads; None if `config` asks for none."""
+        if not config.enabled:
+            return None
+        heads = {(layer, kind): heads for layer, kind, heads in self.selection}
+        pairs = {layer.heads.layer: rotary_pairs(layer, self.backbone.frequencies) for layer in self.layers}
+        return Moments(config, heads, pairs)
 
 
 def load_components(config: ResolvedConfig, commits: Mapping[str, str | None], stages: Stages) -> Components:

@@ -10,7 +10,8 @@ from itertools import islice
 from typing import Any
 
 from qk_sniffer.capture.proof import prove
-from qk_sniffer.capture.proof_examples import MAX_TOKENS, choose
+from qk_sniffer.capture.proof_examples import MAX_TOKENS, choose, choose_for_statistics
+from qk_sniffer.capture.proof_statistics import prove_statistics
 from qk_sniffer.corpus.batches import check_same_texts, check_unchanged
 from qk_sniffer.corpus.examples import Corpus
 from qk_sniffer.dataset.card import branch_card, write_card
@@ -218,26 +219,34 @@ def _prove(
     components: Components | None,
     stages: Stages,
 ) -> dict[str, Any]:
-    """Proves some examples that have rows (see `capture/proof.py`); returns the manifest's `proof` without checks."""
+    """Proves rows (`capture/proof.py`) and statistics (`capture/proof_statistics.py`) of some examples.
+
+    Returns the manifest's `proof` without checks.
+    """
     count = config.verify.examples
     if count == 0 or corpus is None:
         return {"proven": None, "reason": "turned off (verify.examples=0)"}
-    if not staged.written.rows:
+    settings, has_rows = config.capture.statistics, bool(staged.written.rows)
+    if not has_rows and not settings.enabled:
         return {"proven": None, "reason": "the dataset has no rows"}
     if components is None:
         components = load_components(config, record["commits"], stages)
     backbone = components.backbone
     boundary = backbone.length_boundary
     cost = components.cost
-    passes = choose(staged.layout, staged.heads, staged.parts, count=count, cost=cost, boundary=boundary)
-    if not passes:
-        reason = (
-            f"all rows are at positions from {MAX_TOKENS:,} on"
-            if boundary is None
-            else f"this model's rotary frequencies depend on the length of texts of more than {boundary} tokens"
+    passes, of_statistics = [], []
+    if has_rows:
+        passes = choose(staged.layout, staged.heads, staged.parts, count=count, cost=cost, boundary=boundary)
+    if settings.enabled:
+        of_statistics = choose_for_statistics(
+            staged.parts, count=count, cost=cost, boundary=boundary, skip_tokens=settings.skip_tokens
         )
+    reason = f"all {'rows' if has_rows else 'tokens of the statistics'} are at positions from {MAX_TOKENS:,} on"
+    if boundary is not None:
+        reason = f"this model's rotary frequencies depend on the length of texts of more than {boundary} tokens"
+    if not passes and not of_statistics:
         return {"proven": None, "reason": reason}
-    captured = {each.example.index: each.example for each in passes}
+    captured = {each.example.index: each.example for each in (*passes, *of_statistics)}
     found = list(islice((example for example in corpus.examples() if example.index in captured), len(captured)))
     for example in found:
         check_unchanged(example, captured[example.index])
@@ -247,7 +256,31 @@ def _prove(
             f"the job in {staged.layout.root} was captured with the commits {commits}, and the loaded model and "
             f"tokenizer are {components.commits}: they prove nothing about its vectors. Rerun the job's command"
         )
-    ids = {each.example_id: each.ids for each in components.tokenizer(found)}
-    proof = prove(backbone, staged.layout, staged.heads, passes, ids, min_tokens=cost.min_tokens)
+    tokens = {each.example_id: each for each in components.tokenizer(found)}
+    proof: dict[str, Any] = {"proven": None, "reason": reason}
+    if passes:
+        ids = {one.example.example_id: tokens[one.example.example_id].ids for one in passes}
+        proof = prove(backbone, staged.layout, staged.heads, passes, ids, min_tokens=cost.min_tokens)
+    moments = components.moments(settings)
+    if moments is not None and of_statistics:
+        made = prove_statistics(
+            backbone,
+            staged.heads,
+            components.selection,
+            moments,
+            of_statistics,
+            tokens,
+            min_tokens=cost.min_tokens,
+        )
+        proof = _with_statistics(proof if has_rows else None, made)
     components.check()
     return proof | {"model_commit": components.commits["model"]}
+
+
+def _with_statistics(proof: dict[str, Any] | None, made: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a proof with that of statistics, which alone prove a dataset without rows: `proof` is None then."""
+    statistics = {name: value for name, value in made.items() if name != "proven"}
+    if proof is None:
+        of_dataset = {name: made[name] for name in ("proven", "examples", "reason") if name in made}
+        return of_dataset | {"statistics": statistics}
+    return proof | {"statistics": statistics} | ({"proven": False} if made["proven"] is False else {})

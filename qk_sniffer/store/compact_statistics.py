@@ -37,12 +37,11 @@ def compact_statistics(
     num_tokens: int,
     previous: PreviousVersion | None = None,
     check: Check = unchecked,
-) -> tuple[dict[str, FileEntry], dict[str, int]]:
+) -> tuple[dict[str, FileEntry], dict[str, Any]]:
     """Stages a file of statistics for each layer of `heads`, after those of `previous`.
 
     `rotations` has the rotation of each layer in the form of the manifest. `num_tokens` is the number of tokens of all
-    examples, without those that are left out. Returns the files by name, and the vectors with NaN or Inf by head and
-    stage, for those that have any: `{"l00h00q.post": 3}`.
+    examples, without those that are left out. Returns the files by name, and the manifest's `statistics`.
 
     Raises:
         StoreError: the journals or the previous version lack statistics, or have others; or a segment is damaged.
@@ -51,6 +50,7 @@ def compact_statistics(
     places = [(path, _places(path)) for path in segments]
     files: dict[str, FileEntry] = {}
     nonfinite: dict[str, int] = {}
+    overflow: list[str] = []
     for layer in sorted({head.layer for head in heads}):
         of_layer: dict[str, list[Head]] = {}
         for head in sorted((head for head in heads if head.layer == layer), key=lambda head: head.row):
@@ -72,16 +72,20 @@ def compact_statistics(
             pairs = paired(rotations.get(layer), part.modulus.shape[1])
             if max(chain(*(pairs or ())), default=0) >= of_kind[0].head_dim:
                 raise _wrong(key, _TOO_MANY)
-            found[key.kind, key.stage] = Statistics.of([head.head for head in of_kind], part, pairs)
-            for head, number in zip(of_kind, part.nonfinite.tolist(), strict=True):
-                if number:
-                    nonfinite[f"{head.name}.{key.stage}"] = number
+            statistics = Statistics.of([head.head for head in of_kind], part, pairs)
+            found[key.kind, key.stage] = statistics
+            for index, head in enumerate(of_kind):
+                name = f"{head.name}.{key.stage}"
+                if number := int(part.nonfinite[index]):
+                    nonfinite[name] = number
+                if statistics.overflows(index):
+                    overflow.append(name)
         data = encode(found)
         path = staging.root / statistics_file(layer)
         path.parent.mkdir(exist_ok=True)
         write_atomic(path, data, check=check)
         files[statistics_file(layer)] = FileEntry.of(data)
-    return files, nonfinite
+    return files, {"tokens": num_tokens, "nonfinite": nonfinite, "overflow": overflow}
 
 
 _OTHER = "are of other heads or have other shapes than those of the job"
@@ -106,7 +110,7 @@ def _check_shapes(places: Iterable[tuple[Path, Places]], whole: Mapping[PartKey,
             part = of_path.get(key)
             if part is None:
                 continue
-            if part["moment"].shape != shape:
+            if part["covariance"].shape != shape:
                 raise _wrong(key, _OTHER)
             if 2 * part["modulus"].shape[1] > shape[1]:
                 raise _wrong(key, _TOO_MANY)

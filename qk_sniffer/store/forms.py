@@ -249,10 +249,12 @@ class Entry(TypedDict):
 
 
 class StatisticsFacts(TypedDict):
-    """The statistics of a dataset: tokens of each head, and vectors with NaN or Inf by head and stage."""
+    """The statistics of a dataset: tokens of each head, vectors with NaN or Inf by head and stage, and heads and stages
+    with numbers that float32 cannot hold. Earlier versions have no `overflow`."""
 
     tokens: Count
     nonfinite: dict[str, Count]
+    overflow: NotRequired[list[Text]]
 
 
 class Manifest(Job):

@@ -16,15 +16,18 @@ own_special_tokens  {"before", "after"}: examples whose text itself begins or en
                 tokenizer adds; they were not added again. `tokenizer` has these tokens
 rows_by_bucket  {"q": {"7": 1234, ...}, "k": ...}, over all heads of the kind
 nonfinite_rows  {"l00h00q/data.parquet": 3}: rows with NaN or Inf, for the heads that have any
-statistics      {"tokens": 9000, "nonfinite": {"l00h00q.post": 3}}: the tokens of each head, and those of them
-                whose vectors have NaN or Inf, for the heads that have any; missing without statistics.
+statistics      {"tokens": 9000, "nonfinite": {"l00h00q.post": 3}, "overflow": ["l00h01q.post"]}: the tokens of each
+                head, those of them whose vectors have NaN or Inf, for the heads that have any, and the heads with
+                numbers that float32 cannot hold, which are NaN; missing without statistics.
                 `config.capture.statistics` says which tokens and stages they are of
 proof           {"proven", "examples", "rows", "heads", "longest_position", "beyond", "uncovered", "tolerance",
                 "largest_difference_by_layer", "row_tolerance", "largest_row_difference_by_layer", "attention", ...}:
                 the rows that were derived a second time, over all heads, and each (layer, kind) without one. A
                 difference is over the rows of a head in an example, or of a single row. attention has the check of a
-                kernel for each kind of attention: {"layer", "kind", "tokens", "positions", "passed", ...}. Without
-                numbers there is a "reason"
+                kernel for each kind of attention: {"layer", "kind", "tokens", "positions", "passed", ...}. statistics
+                has what was compared of statistics: {"stages", "examples", "tokens", "heads", "uncovered",
+                "tolerance", "largest_difference_by_layer"}, the tokens being those of each head. Without rows, these
+                alone prove the dataset. Without numbers there is a "reason"
 files           {"l00h00q/data.parquet": {"rows", "bytes", "sha256"}, ...}; rows of Parquet files only
 timings         seconds by stage of the run that wrote it: the only part that differs between equal datasets
 """

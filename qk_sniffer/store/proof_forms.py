@@ -5,7 +5,7 @@ from typing import Annotated, Any, NotRequired, TypedDict
 
 from msgspec import Meta
 
-from qk_sniffer.store.form_types import MOST_LAYERS, Bucket, Kind, Number, Positive
+from qk_sniffer.store.form_types import MOST_LAYERS, Bucket, Kind, Number, Positive, Stage
 from qk_sniffer.store.stored import Count, Text
 
 
@@ -42,6 +42,19 @@ class Beyond(TypedDict):
     longest_position: Count
 
 
+class StatisticsProof(TypedDict):
+    """The proof of statistics. Only one that was made has numbers; the others have a reason."""
+
+    stages: list[Stage]
+    reason: NotRequired[Text]
+    examples: NotRequired[list[Count]]
+    tokens: NotRequired[Count]
+    heads: NotRequired[Count]
+    uncovered: NotRequired[list[LayerKind]]
+    tolerance: NotRequired[Positive]
+    largest_difference_by_layer: NotRequired[dict[Bucket, float]]
+
+
 class Proof(TypedDict):
     """The proof of a dataset. Only one that was made has numbers; the others have a reason."""
 
@@ -60,23 +73,33 @@ class Proof(TypedDict):
     longest_position: NotRequired[Count]
     beyond: NotRequired[Beyond]
     uncovered: NotRequired[list[LayerKind]]
+    statistics: NotRequired[StatisticsProof]
     attention: NotRequired[Annotated[list[Attention], Meta(max_length=MOST_LAYERS)]]
+
+
+_MADE = {"examples", "tokens", "heads", "uncovered", "tolerance", "largest_difference_by_layer"}
+"""What a proof of statistics has, if it was made."""
 
 
 def proof_problems(proof: Mapping[str, Any]) -> Iterator[str]:
     """Yields what is impossible together in a proof."""
-    checks = proof.get("attention", ())
+    checks, statistics = proof.get("attention", ()), proof.get("statistics", {})
     failed = any(check["passed"] is False for check in checks)
-    needed = {"examples", "tolerance", "largest_difference_by_layer"}
+    of_rows = "largest_difference_by_layer" in proof
+    needed = {"examples"}
     if proof["proven"] is None or (failed and "reason" in proof):
         needed = {"reason"}
-    elif proof.keys() & _COVERAGE:  # earlier versions have none of these
-        needed |= _COVERAGE
+    elif of_rows or "largest_difference_by_layer" not in statistics:
+        needed |= {"tolerance", "largest_difference_by_layer"}
+        if proof.keys() & _COVERAGE:  # earlier versions have none of these
+            needed |= _COVERAGE
     if missing := needed - proof.keys():
         yield f"proof lacks {', '.join(sorted(missing))}"
+    elif missing := (set() if not statistics or "reason" in statistics else _MADE - statistics.keys()):
+        yield f"the proof of statistics lacks {', '.join(sorted(missing))}"
     elif ("row_tolerance" in proof) != ("largest_row_difference_by_layer" in proof):
         yield "proof has only one of row_tolerance and largest_row_difference_by_layer"
-    elif proof["proven"] and not proof["largest_difference_by_layer"]:
+    elif proof["proven"] and not (proof if of_rows else statistics)["largest_difference_by_layer"]:
         yield "proof is of no layer"
     elif proof["proven"] is not False and failed:
         yield "proof is not false, and a check of attention failed"

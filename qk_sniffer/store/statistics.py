@@ -8,8 +8,12 @@ M = sum of (x - m)(x - m)', or the diagonal of M. Two parts a and b merge as
 (Chan, Golub and LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979). The parts
 of a dataset merge in float64 and in the order of the source, so that kills and restarts change no bit.
 
-A segment of the journal has the tensors of a part under names such as `statistics.l00q.post.mean`.
-`statistics_file.py` has the files of a dataset.
+A segment of the journal has the tensors of a part under names such as `statistics.l00q.post.mean`, with
+`Part.covariance` in the place of M. `statistics_file.py` has the files of a dataset.
+
+Both are in float32, which holds no covariance of numbers beyond about 1e19, and no norm or modulus beyond 3.4e38. Such
+a number is infinite in a segment, and then in all sums that it goes into, and NaN in a dataset. Means, minima and
+maxima have no limit: a vector has float32 numbers.
 
 Shapes: H heads, ascending; d numbers of a vector; f rotary frequencies.
 """
@@ -68,6 +72,12 @@ class Part:
     modulus: Floats
     """(H, f): the mean modulus of each pair of components that turns with a rotary frequency; f is 0 without any."""
 
+    @property
+    def covariance(self) -> Floats:
+        """(H, d, d) or (H, d): M with divisor n, or 1 without a token."""
+        return self.moment / np.maximum(self.count, 1).reshape(-1, *(1,) * (self.moment.ndim - 1))
+
+    @np.errstate(invalid="ignore")  # Inf - Inf
     def merged(self, other: "Part") -> "Part":
         """Returns the part of the tokens of both."""
         count = self.count + other.count
@@ -102,13 +112,13 @@ _TYPES = {
     "count": "I64",
     "nonfinite": "I64",
     "mean": "F64",
-    "moment": "F32",
+    "covariance": "F32",
     "minimum": "F32",
     "maximum": "F32",
     "norm": "F64",
     "modulus": "F64",
 }
-"""The types of a part's arrays in a segment. Half the size matters for the moments alone."""
+"""The types of a part's arrays in a segment. Half the size matters for the covariance alone."""
 
 _NUMPY = {"I64": np.int64, "F64": np.float64, "F32": np.float32}
 
@@ -124,6 +134,7 @@ def part_tensors(parts: Mapping[PartKey, Part]) -> list[Tensor]:
     ]
 
 
+@np.errstate(over="ignore")
 def _tensor(name: str, dtype: str, values: npt.NDArray[Any]) -> Tensor:
     stored = np.ascontiguousarray(values, _NUMPY[dtype])
     return Tensor(name, dtype, stored.shape, lambda: [stored] if stored.size else [])
@@ -156,7 +167,7 @@ def _is_part(places: Mapping[str, Place]) -> bool:
     if min(heads, d) < 1:  # arrays without numbers may claim any size
         return False
     shapes = {name: place.shape for name, place in places.items()}
-    moment, modulus = shapes.pop("moment"), shapes.pop("modulus")
+    moment, modulus = shapes.pop("covariance"), shapes.pop("modulus")
     expected = {"count": (heads,), "nonfinite": (heads,), "norm": (heads, 2)}
     expected |= dict.fromkeys(("mean", "minimum", "maximum"), (heads, d))
     return shapes == expected and moment in ((heads, d), (heads, d, d)) and len(modulus) == 2 and modulus[0] == heads
@@ -170,7 +181,9 @@ def read_parts(path: Path, places: Mapping[PartKey, Mapping[str, Place]]) -> Ite
             for name, place in of_part.items():
                 values = read_array(file, place, _NUMPY[place.dtype])
                 arrays[name] = values if place.dtype == "I64" else values.astype(np.float64)
-            yield key, Part(**arrays)
+            covariance = arrays.pop("covariance")
+            divisor = np.maximum(arrays["count"], 1).reshape(-1, *(1,) * (covariance.ndim - 1))
+            yield key, Part(**arrays, moment=covariance * divisor)
 
 
 def paired(rotation: Any, size: int) -> Pairs | None:
@@ -186,11 +199,25 @@ def paired(rotation: Any, size: int) -> Pairs | None:
     return [(first + 2 * i, first + 2 * i + 1) for i in range(size)]
 
 
+LEAST_TOKENS = {
+    "mean": 1,
+    "minimum": 1,
+    "maximum": 1,
+    "norm_mean": 1,
+    "frequency_modulus": 1,
+    "variance": 2,
+    "norm_variance": 2,
+    "covariance": 2,
+}
+"""The tokens from which on a head has the numbers of an array of `Statistics`. With fewer they are NaN."""
+
+
 @dataclass(frozen=True, eq=False)
 class Statistics:
     """Statistics of the captured heads of one layer, kind and stage, over all tokens from `skip_tokens` on.
 
-    Numbers of a head without a token are NaN; so is the covariance of a head with one token.
+    Numbers of a head without a token are NaN; so is the covariance of a head with one token, and any number that
+    float32 cannot hold (`overflows`).
     """
 
     heads: Int64
@@ -219,6 +246,12 @@ class Statistics:
     frequency_modulus: npt.NDArray[np.float32] | None
     """(H, f): the mean of sqrt(a^2 + b^2), where a and b are the components of a pair."""
 
+    def overflows(self, index: int) -> bool:
+        """Whether float32 cannot hold a number of the head at `index`, or could not hold it of some of its tokens."""
+        count = self.count[index]
+        arrays = ((getattr(self, name), least) for name, least in LEAST_TOKENS.items())
+        return any(of is not None and count >= least and not np.isfinite(of[index]).all() for of, least in arrays)
+
     @property
     def absmax(self) -> npt.NDArray[np.float32]:
         """(H, d): the largest absolute values."""
@@ -238,9 +271,11 @@ class Statistics:
         """Returns the statistics that a part holds. `pairs` are those of `part.modulus`; None without any."""
         count = part.count[:, None]
 
+        @np.errstate(over="ignore")
         def of_tokens(values: Floats, least: int = 1) -> npt.NDArray[np.float32]:
             enough = (part.count >= least).reshape(-1, *(1,) * (values.ndim - 1))
-            return np.where(enough, values, np.nan).astype(np.float32)
+            found = np.where(enough, values, np.nan).astype(np.float32)
+            return np.where(np.isfinite(found), found, np.float32(np.nan))
 
         divisor = np.maximum(count - 1, 1)
         whole = part.moment.ndim == 3
@@ -263,19 +298,21 @@ class Statistics:
     def part(self) -> Part:
         """Returns the part that these statistics hold, within rounding."""
 
-        def plain(values: npt.NDArray[np.float32], empty: float = 0.0) -> Floats:
-            return np.where(np.isnan(values), empty, values).astype(np.float64)
+        def plain(name: str, empty: float = 0.0) -> Floats:
+            values: npt.NDArray[np.float32] = getattr(self, name)
+            enough = (self.count >= LEAST_TOKENS[name]).reshape(-1, *(1,) * (values.ndim - 1))
+            return np.where(enough, np.where(np.isnan(values), np.inf, values), empty).astype(np.float64)
 
         divisor = np.maximum(self.count - 1, 0)[:, None]
-        moment = self.variance if self.covariance is None else self.covariance
-        modulus = np.zeros((len(self.heads), 0)) if self.frequency_modulus is None else plain(self.frequency_modulus)
+        moment = plain("variance" if self.covariance is None else "covariance")
+        modulus = np.zeros((len(self.heads), 0)) if self.frequency_modulus is None else plain("frequency_modulus")
         return Part(
             self.count,
             self.nonfinite,
-            plain(self.mean),
-            plain(moment) * divisor.reshape(-1, *(1,) * (moment.ndim - 1)),
-            plain(self.minimum, np.inf),
-            plain(self.maximum, -np.inf),
-            np.stack([plain(self.norm_mean), plain(self.norm_variance) * divisor[:, 0]], axis=1),
+            plain("mean"),
+            moment * divisor.reshape(-1, *(1,) * (moment.ndim - 1)),
+            plain("minimum", np.inf),
+            plain("maximum", -np.inf),
+            np.stack([plain("norm_mean"), plain("norm_variance") * divisor[:, 0]], axis=1),
             modulus,
         )

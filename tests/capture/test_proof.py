@@ -107,14 +107,14 @@ def test_hooks_tell_right_vectors_from_wrong_ones_in_each_layer(case: Case, stag
         assert derived is not None
         for spec in specs:
             stored = seen[layer, spec.kind][0].numpy()
-            whole, of_a_row = proof_module._differences(stored[spec.head], derived[spec])
+            whole, of_a_row = proof_module.differences(stored[spec.head], derived[spec])
             assert whole < 1e-5 and of_a_row < 1e-4
             few = stored[spec.head].copy()
             few[0] = few[1]
-            assert proof_module._differences(few, derived[spec])[1] > proof_module.ROW_TOLERANCES["float32"]
+            assert proof_module.differences(few, derived[spec])[1] > proof_module.ROW_TOLERANCES["float32"]
             for name, harm in HARMS.items():
-                assert proof_module._differences(harm(stored)[spec.head], derived[spec])[0] > 0.1, name
-            turned, _ = proof_module._differences(other_stage[layer, spec.kind][0, spec.head].numpy(), derived[spec])
+                assert proof_module.differences(harm(stored)[spec.head], derived[spec])[0] > 0.1, name
+            turned, _ = proof_module.differences(other_stage[layer, spec.kind][0, spec.head].numpy(), derived[spec])
             assert turned > 0.1 or layer in case.unrotated
 
 

@@ -387,7 +387,7 @@ def card_of(name: str) -> str:
             languages=[name],
             proof={"proven": None, "reason": name},
             pictures=[f"pictures/{name}.png"],
-            statistics_tokens=8_000,
+            statistics={"tokens": 8_000, "nonfinite": {}},
             place=Place(name, name),
         )
     )

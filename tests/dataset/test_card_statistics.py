@@ -65,5 +65,7 @@ def test_arrays_that_are_not_there_are_not_described(root: Path) -> None:
     assert statistics(facts) == section_of(write_card(facts)) == ""
     stages = replace(facts.config.capture.statistics, enabled=True, stages=["post"])
     capture = replace(facts.config.capture, statistics=stages)
-    section = statistics(replace(facts, config=replace(facts.config, capture=capture), statistics_tokens=1))
+    section = statistics(
+        replace(facts, config=replace(facts.config, capture=capture), statistics={"tokens": 1, "nonfinite": {}})
+    )
     assert "frequency_" not in section and "1 token a head, after RoPE" in section

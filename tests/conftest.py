@@ -56,6 +56,18 @@ def own_logging() -> Iterator[None]:
             root.removeHandler(handler)
 
 
+@pytest.fixture
+def draws() -> None:
+    """Lets the jobs of a test draw pictures."""
+
+
+@pytest.fixture(autouse=True)
+def few_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Saves the seconds of drawing in the jobs of all other tests, as if matplotlib were not installed."""
+    if "draws" not in request.fixturenames:
+        monkeypatch.setattr("qk_sniffer.jobs.pictures.can_draw", lambda: False)
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a tiny random model, with sliding and full layers, and its tokenizer."""

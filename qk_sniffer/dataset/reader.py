@@ -62,6 +62,9 @@ class Dataset:
         """The captured heads as (layer, head, kind), by layer, queries ("q") before keys ("k")."""
         self._captured = {head.file: head for head in captured_heads(self.manifest)}
         self._capture = from_dict(self.manifest["config"]).capture
+        statistics = self._capture.statistics
+        self.stages: list[str] = [*statistics.stages] if statistics.enabled else []
+        """The stages of the statistics, "pre" and "post": before and after RoPE; empty without statistics."""
 
     @cached_property
     def examples(self) -> pa.Table:
@@ -146,16 +149,13 @@ class Dataset:
             StoreError: the dataset has no such statistics, or the file is missing or damaged.
             HubError: the file cannot be fetched.
         """
-        config = self._capture.statistics
-        stages = config.stages if config.enabled else []
+        stages = self.stages
         if not stages:
             raise StoreError(f"{self} has no statistics: capture.statistics.enabled=true makes them")
         if stage is None and len(stages) > 1:
             raise StoreError(f"{self} has statistics of the stages {', '.join(stages)}: name one")
-        of_stage, name = stages[0] if stage is None else stage, statistics_file(layer)
-        found = None
-        if of_stage in stages and name in self.manifest["files"]:
-            found = read_statistics(self._path(name), kind, of_stage, way_out=WAY_OUT)
+        of_stage = stages[0] if stage is None else stage
+        found = self.find_statistics(layer, kind, of_stage)
         if found is None:
             raise StoreError(
                 f"{self} has no statistics of layer {layer}, kind {kind!r}, stage {of_stage!r}; it has those of layers "
@@ -163,6 +163,20 @@ class Dataset:
                 f"{', '.join(sorted({key.kind for key in self.heads}))}, stages {', '.join(stages)}"
             )
         return found
+
+    def find_statistics(self, layer: int, kind: str, stage: str, *, covariance: bool = True) -> Statistics | None:
+        """Returns the statistics of a layer, kind and stage, as `statistics` does; None if the dataset has none.
+
+        Without `covariance`, covariances are not read: they are most of the file.
+
+        Raises:
+            StoreError: the file is missing or damaged.
+            HubError: the file cannot be fetched.
+        """
+        name = statistics_file(layer)
+        if stage not in self.stages or name not in self.manifest["files"]:
+            return None
+        return read_statistics(self._path(name), kind, stage, way_out=WAY_OUT, covariance=covariance)
 
     def is_intact(self, layer: int, head: int, kind: str) -> bool:
         """Whether the file of a head has the sha256 that the manifest lists.
@@ -197,6 +211,11 @@ class Dataset:
         if (problem := difference(path, entry["bytes"])) is not None:
             raise UnreadableError(path, f"is missing or damaged (it {problem})", WAY_OUT)
         return path
+
+    @property
+    def folder(self) -> Path | None:
+        """The folder of the dataset; None for a dataset on the Hub."""
+        return self._files.root if isinstance(self._files, Folder) else None
 
     def beside(self, ending: str) -> Path:
         """Returns a path for results: `<folder>ending`, or `outputs/<branch>ending` for a dataset on the Hub."""

@@ -55,10 +55,10 @@ _METADATA: dict[str, dict[str, None]] = {
 """What matplotlib would write into the files, and which is left out: the version and the time."""
 
 
-def save(path: Path, make: "Callable[[], Figure]", *, check: Check = unchecked) -> list[Path]:
+def save(path: Path, make: "Callable[[], Figure | None]", *, check: Check = unchecked) -> list[Path]:
     """Draws a picture in the style of this module, and writes it in each format, whole or not at all.
 
-    `path` is without a suffix. Returns the files.
+    `path` is without a suffix. Returns the files; none if there is nothing to draw.
 
     Raises:
         StoreError: a file cannot be written.
@@ -66,6 +66,8 @@ def save(path: Path, make: "Callable[[], Figure]", *, check: Check = unchecked) 
     files = [path.with_name(path.name + suffix) for suffix in PICTURE_SUFFIXES]
     with styled():
         drawn = make()
+        if drawn is None:
+            return []
         for file in files:
             temporary = file.with_name(f".{file.name}")
             with explained(file, "write"):

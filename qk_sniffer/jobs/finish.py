@@ -26,6 +26,7 @@ from qk_sniffer.hub.publish import publish
 from qk_sniffer.jobs import hub_resume
 from qk_sniffer.jobs.assemble import Staged, captured_job, stage
 from qk_sniffer.jobs.components import Components, load_components
+from qk_sniffer.jobs.pictures import draw_pictures
 from qk_sniffer.resolved import ResolvedConfig, with_output
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.claim import Claim
@@ -135,6 +136,8 @@ def report_and_publish(
     proof = manifest["proof"]
     if proof["proven"] is False:
         raise CaptureError(f"the proof of {layout.root} failed, and the dataset was not published. {why(proof)}")
+    unchanged = partial(_check_unchanged, layout, manifest, check)
+    draw_pictures(layout, unchanged)
     output = config.output
     if not (output.hf_repo_id and output.hf_branch):
         return Outcome(manifest["rows"])
@@ -150,7 +153,7 @@ def report_and_publish(
             output.hf_branch,
             branch_card(layout.root, manifest, output.hf_repo_id, output.hf_branch),
             private=output.private,
-            check=partial(_check_unchanged, layout, manifest, check),
+            check=unchanged,
             guard=partial(hub_resume.guard, layout, manifest) if guarded else None,
         )
     except TakenAwayError:
@@ -160,10 +163,10 @@ def report_and_publish(
             remove_unpublished(layout)  # a damaged dataset is not published; output.overwrite captures it again
         raise
     if mark is not None:
-        _check_unchanged(layout, manifest, check)
+        unchanged()
         remove_unpublished(layout)
     if output.resume_from_hub:
-        _check_unchanged(layout, manifest, check)
+        unchanged()
         hub_resume.write_snapshot(layout, Branch(output.hf_repo_id, output.hf_branch, published.commit))
     say(f"{'Published' if published.changed else 'Already published'}: {published.url}")
     return Outcome(manifest["rows"], published.url)

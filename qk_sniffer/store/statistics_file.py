@@ -79,10 +79,13 @@ def heads_in(path: Path, kind: str, stage: str, *, way_out: str) -> Heads | None
     return Heads(numbers, listed["mean"].shape[1], "covariance" in listed)
 
 
-def read_statistics(path: Path, kind: str, stage: str, *, way_out: str, row: int | None = None) -> Statistics | None:
+def read_statistics(
+    path: Path, kind: str, stage: str, *, way_out: str, row: int | None = None, covariance: bool = True
+) -> Statistics | None:
     """Returns the statistics of a kind and stage in the file of a layer; None if it has none.
 
-    With `row`, only the head at this place in the arrays is read, and H is 1.
+    With `row`, only the head at this place in the arrays is read, and H is 1. Without `covariance`, covariances are not
+    read: they are most of the file.
 
     Raises:
         UnreadableError: the file cannot be read, is not one of statistics, or does not fit in memory.
@@ -92,6 +95,8 @@ def read_statistics(path: Path, kind: str, stage: str, *, way_out: str, row: int
         listed = _listed(file, path, kind, stage, way_out)
         if not listed:
             return None
+        if not covariance:
+            listed.pop("covariance", None)
         size = sum(_ITEMSIZE[each.dtype] * int(np.prod(each.shape, dtype=object)) for each in listed.values())
         if row is not None:
             size //= listed["mean"].shape[0]

@@ -63,11 +63,11 @@ def keys(table: pa.Table) -> list[tuple[int, int]]:
 
 
 def hashes(root: Path) -> dict[str, str]:
-    """The sha256 of every file of a dataset, by name, without leftovers of the job and without the manifest."""
+    """The sha256 of every file of a dataset, by name, without leftovers of the job, the manifest and the pictures."""
     return {
         path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted(root.rglob("*"))
-        if path.is_file() and path.name != "manifest.json" and ".qk_sniffer" not in path.parts
+        if path.is_file() and path.name != "manifest.json" and not {".qk_sniffer", "pictures"} & {*path.parts}
     }
 
 

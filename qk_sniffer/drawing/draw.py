@@ -1,0 +1,72 @@
+"""Draws the pictures that a dataset can have of itself, into its folder `pictures/` or into another one."""
+
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qk_sniffer.dataset.reader import Dataset
+from qk_sniffer.drawing import statistics
+from qk_sniffer.drawing.style import save
+from qk_sniffer.errors import StoreError
+from qk_sniffer.store.disk import Check, explained, make_folder, type_of, unchecked
+from qk_sniffer.store.layout import PICTURE_SUFFIXES, PICTURES
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Pictures = Mapping[str, "Callable[[], Figure | None]"]
+"""Functions that draw pictures, by the pictures' names. One returns None if there is nothing to show."""
+
+MATPLOTLIB_MISSING = "matplotlib is not installed: pip install matplotlib, and rerun the same command"
+
+
+def can_draw() -> bool:
+    """Whether matplotlib is installed."""
+    return find_spec("matplotlib") is not None
+
+
+def folder_of(dataset: Dataset) -> Path:
+    """Returns the folder of a dataset's pictures: its `pictures/`, or one in `outputs` for a dataset on the Hub."""
+    return dataset.beside(f"-{PICTURES}") if dataset.folder is None else dataset.folder / PICTURES
+
+
+def drawable(dataset: Dataset) -> Pictures:
+    """Returns all pictures that a dataset can have."""
+    return statistics.pictures(dataset)
+
+
+def unlisted(dataset: Dataset, pictures: Pictures) -> Pictures:
+    """Leaves out the pictures that the manifest of a dataset lists. They stay as they are: it has their checksums."""
+    listed = dataset.manifest["files"]
+    return {
+        name: make
+        for name, make in pictures.items()
+        if not any(f"{PICTURES}/{name}{suffix}" in listed for suffix in PICTURE_SUFFIXES)
+    }
+
+
+def undrawn(dataset: Dataset) -> Pictures:
+    """Returns the pictures that are to be drawn into the folder of a dataset, because they are not there."""
+    folder = folder_of(dataset)
+    return {
+        name: make
+        for name, make in unlisted(dataset, drawable(dataset)).items()
+        if not all((folder / f"{name}{suffix}").is_file() for suffix in PICTURE_SUFFIXES)
+    }
+
+
+def draw(pictures: Pictures, folder: Path, *, check: Check = unchecked) -> list[str]:
+    """Draws pictures into `folder`, which is created; returns the names of those that have something to show.
+
+    Raises:
+        StoreError: the dataset cannot be read, or the folder cannot be written.
+        HubError: a file of the dataset cannot be fetched.
+        QkSnifferError: a picture would have too many cells.
+    """
+    if type_of(folder) not in (None, "folder"):
+        raise StoreError(f"{folder} is not a folder, and pictures are not written through it: remove it")
+    with explained(folder, "make"):
+        check()
+        make_folder(folder)
+    return [name for name, make in pictures.items() if save(folder / name, make, check=check)]

@@ -1,0 +1,41 @@
+"""Draws the pictures of a finished dataset at the end of its job, if matplotlib is installed.
+
+A dataset is whole without them: whatever goes wrong is logged, and the job goes on.
+"""
+
+from qk_sniffer.dataset.reader import Dataset
+from qk_sniffer.drawing.draw import MATPLOTLIB_MISSING, can_draw, draw, folder_of, undrawn
+from qk_sniffer.logs import logger
+from qk_sniffer.store.disk import Check
+from qk_sniffer.store.files import Folder
+from qk_sniffer.store.layout import PICTURE_SUFFIXES, Layout
+from qk_sniffer.store.locks import TakenAwayError
+from qk_sniffer.text import say
+
+log = logger(__name__)
+
+
+def draw_pictures(layout: Layout, check: Check) -> None:
+    """Draws the pictures that are missing from the dataset in the data root.
+
+    `check` raises an error if another dataset is there now.
+
+    Raises:
+        TakenAwayError: from `check`.
+    """
+    try:
+        dataset = Dataset(Folder(layout.root))
+        missing = undrawn(dataset)
+        if not missing:
+            return
+        if not can_draw():
+            log.warning("no pictures of the statistics: %s", MATPLOTLIB_MISSING)
+            return
+        names = draw(missing, folder_of(dataset), check=check)
+    except TakenAwayError:
+        raise
+    except Exception as error:  # any error of matplotlib, too
+        log.warning("no pictures of the statistics: %s", error)
+        return
+    if names:
+        say(f"Pictures: {folder_of(dataset)}/{', '.join(names)} ({', '.join(PICTURE_SUFFIXES)})")

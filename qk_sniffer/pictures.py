@@ -1,0 +1,69 @@
+"""Draws the pictures of a dataset's statistics: ranges of channels, norms, and rotary frequencies.
+
+A job draws them itself if matplotlib is installed there. This program draws them again, also of a dataset on the Hub.
+Each picture is a PNG and an SVG. docs/pictures.md describes them.
+
+Exit codes: 0 drawn, 1 the dataset cannot be drawn, 2 the settings are wrong, 130 interrupted.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from qk_sniffer.cli import program
+from qk_sniffer.dataset.reader import Dataset, open_dataset
+from qk_sniffer.drawing.draw import MATPLOTLIB_MISSING, can_draw, draw, drawable, folder_of, unlisted
+from qk_sniffer.errors import QkSnifferError, StoreError
+from qk_sniffer.store import manifest as manifests
+from qk_sniffer.store.disk import unchecked
+from qk_sniffer.store.layout import PICTURE_SUFFIXES
+from qk_sniffer.text import say
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of the program."""
+
+    data_root: str = field(metadata={"help": "the dataset: a folder, or a repository on the Hub"})
+    revision: str | None = field(
+        default=None, metadata={"help": "branch, tag or commit of a dataset on the Hub; null: main"}
+    )
+    output_dir: Path | None = field(
+        default=None, metadata={"help": "folder to write; null: <data_root>/pictures, or outputs/<revision>-pictures"}
+    )
+
+
+def main() -> int:
+    """Runs `python -m qk_sniffer.pictures`; returns the exit code."""
+    return program.run("qk_sniffer.pictures", __doc__ or "", Settings, _program)
+
+
+def _program(settings: Settings) -> int:
+    dataset = open_dataset(settings.data_root, settings.revision)
+    pictures = drawable(dataset)
+    if not pictures:
+        raise StoreError(f"{dataset} has no statistics to draw: capture.statistics.enabled=true makes them")
+    if not can_draw():
+        raise QkSnifferError(f"pictures cannot be drawn: {MATPLOTLIB_MISSING}")
+    folder, check = settings.output_dir or folder_of(dataset), unchecked
+    if folder == folder_of(dataset) and dataset.folder is not None:
+        check = partial(_check_unchanged, dataset, dataset.folder)
+        new = unlisted(dataset, pictures)
+        if kept := ", ".join(sorted(pictures.keys() - new.keys())):
+            say(f"Kept, because manifest.json lists them: {kept}; output_dir=... draws them elsewhere")
+        pictures = new
+    drawn = draw(pictures, folder, check=check)
+    of_which = f"{folder}/{', '.join(drawn)} ({', '.join(PICTURE_SUFFIXES)})" if drawn else "there is nothing to draw"
+    say(f"Pictures: {of_which}")
+    return 0
+
+
+def _check_unchanged(dataset: Dataset, folder: Path) -> None:
+    """Checks that no job has replaced the dataset, whose pictures would be taken for those of the new one."""
+    if manifests.read(folder) != dataset.manifest:
+        raise StoreError(f"the dataset at {folder} changed while its pictures were drawn: rerun the command")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

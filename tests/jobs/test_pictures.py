@@ -1,0 +1,143 @@
+"""Draws the pictures of a dataset at the end of its job, and by the program."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import HfApi
+from support.fake_hub import FakeHub
+from support.hub_cases import BRANCH, REPO, copied, held
+from support.jobs import run, write_texts
+from support.verify_cases import edit
+
+from qk_sniffer import pictures as program
+from qk_sniffer.dataset.verify import verify
+from qk_sniffer.drawing import draw
+from qk_sniffer.jobs.finalize import finalize
+from qk_sniffer.store.layout import Layout
+
+SECTIONS: dict[str, Any] = {
+    "sampler": {"type": "none"},
+    "capture": {"statistics": {"enabled": True}},
+    "verify": {"examples": 0},
+}
+NAMES = [f"{name}{suffix}" for name in ("channel_ranges_post", "norms") for suffix in (".png", ".svg")]
+
+
+@pytest.fixture(scope="module")
+def base(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dataset with statistics after RoPE, whose job had no matplotlib."""
+    folder = tmp_path_factory.mktemp("pictures")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qk_sniffer.jobs.pictures.can_draw", lambda: False)
+        return run(checkpoint, write_texts(folder / "texts.jsonl"), folder / "out", **SECTIONS)
+
+
+@pytest.fixture
+def root(base: Path, tmp_path: Path) -> Path:
+    """A copy of `base` that a test may change."""
+    return copied(base, tmp_path / "out")
+
+
+def drawn(root: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((root / "pictures").iterdir())}
+
+
+def called(*arguments: str) -> int:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["pictures", *arguments])
+        return program.main()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("draws")
+def test_a_job_draws_and_a_rerun_draws_what_is_missing(
+    checkpoint: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = run(checkpoint, texts, tmp_path / "out", dataset={"max_samples": 4}, **SECTIONS)
+    assert f"Pictures: {root}/pictures/channel_ranges_post, norms (.png, .svg)\n" in capsys.readouterr().out
+    first = drawn(root)
+    assert [*first] == NAMES and not verify(root).problems
+    (root / "pictures" / "norms.svg").unlink()
+    (root / "pictures" / "channel_ranges_post.png").write_bytes(b"the user's own")
+    run(checkpoint, texts, root, dataset={"max_samples": 4}, **SECTIONS)
+    assert drawn(root) == first | {"channel_ranges_post.png": b"the user's own"}, "the same bytes, and nothing else"
+    assert f"Pictures: {root}/pictures/norms (.png, .svg)\n" in capsys.readouterr().out
+    run(checkpoint, texts, root, **SECTIONS)
+    grown = drawn(root)
+    assert [*grown] == NAMES and all(grown[name] != first[name] for name in NAMES), "of more examples"
+
+
+def test_without_matplotlib_a_job_says_so_and_ends_well(
+    root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(draw, "find_spec", lambda name: None)
+    monkeypatch.setattr("qk_sniffer.jobs.pictures.can_draw", draw.can_draw)
+    assert finalize(root) == 0 and not (root / "pictures").exists()
+    message = "matplotlib is not installed: pip install matplotlib, and rerun the same command"
+    assert [record.getMessage() for record in caplog.records] == [f"no pictures of the statistics: {message}"]
+    assert called(f"data_root={root}") == 1
+
+
+@pytest.mark.usefixtures("draws")
+def test_what_goes_wrong_with_pictures_does_not_fail_the_job(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (root / "pictures").symlink_to(tmp_path / "elsewhere")
+    assert finalize(root) == 0 and not [*(tmp_path / "elsewhere").iterdir()]
+    assert "pictures is not a folder, and pictures are not written through it" in caplog.text
+    (root / "pictures").unlink()
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *_, **__: 1 // 0)
+    assert finalize(root) == 0 and [*(root / "pictures").iterdir()] == []
+    assert "no pictures of the statistics: " in caplog.text and "division" in caplog.text
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("draws")
+def test_pictures_are_published_with_the_dataset(
+    root: Path, hub: FakeHub, api: HfApi, endpoint: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_alice")
+    assert finalize(root, hf_repo_id=REPO, hf_branch=BRANCH) == 0
+    files = held(hub)
+    assert {name for name in files if name.startswith("pictures/")} == {f"pictures/{name}" for name in NAMES}
+    card = files["README.md"].decode()
+    assert "![norms](pictures/norms.png)" in card and "[norms as SVG](pictures/norms.svg)" in card
+    (root / "pictures").rename(tmp_path / "first")
+    monkeypatch.chdir(tmp_path)
+    assert called(f"data_root={REPO}", f"revision={BRANCH}") == 0
+    (folder,) = (tmp_path / "outputs").iterdir()
+    assert folder.name == f"{BRANCH}-pictures"
+    of_the_hub = {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    assert of_the_hub == {path.name: path.read_bytes() for path in sorted((tmp_path / "first").iterdir())}
+
+
+def test_the_program_keeps_pictures_that_the_manifest_lists(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    entry = {"bytes": 3, "sha256": "0" * 64}
+    edit(root, lambda manifest: manifest["files"].update({"pictures/norms.png": entry}))
+    assert called(f"data_root={root}") == 0
+    said = capsys.readouterr().out
+    assert said == (
+        "Kept, because manifest.json lists them: norms; output_dir=... draws them elsewhere\n"
+        f"Pictures: {root}/pictures/channel_ranges_post (.png, .svg)\n"
+    )
+    assert [*drawn(root)] == NAMES[:2]
+
+
+def test_the_program_names_what_is_wrong(
+    root: Path, verify_base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert called(f"data_root={verify_base}") == 1
+    assert "has no statistics to draw: capture.statistics.enabled=true makes them" in capsys.readouterr().err
+
+    def replaced(*_: Any, **__: Any) -> None:
+        edit(root, lambda manifest: manifest["config"]["model"].update(slug="another"))
+
+    monkeypatch.setattr("qk_sniffer.drawing.statistics.channel_ranges", replaced)
+    assert called(f"data_root={root}") == 1
+    assert "changed while its pictures were drawn: rerun the command" in capsys.readouterr().err
+    assert Layout(root).pictures() == []

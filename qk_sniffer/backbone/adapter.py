@@ -17,7 +17,8 @@ import transformers
 from torch import nn
 from transformers import PretrainedConfig
 
-from qk_sniffer.backbone.adapter_files import Adapter
+from qk_sniffer.backbone.adapter_files import SETTINGS, Adapter
+from qk_sniffer.backbone.patterns import refuse_runaway_patterns
 from qk_sniffer.backbone.quantization import COMPUTED_IN
 from qk_sniffer.backbone.unloaded import unloaded
 from qk_sniffer.errors import ConfigError, QkSnifferError, SourceError
@@ -67,6 +68,7 @@ def check_adapter(adapter: Adapter, name: str, config: PretrainedConfig) -> None
     if decoder is None:
         return
     path, mine = _of_decoder(adapter, decoder, weights)
+    _refuse_patterns(adapter, decoder, path)
     with torch.device("meta"), _quiet():
         try:
             model = _injected(decoder, path, settings)
@@ -91,6 +93,7 @@ def load_adapter(adapter: Adapter, decoder: nn.Module, *, merge: bool) -> None:
         )
     settings = _peft_config(adapter)
     path, mine = _of_decoder(adapter, decoder, adapter.tensors())
+    _refuse_patterns(adapter, decoder, path)
     with _quiet():
         try:
             model = _injected(decoder, path, settings)
@@ -214,6 +217,17 @@ def _injected(decoder: nn.Module, path: str, settings: Any) -> Any:
     from peft import PeftModel
 
     return PeftModel(_Shell(decoder, path) if path else decoder, settings)
+
+
+def _refuse_patterns(adapter: Adapter, decoder: nn.Module, path: str) -> None:
+    """Checks the patterns that peft compares with the names of modules.
+
+    Raises:
+        SourceError: one does not end.
+    """
+    settings = {key: value for key, value in adapter.settings.items() if key not in _ABOUT_TRAINING}
+    names = (f"{path}.{name}".strip(".") for name, _ in decoder.named_modules())
+    refuse_runaway_patterns(f"the {SETTINGS} of {adapter.name}", settings, names)
 
 
 def _of_decoder(

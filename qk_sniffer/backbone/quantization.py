@@ -10,6 +10,8 @@ from torch import nn
 from transformers import PretrainedConfig
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
+from qk_sniffer.backbone.patterns import refuse_runaway_patterns
+from qk_sniffer.backbone.unloaded import unloaded
 from qk_sniffer.config import DTYPES
 from qk_sniffer.errors import SourceError
 
@@ -82,7 +84,7 @@ def check_quantizer(name: str, config: PretrainedConfig) -> None:
 
     Raises:
         SourceError: transformers would read the quantized numbers as if they were the weights, or a package that reads
-            them is not installed.
+            them is not installed; or a pattern of names of modules does not end.
     """
     quantization = quantization_config(config)
     if quantization is None:
@@ -99,3 +101,6 @@ def check_quantizer(name: str, config: PretrainedConfig) -> None:
             f"model {name} is quantized with {method(quantization)!r} (quant_method of its quantization_config), which "
             f"transformers cannot read: load the original model, or one that was quantized in another format ({known})"
         )
+    decoder = unloaded(config)
+    names = [] if decoder is None else [name for name, _ in decoder.named_modules()]
+    refuse_runaway_patterns(f"the quantization_config of {name}", quantization, names)

@@ -21,7 +21,10 @@ _FILES_OF_FOLDERS = {
     "config.json",
     "model.safetensors",
     "kv_scales.safetensors",
+    "kv_scales_by_head.safetensors",
+    "quantization_config.json",
     "key_ranges.safetensors",
+    "value_ranges.safetensors",
 }
 """The names of files in the folders of all formats."""
 

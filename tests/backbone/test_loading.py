@@ -351,6 +351,6 @@ def test_a_type_that_no_class_of_transformers_loads_is_refused_in_two_lines(tmp_
 
 
 def test_the_list_of_all_types_is_no_part_of_an_error() -> None:
-    with pytest.raises(SourceError) as e, loading_module._loading(ModelConfig(name="me/it"), None):
+    with pytest.raises(SourceError) as e, loading_module._loading(ModelConfig(name="me/it"), None, None):
         raise ValueError("Unrecognized model. Should contain one of albert, aria, and all the others")
     assert str(e.value).endswith("ValueError: Unrecognized model")

@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, TextIO, cast
 from qk_sniffer.hub.lfs import HEAD_BYTES, pointer_problem
 from qk_sniffer.store.disk import OddFileError
 from qk_sniffer.store.files import open_inside
+from qk_sniffer.text import in_mb
 
 HUB = "hf://"
 """The start of the address of a file on the Hub."""
@@ -34,6 +35,9 @@ _MAGIC = {
 }
 """The patterns of the first bytes of compressed files."""
 
+MOST_EXPANSION, MOST_UNCHECKED_BYTES = 200, 1 << 29
+"""The largest ratio of the content of a compressed file to the file, and the content that may have any ratio. Texts
+have 2 to 20, and logs of equal lines 100."""
 
 _ZSTD_CHUNK = 1 << 14
 """The compressed bytes that are decompressed at a time: few, as long repetitions have a thousandfold content."""
@@ -146,7 +150,7 @@ def open_bytes(file: DataFile, *, compressed: bool = True, may_grow: bool = Fals
             yield raw
         else:
             with _decompressor(method)(raw, mode="rb") as content:
-                yield content
+                yield cast(BinaryIO, io.BufferedReader(_Bounded(content, raw)))
         file.check_unchanged(raw, may_grow=may_grow)
 
 
@@ -207,6 +211,37 @@ def _compression(file: str, head: bytes) -> str | None:
         if file.lower().endswith(suffix):
             return method
     return next((method for magic, method in _MAGIC.items() if re.match(magic, head)), None)
+
+
+class _Bounded(io.RawIOBase):
+    """The content of a compressed file, as long as it is not out of all proportion to the file.
+
+    A few megabytes of someone else may expand to one text that fills the memory.
+
+    Raises:
+        FormatError: it is.
+    """
+
+    def __init__(self, content: Any, raw: BinaryIO) -> None:
+        self._content = content
+        self._raw = raw
+        self._size = 0
+
+    def readable(self) -> bool:
+        """Returns True."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fills the start of a buffer, and returns the number of bytes; 0 at the end."""
+        found: bytes = self._content.read(len(buffer))
+        buffer[: len(found)] = found
+        self._size += len(found)
+        if self._size > max(MOST_UNCHECKED_BYTES, MOST_EXPANSION * self._raw.tell()):
+            raise FormatError(
+                f"{self._raw.tell():,} bytes of it expand to more than {in_mb(self._size)}, which no texts do. If it "
+                "is right, decompress it first"
+            )
+        return len(found)
 
 
 class _Frames(io.RawIOBase):

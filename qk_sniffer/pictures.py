@@ -16,8 +16,8 @@ from qk_sniffer.dataset.reader import Dataset, open_dataset
 from qk_sniffer.drawing.draw import MATPLOTLIB_MISSING, can_draw, draw, drawable, folder_of, unlisted
 from qk_sniffer.errors import QkSnifferError, StoreError
 from qk_sniffer.store import manifest as manifests
-from qk_sniffer.store.disk import unchecked
 from qk_sniffer.store.layout import PICTURE_SUFFIXES
+from qk_sniffer.store.open_folder import PLAIN, Access, Checked
 from qk_sniffer.text import say
 
 
@@ -46,14 +46,15 @@ def _program(settings: Settings) -> int:
         raise StoreError(f"{dataset} has no statistics to draw: capture.statistics.enabled=true makes them")
     if not can_draw():
         raise QkSnifferError(f"pictures cannot be drawn: {MATPLOTLIB_MISSING}")
-    folder, check = settings.output_dir or folder_of(dataset), unchecked
+    folder = settings.output_dir or folder_of(dataset)
+    access: Access = PLAIN
     if folder == folder_of(dataset) and dataset.folder is not None:
-        check = partial(_check_unchanged, dataset, dataset.folder)
+        access = Checked(PLAIN, partial(_check_unchanged, dataset, dataset.folder))
         new = unlisted(dataset, pictures)
         if kept := ", ".join(sorted(pictures.keys() - new.keys())):
             say(f"Kept, because manifest.json lists them: {kept}; output_dir=... draws them elsewhere")
         pictures = new
-    drawn = draw(pictures, folder, check=check)
+    drawn = draw(pictures, folder, access=access)
     of_which = f"{folder}/{', '.join(drawn)} ({', '.join(PICTURE_SUFFIXES)})" if drawn else "there is nothing to draw"
     say(f"Pictures: {of_which}")
     return 0

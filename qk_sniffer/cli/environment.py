@@ -15,7 +15,8 @@ from dotenv import dotenv_values
 from qk_sniffer.errors import ConfigError
 from qk_sniffer.hub.endpoint import is_encrypted
 from qk_sniffer.logs import logger
-from qk_sniffer.store.disk import OddFileError, open_regular
+from qk_sniffer.store.disk import open_regular
+from qk_sniffer.store.open_folder import OddFileError
 from qk_sniffer.text import counted, shortened
 
 log = logger(__name__)

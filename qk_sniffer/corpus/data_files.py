@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, TextIO, cast
 
 from qk_sniffer.hub.lfs import HEAD_BYTES, pointer_problem
-from qk_sniffer.store.disk import OddFileError
 from qk_sniffer.store.files import open_inside
+from qk_sniffer.store.open_folder import OddFileError
 from qk_sniffer.text import in_mb
 
 HUB = "hf://"

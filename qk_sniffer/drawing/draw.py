@@ -9,8 +9,9 @@ from qk_sniffer.dataset.reader import Dataset
 from qk_sniffer.drawing import statistics
 from qk_sniffer.drawing.style import save
 from qk_sniffer.errors import StoreError
-from qk_sniffer.store.disk import Check, explained, make_folder, type_of, unchecked
+from qk_sniffer.store.disk import explained, make_folder, type_of
 from qk_sniffer.store.layout import PICTURE_SUFFIXES, PICTURES
+from qk_sniffer.store.open_folder import PLAIN, Access
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -56,7 +57,7 @@ def undrawn(dataset: Dataset) -> Pictures:
     }
 
 
-def draw(pictures: Pictures, folder: Path, *, check: Check = unchecked) -> list[str]:
+def draw(pictures: Pictures, folder: Path, *, access: Access = PLAIN) -> list[str]:
     """Draws pictures into `folder`, which is created; returns the names of those that have something to show.
 
     Raises:
@@ -64,9 +65,9 @@ def draw(pictures: Pictures, folder: Path, *, check: Check = unchecked) -> list[
         HubError: a file of the dataset cannot be fetched.
         QkSnifferError: a picture would have too many cells.
     """
-    if type_of(folder) not in (None, "folder"):
+    if type_of(folder, access) not in (None, "folder"):
         raise StoreError(f"{folder} is not a folder, and pictures are not written through it: remove it")
     with explained(folder, "make"):
-        check()
-        make_folder(folder)
-    return [name for name, make in pictures.items() if save(folder / name, make, check=check)]
+        access.check()
+        make_folder(folder, access)
+    return [name for name, make in pictures.items() if save(folder / name, make, access=access)]

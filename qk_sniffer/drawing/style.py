@@ -13,8 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from qk_sniffer.errors import QkSnifferError
-from qk_sniffer.store.disk import Check, explained, temporary_file, unchecked
+from qk_sniffer.store.disk import explained
 from qk_sniffer.store.layout import PICTURE_SUFFIXES
+from qk_sniffer.store.open_folder import PLAIN, Access
 from qk_sniffer.text import printable
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ _METADATA: dict[str, dict[str, None]] = {
 """What matplotlib would write into the files, and which is left out: the version and the time."""
 
 
-def save(path: Path, make: "Callable[[], Figure | None]", *, check: Check = unchecked) -> list[Path]:
+def save(path: Path, make: "Callable[[], Figure | None]", *, access: Access = PLAIN) -> list[Path]:
     """Draws a picture in the style of this module, and writes it in each format, whole or not at all.
 
     `path` is without a suffix. Returns the files; none if there is nothing to draw.
@@ -69,14 +70,14 @@ def save(path: Path, make: "Callable[[], Figure | None]", *, check: Check = unch
         if drawn is None:
             return []
         for file in files:
-            temporary = file.with_name(f".{file.name}")
-            with explained(file, "write"):
-                check()
-                with temporary_file(temporary) as target:
+            temporary = f".{file.name}"
+            with explained(file, "write"), access.open(file.parent) as folder:
+                access.check()
+                with folder.temporary(temporary) as target:
                     drawn.savefig(target, format=file.suffix[1:], metadata=_METADATA[file.suffix])
                     target.flush()
-                    check()
-                    temporary.replace(file)
+                    access.check()
+                    folder.rename(temporary, folder, file.name)
             drawn.set_layout_engine("none")  # computed by now, and the same for every format
     return files
 

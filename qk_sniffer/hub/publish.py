@@ -22,10 +22,10 @@ from qk_sniffer.hub.catalogue import update_catalogue
 from qk_sniffer.hub.client import PUBLIC, REPO_TYPE, bars_on_a_terminal, with_retries, writing_api
 from qk_sniffer.logs import logger
 from qk_sniffer.store import manifest as manifests
-from qk_sniffer.store.disk import Check, unchecked
 from qk_sniffer.store.files import open_inside
 from qk_sniffer.store.layout import CARD, MANIFEST, Layout, is_dataset_file
 from qk_sniffer.store.manifest import FileEntry
+from qk_sniffer.store.open_folder import Check, unchecked
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, GitCommitInfo, HfApi

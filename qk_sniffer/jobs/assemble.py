@@ -88,7 +88,7 @@ def captured_job(layout: Layout, job_id: str) -> Iterator[CapturedJob | None]:
     while True:
         with ExitStack() as finalizing:
             job = _locked_job(layout, job_id, finalizing)
-            if job is None or not uncaptured(layout, job.record):
+            if job is None or not uncaptured(layout, job.record, job.claim):
                 yield job
                 return
         # A shard that has ended since may have found the lock held, and has left the dataset to this process.
@@ -112,7 +112,7 @@ def _locked_job(layout: Layout, job_id: str, finalizing: ExitStack) -> CapturedJ
             raise
         log.info("another process is making the dataset; if it fails, rerun any of the shards")
         return None
-    record = read_record(layout)
+    record = read_record(layout, lock)
     if record is None:
         log.info("another shard has made the dataset")
         return None
@@ -145,8 +145,8 @@ def stage(layout: Layout, job: CapturedJob, model: ModelConfig, tokenizer: TextT
             checkpoint_files(model, commits, ["tokenizer"])
         token_string = tokenizer.token_strings
     count = config.shard.count
-    journals = journals_of(layout, record)
-    marks = [read_mark(layout, index, count, claim.job_id) for index in range(count)]
+    journals = journals_of(layout, record, claim)
+    marks = [read_mark(layout, index, count, claim.job_id, claim) for index in range(count)]
     for index, (journal, mark) in enumerate(zip(journals, marks, strict=True)):
         held = 0 if mark is None else mark["examples"]
         if mark is None or len(journal.records) != held:
@@ -166,7 +166,7 @@ def stage(layout: Layout, job: CapturedJob, model: ModelConfig, tokenizer: TextT
         token_string=token_string,
         previous=base,
         threads=num_threads(),
-        check=claim.check,
+        access=claim,
     )
     if not written.num_examples:
         raise SourceError(f"dataset {config.dataset.path} has no text that gives a token: nothing was captured")
@@ -185,7 +185,7 @@ def stage(layout: Layout, job: CapturedJob, model: ModelConfig, tokenizer: TextT
             {layer["layer"]: layer.get("rotation") for layer in record["model"]["layers"]},
             num_tokens=tokens,
             previous=base,
-            check=claim.check,
+            access=claim,
         )
         written = replace(written, files=dict(sorted((written.files | files).items())), statistics=found)
     expected = None if config.dataset.streaming else record["source_rows"]
@@ -226,9 +226,9 @@ def _checks(journals: Sequence[Journal], base: PreviousVersion | None) -> list[A
 
 def _remove_staged(layout: Layout, claim: Claim) -> None:
     """Removes a staged version of another job. The job's own is promoted before a job stages another one."""
-    staged = staged_manifest(layout)
+    staged = staged_manifest(layout, claim)
     if staged is not None and staged.get("job_id") != claim.job_id:
-        remove(layout.staging.root, claim.check)
+        remove(layout.staging.root, claim)
 
 
 def mark_done(
@@ -251,19 +251,18 @@ def mark_done(
     mark = Mark(job=claim.job_id, examples=examples, skipped=skipped)
     claim.check()
     with hold(layout.start_lock, "ending the capture of a shard", wait_s=START_PATIENCE_S):
-        check_limit(layout, rows)
-        write_mark(layout, shard.index, shard.count, mark, check=claim.check)
+        check_limit(layout, rows, claim)
+        write_mark(layout, shard.index, shard.count, mark, access=claim)
 
 
 def is_still_done(layout: Layout, shard: ShardConfig, claim: Claim) -> bool:
     """Whether a shard is marked as captured and its journal is whole. Removes the mark if the journal is not."""
-    mark = read_mark(layout, shard.index, shard.count, claim.job_id)
+    mark = read_mark(layout, shard.index, shard.count, claim.job_id, claim)
     if mark is not None:
-        journal = Journal(layout.journal(shard.index, shard.count), claim.job_id)
+        journal = Journal(layout.journal(shard.index, shard.count), claim.job_id, access=claim)
         if journal.is_whole and len(journal.records) == mark["examples"]:
             return True
-    claim.check()
-    layout.shard_done(shard.index, shard.count).unlink(missing_ok=True)
+    remove(layout.shard_done(shard.index, shard.count), claim)
     return False
 
 
@@ -271,10 +270,10 @@ def remove_unreadable_marks(layout: Layout, shard_count: int, claim: Claim) -> N
     """Removes the marks that cannot be read: their shards count as not captured, and keep their journals."""
     for index in range(shard_count):
         try:
-            read_mark(layout, index, shard_count, claim.job_id)
+            read_mark(layout, index, shard_count, claim.job_id, claim)
         except UnreadableError as error:
             log.warning("%s is removed: it %s", layout.shard_done(index, shard_count), error.problem)
-            remove(layout.shard_done(index, shard_count), claim.check)
+            remove(layout.shard_done(index, shard_count), claim)
 
 
 def finish_interrupted_promotion(layout: Layout, *, overwrite: bool = False) -> bool:
@@ -289,15 +288,15 @@ def finish_interrupted_promotion(layout: Layout, *, overwrite: bool = False) -> 
         return False
     with hold(layout.finalize_lock, "promoting the dataset", replace=overwrite) as lock, lock.explaining():
         try:
-            record = read_record(layout)
+            record = read_record(layout, lock)
             if record is None:
-                return finish_removal(layout, lock.check)
+                return finish_removal(layout, lock)
             return finish_promotion(layout, Claim(lock, layout, record["job_id"]))
         except UnreadableError as error:
             if not overwrite:
                 raise
             log.warning("the staged version of the dataset is not promoted, and removed: %s", error)
-            remove(layout.staging.root, lock.check)
+            remove(layout.staging.root, lock)
             return False
 
 

@@ -26,6 +26,7 @@ from qk_sniffer.store.disk import ensure_space, required_bytes, required_statist
 from qk_sniffer.store.journal import Journal
 from qk_sniffer.store.journal_writer import JournalWriter
 from qk_sniffer.store.layout import KINDS, Layout
+from qk_sniffer.store.open_folder import Checked
 from qk_sniffer.timing import Stages
 
 log = logger(__name__)
@@ -54,7 +55,7 @@ def capture_examples(
         Stopped: a signal came; complete batches are in the journal.
     """
     shard, inference, corpus = config.shard, config.inference, start.corpus
-    journal = Journal(layout.journal(shard.index, shard.count), claim.job_id)
+    journal = Journal(layout.journal(shard.index, shard.count), claim.job_id, access=claim)
     total = _examples_of_shard(config, start)
     if start.base is not None:
         log.info("adding to a finished dataset of %d source rows", start.rows_before)
@@ -73,12 +74,7 @@ def capture_examples(
             stages=in_thread,
         ),
     )
-
-    def check() -> None:
-        claim.check()
-        components.check()  # no row of other weights becomes durable
-
-    progress = Progress(total, len(journal.records), file=layout.progress(shard.index, shard.count), check=claim.check)
+    progress = Progress(total, len(journal.records), file=layout.progress(shard.index, shard.count), access=claim)
     tokens_wanted = config.capture.capture_token_ids or config.capture.capture_token_strings
     try:
         first = list(islice(windows, 1))
@@ -90,7 +86,7 @@ def capture_examples(
             segment_bytes=inference.segment_mb * 2**20,
             batching=inference.batching(),
             pinned=components.backbone.device.type == "cuda",
-            check=check,
+            access=Checked(claim, components.check),  # no row of other weights becomes durable
         ) as writer:
             capture = Capture(
                 components.backbone,

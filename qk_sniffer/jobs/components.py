@@ -18,7 +18,7 @@ from qk_sniffer.hub.revisions import hub_commit_of
 from qk_sniffer.jobs.identity import ROLES, checkpoint_files
 from qk_sniffer.logs import logger
 from qk_sniffer.resolved import ResolvedConfig
-from qk_sniffer.store.disk import Check, unchecked
+from qk_sniffer.store.open_folder import Check, unchecked
 from qk_sniffer.timing import Stages
 
 log = logger(__name__)

@@ -20,6 +20,7 @@ from qk_sniffer.store.files import Folder
 from qk_sniffer.store.journal import Journal
 from qk_sniffer.store.layout import Layout, missing_manifest
 from qk_sniffer.store.locks import holder, is_held
+from qk_sniffer.store.open_folder import anchored
 from qk_sniffer.store.record import read_record, read_unpublished
 from qk_sniffer.store.work_folder import clear_obstacles
 from qk_sniffer.text import say
@@ -68,7 +69,8 @@ def finalize(
         private = private or (mark is not None and mark["private"])
         config = replace(from_dict(manifest["config"]), output=OutputConfig(private=private))
         config = _published(config, hf_repo_id, hf_branch, private)
-        report_and_publish(config, layout, "Nothing to do: the dataset is finished.", Folder(layout.root))
+        with anchored(layout.root) as access:
+            report_and_publish(config, layout, "Nothing to do: the dataset is finished.", Folder(layout.root), access)
         return 0
     if missing := missing_shards(layout, record):
         say(

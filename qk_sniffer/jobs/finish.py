@@ -30,11 +30,11 @@ from qk_sniffer.jobs.pictures import draw_pictures
 from qk_sniffer.resolved import ResolvedConfig, with_output
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.claim import Claim
-from qk_sniffer.store.disk import Check, unchecked
 from qk_sniffer.store.files import Files, Folder
 from qk_sniffer.store.layout import CARD, Layout
 from qk_sniffer.store.locks import TakenAwayError
 from qk_sniffer.store.manifest import FileEntry
+from qk_sniffer.store.open_folder import PLAIN, Access, Checked
 from qk_sniffer.store.promote import promote
 from qk_sniffer.store.record import read_unpublished, remove_unpublished, write_unpublished
 from qk_sniffer.store.work_folder import remove_leftovers
@@ -57,7 +57,7 @@ def finish(
     corpus: Corpus | None,
     components: Components | None,
     stages: Stages,
-    check: Check = unchecked,
+    access: Access = PLAIN,
 ) -> Outcome | None:
     """Makes the dataset. Returns None if shards are missing, or if another process makes it.
 
@@ -65,16 +65,16 @@ def finish(
         job_id: the identity of the job whose dataset is made.
         corpus: the examples to prove; None if `config` asks for no proof.
         components: those that the capture used; None loads them if the proof needs them.
-        check: that of the lock of the process's shard, if it has one.
+        access: the lock of the process's shard, if it has one.
 
     Raises:
         TakenAwayError: the data root is no longer the job's.
         SourceError: the texts or the model are others than those of the capture.
         QkSnifferError: everything written before is kept, and this may be called again.
     """
-    check()  # and not the record, which another shard removes with the work of the whole job
+    access.check()  # and not the record, which another shard removes with the work of the whole job
     with captured_job(layout, job_id) as job:
-        check()
+        access.check()
         if job is None:
             return None
         # Another shard's start may be later than this process's.
@@ -94,16 +94,15 @@ def finish(
             promote(layout, manifest, card=card, claim=job.claim)
         remove_leftovers(layout, layout.finalize_lock)  # of a job that was killed while it held another lock
         made = manifests.read(layout.root)
-    return report_and_publish(config, layout, f"Time: {describe(stages.seconds)}", Folder(layout.root), check, made)
+    return report_and_publish(config, layout, f"Time: {describe(stages.seconds)}", Folder(layout.root), access, made)
 
 
 def _mark_unpublished(config: ResolvedConfig, layout: Layout, manifest: Mapping[str, Any], claim: Claim) -> None:
     """Marks a dataset that is published after its promotion, before which its job has no other trace in the folder."""
     if config.output.hf_repo_id is not None and manifest["proof"]["proven"] is not False:
-        write_unpublished(layout, manifest, private=config.output.private, check=claim.check)
+        write_unpublished(layout, manifest, private=config.output.private, access=claim)
     else:
-        claim.check()
-        remove_unpublished(layout)
+        remove_unpublished(layout, claim)
 
 
 def report_and_publish(
@@ -111,32 +110,32 @@ def report_and_publish(
     layout: Layout,
     note: str,
     files: Files,
-    check: Check = unchecked,
+    access: Access = PLAIN,
     made: Mapping[str, Any] | None = None,
 ) -> Outcome:
     """Prints a summary of the finished dataset in `files` with `note`, and publishes it to its branch, if it has one.
 
-    `made` is the manifest of the dataset, if this process has made it. `check` is that of the lock of its shard.
+    `made` is the manifest of the dataset, if this process has made it. `access` is the lock of its shard.
 
     Raises:
         CaptureError: the proof failed.
         HubError: the dataset could not be published.
         TakenAwayError: another dataset is in the data root now.
     """
-    check()
+    access.check()
     manifest = manifests.of(files)
     if made is not None and manifest != made:
         raise _replaced(layout)
     show(files, manifest, note)
     if isinstance(files, Branch):
-        hub_resume.write_snapshot(layout, files)
+        hub_resume.write_snapshot(layout, files, access)
         update_catalogue(writing_api(), files.repo_id)  # a killed job may have published without it
         say(f"On the Hub: {files.url}")
         return Outcome(manifest["rows"], files.url)
     proof = manifest["proof"]
     if proof["proven"] is False:
         raise CaptureError(f"the proof of {layout.root} failed, and the dataset was not published. {why(proof)}")
-    unchanged = partial(_check_unchanged, layout, manifest, check)
+    unchanged = Checked(access, partial(_check_unchanged, layout, manifest))
     draw_pictures(layout, unchanged)
     output = config.output
     if not (output.hf_repo_id and output.hf_branch):
@@ -144,7 +143,7 @@ def report_and_publish(
     guarded = output.resume_from_hub and not output.overwrite
     mark = read_unpublished(layout, manifest)
     if mark is not None and mark["private"] != output.private:
-        write_unpublished(layout, manifest, private=output.private, check=check)
+        write_unpublished(layout, manifest, private=output.private, access=access)
     try:
         published = publish(
             layout.root,
@@ -153,28 +152,27 @@ def report_and_publish(
             output.hf_branch,
             branch_card(layout.root, manifest, output.hf_repo_id, output.hf_branch),
             private=output.private,
-            check=unchanged,
+            check=unchanged.check,
             guard=partial(hub_resume.guard, layout, manifest) if guarded else None,
         )
     except TakenAwayError:
         raise
     except StoreError:
         if mark is not None:
-            remove_unpublished(layout)  # a damaged dataset is not published; output.overwrite captures it again
+            remove_unpublished(layout, access)  # a damaged dataset is not published; output.overwrite captures it again
         raise
     if mark is not None:
-        unchanged()
-        remove_unpublished(layout)
+        unchanged.check()
+        remove_unpublished(layout, access)
     if output.resume_from_hub:
-        unchanged()
-        hub_resume.write_snapshot(layout, Branch(output.hf_repo_id, output.hf_branch, published.commit))
+        unchanged.check()
+        hub_resume.write_snapshot(layout, Branch(output.hf_repo_id, output.hf_branch, published.commit), access)
     say(f"{'Published' if published.changed else 'Already published'}: {published.url}")
     return Outcome(manifest["rows"], published.url)
 
 
-def _check_unchanged(layout: Layout, manifest: Mapping[str, Any], check: Check) -> None:
+def _check_unchanged(layout: Layout, manifest: Mapping[str, Any]) -> None:
     """Checks that the dataset in the data root is the one of `manifest`, whose files have their checksums in it."""
-    check()
     if manifests.read(layout.root) != manifest:
         raise _replaced(layout)
 

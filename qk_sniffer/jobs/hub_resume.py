@@ -18,6 +18,7 @@ from qk_sniffer.store import previous, stored
 from qk_sniffer.store.disk import explained, sha256_of, write_atomic
 from qk_sniffer.store.form_types import Commit, Sha256
 from qk_sniffer.store.layout import EXAMPLES, MANIFEST, Layout
+from qk_sniffer.store.open_folder import PLAIN, Access
 from qk_sniffer.store.parquet_tables import read_examples
 from qk_sniffer.store.stored import Text, UnreadableError
 
@@ -82,15 +83,15 @@ def matches_snapshot(layout: Layout, branch: Branch) -> bool:
     return _read(layout) == _snapshot_of(layout, branch)
 
 
-def write_snapshot(layout: Layout, branch: Branch) -> None:
-    """Records that the data root and the branch hold the same dataset.
+def write_snapshot(layout: Layout, branch: Branch, access: Access = PLAIN) -> None:
+    """Records that the data root and the branch hold the same dataset. `access` is the way to the data root.
 
     Raises:
         StoreError: the data root cannot be written.
     """
     if not matches_snapshot(layout, branch):
         with explained(layout.snapshot, "write"):
-            write_atomic(layout.snapshot, stored.encode(_snapshot_of(layout, branch), indent=2))
+            write_atomic(layout.snapshot, stored.encode(_snapshot_of(layout, branch), indent=2), access=access)
 
 
 class _Snapshot(TypedDict):

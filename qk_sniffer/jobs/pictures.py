@@ -6,22 +6,22 @@ A dataset is whole without them: whatever goes wrong is logged, and the job goes
 from qk_sniffer.dataset.reader import Dataset
 from qk_sniffer.drawing.draw import MATPLOTLIB_MISSING, can_draw, draw, folder_of, undrawn
 from qk_sniffer.logs import logger
-from qk_sniffer.store.disk import Check
 from qk_sniffer.store.files import Folder
 from qk_sniffer.store.layout import PICTURE_SUFFIXES, Layout
 from qk_sniffer.store.locks import TakenAwayError
+from qk_sniffer.store.open_folder import Access
 from qk_sniffer.text import say
 
 log = logger(__name__)
 
 
-def draw_pictures(layout: Layout, check: Check) -> None:
+def draw_pictures(layout: Layout, access: Access) -> None:
     """Draws the pictures that are missing from the dataset in the data root.
 
-    `check` raises an error if another dataset is there now.
+    `access` is the way to it. Its check raises an error if another dataset is there now.
 
     Raises:
-        TakenAwayError: from `check`.
+        TakenAwayError: from the check.
     """
     try:
         dataset = Dataset(Folder(layout.root))
@@ -31,7 +31,7 @@ def draw_pictures(layout: Layout, check: Check) -> None:
         if not can_draw():
             log.warning("no pictures of the statistics: %s", MATPLOTLIB_MISSING)
             return
-        names = draw(missing, folder_of(dataset), check=check)
+        names = draw(missing, folder_of(dataset), access=access)
     except TakenAwayError:
         raise
     except Exception as error:  # any error of matplotlib, too

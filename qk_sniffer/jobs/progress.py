@@ -12,7 +12,7 @@ from tqdm import tqdm
 from qk_sniffer.errors import StoreError
 from qk_sniffer.logs import logger
 from qk_sniffer.store import stored
-from qk_sniffer.store.disk import Check, create, unchecked
+from qk_sniffer.store.open_folder import PLAIN, Access
 from qk_sniffer.store.stored import Count, encode
 
 log = logger(__name__)
@@ -23,14 +23,14 @@ LINE_EVERY_S = 10.0
 class Progress:
     """Reports examples done, tokens/s, ETA, rows and memory on stderr, and in `file` for `read_progress`.
 
-    `total` is None if the number of examples is not known, as in a stream. `check` is that of the job's claim; the file
-    is not written when it fails.
+    `total` is None if the number of examples is not known, as in a stream. `access` is the way to the file: the claim
+    of the job. The file is not written when its check fails.
     """
 
-    def __init__(self, total: int | None, done: int = 0, *, file: Path, check: Check = unchecked) -> None:
+    def __init__(self, total: int | None, done: int = 0, *, file: Path, access: Access = PLAIN) -> None:
         # disable=None: no bar unless stderr is a terminal; log lines replace it.
         self._bar = tqdm(total=total, initial=done, unit="example", disable=None, dynamic_ncols=True, desc="capture")
-        self._total, self._done, self._file, self._check = total, done, file, check
+        self._total, self._done, self._file, self._access = total, done, file, access
         self._resumed = done > 0
         self._tokens = self._rows = self._new = 0
         self._start = self._last_line = time.monotonic()
@@ -83,13 +83,14 @@ class Progress:
             "seconds_left": self._seconds_left(now),
             "at": time.time(),
         }
-        temporary = self._file.with_name(self._file.name + ".tmp")
-        with suppress(OSError, StoreError):  # the journal reports a full disk and a lost data root
-            self._check()
-            with create(temporary) as file:
+        name = self._file.name
+        # The journal reports a full disk and a lost data root.
+        with suppress(OSError, StoreError), self._access.open(self._file.parent) as folder:
+            self._access.check()
+            with folder.create(f"{name}.tmp") as file:
                 file.write(encode(facts))
-            self._check()
-            temporary.replace(self._file)
+            self._access.check()
+            folder.rename(f"{name}.tmp", folder, name)
 
 
 def read_progress(file: Path) -> dict[str, Any]:

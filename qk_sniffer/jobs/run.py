@@ -78,10 +78,10 @@ def _run(config: ResolvedConfig, layout: Layout, stages: Stages, stopping: Stopp
         if start.found == "finished":
             remove_leftovers(layout, lock.path)
             note = "Nothing to do: the dataset is finished."
-            return report_and_publish(config, layout, note, start.files, lock.check)
+            return report_and_publish(config, layout, note, start.files, lock)
         if start.found == "unfinished":
-            change_limit(config, layout, start.corpus, check=lock.check)
-            change_output(config, layout, check=lock.check)
+            change_limit(config, layout, start.corpus, access=lock)
+            change_output(config, layout, lock)
         if start.base is not None:
             start.base.fetch()  # now, not after hours of capture
         components = None
@@ -95,7 +95,7 @@ def _run(config: ResolvedConfig, layout: Layout, stages: Stages, stopping: Stopp
             claim = Claim(lock, layout, job_id)
             capture_examples(config, layout, start, claim, components, stages, stopping)
         trim_memory()  # of the forward passes, before the compaction starts its threads
-        return finish(config, layout, claim.job_id, start.corpus, components, stages, lock.check) or Outcome()
+        return finish(config, layout, claim.job_id, start.corpus, components, stages, lock) or Outcome()
 
 
 def _is_yet_to_publish(config: ResolvedConfig, layout: Layout) -> bool:

@@ -8,9 +8,10 @@ from qk_sniffer.errors import StoreError
 from qk_sniffer.jobs.shards import journals_of
 from qk_sniffer.logs import logger
 from qk_sniffer.resolved import ResolvedConfig
-from qk_sniffer.store.disk import Check, unchecked
+from qk_sniffer.store.disk import remove
 from qk_sniffer.store.layout import Layout
 from qk_sniffer.store.locks import hold
+from qk_sniffer.store.open_folder import PLAIN, Access
 from qk_sniffer.store.record import read_record, write_record
 
 log = logger(__name__)
@@ -51,7 +52,7 @@ def limit_problem(layout: Layout, rows: int | None, record: Mapping[str, Any], c
     )
 
 
-def change_limit(config: ResolvedConfig, layout: Layout, corpus: Corpus, *, check: Check = unchecked) -> None:
+def change_limit(config: ResolvedConfig, layout: Layout, corpus: Corpus, *, access: Access = PLAIN) -> None:
     """Gives the unfinished job of a stream another `dataset.max_samples`, if the config has another one.
 
     All shards read the whole stream, so no shard is captured any more: each counts its examples again. Does nothing if
@@ -60,16 +61,16 @@ def change_limit(config: ResolvedConfig, layout: Layout, corpus: Corpus, *, chec
     Raises:
         StoreError: the job has captured examples after the new limit, or its dataset is being made.
     """
-    rows, record = source_rows(config, corpus), read_record(layout)
+    rows, record = source_rows(config, corpus), read_record(layout, access)
     if record is None or not changes_limit(config, rows, record):
         return
-    check()
+    access.check()
     change = "changing dataset.max_samples"
     with (
         hold(layout.start_lock, change, wait_s=START_PATIENCE_S),
         hold(layout.finalize_lock, change, wait_s=FINALIZE_PATIENCE_S),
     ):
-        record = read_record(layout)
+        record = read_record(layout, access)
         if record is None or not changes_limit(config, rows, record):
             return
         if problem := limit_problem(layout, rows, record, corpus):
@@ -77,19 +78,18 @@ def change_limit(config: ResolvedConfig, layout: Layout, corpus: Corpus, *, chec
         log.info("dataset.max_samples of the unfinished job changes from %s to %s", record["source_rows"], rows)
         count = record["config"]["shard"]["count"]
         for index in range(count):
-            check()
-            layout.shard_done(index, count).unlink(missing_ok=True)
+            remove(layout.shard_done(index, count), access)
         settings = record["config"] | {"dataset": record["config"]["dataset"] | {"max_samples": rows}}
-        write_record(layout, record | {"config": settings, "source_rows": rows}, check=check)
+        write_record(layout, record | {"config": settings, "source_rows": rows}, access=access)
 
 
-def check_limit(layout: Layout, rows: int | None) -> None:
+def check_limit(layout: Layout, rows: int | None, access: Access) -> None:
     """Checks that the job's `dataset.max_samples` is still `rows`. Hold the start lock.
 
     Raises:
         StoreError: another start of the job has changed it.
     """
-    record = read_record(layout)
+    record = read_record(layout, access)
     if record is not None and record["source_rows"] != rows:
         wanted = "null" if record["source_rows"] is None else record["source_rows"]
         raise StoreError(

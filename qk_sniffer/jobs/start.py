@@ -17,10 +17,11 @@ from qk_sniffer.jobs.source_rows import START_PATIENCE_S, changes_limit, limit_p
 from qk_sniffer.logs import logger
 from qk_sniffer.resolved import ResolvedConfig, fingerprint, without_batching
 from qk_sniffer.store import manifest as manifests
-from qk_sniffer.store.disk import Check, type_of
+from qk_sniffer.store.disk import type_of
 from qk_sniffer.store.files import Files, Folder
 from qk_sniffer.store.layout import Layout
 from qk_sniffer.store.locks import Lock, hold
+from qk_sniffer.store.open_folder import Access
 from qk_sniffer.store.previous import PreviousVersion, describe
 from qk_sniffer.store.record import new_job_id, read_record, write_record
 from qk_sniffer.store.stored import UnreadableError
@@ -186,7 +187,7 @@ def register_job(layout: Layout, start: Start, record: Mapping[str, Any], *, own
     own_lock.check()
     with hold(layout.start_lock, "starting", wait_s=START_PATIENCE_S, replace=overwrite):
         try:
-            stored = read_record(layout)
+            stored = read_record(layout, own_lock)
             if stored is not None:
                 if not overwrite:
                     _check_same(start.job, record["source_rows"], stored, layout.root)
@@ -201,38 +202,38 @@ def register_job(layout: Layout, start: Start, record: Mapping[str, Any], *, own
                     and not _differences_of_loaded(record, stored)
                     and stored["job_id"] != start.replaces
                 ):
-                    _store_output(layout, stored, record["config"]["output"], own_lock.check)
+                    _store_output(layout, stored, record["config"]["output"], own_lock)
                     return str(stored["job_id"])
-                discard_work(layout, own_lock.path, check=own_lock.check)
+                discard_work(layout, own_lock.path, own_lock)
         except UnreadableError:
             if not overwrite:
                 raise
-            discard_work(layout, own_lock.path, check=own_lock.check)
+            discard_work(layout, own_lock.path, own_lock)
         if not overwrite:
             if start.base is None and type_of(layout.manifest) is not None:
                 raise _overtaken(layout.root)
             if start.base is not None:
                 _check_same_heads(record, start.base.manifest, f"{start.base.files} is a finished dataset")
         job_id = new_job_id(record)
-        write_record(layout, {**record, "job_id": job_id}, check=own_lock.check)
+        write_record(layout, {**record, "job_id": job_id}, access=own_lock)
         return job_id
 
 
-def change_output(config: ResolvedConfig, layout: Layout, *, check: Check) -> None:
+def change_output(config: ResolvedConfig, layout: Layout, own_lock: Lock) -> None:
     """Gives the unfinished job in `layout` the `output` of `config`: a dataset is published as the latest start asks.
 
-    `check` is that of the lock of the process's shard.
+    `own_lock` is the lock of the process's shard.
     """
-    check()
+    own_lock.check()
     with hold(layout.start_lock, "starting", wait_s=START_PATIENCE_S):
-        record = read_record(layout)
+        record = read_record(layout, own_lock)
         if record is not None:
-            _store_output(layout, record, config.to_dict()["output"], check)
+            _store_output(layout, record, config.to_dict()["output"], own_lock)
 
 
-def _store_output(layout: Layout, record: dict[str, Any], output: Mapping[str, Any], check: Check) -> None:
+def _store_output(layout: Layout, record: dict[str, Any], output: Mapping[str, Any], access: Access) -> None:
     if record["config"]["output"] != output:
-        write_record(layout, {**record, "config": {**record["config"], "output": output}}, check=check)
+        write_record(layout, {**record, "config": {**record["config"], "output": output}}, access=access)
 
 
 def _differences_of_loaded(record: Mapping[str, Any], stored: Mapping[str, Any]) -> list[str]:

@@ -140,7 +140,7 @@ def recorded(status: Status, folder: Path) -> Iterator[None]:
     If the folder is removed or replaced in the meantime, another job may use it: the end is not recorded there.
     """
     start = time.monotonic()
-    with hold(folder / LOCK, "running this job", wait_s=restart_patience_s()) as lock:
+    with hold(folder / LOCK, "running this job", wait_s=restart_patience_s(), follow_links=True) as lock:
         status.write(folder)
         try:
             yield
@@ -252,7 +252,7 @@ def announced(folder: Path, jobs: Sequence[PlannedJob], *, outlive: bool) -> Ite
             if not is_held(left.with_name(LOCK)):
                 left.unlink()
 
-    with hold(folder / LOCK, "running this sweep") as lock:
+    with hold(folder / LOCK, "running this sweep", follow_links=True) as lock:
 
         def record_slurm_ids(job_ids: Sequence[str]) -> None:
             for job, job_id in zip(facts["jobs"], job_ids, strict=False):

@@ -69,7 +69,7 @@ def draw_all(results: Results) -> list[Path]:
         results.check()
         make_folder(results.pictures)
     drawn = [
-        file for name, make in pictures.items() for file in save(results.pictures / name, make, check=results.check)
+        file for name, make in pictures.items() for file in save(results.pictures / name, make, access=results.access)
     ]
     results.check()
     for name in PICTURES - pictures.keys():  # of earlier results

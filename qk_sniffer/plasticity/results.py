@@ -27,9 +27,10 @@ from qk_sniffer.plasticity.forms import FORMAT, encode_head, read_head, read_rec
 from qk_sniffer.plasticity.tables import HeadResult
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store import stored
-from qk_sniffer.store.disk import Check, explained, make_folder, sha256_of, unchecked, write_atomic
+from qk_sniffer.store.disk import explained, make_folder, sha256_of, write_atomic
 from qk_sniffer.store.layout import MANIFEST, PICTURE_SUFFIXES, head_name
 from qk_sniffer.store.locks import hold
+from qk_sniffer.store.open_folder import PLAIN, Access
 from qk_sniffer.store.stored import UnreadableError
 from qk_sniffer.text import shortened
 
@@ -45,7 +46,7 @@ class Results:
         self.pictures = folder / "pictures"
         self._work = folder / ".work"
         self._lock_file = folder / ".lock"
-        self._check: Check = unchecked
+        self.access: Access = PLAIN
         self._fingerprint: str | None = None
 
     @contextmanager
@@ -68,8 +69,8 @@ class Results:
             make_folder(self.folder)
         except OSError as error:
             raise StoreError(f"cannot write to {self.folder}: {error.strerror}; choose another output_dir") from error
-        with hold(self._lock_file, "measuring plasticity") as lock, lock.explaining():
-            self._check = lock.check
+        with hold(self._lock_file, "measuring plasticity", follow_links=True) as lock, lock.explaining():
+            self.access = lock
             yield
 
     def check(self) -> None:
@@ -78,7 +79,7 @@ class Results:
         Raises:
             TakenAwayError: it is not.
         """
-        self._check()
+        self.access.check()
 
     def is_finished(self, fingerprint: str) -> bool:
         """Whether the results of this fingerprint are complete; pictures do not count."""
@@ -136,7 +137,7 @@ class Results:
                     for path in self.pictures.glob(f"*{suffix}"):  # of the replaced results
                         path.unlink()
                 make_folder(self._work)
-            write_atomic(job, fingerprint.encode(), check=self.check)
+            write_atomic(job, fingerprint.encode(), access=self.access)
 
     def load(self, layer: int, q_head: int) -> HeadResult | None:
         """The result of a head from an earlier start; None if there is none of this fingerprint."""
@@ -145,16 +146,16 @@ class Results:
     def save(self, result: HeadResult) -> None:
         """Stores the result of a head durably, NaN and all digits included."""
         data = encode_head(result, str(self._fingerprint))
-        write_atomic(self._file(result.layer, result.q_head), data, check=self.check)
+        write_atomic(self._file(result.layer, result.q_head), data, access=self.access)
 
     def finish(self, results: list[HeadResult], record: dict[str, Any]) -> list[Path]:
         """Writes the tables, and `record` last; returns the tables' files."""
         self.check()
         with explained(self.record_file, "replace"):
             self.record_file.unlink(missing_ok=True)
-        files = tables.write(self.folder, results, check=self.check)
+        files = tables.write(self.folder, results, access=self.access)
         record = {"format": FORMAT, "tables": {path.name: sha256_of(path) for path in files}} | record
-        write_atomic(self.record_file, json.dumps(record, indent=2, sort_keys=True).encode(), check=self.check)
+        write_atomic(self.record_file, json.dumps(record, indent=2, sort_keys=True).encode(), access=self.access)
         if not record["damaged"]:
             self.check()
             self._clear()

@@ -15,8 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from qk_sniffer.config import MOST_HEAD_DIM
-from qk_sniffer.store.disk import Check, unchecked, write_atomic
+from qk_sniffer.store.disk import write_atomic
 from qk_sniffer.store.form_types import MOST_BUCKETS, MOST_HEADS, MOST_LAYERS
+from qk_sniffer.store.open_folder import PLAIN, Access
 from qk_sniffer.store.parquet_tables import read_table
 from qk_sniffer.store.stored import UnreadableError
 
@@ -105,7 +106,7 @@ def weights(r2: list[float]) -> list[float]:
     return shares
 
 
-def write(folder: Path, results: Iterable[HeadResult], *, check: Check = unchecked) -> list[Path]:
+def write(folder: Path, results: Iterable[HeadResult], *, access: Access = PLAIN) -> list[Path]:
     """Writes the tables of `results`, in their order, and returns the files. Each is written whole, or left as it was.
 
     Raises:
@@ -120,7 +121,7 @@ def write(folder: Path, results: Iterable[HeadResult], *, check: Check = uncheck
         pq.write_table(table, parquet, compression="zstd")
         for ending, data in (("csv", _csv(table)), ("parquet", parquet.getvalue())):
             files.append(folder / f"{name}.{ending}")
-            write_atomic(files[-1], data, check=check)
+            write_atomic(files[-1], data, access=access)
     return files
 
 

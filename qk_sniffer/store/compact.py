@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import groupby
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -30,10 +29,11 @@ from qk_sniffer.store.compaction_plan import (
     find_blocks,
     plan_compaction,
 )
-from qk_sniffer.store.disk import Check, explained, remove, unchecked
+from qk_sniffer.store.disk import explained, make_folder, remove, type_of
 from qk_sniffer.store.journal import ExampleRecord, Journal
 from qk_sniffer.store.layout import EXAMPLES, Head, Layout, examples_schema, schema
 from qk_sniffer.store.manifest import FileEntry, Written
+from qk_sniffer.store.open_folder import PLAIN, Access
 from qk_sniffer.store.parquet_writer import ParquetWriter
 from qk_sniffer.store.previous import PreviousVersion
 
@@ -72,28 +72,31 @@ def compact(
     threads: int = 1,
     row_group_bytes: int = ROW_GROUP_BYTES,
     on_file: Callable[[str], None] | None = None,
-    check: Check = unchecked,
+    access: Access = PLAIN,
 ) -> Written:
     """Stages the files of `heads` and the file of the examples in `journals`. `promote` puts them in place.
 
     Hold the finalize lock from here to the end of `promote`. Heads without rows get a file without rows. The rows of
     `previous`, a finished dataset with the same heads, come before those of the journals. `on_file` is called, from
-    several threads, with the name of every file that is written. `check` is that of the claim of the journals' job.
+    several threads, with the name of every file that is written. `access` is the way to the files: the claim of the
+    journals' job.
 
     Raises:
         StoreError: the journals are damaged, contradict each other or have no token ids; the disk is full; or a whole
             version is staged already (`finish_promotion`).
     """
-    if layout.staging.manifest.exists():
+    if type_of(layout.staging.manifest, access) is not None:
         raise StoreError(f"{layout.root} has a staged version that is not promoted yet; finish that first")
     old = [] if previous is None else previous.examples()
     records = _merged(journals)
     _check_apart(old, records)
     for journal in journals:
         journal.verify()
+    with explained(layout.journal_folder, "read"):
+        blocks = find_blocks(journals)
     job = _Job(
         layout.staging,
-        find_blocks(journals),
+        blocks,
         np.fromiter((record.index for record in records), np.int64, len(records)),
         np.fromiter((record.example_id for record in records), np.int32, len(records)),
         sampler,
@@ -101,21 +104,20 @@ def compact(
         token_string,
         previous,
         row_group_bytes,
-        check,
+        access,
     )
     added, records = records, old + records
     with explained(layout.staging.root, "write"):
-        remove(layout.staging.root, check)
-        check()
-        layout.staging.root.mkdir(parents=True)
-        files = {EXAMPLES: _write_examples(layout.staging, records)}
+        remove(layout.staging.root, access)
+        make_folder(layout.staging.root, access)
+        files = {EXAMPLES: _write_examples(layout.staging, records, access)}
         buckets: dict[str, Counter[int]] = {}
         nonfinite: Counter[str] = Counter()
         for done in _in_threads(job, list(_tasks(heads)), threads, on_file):
             files |= done.entries
             buckets.setdefault(done.kind, Counter()).update(done.buckets)
             nonfinite += done.nonfinite
-        check()
+        access.check()
     return Written(
         files=dict(sorted(files.items())),
         rows_by_bucket={kind: dict(sorted(counted.items())) for kind, counted in sorted(buckets.items())},
@@ -152,7 +154,7 @@ class _Job:
     token_string: TokenStrings | None
     previous: PreviousVersion | None
     row_group_bytes: int
-    check: Check
+    access: Access
     stop: threading.Event = field(default_factory=threading.Event)
     tokenizer: threading.Lock = field(default_factory=threading.Lock)  # a tokenizer may not be thread-safe
 
@@ -161,13 +163,13 @@ class _Job:
         kind, head_dim = heads[0].kind, heads[0].head_dim
         counted: Counter[int] = Counter()
         nonfinite: Counter[str] = Counter()
-        self.check()
-        with SegmentFiles() as segments:
+        self.access.check()
+        with SegmentFiles(self.access) as segments:
             plan = plan_compaction(self.blocks.get((heads[0].layer, kind), []), segments)
             self._check(heads, plan.blocks)
             rows_per_group = max(1, self.row_group_bytes // (4 * head_dim))
             with ExitStack() as stack:
-                outputs = [stack.enter_context(ParquetWriter(self._path(head), self._schema(head))) for head in heads]
+                outputs = [stack.enter_context(self._writer(head)) for head in heads]
                 partial = [
                     self._write_previous(head, output, rows_per_group, counted)
                     for head, output in zip(heads, outputs, strict=True)
@@ -275,8 +277,8 @@ class _Job:
         columns = schema(head.head_dim, token_ids=self.token_ids, token_strings=self.token_string is not None)
         return columns.with_metadata(dict(sorted(head.metadata.items())))
 
-    def _path(self, head: Head) -> Path:
-        return self.staging.root / head.file
+    def _writer(self, head: Head) -> ParquetWriter:
+        return ParquetWriter(self.staging.root / head.file, self._schema(head), self.access)
 
 
 def _tasks(heads: Sequence[Head]) -> Iterator[list[Head]]:
@@ -378,9 +380,9 @@ def _check_apart(old: Sequence[ExampleRecord], new: Sequence[ExampleRecord]) -> 
             )
 
 
-def _write_examples(staging: Layout, records: Sequence[ExampleRecord]) -> FileEntry:
+def _write_examples(staging: Layout, records: Sequence[ExampleRecord], access: Access) -> FileEntry:
     described = examples_schema()
-    with ParquetWriter(staging.examples, described) as output:
+    with ParquetWriter(staging.examples, described, access) as output:
         for start in range(0, len(records), EXAMPLES_PER_GROUP):
             part = records[start : start + EXAMPLES_PER_GROUP]
             columns = [[getattr(record, name) for record in part] for name in described.names]

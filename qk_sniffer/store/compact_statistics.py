@@ -8,10 +8,11 @@ from typing import Any
 from qk_sniffer.config import StatisticsConfig
 from qk_sniffer.errors import StoreError
 from qk_sniffer.store.compaction_plan import WAY_OUT
-from qk_sniffer.store.disk import Check, unchecked, write_atomic
+from qk_sniffer.store.disk import explained, make_folder, write_atomic
 from qk_sniffer.store.journal import Journal
 from qk_sniffer.store.layout import Head, Layout, statistics_file
 from qk_sniffer.store.manifest import FileEntry
+from qk_sniffer.store.open_folder import PLAIN, Access
 from qk_sniffer.store.previous import PreviousVersion
 from qk_sniffer.store.segment import DamageError, Place, read_header
 from qk_sniffer.store.statistics import (
@@ -36,18 +37,19 @@ def compact_statistics(
     *,
     num_tokens: int,
     previous: PreviousVersion | None = None,
-    check: Check = unchecked,
+    access: Access = PLAIN,
 ) -> tuple[dict[str, FileEntry], dict[str, Any]]:
     """Stages a file of statistics for each layer of `heads`, after those of `previous`.
 
     `rotations` has the rotation of each layer in the form of the manifest. `num_tokens` is the number of tokens of all
-    examples, without those that are left out. Returns the files by name, and the manifest's `statistics`.
+    examples, without those that are left out. Returns the files by name, and the manifest's `statistics`. `access` is
+    the way to the files: the claim of the job.
 
     Raises:
         StoreError: the journals or the previous version lack statistics, or have others; or a segment is damaged.
     """
     segments = [path for _, path in sorted(pair for journal in journals for pair in journal.statistics)]
-    places = [(path, _places(path)) for path in segments]
+    places = [(path, _places(path, access)) for path in segments]
     files: dict[str, FileEntry] = {}
     nonfinite: dict[str, int] = {}
     overflow: list[str] = []
@@ -59,7 +61,7 @@ def compact_statistics(
         whole = {key: _moment_shape(of_layer[key.kind], covariance=config.covariance) for key in keys}
         _check_shapes(places, whole)
         merged: dict[PartKey, Part] = {}
-        for key, part in chain(_of_previous(previous, keys, of_layer), _of_segments(places, keys)):
+        for key, part in chain(_of_previous(previous, keys, of_layer), _of_segments(places, keys, access)):
             other = key in merged and merged[key].modulus.shape != part.modulus.shape
             if other or part.moment.shape != whole[key]:
                 raise _wrong(key, _OTHER)
@@ -82,8 +84,9 @@ def compact_statistics(
                     overflow.append(name)
         data = encode(found)
         path = staging.root / statistics_file(layer)
-        path.parent.mkdir(exist_ok=True)
-        write_atomic(path, data, check=check)
+        with explained(path, "write"):
+            make_folder(path.parent, access)
+        write_atomic(path, data, access=access)
         files[statistics_file(layer)] = FileEntry.of(data)
     return files, {"tokens": num_tokens, "nonfinite": nonfinite, "overflow": overflow}
 
@@ -120,9 +123,10 @@ def _wrong(key: PartKey, what: str) -> StoreError:
     return StoreError(f"the statistics of layer {key.layer}, kind {key.kind}, stage {key.stage} {what}; {WAY_OUT}")
 
 
-def _places(path: Path) -> Places:
+def _places(path: Path, access: Access) -> Places:
     try:
-        return places_of(read_header(path))
+        with explained(path, "read"):
+            return places_of(read_header(path, access))
     except DamageError as error:
         raise _damaged(path, error) from error
 
@@ -144,11 +148,14 @@ def _of_previous(
         yield key, found.part()
 
 
-def _of_segments(places: Sequence[tuple[Path, Places]], keys: Sequence[PartKey]) -> Iterator[tuple[PartKey, Part]]:
+def _of_segments(
+    places: Sequence[tuple[Path, Places]], keys: Sequence[PartKey], access: Access
+) -> Iterator[tuple[PartKey, Part]]:
     for path, of_path in places:
         wanted = {key: of_path[key] for key in keys if key in of_path}
         try:
-            yield from read_parts(path, wanted)
+            with explained(path, "read"):
+                yield from read_parts(path, wanted, access)
         except DamageError as error:
             raise _damaged(path, error) from error
 

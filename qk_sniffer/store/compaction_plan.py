@@ -9,6 +9,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from io import RawIOBase
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from qk_sniffer.errors import StoreError
+from qk_sniffer.store.disk import open_file
 from qk_sniffer.store.journal import Journal
+from qk_sniffer.store.open_folder import PLAIN, Access
 from qk_sniffer.store.rows import RUN_COLUMNS
 from qk_sniffer.store.segment import ITEM_SIZES, DamageError, Place, read_header
 from qk_sniffer.store.segment_facts import BATCH, COUNT, FIRST, INDEX, LAST, START, blocks_of
@@ -115,7 +118,7 @@ def find_blocks(journals: Sequence[Journal]) -> dict[tuple[int, str], list[Block
         batches = np.array(sorted(journal.batches), dtype=np.int64)
         for path in journal.segments:
             try:
-                places = blocks_of(read_header(path))
+                places = blocks_of(read_header(path, journal.access))
             except DamageError as error:
                 raise StoreError(f"the journal segment {path} is damaged: {error}; rerun its job") from error
             for key, columns in places.items():
@@ -183,7 +186,8 @@ def _group(block: Int64, index: Int64, start: Int64, count: Int64) -> Group:
 class SegmentFiles:
     """Opens segments for reading, a few at a time. For use from one thread; a context manager."""
 
-    _open: OrderedDict[Path, int] = field(default_factory=OrderedDict)
+    access: Access = PLAIN
+    _open: OrderedDict[Path, RawIOBase] = field(default_factory=OrderedDict)
 
     def read(self, path: Path, offset: int, into: npt.NDArray[Any]) -> None:
         """Fills the array `into` from byte `offset` on. Uses pread, which leaves no mapped pages in memory.
@@ -214,13 +218,13 @@ class SegmentFiles:
             self._open.move_to_end(path)
         else:
             if len(self._open) >= MAX_OPEN_FILES:
-                os.close(self._open.popitem(last=False)[1])
-            self._open[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
-        return self._open[path]
+                self._open.popitem(last=False)[1].close()
+            self._open[path] = open_file(path, self.access).detach()  # without a buffer
+        return self._open[path].fileno()
 
     def __enter__(self) -> "SegmentFiles":
         return self
 
     def __exit__(self, *_: object) -> None:
         while self._open:
-            os.close(self._open.popitem()[1])
+            self._open.popitem()[1].close()

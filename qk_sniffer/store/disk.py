@@ -1,108 +1,72 @@
 """Wraps the file system: durable writes, checks of free space, and errors that name the path."""
 
-import errno
 import hashlib
 import os
-import secrets
 import shutil
-import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from qk_sniffer.errors import StoreError
+from qk_sniffer.store.open_folder import PLAIN, Access, OddFileError, regular
 
 PARQUET_SHARE = 0.75
 """The size of a head's Parquet file divided by that of its vectors in the model's own dtype. Measured with random
 mantissas: 0.72 for bfloat16, 0.86 for float32, whose journal is twice as large."""
 
 
-Check = Callable[[], None]
-"""Raises an error if the folder that a process writes to is no longer its own. Called before each step."""
-
-
-def unchecked() -> None:
-    """Is the check of a folder that no lock protects."""
-
-
-def write_atomic(path: Path, data: bytes, *, check: Check = unchecked) -> None:
+def write_atomic(path: Path, data: bytes, *, access: Access = PLAIN) -> None:
     """Writes `path` whole or not at all, and durably. Replaces an existing file."""
-    temporary = path.with_name(path.name + ".tmp")
-    with explained(path, "write"):
-        check()
-        with temporary_file(temporary) as file:
+    temporary = f"{path.name}.tmp"
+    with explained(path, "write"), access.open(path.parent) as folder:
+        access.check()
+        with folder.temporary(temporary) as file:
             file.write(data)
             file.flush()
             sync_file(file.fileno())
-            check()
-            temporary.rename(path)
-        sync_folder(path.parent)
+            access.check()
+            folder.rename(temporary, folder, path.name)
+        folder.sync()
 
 
-def create(path: Path) -> BinaryIO:
-    """Opens a new file for writing. Replaces a file of this name, and a link without writing to its target."""
-    path.unlink(missing_ok=True)
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    return os.fdopen(os.open(path, flags, 0o666), "wb")
-
-
-class OddFileError(OSError):
-    """A path leads to a link that is not followed, or to something other than a regular file; `strerror` names it."""
-
-
-def open_regular(path: Path, *, follow_links: bool = True, folder: int | None = None) -> BufferedReader:
+def open_regular(path: Path) -> BufferedReader:
     """Opens a regular file for reading. Does not wait for the writer of a pipe, and opens no device.
 
-    Args:
-        path: of the file.
-        follow_links: whether its last part may be a link.
-        folder: the descriptor of an open folder that a relative path starts from.
-
     Raises:
-        OddFileError: it is not a regular file, or a link that is not followed.
+        OddFileError: it is not a regular file.
         OSError: it cannot be opened.
     """
-    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if follow_links else os.O_NOFOLLOW)
-    try:
-        descriptor = os.open(path, flags, dir_fd=folder)
-    except OSError as error:
-        if error.errno == errno.ELOOP and not follow_links:
-            raise OddFileError(errno.ELOOP, "a link, which is not followed", str(path)) from error
-        raise
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OddFileError(errno.EINVAL, "not a file", str(path))
-    return os.fdopen(descriptor, "rb")
+    return regular(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), path)
 
 
-@contextmanager
-def temporary_file(temporary: Path) -> Iterator[BinaryIO]:
-    """Creates `temporary` for a block that writes and renames it. An error removes the file.
+def open_file(path: Path, access: Access = PLAIN) -> BufferedReader:
+    """Opens a regular file for reading; a link is not followed.
 
-    If the folder is replaced during the block, a file of this name is another process's: it stays.
+    Raises:
+        OddFileError: it is not a regular file, or a link is in the way.
+        OSError: it cannot be opened.
     """
-    with create(temporary) as file:
-        try:
-            yield file
-        except BaseException:
-            with suppress(OSError):
-                if os.path.samestat(os.fstat(file.fileno()), temporary.lstat()):
-                    temporary.unlink()
-            raise
+    with access.open(path.parent) as folder:
+        return folder.open(path.name)
 
 
-def type_of(path: Path) -> str | None:
+def type_of(path: Path, access: Access = PLAIN) -> str | None:
     """Returns what is at `path`, without following links: "file", "folder", "link" or "special file"; None: nothing."""
     try:
-        mode = path.lstat().st_mode
+        with access.open(path.parent) as folder:
+            return folder.type_of(path.name)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    return _TYPES.get(stat.S_IFMT(mode), "special file")
 
 
-_TYPES = {stat.S_IFREG: "file", stat.S_IFDIR: "folder", stat.S_IFLNK: "link"}
+def paths_in(folder: Path, access: Access = PLAIN) -> list[Path]:
+    """Returns the paths in a folder, sorted; none if there is no such folder."""
+    try:
+        with access.open(folder) as found:
+            return [folder / name for name in found.names()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 def walk(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
@@ -124,59 +88,15 @@ def walk(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
         waiting.extend(path / name for name in reversed(folders))
 
 
-def remove(path: Path, check: Check = unchecked) -> None:
+def remove(path: Path, access: Access = PLAIN) -> None:
     """Removes what is at `path`, if there is anything: a folder with its content, or a link and not its target.
 
-    `check` is called before anything is removed, and when a folder is open: what is removed from then on is of the
-    folder that was at `path` during the check, although another one may take its place.
+    Raises:
+        StoreError: it cannot be removed.
     """
-    check()
-    if type_of(path) != "folder":
-        path.unlink(missing_ok=True)
-        return
-    descriptor = open_folder(path)
-    try:
-        check()
-        while names := _names(descriptor):
-            for name in names:
-                _remove_entry(name, descriptor)
-    finally:
-        os.close(descriptor)
-    os.rmdir(path)  # noqa: PTH106 - as the entries
-
-
-def _remove_entry(name: str, folder: int) -> None:
-    """Removes an entry of an open folder; of a folder that contains folders, these become entries first.
-
-    The depth is therefore not limited by the recursion of Python, the number of open files or the length of paths.
-    """
-    if not _is_folder(name, folder):
-        os.unlink(name, dir_fd=folder)
-        return
-    inner = open_folder(name, folder)
-    try:
-        for each in _names(inner):
-            if _is_folder(each, inner):
-                os.rename(each, f".removed-{secrets.token_hex(8)}", src_dir_fd=inner, dst_dir_fd=folder)
-            else:
-                os.unlink(each, dir_fd=inner)
-    finally:
-        os.close(inner)
-    os.rmdir(name, dir_fd=folder)
-
-
-def _names(folder: int) -> list[str]:
-    with os.scandir(folder) as entries:
-        return [entry.name for entry in entries]
-
-
-def _is_folder(name: str, folder: int) -> bool:
-    return stat.S_ISDIR(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode)
-
-
-def open_folder(path: Path | str, folder: int | None = None) -> int:
-    """Returns the descriptor of a folder that is not a link. A relative path starts from the open `folder`."""
-    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
+    access.check()
+    with explained(path, "remove"), suppress(FileNotFoundError), access.open(path.parent) as folder:
+        folder.remove(path.name, access.check)
 
 
 def sync_file(descriptor: int) -> None:
@@ -184,21 +104,15 @@ def sync_file(descriptor: int) -> None:
     os.fsync(descriptor)
 
 
-def sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path, access: Access = PLAIN) -> None:
     """Returns when the names in `folder` are on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with access.open(folder) as found:
+        found.sync()
 
 
-def make_folder(folder: Path) -> None:
+def make_folder(folder: Path, access: Access = PLAIN) -> None:
     """Creates `folder` and its missing parents durably."""
-    missing = [each for each in (folder, *folder.parents) if not each.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
-    for each in missing:
-        sync_folder(each.parent)
+    access.open(folder, create=True).close()
 
 
 @contextmanager
@@ -208,6 +122,8 @@ def explained(path: Path, action: str) -> Iterator[None]:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
+        if isinstance(error, OddFileError):
+            reason = f"{error.filename} is {reason}"
         raise StoreError(
             f"cannot {action} {path}: {reason}. Everything that was complete is kept: solve this and rerun the "
             "command to resume"
@@ -217,7 +133,12 @@ def explained(path: Path, action: str) -> Iterator[None]:
 def sha256_of(path: Path) -> str:
     """Returns the sha256 of a regular file, in hex."""
     with open_regular(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return digest_of(file)
+
+
+def digest_of(file: BufferedReader) -> str:
+    """Returns the sha256 of an open file, in hex."""
+    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def required_bytes(num_vectors: int, head_dim: int, itemsize: int) -> int:

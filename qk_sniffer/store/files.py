@@ -1,5 +1,6 @@
 """Gives access to the files of a finished dataset, in a folder or on a branch of the Hub (`hub/branch.py`)."""
 
+import errno
 import os
 import stat
 from collections.abc import Mapping
@@ -9,7 +10,8 @@ from pathlib import Path
 from typing import Protocol
 
 from qk_sniffer.errors import StoreError
-from qk_sniffer.store.disk import open_folder, open_regular
+from qk_sniffer.store.disk import open_file
+from qk_sniffer.store.open_folder import OddFileError, anchored
 
 
 class Files(Protocol):
@@ -82,16 +84,10 @@ def open_inside(root: Path, name: str) -> BufferedReader:
         OSError: it cannot be opened.
     """
     base, target = _resolved(root, name)
-    folder = os.open(base, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        *parents, last = target.relative_to(base).parts or (".",)
-        for parent in parents:
-            inner = open_folder(parent, folder)
-            os.close(folder)
-            folder = inner
-        return open_regular(Path(last), follow_links=False, folder=folder)
-    finally:
-        os.close(folder)
+    if target == base:
+        raise OddFileError(errno.EISDIR, "not a file", str(target))
+    with anchored(base) as access:
+        return open_file(target, access)
 
 
 def _resolved(root: Path, name: str) -> tuple[Path, Path]:

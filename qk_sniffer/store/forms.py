@@ -26,6 +26,7 @@ from qk_sniffer.store.form_types import (
 )
 from qk_sniffer.store.layout import FORMAT, is_dataset_file, parse_head_name
 from qk_sniffer.store.model_forms import Model, layer_problems
+from qk_sniffer.store.open_folder import PLAIN, Access
 from qk_sniffer.store.proof_forms import Proof, proof_problems
 from qk_sniffer.store.stored import LARGE, Count, Seconds, Text, UnreadableError
 from qk_sniffer.text import is_branch_name
@@ -285,14 +286,15 @@ class Manifest(Job):
     timings: dict[str, Seconds]
 
 
-def read_record(path: Path, *, way_out: str) -> dict[str, Any]:
-    """Returns the record of a job in a file of the work folder, as plain data.
+def read_record(path: Path, *, way_out: str, access: Access = PLAIN) -> dict[str, Any]:
+    """Returns the record of a job in a file of the work folder, as plain data. `access` is the way to the file.
 
     Raises:
         FileNotFoundError: there is no such file.
         UnreadableError: it is not a record of this package.
     """
-    return decode_record(stored.read_bytes(path, way_out=way_out, most_bytes=LARGE), path, way_out=way_out)
+    data = stored.read_bytes(path, way_out=way_out, most_bytes=LARGE, access=access)
+    return decode_record(data, path, way_out=way_out)
 
 
 def decode_record(data: bytes, name: Path | str, *, way_out: str) -> dict[str, Any]:
@@ -305,14 +307,14 @@ def decode_record(data: bytes, name: Path | str, *, way_out: str) -> dict[str, A
     return _checked(values, name, way_out, _in_a_record)
 
 
-def read_manifest(path: Path, *, way_out: str, follow_links: bool) -> dict[str, Any]:
-    """Returns the manifest in a file, as plain data.
+def read_manifest(path: Path, *, way_out: str, follow_links: bool, access: Access = PLAIN) -> dict[str, Any]:
+    """Returns the manifest in a file, as plain data. `access` is the way to a file that may not be a link.
 
     Raises:
         FileNotFoundError, NotADirectoryError: there is no such file.
         UnreadableError: it is not a manifest of this package.
     """
-    data = stored.read_bytes(path, way_out=way_out, most_bytes=LARGE, follow_links=follow_links)
+    data = stored.read_bytes(path, way_out=way_out, most_bytes=LARGE, follow_links=follow_links, access=access)
     return decode_manifest(data, path, way_out=way_out)
 
 

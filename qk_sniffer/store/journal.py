@@ -21,8 +21,9 @@ import numpy.typing as npt
 
 from qk_sniffer.errors import StoreError
 from qk_sniffer.logs import logger
-from qk_sniffer.store.disk import Check, explained, make_folder, remove, unchecked
-from qk_sniffer.store.segment import SUFFIX, DamageError, read_header, segment_number, verify_segment
+from qk_sniffer.store.disk import explained, make_folder, paths_in, remove
+from qk_sniffer.store.open_folder import PLAIN, Access
+from qk_sniffer.store.segment import DamageError, read_header, segment_number, verify_segment
 from qk_sniffer.store.segment_facts import SegmentFacts, blocks_of, check_runs, facts_of
 
 log = logger(__name__)
@@ -65,20 +66,22 @@ class Journal:
         checks: for each finished batch, the checks of attention kernels in its forward pass.
         statistics: for each finished group of batches that has any, the lowest index of its examples and the segment
             with its statistics.
-        segments: the files that hold rows of these batches.
+        segments: the files that hold rows of these batches; `access` is the way to them.
         damaged: the names of the segments that cannot be used. Batches with rows in them are not finished.
         lost: indices of examples that were finished before and are not any more, as far as the journal shows.
         foreign: the names of the segments of other jobs.
         next_segment, next_batch: the first numbers that no readable segment uses.
     """
 
-    def __init__(self, folder: Path, job_id: str | None = None, *, verify: bool = True) -> None:
+    def __init__(self, folder: Path, job_id: str | None = None, *, verify: bool = True, access: Access = PLAIN) -> None:
         """Reads the journal of the job `job_id`; None: of no job, as for a benchmark.
 
-        `verify` compares every segment with its checksum, at about the speed of the disk.
+        `verify` compares every segment with its checksum, at about the speed of the disk. `access` is the way to the
+        folder.
         """
         self.folder = folder
         self.job_id = job_id
+        self.access = access
         self.records: dict[int, ExampleRecord] = {}
         self.batches: set[int] = set()
         self.batching: dict[int, tuple[int, Batching]] = {}
@@ -118,13 +121,14 @@ class Journal:
                 "captures the examples in the damaged segments again and keeps the others"
             )
 
-    def prepare(self, check: Check = unchecked) -> None:
+    def prepare(self, access: Access = PLAIN) -> None:
         """Makes the folder ready for a writer: creates it and removes the files without use. Hold the shard's lock."""
         with explained(self.folder, "write"):
-            check()
-            make_folder(self.folder)
-            for path in (*self._unused, *self.folder.glob("*.tmp")):
-                remove(path, check)
+            access.check()
+            make_folder(self.folder, access)
+            unfinished = [path for path in paths_in(self.folder, access) if path.suffix == ".tmp"]
+            for path in (*self._unused, *unfinished):
+                remove(path, access)
         self._unused.clear()
         self.damaged.clear()
         self.foreign.clear()
@@ -172,12 +176,12 @@ class Journal:
         """Returns the facts of the segments of this job by path, in order, and the damage of unreadable ones."""
         facts: dict[Path, SegmentFacts] = {}
         damaged: dict[Path, DamageError] = {}
-        for path in sorted(self.folder.glob("*" + SUFFIX)):
-            if segment_number(path) is None:
-                continue
+        with explained(self.folder, "read"):
+            paths = [path for path in paths_in(self.folder, self.access) if segment_number(path) is not None]
+        for path in paths:
             try:
                 with explained(path, "read"):
-                    header = read_header(path)
+                    header = read_header(path, self.access)
                 if header.metadata.get("job") != self.job_id:
                     self.foreign.append(path.name)
                     self._unused.append(path)
@@ -255,9 +259,9 @@ class Journal:
 
         def compare(path: Path) -> None:
             try:
-                verify_segment(path)
-                header = read_header(path)
-                self._verified[path] = check_runs(path, header, facts_of(header, _number(path)))
+                verify_segment(path, self.access)
+                header = read_header(path, self.access)
+                self._verified[path] = check_runs(path, header, facts_of(header, _number(path)), self.access)
             except DamageError as error:
                 damaged[path] = error
 

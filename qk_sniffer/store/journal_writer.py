@@ -12,15 +12,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import astuple, dataclass
 from functools import cached_property
-from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from qk_sniffer.errors import QkSnifferError, StoreError
 from qk_sniffer.machine import trim_memory
 from qk_sniffer.store.buffer import Buffer, Region
-from qk_sniffer.store.disk import Check, explained, unchecked
+from qk_sniffer.store.disk import explained
 from qk_sniffer.store.journal import AttentionFacts, Batching, ExampleRecord, Journal
+from qk_sniffer.store.open_folder import PLAIN, Access
 from qk_sniffer.store.rows import RUN_COLUMNS, Event, Form, Rows, Slot, block_tensors
 from qk_sniffer.store.segment import Tensor, write_segment
 from qk_sniffer.store.stored import LARGE
@@ -54,23 +54,23 @@ class JournalWriter:
         flush_s: float = FLUSH_S,
         pinned: bool = False,
         batching: Batching | None = None,
-        check: Check = unchecked,
+        access: Access = PLAIN,
     ) -> None:
         """Removes files without use from the journal's folder, and starts the thread. Hold the shard's lock.
 
         Args:
             journal: the journal to continue.
-            check: that of the claim of the journal's job.
+            access: the way to the journal's folder: the claim of its job.
             queue_bytes: the size of the buffer, which holds the rows that are not durable yet.
             segment_bytes: the approximate size of a segment.
             flush_s: the longest time that a finished batch waits for its segment to fill, in seconds.
             pinned: whether the buffer is page-locked, so that a CUDA device copies to it while it computes.
             batching: the batch settings of the job, which every segment names.
         """
-        journal.prepare(check)
+        journal.prepare(access)
         self._journal = journal
         self._batching = batching
-        self._check_claim = check
+        self._access = access
         self._segment_bytes = segment_bytes
         self._flush_s = flush_s
         self._changed = threading.Condition()
@@ -246,8 +246,7 @@ class JournalWriter:
             while items := self._take():
                 start = time.monotonic()
                 with explained(self._journal.folder, "write the journal"):
-                    path = self._write(items)
-                    written = path.stat().st_size
+                    written = self._write(items)
                 trim_memory()  # once a segment costs nothing
                 with self._changed:
                     self.write_s += time.monotonic() - start
@@ -304,7 +303,8 @@ class JournalWriter:
     def _first_end(self) -> "_End | None":
         return next((item for item in self._queue if isinstance(item, _End)), None)
 
-    def _write(self, items: list["Slot | _End"]) -> Path:
+    def _write(self, items: list["Slot | _End"]) -> int:
+        """Writes a segment, and returns its bytes."""
         journal, number = self._journal, self._journal.next_segment
         slots: dict[tuple[int, str], list[Slot]] = {}
         statistics: Sequence[Tensor] = ()
@@ -337,10 +337,10 @@ class JournalWriter:
         tensors += [tensor for _, group in sorted(slots.items()) for tensor in block_tensors(group)]
         # The small tensors first: a compaction reads them alone before it reads any rows. The sort is stable.
         tensors.sort(key=lambda tensor: tensor.name.endswith(".vectors"))
-        path = write_segment(journal.folder, number, tensors, metadata, self._check_claim)
+        path, size = write_segment(journal.folder, number, tensors, metadata, self._access)
         journal.segments.append(path)
         journal.next_segment += 1
-        return path
+        return size
 
 
 @dataclass(frozen=True, eq=False)

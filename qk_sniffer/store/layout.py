@@ -19,7 +19,6 @@
 
 import re
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, NamedTuple, TypedDict
@@ -296,14 +295,6 @@ def examples_schema() -> pa.Schema:
             pa.field("truncated", pa.bool_(), nullable=False),
         ]
     )
-
-
-def remove_file(layout: Layout, path: Path) -> None:
-    """Removes a file of the dataset, and its folder below the root if that is empty then."""
-    path.unlink(missing_ok=True)
-    if path.parent != layout.root:
-        with suppress(OSError):
-            path.parent.rmdir()
 
 
 def is_ours(layout: Layout) -> bool:

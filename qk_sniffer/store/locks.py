@@ -1,7 +1,9 @@
 """Holds kernel file locks in the data root: they are released when a job dies, and they name their holder.
 
 A lock protects a folder only as long as its file is at its path. If the folder is removed, moved or replaced while a
-job runs, another job can take a lock of the same name there. A job therefore checks its `Lock` before each write.
+job runs, another job can take a lock of the same name there. A job therefore checks its `Lock` before each write. It
+reads and writes through the lock, from the folder on that it opened for the lock's file: what it writes just after a
+check is at worst in its own folder, which has no path any more.
 
 On Linux these are record locks of the open file description. File systems that serve several machines (NFS, Lustre,
 GPFS) treat them as POSIX locks. Unlike those, they are not released when the process closes another descriptor of the
@@ -18,14 +20,15 @@ import struct
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from qk_sniffer.errors import QkSnifferError, StoreError
 from qk_sniffer.store import stored
-from qk_sniffer.store.disk import explained, remove, type_of
+from qk_sniffer.store.disk import explained
+from qk_sniffer.store.open_folder import Anchored, OpenFolder
 from qk_sniffer.store.stored import Count, Text, UnreadableError
 
 _FLOCK = "hhqqi"
@@ -59,8 +62,11 @@ class TakenAwayError(StoreError):
 
 
 @dataclass(frozen=True)
-class Lock:
-    """A lock that is held. `descriptor` is that of the locked file."""
+class Lock(Anchored):
+    """A lock that is held, and the way to the files of its folder. `descriptor` is that of the locked file.
+
+    `folders` are the folder of the lock, and the one that contains it unless the former may be a link.
+    """
 
     path: Path
     descriptor: int
@@ -101,12 +107,14 @@ def restart_patience_s() -> float:
 
 
 @contextmanager
-def hold(path: Path, purpose: str, *, wait_s: float = 0.0, replace: bool = False) -> Iterator[Lock]:
+def hold(
+    path: Path, purpose: str, *, wait_s: float = 0.0, replace: bool = False, follow_links: bool = False
+) -> Iterator[Lock]:
     """Holds the lock `path` within the block. The file exists during the block, and after a crash.
 
     `purpose` is the activity of a holder in the error: "capturing shard 0 of 1". `wait_s` is how long to try. With
     `replace`, a folder, a link or anything else of that name that is not a lock file is removed first. Creates the
-    folder of the lock, but not its parents.
+    folder of the lock, but not its parents. `follow_links` says that this folder may be a link, which its user made.
 
     Raises:
         InUseError: the lock is held.
@@ -117,7 +125,7 @@ def hold(path: Path, purpose: str, *, wait_s: float = 0.0, replace: bool = False
     while True:
         try:
             with explained(path, "lock"):
-                lock = Lock(path, _locked(path, purpose, replace))
+                lock = _locked(path, purpose, replace, follow_links)
             break
         except InUseError:
             if time.monotonic() >= deadline:
@@ -130,9 +138,11 @@ def hold(path: Path, purpose: str, *, wait_s: float = 0.0, replace: bool = False
         is_mine = lock.is_at_its_path  # another job may have a lock there
         if is_mine:
             # Unlinked while it is held: a process that opened it before then finds another file, or none, at the path.
-            path.unlink(missing_ok=True)
+            lock.folders[0].unlink(path.name)
         _held.discard(lock.descriptor)
         os.close(lock.descriptor)
+        for folder in lock.folders:
+            folder.close()
         if is_mine:
             with suppress(OSError):  # an empty work folder has no meaning
                 path.parent.rmdir()
@@ -171,37 +181,55 @@ _SAFELY = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 """Opens no link, and does not wait for the other end of a pipe."""
 
 
-def _locked(path: Path, purpose: str, replace: bool) -> int:
+def _locked(path: Path, purpose: str, replace: bool, follow_links: bool) -> Lock:
     while True:
         path.parent.mkdir(exist_ok=True)
-        try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | _SAFELY, 0o666)
-        except FileNotFoundError:  # another job removed the folder at its end
-            continue
-        except OSError:
-            if type_of(path) in (None, "file"):
-                raise
-            _clear(path, replace, f"is a {type_of(path)}, not a lock file")
-            continue
-        if problem := _problem(os.fstat(descriptor)):
-            os.close(descriptor)
-            if is_held(path):  # by a job whose folder was copied with hard links meanwhile
-                raise _in_use(path, purpose)
-            _clear(path, replace, problem)
-            continue
-        try:
-            _lock(descriptor)
-            if _is_at(descriptor, path):
-                os.ftruncate(descriptor, 0)
-                os.pwrite(descriptor, json.dumps(asdict(Holder.me())).encode(), 0)
-                return descriptor
-        except (BlockingIOError, PermissionError):
-            os.close(descriptor)
-            raise _in_use(path, purpose) from None
-        except BaseException:
-            os.close(descriptor)
+        with ExitStack() as opened:
+            try:
+                folder = opened.enter_context(OpenFolder.at(path.parent, follow_links=follow_links))
+                folders = [folder] if follow_links else [folder, opened.enter_context(folder.parent())]
+                descriptor = _lock_file(folder, path, purpose, replace)
+            except FileNotFoundError:  # another job removed the folder at its end
+                continue
+            if descriptor is not None:
+                opened.pop_all()
+                return Lock(folders, path, descriptor)
+
+
+def _lock_file(folder: OpenFolder, path: Path, purpose: str, replace: bool) -> int | None:
+    """Locks the file of `path` in its open folder. Returns its descriptor; None if the file is not at the path now.
+
+    Raises:
+        FileNotFoundError: the folder was removed.
+    """
+    try:
+        descriptor = os.open(path.name, os.O_RDWR | os.O_CREAT | _SAFELY, 0o666, dir_fd=folder.descriptor)
+    except OSError:
+        kind = folder.type_of(path.name)
+        if kind in (None, "file"):
             raise
-        os.close(descriptor)  # the locked file was just unlinked by its holder
+        _clear(folder, path, replace, f"is a {kind}, not a lock file")
+        return None
+    if problem := _problem(os.fstat(descriptor)):
+        os.close(descriptor)
+        if is_held(path):  # by a job whose folder was copied with hard links meanwhile
+            raise _in_use(path, purpose)
+        _clear(folder, path, replace, problem)
+        return None
+    try:
+        _lock(descriptor)
+        if _is_at(descriptor, path):
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps(asdict(Holder.me())).encode(), 0)
+            return descriptor
+    except (BlockingIOError, PermissionError):
+        os.close(descriptor)
+        raise _in_use(path, purpose) from None
+    except BaseException:
+        os.close(descriptor)
+        raise
+    os.close(descriptor)  # the locked file was just unlinked by its holder
+    return None
 
 
 def _in_use(path: Path, purpose: str) -> InUseError:
@@ -219,10 +247,10 @@ def _problem(facts: os.stat_result) -> str | None:
     return None
 
 
-def _clear(path: Path, replace: bool, problem: str) -> None:
+def _clear(folder: OpenFolder, path: Path, replace: bool, problem: str) -> None:
     if not replace:
         raise UnreadableError(path, problem, "remove it; in a data root, output.overwrite=true does so")
-    remove(path)
+    folder.remove(path.name)
 
 
 def _lock(descriptor: int) -> None:

@@ -40,10 +40,11 @@ from pathlib import Path
 from typing import Any
 
 from qk_sniffer.store import stored
-from qk_sniffer.store.disk import Check, unchecked, write_atomic
+from qk_sniffer.store.disk import write_atomic
 from qk_sniffer.store.files import Files, difference, inside
 from qk_sniffer.store.forms import decode_manifest, read_manifest
 from qk_sniffer.store.layout import FORMAT, MANIFEST, HeadKey, Layout, missing_manifest, parse_head_name
+from qk_sniffer.store.open_folder import PLAIN, Access
 
 WAY_OUT = (
     "use the version of qk-sniffer that wrote it, fetch the dataset again, or recreate it with output.overwrite=true"
@@ -129,9 +130,9 @@ def encode(manifest: Mapping[str, Any]) -> bytes:
     return stored.encode(manifest, indent=2, sort_keys=True)
 
 
-def write(layout: Layout, manifest: Mapping[str, Any], *, check: Check = unchecked) -> None:
+def write(layout: Layout, manifest: Mapping[str, Any], *, access: Access = PLAIN) -> None:
     """Writes the manifest of the dataset at `layout`, atomically and durably."""
-    write_atomic(layout.manifest, encode(manifest), check=check)
+    write_atomic(layout.manifest, encode(manifest), access=access)
 
 
 def read(root: Path) -> dict[str, Any]:

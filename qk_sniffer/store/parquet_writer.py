@@ -17,26 +17,26 @@ from qk_sniffer.errors import StoreError
 from qk_sniffer.store.disk import sync_file
 from qk_sniffer.store.layout import VECTOR_PATH
 from qk_sniffer.store.manifest import FileEntry
-from qk_sniffer.text import is_utf8_path
+from qk_sniffer.store.open_folder import PLAIN, Access
 
 
 class ParquetWriter:
-    """Writes a Parquet file, row group by row group. A context manager.
+    """Writes a Parquet file, row group by row group. A context manager. Replaces an existing file.
 
+    `access` is the way to the folder of the file, which is made if it is missing.
     `entry` is set when the block ends without an exception; the file is durable then.
     """
 
-    def __init__(self, path: Path, schema: pa.Schema) -> None:
-        path.parent.mkdir(exist_ok=True)
+    def __init__(self, path: Path, schema: pa.Schema, access: Access = PLAIN) -> None:
         self.entry: FileEntry | None = None
         self._path = path
         self._rows = 0
         self._written: list[pq.FileMetaData] = []
         others = [name for name in schema.names if name != "vector"]
-        # pyarrow takes a path as UTF-8 text, see `parquet_files.py`.
-        self._file = None if is_utf8_path(path) else path.open("wb")
+        with access.open(path.parent, create=True) as folder:
+            self._file = folder.create(path.name)
         self._writer = pq.ParquetWriter(
-            self._file or path,
+            self._file,
             schema,
             version="2.6",
             compression="zstd",
@@ -57,24 +57,18 @@ class ParquetWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
-            with suppress(Exception):  # otherwise pyarrow closes it when it collects the writer
-                self._close()
-            return
-        self._close()
-        check_encodings(self._path, self._written[0])
-        with self._path.open("rb") as file:
+        with self._file as file:
+            if kind is not None:
+                with suppress(Exception):  # otherwise pyarrow closes it when it collects the writer
+                    self._writer.close()
+                return
+            self._writer.close()
+            check_encodings(self._path, self._written[0])
+            file.flush()
             sync_file(file.fileno())
             # Hashed from a mapping: pyarrow would copy each write for a Python file object that hashes it.
             with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as data:
                 self.entry = FileEntry(self._rows, len(data), hashlib.sha256(data).hexdigest())
-
-    def _close(self) -> None:
-        try:
-            self._writer.close()
-        finally:
-            if self._file is not None:
-                self._file.close()
 
 
 def check_encodings(path: Path, metadata: pq.FileMetaData) -> None:

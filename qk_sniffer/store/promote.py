@@ -14,7 +14,7 @@ The manifest in the root has neither: equal jobs make equal manifests.
 """
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
+from contextlib import suppress
 from typing import Any
 
 from qk_sniffer.errors import StoreError
@@ -22,10 +22,11 @@ from qk_sniffer.logs import logger
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store import stored
 from qk_sniffer.store.claim import Claim
-from qk_sniffer.store.disk import Check, explained, sha256_of, sync_folder, type_of, unchecked, write_atomic
+from qk_sniffer.store.disk import digest_of, explained, open_file, sync_folder, type_of, write_atomic
 from qk_sniffer.store.forms import decode_manifest, read_manifest
-from qk_sniffer.store.layout import CARD, Layout, remove_file
+from qk_sniffer.store.layout import CARD, MANIFEST, Layout
 from qk_sniffer.store.manifest import FileEntry
+from qk_sniffer.store.open_folder import PLAIN, Access, OpenFolder
 from qk_sniffer.store.stored import UnreadableError
 from qk_sniffer.store.work_folder import remove_work
 
@@ -48,15 +49,15 @@ def promote(
         StoreError: the disk failed. The old dataset still exists, or `finish_promotion` completes the new one.
         TakenAwayError: the data root is no longer the job's.
     """
-    staging, check = layout.staging, unchecked if claim is None else claim.check
+    staging, access = layout.staging, PLAIN if claim is None else claim
     with explained(staging.root, "write"):
         if card is not None:
-            write_atomic(staging.card, card, check=check)
+            write_atomic(staging.card, card, access=access)
             manifest = manifests.with_files(manifest, {CARD: FileEntry.of(card)})
         decode_manifest(manifests.encode(manifest), staging.manifest, way_out=WAY_OUT)  # as every reader does
         for name in manifest["files"]:
-            sync_folder((staging.root / name).parent)
-        manifests.write(staging, {**manifest, "sha256": stored.digest(manifest)}, check=check)
+            sync_folder((staging.root / name).parent, access)
+        manifests.write(staging, {**manifest, "sha256": stored.digest(manifest)}, access=access)
     _promote(layout, dict(manifest), claim)
 
 
@@ -70,7 +71,8 @@ def finish_promotion(layout: Layout, claim: Claim | None = None) -> bool:
         StoreError: the disk failed.
         TakenAwayError: the data root is no longer the job's.
     """
-    manifest = staged_manifest(layout)
+    access = PLAIN if claim is None else claim
+    manifest = staged_manifest(layout, access)
     if manifest is None:
         return False
     if manifest.get("job_id") != (None if claim is None else claim.job_id):
@@ -78,24 +80,24 @@ def finish_promotion(layout: Layout, claim: Claim | None = None) -> bool:
         return False
     if not _is_promoted(layout, manifest):
         with explained(layout.root, "read"):
-            _check_files(layout, manifest["files"])
+            _check_files(layout, manifest["files"], access)
     _promote(layout, manifest, claim)
     return True
 
 
-def finish_removal(layout: Layout, check: Check) -> bool:
+def finish_removal(layout: Layout, access: Access) -> bool:
     """Removes the rest of the work of a promotion that was interrupted after the record of its job was removed.
 
     Returns False if there is none. Hold the finalize lock.
     """
-    manifest = staged_manifest(layout)
+    manifest = staged_manifest(layout, access)
     if manifest is None or not _is_promoted(layout, manifest):
         return False
-    remove_work(layout, check)
+    remove_work(layout, access)
     return True
 
 
-def staged_manifest(layout: Layout) -> dict[str, Any] | None:
+def staged_manifest(layout: Layout, access: Access) -> dict[str, Any] | None:
     """Returns the manifest of the staged version; None if no version is staged whole.
 
     Raises:
@@ -103,7 +105,7 @@ def staged_manifest(layout: Layout) -> dict[str, Any] | None:
     """
     path = layout.staging.manifest
     try:
-        manifest = read_manifest(path, way_out=WAY_OUT, follow_links=False)
+        manifest = read_manifest(path, way_out=WAY_OUT, follow_links=False, access=access)
     except (FileNotFoundError, NotADirectoryError):
         return None
     if manifest.pop("sha256", None) != stored.digest(manifest):
@@ -112,58 +114,85 @@ def staged_manifest(layout: Layout) -> dict[str, Any] | None:
 
 
 def _promote(layout: Layout, manifest: dict[str, Any], claim: Claim | None) -> None:
-    check = unchecked if claim is None else claim.check
+    access = PLAIN if claim is None else claim
     with explained(layout.root, "move the dataset into"):
         if not _is_promoted(layout, manifest):
-            for folder in sorted({(layout.root / name).parent for name in manifest["files"]} - {layout.root}):
-                if type_of(folder) not in (None, "folder"):
-                    raise StoreError(
-                        f"{folder} is not a folder, and the dataset is not written through it; remove it. {_RERUN}"
-                    )
-            for path in (layout.manifest, *(layout.root / name for name in manifest["files"])):
-                if type_of(path) == "folder":
-                    raise StoreError(f"{path} is a folder, where the dataset has a file: remove it. {_RERUN}")
-            check()
-            layout.manifest.unlink(missing_ok=True)
-            sync_folder(layout.root)
-            _move(layout, manifest["files"], check)
-            # The pictures and statistics of a version are of its vectors.
-            others = [*layout.pictures(), *layout.statistics_files()]
-            for path in [*(path for _, path in layout.head_files()), *others]:
-                is_listed = path.relative_to(layout.root).as_posix() in manifest["files"]
-                if not is_listed and not path.parent.is_symlink():
-                    check()
-                    remove_file(layout, path)
-            sync_folder(layout.root)
-            manifests.write(layout, _public(manifest), check=check)
-        check()
-        remove_work(layout, unchecked if claim is None else claim.lock.check)
+            with access.open(layout.root) as root, access.open(layout.staging.root) as staging:
+                _check_places(root, manifest["files"])
+                access.check()
+                root.unlink(MANIFEST)
+                sync_folder(layout.root, access)
+                _move(staging, root, manifest["files"], access)
+                # The pictures and statistics of a version are of its vectors.
+                others = [*layout.pictures(), *layout.statistics_files()]
+                for path in [*(path for _, path in layout.head_files()), *others]:
+                    name = path.relative_to(layout.root).as_posix()
+                    if name not in manifest["files"] and root.type_of(path.parent.name) == "folder":
+                        access.check()
+                        _remove_file(root, name)
+                sync_folder(layout.root, access)
+                manifests.write(layout, _public(manifest), access=access)
+        access.check()
+        remove_work(layout, PLAIN if claim is None else claim.lock)
 
 
-def _check_files(layout: Layout, files: Mapping[str, Mapping[str, Any]]) -> None:
+def _check_places(root: OpenFolder, names: Iterable[str]) -> None:
+    """Checks that nothing but folders and files of a dataset is where it gets folders and files.
+
+    Raises:
+        StoreError: something else is there.
+    """
+    for name in sorted({*names, MANIFEST}):
+        folder, _, file = name.rpartition("/")
+        if folder and root.type_of(folder) not in (None, "folder"):
+            raise StoreError(
+                f"{root.path / folder} is not a folder, and the dataset is not written through it; remove it. {_RERUN}"
+            )
+        with suppress(FileNotFoundError), _folder_of(root, name) as found:
+            if found.type_of(file) == "folder":
+                raise StoreError(f"{root.path / name} is a folder, where the dataset has a file: remove it. {_RERUN}")
+
+
+def _check_files(layout: Layout, files: Mapping[str, Mapping[str, Any]], access: Access) -> None:
     """Compares the files, staged or moved already, with the manifest: time has passed since they were written."""
     for name, entry in files.items():
         staged = layout.staging.root / name
-        path = staged if type_of(staged) is not None else layout.root / name
-        if type_of(path) != "file" or sha256_of(path) != entry["sha256"]:
-            raise UnreadableError(
-                path, "is missing from the version that replaces the dataset, or has changed", WAY_OUT
-            )
+        path = staged if type_of(staged, access) is not None else layout.root / name
+        if type_of(path, access) == "file":
+            with open_file(path, access) as file:
+                if digest_of(file) == entry["sha256"]:
+                    continue
+        raise UnreadableError(path, "is missing from the version that replaces the dataset, or has changed", WAY_OUT)
 
 
-def _move(layout: Layout, names: Iterable[str], check: Check) -> None:
-    touched: set[Path] = set()
+def _move(staging: OpenFolder, root: OpenFolder, names: Iterable[str], access: Access) -> None:
+    """Moves the staged files to the root, between folders that stay open: no path is looked up again."""
     for name in names:
-        source, target = layout.staging.root / name, layout.root / name
-        check()
-        if source.exists():
-            target.parent.mkdir(exist_ok=True)
-            source.replace(target)
-            touched.add(target.parent)
-        elif type_of(target) is None:  # `_check_files` has compared one that was moved before
-            raise UnreadableError(target, "is missing from the version that replaces the dataset", WAY_OUT)
-    for folder in touched:
-        sync_folder(folder)
+        file = name.rpartition("/")[2]
+        with _folder_of(root, name, create=True) as target:
+            access.check()
+            try:
+                with _folder_of(staging, name) as source:
+                    source.rename(file, target, file)
+            except FileNotFoundError:
+                if target.type_of(file) is None:  # `_check_files` has compared one that was moved before
+                    problem = "is missing from the version that replaces the dataset"
+                    raise UnreadableError(root.path / name, problem, WAY_OUT) from None
+            target.sync()
+
+
+def _remove_file(root: OpenFolder, name: str) -> None:
+    """Removes a file of the dataset, and its folder below the root if that is empty then."""
+    folder, _, file = name.rpartition("/")
+    with _folder_of(root, name) as found:
+        found.unlink(file)
+    root.rmdir(folder)
+
+
+def _folder_of(root: OpenFolder, name: str, *, create: bool = False) -> OpenFolder:
+    """Opens the folder of a file of the dataset."""
+    folder = name.rpartition("/")[0]
+    return root.folder(folder, create=create) if folder else root.again()
 
 
 def _is_promoted(layout: Layout, manifest: Mapping[str, Any]) -> bool:

@@ -16,9 +16,10 @@ from typing import Any
 from qk_sniffer.errors import StoreError
 from qk_sniffer.logs import logger
 from qk_sniffer.store import forms, stored
-from qk_sniffer.store.disk import Check, unchecked, write_atomic
+from qk_sniffer.store.disk import remove, write_atomic
 from qk_sniffer.store.forms import Identity, Mark, Unpublished
 from qk_sniffer.store.layout import Layout
+from qk_sniffer.store.open_folder import PLAIN, Access
 from qk_sniffer.store.stored import LARGE, UnreadableError
 
 log = logger(__name__)
@@ -31,24 +32,24 @@ def new_job_id(record: Mapping[str, Any]) -> str:
     return f"{secrets.token_hex(8)}-{_digest(record)}"
 
 
-def stored_job_id(layout: Layout) -> str:
+def stored_job_id(layout: Layout, access: Access) -> str:
     """Returns the identity of the job whose record is in `layout`.
 
     Raises:
         FileNotFoundError, NotADirectoryError: there is no record.
         UnreadableError: it cannot be read.
     """
-    return stored.read(layout.job_file, Identity, way_out=WAY_OUT, most_bytes=LARGE)["job_id"]
+    return stored.read(layout.job_file, Identity, way_out=WAY_OUT, most_bytes=LARGE, access=access)["job_id"]
 
 
-def read_record(layout: Layout) -> dict[str, Any] | None:
+def read_record(layout: Layout, access: Access = PLAIN) -> dict[str, Any] | None:
     """Returns the record of the unfinished job in `layout`, which it wrote at its start; None without a job.
 
     Raises:
         UnreadableError: the record cannot be read, or is not one of this package.
     """
     try:
-        record = forms.read_record(layout.job_file, way_out=WAY_OUT)
+        record = forms.read_record(layout.job_file, way_out=WAY_OUT, access=access)
     except FileNotFoundError:
         return None
     if record.pop("sha256") != stored.digest(record):
@@ -60,7 +61,7 @@ def read_record(layout: Layout) -> dict[str, Any] | None:
     return record
 
 
-def write_record(layout: Layout, record: Mapping[str, Any], *, check: Check = unchecked) -> None:
+def write_record(layout: Layout, record: Mapping[str, Any], *, access: Access = PLAIN) -> None:
     """Writes the record of a job, with a digest of it. Hold the start lock.
 
     Raises:
@@ -75,16 +76,16 @@ def write_record(layout: Layout, record: Mapping[str, Any], *, check: Check = un
         ) from error
     if len(data) > LARGE:
         raise StoreError(f"the job cannot be stored in {layout.job_file}: it has {len(data):,} bytes, over {LARGE:,}")
-    write_atomic(layout.job_file, data, check=check)
+    write_atomic(layout.job_file, data, access=access)
 
 
-def write_unpublished(layout: Layout, manifest: Mapping[str, Any], *, private: bool, check: Check = unchecked) -> None:
+def write_unpublished(layout: Layout, manifest: Mapping[str, Any], *, private: bool, access: Access = PLAIN) -> None:
     """Marks the dataset of `manifest` as one that its job has yet to publish, `private` or not.
 
     A job with `output.overwrite` that starts while the mark exists publishes the dataset, and does not replace it.
     """
     mark = Unpublished(manifest=_manifest_digest(manifest), private=private)
-    write_atomic(layout.unpublished, stored.encode(mark), check=check)
+    write_atomic(layout.unpublished, stored.encode(mark), access=access)
 
 
 def read_unpublished(layout: Layout, manifest: Mapping[str, Any]) -> Unpublished | None:
@@ -100,22 +101,23 @@ def read_unpublished(layout: Layout, manifest: Mapping[str, Any]) -> Unpublished
     return mark if mark["manifest"] == _manifest_digest(manifest) else None
 
 
-def remove_unpublished(layout: Layout) -> None:
+def remove_unpublished(layout: Layout, access: Access = PLAIN) -> None:
     """Removes the mark of a dataset that is published, or that is to be replaced."""
-    layout.unpublished.unlink(missing_ok=True)
-    with suppress(OSError):
-        layout.work.rmdir()  # it may contain locks
+    remove(layout.unpublished, access)
+    with suppress(FileNotFoundError), access.open(layout.root) as root:
+        root.rmdir(layout.work.name)  # it may contain locks
 
 
-def read_mark(layout: Layout, shard_index: int, shard_count: int, job_id: str) -> Mark | None:
+def read_mark(layout: Layout, shard_index: int, shard_count: int, job_id: str, access: Access = PLAIN) -> Mark | None:
     """Returns the mark of a captured shard of the job `job_id`; None if there is none of this job.
 
     Raises:
         UnreadableError: the mark cannot be read.
     """
     path = layout.shard_done(shard_index, shard_count)
+    way_out = "remove it, or use output.overwrite=true; then rerun the shard's job"
     try:
-        mark = stored.read(path, Mark, way_out="remove it, or use output.overwrite=true; then rerun the shard's job")
+        mark = stored.read(path, Mark, way_out=way_out, access=access)
     except FileNotFoundError:
         return None
     if mark["job"] != job_id:
@@ -124,9 +126,9 @@ def read_mark(layout: Layout, shard_index: int, shard_count: int, job_id: str) -
     return mark
 
 
-def write_mark(layout: Layout, shard_index: int, shard_count: int, mark: Mark, *, check: Check = unchecked) -> None:
+def write_mark(layout: Layout, shard_index: int, shard_count: int, mark: Mark, *, access: Access = PLAIN) -> None:
     """Marks a shard as captured, durably."""
-    write_atomic(layout.shard_done(shard_index, shard_count), stored.encode(mark), check=check)
+    write_atomic(layout.shard_done(shard_index, shard_count), stored.encode(mark), access=access)
 
 
 def _manifest_digest(manifest: Mapping[str, Any]) -> str:

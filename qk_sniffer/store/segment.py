@@ -24,7 +24,8 @@ import xxhash
 from msgspec import Meta
 
 from qk_sniffer.store import stored
-from qk_sniffer.store.disk import Check, OddFileError, open_regular, sync_file, sync_folder, temporary_file, unchecked
+from qk_sniffer.store.disk import open_file, sync_file
+from qk_sniffer.store.open_folder import PLAIN, Access, OddFileError
 from qk_sniffer.store.stored import LARGE, Count, UnreadableError
 
 SUFFIX = ".safetensors"
@@ -77,9 +78,9 @@ def segment_number(path: Path) -> int | None:
 
 
 def write_segment(
-    folder: Path, number: int, tensors: Sequence[Tensor], metadata: Mapping[str, str], check: Check = unchecked
-) -> Path:
-    """Writes a segment durably and returns its path. An error leaves no file."""
+    folder: Path, number: int, tensors: Sequence[Tensor], metadata: Mapping[str, str], access: Access = PLAIN
+) -> tuple[Path, int]:
+    """Writes a segment durably, and returns its path and its size in bytes. An error leaves no file."""
     entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for tensor in tensors:
@@ -88,37 +89,40 @@ def write_segment(
     header = json.dumps(entries, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
 
-    temporary = folder / f"{number:08d}.tmp"
-    check()
-    with temporary_file(temporary) as file:
-        start = len(header).to_bytes(8, "little") + header
-        file.write(start)
-        checksum = xxhash.xxh3_64(start)
-        for tensor in tensors:
-            for chunk in tensor.chunks():
-                data = np.ascontiguousarray(chunk).data.cast("B")
-                file.write(data)
-                checksum.update(data)
-        assert file.tell() == len(start) + end, "the chunks of a tensor do not make its shape"
-        file.flush()
-        sync_file(file.fileno())
-        path = folder / f"{number:08d}-{checksum.hexdigest()}{SUFFIX}"
-        check()
-        temporary.rename(path)
-    sync_folder(folder)
-    return path
+    start = len(header).to_bytes(8, "little") + header
+    temporary = f"{number:08d}.tmp"
+    access.check()
+    with access.open(folder) as opened:
+        with opened.temporary(temporary) as file:
+            file.write(start)
+            checksum = xxhash.xxh3_64(start)
+            for tensor in tensors:
+                for chunk in tensor.chunks():
+                    data = np.ascontiguousarray(chunk).data.cast("B")
+                    file.write(data)
+                    checksum.update(data)
+            assert file.tell() == len(start) + end, "the chunks of a tensor do not make its shape"
+            file.flush()
+            sync_file(file.fileno())
+            name = f"{number:08d}-{checksum.hexdigest()}{SUFFIX}"
+            access.check()
+            opened.rename(temporary, opened, name)
+        opened.sync()
+    return folder / name, len(start) + end
 
 
 @contextmanager
-def open_segment(path: Path) -> Iterator[BufferedReader]:
+def open_segment(path: Path, access: Access = PLAIN) -> Iterator[BufferedReader]:
     """Opens a segment for reading within the block.
 
     Raises:
         DamageError: it is not a regular file.
     """
     try:
-        file = open_regular(path, follow_links=False)
+        file = open_file(path, access)
     except OddFileError as error:
+        if error.filename != str(path):  # not the segment, but its folder
+            raise
         raise DamageError(f"it is {error.strerror}") from error
     with file:
         yield file
@@ -143,13 +147,13 @@ class _Entry(TypedDict):
     data_offsets: tuple[Count, Count]
 
 
-def read_header(path: Path) -> Header:
+def read_header(path: Path, access: Access = PLAIN) -> Header:
     """Returns the header of a segment.
 
     Raises:
         DamageError: the header cannot be read, or the tensors in it do not fill the file one after another.
     """
-    with open_segment(path) as file:
+    with open_segment(path, access) as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, LARGE):
@@ -176,7 +180,7 @@ def read_header(path: Path) -> Header:
     return Header(metadata, tensors)
 
 
-def verify_segment(path: Path) -> None:
+def verify_segment(path: Path, access: Access = PLAIN) -> None:
     """Reads the whole segment and compares it with the checksum in its name.
 
     Raises:
@@ -185,7 +189,7 @@ def verify_segment(path: Path) -> None:
     match = _NAME.fullmatch(path.name)
     assert match is not None, "not the name of a segment"
     checksum = xxhash.xxh3_64()
-    with open_segment(path) as file:
+    with open_segment(path, access) as file:
         buffer = memoryview(bytearray(_CHUNK))
         while count := file.readinto(buffer):
             checksum.update(buffer[:count])

@@ -15,6 +15,7 @@ from msgspec import Meta
 
 from qk_sniffer.store import stored
 from qk_sniffer.store.form_types import BatchSize
+from qk_sniffer.store.open_folder import PLAIN, Access
 from qk_sniffer.store.proof_forms import Attention
 from qk_sniffer.store.rows import DTYPES, RUN_COLUMNS, parse_tensor_name
 from qk_sniffer.store.segment import DamageError, Header, Place, open_segment, read_array
@@ -137,7 +138,7 @@ def _is_block(places: Mapping[str, Place]) -> bool:
     return is_right and all((places[name].dtype, places[name].shape) == ("I32", vectors.shape[1:2]) for name in columns)
 
 
-def check_runs(path: Path, header: Header, facts: SegmentFacts) -> Int64:
+def check_runs(path: Path, header: Header, facts: SegmentFacts, access: Access = PLAIN) -> Int64:
     """Checks that the runs of each block describe its rows, and that all statistics are of the same tokens.
 
     Returns the (batch, index) of each run, (n, 2), without repetitions.
@@ -149,21 +150,23 @@ def check_runs(path: Path, header: Header, facts: SegmentFacts) -> Int64:
     """
     found = [np.empty((0, 2), np.int64)]
     for (layer, kind), places in blocks_of(header).items():
-        runs, position = _read(path, places["runs"], np.int64), _read(path, places["position"], np.int32)
+        with open_segment(path, access) as file:
+            runs = read_array(file, places["runs"], np.int64)
+            position = read_array(file, places["position"], np.int32)
         if not (_describe(runs, position) and _are_between(runs[:, BATCH], facts.first, facts.last)):
             raise DamageError(f"the runs of layer {layer}, kind {kind} do not describe its rows")
         found.append(runs[:, [BATCH, INDEX]])
-    _check_counts(path, facts)
+    _check_counts(path, facts, access)
     return np.unique(np.concatenate(found), axis=0)
 
 
-def _check_counts(path: Path, facts: SegmentFacts) -> None:
+def _check_counts(path: Path, facts: SegmentFacts, access: Access) -> None:
     """Checks that the statistics of every head are of equally many tokens, and no more than the examples have."""
     if not facts.statistics:
         return
     most = sum(_Record(*record).num_tokens for end in facts.ended for record in end["records"])
     numbers: set[int] = set()
-    with open_segment(path) as file:
+    with open_segment(path, access) as file:
         for places in facts.statistics.values():
             count, nonfinite = (read_array(file, places[name], np.int64) for name in ("count", "nonfinite"))
             if not (_are_between(count, 0, most) and _are_between(nonfinite, 0, most)):
@@ -191,8 +194,3 @@ def _describe(runs: Int64, position: npt.NDArray[np.int32]) -> bool:
 
 def _are_between(values: Int64, least: int, most: int) -> bool:
     return not len(values) or (int(values.min()) >= least and int(values.max()) <= most)
-
-
-def _read(path: Path, place: Place, dtype: type[np.generic]) -> npt.NDArray[Any]:
-    with open_segment(path) as file:
-        return read_array(file, place, dtype)

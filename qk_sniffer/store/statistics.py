@@ -29,6 +29,7 @@ import numpy.typing as npt
 
 from qk_sniffer.config import STAGES
 from qk_sniffer.store.layout import KINDS
+from qk_sniffer.store.open_folder import PLAIN, Access
 from qk_sniffer.store.rows import block_name
 from qk_sniffer.store.segment import DamageError, Header, Place, Tensor, open_segment, read_array
 
@@ -173,9 +174,11 @@ def _is_part(places: Mapping[str, Place]) -> bool:
     return shapes == expected and moment in ((heads, d), (heads, d, d)) and len(modulus) == 2 and modulus[0] == heads
 
 
-def read_parts(path: Path, places: Mapping[PartKey, Mapping[str, Place]]) -> Iterator[tuple[PartKey, Part]]:
+def read_parts(
+    path: Path, places: Mapping[PartKey, Mapping[str, Place]], access: Access = PLAIN
+) -> Iterator[tuple[PartKey, Part]]:
     """Yields the parts of a segment, one at a time."""
-    with open_segment(path) as file:
+    with open_segment(path, access) as file:
         for key, of_part in places.items():
             arrays: dict[str, Any] = {}
             for name, place in of_part.items():

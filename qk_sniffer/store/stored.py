@@ -15,7 +15,8 @@ import msgspec
 
 from qk_sniffer.config import MOST_COUNT
 from qk_sniffer.errors import StoreError
-from qk_sniffer.store.disk import OddFileError, open_regular
+from qk_sniffer.store.disk import open_file, open_regular
+from qk_sniffer.store.open_folder import PLAIN, Access, OddFileError
 
 _T = TypeVar("_T")
 
@@ -48,7 +49,15 @@ class UnreadableError(StoreError):
         self.problem = problem
 
 
-def read(path: Path, form: type[_T], *, way_out: str, most_bytes: int = SMALL, follow_links: bool = False) -> _T:
+def read(
+    path: Path,
+    form: type[_T],
+    *,
+    way_out: str,
+    most_bytes: int = SMALL,
+    follow_links: bool = False,
+    access: Access = PLAIN,
+) -> _T:
     """Returns the content of a JSON file of the given form; keys that the form does not name are kept.
 
     Args:
@@ -57,30 +66,32 @@ def read(path: Path, form: type[_T], *, way_out: str, most_bytes: int = SMALL, f
         way_out: the end of the error message: how a person gets past the file.
         most_bytes: the largest size that is read.
         follow_links: whether the file may be a link. False in the work folder.
+        access: the way to the file, if it may not be a link.
 
     Raises:
         FileNotFoundError, NotADirectoryError: there is no such file.
         UnreadableError: the file cannot be read, is too large or too deep, or is not of the form.
     """
-    return decode(
-        read_bytes(path, way_out=way_out, most_bytes=most_bytes, follow_links=follow_links), form, path, way_out
-    )
+    data = read_bytes(path, way_out=way_out, most_bytes=most_bytes, follow_links=follow_links, access=access)
+    return decode(data, form, path, way_out)
 
 
-def read_bytes(path: Path, *, way_out: str, most_bytes: int = SMALL, follow_links: bool = False) -> bytes:
-    """Returns the bytes of a regular file.
+def read_bytes(
+    path: Path, *, way_out: str, most_bytes: int = SMALL, follow_links: bool = False, access: Access = PLAIN
+) -> bytes:
+    """Returns the bytes of a regular file. `access` is the way to a file that may not be a link.
 
     Raises:
         FileNotFoundError, NotADirectoryError: there is no such file.
         UnreadableError: it cannot be read, is not a regular file, is a link that is not followed, or is too large.
     """
     try:
-        with open_regular(path, follow_links=follow_links) as file:
+        with open_regular(path) if follow_links else open_file(path, access) as file:
             data = file.read(most_bytes + 1)
     except (FileNotFoundError, NotADirectoryError):
         raise
     except OddFileError as error:
-        raise UnreadableError(path, f"is {error.strerror}", way_out) from error
+        raise UnreadableError(error.filename, f"is {error.strerror}", way_out) from error
     except OSError as error:
         raise UnreadableError(path, f"cannot be read: {error.strerror}", way_out) from error
     if len(data) > most_bytes:

@@ -4,15 +4,16 @@ A job makes the files and folders that `layout.py` names. Anything else of these
 called job.json or a link. It is never followed or opened. A job with `output.overwrite` removes it.
 """
 
-import tempfile
+import secrets
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from qk_sniffer.errors import StoreError
-from qk_sniffer.store.disk import Check, make_folder, remove, type_of, unchecked
+from qk_sniffer.store.disk import make_folder, paths_in, remove, type_of
 from qk_sniffer.store.layout import Layout, is_ours
 from qk_sniffer.store.locks import InUseError, hold
+from qk_sniffer.store.open_folder import PLAIN, Access, anchored
 from qk_sniffer.store.stored import UnreadableError
 from qk_sniffer.text import shortened
 
@@ -41,9 +42,12 @@ def prepare_data_root(root: Path, *, overwrite: bool = False) -> Layout:
             )
         if root.is_symlink() and not root.exists():
             raise StoreError(f"the data root {root} is a link to {root.readlink()}, which does not exist")
+        make_folder(root)
         clear_obstacles(layout, overwrite=overwrite)
-        make_folder(layout.work)
-        tempfile.TemporaryFile(dir=layout.work).close()
+        with anchored(root) as access, access.open(layout.work, create=True) as work:
+            name = f"{secrets.token_hex(8)}.tmp"
+            work.create(name).close()
+            work.unlink(name)
     except OSError as error:
         raise StoreError(
             f"cannot write to the data root {root}: {error.strerror}; choose another output.data_root"
@@ -60,53 +64,48 @@ def clear_obstacles(layout: Layout, *, overwrite: bool) -> None:
     Raises:
         UnreadableError: there is an obstacle, and `overwrite` is false.
     """
-    for path, expected in _entries(layout):
-        found = type_of(path)
-        if found is None or found == expected or (expected is None and found in ("file", "folder")):
-            continue
-        if not overwrite:
-            raise UnreadableError(
-                path,
-                f"is a {found}, not a {expected or 'file or folder'} of this package",
-                "remove it, or replace the work in this folder with output.overwrite=true",
-            )
-        remove(path)
-    if overwrite:
-        heads = [path for _, path in layout.head_files()]
-        for path in (layout.manifest, layout.card, layout.examples, layout.snapshot, *heads):
-            if not path.parent.is_symlink() and type_of(path) == "folder":
-                remove(path)
+    with anchored(layout.root) as access:
+        for path, expected in _entries(layout, access):
+            found = type_of(path, access)
+            if found is None or found == expected or (expected is None and found in ("file", "folder")):
+                continue
+            if not overwrite:
+                raise UnreadableError(
+                    path,
+                    f"is a {found}, not a {expected or 'file or folder'} of this package",
+                    "remove it, or replace the work in this folder with output.overwrite=true",
+                )
+            remove(path, access)
+        if overwrite:
+            heads = [path for _, path in layout.head_files()]
+            for path in (layout.manifest, layout.card, layout.examples, layout.snapshot, *heads):
+                if not path.parent.is_symlink() and type_of(path, access) == "folder":
+                    remove(path, access)
 
 
-def _entries(layout: Layout) -> Iterator[tuple[Path, str | None]]:
+def _entries(layout: Layout, access: Access) -> Iterator[tuple[Path, str | None]]:
     """Yields everything in the work folder with its expected type: "file", "folder", or None for either of them."""
     yield layout.work, "folder"
-    for path in _listed(layout.work):
+    for path in paths_in(layout.work, access):
         if path in (layout.journal_folder, layout.staging.root):
             yield path, "folder"
         else:
             yield path, "file" if path.suffix in _FILES else None
-    for journal in _listed(layout.journal_folder):
+    for journal in paths_in(layout.journal_folder, access):
         yield journal, "folder"
-        for path in _listed(journal):
+        for path in paths_in(journal, access):
             yield path, "file" if path.suffix in (".safetensors", ".tmp") else None
-    for path in _listed(layout.staging.root):
+    for path in paths_in(layout.staging.root, access):
         yield path, "file" if path.is_file() else "folder"
-        if not path.is_symlink():
-            yield from ((inner, "file") for inner in _listed(path))
+        if type_of(path, access) == "folder":
+            yield from ((inner, "file") for inner in paths_in(path, access))
 
 
-def _listed(folder: Path) -> list[Path]:
-    with suppress(FileNotFoundError, NotADirectoryError):  # another shard may remove it
-        return sorted(folder.iterdir())
-    return []
-
-
-def discard_work(layout: Layout, own_lock: Path, *, check: Check = unchecked) -> None:
+def discard_work(layout: Layout, own_lock: Path, access: Access = PLAIN) -> None:
     """Removes the work of another job, so that this one starts from nothing. A finished dataset stays.
 
     Removes everything in the work folder: files, folders and links. Hold `own_lock`, the lock of this job's shard, and
-    the start lock. `check` is that of the own lock.
+    the start lock. `access` is the way to the work folder: the own lock.
 
     Raises:
         InUseError: a job is running in this root.
@@ -114,10 +113,10 @@ def discard_work(layout: Layout, own_lock: Path, *, check: Check = unchecked) ->
     with ExitStack() as running:
         for lock in {layout.finalize_lock, *layout.locks()} - {own_lock, layout.start_lock}:
             running.enter_context(hold(lock, "working in the folder that this job replaces", replace=True))
-        for path in _listed(layout.work):
+        for path in paths_in(layout.work, access):
             if path.suffix != ".lock" and path not in (layout.job_file, layout.staging.root):
-                remove(path, check)
-        remove_work(layout, check)
+                remove(path, access)
+        remove_work(layout, access)
 
 
 def remove_leftovers(layout: Layout, own_lock: Path) -> None:
@@ -131,19 +130,19 @@ def remove_leftovers(layout: Layout, own_lock: Path) -> None:
                 pass  # leaving the block removes the file
     with suppress(InUseError), hold(layout.start_lock, "tidying up") as lock, hold(layout.finalize_lock, "tidying up"):
         if not layout.job_file.exists():
-            remove_work(layout, lock.check)
+            remove_work(layout, lock)
 
 
-def remove_work(layout: Layout, check: Check = unchecked) -> None:
+def remove_work(layout: Layout, access: Access = PLAIN) -> None:
     """Removes the work state except for the locks, which their holders remove. The staging goes last."""
-    remove(layout.journal_folder, check)
-    for path in _listed(layout.work):
+    remove(layout.journal_folder, access)
+    for path in paths_in(layout.work, access):
         if path.suffix in (".done", ".progress", ".tmp"):
-            remove(path, check)
-    remove(layout.job_file, check)
-    if type_of(layout.staging.root) == "folder":  # not through a link
+            remove(path, access)
+    remove(layout.job_file, access)
+    if type_of(layout.staging.root, access) == "folder":  # not through a link
         # The manifest goes first: without it the staging is not whole, and no job promotes it.
-        remove(layout.staging.manifest, check)
-    remove(layout.staging.root, check)
-    with suppress(OSError):  # it may contain locks
-        layout.work.rmdir()
+        remove(layout.staging.manifest, access)
+    remove(layout.staging.root, access)
+    with suppress(FileNotFoundError), access.open(layout.root) as root:
+        root.rmdir(layout.work.name)  # it may contain locks

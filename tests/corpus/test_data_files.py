@@ -11,7 +11,7 @@ from support.data_files import FORMATS, both_ways, csv, jsonl, opened, texts, wr
 
 from qk_sniffer.corpus.data_files import DataFile, open_bytes
 from qk_sniffer.errors import SourceError, StoreError
-from qk_sniffer.store.disk import open_folder, open_regular
+from qk_sniffer.store.open_folder import OpenFolder
 
 ROWS = [{"text": "own"}]
 SECRET = [{"text": "secret"}]
@@ -45,21 +45,17 @@ def test_a_link_that_appears_between_the_check_and_the_opening_is_not_followed(
         path.rename(tmp_path / "away")
         path.symlink_to(to)
 
-    def late(path: Path, **options: Any) -> Any:
-        if not file.is_symlink():
-            swap(file, secret)
-        return open_regular(path, **options)
+    method = "open" if at == "file" else "folder"
+    real = getattr(OpenFolder, method)
 
-    def late_folder(path: Any, folder: int | None = None) -> int:
-        if not file.parent.is_symlink():
-            swap(file.parent, secret.parent)
-        return open_folder(path, folder)
+    def late(folder: OpenFolder, name: str, **options: Any) -> Any:
+        path, to = (file, secret) if at == "file" else (file.parent, secret.parent)
+        if name == path.name and not path.is_symlink():
+            swap(path, to)
+        return real(folder, name, **options)
 
-    if at == "file":
-        monkeypatch.setattr("qk_sniffer.store.files.open_regular", late)
-    else:
-        monkeypatch.setattr("qk_sniffer.store.files.open_folder", late_folder)
-    with pytest.raises(SourceError, match=r"rows\.jsonl cannot be read: .*(a link, which is not followed|Not a direc)"):
+    monkeypatch.setattr(OpenFolder, method, late)
+    with pytest.raises(SourceError, match=r"rows\.jsonl cannot be read: it is a link, which is not followed"):
         list(corpus.examples())
 
 

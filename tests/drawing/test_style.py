@@ -9,6 +9,7 @@ import pytest
 
 from qk_sniffer.drawing.style import as_text, check_cells, figure, save
 from qk_sniffer.errors import QkSnifferError, StoreError
+from qk_sniffer.store.open_folder import PLAIN, Checked
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,7 +43,7 @@ def test_a_picture_that_cannot_be_written_leaves_the_earlier_one(tmp_path: Path)
         save(tmp_path / "a", drawing)
     before = (tmp_path / "a.png").read_bytes()
     with pytest.raises(ZeroDivisionError):
-        save(tmp_path / "a", drawing, check=lambda: 1 // 0)  # type: ignore[arg-type,return-value]
+        save(tmp_path / "a", drawing, access=Checked(PLAIN, lambda: 1 // 0))  # type: ignore[arg-type,return-value]
     assert (tmp_path / "a.png").read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "a.svg"]
 

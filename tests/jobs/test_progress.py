@@ -17,6 +17,7 @@ import pytest
 from qk_sniffer.errors import StoreError
 from qk_sniffer.jobs import progress
 from qk_sniffer.jobs.progress import Progress
+from qk_sniffer.store.open_folder import PLAIN, Checked
 from qk_sniffer.timing import Stages, describe
 
 
@@ -106,5 +107,5 @@ def test_a_report_replaces_none_of_a_job_that_has_taken_the_data_root(tmp_path: 
             file.write_text("of the other job")
             raise StoreError("taken away")
 
-    Progress(3, file=file, check=check).close()
+    Progress(3, file=file, access=Checked(PLAIN, check)).close()
     assert file.read_text() == "of the other job"

@@ -16,34 +16,19 @@ import pytest
 from safetensors.torch import load_file, save_file
 from support.forked import Server
 from support.jobs import Stopped, captured_only, hashes, run, settings, stopped_after
+from support.steps import STEPS, at
 
-from qk_sniffer.capture.capture import Capture
 from qk_sniffer.dataset.verify import verify
 from qk_sniffer.errors import QkSnifferError, StoreError
-from qk_sniffer.jobs import capture_examples, finish
+from qk_sniffer.jobs import finish
 from qk_sniffer.jobs.finalize import finalize
-from qk_sniffer.store import compact, promote
 from qk_sniffer.store import manifest as manifests
+from qk_sniffer.store import promote
 from qk_sniffer.store.journal_writer import JournalWriter
 from qk_sniffer.store.layout import Layout
 from qk_sniffer.store.locks import TakenAwayError, hold, holder, is_held
 
 SECTIONS: dict[str, Any] = {"inference": {"batch_size": 4, "lookahead": 10}, "capture": {"layers": [1]}}
-
-STEPS: dict[str, tuple[Any, str, int]] = {
-    "forward": (Capture, "run", 4),
-    "segment": (JournalWriter, "_write", 2),
-    "mark": (capture_examples, "mark_done", 1),
-    "finish": (finish, "captured_job", 1),
-    "compaction": (compact._Job, "write_heads", 2),
-    "proof": (finish, "prove", 1),
-    "promotion": (finish, "promote", 1),
-    "move": (promote, "_move", 1),
-    "root's manifest": (promote, "sync_folder", 6),
-    "removal": (promote, "remove_work", 1),
-    "report": (finish, "report_and_publish", 1),
-}
-"""The steps of a job, and the call, counted from 1, in which the data root is taken away."""
 
 TAKEN_AWAY = "was removed, moved or replaced|no longer holds this job|there is no dataset at"
 
@@ -76,22 +61,6 @@ def remove(root: Path) -> None:
     root.rename(trash)
     shutil.rmtree(trash, ignore_errors=True)
     assert not trash.exists()
-
-
-def at(step: str, patch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
-    """Runs `act` once, just before the job takes a step. What `act` runs has no such steps."""
-    owner, name, number = STEPS[step]
-    real, calls = getattr(owner, name), 0
-
-    def disturbed(*args: Any, **options: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == number:
-            patch.setattr(owner, name, real)
-            act()
-        return real(*args, **options)
-
-    patch.setattr(owner, name, disturbed)
 
 
 IN_THREAD = ("segment",)

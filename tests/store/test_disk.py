@@ -12,8 +12,8 @@ from qk_sniffer.corpus.examples import open_corpus
 from qk_sniffer.errors import StoreError
 from qk_sniffer.jobs import sweep
 from qk_sniffer.jobs.status import look
-from qk_sniffer.store import disk
 from qk_sniffer.store.disk import remove, walk
+from qk_sniffer.store.open_folder import PLAIN, Checked, OpenFolder
 
 
 def test_a_folder_of_any_depth_is_removed(tmp_path: Path) -> None:
@@ -64,19 +64,19 @@ def test_a_folder_that_takes_the_place_of_a_removed_one_stays(tmp_path: Path, mo
     for each in (folder, other):
         (each / "inner").mkdir(parents=True)
         (each / "inner" / "file").write_text(each.name)
-    real = disk.open_folder
+    real = OpenFolder.folder
 
     def check() -> None:
         if (folder / "inner" / "file").read_text() != "folder":
             raise StoreError("replaced")
 
-    def open_another(*arguments: Any) -> int:
+    def open_another(*arguments: Any) -> OpenFolder:
         monkeypatch.undo()
         folder.rename(tmp_path / "away")
         other.rename(folder)
         return real(*arguments)
 
-    monkeypatch.setattr(disk, "open_folder", open_another)
+    monkeypatch.setattr(OpenFolder, "folder", open_another)
     with pytest.raises(StoreError, match="replaced"):
-        remove(folder, check)
+        remove(folder, Checked(PLAIN, check))
     assert (folder / "inner" / "file").exists() and (tmp_path / "away" / "inner" / "file").exists()

@@ -82,14 +82,24 @@ def encode(source: Source) -> Mapping[str, bytes]:
     } | ({"missing": missing} if missing else {})
     metadata = {"format": "pt", "scales_of": ", ".join(KIND_NAMES[kind] for kind in ranges)}
     return {
-        "kv_scales.safetensors": save(scales, metadata=metadata),
-        "kv_scales_by_head.safetensors": save(by_head, metadata=metadata),
+        "kv_scales.safetensors": _saved(scales, metadata),
+        "kv_scales_by_head.safetensors": _saved(by_head, metadata),
         "quantization_config.json": (json.dumps({"quantization_config": _config()}, indent=2) + "\n").encode(),
         **{
             f"{KIND_NAMES[kind]}_ranges.safetensors": save(of_kind, metadata={"format": "pt"})
             for kind, of_kind in ranges.items()
         },
     }
+
+
+def _saved(tensors: Mapping[str, npt.NDArray[np.float32]], metadata: Mapping[str, str]) -> bytes:
+    """Returns a safetensors file whose bytes follow from its content: the library writes metadata in any order."""
+    data: bytes = save(dict(tensors), metadata=dict(metadata))
+    stop = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:stop])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return data[:8] + encoded.ljust(stop - 8) + data[stop:]
 
 
 def _config() -> dict[str, Any]:

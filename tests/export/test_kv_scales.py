@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from support.backbones import FolderOf
 from support.export_cases import edited, rows_of, statistics, without_rows
@@ -24,6 +25,11 @@ def test_the_ranges_are_those_of_all_keys(undisturbed: Callable[..., Path], tmp_
     scales, ranges = load_file(folder / "kv_scales.safetensors"), load_file(folder / "key_ranges.safetensors")
     by_head = load_file(folder / "kv_scales_by_head.safetensors")
     assert by_head.keys() == scales.keys()
+    for name in ("kv_scales.safetensors", "kv_scales_by_head.safetensors"):
+        with safe_open(folder / name, "numpy") as file:
+            assert file.metadata() == {"format": "pt", "scales_of": "key"}
+    again = [qk_sniffer.export(post, "kv_scales", tmp_path / str(number)) for number in range(8)]
+    assert len({(each / "kv_scales.safetensors").read_bytes() for each in again}) == 1
     assert {*scales} == {f"model.layers.{layer}.self_attn.k_scale" for layer in range(3)}
     for layer in range(3):
         keys = np.stack([rows_of(post, layer, head, "k") for head in range(2)])

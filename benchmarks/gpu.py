@@ -4,8 +4,9 @@
 
 The models have the shapes of Qwen3-0.6B and Qwen3-8B and random weights. `uniform` captures all heads, one row in each
 bucket. `all` captures every token of 300 drawn query heads and of their key heads. Both write the rows durably to a
-journal in `--folder`. The exit code is 1 if a vector in the journal differs from the vector that attention received, or
-if a forward pass with capture waits for the device more often than a plain one.
+journal in `--folder`. `statistics` takes statistics of every token of all heads, with covariances and without rows; it
+writes them once for all passes of a figure. The exit code is 1 if a vector in the journal differs from the vector that
+attention received, or if a forward pass with capture waits for the device more often than a plain one.
 """
 
 import argparse
@@ -31,12 +32,13 @@ from qk_sniffer.backbone.family import find_family
 from qk_sniffer.backbone.tap import AttentionCall, ForwardDone
 from qk_sniffer.capture import capture as capture_module
 from qk_sniffer.capture.capture import BatchPlan, Capture
+from qk_sniffer.capture.moments import Moments, rotary_pairs
 from qk_sniffer.capture.sampling import Sampler
 from qk_sniffer.capture.selection import select
-from qk_sniffer.config import CaptureConfig, HeadSamplingConfig, SamplerConfig
+from qk_sniffer.config import CaptureConfig, HeadSamplingConfig, SamplerConfig, StatisticsConfig
 from qk_sniffer.corpus.tokenizer import Tokens
 from qk_sniffer.errors import QkSnifferError
-from qk_sniffer.store.journal import ExampleRecord, Journal
+from qk_sniffer.store.journal import Journal
 from qk_sniffer.store.journal_writer import JournalWriter
 from qk_sniffer.store.segment import read_header
 from qk_sniffer.timing import Stages
@@ -48,6 +50,7 @@ SHAPES = {
 }
 NUM_HEADS = {"tiny": (4, 2), "Qwen3-0.6B": (16, 8), "Qwen3-8B": (32, 8)}
 LENGTHS = (4096, 32768, 131072)
+WAYS = ("uniform", "all", "statistics")
 NUM_BUCKETS = 16
 DRAWN_HEADS = 300
 QUEUE_BYTES, SEGMENT_BYTES = 512 << 20, 128 << 20
@@ -86,7 +89,7 @@ class Row:
     def __str__(self) -> str:
         gpu_ratio = "     -" if self.gpu_ratio is None else f"{self.gpu_ratio:6.3f}"
         return (
-            f"{self.model:<11} {self.tokens:>7,} {self.way:<8} {self.heads:>5} heads  plain {self.forward_ms:>9.1f} ms"
+            f"{self.model:<11} {self.tokens:>7,} {self.way:<10} {self.heads:>5} heads  plain {self.forward_ms:>9.1f} ms"
             f"  ratio {self.ratio:6.3f}  GPU alone {gpu_ratio}  {self.journal_mb_s:>6.0f} MB/s"
             f"  peak {self.peak_gb:6.2f} of {self.plain_peak_gb:6.2f} GB  {self.syncs:+d} syncs"
         )
@@ -160,28 +163,36 @@ def capturing(
     backbone: Backbone, way: str, tokens: int, folder: Path | None, queue_bytes: int = QUEUE_BYTES
 ) -> Iterator[tuple[Capture, JournalWriter]]:
     """Yields a capture that writes to a temporary journal of its own."""
-    layers = [layer.heads for layer in backbone.probe()]
+    facts = backbone.probe()
+    layers = [layer.heads for layer in facts]
     count = DRAWN_HEADS if way == "all" else None
     eligible = sum(layer.num_q_heads for layer in layers)
     count = None if count is None or count >= eligible else count
     selection = select(layers, CaptureConfig(head_sampling=HeadSamplingConfig(count=count)))
-    sampler = Sampler(SamplerConfig(type=way, min_bucket_size=max(1, tokens // NUM_BUCKETS)))
+    moments = None
+    if way == "statistics":
+        heads = {(layer, kind): numbers for layer, kind, numbers in selection}
+        pairs = {layer.heads.layer: rotary_pairs(layer, backbone.frequencies) for layer in facts}
+        moments = Moments(StatisticsConfig(enabled=True), heads, pairs)
+    kept = "none" if way == "statistics" else way
+    sampler = Sampler(SamplerConfig(type=kept, min_bucket_size=max(1, tokens // NUM_BUCKETS)))
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         pinned = backbone.device.type == "cuda"
         journal = Journal(Path(temporary))
         with JournalWriter(journal, queue_bytes=queue_bytes, segment_bytes=SEGMENT_BYTES, pinned=pinned) as writer:
-            yield Capture(backbone, selection, sampler, writer, token_ids=False, stages=Stages()), writer
+            stages = Stages()
+            capture = Capture(backbone, selection, sampler, writer, token_ids=False, stages=stages, moments=moments)
+            yield capture, writer
 
 
-def made(capture: Capture, index: int, tokens: int) -> BatchPlan:
+def made(capture: Capture, index: int, tokens: int, *, ends_group: bool = True) -> BatchPlan:
     ids = np.random.default_rng(index).integers(1000, size=tokens).astype(np.int32)
-    return capture.plan([Tokens(index, index, str(index), ids, 0, "")])
+    return capture.plan([Tokens(index, index, str(index), ids, 0, "")], ends_group=ends_group)
 
 
-def captured(capture: Capture, writer: JournalWriter, plan: BatchPlan) -> None:
+def captured(capture: Capture, plan: BatchPlan) -> None:
     capture.run(plan)
-    example = plan.examples[0]
-    writer.complete([ExampleRecord(example.index, example.example_id, "", example.num_tokens, False, "")])
+    capture.finish(plan)
 
 
 def measure(shape: str, backbone: Backbone, tokens: int, folder: Path | None) -> list[Row]:
@@ -190,15 +201,17 @@ def measure(shape: str, backbone: Backbone, tokens: int, folder: Path | None) ->
     if once < 2 * LEAST_S:
         once, _, plain_peak = timed(backbone, [lambda: backbone.run(ids)])
     plain_syncs = num_syncs(lambda: backbone.run(ids))
-    taken: dict[str, list[tuple[float, float, float]]] = {"plain": [], "uniform": [], "all": []}
+    taken: dict[str, list[tuple[float, float, float]]] = {way: [] for way in ("plain", *WAYS)}
     speeds: dict[str, float] = {}
     heads: dict[str, int] = {}
     syncs: dict[str, int] = {}
     nbytes: dict[str, int] = {"plain": 0}
-    for way in ("uniform", "all"):
-        with capturing(backbone, way, tokens, folder) as (capture, writer):
-            plan = made(capture, 0, tokens)
-            syncs[way] = num_syncs(partial(captured, capture, writer, plan)) - plain_syncs
+    for way in WAYS:
+        with capturing(backbone, way, tokens, folder) as (capture, _):
+            if way == "statistics":  # sends its indices to the device once
+                captured(capture, made(capture, 1, tokens, ends_group=False))
+            plan = made(capture, 0, tokens, ends_group=way != "statistics")
+            syncs[way] = num_syncs(partial(captured, capture, plan)) - plain_syncs
             heads[way] = sum(len(each.numbers) for each in capture._heads.values())
             nbytes[way] = capture.num_rows(plan) * backbone.config.head_dim * 2
     most = max(nbytes.values())
@@ -210,10 +223,12 @@ def measure(shape: str, backbone: Backbone, tokens: int, folder: Path | None) ->
                 figures.append((wall_s, gpu_s / count, peak_gb))
                 continue
             with capturing(backbone, way, tokens, folder, LARGE_QUEUE_BYTES) as (capture, writer):
-                run = partial(captured, capture, writer, made(capture, 0, tokens))
+                run = partial(captured, capture, made(capture, 0, tokens))
                 _, gpu_s, peak_gb = timed(backbone, [run])
             with capturing(backbone, way, tokens, folder) as (capture, writer):
-                runs = [partial(captured, capture, writer, made(capture, index, tokens)) for index in range(count)]
+                ends = [way != "statistics" or index == count - 1 for index in range(count)]
+                plans = [made(capture, index, tokens, ends_group=end) for index, end in enumerate(ends)]
+                runs = [partial(captured, capture, plan) for plan in plans]
                 wall_s, _, _ = timed(backbone, [*runs, writer.close])
                 speeds[way] = writer.bytes_written / wall_s / 1e6
             figures.append((wall_s, gpu_s, peak_gb))
@@ -235,7 +250,7 @@ def measure(shape: str, backbone: Backbone, tokens: int, folder: Path | None) ->
             plain_peak_gb=plain_peak,
             syncs=syncs[way],
         )
-        for way in ("uniform", "all")
+        for way in WAYS
     ]
 
 
@@ -290,7 +305,7 @@ def check_vectors(shape: str, backbone: Backbone, folder: Path | None) -> int:
     for way in ("uniform", "all"):
         with capturing(backbone, way, tokens, folder) as (capture, writer):
             plan = made(capture, 0, tokens)
-            captured(capture, writer, plan)
+            captured(capture, plan)
             writer.close()
             stored = stored_blocks(writer._journal)
         last = max(layer for layer, _ in plan.tokens)

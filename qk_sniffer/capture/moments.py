@@ -19,8 +19,9 @@ from qk_sniffer.backbone.rotation import Frequencies
 from qk_sniffer.config import StatisticsConfig
 from qk_sniffer.store.statistics import Pairs, Part, PartKey, paired
 
-PIECE_BYTES = 32 << 20
-"""The bytes of a piece in float32."""
+PIECE_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
+"""The bytes of a piece in float32, by the type of the device. A GPU waits for the size of the largest number of each
+piece, and for the starts of some thirty kernels."""
 
 LARGE = 1e15
 """A piece with larger numbers is computed in float64. The squares of 2**23 numbers, as many as a piece has, of this
@@ -63,8 +64,11 @@ class _Sums:
             zeros(f),
         )
 
-    def add(self, vectors: torch.Tensor, pairs: torch.Tensor | None) -> None:
-        """Adds vectors (H, p, d) in float32. `pairs` (2, f) are their components by frequency."""
+    def add(self, vectors: torch.Tensor, pairs: torch.Tensor | None, buffer: torch.Tensor) -> None:
+        """Adds vectors (H, p, d) in float32. `pairs` (2, f) are their components by frequency.
+
+        Overwrites `buffer`, of at least H p d numbers in float32: the pages of new memory cost more than arithmetic.
+        """
         low, high = vectors.amin(dim=1), vectors.amax(dim=1)
         largest = float(torch.maximum(-low, high).max())  # NaN or Inf if there is any
         finite, kept, count = None, vectors, torch.full_like(self.count, vectors.shape[1])
@@ -80,7 +84,8 @@ class _Sums:
             kept = kept.double()
         divisor = count.clamp(min=1)[:, None]
         mean = (kept.sum(dim=1).double() / divisor).to(kept.dtype)
-        centered = kept - mean[:, None]
+        out = buffer[: kept.numel()].view(kept.shape) if kept.dtype == buffer.dtype else None
+        centered = torch.sub(kept, mean[:, None], out=out)
         if finite is not None:
             centered = torch.where(finite[..., None], centered, 0.0)
         # The mean, and the sum of many numbers, are rounded: `rest` is what the sum of the distances lacks.
@@ -90,7 +95,7 @@ class _Sums:
             moment = torch.bmm(centered.transpose(1, 2), centered).double()
             moment -= rest[:, :, None] * rest[:, None, :] * divisor[..., None]
         else:
-            moment = centered.square().sum(dim=1).double() - rest**2 * divisor
+            moment = centered.square_().sum(dim=1).double() - rest**2 * divisor
         norms = torch.linalg.vector_norm(kept, dim=-1)
         norm = norms.sum(dim=1).double() / divisor[:, 0]
         apart = norms.double() - norm[:, None]
@@ -133,6 +138,7 @@ class Moments:
     _pairs: dict[tuple[int, torch.device], torch.Tensor] = field(default_factory=dict)
     _index: dict[tuple[int, str, torch.device], torch.Tensor] = field(default_factory=dict)
     """The heads on a device, sent once, where not all heads of a layer are kept."""
+    _buffers: dict[torch.device, torch.Tensor] = field(default_factory=dict)
 
     def add(self, key: PartKey, states: torch.Tensor, lengths: Sequence[int]) -> None:
         """Adds the tokens of a batch. `states` is (B, heads of the layer, n, d); `lengths` are those of its texts."""
@@ -147,21 +153,23 @@ class Moments:
                 covariance=self.config.covariance,
                 device=states.device,
             )
-        step = max(1, PIECE_BYTES // (4 * len(heads) * states.shape[-1]))
+        row = len(heads) * states.shape[-1]
+        step = max(1, PIECE_BYTES.get(states.device.type, PIECE_BYTES["cpu"]) // (4 * row))
+        buffer = self._buffer(row * min(step, sum(lengths)), states.device)
         pieces, size = [], 0
-        for row, length in enumerate(lengths):
+        for place, length in enumerate(lengths):
             start = self.config.skip_tokens
             while start < length:
                 stop = min(length, start + step - size)
-                piece = states[row, :, start:stop] if index is None else states[row, index, start:stop]
+                piece = states[place, :, start:stop] if index is None else states[place, index, start:stop]
                 pieces.append(piece)
                 size += stop - start
                 start = stop
                 if size == step:
-                    self._sums[key].add(_joined(pieces), pairs)
+                    self._sums[key].add(_joined(pieces), pairs, buffer)
                     pieces, size = [], 0
         if pieces:
-            self._sums[key].add(_joined(pieces), pairs)
+            self._sums[key].add(_joined(pieces), pairs, buffer)
 
     def take(self) -> dict[PartKey, Part]:
         """Returns the parts since the last call, on the host, and starts anew."""
@@ -174,6 +182,13 @@ class Moments:
         if place not in self._index:
             self._index[place] = torch.tensor(self.heads[key.layer, key.kind], device=device)
         return self._index[place]
+
+    def _buffer(self, size: int, device: torch.device) -> torch.Tensor:
+        """Returns memory for at least `size` numbers, which is used again."""
+        if device not in self._buffers or len(self._buffers[device]) < size:
+            self._buffers.pop(device, None)
+            self._buffers[device] = torch.empty(size, device=device)
+        return self._buffers[device]
 
     def _pairs_of(self, key: PartKey, device: torch.device) -> torch.Tensor | None:
         pairs = self.pairs[key.layer] if key.stage == "pre" else None

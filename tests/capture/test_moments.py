@@ -82,12 +82,13 @@ def test_memory_does_not_depend_on_the_number_of_tokens(monkeypatch: pytest.Monk
     pieces: list[int] = []
     add = _Sums.add
 
-    def watched(self: _Sums, vectors: torch.Tensor, pairs: torch.Tensor | None) -> None:
+    def watched(self: _Sums, vectors: torch.Tensor, pairs: torch.Tensor | None, buffer: torch.Tensor) -> None:
         pieces.append(vectors.numel() * 4)
-        add(self, vectors, pairs)
+        assert buffer.numel() * 4 <= 1 << 14
+        add(self, vectors, pairs, buffer)
 
     monkeypatch.setattr(_Sums, "add", watched)
-    monkeypatch.setattr(moments_module, "PIECE_BYTES", 1 << 14)
+    monkeypatch.setitem(moments_module.PIECE_BYTES, "cpu", 1 << 14)
     held = []
     for tokens in (2_000, 50_000):
         moments = Moments(StatisticsConfig(enabled=True, stages=["pre"]), {(0, "q"): [0, 1]}, {0: PAIRS})

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,13 +26,13 @@ import pyarrow.parquet as pq
 import torch
 import xxhash
 
-from qk_sniffer.capture.gather import DeviceCopiers, Heads, TokenIndices, send
+from qk_sniffer.capture.gather import DeviceCopiers, Heads, TokenIndices, send, take
 from qk_sniffer.capture.sampling import Picks, Sampler
 from qk_sniffer.config import SamplerConfig
 from qk_sniffer.store.compact import compact
 from qk_sniffer.store.journal import ExampleRecord, Journal
 from qk_sniffer.store.journal_writer import JournalWriter
-from qk_sniffer.store.layout import VECTOR_PATH, Head, Layout
+from qk_sniffer.store.layout import LIST_PATH, Head, Layout
 from qk_sniffer.store.rows import Rows
 
 HEADS, HEAD_DIM, EXAMPLES, TOKENS = 12, 64, 128, 1024
@@ -62,7 +63,8 @@ def put(writer: JournalWriter, index: int, vectors: torch.Tensor) -> None:
     row, position = np.zeros(TOKENS, np.int32), np.arange(TOKENS, dtype=np.int32)
     sent = send({"q": TokenIndices.of(Picks(row, position), vectors.device)}, vectors.device)["q"]
     with writer.reserve(Rows(0, "q", HEADS, HEAD_DIM, vectors.dtype, np.full(TOKENS, index), position)) as slot:
-        writer.commit(slot, DeviceCopiers().gather(vectors[None], Heads(range(HEADS)), sent, slot.vectors))
+        write = partial(take, vectors[None], Heads(range(HEADS)), sent)
+        writer.commit(slot, DeviceCopiers().fill(slot.vectors, vectors.device, write))
 
 
 def main() -> None:
@@ -108,7 +110,7 @@ def main() -> None:
                     compression="zstd",
                     compression_level=1,
                     use_dictionary=["bucket", "example_id", "position", "sliding_window"],
-                    column_encoding={VECTOR_PATH: "BYTE_STREAM_SPLIT"},
+                    column_encoding={"vector" + LIST_PATH: "BYTE_STREAM_SPLIT"},
                     write_statistics=False,
                 )
 

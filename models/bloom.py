@@ -13,8 +13,17 @@ class Family(families.Family):
     """Query and key are parts of the output of its single projection."""
 
     def register_tap(self, module: Any, on_query_key: Callable[..., None]) -> Sequence[Any]:
+        given: dict[str, torch.Tensor] = {}
+
         def show(_: nn.Module, inputs: Any, fused: torch.Tensor) -> None:
             query, key, _ = module._reshape(fused)
-            on_query_key(query, key, position_bias="ALiBi")
+            bias = given.pop("alibi").unflatten(0, query.shape[:2])  # (B, H, 1, n)
+            on_query_key(query, key, position_bias=bias)
 
-        return [module.query_key_value.register_forward_hook(show)]
+        def note(_: nn.Module, inputs: Any, named: dict[str, torch.Tensor]) -> None:
+            given["alibi"] = named["alibi"]
+
+        return [
+            module.register_forward_pre_hook(note, with_kwargs=True),
+            module.query_key_value.register_forward_hook(show),
+        ]

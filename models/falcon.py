@@ -18,7 +18,8 @@ class Family(families.Family):
 
         def show(query: torch.Tensor, key: torch.Tensor, *rest: Any, **arguments: Any) -> None:
             if running:
-                on_query_key(query, key[:, ::repeated], position_bias="ALiBi" if module.config.alibi else None)
+                bias = arguments["attn_mask"] if module.config.alibi else None
+                on_query_key(query, key[:, ::repeated], position_bias=bias)
 
         return [
             module.register_forward_pre_hook(lambda *_: running.append(module)),

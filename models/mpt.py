@@ -13,10 +13,19 @@ class Family(families.Family):
     """Query and key are parts of the output of its single projection, clipped if the model clips them."""
 
     def register_tap(self, module: Any, on_query_key: Callable[..., None]) -> Sequence[Any]:
+        given: dict[str, torch.Tensor] = {}
+
         def show(_: nn.Module, inputs: Any, fused: torch.Tensor) -> None:
             if module.clip_qkv:
                 fused = fused.clamp(min=-module.clip_qkv, max=module.clip_qkv)
             query, key, _ = fused.unflatten(-1, (3, module.n_heads, module.head_dim)).permute(2, 0, 3, 1, 4)
-            on_query_key(query, key, scaling=module.softmax_scale, position_bias="ALiBi")
+            bias = given.pop("bias")[None, ..., -query.shape[2] :]  # (1, H, 1, n): the last ones are those of the text
+            on_query_key(query, key, scaling=module.softmax_scale, position_bias=bias)
 
-        return [module.Wqkv.register_forward_hook(show)]
+        def note(_: nn.Module, inputs: Any, named: dict[str, torch.Tensor]) -> None:
+            given["bias"] = named["position_bias"]
+
+        return [
+            module.register_forward_pre_hook(note, with_kwargs=True),
+            module.Wqkv.register_forward_hook(show),
+        ]

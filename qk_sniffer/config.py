@@ -45,6 +45,9 @@ MOST_HEAD_DIM = 1 << 12
 MOST_RATE = 1e15
 """The largest `sampler.base_rate`."""
 
+MOST_TOP_K = 1024
+"""The largest `capture.attention.top_k`."""
+
 MOST_SLUG = 500
 """The most characters of a slug."""
 
@@ -227,6 +230,17 @@ class StatisticsConfig:
 
 
 @dataclass(frozen=True)
+class AttentionConfig:
+    """Summaries of the attention of the captured queries; `store/attention_table.py` defines the table."""
+
+    enabled: bool = field(
+        default=False, metadata={"help": "also summarize the attention of each captured query over all its keys"}
+    )
+    top_k: int = field(default=8, metadata={"help": "keys with the largest weights that are listed for each query"})
+    sink_tokens: int = field(default=4, metadata={"help": "first tokens of a text whose weight first_mass sums"})
+
+
+@dataclass(frozen=True)
 class CaptureConfig:
     """The vectors to capture: kinds, layers, query heads, and the stage (before or after RoPE)."""
 
@@ -247,6 +261,7 @@ class CaptureConfig:
         default=False, metadata={"help": "add a column with the token as the vocabulary spells it"}
     )
     capture_token_ids: bool = field(default=False, metadata={"help": "add a column with the token's id"})
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
     statistics: StatisticsConfig = field(default_factory=StatisticsConfig)
 
 

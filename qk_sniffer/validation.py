@@ -16,6 +16,7 @@ from qk_sniffer.config import (
     MOST_COUNT,
     MOST_SHARDS,
     MOST_SLUG,
+    MOST_TOP_K,
     STAGES,
     Config,
     DatasetConfig,
@@ -136,6 +137,12 @@ def _capture(config: Config) -> Iterator[str]:
             yield f"{key} is {numbers}; it names {', '.join(map(str, repeated))} more than once"
     yield from _at_least("capture.head_sampling.count", capture.head_sampling.count, 1)
     yield from _at_least("capture.head_sampling.seed", capture.head_sampling.seed, 0, MAX_SEED)
+    if capture.attention.enabled and not capture.capture_queries:
+        yield "capture.attention.enabled is true, but capture.capture_queries is false: its rows are the queries'"
+    if capture.attention.enabled and config.sampler.type == "none":
+        yield "capture.attention.enabled is true, but sampler.type is none, which keeps no query"
+    yield from _at_least("capture.attention.top_k", capture.attention.top_k, 1, MOST_TOP_K)
+    yield from _at_least("capture.attention.sink_tokens", capture.attention.sink_tokens, 1, MAX_INT32)
     stages = capture.statistics.stages
     if not stages or len({*stages}) < len(stages) or not {*stages} <= {*STAGES}:
         yield f"capture.statistics.stages is {stages}; valid: [pre], [post], [pre,post]"

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from recording import KernelCall, Rotated, recorded
 from safetensors.torch import save_file
+from summaries import wrong_summaries
 from tiny_configs import LAYERS, SIZES, VOCAB, WINDOW, save_tiny, tiny_config
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -54,6 +55,8 @@ class Entry:
     """yes; no: refused; no RoPE: no layer is rotated."""
     proof: str = "no"
     """Whether a job proves its dataset by hooks: yes; no; pre: only a dataset of vectors before RoPE."""
+    attention: str = "no"
+    """Whether a job summarizes the attention of its queries: yes; no: refused."""
     note: str = ""
     """The differences from the layout of a plain decoder, the reason of a refusal, or the error."""
     decoder_type: str = ""
@@ -80,11 +83,22 @@ def examine(model_type: str) -> Entry:
         _check_attention(backbone, facts)
         pre, reason = _pre_verdict(backbone, calls)
         before = Backbone(backbone.decoder, backbone.family, pre_rope=True, banded_attention=False)
+        unknown = sorted({fact.unknown_attention for fact in facts if fact.unknown_attention is not None})
+        if not unknown and (wrong := wrong_summaries(backbone, facts, _ids())):
+            raise WrongError(f"wrong attention summaries: {wrong[0]}")
         proof = "yes" if _is_proven(backbone) else "pre" if pre == "yes" and _is_proven(before) else "no"
     except (WrongError, CaptureError) as error:
         return replace(entry, post="WRONG", note=str(error))
     decoder_type = backbone.config.model_type
-    return replace(entry, post="yes", pre=pre, proof=proof, note="; ".join(notes + reason), decoder_type=decoder_type)
+    return replace(
+        entry,
+        post="yes",
+        pre=pre,
+        proof=proof,
+        attention="no" if unknown else "yes",
+        note="; ".join(notes + reason + unknown),
+        decoder_type=decoder_type,
+    )
 
 
 def _loaded(model_type: str) -> tuple[Backbone, list[LayerFacts], Backbone]:

@@ -55,6 +55,8 @@ captured as a job does it:
 - **pre-RoPE**: yes if query and key equal, bit for bit, the inputs of the model's rotary functions, next to the part of
   each head that is not rotated. `no RoPE`: no layer is rotated.
 - **proof**: yes if a job proves its dataset by hooks. `pre`: only a dataset of vectors before RoPE.
+- **attention**: yes if the attention summaries (`capture.attention`) of every query are those of the attention weights
+  of the model's eager kernel: from the arguments of that kernel, and from those of the default one.
 
 A multimodal type is captured by its text decoder; [below](#multimodal-models) it is compared with the whole model.
 `bert` and similar types are captured as decoders (`is_decoder: true`) and refused as encoders. Sliding windows,
@@ -121,10 +123,11 @@ def table(entries: Sequence[Entry]) -> str:
     lines = [
         f"Of {len(entries)} model types, **{len(captured)} are captured** and {len(refused)} refused. Of the captured "
         f"ones, {pre['yes']} are captured before RoPE too, {pre['no RoPE']} have no RoPE, and {pre['no']} are refused "
-        f"before RoPE. Jobs prove the datasets of {proof['yes']}, and of {proof['pre']} more those before RoPE.",
+        f"before RoPE. Jobs prove the datasets of {proof['yes']}, and of {proof['pre']} more those before RoPE. "
+        f"The attention of {sum(entry.attention == 'yes' for entry in captured)} can be summarized.",
         "",
-        "| model type | class | post-RoPE | pre-RoPE | proof | layout |",
-        "|---|---|---|---|---|---|",
+        "| model type | class | post-RoPE | pre-RoPE | proof | attention | layout |",
+        "|---|---|---|---|---|---|---|",
         *map(row, captured),
         "",
         "## Refused",
@@ -157,7 +160,7 @@ def row(entry: Entry) -> str:
     if entry.whole:
         cells = [entry.model_type, f"`{entry.class_name}`", entry.post, entry.decoder_type, entry.note]
         return "| " + " | ".join(cells) + " |"
-    verdicts = [] if entry.post == "no" else [entry.post, entry.pre, entry.proof]
+    verdicts = [] if entry.post == "no" else [entry.post, entry.pre, entry.proof, entry.attention]
     return "| " + " | ".join([entry.model_type, entry.class_name, *verdicts, entry.note]) + " |"
 
 

@@ -35,7 +35,16 @@ FLOORS = (
 IMPORT_TORCH = {
     *(
         f"backbone.{name}"
-        for name in ("attention_check", "backbone", "banded_attention", "config_overrides", "family", "gguf", "loading")
+        for name in (
+            "attention_check",
+            "attention_terms",
+            "backbone",
+            "banded_attention",
+            "config_overrides",
+            "family",
+            "gguf",
+            "loading",
+        )
     ),
     *(f"backbone.{name}" for name in ("rotary", "rotary_overrides", "tap", "trailing_layers", "unloaded")),
     *(f"backbone.{name}" for name in ("checkpoint_weights", "limits", "loaded_weights", "masks", "quantization")),
@@ -43,7 +52,8 @@ IMPORT_TORCH = {
         f"backbone.{name}"
         for name in ("adapter", "adapter_files", "implementations", "rotation", "spellings", "wrapper")
     ),
-    *(f"capture.{name}" for name in ("capture", "gather", "moments", "proof", "proof_statistics")),
+    *(f"capture.{name}" for name in ("attention_summary", "capture", "gather", "moments")),
+    *(f"capture.{name}" for name in ("proof", "proof_statistics")),
 }
 """Modules that import torch or transformers when they are imported themselves."""
 

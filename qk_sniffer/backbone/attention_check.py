@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from qk_sniffer.backbone.attention_terms import unknown_argument
 from qk_sniffer.backbone.family import Family
 from qk_sniffer.backbone.layers import LayerFacts
 from qk_sniffer.backbone.masks import Visible
@@ -40,12 +41,6 @@ BOUNDARY = 65536
 """Kernels with 32-bit indices are known to fail from about this many tokens on."""
 
 NO_KERNEL = "this model's attention calls no kernel of transformers' attention interface"
-
-_KNOWN = {"scaling", "sliding_window", "softcap", "s_aux", "is_causal", "position_ids"}
-"""Arguments of kernels that are accounted for, or that have no effect without a cache."""
-
-_OF_SPARSE_ATTENTION = {"indices", "block_indices"}
-"""Arguments that select keys. The mask has the selection too."""
 
 _NOTHING = -1e30
 """The maximum of no logits. Finite, because inf - inf is not a number."""
@@ -202,10 +197,8 @@ def _refuse_unknown(run: KernelRun, layer: LayerFacts) -> None:
         raise _SkippedError("the kernel returns its output in another shape")
     if layer.sparse_attention and not isinstance(run.mask, torch.Tensor):
         raise _SkippedError("the selection of its keys is not in the mask")
-    known = _KNOWN | (_OF_SPARSE_ATTENTION if layer.sparse_attention else set())
-    for name, value in run.arguments.items():
-        if name not in known and not (value is None or (isinstance(value, int | float) and not value)):
-            raise _SkippedError(f"its kernel has an argument {name}, whose effect is not known")
+    if (name := unknown_argument(run.arguments, is_sparse=layer.sparse_attention)) is not None:
+        raise _SkippedError(f"its kernel has an argument {name}, whose effect is not known")
 
 
 def _attend(run: KernelRun, layer: LayerFacts, at: Sequence[int], dtype: torch.dtype | None) -> torch.Tensor:

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from qk_sniffer.backbone import limits, rotary
+from qk_sniffer.backbone.attention_terms import why_unknown
 from qk_sniffer.backbone.banded_attention import banded
 from qk_sniffer.backbone.family import Family, RotaryCall
 from qk_sniffer.backbone.layers import LayerFacts, LayerHeads
@@ -259,6 +260,7 @@ def _layer_facts(call: AttentionCall) -> LayerFacts:
         sinks=None if call.sinks is None else call.sinks.double().tolist(),
         position_bias=call.position_bias,
         sparse_attention=call.sparse_attention,
+        unknown_attention=why_unknown(call),
     )
 
 

@@ -50,12 +50,14 @@ class LayerFacts:
     module: str | None = None
     """The name of its attention module in the checkpoint, such as `model.layers.0.self_attn`; None if it is not known,
     or if the module serves several layers."""
+    unknown_attention: str | None = None
+    """Why the attention weights do not follow from what the kernel receives; None if they do. Not in the manifest."""
 
     def to_dict(self) -> dict[str, Any]:
         """Returns all facts in one flat dict, the form of the manifest."""
         values = asdict(self)
         heads: dict[str, Any] = values.pop("heads")
-        del heads["hides_keys"]
+        del heads["hides_keys"], values["unknown_attention"]
         num_q, num_k = self.heads.num_q_heads, self.heads.num_k_heads
         if num_q % num_k == 0:  # heads of any other layer cannot be captured
             heads["key_head"] = [self.heads.key_head(head) for head in range(num_q)]

@@ -48,10 +48,10 @@ def check_mask(module: nn.Module, n: int, rules: Visible, arguments: dict[str, A
         if not causal and mask is None:
             raise _acausal(module, causal)
         return
-    sees_last = _is_visible(mask[..., 0, -1]).any()
+    sees_last = is_visible(mask[..., 0, -1]).any()
     is_whole = mask.shape[-2:] == (n, n) and not rules.is_sparse
     expected = torch.arange(n, device=mask.device) >= rules.first(n - 1)
-    differs = (_is_visible(mask[..., -1, :]) != expected).any() if is_whole else sees_last
+    differs = (is_visible(mask[..., -1, :]) != expected).any() if is_whole else sees_last
     if not bool(sees_last | differs):
         return
     if sees_last:
@@ -65,13 +65,14 @@ def check_mask(module: nn.Module, n: int, rules: Visible, arguments: dict[str, A
     )
 
 
-def _is_visible(values: torch.Tensor) -> torch.Tensor:
+def is_visible(values: torch.Tensor) -> torch.Tensor:
+    """Returns where a mask shows keys. `values` are booleans, or terms of the logits whose least value hides a key."""
     return values if values.dtype == torch.bool else values > torch.finfo(values.dtype).min / 2
 
 
 def _reach(row: torch.Tensor) -> int | None:
     """Returns the number of keys that a query sees, its own included, if they are the last ones; otherwise None."""
-    visible = _is_visible(row).reshape(-1, row.shape[-1])
+    visible = is_visible(row).reshape(-1, row.shape[-1])
     count = int(visible[0].sum())
     return count if bool((visible == visible[0]).all()) and bool(visible[0, row.shape[-1] - count :].all()) else None
 

@@ -54,6 +54,11 @@ class AttentionCall:
     """Whether a query sees only some of the keys before it, selected by their content."""
     hides_keys: bool
     """Whether a query does not see all earlier keys for another reason than a window."""
+    attended: QueryKey
+    """The query and key that the kernel receives: `query` and `key`, or with `pre_rope` the ones after RoPE."""
+    arguments: Mapping[str, Any]
+    """The other arguments of the kernel, by name. A family whose attention calls no kernel of the interface names those
+    that it shows."""
     other_stage: QueryKey | None = None
     """`query` and `key` of the other stage: after the rotary embedding with `pre_rope`, before it otherwise. None
     unless both stages are shown."""
@@ -169,6 +174,8 @@ def tap(
             position_bias=family.position_bias(module, arguments),
             sparse_attention=rules.is_sparse,
             hides_keys=family.hides_keys(module),
+            attended=after,
+            arguments=arguments,
             other_stage=others if both_stages else None,
         )
         on_call(call)

@@ -6,26 +6,31 @@ journal's writer reserves. A gather that is too large for the writer's buffer is
 blocks only when the buffer is full.
 
 The forward pass over the longest text so far also checks the attention kernels (`backbone/attention_check.py`). With
-`capture.statistics`, each forward pass also adds all its tokens to the statistics of the heads (`moments.py`).
+`capture.attention`, the attention of the sampled queries is summarized (`attention_summary.py`), and its records are
+rows next to those of the queries. With `capture.statistics`, each forward pass also adds all its tokens to the
+statistics of the heads (`moments.py`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from qk_sniffer.backbone.attention_check import AttentionCheck
 from qk_sniffer.backbone.backbone import Backbone
 from qk_sniffer.backbone.tap import AttentionCall, ForwardDone, KernelRun
-from qk_sniffer.capture.gather import DeviceCopiers, DeviceIndices, Heads, TokenIndices, send
+from qk_sniffer.capture.attention_summary import Summarizer
+from qk_sniffer.capture.gather import DeviceCopiers, DeviceIndices, Heads, TokenIndices, send, take
 from qk_sniffer.capture.moments import Moments
 from qk_sniffer.capture.sampling import Sampler
 from qk_sniffer.capture.selection import Selection
 from qk_sniffer.corpus.tokenizer import Tokens
 from qk_sniffer.errors import CaptureError
 from qk_sniffer.store.journal_writer import JournalWriter
-from qk_sniffer.store.layout import KINDS
+from qk_sniffer.store.layout import ATTENTION, KINDS
 from qk_sniffer.store.rows import Rows
 from qk_sniffer.store.segment import Tensor
 from qk_sniffer.store.statistics import PartKey, part_tensors
@@ -62,8 +67,10 @@ class Capture:
         stages: Stages,
         attention: AttentionCheck | None = None,
         moments: Moments | None = None,
+        summary: Summarizer | None = None,
     ) -> None:
-        """`attention` checks the kernels, and `moments` takes statistics of all tokens; None for neither.
+        """`attention` checks the kernels, `moments` takes statistics of all tokens, and `summary` summarizes the
+        attention of the queries; None for neither.
 
         Without `writer`, no row is written: `sampler` keeps none, there is no `attention`, and no batch is finished.
         """
@@ -76,6 +83,7 @@ class Capture:
         self._stages = stages
         self._attention = attention
         self._moments = moments
+        self._summary = summary
 
     def plan(self, examples: Sequence[Tokens], *, ends_group: bool = True) -> BatchPlan:
         """Returns the batch of `examples` with the tokens that the sampler keeps. Runs no forward pass."""
@@ -109,6 +117,8 @@ class Capture:
                 if (tokens := wanted.pop((call.layer, kind), None)) is not None:
                     self._write(plan, call.layer, kind, states, tokens)
                     self._add_moments(plan, call, kind)
+                    if kind == "q" and self._summary is not None:
+                        self._write_summary(plan, call, tokens, self._summary)
             if not wanted and (check is None or not check.waits):
                 raise ForwardDone
 
@@ -156,22 +166,62 @@ class Capture:
                 self._moments.add(PartKey(call.layer, kind, stage), states, lengths)
 
     def _write(self, plan: BatchPlan, layer: int, kind: str, states: torch.Tensor, tokens: DeviceIndices) -> None:
+        heads = self._heads[layer, kind]
+        block = _Block(layer, kind, len(heads.numbers), states.shape[-1], states.dtype)
+        token_ids = plan.ids.numpy() if self._token_ids else None
+        self._write_rows(plan, block, states.device, tokens, "gather", partial(take, states, heads), token_ids)
+
+    def _write_summary(self, plan: BatchPlan, call: AttentionCall, tokens: DeviceIndices, summary: Summarizer) -> None:
+        heads = self._heads[call.layer, "q"]
+        block = _Block(call.layer, ATTENTION, len(heads.numbers), summary.table.width, torch.float32)
+        self._write_rows(plan, block, call.query.device, tokens, "attention", partial(summary.write, call))
+
+    def _write_rows(
+        self,
+        plan: BatchPlan,
+        block: "_Block",
+        device: torch.device,
+        tokens: DeviceIndices,
+        stage: str,
+        write: Callable[[DeviceIndices, torch.Tensor], None],
+        token_ids: npt.NDArray[np.int64] | None = None,
+    ) -> None:
+        """Writes rows of `tokens` piece by piece. `write` fills (heads, tokens, width) on the device for a piece."""
         if not len(tokens):
             return
         assert self._writer is not None
-        heads, head_dim = self._heads[layer, kind], states.shape[-1]
         source_index = np.array([example.index for example in plan.examples])
-        row_bytes = len(heads.numbers) * head_dim * states.element_size()
+        row_bytes = block.num_heads * block.width * block.dtype.itemsize
         step = max(1, min(PIECE_BYTES, self._writer.piece_bytes) // row_bytes)
         for start in range(0, len(tokens), step):
             piece = tokens.part(start, start + step)
             row, position = piece.tokens.row, piece.tokens.position
-            token_id = plan.ids.numpy()[row, position] if self._token_ids else None
-            rows = Rows(layer, kind, len(heads.numbers), head_dim, states.dtype, source_index[row], position, token_id)
+            token_id = None if token_ids is None else token_ids[row, position]
+            rows = Rows(
+                block.layer,
+                block.kind,
+                block.num_heads,
+                block.width,
+                block.dtype,
+                source_index[row],
+                position,
+                token_id,
+            )
             waited_s = self._writer.wait_s
-            with self._stages("gather"), self._writer.reserve(rows) as slot:
-                self._writer.commit(slot, self._copiers.gather(states, heads, piece, slot.vectors))
-            self._stages.move(self._writer.wait_s - waited_s, "gather", "queue")
+            with self._stages(stage), self._writer.reserve(rows) as slot:
+                self._writer.commit(slot, self._copiers.fill(slot.vectors, device, partial(write, piece)))
+            self._stages.move(self._writer.wait_s - waited_s, stage, "queue")
+
+
+@dataclass(frozen=True)
+class _Block:
+    """The rows of a (layer, kind): `num_heads` vectors or records of `width` numbers at each token."""
+
+    layer: int
+    kind: str
+    num_heads: int
+    width: int
+    dtype: torch.dtype
 
 
 def _states(call: AttentionCall, *, other_stage: bool = False) -> dict[str, torch.Tensor]:

@@ -10,7 +10,6 @@ Shapes: B batch, H heads of the states, n tokens, d head_dim.
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -148,28 +147,27 @@ def take(states: torch.Tensor, heads: Heads, sent: DeviceIndices, out: torch.Ten
 
 
 class DeviceCopiers:
-    """Gathers from the states of any device into the host's memory; keeps the streams and buffers of CUDA devices."""
+    """Copies from any device into the host's memory; keeps the streams and buffers of CUDA devices."""
 
     def __init__(self) -> None:
         self._cuda: dict[torch.device, _CudaCopier] = {}
 
-    def gather(
-        self, states: torch.Tensor, heads: Heads, sent: DeviceIndices, memory: torch.Tensor
+    def fill(
+        self, memory: torch.Tensor, device: torch.device, write: Callable[[torch.Tensor], None]
     ) -> torch.cuda.Event | None:
-        """Fills `memory` (num_heads, num_tokens, d), on the host, with the vectors of `sent` and `heads`.
+        """Fills `memory`, on the host, by `write`, which fills a tensor of its shape and dtype on `device`.
 
         Returns the event of the copy's end on CUDA; None where the memory is filled already.
         """
-        device = states.device
         if device.type == "cpu":
-            take(states, heads, sent, memory)
+            write(memory)
             return None
         if device.type == "cuda":
             if device not in self._cuda:
                 self._cuda[device] = _CudaCopier(device)
-            return self._cuda[device].fill(memory, partial(take, states, heads, sent))
+            return self._cuda[device].fill(memory, write)
         staged = torch.empty_like(memory, device=device)
-        take(states, heads, sent, staged)
+        write(staged)
         memory.copy_(staged)
         return None
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from qk_sniffer.dataset.card_attention import attention
 from qk_sniffer.dataset.card_facts import CardFacts, Place
 from qk_sniffer.dataset.card_rotation import rotary_embedding
 from qk_sniffer.dataset.card_sampling import sampling
@@ -20,7 +21,7 @@ from qk_sniffer.dataset.proof_words import compared, largest_difference, of_rows
 from qk_sniffer.dataset.weights import computed_in, quantized
 from qk_sniffer.markdown import block, code, in_url, link, plain, table, tex, yaml_string
 from qk_sniffer.resolved import safe_name
-from qk_sniffer.store.layout import EXAMPLES, KIND_NAMES, KINDS, PICTURE_SUFFIXES, Head, Layout, schema
+from qk_sniffer.store.layout import ATTENTION, EXAMPLES, KIND_NAMES, KINDS, PICTURE_SUFFIXES, Head, Layout, schema
 from qk_sniffer.text import compact_ranges
 
 FRONT_MATTER_BYTES = 100_000
@@ -29,7 +30,9 @@ FRONT_MATTER_BYTES = 100_000
 
 def write_card(facts: CardFacts) -> str:
     """Returns the text of the card. The dataset has at least one head."""
-    names = [head.name for head in _in_order(facts.heads)]
+    queries = [head for head in facts.heads if head.kind == "q"]
+    summaries = [replace(head, kind=ATTENTION) for head in queries if facts.config.capture.attention.enabled]
+    names = [head.name for head in _in_order([*facts.heads, *summaries])]
     front_matter, lists_all = _front_matter(facts, names)
     parts = [
         front_matter,
@@ -39,6 +42,7 @@ def write_card(facts: CardFacts) -> str:
         _run(facts),
         _head_layout(facts),
         sampling(facts),
+        attention(facts),
         statistics(facts),
         _logits(facts),
         rotary_embedding(facts),

@@ -56,7 +56,7 @@ def statistics(facts: CardFacts) -> str:
     head = min(facts.heads, key=lambda head: head.key.order)
     names = {"layer": head.layer, "kind": head.kind, "stage": config.stages[0], "file": statistics_file(head.layer)}
     second = "covariance" if config.covariance else "variance"
-    reading = _WITH_QK_SNIFFER.format(where=_where(facts.place), second=second, **names)
+    reading = _WITH_QK_SNIFFER.format(where=where(facts.place), second=second, **names)
     stages = " and ".join(words for stage, words in STAGE_NAMES.items() if stage in config.stages)
     skipped = f", without the first {counted(config.skip_tokens, 'token')} of each text" if config.skip_tokens else ""
     text = f"""\
@@ -100,7 +100,8 @@ def _some(names: Collection[str]) -> str:
     return shortened([f"`{name}`" for name in names], 6)
 
 
-def _where(place: Place | None) -> str:
+def where(place: Place | None) -> str:
+    """Returns the arguments of `open_dataset`, as code."""
     if place is None:
         return '"."'
     return f"{python_literal(place.repo_id)}, revision={python_literal(place.branch)}"

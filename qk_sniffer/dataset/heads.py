@@ -1,10 +1,13 @@
 """Lists the heads of a dataset, from its manifest or from the record of its job."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
+from qk_sniffer.config import from_dict
 from qk_sniffer.errors import StoreError
-from qk_sniffer.store.layout import KEY_HEAD_KINDS, KINDS, Head
+from qk_sniffer.store.attention_table import AttentionTable
+from qk_sniffer.store.layout import ATTENTION, KEY_HEAD_KINDS, KINDS, Head
 
 
 def captured_heads(record: Mapping[str, Any]) -> list[Head]:
@@ -30,6 +33,21 @@ def captured_heads(record: Mapping[str, Any]) -> list[Head]:
                     )
                 )
     return heads
+
+
+def attention_files(record: Mapping[str, Any]) -> list[Head]:
+    """Returns the files of attention summaries, one for each captured query head; none for a dataset without them.
+
+    Their `head_dim` is the number of numbers in a record of the journal.
+    """
+    table = AttentionTable.of(from_dict(record["config"]))
+    if table is None:
+        return []
+    queries = (head for head in captured_heads(record) if head.kind == "q")
+    return [
+        replace(head, kind=ATTENTION, head_dim=table.width, metadata=head.metadata | {"kind": ATTENTION})
+        for head in queries
+    ]
 
 
 def key_head(layer: Mapping[str, Any], head: int) -> int:

@@ -15,16 +15,18 @@ import pyarrow as pa
 
 from qk_sniffer.capture.sampling import Sampler
 from qk_sniffer.config import from_dict
+from qk_sniffer.dataset.attention_summary import AttentionSummary
 from qk_sniffer.dataset.heads import captured_heads, key_head
 from qk_sniffer.errors import StoreError
 from qk_sniffer.hub.branch import Branch, open_branch
 from qk_sniffer.hub.revisions import is_hub_id
 from qk_sniffer.resolved import safe_name
 from qk_sniffer.store import manifest as manifests
+from qk_sniffer.store.attention_table import AttentionTable
 from qk_sniffer.store.disk import sha256_of
 from qk_sniffer.store.files import Files, Folder, difference
-from qk_sniffer.store.layout import EXAMPLES, HeadKey, head_file, schema, statistics_file
-from qk_sniffer.store.parquet_tables import read_examples, read_table
+from qk_sniffer.store.layout import ATTENTION, EXAMPLES, HeadKey, head_file, schema, statistics_file
+from qk_sniffer.store.parquet_tables import read_examples, read_matrix, read_table
 from qk_sniffer.store.statistics import Statistics
 from qk_sniffer.store.statistics_file import read_statistics
 from qk_sniffer.store.stored import UnreadableError
@@ -61,7 +63,9 @@ class Dataset:
         self.heads: list[HeadKey] = manifests.heads(self.manifest)
         """The captured heads as (layer, head, kind), by layer, queries ("q") before keys ("k")."""
         self._captured = {head.file: head for head in captured_heads(self.manifest)}
-        self._capture = from_dict(self.manifest["config"]).capture
+        config = from_dict(self.manifest["config"])
+        self._capture = config.capture
+        self._attention = AttentionTable.of(config)
         statistics = self._capture.statistics
         self.stages: list[str] = [*statistics.stages] if statistics.enabled else []
         """The stages of the statistics, "pre" and "post": before and after RoPE; empty without statistics."""
@@ -100,10 +104,8 @@ class Dataset:
         table = self.table(layer, head, kind, ["vector", "position", "example_id"])
         if any(chunk.flatten().null_count for chunk in table["vector"].chunks):
             raise UnreadableError(self._files.path(head_file(layer, head, kind)), "has vectors with nulls", WAY_OUT)
-        vectors = [_matrix(chunk) for chunk in table["vector"].chunks]
-        size = table.schema.field("vector").type.list_size
         return HeadVectors(
-            np.concatenate(vectors) if vectors else np.empty((0, size), np.float32),
+            read_matrix(table["vector"]),
             table["position"].to_numpy(),
             table["example_id"].to_numpy(),
         )
@@ -138,6 +140,30 @@ class Dataset:
         return read_table(
             path, expected, way_out=WAY_OUT, rows=self.manifest["files"][file].get("rows"), columns=columns
         )
+
+    def attention_summary(self, layer: int, head: int) -> AttentionSummary:
+        """Returns the attention of the captured queries of a query head, row for row as `vectors(layer, head, "q")`.
+
+        Raises:
+            StoreError: the dataset has no attention summaries, the head was not captured, or its file is missing or
+                damaged.
+            HubError: the file cannot be fetched.
+        """
+        if self._attention is None:
+            raise StoreError(f"{self} has no attention summaries: capture.attention.enabled=true makes them")
+        key = HeadKey(layer, head, "q")
+        if key not in self.heads:
+            names = [key.name for key in self.heads if key.kind == "q"]
+            raise StoreError(
+                f"{self} has no queries of layer {layer}, head {head}; it has {shortened(names, 6)} (`.heads`)"
+            )
+        name = head_file(layer, head, ATTENTION)
+        path, rows = self._path(name), self.manifest["files"][name].get("rows")
+        table = read_table(path, self._attention.schema, way_out=WAY_OUT, rows=rows)
+        for column in table.columns:
+            if any(chunk.flatten().null_count for chunk in column.chunks if pa.types.is_fixed_size_list(column.type)):
+                raise UnreadableError(path, "has lists with nulls", WAY_OUT)
+        return AttentionSummary.of(table)
 
     def statistics(self, layer: int, kind: str, stage: str | None = None) -> Statistics:
         """Returns the statistics of the captured heads of a layer over all tokens, for the kind "q" or "k".
@@ -251,11 +277,6 @@ def open_dataset(root_or_repo: str | Path, revision: str | None = None) -> Datas
             raise StoreError(f"{root} is a folder: it has no revision {revision!r}; leave it out")
         return Dataset(Folder(root))
     return Dataset(open_branch(str(root_or_repo), revision))
-
-
-def _matrix(chunk: pa.FixedSizeListArray) -> npt.NDArray[np.float32]:
-    flat: npt.NDArray[np.float32] = chunk.flatten().to_numpy(zero_copy_only=True)
-    return flat.reshape(-1, chunk.type.list_size)
 
 
 def sampler_of(manifest: dict[str, Any]) -> Sampler:

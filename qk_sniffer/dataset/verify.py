@@ -12,6 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from qk_sniffer.dataset.bucket_ranges import bucket_ranges
+from qk_sniffer.dataset.verify_attention import check_attention
 from qk_sniffer.dataset.verify_manifest import ManifestFacts, ProblemError
 from qk_sniffer.dataset.verify_report import Problem, Report, named
 from qk_sniffer.dataset.verify_rows import Examples, HeadCheck, check_file, check_rows, values
@@ -71,13 +72,14 @@ def verify(root: Path) -> Report:
     report.rows = facts.counts["rows"]
     report.size = sum(entry.size for entry in facts.files.values())
     num_steps = len(facts.files) + len(_tasks(list(facts.heads.values())))
-    num_steps += sum(map(is_statistics_file, facts.files))
+    num_steps += sum(map(is_statistics_file, facts.files)) + len(facts.attention)
     # disable=None hides the bar if stderr is not a terminal.
     with tqdm(total=num_steps, unit="step", desc="verify", disable=None, dynamic_ncols=True, leave=False) as bar:
         _check_heads(facts, report)
         intact, checks = _check_files(facts, report, bar)
         examples = _check_examples(facts, report) if EXAMPLES in intact else None
         whole = _check_rows(facts, checks, examples, report, bar)
+        check_attention(facts, intact, whole, report, lambda work, heads: _each(work, heads, bar))
         check_statistics(facts, intact, whole, examples, report, lambda work, layers: _each(work, layers, bar))
     _check_manifest(facts, examples, report)
     _report_proof(facts, report)
@@ -87,11 +89,12 @@ def verify(root: Path) -> Report:
 def _check_heads(facts: ManifestFacts, report: Report) -> None:
     """Compares the heads in the list of files with the captured heads of the layers."""
     listed = {name for name in facts.files if parse_head_name(name.removesuffix("/data.parquet"))}
-    if missing := [head.key for name, head in facts.heads.items() if name not in listed]:
+    of_heads = facts.heads | facts.attention
+    if missing := [head.key for name, head in of_heads.items() if name not in listed]:
         report.add(
             Problem("heads", "manifest.json does not list the file of a captured head", head=key) for key in missing
         )
-    for name in sorted(listed - facts.heads.keys()):
+    for name in sorted(listed - of_heads.keys()):
         report.add([Problem("heads", "manifest.json lists heads that no layer captures", name)])
     report.passed("heads", f"{len(report.heads):,}: {named(report.heads, ())}")
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from qk_sniffer.capture.sampling import Sampler
 from qk_sniffer.config import STAGE_NAMES, Config, from_dict
-from qk_sniffer.dataset.heads import captured_heads
+from qk_sniffer.dataset.heads import attention_files, captured_heads
 from qk_sniffer.dataset.proof_words import attention, compared, largest_difference, of_rows, of_statistics, whence, why
 from qk_sniffer.dataset.verify_report import RECREATE, Problem
 from qk_sniffer.errors import StoreError
@@ -59,6 +59,8 @@ class ManifestFacts:
     config: Config
     sampler: Sampler
     heads: dict[str, Head]
+    attention: dict[str, Head]
+    """The files of attention summaries by name; empty without summaries."""
     counts: dict[str, int]
     max_positions: int | None
     rows_by_bucket: dict[str, dict[int, int]]
@@ -116,6 +118,7 @@ class ManifestFacts:
             config=config,
             sampler=Sampler(config.sampler),
             heads=heads,
+            attention={head.file: head for head in attention_files(manifest)},
             counts={key: int(manifest[key]) for key in (*_COUNTS, *(_LATER_COUNTS & manifest.keys()))},
             max_positions=model.get("max_positions"),
             rows_by_bucket=_by_bucket(manifest["rows_by_bucket"], int),

@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from qk_sniffer.store.layout import KIND_NAMES, Head, HeadKey
+from qk_sniffer.store.layout import FILE_NAMES, Head, HeadKey
 from qk_sniffer.text import compact_ranges, counted, in_mb, printable
 
 RECREATE = "fetch the dataset again, or recreate it: run its command with output.overwrite=true"
@@ -26,6 +26,7 @@ CHECKS = (
     "sampler",
     "alike",
     "vector",
+    "attention",
     "statistics",
     "proof",
 )
@@ -130,7 +131,7 @@ class Report:
 def named(heads: Collection[HeadKey], whole: Collection[HeadKey]) -> str:
     """Returns the names of `heads`, which are some of `whole`: `query heads 0-7 of layers 0-5; all 12 key heads`."""
     parts = []
-    for kind, name in KIND_NAMES.items():
+    for kind, name in FILE_NAMES.items():
         mine, every = ({key for key in keys if key.kind == kind} for keys in (heads, whole))
         if mine == every and len(mine) > 1:
             parts.append(f"all {len(mine):,} {name} heads")

@@ -90,9 +90,9 @@ def check_file(path: Path, head: Head, schema: pa.Schema, rows: int) -> HeadChec
     result = HeadCheck()
     try:
         with open_parquet(path) as file:
-            result.problems += _schema_problems(head, schema, file.schema_arrow)
+            result.problems += schema_problems(head, schema, file.schema_arrow)
             result.readable = not result.problems
-            result.problems += _metadata_problems(head, file.schema_arrow)
+            result.problems += metadata_problems(head, file.schema_arrow)
             if file.metadata.num_rows != rows:
                 numbers = f"{file.metadata.num_rows:,} instead of {rows:,}"
                 what = "has another number of rows than manifest.json lists"
@@ -105,7 +105,7 @@ def check_file(path: Path, head: Head, schema: pa.Schema, rows: int) -> HeadChec
                 if nulls:
                     result.problems.append(Problem.of(head, "vector", "vectors have numbers that are null", rows=nulls))
     except UNREADABLE as error:
-        result.problems.append(_unreadable(head, error))
+        result.problems.append(unreadable(head, error))
         result.readable = False
     return result
 
@@ -189,7 +189,7 @@ class _Stream:
         try:
             batch = next(self._batches, None)
         except UNREADABLE as error:
-            self._result.problems.append(_unreadable(self._head, error))
+            self._result.problems.append(unreadable(self._head, error))
             self._whole = False
             batch = None
         if batch is None:
@@ -268,7 +268,7 @@ def _keys(place: Int64, position: Int32) -> Int64:
     return (place << _POSITION_BITS) | position
 
 
-def _schema_problems(head: Head, expected: pa.Schema, found: pa.Schema) -> Iterator[Problem]:
+def schema_problems(head: Head, expected: pa.Schema, found: pa.Schema) -> Iterator[Problem]:
     if found.names != expected.names:
         columns = f"{', '.join(found.names)} instead of {', '.join(expected.names)}"
         yield Problem.of(head, "schema", "columns differ from the contract", columns)
@@ -280,7 +280,7 @@ def _schema_problems(head: Head, expected: pa.Schema, found: pa.Schema) -> Itera
         yield Problem.of(head, "schema", "column types differ from the contract", ", ".join(different))
 
 
-def _metadata_problems(head: Head, found: pa.Schema) -> Iterator[Problem]:
+def metadata_problems(head: Head, found: pa.Schema) -> Iterator[Problem]:
     metadata = {key.decode(): value.decode() for key, value in (found.metadata or {}).items()}
     if wrong := [
         f"{key} is {metadata.get(key, 'missing')} instead of {value}"
@@ -306,5 +306,5 @@ def _count_nonfinite(file: pq.ParquetFile, head_dim: int) -> tuple[int, int]:
     return nonfinite, nulls
 
 
-def _unreadable(head: Head, error: Exception) -> Problem:
+def unreadable(head: Head, error: Exception) -> Problem:
     return Problem.of(head, "parquet", "cannot be read as Parquet", first_line(error))

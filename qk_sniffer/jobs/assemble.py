@@ -13,7 +13,7 @@ from typing import Any
 from qk_sniffer.capture.sampling import Sampler
 from qk_sniffer.config import ModelConfig, ShardConfig, from_dict, settings
 from qk_sniffer.corpus.tokenizer import TextTokenizer, load_tokenizer
-from qk_sniffer.dataset.heads import captured_heads
+from qk_sniffer.dataset.heads import attention_files, captured_heads
 from qk_sniffer.errors import SourceError, StoreError
 from qk_sniffer.hub.revisions import hub_commit_of
 from qk_sniffer.jobs.identity import Job, checkpoint_files
@@ -24,6 +24,7 @@ from qk_sniffer.logs import logger
 from qk_sniffer.machine import num_threads
 from qk_sniffer.resolved import batching_of, public_values
 from qk_sniffer.store import manifest as manifests
+from qk_sniffer.store.attention_table import AttentionTable
 from qk_sniffer.store.claim import Claim
 from qk_sniffer.store.compact import compact
 from qk_sniffer.store.compact_statistics import compact_statistics
@@ -160,10 +161,11 @@ def stage(layout: Layout, job: CapturedJob, model: ModelConfig, tokenizer: TextT
     written = compact(
         layout,
         journals,
-        heads,
+        [*heads, *attention_files(record)],
         sampler,
         token_ids=config.capture.capture_token_ids,
         token_string=token_string,
+        attention=AttentionTable.of(config),
         previous=base,
         threads=num_threads(),
         access=claim,

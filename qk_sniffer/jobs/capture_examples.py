@@ -5,7 +5,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
 from math import ceil
 
+import numpy as np
+
 from qk_sniffer.backbone.attention_check import AttentionCheck
+from qk_sniffer.capture.attention_summary import Summarizer
 from qk_sniffer.capture.capture import BatchPlan, Capture
 from qk_sniffer.capture.forward_cost import ForwardCost
 from qk_sniffer.capture.sampling import Sampler
@@ -21,6 +24,7 @@ from qk_sniffer.jobs.source_rows import source_rows
 from qk_sniffer.jobs.start import Start
 from qk_sniffer.logs import logger
 from qk_sniffer.resolved import ResolvedConfig
+from qk_sniffer.store.attention_table import AttentionTable
 from qk_sniffer.store.claim import Claim
 from qk_sniffer.store.disk import ensure_space, required_bytes, required_statistics_bytes
 from qk_sniffer.store.journal import Journal
@@ -30,6 +34,10 @@ from qk_sniffer.store.open_folder import Checked
 from qk_sniffer.timing import Stages
 
 log = logger(__name__)
+
+_MUCH_ATTENTION = 0.1
+"""The share of weights from which summaries take about as long as the forward passes: a weight costs ten times as much
+as in a kernel that keeps no sums."""
 
 GROUP = 16
 """The arithmetic of a group of batches with statistics, in `ForwardCost.few`: that of a few minutes."""
@@ -80,6 +88,7 @@ def capture_examples(
         first = list(islice(windows, 1))
         if first:
             _check_space(config, layout, start, components, sampler, first[0], journal)
+            _tell_cost(config, components, sampler, first[0].lengths)
         with JournalWriter(
             journal,
             queue_bytes=inference.queue_mb * 2**20,
@@ -97,6 +106,7 @@ def capture_examples(
                 stages=stages,
                 attention=None if config.verify.examples == 0 else _attention_check(components),
                 moments=components.moments(config.capture.statistics),
+                summary=_summary(config, components),
             )
             batches = _grouped(chain(first, windows), components.cost, _group_flops(config, components))
             logged: dict[str, float] = {}
@@ -159,6 +169,27 @@ def _attention_check(components: Components) -> AttentionCheck:
     last = max(layer for layer, _, _ in components.selection)
     run = [layer for layer in components.layers if layer.heads.layer <= last]
     return AttentionCheck(run, components.backbone.family, components.backbone.dtype)
+
+
+def _summary(config: ResolvedConfig, components: Components) -> Summarizer | None:
+    table = AttentionTable.of(config)
+    if table is None:
+        return None
+    heads = {layer: heads for layer, kind, heads in components.selection if kind == "q"}
+    return Summarizer(table, config.capture.attention.sink_tokens, heads)
+
+
+def _tell_cost(config: ResolvedConfig, components: Components, sampler: Sampler, lengths: Sequence[int]) -> None:
+    """Tells how much attention is computed a second time, from the lengths of the first examples."""
+    if not config.capture.attention.enabled or not lengths:
+        return
+    share = sum(sampler.expected_rows("q", length) for length in lengths) / sum(lengths)
+    log.info(
+        "attention summaries: about %.3g %% of the attention weights of the captured query heads are computed a second "
+        "time, in float32%s",
+        100 * share,
+        ". Expect them to take longer than the forward passes" if share > _MUCH_ATTENTION else "",
+    )
 
 
 def _group_flops(config: ResolvedConfig, components: Components) -> float:
@@ -229,6 +260,9 @@ def _check_space(
     rows = sum(heads[kind] * rows_per_example[kind] for kind in KINDS) * examples
     head_dim = max(layer.heads.head_dim for layer in components.layers)
     required = required_bytes(int(rows), head_dim, components.backbone.dtype.itemsize)
+    if (table := AttentionTable.of(config)) is not None:
+        records = int(heads["q"] * rows_per_example["q"] * examples)
+        required += required_bytes(records, table.width, np.dtype(np.float32).itemsize)
     statistics, hint = config.capture.statistics, ""
     if statistics.enabled:
         groups = sum(is_last for _, is_last in _grouped([window], components.cost, _group_flops(config, components)))

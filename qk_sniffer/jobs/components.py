@@ -1,6 +1,6 @@
 """Loads what a job needs in memory: tokenizer, model, and the heads to capture."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -8,6 +8,7 @@ from qk_sniffer.backbone.backbone import Backbone
 from qk_sniffer.backbone.layers import LayerFacts
 from qk_sniffer.backbone.limits import planned_num_embeddings
 from qk_sniffer.backbone.loading import check_model, load_backbone
+from qk_sniffer.capture.attention_summary import refusal
 from qk_sniffer.capture.forward_cost import ForwardCost
 from qk_sniffer.capture.moments import Moments, rotary_pairs
 from qk_sniffer.capture.selection import Selection, select
@@ -82,6 +83,8 @@ def _load(config: ResolvedConfig, commits: Mapping[str, str | None]) -> Componen
     stages = {"pre" if backbone.pre_rope else "post", *(statistics.stages if statistics.enabled else ())}
     layers = backbone.probe(both_stages=len(stages) == 2)
     selection = select([layer.heads for layer in layers], config.capture)
+    if config.capture.attention.enabled:
+        _refuse_unknown_attention(layers, selection)
     if selection.note:
         log.warning("%s", selection.note)
     own = backbone.stored.dtype
@@ -102,3 +105,19 @@ def _load(config: ResolvedConfig, commits: Mapping[str, str | None]) -> Componen
     parameters = sum(weight.numel() for weight in backbone.decoder.parameters())
     cost = ForwardCost.of(parameters, [layer.to_dict() for layer in layers], backbone.device.type)
     return Components(loaded, tokenizer, backbone, layers, selection, cost, check)
+
+
+def _refuse_unknown_attention(layers: Sequence[LayerFacts], selection: Selection) -> None:
+    """Refuses to summarize the attention of the selected layers if it is not known in one of them.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    selected = {layer for layer, kind, _ in selection if kind == "q"}
+    reasons = {
+        layer.heads.layer: layer.unknown_attention
+        for layer in layers
+        if layer.unknown_attention is not None and layer.heads.layer in selected
+    }
+    if reasons:
+        raise ConfigError([f"capture.attention.enabled is true, but {refusal(reasons)}"])

@@ -8,7 +8,7 @@ its rows alone. They do not depend on segments, batches and restarts.
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -20,6 +20,14 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from qk_sniffer.errors import StoreError
+from qk_sniffer.store.attention_table import AttentionTable
+from qk_sniffer.store.compact_examples import (
+    check_apart,
+    merged,
+    own_special_tokens,
+    truncated_tokens,
+    write_examples,
+)
 from qk_sniffer.store.compaction_plan import (
     WAY_OUT,
     Block,
@@ -30,8 +38,8 @@ from qk_sniffer.store.compaction_plan import (
     plan_compaction,
 )
 from qk_sniffer.store.disk import explained, make_folder, remove, type_of
-from qk_sniffer.store.journal import ExampleRecord, Journal
-from qk_sniffer.store.layout import EXAMPLES, Head, Layout, examples_schema, schema
+from qk_sniffer.store.journal import Journal
+from qk_sniffer.store.layout import ATTENTION, EXAMPLES, Head, Layout, head_file, schema
 from qk_sniffer.store.manifest import FileEntry, Written
 from qk_sniffer.store.open_folder import PLAIN, Access
 from qk_sniffer.store.parquet_writer import ParquetWriter
@@ -40,8 +48,6 @@ from qk_sniffer.store.previous import PreviousVersion
 ROW_GROUP_BYTES = 4 << 20
 """The bytes of the float32 vectors in a row group: 8,192 rows of 128 numbers. Larger groups compress no better. They
 cost memory in every thread, and time in a reader that wants a few examples of a large file."""
-
-EXAMPLES_PER_GROUP = 1 << 16
 
 HEADS_PER_TASK = 4
 """The heads that share the columns next to the vector. A thread writes their files at the same time, and each open file
@@ -68,6 +74,7 @@ def compact(
     *,
     token_ids: bool = False,
     token_string: TokenStrings | None = None,
+    attention: AttentionTable | None = None,
     previous: PreviousVersion | None = None,
     threads: int = 1,
     row_group_bytes: int = ROW_GROUP_BYTES,
@@ -76,7 +83,8 @@ def compact(
 ) -> Written:
     """Stages the files of `heads` and the file of the examples in `journals`. `promote` puts them in place.
 
-    Hold the finalize lock from here to the end of `promote`. Heads without rows get a file without rows. The rows of
+    Hold the finalize lock from here to the end of `promote`. Heads without rows get a file without rows. `attention` is
+    the table of the attention summaries, whose files are among `heads` with the kind `ATTENTION`. The rows of
     `previous`, a finished dataset with the same heads, come before those of the journals. `on_file` is called, from
     several threads, with the name of every file that is written. `access` is the way to the files: the claim of the
     journals' job.
@@ -88,8 +96,8 @@ def compact(
     if type_of(layout.staging.manifest, access) is not None:
         raise StoreError(f"{layout.root} has a staged version that is not promoted yet; finish that first")
     old = [] if previous is None else previous.examples()
-    records = _merged(journals)
-    _check_apart(old, records)
+    records = merged(journals)
+    check_apart(old, records)
     for journal in journals:
         journal.verify()
     with explained(layout.journal_folder, "read"):
@@ -102,6 +110,7 @@ def compact(
         sampler,
         token_ids,
         token_string,
+        attention,
         previous,
         row_group_bytes,
         access,
@@ -110,13 +119,15 @@ def compact(
     with explained(layout.staging.root, "write"):
         remove(layout.staging.root, access)
         make_folder(layout.staging.root, access)
-        files = {EXAMPLES: _write_examples(layout.staging, records, access)}
+        files = {EXAMPLES: write_examples(layout.staging, records, access)}
         buckets: dict[str, Counter[int]] = {}
         nonfinite: Counter[str] = Counter()
         for done in _in_threads(job, list(_tasks(heads)), threads, on_file):
             files |= done.entries
-            buckets.setdefault(done.kind, Counter()).update(done.buckets)
             nonfinite += done.nonfinite
+            if done.kind != ATTENTION:  # their rows are those of the queries
+                buckets.setdefault(done.kind, Counter()).update(done.buckets)
+        _check_aligned(heads, files)
         access.check()
     return Written(
         files=dict(sorted(files.items())),
@@ -124,8 +135,8 @@ def compact(
         num_examples=len(records),
         num_tokens=sum(record.num_tokens for record in records),
         num_truncated=sum(record.truncated for record in records),
-        truncated_tokens=_truncated_tokens(previous, added),
-        own_special_tokens=_own_special_tokens(previous, added),
+        truncated_tokens=truncated_tokens(previous, added),
+        own_special_tokens=own_special_tokens(previous, added),
         longest_example=max((record.num_tokens for record in records), default=0),
         nonfinite_rows=dict(sorted(nonfinite.items())),
     )
@@ -152,6 +163,7 @@ class _Job:
     sampler: Buckets
     token_ids: bool
     token_string: TokenStrings | None
+    attention: AttentionTable | None
     previous: PreviousVersion | None
     row_group_bytes: int
     access: Access
@@ -180,7 +192,7 @@ class _Job:
                     _count(counted, columns["bucket"], len(heads))
                     for place, (head, output) in enumerate(zip(heads, outputs, strict=True)):
                         vectors = _vectors(head, plan, group, segments)
-                        nonfinite[head.file] += _num_nonfinite(vectors)
+                        nonfinite[head.file] += self._num_nonfinite(kind, vectors)
                         table = self._table(head, columns, vectors)
                         if partial[place].num_rows:
                             table = pa.concat_tables([partial[place], table]).combine_chunks()
@@ -222,14 +234,22 @@ class _Job:
                 raise StoreError(
                     f"the journal has {num_heads} heads of size {head_dim}; it does not contain {head}; {WAY_OUT}"
                 )
-        if self._needs_tokens and any("token_id" not in block.places for block in blocks):
+        if self._needs_tokens(heads[0].kind) and any("token_id" not in block.places for block in blocks):
             raise StoreError(
                 f"token ids or strings were requested, but the journal was captured without token ids; {WAY_OUT}"
             )
 
+    def _needs_tokens(self, kind: str) -> bool:
+        return kind != ATTENTION and (self.token_ids or self.token_string is not None)
+
+    def _num_nonfinite(self, kind: str, vectors: npt.NDArray[np.float32]) -> int:
+        """Returns the number of rows with NaN or Inf."""
+        return self._attention.num_nonfinite(vectors) if kind == ATTENTION else _num_nonfinite(vectors)
+
     @property
-    def _needs_tokens(self) -> bool:
-        return self.token_ids or self.token_string is not None
+    def _attention(self) -> AttentionTable:
+        assert self.attention is not None, "the dataset has no attention summaries"
+        return self.attention
 
     def _columns(self, kind: str, plan: CompactionPlan, group: Group, segments: SegmentFiles) -> dict[str, Any]:
         """Returns the columns that do not depend on the head, each (num_rows,)."""
@@ -243,11 +263,11 @@ class _Job:
             raise StoreError(f"the journals contain rows of examples that they do not list; {WAY_OUT}")
         position = gather("position")
         columns: dict[str, Any] = {
-            "bucket": self.sampler.bucket(kind, position).astype(np.int32),
+            "bucket": self.sampler.bucket("q" if kind == ATTENTION else kind, position).astype(np.int32),
             "example_id": self.example_id[at],
             "position": position,
         }
-        if self._needs_tokens:
+        if self._needs_tokens(kind):
             token_id = gather("token_id")
             if self.token_ids:
                 columns["token_id"] = token_id
@@ -263,6 +283,10 @@ class _Job:
         return pa.array(strings, pa.string()).take(pa.array(inverse.ravel()))
 
     def _table(self, head: Head, columns: dict[str, Any], vectors: npt.NDArray[np.float32]) -> pa.Table:
+        described = self._schema(head)
+        if head.kind == ATTENTION:
+            found = columns | self._attention.columns(vectors)
+            return pa.Table.from_arrays([pa.array(found[name]) for name in described.names], schema=described)
         rows = len(vectors)
         window = np.full(rows, head.sliding_window, np.int32) if head.sliding_window is not None else None
         values = {
@@ -270,10 +294,11 @@ class _Job:
             "vector": pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), head.head_dim),
             "sliding_window": pa.nulls(rows, pa.int32()) if window is None else window,
         }
-        described = self._schema(head)
         return pa.Table.from_arrays([pa.array(values[name]) for name in described.names], schema=described)
 
     def _schema(self, head: Head) -> pa.Schema:
+        if head.kind == ATTENTION:
+            return self._attention.schema.with_metadata(dict(sorted(head.metadata.items())))
         columns = schema(head.head_dim, token_ids=self.token_ids, token_strings=self.token_string is not None)
         return columns.with_metadata(dict(sorted(head.metadata.items())))
 
@@ -338,54 +363,9 @@ def _vectors(head: Head, plan: CompactionPlan, group: Group, segments: SegmentFi
     return widened.astype(np.float32, copy=False)
 
 
-def _merged(journals: Sequence[Journal]) -> list[ExampleRecord]:
-    """Returns the examples of all journals, in the order of the source."""
-    found: dict[int, ExampleRecord] = {}
-    for journal in journals:
-        if twice := found.keys() & journal.records.keys():
-            raise StoreError(
-                f"examples {sorted(twice)[:5]} are in {journal.folder} and in another shard's journal; {WAY_OUT}"
-            )
-        found |= journal.records
-    return [found[index] for index in sorted(found)]
-
-
-def _truncated_tokens(previous: PreviousVersion | None, added: Sequence[ExampleRecord]) -> int | None:
-    """Returns the tokens that were cut off, of all examples; None if an earlier version did not count them."""
-    before: int | None = 0
-    if previous is not None and previous.manifest["truncated_examples"]:
-        before = previous.manifest.get("truncated_tokens", None)
-    if before is None or any(record.truncated and not record.left_out for record in added):
-        return None
-    return before + sum(record.left_out for record in added)
-
-
-def _own_special_tokens(previous: PreviousVersion | None, added: Sequence[ExampleRecord]) -> dict[str, int]:
-    before = {} if previous is None else previous.manifest.get("own_special_tokens", {})
-    return {
-        "before": before.get("before", 0) + sum(record.begins_special for record in added),
-        "after": before.get("after", 0) + sum(record.ends_special for record in added),
-    }
-
-
-def _check_apart(old: Sequence[ExampleRecord], new: Sequence[ExampleRecord]) -> None:
-    """Checks that the new examples come after the old ones and have other ids."""
-    ids = {record.example_id for record in old}
-    last = max((record.index for record in old), default=-1)
-    for record in new:
-        if record.index <= last or record.example_id in ids:
-            raise StoreError(
-                f"example {record.index} (example_id {record.example_id}) is in the finished dataset already, or comes "
-                f"before the dataset's last example: it cannot be added; {WAY_OUT}"
-            )
-
-
-def _write_examples(staging: Layout, records: Sequence[ExampleRecord], access: Access) -> FileEntry:
-    described = examples_schema()
-    with ParquetWriter(staging.examples, described, access) as output:
-        for start in range(0, len(records), EXAMPLES_PER_GROUP):
-            part = records[start : start + EXAMPLES_PER_GROUP]
-            columns = [[getattr(record, name) for record in part] for name in described.names]
-            output.write(pa.table(columns, schema=described))
-    assert output.entry is not None
-    return output.entry
+def _check_aligned(heads: Sequence[Head], files: Mapping[str, FileEntry]) -> None:
+    """Checks that attention summaries have as many rows as their queries."""
+    for head in heads:
+        queries = head_file(head.layer, head.head, "q")
+        if head.kind == ATTENTION and files[head.file].rows != files[queries].rows:
+            raise StoreError(f"the journals have other rows of {head.file} than of {queries}; {WAY_OUT}")

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 from msgspec import Meta
 
-from qk_sniffer.config import MOST_COUNT, MOST_RATE, MOST_SHARDS, STAGES, SamplerType, from_dict
+from qk_sniffer.config import MOST_COUNT, MOST_RATE, MOST_SHARDS, MOST_TOP_K, STAGES, SamplerType, from_dict
 from qk_sniffer.store import stored
 from qk_sniffer.store.form_types import (
     MOST_BUCKETS,
@@ -24,7 +24,7 @@ from qk_sniffer.store.form_types import (
     Slug,
     Stage,
 )
-from qk_sniffer.store.layout import FORMAT, is_dataset_file, parse_head_name
+from qk_sniffer.store.layout import FORMAT, KINDS, is_dataset_file, parse_head_name
 from qk_sniffer.store.model_forms import Model, layer_problems
 from qk_sniffer.store.open_folder import PLAIN, Access
 from qk_sniffer.store.proof_forms import Proof, proof_problems
@@ -58,6 +58,7 @@ class Stated(TypedDict):
 
 class _Tokenizer(TypedDict):
     name: Text | None
+    max_length: NotRequired[Annotated[int, Meta(ge=1, lt=2**31)]]
 
 
 class _Model(TypedDict):
@@ -99,8 +100,15 @@ class _Statistics(TypedDict):
     covariance: bool
 
 
+class _Attention(TypedDict):
+    enabled: bool
+    top_k: Annotated[int, Meta(ge=1, le=MOST_TOP_K)]
+    sink_tokens: Annotated[int, Meta(ge=1, lt=2**31)]
+
+
 class _Capture(TypedDict):
     statistics: NotRequired[_Statistics]
+    attention: NotRequired[_Attention]
 
 
 class _Shard(TypedDict):
@@ -362,7 +370,8 @@ def _in_a_manifest(manifest: Mapping[str, Any]) -> Iterator[str]:
     for name in manifest["files"]:
         if not is_dataset_file(name):
             yield f"{name!r} is not the name of a dataset's file"
-    if not any(parse_head_name(name.partition("/")[0]) for name in manifest["files"]):
+    listed = (parse_head_name(name.partition("/")[0]) for name in manifest["files"])
+    if not any(key.kind in KINDS for key in listed if key is not None):
         yield "it lists no heads"
     captured = {kind for layer in layers for kind, heads in layer["captured"].items() if heads}
     if lacking := captured - manifest["rows_by_bucket"].keys():

@@ -1,6 +1,7 @@
 """Defines every file name of a dataset and the schema of its files.
 
 <root>/l00h00q/data.parquet     one folder a head
+<root>/l00h00a/data.parquet     with capture.attention: the attention of the queries in l00h00q, row for row
 <root>/examples/data.parquet    the examples that the rows come from
 <root>/statistics/layer-00.safetensors  with capture.statistics: the heads of a layer over all tokens, one file a layer
 <root>/README.md                the card
@@ -45,6 +46,15 @@ KINDS = tuple(KIND_NAMES)
 KEY_HEAD_KINDS = ("k",)
 """The kinds that have one file for each key head. The others have one for each query head."""
 
+ATTENTION = "a"
+"""The letter of attention summaries (`attention_table.py`): one file for each query head, with the rows of its queries.
+They are no vectors, and so no kind of them."""
+
+FILE_NAMES = {**KIND_NAMES, ATTENTION: "attention"}
+"""The letters of a head's files, in the order of lists, with their names for people."""
+
+FILE_KINDS = tuple(FILE_NAMES)
+
 MANIFEST = "manifest.json"
 CARD = "README.md"
 EXAMPLES = "examples/data.parquet"
@@ -54,12 +64,15 @@ PICTURE_SUFFIXES = (".png", ".svg")
 
 STATISTICS = "statistics"
 
-VECTOR_PATH = "vector.list.element"
-"""The Parquet column of the vectors' numbers: pyarrow's name for a list whose field is unnamed."""
+KEY_COLUMNS = ("bucket", "example_id", "position")
+"""The columns of int32 that name a row."""
+
+LIST_PATH = ".list.element"
+"""The end of the name of the Parquet column of a list's numbers: pyarrow's name for a list whose field is unnamed."""
 
 
 class HeadKey(NamedTuple):
-    """Names a head. `head` counts query heads for the kind "q" and key heads for "k"."""
+    """Names a head's file. `head` counts key heads for the `KEY_HEAD_KINDS`, and query heads for the others."""
 
     layer: int
     head: int
@@ -72,8 +85,8 @@ class HeadKey(NamedTuple):
 
     @property
     def order(self) -> tuple[int, int, int]:
-        """Sorts heads by layer, then by kind as in `KINDS`, then by number."""
-        return self.layer, KINDS.index(self.kind), self.head
+        """Sorts heads by layer, then by kind as in `FILE_KINDS`, then by number."""
+        return self.layer, FILE_KINDS.index(self.kind), self.head
 
 
 @dataclass(frozen=True)
@@ -248,7 +261,7 @@ def parse_head_name(name: str) -> HeadKey | None:
     return key if key.name == name else None
 
 
-_HEAD_NAME = re.compile(rf"l([0-9]{{2,6}})h([0-9]{{2,6}})([{''.join(KINDS)}])")
+_HEAD_NAME = re.compile(rf"l([0-9]{{2,6}})h([0-9]{{2,6}})([{''.join(FILE_KINDS)}])")
 
 
 def is_picture(name: str) -> bool:
@@ -270,9 +283,7 @@ def is_dataset_file(name: str) -> bool:
 def schema(head_dim: int, *, token_ids: bool = False, token_strings: bool = False) -> pa.Schema:
     """Returns the columns of a head's file. The vector's numbers are nullable, as in every list type of pyarrow."""
     fields = [
-        pa.field("bucket", pa.int32(), nullable=False),
-        pa.field("example_id", pa.int32(), nullable=False),
-        pa.field("position", pa.int32(), nullable=False),
+        *(pa.field(name, pa.int32(), nullable=False) for name in KEY_COLUMNS),
         pa.field("vector", pa.list_(pa.float32(), head_dim), nullable=False),
         pa.field("sliding_window", pa.int32()),
     ]

@@ -28,7 +28,8 @@ proof           {"proven", "examples", "rows", "heads", "longest_position", "bey
                 has what was compared of statistics: {"stages", "examples", "tokens", "heads", "uncovered",
                 "tolerance", "largest_difference_by_layer"}, the tokens being those of each head. Without rows, these
                 alone prove the dataset. Without numbers there is a "reason"
-files           {"l00h00q/data.parquet": {"rows", "bytes", "sha256"}, ...}; rows of Parquet files only
+files           {"l00h00q/data.parquet": {"rows", "bytes", "sha256"}, ...}; rows of Parquet files only. rows and
+                rows_by_bucket count vectors, and so not the rows of attention summaries, `l00h00a/data.parquet`
 timings         seconds by stage of the run that wrote it: the only part that differs between equal datasets
 """
 
@@ -43,7 +44,7 @@ from qk_sniffer.store import stored
 from qk_sniffer.store.disk import write_atomic
 from qk_sniffer.store.files import Files, difference, inside
 from qk_sniffer.store.forms import decode_manifest, read_manifest
-from qk_sniffer.store.layout import FORMAT, MANIFEST, HeadKey, Layout, missing_manifest, parse_head_name
+from qk_sniffer.store.layout import FORMAT, KINDS, MANIFEST, HeadKey, Layout, missing_manifest, parse_head_name
 from qk_sniffer.store.open_folder import PLAIN, Access
 
 WAY_OUT = (
@@ -184,9 +185,9 @@ def changed_files(root: Path, manifest: Mapping[str, Any]) -> list[str]:
 
 
 def heads(manifest: Mapping[str, Any]) -> list[HeadKey]:
-    """Returns the heads that a manifest lists, by layer, then in the order of `KINDS`."""
+    """Returns the heads whose vectors a manifest lists, by layer, then in the order of `KINDS`."""
     keys = [key for name in manifest["files"] if (key := parse_head_name(name.split("/")[0])) is not None]
-    return sorted(keys, key=lambda key: key.order)
+    return sorted((key for key in keys if key.kind in KINDS), key=lambda key: key.order)
 
 
 def _without_none(entry: FileEntry) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -124,6 +125,13 @@ def excess(path: Path, file: pq.ParquetFile, schema: pa.Schema, *, at_once: bool
     if sum(groups) > MOST_EXPANSION * size:
         return f"claims {metadata.num_rows:,} rows of {in_mb(sum(groups))} in {size:,} bytes"
     return too_large(sum(groups) if at_once else max(groups, default=0))
+
+
+def read_matrix(column: pa.ChunkedArray) -> npt.NDArray[Any]:
+    """Returns the lists of a column of fixed_size_list without nulls as a matrix (rows, size of a list)."""
+    size = column.type.list_size
+    chunks = [chunk.flatten().to_numpy(zero_copy_only=True).reshape(-1, size) for chunk in column.chunks]
+    return np.concatenate(chunks) if chunks else np.empty((0, size), column.type.value_type.to_pandas_dtype())
 
 
 def first_line(error: BaseException) -> str:

@@ -1,8 +1,8 @@
 """Writes Parquet files whose bytes follow from their rows, with the encodings that suit captured vectors.
 
-Vectors are encoded with BYTE_STREAM_SPLIT, which groups the bytes of equal weight, and compressed with zstd at its
-fastest level. The zero bytes of widened numbers then take no space. Vectors have no statistics, because no reader needs
-them. Other columns have a dictionary. No file has a page index.
+Columns of float32, such as the vectors, are encoded with BYTE_STREAM_SPLIT, which groups the bytes of equal weight, and
+compressed with zstd at its fastest level. The zero bytes of widened numbers then take no space. They have no
+statistics, because no reader needs them. Other columns have a dictionary. No file has a page index.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from qk_sniffer.errors import StoreError
 from qk_sniffer.store.disk import sync_file
-from qk_sniffer.store.layout import VECTOR_PATH
+from qk_sniffer.store.layout import LIST_PATH
 from qk_sniffer.store.manifest import FileEntry
 from qk_sniffer.store.open_folder import PLAIN, Access
 
@@ -32,7 +32,8 @@ class ParquetWriter:
         self._path = path
         self._rows = 0
         self._written: list[pq.FileMetaData] = []
-        others = [name for name in schema.names if name != "vector"]
+        numbers = [_path(field) for field in schema if _is_float(field.type)]
+        others = [_path(field) for field in schema if not _is_float(field.type)]
         with access.open(path.parent, create=True) as folder:
             self._file = folder.create(path.name)
         self._writer = pq.ParquetWriter(
@@ -42,7 +43,7 @@ class ParquetWriter:
             compression="zstd",
             compression_level=1,
             use_dictionary=others,
-            column_encoding={VECTOR_PATH: "BYTE_STREAM_SPLIT"} if "vector" in schema.names else None,
+            column_encoding=dict.fromkeys(numbers, "BYTE_STREAM_SPLIT") or None,
             write_statistics=others,
             write_page_index=False,
             metadata_collector=self._written,
@@ -71,6 +72,14 @@ class ParquetWriter:
                 self.entry = FileEntry(self._rows, len(data), hashlib.sha256(data).hexdigest())
 
 
+def _path(field: pa.Field) -> str:
+    return f"{field.name}{LIST_PATH}" if pa.types.is_fixed_size_list(field.type) else str(field.name)
+
+
+def _is_float(kind: pa.DataType) -> bool:
+    return bool((kind.value_type if pa.types.is_fixed_size_list(kind) else kind) == pa.float32())
+
+
 def check_encodings(path: Path, metadata: pq.FileMetaData) -> None:
     """Checks that the file of this footer has the encodings of this module, because pyarrow ignores unknown options.
 
@@ -81,16 +90,17 @@ def check_encodings(path: Path, metadata: pq.FileMetaData) -> None:
         for number in range(metadata.num_columns):
             column = metadata.row_group(group).column(number)
             name, encodings = column.path_in_schema, column.encodings
+            is_float = column.physical_type == "FLOAT"
             wrong = None
             if column.compression != "ZSTD":
                 wrong = f"compression {column.compression}"
-            elif name == VECTOR_PATH and "BYTE_STREAM_SPLIT" not in encodings:
+            elif "." in name and not name.endswith(LIST_PATH):
+                wrong = f"another name than {name.partition('.')[0]}{LIST_PATH}"
+            elif is_float and "BYTE_STREAM_SPLIT" not in encodings:
                 wrong = f"encodings {encodings}, without BYTE_STREAM_SPLIT"
-            elif name == VECTOR_PATH and column.is_stats_set:
+            elif is_float and column.is_stats_set:
                 wrong = "statistics"
-            elif name.startswith("vector") and name != VECTOR_PATH:
-                wrong = "another name than " + VECTOR_PATH
-            elif name != VECTOR_PATH and column.physical_type != "BOOLEAN" and "RLE_DICTIONARY" not in encodings:
+            elif not is_float and column.physical_type != "BOOLEAN" and "RLE_DICTIONARY" not in encodings:
                 wrong = f"encodings {encodings}, without a dictionary"
             elif column.has_column_index or column.has_offset_index:
                 wrong = "a page index"

@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qk_sniffer.store.buffer import Region
-from qk_sniffer.store.layout import KINDS
+from qk_sniffer.store.layout import FILE_KINDS
 from qk_sniffer.store.segment import Tensor
 
 if TYPE_CHECKING:
@@ -86,8 +86,8 @@ class Rows:
         Raises:
             ValueError: the kind is unknown, vectors of this dtype cannot be stored, or no head is captured.
         """
-        if self.kind not in KINDS:
-            raise ValueError(f"the kind is {self.kind!r}; it must be one of {KINDS}")
+        if self.kind not in FILE_KINDS:
+            raise ValueError(f"the kind is {self.kind!r}; it must be one of {FILE_KINDS}")
         if (dtype := DTYPES.get(str(self.dtype))) is None:
             raise ValueError(f"vectors of {self.dtype} cannot be stored; {', '.join(DTYPES)} can")
         if not self.num_heads:
@@ -200,7 +200,7 @@ def parse_tensor_name(name: str) -> tuple[int, str, str] | None:
     return int(match[1]), match[2], match[3]
 
 
-_TENSOR_NAME = re.compile(rf"l([0-9]{{2,6}})([{''.join(KINDS)}])\.([a-z_]{{1,20}})")
+_TENSOR_NAME = re.compile(rf"l([0-9]{{2,6}})([{''.join(FILE_KINDS)}])\.([a-z_]{{1,20}})")
 
 
 def block_tensors(slots: Sequence[Slot]) -> list[Tensor]:

@@ -129,7 +129,7 @@ def long_run(length: int, facts: LayerFacts, **arguments: Any) -> KernelRun:
         logits = (query[0, :, at].double() @ key[0, 0, first : at + 1].double().T) * 0.5
         output[0, at] = (logits.softmax(-1) @ value[0, 0, first : at + 1].double()).float()
     off = dict.fromkeys(("position_bias", "sparse_attention", "hides_keys"), False)
-    call = AttentionCall(0, query, key, None, None, 0.5, None, None, **off)
+    call = AttentionCall(0, query, key, None, None, 0.5, None, None, **off, attended=(query, key), arguments={})
     return KernelRun(call, query, key, value, None, {"scaling": 0.5, "dropout": 0.0} | arguments, output)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qk_sniffer.capture import gather as gather_module
-from qk_sniffer.capture.gather import DeviceCopiers, Heads, TokenIndices, send
+from qk_sniffer.capture.gather import DeviceCopiers, Heads, TokenIndices, send, take
 from qk_sniffer.capture.sampling import Picks
 
 CPU = torch.device("cpu")
@@ -63,7 +64,8 @@ def test_every_piece_is_what_indexing_gives(kept: list[list[int]], heads: list[i
         for start in range(0, len(picks.row), step):
             stop = min(start + step, len(picks.row))
             memory = torch.full((len(heads), stop - start, DIM), torch.nan)
-            assert DeviceCopiers().gather(vectors, Heads(heads), each.part(start, stop), memory) is None
+            write = partial(take, vectors, Heads(heads), each.part(start, stop))
+            assert DeviceCopiers().fill(memory, CPU, write) is None
             expected = indexed(vectors, heads, Picks(picks.row[start:stop], picks.position[start:stop]))
             assert torch.equal(memory, expected)
 
@@ -77,7 +79,7 @@ def test_both_ways_keep_every_bit(dtype: torch.dtype, min_range: int, monkeypatc
     tokens = TokenIndices.of(picks_of([[], range(50), range(100, 130)]), CPU)
     assert (tokens.ranges is None) == (min_range > 1)
     memory = torch.empty(3, 80, DIM, dtype=dtype)
-    DeviceCopiers().gather(vectors, Heads([1, 2, 5]), send({0: tokens}, CPU)[0], memory)
+    DeviceCopiers().fill(memory, CPU, partial(take, vectors, Heads([1, 2, 5]), send({0: tokens}, CPU)[0]))
     expected = torch.cat([vectors[1, [1, 2, 5], :50], vectors[2, [1, 2, 5], 100:130]], dim=1)
     bits = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
     assert torch.equal(memory.view(bits), expected.contiguous().view(bits))

@@ -103,7 +103,7 @@ def test_encodings(tmp_path: Path) -> None:
 
 
 def test_an_encoding_that_pyarrow_ignores_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parquet_writer, "VECTOR_PATH", "vector.list.item")
+    monkeypatch.setattr(parquet_writer, "LIST_PATH", ".list.item")
     with pytest.raises(StoreError, match="vector"):
         make_dataset(tmp_path, Captured())
 

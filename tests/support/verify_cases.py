@@ -72,7 +72,7 @@ def restate(root: Path) -> None:
             entry |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
             if name.endswith(".parquet") and data.startswith(b"PAR1"):
                 entry["rows"] = pq.read_metadata(root / name).num_rows
-            if name.startswith("l") and data.startswith(b"PAR1"):
+            if name[6:7] in buckets and data.startswith(b"PAR1"):
                 column = pq.read_table(root / name)
                 if "bucket" in column.column_names:
                     buckets[name[6]].update(map(str, column["bucket"].to_pylist()))

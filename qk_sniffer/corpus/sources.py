@@ -308,7 +308,8 @@ def _of_library(where: str, builder: Any, config: DatasetConfig, folder: Path | 
     data_files = _files_of(builder)
     known = list(data_files or builder.info.splits or [])
     files = [file for name in named_splits(where, config, known) for file in data_files.get(name, ())]
-    local = [data_file(file, folder) if folder else DataFile(file) for file in files if "://" not in file]
+    opened = dict.fromkeys(file.rpartition("::")[2] if "://" in file else file for file in files)  # or its archive
+    local = [data_file(file, folder) if folder else DataFile(file) for file in opened if "://" not in file]
     try:
         if config.streaming:
             return LibraryRows(where, builder.as_streaming_dataset(split=config.split))

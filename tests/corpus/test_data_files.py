@@ -1,6 +1,7 @@
 """Tests that the file which is read is the one that was checked: within its folder, and that of the last reading."""
 
 import gzip
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -82,25 +83,38 @@ def swapped_and_back(path: Path, secret: Path, read: Callable[[], Any]) -> Any:
     return found
 
 
-def test_a_file_that_is_another_one_while_the_library_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def arrow(path: Path, text: str) -> Path:
+    table = pa.table({"text": [text]})
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
+        stream.write_table(table)
+    return path
+
+
+def archive(path: Path, text: str) -> Path:
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("rows.jsonl", jsonl([{"text": text}]))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "before"), [("a.arrow", arrow, ""), ("a.zip", archive, ""), ("a.zip", archive, "zip://*.jsonl::")]
+)
+def test_a_file_that_is_another_one_while_the_library_reads_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, make: Callable[[Path, str], Path], before: str
+) -> None:
     from datasets import DatasetBuilder
 
-    def arrow(path: Path, text: str) -> Path:
-        table = pa.table({"text": [text]})
-        path.parent.mkdir(exist_ok=True)
-        with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
-            stream.write_table(table)
-        return path
-
-    file, secret = arrow(tmp_path / "texts" / "a.arrow", "own"), arrow(tmp_path / "secret.arrow", "secret")
+    (tmp_path / "texts").mkdir()
+    file, secret = make(tmp_path / "texts" / name, "own"), make(tmp_path / name, "secret")
     prepare = DatasetBuilder.download_and_prepare
 
     def late(builder: DatasetBuilder, *args: Any, **options: Any) -> Any:
         return swapped_and_back(file, secret, lambda: prepare(builder, *args, **options))
 
     monkeypatch.setattr(DatasetBuilder, "download_and_prepare", late)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)  # the library takes every address for a remote one
     with pytest.raises(SourceError, match="a file was changed while the job read it"):
-        opened(tmp_path / "texts", data_files="*.arrow")
+        opened(tmp_path / "texts", data_files=f"{before}{file}")
 
 
 FEW, MORE = [{"text": "a"}, {"text": "b"}], [{"text": "a"}, {"text": "b"}, {"text": "c"}]

@@ -28,7 +28,7 @@ FLOORS = (
     ("jobs",),
     ("cli",),
     ("export", "plasticity"),
-    ("__init__", "__main__", "families", "finalize", "pictures", "status", "verify"),
+    ("__init__", "__main__", "families", "finalize", "heads", "pictures", "status", "verify"),
 )
 """Folders and single modules, from the ground up. Each imports only itself and lower floors."""
 

@@ -216,15 +216,16 @@ def test_the_small_programs_run_on_the_demo(
 
 
 @pytest.fixture(scope="module")
-def statistics(reader: Path) -> None:
-    """The dataset of the README's command that makes statistics, in the reader's folder, over few tokens."""
-    (command,) = [each for each in JOBS if "output.data_root=outputs/statistics" in each.text]
-    with chdir(reader):
-        (job,) = jobs_of([*command.words(), *SMALL])
-        run_job(job.config)
+def read_datasets(reader: Path) -> None:
+    """The datasets that the Python on the pages reads besides the demo, in the reader's folder, over few tokens."""
+    for folder in ("outputs/statistics", "outputs/attention"):
+        command = next(each for each in JOBS if f"output.data_root={folder}" in each.text)
+        with chdir(reader):
+            (job,) = jobs_of([*command.words(), *SMALL])
+            run_job(job.config)
 
 
-@pytest.mark.usefixtures("at_readers", "demo", "statistics")
+@pytest.mark.usefixtures("at_readers", "demo", "read_datasets")
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "python"], ids=str)
 def test_python(block: Block) -> None:
     if block.page in PYTHON_RUN_ELSEWHERE:

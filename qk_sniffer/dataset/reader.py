@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from qk_sniffer.capture.sampling import Sampler
-from qk_sniffer.config import from_dict
+from qk_sniffer.config import AttentionConfig, from_dict
 from qk_sniffer.dataset.attention_summary import AttentionSummary
 from qk_sniffer.dataset.heads import captured_heads, key_head
 from qk_sniffer.errors import StoreError
@@ -164,6 +164,17 @@ class Dataset:
             if any(chunk.flatten().null_count for chunk in column.chunks if pa.types.is_fixed_size_list(column.type)):
                 raise UnreadableError(path, "has lists with nulls", WAY_OUT)
         return AttentionSummary.of(table)
+
+    @property
+    def attention_settings(self) -> AttentionConfig:
+        """The settings of the attention summaries.
+
+        Raises:
+            StoreError: the dataset has none.
+        """
+        if self._attention is None:
+            raise StoreError(f"{self} has no attention summaries: capture.attention.enabled=true makes them")
+        return self._capture.attention
 
     def statistics(self, layer: int, kind: str, stage: str | None = None) -> Statistics:
         """Returns the statistics of the captured heads of a layer over all tokens, for the kind "q" or "k".

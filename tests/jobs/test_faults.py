@@ -74,10 +74,18 @@ def test_a_killed_job_resumes_and_ends_with_the_same_bytes(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(int(os.environ.get("KILL_SEEDS", "1"))))
-@pytest.mark.parametrize(("batch_size", "stages"), [(1, []), (2, []), (2, ["pre", "post"])])
+@pytest.mark.parametrize(
+    ("batch_size", "capture"),
+    [
+        (1, {}),
+        (2, {}),
+        (2, {"statistics": {"enabled": True, "stages": ["pre", "post"]}}),
+        (2, {"attention": {"enabled": True}}),
+    ],
+)
 def test_killed_at_random_moments_of_every_step(
     batch_size: int,
-    stages: list[str],
+    capture: dict[str, Any],
     seed: int,
     server: Server,
     checkpoint: Path,
@@ -87,8 +95,8 @@ def test_killed_at_random_moments_of_every_step(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     sections: dict[str, Any] = {"inference": SECTIONS["inference"] | {"batch_size": batch_size, "lookahead": 12}}
-    if stages:
-        sections["capture"] = {"statistics": {"enabled": True, "stages": stages}}
+    if capture:
+        sections["capture"] = capture
     monkeypatch.setattr(capture_examples, "GROUP", 1e-5)  # as in the processes
     job = settings(checkpoint, texts, tmp_path / "out", **sections)
     whole = hashes(undisturbed(**sections))

@@ -1,0 +1,109 @@
+"""Ranks query heads by where their attention goes: to the first tokens, close keys, distant keys, or the token before.
+
+capture.attention makes the summaries that this reads, so no model runs. It writes heads.csv, heads.parquet and, if
+matplotlib is installed, a map of layers and heads as heads.png and heads.svg. docs/heads.md describes the columns.
+
+Exit codes: 0 written, 1 the dataset has no such summaries, 2 the settings are wrong, 130 interrupted.
+"""
+
+import io
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+import pyarrow.parquet as pq
+
+from qk_sniffer.cli import program
+from qk_sniffer.dataset.head_scores import RANKED, Ranges, head_scores
+from qk_sniffer.dataset.reader import Dataset, open_dataset
+from qk_sniffer.drawing.draw import MATPLOTLIB_MISSING, can_draw
+from qk_sniffer.drawing.head_scores import score_maps
+from qk_sniffer.drawing.style import as_text, save
+from qk_sniffer.errors import StoreError
+from qk_sniffer.store.disk import explained, make_folder, write_atomic
+from qk_sniffer.store.layout import MANIFEST, PICTURE_SUFFIXES
+from qk_sniffer.text import counted, say
+
+NAME = "heads"
+"""The name of the files, without their suffixes."""
+
+SHOWN = 5
+"""The heads that are printed for each score."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of the program."""
+
+    data_root: str = field(metadata={"help": "the dataset: a folder, or a repository on the Hub"})
+    revision: str | None = field(
+        default=None, metadata={"help": "branch, tag or commit of a dataset on the Hub; null: main"}
+    )
+    output_dir: Path | None = field(
+        default=None, metadata={"help": "folder to write; null: <data_root>-heads, or outputs/<revision>-heads"}
+    )
+    local_distance: int = field(default=63, metadata={"help": "keys closer than this are close: 2**b - 1"})
+    far_distance: int = field(default=511, metadata={"help": "keys from this distance on are distant: 2**b - 1"})
+
+
+def main() -> int:
+    """Runs `python -m qk_sniffer.heads`; returns the exit code."""
+    return program.run("qk_sniffer.heads", __doc__ or "", Settings, _program)
+
+
+def _program(settings: Settings) -> int:
+    dataset = open_dataset(settings.data_root, settings.revision)
+    sink_tokens = dataset.attention_settings.sink_tokens
+    ranges = Ranges(settings.local_distance, settings.far_distance, sink_tokens)
+    scores = head_scores(dataset, ranges)
+    folder = settings.output_dir or dataset.beside("-heads")
+    if (folder / MANIFEST).exists():
+        raise StoreError(f"{folder} is a dataset; choose another output_dir")
+    with explained(folder, "make"):
+        make_folder(folder)
+    for suffix, data in (("csv", _csv(scores)), ("parquet", _parquet(scores))):
+        write_atomic(folder / f"{NAME}.{suffix}", data)
+    written = [f"{NAME}.csv", f"{NAME}.parquet"]
+    if can_draw():
+        save(folder / NAME, lambda: score_maps(scores, _title(dataset, ranges)))
+        written += [f"{NAME}{suffix}" for suffix in PICTURE_SUFFIXES]
+    say(f"{counted(scores.num_rows, 'query head')}; queries at positions from {ranges.first_position:,} on.")
+    for line in _leaders(scores):
+        say(line)
+    say(f"Written: {folder}/{', '.join(written)}")
+    if not can_draw():
+        say(f"No picture: {MATPLOTLIB_MISSING}")
+    return 0
+
+
+def _leaders(scores: pa.Table) -> Iterator[str]:
+    """Yields a line for each score, with the heads in which it is largest."""
+    for name, words in RANKED.items():
+        ordered = scores.sort_by(f"{name}_rank").slice(0, SHOWN).to_pylist()
+        heads = ", ".join(f"l{row['layer']:02d}h{row['head']:02d} {row[name]:.3f}" for row in ordered if row["rows"])
+        yield f"{words}: {heads}"
+
+
+def _title(dataset: Dataset, ranges: Ranges) -> str:
+    config = dataset.manifest["config"]
+    close, distant = f"close: below {ranges.local_distance}", f"distant: {ranges.far_distance} and more"
+    return as_text(f"{config['model']['slug']} on {config['dataset']['slug']} ({close}; {distant})")
+
+
+def _csv(scores: pa.Table) -> bytes:
+    target = io.BytesIO()
+    pa_csv.write_csv(scores, target)
+    return target.getvalue()
+
+
+def _parquet(scores: pa.Table) -> bytes:
+    target = io.BytesIO()
+    pq.write_table(scores, target, compression="zstd")
+    return target.getvalue()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

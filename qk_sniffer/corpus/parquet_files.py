@@ -3,12 +3,15 @@
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, BinaryIO
 
-from qk_sniffer.corpus.data_files import DataFile, FormatError, open_bytes
+from qk_sniffer.corpus.data_files import DataFile, FormatError, open_bytes, refuse_expansion
 from qk_sniffer.corpus.values import Float16, Float32
+from qk_sniffer.store.parquet_pages import Limits, PageError, Pages, read_pages
 
 _BATCH_BYTES, _BATCH_ROWS = 1 << 24, 10_000
+_LIMITS = Limits(pages=1 << 20, header_bytes=1 << 24)
+_TEXTS = ("BYTE_ARRAY", "FIXED_LEN_BYTE_ARRAY")
 _NAMES = {"halffloat": "float16", "float": "float32", "double": "float64"}
 _STRINGS = ("string", "large_string", "string_view")
 
@@ -25,12 +28,12 @@ class ParquetReader:
 
     def kinds(self, file: DataFile, wanted: Sequence[str]) -> dict[str, str]:
         """Returns the types of all columns."""
-        with _opened(file) as parquet:
+        with _opened(file) as (parquet, _):
             return _kinds(parquet)
 
     def count(self, file: DataFile) -> int:
         """Returns the number of rows, which the file states."""
-        with _opened(file) as parquet:
+        with _opened(file) as (parquet, _):
             return int(parquet.metadata.num_rows)
 
     def read(self, file: DataFile, columns: Sequence[str], start: int = 0) -> Iterator[dict[str, Any]]:
@@ -39,7 +42,7 @@ class ParquetReader:
         Raises:
             FormatError: the file has no such column, or several, or a text that is not UTF-8.
         """
-        with _opened(file) as parquet:
+        with _opened(file) as (parquet, content):
             names = parquet.schema_arrow.names
             if several := [column for column in columns if names.count(column) > 1]:
                 raise FormatError(f"it has several columns {several[0]!r}; it has: {', '.join(names)}")
@@ -47,27 +50,27 @@ class ParquetReader:
                 raise FormatError(f"it has no column {absent[0]!r}; it has: {', '.join(names)}")
             kinds = _kinds(parquet)
             groups, skip = _groups(parquet.metadata, start)
-            if not groups:
-                return
-            rows = _batch_rows(parquet.metadata, columns)
-            for batch in parquet.iter_batches(rows, row_groups=groups, columns=list(columns)):
-                if skip >= batch.num_rows:
-                    skip -= batch.num_rows
-                    continue
-                part = batch.slice(skip)
-                skip = 0
-                values = [_values(part.column(column), column, kinds[column]) for column in columns]
-                for row in zip(*values, strict=True):
-                    yield dict(zip(columns, row, strict=True))
+            for group in groups:
+                rows = _batch_rows(parquet, group, columns, None if file.is_remote else content)
+                for batch in parquet.iter_batches(rows, row_groups=[group], columns=list(columns)):
+                    if skip >= batch.num_rows:
+                        skip -= batch.num_rows
+                        continue
+                    part = batch.slice(skip)
+                    skip = 0
+                    values = [_values(part.column(column), column, kinds[column]) for column in columns]
+                    for row in zip(*values, strict=True):
+                        yield dict(zip(columns, row, strict=True))
 
 
 @contextmanager
-def _opened(file: DataFile) -> Iterator[Any]:
+def _opened(file: DataFile) -> Iterator[tuple[Any, BinaryIO]]:
     import pyarrow.parquet as pq
 
     with open_bytes(file, compressed=False) as content:
         # A small buffer bounds the memory, and a large part at a time bounds the number of requests.
-        yield pq.ParquetFile(content, buffer_size=0 if file.is_remote else 1 << 20, pre_buffer=file.is_remote)
+        parquet = pq.ParquetFile(content, buffer_size=0 if file.is_remote else 1 << 20, pre_buffer=file.is_remote)
+        yield parquet, content
 
 
 def _groups(metadata: Any, start: int) -> tuple[list[int], int]:
@@ -79,15 +82,47 @@ def _groups(metadata: Any, start: int) -> tuple[list[int], int]:
     return list(range(first, metadata.num_row_groups)), start - before
 
 
-def _batch_rows(metadata: Any, columns: Sequence[str]) -> int:
-    """Returns the number of rows that have about `_BATCH_BYTES` bytes in the fullest row group."""
-    most = 1.0
-    for number in range(metadata.num_row_groups):
-        group = metadata.row_group(number)
-        chunks = (group.column(place) for place in range(group.num_columns))
-        size = sum(each.total_uncompressed_size for each in chunks if each.path_in_schema.split(".")[0] in columns)
-        most = max(most, size / max(group.num_rows, 1))
-    return max(1, min(_BATCH_ROWS, int(_BATCH_BYTES / most)))
+def _batch_rows(parquet: Any, number: int, columns: Sequence[str], content: BinaryIO | None) -> int:
+    """Returns the number of rows of a row group that are read at a time.
+
+    A value is not longer than the largest page. It may come out of a page any number of times: a page names a value of
+    its dictionary, or the start of the value before.
+
+    Args:
+        parquet: the file.
+        number: of the row group.
+        columns: those that are read.
+        content: of the file, for the true sizes of pages; None takes the sizes that the file claims, because the
+            headers of a remote file's pages cost a request each.
+
+    Raises:
+        FormatError: the pages are not as the file claims, or expand out of proportion.
+    """
+    group = parquet.metadata.row_group(number)
+    packed = unpacked = most = 0
+    for place in range(group.num_columns):
+        chunk, leaf = group.column(place), parquet.schema.column(place)
+        if leaf.path.partition(".")[0] not in columns:
+            continue
+        pages = _pages(content, chunk)
+        packed += chunk.total_compressed_size
+        unpacked += pages.size + (8 * pages.values if leaf.max_repetition_level else 0)
+        if leaf.physical_type in _TEXTS:
+            most += pages.largest * max(1, -(-pages.values // max(1, group.num_rows)))
+    refuse_expansion(packed, unpacked, "write the file again without compression")
+    return max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, most)))
+
+
+def _pages(content: BinaryIO | None, chunk: Any) -> Pages:
+    if content is None:
+        return Pages(chunk.num_values, chunk.total_uncompressed_size, chunk.total_uncompressed_size)
+    start, dictionary = chunk.data_page_offset, chunk.dictionary_page_offset
+    if chunk.has_dictionary_page and 0 < dictionary < start:
+        start = dictionary
+    try:
+        return read_pages(content, start, chunk.total_compressed_size, _LIMITS)
+    except (PageError, OSError, ValueError) as error:
+        raise FormatError(f"the pages of its column {chunk.path_in_schema!r} are damaged: {error}") from error
 
 
 def _values(column: Any, name: str, kind: str) -> list[Any]:

@@ -8,12 +8,20 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
-_USUAL_HEADER_BYTES, _HEADER_BYTES = 1 << 8, 1 << 16
-"""The bytes that are read for a page's header, and the most that one may have. Ours have 30; statistics of strings make
-others longer."""
+_USUAL_HEADER_BYTES = 1 << 8
+"""The bytes that are read for a page's header at first. Ours have 30; statistics of strings make others longer."""
 
-_MOST_PAGES = 10_000
-"""The most pages of a column in a row group. Ours have a few."""
+
+@dataclass(frozen=True)
+class Limits:
+    """The most pages of a column in a row group, and the most bytes of a page's header."""
+
+    pages: int
+    header_bytes: int
+
+
+_OURS = Limits(pages=10_000, header_bytes=1 << 16)
+"""Those of our files, which have a few pages."""
 
 _MOST_DEPTH = 8
 
@@ -38,7 +46,7 @@ class Pages:
     largest: int
 
 
-def read_pages(file: BinaryIO, start: int, compressed_size: int) -> Pages:
+def read_pages(file: BinaryIO, start: int, compressed_size: int, limits: Limits = _OURS) -> Pages:
     """Reads the page headers of the column that begins at byte `start` and has `compressed_size` bytes.
 
     Raises:
@@ -48,10 +56,10 @@ def read_pages(file: BinaryIO, start: int, compressed_size: int) -> Pages:
     at, end = start, start + compressed_size
     while at < end:
         number += 1
-        if number > _MOST_PAGES:
-            raise PageError(f"a column has more than {_MOST_PAGES:,} pages in a row group")
+        if number > limits.pages:
+            raise PageError(f"a column has more than {limits.pages:,} pages in a row group")
         try:
-            header, length = _header(file, at, end)
+            header, length = _header(file, at, min(end, at + limits.header_bytes))
             kind, unpacked, packed = (header[field] for field in (1, 2, 3))
             if not (isinstance(kind, int) and isinstance(unpacked, int) and isinstance(packed, int)):
                 raise PageError("a page has no size")
@@ -70,16 +78,17 @@ def read_pages(file: BinaryIO, start: int, compressed_size: int) -> Pages:
 
 
 def _header(file: BinaryIO, at: int, end: int) -> "tuple[_Struct, int]":
-    """Returns the header at byte `at` and its length. Few headers are longer than the usual ones."""
-    for most in (_USUAL_HEADER_BYTES, _HEADER_BYTES):
+    """Returns the header at byte `at`, which ends before byte `end`, and its length. Few are longer than usual."""
+    most = _USUAL_HEADER_BYTES
+    while True:
         file.seek(at)
         reader = _Reader(file.read(min(most, end - at)))
         try:
             return reader.struct(0), reader.at
         except (IndexError, PageError):
-            if most == _HEADER_BYTES or end - at <= most:
+            if end - at <= most:
                 raise
-    raise AssertionError("the loop returns or raises")
+            most <<= 8
 
 
 _Struct = dict[int, "int | _Struct | None"]

@@ -1,13 +1,18 @@
-"""Tests that a compressed file of someone else does not fill the memory."""
+"""Tests that a file of someone else that is compressed, or names a value many times, does not fill the memory."""
 
 import bz2
 import gzip
 import lzma
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pytest
-from support.data_files import opened
+from support.data_files import message, opened, write_parquet
 
+from qk_sniffer.corpus import parquet_files
+from qk_sniffer.corpus.data_files import DataFile, FormatError
 from qk_sniffer.errors import SourceError
 
 LONG = b"a" * 8_000_000
@@ -27,3 +32,44 @@ def test_a_file_does_not_expand_out_of_proportion(
     monkeypatch.setattr("qk_sniffer.corpus.data_files.MOST_UNCHECKED_BYTES", 1 << 20)
     with pytest.raises(SourceError, match=r"expand to more than .* MB, which no texts do.* decompress it first"):
         list(opened(file).examples())
+
+
+REPEATED = pa.array(["a" * (1 << 20)] * 64)
+MESSAGE = pa.StructArray.from_arrays([pa.array(["user"] * 64), REPEATED], ["role", "content"])
+
+
+@pytest.mark.parametrize(
+    ("column", "options"),
+    [
+        ({"text": REPEATED}, {}),
+        ({"text": REPEATED}, {"use_dictionary": False, "column_encoding": "DELTA_BYTE_ARRAY"}),
+        ({"messages": pa.ListArray.from_arrays(pa.array(range(65), pa.int32()), MESSAGE)}, {}),
+    ],
+    ids=["dictionary", "equal starts", "messages"],
+)
+def test_a_text_that_parquet_stores_once_comes_out_in_small_batches(
+    column: dict[str, pa.Array], options: dict[str, Any], tmp_path: Path
+) -> None:
+    file = write_parquet(tmp_path / "a.parquet", column, **options)
+    (name,) = column
+    before, most = pa.total_allocated_bytes(), 0
+    for number, row in enumerate(parquet_files.ParquetReader({}).read(DataFile(str(file)), [name]), 1):
+        assert len(row[name] if name == "text" else row[name][0]["content"]) == 1 << 20
+        most = max(most, pa.total_allocated_bytes() - before)
+    assert number == 64
+    assert most < 2.5 * parquet_files._BATCH_BYTES
+
+
+def test_parquet_does_not_expand_out_of_proportion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    many = pa.DictionaryArray.from_arrays(pa.array(np.zeros(10_000_000, np.int32)), pa.array(["a"]))
+    row = pa.ListArray.from_arrays(pa.array([0, len(many)], pa.int32()), many)
+    files = [
+        write_parquet(tmp_path / "a.parquet", {"text": [LONG.decode()]}, compression="zstd"),
+        write_parquet(tmp_path / "b.parquet", {"text": ["a"], "list": row}, compression="zstd"),
+    ]
+    assert len(list(opened(files[0]).examples())) == 1
+    monkeypatch.setattr("qk_sniffer.corpus.data_files.MOST_UNCHECKED_BYTES", 1 << 20)
+    assert "of it expand to more than 8" in message(files[0])
+    with pytest.raises(FormatError, match="of it expand to more than 80"):
+        list(parquet_files.ParquetReader({}).read(DataFile(str(files[1])), ["list"]))
+    assert len(list(opened(files[1]).examples())) == 1  # the column is not read

@@ -53,7 +53,7 @@ def test_a_text_that_parquet_stores_once_comes_out_in_small_batches(
     file = write_parquet(tmp_path / "a.parquet", column, **options)
     (name,) = column
     before, most = pa.total_allocated_bytes(), 0
-    for number, row in enumerate(parquet_files.ParquetReader({}).read(DataFile(str(file)), [name]), 1):
+    for number, row in enumerate(parquet_files.ParquetReader({}).read(DataFile(str(file)), [name]), 1):  # noqa: B007
         assert len(row[name] if name == "text" else row[name][0]["content"]) == 1 << 20
         most = max(most, pa.total_allocated_bytes() - before)
     assert number == 64

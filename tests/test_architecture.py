@@ -59,6 +59,7 @@ IMPORT_TORCH = {
 
 IMPORT_TORCH_LATE = {
     "backbone.damaged_files",
+    "corpus.text_cuts",
     "corpus.tokenizer",
     "corpus.tokenizer_files",
     "export.triattention",

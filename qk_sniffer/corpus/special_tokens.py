@@ -15,8 +15,8 @@ class Encoded(NamedTuple):
 
     ids: list[int]
     """(num_tokens,)"""
-    left_out: int = 0
-    """Tokens at the end of the text that were cut off."""
+    left_out: int | None = 0
+    """Tokens at the end of the text that were cut off; None if some were, and their number is not known."""
     begins_special: bool = False
     """Whether the text itself begins with special tokens, which were not added again."""
     ends_special: bool = False
@@ -62,6 +62,10 @@ class SpecialTokens:
         text = ids[first : len(ids) - last]
         kept = text[: max_length - len(self)]
         return Encoded([*self.before, *kept, *self.after], len(text) - len(kept), first > 0, last > 0)
+
+    def ends(self, ids: Sequence[int]) -> bool:
+        """Whether `ids` end with special tokens that would be added."""
+        return _overlap(ids, self.after) > 0
 
 
 def _overlap(left: Sequence[int], right: Sequence[int]) -> int:

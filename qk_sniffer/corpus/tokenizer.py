@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from qk_sniffer.config import ModelConfig, TokenizerConfig
 from qk_sniffer.corpus.examples import Example
+from qk_sniffer.corpus.long_texts import LongTexts
 from qk_sniffer.corpus.special_tokens import Encoded, SpecialTokens
 from qk_sniffer.corpus.tokenizer_files import difference_from_file, refuse_files_elsewhere
 from qk_sniffer.errors import SourceError
@@ -33,6 +34,9 @@ _NOT_IN_TEXTS = ("pad", "image", "audio", "video", "boi_", "eoi_", "boa_", "eoa_
 _CALL_CHARACTERS = 1 << 22
 """Maximum characters in one call of the tokenizer, which needs some hundred bytes of memory for each token."""
 
+_HASHED_CHARACTERS = 1 << 20
+"""Characters of a long text that are encoded at once."""
+
 
 @dataclass(frozen=True)
 class Tokens:
@@ -43,8 +47,8 @@ class Tokens:
     source_id: str
     ids: NDArray[np.int32]
     """(num_tokens,)"""
-    left_out: int
-    """Tokens at the end of the text that were cut off."""
+    left_out: int | None
+    """Tokens at the end of the text that were cut off; None if some were, and their number is not known."""
     text_hash: str
     begins_special: bool = False
     ends_special: bool = False
@@ -58,7 +62,7 @@ class Tokens:
     @property
     def truncated(self) -> bool:
         """Whether the end of the text was cut off."""
-        return self.left_out > 0
+        return self.left_out != 0
 
     def record(self) -> ExampleRecord:
         """Returns the record of the example in the journal and in `examples/data.parquet`."""
@@ -69,7 +73,7 @@ class Tokens:
             num_tokens=self.num_tokens,
             truncated=self.truncated,
             text_hash=self.text_hash,
-            left_out=self.left_out,
+            left_out=self.left_out or 0,
             begins_special=self.begins_special,
             ends_special=self.ends_special,
         )
@@ -77,7 +81,10 @@ class Tokens:
 
 def text_hash(text: str) -> str:
     """Returns the 128-bit Blake2b digest of the UTF-8 text, in hex. It identifies the text."""
-    return blake2b(text.encode(), digest_size=16).hexdigest()
+    digest = blake2b(digest_size=16)
+    for start in range(0, len(text), _HASHED_CHARACTERS):
+        digest.update(text[start : start + _HASHED_CHARACTERS].encode())
+    return digest.hexdigest()
 
 
 def load_tokenizer(config: ModelConfig, commit: str | None = None) -> "TextTokenizer":
@@ -151,6 +158,8 @@ def load_tokenizer(config: ModelConfig, commit: str | None = None) -> "TextToken
 class TextTokenizer:
     """Tokenizes examples. Cuts texts at the right end to `max_length` tokens, and never pads.
 
+    Of a long text, only the beginning is tokenized if its tokens are provably those of the whole: see `text_cuts.py`.
+
     Special tokens are added to every text (`add_special_tokens=True`), to none (False), or only where the text does not
     have them already ("auto").
     """
@@ -171,6 +180,7 @@ class TextTokenizer:
         self._tokenizer = tokenizer
         self._max_length = config.max_length
         self._added = special
+        self._long = LongTexts(tokenizer, config.max_length + special + 1)
         self._skipped = 0
         self._num_embeddings: int | None = None
         self.name = name
@@ -281,7 +291,18 @@ class TextTokenizer:
                 f"{reason[:500].rstrip('.')}. Set model.tokenizer.name to the tokenizer that the model was trained with"
             ) from error
 
-    def _encode(self, texts: list[str]) -> Iterator[Encoded]:
+    def _encode(self, texts: Sequence[str]) -> Iterator[Encoded]:
+        parts = [self._long.beginning(text) for text in texts]
+        for text, part, encoded in zip(texts, parts, self._encode_whole(parts), strict=True):
+            if len(part) == len(text):
+                yield encoded
+                continue
+            ends = False
+            if self._special is not None and self._special.after:
+                ends = self._special.ends(self._long.last_ids(text, len(self._special.after)))
+            yield encoded._replace(left_out=None, ends_special=ends)
+
+    def _encode_whole(self, texts: list[str]) -> Iterator[Encoded]:
         options: dict[str, Any] = {"padding": False, "return_attention_mask": False}
         if self._special is not None:
             # verbose=False: no warning about texts that are longer than the tokenizer's own limit.

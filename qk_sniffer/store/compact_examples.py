@@ -33,7 +33,7 @@ def merged(journals: Sequence[Journal]) -> list[ExampleRecord]:
 
 
 def truncated_tokens(previous: PreviousVersion | None, added: Sequence[ExampleRecord]) -> int | None:
-    """Returns the tokens that were cut off, of all examples; None if an earlier version did not count them."""
+    """Returns the tokens that were cut off, of all examples; None if those of some are not counted."""
     before: int | None = 0
     if previous is not None and previous.manifest["truncated_examples"]:
         before = previous.manifest.get("truncated_tokens", None)

@@ -39,9 +39,9 @@ AttentionFacts = Mapping[str, Any]
 class ExampleRecord:
     """An example whose rows are all captured. `text_hash` is the hash of the text before tokenisation, in hex.
 
-    A truncated example lacks `left_out` tokens at its end; 0 means that the number is not known, as in the journals of
-    earlier versions. `begins_special` and `ends_special` say that the text itself has special tokens there, which were
-    not added again.
+    A truncated example lacks `left_out` tokens at its end; 0 means that the number is not known, as for long texts, and
+    in the journals of earlier versions. `begins_special` and `ends_special` say that the text itself has special tokens
+    there, which were not added again.
     """
 
     index: int

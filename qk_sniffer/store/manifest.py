@@ -9,7 +9,7 @@ grown_from      [{"source_rows", "versions", "batching"}, ...]: of the earlier v
 examples, tokens, rows         of the whole dataset; rows over all heads
 longest_example tokens of the longest example
 truncated_examples, truncated_tokens    examples that were cut to max_length, and the tokens that they lack in all. The
-                second is missing if an earlier version, which did not count them, has captured some
+                second is missing if some were not counted: those of long texts, and those of an earlier version
 examples_beyond_max_positions   examples of more tokens than `max_positions` of `model`, the number that the model's
                 config provides for; missing if the config has no such number, or an earlier version wrote the manifest
 own_special_tokens  {"before", "after"}: examples whose text itself begins or ends with the special tokens that the

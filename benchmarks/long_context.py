@@ -2,7 +2,7 @@
 
 The model has ten small sliding layers of 30 query heads: a forward pass takes minutes at most on a few cores.
 
-python benchmarks/long_context.py plain|uniform|all
+python benchmarks/long_context.py plain|uniform|attention|all
 """
 
 import shutil
@@ -58,7 +58,8 @@ def main() -> None:
             command = [sys.executable, "-c", PLAIN, str(model), str(LENGTH)]
         else:
             texts = write_texts(folder / "texts.jsonl", 1, LENGTH)
-            settings = [f"sampler={who}", "sampler.min_bucket_size=8192"]
+            settings = [f"sampler={'uniform' if who == 'attention' else who}", "sampler.min_bucket_size=8192"]
+            settings += ["capture.attention.enabled=true"] if who == "attention" else []
             command = job(model, texts, LENGTH, folder / "out", *settings)
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         peak = 0.0

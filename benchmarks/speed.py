@@ -35,25 +35,54 @@ class Line:
         return f"{self.name:<22} {self.figure:>8.3f} {self.unit:<6} at most {self.bar:<7g} {met:<8} {self.what}"
 
 
-def against_plain_forward(
-    name: str, sampler: str, tokens: int, bar: float, *settings: str, few: int, many: int, rounds: int
-) -> Line:
-    """Compares the wall time of an example: of `many` examples minus `few`, so that the start does not count."""
+def per_example(
+    tokens: int, commands: dict[str, Callable[[Path, Path, Path], list[str]]], *, few: int, many: int, rounds: int
+) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """Measures the seconds of an example: of `many` examples minus `few`, so that the start does not count.
+
+    A command gets the model, the texts and a folder to write. Returns the medians by command, and all measurements.
+    """
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         model = smollm2_shape(folder / "model")
         measures: dict[str, Callable[[], float]] = {}
         for count in (few, many):
             texts = write_texts(folder / f"{count}.jsonl", count, tokens)
-            plain = [sys.executable, "benchmarks/plain_forward.py", str(model), str(texts), str(tokens)]
-            ours = job(model, texts, tokens, folder / "out", f"sampler={sampler}", "inference.batch_size=1", *settings)
-            measures[f"plain, {count}"] = lambda command=plain: wall_s(command)
-            measures[f"job, {count}"] = lambda command=ours: wall_s(command)
+            for who, command in commands.items():
+                words = command(model, texts, folder / "out")
+                measures[f"{who}, {count}"] = lambda words=words: wall_s(words)
         taken = in_turn(rounds, measures)
     middle = medians(taken)
-    per_example = {who: middle[f"{who}, {many}"] - middle[f"{who}, {few}"] for who in ("plain", "job")}
+    return {who: middle[f"{who}, {many}"] - middle[f"{who}, {few}"] for who in commands}, taken
+
+
+def against_plain_forward(
+    name: str, sampler: str, tokens: int, bar: float, *settings: str, few: int, many: int, rounds: int
+) -> Line:
+    """Compares the wall time of an example in a job with that in a plain forward pass."""
+
+    def plain(model: Path, texts: Path, _: Path) -> list[str]:
+        return [sys.executable, "benchmarks/plain_forward.py", str(model), str(texts), str(tokens)]
+
+    def ours(model: Path, texts: Path, out: Path) -> list[str]:
+        return job(model, texts, tokens, out, f"sampler={sampler}", "inference.batch_size=1", *settings)
+
+    took, taken = per_example(tokens, {"plain": plain, "job": ours}, few=few, many=many, rounds=rounds)
     what = f"{' '.join((f'sampler={sampler}', *settings))}, {tokens} tokens: an example over a plain forward"
-    return Line(name, what, per_example["job"] / per_example["plain"], bar, taken=taken)
+    return Line(name, what, took["job"] / took["plain"], bar, taken=taken)
+
+
+def attention(rounds: int) -> list[Line]:
+    """Compares the wall time of an example in a job with attention summaries with that in a job without them."""
+    settings = ["sampler=uniform", "sampler.min_bucket_size=256", "inference.batch_size=1"]
+
+    def job_with(*further: str) -> Callable[[Path, Path, Path], list[str]]:
+        return lambda model, texts, out: job(model, texts, 4096, out, *settings, *further)
+
+    commands = {"without": job_with(), "with": job_with("capture.attention.enabled=true")}
+    took, taken = per_example(4096, commands, few=1, many=5, rounds=rounds)
+    what = "capture.attention, sampler=uniform, 4096 tokens, 16 queries a layer: an example over one without summaries"
+    return [Line("attention-4096", what, took["with"] / took["without"], 1.03, taken=taken)]
 
 
 def uniform(rounds: int) -> list[Line]:
@@ -182,12 +211,13 @@ def long_context(rounds: int) -> list[Line]:
     """Measures the peak of anonymous memory at 131,072 tokens and 300 heads, above that of a plain forward pass."""
     peaks: dict[str, list[float]] = {}
     for _ in range(min(rounds, 3)):
-        for who in ("plain", "uniform", "all"):
+        for who in ("plain", "uniform", "attention", "all"):
             peaks.setdefault(who, []).append(float(_own_process("long_context.py", who)))
     middle = medians(peaks)
     what = "131,072 tokens, 300 heads: peak memory above a plain forward, sampler="
     return [
         Line("memory-uniform", what + "uniform", middle["uniform"] - middle["plain"], 100, "MB", peaks),
+        Line("memory-attention", what + "uniform, with summaries", middle["attention"] - middle["plain"], 164, "MB"),
         Line("memory-all", what + "all", middle["all"] - middle["plain"], 512 + 128 + 200, "MB"),
     ]
 
@@ -205,6 +235,7 @@ BENCHMARKS = {
     "sliding": sliding,
     "three-layers": some_layers,
     "uniform": uniform,
+    "attention": attention,
     "statistics": of_every_token,
     "all": everything,
     "memory": long_context,

@@ -167,21 +167,47 @@ class _Queries:
             logits += self._of_block(self.terms.bias, start, start + keys.shape[1], seeing)
         return logits
 
-    def visible(self, start: int, stop: int, seeing: slice) -> torch.Tensor | None:
-        """Returns which keys of a block queries `seeing` see, broadcastable to (K, G, a, b); None if they see all."""
+    def hide(self, logits: torch.Tensor, start: int, seeing: slice) -> torch.Tensor | None:
+        """Hides the keys of a block that the queries `seeing` do not see, in their `logits` (K, G, a, b).
+
+        In a layer that selects keys by their content, returns which keys they see, broadcastable to the logits.
+        """
+        stop = start + logits.shape[-1]
         visible = None
-        if start < self.first[seeing].max() or stop - 1 > self.known[seeing].min():
-            key = torch.arange(start, stop, device=self.position.device)
-            visible = key <= self.position[seeing, None]
-            rule = self.terms.visible
-            if rule.window is not None:
-                visible &= key > self.position[seeing, None] - rule.window
-            if rule.chunk is not None:
-                visible &= key // rule.chunk == self.position[seeing, None] // rule.chunk
-        if self.terms.selection is not None:
-            selected = is_visible(self._of_block(self.terms.selection, start, stop, seeing))
-            visible = selected if visible is None else selected & visible
+        partly = np.flatnonzero((self.known[seeing] < stop - 1) | (self.first[seeing] > start))
+        if len(partly):
+            some = slice(int(partly[0]), int(partly[-1]) + 1)  # the others see all keys of the block
+            visible = self._follows_rule(start, stop, slice(seeing.start + some.start, seeing.start + some.stop))
+            logits[:, :, some].masked_fill_(~visible, _HIDDEN)
+        if self.terms.selection is None:
+            return None
+        selected = is_visible(self._of_block(self.terms.selection, start, stop, seeing))
+        logits.masked_fill_(~selected, _HIDDEN)
+        if visible is None:
+            return selected
+        selected = selected.expand(*selected.shape[:2], seeing.stop - seeing.start, -1).clone()
+        selected[:, :, some] &= visible
+        return selected
+
+    def _follows_rule(self, start: int, stop: int, queries: slice) -> torch.Tensor:
+        """Returns (queries, b): whether the layer's rule lets each query see each key of a block."""
+        key = torch.arange(start, stop, device=self.position.device)
+        position, rule = self.position[queries, None], self.terms.visible
+        visible = key <= position
+        if rule.window is not None:
+            visible &= key > position - rule.window
+        if rule.chunk is not None:
+            visible &= key // rule.chunk == position // rule.chunk
         return visible
+
+    def num_keys(self) -> torch.Tensor:
+        """Returns (p,) int64: the keys that each query sees, before any selection by content."""
+        rule, first = self.terms.visible, torch.zeros_like(self.position)
+        if rule.window is not None:
+            first = (self.position - rule.window + 1).clamp(min=0)
+        if rule.chunk is not None:
+            first = torch.maximum(first, self.position - self.position % rule.chunk)
+        return self.position - first + 1
 
     def _of_block(self, values: torch.Tensor, start: int, stop: int, seeing: slice) -> torch.Tensor:
         """Returns the part of `values` (1 or B, 1 or H, 1 or n, n) for a block, broadcastable to (K, G, a, b)."""
@@ -210,27 +236,23 @@ def _records(queries: _Queries, keys: torch.Tensor, table: AttentionTable, sink_
     key_heads = queries.group.key_heads.index(device)[:, 0]
     zeros = torch.zeros(shape, device=device)
     top, total, spread, squares, first = zeros + _HIDDEN, *(zeros.clone() for _ in range(4))
-    num_keys = torch.zeros(shape, dtype=torch.int32, device=device)
+    counted = torch.zeros(shape, dtype=torch.int32, device=device)
     bins = torch.zeros(*shape, table.widths["distance_mass"], device=device)
     largest = torch.full((*shape, table.widths["top_weight"]), _HIDDEN, device=device)
     places = torch.full_like(largest, NO_KEY, dtype=torch.int32)
     for start, stop, seeing in queries.blocks():
         logits = queries.logits(keys[key_heads, start:stop].float(), start, seeing)
-        visible = queries.visible(start, stop, seeing)
-        if visible is None:
-            num_keys[:, :, seeing] += stop - start
-        else:
-            logits.masked_fill_(~visible, _HIDDEN)
-            num_keys[:, :, seeing] += visible.sum(-1, dtype=torch.int32)
+        selected = queries.hide(logits, start, seeing)
+        found = _merge(largest[:, :, seeing], places[:, :, seeing], logits, start)
         before = top[:, :, seeing]
-        above = torch.maximum(before, logits.amax(-1))
+        above = torch.maximum(before, found)
         change = before - above
         shrunk = change.exp()
-        _merge(largest[:, :, seeing], places[:, :, seeing], logits, start)
         logits -= above[..., None]  # at most 0
         weights = logits.exp()
-        if visible is not None:  # a query that sees no key of the blocks so far has none above it
-            weights.masked_fill_(~visible, 0.0)
+        if selected is not None:
+            counted[:, :, seeing] += selected.sum(-1, dtype=torch.int32)
+            weights.masked_fill_(~selected, 0.0)  # a query that has seen no key yet has none above the hidden ones
         # The mean of the logits below the largest, for the entropy: each earlier one is further below it now.
         spread[:, :, seeing] = shrunk * (spread[:, :, seeing] + change * total[:, :, seeing])
         spread[:, :, seeing] += logits.mul_(weights).sum(-1)
@@ -247,8 +269,10 @@ def _records(queries: _Queries, keys: torch.Tensor, table: AttentionTable, sink_
     if sinks is not None:
         normaliser = torch.logaddexp(normaliser, sinks)
     share = (top - normaliser).exp()
-    found = {
-        "num_keys": num_keys,
+    if queries.terms.selection is None:
+        counted += queries.num_keys()
+    columns = {
+        "num_keys": counted,
         "logsumexp": normaliser,
         "max_logit": top,
         "entropy": share * ((normaliser - top) * total - spread),
@@ -261,15 +285,16 @@ def _records(queries: _Queries, keys: torch.Tensor, table: AttentionTable, sink_
     }
     records = torch.empty(*shape, table.width, device=device)
     for name, place in table.places.items():
-        values = found[name].view(torch.float32) if name in INTEGERS else found[name]
+        values = columns[name].view(torch.float32) if name in INTEGERS else columns[name]
         records[..., place] = values if table.is_list(name) else values[..., None]
     return records
 
 
-def _merge(largest: torch.Tensor, places: torch.Tensor, logits: torch.Tensor, start: int) -> None:
+def _merge(largest: torch.Tensor, places: torch.Tensor, logits: torch.Tensor, start: int) -> torch.Tensor:
     """Replaces the `largest` logits (K, G, a, k) so far, and the positions of their keys, by those with a block's.
 
     `logits` (K, G, a, b) are of keys from position `start` on. Of equal logits, those of earlier keys come first.
+    Returns the largest logit of the block (K, G, a).
     """
     k = largest.shape[-1]
     found, at = _topk(logits, k)
@@ -280,6 +305,7 @@ def _merge(largest: torch.Tensor, places: torch.Tensor, logits: torch.Tensor, st
     kept, order = both.sort(dim=-1, descending=True, stable=True)
     largest.copy_(kept[..., :k])
     places.copy_(of_both.gather(-1, order[..., :k]))
+    return found.amax(-1)
 
 
 def _topk(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -304,9 +330,11 @@ def _add_bins(
     known = queries.known[seeing]
     low = max(0, int(known[0]) - stop + 1)
     used = range((low + 1).bit_length() - 1, (int(known[-1]) - start + 1).bit_length())
-    distance = queries.position[seeing, None] - torch.arange(start, stop, device=weights.device)
-    edges = 2 ** torch.arange(used.start, used.stop + 1, device=weights.device) - 1
-    inside = (distance[..., None] >= edges[:-1]) & (distance[..., None] < edges[1:])  # (a, b, bins)
+    number = torch.arange(start, stop, dtype=torch.int32, device=weights.device)
+    distance = queries.position[seeing, None].to(torch.int32) - number
+    edges = (2 ** torch.arange(used.start, used.stop + 1, device=weights.device) - 1).to(torch.int32)[:, None, None]
+    inside = (distance >= edges[:-1]) & (distance < edges[1:])  # (bins, a, b)
     by_query = weights.flatten(0, 1).transpose(0, 1)  # (a, K G, b)
-    summed = torch.bmm(by_query, inside.float()).transpose(0, 1).unflatten(0, weights.shape[:2])
+    summed = torch.bmm(by_query, inside.to(torch.float32).permute(1, 2, 0))
+    summed = summed.transpose(0, 1).unflatten(0, weights.shape[:2])
     bins[..., used.start : used.stop] += summed

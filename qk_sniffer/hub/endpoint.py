@@ -1,12 +1,15 @@
 """Names the Hub that this process talks to, and announces any other than huggingface.co before anything is sent to it.
 
-The login of the user goes to that address. It comes from the environment, as `HF_ENDPOINT`.
+The login of the user goes to that address. It comes from the environment, as `HF_ENDPOINT`. That address and those of
+proxies may hold passwords. No message shows them: libraries quote parts of an address that they cannot read, so it is
+refused before they read it.
 """
 
 import os
 import re
 from urllib.parse import urlsplit
 
+from qk_sniffer.errors import SourceError
 from qk_sniffer.logs import logger
 from qk_sniffer.text import hide
 
@@ -15,6 +18,15 @@ log = logger(__name__)
 HUB = "https://huggingface.co"
 
 _LOGIN = re.compile("(?<=//)[^/?#]*@")
+
+_HOST = r"(\[[0-9a-fA-F:.]+\]|[^]/?#@:[\s\x00-\x1f]+)(:[0-9]{1,5})?"
+
+_ADDRESS = re.compile(rf"https?://([^/?#]*@)?{_HOST}(/[^?#@]*)?", re.IGNORECASE)
+
+_PROXY = re.compile(rf"((https?|socks[45][ah]?)://([^/?#]*@)?)?{_HOST}/?", re.IGNORECASE)
+
+_PROXIES = ("http_proxy", "https_proxy", "all_proxy")
+"""The variables with addresses of proxies, also in capitals."""
 
 _SHORTEST_SECRET = 8
 """A shorter text is no token, and may be a part of any word."""
@@ -29,12 +41,21 @@ def announce() -> None:
 
     Call this before the first request. `hub.client` calls it for its clients. A caller that lets transformers or
     datasets talk to the Hub calls it too.
+
+    Raises:
+        SourceError: `HF_ENDPOINT` or a variable of a proxy is no address. The error does not show its value.
     """
     from huggingface_hub import constants
 
     endpoint = constants.ENDPOINT
-    _hide_login(endpoint)
-    if constants.HF_HUB_OFFLINE or is_huggingface(endpoint) or endpoint in _announced:
+    proxies = {name: os.environ[name] for each in _PROXIES for name in (each, each.upper()) if os.environ.get(name)}
+    _hide_logins(endpoint, *proxies.values())
+    if constants.HF_HUB_OFFLINE:
+        return
+    for name, value in proxies.items():
+        _check(name, value, _PROXY, "http://name:password@host:port")
+    _check("HF_ENDPOINT", endpoint, _ADDRESS, "https://name:password@host:port/path")
+    if is_huggingface(endpoint) or endpoint in _announced:
         return
     _announced.add(endpoint)
     log.warning(
@@ -45,14 +66,24 @@ def announce() -> None:
     )
 
 
-def _hide_login(endpoint: str) -> None:
+def _check(name: str, value: str, form: re.Pattern[str], example: str) -> None:
+    if not form.fullmatch(value):
+        raise SourceError(
+            f"the environment variable {name} is not an address such as {example}, where name, password and port may "
+            "be missing. Its value is not shown, because it may hold a password. Set it to an address, and write the "
+            "characters / ? # of a password as %2F %3F %23; or unset it"
+        )
+
+
+def _hide_logins(*addresses: str) -> None:
     from huggingface_hub import get_token
 
     token = get_token()
     if token is not None and len(token) >= _SHORTEST_SECRET:
         hide(token)
-    if (login := _LOGIN.search(endpoint)) is not None:
-        hide(f"//{login[0]}", "//***@")
+    for address in addresses:
+        if (login := _LOGIN.search(address)) is not None:
+            hide(f"//{login[0]}", "//***@")
 
 
 def without_login(endpoint: str) -> str:

@@ -3,9 +3,10 @@
 from contextlib import suppress
 from typing import Any
 
-import torch
 from torch import nn
-from transformers import AutoModel, PretrainedConfig
+from transformers import PretrainedConfig
+
+from qk_sniffer.backbone.unloaded import unloaded
 
 
 def max_positions(config: PretrainedConfig) -> int | None:
@@ -50,8 +51,5 @@ def planned_num_embeddings(config: PretrainedConfig, largest: int) -> int | None
     """
     if largest < (getattr(config, "vocab_size", None) or 0):
         return None
-    try:
-        with torch.device("meta"):
-            return num_embeddings(AutoModel.from_config(config))
-    except Exception:  # the code of a model may fail in any way; the loaded decoder is checked too
-        return None
+    decoder = unloaded(config)  # None, if it fails; the loaded decoder is checked too
+    return None if decoder is None else num_embeddings(decoder)

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 import transformers
 from transformers import AutoConfig, GgufConfig, PretrainedConfig, PreTrainedModel
+from transformers.integrations.gguf.reader import read_gguf_metadata
 from transformers.utils.hub import cached_file
 
 from qk_sniffer.backbone.adapter import base_alone, check_adapter, load_adapter
@@ -48,10 +49,12 @@ from qk_sniffer.backbone.quantization import (
 )
 from qk_sniffer.backbone.spellings import refuse_contradictions, spellings_recorded
 from qk_sniffer.backbone.trailing_layers import cut_after
+from qk_sniffer.backbone.unloaded import modules_limited
 from qk_sniffer.backbone.wrapper import is_wrapper, load_decoder, model_class, with_text_config
 from qk_sniffer.config import AUTO, ModelConfig
 from qk_sniffer.errors import QkSnifferError, SourceError
 from qk_sniffer.hub.checkpoint_links import refuse_links_out
+from qk_sniffer.hub.config_limits import refuse_too_many_layers
 from qk_sniffer.hub.endpoint import announce
 from qk_sniffer.hub.lfs import refuse_pointers_of_model
 from qk_sniffer.hub.revisions import is_hub_id, repository_files
@@ -153,6 +156,11 @@ def _read_config(config: ModelConfig, source: dict[str, Any]) -> _Model:
     if config.gguf_file is not None:
         source = gguf_source(config.gguf_file, source)
         refuse_damaged(config, source["gguf_file"])
+        saved: dict[str, Any] = {}
+        refuse_too_many_layers(f"{config.gguf_file} of {config.name}", read_gguf_metadata(source["gguf_file"])[0])
+    else:
+        saved = PretrainedConfig.get_config_dict(**source)[0]
+        refuse_too_many_layers(f"the config.json of {config.name}", saved)
     whole = without_implementations(AutoConfig.from_pretrained(**source))
     if config.gguf_file is None and Path(str(config.name)).is_dir():
         explicit = getattr(whole, "transformers_weights", None)
@@ -165,8 +173,7 @@ def _read_config(config: ModelConfig, source: dict[str, Any]) -> _Model:
     if text is not whole and (quantization := getattr(whole, "quantization_config", None)) is not None:
         text.quantization_config = quantization
     check_quantizer(str(config.name), text)
-    saved = _as_saved(whole, text, source) if config.config_overrides and config.gguf_file is None else {}
-    overridden = with_overrides(text, config.config_overrides, saved)
+    overridden = with_overrides(text, config.config_overrides, _of_decoder(saved, whole, text))
     attends_to_encoder = whole.is_encoder_decoder and "is_encoder_decoder" not in config.config_overrides
     if overridden.is_encoder_decoder or attends_to_encoder:
         raise SourceError(
@@ -187,12 +194,11 @@ def _text_config(whole: PretrainedConfig) -> PretrainedConfig:
         return whole.get_text_config(decoder=True)
 
 
-def _as_saved(whole: PretrainedConfig, text: PretrainedConfig, source: dict[str, Any]) -> dict[str, Any]:
-    """Returns the decoder's part of config.json as saved, before the config's class changes it; may be empty."""
-    raw: dict[str, Any] = PretrainedConfig.get_config_dict(**source)[0]
+def _of_decoder(saved: dict[str, Any], whole: PretrainedConfig, text: PretrainedConfig) -> dict[str, Any]:
+    """Returns the decoder's part of config.json as `saved`, before the config's class changes it; may be empty."""
     if text is whole:
-        return raw
-    parts = [part for part in raw.values() if isinstance(part, dict)]
+        return saved
+    parts = [part for part in saved.values() if isinstance(part, dict)]
     return next((part for part in parts if part.get("model_type") == text.model_type), {})
 
 
@@ -265,7 +271,7 @@ def _from_pretrained(
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Loads a model with the `arguments` of from_pretrained; returns it and transformers' loading info."""
     cut = nullcontext() if layers is None else cut_after(layers, found.family)
-    with base_alone(), ignored_layers_reported(), unconverted_named(), cut:
+    with base_alone(), ignored_layers_reported(), unconverted_named(), cut, modules_limited():
         loaded: Any = None
         if found.wrapper is not None:
             if config.attn_implementation is not None:

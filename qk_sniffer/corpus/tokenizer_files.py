@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from qk_sniffer.errors import SourceError
+from qk_sniffer.hub.config_limits import refuse_too_many_layers
 from qk_sniffer.hub.json_files import DamagedFileError, json_object
 from qk_sniffer.text import leads_out
 
@@ -69,9 +70,11 @@ def refuse_files_elsewhere(name: str, *, trust_remote_code: bool = False, **opti
         options: `revision` and `local_files_only` of a Hub id.
 
     Raises:
-        SourceError: a file of the tokenizer names such a file.
+        SourceError: a file of the tokenizer names such a file, or the config of its model, which transformers loads
+            too, has too many layers.
         OSError: the Hub does not give a file of the tokenizer.
     """
+    refuse_too_many_layers(f"the config.json of {name}", _read_object(_file_of(name, "config.json", options)))
     settings = _read_object(_file_of(name, _SETTINGS, options))
     listed = settings.get("fast_tokenizer_files")
     described = [file for file in listed if isinstance(file, str)] if isinstance(listed, list) else []

@@ -17,6 +17,8 @@ import msgspec
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
+from qk_sniffer.text import expand_home
+
 ASSETS = Path(__file__).resolve().parent / "assets"
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -326,10 +328,15 @@ class VerifyConfig:
 class OutputConfig:
     """The destination of the dataset."""
 
-    data_root: str | None = field(default=None, metadata={"help": "folder of the dataset; null: outputs/<branch>"})
+    folder: str = field(
+        default="outputs", metadata={"help": "parent of the folders of datasets, and of Hydra's own folders"}
+    )
+    data_root: str | None = field(
+        default=None, metadata={"help": "folder of the dataset; null: <output.folder>/<branch>"}
+    )
     hf_repo_id: str | None = field(default=None, metadata={"help": "dataset repository on the Hub to publish to"})
     hf_branch: str | None = field(
-        default=None, metadata={"help": "branch of the repository; null: <model slug>-<dataset slug>"}
+        default=None, metadata={"help": "branch of the repository; null: <model slug>-<dataset slug>, and what differs"}
     )
     private: bool = field(default=False, metadata={"help": "create the repository as private"})
     overwrite: bool = field(default=False, metadata={"help": "replace a dataset that has other settings"})
@@ -449,12 +456,14 @@ def settings_help() -> str:
 def register() -> None:
     """Registers the schema and the resolvers of `conf/` with Hydra.
 
-    `${qk_sniffer.asset:name}` is the path of a folder of the package. `${qk_sniffer.run_id:}` differs between
-    processes that start in the same second, on any machine. `${qk_sniffer.settings:}` lists the settings.
+    `${qk_sniffer.asset:name}` is the path of a folder of the package. `${qk_sniffer.home:path}` is `path` with its `~`
+    expanded. `${qk_sniffer.run_id:}` differs between processes that start in the same second, on any machine.
+    `${qk_sniffer.settings:}` lists the settings.
     """
     ConfigStore.instance().store(name="qk_sniffer_schema", node=schema())
     OmegaConf.register_new_resolver("qk_sniffer.settings", settings_help, replace=True)
     OmegaConf.register_new_resolver("qk_sniffer.asset", lambda name: str(ASSETS / name), replace=True)
+    OmegaConf.register_new_resolver("qk_sniffer.home", expand_home, replace=True)
     # The cached value is part of the config of every job of a sweep, so the jobs agree on the folder of the sweep.
     OmegaConf.register_new_resolver("qk_sniffer.run_id", lambda: _RUN_ID, use_cache=True, replace=True)
 

@@ -2,12 +2,24 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from qk_sniffer.config import Config, InferenceConfig, OutputConfig, SamplerConfig, settings
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from qk_sniffer.config import (
+    Config,
+    DatasetConfig,
+    InferenceConfig,
+    ModelConfig,
+    OutputConfig,
+    SamplerConfig,
+    settings,
+)
 from qk_sniffer.markdown import code
 from qk_sniffer.text import expand_home, is_surrogate, leads_out, path_text
 
@@ -31,21 +43,8 @@ def resolve(config: Config) -> ResolvedConfig:
         return config
     expanded = _with_expanded_paths(config)
     model, dataset, output = expanded.model, expanded.dataset, expanded.output
-    model_slug = model.slug or safe_name(last_part(model.name or "model"))
-    if model.revision != "main":
-        revision = _short_revision(model.revision)
-        if not model_slug.endswith(revision):
-            model_slug = f"{model_slug}-{revision}"
-    if model.adapter is not None:
-        adapter = safe_name(last_part(model.adapter))
-        if not model_slug.endswith(adapter):
-            model_slug = f"{model_slug}-{adapter}"
-    dataset_slug = dataset.slug or safe_name(last_part(dataset.path or "dataset"))
-    branch = output.hf_branch or "-".join(
-        [model_slug, dataset_slug]
-        + (["pre-rope"] if config.capture.capture_pre_rope else [])
-        + (["shared"] if config.sampler.share == "example" else [])
-    )
+    model_slug, dataset_slug = _model_slug(model), _dataset_slug(dataset)
+    branch = output.hf_branch or "-".join([model_slug, dataset_slug, *_differences(config)])
     tokenizer = model.tokenizer
     if tokenizer.name is None:
         tokenizer = replace(tokenizer, name=model.name, revision=tokenizer.revision or model.revision)
@@ -57,9 +56,24 @@ def resolve(config: Config) -> ResolvedConfig:
         | {
             "model": replace(model, slug=model_slug, tokenizer=tokenizer),
             "dataset": replace(dataset, slug=dataset_slug),
-            "output": replace(output, hf_branch=branch, data_root=output.data_root or f"outputs/{branch}"),
+            "output": replace(output, hf_branch=branch, data_root=output.data_root or str(Path(output.folder, branch))),
         }
     )
+
+
+def fill_slugs(node: DictConfig) -> None:
+    """Fills in the slugs of a composed config, in place, so that its other values can refer to them.
+
+    A slug stays as it is where it follows from a value that is not given or refers to nothing.
+    """
+    with suppress(OmegaConfBaseException):
+        model = {key: node.model[key] for key in ("slug", "revision", "adapter", "name")}
+        if model["name"] is not None:
+            node.model.slug = _model_slug(ModelConfig(**model))
+    with suppress(OmegaConfBaseException):
+        dataset = {key: node.dataset[key] for key in ("slug", "path")}
+        if dataset["path"] is not None:
+            node.dataset.slug = _dataset_slug(DatasetConfig(**dataset))
 
 
 def with_output(config: Config, output: OutputConfig) -> ResolvedConfig:
@@ -160,6 +174,32 @@ def safe_name(text: str) -> str:
     return re.sub(r"[^a-z0-9._-]+", "-", text.lower()).strip("-.") or "unnamed"
 
 
+def _model_slug(model: ModelConfig) -> str:
+    slug = model.slug or safe_name(last_part(expand_home(model.name or "model")))
+    parts = [] if model.revision == "main" else [_short_revision(model.revision)]
+    parts += [] if model.adapter is None else [safe_name(last_part(expand_home(model.adapter)))]
+    for part in parts:
+        slug = slug if f"-{slug}".endswith(f"-{part}") else f"{slug}-{part}"
+    return slug
+
+
+def _dataset_slug(dataset: DatasetConfig) -> str:
+    return dataset.slug or safe_name(last_part(expand_home(dataset.path or "dataset")))
+
+
+def _differences(config: Config) -> Iterator[str]:
+    """Yields the parts of a branch that set a dataset apart from the default one of its model and texts."""
+    sampler = config.sampler
+    if config.capture.capture_pre_rope:
+        yield "pre-rope"
+    if sampler.type != SamplerConfig().type:
+        yield safe_name(sampler.type)
+    if sampler.keys.type not in (None, sampler.type):
+        yield f"keys-{safe_name(sampler.keys.type)}"
+    if sampler.share == "example":
+        yield "shared"
+
+
 def _value(config: Config, key: str) -> Any:
     value: Any = config
     for name in key.split("."):
@@ -185,7 +225,11 @@ def _with_expanded_paths(config: Config) -> Config:
             tokenizer=tokenizer,
         ),
         dataset=replace(config.dataset, path=expanded(config.dataset.path)),
-        output=replace(config.output, data_root=expanded(config.output.data_root)),
+        output=replace(
+            config.output,
+            folder=expand_home(config.output.folder),
+            data_root=expanded(config.output.data_root),
+        ),
     )
 
 

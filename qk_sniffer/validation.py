@@ -161,6 +161,9 @@ def _inference_and_shard(config: Config) -> Iterator[str]:
 
 def output_problems(output: OutputConfig) -> Iterator[str]:
     """Yields a line for every wrong value of the dataset's destination. Each line begins with the key."""
+    yield from _not_empty("output.folder", output.folder)
+    if Path(expand_home(output.folder)).is_file():
+        yield f"output.folder is {output.folder!r}, which is a file; it must be a folder, or not exist yet"
     yield from _not_empty("output.data_root", output.data_root)
     root = Path(output.data_root or ".")
     if root.is_file():

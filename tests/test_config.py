@@ -130,8 +130,8 @@ def test_a_production_model_alone_and_in_the_study(slug: str) -> None:
         assert config.model.revision == revision
         expected = ("HuggingFaceTB/SmolLM3-3B", None) if name == SMOLLM3 else (name, "main")
         assert (tokenizer.name, tokenizer.revision) == expected
-    assert resolve(study).output.hf_branch == f"{slug}-longbench-pro-128k-plus"
-    assert resolve(study).output.data_root == f"outputs/{slug}-longbench-pro-128k-plus"
+    assert resolve(study).output.hf_branch == f"{slug}-longbench-pro-128k-plus-uniform"
+    assert resolve(study).output.data_root == f"outputs/{slug}-longbench-pro-128k-plus-uniform"
 
 
 def test_the_sample_run() -> None:
@@ -139,7 +139,7 @@ def test_the_sample_run() -> None:
     assert (config.model.name, config.model.dtype) == ("HuggingFaceTB/SmolLM2-135M", "float16")
     assert (config.model.tokenizer.max_length, config.sampler.min_bucket_size) == (512, 32)
     assert config.output.hf_repo_id == "viktoroo/test-sniffer-qk"
-    assert config.output.hf_branch == "smollm2-135m-longbench-pro-128k-plus"
+    assert config.output.hf_branch == "smollm2-135m-longbench-pro-128k-plus-uniform"
 
 
 def test_choices_given_with_an_experiment_win() -> None:
@@ -172,9 +172,15 @@ GOOD = Config(model=MODEL, dataset=DATASET)
         (replace(GOOD, model=replace(MODEL, revision="step-5")), "some.model-7b-step-5-texts"),
         (replace(GOOD, model=replace(MODEL, revision="a" * 40)), f"some.model-7b-{'a' * 12}-texts"),
         (replace(GOOD, model=replace(MODEL, slug="x-step-5", revision="step-5")), "x-step-5-texts"),
+        (replace(GOOD, model=replace(MODEL, revision="b")), "some.model-7b-b-texts"),
         (replace(GOOD, dataset=DatasetConfig(path="data/my texts.jsonl")), "some.model-7b-my-texts"),
         (replace(GOOD, capture=CaptureConfig(capture_pre_rope=True)), "some.model-7b-texts-pre-rope"),
         (replace(GOOD, sampler=SamplerConfig(share="example")), "some.model-7b-texts-shared"),
+        (replace(GOOD, sampler=SamplerConfig(type="all")), "some.model-7b-texts-all"),
+        (
+            replace(GOOD, sampler=SamplerConfig(type="uniform", keys=KeySamplerConfig(type="all"), share="example")),
+            "some.model-7b-texts-uniform-keys-all-shared",
+        ),
         (replace(GOOD, output=OutputConfig(hf_branch="mine")), "mine"),
     ],
 )
@@ -190,6 +196,8 @@ def test_the_home_folder_is_filled_in(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert problems(config) == []
     assert resolve(config).dataset.path == str(tmp_path / "texts")
     assert resolve(config).data_root == tmp_path / "vectors"
+    in_scratch = resolve(replace(config, output=OutputConfig(folder="~/scratch")))
+    assert in_scratch.data_root == tmp_path / "scratch" / "some.model-7b-texts"
 
 
 BAD: list[tuple[str, Config]] = [
@@ -276,6 +284,8 @@ BAD: list[tuple[str, Config]] = [
         (r"output\.hf_branch is .* git does not accept", replace(GOOD, output=OutputConfig(hf_branch=branch)))
         for branch in ("a b", "a..b", "a.lock", "/a", "a/", "a//b", ".a", "a/.b", "-a", "@", "a@{1}", "a:b", "a~1", "")
     ),
+    (r"output\.folder is empty", replace(GOOD, output=OutputConfig(folder=" "))),
+    (r"output\.folder is '.*', which is a file", replace(GOOD, output=OutputConfig(folder=__file__))),
     (r"output\.hf_branch is 'main'", replace(GOOD, output=OutputConfig(hf_branch="main"))),
     (r"output\.hf_branch is 'refs/pr/1'", replace(GOOD, output=OutputConfig(hf_branch="refs/pr/1"))),
     (r"output\.hf_branch is 'm\.\.x-texts', which git", replace(GOOD, model=replace(MODEL, slug="m..x"))),
@@ -340,7 +350,7 @@ def test_the_fingerprint_leaves_out_only_settings_that_cannot_change_a_row_or_a_
         *("dataset.slug", "dataset.max_samples", "dataset.streaming"),
         *("inference.queue_mb", "inference.segment_mb", "inference.debug_logging"),
         *("shard.index", "verify.examples", "dry_run", "snapshot"),
-        *(f"output.{name}" for name in ("data_root", "hf_repo_id", "hf_branch", "private", "overwrite")),
+        *(f"output.{name}" for name in ("folder", "data_root", "hf_repo_id", "hf_branch", "private", "overwrite")),
         "output.resume_from_hub",
     }
 

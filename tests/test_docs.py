@@ -9,6 +9,7 @@ from contextlib import chdir
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -20,6 +21,7 @@ from qk_sniffer.export.formats import FORMATS
 from qk_sniffer.jobs.run import run_job
 from qk_sniffer.jobs.sweep import PlannedJob
 from qk_sniffer.plasticity import cli as plasticity
+from qk_sniffer.resolved import fingerprint
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", "CONTRIBUTING.md", "models/ADDING.md", *(f"docs/{page.name}" for page in ROOT.glob("docs/*.md"))]
@@ -174,10 +176,18 @@ def test_jobs(command: Command) -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("at_readers")
-@pytest.mark.parametrize("command", [each for each in JOBS if composed_only(each) is None], ids=str)
-def test_jobs_make_datasets(command: Command, tmp_path: Path) -> None:
-    (job,) = jobs_of([*command.words(), *SMALL, f"output.data_root={tmp_path}/out"])
-    assert (run_job(job.config).rows > 0) == (job.config.sampler.type != "none")
+def test_no_job_of_a_page_refuses_another_in_the_same_folder(tmp_path: Path) -> None:
+    """Runs the jobs one after another; compares the folders and the settings of those that are not run here."""
+    seen: dict[Path, tuple[Command, dict[str, Any]]] = {}
+    for command in JOBS:
+        if {"--help", "--cfg"} & {*command.text.split()}:
+            continue
+        for job in jobs_of([*command.words(), *SMALL, f"output.folder={tmp_path}"]):
+            asked = {key: value for key, value in fingerprint(job.config).items() if not key.startswith("shard.")}
+            other, found = seen.setdefault(job.config.data_root, (command, asked))
+            assert asked == found, f"{command} and {other} have one folder, {job.config.data_root}"
+            if composed_only(command) is None:
+                assert (run_job(job.config).rows > 0) == (job.config.sampler.type != "none"), command
 
 
 @pytest.mark.usefixtures("at_readers")

@@ -31,7 +31,7 @@ from qk_sniffer.errors import ConfigError, QkSnifferError
 from qk_sniffer.jobs import sweep
 from qk_sniffer.jobs.signals import WARNING, Stopped, Stopping
 from qk_sniffer.logs import escape_libraries, logger
-from qk_sniffer.resolved import ResolvedConfig, resolve
+from qk_sniffer.resolved import ResolvedConfig, fill_slugs, resolve
 from qk_sniffer.text import say, say_text
 
 log = logger(__name__)
@@ -63,6 +63,7 @@ def task(node: DictConfig) -> str:
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
     number = 0 if OmegaConf.is_missing(hydra_config.job, "num") else hydra_config.job.num
+    fill_slugs(node)
     composed = resolve(from_omegaconf(node))
     choice, name = hydra_config.runtime.choices["model"], composed.model.name
     if choice != "hf" and "model.name" in map(key_of, hydra_config.overrides.task):
@@ -180,6 +181,7 @@ APPLICATION = Application(
     config_name="config",
     schema=Schema(Config, former=renamed_keys.answer),
     problems=_problems,
+    prepare=fill_slugs,
     resolve=resolve,
     collisions=collisions,
     default_groups=("model", "dataset", "sampler", "output"),

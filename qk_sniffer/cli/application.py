@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Generic
 
 import hydra
+from omegaconf import DictConfig
 
 from qk_sniffer.cli.schema import Schema
 from qk_sniffer.jobs.sweep import Job, Settings
@@ -26,6 +27,8 @@ class Application(Generic[Settings]):
     where it is not known."""
     resolve: Callable[[Any], Settings]
     """Derives the rest of a config without problems."""
+    prepare: Callable[[DictConfig], None]
+    """Derives the values of a composed config that its other values may refer to, in place."""
     collisions: Callable[[Sequence[Job[Settings]]], Iterable[str]]
     """Returns what is wrong with the jobs of one sweep, each without a problem, when they run next to each other."""
     default_groups: tuple[str, ...]

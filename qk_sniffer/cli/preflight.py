@@ -45,6 +45,12 @@ def planned(args: argparse.Namespace, application: Application[Settings]) -> lis
         return Composer(loader, application, args).planned()
 
 
+_SWEPT_FOLDER = (
+    "hydra.sweep.dir is {} for the sweep and another folder for a job: all jobs of a sweep share one. Give one "
+    "output.folder for all of them; output.data_root places each dataset on its own"
+)
+
+
 class Composer(Generic[Settings]):
     """Composes the jobs of a command line, and collects their problems."""
 
@@ -103,10 +109,10 @@ class Composer(Generic[Settings]):
         else:
             problems += [f"{text}: several values are a sweep, which needs --multirun (-m)" for text in sweeps]
             combinations = [single]
-        found, jobs = self._compose_each(combinations)
+        found, jobs = self._compose_each(combinations, master)
         return [*problems, *found], jobs
 
-    def _compose_each(self, combinations: list[list[str]]) -> tuple[list[str], list[Job[Settings]]]:
+    def _compose_each(self, combinations: list[list[str]], master: DictConfig) -> tuple[list[str], list[Job[Settings]]]:
         where: dict[str, list[str]] = {}
         common = set.intersection(*map(set, combinations))
         jobs: list[Job[Settings]] = []
@@ -114,7 +120,7 @@ class Composer(Generic[Settings]):
         start = time.monotonic()
         for number, combination in enumerate(combinations):
             own = tuple(text for text in combination if text not in common)
-            found, configs = self._config(combination)
+            found, configs = self._config(combination, master)
             num_checked += 1
             jobs += [Job(number, own, config) for config in configs]
             for problem in found:
@@ -184,17 +190,23 @@ class Composer(Generic[Settings]):
         problems = [f"hydra.sweeper.params: {problem}" for problem in checked.problems]
         return problems, [[*of_hydra, *combination] for combination in combinations]
 
-    def _config(self, arguments: list[str]) -> tuple[list[str], list[Settings]]:
-        """Returns the problems of one job; without any, its resolved config."""
+    def _config(self, arguments: list[str], master: DictConfig) -> tuple[list[str], list[Settings]]:
+        """Returns the problems of one job; without any, its resolved config. `master` is the config of the sweep."""
         try:
-            node = self._compose(arguments)
+            node = copy.deepcopy(self._compose(arguments))
+            OmegaConf.copy_cache(
+                master, node
+            )  # as Hydra does: the times in the names of folders are those of the sweep
             folder = Path(str(node.hydra.sweep.dir if self.is_sweep else node.hydra.run.dir))
+            of_sweep = Path(str(master.hydra.sweep.dir)) if self.is_sweep else folder
         except Exception as error:  # as in `_refused`
             return [self._explain(error)], []
-        node, choices = copy.deepcopy(node), node.hydra.runtime.choices
+        choices = node.hydra.runtime.choices
         with open_dict(node):
             del node["hydra"]
-        problems = [*self._undescribed(node, choices, arguments), *replace_unresolved(node, self.schema)]
+        self.application.prepare(node)
+        problems = [] if folder == of_sweep else [_SWEPT_FOLDER.format(of_sweep)]
+        problems += [*self._undescribed(node, choices, arguments), *replace_unresolved(node, self.schema)]
         missing = self.schema.fill_missing(node)
         problems += self.schema.missing(missing)
         try:

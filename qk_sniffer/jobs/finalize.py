@@ -146,7 +146,7 @@ def _published(config: Config, hf_repo_id: str | None, hf_branch: str | None, pr
     if hf_repo_id is not None:
         output = replace(output, hf_repo_id=hf_repo_id, hf_branch=hf_branch)
     # The folder of a stored job may have moved.
-    if problems := list(output_problems(replace(output, data_root=None))):
+    if problems := list(output_problems(replace(output, folder=OutputConfig().folder, data_root=None))):
         raise ConfigError(problems)
     if hf_repo_id is None:
         return with_output(config, output)

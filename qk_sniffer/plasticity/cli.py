@@ -88,6 +88,7 @@ APPLICATION = Application(
     config_name="plasticity",
     schema=SCHEMA,
     problems=_problems,
+    prepare=lambda node: None,
     resolve=resolved,
     collisions=_collisions,
     default_groups=("estimator",),

@@ -142,6 +142,13 @@ def test_a_job_that_ends_well(light: dict[str, str], tmp_path: Path) -> None:
     assert (status.parent / "qk_sniffer.log").exists()
 
 
+def test_output_folder_holds_everything_that_a_job_writes(light: dict[str, str], tmp_path: Path) -> None:
+    done = sniff(light, tmp_path, *MODEL, "output.folder=scratch")
+    assert (done.returncode, done.stdout) == (0, "running with seed 0\n")
+    assert len(list((tmp_path / "scratch" / ".runs").rglob("status.json"))) == 1
+    assert not (tmp_path / "outputs").exists()
+
+
 def test_a_job_that_fails(light: dict[str, str], tmp_path: Path) -> None:
     foreseen = sniff(light, tmp_path, *MODEL, "sampler.seed=1")
     assert foreseen.returncode == 1

@@ -192,7 +192,7 @@ def test_a_sweep_is_expanded_as_hydra_does() -> None:
 def test_smollm3_checkpoints_sweeps_by_itself() -> None:
     jobs = plan("+experiment=smollm3_checkpoints")
     assert [job.config.output.hf_branch for job in jobs] == [
-        f"smollm3-3b-{checkpoint}-longbench-pro-128k-plus" for checkpoint in CHECKPOINTS
+        f"smollm3-3b-{checkpoint}-longbench-pro-128k-plus-uniform" for checkpoint in CHECKPOINTS
     ]
     assert [job.config.model.revision for job in jobs] == CHECKPOINTS
     assert jobs[-1].config.model.tokenizer.max_length == 65536 and jobs[0].config.sampler.min_bucket_size == 256
@@ -216,6 +216,7 @@ def test_smollm3_checkpoints_sweeps_by_itself() -> None:
             ("output=hub", "output.hf_repo_id=a/b", "output.data_root=x,y"),
             r"write to output\.hf_branch=model-pydoc, though",
         ),
+        (("output.folder=a,b",), r"^hydra\.sweep\.dir is outputs/\.sweeps/.* for a job: .* Give one output\.folder"),
         (("hydra.job.name=a,b",), r"Hydra's own settings cannot be swept"),
     ],
 )
@@ -229,6 +230,27 @@ def test_a_bad_sweep_is_refused_whole(
 def test_a_sweep_that_sets_its_jobs_apart_passes() -> None:
     jobs = plan("-m", *MODEL, "sampler.seed=0,1", "output.data_root=x/${sampler.seed}")
     assert [str(job.config.data_root) for job in jobs] == ["x/0", "x/1"]
+
+
+def test_slugs_may_stand_in_other_values() -> None:
+    texts = ("dataset=hf", "dataset.path=org/Some.texts", "output.data_root=x/${model.slug}/${dataset.slug}")
+    (job,) = plan("model=hf", "model.name=org/My-Model", *texts)
+    assert job.config.data_root == Path("x/my-model/some.texts")
+    jobs = plan("-m", "model=qwen3_8b", "model.revision=a,b", *texts)
+    assert [str(job.config.data_root) for job in jobs] == ["x/qwen3-8b-a/some.texts", "x/qwen3-8b-b/some.texts"]
+    assert any(problem.startswith("model.name is not given") for problem in refusals("model=hf", *texts))
+
+
+def test_one_folder_holds_all_datasets_of_a_sweep_and_the_folders_of_hydra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    jobs = plan("-m", *MODEL, "model.revision=a,b", 'output.folder="~/scratch"')
+    assert [str(job.config.data_root) for job in jobs] == [f"{tmp_path}/scratch/model-{each}-pydoc" for each in "ab"]
+    (tmp_path / "scratch").touch()
+    found = refusals('output.folder="~/scratch"')
+    assert found[0].startswith("output.folder is '~/scratch', which is a file")
+    assert f"Hydra's own folder for this run, {tmp_path}/scratch/.runs/" in found[1]
 
 
 # Files of the user's own

@@ -22,7 +22,7 @@ import qk_sniffer
 
 pytestmark = pytest.mark.floor
 
-BRANCH = "pydoc-tiny-pydoc"
+BRANCH = "pydoc-tiny-pydoc-all"
 
 JOB = [
     "-m",

@@ -134,7 +134,7 @@ def test_three_models_on_the_hub(
         code, said = running.wait()
         assert code == 0, said
         assert [row[1:3] for row in rows_of(said)] == [[slug, "published"] for slug in slugs]
-        branches = [f"{slug}-texts" for slug in slugs]
+        branches = [f"{slug}-texts-uniform" for slug in slugs]
         listed = re.findall(r"^\| \[`(.+?)`\]", held(hub, "main")["README.md"].decode(), flags=re.MULTILINE)
         assert listed == sorted(branches) and set(held(hub, "main")) == {"README.md"}
         for branch in branches:
@@ -262,7 +262,7 @@ def test_a_job_runs_the_settings_and_the_code_that_were_submitted(
         running.cluster.run("scontrol", "update", "NodeName=ALL", "State=RESUME")
     code, said = running.wait()
     assert code == 0, said
-    manifest = json.loads((tmp_path / "outputs" / "mine-few" / "manifest.json").read_text())
+    manifest = json.loads((tmp_path / "outputs" / "mine-few-uniform" / "manifest.json").read_text())
     assert manifest["config"]["model"]["tokenizer"]["max_length"] == 30 and manifest["tokens"] == 30
     (code_folder,) = (tmp_path / "outputs" / ".sweeps").glob("*/*/code")
     assert (code_folder / "qk_sniffer" / "jobs" / "run.py").exists()

@@ -50,7 +50,7 @@ class Sweep:
 
     def dataset(self, model: Path) -> Path:
         """The data root of the job of a model."""
-        return self.folder / "outputs" / f"{model.name}-texts"
+        return self.folder / "outputs" / f"{model.name}-texts-uniform"
 
     def jobs(self) -> dict[str, str]:
         """The states of its jobs on the cluster."""

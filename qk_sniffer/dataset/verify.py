@@ -2,17 +2,18 @@
 
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from pathlib import Path
+from threading import Event
 from typing import TypeVar
 
 import numpy as np
 from tqdm import tqdm
 
-from qk_sniffer.dataset.bucket_ranges import bucket_ranges
 from qk_sniffer.dataset.verify_attention import check_attention
+from qk_sniffer.dataset.verify_buckets import bucket_table
 from qk_sniffer.dataset.verify_manifest import ManifestFacts, ProblemError
 from qk_sniffer.dataset.verify_report import Problem, Report, named
 from qk_sniffer.dataset.verify_rows import Examples, HeadCheck, check_file, check_rows, values
@@ -24,7 +25,6 @@ from qk_sniffer.store.files import inside
 from qk_sniffer.store.form_types import MOST_BUCKETS
 from qk_sniffer.store.layout import (
     EXAMPLES,
-    KIND_NAMES,
     STATISTICS,
     Head,
     Layout,
@@ -41,8 +41,6 @@ from qk_sniffer.text import counted, in_mb
 HEADS_PER_TASK = 16
 """The number of heads whose rows a thread checks side by side, with one run of the sampler."""
 
-_MAX_BUCKET_LINES = 12
-
 _BYTES_PER_TOKEN = 64
 """The memory that the sampler takes for each token of an example, at most."""
 
@@ -55,6 +53,9 @@ _ROW_CHECKS = {
     "sliding_window": "windows match the layers",
     "alike": "the heads of a layer and kind have the same rows",
 }
+
+_Step = Callable[[], object]
+"""Is called after each step of the work."""
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -75,15 +76,57 @@ def verify(root: Path) -> Report:
     num_steps += sum(map(is_statistics_file, facts.files)) + len(facts.attention)
     # disable=None hides the bar if stderr is not a terminal.
     with tqdm(total=num_steps, unit="step", desc="verify", disable=None, dynamic_ncols=True, leave=False) as bar:
-        _check_heads(facts, report)
-        intact, checks = _check_files(facts, report, bar)
-        examples = _check_examples(facts, report) if EXAMPLES in intact else None
-        whole = _check_rows(facts, checks, examples, report, bar)
-        check_attention(facts, intact, whole, report, lambda work, heads: _each(work, heads, bar))
-        check_statistics(facts, intact, whole, examples, report, lambda work, layers: _each(work, layers, bar))
+        intact, checks = _check_files(facts, report, bar.update)
+        _report_files(facts, report)
+        examples = _check_data(facts, intact, checks, report, bar.update)
     _check_manifest(facts, examples, report)
     _report_proof(facts, report)
     return report
+
+
+def verify_data(root: Path, stop: Event) -> Report:
+    """Verifies the heads, rows, examples, summaries and statistics of the dataset at `root`.
+
+    Its files are those that the manifest lists: no checksum is compared. Ends early when `stop` is set.
+
+    Raises:
+        StoreError: `stop` was set.
+    """
+
+    def step() -> None:
+        if stop.is_set():
+            raise StoreError(f"the check of {root} was stopped")
+
+    report = Report(root)
+    try:
+        facts = ManifestFacts.read(root)
+    except ProblemError as error:
+        report.add([error.problem])
+        return report
+    report.heads = [head.key for head in facts.heads.values()]
+    intact, checks = _check_files(facts, report, step, compared=False)
+    _check_data(facts, intact, checks, report, step)
+    return report
+
+
+def _check_data(
+    facts: ManifestFacts,
+    intact: Collection[str],
+    checks: Mapping[str, HeadCheck],
+    report: Report,
+    step: _Step,
+) -> Examples | None:
+    """Reports on what is in the `intact` files. Returns the examples, or None if they are damaged.
+
+    `checks` are those of the heads' files by name.
+    """
+    _check_heads(facts, report)
+    _report_heads(facts, checks, report)
+    examples = _check_examples(facts, report) if EXAMPLES in intact else None
+    whole = _check_rows(facts, checks, examples, report, step)
+    check_attention(facts, intact, whole, report, lambda work, heads: _each(work, heads, step))
+    check_statistics(facts, intact, whole, examples, report, lambda work, layers: _each(work, layers, step))
+    return examples
 
 
 def _check_heads(facts: ManifestFacts, report: Report) -> None:
@@ -99,30 +142,44 @@ def _check_heads(facts: ManifestFacts, report: Report) -> None:
     report.passed("heads", f"{len(report.heads):,}: {named(report.heads, ())}")
 
 
-def _check_files(facts: ManifestFacts, report: Report, bar: tqdm) -> tuple[set[str], dict[str, HeadCheck]]:
-    """Returns the names of the intact files, and the checks of the heads' files by name."""
+def _check_files(
+    facts: ManifestFacts, report: Report, step: _Step, *, compared: bool = True
+) -> tuple[set[str], dict[str, HeadCheck]]:
+    """Returns the names of the intact files, and the checks of the heads' files by name.
+
+    Without `compared`, every file is taken for intact, and the heads' files alone are read.
+    """
 
     def check(name: str) -> tuple[list[Problem], HeadCheck | None]:
-        problems = list(_file_problems(facts.root, name, facts.files[name]))
+        problems = list(_file_problems(facts.root, name, facts.files[name])) if compared else []
         head = facts.heads.get(name)
         if problems or head is None:
             return problems, None
         return problems, check_file(facts.root / name, head, facts.schema(head), facts.files[name].rows or 0)
 
     intact, checks = set(), {}
-    for name, (problems, result) in zip(facts.files, _each(check, list(facts.files), bar), strict=True):
+    for name, (problems, result) in zip(facts.files, _each(check, list(facts.files), step), strict=True):
         report.add(problems)
         if not problems:
             intact.add(name)
         if result is not None:
             report.add(result.problems)
             checks[name] = result
+    return intact, checks
+
+
+def _report_files(facts: ManifestFacts, report: Report) -> None:
+    """Reports on the list of files."""
     report.add(_unlisted(facts))
     for name in (EXAMPLES, Layout(facts.root).card.name):
         if name not in facts.files:
             report.add([Problem("files", "part of every dataset, but manifest.json does not list it", name)])
     size, count = in_mb(report.size), counted(len(facts.files), "file")
     report.passed("files", f"{count}, {size}: size and sha256 match manifest.json")
+
+
+def _report_heads(facts: ManifestFacts, checks: Mapping[str, HeadCheck], report: Report) -> None:
+    """Reports on the heads' files by their checks."""
     some = _some(len(checks), len(facts.heads))
     columns = facts.schema(next(iter(facts.heads.values()))).names
     report.passed("parquet", f"{some} can be read and have the rows that manifest.json lists")
@@ -136,7 +193,6 @@ def _check_files(facts: ManifestFacts, report: Report, bar: tqdm) -> tuple[set[s
         report.note("vector", f"{counted(sum(nonfinite.values()), 'vector')} with NaN or Inf in {where}")
     else:
         report.passed("vector", f"{some}: no NaN, no Inf")
-    return intact, checks
 
 
 def _file_problems(root: Path, name: str, entry: FileEntry) -> Iterator[Problem]:
@@ -244,7 +300,7 @@ def _is_too_long(facts: ManifestFacts, longest: int) -> bool:
 
 
 def _check_rows(
-    facts: ManifestFacts, file_checks: Mapping[str, HeadCheck], examples: Examples | None, report: Report, bar: tqdm
+    facts: ManifestFacts, file_checks: Mapping[str, HeadCheck], examples: Examples | None, report: Report, step: _Step
 ) -> set[str]:
     """Returns the names of the heads' files that have exactly the rows that the sampler chooses."""
     heads = [facts.heads[name] for name, result in file_checks.items() if result.readable]
@@ -258,7 +314,7 @@ def _check_rows(
         return check_rows(facts.root, task, facts.sampler, examples)
 
     checks: list[tuple[Head, HeadCheck]] = []
-    for task, results in zip(tasks, _each(check, tasks, bar), strict=True):
+    for task, results in zip(tasks, _each(check, tasks, step), strict=True):
         checks += zip(task, results, strict=True)
     rows_by_bucket: dict[str, Counter[int]] = {head.kind: Counter() for head in heads}
     for head, result in checks:
@@ -272,7 +328,7 @@ def _check_rows(
         report.passed(name, f"{some}: {what}")
     rows = counted(sum(counter.total() for counter in rows_by_bucket.values()), "row")
     report.passed("sampler", f"{some}: {rows}, exactly those that the sampler chooses")
-    report.table = _bucket_table(facts, heads, examples, rows_by_bucket)
+    report.table = bucket_table(facts, heads, examples, rows_by_bucket)
     return {head.file for head, result in checks if not (result.problems or file_checks[head.file].problems)}
 
 
@@ -284,40 +340,6 @@ def _unlike(checks: Sequence[tuple[Head, HeadCheck]]) -> Iterator[Problem]:
     for head, result in checks:
         if result.keys_crc != keys[head.layer, head.kind].most_common(1)[0][0]:
             yield Problem.of(head, "alike", "heads have other rows than most of their layer and kind")
-
-
-def _bucket_table(
-    facts: ManifestFacts, heads: Sequence[Head], examples: Examples, rows_by_bucket: dict[str, Counter[int]]
-) -> list[str]:
-    """Returns lines with the rows of `heads` by bucket, next to the rows that the sampler expects.
-
-    Returns none for a sampler that keeps no rows.
-    """
-    lengths = np.sort(examples.num_tokens).astype(np.int64)
-    before = np.concatenate([[0], np.cumsum(lengths)])
-
-    def num_tokens(stop: int) -> int:
-        """Returns the number of tokens with a position below `stop`, over all examples."""
-        shorter = int(np.searchsorted(lengths, stop))
-        return int(before[shorter]) + (len(lengths) - shorter) * stop
-
-    if all(map(facts.sampler.keeps_none, rows_by_bucket)) and not any(map(Counter.total, rows_by_bucket.values())):
-        return []
-    limit = facts.config.sampler.max_rows_per_example
-    lines = [("kind", "bucket", "positions", "rows", "expected" if limit is None else "expected at most")]
-    for kind, counter in rows_by_bucket.items():
-        num_heads = sum(head.kind == kind for head in heads)
-        for buckets in bucket_ranges(facts.sampler, kind, int(lengths[-1]), _MAX_BUCKET_LINES):
-            tokens = num_tokens(buckets.last + 1) - num_tokens(buckets.first)
-            expected = num_heads * buckets.probability * tokens
-            rows = f"{buckets.rows(counter):,}"
-            lines.append((KIND_NAMES[kind], buckets.label, buckets.positions, rows, f"{expected:,.0f}"))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    alignments = (str.ljust, str.ljust, str.ljust, str.rjust, str.rjust)
-    return [
-        "  " + "  ".join(align(cell, width) for align, cell, width in zip(alignments, line, widths, strict=True))
-        for line in lines
-    ]
 
 
 def _check_manifest(facts: ManifestFacts, examples: Examples | None, report: Report) -> None:
@@ -354,12 +376,12 @@ def _tasks(heads: Sequence[Head]) -> list[list[Head]]:
     return tasks
 
 
-def _each(work: Callable[[_Item], _Result], items: Sequence[_Item], bar: tqdm) -> Iterator[_Result]:
+def _each(work: Callable[[_Item], _Result], items: Sequence[_Item], step: _Step) -> Iterator[_Result]:
     """Yields the results of `work`, which runs in threads, in the order of `items`."""
     with ThreadPoolExecutor(num_threads()) as pool:
         try:
             for result in pool.map(work, items):
-                bar.update()
+                step()
                 yield result
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)

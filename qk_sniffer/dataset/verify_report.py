@@ -90,6 +90,12 @@ class Report:
         """The number of joined problems; 0 for a whole dataset."""
         return len(self._grouped())
 
+    @property
+    def wrong(self) -> list[str]:
+        """The lines about the problems, in the order of the checks."""
+        groups = sorted(self._grouped(), key=lambda group: CHECKS.index(group[0].check))
+        return [line for group in groups for line in self._joined(group)]
+
     def __str__(self) -> str:
         lines = [f"Dataset: {self.root}"]
         for check in CHECKS:

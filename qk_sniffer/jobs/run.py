@@ -5,11 +5,14 @@ A job is a function of its config. It runs the same way here, in a sweep, on SLU
 
 import os
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from qk_sniffer.config import Config
 from qk_sniffer.corpus.tokenizer import TextTokenizer
+from qk_sniffer.dataset.verify import verify_data
 from qk_sniffer.errors import StoreError
 from qk_sniffer.hub.client import require_access, require_uploads_from
 from qk_sniffer.hub.revisions import check_cache, hub_commit_of
@@ -27,8 +30,9 @@ from qk_sniffer.machine import return_memory, trim_memory
 from qk_sniffer.resolved import ResolvedConfig, batching_of, resolve
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.claim import Claim
-from qk_sniffer.store.layout import Layout
+from qk_sniffer.store.layout import MANIFEST, Layout
 from qk_sniffer.store.locks import hold, restart_patience_s
+from qk_sniffer.store.previous import PreviousVersion
 from qk_sniffer.store.record import read_unpublished
 from qk_sniffer.store.work_folder import prepare_data_root, remove_leftovers
 from qk_sniffer.timing import Stages
@@ -108,17 +112,29 @@ def _is_yet_to_publish(config: ResolvedConfig, layout: Layout) -> bool:
 
 
 def _load(config: ResolvedConfig, start: Start, stages: Stages) -> Components:
-    """Loads the components. At the same time, compares the dataset that the job adds to with its manifest.
-
-    A damaged file would otherwise be noticed when all new rows are captured.
-    """
+    """Loads the components. At the same time, checks the dataset that the job adds to."""
     if start.base is None:
         return load_components(config, start.job.commits, stages)
-    with in_background(start.base.check_files) as wait:
+    with in_background(partial(_check_base, start.base)) as wait:
         components = load_components(config, start.job.commits, stages)
         with stages("check dataset"):
             wait()
     return components
+
+
+def _check_base(base: PreviousVersion, stop: Event) -> None:
+    """Checks the dataset that the job adds to, as `verify` does: its files, and then what is in them.
+
+    Its rows become those of the job's own dataset, whose proof draws a few examples. A damaged file would otherwise be
+    noticed when all new rows are captured.
+
+    Raises:
+        StoreError: the dataset is damaged, or is not what its manifest says.
+    """
+    base.check_files(stop)
+    report = verify_data(base.files.path(MANIFEST).parent, stop)
+    if report.problems:
+        raise StoreError(f"nothing can be added to {base.files}, which is not whole:", *report.wrong)
 
 
 def _record(config: ResolvedConfig, start: Start, components: Components) -> dict[str, Any]:

@@ -65,7 +65,8 @@ def show(dataset: Files, manifest: Mapping[str, Any], note: str) -> None:
             say("sampler=none keeps no rows: the dataset has statistics.")
         else:
             say("The sampler kept no row: raise sampler.base_rate.")
-    if nonfinite := manifest.get("nonfinite_rows"):
+    listed = manifest.get("nonfinite_rows", {})
+    if nonfinite := {head_file(*key): listed[head_file(*key)] for key in heads if head_file(*key) in listed}:
         rows, heads_with = counted(sum(nonfinite.values()), "row"), counted(len(nonfinite), "head")
         say(f"{rows} of {heads_with} hold NaN or infinite numbers, kept as the model computed them.")
     facts = manifest.get("statistics", {})

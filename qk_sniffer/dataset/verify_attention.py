@@ -25,7 +25,8 @@ from qk_sniffer.text import counted
 TOLERANCE = 1e-3
 """The rounding of sums of float32, relative to numbers of about 1."""
 
-BATCH_ROWS = 1 << 14
+BATCH_BYTES = 1 << 22
+"""The size of a batch of rows, as records of the journal."""
 
 Bools = npt.NDArray[np.bool_]
 Int64 = npt.NDArray[np.int64]
@@ -95,17 +96,34 @@ def _check_file(root: Path, head: Head, table: AttentionTable, entry: FileEntry)
                 numbers = f"{file.metadata.num_rows:,}, and the queries have {queries.metadata.num_rows:,}"
                 result.problems.append(Problem.of(head, "attention", "has another number of rows", numbers))
                 return result
-            keys = queries.read(columns=list(KEY_COLUMNS)).combine_chunks()
+            batch_rows = max(1, BATCH_BYTES // (4 * table.width))
+            keys = _Rows(batches(queries, batch_rows, list(KEY_COLUMNS)))
             rules = _Rules(head)
             row = 0
-            for batch in batches(file, BATCH_ROWS, table.schema.names):
-                rules.check(row, batch, keys.slice(row, batch.num_rows))
+            for batch in batches(file, batch_rows, table.schema.names):
+                rules.check(row, batch, keys.take(batch.num_rows))
                 row += batch.num_rows
             result.problems += rules.problems()
             result.nonfinite = rules.nonfinite
     except UNREADABLE as error:
         result.problems.append(unreadable(head, error))
     return result
+
+
+class _Rows:
+    """The rows of a file, which other files with other row groups are compared with."""
+
+    def __init__(self, found: Iterator[pa.RecordBatch]) -> None:
+        self._batches = found
+        self._pending: list[pa.RecordBatch] = []
+
+    def take(self, count: int) -> pa.Table:
+        """Returns the next `count` rows."""
+        while sum(batch.num_rows for batch in self._pending) < count:
+            self._pending.append(next(self._batches))
+        rows = pa.Table.from_batches(self._pending)
+        self._pending = rows.slice(count).to_batches()
+        return rows.slice(0, count)
 
 
 class _Rules:

@@ -344,3 +344,16 @@ def test_a_branch_that_lists_no_examples_is_neither_added_to_nor_replaced(hub: F
         third.job(8)
     assert not [1 for method, path, _ in hub.log[start:] if method == "GET" and path.endswith(EXAMPLES)]
     assert hub.repositories[REPO].files(BRANCH) == found
+
+
+def test_attention_summaries_are_published_read_from_the_branch_and_grow_there(machine: MakeMachine) -> None:
+    wanted: dict[str, Any] = {"capture": {"attention": {"enabled": True, "top_k": 3}}}
+    first, second, undisturbed = machine("first"), machine("second"), machine("undisturbed")
+    first.job(3, **wanted)
+    on_branch = qk_sniffer.open_dataset(REPO, revision=BRANCH)
+    positions = on_branch.attention_summary(0, 3).positions
+    np.testing.assert_array_equal(positions, on_branch.vectors(0, 3, "q").positions)
+    assert {"l00h00a/data.parquet", "l00h03a/data.parquet"} <= second.job(5, **wanted)
+    assert sorted(second.captured) == [3, 4]
+    undisturbed.job(5, **wanted, output={"hf_repo_id": None, "resume_from_hub": False})
+    assert files(second) == files(undisturbed)

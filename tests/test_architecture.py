@@ -54,6 +54,7 @@ IMPORT_TORCH = {
     ),
     *(f"capture.{name}" for name in ("attention_summary", "capture", "gather", "moments")),
     *(f"capture.{name}" for name in ("proof", "proof_statistics")),
+    "dataset.token_vectors",
 }
 """Modules that import torch or transformers when they are imported themselves."""
 

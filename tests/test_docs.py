@@ -228,7 +228,7 @@ def test_the_small_programs_run_on_the_demo(
 @pytest.fixture(scope="module")
 def read_datasets(reader: Path) -> None:
     """The datasets that the Python on the pages reads besides the demo, in the reader's folder, over few tokens."""
-    for folder in ("outputs/statistics", "outputs/attention"):
+    for folder in ("outputs/statistics", "outputs/attention", "outputs/aligned"):
         command = next(each for each in JOBS if f"output.data_root={folder}" in each.text)
         with chdir(reader):
             (job,) = jobs_of([*command.words(), *SMALL])

@@ -7,7 +7,7 @@ queries, positions, example_ids = dataset.vectors(*dataset.heads[0])
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +31,9 @@ from qk_sniffer.store.statistics import Statistics
 from qk_sniffer.store.statistics_file import read_statistics
 from qk_sniffer.store.stored import UnreadableError
 from qk_sniffer.text import compact_ranges, shortened
+
+if TYPE_CHECKING:
+    from qk_sniffer.dataset.token_vectors import TokenVectors
 
 
 class HeadVectors(NamedTuple):
@@ -118,12 +121,20 @@ class Dataset:
                 rows than the manifest says, or does not fit in memory.
             HubError: the file cannot be fetched.
         """
-        key = HeadKey(layer, head, kind)
+        path, expected = self._head_file(HeadKey(layer, head, kind))
+        if unknown := set(columns or ()) - set(expected.names):
+            has = ", ".join(expected.names)
+            raise StoreError(f"{path} has no column {', '.join(sorted(unknown))}; it has {has}")
+        rows = self.manifest["files"][head_file(layer, head, kind)].get("rows")
+        return read_table(path, expected, way_out=WAY_OUT, rows=rows, columns=columns)
+
+    def _head_file(self, key: HeadKey) -> tuple[Path, pa.Schema]:
+        """Returns the path of a head's file, and its columns."""
         if key not in self.heads:
             names = [key.name for key in self.heads]
             raise StoreError(
-                f"{self} has no rows of layer {layer}, head {head}, kind {kind!r}; it has {shortened(names, 6)} "
-                "(`.heads`)"
+                f"{self} has no rows of layer {key.layer}, head {key.head}, kind {key.kind!r}; it has "
+                f"{shortened(names, 6)} (`.heads`)"
             )
         file = head_file(*key)
         path, listed = self._path(file), self._captured.get(file)
@@ -134,12 +145,34 @@ class Dataset:
             token_ids=self._capture.capture_token_ids,
             token_strings=self._capture.capture_token_strings,
         )
-        if unknown := set(columns or ()) - set(expected.names):
-            has = ", ".join(expected.names)
-            raise StoreError(f"{path} has no column {', '.join(sorted(unknown))}; it has {has}")
-        return read_table(
-            path, expected, way_out=WAY_OUT, rows=self.manifest["files"][file].get("rows"), columns=columns
-        )
+        return path, expected
+
+    def torch(self, heads: Sequence[HeadKey | tuple[int, int, str]], cache: str | Path | None = None) -> "TokenVectors":
+        """Returns the vectors of several heads, one item a token, as a dataset of torch for a training loop.
+
+        The vectors are copied once to an uncompressed file, which takes 4 bytes a number on disk, and about 20 MB of
+        memory a head while it is written. It is in the folder `cache`, which later calls with the same heads use again.
+        Without `cache` it is in a temporary folder, which is removed together with the result.
+
+        Raises:
+            StoreError: a head was not captured, the heads were not captured at the same tokens (`sampler.share=example`
+                does so in all layers), a file is missing or damaged, or `cache` holds something else or cannot be
+                written.
+            HubError: a file cannot be fetched.
+        """
+        from qk_sniffer.dataset.token_vectors import Source, check_same_tokens, token_vectors  # imports torch
+
+        keys = [HeadKey(*key) for key in heads]
+        sampler = from_dict({"sampler": self.manifest["config"]["sampler"]}).sampler
+        check_same_tokens(keys, sampler)
+        self.fetch(keys)
+        sources = []
+        for key in keys:
+            (path, columns), listed = self._head_file(key), self.manifest["files"][head_file(*key)]
+            if listed.get("rows") is None:
+                raise UnreadableError(path, "has no number of rows in manifest.json", WAY_OUT)
+            sources.append(Source(key, path, columns, listed["rows"], listed["sha256"]))
+        return token_vectors(sources, None if cache is None else Path(cache), WAY_OUT)
 
     def attention_summary(self, layer: int, head: int) -> AttentionSummary:
         """Returns the attention of the captured queries of a query head, row for row as `vectors(layer, head, "q")`.

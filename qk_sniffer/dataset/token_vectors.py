@@ -1,0 +1,253 @@
+"""Gives a training loop the vectors of several heads at one token, in any order and in bounded memory.
+
+A row group of a Parquet file has some thousand rows, which are read and decoded together, so rows in a random order
+would each cost a row group. The vectors are therefore copied once to an uncompressed file, token by token, which every
+process maps into its memory:
+
+    float32 (tokens, 2 + the head_dim of all heads together)
+
+The first two numbers of a token are its example_id and position, as the bits of int32. `layout.json` next to it says
+what it holds.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+from torch.utils.data import Dataset
+
+from qk_sniffer.capture.sampling import Sampler
+from qk_sniffer.config import SamplerConfig
+from qk_sniffer.errors import StoreError
+from qk_sniffer.store.disk import explained, write_atomic
+from qk_sniffer.store.layout import KEY_HEAD_KINDS, HeadKey
+from qk_sniffer.store.parquet_tables import excess, opened, read_matrix
+from qk_sniffer.store.stored import UnreadableError
+
+MAP = "vectors.f32"
+LAYOUT = "layout.json"
+
+_COLUMNS = ("example_id", "position", "vector")
+_BLOCK_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Source:
+    """The file of a head: its path, the schema and the number of its rows, and its sha256, which the manifest lists."""
+
+    key: HeadKey
+    path: Path
+    schema: pa.Schema
+    rows: int
+    sha256: str
+
+    @property
+    def head_dim(self) -> int:
+        """The size of the head's vectors."""
+        return int(self.schema.field("vector").type.list_size)
+
+
+class TokenVectors(Dataset[dict[str, torch.Tensor]]):
+    """The vectors of several heads, one item a token, in the order of the dataset; a map-style dataset of torch.
+
+    `len(tokens)` is the number of tokens. `tokens[i]` is a dict: `example_id` and `position`, int32 of shape (), and
+    for each head, under its name such as `l00h00q`, its vector, float32 of shape (head_dim,). `tokens[indices]` with a
+    sequence of n indices gives them with the shapes (n,) and (n, head_dim), in one read. Processes of a DataLoader
+    share the file.
+    """
+
+    def __init__(self, folder: Path, sources: Sequence[Source], *, temporary: bool) -> None:
+        """Opens the file that `write` wrote to `folder`. A `temporary` folder is removed together with this object."""
+        self.path = folder / MAP
+        """The file that the vectors are read from."""
+        self._shape = (sources[0].rows, _width(sources))
+        self._places = _places(sources)
+        if temporary:
+            weakref.finalize(self, _remove, folder, os.getpid())
+
+    def __len__(self) -> int:
+        return self._shape[0]
+
+    def __getitem__(self, index: int | Sequence[int] | npt.NDArray[np.integer[Any]]) -> dict[str, torch.Tensor]:
+        """Returns the vectors of one token, or of several.
+
+        Raises:
+            IndexError: there is no such token.
+        """
+        rows = torch.from_numpy(np.asarray(np.take(self._map, index, axis=0)))  # a copy: the file is read-only
+        ids = rows.view(torch.int32)
+        found = {"example_id": ids[..., 0], "position": ids[..., 1]}
+        return found | {name: rows[..., place] for name, place in self._places.items()}
+
+    def batches(self, size: int, *, seed: int) -> "ShuffledBatches":
+        """Returns a sampler of all tokens in batches of `size`, in an order that each epoch draws anew from `seed`."""
+        return ShuffledBatches(len(self), size, seed)
+
+    @cached_property
+    def _map(self) -> npt.NDArray[np.float32]:
+        if not self._shape[0]:  # an empty file cannot be mapped
+            return np.empty(self._shape, np.float32)
+        return np.memmap(self.path, np.float32, "r", shape=self._shape)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A process that gets this object maps the file itself; the map would be copied.
+        return {name: value for name, value in vars(self).items() if name != "_map"}
+
+
+class ShuffledBatches:
+    """The indices of `num_tokens` tokens in random order, in int64 arrays of `size`; the last one may be shorter.
+
+    A `sampler` of a DataLoader with `batch_size=None`. The order is a permutation of all tokens, and takes 8 bytes a
+    token. It follows from (seed, epoch); each pass ends an epoch.
+    """
+
+    def __init__(self, num_tokens: int, size: int, seed: int) -> None:
+        if size < 1:
+            raise ValueError(f"a batch has {size} tokens; it must have at least 1")
+        self._num_tokens, self._size, self._seed = num_tokens, size, seed
+        self.epoch = 0
+        """The number of the next pass. A training that resumes sets it."""
+
+    def __len__(self) -> int:
+        return -(-self._num_tokens // self._size)
+
+    def __iter__(self) -> Iterator[npt.NDArray[np.int64]]:
+        order = np.random.default_rng([self._seed, self.epoch]).permutation(self._num_tokens)
+        self.epoch += 1
+        for start in range(0, self._num_tokens, self._size):
+            yield order[start : start + self._size]
+
+
+def token_vectors(sources: Sequence[Source], cache: Path | None, way_out: str) -> TokenVectors:
+    """Returns the vectors of the heads of `sources`, which `cache` keeps; None for a temporary folder.
+
+    Raises:
+        StoreError: there is no head or a head twice, the heads were not captured at the same tokens, a file is damaged,
+            or `cache` holds something else or cannot be written.
+    """
+    asked = {source.key.name: source.sha256 for source in sources}
+    folder = Path(tempfile.mkdtemp(prefix="qk-sniffer-")) if cache is None else cache.expanduser()
+    try:
+        if not _is_written(folder, sources, asked):
+            write(folder, sources, way_out)
+            write_atomic(folder / LAYOUT, json.dumps(asked).encode())
+    except BaseException:
+        if cache is None:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return TokenVectors(folder, sources, temporary=cache is None)
+
+
+def check_same_tokens(keys: Sequence[HeadKey], sampler: SamplerConfig) -> None:
+    """Checks that the rows of the heads are of the same tokens, by the sampler of the dataset.
+
+    Raises:
+        StoreError: they are not, or there is no head or a head twice.
+    """
+    names = [key.name for key in keys]
+    if not names or len({*names}) < len(names):
+        raise StoreError(f"the heads are {', '.join(names) or 'none'}; give at least one, and each once")
+    sides = {(key.layer, key.kind in KEY_HEAD_KINDS) for key in keys}
+    if len(sides) == 1:
+        return
+    if len({is_of_keys for _, is_of_keys in sides}) == 2 and not Sampler(sampler).same_rule():
+        raise StoreError(
+            "the queries and the keys were captured at different tokens (sampler.keys): give heads of one of them, or "
+            "capture both with the same sampler"
+        )
+    if sampler.share != "example" and not (sampler.type == "all" and sampler.max_rows_per_example is None):
+        raise StoreError(
+            "the heads are of several layers or kinds, each captured at tokens of its own "
+            f"(sampler.share={sampler.share}): capture with sampler.share=example, or give heads of one layer and kind"
+        )
+
+
+def write(folder: Path, sources: Sequence[Source], way_out: str) -> None:
+    """Writes the vectors of `sources`, token by token, to the file that `TokenVectors` reads.
+
+    Memory: a block of rows of all heads, and a row group of each.
+
+    Raises:
+        StoreError: a file is damaged, has other tokens than the first, or `folder` cannot be written.
+    """
+    places = _places(sources)
+    temporary = folder / f"{MAP}.{os.getpid()}.tmp"  # the ranks of a training may write the same folder
+    with ExitStack() as stack:
+        readers = [stack.enter_context(opened(one.path, one.schema, way_out=way_out, rows=one.rows)) for one in sources]
+        for one, reader in zip(sources, readers, strict=True):
+            wanted = pa.schema([one.schema.field(name) for name in _COLUMNS])
+            if problem := excess(one.path, reader, wanted, at_once=False):
+                raise UnreadableError(one.path, problem, way_out)
+        step = max(1, _BLOCK_BYTES // (4 * _width(sources)))
+        blocks = [reader.iter_batches(step, columns=[*_COLUMNS]) for reader in readers]
+        with explained(folder, "write"):
+            folder.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(temporary.open("wb"))
+        stack.callback(temporary.unlink, missing_ok=True)
+        for parts in zip(*blocks, strict=True):
+            block = np.empty((len(parts[0]), _width(sources)), np.float32)
+            block[:, :2].view(np.int32)[:] = _ids(sources[0], parts[0], way_out)
+            for one, part in zip(sources, parts, strict=True):
+                if not np.array_equal(_ids(one, part, way_out), block[:, :2].view(np.int32)):
+                    raise UnreadableError(one.path, f"has other tokens than {sources[0].path}", way_out)
+                if part["vector"].flatten().null_count:
+                    raise UnreadableError(one.path, "has vectors with nulls", way_out)
+                block[:, places[one.key.name]] = read_matrix(pa.chunked_array([part["vector"]]))
+            with explained(folder, "write"):
+                file.write(block.data)
+        with explained(folder, "write"):
+            file.flush()
+            temporary.replace(folder / MAP)
+
+
+def _ids(source: Source, part: pa.RecordBatch, way_out: str) -> npt.NDArray[np.int32]:
+    columns = [part[name] for name in ("example_id", "position")]
+    if any(column.null_count for column in columns):
+        raise UnreadableError(source.path, "has nulls in the columns that name a row", way_out)
+    return np.stack([column.to_numpy() for column in columns], axis=1)
+
+
+def _width(sources: Sequence[Source]) -> int:
+    return 2 + sum(source.head_dim for source in sources)
+
+
+def _places(sources: Sequence[Source]) -> dict[str, slice]:
+    """Returns the place of each head's vector among the numbers of a token."""
+    ends = np.cumsum([2, *(source.head_dim for source in sources)]).tolist()
+    return {one.key.name: slice(start, stop) for one, start, stop in zip(sources, ends[:-1], ends[1:], strict=True)}
+
+
+def _is_written(folder: Path, sources: Sequence[Source], asked: Mapping[str, str]) -> bool:
+    """Whether the folder holds the vectors of these heads whole.
+
+    Raises:
+        StoreError: it holds those of other heads, or of another dataset.
+    """
+    layout, vectors = folder / LAYOUT, folder / MAP
+    with explained(folder, "read"):
+        if not layout.exists():
+            return False
+        held = layout.read_text(encoding="utf-8", errors="replace")
+        size = vectors.stat().st_size if vectors.exists() else None
+    if held != json.dumps(asked):
+        raise StoreError(
+            f"{folder} holds the vectors of other heads, or of another dataset: give another folder, or remove it"
+        )
+    return size == 4 * sources[0].rows * _width(sources)
+
+
+def _remove(folder: Path, process: int) -> None:
+    if os.getpid() == process:  # and not in a worker, which has a copy of the object
+        shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,145 @@
+"""Reads the vectors of several heads token by token, as a training loop does."""
+
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support.verify_cases import rewrite
+from torch.utils.data import DataLoader
+
+import qk_sniffer
+from qk_sniffer.config import KeySamplerConfig, SamplerConfig
+from qk_sniffer.dataset import token_vectors
+from qk_sniffer.dataset.token_vectors import ShuffledBatches, check_same_tokens
+from qk_sniffer.errors import StoreError
+from qk_sniffer.store.layout import HeadKey
+
+SHARED = {"type": "uniform", "base_rate": 6.0, "min_bucket_size": 16, "share": "example"}
+HEADS = [HeadKey(2, 1, "q"), HeadKey(0, 0, "k"), HeadKey(1, 3, "q")]
+
+
+@pytest.fixture
+def shared(undisturbed: Callable[..., Path]) -> qk_sniffer.Dataset:
+    return qk_sniffer.open_dataset(undisturbed(sampler=SHARED))
+
+
+@pytest.mark.parametrize("block", [1 << 26, 1 << 10])
+def test_each_item_has_the_vectors_of_one_token(
+    shared: qk_sniffer.Dataset, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(token_vectors, "_BLOCK_BYTES", block)
+    tokens = shared.torch(HEADS)
+    wanted = [shared.vectors(*key) for key in HEADS]
+    assert len(tokens) == len(wanted[0].vectors) > 30
+    some = [len(tokens) - 1, 0, 5]
+    several, one = tokens[some], tokens[5]
+    assert list(one) == list(several) == ["example_id", "position", *(key.name for key in HEADS)]
+    for key, rows in zip(HEADS, wanted, strict=True):
+        assert one[key.name].dtype == torch.float32 and one[key.name].shape == (16,)
+        np.testing.assert_array_equal(several[key.name].numpy(), rows.vectors[some])
+        np.testing.assert_array_equal(one[key.name].numpy(), rows.vectors[5])
+        np.testing.assert_array_equal(several["example_id"].numpy(), rows.example_ids[some])
+        np.testing.assert_array_equal(several["position"].numpy(), rows.positions[some])
+    assert one["position"].dtype == torch.int32 and one["position"].shape == ()
+    with pytest.raises(IndexError):
+        tokens[len(tokens)]
+
+
+def test_workers_read_every_token_once_in_an_order_that_follows_from_the_seed(shared: qk_sniffer.Dataset) -> None:
+    tokens = shared.torch(HEADS)
+
+    def epoch(batches: ShuffledBatches, workers: int = 0) -> list[tuple[int, int]]:
+        seen = []
+        for batch in DataLoader(tokens, sampler=batches, batch_size=None, num_workers=workers):
+            assert len(batch["l02h01q"]) <= 7
+            seen += list(zip(batch["example_id"].tolist(), batch["position"].tolist(), strict=True))
+        return seen
+
+    batches = tokens.batches(7, seed=1)
+    first, second = epoch(batches, workers=2), epoch(batches)
+    rows = shared.vectors(*HEADS[0])
+    in_order = list(zip(rows.example_ids.tolist(), rows.positions.tolist(), strict=True))
+    assert len(batches) == -(-len(tokens) // 7)
+    assert sorted(first) == sorted(second) == sorted(in_order) and in_order != first != second
+    again = tokens.batches(7, seed=1)
+    again.epoch = 1
+    assert epoch(again) == second
+    assert epoch(tokens.batches(7, seed=2)) != first
+
+
+def test_the_file_is_shared_between_processes_and_goes_with_its_object(shared: qk_sniffer.Dataset) -> None:
+    tokens = shared.torch(HEADS)
+    tokens[0]
+    copied = pickle.dumps(tokens)
+    assert len(copied) < 2000
+    copy, folder = pickle.loads(copied), tokens.path.parent
+    assert torch.equal(copy[3]["l00h00k"], tokens[3]["l00h00k"])
+    del copy
+    assert folder.is_dir()
+    del tokens
+    assert not folder.exists()
+
+
+def test_a_cache_is_used_again_for_the_same_heads_alone(
+    shared: qk_sniffer.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = shared.torch(HEADS, tmp_path / "cache")[2]["l01h03q"]
+    assert {path.name for path in (tmp_path / "cache").iterdir()} == {"vectors.f32", "layout.json"}
+    with monkeypatch.context() as patch:
+        patch.setattr(token_vectors, "write", lambda *_: pytest.fail("written a second time"))
+        assert torch.equal(shared.torch(HEADS, tmp_path / "cache")[2]["l01h03q"], wanted)
+    with pytest.raises(StoreError, match="holds the vectors of other heads, or of another dataset"):
+        shared.torch(HEADS[:2], tmp_path / "cache")
+    (tmp_path / "cache" / "vectors.f32").write_bytes(b"short")
+    assert torch.equal(shared.torch(HEADS, tmp_path / "cache")[2]["l01h03q"], wanted)
+    (tmp_path / "file").touch()
+    with pytest.raises(StoreError, match="file"):
+        shared.torch(HEADS, tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    ("sampler", "heads", "problem"),
+    [
+        (SamplerConfig(share="example"), HEADS, None),
+        (SamplerConfig(), HEADS, r"sampler\.share=layer_kind"),
+        (SamplerConfig(), [HeadKey(0, 0, "q"), HeadKey(0, 0, "k")], r"sampler\.share=example"),
+        (SamplerConfig(), [HeadKey(0, 0, "q"), HeadKey(0, 1, "q")], None),
+        (SamplerConfig(type="all"), HEADS, None),
+        (SamplerConfig(type="all", max_rows_per_example=3), HEADS, r"sampler\.share=example"),
+        (SamplerConfig(share="example", keys=KeySamplerConfig("all")), HEADS, r"at different tokens \(sampler\.keys\)"),
+        (SamplerConfig(share="example", keys=KeySamplerConfig("all")), HEADS[::2], None),
+        (SamplerConfig(share="example"), [], "give at least one"),
+        (SamplerConfig(share="example"), HEADS[:1] * 2, "each once"),
+    ],
+)
+def test_heads_of_different_tokens_are_refused(
+    sampler: SamplerConfig, heads: list[HeadKey], problem: str | None
+) -> None:
+    if problem is None:
+        check_same_tokens(heads, sampler)
+    else:
+        with pytest.raises(StoreError, match=problem):
+            check_same_tokens(heads, sampler)
+
+
+def test_the_dataset_names_what_it_lacks(undisturbed: Callable[..., Path], root: Path) -> None:
+    with pytest.raises(StoreError, match=r"sampler\.share=layer_kind"):
+        qk_sniffer.open_dataset(root).torch(HEADS)
+    with pytest.raises(StoreError, match="has no rows of layer 9, head 0"):
+        qk_sniffer.open_dataset(undisturbed(sampler=SHARED)).torch([(9, 0, "q")])
+
+
+def test_rows_of_other_tokens_than_the_manifest_implies_are_refused(root: Path) -> None:
+    rewrite(root, "l00h01q/data.parquet", lambda table: table.take(list(range(len(table)))[::-1]))
+    with pytest.raises(StoreError, match=r"l00h01q.* has other tokens than .*l00h00q"):
+        qk_sniffer.open_dataset(root).torch([(0, 0, "q"), (0, 1, "q")])
+
+
+def test_the_layout_names_the_heads_and_their_files(shared: qk_sniffer.Dataset, tmp_path: Path) -> None:
+    tokens = shared.torch(HEADS, tmp_path / "cache")
+    listed = {key.name: shared.manifest["files"][f"{key.name}/data.parquet"]["sha256"] for key in HEADS}
+    assert json.loads((tokens.path.parent / "layout.json").read_text()) == listed

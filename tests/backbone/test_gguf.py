@@ -56,7 +56,7 @@ def test_a_gguf_file_gives_the_weights_that_safetensors_give(name: str, dtype: s
     for key, weight in expected.decoder.state_dict().items():
         assert weights[key].dtype == getattr(torch, dtype) and torch.equal(weights[key], weight), key
     assert backbone.rotary_parameters() == expected.rotary_parameters()
-    assert backbone.probe() == expected.probe()
+    assert backbone.probe() == [replace(facts, module=None) for facts in expected.probe()]  # names of the checkpoint
 
 
 def test_a_weight_that_the_file_lacks_is_an_error_that_names_it(tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def test_wrong_statistics_fail(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     add = _Sums.add
-    monkeypatch.setattr(_Sums, "add", lambda self, vectors, pairs: add(self, harm(vectors), pairs))
+    monkeypatch.setattr(_Sums, "add", lambda self, vectors, *others: add(self, harm(vectors), *others))
     sampler = "uniform" if harm is shifted else "none"
     values = sections(sampler, skip_tokens=1, stages=["post"]) | {"dataset": {"max_samples": 4}}
     failed = r"the proof of .* failed, and the dataset was not published. Statistics derived a second time"

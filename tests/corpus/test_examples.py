@@ -156,9 +156,9 @@ def test_the_check_of_a_million_ids_reads_one_column(tmp_path: Path) -> None:
     table = pa.table({"text": pa.array(["t"]).take(pa.array([0] * count)), "id": pa.array(range(0, 3 * count, 3))})
     pq.write_table(table, tmp_path / "rows.parquet")
     opened(tmp_path / "rows.parquet")
-    start = time.perf_counter()
+    start = time.process_time()
     assert opened(tmp_path / "rows.parquet", id_column="id").num_rows == count
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
 
 
 FAULTS = {

@@ -16,7 +16,8 @@ from support.verify_cases import edit
 
 from qk_sniffer.errors import StoreError
 from qk_sniffer.jobs.finalize import finalize
-from qk_sniffer.store.disk import open_regular
+from qk_sniffer.store.disk import open_file
+from qk_sniffer.store.open_folder import Access
 
 pytestmark = [pytest.mark.floor, pytest.mark.usefixtures("waits")]
 
@@ -223,12 +224,12 @@ def test_a_picture_is_listed_as_it_was_checked(
     picture.parent.mkdir()
     picture.write_bytes(b"picture")
 
-    def late(path: Path, **options: Any) -> Any:
+    def late(path: Path, access: Access) -> Any:
         if path.name == picture.name:
             as_link(picture, secret)
-        return open_regular(path, **options)
+        return open_file(path, access)
 
-    monkeypatch.setattr("qk_sniffer.store.files.open_regular", late)
+    monkeypatch.setattr("qk_sniffer.store.files.open_file", late)
     with pytest.raises(StoreError, match=r"a\.png cannot be published: a link, which is not followed"):
         publish(root, REPO, BRANCH, api=api)
     assert hub.log == []

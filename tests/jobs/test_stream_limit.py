@@ -15,6 +15,7 @@ from qk_sniffer.jobs import capture_examples
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.journal import Journal
 from qk_sniffer.store.layout import Layout
+from qk_sniffer.store.open_folder import PLAIN
 from qk_sniffer.store.record import read_record, stored_job_id, write_record
 
 STREAM: dict[str, Any] = {"streaming": True, "id_column": "id", "filter": {"keep": True}}
@@ -118,8 +119,7 @@ def test_a_shard_that_ran_while_the_limit_changed_is_not_taken_for_captured(
     monkeypatch.setattr(capture_examples, "mark_done", mark)
     with pytest.raises(StoreError, match=r"while this shard ran.*rerun the command with dataset\.max_samples=3"):
         run(checkpoint, stream, layout.root, dataset=STREAM | {"max_samples": 5}, inference=ALONE)
-    assert (
-        not layout.shard_done(0, 1).exists() and len(Journal(layout.journal(0, 1), stored_job_id(layout)).records) == 4
-    )
+    journal = Journal(layout.journal(0, 1), stored_job_id(layout, PLAIN))
+    assert not layout.shard_done(0, 1).exists() and len(journal.records) == 4
     with pytest.raises(SourceError, match=r"row 4 was captured before, and the used rows end with row 2 now"):
         run(checkpoint, stream, layout.root, dataset=STREAM | {"max_samples": 3}, inference=ALONE)

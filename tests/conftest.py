@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -66,6 +67,16 @@ def few_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     """Saves the seconds of drawing in the jobs of all other tests, as if matplotlib were not installed."""
     if "draws" not in request.fixturenames:
         monkeypatch.setattr("qk_sniffer.jobs.pictures.can_draw", lambda: False)
+
+
+@pytest.fixture
+def impatient() -> Iterator[None]:
+    """Ends a test that hangs."""
+    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it hangs"))
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture(scope="session")

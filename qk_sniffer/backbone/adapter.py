@@ -236,8 +236,15 @@ def _of_decoder(
     """Returns the path that the names in the file give the decoder, and the weights that are not of other parts.
 
     Raises:
-        SourceError: there is no such path, or several.
+        SourceError: there is no such path, or several; or the adapter asks for larger weights than the file has.
     """
+    largest = max((size for weight in weights.values() for size in weight.shape), default=0)
+    for rank in _ranks(adapter.settings):  # peft would allocate weights of this rank before it reads the file
+        if rank > largest:
+            raise SourceError(
+                f"the {SETTINGS} of {adapter.name} asks for the rank {rank:,}, and the largest dimension of its "
+                f"weights is {largest:,}: check that its files belong together"
+            )
     by_path: dict[str, list[str]] = {}
     mine, unplaced = {}, []
     for name, weight in weights.items():
@@ -268,6 +275,12 @@ def _of_decoder(
     if unplaced:
         raise SourceError(_unmatched(adapter, unplaced))
     return next(iter(by_path)), mine
+
+
+def _ranks(settings: Mapping[str, Any]) -> Iterator[int]:
+    pattern = settings.get("rank_pattern")
+    given = [settings.get("r"), settings.get("init_r"), *(pattern.values() if isinstance(pattern, dict) else ())]
+    return (rank for rank in given if isinstance(rank, int))
 
 
 def _is_inside(decoder: nn.Module, parts: list[str]) -> bool:

@@ -53,7 +53,7 @@ from qk_sniffer.backbone.unloaded import modules_limited
 from qk_sniffer.backbone.wrapper import is_wrapper, load_decoder, model_class, with_text_config
 from qk_sniffer.config import AUTO, ModelConfig
 from qk_sniffer.errors import QkSnifferError, SourceError
-from qk_sniffer.hub.checkpoint_links import refuse_links_out
+from qk_sniffer.hub.checkpoint_links import refuse_odd_files
 from qk_sniffer.hub.config_limits import refuse_too_many_layers
 from qk_sniffer.hub.endpoint import announce
 from qk_sniffer.hub.lfs import refuse_pointers_of_model
@@ -318,9 +318,9 @@ def _loading(config: ModelConfig, commit: str | None, adapter_commit: str | None
 
     Checks first that no link of the model and of its adapter leads to a file that is not theirs.
     """
-    refuse_links_out(str(config.name), commit)
+    refuse_odd_files(str(config.name), commit)
     if config.adapter is not None:
-        refuse_links_out(config.adapter, adapter_commit)
+        refuse_odd_files(config.adapter, adapter_commit)
     where = f"model {config.name}" + (f" at revision {config.revision}" if config.revision != "main" else "")
     verbosity, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity(logging.ERROR)  # its report lists the head, which is omitted on purpose

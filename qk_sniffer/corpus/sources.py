@@ -21,6 +21,7 @@ from qk_sniffer.config import DatasetConfig
 from qk_sniffer.corpus import hub_copies
 from qk_sniffer.corpus.copies import check_cache, check_unchanged, digest_of
 from qk_sniffer.corpus.data_files import ARCHIVES, COMPRESSED, ChangedError, DataFile, first_lines, reason
+from qk_sniffer.corpus.dataset_cards import refuse_special_cards, yaml_limited
 from qk_sniffer.corpus.home import check_format, check_home, data_file, own_patterns
 from qk_sniffer.corpus.rows import FORMATS, LibraryRows, ListRows, Rows, no_rows
 from qk_sniffer.corpus.splits import named_splits, no_split, rows_of_files
@@ -104,6 +105,7 @@ def _folder(config: DatasetConfig, folder: Path) -> Source:
     where = f"folder {folder}"
     if not is_utf8_path(folder.name):  # `datasets` names a class and its cache after the folder
         raise SourceError(f"{where}: datasets cannot read a folder of this name: {utf8_way_out(folder.name)}")
+    refuse_special_cards(folder)
     if config.name is not None or config.data_files is not None or _names_its_files(folder):
         builder = _building(where, lambda: _builder(where, str(folder), config))
         return Source(where, _of_builder(where, builder, config, folder))
@@ -233,7 +235,7 @@ def _builder(where: str, path: str, config: DatasetConfig, **options: Any) -> An
     from datasets import load_dataset_builder
 
     options |= {"name": config.name, "data_files": config.data_files}
-    with own_patterns(where, config.data_files):
+    with own_patterns(where, config.data_files), yaml_limited(where):
         builder = load_dataset_builder(path, **options)
         if getattr(builder.config, "sample_by", None) == "line":  # a text file is one example
             builder = load_dataset_builder(path, sample_by="document", **options)

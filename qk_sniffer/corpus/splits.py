@@ -27,10 +27,17 @@ def rows_of_files(
         options: of its reader.
 
     Raises:
-        SourceError: there is no such split, or its rows cannot be counted.
+        SourceError: there is no such split, its rows cannot be counted, or the options do not fit.
     """
     names = named_splits(where, config, list(data_files))
-    rows = FileRows(where, [Part(data_files[names[0]])], FORMATS[format](options), may_scan=not config.streaming)
+    try:
+        reader = FORMATS[format](options)
+    except (TypeError, ValueError) as error:
+        raise SourceError(
+            f"{where}: the options of its README.md or .huggingface.yaml ({', '.join(sorted(options))}) do not fit "
+            f"{format} files: {first_lines(str(error))}"
+        ) from error
+    rows = FileRows(where, [Part(data_files[names[0]])], reader, may_scan=not config.streaming)
     if config.split in data_files:
         return rows
     counts = {name: replace(rows, parts=[Part(data_files[name])]).count() for name in dict.fromkeys(names)}

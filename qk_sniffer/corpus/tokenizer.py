@@ -16,7 +16,7 @@ from qk_sniffer.corpus.long_texts import LongTexts
 from qk_sniffer.corpus.special_tokens import Encoded, SpecialTokens
 from qk_sniffer.corpus.tokenizer_files import difference_from_file, refuse_files_elsewhere
 from qk_sniffer.errors import SourceError
-from qk_sniffer.hub.checkpoint_links import refuse_links_out
+from qk_sniffer.hub.checkpoint_links import refuse_odd_files
 from qk_sniffer.hub.json_files import damaged_json
 from qk_sniffer.hub.lfs import refuse_pointers
 from qk_sniffer.hub.revisions import HubUnreachableError, cached_commit, hub_commit, is_hub_id
@@ -124,7 +124,7 @@ def load_tokenizer(config: ModelConfig, commit: str | None = None) -> "TextToken
         options["revision"] = commit
     else:
         commit = None
-    refuse_links_out(name, commit)
+    refuse_odd_files(name, commit)
     if local.exists():
         refuse_pointers(local, "*.json", "*.model", "*.txt", "*.tiktoken")
     try:

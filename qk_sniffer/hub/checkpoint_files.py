@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from qk_sniffer.errors import SourceError
+from qk_sniffer.store.disk import open_regular
 
 TEXTS = frozenset({".json", ".model", ".py", ".txt", ".jinja", ".tiktoken", ".codes", ".spm", ".tokenizer"})
 """The suffixes of the files of a checkpoint that hold no weights. The last three are those of rare vocabularies."""
 
-_SUFFIXES = TEXTS | {".safetensors", ".bin", ".gguf"}
+SUFFIXES = TEXTS | {".safetensors", ".bin", ".gguf"}
+"""Those of all its files."""
 
 _Facts = tuple[int, int, int, int, int]
 """Device, inode, size, and the times of the last changes of content and of attributes. The last one cannot be set."""
@@ -76,7 +78,7 @@ def folder_digest(folder: Path) -> str:
 
 def _files(folder: Path) -> set[Path]:
     """Returns the files that a checkpoint may be loaded from: those in `folder` itself, and those that they name."""
-    own = {path for path in folder.iterdir() if path.is_file() and path.suffix in _SUFFIXES}
+    own = {path for path in folder.iterdir() if path.is_file() and path.suffix in SUFFIXES}
     return own | {path for name in _named(folder) if (path := folder / name).is_file()}
 
 
@@ -94,8 +96,8 @@ def _named(folder: Path) -> Iterator[str]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     """Returns the object in a JSON file; an empty one for a file that has none, which the loader reports."""
-    with suppress(OSError, ValueError):
-        values = json.loads(path.read_bytes())
+    with suppress(OSError, ValueError, RecursionError), open_regular(path) as file:
+        values = json.loads(file.read())
         if isinstance(values, dict):
             return values
     return {}

@@ -1,15 +1,17 @@
-"""Refuses links by which a checkpoint takes its tokenizer, templates or settings from elsewhere on this machine.
+"""Refuses files of a checkpoint that are not its own: links to elsewhere on this machine, and pipes and devices.
 
 A checkpoint may come from someone else. Tokens of a file that such a link leads to would become part of the dataset,
 and lines of it part of messages. Weights may be links to anywhere: of a file without tensors, nothing gets further.
+A pipe is worse than a missing file: the libraries that open it wait for ever.
 """
 
 import os
+import stat
 from itertools import chain
 from pathlib import Path
 
 from qk_sniffer.errors import SourceError, StoreError
-from qk_sniffer.hub.checkpoint_files import TEXTS
+from qk_sniffer.hub.checkpoint_files import SUFFIXES, TEXTS
 from qk_sniffer.hub.json_files import DamagedFileError, json_object
 from qk_sniffer.store.disk import open_regular
 from qk_sniffer.store.files import inside
@@ -25,8 +27,8 @@ _TEMPLATES = "additional_chat_templates"
 """The one folder in a checkpoint that transformers reads texts from."""
 
 
-def refuse_links_out(name: str, commit: str | None = None) -> None:
-    """Checks the links of a checkpoint. A link may lead to a file
+def refuse_odd_files(name: str, commit: str | None = None) -> None:
+    """Checks that the files of a checkpoint are regular ones, and its links. A link may lead to a file
 
     - in the folder of the checkpoint; or, for a repository in the Hub's cache, among its `blobs`;
     - of the same name in another checkpoint, if that one's link may lead on.
@@ -36,7 +38,7 @@ def refuse_links_out(name: str, commit: str | None = None) -> None:
         commit: that of a Hub id.
 
     Raises:
-        SourceError: a link leads elsewhere.
+        SourceError: a link leads elsewhere, or a file is a pipe or a device.
     """
     folder = Path(name)
     if not folder.is_dir():
@@ -46,11 +48,27 @@ def refuse_links_out(name: str, commit: str | None = None) -> None:
         if commit is None or not folder.is_dir():
             return
     for path in sorted(chain(folder.iterdir(), folder.glob(f"{_TEMPLATES}/*"))):
+        if path.suffix in SUFFIXES:
+            refuse_special(path)
         if path.suffix in TEXTS and not (_is_inside(folder, path) or _is_of_checkpoint(path)):
             raise SourceError(
                 f"{path} leads to {os.path.realpath(path)}, which is neither in its folder nor a file of the same name "
                 "in another checkpoint: it is not read. Replace the link by a copy of the file"
             )
+
+
+def refuse_special(path: Path) -> None:
+    """Checks that a path that will be opened is no pipe or device. A missing file is left to its reader.
+
+    Raises:
+        SourceError: it is one.
+    """
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise SourceError(f"{path} is not a regular file, but a pipe or a device: it is not opened. Remove it")
 
 
 def _is_inside(folder: Path, path: Path) -> bool:

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from qk_sniffer.errors import SourceError
+from qk_sniffer.store.disk import open_regular
 
 HEAD_BYTES = 1024
 """A pointer file is shorter than this."""
@@ -41,10 +42,11 @@ def refuse_pointer(file: Path) -> None:
         SourceError: it is one.
     """
     try:
-        problem = pointer_problem(file.read_bytes()) if file.stat().st_size < HEAD_BYTES else None
+        with open_regular(file) as opened:  # a pipe would be waited for
+            content = opened.read(HEAD_BYTES)
     except OSError:
         return
-    if problem:
+    if len(content) < HEAD_BYTES and (problem := pointer_problem(content)):
         raise SourceError(f"{file} cannot be loaded: {problem}")
 
 

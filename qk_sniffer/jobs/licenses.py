@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qk_sniffer.corpus.dataset_cards import yaml_limited
 from qk_sniffer.corpus.sources import PYDOC
 from qk_sniffer.hub.client import reading_api
 from qk_sniffer.hub.revisions import Kind
@@ -40,8 +41,11 @@ def _of_folder(folder: Path) -> "CardData | None":
 
     card = folder / "README.md"
     # Parsing a large card takes minutes.
-    is_usable = card.is_file() and card.stat().st_size <= SMALL
-    return RepoCard.load(card, ignore_metadata_errors=True).data if is_usable else None
+    if not card.is_file() or card.stat().st_size > SMALL:
+        return None
+    with yaml_limited(str(card)):
+        data: CardData = RepoCard.load(card, ignore_metadata_errors=True).data
+    return data
 
 
 def _of_hub(kind: Kind, name: str, commit: str | None) -> "CardData | None":

@@ -391,3 +391,15 @@ def test_a_damaged_file_of_weights_is_named(kept: int, model: ModelConfig, adapt
     for read in (check_model, load_backbone):
         with pytest.raises(SourceError, match=rf"{re.escape(str(file))}: {how} .* download the adapter again"):
             read(model)
+
+
+@pytest.mark.parametrize("settings", [{"r": 50_000_000}, {"rank_pattern": {"q_proj": 50_000_000}}])
+def test_a_rank_beyond_all_weights_is_refused_before_memory_is_taken(
+    settings: dict[str, Any], model: ModelConfig, adapter: Path
+) -> None:
+    change_settings(adapter, **settings)
+    for load in (check_model, load_backbone):
+        with pytest.raises(
+            SourceError, match=r"asks for the rank 50,000,000, and the largest dimension of its weights"
+        ):
+            load(model)

@@ -1,6 +1,7 @@
-"""Tests which links a checkpoint may have: to its own files and to those of other checkpoints."""
+"""Tests which links a checkpoint may have: to its own files and to those of other checkpoints. It may have no pipes."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,9 @@ from qk_sniffer.backbone.loading import check_model
 from qk_sniffer.config import ModelConfig
 from qk_sniffer.corpus.tokenizer import load_tokenizer
 from qk_sniffer.errors import SourceError
-from qk_sniffer.hub.checkpoint_links import refuse_links_out
+from qk_sniffer.hub.checkpoint_files import folder_digest
+from qk_sniffer.hub.checkpoint_links import refuse_odd_files
+from qk_sniffer.hub.lfs import refuse_pointer
 
 COMMIT = "1" * 40
 REFUSED = "which is neither in its folder nor a file of the same name in another checkpoint"
@@ -36,7 +39,7 @@ def folder(tmp_path: Path) -> Path:
 def test_a_link_to_a_file_of_the_machine_is_refused(tmp_path: Path, folder: Path, name: str) -> None:
     link(folder / name, write(tmp_path / "home" / "id_rsa"))
     with pytest.raises(SourceError, match=REFUSED):
-        refuse_links_out(str(folder))
+        refuse_odd_files(str(folder))
 
 
 def test_no_part_of_a_checkpoint_is_read_through_such_a_link(tmp_path: Path, folder: Path) -> None:
@@ -60,11 +63,11 @@ def test_a_file_that_only_has_the_name_of_a_checkpoint_is_refused(tmp_path: Path
     (folder / "config.json").unlink()
     link(folder / "config.json", docker)
     with pytest.raises(SourceError, match=REFUSED):
-        refuse_links_out(str(folder))
+        refuse_odd_files(str(folder))
     (folder / "config.json").unlink()
     link(folder / "vocab.txt", write(docker.parent / "vocab.txt"))
     with pytest.raises(SourceError, match=REFUSED):
-        refuse_links_out(str(folder))
+        refuse_odd_files(str(folder))
 
 
 def test_a_link_through_another_checkpoint_is_refused(tmp_path: Path, folder: Path) -> None:
@@ -72,24 +75,24 @@ def test_a_link_through_another_checkpoint_is_refused(tmp_path: Path, folder: Pa
     link(base / "vocab.txt", write(tmp_path / "home" / "id_rsa"))
     link(folder / "vocab.txt", base / "vocab.txt")
     with pytest.raises(SourceError, match=REFUSED):
-        refuse_links_out(str(folder))
+        refuse_odd_files(str(folder))
     (folder / "vocab.txt").unlink()
     link(folder / "vocab.txt", write(base / "notes.txt"))
     with pytest.raises(SourceError, match=REFUSED):
-        refuse_links_out(str(folder))
+        refuse_odd_files(str(folder))
 
 
 def test_templates_in_a_linked_folder_are_refused(tmp_path: Path, folder: Path) -> None:
     link(folder / "additional_chat_templates", write(tmp_path / "home" / "secret.jinja").parent)
     with pytest.raises(SourceError, match=REFUSED):
-        refuse_links_out(str(folder))
+        refuse_odd_files(str(folder))
 
 
 def test_a_loop_of_links_is_an_error(folder: Path) -> None:
     link(folder / "vocab.txt", folder.parent / "other" / "vocab.txt")
     write(folder.parent / "other" / "config.json", json.dumps({"model_type": "bert"}))
     link(folder.parent / "other" / "vocab.txt", folder / "vocab.txt")
-    refuse_links_out(str(folder))  # it cannot be opened
+    refuse_odd_files(str(folder))  # it cannot be opened
     with pytest.raises(SourceError):
         load_tokenizer(ModelConfig(name=str(folder)))
 
@@ -103,18 +106,30 @@ def test_files_of_a_base_and_weights_may_be_links(
     link(folder / "vocab.txt", "../base/vocab.txt")
     link(folder / "model.safetensors", write(tmp_path / "scratch" / "part-1"))
     link(folder / "train.log", write(tmp_path / "scratch" / "log"))
-    refuse_links_out(str(folder))
+    refuse_odd_files(str(folder))
     repository = tmp_path / "cache" / "models--org--name"
     write(repository / "blobs" / "1234")
     snapshot = link(repository / "snapshots" / COMMIT / "vocab.txt", "../../blobs/1234").parent
     link(snapshot / "config.json", write(repository / "blobs" / "5678", json.dumps({"model_type": "bert"})))
-    refuse_links_out(str(snapshot))
+    refuse_odd_files(str(snapshot))
     (folder / "vocab.txt").unlink()
     link(folder / "vocab.txt", snapshot / "vocab.txt")
-    refuse_links_out(str(folder))
+    refuse_odd_files(str(folder))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    refuse_links_out("org/name", COMMIT)
+    refuse_odd_files("org/name", COMMIT)
     (repository / "blobs" / "1234").unlink()
     link(repository / "blobs" / "1234", tmp_path / "scratch" / "log")
     with pytest.raises(SourceError, match=REFUSED):
-        refuse_links_out("org/name", COMMIT)
+        refuse_odd_files("org/name", COMMIT)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "x.json", "model.safetensors"])
+def test_a_pipe_in_a_checkpoint_is_not_waited_for(folder: Path, name: str, impatient: None) -> None:
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    refused = rf"/{name} is not a regular file, but a pipe"
+    for load in (check_model, load_tokenizer):
+        with pytest.raises(SourceError, match=refused):
+            load(ModelConfig(name=str(folder)))
+    folder_digest(folder)
+    refuse_pointer(folder / name)

@@ -150,8 +150,8 @@ class Dataset:
     def torch(self, heads: Sequence[HeadKey | tuple[int, int, str]], cache: str | Path | None = None) -> "TokenVectors":
         """Returns the vectors of several heads, one item a token, as a dataset of torch for a training loop.
 
-        The vectors are copied once to an uncompressed file, which takes 4 bytes a number on disk, and about 20 MB of
-        memory a head while it is written. It is in the folder `cache`, which later calls with the same heads use again.
+        The vectors are copied once to an uncompressed file, which takes 4 bytes a number on disk. Memory does not
+        grow with the number of heads. It is in the folder `cache`, which later calls with the same heads use again.
         Without `cache` it is in a temporary folder, which is removed together with the result.
 
         Raises:

@@ -40,7 +40,6 @@ MAP = "vectors.f32"
 LAYOUT = "layout.json"
 
 _COLUMNS = ("example_id", "position", "vector")
-_BLOCK_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -177,12 +176,13 @@ def check_same_tokens(keys: Sequence[HeadKey], sampler: SamplerConfig) -> None:
 def write(folder: Path, sources: Sequence[Source], way_out: str) -> None:
     """Writes the vectors of `sources`, token by token, to the file that `TokenVectors` reads.
 
-    Memory: a block of rows of all heads, and a row group of each.
+    Memory: a row group of one head, and 8 bytes a token. The heads advance together, so that each page of the file is
+    written to the disk once.
 
     Raises:
         StoreError: a file is damaged, has other tokens than the first, or `folder` cannot be written.
     """
-    places = _places(sources)
+    places, rows = _places(sources), sources[0].rows
     temporary = folder / f"{MAP}.{os.getpid()}.tmp"  # the ranks of a training may write the same folder
     with ExitStack() as stack:
         readers = [stack.enter_context(opened(one.path, one.schema, way_out=way_out, rows=one.rows)) for one in sources]
@@ -190,29 +190,33 @@ def write(folder: Path, sources: Sequence[Source], way_out: str) -> None:
             wanted = pa.schema([one.schema.field(name) for name in _COLUMNS])
             if problem := excess(one.path, reader, wanted, at_once=False):
                 raise UnreadableError(one.path, problem, way_out)
-        step = max(1, _BLOCK_BYTES // (4 * _width(sources)))
-        blocks = [reader.iter_batches(step, columns=[*_COLUMNS]) for reader in readers]
+        ids = _ids(sources[0], readers[0].read(columns=[*_COLUMNS[:2]]), way_out)
         with explained(folder, "write"):
             folder.mkdir(parents=True, exist_ok=True)
-            file = stack.enter_context(temporary.open("wb"))
+            with temporary.open("wb") as file:
+                if rows:
+                    os.posix_fallocate(file.fileno(), 0, 4 * rows * _width(sources))
         stack.callback(temporary.unlink, missing_ok=True)
-        for parts in zip(*blocks, strict=True):
-            block = np.empty((len(parts[0]), _width(sources)), np.float32)
-            block[:, :2].view(np.int32)[:] = _ids(sources[0], parts[0], way_out)
-            for one, part in zip(sources, parts, strict=True):
-                if not np.array_equal(_ids(one, part, way_out), block[:, :2].view(np.int32)):
-                    raise UnreadableError(one.path, f"has other tokens than {sources[0].path}", way_out)
-                if part["vector"].flatten().null_count:
-                    raise UnreadableError(one.path, "has vectors with nulls", way_out)
-                block[:, places[one.key.name]] = read_matrix(pa.chunked_array([part["vector"]]))
-            with explained(folder, "write"):
-                file.write(block.data)
+        vectors = np.memmap(temporary, np.float32, "r+", shape=(rows, _width(sources))) if rows else None
+        done, groups = [0] * len(sources), [0] * len(sources)
+        while vectors is not None and min(done) < rows:
+            place = done.index(min(done))
+            one, start = sources[place], done[place]
+            part = readers[place].read_row_group(groups[place], columns=[*_COLUMNS])
+            stop = start + len(part)
+            if not np.array_equal(_ids(one, part, way_out), ids[start:stop]):
+                raise UnreadableError(one.path, f"has other tokens than {sources[0].path}", way_out)
+            if any(chunk.flatten().null_count for chunk in part["vector"].chunks):
+                raise UnreadableError(one.path, "has vectors with nulls", way_out)
+            vectors[start:stop, :2] = ids[start:stop].view(np.float32)
+            vectors[start:stop, places[one.key.name]] = read_matrix(part["vector"])
+            done[place], groups[place] = stop, groups[place] + 1
         with explained(folder, "write"):
-            file.flush()
             temporary.replace(folder / MAP)
 
 
-def _ids(source: Source, part: pa.RecordBatch, way_out: str) -> npt.NDArray[np.int32]:
+def _ids(source: Source, part: pa.Table, way_out: str) -> npt.NDArray[np.int32]:
+    """Returns the example_id and position (rows, 2) of rows."""
     columns = [part[name] for name in ("example_id", "position")]
     if any(column.null_count for column in columns):
         raise UnreadableError(source.path, "has nulls in the columns that name a row", way_out)

@@ -2,13 +2,15 @@
 
 import json
 import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
-from support.verify_cases import rewrite
+from support.verify_cases import restate, rewrite
 from torch.utils.data import DataLoader
 
 import qk_sniffer
@@ -27,11 +29,16 @@ def shared(undisturbed: Callable[..., Path]) -> qk_sniffer.Dataset:
     return qk_sniffer.open_dataset(undisturbed(sampler=SHARED))
 
 
-@pytest.mark.parametrize("block", [1 << 26, 1 << 10])
+@pytest.mark.parametrize("sizes", [(7, 7, 7), (5, 64, 9)])
 def test_each_item_has_the_vectors_of_one_token(
-    shared: qk_sniffer.Dataset, block: int, monkeypatch: pytest.MonkeyPatch
+    undisturbed: Callable[..., Path], sizes: tuple[int, ...], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(token_vectors, "_BLOCK_BYTES", block)
+    root = shutil.copytree(undisturbed(sampler=SHARED), tmp_path / "out")
+    for key, size in zip(HEADS, sizes, strict=True):  # row groups of several sizes, as heads of several sizes have
+        path = root / key.name / "data.parquet"
+        pq.write_table(pq.read_table(path), path, row_group_size=size)
+    restate(root)
+    shared = qk_sniffer.open_dataset(root)
     tokens = shared.torch(HEADS)
     wanted = [shared.vectors(*key) for key in HEADS]
     assert len(tokens) == len(wanted[0].vectors) > 30

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO, cast
 
+import yaml
+
 from qk_sniffer.hub.lfs import HEAD_BYTES, pointer_problem
 from qk_sniffer.store.files import open_inside
 from qk_sniffer.store.open_folder import OddFileError
@@ -202,11 +204,20 @@ def reason(error: BaseException) -> str:
         error = error.__cause__
     if isinstance(error, UnicodeDecodeError):
         return f"it is not UTF-8 ({error}). Convert it, for example with `iconv -f latin1 -t utf-8`"
+    if isinstance(error, yaml.YAMLError):
+        return f"its YAML is wrong: {_yaml_problem(error)}"
     if "BatchSize must be greater than 0" in str(error):
         return "it has no rows. Leave it out"
     if "zstd not supported" in str(error):
         return _NO_ZSTD
     return first_lines(str(error)) or type(error).__name__
+
+
+def _yaml_problem(error: yaml.YAMLError) -> str:
+    """Returns what is wrong, and the place. The library's own message quotes lines, which may hold secrets."""
+    problem, mark = getattr(error, "problem", None), getattr(error, "problem_mark", None)
+    what = re.sub(r"""\s*['"].*['"]""", "", str(problem or "a character is not allowed"), flags=re.DOTALL)
+    return what + (f" (line {mark.line + 1}, column {mark.column + 1})" if mark else "")
 
 
 def first_lines(message: str, most: int = 4) -> str:

@@ -1,31 +1,71 @@
-"""Refuses descriptions of a folder or repository of texts with which the libraries that read them would not end.
+"""Reads the card of a folder of texts, and refuses descriptions that the libraries must not read.
 
 `datasets` and huggingface_hub read README.md, .huggingface.yaml and dataset_infos.json. In YAML, a name for a list that
-holds names of lists may stand for billions of values, and the description of a folder may be a pipe.
+holds names of lists may stand for billions of values, and the description of a folder may be a pipe. It may also be a
+link to a secret, parts of which would get into messages and into the dataset.
 """
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qk_sniffer.errors import SourceError
+from qk_sniffer.corpus.data_files import reason
+from qk_sniffer.errors import SourceError, StoreError
 from qk_sniffer.hub.checkpoint_links import refuse_special
+from qk_sniffer.store.files import inside, open_inside
+from qk_sniffer.store.open_folder import OddFileError
 
-_FILES = ("README.md", ".huggingface.yaml", "dataset_infos.json")
+_CARD = "README.md"
+
+_FILES = (_CARD, ".huggingface.yaml", "dataset_infos.json")
 
 _MOST_REPEATED = 100_000
 """The most values for which the names (`*name`) in a description may stand. Such names are rare, and stand for few."""
 
 
-def refuse_special_cards(folder: Path) -> None:
-    """Checks that the descriptions of a folder of texts are regular files.
+@contextmanager
+def own_descriptions(where: str, folder: Path) -> Iterator[None]:
+    """Checks the descriptions of a source before they are read in the block, and after it.
+
+    Args:
+        where: the name of the source in errors.
+        folder: that of the source, or of a commit in the cache of the Hub. It may be missing.
 
     Raises:
-        SourceError: one is a pipe or a device.
+        SourceError: one is a pipe or a device, or a link that leads out of the folder.
     """
+    _check_descriptions(where, folder)
+    try:
+        yield
+    finally:  # an error that the block raises may quote a file that was planted meanwhile
+        _check_descriptions(where, folder)
+
+
+def names_its_files(where: str, folder: Path) -> bool:
+    """Whether the folder has a dataset card that lists the files of its configs.
+
+    Raises:
+        SourceError: the card cannot be read, or a link leads out of the folder.
+    """
+    try:
+        with open_inside(folder, _CARD) as card:
+            text = card.read().decode(errors="replace")
+    except (FileNotFoundError, OddFileError):
+        return False
+    except (OSError, StoreError) as error:
+        raise SourceError(f"{where}: its {_CARD} cannot be read: {reason(error)}") from error
+    front = re.match(r"---\r?\n(.*?)\n---", text, flags=re.DOTALL)
+    return front is not None and re.search(r"^configs:", front.group(1), flags=re.MULTILINE) is not None
+
+
+def _check_descriptions(where: str, folder: Path) -> None:
     for name in _FILES:
-        refuse_special(folder / name)
+        try:
+            refuse_special(inside(folder, name))
+        except StoreError as error:
+            raise SourceError(f"{where}: {error}") from None
 
 
 @contextmanager

@@ -60,6 +60,13 @@ class _Info(TypedDict):
     config_name: NotRequired[str | None]
 
 
+def snapshot(repo_id: str, commit: str) -> Path:
+    """Returns the folder of a commit in the cache of huggingface_hub, which may be missing."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE, f"datasets--{repo_id.replace('/', '--')}", "snapshots", commit)
+
+
 def fetch(repo_id: str, commit: str, names: Sequence[str]) -> list[DataFile]:
     """Returns files of a repository in the cache; fetches those that are not there.
 

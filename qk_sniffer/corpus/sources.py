@@ -21,7 +21,7 @@ from qk_sniffer.config import DatasetConfig
 from qk_sniffer.corpus import hub_copies
 from qk_sniffer.corpus.copies import check_cache, check_unchanged, digest_of
 from qk_sniffer.corpus.data_files import ARCHIVES, COMPRESSED, ChangedError, DataFile, first_lines, reason
-from qk_sniffer.corpus.dataset_cards import refuse_special_cards, yaml_limited
+from qk_sniffer.corpus.dataset_cards import names_its_files, own_descriptions, yaml_limited
 from qk_sniffer.corpus.home import check_format, check_home, data_file, own_patterns
 from qk_sniffer.corpus.rows import FORMATS, LibraryRows, ListRows, Rows, no_rows
 from qk_sniffer.corpus.splits import named_splits, no_split, rows_of_files
@@ -105,10 +105,14 @@ def _folder(config: DatasetConfig, folder: Path) -> Source:
     where = f"folder {folder}"
     if not is_utf8_path(folder.name):  # `datasets` names a class and its cache after the folder
         raise SourceError(f"{where}: datasets cannot read a folder of this name: {utf8_way_out(folder.name)}")
-    refuse_special_cards(folder)
-    if config.name is not None or config.data_files is not None or _names_its_files(folder):
+    with own_descriptions(where, folder):
+        return Source(where, _rows_of_folder(where, config, folder))
+
+
+def _rows_of_folder(where: str, config: DatasetConfig, folder: Path) -> Rows:
+    if config.name is not None or config.data_files is not None or names_its_files(where, folder):
         builder = _building(where, lambda: _builder(where, str(folder), config))
-        return Source(where, _of_builder(where, builder, config, folder))
+        return _of_builder(where, builder, config, folder)
     files = _data_files(folder)
     if not files:
         raise SourceError(f"{where} holds no data files: {_listing(folder)}. {_supported()}")
@@ -119,9 +123,9 @@ def _folder(config: DatasetConfig, folder: Path) -> Source:
             "dataset.data_files='*.jsonl'"
         )
     splits = _splits(folder, config, files)
-    # A card that `_names_its_files` does not see may have added some.
+    # A card that `names_its_files` does not see may have added some.
     check_home(where, [file for of_split in splits.values() for file in of_split], folder, is_named=False)
-    return Source(where, rows_of_files(where, _in(splits, folder), formats[0], {}, config))
+    return rows_of_files(where, _in(splits, folder), formats[0], {}, config)
 
 
 def _in(splits: dict[str, list[str]], folder: Path) -> dict[str, list[DataFile]]:
@@ -160,7 +164,8 @@ def _hub(config: DatasetConfig, path: str, commit: str | None) -> Source:
         commit = hub_commit("dataset", path, commit or config.revision)
     except HubUnreachableError as unreachable:
         return _cached(config, path, commit, unreachable)
-    builder = _building(where, lambda: _builder(where, path, config, revision=commit))
+    with own_descriptions(where, hub_copies.snapshot(path, commit)):
+        builder = _building(where, lambda: _builder(where, path, config, revision=commit))
     if builder.hash != commit:  # if `datasets` finds no data files, it uses another commit from its cache
         raise SourceError(f"{where}: commit {commit} has no data files that can be read, or the connection was lost")
     home = f"hf://datasets/{path}@{commit}/"
@@ -352,15 +357,6 @@ def _data_files(folder: Path) -> list[str]:
         # Unlike `Path.is_file`, this is no error for a path that is too long.
         found += [str(file) for file in visible if _reader(file) and os.path.isfile(file)]  # noqa: PTH113
     return sorted(found)
-
-
-def _names_its_files(folder: Path) -> bool:
-    """Whether the folder has a dataset card that lists the files of its configs."""
-    card = folder / "README.md"
-    if not card.is_file():
-        return False
-    front = re.match(r"---\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), flags=re.DOTALL)
-    return front is not None and re.search(r"^configs:", front.group(1), flags=re.MULTILINE) is not None
 
 
 def _listing(folder: Path) -> str:

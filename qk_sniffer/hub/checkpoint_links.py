@@ -50,7 +50,7 @@ def refuse_odd_files(name: str, commit: str | None = None) -> None:
     for path in sorted(chain(folder.iterdir(), folder.glob(f"{_TEMPLATES}/*"))):
         if path.suffix in SUFFIXES:
             refuse_special(path)
-        if path.suffix in TEXTS and not (_is_inside(folder, path) or _is_of_checkpoint(path)):
+        if path.suffix in TEXTS and home_of(folder, path) is None:
             raise SourceError(
                 f"{path} leads to {os.path.realpath(path)}, which is neither in its folder nor a file of the same name "
                 "in another checkpoint: it is not read. Replace the link by a copy of the file"
@@ -71,22 +71,27 @@ def refuse_special(path: Path) -> None:
         raise SourceError(f"{path} is not a regular file, but a pipe or a device: it is not opened. Remove it")
 
 
+def home_of(folder: Path, path: Path, most: int = _MOST_LINKS) -> Path | None:
+    """Returns the folder of the checkpoint that has the file `path` of `folder`; None if there is none.
+
+    It is `folder`, or that of the file of the same name to which at most `most` links lead.
+    """
+    if _is_inside(folder, path):
+        return folder
+    if not path.is_symlink() or most == 0:
+        return None
+    source = Path(os.path.realpath(path.parent), path.readlink())
+    if source.name != path.name or not _is_checkpoint(source.parent):
+        return None
+    return home_of(source.parent, source, most - 1)
+
+
 def _is_inside(folder: Path, path: Path) -> bool:
     try:
         inside(folder, str(path.relative_to(folder)))
     except StoreError:
         return False
     return True
-
-
-def _is_of_checkpoint(path: Path, most: int = _MOST_LINKS) -> bool:
-    """Whether the link `path` leads to a file of its name in a checkpoint, which has it itself or by such a link."""
-    if not path.is_symlink() or most == 0:
-        return False
-    source = Path(os.path.realpath(path.parent), path.readlink())
-    if source.name != path.name or not _is_checkpoint(source.parent):
-        return False
-    return _is_inside(source.parent, source) or _is_of_checkpoint(source, most - 1)
 
 
 def _is_checkpoint(folder: Path) -> bool:

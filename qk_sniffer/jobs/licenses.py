@@ -6,12 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 from qk_sniffer.corpus.dataset_cards import yaml_limited
 from qk_sniffer.corpus.sources import PYDOC
+from qk_sniffer.hub.checkpoint_links import home_of
 from qk_sniffer.hub.client import reading_api
 from qk_sniffer.hub.revisions import Kind
+from qk_sniffer.store.files import open_inside
 from qk_sniffer.store.stored import SMALL
 
 if TYPE_CHECKING:
     from huggingface_hub import CardData
+
+_CARD = "README.md"
 
 _TIMEOUT_S = 10.0
 
@@ -29,22 +33,27 @@ def stated_terms(kind: Kind, name: str, commit: str | None) -> dict[str, list[st
     if kind == "dataset" and name == PYDOC:
         return _DOCUMENTATION
     try:
-        card = _of_folder(Path(name)) if Path(name).exists() else _of_hub(kind, name, commit)
+        card = _of_folder(kind, Path(name)) if Path(name).exists() else _of_hub(kind, name, commit)
     except Exception:
         card = None
     license, language = (_listed(card.get(key)) if card is not None else [] for key in ("license", "language"))
     return {"license": license, "language": [code for code in language if _is_language(code)]}
 
 
-def _of_folder(folder: Path) -> "CardData | None":
+def _of_folder(kind: Kind, folder: Path) -> "CardData | None":
     from huggingface_hub import RepoCard
 
-    card = folder / "README.md"
-    # Parsing a large card takes minutes.
-    if not card.is_file() or card.stat().st_size > SMALL:
+    # The license of a file elsewhere may be a line of a secret.
+    home = home_of(folder, folder / _CARD) if kind == "model" else folder
+    if home is None:
         return None
-    with yaml_limited(str(card)):
-        data: CardData = RepoCard.load(card, ignore_metadata_errors=True).data
+    with open_inside(home, _CARD) as file:
+        card = file.read(SMALL + 1)
+    # Parsing a large card takes minutes.
+    if len(card) > SMALL:
+        return None
+    with yaml_limited(str(home / _CARD)):
+        data: CardData = RepoCard(card.decode(), ignore_metadata_errors=True).data
     return data
 
 

@@ -4,7 +4,9 @@ import gzip
 import json
 import zipfile
 from pathlib import Path
+from typing import Any
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -417,3 +419,59 @@ def test_a_link_leads_to_no_file_outside_of_its_folder(tmp_path: Path, how: str,
     (folder / "README.md").unlink(missing_ok=True)
     own = opened(folder, streaming=streaming, data_files={"train": "linked.csv"}, text_column="own")
     assert texts(own.examples()) == [(0, "row")]
+
+
+DESCRIPTIONS = {
+    "README.md": "---\nconfigs:\n- {config_name: secret, data_files: a.csv}\n- {config_name: b}\n---\n",
+    ".huggingface.yaml": "[default]\nkey = secret\n",
+    "dataset_infos.json": '{"secret": {"features": "secret"}}',
+}
+"""A file elsewhere with each name of a file that `datasets` opens by itself."""
+
+
+@pytest.mark.parametrize("data_files", [None, "*.csv"])
+@pytest.mark.parametrize("name", DESCRIPTIONS)
+def test_a_description_of_a_folder_is_its_own(tmp_path: Path, name: str, data_files: str | None) -> None:
+    folder, elsewhere = tmp_path / "texts", write(tmp_path / "home" / "file", DESCRIPTIONS[name])
+    write(folder / "own.csv", "own\nrow")
+    (folder / name).symlink_to(elsewhere)
+    text = message(folder, data_files=data_files)
+    assert f"{name} leads out of the dataset, to {elsewhere}: it is not read" in text and "secret" not in text
+    (folder / name).unlink()
+    (folder / name).symlink_to(write(folder / "notes", "" if name.endswith("yaml") else "{}").name)
+    own = opened(folder, data_files=data_files, text_column="own")
+    assert texts(own.examples()) == [(0, "row")], "a link to another file of the folder is followed"
+
+
+@pytest.mark.parametrize("data_files", [None, "*.csv"])
+def test_a_description_that_is_replaced_while_it_is_read_is_not_quoted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data_files: str | None
+) -> None:
+    folder, elsewhere = tmp_path / "texts", write(tmp_path / "home" / "file", DESCRIPTIONS["README.md"])
+    write(folder / "own.csv", "own\nrow")
+    real = datasets.load_dataset_builder
+
+    def planted(path: str, **options: Any) -> Any:
+        (folder / "README.md").symlink_to(elsewhere)
+        return real(path, **options)
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", planted)
+    text = message(folder, data_files=data_files)
+    assert "README.md leads out of the dataset" in text and "secret" not in text
+
+
+@pytest.mark.parametrize(
+    ("yaml", "problem"),
+    [
+        ("a: 1\nkey = secret\n", "could not find expected (line 3, column 1)"),
+        ("a: [secret, 'b\n", "found unexpected end of stream (line 2, column 1)"),
+        ("a: 1\nb: !secret c\n", "could not determine a constructor for the tag (line 2, column 4)"),
+        ("secret: *secret\n", "found undefined alias (line 1, column 9)"),
+        ("secret: \x07\n", "a character is not allowed"),
+    ],
+)
+def test_wrong_yaml_is_named_by_its_place(tmp_path: Path, yaml: str, problem: str) -> None:
+    write(tmp_path / "own.csv", "own\nrow")
+    write(tmp_path / ".huggingface.yaml", yaml)
+    text = message(tmp_path, data_files="*.csv")
+    assert text.endswith(f"cannot be read: its YAML is wrong: {problem}") and "secret" not in text

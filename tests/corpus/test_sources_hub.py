@@ -129,6 +129,19 @@ def test_a_cache_of_someone_else_adds_no_file_from_elsewhere(tmp_path: Path, mon
         assert "which no repository can have" in message("org/name")
 
 
+@pytest.mark.parametrize("name", ["README.md", ".huggingface.yaml", "dataset_infos.json"])
+def test_a_description_in_the_cache_of_someone_else_is_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    commit = "1" * 40
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("qk_sniffer.corpus.sources.hub_commit", lambda *_: commit)
+    snapshot = tmp_path / "cache" / "datasets--org--name" / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (snapshot / name).symlink_to(write(tmp_path / "home" / "file", "secret"))
+    assert f"{snapshot / name} leads out of the dataset" in message("org/name")
+
+
 ROWS_OF = """
 def rows(corpus):
     return [(example.source_id, example.text) for example in corpus.examples()]

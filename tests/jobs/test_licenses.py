@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from support.fake_hub import FakeHub
 
+from qk_sniffer.hub.revisions import Kind
 from qk_sniffer.jobs.licenses import stated_terms
 
 pytestmark = pytest.mark.floor
@@ -22,6 +23,31 @@ def test_here(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("---\nlicense: [mit, apache-2.0]\nlanguage: en\n---\n")
     assert stated_terms("model", str(tmp_path), None) == {"license": ["mit", "apache-2.0"], "language": ["en"]}
     assert stated_terms("dataset", "pydoc", None) == {"license": ["psf-2.0"], "language": ["en"]}
+
+
+@pytest.mark.parametrize("kind", ["model", "dataset"])
+def test_a_card_of_someone_else_that_is_a_file_elsewhere(tmp_path: Path, kind: Kind) -> None:
+    secret, folder = tmp_path / "home" / "secret.md", tmp_path / "received"
+    secret.parent.mkdir()
+    folder.mkdir()
+    secret.write_text("---\nlicense: secret\n---\n")
+    (folder / "README.md").symlink_to(secret)
+    assert stated_terms(kind, str(folder), None) == {"license": [], "language": []}
+    (folder / "README.md").unlink()
+    (folder / "README.md").symlink_to("notes.md")
+    (folder / "notes.md").write_text("---\nlicense: mit\n---\n")
+    assert stated_terms(kind, str(folder), None) == {"license": ["mit"], "language": []}
+
+
+def test_the_card_of_a_fine_tune_may_be_that_of_its_base(tmp_path: Path) -> None:
+    base, folder = tmp_path / "base", tmp_path / "tuned"
+    base.mkdir()
+    folder.mkdir()
+    (base / "README.md").write_text("---\nlicense: mit\n---\n")
+    (folder / "README.md").symlink_to(base / "README.md")
+    assert stated_terms("model", str(folder), None) == {"license": [], "language": []}, "it is no checkpoint yet"
+    (base / "config.json").write_text('{"model_type": "bert"}')
+    assert stated_terms("model", str(folder), None) == {"license": ["mit"], "language": []}
 
 
 @pytest.mark.parametrize("card", [None, "no front matter", "---\nlicense: {\n---\n", "---\nlicense: 7\n---\n"])

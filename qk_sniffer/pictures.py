@@ -17,7 +17,7 @@ from qk_sniffer.drawing.draw import MATPLOTLIB_MISSING, can_draw, draw, drawable
 from qk_sniffer.errors import QkSnifferError, StoreError
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.layout import PICTURE_SUFFIXES
-from qk_sniffer.store.open_folder import PLAIN, Access, Checked
+from qk_sniffer.store.open_folder import Checked, anchored
 from qk_sniffer.text import say
 
 
@@ -46,15 +46,19 @@ def _program(settings: Settings) -> int:
         raise StoreError(f"{dataset} has no statistics to draw: capture.statistics.enabled=true makes them")
     if not can_draw():
         raise QkSnifferError(f"pictures cannot be drawn: {MATPLOTLIB_MISSING}")
-    folder = settings.output_dir or folder_of(dataset)
-    access: Access = PLAIN
-    if folder == folder_of(dataset) and dataset.folder is not None:
-        access = Checked(PLAIN, partial(_check_unchanged, dataset, dataset.folder))
+    own = folder_of(dataset)
+    folder = settings.output_dir or own
+    if folder.name in ("", ".."):  # it has no name in the folder that contains it
+        folder = folder.resolve()
+    if dataset.folder is not None and folder.absolute() == own.absolute():
         new = unlisted(dataset, pictures)
         if kept := ", ".join(sorted(pictures.keys() - new.keys())):
             say(f"Kept, because manifest.json lists them: {kept}; output_dir=... draws them elsewhere")
-        pictures = new
-    drawn = draw(pictures, folder, access=access)
+        with anchored(dataset.folder) as access:
+            unchanged = Checked(access, partial(_check_unchanged, dataset, dataset.folder))
+            drawn = draw(new, own, access=unchanged)
+    else:
+        drawn = draw(pictures, folder)
     of_which = f"{folder}/{', '.join(drawn)} ({', '.join(PICTURE_SUFFIXES)})" if drawn else "there is nothing to draw"
     say(f"Pictures: {of_which}")
     return 0

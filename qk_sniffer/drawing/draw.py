@@ -1,6 +1,7 @@
 """Draws the pictures that a dataset can have of itself, into its folder `pictures/` or into another one."""
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,9 +10,9 @@ from qk_sniffer.dataset.reader import Dataset
 from qk_sniffer.drawing import statistics
 from qk_sniffer.drawing.style import save
 from qk_sniffer.errors import StoreError
-from qk_sniffer.store.disk import explained, make_folder, type_of
+from qk_sniffer.store.disk import explained
 from qk_sniffer.store.layout import PICTURE_SUFFIXES, PICTURES
-from qk_sniffer.store.open_folder import PLAIN, Access
+from qk_sniffer.store.open_folder import PLAIN, Access, Anchored, Checked
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -65,9 +66,13 @@ def draw(pictures: Pictures, folder: Path, *, access: Access = PLAIN) -> list[st
         HubError: a file of the dataset cannot be fetched.
         QkSnifferError: a picture would have too many cells.
     """
-    if type_of(folder, access) not in (None, "folder"):
-        raise StoreError(f"{folder} is not a folder, and pictures are not written through it: remove it")
-    with explained(folder, "make"):
-        access.check()
-        make_folder(folder, access)
-    return [name for name, make in pictures.items() if save(folder / name, make, access=access)]
+    with ExitStack() as stack:
+        with explained(folder, "make"):
+            access.check()
+            parent = stack.enter_context(access.open(folder.parent, create=True))
+            if parent.type_of(folder.name) not in (None, "folder"):
+                raise StoreError(f"{folder} is not a folder, and pictures are not written through it: remove it")
+            # It stays open: drawing takes seconds, in which a link may take its place.
+            opened = stack.enter_context(parent.folder(folder.name, create=True))
+        inside = Checked(Anchored((opened,)), access.check)
+        return [name for name, make in pictures.items() if save(folder / name, make, access=inside)]

@@ -4,6 +4,7 @@ They fit the columns of a paper, and are readable in grey and for colour-blind r
 Okabe and Ito). The same numbers give the same bytes with one version of matplotlib.
 """
 
+import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -70,7 +71,8 @@ def save(path: Path, make: "Callable[[], Figure | None]", *, access: Access = PL
         if drawn is None:
             return []
         for file in files:
-            temporary = f".{file.name}"
+            # Not a fixed name: `compare` writes into any folder, where a file of this name could be the user's.
+            temporary = f".{file.name}-{secrets.token_hex(8)}.tmp"
             with explained(file, "write"), access.open(file.parent) as folder:
                 access.check()
                 with folder.temporary(temporary) as target:

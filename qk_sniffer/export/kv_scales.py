@@ -13,6 +13,7 @@ and `layers.<layer>.minimum`, `maximum` and `absmax` (key heads, d) by channel. 
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -42,6 +43,12 @@ def problems(source: Source) -> Iterator[str]:
             f"the attention modules of layers {compact_ranges(unnamed)} have no known names in the checkpoint, by "
             "which vLLM finds their scales: it is a GGUF file, it names weights otherwise than transformers, or a "
             "module serves several layers; or an earlier version captured the dataset"
+        )
+    modules = Counter(layer["module"] for layer in source.layers if layer.get("module") is not None)
+    if shared := [layer["layer"] for layer in source.layers if modules[layer.get("module")] > 1]:
+        yield (
+            f"layers {compact_ranges(shared)} have the same attention module in manifest.json, and a module has one "
+            "scale: fetch the dataset again, or recreate it with output.overwrite=true"
         )
     if source.settings.enabled and source.settings.skip_tokens:
         yield (

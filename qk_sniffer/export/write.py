@@ -13,6 +13,7 @@ from qk_sniffer.errors import StoreError
 from qk_sniffer.export.formats import format_named
 from qk_sniffer.export.source import Source
 from qk_sniffer.store import disk, stored
+from qk_sniffer.store.open_folder import OpenFolder
 
 PROVENANCE = "provenance.json"
 
@@ -148,5 +149,26 @@ def _write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
     except BaseException:
         disk.remove(temporary)
         raise
-    disk.remove(earlier)
+    _remove_export(earlier, folder)
     disk.sync_folder(folder.parent)
+
+
+def _remove_export(earlier: Path, name: Path) -> None:
+    """Removes an earlier export, which was `name`, if there is one. Nothing but its own files is removed.
+
+    Raises:
+        StoreError: something else has come into it since it was checked.
+    """
+    try:
+        with OpenFolder.at(earlier, follow_links=False) as opened:
+            for file in _FILES_OF_FOLDERS:
+                if opened.type_of(file) == "file":
+                    opened.unlink(file)
+        earlier.rmdir()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise StoreError(
+            f"{name} is exported, and what was there before is not removed, because it has changed since it was "
+            f"checked: it is now {earlier}"
+        ) from error

@@ -10,7 +10,7 @@ import socket
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Generic, TypedDict, TypeVar
@@ -216,6 +216,19 @@ def _status_files(folder: Path) -> list[Path]:
     return sorted(path / STATUS_FILE for path, _, files in walk(folder) if STATUS_FILE in files)
 
 
+def _left_by_a_sweep(folder: Path) -> Iterator[Path]:
+    """Yields the status files that an earlier sweep has left in `folder`.
+
+    A folder that the user has named may also hold other sweeps, and files of this name from other programs.
+    """
+    for path, folders, files in walk(folder):
+        folders[:] = [name for name in folders if not (path / name / SWEEP_FILE).exists()]
+        if STATUS_FILE in files:
+            with suppress(OSError, UnreadableError):
+                _read_status(path / STATUS_FILE)
+                yield path / STATUS_FILE
+
+
 @contextmanager
 def _warned() -> Iterator[None]:
     try:
@@ -248,7 +261,7 @@ def announced(folder: Path, jobs: Sequence[PlannedJob], *, outlive: bool) -> Ite
         ],
     }
     with explained(folder, "write"):
-        for left in _status_files(folder):  # of an earlier sweep in the same folder
+        for left in _left_by_a_sweep(folder):
             if not is_held(left.with_name(LOCK)):
                 left.unlink()
 

@@ -67,14 +67,12 @@ def draw_all(results: Results) -> list[Path]:
     }
     with explained(results.pictures, "make"):
         results.check()
-        make_folder(results.pictures)
+        make_folder(results.pictures, results.access)
     drawn = [
         file for name, make in pictures.items() for file in save(results.pictures / name, make, access=results.access)
     ]
-    results.check()
-    for name in PICTURES - pictures.keys():  # of earlier results
-        for suffix in PICTURE_SUFFIXES:
-            (results.pictures / f"{name}{suffix}").unlink(missing_ok=True)
+    earlier = {f"{name}{suffix}" for name in PICTURES - pictures.keys() for suffix in PICTURE_SUFFIXES}
+    results.remove_pictures(earlier.__contains__)
     return drawn
 
 

@@ -10,8 +10,7 @@
 
 import hashlib
 import json
-import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from qk_sniffer.plasticity.forms import FORMAT, encode_head, read_head, read_rec
 from qk_sniffer.plasticity.tables import HeadResult
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store import stored
-from qk_sniffer.store.disk import explained, make_folder, sha256_of, write_atomic
+from qk_sniffer.store.disk import explained, make_folder, remove, sha256_of, write_atomic
 from qk_sniffer.store.layout import MANIFEST, PICTURE_SUFFIXES, head_name
 from qk_sniffer.store.locks import hold
 from qk_sniffer.store.open_folder import PLAIN, Access
@@ -133,10 +132,8 @@ class Results:
         if stored_before != fingerprint:
             with explained(self.folder, "replace the results in"):
                 self._clear()
-                for suffix in PICTURE_SUFFIXES:
-                    for path in self.pictures.glob(f"*{suffix}"):  # of the replaced results
-                        path.unlink()
-                make_folder(self._work)
+                self.remove_pictures(lambda name: name.endswith(PICTURE_SUFFIXES))  # of the replaced results
+                make_folder(self._work, self.access)
             write_atomic(job, fingerprint.encode(), access=self.access)
 
     def load(self, layer: int, q_head: int) -> HeadResult | None:
@@ -151,21 +148,35 @@ class Results:
     def finish(self, results: list[HeadResult], record: dict[str, Any]) -> list[Path]:
         """Writes the tables, and `record` last; returns the tables' files."""
         self.check()
-        with explained(self.record_file, "replace"):
-            self.record_file.unlink(missing_ok=True)
+        remove(self.record_file, self.access)
         files = tables.write(self.folder, results, access=self.access)
         record = {"format": FORMAT, "tables": {path.name: sha256_of(path) for path in files}} | record
         write_atomic(self.record_file, json.dumps(record, indent=2, sort_keys=True).encode(), access=self.access)
         if not record["damaged"]:
-            self.check()
             self._clear()
         return files
+
+    def remove_pictures(self, is_chosen: Callable[[str], bool]) -> None:
+        """Removes the pictures whose file names are chosen.
+
+        Raises:
+            StoreError: they cannot be removed.
+            TakenAwayError: the folder is no longer this process's.
+        """
+        self.check()
+        with (
+            explained(self.pictures, "replace"),
+            suppress(FileNotFoundError),
+            self.access.open(self.pictures) as folder,
+        ):
+            for name in filter(is_chosen, folder.names()):
+                folder.unlink(name)
 
     def _file(self, layer: int, q_head: int) -> Path:
         return self._work / f"{head_name(layer, q_head, 'q')}.json"
 
     def _clear(self) -> None:
-        shutil.rmtree(self._work, ignore_errors=True)
+        remove(self._work, self.access)
 
 
 def _text(path: Path) -> str | None:

@@ -48,6 +48,15 @@ def test_a_picture_that_cannot_be_written_leaves_the_earlier_one(tmp_path: Path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "a.svg"]
 
 
+def test_a_hidden_file_of_the_same_name_stays(tmp_path: Path) -> None:
+    names = [".a.png", ".a.png.tmp", "a.png.tmp"]
+    for name in names:
+        (tmp_path / name).write_text("the user's")
+    save(tmp_path / "a", drawing)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*names, "a.png", "a.svg"])
+    assert {(tmp_path / name).read_text() for name in names} == {"the user's"}
+
+
 def test_a_grid_of_any_size_is_refused() -> None:
     check_cells((1, 1 << 25))
     with pytest.raises(QkSnifferError, match=r"a grid of 2 x 16,777,217 cells; a picture shows at most 33,554,432"):

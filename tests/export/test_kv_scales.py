@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,8 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from support.backbones import FolderOf
 from support.export_cases import edited, rows_of, statistics, without_rows
+from support.hub_cases import copied
+from support.verify_cases import edit
 from support.zoo import CASES
 
 import qk_sniffer
@@ -105,3 +108,17 @@ def test_ranges_that_miss_keys_are_refused(checkpoint: Path, texts: Path, tmp_pa
     pre = without_rows(checkpoint, texts, tmp_path / "pre", **statistics(stages=["pre"]))
     with pytest.raises(StoreError, match=r"no statistics of key vectors after RoPE"):
         qk_sniffer.export(pre, "kv_scales")
+
+
+def test_a_module_that_two_layers_name_has_no_scale(undisturbed: Callable[..., Path], tmp_path: Path) -> None:
+    """As a dataset of someone else may say: the scales of one layer would take the place of the other's."""
+    root = copied(undisturbed(capture=statistics()), tmp_path / "out")
+
+    def share(manifest: dict[str, Any]) -> None:
+        layers = manifest["model"]["layers"]
+        layers[2]["module"] = layers[0]["module"]
+
+    edit(root, share)
+    with pytest.raises(StoreError, match=r"layers 0, 2 have the same attention module in manifest\.json"):
+        qk_sniffer.export(root, "kv_scales", tmp_path / "scales")
+    assert not (tmp_path / "scales").exists()

@@ -15,7 +15,7 @@ from support.hub_cases import BRANCH, REPO, copied, publish
 
 import qk_sniffer
 from qk_sniffer.errors import ConfigError, StoreError
-from qk_sniffer.export import cli
+from qk_sniffer.export import cli, write
 from qk_sniffer.export.formats import FORMATS
 from qk_sniffer.store import disk
 
@@ -153,3 +153,30 @@ def test_a_folder_that_cannot_be_written(root: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(StoreError, match="cannot write"):
         qk_sniffer.export(root, "tria", tmp_path / "file" / "stats.tria")
+
+
+@pytest.mark.parametrize("is_link", [False, True])
+def test_what_appears_after_the_check_is_not_removed(
+    is_link: bool, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, user = tmp_path / "scales", tmp_path / "user"
+    qk_sniffer.export(root, "kv_scales", folder)
+    user.mkdir()
+    names = ["config.json", "notes.txt"] if is_link else ["notes.txt"]
+    for name in names:
+        (user / name).write_text("the user's")
+    real, calls = write._check_folder, []
+
+    def plant(path: Path) -> None:
+        real(path)
+        calls.append(path)
+        if len(calls) == 2:  # just before the folder is replaced
+            folder.rename(tmp_path / "moved")
+            folder.symlink_to(user) if is_link else user.rename(folder)
+
+    monkeypatch.setattr(write, "_check_folder", plant)
+    with pytest.raises(StoreError, match=r"scales is exported, and what was there before is not removed"):
+        qk_sniffer.export(root, "kv_scales", folder, overwrite=True)
+    assert (folder / "kv_scales.safetensors").exists()
+    kept = user if is_link else next(tmp_path.glob(".scales-*"))
+    assert sorted(path.name for path in kept.iterdir()) == names

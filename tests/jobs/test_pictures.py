@@ -141,3 +141,36 @@ def test_the_program_names_what_is_wrong(
     assert called(f"data_root={root}") == 1
     assert "changed while its pictures were drawn: rerun the command" in capsys.readouterr().err
     assert Layout(root).pictures() == []
+
+
+def test_no_picture_is_written_through_a_link_that_is_planted_meanwhile(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    album = tmp_path / "album"
+    album.mkdir()
+    (album / "norms.png").write_text("the user's")
+    real = draw.save
+
+    def plant(path: Path, *arguments: Any, **options: Any) -> Any:
+        if not (root / "pictures").is_symlink():
+            (root / "pictures").rename(tmp_path / "moved")
+            (root / "pictures").symlink_to(album)
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(draw, "save", plant)
+    assert called(f"data_root={root}") == 0
+    assert [path.name for path in album.iterdir()] == ["norms.png"]
+    assert (album / "norms.png").read_text() == "the user's"
+    assert sorted(path.name for path in (tmp_path / "moved").iterdir()) == NAMES
+
+
+def test_the_own_folder_of_pictures_has_many_names(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    edit(root, lambda manifest: manifest["files"].update({"pictures/norms.png": {"bytes": 3, "sha256": "0" * 64}}))
+    monkeypatch.setattr(draw, "save", lambda *_, **__: [Path("a")])
+    (root / "pictures").mkdir()
+    for folder, name in ((root, "pictures"), (root / "pictures", ".")):
+        monkeypatch.chdir(folder)
+        assert called(f"data_root={root}", f"output_dir={name}") == 0
+        assert "Kept, because manifest.json lists them: norms" in capsys.readouterr().out

@@ -56,6 +56,22 @@ def test_a_sweep_from_beginning_to_end(tmp_path: Path) -> None:
     assert states(tmp_path) == {"a": "interrupted", "b": "published", "c": "not started"}
 
 
+def test_a_sweep_removes_the_states_of_earlier_jobs_in_its_folder_alone(tmp_path: Path) -> None:
+    other, (job,) = tmp_path / ".sweeps" / "1", planned(tmp_path / "a")
+    with announced(other, [job], outlive=False), begin(other / "0", job.config):
+        pass
+    (tmp_path / "website").mkdir()
+    (tmp_path / "website" / "status.json").write_text('{"of": "another program"}')
+    (tmp_path / "0").mkdir()
+    Status.here(0, job.config).write(tmp_path / "0")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.json")}
+    with announced(tmp_path, [job], outlive=False):
+        pass
+    del before[tmp_path / "0" / "status.json"]
+    after = {path: path.read_bytes() for path in tmp_path.rglob("*.json")}
+    assert after.pop(tmp_path / "sweep.json") and after == before
+
+
 def test_a_run_whose_folder_is_taken_writes_nothing_there(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder, jobs = tmp_path / "1", planned(tmp_path / "a", tmp_path / "b")
     with announced(folder, jobs[:1], outlive=False) as record_slurm_ids, begin(folder / "0", jobs[0].config):

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from support.plasticity_cases import bytes_of, measure, record
+from support.plasticity_cases import bytes_of, full_covariance, measure, record
 
 from qk_sniffer.errors import StoreError
 from qk_sniffer.plasticity import compare
@@ -17,6 +17,8 @@ from qk_sniffer.plasticity.forms import METRICS
 from qk_sniffer.plasticity.results import Results
 from qk_sniffer.plasticity.tables import HeadResult
 from qk_sniffer.store.disk import sha256_of
+from qk_sniffer.store.locks import TakenAwayError
+from qk_sniffer.store.open_folder import Checked
 
 
 @pytest.fixture(scope="module")
@@ -121,3 +123,37 @@ def test_results_are_not_written_through_a_link(name: str, results: Path, tmp_pa
     with refused, Results(results).claim():
         pass
     assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_no_picture_is_removed_through_a_link_that_is_planted_later(
+    results: Path, verify_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "album").mkdir()
+    (tmp_path / "album" / "holiday.png").write_text("the user's")
+    real = Results.begin
+
+    def begin(self: Results, fingerprint: str) -> None:
+        self.pictures.symlink_to(tmp_path / "album")
+        real(self, fingerprint)
+
+    monkeypatch.setattr(Results, "begin", begin)
+    with pytest.raises(StoreError, match=r"cannot replace .*/pictures: .*/pictures is a link, which is not followed"):
+        measure(verify_base, results, estimator=full_covariance(0.5))
+    assert (tmp_path / "album" / "holiday.png").read_text() == "the user's"
+
+
+def test_the_work_of_another_run_is_not_removed(results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder is replaced just after the check that comes before the removal."""
+    own, other = Results(results), results / ".work" / "l00h00q.json"
+
+    def replace() -> None:
+        if not (tmp_path / "moved").exists():
+            results.rename(tmp_path / "moved")
+            other.parent.mkdir(parents=True)
+            other.write_text("of another run")
+
+    with pytest.raises(TakenAwayError), own.claim():
+        own.begin("0" * 64)
+        own.access = Checked(own.access, replace)
+        own.begin("1" * 64)
+    assert other.read_text() == "of another run"

@@ -23,7 +23,7 @@ def change(file: Path, **settings: Any) -> None:
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qk_sniffer.backbone.patterns._CPU_S", 1)
+    monkeypatch.setattr("qk_sniffer.backbone.patterns._CPU_S", 0.2)
 
 
 @pytest.mark.slow
@@ -53,12 +53,29 @@ def test_a_pattern_that_does_not_end_is_named() -> None:
         refuse_runaway_patterns("it", {"a": [{f"re:{ENDLESS}": 1}], "b": ".*_proj"}, ["model.layers.0.mlp.gate_proj"])
 
 
-def test_a_pattern_that_ends_is_matched(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_usual_pattern_costs_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("subprocess.run", lambda *_, **__: pytest.fail("a process is started"))
+    usual = ["re:.*lm_head", r".*\.mlp\.gate", "re:.*visual.*", "model.layers.0"]
+    refuse_runaway_patterns("it", usual, ["model.layers.0.self_attn.q_proj"])
+    for risky in (ENDLESS, r"(\w+)+", r"a?" * 30 + "a" * 30, ".*.*.*.*X", r"(a|a){9}", "(\n)*", "(?x)(a|a) +"):
+        with pytest.raises(pytest.fail.Exception, match="a process is started"):
+            refuse_runaway_patterns("it", [risky], ["a"])
+
+
+# The form that unsloth writes.
+ENDS = r"(?:.*?(?:language|text|model).*?(?:self_attn|attn|mlp).*?(?:q_proj|k_proj).*?)"
+
+
+def test_a_pattern_that_ends_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qk_sniffer.backbone.patterns._CPU_S", 10)
+    refuse_runaway_patterns("it", {"target_modules": ENDS}, [f"model.layers.{n}.self_attn.q_proj" for n in range(99)])
+
+
+@pytest.mark.slow
+def test_a_pattern_that_ends_is_matched(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qk_sniffer.backbone.patterns._CPU_S", 10)
     adapter = save_adapter(QWEN3, tmp_path / "adapter")
-    # The form that unsloth writes.
-    ends = r"(?:.*?(?:language|text|model).*?(?:self_attn|attn|mlp).*?(?:q_proj|k_proj).*?)"
-    change(adapter / "adapter_config.json", target_modules=ends)
-    refuse_runaway_patterns("it", {"target_modules": ends}, [f"model.layers.{n}.self_attn.q_proj" for n in range(99)])
+    change(adapter / "adapter_config.json", target_modules=ENDS)
     load_backbone(ModelConfig(name=str(checkpoint), adapter=str(adapter), dtype="float32", device_map="cpu"))
 
 

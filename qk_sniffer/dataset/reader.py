@@ -4,7 +4,8 @@ dataset = qk_sniffer.open_dataset("me/my-vectors", revision="qwen3-8b-pydoc")
 queries, positions, example_ids = dataset.vectors(*dataset.heads[0])
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -65,6 +66,8 @@ class Dataset:
         """The commit on the Hub; None for a folder."""
         self.heads: list[HeadKey] = manifests.heads(self.manifest)
         """The captured heads as (layer, head, kind), by layer, queries ("q") before keys ("k")."""
+        self._compared: dict[str, tuple[int, ...]] = {}
+        """The state of each file whose hash was compared with the manifest."""
         self._captured = {head.file: head for head in captured_heads(self.manifest)}
         config = from_dict(self.manifest["config"])
         self._capture = config.capture
@@ -191,8 +194,9 @@ class Dataset:
                 f"{self} has no queries of layer {layer}, head {head}; it has {shortened(names, 6)} (`.heads`)"
             )
         name = head_file(layer, head, ATTENTION)
-        path, rows = self._path(name), self.manifest["files"][name].get("rows")
-        table = read_table(path, self._attention.schema, way_out=WAY_OUT, rows=rows)
+        rows = self.manifest["files"][name].get("rows")
+        with self._intact(name) as path:
+            table = read_table(path, self._attention.schema, way_out=WAY_OUT, rows=rows)
         for column in table.columns:
             if any(chunk.flatten().null_count for chunk in column.chunks if pa.types.is_fixed_size_list(column.type)):
                 raise UnreadableError(path, "has lists with nulls", WAY_OUT)
@@ -246,7 +250,8 @@ class Dataset:
         name = statistics_file(layer)
         if stage not in self.stages or name not in self.manifest["files"]:
             return None
-        return read_statistics(self._path(name), kind, stage, way_out=WAY_OUT, covariance=covariance)
+        with self._intact(name) as path:
+            return read_statistics(path, kind, stage, way_out=WAY_OUT, covariance=covariance)
 
     def is_intact(self, layer: int, head: int, kind: str) -> bool:
         """Whether the file of a head has the sha256 that the manifest lists.
@@ -281,6 +286,29 @@ class Dataset:
         if (problem := difference(path, entry["bytes"])) is not None:
             raise UnreadableError(path, f"is missing or damaged (it {problem})", WAY_OUT)
         return path
+
+    @contextmanager
+    def _intact(self, name: str) -> Iterator[Path]:
+        """Yields the path of a file for a block that reads it: the file has the sha256 that the manifest lists.
+
+        A file of another model's dataset may have the same size. Its hash is compared once, and again when the file was
+        replaced or written to.
+
+        Raises:
+            UnreadableError: it is missing or damaged, or was changed during the block.
+        """
+        path = self._path(name)
+        try:
+            before = _state(path)
+            if before != self._compared.get(name):
+                if sha256_of(path) != self.manifest["files"][name]["sha256"]:
+                    raise UnreadableError(path, "is damaged, or of another dataset: its sha256 differs", WAY_OUT)
+                self._compared[name] = before
+            yield path
+            if _state(path) != before:
+                raise UnreadableError(path, "was changed while it was read", WAY_OUT)
+        except OSError as error:
+            raise UnreadableError(path, f"is missing or damaged ({error.strerror})", WAY_OUT) from error
 
     @property
     def folder(self) -> Path | None:
@@ -321,6 +349,12 @@ def open_dataset(root_or_repo: str | Path, revision: str | None = None) -> Datas
             raise StoreError(f"{root} is a folder: it has no revision {revision!r}; leave it out")
         return Dataset(Folder(root))
     return Dataset(open_branch(str(root_or_repo), revision))
+
+
+def _state(path: Path) -> tuple[int, ...]:
+    """Returns numbers that differ when the file is replaced or written to."""
+    facts = path.stat()
+    return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns
 
 
 def sampler_of(manifest: dict[str, Any]) -> Sampler:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.export_cases import without_rows
+from support.export_cases import statistics, without_rows
 
 import qk_sniffer
 from qk_sniffer.errors import StoreError
@@ -68,3 +68,22 @@ def test_a_dataset_of_one_token(checkpoint: Path, tmp_path: Path) -> None:
     dataset = without_rows(checkpoint, tmp_path / "one.jsonl", tmp_path / "out")
     with pytest.raises(StoreError, match=r"the statistics of l00h00q are of 1 token: capture longer texts"):
         qk_sniffer.export(dataset, "triattention")
+
+
+def test_statistics_of_another_dataset_are_not_exported(checkpoint: Path, texts: Path, tmp_path: Path) -> None:
+    """Statistics of models of one shape have files of one size."""
+    for skip, name in enumerate(("out", "other")):
+        without_rows(checkpoint, texts, tmp_path / name, **statistics(skip_tokens=skip))
+    file = "statistics/layer-01.safetensors"
+    swapped, other = (tmp_path / name / file for name in ("out", "other"))
+    assert swapped.stat().st_size == other.stat().st_size
+    dataset = qk_sniffer.open_dataset(tmp_path / "out")
+    assert dataset.statistics(1, "q", "pre").count.sum() > 0
+    swapped.write_bytes(other.read_bytes())
+    with pytest.raises(
+        StoreError, match=r"layer-01\.safetensors is damaged, or of another dataset: its sha256 differs"
+    ):
+        dataset.statistics(1, "q", "pre")
+    with pytest.raises(StoreError, match="of another dataset"):
+        qk_sniffer.export(tmp_path / "out", "triattention", tmp_path / "stats.pt")
+    assert not (tmp_path / "stats.pt").exists()

@@ -86,10 +86,15 @@ def save(path: Path, make: "Callable[[], Figure | None]", *, access: Access = PL
 
 @contextmanager
 def styled() -> Iterator[None]:
-    """Applies the style of this module within the block."""
+    """Applies the style of this module within the block, and nothing else.
+
+    matplotlib also reads a file matplotlibrc of the current folder. It may have LaTeX read any file into a picture.
+    """
     import matplotlib
 
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(STYLE)
         yield
 
 

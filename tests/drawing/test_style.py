@@ -37,6 +37,17 @@ def test_a_picture_is_a_png_and_an_svg_of_the_same_bytes_each_time(
     assert matplotlib.__version__ not in svg and matplotlib.__version__.encode() not in png and "dc:date" not in svg
 
 
+def test_settings_of_others_do_not_change_a_picture(tmp_path: Path) -> None:
+    """A matplotlibrc of the current folder makes such settings. With LaTeX, they would read a file into the picture."""
+    expected = [path.read_bytes() for path in save(tmp_path / "a", drawing)]
+    with matplotlib.rc_context():
+        matplotlib.rcParams.update(
+            {"text.usetex": True, "text.latex.preamble": r"\input{/etc/passwd}", "axes.facecolor": "red"}
+        )
+        assert [path.read_bytes() for path in save(tmp_path / "a", drawing)] == expected
+        assert matplotlib.rcParams["axes.facecolor"] == "red"
+
+
 def test_a_picture_that_cannot_be_written_leaves_the_earlier_one(tmp_path: Path) -> None:
     (tmp_path / "a.svg").mkdir()
     with pytest.raises(StoreError, match=r"cannot write .*a\.svg: Is a directory"):

@@ -1,10 +1,11 @@
 """Keeps the copies that `datasets` makes of local files apart by the content of the files, and checks their folder."""
 
 import hashlib
+import zipfile
 from collections.abc import Sequence
 from typing import Any, cast
 
-from qk_sniffer.corpus.data_files import DataFile, open_bytes
+from qk_sniffer.corpus.data_files import ARCHIVES, DataFile, FormatError, open_bytes, refuse_expansion
 from qk_sniffer.errors import SourceError
 from qk_sniffer.text import is_utf8_path, utf8_way_out
 
@@ -28,6 +29,37 @@ def check_unchanged(files: Sequence[DataFile]) -> None:
     for file in files:
         with open_bytes(file, compressed=False):
             pass
+
+
+def check_archives(files: Sequence[DataFile]) -> None:
+    """Checks that the archives among the files, which `datasets` unpacks, do not expand out of proportion.
+
+    Archives that Python cannot read (7z, rar, lz4) are left out.
+
+    Raises:
+        FormatError: one does. The message names it.
+    """
+    for file in files:
+        try:
+            if file.path.lower().endswith(".zip"):
+                _check_members(file)
+            elif file.path.lower().endswith(ARCHIVES):
+                with open_bytes(file) as content:
+                    while content.read(1 << 20):
+                        pass
+        except FormatError as error:
+            raise FormatError(f"{file.path}: {error}") from error
+
+
+def _check_members(file: DataFile) -> None:
+    with open_bytes(file, compressed=False) as content:
+        try:
+            members = zipfile.ZipFile(content).infolist()
+        except (zipfile.BadZipFile, ValueError, NotImplementedError):
+            return  # `datasets` reports it
+        for member in members:
+            refuse_expansion(member.compress_size, member.file_size, "unpack it first")
+        refuse_expansion(content.seek(0, 2), sum(member.file_size for member in members), "unpack it first")
 
 
 def check_cache(where: str) -> None:

@@ -3,13 +3,14 @@
 import bz2
 import gzip
 import lzma
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from support.data_files import message, opened, write_parquet
+from support.data_files import message, opened, write, write_parquet
 
 from qk_sniffer.corpus import parquet_files
 from qk_sniffer.corpus.data_files import DataFile, FormatError
@@ -32,6 +33,21 @@ def test_a_file_does_not_expand_out_of_proportion(
     monkeypatch.setattr("qk_sniffer.corpus.data_files.MOST_UNCHECKED_BYTES", 1 << 20)
     with pytest.raises(SourceError, match=r"expand to more than .* MB, which no texts do.* decompress it first"):
         list(opened(file).examples())
+
+
+@pytest.mark.parametrize("name", ["a.zip", "a.tar.gz"])
+def test_an_archive_does_not_expand_out_of_proportion(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "README.md", f"---\nconfigs:\n- config_name: default\n  data_files: {name}\n---\n")
+    line = write(tmp_path / "line" / "a.jsonl", CONTENT["a.jsonl"])
+    form = "zip" if name.endswith("zip") else "gztar"
+    Path(shutil.make_archive(str(tmp_path / "made"), form, line.parent)).rename(tmp_path / name)
+    shutil.rmtree(line.parent)
+    monkeypatch.setattr("qk_sniffer.corpus.data_files.MOST_UNCHECKED_BYTES", 1 << 20)
+    for streaming in (True, False):
+        found = message(tmp_path, streaming=streaming)
+        assert f"/{name}: " in found and "which no texts do" in found
 
 
 REPEATED = pa.array(["a" * (1 << 20)] * 64)

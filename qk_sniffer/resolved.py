@@ -21,7 +21,7 @@ from qk_sniffer.config import (
     settings,
 )
 from qk_sniffer.markdown import code
-from qk_sniffer.text import expand_home, is_surrogate, leads_out, path_text
+from qk_sniffer.text import expand_home, is_address, is_surrogate, leads_out, path_text
 
 _BATCHING = {name: f"inference.{name}" for name in InferenceConfig().batching()}
 
@@ -135,25 +135,37 @@ def public_name(name: str) -> str:
 def public_files(names: Any) -> Any:
     """Returns the names of a source's files, in a text, a list or a mapping, as they are published.
 
-    A path within the source stays as it is. Of another path, and of an address outside the Hub, only the last part
-    stays: an address may be signed with a secret.
+    A path within the source stays as it is. Of another path only the last part stays. Of an address outside the Hub
+    stays the name of the file if it is certain to be one: any other part may be a password, a token or a signature.
     """
     if isinstance(names, Mapping):
         return {key: public_files(value) for key, value in names.items()}
     if isinstance(names, list):
         return [public_files(name) for name in names]
-    return "::".join(map(_public_file, names.split("::"))) if isinstance(names, str) else names
+    return "::".join(_public_hops(names.split("::"))) if isinstance(names, str) else names
 
 
-def _public_file(name: str) -> str:
-    protocol, separator, rest = name.partition("://")
-    if separator:
-        return name if protocol in _OPEN_PROTOCOLS else re.split(r"[?#]", rest)[0].rstrip("/").rpartition("/")[2]
-    is_elsewhere = name.startswith("~") or leads_out(name)
-    return Path(name).name if is_elsewhere else name
+def _public_hops(hops: list[str]) -> Iterator[str]:
+    for number, hop in enumerate(hops):
+        if is_address(hop) and not hop.startswith(_OPEN_PROTOCOLS):
+            yield _public_address("::".join(hops[number:]))  # a host may hold `::` too
+            return
+        is_elsewhere = "://" not in hop and (hop.startswith("~") or leads_out(hop))
+        yield Path(hop).name if is_elsewhere else hop
 
 
-_OPEN_PROTOCOLS = ("hf", "zip", "tar", "gzip", "bz2", "xz", "zstd", "lz4")
+def _public_address(address: str) -> str:
+    """Returns the name of the file at an address, or `address` where that may be something else."""
+    path = re.fullmatch(r"[^:]+:/+[^/?#]+/([^?#]*/)?([^/?#]+)([?#].*)?", address, flags=re.DOTALL)
+    return path[2] if path and _FILE_NAME.fullmatch(path[2]) else "address"
+
+
+_FILE_NAME = re.compile(
+    r"[^@?=&;:%#]+\.(parquet|jsonl?|ndjson|csv|tsv|txt|arrow|xml|zip|tar|tgz)(\.(gz|bz2|xz|zst|lz4))?", re.IGNORECASE
+)
+"""The names of files with a suffix of data, and without the characters of logins, queries and parameters."""
+
+_OPEN_PROTOCOLS = ("hf://", "zip://", "tar://", "gzip://", "bz2://", "xz://", "zstd://", "lz4://")
 """The protocols of files on the Hub, and of those within an archive."""
 
 

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TextIO
+from urllib.parse import quote, unquote
 
 
 def printable(text: object) -> str:
@@ -38,6 +39,38 @@ def hide(secret: str, replacement: str = "***") -> None:
     global _hidden
     quoted = (secret, repr(secret)[1:-1], repr(secret.encode("utf-8", "surrogateescape"))[2:-1])
     _hidden = tuple((dict(_hidden) | dict.fromkeys(quoted, replacement)).items())
+
+
+def is_address(name: str) -> bool:
+    """Whether a name of a file or repository is an address, such as `https://host/file`."""
+    return _PROTOCOL.match(name) is not None
+
+
+def hide_in_address(address: str) -> None:
+    """Has `printable` hide what may be secret in an address: name and password, query, parameters and fragment.
+
+    Hidden are also the parts of these that are long enough to be a secret, as libraries quote them alone.
+    """
+    for hop in re.split(rf"::(?={_PROTOCOL.pattern})", address):
+        if not is_address(hop) or hop.startswith("hf://"):
+            continue
+        rest = _PROTOCOL.sub("", hop, count=1)
+        login, at, path = rest.rpartition("@")
+        _, mark, query = re.fullmatch(r"([^?#;]*)([?#;]?)(.*)", path, flags=re.DOTALL).groups()  # type: ignore[union-attr]
+        if at:
+            hide(f"{login}@", "***@")
+        if query:
+            hide(mark + query, f"{mark}***")
+        for part in re.split(r"[:/?#=&;@]", f"{login}@{query}"):
+            if len(part) >= SHORTEST_SECRET:
+                for spelling in (part, quote(part), quote(part, safe=""), unquote(part)):
+                    hide(spelling)
+
+
+_PROTOCOL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/+")
+
+SHORTEST_SECRET = 8
+"""A shorter text is no token, and may be a part of any word."""
 
 
 def printable_lines(text: object) -> str:

@@ -42,7 +42,7 @@ def own_patterns(where: str, data_files: Any) -> Iterator[None]:
     """
     from datasets import data_files as library
 
-    named, resolve = set(_texts(data_files)), library.resolve_pattern
+    named, resolve = set(texts_of(data_files)), library.resolve_pattern
 
     def checked(pattern: str, base_path: str, *arguments: Any, **options: Any) -> Any:
         if pattern not in named and not _is_own_pattern(pattern, base_path):
@@ -56,12 +56,13 @@ def own_patterns(where: str, data_files: Any) -> Iterator[None]:
         library.resolve_pattern = resolve
 
 
-def _texts(values: Any) -> Iterator[str]:
+def texts_of(values: Any) -> Iterator[str]:
+    """Yields the names of files in `dataset.data_files`, which may be a text, a list or a mapping."""
     if isinstance(values, str):
         yield values
     elif values is not None:
         for value in values.values() if isinstance(values, dict) else values:
-            yield from _texts(value)
+            yield from texts_of(value)
 
 
 def _is_own_pattern(pattern: str, base: str) -> bool:

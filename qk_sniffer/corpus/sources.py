@@ -22,14 +22,14 @@ from qk_sniffer.corpus import hub_copies
 from qk_sniffer.corpus.copies import check_archives, check_cache, check_unchanged, digest_of
 from qk_sniffer.corpus.data_files import ARCHIVES, COMPRESSED, ChangedError, DataFile, first_lines, reason
 from qk_sniffer.corpus.dataset_cards import names_its_files, own_descriptions, yaml_limited
-from qk_sniffer.corpus.home import check_format, check_home, data_file, own_patterns
+from qk_sniffer.corpus.home import check_format, check_home, data_file, own_patterns, texts_of
 from qk_sniffer.corpus.rows import FORMATS, LibraryRows, ListRows, Rows, no_rows
 from qk_sniffer.corpus.splits import named_splits, no_split, rows_of_files
 from qk_sniffer.errors import SourceError
 from qk_sniffer.hub.revisions import HubUnreachableError, hub_commit, is_hub_id
 from qk_sniffer.logs import logger
 from qk_sniffer.store.disk import walk
-from qk_sniffer.text import is_utf8_path, shortened, utf8_way_out
+from qk_sniffer.text import hide_in_address, is_utf8_path, shortened, utf8_way_out
 
 log = logger(__name__)
 
@@ -68,6 +68,8 @@ def open_source(config: DatasetConfig, commit: str | None = None) -> Source:
     path = config.path
     if not path:
         raise SourceError("dataset.path is not set")
+    for name in (path, *texts_of(config.data_files)):
+        hide_in_address(name)
     local = Path(path)
     with _quiet():
         if path == PYDOC:

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from qk_sniffer.errors import SourceError
 from qk_sniffer.logs import logger
-from qk_sniffer.text import hide
+from qk_sniffer.text import SHORTEST_SECRET, hide
 
 log = logger(__name__)
 
@@ -27,9 +27,6 @@ _PROXY = re.compile(rf"((https?|socks[45][ah]?)://([^/?#]*@)?)?{_HOST}/?", re.IG
 
 _PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 """The variables with addresses of proxies, also in capitals."""
-
-_SHORTEST_SECRET = 8
-"""A shorter text is no token, and may be a part of any word."""
 
 _announced: set[str] = set()
 
@@ -79,7 +76,7 @@ def _hide_logins(*addresses: str) -> None:
     from huggingface_hub import get_token
 
     token = get_token()
-    if token is not None and len(token) >= _SHORTEST_SECRET:
+    if token is not None and len(token) >= SHORTEST_SECRET:
         hide(token)
     for address in addresses:
         if (login := _LOGIN.search(address)) is not None:

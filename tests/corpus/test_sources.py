@@ -475,3 +475,29 @@ def test_wrong_yaml_is_named_by_its_place(tmp_path: Path, yaml: str, problem: st
     write(tmp_path / ".huggingface.yaml", yaml)
     text = message(tmp_path, data_files="*.csv")
     assert text.endswith(f"cannot be read: its YAML is wrong: {problem}") and "secret" not in text
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "http://alice:{}@127.0.0.1:1/a.jsonl",
+        "http://127.0.0.1:1/a.jsonl?sig={}",
+        "http://127.0.0.1:1/a.jsonl;sig={}",
+        "http://127.0.0.1:1/a/#{}.jsonl",
+        "http://alice:{}/x@127.0.0.1:1/a.jsonl",
+        "http://alice:{}@127.0.0.1:1?x=a.jsonl",
+        "http:/alice:{}@127.0.0.1:1/a.jsonl",
+        "zip://a.jsonl::http://alice:{}@127.0.0.1:1/a.zip?{}",
+    ],
+)
+def test_no_message_shows_the_secret_of_an_address(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str
+) -> None:
+    monkeypatch.setattr("qk_sniffer.text._hidden", ())
+    write(tmp_path / "own.jsonl", '{"text": "a"}')
+    for secret in ("Tr0ub4dor", "%54r0ub4dor"):
+        named = address.replace("{}", secret)
+        for path, files in ((tmp_path, {"train": [named]}), (named, None)):
+            with pytest.raises(SourceError) as caught:
+                opened(path, data_files=files)
+            assert "r0ub4dor" not in str(caught.value)

@@ -10,15 +10,15 @@ from qk_sniffer import families
 
 
 class Family(families.Family):
-    """Query and key are parts of the output of its single projection."""
+    """Query, key and value are parts of the output of its single projection."""
 
     def register_tap(self, module: Any, on_query_key: Callable[..., None]) -> Sequence[Any]:
         given: dict[str, torch.Tensor] = {}
 
         def show(_: nn.Module, inputs: Any, fused: torch.Tensor) -> None:
-            query, key, _ = module._reshape(fused)
+            query, key, value = module._reshape(fused)
             bias = given.pop("alibi").unflatten(0, query.shape[:2])  # (B, H, 1, n)
-            on_query_key(query, key, position_bias=bias)
+            on_query_key(query, key, value=value, position_bias=bias)
 
         def note(_: nn.Module, inputs: Any, named: dict[str, torch.Tensor]) -> None:
             given["alibi"] = named["alibi"]
@@ -27,3 +27,9 @@ class Family(families.Family):
             module.register_forward_pre_hook(note, with_kwargs=True),
             module.query_key_value.register_forward_hook(show),
         ]
+
+    def register_output_tap(self, module: Any, on_output: Callable[[torch.Tensor], None]) -> Sequence[Any]:
+        def show(_: nn.Module, inputs: Any) -> None:
+            on_output(inputs[0].unflatten(-1, (module.num_heads, module.head_dim)).transpose(1, 2))
+
+        return [module.dense.register_forward_pre_hook(show)]

@@ -24,6 +24,10 @@ class Family(families.Family):
         key = torch.cat([expanded[..., : module.qk_nope_head_dim], shared], dim=-1)
         return families.heads_first(outputs["query"], head_dim), key
 
+    def projected_value(self, module: Any, outputs: Mapping[str, torch.Tensor], value_dim: int) -> torch.Tensor:
+        expanded = families.heads_first(outputs["expanded"].squeeze(1), module.qk_nope_head_dim + value_dim)
+        return expanded[..., module.qk_nope_head_dim :]
+
     def rotated(
         self, module: Any, query: torch.Tensor, key: torch.Tensor, embeddings: Any, width: int
     ) -> families.QueryKey:

@@ -18,3 +18,6 @@ class Family(families.Family):
     def projected(self, module: Any, outputs: Mapping[str, torch.Tensor], head_dim: int) -> families.QueryKey:
         query, key, _ = families.heads_first(outputs["qkv"], 3 * head_dim).chunk(3, dim=-1)
         return query, key
+
+    def projected_value(self, module: Any, outputs: Mapping[str, torch.Tensor], value_dim: int) -> torch.Tensor:
+        return families.heads_first(outputs["qkv"], 3 * value_dim)[..., 2 * value_dim :]

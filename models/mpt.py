@@ -10,7 +10,7 @@ from qk_sniffer import families
 
 
 class Family(families.Family):
-    """Query and key are parts of the output of its single projection, clipped if the model clips them."""
+    """Query, key and value are parts of the output of its single projection, clipped if the model clips them."""
 
     def register_tap(self, module: Any, on_query_key: Callable[..., None]) -> Sequence[Any]:
         given: dict[str, torch.Tensor] = {}
@@ -18,9 +18,9 @@ class Family(families.Family):
         def show(_: nn.Module, inputs: Any, fused: torch.Tensor) -> None:
             if module.clip_qkv:
                 fused = fused.clamp(min=-module.clip_qkv, max=module.clip_qkv)
-            query, key, _ = fused.unflatten(-1, (3, module.n_heads, module.head_dim)).permute(2, 0, 3, 1, 4)
+            query, key, value = fused.unflatten(-1, (3, module.n_heads, module.head_dim)).permute(2, 0, 3, 1, 4)
             bias = given.pop("bias")[None, ..., -query.shape[2] :]  # (1, H, 1, n): the last ones are those of the text
-            on_query_key(query, key, scaling=module.softmax_scale, position_bias=bias)
+            on_query_key(query, key, value=value, scaling=module.softmax_scale, position_bias=bias)
 
         def note(_: nn.Module, inputs: Any, named: dict[str, torch.Tensor]) -> None:
             given["bias"] = named["position_bias"]
@@ -29,3 +29,9 @@ class Family(families.Family):
             module.register_forward_pre_hook(note, with_kwargs=True),
             module.Wqkv.register_forward_hook(show),
         ]
+
+    def register_output_tap(self, module: Any, on_output: Callable[[torch.Tensor], None]) -> Sequence[Any]:
+        def show(_: nn.Module, inputs: Any) -> None:
+            on_output(inputs[0].unflatten(-1, (module.n_heads, module.head_dim)).transpose(1, 2))
+
+        return [module.out_proj.register_forward_pre_hook(show)]

@@ -3,16 +3,26 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from qk_sniffer import families
 
 
 class Family(families.Family):
-    """Query and key are the arguments of the attention's method `_attn`, which takes the key transposed."""
+    """Query, key and value are the arguments of the attention's method `_attn`.
+
+    It takes the key transposed, and returns the output first.
+    """
 
     def attention_layers(self, decoder: Any) -> dict[nn.Module, int]:
         return {block.attn: layer for layer, block in enumerate(decoder.h)}
 
     def register_tap(self, module: Any, on_query_key: Callable[..., None]) -> Sequence[Any]:
-        return [families.CallSpy(module, "_attn", lambda query, key, *rest: on_query_key(query, key.transpose(2, 3)))]
+        def show(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *rest: Any) -> None:
+            on_query_key(query, key.transpose(2, 3), value=value)
+
+        return [families.CallSpy(module, "_attn", show)]
+
+    def register_output_tap(self, module: Any, on_output: Callable[[torch.Tensor], None]) -> Sequence[Any]:
+        return [families.CallSpy(module, "_attn", show_result=lambda returned: on_output(returned[0]))]

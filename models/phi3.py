@@ -19,3 +19,6 @@ class Family(families.Family):
         heads, key_heads = module.config.num_attention_heads, module.num_key_value_heads
         query, key, _ = families.heads_first(outputs["qkv"], head_dim).split([heads, key_heads, key_heads], dim=1)
         return query, key
+
+    def projected_value(self, module: Any, outputs: Mapping[str, torch.Tensor], value_dim: int) -> torch.Tensor:
+        return families.heads_first(outputs["qkv"], value_dim)[:, -module.num_key_value_heads :]

@@ -248,6 +248,11 @@ class CaptureConfig:
 
     capture_queries: bool = field(default=True, metadata={"help": "capture the query vectors"})
     capture_keys: bool = field(default=True, metadata={"help": "capture the key vectors"})
+    capture_values: bool = field(default=False, metadata={"help": "capture the value vectors, at the keys' positions"})
+    capture_outputs: bool = field(
+        default=False,
+        metadata={"help": "capture the outputs of attention, before the output projection, at the queries' positions"},
+    )
     layers: list[int] | None = field(default=None, metadata={"help": "layers to capture, such as [0,1,2]; null: all"})
     heads: list[int] | None = field(
         default=None, metadata={"help": "query heads to capture in each layer; their key heads follow; null: all"}
@@ -265,6 +270,19 @@ class CaptureConfig:
     capture_token_ids: bool = field(default=False, metadata={"help": "add a column with the token's id"})
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     statistics: StatisticsConfig = field(default_factory=StatisticsConfig)
+
+    def kinds(self) -> list[str]:
+        """Returns the kinds of vectors to capture, queries first."""
+        return [kind for kind, key in KIND_SETTINGS.items() if getattr(self, key.rpartition(".")[2])]
+
+
+KIND_SETTINGS = {
+    "q": "capture.capture_queries",
+    "k": "capture.capture_keys",
+    "v": "capture.capture_values",
+    "o": "capture.capture_outputs",
+}
+"""The setting that captures each kind of vectors."""
 
 
 @dataclass(frozen=True)

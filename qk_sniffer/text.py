@@ -78,6 +78,11 @@ def printable_lines(text: object) -> str:
     return "\n".join(map(printable, str(text).split("\n")))
 
 
+def enumerated(words: Sequence[str]) -> str:
+    """Returns words as in a sentence: `queries, keys and values`."""
+    return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
+
+
 def python_literal(text: str) -> str:
     """Returns the literal of a string in Python code, on one line and in double quotes."""
     return printable(json.dumps(text, ensure_ascii=False))

@@ -13,6 +13,7 @@ from qk_sniffer.capture import sampling
 from qk_sniffer.config import (
     AUTO,
     DTYPES,
+    KIND_SETTINGS,
     MOST_COUNT,
     MOST_SHARDS,
     MOST_SLUG,
@@ -25,7 +26,7 @@ from qk_sniffer.config import (
 )
 from qk_sniffer.errors import ConfigError
 from qk_sniffer.resolved import resolve
-from qk_sniffer.text import expand_home, is_branch_name, is_utf8_path, utf8_way_out
+from qk_sniffer.text import enumerated, expand_home, is_branch_name, is_utf8_path, utf8_way_out
 
 SPECIAL_TOKENS = ("auto", "true", "false")
 MAX_INT32 = 2**31 - 1
@@ -120,12 +121,19 @@ def _dataset(dataset: DatasetConfig) -> Iterator[str]:
 
 def _capture(config: Config) -> Iterator[str]:
     capture = config.capture
-    if not (capture.capture_queries or capture.capture_keys):
-        yield "capture.capture_queries and capture.capture_keys are both false: nothing would be captured"
-    types = [config.sampler.type] * capture.capture_queries
-    types += [config.sampler.keys.type or config.sampler.type] * capture.capture_keys
-    if types and {*types} == {"none"} and not capture.statistics.enabled:
+    kinds = capture.kinds()
+    if not kinds:
+        yield f"{enumerated([*KIND_SETTINGS.values()])} are all false: nothing would be captured"
+    own_type = {"q": config.sampler.type, "k": config.sampler.keys.type or config.sampler.type}
+    without_rows = [kind for kind in kinds if own_type[sampling.POSITIONS_OF[kind]] == "none"]
+    if kinds and without_rows == kinds and not capture.statistics.enabled:
         yield "sampler.type is none and capture.statistics.enabled is false: nothing would be captured"
+    if capture.statistics.enabled and capture.statistics.stages == ["pre"]:
+        for kind in {"v", "o"} & {*(without_rows if {"q", "k"} & {*kinds} else kinds)}:
+            yield (
+                f"{KIND_SETTINGS[kind]} is true, and capture.statistics.stages is [pre], a stage that values and "
+                "outputs do not have: add post"
+            )
     for key, numbers in (("capture.layers", capture.layers), ("capture.heads", capture.heads)):
         if numbers is None:
             continue

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import numpy as np
 import torch
+from examine_proof import WrongError, proven_kinds
 from recording import KernelCall, Rotated, recorded
 from safetensors.torch import save_file
 from summaries import wrong_summaries
@@ -21,18 +21,13 @@ from tiny_configs import LAYERS, SIZES, VOCAB, WINDOW, save_tiny, tiny_config
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from qk_sniffer.backbone import banded_attention as banded_module
-from qk_sniffer.backbone import family as family_module
 from qk_sniffer.backbone.attention_check import AttentionCheck
 from qk_sniffer.backbone.backbone import Backbone
-from qk_sniffer.backbone.family import Family
 from qk_sniffer.backbone.layers import LayerFacts
 from qk_sniffer.backbone.loading import load_backbone
-from qk_sniffer.backbone.provable_types import PROVABLE_TYPES
 from qk_sniffer.backbone.tap import AttentionCall
-from qk_sniffer.capture import proof as proof_module
 from qk_sniffer.config import ModelConfig
 from qk_sniffer.errors import CaptureError, QkSnifferError
-from qk_sniffer.store.layout import Head
 
 TOKENS = 3 * WINDOW
 
@@ -57,16 +52,14 @@ class Entry:
     """Whether a job proves its dataset by hooks: yes; no; pre: only a dataset of vectors before RoPE."""
     attention: str = "no"
     """Whether a job summarizes the attention of its queries: yes; no: refused."""
+    values: str = "no"
+    """proven: values and outputs are captured, and a job proves them; values proven; captured; no: refused."""
     note: str = ""
     """The differences from the layout of a plain decoder, the reason of a refusal, or the error."""
     decoder_type: str = ""
     """The model type of the text decoder; empty for a type that is not captured."""
     whole: bool = False
     """Whether a multimodal model is compared with its captured decoder (`examine_whole.py`)."""
-
-
-class WrongError(Exception):
-    """The capture differs from the recording and was not refused."""
 
 
 def examine(model_type: str) -> Entry:
@@ -78,6 +71,7 @@ def examine(model_type: str) -> Entry:
         return replace(entry, note=reason_of(error))
     try:
         calls, seen = _check_post(backbone, facts)
+        values, refused = _check_outputs(backbone, facts, calls)
         check_cut(cut, seen, _ids())
         notes = _notes(backbone, calls, seen, facts)
         _check_attention(backbone, facts)
@@ -86,17 +80,22 @@ def examine(model_type: str) -> Entry:
         unknown = sorted({fact.unknown_attention for fact in facts if fact.unknown_attention is not None})
         if not unknown and (wrong := wrong_summaries(backbone, facts, _ids())):
             raise WrongError(f"wrong attention summaries: {wrong[0]}")
-        proof = "yes" if _is_proven(backbone) else "pre" if pre == "yes" and _is_proven(before) else "no"
+        long = _ids(MORE_THAN_HEADS)[:1]
+        proven = proven_kinds(backbone, facts, long)
+        proof = "yes" if "q" in proven else "pre" if pre == "yes" and proven_kinds(before, facts, long) else "no"
     except (WrongError, CaptureError) as error:
         return replace(entry, post="WRONG", note=str(error))
     decoder_type = backbone.config.model_type
+    if values == "captured" and "v" in proven:
+        values = "proven" if "o" in proven else "values proven"
     return replace(
         entry,
         post="yes",
         pre=pre,
         proof=proof,
         attention="no" if unknown else "yes",
-        note="; ".join(notes + reason + unknown),
+        values=values,
+        note="; ".join(notes + reason + unknown + refused),
         decoder_type=decoder_type,
     )
 
@@ -150,6 +149,36 @@ def _check_post(backbone: Backbone, facts: list[LayerFacts]) -> tuple[list[Kerne
         if _differ(seen, captured(Backbone(decoder, backbone.family), _ids()), slice(None)):
             raise WrongError("with banded attention the vectors differ")
     return calls, seen
+
+
+def _check_outputs(backbone: Backbone, facts: list[LayerFacts], calls: list[KernelCall]) -> tuple[str, list[str]]:
+    """Compares the values and outputs of a forward pass with the recording.
+
+    Returns whether they are captured, and the reason if they are not.
+
+    Raises:
+        WrongError: they differ.
+    """
+    if reasons := {width for fact in facts for width in (fact.value_dim, fact.output_dim) if isinstance(width, str)}:
+        return "no", [f"no values and outputs: {reason}" for reason in sorted(reasons)]
+    seen: list[tuple[AttentionCall, torch.Tensor]] = []
+
+    def keep(call: AttentionCall, output: torch.Tensor | None) -> None:
+        assert call.value is not None and output is not None
+        seen.append((replace(call, value=call.value.clone()), output.clone()))
+
+    backbone.forward(_ids(), lambda call: None, on_output=keep)
+    for call, fact, (own, output) in zip(calls, facts, seen, strict=True):
+        assert call.value is not None and call.output is not None and own.value is not None
+        if not (_equal(own.value, call.value) and _equal(output, call.output)):
+            raise WrongError(f"layer {own.layer}: the values or outputs are not those of attention")
+        if (own.value.shape[-1], output.shape[-1], own.value.shape[1]) != (
+            fact.value_dim,
+            fact.output_dim,
+            own.key.shape[1],
+        ):
+            raise WrongError(f"layer {own.layer}: its values have another shape than its facts say")
+    return "captured", []
 
 
 def _check_attention(backbone: Backbone, facts: list[LayerFacts]) -> None:
@@ -240,41 +269,6 @@ def _is_before(before: torch.Tensor, after: torch.Tensor, rotated: Rotated) -> b
                 if _equal(before, expected):
                     return True
     return False
-
-
-def _is_proven(backbone: Backbone) -> bool:
-    """Whether the hooks of a job's proof derive the captured vectors.
-
-    Types outside of `PROVABLE_TYPES` are tried too, so that the sweep finds the types of that list itself.
-
-    Raises:
-        WrongError: the hooks derive other vectors although the type is in `PROVABLE_TYPES` or its family names the
-            projections. A job would refuse a right dataset.
-    """
-    family, decoder_type = backbone.family, backbone.config.model_type
-    ids = _ids(MORE_THAN_HEADS)[:1]
-    vectors: dict[Head, np.ndarray] = {}
-    for call in captured(backbone, ids):
-        for kind, states in (("q", call.query), ("k", call.key)):
-            for head in range(states.shape[1]):
-                spec = Head(call.layer, head, kind, key_head=0, head_dim=states.shape[-1], sliding_window=None, row=0)
-                vectors[spec] = states[0, head].float().numpy()
-    positions = np.arange(ids.shape[1])
-    with patch.object(family_module, "PROVABLE_TYPES", {decoder_type}):
-        derived = proof_module._derived(backbone, ids[0].numpy().astype(np.int32), dict.fromkeys(vectors, positions))
-    if derived is None:
-        return False
-    largest = max(proof_module.differences(vectors[spec], derived[spec])[0] for spec in vectors)
-    if largest <= proof_module.TOLERANCES["float32"]:
-        return True
-    if names_projections(family) or decoder_type in PROVABLE_TYPES:
-        raise WrongError(f"hooks derive other vectors: relative difference {largest:.2g}")
-    return False
-
-
-def names_projections(family: Family) -> bool:
-    """Whether the class of `family` overrides `projections`, so that its types need not be in `PROVABLE_TYPES`."""
-    return type(family).projections is not Family.projections
 
 
 def _notes(

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 import transformers
-from examine import Entry, WrongError, captured, check_cut, reason_of, without_name
+from examine import Entry, captured, check_cut, reason_of, without_name
+from examine_proof import WrongError
 from recording import KernelCall, recorded
 from safetensors.torch import load_file, save_file
 from tiny_configs import randomized, tiny_config

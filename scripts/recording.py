@@ -31,6 +31,10 @@ class KernelCall:
     mask: torch.Tensor | None = None
     weights: torch.Tensor | None = None
     """(B, H, n, n); None if the kernel does not return them."""
+    value: torch.Tensor | None = None
+    """(B, K, n, w), or with a head for each query head."""
+    output: torch.Tensor | None = None
+    """(B, H, n, w): the weighted values."""
     rotated: list[Rotated] = field(default_factory=list)
     """Inputs and outputs of rotary functions since the previous call."""
 
@@ -58,11 +62,12 @@ def recorded(decoder: nn.Module, ids: torch.Tensor) -> tuple[list[KernelCall], t
 def _copying_kernel(kernel: Callable[..., Any], calls: list[KernelCall], rotated: list[Rotated]) -> Callable[..., Any]:
     def copying(module: nn.Module, query: torch.Tensor, key: torch.Tensor, *args: Any, **arguments: Any) -> Any:
         mask = args[1] if len(args) > 1 else arguments.get("attention_mask")
-        call = KernelCall(module, query.clone(), key.clone(), mask, rotated=list(rotated))
+        value = args[0] if args else arguments["value"]
+        call = KernelCall(module, query.clone(), key.clone(), mask, value=value.clone(), rotated=list(rotated))
         rotated.clear()
         calls.append(call)
         returned = kernel(module, query, key, *args, **arguments)
-        call.weights = returned[1]
+        call.output, call.weights = returned[0].clone().transpose(1, 2), returned[1]
         return returned
 
     return copying
@@ -82,7 +87,7 @@ def _copying_rotary(function: Callable[..., Any], *rotated: list[Rotated]) -> Ca
 
 
 class _Products(TorchFunctionMode):
-    """Records the first product in each pass of an attention module, and the softmax after it."""
+    """Records the first two products in each pass of an attention module, and the softmax between them."""
 
     def __init__(self, decoder: nn.Module, ids: torch.Tensor) -> None:
         super().__init__()
@@ -127,10 +132,17 @@ class _Products(TorchFunctionMode):
         elif name == "scaled_dot_product_attention":
             factors = [args[0], args[1]]
         batch, n = self.ids.shape
+        if calls and name in ("matmul", "bmm") and args[0].shape[-2:] == (n, n) and calls[0].output is None:
+            calls[0].value, calls[0].output = (
+                states.clone().reshape(batch, -1, n, states.shape[-1]) for states in (args[1], returned)
+            )
         if not calls and [factor.shape[-2] for factor in factors] == [n, n]:
             shape = (batch, -1, n, factors[0].shape[-1])
             query, key = (factor.clone().reshape(shape) for factor in factors)
-            calls.append(KernelCall(module, query, key, rotated=list(self.rotated)))
+            call = KernelCall(module, query, key, rotated=list(self.rotated))
+            if name == "scaled_dot_product_attention":
+                call.value, call.output = args[2].clone(), returned.clone()
+            calls.append(call)
             self.rotated.clear()
         return returned
 

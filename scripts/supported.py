@@ -27,7 +27,8 @@ from pathlib import Path
 
 import quantized
 import transformers
-from examine import Entry, examine, names_projections
+from examine import Entry, examine
+from examine_proof import names_projections, names_values
 from examine_whole import examine_whole, whole_types
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -57,6 +58,8 @@ captured as a job does it:
 - **proof**: yes if a job proves its dataset by hooks. `pre`: only a dataset of vectors before RoPE.
 - **attention**: yes if the attention summaries (`capture.attention`) of every query are those of the attention weights
   of the model's eager kernel: from the arguments of that kernel, and from those of the default one.
+- **v and o**: captured if values and outputs equal, bit for bit, the kernel's argument and result in the recording, or
+  `proven` if a job also proves them. `values proven`: the outputs are not derived a second time. `no`: refused.
 
 A multimodal type is captured by its text decoder; [below](#multimodal-models) it is compared with the whole model.
 `bert` and similar types are captured as decoders (`is_decoder: true`) and refused as encoders. Sliding windows,
@@ -77,11 +80,10 @@ PROVABLE_HEADER = '''\
 """Lists the model types whose query and key follow from submodules with the names that `Family.projections` knows.
 
 Written by `python scripts/supported.py`, which derives the vectors of every type from these submodules and compares
-them with the captured ones. Other types are not proven, because another operation may come between the two.
+them with the captured ones. Other types are not proven, because another operation may come between the two. Values and
+outputs of `PROVABLE_VALUE_TYPES` follow too.
 """
 
-PROVABLE_TYPES = frozenset(
-    {
 '''
 
 
@@ -119,15 +121,17 @@ def table(entries: Sequence[Entry]) -> str:
     refused = [entry for entry in entries if entry.post == "no"]
     pre = Counter(entry.pre for entry in captured)
     proof = Counter(entry.proof for entry in captured)
+    values = Counter(entry.values for entry in captured)
     reasons = Counter(re.sub(r" \([^)]*\)", "", entry.note) for entry in refused)
     lines = [
         f"Of {len(entries)} model types, **{len(captured)} are captured** and {len(refused)} refused. Of the captured "
         f"ones, {pre['yes']} are captured before RoPE too, {pre['no RoPE']} have no RoPE, and {pre['no']} are refused "
         f"before RoPE. Jobs prove the datasets of {proof['yes']}, and of {proof['pre']} more those before RoPE. "
-        f"The attention of {sum(entry.attention == 'yes' for entry in captured)} can be summarized.",
+        f"The attention of {sum(entry.attention == 'yes' for entry in captured)} can be summarized. "
+        f"Values and outputs are captured of {len(captured) - values['no']}, and proven of {values['proven']}.",
         "",
-        "| model type | class | post-RoPE | pre-RoPE | proof | attention | layout |",
-        "|---|---|---|---|---|---|---|",
+        "| model type | class | post-RoPE | pre-RoPE | proof | attention | v and o | layout |",
+        "|---|---|---|---|---|---|---|---|",
         *map(row, captured),
         "",
         "## Refused",
@@ -160,15 +164,23 @@ def row(entry: Entry) -> str:
     if entry.whole:
         cells = [entry.model_type, f"`{entry.class_name}`", entry.post, entry.decoder_type, entry.note]
         return "| " + " | ".join(cells) + " |"
-    verdicts = [] if entry.post == "no" else [entry.post, entry.pre, entry.proof, entry.attention]
+    verdicts = [entry.post, entry.pre, entry.proof, entry.attention, entry.values] if entry.post != "no" else []
     return "| " + " | ".join([entry.model_type, entry.class_name, *verdicts, entry.note]) + " |"
 
 
 def provable_module(entries: Sequence[Entry]) -> str:
-    """Returns the code of `provable_types.py`: the proven decoder types whose family does not name its projections."""
+    """Returns the code of `provable_types.py`: the proven decoder types whose families do not name the projections."""
     proven = {entry.decoder_type for entry in entries if entry.proof != "no"}
     types = sorted(name for name in proven if not names_projections(find_family(name)))
-    return PROVABLE_HEADER + "".join(f'        "{name}",\n' for name in types) + "    }\n)\n"
+    with_values = {entry.decoder_type for entry in entries if "proven" in entry.values}
+    value_types = sorted(name for name in with_values if not names_values(find_family(name)))
+    return (
+        PROVABLE_HEADER + _frozenset("PROVABLE_TYPES", types) + "\n" + _frozenset("PROVABLE_VALUE_TYPES", value_types)
+    )
+
+
+def _frozenset(name: str, types: Sequence[str]) -> str:
+    return f"{name} = frozenset(\n    {{\n" + "".join(f'        "{one}",\n' for one in types) + "    }\n)\n"
 
 
 def _examined(types: Sequence[str]) -> Iterator[Entry]:

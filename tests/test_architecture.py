@@ -41,19 +41,22 @@ IMPORT_TORCH = {
             "backbone",
             "banded_attention",
             "config_overrides",
+            "exact_attention",
             "family",
             "gguf",
-            "loading",
         )
     ),
     *(f"backbone.{name}" for name in ("rotary", "rotary_overrides", "tap", "trailing_layers", "unloaded")),
-    *(f"backbone.{name}" for name in ("checkpoint_weights", "limits", "loaded_weights", "masks", "quantization")),
+    *(
+        f"backbone.{name}"
+        for name in ("checkpoint_weights", "limits", "loaded_weights", "loading", "masks", "quantization")
+    ),
     *(
         f"backbone.{name}"
         for name in ("adapter", "adapter_files", "implementations", "rotation", "spellings", "wrapper")
     ),
     *(f"capture.{name}" for name in ("attention_summary", "capture", "gather", "moments")),
-    *(f"capture.{name}" for name in ("proof", "proof_statistics")),
+    *(f"capture.{name}" for name in ("proof", "proof_statistics", "proof_vectors")),
     "dataset.token_vectors",
 }
 """Modules that import torch or transformers when they are imported themselves."""

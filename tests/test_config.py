@@ -262,7 +262,7 @@ BAD: list[tuple[str, Config]] = [
             capture=CaptureConfig(capture_keys=False),
         ),
     ),
-    (r"are both false", replace(GOOD, capture=CaptureConfig(capture_queries=False, capture_keys=False))),
+    (r"are all false", replace(GOOD, capture=CaptureConfig(capture_queries=False, capture_keys=False))),
     (r"capture\.layers is \[-1\]", replace(GOOD, capture=CaptureConfig(layers=[-1]))),
     (r"capture\.layers is \[\]", replace(GOOD, capture=CaptureConfig(layers=[]))),
     (r"capture\.heads is \[3, 3\]; it names 3 more", replace(GOOD, capture=CaptureConfig(heads=[3, 3]))),

@@ -16,12 +16,13 @@ logits have large rounding errors, which are no fault.
 Shapes: H query heads, K key heads, P positions, n tokens, d head_dim, w width of a value.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from qk_sniffer.backbone.attention_terms import unknown_argument
+from qk_sniffer.backbone.exact_attention import Attended, exact_attention
 from qk_sniffer.backbone.family import Family
 from qk_sniffer.backbone.layers import LayerFacts
 from qk_sniffer.backbone.masks import Visible
@@ -34,16 +35,10 @@ log = logger(__name__)
 TOLERANCES = {"float32": 1e-3, "float16": 1e-2, "bfloat16": 5e-2}
 """The largest difference that counts as rounding, by the dtype of the model."""
 
-PIECE_BYTES = 32 << 20
-"""The keys that are widened at a time take about this much memory."""
-
 BOUNDARY = 65536
 """Kernels with 32-bit indices are known to fail from about this many tokens on."""
 
 NO_KERNEL = "this model's attention calls no kernel of transformers' attention interface"
-
-_NOTHING = -1e30
-"""The maximum of no logits. Finite, because inf - inf is not a number."""
 
 
 class _SkippedError(Exception):
@@ -202,69 +197,17 @@ def _refuse_unknown(run: KernelRun, layer: LayerFacts) -> None:
 
 
 def _attend(run: KernelRun, layer: LayerFacts, at: Sequence[int], dtype: torch.dtype | None) -> torch.Tensor:
-    """Returns softmax(q K) V of the first text at positions `at`, (P, H, w).
-
-    With a `dtype`, logits and weights are rounded to it. The keys are read piece by piece, and so the memory does not
-    grow with the text.
-    """
+    """Returns softmax(q K) V of the first text at positions `at`, (P, H, w), by the arguments of the kernel."""
     assert run.value is not None
-    device = run.query.device
-    wide = torch.float64 if device.type in ("cpu", "cuda") else torch.float32
-    num_k, d = run.key.shape[1], run.key.shape[3]
-    where = torch.tensor(at, device=device)
-    visible_from = _visible(layer).first
-    first = torch.tensor([*map(visible_from, at)], device=device)
-    # (K, H / K * P, d): the query heads that share a key head, one after the other.
-    query = run.query[0][:, where].to(wide).reshape(num_k, -1, d)
-    group = query.shape[1] // len(at)
-    scale = d**-0.5 if (scaling := run.arguments.get("scaling")) is None else float(scaling)
-    softcap = run.arguments.get("softcap")
-
-    def rounding(states: torch.Tensor) -> torch.Tensor:
-        return states if dtype is None else states.to(dtype).to(wide)
-
-    sinks = run.arguments.get("s_aux")
-    if sinks is None:
-        top = torch.full((num_k, query.shape[1]), _NOTHING, dtype=wide, device=device)
-    else:
-        top = sinks.to(wide).reshape(num_k, group, 1).expand(-1, -1, len(at)).reshape(num_k, -1)
-    total = torch.zeros_like(top) if sinks is None else torch.ones_like(top)
-    weighted = torch.zeros(*top.shape, run.value.shape[-1], dtype=wide, device=device)
-    step = max(1, PIECE_BYTES // (num_k * (d + run.value.shape[-1]) * 8))
-    for start, stop in _pieces(step, layer, at):
-        keys = torch.arange(start, stop, device=device)
-        visible = ((keys >= first[:, None]) & (keys <= where[:, None]))[None]  # (1, P, piece)
-        if layer.sparse_attention:
-            selected = run.mask[0][:, where, start:stop]
-            visible = visible & (
-                selected if selected.dtype == torch.bool else selected > torch.finfo(selected.dtype).min / 2
-            )
-        key, value = (states[0, :, start:stop].to(wide) for states in (run.key, run.value))
-        logits = rounding(rounding(query @ key.transpose(1, 2)) * scale)
-        if softcap is not None:
-            logits = rounding(softcap * rounding(torch.tanh(rounding(logits / softcap))))
-        logits = logits.masked_fill(
-            ~visible.expand(num_k * group, *visible.shape[-2:]).reshape(logits.shape), -torch.inf
-        )
-        above = torch.maximum(top, logits.amax(dim=-1))
-        weights = rounding((logits - above[..., None]).exp())
-        shrunk = (top - above).exp()
-        total = total * shrunk + weights.sum(dim=-1)
-        weighted = weighted * shrunk[..., None] + weights @ value
-        top = above
-    attended = rounding(weighted / total[..., None])
-    return attended.reshape(num_k * group, len(at), -1).transpose(0, 1)
-
-
-def _pieces(step: int, layer: LayerFacts, at: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Yields the ranges of at most `step` keys that some position in `at` sees, as (start, stop)."""
-    visible_from = _visible(layer).first
-    ranges = [(visible_from(position), position + 1) for position in at]
-    for start in range(0, max(at) + 1, step):
-        stop = min(start + step, max(at) + 1)
-        if any(first < stop and start < end for first, end in ranges):
-            yield start, stop
-
-
-def _visible(layer: LayerFacts) -> Visible:
-    return Visible(layer.heads.sliding_window, layer.attention_chunk, layer.sparse_attention)
+    scaling = run.arguments.get("scaling")
+    attended = Attended(
+        run.query[0],
+        run.key[0],
+        run.value[0],
+        Visible(layer.heads.sliding_window, layer.attention_chunk, layer.sparse_attention),
+        scale=run.key.shape[3] ** -0.5 if scaling is None else float(scaling),
+        softcap=run.arguments.get("softcap"),
+        sinks=run.arguments.get("s_aux"),
+        selection=run.mask[0] if layer.sparse_attention else None,
+    )
+    return exact_attention(attended, at, dtype)

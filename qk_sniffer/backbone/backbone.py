@@ -15,13 +15,14 @@ from qk_sniffer.backbone import limits, rotary
 from qk_sniffer.backbone.attention_terms import why_unknown
 from qk_sniffer.backbone.banded_attention import banded
 from qk_sniffer.backbone.family import Family, RotaryCall
-from qk_sniffer.backbone.layers import LayerFacts, LayerHeads
+from qk_sniffer.backbone.layers import NOT_SHOWN, LayerFacts, LayerHeads
 from qk_sniffer.backbone.quantization import COMPUTED_IN, StoredWeights
 from qk_sniffer.backbone.rotation import NOT_RECORDED, Frequencies, Rotation, frequencies, rotation
 from qk_sniffer.backbone.tap import (
     AttentionCall,
     ForwardDone,
     KernelRun,
+    OnOutput,
     OnRotary,
     rotary_functions,
     shows_nothing,
@@ -87,10 +88,11 @@ class Backbone:
         ids: torch.Tensor,
         on_call: Callable[[AttentionCall], None],
         on_run: Callable[[KernelRun], None] | None = None,
+        on_output: OnOutput | None = None,
         *,
         both_stages: bool = False,
     ) -> None:
-        """Runs the decoder on token ids (B, n), padded on the right; both callbacks may raise `ForwardDone`.
+        """Runs the decoder on token ids (B, n), padded on the right; the callbacks may raise `ForwardDone`.
 
         The decoder receives no attention mask: causal attention hides the padding from every valid position.
 
@@ -98,7 +100,7 @@ class Backbone:
             CaptureError: the decoder's code fails, the memory is exhausted, or one of the errors of `tap`.
         """
         try:
-            self._forward(ids, on_call, on_run, both_stages=both_stages)
+            self._forward(ids, on_call, on_run, on_output, both_stages=both_stages)
         except QkSnifferError:
             raise
         except (AttributeError, IndexError, MemoryError, RuntimeError, TypeError, ValueError) as error:
@@ -115,12 +117,14 @@ class Backbone:
         ids: torch.Tensor,
         on_call: Callable[[AttentionCall], None],
         on_run: Callable[[KernelRun], None] | None = None,
+        on_output: OnOutput | None = None,
         on_rotary: OnRotary | None = None,
         *,
         both_stages: bool = False,
     ) -> None:
         attention = banded() if self.banded_attention else nullcontext()
-        with attention, self.tapped(on_call, on_run, on_rotary, both_stages=both_stages), suppress(ForwardDone):
+        tapped = self.tapped(on_call, on_run, on_output, on_rotary, both_stages=both_stages)
+        with attention, tapped, suppress(ForwardDone):
             self.run(ids)
 
     def run(self, ids: torch.Tensor) -> None:
@@ -135,6 +139,7 @@ class Backbone:
         self,
         on_call: Callable[[AttentionCall], None],
         on_run: Callable[[KernelRun], None] | None = None,
+        on_output: OnOutput | None = None,
         on_rotary: OnRotary | None = None,
         *,
         both_stages: bool = False,
@@ -148,6 +153,7 @@ class Backbone:
             pre_rope=self.pre_rope,
             both_stages=both_stages,
             on_run=on_run,
+            on_output=on_output,
             on_rotary=on_rotary,
         ):
             yield
@@ -188,9 +194,19 @@ class Backbone:
                 )
             facts[call.layer] = _layer_facts(call)
 
+        def record_output(call: AttentionCall, output: torch.Tensor | None) -> None:
+            if isinstance(facts[call.layer].output_dim, int):
+                reason = "it attends to several values with each query and key"
+                widths: dict[str, Any] = {"value_dim": reason, "output_dim": reason}
+            elif output is None:
+                widths = {"output_dim": "its kernel returns its output in another shape"}
+            else:
+                widths = {"output_dim": output.shape[-1]}
+            facts[call.layer] = replace(facts[call.layer], **widths)
+
         try:
             ids = self._probe_ids(PROBE_TOKENS)
-            self._forward(ids, record, on_rotary=note_rotation, both_stages=both_stages)
+            self._forward(ids, record, on_output=record_output, on_rotary=note_rotation, both_stages=both_stages)
         except QkSnifferError:
             raise
         except Exception as error:  # any error of the model's code
@@ -261,7 +277,16 @@ def _layer_facts(call: AttentionCall) -> LayerFacts:
         position_bias=call.position_bias,
         sparse_attention=call.sparse_attention,
         unknown_attention=why_unknown(call),
+        value_dim=_value_dim(call),
     )
+
+
+def _value_dim(call: AttentionCall) -> int | str:
+    if call.value is None:
+        return NOT_SHOWN
+    if call.value.shape[:3] != call.key.shape[:3]:
+        return "its values are not one for each key"
+    return call.value.shape[-1]
 
 
 def is_out_of_memory(error: Exception) -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qk_sniffer.backbone.provable_types import PROVABLE_TYPES
+from qk_sniffer.backbone.provable_types import PROVABLE_TYPES, PROVABLE_VALUE_TYPES
 from qk_sniffer.errors import CaptureError, ConfigError
 
 RotaryCall = tuple[torch.Tensor, torch.Tensor]
@@ -147,11 +147,31 @@ class Family:
         """Makes `module` call `on_query_key(query, key)` in each forward pass.
 
         Only modules that do not call a kernel of the attention interface need this. Query and key have the shapes of
-        `AttentionCall`. `scaling` and other arguments of a kernel may follow by name.
+        `AttentionCall`. `value`, `scaling` and other arguments of a kernel may follow by name; values are captured only
+        where `value` does.
 
         Returns handles whose `remove()` restores the module; the tap removes the last one first.
         """
         return ()
+
+    def register_output_tap(self, module: nn.Module, on_output: Callable[[torch.Tensor], None]) -> Sequence[Any]:
+        """Makes `module` call `on_output(output)` in each forward pass, after `on_query_key` of `register_tap`.
+
+        Only modules that do not call a kernel of the attention interface need this; without it, their outputs are not
+        captured. `output` (B, H, n, w) are the values weighted by attention, before the output projection.
+
+        Returns handles as `register_tap` does.
+        """
+        return ()
+
+    def value_dim(self, module: nn.Module, key_dim: int, width: int) -> int:
+        """Returns the model's own width of a value, which the kernel receives with `width` numbers.
+
+        The default leaves out the zeros of a module that fills its values up to the width `key_dim` of a key: the rest
+        after its `v_head_dim`.
+        """
+        own = getattr(module, "v_head_dim", None)
+        return own if width == key_dim and isinstance(own, int) and own < width else width
 
     def before_rotary(
         self, module: nn.Module, rotary_calls: Sequence[RotaryCall], query: torch.Tensor, key: torch.Tensor
@@ -183,18 +203,20 @@ class Family:
         """Returns the submodules whose outputs determine query and key before RoPE, for the proof by hooks.
 
         The default returns `q` and `k`: the projections, or the norms after them, found by their names in a model type
-        of `PROVABLE_TYPES`. None means that they are not known for this model, so no proof by hooks is possible.
+        of `PROVABLE_TYPES`. It returns `v` besides, for values, if the module has such a part. None means that they are
+        not known for this model, so no proof by hooks is possible.
         """
         if getattr(getattr(module, "config", None), "model_type", None) not in PROVABLE_TYPES:
             return None
         found: dict[str, nn.Module] = {}
         names = ("proj",) if self.changed_after_rotary else ("norm", "layernorm", "proj")
-        for kind in ("q", "k"):
+        for kind in ("q", "k", "v"):
             parts = [getattr(module, f"{kind}_{name}", None) for name in names]
             part = next((part for part in parts if isinstance(part, nn.Module)), None)
-            if part is None:
+            if part is not None:
+                found[kind] = part
+            elif kind != "v":
                 return None
-            found[kind] = part
         return found
 
     def projected(self, module: nn.Module, outputs: Mapping[str, torch.Tensor], head_dim: int) -> QueryKey:
@@ -204,6 +226,19 @@ class Family:
         the number of heads.
         """
         return heads_first(outputs["q"], head_dim), heads_first(outputs["k"], head_dim)
+
+    def projected_value(
+        self, module: nn.Module, outputs: Mapping[str, torch.Tensor], value_dim: int
+    ) -> torch.Tensor | None:
+        """Returns the values (1, K, n, value_dim) that attention receives, for the proof by hooks.
+
+        `outputs` are those of `projected`. The default knows the model types of `PROVABLE_VALUE_TYPES`. None means that
+        the values are not known, so neither they nor the outputs of attention can be proven.
+        """
+        model_type = getattr(getattr(module, "config", None), "model_type", None)
+        if "v" not in outputs or model_type not in PROVABLE_VALUE_TYPES:
+            return None
+        return heads_first(outputs["v"], value_dim)
 
     def rotated(
         self, module: nn.Module, query: torch.Tensor, key: torch.Tensor, embeddings: Any, width: int
@@ -285,15 +320,29 @@ def _part(after: torch.Tensor, states: torch.Tensor) -> slice | None:
 
 
 class CallSpy:
-    """Makes `owner.<name>` call `show` with its arguments before it runs, until `remove()`."""
+    """Makes `owner.<name>` call `show` with its arguments before it runs, until `remove()`.
 
-    def __init__(self, owner: Any, name: str, show: Callable[..., None]) -> None:
+    Then it calls `show_result` with what it returns, if that is given.
+    """
+
+    def __init__(
+        self,
+        owner: Any,
+        name: str,
+        show: Callable[..., None] | None = None,
+        *,
+        show_result: Callable[[Any], None] | None = None,
+    ) -> None:
         function = getattr(owner, name)
 
         @functools.wraps(function)
         def showing(*args: Any, **kwargs: Any) -> Any:
-            show(*args, **kwargs)
-            return function(*args, **kwargs)
+            if show is not None:
+                show(*args, **kwargs)
+            returned = function(*args, **kwargs)
+            if show_result is not None:
+                show_result(returned)
+            return returned
 
         self.owner, self.name, self.before = owner, name, vars(owner).get(name)
         setattr(owner, name, showing)

@@ -3,6 +3,9 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+NOT_SHOWN = "its family does not show them"
+"""Why values or outputs cannot be captured, where nothing else is known."""
+
 
 @dataclass(frozen=True)
 class LayerHeads:
@@ -45,6 +48,10 @@ class LayerFacts:
     """Whether a bias by position or by key is added to the logits. The bias is not stored."""
     sparse_attention: bool
     """Whether a query sees only some of the keys before it, selected by their content. The selection is not stored."""
+    value_dim: int | str = NOT_SHOWN
+    """The width of a value; the reason if values cannot be captured."""
+    output_dim: int | str = NOT_SHOWN
+    """The width of the output of a query head, before the output projection; the reason if it cannot be captured."""
     rotation: dict[str, Any] | str | None = None
     """How queries and keys turn, in the form of `Rotation`; the reason if that is not known; None without RoPE."""
     module: str | None = None

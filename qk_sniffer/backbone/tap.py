@@ -1,15 +1,15 @@
-"""Shows the query and key of every self-attention call to a callback, while the tap is open.
+"""Shows the query, key and value of every self-attention call, and its output, to callbacks, while the tap is open.
 
 transformers' decoders look up their attention kernel in every call, by `AttentionInterface.get_interface`. While a tap
-is open, that lookup returns the user's own kernel in a wrapper that first shows query and key to the callback. The
-masks, the kernel and its arguments remain those of the user's `attn_implementation`, so capturing does not change the
-forward pass. Everything is restored on exit. A family whose attention calls no kernel of the interface shows its query
-and key to the tap itself (`Family.register_tap`).
+is open, that lookup returns the user's own kernel in a wrapper that first shows query, key and value to a callback, and
+then the output to another. The masks, the kernel and its arguments remain those of the user's `attn_implementation`, so
+capturing does not change the forward pass. Everything is restored on exit. A family whose attention calls no kernel of
+the interface shows its vectors to the tap itself (`Family.register_tap` and `Family.register_output_tap`).
 
 Compiled code (`torch.compile`) runs uncompiled while a tap is open. It looks up its kernel when it is compiled, not in
 every call, and would show nothing. Kernels may remain compiled, as in flex attention.
 
-Shapes: B batch, n tokens, H query heads, K key heads, d head_dim.
+Shapes: B batch, n tokens, H query heads, K key heads, d head_dim, w width of a value.
 """
 
 import functools
@@ -62,6 +62,9 @@ class AttentionCall:
     other_stage: QueryKey | None = None
     """`query` and `key` of the other stage: after the rotary embedding with `pre_rope`, before it otherwise. None
     unless both stages are shown."""
+    value: torch.Tensor | None = None
+    """(B, K, n, w): before it is repeated, as `key`, and without numbers that only fill it up to the width of a key
+    (`Family.value_dim`). No rotary embedding changes it. None if the family does not show it."""
 
 
 OnRotary = Callable[[int, nn.Module, list[RotaryCall], torch.Tensor, torch.Tensor], None]
@@ -88,6 +91,13 @@ class KernelRun:
     """(B, n, H, width) for the known kernels."""
 
 
+OnOutput = Callable[[AttentionCall, torch.Tensor | None], None]
+"""Receives a call and the output of its kernel, (B, H, n, w), before the output projection; None for an unknown form.
+
+A module that attends to several values with one query and key shows each output with the same call.
+"""
+
+
 class ForwardDone(BaseException):
     """Raised by a callback that needs no more layers, to end the forward pass; not an error."""
 
@@ -101,11 +111,12 @@ def tap(
     pre_rope: bool = False,
     both_stages: bool = False,
     on_run: Callable[[KernelRun], None] | None = None,
+    on_output: OnOutput | None = None,
     on_rotary: OnRotary | None = None,
 ) -> Iterator[None]:
     """Calls `on_call` before each attention kernel that one of `layers` (module -> layer index) runs.
 
-    Calls `on_run` after each of them that belongs to transformers' attention interface.
+    Calls `on_output` after it, and `on_run` if the kernel belongs to transformers' attention interface.
     With `both_stages`, a call also has the vectors of the stage that `pre_rope` does not name.
     `on_rotary`, if given, is called first, with the layer, its module, its rotary calls, and query and key as attention
     receives them.
@@ -119,10 +130,11 @@ def tap(
     rotary_calls: list[RotaryCall] = []
     forward_arguments: dict[str, Any] = {}  # of the attention module that is running
     last_seen: list[weakref.ref[torch.Tensor]] = []
+    last_call: list[AttentionCall] = []  # of the module that is running; only for its output
     checked_masks: list[tuple[weakref.ref[torch.Tensor], Visible]] = []  # once: a check waits for the GPU
 
     def reset() -> None:
-        for state in (rotary_calls, forward_arguments, last_seen):
+        for state in (rotary_calls, forward_arguments, last_seen, last_call):
             state.clear()
 
     def before_forward(module: nn.Module, _: Any, arguments: dict[str, Any]) -> None:
@@ -135,7 +147,11 @@ def tap(
         reset()
 
     def on_query_key(
-        module: nn.Module, query: torch.Tensor, key: torch.Tensor, **arguments: Any
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor | None = None,
+        **arguments: Any,
     ) -> AttentionCall | None:
         if module not in layers:
             return None
@@ -177,12 +193,30 @@ def tap(
             attended=after,
             arguments=arguments,
             other_stage=others if both_stages else None,
+            value=_unpadded(module, key, value, family),
         )
+        if on_output is not None:
+            last_call[:] = [call]
         on_call(call)
         return call
 
-    def show(module: nn.Module, query: torch.Tensor, key: torch.Tensor, **arguments: Any) -> None:
-        on_query_key(module, query, key, **arguments)
+    def show(
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor | None = None,
+        **arguments: Any,
+    ) -> None:
+        on_query_key(module, query, key, value, **arguments)
+
+    def show_output(module: nn.Module, output: Any) -> None:
+        if on_output is None or not last_call or module not in layers:
+            return
+        call = last_call[0]
+        batch, heads, n, _ = call.query.shape
+        width = None if call.value is None else call.value.shape[-1]
+        is_known = isinstance(output, torch.Tensor) and output.dim() == 4 and output.shape[:3] == (batch, heads, n)
+        on_output(call, output[..., :width] if is_known else None)
 
     def lookup(self: AttentionInterface, name: str, default: Callable[..., Any]) -> Callable[..., Any]:
         kernel = original_lookup(self, name, default)
@@ -193,12 +227,16 @@ def tap(
             call = on_query_key(module, query, key, **named)
             with torch.compiler.set_stance("default"):
                 returned = kernel(module, query, key, *args, **arguments)
+            output = returned[0] if isinstance(returned, tuple) else returned
             if on_run is not None and call is not None:
                 value, mask = named.pop("value", None), named.pop("attention_mask", None)
                 if further := args[2:]:
                     named["positional"] = further
-                output = returned[0] if isinstance(returned, tuple) else returned
                 on_run(KernelRun(call, query, key, value, mask, named, output))
+            if on_output is not None:
+                show_output(
+                    module, output.transpose(1, 2) if isinstance(output, torch.Tensor) and output.dim() > 2 else None
+                )
             return returned
 
         return tapped
@@ -218,6 +256,8 @@ def tap(
         try:
             for module in layers:
                 handles += family.register_tap(module, functools.partial(show, module))
+                if on_output is not None:
+                    handles += family.register_output_tap(module, functools.partial(show_output, module))
                 handles.append(module.register_forward_pre_hook(before_forward, with_kwargs=True))
                 handles.append(module.register_forward_hook(after_forward))
             AttentionInterface.get_interface = lookup  # type: ignore[method-assign, assignment]
@@ -241,6 +281,12 @@ def shows_nothing(modules: Iterable[nn.Module], family: Family) -> CaptureError:
         f"this model's attention ({names}) calls no kernel of transformers' attention interface. A family can serve "
         "it: model.family=package.module:Class (see models/ADDING.md)"
     )
+
+
+def _unpadded(module: nn.Module, key: torch.Tensor, value: Any, family: Family) -> torch.Tensor | None:
+    if not isinstance(value, torch.Tensor):
+        return None
+    return value[..., : family.value_dim(module, key.shape[-1], value.shape[-1])]
 
 
 def _refuse_other_keys(module: nn.Module, query: torch.Tensor, key: torch.Tensor) -> None:

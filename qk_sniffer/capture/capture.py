@@ -11,7 +11,7 @@ rows next to those of the queries. With `capture.statistics`, each forward pass 
 statistics of the heads (`moments.py`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -30,10 +30,11 @@ from qk_sniffer.capture.selection import Selection
 from qk_sniffer.corpus.tokenizer import Tokens
 from qk_sniffer.errors import CaptureError
 from qk_sniffer.store.journal_writer import JournalWriter
-from qk_sniffer.store.layout import ATTENTION, KINDS
+from qk_sniffer.store.layout import ATTENTION, KIND_NAMES, KINDS, UNROTATED_KINDS
 from qk_sniffer.store.rows import Rows
 from qk_sniffer.store.segment import Tensor
-from qk_sniffer.store.statistics import PartKey, part_tensors
+from qk_sniffer.store.statistics import PartKey, part_tensors, stages_of
+from qk_sniffer.text import compact_ranges
 from qk_sniffer.timing import Stages
 
 PIECE_BYTES = 64 * 2**20
@@ -112,31 +113,50 @@ class Capture:
         wanted = send(plan.tokens, self._backbone.device)
         check = None if self._attention is None else self._attention.of(plan.examples[0].num_tokens)
 
-        def capture(call: AttentionCall) -> None:
-            for kind, states in _states(call).items():
-                if (tokens := wanted.pop((call.layer, kind), None)) is not None:
-                    self._write(plan, call.layer, kind, states, tokens)
-                    self._add_moments(plan, call, kind)
-                    if kind == "q" and self._summary is not None:
-                        self._write_summary(plan, call, tokens, self._summary)
+        def write(layer: int, states_of: Mapping[str, torch.Tensor], others: Mapping[str, torch.Tensor]) -> None:
+            for kind, states in states_of.items():
+                if (tokens := wanted.pop((layer, kind), None)) is not None:
+                    self._write(plan, layer, kind, states, tokens)
+                    self._add_moments(plan, layer, kind, states, others.get(kind))
+
+        def end_if_done() -> None:
             if not wanted and (check is None or not check.waits):
                 raise ForwardDone
+
+        def capture(call: AttentionCall) -> None:
+            queries = wanted.get((call.layer, "q"))
+            write(call.layer, _states(call), _other_states(call))
+            if queries is not None and self._summary is not None:
+                self._write_summary(plan, call, queries, self._summary)
+            end_if_done()
+
+        def capture_output(call: AttentionCall, output: torch.Tensor | None) -> None:
+            write(call.layer, {} if output is None else {"o": output}, {})
+            end_if_done()
 
         def see(run: KernelRun) -> None:
             assert check is not None
             with self._stages("check attention"):
                 check.see(run)
-            if not wanted and not check.waits:
-                raise ForwardDone
+            end_if_done()
 
         with self._stages("forward"):
-            self._backbone.forward(plan.ids, capture, None if check is None else see, both_stages=self._both_stages)
+            self._backbone.forward(
+                plan.ids,
+                capture,
+                None if check is None else see,
+                capture_output if any(kind == "o" for _, kind in self._heads) else None,
+                both_stages=self._both_stages,
+            )
         if check is not None:
             assert self._writer is not None
             self._writer.add_checks(check.finish())
         if wanted:
-            layers = sorted({layer for layer, _ in wanted})
-            raise CaptureError(f"layers {layers} did not call attention in this forward pass, but did in the first")
+            layers = compact_ranges({layer for layer, _ in wanted})
+            raise CaptureError(
+                f"layers {layers} did not call attention in this forward pass as they did in the first: it showed no "
+                f"{' and no '.join(KIND_NAMES[kind] for kind in KINDS if any(kind == each for _, each in wanted))}"
+            )
 
     def finish(self, plan: BatchPlan) -> None:
         """Ends the batch, and with it its group if it is the last one: then its statistics become durable too."""
@@ -156,14 +176,18 @@ class Capture:
     def _stage(self) -> str:
         return "pre" if self._backbone.pre_rope else "post"
 
-    def _add_moments(self, plan: BatchPlan, call: AttentionCall, kind: str) -> None:
+    def _add_moments(
+        self, plan: BatchPlan, layer: int, kind: str, states: torch.Tensor, others: torch.Tensor | None
+    ) -> None:
+        """Adds all tokens of the batch. `others` are the states of the other stage, where they differ."""
         if self._moments is None:
             return
         lengths = [example.num_tokens for example in plan.examples]
         with self._stages("statistics"):
-            for stage in self._moments.config.stages:
-                states = _states(call, other_stage=stage != self._stage)[kind]
-                self._moments.add(PartKey(call.layer, kind, stage), states, lengths)
+            for stage in stages_of(kind, self._moments.config.stages):
+                of_stage = states if stage == self._stage or kind in UNROTATED_KINDS else others
+                assert of_stage is not None, "the pass did not show both stages"
+                self._moments.add(PartKey(layer, kind, stage), of_stage, lengths)
 
     def _write(self, plan: BatchPlan, layer: int, kind: str, states: torch.Tensor, tokens: DeviceIndices) -> None:
         heads = self._heads[layer, kind]
@@ -224,8 +248,12 @@ class _Block:
     dtype: torch.dtype
 
 
-def _states(call: AttentionCall, *, other_stage: bool = False) -> dict[str, torch.Tensor]:
-    """Returns the states (B, H, n, d) of an attention call, or those of the stage that it shows besides, by kind."""
-    states = call.other_stage if other_stage else (call.query, call.key)
-    assert states is not None, "the pass did not show both stages"
-    return dict(zip(KINDS, states, strict=True))
+def _states(call: AttentionCall) -> dict[str, torch.Tensor]:
+    """Returns the states (B, H, n, d) of an attention call by kind."""
+    states = {"q": call.query, "k": call.key}
+    return states if call.value is None else states | {"v": call.value}
+
+
+def _other_states(call: AttentionCall) -> dict[str, torch.Tensor]:
+    """Returns the states of the stage that an attention call shows besides, by kind; none if it shows one alone."""
+    return {} if call.other_stage is None else dict(zip(("q", "k"), call.other_stage, strict=True))

@@ -3,7 +3,9 @@
 The other path is a plain forward pass of the unmodified model over one example, with the user's own attention kernel:
 no tap, no batch, and no bands up to `MAX_TOKENS` tokens. Hooks on the query and key projections (or the norms behind
 them) give the vectors before RoPE. The model's own rotary function rotates them with the model's own embedding. A
-family defines any further steps of its attention. If stored rows differ from the derived ones by more than rounding,
+family defines any further steps of its attention. Values come from the value projection. Outputs are softmax(q K) V in
+float64, of the derived queries, keys and values and of the facts of the layer: scale, softcap, sinks, and the rule by
+which queries see keys. If stored rows differ from the derived ones by more than rounding,
 one of the two paths is wrong, and the proof fails. Rows that are not compared are not proven.
 
 Two measures are taken of each head and example. The first one is over all its compared rows, with Frobenius norms:
@@ -15,7 +17,9 @@ The second one is the largest over its rows, with the norms of one row each:
     max(0, (||stored - derived|| - eps ||derived|| - 4 median) / max(||derived - mean||, spread / 2))
 
 `median` is that of ||stored - derived|| over the rows: what rounding does to most of them. A few wrong rows among
-thousands change the first measure less than rounding does, and the second one to about 1.
+thousands change the first measure less than rounding does, and the second one to about 1. For outputs, ||stored -
+derived|| of a row is less 4 times the change by logits and weights that are rounded to the model's dtype, as simple
+kernels round them.
 
 `mean` is the head's mean over the example: all vectors of a head with a large bias are alike, so the norm alone would
 hide errors. `spread` is the median distance of a vector from the mean, which counts where the few compared rows happen
@@ -28,22 +32,18 @@ Numbers that are not finite in both vectors count as equal. A row without any ot
 """
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
 
 from qk_sniffer.backbone.backbone import Backbone, is_out_of_memory
-from qk_sniffer.backbone.banded_attention import banded
-from qk_sniffer.backbone.family import QueryKey, RotaryCall
-from qk_sniffer.backbone.tap import ForwardDone, rotary_functions, watched_rotary
-from qk_sniffer.capture.proof_examples import MAX_TOKENS, Pass
+from qk_sniffer.backbone.layers import LayerFacts
+from qk_sniffer.capture.proof_examples import MAX_TOKENS, LayerKind, Pass
+from qk_sniffer.capture.proof_vectors import NO_HOOKS, Derived, Int64, Vectors, derive
 from qk_sniffer.errors import QkSnifferError
 from qk_sniffer.logs import logger
 from qk_sniffer.store.layout import Head, Layout
@@ -60,22 +60,9 @@ TOLERANCES = {"float32": 2e-3, "float16": 2e-2, "bfloat16": 1e-1}
 ROW_TOLERANCES = {"float32": 0.2, "float16": 0.3, "bfloat16": 0.5}
 """The same for a single row."""
 
-Int64 = npt.NDArray[np.int64]
-Vectors = npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True, eq=False)
-class Derived:
-    """The vectors of a head from hooks: `rows` (rows, head_dim); over the whole pass, their `mean` (head_dim,) and the
-    `spread`, the median of their distances from it."""
-
-    rows: Vectors
-    mean: Vectors
-    spread: float
-
 
 StoredRows = tuple[Int64, Vectors]
-"""Positions (rows,) and vectors (rows, head_dim)."""
+"""Positions (rows,) and vectors (rows, d)."""
 
 
 def prove(
@@ -85,21 +72,24 @@ def prove(
     passes: Sequence[Pass],
     ids: Mapping[int, npt.NDArray[np.int32]],
     *,
+    layers: Sequence[LayerFacts],
     min_tokens: int,
 ) -> dict[str, Any]:
     """Compares rows of `heads` in `layout` with vectors from hooks in `passes`. `ids` are token ids by example_id.
 
-    Shorter texts are padded on the right to `min_tokens`, which is more than the heads that any projection returns.
+    `layers` have the facts of all layers of the heads. Shorter texts are padded on the right to `min_tokens`, which is
+    more than the heads that any projection returns.
 
     Returns the manifest's `proof`: `proven` (None where the family has no hook path, or no chosen row is finite), the
     rows and heads that were compared, the largest of their positions, and of those that `for_late_rows` has added in
-    some layers (`beyond`), each (layer, kind) without a compared row, and both tolerances with the largest differences
-    by layer.
+    some layers (`beyond`), each (layer, kind) without a compared row, with the reason if its vectors cannot be derived,
+    and both tolerances with the largest differences by layer.
     """
     proof: dict[str, Any] = {"proven": None, "examples": sorted(ids), "max_tokens": MAX_TOKENS}
     eps = torch.finfo(backbone.dtype).eps
     largest: dict[int, float] = {}
     largest_row: dict[int, float] = {}
+    underivable: dict[LayerKind, str] = {}
     compared: set[Head] = set()
     rows, longest_position, beyond = 0, -1, {}
     for one, stored in zip(passes, _stored(layout, heads, passes), strict=True):
@@ -108,7 +98,7 @@ def prove(
         tokens = ids[one.example.example_id][: one.tokens]
         try:
             positions_of = {head: positions for head, (positions, _) in stored.items()}
-            derived = _derived(backbone, padded(tokens, backbone, min_tokens), positions_of)
+            found = derive(backbone, padded(tokens, backbone, min_tokens), positions_of, layers)
         except QkSnifferError:
             raise
         except Exception as error:  # from the model's code, if it differs from what its family expects
@@ -117,10 +107,14 @@ def prove(
                 continue
             reason = f"the hook path does not fit this model ({type(error).__name__}: {error})"
             return proof | {"reason": reason[:MOST_REASON]}
-        if derived is None:
-            return proof | {"reason": "no hook path is known for this family of models"}
-        layers, last = set(), -1
+        if found is None:
+            return proof | {"reason": NO_HOOKS}
+        derived, reasons = found
+        underivable |= reasons
+        layers_of_pass, last = set(), -1
         for head, (positions, vectors) in stored.items():
+            if head not in derived:
+                continue
             whole, row = differences(vectors, derived[head], eps)
             counted = ~_same_nonfinite(vectors, derived[head].rows).all(axis=1)
             if not counted.any():
@@ -128,15 +122,16 @@ def prove(
             largest[head.layer] = float(np.maximum(largest.get(head.layer, 0.0), whole))  # NaN if either is
             largest_row[head.layer] = float(np.maximum(largest_row.get(head.layer, 0.0), row))
             compared.add(head)
-            layers.add(head.layer)
+            layers_of_pass.add(head.layer)
             rows += int(counted.sum())
             last = max(last, int(positions[counted].max()))
         if not one.for_late_rows:
             longest_position = max(longest_position, last)
-        elif layers:
-            beyond = {"beyond": {"layers": sorted(layers), "longest_position": last}}
+        elif layers_of_pass:
+            beyond = {"beyond": {"layers": sorted(layers_of_pass), "longest_position": last}}
     if not compared:
-        return proof | {"reason": "no row of the compared examples has a finite number"}
+        none_is_finite = "no row of the compared examples has a finite number"
+        return proof | {"reason": "; ".join(sorted({*underivable.values()})) or none_is_finite}
     dtype = str(backbone.dtype).removeprefix("torch.")
     tolerance, row_tolerance = TOLERANCES[dtype], ROW_TOLERANCES[dtype]
     # Rounding can make a router choose another expert for a token, whose later vectors are then others.
@@ -153,7 +148,10 @@ def prove(
             "rows": rows,
             "heads": len(compared),
             "longest_position": longest_position,
-            "uncovered": [{"layer": layer, "kind": kind} for layer, kind in uncovered],
+            "uncovered": [
+                {"layer": group[0], "kind": group[1]} | ({"reason": underivable[group]} if group in underivable else {})
+                for group in uncovered
+            ],
             "tolerance": tolerance,
             "largest_difference_by_layer": dict(sorted(largest.items())),
         }
@@ -207,85 +205,6 @@ def padded(ids: npt.NDArray[np.int32], backbone: Backbone, min_tokens: int) -> n
     return np.pad(ids, (0, max(0, length - len(ids))))
 
 
-def _derived(
-    backbone: Backbone, ids: npt.NDArray[np.int32], heads: Mapping[Head, npt.NDArray[np.int64]]
-) -> dict[Head, Derived] | None:
-    """Returns each head's vectors at its positions, from hooks on a plain forward pass; None without a hook path."""
-    derived: dict[Head, Derived] = {}
-
-    def see(layer: int, stage: str, states_of: Mapping[str, torch.Tensor]) -> None:
-        for head, positions in heads.items():
-            if head.layer == layer and head.kind in states_of:
-                states = states_of[head.kind][0, head.head]
-                rows = states[torch.from_numpy(positions).to(states.device)]
-                mean = states.float().mean(0)
-                spread = float((states.float() - mean).norm(dim=-1).median())
-                derived[head] = Derived(rows.float().cpu().numpy(), mean.cpu().numpy(), spread)
-
-    is_known = derive(backbone, ids, {*heads}, ["pre" if backbone.pre_rope else "post"], see)
-    return derived if is_known and len(derived) == len(heads) else None
-
-
-See = Callable[[int, str, Mapping[str, torch.Tensor]], None]
-"""Receives the vectors (1, heads, n, d) of a layer and stage by kind."""
-
-
-def derive(
-    backbone: Backbone, ids: npt.NDArray[np.int32], heads: Collection[Head], stages: Sequence[str], see: See
-) -> bool:
-    """Derives the vectors of all tokens in the layers of `heads`, from hooks on a plain forward pass over `ids`.
-
-    Calls `see` with each layer and each of `stages`. Returns whether a hook path is known.
-    """
-    family = backbone.family
-    head_dims = {head.layer: head.head_dim for head in heads}
-    modules = {module: layer for module, layer in backbone.attention_layers.items() if layer in head_dims}
-    projected: dict[str, torch.Tensor] = {}  # by the attention module that is running
-    rotary_calls: list[RotaryCall] = []
-    waiting = {(layer, stage) for layer in head_dims for stage in stages}
-    hooks = []
-
-    def keep(name: str) -> Callable[..., None]:
-        return lambda _, inputs, output: projected.update({name: output})
-
-    def show(module: nn.Module, inputs: Any, arguments: dict[str, Any], output: Any) -> None:
-        layer, is_rotated = modules[module], bool(rotary_calls)
-        before = family.projected(module, projected, head_dims[layer])
-        for stage in stages:
-            vectors: QueryKey | None = before
-            if is_rotated and stage == "post":
-                width = rotary_calls[0][0].shape[-1]
-                vectors = family.rotated(module, *before, arguments.get("position_embeddings"), width)
-            if vectors is not None and not (is_rotated and stage == "pre"):
-                vectors = family.after_rotary(module, *vectors)
-            if vectors is not None:
-                see(layer, stage, dict(zip("qk", vectors, strict=True)))
-                waiting.discard((layer, stage))
-        if not waiting:
-            raise ForwardDone
-
-    def begin(*_: Any) -> None:
-        projected.clear()
-        rotary_calls.clear()
-
-    if not rotary_functions(modules, family):
-        return False
-    try:
-        hooks += [module.register_forward_pre_hook(begin) for module in backbone.attention_layers]
-        for module in modules:
-            if (parts := family.projections(module)) is None:
-                return False
-            hooks += [part.register_forward_hook(keep(name)) for name, part in parts.items()]
-            hooks.append(module.register_forward_hook(show, with_kwargs=True))
-        attention = banded() if backbone.banded_attention and len(ids) > MAX_TOKENS else nullcontext()
-        with attention, watched_rotary(modules, family, rotary_calls), suppress(ForwardDone):
-            backbone.run(torch.from_numpy(ids.astype(np.int64))[None])
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return not waiting
-
-
 def differences(stored: Vectors, derived: Derived, eps: float = 0.0) -> tuple[float, float]:
     """Returns both measures that the module docstring defines; NaN if only one of the vectors is not finite.
 
@@ -302,6 +221,8 @@ def differences(stored: Vectors, derived: Derived, eps: float = 0.0) -> tuple[fl
     errors, norms, from_mean = (
         np.linalg.norm(rows, axis=1) for rows in (one - other, other, np.where(same, 0, other - mean))
     )
+    if derived.rounding is not None:
+        errors = np.maximum(0.0, errors - derived.rounding)
     typical = np.maximum(from_mean, spread)
     rows = (errors - eps * norms - 4 * np.median(errors)) / np.where(
         typical > 0, typical, np.where(norms > 0, norms, 1.0)

@@ -46,6 +46,9 @@ SHARE = 0.02
 MOST_BYTES = 128 << 20
 """The most bytes of stored vectors that a pass compares, over all heads."""
 
+MOST_OUTPUTS = 16
+"""The most rows of outputs that a pass compares in a layer: each costs attention to all its keys, in float64."""
+
 MOST_CANDIDATES = 10_000
 """The examples to choose from: the shortest ones that have rows."""
 
@@ -238,9 +241,16 @@ def _late_rows(
 def _rows(
     groups: Sequence[LayerKind], start: Sequence[int] | Int64, number: Sequence[int] | Int64, most: int
 ) -> dict[LayerKind, Int64]:
-    """Returns at most `most` rows of an example in each (layer, kind), evenly spread, the first and last among them."""
+    """Returns at most `most` rows of an example in each (layer, kind), evenly spread, the first and last among them.
+
+    Of outputs, it returns at most `MOST_OUTPUTS`.
+    """
+
+    def limit(kind: str) -> int:
+        return min(most, MOST_OUTPUTS) if kind == "o" else most
+
     return {
-        group: at + np.unique(np.linspace(0, rows - 1, min(int(rows), most)).round().astype(np.int64))
+        group: at + np.unique(np.linspace(0, rows - 1, min(int(rows), limit(group[1]))).round().astype(np.int64))
         for group, at, rows in zip(groups, start, number, strict=True)
         if rows
     }

@@ -25,18 +25,23 @@ import numpy.typing as npt
 import torch
 
 from qk_sniffer.backbone.backbone import Backbone
+from qk_sniffer.backbone.family import QueryKey
+from qk_sniffer.backbone.layers import LayerFacts
 from qk_sniffer.capture.capture import Capture
 from qk_sniffer.capture.moments import Moments
-from qk_sniffer.capture.proof import MOST_REASON, TOLERANCES, Derived, derive, differences, padded
+from qk_sniffer.capture.proof import MOST_REASON, TOLERANCES, differences, padded
 from qk_sniffer.capture.proof_examples import Pass
+from qk_sniffer.capture.proof_vectors import NO_HOOKS, NO_VALUES, Derived, walk
 from qk_sniffer.capture.sampling import Sampler
 from qk_sniffer.capture.selection import Selection
 from qk_sniffer.config import SamplerConfig
 from qk_sniffer.corpus.tokenizer import Tokens
 from qk_sniffer.errors import QkSnifferError
 from qk_sniffer.store.layout import Head
-from qk_sniffer.store.statistics import Part, PartKey
+from qk_sniffer.store.statistics import Part, PartKey, stages_of
 from qk_sniffer.timing import Stages
+
+NO_OUTPUTS = "statistics of outputs are not made a second time"
 
 MOST_VECTORS = 64
 """The vectors of a head and example that are compared themselves, evenly spread over the example."""
@@ -67,11 +72,13 @@ def prove_statistics(
     passes: Sequence[Pass],
     tokens: Mapping[int, Tokens],
     *,
+    layers: Sequence[LayerFacts],
     min_tokens: int,
 ) -> dict[str, Any]:
     """Compares statistics of `heads` in `passes`, one at a time. `tokens` are those of the examples by example_id.
 
-    `moments` are of the heads of `selection`, which are `heads`. Short texts are padded to `min_tokens`, as in `prove`.
+    `moments` are of the heads of `selection`, which are `heads`, in `layers`. Short texts are padded to `min_tokens`,
+    as in `prove`. Statistics of outputs are not compared.
 
     Returns the manifest's `proof.statistics`, with `proven`: None where the family has no hook path, or no token has a
     finite vector.
@@ -87,14 +94,14 @@ def prove_statistics(
         watched = _Watched(config, moments.heads, moments.pairs, positions=_spread(config.skip_tokens, one.tokens))
         try:
             parts = _of_tap(backbone, selection, watched, example)
-            of_heads = _largest(backbone, heads, watched, parts, example, min_tokens)
+            of_heads = _largest(backbone, heads, layers, watched, parts, example, min_tokens)
         except QkSnifferError:
             raise
         except Exception as error:  # from the model's code, if it differs from what its family expects
             reason = f"the hook path does not fit this model ({type(error).__name__}: {error})"
             return found | {"reason": reason[:MOST_REASON]}
         if of_heads is None:
-            return found | {"reason": "no hook path is known for this family of models"}
+            return found | {"reason": NO_HOOKS}
         for head, difference in of_heads.items():
             largest[head.layer] = float(np.maximum(largest.get(head.layer, 0.0), difference))  # NaN if either
             compared.add(head)
@@ -104,13 +111,15 @@ def prove_statistics(
     if not compared:
         return found | {"reason": "no token of the compared examples has a finite vector"}
     tolerance = TOLERANCES[str(backbone.dtype).removeprefix("torch.")]
-    uncovered = {(head.layer, head.kind) for head in heads} - {(head.layer, head.kind) for head in compared}
+    covered = {(head.layer, head.kind) for head in compared}
+    uncovered = {(head.layer, head.kind) for head in heads if stages_of(head.kind, config.stages)} - covered
+    reasons = {"v": {"reason": NO_VALUES}, "o": {"reason": NO_OUTPUTS}}
     return found | {
         "proven": all(each <= tolerance for each in largest.values()),
         "examples": sorted(examples),
         "tokens": num_tokens,
         "heads": len(compared),
-        "uncovered": [{"layer": layer, "kind": kind} for layer, kind in sorted(uncovered)],
+        "uncovered": [{"layer": layer, "kind": kind} | reasons.get(kind, {}) for layer, kind in sorted(uncovered)],
         "tolerance": tolerance,
         "largest_difference_by_layer": dict(sorted(largest.items())),
     }
@@ -131,6 +140,7 @@ def _of_tap(backbone: Backbone, selection: Selection, moments: Moments, example:
 def _largest(
     backbone: Backbone,
     heads: Sequence[Head],
+    layers: Sequence[LayerFacts],
     watched: _Watched,
     parts: Mapping[PartKey, Part],
     example: Tokens,
@@ -144,20 +154,27 @@ def _largest(
         of_key.setdefault((head.layer, head.kind), []).append(head)
     found: dict[Head, float] = {}
 
-    def see(layer: int, stage: str, states: Mapping[str, torch.Tensor]) -> None:
-        for kind, of_kind in states.items():
-            key = PartKey(layer, kind, stage)
+    stages = [*watched.config.stages]
+    known: set[tuple[int, str]] = set()
+
+    def see(layer: int, vectors: Mapping[str, QueryKey], value: torch.Tensor | None) -> None:
+        states = {} if value is None else {PartKey(layer, "v", "post"): value}
+        for stage, of_stage in vectors.items():
+            states |= {PartKey(layer, kind, stage): one for kind, one in zip("qk", of_stage, strict=True)}
+            known.add((layer, stage))
+        for key, of_kind in states.items():
             if key not in parts:
                 continue
-            for index, head in enumerate(sorted(of_key[layer, kind], key=lambda head: head.head)):
-                vectors = of_kind[0, head.head, : example.num_tokens].double().cpu().numpy()
-                measured = _measure(watched, parts[key], key, index, vectors, skip, eps)
+            for index, head in enumerate(sorted(of_key[layer, key.kind], key=lambda head: head.head)):
+                rows = of_kind[0, head.head, : example.num_tokens].double().cpu().numpy()
+                measured = _measure(watched, parts[key], key, index, rows, skip, eps)
                 if measured is not None:
                     found[head] = float(np.maximum(found.get(head, 0.0), measured))
 
-    stages = [*watched.config.stages]
-    is_known = derive(backbone, padded(example.ids, backbone, min_tokens), [*heads], stages, see)
-    return found if is_known else None
+    wanted = {head.layer for head in heads}
+    used = [layer for layer in layers if layer.heads.layer in wanted]
+    is_known = walk(backbone, padded(example.ids, backbone, min_tokens), used, stages, see)
+    return found if is_known and known == {(layer, stage) for layer in wanted for stage in stages} else None
 
 
 def _measure(

@@ -13,8 +13,9 @@ Hash. All arithmetic is modulo 2**64; negative integers are taken as their two's
 2014), with the constants of David Stafford's variant 13, as in Sebastiano Vigna's public-domain splitmix64.c. The
 constant that is added to a word is that generator's increment.
 
-Uniform number. u = (hash(seed, example_id, layer, kind, position) >> 11) / 2**53, with 0 for the kind "q" and
-1 for "k". With `share: example` it is hash(seed, example_id, position), the same for all layers and kinds.
+Uniform number. u = (hash(seed, example_id, layer, kind, position) >> 11) / 2**53, with 0 for the kinds "q" and "o", and
+1 for "k" and "v": values have the positions of the keys, and outputs those of the queries. With
+`share: example` it is hash(seed, example_id, position), the same for all layers and kinds.
 
 Bucket, and the number of positions that it spans (the end of the example may cut the last one):
 
@@ -27,7 +28,7 @@ whole bucket therefore expects base_rate rows an example, or all of its position
 kept, `max_rows_per_example` leaves those with the smallest hashes for each (example, layer, kind). The type `none`
 keeps no position; its buckets are those of `all`.
 
-The keys may have their own type and base_rate; they share the other settings with the queries.
+The keys and values may have their own type and base_rate; they share the other settings with queries and outputs.
 """
 
 import math
@@ -46,7 +47,10 @@ from qk_sniffer.errors import ConfigError
 TYPES = get_args(SamplerType)
 SHARES = ("layer_kind", "example")
 
-# The word of the hash for each kind.
+POSITIONS_OF = {"q": "q", "k": "k", "v": "k", "o": "q"}
+"""The kind whose positions each kind has: a value is at the position of its key, and an output at that of its query."""
+
+# The word of the hash for each kind that has positions of its own.
 _KIND_WORDS = {"q": 0, "k": 1}
 
 Int32 = npt.NDArray[np.int32]
@@ -80,7 +84,8 @@ class Sampler:
             config.min_bucket_size,
         )
         self.config = config
-        self._rules = {"q": query_rule, "k": key_rule}
+        rules = {"q": query_rule, "k": key_rule}
+        self._rules = {kind: rules[positions] for kind, positions in POSITIONS_OF.items()}
 
     def same_rule(self) -> bool:
         """Whether queries and keys have the same buckets and probabilities."""
@@ -135,30 +140,29 @@ class Sampler:
         """Returns the kept tokens of a batch for each (layer, kind).
 
         `lengths` are numbers of tokens, without padding. Each (layer, kind) that must keep the same tokens as another
-        (with `share: example`, or where all tokens are kept) gets the same `Picks` object.
+        (with `share: example`, or where all tokens are kept, or as the values of keys do) gets the same `Picks` object.
         """
         tokens = _Tokens.of(lengths)
         states = counter_hash(self.config.seed, np.asarray(example_ids, dtype=np.int64))
         limits = {rule: rule.limits(tokens.longest)[tokens.position] for rule in set(self._rules.values())}
         hashes, scratch = np.empty(tokens.count, np.uint64), np.empty(tokens.count, np.uint64)
         plan: dict[tuple[int, str], Picks] = {}
-        shared: dict[_Rule, Picks] = {}
+        made: dict[_Rule | tuple[int, str], Picks] = {}
         for layer, kind in layer_kinds:
-            rule = self._rules[kind]
+            rule, positions = self._rules[kind], POSITIONS_OF[kind]
             is_shared = self.config.share == "example" or self._keeps_all(rule)
-            if is_shared and rule in shared:
-                plan[layer, kind] = shared[rule]
+            of = rule if is_shared else (layer, positions)
+            if of in made:
+                plan[layer, kind] = made[of]
                 continue
             if rule.type == "none":
-                plan[layer, kind] = shared[rule] = Picks(tokens.row[:0], tokens.position[:0])
+                plan[layer, kind] = made[of] = Picks(tokens.row[:0], tokens.position[:0])
                 continue
-            keys = states if is_shared else _absorb(_absorb(states, layer), _KIND_WORDS[kind])
+            keys = states if is_shared else _absorb(_absorb(states, layer), _KIND_WORDS[positions])
             np.bitwise_xor(np.repeat(keys, tokens.lengths), tokens.mixed, out=hashes)
             _mix(hashes, scratch)
             kept = self._capped(np.flatnonzero(hashes <= limits[rule]), hashes, tokens)
-            plan[layer, kind] = Picks(tokens.row[kept], tokens.position[kept])
-            if is_shared:
-                shared[rule] = plan[layer, kind]
+            plan[layer, kind] = made[of] = Picks(tokens.row[kept], tokens.position[kept])
         return plan
 
     def _keeps_all(self, rule: "_Rule") -> bool:

@@ -2,20 +2,21 @@
 
 The order of the rules: `capture.layers`, `capture.full_attention_only` and `capture.heads` decide which query heads are
 eligible, and `capture.head_sampling` draws among those. Each key head that a chosen query head attends with is captured
-too, once. The draw takes the `count` eligible (layer, head) with the smallest `counter_hash(DRAW, seed, layer, head)`
+too, once. Queries and outputs are of the chosen query heads, keys and values of those key heads, each if it is asked
+for. The draw takes the `count` eligible (layer, head) with the smallest `counter_hash(DRAW, seed, layer, head)`
 (defined in `sampling.py`), so a larger count only adds heads.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from qk_sniffer.backbone.layers import LayerHeads
-from qk_sniffer.capture.sampling import counter_hash
-from qk_sniffer.config import MOST_HEAD_DIM, CaptureConfig
+from qk_sniffer.capture.sampling import POSITIONS_OF, counter_hash
+from qk_sniffer.config import KIND_SETTINGS, MOST_HEAD_DIM, CaptureConfig
 from qk_sniffer.errors import CaptureError, ConfigError
-from qk_sniffer.text import compact_ranges
+from qk_sniffer.text import compact_ranges, enumerated
 
 # The first word of the hash: the draw of heads is independent of the draw of rows.
 DRAW = int.from_bytes(b"heads")
@@ -23,16 +24,11 @@ DRAW = int.from_bytes(b"heads")
 
 @dataclass(frozen=True)
 class LayerSelection:
-    """The captured heads of one layer, in ascending order; empty when their kind is off."""
+    """The captured heads of one layer."""
 
     layer: LayerHeads
-    query_heads: tuple[int, ...]
-    key_heads: tuple[int, ...]
-
-    @property
-    def by_kind(self) -> dict[str, tuple[int, ...]]:
-        """The heads of each kind, queries first."""
-        return {"q": self.query_heads, "k": self.key_heads}
+    by_kind: Mapping[str, tuple[int, ...]]
+    """The heads of each captured kind, in ascending order."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +48,7 @@ class Selection:
         """Yields (layer, kind, heads) for each layer and kind with heads to capture, queries first."""
         for chosen in self.layers:
             for kind, heads in chosen.by_kind.items():
-                if heads:
-                    yield chosen.layer.layer, kind, heads
+                yield chosen.layer.layer, kind, heads
 
     @property
     def num_heads(self) -> int:
@@ -68,8 +63,9 @@ def select(layers: Sequence[LayerHeads], capture: CaptureConfig) -> Selection:
         ConfigError: the settings name a layer or a head that does not exist, or leave nothing to capture.
         CaptureError: the query heads of a layer do not share its key heads evenly, or a vector is too large.
     """
-    if not (capture.capture_queries or capture.capture_keys):
-        raise ConfigError(["capture.capture_queries and capture.capture_keys are both false: nothing to capture"])
+    kinds = capture.kinds()
+    if not kinds:
+        raise ConfigError([f"{enumerated([*KIND_SETTINGS.values()])} are all false: nothing to capture"])
     for layer in layers:
         if layer.head_dim > MOST_HEAD_DIM:
             raise CaptureError(
@@ -94,13 +90,8 @@ def select(layers: Sequence[LayerHeads], capture: CaptureConfig) -> Selection:
         heads = tuple(sorted(head for number, head in drawn if number == layer.layer))
         if heads:
             key_heads = tuple(sorted({layer.key_head(head) for head in heads}))
-            chosen.append(
-                LayerSelection(
-                    layer,
-                    query_heads=heads if capture.capture_queries else (),
-                    key_heads=key_heads if capture.capture_keys else (),
-                )
-            )
+            of_positions = {"q": heads, "k": key_heads}
+            chosen.append(LayerSelection(layer, {kind: of_positions[POSITIONS_OF[kind]] for kind in kinds}))
     return Selection(tuple(chosen), len(eligible), len(drawn), note)
 
 

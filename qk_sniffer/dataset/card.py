@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from qk_sniffer.dataset import card_kinds
 from qk_sniffer.dataset.card_attention import attention
 from qk_sniffer.dataset.card_facts import CardFacts, Place
 from qk_sniffer.dataset.card_rotation import rotary_embedding
@@ -22,7 +23,7 @@ from qk_sniffer.dataset.weights import computed_in, quantized
 from qk_sniffer.markdown import block, code, in_url, link, plain, table, tex, yaml_string
 from qk_sniffer.resolved import safe_name
 from qk_sniffer.store.layout import ATTENTION, EXAMPLES, KIND_NAMES, KINDS, PICTURE_SUFFIXES, Head, Layout, schema
-from qk_sniffer.text import compact_ranges
+from qk_sniffer.text import compact_ranges, enumerated
 
 FRONT_MATTER_BYTES = 100_000
 """The largest size of the front matter."""
@@ -95,17 +96,18 @@ def _yaml(facts: CardFacts, configs: list[tuple[str, str]]) -> str:
 
 def _introduction(facts: CardFacts) -> str:
     counts = {kind: sum(head.kind == kind for head in facts.heads) for kind in KINDS}
-    heads = " and ".join(f"{counts[kind]:,} {KIND_NAMES[kind]} heads" for kind in KINDS if counts[kind])
+    heads = enumerated([f"{counts[kind]:,} {KIND_NAMES[kind]} heads" for kind in KINDS if counts[kind]])
     stage = "before" if facts.config.capture.capture_pre_rope else "after"
-    file = f"l<layer>h<head><{'|'.join(KINDS)}>/data.parquet"
+    file = f"l<layer>h<head><{'|'.join(facts.kinds)}>/data.parquet"
     return f"""\
 # {plain(_title(facts))}
 
-The query (Q) and key (K) vectors of attention heads of {_adapted(facts, code)} at sampled token positions of
-{facts.num_examples:,} examples of {code(_dataset_name(facts))}: {heads}, {facts.rows:,} rows. qk-sniffer captured them
-in the model's own forward pass, {stage} the rotary embedding (RoPE).
+The {card_kinds.named(facts, "{} ({})")} vectors of attention heads of {_adapted(facts, code)} at sampled
+token positions of {facts.num_examples:,} examples of {code(_dataset_name(facts))}: {heads}, {facts.rows:,} rows.
+qk-sniffer captured them in the model's own forward pass, {stage} the rotary embedding (RoPE).\
+{card_kinds.unrotated(facts)}
 
-Each head is one Parquet file, `{file}`. A `k` head is numbered among the key heads.
+Each head is one Parquet file, `{file}`. {card_kinds.numbering(facts)}
 Rows are sorted by the order of the examples in their source, then by position. `examples/data.parquet` describes the
 examples. `manifest.json` describes the run and every file.
 """
@@ -118,7 +120,7 @@ def _columns(facts: CardFacts) -> str:
         "bucket": "the range of positions that the row is drawn from, see Sampling",
         "example_id": "the example: `examples/data.parquet` has its id in the source, its length and its hash",
         "position": "the token's position in the example, from 0",
-        "vector": f"the query or key vector, {stage}; {plain(dtype)}, widened to float32",
+        "vector": f"{card_kinds.vector(facts, stage)}; {plain(dtype)}, widened to float32",
         "sliding_window": "tokens that the layer attends back to, including the token itself; null without a window",
         "token_id": "the token at this position",
         "token_str": "the token as text",
@@ -184,14 +186,15 @@ def _head_layout(facts: CardFacts) -> str:
     for head in _in_order(facts.heads):
         by_layer.setdefault(head.layer, []).append(head)
     layers_alike: dict[tuple[str, ...], list[int]] = {}
+    kinds = [kind for kind in KINDS if kind in ("q", "k") or kind in facts.kinds]
     for layer, heads in by_layer.items():
         alike = (
             _attention(heads[0]),
-            str(heads[0].head_dim),
-            *(compact_ranges(head.head for head in heads if head.kind == kind) or "none" for kind in KINDS),
+            card_kinds.sizes(heads),
+            *(compact_ranges(head.head for head in heads if head.kind == kind) or "none" for kind in kinds),
         )
         layers_alike.setdefault(alike, []).append(layer)
-    header = ("layers", "attention", "head_dim", *(f"{KIND_NAMES[kind]} heads" for kind in KINDS))
+    header = ("layers", "attention", "head_dim", *(f"{KIND_NAMES[kind]} heads" for kind in kinds))
     lines = [(compact_ranges(layers), *alike) for alike, layers in layers_alike.items()]
     text = "## Heads\n\n" + table(header, lines)
     draw = facts.config.capture.head_sampling
@@ -323,7 +326,7 @@ Cite the model, the texts, and this dataset with the commit that you used:
 
 
 def _title(facts: CardFacts) -> str:
-    return f"Q and K vectors of {_adapted(facts, str)} on {_dataset_name(facts)}"
+    return f"{card_kinds.named(facts, '{1}')} vectors of {_adapted(facts, str)} on {_dataset_name(facts)}"
 
 
 def _adapted(facts: CardFacts, shown: Callable[[str], str]) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 from qk_sniffer.config import Config, from_dict
 from qk_sniffer.dataset.heads import captured_heads
 from qk_sniffer.hub.revisions import hub_commit_of
-from qk_sniffer.store.layout import Head
+from qk_sniffer.store.layout import KINDS, Head
 
 _SOURCES = ("model", "adapter", "dataset")
 
@@ -72,6 +72,11 @@ class CardFacts:
     """The manifest's `statistics`; None without statistics."""
     pictures: Sequence[str] = ()
     """The names of the files, relative to the card."""
+
+    @property
+    def kinds(self) -> list[str]:
+        """The kinds of the heads, in the order of `KINDS`."""
+        return [kind for kind in KINDS if any(head.kind == kind for head in self.heads)]
 
     @property
     def rows(self) -> int:

@@ -8,11 +8,12 @@ from collections.abc import Collection
 from qk_sniffer.config import STAGE_NAMES
 from qk_sniffer.dataset.card_facts import CardFacts, Place
 from qk_sniffer.markdown import block, table
-from qk_sniffer.store.layout import STATISTICS, statistics_file
+from qk_sniffer.store.layout import STATISTICS, UNROTATED_KINDS, statistics_file
+from qk_sniffer.store.statistics import stages_of
 from qk_sniffer.text import counted, python_literal, shortened
 
 ARRAYS = {
-    "heads": ("(H,) int64", "the captured heads, ascending: query heads for `q`, key heads for `k`"),
+    "heads": ("(H,) int64", "the captured heads, ascending: query heads for `q` and `o`, key heads for `k` and `v`"),
     "count": ("(H,) int64", "n, the tokens that every other array is of"),
     "nonfinite": ("(H,) int64", "further tokens: their vectors have NaN or Inf and count in nothing else"),
     "mean": ("(H, d) float32", "mean of each number of the vector"),
@@ -54,19 +55,23 @@ def statistics(facts: CardFacts) -> str:
         left_out.append("covariance")
     lines = [(f"`{name}`", *ARRAYS[name]) for name in ARRAYS if name not in left_out]
     head = min(facts.heads, key=lambda head: head.key.order)
-    names = {"layer": head.layer, "kind": head.kind, "stage": config.stages[0], "file": statistics_file(head.layer)}
+    stage = stages_of(head.kind, config.stages)[0]
+    names = {"layer": head.layer, "kind": head.kind, "stage": stage, "file": statistics_file(head.layer)}
     second = "covariance" if config.covariance else "variance"
     reading = _WITH_QK_SNIFFER.format(where=where(facts.place), second=second, **names)
     stages = " and ".join(words for stage, words in STAGE_NAMES.items() if stage in config.stages)
     skipped = f", without the first {counted(config.skip_tokens, 'token')} of each text" if config.skip_tokens else ""
+    has_unrotated = any(head.kind in UNROTATED_KINDS for head in facts.heads)
+    unrotated = " Values and outputs are not rotated, and have the stage `post` alone." if has_unrotated else ""
     text = f"""\
 ## Statistics
 
 `{STATISTICS}/layer-<layer>.safetensors` has statistics of each captured head over all tokens, sampled or not{skipped}:
 {counted(tokens, "token")} a head, {stages}. Padding does not count.
-An array is named by kind, stage and the name below, such as `{head.kind}.{config.stages[0]}.mean`. The stage is `pre`
-or `post`: before or after RoPE. H is the number of captured heads of the layer and kind, d is head_dim, f the number of
-rotary frequencies. Where no unit is given, the numbers have the units of the vectors.
+An array is named by kind, stage and the name below, such as `{head.kind}.{stage}.mean`. The stage is `pre`
+or `post`: before or after RoPE.{unrotated}
+H is the number of captured heads of the layer and kind, d is the size of a vector, f the number of rotary frequencies.
+Where no unit is given, the numbers have the units of the vectors.
 
 {table(("array", "shape", "meaning"), lines)}
 Numbers of a head without a token are NaN, and variances of a head with one token too.

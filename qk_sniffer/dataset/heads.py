@@ -7,11 +7,11 @@ from typing import Any
 from qk_sniffer.config import from_dict
 from qk_sniffer.errors import StoreError
 from qk_sniffer.store.attention_table import AttentionTable
-from qk_sniffer.store.layout import ATTENTION, KEY_HEAD_KINDS, KINDS, Head
+from qk_sniffer.store.layout import ATTENTION, KEY_HEAD_KINDS, KINDS, WIDTHS, Head
 
 
 def captured_heads(record: Mapping[str, Any]) -> list[Head]:
-    """Returns the captured heads in the order of the record's layers, queries before keys in each layer."""
+    """Returns the captured heads in the order of the record's layers, and of `KINDS` in each layer."""
     heads = []
     for layer in record["model"]["layers"]:
         for kind in KINDS:
@@ -23,7 +23,7 @@ def captured_heads(record: Mapping[str, Any]) -> list[Head]:
                         head=head,
                         kind=kind,
                         key_head=of_head,
-                        head_dim=layer["head_dim"],
+                        head_dim=layer[WIDTHS[kind]],
                         sliding_window=layer["sliding_window"],
                         row=row,
                         metadata=_metadata(record, layer, head, kind, of_head),

@@ -4,9 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from qk_sniffer.store.layout import KIND_PLURALS, KINDS
 from qk_sniffer.text import compact_ranges, counted
-
-_WORDS = {"q": "queries", "k": "keys"}
 
 
 def compared(proof: Mapping[str, Any], *, heads: int, layers: int) -> str:
@@ -122,10 +121,13 @@ def _parts(proof: Mapping[str, Any], heads: int, layers: int) -> str:
 
 
 def _uncovered(proof: Mapping[str, Any]) -> str:
-    layers: dict[str, list[int]] = {}
+    layers: dict[tuple[str, str], list[int]] = {}
     for each in proof["uncovered"]:
-        layers.setdefault(each["kind"], []).append(each["layer"])
-    kinds = [f"no {word} in {_layers(layers[kind])}" for kind, word in _WORDS.items() if kind in layers]
+        layers.setdefault((each["kind"], each.get("reason", "")), []).append(each["layer"])
+    groups = sorted(layers.items(), key=lambda item: (KINDS.index(item[0][0]), item[1]))
+    kinds = [
+        f"no {KIND_PLURALS[kind]} in {_layers(of)}{f': {reason}' if reason else ''}" for (kind, reason), of in groups
+    ]
     return f" ({', '.join(kinds)})" if kinds else ""
 
 

@@ -28,7 +28,7 @@ from qk_sniffer.store.disk import sha256_of
 from qk_sniffer.store.files import Files, Folder, difference
 from qk_sniffer.store.layout import ATTENTION, EXAMPLES, HeadKey, head_file, schema, statistics_file
 from qk_sniffer.store.parquet_tables import read_examples, read_matrix, read_table
-from qk_sniffer.store.statistics import Statistics
+from qk_sniffer.store.statistics import Statistics, stages_of
 from qk_sniffer.store.statistics_file import read_statistics
 from qk_sniffer.store.stored import UnreadableError
 from qk_sniffer.text import compact_ranges, shortened
@@ -41,7 +41,7 @@ class HeadVectors(NamedTuple):
     """The rows of a head, by the order of the examples and then by position."""
 
     vectors: npt.NDArray[np.float32]
-    """(rows, head_dim)"""
+    """(rows, d): d is head_dim for queries and keys; values and outputs may have another width."""
     positions: npt.NDArray[np.int32]
     """(rows,): the position of the token in its example, from 0."""
     example_ids: npt.NDArray[np.int32]
@@ -65,7 +65,8 @@ class Dataset:
         self.commit: str | None = getattr(files, "commit", None)
         """The commit on the Hub; None for a folder."""
         self.heads: list[HeadKey] = manifests.heads(self.manifest)
-        """The captured heads as (layer, head, kind), by layer, queries ("q") before keys ("k")."""
+        """The captured heads as (layer, head, kind), by layer: first the queries ("q"), then keys ("k"), values ("v")
+        and outputs ("o")."""
         self._compared: dict[str, tuple[int, ...]] = {}
         """The state of each file whose hash was compared with the manifest."""
         self._captured = {head.file: head for head in captured_heads(self.manifest)}
@@ -101,7 +102,10 @@ class Dataset:
         return key_head(found, head)
 
     def vectors(self, layer: int, head: int, kind: str) -> HeadVectors:
-        """Returns the rows of a head. `head` is the number of a query head for the kind "q", of a key head for "k".
+        """Returns the rows of a head.
+
+        `head` is the number of a query head for the kinds "q" and "o", of a key head for "k" and "v". Where both were
+        captured, the rows of an output are those of its query, and the rows of a value those of its key.
 
         Raises:
             StoreError: the head was not captured, or its file is missing or damaged.
@@ -214,10 +218,10 @@ class Dataset:
         return self._capture.attention
 
     def statistics(self, layer: int, kind: str, stage: str | None = None) -> Statistics:
-        """Returns the statistics of the captured heads of a layer over all tokens, for the kind "q" or "k".
+        """Returns the statistics of the captured heads of a layer over all tokens, for a kind of vectors.
 
-        `stage` is "pre" or "post": before or after RoPE. None is the stage of the dataset's statistics, if they have
-        one alone.
+        `stage` is "pre" or "post": before or after RoPE. None is the stage of the dataset's statistics of the kind, if
+        they have one alone. Values and outputs ("v" and "o") are not rotated, and have the stage "post" alone.
 
         Raises:
             StoreError: the dataset has no such statistics, or the file is missing or damaged.
@@ -226,15 +230,17 @@ class Dataset:
         stages = self.stages
         if not stages:
             raise StoreError(f"{self} has no statistics: capture.statistics.enabled=true makes them")
-        if stage is None and len(stages) > 1:
-            raise StoreError(f"{self} has statistics of the stages {', '.join(stages)}: name one")
-        of_stage = stages[0] if stage is None else stage
+        of_kind = stages_of(kind, stages)
+        if stage is None and len(of_kind) > 1:
+            raise StoreError(f"{self} has statistics of the stages {', '.join(of_kind)}: name one")
+        of_stage = (of_kind or stages)[0] if stage is None else stage
         found = self.find_statistics(layer, kind, of_stage)
         if found is None:
             raise StoreError(
                 f"{self} has no statistics of layer {layer}, kind {kind!r}, stage {of_stage!r}; it has those of layers "
                 f"{compact_ranges(sorted({key.layer for key in self.heads}))}, kinds "
                 f"{', '.join(sorted({key.kind for key in self.heads}))}, stages {', '.join(stages)}"
+                f"{'' if of_stage in of_kind else '; values and outputs have the stage post alone'}"
             )
         return found
 

@@ -9,6 +9,7 @@ from qk_sniffer.hub.branch import Branch
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.files import Files
 from qk_sniffer.store.layout import head_file
+from qk_sniffer.store.statistics import stages_of
 from qk_sniffer.text import counted, is_utf8_path, python_literal, say, say_text, shortened
 
 _READ_FOLDER = """\
@@ -90,7 +91,8 @@ def show(dataset: Files, manifest: Mapping[str, Any], note: str) -> None:
     say(note)
     say(f"Dataset: {dataset}")
     if not manifest["rows"] and "statistics" in manifest:
-        head, stage = heads[0], manifest["config"]["capture"]["statistics"]["stages"][0]
+        head = heads[0]
+        stage = stages_of(head.kind, manifest["config"]["capture"]["statistics"]["stages"])[0]
         where = python_literal(str(dataset))
         if isinstance(dataset, Branch):
             where = f"{python_literal(dataset.repo_id)}, revision={python_literal(dataset.name)}"

@@ -22,7 +22,7 @@ from qk_sniffer.store.layout import Head, Layout, is_statistics_file, schema, st
 from qk_sniffer.store.locks import holder, is_held
 from qk_sniffer.store.manifest import FileEntry
 from qk_sniffer.store.record import read_record
-from qk_sniffer.store.statistics import Pairs, paired
+from qk_sniffer.store.statistics import Pairs, paired, stages_of
 from qk_sniffer.store.stored import UnreadableError
 from qk_sniffer.text import counted
 
@@ -185,7 +185,9 @@ class ManifestFacts:
         if self.statistics is None:
             yield _contradiction("it has no statistics, but capture.statistics.enabled is true in config")
             return
-        known = {f"{head.name}.{stage}" for head in self.heads.values() for stage in statistics.stages}
+        known = {
+            f"{head.name}.{stage}" for head in self.heads.values() for stage in stages_of(head.kind, statistics.stages)
+        }
         for name in ("nonfinite", "overflow"):
             if strangers := sorted({*self.statistics.get(name, ())} - known):
                 yield _contradiction(

@@ -15,10 +15,10 @@ from qk_sniffer.config import STAGE_NAMES
 from qk_sniffer.dataset.verify_manifest import ManifestFacts
 from qk_sniffer.dataset.verify_report import Problem, Report
 from qk_sniffer.dataset.verify_rows import BATCH_BYTES, Examples, batches, values
-from qk_sniffer.store.layout import Head, statistics_file
+from qk_sniffer.store.layout import UNROTATED_KINDS, Head, statistics_file
 from qk_sniffer.store.parquet_files import open_parquet
 from qk_sniffer.store.parquet_tables import UNREADABLE
-from qk_sniffer.store.statistics import LEAST_TOKENS, PartKey, Statistics
+from qk_sniffer.store.statistics import LEAST_TOKENS, PartKey, Statistics, stages_of
 from qk_sniffer.store.statistics_file import Heads, arrays_in, heads_in, read_statistics
 from qk_sniffer.store.stored import UnreadableError
 from qk_sniffer.text import counted
@@ -76,7 +76,8 @@ def check_statistics(
     row_stage = "pre" if facts.config.capture.capture_pre_rope else "post"
 
     def is_comparable(head: Head) -> bool:
-        return row_stage in config.stages and head.file in whole and facts.files[head.file].rows == all_rows
+        has_statistics = _row_stage(head, row_stage) in stages_of(head.kind, config.stages)
+        return has_statistics and head.file in whole and facts.files[head.file].rows == all_rows
 
     checks = [
         _LayerCheck(facts, of_layer[layer], num_tokens, row_stage, {*filter(is_comparable, of_layer[layer])})
@@ -100,13 +101,18 @@ def check_statistics(
         report.note(_CHECK, f"{what}, such as {beyond[0]}: those numbers are NaN")
 
 
+def _row_stage(head: Head, row_stage: str) -> str:
+    """Returns the stage whose statistics are of the rows of a head; `row_stage` is that of queries and keys."""
+    return "post" if head.kind in UNROTATED_KINDS else row_stage
+
+
 class _LayerCheck:
     """Checks the file of a layer."""
 
     def __init__(
         self, facts: ManifestFacts, heads: Sequence[Head], num_tokens: int | None, row_stage: str, comparable: set[Head]
     ) -> None:
-        """`comparable` are the heads with a row for every token, of the stage `row_stage`, which has statistics."""
+        """`comparable` are the heads with a row for every token, of a stage that has statistics."""
         self._facts, self._num_tokens = facts, num_tokens
         self._row_stage, self.comparable = row_stage, comparable
         self._config = facts.config.capture.statistics
@@ -118,7 +124,9 @@ class _LayerCheck:
     def problems(self) -> Iterator[Problem]:
         name = statistics_file(self._layer)
         path = self._facts.root / name
-        keys = [PartKey(self._layer, kind, stage) for kind in self._heads for stage in self._config.stages]
+        keys = [
+            PartKey(self._layer, kind, stage) for kind in self._heads for stage in stages_of(kind, self._config.stages)
+        ]
         try:
             starts = {array.rpartition(".")[0] for array in arrays_in(path, way_out="")}
             expected = {f"{key.kind}.{key.stage}" for key in keys}
@@ -152,7 +160,7 @@ class _LayerCheck:
                 yield Problem(_CHECK, "frequency_pairs differ from the layer's rotation in manifest.json", start)
             for what, instance in self._of_head(found, f"{head.name}.{key.stage}"):
                 yield Problem.of(head, _CHECK, what, f"{key.stage} RoPE: {instance}" if instance else key.stage)
-            if key.stage == self._row_stage and head in self.comparable:
+            if key.stage == _row_stage(head, self._row_stage) and head in self.comparable:
                 for what in self._unlike_rows(found, head):
                     yield Problem.of(head, _CHECK, what, f"{key.stage} RoPE")
 

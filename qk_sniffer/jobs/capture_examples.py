@@ -1,6 +1,5 @@
 """Captures the examples of a shard into its journal: tokenize, plan, forward pass, journal, batch by batch."""
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
 from math import ceil
@@ -29,8 +28,9 @@ from qk_sniffer.store.claim import Claim
 from qk_sniffer.store.disk import ensure_space, required_bytes, required_statistics_bytes
 from qk_sniffer.store.journal import Journal
 from qk_sniffer.store.journal_writer import JournalWriter
-from qk_sniffer.store.layout import KINDS, Layout
+from qk_sniffer.store.layout import KINDS, WIDTHS, Layout
 from qk_sniffer.store.open_folder import Checked
+from qk_sniffer.store.statistics import stages_of
 from qk_sniffer.timing import Stages
 
 log = logger(__name__)
@@ -250,27 +250,34 @@ def _check_space(
     wanted, lengths = source_rows(config, start.corpus), window.lengths
     if wanted is None or not lengths:
         return
-    heads: Counter[str] = Counter()
-    for _, kind, chosen in components.selection:
-        heads[kind] += len(chosen)
+    heads: dict[tuple[str, int], int] = {}  # by kind and size of a vector
+    layers = {layer.heads.layer: layer.to_dict() for layer in components.layers}
+    for layer, kind, chosen in components.selection:
+        key = kind, layers[layer][WIDTHS[kind]]
+        heads[key] = heads.get(key, 0) + len(chosen)
     rows_per_example = {
         kind: sum(sampler.expected_rows(kind, length) for length in lengths) / len(lengths) for kind in KINDS
     }
     examples = wanted - start.rows_before
-    rows = sum(heads[kind] * rows_per_example[kind] for kind in KINDS) * examples
-    head_dim = max(layer.heads.head_dim for layer in components.layers)
-    required = required_bytes(int(rows), head_dim, components.backbone.dtype.itemsize)
+    required = sum(
+        required_bytes(int(number * rows_per_example[kind] * examples), width, components.backbone.dtype.itemsize)
+        for (kind, width), number in heads.items()
+    )
     if (table := AttentionTable.of(config)) is not None:
-        records = int(heads["q"] * rows_per_example["q"] * examples)
+        queries = sum(number for (kind, _), number in heads.items() if kind == "q")
+        records = int(queries * rows_per_example["q"] * examples)
         required += required_bytes(records, table.width, np.dtype(np.float32).itemsize)
     statistics, hint = config.capture.statistics, ""
     if statistics.enabled:
         groups = sum(is_last for _, is_last in _grouped([window], components.cost, _group_flops(config, components)))
-        required += required_statistics_bytes(
-            heads.total() * len(statistics.stages),
-            head_dim,
-            ceil(groups * examples / sum(map(len, window.batches))),
-            covariance=statistics.covariance,
+        required += sum(
+            required_statistics_bytes(
+                number * len(stages_of(kind, statistics.stages)),
+                width,
+                ceil(groups * examples / sum(map(len, window.batches))),
+                covariance=statistics.covariance,
+            )
+            for (kind, width), number in heads.items()
         )
         hint = ", or capture.statistics.covariance=false" if statistics.covariance else ""
     in_journal = sum(path.stat().st_size for path in journal.segments)

@@ -12,13 +12,14 @@ from qk_sniffer.capture.attention_summary import refusal
 from qk_sniffer.capture.forward_cost import ForwardCost
 from qk_sniffer.capture.moments import Moments, rotary_pairs
 from qk_sniffer.capture.selection import Selection, select
-from qk_sniffer.config import StatisticsConfig
+from qk_sniffer.config import KIND_SETTINGS, StatisticsConfig
 from qk_sniffer.corpus.tokenizer import TextTokenizer, load_tokenizer
-from qk_sniffer.errors import ConfigError
+from qk_sniffer.errors import CaptureError, ConfigError
 from qk_sniffer.hub.revisions import hub_commit_of
 from qk_sniffer.jobs.identity import ROLES, checkpoint_files
 from qk_sniffer.logs import logger
 from qk_sniffer.resolved import ResolvedConfig
+from qk_sniffer.store.layout import KIND_PLURALS, WIDTHS
 from qk_sniffer.store.open_folder import Check, unchecked
 from qk_sniffer.timing import Stages
 
@@ -83,6 +84,7 @@ def _load(config: ResolvedConfig, commits: Mapping[str, str | None]) -> Componen
     stages = {"pre" if backbone.pre_rope else "post", *(statistics.stages if statistics.enabled else ())}
     layers = backbone.probe(both_stages=len(stages) == 2)
     selection = select([layer.heads for layer in layers], config.capture)
+    _check_captured(selection, layers, backbone.config.model_type)
     if config.capture.attention.enabled:
         _refuse_unknown_attention(layers, selection)
     if selection.note:
@@ -121,3 +123,19 @@ def _refuse_unknown_attention(layers: Sequence[LayerFacts], selection: Selection
     }
     if reasons:
         raise ConfigError([f"capture.attention.enabled is true, but {refusal(reasons)}"])
+
+
+def _check_captured(selection: Selection, layers: Sequence[LayerFacts], model_type: str) -> None:
+    """Checks that the selected layers show the vectors of each kind.
+
+    Raises:
+        CaptureError: one does not.
+    """
+    described = {layer.heads.layer: layer.to_dict() for layer in layers}
+    for layer, kind, _ in selection:
+        width = described[layer][WIDTHS[kind]]
+        if not isinstance(width, int):
+            raise CaptureError(
+                f"the {KIND_PLURALS[kind]} of {model_type}, layer {layer}, cannot be captured: {width}. Set "
+                f"{KIND_SETTINGS[kind]}=false"
+            )

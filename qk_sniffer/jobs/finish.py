@@ -261,7 +261,9 @@ def _prove(
     proof: dict[str, Any] = {"proven": None, "reason": reason}
     if passes:
         ids = {one.example.example_id: tokens[one.example.example_id].ids for one in passes}
-        proof = prove(backbone, staged.layout, staged.heads, passes, ids, min_tokens=cost.min_tokens)
+        proof = prove(
+            backbone, staged.layout, staged.heads, passes, ids, layers=components.layers, min_tokens=cost.min_tokens
+        )
     moments = components.moments(settings)
     if moments is not None and of_statistics:
         made = prove_statistics(
@@ -271,6 +273,7 @@ def _prove(
             moments,
             of_statistics,
             tokens,
+            layers=components.layers,
             min_tokens=cost.min_tokens,
         )
         proof = _with_statistics(proof if has_rows else None, made)

@@ -22,6 +22,7 @@ from qk_sniffer.store.statistics import (
     paired,
     places_of,
     read_parts,
+    stages_of,
 )
 from qk_sniffer.store.statistics_file import encode
 
@@ -57,7 +58,7 @@ def compact_statistics(
         of_layer: dict[str, list[Head]] = {}
         for head in sorted((head for head in heads if head.layer == layer), key=lambda head: head.row):
             of_layer.setdefault(head.kind, []).append(head)
-        keys = [PartKey(layer, kind, stage) for kind in of_layer for stage in config.stages]
+        keys = [PartKey(layer, kind, stage) for kind in of_layer for stage in stages_of(kind, config.stages)]
         whole = {key: _moment_shape(of_layer[key.kind], covariance=config.covariance) for key in keys}
         _check_shapes(places, whole)
         merged: dict[PartKey, Part] = {}

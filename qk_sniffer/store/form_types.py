@@ -4,7 +4,7 @@ from typing import Annotated, Literal, get_args
 
 from msgspec import Meta
 
-from qk_sniffer.config import MOST_COUNT, MOST_SLUG, STAGES
+from qk_sniffer.config import MOST_COUNT, MOST_HEAD_DIM, MOST_SLUG, STAGES
 from qk_sniffer.store.layout import KINDS
 
 MOST_LAYERS = 2_000
@@ -20,13 +20,14 @@ MOST_BUCKETS = 1 << 20
 MOST_NUMBER = 3e38
 """The largest absolute value of a number that is not an integer: one of float32."""
 
-Kind = Literal["q", "k"]
+Kind = Literal["q", "k", "v", "o"]
 assert get_args(Kind) == KINDS
 
 Stage = Literal["pre", "post"]
 assert get_args(Stage) == STAGES
 
 HeadNumber = Annotated[int, Meta(ge=0, lt=MOST_HEADS)]
+HeadDim = Annotated[int, Meta(ge=1, le=MOST_HEAD_DIM)]
 NumHeads = Annotated[int, Meta(ge=1, le=MOST_HEADS)]
 Bucket = Annotated[str, Meta(pattern=r"\A[0-9]{1,10}\Z")]
 Sha256 = Annotated[str, Meta(pattern=r"\A[0-9a-f]{64}\Z")]

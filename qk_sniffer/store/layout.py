@@ -33,18 +33,27 @@ from qk_sniffer.store import stored
 FORMAT = "qk-sniffer/1"
 """The manifest's `format`, which identifies a dataset of this package."""
 
-KIND_NAMES = {"q": "query", "k": "key"}
+KIND_NAMES = {"q": "query", "k": "key", "v": "value", "o": "output"}
 """The kinds of vectors, in the order of lists, with their names for people. Each kind is one letter.
 
 File names, journal, manifest, columns, card and the report of verify follow from this table. To add a kind, name it
-here, and define its heads (`capture/selection.py`), its sampling rule (`capture/sampling.py`), its states in an
-attention call (`capture/capture.py`) and its proof (`capture/proof.py`).
+here, in the tables below and in `KIND_SETTINGS` of `config.py`, and define its heads (`capture/selection.py`), its
+sampling rule (`capture/sampling.py`), its states in an attention call (`capture/capture.py`) and its proof
+(`capture/proof.py`).
 """
+
+KIND_PLURALS = {"q": "queries", "k": "keys", "v": "values", "o": "outputs"}
 
 KINDS = tuple(KIND_NAMES)
 
-KEY_HEAD_KINDS = ("k",)
+KEY_HEAD_KINDS = ("k", "v")
 """The kinds that have one file for each key head. The others have one for each query head."""
+
+WIDTHS = {"q": "head_dim", "k": "head_dim", "v": "value_dim", "o": "output_dim"}
+"""The entry of a layer in the manifest that gives the size of the vectors of each kind."""
+
+UNROTATED_KINDS = ("v", "o")
+"""The kinds that no rotary embedding changes: they are the same before it and after it."""
 
 ATTENTION = "a"
 """The letter of attention summaries (`attention_table.py`): one file for each query head, with the rows of its queries.
@@ -91,14 +100,15 @@ class HeadKey(NamedTuple):
 
 @dataclass(frozen=True)
 class Head:
-    """A captured head. `head` counts query heads for the kind "q" and key heads for "k"."""
+    """A captured head. `head` counts query heads for the kinds "q" and "o", and key heads for "k" and "v"."""
 
     layer: int
     head: int
     kind: str
     key_head: int
-    """The key head that its queries attend with, or the head itself for the kind "k"."""
+    """The key head that its queries attend with, or the head itself for the kinds "k" and "v"."""
     head_dim: int
+    """The size of its vectors."""
     sliding_window: int | None
     """w where a query at position p sees only keys from position p - w + 1 on; None without a window."""
     row: int

@@ -9,13 +9,14 @@ from qk_sniffer.config import MOST_HEAD_DIM
 from qk_sniffer.store.form_types import (
     MOST_FILES,
     MOST_LAYERS,
+    HeadDim,
     HeadNumber,
     Kind,
     Number,
     NumHeads,
     Positive,
 )
-from qk_sniffer.store.layout import KEY_HEAD_KINDS
+from qk_sniffer.store.layout import KEY_HEAD_KINDS, WIDTHS
 from qk_sniffer.store.stored import Count, Text
 
 
@@ -35,7 +36,9 @@ class Layer(TypedDict):
     layer: Annotated[int, Meta(ge=0, lt=MOST_LAYERS)]
     num_q_heads: NumHeads
     num_k_heads: NumHeads
-    head_dim: Annotated[int, Meta(ge=1, le=MOST_HEAD_DIM)]
+    head_dim: HeadDim
+    value_dim: NotRequired[HeadDim | Text]
+    output_dim: NotRequired[HeadDim | Text]
     sliding_window: Annotated[int, Meta(ge=1, lt=2**31)] | None
     key_head: NotRequired[list[HeadNumber]]
     full_attention: NotRequired[bool]
@@ -130,6 +133,8 @@ def layer_problems(layers: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             elif max(of_queries) >= num_k:
                 yield f"layer {number} lists key head {max(of_queries)} in key_head, which it does not have"
         for kind, heads in layer["captured"].items():
+            if heads and not isinstance(layer.get(WIDTHS[kind]), int):
+                yield f"layer {number} lists heads of kind {kind}, and not {WIDTHS[kind]}"
             if len(set(heads)) != len(heads):
                 yield f"layer {number} lists a head of kind {kind} twice"
             if max(heads, default=0) >= (num_k if kind in KEY_HEAD_KINDS else num_q):

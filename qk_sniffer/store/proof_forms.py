@@ -29,10 +29,12 @@ _COVERAGE = {"rows", "heads", "longest_position", "uncovered"}
 
 
 class LayerKind(TypedDict):
-    """The heads of one kind in one layer."""
+    """The heads of one kind in one layer, without a compared row."""
 
     layer: Annotated[int, Meta(ge=0, lt=MOST_LAYERS)]
     kind: Kind
+    reason: NotRequired[Text]
+    """Why their vectors cannot be derived."""
 
 
 class Beyond(TypedDict):

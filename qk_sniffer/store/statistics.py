@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qk_sniffer.config import STAGES
-from qk_sniffer.store.layout import KINDS
+from qk_sniffer.store.layout import KINDS, UNROTATED_KINDS
 from qk_sniffer.store.open_folder import PLAIN, Access
 from qk_sniffer.store.rows import block_name
 from qk_sniffer.store.segment import DamageError, Header, Place, Tensor, open_segment, read_array
@@ -39,6 +39,11 @@ Pairs = Sequence[tuple[int, int]]
 
 PREFIX = "statistics."
 """The start of the names of tensors of statistics in a segment."""
+
+
+def stages_of(kind: str, stages: Sequence[str]) -> list[str]:
+    """Returns those of `stages` that have statistics of a kind: for kinds that are not rotated, `post` alone."""
+    return [stage for stage in stages if stage == "post" or kind not in UNROTATED_KINDS]
 
 
 class PartKey(NamedTuple):
@@ -224,7 +229,7 @@ class Statistics:
     """
 
     heads: Int64
-    """(H,): query heads for the kind "q", key heads for "k"."""
+    """(H,): query heads for the kinds "q" and "o", key heads for "k" and "v"."""
     count: Int64
     """(H,): tokens."""
     nonfinite: Int64

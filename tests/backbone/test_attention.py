@@ -41,10 +41,10 @@ def whole(case: Case, folder: Path, *, kernel: str | None = None, dtype: str = "
 
 
 def received(model: PreTrainedModel, tokens: torch.Tensor, monkeypatch: Any, *, pre_rope: bool) -> Vectors:
-    """Returns the inputs of the unmodified model's attention kernel, or of its rotary functions, without the tap.
+    """Returns the inputs and the output of the unmodified model's attention kernel, without the tap.
 
-    The kernel and the rotary functions are replaced by ones that copy their arguments first. A layer without a rotary
-    call is not rotated.
+    The kernel and the rotary functions are replaced by ones that copy their arguments first. With `pre_rope`, queries
+    and keys are the inputs of the rotary functions. A layer without a rotary call is not rotated.
     """
     decoder: Any = decoder_of(model)
     space = vars(sys.modules[type(decoder).__module__])
@@ -59,7 +59,10 @@ def received(model: PreTrainedModel, tokens: torch.Tensor, monkeypatch: Any, *, 
         for kind, states, before in zip("qk", (q, k), given or (q, k), strict=True):
             seen[layer.layer_idx, kind] = _as_before(states, before) if pre_rope else states.clone()
         given.clear()
-        return original(layer, q, k, *args, **kwargs)
+        seen[layer.layer_idx, "v"] = args[0].clone()
+        returned = original(layer, q, k, *args, **kwargs)
+        seen[layer.layer_idx, "o"] = returned[0].transpose(1, 2).clone()
+        return returned
 
     kernel = decoder.config._attn_implementation
     original = space["eager_attention_forward"] if kernel == "eager" else ALL_ATTENTION_FUNCTIONS[kernel]
@@ -95,8 +98,8 @@ def test_captured_vectors_are_bit_for_bit_what_the_unmodified_model_computes(
     folder = folder_of(case)
     model = whole(case, folder, kernel=kernel, dtype=dtype)
     expected = received(model, ids(), monkeypatch, pre_rope=pre_rope)
-    seen = captured(loaded(folder, kernel=kernel, dtype=dtype, pre_rope=pre_rope), ids())
-    assert seen.keys() == expected.keys() == {(layer, kind) for layer in case.layers for kind in "qk"}
+    seen = captured(loaded(folder, kernel=kernel, dtype=dtype, pre_rope=pre_rope), ids(), "qkvo")
+    assert seen.keys() == expected.keys() == {(layer, kind) for layer in case.layers for kind in "qkvo"}
     for key, states in seen.items():
         assert states.dtype == getattr(torch, dtype)
         assert torch.equal(states, expected[key]), key

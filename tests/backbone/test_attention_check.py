@@ -9,7 +9,7 @@ from support.backbones import FolderOf, loaded
 from support.kernels import of_another_head, overflowing_from, without_keys_from, wrong_kernel
 from support.zoo import CASES, CASES_AND_KERNELS, Case, ids
 
-from qk_sniffer.backbone import attention_check
+from qk_sniffer.backbone import exact_attention
 from qk_sniffer.backbone.attention_check import AttentionCheck, positions
 from qk_sniffer.backbone.backbone import Backbone
 from qk_sniffer.backbone.family import Family
@@ -144,7 +144,7 @@ def result(run: KernelRun, facts: LayerFacts) -> dict[str, Any]:
 @pytest.mark.parametrize("window", [None, 1000])
 def test_a_long_text_is_checked_piece_by_piece(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     facts = layer(window)
-    monkeypatch.setattr(attention_check, "PIECE_BYTES", 1 << 17)  # 2,048 keys
+    monkeypatch.setattr(exact_attention, "PIECE_BYTES", 1 << 17)  # 2,048 keys
     run = long_run(70_000, facts)
     assert result(run, facts)["passed"] is True
     run.output[0, 65_536, 1] = 0.0  # one head

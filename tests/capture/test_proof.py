@@ -23,6 +23,7 @@ from qk_sniffer.backbone.family import Family
 from qk_sniffer.backbone.provable_types import PROVABLE_TYPES
 from qk_sniffer.capture import proof as proof_module
 from qk_sniffer.capture import proof_examples
+from qk_sniffer.capture.proof_vectors import derive
 from qk_sniffer.dataset.verify import verify
 from qk_sniffer.errors import CaptureError
 from qk_sniffer.jobs.finalize import finalize
@@ -67,7 +68,7 @@ def test_a_right_dataset_is_proven(
         texts,
         tmp_path / "out",
         model={"dtype": dtype},
-        capture={"capture_pre_rope": stage == "pre"},
+        capture={"capture_pre_rope": stage == "pre", "capture_values": True, "capture_outputs": True},
         verify={"examples": 2},
     )
     proof = manifests.read(root)["proof"]
@@ -77,7 +78,8 @@ def test_a_right_dataset_is_proven(
     assert differences.keys() == {str(layer) for layer in case.layers}
     assert max(differences.values()) < (1e-5 if dtype == "float32" else 0.03)
     assert proof["uncovered"] == [] and proof["longest_position"] == 32 and proof["heads"] == len(heads_of(root))
-    assert proof["rows"] == (4 + 33) * proof["heads"]
+    outputs = 4 * len(case.layers)
+    assert proof["rows"] == (4 + 33) * (proof["heads"] - outputs) + (4 + proof_examples.MOST_OUTPUTS) * outputs
     assert {check["passed"] for check in proof["attention"]} == {True}
     assert {check["tokens"] for check in proof["attention"]} == {90}
 
@@ -96,26 +98,29 @@ HARMS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 def test_hooks_tell_right_vectors_from_wrong_ones_in_each_layer(case: Case, stage: str, folder_of: FolderOf) -> None:
     right, other = (loaded(folder_of(case), pre_rope=pre) for pre in (stage == "pre", stage != "pre"))
     tokens = ids(batch=1, length=300)
-    seen, other_stage = captured(right, tokens), captured(other, tokens)
+    seen, other_stage = captured(right, tokens, "qkvo"), captured(other, tokens)
+    facts = right.probe()
     for layer in case.layers:  # one at a time: hooks of a layer must not see the calls of other layers
         specs = [
             Head(layer, head, kind, key_head=0, head_dim=case.head_dim, sliding_window=None, row=0)
-            for kind in "qk"
+            for kind in "qkvo"
             for head in range(seen[layer, kind].shape[1])
         ]
-        derived = proof_module._derived(right, tokens[0].numpy(), dict.fromkeys(specs, np.arange(300)))
-        assert derived is not None
+        found = derive(right, tokens[0].numpy(), dict.fromkeys(specs, np.arange(300)), facts)
+        assert found is not None
+        derived, _ = found
         for spec in specs:
             stored = seen[layer, spec.kind][0].numpy()
             whole, of_a_row = proof_module.differences(stored[spec.head], derived[spec])
             assert whole < 1e-5 and of_a_row < 1e-4
             few = stored[spec.head].copy()
-            few[0] = few[1]
+            few[0] = few[150]
             assert proof_module.differences(few, derived[spec])[1] > proof_module.ROW_TOLERANCES["float32"]
             for name, harm in HARMS.items():
                 assert proof_module.differences(harm(stored)[spec.head], derived[spec])[0] > 0.1, name
-            turned, _ = proof_module.differences(other_stage[layer, spec.kind][0, spec.head].numpy(), derived[spec])
-            assert turned > 0.1 or layer in case.unrotated
+            if spec.kind in "qk":
+                turned, _ = proof_module.differences(other_stage[layer, spec.kind][0, spec.head].numpy(), derived[spec])
+                assert turned > 0.1 or layer in case.unrotated
 
 
 def next_position(slot: Slot) -> None:

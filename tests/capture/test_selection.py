@@ -61,10 +61,18 @@ def test_key_head_of_each_group(num_k_heads: int) -> None:
 def test_one_kind_can_be_off() -> None:
     keys_only = select(LAYERS, CaptureConfig(capture_queries=False, heads=[5]))
     assert list(keys_only) == [(layer, "k", (1,)) for layer in range(6)]
-    assert keys_only.layers[0].query_heads == ()
+    assert keys_only.layers[0].by_kind == {"k": (1,)}
     queries_only = select(LAYERS, CaptureConfig(capture_keys=False, heads=[5]))
     assert list(queries_only) == [(layer, "q", (5,)) for layer in range(6)]
     assert queries_only.num_heads == 6
+
+
+def test_values_are_of_the_key_heads_and_outputs_of_the_query_heads() -> None:
+    all_kinds = CaptureConfig(capture_values=True, capture_outputs=True, heads=[4, 5])
+    heads = {"q": (4, 5), "k": (1,), "v": (1,), "o": (4, 5)}
+    assert list(select(LAYERS, all_kinds)) == [(layer, kind, of) for layer in range(6) for kind, of in heads.items()]
+    alone = replace(all_kinds, capture_queries=False, capture_keys=False)
+    assert select(LAYERS, alone).layers[0].by_kind == {"v": (1,), "o": (4, 5)}
 
 
 def test_full_attention_only_comes_before_the_draw() -> None:
@@ -127,7 +135,7 @@ def test_a_draw_of_more_than_all_heads_keeps_all_and_notes_it() -> None:
         (CaptureConfig(heads=[]), "capture.heads is empty"),
         (CaptureConfig(full_attention_only=True, layers=[0, 1, 3]),
          "every layer of capture.layers (0-1, 3) has a sliding window; full attention: layers 2, 5"),
-        (CaptureConfig(capture_queries=False, capture_keys=False), "both false: nothing to capture"),
+        (CaptureConfig(capture_queries=False, capture_keys=False), "all false: nothing to capture"),
         (CaptureConfig(head_sampling=HeadSamplingConfig(0, 0)), "head_sampling.count is 0; it must be at least 1"),
     ],
 )  # fmt: skip

@@ -46,12 +46,12 @@ def test_every_stored_vector_is_bit_for_bit_the_models_own(
         tmp_path / "out",
         model={"dtype": dtype},
         inference={"batch_size": 1},
-        capture={"capture_pre_rope": stage == "pre"},
+        capture={"capture_pre_rope": stage == "pre", "capture_values": True, "capture_outputs": True},
     )
     backbone = loaded(checkpoint, dtype=dtype, pre_rope=stage == "pre")
-    expected = [captured(backbone, tokens_of(text)) for text in TEXTS[:4]]
+    expected = [captured(backbone, tokens_of(text), "qkvo") for text in TEXTS[:4]]
     tables = heads_of(root)
-    assert len(tables) == len(case.layers) * (4 + case.config().get_text_config().num_key_value_heads)
+    assert len(tables) == 2 * len(case.layers) * (4 + case.config().get_text_config().num_key_value_heads)
     for name, table in tables.items():
         key = parse_head_name(name)
         assert key is not None

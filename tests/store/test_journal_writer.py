@@ -101,7 +101,7 @@ def test_an_error_of_the_thread_wakes_a_waiting_reserve(tmp_path: Path, monkeypa
     ("bad", "match"),
     [
         (ones(3, dtype=torch.float64), "float64 cannot be stored"),
-        (Piece.of(0, "v", torch.ones(1, 3, 4), np.zeros(3), np.arange(3)), "kind is 'v'"),
+        (Piece.of(0, "x", torch.ones(1, 3, 4), np.zeros(3), np.arange(3)), "kind is 'x'"),
         (Piece.of(0, "q", torch.ones(0, 3, 4), np.zeros(3), np.arange(3)), "no heads"),
         (Piece.of(0, "q", torch.ones(1, 3, 4), np.zeros(3), np.arange(4)), "one value a row"),
         (Piece.of(0, "q", torch.ones(1, 3, 4), np.zeros(3), np.array([0, 2, 2])), "do not ascend"),

@@ -45,7 +45,8 @@ def test_names() -> None:
     assert head_name(0, 0, "q") == "l00h00q" and head_name(101, 7, "k") == "l101h07k"
     assert str(layout.head_file(3, 12, "k")) == "/data/l03h12k/data.parquet"
     assert parse_head_name("l101h07k") == HeadKey(101, 7, "k")
-    for name in ("l0h00q", "l00h00v", "l00h00q.bak", "l001h00q", "examples"):
+    assert parse_head_name("l00h00v") == HeadKey(0, 0, "v") and parse_head_name("l00h00o") == HeadKey(0, 0, "o")
+    for name in ("l0h00q", "l00h00x", "l00h00q.bak", "l001h00q", "examples"):
         assert parse_head_name(name) is None
     assert str(layout.journal(3, 8)) == "/data/.qk_sniffer/journal/shard-00003-of-00008"
 

@@ -25,13 +25,18 @@ def loaded(folder: Path, *, kernel: str | None = None, dtype: str = "float32", p
     return load_backbone(config, pre_rope=pre_rope)
 
 
-def captured(backbone: Backbone, tokens: torch.Tensor) -> Vectors:
+def captured(backbone: Backbone, tokens: torch.Tensor, kinds: str = "qk") -> Vectors:
+    """Returns the vectors of some kinds."""
     seen: Vectors = {}
 
-    def keep(call: AttentionCall) -> None:
-        for kind, states in (("q", call.query), ("k", call.key)):
-            assert (call.layer, kind) not in seen
-            seen[call.layer, kind] = states.clone()
+    def keep(layer: int, kind: str, states: torch.Tensor | None) -> None:
+        if kind in kinds:
+            assert (layer, kind) not in seen and states is not None
+            seen[layer, kind] = states.clone()
 
-    backbone.forward(tokens, keep)
+    def keep_call(call: AttentionCall) -> None:
+        for kind, states in (("q", call.query), ("k", call.key), ("v", call.value)):
+            keep(call.layer, kind, states)
+
+    backbone.forward(tokens, keep_call, on_output=lambda call, output: keep(call.layer, "o", output))
     return seen

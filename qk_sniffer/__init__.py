@@ -1,4 +1,4 @@
-"""Captures the query and key vectors of transformer attention heads into Parquet datasets."""
+"""Captures query, key, value and output vectors of transformer attention heads into Parquet datasets."""
 
 import importlib
 from pathlib import Path

@@ -38,7 +38,7 @@ class SourceError(QkSnifferError):
 
 
 class CaptureError(QkSnifferError):
-    """A model runs, but its query and key vectors cannot be captured as the settings require."""
+    """A model runs, but its vectors cannot be captured as the settings require."""
 
 
 class StoreError(QkSnifferError):

@@ -1,1 +1,1 @@
-"""Loads the decoder and shows the query and key of its attention calls."""
+"""Loads the decoder and shows the vectors of its attention calls."""

@@ -147,7 +147,9 @@ def norms(of_stages: Mapping[str, Mapping[str, Layers]], title: str) -> "Figure 
             axes.plot(*zip(*heads, strict=True), label="mean of each head", marker="o", **dots)
     panels[kinds[0]].set_ylabel("Euclidean norm (vector units)")
     drawn.suptitle(title, fontsize=8)
-    drawn.legend(*panels[kinds[0]].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    handles = [axes.get_legend_handles_labels() for axes in panels.values()]
+    # Kinds that RoPE does not change have fewer lines.
+    drawn.legend(*max(handles, key=lambda each: len(each[0])), loc="outside lower center", ncols=3)
     return drawn
 
 

@@ -82,7 +82,7 @@ def encode(source: Source) -> Mapping[str, bytes]:
                     of_kind[f"{start}{kind}_scale"] = of_heads
                     scales[f"{module}.{kind}_scale"] = of_heads.max(keepdims=True)
                     by_head[f"{module}.{kind}_scale"] = of_heads.reshape(-1, 1, 1)
-    missing = [KIND_NAMES.get(kind, "value") for kind in "kv" if kind not in ranges]
+    missing = [KIND_NAMES[kind] for kind in KEY_HEAD_KINDS if kind not in ranges]
     source.notes["scales"] = {
         "of": [KIND_NAMES[kind] for kind in ranges],
         "scale": f"largest absolute value / {LARGEST:g}, for FP8 E4M3",

@@ -16,7 +16,7 @@ from qk_sniffer.config import STAGE_NAMES, StatisticsConfig, from_dict
 from qk_sniffer.dataset.reader import Dataset
 from qk_sniffer.errors import StoreError
 from qk_sniffer.store import manifest as manifests
-from qk_sniffer.store.layout import KEY_HEAD_KINDS, KIND_NAMES, head_name
+from qk_sniffer.store.layout import KEY_HEAD_KINDS, KIND_NAMES, WIDTHS, head_name
 from qk_sniffer.store.statistics import Statistics
 from qk_sniffer.text import compact_ranges, counted, shortened
 
@@ -69,7 +69,7 @@ class Source:
         """
         number = layer["layer"]
         found = self.dataset.statistics(number, kind, stage)
-        expected = (sorted(layer["captured"].get(kind, [])), layer["head_dim"])
+        expected = (sorted(layer["captured"].get(kind, [])), layer[WIDTHS[kind]])
         is_as_described = (found.heads.tolist(), found.mean.shape[1]) == expected
         if stage == "pre" and isinstance(layer.get("rotation"), dict):
             f = len(self.frequencies(layer)[0])

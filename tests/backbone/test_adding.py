@@ -50,14 +50,16 @@ def test_the_commands_of_the_page_capture_the_vectors_of_its_model(folder: Path,
     root = folder / f"out-{number}-{pre_rope}"
     more = ["dataset.max_samples=2", "sampler=all", "capture.capture_token_ids=true", f"output.data_root={root}"]
     more += [f"capture.capture_pre_rope={str(pre_rope).lower()}", "model.tokenizer.max_length=300"]
+    more += ["capture.capture_values=true", "capture.capture_outputs=true"]
     arguments = [sys.executable, "-m", "qk_sniffer", *command.split(), *more]
     done = subprocess.run(arguments, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert json.loads((root / "manifest.json").read_text())["proof"]["proven"] is True
+    proof = json.loads((root / "manifest.json").read_text())["proof"]
+    assert proof["proven"] is True and proof["uncovered"] == []
 
     model = mine.MineModel.from_pretrained(folder / "checkpoint", dtype=torch.bfloat16).eval()
     heads = heads_of(root)
-    assert len(heads) == 3 * (4 + 4)
+    assert len(heads) == 3 * 4 * 4
     for example in (0, 1):
         expected = by_hand(model, mine.turn, ids_of(heads["l00h00q"], example), pre_rope=pre_rope)
         for name, table in heads.items():
@@ -74,17 +76,21 @@ def ids_of(table: Any, example: int) -> torch.Tensor:
 
 
 def by_hand(model: Any, turn: Any, ids: torch.Tensor, *, pre_rope: bool) -> dict[tuple[int, str], np.ndarray]:
-    """Returns (heads, n, d) by (layer, kind), from the outputs of the fused projections."""
+    """Returns (heads, n, d) by (layer, kind), from the outputs of the first projections and the inputs of the last."""
     made: dict[tuple[int, str], np.ndarray] = {}
     hooks = []
     for layer, mixer in enumerate(model.mixers):
 
         def keep(_: Any, inputs: Any, fused: torch.Tensor, layer: int = layer) -> None:
-            for kind, part in zip("qk", fused[0].chunk(3, dim=-1), strict=False):
+            for kind, part in zip("qkv", fused[0].chunk(3, dim=-1), strict=True):
                 states = part.unflatten(-1, (4, 16)).transpose(0, 1)
-                made[layer, kind] = (states if pre_rope else turn(states)).float().numpy()
+                made[layer, kind] = (states if pre_rope or kind == "v" else turn(states)).float().numpy()
+
+        def keep_output(_: Any, inputs: Any, layer: int = layer) -> None:
+            made[layer, "o"] = inputs[0][0].unflatten(-1, (4, 16)).transpose(0, 1).float().numpy()
 
         hooks.append(mixer.fused.register_forward_hook(keep))
+        hooks.append(mixer.out.register_forward_pre_hook(keep_output))
     with torch.inference_mode():
         model(ids)
     for hook in hooks:

@@ -190,6 +190,18 @@ def test_rows_do_not_depend_on_the_batch(name: str) -> None:
                 assert picks.position[picks.row == row].tolist() == alone.tolist()
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_values_have_the_positions_of_keys_and_outputs_those_of_queries(name: str) -> None:
+    sampler = Sampler(CONFIGS[name])
+    plan = sampler.plan([5, -7], [700, 90], [(layer, kind) for layer in (0, 3) for kind in "ovkq"])
+    for layer in (0, 3):
+        assert plan[layer, "v"] is plan[layer, "k"] and plan[layer, "o"] is plan[layer, "q"]
+        for kind, of in (("v", "k"), ("o", "q")):
+            expected = reference_positions(CONFIGS[name], 5, layer, of, 700)
+            assert sampler.positions(5, layer, kind, 700).tolist() == expected
+            assert sampler.bucket(kind, expected).tolist() == sampler.bucket(of, expected).tolist()
+
+
 def test_an_empty_batch_has_an_empty_plan() -> None:
     assert len(Sampler(SamplerConfig()).plan([], [], [(0, "q")])[0, "q"].row) == 0
 

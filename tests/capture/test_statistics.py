@@ -15,6 +15,7 @@ from support.verify_cases import edit, restate, verified, wrong
 from support.zoo import CASES, Case
 
 import qk_sniffer
+from qk_sniffer.dataset.verify import verify
 from qk_sniffer.errors import StoreError
 from qk_sniffer.jobs import capture_examples
 from qk_sniffer.jobs.finalize import finalize
@@ -84,7 +85,8 @@ def test_they_are_those_of_all_rows_before_and_after_rope(
     case: Case, folder_of: FolderOf, texts: Path, tmp_path: Path
 ) -> None:
     folder, off = folder_of(case), {"verify": {"examples": 0}}
-    post = run(folder, texts, tmp_path / "post", capture=asked(["pre", "post"]), **off)
+    capture = asked(["pre", "post"]) | {"capture_values": True, "capture_outputs": True}
+    post = run(folder, texts, tmp_path / "post", capture=capture, **off)
     pre = run(folder, texts, tmp_path / "pre", capture={"capture_pre_rope": True}, **off)
     dataset = qk_sniffer.open_dataset(post)
     tokens = dataset.manifest["tokens"]
@@ -104,6 +106,14 @@ def test_they_are_those_of_all_rows_before_and_after_rope(
                 as_complex = rows[..., one].astype(np.float64) + 1j * rows[..., other]
                 assert found.frequency_mean == pytest.approx(as_complex.mean(axis=1), abs=1e-5)
                 assert found.frequency_modulus == pytest.approx(np.abs(as_complex).mean(axis=1), rel=1e-5)
+        for kind in "vo":
+            found, rows = dataset.statistics(layer, kind), rows_of(post, layer, kind)
+            assert found.heads.tolist() == [*range(len(rows))] and set(found.count) == {tokens}
+            assert_close(found, rows)
+            assert found.frequency_pairs is None
+            with pytest.raises(StoreError, match="stages pre, post; values and outputs have the stage post alone"):
+                dataset.statistics(layer, kind, "pre")
+    assert verify(post).problems == 0
 
 
 def test_the_first_tokens_and_the_covariances_can_be_left_out(checkpoint: Path, texts: Path, tmp_path: Path) -> None:
@@ -139,7 +149,8 @@ def test_heads_that_are_not_captured_are_left_out(checkpoint: Path, texts: Path,
 
 
 def test_a_killed_job_makes_the_same_bytes(checkpoint: Path, texts: Path, tmp_path: Path, small_groups: None) -> None:
-    values: dict[str, Any] = {"capture": asked(["pre", "post"]), "inference": {"batch_size": 2, "lookahead": 12}}
+    capture = asked(["pre", "post"]) | {"capture_values": True, "capture_outputs": True}
+    values: dict[str, Any] = {"capture": capture, "inference": {"batch_size": 2, "lookahead": 12}}
     whole = hashes(run(checkpoint, texts, tmp_path / "whole", **values))
     for batches in (1, 4, 9):
         root = tmp_path / f"after-{batches}"

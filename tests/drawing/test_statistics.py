@@ -119,6 +119,18 @@ def test_there_are_pictures_of_the_stages_that_were_taken(dataset: Dataset, veri
     assert module.pictures(qk_sniffer.open_dataset(verify_base)) == {}
 
 
+def test_values_and_outputs_are_in_the_pictures_after_rope(undisturbed: Callable[..., Path]) -> None:
+    capture = statistics() | {"capture_values": True, "capture_outputs": True, "capture_keys": False}
+    dataset = qk_sniffer.open_dataset(undisturbed(capture=capture, verify={"examples": 0}))
+    figure = drawn(dataset, "norms")
+    assert [axes.get_title() for axes in figure.axes] == [f"{kind} vectors" for kind in ("value", "query", "output")]
+    assert [len(axes.get_lines()) for axes in figure.axes] == [2, 3, 2]
+    assert len(figure.legends[0].get_texts()) == 3, "the lines of queries, which RoPE changes"
+    for stage, number in (("pre", 1), ("post", 3)):
+        panels = [axes for axes in drawn(dataset, f"channel_ranges_{stage}").axes if axes.get_label() != "<colorbar>"]
+        assert len(panels) == 2 * number
+
+
 def test_norms_without_a_variance(dataset: Dataset) -> None:
     """A head with one token has none, and a variance that float32 cannot hold is not known."""
     one = dataset.statistics(0, "q", "pre")

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 from support.backbones import FolderOf
 from support.export_cases import edited, rows_of, statistics, without_rows
 from support.hub_cases import copied
+from support.jobs import run
 from support.verify_cases import edit
 from support.zoo import CASES
 
@@ -49,6 +50,28 @@ def test_the_ranges_are_those_of_all_keys(undisturbed: Callable[..., Path], tmp_
             assert np.array_equal(ranges[f"{start}absmax"], np.abs(rows).max(axis=1))
 
 
+def test_values_that_were_captured_have_scales_too(folder_of: FolderOf, texts: Path, tmp_path: Path) -> None:
+    for name in ("qwen3_sliding", "deepseek_v3"):  # the values of the second one are narrower than its keys
+        root = run(folder_of(BY_NAME[name]), texts, tmp_path / name, capture=statistics() | {"capture_values": True})
+        dataset = qk_sniffer.open_dataset(root)
+        folder = qk_sniffer.export(dataset, "kv_scales", tmp_path / f"{name}-scales")
+        scales, ranges = (load_file(folder / f"{file}.safetensors") for file in ("kv_scales", "value_ranges"))
+        by_head = load_file(folder / "kv_scales_by_head.safetensors")
+        modules = {f"model.layers.{layer}.self_attn" for layer in range(3)}
+        assert scales.keys() == by_head.keys() == {f"{module}.{kind}_scale" for module in modules for kind in "kv"}
+        noted = json.loads((folder / "provenance.json").read_text())["scales"]
+        assert noted["of"] == ["key", "value"] and "missing" not in noted
+        for layer in range(3):
+            heads = [key.head for key in dataset.heads if (key.layer, key.kind) == (layer, "v")]
+            values = np.stack([rows_of(dataset, layer, head, "v") for head in heads])
+            module = f"model.layers.{layer}.self_attn"
+            assert scales[f"{module}.v_scale"] == pytest.approx(np.abs(values).max() / 448)
+            assert by_head[f"{module}.v_scale"].ravel() == pytest.approx(np.abs(values).max(axis=(1, 2)) / 448)
+            assert np.array_equal(ranges[f"layers.{layer}.absmax"], np.abs(values).max(axis=1))
+            assert np.array_equal(ranges[f"layers.{layer}.minimum"], values.min(axis=1))
+        assert not any(".pre." in each for each in ranges)
+
+
 def test_a_layer_without_attention_has_no_scale(folder_of: FolderOf, texts: Path, tmp_path: Path) -> None:
     checkpoint = folder_of(BY_NAME["mllama"])
     dataset = without_rows(checkpoint, texts, tmp_path / "out")
@@ -62,13 +85,17 @@ def test_a_layer_without_attention_has_no_scale(folder_of: FolderOf, texts: Path
 
 
 @pytest.mark.slow
-def test_the_loader_of_compressed_tensors_reads_the_scales(checkpoint: Path, texts: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("values", [False, True])
+def test_the_loader_of_compressed_tensors_reads_the_scales(
+    values: bool, checkpoint: Path, texts: Path, tmp_path: Path
+) -> None:
     """transformers loads such checkpoints with the package compressed-tensors."""
     import torch
     from compressed_tensors.quantization import QuantizationConfig
     from transformers import AutoModelForCausalLM
 
-    folder = qk_sniffer.export(without_rows(checkpoint, texts, tmp_path / "out"), "kv_scales", tmp_path / "scales")
+    dataset = without_rows(checkpoint, texts, tmp_path / "out", capture_values=values)
+    folder = qk_sniffer.export(dataset, "kv_scales", tmp_path / "scales")
     entry = json.loads((folder / "quantization_config.json").read_text())
     config = json.loads((checkpoint / "config.json").read_text())
     for strategy, name in (("tensor", "kv_scales"), ("attn_head", "kv_scales_by_head")):
@@ -84,10 +111,10 @@ def test_the_loader_of_compressed_tensors_reads_the_scales(checkpoint: Path, tex
         (quantized / "config.json").write_text(json.dumps(config | entry))
         model, info = AutoModelForCausalLM.from_pretrained(quantized, dtype=torch.float32, output_loading_info=True)
         assert not info["unexpected_keys"] and not info["mismatched_keys"]
-        assert info["missing_keys"] == {each.replace("k_scale", "v_scale") for each in scales}
+        assert info["missing_keys"] == {each.replace("k_scale", "v_scale") for each in scales} - {*scales}
         state = model.state_dict()
-        for each, values in scales.items():
-            assert np.array_equal(state[each].numpy(), values)
+        for each, numbers in scales.items():
+            assert np.array_equal(state[each].numpy(), numbers)
 
 
 def test_a_model_whose_modules_have_no_names_is_refused(checkpoint: Path, texts: Path, tmp_path: Path) -> None:

@@ -81,6 +81,7 @@ def test_a_killed_job_resumes_and_ends_with_the_same_bytes(
         (2, {}),
         (2, {"statistics": {"enabled": True, "stages": ["pre", "post"]}}),
         (2, {"attention": {"enabled": True}}),
+        (2, {"capture_values": True, "capture_outputs": True}),
     ],
 )
 def test_killed_at_random_moments_of_every_step(

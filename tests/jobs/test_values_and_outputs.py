@@ -196,7 +196,7 @@ def test_values_that_a_proof_cannot_derive_are_named(
     proof = manifests.read(run(checkpoint, texts, tmp_path / "out", capture=BOTH | {"layers": [0]}))["proof"]
     reason = "no hook path is known for the values of this family of models"
     assert proof["proven"] is True
-    assert proof["uncovered"] == [{"layer": 0, "kind": kind, "reason": reason} for kind in "vo"]
+    assert proof["uncovered"] == [{"layer": 0, "kind": kind, "reason": reason} for kind in "ov"]
     assert f"no values in layer 0: {reason}" in " ".join((tmp_path / "out" / "README.md").read_text().split())
 
 

@@ -12,6 +12,7 @@ from qk_sniffer.errors import HubError, SourceError, StoreError
 from qk_sniffer.hub.branch import Branch
 from qk_sniffer.jobs.hub_resume import branch_ahead
 from qk_sniffer.jobs.identity import Job, resolve_commits
+from qk_sniffer.jobs.loaded_code import check_same_code, check_same_loaded, differences_of_loaded
 from qk_sniffer.jobs.shards import journals_of
 from qk_sniffer.jobs.source_rows import START_PATIENCE_S, changes_limit, limit_problem, source_rows
 from qk_sniffer.logs import logger
@@ -192,14 +193,14 @@ def register_job(layout: Layout, start: Start, record: Mapping[str, Any], *, own
                 if not overwrite:
                     _check_same(start.job, record["source_rows"], stored, layout.root)
                     _check_same_heads(record, stored, f"{layout.root} holds an unfinished job")
-                    _check_same_loaded(record, stored, layout.root)
+                    check_same_loaded(record, stored, layout.root)
                     if record["base"] != stored["base"]:
                         raise _overtaken(layout.root)
                 if (
                     _is_same(start.job, record["source_rows"], stored)
                     and record["base"] == stored["base"]
                     and _captured(record) == _captured(stored)
-                    and not _differences_of_loaded(record, stored)
+                    and not differences_of_loaded(record, stored)
                     and stored["job_id"] != start.replaces
                 ):
                     _store_output(layout, stored, record["config"]["output"], own_lock)
@@ -214,6 +215,7 @@ def register_job(layout: Layout, start: Start, record: Mapping[str, Any], *, own
                 raise _overtaken(layout.root)
             if start.base is not None:
                 _check_same_heads(record, start.base.manifest, f"{start.base.files} is a finished dataset")
+                check_same_code(record, start.base.manifest, f"{start.base.files} is a finished dataset")
         job_id = new_job_id(record)
         write_record(layout, {**record, "job_id": job_id}, access=own_lock)
         return job_id
@@ -234,36 +236,6 @@ def change_output(config: ResolvedConfig, layout: Layout, own_lock: Lock) -> Non
 def _store_output(layout: Layout, record: dict[str, Any], output: Mapping[str, Any], access: Access) -> None:
     if record["config"]["output"] != output:
         write_record(layout, {**record, "config": {**record["config"], "output": output}}, access=access)
-
-
-def _differences_of_loaded(record: Mapping[str, Any], stored: Mapping[str, Any]) -> list[str]:
-    """Lists in what the loaded model and tokenizer differ from those that the job has loaded before, one a line."""
-    lines = []
-    for what, key in (
-        ("model", "decoder"),
-        ("model", "family"),
-        ("model", "attn_implementation"),
-        ("tokenizer", "class"),
-    ):
-        now, there = record[what].get(key), stored[what].get(key)
-        if key in stored[what] and now != there:  # earlier versions do not store all of them
-            lines.append(f"{key} of the {what}: {there!r} there, {now!r} now")
-    return lines
-
-
-def _check_same_loaded(record: Mapping[str, Any], stored: Mapping[str, Any], root: Path) -> None:
-    """Refuses to resume a job with another model or tokenizer of the same settings.
-
-    Raises:
-        StoreError: their classes, their code or the attention kernel differ.
-    """
-    if lines := _differences_of_loaded(record, stored):
-        raise StoreError(
-            f"{root} holds an unfinished job, and what was loaded for it differs:",
-            *(f"  - {line}" for line in lines),
-            "Restore the code and the packages that the job started with, give this job another folder "
-            "(output.data_root=...), or replace the old work with output.overwrite=true.",
-        )
 
 
 def _captured(record: Mapping[str, Any]) -> dict[tuple[int, str], list[int]]:

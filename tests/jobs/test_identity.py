@@ -1,5 +1,6 @@
 """The settings and the code that decide vectors belong to a job's identity; the places where it runs do not."""
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -79,6 +80,45 @@ def test_code_that_no_library_pins_has_a_digest(tmp_path: Path, monkeypatch: pyt
     sys.modules.pop("my_code")
     assert names[0] == names[2] != names[1]
     assert names[0].startswith("Mine (sha256 of its code: ")
+
+
+def test_the_digest_covers_the_modules_that_the_code_uses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    package = tmp_path / "my_package"
+    package.mkdir()
+    (package / "__init__.py").write_text("import numpy, my_other\nfrom my_package.steps import step\n")
+    (package / "steps.py").write_text("def step(): return 1\n")
+    (package / "fam.py").write_text("import json, numpy, my_package\nclass Mine:\n    pass\n")
+    (tmp_path / "my_other.py").write_text("import my_package\nFACTOR = 1\n")
+    names = []
+    for file in (None, "my_package/steps.py", "my_other.py"):
+        if file is not None:
+            (tmp_path / file).write_text((tmp_path / file).read_text().replace("1", "2"))
+        for module in [name for name in sys.modules if name.startswith("my_")]:
+            sys.modules.pop(module)
+        importlib.invalidate_caches()
+        names.append(class_and_code(importlib.import_module("my_package.fam").Mine))
+    assert len({*names}) == 3
+
+
+def test_a_dataset_is_not_added_to_with_other_code(
+    checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = run(checkpoint, texts, tmp_path / "out", dataset={"max_samples": 2}, verify={"examples": 0})
+    real = run_module._record
+    for code in ("Mine (sha256 of its code: 12)", "renamed.in.a.newer.Version"):
+
+        def other(*args: Any, code: str = code) -> dict[str, Any]:
+            record = real(*args)
+            return record | {"model": record["model"] | {"family": code}}
+
+        with monkeypatch.context() as patch:
+            patch.setattr(run_module, "_record", other)
+            if "sha256" in code:
+                with pytest.raises(StoreError, match=r"is a finished dataset of other code: family of the model: "):
+                    run(checkpoint, texts, root, verify={"examples": 0})
+            else:
+                run(checkpoint, texts, root, verify={"examples": 0})
 
 
 def test_no_path_of_this_machine_is_published(checkpoint: Path, tmp_path: Path) -> None:

@@ -64,6 +64,10 @@ class _Format(TypedDict):
     format: Literal["qk-sniffer-plasticity/1"]
 
 
+class _AnyFormat(TypedDict):
+    format: Annotated[str, Meta(pattern=r"\Aqk-sniffer-plasticity/[0-9]{1,9}\Z")]
+
+
 class _Head(TypedDict):
     layer: HeadNumber
     q_head: HeadNumber
@@ -89,6 +93,15 @@ def read_record(path: Path) -> dict[str, Any]:
     if record["tables"].keys() != TABLE_FILES:
         raise UnreadableError(path, "contradicts itself (it does not list the tables)", _WAY_OUT)
     return dict(record)
+
+
+def is_record(path: Path) -> bool:
+    """Whether a file is a record of results, of whatever version."""
+    try:
+        stored.read(path, _AnyFormat, way_out=_WAY_OUT, most_bytes=LARGE)
+    except (OSError, StoreError):
+        return False
+    return True
 
 
 def encode_head(result: HeadResult, fingerprint: str) -> bytes:

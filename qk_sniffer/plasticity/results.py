@@ -10,7 +10,8 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -22,18 +23,20 @@ from qk_sniffer.errors import StoreError
 from qk_sniffer.logs import logger
 from qk_sniffer.plasticity import tables
 from qk_sniffer.plasticity.config import PlasticityConfig
-from qk_sniffer.plasticity.forms import FORMAT, encode_head, read_head, read_record
+from qk_sniffer.plasticity.forms import FORMAT, encode_head, is_record, read_head, read_record
 from qk_sniffer.plasticity.tables import HeadResult
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store import stored
-from qk_sniffer.store.disk import explained, make_folder, remove, sha256_of, write_atomic
-from qk_sniffer.store.layout import MANIFEST, PICTURE_SUFFIXES, head_name
+from qk_sniffer.store.disk import explained, make_folder, paths_in, remove, sha256_of, write_atomic
+from qk_sniffer.store.layout import MANIFEST, PICTURE_SUFFIXES, head_name, parse_head_name
 from qk_sniffer.store.locks import hold
 from qk_sniffer.store.open_folder import PLAIN, Access
 from qk_sniffer.store.stored import UnreadableError
 from qk_sniffer.text import shortened
 
 log = logger(__name__)
+
+_JOB = "job.json"
 
 
 class Results:
@@ -53,17 +56,19 @@ class Results:
         """Creates the folder, and holds its lock within the block. What is written there is checked against the lock.
 
         Raises:
-            StoreError: the folder holds something else, cannot be written, or another process holds the lock.
+            StoreError: the folder has files, but none with content of results; it cannot be written; or another process
+                holds the lock.
             TakenAwayError: the folder is removed, moved or replaced during the block. Nothing more is written there.
         """
-        with explained(self.folder, "read"):
-            paths = list(self.folder.iterdir()) if self.folder.is_dir() else []
-        found = sorted(path.name for path in paths if path != self._lock_file)
-        if (found and not self.record_file.exists() and not self._work.exists()) or MANIFEST in found:
-            raise StoreError(f"{self.folder} holds something else ({shortened(found, 5)}); choose another output_dir")
         for path in (self._work, self.pictures):
             if path.is_symlink():
                 raise StoreError(f"{path} is a link, and results are not written through it: remove the link")
+        with explained(self.folder, "read"):
+            found = [path.name for path in paths_in(self.folder) if path != self._lock_file]
+            if found == [self._work.name] and {path.name for path in paths_in(self._work)} <= {f"{_JOB}.tmp"}:
+                found = []  # of a start that was killed at once
+        if (found and not self._is_of_results()) or MANIFEST in found:
+            raise StoreError(f"{self.folder} holds something else ({shortened(found, 5)}); choose another output_dir")
         try:
             make_folder(self.folder)
         except OSError as error:
@@ -71,6 +76,16 @@ class Results:
         with hold(self._lock_file, "measuring plasticity", follow_links=True) as lock, lock.explaining():
             self.access = lock
             yield
+
+    def _is_of_results(self) -> bool:
+        """Whether a file in the folder has content of results. Other programs may use the names of these files."""
+        if re.fullmatch("[0-9a-f]{64}", _text(self._work / _JOB) or "") or is_record(self.record_file):
+            return True
+        try:
+            tables.read(self.folder, "head_metrics")
+        except StoreError:
+            return False
+        return True
 
     def check(self) -> None:
         """Checks that the folder is still this process's.
@@ -120,7 +135,7 @@ class Results:
 
     def begin(self, fingerprint: str) -> None:
         """Keeps the results of earlier starts with this fingerprint. Discards those of another one, with a warning."""
-        job = self._work / "job.json"
+        job = self._work / _JOB
         known = stored_before = _text(job)
         if known is None:
             with suppress(StoreError):  # there is no record, or an unreadable one, which is replaced
@@ -131,7 +146,8 @@ class Results:
         self._fingerprint = fingerprint
         if stored_before != fingerprint:
             with explained(self.folder, "replace the results in"):
-                self._clear()
+                # The job's file stays until it is replaced: a start that is killed here leaves a folder of results.
+                self._clear(but={_JOB})
                 self.remove_pictures(lambda name: name.endswith(PICTURE_SUFFIXES))  # of the replaced results
                 make_folder(self._work, self.access)
             write_atomic(job, fingerprint.encode(), access=self.access)
@@ -175,8 +191,21 @@ class Results:
     def _file(self, layer: int, q_head: int) -> Path:
         return self._work / f"{head_name(layer, q_head, 'q')}.json"
 
-    def _clear(self) -> None:
-        remove(self._work, self.access)
+    def _clear(self, but: Collection[str] = ()) -> None:
+        """Removes the files of a job, and their folder if it is empty then."""
+        self.check()
+        with explained(self._work, "remove"), suppress(FileNotFoundError), self.access.open(self.folder) as folder:
+            with folder.folder(self._work.name) as work:
+                self.check()
+                for name in filter(_is_of_job, work.names()):
+                    if name not in but:
+                        work.remove(name, self.check)
+            folder.rmdir(self._work.name)
+
+
+def _is_of_job(name: str) -> bool:
+    name = name.removesuffix(".tmp")
+    return name == _JOB or (name.endswith(".json") and parse_head_name(name.removesuffix(".json")) is not None)
 
 
 def _text(path: Path) -> str | None:

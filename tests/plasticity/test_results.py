@@ -157,3 +157,80 @@ def test_the_work_of_another_run_is_not_removed(results: Path, tmp_path: Path, m
         own.access = Checked(own.access, replace)
         own.begin("1" * 64)
     assert other.read_text() == "of another run"
+
+
+@pytest.mark.parametrize(
+    "odd", [".work/job.json", ".work/precious.txt", ".work/l00h00q.json", "plasticity.json", "head_metrics.parquet"]
+)
+@pytest.mark.parametrize("content", ["mine", "{}", '{"format": "mine"}', ""])
+def test_a_folder_of_another_program_with_such_names_is_left_alone(
+    odd: str, content: str, verify_base: Path, tmp_path: Path
+) -> None:
+    project = tmp_path / "project"
+    for name in (odd, "pictures/holiday.png", "head_metrics.csv", "thesis.tex"):
+        (project / name).parent.mkdir(parents=True, exist_ok=True)
+        (project / name).write_text(content)
+    before = {path: path.read_bytes() for path in project.rglob("*") if path.is_file()}
+    with pytest.raises(
+        StoreError, match=r"project holds something else \(.*head_metrics\.csv.*choose another output_dir"
+    ):
+        measure(verify_base, project)
+    assert {path: path.read_bytes() for path in project.rglob("*") if path.is_file()} == before
+
+
+def test_an_empty_folder_of_another_program_does_not_make_a_folder_one_of_results(
+    verify_base: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "project" / ".work").mkdir(parents=True)
+    (tmp_path / "project" / "pictures").mkdir()
+    with pytest.raises(StoreError, match="holds something else"):
+        measure(verify_base, tmp_path / "project")
+
+
+@pytest.mark.parametrize("left", [[], ["job.json.tmp"]])
+def test_a_start_that_was_killed_at_once_can_be_repeated(left: list[str], verify_base: Path, tmp_path: Path) -> None:
+    work = tmp_path / "results" / ".work"
+    work.mkdir(parents=True)
+    for name in left:
+        (work / name).write_text("")
+    assert measure(verify_base, tmp_path / "results") == 0
+    assert not work.exists()
+
+
+def test_a_start_that_is_killed_while_it_replaces_another_can_be_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = Results(tmp_path / "results")
+    with results.claim():
+        results.begin("0" * 64)
+        results.save(HeadResult(0, 1, 0, dict.fromkeys(METRICS, 0.5), [], [0.5]))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt), results.claim():
+        patch.setattr("qk_sniffer.plasticity.results.make_folder", killed)
+        results.begin("1" * 64)
+    with results.claim():
+        results.begin("1" * 64)
+        assert results.load(0, 1) is None
+
+
+def killed(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_files_of_others_in_the_folder_of_work_stay(results: Path, verify_base: Path) -> None:
+    (results / ".work").mkdir()
+    (results / ".work" / "precious.txt").write_text("mine")
+    assert measure(verify_base, results, estimator=full_covariance(0.5)) == 0
+    assert [path.name for path in (results / ".work").iterdir()] == ["precious.txt"]
+
+
+@pytest.mark.parametrize("left", ["plasticity.json", "head_metrics.parquet", ".work/job.json"])
+def test_one_file_of_results_shows_whose_folder_it_is(left: str, results: Path) -> None:
+    if left.startswith(".work"):
+        (results / ".work").mkdir()
+        (results / left).write_text("0" * 64)
+    for path in [*results.iterdir()]:
+        if path.is_file() and path.name != left:
+            path.unlink()
+    (results / "notes.txt").write_text("of the user")
+    with Results(results).claim():
+        pass

@@ -22,7 +22,7 @@ from qk_sniffer.cli.collisions import collisions
 from qk_sniffer.cli.environment import read_environment
 from qk_sniffer.cli.flags import initialized, only_prints, parse_flags, show
 from qk_sniffer.cli.hydra_jobs import run_jobs
-from qk_sniffer.cli.launching import Launch
+from qk_sniffer.cli.launching import Launch, search_last_folder
 from qk_sniffer.cli.overrides import key_of
 from qk_sniffer.cli.preflight import Composer
 from qk_sniffer.cli.schema import Schema
@@ -60,6 +60,7 @@ def main() -> int:
 def task(node: DictConfig) -> str:
     """Runs one job, wherever Hydra's launcher starts it; returns its state, which it also writes to its status file."""
     escape_libraries()
+    search_last_folder()
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
     number = 0 if OmegaConf.is_missing(hydra_config.job, "num") else hydra_config.job.num

@@ -8,6 +8,7 @@ import glob
 import os
 import re
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -29,6 +30,9 @@ SETTLE_S = 30.0
 """Time for jobs to end after an interrupt that reaches them together with their command."""
 
 _SUBMITTED = "_submitted.pkl"
+
+_LAST_FOLDER = "QK_SNIFFER_LAST_FOLDER"
+"""The variable that tells the jobs of a sweep the folder that it was started in, if its command imports from there."""
 
 
 class Launch:
@@ -143,10 +147,10 @@ def use_snapshot(folder: Path) -> None:
     Raises:
         StoreError: a path with this name would be two paths.
     """
-    if os.pathsep in f"{folder}{Path.cwd()}":
+    if os.pathsep in str(folder):
         raise StoreError(
-            f"the code cannot be copied to {folder}: Python takes the character {os.pathsep!r} in it or in the current "
-            f"folder, {Path.cwd()}, for the end of a path. Start in another folder, or set snapshot=false"
+            f"the code cannot be copied to {folder}: Python takes the character {os.pathsep!r} in it for the end of a "
+            "path. Give the sweep another folder (hydra.sweep.dir=...), or set snapshot=false"
         )
     package = Path(qk_sniffer.__file__).parent
     ignored = shutil.ignore_patterns("__pycache__")
@@ -156,5 +160,16 @@ def use_snapshot(folder: Path) -> None:
             shutil.copytree(package.parent / name, folder / name, ignore=ignored, dirs_exist_ok=True)
     # Python puts the current directory, which may be the checkout, first in its path.
     os.environ["PYTHONSAFEPATH"] = "1"
-    paths = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")]), str(Path.cwd())]
-    os.environ["PYTHONPATH"] = os.pathsep.join(paths)
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+    if {"", str(Path.cwd())} & {*sys.path}:
+        os.environ[_LAST_FOLDER] = str(Path.cwd())
+
+
+def search_last_folder() -> None:
+    """Makes modules of the folder that a sweep with copied code was started in importable, after all others.
+
+    Such as that of `model.family`. The variable PYTHONPATH would put them before the standard library.
+    """
+    folder = os.environ.get(_LAST_FOLDER)
+    if folder is not None and folder not in sys.path:
+        sys.path.append(folder)

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -60,15 +61,36 @@ def test_a_setting_of_several_lines(key: str, value: Any) -> None:
     assert problem.startswith(f"hydra.launcher.{key} has a line break")
 
 
-@pytest.mark.parametrize("place", ["folder", "current"])
-def test_code_is_not_copied_to_where_python_does_not_find_it(
-    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_code_is_not_copied_to_where_python_does_not_find_it(tmp_path: Path) -> None:
     odd = tmp_path / f"a{os.pathsep}b"
     odd.mkdir()
     before = os.environ.get("PYTHONPATH")
-    if place == "current":
-        monkeypatch.chdir(odd)
     with pytest.raises(StoreError, match=r"the code cannot be copied to .*snapshot=false"):
-        launching.use_snapshot((odd if place == "folder" else tmp_path) / "code")
+        launching.use_snapshot(odd / "code")
     assert os.environ.get("PYTHONPATH") == before and not [*tmp_path.rglob("code")]
+
+
+@pytest.mark.parametrize("searched", [True, False])
+def test_jobs_look_in_the_current_folder_last(searched: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise a file yaml.py of someone else's folder would run, with the token in its environment."""
+    here = tmp_path / "here"
+    here.mkdir()
+    for name in ("yaml", "json", "my_family"):
+        (here / f"{name}.py").write_text("FOUND = True\n")
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(sys, "path", [*([""] if searched else []), *filter(None, sys.path)])
+    for name in ("PYTHONPATH", "PYTHONSAFEPATH", "QK_SNIFFER_LAST_FOLDER"):
+        monkeypatch.delenv(name, raising=False)
+    launching.use_snapshot(tmp_path / "code")
+    job = (
+        "import json, yaml\n"
+        "assert not hasattr(yaml, 'FOUND') and not hasattr(json, 'FOUND')\n"
+        "from qk_sniffer.cli.launching import search_last_folder\n"
+        "import qk_sniffer\n"
+        f"assert qk_sniffer.__file__.startswith({str(tmp_path / 'code')!r})\n"
+        "search_last_folder()\n"
+        "import my_family\n"
+    )
+    done = subprocess.run([sys.executable, "-c", job], capture_output=True, text=True)
+    assert (done.returncode == 0) == searched, done.stderr
+    assert searched or "No module named 'my_family'" in done.stderr

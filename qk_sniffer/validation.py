@@ -129,7 +129,8 @@ def _capture(config: Config) -> Iterator[str]:
     if kinds and without_rows == kinds and not capture.statistics.enabled:
         yield "sampler.type is none and capture.statistics.enabled is false: nothing would be captured"
     if capture.statistics.enabled and capture.statistics.stages == ["pre"]:
-        for kind in {"v", "o"} & {*(without_rows if {"q", "k"} & {*kinds} else kinds)}:
+        in_vain = without_rows if {"q", "k"} & {*kinds} else kinds
+        for kind in (kind for kind in in_vain if kind in ("v", "o")):
             yield (
                 f"{KIND_SETTINGS[kind]} is true, and capture.statistics.stages is [pre], a stage that values and "
                 "outputs do not have: add post"

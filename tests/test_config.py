@@ -22,6 +22,7 @@ from qk_sniffer.config import (
     OutputConfig,
     SamplerConfig,
     ShardConfig,
+    StatisticsConfig,
     TokenizerConfig,
     schema,
     settings,
@@ -263,6 +264,26 @@ BAD: list[tuple[str, Config]] = [
         ),
     ),
     (r"are all false", replace(GOOD, capture=CaptureConfig(capture_queries=False, capture_keys=False))),
+    (
+        r"capture\.capture_values is true, and capture\.statistics\.stages is \[pre\], a stage that values",
+        replace(
+            GOOD,
+            sampler=SamplerConfig(keys=KeySamplerConfig(type="none")),
+            capture=CaptureConfig(capture_values=True, statistics=StatisticsConfig(enabled=True, stages=["pre"])),
+        ),
+    ),
+    (
+        r"capture\.capture_outputs is true, and capture\.statistics\.stages is \[pre\]",
+        replace(
+            GOOD,
+            capture=CaptureConfig(
+                capture_queries=False,
+                capture_keys=False,
+                capture_outputs=True,
+                statistics=StatisticsConfig(enabled=True, stages=["pre"]),
+            ),
+        ),
+    ),
     (r"capture\.layers is \[-1\]", replace(GOOD, capture=CaptureConfig(layers=[-1]))),
     (r"capture\.layers is \[\]", replace(GOOD, capture=CaptureConfig(layers=[]))),
     (r"capture\.heads is \[3, 3\]; it names 3 more", replace(GOOD, capture=CaptureConfig(heads=[3, 3]))),

@@ -179,6 +179,27 @@ def test_a_family_that_sees_nothing_with_this_kernel_says_so() -> None:
         Backbone(FalconModel(config).eval(), find_family("falcon")).probe()
 
 
+def test_values_that_are_filled_up_to_the_width_of_keys_are_cut_to_their_own(decoder: Any) -> None:
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    cut: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def into(vectors: list[tuple[torch.Tensor, torch.Tensor]]) -> Callable[..., None]:
+        return lambda call, output: vectors.append((call.value.clone(), output.clone()))
+
+    backbone = Backbone(decoder, Family())
+    backbone.forward(ids(), lambda call: None, on_output=into(seen))
+    for layer in decoder.layers:
+        layer.self_attn.v_head_dim = 5
+    backbone.forward(ids(), lambda call: None, on_output=into(cut))
+    assert len(cut) == len(seen) == 3
+    for whole, part in zip(seen, cut, strict=True):
+        for one, other in zip(whole, part, strict=True):
+            assert one.shape[-1] == 8 and torch.equal(one[..., :5], other)
+    assert {(fact.value_dim, fact.output_dim) for fact in backbone.probe()} == {(5, 5)}
+    attention = decoder.layers[0].self_attn
+    assert Family().value_dim(attention, 16, 8) == 8, "not filled up: keys have another width"
+
+
 def test_vectors_before_rope_are_refused_where_the_rotary_function_writes_over_them(
     decoder: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,8 +16,10 @@ import pyarrow as pa
 
 from qk_sniffer.capture.sampling import Sampler
 from qk_sniffer.config import AttentionConfig, from_dict
+from qk_sniffer.dataset import recomputed_attention
 from qk_sniffer.dataset.attention_summary import AttentionSummary
 from qk_sniffer.dataset.heads import captured_heads, key_head
+from qk_sniffer.dataset.recomputed_attention import Attention, Logits
 from qk_sniffer.errors import StoreError
 from qk_sniffer.hub.branch import Branch, open_branch
 from qk_sniffer.hub.revisions import is_hub_id
@@ -216,6 +218,28 @@ class Dataset:
         if self._attention is None:
             raise StoreError(f"{self} has no attention summaries: capture.attention.enabled=true makes them")
         return self._capture.attention
+
+    def logits(self, layer: int, head: int, example_id: int) -> Logits:
+        """Returns the logits of the stored queries of a query head and the stored keys of its key head in an example.
+
+        Raises:
+            StoreError: the dataset has no such example, queries or keys, their files are missing or damaged, or the
+                logits do not follow from them: they are from before RoPE, or the layer has a bias or sparse attention.
+            HubError: a file cannot be fetched.
+        """
+        return recomputed_attention.logits(self, layer, head, example_id)
+
+    def attention(self, layer: int, head: int, example_id: int) -> Attention:
+        """Returns the attention weights of the stored queries of a query head for the stored keys in an example.
+
+        If all keys are stored that the queries see, the weights follow from the logits. Otherwise the sum of the
+        softmax is that of the attention summaries.
+
+        Raises:
+            StoreError: a reason of `logits`, or some keys are not stored and there are no attention summaries.
+            HubError: a file cannot be fetched.
+        """
+        return recomputed_attention.attention(self, layer, head, example_id)
 
     def statistics(self, layer: int, kind: str, stage: str | None = None) -> Statistics:
         """Returns the statistics of the captured heads of a layer over all tokens, for a kind of vectors.

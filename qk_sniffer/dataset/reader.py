@@ -16,10 +16,9 @@ import pyarrow as pa
 
 from qk_sniffer.capture.sampling import Sampler
 from qk_sniffer.config import AttentionConfig, from_dict
-from qk_sniffer.dataset import recomputed_attention
 from qk_sniffer.dataset.attention_summary import AttentionSummary
 from qk_sniffer.dataset.heads import captured_heads, key_head
-from qk_sniffer.dataset.recomputed_attention import Attention, Logits
+from qk_sniffer.dataset.recomputed_attention import Attention, Logits, attention_of, logits_of, unknown_logits
 from qk_sniffer.errors import StoreError
 from qk_sniffer.hub.branch import Branch, open_branch
 from qk_sniffer.hub.revisions import is_hub_id
@@ -227,7 +226,20 @@ class Dataset:
                 logits do not follow from them: they are from before RoPE, or the layer has a bias or sparse attention.
             HubError: a file cannot be fetched.
         """
-        return recomputed_attention.logits(self, layer, head, example_id)
+        key_head = self.key_head(layer, head)
+        described = next(one for one in self.manifest["model"]["layers"] if one["layer"] == layer)
+        if (reason := unknown_logits(described, pre_rope=self._capture.capture_pre_rope)) is not None:
+            raise StoreError(f"{self}: the logits of layer {layer} cannot be computed: {reason}")
+        if example_id not in self.examples["example_id"].to_numpy():
+            raise StoreError(f"{self} has no example {example_id} (`.examples`)")
+        queries, keys = self.vectors(layer, head, "q"), self.vectors(layer, key_head, "k")
+        of_query, of_key = queries.example_ids == example_id, keys.example_ids == example_id
+        return logits_of(
+            described,
+            head,
+            (queries.vectors[of_query], queries.positions[of_query]),
+            (keys.vectors[of_key], keys.positions[of_key]),
+        )
 
     def attention(self, layer: int, head: int, example_id: int) -> Attention:
         """Returns the attention weights of the stored queries of a query head for the stored keys in an example.
@@ -239,7 +251,12 @@ class Dataset:
             StoreError: a reason of `logits`, or some keys are not stored and there are no attention summaries.
             HubError: a file cannot be fetched.
         """
-        return recomputed_attention.attention(self, layer, head, example_id)
+        found = self.logits(layer, head, example_id)
+        summary = None if self._attention is None else self.attention_summary(layer, head)
+        try:
+            return attention_of(found, example_id, summary)
+        except StoreError as error:
+            raise StoreError(f"{self}, layer {layer}, head {head}, example {example_id}: {error}") from error
 
     def statistics(self, layer: int, kind: str, stage: str | None = None) -> Statistics:
         """Returns the statistics of the captured heads of a layer over all tokens, for a kind of vectors.

@@ -5,16 +5,13 @@ Shapes: P stored queries, J stored keys.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from qk_sniffer.config import from_dict
+from qk_sniffer.dataset.attention_summary import AttentionSummary
 from qk_sniffer.errors import StoreError
-
-if TYPE_CHECKING:
-    from qk_sniffer.dataset.reader import Dataset
 
 Float64 = npt.NDArray[np.float64]
 Int32 = npt.NDArray[np.int32]
@@ -30,6 +27,8 @@ class Logits:
     """(P,): ascending."""
     key_positions: Int32
     """(J,): ascending."""
+    num_keys: npt.NDArray[np.int64]
+    """(P,): the keys that each query sees, its own included, stored or not."""
     sink: float | None
     """The learned logit that joins the softmax of each query; None without one."""
 
@@ -49,62 +48,9 @@ class Attention:
     """(P,): the natural logarithm of the sum of exp(logit) over all keys that the query sees and the sink."""
 
 
-def logits(dataset: "Dataset", layer: int, head: int, example_id: int) -> Logits:
-    """Returns the logits of query head `head`, as `Dataset.logits`."""
-    key_head = dataset.key_head(layer, head)
-    described = _layer(dataset, layer)
-    if (reason := _unknown(dataset, described)) is not None:
-        raise StoreError(f"{dataset}: the logits of layer {layer} cannot be computed: {reason}")
-    if example_id not in dataset.examples["example_id"].to_numpy():
-        raise StoreError(f"{dataset} has no example {example_id} (`.examples`)")
-    (queries, query_positions), (keys, key_positions) = (
-        (rows.vectors[rows.example_ids == example_id], rows.positions[rows.example_ids == example_id])
-        for rows in (dataset.vectors(layer, head, "q"), dataset.vectors(layer, key_head, "k"))
-    )
-    found = described["softmax_scale"] * (queries.astype(np.float64) @ keys.astype(np.float64).T)
-    if (softcap := described.get("softcap")) is not None:
-        found = softcap * np.tanh(found / softcap)
-    first = _first_seen(described, query_positions)
-    is_seen = (key_positions <= query_positions[:, None]) & (key_positions >= first[:, None])
-    sink = None if described.get("sinks") is None else float(described["sinks"][head])
-    return Logits(np.where(is_seen, found, -np.inf), query_positions, key_positions, sink)
-
-
-def attention(dataset: "Dataset", layer: int, head: int, example_id: int) -> Attention:
-    """Returns the attention weights of query head `head`, as `Dataset.attention`."""
-    found = logits(dataset, layer, head, example_id)
-    seen = int((found.logits != -np.inf).sum())
-    pairs = int((found.query_positions - _first_seen(_layer(dataset, layer), found.query_positions) + 1).sum())
-    if seen == pairs:
-        total = _logsumexp(found)
-    elif not from_dict(dataset.manifest["config"]).capture.attention.enabled:
-        raise StoreError(
-            f"{dataset}: the attention of layer {layer}, head {head} in example {example_id} is not known: "
-            f"{pairs - seen:,} of the {pairs:,} pairs of a stored query and a key that it sees lack the key. Capture "
-            "all keys (sampler.keys.type=all), or summaries (capture.attention.enabled=true)"
-        )
-    else:
-        summary = dataset.attention_summary(layer, head)
-        mine = summary.example_ids == example_id
-        if not np.array_equal(summary.positions[mine], found.query_positions):
-            raise StoreError(
-                f"{dataset}: the attention summaries of layer {layer}, head {head} have other rows than its queries: "
-                "fetch the dataset again, or recreate it with output.overwrite=true"
-            )
-        total = summary.logsumexp[mine].astype(np.float64)
-    weights = np.exp(found.logits - total[:, None])
-    return Attention(weights, found.query_positions, found.key_positions, total)
-
-
-def _layer(dataset: "Dataset", layer: int) -> Mapping[str, Any]:
-    """Returns the manifest's description of a layer that it has."""
-    layers: list[dict[str, Any]] = dataset.manifest["model"]["layers"]
-    return next(one for one in layers if one["layer"] == layer)
-
-
-def _unknown(dataset: "Dataset", layer: Mapping[str, Any]) -> str | None:
-    """Returns why the logits of a layer do not follow from its stored vectors; None if they do."""
-    if from_dict(dataset.manifest["config"]).capture.capture_pre_rope:
+def unknown_logits(layer: Mapping[str, Any], *, pre_rope: bool) -> str | None:
+    """Returns why the logits of a layer of the manifest do not follow from its stored vectors; None if they do."""
+    if pre_rope:
         return "its vectors are from before RoPE: capture with capture.capture_pre_rope=false"
     if layer.get("position_bias"):
         return "a bias is added to its logits, which is not stored"
@@ -113,6 +59,58 @@ def _unknown(dataset: "Dataset", layer: Mapping[str, Any]) -> str | None:
     if not (layer.get("full_attention") or layer["sliding_window"] or layer.get("attention_chunk")):
         return "it is not known which keys its queries see"
     return None
+
+
+def logits_of(
+    layer: Mapping[str, Any],
+    head: int,
+    queries: tuple[npt.NDArray[np.float32], Int32],
+    keys: tuple[npt.NDArray[np.float32], Int32],
+) -> Logits:
+    """Returns the logits of query head `head` of a layer of the manifest.
+
+    `queries` are (P, d) with their positions (P,), `keys` (J, d) with theirs (J,), all of one example.
+    """
+    (query, query_positions), (key, key_positions) = queries, keys
+    logits = layer["softmax_scale"] * (query.astype(np.float64) @ key.astype(np.float64).T)
+    if (softcap := layer.get("softcap")) is not None:
+        logits = softcap * np.tanh(logits / softcap)
+    first = _first_seen(layer, query_positions)
+    is_seen = (key_positions <= query_positions[:, None]) & (key_positions >= first[:, None])
+    sinks = layer.get("sinks")
+    return Logits(
+        np.where(is_seen, logits, -np.inf),
+        query_positions,
+        key_positions,
+        num_keys=query_positions - first + 1,
+        sink=None if sinks is None else float(sinks[head]),
+    )
+
+
+def attention_of(found: Logits, example_id: int, summary: AttentionSummary | None) -> Attention:
+    """Returns the weights of the logits of an example. `summary` is that of their head, if there is one.
+
+    Raises:
+        StoreError: keys are missing, and there is no summary, or one of other queries.
+    """
+    missing, pairs = int((found.num_keys - (found.logits != -np.inf).sum(axis=1)).sum()), int(found.num_keys.sum())
+    if not missing:
+        total = _logsumexp(found)
+    elif summary is None:
+        raise StoreError(
+            f"the attention is not known: {missing:,} of the {pairs:,} pairs of a stored query and a key that it sees "
+            "lack the key. Capture all keys (sampler.keys.type=all), or summaries (capture.attention.enabled=true)"
+        )
+    else:
+        mine = summary.example_ids == example_id
+        if not np.array_equal(summary.positions[mine], found.query_positions):
+            raise StoreError(
+                "the attention summaries have other rows than the queries: fetch the dataset again, or recreate it "
+                "with output.overwrite=true"
+            )
+        total = summary.logsumexp[mine].astype(np.float64)
+    weights = np.exp(found.logits - total[:, None])
+    return Attention(weights, found.query_positions, found.key_positions, total)
 
 
 def _first_seen(layer: Mapping[str, Any], positions: Int32) -> npt.NDArray[np.int64]:

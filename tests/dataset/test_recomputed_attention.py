@@ -45,7 +45,8 @@ def test_they_are_those_of_the_eager_kernel(name: str, folder_of: FolderOf, tmp_
             found, logits = dataset.attention(layer, head, 0), dataset.logits(layer, head, 0)
             assert found.query_positions.tolist() == found.key_positions.tolist() == [*range(len(text))]
             np.testing.assert_allclose(found.weights, expected[head], rtol=1e-3, atol=1e-5)
-            np.testing.assert_array_equal(np.isfinite(logits.logits), found.weights > 0)
+            assert np.array_equal(np.isfinite(logits.logits), found.weights > 0)
+            assert logits.num_keys.tolist() == np.isfinite(logits.logits).sum(axis=1).tolist()
             sink = 0.0 if logits.sink is None else np.exp(logits.sink - found.logsumexp)
             np.testing.assert_allclose(found.weights.sum(axis=1) + sink, 1.0, rtol=1e-12)
             assert (logits.sink is not None) == case.sinks
@@ -60,7 +61,9 @@ def test_weights_without_all_keys_are_refused(undisturbed: Callable[..., Path]) 
     dataset = qk_sniffer.open_dataset(undisturbed(sampler=few))
     logits = dataset.logits(1, 2, 5)
     assert logits.logits.shape == (len(logits.query_positions), len(logits.key_positions))
-    with pytest.raises(StoreError, match=r"example 5 is not known: .* lack the key. Capture all keys \(sampler.keys"):
+    with pytest.raises(
+        StoreError, match=r"head 2, example 5: the attention is not known: .* lack the key\. Capture all keys \(sampler"
+    ):
         dataset.attention(1, 2, 5)
     every_key = qk_sniffer.open_dataset(undisturbed(sampler=few | {"keys": {"type": "all"}}))
     found = every_key.attention(1, 2, 5)

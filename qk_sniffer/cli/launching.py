@@ -72,6 +72,7 @@ class Launch:
             record = self._open.enter_context(sweep.announced(self.folder, self.planned, outlive=on_slurm))
         if on_slurm:
             self._open.enter_context(QueueWatch(self.planned, self._submitted_ids, record))
+        protect_jobs()
         wanted = self.planned[0].config.snapshot
         if on_slurm if wanted is None else wanted:
             with explained(self.folder, "copy the code to"):
@@ -161,8 +162,21 @@ def use_snapshot(folder: Path) -> None:
     # Python puts the current directory, which may be the checkout, first in its path.
     os.environ["PYTHONSAFEPATH"] = "1"
     os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
-    if {"", str(Path.cwd())} & {*sys.path}:
+    if _imports_from_here():
         os.environ[_LAST_FOLDER] = str(Path.cwd())
+
+
+def protect_jobs() -> None:
+    """Keeps the current folder out of the places that jobs import from, unless this process imports from there.
+
+    A launcher starts them by `python -m`, which looks there first.
+    """
+    if not _imports_from_here():
+        os.environ["PYTHONSAFEPATH"] = "1"
+
+
+def _imports_from_here() -> bool:
+    return bool({"", str(Path.cwd())} & {*sys.path})
 
 
 def search_last_folder() -> None:

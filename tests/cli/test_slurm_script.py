@@ -94,3 +94,16 @@ def test_jobs_look_in_the_current_folder_last(searched: bool, tmp_path: Path, mo
     done = subprocess.run([sys.executable, "-c", job], capture_output=True, text=True)
     assert (done.returncode == 0) == searched, done.stderr
     assert searched or "No module named 'my_family'" in done.stderr
+
+
+@pytest.mark.parametrize("searched", [True, False])
+def test_jobs_do_not_look_in_the_current_folder_if_their_command_does_not(
+    searched: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "yaml.py").write_text("FOUND = True\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*([""] if searched else []), *filter(None, sys.path)])
+    monkeypatch.setenv("PYTHONSAFEPATH", "")
+    launching.protect_jobs()
+    done = subprocess.run([sys.executable, "-c", "import yaml; yaml.FOUND"], capture_output=True)
+    assert (done.returncode == 0) == searched

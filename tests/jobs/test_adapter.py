@@ -172,10 +172,10 @@ def test_the_branch_of_an_adapted_model_is_not_that_of_the_model() -> None:
             from_dict(settings(Path("org/base"), Path("org/texts"), Path("out"), model=model))
         ).output.hf_branch
 
-    assert branch() == "base-texts"
-    assert branch(adapter="me/My-LoRA") == "base-my-lora-texts"
-    assert branch(adapter="me/My-LoRA", slug="mine", revision="v2") == "mine-v2-my-lora-texts"
-    assert branch(adapter="me/My-LoRA", slug="mine-my-lora") == "mine-my-lora-texts"
+    assert branch() == "base-texts-all"
+    assert branch(adapter="me/My-LoRA") == "base-my-lora-texts-all"
+    assert branch(adapter="me/My-LoRA", slug="mine", revision="v2") == "mine-v2-my-lora-texts-all"
+    assert branch(adapter="me/My-LoRA", slug="mine-my-lora") == "mine-my-lora-texts-all"
 
 
 def test_wrong_settings_of_an_adapter_are_problems() -> None:

@@ -271,7 +271,8 @@ def test_a_job_that_adds_to_another_version_does_not_discard_the_work_of_a_shard
         return real(*args)
 
     monkeypatch.setattr(run_module, "load_components", load)
-    with pytest.raises(StoreError, match="another job has changed the dataset"):
+    # The dataset is checked in a thread meanwhile, which may find no manifest.
+    with pytest.raises(StoreError, match=r"another job has changed the dataset|nothing can be added to "):
         run(checkpoint, texts, root, **half(0))
     assert Layout(root).shard_done(1, 2).exists()
 

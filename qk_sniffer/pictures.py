@@ -25,10 +25,8 @@ from qk_sniffer.text import say
 class Settings:
     """The settings of the program."""
 
-    data_root: str = field(metadata={"help": "the dataset: a folder, or a repository on the Hub"})
-    revision: str | None = field(
-        default=None, metadata={"help": "branch, tag or commit of a dataset on the Hub; null: main"}
-    )
+    data_root: str = field(metadata=program.DATA_ROOT)
+    revision: str | None = field(default=None, metadata=program.REVISION)
     output_dir: Path | None = field(
         default=None, metadata={"help": "folder to write; null: <data_root>/pictures, or outputs/<revision>-pictures"}
     )

@@ -3,7 +3,7 @@
 Shapes: B batch, H query heads, n tokens.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ _OF_SPARSE_ATTENTION = {"indices", "block_indices"}
 """Arguments that select keys. The mask has the selection too."""
 
 _TENSORS = {"value", "attention_mask", "position_bias", "sinks"}
+"""Further arguments that `AttentionTerms` accounts for."""
 
 
 class UnknownTermsError(Exception):
@@ -55,7 +56,7 @@ class AttentionTerms:
         """
         if call.hides_keys and call.attention_chunk is None and not call.sparse_attention:
             raise UnknownTermsError("which earlier keys its queries see is not known")
-        if (name := unknown_argument(call.arguments, is_sparse=call.sparse_attention)) is not None:
+        if (name := unknown_argument(call.arguments, _TENSORS, is_sparse=call.sparse_attention)) is not None:
             raise UnknownTermsError(f"its kernel has an argument {name}, whose effect is not known")
         mask = call.arguments.get("attention_mask")
         if call.sparse_attention and not isinstance(mask, torch.Tensor):
@@ -80,9 +81,12 @@ def why_unknown(call: "AttentionCall") -> str | None:
     return None
 
 
-def unknown_argument(arguments: Mapping[str, Any], *, is_sparse: bool) -> str | None:
-    """Returns the name of a kernel's argument whose effect on the weights is not known; None if there is none."""
-    known = _KNOWN | _TENSORS | (_OF_SPARSE_ATTENTION if is_sparse else set())
+def unknown_argument(arguments: Mapping[str, Any], further: Set[str] = frozenset(), *, is_sparse: bool) -> str | None:
+    """Returns the name of a kernel's argument whose effect on the weights is not known; None if there is none.
+
+    `further` are arguments that the caller accounts for.
+    """
+    known = _KNOWN | further | (_OF_SPARSE_ATTENTION if is_sparse else set())
     for name, value in arguments.items():
         if name not in known and not (value is None or (isinstance(value, int | float) and not value)):
             return name

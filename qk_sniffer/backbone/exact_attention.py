@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qk_sniffer.backbone.masks import Visible
+from qk_sniffer.backbone.masks import Visible, is_visible
 
 PIECE_BYTES = 32 << 20
 """The keys that are widened at a time, and the logits of a piece, take about this much memory each."""
@@ -75,10 +75,7 @@ def _attend(of: Attended, at: Sequence[int], step: int, dtype: torch.dtype | Non
         keys = torch.arange(start, stop, device=device)
         visible = ((keys >= first[:, None]) & (keys <= where[:, None]))[None]  # (1, P, piece)
         if of.selection is not None:
-            selected = of.selection[:, where, start:stop]
-            visible = visible & (
-                selected if selected.dtype == torch.bool else selected > torch.finfo(selected.dtype).min / 2
-            )
+            visible = visible & is_visible(of.selection[:, where, start:stop])
         key, value = (states[:, start:stop].to(wide) for states in (of.key, of.value))
         logits = rounding(rounding(query @ key.transpose(1, 2)) * of.scale)
         if of.softcap is not None:

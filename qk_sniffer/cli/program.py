@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 
 Settings = TypeVar("Settings", bound="DataclassInstance")
 
+DATA_ROOT = {"help": "the dataset: a folder, or a repository on the Hub"}
+REVISION = {"help": "branch, tag or commit of a dataset on the Hub; null: main"}
+"""The metadata of the fields `data_root` and `revision`, for programs that read a dataset of either place."""
+
 
 def run(name: str, about: str, kind: type[Settings], program: Callable[[Settings], int]) -> int:
     """Runs `program` with the settings of the command line.

@@ -4,8 +4,8 @@ dataset = qk_sniffer.open_dataset("me/my-vectors", revision="qwen3-8b-pydoc")
 queries, positions, example_ids = dataset.vectors(*dataset.heads[0])
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -26,7 +26,7 @@ from qk_sniffer.resolved import safe_name
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.attention_table import AttentionTable
 from qk_sniffer.store.disk import sha256_of
-from qk_sniffer.store.files import Files, Folder, difference
+from qk_sniffer.store.files import Comparison, Files, Folder, difference
 from qk_sniffer.store.layout import ATTENTION, EXAMPLES, HeadKey, head_file, schema, statistics_file
 from qk_sniffer.store.parquet_tables import read_examples, read_matrix, read_table
 from qk_sniffer.store.statistics import Statistics, stages_of
@@ -68,8 +68,7 @@ class Dataset:
         self.heads: list[HeadKey] = manifests.heads(self.manifest)
         """The captured heads as (layer, head, kind), by layer: first the queries ("q"), then keys ("k"), values ("v")
         and outputs ("o")."""
-        self._compared: dict[str, tuple[int, ...]] = {}
-        """The state of each file whose hash was compared with the manifest."""
+        self._comparison = Comparison()
         self._captured = {head.file: head for head in captured_heads(self.manifest)}
         config = from_dict(self.manifest["config"])
         self._capture = config.capture
@@ -334,28 +333,9 @@ class Dataset:
             raise UnreadableError(path, f"is missing or damaged (it {problem})", WAY_OUT)
         return path
 
-    @contextmanager
-    def _intact(self, name: str) -> Iterator[Path]:
-        """Yields the path of a file for a block that reads it: the file has the sha256 that the manifest lists.
-
-        A file of another model's dataset may have the same size. Its hash is compared once, and again when the file was
-        replaced or written to.
-
-        Raises:
-            UnreadableError: it is missing or damaged, or was changed during the block.
-        """
-        path = self._path(name)
-        try:
-            before = _state(path)
-            if before != self._compared.get(name):
-                if sha256_of(path) != self.manifest["files"][name]["sha256"]:
-                    raise UnreadableError(path, "is damaged, or of another dataset: its sha256 differs", WAY_OUT)
-                self._compared[name] = before
-            yield path
-            if _state(path) != before:
-                raise UnreadableError(path, "was changed while it was read", WAY_OUT)
-        except OSError as error:
-            raise UnreadableError(path, f"is missing or damaged ({error.strerror})", WAY_OUT) from error
+    def _intact(self, name: str) -> AbstractContextManager[Path]:
+        """Yields the path of a file for a block that reads it. A file of another model's dataset has the same size."""
+        return self._comparison.intact(self._path(name), self.manifest["files"][name]["sha256"], way_out=WAY_OUT)
 
     @property
     def folder(self) -> Path | None:
@@ -396,12 +376,6 @@ def open_dataset(root_or_repo: str | Path, revision: str | None = None) -> Datas
             raise StoreError(f"{root} is a folder: it has no revision {revision!r}; leave it out")
         return Dataset(Folder(root))
     return Dataset(open_branch(str(root_or_repo), revision))
-
-
-def _state(path: Path) -> tuple[int, ...]:
-    """Returns numbers that differ when the file is replaced or written to."""
-    facts = path.stat()
-    return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns
 
 
 def sampler_of(manifest: dict[str, Any]) -> Sampler:

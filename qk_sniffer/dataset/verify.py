@@ -63,13 +63,9 @@ _Result = TypeVar("_Result")
 
 def verify(root: Path) -> Report:
     """Verifies the dataset at `root`; returns the passed checks and the problems."""
-    report = Report(root)
-    try:
-        facts = ManifestFacts.read(root)
-    except ProblemError as error:
-        report.add([error.problem])
+    report, facts = _opened(root)
+    if facts is None:
         return report
-    report.heads = [head.key for head in facts.heads.values()]
     report.rows = facts.counts["rows"]
     report.size = sum(entry.size for entry in facts.files.values())
     num_steps = len(facts.files) + len(_tasks(list(facts.heads.values())))
@@ -97,16 +93,24 @@ def verify_data(root: Path, stop: Event) -> Report:
         if stop.is_set():
             raise StoreError(f"the check of {root} was stopped")
 
+    report, facts = _opened(root)
+    if facts is None:
+        return report
+    intact, checks = _check_files(facts, report, step, compared=False)
+    _check_data(facts, intact, checks, report, step)
+    return report
+
+
+def _opened(root: Path) -> tuple[Report, ManifestFacts | None]:
+    """Returns a report, and the facts in the manifest; None and the problem in the report if it cannot be read."""
     report = Report(root)
     try:
         facts = ManifestFacts.read(root)
     except ProblemError as error:
         report.add([error.problem])
-        return report
+        return report, None
     report.heads = [head.key for head in facts.heads.values()]
-    intact, checks = _check_files(facts, report, step, compared=False)
-    _check_data(facts, intact, checks, report, step)
-    return report
+    return report, facts
 
 
 def _check_data(

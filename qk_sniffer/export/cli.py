@@ -27,11 +27,9 @@ from qk_sniffer.text import say
 class Settings:
     """The settings of the program."""
 
-    data_root: str = field(metadata={"help": "the dataset: a folder, or a repository on the Hub"})
+    data_root: str = field(metadata=program.DATA_ROOT)
     format: str = field(metadata={"help": f"the format: {', '.join(FORMATS)}"})
-    revision: str | None = field(
-        default=None, metadata={"help": "branch, tag or commit of a dataset on the Hub; null: main"}
-    )
+    revision: str | None = field(default=None, metadata=program.REVISION)
     output: Path | None = field(
         default=None,
         metadata={"help": "file or folder to write; null: <data_root>-<format>, or outputs/<revision>-<format>"},

@@ -3,15 +3,17 @@
 import errno
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
 from typing import Protocol
 
 from qk_sniffer.errors import StoreError
-from qk_sniffer.store.disk import open_file
+from qk_sniffer.store.disk import open_file, sha256_of
 from qk_sniffer.store.open_folder import OddFileError, anchored
+from qk_sniffer.store.stored import UnreadableError
 
 
 class Files(Protocol):
@@ -121,3 +123,36 @@ def difference(path: Path, size: int) -> str | None:
     if not stat.S_ISREG(found.st_mode):
         return "is not a regular file"
     return None if found.st_size == size else f"has {found.st_size:,} bytes instead of {size:,}"
+
+
+class Comparison:
+    """Compares files with their hashes: once, and again when a file was replaced or written to."""
+
+    def __init__(self) -> None:
+        self._states: dict[Path, tuple[int, ...]] = {}
+        """Numbers that differ when a file is replaced or written to, for each file that was compared."""
+
+    @contextmanager
+    def intact(self, path: Path, sha256: str, *, way_out: str) -> Iterator[Path]:
+        """Yields the path of a file for a block that reads it.
+
+        Raises:
+            UnreadableError: the file is missing, has another hash than `sha256`, or was changed during the block. The
+                message ends with `way_out`.
+        """
+        try:
+            before = _state(path)
+            if before != self._states.get(path):
+                if sha256_of(path) != sha256:
+                    raise UnreadableError(path, "is damaged, or of another dataset: its sha256 differs", way_out)
+                self._states[path] = before
+            yield path
+            if _state(path) != before:
+                raise UnreadableError(path, "was changed while it was read", way_out)
+        except OSError as error:
+            raise UnreadableError(path, f"is missing or damaged ({error.strerror})", way_out) from error
+
+
+def _state(path: Path) -> tuple[int, ...]:
+    facts = path.stat()
+    return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns

@@ -175,6 +175,10 @@ def test_what_is_not_known_is_not_judged() -> None:
     assert result(long_run(9, facts, use_cache=False, position_ids=torch.arange(9)), facts)["passed"] is True
     for run, reason in [
         (long_run(9, facts, temperature=2.0), "its kernel has an argument temperature, whose effect is not known"),
+        (
+            long_run(9, facts, sinks=torch.ones(9)),
+            "its kernel has an argument sinks, whose effect is not known",
+        ),
         (replace(long_run(9, facts), value=None), "the values are not one for each key"),
         (replace(long_run(9, facts), output=torch.zeros(9)), "the kernel returns its output in another shape"),
         (long_run(9, facts, scaling="half"), "ValueError: could not convert string to float: 'half'"),

@@ -1,4 +1,4 @@
-"""Collects what leads from the queries and keys of an attention call to its weights: scale, cap, sinks, mask and bias.
+"""Collects the terms that turn queries and keys of an attention call into weights: scale, cap, sinks, mask and bias.
 
 Shapes: B batch, H query heads, n tokens.
 """

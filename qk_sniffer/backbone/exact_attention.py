@@ -1,4 +1,4 @@
-"""Computes softmax(q K) V in float64 at chosen query positions of one text, next to no kernel.
+"""Computes softmax(q K) V in float64 at chosen query positions of one text, without an attention kernel.
 
 Shapes: H query heads, K key heads, P positions, n tokens, d head_dim, w width of a value.
 """

@@ -203,7 +203,7 @@ class Family:
         """Returns the submodules whose outputs determine query and key before RoPE, for the proof by hooks.
 
         The default returns `q` and `k`: the projections, or the norms after them, found by their names in a model type
-        of `PROVABLE_TYPES`. It returns `v` besides, for values, if the module has such a part. None means that they are
+        of `PROVABLE_TYPES`. It also returns `v`, for values, if the module has such a part. None means that they are
         not known for this model, so no proof by hooks is possible.
         """
         if getattr(getattr(module, "config", None), "model_type", None) not in PROVABLE_TYPES:

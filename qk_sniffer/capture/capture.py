@@ -255,5 +255,5 @@ def _states(call: AttentionCall) -> dict[str, torch.Tensor]:
 
 
 def _other_states(call: AttentionCall) -> dict[str, torch.Tensor]:
-    """Returns the states of the stage that an attention call shows besides, by kind; none if it shows one alone."""
+    """Returns the states of the other stage of an attention call by kind; an empty dict if it shows one stage alone."""
     return {} if call.other_stage is None else dict(zip(("q", "k"), call.other_stage, strict=True))

@@ -37,7 +37,7 @@ _AT_WHITE_SPACE = {"BertPreTokenizer", "Whitespace", "WhitespaceSplit"}
 _ELSEWHERE = {"Digits", "Punctuation"}
 
 _BYTE_LEVEL = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-"""How the ByteLevel pre-tokenizer splits texts."""
+"""The pattern by which the ByteLevel pre-tokenizer splits texts."""
 
 
 class TextCuts:

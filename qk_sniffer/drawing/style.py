@@ -54,7 +54,7 @@ _METADATA: dict[str, dict[str, None]] = {
     ".png": {"Software": None},
     ".svg": {"Date": None, "Creator": None},
 }
-"""What matplotlib would write into the files, and which is left out: the version and the time."""
+"""Leaves out the version and the time, which matplotlib writes into the files by default."""
 
 
 def save(path: Path, make: "Callable[[], Figure | None]", *, access: Access = PLAIN) -> list[Path]:

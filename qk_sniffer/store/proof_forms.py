@@ -80,7 +80,7 @@ class Proof(TypedDict):
 
 
 _MADE = {"examples", "tokens", "heads", "uncovered", "tolerance", "largest_difference_by_layer"}
-"""What a proof of statistics has, if it was made."""
+"""The keys that every proof of statistics has if it was made."""
 
 
 def proof_problems(proof: Mapping[str, Any]) -> Iterator[str]:

@@ -91,7 +91,7 @@ class TokenVectors(Dataset[dict[str, torch.Tensor]]):
         return found | {name: rows[..., place] for name, place in self._places.items()}
 
     def batches(self, size: int, *, seed: int) -> "ShuffledBatches":
-        """Returns a sampler of all tokens in batches of `size`, in an order of its own for each epoch, drawn from `seed`."""
+        """Returns a sampler of all tokens in batches of `size`. `seed` and the epoch determine the order."""
         return ShuffledBatches(len(self), size, seed)
 
     @cached_property

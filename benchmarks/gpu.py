@@ -36,7 +36,7 @@ from qk_sniffer.capture.moments import Moments, rotary_pairs
 from qk_sniffer.capture.sampling import Sampler
 from qk_sniffer.capture.selection import select
 from qk_sniffer.config import CaptureConfig, HeadSamplingConfig, SamplerConfig, StatisticsConfig
-from qk_sniffer.corpus.tokenizer import Tokens
+from qk_sniffer.corpus.tokens import Tokens
 from qk_sniffer.errors import QkSnifferError
 from qk_sniffer.store.journal import Journal
 from qk_sniffer.store.journal_writer import JournalWriter

@@ -27,7 +27,7 @@ from qk_sniffer.capture.gather import DeviceCopiers, DeviceIndices, Heads, Token
 from qk_sniffer.capture.moments import Moments
 from qk_sniffer.capture.sampling import Sampler
 from qk_sniffer.capture.selection import Selection
-from qk_sniffer.corpus.tokenizer import Tokens
+from qk_sniffer.corpus.tokens import Tokens
 from qk_sniffer.errors import CaptureError
 from qk_sniffer.store.journal_writer import JournalWriter
 from qk_sniffer.store.layout import ATTENTION, KIND_NAMES, KINDS, UNROTATED_KINDS

@@ -35,7 +35,7 @@ from qk_sniffer.capture.proof_vectors import NO_HOOKS, NO_VALUES, Derived, walk
 from qk_sniffer.capture.sampling import Sampler
 from qk_sniffer.capture.selection import Selection
 from qk_sniffer.config import SamplerConfig
-from qk_sniffer.corpus.tokenizer import Tokens
+from qk_sniffer.corpus.tokens import Tokens
 from qk_sniffer.errors import QkSnifferError
 from qk_sniffer.store.layout import Head
 from qk_sniffer.store.statistics import Part, PartKey, stages_of

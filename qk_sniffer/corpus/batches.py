@@ -11,7 +11,7 @@ from itertools import islice
 
 from qk_sniffer.config import InferenceConfig
 from qk_sniffer.corpus.examples import Corpus, Example
-from qk_sniffer.corpus.tokenizer import TextTokenizer, Tokens, text_hash
+from qk_sniffer.corpus.tokens import HashOf, Tokenizer, Tokens, plain_hash
 from qk_sniffer.errors import SourceError
 from qk_sniffer.machine import trim_memory
 from qk_sniffer.store.journal import ExampleRecord
@@ -30,7 +30,7 @@ class Window:
 
 def open_windows(
     examples: Iterable[Example],
-    tokenizer: TextTokenizer,
+    tokenizer: Tokenizer,
     done: Mapping[int, ExampleRecord],
     inference: InferenceConfig,
     *,
@@ -47,12 +47,12 @@ def open_windows(
         boundary: an example of more tokens runs alone; None for no boundary.
 
     Raises:
-        SourceError: the text of a finished example has changed.
+        SourceError: the content of a finished example has changed, or that of another one is refused.
     """
     done = dict(done)
     for window in windows(examples, inference.lookahead):
         for example in window:
-            check_unchanged(example, done.get(example.index))
+            check_unchanged(example, done.get(example.index), tokenizer.content_hash)
         unfinished = [example for example in window if example.index not in done]
         if not unfinished:
             continue
@@ -79,7 +79,10 @@ def _batches(
 
 
 def check_unchanged(
-    example: Example, record: ExampleRecord | None, origin: str = "that was captured before the job stopped"
+    example: Example,
+    record: ExampleRecord | None,
+    hash_of: HashOf = plain_hash,
+    origin: str = "that was captured before the job stopped",
 ) -> None:
     """Checks that the source still has the text and the id of a finished example. `origin` says where that is from.
 
@@ -88,7 +91,7 @@ def check_unchanged(
     """
     if record is None:
         return
-    now = example.source_id, example.example_id, text_hash(example.text)
+    now = example.source_id, example.example_id, hash_of(example)
     if now == (record.source_id, record.example_id, record.text_hash):
         return
     if now[2] == record.text_hash and now[0] != record.source_id:
@@ -102,6 +105,7 @@ def check_unchanged(
 def check_same_texts(
     corpus: Corpus,
     captured: Iterable[ExampleRecord],
+    hash_of: HashOf = plain_hash,
     *,
     whole: bool = False,
     origin: str = "that was captured before the job stopped",
@@ -119,7 +123,7 @@ def check_same_texts(
         if example.index > last:
             break
         record = left.pop(example.index, None)
-        check_unchanged(example, record, origin)
+        check_unchanged(example, record, hash_of, origin)
         if whole and record is None:
             raise _changed(
                 f"row {example.index} of the dataset (id {example.source_id}) had no text when its shard ran"

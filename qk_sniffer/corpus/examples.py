@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 
 from qk_sniffer.config import DatasetConfig
+from qk_sniffer.corpus.columns import content_columns
+from qk_sniffer.corpus.contents import Content, ContentError
 from qk_sniffer.corpus.ids import (
     RepeatedIdError,
     StreamedIds,
@@ -39,7 +41,7 @@ MOST_ID = 10_000
 
 @dataclass(frozen=True)
 class Example:
-    """One text, before tokenization."""
+    """One content, before it is tokens."""
 
     index: int
     """The index of the source row, from 0. Unused rows count."""
@@ -47,7 +49,7 @@ class Example:
     """Fits int32."""
     source_id: str
     """The id of the source row as text; the index if `dataset.id_column` is null."""
-    text: str
+    content: Content
 
 
 def open_corpus(config: DatasetConfig, commit: str | None = None) -> "Corpus":
@@ -67,7 +69,7 @@ class Corpus:
     """The examples of one source, in the order of its rows.
 
     The used rows are the first `dataset.max_samples` rows that pass `dataset.filter`. A used row gives no example if
-    its text is null, empty or only white space.
+    its content is null or empty, or a text of only white space.
     """
 
     def __init__(self, config: DatasetConfig, source: Source) -> None:
@@ -76,7 +78,8 @@ class Corpus:
         self._skipped = 0
         self._last_index = -1
         id_column = [config.id_column] if config.id_column is not None else []
-        self._columns = sorted({config.text_column, *id_column, *config.filter})
+        self._content = content_columns(config)
+        self._columns = sorted({*self._content.columns, *id_column, *config.filter})
         self._kinds = source.rows.kinds(self._columns)
         self._check_columns()
         self._used: Sequence[int] | None = None
@@ -94,7 +97,7 @@ class Corpus:
 
     @property
     def num_rows(self) -> int | None:
-        """The number of used rows of all shards, with and without text; None when streaming."""
+        """The number of used rows of all shards, with and without content; None when streaming."""
         return None if self._used is None else len(self._used)
 
     @property
@@ -104,7 +107,7 @@ class Corpus:
 
     @property
     def skipped(self) -> int:
-        """The number of the shard's rows without text that the latest iteration has passed so far."""
+        """The number of the shard's rows without content that the latest iteration has passed so far."""
         return self._skipped
 
     def examples(self, *, shard_index: int = 0, shard_count: int = 1, after: int = 0) -> Iterator[Example]:
@@ -116,20 +119,21 @@ class Corpus:
             after: the number of used rows, of all shards, to skip at the start.
 
         Raises:
-            SourceError: a row cannot be read; no row of any shard has a text; an id is wrong, as for `open_corpus`.
+            SourceError: a row cannot be read; no row of any shard has content; an id is wrong, as for `open_corpus`.
                 When streaming, the error names the setting that keeps the examples before that row.
         """
         self._skipped = 0
         self._last_index = -1
         streamed = StreamedIds()
-        any_text = False
+        any_content = False
         sound = 0
         try:
             for place, index, row in self._read(shard_index, shard_count, after):
                 sound = place
                 mine = index % shard_count == shard_index and place >= after
-                if self._has_text(index, row):
-                    any_text = True
+                content = self._content_of(index, row)
+                if content is not None:
+                    any_content = True
                     example_id, source_id = self._ids(index, row, streamed)
                     if len(str(source_id)) > MOST_ID:
                         raise SourceError(
@@ -138,7 +142,7 @@ class Corpus:
                             "dataset.id_column=null numbers the rows"
                         )
                     if mine:
-                        yield Example(index, example_id, str(source_id), row[self._config.text_column])
+                        yield Example(index, example_id, str(source_id), content)
                 else:
                     self._skipped += mine
                 sound = place + 1
@@ -150,8 +154,10 @@ class Corpus:
                 again = "If the connection was lost, rerun the same command. " if lost else ""
                 raise SourceError(f"{str(error).rstrip('.')}. {again}{_way_out(sound)}") from error
             raise
-        if not any_text and not after and not self._any_text():
-            raise SourceError(f"{self._source.name}: no row has a text in column {self._config.text_column!r}")
+        if not any_content and not after and not self._any_content():
+            raise SourceError(
+                f"{self._source.name}: no row has {self._content.noun} in column {self._content.column!r}"
+            )
 
     def uses(self, index: int) -> bool:
         """Whether row `index` of a stream is not after its used rows. With a filter, this reads the rows up to it.
@@ -209,22 +215,22 @@ class Corpus:
     def _rows_used(self) -> Sequence[int]:
         rows, most, filter = self._source.rows, self._config.max_samples, self._filter()
         if self._config.filter:
-            columns: list[str] = [*self._config.filter, *([] if rows.has_schema else [self._config.text_column])]
+            columns: list[str] = [*self._config.filter, *([] if rows.has_schema else self._content.columns)]
             used: Sequence[int] = list(islice(self._checked(columns, filter), most))
         elif rows.has_schema:
             used = range(rows.count(most))
         else:
-            used = range(sum(1 for _ in islice(self._checked([self._config.text_column], filter), most)))
+            used = range(sum(1 for _ in islice(self._checked(self._content.columns, filter), most)))
         if not used:
             raise self._no_rows(filter)
         return used
 
     def _checked(self, columns: Sequence[str], filter: Filter) -> Iterator[int]:
-        """Yields the indices of the rows that pass the filter. Checks that texts are text, which no schema says."""
+        """Yields the indices of the rows that pass the filter. Checks contents, of whose type no schema tells."""
         for index, row in enumerate(self._source.rows.read(columns)):
             if filter.accepts(row):
-                if self._config.text_column in row:
-                    self._has_text(index, row)
+                if row.keys() >= {*self._content.columns}:
+                    self._content_of(index, row)
                 yield index
 
     def _filter(self) -> Filter:
@@ -237,7 +243,7 @@ class Corpus:
         return filter
 
     def _moved_ids(self, used: Sequence[int], id_column: str) -> dict[int, int]:
-        """Reads the ids of all rows, and the texts of only the rows whose numbers other rows may claim too.
+        """Reads the ids of all rows, and the contents of only the rows whose numbers other rows may claim too.
 
         Raises:
             SourceError: an example has no id, or the id of another example.
@@ -253,7 +259,7 @@ class Corpus:
                 preferred[place] = preferred_number(source_id)
 
         def id_of_row(index: int, row: dict[str, Any]) -> tuple[bool, str] | None:
-            return identity(self._source_id(index, row)) if self._has_text(index, row) else None
+            return None if self._content_of(index, row) is None else identity(self._source_id(index, row))
 
         # One pass over the source reads nearly all rows that `moved_numbers` asks for.
         known: dict[int, tuple[bool, str] | None] = {}
@@ -276,7 +282,7 @@ class Corpus:
         return {used[place]: number for place, number in moved.items()}
 
     def _ids(self, index: int, row: dict[str, Any], streamed: StreamedIds) -> tuple[int, Any]:
-        """Returns the example_id and the id of a row with text. `streamed` has those of earlier rows of a stream."""
+        """Returns the example_id and the id of a row with content. `streamed` has those of earlier rows of a stream."""
         source_id = self._source_id(index, row)
         if self._used is not None or self._config.id_column is None:
             return self._moved.get(index, preferred_number(source_id)), source_id
@@ -303,23 +309,21 @@ class Corpus:
             "dataset.id_column=null"
         )
 
-    def _has_text(self, index: int, row: dict[str, Any]) -> bool:
-        text = row[self._config.text_column]
-        if text is not None and not isinstance(text, str):  # a stream may have no column types
-            raise SourceError(
-                f"{self._source.name}: row {index} holds {type(text).__name__}, not text, in column "
-                f"{self._config.text_column!r}. Set dataset.text_column to a column of strings"
-            )
-        return text is not None and text != "" and not text.isspace()
+    def _content_of(self, index: int, row: dict[str, Any]) -> Content | None:
+        try:
+            return self._content.read(row)
+        except ContentError as error:
+            raise SourceError(f"{self._source.name}: row {index} {error}") from None
 
-    def _any_text(self) -> bool:
-        rows = self._rows_at(self._used or (), [self._config.text_column])
-        return any(self._has_text(index, row) for index, row in rows)
+    def _any_content(self) -> bool:
+        rows = self._rows_at(self._used or (), self._content.columns)
+        return any(self._content_of(index, row) is not None for index, row in rows)
 
     def _check_columns(self) -> None:
         config, types = self._config, self._kinds
         has = f"It has: {', '.join(f'{column} ({kind})' for column, kind in types.items())}"
-        wanted = {"dataset.text_column": config.text_column, "dataset.id_column": config.id_column}
+        content = self._content
+        wanted = {content.setting: content.column, "dataset.id_column": config.id_column}
         wanted |= {f"dataset.filter.{column}": column for column in config.filter}
         # A stream without types is not read to its end for a column.
         may_come = config.streaming and not self._source.rows.has_schema
@@ -337,11 +341,10 @@ class Corpus:
             raise SourceError(
                 f"{self._source.name} has no column {column!r}{start}. Set {key} to one that it has. {has}"
             )
-        kind = types[config.text_column]
-        if kind not in ("string", "large_string", "unknown"):
+        if not content.accepts(kind := types[content.column]):
             raise SourceError(
-                f"{self._source.name}: column {config.text_column!r} holds {kind}, not text. Set dataset.text_column "
-                f"to a column of strings. {has}"
+                f"{self._source.name}: column {content.column!r} holds {kind}, not {content.noun}. Set "
+                f"{content.setting} to a column of {content.expected}. {has}"
             )
 
     def _no_rows(self, filter: Filter) -> SourceError:

@@ -1,9 +1,7 @@
 """Loads a tokenizer and turns examples into tokens."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +9,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qk_sniffer.config import ModelConfig, TokenizerConfig
+from qk_sniffer.corpus.contents import text_hash
 from qk_sniffer.corpus.examples import Example
 from qk_sniffer.corpus.long_texts import LongTexts
 from qk_sniffer.corpus.special_tokens import Encoded, SpecialTokens
 from qk_sniffer.corpus.tokenizer_files import difference_from_file, refuse_files_elsewhere
+from qk_sniffer.corpus.tokens import Tokens, plain_hash
 from qk_sniffer.errors import SourceError
 from qk_sniffer.hub.checkpoint_links import refuse_odd_files
 from qk_sniffer.hub.json_files import damaged_json
 from qk_sniffer.hub.lfs import refuse_pointers
 from qk_sniffer.hub.revisions import HubUnreachableError, cached_commit, hub_commit, is_hub_id
 from qk_sniffer.logs import logger
-from qk_sniffer.store.journal import ExampleRecord
 
 log = logger(__name__)
 
@@ -33,58 +32,6 @@ _NOT_IN_TEXTS = ("pad", "image", "audio", "video", "boi_", "eoi_", "boa_", "eoa_
 
 _CALL_CHARACTERS = 1 << 22
 """Maximum characters in one call of the tokenizer, which needs some hundred bytes of memory for each token."""
-
-_HASHED_CHARACTERS = 1 << 20
-"""Characters of a long text that are encoded at once."""
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """The tokens of one example."""
-
-    index: int
-    example_id: int
-    source_id: str
-    ids: NDArray[np.int32]
-    """(num_tokens,)"""
-    left_out: int | None
-    """Tokens at the end of the text that were cut off; None if some were, and their number is not known."""
-    text_hash: str
-    begins_special: bool = False
-    ends_special: bool = False
-    """Whether the text itself begins or ends with special tokens, which were not added again."""
-
-    @property
-    def num_tokens(self) -> int:
-        """The length of `ids`, at least 1."""
-        return len(self.ids)
-
-    @property
-    def truncated(self) -> bool:
-        """Whether the end of the text was cut off."""
-        return self.left_out != 0
-
-    def record(self) -> ExampleRecord:
-        """Returns the record of the example in the journal and in `examples/data.parquet`."""
-        return ExampleRecord(
-            index=self.index,
-            example_id=self.example_id,
-            source_id=self.source_id,
-            num_tokens=self.num_tokens,
-            truncated=self.truncated,
-            text_hash=self.text_hash,
-            left_out=self.left_out or 0,
-            begins_special=self.begins_special,
-            ends_special=self.ends_special,
-        )
-
-
-def text_hash(text: str) -> str:
-    """Returns the 128-bit Blake2b digest of the UTF-8 text, in hex. It identifies the text."""
-    digest = blake2b(digest_size=16)
-    for start in range(0, len(text), _HASHED_CHARACTERS):
-        digest.update(text[start : start + _HASHED_CHARACTERS].encode())
-    return digest.hexdigest()
 
 
 def load_tokenizer(config: ModelConfig, commit: str | None = None) -> "TextTokenizer":
@@ -156,7 +103,7 @@ def load_tokenizer(config: ModelConfig, commit: str | None = None) -> "TextToken
 
 
 class TextTokenizer:
-    """Tokenizes examples. Cuts texts at the right end to `max_length` tokens, and never pads.
+    """Tokenizes texts. Cuts them at the right end to `max_length` tokens, and never pads.
 
     Of a long text, only the beginning is tokenized if its tokens are provably those of the whole: see `text_cuts.py`.
 
@@ -233,8 +180,8 @@ class TextTokenizer:
             SourceError: the tokenizer fails, or a text has a token that the model's embedding has no row for.
         """
         tokens = []
-        for part in _by_characters(examples):
-            for example, encoded in zip(part, self._encoded(part), strict=True):
+        for part in _by_characters([(example, self._text(example)) for example in examples]):
+            for (example, text), encoded in zip(part, self._encoded(part), strict=True):
                 if len(encoded.ids) == 0:
                     self._skipped += 1
                     continue
@@ -246,17 +193,24 @@ class TextTokenizer:
                         example.source_id,
                         np.asarray(encoded.ids, np.int32),
                         encoded.left_out,
-                        text_hash(example.text),
+                        text_hash(text),
                         encoded.begins_special,
                         encoded.ends_special,
                     )
                 )
         return tokens
 
+    def content_hash(self, example: Example) -> str:
+        """Returns the `text_hash` of the example's tokens, that of its text."""
+        return plain_hash(example)
+
     def token_strings(self, ids: Sequence[int] | NDArray[np.integer[Any]]) -> list[str]:
-        """Returns the tokens as the vocabulary spells them. The text can be restored from them."""
-        strings: list[str] = self._tokenizer.convert_ids_to_tokens([int(token) for token in ids])
-        return strings
+        """Returns the tokens as the vocabulary spells them; empty strings for ids without a token.
+
+        A text can be restored from those of its tokens.
+        """
+        strings: list[str | None] = self._tokenizer.convert_ids_to_tokens([int(token) for token in ids])
+        return [string or "" for string in strings]
 
     def added_tokens(self) -> dict[str, list[str]] | None:
         """Returns the special tokens `before` and `after` each text, as the vocabulary spells them.
@@ -267,6 +221,15 @@ class TextTokenizer:
             return None
         return {"before": self.token_strings(self._special.before), "after": self.token_strings(self._special.after)}
 
+    def facts(self) -> dict[str, Any]:
+        """Returns what the record of a job holds of the tokenizer."""
+        added = self.added_tokens()
+        return {"class": self.class_name} | ({} if added is None else {"special_tokens": added})
+
+    def _text(self, example: Example) -> str:
+        assert isinstance(example.content, str)
+        return example.content
+
     def _check_ids(self, example: Example, ids: Sequence[int]) -> None:
         if self._num_embeddings is not None and (largest := max(ids)) >= self._num_embeddings:
             raise SourceError(
@@ -276,15 +239,15 @@ class TextTokenizer:
                 "tokenizer that the model was trained with"
             )
 
-    def _encoded(self, examples: Sequence[Example]) -> list[Encoded]:
+    def _encoded(self, texts: "Sequence[tuple[Example, str]]") -> list[Encoded]:
         try:
-            return list(self._encode([each.text for each in examples]))
+            return list(self._encode([text for _, text in texts]))
         except MemoryError:
             raise
         except Exception as error:  # tokenizers raise any class of error
-            for example in examples if len(examples) > 1 else ():
-                self._encoded([example])
-            first = examples[0]
+            for one in texts if len(texts) > 1 else ():
+                self._encoded([one])
+            first, _ = texts[0]
             reason = " ".join(str(error).split()) or type(error).__name__
             raise SourceError(
                 f"the tokenizer of {self.name} fails at row {first.index} of the dataset (id {first.source_id}): "
@@ -319,14 +282,14 @@ class TextTokenizer:
             yield Encoded(encoded["input_ids"], len(encoded.get("overflowing_tokens", ())))
 
 
-def _by_characters(examples: Sequence[Example]) -> Iterator[list[Example]]:
-    part: list[Example] = []
+def _by_characters(texts: Sequence[tuple[Example, str]]) -> Iterator[list[tuple[Example, str]]]:
+    part: list[tuple[Example, str]] = []
     characters = 0
-    for example in examples:
-        if part and characters + len(example.text) > _CALL_CHARACTERS:
+    for example, text in texts:
+        if part and characters + len(text) > _CALL_CHARACTERS:
             yield part
             part, characters = [], 0
-        part.append(example)
-        characters += len(example.text)
+        part.append((example, text))
+        characters += len(text)
     if part:
         yield part

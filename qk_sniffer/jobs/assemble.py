@@ -12,7 +12,8 @@ from typing import Any
 
 from qk_sniffer.capture.sampling import Sampler
 from qk_sniffer.config import ModelConfig, ShardConfig, from_dict, settings
-from qk_sniffer.corpus.tokenizer import TextTokenizer, load_tokenizer
+from qk_sniffer.corpus.tokenizer import load_tokenizer
+from qk_sniffer.corpus.tokens import Tokenizer
 from qk_sniffer.dataset.heads import attention_files, captured_heads
 from qk_sniffer.errors import SourceError, StoreError
 from qk_sniffer.hub.revisions import hub_commit_of
@@ -123,7 +124,7 @@ def _locked_job(layout: Layout, job_id: str, finalizing: ExitStack) -> CapturedJ
     return CapturedJob(record, claim)
 
 
-def stage(layout: Layout, job: CapturedJob, model: ModelConfig, tokenizer: TextTokenizer | None = None) -> Staged:
+def stage(layout: Layout, job: CapturedJob, model: ModelConfig, tokenizer: Tokenizer | None = None) -> Staged:
     """Writes the Parquet files of the dataset of a captured job to the staging folder. Hold the finalize lock.
 
     `model` is the caller's, who decides which code its tokenizer may run. `tokenizer` is the one of the capture; None

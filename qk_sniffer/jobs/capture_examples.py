@@ -12,7 +12,7 @@ from qk_sniffer.capture.capture import BatchPlan, Capture
 from qk_sniffer.capture.forward_cost import ForwardCost
 from qk_sniffer.capture.sampling import Sampler
 from qk_sniffer.corpus.batches import Window, open_windows
-from qk_sniffer.corpus.tokenizer import Tokens
+from qk_sniffer.corpus.tokens import Tokens
 from qk_sniffer.errors import SourceError
 from qk_sniffer.jobs.assemble import mark_done
 from qk_sniffer.jobs.components import Components

@@ -13,7 +13,8 @@ from qk_sniffer.capture.forward_cost import ForwardCost
 from qk_sniffer.capture.moments import Moments, rotary_pairs
 from qk_sniffer.capture.selection import Selection, select
 from qk_sniffer.config import KIND_SETTINGS, StatisticsConfig
-from qk_sniffer.corpus.tokenizer import TextTokenizer, load_tokenizer
+from qk_sniffer.corpus.tokenizer import load_tokenizer
+from qk_sniffer.corpus.tokens import Tokenizer
 from qk_sniffer.errors import CaptureError, ConfigError
 from qk_sniffer.hub.revisions import hub_commit_of
 from qk_sniffer.jobs.identity import ROLES, checkpoint_files
@@ -32,7 +33,7 @@ class Components:
 
     commits: Mapping[str, str | None]
     """The commits that model, tokenizer and adapter were loaded at."""
-    tokenizer: TextTokenizer
+    tokenizer: Tokenizer
     backbone: Backbone
     layers: list[LayerFacts]
     selection: Selection

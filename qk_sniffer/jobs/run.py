@@ -11,7 +11,6 @@ from threading import Event
 from typing import Any
 
 from qk_sniffer.config import Config
-from qk_sniffer.corpus.tokenizer import TextTokenizer
 from qk_sniffer.dataset.verify import verify_data
 from qk_sniffer.errors import StoreError
 from qk_sniffer.hub.client import require_access, require_uploads_from
@@ -172,10 +171,5 @@ def _record(config: ResolvedConfig, start: Start, components: Components) -> dic
             "max_positions": components.backbone.max_positions,
         }
         | ({} if components.backbone.adapter is None else {"adapter": components.backbone.adapter}),
-        "tokenizer": _described(components.tokenizer),
+        "tokenizer": components.tokenizer.facts(),
     }
-
-
-def _described(tokenizer: TextTokenizer) -> dict[str, Any]:
-    added = tokenizer.added_tokens()
-    return {"class": tokenizer.class_name} | ({} if added is None else {"special_tokens": added})

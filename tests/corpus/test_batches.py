@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qk_sniffer.corpus.batches import batches, check_unchanged, windows
+from qk_sniffer.corpus.contents import text_hash
 from qk_sniffer.corpus.examples import Example
-from qk_sniffer.corpus.tokenizer import text_hash
 from qk_sniffer.errors import SourceError
 from qk_sniffer.store.journal import ExampleRecord
 

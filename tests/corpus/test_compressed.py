@@ -29,7 +29,7 @@ def test_a_file_does_not_expand_out_of_proportion(
     file = tmp_path / f"{name}.{suffix}"
     file.write_bytes(COMPRESSED[suffix](CONTENT[name]))
     (example,) = opened(file).examples()
-    assert len(example.text) == len(LONG)
+    assert len(example.content) == len(LONG)
     monkeypatch.setattr("qk_sniffer.corpus.data_files.MOST_UNCHECKED_BYTES", 1 << 20)
     with pytest.raises(SourceError, match=r"expand to more than .* MB, which no texts do.* decompress it first"):
         list(opened(file).examples())

@@ -18,7 +18,8 @@ from qk_sniffer.corpus.examples import Example
 from qk_sniffer.corpus.long_texts import LongTexts
 from qk_sniffer.corpus.split_patterns import SplitPattern, UnknownPatternError
 from qk_sniffer.corpus.text_cuts import TextCuts
-from qk_sniffer.corpus.tokenizer import TextTokenizer, Tokens
+from qk_sniffer.corpus.tokenizer import TextTokenizer
+from qk_sniffer.corpus.tokens import Tokens
 from qk_sniffer.store.compact_examples import truncated_tokens
 
 pytestmark = pytest.mark.floor

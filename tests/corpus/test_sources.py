@@ -106,7 +106,7 @@ def test_the_embedded_documentation(streaming: bool) -> None:
     corpus = opened("pydoc", id_column="id", streaming=streaming)
     examples = list(corpus.examples())
     assert [example.source_id for example in examples] == sorted(topics)
-    assert [example.text for example in examples] == [topics[name] for name in sorted(topics)]
+    assert [example.content for example in examples] == [topics[name] for name in sorted(topics)]
     assert [example.index for example in examples] == list(range(len(topics)))
     assert corpus.commit is None
     assert "no split 'test'" in message("pydoc", split="test", streaming=streaming)
@@ -129,11 +129,11 @@ def test_wrong_columns_are_named_with_the_existing_ones(tmp_path: Path, streamin
 def test_a_source_without_texts_is_an_error(tmp_path: Path, streaming: bool) -> None:
     empties = [{"text": ""}, {"text": None}, {"text": "  "}]
     file = write(tmp_path / "empties.jsonl", jsonl(empties))
-    assert "no row has a text in column 'text'" in message(file, streaming=streaming)
+    assert "no row has text in column 'text'" in message(file, streaming=streaming)
     for index in range(2):
-        with pytest.raises(SourceError, match="no row has a text"):
+        with pytest.raises(SourceError, match="no row has text"):
             list(opened(file, streaming=streaming).examples(shard_index=index, shard_count=2))
-    assert "no row has a text" in message(write(tmp_path / "empty.txt", ""), streaming=streaming)
+    assert "no row has text" in message(write(tmp_path / "empty.txt", ""), streaming=streaming)
     for name, content in (("empty.jsonl", b""), ("head.csv", b"text,id\n"), ("none.parquet", parquet(ROWS)[:0])):
         file = write(tmp_path / name, content)
         assert str(file) in message(file, streaming=streaming)

@@ -96,7 +96,7 @@ def test_offline_the_files_that_were_fetched_are_read(
     remember("org/name", Listing(commit, "default", None, "csv", {}, splits))
     cached_copy(tmp_path, commit, ROWS)
     (example,) = open_corpus(DatasetConfig(path="org/name", id_column="id")).examples()
-    assert (example.source_id, example.text) == ("007", "NA"), "not those of the copy, whose reader guesses"
+    assert (example.source_id, example.content) == ("007", "NA"), "not those of the copy, whose reader guesses"
     assert "the cache lacks files of split 'test'" in message("org/name", split="test")
     assert "with these dataset.data_files" in message("org/name", data_files="*.csv")
     (file,) = Path(datasets.config.HF_DATASETS_CACHE, "qk_sniffer").rglob("*.json")
@@ -121,7 +121,7 @@ def test_a_cache_of_someone_else_adds_no_file_from_elsewhere(tmp_path: Path, mon
     (snapshot / "a.txt").unlink()
     blob = write(snapshot.parent.parent / "blobs" / "b", "its own")
     (snapshot / "a.txt").symlink_to(blob)
-    assert [example.text for example in open_corpus(DatasetConfig(path="org/name")).examples()] == ["its own"]
+    assert [example.content for example in open_corpus(DatasetConfig(path="org/name")).examples()] == ["its own"]
     (file,) = Path(datasets.config.HF_DATASETS_CACHE, "qk_sniffer").rglob("*.json")
     content = file.read_text()
     for name in ("../../../../secret.txt", str(secret)):
@@ -144,7 +144,7 @@ def test_a_description_in_the_cache_of_someone_else_is_its_own(
 
 ROWS_OF = """
 def rows(corpus):
-    return [(example.source_id, example.text) for example in corpus.examples()]
+    return [(example.source_id, example.content) for example in corpus.examples()]
 """
 
 
@@ -214,7 +214,7 @@ def test_a_hub_dataset_is_pinned(tmp_path: Path) -> None:
         model = hub.commit("org/model", checkpoint | {"config.json": b'{"model_type": "llama"}'})
         code = f"""
 def texts(corpus):
-    return [(example.index, example.text) for example in corpus.examples()]
+    return [(example.index, example.content) for example in corpus.examples()]
 {ROWS_OF}
 corpus = dataset('org/name')
 assert corpus.commit == {new!r} and texts(corpus) == [(0, {TEXTS[2][1]!r})], corpus.commit
@@ -272,7 +272,7 @@ for text in (
     code = f"""
 assert dataset('org/name', {old!r}).num_rows == 6
 assert dataset('org/name', revision={new!r}).num_rows == 1
-assert [each.text for each in dataset('org/LongBooks-v2').examples()] == ['one\\nline', 'two']
+assert [each.content for each in dataset('org/LongBooks-v2').examples()] == ['one\\nline', 'two']
 assert tokenizer('org/model').commit == tokenizer('org/model', {model!r}).commit == {model!r}
 print(error(dataset, 'org/name'))
 {ROWS_OF}

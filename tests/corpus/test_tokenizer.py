@@ -14,9 +14,10 @@ from support.bpe import save_tokenizer
 from tokenizers import Tokenizer
 
 from qk_sniffer.config import ModelConfig, TokenizerConfig
+from qk_sniffer.corpus.contents import text_hash
 from qk_sniffer.corpus.examples import Example
 from qk_sniffer.corpus.special_tokens import SpecialTokens
-from qk_sniffer.corpus.tokenizer import TextTokenizer, load_tokenizer, text_hash
+from qk_sniffer.corpus.tokenizer import TextTokenizer, load_tokenizer
 from qk_sniffer.errors import SourceError
 from qk_sniffer.hub.revisions import cached_commit
 

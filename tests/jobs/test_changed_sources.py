@@ -301,12 +301,12 @@ def test_the_last_of_two_shards_makes_the_dataset_though_the_lock_was_held(
 def test_a_file_with_the_time_of_another_one_is_read_again(tmp_path: Path, change: Any) -> None:
     path = write(tmp_path / "texts.jsonl", ["one", "two"])
     config, facts = DatasetConfig(path=str(path)), path.stat()
-    assert [each.text for each in open_corpus(config).examples()] == ["one", "two"]
+    assert [each.content for each in open_corpus(config).examples()] == ["one", "two"]
     if change is None:
         path.unlink()
     write(path, ["six", "ten"])
     os.utime(path, ns=(facts.st_atime_ns, facts.st_mtime_ns))
-    assert [each.text for each in open_corpus(config).examples()] == ["six", "ten"]
+    assert [each.content for each in open_corpus(config).examples()] == ["six", "ten"]
 
 
 def test_a_rerun_notices_other_texts_of_the_same_times(checkpoint: Path, tmp_path: Path) -> None:

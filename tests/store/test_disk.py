@@ -52,7 +52,9 @@ def test_a_deep_folder_of_someone_else_hides_nothing_and_is_no_error(tmp_path: P
     try:
         assert [line.status.number for line in look(tmp_path)] == [3]
         assert list(sweep.statuses(tmp_path)) == [3]
-        assert [example.text for example in open_corpus(DatasetConfig(path=str(deep.parent))).examples()] == ["a text"]
+        assert [example.content for example in open_corpus(DatasetConfig(path=str(deep.parent))).examples()] == [
+            "a text"
+        ]
         folders = [path for path, _, _ in walk(deep)]
         assert folders[0] == deep and len(folders) > 600, "those whose path is not too long"
     finally:

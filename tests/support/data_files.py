@@ -76,7 +76,7 @@ def opened(path: Path | str, **options: Any) -> Corpus:
 
 
 def texts(examples: Iterable[Example]) -> list[tuple[int, str]]:
-    return [(example.index, example.text) for example in examples]
+    return [(example.index, example.content) for example in examples]
 
 
 def message(path: Path | str, **options: Any) -> str:

@@ -1,0 +1,113 @@
+"""Declares the tokens of an example, and what makes them of its content."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qk_sniffer.corpus.contents import ContentError, TokenIds, ids_hash, text_hash
+from qk_sniffer.corpus.examples import Example
+from qk_sniffer.corpus.segments import Segments
+from qk_sniffer.errors import SourceError
+from qk_sniffer.store.journal import ExampleRecord
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens of one example."""
+
+    index: int
+    example_id: int
+    source_id: str
+    ids: NDArray[np.int32]
+    """(num_tokens,)"""
+    left_out: int | None
+    """Tokens at the end of the text that were cut off; None if some were, and their number is not known."""
+    text_hash: str
+    begins_special: bool = False
+    ends_special: bool = False
+    """Whether the text itself begins or ends with special tokens, which were not added again."""
+    segments: Segments | None = None
+    """The segment of each token; None if they are not known, or were not asked for."""
+
+    @property
+    def num_tokens(self) -> int:
+        """The length of `ids`, at least 1."""
+        return len(self.ids)
+
+    @property
+    def truncated(self) -> bool:
+        """Whether the end of the text was cut off."""
+        return self.left_out != 0
+
+    def record(self) -> ExampleRecord:
+        """Returns the record of the example in the journal and in `examples/data.parquet`."""
+        return ExampleRecord(
+            index=self.index,
+            example_id=self.example_id,
+            source_id=self.source_id,
+            num_tokens=self.num_tokens,
+            truncated=self.truncated,
+            text_hash=self.text_hash,
+            left_out=self.left_out or 0,
+            begins_special=self.begins_special,
+            ends_special=self.ends_special,
+        )
+
+
+HashOf = Callable[[Example], str]
+"""Returns the `text_hash` of the tokens of an example."""
+
+
+class Tokenizer(Protocol):
+    """Turns examples into tokens."""
+
+    @property
+    def skipped(self) -> int:
+        """The number of examples so far that gave no token."""
+
+    @property
+    def largest_id(self) -> int:
+        """The largest id that is known before the examples are read."""
+
+    def check_fits(self, num_embeddings: int | None, model: str) -> None:
+        """Checks that the embedding of `model`, of `num_embeddings` rows, has one for each token; None: not known yet.
+
+        Raises:
+            SourceError: it has not.
+        """
+
+    def __call__(self, examples: Sequence[Example]) -> list[Tokens]:
+        """Returns the tokens of each example, in their order. An example without tokens is left out and counted.
+
+        Raises:
+            SourceError: an example has no valid tokens, or one that the model's embedding has no row for.
+        """
+
+    def content_hash(self, example: Example) -> str:
+        """Returns the `text_hash` of the example's tokens.
+
+        Raises:
+            SourceError: an example has no valid content.
+        """
+
+    def token_strings(self, ids: Sequence[int] | NDArray[np.integer[Any]]) -> list[str]:
+        """Returns the tokens as the vocabulary spells them."""
+
+    def facts(self) -> dict[str, Any]:
+        """Returns what the record of a job holds of the tokenizer."""
+
+
+def plain_hash(example: Example) -> str:
+    """Returns the `text_hash` of the tokens of an example of text or token ids, which needs no tokenizer."""
+    if isinstance(example.content, TokenIds):
+        return ids_hash(example.content.ids)
+    assert isinstance(example.content, str)
+    return text_hash(example.content)
+
+
+def content_error(example: Example, error: ContentError) -> SourceError:
+    """Returns the error for an example whose content is refused."""
+    return SourceError(f"row {example.index} of the dataset (id {example.source_id}) {error}")

@@ -13,7 +13,7 @@ from qk_sniffer.corpus.contents import text_hash
 from qk_sniffer.corpus.examples import Example
 from qk_sniffer.corpus.long_texts import LongTexts
 from qk_sniffer.corpus.special_tokens import Encoded, SpecialTokens
-from qk_sniffer.corpus.tokenizer_files import difference_from_file, refuse_files_elsewhere
+from qk_sniffer.corpus.tokenizer_files import difference_from_file, randomness_of, refuse_files_elsewhere
 from qk_sniffer.corpus.tokens import Tokens, plain_hash
 from qk_sniffer.errors import SourceError
 from qk_sniffer.hub.checkpoint_links import refuse_odd_files
@@ -41,7 +41,7 @@ def load_tokenizer(config: ModelConfig, commit: str | None = None) -> "TextToken
         commit: the commit of a Hub repository that an earlier start of the job pinned; None pins the revision now.
 
     Raises:
-        SourceError: the tokenizer is not found or cannot be loaded, a link leads out of its folder, or
+        SourceError: the tokenizer is not found, cannot be loaded or is random, a link leads out of its folder, or
             `max_length` leaves no tokens for text.
     """
     from transformers import AutoTokenizer
@@ -80,6 +80,11 @@ def load_tokenizer(config: ModelConfig, commit: str | None = None) -> "TextToken
         tokenizer = AutoTokenizer.from_pretrained(str(local), **options)
         if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers returns an empty one without files
             raise SourceError(f"{name} has no tokenizer: set model.tokenizer.name to a Hub id or a folder that has one")
+        if random := randomness_of(tokenizer):
+            raise SourceError(
+                f"the tokenizer of {name} splits a text differently each time: {random}. Set model.tokenizer.name to a "
+                "copy of it without this setting"
+            )
         loaded = TextTokenizer(tokenizer, config.tokenizer, name=name, commit=commit)
     except SourceError:
         raise

@@ -10,6 +10,9 @@ from qk_sniffer.text import leads_out
 
 _PROBE = "Hello world, it's  a test\n\nof 1234 words: d\u00e9j\u00e0 vu, \u6f22\u5b57; if x == y:"
 
+_PROBES = 4
+"""How often the text is split to see whether the tokens differ."""
+
 _SHOWN_IDS = 8
 
 _SHOWN_CHARACTERS = 200
@@ -55,6 +58,27 @@ def difference_from_file(tokenizer: Any, name: str, commit: str | None) -> str |
     at = next((at for at, (one, other) in enumerate(zip(gives, says, strict=False)) if one != other), 0)
     shown = (tokenizer.convert_ids_to_tokens(ids[at : at + _SHOWN_IDS]) for ids in (gives, says))
     return f"the tokens {next(shown)} of {_PROBE!r} would be {next(shown)}"
+
+
+def randomness_of(tokenizer: Any) -> str | None:
+    """Returns why a loaded tokenizer may split a text differently each time; None if it does not.
+
+    Training draws among several ways to split a text. A tokenizer that was saved with this setting still does.
+    """
+    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    if dropout := getattr(model, "dropout", None):
+        return f"model.dropout of its tokenizer.json is {dropout:.3g}"
+    # No file of a tokenizer holds these two, but code of a checkpoint may set them.
+    alpha, nbest_size = (getattr(model, name, None) for name in ("alpha", "nbest_size"))
+    if alpha is not None and nbest_size != 1:
+        return f"alpha and nbest_size of its Unigram model are {alpha:.3g} and {nbest_size}"
+    if (getattr(tokenizer, "sp_model_kwargs", None) or {}).get("enable_sampling"):
+        return f"sp_model_kwargs.enable_sampling of its {_SETTINGS} is true"
+    try:
+        several = [tokenizer(_PROBE, truncation=False, verbose=False)["input_ids"] for _ in range(_PROBES)]
+    except Exception:  # no token for a character: a text of the dataset that has it is an error
+        return None
+    return f"{_PROBE!r} gives other tokens the second time" if several.count(several[0]) < _PROBES else None
 
 
 def refuse_files_elsewhere(name: str, *, trust_remote_code: bool = False, **options: Any) -> None:

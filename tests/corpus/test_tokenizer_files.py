@@ -1,5 +1,6 @@
 """Tests that no file of a tokenizer makes transformers open a file elsewhere on this machine."""
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -7,10 +8,12 @@ from typing import Any
 
 import pytest
 from support.bpe import save_tokenizer
+from support.tokenizers_of_kinds import tokenizer_of
 
 from qk_sniffer.config import ModelConfig
 from qk_sniffer.corpus.examples import Example
 from qk_sniffer.corpus.tokenizer import TextTokenizer, load_tokenizer
+from qk_sniffer.corpus.tokenizer_files import randomness_of
 from qk_sniffer.errors import SourceError
 
 pytestmark = pytest.mark.floor
@@ -147,3 +150,58 @@ def test_a_tokenizer_of_a_single_file(tmp_path: Path, secret: Path, monkeypatch:
     write(file, json.dumps(content))
     with pytest.raises(SourceError, match=r"model\.vocab of its tokenizer\.json"):
         load(file)
+
+
+def edited(folder: Path, **model: Any) -> Path:
+    """Changes entries of `model` in the tokenizer.json of a folder."""
+    file = folder / "tokenizer.json"
+    described = json.loads(file.read_text(encoding="utf-8"))
+    described["model"] |= model
+    file.write_text(json.dumps(described), encoding="utf-8")
+    return folder
+
+
+def test_a_tokenizer_that_draws_its_tokens_is_refused(tmp_path: Path) -> None:
+    folder = save_tokenizer(tmp_path / "bpe")
+    expected = ids(load(folder), "hello world")
+    for dropout in (0.1, 1e-6):
+        with pytest.raises(
+            SourceError,
+            match=rf"bpe splits a text differently each time: model\.dropout of its tokenizer\.json is {dropout:g}\. "
+            r"Set model\.tokenizer\.name to a copy",
+        ):
+            load(edited(folder, dropout=dropout))
+    for none in (0.0, None):
+        assert ids(load(edited(folder, dropout=none)), "hello world") == expected
+
+
+def test_a_tokenizer_that_draws_among_the_best_splits_is_refused() -> None:
+    tokenizer = copy.deepcopy(tokenizer_of("unigram"))
+    assert randomness_of(tokenizer) is None
+    model = tokenizer.backend_tokenizer.model
+    for alpha, nbest_size, is_random in ((0.1, None, True), (0.1, 0, True), (0.1, 8, True), (0.1, 1, False)):
+        model.alpha, model.nbest_size = alpha, nbest_size
+        reason = f"alpha and nbest_size of its Unigram model are 0.1 and {nbest_size}"
+        assert randomness_of(tokenizer) == (reason if is_random else None)
+
+
+@pytest.mark.parametrize(
+    ("options", "tokens", "reason"),
+    [
+        ({"enable_sampling": True, "nbest_size": -1, "alpha": 0.1}, [1, 1, 1, 1], "sp_model_kwargs.enable_sampling"),
+        ({"enable_sampling": False}, [1, 1, 1, 1], None),
+        ({}, [1, 1, 2, 1], "gives other tokens the second time"),
+        ({}, [1, 1, 1, 1], None),
+    ],
+)
+def test_the_tokens_of_code_of_a_checkpoint_are_compared(
+    options: dict[str, Any], tokens: list[int], reason: str | None
+) -> None:
+    class Slow:
+        sp_model_kwargs = options
+
+        def __call__(self, text: str, **options: Any) -> dict[str, Any]:
+            return {"input_ids": [tokens.pop()]}
+
+    found = randomness_of(Slow())
+    assert found is None if reason is None else reason in str(found)

@@ -2,11 +2,20 @@
 
 import hashlib
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
-from qk_sniffer.corpus.data_files import ARCHIVES, DataFile, FormatError, open_bytes, refuse_expansion
+from qk_sniffer.corpus.data_files import (
+    ARCHIVES,
+    UNCHECKED_ARCHIVES,
+    DataFile,
+    FormatError,
+    compression,
+    open_bytes,
+    refuse_expansion,
+)
 from qk_sniffer.errors import SourceError
+from qk_sniffer.hub.lfs import HEAD_BYTES
 from qk_sniffer.text import is_utf8_path, utf8_way_out
 
 
@@ -31,19 +40,43 @@ def check_unchanged(files: Sequence[DataFile]) -> None:
             pass
 
 
-def check_archives(files: Sequence[DataFile]) -> None:
-    """Checks that the archives among the files, which `datasets` unpacks, do not expand out of proportion.
+def refuse_unchecked(where: str, files: Iterable[str]) -> None:
+    """Refuses files that are, or are in, archives whose content has a size that nothing tells before it is unpacked.
 
-    Archives that Python cannot read (7z, rar, lz4) are left out.
+    `files` are paths or addresses. That of a file in an archive ends with that of the archive.
 
     Raises:
-        FormatError: one does. The message names it.
+        SourceError: names the first one.
     """
     for file in files:
+        if any(hop.lower().endswith(UNCHECKED_ARCHIVES) for hop in file.split("::")):
+            raise SourceError(f"{where}: {file} is refused: {_UNCHECKED}")
+
+
+_UNCHECKED = "the size of what is packed in it (7z, rar, lz4) is not known before it is unpacked. Unpack it yourself"
+
+_UNCHECKED_STARTS = (b"7z\xbc\xaf\x27\x1c", b"Rar!", b"\x04\x22\x4d\x18")
+"""The first bytes of such files."""
+
+
+def check_archives(files: Sequence[DataFile]) -> None:
+    """Checks that the packed files, which `datasets` unpacks, do not expand out of proportion.
+
+    The library tells them by their first bytes too, whatever their names are.
+
+    Raises:
+        FormatError: one does, or Python cannot tell the size of its content. The message names it.
+    """
+    for file in files:
+        with open_bytes(file, compressed=False) as raw:
+            head = raw.read(HEAD_BYTES)
+        name = file.path.lower()
         try:
-            if file.path.lower().endswith(".zip"):
+            if head.startswith(_UNCHECKED_STARTS):
+                raise FormatError(_UNCHECKED)
+            if name.endswith(".zip") or head.startswith(b"PK"):
                 _check_members(file)
-            elif file.path.lower().endswith(ARCHIVES):
+            elif name.endswith(ARCHIVES) or compression(name, head) is not None:
                 with open_bytes(file) as content:
                     while content.read(1 << 20):
                         pass

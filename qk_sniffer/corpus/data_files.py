@@ -26,7 +26,10 @@ HUB = "hf://"
 COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
 """The suffixes of compressed files. They may follow any suffix except `.parquet`, which is compressed inside."""
 
-ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.xz", ".tar.bz2", ".7z", ".rar", ".lz4")
+UNCHECKED_ARCHIVES = (".7z", ".rar", ".lz4")
+"""The suffixes of files whose content has a size that Python cannot tell before it is unpacked. They are refused."""
+
+ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.xz", ".tar.bz2", *UNCHECKED_ARCHIVES)
 """The suffixes of files that the library `datasets` alone unpacks."""
 
 _MAGIC = {
@@ -148,7 +151,7 @@ def open_bytes(file: DataFile, *, compressed: bool = True, may_grow: bool = Fals
         raw.seek(0)
         if problem := pointer_problem(head):
             raise FormatError(problem)
-        method = _compression(file.path, head) if compressed else None
+        method = compression(file.path, head) if compressed else None
         may_grow = may_grow and method is None
         file.check_unchanged(raw, may_grow=may_grow)
         if method is None:
@@ -235,7 +238,8 @@ def _ends(raw: BinaryIO, size: int) -> tuple[bytes, bytes]:
     return os.pread(raw.fileno(), last, 0), os.pread(raw.fileno(), last, size - last)
 
 
-def _compression(file: str, head: bytes) -> str | None:
+def compression(file: str, head: bytes) -> str | None:
+    """Returns the compression of the file of a name and with the first bytes `head`; None if there is none."""
     for suffix, method in COMPRESSED.items():
         if file.lower().endswith(suffix):
             return method

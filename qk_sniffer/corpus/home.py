@@ -14,7 +14,7 @@ from qk_sniffer.corpus.data_files import DataFile
 from qk_sniffer.errors import SourceError, StoreError
 from qk_sniffer.store.files import inside
 
-_PACKED = frozenset({"zip", "tar", "gzip", "bz2", "xz", "zstd", "lz4"})
+_PACKED = frozenset({"zip", "tar", "gzip", "bz2", "xz", "zstd"})
 """The protocols of archives and compressed files. Others may open any path, as `reference` does those in a list."""
 
 _SELF_CONTAINED = frozenset(

@@ -19,7 +19,7 @@ from typing import Any
 
 from qk_sniffer.config import DatasetConfig
 from qk_sniffer.corpus import hub_copies
-from qk_sniffer.corpus.copies import check_archives, check_cache, check_unchanged, digest_of
+from qk_sniffer.corpus.copies import check_archives, check_cache, check_unchanged, digest_of, refuse_unchecked
 from qk_sniffer.corpus.data_files import ARCHIVES, COMPRESSED, ChangedError, DataFile, first_lines, reason
 from qk_sniffer.corpus.dataset_cards import names_its_files, own_descriptions, yaml_limited
 from qk_sniffer.corpus.home import check_format, check_home, data_file, own_patterns, texts_of
@@ -269,7 +269,9 @@ def _building(where: str, make: Callable[[], Any]) -> Any:
         if "find cache for" in message or "data files found" in message:
             raise SourceError(f"{where} has no data files that can be read. Check dataset.data_files") from error
         if isinstance(error, FileNotFoundError):
-            raise SourceError(f"{where}: {first_lines(message)}. Check dataset.data_files") from error
+            suffixes = r"with any supported extension \[.*"  # of hundreds
+            found = re.sub(suffixes, "with a suffix that datasets reads", first_lines(message))
+            raise SourceError(f"{where}: {found}. Check dataset.data_files") from error
         raise SourceError(f"{where} cannot be read: {reason(error)}") from error
 
 
@@ -317,6 +319,7 @@ def _of_library(where: str, builder: Any, config: DatasetConfig, folder: Path | 
     data_files = _files_of(builder)
     known = list(data_files or builder.info.splits or [])
     files = [file for name in named_splits(where, config, known) for file in data_files.get(name, ())]
+    refuse_unchecked(where, files)
     opened = dict.fromkeys(file.rpartition("::")[2] if "://" in file else file for file in files)  # or its archive
     local = [data_file(file, folder) if folder else DataFile(file) for file in opened if "://" not in file]
     try:

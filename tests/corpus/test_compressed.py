@@ -2,8 +2,10 @@
 
 import bz2
 import gzip
+import io
 import lzma
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,41 @@ def test_an_archive_does_not_expand_out_of_proportion(
     for streaming in (True, False):
         found = message(tmp_path, streaming=streaming)
         assert f"/{name}: " in found and "which no texts do" in found
+
+
+@pytest.mark.parametrize("suffix", ["7z", "rar", "lz4", "LZ4"])
+def test_an_archive_that_does_not_tell_the_size_of_its_content_is_refused(suffix: str, tmp_path: Path) -> None:
+    refused = "is refused: the size of what is packed in it (7z, rar, lz4) is not known"
+    for name, problem in ((f"a.jsonl.{suffix}", refused), (f"a.{suffix}", "with a suffix that datasets reads")):
+        write(tmp_path / "README.md", f"---\nconfigs:\n- config_name: default\n  data_files: {name}\n---\n")
+        write(tmp_path / name, "packed")
+        for streaming in (True, False):
+            found = message(tmp_path, streaming=streaming)
+            assert name in found and problem in found
+        (tmp_path / name).unlink()
+
+
+@pytest.mark.parametrize("start", [b"7z\xbc\xaf\x27\x1c", b"Rar!\x1a\x07\x00", b"\x04\x22\x4d\x18"])
+def test_such_an_archive_is_told_by_its_content_too(start: bytes, tmp_path: Path) -> None:
+    write(tmp_path / "README.md", "---\nconfigs:\n- config_name: default\n  data_files: a.xml\n---\n")
+    (tmp_path / "a.xml").write_bytes(start + b"packed")
+    for streaming in (True, False):
+        assert "a.xml: the size of what is packed in it" in message(tmp_path, streaming=streaming)
+
+
+def test_a_packed_file_of_any_name_does_not_expand_out_of_proportion(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "README.md", "---\nconfigs:\n- config_name: default\n  data_files: a.xml\n---\n")
+    monkeypatch.setattr("qk_sniffer.corpus.data_files.MOST_UNCHECKED_BYTES", 1 << 20)
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.xml", LONG)
+    for content in (gzip.compress(LONG), packed.getvalue()):
+        (tmp_path / "a.xml").write_bytes(content)
+        for streaming in (True, False):
+            found = message(tmp_path, streaming=streaming)
+            assert "/a.xml: " in found and "which no texts do" in found
 
 
 REPEATED = pa.array(["a" * (1 << 20)] * 64)

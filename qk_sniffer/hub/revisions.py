@@ -71,8 +71,11 @@ def cached_commit(kind: Kind, name: str, revision: str | None = None) -> str | N
     folder = Path(constants.HF_HUB_CACHE, f"{kind}s--{name.replace('/', '--')}")
     ref = folder / "refs" / (revision or "main")
     if ref.is_file():
-        return ref.read_text(encoding="utf-8").strip()
-    snapshots = [path.name for path in folder.glob("snapshots/*")]
+        with ref.open("rb") as file:
+            commit = file.read(50).strip()
+        # It becomes a part of paths, and the cache may be someone else's.
+        return commit.decode() if re.fullmatch(rb"[0-9a-f]{40}", commit) else None
+    snapshots = [path.name for path in folder.glob("snapshots/*") if re.fullmatch("[0-9a-f]{40}", path.name)]
     if revision in snapshots:
         return revision
     return snapshots[0] if len(snapshots) == 1 and revision in (None, "main") else None

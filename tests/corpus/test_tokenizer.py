@@ -317,6 +317,10 @@ def test_the_commit_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     (repository / "refs").mkdir()
     (repository / "refs" / "v1").write_text(one)
     assert cached_commit("model", "org/name", "v1") == one
+    for odd in ("../../../private", "main", one + "0", ""):  # of a cache that comes from someone else
+        (repository / "refs" / "v1").write_text(odd)
+        (repository / "snapshots" / "odd").mkdir(exist_ok=True)
+        assert cached_commit("model", "org/name", "v1") is cached_commit("model", "org/name", "odd") is None
 
 
 def test_a_length_without_room_for_text_is_refused(folder: Path) -> None:

@@ -47,6 +47,7 @@ from qk_sniffer.capture.proof_vectors import NO_HOOKS, Derived, Int64, Vectors, 
 from qk_sniffer.errors import QkSnifferError
 from qk_sniffer.logs import logger
 from qk_sniffer.store.layout import Head, Layout
+from qk_sniffer.store.open_folder import Access
 from qk_sniffer.store.parquet_files import open_parquet
 
 log = logger(__name__)
@@ -74,11 +75,12 @@ def prove(
     *,
     layers: Sequence[LayerFacts],
     min_tokens: int,
+    access: Access | None = None,
 ) -> dict[str, Any]:
     """Compares rows of `heads` in `layout` with vectors from hooks in `passes`. `ids` are token ids by example_id.
 
     `layers` have the facts of all layers of the heads. Shorter texts are padded on the right to `min_tokens`, which is
-    more than the heads that any projection returns.
+    more than the heads that any projection returns. `access` is the way to the files; None looks up their paths.
 
     Returns the manifest's `proof`: `proven` (None where the family has no hook path, or no chosen row is finite), the
     rows and heads that were compared, the largest of their positions, and of those that `for_late_rows` has added in
@@ -92,7 +94,7 @@ def prove(
     underivable: dict[LayerKind, str] = {}
     compared: set[Head] = set()
     rows, longest_position, beyond = 0, -1, {}
-    for one, stored in zip(passes, _stored(layout, heads, passes), strict=True):
+    for one, stored in zip(passes, _stored(layout, heads, passes, access), strict=True):
         if not stored:
             continue
         tokens = ids[one.example.example_id][: one.tokens]
@@ -163,25 +165,27 @@ def prove(
     )
 
 
-def _stored(layout: Layout, heads: Sequence[Head], passes: Sequence[Pass]) -> list[dict[Head, StoredRows]]:
+def _stored(
+    layout: Layout, heads: Sequence[Head], passes: Sequence[Pass], access: Access | None
+) -> list[dict[Head, StoredRows]]:
     """Returns the rows of each pass, of the heads that have any. Opens each file once."""
     stored: list[dict[Head, StoredRows]] = [{} for _ in passes]
     for head in heads:
         group = head.layer, head.kind
         mine = [(number, one) for number, one in enumerate(passes) if group in one.rows]
         wanted = [(one.example.example_id, one.rows[group]) for _, one in mine]
-        for (number, _), rows in zip(mine, rows_of_examples(layout.root / head.file, wanted), strict=True):
+        for (number, _), rows in zip(mine, rows_of_examples(layout.root / head.file, wanted, access), strict=True):
             if len(rows[0]):
                 stored[number][head] = rows
     return stored
 
 
-def rows_of_examples(path: Path, wanted: Sequence[tuple[int, Int64]]) -> list[StoredRows]:
+def rows_of_examples(path: Path, wanted: Sequence[tuple[int, Int64]], access: Access | None = None) -> list[StoredRows]:
     """Returns, for each (example_id, rows) in `wanted`, those of the numbered rows of a head's file that are of the
     example. Reads only the row groups that contain them."""
     if not wanted:
         return []
-    with open_parquet(path) as file:
+    with open_parquet(path, access) as file:
         sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
         starts = np.cumsum([0, *sizes])
         group_of = [np.searchsorted(starts, rows, side="right") - 1 for _, rows in wanted]

@@ -17,18 +17,20 @@ The cost is counted in arithmetic of forward passes, and the limit follows from 
 the device alone, so that the same dataset is proven by the same examples on every machine of a kind.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, pairwise
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from qk_sniffer.capture.forward_cost import ForwardCost, Numbers
 from qk_sniffer.capture.sampling import counter_hash
 from qk_sniffer.store.journal import ExampleRecord
 from qk_sniffer.store.layout import Head, Layout
+from qk_sniffer.store.open_folder import Access
 from qk_sniffer.store.parquet_files import read_parquet
 
 MAX_TOKENS = 4096
@@ -54,6 +56,8 @@ MOST_CANDIDATES = 10_000
 
 Int64 = npt.NDArray[np.int64]
 LayerKind = tuple[int, str]
+Read = Callable[..., pa.Table]
+"""Reads the file of a head; `columns` are those to read."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,7 @@ def choose(
     count: int | None,
     cost: ForwardCost,
     boundary: int | None,
+    access: Access | None = None,
 ) -> list[Pass]:
     """Chooses passes over examples that have rows in the files of `heads` in `layout`.
 
@@ -86,12 +91,16 @@ def choose(
         count: the number of examples, the shortest ones; None for as many as the module's docstring says.
         cost: of forward passes of the model.
         boundary: `Backbone.length_boundary`. Examples whose frequencies the proof cannot have are not chosen.
+        access: the way to the files; None looks up their paths.
     """
     first_heads = {(head.layer, head.kind): head for head in reversed(heads)}
-    files = {group: layout.root / first_heads[group].file for group in sorted(first_heads)}
+    files: dict[LayerKind, Read] = {
+        group: partial(read_parquet, layout.root / first_heads[group].file, access=access)
+        for group in sorted(first_heads)
+    }
     found: set[int] = set()
-    for file in files.values():
-        found |= set(read_parquet(file, columns=["example_id"])["example_id"].unique().to_pylist())
+    for read in files.values():
+        found |= set(read(columns=["example_id"])["example_id"].unique().to_pylist())
     usable = [
         [
             example
@@ -163,18 +172,18 @@ def choose_for_statistics(
 
 
 def _found(
-    files: Mapping[LayerKind, Path], examples: Sequence[ExampleRecord], boundary: int | None
+    files: Mapping[LayerKind, Read], examples: Sequence[ExampleRecord], boundary: int | None
 ) -> tuple[Int64, Int64, Int64]:
     """Returns the tokens of each example that a pass runs, (examples,), and in the files of each (layer, kind) its
     first row and the number of its rows among these tokens, (examples, groups) each."""
     cut = np.array([tokens_to_derive(example.num_tokens, boundary) for example in examples], np.int64)
-    places = [_places(file, [example.example_id for example in examples], cut) for file in files.values()]
+    places = [_places(read, [example.example_id for example in examples], cut) for read in files.values()]
     start, rows = (np.stack(each, axis=1) for each in zip(*places, strict=True))
     return cut, start, rows
 
 
 def _late(
-    files: Mapping[LayerKind, Path],
+    files: Mapping[LayerKind, Read],
     heads: Sequence[Head],
     example: ExampleRecord,
     cost: ForwardCost,
@@ -227,11 +236,11 @@ def _sections(part: Sequence[ExampleRecord], number: int) -> Iterator[Sequence[E
 
 
 def _late_rows(
-    groups: Sequence[LayerKind], files: Sequence[Path], example: ExampleRecord, most: int
+    groups: Sequence[LayerKind], files: Sequence[Read], example: ExampleRecord, most: int
 ) -> dict[LayerKind, Int64]:
     """Returns rows of an example at positions from `MAX_TOKENS` on, which no other pass has."""
     early, whole = (
-        [_places(file, [example.example_id], np.array([tokens])) for file in files]
+        [_places(read, [example.example_id], np.array([tokens])) for read in files]
         for tokens in (MAX_TOKENS, example.num_tokens)
     )
     start = [int(first[0] + number[0]) for first, number in early]
@@ -266,9 +275,9 @@ def is_derivable(num_tokens: int, boundary: int | None, min_tokens: int) -> bool
     return boundary is None or num_tokens >= min_tokens or boundary >= min_tokens
 
 
-def _places(file: Path, example_ids: Sequence[int], cut: Int64) -> tuple[Int64, Int64]:
-    """Returns the first row in `file` of each example, and the number of its rows at positions below `cut`."""
-    table = read_parquet(file, columns=["example_id", "position"])
+def _places(read: Read, example_ids: Sequence[int], cut: Int64) -> tuple[Int64, Int64]:
+    """Returns the first row in the file of each example, and the number of its rows at positions below `cut`."""
+    table = read(columns=["example_id", "position"])
     ids, position = (table[name].to_numpy() for name in ("example_id", "position"))
     if not len(ids):
         return np.zeros(len(cut), np.int64), np.zeros(len(cut), np.int64)

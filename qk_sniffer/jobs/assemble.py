@@ -35,6 +35,7 @@ from qk_sniffer.store.journal import AttentionFacts, Batching, ExampleRecord, Jo
 from qk_sniffer.store.layout import KINDS, Head, Layout
 from qk_sniffer.store.locks import InUseError, hold
 from qk_sniffer.store.manifest import Written
+from qk_sniffer.store.open_folder import PLAIN, Access
 from qk_sniffer.store.previous import PreviousVersion
 from qk_sniffer.store.promote import finish_promotion, finish_removal, staged_manifest
 from qk_sniffer.store.record import read_mark, read_record, write_mark
@@ -77,8 +78,10 @@ class CapturedJob:
 
 
 @contextmanager
-def captured_job(layout: Layout, job_id: str) -> Iterator[CapturedJob | None]:
+def captured_job(layout: Layout, job_id: str, access: Access = PLAIN) -> Iterator[CapturedJob | None]:
     """Holds the finalize lock, and yields the job `job_id` if all of its shards are captured.
+
+    `access` is the lock of the process's shard, if it has one.
 
     Yields None if a shard is missing, if another process holds the lock, or if the dataset exists already; the log
     says which.
@@ -89,7 +92,7 @@ def captured_job(layout: Layout, job_id: str) -> Iterator[CapturedJob | None]:
     """
     while True:
         with ExitStack() as finalizing:
-            job = _locked_job(layout, job_id, finalizing)
+            job = _locked_job(layout, job_id, finalizing, access)
             if job is None or not uncaptured(layout, job.record, job.claim):
                 yield job
                 return
@@ -101,15 +104,17 @@ def captured_job(layout: Layout, job_id: str) -> Iterator[CapturedJob | None]:
             return
 
 
-def _locked_job(layout: Layout, job_id: str, finalizing: ExitStack) -> CapturedJob | None:
+def _locked_job(layout: Layout, job_id: str, finalizing: ExitStack, access: Access) -> CapturedJob | None:
     """Takes the finalize lock, and returns the job, captured or not; None if another process has the lock or is done.
 
     `finalizing` holds the lock.
     """
     try:
-        lock = finalizing.enter_context(hold(layout.finalize_lock, "making the dataset", wait_s=FINALIZE_PATIENCE_S))
+        lock = finalizing.enter_context(
+            hold(layout.finalize_lock, "making the dataset", wait_s=FINALIZE_PATIENCE_S, access=access)
+        )
     except InUseError:
-        record = read_record(layout)
+        record = read_record(layout, access)
         if record is not None and record["config"]["shard"]["count"] == 1:
             raise
         log.info("another process is making the dataset; if it fails, rerun any of the shards")
@@ -253,7 +258,7 @@ def mark_done(
     """
     mark = Mark(job=claim.job_id, examples=examples, skipped=skipped)
     claim.check()
-    with hold(layout.start_lock, "ending the capture of a shard", wait_s=START_PATIENCE_S):
+    with hold(layout.start_lock, "ending the capture of a shard", wait_s=START_PATIENCE_S, access=claim):
         check_limit(layout, rows, claim)
         write_mark(layout, shard.index, shard.count, mark, access=claim)
 
@@ -279,17 +284,21 @@ def remove_unreadable_marks(layout: Layout, shard_count: int, claim: Claim) -> N
             remove(layout.shard_done(index, shard_count), claim)
 
 
-def finish_interrupted_promotion(layout: Layout, *, overwrite: bool = False) -> bool:
+def finish_interrupted_promotion(layout: Layout, access: Access = PLAIN, *, overwrite: bool = False) -> bool:
     """Finishes the promotion of a dataset that a crash interrupted; returns False if there is none.
 
-    With `overwrite`, a staged version that cannot be promoted is removed.
+    `access` is the lock of the process's shard, if it has one. With `overwrite`, a staged version that cannot be
+    promoted is removed.
 
     Raises:
         UnreadableError: the record or the staged manifest cannot be read, or a file that it lists is missing.
     """
     if type_of(layout.staging.manifest) is None:
         return False
-    with hold(layout.finalize_lock, "promoting the dataset", replace=overwrite) as lock, lock.explaining():
+    with (
+        hold(layout.finalize_lock, "promoting the dataset", replace=overwrite, access=access) as lock,
+        lock.explaining(),
+    ):
         try:
             record = read_record(layout, lock)
             if record is None:

@@ -24,7 +24,7 @@ from qk_sniffer.hub.catalogue import update_catalogue
 from qk_sniffer.hub.client import writing_api
 from qk_sniffer.hub.publish import publish
 from qk_sniffer.jobs import hub_resume
-from qk_sniffer.jobs.assemble import Staged, captured_job, stage
+from qk_sniffer.jobs.assemble import CapturedJob, Staged, captured_job, stage
 from qk_sniffer.jobs.components import Components, load_components
 from qk_sniffer.jobs.pictures import draw_pictures
 from qk_sniffer.resolved import ResolvedConfig, with_output
@@ -73,7 +73,7 @@ def finish(
         QkSnifferError: everything written before is kept, and this may be called again.
     """
     access.check()  # and not the record, which another shard removes with the work of the whole job
-    with captured_job(layout, job_id) as job:
+    with captured_job(layout, job_id, access) as job:
         access.check()
         if job is None:
             return None
@@ -85,14 +85,15 @@ def finish(
         if corpus is not None:
             _check_texts(job.record, staged, corpus)
         with stages("verify"):
-            proof = _with_checks(_prove(config, job.record, staged, corpus, components, stages), staged)
+            proof = _with_checks(_prove(config, job, staged, corpus, components, stages), staged)
         job.claim.check()  # what was proven is the job's
         manifest = staged.manifest(proof, timings=stages.seconds)
         card = write_card(CardFacts.of(manifest)).encode()
         _mark_unpublished(config, layout, manifests.with_files(manifest, {CARD: FileEntry.of(card)}), job.claim)
         with stages("promote"):
             promote(layout, manifest, card=card, claim=job.claim)
-        remove_leftovers(layout, layout.finalize_lock)  # of a job that was killed while it held another lock
+        # Of a job that was killed while it held another lock.
+        remove_leftovers(layout, layout.finalize_lock, job.claim.lock)
         made = manifests.read(layout.root)
     return report_and_publish(config, layout, f"Time: {describe(stages.seconds)}", Folder(layout.root), access, made)
 
@@ -214,7 +215,7 @@ def _with_checks(proof: dict[str, Any], staged: Staged) -> dict[str, Any]:
 
 def _prove(
     config: ResolvedConfig,
-    record: Mapping[str, Any],
+    job: CapturedJob,
     staged: Staged,
     corpus: Corpus | None,
     components: Components | None,
@@ -224,7 +225,7 @@ def _prove(
 
     Returns the manifest's `proof` without checks.
     """
-    count = config.verify.examples
+    record, count = job.record, config.verify.examples
     if count == 0 or corpus is None:
         return {"proven": None, "reason": "turned off (verify.examples=0)"}
     settings, has_rows = config.capture.statistics, bool(staged.written.rows)
@@ -237,7 +238,15 @@ def _prove(
     cost = components.cost
     passes, of_statistics = [], []
     if has_rows:
-        passes = choose(staged.layout, staged.heads, staged.parts, count=count, cost=cost, boundary=boundary)
+        passes = choose(
+            staged.layout,
+            staged.heads,
+            staged.parts,
+            count=count,
+            cost=cost,
+            boundary=boundary,
+            access=job.claim,
+        )
     if settings.enabled:
         of_statistics = choose_for_statistics(
             staged.parts, count=count, cost=cost, boundary=boundary, skip_tokens=settings.skip_tokens
@@ -262,7 +271,14 @@ def _prove(
     if passes:
         ids = {one.example.example_id: tokens[one.example.example_id].ids for one in passes}
         proof = prove(
-            backbone, staged.layout, staged.heads, passes, ids, layers=components.layers, min_tokens=cost.min_tokens
+            backbone,
+            staged.layout,
+            staged.heads,
+            passes,
+            ids,
+            layers=components.layers,
+            min_tokens=cost.min_tokens,
+            access=job.claim,
         )
     moments = components.moments(settings)
     if moments is not None and of_statistics:

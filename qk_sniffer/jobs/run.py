@@ -75,11 +75,11 @@ def _run(config: ResolvedConfig, layout: Layout, stages: Stages, stopping: Stopp
     shard, overwrite = config.shard, config.output.overwrite
     path, purpose = layout.shard_lock(shard.index, shard.count), f"capturing shard {shard.index} of {shard.count}"
     with hold(path, purpose, wait_s=restart_patience_s(), replace=overwrite) as lock, lock.explaining():
-        promoted = finish_interrupted_promotion(layout, overwrite=overwrite)
+        promoted = finish_interrupted_promotion(layout, lock, overwrite=overwrite)
         with stages("open dataset"):
             start = find_existing_work(config, layout, is_mine=promoted or _is_yet_to_publish(config, layout))
         if start.found == "finished":
-            remove_leftovers(layout, lock.path)
+            remove_leftovers(layout, lock.path, lock)
             note = "Nothing to do: the dataset is finished."
             return report_and_publish(config, layout, note, start.files, lock)
         if start.found == "unfinished":

@@ -67,8 +67,8 @@ def change_limit(config: ResolvedConfig, layout: Layout, corpus: Corpus, *, acce
     access.check()
     change = "changing dataset.max_samples"
     with (
-        hold(layout.start_lock, change, wait_s=START_PATIENCE_S),
-        hold(layout.finalize_lock, change, wait_s=FINALIZE_PATIENCE_S),
+        hold(layout.start_lock, change, wait_s=START_PATIENCE_S, access=access),
+        hold(layout.finalize_lock, change, wait_s=FINALIZE_PATIENCE_S, access=access),
     ):
         record = read_record(layout, access)
         if record is None or not changes_limit(config, rows, record):

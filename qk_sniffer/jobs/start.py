@@ -186,7 +186,7 @@ def register_job(layout: Layout, start: Start, record: Mapping[str, Any], *, own
         TakenAwayError: the data root is no longer this process's.
     """
     own_lock.check()
-    with hold(layout.start_lock, "starting", wait_s=START_PATIENCE_S, replace=overwrite):
+    with hold(layout.start_lock, "starting", wait_s=START_PATIENCE_S, replace=overwrite, access=own_lock):
         try:
             stored = read_record(layout, own_lock)
             if stored is not None:
@@ -227,7 +227,7 @@ def change_output(config: ResolvedConfig, layout: Layout, own_lock: Lock) -> Non
     `own_lock` is the lock of the process's shard.
     """
     own_lock.check()
-    with hold(layout.start_lock, "starting", wait_s=START_PATIENCE_S):
+    with hold(layout.start_lock, "starting", wait_s=START_PATIENCE_S, access=own_lock):
         record = read_record(layout, own_lock)
         if record is not None:
             _store_output(layout, record, config.to_dict()["output"], own_lock)

@@ -28,7 +28,7 @@ from typing import Any
 from qk_sniffer.errors import QkSnifferError, StoreError
 from qk_sniffer.store import stored
 from qk_sniffer.store.disk import explained
-from qk_sniffer.store.open_folder import Anchored, OpenFolder
+from qk_sniffer.store.open_folder import PLAIN, Access, Anchored, OpenFolder
 from qk_sniffer.store.stored import Count, Text, UnreadableError
 
 _FLOCK = "hhqqi"
@@ -108,24 +108,33 @@ def restart_patience_s() -> float:
 
 @contextmanager
 def hold(
-    path: Path, purpose: str, *, wait_s: float = 0.0, replace: bool = False, follow_links: bool = False
+    path: Path,
+    purpose: str,
+    *,
+    wait_s: float = 0.0,
+    replace: bool = False,
+    follow_links: bool = False,
+    access: Access = PLAIN,
 ) -> Iterator[Lock]:
     """Holds the lock `path` within the block. The file exists during the block, and after a crash.
 
     `purpose` is the activity of a holder in the error: "capturing shard 0 of 1". `wait_s` is how long to try. With
     `replace`, a folder, a link or anything else of that name that is not a lock file is removed first. Creates the
     folder of the lock, but not its parents. `follow_links` says that this folder may be a link, which its user made.
+    `access` is the lock that this process holds in the same data root: this one is taken in its open folder. `PLAIN`
+    looks up the path.
 
     Raises:
         InUseError: the lock is held.
         UnreadableError: there is something else of that name.
         StoreError: the file system has no locks, or the folder cannot be written.
+        TakenAwayError: the lock of `access` is lost.
     """
     deadline = time.monotonic() + wait_s
     while True:
         try:
             with explained(path, "lock"):
-                lock = _locked(path, purpose, replace, follow_links)
+                lock = _locked(path, purpose, replace, follow_links, access)
             break
         except InUseError:
             if time.monotonic() >= deadline:
@@ -141,11 +150,14 @@ def hold(
             lock.folders[0].unlink(path.name)
         _held.discard(lock.descriptor)
         os.close(lock.descriptor)
+        if is_mine:  # an empty work folder has no meaning
+            if follow_links:
+                with suppress(OSError):
+                    path.parent.rmdir()
+            else:
+                lock.folders[1].rmdir(path.parent.name)
         for folder in lock.folders:
             folder.close()
-        if is_mine:
-            with suppress(OSError):  # an empty work folder has no meaning
-                path.parent.rmdir()
 
 
 def holder(path: Path) -> Holder | None:
@@ -181,12 +193,19 @@ _SAFELY = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 """Opens no link, and does not wait for the other end of a pipe."""
 
 
-def _locked(path: Path, purpose: str, replace: bool, follow_links: bool) -> Lock:
+def _locked(path: Path, purpose: str, replace: bool, follow_links: bool, access: Access) -> Lock:
     while True:
-        path.parent.mkdir(exist_ok=True)
+        access.check()  # also in each further attempt: only the lock of `access` tells that the folder has moved
+        if access is PLAIN:
+            path.parent.mkdir(exist_ok=True)
         with ExitStack() as opened:
             try:
-                folder = opened.enter_context(OpenFolder.at(path.parent, follow_links=follow_links))
+                found = (
+                    OpenFolder.at(path.parent, follow_links=follow_links)
+                    if access is PLAIN
+                    else access.open(path.parent)
+                )
+                folder = opened.enter_context(found)
                 folders = [folder] if follow_links else [folder, opened.enter_context(folder.parent())]
                 descriptor = _lock_file(folder, path, purpose, replace)
             except FileNotFoundError:  # another job removed the folder at its end

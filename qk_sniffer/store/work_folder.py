@@ -111,24 +111,29 @@ def discard_work(layout: Layout, own_lock: Path, access: Access = PLAIN) -> None
         InUseError: a job is running in this root.
     """
     with ExitStack() as running:
-        for lock in {layout.finalize_lock, *layout.locks()} - {own_lock, layout.start_lock}:
-            running.enter_context(hold(lock, "working in the folder that this job replaces", replace=True))
+        for path in {layout.finalize_lock, *layout.locks()} - {own_lock, layout.start_lock}:
+            purpose = "working in the folder that this job replaces"
+            running.enter_context(hold(path, purpose, replace=True, access=access))
         for path in paths_in(layout.work, access):
             if path.suffix != ".lock" and path not in (layout.job_file, layout.staging.root):
                 remove(path, access)
         remove_work(layout, access)
 
 
-def remove_leftovers(layout: Layout, own_lock: Path) -> None:
+def remove_leftovers(layout: Layout, own_lock: Path, access: Access = PLAIN) -> None:
     """Removes the files that a job leaves in the work folder when it is killed after its dataset is whole.
 
-    Hold `own_lock`.
+    Hold `own_lock`. `access` is the way to the work folder: the own lock.
     """
     for path in layout.locks():
         if path != own_lock:
-            with suppress(InUseError), hold(path, "tidying up"):
+            with suppress(InUseError), hold(path, "tidying up", access=access):
                 pass  # leaving the block removes the file
-    with suppress(InUseError), hold(layout.start_lock, "tidying up") as lock, hold(layout.finalize_lock, "tidying up"):
+    with (
+        suppress(InUseError),
+        hold(layout.start_lock, "tidying up", access=access) as lock,
+        hold(layout.finalize_lock, "tidying up", access=access),
+    ):
         if not layout.job_file.exists():
             remove_work(layout, lock)
 

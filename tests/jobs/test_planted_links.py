@@ -37,6 +37,7 @@ def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
                 ("segment", ".qk_sniffer/journal/shard-00000-of-00001"),
                 ("compaction", ".qk_sniffer/journal/shard-00000-of-00001"),
                 ("compaction", ".qk_sniffer/staging"),
+                ("proof", ".qk_sniffer/staging/l01h00q"),
                 ("proof", ".qk_sniffer/staging/statistics"),
                 ("promotion", ".qk_sniffer/staging/l01h00q"),
                 ("move", "statistics"),

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -261,9 +262,9 @@ def test_the_proof_refuses_another_model_than_that_of_the_capture(
         finalize(root)
     real = finish._prove
 
-    def with_other_commits(config: Any, record: Any, *rest: Any) -> Any:
-        record = record | {"commits": record["commits"] | {"model": "sha256:other"}}
-        return real(config, record, *rest)
+    def with_other_commits(config: Any, job: Any, *rest: Any) -> Any:
+        record = job.record | {"commits": job.record["commits"] | {"model": "sha256:other"}}
+        return real(config, replace(job, record=record), *rest)
 
     monkeypatch.setattr(finish, "_prove", with_other_commits)
     with pytest.raises(StoreError, match="prove nothing about its vectors"):

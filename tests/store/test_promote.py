@@ -35,8 +35,9 @@ from qk_sniffer.store.compact import compact
 from qk_sniffer.store.journal import Journal
 from qk_sniffer.store.journal_writer import JournalWriter
 from qk_sniffer.store.layout import Head, HeadKey, Layout, head_name, parse_head_name
-from qk_sniffer.store.locks import Holder, hold, holder, restart_patience_s
+from qk_sniffer.store.locks import Holder, TakenAwayError, hold, holder, restart_patience_s
 from qk_sniffer.store.manifest import FileEntry
+from qk_sniffer.store.open_folder import Checked
 from qk_sniffer.store.work_folder import discard_work, prepare_data_root, remove_leftovers
 
 
@@ -246,6 +247,28 @@ def test_a_held_lock_names_its_holder(tmp_path: Path, monkeypatch: pytest.Monkey
         second = subprocess.run([sys.executable, "-c", code, lock], capture_output=True, text=True, timeout=30)
         assert "is in use" in second.stderr
     assert not lock.exists()
+
+
+def test_a_second_lock_is_taken_in_the_folder_of_the_first(tmp_path: Path) -> None:
+    layout, user, moved = Layout(tmp_path / "root"), tmp_path / "user", tmp_path / "moved"
+    layout.root.mkdir()
+    user.mkdir()
+
+    def replace() -> None:
+        if not moved.exists():
+            layout.root.rename(moved)
+            layout.root.mkdir()
+            layout.work.symlink_to(user)
+
+    with hold(layout.shard_lock(0, 1), "capturing") as lock:
+        with hold(layout.finalize_lock, "testing", access=lock):
+            assert layout.finalize_lock.exists()
+        access = Checked(lock, replace)  # replaces the data root just after the first check
+        with pytest.raises(TakenAwayError), hold(layout.finalize_lock, "testing", access=access):
+            pass
+        with pytest.raises(TakenAwayError), hold(layout.start_lock, "testing", access=lock):
+            pass
+    assert [*user.iterdir()] == []
 
 
 def test_a_forked_child_does_not_keep_the_lock_of_a_dead_parent(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from qk_sniffer.drawing.style import save
 from qk_sniffer.errors import StoreError
 from qk_sniffer.store.disk import explained
 from qk_sniffer.store.layout import PICTURE_SUFFIXES, PICTURES
-from qk_sniffer.store.open_folder import PLAIN, Access, Anchored, Checked
+from qk_sniffer.store.open_folder import PLAIN, Access, Anchored, Checked, OpenFolder
+from qk_sniffer.store.places import is_drawn
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -49,13 +50,23 @@ def unlisted(dataset: Dataset, pictures: Pictures) -> Pictures:
 
 
 def undrawn(dataset: Dataset) -> Pictures:
-    """Returns the pictures that are to be drawn into the folder of a dataset, because they are not there."""
-    folder = folder_of(dataset)
-    return {
-        name: make
-        for name, make in unlisted(dataset, drawable(dataset)).items()
-        if not all((folder / f"{name}{suffix}").is_file() for suffix in PICTURE_SUFFIXES)
-    }
+    """Returns the pictures that are to be drawn into the folder of a dataset, because they are not there.
+
+    A picture of the same name that someone else has made stays.
+    """
+    path = folder_of(dataset)
+    there: set[str] = set()
+    drawn: set[str] = set()
+    if path.is_dir():
+        with OpenFolder.at(path) as folder:
+            there = {*folder.names()}
+            drawn = {name for name in there if is_drawn(folder, name)}
+    found = {}
+    for name, make in unlisted(dataset, drawable(dataset)).items():
+        files = {f"{name}{suffix}" for suffix in PICTURE_SUFFIXES}
+        if not files <= there and files & there <= drawn:
+            found[name] = make
+    return found
 
 
 def draw(pictures: Pictures, folder: Path, *, access: Access = PLAIN) -> list[str]:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from qk_sniffer.errors import QkSnifferError
 from qk_sniffer.store.disk import explained
-from qk_sniffer.store.layout import PICTURE_SUFFIXES
+from qk_sniffer.store.layout import PICTURE_MARK, PICTURE_SUFFIXES
 from qk_sniffer.store.open_folder import PLAIN, Access
 from qk_sniffer.text import printable
 
@@ -50,11 +50,11 @@ MOST_CELLS = 1 << 25
 """The most cells that a picture is computed from: 256 MB. Files of someone else may name any numbers of heads, buckets
 and channels, and a small file can describe a grid of any size."""
 
-_METADATA: dict[str, dict[str, None]] = {
-    ".png": {"Software": None},
-    ".svg": {"Date": None, "Creator": None},
+_METADATA: dict[str, dict[str, str | None]] = {
+    ".png": {"Software": PICTURE_MARK},
+    ".svg": {"Date": None, "Creator": PICTURE_MARK},
 }
-"""Leaves out the version and the time, which matplotlib writes into the files by default."""
+"""Names this package, and leaves out the version and the time that matplotlib writes by default."""
 
 
 def save(path: Path, make: "Callable[[], Figure | None]", *, access: Access = PLAIN) -> list[Path]:

@@ -37,7 +37,7 @@ from qk_sniffer.store.locks import InUseError, hold
 from qk_sniffer.store.manifest import Written
 from qk_sniffer.store.open_folder import PLAIN, Access
 from qk_sniffer.store.previous import PreviousVersion
-from qk_sniffer.store.promote import finish_promotion, finish_removal, staged_manifest
+from qk_sniffer.store.promote import abandon_promotion, finish_promotion, finish_removal, staged_manifest
 from qk_sniffer.store.record import read_mark, read_record, write_mark
 from qk_sniffer.store.stored import UnreadableError
 
@@ -308,7 +308,7 @@ def finish_interrupted_promotion(layout: Layout, access: Access = PLAIN, *, over
             if not overwrite:
                 raise
             log.warning("the staged version of the dataset is not promoted, and removed: %s", error)
-            remove(layout.staging.root, lock)
+            abandon_promotion(layout, lock)
             return False
 
 

@@ -21,6 +21,7 @@ from qk_sniffer.store.journal import Journal
 from qk_sniffer.store.layout import Layout, missing_manifest
 from qk_sniffer.store.locks import holder, is_held
 from qk_sniffer.store.open_folder import anchored
+from qk_sniffer.store.places import refuse_inside, refuse_unlisted
 from qk_sniffer.store.record import read_record, read_unpublished
 from qk_sniffer.store.work_folder import clear_obstacles
 from qk_sniffer.text import say
@@ -55,6 +56,7 @@ def finalize(
     layout = Layout(data_root)
     if not layout.root.is_dir():
         raise missing_manifest(layout.root)
+    refuse_inside(layout.root, "data_root")
     if hf_repo_id is not None:
         require_uploads_from(layout.root)
     clear_obstacles(layout, overwrite=False)
@@ -72,6 +74,7 @@ def finalize(
         with anchored(layout.root) as access:
             report_and_publish(config, layout, "Nothing to do: the dataset is finished.", Folder(layout.root), access)
         return 0
+    refuse_unlisted(layout)
     if missing := missing_shards(layout, record):
         say(
             f"{layout.root} cannot be finished yet:",

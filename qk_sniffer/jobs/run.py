@@ -31,6 +31,7 @@ from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.claim import Claim
 from qk_sniffer.store.layout import MANIFEST, Layout
 from qk_sniffer.store.locks import hold, restart_patience_s
+from qk_sniffer.store.places import refuse_unlisted
 from qk_sniffer.store.previous import PreviousVersion
 from qk_sniffer.store.record import read_unpublished
 from qk_sniffer.store.work_folder import prepare_data_root, remove_leftovers
@@ -82,6 +83,7 @@ def _run(config: ResolvedConfig, layout: Layout, stages: Stages, stopping: Stopp
             remove_leftovers(layout, lock.path, lock)
             note = "Nothing to do: the dataset is finished."
             return report_and_publish(config, layout, note, start.files, lock)
+        refuse_unlisted(layout)
         if start.found == "unfinished":
             change_limit(config, layout, start.corpus, access=lock)
             change_output(config, layout, lock)

@@ -289,6 +289,7 @@ class Manifest(Job):
     statistics: NotRequired[StatisticsFacts]
     files: dict[str, Entry]
     job_id: NotRequired[JobId]  # until the manifest is promoted
+    replaces: NotRequired[list[Text]]  # until it is promoted: files of the version before it
     sha256: NotRequired[Sha256]  # until it is promoted: a digest of the rest
     proof: Proof
     timings: dict[str, Seconds]
@@ -367,7 +368,7 @@ def _in_a_record(record: Mapping[str, Any]) -> Iterator[str]:
 def _in_a_manifest(manifest: Mapping[str, Any]) -> Iterator[str]:
     layers = manifest["model"]["layers"]
     yield from layer_problems(layers)
-    for name in manifest["files"]:
+    for name in (*manifest["files"], *manifest.get("replaces", ())):
         if not is_dataset_file(name):
             yield f"{name!r} is not the name of a dataset's file"
     listed = (parse_head_name(name.partition("/")[0]) for name in manifest["files"])

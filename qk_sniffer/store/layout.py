@@ -19,7 +19,6 @@
 """
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, NamedTuple, TypedDict
@@ -29,6 +28,7 @@ from msgspec import Meta
 
 from qk_sniffer.errors import StoreError
 from qk_sniffer.store import stored
+from qk_sniffer.store.disk import paths_in, type_of
 
 FORMAT = "qk-sniffer/1"
 """The manifest's `format`, which identifies a dataset of this package."""
@@ -71,7 +71,12 @@ PICTURES = "pictures"
 PICTURE_SUFFIXES = (".png", ".svg")
 """The formats of every picture. Pages show the first."""
 
+PICTURE_MARK = "qk-sniffer"
+"""The program that the metadata of a picture names if this package has drawn it."""
+
 STATISTICS = "statistics"
+
+WORK = ".qk_sniffer"
 
 KEY_COLUMNS = ("bucket", "example_id", "position")
 """The columns of int32 that name a row."""
@@ -158,21 +163,10 @@ class Layout:
     def head_file(self, layer: int, head: int, kind: str) -> Path:
         return self.root / head_file(layer, head, kind)
 
-    def head_files(self) -> Iterator[tuple[HeadKey, Path]]:
-        """Yields the head files that exist, in no particular order."""
-        for path in self.root.glob("l*h*/data.parquet"):
-            if (key := parse_head_name(path.parent.name)) is not None and not path.parent.is_symlink():
-                yield key, path
-
     def pictures(self) -> list[Path]:
         """Returns the pictures that exist and whose names a manifest may list."""
         paths = sorted((self.root / PICTURES).glob("*.*"))
         return [path for path in paths if is_picture(f"{PICTURES}/{path.name}")]
-
-    def statistics_files(self) -> list[Path]:
-        """Returns the files of statistics that exist."""
-        paths = sorted((self.root / STATISTICS).glob("*.safetensors"))
-        return [path for path in paths if is_statistics_file(f"{STATISTICS}/{path.name}")]
 
     @property
     def snapshot(self) -> Path:
@@ -180,7 +174,7 @@ class Layout:
 
     @property
     def work(self) -> Path:
-        return self.root / ".qk_sniffer"
+        return self.root / WORK
 
     @property
     def job_file(self) -> Path:
@@ -319,8 +313,19 @@ def examples_schema() -> pa.Schema:
 
 
 def is_ours(layout: Layout) -> bool:
-    """Whether the root has a manifest of this package, its work folder, or the snapshot of a branch."""
-    return layout.work.is_dir() or layout.snapshot.is_file() or _is_our_manifest(layout.manifest)
+    """Whether the root has the work folder of a job, the snapshot of a branch, or a manifest of this package.
+
+    The work folder comes first: a job removes it when the manifest is in place.
+    """
+    return _is_of_a_job(layout) or layout.snapshot.is_file() or _is_our_manifest(layout.manifest)
+
+
+def _is_of_a_job(layout: Layout) -> bool:
+    """Whether the work folder has a file that a job makes there. A file or an empty folder of its name is anyone's."""
+    if type_of(layout.work) != "folder":
+        return False
+    signs = {layout.job_file, layout.unpublished, layout.staging.root}
+    return any(path in signs or path.suffix == ".lock" for path in paths_in(layout.work))
 
 
 def _is_our_manifest(path: Path) -> bool:

@@ -11,9 +11,10 @@ from pathlib import Path
 
 from qk_sniffer.errors import StoreError
 from qk_sniffer.store.disk import make_folder, paths_in, remove, type_of
-from qk_sniffer.store.layout import Layout, is_ours
+from qk_sniffer.store.layout import WORK, Layout, is_ours
 from qk_sniffer.store.locks import InUseError, hold
 from qk_sniffer.store.open_folder import PLAIN, Access, anchored
+from qk_sniffer.store.places import refuse_inside
 from qk_sniffer.store.stored import UnreadableError
 from qk_sniffer.text import shortened
 
@@ -22,20 +23,22 @@ _FILES = (".done", ".json", ".lock", ".progress", ".tmp")
 
 
 def prepare_data_root(root: Path, *, overwrite: bool = False) -> Layout:
-    """Creates the work folder of `root`, and returns the layout. The root is empty, `is_ours` or has a work folder.
+    """Creates the work folder of `root`, and returns the layout. The root has nothing but a work folder, or `is_ours`.
 
     `overwrite` removes what is in the way in the work folder: see `clear_obstacles`.
 
     Raises:
-        StoreError: a file is in the way, the folder holds other files, or it cannot be written.
+        StoreError: a file is in the way, the folder holds other files, cannot be written, or is inside of a dataset or
+            of a work folder.
     """
+    refuse_inside(root, "output.data_root")
     layout = Layout(root)
     if root.exists() and not root.is_dir():
         raise StoreError(f"the data root {root} is a file; choose another output.data_root")
     try:
         # Listed before `is_ours` is called: another shard may create the work folder in between.
         names = sorted(path.name for path in root.iterdir()) if root.is_dir() else []
-        if names and layout.work.name not in names and not is_ours(layout):
+        if {*names} - {WORK} and not is_ours(layout):
             raise StoreError(
                 f"{root} is not empty and not a dataset of qk-sniffer (it holds {shortened(names, 5)}); choose another "
                 "output.data_root, or empty it yourself"
@@ -58,8 +61,7 @@ def prepare_data_root(root: Path, *, overwrite: bool = False) -> Layout:
 def clear_obstacles(layout: Layout, *, overwrite: bool) -> None:
     """Checks that the work folder, if there is one, holds only files and folders where a job makes files and folders.
 
-    With `overwrite`, removes the others: a link without its target, a folder with its content. It also removes a folder
-    in the data root where a dataset has a file. Such a dataset is damaged.
+    With `overwrite`, removes the others: a link without its target, a folder with its content.
 
     Raises:
         UnreadableError: there is an obstacle, and `overwrite` is false.
@@ -76,11 +78,6 @@ def clear_obstacles(layout: Layout, *, overwrite: bool) -> None:
                     "remove it, or replace the work in this folder with output.overwrite=true",
                 )
             remove(path, access)
-        if overwrite:
-            heads = [path for _, path in layout.head_files()]
-            for path in (layout.manifest, layout.card, layout.examples, layout.snapshot, *heads):
-                if not path.parent.is_symlink() and type_of(path, access) == "folder":
-                    remove(path, access)
 
 
 def _entries(layout: Layout, access: Access) -> Iterator[tuple[Path, str | None]]:

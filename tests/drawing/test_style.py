@@ -9,7 +9,8 @@ import pytest
 
 from qk_sniffer.drawing.style import as_text, check_cells, figure, save
 from qk_sniffer.errors import QkSnifferError, StoreError
-from qk_sniffer.store.open_folder import PLAIN, Checked
+from qk_sniffer.store.open_folder import PLAIN, Checked, OpenFolder
+from qk_sniffer.store.places import is_drawn
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,6 +36,8 @@ def test_a_picture_is_a_png_and_an_svg_of_the_same_bytes_each_time(
     png, svg = first[0], first[1].decode()
     assert png.startswith(b"\x89PNG") and ">channel</text>" in svg and "&lt;b&gt;" in svg
     assert matplotlib.__version__ not in svg and matplotlib.__version__.encode() not in png and "dc:date" not in svg
+    with OpenFolder.at(tmp_path) as folder:
+        assert all(is_drawn(folder, path.name) for path in files)
 
 
 def test_settings_of_others_do_not_change_a_picture(tmp_path: Path) -> None:

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 from support.jobs import Stopped, captured_only, hashes, run
+from support.steps import at
 from support.surroundings import deepen
 
 from qk_sniffer.errors import StoreError
 from qk_sniffer.jobs.finalize import finalize
 from qk_sniffer.store import manifest as manifests
-from qk_sniffer.store.layout import PICTURE_SUFFIXES, Layout
+from qk_sniffer.store.layout import Layout
 from qk_sniffer.store.locks import InUseError, hold
 
 SECTIONS: dict[str, Any] = {"inference": {"batch_size": 4, "lookahead": 10}, "capture": {"layers": [1]}}
@@ -233,17 +234,57 @@ def test_overwriting_finishes_or_redoes_an_interrupted_promotion(
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "README.md", "l01h00q/data.parquet", "examples/data.parquet"])
-def test_a_folder_where_a_dataset_has_a_file_is_named_or_replaced(
-    name: str, captured: Path, checkpoint: Path, tmp_path: Path
+@pytest.mark.parametrize("make", [folder, garbage, link])
+def test_what_no_manifest_lists_is_neither_replaced_nor_removed(
+    name: str, make: Callable[[Path], object], captured: Path, checkpoint: Path, tmp_path: Path
 ) -> None:
     root = Path(shutil.copytree(captured / "out", tmp_path / "out"))
     (root / name).parent.mkdir(exist_ok=True)
-    folder(root / name)
-    with pytest.raises(StoreError, match=rf"out/{re.escape(name)} is a folder"):
+    if make is link:
+        (tmp_path / "user").write_text("mine", encoding="utf-8")
+        (root / name).symlink_to(tmp_path / "user")
+    else:
+        make(root / name)
+    before = everything(tmp_path)
+    problem = rf"out holds {re.escape(name)}, which no dataset of qk-sniffer there lists"
+    for overwrite in (False, True):
+        with pytest.raises(StoreError, match=problem):
+            run(checkpoint, captured / "texts.jsonl", root, **SECTIONS, output={"overwrite": overwrite})
+    with pytest.raises(StoreError, match=problem):
+        finalize(root)
+    assert everything(tmp_path) == before
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    """The bytes of all files below a folder, without the work folder."""
+    files = (path for path in folder.rglob("*") if path.is_file() and ".qk_sniffer" not in path.parts)
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def test_a_damaged_dataset_is_replaced_as_far_as_its_manifest_lists_it(
+    captured: Path, checkpoint: Path, tmp_path: Path, undisturbed: Callable[..., Path]
+) -> None:
+    root, texts = tmp_path / "out", captured / "texts.jsonl"
+    run(checkpoint, texts, root, **SECTIONS | {"capture": {"layers": [0, 1]}}, dataset={"max_samples": 5})
+    manifest = json.loads((root / "manifest.json").read_text(encoding="utf-8"))
+    (root / "manifest.json").write_text(json.dumps(manifest | {"proof": "of nothing"}), encoding="utf-8")
+    (root / "l00h00q" / "notes.txt").write_text("mine", encoding="utf-8")
+    run(checkpoint, texts, root, **SECTIONS, output={"overwrite": True})
+    assert hashes(root).keys() - {"l00h00q/notes.txt"} == hashes(undisturbed(**SECTIONS)).keys()
+
+
+def test_a_file_that_appears_while_the_job_runs_is_not_replaced(
+    captured: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = Path(shutil.copytree(captured / "out", tmp_path / "out"))
+    at("promotion", monkeypatch, lambda: garbage(root / "README.md"))
+    with pytest.raises(StoreError, match=r"out/README\.md is of no dataset .* move it away.* Then rerun the command"):
         run(checkpoint, captured / "texts.jsonl", root, **SECTIONS)
-    assert (root / name / "content").exists()
-    run(checkpoint, captured / "texts.jsonl", root, **SECTIONS, output={"overwrite": True})
-    assert (root / name).is_file()
+    assert (root / "README.md").read_bytes() == b"\xff{"
+    (root / "README.md").unlink()
+    monkeypatch.setattr("qk_sniffer.capture.capture.Capture.run", None)  # nothing is captured a second time
+    run(checkpoint, captured / "texts.jsonl", root, **SECTIONS)
+    assert manifests.read(root)["examples"] == 24
 
 
 @pytest.mark.slow
@@ -256,15 +297,14 @@ def test_deep_folders_are_replaced(captured: Path, checkpoint: Path, tmp_path: P
     assert not layout.work.exists()
 
 
-def test_the_pictures_of_another_version_are_removed_with_it(captured: Path, checkpoint: Path, tmp_path: Path) -> None:
+def test_pictures_that_the_job_has_not_drawn_stay(
+    captured: Path, checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     root = Path(shutil.copytree(captured / "out", tmp_path / "out"))
-    layout = Layout(root)
-    picture = root / "pictures" / "by_head.png"
-    picture.parent.mkdir()
-    for suffix in PICTURE_SUFFIXES:
-        picture.with_suffix(suffix).write_bytes(b"of the vectors of another model")
-    (root / "pictures" / "notes.txt").write_text("mine")
+    (root / "pictures").mkdir()
+    (root / "pictures" / "by_head.png").write_bytes(b"tEXtSoftware\0qk-sniffer")
+    for name in ("mine.png", "notes.txt"):
+        (root / "pictures" / name).write_text("mine")
     run(checkpoint, captured / "texts.jsonl", root, **SECTIONS)
-    assert layout.pictures() == []
-    assert [path.name for path in (root / "pictures").iterdir()] == ["notes.txt"]
-    assert (root / "pictures" / "notes.txt").read_text() == "mine"
+    assert {path.name for path in (root / "pictures").iterdir()} == {"mine.png", "notes.txt"}
+    assert "nothing tells that qk-sniffer has drawn pictures/mine.png, which therefore stay" in caplog.text

@@ -10,9 +10,11 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -155,6 +157,61 @@ def test_compaction_does_not_touch_a_staged_version(tmp_path: Path) -> None:
         compact(layout, [journal], HEADS, SAMPLER)
     assert promote.finish_promotion(layout)
     assert manifest.read(tmp_path)["examples"] == 12
+
+
+def staged_version(layout: Layout, heads: Sequence[Head] = HEADS) -> dict[str, Any]:
+    """Stages a version with some heads; returns its manifest."""
+    prepare_data_root(layout.root)
+    written = compact(layout, [captured_journal(layout.journal(0, 1), Captured())], heads, SAMPLER)
+    return manifest.build(job_facts(), written)
+
+
+def test_only_what_the_old_manifest_lists_is_removed(tmp_path: Path) -> None:
+    layout, _ = make_dataset(tmp_path, Captured(num_examples=4))
+    built = staged_version(layout, [head for head in HEADS if head.layer == 0])
+    mine = {"l03h00q/notes.txt", "pictures/mine.png", "pictures/mine.svg", "notes.txt", "manifest.json.tmp"}
+    drawn = {"pictures/norms.png": b"\x89PNG\r\n\x1a\n...tEXtSoftware\0qk-sniffer...", "pictures/norms.svg": b""}
+    drawn["pictures/norms.svg"] = b"<svg><dc:title>qk-sniffer</dc:title>"
+    for name in (*mine, *drawn):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(drawn.get(name, b"the user's"))
+    promote.promote(layout, built, card=b"# new\n")
+    assert {*file_bytes(tmp_path)} == {*built["files"], "README.md", "manifest.json", *mine}
+    assert {(tmp_path / name).read_bytes() for name in mine} == {b"the user's"}
+    assert not (tmp_path / "l03h01q").exists()
+
+
+@pytest.mark.parametrize("name", ["README.md", "manifest.json", "l00h00q/data.parquet", "examples/data.parquet"])
+def test_a_file_that_no_manifest_lists_is_not_replaced(name: str, tmp_path: Path) -> None:
+    layout = Layout(tmp_path)
+    built = staged_version(layout)
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(b"the user's")
+    with pytest.raises(StoreError, match=rf"{tmp_path / name} is of no dataset .* move it away.* Then rerun"):
+        promote.promote(layout, built, card=b"# new\n")
+    with pytest.raises(StoreError, match="move it away"):
+        promote.finish_promotion(layout)
+    assert file_bytes(tmp_path) == {name: b"the user's"}
+    (tmp_path / name).unlink()
+    assert promote.finish_promotion(layout)
+    assert {*file_bytes(tmp_path)} == {*built["files"], "README.md", "manifest.json"}
+
+
+def test_what_an_interrupted_promotion_moved_is_removed_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout, _ = make_dataset(tmp_path, Captured(num_examples=4))
+    built = staged_version(layout, [head for head in HEADS if head.layer == 0])
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        patch.setattr(promote, "_remove_others", lambda *_: (_ for _ in ()).throw(Crash))
+        promote.promote(layout, built, card=b"# new\n")
+    assert not layout.manifest.exists() and layout.head_file(3, 0, "q").exists()
+    (tmp_path / "l00h00q" / "data.parquet").write_bytes(b"the user's")
+    with pytest.raises(StoreError, match=r"l00h00q/data\.parquet is missing .*, or has changed"):
+        promote.finish_promotion(layout)
+    with hold(layout.finalize_lock, "testing") as lock:
+        promote.abandon_promotion(layout, lock)
+    assert file_bytes(tmp_path) == {"l00h00q/data.parquet": b"the user's"} and not layout.staging.root.exists()
 
 
 def test_preparing_creates_the_folder(tmp_path: Path) -> None:

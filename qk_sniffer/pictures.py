@@ -18,6 +18,7 @@ from qk_sniffer.errors import QkSnifferError, StoreError
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.layout import PICTURE_SUFFIXES
 from qk_sniffer.store.open_folder import Checked, anchored
+from qk_sniffer.store.places import refuse_inside
 from qk_sniffer.text import say
 
 
@@ -56,6 +57,7 @@ def _program(settings: Settings) -> int:
             unchanged = Checked(access, partial(_check_unchanged, dataset, dataset.folder))
             drawn = draw(new, own, access=unchanged)
     else:
+        refuse_inside(folder, "output_dir")
         drawn = draw(pictures, folder)
     of_which = f"{folder}/{', '.join(drawn)} ({', '.join(PICTURE_SUFFIXES)})" if drawn else "there is nothing to draw"
     say(f"Pictures: {of_which}")

@@ -14,6 +14,7 @@ from qk_sniffer.export.formats import format_named
 from qk_sniffer.export.source import Source
 from qk_sniffer.store import disk, stored
 from qk_sniffer.store.open_folder import OpenFolder
+from qk_sniffer.store.places import refuse_inside
 
 PROVENANCE = "provenance.json"
 
@@ -56,6 +57,7 @@ def export(
     opened = dataset if isinstance(dataset, Dataset) else open_dataset(dataset)
     target = Path(path).expanduser() if path is not None else opened.beside(chosen.suffix)
     beside = None if chosen.is_folder or chosen.has_provenance else target.with_name(f"{target.name}.json")
+    refuse_inside(target, "output")
     for output in (target, beside):
         if output is not None and not overwrite and disk.type_of(output) is not None:
             raise StoreError(f"{output} exists: give another output, or overwrite=true to replace it")

@@ -24,6 +24,7 @@ from qk_sniffer.plasticity.config import INSTALL
 from qk_sniffer.plasticity.figures import PLASTICITY, by_head_and_bucket
 from qk_sniffer.plasticity.results import Results
 from qk_sniffer.store.disk import explained, make_folder
+from qk_sniffer.store.places import refuse_inside
 from qk_sniffer.text import counted, expand_home, say
 
 if TYPE_CHECKING:
@@ -101,6 +102,7 @@ def compare(settings: Settings) -> int:
     if find_spec("matplotlib") is None:
         raise QkSnifferError(f"the figure needs matplotlib, which is not installed: {INSTALL}")
     runs = [read(Results(folder)) for folder in folders]
+    refuse_inside(settings.output, "output")
     with explained(settings.output.parent, "make"):
         make_folder(settings.output.parent)
     files = save(settings.output.with_suffix(""), lambda: draw(runs))

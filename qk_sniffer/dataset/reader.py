@@ -158,13 +158,12 @@ class Dataset:
         """Returns the vectors of several heads, one item a token, as a dataset of torch for a training loop.
 
         The vectors are copied once to an uncompressed file, which takes 4 bytes a number on disk. Memory does not
-        grow with the number of heads. It is in the folder `cache`, which later calls with the same heads use again.
+        grow with the number of heads. It is in the folder `cache`, where later calls with the same heads find it again.
         Without `cache` it is in a temporary folder, which is removed together with the result.
 
         Raises:
             StoreError: a head was not captured, the heads were not captured at the same tokens (`sampler.share=example`
-                does so in all layers), a file is missing or damaged, or `cache` holds something else or cannot be
-                written.
+                does so in all layers), a file is missing or damaged, or `cache` cannot be written.
             HubError: a file cannot be fetched.
         """
         from qk_sniffer.dataset.token_vectors import Source, check_same_tokens, token_vectors  # imports torch

@@ -6,19 +6,22 @@ process maps into its memory:
 
     float32 (tokens, 2 + the head_dim of all heads together)
 
-The first two numbers of a token are its example_id and position, as the bits of int32. `layout.json` next to it says
-what it holds.
+The first two numbers of a token are its example_id and position, as the bits of int32. A sha256 of the heads and of
+their files follows, in 32 bytes. It is also the name of the file, so that a folder may hold those of several datasets.
 """
 
+import hashlib
 import json
 import os
+import secrets
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +34,12 @@ from torch.utils.data import Dataset
 from qk_sniffer.capture.sampling import Sampler
 from qk_sniffer.config import SamplerConfig
 from qk_sniffer.errors import StoreError
-from qk_sniffer.store.disk import explained, write_atomic
+from qk_sniffer.store.disk import explained, make_folder, open_file, sync_file
 from qk_sniffer.store.layout import KEY_HEAD_KINDS, HeadKey
+from qk_sniffer.store.open_folder import OddFileError, OpenFolder
 from qk_sniffer.store.parquet_tables import excess, opened, read_matrix
+from qk_sniffer.store.places import refuse_inside
 from qk_sniffer.store.stored import UnreadableError
-
-MAP = "vectors.f32"
-LAYOUT = "layout.json"
 
 _COLUMNS = ("example_id", "position", "vector")
 
@@ -67,14 +69,15 @@ class TokenVectors(Dataset[dict[str, torch.Tensor]]):
     share the file.
     """
 
-    def __init__(self, folder: Path, sources: Sequence[Source], *, temporary: bool) -> None:
-        """Opens the file that `write` wrote to `folder`. A `temporary` folder is removed together with this object."""
-        self.path = folder / MAP
+    def __init__(self, path: Path, sources: Sequence[Source], *, temporary: bool) -> None:
+        """Opens the file that `write` wrote to `path`. A `temporary` folder is removed together with this object."""
+        self.path = path
         """The file that the vectors are read from."""
         self._shape = (sources[0].rows, _width(sources))
         self._places = _places(sources)
+        self._digest = _digest(sources)
         if temporary:
-            weakref.finalize(self, _remove, folder, os.getpid())
+            weakref.finalize(self, _remove, path.parent, os.getpid())
 
     def __len__(self) -> int:
         return self._shape[0]
@@ -84,6 +87,7 @@ class TokenVectors(Dataset[dict[str, torch.Tensor]]):
 
         Raises:
             IndexError: there is no such token.
+            StoreError: the file is missing, or another one.
         """
         rows = torch.from_numpy(np.asarray(np.take(self._map, index, axis=0)))  # a copy: the file is read-only
         ids = rows.view(torch.int32)
@@ -96,9 +100,17 @@ class TokenVectors(Dataset[dict[str, torch.Tensor]]):
 
     @cached_property
     def _map(self) -> npt.NDArray[np.float32]:
-        if not self._shape[0]:  # an empty file cannot be mapped
+        if not self._shape[0]:  # nothing cannot be mapped
             return np.empty(self._shape, np.float32)
-        return np.memmap(self.path, np.float32, "r", shape=self._shape)
+        # A process that gets this object opens the file itself, and at any later time.
+        way_out = "call `torch` of the dataset again, which writes it"
+        try:
+            with open_file(self.path) as file:
+                if not _holds(file, self._shape, self._digest):
+                    raise UnreadableError(self.path, "does not hold the vectors of these heads", way_out)
+                return np.memmap(file, np.float32, "r", shape=self._shape)
+        except OSError as error:
+            raise UnreadableError(self.path, f"is missing or damaged ({error.strerror})", way_out) from error
 
     def __getstate__(self) -> dict[str, Any]:
         # A process that gets this object maps the file itself; the map would be copied.
@@ -134,19 +146,19 @@ def token_vectors(sources: Sequence[Source], cache: Path | None, way_out: str) -
 
     Raises:
         StoreError: there is no head or a head twice, the heads were not captured at the same tokens, a file is damaged,
-            or `cache` holds something else or cannot be written.
+            or `cache` cannot be written.
     """
-    asked = {source.key.name: source.sha256 for source in sources}
     folder = Path(tempfile.mkdtemp(prefix="qk-sniffer-")) if cache is None else cache.expanduser()
+    refuse_inside(folder, "cache")
+    path = folder / f"vectors-{_digest(sources)}.f32"
     try:
-        if not _is_written(folder, sources, asked):
-            write(folder, sources, way_out)
-            write_atomic(folder / LAYOUT, json.dumps(asked).encode())
+        if not _is_written(path, sources):
+            write(path, sources, way_out)
     except BaseException:
         if cache is None:
             shutil.rmtree(folder, ignore_errors=True)
         raise
-    return TokenVectors(folder, sources, temporary=cache is None)
+    return TokenVectors(path, sources, temporary=cache is None)
 
 
 def check_same_tokens(keys: Sequence[HeadKey], sampler: SamplerConfig) -> None:
@@ -173,17 +185,18 @@ def check_same_tokens(keys: Sequence[HeadKey], sampler: SamplerConfig) -> None:
         )
 
 
-def write(folder: Path, sources: Sequence[Source], way_out: str) -> None:
-    """Writes the vectors of `sources`, token by token, to the file that `TokenVectors` reads.
+def write(path: Path, sources: Sequence[Source], way_out: str) -> None:
+    """Writes the vectors of `sources`, token by token, to the file that `TokenVectors` reads, whole or not at all.
 
     Memory: a row group of one head, and 8 bytes a token. The heads advance together, so that each page of the file is
     written to the disk once.
 
     Raises:
-        StoreError: a file is damaged, has other tokens than the first, or `folder` cannot be written.
+        StoreError: a file is damaged, has other tokens than the first, or the folder cannot be written.
     """
-    places, rows = _places(sources), sources[0].rows
-    temporary = folder / f"{MAP}.{os.getpid()}.tmp"  # the ranks of a training may write the same folder
+    places, rows, size = _places(sources), sources[0].rows, 4 * sources[0].rows * _width(sources)
+    # The ranks of a training may write the same file. In a folder of several users, a known name could be a link.
+    temporary = f".{path.name}-{secrets.token_hex(8)}.tmp"
     with ExitStack() as stack:
         readers = [stack.enter_context(opened(one.path, one.schema, way_out=way_out, rows=one.rows)) for one in sources]
         for one, reader in zip(sources, readers, strict=True):
@@ -191,13 +204,12 @@ def write(folder: Path, sources: Sequence[Source], way_out: str) -> None:
             if problem := excess(one.path, reader, wanted, at_once=False):
                 raise UnreadableError(one.path, problem, way_out)
         ids = _ids(sources[0], readers[0].read(columns=[*_COLUMNS[:2]]), way_out)
-        with explained(folder, "write"):
-            folder.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as file:
-                if rows:
-                    os.posix_fallocate(file.fileno(), 0, 4 * rows * _width(sources))
-        stack.callback(temporary.unlink, missing_ok=True)
-        vectors = np.memmap(temporary, np.float32, "r+", shape=(rows, _width(sources))) if rows else None
+        with explained(path, "write"):
+            make_folder(path.parent)
+            folder = stack.enter_context(OpenFolder.at(path.parent))
+            file = stack.enter_context(folder.temporary(temporary))
+            os.posix_fallocate(file.fileno(), 0, size + hashlib.sha256().digest_size)
+        vectors = np.memmap(file, np.float32, "r+", shape=(rows, _width(sources))) if rows else None
         done, groups = [0] * len(sources), [0] * len(sources)
         while vectors is not None and min(done) < rows:
             place = done.index(min(done))
@@ -211,8 +223,13 @@ def write(folder: Path, sources: Sequence[Source], way_out: str) -> None:
             vectors[start:stop, :2] = ids[start:stop].view(np.float32)
             vectors[start:stop, places[one.key.name]] = read_matrix(part["vector"])
             done[place], groups[place] = stop, groups[place] + 1
-        with explained(folder, "write"):
-            temporary.replace(folder / MAP)
+        with explained(path, "write"):
+            if vectors is not None:
+                vectors.flush()
+            os.pwrite(file.fileno(), bytes.fromhex(_digest(sources)), size)
+            sync_file(file.fileno())
+            folder.rename(temporary, folder, path.name)
+            folder.sync()
 
 
 def _ids(source: Source, part: pa.Table, way_out: str) -> npt.NDArray[np.int32]:
@@ -233,23 +250,27 @@ def _places(sources: Sequence[Source]) -> dict[str, slice]:
     return {one.key.name: slice(start, stop) for one, start, stop in zip(sources, ends[:-1], ends[1:], strict=True)}
 
 
-def _is_written(folder: Path, sources: Sequence[Source], asked: Mapping[str, str]) -> bool:
-    """Whether the folder holds the vectors of these heads whole.
+def _digest(sources: Sequence[Source]) -> str:
+    """Returns the identity of a file of vectors, in hex: a digest of the heads in their order, and of their files."""
+    heads = [[one.key.name, one.head_dim, one.rows, one.sha256] for one in sources]
+    return hashlib.sha256(json.dumps(heads).encode()).hexdigest()
 
-    Raises:
-        StoreError: it holds those of other heads, or of another dataset.
-    """
-    layout, vectors = folder / LAYOUT, folder / MAP
-    with explained(folder, "read"):
-        if not layout.exists():
+
+def _is_written(path: Path, sources: Sequence[Source]) -> bool:
+    """Whether the file holds the vectors of these heads whole. A link of its name is not followed, and is replaced."""
+    with explained(path, "read"):
+        try:
+            with open_file(path) as file:
+                return _holds(file, (sources[0].rows, _width(sources)), _digest(sources))
+        except (FileNotFoundError, OddFileError):
             return False
-        held = layout.read_text(encoding="utf-8", errors="replace")
-        size = vectors.stat().st_size if vectors.exists() else None
-    if held != json.dumps(asked):
-        raise StoreError(
-            f"{folder} holds the vectors of other heads, or of another dataset: give another folder, or remove it"
-        )
-    return size == 4 * sources[0].rows * _width(sources)
+
+
+def _holds(file: BufferedReader, shape: tuple[int, int], digest: str) -> bool:
+    """Whether an open file has vectors of `shape`, and ends with the digest of what it holds."""
+    identity, size = bytes.fromhex(digest), 4 * shape[0] * shape[1]
+    found = os.fstat(file.fileno()).st_size == size + len(identity)
+    return found and os.pread(file.fileno(), len(identity), size) == identity
 
 
 def _remove(folder: Path, process: int) -> None:

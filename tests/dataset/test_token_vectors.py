@@ -1,10 +1,10 @@
 """Reads the vectors of several heads token by token, as a training loop does."""
 
-import json
 import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -94,18 +94,62 @@ def test_the_file_is_shared_between_processes_and_goes_with_its_object(shared: q
 def test_a_cache_is_used_again_for_the_same_heads_alone(
     shared: qk_sniffer.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wanted = shared.torch(HEADS, tmp_path / "cache")[2]["l01h03q"]
-    assert {path.name for path in (tmp_path / "cache").iterdir()} == {"vectors.f32", "layout.json"}
+    tokens = shared.torch(HEADS, tmp_path / "cache")
+    wanted = tokens[2]["l01h03q"]
+    assert [*(tmp_path / "cache").iterdir()] == [tokens.path]
     with monkeypatch.context() as patch:
         patch.setattr(token_vectors, "write", lambda *_: pytest.fail("written a second time"))
         assert torch.equal(shared.torch(HEADS, tmp_path / "cache")[2]["l01h03q"], wanted)
-    with pytest.raises(StoreError, match="holds the vectors of other heads, or of another dataset"):
-        shared.torch(HEADS[:2], tmp_path / "cache")
-    (tmp_path / "cache" / "vectors.f32").write_bytes(b"short")
-    assert torch.equal(shared.torch(HEADS, tmp_path / "cache")[2]["l01h03q"], wanted)
+    fewer = shared.torch(HEADS[:2], tmp_path / "cache")
+    assert [*fewer[2]] == ["example_id", "position", "l02h01q", "l00h00k"]
+    assert {*(tmp_path / "cache").iterdir()} == {tokens.path, fewer.path}
+    for damage in (b"short", tokens.path.read_bytes()[:-1] + b"?", fewer.path.read_bytes()):
+        tokens.path.write_bytes(damage)
+        assert torch.equal(shared.torch(HEADS, tmp_path / "cache")[2]["l01h03q"], wanted)
     (tmp_path / "file").touch()
     with pytest.raises(StoreError, match="file"):
         shared.torch(HEADS, tmp_path / "file")
+
+
+def test_two_datasets_in_one_cache_stay_apart(
+    shared: qk_sniffer.Dataset, undisturbed: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = qk_sniffer.open_dataset(undisturbed(sampler=SHARED | {"seed": 1}))
+    real, started = token_vectors.write, []
+
+    def write(*arguments: Any) -> None:
+        monkeypatch.setattr(token_vectors, "write", real)
+        started.append(other.torch(HEADS, tmp_path))  # the other process begins and ends while this one writes
+        real(*arguments)
+
+    monkeypatch.setattr(token_vectors, "write", write)
+    for dataset, tokens in ((shared, shared.torch(HEADS, tmp_path)), (other, *started)):
+        np.testing.assert_array_equal(tokens[range(len(tokens))]["l00h00k"].numpy(), dataset.vectors(0, 0, "k").vectors)
+
+
+def test_no_link_in_a_cache_is_followed(shared: qk_sniffer.Dataset, tmp_path: Path) -> None:
+    path, mine = shared.torch(HEADS, tmp_path / "cache").path, tmp_path / "mine"
+    whole = path.read_bytes()
+    for content in (b"the user's", whole):
+        mine.write_bytes(content)
+        path.unlink()
+        path.symlink_to(mine)
+        tokens = shared.torch(HEADS, tmp_path / "cache")
+        assert mine.read_bytes() == content and not path.is_symlink() and path.read_bytes() == whole
+    path.rename(mine)
+    path.symlink_to(mine)
+    with pytest.raises(StoreError, match=r"is missing or damaged \(a link, which is not followed\)"):
+        tokens[0]
+
+
+def test_a_file_that_was_replaced_is_not_read(shared: qk_sniffer.Dataset, tmp_path: Path) -> None:
+    tokens = shared.torch(HEADS, tmp_path)
+    shared.torch(HEADS[::-1], tmp_path).path.rename(tokens.path)
+    with pytest.raises(StoreError, match="does not hold the vectors of these heads; call `torch` of the dataset again"):
+        tokens[0]
+    tokens.path.unlink()
+    with pytest.raises(StoreError, match="is missing or damaged"):
+        pickle.loads(pickle.dumps(tokens))[0]
 
 
 @pytest.mark.parametrize(
@@ -144,9 +188,3 @@ def test_rows_of_other_tokens_than_the_manifest_implies_are_refused(root: Path) 
     rewrite(root, "l00h01q/data.parquet", lambda table: table.take(list(range(len(table)))[::-1]))
     with pytest.raises(StoreError, match=r"l00h01q.* has other tokens than .*l00h00q"):
         qk_sniffer.open_dataset(root).torch([(0, 0, "q"), (0, 1, "q")])
-
-
-def test_the_layout_names_the_heads_and_their_files(shared: qk_sniffer.Dataset, tmp_path: Path) -> None:
-    tokens = shared.torch(HEADS, tmp_path / "cache")
-    listed = {key.name: shared.manifest["files"][f"{key.name}/data.parquet"]["sha256"] for key in HEADS}
-    assert json.loads((tokens.path.parent / "layout.json").read_text()) == listed

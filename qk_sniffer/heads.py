@@ -10,6 +10,7 @@ import io
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -23,8 +24,10 @@ from qk_sniffer.drawing.draw import MATPLOTLIB_MISSING, can_draw
 from qk_sniffer.drawing.head_scores import score_maps
 from qk_sniffer.drawing.style import as_text, save
 from qk_sniffer.errors import StoreError
-from qk_sniffer.store.disk import explained, make_folder, write_atomic
-from qk_sniffer.store.layout import MANIFEST, PICTURE_SUFFIXES
+from qk_sniffer.store import stored
+from qk_sniffer.store.disk import write_atomic
+from qk_sniffer.store.layout import PICTURE_SUFFIXES
+from qk_sniffer.store.output_folder import claimed_folder
 from qk_sniffer.text import counted, say
 
 NAME = "heads"
@@ -58,16 +61,13 @@ def _program(settings: Settings) -> int:
     ranges = Ranges(settings.local_distance, settings.far_distance, sink_tokens)
     scores = head_scores(dataset, ranges)
     folder = settings.output_dir or dataset.beside("-heads")
-    if (folder / MANIFEST).exists():
-        raise StoreError(f"{folder} is a dataset; choose another output_dir")
-    with explained(folder, "make"):
-        make_folder(folder)
-    for suffix, data in (("csv", _csv(scores)), ("parquet", _parquet(scores))):
-        write_atomic(folder / f"{NAME}.{suffix}", data)
-    written = [f"{NAME}.csv", f"{NAME}.parquet"]
-    if can_draw():
-        save(folder / NAME, lambda: score_maps(scores, _title(dataset, ranges)))
-        written += [f"{NAME}{suffix}" for suffix in PICTURE_SUFFIXES]
+    with claimed_folder(folder, "ranking heads", is_own=partial(_is_of_results, folder)) as lock:
+        for suffix, data in (("csv", _csv(scores)), ("parquet", _parquet(scores))):
+            write_atomic(folder / f"{NAME}.{suffix}", data, access=lock)
+        written = [f"{NAME}.csv", f"{NAME}.parquet"]
+        if can_draw():
+            save(folder / NAME, lambda: score_maps(scores, _title(dataset, ranges)), access=lock)
+            written += [f"{NAME}{suffix}" for suffix in PICTURE_SUFFIXES]
     say(f"{counted(scores.num_rows, 'query head')}; queries at positions from {ranges.first_position:,} on.")
     for line in _leaders(scores):
         say(line)
@@ -75,6 +75,21 @@ def _program(settings: Settings) -> int:
     if not can_draw():
         say(f"No picture: {MATPLOTLIB_MISSING}")
     return 0
+
+
+def _is_of_results(folder: Path, names: list[str]) -> bool:
+    """Whether a folder has the table of this program, or nothing but what a start leaves that is killed at once."""
+    if names == [f"{NAME}.csv.tmp"]:
+        return True
+    try:
+        table = stored.read_bytes(folder / f"{NAME}.csv", way_out="", most_bytes=stored.LARGE)
+    except (OSError, StoreError):
+        return False
+    return table.startswith(_FIRST_COLUMNS)
+
+
+_FIRST_COLUMNS = b'"layer","head","key_head","sliding_window","rows","examples"'
+"""The start of heads.csv, which tells the table from others of this name."""
 
 
 def _leaders(scores: pa.Table) -> Iterator[str]:

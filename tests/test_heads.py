@@ -15,6 +15,7 @@ import qk_sniffer
 from qk_sniffer import heads
 from qk_sniffer.dataset.head_scores import RANKED, SCORES, Ranges, head_scores
 from qk_sniffer.errors import ConfigError, StoreError
+from qk_sniffer.plasticity.results import Results
 
 SECTIONS: dict[str, Any] = {
     "capture": {"attention": {"enabled": True, "top_k": 5, "sink_tokens": 3}, "heads": [0, 1, 3]},
@@ -131,4 +132,29 @@ def test_what_cannot_be_ranked_is_an_error_with_the_way_out(
     assert run(monkeypatch, f"data_root={whole}", "far_distance=500") == 2
     assert "far_distance is 500" in capsys.readouterr().err
     assert run(monkeypatch, f"data_root={whole}", f"output_dir={whole}", "far_distance=15", "local_distance=3") == 1
-    assert "is a dataset; choose another output_dir" in capsys.readouterr().err
+    assert "holds something else (" in (said := capsys.readouterr().err) and "choose another output_dir" in said
+
+
+def test_files_of_others_are_not_replaced_and_two_programs_do_not_meet(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [f"data_root={whole}", "local_distance=3", "far_distance=15"]
+    for number, (name, text) in enumerate({"heads.csv": "name,size\n", "heads.png": "mine", "notes.txt": ""}.items()):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / name).write_text(text)
+        assert run(monkeypatch, *arguments, f"output_dir={folder}") == 1
+        assert f"{folder} holds something else ({name}); choose another output_dir" in capsys.readouterr().err
+        assert {path.name: path.read_text() for path in folder.iterdir()} == {name: text}
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "heads.csv.tmp").touch()  # of a start that was killed
+    assert run(monkeypatch, *arguments, f"output_dir={out}") == 0
+    (out / "notes.txt").write_text("mine")
+    assert run(monkeypatch, *arguments, f"output_dir={out}") == 0 and (out / "notes.txt").read_text() == "mine"
+    with Results(tmp_path / "claimed").claim():
+        assert run(monkeypatch, *arguments, f"output_dir={tmp_path / 'claimed'}") == 1
+    assert "is ranking heads. Two jobs cannot" in capsys.readouterr().err
+    for place in (whole / "l00h00q" / "x", whole / "pictures"):
+        assert run(monkeypatch, *arguments, f"output_dir={place}") == 1
+        assert f"where the dataset at {whole} has its own files" in capsys.readouterr().err

@@ -28,11 +28,11 @@ from qk_sniffer.plasticity.tables import HeadResult
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store import stored
 from qk_sniffer.store.disk import explained, make_folder, paths_in, remove, sha256_of, write_atomic
-from qk_sniffer.store.layout import MANIFEST, PICTURE_SUFFIXES, head_name, parse_head_name
-from qk_sniffer.store.locks import hold
+from qk_sniffer.store.layout import PICTURE_SUFFIXES, head_name, parse_head_name
 from qk_sniffer.store.open_folder import PLAIN, Access
+from qk_sniffer.store.output_folder import claimed_folder
+from qk_sniffer.store.places import is_drawn
 from qk_sniffer.store.stored import UnreadableError
-from qk_sniffer.text import shortened
 
 log = logger(__name__)
 
@@ -47,7 +47,6 @@ class Results:
         self.record_file = folder / "plasticity.json"
         self.pictures = folder / "pictures"
         self._work = folder / ".work"
-        self._lock_file = folder / ".lock"
         self.access: Access = PLAIN
         self._fingerprint: str | None = None
 
@@ -63,22 +62,14 @@ class Results:
         for path in (self._work, self.pictures):
             if path.is_symlink():
                 raise StoreError(f"{path} is a link, and results are not written through it: remove the link")
-        with explained(self.folder, "read"):
-            found = [path.name for path in paths_in(self.folder) if path != self._lock_file]
-            if found == [self._work.name] and {path.name for path in paths_in(self._work)} <= {f"{_JOB}.tmp"}:
-                found = []  # of a start that was killed at once
-        if (found and not self._is_of_results()) or MANIFEST in found:
-            raise StoreError(f"{self.folder} holds something else ({shortened(found, 5)}); choose another output_dir")
-        try:
-            make_folder(self.folder)
-        except OSError as error:
-            raise StoreError(f"cannot write to {self.folder}: {error.strerror}; choose another output_dir") from error
-        with hold(self._lock_file, "measuring plasticity", follow_links=True) as lock, lock.explaining():
+        with claimed_folder(self.folder, "measuring plasticity", is_own=self._is_of_results) as lock:
             self.access = lock
             yield
 
-    def _is_of_results(self) -> bool:
+    def _is_of_results(self, names: list[str]) -> bool:
         """Whether a file in the folder has content of results. Other programs may use the names of these files."""
+        if names == [self._work.name] and {path.name for path in paths_in(self._work)} <= {f"{_JOB}.tmp"}:
+            return True  # of a start that was killed at once
         if re.fullmatch("[0-9a-f]{64}", _text(self._work / _JOB) or "") or is_record(self.record_file):
             return True
         try:
@@ -173,7 +164,7 @@ class Results:
         return files
 
     def remove_pictures(self, is_chosen: Callable[[str], bool]) -> None:
-        """Removes the pictures whose file names are chosen.
+        """Removes the pictures whose file names are chosen, if this package has drawn them.
 
         Raises:
             StoreError: they cannot be removed.
@@ -185,7 +176,7 @@ class Results:
             suppress(FileNotFoundError),
             self.access.open(self.pictures) as folder,
         ):
-            for name in filter(is_chosen, folder.names()):
+            for name in [name for name in folder.names() if is_chosen(name) and is_drawn(folder, name)]:
                 folder.unlink(name)
 
     def _file(self, layer: int, q_head: int) -> Path:

@@ -365,11 +365,13 @@ def test_pictures_of_replaced_results_are_removed(root: Path, tmp_path: Path) ->
     pictures = tmp_path / "results" / "pictures"
     measure(root, tmp_path / "results", pictures=True)
     assert len(list(pictures.iterdir())) == 8
+    mine = pictures / "mine.png"
+    mine.write_bytes(b"the user's")
     measure(root, tmp_path / "results", num_pairs_per_bucket=9)
-    assert list(pictures.iterdir()) == []
+    assert list(pictures.iterdir()) == [mine]
     measure(root, tmp_path / "results", pictures=True)
     measure(root, tmp_path / "results", pictures=True, max_tokens_per_head=1)  # no head has a plasticity
-    assert sorted({path.stem for path in pictures.iterdir()}) == ["by_head", "component_weights"]
+    assert sorted({path.stem for path in pictures.iterdir()}) == ["by_head", "component_weights", "mine"]
 
 
 def test_threads_share_the_query_heads_of_few_key_heads() -> None:

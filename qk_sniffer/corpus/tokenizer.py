@@ -145,6 +145,11 @@ class TextTokenizer:
         return self._skipped
 
     @property
+    def kind(self) -> type:
+        """The class that tokenizes: one of transformers, or of the checkpoint's own code."""
+        return type(self._tokenizer)
+
+    @property
     def class_name(self) -> str:
         """The class of transformers that tokenizes. It may depend on the installed packages."""
         return type(self._tokenizer).__name__

@@ -65,6 +65,10 @@ class Tokenizer(Protocol):
     """Turns examples into tokens."""
 
     @property
+    def kind(self) -> type:
+        """The class whose code tokenizes."""
+
+    @property
     def skipped(self) -> int:
         """The number of examples so far that gave no token."""
 

@@ -16,6 +16,7 @@ from qk_sniffer.corpus.tokens import Tokens
 from qk_sniffer.errors import SourceError
 from qk_sniffer.jobs.assemble import mark_done
 from qk_sniffer.jobs.components import Components
+from qk_sniffer.jobs.loaded_code import check_code
 from qk_sniffer.jobs.prefetch import ahead
 from qk_sniffer.jobs.progress import Progress
 from qk_sniffer.jobs.signals import Stopped, Stopping
@@ -136,6 +137,7 @@ def capture_examples(
             "dataset with output.overwrite=true"
         )
     rows, skipped = source_rows(config, corpus), corpus.skipped + components.tokenizer.skipped
+    check_code(components.code)
     mark_done(layout, shard, claim=claim, rows=rows, examples=len(journal.records), skipped=skipped)
 
 

@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 from qk_sniffer.backbone.backbone import Backbone
 from qk_sniffer.backbone.layers import LayerFacts
@@ -18,6 +20,7 @@ from qk_sniffer.corpus.tokens import Tokenizer
 from qk_sniffer.errors import CaptureError, ConfigError
 from qk_sniffer.hub.revisions import hub_commit_of
 from qk_sniffer.jobs.identity import ROLES, checkpoint_files
+from qk_sniffer.jobs.loaded_code import DIGEST, class_and_code, code_of
 from qk_sniffer.logs import logger
 from qk_sniffer.resolved import ResolvedConfig
 from qk_sniffer.store.layout import KIND_PLURALS, WIDTHS
@@ -41,6 +44,24 @@ class Components:
     """Of the decoder's forward passes on its device."""
     check: Check
     """Raises a SourceError if a file that the loaded model may read again, or be a view of, has changed."""
+    code: Mapping[Path, str]
+    """The sha256 of each file of the code of model, family and tokenizer that no version of a library pins."""
+
+    @property
+    def loaded(self) -> dict[str, dict[str, Any]]:
+        """The classes of the model and of its family, the attention kernel, and the facts of the tokenizer.
+
+        A class has a digest of its code if no version of a library pins it.
+        """
+        code = class_and_code(self.tokenizer.kind)
+        return {
+            "model": {
+                "decoder": class_and_code(type(self.backbone.decoder)),
+                "family": class_and_code(type(self.backbone.family)),
+                "attn_implementation": self.backbone.config._attn_implementation,
+            },
+            "tokenizer": self.tokenizer.facts() | ({"class": code} if DIGEST in code else {}),
+        }
 
     def moments(self, config: StatisticsConfig) -> Moments | None:
         """Returns empty statistics of the selected heads; None if `config` asks for none."""
@@ -107,7 +128,9 @@ def _load(config: ResolvedConfig, commits: Mapping[str, str | None]) -> Componen
     loaded = {role: commits[role] for role in ROLES if role in commits}
     parameters = sum(weight.numel() for weight in backbone.decoder.parameters())
     cost = ForwardCost.of(parameters, [layer.to_dict() for layer in layers], backbone.device.type)
-    return Components(loaded, tokenizer, backbone, layers, selection, cost, check)
+    kinds = (type(backbone.decoder), type(backbone.family), tokenizer.kind)
+    code = {path: digest for kind in kinds for path, digest in code_of(kind).items()}
+    return Components(loaded, tokenizer, backbone, layers, selection, cost, check, code)
 
 
 def _refuse_unknown_attention(layers: Sequence[LayerFacts], selection: Selection) -> None:

@@ -26,6 +26,7 @@ from qk_sniffer.hub.publish import publish
 from qk_sniffer.jobs import hub_resume
 from qk_sniffer.jobs.assemble import CapturedJob, Staged, captured_job, stage
 from qk_sniffer.jobs.components import Components, load_components
+from qk_sniffer.jobs.loaded_code import check_same_code
 from qk_sniffer.jobs.pictures import draw_pictures
 from qk_sniffer.resolved import ResolvedConfig, with_output
 from qk_sniffer.store import manifest as manifests
@@ -233,6 +234,7 @@ def _prove(
         return {"proven": None, "reason": "the dataset has no rows"}
     if components is None:
         components = load_components(config, record["commits"], stages)
+        check_same_code(components.loaded, record, f"the job in {job.claim.layout.root} is")
     backbone = components.backbone
     boundary = backbone.length_boundary
     cost = components.cost

@@ -1,14 +1,18 @@
 """Names the class of a loaded object and the code that it is of, and refuses to continue work of other code."""
 
+import ast
 import hashlib
+import importlib.util
 import sys
 import sysconfig
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from qk_sniffer.errors import StoreError
+from qk_sniffer.errors import SourceError, StoreError
+from qk_sniffer.store.disk import sha256_of
 
 _PINNED = ("builtins", "qk_sniffer", "torch", "transformers")
 """The packages whose code a version pins, and Python's own."""
@@ -22,16 +26,50 @@ _LIBRARIES = ("site-packages", "dist-packages")
 def class_and_code(kind: type) -> str:
     """Returns the name of a class, with a digest of the files of its code that no version of a library pins.
 
-    These are files of a checkpoint (`model.trust_remote_code`), or of a family of the user's own (`model.family`). The
-    files are those of the class, of its base classes, and of all modules that they use and that are not installed.
+    These are files of a checkpoint (`model.trust_remote_code`), or of a family of the user's own (`model.family`).
     """
-    modules = {each.__module__ for each in kind.__mro__ if each.__module__.partition(".")[0] not in _PINNED}
+    modules = _modules(kind)
     if kind.__module__ not in modules:
         return f"{kind.__module__}.{kind.__qualname__}"
     code = hashlib.sha256()
     for content in sorted(path.read_bytes() for path in _files(modules)):
         code.update(hashlib.sha256(content).digest())
     return f"{kind.__qualname__} ({DIGEST}: {code.hexdigest()[:16]})"
+
+
+def code_of(kind: type) -> dict[Path, str]:
+    """Returns the sha256 of each file of the code of a class that no version of a library pins.
+
+    The files are those of the class, of its base classes, and of all modules that they import and that are not
+    installed. Modules that the code loads by a computed name are not seen.
+    """
+    return {path: sha256_of(path) for path in _files(_modules(kind))}
+
+
+def check_code(code: Mapping[Path, str]) -> None:
+    """Checks that files of code are those whose sha256 was taken.
+
+    Raises:
+        SourceError: one has changed.
+    """
+    for path, digest in code.items():
+        if not path.is_file() or sha256_of(path) != digest:
+            raise SourceError(
+                f"{path} has changed since the job loaded its code: a part of the work may be of other code. Restore "
+                "the file and rerun the command, or start over with output.overwrite=true"
+            )
+
+
+def _modules(kind: type) -> set[str]:
+    """Returns the modules of a class and of its base classes, without those that a version pins."""
+    modules = {each.__module__ for each in kind.__mro__}
+    return {name for name in modules if name.partition(".")[0] not in _PINNED and not _is_standard(_file_of(name))}
+
+
+def _is_standard(file: Path | None) -> bool:
+    """Whether a file is of the standard library."""
+    standard = sysconfig.get_path("stdlib")
+    return file is not None and file.is_relative_to(standard) and not {*_LIBRARIES} & {*file.parts}
 
 
 def differences_of_loaded(record: Mapping[str, Any], stored: Mapping[str, Any]) -> list[str]:
@@ -80,27 +118,61 @@ def check_same_code(record: Mapping[str, Any], earlier: Mapping[str, Any], what:
 
 
 def _files(names: Iterable[str]) -> set[Path]:
-    """Returns the files of modules, and of the modules whose content is among theirs by name, and so on."""
+    """Returns the files of modules, and of the own modules that they name or whose content they have, and so on."""
     found: dict[str, Path] = {}
     waiting = [*names]
     while waiting:
         name = waiting.pop()
-        module = sys.modules.get(name)
-        file = getattr(module, "__file__", None)
-        if name in found or file is None or not Path(file).is_file():
+        file = None if name in found else _file_of(name)
+        if file is None:
             continue
-        found[name] = Path(file)
-        for value in vars(module).values():
-            used = value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None)
-            if isinstance(used, str) and _is_own(used):
-                waiting.append(used)
+        found[name] = file
+        used = _imports(name, file)
+        for value in vars(sys.modules[name]).values() if name in sys.modules else ():
+            used.add(value.__name__ if isinstance(value, ModuleType) else getattr(value, "__module__", None))
+        waiting += [each for each in used if isinstance(each, str) and _is_own(each)]
     return set(found.values())
 
 
+def _imports(name: str, file: Path) -> set[Any]:
+    """Returns the names in the import statements of a module, those in functions too: of modules, and maybe of others.
+
+    A function may import a module when it is called for the first time, in the middle of a job.
+    """
+    package = name if file.name == "__init__.py" else name.rpartition(".")[0]
+    found: set[Any] = set()
+    try:
+        nodes = [*ast.walk(ast.parse(file.read_bytes()))]
+    except (SyntaxError, ValueError, RecursionError):  # not Python, or too deep
+        return found
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            outer = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*outer, *([node.module] if node.module else [])])
+            found |= {base} | {f"{base}.{alias.name}" for alias in node.names}
+    return found
+
+
 def _is_own(name: str) -> bool:
-    """Whether a loaded module is of the user's or of a checkpoint's code: neither pinned nor installed."""
-    file = getattr(sys.modules.get(name), "__file__", None)
-    if name.partition(".")[0] in _PINNED or file is None:
+    """Whether a module is of the user's or of a checkpoint's code: neither pinned nor installed."""
+    if name.partition(".")[0] in _PINNED or (file := _file_of(name)) is None:
         return False
-    is_standard = Path(file).is_relative_to(sysconfig.get_path("stdlib"))
-    return not is_standard and not {*_LIBRARIES} & {*Path(file).parts}
+    return not _is_standard(file) and not {*_LIBRARIES} & {*file.parts}
+
+
+def _file_of(name: str) -> Path | None:
+    """Returns the file of a module, without importing it; None if there is none."""
+    parent, _, last = name.rpartition(".")
+    file: Any = None
+    if name in sys.modules:
+        file = getattr(sys.modules[name], "__file__", None)
+    elif not parent:
+        with suppress(ImportError, ValueError, AttributeError):
+            spec = importlib.util.find_spec(name)
+            file = spec.origin if spec is not None and spec.has_location else None
+    elif (package := _file_of(parent)) is not None and package.name == "__init__.py":
+        candidates = package.parent / last / "__init__.py", package.parent / f"{last}.py"
+        file = next((each for each in candidates if each.is_file()), None)
+    return Path(file) if file is not None and Path(file).is_file() else None

@@ -20,7 +20,6 @@ from qk_sniffer.jobs.capture_examples import capture_examples
 from qk_sniffer.jobs.components import Components, load_components
 from qk_sniffer.jobs.finish import Outcome, finish, report_and_publish
 from qk_sniffer.jobs.licenses import stated_terms
-from qk_sniffer.jobs.loaded_code import class_and_code
 from qk_sniffer.jobs.prefetch import in_background
 from qk_sniffer.jobs.signals import Stopping
 from qk_sniffer.jobs.source_rows import change_limit, source_rows
@@ -144,7 +143,7 @@ def _record(config: ResolvedConfig, start: Start, components: Components) -> dic
     for layer in components.layers:
         chosen = {kind: list(heads) for number, kind, heads in components.selection if number == layer.heads.layer}
         layers.append(layer.to_dict() | {"captured": chosen})
-    settings = config.to_dict()
+    settings, loaded = config.to_dict(), components.loaded
     settings["inference"] |= batching_of(start.job.fingerprint)
     return start.job.to_dict() | {
         "config": settings,
@@ -158,14 +157,12 @@ def _record(config: ResolvedConfig, start: Start, components: Components) -> dic
             },
             "dataset": stated_terms("dataset", config.dataset.path or "", start.job.commits["dataset"]),
         },
-        "model": {
+        "model": loaded["model"]
+        | {
             "model_type": components.backbone.config.model_type,
-            "decoder": class_and_code(type(components.backbone.decoder)),
-            "family": class_and_code(type(components.backbone.family)),
             "dtype": str(components.backbone.dtype).removeprefix("torch."),
             "checkpoint_dtype": components.backbone.stored.dtype,
             "quantization": components.backbone.stored.describe_quantization(components.backbone.decoder),
-            "attn_implementation": components.backbone.config._attn_implementation,
             "rope_stage": "pre" if config.capture.capture_pre_rope else "post",
             "num_layers": components.backbone.num_layers,
             "layers": layers,
@@ -173,5 +170,5 @@ def _record(config: ResolvedConfig, start: Start, components: Components) -> dic
             "max_positions": components.backbone.max_positions,
         }
         | ({} if components.backbone.adapter is None else {"adapter": components.backbone.adapter}),
-        "tokenizer": components.tokenizer.facts(),
+        "tokenizer": loaded["tokenizer"],
     }

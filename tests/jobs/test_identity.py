@@ -12,9 +12,10 @@ from support.jobs import captured_only, run, stopped_after, write_texts
 from qk_sniffer import resolved
 from qk_sniffer.config import from_dict
 from qk_sniffer.errors import ConfigError, SourceError, StoreError
+from qk_sniffer.jobs import capture_examples
 from qk_sniffer.jobs import run as run_module
 from qk_sniffer.jobs.identity import Job
-from qk_sniffer.jobs.loaded_code import class_and_code
+from qk_sniffer.jobs.loaded_code import check_code, class_and_code, code_of
 from qk_sniffer.resolved import fingerprint, public_files, resolve
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store import stored
@@ -99,6 +100,62 @@ def test_the_digest_covers_the_modules_that_the_code_uses(tmp_path: Path, monkey
         importlib.invalidate_caches()
         names.append(class_and_code(importlib.import_module("my_package.fam").Mine))
     assert len({*names}) == 3
+
+
+def test_the_digest_covers_what_a_function_imports_when_it_is_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    package = tmp_path / "my_package"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "later.py").write_text("from . import deep\nFACTOR = 1\n")
+    (package / "deep.py").write_text("def scale(): import my_late; return 1\n")
+    (tmp_path / "my_late.py").write_text("try: import not_installed.at_all\nexcept ImportError: FACTOR = 1\n")
+    (package / "fam.py").write_text("class Mine:\n    def scaled(self):\n        from .later import FACTOR\n")
+    names = []
+    for file in (None, "my_package/later.py", "my_package/deep.py", "my_late.py"):
+        if file is not None:
+            (tmp_path / file).write_text((tmp_path / file).read_text().replace("1", "2"))
+        for module in [name for name in sys.modules if name.startswith("my_")]:
+            sys.modules.pop(module)
+        importlib.invalidate_caches()
+        kind = importlib.import_module("my_package.fam").Mine
+        names.append(class_and_code(kind))
+        assert not {"my_package.later", "my_package.deep", "my_late"} & {*sys.modules}, "nothing is imported for it"
+        assert {path.name for path in code_of(kind)} == {"fam.py", "later.py", "__init__.py", "deep.py", "my_late.py"}
+    assert len({*names}) == 4
+    code = code_of(kind)
+    check_code(code)
+    (package / "later.py").write_text("FACTOR = 3\n")
+    with pytest.raises(SourceError, match=r"my_package/later\.py has changed since the job loaded its code"):
+        check_code(code)
+
+
+FAMILY = "from qk_sniffer.families import Family\nclass Mine(Family):\n    def other(self):\n        import my_helper\n"
+
+
+def test_a_job_whose_code_changes_while_it_runs_ends(
+    checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "my_family.py").write_text(FAMILY)
+    (tmp_path / "my_helper.py").write_text("FACTOR = 1\n")
+    sections = SECTIONS | {"model": {"family": "my_family:Mine"}}
+    with monkeypatch.context() as patch:
+        real = capture_examples.check_code
+
+        def changed(code: Any) -> None:
+            (tmp_path / "my_helper.py").write_text("FACTOR = 2\n")
+            real(code)
+
+        patch.setattr(capture_examples, "check_code", changed)
+        with pytest.raises(SourceError, match=r"my_helper\.py has changed since the job loaded its code"):
+            run(checkpoint, texts, tmp_path / "out", **sections)
+    with pytest.raises(StoreError, match=r"what was loaded for it differs:\n  - family of the model: 'Mine \(sha256"):
+        run(checkpoint, texts, tmp_path / "out", **sections)
+    (tmp_path / "my_helper.py").write_text("FACTOR = 1\n")
+    run(checkpoint, texts, tmp_path / "out", **sections)
 
 
 def test_a_dataset_is_not_added_to_with_other_code(

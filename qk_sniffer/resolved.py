@@ -21,7 +21,7 @@ from qk_sniffer.config import (
     settings,
 )
 from qk_sniffer.markdown import code
-from qk_sniffer.text import expand_home, is_address, is_surrogate, leads_out, path_text
+from qk_sniffer.text import DATA_FILE, OPEN_PROTOCOLS, expand_home, is_address, is_surrogate, leads_out, path_text
 
 _BATCHING = {name: f"inference.{name}" for name in InferenceConfig().batching()}
 
@@ -147,7 +147,7 @@ def public_files(names: Any) -> Any:
 
 def _public_hops(hops: list[str]) -> Iterator[str]:
     for number, hop in enumerate(hops):
-        if is_address(hop) and not hop.startswith(_OPEN_PROTOCOLS):
+        if is_address(hop) and not hop.startswith(OPEN_PROTOCOLS):
             yield _public_address("::".join(hops[number:]))  # a host may hold `::` too
             return
         is_elsewhere = "://" not in hop and (hop.startswith("~") or leads_out(hop))
@@ -157,16 +157,7 @@ def _public_hops(hops: list[str]) -> Iterator[str]:
 def _public_address(address: str) -> str:
     """Returns the name of the file at an address, or `address` where that may be something else."""
     path = re.fullmatch(r"[^:]+:/+[^/?#]+/([^?#]*/)?([^/?#]+)([?#].*)?", address, flags=re.DOTALL)
-    return path[2] if path and _FILE_NAME.fullmatch(path[2]) else "address"
-
-
-_FILE_NAME = re.compile(
-    r"[^@?=&;:%#]+\.(parquet|jsonl?|ndjson|csv|tsv|txt|arrow|xml|zip|tar|tgz)(\.(gz|bz2|xz|zst|lz4))?", re.IGNORECASE
-)
-"""The names of files with a suffix of data, and without the characters of logins, queries and parameters."""
-
-_OPEN_PROTOCOLS = ("hf://", "zip://", "tar://", "gzip://", "bz2://", "xz://", "zstd://", "lz4://")
-"""The protocols of files on the Hub, and of those within an archive."""
+    return path[2] if path and DATA_FILE.fullmatch(path[2]) else "address"
 
 
 def with_public_files(fingerprint: Mapping[str, Any]) -> dict[str, Any]:

@@ -38,7 +38,8 @@ def hide(secret: str, replacement: str = "***") -> None:
     """Has `printable` show `replacement` instead of a secret. Libraries quote one as it is or with escapes."""
     global _hidden
     quoted = (secret, repr(secret)[1:-1], repr(secret.encode("utf-8", "surrogateescape"))[2:-1])
-    _hidden = tuple((dict(_hidden) | dict.fromkeys(quoted, replacement)).items())
+    known = dict(_hidden) | dict.fromkeys(quoted, replacement)
+    _hidden = tuple(sorted(known.items(), key=lambda item: -len(item[0])))  # one may be a part of another
 
 
 def is_address(name: str) -> bool:
@@ -47,27 +48,60 @@ def is_address(name: str) -> bool:
 
 
 def hide_in_address(address: str) -> None:
-    """Has `printable` hide what may be secret in an address: name and password, query, parameters and fragment.
+    """Has `printable` hide what may be secret in an address: all but protocol, host, port and the name of a data file.
 
-    Hidden are also the parts of these that are long enough to be a secret, as libraries quote them alone.
+    Hidden are also the parts of these that are long enough to be a secret, as libraries quote them alone. Of a path,
+    these are the parts that are no plain words.
     """
     for hop in re.split(rf"::(?={_PROTOCOL.pattern})", address):
-        if not is_address(hop) or hop.startswith("hf://"):
+        if not is_address(hop) or hop.startswith((*OPEN_PROTOCOLS, "file://")):
             continue
-        rest = _PROTOCOL.sub("", hop, count=1)
-        login, at, path = rest.rpartition("@")
-        _, mark, query = re.fullmatch(r"([^?#;]*)([?#;]?)(.*)", path, flags=re.DOTALL).groups()  # type: ignore[union-attr]
-        if at:
+        login, _, place = _PROTOCOL.sub("", hop, count=1).rpartition("@")
+        whole, mark, query = re.fullmatch(r"([^?#;]*)([?#;]?)(.*)", place, flags=re.DOTALL).groups()  # type: ignore[union-attr]
+        host, _, path = whole.partition("/")
+        if DATA_FILE.fullmatch(path.rpartition("/")[2]):
+            path = path[: path.rfind("/") + 1]
+        if login:
             hide(f"{login}@", "***@")
         if query:
             hide(mark + query, f"{mark}***")
-        for part in re.split(r"[:/?#=&;@]", f"{login}@{query}"):
+        if path.strip("/"):
+            hidden = "/***/" if path.endswith("/") else "/***"
+            for name in (host, host.lower()):
+                hide(f"{name}/{path}", f"{name}{hidden}")
+            if len(path) >= SHORTEST_SECRET and not _PLAIN_WORD.fullmatch(path.strip("/")):
+                hide(f"/{path}", hidden)
+        folders = (part for part in path.split("/") if not _PLAIN_WORD.fullmatch(part))
+        for part in (*re.split(r"[:/?#=&;@]", f"{login}@{query}"), *folders):
             if len(part) >= SHORTEST_SECRET:
                 for spelling in (part, quote(part), quote(part, safe=""), unquote(part)):
                     hide(spelling)
 
 
+def hide_in_addresses(text: str) -> None:
+    """Has `printable` hide what may be secret in the addresses in a text, such as an argument of a command line."""
+    for form in _ADDRESSES:
+        for address in form.findall(text):
+            hide_in_address(address.rstrip("]})"))
+
+
 _PROTOCOL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/+")
+
+_ADDRESSES = tuple(
+    re.compile(rf"{_PROTOCOL.pattern}(?:(?!,\s*{_PROTOCOL.pattern})[^\s{ends}])*") for ends in ("'\"", "'\"\\]}")
+)
+"""Find addresses in a text. A bracket may be a part of an address, or end the list that it is in."""
+
+OPEN_PROTOCOLS = ("hf://", "zip://", "tar://", "gzip://", "bz2://", "xz://", "zstd://", "lz4://")
+"""The protocols of files on the Hub, and of those within an archive."""
+
+DATA_FILE = re.compile(
+    r"[^@?=&;:%#]+\.(parquet|jsonl?|ndjson|csv|tsv|txt|arrow|xml|zip|tar|tgz)(\.(gz|bz2|xz|zst|lz4))?", re.IGNORECASE
+)
+"""The names of files with a suffix of data, and without the characters of logins, queries and parameters."""
+
+_PLAIN_WORD = re.compile("[A-Za-z]?[a-z]*")
+"""A folder in an address that is hardly a secret alone. It may be a word of any message."""
 
 SHORTEST_SECRET = 8
 """A shorter text is no token, and may be a part of any word."""

@@ -10,9 +10,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qk_sniffer import text as text_module
 from qk_sniffer.errors import ConfigError, StoreError
 from qk_sniffer.logs import escape_libraries, logger
-from qk_sniffer.text import aligned, printable, printable_lines, python_literal, say, say_text, shortened
+from qk_sniffer.text import (
+    aligned,
+    hide_in_address,
+    hide_in_addresses,
+    printable,
+    printable_lines,
+    python_literal,
+    say,
+    say_text,
+    shortened,
+)
 
 HOSTILE = "\x1b]0;owned\x07\x1b[2J\r\nwhole: 2 heads\x7f\x9b31m\u202e\u2066\u200b\u2028\ud800\ufeff\u00a0\U000e0041"
 """A name with every kind of character that must not reach a terminal."""
@@ -96,3 +107,37 @@ def test_what_libraries_log_and_warn_is_escaped(
     shown = caplog.text + warnings.formatwarning(UserWarning(HOSTILE), UserWarning, "x.py", 1, "code")
     assert shown.count("0;owned") == 3 and printable_lines(shown) == shown
     assert not [line for line in shown.splitlines() if line.startswith("whole: 2 heads")]
+
+
+@pytest.mark.parametrize(
+    ("argument", "shown"),
+    [
+        ("a=https://host/Tok3nTok3n/x.jsonl", "a=https://host/***/x.jsonl"),
+        ("a=[https://host:1/dl/tok,https://b/x.csv]", "a=[https://host:1/***,https://b/x.csv]"),
+        ("a='https://me:pass@host/x.csv?q[0]=token'", "a='https://***@host/x.csv?***'"),
+        ("a={train:[https://host/dl/tok],test:b}", "a={train:[https://host/***}"),
+        (
+            "a=simplecache::https://host/dl/x.csv::zip://in/y.csv",
+            "a=simplecache::https://host/***/x.csv::zip://in/y.csv",
+        ),
+        ("a=hf://datasets/org/name/x.csv b=file:///home/x.csv", "a=hf://datasets/org/name/x.csv b=file:///home/x.csv"),
+        ("a=/data/texts.jsonl b=org/name c=C:/x", "a=/data/texts.jsonl b=org/name c=C:/x"),
+    ],
+)
+def test_messages_hide_what_may_be_secret_in_an_address(
+    argument: str, shown: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text_module, "_hidden", ())
+    hide_in_addresses(argument)
+    assert printable(argument) == shown
+    assert printable("the datasets of https://huggingface.co/datasets/org") == (
+        "the datasets of https://huggingface.co/datasets/org"
+    )
+
+
+def test_a_library_may_quote_a_part_of_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_module, "_hidden", ())
+    hide_in_address("HTTPS://Host/dl/Tok3nTok3n/plainword/")
+    for quoted in ("https://host/dl/Tok3nTok3n/plainword/x", "404 for /dl/Tok3nTok3n/plainword/x", "Tok3nTok3n"):
+        assert "Tok3n" not in printable(quoted)
+    assert printable("a plainword") == "a plainword"

@@ -28,11 +28,12 @@ from qk_sniffer.cli.preflight import Composer
 from qk_sniffer.cli.schema import Schema
 from qk_sniffer.config import Config, from_omegaconf, register
 from qk_sniffer.errors import ConfigError, QkSnifferError
+from qk_sniffer.hub.endpoint import check_address
 from qk_sniffer.jobs import sweep
 from qk_sniffer.jobs.signals import WARNING, Stopped, Stopping
 from qk_sniffer.logs import escape_libraries, logger
 from qk_sniffer.resolved import ResolvedConfig, fill_slugs, resolve
-from qk_sniffer.text import say, say_text
+from qk_sniffer.text import hide_in_addresses, say, say_text
 
 log = logger(__name__)
 
@@ -43,16 +44,18 @@ register()
 def main() -> int:
     """Runs `python -m qk_sniffer` and `sniff-qk`; returns the exit code."""
     escape_libraries()
+    hide_in_addresses(" ".join(sys.argv[1:]))
     try:
         args = parse_flags(sys.argv[1:])
         if only_prints(args):
             return show(APPLICATION, task)
+        check_address()
         with initialized(args) as loader:
             composer = Composer(loader, APPLICATION, args)
             return _run(composer.planned(), composer)
-    except ConfigError as error:
+    except QkSnifferError as error:
         say_text(error, to=sys.stderr)
-        return 2
+        return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt as error:
         return _interrupted(error)
 
@@ -66,6 +69,7 @@ def task(node: DictConfig) -> str:
     number = 0 if OmegaConf.is_missing(hydra_config.job, "num") else hydra_config.job.num
     fill_slugs(node)
     composed = resolve(from_omegaconf(node))
+    hide_in_addresses(repr(composed))
     choice, name = hydra_config.runtime.choices["model"], composed.model.name
     if choice != "hf" and "model.name" in map(key_of, hydra_config.overrides.task):
         log.info("%s is captured with the slug %s and the settings of model=%s", name, composed.model.slug, choice)
@@ -169,6 +173,7 @@ def _interrupted(error: KeyboardInterrupt) -> int:
 
 
 def _problems(config: Config, hydra_folder: Path | None) -> Iterator[str]:
+    hide_in_addresses(repr(config))  # no message shows what may be secret in one
     yield from validation.problems(config)
     root = resolve(config).data_root
     if hydra_folder is not None and hydra_folder.resolve().is_relative_to(root.resolve()):

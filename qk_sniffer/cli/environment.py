@@ -13,7 +13,7 @@ from pathlib import Path
 from dotenv import dotenv_values
 
 from qk_sniffer.errors import ConfigError
-from qk_sniffer.hub.endpoint import is_encrypted
+from qk_sniffer.hub.endpoint import check_address, is_encrypted
 from qk_sniffer.logs import logger
 from qk_sniffer.store.disk import open_regular
 from qk_sniffer.store.open_folder import OddFileError
@@ -84,7 +84,9 @@ def read_environment() -> None:
     Raises:
         ConfigError: the file cannot be read, is too large or is not UTF-8 text; or a value holds a dollar sign, or is
             not a number where one is expected.
+        SourceError: `HF_ENDPOINT` in the environment is no address.
     """
+    check_address()
     path = Path(".env").absolute()
     given = dotenv_values(stream=StringIO(_text(path)), interpolate=False)
     wanted = {name: value for name, value in given.items() if not _is_set(name)}

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from qk_sniffer.cli.schema import Schema, not_a_setting, repeated, unknown_flag
 from qk_sniffer.errors import ConfigError, QkSnifferError
+from qk_sniffer.hub.endpoint import check_address
 from qk_sniffer.logs import escape_libraries
-from qk_sniffer.text import say, say_text
+from qk_sniffer.text import hide_in_addresses, say, say_text
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -39,12 +40,15 @@ def run(name: str, about: str, kind: type[Settings], program: Callable[[Settings
     """
     escape_libraries()
     arguments = sys.argv[1:]
+    hide_in_addresses(" ".join(arguments))
     try:
         if {"-h", "--help"} & set(arguments):
             say_text(_help(name, about, kind))
             sys.stdout.flush()
             return 0
-        return program(parse(arguments, kind))
+        settings = parse(arguments, kind)
+        check_address()
+        return program(settings)
     except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

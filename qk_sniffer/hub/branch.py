@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from qk_sniffer.errors import HubError, StoreError
 from qk_sniffer.hub.client import REPO_TYPE, bars_on_a_terminal, reading_api, with_retries
-from qk_sniffer.hub.endpoint import without_login
+from qk_sniffer.hub.endpoint import check_address, public
 from qk_sniffer.hub.revisions import is_hub_id
 from qk_sniffer.logs import logger
 from qk_sniffer.markdown import in_url
@@ -123,7 +123,7 @@ class Branch:
 
 def branch_url(endpoint: str, repo_id: str, branch: str) -> str:
     """Returns the address of a branch's page."""
-    return f"{without_login(endpoint)}/datasets/{repo_id}/tree/{in_url(branch)}"
+    return f"{public(endpoint)}/datasets/{repo_id}/tree/{in_url(branch)}"
 
 
 def find(repo_id: str, branch: str) -> Branch | None:
@@ -153,6 +153,7 @@ def open_branch(repo_id: str, revision: str | None) -> Branch:
     Raises:
         HubError: the dataset does not exist, or is neither cached nor within reach.
     """
+    check_address()
     from huggingface_hub import errors as hub
 
     branch = revision or "main"

@@ -13,7 +13,7 @@ from qk_sniffer.config import from_dict
 from qk_sniffer.errors import HubError
 from qk_sniffer.hub.branch import branch_url, download
 from qk_sniffer.hub.client import REPO_TYPE, with_retries
-from qk_sniffer.hub.endpoint import without_login
+from qk_sniffer.hub.endpoint import public
 from qk_sniffer.hub.revisions import hub_commit_of, is_hub_id
 from qk_sniffer.logs import logger
 from qk_sniffer.markdown import block, code, in_url, link, plain, table_row
@@ -139,7 +139,7 @@ def _with_list(page: str | None, text: str) -> str:
 
 def _row(api: "HfApi", repo_id: str, branch: str, commit: str, page: str) -> str | None:
     """Returns the row of a branch; None if it has no dataset of this package."""
-    endpoint = without_login(api.endpoint)
+    endpoint = public(api.endpoint)
     name = link(code(branch), branch_url(endpoint, repo_id, branch))
     date_url = f"{endpoint}/datasets/{repo_id}/commit/{commit}"
     for line in page.splitlines():

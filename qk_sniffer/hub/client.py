@@ -84,17 +84,17 @@ def with_retries(attempt: Callable[[], _Result], api: "HfApi", failed: Callable[
 
 def writing_api() -> "HfApi":
     """Returns a client that raises an error if no token is set, instead of sending requests without one."""
+    announce()
     from huggingface_hub import HfApi
 
-    announce()
     return HfApi(token=True)
 
 
 def reading_api() -> "HfApi":
     """Returns a client that sends the token if one is set."""
+    announce()
     from huggingface_hub import HfApi
 
-    announce()
     return HfApi()
 
 

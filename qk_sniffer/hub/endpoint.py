@@ -1,8 +1,8 @@
 """Names the Hub that this process talks to, and announces any other than huggingface.co before anything is sent to it.
 
 The login of the user goes to that address. It comes from the environment, as `HF_ENDPOINT`. That address and those of
-proxies may hold passwords. No message shows them: libraries quote parts of an address that they cannot read, so it is
-refused before they read it.
+proxies may hold passwords and tokens. No message shows them: libraries quote parts of an address that they cannot read,
+so it is refused before they read it. huggingface_hub reads its address when it is imported.
 """
 
 import os
@@ -11,17 +11,15 @@ from urllib.parse import urlsplit
 
 from qk_sniffer.errors import SourceError
 from qk_sniffer.logs import logger
-from qk_sniffer.text import SHORTEST_SECRET, hide
+from qk_sniffer.text import SHORTEST_SECRET, hide, hide_in_address
 
 log = logger(__name__)
 
 HUB = "https://huggingface.co"
 
-_LOGIN = re.compile("(?<=//)[^/?#]*@")
-
 _HOST = r"(\[[0-9a-fA-F:.]+\]|[^]/?#@:[\s\x00-\x1f]+)(:[0-9]{1,5})?"
 
-_ADDRESS = re.compile(rf"https?://([^/?#]*@)?{_HOST}(/[^?#@]*)?", re.IGNORECASE)
+_ADDRESS = re.compile(rf"(?P<scheme>https?://)([^/?#]*@)?(?P<host>{_HOST})(?P<path>/[^?#@]*)?", re.IGNORECASE)
 
 _PROXY = re.compile(rf"((https?|socks[45][ah]?)://([^/?#]*@)?)?{_HOST}/?", re.IGNORECASE)
 
@@ -31,10 +29,23 @@ _PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 _announced: set[str] = set()
 
 
+def check_address() -> None:
+    """Checks the address of the Hub in the environment. From here on, no message of this process shows its secrets.
+
+    Call this before the first import of huggingface_hub, transformers, datasets or peft.
+
+    Raises:
+        SourceError: `HF_ENDPOINT` is no address. The error does not show its value.
+    """
+    if endpoint := os.environ.get("HF_ENDPOINT"):
+        hide_in_address(endpoint)
+        _check("HF_ENDPOINT", endpoint)
+
+
 def announce() -> None:
     """Logs a warning that names the Hub of this process, once, unless it is huggingface.co or offline mode is on.
 
-    From here on, no message of this process shows the login: the token, and a name and password in the address.
+    From here on, no message of this process shows the login: the token, and the secrets in addresses.
 
     Call this before the first request. `hub.client` calls it for its clients. A caller that lets transformers or
     datasets talk to the Hub calls it too.
@@ -42,16 +53,20 @@ def announce() -> None:
     Raises:
         SourceError: `HF_ENDPOINT` or a variable of a proxy is no address. The error does not show its value.
     """
-    from huggingface_hub import constants
+    check_address()
+    from huggingface_hub import constants, get_token
 
-    endpoint = constants.ENDPOINT
-    proxies = {name: os.environ[name] for each in _PROXIES for name in (each, each.upper()) if os.environ.get(name)}
-    _hide_logins(endpoint, *proxies.values())
+    token = get_token()
+    if token is not None and len(token) >= SHORTEST_SECRET:
+        hide(token)
+    addresses = {name: os.environ[name] for each in _PROXIES for name in (each, each.upper()) if os.environ.get(name)}
+    addresses["HF_ENDPOINT"] = endpoint = constants.ENDPOINT
+    for address in addresses.values():
+        hide_in_address(_whole(address))
     if constants.HF_HUB_OFFLINE:
         return
-    for name, value in proxies.items():
-        _check(name, value, _PROXY, "http://name:password@host:port")
-    _check("HF_ENDPOINT", endpoint, _ADDRESS, "https://name:password@host:port/path")
+    for name, address in addresses.items():
+        _check(name, address)
     if is_huggingface(endpoint) or endpoint in _announced:
         return
     _announced.add(endpoint)
@@ -63,29 +78,39 @@ def announce() -> None:
     )
 
 
-def _check(name: str, value: str, form: re.Pattern[str], example: str) -> None:
-    if not form.fullmatch(value):
+def _check(name: str, value: str) -> None:
+    is_hub = name == "HF_ENDPOINT"
+    if not ((_ADDRESS if is_hub else _PROXY).fullmatch(value) and _is_readable(_whole(value))):
+        example = "https://name:password@host:port/path" if is_hub else "http://name:password@host:port"
         raise SourceError(
             f"the environment variable {name} is not an address such as {example}, where name, password and port may "
             "be missing. Its value is not shown, because it may hold a password. Set it to an address, and write the "
-            "characters / ? # of a password as %2F %3F %23; or unset it"
+            "characters / ? # [ ] of a password as %2F %3F %23 %5B %5D; or unset it"
         )
 
 
-def _hide_logins(*addresses: str) -> None:
-    from huggingface_hub import get_token
-
-    token = get_token()
-    if token is not None and len(token) >= SHORTEST_SECRET:
-        hide(token)
-    for address in addresses:
-        if (login := _LOGIN.search(address)) is not None:
-            hide(f"//{login[0]}", "//***@")
+def _whole(address: str) -> str:
+    """Returns an address with a protocol, which that of a proxy may lack."""
+    return address if "://" in address else f"http://{address}"
 
 
-def without_login(endpoint: str) -> str:
-    """Returns an address without a name and password, for pages, files and people."""
-    return _LOGIN.sub("", endpoint, count=1)
+def _is_readable(address: str) -> bool:
+    """Whether Python takes an address apart, as huggingface_hub has it do. Its errors quote names and passwords."""
+    try:
+        return urlsplit(address).hostname is not None
+    except ValueError:
+        return False
+
+
+def public(endpoint: str) -> str:
+    """Returns an address for pages, files and people: its scheme, host and port. `***` stands for a path.
+
+    A name and password are left out. The path of a mirror may be a token.
+    """
+    found = _ADDRESS.fullmatch(endpoint)
+    if found is None:
+        return "***"
+    return f"{found['scheme']}{found['host']}{'/***' if (found['path'] or '').strip('/') else ''}"
 
 
 def is_huggingface(endpoint: str) -> bool:

@@ -19,10 +19,11 @@ from qk_sniffer.cli.flags import initialized, only_prints, parse_flags, show
 from qk_sniffer.cli.hydra_jobs import run_jobs
 from qk_sniffer.cli.preflight import Composer
 from qk_sniffer.errors import ConfigError, QkSnifferError
+from qk_sniffer.hub.endpoint import check_address
 from qk_sniffer.jobs.sweep import Job
 from qk_sniffer.logs import escape_libraries, logger
 from qk_sniffer.plasticity.config import SCHEMA, PlasticityConfig, from_omegaconf, problems, register, resolved
-from qk_sniffer.text import say, say_text
+from qk_sniffer.text import hide_in_addresses, say, say_text
 
 log = logger(__name__)
 
@@ -34,10 +35,12 @@ register()
 def main() -> int:
     """Runs `python -m qk_sniffer.plasticity`; returns the exit code."""
     escape_libraries()
+    hide_in_addresses(" ".join(sys.argv[1:]))
     try:
         args = parse_flags(sys.argv[1:])
         if only_prints(args):
             return show(APPLICATION, task)
+        check_address()
         with initialized(args) as loader:
             composer = Composer(loader, APPLICATION, args)
             composer.planned()
@@ -53,10 +56,10 @@ def main() -> int:
 def task(node: DictConfig) -> int:
     """Runs one job, wherever Hydra's launcher starts it; returns its exit code."""
     escape_libraries()
-    from qk_sniffer.plasticity.run import run
-
     try:
         read_environment()
+        from qk_sniffer.plasticity.run import run
+
         return run(resolved(from_omegaconf(node)))
     except QkSnifferError as error:
         log.error("%s", error)

@@ -10,7 +10,7 @@ import pytest
 
 from qk_sniffer.cli import environment
 from qk_sniffer.cli.environment import ALLOWED, PROXIES, read_environment
-from qk_sniffer.errors import ConfigError
+from qk_sniffer.errors import ConfigError, SourceError
 
 Read = Callable[[str], dict[str, str]]
 
@@ -99,13 +99,22 @@ def test_lines_that_may_be_a_key_are_not_shown(read: Read, caplog: pytest.LogCap
     assert "b3Blb" not in caplog.text and "AAAE" not in caplog.text
 
 
-@pytest.mark.parametrize("endpoint", ["http://hub.lab:8080", "HTTP://x", "hub.lab"])
+@pytest.mark.parametrize("endpoint", ["http://hub.lab:8080", "HTTP://x"])
 def test_a_proxy_is_refused_if_the_login_would_reach_it_unencrypted(
     endpoint: str, read: Read, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_ENDPOINT", endpoint)
     assert read("http_proxy=http://evil\nALL_PROXY=http://evil\nHF_TOKEN=mine\n") == {"HF_TOKEN": "mine"}
     assert "http_proxy, ALL_PROXY ignored" in caplog.text and "no proxy while HF_ENDPOINT is not https" in caplog.text
+
+
+def test_an_address_of_the_hub_that_is_none_ends_a_job_before_a_library_reads_it(
+    read: Read, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "https://user:[s3cret]@hub.lab")
+    with pytest.raises(SourceError, match="HF_ENDPOINT is not an address") as refused:
+        read("HF_TOKEN=mine\n")
+    assert "s3cret" not in str(refused.value)
 
 
 @pytest.mark.parametrize("value", ["${SECRET}", "$SECRET", "x${SECRET:-y}", "'${SECRET}'"])

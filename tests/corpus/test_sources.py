@@ -484,6 +484,8 @@ def test_wrong_yaml_is_named_by_its_place(tmp_path: Path, yaml: str, problem: st
         "http://127.0.0.1:1/a.jsonl?sig={}",
         "http://127.0.0.1:1/a.jsonl;sig={}",
         "http://127.0.0.1:1/a/#{}.jsonl",
+        "http://127.0.0.1:1/{}/a.jsonl",
+        "http://127.0.0.1:1/dl/{}",
         "http://alice:{}/x@127.0.0.1:1/a.jsonl",
         "http://alice:{}@127.0.0.1:1?x=a.jsonl",
         "http:/alice:{}@127.0.0.1:1/a.jsonl",

@@ -1,5 +1,6 @@
 """Tests that a Hub other than huggingface.co is announced before anything is sent to it."""
 
+import os
 import re
 import subprocess
 import sys
@@ -43,12 +44,12 @@ def test_the_usual_hub_is_not_announced(
         ("http://huggingface.co", "go to http://huggingface.co instead"),
         ("https://huggingface.co:8443", "huggingface.co:8443"),
         ("https://huggingface.co.evil.com", "huggingface.co.evil.com"),
-        ("https://huggingface.co/evil", "huggingface.co/evil"),
+        ("https://huggingface.co/evil", "go to https://huggingface.co/*** instead"),
         ("https://huggingface.co@evil.com", "go to https://***@evil.com"),
         ("https://me:pass@word@hub.lab", "go to https://***@hub.lab"),
         ("https://huggingface.co\u202e", r"https://huggingface.co\u202e"),
         ("https://hugging\u0430face.co", "https://hugging"),
-        ("https://[::1]:8080/a", "go to https://[::1]:8080/a"),
+        ("https://[::1]:8080/a", "go to https://[::1]:8080/*** instead"),
     ],
 )
 def test_any_other_is_announced_once(
@@ -75,6 +76,8 @@ NO_ADDRESSES = [
     "foo://SECRET",
     "https://SEC RET",
     "SECRET.co\n",
+    "https://user:[SECRET]@127.0.0.1:9",
+    "https://user:SECRET@hos\u2100t",
 ]
 
 
@@ -146,11 +149,45 @@ def test_no_message_shows_the_login(hub: FakeHub, tmp_path: Path) -> None:
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "token").write_bytes(b"hf_a-secret\0token")
     env = environment(hub, tmp_path, token=None)
-    for address in (hub.url, password):
+    for address in (hub.url, password, f"{hub.url}/a-secret-path"):
         done = subprocess.run(
             [sys.executable, "-c", ask], env=env | {"HF_ENDPOINT": address}, capture_output=True, text=True
         )
         said = done.stdout + done.stderr
         assert done.returncode == 0, said
         assert "password" not in said and "secret" not in said
-        assert "***" in said and f"{hub.url}/datasets/a/b/tree/c" in done.stdout
+        path = "/***" if "path" in address else ""
+        assert "***" in said and f"{hub.url}{path}/datasets/a/b/tree/c" in done.stdout
+
+
+PROGRAMS = {
+    "cli.app": ("model=hf", "model.name=org/m"),
+    "plasticity.cli": ("data_root=org/m",),
+    "export.cli": ("data_root=org/m", "format=qfilters"),
+    "verify": ("data_root=.",),
+    "finalize": ("data_root=.",),
+    "heads": ("data_root=org/m",),
+    "pictures": ("data_root=org/m",),
+    "status": (".",),
+}
+
+
+def test_every_program_checks_the_address_before_a_library_reads_it(tmp_path: Path) -> None:
+    """huggingface_hub takes it apart when it is imported, and Python quotes what it takes for a host."""
+    programs = (
+        "import importlib, sys\n"
+        f"for name, arguments in {PROGRAMS!r}.items():\n"
+        "    sys.argv = [name, *arguments]\n"
+        "    assert importlib.import_module(f'qk_sniffer.{name}').main() == 1, name\n"
+        "import qk_sniffer\n"
+        "from qk_sniffer.errors import SourceError\n"
+        "try:\n"
+        "    qk_sniffer.open_dataset('org/m')\n"
+        "except SourceError as error:\n"
+        "    print(error, file=sys.stderr)\n"
+        "assert 'huggingface_hub' not in sys.modules\n"
+    )
+    env = os.environ | {"HF_ENDPOINT": "https://user:[SECRET]@host"}
+    done = subprocess.run([sys.executable, "-c", programs], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and "SECRET" not in done.stdout + done.stderr, done.stderr
+    assert done.stderr.count("variable HF_ENDPOINT is not an address") == len(PROGRAMS) + 1

@@ -4,7 +4,8 @@ The field names are the keys of the command line and of `conf/`. The metadata of
 `"changes_rows": False` where another value cannot change a row or a vector of the dataset. It says
 `"names_source": True` where a value is a Hub id or a path, and `"names_files": True` where it names files of a source:
 the paths of this machine are not published. It says `"compares": True` where values are compared with those of a
-source, which may be texts. `resolved.py` derives values from a config; `validation.py` checks one.
+source, which may be texts. It says `"is_place": True` where a value is a folder of this machine that no dataset names.
+`resolved.py` derives values from a config; `validation.py` checks one.
 """
 
 import secrets
@@ -347,10 +348,12 @@ class OutputConfig:
     """The destination of the dataset."""
 
     folder: str = field(
-        default="outputs", metadata={"help": "parent of the folders of datasets, and of Hydra's own folders"}
+        default="outputs",
+        metadata={"help": "parent of the folders of datasets, and of Hydra's own folders", "is_place": True},
     )
     data_root: str | None = field(
-        default=None, metadata={"help": "folder of the dataset; null: <output.folder>/<branch>"}
+        default=None,
+        metadata={"help": "folder of the dataset; null: <output.folder>/<branch>", "is_place": True},
     )
     hf_repo_id: str | None = field(default=None, metadata={"help": "dataset repository on the Hub to publish to"})
     hf_branch: str | None = field(

@@ -1,9 +1,13 @@
 """Rewords the errors of Hydra and OmegaConf, in one line each, and replaces values that refer to nothing."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from omegaconf.resolvers import oc
 
 from qk_sniffer.cli.schema import Schema
 
@@ -28,24 +32,61 @@ def explain(error: BaseException, schema: Schema) -> str:
 
 
 def replace_unresolved(node: DictConfig, schema: Schema, section: str = "") -> list[str]:
-    """Puts the default where a value refers to nothing; returns a problem for each of these values."""
+    """Puts the default where a value refers to nothing, or to a variable of the environment that it may not have.
+
+    Returns a problem for each of these values.
+    """
     problems: list[str] = []
     for name in map(str, node):
         key = f"{section}.{name}" if section else name
-        if OmegaConf.is_interpolation(node, name):
-            try:
-                node[name]
-            except OmegaConfBaseException as error:
-                problems.append(_unresolved(key, node, name, error, schema))
-                node[name] = OmegaConf.select(schema.node(), key)
-        elif not OmegaConf.is_missing(node, name) and isinstance(node[name], DictConfig):
+        if OmegaConf.is_missing(node, name):
+            continue
+        if not OmegaConf.is_interpolation(node, name) and isinstance(node[name], DictConfig):
             problems += replace_unresolved(node[name], schema, key)
+            continue
+        try:
+            with nullcontext() if schema.is_place(key) else without_environment():
+                value = node[name]
+                if OmegaConf.is_config(value):  # of which any part may refer to something
+                    OmegaConf.to_container(value, resolve=True)
+        except OmegaConfBaseException as error:
+            problems.append(_unresolved(key, node, name, error, schema))
+            node[name] = OmegaConf.select(schema.node(), key)
     return problems
+
+
+class _EnvironmentError(Exception):
+    """A value would have that of a variable of the environment."""
+
+
+@contextmanager
+def without_environment() -> Iterator[None]:
+    """Makes `${oc.env:NAME}` an error within the block. A variable may be a password, and settings are published."""
+
+    def refuse(*_: Any) -> None:
+        raise _EnvironmentError
+
+    OmegaConf.register_new_resolver("oc.env", refuse, replace=True)
+    try:
+        yield
+    finally:
+        OmegaConf.register_new_resolver("oc.env", oc.env, replace=True)
+
+
+def _reads_environment(error: BaseException | None) -> bool:
+    while error is not None and not isinstance(error, _EnvironmentError):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _unresolved(key: str, node: DictConfig, name: str, error: OmegaConfBaseException, schema: Schema) -> str:
     raw = OmegaConf.to_container(node, resolve=False)
     assert isinstance(raw, dict)
+    if _reads_environment(error):
+        return (
+            f"{key} is {raw[name]}, which would store a variable of the environment in the dataset and its name. Give "
+            f'the value itself; in a shell: {key}="...$NAME..."'
+        )
     reference = re.fullmatch(r"\$\{([\w.]+)\}", str(raw[name]))
     if reference and OmegaConf.select(node._get_root(), reference[1], default=0) is None:
         return f"{key} comes from {reference[1]}, which is null here; give {reference[1]}=..."

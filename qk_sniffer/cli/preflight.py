@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from qk_sniffer.cli import slurm_limits, slurm_script
 from qk_sniffer.cli.application import Application
-from qk_sniffer.cli.explain import explain, replace_unresolved
+from qk_sniffer.cli.explain import explain, replace_unresolved, without_environment
 from qk_sniffer.cli.flags import initialized
 from qk_sniffer.cli.launching import is_on_slurm, is_plain_sweep
 from qk_sniffer.cli.overrides import EXPERIMENT, Checker, key_of
@@ -204,7 +204,8 @@ class Composer(Generic[Settings]):
         choices = node.hydra.runtime.choices
         with open_dict(node):
             del node["hydra"]
-        self.application.prepare(node)
+        with without_environment():
+            self.application.prepare(node)
         problems = [] if folder == of_sweep else [_SWEPT_FOLDER.format(of_sweep)]
         problems += [*self._undescribed(node, choices, arguments), *replace_unresolved(node, self.schema)]
         missing = self.schema.fill_missing(node)

@@ -58,6 +58,11 @@ class Schema:
         section = self._fields.get(key.rpartition(".")[0])
         return self.plain_type(key) is str or (section is not None and section.metadata.get("compares", False))
 
+    def is_place(self, key: str) -> bool:
+        """Whether a value of `key` is a path on this machine that no dataset names."""
+        field = self._fields.get(key)
+        return field is not None and bool(field.metadata.get("is_place", False))
+
     def required(self) -> list[str]:
         """Returns the keys that have no default."""
         return [key for key, field in self._fields.items() if not _has_default(field)]

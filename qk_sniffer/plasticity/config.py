@@ -39,7 +39,10 @@ class PlasticityConfig:
     revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of a repository"})
     output_dir: str | None = field(
         default=None,
-        metadata={"help": "folder of the results; null: <data_root>-plasticity, or outputs/<revision>-plasticity"},
+        metadata={
+            "help": "folder of the results; null: <data_root>-plasticity, or outputs/<revision>-plasticity",
+            "is_place": True,
+        },
     )
     estimator: EstimatorConfig = field(
         default_factory=EstimatorConfig, metadata={"help": "regression (the default), or full_covariance"}

@@ -309,3 +309,38 @@ def test_a_time_limit_above_that_of_the_partition_is_refused_even_if_nobody_set_
     assert len(plan(*on_slurm, "hydra.launcher.timeout_min=60")) == 1
     assert len(plan(*on_slurm, "hydra.launcher.partition=long")) == 1
     assert len(refusals(*on_slurm, "sampler.base_rate=-1")) == 2, "with all other problems"
+
+
+# Variables of the environment
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "dataset.path=${oc.env:QK_SECRET}.jsonl",
+        "model.slug=${oc.env:QK_SECRET}",
+        "model.name=${oc.env:QK_SECRET}/model",
+        "dataset.data_files=[a.csv,'${oc.env:QK_SECRET}']",
+        '+dataset.filter.a="${oc.decode:${oc.env:QK_SECRET}}"',
+        '+model.config_overrides.a="${oc.create:{b:${oc.env:QK_SECRET}}}"',
+        '+model.config_overrides.a={b:["${oc.env:QK_SECRET}"]}',
+        "sampler.seed=${oc.env:QK_SECRET}",
+        "output.hf_branch=${output.folder}",
+    ],
+)
+def test_a_setting_that_is_published_does_not_read_the_environment(
+    setting: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QK_SECRET", "a5ecret")
+    found = refusals(*MODEL, "dataset=hf", "dataset.path=org/texts", "output.folder=${oc.env:QK_SECRET}", setting)
+    key = setting.lstrip("+").partition("=")[0]
+    assert any(problem.startswith(f"{key} is ") and "variable of the environment" in problem for problem in found)
+    assert "a5ecret" not in str(found)
+
+
+def test_the_folders_of_this_machine_may_read_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QK_PLACE", "/scratch/me")
+    (job,) = plan(*MODEL, "output.folder=${oc.env:QK_PLACE}/out", "hydra.run.dir=outputs/${oc.env:QK_PLACE}")
+    assert str(job.config.data_root) == "/scratch/me/out/model-pydoc"
+    (job,) = plan(*MODEL, "output.data_root=${oc.env:QK_PLACE}/${model.slug}")
+    assert str(job.config.data_root) == "/scratch/me/model"

@@ -1,10 +1,15 @@
 """Makes the loggers of this package. What they write may hold names and errors from files of someone else."""
 
+import errno
 import logging
+import os
+import stat
 import sys
 import traceback
 import warnings
+from io import TextIOWrapper
 from numbers import Number
+from pathlib import Path
 from textwrap import indent
 from typing import Any
 
@@ -25,11 +30,36 @@ class _Logger(logging.LoggerAdapter[logging.Logger]):
 
 
 class JobLog(logging.FileHandler):
-    """Writes the log of a job. On a full disk its lines are lost; the terminal still has them, and the job's error."""
+    """Writes the log of a job. On a full disk its lines are lost; the terminal still has them, and the job's error.
+
+    It is the first file in the job's folder. Hydra writes its own files there next, and follows links. So the log
+    raises an OSError that names a file or folder through which Hydra would write elsewhere.
+    """
+
+    def _open(self) -> TextIOWrapper:
+        log = Path(self.baseFilename)
+        for path in (log, *(log.parent / ".hydra" / name for name in _OF_HYDRA)):
+            _refuse_odd(path)
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        return os.fdopen(descriptor, "a", encoding=self.encoding, errors=self.errors)
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         if not isinstance(sys.exc_info()[1], OSError):
             super().handleError(record)
+
+
+_OF_HYDRA = ("", "config.yaml", "hydra.yaml", "overrides.yaml")
+"""Its folder in that of a job, and the files there."""
+
+
+def _refuse_odd(path: Path) -> None:
+    """Refuses a link, a second name of a file, a pipe and a device."""
+    try:
+        found = path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    if not (stat.S_ISDIR(found.st_mode) or (stat.S_ISREG(found.st_mode) and found.st_nlink == 1)):
+        raise OSError(errno.ELOOP, "it is a link, or is no file", str(path))
 
 
 class _Record(logging.LogRecord):

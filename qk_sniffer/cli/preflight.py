@@ -5,7 +5,6 @@ Hydra's own loader composes the jobs from the same arguments: a job that passes 
 
 import argparse
 import copy
-import os
 import re
 import shutil
 import time
@@ -25,6 +24,7 @@ from qk_sniffer.cli import slurm_limits, slurm_script
 from qk_sniffer.cli.application import Application
 from qk_sniffer.cli.explain import explain, replace_unresolved, without_environment
 from qk_sniffer.cli.flags import initialized
+from qk_sniffer.cli.hydra_files import folder_problems, login_problems
 from qk_sniffer.cli.launching import is_on_slurm, is_plain_sweep
 from qk_sniffer.cli.overrides import EXPERIMENT, Checker, key_of
 from qk_sniffer.errors import ConfigError
@@ -101,6 +101,7 @@ class Composer(Generic[Settings]):
         self.is_sweep = self.is_sweep or master.hydra.mode == RunMode.MULTIRUN
         launcher = str(master.hydra.runtime.choices["hydra/launcher"])
         problems += _launcher_problems(launcher, master, is_sweep=self.is_sweep)
+        problems += login_problems(master.hydra)
         if self.is_sweep:
             found, combinations = self._combinations(
                 master, [text for text in arguments if text in sweeps or text in single]
@@ -214,7 +215,7 @@ class Composer(Generic[Settings]):
             config = OmegaConf.to_object(node)
         except OmegaConfBaseException as error:
             return [*problems, self._explain(error)], []
-        found = [*self.application.problems(config, folder), *_folder_problems(folder)]
+        found = [*self.application.problems(config, folder), *folder_problems(folder, is_sweep=self.is_sweep)]
         problems += [problem for problem in found if not any(_mentions(problem, key) for key in missing)]
         return problems, [] if problems else [self.application.resolve(config)]
 
@@ -262,13 +263,6 @@ def _launcher_problems(name: str, config: DictConfig, *, is_sweep: bool) -> Iter
         else:
             yield from slurm_script.problems(config.hydra)
             yield from slurm_limits.problems(config.hydra.launcher)
-
-
-def _folder_problems(folder: Path) -> Iterator[str]:
-    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-    if not (existing.is_dir() and os.access(existing, os.W_OK)):
-        reason = f"{existing} is not a folder that can be written to"
-        yield f"Hydra's own folder for this run, {folder}, cannot be made: {reason}"
 
 
 def _mentions(problem: str, key: str) -> bool:

@@ -1,0 +1,51 @@
+"""Checks where Hydra writes the files of a run or a sweep, and what it would write there.
+
+`outputs` may be a link, such as one to another disk. `.runs` and `.sweeps` in it, and what is in these, may not: Hydra
+follows links, so that a person who may write there could have it overwrite any file of the user. The log of a job
+checks what is in the job's own folder (`logs.py`).
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+_OWN = (".runs", ".sweeps")
+"""The folders of Hydra in `output.folder`."""
+
+_OF_A_SWEEP = re.compile(r"multirun\.yaml|\.submitit|\d+")
+"""The names that Hydra and submitit write in the folder of a sweep. A number is the folder of a job."""
+
+_LOGIN = {"HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"}
+
+
+def folder_problems(folder: Path, *, is_sweep: bool) -> Iterator[str]:
+    """Yields what is wrong with Hydra's own folder of a run or a sweep."""
+    what = f"Hydra's own folder for this {'sweep' if is_sweep else 'run'}, {folder},"
+    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    if not (existing.is_dir() and os.access(existing, os.W_OK)):
+        yield f"{what} cannot be made: {existing} is not a folder that can be written to"
+    for link in _links(folder, is_sweep):
+        yield (
+            f"{what} is refused: {link} is a link, which Hydra would follow. Remove it, or set "
+            f"hydra.{'sweep' if is_sweep else 'run'}.dir to another folder. output.folder itself may be a link"
+        )
+
+
+def login_problems(hydra: DictConfig) -> Iterator[str]:
+    """Yields a problem if Hydra would write the login into its files; `hydra` is Hydra's own configuration."""
+    if names := sorted(_LOGIN & {*map(str, hydra.job.env_copy), *map(str, hydra.job.env_set)}):
+        yield (
+            f"hydra.job would store {', '.join(names)} in the files of the job: leave it out of env_copy and env_set. "
+            "Jobs read it from .env in the current folder, or from the login of `hf auth login`"
+        )
+
+
+def _links(folder: Path, is_sweep: bool) -> Iterator[Path]:
+    parts = folder.parts
+    own = next((number for number, part in enumerate(parts) if part in _OWN), len(parts))
+    yield from (path for path in (Path(*parts[: number + 1]) for number in range(own, len(parts))) if path.is_symlink())
+    if is_sweep and folder.is_dir():
+        yield from (path for path in sorted(folder.iterdir()) if _OF_A_SWEEP.fullmatch(path.name) and path.is_symlink())

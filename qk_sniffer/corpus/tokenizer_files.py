@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from qk_sniffer.errors import SourceError
-from qk_sniffer.hub.config_limits import refuse_too_many_layers
+from qk_sniffer.hub.config_limits import refuse_large_config, refuse_too_many_layers
 from qk_sniffer.hub.json_files import DamagedFileError, json_object
 from qk_sniffer.text import leads_out
 
@@ -94,8 +94,8 @@ def refuse_files_elsewhere(name: str, *, trust_remote_code: bool = False, **opti
         options: `revision` and `local_files_only` of a Hub id.
 
     Raises:
-        SourceError: a file of the tokenizer names such a file, or the config of its model, which transformers loads
-            too, has too many layers.
+        SourceError: a file of the tokenizer names such a file, or its config or that of its model, which transformers
+            loads too, is too large or has too many layers.
         OSError: the Hub does not give a file of the tokenizer.
     """
     refuse_too_many_layers(f"the config.json of {name}", _read_object(_file_of(name, "config.json", options)))
@@ -158,7 +158,10 @@ def _file_of(name: str, file: str, options: dict[str, Any]) -> Path | None:
     if Path(name).is_file():
         return Path(name) if file == "tokenizer.json" and name.endswith(".json") else None
     found = cached_file(name, file, _raise_exceptions_for_missing_entries=False, **options)
-    return None if found is None else Path(found)
+    if found is None:
+        return None
+    refuse_large_config(Path(found))
+    return Path(found)
 
 
 def _read_object(path: Path | None) -> dict[str, Any]:

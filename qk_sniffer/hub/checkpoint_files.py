@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from qk_sniffer.errors import SourceError
+from qk_sniffer.hub.config_limits import refuse_large_config
 from qk_sniffer.store.disk import open_regular
 
 TEXTS = frozenset({".json", ".model", ".py", ".txt", ".jinja", ".tiktoken", ".codes", ".spm", ".tokenizer"})
@@ -38,7 +39,11 @@ class CheckpointFiles:
     """
 
     def __init__(self, folder: Path) -> None:
-        """Reads the files, except for those that are known from before and have not changed since."""
+        """Reads the files, except for those that are known from before and have not changed since.
+
+        Raises:
+            SourceError: the config is too large.
+        """
         self.folder = folder
         paths = sorted(_files(folder))
         self._facts = {path: _facts_of(path) for path in paths}
@@ -83,8 +88,13 @@ def _files(folder: Path) -> set[Path]:
 
 
 def _named(folder: Path) -> Iterator[str]:
-    """Yields the files that the config and the indexes of weights name, which may be in other folders."""
+    """Yields the files that the config and the indexes of weights name, which may be in other folders.
+
+    Raises:
+        SourceError: the config is too large.
+    """
     indexes = [path.name for path in folder.glob("*.index.json")]
+    refuse_large_config(folder / "config.json")
     explicit = _read_json(folder / "config.json").get("transformers_weights")
     if isinstance(explicit, str):
         yield explicit

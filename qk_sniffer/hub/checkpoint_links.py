@@ -1,4 +1,4 @@
-"""Refuses files of a checkpoint that are not its own: links to elsewhere on this machine, and pipes and devices.
+"""Refuses links in a checkpoint that lead elsewhere on this machine, pipes, devices, and configs of no sensible size.
 
 A checkpoint may come from someone else. Tokens of a file that such a link leads to would become part of the dataset,
 and lines of it part of messages. Weights may be links to anywhere: of a file without tensors, nothing gets further.
@@ -12,6 +12,7 @@ from pathlib import Path
 
 from qk_sniffer.errors import SourceError, StoreError
 from qk_sniffer.hub.checkpoint_files import SUFFIXES, TEXTS
+from qk_sniffer.hub.config_limits import refuse_large_config
 from qk_sniffer.hub.json_files import DamagedFileError, json_object
 from qk_sniffer.store.disk import open_regular
 from qk_sniffer.store.files import inside
@@ -38,7 +39,7 @@ def refuse_odd_files(name: str, commit: str | None = None) -> None:
         commit: that of a Hub id.
 
     Raises:
-        SourceError: a link leads elsewhere, or a file is a pipe or a device.
+        SourceError: a link leads elsewhere, a file is a pipe or a device, or a config is too large.
     """
     folder = Path(name)
     if not folder.is_dir():
@@ -50,6 +51,7 @@ def refuse_odd_files(name: str, commit: str | None = None) -> None:
     for path in sorted(chain(folder.iterdir(), folder.glob(f"{_TEMPLATES}/*"))):
         if path.suffix in SUFFIXES:
             refuse_special(path)
+        refuse_large_config(path)
         if path.suffix in TEXTS and home_of(folder, path) is None:
             raise SourceError(
                 f"{path} leads to {os.path.realpath(path)}, which is neither in its folder nor a file of the same name "

@@ -1,14 +1,43 @@
-"""Refuses configs of models with more layers than any model has. Building such a model, or its config, does not end."""
+"""Refuses configs of models that are larger than any model's, or that ask for more layers.
+
+Libraries read a config several times and copy it. Building a model of a million layers, or its config, does not end.
+"""
 
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from qk_sniffer.errors import SourceError
 from qk_sniffer.store.form_types import MOST_LAYERS
+from qk_sniffer.text import in_mb
 
 _LAYERS = re.compile(r"(^|[_.])(layers?|blocks?|block_count|depths?)$")
 """The keys of a number of layers, such as num_hidden_layers, n_layer and llama.block_count."""
+
+
+_MOST_BYTES = 1 << 23
+"""The largest config. Those of quantized models list modules: some 3 MB for every expert of a large model."""
+
+_CONFIG = re.compile(r"([a-z_]+_)?config(\..+)?\.json")
+"""The names of configs in the folder of a model, such as config.json and tokenizer_config.json."""
+
+
+def refuse_large_config(path: Path) -> None:
+    """Checks the size of a file that has the name of a config. A missing one is left to its reader.
+
+    Raises:
+        SourceError: it is too large.
+    """
+    try:
+        size = path.stat().st_size if _CONFIG.fullmatch(path.name) else 0
+    except OSError:
+        return
+    if size > _MOST_BYTES:
+        raise SourceError(
+            f"{path} is refused: it has {in_mb(size)}, and no config of a model has more than {_MOST_BYTES >> 20} MB. "
+            "Restore the file, or download the model again (hf download)"
+        )
 
 
 def refuse_too_many_layers(where: str, values: Mapping[str, Any]) -> None:

@@ -76,3 +76,15 @@ def test_a_model_of_too_many_modules_is_not_built(checkpoint: Path, monkeypatch:
         unloaded(LlamaConfig(**CUT))
     with pytest.raises(SourceError, match="more than 5 modules"):
         load_backbone(ModelConfig(name=str(checkpoint), dtype="float32", device_map="cpu"))
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+def test_a_config_larger_than_any_is_refused(name: str, checkpoint: Path, tmp_path: Path) -> None:
+    """Libraries read and copy it several times."""
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "model"))
+    with (folder / name).open("a", encoding="utf-8") as file:
+        file.write(" " * (1 << 23))
+    config = ModelConfig(name=str(folder), dtype="float32", device_map="cpu")
+    for load in (check_model, load_backbone, load_tokenizer):
+        with pytest.raises(SourceError, match=rf"{name} is refused: it has 8\.4 MB, and no config of a model has more"):
+            load(config)

@@ -28,7 +28,7 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
     """Parses a command line as Hydra does.
 
     Raises:
-        ConfigError: a flag is unknown, or follows the settings.
+        ConfigError: a flag is unknown, runs a pickle, or follows the settings.
     """
     if any(argument.partition("=")[0] == "--config" for argument in arguments):
         raise ConfigError([renamed_keys.CONFIG_FLAG])
@@ -36,14 +36,22 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
     unknown = [text for text in rest if text.startswith("-")]
     if unknown:
         raise ConfigError([unknown_flag(text) for text in unknown])
+    if args.experimental_rerun:
+        raise ConfigError([_RERUN])
     if rest:
         raise ConfigError([f"{' '.join(rest)}: flags come first, then all settings together"])
     return args
 
 
+_RERUN = (
+    "--experimental-rerun: no such flag here, because it runs what a pickle holds; give the settings of the job again, "
+    "which are in overrides.yaml in its folder"
+)
+
+
 def only_prints(args: argparse.Namespace) -> bool:
     """Whether Hydra itself answers the flags, such as `--help`, and runs no checked job."""
-    flags = ("help", "hydra_help", "cfg", "info", "shell_completion", "experimental_rerun")
+    flags = ("help", "hydra_help", "cfg", "info", "shell_completion")
     return any(getattr(args, flag) for flag in flags)
 
 

@@ -117,6 +117,7 @@ def test_a_bad_command_line_ends_at_once(
         (("model=qwen3_8b", "-m", "dataset=pydoc"), "dataset=pydoc: flags come first"),
         (("--cfg", "job", "--multirun"), "Only one of"),
         (("--help", "+experiment=none"), "Could not find 'experiment/none'"),
+        (("--experimental-rerun", "config.pickle"), "--experimental-rerun: no such flag here"),
     ],
 )
 def test_bad_flags(

@@ -13,6 +13,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.utils import JobReturn
 from hydra.types import RunMode
 
+from qk_sniffer.cli.launching import protect_jobs
 from qk_sniffer.errors import QkSnifferError, StoreError
 
 _OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG}
@@ -28,6 +29,8 @@ def run_jobs(config_name: str, task: Callable[[Any], Any], arguments: list[str],
     """
     hydra_object = GlobalHydra.instance().hydra
     assert hydra_object is not None
+    if is_sweep:
+        protect_jobs()
     # Hydra's own start adds this too: a job of a sweep finds by its mode that it is one.
     arguments = [*arguments, f"hydra.mode={(RunMode.MULTIRUN if is_sweep else RunMode.RUN).name}"]
     try:

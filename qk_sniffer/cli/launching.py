@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,6 +26,7 @@ from qk_sniffer.errors import QkSnifferError, StoreError
 from qk_sniffer.jobs import sweep
 from qk_sniffer.jobs.sweep import PlannedJob
 from qk_sniffer.store.disk import explained
+from qk_sniffer.store.open_folder import OpenFolder
 
 SETTLE_S = 30.0
 """Time for jobs to end after an interrupt that reaches them together with their command."""
@@ -70,9 +72,10 @@ class Launch:
         if is_plain_sweep(hydra):
             self.is_announced = True
             record = self._open.enter_context(sweep.announced(self.folder, self.planned, outlive=on_slurm))
+        else:
+            sweep.refuse_settings(self.folder)
         if on_slurm:
             self._open.enter_context(QueueWatch(self.planned, self._submitted_ids, record))
-        protect_jobs()
         wanted = self.planned[0].config.snapshot
         if on_slurm if wanted is None else wanted:
             with explained(self.folder, "copy the code to"):
@@ -143,10 +146,14 @@ def is_plain_sweep(hydra: DictConfig) -> bool:
 
 
 def use_snapshot(folder: Path) -> None:
-    """Copies this package into `folder`, and makes new processes import it from there.
+    """Copies this package into a new folder, and makes new processes import it from there.
+
+    Its name is that of `folder`, or has a number after it if something has this name: a link would lead the copy
+    elsewhere, and jobs of an earlier sweep may still import a copy.
 
     Raises:
         StoreError: a path with this name would be two paths.
+        OSError: the copy cannot be written.
     """
     if os.pathsep in str(folder):
         raise StoreError(
@@ -154,16 +161,34 @@ def use_snapshot(folder: Path) -> None:
             "path. Give the sweep another folder (hydra.sweep.dir=...), or set snapshot=false"
         )
     package = Path(qk_sniffer.__file__).parent
-    ignored = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(package, folder / package.name, ignore=ignored, dirs_exist_ok=True)
-    for name in ("conf", "models"):
-        if not (package / name).exists():  # a checkout keeps them next to the package
-            shutil.copytree(package.parent / name, folder / name, ignore=ignored, dirs_exist_ok=True)
+    # A checkout keeps two folders of the package next to it.
+    beside = (package.parent / name for name in ("conf", "models") if not (package / name).exists())
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with OpenFolder.at(folder.parent) as parent:
+        taken, names = parent.names(), chain([folder.name], (f"{folder.name}.{number}" for number in count(2)))
+        copy = parent.new_folder(next(name for name in names if name not in taken))
+    with copy:
+        for source in (package, *beside):
+            with copy.new_folder(source.name) as inner:
+                _copy(source, inner)
     # Python puts the current directory, which may be the checkout, first in its path.
     os.environ["PYTHONSAFEPATH"] = "1"
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(copy.path), *filter(None, [os.environ.get("PYTHONPATH")])])
     if _imports_from_here():
         os.environ[_LAST_FOLDER] = str(Path.cwd())
+
+
+def _copy(source: Path, target: OpenFolder) -> None:
+    """Copies the files of a folder, and of the folders in it."""
+    for path in source.iterdir():
+        if path.name == "__pycache__":
+            continue
+        if path.is_dir():
+            with target.new_folder(path.name) as inner:
+                _copy(path, inner)
+        else:
+            with path.open("rb") as file, target.create(path.name) as copied:
+                shutil.copyfileobj(file, copied)
 
 
 def protect_jobs() -> None:

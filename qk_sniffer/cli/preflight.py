@@ -5,6 +5,7 @@ Hydra's own loader composes the jobs from the same arguments: a job that passes 
 
 import argparse
 import copy
+import math
 import re
 import shutil
 import time
@@ -28,7 +29,7 @@ from qk_sniffer.cli.hydra_files import folder_problems, login_problems
 from qk_sniffer.cli.launching import is_on_slurm, is_plain_sweep
 from qk_sniffer.cli.overrides import EXPERIMENT, Checker, key_of
 from qk_sniffer.errors import ConfigError
-from qk_sniffer.jobs.sweep import Job, Settings, describe
+from qk_sniffer.jobs.sweep import MOST_JOBS, Job, Settings, describe
 from qk_sniffer.text import shortened
 
 PATIENCE_S = 1.0
@@ -187,8 +188,12 @@ class Composer(Generic[Settings]):
         checked = self.checker.check(params)
         # As in `BasicSweeper.sweep`: a later argument replaces an earlier one with its key.
         texts = self.parser.parse_overrides([*checked.good, *of_task])
-        combinations = BasicSweeper.split_arguments(texts, max_batch_size=None)[0]
         problems = [f"hydra.sweeper.params: {problem}" for problem in checked.problems]
+        counts = {text.get_key_element(): len(self.checker.values_of(text)) for text in texts}
+        if (count := math.prod(counts.values())) > MOST_JOBS:
+            problems.append(f"the sweep has {count:,} jobs; run at most {MOST_JOBS:,} at a time")
+            return problems, [of_hydra]
+        combinations = BasicSweeper.split_arguments(texts, max_batch_size=None)[0]
         return problems, [[*of_hydra, *combination] for combination in combinations]
 
     def _config(self, arguments: list[str], master: DictConfig) -> tuple[list[str], list[Settings]]:

@@ -26,7 +26,7 @@ from qk_sniffer.store import stored
 from qk_sniffer.store.disk import explained, walk, write_atomic
 from qk_sniffer.store.locks import Lock, TakenAwayError, hold, is_held, restart_patience_s
 from qk_sniffer.store.stored import LARGE, Count, PathText, Seconds, Text, UnreadableError
-from qk_sniffer.text import aligned, printable
+from qk_sniffer.text import aligned, compact_ranges, printable
 
 log = logger(__name__)
 
@@ -43,8 +43,8 @@ SlurmId = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9_+.-]{1,100}\Z")]
 
 Settings = TypeVar("Settings")
 
-MOST_JOBS = 100_000
-"""The most jobs of a sweep."""
+MOST_JOBS = 10_000
+"""The most jobs of a sweep. Each of them reads the settings of all, and `status` too."""
 
 _SUBMIT_AGAIN = "remove it, and start the sweep again"
 
@@ -247,7 +247,8 @@ def announced(folder: Path, jobs: Sequence[PlannedJob], *, outlive: bool) -> Ite
     records the jobs' ids on SLURM, those of the first jobs, once they are known.
 
     Raises:
-        StoreError: the folder cannot be written, or a sweep runs in it.
+        StoreError: the folder cannot be written, a sweep runs in it, jobs of an earlier one may still start, or the
+            settings of all jobs are too large.
     """
     with explained(folder, "write"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -260,12 +261,18 @@ def announced(folder: Path, jobs: Sequence[PlannedJob], *, outlive: bool) -> Ite
             for job in jobs
         ],
     }
-    with explained(folder, "write"):
-        for left in _left_by_a_sweep(folder):
-            if not is_held(left.with_name(LOCK)):
-                left.unlink()
+    if len(stored.encode(facts)) > LARGE:
+        raise StoreError(
+            f"the settings of all jobs of this sweep are larger than {LARGE >> 20:,} MB, and each job reads all: run "
+            "it as several sweeps"
+        )
 
     with hold(folder / LOCK, "running this sweep", follow_links=True) as lock:
+        _refuse_while_jobs_wait(folder)
+        with explained(folder, "write"):
+            for left in _left_by_a_sweep(folder):
+                if not is_held(left.with_name(LOCK)):
+                    left.unlink()
 
         def record_slurm_ids(job_ids: Sequence[str]) -> None:
             for job, job_id in zip(facts["jobs"], job_ids, strict=False):
@@ -277,6 +284,42 @@ def announced(folder: Path, jobs: Sequence[PlannedJob], *, outlive: bool) -> Ite
         yield record_slurm_ids
         if _is_held_still(lock):
             _write(file, facts | {"ended": True})
+
+
+def _refuse_while_jobs_wait(folder: Path) -> None:
+    """Refuses to replace the settings of jobs that SLURM may still start: their command ended before they did.
+
+    Raises:
+        StoreError: the folder has such jobs.
+    """
+    facts = _announced(folder)
+    if facts is None or facts["ended"] or not facts["outlive"]:
+        return
+    waiting = {job["status"].number for job in facts["jobs"]}
+    for file in _status_files(folder):
+        with suppress(OSError, UnreadableError):
+            status = _read_status(file)
+            if status.state in (*GOOD, FAILED):  # SLURM may restart a job in any other state
+                waiting.discard(status.number)
+    if waiting:
+        raise StoreError(
+            f"{folder} is the folder of an earlier sweep, whose jobs {compact_ranges(waiting)} may still start on "
+            "SLURM with the settings in it. Give this sweep another folder (hydra.sweep.dir=...). If squeue shows that "
+            f"none of them waits or runs, remove {folder / SWEEP_FILE}"
+        )
+
+
+def refuse_settings(folder: Path) -> None:
+    """Refuses a folder with the settings of a sweep. The jobs of one that records none would take these for theirs.
+
+    Raises:
+        StoreError: the folder has such settings.
+    """
+    if os.path.lexists(folder / SWEEP_FILE):
+        raise StoreError(
+            f"{folder} has the settings of an earlier sweep, which the jobs of this one would take. Give it another "
+            "folder (hydra.sweep.dir=...)"
+        )
 
 
 def _is_held_still(lock: Lock) -> bool:

@@ -60,6 +60,11 @@ class OpenFolder:
         except OSError as error:
             raise self._explained(error, name) from error
 
+    def new_folder(self, name: str) -> "OpenFolder":
+        """Makes a folder in this one, and opens it. Raises a FileExistsError if something has this name."""
+        os.mkdir(self._named(name), dir_fd=self.descriptor)
+        return self.folder(name)
+
     def again(self) -> "OpenFolder":
         """Opens this folder a second time. Unlike a copy of the descriptor, it lists its names on its own."""
         return OpenFolder(self.path, os.open(".", _FOLDER, dir_fd=self.descriptor))

@@ -351,3 +351,9 @@ def test_hydra_does_not_store_the_login(setting: str, monkeypatch: pytest.Monkey
     monkeypatch.setenv("HF_TOKEN", "a5ecret")
     said = refusal(*MODEL, setting)
     assert "would store HF_TOKEN in the files of the job" in said and "a5ecret" not in said
+
+
+def test_a_sweep_of_more_jobs_than_any_is_refused_before_they_are_made() -> None:
+    assert refusal("-m", *MODEL, "sampler.seed=range(99999)", "shard.index=range(9999)").startswith(
+        "the sweep has 999,890,001 jobs; run at most 10,000"
+    )

@@ -10,6 +10,7 @@ import pytest
 from omegaconf import OmegaConf
 from submitit.slurm.slurm import _make_sbatch_string
 
+import qk_sniffer
 from qk_sniffer.cli import launching, slurm_script
 from qk_sniffer.errors import StoreError
 
@@ -107,3 +108,29 @@ def test_jobs_do_not_look_in_the_current_folder_if_their_command_does_not(
     launching.protect_jobs()
     done = subprocess.run([sys.executable, "-c", "import yaml; yaml.FOUND"], capture_output=True)
     assert (done.returncode == 0) == searched
+
+
+@pytest.mark.parametrize("kind", ["link", "broken link", "folder", "file"])
+def test_code_is_copied_to_a_folder_of_its_own(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A link would lead the copy over files of someone else, and jobs that wait would import what is copied later."""
+    for name in ("PYTHONPATH", "PYTHONSAFEPATH", "QK_SNIFFER_LAST_FOLDER"):
+        monkeypatch.setenv(name, "")
+    (tmp_path / "other" / "qk_sniffer").mkdir(parents=True)
+    (tmp_path / "other" / "qk_sniffer" / "text.py").write_text("mine")
+    sweep = tmp_path / "sweep"
+    sweep.mkdir()
+    if kind == "folder":
+        (tmp_path / "other").rename(sweep / "code")
+    elif kind == "file":
+        (sweep / "code").touch()
+    else:
+        (sweep / "code").symlink_to(tmp_path / "other" if kind == "link" else tmp_path / "gone")
+    launching.use_snapshot(sweep / "code")
+    launching.use_snapshot(sweep / "code")
+    assert os.environ["PYTHONPATH"].split(os.pathsep) == [str(sweep / "code.3"), str(sweep / "code.2")]
+    package, copy = Path(qk_sniffer.__file__).parent, sweep / "code.3" / "qk_sniffer"
+    of_package = {path.relative_to(package): path.read_bytes() for path in package.rglob("*.py")}
+    assert {path.relative_to(copy): path.read_bytes() for path in copy.rglob("*.py")} == of_package
+    assert not (tmp_path / "gone").exists()
+    left = sweep / "code" if kind == "folder" else tmp_path / "other"
+    assert [path.read_text() for path in left.rglob("*.py")] == ["mine"]

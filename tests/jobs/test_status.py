@@ -94,6 +94,39 @@ def test_a_command_that_dies_leaves_its_jobs_in_the_queue_where_there_is_one(
     assert states(tmp_path) == {"a": state}
 
 
+def test_a_sweep_does_not_take_the_folder_of_one_whose_jobs_may_still_start(tmp_path: Path) -> None:
+    jobs = planned(tmp_path / "a", tmp_path / "b", tmp_path / "c")
+    with pytest.raises(Stopped), announced(tmp_path / "1", jobs, outlive=True):
+        raise Stopped
+    before = (tmp_path / "1" / "sweep.json").read_bytes()
+    for number, state in ((0, sweep.DONE), (1, sweep.INTERRUPTED)):
+        (tmp_path / "1" / str(number)).mkdir()
+        Status.of(number, jobs[number].config, state=state).write(tmp_path / "1" / str(number))
+    with (
+        pytest.raises(StoreError, match=r"jobs 1-2 may still start on SLURM.*hydra\.sweep\.dir.*remove .*sweep\.json"),
+        announced(tmp_path / "1", jobs[:1], outlive=True),
+    ):
+        pass
+    assert (tmp_path / "1" / "sweep.json").read_bytes() == before
+    for number in (1, 2):
+        (tmp_path / "1" / str(number)).mkdir(exist_ok=True)
+        Status.of(number, jobs[number].config, state=sweep.FAILED).write(tmp_path / "1" / str(number))
+    with announced(tmp_path / "1", jobs[:1], outlive=True):
+        assert states(tmp_path / "1") == {"a": "queued"}
+    with announced(tmp_path / "1", jobs[1:], outlive=True):  # the command before has waited for its jobs
+        assert states(tmp_path / "1") == {"b": "queued", "c": "queued"}
+
+
+def test_settings_that_no_job_could_read_are_not_submitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep, "LARGE", 1000)
+    with (
+        pytest.raises(StoreError, match=r"settings of all jobs .* are larger than .* run it as several sweeps"),
+        announced(tmp_path / "1", planned(tmp_path / "a"), outlive=True),
+    ):
+        pass
+    assert not (tmp_path / "1" / "sweep.json").exists()
+
+
 def test_a_job_that_dies_has_failed(tmp_path: Path) -> None:
     code = f"""
 import os

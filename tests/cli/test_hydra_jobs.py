@@ -9,10 +9,16 @@ from pathlib import Path
 import pytest
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
+from omegaconf import OmegaConf
 from support.slurm_commands import Commands
 
 from qk_sniffer.cli.flags import initialized, parse_flags
 from qk_sniffer.cli.hydra_jobs import run_jobs
+from qk_sniffer.cli.launching import Launch
+from qk_sniffer.config import Config
+from qk_sniffer.errors import StoreError
+from qk_sniffer.jobs.sweep import SWEEP_FILE, PlannedJob
+from qk_sniffer.resolved import resolve
 
 CAPTURE = ("qk_sniffer", "model=hf", "model.name=org/m", "dataset=pydoc")
 PLASTICITY = ("qk_sniffer.plasticity", "data_root=org/m")
@@ -83,3 +89,23 @@ def test_a_job_knows_whether_it_is_of_a_sweep(mode: RunMode, tmp_path: Path) -> 
     with initialized(parse_flags(folders)):
         done = run_jobs("config", lambda _: HydraConfig.get().mode, folders, is_sweep=is_sweep)
     assert [job.return_value for job in done] == [mode]
+
+
+def test_a_sweep_that_records_no_settings_does_not_take_the_folder_of_one_that_does(tmp_path: Path) -> None:
+    """Each of its jobs would run with the settings of the earlier job of its number."""
+    (tmp_path / SWEEP_FILE).write_text("{}")
+    hydra = {"sweep": {"dir": str(tmp_path)}, "launcher": {"_target_": "x"}, "sweeper": {"_target_": "other.Sweeper"}}
+    with pytest.raises(StoreError, match=r"the settings of an earlier sweep.*hydra\.sweep\.dir"):
+        Launch([PlannedJob(0, (), resolve(Config()))]).begin_sweep(OmegaConf.create(hydra))
+
+
+def test_jobs_of_any_sweep_do_not_look_in_the_current_folder_if_their_command_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*filter(None, sys.path)])
+    monkeypatch.setenv("PYTHONSAFEPATH", "")
+    arguments = [f"hydra.sweep.dir={tmp_path}"]
+    with initialized(parse_flags(arguments)):
+        run_jobs("config", lambda _: None, arguments, is_sweep=True)
+    assert os.environ["PYTHONSAFEPATH"] == "1"

@@ -334,7 +334,7 @@ def test_a_setting_that_is_published_does_not_read_the_environment(
     monkeypatch.setenv("QK_SECRET", "a5ecret")
     found = refusals(*MODEL, "dataset=hf", "dataset.path=org/texts", "output.folder=${oc.env:QK_SECRET}", setting)
     key = setting.lstrip("+").partition("=")[0]
-    assert any(problem.startswith(f"{key} is ") and "variable of the environment" in problem for problem in found)
+    assert any(problem.startswith(key) and "variable of the environment" in problem for problem in found)
     assert "a5ecret" not in str(found)
 
 

@@ -181,7 +181,7 @@ def capturing(
         journal = Journal(Path(temporary))
         with JournalWriter(journal, queue_bytes=queue_bytes, segment_bytes=SEGMENT_BYTES, pinned=pinned) as writer:
             stages = Stages()
-            capture = Capture(backbone, selection, sampler, writer, token_ids=False, stages=stages, moments=moments)
+            capture = Capture(backbone, selection, sampler, writer, columns=(), stages=stages, moments=moments)
             yield capture, writer
 
 

@@ -205,6 +205,9 @@ class SamplerConfig:
         default=None, metadata={"help": "maximum rows of an example for each head; null: no limit"}
     )
     seed: int = field(default=0, metadata={"help": "seed of the draw of positions"})
+    segments: list[str] | None = field(
+        default=None, metadata={"help": "keep only tokens of these segments, such as [assistant]; null: of all"}
+    )
     share: str = field(
         default="layer_kind",
         metadata={"help": "layer_kind: separate positions for each layer and kind; example: one set for all"},
@@ -269,6 +272,12 @@ class CaptureConfig:
         default=False, metadata={"help": "add a column with the token as the vocabulary spells it"}
     )
     capture_token_ids: bool = field(default=False, metadata={"help": "add a column with the token's id"})
+    capture_segments: bool = field(
+        default=False, metadata={"help": "add a column with the token's segment, such as the role of its message"}
+    )
+    capture_offsets: bool = field(
+        default=False, metadata={"help": "add columns with the token's first character and the one after its last"}
+    )
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     statistics: StatisticsConfig = field(default_factory=StatisticsConfig)
 
@@ -387,6 +396,11 @@ class Config:
             "changes_rows": False,
         },
     )
+
+    @property
+    def has_segments(self) -> bool:
+        """Whether the segments of the examples are needed: for a column, or for the sampler."""
+        return self.capture.capture_segments or self.sampler.segments is not None
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain nested dicts, as stored in the manifest."""

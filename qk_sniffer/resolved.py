@@ -199,6 +199,8 @@ def _differences(config: Config) -> Iterator[str]:
         yield safe_name(sampler.type)
     if sampler.keys.type not in (None, sampler.type):
         yield f"keys-{safe_name(sampler.keys.type)}"
+    if sampler.segments is not None:
+        yield from map(safe_name, sampler.segments)
     if sampler.share == "example":
         yield "shared"
 

@@ -54,6 +54,7 @@ def problems(config: Config) -> list[str]:
         *sampling.problems(config.sampler),
         *_at_least("sampler.seed", config.sampler.seed, 0, MAX_SEED),
         *_capture(config),
+        *_segments(config),
         *_inference_and_shard(config),
         *output_problems(config.output),
         *_derived(config),
@@ -156,6 +157,15 @@ def _capture(config: Config) -> Iterator[str]:
     if not stages or len({*stages}) < len(stages) or not {*stages} <= {*STAGES}:
         yield f"capture.statistics.stages is {stages}; valid: [pre], [post], [pre,post]"
     yield from _at_least("capture.statistics.skip_tokens", capture.statistics.skip_tokens, 0, MOST_COUNT)
+
+
+def _segments(config: Config) -> Iterator[str]:
+    """Yields a line for each setting that needs segments, if the examples have none."""
+    way_out = "no column has segments: set dataset.messages_column, or dataset.tokens_column and segments_column"
+    if config.capture.capture_segments:
+        yield f"capture.capture_segments is true, but {way_out}"
+    if config.sampler.segments is not None:
+        yield f"sampler.segments is {config.sampler.segments}, but {way_out}"
 
 
 def _inference_and_shard(config: Config) -> Iterator[str]:

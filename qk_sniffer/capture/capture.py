@@ -14,6 +14,7 @@ statistics of the heads (`moments.py`).
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,14 +25,14 @@ from qk_sniffer.backbone.backbone import Backbone
 from qk_sniffer.backbone.tap import AttentionCall, ForwardDone, KernelRun
 from qk_sniffer.capture.attention_summary import Summarizer
 from qk_sniffer.capture.gather import DeviceCopiers, DeviceIndices, Heads, TokenIndices, send, take
-from qk_sniffer.capture.moments import Moments
+from qk_sniffer.capture.moments import Moments, Spans
 from qk_sniffer.capture.sampling import Sampler
 from qk_sniffer.capture.selection import Selection
 from qk_sniffer.corpus.tokens import Tokens
 from qk_sniffer.errors import CaptureError
 from qk_sniffer.store.journal_writer import JournalWriter
-from qk_sniffer.store.layout import ATTENTION, KIND_NAMES, KINDS, UNROTATED_KINDS
-from qk_sniffer.store.rows import Rows
+from qk_sniffer.store.layout import ATTENTION, KIND_NAMES, KINDS, OFFSET_COLUMNS, UNROTATED_KINDS
+from qk_sniffer.store.rows import NO_CHARACTER, Rows
 from qk_sniffer.store.segment import Tensor
 from qk_sniffer.store.statistics import PartKey, part_tensors, stages_of
 from qk_sniffer.text import compact_ranges
@@ -50,8 +51,12 @@ class BatchPlan:
     """(B, n) int64, padded on the right with token 0, which no valid position can see."""
     tokens: dict[tuple[int, str], TokenIndices]
     """The tokens to capture, by (layer, kind); one object where several capture the same."""
-    ends_group: bool = True
+    ends_group: bool
     """Whether this is the last batch of its group: the batches of a group become durable together."""
+    columns: Mapping[str, npt.NDArray[np.integer[Any]]]
+    """(B, n) each: the columns of the journal that tokens have, by name."""
+    spans: Sequence[Spans]
+    """The tokens of each example that statistics are of; empty without statistics."""
 
 
 class Capture:
@@ -64,13 +69,15 @@ class Capture:
         sampler: Sampler,
         writer: JournalWriter | None,
         *,
-        token_ids: bool,
+        columns: Sequence[str],
         stages: Stages,
         attention: AttentionCheck | None = None,
         moments: Moments | None = None,
         summary: Summarizer | None = None,
     ) -> None:
-        """`attention` checks the kernels, `moments` takes statistics of all tokens, and `summary` summarizes the
+        """`columns` are the `TOKEN_COLUMNS` of the rows of vectors.
+
+        `attention` checks the kernels, `moments` takes statistics of all tokens, and `summary` summarizes the
         attention of the queries; None for neither.
 
         Without `writer`, no row is written: `sampler` keeps none, there is no `attention`, and no batch is finished.
@@ -80,7 +87,7 @@ class Capture:
         self._copiers = DeviceCopiers()
         self._sampler = sampler
         self._writer = writer
-        self._token_ids = token_ids
+        self._columns = columns
         self._stages = stages
         self._attention = attention
         self._moments = moments
@@ -92,11 +99,24 @@ class Capture:
         ids = np.zeros((len(examples), max(lengths)), dtype=np.int64)
         for row, example in zip(ids, examples, strict=True):
             row[: example.num_tokens] = example.ids
-        picks = self._sampler.plan([example.example_id for example in examples], lengths, list(self._heads))
+        in_segments = self._in_segments(examples)
+        picks = self._sampler.plan(
+            [example.example_id for example in examples],
+            lengths,
+            list(self._heads),
+            None if in_segments is None else np.concatenate(in_segments),
+        )
         distinct = {id(each): each for each in picks.values()}
         tokens = {key: TokenIndices.of(each, self._backbone.device) for key, each in distinct.items()}
         planned = {key: tokens[id(each)] for key, each in picks.items()}
-        return BatchPlan(examples, torch.from_numpy(ids), planned, ends_group)
+        columns = {name: ids if name == "token_id" else _offsets(examples, name) for name in self._columns}
+        spans = [] if self._moments is None else self._moments.spans(lengths, in_segments)
+        return BatchPlan(examples, torch.from_numpy(ids), planned, ends_group, columns, spans)
+
+    def _in_segments(self, examples: Sequence[Tokens]) -> list[npt.NDArray[np.bool_]] | None:
+        """Returns which tokens of each example are in `sampler.segments`; None without that setting."""
+        names = self._sampler.config.segments
+        return None if names is None else [example.are_in(names) for example in examples]
 
     def num_rows(self, plan: BatchPlan) -> int:
         """Returns the number of rows that the batch adds to the dataset, over all heads."""
@@ -182,23 +202,21 @@ class Capture:
         """Adds all tokens of the batch. `others` are the states of the other stage, where they differ."""
         if self._moments is None:
             return
-        lengths = [example.num_tokens for example in plan.examples]
         with self._stages("statistics"):
             for stage in stages_of(kind, self._moments.config.stages):
                 of_stage = states if stage == self._stage or kind in UNROTATED_KINDS else others
                 assert of_stage is not None, "the pass did not show both stages"
-                self._moments.add(PartKey(layer, kind, stage), of_stage, lengths)
+                self._moments.add(PartKey(layer, kind, stage), of_stage, plan.spans)
 
     def _write(self, plan: BatchPlan, layer: int, kind: str, states: torch.Tensor, tokens: DeviceIndices) -> None:
         heads = self._heads[layer, kind]
         block = _Block(layer, kind, len(heads.numbers), states.shape[-1], states.dtype)
-        token_ids = plan.ids.numpy() if self._token_ids else None
-        self._write_rows(plan, block, states.device, tokens, "gather", partial(take, states, heads), token_ids)
+        self._write_rows(plan, block, states.device, tokens, "gather", partial(take, states, heads), plan.columns)
 
     def _write_summary(self, plan: BatchPlan, call: AttentionCall, tokens: DeviceIndices, summary: Summarizer) -> None:
         heads = self._heads[call.layer, "q"]
         block = _Block(call.layer, ATTENTION, len(heads.numbers), summary.table.width, torch.float32)
-        self._write_rows(plan, block, call.query.device, tokens, "attention", partial(summary.write, call))
+        self._write_rows(plan, block, call.query.device, tokens, "attention", partial(summary.write, call), {})
 
     def _write_rows(
         self,
@@ -208,7 +226,7 @@ class Capture:
         tokens: DeviceIndices,
         stage: str,
         write: Callable[[DeviceIndices, torch.Tensor], None],
-        token_ids: npt.NDArray[np.int64] | None = None,
+        columns: Mapping[str, npt.NDArray[np.integer[Any]]],
     ) -> None:
         """Writes rows of `tokens` piece by piece. `write` fills (heads, tokens, width) on the device for a piece."""
         if not len(tokens):
@@ -220,7 +238,6 @@ class Capture:
         for start in range(0, len(tokens), step):
             piece = tokens.part(start, start + step)
             row, position = piece.tokens.row, piece.tokens.position
-            token_id = None if token_ids is None else token_ids[row, position]
             rows = Rows(
                 block.layer,
                 block.kind,
@@ -229,7 +246,7 @@ class Capture:
                 block.dtype,
                 source_index[row],
                 position,
-                token_id,
+                {name: values[row, position] for name, values in columns.items()},
             )
             waited_s = self._writer.wait_s
             with self._stages(stage), self._writer.reserve(rows) as slot:
@@ -257,3 +274,12 @@ def _states(call: AttentionCall) -> dict[str, torch.Tensor]:
 def _other_states(call: AttentionCall) -> dict[str, torch.Tensor]:
     """Returns the states of the other stage of an attention call by kind; an empty dict if it shows one stage alone."""
     return {} if call.other_stage is None else dict(zip(("q", "k"), call.other_stage, strict=True))
+
+
+def _offsets(examples: Sequence[Tokens], name: str) -> npt.NDArray[np.int32]:
+    """Returns the first character of each token, or the one after its last, (B, n); `name` is that of the column."""
+    found = np.full((len(examples), max(example.num_tokens for example in examples)), NO_CHARACTER, np.int32)
+    for row, example in zip(found, examples, strict=True):
+        assert example.offsets is not None, "an example without the characters of its tokens"
+        row[: example.num_tokens] = example.offsets[:, OFFSET_COLUMNS.index(name)]
+    return found

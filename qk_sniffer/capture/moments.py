@@ -12,12 +12,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from qk_sniffer.backbone.layers import LayerFacts
 from qk_sniffer.backbone.rotation import Frequencies
 from qk_sniffer.config import StatisticsConfig
 from qk_sniffer.store.statistics import Pairs, Part, PartKey, paired
+
+Spans = Sequence[tuple[int, int]]
+"""Tokens of a text: the first one and the one after the last, of each span."""
 
 PIECE_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
 """The bytes of a piece in float32, by the type of the device. A GPU waits for the size of the largest number of each
@@ -140,8 +144,20 @@ class Moments:
     """The heads on a device, sent once, where not all heads of a layer are kept."""
     _buffers: dict[torch.device, torch.Tensor] = field(default_factory=dict)
 
-    def add(self, key: PartKey, states: torch.Tensor, lengths: Sequence[int]) -> None:
-        """Adds the tokens of a batch. `states` is (B, heads of the layer, n, d); `lengths` are those of its texts."""
+    def spans(self, lengths: Sequence[int], in_segments: Sequence[npt.NDArray[np.bool_]] | None) -> list[Spans]:
+        """Returns the tokens of each text that statistics are of.
+
+        `lengths` are those of the texts. `in_segments` (num_tokens,) each are their tokens in `sampler.segments`; None
+        without that setting.
+        """
+        skip = self.config.skip_tokens
+        if in_segments is None:
+            return [[(skip, length)] if skip < length else [] for length in lengths]
+        edges = [np.flatnonzero(np.diff(mask[skip:], prepend=False, append=False)) + skip for mask in in_segments]
+        return [list(zip(each[::2].tolist(), each[1::2].tolist(), strict=True)) for each in edges]
+
+    def add(self, key: PartKey, states: torch.Tensor, spans: Sequence[Spans]) -> None:
+        """Adds the tokens in `spans` of each text of a batch. `states` is (B, heads of the layer, n, d)."""
         heads = self.heads[key.layer, key.kind]
         index = None if len(heads) == states.shape[1] else self._index_of(key, states.device)
         pairs = self._pairs_of(key, states.device)
@@ -155,12 +171,12 @@ class Moments:
             )
         row = len(heads) * states.shape[-1]
         step = max(1, PIECE_BYTES.get(states.device.type, PIECE_BYTES["cpu"]) // (4 * row))
-        buffer = self._buffer(row * min(step, sum(lengths)), states.device)
+        total = sum(stop - start for of_text in spans for start, stop in of_text)
+        buffer = self._buffer(row * min(step, total), states.device)
         pieces, size = [], 0
-        for place, length in enumerate(lengths):
-            start = self.config.skip_tokens
-            while start < length:
-                stop = min(length, start + step - size)
+        for place, start, last in ((place, *span) for place, of_text in enumerate(spans) for span in of_text):
+            while start < last:
+                stop = min(last, start + step - size)
                 piece = states[place, :, start:stop] if index is None else states[place, index, start:stop]
                 pieces.append(piece)
                 size += stop - start

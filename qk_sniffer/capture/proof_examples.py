@@ -17,7 +17,7 @@ The cost is counted in arithmetic of forward passes, and the limit follows from 
 the device alone, so that the same dataset is proven by the same examples on every machine of a kind.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, pairwise
@@ -32,6 +32,7 @@ from qk_sniffer.store.journal import ExampleRecord
 from qk_sniffer.store.layout import Head, Layout
 from qk_sniffer.store.open_folder import Access
 from qk_sniffer.store.parquet_files import read_parquet
+from qk_sniffer.store.text_segments import num_tokens_in
 
 MAX_TOKENS = 4096
 """Longer examples are cut to this number of tokens. Later tokens do not change the vectors of earlier ones."""
@@ -148,16 +149,18 @@ def choose_for_statistics(
     cost: ForwardCost,
     boundary: int | None,
     skip_tokens: int,
+    segments: Collection[str] | None = None,
 ) -> list[Pass]:
-    """Chooses passes over examples with tokens from position `skip_tokens` on, without rows.
+    """Chooses passes over examples with tokens that statistics are of, without rows.
 
-    The arguments are those of `choose`. Each example is run on two paths.
+    The arguments are those of `choose`. Statistics are of tokens from position `skip_tokens` on in `segments`; None for
+    any. Each example is run on two paths.
     """
     usable = [
         [
             example
             for example in part
-            if tokens_to_derive(example.num_tokens, boundary) > skip_tokens
+            if num_tokens_in(example.segments, tokens_to_derive(example.num_tokens, boundary), segments, skip_tokens)
             and is_derivable(example.num_tokens, boundary, cost.min_tokens)
         ]
         for part in parts

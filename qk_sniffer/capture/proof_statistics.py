@@ -17,7 +17,7 @@ proof. A wrong head, position or rotation gives about 1.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,7 @@ from qk_sniffer.backbone.backbone import Backbone
 from qk_sniffer.backbone.family import QueryKey
 from qk_sniffer.backbone.layers import LayerFacts
 from qk_sniffer.capture.capture import Capture
-from qk_sniffer.capture.moments import Moments
+from qk_sniffer.capture.moments import Moments, Spans
 from qk_sniffer.capture.proof import MOST_REASON, TOLERANCES, differences, padded
 from qk_sniffer.capture.proof_examples import Pass
 from qk_sniffer.capture.proof_vectors import NO_HOOKS, NO_VALUES, Derived, walk
@@ -57,8 +57,8 @@ class _Watched(Moments):
     vectors: dict[PartKey, npt.NDArray[np.float32]] = field(default_factory=dict)
     """(heads, positions, d), of the only text."""
 
-    def add(self, key: PartKey, states: torch.Tensor, lengths: Sequence[int]) -> None:
-        super().add(key, states, lengths)
+    def add(self, key: PartKey, states: torch.Tensor, spans: Sequence[Spans]) -> None:
+        super().add(key, states, spans)
         heads = torch.tensor(self.heads[key.layer, key.kind], device=states.device)
         kept = states[0, heads][:, torch.from_numpy(self.positions).to(states.device)]
         self.vectors[key] = kept.float().cpu().numpy()
@@ -74,11 +74,12 @@ def prove_statistics(
     *,
     layers: Sequence[LayerFacts],
     min_tokens: int,
+    segments: list[str] | None = None,
 ) -> dict[str, Any]:
     """Compares statistics of `heads` in `passes`, one at a time. `tokens` are those of the examples by example_id.
 
     `moments` are of the heads of `selection`, which are `heads`, in `layers`. Short texts are padded to `min_tokens`,
-    as in `prove`. Statistics of outputs are not compared.
+    as in `prove`. `segments` are `sampler.segments`. Statistics of outputs are not compared.
 
     Returns the manifest's `proof.statistics`, with `proven`: None where the family has no hook path, or no token has a
     finite vector.
@@ -90,11 +91,12 @@ def prove_statistics(
     examples, num_tokens = set(), 0
     for one in passes:
         example = tokens[one.example.example_id]
-        example = replace(example, ids=example.ids[: one.tokens])
+        example = example.first(one.tokens)
         watched = _Watched(config, moments.heads, moments.pairs, positions=_spread(config.skip_tokens, one.tokens))
         try:
-            parts = _of_tap(backbone, selection, watched, example)
-            of_heads = _largest(backbone, heads, layers, watched, parts, example, min_tokens)
+            parts, spans = _of_tap(backbone, selection, watched, example, segments)
+            counted = np.array([position for span in spans for position in range(*span)], np.int64)
+            of_heads = _largest(backbone, heads, layers, watched, parts, example, counted, min_tokens)
         except QkSnifferError:
             raise
         except Exception as error:  # from the model's code, if it differs from what its family expects
@@ -107,7 +109,7 @@ def prove_statistics(
             compared.add(head)
         if of_heads:
             examples.add(example.example_id)
-            num_tokens += example.num_tokens - config.skip_tokens
+            num_tokens += len(counted)
     if not compared:
         return found | {"reason": "no token of the compared examples has a finite vector"}
     tolerance = TOLERANCES[str(backbone.dtype).removeprefix("torch.")]
@@ -129,12 +131,15 @@ def _spread(start: int, stop: int) -> npt.NDArray[np.int64]:
     return np.unique(np.linspace(start, stop - 1, min(stop - start, MOST_VECTORS)).round().astype(np.int64))
 
 
-def _of_tap(backbone: Backbone, selection: Selection, moments: Moments, example: Tokens) -> dict[PartKey, Part]:
-    """Returns the statistics of an example as the capture makes them."""
-    sampler = Sampler(SamplerConfig(type="none"))
-    capture = Capture(backbone, selection, sampler, None, token_ids=False, stages=Stages(), moments=moments)
-    capture.run(capture.plan([example]))
-    return moments.take()
+def _of_tap(
+    backbone: Backbone, selection: Selection, moments: Moments, example: Tokens, segments: list[str] | None
+) -> tuple[dict[PartKey, Part], Spans]:
+    """Returns the statistics of an example as the capture makes them, and the tokens that they are of."""
+    sampler = Sampler(SamplerConfig(type="none", segments=segments))
+    capture = Capture(backbone, selection, sampler, None, columns=(), stages=Stages(), moments=moments)
+    plan = capture.plan([example])
+    capture.run(plan)
+    return moments.take(), plan.spans[0]
 
 
 def _largest(
@@ -144,11 +149,14 @@ def _largest(
     watched: _Watched,
     parts: Mapping[PartKey, Part],
     example: Tokens,
+    counted: npt.NDArray[np.int64],
     min_tokens: int,
 ) -> dict[Head, float] | None:
-    """Returns the largest of the measures of each head that has finite vectors; None without a hook path."""
+    """Returns the largest of the measures of each head that has finite vectors; None without a hook path.
+
+    `counted` are the positions of the tokens that the statistics are of.
+    """
     eps = torch.finfo(backbone.dtype).eps
-    skip = watched.config.skip_tokens
     of_key: dict[tuple[int, str], list[Head]] = {}
     for head in heads:
         of_key.setdefault((head.layer, head.kind), []).append(head)
@@ -167,7 +175,7 @@ def _largest(
                 continue
             for index, head in enumerate(sorted(of_key[layer, key.kind], key=lambda head: head.head)):
                 rows = of_kind[0, head.head, : example.num_tokens].double().cpu().numpy()
-                measured = _measure(watched, parts[key], key, index, rows, skip, eps)
+                measured = _measure(watched, parts[key], key, index, rows, counted, eps)
                 if measured is not None:
                     found[head] = float(np.maximum(found.get(head, 0.0), measured))
 
@@ -178,13 +186,19 @@ def _largest(
 
 
 def _measure(
-    watched: _Watched, part: Part, key: PartKey, index: int, vectors: Float64, skip: int, eps: float
+    watched: _Watched,
+    part: Part,
+    key: PartKey,
+    index: int,
+    vectors: Float64,
+    counted: npt.NDArray[np.int64],
+    eps: float,
 ) -> float | None:
     """Returns the largest of the measures of the head at `index`, whose hooked vectors (n, d) are of the whole example.
 
     None if none of them is finite on either path; NaN if the paths count other tokens.
     """
-    used = vectors[skip:]
+    used = vectors[counted]
     finite = used[np.isfinite(used).all(axis=1)]
     if len(finite) != part.count[index] or len(used) != part.count[index] + part.nonfinite[index]:
         return math.nan

@@ -25,8 +25,10 @@ Bucket, and the number of positions that it spans (the end of the example may cu
 
 A position is kept when u < p, with p = min(1, base_rate / positions spanned), in float64, and p = 1 for `all`. Every
 whole bucket therefore expects base_rate rows an example, or all of its positions if they are fewer. Of the positions
-kept, `max_rows_per_example` leaves those with the smallest hashes for each (example, layer, kind). The type `none`
-keeps no position; its buckets are those of `all`.
+kept, `max_rows_per_example` leaves those with the smallest hashes for each (example, layer, kind). Of the positions
+left, `segments` leaves those whose tokens are in segments of these names: the rows of a dataset with `segments` are
+those of the dataset without it that are in these segments. The type `none` keeps no position; its buckets are those of
+`all`.
 
 The keys and values may have their own type and base_rate; they share the other settings with queries and outputs.
 """
@@ -53,6 +55,7 @@ POSITIONS_OF = {"q": "q", "k": "k", "v": "k", "o": "q"}
 # The word of the hash for each kind that has positions of its own.
 _KIND_WORDS = {"q": 0, "k": 1}
 
+Bools = npt.NDArray[np.bool_]
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
 UInt64 = npt.NDArray[np.uint64]
@@ -105,7 +108,7 @@ class Sampler:
         return int(first[0]), int(last[0])
 
     def probability(self, kind: str, buckets: npt.ArrayLike) -> Float64:
-        """Returns the probability that a position of each bucket is kept, before `max_rows_per_example`.
+        """Returns the probability that a position of each bucket is kept, before `max_rows_per_example` and `segments`.
 
         Raises:
             ValueError: no position has one of the buckets.
@@ -121,7 +124,10 @@ class Sampler:
         return dict(zip(buckets.tolist(), self.probability(kind, buckets).tolist(), strict=True))
 
     def expected_rows(self, kind: str, num_tokens: int) -> float:
-        """Returns the expected number of rows of an example of `num_tokens` tokens, for each head of a kind."""
+        """Returns the expected number of rows of an example of `num_tokens` tokens, for each head of a kind.
+
+        All tokens count, whatever their segments.
+        """
         lowest, highest = self.bucket(kind, [0, num_tokens - 1])
         buckets = np.arange(lowest, highest + 1)
         first, last = self._rules[kind].span(buckets)
@@ -130,18 +136,28 @@ class Sampler:
         limit = self.config.max_rows_per_example
         return expected if limit is None else min(expected, limit)
 
-    def positions(self, example_id: int, layer: int, kind: str, num_tokens: int) -> Int32:
-        """Returns the positions of one example that are kept in one (layer, kind), ascending."""
-        return self.plan([example_id], [num_tokens], [(layer, kind)])[layer, kind].position
+    def positions(
+        self, example_id: int, layer: int, kind: str, num_tokens: int, in_segments: Bools | None = None
+    ) -> Int32:
+        """Returns the positions of one example that are kept in one (layer, kind), ascending; see `plan`."""
+        return self.plan([example_id], [num_tokens], [(layer, kind)], in_segments)[layer, kind].position
 
     def plan(
-        self, example_ids: Sequence[int], lengths: Sequence[int], layer_kinds: Sequence[tuple[int, str]]
+        self,
+        example_ids: Sequence[int],
+        lengths: Sequence[int],
+        layer_kinds: Sequence[tuple[int, str]],
+        in_segments: Bools | None = None,
     ) -> dict[tuple[int, str], Picks]:
         """Returns the kept tokens of a batch for each (layer, kind).
 
-        `lengths` are numbers of tokens, without padding. Each (layer, kind) that must keep the same tokens as another
+        `lengths` are numbers of tokens, without padding. `in_segments` (sum of `lengths`,) says which tokens are in the
+        segments of `sampler.segments`, one example after the other; None without that setting.
+
+        Each (layer, kind) that must keep the same tokens as another
         (with `share: example`, or where all tokens are kept, or as the values of keys do) gets the same `Picks` object.
         """
+        assert (in_segments is None) == (self.config.segments is None), "which tokens are in sampler.segments?"
         tokens = _Tokens.of(lengths)
         states = counter_hash(self.config.seed, np.asarray(example_ids, dtype=np.int64))
         limits = {rule: rule.limits(tokens.longest)[tokens.position] for rule in set(self._rules.values())}
@@ -162,6 +178,7 @@ class Sampler:
             np.bitwise_xor(np.repeat(keys, tokens.lengths), tokens.mixed, out=hashes)
             _mix(hashes, scratch)
             kept = self._capped(np.flatnonzero(hashes <= limits[rule]), hashes, tokens)
+            kept = kept if in_segments is None else kept[in_segments[kept]]
             plan[layer, kind] = made[of] = Picks(tokens.row[kept], tokens.position[kept])
         return plan
 
@@ -208,6 +225,8 @@ def problems(config: SamplerConfig) -> list[str]:
             lines.append(f"{key} is {rate}; it must be a finite number above 0, at most {MOST_RATE:g}")
     if not 1 <= config.min_bucket_size <= 2**31:
         lines.append(f"sampler.min_bucket_size is {config.min_bucket_size}; it must be 1 to {2**31}")
+    if config.segments is not None and (not config.segments or len({*config.segments}) < len(config.segments)):
+        lines.append(f"sampler.segments is {config.segments}; it must name at least one segment, and each once")
     if config.max_rows_per_example is not None and not 1 <= config.max_rows_per_example <= MOST_COUNT:
         lines.append(f"sampler.max_rows_per_example is {config.max_rows_per_example}; it must be 1 to {MOST_COUNT}")
     return lines

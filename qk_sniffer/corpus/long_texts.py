@@ -4,8 +4,12 @@ A tokenizer takes about 160 bytes of memory and a microsecond for each character
 off.
 """
 
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from qk_sniffer.corpus.text_cuts import TextCuts
 
@@ -23,6 +27,26 @@ _MARGIN = 512
 
 _ENDING = 1 << 16
 """The most characters of the ending of a text."""
+
+
+@dataclass(frozen=True)
+class Ending:
+    """The last tokens of a text: those of the tokenizer's result `encoded` from `first` on."""
+
+    encoded: Any
+    first: int
+    start: int
+    """The character of the text at which the tokenized part begins."""
+
+    @property
+    def ids(self) -> list[int]:
+        ids: list[int] = self.encoded["input_ids"][self.first :]
+        return ids
+
+    @property
+    def offsets(self) -> npt.NDArray[np.int32]:
+        """(num_tokens, 2): the first character of each token in the text, and the one after its last."""
+        return np.array(self.encoded.encodings[0].offsets[self.first :], np.int32).reshape(-1, 2) + self.start
 
 
 class LongTexts:
@@ -53,15 +77,15 @@ class LongTexts:
             stop = 2 * stop if cut is None or not count else max(3 * stop // 2, 5 * cut * self._needed // (4 * count))
         return text
 
-    def last_ids(self, text: str, number: int) -> list[int]:
-        """Returns at least the last `number` tokens of a text, without special tokens that the tokenizer adds."""
+    def last(self, text: str, number: int) -> Ending:
+        """Returns the last tokens of a text, at least `number`, without special tokens that the tokenizer adds."""
         cut = self._cuts.last(text, len(text) - 1)
         before = None if cut is None else self._cuts.last(text, cut - 1)
         if cut is None or before is None or len(text) - before > _ENDING or not self._agrees(text, before):
-            return self._ids(text)
+            return Ending(self._encoded(text), 0, 0)
         # What the tokenizer does at the start of a text changes no token behind the next cut.
-        ids = self._ids(text[before:])[len(self._ids(text[before:cut])) :]
-        return ids if len(ids) >= number else self._ids(text)
+        ending = Ending(self._encoded(text[before:]), len(self._ids(text[before:cut])), before)
+        return ending if len(ending.ids) >= number else Ending(self._encoded(text), 0, 0)
 
     def _agrees(self, text: str, cut: int) -> bool:
         start = max(0, cut - _MARGIN)
@@ -69,7 +93,11 @@ class LongTexts:
         return self._ids(text[start : cut + _MARGIN])[: len(left)] == left
 
     def _ids(self, text: str) -> list[int]:
-        found = self._tokenizer(
+        ids: list[int] = self._encoded(text)["input_ids"]
+        return ids
+
+    def _encoded(self, text: str) -> Any:
+        return self._tokenizer(
             text,
             add_special_tokens=False,
             truncation=False,
@@ -77,5 +105,3 @@ class LongTexts:
             return_attention_mask=False,
             verbose=False,  # no warning about texts that are longer than the tokenizer's own limit
         )
-        ids: list[int] = found["input_ids"]
-        return ids

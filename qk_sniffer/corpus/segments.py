@@ -1,5 +1,6 @@
 """Names the part of an example that each of its tokens belongs to, such as a message of a conversation."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,3 +23,8 @@ class Segments:
     def first(self, count: int) -> "Segments":
         """Returns the segments of the first `count` tokens."""
         return Segments(self.names, self.codes[:count])
+
+    def are_in(self, names: Collection[str]) -> NDArray[np.bool_]:
+        """Returns which tokens (num_tokens,) are in segments of `names`."""
+        found: NDArray[np.bool_] = np.array([name in names for name in self.names], np.bool_)[self.codes]
+        return found

@@ -4,7 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
+
 from qk_sniffer.errors import SourceError
+from qk_sniffer.store.rows import NO_CHARACTER
+
+Offsets = npt.NDArray[np.int32]
 
 _PROBES = ("a", "the", "1", "漢")
 """Texts without special tokens. A tokenizer may have no token for some of them."""
@@ -21,6 +27,9 @@ class Encoded(NamedTuple):
     """Whether the text itself begins with special tokens, which were not added again."""
     ends_special: bool = False
     """Whether the text itself ends with special tokens, which were not added again."""
+    offsets: Offsets | None = None
+    """(num_tokens, 2): the first character of each token and the one after its last, `NO_CHARACTER` for special tokens
+    without characters; None if they were not asked for."""
 
 
 @dataclass(frozen=True)
@@ -51,21 +60,28 @@ class SpecialTokens:
     def __len__(self) -> int:
         return len(self.before) + len(self.after)
 
-    def around(self, ids: Sequence[int], max_length: int) -> Encoded:
+    def around(self, ids: Sequence[int], max_length: int, offsets: Offsets | None = None) -> Encoded:
         """Returns at most `max_length` tokens: `ids` of a text, cut at the right end, between the special tokens.
 
         The special tokens that the text begins or ends with take the place of those that would be added. `max_length`
-        is larger than their number.
+        is larger than their number. `offsets` are those of `ids`.
         """
         first = _overlap(self.before, ids)
         last = _overlap(ids[first:], self.after)
         text = ids[first : len(ids) - last]
         kept = text[: max_length - len(self)]
-        return Encoded([*self.before, *kept, *self.after], len(text) - len(kept), first > 0, last > 0)
+        if offsets is not None:
+            added = [_no_characters(len(self.before) - first), _no_characters(len(self.after) - last)]
+            offsets = np.concatenate([added[0], offsets[: first + len(kept)], offsets[len(ids) - last :], added[1]])
+        return Encoded([*self.before, *kept, *self.after], len(text) - len(kept), first > 0, last > 0, offsets)
 
-    def ends(self, ids: Sequence[int]) -> bool:
-        """Whether `ids` end with special tokens that would be added."""
-        return _overlap(ids, self.after) > 0
+    def own_after(self, ids: Sequence[int]) -> int:
+        """Returns the number of special tokens at the end of `ids` that would be added after a text."""
+        return _overlap(ids, self.after)
+
+
+def _no_characters(number: int) -> Offsets:
+    return np.full((number, 2), NO_CHARACTER, np.int32)
 
 
 def _overlap(left: Sequence[int], right: Sequence[int]) -> int:

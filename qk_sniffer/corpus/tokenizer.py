@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from qk_sniffer.config import ModelConfig, TokenizerConfig
 from qk_sniffer.corpus.contents import text_hash
 from qk_sniffer.corpus.examples import Example
 from qk_sniffer.corpus.long_texts import LongTexts
-from qk_sniffer.corpus.special_tokens import Encoded, SpecialTokens
+from qk_sniffer.corpus.special_tokens import Encoded, Offsets, SpecialTokens
 from qk_sniffer.corpus.tokenizer_files import difference_from_file, randomness_of, refuse_files_elsewhere
 from qk_sniffer.corpus.tokens import Tokens, plain_hash
 from qk_sniffer.errors import SourceError
@@ -21,6 +22,7 @@ from qk_sniffer.hub.json_files import damaged_json
 from qk_sniffer.hub.lfs import refuse_pointers
 from qk_sniffer.hub.revisions import HubUnreachableError, cached_commit, hub_commit, is_hub_id
 from qk_sniffer.logs import logger
+from qk_sniffer.store.rows import NO_CHARACTER
 
 log = logger(__name__)
 
@@ -34,15 +36,16 @@ _CALL_CHARACTERS = 1 << 22
 """Maximum characters in one call of the tokenizer, which needs some hundred bytes of memory for each token."""
 
 
-def load_tokenizer(config: ModelConfig, commit: str | None = None) -> "TextTokenizer":
+def load_tokenizer(config: ModelConfig, commit: str | None = None, *, offsets: bool = False) -> "TextTokenizer":
     """Loads the tokenizer of `config.tokenizer`, by default the model's own.
 
     Args:
         commit: the commit of a Hub repository that an earlier start of the job pinned; None pins the revision now.
+        offsets: whether to find the characters of tokens.
 
     Raises:
         SourceError: the tokenizer is not found, cannot be loaded or is random, a link leads out of its folder, or
-            `max_length` leaves no tokens for text.
+            `max_length` leaves no tokens for text; or it cannot tell the characters of tokens, with `offsets`.
     """
     from transformers import AutoTokenizer
 
@@ -85,7 +88,7 @@ def load_tokenizer(config: ModelConfig, commit: str | None = None) -> "TextToken
                 f"the tokenizer of {name} splits a text differently each time: {random}. Set model.tokenizer.name to a "
                 "copy of it without this setting"
             )
-        loaded = TextTokenizer(tokenizer, config.tokenizer, name=name, commit=commit)
+        loaded = TextTokenizer(tokenizer, config.tokenizer, name=name, commit=commit, offsets=offsets)
     except SourceError:
         raise
     except Exception as error:
@@ -116,7 +119,9 @@ class TextTokenizer:
     have them already ("auto").
     """
 
-    def __init__(self, tokenizer: Any, config: TokenizerConfig, *, name: str, commit: str | None = None) -> None:
+    def __init__(
+        self, tokenizer: Any, config: TokenizerConfig, *, name: str, commit: str | None = None, offsets: bool = False
+    ) -> None:
         special = tokenizer.num_special_tokens_to_add(pair=False)
         self._special: SpecialTokens | None = None
         """The special tokens that this object adds; None if the tokenizer adds them."""
@@ -128,11 +133,18 @@ class TextTokenizer:
                 f"model.tokenizer.max_length={config.max_length} leaves no tokens for text: the tokenizer of {name} "
                 f"adds {special} special tokens"
             )
+        if offsets and not getattr(tokenizer, "is_fast", False):
+            raise SourceError(
+                f"capture.capture_offsets is true, but the tokenizer of {name}, {type(tokenizer).__name__}, does not "
+                "tell the characters of its tokens. Set capture.capture_offsets=false, or model.tokenizer.name to a "
+                "copy of it with a tokenizer.json"
+            )
         tokenizer.truncation_side = "right"
         self._tokenizer = tokenizer
         self._max_length = config.max_length
         self._added = special
         self._long = LongTexts(tokenizer, config.max_length + special + 1)
+        self._offsets = offsets
         self._skipped = 0
         self._num_embeddings: int | None = None
         self.name = name
@@ -206,6 +218,7 @@ class TextTokenizer:
                         text_hash(text),
                         encoded.begins_special,
                         encoded.ends_special,
+                        offsets=encoded.offsets,
                     )
                 )
         return tokens
@@ -270,22 +283,29 @@ class TextTokenizer:
             if len(part) == len(text):
                 yield encoded
                 continue
-            ends = False
-            if self._special is not None and self._special.after:
-                ends = self._special.ends(self._long.last_ids(text, len(self._special.after)))
-            yield encoded._replace(left_out=None, ends_special=ends)
+            own, offsets = 0, encoded.offsets
+            if self._special is not None and (number := len(self._special.after)):
+                ending = self._long.last(text, number)
+                own = self._special.own_after(ending.ids)
+                if own and offsets is not None:
+                    start = len(offsets) - number
+                    offsets[start : start + own] = ending.offsets[-own:]
+            yield encoded._replace(left_out=None, ends_special=own > 0, offsets=offsets)
 
     def _encode_whole(self, texts: list[str]) -> Iterator[Encoded]:
         options: dict[str, Any] = {"padding": False, "return_attention_mask": False}
         if self._special is not None:
             # verbose=False: no warning about texts that are longer than the tokenizer's own limit.
             found = self._tokenizer(texts, add_special_tokens=False, truncation=False, verbose=False, **options)
-            yield from (self._special.around(ids, self._max_length) for ids in found["input_ids"])
+            offsets = map(_offsets_of, found.encodings) if self._offsets else repeat(None, len(texts))
+            for ids, of_text in zip(found["input_ids"], offsets, strict=True):
+                yield self._special.around(ids, self._max_length, of_text)
             return
         options |= {"truncation": True, "max_length": self._max_length}
         if getattr(self._tokenizer, "is_fast", False):
             for encoding in self._tokenizer(texts, **options).encodings:
-                yield Encoded(encoding.ids, sum(len(part.ids) - self._added for part in encoding.overflowing))
+                left_out = sum(len(part.ids) - self._added for part in encoding.overflowing)
+                yield Encoded(encoding.ids, left_out, offsets=_offsets_of(encoding) if self._offsets else None)
             return
         for text in texts:  # for a batch, a tokenizer in Python does not report which texts overflowed
             encoded = self._tokenizer(text, return_overflowing_tokens=True, **options)
@@ -303,3 +323,10 @@ def _by_characters(texts: Sequence[tuple[Example, str]]) -> Iterator[list[tuple[
         characters += len(text)
     if part:
         yield part
+
+
+def _offsets_of(encoding: Any) -> Offsets:
+    """Returns the characters of the tokens (num_tokens, 2) in an encoding of the tokenizers library."""
+    found = np.array(encoding.offsets, np.int32).reshape(-1, 2)
+    found[np.array(encoding.special_tokens_mask, np.bool_)] = NO_CHARACTER
+    return found

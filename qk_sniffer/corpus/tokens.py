@@ -1,7 +1,7 @@
 """Declares the tokens of an example, and what makes them of its content."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -10,8 +10,10 @@ from numpy.typing import NDArray
 from qk_sniffer.corpus.contents import ContentError, TokenIds, ids_hash, text_hash
 from qk_sniffer.corpus.examples import Example
 from qk_sniffer.corpus.segments import Segments
+from qk_sniffer.corpus.special_tokens import Offsets
 from qk_sniffer.errors import SourceError
 from qk_sniffer.store.journal import ExampleRecord
+from qk_sniffer.store.text_segments import encode
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,9 @@ class Tokens:
     """Whether the text itself begins or ends with special tokens, which were not added again."""
     segments: Segments | None = None
     """The segment of each token; None if they are not known, or were not asked for."""
+    offsets: Offsets | None = None
+    """(num_tokens, 2): the first character of each token and the one after its last, or `NO_CHARACTER` for a special
+    token without characters; None if they were not asked for."""
 
     @property
     def num_tokens(self) -> int:
@@ -41,6 +46,17 @@ class Tokens:
     def truncated(self) -> bool:
         """Whether the end of the text was cut off."""
         return self.left_out != 0
+
+    def first(self, count: int) -> "Tokens":
+        """Returns the example with its first `count` tokens alone."""
+        segments = None if self.segments is None else self.segments.first(count)
+        offsets = None if self.offsets is None else self.offsets[:count]
+        return replace(self, ids=self.ids[:count], segments=segments, offsets=offsets)
+
+    def are_in(self, names: Collection[str]) -> NDArray[np.bool_]:
+        """Returns which tokens (num_tokens,) are in segments of `names`. The example has segments."""
+        assert self.segments is not None
+        return self.segments.are_in(names)
 
     def record(self) -> ExampleRecord:
         """Returns the record of the example in the journal and in `examples/data.parquet`."""
@@ -54,6 +70,7 @@ class Tokens:
             left_out=self.left_out or 0,
             begins_special=self.begins_special,
             ends_special=self.ends_special,
+            segments=None if self.segments is None else encode(self.segments.names, self.segments.codes),
         )
 
 

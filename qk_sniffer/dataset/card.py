@@ -16,6 +16,7 @@ from qk_sniffer.dataset.card_attention import attention
 from qk_sniffer.dataset.card_facts import CardFacts, Place
 from qk_sniffer.dataset.card_rotation import rotary_embedding
 from qk_sniffer.dataset.card_sampling import sampling
+from qk_sniffer.dataset.card_segments import segments
 from qk_sniffer.dataset.card_snippets import loading
 from qk_sniffer.dataset.card_statistics import statistics
 from qk_sniffer.dataset.proof_words import compared, largest_difference, of_rows, of_statistics, whence
@@ -43,6 +44,7 @@ def write_card(facts: CardFacts) -> str:
         _run(facts),
         _head_layout(facts),
         sampling(facts),
+        segments(facts),
         attention(facts),
         statistics(facts),
         _logits(facts),
@@ -122,11 +124,14 @@ def _columns(facts: CardFacts) -> str:
         "position": "the token's position in the example, from 0",
         "vector": f"{card_kinds.vector(facts, stage)}; {plain(dtype)}, widened to float32",
         "sliding_window": "tokens that the layer attends back to, including the token itself; null without a window",
+        "segment": "the segment of the token, see Segments",
         "token_id": "the token at this position",
         "token_str": "the token as text",
+        "char_start": "the token's first character in its text, from 0; null for a special token without characters",
+        "char_end": "the character after the token's last one",
     }
     types = {"vector": f"list of {compact_ranges(head.head_dim for head in facts.heads)} float32"}
-    fields = schema(1, token_ids=capture.capture_token_ids, token_strings=capture.capture_token_strings)
+    fields = schema(1, capture)
     lines = [(f"`{field.name}`", types.get(field.name, str(field.type)), meanings[field.name]) for field in fields]
     return "## Columns\n\n" + table(("column", "type", "meaning"), lines)
 

@@ -60,6 +60,8 @@ class CardFacts:
     special_tokens: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """The special tokens `before` and `after` each text that does not have them already; empty if they are added to
     every text or to none."""
+    segments: Mapping[str, int] = field(default_factory=dict)
+    """The tokens in the segments of each name; empty without segments."""
     own_special_tokens: Mapping[str, int] = field(default_factory=dict)
     """The examples whose text has these tokens already, by the same keys."""
     max_positions: int | None = None
@@ -116,6 +118,7 @@ class CardFacts:
             special_tokens=manifest["tokenizer"].get("special_tokens", {}),
             max_positions=manifest["model"].get("max_positions"),
             num_beyond=manifest.get("examples_beyond_max_positions", 0),
+            segments=manifest.get("segments", {}),
             statistics=manifest.get("statistics"),
             own_special_tokens=manifest.get("own_special_tokens", {}),
         )

@@ -27,13 +27,15 @@ def sampling(facts: CardFacts) -> str:
 Sampler: {rule(config)}, min_bucket_size {config.min_bucket_size:,}, seed {config.seed}. A hash of
 ({hashed}) gives a number u in [0, 1). A position is kept when u is below the
 probability p of its bucket. {sharing} share u.{_positions_of_others(kinds)}
-To estimate sums over all positions, weight each row by 1/p.
+To estimate sums over all positions{_of_segments(config.segments)}, weight each row by 1/p.
 """
     if config.max_rows_per_example is not None:
         text += (
             f"If more than {config.max_rows_per_example:,} are kept for an example, layer and kind, only those with\n"
             "the smallest hashes remain, and the true probability is below p.\n"
         )
+    if config.segments is not None:
+        text += "Of these positions, only those in some segments are kept, see Segments.\n"
     groups = [[kind for kind in kinds if POSITIONS_OF[kind] == positions] for positions in KINDS]
     for group in [kinds] if sampler.same_rule() else filter(None, groups):
         header = ("bucket", "positions", "p", *(f"{KIND_NAMES[kind]} rows" for kind in group))
@@ -60,3 +62,7 @@ def _bucket_lines(facts: CardFacts, sampler: Sampler, kinds: list[str]) -> list[
         )
         for buckets in bucket_ranges(sampler, kinds[0], facts.longest, _MAX_BUCKET_LINES)
     ]
+
+
+def _of_segments(names: Sequence[str] | None) -> str:
+    return "" if names is None else " in these segments"

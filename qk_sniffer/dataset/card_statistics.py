@@ -61,12 +61,14 @@ def statistics(facts: CardFacts) -> str:
     reading = _WITH_QK_SNIFFER.format(where=where(facts.place), second=second, **names)
     stages = " and ".join(words for stage, words in STAGE_NAMES.items() if stage in config.stages)
     skipped = f", without the first {counted(config.skip_tokens, 'token')} of each text" if config.skip_tokens else ""
+    kept = " in the segments that are kept" if facts.config.sampler.segments is not None else ""
     has_unrotated = any(head.kind in UNROTATED_KINDS for head in facts.heads)
     unrotated = " Values and outputs are not rotated, and have the stage `post` alone." if has_unrotated else ""
     text = f"""\
 ## Statistics
 
-`{STATISTICS}/layer-<layer>.safetensors` has statistics of each captured head over all tokens, sampled or not{skipped}:
+`{STATISTICS}/layer-<layer>.safetensors` has statistics of each captured head over all tokens{kept}, \
+sampled or not{skipped}:
 {counted(tokens, "token")} a head, {stages}. Padding does not count.
 An array is named by kind, stage and the name below, such as `{head.kind}.{stage}.mean`. The stage is `pre`
 or `post`: before or after RoPE.{unrotated}

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from qk_sniffer.capture.sampling import Sampler
 from qk_sniffer.config import AttentionConfig, from_dict
@@ -27,8 +28,9 @@ from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.attention_table import AttentionTable
 from qk_sniffer.store.disk import sha256_of
 from qk_sniffer.store.files import Comparison, Files, Folder, difference
-from qk_sniffer.store.layout import ATTENTION, EXAMPLES, HeadKey, head_file, schema, statistics_file
+from qk_sniffer.store.layout import ATTENTION, EXAMPLES, OFFSET_COLUMNS, HeadKey, head_file, schema, statistics_file
 from qk_sniffer.store.parquet_tables import read_examples, read_matrix, read_table
+from qk_sniffer.store.rows import NO_CHARACTER
 from qk_sniffer.store.statistics import Statistics, stages_of
 from qk_sniffer.store.statistics_file import read_statistics
 from qk_sniffer.store.stored import UnreadableError
@@ -79,7 +81,8 @@ class Dataset:
 
     @cached_property
     def examples(self) -> pa.Table:
-        """The examples: example_id, source_id, num_tokens, text_hash, index in the source, truncated.
+        """The examples: example_id, source_id, num_tokens, text_hash, index in the source, truncated; and the segments
+        of their tokens where they were captured, as JSON: `[["user",0],["assistant",12]]`.
 
         Raises:
             StoreError: the file is missing or damaged, or has other examples than the manifest says.
@@ -120,6 +123,36 @@ class Dataset:
             table["example_id"].to_numpy(),
         )
 
+    def segments(self, layer: int, head: int, kind: str) -> npt.NDArray[np.object_]:
+        """Returns the segment of each row of a head, row for row as `vectors`: an array (rows,) of str.
+
+        Raises:
+            StoreError: the dataset has no segments of rows (`capture.capture_segments=true` adds them), or a reason of
+                `table`.
+            HubError: the file cannot be fetched.
+        """
+        if not self._capture.capture_segments:
+            raise StoreError(f"{self} has no segments of rows: capture.capture_segments=true adds them")
+        column = self.table(layer, head, kind, ["segment"])["segment"].combine_chunks().dictionary_encode()
+        names = np.array(column.dictionary.to_pylist(), np.object_)
+        found: npt.NDArray[np.object_] = names[column.indices.to_numpy()]
+        return found
+
+    def offsets(self, layer: int, head: int, kind: str) -> npt.NDArray[np.int32]:
+        """Returns the characters of the token of each row of a head, row for row as `vectors`.
+
+        The array (rows, 2) has the first character and the one after the last, counted in the text from 0; -1 for a
+        special token that no character belongs to.
+
+        Raises:
+            StoreError: the dataset has no offsets (`capture.capture_offsets=true` adds them), or a reason of `table`.
+            HubError: the file cannot be fetched.
+        """
+        if not self._capture.capture_offsets:
+            raise StoreError(f"{self} has no offsets: capture.capture_offsets=true adds them")
+        table = self.table(layer, head, kind, [*OFFSET_COLUMNS])
+        return np.stack([pc.fill_null(table[name], NO_CHARACTER).to_numpy() for name in OFFSET_COLUMNS], axis=1)
+
     def table(self, layer: int, head: int, kind: str, columns: Sequence[str] | None = None) -> pa.Table:
         """Returns the rows of a head with all columns or the named ones. The card describes the columns.
 
@@ -147,12 +180,7 @@ class Dataset:
         path, listed = self._path(file), self._captured.get(file)
         if listed is None:
             raise UnreadableError(path, "is of a head that no layer in manifest.json has", WAY_OUT)
-        expected = schema(
-            listed.head_dim,
-            token_ids=self._capture.capture_token_ids,
-            token_strings=self._capture.capture_token_strings,
-        )
-        return path, expected
+        return path, schema(listed.head_dim, self._capture)
 
     def torch(self, heads: Sequence[HeadKey | tuple[int, int, str]], cache: str | Path | None = None) -> "TokenVectors":
         """Returns the vectors of several heads, one item a token, as a dataset of torch for a training loop.

@@ -10,6 +10,7 @@ from threading import Event
 from typing import TypeVar
 
 import numpy as np
+import pyarrow as pa
 from tqdm import tqdm
 
 from qk_sniffer.dataset.verify_attention import check_attention
@@ -36,6 +37,7 @@ from qk_sniffer.store.manifest import FileEntry
 from qk_sniffer.store.parquet_files import open_parquet
 from qk_sniffer.store.parquet_tables import UNREADABLE, first_line, read_table
 from qk_sniffer.store.stored import UnreadableError
+from qk_sniffer.store.text_segments import TextSegments
 from qk_sniffer.text import counted, in_mb
 
 HEADS_PER_TASK = 16
@@ -51,6 +53,8 @@ _ROW_CHECKS = {
     "position": "every position is inside of its example",
     "bucket": "buckets match the positions",
     "sliding_window": "windows match the layers",
+    "segment": "segments are those of the examples' tokens",
+    "offsets": "char_start and char_end are ranges of characters",
     "alike": "the heads of a layer and kind have the same rows",
 }
 
@@ -247,15 +251,15 @@ def _unlisted(facts: ManifestFacts) -> Iterator[Problem]:
 
 def _check_examples(facts: ManifestFacts, report: Report) -> Examples | None:
     """Returns the examples, or None if they are too damaged to check the rows with them."""
-    path = Layout(facts.root).examples
+    path, expected = Layout(facts.root).examples, examples_schema(segments=facts.config.has_segments)
     try:
         with open_parquet(path) as file:
             found = file.schema_arrow
-        if not found.equals(examples_schema()):
+        if not found.equals(expected):
             columns = ", ".join(f"{column.name} {column.type}" for column in found)
             report.add([Problem("examples", "the columns differ from the contract", columns)])
             return None
-        table = read_table(path, examples_schema(), way_out="")
+        table = read_table(path, expected, way_out="")
     except UnreadableError as error:
         report.add([Problem("examples", "cannot be read as Parquet", error.problem)])
         return None
@@ -292,8 +296,24 @@ def _check_examples(facts: ManifestFacts, report: Report) -> Examples | None:
     too_long = _is_too_long(facts, longest)
     if too_long:
         report.add([Problem("examples", "an example has too many tokens to check its rows", f"{longest:,} tokens")])
+    segments = None
     is_damaged = repeated.any() or length_is_wrong.any() or not len(table) or too_long
-    return None if is_damaged else Examples(example_id, num_tokens)
+    if facts.config.has_segments and not is_damaged:
+        segments = _segments(facts, table, report)
+        is_damaged = segments is None
+    return None if is_damaged else Examples(example_id, num_tokens, segments)
+
+
+def _segments(facts: ManifestFacts, table: pa.Table, report: Report) -> TextSegments | None:
+    """Returns the segments of the examples of `table`; None and the problem in the report if they are damaged."""
+    try:
+        found = TextSegments.of(table["segments"].to_pylist(), table["num_tokens"].to_pylist())
+    except ValueError as error:
+        report.add([Problem("examples", "the segments of an example are not runs of its tokens", first_line(error))])
+        return None
+    if found.num_tokens() != facts.segments:
+        report.add([Problem("examples", "the tokens in segments differ from manifest.json", "segments")])
+    return found
 
 
 def _is_too_long(facts: ManifestFacts, longest: int) -> bool:
@@ -328,8 +348,10 @@ def _check_rows(
     if len(heads) == len(facts.heads) and rows_by_bucket != facts.rows_by_bucket:
         report.add([Problem("manifest", "rows_by_bucket in manifest.json differs from the files")])
     some = _some(len(heads), len(facts.heads))
+    has = {"segment": facts.config.capture.capture_segments, "offsets": facts.config.capture.capture_offsets}
     for name, what in _ROW_CHECKS.items():
-        report.passed(name, f"{some}: {what}")
+        if has.get(name, True):
+            report.passed(name, f"{some}: {what}")
     rows = counted(sum(counter.total() for counter in rows_by_bucket.values()), "row")
     report.passed("sampler", f"{some}: {rows}, exactly those that the sampler chooses")
     report.table = bucket_table(facts, heads, examples, rows_by_bucket)

@@ -3,8 +3,6 @@
 from collections import Counter
 from collections.abc import Sequence
 
-import numpy as np
-
 from qk_sniffer.dataset.bucket_ranges import bucket_ranges
 from qk_sniffer.dataset.verify_manifest import ManifestFacts
 from qk_sniffer.dataset.verify_rows import Examples
@@ -20,22 +18,15 @@ def bucket_table(
 
     Returns none for a sampler that keeps no rows.
     """
-    lengths = np.sort(examples.num_tokens).astype(np.int64)
-    before = np.concatenate([[0], np.cumsum(lengths)])
-
-    def num_tokens(stop: int) -> int:
-        """Returns the number of tokens with a position below `stop`, over all examples."""
-        shorter = int(np.searchsorted(lengths, stop))
-        return int(before[shorter]) + (len(lengths) - shorter) * stop
-
     if all(map(facts.sampler.keeps_none, rows_by_bucket)) and not any(map(Counter.total, rows_by_bucket.values())):
         return []
-    limit = facts.config.sampler.max_rows_per_example
+    limit, segments = facts.config.sampler.max_rows_per_example, facts.config.sampler.segments
+    longest = int(examples.num_tokens.max())
     lines = [("kind", "bucket", "positions", "rows", "expected" if limit is None else "expected at most")]
     for kind, counter in rows_by_bucket.items():
         num_heads = sum(head.kind == kind for head in heads)
-        for buckets in bucket_ranges(facts.sampler, kind, int(lengths[-1]), _MAX_BUCKET_LINES):
-            tokens = num_tokens(buckets.last + 1) - num_tokens(buckets.first)
+        for buckets in bucket_ranges(facts.sampler, kind, longest, _MAX_BUCKET_LINES):
+            tokens = examples.count(segments, buckets.first, buckets.last + 1)
             expected = num_heads * buckets.probability * tokens
             rows = f"{buckets.rows(counter):,}"
             lines.append((KIND_NAMES[kind], buckets.label, buckets.positions, rows, f"{expected:,.0f}"))

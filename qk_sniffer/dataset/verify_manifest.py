@@ -65,6 +65,8 @@ class ManifestFacts:
     max_positions: int | None
     rows_by_bucket: dict[str, dict[int, int]]
     nonfinite_rows: dict[str, int] | None
+    segments: dict[str, int] | None
+    """The tokens in the segments of each name; None without segments."""
     statistics: dict[str, Any] | None
     """The manifest's `statistics`; None if it has none."""
     frequency_pairs: dict[int, Pairs | None]
@@ -122,6 +124,7 @@ class ManifestFacts:
             counts={key: int(manifest[key]) for key in (*_COUNTS, *(_LATER_COUNTS & manifest.keys()))},
             max_positions=model.get("max_positions"),
             rows_by_bucket=_by_bucket(manifest["rows_by_bucket"], int),
+            segments=manifest.get("segments"),
             statistics=manifest.get("statistics"),
             frequency_pairs=_frequency_pairs(model) if config.capture.statistics.enabled else {},
             nonfinite_rows=None if nonfinite is None else {name: int(rows) for name, rows in nonfinite.items()},
@@ -139,8 +142,7 @@ class ManifestFacts:
 
     def schema(self, head: Head) -> pa.Schema:
         """Returns the columns that the file of a head must have."""
-        capture = self.config.capture
-        return schema(head.head_dim, token_ids=capture.capture_token_ids, token_strings=capture.capture_token_strings)
+        return schema(head.head_dim, self.config.capture)
 
     def contradictions(self) -> Iterator[Problem]:
         """Yields the contradictions within the manifest."""

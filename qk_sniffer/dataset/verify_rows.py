@@ -7,7 +7,7 @@ or surplus rows in one block do not make the rows of later blocks wrong.
 
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,13 +17,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from qk_sniffer.capture.sampling import Sampler
 from qk_sniffer.dataset.verify_report import Problem
-from qk_sniffer.store.layout import Head
+from qk_sniffer.store.layout import OFFSET_COLUMNS, Head
 from qk_sniffer.store.parquet_files import open_parquet
 from qk_sniffer.store.parquet_tables import UNREADABLE, excess, first_line
+from qk_sniffer.store.text_segments import TextSegments
 
 BLOCK_TOKENS = 1 << 20
 """Tokens of the examples in a block."""
@@ -35,6 +37,8 @@ BATCH_BYTES = 1 << 23
 """Size of a batch of vectors."""
 
 _COLUMNS = ["bucket", "example_id", "position", "sliding_window"]
+_FURTHER = ("segment", *OFFSET_COLUMNS)
+"""Columns that are checked where a file has them."""
 _POSITION_BITS = 32
 
 Bools = npt.NDArray[np.bool_]
@@ -44,10 +48,14 @@ Int64 = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """The examples in the order of the dataset; `example_id` and `num_tokens` are (num_examples,), ids are unique."""
+    """The examples in the order of the dataset; `example_id` and `num_tokens` are (num_examples,), ids are unique.
+
+    `segments` are those of their tokens; None without segments.
+    """
 
     example_id: Int32
     num_tokens: Int32
+    segments: TextSegments | None = None
 
     def places(self, ids: Int32) -> Int64:
         """Returns the index of each id in that order, -1 for an unknown id."""
@@ -64,6 +72,31 @@ class Examples:
             stop = max(start + 1, int(np.searchsorted(ends, before + BLOCK_TOKENS, side="right")))
             yield slice(start, stop)
             start = stop
+
+    def in_segments(self, block: slice, names: Collection[str] | None) -> Bools | None:
+        """Returns which tokens of a block of examples are in segments of `names`, one example after the other.
+
+        Returns None if `names` is None.
+        """
+        if names is None:
+            return None
+        assert self.segments is not None
+        lengths = self.num_tokens[block].astype(np.int64)
+        place = np.repeat(np.arange(block.start, block.stop), lengths)
+        position = np.arange(len(place)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        return self.segments.are_in(names)[self.segments.codes(place, position)]
+
+    def count(self, names: Collection[str] | None, start: int = 0, stop: int | None = None) -> int:
+        """Returns the number of tokens in segments of `names`, at positions from `start` on and below `stop`.
+
+        None for `names`: in any segment, or none; None for `stop`: to the end.
+        """
+        if names is not None:
+            assert self.segments is not None
+            counts = self.segments.num_tokens(start, stop)
+            return sum(counts.get(name, 0) for name in names)
+        lengths = self.num_tokens.astype(np.int64)
+        return int(np.maximum((lengths if stop is None else np.minimum(lengths, stop)) - start, 0).sum())
 
     @cached_property
     def _order(self) -> Int64:
@@ -119,7 +152,8 @@ def check_rows(root: Path, heads: Sequence[Head], sampler: Sampler, examples: Ex
         ]
         for block in examples.blocks():
             ids, lengths = examples.example_id[block].tolist(), examples.num_tokens[block].tolist()
-            picks = sampler.plan(ids, lengths, [(layer, kind)])[layer, kind]
+            in_segments = examples.in_segments(block, sampler.config.segments)
+            picks = sampler.plan(ids, lengths, [(layer, kind)], in_segments)[layer, kind]
             expected = _keys(picks.row + np.int64(block.start), picks.position)
             for stream in streams:
                 stream.compare(expected, block.stop)
@@ -143,7 +177,8 @@ class _Stream:
 
     def __init__(self, head: Head, file: pq.ParquetFile, sampler: Sampler, examples: Examples) -> None:
         self._head, self._sampler, self._examples = head, sampler, examples
-        self._batches = batches(file, BATCH_ROWS, _COLUMNS)
+        further = [name for name in _FURTHER if name in file.schema_arrow.names]
+        self._batches = batches(file, BATCH_ROWS, [*_COLUMNS, *further])
         self._result = HeadCheck()
         self._wrong: dict[tuple[str, str], tuple[int, str]] = {}  # rows and first instance by check and problem
         self._row = 0
@@ -209,6 +244,8 @@ class _Stream:
         self._check("position", "positions are outside of their example", known & ~inside, tokens)
         self._check_buckets(bucket, position, instance)
         self._check_windows(batch.column("sliding_window"), instance)
+        self._check_segments(batch, place, known & inside, instance)
+        self._check_offsets(batch, instance)
         rows = np.flatnonzero(known & inside)
         keys = _keys(place[rows], position[rows])
         steps = np.diff(keys, prepend=self._last)
@@ -241,6 +278,37 @@ class _Stream:
             "sliding_window does not match the layer",
             ~is_null if window is None else is_null | (windows != window),
             lambda row: f"{instance(row)}: {'null' if is_null[row] else windows[row]} instead of {window or 'null'}",
+        )
+
+    def _check_segments(
+        self, batch: pa.RecordBatch, place: Int64, is_token: Bools, instance: Callable[[int], str]
+    ) -> None:
+        """Checks the segments of the rows that are tokens of examples."""
+        segments = self._examples.segments
+        if segments is None or "segment" not in batch.schema.names:
+            return
+        column = batch.column("segment")  # by a dictionary, so that a text of any length is in memory once
+        names = pa.array(segments.names, pa.string())
+        found = values(pc.fill_null(pc.index_in(column.dictionary, names), -1))[values(column.indices)]
+        position = values(batch.column("position"))
+        expected = segments.codes(np.where(is_token, place, 0), np.where(is_token, position, 0))
+        self._check(
+            "segment",
+            "segments are not those of the example's tokens",
+            is_token & (found != expected),
+            lambda row: f"{instance(row)}: {column[row].as_py()} instead of {segments.names[expected[row]]}",
+        )
+
+    def _check_offsets(self, batch: pa.RecordBatch, instance: Callable[[int], str]) -> None:
+        if OFFSET_COLUMNS[0] not in batch.schema.names:
+            return
+        start, stop = (values(batch.column(name)) for name in OFFSET_COLUMNS)
+        is_null, other = (values(batch.column(name).is_null()) for name in OFFSET_COLUMNS)
+        self._check(
+            "offsets",
+            "char_start and char_end are no range of characters",
+            (is_null != other) | (~is_null & ((start < 0) | (start > stop))),
+            lambda row: f"{instance(row)}: {' to '.join(str(batch.column(name)[row]) for name in OFFSET_COLUMNS)}",
         )
 
     def _check(self, check: str, what: str, wrong: Bools, instance: Callable[[int], str]) -> None:

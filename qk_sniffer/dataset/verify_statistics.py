@@ -68,8 +68,8 @@ def check_statistics(
     there = [layer for layer in layers if statistics_file(layer) in intact]
     num_tokens, all_rows = None, -1
     if examples is not None:
-        lengths = examples.num_tokens.astype(np.int64)
-        num_tokens, all_rows = int(np.maximum(lengths - config.skip_tokens, 0).sum()), int(lengths.sum())
+        names = facts.config.sampler.segments
+        num_tokens, all_rows = examples.count(names, config.skip_tokens), examples.count(names)
         if facts.statistics is not None and facts.statistics["tokens"] != num_tokens:
             what = "statistics.tokens in manifest.json is not the number of tokens of the examples"
             report.add([Problem(_CHECK, what, f"{facts.statistics['tokens']:,} instead of {num_tokens:,}")])

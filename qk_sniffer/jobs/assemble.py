@@ -40,6 +40,7 @@ from qk_sniffer.store.previous import PreviousVersion
 from qk_sniffer.store.promote import abandon_promotion, finish_promotion, finish_removal, staged_manifest
 from qk_sniffer.store.record import read_mark, read_record, write_mark
 from qk_sniffer.store.stored import UnreadableError
+from qk_sniffer.store.text_segments import num_tokens_in
 
 log = logger(__name__)
 
@@ -169,7 +170,8 @@ def stage(layout: Layout, job: CapturedJob, model: ModelConfig, tokenizer: Token
         journals,
         [*heads, *attention_files(record)],
         sampler,
-        token_ids=config.capture.capture_token_ids,
+        capture=config.capture,
+        has_segments=config.has_segments,
         token_string=token_string,
         attention=AttentionTable.of(config),
         previous=base,
@@ -184,7 +186,10 @@ def stage(layout: Layout, job: CapturedJob, model: ModelConfig, tokenizer: Token
         skipped += base.record["skipped_rows"]
         parts.insert(0, base.examples())
     if (statistics := config.capture.statistics).enabled:
-        tokens = sum(max(0, example.num_tokens - statistics.skip_tokens) for example in chain(*parts))
+        tokens = sum(
+            num_tokens_in(example.segments, example.num_tokens, config.sampler.segments, statistics.skip_tokens)
+            for example in chain(*parts)
+        )
         files, found = compact_statistics(
             layout.staging,
             journals,

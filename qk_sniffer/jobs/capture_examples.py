@@ -19,6 +19,7 @@ from qk_sniffer.jobs.components import Components
 from qk_sniffer.jobs.loaded_code import check_code
 from qk_sniffer.jobs.prefetch import ahead
 from qk_sniffer.jobs.progress import Progress
+from qk_sniffer.jobs.segment_names import check_segment_names
 from qk_sniffer.jobs.signals import Stopped, Stopping
 from qk_sniffer.jobs.source_rows import source_rows
 from qk_sniffer.jobs.start import Start
@@ -31,6 +32,7 @@ from qk_sniffer.store.journal import Journal
 from qk_sniffer.store.journal_writer import JournalWriter
 from qk_sniffer.store.layout import KINDS, WIDTHS, Layout
 from qk_sniffer.store.open_folder import Checked
+from qk_sniffer.store.rows import token_columns
 from qk_sniffer.store.statistics import stages_of
 from qk_sniffer.timing import Stages
 
@@ -66,6 +68,8 @@ def capture_examples(
     shard, inference, corpus = config.shard, config.inference, start.corpus
     journal = Journal(layout.journal(shard.index, shard.count), claim.job_id, access=claim)
     total = _examples_of_shard(config, start)
+    check_segment_names(config, corpus, components.tokenizer)
+    skipped_before = components.tokenizer.skipped
     if start.base is not None:
         log.info("adding to a finished dataset of %d source rows", start.rows_before)
     if journal.records:
@@ -84,7 +88,6 @@ def capture_examples(
         ),
     )
     progress = Progress(total, len(journal.records), file=layout.progress(shard.index, shard.count), access=claim)
-    tokens_wanted = config.capture.capture_token_ids or config.capture.capture_token_strings
     try:
         first = list(islice(windows, 1))
         if first:
@@ -103,7 +106,7 @@ def capture_examples(
                 components.selection,
                 sampler,
                 writer,
-                token_ids=tokens_wanted,
+                columns=token_columns(config.capture),
                 stages=stages,
                 attention=None if config.verify.examples == 0 else _attention_check(components),
                 moments=components.moments(config.capture.statistics),
@@ -136,7 +139,8 @@ def capture_examples(
             f"{corpus.last_index} now: the source has changed, or dataset.max_samples. Restore them, or recreate the "
             "dataset with output.overwrite=true"
         )
-    rows, skipped = source_rows(config, corpus), corpus.skipped + components.tokenizer.skipped
+    skipped = corpus.skipped + components.tokenizer.skipped - skipped_before
+    rows = source_rows(config, corpus)
     check_code(components.code)
     mark_done(layout, shard, claim=claim, rows=rows, examples=len(journal.records), skipped=skipped)
 
@@ -257,8 +261,9 @@ def _check_space(
     for layer, kind, chosen in components.selection:
         key = kind, layers[layer][WIDTHS[kind]]
         heads[key] = heads.get(key, 0) + len(chosen)
+    share = _share_in_segments(config, window)
     rows_per_example = {
-        kind: sum(sampler.expected_rows(kind, length) for length in lengths) / len(lengths) for kind in KINDS
+        kind: share * sum(sampler.expected_rows(kind, length) for length in lengths) / len(lengths) for kind in KINDS
     }
     examples = wanted - start.rows_before
     required = sum(
@@ -285,3 +290,12 @@ def _check_space(
     in_journal = sum(path.stat().st_size for path in journal.segments)
     copied = 0 if start.base is None else sum(file["bytes"] for file in start.base.manifest["files"].values())
     ensure_space(layout.root, required + copied - in_journal, hint=hint)
+
+
+def _share_in_segments(config: ResolvedConfig, window: Window) -> float:
+    """Returns the share of the tokens of a window that are in `sampler.segments`; 1 without that setting."""
+    names = config.sampler.segments
+    if names is None:
+        return 1.0
+    masks = [example.are_in(names) for batch in window.batches for example in batch]
+    return float(np.mean(np.concatenate(masks))) if masks else 1.0

@@ -85,7 +85,8 @@ def load_components(config: ResolvedConfig, commits: Mapping[str, str | None], s
 
 def _load(config: ResolvedConfig, commits: Mapping[str, str | None]) -> Components:
     decoder_config = check_model(config.model, commit=commits["model"], adapter_commit=commits.get("adapter"))
-    tokenizer = load_tokenizer(config.model, hub_commit_of(commits["tokenizer"]))
+    offsets = config.capture.capture_offsets
+    tokenizer = load_tokenizer(config.model, hub_commit_of(commits["tokenizer"]), offsets=offsets)
     tokenizer.check_fits(planned_num_embeddings(decoder_config, tokenizer.largest_id), str(config.model.name))
     backbone = load_backbone(
         config.model,

@@ -251,7 +251,12 @@ def _prove(
         )
     if settings.enabled:
         of_statistics = choose_for_statistics(
-            staged.parts, count=count, cost=cost, boundary=boundary, skip_tokens=settings.skip_tokens
+            staged.parts,
+            count=count,
+            cost=cost,
+            boundary=boundary,
+            skip_tokens=settings.skip_tokens,
+            segments=config.sampler.segments,
         )
     reason = f"all {'rows' if has_rows else 'tokens of the statistics'} are at positions from {MAX_TOKENS:,} on"
     if boundary is not None:
@@ -293,6 +298,7 @@ def _prove(
             tokens,
             layers=components.layers,
             min_tokens=cost.min_tokens,
+            segments=config.sampler.segments,
         )
         proof = _with_statistics(proof if has_rows else None, made)
     components.check()

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from qk_sniffer.config import CaptureConfig
 from qk_sniffer.errors import StoreError
 from qk_sniffer.store.attention_table import AttentionTable
 from qk_sniffer.store.compact_examples import (
@@ -38,12 +39,14 @@ from qk_sniffer.store.compaction_plan import (
     plan_compaction,
 )
 from qk_sniffer.store.disk import explained, make_folder, remove, type_of
-from qk_sniffer.store.journal import Journal
-from qk_sniffer.store.layout import ATTENTION, EXAMPLES, Head, Layout, head_file, schema
+from qk_sniffer.store.journal import ExampleRecord, Journal
+from qk_sniffer.store.layout import ATTENTION, EXAMPLES, OFFSET_COLUMNS, Head, Layout, head_file, schema
 from qk_sniffer.store.manifest import FileEntry, Written
 from qk_sniffer.store.open_folder import PLAIN, Access
 from qk_sniffer.store.parquet_writer import ParquetWriter
 from qk_sniffer.store.previous import PreviousVersion
+from qk_sniffer.store.rows import NO_CHARACTER, token_columns
+from qk_sniffer.store.text_segments import TextSegments
 
 ROW_GROUP_BYTES = 4 << 20
 """The bytes of the float32 vectors in a row group: 8,192 rows of 128 numbers. Larger groups compress no better. They
@@ -72,7 +75,8 @@ def compact(
     heads: Sequence[Head],
     sampler: Buckets,
     *,
-    token_ids: bool = False,
+    capture: CaptureConfig | None = None,
+    has_segments: bool = False,
     token_string: TokenStrings | None = None,
     attention: AttentionTable | None = None,
     previous: PreviousVersion | None = None,
@@ -83,15 +87,17 @@ def compact(
 ) -> Written:
     """Stages the files of `heads` and the file of the examples in `journals`. `promote` puts them in place.
 
-    Hold the finalize lock from here to the end of `promote`. Heads without rows get a file without rows. `attention` is
+    Hold the finalize lock from here to the end of `promote`. Heads without rows get a file without rows. `capture` says
+    which columns they have; None for the defaults. `token_string` is needed for the strings of tokens. `has_segments`:
+    whether the list of examples has their segments, which a column of segments needs. `attention` is
     the table of the attention summaries, whose files are among `heads` with the kind `ATTENTION`. The rows of
     `previous`, a finished dataset with the same heads, come before those of the journals. `on_file` is called, from
     several threads, with the name of every file that is written. `access` is the way to the files: the claim of the
     journals' job.
 
     Raises:
-        StoreError: the journals are damaged, contradict each other or have no token ids; the disk is full; or a whole
-            version is staged already (`finish_promotion`).
+        StoreError: the journals are damaged, contradict each other or lack what a column needs; the disk is full; or a
+            whole version is staged already (`finish_promotion`).
     """
     if type_of(layout.staging.manifest, access) is not None:
         raise StoreError(f"{layout.root} has a staged version that is not promoted yet; finish that first")
@@ -108,7 +114,8 @@ def compact(
         np.fromiter((record.index for record in records), np.int64, len(records)),
         np.fromiter((record.example_id for record in records), np.int32, len(records)),
         sampler,
-        token_ids,
+        capture or CaptureConfig(),
+        _segments(records) if capture is not None and capture.capture_segments else None,
         token_string,
         attention,
         previous,
@@ -119,7 +126,7 @@ def compact(
     with explained(layout.staging.root, "write"):
         remove(layout.staging.root, access)
         make_folder(layout.staging.root, access)
-        files = {EXAMPLES: write_examples(layout.staging, records, access)}
+        files = {EXAMPLES: write_examples(layout.staging, records, access, segments=has_segments)}
         buckets: dict[str, Counter[int]] = {}
         nonfinite: Counter[str] = Counter()
         for done in _in_threads(job, list(_tasks(heads)), threads, on_file):
@@ -137,6 +144,7 @@ def compact(
         num_truncated=sum(record.truncated for record in records),
         truncated_tokens=truncated_tokens(previous, added),
         own_special_tokens=own_special_tokens(previous, added),
+        segments=_segments(records).num_tokens() if has_segments else None,
         longest_example=max((record.num_tokens for record in records), default=0),
         nonfinite_rows=dict(sorted(nonfinite.items())),
     )
@@ -161,7 +169,8 @@ class _Job:
     index: npt.NDArray[np.int64]  # (num_examples,) ascending
     example_id: npt.NDArray[np.int32]  # (num_examples,)
     sampler: Buckets
-    token_ids: bool
+    capture: CaptureConfig
+    segments: TextSegments | None  # of the new examples
     token_string: TokenStrings | None
     attention: AttentionTable | None
     previous: PreviousVersion | None
@@ -234,13 +243,16 @@ class _Job:
                 raise StoreError(
                     f"the journal has {num_heads} heads of size {head_dim}; it does not contain {head}; {WAY_OUT}"
                 )
-        if self._needs_tokens(heads[0].kind) and any("token_id" not in block.places for block in blocks):
+        missing = {name for name in self._needed(heads[0].kind) for block in blocks if name not in block.places}
+        if missing:
             raise StoreError(
-                f"token ids or strings were requested, but the journal was captured without token ids; {WAY_OUT}"
+                f"the journal was captured without {' and '.join(sorted(missing))}, which the columns of the dataset "
+                f"need; {WAY_OUT}"
             )
 
-    def _needs_tokens(self, kind: str) -> bool:
-        return kind != ATTENTION and (self.token_ids or self.token_string is not None)
+    def _needed(self, kind: str) -> list[str]:
+        """Returns the columns of the journal that the files of a kind need."""
+        return [] if kind == ATTENTION else token_columns(self.capture)
 
     def _num_nonfinite(self, kind: str, vectors: npt.NDArray[np.float32]) -> int:
         """Returns the number of rows with NaN or Inf."""
@@ -267,12 +279,18 @@ class _Job:
             "example_id": self.example_id[at],
             "position": position,
         }
-        if self._needs_tokens(kind):
-            token_id = gather("token_id")
-            if self.token_ids:
-                columns["token_id"] = token_id
-            if self.token_string is not None:
-                columns["token_str"] = self._strings(token_id)
+        if kind == ATTENTION:
+            return columns
+        if self.segments is not None:
+            codes = self.segments.codes(at, position)
+            columns["segment"] = pa.array(self.segments.names, pa.string()).take(pa.array(codes))
+        tokens = {name: gather(name) for name in self._needed(kind)}
+        if self.capture.capture_token_strings:
+            columns["token_str"] = self._strings(tokens["token_id"])
+        if self.capture.capture_offsets:
+            columns |= {name: pa.array(tokens[name], mask=tokens[name] == NO_CHARACTER) for name in OFFSET_COLUMNS}
+        if self.capture.capture_token_ids:
+            columns["token_id"] = tokens["token_id"]
         return columns
 
     def _strings(self, token_id: npt.NDArray[np.int32]) -> pa.Array:
@@ -299,11 +317,25 @@ class _Job:
     def _schema(self, head: Head) -> pa.Schema:
         if head.kind == ATTENTION:
             return self._attention.schema.with_metadata(dict(sorted(head.metadata.items())))
-        columns = schema(head.head_dim, token_ids=self.token_ids, token_strings=self.token_string is not None)
+        columns = schema(head.head_dim, self.capture)
         return columns.with_metadata(dict(sorted(head.metadata.items())))
 
     def _writer(self, head: Head) -> ParquetWriter:
         return ParquetWriter(self.staging.root / head.file, self._schema(head), self.access)
+
+
+def _segments(records: Sequence[ExampleRecord]) -> TextSegments:
+    """Returns the segments of the examples.
+
+    Raises:
+        StoreError: one has none.
+    """
+    texts = []
+    for record in records:
+        if record.segments is None:
+            raise StoreError(f"example {record.index} was captured without segments; {WAY_OUT}")
+        texts.append(record.segments)
+    return TextSegments.of(texts, [record.num_tokens for record in records])
 
 
 def _tasks(heads: Sequence[Head]) -> Iterator[list[Head]]:

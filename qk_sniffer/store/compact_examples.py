@@ -67,9 +67,11 @@ def check_apart(old: Sequence[ExampleRecord], new: Sequence[ExampleRecord]) -> N
             )
 
 
-def write_examples(staging: Layout, records: Sequence[ExampleRecord], access: Access) -> FileEntry:
-    """Stages the list of examples."""
-    described = examples_schema()
+def write_examples(
+    staging: Layout, records: Sequence[ExampleRecord], access: Access, *, segments: bool = False
+) -> FileEntry:
+    """Stages the list of examples, with or without their segments."""
+    described = examples_schema(segments=segments)
     with ParquetWriter(staging.examples, described, access) as output:
         for start in range(0, len(records), EXAMPLES_PER_GROUP):
             part = records[start : start + EXAMPLES_PER_GROUP]

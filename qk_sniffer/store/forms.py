@@ -90,6 +90,7 @@ class SamplerSettings(TypedDict):
     max_rows_per_example: Annotated[int, Meta(ge=1, le=MOST_COUNT)] | None
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)]
     share: Literal["layer_kind", "example"]
+    segments: NotRequired[list[Text] | None]
     keys: NotRequired[_Keys]
 
 
@@ -277,6 +278,7 @@ class Manifest(Job):
     truncated_examples: Count
     truncated_tokens: NotRequired[Count]
     own_special_tokens: NotRequired[OwnSpecialTokens]
+    segments: NotRequired[dict[Text, Count]]
     examples_beyond_max_positions: NotRequired[Count]
     skipped_rows: Count
     source_rows: Count

@@ -41,7 +41,8 @@ class ExampleRecord:
 
     A truncated example lacks `left_out` tokens at its end; 0 means that the number is not known, as for long texts, and
     in the journals of earlier versions. `begins_special` and `ends_special` say that the text itself has special tokens
-    there, which were not added again.
+    there, which were not added again. `segments` are those of its tokens, as `text_segments.py` encodes them; None
+    without segments.
     """
 
     index: int
@@ -53,6 +54,7 @@ class ExampleRecord:
     left_out: int = 0
     begins_special: bool = False
     ends_special: bool = False
+    segments: str | None = None
 
 
 class Journal:

@@ -163,8 +163,9 @@ class JournalWriter:
         end = _End(tuple(self._group), tuple(statistics), time.monotonic())
         if end.metadata_bytes > MOST_METADATA:
             raise StoreError(
-                f"the ids of {end.num_records:,} examples in a batch have {in_mb(end.metadata_bytes)}, more than a "
-                "journal file lists: lower inference.batch_size, or number the examples with dataset.id_column=null"
+                f"the ids and segments of {end.num_records:,} examples in a batch have {in_mb(end.metadata_bytes)}, "
+                "more than a journal file lists: lower inference.batch_size, or number the examples with "
+                "dataset.id_column=null"
             )
         if ends_group:
             with self._changed:

@@ -26,6 +26,7 @@ from typing import Annotated, NamedTuple, TypedDict
 import pyarrow as pa
 from msgspec import Meta
 
+from qk_sniffer.config import CaptureConfig
 from qk_sniffer.errors import StoreError
 from qk_sniffer.store import stored
 from qk_sniffer.store.disk import paths_in, type_of
@@ -80,6 +81,9 @@ WORK = ".qk_sniffer"
 
 KEY_COLUMNS = ("bucket", "example_id", "position")
 """The columns of int32 that name a row."""
+
+OFFSET_COLUMNS = ("char_start", "char_end")
+"""The columns of the characters of a row's token."""
 
 LIST_PATH = ".list.element"
 """The end of the name of the Parquet column of a list's numbers: pyarrow's name for a list whose field is unnamed."""
@@ -284,32 +288,44 @@ def is_dataset_file(name: str) -> bool:
     return key is not None and name == head_file(*key)
 
 
-def schema(head_dim: int, *, token_ids: bool = False, token_strings: bool = False) -> pa.Schema:
-    """Returns the columns of a head's file. The vector's numbers are nullable, as in every list type of pyarrow."""
+def schema(head_dim: int, capture: CaptureConfig | None = None) -> pa.Schema:
+    """Returns the columns of a head's file with the settings `capture`; None for the defaults.
+
+    The vector's numbers are nullable, as in every list type of pyarrow. Texts are plain strings, which the file encodes
+    by a dictionary: the bytes of a column of the dictionary type of Arrow do not follow from its rows.
+    """
     fields = [
         *(pa.field(name, pa.int32(), nullable=False) for name in KEY_COLUMNS),
         pa.field("vector", pa.list_(pa.float32(), head_dim), nullable=False),
         pa.field("sliding_window", pa.int32()),
     ]
-    if token_ids:
+    if capture is None:
+        return pa.schema(fields)
+    if capture.capture_segments:
+        fields.append(pa.field("segment", pa.string(), nullable=False))
+    if capture.capture_token_ids:
         fields.append(pa.field("token_id", pa.int32(), nullable=False))
-    if token_strings:
+    if capture.capture_token_strings:
         fields.append(pa.field("token_str", pa.string(), nullable=False))
+    if capture.capture_offsets:
+        fields += [pa.field(name, pa.int32()) for name in OFFSET_COLUMNS]
     return pa.schema(fields)
 
 
-def examples_schema() -> pa.Schema:
-    """Returns the columns of `examples/data.parquet`: one row an example, in the order of the source."""
-    return pa.schema(
-        [
-            pa.field("example_id", pa.int32(), nullable=False),
-            pa.field("source_id", pa.string(), nullable=False),
-            pa.field("num_tokens", pa.int32(), nullable=False),
-            pa.field("text_hash", pa.string(), nullable=False),
-            pa.field("index", pa.int64(), nullable=False),
-            pa.field("truncated", pa.bool_(), nullable=False),
-        ]
-    )
+def examples_schema(*, segments: bool = False) -> pa.Schema:
+    """Returns the columns of `examples/data.parquet`: one row an example, in the order of the source.
+
+    With `segments`, the last one has those of the example's tokens (`text_segments.py`).
+    """
+    fields = [
+        pa.field("example_id", pa.int32(), nullable=False),
+        pa.field("source_id", pa.string(), nullable=False),
+        pa.field("num_tokens", pa.int32(), nullable=False),
+        pa.field("text_hash", pa.string(), nullable=False),
+        pa.field("index", pa.int64(), nullable=False),
+        pa.field("truncated", pa.bool_(), nullable=False),
+    ]
+    return pa.schema([*fields, pa.field("segments", pa.string(), nullable=False)] if segments else fields)
 
 
 def is_ours(layout: Layout) -> bool:

@@ -12,6 +12,8 @@ truncated_examples, truncated_tokens    examples that were cut to max_length, an
                 second is missing if some were not counted: those of long texts, and those of an earlier version
 examples_beyond_max_positions   examples of more tokens than `max_positions` of `model`, the number that the model's
                 config provides for; missing if the config has no such number, or an earlier version wrote the manifest
+segments        {"user": 1234, ...}: the tokens of all examples in segments of each name; missing without segments. Of
+                `config.sampler.segments`, only the tokens in these segments have rows, and count in `statistics`
 own_special_tokens  {"before", "after"}: examples whose text itself begins or ends with the special tokens that the
                 tokenizer adds; they were not added again. `tokenizer` has these tokens
 rows_by_bucket  {"q": {"7": 1234, ...}, "k": ...}, over all heads of the kind
@@ -82,6 +84,8 @@ class Written:
     longest_example: int
     nonfinite_rows: dict[str, int]
     """Rows with NaN or Inf, by the head's file, for the heads that have any."""
+    segments: dict[str, int] | None = None
+    """The tokens in the segments of each name; None without segments."""
     statistics: dict[str, Any] | None = None
     """The manifest's `statistics`; None without statistics."""
 
@@ -114,6 +118,8 @@ def build(job: Mapping[str, Any], written: Written, *, timings: Mapping[str, flo
     }
     if written.statistics is not None:
         manifest["statistics"] = written.statistics
+    if written.segments is not None:
+        manifest["segments"] = written.segments
     if written.truncated_tokens is not None:
         manifest["truncated_tokens"] = written.truncated_tokens
     plain: dict[str, Any] = json.loads(encode(manifest))  # as `read` returns it: all keys are strings

@@ -16,12 +16,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from qk_sniffer.config import from_dict
 from qk_sniffer.machine import available_memory
 from qk_sniffer.store.disk import open_regular
 from qk_sniffer.store.layout import examples_schema
 from qk_sniffer.store.parquet_files import open_parquet
 from qk_sniffer.store.parquet_pages import PageError, read_pages
 from qk_sniffer.store.stored import UnreadableError
+from qk_sniffer.store.text_segments import TextSegments
 from qk_sniffer.text import in_mb
 
 MOST_EXPANSION = 2_000
@@ -65,7 +67,8 @@ def read_examples(path: Path, manifest: Mapping[str, Any], *, way_out: str) -> p
     Raises:
         UnreadableError: as for `read_table`; or the examples are not those of the manifest.
     """
-    table = read_table(path, examples_schema(), way_out=way_out, rows=manifest["examples"])
+    has_segments = from_dict(manifest["config"]).has_segments
+    table = read_table(path, examples_schema(segments=has_segments), way_out=way_out, rows=manifest["examples"])
     ids, lengths, index = (table[name].to_numpy() for name in ("example_id", "num_tokens", "index"))
     tokens, longest = int(lengths.sum(dtype=np.int64)), int(lengths.max(initial=0))
     problem = None
@@ -76,6 +79,8 @@ def read_examples(path: Path, manifest: Mapping[str, Any], *, way_out: str) -> p
     elif (tokens, longest) != (manifest["tokens"], manifest["longest_example"]):
         listed = f"{manifest['tokens']:,} tokens, {manifest['longest_example']:,} at most"
         problem = f"has examples of {tokens:,} tokens, {longest:,} at most, and manifest.json lists {listed}"
+    elif has_segments:
+        problem = _segments_problem(table, manifest)
     if problem is not None:
         raise UnreadableError(path, problem, way_out)
     return table
@@ -132,6 +137,17 @@ def read_matrix(column: pa.ChunkedArray) -> npt.NDArray[Any]:
     size = column.type.list_size
     chunks = [chunk.flatten().to_numpy(zero_copy_only=True).reshape(-1, size) for chunk in column.chunks]
     return np.concatenate(chunks) if chunks else np.empty((0, size), column.type.value_type.to_pandas_dtype())
+
+
+def _segments_problem(table: pa.Table, manifest: Mapping[str, Any]) -> str | None:
+    """Returns what is wrong with the segments of examples whose other columns are right; None if nothing is."""
+    try:
+        found = TextSegments.of(table["segments"].to_pylist(), table["num_tokens"].to_pylist()).num_tokens()
+    except ValueError as error:
+        return f"has wrong segments ({first_line(error)})"
+    if found != manifest.get("segments"):
+        return "has segments of other numbers of tokens than manifest.json lists"
+    return None
 
 
 def first_line(error: BaseException) -> str:

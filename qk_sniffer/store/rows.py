@@ -7,7 +7,7 @@ A segment has, for each (layer, kind) in it, one block of rows, which consists o
 
     l00q.runs      int64 (num_runs, 6)    see `RUN_COLUMNS`
     l00q.position  int32 (num_rows,)
-    l00q.token_id  int32 (num_rows,)      only where they were captured
+    l00q.token_id  int32 (num_rows,)      this and the other `TOKEN_COLUMNS`: only where they were captured
     l00q.vectors   (num_heads, num_rows, head_dim), in the model's own dtype
 
 A run is consecutive rows of one example. The runs list the rows of a block in a few bytes, so that a compaction is
@@ -15,16 +15,17 @@ prepared without reading the rows. The rows of one head are contiguous in a bloc
 """
 
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from qk_sniffer.config import CaptureConfig
 from qk_sniffer.store.buffer import Region
-from qk_sniffer.store.layout import FILE_KINDS
+from qk_sniffer.store.layout import FILE_KINDS, OFFSET_COLUMNS
 from qk_sniffer.store.segment import Tensor
 
 if TYPE_CHECKING:
@@ -33,6 +34,12 @@ if TYPE_CHECKING:
 RUN_COLUMNS = ("batch", "index", "start", "count", "first", "last")
 """The columns of a run, int64: its batch, the index of its example in the source, its first row in the block, the
 number of its rows, and the positions of its first and last row."""
+
+TOKEN_COLUMNS = ("token_id", *OFFSET_COLUMNS)
+"""The columns of a row's token: its id, and its first character and the one after its last, or `NO_CHARACTER`."""
+
+NO_CHARACTER = -1
+"""The `char_start` and `char_end` of a token that no character belongs to."""
 
 DTYPES = {"torch.bfloat16": "BF16", "torch.float16": "F16", "torch.float32": "F32"}
 """The dtypes that vectors may have: torch's name to that of safetensors."""
@@ -49,7 +56,8 @@ class Form:
     num_heads: int
     head_dim: int
     dtype: str
-    token_ids: bool
+    columns: tuple[str, ...]
+    """Those of `TOKEN_COLUMNS` that are stored."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +66,8 @@ class Rows:
 
     `num_heads`, `head_dim` and `dtype` are those of the vectors. The dtype is the model's own: bfloat16, float16 or
     float32. `index` (num_rows,) is the index of each row's example in the source; equal ones are consecutive.
-    `position` (num_rows,) ascends within an example. `token_id` is (num_rows,) or None.
+    `position` (num_rows,) ascends within an example. `tokens` are further columns by name, of `TOKEN_COLUMNS`, each
+    (num_rows,).
     """
 
     layer: int
@@ -68,7 +77,7 @@ class Rows:
     dtype: "torch.dtype"
     index: npt.NDArray[np.integer[Any]]
     position: npt.NDArray[np.integer[Any]]
-    token_id: npt.NDArray[np.integer[Any]] | None = None
+    tokens: Mapping[str, npt.NDArray[np.integer[Any]]] = field(default_factory=dict)
 
     @property
     def num_rows(self) -> int:
@@ -77,22 +86,24 @@ class Rows:
     @property
     def columns(self) -> list[npt.NDArray[np.integer[Any]]]:
         """The int32 columns that are stored next to the vectors."""
-        return [self.position] if self.token_id is None else [self.position, self.token_id]
+        return [self.position, *self.tokens.values()]
 
     @property
     def form(self) -> Form:
         """The form of the rows.
 
         Raises:
-            ValueError: the kind is unknown, vectors of this dtype cannot be stored, or no head is captured.
+            ValueError: the kind or a column is unknown, vectors of this dtype cannot be stored, or no head is captured.
         """
         if self.kind not in FILE_KINDS:
             raise ValueError(f"the kind is {self.kind!r}; it must be one of {FILE_KINDS}")
         if (dtype := DTYPES.get(str(self.dtype))) is None:
             raise ValueError(f"vectors of {self.dtype} cannot be stored; {', '.join(DTYPES)} can")
+        if strangers := self.tokens.keys() - {*TOKEN_COLUMNS}:
+            raise ValueError(f"the columns {sorted(strangers)} cannot be stored; {TOKEN_COLUMNS} can")
         if not self.num_heads:
             raise ValueError("there are no heads")
-        return Form(self.num_heads, self.head_dim, dtype, self.token_id is not None)
+        return Form(self.num_heads, self.head_dim, dtype, tuple(self.tokens))
 
     @property
     def nbytes(self) -> int:
@@ -145,7 +156,7 @@ class Slot:
     vectors: "torch.Tensor"
     bits: npt.NDArray[Any]
     position: npt.NDArray[np.int32]
-    token_id: npt.NDArray[np.int32] | None
+    tokens: Mapping[str, npt.NDArray[np.int32]]
     event: Event | None = None
     committed: bool = False
 
@@ -170,7 +181,7 @@ class Slot:
             vectors=torch.from_numpy(raw).view(rows.dtype).view(shape),
             bits=raw.view(f"u{rows.dtype.itemsize}").reshape(shape),
             position=stored[0],
-            token_id=None if rows.token_id is None else stored[1],
+            tokens=dict(zip(rows.tokens, stored[1:], strict=True)),
         )
 
     def wait(self) -> None:
@@ -185,6 +196,12 @@ class Slot:
     @property
     def nbytes(self) -> int:
         return len(self.region.memory)
+
+
+def token_columns(capture: CaptureConfig) -> list[str]:
+    """Returns the `TOKEN_COLUMNS` that the journal of a job with the settings `capture` has."""
+    has_ids = capture.capture_token_ids or capture.capture_token_strings
+    return [*(["token_id"] if has_ids else []), *(OFFSET_COLUMNS if capture.capture_offsets else ())]
 
 
 def block_name(layer: int, kind: str) -> str:
@@ -213,8 +230,7 @@ def block_tensors(slots: Sequence[Slot]) -> list[Tensor]:
     runs[:, RUN_COLUMNS.index("start")] += np.repeat(before, [len(slot.runs) for slot in slots])
 
     columns = {"position": [slot.position for slot in slots]}
-    if first.token_id is not None:
-        columns["token_id"] = [slot.token_id for slot in slots if slot.token_id is not None]
+    columns |= {name: [slot.tokens[name] for slot in slots] for name in first.tokens}
     tensors = [Tensor(f"{name}.runs", "I64", runs.shape, lambda: [runs])]
     tensors += [Tensor(f"{name}.{title}", "I32", (num_rows,), partial(iter, parts)) for title, parts in columns.items()]
     shape = (first.form.num_heads, num_rows, first.form.head_dim)

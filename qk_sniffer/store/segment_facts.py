@@ -17,10 +17,11 @@ from qk_sniffer.store import stored
 from qk_sniffer.store.form_types import BatchSize
 from qk_sniffer.store.open_folder import PLAIN, Access
 from qk_sniffer.store.proof_forms import Attention
-from qk_sniffer.store.rows import DTYPES, RUN_COLUMNS, parse_tensor_name
+from qk_sniffer.store.rows import DTYPES, RUN_COLUMNS, TOKEN_COLUMNS, parse_tensor_name
 from qk_sniffer.store.segment import DamageError, Header, Place, open_segment, read_array
 from qk_sniffer.store.statistics import PREFIX, PartKey, places_of
 from qk_sniffer.store.stored import Count, UnreadableError
+from qk_sniffer.store.text_segments import decode as decode_segments
 
 BATCH, INDEX, START, COUNT, FIRST, LAST = range(len(RUN_COLUMNS))
 
@@ -43,9 +44,10 @@ class _Record(NamedTuple):
     left_out: Count = 0
     begins_special: bool = False
     ends_special: bool = False
+    segments: str | None = None
 
 
-_RECORD_LENGTHS = (6, len(_Record._fields))
+_RECORD_LENGTHS = (6, 9, len(_Record._fields))
 """Those of earlier versions, and of this one."""
 
 
@@ -99,6 +101,12 @@ def facts_of(header: Header, number: int) -> SegmentFacts:
         raise DamageError(f"its metadata {error.problem}") from error
     if any(len(record) not in _RECORD_LENGTHS for end in ended for record in end["records"]):
         raise DamageError("its metadata has records of another length")
+    try:
+        for record in (_Record(*values) for end in ended for values in end["records"]):
+            if record.segments is not None:
+                decode_segments(record.segments, record.num_tokens)
+    except ValueError as error:
+        raise DamageError(f"its metadata has wrong segments: {error}") from error
     if first > last or any(not first <= end["batch"] <= last or end["since"] > number for end in ended):
         raise DamageError("its metadata contradicts itself")
     statistics = places_of(header)
@@ -129,7 +137,7 @@ def blocks_of(header: Header) -> Blocks:
 
 def _is_block(places: Mapping[str, Place]) -> bool:
     columns = places.keys() - {"runs", "vectors"}
-    if not {"runs", "vectors", "position"} <= places.keys() or not columns <= {"position", "token_id"}:
+    if not {"runs", "vectors", "position"} <= places.keys() or not columns <= {"position", *TOKEN_COLUMNS}:
         return False
     runs, vectors = places["runs"], places["vectors"]
     if len(vectors.shape) != 3 or min(vectors.shape) < 1 or vectors.dtype not in DTYPES.values():

@@ -27,7 +27,7 @@ def statistics_of(vectors: torch.Tensor, *, covariance: bool = True) -> Statisti
     for piece in vectors.tensor_split(2, dim=1):
         config = StatisticsConfig(enabled=True, stages=["pre"], covariance=covariance)
         moments = Moments(config, {(0, "q"): [*range(len(vectors))]}, {0: PAIRS})
-        moments.add(KEY, piece[None], [piece.shape[1]])
+        moments.add(KEY, piece[None], [[(0, piece.shape[1])]])
         parts.append(moments.take()[KEY])
     return Statistics.of(range(len(vectors)), parts[0].merged(parts[1]), PAIRS)
 
@@ -92,7 +92,7 @@ def test_memory_does_not_depend_on_the_number_of_tokens(monkeypatch: pytest.Monk
     held = []
     for tokens in (2_000, 50_000):
         moments = Moments(StatisticsConfig(enabled=True, stages=["pre"]), {(0, "q"): [0, 1]}, {0: PAIRS})
-        moments.add(KEY, torch.ones((2, 2, tokens, 4)), [tokens, tokens - 7])
+        moments.add(KEY, torch.ones((2, 2, tokens, 4)), [[(0, tokens)], [(0, tokens - 7)]])
         (sums,) = moments._sums.values()
         held.append(sum(tensor.numel() for tensor in vars(sums).values()))
     assert held[0] == held[1] and max(pieces) <= 1 << 14 and sum(pieces) == 4 * 2 * 4 * (2 * 52_000 - 14)
@@ -138,3 +138,26 @@ def test_heads_whose_covariance_float32_cannot_hold_are_reported(
     assert export(dataset, "triattention", tmp_path / "stats.pt").exists(), "which needs no covariance"
     edit(root, lambda manifest: manifest["statistics"].update(overflow=[]))
     assert "NaN differs from overflow in manifest.json" in str(wrong(verified(root)))
+
+
+def test_only_tokens_of_the_spans_count() -> None:
+    states = torch.randn((3, 2, 50, 4), generator=torch.Generator().manual_seed(1))
+    masks = [np.zeros(50, bool), np.arange(31) % 7 < 3, np.arange(4) < 3]
+    config = StatisticsConfig(enabled=True, stages=["pre"], skip_tokens=2)
+    moments = Moments(config, {(0, "q"): [0, 1]}, {0: PAIRS})
+    spans = moments.spans([50, 31, 4], masks)
+    assert spans[0] == [] and spans[1][:2] == [(2, 3), (7, 10)] and spans[2] == [(2, 3)]
+    assert moments.spans([50, 2, 1, 3], None) == [[(2, 50)], [], [], [(2, 3)]]
+    moments.add(KEY, states, spans)
+    (part,) = moments.take().values()
+    used = torch.cat([states[1, :, :31][:, masks[1]][:, 2:], states[2, :, 2:3]], dim=1).double().numpy()
+    assert part.count.tolist() == [used.shape[1]] * 2
+    np.testing.assert_allclose(part.mean, used.mean(axis=1), atol=1e-6)
+    np.testing.assert_allclose(part.minimum, used.min(axis=1), atol=1e-6)
+
+
+def test_a_batch_without_a_token_that_counts_has_empty_statistics() -> None:
+    moments = Moments(StatisticsConfig(enabled=True, stages=["pre"]), {(0, "q"): [0, 1]}, {0: PAIRS})
+    moments.add(KEY, torch.ones((1, 2, 5, 4)), [[]])
+    (part,) = moments.take().values()
+    assert part.count.tolist() == [0, 0] and not part.mean.any()

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from qk_sniffer.capture.sampling import Sampler, counter_hash
+from qk_sniffer.capture.sampling import Sampler, counter_hash, problems
 from qk_sniffer.config import KeySamplerConfig, SamplerConfig
 from qk_sniffer.errors import ConfigError
 
@@ -378,3 +378,31 @@ def test_expected_rows_sum_the_probabilities_of_all_positions(options: dict[str,
 def test_the_smallest_rate_keeps_no_row() -> None:
     sampler = Sampler(SamplerConfig(type="uniform", base_rate=5e-324))
     assert len(sampler.positions(0, 0, "q", 4096)) == 0
+
+
+# ---- segments
+
+
+@pytest.mark.parametrize("sampler_type", ["uniform", "log_uniform", "all"])
+@pytest.mark.parametrize("limit", [None, 3])
+def test_segments_leave_some_of_the_rows_of_the_same_sampler_without_them(sampler_type: str, limit: int | None) -> None:
+    config = SamplerConfig(type=sampler_type, base_rate=6.0, min_bucket_size=16, max_rows_per_example=limit)
+    lengths, ids = [40, 7, 130], [11, 12, 13]
+    in_segments = np.random.default_rng(0).random(sum(lengths)) < 0.4
+    groups = [(layer, kind) for layer in (0, 1) for kind in "qkv"]
+    whole = Sampler(config).plan(ids, lengths, groups)
+    some = Sampler(replace(config, segments=["assistant"])).plan(ids, lengths, groups, in_segments)
+    before = np.concatenate([[0], np.cumsum(lengths)])
+    for group in groups:
+        kept = in_segments[before[whole[group].row] + whole[group].position]
+        assert 0 < kept.sum() < len(kept)
+        assert some[group].row.tolist() == whole[group].row[kept].tolist()
+        assert some[group].position.tolist() == whole[group].position[kept].tolist()
+    assert some[0, "k"] is some[0, "v"]
+
+
+@pytest.mark.parametrize("names", [[], ["user", "user"]])
+def test_segments_must_be_named_once(names: list[str]) -> None:
+    assert problems(SamplerConfig(segments=names)) == [
+        f"sampler.segments is {names}; it must name at least one segment, and each once"
+    ]

@@ -318,13 +318,14 @@ def test_the_sampling_text_follows_the_settings() -> None:
     assert "(seed, example_id, position)" in card and "more than 1,500 are kept" in card
 
 
-@pytest.mark.parametrize(("token_ids", "token_strings"), list(itertools.product([False, True], repeat=2)))
-def test_columns_are_those_of_the_schema(token_ids: bool, token_strings: bool) -> None:
-    capture = CaptureConfig(capture_token_ids=token_ids, capture_token_strings=token_strings)
-    columns = table(write_card(with_config(FACTS, capture=capture)), "Columns")
-    fields = schema(4, token_ids=token_ids, token_strings=token_strings)
-    assert [name for name, _, _ in columns] == [f"`{field.name}`" for field in fields]
-    assert columns[3][1] == "list of 4 float32" and "bfloat16" in columns[3][2]
+@pytest.mark.parametrize("columns", list(itertools.product([False, True], repeat=4)))
+def test_columns_are_those_of_the_schema(columns: tuple[bool, ...]) -> None:
+    names = ("segments", "token_ids", "token_strings", "offsets")
+    capture = CaptureConfig(**{f"capture_{name}": value for name, value in zip(names, columns, strict=True)})
+    lines = table(write_card(with_config(FACTS, capture=capture)), "Columns")
+    fields = schema(4, capture)
+    assert [name for name, _, _ in lines] == [f"`{field.name}`" for field in fields]
+    assert lines[3][1] == "list of 4 float32" and "bfloat16" in lines[3][2]
 
 
 def test_stage() -> None:

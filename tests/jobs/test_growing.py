@@ -11,6 +11,7 @@ import pytest
 import torch
 from support.jobs import TEXTS, Stopped, hashes, heads_of, keys, run, settings, stop_at, vectors
 from support.store_cases import (
+    ALL_COLUMNS,
     HEADS,
     SAMPLER,
     Captured,
@@ -18,7 +19,6 @@ from support.store_cases import (
     file_bytes,
     job_facts,
     make_dataset,
-    token_string,
 )
 
 from qk_sniffer.capture.capture import Capture
@@ -56,7 +56,8 @@ def grow(layout: Layout, part: Captured, **options: Any) -> None:
     base = PreviousVersion(Folder(layout.root), describe(Folder(layout.root)))
     journal = captured_journal(layout.journal(0, 1), part)
     written = compact(layout, [journal], HEADS, SAMPLER, previous=base, **options)
-    promote(layout, build(job_facts() | {"source_rows": written.num_examples}, written), card=b"# card\n")
+    facts = job_facts(options["capture"]) | {"source_rows": written.num_examples}
+    promote(layout, build(facts, written), card=b"# card\n")
 
 
 @pytest.mark.parametrize(
@@ -68,23 +69,25 @@ def grow(layout: Layout, part: Captured, **options: Any) -> None:
 def test_a_dataset_that_grew_has_the_bytes_of_one_that_did_not(
     dtype: torch.dtype, row_group_bytes: int, tmp_path: Path
 ) -> None:
-    options: Any = {"token_ids": True, "token_string": token_string, "row_group_bytes": row_group_bytes, "threads": 2}
-    whole, _ = make_dataset(tmp_path / "whole", Captured(dtype=dtype), **options)
+    options: Any = {**ALL_COLUMNS, "row_group_bytes": row_group_bytes, "threads": 2}
+    of: Any = {"dtype": dtype, "offsets": True, "segments": True}
+    whole, _ = make_dataset(tmp_path / "whole", Captured(**of), **options)
     expected, counts = file_bytes(whole.root), manifests.read(whole.root)
     del expected["manifest.json"]
     for cuts in ([4], [1, 2, 3, 11], [5, 6]):
         bounds = [0, *cuts, 12]
         grown = Layout(tmp_path / f"grown-{len(bounds)}-{bounds[1]}")
-        journal = captured_journal(grown.journal(0, 1), Part(0, bounds[1], dtype=dtype))
+        journal = captured_journal(grown.journal(0, 1), Part(0, bounds[1], **of))
         written = compact(grown, [journal], HEADS, SAMPLER, **options)
-        promote(grown, build(job_facts() | {"source_rows": written.num_examples}, written), card=b"# card\n")
+        facts = job_facts(options["capture"]) | {"source_rows": written.num_examples}
+        promote(grown, build(facts, written), card=b"# card\n")
         for first, last in itertools.pairwise(bounds[1:]):
-            grow(grown, Part(first, last, dtype=dtype), **options)
+            grow(grown, Part(first, last, **of), **options)
         found = file_bytes(grown.root)
         del found["manifest.json"]
         assert found == expected, cuts
         manifest = manifests.read(grown.root)
-        for key in ("rows_by_bucket", "rows", "examples", "tokens", "truncated_examples", "files"):
+        for key in ("rows_by_bucket", "rows", "examples", "tokens", "truncated_examples", "segments", "files"):
             assert manifest[key] == counts[key], cuts
 
 

@@ -14,6 +14,7 @@ from datasets import List, Value, load_dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.store_cases import (
+    ALL_COLUMNS,
     HEAD_DIM,
     HEADS,
     SAMPLER,
@@ -26,20 +27,21 @@ from support.store_cases import (
     token_string,
 )
 
+from qk_sniffer.config import CaptureConfig
 from qk_sniffer.errors import StoreError
 from qk_sniffer.store import parquet_writer
 from qk_sniffer.store.compact import compact
 from qk_sniffer.store.compaction_plan import SegmentFiles, find_blocks, plan_compaction
 from qk_sniffer.store.journal import Journal
 from qk_sniffer.store.journal_writer import JournalWriter
-from qk_sniffer.store.layout import Head, Layout, schema
+from qk_sniffer.store.layout import OFFSET_COLUMNS, Head, Layout, schema
 from qk_sniffer.store.manifest import FileEntry
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_every_head_has_its_rows_bit_for_bit(tmp_path: Path, dtype: torch.dtype) -> None:
-    corpus = Captured(dtype=dtype)
-    layout, written = make_dataset(tmp_path, corpus, token_ids=True, token_string=token_string, threads=2)
+    corpus = Captured(dtype=dtype, offsets=True, segments=True)
+    layout, written = make_dataset(tmp_path, corpus, **ALL_COLUMNS, threads=2)
     for head in HEADS:
         table = pq.read_table(layout.root / head.file)
         expected = corpus.expected(head)
@@ -48,6 +50,10 @@ def test_every_head_has_its_rows_bit_for_bit(tmp_path: Path, dtype: torch.dtype)
         vectors = np.stack(table["vector"].to_numpy())
         np.testing.assert_array_equal(vectors.view(np.uint32), expected["vector"].view(np.uint32))
         assert table["token_str"].to_pylist() == token_string(expected["token_id"])
+        assert table["segment"].to_pylist() == expected["segment"].tolist()
+        for name in OFFSET_COLUMNS:
+            assert [-1 if each is None else each for each in table[name].to_pylist()] == expected[name].tolist()
+            assert table[name].null_count > 0
         assert set(table["sliding_window"].to_pylist()) == {head.sliding_window}
         assert table.schema.metadata == {b"qk_sniffer.kind": head.kind.encode()}
         assert written.files[f"l{head.layer:02d}h{head.head:02d}{head.kind}/data.parquet"].rows == table.num_rows
@@ -78,9 +84,14 @@ def test_the_schema_is_the_contract(tmp_path: Path) -> None:
         ("vector", pa.list_(pa.float32(), HEAD_DIM), False),
         ("sliding_window", pa.int32(), True),
     ]
-    asked = schema(HEAD_DIM, token_ids=True, token_strings=True)
-    assert asked.names[5:] == ["token_id", "token_str"]
-    assert [asked.field(name).type for name in asked.names[5:]] == [pa.int32(), pa.string()]
+    asked = schema(HEAD_DIM, ALL_COLUMNS["capture"])
+    assert [(field.name, field.type, field.nullable) for field in list(asked)[5:]] == [
+        ("segment", pa.string(), False),
+        ("token_id", pa.int32(), False),
+        ("token_str", pa.string(), False),
+        ("char_start", pa.int32(), True),
+        ("char_end", pa.int32(), True),
+    ]
     examples = pq.read_table(layout.examples)
     assert examples["index"].to_pylist() == list(range(12))
     assert examples["example_id"].to_pylist() == [1000 - index for index in range(12)]
@@ -90,12 +101,12 @@ def test_the_schema_is_the_contract(tmp_path: Path) -> None:
 
 
 def test_encodings(tmp_path: Path) -> None:
-    layout, _ = make_dataset(tmp_path, Captured(), token_ids=True, token_string=token_string)
+    layout, _ = make_dataset(tmp_path, Captured(offsets=True, segments=True), **ALL_COLUMNS)
     columns = pq.read_metadata(layout.head_file(0, 0, "q")).row_group(0)
     by_name = {columns.column(i).path_in_schema: columns.column(i) for i in range(columns.num_columns)}
     assert "BYTE_STREAM_SPLIT" in by_name["vector.list.element"].encodings
     assert by_name["vector.list.element"].statistics is None
-    for name in ("bucket", "example_id", "position", "sliding_window", "token_id", "token_str"):
+    for name in set(by_name) - {"vector.list.element"}:
         assert "RLE_DICTIONARY" in by_name[name].encodings
     assert by_name["position"].statistics.min is not None
     assert {column.compression for column in by_name.values()} == {"ZSTD"}
@@ -240,10 +251,14 @@ def test_rows_captured_twice_are_refused(tmp_path: Path) -> None:
         compact(Layout(tmp_path), [journal], HEADS, SAMPLER)
 
 
-def test_missing_token_ids_or_heads_are_an_error(tmp_path: Path) -> None:
+def test_missing_columns_or_heads_are_an_error(tmp_path: Path) -> None:
     journal = captured_journal(tmp_path / "journal", Captured(token_ids=False))
-    with pytest.raises(StoreError, match="without token ids"):
-        compact(Layout(tmp_path), [journal], HEADS, SAMPLER, token_ids=True)
+    with pytest.raises(StoreError, match="captured without token_id, which the columns of the dataset need"):
+        compact(Layout(tmp_path), [journal], HEADS, SAMPLER, capture=CaptureConfig(capture_token_ids=True))
+    with pytest.raises(StoreError, match="captured without char_end and char_start"):
+        compact(Layout(tmp_path), [journal], HEADS, SAMPLER, capture=CaptureConfig(capture_offsets=True))
+    with pytest.raises(StoreError, match="example 0 was captured without segments"):
+        compact(Layout(tmp_path), [journal], HEADS, SAMPLER, capture=CaptureConfig(capture_segments=True))
     with pytest.raises(StoreError, match="4 heads"):
         compact(Layout(tmp_path), [journal], [Head(0, 4, "q", 2, HEAD_DIM, None, 4)], SAMPLER)
 

@@ -228,6 +228,6 @@ def test_the_bytes_of_a_segment_are_fixed(tmp_path: Path) -> None:
             for rows in (slice(0, 4), slice(4, 6)):
                 vectors = torch.arange(6 * num_heads * 4).reshape(num_heads, 6, 4).to(torch.bfloat16)[:, rows]
                 index, position = np.array([5, 5, 5, 2, 2, 2])[rows], np.array([0, 3, 9, 1, 2, 8])[rows]
-                put(writer, Piece.of(3, kind, vectors, index, position, position + 100))
+                put(writer, Piece.of(3, kind, vectors, index, position, token_id=position + 100))
         writer.complete([Captured().record(2), Captured().record(5)])
-    assert [path.name for path in Journal(tmp_path).segments] == ["00000000-583409dfe034a407.safetensors"]
+    assert [path.name for path in Journal(tmp_path).segments] == ["00000000-4380c388128b7d87.safetensors"]

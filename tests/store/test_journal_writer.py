@@ -224,7 +224,7 @@ def test_a_segment_ends_before_its_header_is_larger_than_its_reader_takes(
     with JournalWriter(journal, queue_bytes=1 << 16, segment_bytes=1 << 16, flush_s=60.0) as writer:
         for start in range(0, 30, 3):
             writer.complete(records[start : start + 3])
-        with pytest.raises(StoreError, match=r"ids of 20 examples .* lower inference\.batch_size"):
+        with pytest.raises(StoreError, match=r"ids and segments of 20 examples .* lower inference\.batch_size"):
             writer.complete([ExampleRecord(i, i, "é" * 100, 5, False, "00") for i in range(100, 120)])
     assert len(journal.segments) == 10
     for path in journal.segments:

@@ -79,10 +79,11 @@ def test_an_untouched_segment_is_whole(segment: Path, tmp_path: Path) -> None:
     assert [each["batch"] for each in facts_of(read_header(segment), 0).ended] == [0, 1, 2, 3]
 
 
-def test_records_of_earlier_versions_and_negative_ids_are_read(segment: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("length", [6, 9])
+def test_records_of_earlier_versions_and_negative_ids_are_read(length: int, segment: Path, tmp_path: Path) -> None:
     def shorten(values: list[dict[str, Any]]) -> None:
         for end in values:
-            end["records"] = [[record[0], -record[1], *record[2:6]] for record in end["records"]]
+            end["records"] = [[record[0], -record[1], *record[2:length]] for record in end["records"]]
 
     folder = tmp_path / "journal"
     folder.mkdir()
@@ -114,7 +115,12 @@ def test_records_of_earlier_versions_and_negative_ids_are_read(segment: Path, tm
         ended(lambda values: values[0].update(since=-1)),
         ended(lambda values: values[0].pop("records")),
         ended(lambda values: values[0].update(checks=[{"layer": 0}])),
-        ended(lambda values: values[0]["records"][0].pop()),
+        ended(lambda values: values[0]["records"][0].__delitem__(slice(8, None))),
+        ended(lambda values: values[0]["records"][0].__setitem__(9, "[]")),
+        ended(lambda values: values[0]["records"][0].__setitem__(9, '[["user",1]]')),
+        ended(lambda values: values[0]["records"][0].__setitem__(9, '[["user",0],["user",1]]')),
+        ended(lambda values: values[0]["records"][0].__setitem__(9, '[["user",0],["tool",9999]]')),
+        ended(lambda values: values[0]["records"][0].__setitem__(9, "x")),
         ended(lambda values: values[0]["records"][0].append(1)),
         ended(lambda values: values[0]["records"][0].__delitem__(slice(7, None))),
         ended(lambda values: values[0]["records"].append([2**60, 1, "x", 1, False, "00"])),

@@ -13,20 +13,23 @@ import numpy as np
 import torch
 
 from qk_sniffer.capture.sampling import Sampler
-from qk_sniffer.config import Config, DatasetConfig, ModelConfig, SamplerConfig
+from qk_sniffer.config import CaptureConfig, Config, DatasetConfig, ModelConfig, SamplerConfig
 from qk_sniffer.resolved import fingerprint, resolve
 from qk_sniffer.store.compact import compact
 from qk_sniffer.store.journal import ExampleRecord, Journal
 from qk_sniffer.store.journal_writer import JournalWriter
-from qk_sniffer.store.layout import Head, Layout
+from qk_sniffer.store.layout import OFFSET_COLUMNS, Head, Layout
 from qk_sniffer.store.manifest import Written, build
 from qk_sniffer.store.promote import promote
 from qk_sniffer.store.rows import Rows
+from qk_sniffer.store.text_segments import encode
 
 HEAD_DIM = 16
 NUM_HEADS = {"q": 4, "k": 2}
 LAYERS = (0, 3)
 WINDOW = {0: None, 3: 64}
+NAMES = ("system", "user", "assistant é", "template")
+
 SAMPLER = Sampler(SamplerConfig(type="log_uniform", min_bucket_size=4))
 
 HEADS = [
@@ -41,6 +44,22 @@ HEADS = [
 
 def token_string(ids: np.ndarray) -> list[str]:
     return [f"<{number}>" for number in ids]
+
+
+ALL_COLUMNS: dict[str, Any] = {
+    "capture": CaptureConfig(
+        capture_segments=True, capture_token_ids=True, capture_token_strings=True, capture_offsets=True
+    ),
+    "has_segments": True,
+    "token_string": token_string,
+}
+"""The options of a compaction with every column, of a corpus with `offsets` and `segments`."""
+
+
+def characters(token: np.ndarray, position: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the first character of tokens and the one after the last; -1 for some."""
+    start = np.where(token % 5 == 0, -1, 3 * position)
+    return start, np.where(start < 0, -1, start + token % 4)
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,10 +77,10 @@ class Piece:
         vectors: torch.Tensor,
         index: np.ndarray,
         position: np.ndarray,
-        token_id: np.ndarray | None = None,
+        **tokens: np.ndarray,
     ) -> "Piece":
         num_heads, _, head_dim = vectors.shape
-        return cls(Rows(layer, kind, num_heads, head_dim, vectors.dtype, index, position, token_id), vectors)
+        return cls(Rows(layer, kind, num_heads, head_dim, vectors.dtype, index, position, tokens), vectors)
 
 
 def ones(count: int, dim: int = 4, *, index: int = 0, dtype: torch.dtype = torch.float32) -> Piece:
@@ -86,6 +105,8 @@ class Captured:
     batch: int = 3
     seed: int = 0
     token_ids: bool = True
+    offsets: bool = False
+    segments: bool = False
 
     def length(self, index: int) -> int:
         return 5 + (index * 37 + self.seed) % 60
@@ -105,9 +126,20 @@ class Captured:
     def tokens(self, index: int) -> np.ndarray:
         return ((np.arange(self.length(index)) * 7 + index) % 50).astype(np.int32)
 
+    def codes(self, index: int) -> np.ndarray:
+        """Returns the index in `NAMES` of the segment of each token."""
+        rng = np.random.default_rng([self.seed, index])
+        return np.repeat(rng.integers(0, len(NAMES), 40), rng.integers(1, 9, 40))[: self.length(index)]
+
     def record(self, index: int) -> ExampleRecord:
         return ExampleRecord(
-            index, 1000 - index, f"id-{index} é\n", self.length(index), index % 5 == 0, f"{index:032x}"
+            index,
+            1000 - index,
+            f"id-{index} é\n",
+            self.length(index),
+            index % 5 == 0,
+            f"{index:032x}",
+            segments=encode(NAMES, self.codes(index)) if self.segments else None,
         )
 
     def batches(self, done: set[int] | dict[int, ExampleRecord] = frozenset()) -> Iterator[list[int]]:
@@ -129,8 +161,10 @@ class Captured:
                 parts = [slice(0, cut), slice(cut, None)]
                 for part in parts if kind == "k" else reversed(parts):
                     if len(index[part]):
-                        ids = token[part] if self.token_ids else None
-                        yield Piece.of(layer, kind, vectors[:, part], index[part], position[part], ids)
+                        columns = {"token_id": token[part]} if self.token_ids else {}
+                        if self.offsets:
+                            columns |= dict(zip(OFFSET_COLUMNS, characters(token[part], position[part]), strict=True))
+                        yield Piece.of(layer, kind, vectors[:, part], index[part], position[part], **columns)
 
     def write(self, writer: JournalWriter, done: dict[int, ExampleRecord] | None = None) -> None:
         """Writes every batch that is not done, as a job does."""
@@ -142,13 +176,17 @@ class Captured:
 
     def expected(self, head: Head) -> dict[str, np.ndarray]:
         """Returns the columns of a head's file, by the definition of the dataset."""
-        rows: dict[str, list[np.ndarray]] = {"example_id": [], "position": [], "vector": [], "token_id": []}
+        names = ("example_id", "position", "vector", "token_id", "segment", *OFFSET_COLUMNS)
+        rows: dict[str, list[np.ndarray]] = {name: [] for name in names}
         for index in range(self.num_examples):
             position = self.positions(index, head.layer, head.kind)
             rows["example_id"].append(np.full(len(position), 1000 - index))
             rows["position"].append(position)
             rows["vector"].append(self.vectors(index, head.layer, head.kind)[head.row].float().numpy())
             rows["token_id"].append(self.tokens(index)[position])
+            rows["segment"].append(np.array(NAMES)[self.codes(index)[position]])
+            for name, values in zip(OFFSET_COLUMNS, characters(rows["token_id"][-1], position), strict=True):
+                rows[name].append(values)
         columns = {name: np.concatenate(parts) for name, parts in rows.items()}
         exponent = np.floor(np.log2(columns["position"] + 1.0)).astype(int)
         return columns | {"bucket": np.maximum(2, exponent)}
@@ -161,13 +199,14 @@ def captured_journal(folder: Path, corpus: Captured, segment_bytes: int = 1 << 1
     return Journal(folder)
 
 
-def make_dataset(root: Path, corpus: Captured, **options: object) -> tuple[Layout, Written]:
+def make_dataset(root: Path, corpus: Captured, **options: Any) -> tuple[Layout, Written]:
     """Writes the corpus as a finished dataset."""
     layout = Layout(root)
     journal = captured_journal(layout.journal(0, 1), corpus)
     written = compact(layout, [journal], HEADS, SAMPLER, **options)
     card = b"# card\n"
-    promote(layout, build(job_facts() | {"source_rows": written.num_examples}, written), card=card)
+    facts = job_facts(options.get("capture")) | {"source_rows": written.num_examples}
+    promote(layout, build(facts, written), card=card)
     return layout, written
 
 
@@ -177,7 +216,7 @@ def file_bytes(root: Path) -> dict[str, bytes]:
     return {name: path.read_bytes() for name, path in found.items() if not name.startswith(".qk_sniffer")}
 
 
-def job_facts() -> dict[str, Any]:
+def job_facts(capture: CaptureConfig | None = None) -> dict[str, Any]:
     """Returns what a job of `HEADS` adds to the manifest."""
     terms = {"license": [], "language": []}
     layers = [
@@ -193,7 +232,8 @@ def job_facts() -> dict[str, Any]:
         for layer in LAYERS
     ]
     model = {"model_type": "llama", "dtype": "bfloat16", "attn_implementation": "sdpa", "rope_stage": "post"}
-    config = resolve(Config(model=ModelConfig(name="model"), dataset=DatasetConfig(path="texts")))
+    model_and_texts = {"model": ModelConfig(name="model"), "dataset": DatasetConfig(path="texts")}
+    config = resolve(Config(**model_and_texts, capture=capture or CaptureConfig()))
     return {
         "fingerprint": fingerprint(config),
         "commits": {"model": None, "tokenizer": None, "dataset": None},

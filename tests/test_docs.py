@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -228,11 +229,13 @@ def test_the_small_programs_run_on_the_demo(
 @pytest.fixture(scope="module")
 def read_datasets(reader: Path) -> None:
     """The datasets that the Python on the pages reads besides the demo, in the reader's folder, over few tokens."""
-    for folder in ("outputs/statistics", "outputs/attention", "outputs/aligned"):
-        command = next(each for each in JOBS if f"output.data_root={folder}" in each.text)
+    for folder in ("statistics", "attention", "aligned", "characters"):
+        command = next(each for each in JOBS if f"output.data_root=outputs/{folder}" in each.text)
         with chdir(reader):
             (job,) = jobs_of([*command.words(), *SMALL])
             run_job(job.config)
+    # The other model is on the Hub; tests/jobs/test_aligned.py runs the recipe with two tokenizers.
+    shutil.copytree(reader / "outputs/characters", reader / "outputs/characters-smollm2")
 
 
 @pytest.mark.usefixtures("at_readers", "demo", "read_datasets")

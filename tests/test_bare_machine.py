@@ -91,6 +91,7 @@ def test_other_programs_are_found_where_they_were(tmp_path: Path, monkeypatch: p
     assert shutil.which("tool", path=f"{tmp_path}/links/1") is not None
 
 
+@pytest.mark.slow
 def test_a_skipped_test_fails_in_ci(tmp_path: Path) -> None:
     (tmp_path / "test_some.py").write_text(SKIPS)
     (tmp_path / "test_all.py").write_text(SKIPS_ALL)

@@ -167,7 +167,11 @@ def test_every_block_has_a_language_or_is_a_known_diagram(block: Block) -> None:
 
 
 @pytest.mark.usefixtures("at_readers")
-@pytest.mark.parametrize("command", JOBS, ids=str)
+@pytest.mark.parametrize(
+    "command",
+    [job if job.place.startswith("README.md") else pytest.param(job, marks=pytest.mark.slow) for job in JOBS],
+    ids=str,
+)
 def test_jobs(command: Command) -> None:
     jobs = jobs_of(command.words())
     for job in jobs:

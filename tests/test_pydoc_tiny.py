@@ -69,6 +69,7 @@ def test_it_predicts_held_out_text(held_out_loss: float, tokenizer: Any, script:
     assert held_out_loss < math.log(len(tokenizer)) - 2.5
 
 
+@pytest.mark.slow
 def test_the_card_states_the_loss_of_this_checkpoint(held_out_loss: float) -> None:
     # The card states the loss for Python 3.11. Other versions of Python have slightly different texts.
     stated = re.search(r"^\| this model \| ([0-9.]+) \|", (FOLDER / "README.md").read_text(encoding="utf-8"), re.M)

@@ -44,7 +44,7 @@ def test_captured_vectors_are_bit_for_bit_what_the_unmodified_model_computes(
 
 
 @with_kernels
-@both_stages
+@post_rope_first
 def test_captured_vectors_agree_with_a_reference_in_float64(
     case: Case, kernel: str, pre_rope: bool, folder_of: FolderOf
 ) -> None:

@@ -148,15 +148,15 @@ class ChangesTheForward(Family):
 @pytest.mark.parametrize(
     ("family", "finding"),
     [
-        (OneLayerLess, "attention of MistralAttention is not captured"),
+        pytest.param(OneLayerLess, "attention of MistralAttention is not captured", marks=pytest.mark.slow),
         (LayersFromTheEnd, "4 calls of attention, 4 layers probed, captured [3, 2, 1, 0]"),
         (OtherWindow, "MistralAttention attends within a window of 8 tokens, but a window of 7 is declared"),
         (NoWindow, "MistralAttention attends within a window of 8 tokens, but no window is declared"),
-        (Sparse, "layer 0: its facts say that it is sparse, its mask is dense"),
-        (Biased, "layer 0: its facts name a bias, but its logits have none"),
+        pytest.param(Sparse, "layer 0: its facts say that it is sparse, its mask is dense", marks=pytest.mark.slow),
+        pytest.param(Biased, "layer 0: its facts name a bias, but its logits have none", marks=pytest.mark.slow),
         (NothingRotated, "layer 0: the vectors are not those that the rotary function receives"),
         (KeyOfTheQuery, "layer 0: the vectors are not those that the rotary function receives"),
-        (OtherHooks, "hooks derive other vectors"),
+        pytest.param(OtherHooks, "hooks derive other vectors", marks=pytest.mark.slow),
         (ChangesTheForward, "capturing changes the forward pass"),
     ],
 )

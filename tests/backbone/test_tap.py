@@ -97,8 +97,8 @@ def compile_attention(decoder: Any, backend: Any) -> Any:
     [
         (compile_whole, False),
         (compile_in_place, True),
-        (compile_some_layers, False),
-        (compile_attention, False),
+        pytest.param(compile_some_layers, False, marks=pytest.mark.slow),
+        pytest.param(compile_attention, False, marks=pytest.mark.slow),
         pytest.param(compile_whole, True, marks=pytest.mark.slow),
         pytest.param(compile_in_place, False, marks=pytest.mark.slow),
         pytest.param(compile_some_layers, True, marks=pytest.mark.slow),

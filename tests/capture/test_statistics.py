@@ -148,6 +148,7 @@ def test_heads_that_are_not_captured_are_left_out(checkpoint: Path, texts: Path,
         dataset.statistics(0, "q", "pre")
 
 
+@pytest.mark.slow
 def test_a_killed_job_makes_the_same_bytes(checkpoint: Path, texts: Path, tmp_path: Path, small_groups: None) -> None:
     capture = asked(["pre", "post"]) | {"capture_values": True, "capture_outputs": True}
     values: dict[str, Any] = {"capture": capture, "inference": {"batch_size": 2, "lookahead": 12}}

@@ -67,6 +67,7 @@ def rows_of(output: str) -> list[list[str]]:
     return [line.split() for line in output.splitlines() if re.match(r"\d+  ", line)]
 
 
+@pytest.mark.slow
 def test_help_is_true(light: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done = sniff(light, tmp_path, "--help")
     assert (done.returncode, done.stderr) == (0, "")

@@ -151,6 +151,7 @@ def test_a_row_without_an_id_is_refused(tmp_path: Path, streaming: bool) -> None
             opened(file, id_column="id")
 
 
+@pytest.mark.slow
 def test_the_check_of_a_million_ids_reads_one_column(tmp_path: Path) -> None:
     count = 1_000_000
     table = pa.table({"text": pa.array(["t"]).take(pa.array([0] * count)), "id": pa.array(range(0, 3 * count, 3))})

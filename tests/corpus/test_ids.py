@@ -70,6 +70,7 @@ def test_the_number_after_the_largest_is_0(streamed: Callable[[list[int], list[b
     assert mapped(preferred, all_used) == streamed(preferred, all_used) == [LARGEST, 0, 1, -5]
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_string_ids(tmp_path: Path) -> None:
     count = 100_000
     names = [f"document-{number}" for number in range(count)]

@@ -107,7 +107,7 @@ def test_the_datasets_are_exported_to_every_format(bench: Bench) -> None:
 
 
 def test_some_edits(bench: Bench) -> None:
-    edits(bench, (f"quick-{number}" for number in range(15)))
+    edits(bench, (f"quick-{number}" for number in range(5)))
 
 
 @pytest.mark.slow

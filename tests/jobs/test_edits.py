@@ -287,7 +287,7 @@ def edits(bench: Bench, kind: str, seeds: Iterable[str]) -> None:
 
 @pytest.mark.parametrize("kind", COUNTS)
 def test_some_edits(kind: str, bench: Bench) -> None:
-    edits(bench, kind, (f"quick-{number}" for number in range(COUNTS[kind] // 40)))
+    edits(bench, kind, (f"quick-{number}" for number in range(COUNTS[kind] // 100)))
 
 
 @pytest.mark.slow

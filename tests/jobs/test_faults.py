@@ -144,6 +144,7 @@ def test_a_signal_stops_it_at_the_next_batch(
     assert hashes(root_of(job)) == whole
 
 
+@pytest.mark.slow
 def test_a_second_signal_stops_it_at_once(server: Server, job: dict[str, Any], whole: dict[str, str]) -> None:
     child = server.start(job, held={"forward": 1})
     assert child.reaches("forward")
@@ -181,6 +182,7 @@ def test_a_scheduler_does_not_wait_for_a_long_batch(server: Server, job: dict[st
     assert hashes(root_of(job)) == whole
 
 
+@pytest.mark.slow
 def test_more_signals_of_a_scheduler_do_not_disturb_what_is_written(
     server: Server, job: dict[str, Any], whole: dict[str, str]
 ) -> None:
@@ -199,6 +201,7 @@ def test_more_signals_of_a_scheduler_do_not_disturb_what_is_written(
     assert hashes(root_of(job)) == whole
 
 
+@pytest.mark.slow
 def test_a_signal_while_the_forward_waits_for_the_disk(
     server: Server, job: dict[str, Any], whole: dict[str, str]
 ) -> None:

@@ -163,6 +163,7 @@ def test_a_job_that_was_stopped_goes_on_and_ends_with_the_same_bytes(
     assert sorted(index for batch in ran for index in batch) == list(range(len(TEXTS))), "work was done twice, or not"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streaming", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("harm", ["flip", "first gone", "last gone", "all gone"])
 def test_a_journal_damaged_after_it_was_complete_is_mended(

@@ -31,7 +31,15 @@ from qk_sniffer.store.parquet_writer import check_encodings
 pytestmark = pytest.mark.floor
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+QUICK = {"qwen3", "gemma2", "mllama", "gpt_oss", "llama4", "deepseek_v3", "gpt_neox"}
+"""Grouped keys; softcaps and windows; a layer that is left out; sinks; neighbours; wide values; q, k and v in one."""
+
+
+@pytest.mark.parametrize(
+    "case",
+    [case if case.name in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES],
+    ids=lambda case: case.name,
+)
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("stage", ["post", pytest.param("pre", marks=pytest.mark.slow)])
 def test_every_stored_vector_is_bit_for_bit_the_models_own(

@@ -13,6 +13,7 @@ from support.plasticity_cases import environment_of, full_covariance, program, r
 from qk_sniffer.plasticity.config import PlasticityConfig, resolved
 
 
+@pytest.mark.slow
 def test_a_sweep(verify_base: Path, tmp_path: Path) -> None:
     for name in ("a", "b", "c"):
         shutil.copytree(verify_base, tmp_path / name)

@@ -39,6 +39,7 @@ def test_the_targets_of_links_stay(tmp_path: Path) -> None:
     assert (tmp_path / "user" / "file").read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_a_deep_folder_of_someone_else_hides_nothing_and_is_no_error(tmp_path: Path) -> None:
     deep, sweeps = tmp_path / "texts" / "deep", tmp_path / "sweep"
     deepen(deep, 1500)

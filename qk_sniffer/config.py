@@ -5,6 +5,7 @@ The field names are the keys of the command line and of `conf/`. The metadata of
 `"names_source": True` where a value is a Hub id or a path, and `"names_files": True` where it names files of a source:
 the paths of this machine are not published. It says `"compares": True` where values are compared with those of a
 source, which may be texts. It says `"is_place": True` where a value is a folder of this machine that no dataset names.
+It says `"is_digested": True` where a value may be long: a fingerprint has its digest.
 `resolved.py` derives values from a config; `validation.py` checks one.
 """
 
@@ -138,8 +139,31 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class ChatConfig:
+    """The chat template that makes texts of conversations."""
+
+    add_generation_prompt: bool = field(
+        default=False, metadata={"help": "end each conversation with the start of an answer of the assistant"}
+    )
+    template: str | None = field(
+        default=None,
+        metadata={
+            "help": "a file with a chat template, or the name of one of several of the tokenizer; null: its own",
+            "is_digested": True,
+        },
+    )
+    date: str | None = field(
+        default=None, metadata={"help": "the day that a template writes as today, such as 2025-01-31"}
+    )
+    kwargs: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "what the template is given besides: +dataset.chat.kwargs.enable_thinking=false"},
+    )
+
+
+@dataclass(frozen=True)
 class DatasetConfig:
-    """The texts: a Hub id, a local folder, or a file (parquet, jsonl, csv, txt)."""
+    """The examples: a Hub id, a local folder, or a file (parquet, jsonl, csv, txt)."""
 
     slug: str | None = field(
         default=None, metadata={"help": "name in folders and branches; null: from dataset.path", "changes_rows": False}
@@ -159,6 +183,17 @@ class DatasetConfig:
         metadata={"help": "the files to read from the folder or repository, such as '*.jsonl'", "names_files": True},
     )
     text_column: str = field(default="text", metadata={"help": "column that holds the text"})
+    messages_column: str | None = field(
+        default=None,
+        metadata={"help": "column that holds the messages of conversations, instead of texts; null: none"},
+    )
+    tokens_column: str | None = field(
+        default=None, metadata={"help": "column that holds token ids, instead of texts; null: none"}
+    )
+    segments_column: str | None = field(
+        default=None, metadata={"help": "column that names the segments of the tokens in tokens_column; null: none"}
+    )
+    chat: ChatConfig = field(default_factory=ChatConfig)
     id_column: str | None = field(
         default=None, metadata={"help": "column that holds the example's id; null: the row number is the id"}
     )
@@ -464,6 +499,8 @@ class Setting:
     """Whether a value is a Hub id, or a path of this machine."""
     names_files: bool
     """Whether a value names files of a source, which may be paths or addresses."""
+    is_digested: bool
+    """Whether a fingerprint has a digest of a long value."""
 
 
 def settings() -> tuple[Setting, ...]:
@@ -478,7 +515,7 @@ def _settings_of(section: type, prefix: str, changes_rows: bool) -> Iterator[Set
         if is_dataclass(default):
             yield from _settings_of(type(default), key + ".", changes)
         else:
-            names = [each.metadata.get(flag, False) for flag in ("names_source", "names_files")]
+            names = [each.metadata.get(flag, False) for flag in ("names_source", "names_files", "is_digested")]
             yield Setting(key, default, each.metadata["help"], changes, *names)
 
 

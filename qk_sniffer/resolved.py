@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from qk_sniffer.config import (
+    ChatConfig,
     Config,
     DatasetConfig,
     InferenceConfig,
@@ -55,10 +57,30 @@ def resolve(config: Config) -> ResolvedConfig:
         **values
         | {
             "model": replace(model, slug=model_slug, tokenizer=tokenizer),
-            "dataset": replace(dataset, slug=dataset_slug),
+            "dataset": replace(dataset, slug=dataset_slug, chat=_with_template(dataset.chat)),
             "output": replace(output, hf_branch=branch, data_root=output.data_root or str(Path(output.folder, branch))),
         }
     )
+
+
+def is_template(text: str) -> bool:
+    """Whether a text is the source of a chat template, and not the name of one."""
+    return "{{" in text or "{%" in text
+
+
+def template_file(text: str) -> Path | None:
+    """Returns the path of the file that `dataset.chat.template` names; None if it is a template, or the name of one."""
+    is_path = text.endswith((".jinja", ".jinja2", ".j2", ".txt")) or "/" in text
+    return Path(expand_home(text)) if is_path and not is_template(text) else None
+
+
+def _with_template(chat: ChatConfig) -> ChatConfig:
+    """Puts the content of a file in the place of its name. The file may change, or be on another machine."""
+    file = None if chat.template is None else template_file(chat.template)
+    if file is not None:
+        with suppress(OSError, ValueError):  # validation says so
+            return replace(chat, template=file.read_text(encoding="utf-8"))
+    return chat
 
 
 def fill_slugs(node: DictConfig) -> None:
@@ -89,6 +111,8 @@ def fingerprint(config: ResolvedConfig) -> dict[str, Any]:
     for setting in settings():
         if setting.names_source and keys[setting.key] is not None:
             keys[setting.key] = public_name(keys[setting.key])
+        if setting.is_digested and isinstance(value := keys[setting.key], str) and is_template(value):
+            keys[setting.key] = f"sha256:{sha256(path_text(value).encode()).hexdigest()}"
     plain: dict[str, Any] = json.loads(json.dumps(keys))  # the values as JSON stores them
     return with_public_files({key: public_values(value) for key, value in plain.items()})
 

@@ -6,6 +6,7 @@ the Hub are found later, on their first use. `cli/schema.py` finds wrong types a
 
 import re
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,20 @@ from qk_sniffer.config import (
     OutputConfig,
 )
 from qk_sniffer.errors import ConfigError
-from qk_sniffer.resolved import resolve
+from qk_sniffer.resolved import is_template, resolve, template_file
 from qk_sniffer.text import enumerated, expand_home, is_branch_name, is_utf8_path, utf8_way_out
 
 SPECIAL_TOKENS = ("auto", "true", "false")
+MOST_TEMPLATE = 1 << 20
 MAX_INT32 = 2**31 - 1
 MAX_SEED = 2**63 - 1
+
+_OF_RENDERING = (
+    *("messages", "conversation", "chat_template", "add_generation_prompt", "continue_final_message"),
+    *("tokenize", "sanitize_control_tokens", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
+    *("return_assistant_tokens_mask", "tokenizer_kwargs", "strftime_now", "self"),
+)
+"""Arguments of the function of transformers that renders a template, which are not for the template."""
 
 _HUB_NAME = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
 _SLUG = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_-])?")
@@ -53,6 +62,7 @@ def problems(config: Config) -> list[str]:
         *_dataset(config.dataset),
         *sampling.problems(config.sampler),
         *_at_least("sampler.seed", config.sampler.seed, 0, MAX_SEED),
+        *_special_tokens(config),
         *_capture(config),
         *_segments(config),
         *_inference_and_shard(config),
@@ -109,8 +119,9 @@ def _dataset(dataset: DatasetConfig) -> Iterator[str]:
     else:
         yield from _source("dataset.path", dataset.path, "a folder or file")
     yield from _revision("dataset.revision", dataset.revision, "dataset.path", dataset.path, default=None)
-    for key in ("name", "split", "text_column", "id_column"):
+    for key in ("name", "split", "text_column", "messages_column", "tokens_column", "segments_column", "id_column"):
         yield from _not_empty(f"dataset.{key}", getattr(dataset, key))
+    yield from _contents(dataset)
     if dataset.path == "pydoc" and (dataset.name is not None or dataset.data_files is not None):
         yield "dataset.name and dataset.data_files must be null: dataset.path is 'pydoc', which has neither"
     yield from _data_files(dataset.data_files)
@@ -118,6 +129,56 @@ def _dataset(dataset: DatasetConfig) -> Iterator[str]:
         if not isinstance(value, str | int | float | bool | None):
             yield f"dataset.filter.{column} is {value!r}; it must be one value, with which the column is compared"
     yield from _at_least("dataset.max_samples", dataset.max_samples, 1, MOST_COUNT)
+
+
+def _contents(dataset: DatasetConfig) -> Iterator[str]:
+    usual = DatasetConfig()
+    keys = [key for key in ("text_column", "messages_column", "tokens_column") if getattr(dataset, key) is not None]
+    given = [key for key in keys if getattr(dataset, key) != getattr(usual, key)]
+    if len(given) > 1:
+        yield f"{enumerated([f'dataset.{key}' for key in given])} are given; an example is of one of them: give one"
+    if dataset.segments_column is not None and dataset.tokens_column is None:
+        yield "dataset.segments_column is given, and dataset.tokens_column is not; segments are of its tokens"
+    chat = dataset.chat
+    if dataset.messages_column is None and chat != usual.chat:
+        yield "dataset.chat is given, and dataset.messages_column is not; set it to the column of the messages"
+    if chat.template is not None:
+        yield from _template(chat.template)
+    if chat.date is not None and not _is_day(chat.date):
+        yield f"dataset.chat.date is {chat.date!r}; it must be a day such as 2025-01-31"
+    for key in chat.kwargs:
+        if key in _OF_RENDERING:
+            yield f"dataset.chat.kwargs.{key} is no variable of a template; see the other keys of dataset.chat"
+
+
+def _special_tokens(config: Config) -> Iterator[str]:
+    columns = {"messages": "a chat template writes special tokens itself", "tokens": "token ids are taken as they are"}
+    for name, why in columns.items():
+        key = f"{name}_column"
+        if getattr(config.dataset, key) is not None and config.model.tokenizer.add_special_tokens in (True, "true"):
+            yield f"model.tokenizer.add_special_tokens is true, but dataset.{key} is given: {why}; leave it auto"
+
+
+def _template(template: str) -> Iterator[str]:
+    key = "dataset.chat.template"
+    yield from _not_empty(key, template)
+    size = len(template)
+    if (file := template_file(template)) is not None:
+        try:
+            size = file.stat().st_size
+            if not is_template(file.read_text(encoding="utf-8") if size <= MOST_TEMPLATE else "{{"):
+                yield f"{key} is {template!r}, a file without a template of Jinja (no {{{{ and no {{%)"
+        except (OSError, ValueError) as error:
+            yield f"{key} is {template!r}, a file that cannot be read ({error}); give its path from {Path.cwd()}"
+    if size > MOST_TEMPLATE:
+        yield f"{key} has {size:,} bytes; a template may have {MOST_TEMPLATE:,}"
+
+
+def _is_day(text: str) -> bool:
+    try:
+        return date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
 
 
 def _capture(config: Config) -> Iterator[str]:

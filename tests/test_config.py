@@ -13,6 +13,7 @@ from support.configs import choice, composed
 from qk_sniffer import conf
 from qk_sniffer.config import (
     CaptureConfig,
+    ChatConfig,
     Config,
     DatasetConfig,
     HeadSamplingConfig,
@@ -201,6 +202,10 @@ def test_the_home_folder_is_filled_in(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert in_scratch.data_root == tmp_path / "scratch" / "some.model-7b-texts"
 
 
+def in_chat(**settings: Any) -> Config:
+    return replace(GOOD, dataset=replace(DATASET, messages_column="m", chat=ChatConfig(**settings)))
+
+
 BAD: list[tuple[str, Config]] = [
     (r"model\.name is not given; .*model\.name=org/name", replace(GOOD, model=ModelConfig())),
     (r"model\.name is './nowhere', which does not exist", replace(GOOD, model=ModelConfig(name="./nowhere"))),
@@ -236,6 +241,33 @@ BAD: list[tuple[str, Config]] = [
     (r"dataset\.name and dataset\.data_files", replace(GOOD, dataset=DatasetConfig(path="pydoc", name="x"))),
     (r"dataset\.split is empty", replace(GOOD, dataset=replace(DATASET, split=""))),
     (r"dataset\.text_column is empty", replace(GOOD, dataset=replace(DATASET, text_column=""))),
+    (
+        r"dataset\.messages_column and dataset\.tokens_column are given; .* give one",
+        replace(GOOD, dataset=replace(DATASET, messages_column="m", tokens_column="t")),
+    ),
+    (
+        r"dataset\.text_column and dataset\.messages_column are given; .* give one",
+        replace(GOOD, dataset=replace(DATASET, messages_column="m", text_column="body")),
+    ),
+    (
+        r"dataset\.segments_column is given, and dataset\.tokens_column",
+        replace(GOOD, dataset=replace(DATASET, segments_column="s")),
+    ),
+    (r"dataset\.tokens_column is empty", replace(GOOD, dataset=replace(DATASET, tokens_column=" "))),
+    (
+        r"dataset\.chat is given, and dataset\.messages_column is not",
+        replace(GOOD, dataset=replace(DATASET, chat=ChatConfig(True))),
+    ),
+    (r"dataset\.chat\.template is 'no/such\.jinja', a file that cannot be read", in_chat(template="no/such.jinja")),
+    (r"dataset\.chat\.template is 'pyproject\.txt', a file that", in_chat(template="pyproject.txt")),
+    (r"dataset\.chat\.template has 1,200,002 bytes; a template may have", in_chat(template="{{" + "a" * 1_200_000)),
+    (r"dataset\.chat\.date is '26 July'; it must be a day", in_chat(date="26 July")),
+    (r"dataset\.chat\.date is '20250131'", in_chat(date="20250131")),
+    (r"dataset\.chat\.kwargs\.tokenize is no variable of a template", in_chat(kwargs={"tokenize": True})),
+    (
+        r"model\.tokenizer\.add_special_tokens is true, but dataset\.messages_column is given",
+        replace(in_chat(), model=replace(MODEL, tokenizer=TokenizerConfig(add_special_tokens="true"))),
+    ),
     (r"dataset\.max_samples is 0", replace(GOOD, dataset=replace(DATASET, max_samples=0))),
     (r"dataset\.data_files is \[\]", replace(GOOD, dataset=replace(DATASET, data_files=[]))),
     (r"dataset\.data_files is \{'train': 3\}", replace(GOOD, dataset=replace(DATASET, data_files={"train": 3}))),
@@ -392,3 +424,17 @@ def test_other_values_of_special_tokens_are_refused() -> None:
         model = ModelConfig(name="org/model", tokenizer=TokenizerConfig(add_special_tokens=wrong))
         (problem,) = problems(Config(model=model, dataset=DatasetConfig(path="org/texts")))
         assert problem == f"model.tokenizer.add_special_tokens is {wrong!r}; valid: auto, true, false"
+
+
+def test_a_chat_template_is_read_from_its_file_and_identified_by_its_content(tmp_path: Path) -> None:
+    file = tmp_path / "mine.jinja"
+    file.write_text("{{ messages }}")
+    read, given = in_chat(template=str(file)), in_chat(template="{{ messages }}")
+    assert problems(read) == [] == problems(given)
+    assert resolve(read).dataset.chat.template == "{{ messages }}"
+    key = "dataset.chat.template"
+    assert fingerprint(resolve(read))[key] == fingerprint(resolve(given))[key]
+    assert re.fullmatch("sha256:[0-9a-f]{64}", fingerprint(resolve(read))[key])
+    assert fingerprint(resolve(in_chat(template="tool_use")))[key] == "tool_use"
+    file.write_text("no template")
+    assert any("a file without a template of Jinja" in line for line in problems(read))

@@ -78,7 +78,7 @@ class Corpus:
         self._skipped = 0
         self._last_index = -1
         id_column = [config.id_column] if config.id_column is not None else []
-        self._content = content_columns(config)
+        self._content = content_columns(config, has_schema=source.rows.has_schema)
         self._columns = sorted({*self._content.columns, *id_column, *config.filter})
         self._kinds = source.rows.kinds(self._columns)
         self._check_columns()
@@ -323,7 +323,8 @@ class Corpus:
         config, types = self._config, self._kinds
         has = f"It has: {', '.join(f'{column} ({kind})' for column, kind in types.items())}"
         content = self._content
-        wanted = {content.setting: content.column, "dataset.id_column": config.id_column}
+        wanted = {content.setting: content.column, "dataset.segments_column": config.segments_column}
+        wanted |= {"dataset.id_column": config.id_column}
         wanted |= {f"dataset.filter.{column}": column for column in config.filter}
         # A stream without types is not read to its end for a column.
         may_come = config.streaming and not self._source.rows.has_schema

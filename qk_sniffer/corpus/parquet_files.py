@@ -5,6 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, BinaryIO
 
+import numpy.typing as npt
+
 from qk_sniffer.corpus.data_files import DataFile, FormatError, open_bytes, refuse_expansion
 from qk_sniffer.corpus.values import Float16, Float32
 from qk_sniffer.store.parquet_pages import Limits, PageError, Pages, read_pages
@@ -12,6 +14,7 @@ from qk_sniffer.store.parquet_pages import Limits, PageError, Pages, read_pages
 _BATCH_BYTES, _BATCH_ROWS = 1 << 24, 10_000
 _LIMITS = Limits(pages=1 << 20, header_bytes=1 << 24)
 _TEXTS = ("BYTE_ARRAY", "FIXED_LEN_BYTE_ARRAY")
+_NUMBER_BYTES = 8
 _NAMES = {"halffloat": "float16", "float": "float32", "double": "float64"}
 _STRINGS = ("string", "large_string", "string_view")
 
@@ -85,8 +88,8 @@ def _groups(metadata: Any, start: int) -> tuple[list[int], int]:
 def _batch_rows(parquet: Any, number: int, columns: Sequence[str], content: BinaryIO | None) -> int:
     """Returns the number of rows of a row group that are read at a time.
 
-    A value is not longer than the largest page. It may come out of a page any number of times: a page names a value of
-    its dictionary, or the start of the value before.
+    A text is not longer than the largest page. It may come out of a page any number of times: a page names a value of
+    its dictionary, or the start of the value before. Of lists, rows have the average number of values.
 
     Args:
         parquet: the file.
@@ -107,8 +110,11 @@ def _batch_rows(parquet: Any, number: int, columns: Sequence[str], content: Bina
         pages = _pages(content, chunk)
         packed += chunk.total_compressed_size
         unpacked += pages.size + (8 * pages.values if leaf.max_repetition_level else 0)
+        values_per_row = max(1, -(-pages.values // max(1, group.num_rows)))
         if leaf.physical_type in _TEXTS:
-            most += pages.largest * max(1, -(-pages.values // max(1, group.num_rows)))
+            most += pages.largest * values_per_row
+        elif leaf.max_repetition_level:
+            most += _NUMBER_BYTES * values_per_row
     refuse_expansion(packed, unpacked, "write the file again without compression")
     return max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, most)))
 
@@ -126,6 +132,8 @@ def _pages(content: BinaryIO | None, chunk: Any) -> Pages:
 
 
 def _values(column: Any, name: str, kind: str) -> list[Any]:
+    if (arrays := _integer_arrays(column)) is not None:
+        return arrays
     try:
         values: list[Any] = column.to_pylist()
     except UnicodeDecodeError as error:
@@ -137,6 +145,24 @@ def _values(column: Any, name: str, kind: str) -> list[Any]:
     if number := {"float16": Float16, "float32": Float32}.get(kind):
         return [None if value is None else number(value) for value in values]
     return values
+
+
+def _integer_arrays(column: Any) -> list[npt.NDArray[Any] | None] | None:
+    """Returns an array for each row of a column of lists of integers, which takes a fifth of the memory of lists.
+
+    None for other columns, and if an integer is null.
+    """
+    import pyarrow as pa
+
+    if not isinstance(column, pa.ListArray | pa.LargeListArray) or not pa.types.is_integer(column.type.value_type):
+        return None
+    if column.values.null_count:
+        return None
+    offsets, integers = column.offsets.to_numpy(), column.values.to_numpy()
+    return [
+        integers[start:stop] if valid else None
+        for start, stop, valid in zip(offsets[:-1], offsets[1:], column.is_valid().to_pylist(), strict=True)
+    ]
 
 
 def _kinds(parquet: Any) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Loads a tokenizer and turns examples into tokens."""
+"""Loads a tokenizer and turns examples of texts and of conversations into tokens."""
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from qk_sniffer.config import ModelConfig, TokenizerConfig
-from qk_sniffer.corpus.contents import text_hash
+from qk_sniffer.config import ChatConfig, ModelConfig, TokenizerConfig
+from qk_sniffer.corpus.chat import ChatTemplate
+from qk_sniffer.corpus.contents import ContentError, Conversation, text_hash
 from qk_sniffer.corpus.examples import Example
 from qk_sniffer.corpus.long_texts import LongTexts
 from qk_sniffer.corpus.special_tokens import Encoded, Offsets, SpecialTokens
 from qk_sniffer.corpus.tokenizer_files import difference_from_file, randomness_of, refuse_files_elsewhere
-from qk_sniffer.corpus.tokens import Tokens, plain_hash
+from qk_sniffer.corpus.tokens import Tokens, content_error
 from qk_sniffer.errors import SourceError
 from qk_sniffer.hub.checkpoint_links import refuse_odd_files
 from qk_sniffer.hub.json_files import damaged_json
@@ -36,16 +37,20 @@ _CALL_CHARACTERS = 1 << 22
 """Maximum characters in one call of the tokenizer, which needs some hundred bytes of memory for each token."""
 
 
-def load_tokenizer(config: ModelConfig, commit: str | None = None, *, offsets: bool = False) -> "TextTokenizer":
+def load_tokenizer(
+    config: ModelConfig, commit: str | None = None, chat: ChatConfig | None = None, *, offsets: bool = False
+) -> "TextTokenizer":
     """Loads the tokenizer of `config.tokenizer`, by default the model's own.
 
     Args:
         commit: the commit of a Hub repository that an earlier start of the job pinned; None pins the revision now.
+        chat: the settings of conversations; None for a tokenizer of texts alone.
         offsets: whether to find the characters of tokens.
 
     Raises:
-        SourceError: the tokenizer is not found, cannot be loaded or is random, a link leads out of its folder, or
-            `max_length` leaves no tokens for text; or it cannot tell the characters of tokens, with `offsets`.
+        SourceError: the tokenizer is not found, cannot be loaded or is random, a link leads out of its folder, it has
+            no chat template for conversations, or `max_length` leaves no tokens for text; or it cannot tell the
+            characters of tokens, with `offsets`.
     """
     from transformers import AutoTokenizer
 
@@ -88,7 +93,7 @@ def load_tokenizer(config: ModelConfig, commit: str | None = None, *, offsets: b
                 f"the tokenizer of {name} splits a text differently each time: {random}. Set model.tokenizer.name to a "
                 "copy of it without this setting"
             )
-        loaded = TextTokenizer(tokenizer, config.tokenizer, name=name, commit=commit, offsets=offsets)
+        loaded = TextTokenizer(tokenizer, config.tokenizer, name=name, commit=commit, chat=chat, offsets=offsets)
     except SourceError:
         raise
     except Exception as error:
@@ -111,22 +116,33 @@ def load_tokenizer(config: ModelConfig, commit: str | None = None, *, offsets: b
 
 
 class TextTokenizer:
-    """Tokenizes texts. Cuts them at the right end to `max_length` tokens, and never pads.
+    """Tokenizes texts and conversations. Cuts them at the right end to `max_length` tokens, and never pads.
 
     Of a long text, only the beginning is tokenized if its tokens are provably those of the whole: see `text_cuts.py`.
 
     Special tokens are added to every text (`add_special_tokens=True`), to none (False), or only where the text does not
-    have them already ("auto").
+    have them already ("auto"). A chat template writes them itself, so that conversations get no further ones.
     """
 
     def __init__(
-        self, tokenizer: Any, config: TokenizerConfig, *, name: str, commit: str | None = None, offsets: bool = False
+        self,
+        tokenizer: Any,
+        config: TokenizerConfig,
+        *,
+        name: str,
+        commit: str | None = None,
+        chat: ChatConfig | None = None,
+        offsets: bool = False,
     ) -> None:
+        """Takes a tokenizer of transformers. The other arguments are those of `load_tokenizer`."""
         special = tokenizer.num_special_tokens_to_add(pair=False)
         self._special: SpecialTokens | None = None
         """The special tokens that this object adds; None if the tokenizer adds them."""
-        if config.add_special_tokens is not True:
+        if chat is not None:
+            self._special = SpecialTokens()
+        elif config.add_special_tokens is not True:
             self._special = SpecialTokens.of(tokenizer, name) if config.add_special_tokens else SpecialTokens()
+        if self._special is not None:
             special = len(self._special)
         if config.max_length <= special:  # the library would not cut the texts
             raise SourceError(
@@ -145,6 +161,7 @@ class TextTokenizer:
         self._added = special
         self._long = LongTexts(tokenizer, config.max_length + special + 1)
         self._offsets = offsets
+        self._chat = None if chat is None else ChatTemplate(tokenizer, chat, name=name)
         self._skipped = 0
         self._num_embeddings: int | None = None
         self.name = name
@@ -224,8 +241,12 @@ class TextTokenizer:
         return tokens
 
     def content_hash(self, example: Example) -> str:
-        """Returns the `text_hash` of the example's tokens, that of its text."""
-        return plain_hash(example)
+        """Returns the `text_hash` of the example's tokens: that of its text, or of the one that the template renders.
+
+        Raises:
+            SourceError: the template refuses the conversation.
+        """
+        return text_hash(self._text(example))
 
     def token_strings(self, ids: Sequence[int] | NDArray[np.integer[Any]]) -> list[str]:
         """Returns the tokens as the vocabulary spells them; empty strings for ids without a token.
@@ -247,11 +268,21 @@ class TextTokenizer:
     def facts(self) -> dict[str, Any]:
         """Returns what the record of a job holds of the tokenizer."""
         added = self.added_tokens()
-        return {"class": self.class_name} | ({} if added is None else {"special_tokens": added})
+        return (
+            {"class": self.class_name}
+            | ({} if added is None else {"special_tokens": added})
+            | ({} if self._chat is None else {"chat_template": self._chat.digest})
+        )
 
     def _text(self, example: Example) -> str:
-        assert isinstance(example.content, str)
-        return example.content
+        """Returns the text of an example, whose content is one, or messages."""
+        if isinstance(example.content, str):
+            return example.content
+        assert isinstance(example.content, Conversation) and self._chat is not None
+        try:
+            return self._chat.render(example.content.messages)
+        except ContentError as error:
+            raise content_error(example, error) from error
 
     def _check_ids(self, example: Example, ids: Sequence[int]) -> None:
         if self._num_embeddings is not None and (largest := max(ids)) >= self._num_embeddings:
@@ -278,7 +309,7 @@ class TextTokenizer:
             ) from error
 
     def _encode(self, texts: Sequence[str]) -> Iterator[Encoded]:
-        parts = [self._long.beginning(text) for text in texts]
+        parts = [text if self._chat is not None else self._long.beginning(text) for text in texts]
         for text, part, encoded in zip(texts, parts, self._encode_whole(parts), strict=True):
             if len(part) == len(text):
                 yield encoded

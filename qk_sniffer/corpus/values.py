@@ -32,6 +32,8 @@ def id_of(value: Any, *, typed: bool) -> Any:
         typed: whether the source has types. Without, a text is the integer that it is the usual form of: `12` is 12,
             and `007` stays a text.
     """
+    if isinstance(value, np.ndarray):
+        return value.tolist()
     if isinstance(value, float):
         if value != value:
             return None
@@ -124,7 +126,7 @@ def _same_as(wanted: Any, kind: str, *, typed: bool) -> Callable[[Any], bool]:
             return value == number
         if isinstance(value, date):
             return value == _time(wanted, type_of=datetime if isinstance(value, datetime) else date)
-        return str(value) == str(wanted)
+        return str(id_of(value, typed=typed)) == str(wanted)
 
     return same
 

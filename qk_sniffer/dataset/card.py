@@ -13,6 +13,7 @@ from typing import Any
 
 from qk_sniffer.dataset import card_kinds
 from qk_sniffer.dataset.card_attention import attention
+from qk_sniffer.dataset.card_contents import contents, special_tokens
 from qk_sniffer.dataset.card_facts import CardFacts, Place
 from qk_sniffer.dataset.card_rotation import rotary_embedding
 from qk_sniffer.dataset.card_sampling import sampling
@@ -149,14 +150,14 @@ def _run(facts: CardFacts) -> str:
         ("quantization", "" if facts.quantization is None else plain(quantized(facts.quantization))),
         ("attention implementation", _plain(model.attn_implementation)),
         ("config overrides", code(overrides) if model.config_overrides else ""),
-        ("tokenizer", _source(tokenizer.name, tokenizer.revision, facts.tokenizer_commit)),
-        ("special tokens", _special_tokens(facts)),
+        ("tokenizer", _tokenizer(facts)),
+        ("special tokens", special_tokens(facts)),
         ("max_length", f"{tokenizer.max_length:,} tokens"),
         ("max_position_embeddings", _beyond(facts)),
         ("dataset", _source(dataset.path, dataset.revision, facts.dataset_commit)),
         ("dataset config", _plain(dataset.name)),
         ("split", plain(dataset.split)),
-        ("text column", _plain(dataset.text_column)),
+        *contents(facts),
         ("id column", _plain(dataset.id_column) or "none: example_id is the row's index"),
         ("examples", f"{facts.num_examples:,} ({cut}; {empty})"),
         ("tokens", f"{facts.num_tokens:,} (the longest example has {facts.longest:,})"),
@@ -167,23 +168,18 @@ def _run(facts: CardFacts) -> str:
     return "## Run\n\n" + table(("setting", "value"), lines)
 
 
+def _tokenizer(facts: CardFacts) -> str:
+    if facts.config.dataset.tokens_column is not None and not facts.config.capture.capture_token_strings:
+        return "none: the dataset has token ids"
+    tokenizer = facts.config.model.tokenizer
+    return _source(tokenizer.name, tokenizer.revision, facts.tokenizer_commit)
+
+
 def _beyond(facts: CardFacts) -> str:
     if not facts.num_beyond or facts.max_positions is None:
         return ""
     examples = f"{facts.num_beyond:,} examples are" if facts.num_beyond > 1 else "one example is"
     return f"{facts.max_positions:,} tokens: {examples} longer, captured as the model computes them"
-
-
-def _special_tokens(facts: CardFacts) -> str:
-    if (added := facts.config.model.tokenizer.add_special_tokens) != "auto":
-        return "added" if added else "not added"
-    sides = [
-        f"{code(''.join(facts.special_tokens[side]))} {side} each text"
-        + (f" ({number:,} have it already)" if (number := facts.own_special_tokens.get(side)) else "")
-        for side in ("before", "after")
-        if facts.special_tokens.get(side)
-    ]
-    return " and ".join(sides) or "none: the tokenizer adds none"
 
 
 def _head_layout(facts: CardFacts) -> str:

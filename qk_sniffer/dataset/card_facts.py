@@ -64,6 +64,8 @@ class CardFacts:
     """The tokens in the segments of each name; empty without segments."""
     own_special_tokens: Mapping[str, int] = field(default_factory=dict)
     """The examples whose text has these tokens already, by the same keys."""
+    chat_template: str | None = None
+    """The sha256 of the template that renders conversations; None for other contents."""
     max_positions: int | None = None
     """The tokens of a text that the model's config provides for; None if that is not known."""
     num_beyond: int = 0
@@ -116,6 +118,7 @@ class CardFacts:
             languages=stated["dataset"]["language"],
             truncated_tokens=manifest.get("truncated_tokens"),
             special_tokens=manifest["tokenizer"].get("special_tokens", {}),
+            chat_template=manifest["tokenizer"].get("chat_template"),
             max_positions=manifest["model"].get("max_positions"),
             num_beyond=manifest.get("examples_beyond_max_positions", 0),
             segments=manifest.get("segments", {}),

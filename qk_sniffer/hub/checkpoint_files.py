@@ -84,6 +84,7 @@ def folder_digest(folder: Path) -> str:
 def _files(folder: Path) -> set[Path]:
     """Returns the files that a checkpoint may be loaded from: those in `folder` itself, and those that they name."""
     own = {path for path in folder.iterdir() if path.is_file() and path.suffix in SUFFIXES}
+    own |= {path for path in folder.glob("additional_chat_templates/*.jinja") if path.is_file()}
     return own | {path for name in _named(folder) if (path := folder / name).is_file()}
 
 

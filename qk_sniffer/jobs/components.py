@@ -15,12 +15,11 @@ from qk_sniffer.capture.forward_cost import ForwardCost
 from qk_sniffer.capture.moments import Moments, rotary_pairs
 from qk_sniffer.capture.selection import Selection, select
 from qk_sniffer.config import KIND_SETTINGS, StatisticsConfig
-from qk_sniffer.corpus.tokenizer import load_tokenizer
 from qk_sniffer.corpus.tokens import Tokenizer
 from qk_sniffer.errors import CaptureError, ConfigError
-from qk_sniffer.hub.revisions import hub_commit_of
 from qk_sniffer.jobs.identity import ROLES, checkpoint_files
 from qk_sniffer.jobs.loaded_code import DIGEST, class_and_code, code_of
+from qk_sniffer.jobs.tokenizers import open_tokenizer
 from qk_sniffer.logs import logger
 from qk_sniffer.resolved import ResolvedConfig
 from qk_sniffer.store.layout import KIND_PLURALS, WIDTHS
@@ -85,8 +84,7 @@ def load_components(config: ResolvedConfig, commits: Mapping[str, str | None], s
 
 def _load(config: ResolvedConfig, commits: Mapping[str, str | None]) -> Components:
     decoder_config = check_model(config.model, commit=commits["model"], adapter_commit=commits.get("adapter"))
-    offsets = config.capture.capture_offsets
-    tokenizer = load_tokenizer(config.model, hub_commit_of(commits["tokenizer"]), offsets=offsets)
+    tokenizer = open_tokenizer(config, commits)
     tokenizer.check_fits(planned_num_embeddings(decoder_config, tokenizer.largest_id), str(config.model.name))
     backbone = load_backbone(
         config.model,

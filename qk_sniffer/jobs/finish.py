@@ -28,6 +28,7 @@ from qk_sniffer.jobs.assemble import CapturedJob, Staged, captured_job, stage
 from qk_sniffer.jobs.components import Components, load_components
 from qk_sniffer.jobs.loaded_code import check_same_code
 from qk_sniffer.jobs.pictures import draw_pictures
+from qk_sniffer.jobs.tokenizers import hasher_of
 from qk_sniffer.resolved import ResolvedConfig, with_output
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.claim import Claim
@@ -84,7 +85,7 @@ def finish(
         with stages("compact"):
             staged = stage(layout, job, config.model, None if components is None else components.tokenizer)
         if corpus is not None:
-            _check_texts(job.record, staged, corpus)
+            _check_texts(config, job.record, staged, corpus)
         with stages("verify"):
             proof = _with_checks(_prove(config, job, staged, corpus, components, stages), staged)
         job.claim.check()  # what was proven is the job's
@@ -186,7 +187,7 @@ def _replaced(layout: Layout) -> TakenAwayError:
     )
 
 
-def _check_texts(record: Mapping[str, Any], staged: Staged, corpus: Corpus) -> None:
+def _check_texts(config: ResolvedConfig, record: Mapping[str, Any], staged: Staged, corpus: Corpus) -> None:
     """Checks that all shards have captured the texts of `corpus`: no commit pins those of a local source.
 
     Raises:
@@ -199,7 +200,7 @@ def _check_texts(record: Mapping[str, Any], staged: Staged, corpus: Corpus) -> N
             "source, or recreate the dataset with output.overwrite=true"
         )
     if commit is None and record["config"]["shard"]["count"] > 1:
-        check_same_texts(corpus, staged.examples, whole=True)
+        check_same_texts(corpus, staged.examples, hasher_of(config, record["commits"]), whole=True)
 
 
 def _named(commit: str | None) -> str:
@@ -266,7 +267,7 @@ def _prove(
     captured = {each.example.index: each.example for each in (*passes, *of_statistics)}
     found = list(islice((example for example in corpus.examples() if example.index in captured), len(captured)))
     for example in found:
-        check_unchanged(example, captured[example.index])
+        check_unchanged(example, captured[example.index], components.tokenizer.content_hash)
     commits = {role: record["commits"][role] for role in components.commits}
     if components.commits != commits:
         raise StoreError(

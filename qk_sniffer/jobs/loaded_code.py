@@ -80,6 +80,7 @@ def differences_of_loaded(record: Mapping[str, Any], stored: Mapping[str, Any]) 
         ("model", "family"),
         ("model", "attn_implementation"),
         ("tokenizer", "class"),
+        ("tokenizer", "chat_template"),
     ):
         now, there = record[what].get(key), stored[what].get(key)
         if key in stored[what] and now != there:  # earlier versions do not store all of them

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from qk_sniffer.corpus.batches import check_same_texts
 from qk_sniffer.corpus.examples import Corpus, open_corpus
+from qk_sniffer.corpus.tokens import HashOf
 from qk_sniffer.errors import HubError, SourceError, StoreError
 from qk_sniffer.hub.branch import Branch
 from qk_sniffer.jobs.hub_resume import branch_ahead
@@ -15,6 +16,7 @@ from qk_sniffer.jobs.identity import Job, resolve_commits
 from qk_sniffer.jobs.loaded_code import check_same_code, check_same_loaded, differences_of_loaded
 from qk_sniffer.jobs.shards import journals_of
 from qk_sniffer.jobs.source_rows import START_PATIENCE_S, changes_limit, limit_problem, source_rows
+from qk_sniffer.jobs.tokenizers import hasher_of
 from qk_sniffer.logs import logger
 from qk_sniffer.resolved import ResolvedConfig, fingerprint, without_batching
 from qk_sniffer.store import manifest as manifests
@@ -142,7 +144,7 @@ def _continue_finished(config: ResolvedConfig, layout: Layout, existing: _Existi
     on_hub = asdict(files) if isinstance(files, Branch) else None
     base = PreviousVersion(files, describe(files) | {"hub": on_hub})
     if corpus.commit is None:
-        _check_texts(base, corpus)
+        _check_texts(base, corpus, hasher_of(config, job.commits))
     if not grows:
         return Start(job, corpus, "finished", files)
     _warn_of_other_versions(job, earlier)
@@ -165,13 +167,13 @@ def _continue_unfinished(
     if config.output.overwrite:
         if not (_is_same(job, rows, record) and _is_there(base)):
             return _new_start(config, existing.files)
-        if corpus.commit is None and not _has_texts_of(layout, record, corpus):
+        if corpus.commit is None and not _has_texts_of(layout, record, corpus, hasher_of(config, job.commits)):
             return replace(_new_start(config, existing.files), replaces=record["job_id"])
     _check_same(job, rows, record, layout.root)
     if base is not None:
         base.check()
         if corpus.commit is None:
-            _check_texts(base, corpus)
+            _check_texts(base, corpus, hasher_of(config, job.commits))
     return Start(job, corpus, "unfinished", existing.files, base, record["job_id"])
 
 
@@ -276,11 +278,11 @@ def base_of(layout: Layout, record: Mapping[str, Any]) -> PreviousVersion | None
     return PreviousVersion(Folder(layout.root) if base["hub"] is None else Branch(**base["hub"]), base)
 
 
-def _has_texts_of(layout: Layout, record: Mapping[str, Any], corpus: Corpus) -> bool:
+def _has_texts_of(layout: Layout, record: Mapping[str, Any], corpus: Corpus, hash_of: HashOf) -> bool:
     """Whether the source still has the texts that the shards of the unfinished job have captured."""
     captured = (each for journal in journals_of(layout, record) for each in journal.records.values())
     try:
-        check_same_texts(corpus, captured)
+        check_same_texts(corpus, captured, hash_of)
     except SourceError as error:
         log.warning("the unfinished job is replaced: %s", error)
         return False
@@ -360,6 +362,6 @@ def _warn_of_other_versions(job: Job, earlier: Job) -> None:
         log.warning("adding to a dataset that other versions made (%s); the manifest names both", ", ".join(changed))
 
 
-def _check_texts(previous: PreviousVersion, corpus: Corpus) -> None:
+def _check_texts(previous: PreviousVersion, corpus: Corpus, hash_of: HashOf) -> None:
     """Refuses a local source whose texts or ids differ from those of the dataset: no commit pins them."""
-    check_same_texts(corpus, previous.examples(), origin=f"that {previous.files} was made from")
+    check_same_texts(corpus, previous.examples(), hash_of, origin=f"that {previous.files} was made from")

@@ -201,7 +201,11 @@ class OwnSpecialTokens(TypedDict):
     after: Count
 
 
-TokenizerFacts = TypedDict("TokenizerFacts", {"class": Text, "special_tokens": NotRequired[SpecialTokens]})
+TokenizerFacts = TypedDict(
+    "TokenizerFacts",
+    {"class": Text, "special_tokens": NotRequired[SpecialTokens], "chat_template": NotRequired[Sha256]},
+)
+"""`chat_template` is a digest of the template that renders conversations."""
 
 
 class Job(TypedDict):

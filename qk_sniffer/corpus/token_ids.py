@@ -1,0 +1,101 @@
+"""Takes the token ids of examples as they are."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qk_sniffer.corpus.contents import ContentError, TokenIds
+from qk_sniffer.corpus.examples import Example
+from qk_sniffer.corpus.tokenizer import TextTokenizer
+from qk_sniffer.corpus.tokens import Tokens, content_error, plain_hash
+
+NO_TOKENIZER = "none"
+"""Takes the place of a tokenizer's class."""
+
+
+class GivenTokens:
+    """Takes ids as they are. Cuts them at the right end to `max_length` tokens, and adds no special tokens.
+
+    Needs a tokenizer only for the strings of tokens.
+    """
+
+    skipped = 0
+    """An example has at least one id."""
+
+    def __init__(self, max_length: int, strings: TextTokenizer | None = None) -> None:
+        """`strings` is the tokenizer whose vocabulary spells the tokens; None if no strings are asked for."""
+        self._max_length = max_length
+        self._strings = strings
+        self._num_embeddings: int | None = None
+
+    @property
+    def class_name(self) -> str:
+        """The class of the tokenizer that spells tokens."""
+        return NO_TOKENIZER if self._strings is None else self._strings.class_name
+
+    @property
+    def kind(self) -> type:
+        """The class of the tokenizer that spells tokens; of this object without one."""
+        return type(self) if self._strings is None else self._strings.kind
+
+    @property
+    def largest_id(self) -> int:
+        """The largest id of the vocabulary; -1 without one."""
+        return -1 if self._strings is None else self._strings.largest_id
+
+    def check_fits(self, num_embeddings: int | None, model: str) -> None:
+        """Checks that the embedding of `model` has a row for each token of the vocabulary. That of each id follows.
+
+        Raises:
+            SourceError: it has not.
+        """
+        if self._strings is not None:
+            self._strings.check_fits(num_embeddings, model)
+        self._num_embeddings = num_embeddings or self._num_embeddings
+
+    def __call__(self, examples: Sequence[Example]) -> list[Tokens]:
+        """Returns the tokens of each example, in their order.
+
+        Raises:
+            SourceError: an id is not one of the model's embedding.
+        """
+        return [self._tokens(example) for example in examples]
+
+    def content_hash(self, example: Example) -> str:
+        """Returns the `text_hash` of the example's tokens: that of all its ids."""
+        return plain_hash(example)
+
+    def token_strings(self, ids: Sequence[int] | NDArray[np.integer[Any]]) -> list[str]:
+        """Returns the tokens as the vocabulary spells them; empty strings for ids without a token."""
+        assert self._strings is not None
+        return self._strings.token_strings(ids)
+
+    def facts(self) -> dict[str, Any]:
+        """Returns what the record of a job holds of the tokenizer."""
+        return {"class": self.class_name}
+
+    def _tokens(self, example: Example) -> Tokens:
+        content = example.content
+        assert isinstance(content, TokenIds)
+        if self._num_embeddings is not None and (largest := int(content.ids.max())) >= self._num_embeddings:
+            place = int(content.ids.argmax())
+            raise content_error(
+                example,
+                ContentError(
+                    f"has the token id {largest} at place {place} (from 0), and the embedding of the model has "
+                    f"{self._num_embeddings} rows, for ids up to {self._num_embeddings - 1}: the ids are of another "
+                    "model's tokenizer. Set dataset.tokens_column to ids of this model"
+                ),
+            )
+        ids = content.ids[: self._max_length]
+        return Tokens(
+            example.index,
+            example.example_id,
+            example.source_id,
+            ids,
+            len(content.ids) - len(ids),
+            plain_hash(example),
+            segments=None if content.segments is None else content.segments.first(len(ids)),
+        )

@@ -1,0 +1,108 @@
+"""Runs jobs over conversations: they resume, grow and are proven as jobs over texts."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.jobs import hashes, heads_of, keys, run, stopped_after
+from transformers import AutoTokenizer
+
+from qk_sniffer.dataset.verify import verify
+from qk_sniffer.errors import SourceError, StoreError
+from qk_sniffer.store import manifest as manifests
+
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
+)
+MESSAGES = {"messages_column": "messages"}
+ALONE: dict[str, Any] = {"inference": {"max_batch_tokens": 40}, "capture": {"capture_token_ids": True}}
+
+
+def turns(count: int) -> list[list[dict[str, str]]]:
+    return [
+        [{"role": "user", "content": f"{'ask' * (1 + i % 4)}{i}"}, {"role": "assistant", "content": f"say{i}"}]
+        for i in range(count)
+    ]
+
+
+def write(path: Path, conversations: list[list[dict[str, str]]]) -> Path:
+    path.write_text("".join(json.dumps({"messages": each}) + "\n" for each in conversations), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def chat_model(checkpoint: Path, tmp_path: Path) -> Path:
+    """The checkpoint with a chat template in its tokenizer."""
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint, folder)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return folder
+
+
+def test_a_job_over_conversations(chat_model: Path, tmp_path: Path) -> None:
+    conversations = turns(6)
+    root = run(chat_model, write(tmp_path / "c.jsonl", conversations), tmp_path / "out", dataset=MESSAGES, **ALONE)
+    tokenizer = AutoTokenizer.from_pretrained(chat_model)
+    rows = heads_of(root)["l00h00q"].to_pylist()
+    for index, messages in enumerate(conversations):
+        expected = tokenizer.apply_chat_template(messages)["input_ids"]
+        assert [row["token_id"] for row in rows if row["example_id"] == index] == expected
+    manifest = manifests.read(root)
+    assert manifest["proof"]["proven"] is True and not verify(root).problems
+    assert len(manifest["tokenizer"]["chat_template"]) == 64
+    card = (root / "README.md").read_text()
+    assert "| messages column | messages |" in card and "| text column |" not in card
+    assert f"| chat template | sha256 {manifest['tokenizer']['chat_template'][:16]} |" in card
+    assert "| special tokens | those of the chat template |" in card
+
+
+@pytest.mark.slow
+def test_it_resumes_and_grows(chat_model: Path, tmp_path: Path) -> None:
+    file = write(tmp_path / "c.jsonl", turns(9))
+    undisturbed = run(chat_model, file, tmp_path / "undisturbed", dataset=MESSAGES, **ALONE)
+    stopped_after(2, chat_model, file, tmp_path / "out", dataset=MESSAGES, **ALONE)
+    assert hashes(run(chat_model, file, tmp_path / "out", dataset=MESSAGES, **ALONE)) == hashes(undisturbed)
+    root = tmp_path / "grown"
+    run(chat_model, write(tmp_path / "d.jsonl", turns(4)), root, dataset=MESSAGES, **ALONE)
+    run(chat_model, write(tmp_path / "d.jsonl", turns(9)), root, dataset=MESSAGES, **ALONE)
+    found, expected = heads_of(root), heads_of(undisturbed)
+    assert all(keys(found[name]) == keys(expected[name]) for name in expected)
+    changed = turns(9)
+    changed[2][1]["content"] += "!"
+    with pytest.raises(SourceError, match=r"row 2 of the dataset \(id 2\) is not the text"):
+        run(chat_model, write(tmp_path / "d.jsonl", changed), root, dataset=MESSAGES, **ALONE)
+
+
+@pytest.mark.slow
+def test_another_template_is_another_dataset(chat_model: Path, tmp_path: Path) -> None:
+    file, root = write(tmp_path / "c.jsonl", turns(3)), tmp_path / "out"
+    template = tmp_path / "own.jinja"
+    template.write_text(TEMPLATE)
+    given = MESSAGES | {"chat": {"template": str(template)}}
+    run(chat_model, file, root, dataset=given, **ALONE)
+    run(chat_model, file, root, dataset=given, **ALONE)
+    template.write_text(TEMPLATE.replace(";", "."))
+    with pytest.raises(StoreError, match=r"dataset\.chat\.template: 'sha256:[0-9a-f]{64}' there, 'sha256:") as caught:
+        run(chat_model, file, root, dataset=given, **ALONE)
+    assert "{%" not in str(caught.value)
+    other = MESSAGES | {"chat": {"add_generation_prompt": True, "template": TEMPLATE}}
+    with pytest.raises(StoreError, match=r"dataset\.chat\.add_generation_prompt: False there, True now"):
+        run(chat_model, file, root, dataset=other, **ALONE)
+
+    # The tokenizer's own: the digest of its files, or of the loaded template, differs.
+    own = tmp_path / "own"
+    stopped_after(1, chat_model, file, own, dataset=MESSAGES, **ALONE)
+    (chat_model / "chat_template.jinja").write_text(TEMPLATE.replace(";", "."))
+    with pytest.raises(StoreError, match="commit of the tokenizer"):
+        run(chat_model, file, own, dataset=MESSAGES, **ALONE)
+
+
+def test_what_the_template_refuses_ends_the_job_with_the_row(chat_model: Path, tmp_path: Path) -> None:
+    (chat_model / "chat_template.jinja").write_text(
+        "{{ raise_exception('no') if messages[0].role == 'tool' else 'a' }}"
+    )
+    conversations = [*turns(2), [{"role": "tool", "content": "x"}]]
+    with pytest.raises(SourceError, match=r"row 2 of the dataset \(id 2\) is refused by the chat template of .*: no\."):
+        run(chat_model, write(tmp_path / "c.jsonl", conversations), tmp_path / "out", dataset=MESSAGES)

@@ -221,7 +221,12 @@ def _capture(config: Config) -> Iterator[str]:
 
 
 def _segments(config: Config) -> Iterator[str]:
-    """Yields a line for each setting that needs segments, if the examples have none."""
+    """Yields a line for each setting that needs segments or characters, if the examples have none."""
+    dataset = config.dataset
+    if config.capture.capture_offsets and dataset.tokens_column is not None:
+        yield "capture.capture_offsets is true, but dataset.tokens_column is given: token ids have no characters"
+    if dataset.messages_column is not None or dataset.segments_column is not None:
+        return
     way_out = "no column has segments: set dataset.messages_column, or dataset.tokens_column and segments_column"
     if config.capture.capture_segments:
         yield f"capture.capture_segments is true, but {way_out}"

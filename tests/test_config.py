@@ -268,6 +268,14 @@ BAD: list[tuple[str, Config]] = [
         r"model\.tokenizer\.add_special_tokens is true, but dataset\.messages_column is given",
         replace(in_chat(), model=replace(MODEL, tokenizer=TokenizerConfig(add_special_tokens="true"))),
     ),
+    (
+        r"capture\.capture_offsets is true, but dataset\.tokens_column is given: token ids have no characters",
+        replace(GOOD, dataset=replace(DATASET, tokens_column="t"), capture=CaptureConfig(capture_offsets=True)),
+    ),
+    (
+        r"capture\.capture_segments is true, but no column has segments",
+        replace(GOOD, dataset=replace(DATASET, tokens_column="t"), capture=CaptureConfig(capture_segments=True)),
+    ),
     (r"dataset\.max_samples is 0", replace(GOOD, dataset=replace(DATASET, max_samples=0))),
     (r"dataset\.data_files is \[\]", replace(GOOD, dataset=replace(DATASET, data_files=[]))),
     (r"dataset\.data_files is \{'train': 3\}", replace(GOOD, dataset=replace(DATASET, data_files={"train": 3}))),

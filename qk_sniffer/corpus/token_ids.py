@@ -24,10 +24,14 @@ class GivenTokens:
     skipped = 0
     """An example has at least one id."""
 
-    def __init__(self, max_length: int, strings: TextTokenizer | None = None) -> None:
-        """`strings` is the tokenizer whose vocabulary spells the tokens; None if no strings are asked for."""
+    def __init__(self, max_length: int, strings: TextTokenizer | None = None, *, segments: bool = False) -> None:
+        """`strings` is the tokenizer whose vocabulary spells the tokens; None if no strings are asked for.
+
+        `segments` says whether segments are.
+        """
         self._max_length = max_length
         self._strings = strings
+        self._segments = segments
         self._num_embeddings: int | None = None
 
     @property
@@ -90,6 +94,7 @@ class GivenTokens:
                 ),
             )
         ids = content.ids[: self._max_length]
+        segments = content.segments if self._segments else None
         return Tokens(
             example.index,
             example.example_id,
@@ -97,5 +102,5 @@ class GivenTokens:
             ids,
             len(content.ids) - len(ids),
             plain_hash(example),
-            segments=None if content.segments is None else content.segments.first(len(ids)),
+            segments=None if segments is None else segments.first(len(ids)),
         )

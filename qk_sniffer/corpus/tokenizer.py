@@ -11,9 +11,11 @@ from numpy.typing import NDArray
 
 from qk_sniffer.config import ChatConfig, ModelConfig, TokenizerConfig
 from qk_sniffer.corpus.chat import ChatTemplate
+from qk_sniffer.corpus.chat_segments import ChatSegments
 from qk_sniffer.corpus.contents import ContentError, Conversation, text_hash
 from qk_sniffer.corpus.examples import Example
 from qk_sniffer.corpus.long_texts import LongTexts
+from qk_sniffer.corpus.segments import Segments
 from qk_sniffer.corpus.special_tokens import Encoded, Offsets, SpecialTokens
 from qk_sniffer.corpus.tokenizer_files import difference_from_file, randomness_of, refuse_files_elsewhere
 from qk_sniffer.corpus.tokens import Tokens, content_error
@@ -38,7 +40,12 @@ _CALL_CHARACTERS = 1 << 22
 
 
 def load_tokenizer(
-    config: ModelConfig, commit: str | None = None, chat: ChatConfig | None = None, *, offsets: bool = False
+    config: ModelConfig,
+    commit: str | None = None,
+    chat: ChatConfig | None = None,
+    *,
+    offsets: bool = False,
+    segments: bool = False,
 ) -> "TextTokenizer":
     """Loads the tokenizer of `config.tokenizer`, by default the model's own.
 
@@ -46,6 +53,7 @@ def load_tokenizer(
         commit: the commit of a Hub repository that an earlier start of the job pinned; None pins the revision now.
         chat: the settings of conversations; None for a tokenizer of texts alone.
         offsets: whether to find the characters of tokens.
+        segments: whether to find the segments of conversations.
 
     Raises:
         SourceError: the tokenizer is not found, cannot be loaded or is random, a link leads out of its folder, it has
@@ -93,7 +101,9 @@ def load_tokenizer(
                 f"the tokenizer of {name} splits a text differently each time: {random}. Set model.tokenizer.name to a "
                 "copy of it without this setting"
             )
-        loaded = TextTokenizer(tokenizer, config.tokenizer, name=name, commit=commit, chat=chat, offsets=offsets)
+        loaded = TextTokenizer(
+            tokenizer, config.tokenizer, name=name, commit=commit, chat=chat, offsets=offsets, segments=segments
+        )
     except SourceError:
         raise
     except Exception as error:
@@ -133,6 +143,7 @@ class TextTokenizer:
         commit: str | None = None,
         chat: ChatConfig | None = None,
         offsets: bool = False,
+        segments: bool = False,
     ) -> None:
         """Takes a tokenizer of transformers. The other arguments are those of `load_tokenizer`."""
         special = tokenizer.num_special_tokens_to_add(pair=False)
@@ -149,19 +160,22 @@ class TextTokenizer:
                 f"model.tokenizer.max_length={config.max_length} leaves no tokens for text: the tokenizer of {name} "
                 f"adds {special} special tokens"
             )
-        if offsets and not getattr(tokenizer, "is_fast", False):
+        if (offsets or (segments and chat is not None)) and not getattr(tokenizer, "is_fast", False):
+            asked = "capture.capture_offsets is true" if offsets else "segments of conversations are asked for"
             raise SourceError(
-                f"capture.capture_offsets is true, but the tokenizer of {name}, {type(tokenizer).__name__}, does not "
-                "tell the characters of its tokens. Set capture.capture_offsets=false, or model.tokenizer.name to a "
-                "copy of it with a tokenizer.json"
+                f"{asked}, but the tokenizer of {name}, {type(tokenizer).__name__}, does not tell the characters of "
+                f"its tokens. {'Set capture.capture_offsets=false' if offsets else 'Capture without segments'}, or set "
+                "model.tokenizer.name to a copy of it with a tokenizer.json"
             )
         tokenizer.truncation_side = "right"
         self._tokenizer = tokenizer
         self._max_length = config.max_length
         self._added = special
         self._long = LongTexts(tokenizer, config.max_length + special + 1)
-        self._offsets = offsets
         self._chat = None if chat is None else ChatTemplate(tokenizer, chat, name=name)
+        self._segments = None if self._chat is None or not segments else ChatSegments(self._chat)
+        self._keeps_offsets = offsets
+        self._offsets = offsets or self._segments is not None
         self._skipped = 0
         self._num_embeddings: int | None = None
         self.name = name
@@ -235,7 +249,8 @@ class TextTokenizer:
                         text_hash(text),
                         encoded.begins_special,
                         encoded.ends_special,
-                        offsets=encoded.offsets,
+                        self._segments_of(example, text, encoded.offsets),
+                        encoded.offsets if self._keeps_offsets else None,
                     )
                 )
         return tokens
@@ -281,6 +296,14 @@ class TextTokenizer:
         assert isinstance(example.content, Conversation) and self._chat is not None
         try:
             return self._chat.render(example.content.messages)
+        except ContentError as error:
+            raise content_error(example, error) from error
+
+    def _segments_of(self, example: Example, text: str, offsets: Offsets | None) -> Segments | None:
+        if self._segments is None or offsets is None or not isinstance(example.content, Conversation):
+            return None
+        try:
+            return self._segments.of(example.content.messages, text, offsets)
         except ContentError as error:
             raise content_error(example, error) from error
 

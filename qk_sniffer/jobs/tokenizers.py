@@ -20,7 +20,7 @@ def open_tokenizer(config: ResolvedConfig, commits: Mapping[str, str | None]) ->
     if config.dataset.tokens_column is None:
         return _loaded(config, commits)
     strings = _loaded(config, commits) if config.capture.capture_token_strings else None
-    return GivenTokens(config.model.tokenizer.max_length, strings)
+    return GivenTokens(config.model.tokenizer.max_length, strings, segments=config.has_segments)
 
 
 def hasher_of(config: ResolvedConfig, commits: Mapping[str, str | None]) -> HashOf:
@@ -40,5 +40,10 @@ def hasher_of(config: ResolvedConfig, commits: Mapping[str, str | None]) -> Hash
 
 def _loaded(config: ResolvedConfig, commits: Mapping[str, str | None]) -> TextTokenizer:
     chat = None if config.dataset.messages_column is None else config.dataset.chat
-    offsets = config.capture.capture_offsets
-    return load_tokenizer(config.model, hub_commit_of(commits["tokenizer"]), chat, offsets=offsets)
+    return load_tokenizer(
+        config.model,
+        hub_commit_of(commits["tokenizer"]),
+        chat,
+        offsets=config.capture.capture_offsets,
+        segments=config.has_segments,
+    )

@@ -19,14 +19,15 @@ def example(ids: list[int], segments: Segments | None = None) -> Example:
 def test_ids_are_taken_as_they_are_and_cut_at_the_end() -> None:
     whole = example([5, 0, 9, 5], SEGMENTS)
     for max_length in (1, 3, 4, 100):
-        [tokens] = GivenTokens(max_length)([whole])
+        [tokens] = GivenTokens(max_length, segments=True)([whole])
         assert (tokens.index, tokens.example_id, tokens.source_id) == (3, 103, "id 3")
         assert tokens.ids.tolist() == [5, 0, 9, 5][:max_length] and tokens.ids.dtype == np.int32
         assert tokens.left_out == max(0, 4 - max_length)
         assert tokens.segments is not None and tokens.segments.names == SEGMENTS.names
         assert tokens.segments.codes.tolist() == [0, 0, 1, 1][:max_length]
         assert tokens.text_hash == GivenTokens(1).content_hash(whole)
-    assert GivenTokens(4)([example([1])])[0].segments is None
+    assert GivenTokens(4, segments=True)([example([1])])[0].segments is None
+    assert GivenTokens(4)([whole])[0].segments is None, "they are not asked for"
 
 
 def test_the_hash_is_of_the_ids() -> None:

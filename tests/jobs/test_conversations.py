@@ -58,6 +58,19 @@ def test_a_job_over_conversations(chat_model: Path, tmp_path: Path) -> None:
     assert "| special tokens | those of the chat template |" in card
 
 
+def test_the_sampler_keeps_what_the_assistant_says(chat_model: Path, tmp_path: Path) -> None:
+    conversations = turns(4)
+    sections: dict[str, Any] = {"sampler": {"segments": ["assistant"]}, "capture": {"capture_segments": True}}
+    root = run(chat_model, write(tmp_path / "c.jsonl", conversations), tmp_path / "out", dataset=MESSAGES, **sections)
+    rows = heads_of(root)["l00h00q"].to_pylist()
+    assert {row["segment"] for row in rows} == {"assistant"}
+    for index, messages in enumerate(conversations):
+        question, answer = (message["content"] for message in messages)
+        start = len(f"u:{question};a:")
+        positions = [row["position"] for row in rows if row["example_id"] == index]
+        assert positions == [*range(start, start + len(answer))]
+
+
 @pytest.mark.slow
 def test_it_resumes_and_grows(chat_model: Path, tmp_path: Path) -> None:
     file = write(tmp_path / "c.jsonl", turns(9))

@@ -107,11 +107,12 @@ def test_the_vectors_of_a_generated_answer_are_those_of_its_generation(tmp_path:
         tmp_path / "answers.jsonl",
         tmp_path / "out",
         dataset=TOKENS | {"segments_column": "segments"},
-        capture={"capture_values": True, "capture_token_ids": True},
+        capture={"capture_values": True, "capture_token_ids": True, "capture_segments": True},
         verify={"examples": 0},
     )
     heads = heads_of(root)
     assert heads["l00h00k"]["token_id"].to_pylist() == ids and len(ids) > length + 20
+    assert heads["l00h00k"]["segment"].to_pylist() == ["prompt"] * length + ["answer"] * (len(ids) - length)
     cached = len(ids) - 1  # the last token was chosen, and not run
     for layer in range(model.config.num_hidden_layers):
         cache = made.past_key_values.layers[layer]

@@ -1,5 +1,6 @@
 """The pages: runs, composes or loads every fenced command, YAML and Python block."""
 
+import json
 import os
 import re
 import shutil
@@ -12,6 +13,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from hydra._internal.utils import get_args
@@ -125,6 +128,11 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("reader")
     (folder / "texts.jsonl").write_text('{"text": "The first text."}\n{"text": "And the second, a longer one."}\n')
     (folder / "book.txt").write_text("Call me Ishmael. Some years ago, never mind how long precisely.")
+    chat = [{"role": "user", "content": "What is a tuple?"}, {"role": "assistant", "content": "A sequence."}]
+    (folder / "chats.jsonl").write_text(json.dumps({"messages": chat}) + "\n")
+    (folder / "chat.jinja").write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}. {% endfor %}")
+    answers = [{"input_ids": [5, 6, 7], "segments": [{"name": "prompt", "start": 0}, {"name": "answer", "start": 2}]}]
+    pq.write_table(pa.Table.from_pylist(answers), folder / "answers.parquet")
     (folder / "my-folder").mkdir()
     (folder / "my-folder" / "rows.jsonl").write_text('{"body": "Some words.", "id": 7}\n')
     for block in BLOCKS:

@@ -11,10 +11,11 @@ from io import TextIOWrapper
 from numbers import Number
 from pathlib import Path
 from textwrap import indent
+from types import TracebackType
 from typing import Any
 
 from qk_sniffer.errors import QkSnifferError
-from qk_sniffer.text import printable, printable_lines
+from qk_sniffer.text import printable, printable_lines, say_text
 
 
 class _Logger(logging.LoggerAdapter[logging.Logger]):
@@ -76,12 +77,13 @@ class _Record(logging.LogRecord):
 
 
 def escape_libraries() -> None:
-    """Escapes what libraries log, and their warnings, in this process. They quote the files that they read.
+    """Escapes what libraries log, their warnings, and an error that ends this process. They quote files and addresses.
 
     Programs call it, because it changes the whole process.
     """
     logging.setLogRecordFactory(_Record)
     warnings.formatwarning = _printable_warning
+    sys.excepthook = _print_error
 
 
 def logger(name: str) -> logging.LoggerAdapter[logging.Logger]:
@@ -95,6 +97,10 @@ _formatwarning = warnings.formatwarning
 
 def _printable_warning(*args: Any, **kwargs: Any) -> str:
     return _indented(_formatwarning(*args, **kwargs).rstrip("\n")) + "\n"
+
+
+def _print_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    say_text(_indented("".join(traceback.format_exception(kind, error, trace)).rstrip("\n")), to=sys.stderr)
 
 
 def _indented(text: str) -> str:

@@ -92,10 +92,11 @@ def test_tables_messages_and_logs_hold_no_foreign_line(
     assert logging.getLogger("qk_sniffer.test").isEnabledFor(logging.WARNING)
 
 
-def test_what_libraries_log_and_warn_is_escaped(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+def test_what_libraries_log_warn_and_raise_is_escaped(
+    caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     escape_libraries()
     library = logging.getLogger("some_library")
     library.warning("the key %s is not known", HOSTILE)
@@ -104,8 +105,10 @@ def test_what_libraries_log_and_warn_is_escaped(
         raise RuntimeError(HOSTILE)
     except RuntimeError:
         library.exception("failed")
+    sys.excepthook(RuntimeError, RuntimeError(HOSTILE), None)
     shown = caplog.text + warnings.formatwarning(UserWarning(HOSTILE), UserWarning, "x.py", 1, "code")
-    assert shown.count("0;owned") == 3 and printable_lines(shown) == shown
+    shown += capsys.readouterr().err
+    assert shown.count("0;owned") == 4 and printable_lines(shown) == shown
     assert not [line for line in shown.splitlines() if line.startswith("whole: 2 heads")]
 
 

@@ -112,6 +112,15 @@ def printable_lines(text: object) -> str:
     return "\n".join(map(printable, str(text).split("\n")))
 
 
+def one_line(text: object, most: int) -> str:
+    """Returns a text as one printable line of at most `most` characters. Secrets are hidden before it is cut.
+
+    A part of a secret would not be recognized, and a file that keeps the text is shown by other processes.
+    """
+    line = printable(" ".join(str(text).split()))
+    return line if len(line) <= most else f"{line[: most - 4]} ..."
+
+
 def enumerated(words: Sequence[str]) -> str:
     """Returns words as in a sentence: `queries, keys and values`."""
     return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))

@@ -15,8 +15,10 @@ from qk_sniffer.errors import ConfigError, StoreError
 from qk_sniffer.logs import escape_libraries, logger
 from qk_sniffer.text import (
     aligned,
+    hide,
     hide_in_address,
     hide_in_addresses,
+    one_line,
     printable,
     printable_lines,
     python_literal,
@@ -144,3 +146,10 @@ def test_a_library_may_quote_a_part_of_an_address(monkeypatch: pytest.MonkeyPatc
     for quoted in ("https://host/dl/Tok3nTok3n/plainword/x", "404 for /dl/Tok3nTok3n/plainword/x", "Tok3nTok3n"):
         assert "Tok3n" not in printable(quoted)
     assert printable("a plainword") == "a plainword"
+
+
+def test_a_secret_is_hidden_before_a_text_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_module, "_hidden", ())
+    hide("a-secret-token")
+    cut = one_line(f"no file\n{'x' * 20} a-secret-token and more", 36)
+    assert cut == f"no file {'x' * 20} *** ..." and one_line("as it is", 8) == "as it is"

@@ -28,7 +28,7 @@ from qk_sniffer.backbone.layers import LayerFacts
 from qk_sniffer.backbone.masks import Visible
 from qk_sniffer.backbone.tap import KernelRun
 from qk_sniffer.logs import logger
-from qk_sniffer.text import compact_ranges
+from qk_sniffer.text import compact_ranges, one_line
 
 log = logger(__name__)
 
@@ -105,7 +105,7 @@ class TextCheck:
             self._results.append(result | {"passed": None, "reason": str(error)})
             return
         except (RuntimeError, TypeError, ValueError) as error:  # such as no memory: the check must not end a job
-            self._results.append(result | {"passed": None, "reason": f"{type(error).__name__}: {error}"[:300]})
+            self._results.append(result | {"passed": None, "reason": one_line(f"{type(error).__name__}: {error}", 300)})
             return
         worst = differences.amax(dim=1).tolist()  # by position; NaN stays NaN
         wrong = [at for at, value in zip(result["positions"], worst, strict=True) if not value <= result["tolerance"]]

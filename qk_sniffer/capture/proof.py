@@ -49,6 +49,7 @@ from qk_sniffer.logs import logger
 from qk_sniffer.store.layout import Head, Layout
 from qk_sniffer.store.open_folder import Access
 from qk_sniffer.store.parquet_files import open_parquet
+from qk_sniffer.text import one_line
 
 log = logger(__name__)
 
@@ -108,7 +109,7 @@ def prove(
                 log.warning("no row beyond position %s is compared: %s", f"{MAX_TOKENS - 1:,}", error)
                 continue
             reason = f"the hook path does not fit this model ({type(error).__name__}: {error})"
-            return proof | {"reason": reason[:MOST_REASON]}
+            return proof | {"reason": one_line(reason, MOST_REASON)}
         if found is None:
             return proof | {"reason": NO_HOOKS}
         derived, reasons = found

@@ -39,6 +39,7 @@ from qk_sniffer.corpus.tokens import Tokens
 from qk_sniffer.errors import QkSnifferError
 from qk_sniffer.store.layout import Head
 from qk_sniffer.store.statistics import Part, PartKey, stages_of
+from qk_sniffer.text import one_line
 from qk_sniffer.timing import Stages
 
 NO_OUTPUTS = "statistics of outputs are not made a second time"
@@ -101,7 +102,7 @@ def prove_statistics(
             raise
         except Exception as error:  # from the model's code, if it differs from what its family expects
             reason = f"the hook path does not fit this model ({type(error).__name__}: {error})"
-            return found | {"reason": reason[:MOST_REASON]}
+            return found | {"reason": one_line(reason, MOST_REASON)}
         if of_heads is None:
             return found | {"reason": NO_HOOKS}
         for head, difference in of_heads.items():

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, TypeVar
 from qk_sniffer.errors import HubError
 from qk_sniffer.hub.endpoint import announce
 from qk_sniffer.logs import logger
-from qk_sniffer.text import is_utf8_path, utf8_way_out
+from qk_sniffer.text import is_utf8_path, one_line, utf8_way_out
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -268,4 +268,4 @@ def _without_token(text: str, api: "HfApi") -> str:
     if token:
         # An invalid token (a line break in HF_TOKEN) is quoted with escapes.
         text = text.replace(token, "***").replace(repr(token)[1:-1], "***")
-    return " ".join(text.split())[:300].rstrip(".")
+    return one_line(text, 300).rstrip(".")

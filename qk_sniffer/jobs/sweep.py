@@ -7,7 +7,6 @@ these folders can read the states of the jobs, wherever they run.
 
 import os
 import socket
-import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -26,7 +25,7 @@ from qk_sniffer.store import stored
 from qk_sniffer.store.disk import explained, walk, write_atomic
 from qk_sniffer.store.locks import Lock, TakenAwayError, hold, is_held, restart_patience_s
 from qk_sniffer.store.stored import LARGE, Count, PathText, Seconds, Text, UnreadableError
-from qk_sniffer.text import aligned, compact_ranges, printable
+from qk_sniffer.text import aligned, compact_ranges, one_line, printable
 
 log = logger(__name__)
 
@@ -120,7 +119,7 @@ class Status:
 
     def fail(self, message: str, *, code: int = 1) -> None:
         """Records that the job failed with `message`, and its exit code."""
-        self.state, self.error, self.code = FAILED, textwrap.shorten(message, 300, placeholder=" ..."), code
+        self.state, self.error, self.code = FAILED, one_line(message, 300), code
 
     def write(self, folder: Path) -> None:
         """Writes the status file to a job's folder."""

@@ -24,6 +24,7 @@ from qk_sniffer.resolved import resolve
 from qk_sniffer.status import Settings, show
 from qk_sniffer.store.layout import Layout
 from qk_sniffer.store.locks import hold
+from qk_sniffer.text import hide_in_address
 
 
 def planned(*roots: Path) -> list[PlannedJob]:
@@ -125,6 +126,14 @@ def test_settings_that_no_job_could_read_are_not_submitted(tmp_path: Path, monke
     ):
         pass
     assert not (tmp_path / "1" / "sweep.json").exists()
+
+
+def test_the_error_of_a_job_shows_no_secret_to_later_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qk_sniffer.text._hidden", ())
+    hide_in_address("https://me:a-password@host/a-token")
+    found = Status.of(0, planned(tmp_path / "a")[0].config, state=sweep.RUNNING)
+    found.fail("RuntimeError: https://me:a-password@host/a-token\x1b")
+    assert found.error == "RuntimeError: https://***@host/***\\x1b"
 
 
 def test_a_job_that_dies_has_failed(tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ class Lock(Anchored):
     descriptor: int
 
     def check(self) -> None:
-        """Checks that the file at the path is still the locked file: nothing was removed, moved or replaced.
+        """Checks that file and folder at the path are still those of the lock: nothing was removed, moved or replaced.
 
         Raises:
             TakenAwayError: it is not.
@@ -85,8 +85,19 @@ class Lock(Anchored):
 
     @property
     def is_at_its_path(self) -> bool:
-        """Whether the file at the path is still the locked file."""
-        return _is_at(self.descriptor, self.path)
+        """Whether the file at the path is still the locked file, in the folder that is open.
+
+        The folder counts too: a copy of it may have the locked file as a hard link.
+        """
+        try:
+            are_there = all(
+                os.path.samestat(os.fstat(folder.descriptor), folder.path.stat()) for folder in self.folders
+            )
+        except OSError as error:
+            if error.errno not in _GONE:
+                raise
+            return False
+        return are_there and _is_at(self.descriptor, self.path)
 
     @contextmanager
     def explaining(self) -> Iterator[None]:
@@ -283,12 +294,14 @@ def _lock(descriptor: int) -> None:
 def _is_at(descriptor: int, path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(descriptor), path.lstat())
-    except (FileNotFoundError, NotADirectoryError):
-        return False
     except OSError as error:
-        if error.errno == errno.ESTALE:  # NFS: another machine has removed the file
+        if error.errno in _GONE:
             return False
         raise
+
+
+_GONE = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ESTALE)
+"""The errors for a path that leads to nothing by now. The last one is of NFS: another machine has removed the file."""
 
 
 _held: set[int] = set()

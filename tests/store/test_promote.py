@@ -328,6 +328,32 @@ def test_a_second_lock_is_taken_in_the_folder_of_the_first(tmp_path: Path) -> No
     assert [*user.iterdir()] == []
 
 
+@pytest.mark.parametrize("part", ["root", "root/.qk_sniffer"])
+def test_a_lock_in_a_copy_of_its_folder_with_hard_links_is_lost(part: str, tmp_path: Path) -> None:
+    layout = Layout(tmp_path / "root")
+    layout.root.mkdir()
+    with hold(layout.shard_lock(0, 1), "capturing") as lock:
+        shutil.copytree(tmp_path / part, tmp_path / "copy", copy_function=os.link)
+        lock.check()
+        (tmp_path / part).rename(tmp_path / "moved")
+        (tmp_path / "copy").rename(tmp_path / part)
+        with pytest.raises(TakenAwayError):
+            lock.check()
+        with pytest.raises(TakenAwayError), hold(layout.finalize_lock, "testing", access=lock):
+            pass
+
+
+def test_a_lock_whose_folder_moved_to_another_root_is_lost(tmp_path: Path) -> None:
+    layout = Layout(tmp_path / "root")
+    layout.root.mkdir()
+    with hold(layout.shard_lock(0, 1), "capturing") as lock:
+        layout.root.rename(tmp_path / "moved")
+        layout.root.mkdir()
+        (tmp_path / "moved" / layout.work.name).rename(layout.work)
+        with pytest.raises(TakenAwayError):
+            lock.check()
+
+
 def test_a_forked_child_does_not_keep_the_lock_of_a_dead_parent(tmp_path: Path) -> None:
     lock = Layout(tmp_path).shard_lock(0, 1)
     code = (

@@ -298,7 +298,15 @@ def test_a_base_that_is_gone_is_not_grown(
         with pytest.raises(Stopped):
             run_job(job(checkpoint, texts, root))
     (root / "manifest.json").unlink()
+    overwriting = job(checkpoint, texts, root, output={"data_root": str(root), "overwrite": True})
     with pytest.raises(StoreError, match="no longer the dataset that this job was adding to"):
         run_job(job(checkpoint, texts, root))
-    run_job(job(checkpoint, texts, root, output={"data_root": str(root), "overwrite": True}))
+    before = hashes(root)
+    with pytest.raises(StoreError, match=r"holds README\.md, .* which no dataset .* move it away"):
+        run_job(overwriting)
+    assert hashes(root) == before
+    (tmp_path / "away").mkdir()
+    for path in [path for path in root.iterdir() if path.name != ".qk_sniffer"]:
+        path.rename(tmp_path / "away" / path.name)
+    run_job(overwriting)
     assert manifests.read(root)["examples"] == 24 and manifests.read(root)["grown_from"] == []

@@ -17,6 +17,7 @@ from support.jobs import heads_of, run, vectors
 from support.plasticity_cases import buckets, bytes_of, environment_of, measure, metrics, program, record, rewrite
 from support.verify_cases import edit
 
+from qk_sniffer.dataset.reader import Dataset
 from qk_sniffer.errors import QkSnifferError, StoreError
 from qk_sniffer.plasticity import tables
 from qk_sniffer.plasticity.forms import METRICS
@@ -380,3 +381,20 @@ def test_threads_share_the_query_heads_of_few_key_heads() -> None:
     assert [each.query_heads for each in portions(keys[:1], 2)] == [(0, 1), (2, 3)]
     assert [each.query_heads for each in portions(keys[:1], 16)] == [(0,), (1,), (2,), (3,)]
     assert sum((each.query_heads for each in portions(keys[:2], 16)), ()) == (0, 1, 2, 3) * 2
+
+
+@pytest.mark.slow
+def test_rows_of_a_dataset_that_replaces_the_measured_one_are_noted(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Dataset.vectors
+
+    def replaced(dataset: Dataset, layer: int, head: int, kind: str) -> Any:  # just before it is read
+        path = root / f"l{layer:02d}h{head:02d}{kind}" / "data.parquet"
+        found = real(dataset, layer, head, kind)
+        path.write_bytes(path.read_bytes()[:-1] + b"?")
+        return found
+
+    monkeypatch.setattr(Dataset, "vectors", replaced)
+    measure(root, tmp_path / "results", num_pairs_per_bucket=8)
+    assert "is not the one that manifest.json lists" in str(record(tmp_path / "results"))

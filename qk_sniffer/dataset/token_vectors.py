@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from io import BufferedReader
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +35,7 @@ from qk_sniffer.capture.sampling import Sampler
 from qk_sniffer.config import SamplerConfig
 from qk_sniffer.errors import StoreError
 from qk_sniffer.store.disk import explained, make_folder, open_file, sync_file
+from qk_sniffer.store.files import Comparison
 from qk_sniffer.store.layout import KEY_HEAD_KINDS, HeadKey
 from qk_sniffer.store.open_folder import OddFileError, OpenFolder
 from qk_sniffer.store.parquet_tables import excess, opened, read_matrix
@@ -192,23 +193,41 @@ def write(path: Path, sources: Sequence[Source], way_out: str) -> None:
     written to the disk once.
 
     Raises:
-        StoreError: a file is damaged, has other tokens than the first, or the folder cannot be written.
+        StoreError: a file is not that of the manifest, has other tokens than the first, or a folder cannot be written.
     """
-    places, rows, size = _places(sources), sources[0].rows, 4 * sources[0].rows * _width(sources)
+    size = 4 * sources[0].rows * _width(sources)
     # The ranks of a training may write the same file. In a folder of several users, a known name could be a link.
     temporary = f".{path.name}-{secrets.token_hex(8)}.tmp"
     with ExitStack() as stack:
+        with explained(path, "write"):
+            make_folder(path.parent)
+            folder = stack.enter_context(OpenFolder.at(path.parent))
+            file = stack.enter_context(folder.temporary(temporary))
+            os.posix_fallocate(file.fileno(), 0, size + hashlib.sha256().digest_size)
+        _copy(sources, file, way_out)
+        with explained(path, "write"):
+            os.pwrite(file.fileno(), bytes.fromhex(_digest(sources)), size)
+            sync_file(file.fileno())
+            folder.rename(temporary, folder, path.name)
+            folder.sync()
+
+
+def _copy(sources: Sequence[Source], file: BinaryIO, way_out: str) -> None:
+    """Copies the vectors of `sources` to the start of an open file, which has their size.
+
+    Raises:
+        StoreError: a file is damaged, was replaced by that of another dataset, or has other tokens than the first.
+    """
+    places, rows, comparison = _places(sources), sources[0].rows, Comparison()
+    with ExitStack() as stack:
+        for one in sources:
+            stack.enter_context(comparison.intact(one.path, one.sha256, way_out=way_out))
         readers = [stack.enter_context(opened(one.path, one.schema, way_out=way_out, rows=one.rows)) for one in sources]
         for one, reader in zip(sources, readers, strict=True):
             wanted = pa.schema([one.schema.field(name) for name in _COLUMNS])
             if problem := excess(one.path, reader, wanted, at_once=False):
                 raise UnreadableError(one.path, problem, way_out)
         ids = _ids(sources[0], readers[0].read(columns=[*_COLUMNS[:2]]), way_out)
-        with explained(path, "write"):
-            make_folder(path.parent)
-            folder = stack.enter_context(OpenFolder.at(path.parent))
-            file = stack.enter_context(folder.temporary(temporary))
-            os.posix_fallocate(file.fileno(), 0, size + hashlib.sha256().digest_size)
         vectors = np.memmap(file, np.float32, "r+", shape=(rows, _width(sources))) if rows else None
         done, groups = [0] * len(sources), [0] * len(sources)
         while vectors is not None and min(done) < rows:
@@ -223,13 +242,8 @@ def write(path: Path, sources: Sequence[Source], way_out: str) -> None:
             vectors[start:stop, :2] = ids[start:stop].view(np.float32)
             vectors[start:stop, places[one.key.name]] = read_matrix(part["vector"])
             done[place], groups[place] = stop, groups[place] + 1
-        with explained(path, "write"):
-            if vectors is not None:
-                vectors.flush()
-            os.pwrite(file.fileno(), bytes.fromhex(_digest(sources)), size)
-            sync_file(file.fileno())
-            folder.rename(temporary, folder, path.name)
-            folder.sync()
+        if vectors is not None:
+            vectors.flush()
 
 
 def _ids(source: Source, part: pa.Table, way_out: str) -> npt.NDArray[np.int32]:

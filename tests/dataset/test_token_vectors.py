@@ -127,6 +127,29 @@ def test_two_datasets_in_one_cache_stay_apart(
         np.testing.assert_array_equal(tokens[range(len(tokens))]["l00h00k"].numpy(), dataset.vectors(0, 0, "k").vectors)
 
 
+def test_files_of_another_dataset_are_not_taken_for_those_of_the_manifest(
+    shared: qk_sniffer.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, real = Path(shutil.copytree(str(shared.folder), tmp_path / "out")), token_vectors._ids
+    dataset = qk_sniffer.open_dataset(root)
+    head = root / "l00h00k" / "data.parquet"
+    whole = head.read_bytes()
+    head.write_bytes(whole[:5] + bytes([whole[5] ^ 1]) + whole[6:])
+    with pytest.raises(StoreError, match="is damaged, or of another dataset: its sha256 differs"):
+        dataset.torch(HEADS, tmp_path / "cache")
+    head.write_bytes(whole)
+
+    def replaced(*arguments: Any) -> Any:  # while it is read
+        shutil.copy(head, root / "new")
+        (root / "new").rename(head)
+        return real(*arguments)
+
+    monkeypatch.setattr(token_vectors, "_ids", replaced)
+    with pytest.raises(StoreError, match="was changed while it was read"):
+        dataset.torch(HEADS, tmp_path / "cache")
+    assert [*(tmp_path / "cache").iterdir()] == []
+
+
 def test_no_link_in_a_cache_is_followed(shared: qk_sniffer.Dataset, tmp_path: Path) -> None:
     path, mine = shared.torch(HEADS, tmp_path / "cache").path, tmp_path / "mine"
     whole = path.read_bytes()

@@ -23,6 +23,8 @@ CHECKS = (
     "position",
     "bucket",
     "sliding_window",
+    "segment",
+    "offsets",
     "sampler",
     "alike",
     "vector",
@@ -49,6 +51,9 @@ class Problem:
     way_out: str = RECREATE
     head: HeadKey | None = None
     rows: int = 0
+
+    def __post_init__(self) -> None:
+        assert self.check in CHECKS, "a check that the report does not have"
 
     @classmethod
     def of(cls, head: Head, check: str, what: str, instance: str = "", rows: int = 0) -> "Problem":

@@ -8,7 +8,7 @@ or surplus rows in one block do not make the rows of later blocks wrong.
 import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -147,9 +147,7 @@ def check_rows(root: Path, heads: Sequence[Head], sampler: Sampler, examples: Ex
     """Checks the rows of `heads`, which are of one (layer, kind) and have files that `check_file` finds readable."""
     layer, kind = heads[0].layer, heads[0].kind
     with ExitStack() as stack:
-        streams = [
-            _Stream(head, stack.enter_context(open_parquet(root / head.file)), sampler, examples) for head in heads
-        ]
+        streams = [_Stream(head, stack.enter_context(_opened(root / head.file)), sampler, examples) for head in heads]
         for block in examples.blocks():
             ids, lengths = examples.example_id[block].tolist(), examples.num_tokens[block].tolist()
             in_segments = examples.in_segments(block, sampler.config.segments)
@@ -158,6 +156,15 @@ def check_rows(root: Path, heads: Sequence[Head], sampler: Sampler, examples: Ex
             for stream in streams:
                 stream.compare(expected, block.stop)
         return [stream.finish() for stream in streams]
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[pq.ParquetFile]:
+    """Opens a head's file. Segments are read by a dictionary, so that a text of any length is in memory once."""
+    with open_parquet(path) as file:
+        texts = [name for name in ("segment",) if name in file.schema_arrow.names]
+        with open_parquet(path, metadata=file.metadata, read_dictionary=texts) as compact:
+            yield compact
 
 
 def values(column: pa.Array | pa.ChunkedArray) -> npt.NDArray[Any]:
@@ -287,7 +294,7 @@ class _Stream:
         segments = self._examples.segments
         if segments is None or "segment" not in batch.schema.names:
             return
-        column = batch.column("segment")  # by a dictionary, so that a text of any length is in memory once
+        column = batch.column("segment")
         names = pa.array(segments.names, pa.string())
         found = values(pc.fill_null(pc.index_in(column.dictionary, names), -1))[values(column.indices)]
         position = values(batch.column("position"))

@@ -19,7 +19,6 @@ from qk_sniffer.jobs.components import Components
 from qk_sniffer.jobs.loaded_code import check_code
 from qk_sniffer.jobs.prefetch import ahead
 from qk_sniffer.jobs.progress import Progress
-from qk_sniffer.jobs.segment_names import check_segment_names
 from qk_sniffer.jobs.signals import Stopped, Stopping
 from qk_sniffer.jobs.source_rows import source_rows
 from qk_sniffer.jobs.start import Start
@@ -68,7 +67,6 @@ def capture_examples(
     shard, inference, corpus = config.shard, config.inference, start.corpus
     journal = Journal(layout.journal(shard.index, shard.count), claim.job_id, access=claim)
     total = _examples_of_shard(config, start)
-    check_segment_names(config, corpus, components.tokenizer)
     skipped_before = components.tokenizer.skipped
     if start.base is not None:
         log.info("adding to a finished dataset of %d source rows", start.rows_before)

@@ -21,6 +21,7 @@ from qk_sniffer.jobs.components import Components, load_components
 from qk_sniffer.jobs.finish import Outcome, finish, report_and_publish
 from qk_sniffer.jobs.licenses import stated_terms
 from qk_sniffer.jobs.prefetch import in_background
+from qk_sniffer.jobs.segment_names import check_segment_names
 from qk_sniffer.jobs.signals import Stopping
 from qk_sniffer.jobs.source_rows import change_limit, source_rows
 from qk_sniffer.jobs.start import Start, change_output, find_existing_work, register_job
@@ -94,6 +95,7 @@ def _run(config: ResolvedConfig, layout: Layout, stages: Stages, stopping: Stopp
             remove_unreadable_marks(layout, shard.count, claim)
         if claim is None or not is_still_done(layout, shard, claim):
             components = _load(config, start, stages)
+            check_segment_names(config, start.corpus, components.tokenizer)
             record = _record(config, start, components)
             job_id = register_job(layout, start, record, own_lock=lock, overwrite=overwrite)
             claim = Claim(lock, layout, job_id)

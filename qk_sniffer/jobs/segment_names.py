@@ -1,4 +1,4 @@
-"""Checks that examples have the segments that the sampler keeps, before the first forward pass."""
+"""Checks that examples have the segments that the sampler keeps, before the job is registered."""
 
 from itertools import islice
 

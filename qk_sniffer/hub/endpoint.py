@@ -30,22 +30,24 @@ _announced: set[str] = set()
 
 
 def check_address() -> None:
-    """Checks the address of the Hub in the environment. From here on, no message of this process shows its secrets.
+    """Checks the address of the Hub in the environment. From here on, no message shows secrets in it or in a proxy's.
 
     Call this before the first import of huggingface_hub, transformers, datasets or peft.
 
     Raises:
         SourceError: `HF_ENDPOINT` is no address. The error does not show its value.
     """
+    for address in _proxies().values():
+        hide_in_address(_whole(address))
     if endpoint := os.environ.get("HF_ENDPOINT"):
-        hide_in_address(endpoint)
+        hide_in_address(_whole(endpoint))
         _check("HF_ENDPOINT", endpoint)
 
 
 def announce() -> None:
     """Logs a warning that names the Hub of this process, once, unless it is huggingface.co or offline mode is on.
 
-    From here on, no message of this process shows the login: the token, and the secrets in addresses.
+    From here on, no message of this process shows the token either.
 
     Call this before the first request. `hub.client` calls it for its clients. A caller that lets transformers or
     datasets talk to the Hub calls it too.
@@ -59,13 +61,11 @@ def announce() -> None:
     token = get_token()
     if token is not None and len(token) >= SHORTEST_SECRET:
         hide(token)
-    addresses = {name: os.environ[name] for each in _PROXIES for name in (each, each.upper()) if os.environ.get(name)}
-    addresses["HF_ENDPOINT"] = endpoint = constants.ENDPOINT
-    for address in addresses.values():
-        hide_in_address(_whole(address))
+    endpoint = constants.ENDPOINT
+    hide_in_address(endpoint)
     if constants.HF_HUB_OFFLINE:
         return
-    for name, address in addresses.items():
+    for name, address in {**_proxies(), "HF_ENDPOINT": endpoint}.items():
         _check(name, address)
     if is_huggingface(endpoint) or endpoint in _announced:
         return
@@ -76,6 +76,12 @@ def announce() -> None:
         HUB,
         "" if _scheme(endpoint) == "https" else ". That connection is not encrypted",
     )
+
+
+def _proxies() -> dict[str, str]:
+    """Returns the addresses of proxies in the environment, by the names of their variables."""
+    names = (spelling for name in _PROXIES for spelling in (name, name.upper()))
+    return {name: os.environ[name] for name in names if os.environ.get(name)}
 
 
 def _check(name: str, value: str) -> None:

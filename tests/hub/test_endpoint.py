@@ -15,6 +15,7 @@ from qk_sniffer.errors import SourceError
 from qk_sniffer.hub import endpoint
 from qk_sniffer.hub.branch import find
 from qk_sniffer.hub.client import reading_api, writing_api
+from qk_sniffer.hub.endpoint import check_address
 
 pytestmark = pytest.mark.usefixtures("waits")
 
@@ -99,6 +100,8 @@ def test_what_is_no_address_is_refused_unseen(name: str, address: str, monkeypat
 )
 def test_logins_of_proxies_are_hidden(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("https_proxy", address)
+    check_address()
+    assert "a-word" not in text.printable(f"cannot reach {address}"), "also in a job that never asks the Hub"
     reading_api()
     assert "a-word" not in text.printable(f"cannot reach {address}")
 

@@ -34,8 +34,13 @@ def folder_problems(folder: Path, *, is_sweep: bool) -> Iterator[str]:
         )
 
 
-def login_problems(hydra: DictConfig) -> Iterator[str]:
-    """Yields a problem if Hydra would write the login into its files; `hydra` is Hydra's own configuration."""
+def job_problems(hydra: DictConfig) -> Iterator[str]:
+    """Yields what is wrong with Hydra's settings of a job; `hydra` is Hydra's own configuration."""
+    if hydra.job.chdir:
+        yield (
+            "hydra.job.chdir is true: a job would look for its files, and write its dataset, in the folder that Hydra "
+            "makes for it; leave it false"
+        )
     if names := sorted(_LOGIN & {*map(str, hydra.job.env_copy), *map(str, hydra.job.env_set)}):
         yield (
             f"hydra.job would store {', '.join(names)} in the files of the job: leave it out of env_copy and env_set. "

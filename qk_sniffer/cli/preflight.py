@@ -25,7 +25,7 @@ from qk_sniffer.cli import slurm_limits, slurm_script
 from qk_sniffer.cli.application import Application
 from qk_sniffer.cli.explain import explain, replace_unresolved, without_environment
 from qk_sniffer.cli.flags import initialized
-from qk_sniffer.cli.hydra_files import folder_problems, login_problems
+from qk_sniffer.cli.hydra_files import folder_problems, job_problems
 from qk_sniffer.cli.launching import is_on_slurm, is_plain_sweep
 from qk_sniffer.cli.overrides import EXPERIMENT, Checker, key_of
 from qk_sniffer.errors import ConfigError
@@ -102,7 +102,7 @@ class Composer(Generic[Settings]):
         self.is_sweep = self.is_sweep or master.hydra.mode == RunMode.MULTIRUN
         launcher = str(master.hydra.runtime.choices["hydra/launcher"])
         problems += _launcher_problems(launcher, master, is_sweep=self.is_sweep)
-        problems += login_problems(master.hydra)
+        problems += job_problems(master.hydra)
         if self.is_sweep:
             found, combinations = self._combinations(
                 master, [text for text in arguments if text in sweeps or text in single]

@@ -78,6 +78,7 @@ def refusal(*arguments: str) -> str:
         ("sampler.seed=1,2", r"several values are a sweep, which needs --multirun"),
         ("output.data_root=x-${sampler.sed}", r"output\.data_root is x-\$\{sampler\.sed\}: .*'sampler\.sed' not found"),
         ("output.data_root=outputs", r"in which Hydra keeps its own folders \(outputs/\.runs/"),
+        ("hydra.job.chdir=true", r"hydra\.job\.chdir is true: a job would look for its files, .*; leave it false"),
         ("hydra.run.dir=/dev/null/x", r"/dev/null is not a folder that can be written to"),
         ("output=hub", r"output\.hf_repo_id is not given"),
         ("capture.sampler.type=all", r"capture\.sampler\.type is a key of the original tool; it is now sampler\.type"),

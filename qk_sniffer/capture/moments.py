@@ -2,7 +2,8 @@
 
 The vectors of a batch are taken in pieces of bounded size. Each piece gives a count, a mean and centered moments in
 float32, which do not cancel because they are centered, and merges into float64 sums (`store/statistics.py` has the
-formula). A piece with numbers whose squares float32 might not hold is computed in float64. Padding never counts.
+formula). A piece with a head whose squares float32 might not hold, because they are too large or too small, is computed
+in float64. Padding never counts.
 
 Shapes: B batch, H heads that are kept, n tokens, d numbers of a vector, f rotary frequencies, p tokens of a piece.
 """
@@ -24,12 +25,13 @@ Spans = Sequence[tuple[int, int]]
 """Tokens of a text: the first one and the one after the last, of each span."""
 
 PIECE_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
-"""The bytes of a piece in float32, by the type of the device. A GPU waits for the size of the largest number of each
+"""The bytes of a piece in float32, by the type of the device. A GPU waits for the largest number of each head and
 piece, and for the starts of some thirty kernels."""
 
-LARGE = 1e15
-"""A piece with larger numbers is computed in float64. The squares of 2**23 numbers, as many as a piece has, of this
-size have a sum in float32."""
+LARGE, SMALL = 1e15, 1e-15
+"""A piece is computed in float64 if the largest number of a head is above LARGE, or below SMALL and not 0. The squares
+of 2**23 numbers, as many as a piece has, of the size LARGE have a sum in float32, and those of the size SMALL have all
+their digits. Heads that training has left unused have smaller ones."""
 
 
 def rotary_pairs(layer: LayerFacts, frequencies: Mapping[str, Frequencies]) -> Pairs | None:
@@ -74,17 +76,17 @@ class _Sums:
         Overwrites `buffer`, of at least H p d numbers in float32: the pages of new memory cost more than arithmetic.
         """
         low, high = vectors.amin(dim=1), vectors.amax(dim=1)
-        largest = float(torch.maximum(-low, high).max())  # NaN or Inf if there is any
+        sizes = torch.maximum(-low, high).amax(dim=1).tolist()  # of the heads; NaN or Inf if there is any
         finite, kept, count = None, vectors, torch.full_like(self.count, vectors.shape[1])
-        if not math.isfinite(largest):
+        if not all(map(math.isfinite, sizes)):
             finite = torch.isfinite(vectors).all(dim=-1)
             count = finite.sum(dim=1).double()
             self.nonfinite += finite.shape[1] - count
             low = torch.where(finite[..., None], vectors, torch.inf).amin(dim=1)
             high = torch.where(finite[..., None], vectors, -torch.inf).amax(dim=1)
             kept = torch.where(finite[..., None], vectors, 0.0)
-            largest = float(kept.abs().max())
-        if largest > LARGE:
+            sizes = kept.abs().amax(dim=(1, 2)).tolist()
+        if any(size > LARGE or 0 < size < SMALL for size in sizes):
             kept = kept.double()
         divisor = count.clamp(min=1)[:, None]
         mean = (kept.sum(dim=1).double() / divisor).to(kept.dtype)

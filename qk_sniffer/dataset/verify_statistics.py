@@ -35,6 +35,9 @@ _SURELY_HELD = 1e12
 _LEAST_SQUARED = 1e-15
 """The smallest number whose square surely has a place in float32. Norms of smaller ones may be 0."""
 
+_LEAST = float(np.finfo(np.float32).tiny)
+"""The rounding of a number that float32 holds with fewer digits, or as 0, because it is small."""
+
 _CHECK = "statistics"
 
 Float64 = npt.NDArray[np.float64]
@@ -233,14 +236,14 @@ class _Rows:
     def differences(self, found: Statistics) -> Iterator[str]:
         """Yields the names of the statistics of one head that are not those of the rows."""
         largest = max(np.abs(self._minimum).max(), np.abs(self._maximum).max())
-        if not np.abs(found.mean[0] - self._mean).max() <= MEAN_ROUNDING * largest:
+        if not np.abs(found.mean[0] - self._mean).max() <= MEAN_ROUNDING * largest + _LEAST:
             yield "mean is not that of the rows"
         if not (np.array_equal(found.minimum[0], self._minimum) and np.array_equal(found.maximum[0], self._maximum)):
             yield "minimum or maximum is not that of the rows"
         if self.count < 2:
             return
         moment = self._moment / (self.count - 1)
-        bar = COVARIANCE_ROUNDING * _largest(moment) + (MEAN_ROUNDING * largest) ** 2
+        bar = COVARIANCE_ROUNDING * _largest(moment) + (MEAN_ROUNDING * largest) ** 2 + _LEAST
         if _differs(found.variance[0], np.diagonal(moment) if self._covariance else moment, bar):
             yield "variance is not that of the rows"
         if found.covariance is not None and _differs(found.covariance[0], moment, bar):

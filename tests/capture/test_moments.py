@@ -35,6 +35,9 @@ def statistics_of(vectors: torch.Tensor, *, covariance: bool = True) -> Statisti
 @pytest.mark.parametrize(
     ("size", "dtype"),
     [
+        (1e-30, torch.bfloat16),
+        (1e-22, torch.float32),
+        (1e-14, torch.float32),
         (1.0, torch.float32),
         (6e4, torch.float16),
         (1e16, torch.float32),
@@ -73,7 +76,7 @@ def test_numbers_of_any_size_are_right_or_nan(size: float, dtype: torch.dtype, c
         assert found.overflows(head) == (not is_held) == (head == 0 and size == 3e38)
         for mine, numbers in expected:
             if np.abs(numbers).max() < np.finfo(np.float32).max:
-                assert np.abs(mine - numbers).max() <= 1e-5 * np.abs(numbers).max()
+                assert np.abs(mine - numbers).max() <= 1e-5 * np.abs(numbers).max() + np.finfo(np.float32).tiny
             else:
                 assert np.isnan(mine[np.abs(numbers) > np.finfo(np.float32).max]).all()
 
@@ -108,16 +111,37 @@ def test_nan_and_inf_are_left_out_of_large_numbers() -> None:
     assert set(found.minimum[0]) == {np.float32(-3e38)} and set(found.maximum[0]) == {np.float32(3e38)}
 
 
-def test_heads_whose_covariance_float32_cannot_hold_are_reported(
-    checkpoint: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def scaled(checkpoint: Path, folder: Path, factor: float) -> Path:
+    """Copies a checkpoint, and multiplies the queries of its last layer."""
     weights = load_file(checkpoint / "model.safetensors")
-    weights["model.layers.2.self_attn.q_norm.weight"] *= 1e20  # of the last layer
-    folder = tmp_path / "model"
+    weights["model.layers.2.self_attn.q_norm.weight"] *= factor
     folder.mkdir()
     for path in checkpoint.iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_vectors_too_small_for_squares_in_float32_are_proven_and_whole(
+    checkpoint: Path, texts: Path, tmp_path: Path
+) -> None:
+    """Of heads that training has left unused."""
+    folder = scaled(checkpoint, tmp_path / "model", 1e-25)
+    values = {"capture": {"statistics": {"enabled": True, "stages": ["pre", "post"]}}, "verify": {"examples": 1}}
+    root = run(folder, texts, tmp_path / "out", **values)
+    dataset = qk_sniffer.open_dataset(root)
+    assert dataset.manifest["proof"]["proven"] is True and dataset.manifest["proof"]["statistics"]["heads"] == 18
+    rows = dataset.vectors(2, 0, "q").vectors.astype(np.float64)
+    assert 0 < np.abs(rows).max() < 1e-23
+    norms = np.linalg.norm(rows, axis=1)
+    assert dataset.statistics(2, "q", "post").norm_mean[0] == pytest.approx(norms.mean(), rel=1e-5, abs=0)
+    assert wrong(verified(root)) == {}
+
+
+def test_heads_whose_covariance_float32_cannot_hold_are_reported(
+    checkpoint: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = scaled(checkpoint, tmp_path / "model", 1e20)
     values = {"capture": {"statistics": {"enabled": True, "stages": ["pre", "post"]}}, "verify": {"examples": 0}}
     root = tmp_path / "out"
     for count in (10, 24):  # growth keeps what is not known

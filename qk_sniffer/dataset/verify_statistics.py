@@ -98,7 +98,7 @@ def check_statistics(
     stages = " and ".join(words for stage, words in STAGE_NAMES.items() if stage in config.stages)
     report.passed(_CHECK, f"{some}, {stages}{tokens}")
     if compared:
-        report.passed(_CHECK, f"{counted(compared, 'head')}: mean, covariance and range are those of the rows")
+        report.passed(_CHECK, f"{counted(compared, 'head')}: all numbers are those of the rows")
     if facts.statistics is not None and (beyond := facts.statistics.get("overflow")):
         what = f"float32 cannot hold all numbers of {len(beyond):,} of the heads and stages"
         report.note(_CHECK, f"{what}, such as {beyond[0]}: those numbers are NaN")
@@ -189,7 +189,7 @@ class _LayerCheck:
 
     def _unlike_rows(self, found: Statistics, head: Head) -> Iterator[str]:
         """Yields the differences between the statistics of a head and its rows."""
-        rows = _Rows(head.head_dim, covariance=found.covariance is not None)
+        rows = _Rows(head.head_dim, found.frequency_pairs, covariance=found.covariance is not None)
         try:
             with open_parquet(self._facts.root / head.file) as file:
                 batch_rows = max(1, BATCH_BYTES // (4 * head.head_dim))
@@ -207,9 +207,13 @@ class _LayerCheck:
 class _Rows:
     """Moments of the rows of a head in float64, batch by batch."""
 
-    def __init__(self, d: int, *, covariance: bool) -> None:
+    def __init__(self, d: int, pairs: npt.NDArray[np.int64] | None, *, covariance: bool) -> None:
+        """`pairs` are the components by rotary frequency; None after RoPE, and without any."""
         self.count = 0
         self._covariance = covariance
+        self._pairs = np.zeros((0, 2), np.int64) if pairs is None else pairs
+        self._modulus = np.zeros(len(self._pairs))
+        self._norm, self._norm_moment = 0.0, 0.0
         self._mean = np.zeros(d)
         self._moment = np.zeros((d, d) if covariance else d)
         self._minimum, self._maximum = np.full(d, np.inf), np.full(d, -np.inf)
@@ -228,7 +232,14 @@ class _Rows:
             self._moment += centered.T @ centered + np.outer(change * weight, change)
         else:
             self._moment += np.square(centered).sum(axis=0) + change**2 * weight
-        self._mean += change * (len(finite) / total)
+        share = len(finite) / total
+        self._mean += change * share
+        norms = np.linalg.norm(finite, axis=1)
+        step = float(norms.mean()) - self._norm
+        self._norm_moment += float(np.square(norms - norms.mean()).sum()) + step**2 * weight
+        self._norm += step * share
+        a, b = self._pairs.T
+        self._modulus += (np.hypot(finite[:, a], finite[:, b]).mean(axis=0) - self._modulus) * share
         self._minimum = np.minimum(self._minimum, finite.min(axis=0))
         self._maximum = np.maximum(self._maximum, finite.max(axis=0))
         self.count = total
@@ -240,8 +251,19 @@ class _Rows:
             yield "mean is not that of the rows"
         if not (np.array_equal(found.minimum[0], self._minimum) and np.array_equal(found.maximum[0], self._maximum)):
             yield "minimum or maximum is not that of the rows"
+        if _differs(found.norm_mean, np.array([self._norm]), COVARIANCE_ROUNDING * self._norm + _LEAST):
+            yield "norm_mean is not that of the rows"
+        if found.frequency_modulus is not None:
+            bar = 2 * MEAN_ROUNDING * largest + _LEAST
+            if len(self._modulus) and _differs(found.frequency_modulus[0], self._modulus, bar):
+                yield "frequency_modulus is not that of the rows"
         if self.count < 2:
             return
+        norm_variance = np.array([self._norm_moment / (self.count - 1)])
+        rounding = MEAN_ROUNDING * self._norm  # of each norm
+        bar = COVARIANCE_ROUNDING * norm_variance[0] + 2 * rounding * norm_variance[0] ** 0.5 + rounding**2 + _LEAST
+        if _differs(found.norm_variance, norm_variance, bar):
+            yield "norm_variance is not that of the rows"
         moment = self._moment / (self.count - 1)
         bar = COVARIANCE_ROUNDING * _largest(moment) + (MEAN_ROUNDING * largest) ** 2 + _LEAST
         if _differs(found.variance[0], np.diagonal(moment) if self._covariance else moment, bar):

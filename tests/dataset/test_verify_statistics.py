@@ -66,7 +66,7 @@ def test_whole_statistics_are_compared_with_the_rows(root: Path) -> None:
     text = verified(root)
     assert wrong(text) == {}
     assert f"statistics      ok     2 layers, before RoPE and after RoPE, {TOKENS:,} tokens a head\n" in text
-    assert "statistics      ok     12 heads: mean, covariance and range are those of the rows\n" in text
+    assert "statistics      ok     12 heads: all numbers are those of the rows\n" in text
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,21 @@ def test_what_jobs_make_is_whole(
     text = verified(run(checkpoint, texts, tmp_path / "out", **sections))
     assert wrong(text) == {}
     assert text.count("statistics      ok") == 1 + bool(compared)
-    assert compared == 0 or f"{compared} heads: mean" in text
+    assert compared == 0 or f"{compared} heads: all numbers" in text
+
+
+@pytest.mark.parametrize(
+    "name", ["mean", "variance", "covariance", "norm_mean", "norm_variance", "frequency_modulus", "minimum", "maximum"]
+)
+def test_every_number_is_compared_with_the_rows(name: str, undisturbed: Callable[..., Path], tmp_path: Path) -> None:
+    capture = {"layers": [1], "statistics": {"enabled": True, "stages": ["pre"]}, "capture_pre_rope": True}
+    root = copied(undisturbed(capture=capture, verify={"examples": 0}), tmp_path / "out")
+
+    def widen(arrays: Arrays) -> None:
+        arrays[f"q.pre.{name}"][1] *= 1.0 + 5e-5  # less than other checks find
+
+    named = "minimum or maximum" if name in ("minimum", "maximum") else name
+    assert f"{named} is not that of the rows" in str(change(root, widen))
 
 
 def test_what_grew_from_texts_of_one_token_is_whole(checkpoint: Path, tmp_path: Path) -> None:

@@ -182,7 +182,8 @@ def _described(annotation: Any) -> str:
     if get_origin(annotation) is UnionType:
         return f"{_described(_plain(annotation))}, or null"
     if get_origin(annotation) is list:
-        return "a list of integers such as [0,1,2]"
+        of_integers = get_args(annotation) == (int,)
+        return "a list of integers such as [0,1,2]" if of_integers else "a list of names such as [one,two]"
     if get_origin(annotation) is dict:
         return "a mapping such as {key: value}"
     return _DESCRIPTIONS.get(annotation, "any value")

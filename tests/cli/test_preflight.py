@@ -62,6 +62,10 @@ def refusal(*arguments: str) -> str:
         ("shard.count=1.5", r"shard\.count is 1\.5; it must be an integer"),
         ("output.private=maybe", r"output\.private is 'maybe'; it must be true or false"),
         ("capture.layers=3", r"capture\.layers is 3; it must be a list of integers such as \[0,1,2\], or null"),
+        (
+            "capture.statistics.stages=pre",
+            r"capture\.statistics\.stages is 'pre'; it must be a list of names such as \[one,two\]",
+        ),
         ("capture.layers=0,1", r"a list is written in brackets: capture\.layers=\[0,1\]"),
         ("model.config_overrides=3", r"model\.config_overrides is 3; it must be a mapping"),
         ("model.config_overrides.x=1", r"to add it, write \+model\.config_overrides\.x=1"),

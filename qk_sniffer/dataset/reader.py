@@ -307,7 +307,7 @@ class Dataset:
                 f"{self} has no statistics of layer {layer}, kind {kind!r}, stage {of_stage!r}; it has those of layers "
                 f"{compact_ranges(sorted({key.layer for key in self.heads}))}, kinds "
                 f"{', '.join(sorted({key.kind for key in self.heads}))}, stages {', '.join(stages)}"
-                f"{'' if of_stage in of_kind else '; values and outputs have the stage post alone'}"
+                f"{'; values and outputs have the stage post alone' if of_stage in {*stages} - {*of_kind} else ''}"
             )
         return found
 

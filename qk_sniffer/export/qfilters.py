@@ -6,8 +6,8 @@ RoPE: minus s v, where v is their leading right singular vector, without centeri
 of the queries have a positive product with v, else -1.
 
 v follows from the statistics: it is the leading eigenvector of mean mean' + covariance (count - 1) / count. The sign
-follows from the rows of the head, or from the product of v with the mean if the dataset has none. The provenance says
-which, as `sign_from`.
+follows from those rows of the head that its statistics count, or from the product of v with the mean if there are none.
+The provenance says which, as `sign_from`.
 """
 
 import json
@@ -73,9 +73,9 @@ def leading_direction(statistics: Statistics, row: int) -> Floats:
 
 def _sign(source: Source, layer: int, head: int, direction: Floats, mean: npt.NDArray[Any]) -> tuple[int, str]:
     """Returns the sign of the head's queries along a direction, and what it follows from."""
-    rows = None
     if source.model["rope_stage"] == "post":
-        rows = source.dataset.vectors(layer, head, "q").vectors
-    if rows is not None and len(rows):
-        return (1 if np.count_nonzero(rows @ direction > 0) > len(rows) / 2 else -1), "rows"
+        found = source.dataset.vectors(layer, head, "q")
+        counted = (found.positions >= source.settings.skip_tokens) & np.isfinite(found.vectors).all(axis=1)
+        if len(rows := found.vectors[counted]):
+            return (1 if np.count_nonzero(rows @ direction > 0) > len(rows) / 2 else -1), "rows"
     return (1 if float(mean @ direction) > 0 else -1), "mean"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from support.backbones import FolderOf
 from support.export_cases import edited, rows_of, statistics, without_rows
 from support.jobs import TEXTS, run
@@ -37,12 +37,13 @@ def post(undisturbed: Callable[..., Path]) -> Dataset:
     return qk_sniffer.open_dataset(undisturbed(capture=statistics(stages=["post"])))
 
 
-def expected_filters(dataset: Dataset) -> np.ndarray:
-    """The filters (layers, key heads, d) from a singular value decomposition of all queries."""
+def expected_filters(dataset: Dataset, skip: int = 0) -> np.ndarray:
+    """The filters (layers, key heads, d) from a singular value decomposition of all finite queries from `skip` on."""
     filters = np.zeros((3, 2, 16))
     for layer in range(3):
         for head in range(4):
-            left, _, right = np.linalg.svd(rows_of(dataset, layer, head), full_matrices=False)
+            rows = rows_of(dataset, layer, head, skip=skip)
+            left, _, right = np.linalg.svd(rows[np.isfinite(rows).all(axis=1)], full_matrices=False)
             sign = 1 if (left[:, 0] > 0).mean() > 0.5 else -1
             filters[layer, head // 2] += -sign * right[0] / 2
     return filters
@@ -77,6 +78,19 @@ def test_filters_are_the_leading_directions_of_the_queries_after_rope(post: Data
     arguments = {"num_layers": 3, "num_kv_heads": 2, "kv_head_dim": 16}
     assert json.loads((folder / "config.json").read_text()) == arguments
     assert json.loads((folder / "provenance.json").read_text())["sign_from"] == {"rows": 12}
+
+
+def test_the_sign_follows_from_the_queries_that_the_statistics_count(
+    checkpoint: Path, texts: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(checkpoint, tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.embed_tokens.weight"][40] = np.nan
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    root = run(folder, texts, tmp_path / "out", capture=statistics(skip_tokens=12), verify={"examples": 0})
+    dataset = qk_sniffer.open_dataset(root)
+    filters = load_file(qk_sniffer.export(dataset, "qfilters") / "model.safetensors")["q_filters"]
+    assert np.abs(filters - expected_filters(dataset, skip=12)).max() < 1e-4
 
 
 def test_without_rows_the_mean_gives_the_sign(post: Dataset, undisturbed: Callable[..., Path], tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from safetensors.numpy import save
 
 from qk_sniffer.export.source import Source
 from qk_sniffer.store.layout import KEY_HEAD_KINDS, KIND_NAMES
-from qk_sniffer.text import compact_ranges
+from qk_sniffer.text import compact_ranges, counted
 
 LARGEST = 448.0
 """The largest number of the type FP8 E4M3."""
@@ -52,8 +52,8 @@ def problems(source: Source) -> Iterator[str]:
         )
     if source.settings.enabled and source.settings.skip_tokens:
         yield (
-            f"its statistics leave out the first {source.settings.skip_tokens} tokens of each text, whose keys are "
-            "quantized too: capture with capture.statistics.skip_tokens=0"
+            f"its statistics leave out the first {counted(source.settings.skip_tokens, 'token')} of each text, whose "
+            "keys are quantized too: capture with capture.statistics.skip_tokens=0"
         )
 
 

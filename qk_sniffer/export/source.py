@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qk_sniffer.config import STAGE_NAMES, StatisticsConfig, from_dict
+from qk_sniffer.config import KIND_SETTINGS, STAGE_NAMES, StatisticsConfig, from_dict
 from qk_sniffer.dataset.reader import Dataset
 from qk_sniffer.errors import StoreError
 from qk_sniffer.store import manifest as manifests
@@ -21,6 +21,10 @@ from qk_sniffer.store.statistics import Statistics
 from qk_sniffer.text import compact_ranges, counted, shortened
 
 Floats = npt.NDArray[np.float64]
+
+_CAPTURE_ALL = (
+    "capture all with capture.layers=null, capture.full_attention_only=false and capture.head_sampling.count=null"
+)
 
 
 class Source:
@@ -83,41 +87,34 @@ class Source:
         needed += [
             one for one in (found.frequency_modulus, found.covariance if covariance else None) if one is not None
         ]
-        for index, (head, count) in enumerate(zip(found.heads.tolist(), found.count.tolist(), strict=True)):
-            name = head_name(number, head, kind)
-            if count >= 2 and not all(np.isfinite(array[index]).all() for array in needed):
+        leave_out = "leave the head out with capture.heads, or the layer with capture.layers"
+        counts = zip(found.heads.tolist(), found.count.tolist(), found.nonfinite.tolist(), strict=True)
+        for index, (head, count, nonfinite) in enumerate(counts):
+            of_head = f"{self.dataset}: the statistics of {head_name(number, head, kind)}"
+            if count < 2 and nonfinite:
                 raise StoreError(
-                    f"{self.dataset}: the statistics of {name} at the stage {stage} have numbers that float32 cannot "
-                    "hold: leave the head out with capture.heads, or the layer with capture.layers"
+                    f"{of_head} at the stage {stage} are of {counted(count, 'token')}, because "
+                    f"{counted(nonfinite, 'vector')} with NaN or infinite numbers are left out: {leave_out}"
                 )
             if count < 2:
-                raise StoreError(
-                    f"{self.dataset}: the statistics of {name} are of {counted(count, 'token')}: capture longer texts"
-                )
-        numbers = (found.mean, found.minimum, found.maximum, found.frequency_modulus)
-        for row, head in enumerate(found.heads.tolist()):
-            of_head = [values[row] for values in numbers if values is not None]
-            if covariance and found.covariance is not None:
-                of_head.append(found.covariance[row])
-            if not all(np.isfinite(values).all() for values in of_head):
-                name = head_name(number, head, kind)
-                raise StoreError(
-                    f"{self.dataset}: the statistics of {name} have NaN or Inf. `python -m qk_sniffer.verify` says "
-                    "whether the file is damaged: fetch it again, or recreate the dataset with output.overwrite=true"
-                )
+                shorter = ", or set a smaller capture.statistics.skip_tokens" if self.settings.skip_tokens else ""
+                raise StoreError(f"{of_head} are of {counted(count, 'token')}: capture longer texts{shorter}")
+            if not all(np.isfinite(array[index]).all() for array in needed):
+                raise StoreError(f"{of_head} at the stage {stage} have numbers that float32 cannot hold: {leave_out}")
         return found
 
     def needs(self, stage: str, kind: str, *, covariance: bool = False) -> Iterator[str]:
         """Yields the problem that the dataset lacks the statistics of a stage and kind, or their covariances."""
-        wanted = f"statistics of {KIND_NAMES[kind]} vectors {STAGE_NAMES[stage]}"
+        name = KIND_NAMES[kind]
+        wanted = f"statistics of {name} vectors {STAGE_NAMES[stage]}"
         setting = f"'capture.statistics.stages=[{stage}]'"
+        if not self._has(kind):
+            yield f"it has no {name} vectors: capture with {KIND_SETTINGS[kind]}=true"
         if not self.settings.enabled:
             yield f"it has no {wanted}: capture with capture.statistics.enabled=true and {setting}"
         elif stage not in self.settings.stages:
             has = " and ".join(STAGE_NAMES[one] for one in self.settings.stages)
             yield f"it has statistics {has}, and no {wanted}: capture with {setting}"
-        elif not any(layer["captured"].get(kind) for layer in self.layers):
-            yield f"it has no {wanted}: no such vectors were captured"
         elif covariance and not self.settings.covariance:
             yield "it has variances without covariances: capture with capture.statistics.covariance=true"
 
@@ -128,12 +125,19 @@ class Source:
                 yield f"its layers differ in {name} ({', '.join(map(str, found))}), and the format has one for all"
 
     def needs_all_layers(self) -> Iterator[str]:
-        """Yields the problem of layers without vectors: not captured, or without attention."""
+        """Yields the problem of layers without vectors: not captured, or without self-attention."""
         if missing := set(range(self.num_layers)) - {layer["layer"] for layer in self.layers}:
-            yield (
-                f"it has nothing of layers {compact_ranges(missing)}, which were not captured or have no attention, "
-                "and the format has every layer of the model: capture all with capture.layers=null"
-            )
+            nothing = f"it has nothing of layers {compact_ranges(missing)}, which"
+            if self._selects_layers or missing & {layer["layer"] for layer in self.model["layers"]}:
+                yield (
+                    f"{nothing} were not captured or have no self-attention, and the format has every layer of the "
+                    f"model: {_CAPTURE_ALL}"
+                )
+            else:
+                yield (
+                    f"{nothing} have no self-attention, and the format has every layer of the model: no capture of "
+                    "this model can be exported to it"
+                )
 
     def needs_all_attention_layers(self) -> Iterator[str]:
         """Yields the problem of layers that have attention and were not captured."""
@@ -142,13 +146,12 @@ class Source:
         if self._selects_layers:  # the manifest does not list the layers after the last captured one
             missing |= set(range(max(present) + 1, self.num_layers))
         if missing:
-            yield (
-                f"it has nothing of layers {compact_ranges(missing)}, which have attention: capture all with "
-                "capture.layers=null, full_attention_only=false and head_sampling.count=null"
-            )
+            yield f"it has nothing of layers {compact_ranges(missing)}, which have attention: {_CAPTURE_ALL}"
 
     def needs_all_heads(self, kind: str) -> Iterator[str]:
-        """Yields the problem of captured layers with heads that were not captured."""
+        """Yields the problem of captured layers with heads that were not captured, if others of the kind were."""
+        if not self._has(kind):
+            return
         missing = [
             head_name(layer["layer"], head, kind)
             for layer in self.layers
@@ -219,6 +222,9 @@ class Source:
             "manifest_sha256": hashlib.sha256(manifests.encode(manifest)).hexdigest(),
             **self.notes,
         }
+
+    def _has(self, kind: str) -> bool:
+        return any(layer["captured"].get(kind) for layer in self.layers)
 
     @property
     def _selects_layers(self) -> bool:

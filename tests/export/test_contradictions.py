@@ -1,10 +1,13 @@
 """Tests exports of datasets of someone else: what contradicts itself ends with an error that names the file."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from support.export_cases import statistics, without_rows
 
 import qk_sniffer
@@ -67,6 +70,19 @@ def test_a_dataset_of_one_token(checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "one.jsonl").write_text('{"text": "a"}\n')
     dataset = without_rows(checkpoint, tmp_path / "one.jsonl", tmp_path / "out")
     with pytest.raises(StoreError, match=r"the statistics of l00h00q are of 1 token: capture longer texts"):
+        qk_sniffer.export(dataset, "triattention")
+
+
+def test_a_head_without_counted_tokens_says_why(checkpoint: Path, texts: Path, tmp_path: Path) -> None:
+    dataset = without_rows(checkpoint, texts, tmp_path / "short", **statistics(skip_tokens=1000))
+    with pytest.raises(StoreError, match=r"are of 0 tokens: .*, or set a smaller capture\.statistics\.skip_tokens$"):
+        qk_sniffer.export(dataset, "tria")
+    folder = shutil.copytree(checkpoint, tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.self_attn.q_proj.weight"][16:32] = np.nan
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    dataset = without_rows(folder, texts, tmp_path / "nan")
+    with pytest.raises(StoreError, match=r"l01h01q at the stage pre are of 0 tokens, because 1,546 vectors with NaN"):
         qk_sniffer.export(dataset, "triattention")
 
 

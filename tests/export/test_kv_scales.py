@@ -132,6 +132,7 @@ def test_ranges_that_miss_keys_are_refused(checkpoint: Path, texts: Path, tmp_pa
     assert "nothing of layers 0, 2, which have attention: capture all with capture.layers=null" in text
     assert "nothing of the heads l01h01k" in text
     assert "leave out the first 2 tokens of each text, whose keys are quantized too" in text
+    assert "capture.full_attention_only=false and capture.head_sampling.count=null" in text
     pre = without_rows(checkpoint, texts, tmp_path / "pre", **statistics(stages=["pre"]))
     with pytest.raises(StoreError, match=r"no statistics of key vectors after RoPE"):
         qk_sniffer.export(pre, "kv_scales")

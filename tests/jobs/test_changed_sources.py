@@ -261,13 +261,17 @@ def test_a_job_that_adds_to_another_version_does_not_discard_the_work_of_a_shard
     root, texts = tmp_path / "out", write(tmp_path / "texts.jsonl", TEXTS[:12])
     run(checkpoint, texts, root, **SECTIONS)
     write(texts, TEXTS)
-    aside, real = tmp_path / "manifest.json", run_module.load_components
+    aside, real = tmp_path / "aside", run_module.load_components
+    names = [path.name for path in root.iterdir()]
+    aside.mkdir()
 
     def load(*args: Any) -> Any:
         monkeypatch.setattr(run_module, "load_components", real)
-        (root / "manifest.json").rename(aside)
+        for name in names:
+            (root / name).rename(aside / name)
         run(checkpoint, texts, root, **half(1))
-        aside.rename(root / "manifest.json")
+        for name in names:
+            (aside / name).rename(root / name)
         return real(*args)
 
     monkeypatch.setattr(run_module, "load_components", load)

@@ -18,6 +18,7 @@ from qk_sniffer.hub.revisions import is_hub_id
 from qk_sniffer.logs import logger
 from qk_sniffer.markdown import in_url
 from qk_sniffer.store.disk import write_atomic
+from qk_sniffer.store.files import inside
 from qk_sniffer.store.layout import CARD, MANIFEST
 from qk_sniffer.store.stored import LARGE
 from qk_sniffer.text import is_branch_name, shortened
@@ -52,24 +53,23 @@ class Branch:
 
         Raises:
             HubError: the file cannot be fetched.
-            StoreError: it does not have the `size` that the manifest lists.
+            StoreError: it does not have the `size` that the manifest lists, or a link leads out of the cache's folder.
         """
-        return Path(
-            _call(self.repo_id, self.name, lambda api: download(api, self.repo_id, name, self.commit, size=size))
-        )
+        return self._own(name, lambda api: download(api, self.repo_id, name, self.commit, size=size))
 
     def refetch(self, name: str, size: int | None = None) -> Path:
         """Fetches the file again, to replace a damaged copy on this machine.
 
         Raises:
             HubError: the file cannot be fetched.
-            StoreError: it does not have the `size` that the manifest lists.
+            StoreError: it does not have the `size` that the manifest lists, or a link leads out of the cache's folder.
         """
+        return self._own(name, lambda api: download(api, self.repo_id, name, self.commit, force=True, size=size))
 
-        def again(api: "HfApi") -> str:
-            return download(api, self.repo_id, name, self.commit, force=True, size=size)
-
-        return Path(_call(self.repo_id, self.name, again))
+    def _own(self, name: str, fetch: "Callable[[HfApi], str]") -> Path:
+        """Returns the path of a fetched file. The cache may come from someone else, with links to any file."""
+        path = _call(self.repo_id, self.name, fetch)
+        return inside(Path(path.removesuffix(name)), name)
 
     def has(self, name: str) -> bool:
         """Whether the file exists. An existing file is fetched.

@@ -295,3 +295,20 @@ def test_a_hostile_file_on_a_branch(hub: FakeHub, root: Path, tmp_path: Path) ->
     with unchanged(tmp_path, tmp_path / "hub"), pytest.raises(StoreError, match="12 bytes instead of"):
         dataset.vectors(0, 1, "q")
     assert len(dataset.examples) == dataset.manifest["examples"]
+
+
+@pytest.mark.usefixtures("endpoint")
+def test_a_link_in_a_cache_of_someone_else_leads_nowhere(hub: FakeHub, root: Path, tmp_path: Path) -> None:
+    files = {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    hub.commit(REPO, files, BRANCH)
+    dataset = qk_sniffer.open_dataset(REPO, revision=BRANCH)
+    rows = len(dataset.vectors(0, 1, "q").vectors)
+    cached = dataset._files.path(FILE)
+    elsewhere = tmp_path / "elsewhere.parquet"
+    elsewhere.write_bytes(files[FILE])
+    cached.unlink()
+    cached.symlink_to(elsewhere)
+    with pytest.raises(StoreError, match=rf"leads out of the dataset, to {elsewhere}: it is not read"):
+        dataset.vectors(0, 1, "q")
+    cached.unlink()
+    assert len(dataset.vectors(0, 1, "q").vectors) == rows

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 from support.bpe import save_tokenizer
 from support.tokenizers_of_kinds import tokenizer_of
+from transformers import AutoTokenizer
 
 from qk_sniffer.config import ModelConfig
 from qk_sniffer.corpus.examples import Example
 from qk_sniffer.corpus.tokenizer import TextTokenizer, load_tokenizer
-from qk_sniffer.corpus.tokenizer_files import randomness_of
+from qk_sniffer.corpus.tokenizer_files import difference_from_file, randomness_of
 from qk_sniffer.errors import SourceError
 
 pytestmark = pytest.mark.floor
@@ -173,6 +174,16 @@ def test_a_tokenizer_that_draws_its_tokens_is_refused(tmp_path: Path) -> None:
             load(edited(folder, dropout=dropout))
     for none in (0.0, None):
         assert ids(load(edited(folder, dropout=none)), "hello world") == expected
+
+
+def test_a_class_that_ignores_the_dropout_of_its_file_is_read(tmp_path: Path) -> None:
+    folder = save_tokenizer(tmp_path)
+    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    write(folder / "tokenizer_config.json", json.dumps(settings | {"tokenizer_class": "GPT2Tokenizer"}))
+    before = [difference_from_file(AutoTokenizer.from_pretrained(folder), str(folder), None)]
+    tokenizer = AutoTokenizer.from_pretrained(edited(folder, dropout=0.5))
+    assert randomness_of(tokenizer) is None
+    assert [difference_from_file(tokenizer, str(folder), None) for _ in range(5)] == before * 5
 
 
 def test_a_tokenizer_that_draws_among_the_best_splits_is_refused() -> None:

@@ -25,9 +25,14 @@ def printable(text: object) -> str:
     shown = str(text)
     for secret, replacement in _hidden:
         shown = shown.replace(secret, replacement)
-    if shown.isprintable():
-        return shown
-    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in shown)
+    return escaped(shown)
+
+
+def escaped(text: str) -> str:
+    """Returns a text as one line of visible characters, with its secrets: the same in every process."""
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
 _hidden: tuple[tuple[str, str], ...] = ()
@@ -51,7 +56,7 @@ def hide_in_address(address: str) -> None:
     """Has `printable` hide what may be secret in an address: all but protocol, host, port and the name of a data file.
 
     Hidden are also the parts of these that are long enough to be a secret, as libraries quote them alone. Of a path,
-    these are the parts that are no plain words.
+    these are the parts that look like a token. Others may be the name of a dataset.
     """
     for hop in re.split(rf"::(?={_PROTOCOL.pattern})", address):
         if not is_address(hop) or hop.startswith((*OPEN_PROTOCOLS, "file://")):
@@ -71,8 +76,8 @@ def hide_in_address(address: str) -> None:
                 hide(f"{name}/{path}", f"{name}{hidden}")
             if len(path) >= SHORTEST_SECRET and not _PLAIN_WORD.fullmatch(path.strip("/")):
                 hide(f"/{path}", hidden)
-        folders = (part for part in path.split("/") if not _PLAIN_WORD.fullmatch(part))
-        for part in (*re.split(r"[:/?#=&;@]", f"{login}@{query}"), *folders):
+        tokens = (part for part in path.split("/") if any(map(_TOKEN.fullmatch, re.split("[-_.]", part))))
+        for part in (*re.split(r"[:/?#=&;@]", f"{login}@{query}"), *tokens):
             if len(part) >= SHORTEST_SECRET:
                 for spelling in (part, quote(part), quote(part, safe=""), unquote(part)):
                     hide(spelling)
@@ -102,6 +107,9 @@ DATA_FILE = re.compile(
 
 _PLAIN_WORD = re.compile("[A-Za-z]?[a-z]*")
 """A folder in an address that is hardly a secret alone. It may be a word of any message."""
+
+_TOKEN = re.compile(r"(?=.*[0-9])(?=.*[A-Za-z]).{12,}")
+"""A part of a name, between hyphens, that hardly is a word or a version."""
 
 SHORTEST_SECRET = 8
 """A shorter text is no token, and may be a part of any word."""
@@ -238,9 +246,9 @@ def path_text(path: Path | str) -> str:
     It does not depend on the locale, as the path itself does.
     """
     try:
-        return printable(os.fsencode(str(path)).decode("utf-8", "surrogateescape"))
+        return escaped(os.fsencode(str(path)).decode("utf-8", "surrogateescape"))
     except UnicodeEncodeError:  # no path of this machine
-        return printable(path)
+        return escaped(str(path))
 
 
 def expand_home(path: str) -> str:

@@ -19,6 +19,7 @@ from qk_sniffer.text import (
     hide_in_address,
     hide_in_addresses,
     one_line,
+    path_text,
     printable,
     printable_lines,
     python_literal,
@@ -142,10 +143,18 @@ def test_messages_hide_what_may_be_secret_in_an_address(
 
 def test_a_library_may_quote_a_part_of_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(text_module, "_hidden", ())
-    hide_in_address("HTTPS://Host/dl/Tok3nTok3n/plainword/")
-    for quoted in ("https://host/dl/Tok3nTok3n/plainword/x", "404 for /dl/Tok3nTok3n/plainword/x", "Tok3nTok3n"):
+    hide_in_address("HTTPS://Host/dl/hf_Tok3nTok3nTok3n/fineweb-edu-2024/")
+    path = "/dl/hf_Tok3nTok3nTok3n/fineweb-edu-2024/x"
+    for quoted in (f"https://host{path}", f"404 for {path}", "hf_Tok3nTok3nTok3n is no folder"):
         assert "Tok3n" not in printable(quoted)
-    assert printable("a plainword") == "a plainword"
+    assert printable("outputs/fineweb-edu-2024") == "outputs/fineweb-edu-2024", "a name, which may be that of a dataset"
+
+
+def test_names_that_are_stored_do_not_depend_on_the_secrets_of_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fingerprint has them: the job would not be resumed in a process with another token."""
+    monkeypatch.setattr(text_module, "_hidden", ())
+    hide("a-secret")
+    assert path_text("a-secret\x1b") == "a-secret\\x1b" and printable("a-secret\x1b") == "***\\x1b"
 
 
 def test_a_secret_is_hidden_before_a_text_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -114,7 +114,7 @@ class ChatSegments:
         except ContentError:  # without marks, it was not refused
             return None, marker.padded
         calls = chain.from_iterable(_calls(message) for message in marked)
-        return _read_marks(marker.around_json(rendered, calls), text, marker.codes), marker.padded
+        return _read_marks(marker.around_json(rendered, calls), text, marker.codes, marker.of_calls), marker.padded
 
 
 class _Marker:
@@ -122,11 +122,13 @@ class _Marker:
 
     Attributes:
         codes: the segment of each part with marks.
+        of_calls: the numbers of the parts that are of tool calls.
         padded: the segments with white space at the ends of messages.
     """
 
     def __init__(self, whole: Collection[int], tags: Sequence[tuple[str, str]]) -> None:
         self.codes: list[int] = []
+        self.of_calls: set[int] = set()
         self.padded: list[int] = []
         self._whole = whole
         self._tags = tags
@@ -151,7 +153,9 @@ class _Marker:
             if isinstance(message.get(field), str):
                 marked[field] = self._text(message[field], _THINKING)
         if isinstance(message.get("tool_calls"), list):
+            first = len(self.codes)
             marked["tool_calls"] = [self._call(call, code) for call in message["tool_calls"]]
+            self.of_calls.update(range(first, len(self.codes)))
         return marked
 
     def around_json(self, rendered: str, calls: Iterator[Mapping[str, Any]]) -> str:
@@ -234,16 +238,22 @@ def _calls(message: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     return (call for call in calls if isinstance(call, dict)) if isinstance(calls, list) else iter(())
 
 
-def _read_marks(rendered: str, text: str, codes: Sequence[int]) -> NDArray[np.int32] | None:
-    """Returns the segment of each character of `text`; None if `rendered` is not that text with whole parts."""
+def _read_marks(rendered: str, text: str, codes: Sequence[int], of_calls: Collection[int]) -> NDArray[np.int32] | None:
+    """Returns the segment of each character of `text`; None if `rendered` is not that text with whole parts.
+
+    The assistant says a part of a tool call once. A template that repeats the name of a tool does so for its answer.
+    """
     pieces, segments, at = [], [], 0
     part: int | None = None
+    said: set[int] = set()
     for mark in _MARK.finditer(rendered):
         number, ends = divmod(ord(mark[0]) - _FIRST_MARK, 2)
         if part != (number if ends else None):
             return None
         pieces.append(rendered[at : mark.start()])
-        segments.append(_TEMPLATE if part is None else codes[part])
+        segments.append(_TEMPLATE if part is None or (part in said and part in of_calls) else codes[part])
+        if part is not None:
+            said.add(part)
         part, at = None if ends else number, mark.end()
     pieces.append(rendered[at:])
     if part is not None or "".join(pieces) != text:

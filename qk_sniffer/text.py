@@ -42,6 +42,8 @@ _hidden: tuple[tuple[str, str], ...] = ()
 def hide(secret: str, replacement: str = "***") -> None:
     """Has `printable` show `replacement` instead of a secret. Libraries quote one as it is or with escapes."""
     global _hidden
+    if (secret, replacement) in _hidden:  # as the jobs of a sweep share their addresses
+        return
     quoted = (secret, repr(secret)[1:-1], repr(secret.encode("utf-8", "surrogateescape"))[2:-1])
     known = dict(_hidden) | dict.fromkeys(quoted, replacement)
     _hidden = tuple(sorted(known.items(), key=lambda item: -len(item[0])))  # one may be a part of another

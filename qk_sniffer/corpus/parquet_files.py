@@ -15,6 +15,7 @@ _BATCH_BYTES, _BATCH_ROWS = 1 << 24, 10_000
 _LIMITS = Limits(pages=1 << 20, header_bytes=1 << 24)
 _TEXTS = ("BYTE_ARRAY", "FIXED_LEN_BYTE_ARRAY")
 _NUMBER_BYTES = 8
+_MOST_NESTED = 1 << 21
 _NAMES = {"halffloat": "float16", "float": "float32", "double": "float64"}
 _STRINGS = ("string", "large_string", "string_view")
 
@@ -61,9 +62,10 @@ class ParquetReader:
                         continue
                     part = batch.slice(skip)
                     skip = 0
-                    values = [_values(part.column(column), column, kinds[column]) for column in columns]
-                    for row in zip(*values, strict=True):
-                        yield dict(zip(columns, row, strict=True))
+                    for piece in _pieces(part):
+                        values = [_values(piece.column(column), column, kinds[column]) for column in columns]
+                        for row in zip(*values, strict=True):
+                            yield dict(zip(columns, row, strict=True))
 
 
 @contextmanager
@@ -131,9 +133,46 @@ def _pages(content: BinaryIO | None, chunk: Any) -> Pages:
         raise FormatError(f"the pages of its column {chunk.path_in_schema!r} are damaged: {error}") from error
 
 
+def _pieces(batch: Any) -> Iterator[Any]:
+    """Yields a batch in pieces whose lists have a bounded number of values. Each takes some hundred bytes in Python.
+
+    Raises:
+        FormatError: one row has more values.
+    """
+    number = sum(_num_nested(batch.column(place)) for place in range(batch.num_columns))
+    if number <= _MOST_NESTED:
+        yield batch
+    elif batch.num_rows == 1:
+        raise FormatError(f"a row of it has {number:,} values in lists, more than {_MOST_NESTED:,}: leave out the row")
+    else:
+        half = batch.num_rows // 2
+        yield from _pieces(batch.slice(0, half))
+        yield from _pieces(batch.slice(half))
+
+
+def _num_nested(column: Any) -> int:
+    """Returns the number of values in the lists and structs of a column that become objects of Python."""
+    import pyarrow as pa
+
+    if not pa.types.is_nested(column.type) or _are_integers(column):
+        return 0
+    children = column.flatten()
+    if not isinstance(children, list):
+        children = [children]
+    return sum(len(child) + _num_nested(child) for child in children)
+
+
+def _are_integers(column: Any) -> bool:
+    """Whether a column is of lists of integers, none of them null."""
+    import pyarrow as pa
+
+    is_list = isinstance(column, pa.ListArray | pa.LargeListArray)
+    return is_list and pa.types.is_integer(column.type.value_type) and not column.values.null_count
+
+
 def _values(column: Any, name: str, kind: str) -> list[Any]:
-    if (arrays := _integer_arrays(column)) is not None:
-        return arrays
+    if _are_integers(column):
+        return _integer_arrays(column)
     try:
         values: list[Any] = column.to_pylist()
     except UnicodeDecodeError as error:
@@ -147,17 +186,8 @@ def _values(column: Any, name: str, kind: str) -> list[Any]:
     return values
 
 
-def _integer_arrays(column: Any) -> list[npt.NDArray[Any] | None] | None:
-    """Returns an array for each row of a column of lists of integers, which takes a fifth of the memory of lists.
-
-    None for other columns, and if an integer is null.
-    """
-    import pyarrow as pa
-
-    if not isinstance(column, pa.ListArray | pa.LargeListArray) or not pa.types.is_integer(column.type.value_type):
-        return None
-    if column.values.null_count:
-        return None
+def _integer_arrays(column: Any) -> list[npt.NDArray[Any] | None]:
+    """Returns an array for each row of a column of lists of integers, which takes a fifth of the memory of lists."""
     offsets, integers = column.offsets.to_numpy(), column.values.to_numpy()
     return [
         integers[start:stop] if valid else None

@@ -55,7 +55,7 @@ def show(dataset: Files, manifest: Mapping[str, Any], note: str) -> None:
             "(max_position_embeddings): captured as the model computes them."
         )
     if skipped := manifest["skipped_rows"]:
-        say(f"{counted(skipped, 'example')} without text left out.")
+        say(f"{counted(skipped, 'empty example')} left out.")
     added, own = manifest["tokenizer"].get("special_tokens", {}), manifest.get("own_special_tokens", {})
     for side, verb in (("before", "begin"), ("after", "end")):
         if own.get(side):

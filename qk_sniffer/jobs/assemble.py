@@ -179,7 +179,7 @@ def stage(layout: Layout, job: CapturedJob, model: ModelConfig, tokenizer: Token
         access=claim,
     )
     if not written.num_examples:
-        raise SourceError(f"dataset {config.dataset.path} has no text that gives a token: nothing was captured")
+        raise SourceError(f"dataset {config.dataset.path} has no example that gives a token: nothing was captured")
     skipped = sum(mark["skipped"] for mark in marks if mark is not None)
     parts = [[*journal.records.values()] for journal in journals]
     if base is not None:

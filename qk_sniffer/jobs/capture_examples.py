@@ -130,7 +130,7 @@ def capture_examples(
     finally:
         progress.close()
     if not journal.records and shard.count == 1 and start.base is None:
-        raise SourceError(f"dataset {config.dataset.path} has no text that gives a token: nothing was captured")
+        raise SourceError(f"dataset {config.dataset.path} has no example that gives a token: nothing was captured")
     if corpus.num_rows is None and (last := max(journal.records, default=-1)) > corpus.last_index:
         raise SourceError(
             f"dataset {config.dataset.path}: row {last} was captured before, and the used rows end with row "

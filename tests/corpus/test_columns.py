@@ -85,6 +85,23 @@ def test_columns_of_other_types_are_refused_before_the_first_row(tmp_path: Path)
     assert "Set dataset.segments_column to one" in message(file, tokens_column="ids", segments_column="absent")
 
 
+def test_a_row_of_too_many_values_is_refused_before_it_fills_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qk_sniffer.corpus.parquet_files._MOST_NESTED", 100)
+    rows = [{"m": HELLO, "ids": [1, 2]} for _ in range(50)]
+    file = write(tmp_path / "rows.parquet", parquet(rows))
+    assert contents(file, messages_column="m") == [Conversation(HELLO)] * 50
+    rows[20]["m"] = HELLO * 20
+    assert "a row of it has 120 values in lists, more than 100" in message(
+        write(file, parquet(rows)), messages_column="m"
+    )
+    rows[20]["ids"] = [7] * 1000
+    assert len(contents(write(file, parquet(rows)), tokens_column="ids")) == 50
+    rows[20]["ids"][3] = None
+    assert "a row of it has 1,000 values in lists" in message(write(file, parquet(rows)), tokens_column="ids")
+
+
 # ---- token ids
 
 

@@ -71,6 +71,9 @@ def show(dataset: Files, manifest: Mapping[str, Any], note: str) -> None:
         rows, heads_with = counted(sum(nonfinite.values()), "row"), counted(len(nonfinite), "head")
         say(f"{rows} of {heads_with} hold NaN or infinite numbers, kept as the model computed them.")
     facts = manifest.get("statistics", {})
+    if facts and not facts["tokens"]:
+        others = "" if manifest["config"]["sampler"].get("segments") is None else ", or other sampler.segments"
+        say(f"The statistics have no token: set a smaller capture.statistics.skip_tokens{others}.")
     if nonfinite := facts.get("nonfinite"):
         vectors, heads_with = counted(sum(nonfinite.values()), "vector"), shortened([*nonfinite], 6)
         say(f"Statistics leave out {vectors} with NaN or infinite numbers: {heads_with}.")

@@ -260,7 +260,10 @@ def _prove(
             segments=config.sampler.segments,
         )
     reason = f"all {'rows' if has_rows else 'tokens of the statistics'} are at positions from {MAX_TOKENS:,} on"
-    if boundary is not None:
+    statistics = staged.written.statistics
+    if not has_rows and statistics is not None and not statistics["tokens"]:
+        reason = "the statistics have no token"
+    elif boundary is not None:
         reason = f"this model's rotary frequencies depend on the length of texts of more than {boundary} tokens"
     if not passes and not of_statistics:
         return {"proven": None, "reason": reason}

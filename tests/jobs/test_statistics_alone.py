@@ -47,6 +47,17 @@ def test_status_finalize_and_verify_say_that_it_is_done(
     assert report.splitlines()[-1].startswith("whole: 18 heads, 0 rows, ")
 
 
+def test_statistics_without_a_token_are_told(
+    checkpoint: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capture = {"layers": [0], "statistics": {"enabled": True, "skip_tokens": 1000}}
+    root = run(checkpoint, texts, tmp_path / "out", sampler={"type": "none"}, capture=capture)
+    said = capsys.readouterr().out
+    assert "\nThe statistics have no token: set a smaller capture.statistics.skip_tokens.\n" in said
+    assert "Not proven: the statistics have no token; " in said
+    assert wrong(verified(root)) == {}
+
+
 @pytest.mark.parametrize("sampler", [{"type": "none"}, {"type": "none", "keys": {"type": "all"}}])
 def test_plasticity_needs_rows(sampler: dict[str, Any], checkpoint: Path, texts: Path, tmp_path: Path) -> None:
     root = run(checkpoint, texts, tmp_path / "out", **SECTIONS | {"sampler": sampler, "verify": {"examples": 0}})

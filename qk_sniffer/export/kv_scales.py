@@ -55,6 +55,11 @@ def problems(source: Source) -> Iterator[str]:
             f"its statistics leave out the first {counted(source.settings.skip_tokens, 'token')} of each text, whose "
             "keys are quantized too: capture with capture.statistics.skip_tokens=0"
         )
+    if (segments := source.config.sampler.segments) is not None:
+        yield (
+            f"its statistics are of the segments {', '.join(segments)} alone, and the keys of the others are quantized "
+            "too: capture with sampler.segments=null"
+        )
 
 
 def _kinds(source: Source) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from qk_sniffer.config import KIND_SETTINGS, STAGE_NAMES, StatisticsConfig, from_dict
+from qk_sniffer.config import KIND_SETTINGS, STAGE_NAMES, Config, StatisticsConfig, from_dict
 from qk_sniffer.dataset.reader import Dataset
 from qk_sniffer.errors import StoreError
 from qk_sniffer.store import manifest as manifests
@@ -37,9 +37,14 @@ class Source:
         """What a format adds to the provenance."""
 
     @cached_property
+    def config(self) -> Config:
+        """The settings of the capture."""
+        return from_dict(self.dataset.manifest["config"])
+
+    @property
     def settings(self) -> StatisticsConfig:
         """The settings of the statistics."""
-        return from_dict(self.dataset.manifest["config"]).capture.statistics
+        return self.config.capture.statistics
 
     @cached_property
     def layers(self) -> list[dict[str, Any]]:
@@ -97,8 +102,9 @@ class Source:
                     f"{counted(nonfinite, 'vector')} with NaN or infinite numbers are left out: {leave_out}"
                 )
             if count < 2:
-                shorter = ", or set a smaller capture.statistics.skip_tokens" if self.settings.skip_tokens else ""
-                raise StoreError(f"{of_head} are of {counted(count, 'token')}: capture longer texts{shorter}")
+                raise StoreError(
+                    f"{of_head} are of {counted(count, 'token')}: {', or '.join(self._ways_to_more_tokens())}"
+                )
             if not all(np.isfinite(array[index]).all() for array in needed):
                 raise StoreError(f"{of_head} at the stage {stage} have numbers that float32 cannot hold: {leave_out}")
         return found
@@ -217,18 +223,27 @@ class Source:
             "tokens": manifest["tokens"],
             "longest_example": manifest["longest_example"],
             "skip_tokens": self.settings.skip_tokens,
+            "segments": self.config.sampler.segments,
+            "chat_template": manifest["tokenizer"].get("chat_template"),
             "nonfinite": manifest.get("statistics", {}).get("nonfinite", {}),
             "vectors_commit": self.dataset.commit,
             "manifest_sha256": hashlib.sha256(manifests.encode(manifest)).hexdigest(),
             **self.notes,
         }
 
+    def _ways_to_more_tokens(self) -> Iterator[str]:
+        yield "capture longer texts"
+        if self.settings.skip_tokens:
+            yield "set a smaller capture.statistics.skip_tokens"
+        if self.config.sampler.segments is not None:
+            yield "other sampler.segments"
+
     def _has(self, kind: str) -> bool:
         return any(layer["captured"].get(kind) for layer in self.layers)
 
     @property
     def _selects_layers(self) -> bool:
-        capture = from_dict(self.dataset.manifest["config"]).capture
+        capture = self.config.capture
         return capture.layers is not None or capture.full_attention_only or capture.head_sampling.count is not None
 
     def _rotation_problem(self, layer: dict[str, Any]) -> str | None:

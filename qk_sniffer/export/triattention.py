@@ -49,7 +49,7 @@ def _metadata(source: Source, sampled: list[list[int]]) -> dict[str, Any]:
         "num_traces": source.dataset.manifest["examples"],
         "head_dim": source.shape["head_dim"],
         "dtype": source.model["dtype"],
-        "use_chat_template": False,
+        "use_chat_template": source.config.dataset.messages_column is not None,
         "system_prompt": "",
         "attn_implementation": source.model["attn_implementation"],
         "rope_style": "half",

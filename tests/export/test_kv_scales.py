@@ -13,6 +13,7 @@ from support.backbones import FolderOf
 from support.export_cases import edited, rows_of, statistics, without_rows
 from support.hub_cases import copied
 from support.jobs import run
+from support.segmented import COLUMNS, write
 from support.verify_cases import edit
 from support.zoo import CASES
 
@@ -136,6 +137,16 @@ def test_ranges_that_miss_keys_are_refused(checkpoint: Path, texts: Path, tmp_pa
     pre = without_rows(checkpoint, texts, tmp_path / "pre", **statistics(stages=["pre"]))
     with pytest.raises(StoreError, match=r"no statistics of key vectors after RoPE"):
         qk_sniffer.export(pre, "kv_scales")
+
+
+def test_scales_of_some_segments_alone_are_refused(checkpoint: Path, tmp_path: Path) -> None:
+    sections: dict[str, Any] = {"dataset": COLUMNS, "verify": {"examples": 0}, "capture": statistics()}
+    sampler = {"type": "none", "segments": ["assistant"]}
+    root = run(checkpoint, write(tmp_path / "ids.jsonl"), tmp_path / "out", sampler=sampler, **sections)
+    with pytest.raises(StoreError, match=r"of the segments assistant alone, .*sampler\.segments=null"):
+        qk_sniffer.export(root, "kv_scales")
+    provenance = qk_sniffer.export(root, "tria").with_name("out-triattention.tria.json")
+    assert json.loads(provenance.read_text())["segments"] == ["assistant"]
 
 
 def test_a_module_that_two_layers_name_has_no_scale(undisturbed: Callable[..., Path], tmp_path: Path) -> None:

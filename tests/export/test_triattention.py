@@ -1,6 +1,7 @@
 """Tests the file of TriAttention with a reader of its format, against float64 over the rows before RoPE."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -11,7 +12,7 @@ import pytest
 import torch
 from support.backbones import FolderOf
 from support.export_cases import edited, halves, rows_of, statistics, without_rows
-from support.jobs import TEXTS, settings
+from support.jobs import TEXTS, run, settings
 from support.zoo import CASES
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -60,7 +61,18 @@ def test_the_numbers_are_those_of_the_queries_before_rope(pre: Path, tmp_path: P
     provenance = metadata["provenance"]
     assert provenance["model_commit"] == dataset.manifest["commits"]["model"]
     assert provenance["tokens"] == sum(map(len, TEXTS)) and provenance["skip_tokens"] == 0
+    assert metadata["use_chat_template"] is False and provenance["segments"] is None is provenance["chat_template"]
     assert [path.name for path in path.parent.iterdir()] == ["stats.pt"], "the provenance is in the file"
+
+
+def test_texts_of_a_chat_template_are_told(checkpoint: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(checkpoint, tmp_path / "model")
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}")
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "ask" * 9}]}) + "\n")
+    sections = {"dataset": {"messages_column": "messages"}, "sampler": {"type": "none"}, "verify": {"examples": 0}}
+    run(folder, tmp_path / "chats.jsonl", tmp_path / "out", capture=statistics(), **sections)
+    metadata, _ = read(qk_sniffer.export(tmp_path / "out", "triattention"))
+    assert metadata["use_chat_template"] is True and len(metadata["provenance"]["chat_template"]) == 64
 
 
 def test_heads_that_were_not_captured_are_not_listed(checkpoint: Path, texts: Path, tmp_path: Path) -> None:

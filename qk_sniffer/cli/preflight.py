@@ -213,7 +213,8 @@ class Composer(Generic[Settings]):
         with without_environment():
             self.application.prepare(node)
         problems = [] if folder == of_sweep else [_SWEPT_FOLDER.format(of_sweep)]
-        problems += [*self._undescribed(node, choices, arguments), *replace_unresolved(node, self.schema)]
+        unresolved = replace_unresolved(node, self.schema)
+        problems += [*self._undescribed(node, choices, arguments), *unresolved]
         missing = self.schema.fill_missing(node)
         problems += self.schema.missing(missing)
         try:
@@ -221,7 +222,8 @@ class Composer(Generic[Settings]):
         except OmegaConfBaseException as error:
             return [*problems, self._explain(error)], []
         found = [*self.application.problems(config, folder), *folder_problems(folder, is_sweep=self.is_sweep)]
-        problems += [problem for problem in found if not any(_mentions(problem, key) for key in missing)]
+        replaced = [*missing, *(problem.partition(" ")[0] for problem in unresolved)]
+        problems += [problem for problem in found if not any(_mentions(problem, key) for key in replaced)]
         return problems, [] if problems else [self.application.resolve(config)]
 
     def _undescribed(self, node: DictConfig, choices: DictConfig, arguments: Sequence[str]) -> Iterator[str]:

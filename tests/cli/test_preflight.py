@@ -340,7 +340,7 @@ def test_a_setting_that_is_published_does_not_read_the_environment(
     found = refusals(*MODEL, "dataset=hf", "dataset.path=org/texts", "output.folder=${oc.env:QK_SECRET}", setting)
     key = setting.lstrip("+").partition("=")[0]
     assert any(problem.startswith(key) and "variable of the environment" in problem for problem in found)
-    assert "a5ecret" not in str(found)
+    assert "a5ecret" not in str(found) and len(found) == 1, "nothing is said of what replaces the value"
 
 
 def test_the_folders_of_this_machine_may_read_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

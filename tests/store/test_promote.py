@@ -343,6 +343,17 @@ def test_a_lock_in_a_copy_of_its_folder_with_hard_links_is_lost(part: str, tmp_p
             pass
 
 
+def test_leftover_locks_with_hard_links_are_removed_from_their_folder_alone(tmp_path: Path) -> None:
+    layout = prepare_data_root(tmp_path / "root")
+    for path in (layout.shard_lock(1, 2), layout.finalize_lock):
+        path.touch()
+        os.link(path, tmp_path / path.name)
+    with hold(layout.shard_lock(0, 1), "capturing") as lock:
+        remove_leftovers(layout, lock.path, lock)
+        assert layout.locks() == [lock.path]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["finalize.lock", "root", layout.shard_lock(1, 2).name]
+
+
 def test_a_lock_whose_folder_moved_to_another_root_is_lost(tmp_path: Path) -> None:
     layout = Layout(tmp_path / "root")
     layout.root.mkdir()

@@ -240,15 +240,16 @@ def _lock_file(folder: OpenFolder, path: Path, purpose: str, replace: bool) -> i
             raise
         _clear(folder, path, replace, f"is a {kind}, not a lock file")
         return None
-    if problem := _problem(os.fstat(descriptor)):
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        if is_held(path):  # by a job whose folder was copied with hard links meanwhile
-            raise _in_use(path, purpose)
-        _clear(folder, path, replace, problem)
+        _clear(folder, path, replace, "is not a lock file")
         return None
     try:
         _lock(descriptor)
-        if _is_at(descriptor, path):
+        if _is_at(descriptor, path) and os.fstat(descriptor).st_nlink > 1:
+            # A hard link: of a copy of the folder, or of a file of the user. The next attempt makes a file of its own.
+            folder.unlink(path.name)
+        elif _is_at(descriptor, path):
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, json.dumps(asdict(Holder.me())).encode(), 0)
             return descriptor
@@ -258,7 +259,7 @@ def _lock_file(folder: OpenFolder, path: Path, purpose: str, replace: bool) -> i
     except BaseException:
         os.close(descriptor)
         raise
-    os.close(descriptor)  # the locked file was just unlinked by its holder
+    os.close(descriptor)  # the locked file was just unlinked, by its holder or here
     return None
 
 
@@ -267,14 +268,6 @@ def _in_use(path: Path, purpose: str) -> InUseError:
         f"{path.parent.parent} is in use: {holder(path) or 'another process'} is {purpose}. Two jobs cannot "
         f"write one data root: wait for that one or end it (lock: {path})"
     )
-
-
-def _problem(facts: os.stat_result) -> str | None:
-    if not stat.S_ISREG(facts.st_mode):
-        return "is not a lock file"
-    if facts.st_nlink > 1:
-        return "is the same file as another one, which would be overwritten"
-    return None
 
 
 def _clear(folder: OpenFolder, path: Path, replace: bool, problem: str) -> None:

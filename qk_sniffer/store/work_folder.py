@@ -123,9 +123,8 @@ def remove_leftovers(layout: Layout, own_lock: Path, access: Access = PLAIN) -> 
     Hold `own_lock`. `access` is the way to the work folder: the own lock.
     """
     for path in layout.locks():
-        if path != own_lock and type_of(path, access) == "file":
-            # `replace`: in a copy that was made with hard links, the file of a dead job is that of another folder too.
-            with suppress(InUseError), hold(path, "tidying up", replace=True, access=access):
+        if path != own_lock:
+            with suppress(InUseError), hold(path, "tidying up", access=access):
                 pass  # leaving the block removes the file
     with (
         suppress(InUseError),

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save, save_file
+from support import segmented
 from support.fake_hub import FakeHub
 from support.forked import STEPS, Server
 from support.jobs import QWEN3, hashes, heads_of, run, settings, vectors
@@ -75,18 +76,26 @@ def test_a_killed_job_resumes_and_ends_with_the_same_bytes(
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(int(os.environ.get("KILL_SEEDS", "1"))))
 @pytest.mark.parametrize(
-    ("batch_size", "capture"),
+    ("batch_size", "more"),
     [
         (1, {}),
         (2, {}),
-        (2, {"statistics": {"enabled": True, "stages": ["pre", "post"]}}),
-        (2, {"attention": {"enabled": True}}),
-        (2, {"capture_values": True, "capture_outputs": True}),
+        (2, {"capture": {"statistics": {"enabled": True, "stages": ["pre", "post"]}}}),
+        (2, {"capture": {"attention": {"enabled": True}}}),
+        (2, {"capture": {"capture_values": True, "capture_outputs": True, "capture_offsets": True}}),
+        (
+            2,
+            {
+                "dataset": segmented.COLUMNS,
+                "capture": {"capture_segments": True, "statistics": {"enabled": True}, "attention": {"enabled": True}},
+                "sampler": {"segments": ["assistant", "user"]},
+            },
+        ),
     ],
 )
 def test_killed_at_random_moments_of_every_step(
     batch_size: int,
-    capture: dict[str, Any],
+    more: dict[str, Any],
     seed: int,
     server: Server,
     checkpoint: Path,
@@ -95,12 +104,15 @@ def test_killed_at_random_moments_of_every_step(
     undisturbed: Callable[..., Path],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    sections: dict[str, Any] = {"inference": SECTIONS["inference"] | {"batch_size": batch_size, "lookahead": 12}}
-    if capture:
-        sections["capture"] = capture
+    inference = SECTIONS["inference"] | {"batch_size": batch_size, "lookahead": 12}
+    sections: dict[str, Any] = {"inference": inference} | more
     monkeypatch.setattr(capture_examples, "GROUP", 1e-5)  # as in the processes
+    if "dataset" in more:
+        texts = segmented.write(tmp_path / "ids.jsonl")
+        whole = hashes(run(checkpoint, texts, tmp_path / "whole", **sections))
+    else:
+        whole = hashes(undisturbed(**sections))
     job = settings(checkpoint, texts, tmp_path / "out", **sections)
-    whole = hashes(undisturbed(**sections))
     rng = np.random.default_rng(seed)
     slow = dict.fromkeys(STEPS, 0.02) | {"forward": 0.004}
     root = root_of(job)

@@ -241,7 +241,7 @@ def test_the_small_programs_run_on_the_demo(
 @pytest.fixture(scope="module")
 def read_datasets(reader: Path) -> None:
     """The datasets that the Python on the pages reads besides the demo, in the reader's folder, over few tokens."""
-    for folder in ("statistics", "attention", "aligned", "characters"):
+    for folder in ("statistics", "attention", "aligned", "characters", "segments"):
         command = next(each for each in JOBS if f"output.data_root=outputs/{folder}" in each.text)
         with chdir(reader):
             (job,) = jobs_of([*command.words(), *SMALL])

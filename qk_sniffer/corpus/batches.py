@@ -132,6 +132,18 @@ def check_same_texts(
         raise _changed(f"row {min(left)} of the dataset has lost the text {origin}")
 
 
+def check_same_segments(tokens: Tokens, record: ExampleRecord) -> None:
+    """Checks that the tokens of a captured example are in the same segments as before. Its `text_hash` has none.
+
+    Raises:
+        SourceError: they are in others.
+    """
+    if tokens.record().segments != record.segments:
+        raise _changed(
+            f"row {tokens.index} of the dataset (id {tokens.source_id}) has other segments than when it was captured"
+        )
+
+
 def _changed(what: str) -> SourceError:
     return SourceError(
         f"{what}: the source has changed. Restore it, give this job another folder (output.data_root=...), or replace "

@@ -12,7 +12,7 @@ from typing import Any
 from qk_sniffer.capture.proof import prove
 from qk_sniffer.capture.proof_examples import MAX_TOKENS, choose, choose_for_statistics
 from qk_sniffer.capture.proof_statistics import prove_statistics
-from qk_sniffer.corpus.batches import check_same_texts, check_unchanged
+from qk_sniffer.corpus.batches import check_same_segments, check_same_texts, check_unchanged
 from qk_sniffer.corpus.examples import Corpus
 from qk_sniffer.dataset.card import branch_card, write_card
 from qk_sniffer.dataset.card_facts import CardFacts
@@ -278,6 +278,8 @@ def _prove(
             f"tokenizer are {components.commits}: they prove nothing about its vectors. Rerun the job's command"
         )
     tokens = {each.example_id: each for each in components.tokenizer(found)}
+    for each in tokens.values():
+        check_same_segments(each, captured[each.index])
     proof: dict[str, Any] = {"proven": None, "reason": reason}
     if passes:
         ids = {one.example.example_id: tokens[one.example.example_id].ids for one in passes}

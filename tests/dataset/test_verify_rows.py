@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-from support.jobs import TEXTS
+from support.jobs import TEXTS, run
 from support.verify_cases import (
     FILE,
     HEAD,
@@ -86,6 +86,20 @@ def test_a_file_that_cannot_be_read_says_why(root: Path) -> None:
 
 def drop(table: pa.Table) -> pa.Table:
     return pa.concat_tables([table.slice(0, 5), table.slice(7)])
+
+
+@pytest.mark.parametrize("characters", [(5, None), (None, 5), (-1, 3), (7, 6)])
+def test_impossible_characters_are_found(
+    characters: tuple[int | None, int | None], checkpoint: Path, texts: Path, tmp_path: Path
+) -> None:
+    capture = {"capture_offsets": True, "layers": [0], "heads": [1]}
+    root = run(checkpoint, texts, tmp_path / "out", capture=capture, dataset={"max_samples": 2}, verify={"examples": 0})
+    assert "offsets         ok " in verified(root)
+    start, end = characters
+    rewrite(root, FILE, lambda table: with_values(with_values(table, "char_start", {4: start}), "char_end", {4: end}))
+    found = wrong(verified(root))
+    assert {*found} == {"offsets"}
+    assert "char_start and char_end are no range of characters (1 row in" in found["offsets"]
 
 
 def swap(table: pa.Table) -> pa.Table:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support import segmented
 from support.fake_hub import FakeHub
 from support.hub_cases import BRANCH, REPO, assert_whole, held, published
 from support.jobs import TEXTS, captured_only, hashes, run
@@ -124,6 +125,32 @@ def test_it_grows_on_another_machine(hub: FakeHub, machine: MakeMachine, tmp_pat
     assert first.job(14) >= HEADS and sorted(first.captured) == [12, 13]
     assert second.job(14) == {"manifest.json", EXAMPLES} and second.captured == []
     assert published(hub) == 3
+
+
+def test_segments_are_published_read_from_the_branch_and_grow_there(
+    hub: FakeHub, machine: MakeMachine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted: dict[str, Any] = {
+        "dataset": segmented.COLUMNS,
+        "capture": {"layers": [0], "heads": [0], "capture_segments": True},
+        "sampler": {"segments": ["assistant", "user"]},
+    }
+    first, second, undisturbed = machine("first"), machine("second"), machine("undisturbed")
+    for one in (first, second, undisturbed):
+        segmented.write(one.texts)
+    first.job(8, **wanted)
+    assert second.job(12, **wanted) >= {"l00h00q/data.parquet", EXAMPLES} and sorted(second.captured) == [8, 9, 10, 11]
+    undisturbed.job(12, **wanted, output={"hf_repo_id": None, "resume_from_hub": False})
+    assert files(second) == files(undisturbed)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    dataset = qk_sniffer.open_dataset(REPO, revision=BRANCH)
+    rows, names = dataset.vectors(0, 0, "q"), dataset.segments(0, 0, "q")
+    expected = [segmented.names_of(index) for index in range(12)]
+    assert names.tolist() == [
+        expected[example][position]
+        for example, position in zip(rows.example_ids.tolist(), rows.positions.tolist(), strict=True)
+    ]
+    assert {*names} == {"assistant", "user"}
 
 
 def test_statistics_are_published_read_from_the_branch_and_grow_there(

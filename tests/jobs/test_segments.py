@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -21,7 +22,7 @@ from support.verify_cases import edit, rewrite, verified, with_values, wrong
 import qk_sniffer
 from qk_sniffer.capture.capture import Capture
 from qk_sniffer.config import from_dict
-from qk_sniffer.errors import ConfigError, StoreError
+from qk_sniffer.errors import ConfigError, SourceError, StoreError
 from qk_sniffer.jobs import segment_names
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.validation import problems
@@ -155,7 +156,7 @@ def test_statistics_and_summaries_are_of_the_kept_segments(answers: Path, whole:
     assert summary.num_keys.tolist() == np.minimum(positions + 1, window).tolist(), "keys of all segments count"
     text = verified(answers)
     assert wrong(text) == {}
-    assert "mean, covariance and range are those of the rows" in text
+    assert re.search(r"statistics +ok +8 heads: .* are those of the rows", text)
     proof = manifests.read(answers)["proof"]
     assert proof["proven"] is True and proof["statistics"]["heads"] == 8
     assert 0 < proof["statistics"]["tokens"] < tokens
@@ -224,6 +225,20 @@ def test_a_name_that_no_token_has_is_refused_before_the_first_forward_pass(
     root = run(checkpoint, late, tmp_path / "late", **restricted(["assistant"], **ALONE))
     assert set(heads_of(root)["l00h00q"]["example_id"].to_pylist()) <= {40, 41, 42}
     assert manifests.read(root)["skipped_rows"] == 0
+
+
+def test_segments_that_have_changed_since_the_capture_prove_nothing(
+    checkpoint: Path, segmented: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = tmp_path / "ids.jsonl"
+    lines = segmented.read_text(encoding="utf-8")
+    texts.write_text(lines)
+    captured_only(checkpoint, texts, tmp_path / "out", monkeypatch, **SEGMENTS)
+    texts.write_text(lines.replace('["user", 0]', '["tool", 0]'))
+    with pytest.raises(SourceError, match=r"has other segments than when it was captured: the source has changed"):
+        run(checkpoint, texts, tmp_path / "out", **SEGMENTS)
+    texts.write_text(lines)
+    run(checkpoint, texts, tmp_path / "out", **SEGMENTS)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 huggingface_hub caches files by commit. No file is fetched twice, and all files are of one commit.
 """
 
-import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from qk_sniffer.errors import HubError, StoreError
+from qk_sniffer.hub.answers import is_commit
 from qk_sniffer.hub.client import REPO_TYPE, bars_on_a_terminal, reading_api, with_retries
 from qk_sniffer.hub.endpoint import check_address, public
 from qk_sniffer.hub.revisions import is_hub_id
@@ -45,7 +45,7 @@ class Branch:
 
     def __post_init__(self) -> None:
         _check_place(self.repo_id, self.name)
-        if re.fullmatch("[0-9a-f]{40}", self.commit) is None:
+        if not is_commit(self.commit):
             raise HubError(f"{self.commit!r} is not a commit of the dataset repository {self.repo_id}")
 
     def path(self, name: str, size: int | None = None) -> Path:
@@ -205,10 +205,11 @@ def download(
         size: the size that the file must have; None for any, of a manifest or a card up to `LARGE`.
 
     Raises:
-        HubError: the file is too large.
+        HubError: the file is too large, or `revision` is no branch, tag or commit.
         StoreError: it has another size.
         Exception: those of huggingface_hub.
     """
+    _check_place(repo_id, revision)
     fetch: Any = partial(
         api.hf_hub_download, repo_id, name, repo_type=REPO_TYPE, revision=revision, force_download=force
     )

@@ -245,7 +245,7 @@ def _retry_after_s(headers: Mapping[str, str]) -> float:
     if value.isdecimal():
         return float(value)
     if value:
-        with suppress(ValueError, TypeError):  # not a date, or a date without a zone
+        with suppress(ValueError, TypeError, OverflowError):  # not a date, one without a zone, or a year of many digits
             return max(0.0, (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds())
     limit = re.search(r"r=0;\s*t=(\d+)", headers.get("RateLimit", ""))
     return float(limit[1]) if limit else 0.0

@@ -10,6 +10,7 @@ import re
 from urllib.parse import urlsplit
 
 from qk_sniffer.errors import SourceError
+from qk_sniffer.hub.answers import check_answers
 from qk_sniffer.logs import logger
 from qk_sniffer.text import SHORTEST_SECRET, hide, hide_in_address
 
@@ -47,7 +48,8 @@ def check_address() -> None:
 def announce() -> None:
     """Logs a warning that names the Hub of this process, once, unless it is huggingface.co or offline mode is on.
 
-    From here on, no message of this process shows the token either.
+    From here on, no message of this process shows the token either, and files are stored by names that are checked
+    (`hub/answers.py`).
 
     Call this before the first request. `hub.client` calls it for its clients. A caller that lets transformers or
     datasets talk to the Hub calls it too.
@@ -56,6 +58,7 @@ def announce() -> None:
         SourceError: `HF_ENDPOINT` or a variable of a proxy is no address. The error does not show its value.
     """
     check_address()
+    check_answers()
     from huggingface_hub import constants, get_token
 
     token = get_token()

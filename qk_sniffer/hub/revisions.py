@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from qk_sniffer.errors import SourceError
+from qk_sniffer.hub.answers import is_commit
 from qk_sniffer.hub.client import reading_api
 from qk_sniffer.text import is_utf8_path, shortened, utf8_way_out
 
@@ -55,7 +56,7 @@ def hub_commit(kind: Kind, name: str, revision: str | None = None) -> str:
     except Exception as error:  # errors of any HTTP library below, and server errors
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise HubUnreachableError(f"the Hub cannot be reached: {reason}") from error
-    if commit is None:
+    if commit is None or not is_commit(commit):  # it becomes a part of paths
         raise HubUnreachableError(f"the Hub cannot be reached: it named no commit for {name!r}")
     return commit
 
@@ -73,9 +74,9 @@ def cached_commit(kind: Kind, name: str, revision: str | None = None) -> str | N
     if ref.is_file():
         with ref.open("rb") as file:
             commit = file.read(50).strip()
-        # It becomes a part of paths, and the cache may be someone else's.
-        return commit.decode() if re.fullmatch(rb"[0-9a-f]{40}", commit) else None
-    snapshots = [path.name for path in folder.glob("snapshots/*") if re.fullmatch("[0-9a-f]{40}", path.name)]
+        found = commit.decode("ascii", "replace")
+        return found if is_commit(found) else None  # it becomes a part of paths, and the cache may be someone else's
+    snapshots = [path.name for path in folder.glob("snapshots/*") if is_commit(path.name)]
     if revision in snapshots:
         return revision
     return snapshots[0] if len(snapshots) == 1 and revision in (None, "main") else None
@@ -124,6 +125,8 @@ def _listed(name: str, revision: str | None) -> tuple[str | None, frozenset[str]
     if known is not None:
         return revision, known
     facts = reading_api().model_info(name, revision=revision, timeout=_TIMEOUT_S)
+    if not is_commit(facts.sha):
+        raise ValueError(f"it named no commit for {name!r}")
     files = frozenset(sibling.rfilename for sibling in facts.siblings or ())
     _files_at[name, str(facts.sha)] = files
     return facts.sha, files

@@ -128,10 +128,12 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("reader")
     (folder / "texts.jsonl").write_text('{"text": "The first text."}\n{"text": "And the second, a longer one."}\n')
     (folder / "book.txt").write_text("Call me Ishmael. Some years ago, never mind how long precisely.")
-    chat = [{"role": "user", "content": "What is a tuple?"}, {"role": "assistant", "content": "A sequence."}]
+    said = [("user", "What is a tuple? " * 10), ("assistant", "A sequence. " * 20)]
+    chat = [{"role": role, "content": content} for role, content in said]
     (folder / "chats.jsonl").write_text(json.dumps({"messages": chat}) + "\n")
     (folder / "chat.jinja").write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}. {% endfor %}")
-    answers = [{"input_ids": [5, 6, 7], "segments": [{"name": "prompt", "start": 0}, {"name": "answer", "start": 2}]}]
+    segments = [{"name": "prompt", "start": 0}, {"name": "answer", "start": 70}]
+    answers = [{"input_ids": [*range(100, 250)], "segments": segments}]
     pq.write_table(pa.Table.from_pylist(answers), folder / "answers.parquet")
     (folder / "my-folder").mkdir()
     (folder / "my-folder" / "rows.jsonl").write_text('{"body": "Some words.", "id": 7}\n')

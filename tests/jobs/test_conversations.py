@@ -82,8 +82,11 @@ def test_it_resumes_and_grows(chat_model: Path, tmp_path: Path) -> None:
     root = tmp_path / "grown"
     run(chat_model, write(tmp_path / "d.jsonl", turns(4)), root, dataset=MESSAGES, **ALONE)
     run(chat_model, write(tmp_path / "d.jsonl", turns(9)), root, dataset=MESSAGES, **ALONE)
-    found, expected = heads_of(root), heads_of(undisturbed)
-    assert all(keys(found[name]) == keys(expected[name]) for name in expected)
+    for index in (0, 1):
+        run(chat_model, file, tmp_path / "shards", dataset=MESSAGES, shard={"index": index, "count": 2}, **ALONE)
+    expected = heads_of(undisturbed)
+    for found in (heads_of(root), heads_of(tmp_path / "shards")):
+        assert all(keys(found[name]) == keys(expected[name]) for name in expected)
     changed = turns(9)
     changed[2][1]["content"] += "!"
     with pytest.raises(SourceError, match=r"row 2 of the dataset \(id 2\) is not the text"):

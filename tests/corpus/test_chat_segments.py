@@ -120,9 +120,8 @@ def test_a_template_may_strip_the_messages_of_some_roles(tmp_path: Path) -> None
         assistant("<think>\nHe asks.\n</think>\n\nYes."),
         assistant("He asks.</think>Yes."),
         assistant("Yes.", reasoning_content="He asks."),
-        assistant("Yes.", reasoning="He asks."),
     ],
-    ids=["tags", "second tag", "reasoning_content", "reasoning"],
+    ids=["tags", "second tag", "field"],
 )
 def test_thoughts_are_a_segment_between_tags_of_the_template(folders: dict[str, Path], answer: Turn) -> None:
     found = runs(loaded(folders["thinking"]), [user("Is it?"), answer])

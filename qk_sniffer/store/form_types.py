@@ -36,6 +36,7 @@ CommitOrDigest = Annotated[str, Meta(pattern=r"\A([0-9a-f]{40}|sha256:[0-9a-f]{6
 _HUB_NAME = "[A-Za-z0-9_]([A-Za-z0-9_.-]{0,98}[A-Za-z0-9_])?"
 RepoId = Annotated[str, Meta(pattern=rf"\A{_HUB_NAME}/{_HUB_NAME}\Z")]
 Slug = Annotated[str, Meta(pattern=rf"\A[A-Za-z0-9._-]{{1,{MOST_SLUG}}}\Z")]
+ExampleId = Annotated[int, Meta(ge=-(2**31), lt=2**31)]
 BatchSize = Annotated[int, Meta(ge=1, le=MOST_COUNT)]
 Number = Annotated[float, Meta(ge=-MOST_NUMBER, le=MOST_NUMBER)]
 """A number that fits float32, and not NaN; also an integer."""

@@ -5,7 +5,7 @@ from typing import Annotated, Any, NotRequired, TypedDict
 
 from msgspec import Meta
 
-from qk_sniffer.store.form_types import MOST_LAYERS, Bucket, Kind, Number, Positive, Stage
+from qk_sniffer.store.form_types import MOST_LAYERS, Bucket, ExampleId, Kind, Number, Positive, Stage
 from qk_sniffer.store.stored import Count, Text
 
 
@@ -49,7 +49,7 @@ class StatisticsProof(TypedDict):
 
     stages: list[Stage]
     reason: NotRequired[Text]
-    examples: NotRequired[list[Count]]
+    examples: NotRequired[list[ExampleId]]
     tokens: NotRequired[Count]
     heads: NotRequired[Count]
     uncovered: NotRequired[list[LayerKind]]
@@ -62,7 +62,7 @@ class Proof(TypedDict):
 
     proven: bool | None
     reason: NotRequired[Text]
-    examples: NotRequired[list[Count]]
+    examples: NotRequired[list[ExampleId]]
     model_commit: NotRequired[Text | None]
     tolerance: NotRequired[Positive]
     largest_difference_by_layer: NotRequired[dict[Bucket, float]]

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from msgspec import Meta
 
 from qk_sniffer.store import stored
-from qk_sniffer.store.form_types import BatchSize
+from qk_sniffer.store.form_types import BatchSize, ExampleId
 from qk_sniffer.store.open_folder import PLAIN, Access
 from qk_sniffer.store.proof_forms import Attention
 from qk_sniffer.store.rows import DTYPES, RUN_COLUMNS, TOKEN_COLUMNS, parse_tensor_name
@@ -36,7 +36,7 @@ class _Record(NamedTuple):
     """The fields of an `ExampleRecord`. Those with a default are missing in journals of earlier versions."""
 
     source_index: Count
-    example_id: Annotated[int, Meta(ge=-(2**31), lt=2**31)]
+    example_id: ExampleId
     source_id: str
     num_tokens: Annotated[int, Meta(ge=1, lt=2**31)]
     truncated: bool

@@ -283,6 +283,14 @@ def test_ids_of_the_source_are_kept_or_hashed(checkpoint: Path, texts: Path, tmp
     assert list(dict.fromkeys(table["example_id"].to_pylist())) == examples["example_id"]
 
 
+def test_negative_ids_of_the_source_are_kept_and_proven(checkpoint: Path, tmp_path: Path) -> None:
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": TEXTS[i], "id": -5 - i}) + "\n" for i in range(3)))
+    root = run(checkpoint, texts, tmp_path / "out", dataset={"id_column": "id"}, verify={"examples": 3})
+    assert pq.read_table(root / "examples" / "data.parquet")["example_id"].to_pylist() == [-5, -6, -7]
+    assert manifests.read(root)["proof"]["examples"] == [-7, -6, -5]
+
+
 def test_a_text_file_is_one_example(checkpoint: Path, tmp_path: Path) -> None:
     path = tmp_path / "book.txt"
     path.write_text("a-line\nand-another\n" * 3)

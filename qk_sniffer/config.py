@@ -69,10 +69,14 @@ class TokenizerConfig:
     revision: str | None = field(
         default=None, metadata={"help": "branch, tag or commit of the tokenizer; null: the model's, or main"}
     )
-    max_length: int = field(default=4096, metadata={"help": "maximum tokens of an example; the rest is cut off"})
+    max_length: int = field(default=4096, metadata={"help": "maximum tokens of an example"})
     add_special_tokens: Any = field(
         default="auto",
         metadata={"help": "add the tokenizer's special tokens to each text; auto: unless the text has them already"},
+    )
+    overlong: str = field(
+        default="truncate",
+        metadata={"help": "truncate: cut longer texts off; split: make an example of each max_length tokens of a text"},
     )
 
 

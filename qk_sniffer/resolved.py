@@ -20,6 +20,7 @@ from qk_sniffer.config import (
     ModelConfig,
     OutputConfig,
     SamplerConfig,
+    TokenizerConfig,
     settings,
 )
 from qk_sniffer.markdown import code
@@ -227,6 +228,8 @@ def _differences(config: Config) -> Iterator[str]:
         yield from map(safe_name, sampler.segments)
     if sampler.share == "example":
         yield "shared"
+    if config.model.tokenizer.overlong != TokenizerConfig().overlong:
+        yield safe_name(config.model.tokenizer.overlong)
 
 
 def _value(config: Config, key: str) -> Any:

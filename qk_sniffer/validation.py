@@ -31,6 +31,7 @@ from qk_sniffer.text import enumerated, expand_home, is_branch_name, is_utf8_pat
 
 SPECIAL_TOKENS = ("auto", "true", "false")
 MOST_TEMPLATE = 1 << 20
+OVERLONG = ("truncate", "split")
 MAX_INT32 = 2**31 - 1
 MAX_SEED = 2**63 - 1
 
@@ -105,6 +106,8 @@ def _model(model: ModelConfig) -> Iterator[str]:
     yield from _at_least("model.tokenizer.max_length", tokenizer.max_length, 1, MAX_INT32)
     if not isinstance(added := tokenizer.add_special_tokens, bool) and added not in SPECIAL_TOKENS:
         yield f"model.tokenizer.add_special_tokens is {added!r}; valid: {', '.join(SPECIAL_TOKENS)}"
+    if tokenizer.overlong not in OVERLONG:
+        yield f"model.tokenizer.overlong is {tokenizer.overlong!r}; valid: {', '.join(OVERLONG)}"
     yield from _at_least("model.long_context.max_length", model.long_context.max_length, 1, MAX_INT32)
     yield from _at_least("model.long_context.min_bucket_size", model.long_context.min_bucket_size, 1, MAX_INT32)
 

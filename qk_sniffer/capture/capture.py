@@ -26,7 +26,7 @@ from qk_sniffer.backbone.tap import AttentionCall, ForwardDone, KernelRun
 from qk_sniffer.capture.attention_summary import Summarizer
 from qk_sniffer.capture.gather import DeviceCopiers, DeviceIndices, Heads, TokenIndices, send, take
 from qk_sniffer.capture.moments import Moments, Spans
-from qk_sniffer.capture.sampling import Sampler
+from qk_sniffer.capture.sampling import Sampler, sampling_ids
 from qk_sniffer.capture.selection import Selection
 from qk_sniffer.corpus.tokens import Tokens
 from qk_sniffer.errors import CaptureError
@@ -100,8 +100,9 @@ class Capture:
         for row, example in zip(ids, examples, strict=True):
             row[: example.num_tokens] = example.ids
         in_segments = self._in_segments(examples)
+        ids_of_texts, parts = ([getattr(example, name) for example in examples] for name in ("example_id", "part"))
         picks = self._sampler.plan(
-            [example.example_id for example in examples],
+            sampling_ids(ids_of_texts, parts),
             lengths,
             list(self._heads),
             None if in_segments is None else np.concatenate(in_segments),
@@ -232,7 +233,9 @@ class Capture:
         if not len(tokens):
             return
         assert self._writer is not None
-        source_index = np.array([example.index for example in plan.examples])
+        source_index, part = (
+            np.array([getattr(example, name) for example in plan.examples]) for name in ("index", "part")
+        )
         row_bytes = block.num_heads * block.width * block.dtype.itemsize
         step = max(1, min(PIECE_BYTES, self._writer.piece_bytes) // row_bytes)
         for start in range(0, len(tokens), step):
@@ -247,6 +250,7 @@ class Capture:
                 source_index[row],
                 position,
                 {name: values[row, position] for name, values in columns.items()},
+                part[row],
             )
             waited_s = self._writer.wait_s
             with self._stages(stage), self._writer.reserve(rows) as slot:

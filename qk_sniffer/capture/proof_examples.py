@@ -27,7 +27,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from qk_sniffer.capture.forward_cost import ForwardCost, Numbers
-from qk_sniffer.capture.sampling import counter_hash
+from qk_sniffer.capture.sampling import counter_hash, sampling_ids
 from qk_sniffer.store.journal import ExampleRecord
 from qk_sniffer.store.layout import Head, Layout
 from qk_sniffer.store.open_folder import Access
@@ -110,7 +110,7 @@ def choose(
         ]
         for part in parts
     ]
-    candidates = sorted(chain(*usable), key=lambda example: (example.num_tokens, example.index))
+    candidates = sorted(chain(*usable), key=lambda example: (example.num_tokens, example.key))
     candidates = candidates[:MOST_CANDIDATES] + candidates[MOST_CANDIDATES:][-1:]  # and the longest one
     most_rows = max(1, MOST_BYTES // sum(4 * head.head_dim for head in heads))
     cut, start, rows = _found(files, candidates, boundary)
@@ -132,7 +132,7 @@ def choose(
     if cut[-1] < candidates[-1].num_tokens:
         late = _late(files, heads, candidates[-1], cost, budget, most_rows)
         budget -= sum(float(cost.flops(one.tokens, max(layer for layer, _ in one.rows))) for one in late)
-    drawn = _drawn(usable, {each.example.index for each in passes}, cost, boundary, budget)
+    drawn = _drawn(usable, {each.example.key for each in passes}, cost, boundary, budget)
     cut, start, rows = _found(files, drawn, boundary)
     passes += [
         Pass(example, int(cut[number]), _rows(list(files), start[number], rows[number], most_rows))
@@ -165,7 +165,7 @@ def choose_for_statistics(
         ]
         for part in parts
     ]
-    shortest = sorted(chain(*usable), key=lambda example: (example.num_tokens, example.index))
+    shortest = sorted(chain(*usable), key=lambda example: (example.num_tokens, example.key))
     chosen = shortest[:count]
     if count is None:
         total = float(cost.flops([example.num_tokens for example in chain(*parts)]).sum())
@@ -214,14 +214,15 @@ def _drawn(
     boundary: int | None,
     budget: float,
 ) -> list[ExampleRecord]:
-    """Draws examples for the budget from all parts, one from each section that has none of the `taken` indexes."""
+    """Draws examples for the budget from all parts, one from each section that has none of the `taken` keys."""
     drawn = []
     sections = [section for part in parts for section in _sections(part, max(1, SPREAD // len(parts)))]
-    sections = [section for section in sections if not any(example.index in taken for example in section)]
+    sections = [section for section in sections if not any(example.key in taken for example in section)]
     for left, section in zip(range(len(sections), 0, -1), sections, strict=True):
         tokens = np.array([tokens_to_derive(example.num_tokens, boundary) for example in section])
         costs = cost.flops(np.maximum(tokens, cost.min_tokens))
-        order = counter_hash(np.array([example.index for example in section], np.int64))
+        index, part = (np.array([getattr(each, name) for each in section]) for name in ("index", "part"))
+        order = counter_hash(sampling_ids(index, part))
         affordable = np.flatnonzero(costs <= budget / left)
         if len(affordable):
             best = int(affordable[order[affordable].argmin()])

@@ -77,7 +77,7 @@ def prove_statistics(
     min_tokens: int,
     segments: list[str] | None = None,
 ) -> dict[str, Any]:
-    """Compares statistics of `heads` in `passes`, one at a time. `tokens` are those of the examples by example_id.
+    """Compares statistics of `heads` in `passes`, one at a time. `tokens` are those of the examples by key.
 
     `moments` are of the heads of `selection`, which are `heads`, in `layers`. Short texts are padded to `min_tokens`,
     as in `prove`. `segments` are `sampler.segments`. Statistics of outputs are not compared.
@@ -91,7 +91,7 @@ def prove_statistics(
     compared: set[Head] = set()
     examples, num_tokens = set(), 0
     for one in passes:
-        example = tokens[one.example.example_id]
+        example = tokens[one.example.key]
         example = example.first(one.tokens)
         watched = _Watched(config, moments.heads, moments.pairs, positions=_spread(config.skip_tokens, one.tokens))
         try:
@@ -109,7 +109,7 @@ def prove_statistics(
             largest[head.layer] = float(np.maximum(largest.get(head.layer, 0.0), difference))  # NaN if either
             compared.add(head)
         if of_heads:
-            examples.add(example.example_id)
+            examples.add(one.example.example_id)
             num_tokens += len(counted)
     if not compared:
         return found | {"reason": "no token of the compared examples has a finite vector"}

@@ -15,7 +15,8 @@ constant that is added to a word is that generator's increment.
 
 Uniform number. u = (hash(seed, example_id, layer, kind, position) >> 11) / 2**53, with 0 for the kinds "q" and "o", and
 1 for "k" and "v": values have the positions of the keys, and outputs those of the queries. With
-`share: example` it is hash(seed, example_id, position), the same for all layers and kinds.
+`share: example` it is hash(seed, example_id, position), the same for all layers and kinds. Here, the example_id of a
+part of a text is that of the text for the first part, and hash(example_id of the text, part) for the others.
 
 Bucket, and the number of positions that it spans (the end of the example may cut the last one):
 
@@ -144,7 +145,7 @@ class Sampler:
 
     def plan(
         self,
-        example_ids: Sequence[int],
+        example_ids: npt.ArrayLike,
         lengths: Sequence[int],
         layer_kinds: Sequence[tuple[int, str]],
         in_segments: Bools | None = None,
@@ -207,6 +208,15 @@ def counter_hash(*words: int | Int64) -> UInt64:
     for word in words:
         state = _absorb(state, word)
     return state
+
+
+def sampling_ids(example_ids: npt.ArrayLike, parts: npt.ArrayLike) -> Int64:
+    """Returns the number that stands for each example in the hashes, (n,).
+
+    `example_ids` (n,) are those of the texts, and `parts` (n,) the parts of them that the examples are.
+    """
+    ids, part = np.asarray(example_ids, np.int64), np.asarray(parts, np.int64)
+    return np.where(part == 0, ids, counter_hash(ids, part).view(np.int64))
 
 
 def problems(config: SamplerConfig) -> list[str]:

@@ -1,13 +1,14 @@
 """Cuts the examples of a job into look-ahead windows, and each window into batches of about equal length.
 
-A window is tokenized at once and cut into batches by length, so that batches need almost no padding. The composition of
-a batch follows from the lengths alone. A job that restarts cuts the same batches: it takes the lengths of finished
-examples from their records.
+A window is cut into batches by length, so that batches need almost no padding. The composition of a batch follows from
+the lengths alone. A job that restarts cuts the same batches: it takes the lengths of finished examples from their
+records. A text is tokenized again only if one of its parts is not finished.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import TypeVar
 
 from qk_sniffer.config import InferenceConfig
 from qk_sniffer.corpus.examples import Corpus, Example
@@ -16,6 +17,8 @@ from qk_sniffer.errors import SourceError
 from qk_sniffer.machine import trim_memory
 from qk_sniffer.store.journal import ExampleRecord
 from qk_sniffer.timing import Stages
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -26,12 +29,14 @@ class Window:
     """Tokens of each example, finished or not."""
     batches: Sequence[Sequence[Tokens]]
     """The batches of unfinished examples."""
+    num_texts: int
+    """The texts that begin in the window; at least 1."""
 
 
 def open_windows(
     examples: Iterable[Example],
     tokenizer: Tokenizer,
-    done: Mapping[int, ExampleRecord],
+    done: Iterable[ExampleRecord],
     inference: InferenceConfig,
     *,
     boundary: int | None,
@@ -43,31 +48,73 @@ def open_windows(
     runs the same batches as one that was not.
 
     Args:
-        done: the records of the finished examples, by index.
+        done: the records of the finished examples.
         boundary: an example of more tokens runs alone; None for no boundary.
 
     Raises:
         SourceError: the content of a finished example has changed, or that of another one is refused.
     """
-    done = dict(done)
-    for window in windows(examples, inference.lookahead):
-        for example in window:
-            check_unchanged(example, done.get(example.index), tokenizer.content_hash)
-        unfinished = [example for example in window if example.index not in done]
-        if not unfinished:
+    for window in windows(_parts(examples, tokenizer, done, inference.lookahead, stages), inference.lookahead):
+        tokens = {part.key: part for part in window if isinstance(part, Tokens)}
+        if not tokens:
             continue
+        trim_memory()  # the encodings of long texts take ten times the memory of their ids
+        lengths = {part.key: part.num_tokens for part in window if part is not None}
+        num_texts = sum(part is not None and part.part == 0 for part in window)
+        yield Window(list(lengths.values()), [*_batches(lengths, tokens, inference, boundary)], max(1, num_texts))
+
+
+def _parts(
+    examples: Iterable[Example], tokenizer: Tokenizer, done: Iterable[ExampleRecord], most: int, stages: Stages
+) -> Iterator[Tokens | ExampleRecord | None]:
+    """Yields the parts of each text: the record of a finished one, the tokens of another. None is a text without parts.
+
+    Reads at most `most` texts ahead.
+    """
+    of_text: dict[int, list[ExampleRecord]] = {}
+    for record in done:
+        of_text.setdefault(record.index, []).append(record)
+    for some in windows(examples, most):
+        finished = {example.index: _by_part(of_text.pop(example.index, ())) for example in some}
+        for example in some:
+            check_unchanged(example, next(iter(finished[example.index].values()), None), tokenizer.content_hash)
+        tokenized = _timed(tokenizer.parts([each for each in some if not _is_whole(finished[each.index])]), stages)
+        for example in some:
+            records = finished[example.index]
+            if _is_whole(records):
+                yield from records.values()
+                continue
+            is_empty = True
+            for part in _timed(next(tokenized), stages):
+                yield records.get(part.part, part)
+                is_empty = False
+            if is_empty:
+                yield None
+
+
+def _by_part(records: Iterable[ExampleRecord]) -> dict[int, ExampleRecord]:
+    return {record.part: record for record in sorted(records, key=lambda record: record.part)}
+
+
+def _is_whole(records: Mapping[int, ExampleRecord]) -> bool:
+    """Whether the finished parts of a text are all of its parts."""
+    last = records.get(len(records) - 1)
+    return last is not None and last.is_last
+
+
+def _timed(items: Iterator[T], stages: Stages) -> Iterator[T]:
+    while True:
         with stages("tokenize"):
-            tokens = {each.index: each for each in tokenizer(unfinished)}
-            trim_memory()  # the encodings of long texts take ten times the memory of their ids
-        known = ((example.index, done.get(example.index) or tokens.get(example.index)) for example in window)
-        lengths = {index: each.num_tokens for index, each in known if each is not None}
-        yield Window(list(lengths.values()), list(_batches(lengths, tokens, inference, boundary)))
+            item = next(items, None)
+        if item is None:
+            return
+        yield item
 
 
 def _batches(
     lengths: Mapping[int, int], tokens: Mapping[int, Tokens], inference: InferenceConfig, boundary: int | None
 ) -> Iterator[list[Tokens]]:
-    order = list(lengths)
+    order = list(lengths)  # keys
     for batch in batches(
         list(lengths.values()), max_batch_tokens=inference.max_batch_tokens, batch_size=inference.batch_size
     ):
@@ -91,7 +138,9 @@ def check_unchanged(
     """
     if record is None:
         return
-    now = example.source_id, example.example_id, hash_of(example)
+    # In a dataset, a later part of a text has a number of its own.
+    example_id = record.example_id if record.part else example.example_id
+    now = example.source_id, example_id, hash_of(example)
     if now == (record.source_id, record.example_id, record.text_hash):
         return
     if now[2] == record.text_hash and now[0] != record.source_id:
@@ -100,6 +149,23 @@ def check_unchanged(
             f"the text {origin} (earlier versions read some ids as numbers or dates)"
         )
     raise _changed(f"row {example.index} of the dataset (id {example.source_id}) is not the text {origin}")
+
+
+def examples_of(corpus: Corpus, captured: Iterable[ExampleRecord], hash_of: HashOf = plain_hash) -> list[Example]:
+    """Returns the examples of the source that `captured` are, or are parts of, in its order.
+
+    Raises:
+        SourceError: a text or an id has changed, or a row cannot be read.
+    """
+    left = _by_index(captured)
+    found = []
+    for example in corpus.examples():
+        if (record := left.pop(example.index, None)) is not None:
+            check_unchanged(example, record, hash_of)
+            found.append(example)
+        if not left:
+            break
+    return found
 
 
 def check_same_texts(
@@ -117,7 +183,7 @@ def check_same_texts(
     Raises:
         SourceError: it has others, or a row cannot be read.
     """
-    left = {record.index: record for record in captured}
+    left = _by_index(captured)
     last = max(left, default=-1)
     for example in corpus.examples():
         if example.index > last:
@@ -144,6 +210,15 @@ def check_same_segments(tokens: Tokens, record: ExampleRecord) -> None:
         )
 
 
+def _by_index(captured: Iterable[ExampleRecord]) -> dict[int, ExampleRecord]:
+    """Returns an example of each text, by index: the first part if it is there, which has the number of the text."""
+    found: dict[int, ExampleRecord] = {}
+    for record in captured:
+        if record.part == 0 or record.index not in found:
+            found[record.index] = record
+    return found
+
+
 def _changed(what: str) -> SourceError:
     return SourceError(
         f"{what}: the source has changed. Restore it, give this job another folder (output.data_root=...), or replace "
@@ -151,9 +226,9 @@ def _changed(what: str) -> SourceError:
     )
 
 
-def windows(examples: Iterable[Example], size: int) -> Iterator[list[Example]]:
-    """Yields `examples`, in their order, in lists of `size`. The last list may be shorter."""
-    iterator = iter(examples)
+def windows(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Yields `items`, in their order, in lists of `size`. The last list may be shorter."""
+    iterator = iter(items)
     while window := list(islice(iterator, size)):
         yield window
 

@@ -1,9 +1,10 @@
-"""Cuts a long text to what a tokenizer needs of it, where the tokens are provably those of the whole text.
+"""Cuts long texts where the tokens are provably those of the whole text: to a beginning, or into pieces.
 
 A tokenizer takes about 160 bytes of memory and a microsecond for each character, also for those whose tokens are cut
 off.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -25,13 +26,16 @@ _CHARACTERS_PER_TOKEN = 5
 _MARGIN = 512
 """The characters on both sides of a cut whose tokens are compared, in case that a part of the library has changed."""
 
+PIECE_CHARACTERS = 1 << 17
+"""The characters of a long text that are tokenized at once where all of its tokens are used."""
+
 _ENDING = 1 << 16
 """The most characters of the ending of a text."""
 
 
 @dataclass(frozen=True)
-class Ending:
-    """The last tokens of a text: those of the tokenizer's result `encoded` from `first` on."""
+class Piece:
+    """Some tokens of a text: those of the tokenizer's result `encoded` from `first` on."""
 
     encoded: Any
     first: int
@@ -50,7 +54,7 @@ class Ending:
 
 
 class LongTexts:
-    """The beginnings and endings of long texts for one tokenizer of transformers."""
+    """The beginnings, endings and pieces of long texts for one tokenizer of transformers."""
 
     def __init__(self, tokenizer: Any, needed: int) -> None:
         """`needed` tokens, special ones aside, decide which ones are kept, and that others are not."""
@@ -77,15 +81,69 @@ class LongTexts:
             stop = 2 * stop if cut is None or not count else max(3 * stop // 2, 5 * cut * self._needed // (4 * count))
         return text
 
-    def last(self, text: str, number: int) -> Ending:
+    @cached_property
+    def _joints(self) -> TextCuts:
+        return TextCuts(self._tokenizer, both_sides=True)
+
+    def is_long(self, text: str) -> bool:
+        """Whether `pieces` may cut the text."""
+        return len(text) > PIECE_CHARACTERS and bool(self._joints)
+
+    def pieces(self, text: str) -> "Iterator[Piece]":
+        """Yields the tokens of a text without special tokens, those of a piece of it at a time.
+
+        A piece has about `PIECE_CHARACTERS`, and ends at a cut. Where no cut of a text is known to be safe, it is
+        longer, up to the whole text.
+        """
+        start = 0  # of the piece
+        context = 0  # a cut before the piece, from which the tokenizer reads
+        left: list[int] = []  # the ids of the piece before
+        number = 0  # of the ids so far
+        while True:
+            stop = self._end_of_piece(text, start)
+            before = self._ids(text[context:start]) if start else []
+            piece = Piece(self._encoded(text[context:stop]), len(before), context)
+            if not self._fit(text, left, context, start, before, piece):
+                yield Piece(self._encoded(text), number, 0)
+                return
+            left = piece.ids
+            number += len(left)
+            yield piece
+            if stop == len(text):
+                return
+            context = self._joints.last(text, stop - _MARGIN) or self._joints.last(text, stop) or 0
+            start = stop
+
+    def _end_of_piece(self, text: str, start: int) -> int:
+        size = PIECE_CHARACTERS
+        while start + size < len(text):
+            cut = self._joints.last(text, start + size, start)
+            if cut is not None:
+                return cut
+            size *= 2
+        return len(text)
+
+    def _fit(self, text: str, left: list[int], context: int, start: int, before: list[int], piece: "Piece") -> bool:
+        """Whether two pieces agree about the text between them, in case that a part of the library has changed.
+
+        `left` are the ids of the piece that ends at `start`. `piece` begins there, and `before` are the ids of the text
+        between `context` and `start`.
+        """
+        if not start:
+            return True
+        middle = self._joints.last(text, start, context) or context
+        shared = before[len(self._ids(text[context:middle])) if middle > context else len(before) :]
+        return bool(piece.encoded["input_ids"][: len(before)] == before) and left[len(left) - len(shared) :] == shared
+
+    def last(self, text: str, number: int) -> Piece:
         """Returns the last tokens of a text, at least `number`, without special tokens that the tokenizer adds."""
         cut = self._cuts.last(text, len(text) - 1)
         before = None if cut is None else self._cuts.last(text, cut - 1)
         if cut is None or before is None or len(text) - before > _ENDING or not self._agrees(text, before):
-            return Ending(self._encoded(text), 0, 0)
+            return Piece(self._encoded(text), 0, 0)
         # What the tokenizer does at the start of a text changes no token behind the next cut.
-        ending = Ending(self._encoded(text[before:]), len(self._ids(text[before:cut])), before)
-        return ending if len(ending.ids) >= number else Ending(self._encoded(text), 0, 0)
+        ending = Piece(self._encoded(text[before:]), len(self._ids(text[before:cut])), before)
+        return ending if len(ending.ids) >= number else Piece(self._encoded(text), 0, 0)
 
     def _agrees(self, text: str, cut: int) -> bool:
         start = max(0, cut - _MARGIN)

@@ -22,7 +22,11 @@ class Segments:
 
     def first(self, count: int) -> "Segments":
         """Returns the segments of the first `count` tokens."""
-        return Segments(self.names, self.codes[:count])
+        return self.between(0, count)
+
+    def between(self, start: int, stop: int) -> "Segments":
+        """Returns the segments of the tokens from place `start` on and before `stop`."""
+        return Segments(self.names, self.codes[start:stop])
 
     def are_in(self, names: Collection[str]) -> NDArray[np.bool_]:
         """Returns which tokens (num_tokens,) are in segments of `names`."""

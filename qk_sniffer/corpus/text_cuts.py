@@ -8,6 +8,10 @@ the tokenizer takes a character on each side together, or looks at what follows:
 3. The pre-tokenizer splits there. Or it does not, and no token of a BPE or Unigram model has a letter before the
    separator.
 
+The tokens behind a cut are those of the whole text too, if the text before it has another cut: what the tokenizer does
+at the start of a text changes no token behind the next cut. A Unigram model without a pre-tokenizer is the exception:
+it compares sums of scores from the start of the text, whose rounding may decide.
+
 Other tokenizers have no cuts: those in Python, and those with a step that is not known here.
 """
 
@@ -43,9 +47,13 @@ _BYTE_LEVEL = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+
 class TextCuts:
     """The cuts of texts for one tokenizer."""
 
-    def __init__(self, tokenizer: Any) -> None:
-        """Reads the parts of a tokenizer of transformers."""
+    def __init__(self, tokenizer: Any, *, both_sides: bool = False) -> None:
+        """Reads the parts of a tokenizer of transformers.
+
+        `both_sides` leaves out cuts behind which the tokens may be others than those of the whole text.
+        """
         self._backend: Any = None
+        self._joinless = ("BPE",) if both_sides else ("BPE", "Unigram")
         self._normalized: dict[str, str] = {}
         """The separators that are safe, and what the normalizer makes of each."""
         if not _is_its_backend(tokenizer):
@@ -71,10 +79,10 @@ class TextCuts:
         """Whether texts can have cuts."""
         return bool(self._normalized)
 
-    def last(self, text: str, stop: int) -> int | None:
-        """Returns the last cut before character `stop`; None if there is none."""
-        for start in range(stop - _WINDOW, -_WINDOW, -_WINDOW) if self else ():
-            places = _PLACE.finditer(text, max(0, start), min(stop, start + _WINDOW + 2))
+    def last(self, text: str, stop: int, after: int = 0) -> int | None:
+        """Returns the last cut before character `stop` and behind character `after`; None if there is none."""
+        for start in range(stop - _WINDOW, after - _WINDOW, -_WINDOW) if self else ():
+            places = _PLACE.finditer(text, max(after + 1, start), min(stop, start + _WINDOW + 2))
             for place in reversed([match.start() for match in places]):
                 if self._is_cut(text, place):
                     return place
@@ -137,7 +145,7 @@ class TextCuts:
     def _model_never_joins(self, separator: str) -> bool:
         model = self._backend.model
         kind = type(model).__name__
-        if kind not in ("BPE", "Unigram"):
+        if kind not in self._joinless:
             return False
         if any(
             getattr(model, name, None) for name in ("continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")

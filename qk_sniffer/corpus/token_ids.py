@@ -1,6 +1,7 @@
 """Takes the token ids of examples as they are."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -9,14 +10,16 @@ from numpy.typing import NDArray
 from qk_sniffer.corpus.contents import ContentError, TokenIds
 from qk_sniffer.corpus.examples import Example
 from qk_sniffer.corpus.tokenizer import TextTokenizer
-from qk_sniffer.corpus.tokens import Tokens, content_error, plain_hash
+from qk_sniffer.corpus.tokens import Tokens, check_part, content_error, plain_hash
 
 NO_TOKENIZER = "none"
 """Takes the place of a tokenizer's class."""
 
 
 class GivenTokens:
-    """Takes ids as they are. Cuts them at the right end to `max_length` tokens, and adds no special tokens.
+    """Takes ids as they are. Cuts them at the right end to `max_length` tokens, or splits them into parts of so many.
+
+    Adds no special tokens.
 
     Needs a tokenizer only for the strings of tokens.
     """
@@ -24,14 +27,17 @@ class GivenTokens:
     skipped = 0
     """An example has at least one id."""
 
-    def __init__(self, max_length: int, strings: TextTokenizer | None = None, *, segments: bool = False) -> None:
+    def __init__(
+        self, max_length: int, strings: TextTokenizer | None = None, *, segments: bool = False, split: bool = False
+    ) -> None:
         """`strings` is the tokenizer whose vocabulary spells the tokens; None if no strings are asked for.
 
-        `segments` says whether segments are.
+        `segments` says whether segments are, and `split` whether ids are split.
         """
         self._max_length = max_length
         self._strings = strings
         self._segments = segments
+        self._splits = split
         self._num_embeddings: int | None = None
 
     @property
@@ -65,7 +71,11 @@ class GivenTokens:
         Raises:
             SourceError: an id is not one of the model's embedding.
         """
-        return [self._tokens(example) for example in examples]
+        return [*chain.from_iterable(self.parts(examples))]
+
+    def parts(self, examples: Sequence[Example]) -> Iterator[Iterator[Tokens]]:
+        """Yields the parts of each example, in their order: see `Tokenizer`."""
+        return map(self._parts, examples)
 
     def content_hash(self, example: Example) -> str:
         """Returns the `text_hash` of the example's tokens: that of all its ids."""
@@ -80,7 +90,7 @@ class GivenTokens:
         """Returns what the record of a job holds of the tokenizer."""
         return {"class": self.class_name}
 
-    def _tokens(self, example: Example) -> Tokens:
+    def _parts(self, example: Example) -> Iterator[Tokens]:
         content = example.content
         assert isinstance(content, TokenIds)
         if self._num_embeddings is not None and (largest := int(content.ids.max())) >= self._num_embeddings:
@@ -93,14 +103,21 @@ class GivenTokens:
                     "model's tokenizer. Set dataset.tokens_column to ids of this model"
                 ),
             )
-        ids = content.ids[: self._max_length]
         segments = content.segments if self._segments else None
-        return Tokens(
-            example.index,
-            example.example_id,
-            example.source_id,
-            ids,
-            len(content.ids) - len(ids),
-            plain_hash(example),
-            segments=None if segments is None else segments.first(len(ids)),
-        )
+        hashed, number = plain_hash(example), len(content.ids)
+        for part, start in enumerate(range(0, number if self._splits else 1, self._max_length)):
+            stop = min(start + self._max_length, number)
+            if self._splits:
+                check_part(example, part, self._max_length)
+            yield Tokens(
+                example.index,
+                example.example_id,
+                example.source_id,
+                content.ids[start:stop],
+                0 if self._splits else number - stop,
+                hashed,
+                segments=None if segments is None else segments.between(start, stop),
+                part=part,
+                first_token=start,
+                is_last=stop == number or not self._splits,
+            )

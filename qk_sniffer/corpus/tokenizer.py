@@ -1,8 +1,8 @@
 """Loads a tokenizer and turns examples of texts and of conversations into tokens."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from itertools import repeat
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,9 @@ from qk_sniffer.corpus.contents import ContentError, Conversation, text_hash
 from qk_sniffer.corpus.examples import Example
 from qk_sniffer.corpus.long_texts import LongTexts
 from qk_sniffer.corpus.segments import Segments
-from qk_sniffer.corpus.special_tokens import Encoded, Offsets, SpecialTokens
+from qk_sniffer.corpus.special_tokens import Encoded, Offsets, Piece, SpecialTokens
 from qk_sniffer.corpus.tokenizer_files import difference_from_file, randomness_of, refuse_files_elsewhere
-from qk_sniffer.corpus.tokens import Tokens, content_error
+from qk_sniffer.corpus.tokens import Tokens, check_part, content_error
 from qk_sniffer.errors import SourceError
 from qk_sniffer.hub.checkpoint_links import refuse_odd_files
 from qk_sniffer.hub.json_files import damaged_json
@@ -128,7 +128,11 @@ def load_tokenizer(
 class TextTokenizer:
     """Tokenizes texts and conversations. Cuts them at the right end to `max_length` tokens, and never pads.
 
-    Of a long text, only the beginning is tokenized if its tokens are provably those of the whole: see `text_cuts.py`.
+    With `overlong=split`, a text is split into consecutive parts of at most `max_length` tokens instead. Each part is
+    between the special tokens, as a text is. All parts but the last have `max_length` tokens.
+
+    Of a long text that is cut, only the beginning is tokenized. One that is split is tokenized in pieces. Both need
+    places in the text where the tokens are provably those of the whole: see `text_cuts.py`.
 
     Special tokens are added to every text (`add_special_tokens=True`), to none (False), or only where the text does not
     have them already ("auto"). A chat template writes them itself, so that conversations get no further ones.
@@ -149,10 +153,12 @@ class TextTokenizer:
         special = tokenizer.num_special_tokens_to_add(pair=False)
         self._special: SpecialTokens | None = None
         """The special tokens that this object adds; None if the tokenizer adds them."""
-        if chat is not None:
+        self._splits, self._adds_always = config.overlong == "split", config.add_special_tokens is True
+        if chat is not None or not config.add_special_tokens:
             self._special = SpecialTokens()
-        elif config.add_special_tokens is not True:
-            self._special = SpecialTokens.of(tokenizer, name) if config.add_special_tokens else SpecialTokens()
+        elif self._splits or not self._adds_always:
+            way_out = f"set model.tokenizer.add_special_tokens={'' if self._splits else 'true or '}false"
+            self._special = SpecialTokens.of(tokenizer, name, way_out)
         if self._special is not None:
             special = len(self._special)
         if config.max_length <= special:  # the library would not cut the texts
@@ -232,28 +238,45 @@ class TextTokenizer:
         Raises:
             SourceError: the tokenizer fails, or a text has a token that the model's embedding has no row for.
         """
-        tokens = []
-        for part in _by_characters([(example, self._text(example)) for example in examples]):
-            for (example, text), encoded in zip(part, self._encoded(part), strict=True):
-                if len(encoded.ids) == 0:
-                    self._skipped += 1
-                    continue
-                self._check_ids(example, encoded.ids)
-                tokens.append(
-                    Tokens(
-                        example.index,
-                        example.example_id,
-                        example.source_id,
-                        np.asarray(encoded.ids, np.int32),
-                        encoded.left_out,
-                        text_hash(text),
-                        encoded.begins_special,
-                        encoded.ends_special,
-                        self._segments_of(example, text, encoded.offsets),
-                        encoded.offsets if self._keeps_offsets else None,
-                    )
-                )
-        return tokens
+        return [*chain.from_iterable(self.parts(examples))]
+
+    def parts(self, examples: Sequence[Example]) -> Iterator[Iterator[Tokens]]:
+        """Yields the parts of each example, in their order: see `Tokenizer`."""
+        for some in _by_characters((example, self._text(example)) for example in examples):
+            short = [(example, text) for example, text in some if not self._is_made_in_pieces(text)]
+            encoded = {example.index: parts for (example, _), parts in zip(short, self._encoded(short), strict=True)}
+            for example, text in some:
+                parts = encoded.pop(example.index, None)
+                yield self._tokens(example, text, self._pieces(example, text) if parts is None else parts)
+
+    def _tokens(self, example: Example, text: str, parts: Iterable[Encoded]) -> Iterator[Tokens]:
+        hashed, segments = None, None
+        if self._segments is not None:
+            parts = [*parts]
+            segments = self._segments_of(example, text, parts)
+        for number, encoded in enumerate(parts):
+            if len(encoded.ids) == 0:
+                self._skipped += 1
+                return
+            self._check_ids(example, encoded.ids)
+            if self._splits:
+                check_part(example, number, self._max_length)
+            hashed = hashed or text_hash(text)
+            yield Tokens(
+                example.index,
+                example.example_id,
+                example.source_id,
+                np.asarray(encoded.ids, np.int32),
+                encoded.left_out,
+                hashed,
+                encoded.begins_special,
+                encoded.ends_special,
+                None if segments is None else segments[number],
+                encoded.offsets if self._keeps_offsets else None,
+                part=number,
+                first_token=encoded.first_token,
+                is_last=encoded.is_last,
+            )
 
     def content_hash(self, example: Example) -> str:
         """Returns the `text_hash` of the example's tokens: that of its text, or of the one that the template renders.
@@ -276,7 +299,7 @@ class TextTokenizer:
 
         None if they are added to every text, or to none, whatever it begins with.
         """
-        if not self._special:
+        if self._adds_always or not self._special:
             return None
         return {"before": self.token_strings(self._special.before), "after": self.token_strings(self._special.after)}
 
@@ -299,13 +322,20 @@ class TextTokenizer:
         except ContentError as error:
             raise content_error(example, error) from error
 
-    def _segments_of(self, example: Example, text: str, offsets: Offsets | None) -> Segments | None:
-        if self._segments is None or offsets is None or not isinstance(example.content, Conversation):
+    def _segments_of(self, example: Example, text: str, parts: Sequence[Encoded]) -> list[Segments] | None:
+        """Returns the segments of the parts of a conversation; None if they were not asked for, or of a text."""
+        if self._segments is None or not isinstance(example.content, Conversation):
             return None
+        offsets = [part.offsets for part in parts if part.offsets is not None]
         try:
-            return self._segments.of(example.content.messages, text, offsets)
+            whole = self._segments.of(example.content.messages, text, np.concatenate(offsets))
         except ContentError as error:
             raise content_error(example, error) from error
+        stops = np.cumsum([len(part.ids) for part in parts]).tolist()
+        return [whole.between(stop - len(part.ids), stop) for part, stop in zip(parts, stops, strict=True)]
+
+    def _is_made_in_pieces(self, text: str) -> bool:
+        return self._splits and self._chat is None and self._long.is_long(text)
 
     def _check_ids(self, example: Example, ids: Sequence[int]) -> None:
         if self._num_embeddings is not None and (largest := max(ids)) >= self._num_embeddings:
@@ -316,7 +346,8 @@ class TextTokenizer:
                 "tokenizer that the model was trained with"
             )
 
-    def _encoded(self, texts: "Sequence[tuple[Example, str]]") -> list[Encoded]:
+    def _encoded(self, texts: "Sequence[tuple[Example, str]]") -> list[Sequence[Encoded]]:
+        """Returns the parts of each text."""
         try:
             return list(self._encode([text for _, text in texts]))
         except MemoryError:
@@ -324,14 +355,38 @@ class TextTokenizer:
         except Exception as error:  # tokenizers raise any class of error
             for one in texts if len(texts) > 1 else ():
                 self._encoded([one])
-            first, _ = texts[0]
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise SourceError(
-                f"the tokenizer of {self.name} fails at row {first.index} of the dataset (id {first.source_id}): "
-                f"{reason[:500].rstrip('.')}. Set model.tokenizer.name to the tokenizer that the model was trained with"
-            ) from error
+            raise self._failed(texts[0][0], error) from error
 
-    def _encode(self, texts: Sequence[str]) -> Iterator[Encoded]:
+    def _pieces(self, example: Example, text: str) -> Iterator[Encoded]:
+        """Yields the parts of a long text."""
+        try:
+            pieces = self._long.pieces(text)
+            yield from self._split((piece.ids, piece.offsets if self._offsets else None) for piece in pieces)
+        except MemoryError:
+            raise
+        except Exception as error:
+            raise self._failed(example, error) from error
+
+    def _failed(self, example: Example, error: Exception) -> SourceError:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        return SourceError(
+            f"the tokenizer of {self.name} fails at row {example.index} of the dataset (id {example.source_id}): "
+            f"{reason[:500].rstrip('.')}. Set model.tokenizer.name to the tokenizer that the model was trained with"
+        )
+
+    def _encode(self, texts: Sequence[str]) -> Iterator[Sequence[Encoded]]:
+        if not texts:
+            return
+        if self._splits:
+            yield from ([*self._split([whole])] for whole in self._whole(texts))
+        else:
+            yield from ([encoded] for encoded in self._encode_beginnings(texts))
+
+    def _split(self, pieces: Iterable[Piece]) -> Iterator[Encoded]:
+        assert self._special is not None
+        return self._special.parts(pieces, self._max_length, always=self._adds_always)
+
+    def _encode_beginnings(self, texts: Sequence[str]) -> Iterator[Encoded]:
         parts = [text if self._chat is not None else self._long.beginning(text) for text in texts]
         for text, part, encoded in zip(texts, parts, self._encode_whole(parts), strict=True):
             if len(part) == len(text):
@@ -347,15 +402,11 @@ class TextTokenizer:
             yield encoded._replace(left_out=None, ends_special=own > 0, offsets=offsets)
 
     def _encode_whole(self, texts: list[str]) -> Iterator[Encoded]:
-        options: dict[str, Any] = {"padding": False, "return_attention_mask": False}
         if self._special is not None:
-            # verbose=False: no warning about texts that are longer than the tokenizer's own limit.
-            found = self._tokenizer(texts, add_special_tokens=False, truncation=False, verbose=False, **options)
-            offsets = map(_offsets_of, found.encodings) if self._offsets else repeat(None, len(texts))
-            for ids, of_text in zip(found["input_ids"], offsets, strict=True):
-                yield self._special.around(ids, self._max_length, of_text)
+            for ids, offsets in self._whole(texts):
+                yield self._special.around(ids, self._max_length, offsets)
             return
-        options |= {"truncation": True, "max_length": self._max_length}
+        options = {**_OPTIONS, "truncation": True, "max_length": self._max_length}
         if getattr(self._tokenizer, "is_fast", False):
             for encoding in self._tokenizer(texts, **options).encodings:
                 left_out = sum(len(part.ids) - self._added for part in encoding.overflowing)
@@ -365,8 +416,18 @@ class TextTokenizer:
             encoded = self._tokenizer(text, return_overflowing_tokens=True, **options)
             yield Encoded(encoded["input_ids"], len(encoded.get("overflowing_tokens", ())))
 
+    def _whole(self, texts: Sequence[str]) -> Iterator[Piece]:
+        """Yields the tokens of texts, without special tokens that the tokenizer adds."""
+        # verbose=False: no warning about texts that are longer than the tokenizer's own limit.
+        found = self._tokenizer([*texts], add_special_tokens=False, truncation=False, verbose=False, **_OPTIONS)
+        offsets = map(_offsets_of, found.encodings) if self._offsets else repeat(None, len(texts))
+        yield from zip(found["input_ids"], offsets, strict=True)
 
-def _by_characters(texts: Sequence[tuple[Example, str]]) -> Iterator[list[tuple[Example, str]]]:
+
+_OPTIONS: dict[str, Any] = {"padding": False, "return_attention_mask": False}
+
+
+def _by_characters(texts: Iterable[tuple[Example, str]]) -> Iterator[list[tuple[Example, str]]]:
     part: list[tuple[Example, str]] = []
     characters = 0
     for example, text in texts:

@@ -113,6 +113,19 @@ qk-sniffer captured them in the model's own forward pass, {stage} the rotary emb
 Each head is one Parquet file, `{file}`. {card_kinds.numbering(facts)}
 Rows are sorted by the order of the examples in their source, then by position. `examples/data.parquet` describes the
 examples. `manifest.json` describes the run and every file.
+{_parts(facts)}"""
+
+
+def _parts(facts: CardFacts) -> str:
+    if not facts.is_split:
+        return ""
+    length = facts.config.model.tokenizer.max_length
+    return f"""
+An example is a part of a text: each text is split into parts of at most {length:,} tokens, and each part was
+captured alone, with positions from 0 and the special tokens of a text. In `examples/data.parquet`, the parts of a text
+share its `source_id`, `index` and `text_hash`; `part` counts them from 0, and `first_token` is the number of the
+text's own tokens before the part. The first part has the `example_id` of the text; the others have -1, -2, and so on,
+in the order of the source.
 """
 
 
@@ -141,6 +154,8 @@ def _run(facts: CardFacts) -> str:
     model, dataset, tokenizer = facts.config.model, facts.config.dataset, facts.config.model.tokenizer
     overrides = json.dumps(model.config_overrides, sort_keys=True)
     cut, empty = f"{facts.num_truncated:,} cut at max_length", f"{facts.num_skipped:,} left out as empty"
+    if facts.is_split:
+        cut, empty = f"parts of {facts.num_texts:,} texts", f"{facts.num_skipped:,} texts left out as empty"
     if facts.num_truncated and facts.truncated_tokens is not None:
         cut += f", without {facts.truncated_tokens:,} tokens in all"
     settings = [

@@ -70,12 +70,19 @@ class CardFacts:
     """The tokens of a text that the model's config provides for; None if that is not known."""
     num_beyond: int = 0
     """The examples of more tokens."""
+    num_texts: int = 0
+    """The texts that the examples are parts of; 0 if texts are not split."""
     proof: Mapping[str, Any] | None = None
     """The manifest's `proof`."""
     statistics: Mapping[str, Any] | None = None
     """The manifest's `statistics`; None without statistics."""
     pictures: Sequence[str] = ()
     """The names of the files, relative to the card."""
+
+    @property
+    def is_split(self) -> bool:
+        """Whether the examples are parts of texts."""
+        return self.config.model.tokenizer.overlong == "split"
 
     @property
     def kinds(self) -> list[str]:
@@ -122,6 +129,7 @@ class CardFacts:
             max_positions=manifest["model"].get("max_positions"),
             num_beyond=manifest.get("examples_beyond_max_positions", 0),
             segments=manifest.get("segments", {}),
+            num_texts=manifest.get("texts", 0),
             statistics=manifest.get("statistics"),
             own_special_tokens=manifest.get("own_special_tokens", {}),
         )

@@ -21,6 +21,10 @@ def sampling(facts: CardFacts) -> str:
     hashed, sharing = "seed, example_id, layer, kind, position", "All heads of a layer and kind"
     if config.share == "example":
         hashed, sharing = "seed, example_id, position", "All layers and kinds"
+    if facts.is_split:
+        sharing = (
+            "For a later part of a text, hash(example_id of the text, part) takes the\nplace of example_id. " + sharing
+        )
     text = f"""\
 ## Sampling
 

@@ -84,6 +84,8 @@ class Dataset:
         """The examples: example_id, source_id, num_tokens, text_hash, index in the source, truncated; and the segments
         of their tokens where they were captured, as JSON: `[["user",0],["assistant",12]]`.
 
+        With `model.tokenizer.overlong=split`, also part and first_token: see `store.layout.examples_schema`.
+
         Raises:
             StoreError: the file is missing or damaged, or has other examples than the manifest says.
             HubError: the file cannot be fetched.

@@ -37,7 +37,10 @@ def show(dataset: Files, manifest: Mapping[str, Any], note: str) -> None:
     files = manifest["files"]
     heads = manifests.heads(manifest)
     size_mb = sum(entry["bytes"] for entry in files.values()) / 1e6
-    counts = f"{counted(manifest['examples'], 'example')}, {counted(manifest['tokens'], 'token')}"
+    examples = counted(manifest["examples"], "example")
+    if "texts" in manifest:
+        examples += f" (parts of {counted(manifest['texts'], 'text')})"
+    counts = f"{examples}, {counted(manifest['tokens'], 'token')}"
     rows = f"{counted(manifest['rows'], 'row')} of {counted(len(heads), 'head')}"
     say(f"{rows}, from {counts}; {counted(len(files), 'file')}, {size_mb:,.1f} MB.")
     model = manifest["model"]

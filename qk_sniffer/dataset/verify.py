@@ -13,9 +13,11 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
+from qk_sniffer.capture.sampling import sampling_ids
 from qk_sniffer.dataset.verify_attention import check_attention
 from qk_sniffer.dataset.verify_buckets import bucket_table
 from qk_sniffer.dataset.verify_manifest import ManifestFacts, ProblemError
+from qk_sniffer.dataset.verify_parts import first_parts, part_problems
 from qk_sniffer.dataset.verify_report import Problem, Report, named
 from qk_sniffer.dataset.verify_rows import Examples, HeadCheck, check_file, check_rows, values
 from qk_sniffer.dataset.verify_statistics import check_statistics
@@ -35,7 +37,7 @@ from qk_sniffer.store.layout import (
 )
 from qk_sniffer.store.manifest import FileEntry
 from qk_sniffer.store.parquet_files import open_parquet
-from qk_sniffer.store.parquet_tables import UNREADABLE, first_line, read_table
+from qk_sniffer.store.parquet_tables import UNREADABLE, first_line, out_of_order, read_table
 from qk_sniffer.store.stored import UnreadableError
 from qk_sniffer.store.text_segments import TextSegments
 from qk_sniffer.text import counted, in_mb
@@ -251,7 +253,8 @@ def _unlisted(facts: ManifestFacts) -> Iterator[Problem]:
 
 def _check_examples(facts: ManifestFacts, report: Report) -> Examples | None:
     """Returns the examples, or None if they are too damaged to check the rows with them."""
-    path, expected = Layout(facts.root).examples, examples_schema(segments=facts.config.has_segments)
+    path = Layout(facts.root).examples
+    expected = examples_schema(split=facts.is_split, segments=facts.config.has_segments)
     try:
         with open_parquet(path) as file:
             found = file.schema_arrow
@@ -267,8 +270,10 @@ def _check_examples(facts: ManifestFacts, report: Report) -> Examples | None:
         report.add([Problem("examples", "cannot be read as Parquet", first_line(error))])
         return None
     example_id, num_tokens, index = (values(table[name]) for name in ("example_id", "num_tokens", "index"))
+    part = values(table["part"]) if facts.is_split else np.zeros_like(num_tokens)
     for key, number in (
         ("examples", len(table)),
+        ("texts", int(np.count_nonzero(part == 0))),
         ("tokens", int(num_tokens.sum(dtype=np.int64))),
         ("longest_example", longest := int(num_tokens.max(initial=0))),
         ("truncated_examples", int(np.count_nonzero(values(table["truncated"])))),
@@ -284,9 +289,13 @@ def _check_examples(facts: ManifestFacts, report: Report) -> Examples | None:
     length_is_wrong = (num_tokens < 1) | (num_tokens > max_length)
     for what, wrong in (
         ("an example_id occurs twice", repeated),
-        ("the indices do not ascend", np.diff(index, prepend=index[:1] - 1) <= 0),
+        ("the indices do not ascend", out_of_order(index, part) & ~facts.is_split),
         (f"num_tokens is not 1 to {max_length:,} (model.tokenizer.max_length)", length_is_wrong),
-        ("example_id is not the index, although dataset.id_column is null", (example_id != index) & by_index),
+        (
+            "example_id is not the index, although dataset.id_column is null",
+            (example_id != index) & (part == 0) & by_index,
+        ),
+        *(part_problems(table, facts.config.model.tokenizer.max_length, facts.added_tokens) if facts.is_split else ()),
     ):
         if wrong.any():
             row = int(np.argmax(wrong))
@@ -301,7 +310,9 @@ def _check_examples(facts: ManifestFacts, report: Report) -> Examples | None:
     if facts.config.has_segments and not is_damaged:
         segments = _segments(facts, table, report)
         is_damaged = segments is None
-    return None if is_damaged else Examples(example_id, num_tokens, segments)
+    if is_damaged:
+        return None
+    return Examples(example_id, num_tokens, sampling_ids(example_id[first_parts(index)], part), segments)
 
 
 def _segments(facts: ManifestFacts, table: pa.Table, report: Report) -> TextSegments | None:

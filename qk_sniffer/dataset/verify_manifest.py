@@ -28,8 +28,8 @@ from qk_sniffer.text import counted
 
 _COUNTS = ("examples", "tokens", "longest_example", "truncated_examples", "skipped_rows", "source_rows", "rows")
 
-_LATER_COUNTS = {"examples_beyond_max_positions"}
-"""Numbers that earlier versions did not write."""
+_LATER_COUNTS = {"examples_beyond_max_positions", "texts"}
+"""Numbers that not every dataset has."""
 
 _DEPEND_ON_WHERE_IT_RAN = {"model.name", "model.adapter", "model.tokenizer.name", "dataset.path", "shard.count"}
 """Keys whose value in the fingerprint cannot be computed from the config in the manifest."""
@@ -62,6 +62,8 @@ class ManifestFacts:
     attention: dict[str, Head]
     """The files of attention summaries by name; empty without summaries."""
     counts: dict[str, int]
+    added_tokens: int | None
+    """The special tokens that are added to each text; None if the manifest does not say."""
     max_positions: int | None
     rows_by_bucket: dict[str, dict[int, int]]
     nonfinite_rows: dict[str, int] | None
@@ -122,6 +124,7 @@ class ManifestFacts:
             heads=heads,
             attention={head.file: head for head in attention_files(manifest)},
             counts={key: int(manifest[key]) for key in (*_COUNTS, *(_LATER_COUNTS & manifest.keys()))},
+            added_tokens=_num_added(config, manifest),
             max_positions=model.get("max_positions"),
             rows_by_bucket=_by_bucket(manifest["rows_by_bucket"], int),
             segments=manifest.get("segments"),
@@ -140,6 +143,11 @@ class ManifestFacts:
             facts.schema(head)
         return facts
 
+    @property
+    def is_split(self) -> bool:
+        """Whether the examples are parts of texts."""
+        return self.config.model.tokenizer.overlong == "split"
+
     def schema(self, head: Head) -> pa.Schema:
         """Returns the columns that the file of a head must have."""
         return schema(head.head_dim, self.config.capture)
@@ -156,8 +164,9 @@ class ManifestFacts:
                     yield _contradiction(f"rows_by_bucket has {in_buckets:,} rows of kind {kind}, files has {number:,}")
             if counts["rows"] != rows.total():
                 yield _contradiction(f"rows is {counts['rows']:,}, files has {rows.total():,}")
-        if counts["source_rows"] != counts["examples"] + counts["skipped_rows"]:
-            others = f"examples is {counts['examples']:,} and skipped_rows {counts['skipped_rows']:,}"
+        texts = "texts" if self.is_split else "examples"
+        if counts["source_rows"] != counts.get(texts, 0) + counts["skipped_rows"]:
+            others = f"{texts} is {counts.get(texts, 0):,} and skipped_rows {counts['skipped_rows']:,}"
             yield _contradiction(f"source_rows is {counts['source_rows']:,}, but {others}")
         captured, proved = self.commits
         if captured != proved:
@@ -195,6 +204,12 @@ class ManifestFacts:
                 yield _contradiction(
                     f"statistics.{name} has {strangers[0]!r}, which is no head and stage of its statistics"
                 )
+
+
+def _num_added(config: Config, manifest: dict[str, Any]) -> int | None:
+    if config.model.tokenizer.add_special_tokens is True:
+        return None
+    return sum(map(len, manifest["tokenizer"].get("special_tokens", {}).values()))
 
 
 def _frequency_pairs(model: dict[str, Any]) -> dict[int, Pairs | None]:

@@ -48,13 +48,15 @@ Int64 = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """The examples in the order of the dataset; `example_id` and `num_tokens` are (num_examples,), ids are unique.
+    """The examples in the order of the dataset; arrays are (num_examples,), ids are unique.
 
     `segments` are those of their tokens; None without segments.
     """
 
     example_id: Int32
     num_tokens: Int32
+    sampling_id: Int64
+    """The number that the sampler hashes."""
     segments: TextSegments | None = None
 
     def places(self, ids: Int32) -> Int64:
@@ -149,7 +151,7 @@ def check_rows(root: Path, heads: Sequence[Head], sampler: Sampler, examples: Ex
     with ExitStack() as stack:
         streams = [_Stream(head, stack.enter_context(_opened(root / head.file)), sampler, examples) for head in heads]
         for block in examples.blocks():
-            ids, lengths = examples.example_id[block].tolist(), examples.num_tokens[block].tolist()
+            ids, lengths = examples.sampling_id[block], examples.num_tokens[block].tolist()
             in_segments = examples.in_segments(block, sampler.config.segments)
             picks = sampler.plan(ids, lengths, [(layer, kind)], in_segments)[layer, kind]
             expected = _keys(picks.row + np.int64(block.start), picks.position)

@@ -28,6 +28,7 @@ from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.attention_table import AttentionTable
 from qk_sniffer.store.claim import Claim
 from qk_sniffer.store.compact import compact
+from qk_sniffer.store.compact_examples import added_examples
 from qk_sniffer.store.compact_statistics import compact_statistics
 from qk_sniffer.store.disk import remove, type_of
 from qk_sniffer.store.forms import Mark
@@ -163,7 +164,7 @@ def stage(layout: Layout, job: CapturedJob, model: ModelConfig, tokenizer: Token
                 f"when it was complete: parts of it are missing. Rerun the job of shard.index={index}, which captures "
                 "them again"
             )
-    base = base_of(layout, record)
+    base, split = base_of(layout, record), config.model.tokenizer.overlong == "split"
     _remove_staged(layout, claim)
     written = compact(
         layout,
@@ -175,16 +176,19 @@ def stage(layout: Layout, job: CapturedJob, model: ModelConfig, tokenizer: Token
         token_string=token_string,
         attention=AttentionTable.of(config),
         previous=base,
+        split=split,
         threads=num_threads(),
         access=claim,
     )
     if not written.num_examples:
         raise SourceError(f"dataset {config.dataset.path} has no example that gives a token: nothing was captured")
     skipped = sum(mark["skipped"] for mark in marks if mark is not None)
-    parts = [[*journal.records.values()] for journal in journals]
+    old = [] if base is None else base.examples()
+    added = {record.key: record for record in added_examples(journals, old)}
+    parts = [[added[key] for key in journal.records] for journal in journals]
     if base is not None:
         skipped += base.record["skipped_rows"]
-        parts.insert(0, base.examples())
+        parts.insert(0, old)
     if (statistics := config.capture.statistics).enabled:
         tokens = sum(
             num_tokens_in(example.segments, example.num_tokens, config.sampler.segments, statistics.skip_tokens)
@@ -202,9 +206,9 @@ def stage(layout: Layout, job: CapturedJob, model: ModelConfig, tokenizer: Token
         )
         written = replace(written, files=dict(sorted((written.files | files).items())), statistics=found)
     expected = None if config.dataset.streaming else record["source_rows"]
-    if expected is not None and written.num_examples + skipped != expected:
+    if expected is not None and written.num_texts + skipped != expected:
         raise StoreError(
-            f"{layout.root}: {written.num_examples} examples were captured and {skipped} rows had no text, but the "
+            f"{layout.root}: {written.num_texts} texts were captured and {skipped} rows had no text, but the "
             f"source had {expected} rows when the job started: it has changed. Restore it and rerun the same command, "
             "or start over with output.overwrite=true"
         )
@@ -215,10 +219,12 @@ def stage(layout: Layout, job: CapturedJob, model: ModelConfig, tokenizer: Token
         "fingerprint": Job.from_record(record).fingerprint,
         "inclusion": {kind: sampler.inclusion(kind, written.longest_example) for kind in kinds},
         "skipped_rows": skipped,
-        "source_rows": written.num_examples + skipped,
+        "source_rows": written.num_texts + skipped,
         "batching": _changes(journals, batching_of(record["fingerprint"])),
         "grown_from": _growth(record["base"]),
     }
+    if split:
+        facts["texts"] = written.num_texts
     if limit is not None:
         facts["examples_beyond_max_positions"] = sum(example.num_tokens > limit for example in chain(*parts))
     return Staged(layout.staging, heads, parts, facts, _checks(journals, base), written)

@@ -31,7 +31,7 @@ from qk_sniffer.store.journal import Journal
 from qk_sniffer.store.journal_writer import JournalWriter
 from qk_sniffer.store.layout import KINDS, WIDTHS, Layout
 from qk_sniffer.store.open_folder import Checked
-from qk_sniffer.store.rows import token_columns
+from qk_sniffer.store.rows import index_of, token_columns
 from qk_sniffer.store.statistics import stages_of
 from qk_sniffer.timing import Stages
 
@@ -67,11 +67,12 @@ def capture_examples(
     shard, inference, corpus = config.shard, config.inference, start.corpus
     journal = Journal(layout.journal(shard.index, shard.count), claim.job_id, access=claim)
     total = _examples_of_shard(config, start)
+    unit = "text" if config.model.tokenizer.overlong == "split" else "example"
     skipped_before = components.tokenizer.skipped
     if start.base is not None:
         log.info("adding to a finished dataset of %d source rows", start.rows_before)
     if journal.records:
-        log.info("resuming: %d of %s examples are done", len(journal.records), "?" if total is None else total)
+        log.info("resuming: %d of %s %ss are done", _num_texts(journal), "?" if total is None else total, unit)
     sampler = Sampler(config.sampler)
     in_thread = Stages()
     windows = _noting_long_texts(
@@ -79,13 +80,14 @@ def capture_examples(
         open_windows(
             corpus.examples(shard_index=shard.index, shard_count=shard.count, after=start.rows_before),
             components.tokenizer,
-            journal.records,
+            journal.records.values(),
             inference,
             boundary=components.backbone.length_boundary,
             stages=in_thread,
         ),
     )
-    progress = Progress(total, len(journal.records), file=layout.progress(shard.index, shard.count), access=claim)
+    file = layout.progress(shard.index, shard.count)
+    progress = Progress(total, _num_texts(journal), unit, file=file, access=claim)
     try:
         first = list(islice(windows, 1))
         if first:
@@ -125,13 +127,13 @@ def capture_examples(
             with stages("write"):
                 writer.close()
     except Stopped:
-        log.warning("%d of %s examples are done", len(journal.records), "?" if total is None else total)
+        log.warning("%d of %s %ss are done", _num_texts(journal), "?" if total is None else total, unit)
         raise
     finally:
         progress.close()
     if not journal.records and shard.count == 1 and start.base is None:
         raise SourceError(f"dataset {config.dataset.path} has no example that gives a token: nothing was captured")
-    if corpus.num_rows is None and (last := max(journal.records, default=-1)) > corpus.last_index:
+    if corpus.num_rows is None and (last := index_of(max(journal.records, default=-1))) > corpus.last_index:
         raise SourceError(
             f"dataset {config.dataset.path}: row {last} was captured before, and the used rows end with row "
             f"{corpus.last_index} now: the source has changed, or dataset.max_samples. Restore them, or recreate the "
@@ -157,6 +159,11 @@ def _noting_long_texts(limit: int | None, windows: Iterator[Window]) -> Iterator
                 limit,
             )
         yield window
+
+
+def _num_texts(journal: Journal) -> int:
+    """The number of texts whose last part is finished."""
+    return sum(record.is_last for record in journal.records.values())
 
 
 def _examples_of_shard(config: ResolvedConfig, start: Start) -> int | None:
@@ -227,7 +234,8 @@ def _capture_batch(capture: Capture, plan: BatchPlan, progress: Progress) -> Non
     """Captures one batch into the journal."""
     capture.run(plan)
     capture.finish(plan)
-    progress.add(len(plan.examples), sum(example.num_tokens for example in plan.examples), capture.num_rows(plan))
+    texts = sum(example.is_last for example in plan.examples)
+    progress.add(texts, sum(example.num_tokens for example in plan.examples), capture.num_rows(plan))
 
 
 def _seconds_since(now: dict[str, float], before: dict[str, float]) -> str:
@@ -260,17 +268,18 @@ def _check_space(
         key = kind, layers[layer][WIDTHS[kind]]
         heads[key] = heads.get(key, 0) + len(chosen)
     share = _share_in_segments(config, window)
-    rows_per_example = {
-        kind: share * sum(sampler.expected_rows(kind, length) for length in lengths) / len(lengths) for kind in KINDS
+    rows_per_text = {
+        kind: share * sum(sampler.expected_rows(kind, length) for length in lengths) / window.num_texts
+        for kind in KINDS
     }
     examples = wanted - start.rows_before
     required = sum(
-        required_bytes(int(number * rows_per_example[kind] * examples), width, components.backbone.dtype.itemsize)
+        required_bytes(int(number * rows_per_text[kind] * examples), width, components.backbone.dtype.itemsize)
         for (kind, width), number in heads.items()
     )
     if (table := AttentionTable.of(config)) is not None:
         queries = sum(number for (kind, _), number in heads.items() if kind == "q")
-        records = int(queries * rows_per_example["q"] * examples)
+        records = int(queries * rows_per_text["q"] * examples)
         required += required_bytes(records, table.width, np.dtype(np.float32).itemsize)
     statistics, hint = config.capture.statistics, ""
     if statistics.enabled:
@@ -279,7 +288,7 @@ def _check_space(
             required_statistics_bytes(
                 number * len(stages_of(kind, statistics.stages)),
                 width,
-                ceil(groups * examples / sum(map(len, window.batches))),
+                ceil(groups * examples / window.num_texts),
                 covariance=statistics.covariance,
             )
             for (kind, width), number in heads.items()

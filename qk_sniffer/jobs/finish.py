@@ -6,14 +6,14 @@ A job does this when its shard is captured, and `python -m qk_sniffer.finalize` 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
 from typing import Any
 
 from qk_sniffer.capture.proof import prove
 from qk_sniffer.capture.proof_examples import MAX_TOKENS, choose, choose_for_statistics
 from qk_sniffer.capture.proof_statistics import prove_statistics
-from qk_sniffer.corpus.batches import check_same_segments, check_same_texts, check_unchanged
+from qk_sniffer.corpus.batches import check_same_segments, check_same_texts, examples_of
 from qk_sniffer.corpus.examples import Corpus
+from qk_sniffer.corpus.tokens import chosen
 from qk_sniffer.dataset.card import branch_card, write_card
 from qk_sniffer.dataset.card_facts import CardFacts
 from qk_sniffer.dataset.proof_words import why
@@ -267,22 +267,20 @@ def _prove(
         reason = f"this model's rotary frequencies depend on the length of texts of more than {boundary} tokens"
     if not passes and not of_statistics:
         return {"proven": None, "reason": reason}
-    captured = {each.example.index: each.example for each in (*passes, *of_statistics)}
-    found = list(islice((example for example in corpus.examples() if example.index in captured), len(captured)))
-    for example in found:
-        check_unchanged(example, captured[example.index], components.tokenizer.content_hash)
+    captured = [each.example for each in (*passes, *of_statistics)]
+    found = examples_of(corpus, captured, components.tokenizer.content_hash)
     commits = {role: record["commits"][role] for role in components.commits}
     if components.commits != commits:
         raise StoreError(
             f"the job in {staged.layout.root} was captured with the commits {commits}, and the loaded model and "
             f"tokenizer are {components.commits}: they prove nothing about its vectors. Rerun the job's command"
         )
-    tokens = {each.example_id: each for each in components.tokenizer(found)}
-    for each in tokens.values():
-        check_same_segments(each, captured[each.index])
+    tokens = chosen(components.tokenizer, found, {each.key for each in captured})
+    for each in captured:
+        check_same_segments(tokens[each.key], each)
     proof: dict[str, Any] = {"proven": None, "reason": reason}
     if passes:
-        ids = {one.example.example_id: tokens[one.example.example_id].ids for one in passes}
+        ids = {one.example.example_id: tokens[one.example.key].ids for one in passes}
         proof = prove(
             backbone,
             staged.layout,

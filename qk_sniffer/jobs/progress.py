@@ -23,14 +23,17 @@ LINE_EVERY_S = 10.0
 class Progress:
     """Reports examples done, tokens/s, ETA, rows and memory on stderr, and in `file` for `read_progress`.
 
-    `total` is None if the number of examples is not known, as in a stream. `access` is the way to the file: the claim
+    `unit` names what is counted: examples, or texts where a text has several. `total` is None if their number is not
+    known, as in a stream. `access` is the way to the file: the claim
     of the job. The file is not written when its check fails.
     """
 
-    def __init__(self, total: int | None, done: int = 0, *, file: Path, access: Access = PLAIN) -> None:
+    def __init__(
+        self, total: int | None, done: int = 0, unit: str = "example", *, file: Path, access: Access = PLAIN
+    ) -> None:
         # disable=None: no bar unless stderr is a terminal; log lines replace it.
-        self._bar = tqdm(total=total, initial=done, unit="example", disable=None, dynamic_ncols=True, desc="capture")
-        self._total, self._done, self._file, self._access = total, done, file, access
+        self._bar = tqdm(total=total, initial=done, unit=unit, disable=None, dynamic_ncols=True, desc="capture")
+        self._total, self._done, self._unit, self._file, self._access = total, done, unit, file, access
         self._resumed = done > 0
         self._tokens = self._rows = self._new = 0
         self._start = self._last_line = time.monotonic()
@@ -38,7 +41,7 @@ class Progress:
         self._write(self._start)
 
     def add(self, examples: int, tokens: int, rows: int) -> None:
-        """Counts a finished batch: its examples, valid tokens and rows over all heads."""
+        """Counts a finished batch: its examples or texts, valid tokens and rows over all heads."""
         self._done += examples
         self._new += examples
         self._tokens += tokens
@@ -66,8 +69,8 @@ class Progress:
     def _where(self, now: float) -> str:
         left_s = self._seconds_left(now)
         if left_s is None:
-            return f"{self._done:,} examples"
-        return f"{self._done:,} of {self._total:,} examples, about {tqdm.format_interval(left_s)} left"
+            return f"{self._done:,} {self._unit}s"
+        return f"{self._done:,} of {self._total:,} {self._unit}s, about {tqdm.format_interval(left_s)} left"
 
     def _seconds_left(self, now: float) -> float | None:
         if self._total is None or not self._new:

@@ -13,6 +13,7 @@ from qk_sniffer.store.layout import Layout
 from qk_sniffer.store.locks import hold
 from qk_sniffer.store.open_folder import PLAIN, Access
 from qk_sniffer.store.record import read_record, write_record
+from qk_sniffer.store.rows import index_of
 
 log = logger(__name__)
 
@@ -43,7 +44,7 @@ def limit_problem(layout: Layout, rows: int | None, record: Mapping[str, Any], c
     before = 0 if record["base"] is None else record["base"]["source_rows"]
     if rows is not None and rows < before:
         return f"{layout.root} adds to a dataset of {before} rows, and dataset.max_samples is {rows}. {way_out}"
-    last = max(max(journal.records, default=-1) for journal in journals_of(layout, record))
+    last = index_of(max(max(journal.records, default=-1) for journal in journals_of(layout, record)))
     if corpus.uses(last):
         return None
     return (

@@ -208,7 +208,7 @@ def _line(status: Status) -> Line:
     if status.shard_count == 1 and status.state in (*sweep.GOOD, sweep.FAILED):
         with suppress(OSError, StoreError):
             manifest = manifests.read(layout.root)
-            return Line(status, manifest["examples"], rows=manifest["rows"])
+            return Line(status, manifests.texts(manifest)[1], rows=manifest["rows"])
     return Line(status, rows=status.rows)
 
 

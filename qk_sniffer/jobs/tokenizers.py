@@ -20,7 +20,8 @@ def open_tokenizer(config: ResolvedConfig, commits: Mapping[str, str | None]) ->
     if config.dataset.tokens_column is None:
         return _loaded(config, commits)
     strings = _loaded(config, commits) if config.capture.capture_token_strings else None
-    return GivenTokens(config.model.tokenizer.max_length, strings, segments=config.has_segments)
+    tokenizer = config.model.tokenizer
+    return GivenTokens(tokenizer.max_length, strings, segments=config.has_segments, split=tokenizer.overlong == "split")
 
 
 def hasher_of(config: ResolvedConfig, commits: Mapping[str, str | None]) -> HashOf:

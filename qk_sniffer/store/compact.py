@@ -23,8 +23,7 @@ from qk_sniffer.config import CaptureConfig
 from qk_sniffer.errors import StoreError
 from qk_sniffer.store.attention_table import AttentionTable
 from qk_sniffer.store.compact_examples import (
-    check_apart,
-    merged,
+    added_examples,
     own_special_tokens,
     truncated_tokens,
     write_examples,
@@ -80,6 +79,7 @@ def compact(
     token_string: TokenStrings | None = None,
     attention: AttentionTable | None = None,
     previous: PreviousVersion | None = None,
+    split: bool = False,
     threads: int = 1,
     row_group_bytes: int = ROW_GROUP_BYTES,
     on_file: Callable[[str], None] | None = None,
@@ -91,9 +91,9 @@ def compact(
     which columns they have; None for the defaults. `token_string` is needed for the strings of tokens. `has_segments`:
     whether the list of examples has their segments, which a column of segments needs. `attention` is
     the table of the attention summaries, whose files are among `heads` with the kind `ATTENTION`. The rows of
-    `previous`, a finished dataset with the same heads, come before those of the journals. `on_file` is called, from
-    several threads, with the name of every file that is written. `access` is the way to the files: the claim of the
-    journals' job.
+    `previous`, a finished dataset with the same heads, come before those of the journals. With `split`, examples are
+    parts of texts, and their list says which. `on_file` is called, from several threads, with the name of every file
+    that is written. `access` is the way to the files: the claim of the journals' job.
 
     Raises:
         StoreError: the journals are damaged, contradict each other or lack what a column needs; the disk is full; or a
@@ -102,8 +102,7 @@ def compact(
     if type_of(layout.staging.manifest, access) is not None:
         raise StoreError(f"{layout.root} has a staged version that is not promoted yet; finish that first")
     old = [] if previous is None else previous.examples()
-    records = merged(journals)
-    check_apart(old, records)
+    records = added_examples(journals, old)
     for journal in journals:
         journal.verify()
     with explained(layout.journal_folder, "read"):
@@ -111,7 +110,7 @@ def compact(
     job = _Job(
         layout.staging,
         blocks,
-        np.fromiter((record.index for record in records), np.int64, len(records)),
+        np.fromiter((record.key for record in records), np.int64, len(records)),
         np.fromiter((record.example_id for record in records), np.int32, len(records)),
         sampler,
         capture or CaptureConfig(),
@@ -126,7 +125,7 @@ def compact(
     with explained(layout.staging.root, "write"):
         remove(layout.staging.root, access)
         make_folder(layout.staging.root, access)
-        files = {EXAMPLES: write_examples(layout.staging, records, access, segments=has_segments)}
+        files = {EXAMPLES: write_examples(layout.staging, records, access, split=split, segments=has_segments)}
         buckets: dict[str, Counter[int]] = {}
         nonfinite: Counter[str] = Counter()
         for done in _in_threads(job, list(_tasks(heads)), threads, on_file):
@@ -140,6 +139,7 @@ def compact(
         files=dict(sorted(files.items())),
         rows_by_bucket={kind: dict(sorted(counted.items())) for kind, counted in sorted(buckets.items())},
         num_examples=len(records),
+        num_texts=sum(record.part == 0 for record in records),
         num_tokens=sum(record.num_tokens for record in records),
         num_truncated=sum(record.truncated for record in records),
         truncated_tokens=truncated_tokens(previous, added),
@@ -166,7 +166,7 @@ class _Job:
 
     staging: Layout
     blocks: dict[tuple[int, str], list[Block]]
-    index: npt.NDArray[np.int64]  # (num_examples,) ascending
+    key: npt.NDArray[np.int64]  # (num_examples,) ascending
     example_id: npt.NDArray[np.int32]  # (num_examples,)
     sampler: Buckets
     capture: CaptureConfig
@@ -270,8 +270,8 @@ class _Job:
             values = segments.gather(plan.blocks, group, 1, np.int32, lambda block: block.places[column].offset)
             return values[:, 0]
 
-        at = np.minimum(np.searchsorted(self.index, group.index), len(self.index) - 1)
-        if not np.array_equal(self.index[at], group.index):
+        at = np.minimum(np.searchsorted(self.key, group.key), len(self.key) - 1)
+        if not np.array_equal(self.key[at], group.key):
             raise StoreError(f"the journals contain rows of examples that they do not list; {WAY_OUT}")
         position = gather("position")
         columns: dict[str, Any] = {

@@ -1,6 +1,7 @@
 """Collects the examples of a compaction, from the journals and the previous version, and writes their list."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pyarrow as pa
 
@@ -12,24 +13,46 @@ from qk_sniffer.store.manifest import FileEntry
 from qk_sniffer.store.open_folder import Access
 from qk_sniffer.store.parquet_writer import ParquetWriter
 from qk_sniffer.store.previous import PreviousVersion
+from qk_sniffer.store.rows import index_of
 
 EXAMPLES_PER_GROUP = 1 << 16
 
 
-def merged(journals: Sequence[Journal]) -> list[ExampleRecord]:
-    """Returns the examples of all journals, in the order of the source.
+def added_examples(journals: Sequence[Journal], old: Sequence[ExampleRecord]) -> list[ExampleRecord]:
+    """Returns the examples of all journals, in the order of the source, with their numbers in the dataset.
+
+    `old` are those of the previous version.
 
     Raises:
-        StoreError: two journals have the same example.
+        StoreError: two journals have the same example, or an example is among the old ones or comes before them.
     """
+    new = numbered(_merged(journals), sum(record.part > 0 for record in old))
+    _check_apart(old, new)
+    return new
+
+
+def numbered(records: Sequence[ExampleRecord], before: int) -> list[ExampleRecord]:
+    """Returns `records`, which are in the order of the source, with an `example_id` for each part of a text.
+
+    The first part keeps the number of the text. The others get -1, -2, and so on, in the order of the source; `before`
+    of them are used already. No text has a negative number. The numbers follow from the texts and their order alone,
+    and stay when texts are added at the end.
+    """
+    found = []
+    for record in records:
+        before += record.part > 0
+        found.append(replace(record, example_id=-before) if record.part else record)
+    return found
+
+
+def _merged(journals: Sequence[Journal]) -> list[ExampleRecord]:
     found: dict[int, ExampleRecord] = {}
     for journal in journals:
         if twice := found.keys() & journal.records.keys():
-            raise StoreError(
-                f"examples {sorted(twice)[:5]} are in {journal.folder} and in another shard's journal; {WAY_OUT}"
-            )
+            some = sorted({*map(index_of, twice)})[:5]
+            raise StoreError(f"examples {some} are in {journal.folder} and in another shard's journal; {WAY_OUT}")
         found |= journal.records
-    return [found[index] for index in sorted(found)]
+    return [found[key] for key in sorted(found)]
 
 
 def truncated_tokens(previous: PreviousVersion | None, added: Sequence[ExampleRecord]) -> int | None:
@@ -51,12 +74,8 @@ def own_special_tokens(previous: PreviousVersion | None, added: Sequence[Example
     }
 
 
-def check_apart(old: Sequence[ExampleRecord], new: Sequence[ExampleRecord]) -> None:
-    """Checks that the new examples come after the old ones and have other ids.
-
-    Raises:
-        StoreError: they do not.
-    """
+def _check_apart(old: Sequence[ExampleRecord], new: Sequence[ExampleRecord]) -> None:
+    """Checks that the new examples come after the old ones and have other ids."""
     ids = {record.example_id for record in old}
     last = max((record.index for record in old), default=-1)
     for record in new:
@@ -68,10 +87,10 @@ def check_apart(old: Sequence[ExampleRecord], new: Sequence[ExampleRecord]) -> N
 
 
 def write_examples(
-    staging: Layout, records: Sequence[ExampleRecord], access: Access, *, segments: bool = False
+    staging: Layout, records: Sequence[ExampleRecord], access: Access, *, split: bool = False, segments: bool = False
 ) -> FileEntry:
-    """Stages the list of examples, with or without their segments."""
-    described = examples_schema(segments=segments)
+    """Stages the list of examples, which are parts of texts with `split`, with or without their segments."""
+    described = examples_schema(split=split, segments=segments)
     with ParquetWriter(staging.examples, described, access) as output:
         for start in range(0, len(records), EXAMPLES_PER_GROUP):
             part = records[start : start + EXAMPLES_PER_GROUP]

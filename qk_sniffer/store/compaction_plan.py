@@ -20,9 +20,9 @@ from qk_sniffer.errors import StoreError
 from qk_sniffer.store.disk import open_file
 from qk_sniffer.store.journal import Journal
 from qk_sniffer.store.open_folder import PLAIN, Access
-from qk_sniffer.store.rows import RUN_COLUMNS
+from qk_sniffer.store.rows import BATCH, COUNT, FIRST, INDEX, LAST, PART, RUN_COLUMNS, START, keys_of, with_parts
 from qk_sniffer.store.segment import ITEM_SIZES, DamageError, Place, read_header
-from qk_sniffer.store.segment_facts import BATCH, COUNT, FIRST, INDEX, LAST, START, blocks_of
+from qk_sniffer.store.segment_facts import blocks_of
 
 WAY_OUT = "capture the dataset again with output.overwrite=true"
 """The way out of journals that are whole and contradict each other."""
@@ -69,11 +69,11 @@ class Span:
 class Group:
     """One row group. The spans fill a buffer of `buffer_rows` rows.
 
-    `index` (num_rows,) is each row's example. `order` (num_rows,) is each row's place in the buffer; None if the rows
-    are in their order already.
+    `key` (num_rows,) is the key of each row's example. `order` (num_rows,) is each row's place in the buffer; None if
+    the rows are in their order already.
     """
 
-    index: Int64
+    key: Int64
     spans: Sequence[Span]
     buffer_rows: int
     order: Int64 | None
@@ -81,9 +81,9 @@ class Group:
 
 @dataclass(frozen=True, eq=False)
 class CompactionPlan:
-    """The rows of one (layer, kind), ordered by (index, position).
+    """The rows of one (layer, kind), ordered by (index, part, position).
 
-    `runs` is (num_runs, 6), see `RUN_COLUMNS`. `block` (num_runs,) is the number of each run's block.
+    `runs` is (num_runs, 7), see `RUN_COLUMNS`. `block` (num_runs,) is the number of each run's block.
     """
 
     blocks: Sequence[Block]
@@ -108,7 +108,7 @@ class CompactionPlan:
             runs = self.runs[part]
             head = np.maximum(0, low - (ends[part] - runs[:, COUNT]))
             tail = np.maximum(0, ends[part] - high)
-            yield _group(self.block[part], runs[:, INDEX], runs[:, START] + head, runs[:, COUNT] - head - tail)
+            yield _group(self.block[part], keys_of(runs), runs[:, START] + head, runs[:, COUNT] - head - tail)
 
 
 def find_blocks(journals: Sequence[Journal]) -> dict[tuple[int, str], list[Block]]:
@@ -141,22 +141,25 @@ def plan_compaction(blocks: Sequence[Block], files: "SegmentFiles") -> Compactio
         place = block.places["runs"]
         runs = np.empty(place.shape, np.int64)
         files.read(block.path, place.offset, runs)
+        runs = with_parts(runs)
         tables.append(runs[np.isin(runs[:, BATCH], block.batches)])
         owners.append(np.full(len(tables[-1]), number))
     runs, owner = np.concatenate(tables), np.concatenate(owners)
-    order = np.lexsort((runs[:, FIRST], runs[:, INDEX]))
+    order = np.lexsort((runs[:, FIRST], runs[:, PART], runs[:, INDEX]))
     runs, owner = runs[order], owner[order]
-    overlap = (runs[1:, INDEX] == runs[:-1, INDEX]) & (runs[1:, FIRST] <= runs[:-1, LAST])
+    keys = keys_of(runs)
+    overlap = (keys[1:] == keys[:-1]) & (runs[1:, FIRST] <= runs[:-1, LAST])
     if overlap.any():
         at = int(np.flatnonzero(overlap)[0])
+        part = f", part {runs[at, PART]}," if runs[at, PART] else ""
         raise StoreError(
-            f"example {runs[at, INDEX]} was captured twice: its rows are in {blocks[owner[at]].path} and also in "
+            f"example {runs[at, INDEX]}{part} was captured twice: its rows are in {blocks[owner[at]].path} and also in "
             f"{blocks[owner[at + 1]].path}; {WAY_OUT}"
         )
     return CompactionPlan(blocks, runs, owner)
 
 
-def _group(block: Int64, index: Int64, start: Int64, count: Int64) -> Group:
+def _group(block: Int64, key: Int64, start: Int64, count: Int64) -> Group:
     """Returns the group of these runs, which are in the order of the dataset.
 
     Runs that are close together are read at once, where that at most doubles the bytes of a group.
@@ -179,7 +182,7 @@ def _group(block: Int64, index: Int64, start: Int64, count: Int64) -> Group:
     order: Int64 | None = np.repeat(place - first, count) + np.arange(num_rows)
     if at[-1] == num_rows and (place == first).all():
         order = None
-    return Group(np.repeat(index, count), spans, int(at[-1]), order)
+    return Group(np.repeat(key, count), spans, int(at[-1]), order)
 
 
 @dataclass

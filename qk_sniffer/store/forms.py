@@ -59,6 +59,7 @@ class Stated(TypedDict):
 class _Tokenizer(TypedDict):
     name: Text | None
     max_length: NotRequired[Annotated[int, Meta(ge=1, lt=2**31)]]
+    overlong: NotRequired[Literal["truncate", "split"]]
 
 
 class _Model(TypedDict):
@@ -277,6 +278,7 @@ class Manifest(Job):
     format: Text
     config: Settings
     examples: Count
+    texts: NotRequired[Count]
     tokens: Count
     longest_example: Annotated[int, Meta(ge=0, lt=2**31)]
     truncated_examples: Count

@@ -23,6 +23,7 @@ from qk_sniffer.errors import StoreError
 from qk_sniffer.logs import logger
 from qk_sniffer.store.disk import explained, make_folder, paths_in, remove
 from qk_sniffer.store.open_folder import PLAIN, Access
+from qk_sniffer.store.rows import example_key
 from qk_sniffer.store.segment import DamageError, read_header, segment_number, verify_segment
 from qk_sniffer.store.segment_facts import SegmentFacts, blocks_of, check_runs, facts_of
 
@@ -43,6 +44,10 @@ class ExampleRecord:
     in the journals of earlier versions. `begins_special` and `ends_special` say that the text itself has special tokens
     there, which were not added again. `segments` are those of its tokens, as `text_segments.py` encodes them; None
     without segments.
+
+    The parts of a text that is split have the `index`, `source_id` and `text_hash` of the text. `first_token` is the
+    number of the text's own tokens before the part. In a journal, all parts have the `example_id` of the text;
+    `compact_examples.numbered` gives each its own.
     """
 
     index: int
@@ -55,22 +60,31 @@ class ExampleRecord:
     begins_special: bool = False
     ends_special: bool = False
     segments: str | None = None
+    part: int = 0
+    first_token: int = 0
+    is_last: bool = True
+    """Whether no part of the text follows."""
+
+    @property
+    def key(self) -> int:
+        """Names the example in its source: `example_key` of its index and part."""
+        return example_key(self.index, self.part)
 
 
 class Journal:
     """The durable part of the journal in `folder`. Reading needs no lock.
 
     Attributes:
-        records: the examples of the finished batches, by index. A writer adds its own when it closes.
+        records: the examples of the finished batches, by key. A writer adds its own when it closes.
         batches: the numbers of the finished batches.
         batching: for each finished batch, the lowest index of its examples and the batch settings of its job. A batch
             that was written without its settings is missing.
         checks: for each finished batch, the checks of attention kernels in its forward pass.
-        statistics: for each finished group of batches that has any, the lowest index of its examples and the segment
+        statistics: for each finished group of batches that has any, the lowest key of its examples and the segment
             with its statistics.
         segments: the files that hold rows of these batches; `access` is the way to them.
         damaged: the names of the segments that cannot be used. Batches with rows in them are not finished.
-        lost: indices of examples that were finished before and are not any more, as far as the journal shows.
+        lost: keys of examples that were finished before and are not any more, as far as the journal shows.
         foreign: the names of the segments of other jobs.
         next_segment, next_batch: the first numbers that no readable segment uses.
     """
@@ -145,8 +159,8 @@ class Journal:
         """Adds a finished batch, which is durable."""
         self.batches.add(batch)
         self.checks[batch] = checks
-        self.records.update((record.index, record) for record in records)
-        self._batch_of.update((record.index, batch) for record in records)
+        self.records.update((record.key, record) for record in records)
+        self._batch_of.update((record.key, batch) for record in records)
         if records and batching is not None:
             self.batching[batch] = min(record.index for record in records), batching
 
@@ -219,27 +233,27 @@ class Journal:
             if each.statistics and not all(is_there):  # they are of all batches together
                 is_there = [False] * len(is_there)
             for end, is_whole in zip(each.ended, is_there, strict=True):
-                if not is_whole:
-                    self.lost.update(values[0] for values in end["records"])
-                    continue
                 records = [ExampleRecord(*values) for values in end["records"]]
-                indices = {record.index for record in records}
-                if len(indices) < len(records) or indices & self.records.keys() or end["batch"] in self.batches:
+                keys = {record.key for record in records}
+                if not is_whole:
+                    self.lost |= keys
+                    continue
+                if len(keys) < len(records) or keys & self.records.keys() or end["batch"] in self.batches:
                     odd[path] = DamageError("it lists examples or batches that are listed already")
                     break
                 self.add(end["batch"], records, each.batching, end.get("checks", ()))
             else:
                 if each.statistics and all(is_there):
-                    first = min((values[0] for end in each.ended for values in end["records"]), default=0)
-                    self.statistics.append((first, path))
+                    keys = {ExampleRecord(*values).key for end in each.ended for values in end["records"]}
+                    self.statistics.append((min(keys, default=0), path))
         self.lost -= self.records.keys()
         return odd
 
     def _strangers(self, paths: Iterable[Path]) -> dict[Path, DamageError]:
         """Returns the segments with rows of finished batches that belong to none of their examples."""
-        index, batch = (np.array(values, np.int64) for values in (list(self._batch_of), list(self._batch_of.values())))
-        order = np.argsort(index)
-        index, batch = index[order], batch[order]
+        key, batch = (np.array(values, np.int64) for values in (list(self._batch_of), list(self._batch_of.values())))
+        order = np.argsort(key)
+        key, batch = key[order], batch[order]
         finished = np.array(list(self.batches), np.int64)
         odd = {}
         for path in paths:
@@ -249,8 +263,8 @@ class Journal:
             runs = runs[np.isin(runs[:, 0], finished)]
             if not len(runs):
                 continue
-            at = np.minimum(np.searchsorted(index, runs[:, 1]), len(index) - 1)
-            listed = len(index) and np.array_equal(index[at], runs[:, 1]) and np.array_equal(batch[at], runs[:, 0])
+            at = np.minimum(np.searchsorted(key, runs[:, 1]), len(key) - 1)
+            listed = len(key) and np.array_equal(key[at], runs[:, 1]) and np.array_equal(batch[at], runs[:, 0])
             if not listed:
                 odd[path] = DamageError("it has rows of examples that its batches do not list")
         return odd

@@ -21,7 +21,7 @@ from qk_sniffer.store.buffer import Buffer, Region
 from qk_sniffer.store.disk import explained
 from qk_sniffer.store.journal import AttentionFacts, Batching, ExampleRecord, Journal
 from qk_sniffer.store.open_folder import PLAIN, Access
-from qk_sniffer.store.rows import RUN_COLUMNS, Event, Form, Rows, Slot, block_tensors
+from qk_sniffer.store.rows import Event, Form, Rows, Slot, block_tensors, index_of, keys_of
 from qk_sniffer.store.segment import Tensor, write_segment
 from qk_sniffer.store.stored import LARGE
 from qk_sniffer.text import in_mb
@@ -87,7 +87,7 @@ class JournalWriter:
         self._closing = False
         self._error: BaseException | None = None
         self._batch = journal.next_batch
-        self._batch_index: set[int] = set()
+        self._batch_keys: set[int] = set()  # of the examples with rows in the open batch
         self._checks: list[AttentionFacts] = []
         self._group: list[_Batch] = []  # the finished batches of the open group
         self._seen = set(journal.records)
@@ -134,7 +134,7 @@ class JournalWriter:
         slot.event = event
         with self._changed:
             self._check_open()
-            self._batch_index |= set(slot.runs[:, RUN_COLUMNS.index("index")].tolist())
+            self._batch_keys |= set(keys_of(slot.runs).tolist())
             self._queue.append(slot)
             slot.committed = True
             self._changed.notify_all()
@@ -154,11 +154,11 @@ class JournalWriter:
             StoreError: the thread failed.
             ValueError: rows were committed of an example that is not in `records`, or one was complete before.
         """
-        indices = {record.index for record in records}
-        if strangers := self._batch_index - indices:
-            raise ValueError(f"rows of examples {sorted(strangers)} were committed, but the batch does not name them")
-        if again := indices & self._seen:
-            raise ValueError(f"examples {sorted(again)} are complete already")
+        keys = {record.key for record in records}
+        if strangers := self._batch_keys - keys:
+            raise ValueError(f"rows of examples {_indices(strangers)} were committed, but the batch does not name them")
+        if again := keys & self._seen:
+            raise ValueError(f"examples {_indices(again)} are complete already")
         self._group.append(_Batch(self._batch, tuple(records), tuple(self._checks)))
         end = _End(tuple(self._group), tuple(statistics), time.monotonic())
         if end.metadata_bytes > MOST_METADATA:
@@ -175,9 +175,9 @@ class JournalWriter:
                 self._changed.notify_all()
             self._group.clear()
         self._checks.clear()
-        self._seen |= indices
+        self._seen |= keys
         self._batch += 1
-        self._batch_index.clear()
+        self._batch_keys.clear()
 
     def close(self) -> None:
         """Waits until all batches of finished groups are durable. Drops the rows of the others.
@@ -342,6 +342,10 @@ class JournalWriter:
         journal.segments.append(path)
         journal.next_segment += 1
         return size
+
+
+def _indices(keys: set[int]) -> list[int]:
+    return sorted({*map(index_of, keys)})
 
 
 @dataclass(frozen=True, eq=False)

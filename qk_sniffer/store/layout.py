@@ -312,10 +312,12 @@ def schema(head_dim: int, capture: CaptureConfig | None = None) -> pa.Schema:
     return pa.schema(fields)
 
 
-def examples_schema(*, segments: bool = False) -> pa.Schema:
+def examples_schema(*, split: bool = False, segments: bool = False) -> pa.Schema:
     """Returns the columns of `examples/data.parquet`: one row an example, in the order of the source.
 
-    With `segments`, the last one has those of the example's tokens (`text_segments.py`).
+    With `split`, for `model.tokenizer.overlong=split`, an example is a part of a text: `part` counts those of a text
+    from 0, and `first_token` is the number of the text's own tokens before the part. With `segments`, the last column
+    has those of the example's tokens (`text_segments.py`).
     """
     fields = [
         pa.field("example_id", pa.int32(), nullable=False),
@@ -325,6 +327,8 @@ def examples_schema(*, segments: bool = False) -> pa.Schema:
         pa.field("index", pa.int64(), nullable=False),
         pa.field("truncated", pa.bool_(), nullable=False),
     ]
+    if split:
+        fields += [pa.field("part", pa.int32(), nullable=False), pa.field("first_token", pa.int64(), nullable=False)]
     return pa.schema([*fields, pa.field("segments", pa.string(), nullable=False)] if segments else fields)
 
 

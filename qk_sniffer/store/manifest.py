@@ -7,6 +7,7 @@ batching        changes of the batch settings while the job ran: [{"shard", "fro
                 change. The fingerprint has the settings before the first change
 grown_from      [{"source_rows", "versions", "batching"}, ...]: of the earlier versions of a dataset that has grown
 examples, tokens, rows         of the whole dataset; rows over all heads
+texts           with `model.tokenizer.overlong=split`: the texts that the examples are parts of
 longest_example tokens of the longest example
 truncated_examples, truncated_tokens    examples that were cut to max_length, and the tokens that they lack in all. The
                 second is missing if some were not counted: those of long texts, and those of an earlier version
@@ -75,6 +76,8 @@ class Written:
     rows_by_bucket: dict[str, dict[int, int]]
     """Rows by kind and bucket, over all heads of the kind."""
     num_examples: int
+    num_texts: int
+    """The texts that the examples are, or are parts of."""
     num_tokens: int
     num_truncated: int
     truncated_tokens: int | None
@@ -188,6 +191,12 @@ def changed_files(root: Path, manifest: Mapping[str, Any]) -> list[str]:
     """
     files = manifest["files"].items()
     return [name for name, entry in files if difference(inside(root, name), entry["bytes"]) is not None]
+
+
+def texts(manifest: Mapping[str, Any]) -> tuple[str, int]:
+    """Returns the key of the number of texts in a manifest, and the number."""
+    key = "texts" if "texts" in manifest else "examples"
+    return key, manifest[key]
 
 
 def heads(manifest: Mapping[str, Any]) -> list[HeadKey]:

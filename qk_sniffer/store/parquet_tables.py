@@ -67,23 +67,35 @@ def read_examples(path: Path, manifest: Mapping[str, Any], *, way_out: str) -> p
     Raises:
         UnreadableError: as for `read_table`; or the examples are not those of the manifest.
     """
-    has_segments = from_dict(manifest["config"]).has_segments
-    table = read_table(path, examples_schema(segments=has_segments), way_out=way_out, rows=manifest["examples"])
+    config = from_dict(manifest["config"])
+    split = config.model.tokenizer.overlong == "split"
+    described = examples_schema(split=split, segments=config.has_segments)
+    table = read_table(path, described, way_out=way_out, rows=manifest["examples"])
     ids, lengths, index = (table[name].to_numpy() for name in ("example_id", "num_tokens", "index"))
     tokens, longest = int(lengths.sum(dtype=np.int64)), int(lengths.max(initial=0))
+    part = table["part"].to_numpy() if split else np.zeros_like(index)
     problem = None
-    if len(np.unique(ids)) != len(ids) or (np.diff(index, prepend=-1) <= 0).any():
+    if len(np.unique(ids)) != len(ids) or out_of_order(index, part).any():
         problem = "lists an example twice, or not in the order of the source"
     elif len(lengths) and int(lengths.min()) < 1:
         problem = "lists an example without tokens"
     elif (tokens, longest) != (manifest["tokens"], manifest["longest_example"]):
         listed = f"{manifest['tokens']:,} tokens, {manifest['longest_example']:,} at most"
         problem = f"has examples of {tokens:,} tokens, {longest:,} at most, and manifest.json lists {listed}"
-    elif has_segments:
+    elif config.has_segments:
         problem = _segments_problem(table, manifest)
     if problem is not None:
         raise UnreadableError(path, problem, way_out)
     return table
+
+
+def out_of_order(index: npt.NDArray[Any], part: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    """Whether each example (num_examples,) does not follow the one before it.
+
+    It is the first part of a later text, or the next part of the same text.
+    """
+    step, before = np.diff(index, prepend=-1), np.concatenate([[-1], part[:-1]])
+    return np.asarray(np.where(step == 0, part != before + 1, (step < 0) | (part != 0)))
 
 
 @contextmanager

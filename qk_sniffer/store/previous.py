@@ -172,9 +172,10 @@ def describe(files: Files) -> dict[str, Any]:
         StoreError: the manifest contradicts itself about the rows of the source.
     """
     manifest, digest = manifests.with_digest(files)
-    examples, skipped, rows = (manifest[key] for key in ("examples", "skipped_rows", "source_rows"))
-    if examples + skipped != rows:
-        problem = f"contradicts itself (source_rows is {rows:,}, examples {examples:,} and skipped_rows {skipped:,})"
+    skipped, rows = manifest["skipped_rows"], manifest["source_rows"]
+    what, texts = manifests.texts(manifest)
+    if texts + skipped != rows:
+        problem = f"contradicts itself (source_rows is {rows:,}, {what} {texts:,} and skipped_rows {skipped:,})"
         raise UnreadableError(files.path(MANIFEST), problem, WAY_OUT)
     return {
         "manifest_sha256": digest,

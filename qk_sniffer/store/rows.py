@@ -5,7 +5,7 @@ Vectors take this path: `JournalWriter.reserve` takes `Rows`, which describe the
 
 A segment has, for each (layer, kind) in it, one block of rows, which consists of these tensors:
 
-    l00q.runs      int64 (num_runs, 6)    see `RUN_COLUMNS`
+    l00q.runs      int64 (num_runs, 7)    see `RUN_COLUMNS`
     l00q.position  int32 (num_rows,)
     l00q.token_id  int32 (num_rows,)      this and the other `TOKEN_COLUMNS`: only where they were captured
     l00q.vectors   (num_heads, num_rows, head_dim), in the model's own dtype
@@ -31,9 +31,18 @@ from qk_sniffer.store.segment import Tensor
 if TYPE_CHECKING:
     import torch
 
-RUN_COLUMNS = ("batch", "index", "start", "count", "first", "last")
+RUN_COLUMNS = ("batch", "index", "start", "count", "first", "last", "part")
 """The columns of a run, int64: its batch, the index of its example in the source, its first row in the block, the
-number of its rows, and the positions of its first and last row."""
+number of its rows, the positions of its first and last row, and the part of the text that its example is. Journals of
+earlier versions have no `part`."""
+
+BATCH, INDEX, START, COUNT, FIRST, LAST, PART = range(len(RUN_COLUMNS))
+
+MOST_PARTS = 1 << 24
+"""The most parts of a text."""
+
+MOST_INDEX = 1 << 38
+"""The most rows of a source."""
 
 TOKEN_COLUMNS = ("token_id", *OFFSET_COLUMNS)
 """The columns of a row's token: its id, and its first character and the one after its last, or `NO_CHARACTER`."""
@@ -65,9 +74,9 @@ class Rows:
     """Describes sampled rows of one (layer, kind) of a batch, or of a part of it, without their vectors.
 
     `num_heads`, `head_dim` and `dtype` are those of the vectors. The dtype is the model's own: bfloat16, float16 or
-    float32. `index` (num_rows,) is the index of each row's example in the source; equal ones are consecutive.
-    `position` (num_rows,) ascends within an example. `tokens` are further columns by name, of `TOKEN_COLUMNS`, each
-    (num_rows,).
+    float32. `index` (num_rows,) is the index of each row's example in the source, and `part` (num_rows,) the part of
+    its text that it is, None for part 0; rows of an example are consecutive. `position` (num_rows,) ascends within an
+    example. `tokens` are further columns by name, of `TOKEN_COLUMNS`, each (num_rows,).
     """
 
     layer: int
@@ -78,6 +87,7 @@ class Rows:
     index: npt.NDArray[np.integer[Any]]
     position: npt.NDArray[np.integer[Any]]
     tokens: Mapping[str, npt.NDArray[np.integer[Any]]] = field(default_factory=dict)
+    part: npt.NDArray[np.integer[Any]] | None = None
 
     @property
     def num_rows(self) -> int:
@@ -111,16 +121,18 @@ class Rows:
         return self.num_rows * (self.num_heads * self.head_dim * self.dtype.itemsize + 4 * len(self.columns))
 
     def runs(self, batch: int) -> Int64:
-        """Returns the runs (num_runs, 6) of these rows: see `RUN_COLUMNS`.
+        """Returns the runs (num_runs, 7) of these rows: see `RUN_COLUMNS`.
 
         Raises:
             ValueError: there are no rows, or the columns are not as this class says.
         """
-        shapes = [column.shape for column in (self.index, *self.columns)]
+        part = np.zeros(self.index.shape, np.int64) if self.part is None else self.part.astype(np.int64)
+        shapes = [column.shape for column in (self.index, part, *self.columns)]
         if not self.num_rows or any(shape != (self.num_rows,) for shape in shapes):
             raise ValueError(f"the columns must have one value a row and at least one row; their shapes are {shapes}")
         index, position = self.index.astype(np.int64), self.position.astype(np.int64)
-        starts = np.flatnonzero(np.concatenate([[True], index[1:] != index[:-1]]))
+        changes = (index[1:] != index[:-1]) | (part[1:] != part[:-1])
+        starts = np.flatnonzero(np.concatenate([[True], changes]))
         stops = np.append(starts[1:], self.num_rows)
         ascends = position[1:] > position[:-1]
         ascends[starts[1:] - 1] = True
@@ -128,7 +140,27 @@ class Rows:
             raise ValueError(f"positions of layer {self.layer} {self.kind} do not ascend within an example")
         of_batch = np.full(len(starts), batch)
         first, last = position[starts], position[stops - 1]
-        return np.stack([of_batch, index[starts], starts, stops - starts, first, last], axis=1)
+        return np.stack([of_batch, index[starts], starts, stops - starts, first, last, part[starts]], axis=1)
+
+
+def example_key(index: int, part: int) -> int:
+    """Returns the number that names an example in its source. Numbers ascend by index, then by part."""
+    return index * MOST_PARTS + part
+
+
+def index_of(key: int) -> int:
+    """Returns the index of the example with this key."""
+    return key // MOST_PARTS
+
+
+def keys_of(runs: Int64) -> Int64:
+    """Returns the key of the example of each run, (num_runs,)."""
+    return runs[:, INDEX] * MOST_PARTS + runs[:, PART]
+
+
+def with_parts(runs: Int64) -> Int64:
+    """Returns `runs` (num_runs, 7), as read from a segment; those of earlier versions are of part 0."""
+    return np.pad(runs, ((0, 0), (0, len(RUN_COLUMNS) - runs.shape[1])))
 
 
 class Event(Protocol):
@@ -227,7 +259,7 @@ def block_tensors(slots: Sequence[Slot]) -> list[Tensor]:
     num_rows = sum(slot.num_rows for slot in slots)
     runs = np.concatenate([slot.runs for slot in slots])
     before = np.cumsum([0] + [slot.num_rows for slot in slots[:-1]])
-    runs[:, RUN_COLUMNS.index("start")] += np.repeat(before, [len(slot.runs) for slot in slots])
+    runs[:, START] += np.repeat(before, [len(slot.runs) for slot in slots])
 
     columns = {"position": [slot.position for slot in slots]}
     columns |= {name: [slot.tokens[name] for slot in slots] for name in first.tokens}

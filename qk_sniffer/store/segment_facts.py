@@ -17,13 +17,27 @@ from qk_sniffer.store import stored
 from qk_sniffer.store.form_types import BatchSize, ExampleId
 from qk_sniffer.store.open_folder import PLAIN, Access
 from qk_sniffer.store.proof_forms import Attention
-from qk_sniffer.store.rows import DTYPES, RUN_COLUMNS, TOKEN_COLUMNS, parse_tensor_name
+from qk_sniffer.store.rows import (
+    BATCH,
+    COUNT,
+    DTYPES,
+    FIRST,
+    INDEX,
+    LAST,
+    MOST_INDEX,
+    MOST_PARTS,
+    PART,
+    RUN_COLUMNS,
+    START,
+    TOKEN_COLUMNS,
+    keys_of,
+    parse_tensor_name,
+    with_parts,
+)
 from qk_sniffer.store.segment import DamageError, Header, Place, open_segment, read_array
 from qk_sniffer.store.statistics import PREFIX, PartKey, places_of
 from qk_sniffer.store.stored import Count, UnreadableError
 from qk_sniffer.store.text_segments import decode as decode_segments
-
-BATCH, INDEX, START, COUNT, FIRST, LAST = range(len(RUN_COLUMNS))
 
 _MOST_POSITION = 2**31 - 1
 
@@ -35,7 +49,7 @@ Blocks = dict[tuple[int, str], dict[str, Place]]
 class _Record(NamedTuple):
     """The fields of an `ExampleRecord`. Those with a default are missing in journals of earlier versions."""
 
-    source_index: Count
+    source_index: Annotated[int, Meta(ge=0, lt=MOST_INDEX)]
     example_id: ExampleId
     source_id: str
     num_tokens: Annotated[int, Meta(ge=1, lt=2**31)]
@@ -45,9 +59,15 @@ class _Record(NamedTuple):
     begins_special: bool = False
     ends_special: bool = False
     segments: str | None = None
+    part: Annotated[int, Meta(ge=0, lt=MOST_PARTS)] = 0
+    first_token: Count = 0
+    is_last: bool = True
 
 
-_RECORD_LENGTHS = (6, 9, len(_Record._fields))
+_RECORD_LENGTHS = (6, 9, 10, len(_Record._fields))
+"""Those of earlier versions, and of this one."""
+
+_RUN_LENGTHS = (6, len(RUN_COLUMNS))
 """Those of earlier versions, and of this one."""
 
 
@@ -142,14 +162,14 @@ def _is_block(places: Mapping[str, Place]) -> bool:
     runs, vectors = places["runs"], places["vectors"]
     if len(vectors.shape) != 3 or min(vectors.shape) < 1 or vectors.dtype not in DTYPES.values():
         return False
-    is_right = (runs.dtype, runs.shape[1:], len(runs.shape)) == ("I64", (len(RUN_COLUMNS),), 2)
+    is_right = runs.dtype == "I64" and len(runs.shape) == 2 and runs.shape[1] in _RUN_LENGTHS
     return is_right and all((places[name].dtype, places[name].shape) == ("I32", vectors.shape[1:2]) for name in columns)
 
 
 def check_runs(path: Path, header: Header, facts: SegmentFacts, access: Access = PLAIN) -> Int64:
     """Checks that the runs of each block describe its rows, and that all statistics are of the same tokens.
 
-    Returns the (batch, index) of each run, (n, 2), without repetitions.
+    Returns the batch and the example's key of each run, (n, 2), without repetitions.
 
     Reads runs, positions and counts, which are small next to the vectors.
 
@@ -159,11 +179,11 @@ def check_runs(path: Path, header: Header, facts: SegmentFacts, access: Access =
     found = [np.empty((0, 2), np.int64)]
     for (layer, kind), places in blocks_of(header).items():
         with open_segment(path, access) as file:
-            runs = read_array(file, places["runs"], np.int64)
+            runs = with_parts(read_array(file, places["runs"], np.int64))
             position = read_array(file, places["position"], np.int32)
         if not (_describe(runs, position) and _are_between(runs[:, BATCH], facts.first, facts.last)):
             raise DamageError(f"the runs of layer {layer}, kind {kind} do not describe its rows")
-        found.append(runs[:, [BATCH, INDEX]])
+        found.append(np.stack([runs[:, BATCH], keys_of(runs)], axis=1))
     _check_counts(path, facts, access)
     return np.unique(np.concatenate(found), axis=0)
 
@@ -185,10 +205,12 @@ def _check_counts(path: Path, facts: SegmentFacts, access: Access) -> None:
 
 
 def _describe(runs: Int64, position: npt.NDArray[np.int32]) -> bool:
-    """Whether `runs` (num_runs, 6) follow each other through the rows, and each has ascending positions."""
+    """Whether `runs` (num_runs, 7) follow each other through the rows, and each has ascending positions."""
     start, count, first, last = (runs[:, column] for column in (START, COUNT, FIRST, LAST))
     num_rows = len(position)
-    if not (len(runs) and _are_between(count, 1, num_rows) and _are_between(runs[:, INDEX], 0, 2**53)):
+    if not (len(runs) and _are_between(count, 1, num_rows)):
+        return False
+    if not (_are_between(runs[:, INDEX], 0, MOST_INDEX - 1) and _are_between(runs[:, PART], 0, MOST_PARTS - 1)):
         return False
     if not (_are_between(first, 0, _MOST_POSITION) and _are_between(last, 0, _MOST_POSITION)):
         return False

@@ -1,17 +1,22 @@
 """Tests windows and batches by their properties."""
 
+from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qk_sniffer.corpus.batches import batches, check_unchanged, windows
+from qk_sniffer.config import InferenceConfig
+from qk_sniffer.corpus.batches import batches, check_unchanged, open_windows, windows
 from qk_sniffer.corpus.contents import text_hash
 from qk_sniffer.corpus.examples import Example
+from qk_sniffer.corpus.tokens import Tokens, plain_hash
 from qk_sniffer.errors import SourceError
 from qk_sniffer.store.journal import ExampleRecord
+from qk_sniffer.timing import Stages
 
 pytestmark = pytest.mark.floor
 
@@ -99,3 +104,71 @@ def test_an_id_that_is_read_otherwise_than_before_is_told_from_another_text() ->
     for other in (record("12", "other"), record("12.0", "other")):
         with pytest.raises(SourceError, match=r"row 3 of the dataset \(id 12\) is not the text"):
             check_unchanged(example, other)
+
+
+class Split:
+    """Stands for a tokenizer that splits texts at commas, without special tokens."""
+
+    def __init__(self) -> None:
+        self.made: list[int] = []
+        self.content_hash = plain_hash
+
+    def parts(self, examples: list[Example]) -> Iterator[Iterator[Tokens]]:
+        for example in examples:
+            yield self._parts(example)
+
+    def _parts(self, example: Example) -> Iterator[Tokens]:
+        self.made.append(example.index)
+        assert isinstance(example.content, str)
+        pieces = example.content.split(",") if example.content != "empty" else []
+        for number, piece in enumerate(pieces):
+            ids = np.zeros(len(piece), np.int32)
+            is_last = number == len(pieces) - 1
+            yield Tokens(
+                example.index,
+                example.example_id,
+                example.source_id,
+                ids,
+                0,
+                plain_hash(example),
+                part=number,
+                is_last=is_last,
+            )
+
+
+def of_windows(texts: list[str], done: list[ExampleRecord], lookahead: int = 4) -> tuple[list[Any], list[int]]:
+    """The windows of texts, each with the lengths and the (index, part) of its batches; and the tokenized texts."""
+    tokenizer = Split()
+    given = [Example(index, index, str(index), text) for index, text in enumerate(texts)]
+    inference = InferenceConfig(lookahead=lookahead, batch_size=2)
+    found = open_windows(given, cast(Any, tokenizer), done, inference, boundary=None, stages=Stages())
+    return [
+        (window.lengths, [[(each.index, each.part) for each in batch] for batch in window.batches]) for window in found
+    ], tokenizer.made
+
+
+SPLIT_TEXTS = ["aaa,aaa,aa", "a", "empty", "aaa,aaa,aaa,aaa,aaa,aaa,aaa,a", "aaa,aa"]
+
+
+def test_windows_are_cut_from_parts() -> None:
+    found, made = of_windows(SPLIT_TEXTS, [])
+    assert [lengths for lengths, _ in found] == [[3, 3, 2, 1], [3, 3, 3], [3, 3, 3, 3], [1, 3, 2]]
+    assert found[0][1] == [[(0, 0), (0, 1)], [(0, 2)], [(1, 0)]]
+    assert made == [0, 1, 2, 3, 4]
+
+
+@given(st.sets(st.integers(0, 13)), st.integers(1, 6))
+def test_finished_parts_change_no_batch(finished: set[int], lookahead: int) -> None:
+    whole, _ = of_windows(SPLIT_TEXTS, [], lookahead)
+    every = [Example(index, index, str(index), text) for index, text in enumerate(SPLIT_TEXTS)]
+    tokens = [part for parts in Split().parts(every) for part in parts]
+    done = [tokens[number].record() for number in sorted(finished)]
+    keys = {(each.index, each.part) for each in done}
+    found, made = of_windows(SPLIT_TEXTS, done, lookahead)
+    expected = [
+        (lengths, [left for batch in batches if (left := [each for each in batch if each not in keys])])
+        for lengths, batches in whole
+    ]
+    assert found == [window for window in expected if window[1]]
+    whole_texts = {index for index in range(5) if {(t.index, t.part) for t in tokens if t.index == index} <= keys}
+    assert not {*made} & (whole_texts - {2})

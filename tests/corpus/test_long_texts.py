@@ -2,13 +2,13 @@
 
 import subprocess
 import sys
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from support.odd_texts import ids_of, parts_of, safe
 from support.tokenizers_of_kinds import PARTS, SEPARATORS, TEXTS, tokenizer_of
 from transformers import ByT5Tokenizer
 
@@ -24,28 +24,7 @@ from qk_sniffer.store.compact_examples import truncated_tokens
 
 pytestmark = pytest.mark.floor
 
-PIECES = (
-    *("a", "the", "of the", "is", "statement", "I'll", "it's", "Xy", "naïve", "nai\u0308ve", "straße", "Привет"),
-    *(" ", " ", " ", "  ", "\n", "\n\n", "\t", "\r\n", "     ", "\u00a0", "\u3000", "▁", " ▁"),
-    *(".", ", ", "...\n", "?!", "//", "'", " '", "12", "3456789", "x1", "_", "\ufb01", "\ufdfa", "\u0130"),
-    *("漢字", "漢", "。", "、", "\uff0c", "か\u3099", "\uff76\uff9e", " \uff9e", "한국어", "ไทยำ", "\u0600", "\u0301"),
-    *("\U0001f600", "👩\u200d💻", "<s>", "</s>", "<gap>", " <gap> ", "<unk>", "\u200b", "\x00"),
-)
-
-texts = st.lists(st.sampled_from(PIECES) | st.text(max_size=3), max_size=60).map("".join)
-safe = texts.map(lambda text: text.encode("utf-8", "ignore").decode())
-
 CUTTABLE = [kind for kind in PARTS if SEPARATORS[kind]]
-
-
-@cache
-def parts_of(kind: str) -> tuple[Any, TextCuts]:
-    tokenizer = tokenizer_of(kind)
-    return tokenizer, TextCuts(tokenizer)
-
-
-def ids_of(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def tokens_of(tokenizer: Any, text: str, max_length: int, how: bool | str = "auto") -> Tokens:
@@ -250,6 +229,7 @@ MEASURE = """
 import resource, sys, time
 sys.path.insert(0, {tests!r})
 from pydoc_data.topics import topics
+from support.odd_texts import ids_of, parts_of, safe
 from support.tokenizers_of_kinds import tokenizer_of
 from qk_sniffer.config import TokenizerConfig
 from qk_sniffer.corpus.examples import Example

@@ -16,12 +16,13 @@ from transformers import ByT5Tokenizer
 
 from qk_sniffer.config import TokenizerConfig
 from qk_sniffer.corpus import long_texts
-from qk_sniffer.corpus import tokenizer as tokenizers
+from qk_sniffer.corpus import tokens as tokens_module
 from qk_sniffer.corpus.examples import Example
 from qk_sniffer.corpus.long_texts import LongTexts
 from qk_sniffer.corpus.special_tokens import SpecialTokens
 from qk_sniffer.corpus.text_cuts import TextCuts
-from qk_sniffer.corpus.tokenizer import TextTokenizer, Tokens
+from qk_sniffer.corpus.tokenizer import TextTokenizer
+from qk_sniffer.corpus.tokens import Tokens, chosen
 from qk_sniffer.errors import SourceError
 from qk_sniffer.store.rows import example_key
 
@@ -141,12 +142,14 @@ def test_special_tokens_elsewhere_than_before_and_after_a_text_cannot_be_split(h
 
 
 def test_a_negative_id_is_refused() -> None:
-    with pytest.raises(SourceError, match=r"row 3 .* has the id -5, and negative numbers .* dataset\.id_column=null"):
+    with pytest.raises(
+        SourceError, match=r"row 3 .*\(id -5\) has a negative number as its id.* dataset\.id_column=null"
+    ):
         splitter("bpe-bytes", 50)([Example(3, -5, "-5", "a text")])
 
 
 def test_a_text_of_too_many_parts_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenizers, "MOST_PARTS", 3)
+    monkeypatch.setattr(tokens_module, "MOST_PARTS", 3)
     assert len(splitter("bpe-bytes", 4)([Example(0, 0, "0", "a" * 6)])) <= 3
     with pytest.raises(SourceError, match=r"more than 3 parts of 4 tokens: raise model\.tokenizer\.max_length"):
         splitter("bpe-bytes", 4)([Example(0, 0, "0", " ".join(TEXTS)[:300])])
@@ -168,7 +171,7 @@ def test_only_the_chosen_parts_are_made(monkeypatch: pytest.MonkeyPatch) -> None
     whole = {each.key: each for each in tokenizer(given_texts)}
     total, keys = len(made), {example_key(2, 0), example_key(2, 3), example_key(5, 0)}
     made.clear()
-    found = tokenizer.chosen(given_texts, keys)
+    found = chosen(tokenizer, given_texts, keys)
     assert {key: each.ids.tolist() for key, each in found.items()} == {key: whole[key].ids.tolist() for key in keys}
     assert 0 < len(made) < total / 10
 

@@ -269,7 +269,7 @@ def test_a_full_disk_is_said_and_what_was_there_is_kept(
         child.send(signal.SIGKILL)
         child.wait()
     largest_head = max(path.stat().st_size for path in root.rglob("data.parquet"))
-    child = server.start(job, before=LIMIT.format(size=largest_head + 1000))
+    child = server.start(job, before=LIMIT.format(size=largest_head + 4000))
     assert child.wait() == 1
     assert "File too large" in child.stderr and "rerun the command" in child.stderr
     assert ("cannot write the journal" in child.stderr) == (step == "segment")

@@ -145,7 +145,7 @@ def test_the_rows_of_a_part_follow_from_its_text_and_its_number(checkpoint: Path
     assert "hash(example_id of the text, part)" in card
 
 
-@pytest.mark.parametrize("count", [2, 5])
+@pytest.mark.parametrize("count", [2, pytest.param(5, marks=pytest.mark.slow)])
 def test_shards_make_the_parts_of_one_job(
     count: int, split: Path, checkpoint: Path, texts: Path, tmp_path: Path
 ) -> None:
@@ -154,8 +154,10 @@ def test_shards_make_the_parts_of_one_job(
     assert {**hashes(tmp_path / "out"), "README.md": ""} == {**hashes(split), "README.md": ""}
 
 
-@pytest.mark.parametrize("lookahead", [3, 256])
-@pytest.mark.parametrize("batches", [1, 7])
+@pytest.mark.parametrize(
+    ("batches", "lookahead"),
+    [(7, 3), *(pytest.param(*each, marks=pytest.mark.slow) for each in ((1, 3), (1, 256), (7, 256)))],
+)
 def test_a_stopped_job_continues_within_a_text(
     batches: int, lookahead: int, checkpoint: Path, texts: Path, tmp_path: Path, undisturbed: Callable[..., Path]
 ) -> None:
@@ -194,7 +196,7 @@ def test_a_killed_job_makes_the_same_parts_and_statistics(
     assert wrong(verified(tmp_path / "out")) == {}
 
 
-@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("streaming", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_split_dataset_grows(streaming: bool, split: Path, checkpoint: Path, texts: Path, tmp_path: Path) -> None:
     for count in (3, 8, None):
         dataset = {"max_samples": count, "streaming": streaming}

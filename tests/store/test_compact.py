@@ -20,6 +20,7 @@ from support.store_cases import (
     SAMPLER,
     Captured,
     Piece,
+    by_index,
     captured_journal,
     file_bytes,
     make_dataset,
@@ -172,8 +173,8 @@ def test_a_row_group_reads_hardly_more_than_its_rows(tmp_path: Path) -> None:
         plan = plan_compaction(find_blocks([journal])[0, "q"], files)
     for rows_per_group in (33, 500, 5 * count):
         groups = list(plan.groups(rows_per_group))
-        assert sum(len(group.index) for group in groups) == 5 * count
-        assert all(group.buffer_rows <= 2 * len(group.index) for group in groups)
+        assert sum(len(group.key) for group in groups) == 5 * count
+        assert all(group.buffer_rows <= 2 * len(group.key) for group in groups)
     (whole,) = groups
     assert len(whole.spans) == 1 and whole.buffer_rows == 5 * count  # shuffled examples of one block: one read
 
@@ -204,7 +205,7 @@ def test_the_same_rows_make_the_same_bytes_whatever_the_history(
             try:
                 with JournalWriter(journal, queue_bytes=1 << 16, segment_bytes=segment_bytes) as writer:
                     count = 0
-                    for indices in filter(None, corpus.batches(journal.records.keys() | others)):
+                    for indices in filter(None, corpus.batches(by_index(journal).keys() | others)):
                         for piece in corpus.pieces(indices):
                             put(writer, piece)
                             count += 1

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.store_cases import HEADS, SAMPLER, Captured, Piece, captured_journal, file_bytes, ones, put
+from support.store_cases import HEADS, SAMPLER, Captured, Piece, by_index, captured_journal, file_bytes, ones, put
 
 from qk_sniffer.errors import StoreError
 from qk_sniffer.store.compact import compact
@@ -40,7 +40,7 @@ def test_segments_are_safetensors_in_the_models_dtype(tmp_path: Path) -> None:
     )
     positions = np.concatenate([corpus.positions(index, 3, "k") for index in order])
     np.testing.assert_array_equal(tensors["l03k.position"].numpy(), positions)
-    assert found.records == {index: corpus.record(index) for index in range(12)}
+    assert by_index(found) == {index: corpus.record(index) for index in range(12)}
 
 
 def test_segments_are_cut_within_a_batch(tmp_path: Path) -> None:
@@ -63,13 +63,13 @@ def test_rows_of_unfinished_batches_are_ignored(tmp_path: Path) -> None:
             time.sleep(0.01)  # until rows of the open batch are on the disk
         raise ZeroDivisionError
     found = Journal(tmp_path)
-    assert sorted(found.records) == sorted(first)
+    assert sorted(by_index(found)) == sorted(first)
     assert len(found.segments) == 6
 
     with JournalWriter(found, queue_bytes=BIG, segment_bytes=1 << 12) as writer:
-        corpus.write(writer, found.records)
+        corpus.write(writer, by_index(found))
     again = Journal(tmp_path)
-    assert sorted(again.records) == list(range(12)) == sorted(found.records)
+    assert sorted(by_index(again)) == list(range(12)) == sorted(by_index(found))
     whole = captured_journal(tmp_path / "other", corpus)
     assert staged_bytes(tmp_path / "one", again) == staged_bytes(tmp_path / "two", whole)
 
@@ -85,14 +85,14 @@ def test_leaving_by_an_exception_keeps_the_complete_batches(tmp_path: Path) -> N
         put(writer, ones(3, index=1))
         raise KeyboardInterrupt
     (path,) = Journal(tmp_path).segments
-    assert list(Journal(tmp_path).records) == [0]
+    assert list(by_index(Journal(tmp_path))) == [0]
     assert load_file(path)["l00q.vectors"].shape == (1, 3, 4)
 
 
 def test_a_batch_without_rows_is_finished_too(tmp_path: Path) -> None:
     with JournalWriter(Journal(tmp_path), queue_bytes=BIG, segment_bytes=BIG) as writer:
         writer.complete([Captured().record(4)])
-    assert list(Journal(tmp_path).records) == [4]
+    assert list(by_index(Journal(tmp_path))) == [4]
 
 
 def test_a_finished_batch_does_not_wait_for_its_segment_to_fill(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_a_finished_batch_does_not_wait_for_its_segment_to_fill(tmp_path: Path) 
         deadline = time.monotonic() + 10
         while writer.durable_examples == 0 and time.monotonic() < deadline:
             time.sleep(0.01)
-        assert list(Journal(tmp_path).records) == [0]
+        assert list(by_index(Journal(tmp_path))) == [0]
 
 
 def test_a_full_disk_for_real(tmp_path: Path) -> None:
@@ -136,14 +136,14 @@ def test_batches_of_a_damaged_segment_are_not_finished(
 
     found = Journal(tmp_path / "journal")
     second = list(corpus.batches())[1]
-    assert set(range(12)) - set(found.records) == set(second)
+    assert set(range(12)) - set(by_index(found)) == set(second)
     assert not found.is_whole and "3 finished examples are lost" in caplog.text
     with pytest.raises(StoreError, match="Rerun the command"):
         compact(Layout(tmp_path), [Journal(tmp_path / "journal", verify=False)], HEADS, SAMPLER)
     if harm != "delete":
         assert found.damaged == [path.name] and path.name in caplog.text
     with JournalWriter(found, queue_bytes=BIG, segment_bytes=1) as writer:
-        corpus.write(writer, found.records)
+        corpus.write(writer, by_index(found))
     assert not path.exists() and found.is_whole
     again = Journal(tmp_path / "journal")
     assert len(again.records) == 12 and not again.damaged
@@ -170,7 +170,7 @@ def test_files_without_use_are_removed(tmp_path: Path) -> None:
 WRITER = """
 import sys
 from pathlib import Path
-from support.store_cases import Captured
+from support.store_cases import Captured, by_index
 from qk_sniffer.errors import StoreError
 from qk_sniffer.store.journal import Journal
 from qk_sniffer.store.journal_writer import JournalWriter
@@ -179,7 +179,7 @@ corpus = Captured(num_examples=300, batch=2)
 try:
     with JournalWriter(journal, queue_bytes=1 << 20, segment_bytes=int(sys.argv[2])) as writer:
         print("ready", flush=True)
-        corpus.write(writer, journal.records)
+        corpus.write(writer, by_index(journal))
         sys.stdin.read()  # the writer stays open until the test closes stdin
 except StoreError as error:
     print(error, file=sys.stderr)
@@ -214,7 +214,7 @@ def test_a_kill_at_any_moment_loses_nothing_complete(tmp_path: Path) -> None:
         found = Journal(tmp_path / "journal")
         assert not found.damaged
         assert len(found.records) >= done
-        assert all(found.records[index] == corpus.record(index) for index in found.records)
+        assert all(record == corpus.record(index) for index, record in by_index(found).items())
         done = len(found.records)
     assert done == 300
     whole = captured_journal(tmp_path / "other", corpus, segment_bytes=1 << 20)

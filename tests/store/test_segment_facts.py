@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import xxhash
-from support.store_cases import Captured, captured_journal
+from support.store_cases import Captured, by_index, captured_journal
 
 from qk_sniffer.store.journal import ExampleRecord, Journal
 from qk_sniffer.store.journal_writer import JournalWriter
@@ -123,7 +123,11 @@ def test_records_of_earlier_versions_and_negative_ids_are_read(length: int, segm
         ended(lambda values: values[0]["records"][0].__setitem__(9, "x")),
         ended(lambda values: values[0]["records"][0].append(1)),
         ended(lambda values: values[0]["records"][0].__delitem__(slice(7, None))),
-        ended(lambda values: values[0]["records"].append([2**60, 1, "x", 1, False, "00"])),
+        ended(lambda values: values[0]["records"][0].__setitem__(9, -1)),
+        ended(lambda values: values[0]["records"][0].__setitem__(9, 2**24)),
+        ended(lambda values: values[0]["records"][0].__setitem__(10, -1)),
+        ended(lambda values: values[0]["records"][0].__setitem__(11, 1)),
+        ended(lambda values: values[0]["records"].append([2**38, 1, "x", 1, False, "00"])),
         ended(lambda values: values[0]["records"].append([1, 2**31, "x", 1, False, "00"])),
         ended(lambda values: values[0]["records"].append([1, 1, "x", 0, False, "00"])),
         place("l00q.vectors", "dtype", "F64"),
@@ -190,7 +194,7 @@ def test_the_examples_of_a_damaged_segment_are_captured_again(tmp_path: Path) ->
     assert len(again.damaged) == 1 and not again.is_whole
     assert again.records.keys() < journal.records.keys()
     with JournalWriter(again, queue_bytes=1 << 20, segment_bytes=1 << 14) as writer:
-        Captured().write(writer, again.records)
+        Captured().write(writer, by_index(again))
     whole = Journal(journal.folder)
     assert whole.is_whole and whole.records == journal.records
 

@@ -192,6 +192,11 @@ class Captured:
         return columns | {"bucket": np.maximum(2, exponent)}
 
 
+def by_index(journal: Journal) -> dict[int, ExampleRecord]:
+    """Returns the examples of a journal of whole texts."""
+    return {record.index: record for record in journal.records.values()}
+
+
 def captured_journal(folder: Path, corpus: Captured, segment_bytes: int = 1 << 14) -> Journal:
     """Returns a journal of the whole corpus, read from the disk."""
     with JournalWriter(Journal(folder), queue_bytes=1 << 20, segment_bytes=segment_bytes) as writer:

@@ -7,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -18,13 +19,13 @@ from qk_sniffer.config import TokenizerConfig
 from qk_sniffer.corpus import long_texts
 from qk_sniffer.corpus import tokens as tokens_module
 from qk_sniffer.corpus.examples import Example
-from qk_sniffer.corpus.long_texts import LongTexts
+from qk_sniffer.corpus.long_texts import LongTexts, Piece
 from qk_sniffer.corpus.special_tokens import SpecialTokens
 from qk_sniffer.corpus.text_cuts import TextCuts
 from qk_sniffer.corpus.tokenizer import TextTokenizer
 from qk_sniffer.corpus.tokens import Tokens, chosen
 from qk_sniffer.errors import SourceError
-from qk_sniffer.store.rows import example_key
+from qk_sniffer.store.rows import NO_CHARACTER, example_key
 
 pytestmark = pytest.mark.floor
 
@@ -78,15 +79,28 @@ def test_parts_are_those_of_the_whole_whatever_the_pieces(
 ) -> None:
     special = SpecialTokens(tuple(before), tuple(after))
     bounds = [0, *sorted(cut for cut in cuts if cut < len(ids)), len(ids)]
-    pieces = [ids[start:stop] for start, stop in pairwise(bounds)]
+    characters = np.arange(2 * len(ids), dtype=np.int32).reshape(-1, 2)
+    pieces = [(ids[start:stop], characters[start:stop]) for start, stop in pairwise(bounds)]
     found = list(special.parts(pieces, room + len(special), always=always))
-    whole = special.around(ids, 1000)
+    plain = list(special.parts([(ids, None)], room + len(special), always=always))
+    assert [part._replace(offsets=None) for part in found] == plain
+    whole = special.around(ids, 1000, characters)
+    assert whole.offsets is not None
     text = ids if always else whole.ids[len(before) : len(whole.ids) - len(after)]
     starts = range(0, max(1, len(text)), room)
     assert [part.ids for part in found] == [[*before, *text[start : start + room], *after] for start in starts]
     assert [part.first_token for part in found] == [*starts]
     assert [part.is_last for part in found] == [*[False] * (len(starts) - 1), True]
     assert {part.left_out for part in found} == {0}
+    own = [part.offsets[len(before) : len(part.ids) - len(after)] for part in found if part.offsets is not None]
+    of_text = characters if always else whole.offsets[len(before) : len(whole.ids) - len(after)]
+    assert np.concatenate(own).tolist() == of_text.tolist()
+    if not always:
+        assert found[0].offsets is not None and found[-1].offsets is not None
+        assert found[0].offsets[: len(before)].tolist() == whole.offsets[: len(before)].tolist()
+        assert found[-1].offsets[len(found[-1].ids) - len(after) :].tolist() == (
+            whole.offsets[len(whole.ids) - len(after) :].tolist()
+        )
     assert [part.begins_special for part in found] == [whole.begins_special and not always, *[False] * len(starts[1:])]
     assert [part.ends_special for part in found] == [*[False] * len(starts[1:]), whole.ends_special and not always]
 
@@ -161,9 +175,9 @@ def test_only_the_chosen_parts_are_made(monkeypatch: pytest.MonkeyPatch) -> None
     made: list[int] = []
     real = LongTexts.pieces
 
-    def noting(self: LongTexts, text: str) -> Iterator[list[int]]:
+    def noting(self: LongTexts, text: str) -> Iterator[Piece]:
         for piece in real(self, text):
-            made.append(len(piece))
+            made.append(len(piece.ids))
             yield piece
 
     monkeypatch.setattr(LongTexts, "pieces", noting)
@@ -194,7 +208,7 @@ def test_pieces_have_the_tokens_of_the_whole(kind: str, monkeypatch: pytest.Monk
         "漢字かな、漢字。" * 200,
     ):
         pieces = list(long.pieces(text))
-        assert [token for piece in pieces for token in piece] == ids_of(tokenizer, text)
+        assert [token for piece in pieces for token in piece.ids] == ids_of(tokenizer, text)
         assert long.is_long(text) == bool(TextCuts(tokenizer, both_sides=True))
     may_cut = bool(SEPARATORS[kind])
     assert (len(list(long.pieces(prose))) > 10) == may_cut
@@ -207,7 +221,7 @@ def test_scores_that_are_summed_over_the_whole_text_have_no_cut_of_both_sides() 
     scores = [("<unk>", -9.0), ("a", -1.0), ("b", -1.5), (" ", -2.0), ("ab", -2.0)]
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.Unigram(scores, unk_id=0)))
     assert TextCuts(tokenizer) and not TextCuts(tokenizer, both_sides=True)
-    assert list(LongTexts(tokenizer, 10).pieces("ab a")) == [ids_of(tokenizer, "ab a")]
+    assert [piece.ids for piece in LongTexts(tokenizer, 10).pieces("ab a")] == [ids_of(tokenizer, "ab a")]
 
 
 @settings(max_examples=100, deadline=None)
@@ -231,16 +245,18 @@ def test_any_pieces_have_the_tokens_of_the_whole(text: str, more: str, kind: str
         # Without the check of neighbours, which would hide a wrong cut.
         patch.setattr(LongTexts, "_fit", lambda *_: True)
         pieces = list(LongTexts(tokenizer, 10).pieces(text))
-    assert [token for piece in pieces for token in piece] == ids_of(tokenizer, text)
+    assert [token for piece in pieces for token in piece.ids] == ids_of(tokenizer, text)
 
 
-@pytest.mark.parametrize("shift", [-4, -3, -2, -1])
+@pytest.mark.parametrize("shift", [-7, -4, -3, -2])
 def test_pieces_with_wrong_cuts_end_in_the_whole_text(shift: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(long_texts, "PIECE_CHARACTERS", 500)
     tokenizer, _ = parts_of("bpe-bytes")
     text = "statement " * 1000
-    monkeypatch.setattr(TextCuts, "last", lambda self, text, stop, after=0: stop + shift)
-    assert sum(map(len, LongTexts(tokenizer, 100).pieces(text))) <= len(ids_of(tokenizer, text)) * 1.05
+    wrong = lambda _, text, stop, after=0: stop + shift if stop + shift > after else None  # noqa: E731
+    monkeypatch.setattr(TextCuts, "last", wrong)
+    pieces = list(LongTexts(tokenizer, 100).pieces(text))
+    assert len(pieces) == 2 and sum(len(piece.ids) for piece in pieces) == len(ids_of(tokenizer, text))
 
 
 MEASURE = """
@@ -271,6 +287,24 @@ def test_a_text_of_20_mb_takes_memory_for_one_piece() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     num_tokens, megabytes = map(int, done.stdout.split())
     assert num_tokens > 4_000_000 and megabytes < 100
+
+
+@pytest.mark.parametrize("kind", FOUR)
+def test_parts_have_the_characters_of_the_whole_text(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(long_texts, "PIECE_CHARACTERS", 300)
+    tokenizer, text = parts_of(kind)[0], "<s>" + " ".join(TEXTS)[:2_000] + "</s>"
+    whole, split = (
+        TextTokenizer(tokenizer, TokenizerConfig(max_length=length, overlong=how), name="the test", offsets=True)
+        for length, how in ((4096, "truncate"), (40, "split"))
+    )
+    [expected], found = whole([Example(0, 0, "0", text)]), split([Example(0, 0, "0", text)])
+    own = [part.offsets[1:-1] for part in found if part.offsets is not None]
+    assert expected.offsets is not None and len(own) == len(found) > 5
+    assert np.concatenate(own).tolist() == expected.offsets[1:-1].tolist()
+    for each, row in ((found[0], 0), (found[-1], -1)):
+        assert each.offsets is not None and each.offsets[row].tolist() == expected.offsets[row].tolist()
+    for each in found[1:-1]:
+        assert each.offsets is not None and each.offsets[[0, -1]].tolist() == [[NO_CHARACTER] * 2] * 2
 
 
 def test_tokens_have_a_record_with_their_part() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from support.forked import Server
-from support.jobs import TEXTS, hashes, heads_of, keys, run, settings, stopped_after, vectors
+from support.jobs import TEXTS, hashes, heads_of, keys, run, settings, stopped_after, tokens_of, vectors
 from support.verify_cases import edit, rewrite, verified, with_values, wrong
 
 from qk_sniffer import open_dataset
@@ -236,3 +236,25 @@ def test_the_proof_of_a_late_part_makes_the_parts_before_it_alone(
     proof = manifests.read(root)["proof"]
     ids = {row["example_id"] for row in open_dataset(root).examples.to_pylist()}
     assert proof["proven"] and len(proof["examples"]) == 3 and {*proof["examples"]} <= ids
+
+
+def test_token_ids_and_their_segments_are_split_too(split: Path, checkpoint: Path, tmp_path: Path) -> None:
+    path = tmp_path / "ids.jsonl"
+    of_text = [[["first", 0], *([["second", 25]] if len(text) > 25 else [])] for text in TEXTS]
+    rows = [{"ids": tokens_of(text)[0].tolist(), "named": named} for text, named in zip(TEXTS, of_text, strict=True)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns: dict[str, Any] = {"tokens_column": "ids", "segments_column": "named"}
+    sections: dict[str, Any] = ALONE | {"dataset": columns, "capture": {"capture_segments": True}}
+    root = run(checkpoint, path, tmp_path / "out", **sections)
+    assert wrong(verified(root)) == {}
+    for head, table in heads_of(root).items():
+        assert table.drop(["segment"]) == heads_of(split)[head]
+    examples = open_dataset(root).examples.to_pylist()
+    of_example = {row["example_id"]: row["first_token"] for row in examples}
+    for row in heads_of(root)["l00h00q"].to_pylist():
+        place = of_example[row["example_id"]] + row["position"]
+        assert row["segment"] == ("first" if place < 25 else "second")
+    some = sections | {"sampler": {"segments": ["second"]}, "capture": {"statistics": {"enabled": True}}}
+    kept = run(checkpoint, path, tmp_path / "some", **some)
+    assert wrong(verified(kept)) == {}
+    assert manifests.read(kept)["statistics"]["tokens"] == sum(max(0, len(text) - 25) for text in TEXTS)

@@ -25,7 +25,8 @@ HEAD = Head(0, 0, "q", 0, 4, None, 0)
 
 
 def record(index: int, part: int, *, is_last: bool = True) -> ExampleRecord:
-    return ExampleRecord(index, 50 + index, f"doc-{index}", 9, False, "00", 0, False, False, part, 9 * part, is_last)
+    of_part = {"part": part, "first_token": 9 * part, "is_last": is_last}
+    return ExampleRecord(index, 50 + index, f"doc-{index}", 9, False, "00", **of_part)
 
 
 def rows(parts: list[tuple[int, int]], positions: list[int]) -> Piece:
@@ -38,7 +39,7 @@ def rows(parts: list[tuple[int, int]], positions: list[int]) -> Piece:
 
 
 def write(folder: Path, *batches: list[tuple[int, int]]) -> Journal:
-    with JournalWriter(Journal(folder), queue_bytes=1 << 20, segment_bytes=1) as writer:
+    with JournalWriter(Journal(folder), queue_bytes=1 << 20, segment_bytes=1 << 20) as writer:
         for batch in batches:
             put(writer, rows(batch, [0, 3, 7]))
             writer.complete([record(*example) for example in batch])
@@ -119,7 +120,7 @@ def rewrite(path: Path, metadata: dict[str, str], columns: int) -> None:
     write_segment(path.parent, int(path.name.split("-")[0]), tensors, metadata)
 
 
-@pytest.mark.parametrize("fields", [6, 9])
+@pytest.mark.parametrize("fields", [6, 9, 10])
 def test_a_journal_of_an_earlier_version_is_read(fields: int, tmp_path: Path) -> None:
     corpus, layout = Captured(), Layout(tmp_path)
     whole = captured_journal(layout.journal(0, 1), corpus)

@@ -166,3 +166,17 @@ def test_conversations_of_a_real_model(smollm2: Path, tmp_path: Path) -> None:
         ("template", "<|im_end|>\n"),
     ]
     assert manifests.read(root)["proof"]["proven"] is True
+
+
+def test_conversations_are_split_with_their_segments(chat_model: Path, tmp_path: Path) -> None:
+    conversations = turns(4)
+    capture: dict[str, Any] = {"capture_token_ids": True, "capture_segments": True, "capture_offsets": True}
+    sections: dict[str, Any] = {"dataset": MESSAGES, "capture": capture, "sampler": {"type": "all"}}
+    file = write(tmp_path / "c.jsonl", conversations)
+    whole = run(chat_model, file, tmp_path / "whole", **sections)
+    split = {"model": {"tokenizer": {"max_length": 7, "overlong": "split"}}}
+    root = run(chat_model, file, tmp_path / "split", **sections, **split)
+    assert not verify(root).problems
+    columns = ["token_id", "segment", "char_start", "char_end"]
+    found, expected = (heads_of(each)["l00h00q"].select(columns).to_pylist() for each in (root, whole))
+    assert found == expected and manifests.read(root)["texts"] == 4 < manifests.read(root)["examples"]

@@ -23,7 +23,7 @@ def problems(source: Source) -> Iterator[str]:
     yield from source.needs_one_shape("num_q_heads", "head_dim")
     yield from source.needs_all_layers()
     yield from source.needs_all_heads("q")
-    yield from source.needs_whole_rotation()
+    yield from source.needs_whole_rotation(of_every_layer=True)
     yield from source.needs_no_bias()
     if source.settings.enabled and not source.settings.skip_tokens:
         yield (

@@ -26,6 +26,10 @@ _CAPTURE_ALL = (
     "capture all with capture.layers=null, capture.full_attention_only=false and capture.head_sampling.count=null"
 )
 
+_WHOLE = "the method needs RoPE over whole heads, in halves"
+_NO_ROPE = f"have no RoPE, and {_WHOLE}"
+_LEAVE_OUT = ": leave them out with capture.layers, if the method does not run there"
+
 
 class Source:
     """A dataset with statistics, for an export."""
@@ -175,10 +179,14 @@ class Source:
         if biased := self._layers_where(lambda layer: layer.get("position_bias")):
             yield f"layers {biased} add a bias by position to the logits, which the method does not know"
 
-    def needs_whole_rotation(self) -> Iterator[str]:
-        """Yields the problems of layers whose queries do not turn as a whole in halves: component i with i + d/2."""
+    def needs_whole_rotation(self, *, of_every_layer: bool = False) -> Iterator[str]:
+        """Yields the problems of layers whose queries do not turn as a whole in halves: component i with i + d/2.
+
+        `of_every_layer` is for a format from which no layer can be left out.
+        """
         for reason, layers in self._grouped((layer["layer"], self._rotation_problem(layer)) for layer in self.layers):
-            yield f"layers {compact_ranges(layers)} {reason}"
+            way_out = _LEAVE_OUT if reason == _NO_ROPE and not of_every_layer else ""
+            yield f"layers {compact_ranges(layers)} {reason}{way_out}"
 
     def frequencies(self, layer: dict[str, Any]) -> tuple[Floats, float]:
         """Returns the frequencies (f,) and the attention scaling of a layer that is rotated.
@@ -248,18 +256,17 @@ class Source:
 
     def _rotation_problem(self, layer: dict[str, Any]) -> str | None:
         rotation = layer.get("rotation")
-        others = "the method needs RoPE over whole heads, in halves"
         if rotation is None:
-            return f"have no RoPE, and {others}: leave them out with capture.layers, if the method does not run there"
+            return _NO_ROPE
         if isinstance(rotation, str):
-            return f"have a rotation that is {rotation}, and {others}"
+            return f"have a rotation that is {rotation}, and {_WHOLE}"
         if rotation["pairs"] != "halves":
-            return f"rotate neighbouring components ({rotation['pairs']}), and {others}"
+            return f"rotate neighbouring components ({rotation['pairs']}), and {_WHOLE}"
         rotated = 2 * len(self.frequencies(layer)[0])
         if rotated != layer["head_dim"]:
-            return f"rotate {rotated} of {layer['head_dim']} components, and {others}"
+            return f"rotate {rotated} of {layer['head_dim']} components, and {_WHOLE}"
         if rotation["direction"] != 1:
-            return f"rotate in the other direction, and {others}"
+            return f"rotate in the other direction, and {_WHOLE}"
         if rotation["changed_after"]:
             return "scale or normalize queries after RoPE, so that statistics before RoPE are not of what attends"
         return None

@@ -123,6 +123,9 @@ def test_what_the_formats_cannot_express_is_refused(
     diagonal = without_rows(checkpoint, texts, tmp_path / "diagonal", **statistics(covariance=False))
     with pytest.raises(StoreError, match=r"capture\.statistics\.covariance=true"):
         qk_sniffer.export(diagonal, "qfilters")
+    unrotated = without_rows(folder_of(BY_NAME["smollm3"]), texts, tmp_path / "unrotated", **statistics(skip_tokens=4))
+    with pytest.raises(StoreError, match=r"layers 2 have no RoPE, .* in halves$"):
+        qk_sniffer.export(unrotated, "expected_attention")
     gap = without_rows(folder_of(BY_NAME["mllama"]), texts, tmp_path / "gap")
     with pytest.raises(StoreError, match=r"layers 1, which have no self-attention, .*: no capture of this model"):
         qk_sniffer.export(gap, "qfilters")

@@ -38,7 +38,7 @@ class ChatTemplate:
         """`tokenizer` is one of transformers, and `name` is its name in errors.
 
         Raises:
-            SourceError: there is no such template.
+            SourceError: there is no such template, or it writes today's date and `config` gives none.
         """
         self._tokenizer = tokenizer
         self._name = name
@@ -46,6 +46,8 @@ class ChatTemplate:
         self.source = _source(tokenizer, config, name)
         self.digest = sha256(self.source.encode()).hexdigest()
         self._template = self.source if config.date is None else _dated(self.source, date.fromisoformat(config.date))
+        if "strftime_now" in self._template:
+            self._check_date()
 
     def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
         """Returns the text of a conversation, special tokens included.
@@ -60,7 +62,7 @@ class ChatTemplate:
             raise
         except Exception as error:  # a template raises any class of error
             if isinstance(error, TypeError) and "strftime_now" in self._template and "not callable" in str(error):
-                raise ContentError(
+                raise _NoDateError(
                     f"cannot be rendered: the chat template of {self._name} writes today's date, with which the tokens "
                     "would change from day to day. Set the date that it is to write: dataset.chat.date=2025-01-31"
                 ) from error
@@ -72,6 +74,19 @@ class ChatTemplate:
         if not is_unicode(text):
             raise ContentError("has half a surrogate pair, which is no character, in its messages")
         return text
+
+    def _check_date(self) -> None:
+        """Checks, before the model is loaded, that the template does not write today's date in a short conversation."""
+        try:
+            self.render([{"role": "user", "content": "Hello"}])
+        except _NoDateError as error:
+            raise SourceError(f"a conversation {error}") from error
+        except ContentError:  # it may have reasons that do not apply to the conversations of the dataset
+            pass
+
+
+class _NoDateError(ContentError):
+    """A template asks for the date."""
 
 
 def _source(tokenizer: Any, config: ChatConfig, name: str) -> str:

@@ -88,15 +88,20 @@ def test_variables_of_the_template(tmp_path: Path) -> None:
 
 def test_a_date_is_given_and_not_that_of_the_day(tmp_path: Path) -> None:
     folder = save_chat_tokenizer(tmp_path, DATED)
+    with pytest.raises(
+        SourceError, match=r"the chat template of .* writes today's date, .*dataset\.chat\.date=2025-01-31"
+    ):
+        loaded(folder)
+    sometimes = "{{ strftime_now('%d') if messages | length > 2 }}" + CHATML
     with pytest.raises(SourceError, match=r"row 4 of the dataset \(id id 4\) .*dataset\.chat\.date=2025-01-31"):
-        loaded(folder)([example(TURNS, 4)])
+        loaded(folder, template=sometimes)([example(TURNS, 4)])
     dated = loaded(folder, date="2024-07-26")
     assert dated.content_hash(example(TURNS)) == text_hash(
         "Today is 26 July 2024.\n" + AutoTokenizer.from_pretrained(folder).apply_chat_template(
             TURNS, chat_template=CHATML, tokenize=False
         )
     )  # fmt: skip
-    assert dated.facts() == loaded(folder).facts(), "the date is another setting than the template"
+    assert dated.facts() == loaded(folder, date="2025-01-31").facts(), "the date is another setting than the template"
 
 
 def test_refusals_name_the_row_and_the_way_out(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ example. The segment of a row follows from its example and its position, so the 
 """
 
 import json
+from array import array
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -95,13 +96,13 @@ class TextSegments:
             ValueError: `encode` never returns such a text.
         """
         codes: dict[str, int] = {}
-        place, start, stop, code = [], [], [], []
+        place, start, stop, code = (array("q") for _ in range(4))  # a list takes several times the memory
         for number, (text, length) in enumerate(zip(texts, num_tokens, strict=True)):
             runs = decode(text, length)
-            place += [number] * len(runs)
-            start += [first for _, first in runs]
-            stop += [*(first for _, first in runs[1:]), length]
-            code += [codes.setdefault(name, len(codes)) for name, _ in runs]
+            place.extend([number] * len(runs))
+            start.extend(first for _, first in runs)
+            stop.extend([*(first for _, first in runs[1:]), length])
+            code.extend(codes.setdefault(name, len(codes)) for name, _ in runs)
         return cls(tuple(codes), *(np.array(values, np.int64) for values in (place, start, stop, code)))
 
     def codes(self, place: npt.NDArray[np.integer[Any]], position: npt.NDArray[np.integer[Any]]) -> Int64:

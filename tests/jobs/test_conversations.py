@@ -73,6 +73,18 @@ def test_the_sampler_keeps_what_the_assistant_says(chat_model: Path, tmp_path: P
         assert positions == [*range(start, start + len(answer))]
 
 
+def test_characters_are_those_of_the_rendered_text(chat_model: Path, tmp_path: Path) -> None:
+    conversations, capture = turns(3), {"capture_offsets": True, "capture_token_ids": True, "layers": [0]}
+    root = run(
+        chat_model, write(tmp_path / "c.jsonl", conversations), tmp_path / "out", dataset=MESSAGES, capture=capture
+    )
+    tokenizer = AutoTokenizer.from_pretrained(chat_model)
+    rendered = [tokenizer.apply_chat_template(messages, tokenize=False) for messages in conversations]
+    for row in heads_of(root)["l00h00q"].to_pylist():
+        characters = rendered[row["example_id"]][row["char_start"] : row["char_end"]]
+        assert characters and tokenizer.decode([row["token_id"]]) == characters
+
+
 @pytest.mark.slow
 def test_it_resumes_and_grows(chat_model: Path, tmp_path: Path) -> None:
     file = write(tmp_path / "c.jsonl", turns(9))

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import segmented
 from support.edits import Editor, copied
 from support.jobs import Stopped, captured_only, hashes, run, settings
 from support.plasticity_cases import measure
@@ -42,7 +43,10 @@ SECONDS = 30
 """The longest time of one edit and all programs."""
 
 SECTIONS: dict[str, Any] = {
+    "dataset": segmented.COLUMNS,
+    "sampler": {"segments": ["user", "assistant"]},
     "capture": {
+        "capture_segments": True,
         "layers": [0],
         "heads": [0, 1],
         "capture_token_ids": True,
@@ -68,7 +72,9 @@ class Bench:
     def __init__(self, folder: Path, checkpoint: Path, patch: pytest.MonkeyPatch) -> None:
         self.folder, self.checkpoint = folder, checkpoint
         self.texts = folder / "texts.jsonl"
-        self.texts.write_text("".join(json.dumps({"text": "abcdefgh" * (2 + i)}) + "\n" for i in range(NUM_TEXTS)))
+        segments = [["system", 0], ["user", 3], ["assistant", 6]]
+        rows = [{"input_ids": [*range(1, 9)] * (2 + i), "segments": segments} for i in range(NUM_TEXTS)]
+        self.texts.write_text("".join(json.dumps(row) + "\n" for row in rows))
         self.root, self.outside = folder / "root", folder / "outside"
         self.outside.mkdir()
         (self.outside / "file").write_text("untouched")
@@ -109,7 +115,7 @@ class Bench:
         self._sweep()
 
     def fewer(self) -> dict[str, Any]:
-        return {**SECTIONS, "dataset": {"max_samples": NUM_TEXTS - 1}}
+        return {**SECTIONS, "dataset": segmented.COLUMNS | {"max_samples": NUM_TEXTS - 1}}
 
     def files(self) -> dict[str, str]:
         return {name: digest for name, digest in hashes(self.root).items() if name.endswith((".parquet", "tensors"))}
@@ -189,6 +195,7 @@ def read(bench: Bench) -> None:
         attempt(lambda: dataset.examples)
         for key in dataset.heads[:2]:
             attempt(lambda key=key: dataset.vectors(*key))
+            attempt(lambda key=key: dataset.segments(*key))
             attempt(lambda key=key: dataset.is_intact(*key))
             attempt(lambda key=key: dataset.statistics(key.layer, key.kind, "pre"))
 
@@ -312,6 +319,7 @@ def test_nothing_raw_reaches_the_terminal(kind: str, name: str, content: bytes, 
     copied(bench.states[kind], bench.root)
     (bench.root / name).write_bytes(content)
     arguments = [f"model.name={bench.checkpoint}", "model.dtype=float32", "dataset=hf", f"dataset.path={bench.texts}"]
+    arguments += [f"dataset.{key}={column}" for key, column in segmented.COLUMNS.items()]
     for command in (
         ["qk_sniffer.status", str(bench.root)],
         ["qk_sniffer.verify", f"data_root={bench.root}"],

@@ -337,7 +337,7 @@ def is_ours(layout: Layout) -> bool:
 
     The work folder comes first: a job removes it when the manifest is in place.
     """
-    return _is_of_a_job(layout) or layout.snapshot.is_file() or _is_our_manifest(layout.manifest)
+    return _is_of_a_job(layout) or layout.snapshot.is_file() or manifest_problem(layout) is None
 
 
 def _is_of_a_job(layout: Layout) -> bool:
@@ -348,12 +348,13 @@ def _is_of_a_job(layout: Layout) -> bool:
     return any(path in signs or path.suffix == ".lock" for path in paths_in(layout.work))
 
 
-def _is_our_manifest(path: Path) -> bool:
+def manifest_problem(layout: Layout, way_out: str = "") -> str | None:
+    """Returns why the manifest in the root, if there is one, is none of this package, and the way out; else None."""
     try:
-        stored.read(path, _Format, way_out="", most_bytes=stored.LARGE, follow_links=True)
-    except (OSError, StoreError):
-        return False
-    return True
+        stored.read(layout.manifest, _Format, way_out=way_out, most_bytes=stored.LARGE, follow_links=True)
+    except (OSError, StoreError) as error:
+        return str(error)
+    return None
 
 
 class _Format(TypedDict):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from qk_sniffer.errors import StoreError
 from qk_sniffer.store.disk import make_folder, paths_in, remove, type_of
-from qk_sniffer.store.layout import WORK, Layout, is_ours
+from qk_sniffer.store.layout import MANIFEST, WORK, Layout, is_ours, manifest_problem
 from qk_sniffer.store.locks import InUseError, hold
 from qk_sniffer.store.open_folder import PLAIN, Access, anchored
 from qk_sniffer.store.places import refuse_inside
@@ -39,9 +39,10 @@ def prepare_data_root(root: Path, *, overwrite: bool = False) -> Layout:
         # Listed before `is_ours` is called: another shard may create the work folder in between.
         names = sorted(path.name for path in root.iterdir()) if root.is_dir() else []
         if {*names} - {WORK} and not is_ours(layout):
+            way_out = "choose another output.data_root, or empty it yourself"
+            why = manifest_problem(layout, way_out) if MANIFEST in names else way_out
             raise StoreError(
-                f"{root} is not empty and not a dataset of qk-sniffer (it holds {shortened(names, 5)}); choose another "
-                "output.data_root, or empty it yourself"
+                f"{root} is not empty and not a dataset of qk-sniffer (it holds {shortened(names, 5)}); {why}"
             )
         if root.is_symlink() and not root.exists():
             raise StoreError(f"the data root {root} is a link to {root.readlink()}, which does not exist")

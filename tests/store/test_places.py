@@ -102,6 +102,14 @@ def test_what_no_manifest_lists_is_named(dataset: Path, tmp_path: Path) -> None:
         (tmp_path / name).unlink()
 
 
+def test_a_damaged_manifest_is_named(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(
+        StoreError, match=r"manifest\.json is not JSON .*; choose another output\.data_root, or empty it"
+    ):
+        prepare_data_root(tmp_path, overwrite=True)
+
+
 def test_a_work_folder_is_that_of_a_job(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").touch()
     for make in (lambda work: work.touch(), lambda work: work.mkdir(), lambda work: (work / "notes.txt").touch()):

@@ -6,13 +6,15 @@ these folders can read the states of the jobs, wherever they run.
 """
 
 import os
+import re
+import secrets
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Generic, TypedDict, TypeVar
+from typing import Annotated, Any, Generic, NotRequired, TypedDict, TypeVar, cast
 
 from msgspec import Meta
 from tqdm import tqdm
@@ -23,7 +25,7 @@ from qk_sniffer.logs import logger
 from qk_sniffer.resolved import ResolvedConfig, resolve
 from qk_sniffer.store import stored
 from qk_sniffer.store.disk import explained, walk, write_atomic
-from qk_sniffer.store.locks import Lock, TakenAwayError, hold, is_held, restart_patience_s
+from qk_sniffer.store.locks import Lock, TakenAwayError, hold, is_held, restart_patience_s, slurm_restarts
 from qk_sniffer.store.stored import LARGE, Count, PathText, Seconds, Text, UnreadableError
 from qk_sniffer.text import aligned, compact_ranges, one_line, printable
 
@@ -37,7 +39,13 @@ FAILED, INTERRUPTED, NOT_STARTED = "failed", "interrupted", "not started"
 _STATES = (QUEUED, RUNNING, REQUEUED, DONE, PUBLISHED, FAILED, INTERRUPTED, NOT_STARTED)
 State = Annotated[str, Meta(pattern=rf"\A({'|'.join(_STATES)})\Z")]
 
-SlurmId = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9_+.-]{1,100}\Z")]
+_NONCE = "QK_SNIFFER_SWEEP"
+"""The variable that tells the jobs of a sweep which `sweep.json` has their settings. A launcher's processes inherit
+it."""
+
+_SLURM_ID = r"[A-Za-z0-9_+.-]{1,100}"
+
+SlurmId = Annotated[str, Meta(pattern=rf"\A{_SLURM_ID}\Z")]
 """The id of a job in SLURM's commands."""
 
 Settings = TypeVar("Settings")
@@ -109,7 +117,7 @@ class Status:
         status = cls.of(number, config, state=RUNNING)
         status.host = socket.gethostname()
         status.slurm_job_id = slurm_job_id()
-        status.restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+        status.restarts = slurm_restarts()
         return status
 
     def succeed(self, rows: int | None, url: str | None) -> None:
@@ -127,9 +135,10 @@ class Status:
 
 
 def slurm_job_id() -> str | None:
-    """The id of this process's job in SLURM's commands; None outside of SLURM."""
-    array = os.environ.get("SLURM_ARRAY_JOB_ID")
-    return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ.get("SLURM_JOB_ID")
+    """The id of this process's job in SLURM's commands; None outside of SLURM, and if the environment has no id."""
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    job_id = f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID", "")
+    return job_id if re.fullmatch(_SLURM_ID, job_id) else None
 
 
 @contextmanager
@@ -160,6 +169,7 @@ class _SweepJob(TypedDict):
 
 
 class _Sweep(TypedDict):
+    nonce: NotRequired[Text]
     outlive: bool
     ended: bool
     jobs: Annotated[list[_SweepJob], Meta(max_length=MOST_JOBS)]
@@ -242,6 +252,7 @@ def _warned() -> Iterator[None]:
 def announced(folder: Path, jobs: Sequence[PlannedJob], *, outlive: bool) -> Iterator[Callable[[Sequence[str]], None]]:
     """Records the jobs of a sweep in `folder`, while its command runs and afterwards.
 
+    Processes that start within the block are jobs of this sweep, and take the settings of no other.
     `outlive` says that the jobs continue when the command ends, even if it was interrupted. Yields a function that
     records the jobs' ids on SLURM, those of the first jobs, once they are known.
 
@@ -253,6 +264,7 @@ def announced(folder: Path, jobs: Sequence[PlannedJob], *, outlive: bool) -> Ite
         folder.mkdir(parents=True, exist_ok=True)
     file = folder / SWEEP_FILE
     facts: dict[str, Any] = {
+        "nonce": secrets.token_hex(16),
         "outlive": outlive,
         "ended": False,
         "jobs": [
@@ -280,7 +292,11 @@ def announced(folder: Path, jobs: Sequence[PlannedJob], *, outlive: bool) -> Ite
                 _write(file, facts)
 
         _write(file, facts)
-        yield record_slurm_ids
+        os.environ[_NONCE] = facts["nonce"]
+        try:
+            yield record_slurm_ids
+        finally:
+            os.environ.pop(_NONCE, None)
         if _is_held_still(lock):
             _write(file, facts | {"ended": True})
 
@@ -309,7 +325,7 @@ def _refuse_while_jobs_wait(folder: Path) -> None:
 
 
 def refuse_settings(folder: Path) -> None:
-    """Refuses a folder with the settings of a sweep. The jobs of one that records none would take these for theirs.
+    """Prepares a sweep that records no settings. Refuses a folder with those of another, which its jobs would take.
 
     Raises:
         StoreError: the folder has such settings.
@@ -319,6 +335,7 @@ def refuse_settings(folder: Path) -> None:
             f"{folder} has the settings of an earlier sweep, which the jobs of this one would take. Give it another "
             "folder (hydra.sweep.dir=...)"
         )
+    os.environ.pop(_NONCE, None)  # of a sweep whose job has started this one
 
 
 def _is_held_still(lock: Lock) -> bool:
@@ -335,8 +352,17 @@ def submitted(folder: Path, number: int) -> ResolvedConfig | None:
 
     Raises:
         UnreadableError: the file of the sweep cannot be read.
+        StoreError: it was removed, or is that of another sweep than the one that started this process.
     """
     facts = _announced(folder)
+    nonce = os.environ.get(_NONCE)
+    # Jobs of a command that was killed outlive it, and another sweep may have taken the folder before they read this.
+    if nonce is not None and (facts is None or facts.get("nonce") != nonce):
+        raise StoreError(
+            f"{folder / SWEEP_FILE} was removed or is that of another sweep: the settings of job {number} are gone, "
+            "and it does not run those of another job. Start its sweep again, in a folder of its own "
+            "(hydra.sweep.dir=...)"
+        )
     for job in facts["jobs"] if facts is not None else ():
         if job["status"].number == number:
             try:
@@ -375,7 +401,7 @@ def _announced(folder: Path) -> _Sweep | None:
     jobs = [
         _SweepJob(status=_status(job["status"], file, _SUBMIT_AGAIN), config=job["config"]) for job in facts["jobs"]
     ]
-    return _Sweep(outlive=facts["outlive"], ended=facts["ended"], jobs=jobs)
+    return cast(_Sweep, facts | {"jobs": jobs})
 
 
 def table(jobs: Sequence[PlannedJob], found: dict[int, Status]) -> str:

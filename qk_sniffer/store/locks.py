@@ -14,6 +14,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import socket
 import stat
 import struct
@@ -114,7 +115,13 @@ def restart_patience_s() -> float:
 
     After a node fails, a file system needs some time to release the locks of the node: NFS 4 90 s, by default.
     """
-    return 180.0 if os.environ.get("SLURM_RESTART_COUNT", "0") != "0" else 0.0
+    return 180.0 if slurm_restarts() else 0.0
+
+
+def slurm_restarts() -> int:
+    """Returns how often SLURM has restarted the job of this process; zero outside of SLURM, and if it is no number."""
+    count = os.environ.get("SLURM_RESTART_COUNT", "")
+    return int(count) if re.fullmatch("[0-9]{1,9}", count) else 0
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -95,6 +97,26 @@ def test_datasets_and_jobs_that_cannot_be_read_are_named(tmp_path: Path, capsys:
         str(tmp_path / "dataset" / "manifest.json"),
         str(tmp_path / "job" / ".qk_sniffer" / "job.json"),
     ]
+
+
+def test_a_job_does_not_take_the_settings_of_another_sweep(tmp_path: Path) -> None:
+    """Its command was killed while it started, and another sweep took the folder."""
+    read = f"from pathlib import Path; from qk_sniffer.jobs import sweep; sweep.submitted(Path({str(tmp_path)!r}), 0)"
+
+    def start(environment: dict[str, str]) -> str:
+        return subprocess.run([sys.executable, "-c", read], env=environment, capture_output=True, text=True).stderr
+
+    with announced(tmp_path, [job(tmp_path / "a")], outlive=False):
+        first = dict(os.environ)
+        assert start(first) == ""
+    with announced(tmp_path, [job(tmp_path / "b")], outlive=False):
+        second = dict(os.environ)
+        assert start(second) == ""
+        said = "sweep.json was removed or is that of another sweep: the settings of job 0 are gone"
+        assert said in start(first)
+        (tmp_path / sweep.SWEEP_FILE).unlink()
+        assert said in start(second)
+    assert dict(os.environ) == {name: value for name, value in second.items() if second.get(name) == first.get(name)}
 
 
 def test_an_odd_sweep_ends_its_jobs_with_its_name(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from qk_sniffer.jobs.sweep import PlannedJob, Status, announced, recorded
 from qk_sniffer.resolved import resolve
 from qk_sniffer.status import Settings, show
 from qk_sniffer.store.layout import Layout
-from qk_sniffer.store.locks import hold
+from qk_sniffer.store.locks import hold, restart_patience_s
 from qk_sniffer.text import hide_in_address
 
 
@@ -151,6 +151,16 @@ with recorded(Status.here(0, config), Path({str(tmp_path)!r})):
     (line,) = look(tmp_path)
     assert line.status.state == "failed" and "ended without a message" in str(line.status.error)
     assert "a: ended without a message" in table([line])
+
+
+@pytest.mark.parametrize("count", ["", "a", "-1", "1e3", "9" * 30, "\u0663"])
+def test_odd_variables_of_slurm_count_as_none(count: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_RESTART_COUNT", count)
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "7")
+    found = Status.here(0, planned(tmp_path / "a")[0].config)
+    assert (found.restarts, found.slurm_job_id, restart_patience_s()) == (0, None, 0.0)
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "0 --all")
+    assert Status.here(0, planned(tmp_path / "a")[0].config).slurm_job_id is None
 
 
 def test_the_last_job_of_a_dataset_and_shard_counts(tmp_path: Path) -> None:

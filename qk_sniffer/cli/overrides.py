@@ -4,18 +4,21 @@ Hydra stops at the first unknown group or key, and does not list the valid ones.
 schema and the groups on its own, before Hydra composes anything.
 """
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, get_origin
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, ValueType
+from hydra.core.override_parser.types import Override, RangeSweep, ValueType
 from hydra.errors import HydraException
 
 from qk_sniffer.cli.application import Application
 from qk_sniffer.cli.schema import not_a_setting
+from qk_sniffer.jobs.sweep import MOST_JOBS
 from qk_sniffer.text import closest, did_you_mean
 
 Groups = Callable[[str], list[str]]
@@ -83,6 +86,10 @@ class Checker:
             return
         if override.is_hydra_override() and override.is_sweep_override():
             yield f"{argument}: Hydra's own settings cannot be swept"
+            return
+        if (count := _length(override)) > MOST_JOBS:
+            number = f"{count:,} values" if count < math.inf else "no end, or bounds that are no numbers"
+            yield f"{argument}: the range has {number}; run at most {MOST_JOBS:,} jobs at a time"
             return
         if override.package is not None or (override.is_hydra_override() and "/" not in key):
             return  # Hydra checks its own settings when it composes
@@ -210,6 +217,20 @@ class Checker:
         if key in self.application.other_groups:
             return False
         return "/" in key or bool(self.groups(key)) or key == EXPERIMENT
+
+
+def _length(override: Override) -> float:
+    """Returns the number of values of a range, which Hydra would list one by one. Zero for any other argument."""
+    value = override.value()
+    if not isinstance(value, RangeSweep):
+        return 0
+    try:
+        start, stop, step = (Fraction(bound or 0) for bound in (value.start, value.stop, value.step))
+        return max(math.ceil((stop - start) / step), 0)
+    except (OverflowError, ValueError):  # inf or nan
+        return math.inf
+    except ZeroDivisionError:
+        return 0
 
 
 def key_of(argument: str) -> str:

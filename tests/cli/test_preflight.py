@@ -359,6 +359,22 @@ def test_hydra_does_not_store_the_login(setting: str, monkeypatch: pytest.Monkey
 
 
 def test_a_sweep_of_more_jobs_than_any_is_refused_before_they_are_made() -> None:
-    assert refusal("-m", *MODEL, "sampler.seed=range(99999)", "shard.index=range(9999)").startswith(
-        "the sweep has 999,890,001 jobs; run at most 10,000"
+    assert refusal("-m", *MODEL, "sampler.seed=range(9999)", "shard.index=range(9999)").startswith(
+        "the sweep has 99,980,001 jobs; run at most 10,000"
     )
+
+
+@pytest.mark.parametrize(
+    ("argument", "said"),
+    [
+        ("sampler.seed=range(1000000000)", "has 1,000,000,000 values"),
+        ("sampler.seed=shuffle(range(1000000000))", "has 1,000,000,000 values"),
+        ("sampler.base_rate=range(2,1,-1e-9)", "has 1,000,000,"),
+        ("model@other=range(1000000000)", "has 1,000,000,000 values"),
+        ("sampler.base_rate=range(0,inf)", "has no end, or bounds that are no numbers"),
+        ("sampler.base_rate=range(0,nan)", "has no end, or bounds that are no numbers"),
+    ],
+)
+def test_a_range_of_more_jobs_than_any_is_refused_before_it_is_listed(argument: str, said: str) -> None:
+    answer = refusal("-m", *MODEL, argument)
+    assert answer.startswith(f"{argument}: the range {said}") and answer.endswith("; run at most 10,000 jobs at a time")

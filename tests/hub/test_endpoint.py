@@ -184,13 +184,15 @@ def test_every_program_checks_the_address_before_a_library_reads_it(tmp_path: Pa
         "    assert importlib.import_module(f'qk_sniffer.{name}').main() == 1, name\n"
         "import qk_sniffer\n"
         "from qk_sniffer.errors import SourceError\n"
-        "try:\n"
-        "    qk_sniffer.open_dataset('org/m')\n"
-        "except SourceError as error:\n"
-        "    print(error, file=sys.stderr)\n"
+        "calls = (lambda: qk_sniffer.open_dataset('org/m'), lambda: importlib.import_module('qk_sniffer.families'))\n"
+        "for call in calls:\n"
+        "    try:\n"
+        "        call()\n"
+        "    except SourceError as error:\n"
+        "        print(error, file=sys.stderr)\n"
         "assert 'huggingface_hub' not in sys.modules\n"
     )
     env = os.environ | {"HF_ENDPOINT": "https://user:[SECRET]@host"}
     done = subprocess.run([sys.executable, "-c", programs], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0 and "SECRET" not in done.stdout + done.stderr, done.stderr
-    assert done.stderr.count("variable HF_ENDPOINT is not an address") == len(PROGRAMS) + 1
+    assert done.stderr.count("variable HF_ENDPOINT is not an address") == len(PROGRAMS) + 2

@@ -95,15 +95,25 @@ def test_a_split_dataset_is_whole_and_says_what_it_is(split: Path, capsys: pytes
     ("change", "message"),
     [
         (("part", 2, 0), "the parts of a text do not follow each other"),
-        (("index", 2, 5), "the parts of a text do not follow each other"),
+        pytest.param(("index", 2, 5), "the parts of a text do not follow each other", marks=pytest.mark.slow),
         (("first_token", 2, 19), "first_token is not the number of the text's tokens before the part"),
-        (("first_token", 0, 1), "first_token is not the number of the text's tokens before the part"),
-        (("num_tokens", 1, 19), "a part that is not the last has not max_length tokens"),
+        pytest.param(
+            ("first_token", 0, 1),
+            "first_token is not the number of the text's tokens before the part",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ("num_tokens", 1, 19), "a part that is not the last has not max_length tokens", marks=pytest.mark.slow
+        ),
         (("example_id", 2, -99), "the numbers of later parts are not -1, -2"),
-        (("example_id", 0, -99), "the number of a text is negative"),
-        (("text_hash", 2, "0" * 32), "the parts of a text have different ids or hashes"),
-        (("source_id", 2, "x"), "the parts of a text have different ids or hashes"),
-        (("truncated", 0, True), "an example is truncated, although texts are split"),
+        pytest.param(("example_id", 0, -99), "the number of a text is negative", marks=pytest.mark.slow),
+        pytest.param(
+            ("text_hash", 2, "0" * 32), "the parts of a text have different ids or hashes", marks=pytest.mark.slow
+        ),
+        pytest.param(("source_id", 2, "x"), "the parts of a text have different ids or hashes", marks=pytest.mark.slow),
+        pytest.param(
+            ("truncated", 0, True), "an example is truncated, although texts are split", marks=pytest.mark.slow
+        ),
     ],
     ids=str,
 )
@@ -145,7 +155,8 @@ def test_the_rows_of_a_part_follow_from_its_text_and_its_number(checkpoint: Path
     assert "hash(example_id of the text, part)" in card
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 5])
 def test_shards_make_the_parts_of_one_job(
     count: int, split: Path, checkpoint: Path, texts: Path, tmp_path: Path
 ) -> None:
@@ -196,7 +207,8 @@ def test_a_killed_job_makes_the_same_parts_and_statistics(
     assert wrong(verified(tmp_path / "out")) == {}
 
 
-@pytest.mark.parametrize("streaming", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("streaming", [False, True])
 def test_a_split_dataset_grows(streaming: bool, split: Path, checkpoint: Path, texts: Path, tmp_path: Path) -> None:
     for count in (3, 8, None):
         dataset = {"max_samples": count, "streaming": streaming}
@@ -205,12 +217,14 @@ def test_a_split_dataset_grows(streaming: bool, split: Path, checkpoint: Path, t
     assert hashes(tmp_path / "out") | {"README.md": ""} == hashes(split) | {"README.md": ""}
 
 
+@pytest.mark.slow
 def test_a_truncated_dataset_is_not_continued_with_parts(checkpoint: Path, texts: Path, tmp_path: Path) -> None:
     root = run(checkpoint, texts, tmp_path / "out", model={"tokenizer": {"max_length": LENGTH}}, verify={"examples": 0})
     with pytest.raises(StoreError, match=r"model\.tokenizer\.overlong"):
         run(checkpoint, texts, root, **SPLIT)
 
 
+@pytest.mark.slow
 def test_a_split_text_that_changed_is_noticed(checkpoint: Path, tmp_path: Path) -> None:
     texts = tmp_path / "texts.jsonl"
 
@@ -238,6 +252,7 @@ def test_the_proof_of_a_late_part_makes_the_parts_before_it_alone(
     assert proof["proven"] and len(proof["examples"]) == 3 and {*proof["examples"]} <= ids
 
 
+@pytest.mark.slow
 def test_token_ids_and_their_segments_are_split_too(split: Path, checkpoint: Path, tmp_path: Path) -> None:
     path = tmp_path / "ids.jsonl"
     of_text = [[["first", 0], *([["second", 25]] if len(text) > 25 else [])] for text in TEXTS]

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from itertools import chain, repeat
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,10 @@ from qk_sniffer.config import ChatConfig, ModelConfig, TokenizerConfig
 from qk_sniffer.corpus.chat import ChatTemplate
 from qk_sniffer.corpus.chat_segments import ChatSegments
 from qk_sniffer.corpus.contents import ContentError, Conversation, text_hash
+from qk_sniffer.corpus.encoder import Encoder
 from qk_sniffer.corpus.examples import Example
-from qk_sniffer.corpus.long_texts import LongTexts
 from qk_sniffer.corpus.segments import Segments
-from qk_sniffer.corpus.special_tokens import Encoded, Offsets, Piece, SpecialTokens
+from qk_sniffer.corpus.special_tokens import Encoded, SpecialTokens
 from qk_sniffer.corpus.tokenizer_files import difference_from_file, randomness_of, refuse_files_elsewhere
 from qk_sniffer.corpus.tokens import Tokens, check_part, content_error
 from qk_sniffer.errors import SourceError
@@ -25,7 +25,6 @@ from qk_sniffer.hub.json_files import damaged_json
 from qk_sniffer.hub.lfs import refuse_pointers
 from qk_sniffer.hub.revisions import HubUnreachableError, cached_commit, hub_commit, is_hub_id
 from qk_sniffer.logs import logger
-from qk_sniffer.store.rows import NO_CHARACTER
 
 log = logger(__name__)
 
@@ -131,9 +130,6 @@ class TextTokenizer:
     With `overlong=split`, a text is split into consecutive parts of at most `max_length` tokens instead. Each part is
     between the special tokens, as a text is. All parts but the last have `max_length` tokens.
 
-    Of a long text that is cut, only the beginning is tokenized. One that is split is tokenized in pieces. Both need
-    places in the text where the tokens are provably those of the whole: see `text_cuts.py`.
-
     Special tokens are added to every text (`add_special_tokens=True`), to none (False), or only where the text does not
     have them already ("auto"). A chat template writes them itself, so that conversations get no further ones.
     """
@@ -173,15 +169,20 @@ class TextTokenizer:
                 f"its tokens. {'Set capture.capture_offsets=false' if offsets else 'Capture without segments'}, or set "
                 "model.tokenizer.name to a copy of it with a tokenizer.json"
             )
-        tokenizer.truncation_side = "right"
         self._tokenizer = tokenizer
         self._max_length = config.max_length
-        self._added = special
-        self._long = LongTexts(tokenizer, config.max_length + special + 1)
         self._chat = None if chat is None else ChatTemplate(tokenizer, chat, name=name)
         self._segments = None if self._chat is None or not segments else ChatSegments(self._chat)
         self._keeps_offsets = offsets
-        self._offsets = offsets or self._segments is not None
+        self._encoder = Encoder(
+            tokenizer,
+            self._special,
+            config.max_length,
+            split=self._splits,
+            always=self._adds_always,
+            offsets=offsets or self._segments is not None,
+            cuts=chat is None,
+        )
         self._skipped = 0
         self._num_embeddings: int | None = None
         self.name = name
@@ -243,7 +244,7 @@ class TextTokenizer:
     def parts(self, examples: Sequence[Example]) -> Iterator[Iterator[Tokens]]:
         """Yields the parts of each example, in their order: see `Tokenizer`."""
         for some in _by_characters((example, self._text(example)) for example in examples):
-            short = [(example, text) for example, text in some if not self._is_made_in_pieces(text)]
+            short = [(example, text) for example, text in some if not self._encoder.is_made_in_pieces(text)]
             encoded = {example.index: parts for (example, _), parts in zip(short, self._encoded(short), strict=True)}
             for example, text in some:
                 parts = encoded.pop(example.index, None)
@@ -334,9 +335,6 @@ class TextTokenizer:
         stops = np.cumsum([len(part.ids) for part in parts]).tolist()
         return [whole.between(stop - len(part.ids), stop) for part, stop in zip(parts, stops, strict=True)]
 
-    def _is_made_in_pieces(self, text: str) -> bool:
-        return self._splits and self._chat is None and self._long.is_long(text)
-
     def _check_ids(self, example: Example, ids: Sequence[int]) -> None:
         if self._num_embeddings is not None and (largest := max(ids)) >= self._num_embeddings:
             raise SourceError(
@@ -349,7 +347,7 @@ class TextTokenizer:
     def _encoded(self, texts: "Sequence[tuple[Example, str]]") -> list[Sequence[Encoded]]:
         """Returns the parts of each text."""
         try:
-            return list(self._encode([text for _, text in texts]))
+            return list(self._encoder([text for _, text in texts]))
         except MemoryError:
             raise
         except Exception as error:  # tokenizers raise any class of error
@@ -360,8 +358,7 @@ class TextTokenizer:
     def _pieces(self, example: Example, text: str) -> Iterator[Encoded]:
         """Yields the parts of a long text."""
         try:
-            pieces = self._long.pieces(text)
-            yield from self._split((piece.ids, piece.offsets if self._offsets else None) for piece in pieces)
+            yield from self._encoder.pieces(text)
         except MemoryError:
             raise
         except Exception as error:
@@ -373,58 +370,6 @@ class TextTokenizer:
             f"the tokenizer of {self.name} fails at row {example.index} of the dataset (id {example.source_id}): "
             f"{reason[:500].rstrip('.')}. Set model.tokenizer.name to the tokenizer that the model was trained with"
         )
-
-    def _encode(self, texts: Sequence[str]) -> Iterator[Sequence[Encoded]]:
-        if not texts:
-            return
-        if self._splits:
-            yield from ([*self._split([whole])] for whole in self._whole(texts))
-        else:
-            yield from ([encoded] for encoded in self._encode_beginnings(texts))
-
-    def _split(self, pieces: Iterable[Piece]) -> Iterator[Encoded]:
-        assert self._special is not None
-        return self._special.parts(pieces, self._max_length, always=self._adds_always)
-
-    def _encode_beginnings(self, texts: Sequence[str]) -> Iterator[Encoded]:
-        parts = [text if self._chat is not None else self._long.beginning(text) for text in texts]
-        for text, part, encoded in zip(texts, parts, self._encode_whole(parts), strict=True):
-            if len(part) == len(text):
-                yield encoded
-                continue
-            own, offsets = 0, encoded.offsets
-            if self._special is not None and (number := len(self._special.after)):
-                ending = self._long.last(text, number)
-                own = self._special.own_after(ending.ids)
-                if own and offsets is not None:
-                    start = len(offsets) - number
-                    offsets[start : start + own] = ending.offsets[-own:]
-            yield encoded._replace(left_out=None, ends_special=own > 0, offsets=offsets)
-
-    def _encode_whole(self, texts: list[str]) -> Iterator[Encoded]:
-        if self._special is not None:
-            for ids, offsets in self._whole(texts):
-                yield self._special.around(ids, self._max_length, offsets)
-            return
-        options = {**_OPTIONS, "truncation": True, "max_length": self._max_length}
-        if getattr(self._tokenizer, "is_fast", False):
-            for encoding in self._tokenizer(texts, **options).encodings:
-                left_out = sum(len(part.ids) - self._added for part in encoding.overflowing)
-                yield Encoded(encoding.ids, left_out, offsets=_offsets_of(encoding) if self._offsets else None)
-            return
-        for text in texts:  # for a batch, a tokenizer in Python does not report which texts overflowed
-            encoded = self._tokenizer(text, return_overflowing_tokens=True, **options)
-            yield Encoded(encoded["input_ids"], len(encoded.get("overflowing_tokens", ())))
-
-    def _whole(self, texts: Sequence[str]) -> Iterator[Piece]:
-        """Yields the tokens of texts, without special tokens that the tokenizer adds."""
-        # verbose=False: no warning about texts that are longer than the tokenizer's own limit.
-        found = self._tokenizer([*texts], add_special_tokens=False, truncation=False, verbose=False, **_OPTIONS)
-        offsets = map(_offsets_of, found.encodings) if self._offsets else repeat(None, len(texts))
-        yield from zip(found["input_ids"], offsets, strict=True)
-
-
-_OPTIONS: dict[str, Any] = {"padding": False, "return_attention_mask": False}
 
 
 def _by_characters(texts: Iterable[tuple[Example, str]]) -> Iterator[list[tuple[Example, str]]]:
@@ -438,10 +383,3 @@ def _by_characters(texts: Iterable[tuple[Example, str]]) -> Iterator[list[tuple[
         characters += len(text)
     if part:
         yield part
-
-
-def _offsets_of(encoding: Any) -> Offsets:
-    """Returns the characters of the tokens (num_tokens, 2) in an encoding of the tokenizers library."""
-    found = np.array(encoding.offsets, np.int32).reshape(-1, 2)
-    found[np.array(encoding.special_tokens_mask, np.bool_)] = NO_CHARACTER
-    return found

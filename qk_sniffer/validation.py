@@ -166,7 +166,9 @@ def _template(template: str) -> Iterator[str]:
     key = "dataset.chat.template"
     yield from _not_empty(key, template)
     size = len(template)
-    if (file := template_file(template)) is not None:
+    if (file := template_file(template)) is not None and file.exists() and not file.is_file():
+        yield f"{key} is {template!r}, which is no regular file"
+    elif file is not None:
         try:
             size = file.stat().st_size
             if not is_template(file.read_text(encoding="utf-8") if size <= MOST_TEMPLATE else "{{"):

@@ -261,6 +261,7 @@ BAD: list[tuple[str, Config]] = [
     (r"dataset\.chat\.template is 'no/such\.jinja', a file that cannot be read", in_chat(template="no/such.jinja")),
     (r"dataset\.chat\.template is 'pyproject\.txt', a file that", in_chat(template="pyproject.txt")),
     (r"dataset\.chat\.template has 1,200,002 bytes; a template may have", in_chat(template="{{" + "a" * 1_200_000)),
+    (r"dataset\.chat\.template is '/dev/zero', which is no regular file", in_chat(template="/dev/zero")),
     (r"dataset\.chat\.date is '26 July'; it must be a day", in_chat(date="26 July")),
     (r"dataset\.chat\.date is '20250131'", in_chat(date="20250131")),
     (r"dataset\.chat\.kwargs\.tokenize is no variable of a template", in_chat(kwargs={"tokenize": True})),

@@ -22,8 +22,8 @@ _CLOCK = re.compile(r"""strftime_now\(\s*(?P<quote>['"])(?P<format>[^'"\\{}]*)(?
 _NO_CLOCK = "the clock is not available"
 """Takes the place of the function `strftime_now`. A template that calls it fails."""
 
-_MOST_REASON, _MOST_ROLE = 300, 50
-"""The most characters that are shown of the reason of a refusal, and of a role."""
+_MOST_REASON, _MOST_NAME = 300, 50
+"""The most characters that are shown of the reason of a refusal, and of a role or the name of a template."""
 
 
 class ChatTemplate:
@@ -69,7 +69,7 @@ class ChatTemplate:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ContentError(
                 f"is refused by the chat template of {self._name}: {reason[:_MOST_REASON].rstrip('.')}. The roles of "
-                f"its messages are {shortened([message['role'][:_MOST_ROLE] for message in messages], 6)}"
+                f"its messages are {shortened([message['role'][:_MOST_NAME] for message in messages], 6)}"
             ) from error
         if not is_unicode(text):
             raise ContentError("has half a surrogate pair, which is no character, in its messages")
@@ -97,8 +97,9 @@ def _source(tokenizer: Any, config: ChatConfig, name: str) -> str:
     has = f"Its templates are {shortened(sorted(named), 10)}" if named else "It has one template, without a name"
     if config.template is not None:
         if config.template not in named:
+            shown = config.template[:_MOST_NAME]
             raise SourceError(
-                f"dataset.chat.template={config.template}: the tokenizer of {name} has no chat template of this name. "
+                f"dataset.chat.template={shown}: the tokenizer of {name} has no chat template of this name. "
                 f"{has if own else 'It has none at all'}. Give a name, a file (./my.jinja), or null for its own"
             )
         return str(named[config.template])

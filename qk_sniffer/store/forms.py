@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, NotRequired, TypedDict
 from msgspec import Meta
 
 from qk_sniffer.config import MOST_COUNT, MOST_RATE, MOST_SHARDS, MOST_TOP_K, STAGES, SamplerType, from_dict
+from qk_sniffer.resolved import template_file
 from qk_sniffer.store import stored
 from qk_sniffer.store.form_types import (
     MOST_BUCKETS,
@@ -355,9 +356,11 @@ def _checked(
 ) -> dict[str, Any]:
     """Checks what types and ranges do not tell: the settings, and what is impossible together."""
     try:
-        from_dict(values["config"])
+        template = from_dict(values["config"]).dataset.chat.template
     except ValueError as error:
         raise UnreadableError(name, f"is not understood (config: {error})", way_out) from error
+    if template is not None and template_file(template) is not None:  # a job stores the content of the user's file
+        raise UnreadableError(name, "names a file of this machine as chat template, which is not read", way_out)
     for problem in contradictions(values):
         raise UnreadableError(name, f"contradicts itself ({problem})", way_out)
     return values

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer
 from qk_sniffer.dataset.verify import verify
 from qk_sniffer.errors import SourceError, StoreError
 from qk_sniffer.store import manifest as manifests
+from qk_sniffer.store.stored import UnreadableError
 
 TEMPLATE = (
     "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
@@ -120,6 +121,15 @@ def test_another_template_is_another_dataset(chat_model: Path, tmp_path: Path) -
     other = MESSAGES | {"chat": {"add_generation_prompt": True, "template": TEMPLATE}}
     with pytest.raises(StoreError, match=r"dataset\.chat\.add_generation_prompt: False there, True now"):
         run(chat_model, file, root, dataset=other, **ALONE)
+
+    # No settings of someone else lead to a file of this machine.
+    manifest = manifests.read(root)
+    assert manifest["config"]["dataset"]["chat"]["template"] == TEMPLATE
+    manifest["config"]["dataset"]["chat"]["template"] = str(template)
+    copy = shutil.copytree(root, tmp_path / "copy")
+    (copy / "manifest.json").write_bytes(manifests.encode(manifest))
+    with pytest.raises(UnreadableError, match="names a file of this machine as chat template, which is not read"):
+        manifests.read(copy)
 
     # The tokenizer's own: the digest of its files, or of the loaded template, differs.
     own = tmp_path / "own"

@@ -81,6 +81,16 @@ def test_numbers_of_any_size_are_right_or_nan(size: float, dtype: torch.dtype, c
                 assert np.isnan(mine[np.abs(numbers) > np.finfo(np.float32).max]).all()
 
 
+def test_a_mean_near_zero_has_all_its_digits() -> None:
+    drawn = torch.randn((2, 3000, 4), generator=torch.Generator().manual_seed(0))
+    vectors = torch.cat([drawn, 1e-4 - drawn], dim=1)
+    rows = vectors.double().numpy()
+    found = statistics_of(vectors)
+    assert np.abs(rows.mean(axis=1)).max() < 1e-4
+    assert found.mean == pytest.approx(rows.mean(axis=1), rel=1e-6)
+    assert found.covariance[0] == pytest.approx(np.cov(rows[0].T), abs=1e-5)
+
+
 def test_memory_does_not_depend_on_the_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     pieces: list[int] = []
     add = _Sums.add

@@ -5,7 +5,7 @@ queries, positions, example_ids = dataset.vectors(*dataset.heads[0])
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -106,17 +106,21 @@ class Dataset:
             raise StoreError(f"{self}: layer {layer} has no query head {head}; it has 0-{found['num_q_heads'] - 1}")
         return key_head(found, head)
 
-    def vectors(self, layer: int, head: int, kind: str) -> HeadVectors:
+    def vectors(self, layer: int, head: int, kind: str, *, intact: bool = False) -> HeadVectors:
         """Returns the rows of a head.
 
         `head` is the number of a query head for the kinds "q" and "o", of a key head for "k" and "v". Where both were
         captured, the rows of an output are those of its query, and the rows of a value those of its key.
 
+        With `intact`, the file must have the sha256 that the manifest lists. One of another dataset may have its size.
+
         Raises:
-            StoreError: the head was not captured, or its file is missing or damaged.
+            StoreError: the head was not captured, or its file is missing, damaged or, with `intact`, another one.
             HubError: the file cannot be fetched.
         """
-        table = self.table(layer, head, kind, ["vector", "position", "example_id"])
+        self._head_file(HeadKey(layer, head, kind))
+        with self._intact(head_file(layer, head, kind)) if intact else nullcontext():
+            table = self.table(layer, head, kind, ["vector", "position", "example_id"])
         if any(chunk.flatten().null_count for chunk in table["vector"].chunks):
             raise UnreadableError(self._files.path(head_file(layer, head, kind)), "has vectors with nulls", WAY_OUT)
         return HeadVectors(
@@ -227,8 +231,8 @@ class Dataset:
                 f"{self} has no queries of layer {layer}, head {head}; it has {shortened(names, 6)} (`.heads`)"
             )
         name = head_file(layer, head, ATTENTION)
-        rows = self.manifest["files"][name].get("rows")
         with self._intact(name) as path:
+            rows = self.manifest["files"][name].get("rows")
             table = read_table(path, self._attention.schema, way_out=WAY_OUT, rows=rows)
         for column in table.columns:
             if any(chunk.flatten().null_count for chunk in column.chunks if pa.types.is_fixed_size_list(column.type)):
@@ -260,7 +264,8 @@ class Dataset:
             raise StoreError(f"{self}: the logits of layer {layer} cannot be computed: {reason}")
         if example_id not in self.examples["example_id"].to_numpy():
             raise StoreError(f"{self} has no example {example_id} (`.examples`)")
-        queries, keys = self.vectors(layer, head, "q"), self.vectors(layer, key_head, "k")
+        # They are multiplied with each other, and compared with the summaries.
+        queries, keys = self.vectors(layer, head, "q", intact=True), self.vectors(layer, key_head, "k", intact=True)
         of_query, of_key = queries.example_ids == example_id, keys.example_ids == example_id
         return logits_of(
             described,

@@ -74,7 +74,7 @@ def leading_direction(statistics: Statistics, row: int) -> Floats:
 def _sign(source: Source, layer: int, head: int, direction: Floats, mean: npt.NDArray[Any]) -> tuple[int, str]:
     """Returns the sign of the head's queries along a direction, and what it follows from."""
     if source.model["rope_stage"] == "post":
-        found = source.dataset.vectors(layer, head, "q")
+        found = source.dataset.vectors(layer, head, "q", intact=True)
         counted = (found.positions >= source.settings.skip_tokens) & np.isfinite(found.vectors).all(axis=1)
         if len(rows := found.vectors[counted]):
             return (1 if np.count_nonzero(rows @ direction > 0) > len(rows) / 2 else -1), "rows"

@@ -1,6 +1,7 @@
 """Compares `Dataset.logits` and `Dataset.attention` with the attention weights of the unmodified eager models."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -93,3 +94,26 @@ def test_what_does_not_give_logits_is_refused(
             qk_sniffer.open_dataset(root).logits(0, 0, 5)
         restored = {"position_bias": False, "sparse_attention": False}
         edit(root, lambda manifest, change=restored: manifest["model"]["layers"][0].update(change))
+
+
+def test_files_of_another_dataset_are_not_multiplied(undisturbed: Callable[..., Path], tmp_path: Path) -> None:
+    root = Path(shutil.copytree(undisturbed(), tmp_path / "out"))
+    dataset = qk_sniffer.open_dataset(root)
+    for name in ("l00h01q", "l00h00k"):
+        path = root / name / "data.parquet"
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-5] + bytes([whole[-5] ^ 1]) + whole[-4:])
+        with pytest.raises(StoreError, match=f"{name}.* is damaged, or of another dataset: its sha256 differs"):
+            dataset.attention(0, 1, 5)
+        path.write_bytes(whole)
+    assert dataset.attention(0, 1, 5).weights.shape == (len(TEXTS[5]), len(TEXTS[5]))
+
+
+def test_summaries_that_the_manifest_does_not_list_are_an_error(
+    undisturbed: Callable[..., Path], tmp_path: Path
+) -> None:
+    root = Path(shutil.copytree(undisturbed(), tmp_path / "out"))
+    enabled = {"enabled": True, "top_k": 8, "sink_tokens": 4}
+    edit(root, lambda manifest: manifest["config"]["capture"].update(attention=enabled))
+    with pytest.raises(StoreError, match=r"l00h01a/data\.parquet of .*out is not listed in manifest\.json"):
+        qk_sniffer.open_dataset(root).attention_summary(0, 1)

@@ -93,6 +93,16 @@ def test_the_sign_follows_from_the_queries_that_the_statistics_count(
     assert np.abs(filters - expected_filters(dataset, skip=12)).max() < 1e-4
 
 
+def test_queries_of_another_dataset_give_no_sign(post: Dataset, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(str(post.folder), tmp_path / "out"))
+    path = root / "l01h02q" / "data.parquet"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-5] + bytes([whole[-5] ^ 1]) + whole[-4:])
+    with pytest.raises(StoreError, match=r"l01h02q.* is damaged, or of another dataset: its sha256 differs"):
+        qk_sniffer.export(root, "qfilters", tmp_path / "filters")
+    assert not (tmp_path / "filters").exists()
+
+
 def test_without_rows_the_mean_gives_the_sign(post: Dataset, undisturbed: Callable[..., Path], tmp_path: Path) -> None:
     root = undisturbed(sampler={"type": "none"}, capture=statistics(), verify={"examples": 0})
     folder = qk_sniffer.export(root, "qfilters", tmp_path / "filters")

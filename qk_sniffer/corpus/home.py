@@ -7,6 +7,8 @@ lead to any file. Such a file may be a secret, and its tokens would be captured 
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from glob import has_magic
+from itertools import takewhile
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -30,23 +32,30 @@ _HINT = f". Of addresses, a card may have those of files in its archives: {', '.
 
 
 @contextmanager
-def own_patterns(where: str, data_files: Any) -> Iterator[None]:
+def own_patterns(where: str, data_files: Any, home: str) -> Iterator[None]:
     """Checks each pattern that `datasets` resolves in the block, before it lists a folder or asks an address for it.
 
     Args:
         where: the name of the source in errors.
         data_files: `dataset.data_files`, whose patterns may be elsewhere.
+        home: the folder, or the address of the repository at a commit, of the source.
 
     Raises:
-        SourceError: the card of the source has a pattern of files elsewhere.
+        SourceError: the card of the source has a pattern of files elsewhere, or a `data_dir` elsewhere, from which
+            patterns start.
     """
     from datasets import data_files as library
 
     named, resolve = set(texts_of(data_files)), library.resolve_pattern
 
     def checked(pattern: str, base_path: str, *arguments: Any, **options: Any) -> Any:
-        if pattern not in named and not _is_own_pattern(pattern, base_path):
-            raise _elsewhere(where, pattern)
+        if pattern not in named:
+            if not _is_own_pattern(pattern, base_path):
+                raise _elsewhere(where, pattern)
+            if base_path != home and not _is_own_pattern(base_path, home):
+                raise _elsewhere(where, base_path)
+            if "://" not in home and not _starts_inside(pattern, base_path, home):
+                raise _elsewhere(where, pattern)
         return resolve(pattern, base_path, *arguments, **options)
 
     library.resolve_pattern = checked
@@ -74,6 +83,21 @@ def _is_own_pattern(pattern: str, base: str) -> bool:
         last = last.removeprefix(f"{base}/")
         return "://" not in last and not os.path.normpath(last).startswith(("/", ".."))
     return "://" not in last and Path(os.path.normpath(Path(base, last))).is_relative_to(base)
+
+
+def _starts_inside(pattern: str, base: str, home: str) -> bool:
+    """Whether no link leads out of `home` before the first folder that is listed for a pattern.
+
+    Links in the listed folders are not followed.
+    """
+    path = os.path.join(base, pattern.rpartition("::")[2] if "://" in pattern else pattern)  # noqa: PTH118
+    if not path.startswith(home):
+        return False
+    inner = path[len(home) :]
+    if not has_magic(inner):  # nothing is listed for a file
+        return True
+    fixed = takewhile(lambda part: not has_magic(part), inner.split("/"))
+    return Path(os.path.realpath(home + "/".join(fixed))).is_relative_to(os.path.realpath(home))
 
 
 def _elsewhere(where: str, file: str) -> SourceError:

@@ -241,8 +241,9 @@ def _cached(config: DatasetConfig, path: str, commit: str | None, unreachable: H
 def _builder(where: str, path: str, config: DatasetConfig, **options: Any) -> Any:
     from datasets import load_dataset_builder
 
+    home = f"hf://datasets/{path}@{options['revision']}" if "revision" in options else path
     options |= {"name": config.name, "data_files": config.data_files}
-    with own_patterns(where, config.data_files), yaml_limited(where):
+    with own_patterns(where, config.data_files, home), yaml_limited(where):
         builder = load_dataset_builder(path, **options)
         if getattr(builder.config, "sample_by", None) == "line":  # a text file is one example
             builder = load_dataset_builder(path, sample_by="document", **options)

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -295,6 +296,28 @@ def test_a_pattern_of_a_card_is_checked_before_anything_is_listed_or_asked(
             assert ".huggingface.yaml names" in message(folder, streaming=False), path
             (folder / name).unlink()
     assert asked and all(Path(url).is_relative_to(folder) for url in asked)
+
+
+@pytest.mark.parametrize("inner", [None, "inner"])
+def test_no_folder_elsewhere_is_listed_for_a_card(
+    tmp_path: Path, inner: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed: list[str] = []
+    real = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path=".": listed.append(os.path.realpath(path)) or real(path))
+    folder, secret = tmp_path / "texts", tmp_path / "secret"
+    for path in (folder / "a.csv", folder / "inner" / "a.csv", secret / "a.csv"):
+        write(path, "text\nown")
+    (folder / "link").symlink_to(secret)
+    for place in (
+        *(f"data_dir: {path}" for path in (secret, "../secret", "/", "link", "inner/../link")),
+        *(f"data_files: {path}" for path in ("link/**", "link/../secret/*", "inner/../link/*")),
+    ):
+        write(folder / "README.md", f"---\nconfigs:\n- config_name: default\n  {place}\n- config_name: inner\n---\n")
+        message(folder, name=inner)
+        assert listed and all(Path(path).is_relative_to(folder) for path in listed), place
+    write(folder / "README.md", "---\nconfigs:\n- config_name: default\n  data_dir: inner\n---\n")
+    assert texts(opened(folder).examples()) == [(0, "own")]
 
 
 def test_a_repository_of_the_hub_has_only_its_own_files() -> None:

@@ -107,8 +107,8 @@ def _batch_rows(parquet: Any, number: int, columns: Sequence[str], content: Bina
     packed = unpacked = most = 0
     for place in range(group.num_columns):
         chunk, leaf = group.column(place), parquet.schema.column(place)
-        if leaf.path.partition(".")[0] not in columns:
-            continue
+        if not any(leaf.path == column or leaf.path.startswith(f"{column}.") for column in columns):
+            continue  # a column's own name may have dots
         pages = _pages(content, chunk)
         packed += chunk.total_compressed_size
         unpacked += pages.size + (8 * pages.values if leaf.max_repetition_level else 0)

@@ -118,11 +118,12 @@ def test_parquet_does_not_expand_out_of_proportion(tmp_path: Path, monkeypatch: 
     row = pa.ListArray.from_arrays(pa.array([0, len(many)], pa.int32()), many)
     files = [
         write_parquet(tmp_path / "a.parquet", {"text": [LONG.decode()]}, compression="zstd"),
-        write_parquet(tmp_path / "b.parquet", {"text": ["a"], "list": row}, compression="zstd"),
+        write_parquet(tmp_path / "b.parquet", {"text": ["a"], "list": row, "a.b": row}, compression="zstd"),
     ]
     assert len(list(opened(files[0]).examples())) == 1
     monkeypatch.setattr("qk_sniffer.corpus.data_files.MOST_UNCHECKED_BYTES", 1 << 20)
     assert "of it expand to more than 8" in message(files[0])
-    with pytest.raises(FormatError, match="of it expand to more than 80"):
-        list(parquet_files.ParquetReader({}).read(DataFile(str(files[1])), ["list"]))
+    for column in ("list", "a.b"):
+        with pytest.raises(FormatError, match="of it expand to more than 80"):
+            list(parquet_files.ParquetReader({}).read(DataFile(str(files[1])), [column]))
     assert len(list(opened(files[1]).examples())) == 1  # the column is not read

@@ -17,7 +17,13 @@ from qk_sniffer.corpus.encoder import Encoder
 from qk_sniffer.corpus.examples import Example
 from qk_sniffer.corpus.segments import Segments
 from qk_sniffer.corpus.special_tokens import Encoded, SpecialTokens
-from qk_sniffer.corpus.tokenizer_files import difference_from_file, randomness_of, refuse_files_elsewhere
+from qk_sniffer.corpus.tokenizer_files import (
+    difference_from_file,
+    randomness_of,
+    refuse_files_elsewhere,
+    refuse_growth,
+    steps_of,
+)
 from qk_sniffer.corpus.tokens import Tokens, check_part, content_error
 from qk_sniffer.errors import SourceError
 from qk_sniffer.hub.checkpoint_links import refuse_odd_files
@@ -55,9 +61,9 @@ def load_tokenizer(
         segments: whether to find the segments of conversations.
 
     Raises:
-        SourceError: the tokenizer is not found, cannot be loaded or is random, a link leads out of its folder, it has
-            no chat template for conversations, or `max_length` leaves no tokens for text; or it cannot tell the
-            characters of tokens, with `offsets`.
+        SourceError: the tokenizer is not found, cannot be loaded, is random or makes texts much longer, a link leads
+            out of its folder, it has no chat template for conversations, or `max_length` leaves no tokens for text; or
+            it cannot tell the characters of tokens, with `offsets`.
     """
     from transformers import AutoTokenizer
 
@@ -95,6 +101,7 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(str(local), **options)
         if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers returns an empty one without files
             raise SourceError(f"{name} has no tokenizer: set model.tokenizer.name to a Hub id or a folder that has one")
+        refuse_growth(name, steps_of(tokenizer))
         if random := randomness_of(tokenizer):
             raise SourceError(
                 f"the tokenizer of {name} splits a text differently each time: {random}. Set model.tokenizer.name to a "

@@ -1,8 +1,12 @@
 """Checks the files of a tokenizer: what transformers would open for them, and what it makes of them."""
 
+import json
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+from qk_sniffer.corpus.text_growth import MOST_GROWTH, growth
 from qk_sniffer.errors import SourceError
 from qk_sniffer.hub.config_limits import refuse_large_config, refuse_too_many_layers
 from qk_sniffer.hub.json_files import DamagedFileError, json_object
@@ -96,8 +100,8 @@ def refuse_files_elsewhere(name: str, *, trust_remote_code: bool = False, **opti
         options: `revision` and `local_files_only` of a Hub id.
 
     Raises:
-        SourceError: a file of the tokenizer names such a file, or its config or that of its model, which transformers
-            loads too, is too large or has too many layers.
+        SourceError: a file of the tokenizer names such a file, or makes texts too long; or its config or that of its
+            model, which transformers loads too, is too large or has too many layers.
         OSError: the Hub does not give a file of the tokenizer.
     """
     refuse_too_many_layers(f"the config.json of {name}", _read_object(_file_of(name, "config.json", options)))
@@ -119,10 +123,37 @@ def refuse_files_elsewhere(name: str, *, trust_remote_code: bool = False, **opti
         if _holds_path(key, value) or (key.endswith(("_file", "_spm")) and isinstance(value, str)):
             _refuse(name, _SPECIAL_TOKENS, key, value)
     for file in dict.fromkeys(("tokenizer.json", *described)):
-        model = _read_object(_file_of(name, file, options)).get("model")
+        described_here = _read_object(_file_of(name, file, options))
+        refuse_growth(name, described_here)
+        model = described_here.get("model")
         for key, value in model.items() if isinstance(model, dict) else ():
             if _holds_path(key, value):
                 _refuse(name, file, f"model.{key}", value)
+
+
+def steps_of(tokenizer: Any) -> dict[str, Any]:
+    """Returns the steps of a loaded tokenizer before its model, as a `tokenizer.json` has them; none if not known.
+
+    transformers makes some of them itself, from files of other formats.
+    """
+    backend, found = getattr(tokenizer, "backend_tokenizer", None), {}
+    for key in ("normalizer", "pre_tokenizer"):
+        with suppress(Exception):  # code of a checkpoint may have a step of its own, which is no data
+            found[key] = json.loads(getattr(backend, key).__getstate__())
+    return found
+
+
+def refuse_growth(name: str, described: Mapping[str, Any]) -> None:
+    """Checks that the tokenizer of `name` does not make texts much longer. `described` is as its `tokenizer.json`.
+
+    Raises:
+        SourceError: it does.
+    """
+    if growth(described) > MOST_GROWTH:
+        raise SourceError(
+            f"the tokenizer of {name} is refused: its normalizer or pre_tokenizer may make a text more than "
+            f"{MOST_GROWTH:,} times longer, which would fill the memory. Set model.tokenizer.name to another tokenizer"
+        )
 
 
 def _holds_path(key: str, value: Any) -> bool:

@@ -141,16 +141,31 @@ class Comparison:
                 message ends with `way_out`.
         """
         try:
-            before = _state(path)
-            if before != self._states.get(path):
-                if sha256_of(path) != sha256:
-                    raise UnreadableError(path, "is damaged, or of another dataset: its sha256 differs", way_out)
-                self._states[path] = before
+            before = self._compared(path, sha256)
+            if before is None:
+                raise UnreadableError(path, "is damaged, or of another dataset: its sha256 differs", way_out)
             yield path
             if _state(path) != before:
                 raise UnreadableError(path, "was changed while it was read", way_out)
         except OSError as error:
             raise UnreadableError(path, f"is missing or damaged ({error.strerror})", way_out) from error
+
+    def matches(self, path: Path, sha256: str) -> bool:
+        """Whether a file has the hash `sha256`. A block that is to read it must use `intact`.
+
+        Raises:
+            OSError: the file cannot be read.
+        """
+        return self._compared(path, sha256) is not None
+
+    def _compared(self, path: Path, sha256: str) -> tuple[int, ...] | None:
+        """Returns the state of a file from before its comparison; None if it has another hash."""
+        before = _state(path)
+        if before != self._states.get(path):
+            if sha256_of(path) != sha256:
+                return None
+            self._states[path] = before
+        return before
 
 
 def _state(path: Path) -> tuple[int, ...]:

@@ -1,7 +1,8 @@
 """Reads the finished dataset that a job adds to. Its rows come first in the next version, unchanged."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from threading import Event
@@ -11,8 +12,7 @@ import pyarrow as pa
 
 from qk_sniffer.errors import StoreError
 from qk_sniffer.store import manifest as manifests
-from qk_sniffer.store.disk import sha256_of
-from qk_sniffer.store.files import Files, difference
+from qk_sniffer.store.files import Comparison, Files, difference
 from qk_sniffer.store.journal import ExampleRecord
 from qk_sniffer.store.layout import EXAMPLES, MANIFEST, is_statistics_file, statistics_file
 from qk_sniffer.store.parquet_tables import excess, opened, read_examples, too_large
@@ -35,6 +35,7 @@ class PreviousVersion:
 
     files: Files
     record: Mapping[str, Any]
+    _comparison: Comparison = field(default_factory=Comparison, init=False, repr=False, compare=False)
 
     @property
     def is_there(self) -> bool:
@@ -99,8 +100,8 @@ class PreviousVersion:
             StoreError: the file is not the one in the manifest or not the list of its examples, or the examples do not
                 fit in memory.
         """
-        path = self._checked(EXAMPLES)
-        table = read_examples(path, self.manifest, way_out=WAY_OUT)
+        with self._intact(EXAMPLES) as path:
+            table = read_examples(path, self.manifest, way_out=WAY_OUT)
         # Repeated texts and lengths take few bytes in a file.
         if problem := too_large(table.nbytes + RECORD_BYTES * table.num_rows):
             raise UnreadableError(path, problem, WAY_OUT)
@@ -117,8 +118,8 @@ class PreviousVersion:
         Raises:
             StoreError: the file is not the one in the manifest.
         """
-        path = self._checked(statistics_file(key.layer))
-        return read_statistics(path, key.kind, key.stage, way_out=WAY_OUT)
+        with self._intact(statistics_file(key.layer)) as path:
+            return read_statistics(path, key.kind, key.stage, way_out=WAY_OUT)
 
     def nonfinite_rows(self, name: str) -> int:
         """Returns the number of rows with NaN or Inf in the head's file `name`."""
@@ -129,12 +130,12 @@ class PreviousVersion:
         """Yields the rows of the head's file `name` in tables of `rows_per_table` rows; the last may have fewer.
 
         Raises:
-            StoreError: the file is not the one in the manifest, or not of this schema.
+            StoreError: the file is not the one in the manifest, or not of this schema. After the last table: it was
+                changed while it was read.
         """
-        path = self._checked(name)
         pending = schema.empty_table()
-        rows = self.manifest["files"][name].get("rows")
-        with opened(path, schema, way_out=WAY_OUT, rows=rows) as file:
+        rows = self.manifest["files"].get(name, {}).get("rows")
+        with self._intact(name) as path, opened(path, schema, way_out=WAY_OUT, rows=rows) as file:
             if problem := excess(path, file, schema, at_once=False):
                 raise UnreadableError(path, problem, WAY_OUT)
             for group in range(file.num_row_groups):
@@ -145,6 +146,17 @@ class PreviousVersion:
                     pending = pending.slice(rows_per_table)
         if pending.num_rows:
             yield pending.combine_chunks()
+
+    @contextmanager
+    def _intact(self, name: str) -> Iterator[Path]:
+        """Yields the path of a file for a block that reads it: it may be replaced or overwritten meanwhile.
+
+        Raises:
+            StoreError: the file is not the one in the manifest, or was changed during the block.
+        """
+        path = self._checked(name)
+        with self._comparison.intact(path, self.manifest["files"][name]["sha256"], way_out=WAY_OUT):
+            yield path
 
     def _checked(self, name: str) -> Path:
         entry = self.manifest["files"].get(name)
@@ -160,8 +172,9 @@ class PreviousVersion:
         """Returns the path of the file with this digest; None if there is none. `size` is in bytes, None if unknown."""
         for get in (self.files.path, self.files.refetch):
             path = get(name, size)
-            if path.is_file() and sha256_of(path) == sha256:
-                return path
+            with suppress(OSError):  # it was removed in the meantime
+                if path.is_file() and self._comparison.matches(path, sha256):
+                    return path
         return None
 
 

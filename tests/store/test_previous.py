@@ -104,6 +104,30 @@ def test_a_head_with_other_columns_is_refused(layout: Layout) -> None:
         list(previous(layout).tables("l00h00q/data.parquet", before, 10))
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_head_that_is_replaced_while_it_is_read_is_not_added_to(
+    in_place: bool, layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was compared before, and rows of another model became those of the dataset."""
+    path = layout.head_file(0, 0, "q")
+    table, real = pq.read_table(path), parquet_tables.opened
+    other = table.set_column(table.schema.get_field_index("vector"), table.field("vector"), table["vector"][::-1])
+
+    def replaced(*arguments: Any, **options: Any) -> Any:
+        monkeypatch.setattr("qk_sniffer.store.previous.opened", real)
+        if not in_place:
+            path.unlink()
+        pq.write_table(other, path)
+        return real(*arguments, **options)
+
+    before = previous(layout)
+    monkeypatch.setattr("qk_sniffer.store.previous.opened", replaced)
+    with pytest.raises(StoreError, match=r"l00h00q/data\.parquet was changed while it was read; restore the file"):
+        list(before.tables("l00h00q/data.parquet", table.schema, 10))
+    with pytest.raises(StoreError, match=r"l00h00q/data\.parquet of .* is missing or damaged"):
+        list(before.tables("l00h00q/data.parquet", table.schema, 10))
+
+
 @pytest.mark.parametrize("damage", [b"", b"damaged"])
 def test_a_staged_file_that_was_damaged_is_not_promoted(
     damage: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -27,7 +27,7 @@ from qk_sniffer.store import stored
 from qk_sniffer.store.disk import explained, walk, write_atomic
 from qk_sniffer.store.locks import Lock, TakenAwayError, hold, is_held, restart_patience_s, slurm_restarts
 from qk_sniffer.store.stored import LARGE, Count, PathText, Seconds, Text, UnreadableError
-from qk_sniffer.text import aligned, compact_ranges, one_line, printable
+from qk_sniffer.text import aligned, compact_ranges, one_line, printable, shortened
 
 log = logger(__name__)
 
@@ -257,8 +257,8 @@ def announced(folder: Path, jobs: Sequence[PlannedJob], *, outlive: bool) -> Ite
     records the jobs' ids on SLURM, those of the first jobs, once they are known.
 
     Raises:
-        StoreError: the folder cannot be written, a sweep runs in it, jobs of an earlier one may still start, or the
-            settings of all jobs are too large.
+        StoreError: the folder cannot be written, a sweep runs in it, jobs of an earlier one run or may still start, or
+            the settings of all jobs are too large.
     """
     with explained(folder, "write"):
         folder.mkdir(parents=True, exist_ok=True)
@@ -281,9 +281,10 @@ def announced(folder: Path, jobs: Sequence[PlannedJob], *, outlive: bool) -> Ite
     with hold(folder / LOCK, "running this sweep", follow_links=True) as lock:
         _refuse_while_jobs_wait(folder)
         with explained(folder, "write"):
-            for left in _left_by_a_sweep(folder):
-                if not is_held(left.with_name(LOCK)):
-                    left.unlink()
+            left = [*_left_by_a_sweep(folder)]
+            _refuse_while_jobs_run(folder, left)
+            for file_of_job in left:
+                file_of_job.unlink()
 
         def record_slurm_ids(job_ids: Sequence[str]) -> None:
             for job, job_id in zip(facts["jobs"], job_ids, strict=False):
@@ -321,6 +322,24 @@ def _refuse_while_jobs_wait(folder: Path) -> None:
             f"{folder} is the folder of an earlier sweep, whose jobs {compact_ranges(waiting)} may still start on "
             "SLURM with the settings in it. Give this sweep another folder (hydra.sweep.dir=...). If squeue shows that "
             f"none of them waits or runs, remove {folder / SWEEP_FILE}"
+        )
+
+
+def _refuse_while_jobs_run(folder: Path, files: Sequence[Path]) -> None:
+    """Refuses to start a sweep next to jobs of an earlier one, whose command was killed.
+
+    They hold the folders of the new jobs, and their states would be taken for those of the new jobs. `files` are the
+    status files in `folder`.
+
+    Raises:
+        StoreError: a job with one of these runs.
+    """
+    running = [file.parent for file in files if is_held(file.with_name(LOCK))]
+    if running:
+        raise StoreError(
+            f"{folder} is the folder of an earlier sweep, whose jobs still run in "
+            f"{shortened([str(path.relative_to(folder)) for path in running], 5)}. Wait for them or end them, or give "
+            "this sweep another folder (hydra.sweep.dir=...)"
         )
 
 

@@ -118,6 +118,23 @@ def test_a_sweep_does_not_take_the_folder_of_one_whose_jobs_may_still_start(tmp_
         assert states(tmp_path / "1") == {"b": "queued", "c": "queued"}
 
 
+def test_a_sweep_does_not_take_the_folder_of_one_whose_jobs_run(tmp_path: Path) -> None:
+    """The command before was killed. The states of its jobs were taken for those of the new ones, which never ran."""
+    jobs = planned(tmp_path / "a", tmp_path / "b")
+    with pytest.raises(Stopped), announced(tmp_path / "1", jobs, outlive=False):
+        raise Stopped
+    before = (tmp_path / "1" / "sweep.json").read_bytes()
+    with (
+        begin(tmp_path / "1" / "1", jobs[1].config, 1),
+        pytest.raises(StoreError, match=r"whose jobs still run in 1\. Wait .*hydra\.sweep\.dir"),
+        announced(tmp_path / "1", jobs[:1], outlive=False),
+    ):
+        pass
+    assert (tmp_path / "1" / "sweep.json").read_bytes() == before
+    with announced(tmp_path / "1", jobs[:1], outlive=False):
+        assert states(tmp_path / "1") == {"a": "queued"}
+
+
 def test_settings_that_no_job_could_read_are_not_submitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweep, "LARGE", 1000)
     with (

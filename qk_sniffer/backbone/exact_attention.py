@@ -1,9 +1,9 @@
-"""Computes softmax(q K) V in float64 at chosen query positions of one text, without an attention kernel.
+"""Computes logits and softmax(q K) V in float64 at chosen query positions of one text, without an attention kernel.
 
 Shapes: H query heads, K key heads, P positions, n tokens, d head_dim, w width of a value.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,8 +25,8 @@ class Attended:
     """(H, n, d)"""
     key: torch.Tensor
     """(K, n, d)"""
-    value: torch.Tensor
-    """(K, n, w)"""
+    value: torch.Tensor | None
+    """(K, n, w); None if only logits are computed."""
     visible: Visible
     scale: float
     """The factor of the logits."""
@@ -45,6 +45,7 @@ def exact_attention(of: Attended, at: Sequence[int], dtype: torch.dtype | None =
     With a `dtype`, logits and weights are rounded to it, as simple kernels do. The keys are read piece by piece, and so
     the memory does not grow with the text.
     """
+    assert of.value is not None
     num_k, _, d = of.key.shape
     step = max(1, PIECE_BYTES // (num_k * (d + of.value.shape[-1]) * 8))
     most = max(1, PIECE_BYTES // (of.query.shape[0] * min(step, of.key.shape[1]) * 8))
@@ -52,19 +53,58 @@ def exact_attention(of: Attended, at: Sequence[int], dtype: torch.dtype | None =
     return torch.cat(parts)
 
 
-def _attend(of: Attended, at: Sequence[int], step: int, dtype: torch.dtype | None) -> torch.Tensor:
+def exact_logits(of: Attended, head: int, at: Sequence[int], dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Returns the logits of query head `head` at positions `at`, (P, max(at) + 1); -inf where a query sees no key.
+
+    The dtypes are those of `exact_attention`.
+    """
+    device, wide = of.query.device, _wide(of)
+    where = torch.tensor(at, device=device)
+    query, keys = of.query[head, where].to(wide), of.key[head // (len(of.query) // len(of.key))]
+    found = torch.full((len(at), max(at) + 1), -torch.inf, dtype=wide, device=device)
+    for start, stop in _pieces(max(1, PIECE_BYTES // (keys.shape[1] * 8)), of.visible, at):
+        logits = _logits(of, query, keys[start:stop].to(wide), _rounding(dtype, wide))
+        visible = _visible(of, at, start, stop)
+        found[:, start:stop] = logits.masked_fill(~visible[head if len(visible) > 1 else 0], -torch.inf)
+    return found
+
+
+def _wide(of: Attended) -> torch.dtype:
+    return torch.float64 if of.query.device.type in ("cpu", "cuda") else torch.float32
+
+
+def _rounding(dtype: torch.dtype | None, wide: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
+    return lambda states: states if dtype is None else states.to(dtype).to(wide)
+
+
+def _logits(
+    of: Attended, query: torch.Tensor, key: torch.Tensor, rounding: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """Returns the logits (..., queries, keys), of hidden keys too."""
+    logits = rounding(rounding(query @ key.transpose(-2, -1)) * of.scale)
+    if of.softcap is not None:
+        logits = rounding(of.softcap * rounding(torch.tanh(rounding(logits / of.softcap))))
+    return logits
+
+
+def _visible(of: Attended, at: Sequence[int], start: int, stop: int) -> torch.Tensor:
+    """Returns (1 or H, P, stop - start): whether the queries see the keys from `start` on."""
     device = of.query.device
-    wide = torch.float64 if device.type in ("cpu", "cuda") else torch.float32
+    where, first = torch.tensor(at, device=device), torch.tensor([*map(of.visible.first, at)], device=device)
+    keys = torch.arange(start, stop, device=device)
+    visible = ((keys >= first[:, None]) & (keys <= where[:, None]))[None]
+    return visible if of.selection is None else visible & is_visible(of.selection[:, where, start:stop])
+
+
+def _attend(of: Attended, at: Sequence[int], step: int, dtype: torch.dtype | None) -> torch.Tensor:
+    assert of.value is not None
+    device, wide = of.query.device, _wide(of)
     num_k, _, d = of.key.shape
     where = torch.tensor(at, device=device)
-    first = torch.tensor([*map(of.visible.first, at)], device=device)
     # (K, H / K * P, d): the query heads that share a key head, one after the other.
     query = of.query[:, where].to(wide).reshape(num_k, -1, d)
     group = query.shape[1] // len(at)
-
-    def rounding(states: torch.Tensor) -> torch.Tensor:
-        return states if dtype is None else states.to(dtype).to(wide)
-
+    rounding = _rounding(dtype, wide)
     if of.sinks is None:
         top = torch.full((num_k, query.shape[1]), _NOTHING, dtype=wide, device=device)
     else:
@@ -72,14 +112,9 @@ def _attend(of: Attended, at: Sequence[int], step: int, dtype: torch.dtype | Non
     total = torch.zeros_like(top) if of.sinks is None else torch.ones_like(top)
     weighted = torch.zeros(*top.shape, of.value.shape[-1], dtype=wide, device=device)
     for start, stop in _pieces(step, of.visible, at):
-        keys = torch.arange(start, stop, device=device)
-        visible = ((keys >= first[:, None]) & (keys <= where[:, None]))[None]  # (1, P, piece)
-        if of.selection is not None:
-            visible = visible & is_visible(of.selection[:, where, start:stop])
+        visible = _visible(of, at, start, stop)
         key, value = (states[:, start:stop].to(wide) for states in (of.key, of.value))
-        logits = rounding(rounding(query @ key.transpose(1, 2)) * of.scale)
-        if of.softcap is not None:
-            logits = rounding(of.softcap * rounding(torch.tanh(rounding(logits / of.softcap))))
+        logits = _logits(of, query, key, rounding)
         logits = logits.masked_fill(
             ~visible.expand(num_k * group, *visible.shape[-2:]).reshape(logits.shape), -torch.inf
         )

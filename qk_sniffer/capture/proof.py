@@ -29,6 +29,9 @@ measure has a tolerance of its own. It does not count in a model with experts: r
 expert for a token, which changes its later vectors wholly. A wrong head, position or rotation gives about 1.
 
 Numbers that are not finite in both vectors count as equal. A row without any other number is not a compared one.
+
+Attention summaries are compared with those of the derived queries and keys, apart from the vectors
+(`proof_summaries.py`).
 """
 
 import math
@@ -43,12 +46,14 @@ import torch
 from qk_sniffer.backbone.backbone import Backbone, is_out_of_memory
 from qk_sniffer.backbone.layers import LayerFacts
 from qk_sniffer.capture.proof_examples import MAX_TOKENS, LayerKind, Pass
+from qk_sniffer.capture.proof_rows import tables_of_examples
+from qk_sniffer.capture.proof_summaries import SummaryFiles, SummaryProof
 from qk_sniffer.capture.proof_vectors import NO_HOOKS, Derived, Int64, Vectors, derive
 from qk_sniffer.errors import QkSnifferError
 from qk_sniffer.logs import logger
 from qk_sniffer.store.layout import Head, Layout
 from qk_sniffer.store.open_folder import Access
-from qk_sniffer.store.parquet_files import open_parquet
+from qk_sniffer.store.parquet_tables import read_matrix
 from qk_sniffer.text import one_line
 
 log = logger(__name__)
@@ -76,17 +81,19 @@ def prove(
     *,
     layers: Sequence[LayerFacts],
     min_tokens: int,
+    summaries: SummaryFiles | None = None,
     access: Access | None = None,
 ) -> dict[str, Any]:
     """Compares rows of `heads` in `layout` with vectors from hooks in `passes`. `ids` are token ids by example_id.
 
-    `layers` have the facts of all layers of the heads. Shorter texts are padded on the right to `min_tokens`, which is
-    more than the heads that any projection returns. `access` is the way to the files; None looks up their paths.
+    `layers` have the facts of all layers of the heads. `summaries` are the dataset's attention summaries, if there are
+    any. Shorter texts are padded on the right to `min_tokens`, which is more than the heads that any projection
+    returns. `access` is the way to the files; None looks up their paths.
 
     Returns the manifest's `proof`: `proven` (None where the family has no hook path, or no chosen row is finite), the
     rows and heads that were compared, the largest of their positions, and of those that `for_late_rows` has added in
     some layers (`beyond`), each (layer, kind) without a compared row, with the reason if its vectors cannot be derived,
-    and both tolerances with the largest differences by layer.
+    and both tolerances with the largest differences by layer. With `summaries`, it also has those of `SummaryProof`.
     """
     proof: dict[str, Any] = {"proven": None, "examples": sorted(ids), "max_tokens": MAX_TOKENS}
     eps = torch.finfo(backbone.dtype).eps
@@ -95,13 +102,19 @@ def prove(
     underivable: dict[LayerKind, str] = {}
     compared: set[Head] = set()
     rows, longest_position, beyond = 0, -1, {}
+    # Rounding can make a router choose another expert for a token, whose later vectors are then others.
+    chooses = any("expert" in name for name, _ in backbone.decoder.named_modules())
+    of_summaries = None
+    if summaries is not None:
+        of_summaries = SummaryProof(layout, summaries, passes, backbone.dtype, chooses=chooses, access=access)
     for one, stored in zip(passes, _stored(layout, heads, passes, access), strict=True):
         if not stored:
             continue
         tokens = ids[one.example.example_id][: one.tokens]
         try:
             positions_of = {head: positions for head, (positions, _) in stored.items()}
-            found = derive(backbone, padded(tokens, backbone, min_tokens), positions_of, layers)
+            on_attended = None if of_summaries is None else of_summaries.of_pass(one)
+            found = derive(backbone, padded(tokens, backbone, min_tokens), positions_of, layers, on_attended)
         except QkSnifferError:
             raise
         except Exception as error:  # from the model's code, if it differs from what its family expects
@@ -137,8 +150,7 @@ def prove(
         return proof | {"reason": "; ".join(sorted({*underivable.values()})) or none_is_finite}
     dtype = str(backbone.dtype).removeprefix("torch.")
     tolerance, row_tolerance = TOLERANCES[dtype], ROW_TOLERANCES[dtype]
-    # Rounding can make a router choose another expert for a token, whose later vectors are then others.
-    chooses = any("expert" in name for name, _ in backbone.decoder.named_modules())
+    made = {} if of_summaries is None else {"summaries": of_summaries.facts(underivable)}
     covered = {(head.layer, head.kind) for head in compared}
     uncovered = sorted({(head.layer, head.kind) for head in heads} - covered)
     return (
@@ -147,7 +159,8 @@ def prove(
         | {
             # `all` of `<=`, so that a difference of NaN proves nothing.
             "proven": all(difference <= tolerance for difference in largest.values())
-            and (chooses or all(difference <= row_tolerance for difference in largest_row.values())),
+            and (chooses or all(difference <= row_tolerance for difference in largest_row.values()))
+            and (of_summaries is None or of_summaries.is_right),
             "rows": rows,
             "heads": len(compared),
             "longest_position": longest_position,
@@ -163,6 +176,7 @@ def prove(
             if chooses
             else {"row_tolerance": row_tolerance, "largest_row_difference_by_layer": dict(sorted(largest_row.items()))}
         )
+        | made
     )
 
 
@@ -183,25 +197,9 @@ def _stored(
 
 def rows_of_examples(path: Path, wanted: Sequence[tuple[int, Int64]], access: Access | None = None) -> list[StoredRows]:
     """Returns, for each (example_id, rows) in `wanted`, those of the numbered rows of a head's file that are of the
-    example. Reads only the row groups that contain them."""
-    if not wanted:
-        return []
-    with open_parquet(path, access) as file:
-        sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-        starts = np.cumsum([0, *sizes])
-        group_of = [np.searchsorted(starts, rows, side="right") - 1 for _, rows in wanted]
-        read = np.unique(np.concatenate(group_of))
-        table = file.read_row_groups(read.tolist(), columns=["example_id", "position", "vector"])
-    # The first row of each group that was read, among all rows that were read.
-    place = dict(zip(read.tolist(), np.cumsum([0, *(sizes[group] for group in read)]).tolist(), strict=False))
-    ids, position = (table[name].to_numpy() for name in ("example_id", "position"))
-    vectors = table["vector"].combine_chunks().flatten().to_numpy().reshape(-1, table["vector"].type.list_size)
-    found = []
-    for (example_id, rows), groups in zip(wanted, group_of, strict=True):
-        numbers = rows - starts[groups] + np.array([place[group] for group in groups.tolist()], np.int64)
-        numbers = numbers[ids[numbers] == example_id]
-        found.append((position[numbers].astype(np.int64), vectors[numbers]))
-    return found
+    example."""
+    tables = tables_of_examples(path, wanted, ["vector"], access)
+    return [(table["position"].to_numpy().astype(np.int64), read_matrix(table["vector"])) for table in tables]
 
 
 def padded(ids: npt.NDArray[np.int32], backbone: Backbone, min_tokens: int) -> npt.NDArray[np.int32]:

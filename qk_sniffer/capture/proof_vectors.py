@@ -18,7 +18,7 @@ from qk_sniffer.backbone.layers import LayerFacts
 from qk_sniffer.backbone.masks import Visible
 from qk_sniffer.backbone.tap import ForwardDone, rotary_functions, watched_rotary
 from qk_sniffer.capture.proof_examples import MAX_TOKENS, LayerKind
-from qk_sniffer.store.layout import Head
+from qk_sniffer.store.layout import ATTENTION, Head
 
 NO_HOOKS = "no hook path is known for this family of models"
 NO_VALUES = "no hook path is known for the values of this family of models"
@@ -41,6 +41,9 @@ class Derived:
     rounding: npt.NDArray[np.float64] | None = None
     """(rows,): the norm of a difference that is rounding of the kernel; None for none."""
 
+
+OnAttended = Callable[[int, Attended], None]
+"""Receives a layer, and its queries and keys after RoPE with the rule by which they attend, without values."""
 
 See = Callable[[int, Mapping[str, QueryKey], torch.Tensor | None], None]
 """Receives a layer, its queries and keys (1, heads, n, d) by stage, and its values (1, K, n, w); None if the family's
@@ -109,12 +112,17 @@ def walk(
 
 
 def derive(
-    backbone: Backbone, ids: npt.NDArray[np.int32], heads: Mapping[Head, Int64], layers: Sequence[LayerFacts]
+    backbone: Backbone,
+    ids: npt.NDArray[np.int32],
+    heads: Mapping[Head, Int64],
+    layers: Sequence[LayerFacts],
+    on_attended: OnAttended | None = None,
 ) -> tuple[dict[Head, Derived], dict[LayerKind, str]] | None:
     """Returns each head's vectors at its positions, and the reason for each (layer, kind) whose vectors are not known.
 
     Returns None without a hook path for queries and keys. All heads of a layer and kind have the same positions.
-    `layers` have the facts of their layers.
+    `layers` have the facts of their layers. `on_attended` is called with each layer of `heads` whose attention follows
+    from its vectors; the others have a reason, of the kind `ATTENTION`.
     """
     facts = {layer.heads.layer: layer for layer in layers}
     stage = "pre" if backbone.pre_rope else "post"
@@ -128,16 +136,22 @@ def derive(
         for head, positions in mine.items():
             if head.kind in states:
                 derived[head] = _rows(states[head.kind][0, head.head], positions)
+        unknown = _unknown_attention(facts[layer]) if "post" in vectors else NO_HOOKS
+        if on_attended is not None and unknown is None:
+            on_attended(layer, _attended(*vectors["post"], None, facts[layer]))
+        elif on_attended is not None and unknown is not None:
+            reasons[layer, ATTENTION] = unknown
         outputs = {head: positions for head, positions in mine.items() if head.kind == "o"}
         if value is None:
             reasons.update({(head.layer, head.kind): NO_VALUES for head in mine if head.kind in ("v", "o")})
-        elif outputs and (reason := _unknown_attention(facts[layer]) if "post" in vectors else NO_HOOKS) is not None:
-            reasons[layer, "o"] = reason
+        elif outputs and unknown is not None:
+            reasons[layer, "o"] = unknown
         elif outputs:
             derived.update(_outputs(outputs, *vectors["post"], value, facts[layer], backbone.dtype))
 
     wanted = [facts[layer] for layer in sorted({head.layer for head in heads})]
-    stages = {stage, "post"} if any(head.kind == "o" for head in heads) else {stage}
+    attends = on_attended is not None or any(head.kind == "o" for head in heads)
+    stages = {stage, "post"} if attends else {stage}
     is_known = walk(backbone, ids, wanted, stages, see)
     is_known &= all(head in derived or (head.layer, head.kind) in reasons for head in heads)
     return (derived, reasons) if is_known else None
@@ -156,14 +170,27 @@ def _spread(states: torch.Tensor) -> tuple[Vectors, float]:
 
 
 def _unknown_attention(layer: LayerFacts) -> str | None:
-    """Returns why the outputs of a layer do not follow from its queries, keys and values; None if they do."""
+    """Returns why the attention of a layer does not follow from its queries and keys; None if it does."""
     if layer.position_bias:
-        return "outputs are not derived where a bias is added to the logits"
+        return "attention is not derived where a bias is added to the logits"
     if layer.sparse_attention:
-        return "outputs are not derived where a query sees only some of the keys before it"
+        return "attention is not derived where a query sees only some of the keys before it"
     if layer.heads.hides_keys and layer.attention_chunk is None:
-        return "outputs are not derived where it is not known which keys a query sees"
+        return "attention is not derived where it is not known which keys a query sees"
     return None
+
+
+def _attended(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor | None, layer: LayerFacts) -> Attended:
+    """Returns the vectors (1, heads, n, d) of a layer with the rule by which they attend."""
+    return Attended(
+        query[0],
+        key[0],
+        None if value is None else value[0],
+        Visible(layer.heads.sliding_window, layer.attention_chunk, is_sparse=False),
+        scale=layer.softmax_scale,
+        softcap=layer.softcap,
+        sinks=None if layer.sinks is None else torch.tensor(layer.sinks, dtype=torch.float64),
+    )
 
 
 def _outputs(
@@ -178,15 +205,7 @@ def _outputs(
     positions = next(iter(heads.values()))
     sample = np.linspace(0, query.shape[2] - 1, SAMPLE).round().astype(np.int64)
     at = np.unique(np.concatenate([positions, sample]))
-    attended = Attended(
-        query[0],
-        key[0],
-        value[0],
-        Visible(layer.heads.sliding_window, layer.attention_chunk, is_sparse=False),
-        scale=layer.softmax_scale,
-        softcap=layer.softcap,
-        sinks=None if layer.sinks is None else torch.tensor(layer.sinks, dtype=torch.float64),
-    )
+    attended = _attended(query, key, value, layer)
     exact = exact_attention(attended, at.tolist())
     rounding = torch.zeros(exact.shape[:2], dtype=exact.dtype)
     if dtype != torch.float32:

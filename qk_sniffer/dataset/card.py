@@ -20,7 +20,14 @@ from qk_sniffer.dataset.card_sampling import sampling
 from qk_sniffer.dataset.card_segments import segments
 from qk_sniffer.dataset.card_snippets import loading
 from qk_sniffer.dataset.card_statistics import statistics
-from qk_sniffer.dataset.proof_words import compared, largest_difference, of_rows, of_statistics, whence
+from qk_sniffer.dataset.proof_words import (
+    compared,
+    largest_difference,
+    of_rows,
+    of_statistics,
+    of_summaries,
+    whence,
+)
 from qk_sniffer.dataset.weights import computed_in, quantized
 from qk_sniffer.markdown import block, code, in_url, link, plain, table, tex, yaml_string
 from qk_sniffer.resolved import safe_name
@@ -281,6 +288,15 @@ position or rotation gives about 1. `manifest.json` has the figure of each layer
 Of statistics, count, mean and covariance of single examples were compared, as the capture makes them and as float64
 makes them of the vectors of the second path.
 """
+    if summaries := of_summaries(proof, heads=sum(head.kind == "q" for head in facts.heads), layers=layers):
+        text += f"\n{summaries[0].upper()}{summaries[1:]}"
+        made = proof["summaries"]
+        if "reason" not in made:
+            most = max(made["largest_difference_by_layer"].values())
+            text += f""" were compared with
+those of the queries and keys of the second path, in float64. They differ by {most:.1g} at most (relative); up to
+{made["tolerance"]:g} counts as rounding"""
+        text += ".\n"
     checks = [check for check in proof.get("attention", ()) if check["passed"]]
     if not checks:
         return text

@@ -41,6 +41,19 @@ def of_statistics(proof: Mapping[str, Any], *, heads: int, layers: int, examples
     return f"statistics of {_parts(made, heads, layers)}, from {whence(made, examples)}"
 
 
+def of_summaries(proof: Mapping[str, Any], *, heads: int, layers: int) -> str:
+    """Returns the attention summaries that a proof compared: `attention summaries of 48 heads in all 6 layers`.
+
+    Empty for a proof without any. `heads` is the number of the dataset's query heads, `layers` that of its layers.
+    """
+    made = proof.get("summaries")
+    if made is None:
+        return ""
+    if "reason" in made:
+        return f"attention summaries not proven: {made['reason']}"
+    return f"attention summaries of {_parts(made, heads, layers)}"
+
+
 def of_rows(proof: Mapping[str, Any]) -> bool:
     """Whether a proof that was made compared rows. One of a dataset without rows compared statistics alone."""
     return "largest_difference_by_layer" in proof
@@ -83,13 +96,18 @@ def why(proof: Mapping[str, Any]) -> str:
             "model.attn_implementation to another kernel, or lower model.tokenizer.max_length, and add "
             "output.overwrite=true"
         )
-    statistics: Mapping[str, Any] = proof.get("statistics", {})
+    statistics, summaries = proof.get("statistics", {}), proof.get("summaries", {})
     wrong = [
         f"{what} derived a second time, from the model's projections, differ by more than {tolerance} (relative): "
         f"{differences} by layer"
         for what, tolerance, differences in (
             ("Vectors", proof.get("tolerance"), proof.get("largest_difference_by_layer", {})),
             ("Single rows of vectors", proof.get("row_tolerance"), proof.get("largest_row_difference_by_layer", {})),
+            (
+                "Attention summaries",
+                summaries.get("tolerance"),
+                summaries.get("largest_difference_by_layer", {}),
+            ),
             ("Statistics", statistics.get("tolerance"), statistics.get("largest_difference_by_layer", {})),
         )
         if not all(difference <= tolerance for difference in differences.values())  # NaN is not

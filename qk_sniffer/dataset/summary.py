@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from qk_sniffer.dataset.proof_words import attention, compared, of_rows, of_statistics, whence
+from qk_sniffer.dataset.proof_words import attention, compared, of_rows, of_statistics, of_summaries, whence
 from qk_sniffer.dataset.weights import computed_in, quantized
 from qk_sniffer.hub.branch import Branch
 from qk_sniffer.store import manifest as manifests
@@ -88,6 +88,8 @@ def show(dataset: Files, manifest: Mapping[str, Any], note: str) -> None:
         statistics = of_statistics(proof, heads=len(heads), layers=layers, examples=manifest["examples"])
         if of_rows(proof):
             rows = compared(proof, heads=len(heads), layers=layers)
+            summaries = of_summaries(proof, heads=sum(head.kind == "q" for head in heads), layers=layers)
+            rows += f"; {summaries}" if summaries else ""
             whole = f"{rows}; {attention(proof)}; from {whence(proof, manifest['examples'])}"
             say(f"Proven: {whole}{f'; {statistics}' if statistics else ''}.")
         else:

@@ -12,7 +12,16 @@ import pyarrow as pa
 from qk_sniffer.capture.sampling import Sampler
 from qk_sniffer.config import STAGE_NAMES, Config, from_dict
 from qk_sniffer.dataset.heads import attention_files, captured_heads
-from qk_sniffer.dataset.proof_words import attention, compared, largest_difference, of_rows, of_statistics, whence, why
+from qk_sniffer.dataset.proof_words import (
+    attention,
+    compared,
+    largest_difference,
+    of_rows,
+    of_statistics,
+    of_summaries,
+    whence,
+    why,
+)
 from qk_sniffer.dataset.verify_report import RECREATE, Problem
 from qk_sniffer.errors import StoreError
 from qk_sniffer.resolved import fingerprint, resolve, with_public_files
@@ -240,7 +249,9 @@ def _in_words(proof: dict[str, Any], heads: dict[str, Head], examples: int) -> s
         return f"{statistics}, derived again by the job, {differ}; {last}"
     rows = compared(proof, heads=len(heads), layers=layers)
     what = f"{rows}, derived again by the job from {whence(proof, examples)}, {differ}"
-    return "; ".join(part for part in (what, statistics, last) if part)
+    queries = sum(head.kind == "q" for head in heads.values())
+    summaries = of_summaries(proof, heads=queries, layers=layers)
+    return "; ".join(part for part in (what, summaries, statistics, last) if part)
 
 
 def _contradiction(instance: str) -> Problem:

@@ -11,11 +11,13 @@ from typing import Any
 from qk_sniffer.capture.proof import prove
 from qk_sniffer.capture.proof_examples import MAX_TOKENS, choose, choose_for_statistics
 from qk_sniffer.capture.proof_statistics import prove_statistics
+from qk_sniffer.capture.proof_summaries import SummaryFiles
 from qk_sniffer.corpus.batches import check_same_segments, check_same_texts, examples_of
 from qk_sniffer.corpus.examples import Corpus
 from qk_sniffer.corpus.tokens import chosen
 from qk_sniffer.dataset.card import branch_card, write_card
 from qk_sniffer.dataset.card_facts import CardFacts
+from qk_sniffer.dataset.heads import attention_files
 from qk_sniffer.dataset.proof_words import why
 from qk_sniffer.dataset.summary import show
 from qk_sniffer.errors import CaptureError, SourceError, StoreError
@@ -31,6 +33,7 @@ from qk_sniffer.jobs.pictures import draw_pictures
 from qk_sniffer.jobs.tokenizers import hasher_of
 from qk_sniffer.resolved import ResolvedConfig, with_output
 from qk_sniffer.store import manifest as manifests
+from qk_sniffer.store.attention_table import AttentionTable
 from qk_sniffer.store.claim import Claim
 from qk_sniffer.store.files import Files, Folder
 from qk_sniffer.store.layout import CARD, Layout
@@ -281,6 +284,7 @@ def _prove(
     proof: dict[str, Any] = {"proven": None, "reason": reason}
     if passes:
         ids = {one.example.example_id: tokens[one.example.key].ids for one in passes}
+        table, sink_tokens = AttentionTable.of(config), config.capture.attention.sink_tokens
         proof = prove(
             backbone,
             staged.layout,
@@ -289,6 +293,7 @@ def _prove(
             ids,
             layers=components.layers,
             min_tokens=cost.min_tokens,
+            summaries=None if table is None else SummaryFiles(attention_files(staged.facts), table, sink_tokens),
             access=job.claim,
         )
     moments = components.moments(settings)

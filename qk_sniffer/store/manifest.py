@@ -30,7 +30,8 @@ proof           {"proven", "examples", "rows", "heads", "longest_position", "bey
                 kernel for each kind of attention: {"layer", "kind", "tokens", "positions", "passed", ...}. statistics
                 has what was compared of statistics: {"stages", "examples", "tokens", "heads", "uncovered",
                 "tolerance", "largest_difference_by_layer"}, the tokens being those of each head. Without rows, these
-                alone prove the dataset. Without numbers there is a "reason"
+                alone prove the dataset. summaries has what was compared of attention summaries: {"rows", "heads",
+                "uncovered", "tolerance", "largest_difference_by_layer"}. Without numbers there is a "reason"
 files           {"l00h00q/data.parquet": {"rows", "bytes", "sha256"}, ...}; rows of Parquet files only. rows and
                 rows_by_bucket count vectors, and so not the rows of attention summaries, `l00h00a/data.parquet`
 timings         seconds by stage of the run that wrote it: the only part that differs between equal datasets

@@ -57,6 +57,17 @@ class StatisticsProof(TypedDict):
     largest_difference_by_layer: NotRequired[dict[Bucket, float]]
 
 
+class SummariesProof(TypedDict):
+    """The proof of attention summaries. Only one that was made has numbers; the others have a reason."""
+
+    reason: NotRequired[Text]
+    rows: NotRequired[Count]
+    heads: NotRequired[Count]
+    uncovered: NotRequired[list[LayerKind]]
+    tolerance: NotRequired[Positive]
+    largest_difference_by_layer: NotRequired[dict[Bucket, float]]
+
+
 class Proof(TypedDict):
     """The proof of a dataset. Only one that was made has numbers; the others have a reason."""
 
@@ -75,6 +86,8 @@ class Proof(TypedDict):
     longest_position: NotRequired[Count]
     beyond: NotRequired[Beyond]
     uncovered: NotRequired[list[LayerKind]]
+    summaries: NotRequired[SummariesProof]
+    """Of attention summaries. Earlier versions have none."""
     statistics: NotRequired[StatisticsProof]
     attention: NotRequired[Annotated[list[Attention], Meta(max_length=MOST_LAYERS)]]
 
@@ -82,10 +95,13 @@ class Proof(TypedDict):
 _MADE = {"examples", "tokens", "heads", "uncovered", "tolerance", "largest_difference_by_layer"}
 """The keys that every proof of statistics has if it was made."""
 
+_SUMMARIES_MADE = {"rows", "heads", "uncovered", "tolerance", "largest_difference_by_layer"}
+
 
 def proof_problems(proof: Mapping[str, Any]) -> Iterator[str]:
     """Yields what is impossible together in a proof."""
     checks, statistics = proof.get("attention", ()), proof.get("statistics", {})
+    summaries = proof.get("summaries", {})
     failed = any(check["passed"] is False for check in checks)
     of_rows = "largest_difference_by_layer" in proof
     needed = {"examples"}
@@ -99,6 +115,8 @@ def proof_problems(proof: Mapping[str, Any]) -> Iterator[str]:
         yield f"proof lacks {', '.join(sorted(missing))}"
     elif missing := (set() if not statistics or "reason" in statistics else _MADE - statistics.keys()):
         yield f"the proof of statistics lacks {', '.join(sorted(missing))}"
+    elif missing := (set() if not summaries or "reason" in summaries else _SUMMARIES_MADE - summaries.keys()):
+        yield f"the proof of attention summaries lacks {', '.join(sorted(missing))}"
     elif ("row_tolerance" in proof) != ("largest_row_difference_by_layer" in proof):
         yield "proof has only one of row_tolerance and largest_row_difference_by_layer"
     elif proof["proven"] and not (proof if of_rows else statistics)["largest_difference_by_layer"]:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from qk_sniffer.dataset.proof_words import attention, compared, largest_difference, whence, why
+from qk_sniffer.dataset.proof_words import attention, compared, largest_difference, of_summaries, whence, why
 
 CHECK: dict[str, Any] = {
     "layer": 3,
@@ -50,6 +50,19 @@ def test_it_says_what_was_compared() -> None:
     assert largest_difference(PROOF) == 0.01 and str(largest_difference(some)) == "nan"
     earlier = {"proven": True, "examples": [7], "tolerance": 0.1, "largest_difference_by_layer": {"0": 0.01}}
     assert words(earlier) == "rows of 1 example"
+
+
+def test_it_says_which_attention_summaries_were_compared() -> None:
+    made = {"rows": 90, "heads": 8, "uncovered": [], "tolerance": 0.005, "largest_difference_by_layer": {"0": 1e-7}}
+    assert of_summaries(PROOF, heads=8, layers=1) == ""
+    assert of_summaries(PROOF | {"summaries": made}, heads=8, layers=1) == (
+        "attention summaries of 8 heads in the only layer"
+    )
+    assert of_summaries(PROOF | {"summaries": {"reason": "a bias"}}, heads=8, layers=1) == (
+        "attention summaries not proven: a bias"
+    )
+    wrong = why(PROOF | {"summaries": made | {"largest_difference_by_layer": {"0": 0.3}}})
+    assert wrong.startswith("Attention summaries derived a second time") and "0.005 (relative): {'0': 0.3}" in wrong
 
 
 def test_it_says_where_attention_was_checked_and_where_not() -> None:

@@ -106,6 +106,11 @@ def both(section: str, key: str, value: Any) -> Callable[[dict[str, Any]], None]
         (lambda m: m["proof"].update(proven=False), {"proof"}, "the job's proof of the vectors failed 4,0"),
         (lambda m: m["proof"].pop("heads"), {"manifest"}, "contradicts itself (proof lacks heads)"),
         (
+            lambda m: m["proof"].update(summaries={"rows": 1, "heads": 1, "uncovered": [], "tolerance": 1.0}),
+            {"manifest"},
+            "(the proof of attention summaries lacks largest_difference_by_layer)",
+        ),
+        (
             lambda m: m["proof"]["attention"][0].update(passed=False),
             {"manifest"},
             "(proof is not false, and a check of attention failed)",

@@ -26,6 +26,10 @@ _MOST_REASON, _MOST_NAME = 300, 50
 """The most characters that are shown of the reason of a refusal, and of a role or the name of a template."""
 
 
+_REPEATED = 8
+"""The first conversations, which are rendered a second time to see whether the text is the same."""
+
+
 class ChatTemplate:
     """A chat template, ready to render conversations.
 
@@ -45,6 +49,7 @@ class ChatTemplate:
         self._options = {"tokenize": False, "add_generation_prompt": config.add_generation_prompt, **config.kwargs}
         self.source = _source(tokenizer, config, name)
         self.digest = sha256(self.source.encode()).hexdigest()
+        self._left_to_repeat = _REPEATED
         self._template = self.source if config.date is None else _dated(self.source, date.fromisoformat(config.date))
         if "strftime_now" in self._template:
             self._check_date()
@@ -53,8 +58,19 @@ class ChatTemplate:
         """Returns the text of a conversation, special tokens included.
 
         Raises:
-            ContentError: the template refuses the messages, or fails.
+            ContentError: the template refuses the messages, fails, or writes another text each time.
         """
+        text = self._rendered(messages)
+        if self._left_to_repeat:
+            self._left_to_repeat -= 1
+            if self._rendered(messages) != text:
+                raise ContentError(
+                    f"is rendered differently each time by the chat template of {self._name}, as by the filter "
+                    "`random` of Jinja. Set dataset.chat.template to one that is not random"
+                )
+        return text
+
+    def _rendered(self, messages: Sequence[Mapping[str, Any]]) -> str:
         options = {"strftime_now": _NO_CLOCK, **self._options, "chat_template": self._template}
         try:
             text: str = self._tokenizer.apply_chat_template([dict(message) for message in messages], **options)

@@ -124,6 +124,13 @@ def test_refusals_name_the_row_and_the_way_out(tmp_path: Path) -> None:
     assert "row 2 of the dataset" in broken and "is refused by the chat template of" in broken
 
 
+@pytest.mark.parametrize("random", ["{{ range(99999)|random }}", "{{ lipsum(1, false) }}"])
+def test_a_random_template_is_refused(tmp_path: Path, random: str) -> None:
+    save_chat_tokenizer(tmp_path, "{{ messages[0]['content'] }}" + random)
+    with pytest.raises(SourceError, match=r"row 0 .* is rendered differently each time by the chat template of"):
+        loaded(tmp_path)([example(TURNS)])
+
+
 def test_a_template_runs_in_a_sandbox(tmp_path: Path) -> None:
     folder = save_chat_tokenizer(
         tmp_path, "{{ messages.__class__.__mro__[1].__subclasses__() }}{{ messages[0].content }}"

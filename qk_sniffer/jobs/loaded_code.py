@@ -104,17 +104,19 @@ def check_same_loaded(record: Mapping[str, Any], stored: Mapping[str, Any], root
 
 
 def check_same_code(record: Mapping[str, Any], earlier: Mapping[str, Any], what: str) -> None:
-    """Refuses to add to a dataset of the same settings whose model ran code of a checkpoint or user that has changed.
+    """Refuses to add to a dataset of the same settings whose model or tokenizer ran code that has changed.
+
+    Only code of a checkpoint or of the user counts: versions tell that of libraries.
 
     Raises:
         StoreError: it has.
     """
-    for key in ("decoder", "family"):
-        now, there = record["model"].get(key), earlier["model"].get(key)
+    for part, key in (("model", "decoder"), ("model", "family"), ("tokenizer", "class")):
+        now, there = record[part].get(key), earlier[part].get(key)
         if now != there and there is not None and DIGEST in f"{now} {there}":
             raise StoreError(
-                f"{what} of other code: {key} of the model: {there!r} there, {now!r} now. Restore that code, give this "
-                "job another folder (output.data_root=...), or replace the dataset with output.overwrite=true"
+                f"{what} of other code: {key} of the {part}: {there!r} there, {now!r} now. Restore that code, give "
+                "this job another folder (output.data_root=...), or replace the dataset with output.overwrite=true"
             )
 
 

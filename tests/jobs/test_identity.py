@@ -163,16 +163,21 @@ def test_a_dataset_is_not_added_to_with_other_code(
 ) -> None:
     root = run(checkpoint, texts, tmp_path / "out", dataset={"max_samples": 2}, verify={"examples": 0})
     real = run_module._record
-    for code in ("Mine (sha256 of its code: 12)", "renamed.in.a.newer.Version"):
+    other_code = "Mine (sha256 of its code: 12)"
+    for part, key, code in (
+        ("model", "family", other_code),
+        ("tokenizer", "class", other_code),
+        ("model", "family", "renamed.in.a.newer.Version"),
+    ):
 
-        def other(*args: Any, code: str = code) -> dict[str, Any]:
+        def other(*args: Any, part: str = part, key: str = key, code: str = code) -> dict[str, Any]:
             record = real(*args)
-            return record | {"model": record["model"] | {"family": code}}
+            return record | {part: record[part] | {key: code}}
 
         with monkeypatch.context() as patch:
             patch.setattr(run_module, "_record", other)
             if "sha256" in code:
-                with pytest.raises(StoreError, match=r"is a finished dataset of other code: family of the model: "):
+                with pytest.raises(StoreError, match=f"is a finished dataset of other code: {key} of the {part}: "):
                     run(checkpoint, texts, root, verify={"examples": 0})
             else:
                 run(checkpoint, texts, root, verify={"examples": 0})

@@ -43,6 +43,7 @@ SECONDS = 30
 """The longest time of one edit and all programs."""
 
 SECTIONS: dict[str, Any] = {
+    "model": {"tokenizer": {"max_length": 9, "overlong": "split"}},
     "dataset": segmented.COLUMNS,
     "sampler": {"segments": ["user", "assistant"]},
     "capture": {

@@ -91,6 +91,13 @@ def test_a_killed_job_resumes_and_ends_with_the_same_bytes(
                 "sampler": {"segments": ["assistant", "user"]},
             },
         ),
+        (
+            2,
+            {
+                "model": {"tokenizer": {"max_length": 20, "overlong": "split"}},
+                "capture": {"statistics": {"enabled": True}},
+            },
+        ),
     ],
 )
 def test_killed_at_random_moments_of_every_step(

@@ -37,7 +37,7 @@ _COLUMNS = ("branch", "model", "texts", "split", "sampler", "heads", "rows", "si
 
 _NEW_PAGE = """\
 ---
-pretty_name: Query and key vectors of attention heads
+pretty_name: Vectors of attention heads
 license: other
 license_name: terms-of-the-models-and-the-texts
 tags:
@@ -47,10 +47,11 @@ tags:
 viewer: false
 ---
 
-# Query and key vectors of attention heads
+# Vectors of attention heads
 
-The query (Q) and key (K) vectors of transformer attention heads at sampled token positions, captured with qk-sniffer in
-the models' own forward passes. Each branch is a separate dataset, of one model over one set of texts, with a card
+Vectors of transformer attention heads at sampled token positions, captured with qk-sniffer in the models' own forward
+passes: queries (Q), keys (K), values (V) and outputs (O). Some datasets also have summaries of where the queries
+attend, and statistics of all tokens. Each branch is a separate dataset, of one model over one set of texts, with a card
 that describes it. The branch `main` has only this list.
 
 {list}
@@ -163,6 +164,8 @@ def _facts(endpoint: str, manifest: dict[str, Any]) -> list[str]:
         texts += f" ({plain(config.dataset.name)})"
     kinds = [key.kind for key in manifests.heads(manifest)]
     heads = [f"{kinds.count(kind):,} {kind.upper()}" for kind in KINDS if kind in kinds]
+    heads += ["attention"] if config.capture.attention.enabled else []
+    heads += ["statistics"] if config.capture.statistics.enabled else []
     size = sum(entry["bytes"] for entry in manifest["files"].values())
     return [
         model,

@@ -12,6 +12,7 @@ import pytest
 from huggingface_hub import GitRefInfo, HfApi
 from support.fake_hub import FakeHub
 from support.hub_cases import BRANCH, REPO, MakeDataset, client, copied, held, publish, published
+from support.jobs import run
 
 from qk_sniffer.errors import HubError
 from qk_sniffer.hub.catalogue import update_catalogue
@@ -45,6 +46,18 @@ def test_a_row_describes_its_branch(hub: FakeHub, api: HfApi, make_dataset: Make
     day = hub.repositories[REPO].commits[done.commit].date[:10]
     assert date == f"[{day}]({hub.url}/datasets/{REPO}/commit/{done.commit})"
     assert set(held(hub, "main")) == {"README.md"} and "viewer: false" in page(hub)
+
+
+def test_a_row_names_all_that_a_dataset_has(
+    hub: FakeHub, api: HfApi, checkpoint: Path, texts: Path, tmp_path: Path
+) -> None:
+    capture = {"capture_values": True, "capture_outputs": True, "layers": [1], "heads": [0, 3]}
+    capture |= {"attention": {"enabled": True}, "statistics": {"enabled": True}}
+    root = run(checkpoint, texts, tmp_path / "out", capture=capture, dataset={"max_samples": 3})
+    publish(root, REPO, BRANCH, api=api)
+    assert rows(page(hub))[BRANCH][5] == "2 Q + 2 K + 2 V + 2 O + attention + statistics"
+    for name in ("queries (Q)", "values (V)", "outputs (O)", "where the queries\nattend", "statistics"):
+        assert name in page(hub)
 
 
 def test_sources_on_the_hub_are_linked(hub: FakeHub, api: HfApi, make_dataset: MakeDataset, tmp_path: Path) -> None:

@@ -1,8 +1,10 @@
 """Exports a dataset to the file or folder of a format."""
 
 import json
+import os
 import secrets
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, TypedDict
 
@@ -13,7 +15,7 @@ from qk_sniffer.errors import StoreError
 from qk_sniffer.export.formats import format_named
 from qk_sniffer.export.source import Source
 from qk_sniffer.store import disk, stored
-from qk_sniffer.store.open_folder import OpenFolder
+from qk_sniffer.store.open_folder import PLAIN, Access, Anchored, OpenFolder
 from qk_sniffer.store.places import refuse_inside
 
 PROVENANCE = "provenance.json"
@@ -97,14 +99,14 @@ def _check_file(path: Path) -> None:
         raise StoreError(f"{path} is a {found}: give another output")
 
 
-def _check_provenance(path: Path) -> None:
+def _check_provenance(path: Path, access: Access = PLAIN) -> None:
     """Checks that an export wrote the file at `path`.
 
     Raises:
         StoreError: it did not.
     """
     try:
-        stored.read(path, _Provenance, way_out="", most_bytes=stored.LARGE)
+        stored.read(path, _Provenance, way_out="", most_bytes=stored.LARGE, access=access)
     except (OSError, stored.UnreadableError) as error:
         raise StoreError(f"{path} was not written by an export: remove it, or give another output") from error
 
@@ -119,58 +121,86 @@ def _check_folder(folder: Path) -> None:
         return
     if found != "folder":
         raise StoreError(f"{folder} is a {found}: give another output")
-    with disk.explained(folder, "read"):
-        names = sorted(path.name for path in folder.iterdir())
+    with disk.explained(folder, "read"), OpenFolder.at(folder, follow_links=False) as opened:
+        _check_open_folder(opened)
+
+
+def _check_open_folder(folder: OpenFolder) -> None:
+    """Checks that an open folder is empty, or has the files of an export and no more.
+
+    Raises:
+        StoreError: it has others.
+    """
+    names = folder.names()
     for name in names:
-        if name not in _FILES_OF_FOLDERS or disk.type_of(folder / name) != "file":
-            raise StoreError(f"{folder / name} was not written by an export: remove it, or give another output")
+        if name not in _FILES_OF_FOLDERS or folder.type_of(name) != "file":
+            raise StoreError(f"{folder.path / name} was not written by an export: remove it, or give another output")
     if names:
-        _check_provenance(folder / PROVENANCE)
+        _check_provenance(folder.path / PROVENANCE, Anchored((folder,)))
 
 
 def _write_file(path: Path, data: bytes) -> None:
     """Writes a file whole, under a name next to its place that is no user's, and then renames it."""
-    temporary = path.with_name(f".{path.name}-{secrets.token_hex(8)}.tmp")
-    disk.write_atomic(temporary, data)
-    temporary.rename(path)
-    disk.sync_folder(path.parent)
+    temporary = f".{path.name}-{secrets.token_hex(8)}.tmp"
+    with OpenFolder.at(path.parent) as parent:
+        disk.write_atomic(parent.path / temporary, data, access=Anchored((parent,)))
+        parent.rename(temporary, parent, path.name)
+        parent.sync()
 
 
 def _write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Writes a folder whole, next to its place, and then renames it."""
+    """Writes a folder whole, next to its place, and then renames it.
+
+    Both folders stay open: in a folder of several users, a link could take the place of the new one.
+    """
     # Not a fixed name, as in `write_atomic`: a folder of this name could be the user's.
-    temporary, earlier = (folder.with_name(f".{folder.name}-{secrets.token_hex(8)}.tmp") for _ in range(2))
-    temporary.mkdir()
-    try:
-        for name, data in files.items():
-            disk.write_atomic(temporary / name, data)
-        _check_folder(folder)  # again: the numbers took a while
-        if folder.exists():
-            folder.rename(earlier)
-        temporary.rename(folder)
-    except BaseException:
-        disk.remove(temporary)
-        raise
-    _remove_export(earlier, folder)
-    disk.sync_folder(folder.parent)
+    temporary, earlier = (f".{folder.name}-{secrets.token_hex(8)}.tmp" for _ in range(2))
+    with OpenFolder.at(folder.parent) as parent, parent.new_folder(temporary) as written:
+        try:
+            for name, data in files.items():
+                disk.write_atomic(written.path / name, data, access=Anchored((written,)))
+            _check_folder(folder)  # again: the numbers took a while
+            _check_is_there(written, parent)
+            if parent.type_of(folder.name) is not None:
+                parent.rename(folder.name, parent, earlier)
+            parent.rename(temporary, parent, folder.name)
+        except BaseException:
+            for name in files:
+                written.unlink(name)
+            parent.rmdir(temporary)
+            raise
+        _remove_export(parent, earlier, folder)
+        parent.sync()
 
 
-def _remove_export(earlier: Path, name: Path) -> None:
+def _check_is_there(folder: OpenFolder, parent: OpenFolder) -> None:
+    """Checks that an open folder still has its name in the open folder that contains it.
+
+    Raises:
+        StoreError: something else has it.
+    """
+    with suppress(FileNotFoundError):
+        if os.path.samestat(os.fstat(folder.descriptor), parent.lstat(folder.path.name)):
+            return
+    raise StoreError(f"{folder.path} was replaced while the export wrote it: give an output where nobody else writes")
+
+
+def _remove_export(parent: OpenFolder, earlier: str, name: Path) -> None:
     """Removes an earlier export, which was `name`, if there is one. Nothing but its own files is removed.
 
     Raises:
-        StoreError: something else has come into it since it was checked.
+        StoreError: something else has come into it, or to its place, since it was checked.
     """
     try:
-        with OpenFolder.at(earlier, follow_links=False) as opened:
-            for file in _FILES_OF_FOLDERS:
-                if opened.type_of(file) == "file":
-                    opened.unlink(file)
-        earlier.rmdir()
+        with parent.folder(earlier) as opened:
+            _check_open_folder(opened)
+            for file in opened.names():
+                opened.unlink(file)
+        os.rmdir(earlier, dir_fd=parent.descriptor)
     except FileNotFoundError:
         return
-    except OSError as error:
+    except (OSError, StoreError) as error:
         raise StoreError(
             f"{name} is exported, and what was there before is not removed, because it has changed since it was "
-            f"checked: it is now {earlier}"
+            f"checked: it is now {parent.path / earlier}"
         ) from error

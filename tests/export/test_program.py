@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import HfApi
@@ -163,7 +164,7 @@ def test_what_appears_after_the_check_is_not_removed(
     folder, user = tmp_path / "scales", tmp_path / "user"
     qk_sniffer.export(root, "kv_scales", folder)
     user.mkdir()
-    names = ["config.json", "notes.txt"] if is_link else ["notes.txt"]
+    names = ["config.json", "model.safetensors", "notes.txt"]
     for name in names:
         (user / name).write_text("the user's")
     real, calls = write._check_folder, []
@@ -181,3 +182,27 @@ def test_what_appears_after_the_check_is_not_removed(
     assert (folder / "kv_scales.safetensors").exists()
     kept = user if is_link else next(tmp_path.glob(".scales-*"))
     assert sorted(path.name for path in kept.iterdir()) == names
+
+
+def test_a_folder_is_not_written_through_a_link_that_takes_its_place(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another user, who may write where the export goes, sees its temporary folder."""
+    group, model = tmp_path / "group", tmp_path / "model"
+    for folder in (group, model):
+        folder.mkdir()
+    for name in ("config.json", "kv_scales.safetensors", "provenance.json"):
+        (model / name).write_text("the user's")
+    real = disk.write_atomic
+
+    def plant(path: Path, data: bytes, **options: Any) -> None:
+        real(path, data, **options)
+        if path.parent.name.startswith(".scales-"):
+            monkeypatch.setattr(disk, "write_atomic", real)
+            path.parent.rename(group / "moved")
+            path.parent.symlink_to(model)
+
+    monkeypatch.setattr(disk, "write_atomic", plant)
+    with pytest.raises(StoreError, match=r"was replaced while the export wrote it: give an output where nobody else"):
+        qk_sniffer.export(root, "kv_scales", group / "scales")
+    assert {path.read_text() for path in model.iterdir()} == {"the user's"} and not (group / "scales").exists()

@@ -53,6 +53,25 @@ def refuse_unchecked(where: str, files: Iterable[str]) -> None:
             raise SourceError(f"{where}: {file} is refused: {_UNCHECKED}")
 
 
+def refuse_parquet(where: str, format: str, files: Iterable[str]) -> None:
+    """Refuses Parquet files that `datasets` would read. Its reader takes whole row groups, of whatever size.
+
+    Args:
+        where: the name of the source in errors.
+        format: that of the files.
+        files: paths or addresses.
+
+    Raises:
+        SourceError: there is such a file.
+    """
+    if format == "parquet" or any(file.partition("::")[0].lower().endswith(".parquet") for file in files):
+        raise SourceError(
+            f"{where}: its Parquet files are in an archive, are of a folder of media, or have other options in its "
+            "README.md or .huggingface.yaml than columns: they are not read, because the library datasets does not "
+            "bound their size. Unpack them and name them in dataset.data_files; dataset.filter chooses rows"
+        )
+
+
 _UNCHECKED = "the size of what is packed in it (7z, rar, lz4) is not known before it is unpacked. Unpack it yourself"
 
 _UNCHECKED_STARTS = (b"7z\xbc\xaf\x27\x1c", b"Rar!", b"\x04\x22\x4d\x18")

@@ -24,16 +24,21 @@ class ParquetReader:
     """Reads Parquet files."""
 
     typed = True
-    options = frozenset[str]()
+    options = frozenset({"columns"})
     has_schema = True
 
     def __init__(self, options: Mapping[str, Any]) -> None:
-        del options
+        chosen = options.get("columns")
+        self._columns = None if chosen is None else [str(column) for column in chosen]
 
     def kinds(self, file: DataFile, wanted: Sequence[str]) -> dict[str, str]:
-        """Returns the types of all columns."""
+        """Returns the types of all columns, or of those that a card chooses."""
         with _opened(file) as (parquet, _):
-            return _kinds(parquet)
+            return {
+                column: kind
+                for column, kind in _kinds(parquet).items()
+                if self._columns is None or column in self._columns
+            }
 
     def count(self, file: DataFile) -> int:
         """Returns the number of rows, which the file states."""

@@ -19,7 +19,14 @@ from typing import Any
 
 from qk_sniffer.config import DatasetConfig
 from qk_sniffer.corpus import hub_copies
-from qk_sniffer.corpus.copies import check_archives, check_cache, check_unchanged, digest_of, refuse_unchecked
+from qk_sniffer.corpus.copies import (
+    check_archives,
+    check_cache,
+    check_unchanged,
+    digest_of,
+    refuse_parquet,
+    refuse_unchecked,
+)
 from qk_sniffer.corpus.data_files import ARCHIVES, COMPRESSED, ChangedError, DataFile, first_lines, reason
 from qk_sniffer.corpus.dataset_cards import names_its_files, own_descriptions, yaml_limited
 from qk_sniffer.corpus.home import check_format, check_home, data_file, own_patterns, texts_of
@@ -321,6 +328,7 @@ def _of_library(where: str, builder: Any, config: DatasetConfig, folder: Path | 
     known = list(data_files or builder.info.splits or [])
     files = [file for name in named_splits(where, config, known) for file in data_files.get(name, ())]
     refuse_unchecked(where, files)
+    refuse_parquet(where, type(builder.config).__name__.removesuffix("Config").lower(), files)
     opened = dict.fromkeys(file.rpartition("::")[2] if "://" in file else file for file in files)  # or its archive
     local = [data_file(file, folder) if folder else DataFile(file) for file in opened if "://" not in file]
     try:

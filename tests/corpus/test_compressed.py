@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from support.data_files import message, opened, write, write_parquet
+from support.data_files import message, opened, texts, write, write_parquet
 
 from qk_sniffer.corpus import parquet_files
 from qk_sniffer.corpus.data_files import DataFile, FormatError
@@ -127,3 +127,29 @@ def test_parquet_does_not_expand_out_of_proportion(tmp_path: Path, monkeypatch: 
         with pytest.raises(FormatError, match="of it expand to more than 80"):
             list(parquet_files.ParquetReader({}).read(DataFile(str(files[1])), [column]))
     assert len(list(opened(files[1]).examples())) == 1  # the column is not read
+
+
+def card(options: str) -> str:
+    return f"---\nconfigs:\n- config_name: default\n  data_files: a.parquet\n{options}---\n"
+
+
+def test_an_option_of_a_card_does_not_have_the_library_read_parquet_as_a_whole(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "a.parquet", {"text": ["one"], "other": ["a"]})
+    write(tmp_path / "README.md", card("  columns: [text]\n"))
+    assert texts(opened(tmp_path).examples()) == [(0, "one")]
+    assert "other" in message(tmp_path, text_column="other")
+    for options in ("  filters: [[text, '=', one]]\n", "  on_bad_files: skip\n"):
+        write(tmp_path / "README.md", card(options))
+        for streaming in (True, False):
+            assert "are not read, because the library datasets does not bound" in message(tmp_path, streaming=streaming)
+
+
+def test_parquet_in_an_archive_or_beside_pictures_is_not_read(tmp_path: Path) -> None:
+    file = write_parquet(tmp_path / "metadata.parquet", {"file_name": ["a.png"], "text": ["one"]})
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.write(file, "b.parquet")
+    (tmp_path / "a.png").write_bytes(b"")
+    for data_files in ("a.zip", f"zip://b.parquet::{tmp_path}/a.zip", "*.p*"):
+        assert "its Parquet files are in an archive, are of a folder of media" in message(
+            tmp_path, data_files=data_files
+        )

@@ -118,11 +118,11 @@ def read(results: Results) -> Run:
     """
     record = results.record()
     model = record["dataset"]["model"]
-    pairs = results.table("head_bucket_plasticity")
+    pairs = results.table("head_bucket_plasticity", record)
     _, _, means = by_head_and_bucket(pairs)
     known = np.flatnonzero(np.isfinite(means))
     means = means[known[0] : known[-1] + 1] if len(known) else means[:0]
-    heads = results.table("head_metrics")["ap_overall"]
+    heads = results.table("head_metrics", record)["ap_overall"]
     estimator = record["settings"]["estimator"]["name"]
     texts = record["dataset"]["texts"]
     return Run(

@@ -55,7 +55,7 @@ def draw_all(results: Results) -> list[Path]:
         StoreError: a table is missing or damaged; the folder cannot be written.
     """
     record = results.record()
-    metrics, pairs, weights = map(results.table, tables.TABLES)
+    metrics, pairs, weights = (results.table(name, record) for name in tables.TABLES)
     names = Names(record)
     pictures: dict[str, Callable[[], Figure]] = {}
     if np.isfinite(pairs["ap_bucket"]).any():

@@ -11,7 +11,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from qk_sniffer.plasticity.tables import HeadResult
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store import stored
 from qk_sniffer.store.disk import explained, make_folder, paths_in, remove, sha256_of, write_atomic
+from qk_sniffer.store.files import Comparison
 from qk_sniffer.store.layout import PICTURE_SUFFIXES, head_name, parse_head_name
 from qk_sniffer.store.open_folder import PLAIN, Access
 from qk_sniffer.store.output_folder import claimed_folder
@@ -111,18 +112,19 @@ class Results:
                 "python -m qk_sniffer.plasticity data_root=... output_dir=..."
             ) from None
 
-    def table(self, name: str) -> dict[str, np.ndarray[Any, Any]]:
-        """The columns of a table of finished results.
+    def table(self, name: str, record: Mapping[str, Any]) -> dict[str, np.ndarray[Any, Any]]:
+        """The columns of a table of the finished results of `record`, which another start may replace meanwhile.
 
         Raises:
-            StoreError: the results are not finished, or the table is not the one of `plasticity.json`.
+            StoreError: the table is missing or damaged, or is not the one of the record.
         """
-        file = f"{name}.parquet"
-        path = self.folder / file
-        columns = tables.read(self.folder, name)
-        if sha256_of(path) != self.record()["tables"][file]:
-            raise UnreadableError(path, f"is not the table that {self.record_file.name} lists", tables.WAY_OUT)
-        return columns
+        path = self.folder / f"{name}.parquet"
+        comparison, listed = Comparison(), record["tables"][path.name]
+        with suppress(OSError):  # reading it tells the reason
+            if not comparison.matches(path, listed):
+                raise UnreadableError(path, f"is not the table that {self.record_file.name} lists", tables.WAY_OUT)
+        with comparison.intact(path, listed, way_out=tables.WAY_OUT):
+            return tables.read(self.folder, name)
 
     def begin(self, fingerprint: str) -> None:
         """Keeps the results of earlier starts with this fingerprint. Discards those of another one, with a warning."""

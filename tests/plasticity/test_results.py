@@ -77,6 +77,9 @@ def test_a_table_of_other_numbers_is_refused(column: str, value: int, problem: s
     table = pq.read_table(path)
     odd = pa.array([value, *table[column].to_pylist()[1:]], table.schema.field(column).type)
     pq.write_table(table.set_column(table.schema.get_field_index(column), table.schema.field(column), odd), path)
+    facts = record(results)
+    facts["tables"][path.name] = sha256_of(path)
+    (results / "plasticity.json").write_text(json.dumps(facts))
     with pytest.raises(StoreError, match=problem):
         compare.read(Results(results))
 
@@ -89,6 +92,27 @@ def test_a_table_that_the_record_does_not_list_is_refused(results: Path) -> None
     facts = record(results)
     facts["tables"][path.name] = sha256_of(path)
     (results / "plasticity.json").write_text(json.dumps(facts))
+    assert compare.read(Results(results)).texts
+
+
+def test_tables_of_another_measurement_are_not_shown_as_those_of_the_record(
+    results: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ended between the reading of the record and that of the tables."""
+    real = Results.record
+
+    def replaced(self: Results) -> dict[str, Any]:
+        found = real(self)
+        path = results / "head_metrics.parquet"
+        pq.write_table(pq.read_table(path).slice(1), path)
+        tables = found["tables"] | {path.name: sha256_of(path)}
+        (results / "plasticity.json").write_text(json.dumps(found | {"tables": tables}))
+        monkeypatch.setattr(Results, "record", real)
+        return found
+
+    monkeypatch.setattr(Results, "record", replaced)
+    with pytest.raises(StoreError, match=r"head_metrics\.parquet is not the table that plasticity\.json lists"):
+        compare.read(Results(results))
     assert compare.read(Results(results)).texts
 
 

@@ -209,33 +209,43 @@ def _status(values: dict[str, Any], file: Path, way_out: str) -> Status:
 def statuses(folder: Path) -> dict[int, Status]:
     """Reads every status of the run or sweep in `folder`, by the job's number, queued jobs included.
 
-    Logs a warning for a file that cannot be read, and leaves it out.
+    Logs a warning for a file that cannot be read, and leaves it out. A folder that the user has named may also hold
+    other runs and sweeps, whose jobs have the same numbers: they do not count.
     """
-    found: dict[int, Status] = {}
+    jobs: dict[int, Status] = {}
     with _warned():
-        found |= {status.number: status for status in queued(folder)}
+        jobs |= {status.number: status for status in queued(folder)}
+    found = dict(jobs)
     for path in _status_files(folder):
         with _warned():
             status = read_status(path)
-            found[status.number] = status
+            if not jobs or (status.number in jobs and _is_of(status, jobs[status.number])):
+                found[status.number] = status
     return found
 
 
+def _is_of(status: Status, job: Status) -> bool:
+    """Whether a status is of the dataset and shard of `job`."""
+    of_each = [(each.data_root, each.shard_index, each.shard_count) for each in (status, job)]
+    return of_each[0] == of_each[1]
+
+
 def _status_files(folder: Path) -> list[Path]:
-    return sorted(path / STATUS_FILE for path, _, files in walk(folder) if STATUS_FILE in files)
-
-
-def _left_by_a_sweep(folder: Path) -> Iterator[Path]:
-    """Yields the status files that an earlier sweep has left in `folder`.
-
-    A folder that the user has named may also hold other sweeps, and files of this name from other programs.
-    """
+    """Returns the status files of the run or sweep in `folder`, and not those of sweeps in folders of it."""
+    found = []
     for path, folders, files in walk(folder):
         folders[:] = [name for name in folders if not (path / name / SWEEP_FILE).exists()]
         if STATUS_FILE in files:
-            with suppress(OSError, UnreadableError):
-                _read_status(path / STATUS_FILE)
-                yield path / STATUS_FILE
+            found.append(path / STATUS_FILE)
+    return sorted(found)
+
+
+def _left_by_a_sweep(folder: Path) -> Iterator[Path]:
+    """Yields the status files that an earlier sweep has left in `folder`, and not files of other programs."""
+    for path in _status_files(folder):
+        with suppress(OSError, UnreadableError):
+            _read_status(path)
+            yield path
 
 
 @contextmanager
@@ -311,12 +321,14 @@ def _refuse_while_jobs_wait(folder: Path) -> None:
     facts = _announced(folder)
     if facts is None or facts["ended"] or not facts["outlive"]:
         return
-    waiting = {job["status"].number for job in facts["jobs"]}
+    waiting = {job["status"].number: job["status"] for job in facts["jobs"]}
     for file in _status_files(folder):
         with suppress(OSError, UnreadableError):
             status = _read_status(file)
-            if status.state in (*GOOD, FAILED):  # SLURM may restart a job in any other state
-                waiting.discard(status.number)
+            # SLURM may restart a job in any other state.
+            has_ended = status.state in (*GOOD, FAILED)
+            if has_ended and status.number in waiting and _is_of(status, waiting[status.number]):
+                del waiting[status.number]
     if waiting:
         raise StoreError(
             f"{folder} is the folder of an earlier sweep, whose jobs {compact_ranges(waiting)} may still start on "

@@ -135,6 +135,30 @@ def test_a_sweep_does_not_take_the_folder_of_one_whose_jobs_run(tmp_path: Path) 
         assert states(tmp_path / "1") == {"a": "queued"}
 
 
+def test_jobs_of_other_sweeps_and_runs_in_its_folder_are_not_those_of_a_sweep(tmp_path: Path) -> None:
+    """They have the same numbers: a job that failed was done, and settings of jobs that wait were replaced."""
+    folder, (job,) = tmp_path / "1", planned(tmp_path / "a")
+    others = planned(tmp_path / "b", tmp_path / "c")
+    with pytest.raises(Stopped), announced(folder, [job], outlive=True):
+        raise Stopped
+    with announced(folder / "again", others[:1], outlive=False), begin(folder / "again" / "0", others[0].config):
+        pass
+    single = Status.here(0, others[1].config)
+    (folder / "run").mkdir()
+    for path in (folder / "again" / "0", folder / "run"):
+        single.succeed(7, None)
+        with recorded(single, path):
+            pass
+    assert {number: status.state for number, status in sweep.statuses(folder).items()} == {0: sweep.QUEUED}
+    with pytest.raises(StoreError, match="jobs 0 may still start on SLURM"), announced(folder, [job], outlive=True):
+        pass
+    found = Status.here(0, job.config)
+    (folder / "0").mkdir()
+    with recorded(found, folder / "0"):
+        found.fail("no luck")
+    assert sweep.statuses(folder)[0].error == "no luck"
+
+
 def test_settings_that_no_job_could_read_are_not_submitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweep, "LARGE", 1000)
     with (

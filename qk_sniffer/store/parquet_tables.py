@@ -29,6 +29,10 @@ from qk_sniffer.text import in_mb
 MOST_EXPANSION = 2_000
 """The largest ratio of the rows in memory to the file. Files of vectors that are all 0 have 300."""
 
+_MEMORY_OF_SEGMENTS = 10
+"""The memory that the runs of segments take for each byte of their text: 64 bytes for a run of 8 characters or more,
+and copies of the text."""
+
 UNREADABLE = (OSError, ValueError, MemoryError, pa.ArrowException)
 """The errors of pyarrow for a damaged file."""
 
@@ -153,6 +157,8 @@ def read_matrix(column: pa.ChunkedArray) -> npt.NDArray[Any]:
 
 def _segments_problem(table: pa.Table, manifest: Mapping[str, Any]) -> str | None:
     """Returns what is wrong with the segments of examples whose other columns are right; None if nothing is."""
+    if problem := too_large(_MEMORY_OF_SEGMENTS * int(table["segments"].nbytes)):
+        return problem
     try:
         found = TextSegments.of(table["segments"].to_pylist(), table["num_tokens"].to_pylist()).num_tokens()
     except ValueError as error:

@@ -25,6 +25,7 @@ from qk_sniffer.config import from_dict
 from qk_sniffer.errors import ConfigError, SourceError, StoreError
 from qk_sniffer.jobs import segment_names
 from qk_sniffer.store import manifest as manifests
+from qk_sniffer.store import parquet_tables
 from qk_sniffer.validation import problems
 
 FEW: dict[str, Any] = {"layers": [0, 1], "heads": [0, 3]}
@@ -311,3 +312,13 @@ def test_settings_of_segments_need_a_source_with_segments() -> None:
     assert line.startswith("capture.capture_offsets is true, but dataset.tokens_column")
     [line] = lines(sampler={"segments": []}, dataset={"messages_column": "messages"})
     assert line.startswith("sampler.segments is []")
+
+
+def test_segments_that_do_not_fit_in_memory_are_refused(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = qk_sniffer.open_dataset(whole).examples
+    enough = 10 * table["segments"].nbytes
+    monkeypatch.setattr(parquet_tables, "available_memory", lambda: enough - 1)
+    with pytest.raises(StoreError, match="does not fit in memory: its rows take"):
+        _ = qk_sniffer.open_dataset(whole).examples
+    monkeypatch.setattr(parquet_tables, "available_memory", lambda: enough)
+    assert qk_sniffer.open_dataset(whole).examples.equals(table)

@@ -188,21 +188,30 @@ class Dataset:
             raise UnreadableError(path, "is of a head that no layer in manifest.json has", WAY_OUT)
         return path, schema(listed.head_dim, self._capture)
 
-    def torch(self, heads: Sequence[HeadKey | tuple[int, int, str]], cache: str | Path | None = None) -> "TokenVectors":
+    def torch(
+        self, heads: Sequence[HeadKey | tuple[int, int, str] | str], cache: str | Path | None = None
+    ) -> "TokenVectors":
         """Returns the vectors of several heads, one item a token, as a dataset of torch for a training loop.
 
+        A head is `(layer, head, kind)`, or its name, such as `l00h00q`, under which the items have its vectors.
         The vectors are copied once to an uncompressed file, which takes 4 bytes a number on disk. Memory does not
         grow with the number of heads. It is in the folder `cache`, where later calls with the same heads find it again.
         Without `cache` it is in a temporary folder, which is removed together with the result.
 
         Raises:
-            StoreError: a head was not captured, the heads were not captured at the same tokens (`sampler.share=example`
-                does so in all layers), a file is missing or damaged, or `cache` cannot be written.
+            StoreError: a head was not captured, or a text is not the name of one; the heads were not captured at the
+                same tokens (`sampler.share=example` does so in all layers), a file is missing or damaged, or `cache`
+                cannot be written.
             HubError: a file cannot be fetched.
         """
-        from qk_sniffer.dataset.token_vectors import Source, check_same_tokens, token_vectors  # imports torch
+        from qk_sniffer.dataset.token_vectors import (
+            Source,
+            check_same_tokens,
+            head_keys,
+            token_vectors,
+        )  # imports torch
 
-        keys = [HeadKey(*key) for key in heads]
+        keys = head_keys(heads)
         sampler = from_dict({"sampler": self.manifest["config"]["sampler"]}).sampler
         check_same_tokens(keys, sampler)
         self.fetch(keys)

@@ -36,7 +36,7 @@ from qk_sniffer.config import SamplerConfig
 from qk_sniffer.errors import StoreError
 from qk_sniffer.store.disk import explained, make_folder, open_file, sync_file
 from qk_sniffer.store.files import Comparison
-from qk_sniffer.store.layout import KEY_HEAD_KINDS, HeadKey
+from qk_sniffer.store.layout import KEY_HEAD_KINDS, HeadKey, parse_head_name
 from qk_sniffer.store.open_folder import OddFileError, OpenFolder
 from qk_sniffer.store.parquet_tables import excess, opened, read_matrix
 from qk_sniffer.store.places import refuse_inside
@@ -160,6 +160,21 @@ def token_vectors(sources: Sequence[Source], cache: Path | None, way_out: str) -
             shutil.rmtree(folder, ignore_errors=True)
         raise
     return TokenVectors(path, sources, temporary=cache is None)
+
+
+def head_keys(heads: Sequence[HeadKey | tuple[int, int, str] | str]) -> list[HeadKey]:
+    """Returns the heads that are given as keys or as names.
+
+    Raises:
+        StoreError: a text is not the name of a head.
+    """
+    if isinstance(heads, str):
+        heads = [heads]
+    keys = [parse_head_name(head) if isinstance(head, str) else HeadKey(*head) for head in heads]
+    for head, key in zip(heads, keys, strict=True):
+        if key is None:
+            raise StoreError(f"{head!r} is not the name of a head: give one such as l00h00q, or (layer, head, kind)")
+    return [key for key in keys if key is not None]
 
 
 def check_same_tokens(keys: Sequence[HeadKey], sampler: SamplerConfig) -> None:

@@ -56,6 +56,14 @@ def test_each_item_has_the_vectors_of_one_token(
         tokens[len(tokens)]
 
 
+def test_heads_are_given_by_their_names_too(shared: qk_sniffer.Dataset) -> None:
+    by_key, by_name = shared.torch(HEADS)[3], shared.torch([key.name for key in HEADS])[3]
+    assert by_key.keys() == by_name.keys() and all(torch.equal(by_key[name], by_name[name]) for name in by_key)
+    for heads in (["l00h00q", "layer 1"], "l0h0q"):
+        with pytest.raises(StoreError, match="is not the name of a head: give one such as l00h00q"):
+            shared.torch(heads)
+
+
 def test_workers_read_every_token_once_in_an_order_that_follows_from_the_seed(shared: qk_sniffer.Dataset) -> None:
     tokens = shared.torch(HEADS)
 

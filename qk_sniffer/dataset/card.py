@@ -152,6 +152,7 @@ def _columns(facts: CardFacts) -> str:
         "char_end": "the character after the token's last one",
     }
     types = {"vector": f"list of {compact_ranges(head.head_dim for head in facts.heads)} float32"}
+    types["segment"] = "string (dictionary)"
     fields = schema(1, capture)
     lines = [(f"`{field.name}`", types.get(field.name, str(field.type)), meanings[field.name]) for field in fields]
     return "## Columns\n\n" + table(("column", "type", "meaning"), lines)

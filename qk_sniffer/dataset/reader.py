@@ -139,7 +139,7 @@ class Dataset:
         """
         if not self._capture.capture_segments:
             raise StoreError(f"{self} has no segments of rows: capture.capture_segments=true adds them")
-        column = self.table(layer, head, kind, ["segment"])["segment"].combine_chunks().dictionary_encode()
+        column = self.table(layer, head, kind, ["segment"])["segment"].unify_dictionaries().combine_chunks()
         names = np.array(column.dictionary.to_pylist(), np.object_)
         found: npt.NDArray[np.object_] = names[column.indices.to_numpy()]
         return found

@@ -282,8 +282,8 @@ class _Job:
         if kind == ATTENTION:
             return columns
         if self.segments is not None:
-            codes = self.segments.codes(at, position)
-            columns["segment"] = pa.array(self.segments.names, pa.string()).take(pa.array(codes))
+            codes = self.segments.codes(at, position).astype(np.int32)
+            columns["segment"] = pa.DictionaryArray.from_arrays(codes, pa.array(self.segments.names, pa.string()))
         tokens = {name: gather(name) for name in self._needed(kind)}
         if self.capture.capture_token_strings:
             columns["token_str"] = self._strings(tokens["token_id"])

@@ -291,8 +291,7 @@ def is_dataset_file(name: str) -> bool:
 def schema(head_dim: int, capture: CaptureConfig | None = None) -> pa.Schema:
     """Returns the columns of a head's file with the settings `capture`; None for the defaults.
 
-    The vector's numbers are nullable, as in every list type of pyarrow. Texts are plain strings, which the file encodes
-    by a dictionary: the bytes of a column of the dictionary type of Arrow do not follow from its rows.
+    The vector's numbers are nullable, as in every list type of pyarrow.
     """
     fields = [
         *(pa.field(name, pa.int32(), nullable=False) for name in KEY_COLUMNS),
@@ -302,7 +301,7 @@ def schema(head_dim: int, capture: CaptureConfig | None = None) -> pa.Schema:
     if capture is None:
         return pa.schema(fields)
     if capture.capture_segments:
-        fields.append(pa.field("segment", pa.string(), nullable=False))
+        fields.append(pa.field("segment", pa.dictionary(pa.int32(), pa.string()), nullable=False))
     if capture.capture_token_ids:
         fields.append(pa.field("token_id", pa.int32(), nullable=False))
     if capture.capture_token_strings:

@@ -50,7 +50,14 @@ class ParquetWriter:
         )
 
     def write(self, table: pa.Table) -> None:
-        """Adds `table` as one row group."""
+        """Adds `table` as one row group.
+
+        The dictionary of a column has its values in the order in which they occur, so that it follows from the rows.
+        """
+        for number, field in enumerate(table.schema):
+            if pa.types.is_dictionary(field.type):
+                values = table.column(number).cast(field.type.value_type).combine_chunks()
+                table = table.set_column(number, field, values.dictionary_encode())
         self._writer.write_table(table, row_group_size=max(1, table.num_rows))
         self._rows += table.num_rows
 

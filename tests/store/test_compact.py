@@ -87,7 +87,7 @@ def test_the_schema_is_the_contract(tmp_path: Path) -> None:
     ]
     asked = schema(HEAD_DIM, ALL_COLUMNS["capture"])
     assert [(field.name, field.type, field.nullable) for field in list(asked)[5:]] == [
-        ("segment", pa.string(), False),
+        ("segment", pa.dictionary(pa.int32(), pa.string()), False),
         ("token_id", pa.int32(), False),
         ("token_str", pa.string(), False),
         ("char_start", pa.int32(), True),

@@ -11,11 +11,13 @@ from itertools import islice
 from typing import TypeVar
 
 from qk_sniffer.config import InferenceConfig
+from qk_sniffer.corpus.contents import TokenIds
 from qk_sniffer.corpus.examples import Corpus, Example
 from qk_sniffer.corpus.tokens import HashOf, Tokenizer, Tokens, plain_hash
 from qk_sniffer.errors import SourceError
 from qk_sniffer.machine import trim_memory
 from qk_sniffer.store.journal import ExampleRecord
+from qk_sniffer.store.text_segments import encode
 from qk_sniffer.timing import Stages
 
 T = TypeVar("T")
@@ -142,6 +144,11 @@ def check_unchanged(
     example_id = record.example_id if record.part else example.example_id
     now = example.source_id, example_id, hash_of(example)
     if now == (record.source_id, record.example_id, record.text_hash):
+        if _has_other_segments(example, record):
+            raise _changed(
+                f"row {example.index} of the dataset (id {example.source_id}) has other segments than the example "
+                f"{origin}"
+            )
         return
     if now[2] == record.text_hash and now[0] != record.source_id:
         raise _changed(
@@ -196,6 +203,18 @@ def check_same_texts(
             )
     if left:
         raise _changed(f"row {min(left)} of the dataset has lost the text {origin}")
+
+
+def _has_other_segments(example: Example, record: ExampleRecord) -> bool:
+    """Whether token ids have other segments than those of `record`, whose hash has none. Conversations: False.
+
+    The segments of a conversation follow from its text and the chat template.
+    """
+    content = example.content
+    if record.segments is None or not isinstance(content, TokenIds) or content.segments is None:
+        return False
+    now = content.segments.between(record.first_token, record.first_token + record.num_tokens)
+    return encode(now.names, now.codes) != record.segments
 
 
 def check_same_segments(tokens: Tokens, record: ExampleRecord) -> None:

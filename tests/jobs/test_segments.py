@@ -236,10 +236,30 @@ def test_segments_that_have_changed_since_the_capture_prove_nothing(
     texts.write_text(lines)
     captured_only(checkpoint, texts, tmp_path / "out", monkeypatch, **SEGMENTS)
     texts.write_text(lines.replace('["user", 0]', '["tool", 0]'))
-    with pytest.raises(SourceError, match=r"has other segments than when it was captured: the source has changed"):
+    with pytest.raises(SourceError, match="has other segments than the example that was captured before the job"):
         run(checkpoint, texts, tmp_path / "out", **SEGMENTS)
     texts.write_text(lines)
     run(checkpoint, texts, tmp_path / "out", **SEGMENTS)
+
+
+@pytest.mark.parametrize("is_finished", [False, True])
+def test_rows_of_other_segments_are_not_added(
+    is_finished: bool, checkpoint: Path, segmented: Path, tmp_path: Path
+) -> None:
+    """The hash of token ids has no segments: a dataset had rows of both versions of its source."""
+    texts, root = tmp_path / "ids.jsonl", tmp_path / "out"
+    lines = segmented.read_text(encoding="utf-8")
+    texts.write_text(lines)
+    sections = SEGMENTS | ALONE | {"verify": {"examples": 0}}
+    if is_finished:
+        run(checkpoint, texts, root, **sections | {"dataset": COLUMNS | {"max_samples": 5}})
+    else:
+        stopped_after(7, checkpoint, texts, root, **sections)
+    texts.write_text(lines.replace('["user", 0]', '["tool", 0]'))
+    with pytest.raises(SourceError, match=r"has other segments than the example that .*: the source has changed"):
+        run(checkpoint, texts, root, **sections)
+    texts.write_text(lines)
+    run(checkpoint, texts, root, **sections)
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,9 @@ of effective_keys. A row with another num_keys is wrong.
 The measure of a head in an example is the root of the mean square over its rows. Where rounding can change single
 vectors wholly, in a model with experts or one that does not compute in float32, it is the median. A row with NaN or Inf
 is wrong, unless that of the derived vectors has them too. Where a measure is larger than its tolerance, each difference
-is less 4 times its change by logits that are rounded to the dtype of the model: the derived vectors have other rounding
-than the captured ones, which large logits magnify.
+is less several times its change by logits that are rounded to the dtype of the model: the derived vectors have other
+rounding than the captured ones, which large logits magnify. In 16 bits it grows with depth to many times the rounding
+of one number.
 
 Shapes: P rows, n keys, D bins of distances.
 """
@@ -34,6 +35,9 @@ from qk_sniffer.store.parquet_tables import read_matrix
 
 TOLERANCES = {"float32": 5e-3, "float16": 5e-2, "bfloat16": 1e-1}
 """The largest difference of a head in an example that counts as rounding, by the dtype of the model."""
+
+ROUNDINGS = {"float32": 4, "float16": 16, "bfloat16": 16}
+"""How many times the change by rounded logits does not count, by the dtype of the model."""
 
 MOST_ROWS = 8
 """The most rows that a pass compares in a layer: each costs attention to all its keys, in float64."""
@@ -71,7 +75,8 @@ class SummaryProof:
         self._files = files
         self._dtype = dtype
         self._uses_median = chooses or dtype != torch.float32
-        self._tolerance = TOLERANCES[str(dtype).removeprefix("torch.")]
+        name = str(dtype).removeprefix("torch.")
+        self._tolerance, self._roundings = TOLERANCES[name], ROUNDINGS[name]
         self._stored: dict[tuple[int, Head], pa.Table] = {}
         self._largest: dict[int, float] = {}
         self._compared: set[Head] = set()
@@ -151,7 +156,9 @@ class SummaryProof:
             # Logits beyond float16 are infinite if rounded.
             rounded = torch.where(rounded.isinf() & logits.isfinite(), logits, rounded)
             other = self._derived(rounded, sink, at, columns["top_position"])
-            found = difference([4 * _norm(changed - mine) for changed, mine in zip(other, exact, strict=True)])
+            found = difference(
+                [self._roundings * _norm(changed - mine) for changed, mine in zip(other, exact, strict=True)]
+            )
         self._largest[head.layer] = float(np.maximum(self._largest.get(head.layer, 0.0), found))  # NaN if one is
         self._compared.add(head)
         self._rows += int(counts.sum())

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from hydra import initialize_config_dir, initialize_config_module
+from hydra._internal.hydra import Hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import DictConfig
 
 from qk_sniffer.cli import renamed_keys
 from qk_sniffer.cli.application import CONFIG_MODULE, VERSION_BASE, Application
@@ -56,15 +58,33 @@ def only_prints(args: argparse.Namespace) -> bool:
 
 
 def show(application: Application[Any], task: Callable[[Any], Any]) -> int:
-    """Has Hydra answer such flags; returns the exit code."""
+    """Has Hydra answer such flags, of the config as a job has it; returns the exit code."""
     if isinstance(sys.stdout, TextIOWrapper):  # Hydra prints any value with `print`
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        application.run_hydra(task)
+        with _composes_prepared(application.prepare):
+            application.run_hydra(task)
     except Exception as error:  # for these flags Hydra does not handle errors
         say(explain(error, application.schema), to=sys.stderr)
         return 2
     return 0
+
+
+@contextmanager
+def _composes_prepared(prepare: Callable[[DictConfig], None]) -> Iterator[None]:
+    """Has Hydra print a config whose values that others refer to are derived: it prints before a task begins."""
+    compose = Hydra.compose_config
+
+    def composed(self: Hydra, *args: Any, **options: Any) -> DictConfig:
+        node = compose(self, *args, **options)
+        prepare(node)
+        return node
+
+    Hydra.compose_config = composed  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Hydra.compose_config = compose  # type: ignore[method-assign]
 
 
 @contextmanager

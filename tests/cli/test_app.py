@@ -136,6 +136,17 @@ def test_hydras_own_flags_work(light: dict[str, str], tmp_path: Path) -> None:
     assert not (tmp_path / "outputs").exists()
 
 
+def test_a_printed_config_has_the_slugs_that_its_values_refer_to(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = ("model=hf", "model.name=org/Foo", "dataset=hf", "dataset.path=org/some_Texts")
+    root = "output.data_root=x/${model.slug}/${dataset.slug}"
+    monkeypatch.setattr(sys, "argv", ["qk_sniffer", "--cfg", "job", "--resolve", *values, root])
+    assert app.main() == 0
+    printed = capsys.readouterr().out
+    assert "data_root: x/foo/some_texts" in printed and "slug: foo" in printed
+
+
 def test_a_job_that_ends_well(light: dict[str, str], tmp_path: Path) -> None:
     done = sniff(light, tmp_path, *MODEL)
     assert (done.returncode, done.stdout) == (0, "running with seed 0\n")

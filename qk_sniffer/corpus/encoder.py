@@ -29,7 +29,6 @@ class Encoder:
         split: bool,
         always: bool,
         offsets: bool,
-        cuts: bool,
     ) -> None:
         """Takes a tokenizer of transformers.
 
@@ -39,17 +38,16 @@ class Encoder:
             split: whether texts are split.
             always: whether parts get special tokens that the text has already.
             offsets: whether the characters of tokens are found.
-            cuts: whether long texts are cut, before they are tokenized.
         """
         tokenizer.truncation_side = "right"
         self._added = tokenizer.num_special_tokens_to_add(pair=False) if special is None else len(special)
         self._tokenizer, self._special, self._max_length = tokenizer, special, max_length
-        self._splits, self._adds_always, self._offsets, self._cuts = split, always, offsets, cuts
+        self._splits, self._adds_always, self._offsets = split, always, offsets
         self._long = LongTexts(tokenizer, max_length + self._added + 1)
 
     def is_made_in_pieces(self, text: str) -> bool:
         """Whether a text is long, and its parts can be made one after another."""
-        return self._splits and self._cuts and self._long.is_long(text)
+        return self._splits and self._long.is_long(text)
 
     def pieces(self, text: str) -> Iterator[Encoded]:
         """Yields the parts of a text, which is tokenized in pieces."""
@@ -70,7 +68,7 @@ class Encoder:
         return self._special.parts(pieces, self._max_length, always=self._adds_always)
 
     def _encode_beginnings(self, texts: Sequence[str]) -> Iterator[Encoded]:
-        parts = [self._long.beginning(text) if self._cuts else text for text in texts]
+        parts = [self._long.beginning(text) for text in texts]
         for text, part, encoded in zip(texts, parts, self._encode_whole(parts), strict=True):
             if len(part) == len(text):
                 yield encoded

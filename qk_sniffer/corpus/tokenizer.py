@@ -188,7 +188,6 @@ class TextTokenizer:
             split=self._splits,
             always=self._adds_always,
             offsets=offsets or self._segments is not None,
-            cuts=chat is None,
         )
         self._skipped = 0
         self._num_embeddings: int | None = None

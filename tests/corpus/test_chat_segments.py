@@ -3,12 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.chats import CHATML, THINKING, TRIMMED, save_chat_tokenizer
 
 from qk_sniffer.config import ChatConfig, ModelConfig, TokenizerConfig
+from qk_sniffer.corpus import long_texts
 from qk_sniffer.corpus.contents import Conversation, text_hash
 from qk_sniffer.corpus.examples import Example
 from qk_sniffer.corpus.segments import OF_CONVERSATIONS
@@ -20,8 +22,8 @@ pytestmark = pytest.mark.floor
 Turn = dict[str, Any]
 
 
-def loaded(folder: Path, max_length: int = 4096, **chat: Any) -> TextTokenizer:
-    model = ModelConfig(name=str(folder), tokenizer=TokenizerConfig(max_length=max_length))
+def loaded(folder: Path, max_length: int = 4096, overlong: str = "truncate", **chat: Any) -> TextTokenizer:
+    model = ModelConfig(name=str(folder), tokenizer=TokenizerConfig(max_length=max_length, overlong=overlong))
     return load_tokenizer(model, chat=ChatConfig(**chat), segments=True)
 
 
@@ -188,6 +190,25 @@ def test_segments_are_cut_with_the_tokens(folders: dict[str, Path]) -> None:
     [whole], [cut] = loaded(folders["chatml"])([example]), loaded(folders["chatml"], 9)([example])
     assert whole.segments is not None and cut.segments is not None
     assert cut.segments.codes.tolist() == whole.segments.codes[:9].tolist()
+
+
+def test_a_long_conversation_has_the_tokens_and_segments_of_the_whole(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prose = "It is a statement, with the list of names. " * 40
+    example = Example(0, 0, "0", Conversation([user(prose), {"role": "assistant", "content": prose}]))
+    [whole] = loaded(folders["chatml"])([example])
+    monkeypatch.setattr(long_texts, "WHOLE_CHARACTERS", 0)
+    monkeypatch.setattr(long_texts, "WHOLE_CHARACTERS_PER_TOKEN", 0)
+    [cut] = loaded(folders["chatml"], 50)([example])
+    assert whole.segments is not None and cut.segments is not None
+    assert cut.left_out is None and cut.ids.tolist() == whole.ids[:50].tolist()
+    assert cut.segments.codes.tolist() == whole.segments.codes[:50].tolist()
+    monkeypatch.setattr(long_texts, "PIECE_CHARACTERS", 300)
+    parts = loaded(folders["chatml"], 50, "split")([example])
+    assert np.concatenate([part.ids for part in parts]).tolist() == whole.ids.tolist()
+    codes = [part.segments.codes for part in parts if part.segments is not None]
+    assert np.concatenate(codes).tolist() == whole.segments.codes.tolist()
 
 
 REFUSED = {

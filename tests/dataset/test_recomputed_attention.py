@@ -57,6 +57,24 @@ def test_they_are_those_of_the_eager_kernel(name: str, folder_of: FolderOf, tmp_
             np.testing.assert_allclose(part.weights, of_all, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_recorded_weights_times_values_are_the_outputs(name: str, folder_of: FolderOf, tmp_path: Path) -> None:
+    case, path = BY_NAME[name], tmp_path / "text.jsonl"
+    path.write_text(json.dumps({"text": TEXTS[15]}) + "\n")
+    capture = {"capture_values": True, "capture_outputs": True, "attention": {"enabled": True}}
+    dataset = qk_sniffer.open_dataset(run(folder_of(case), path, tmp_path / "all", capture=capture, **OFF))
+    config = case.config().get_text_config()
+    for layer in case.layers:
+        for head in (0, config.num_attention_heads - 1):
+            logsumexp = dataset.attention_summary(layer, head).logsumexp
+            weights = np.exp(dataset.logits(layer, head, 0).logits - logsumexp[:, None].astype(np.float64))
+            key_head = head * config.num_key_value_heads // config.num_attention_heads
+            values = dataset.vectors(layer, key_head, "v").vectors
+            np.testing.assert_allclose(
+                weights @ values, dataset.vectors(layer, head, "o").vectors, rtol=1e-4, atol=1e-5
+            )
+
+
 def test_weights_without_all_keys_are_refused(undisturbed: Callable[..., Path]) -> None:
     few = {"type": "uniform", "base_rate": 4.0}
     dataset = qk_sniffer.open_dataset(undisturbed(sampler=few))

@@ -1,7 +1,9 @@
 """Reads the content of an example from the columns of its row."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any, NoReturn, Protocol
 
 import numpy as np
@@ -15,6 +17,9 @@ _LARGEST_ID = 2**31 - 1
 
 _MOST_MESSAGES = 10_000
 """The most messages of a conversation. The time that some templates take grows with the square of the number."""
+
+_MOST_LEVELS = 100
+"""The deepest nesting of values in a message. Functions that follow it call themselves at each level."""
 
 _MOST_SEGMENTS, _MOST_NAME = 1_000, 100
 """The most different segments of an example, and the most characters of a segment's name."""
@@ -115,6 +120,8 @@ class MessagesColumn:
                 f"has {len(messages):,} messages in column {self.column!r}, more than {_MOST_MESSAGES:,}: split the "
                 "conversation"
             )
+        if _is_deep(messages):
+            raise ContentError(f"has values nested deeper than {_MOST_LEVELS} levels in column {self.column!r}")
         if self._drops_nulls and not isinstance(value, str):
             messages = [_without_nulls(message) for message in messages]
         if not len(messages):
@@ -255,10 +262,19 @@ def _parsed(value: Any, column: str) -> Any:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        repeated = next(name for name in names if names.count(name) > 1)
+        [(repeated, _)] = Counter(name for name, _ in pairs).most_common(1)
         raise ValueError(f"an object has the key {_shown(repeated)} twice")
     return found
+
+
+def _is_deep(messages: Iterable[Any]) -> bool:
+    level = [*messages]
+    for _ in range(_MOST_LEVELS):
+        inner = (one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list))
+        level = [*chain.from_iterable(inner)]
+        if not level:
+            return False
+    return True
 
 
 def _without_nulls(value: Any) -> Any:

@@ -13,6 +13,9 @@ from qk_sniffer.corpus.contents import Conversation, TokenIds
 
 HELLO = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
 PARTS = [{"role": "user", "content": [{"type": "text", "text": "Hello"}, {"type": "text", "text": " there"}]}]
+NESTED: list[Any] = []
+for _ in range(200):
+    NESTED = [{"arguments": NESTED}]
 
 
 def contents(path: Path, **options: Any) -> list[Any]:
@@ -68,6 +71,8 @@ def test_fields_that_a_type_fills_up_with_null_are_missing(tmp_path: Path) -> No
         ([{"role": "user", "content": ["a"]}], "has content of the type 'a' in message 0"),
         ("[{", "row 1 has a text in column 'm' that is no JSON"),
         ('[{"role": "user", "role": "system", "content": "a"}]', "an object has the key 'role' twice"),
+        ("[{" + "".join(f'"{n}":1,' for n in range(50_000)) + '"7":2}]', "an object has the key '7' twice"),
+        ([HELLO[0] | {"tool_calls": NESTED}], "row 1 has values nested deeper than 100 levels in column 'm'"),
         ({"role": "user"}, "row 1 holds dict, not messages, in column 'm'. Set dataset.messages_column to a column of"),
         ([HELLO[0]] * 10_001, "row 1 has 10,001 messages in column 'm', more than 10,000"),
     ],

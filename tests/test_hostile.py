@@ -21,7 +21,7 @@ from qk_sniffer.dataset.summary import show
 from qk_sniffer.dataset.verify import verify
 from qk_sniffer.errors import StoreError
 from qk_sniffer.hub.catalogue import update_catalogue
-from qk_sniffer.jobs import status, sweep
+from qk_sniffer.jobs import job_status, status, sweep
 from qk_sniffer.resolved import resolve
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.files import Folder
@@ -111,7 +111,7 @@ def test_tables_and_messages_of_jobs(
 ) -> None:
     settings = {"model": {"name": "org/m"}, "output": {"data_root": str(tmp_path / TERMINAL)}}
     job = sweep.PlannedJob(0, (f"model.name={NAME}",), resolve(from_dict(settings)))
-    found = sweep.Status.of(0, job.config, state=sweep.FAILED)
+    found = job_status.Status.of(0, job.config, state=job_status.FAILED)
     found.host, found.error, found.url = TERMINAL, NAME, f"https://hub/{TERMINAL}"
     tables = [sweep.table([job], {0: found}), status.table([status.Line(found)])]
     for text in tables:

@@ -29,7 +29,7 @@ from qk_sniffer.cli.schema import Schema
 from qk_sniffer.config import Config, from_omegaconf, register
 from qk_sniffer.errors import ConfigError, QkSnifferError
 from qk_sniffer.hub.endpoint import check_address
-from qk_sniffer.jobs import sweep
+from qk_sniffer.jobs import job_status, sweep
 from qk_sniffer.jobs.signals import WARNING, Stopped, Stopping
 from qk_sniffer.logs import escape_libraries, logger
 from qk_sniffer.resolved import ResolvedConfig, fill_slugs, resolve
@@ -77,16 +77,16 @@ def task(node: DictConfig) -> str:
         # Hydra composes `node` in the job, from files that may have changed since the job was submitted.
         is_sweep = hydra_config.mode == RunMode.MULTIRUN
         config = (sweep.submitted(Path(hydra_config.sweep.dir), number) if is_sweep else None) or composed
-        status = sweep.Status.here(number, config)
-        with sweep.recorded(status, folder):
+        status = job_status.Status.here(number, config)
+        with job_status.recorded(status, folder):
             _run_job(config, status, folder)
     except QkSnifferError as error:
         log.error("%s", error)
-        return sweep.FAILED
+        return job_status.FAILED
     return status.state
 
 
-def _run_job(config: ResolvedConfig, status: sweep.Status, folder: Path) -> None:
+def _run_job(config: ResolvedConfig, status: job_status.Status, folder: Path) -> None:
     """Runs a job, and notes its end in its status."""
     try:
         with Stopping():
@@ -105,13 +105,13 @@ def _run_job(config: ResolvedConfig, status: sweep.Status, folder: Path) -> None
         status.fail(f"{type(error).__name__}: {error}")
 
 
-def _stopped(stopped: Stopped, status: sweep.Status, folder: Path) -> None:
+def _stopped(stopped: Stopped, status: job_status.Status, folder: Path) -> None:
     """Ends a job that a signal stopped. Requeues it if the signal is the warning before its time limit."""
     if "SUBMITIT_EXECUTOR" not in os.environ:
         raise stopped
     log.warning("%s", stopped)
     if stopped.number == WARNING:
-        status.state = sweep.REQUEUED
+        status.state = job_status.REQUEUED
         status.write(folder)
         try:
             signal.raise_signal(WARNING)  # submitit handles it: it requeues the job and exits
@@ -145,7 +145,7 @@ def _run(jobs: Sequence[sweep.PlannedJob], composer: Composer[ResolvedConfig]) -
         say_text(sweep.table(jobs, found))
         say(f"Logs: {launch.folder}")
     codes = [found[job.number].code if job.number in found else 1 for job in jobs]
-    all_done = all(job.number in found and found[job.number].state in sweep.GOOD for job in jobs)
+    all_done = all(job.number in found and found[job.number].state in job_status.GOOD for job in jobs)
     if launch.is_announced and all_done:
         return 0  # the launcher may have given up on a job that SLURM restarted
     return code or (0 if all_done else min((code for code in codes if code), default=1))

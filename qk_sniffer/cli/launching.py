@@ -23,7 +23,7 @@ from omegaconf import DictConfig
 import qk_sniffer
 from qk_sniffer.cli.queue_watch import QueueWatch
 from qk_sniffer.errors import QkSnifferError, StoreError
-from qk_sniffer.jobs import sweep
+from qk_sniffer.jobs import job_status, sweep
 from qk_sniffer.jobs.sweep import PlannedJob
 from qk_sniffer.store.disk import explained
 from qk_sniffer.store.open_folder import OpenFolder
@@ -94,7 +94,7 @@ class Launch:
         """Waits, after an interrupt, until the jobs that end with this command have written their status."""
         deadline = time.monotonic() + SETTLE_S
         while self._slurm_folder is None and self.folder is not None and time.monotonic() < deadline:
-            if all(status.state != sweep.RUNNING for status in sweep.statuses(self.folder).values()):
+            if all(status.state != job_status.RUNNING for status in sweep.statuses(self.folder).values()):
                 return
             time.sleep(0.2)
 

@@ -11,9 +11,10 @@ from typing import Any
 from tqdm import tqdm
 
 from qk_sniffer.errors import StoreError
-from qk_sniffer.jobs import slurm, sweep
+from qk_sniffer.jobs import job_status, slurm, sweep
+from qk_sniffer.jobs.job_status import STATUS_FILE, Status
 from qk_sniffer.jobs.progress import read_progress
-from qk_sniffer.jobs.sweep import STATUS_FILE, SWEEP_FILE, Status
+from qk_sniffer.jobs.sweep import SWEEP_FILE
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.disk import walk
 from qk_sniffer.store.layout import Layout, is_ours
@@ -65,7 +66,7 @@ def look(folder: Path, left_out: Callable[[StoreError], None] = lambda _: None) 
         if root not in known:
             statuses += _of_dataset(Layout(path), left_out)
     # A successful job without a data root: the dataset was removed or moved.
-    existing = (status for status in statuses if status.state not in sweep.GOOD or _exists(status.data_root))
+    existing = (status for status in statuses if status.state not in job_status.GOOD or _exists(status.data_root))
     return [_line(status) for status in sorted(existing, key=lambda status: (status.data_root, status.shard_index))]
 
 
@@ -74,7 +75,7 @@ def with_reasons(lines: list[Line], reasons: slurm.Reasons) -> list[Line]:
     in_queue = {
         number: line.status.slurm_job_id
         for number, line in enumerate(lines)
-        if line.status.state in (sweep.QUEUED, sweep.REQUEUED) and line.status.slurm_job_id is not None
+        if line.status.state in (job_status.QUEUED, job_status.REQUEUED) and line.status.slurm_job_id is not None
     }
     found = reasons.of(set(in_queue.values()))
     return [
@@ -134,12 +135,12 @@ def _walk(folder: Path) -> Iterator[Path]:
 def _counts(status: Status) -> tuple[bool, bool, float]:
     """Orders the statuses of one dataset: a running job last, the latest before it, one that never started first."""
     ended = status.since + status.seconds
-    return status.state == sweep.RUNNING, status.state != sweep.NOT_STARTED, ended
+    return status.state == job_status.RUNNING, status.state != job_status.NOT_STARTED, ended
 
 
 def _read(file: Path, left_out: Callable[[StoreError], None]) -> list[Status]:
     try:
-        return [*sweep.queued(file.parent)] if file.name == SWEEP_FILE else [sweep.read_status(file)]
+        return [*sweep.queued(file.parent)] if file.name == SWEEP_FILE else [job_status.read_status(file)]
     except StoreError as error:
         left_out(error)
     except OSError:
@@ -150,10 +151,10 @@ def _read(file: Path, left_out: Callable[[StoreError], None]) -> list[Status]:
 def _now(status: Status) -> Status:
     """The status, or that of a finished job if another job finished the dataset of this failed one later."""
     layout = Layout(Path(status.data_root))
-    if status.state in (sweep.FAILED, sweep.INTERRUPTED) and not os.path.lexists(layout.job_file):
+    if status.state in (job_status.FAILED, job_status.INTERRUPTED) and not os.path.lexists(layout.job_file):
         with suppress(OSError):
             if layout.manifest.stat().st_mtime > status.since + status.seconds:
-                return replace(status, state=sweep.DONE, error=None, code=0)
+                return replace(status, state=job_status.DONE, error=None, code=0)
     return status
 
 
@@ -165,7 +166,7 @@ def _of_dataset(layout: Layout, left_out: Callable[[StoreError], None]) -> list[
             return _of_shards(layout, record)
         if os.path.lexists(layout.manifest):
             slug = manifests.read(layout.root)["config"]["model"]["slug"]
-            return [Status(0, str(layout.root.absolute()), slug, state=sweep.DONE)]
+            return [Status(0, str(layout.root.absolute()), slug, state=job_status.DONE)]
     except StoreError as error:
         left_out(error)
     except OSError:
@@ -183,9 +184,9 @@ def _of_shards(layout: Layout, record: dict[str, Any]) -> list[Status]:
         if is_held(lock) and (by := holder(lock)) is not None:
             status.host, status.slurm_job_id = by.host, by.slurm_job_id
         elif read_mark(layout, index, count, record["job_id"]) is not None:
-            status.state = sweep.DONE
+            status.state = job_status.DONE
         else:
-            status.state = sweep.INTERRUPTED
+            status.state = job_status.INTERRUPTED
         statuses.append(status)
     return statuses
 
@@ -193,10 +194,10 @@ def _of_shards(layout: Layout, record: dict[str, Any]) -> list[Status]:
 def _line(status: Status) -> Line:
     layout = Layout(Path(status.data_root))
     progress = read_progress(layout.progress(status.shard_index, status.shard_count))
-    if status.state == sweep.RUNNING:
+    if status.state == job_status.RUNNING:
         status.seconds = max(time.time() - status.since, 0.0)
-    if progress and status.state != sweep.NOT_STARTED:
-        is_running = status.state == sweep.RUNNING and progress["at"] >= status.since
+    if progress and status.state != job_status.NOT_STARTED:
+        is_running = status.state == job_status.RUNNING and progress["at"] >= status.since
         return Line(
             status,
             progress["examples"],
@@ -205,7 +206,7 @@ def _line(status: Status) -> Line:
             progress["seconds_left"] if is_running else None,
             progress["rows"],
         )
-    if status.shard_count == 1 and status.state in (*sweep.GOOD, sweep.FAILED):
+    if status.shard_count == 1 and status.state in (*job_status.GOOD, job_status.FAILED):
         with suppress(OSError, StoreError):
             manifest = manifests.read(layout.root)
             return Line(status, manifests.texts(manifest)[1], rows=manifest["rows"])

@@ -31,8 +31,9 @@ from qk_sniffer.errors import QkSnifferError
 from qk_sniffer.hub.branch import Branch
 from qk_sniffer.jobs import components, hub_resume, sweep
 from qk_sniffer.jobs.finalize import finalize
+from qk_sniffer.jobs.job_status import Status
 from qk_sniffer.jobs.run import run_job
-from qk_sniffer.jobs.sweep import PlannedJob, Status
+from qk_sniffer.jobs.sweep import PlannedJob
 from qk_sniffer.plasticity import compare, tables
 from qk_sniffer.plasticity.results import Results
 from qk_sniffer.resolved import resolve

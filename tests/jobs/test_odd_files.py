@@ -13,9 +13,10 @@ import pytest
 from qk_sniffer.config import MOST_SHARDS, Config, DatasetConfig, ModelConfig, OutputConfig, ShardConfig
 from qk_sniffer.errors import StoreError
 from qk_sniffer.hub.branch import Branch
-from qk_sniffer.jobs import hub_resume, sweep
+from qk_sniffer.jobs import hub_resume, job_status, sweep
+from qk_sniffer.jobs.job_status import Status
 from qk_sniffer.jobs.status import look
-from qk_sniffer.jobs.sweep import PlannedJob, Status, announced
+from qk_sniffer.jobs.sweep import PlannedJob, announced
 from qk_sniffer.resolved import resolve
 from qk_sniffer.status import Settings, show
 from qk_sniffer.store.layout import Layout
@@ -31,7 +32,7 @@ def job(root: Path, number: int = 0) -> PlannedJob:
 def status_file(folder: Path, root: Path, **changes: Any) -> Path:
     folder.mkdir(parents=True)
     Status.of(0, job(root).config, state="failed").write(folder)
-    file = folder / sweep.STATUS_FILE
+    file = folder / job_status.STATUS_FILE
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
     return file
 
@@ -67,10 +68,10 @@ def test_an_odd_status_is_named_and_the_others_are_shown(
 def test_other_things_of_the_name_of_a_status(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for number in range(4):
         (tmp_path / str(number)).mkdir()
-    (tmp_path / "0" / sweep.STATUS_FILE).symlink_to(status_file(tmp_path / "good", tmp_path / "a"))
-    os.mkfifo(tmp_path / "1" / sweep.STATUS_FILE)
+    (tmp_path / "0" / job_status.STATUS_FILE).symlink_to(status_file(tmp_path / "good", tmp_path / "a"))
+    os.mkfifo(tmp_path / "1" / job_status.STATUS_FILE)
     (tmp_path / "2" / sweep.SWEEP_FILE).symlink_to("sweep.json")
-    (tmp_path / "3" / sweep.STATUS_FILE).mkdir()
+    (tmp_path / "3" / job_status.STATUS_FILE).mkdir()
     assert len(look(tmp_path)) == 1
     assert show(Settings(tmp_path)) == 0
     told = capsys.readouterr().err

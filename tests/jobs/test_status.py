@@ -17,9 +17,10 @@ from qk_sniffer import status
 from qk_sniffer.cli import program
 from qk_sniffer.config import Config, ShardConfig, from_dict
 from qk_sniffer.errors import ConfigError, StoreError
-from qk_sniffer.jobs import sweep
+from qk_sniffer.jobs import job_status, sweep
+from qk_sniffer.jobs.job_status import Status, recorded
 from qk_sniffer.jobs.status import look, table
-from qk_sniffer.jobs.sweep import PlannedJob, Status, announced, recorded
+from qk_sniffer.jobs.sweep import PlannedJob, announced
 from qk_sniffer.resolved import resolve
 from qk_sniffer.status import Settings, show
 from qk_sniffer.store.layout import Layout
@@ -100,7 +101,7 @@ def test_a_sweep_does_not_take_the_folder_of_one_whose_jobs_may_still_start(tmp_
     with pytest.raises(Stopped), announced(tmp_path / "1", jobs, outlive=True):
         raise Stopped
     before = (tmp_path / "1" / "sweep.json").read_bytes()
-    for number, state in ((0, sweep.DONE), (1, sweep.INTERRUPTED)):
+    for number, state in ((0, job_status.DONE), (1, job_status.INTERRUPTED)):
         (tmp_path / "1" / str(number)).mkdir()
         Status.of(number, jobs[number].config, state=state).write(tmp_path / "1" / str(number))
     with (
@@ -111,7 +112,7 @@ def test_a_sweep_does_not_take_the_folder_of_one_whose_jobs_may_still_start(tmp_
     assert (tmp_path / "1" / "sweep.json").read_bytes() == before
     for number in (1, 2):
         (tmp_path / "1" / str(number)).mkdir(exist_ok=True)
-        Status.of(number, jobs[number].config, state=sweep.FAILED).write(tmp_path / "1" / str(number))
+        Status.of(number, jobs[number].config, state=job_status.FAILED).write(tmp_path / "1" / str(number))
     with announced(tmp_path / "1", jobs[:1], outlive=True):
         assert states(tmp_path / "1") == {"a": "queued"}
     with announced(tmp_path / "1", jobs[1:], outlive=True):  # the command before has waited for its jobs
@@ -149,7 +150,7 @@ def test_jobs_of_other_sweeps_and_runs_in_its_folder_are_not_those_of_a_sweep(tm
         single.succeed(7, None)
         with recorded(single, path):
             pass
-    assert {number: status.state for number, status in sweep.statuses(folder).items()} == {0: sweep.QUEUED}
+    assert {number: status.state for number, status in sweep.statuses(folder).items()} == {0: job_status.QUEUED}
     with pytest.raises(StoreError, match="jobs 0 may still start on SLURM"), announced(folder, [job], outlive=True):
         pass
     found = Status.here(0, job.config)
@@ -172,7 +173,7 @@ def test_settings_that_no_job_could_read_are_not_submitted(tmp_path: Path, monke
 def test_the_error_of_a_job_shows_no_secret_to_later_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qk_sniffer.text._hidden", ())
     hide_in_address("https://me:a-password@host/a-token")
-    found = Status.of(0, planned(tmp_path / "a")[0].config, state=sweep.RUNNING)
+    found = Status.of(0, planned(tmp_path / "a")[0].config, state=job_status.RUNNING)
     found.fail("RuntimeError: https://me:a-password@host/a-token\x1b")
     assert found.error == "RuntimeError: https://***@host/***\\x1b"
 
@@ -183,7 +184,7 @@ import os
 from pathlib import Path
 from qk_sniffer.config import from_dict
 from qk_sniffer.resolved import resolve
-from qk_sniffer.jobs.sweep import Status, recorded
+from qk_sniffer.jobs.job_status import Status, recorded
 config = resolve(from_dict({{"model": {{"name": "org/m"}}, "output": {{"data_root": {str(tmp_path / "a")!r}}}}}))
 with recorded(Status.here(0, config), Path({str(tmp_path)!r})):
     os.kill(os.getpid(), 9)
@@ -410,7 +411,7 @@ def test_what_cannot_be_read_is_not_in_the_way(tmp_path: Path) -> None:
         (tmp_path / f"1-{number}").mkdir()
         (tmp_path / f"1-{number}" / sweep.SWEEP_FILE).write_text(text)
     (tmp_path / "2").mkdir()
-    (tmp_path / "2" / sweep.STATUS_FILE).write_text('{"other": 1}')
+    (tmp_path / "2" / job_status.STATUS_FILE).write_text('{"other": 1}')
     (tmp_path / "3" / ".qk_sniffer").mkdir(parents=True)
     (tmp_path / "3" / ".qk_sniffer" / "job.json").write_text("{}")
     (tmp_path / "4").mkdir()
@@ -418,10 +419,10 @@ def test_what_cannot_be_read_is_not_in_the_way(tmp_path: Path) -> None:
     assert look(tmp_path) == []
 
 
-@pytest.mark.parametrize("name", [sweep.STATUS_FILE, sweep.SWEEP_FILE])
+@pytest.mark.parametrize("name", [job_status.STATUS_FILE, sweep.SWEEP_FILE])
 def test_a_path_that_no_file_has_is_left_out(name: str, tmp_path: Path) -> None:
     status = {"number": 0, "data_root": "\ud800", "model": "m"}
-    facts = status if name == sweep.STATUS_FILE else {"outlive": False, "ended": True, "jobs": [job_of(status)]}
+    facts = status if name == job_status.STATUS_FILE else {"outlive": False, "ended": True, "jobs": [job_of(status)]}
     (tmp_path / name).write_text(json.dumps(facts))
     left_out: list[StoreError] = []
     assert look(tmp_path, left_out.append) == [] and sweep.statuses(tmp_path) == {}

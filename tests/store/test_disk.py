@@ -10,7 +10,7 @@ from support.surroundings import deepen
 from qk_sniffer.config import DatasetConfig
 from qk_sniffer.corpus.examples import open_corpus
 from qk_sniffer.errors import StoreError
-from qk_sniffer.jobs import sweep
+from qk_sniffer.jobs import job_status, sweep
 from qk_sniffer.jobs.status import look
 from qk_sniffer.store.disk import remove, walk
 from qk_sniffer.store.open_folder import PLAIN, Checked, OpenFolder
@@ -44,7 +44,7 @@ def test_a_deep_folder_of_someone_else_hides_nothing_and_is_no_error(tmp_path: P
     deep, sweeps = tmp_path / "texts" / "deep", tmp_path / "sweep"
     deepen(deep, 1500)
     sweeps.mkdir()
-    status = sweep.Status(3, str(tmp_path / "root"), "m", state=sweep.FAILED)
+    status = job_status.Status(3, str(tmp_path / "root"), "m", state=job_status.FAILED)
     status.write(sweeps)
     (deep / "a.txt").write_text("a text")
     (tmp_path / "texts" / ".hidden").mkdir()

@@ -3,7 +3,8 @@
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import chain
+from datetime import date, time, timedelta
+from decimal import Decimal
 from typing import Any, NoReturn, Protocol
 
 import numpy as np
@@ -20,6 +21,9 @@ _MOST_MESSAGES = 10_000
 
 _MOST_LEVELS = 100
 """The deepest nesting of values in a message. Functions that follow it call themselves at each level."""
+
+_PLAIN = (str, int, float, bool, type(None), bytes, date, time, timedelta, Decimal)
+"""The types of values in messages, besides lists and mappings. Those of numpy are not among them."""
 
 _MOST_SEGMENTS, _MOST_NAME = 1_000, 100
 """The most different segments of an example, and the most characters of a segment's name."""
@@ -120,8 +124,7 @@ class MessagesColumn:
                 f"has {len(messages):,} messages in column {self.column!r}, more than {_MOST_MESSAGES:,}: split the "
                 "conversation"
             )
-        if _is_deep(messages):
-            raise ContentError(f"has values nested deeper than {_MOST_LEVELS} levels in column {self.column!r}")
+        _check_values(messages, self.column)
         if self._drops_nulls and not isinstance(value, str):
             messages = [_without_nulls(message) for message in messages]
         if not len(messages):
@@ -267,14 +270,31 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _is_deep(messages: Iterable[Any]) -> bool:
+def _check_values(messages: Iterable[Any], column: str) -> None:
+    """Checks that what a chat template gets is plain data, nested no deeper than functions that follow it may.
+
+    A template may call what a value has: an image, or an array of numpy, has functions that write files.
+
+    Raises:
+        ContentError: there is another value.
+    """
     level = [*messages]
     for _ in range(_MOST_LEVELS):
-        inner = (one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list))
-        level = [*chain.from_iterable(inner)]
-        if not level:
-            return False
-    return True
+        inner: list[Any] = []
+        for value in level:
+            if isinstance(value, dict):
+                inner += value.values()
+            elif isinstance(value, list):
+                inner += value
+            elif not isinstance(value, _PLAIN):
+                raise ContentError(
+                    f"has a value of the type {type(value).__name__} in column {column!r}: messages hold texts, "
+                    "numbers, dates, lists and mappings"
+                )
+        if not inner:
+            return
+        level = inner
+    raise ContentError(f"has values nested deeper than {_MOST_LEVELS} levels in column {column!r}")
 
 
 def _without_nulls(value: Any) -> Any:

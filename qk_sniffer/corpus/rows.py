@@ -246,7 +246,17 @@ class LibraryRows:
         return len(self._rows) if most is None else min(len(self._rows), most)
 
     def read(self, columns: Sequence[str], start: int = 0) -> Iterator[dict[str, Any]]:
-        """Yields the rows from number `start` on."""
+        """Yields the rows from number `start` on.
+
+        Raises:
+            SourceError: a column has images or the like, which the library would open, from any path or address.
+        """
+        for column in columns:
+            if (kind := _opened_kind((self._rows.features or {}).get(column))) is not None:
+                raise SourceError(
+                    f"{self._where}: column {column!r} holds values of the type {kind}, which are read from files. "
+                    "Only texts, numbers, lists and mappings of them can be captured: choose a column without them"
+                )
         rows = self._rows.select_columns(list(columns))
         if hasattr(rows, "select"):
             rows = rows.select(range(start, len(rows)))
@@ -258,6 +268,20 @@ class LibraryRows:
             yield from rows
         except Exception as error:
             raise self._failed(error) from error
+
+
+def _opened_kind(feature: Any) -> str | None:
+    """Returns the type of values in a column of the library `datasets` that it opens as files; None without any.
+
+    These are features that are decoded, such as images and sounds, except JSON.
+    """
+    if isinstance(feature, dict | list):
+        inner = [*(feature.values() if isinstance(feature, dict) else feature)]
+    else:
+        if hasattr(feature, "decode_example") and type(feature).__name__ != "Json":
+            return type(feature).__name__
+        inner = [getattr(feature, "feature", None)] if hasattr(feature, "feature") else []
+    return next((kind for each in inner if (kind := _opened_kind(each)) is not None), None)
 
 
 class ListRows:

@@ -7,9 +7,16 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from datasets import Dataset, Features, Image, List, Value
 from support.data_files import both_ways, jsonl, message, opened, parquet, write, write_parquet
 
-from qk_sniffer.corpus.contents import Conversation, TokenIds
+from qk_sniffer.config import DatasetConfig
+from qk_sniffer.corpus.columns import MessagesColumn
+from qk_sniffer.corpus.contents import ContentError, Conversation, TokenIds
+from qk_sniffer.corpus.examples import Corpus
+from qk_sniffer.corpus.rows import LibraryRows
+from qk_sniffer.corpus.sources import Source
+from qk_sniffer.errors import SourceError
 
 HELLO = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
 PARTS = [{"role": "user", "content": [{"type": "text", "text": "Hello"}, {"type": "text", "text": " there"}]}]
@@ -201,3 +208,26 @@ def test_segments_that_do_not_fit_the_tokens(tmp_path: Path, value: Any, expecte
     file = write(tmp_path / "rows.jsonl", jsonl([{"ids": [4, 5, 6], "part": value}]))
     text = message(file, tokens_column="ids", segments_column="part")
     assert "row 0 " in text and expected in text
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_images_in_messages_are_not_opened(streaming: bool, tmp_path: Path) -> None:
+    """Whoever made the texts names their paths and addresses, and a template could call the functions of an image."""
+    image = {"path": str(tmp_path / "none.png"), "bytes": None}
+    messages = {"role": Value("string"), "content": Value("string"), "image": Image()}
+    dataset = Dataset.from_list(
+        [{"messages": [HELLO[0] | {"image": image}]}], features=Features({"messages": List(messages)})
+    )
+    rows = LibraryRows("dataset org/texts", dataset.to_iterable_dataset() if streaming else dataset)
+    config = DatasetConfig(path="org/texts", messages_column="messages", streaming=streaming)
+    with pytest.raises(
+        SourceError, match="column 'messages' holds values of the type Image, which are read from files"
+    ):
+        list(Corpus(config, Source("dataset org/texts", rows, commit="0" * 40)).examples())
+
+
+@pytest.mark.parametrize("value", [np.zeros(3), np.int64(3), object(), Path("a")])
+def test_values_with_functions_that_a_template_could_call_are_refused(value: Any) -> None:
+    row = {"m": [HELLO[0] | {"extra": [{"inner": value}]}]}
+    with pytest.raises(ContentError, match=f"has a value of the type {type(value).__name__} in column 'm'"):
+        MessagesColumn("m", drops_nulls=False).read(row)

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import date, time, timedelta
 from decimal import Decimal
 from typing import Any, NoReturn, Protocol
@@ -21,9 +21,6 @@ _MOST_MESSAGES = 10_000
 
 _MOST_LEVELS = 100
 """The deepest nesting of values in a message. Functions that follow it call themselves at each level."""
-
-_PLAIN = (str, int, float, bool, type(None), bytes, date, time, timedelta, Decimal)
-"""The types of values in messages, besides lists and mappings. Those of numpy are not among them."""
 
 _MOST_SEGMENTS, _MOST_NAME = 1_000, 100
 """The most different segments of an example, and the most characters of a segment's name."""
@@ -124,9 +121,8 @@ class MessagesColumn:
                 f"has {len(messages):,} messages in column {self.column!r}, more than {_MOST_MESSAGES:,}: split the "
                 "conversation"
             )
-        _check_values(messages, self.column)
-        if self._drops_nulls and not isinstance(value, str):
-            messages = [_without_nulls(message) for message in messages]
+        drops_nulls = self._drops_nulls and not isinstance(value, str)
+        messages = [_plain(message, self.column, drops_nulls=drops_nulls) for message in messages]
         if not len(messages):
             return None
         return Conversation([self._message(number, message) for number, message in enumerate(messages)])
@@ -270,37 +266,31 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _check_values(messages: Iterable[Any], column: str) -> None:
-    """Checks that what a chat template gets is plain data, nested no deeper than functions that follow it may.
+def _plain(value: Any, column: str, *, drops_nulls: bool, level: int = 0) -> Any:
+    """Returns a copy of a message, or of a value in it, that has nothing but data for a chat template.
 
-    A template may call what a value has: an image, or an array of numpy, has functions that write files.
+    A template may call what a value has: an image or an array of numpy has functions that write files, and a date has
+    the clock. Dates, times and decimal numbers become text. With `drops_nulls`, null fields are left out.
 
     Raises:
-        ContentError: there is another value.
+        ContentError: there is another value, or values are nested too deep for functions that follow them.
     """
-    level = [*messages]
-    for _ in range(_MOST_LEVELS):
-        inner: list[Any] = []
-        for value in level:
-            if isinstance(value, dict):
-                inner += value.values()
-            elif isinstance(value, list):
-                inner += value
-            elif not isinstance(value, _PLAIN):
-                raise ContentError(
-                    f"has a value of the type {type(value).__name__} in column {column!r}: messages hold texts, "
-                    "numbers, dates, lists and mappings"
-                )
-        if not inner:
-            return
-        level = inner
-    raise ContentError(f"has values nested deeper than {_MOST_LEVELS} levels in column {column!r}")
-
-
-def _without_nulls(value: Any) -> Any:
+    if level > _MOST_LEVELS:
+        raise ContentError(f"has values nested deeper than {_MOST_LEVELS} levels in column {column!r}")
+    options: Any = {"drops_nulls": drops_nulls, "level": level + 1}
     if isinstance(value, dict):
-        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
-    return [_without_nulls(each) for each in value] if isinstance(value, list) else value
+        kept = {key: each for key, each in value.items() if not (drops_nulls and each is None)}
+        return {str(key): _plain(each, column, **options) for key, each in kept.items()}
+    if isinstance(value, list):
+        return [_plain(each, column, **options) for each in value]
+    if type(value) in (str, int, float, bool, type(None)):
+        return value
+    if isinstance(value, date | time | timedelta | Decimal):
+        return str(value)
+    raise ContentError(
+        f"has a value of the type {type(value).__name__} in column {column!r}: messages hold texts, numbers, dates, "
+        "lists and mappings"
+    )
 
 
 def _refuse_type(value: Any, columns: ContentColumns) -> NoReturn:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -94,7 +95,7 @@ class SpecialTokens:
         rest = _Queue()
         first: int | None = None  # the special tokens that the text begins with, once they are known
         number = 0
-        for ids, offsets in pieces:
+        for ids, offsets in chain.from_iterable(_slices(piece, 4 * max_length) for piece in pieces):
             rest.add(ids, offsets)
             if first is None:
                 if len(rest.ids) < len(before):
@@ -146,6 +147,14 @@ class _Queue:
         if self._offsets is not None:
             offsets, self._offsets = self._offsets[:number], self._offsets[number:]
         return ids, offsets
+
+
+def _slices(piece: Piece, number: int) -> Iterator[Piece]:
+    """Yields a piece in pieces of at most `number` tokens, because each part copies those that are left."""
+    ids, offsets = piece
+    for start in range(0, max(1, len(ids)), number):
+        place = slice(start, start + number)
+        yield ids[place], None if offsets is None else offsets[place]
 
 
 def _no_characters(number: int) -> Offsets:

@@ -55,7 +55,7 @@ class Branch:
             HubError: the file cannot be fetched.
             StoreError: it does not have the `size` that the manifest lists, or a link leads out of the cache's folder.
         """
-        return self._own(name, lambda api: download(api, self.repo_id, name, self.commit, size=size))
+        return _call(self.repo_id, self.name, lambda api: download(api, self.repo_id, name, self.commit, size=size))
 
     def refetch(self, name: str, size: int | None = None) -> Path:
         """Fetches the file again, to replace a damaged copy on this machine.
@@ -64,12 +64,11 @@ class Branch:
             HubError: the file cannot be fetched.
             StoreError: it does not have the `size` that the manifest lists, or a link leads out of the cache's folder.
         """
-        return self._own(name, lambda api: download(api, self.repo_id, name, self.commit, force=True, size=size))
 
-    def _own(self, name: str, fetch: "Callable[[HfApi], str]") -> Path:
-        """Returns the path of a fetched file. The cache may come from someone else, with links to any file."""
-        path = _call(self.repo_id, self.name, fetch)
-        return inside(Path(path.removesuffix(name)), name)
+        def again(api: "HfApi") -> Path:
+            return download(api, self.repo_id, name, self.commit, force=True, size=size)
+
+        return _call(self.repo_id, self.name, again)
 
     def has(self, name: str) -> bool:
         """Whether the file exists. An existing file is fetched.
@@ -160,7 +159,7 @@ def open_branch(repo_id: str, revision: str | None) -> Branch:
 
     def ask(api: "HfApi") -> str:
         try:
-            snapshot = Path(download(api, repo_id, MANIFEST, branch)).parent
+            snapshot = download(api, repo_id, MANIFEST, branch).parent
         except hub.GatedRepoError:
             raise
         except hub.RepositoryNotFoundError:
@@ -198,15 +197,17 @@ def _call(repo_id: str, revision: str, ask: "Callable[[HfApi], _Result]") -> _Re
 
 def download(
     api: "HfApi", repo_id: str, name: str, revision: str, *, force: bool = False, size: int | None = None
-) -> str:
+) -> Path:
     """Returns the path of the local copy of a file, which is fetched if necessary.
+
+    The cache may come from someone else, with links to any file: none is followed out of the cache.
 
     Args:
         size: the size that the file must have; None for any, of a manifest or a card up to `LARGE`.
 
     Raises:
         HubError: the file is too large, or `revision` is no branch, tag or commit.
-        StoreError: it has another size.
+        StoreError: it has another size, or a link leads out of the cache.
         Exception: those of huggingface_hub.
     """
     _check_place(repo_id, revision)
@@ -225,7 +226,7 @@ def download(
         elif (there or 0) > LARGE:
             raise HubError(f"{name} of {repo_id} at {revision!r} is larger than {LARGE >> 20:,} MB: it is not fetched")
     path: str = fetch()
-    return path
+    return inside(Path(path.removesuffix(name)), name)
 
 
 def _remember(snapshot: Path, revision: str) -> None:

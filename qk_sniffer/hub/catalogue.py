@@ -6,7 +6,6 @@ killed job could not write. A row stays as it is while its branch stays at the c
 around the list, which people may have edited, is not changed.
 """
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qk_sniffer.config import from_dict
@@ -19,6 +18,7 @@ from qk_sniffer.logs import logger
 from qk_sniffer.markdown import block, code, in_url, link, plain, table_row
 from qk_sniffer.resolved import rule
 from qk_sniffer.store import manifest as manifests
+from qk_sniffer.store.disk import open_file
 from qk_sniffer.store.forms import decode_manifest
 from qk_sniffer.store.layout import CARD, FORMAT, KINDS, MANIFEST
 from qk_sniffer.store.stored import UnreadableError
@@ -217,7 +217,8 @@ def _content(api: "HfApi", repo_id: str, name: str, commit: str) -> bytes | None
     from huggingface_hub.errors import RemoteEntryNotFoundError, RevisionNotFoundError
 
     try:
-        path = Path(download(api, repo_id, name, commit))
+        path = download(api, repo_id, name, commit)
     except (RemoteEntryNotFoundError, RevisionNotFoundError):
         return None
-    return path.read_bytes()
+    with open_file(path.resolve()) as file:
+        return file.read()

@@ -92,17 +92,33 @@ def _named(folder: Path) -> Iterator[str]:
     """Yields the files that the config and the indexes of weights name, which may be in other folders.
 
     Raises:
-        SourceError: the config is too large.
+        SourceError: the config is too large, or an index names a file outside of the folder, whose digest would be
+            published with that of the checkpoint.
     """
     indexes = [path.name for path in folder.glob("*.index.json")]
     refuse_large_config(folder / "config.json")
     explicit = _read_json(folder / "config.json").get("transformers_weights")
     if isinstance(explicit, str):
-        yield explicit
+        yield _in_folder(folder / "config.json", explicit)
         indexes.append(explicit)
     for index in indexes:
         named = _read_json(folder / index).get("weight_map") if index.endswith(".json") else None
-        yield from {name for name in named.values() if isinstance(name, str)} if isinstance(named, dict) else ()
+        for name in {name for name in named.values() if isinstance(name, str)} if isinstance(named, dict) else ():
+            yield _in_folder(folder / index, name)
+
+
+def _in_folder(file: Path, name: str) -> str:
+    """Returns a name that `file` has, if it is of a file in the folder of `file`.
+
+    Raises:
+        SourceError: it is of another file.
+    """
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise SourceError(
+            f"{file} names the file {name!r}, which is not in the folder of the checkpoint: it is not read. Move the "
+            "file there, and name it by its path in the folder"
+        )
+    return name
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -115,7 +115,7 @@ def _status_files(folder: Path) -> list[Path]:
     """Returns the status files of the run or sweep in `folder`, and not those of sweeps in folders of it."""
     found = []
     for path, folders, files in walk(folder):
-        folders[:] = [name for name in folders if not (path / name / SWEEP_FILE).exists()]
+        folders[:] = [name for name in folders if not os.path.lexists(path / name / SWEEP_FILE)]
         if STATUS_FILE in files:
             found.append(path / STATUS_FILE)
     return sorted(found)

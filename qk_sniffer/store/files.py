@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -65,7 +66,8 @@ class Folder:
 def inside(root: Path, name: str) -> Path:
     """Returns the path of the file `name` of the dataset at `root`, which no link leads out of.
 
-    A folder in the cache of huggingface_hub consists of links to its neighbour `blobs`.
+    A folder in the cache of huggingface_hub consists of links to its neighbour `blobs`. There, those that came by Xet
+    are links to the `blobs` of the whole cache.
 
     Raises:
         StoreError: the file is elsewhere.
@@ -96,7 +98,7 @@ def _resolved(root: Path, name: str) -> tuple[Path, Path]:
     """Returns the resolved path of the file `name`, after the resolved folder that it is in.
 
     Raises:
-        StoreError: it is neither in `root` nor, for a folder in the cache, among its blobs.
+        StoreError: it is neither in `root` nor, for a folder in the cache, among its blobs or those of the cache.
     """
     # Unlike `Path.resolve`, `realpath` gives a path for a link to itself too. Opening it fails.
     path, real = root / name, Path(os.path.realpath(root))
@@ -106,7 +108,15 @@ def _resolved(root: Path, name: str) -> tuple[Path, Path]:
     blobs = real.parent.parent / "blobs"
     if real.parent.name == "snapshots" and target.is_relative_to(blobs):
         return blobs, target
+    shared = real.parent.parent.parent / "blobs"
+    name_in_cache = target.relative_to(shared).as_posix() if target.is_relative_to(shared) else ""
+    if real.parent.name == "snapshots" and _SHARED_BLOB.fullmatch(name_in_cache):
+        return shared, target
     raise StoreError(f"{path} leads out of the dataset, to {target}: it is not read. Replace it by a copy of the file")
+
+
+_SHARED_BLOB = re.compile("[0-9a-f]{2}/[0-9a-f]{64}")
+"""The names in the `blobs` of the whole cache of huggingface_hub."""
 
 
 def difference(path: Path, size: int) -> str | None:

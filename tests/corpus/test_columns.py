@@ -1,6 +1,8 @@
 """Tests what the rows of files hold: messages of conversations, and token ids with their segments."""
 
 import json
+from datetime import UTC, datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -226,8 +228,15 @@ def test_images_in_messages_are_not_opened(streaming: bool, tmp_path: Path) -> N
         list(Corpus(config, Source("dataset org/texts", rows, commit="0" * 40)).examples())
 
 
-@pytest.mark.parametrize("value", [np.zeros(3), np.int64(3), object(), Path("a")])
+@pytest.mark.parametrize("value", [np.zeros(3), np.int64(3), np.float64(3), np.str_("a"), b"a", object(), Path("a")])
 def test_values_with_functions_that_a_template_could_call_are_refused(value: Any) -> None:
     row = {"m": [HELLO[0] | {"extra": [{"inner": value}]}]}
     with pytest.raises(ContentError, match=f"has a value of the type {type(value).__name__} in column 'm'"):
         MessagesColumn("m", drops_nulls=False).read(row)
+
+
+def test_dates_and_decimals_are_text_for_a_template() -> None:
+    row = {"m": [HELLO[0] | {"at": datetime(2026, 1, 2, 3, tzinfo=UTC), "cost": Decimal("1.50")}]}
+    found = MessagesColumn("m", drops_nulls=False).read(row)
+    assert found is not None
+    assert found.messages[0] == HELLO[0] | {"at": "2026-01-02 03:00:00+00:00", "cost": "1.50"}

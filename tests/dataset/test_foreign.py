@@ -21,6 +21,7 @@ from qk_sniffer.dataset.verify import verify
 from qk_sniffer.errors import HubError, StoreError
 from qk_sniffer.hub.branch import Branch
 from qk_sniffer.store import parquet_tables
+from qk_sniffer.store.files import open_inside
 from qk_sniffer.store.parquet_pages import PageError, read_pages
 from qk_sniffer.store.stored import UnreadableError
 
@@ -312,3 +313,24 @@ def test_a_link_in_a_cache_of_someone_else_leads_nowhere(hub: FakeHub, root: Pat
         dataset.vectors(0, 1, "q")
     cached.unlink()
     assert len(dataset.vectors(0, 1, "q").vectors) == rows
+
+
+@pytest.mark.parametrize(("name", "is_read"), [("ab/" + "ab" * 32, True), ("ab/id_rsa", False), ("ab" * 32, False)])
+def test_a_file_of_the_cache_may_be_among_the_blobs_of_the_whole_cache(
+    name: str, is_read: bool, tmp_path: Path
+) -> None:
+    """Where huggingface_hub keeps the files that came by Xet."""
+    blob = tmp_path / "blobs" / name
+    snapshot = tmp_path / "datasets--org--vectors" / "snapshots" / ("0" * 40)
+    for folder in (blob.parent, snapshot, snapshot.parent.parent / "blobs"):
+        folder.mkdir(parents=True, exist_ok=True)
+    blob.write_text("content")
+    of_repository = snapshot.parent.parent / "blobs" / "etag"
+    of_repository.symlink_to(blob)
+    (snapshot / "file").symlink_to(of_repository)
+    if is_read:
+        with open_inside(snapshot, "file") as file:
+            assert file.read() == b"content"
+    else:
+        with pytest.raises(StoreError, match="leads out of the dataset"):
+            open_inside(snapshot, "file")

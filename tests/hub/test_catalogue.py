@@ -14,7 +14,7 @@ from support.fake_hub import FakeHub
 from support.hub_cases import BRANCH, REPO, MakeDataset, client, copied, held, publish, published
 from support.jobs import run
 
-from qk_sniffer.errors import HubError
+from qk_sniffer.errors import HubError, StoreError
 from qk_sniffer.hub.catalogue import update_catalogue
 from qk_sniffer.store import manifest as manifests
 
@@ -144,6 +144,21 @@ def test_a_list_without_its_end_and_text_that_is_not_utf8(
     new = held(hub, "main")["README.md"]
     assert b"My words." in new and "café\n".encode() in new and new.count(b"end of the list") == 1
     assert list(rows(new.decode().partition("café")[2])) == ["one", "three", "two"]
+
+
+def test_a_link_in_the_cache_of_someone_else_is_not_published(
+    hub: FakeHub, api: HfApi, make_dataset: MakeDataset, tmp_path: Path
+) -> None:
+    root = make_dataset(tmp_path / "a")
+    publish(root, REPO, "one", api=api)
+    head = api.repo_info(REPO, repo_type="dataset").sha
+    cached = Path(api.hf_hub_download(REPO, "README.md", repo_type="dataset", revision=head))
+    (tmp_path / "id_rsa").write_text("a private key")
+    cached.unlink()
+    cached.symlink_to(tmp_path / "id_rsa")
+    with pytest.raises(StoreError, match=r"leads out of the dataset, to .*id_rsa: it is not read"):
+        publish(root, REPO, "two", api=api)
+    assert "private key" not in page(hub)
 
 
 @pytest.mark.parametrize("begin", ["", "---\nlicense: mit\n---\n# Mine\n\nSome words.\n"])

@@ -133,3 +133,19 @@ def test_a_pipe_in_a_checkpoint_is_not_waited_for(folder: Path, name: str, impat
             load(ModelConfig(name=str(folder)))
     folder_digest(folder)
     refuse_pointer(folder / name)
+
+
+@pytest.mark.parametrize("name", ["/etc/hostname", "../secret.txt", "sub/../../secret.txt"])
+def test_an_index_does_not_name_files_elsewhere(name: str, tmp_path: Path) -> None:
+    """The digest of a checkpoint is published: who knows its other files can guess a short one elsewhere."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (tmp_path / "secret.txt").write_text("4711")
+    (folder / "config.json").write_text("{}")
+    (folder / "other.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(SourceError, match=r"other\.index\.json names the file .* which is not in the folder of the"):
+        folder_digest(folder)
+    (folder / "other.index.json").unlink()
+    (folder / "config.json").write_text(json.dumps({"transformers_weights": name}))
+    with pytest.raises(SourceError, match=r"config\.json names the file"):
+        folder_digest(folder)

@@ -25,7 +25,6 @@ _NO_CLOCK = "the clock is not available"
 _MOST_REASON, _MOST_NAME = 300, 50
 """The most characters that are shown of the reason of a refusal, and of a role or the name of a template."""
 
-
 _REPEATED = 8
 """The first conversations, which are rendered a second time to see whether the text is the same."""
 

@@ -89,7 +89,7 @@ class LongTexts:
         """Whether `pieces` may cut the text."""
         return len(text) > PIECE_CHARACTERS and bool(self._joints)
 
-    def pieces(self, text: str) -> "Iterator[Piece]":
+    def pieces(self, text: str) -> Iterator[Piece]:
         """Yields the tokens of a text without special tokens, those of a piece of it at a time.
 
         A piece has about `PIECE_CHARACTERS`, and ends at a cut. Where no cut of a text is known to be safe, it is
@@ -123,7 +123,7 @@ class LongTexts:
             size *= 2
         return len(text)
 
-    def _fit(self, text: str, left: list[int], context: int, start: int, before: list[int], piece: "Piece") -> bool:
+    def _fit(self, text: str, left: list[int], context: int, start: int, before: list[int], piece: Piece) -> bool:
         """Whether two pieces agree about the text between them, in case that a part of the library has changed.
 
         `left` are the ids of the piece that ends at `start`. `piece` begins there, and `before` are the ids of the text

@@ -101,7 +101,7 @@ class TokenVectors(Dataset[dict[str, torch.Tensor]]):
 
     @cached_property
     def _map(self) -> npt.NDArray[np.float32]:
-        if not self._shape[0]:  # nothing cannot be mapped
+        if not self._shape[0]:  # mmap refuses an empty range
             return np.empty(self._shape, np.float32)
         # A process that gets this object opens the file itself, and at any later time.
         way_out = "call `torch` of the dataset again, which writes it"

@@ -8,7 +8,7 @@ or surplus rows in one block do not make the rows of later blocks wrong.
 import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -149,7 +149,8 @@ def check_rows(root: Path, heads: Sequence[Head], sampler: Sampler, examples: Ex
     """Checks the rows of `heads`, which are of one (layer, kind) and have files that `check_file` finds readable."""
     layer, kind = heads[0].layer, heads[0].kind
     with ExitStack() as stack:
-        streams = [_Stream(head, stack.enter_context(_opened(root / head.file)), sampler, examples) for head in heads]
+        files = [stack.enter_context(open_parquet(root / head.file)) for head in heads]
+        streams = [_Stream(head, file, sampler, examples) for head, file in zip(heads, files, strict=True)]
         for block in examples.blocks():
             ids, lengths = examples.sampling_id[block], examples.num_tokens[block].tolist()
             in_segments = examples.in_segments(block, sampler.config.segments)
@@ -158,15 +159,6 @@ def check_rows(root: Path, heads: Sequence[Head], sampler: Sampler, examples: Ex
             for stream in streams:
                 stream.compare(expected, block.stop)
         return [stream.finish() for stream in streams]
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[pq.ParquetFile]:
-    """Opens a head's file. Segments are read by a dictionary, so that a text of any length is in memory once."""
-    with open_parquet(path) as file:
-        texts = [name for name in ("segment",) if name in file.schema_arrow.names]
-        with open_parquet(path, metadata=file.metadata, read_dictionary=texts) as compact:
-            yield compact
 
 
 def values(column: pa.Array | pa.ChunkedArray) -> npt.NDArray[Any]:

@@ -26,6 +26,7 @@ FLOORS = (
     ("validation", "dataset"),
     ("drawing",),
     ("jobs",),
+    ("notebook",),
     ("cli",),
     ("export", "plasticity"),
     ("__init__", "__main__", "families", "finalize", "heads", "pictures", "status", "verify"),
@@ -58,6 +59,7 @@ IMPORT_TORCH = {
     *(f"capture.{name}" for name in ("attention_summary", "capture", "gather", "moments")),
     *(f"capture.{name}" for name in ("proof", "proof_statistics", "proof_summaries", "proof_vectors")),
     "dataset.token_vectors",
+    "notebook.memory",
 }
 """Modules that import torch or transformers when they are imported themselves."""
 

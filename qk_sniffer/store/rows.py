@@ -16,6 +16,7 @@ prepared without reading the rows. The rows of one head are contiguous in a bloc
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
@@ -228,6 +229,25 @@ class Slot:
     @property
     def nbytes(self) -> int:
         return len(self.region.memory)
+
+
+class RowSink(Protocol):
+    """Takes rows on their way from the forward pass: reserves memory for them, and keeps them once they are filled."""
+
+    piece_bytes: int
+    """The size up to which rows are reserved at a time. Cut larger ones into parts."""
+    wait_s: float
+    """Seconds that `reserve` has waited for memory."""
+
+    def reserve(self, rows: Rows) -> AbstractContextManager[Slot]:
+        """Reserves memory for the vectors of `rows`. A block that ends before `commit` gives the memory back.
+
+        Raises:
+            ValueError: the rows are not as `Rows` says, or not like earlier ones of the same (layer, kind).
+        """
+
+    def commit(self, slot: Slot, event: Event | None) -> None:
+        """Keeps a filled slot. `event` is the end of the copy that fills it; None for a copy that is done."""
 
 
 def token_columns(capture: CaptureConfig) -> list[str]:

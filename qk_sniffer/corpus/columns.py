@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from qk_sniffer.config import DatasetConfig
 from qk_sniffer.corpus.contents import Content, ContentError, Conversation, TokenIds, is_unicode
+from qk_sniffer.corpus.json_sizes import refuse_many_values
 from qk_sniffer.corpus.segments import Segments
 
 _LARGEST_ID = 2**31 - 1
@@ -252,10 +253,13 @@ def _parsed(value: Any, column: str) -> Any:
     """Returns a value, or what its JSON says if it is a text."""
     if not isinstance(value, str):
         return value
+    if not value or value.isspace():
+        return None
     try:
-        return json.loads(value, object_pairs_hook=_object) if value and not value.isspace() else None
+        refuse_many_values(value)
+        return json.loads(value, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
-        raise ContentError(f"has a text in column {column!r} that is no JSON: {error}") from None
+        raise ContentError(f"has a text in column {column!r} that cannot be read as JSON: {error}") from None
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from itertools import chain
 from typing import Any, TextIO
 
 from qk_sniffer.corpus.data_files import DataFile, FormatError, open_text
+from qk_sniffer.corpus.json_sizes import may_hold_many, refuse_large_value, refuse_many_values
 
 _CHUNK = 1 << 20
 _NAMES = {str: "string", bool: "bool", int: "int64", float: "float64", dict: "struct", list: "list"}
@@ -83,10 +84,11 @@ class JsonReader:
 def _is_whole(line: str) -> bool:
     """Whether a line is a JSON value, or is wrong. Otherwise its value has more lines, or the line has more values."""
     try:
+        refuse_many_values(line)
         json.loads(line)
     except json.JSONDecodeError as error:
         return error.pos < len(line.rstrip()) and not error.msg.startswith("Extra data")
-    except (ValueError, RecursionError):  # a number of too many digits, or lists too deep: the reader names the line
+    except (ValueError, RecursionError):  # too many values or digits, or lists too deep: the reader names the line
         return True
     return True
 
@@ -127,6 +129,7 @@ def _of_lines(text: TextIO, first: str, number: int) -> Iterator[tuple[Any, int]
     for line_number, line in enumerate(chain([first], text), number):
         if not line.isspace():
             try:
+                refuse_many_values(line)
                 yield _DECODER.decode(line), line_number
             except (ValueError, RecursionError) as error:
                 raise _parse_error(error, line_number) from error
@@ -161,10 +164,13 @@ def _of_document(cursor: "_Cursor") -> Iterator[tuple[Any, int]]:
 class _Cursor:
     """A place in a document that is read piece by piece. `line` is the number of its line."""
 
-    def __init__(self, text: TextIO, buffer: str, line: int) -> None:
+    def __init__(self, text: TextIO, read: str, line: int) -> None:
+        """`read` is what was read of the document, and comes before the rest of `text`."""
         self._text = text
-        self._buffer = buffer
-        self._place = 0
+        self._read = read
+        self._num_taken = 0
+        self._buffer, self._place = "", 0
+        self._may_hold_many = False
         self._decode = _DECODER.raw_decode
         self.line = line
 
@@ -186,6 +192,8 @@ class _Cursor:
         self.sign()
         while True:
             try:
+                if self._may_hold_many:
+                    refuse_large_value(self._buffer, self._place)
                 value, end = self._decode(self._buffer, self._place)
             except (ValueError, RecursionError) as error:
                 place = error.pos if isinstance(error, json.JSONDecodeError) else 0
@@ -204,9 +212,16 @@ class _Cursor:
 
     def _read_more(self) -> bool:
         rest = self._buffer[self._place :]
-        more = self._text.read(max(_CHUNK, len(rest)))  # so that a long value is not parsed too often
-        self._buffer, self._place = rest + more, 0
+        size = max(_CHUNK, len(rest))  # so that a long value is not parsed too often
+        more = self._read[self._num_taken : self._num_taken + size]
+        self._num_taken += len(more)
+        more = more or self._text.read(size)
+        self._fill(rest + more)
         return bool(more)
+
+    def _fill(self, buffer: str) -> None:
+        self._buffer, self._place = buffer, 0
+        self._may_hold_many = may_hold_many(buffer)
 
 
 def _parse_error(error: Exception, line: int) -> FormatError:

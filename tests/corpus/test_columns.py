@@ -78,7 +78,7 @@ def test_fields_that_a_type_fills_up_with_null_are_missing(tmp_path: Path) -> No
         ([HELLO[0], {"role": "user", "content": 3}], "row 1 has 3 as content in message 1 (from 0)"),
         ([{"role": "user", "content": [{"type": "image"}]}], "has content of the type 'image' in message 0"),
         ([{"role": "user", "content": ["a"]}], "has content of the type 'a' in message 0"),
-        ("[{", "row 1 has a text in column 'm' that is no JSON"),
+        ("[{", "row 1 has a text in column 'm' that cannot be read as JSON"),
         ('[{"role": "user", "role": "system", "content": "a"}]', "an object has the key 'role' twice"),
         ("[{" + "".join(f'"{n}":1,' for n in range(50_000)) + '"7":2}]', "an object has the key '7' twice"),
         ([HELLO[0] | {"tool_calls": NESTED}], "row 1 has values nested deeper than 100 levels in column 'm'"),

@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import secrets
 from collections.abc import Mapping
 from contextlib import suppress
+from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, TypedDict
 
@@ -14,9 +16,12 @@ from qk_sniffer.dataset.reader import Dataset, open_dataset
 from qk_sniffer.errors import StoreError
 from qk_sniffer.export.formats import format_named
 from qk_sniffer.export.source import Source
+from qk_sniffer.logs import logger
 from qk_sniffer.store import disk, stored
 from qk_sniffer.store.open_folder import PLAIN, Access, Anchored, OpenFolder
 from qk_sniffer.store.places import refuse_inside
+
+log = logger(__name__)
 
 PROVENANCE = "provenance.json"
 
@@ -31,6 +36,9 @@ _FILES_OF_FOLDERS = {
     "value_ranges.safetensors",
 }
 """The names of files in the folders of all formats."""
+
+_EARLIER = ".old"
+"""The end of the name of an earlier export while a new one takes its place."""
 
 
 def export(
@@ -47,7 +55,8 @@ def export(
 
     Returns:
         the path. The provenance of the numbers is in the file, or in JSON: as `provenance.json` in a folder, or next
-        to a file that has no room for it, under the same name with `.json` after it.
+        to a file that has no room for it, under the same name with `.json` after it and with the file's sha256. What an
+        export that was killed has set aside is first put back, or removed if the new export is in its place.
 
     Raises:
         ConfigError: there is no such format.
@@ -60,6 +69,8 @@ def export(
     target = Path(path).expanduser() if path is not None else opened.beside(chosen.suffix)
     beside = None if chosen.is_folder or chosen.has_provenance else target.with_name(f"{target.name}.json")
     refuse_inside(target, "output")
+    if chosen.is_folder:
+        _recover(target)
     for output in (target, beside):
         if output is not None and not overwrite and disk.type_of(output) is not None:
             raise StoreError(f"{output} exists: give another output, or overwrite=true to replace it")
@@ -73,16 +84,22 @@ def export(
     if problems := [*chosen.problems(source)]:
         raise StoreError(f"{opened} cannot be exported as {format}:", *(f"  - {problem}" for problem in problems))
     files = dict(chosen.encode(source))
-    provenance = (json.dumps(source.provenance(), indent=2, ensure_ascii=False) + "\n").encode()
+    provenance = source.provenance()
     with disk.explained(target, "write"):
         disk.make_folder(target.parent)
         if chosen.is_folder:
-            _write_folder(target, files | {PROVENANCE: provenance})
-        else:
-            if beside is not None:
-                _write_file(beside, provenance)
+            _write_folder(target, files | {PROVENANCE: _encoded(provenance)})
+        elif beside is None:
             _write_file(target, files[""])
+        else:
+            disk.remove(beside)  # a kill leaves a file without provenance, and none with that of another dataset
+            _write_file(target, files[""])
+            _write_file(beside, _encoded(provenance | {"sha256": sha256(files[""]).hexdigest()}))
     return target
+
+
+def _encoded(provenance: Mapping[str, object]) -> bytes:
+    return (json.dumps(provenance, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 class _Provenance(TypedDict):
@@ -154,7 +171,7 @@ def _write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
     Both folders stay open: in a folder of several users, a link could take the place of the new one.
     """
     # Not a fixed name, as in `write_atomic`: a folder of this name could be the user's.
-    temporary, earlier = (f".{folder.name}-{secrets.token_hex(8)}.tmp" for _ in range(2))
+    temporary, earlier = (f".{folder.name}-{secrets.token_hex(8)}{suffix}" for suffix in (".tmp", _EARLIER))
     with OpenFolder.at(folder.parent) as parent, parent.new_folder(temporary) as written:
         try:
             for name, data in files.items():
@@ -171,6 +188,31 @@ def _write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
             raise
         _remove_export(parent, earlier, folder)
         parent.sync()
+
+
+def _recover(folder: Path) -> None:
+    """Puts an earlier export back in its place that a killed export has set aside, or removes it if there is a new one.
+
+    Raises:
+        StoreError: the folder that contains it cannot be read or written.
+    """
+    aside = re.compile(rf"\.{re.escape(folder.name)}-[0-9a-f]{{16}}{re.escape(_EARLIER)}")
+    with (
+        disk.explained(folder, "write"),
+        suppress(FileNotFoundError, NotADirectoryError),
+        OpenFolder.at(folder.parent) as parent,
+    ):
+        for name in filter(aside.fullmatch, parent.names()):
+            try:
+                with parent.folder(name) as opened:
+                    _check_open_folder(opened)
+            except (OSError, StoreError):  # of something else
+                continue
+            if parent.type_of(folder.name) is None:
+                parent.rename(name, parent, folder.name)
+                log.warning("%s is the earlier export again: one that was to replace it was killed", folder)
+            else:
+                _remove_export(parent, name, folder)
 
 
 def _check_is_there(folder: OpenFolder, parent: OpenFolder) -> None:
@@ -194,7 +236,7 @@ def _remove_export(parent: OpenFolder, earlier: str, name: Path) -> None:
     try:
         with parent.folder(earlier) as opened:
             _check_open_folder(opened)
-            for file in opened.names():
+            for file in sorted(opened.names(), key=PROVENANCE.__eq__):  # last, or a kill leaves what no one knows
                 opened.unlink(file)
         os.rmdir(earlier, dir_fd=parent.descriptor)
     except FileNotFoundError:

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -206,3 +207,59 @@ def test_a_folder_is_not_written_through_a_link_that_takes_its_place(
     with pytest.raises(StoreError, match=r"was replaced while the export wrote it: give an output where nobody else"):
         qk_sniffer.export(root, "kv_scales", group / "scales")
     assert {path.read_text() for path in model.iterdir()} == {"the user's"} and not (group / "scales").exists()
+
+
+@pytest.mark.parametrize("renames", [0, 1])
+def test_a_killed_export_leaves_a_folder_that_the_next_one_knows(
+    root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, renames: int
+) -> None:
+    folder = tmp_path / "scales"
+    export = functools.partial(qk_sniffer.export, root, "kv_scales", folder)
+    export()
+    written = {path.name: path.read_bytes() for path in folder.iterdir()}
+    code = f"""
+import os, qk_sniffer
+from qk_sniffer.store.open_folder import OpenFolder
+real, calls = OpenFolder.rename, []
+def rename(folder, name, *target):
+    real(folder, name, *target)
+    calls.extend([name] if name.startswith(("scales", ".scales")) else [])
+    if len(calls) == {1 + renames}:
+        os._exit(9)
+OpenFolder.rename = rename
+qk_sniffer.export({str(root)!r}, "kv_scales", {str(folder)!r}, overwrite=True)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
+    assert folder.exists() == bool(renames) and len([*tmp_path.glob(".scales-*.old")]) == 1
+    other = tmp_path / f".scales-{'0' * 16}.old"
+    other.mkdir()
+    (other / "mine").touch()
+    with pytest.raises(StoreError, match="scales exists: give another output"):
+        export()
+    assert ("scales is the earlier export again" in caplog.text) == (not renames)
+    export(overwrite=True)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == written
+    assert [*tmp_path.glob(".scales-*.old")] == [other] and (other / "mine").exists(), "the user's"
+
+
+@pytest.mark.parametrize("last", ["stats.tria", "stats.tria.json"])
+def test_numbers_never_have_the_provenance_of_others(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: str
+) -> None:
+    output, beside = tmp_path / "stats.tria", tmp_path / "stats.tria.json"
+    output.write_bytes(b"of another dataset")
+    beside.write_text('{"made_by": "qk-sniffer 0"}')
+    real = write._write_file
+
+    def failing(path: Path, data: bytes) -> None:
+        if path.name == last:
+            raise OSError("the disk is full")
+        real(path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(write, "_write_file", failing)
+        with pytest.raises(StoreError, match="the disk is full"):
+            qk_sniffer.export(root, "tria", output, overwrite=True)
+    assert not beside.exists()
+    qk_sniffer.export(root, "tria", output, overwrite=True)
+    assert json.loads(beside.read_bytes())["sha256"] == disk.sha256_of(output)

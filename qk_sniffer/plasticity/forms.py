@@ -11,7 +11,7 @@ from qk_sniffer.plasticity.config import ESTIMATORS
 from qk_sniffer.plasticity.tables import QUERY_METRICS, TABLES, HeadResult
 from qk_sniffer.store import stored
 from qk_sniffer.store.form_types import HeadNumber, Sha256
-from qk_sniffer.store.forms import SamplerSettings
+from qk_sniffer.store.settings_forms import SamplerSettings
 from qk_sniffer.store.stored import LARGE, Count, Text, UnreadableError
 
 FORMAT = "qk-sniffer-plasticity/1"

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, NotRequired, TypedDict
 
 from msgspec import Meta
 
-from qk_sniffer.config import MOST_COUNT, MOST_RATE, MOST_SHARDS, MOST_TOP_K, STAGES, SamplerType, from_dict
+from qk_sniffer.config import MOST_SHARDS, from_dict
 from qk_sniffer.resolved import template_file
 from qk_sniffer.store import stored
 from qk_sniffer.store.form_types import (
@@ -22,13 +22,12 @@ from qk_sniffer.store.form_types import (
     Kind,
     RepoId,
     Sha256,
-    Slug,
-    Stage,
 )
 from qk_sniffer.store.layout import FORMAT, KINDS, is_dataset_file, parse_head_name
 from qk_sniffer.store.model_forms import Model, layer_problems
 from qk_sniffer.store.open_folder import PLAIN, Access
 from qk_sniffer.store.proof_forms import Proof, proof_problems
+from qk_sniffer.store.settings_forms import JobSettings, Settings
 from qk_sniffer.store.stored import LARGE, Count, Seconds, Text, UnreadableError
 from qk_sniffer.text import is_branch_name
 
@@ -55,85 +54,6 @@ class Stated(TypedDict):
     model: Terms
     dataset: Terms
     adapter: NotRequired[Terms]
-
-
-class _Tokenizer(TypedDict):
-    name: Text | None
-    max_length: NotRequired[Annotated[int, Meta(ge=1, lt=2**31)]]
-    overlong: NotRequired[Literal["truncate", "split"]]
-
-
-class _Model(TypedDict):
-    slug: Slug
-    name: Text | None
-    revision: Text
-    adapter: NotRequired[Text | None]
-    tokenizer: _Tokenizer
-
-
-class _Dataset(TypedDict):
-    slug: Slug
-    path: Text | None
-    max_samples: Count | None
-    streaming: bool
-
-
-class _Keys(TypedDict):
-    type: SamplerType | None
-    base_rate: Annotated[float, Meta(gt=0, le=MOST_RATE)] | None
-
-
-class SamplerSettings(TypedDict):
-    """The settings of a sampler."""
-
-    type: SamplerType
-    base_rate: Annotated[float, Meta(gt=0, le=MOST_RATE)]
-    min_bucket_size: Annotated[int, Meta(ge=1, le=2**31)]
-    max_rows_per_example: Annotated[int, Meta(ge=1, le=MOST_COUNT)] | None
-    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)]
-    share: Literal["layer_kind", "example"]
-    segments: NotRequired[list[Text] | None]
-    keys: NotRequired[_Keys]
-
-
-class _Statistics(TypedDict):
-    enabled: bool
-    stages: Annotated[list[Stage], Meta(min_length=1, max_length=len(STAGES))]
-    skip_tokens: Count
-    covariance: bool
-
-
-class _Attention(TypedDict):
-    enabled: bool
-    top_k: Annotated[int, Meta(ge=1, le=MOST_TOP_K)]
-    sink_tokens: Annotated[int, Meta(ge=1, lt=2**31)]
-
-
-class _Capture(TypedDict):
-    statistics: NotRequired[_Statistics]
-    attention: NotRequired[_Attention]
-
-
-class _Shard(TypedDict):
-    index: Annotated[int, Meta(ge=0, lt=MOST_SHARDS)]
-    count: Annotated[int, Meta(ge=1, le=MOST_SHARDS)]
-
-
-class Settings(TypedDict):
-    """The settings of a dataset that later steps compute with. `Config` has the types of all."""
-
-    model: _Model
-    dataset: _Dataset
-    sampler: SamplerSettings
-    capture: NotRequired[_Capture]
-
-
-class JobSettings(Settings):
-    """The settings of a job, with those of the place where it runs."""
-
-    shard: _Shard
-    output: dict[str, Any]
-    snapshot: bool | None
 
 
 class BatchSettings(TypedDict):
@@ -176,9 +96,9 @@ class Base(TypedDict):
 Fingerprint = TypedDict(
     "Fingerprint",
     {
-        "model.name": Text,
-        "model.tokenizer.name": Text,
-        "dataset.path": Text,
+        "model.name": Text | None,
+        "model.tokenizer.name": Text | None,
+        "dataset.path": Text | None,
         "dataset.name": NotRequired[Text | None],
         "dataset.split": NotRequired[Text],
         "model.adapter": NotRequired[Text | None],
@@ -186,7 +106,8 @@ Fingerprint = TypedDict(
         "inference.batch_size": BatchSize | None,
     },
 )
-"""The settings in a fingerprint that later steps read; the others are compared."""
+"""The settings in a fingerprint that later steps read; the others are compared. A name is None only where it is not
+known: for a capture from Python."""
 
 
 class SpecialTokens(TypedDict):
@@ -213,6 +134,7 @@ TokenizerFacts = TypedDict(
 class Job(TypedDict):
     """The facts that the record of a job and the manifest of its dataset share."""
 
+    source: NotRequired[Literal["python"]]  # of a capture from Python alone
     fingerprint: Fingerprint
     commits: Commits
     versions: dict[str, Text]
@@ -370,6 +292,7 @@ def _in_a_record(record: Mapping[str, Any]) -> Iterator[str]:
     count, of_fingerprint = record["config"]["shard"]["count"], record["fingerprint"].get("shard.count")
     if count != of_fingerprint:
         yield f"shard.count is {count} in config, {of_fingerprint} in fingerprint"
+    yield from _missing_names(record)
     base = record["base"]
     if base is not None and base["hub"] is not None and not is_branch_name(base["hub"]["name"]):
         yield f"{base['hub']['name']!r} is not the name of a branch"
@@ -377,6 +300,7 @@ def _in_a_record(record: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _in_a_manifest(manifest: Mapping[str, Any]) -> Iterator[str]:
+    yield from _missing_names(manifest)
     layers = manifest["model"]["layers"]
     yield from layer_problems(layers)
     for name in (*manifest["files"], *manifest.get("replaces", ())):
@@ -393,3 +317,10 @@ def _in_a_manifest(manifest: Mapping[str, Any]) -> Iterator[str]:
     if types & {"uniform", "all", "none"} and manifest["longest_example"] > MOST_BUCKETS * sampler["min_bucket_size"]:
         yield f"its positions have more than {MOST_BUCKETS:,} buckets"
     yield from proof_problems(manifest["proof"])
+
+
+def _missing_names(job: Mapping[str, Any]) -> Iterator[str]:
+    """Yields each source without a name. Only those of a capture from Python need none."""
+    for key in ("model.name", "model.tokenizer.name", "dataset.path"):
+        if job["fingerprint"][key] is None and "source" not in job:
+            yield f"{key} is null in fingerprint"

@@ -8,10 +8,9 @@ import json
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import astuple, dataclass
-from functools import cached_property
+from dataclasses import astuple
 from types import TracebackType
 from typing import Self
 
@@ -19,9 +18,10 @@ from qk_sniffer.errors import QkSnifferError, StoreError
 from qk_sniffer.machine import trim_memory
 from qk_sniffer.store.buffer import Buffer, Region
 from qk_sniffer.store.disk import explained
+from qk_sniffer.store.finished_batches import FinishedBatch, GroupEnd
 from qk_sniffer.store.journal import AttentionFacts, Batching, ExampleRecord, Journal
 from qk_sniffer.store.open_folder import PLAIN, Access
-from qk_sniffer.store.rows import Event, Form, Rows, Slot, block_tensors, index_of, keys_of
+from qk_sniffer.store.rows import BATCH, Event, Form, Rows, Slot, block_tensors, index_of, keys_of
 from qk_sniffer.store.segment import Tensor, write_segment
 from qk_sniffer.store.stored import LARGE
 from qk_sniffer.text import in_mb
@@ -54,6 +54,7 @@ class JournalWriter:
         flush_s: float = FLUSH_S,
         pinned: bool = False,
         batching: Batching | None = None,
+        by_example: bool = False,
         access: Access = PLAIN,
     ) -> None:
         """Removes files without use from the journal's folder, and starts the thread. Hold the shard's lock.
@@ -66,6 +67,8 @@ class JournalWriter:
             flush_s: the longest time that a finished batch waits for its segment to fill, in seconds.
             pinned: whether the buffer is page-locked, so that a CUDA device copies to it while it computes.
             batching: the batch settings of the job, which every segment names.
+            by_example: whether each example is a batch of its own, so that examples are complete in any order. The rows
+                of one that is never complete are dropped.
         """
         journal.prepare(access)
         self._journal = journal
@@ -74,7 +77,7 @@ class JournalWriter:
         self._segment_bytes = segment_bytes
         self._flush_s = flush_s
         self._changed = threading.Condition()
-        self._queue: deque[Slot | _End] = deque()
+        self._queue: deque[Slot | GroupEnd] = deque()
         try:
             self._buffer = Buffer(queue_bytes, pinned=pinned)
         except (MemoryError, RuntimeError) as error:  # the latter is torch's
@@ -87,14 +90,15 @@ class JournalWriter:
         self._closing = False
         self._error: BaseException | None = None
         self._batch = journal.next_batch
+        self._of_example: dict[int, int] | None = {} if by_example else None  # its open batch, by key
         self._batch_keys: set[int] = set()  # of the examples with rows in the open batch
         self._checks: list[AttentionFacts] = []
-        self._group: list[_Batch] = []  # the finished batches of the open group
+        self._group: list[FinishedBatch] = []  # the finished batches of the open group
         self._seen = set(journal.records)
         self._forms: dict[tuple[int, str], Form] = {}
         self._ended_bytes = 0  # of the facts of finished batches in the queue
         self._since: dict[int, int] = {}  # the thread's: the segment that each open batch starts in
-        self._done: list[_End] = []
+        self._done: list[GroupEnd] = []
         self.durable_examples = len(journal.records)
         self.bytes_written = 0
         self.write_s = 0.0
@@ -105,7 +109,7 @@ class JournalWriter:
 
     @contextmanager
     def reserve(self, rows: Rows) -> Iterator[Slot]:
-        """Reserves memory for the vectors of `rows`, which belong to the open batch; waits while the buffer is full.
+        """Reserves memory for the vectors of `rows`, which belong to open batches; waits while the buffer is full.
 
         Rows larger than the whole buffer get memory once no other rows have any. A block that ends before `commit`
         gives the memory back.
@@ -117,7 +121,11 @@ class JournalWriter:
         form, runs = rows.form, rows.runs(self._batch)
         if (earlier := self._forms.setdefault((rows.layer, rows.kind), form)) != form:
             raise ValueError(f"rows of layer {rows.layer} {rows.kind} are {form}, earlier ones {earlier}")
-        slot = Slot.of(rows, self._batch, runs, self._take_memory(rows.nbytes))
+        if self._of_example is not None:
+            if again := self._seen.intersection(keys_of(runs).tolist()):
+                raise ValueError(f"examples {_indices(again)} are complete already")
+            runs[:, BATCH] = [self._open_batch(key) for key in keys_of(runs).tolist()]
+        slot = Slot.of(rows, runs, self._take_memory(rows.nbytes))
         try:
             yield slot
         finally:
@@ -134,7 +142,8 @@ class JournalWriter:
         slot.event = event
         with self._changed:
             self._check_open()
-            self._batch_keys |= set(keys_of(slot.runs).tolist())
+            if self._of_example is None:
+                self._batch_keys |= set(keys_of(slot.runs).tolist())
             self._queue.append(slot)
             slot.committed = True
             self._changed.notify_all()
@@ -146,7 +155,7 @@ class JournalWriter:
     def complete(
         self, records: Sequence[ExampleRecord], *, ends_group: bool = True, statistics: Sequence[Tensor] = ()
     ) -> None:
-        """Ends the batch. `records` are its examples, including those without rows.
+        """Ends the batch, or those of the examples. `records` are its examples, including those without rows.
 
         The batches of a group become durable together, with the tensors of the group's `statistics`.
 
@@ -159,8 +168,8 @@ class JournalWriter:
             raise ValueError(f"rows of examples {_indices(strangers)} were committed, but the batch does not name them")
         if again := keys & self._seen:
             raise ValueError(f"examples {_indices(again)} are complete already")
-        self._group.append(_Batch(self._batch, tuple(records), tuple(self._checks)))
-        end = _End(tuple(self._group), tuple(statistics), time.monotonic())
+        self._group += self._ended(records)
+        end = GroupEnd(tuple(self._group), tuple(statistics), time.monotonic())
         if end.metadata_bytes > MOST_METADATA:
             raise StoreError(
                 f"the ids and segments of {end.num_records:,} examples in a batch have {in_mb(end.metadata_bytes)}, "
@@ -176,8 +185,13 @@ class JournalWriter:
             self._group.clear()
         self._checks.clear()
         self._seen |= keys
-        self._batch += 1
         self._batch_keys.clear()
+
+    def abandon(self, keys: Iterable[int]) -> None:
+        """Drops the rows so far of examples by key, each of which is a batch of its own. It may get other rows then."""
+        assert self._of_example is not None
+        for key in keys:
+            self._of_example.pop(key, None)
 
     def close(self) -> None:
         """Waits until all batches of finished groups are durable. Drops the rows of the others.
@@ -213,6 +227,23 @@ class JournalWriter:
                 raise
             if error.__cause__ is not failure.__cause__:
                 error.add_note(str(failure))  # the error that ended the block comes first
+
+    def _ended(self, records: Sequence[ExampleRecord]) -> list[FinishedBatch]:
+        if self._of_example is None:
+            self._batch += 1
+            return [FinishedBatch(self._batch - 1, tuple(records), tuple(self._checks))]
+        ended = [FinishedBatch(self._open_batch(record.key), (record,), ()) for record in records]
+        for record in records:
+            del self._of_example[record.key]
+        return ended
+
+    def _open_batch(self, key: int) -> int:
+        """Returns the number of the open batch of an example, which is its own."""
+        assert self._of_example is not None
+        if key not in self._of_example:
+            self._of_example[key] = self._batch
+            self._batch += 1
+        return self._of_example[key]
 
     def _take_memory(self, nbytes: int) -> Region:
         with self._changed:
@@ -253,7 +284,7 @@ class JournalWriter:
                     self.write_s += time.monotonic() - start
                     self.bytes_written += written
                     for item in items:
-                        if isinstance(item, _End):
+                        if isinstance(item, GroupEnd):
                             self._done.append(item)
                             self.durable_examples += item.num_records
                         else:
@@ -269,18 +300,18 @@ class JournalWriter:
                 self._queue.clear()
                 self._changed.notify_all()
 
-    def _take(self) -> list["Slot | _End"]:
+    def _take(self) -> list[Slot | GroupEnd]:
         """Waits for the items of a segment; returns none once the writer is closed."""
         with self._changed:
             while not (self._closing or self._due()):
                 end = self._first_end()
                 self._changed.wait(None if end is None else max(0.0, end.at + self._flush_s - time.monotonic()))
             self._memory_wanted = False
-            items: list[Slot | _End] = []
+            items: list[Slot | GroupEnd] = []
             size = metadata = 0
             while self._queue:
                 item = self._queue[0]
-                if isinstance(item, _End):
+                if isinstance(item, GroupEnd):
                     if metadata and metadata + item.metadata_bytes > MOST_METADATA:
                         break
                     metadata += item.metadata_bytes
@@ -288,7 +319,7 @@ class JournalWriter:
                     break
                 items.append(self._queue.popleft())
                 size += item.nbytes
-                if isinstance(item, _End) and item.statistics:
+                if isinstance(item, GroupEnd) and item.statistics:
                     break  # a segment has the statistics of one group
             self._ended_bytes -= metadata
             return items
@@ -301,19 +332,21 @@ class JournalWriter:
         end = self._first_end()
         return end is not None and time.monotonic() >= end.at + self._flush_s
 
-    def _first_end(self) -> "_End | None":
-        return next((item for item in self._queue if isinstance(item, _End)), None)
+    def _first_end(self) -> GroupEnd | None:
+        return next((item for item in self._queue if isinstance(item, GroupEnd)), None)
 
-    def _write(self, items: list["Slot | _End"]) -> int:
+    def _write(self, items: list[Slot | GroupEnd]) -> int:
         """Writes a segment, and returns its bytes."""
         journal, number = self._journal, self._journal.next_segment
         slots: dict[tuple[int, str], list[Slot]] = {}
         statistics: Sequence[Tensor] = ()
-        numbers, ended = [], []
+        numbers: list[int] = []
+        ended = []
         for item in items:
             if isinstance(item, Slot):
-                numbers.append(item.batch)
-                self._since.setdefault(item.batch, number)
+                numbers += item.batches
+                for started in item.batches:
+                    self._since.setdefault(started, number)
                 start = time.monotonic()
                 item.wait()
                 self.transfer_s += time.monotonic() - start
@@ -346,37 +379,3 @@ class JournalWriter:
 
 def _indices(keys: set[int]) -> list[int]:
     return sorted({*map(index_of, keys)})
-
-
-@dataclass(frozen=True, eq=False)
-class _Batch:
-    number: int
-    records: tuple[ExampleRecord, ...]
-    checks: tuple[AttentionFacts, ...]
-
-    @cached_property
-    def metadata_bytes(self) -> int:
-        """The bytes of its facts in the header of a segment, which is JSON that holds JSON."""
-        return len(json.dumps(json.dumps([*map(astuple, self.records), self.checks])))
-
-
-@dataclass(frozen=True, eq=False)
-class _End:
-    """The end of a group of batches, which become durable together."""
-
-    batches: tuple[_Batch, ...]
-    statistics: tuple[Tensor, ...]
-    at: float
-
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.statistics)
-
-    @property
-    def num_records(self) -> int:
-        return sum(len(batch.records) for batch in self.batches)
-
-    @property
-    def metadata_bytes(self) -> int:
-        """The bytes of the facts of its batches in the header of a segment."""
-        return sum(batch.metadata_bytes for batch in self.batches)

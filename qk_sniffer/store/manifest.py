@@ -2,6 +2,9 @@
 
 format          "qk-sniffer/1"
 job             the keys that the job adds: resolved config, versions, commits, head layout, rotary parameters, ...
+source          "python" for a capture from Python (`qk_sniffer.capture`); missing for a job. The texts and tokenizer of
+                such a capture are not known. Its model has the name and the commit that its config tells, if any. It is
+                not proven, because its calls cannot be repeated
 batching        changes of the batch settings while the job ran: [{"shard", "from_index", "max_batch_tokens",
                 "batch_size"}, ...]. from_index is the source's index of the first example that was captured after the
                 change. The fingerprint has the settings before the first change

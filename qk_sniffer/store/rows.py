@@ -182,7 +182,6 @@ class Slot:
 
     layer: int
     kind: str
-    batch: int
     form: Form
     runs: Int64
     region: Region
@@ -194,8 +193,8 @@ class Slot:
     committed: bool = False
 
     @classmethod
-    def of(cls, rows: Rows, batch: int, runs: Int64, region: Region) -> "Slot":
-        """Copies the columns of `rows` into `region`, which has their size; `runs` are those of `rows.runs(batch)`."""
+    def of(cls, rows: Rows, runs: Int64, region: Region) -> "Slot":
+        """Copies the columns of `rows` into `region`, which has their size; `runs` are those of `rows`."""
         import torch  # here, so that readers of a journal need not load it
 
         columns = rows.columns
@@ -207,7 +206,6 @@ class Slot:
         return cls(
             layer=rows.layer,
             kind=rows.kind,
-            batch=batch,
             form=rows.form,
             runs=runs,
             region=region,
@@ -221,6 +219,11 @@ class Slot:
         """Returns when the copy into the memory has ended."""
         if self.event is not None:
             self.event.synchronize()
+
+    @property
+    def batches(self) -> set[int]:
+        """The batches of the rows."""
+        return set(self.runs[:, BATCH].tolist())
 
     @property
     def num_rows(self) -> int:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,8 +15,10 @@ from support.store_cases import Captured, Piece, by_index, ones, put
 
 from qk_sniffer.errors import StoreError
 from qk_sniffer.store import disk, journal_writer, segment
+from qk_sniffer.store.compaction_plan import SegmentFiles, find_blocks, plan_compaction
 from qk_sniffer.store.journal import ExampleRecord, Journal
 from qk_sniffer.store.journal_writer import JournalWriter
+from qk_sniffer.store.rows import FIRST, INDEX, LAST
 
 BIG = 1 << 30
 
@@ -230,3 +233,42 @@ def test_a_segment_ends_before_its_header_is_larger_than_its_reader_takes(
     for path in journal.segments:
         assert 1900 < len(segment.read_header(path).metadata["ended"]) < 4000
     assert [*Journal(tmp_path / "journal").records.values()] == records
+
+
+def by_example(journal: Journal, **options: Any) -> JournalWriter:
+    return JournalWriter(journal, by_example=True, **{"queue_bytes": BIG, "segment_bytes": 1} | options)
+
+
+def rows_of(journal: Journal) -> dict[int, list[int]]:
+    """The positions of the rows of each finished example, in the order of a compaction."""
+    with SegmentFiles() as files:
+        plan = plan_compaction(find_blocks([journal])[0, "q"], files)
+    found: dict[int, list[int]] = {}
+    for run in plan.runs.tolist():
+        found.setdefault(run[INDEX], []).extend(range(run[FIRST], run[LAST] + 1))
+    return found
+
+
+def test_examples_that_are_batches_of_their_own_end_in_any_order(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    with by_example(journal) as writer:
+        for step in range(3):
+            index, position = np.repeat([0, 1, 2], 2), np.tile([2 * step, 2 * step + 1], 3)
+            put(writer, Piece.of(0, "q", torch.ones(1, 6, 4), index, position))
+        writer.complete([Captured().record(2)])
+        put(writer, Piece.of(0, "q", torch.ones(1, 2, 4), np.array([0, 0]), np.array([6, 7])))
+        with pytest.raises(ValueError, match=r"examples \[2\] are complete already"):
+            put(writer, ones(1, index=2))
+        writer.complete([Captured().record(0), Captured().record(5)])  # without rows
+    assert [key >> 24 for key in Journal(tmp_path).records] == [2, 0, 5]
+    assert rows_of(journal) == rows_of(Journal(tmp_path)) == {0: [*range(8)], 2: [*range(6)]}
+
+
+def test_rows_of_an_abandoned_example_are_dropped_and_its_number_is_free(tmp_path: Path) -> None:
+    with by_example(Journal(tmp_path)) as writer:
+        put(writer, ones(5, index=1))
+        put(writer, ones(5, index=2))
+        writer.abandon([Captured().record(1).key])
+        put(writer, ones(3, index=1))
+        writer.complete([Captured().record(1), Captured().record(2)])
+    assert rows_of(Journal(tmp_path)) == {1: [0, 1, 2], 2: [0, 1, 2, 3, 4]}

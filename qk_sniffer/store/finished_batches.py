@@ -1,0 +1,47 @@
+"""Describes finished batches on their way to the journal, and their size in the header of a segment."""
+
+import json
+from dataclasses import astuple, dataclass
+from functools import cached_property
+
+from qk_sniffer.store.journal import AttentionFacts, ExampleRecord
+from qk_sniffer.store.segment import Tensor
+
+_NUMBERS_BYTES = 80
+"""The most bytes of the names in the facts of a batch, and of its numbers."""
+
+
+@dataclass(frozen=True, eq=False)
+class FinishedBatch:
+    """A batch whose rows are all committed."""
+
+    number: int
+    records: tuple[ExampleRecord, ...]
+    checks: tuple[AttentionFacts, ...]
+
+    @cached_property
+    def metadata_bytes(self) -> int:
+        """The bytes of its facts in the header of a segment, which is JSON that holds JSON."""
+        return _NUMBERS_BYTES + len(json.dumps(json.dumps([*map(astuple, self.records), self.checks])))
+
+
+@dataclass(frozen=True, eq=False)
+class GroupEnd:
+    """The end of a group of batches, which become durable together."""
+
+    batches: tuple[FinishedBatch, ...]
+    statistics: tuple[Tensor, ...]
+    at: float
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.statistics)
+
+    @property
+    def num_records(self) -> int:
+        return sum(len(batch.records) for batch in self.batches)
+
+    @property
+    def metadata_bytes(self) -> int:
+        """The bytes of the facts of its batches in the header of a segment."""
+        return sum(batch.metadata_bytes for batch in self.batches)

@@ -72,7 +72,7 @@ class MemoryStore:
         form, runs = rows.form, rows.runs(0)
         if (earlier := self._forms.setdefault((rows.layer, rows.kind), form)) != form:
             raise ValueError(f"rows of layer {rows.layer} {rows.kind} are {form}, earlier ones {earlier}")
-        yield Slot.of(rows, 0, runs, Region(0, rows.nbytes, np.empty(rows.nbytes, np.uint8)))
+        yield Slot.of(rows, runs, Region(0, rows.nbytes, np.empty(rows.nbytes, np.uint8)))
 
     def commit(self, slot: Slot, event: Event | None) -> None:
         """Keeps a slot until its pass ends; see `RowSink.commit`."""

@@ -2,8 +2,7 @@
 
 The rows are chosen before the forward pass: the indices of the sampled tokens of every (layer, kind) go to the device
 in one tensor. In the forward pass, each (layer, kind) costs one gather over the whole batch, into memory that the
-journal's writer reserves. A gather that is too large for the writer's buffer is cut into pieces. The forward pass
-blocks only when the buffer is full.
+journal's writer reserves (`row_writer.py`). The forward pass blocks only when the buffer is full.
 
 The forward pass over the longest text so far also checks the attention kernels (`backbone/attention_check.py`). With
 `capture.attention`, the attention of the sampled queries is summarized (`attention_summary.py`), and its records are
@@ -11,9 +10,8 @@ rows next to those of the queries. With `capture.statistics`, each forward pass 
 statistics of the heads (`moments.py`).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,22 +22,20 @@ from qk_sniffer.backbone.attention_check import AttentionCheck
 from qk_sniffer.backbone.backbone import Backbone
 from qk_sniffer.backbone.tap import AttentionCall, ForwardDone, KernelRun
 from qk_sniffer.capture.attention_summary import Summarizer
-from qk_sniffer.capture.gather import DeviceCopiers, DeviceIndices, Heads, TokenIndices, send, take
-from qk_sniffer.capture.moments import Moments, Spans
+from qk_sniffer.capture.gather import TokenIndices, send
+from qk_sniffer.capture.moments import Moments, Spans, states_by_stage
+from qk_sniffer.capture.row_writer import BatchRows, RowWriter, other_states_by_kind, states_by_kind
 from qk_sniffer.capture.sampling import Sampler, sampling_ids
 from qk_sniffer.capture.selection import Selection
 from qk_sniffer.corpus.tokens import Tokens
 from qk_sniffer.errors import CaptureError
 from qk_sniffer.store.journal_writer import JournalWriter
-from qk_sniffer.store.layout import ATTENTION, KIND_NAMES, KINDS, OFFSET_COLUMNS, UNROTATED_KINDS
-from qk_sniffer.store.rows import NO_CHARACTER, Rows
+from qk_sniffer.store.layout import KIND_NAMES, KINDS, OFFSET_COLUMNS
+from qk_sniffer.store.rows import NO_CHARACTER
 from qk_sniffer.store.segment import Tensor
-from qk_sniffer.store.statistics import PartKey, part_tensors, stages_of
+from qk_sniffer.store.statistics import part_tensors
 from qk_sniffer.text import compact_ranges
 from qk_sniffer.timing import Stages
-
-PIECE_BYTES = 64 * 2**20
-"""The most bytes that one gather takes; larger ones are cut by rows, so that memory stays bounded."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +79,8 @@ class Capture:
         Without `writer`, no row is written: `sampler` keeps none, there is no `attention`, and no batch is finished.
         """
         self._backbone = backbone
-        self._heads = {(layer, kind): Heads(heads) for layer, kind, heads in selection}
-        self._copiers = DeviceCopiers()
+        self._heads = {(layer, kind): heads for layer, kind, heads in selection}
+        self._rows = None if writer is None else RowWriter(selection, writer, stages)
         self._sampler = sampler
         self._writer = writer
         self._columns = columns
@@ -121,7 +117,7 @@ class Capture:
 
     def num_rows(self, plan: BatchPlan) -> int:
         """Returns the number of rows that the batch adds to the dataset, over all heads."""
-        return sum(len(self._heads[key].numbers) * len(tokens) for key, tokens in plan.tokens.items())
+        return sum(len(self._heads[key]) * len(tokens) for key, tokens in plan.tokens.items())
 
     def run(self, plan: BatchPlan) -> None:
         """Runs one forward pass, up to the last selected layer, and writes all rows of the batch.
@@ -132,13 +128,19 @@ class Capture:
             CaptureError: a selected layer did not call attention in this forward pass.
         """
         wanted = send(plan.tokens, self._backbone.device)
+        index, part = (np.array([getattr(example, name) for example in plan.examples]) for name in ("index", "part"))
+        rows = BatchRows(index, part, plan.columns)
         check = None if self._attention is None else self._attention.of(plan.examples[0].num_tokens)
 
         def write(layer: int, states_of: Mapping[str, torch.Tensor], others: Mapping[str, torch.Tensor]) -> None:
             for kind, states in states_of.items():
                 if (tokens := wanted.pop((layer, kind), None)) is not None:
-                    self._write(plan, layer, kind, states, tokens)
-                    self._add_moments(plan, layer, kind, states, others.get(kind))
+                    if self._rows is not None:
+                        self._rows.write(rows, layer, kind, states, tokens)
+                    if self._moments is not None:
+                        with self._stages("statistics"):
+                            stages = states_by_stage(self._stage, kind, states, others.get(kind))
+                            self._moments.add_stages(layer, kind, stages, plan.spans)
 
         def end_if_done() -> None:
             if not wanted and (check is None or not check.waits):
@@ -146,9 +148,9 @@ class Capture:
 
         def capture(call: AttentionCall) -> None:
             queries = wanted.get((call.layer, "q"))
-            write(call.layer, _states(call), _other_states(call))
-            if queries is not None and self._summary is not None:
-                self._write_summary(plan, call, queries, self._summary)
+            write(call.layer, states_by_kind(call), other_states_by_kind(call))
+            if queries is not None and self._summary is not None and self._rows is not None:
+                self._rows.write_summary(rows, call, queries, self._summary)
             end_if_done()
 
         def capture_output(call: AttentionCall, output: torch.Tensor | None) -> None:
@@ -196,88 +198,6 @@ class Capture:
     @property
     def _stage(self) -> str:
         return "pre" if self._backbone.pre_rope else "post"
-
-    def _add_moments(
-        self, plan: BatchPlan, layer: int, kind: str, states: torch.Tensor, others: torch.Tensor | None
-    ) -> None:
-        """Adds all tokens of the batch. `others` are the states of the other stage, where they differ."""
-        if self._moments is None:
-            return
-        with self._stages("statistics"):
-            for stage in stages_of(kind, self._moments.config.stages):
-                of_stage = states if stage == self._stage or kind in UNROTATED_KINDS else others
-                assert of_stage is not None, "the pass did not show both stages"
-                self._moments.add(PartKey(layer, kind, stage), of_stage, plan.spans)
-
-    def _write(self, plan: BatchPlan, layer: int, kind: str, states: torch.Tensor, tokens: DeviceIndices) -> None:
-        heads = self._heads[layer, kind]
-        block = _Block(layer, kind, len(heads.numbers), states.shape[-1], states.dtype)
-        self._write_rows(plan, block, states.device, tokens, "gather", partial(take, states, heads), plan.columns)
-
-    def _write_summary(self, plan: BatchPlan, call: AttentionCall, tokens: DeviceIndices, summary: Summarizer) -> None:
-        heads = self._heads[call.layer, "q"]
-        block = _Block(call.layer, ATTENTION, len(heads.numbers), summary.table.width, torch.float32)
-        self._write_rows(plan, block, call.query.device, tokens, "attention", partial(summary.write, call), {})
-
-    def _write_rows(
-        self,
-        plan: BatchPlan,
-        block: "_Block",
-        device: torch.device,
-        tokens: DeviceIndices,
-        stage: str,
-        write: Callable[[DeviceIndices, torch.Tensor], None],
-        columns: Mapping[str, npt.NDArray[np.integer[Any]]],
-    ) -> None:
-        """Writes rows of `tokens` piece by piece. `write` fills (heads, tokens, width) on the device for a piece."""
-        if not len(tokens):
-            return
-        assert self._writer is not None
-        source_index, part = (
-            np.array([getattr(example, name) for example in plan.examples]) for name in ("index", "part")
-        )
-        row_bytes = block.num_heads * block.width * block.dtype.itemsize
-        step = max(1, min(PIECE_BYTES, self._writer.piece_bytes) // row_bytes)
-        for start in range(0, len(tokens), step):
-            piece = tokens.part(start, start + step)
-            row, position = piece.tokens.row, piece.tokens.position
-            rows = Rows(
-                block.layer,
-                block.kind,
-                block.num_heads,
-                block.width,
-                block.dtype,
-                source_index[row],
-                position,
-                {name: values[row, position] for name, values in columns.items()},
-                part[row],
-            )
-            waited_s = self._writer.wait_s
-            with self._stages(stage), self._writer.reserve(rows) as slot:
-                self._writer.commit(slot, self._copiers.fill(slot.vectors, device, partial(write, piece)))
-            self._stages.move(self._writer.wait_s - waited_s, stage, "queue")
-
-
-@dataclass(frozen=True)
-class _Block:
-    """The rows of a (layer, kind): `num_heads` vectors or records of `width` numbers at each token."""
-
-    layer: int
-    kind: str
-    num_heads: int
-    width: int
-    dtype: torch.dtype
-
-
-def _states(call: AttentionCall) -> dict[str, torch.Tensor]:
-    """Returns the states (B, H, n, d) of an attention call by kind."""
-    states = {"q": call.query, "k": call.key}
-    return states if call.value is None else states | {"v": call.value}
-
-
-def _other_states(call: AttentionCall) -> dict[str, torch.Tensor]:
-    """Returns the states of the other stage of an attention call by kind; an empty dict if it shows one stage alone."""
-    return {} if call.other_stage is None else dict(zip(("q", "k"), call.other_stage, strict=True))
 
 
 def _offsets(examples: Sequence[Tokens], name: str) -> npt.NDArray[np.int32]:

@@ -18,8 +18,9 @@ import torch
 
 from qk_sniffer.backbone.layers import LayerFacts
 from qk_sniffer.backbone.rotation import Frequencies
-from qk_sniffer.config import StatisticsConfig
-from qk_sniffer.store.statistics import Pairs, Part, PartKey, paired
+from qk_sniffer.config import STAGES, StatisticsConfig
+from qk_sniffer.store.layout import UNROTATED_KINDS
+from qk_sniffer.store.statistics import Pairs, Part, PartKey, paired, stages_of
 
 Spans = Sequence[tuple[int, int]]
 """Tokens of a text: the first one and the one after the last, of each span."""
@@ -39,6 +40,19 @@ def rotary_pairs(layer: LayerFacts, frequencies: Mapping[str, Frequencies]) -> P
     if not isinstance(layer.rotation, dict):
         return None
     return paired(layer.rotation, len(frequencies[layer.rotation["frequencies"]].inv_freq))
+
+
+def states_by_stage(
+    stage: str, kind: str, states: torch.Tensor, others: torch.Tensor | None
+) -> dict[str, torch.Tensor]:
+    """Returns the states of a kind by stage: `states` of `stage`, and `others` of the other one, if they are shown.
+
+    Kinds that are not rotated have the same states in both stages.
+    """
+    if kind in UNROTATED_KINDS:
+        return dict.fromkeys(STAGES, states)
+    found = {stage: states}
+    return found if others is None else found | {other: others for other in STAGES if other != stage}
 
 
 @dataclass
@@ -156,6 +170,11 @@ class Moments:
             return [[(skip, length)] if skip < length else [] for length in lengths]
         edges = [np.flatnonzero(np.diff(mask[skip:], prepend=False, append=False)) + skip for mask in in_segments]
         return [list(zip(each[::2].tolist(), each[1::2].tolist(), strict=True)) for each in edges]
+
+    def add_stages(self, layer: int, kind: str, states: Mapping[str, torch.Tensor], spans: Sequence[Spans]) -> None:
+        """Adds the tokens in `spans` of each text to the statistics of a kind. `states` has its states by stage."""
+        for stage in stages_of(kind, self.config.stages):
+            self.add(PartKey(layer, kind, stage), states[stage], spans)
 
     def add(self, key: PartKey, states: torch.Tensor, spans: Sequence[Spans]) -> None:
         """Adds the tokens in `spans` of each text of a batch. `states` is (B, heads of the layer, n, d)."""

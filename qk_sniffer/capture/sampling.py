@@ -149,17 +149,21 @@ class Sampler:
         lengths: Sequence[int],
         layer_kinds: Sequence[tuple[int, str]],
         in_segments: Bools | None = None,
+        *,
+        starts: Sequence[int] | None = None,
     ) -> dict[tuple[int, str], Picks]:
         """Returns the kept tokens of a batch for each (layer, kind).
 
-        `lengths` are numbers of tokens, without padding. `in_segments` (sum of `lengths`,) says which tokens are in the
+        `lengths` are numbers of tokens, without padding. `starts` are the positions of the first tokens of the
+        examples, if not all are 0: only the tokens from there on are of the batch, and `max_rows_per_example` compares
+        these alone. `in_segments` (sum of `lengths`,) says which tokens are in the
         segments of `sampler.segments`, one example after the other; None without that setting.
 
         Each (layer, kind) that must keep the same tokens as another
         (with `share: example`, or where all tokens are kept, or as the values of keys do) gets the same `Picks` object.
         """
         assert (in_segments is None) == (self.config.segments is None), "which tokens are in sampler.segments?"
-        tokens = _Tokens.of(lengths)
+        tokens = _Tokens.of(lengths, starts)
         states = counter_hash(self.config.seed, np.asarray(example_ids, dtype=np.int64))
         limits = {rule: rule.limits(tokens.longest)[tokens.position] for rule in set(self._rules.values())}
         hashes, scratch = np.empty(tokens.count, np.uint64), np.empty(tokens.count, np.uint64)
@@ -292,11 +296,12 @@ class _Tokens:
     count: int
 
     @classmethod
-    def of(cls, lengths: Sequence[int]) -> "_Tokens":
+    def of(cls, lengths: Sequence[int], starts: Sequence[int] | None) -> "_Tokens":
         counts = np.asarray(lengths, dtype=np.int64)
-        longest, total = int(counts.max(initial=0)), int(counts.sum())
+        first = np.zeros_like(counts) if starts is None else np.asarray(starts, dtype=np.int64)
+        longest, total = int((first + counts).max(initial=0)), int(counts.sum())
         row = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
-        position = (np.arange(total) - np.repeat(np.cumsum(counts) - counts, counts)).astype(np.int32)
+        position = (np.arange(total) - np.repeat(np.cumsum(counts) - counts - first, counts)).astype(np.int32)
         return cls(counts, row, position, _mixed_positions(_table_length(longest))[position], longest, total)
 
 

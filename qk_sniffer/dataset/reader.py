@@ -26,7 +26,7 @@ from qk_sniffer.store.files import Files, Folder
 from qk_sniffer.store.layout import (
     ATTENTION,
     EXAMPLES,
-    KIND_NAMES,
+    KINDS,
     HeadKey,
     head_file,
     statistics_file,
@@ -36,7 +36,7 @@ from qk_sniffer.store.row_filter import RowValues
 from qk_sniffer.store.statistics import Statistics, stages_of
 from qk_sniffer.store.statistics_file import read_statistics
 from qk_sniffer.store.stored import UnreadableError
-from qk_sniffer.text import compact_ranges, counted, enumerated, printable, shortened
+from qk_sniffer.text import compact_ranges, counted, printable, shortened
 
 if TYPE_CHECKING:
     from qk_sniffer.dataset.token_vectors import TokenVectors
@@ -244,12 +244,12 @@ class Dataset(HeadReader):
             return read_statistics(path, kind, stage, way_out=WAY_OUT, covariance=covariance)
 
     def __repr__(self) -> str:
-        names = [KIND_NAMES[kind] for kind in KIND_NAMES if any(head.kind == kind for head in self.heads)]
+        kinds = ", ".join(kind for kind in KINDS if any(head.kind == kind for head in self.heads))
         layers = compact_ranges(head.layer for head in self.heads)
         manifest = self.manifest
         facts = [
             f"{counted(manifest['rows'], 'row')} of {counted(manifest['examples'], 'example')}",
-            f"{counted(len(self.heads), 'head')} ({enumerated(names)} of layers {layers})",
+            f"{counted(len(self.heads), 'head')} ({kinds} of layers {layers})",
             *(["attention summaries"] if self._attention is not None else []),
             *([f"statistics ({', '.join(self.stages)})"] if self.stages else []),
         ]

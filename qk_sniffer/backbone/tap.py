@@ -341,7 +341,7 @@ def _refuse_other_keys(module: nn.Module, query: torch.Tensor, key: torch.Tensor
 
 @contextmanager
 def watched_rotary(layers: Iterable[nn.Module], family: Family, calls: list[RotaryCall]) -> Iterator[None]:
-    """Appends (input, output) of each tensor that a rotary function next to `layers` rotates in this thread to `calls`."""
+    """Appends (input, output) of each tensor that rotary functions next to `layers` rotate to `calls` (own thread)."""
     originals = rotary_functions(layers, family)
     thread = threading.get_ident()
 

@@ -41,7 +41,6 @@ IMPORT_TORCH = {
             "attention_terms",
             "backbone",
             "banded_attention",
-            "caches",
             "config_overrides",
             "exact_attention",
             "family",

@@ -5,17 +5,17 @@ first head is the default. The text depends on the facts alone and has no dates,
 branch of the Hub has more sections: loading from the Hub, the proof, the pictures and a citation.
 """
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from qk_sniffer.dataset import card_kinds
 from qk_sniffer.dataset.card_attention import attention
-from qk_sniffer.dataset.card_contents import contents, special_tokens
 from qk_sniffer.dataset.card_facts import CardFacts, Place
+from qk_sniffer.dataset.card_names import adapted, adapter_name, dataset_name, model_name, title
 from qk_sniffer.dataset.card_rotation import rotary_embedding
+from qk_sniffer.dataset.card_run import run
 from qk_sniffer.dataset.card_sampling import sampling
 from qk_sniffer.dataset.card_segments import segments
 from qk_sniffer.dataset.card_snippets import loading
@@ -28,7 +28,6 @@ from qk_sniffer.dataset.proof_words import (
     of_summaries,
     whence,
 )
-from qk_sniffer.dataset.weights import computed_in, quantized
 from qk_sniffer.markdown import block, code, in_url, link, plain, table, tex, yaml_string
 from qk_sniffer.resolved import safe_name
 from qk_sniffer.store.layout import ATTENTION, EXAMPLES, KIND_NAMES, KINDS, PICTURE_SUFFIXES, Head, Layout, schema
@@ -49,7 +48,7 @@ def write_card(facts: CardFacts) -> str:
         _introduction(facts),
         loading(facts.place, names, lists_all),
         _columns(facts),
-        _run(facts),
+        run(facts),
         _head_layout(facts),
         sampling(facts),
         segments(facts),
@@ -88,7 +87,7 @@ def _front_matter(facts: CardFacts, names: list[str]) -> tuple[str, bool]:
 
 def _yaml(facts: CardFacts, configs: list[tuple[str, str]]) -> str:
     # The vectors derive from a model and from texts. No license identifier of the Hub names the terms of both.
-    lines = ["---", f"pretty_name: {yaml_string(_title(facts))}"]
+    lines = ["---", f"pretty_name: {yaml_string(title(facts))}"]
     lines += ["license: other", "license_name: terms-of-the-model-and-the-texts"]
     if facts.languages:
         lines += ["language:", *(f"- {yaml_string(language)}" for language in facts.languages)]
@@ -109,18 +108,31 @@ def _introduction(facts: CardFacts) -> str:
     heads = enumerated([f"{counts[kind]:,} {KIND_NAMES[kind]} heads" for kind in KINDS if counts[kind]])
     stage = "before" if facts.config.capture.capture_pre_rope else "after"
     file = f"l<layer>h<head><{'|'.join(facts.kinds)}>/data.parquet"
+    of_texts = "" if facts.from_python else f" of {code(dataset_name(facts))}"
     return f"""\
-# {plain(_title(facts))}
+# {plain(title(facts))}
 
-The {card_kinds.named(facts, "{} ({})")} vectors of attention heads of {_adapted(facts, code)} at sampled
-token positions of {facts.num_examples:,} examples of {code(_dataset_name(facts))}: {heads}, {facts.rows:,} rows.
+The {card_kinds.named(facts, "{} ({})")} vectors of attention heads of {adapted(facts, code)} at sampled
+token positions of {facts.num_examples:,} examples{of_texts}: {heads}, {facts.rows:,} rows.
 qk-sniffer captured them in the model's own forward pass, {stage} the rotary embedding (RoPE).\
 {card_kinds.unrotated(facts)}
 
 Each head is one Parquet file, `{file}`. {card_kinds.numbering(facts)}
 Rows are sorted by the order of the examples in their source, then by position. `examples/data.parquet` describes the
 examples. `manifest.json` describes the run and every file.
-{_parts(facts)}"""
+{_parts(facts)}{_from_python(facts)}"""
+
+
+def _from_python(facts: CardFacts) -> str:
+    if not facts.from_python:
+        return ""
+    return """
+The vectors come from Python: a program ran the model in its own way, within `qk_sniffer.capture`. Its texts and its
+tokenizer are not known. A name and a commit of the model are those that the model's config tells; whether the weights
+were changed since is not known. Each row of a batch is an example, numbered from 0 in the order in which they began.
+`text_hash` in `examples/data.parquet` is a hash of the example's token ids, and empty if they were not seen. The tokens
+of an example were seen from `first_position` on.
+"""
 
 
 def _parts(facts: CardFacts) -> str:
@@ -139,9 +151,10 @@ in the order of the source.
 def _columns(facts: CardFacts) -> str:
     capture, dtype = facts.config.capture, facts.dtype
     stage = "before RoPE" if capture.capture_pre_rope else "as attention received it, after RoPE"
+    of_example = "" if facts.from_python else "its id in the source, "
     meanings = {
         "bucket": "the range of positions that the row is drawn from, see Sampling",
-        "example_id": "the example: `examples/data.parquet` has its id in the source, its length and its hash",
+        "example_id": f"the example: `examples/data.parquet` has {of_example}its length and its hash",
         "position": "the token's position in the example, from 0",
         "vector": f"{card_kinds.vector(facts, stage)}; {plain(dtype)}, widened to float32",
         "sliding_window": "tokens that the layer attends back to, including the token itself; null without a window",
@@ -156,53 +169,6 @@ def _columns(facts: CardFacts) -> str:
     fields = schema(1, capture)
     lines = [(f"`{field.name}`", types.get(field.name, str(field.type)), meanings[field.name]) for field in fields]
     return "## Columns\n\n" + table(("column", "type", "meaning"), lines)
-
-
-def _run(facts: CardFacts) -> str:
-    model, dataset, tokenizer = facts.config.model, facts.config.dataset, facts.config.model.tokenizer
-    overrides = json.dumps(model.config_overrides, sort_keys=True)
-    cut, empty = f"{facts.num_truncated:,} cut at max_length", f"{facts.num_skipped:,} left out as empty"
-    if facts.is_split:
-        cut, empty = f"parts of {facts.num_texts:,} texts", f"{facts.num_skipped:,} texts left out as empty"
-    if facts.num_truncated and facts.truncated_tokens is not None:
-        cut += f", without {facts.truncated_tokens:,} tokens in all"
-    settings = [
-        ("model", _source(model.name, model.revision, facts.model_commit)),
-        ("adapter", _adapter(facts)),
-        ("dtype", plain(computed_in(facts.dtype, facts.checkpoint_dtype))),
-        ("quantization", "" if facts.quantization is None else plain(quantized(facts.quantization))),
-        ("attention implementation", _plain(model.attn_implementation)),
-        ("config overrides", code(overrides) if model.config_overrides else ""),
-        ("tokenizer", _tokenizer(facts)),
-        ("special tokens", special_tokens(facts)),
-        ("max_length", f"{tokenizer.max_length:,} tokens"),
-        ("max_position_embeddings", _beyond(facts)),
-        ("dataset", _source(dataset.path, dataset.revision, facts.dataset_commit)),
-        ("dataset config", _plain(dataset.name)),
-        ("split", plain(dataset.split)),
-        *contents(facts),
-        ("id column", _plain(dataset.id_column) or "none: example_id is the row's index"),
-        ("examples", f"{facts.num_examples:,} ({cut}; {empty})"),
-        ("tokens", f"{facts.num_tokens:,} (the longest example has {facts.longest:,})"),
-        ("stage", "before RoPE" if facts.config.capture.capture_pre_rope else "after RoPE"),
-        ("software", plain(", ".join(f"{name} {version}" for name, version in sorted(facts.software.items())))),
-    ]
-    lines = [(key, value) for key, value in settings if value]
-    return "## Run\n\n" + table(("setting", "value"), lines)
-
-
-def _tokenizer(facts: CardFacts) -> str:
-    if facts.config.dataset.tokens_column is not None and not facts.config.capture.capture_token_strings:
-        return "none: the dataset has token ids"
-    tokenizer = facts.config.model.tokenizer
-    return _source(tokenizer.name, tokenizer.revision, facts.tokenizer_commit)
-
-
-def _beyond(facts: CardFacts) -> str:
-    if not facts.num_beyond or facts.max_positions is None:
-        return ""
-    examples = f"{facts.num_beyond:,} examples are" if facts.num_beyond > 1 else "one example is"
-    return f"{facts.max_positions:,} tokens: {examples} longer, captured as the model computes them"
 
 
 def _head_layout(facts: CardFacts) -> str:
@@ -327,9 +293,10 @@ def _terms(facts: CardFacts) -> str:
         licenses = ", ".join(code(license) for license in facts.licenses.get(role, ()))
         return code(name) + (f" (licence: {licenses})" if licenses else "")
 
-    sources = [source(_model_name(facts), "model"), source(_dataset_name(facts), "dataset")]
+    texts = "the texts of the program" if facts.from_python else source(dataset_name(facts), "dataset")
+    sources = [source(model_name(facts), "model"), texts]
     if facts.config.model.adapter is not None:
-        sources.insert(1, source(_adapter_name(facts), "adapter"))
+        sources.insert(1, source(adapter_name(facts), "adapter"))
     return f"""\
 ## Terms
 
@@ -344,7 +311,7 @@ def _citation(facts: CardFacts) -> str:
     key = safe_name(facts.place.branch).replace(".", "-")
     entry = f"""\
 @misc{{{key},
-  title        = {{{tex(_title(facts))}}},
+  title        = {{{tex(title(facts))}}},
   howpublished = {{Dataset repository {tex(facts.place.repo_id)} on the Hugging Face Hub, branch
                   {tex(facts.place.branch)}}},
   note         = {{Captured with qk-sniffer}}
@@ -356,53 +323,6 @@ def _citation(facts: CardFacts) -> str:
 Cite the model, the texts, and this dataset with the commit that you used:
 
 {block("bibtex", entry)}"""
-
-
-def _title(facts: CardFacts) -> str:
-    return f"{card_kinds.named(facts, '{1}')} vectors of {_adapted(facts, str)} on {_dataset_name(facts)}"
-
-
-def _adapted(facts: CardFacts, shown: Callable[[str], str]) -> str:
-    """Returns the name of the model, with that of its adapter; `shown` formats each name."""
-    model = shown(_model_name(facts))
-    return model if facts.config.model.adapter is None else f"{model} with the adapter {shown(_adapter_name(facts))}"
-
-
-def _adapter(facts: CardFacts) -> str:
-    model = facts.config.model
-    if model.adapter is None:
-        return ""
-    how = "merged into the model's weights" if model.merge_adapter else "computed next to the model's weights"
-    return f"{_source(model.adapter, None, facts.adapter_commit)} ({how})"
-
-
-def _model_name(facts: CardFacts) -> str:
-    return _public_name(facts.config.model.name, facts.model_commit)
-
-
-def _adapter_name(facts: CardFacts) -> str:
-    return _public_name(facts.config.model.adapter, facts.adapter_commit)
-
-
-def _dataset_name(facts: CardFacts) -> str:
-    return _public_name(facts.config.dataset.path, facts.dataset_commit)
-
-
-def _public_name(name: str | None, commit: str | None) -> str:
-    # A source without a commit is a local folder or file. Its path means nothing to a reader and may be private.
-    return (name if commit is not None else Path(name or "").name) or "unnamed"
-
-
-def _source(name: str | None, revision: str | None, commit: str | None) -> str:
-    text = code(_public_name(name, commit))
-    if commit is None:
-        return text
-    text += f", commit {code(commit)}"
-    return text if revision in (None, "main", commit) else f"{text} (revision {code(revision)})"
-
-
-def _plain(text: str | None) -> str:
-    return "" if text is None else plain(text)
 
 
 def _size_category(rows: int) -> str:

@@ -53,6 +53,10 @@ class CardFacts:
     languages: Sequence[str] = ()
     """The languages of the examples that their source states."""
     adapter_commit: str | None = None
+    adapter_kind: str | None = None
+    """The kind of the adapter in the words of peft; None without an adapter."""
+    from_python: bool = False
+    """Whether the dataset is a capture from Python."""
     place: Place | None = None
     """None for the card in a folder, which has neither proof nor pictures."""
     truncated_tokens: int | None = None
@@ -105,6 +109,8 @@ class CardFacts:
             quantization=manifest["model"].get("quantization"),
             model_commit=hub_commit_of(commits["model"]),
             adapter_commit=hub_commit_of(commits.get("adapter")),
+            adapter_kind=manifest["model"].get("adapter", {}).get("kind"),
+            from_python="source" in manifest,
             tokenizer_commit=hub_commit_of(commits["tokenizer"]),
             dataset_commit=commits["dataset"],
             software=manifest["versions"],

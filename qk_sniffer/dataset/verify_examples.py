@@ -24,7 +24,7 @@ _BYTES_PER_TOKEN = 64
 def check_examples(facts: ManifestFacts, report: Report) -> Examples | None:
     """Reports on the examples. Returns them, or None if they are too damaged to check the rows with them."""
     path = Layout(facts.root).examples
-    expected = examples_schema(split=facts.is_split, segments=facts.config.has_segments)
+    expected = examples_schema(split=facts.is_split, segments=facts.config.has_segments, from_python=facts.from_python)
     try:
         with open_parquet(path) as file:
             found = file.schema_arrow
@@ -41,6 +41,7 @@ def check_examples(facts: ManifestFacts, report: Report) -> Examples | None:
         return None
     example_id, num_tokens, index = (values(table[name]) for name in ("example_id", "num_tokens", "index"))
     part = values(table["part"]) if facts.is_split else np.zeros_like(num_tokens)
+    first = values(table["first_position"]) if facts.from_python else np.zeros_like(num_tokens)
     for key, number in (
         ("examples", len(table)),
         ("texts", int(np.count_nonzero(part == 0))),
@@ -65,6 +66,7 @@ def check_examples(facts: ManifestFacts, report: Report) -> Examples | None:
             "example_id is not the index, although dataset.id_column is null",
             (example_id != index) & (part == 0) & by_index,
         ),
+        ("first_position is not one of the example's", (first < 0) | (first >= num_tokens)),
         *(part_problems(table, facts.config.model.tokenizer.max_length, facts.added_tokens) if facts.is_split else ()),
     ):
         if wrong.any():
@@ -82,7 +84,7 @@ def check_examples(facts: ManifestFacts, report: Report) -> Examples | None:
         is_damaged = segments is None
     if is_damaged:
         return None
-    return Examples(example_id, num_tokens, sampling_ids(example_id[first_parts(index)], part), segments)
+    return Examples(example_id, num_tokens, sampling_ids(example_id[first_parts(index)], part), first, segments)
 
 
 def _segments(facts: ManifestFacts, table: pa.Table, report: Report) -> TextSegments | None:

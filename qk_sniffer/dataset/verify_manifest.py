@@ -30,7 +30,7 @@ from qk_sniffer.store.journal import Journal
 from qk_sniffer.store.layout import Head, Layout, is_statistics_file, schema, statistics_file
 from qk_sniffer.store.locks import holder, is_held
 from qk_sniffer.store.manifest import FileEntry
-from qk_sniffer.store.record import read_record
+from qk_sniffer.store.record import is_from_python, read_record
 from qk_sniffer.store.statistics import Pairs, paired, stages_of
 from qk_sniffer.store.stored import UnreadableError
 from qk_sniffer.text import counted
@@ -90,6 +90,8 @@ class ManifestFacts:
     """The model's commits that the dataset was captured and proven with."""
     proven: bool | None
     proof: str
+    from_python: bool
+    """Whether the dataset is a capture from Python."""
 
     @classmethod
     def read(cls, root: Path) -> "ManifestFacts":
@@ -145,6 +147,7 @@ class ManifestFacts:
             commits=(manifest["commits"]["model"], proof.get("model_commit", manifest["commits"]["model"])),
             proven=proof["proven"],
             proof=_in_words(proof, heads, int(manifest["examples"])),
+            from_python="source" in manifest,
         )
         for head in heads.values():
             if not isinstance(head.sliding_window, int | None):
@@ -270,6 +273,8 @@ def _no_manifest(layout: Layout, error: StoreError) -> Problem:
         return Problem("manifest", what, way_out="rerun its job, or fetch the whole dataset")
     running = [f"{holder(lock) or 'a process'} is writing it" for lock in layout.locks() if is_held(lock)]
     way_out = "wait for the running job" if running else "rerun the same command to resume"
+    if is_from_python(layout) and not running:
+        way_out = f"make a dataset of them: python -m qk_sniffer.finalize data_root={layout.root}"
     return Problem("manifest", what, "; ".join([*running[:1], _progress(layout)]), way_out)
 
 

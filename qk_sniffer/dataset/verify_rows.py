@@ -57,6 +57,8 @@ class Examples:
     num_tokens: Int32
     sampling_id: Int64
     """The number that the sampler hashes."""
+    first_position: Int32
+    """The position from which on the tokens were seen."""
     segments: TextSegments | None = None
 
     def places(self, ids: Int32) -> Int64:
@@ -98,7 +100,8 @@ class Examples:
             counts = self.segments.num_tokens(start, stop)
             return sum(counts.get(name, 0) for name in names)
         lengths = self.num_tokens.astype(np.int64)
-        return int(np.maximum((lengths if stop is None else np.minimum(lengths, stop)) - start, 0).sum())
+        stops = lengths if stop is None else np.minimum(lengths, stop)
+        return int(np.maximum(stops - np.maximum(self.first_position, start), 0).sum())
 
     @cached_property
     def _order(self) -> Int64:
@@ -155,7 +158,9 @@ def check_rows(root: Path, heads: Sequence[Head], sampler: Sampler, examples: Ex
             ids, lengths = examples.sampling_id[block], examples.num_tokens[block].tolist()
             in_segments = examples.in_segments(block, sampler.config.segments)
             picks = sampler.plan(ids, lengths, [(layer, kind)], in_segments)[layer, kind]
-            expected = _keys(picks.row + np.int64(block.start), picks.position)
+            place = picks.row + np.int64(block.start)
+            seen = picks.position >= examples.first_position[place]
+            expected = _keys(place[seen], picks.position[seen])
             for stream in streams:
                 stream.compare(expected, block.stop)
         return [stream.finish() for stream in streams]
@@ -233,7 +238,8 @@ class _Stream:
         bucket, example_id, position = (values(batch.column(name)) for name in _COLUMNS[:3])
         place = self._examples.places(example_id)
         known = place >= 0
-        inside = (position >= 0) & (position < self._examples.num_tokens[place])
+        examples = self._examples
+        inside = (position >= examples.first_position[place]) & (position < examples.num_tokens[place])
 
         def instance(row: int) -> str:
             return f"row {self._row + row}, example {example_id[row]}, position {position[row]}"

@@ -160,6 +160,8 @@ def _facts(endpoint: str, manifest: dict[str, Any]) -> list[str]:
     if config.model.adapter is not None:
         model += f" + {_source(endpoint, config.model.adapter, hub_commit_of(commits.get('adapter')))}"
     texts = _source(f"{endpoint}/datasets", config.dataset.path, commits["dataset"])
+    if "source" in manifest:
+        texts = "forward passes in Python"
     if config.dataset.name is not None:
         texts += f" ({plain(config.dataset.name)})"
     kinds = [key.kind for key in manifests.heads(manifest)]
@@ -170,7 +172,7 @@ def _facts(endpoint: str, manifest: dict[str, Any]) -> list[str]:
     return [
         model,
         texts,
-        plain(config.dataset.split),
+        "" if "source" in manifest else plain(config.dataset.split),
         rule(config.sampler),
         " + ".join(heads),
         f"{manifest['rows']:,}",
@@ -180,7 +182,9 @@ def _facts(endpoint: str, manifest: dict[str, Any]) -> list[str]:
 
 def _source(pages: str, name: str | None, commit: str | None) -> str:
     """Returns the name of a model or of texts, with a link if it is on the Hub."""
-    if name is None or commit is None or not is_hub_id(name):
+    if name is None:
+        return "unnamed"
+    if commit is None or not is_hub_id(name):
         return plain(name)
     return link(plain(name), f"{pages}/{name}/tree/{in_url(commit)}")
 

@@ -177,6 +177,7 @@ def stage(layout: Layout, job: CapturedJob, model: ModelConfig, tokenizer: Token
         attention=AttentionTable.of(config),
         previous=base,
         split=split,
+        from_python="source" in record,
         threads=num_threads(),
         access=claim,
     )
@@ -191,7 +192,12 @@ def stage(layout: Layout, job: CapturedJob, model: ModelConfig, tokenizer: Token
         parts.insert(0, old)
     if (statistics := config.capture.statistics).enabled:
         tokens = sum(
-            num_tokens_in(example.segments, example.num_tokens, config.sampler.segments, statistics.skip_tokens)
+            num_tokens_in(
+                example.segments,
+                example.num_tokens,
+                config.sampler.segments,
+                max(statistics.skip_tokens, example.first_position),
+            )
             for example in chain(*parts)
         )
         files, found = compact_statistics(

@@ -11,6 +11,7 @@ from qk_sniffer.errors import ConfigError, SourceError
 from qk_sniffer.hub.client import require_access, require_uploads_from
 from qk_sniffer.jobs.assemble import finish_interrupted_promotion
 from qk_sniffer.jobs.finish import finish, report_and_publish
+from qk_sniffer.jobs.from_python import end_capture
 from qk_sniffer.jobs.identity import ROLES, Job, resolve_commits
 from qk_sniffer.jobs.shards import uncaptured
 from qk_sniffer.jobs.start import check_files
@@ -75,6 +76,8 @@ def finalize(
             report_and_publish(config, layout, "Nothing to do: the dataset is finished.", Folder(layout.root), access)
         return 0
     refuse_unlisted(layout)
+    if "source" in record and uncaptured(layout, record):
+        end_capture(layout, record)
     if missing := missing_shards(layout, record):
         say(
             f"{layout.root} cannot be finished yet:",

@@ -64,12 +64,39 @@ def finish(
     stages: Stages,
     access: Access = PLAIN,
 ) -> Outcome | None:
-    """Makes the dataset. Returns None if shards are missing, or if another process makes it.
+    """Makes the dataset, reports it and publishes it. Returns None if shards are missing, or another process makes it.
+
+    The arguments and errors are those of `make_dataset`, and the errors those of `report_and_publish` too.
+    """
+    made = make_dataset(config, layout, job_id, corpus, components, stages, access)
+    if made is None:
+        return None
+    config, manifest = made
+    return report_and_publish(
+        config, layout, f"Time: {describe(stages.seconds)}", Folder(layout.root), access, manifest
+    )
+
+
+def make_dataset(
+    config: ResolvedConfig,
+    layout: Layout,
+    job_id: str,
+    corpus: Corpus | None,
+    components: Components | None,
+    stages: Stages,
+    access: Access = PLAIN,
+) -> tuple[ResolvedConfig, dict[str, Any]] | None:
+    """Makes the dataset of a captured job. Returns None if shards are missing, or if another process makes it.
+
+    Returns `config` with the privacy that any start of the job asked for, and the manifest.
 
     Args:
+        config: the settings of this start.
+        layout: of the data root.
         job_id: the identity of the job whose dataset is made.
         corpus: the examples to prove; None if `config` asks for no proof.
         components: those that the capture used; None loads them if the proof needs them.
+        stages: get the seconds of each stage.
         access: the lock of the process's shard, if it has one.
 
     Raises:
@@ -99,8 +126,7 @@ def finish(
             promote(layout, manifest, card=card, claim=job.claim)
         # Of a job that was killed while it held another lock.
         remove_leftovers(layout, layout.finalize_lock, job.claim.lock)
-        made = manifests.read(layout.root)
-    return report_and_publish(config, layout, f"Time: {describe(stages.seconds)}", Folder(layout.root), access, made)
+        return config, manifests.read(layout.root)
 
 
 def _mark_unpublished(config: ResolvedConfig, layout: Layout, manifest: Mapping[str, Any], claim: Claim) -> None:
@@ -231,6 +257,8 @@ def _prove(
     Returns the manifest's `proof` without checks.
     """
     record, count = job.record, config.verify.examples
+    if "source" in record:
+        return {"proven": None, "reason": "captured from Python, whose calls cannot be repeated"}
     if count == 0 or corpus is None:
         return {"proven": None, "reason": "turned off (verify.examples=0)"}
     settings, has_rows = config.capture.statistics, bool(staged.written.rows)

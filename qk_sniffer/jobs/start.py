@@ -72,6 +72,12 @@ def find_existing_work(config: ResolvedConfig, layout: Layout, *, is_mine: bool 
     if _starts_over(existing, settings, overwrite=config.output.overwrite, is_mine=is_mine):
         return _new_start(config, existing.files)
     assert existing.record is not None
+    if "source" in existing.record:
+        raise StoreError(
+            f"{existing.files} holds a capture from Python ({existing.state}), which no job resumes or adds to: give "
+            "this job another folder (output.data_root=...; on the Hub another output.hf_branch), or replace the "
+            "capture with output.overwrite=true"
+        )
     earlier = Job.from_record(existing.record)
     # Compares the settings alone before any request to the Hub: the commits of another model are irrelevant here.
     finished = existing.state == "finished"

@@ -39,7 +39,16 @@ from qk_sniffer.store.compaction_plan import (
 )
 from qk_sniffer.store.disk import explained, make_folder, remove, type_of
 from qk_sniffer.store.journal import ExampleRecord, Journal
-from qk_sniffer.store.layout import ATTENTION, EXAMPLES, OFFSET_COLUMNS, Head, Layout, head_file, schema
+from qk_sniffer.store.layout import (
+    ATTENTION,
+    EXAMPLES,
+    OFFSET_COLUMNS,
+    Head,
+    Layout,
+    examples_schema,
+    head_file,
+    schema,
+)
 from qk_sniffer.store.manifest import FileEntry, Written
 from qk_sniffer.store.open_folder import PLAIN, Access
 from qk_sniffer.store.parquet_writer import ParquetWriter
@@ -80,6 +89,7 @@ def compact(
     attention: AttentionTable | None = None,
     previous: PreviousVersion | None = None,
     split: bool = False,
+    from_python: bool = False,
     threads: int = 1,
     row_group_bytes: int = ROW_GROUP_BYTES,
     on_file: Callable[[str], None] | None = None,
@@ -92,7 +102,8 @@ def compact(
     whether the list of examples has their segments, which a column of segments needs. `attention` is
     the table of the attention summaries, whose files are among `heads` with the kind `ATTENTION`. The rows of
     `previous`, a finished dataset with the same heads, come before those of the journals. With `split`, examples are
-    parts of texts, and their list says which. `on_file` is called, from several threads, with the name of every file
+    parts of texts, and their list says which. `from_python`: whether the list has the first position of each, as for a
+    capture from Python. `on_file` is called, from several threads, with the name of every file
     that is written. `access` is the way to the files: the claim of the journals' job.
 
     Raises:
@@ -125,7 +136,8 @@ def compact(
     with explained(layout.staging.root, "write"):
         remove(layout.staging.root, access)
         make_folder(layout.staging.root, access)
-        files = {EXAMPLES: write_examples(layout.staging, records, access, split=split, segments=has_segments)}
+        listed = examples_schema(split=split, segments=has_segments, from_python=from_python)
+        files = {EXAMPLES: write_examples(layout.staging, records, access, listed)}
         buckets: dict[str, Counter[int]] = {}
         nonfinite: Counter[str] = Counter()
         for done in _in_threads(job, list(_tasks(heads)), threads, on_file):

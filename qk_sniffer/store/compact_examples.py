@@ -8,7 +8,7 @@ import pyarrow as pa
 from qk_sniffer.errors import StoreError
 from qk_sniffer.store.compaction_plan import WAY_OUT
 from qk_sniffer.store.journal import ExampleRecord, Journal
-from qk_sniffer.store.layout import Layout, examples_schema
+from qk_sniffer.store.layout import Layout
 from qk_sniffer.store.manifest import FileEntry
 from qk_sniffer.store.open_folder import Access
 from qk_sniffer.store.parquet_writer import ParquetWriter
@@ -87,10 +87,9 @@ def _check_apart(old: Sequence[ExampleRecord], new: Sequence[ExampleRecord]) -> 
 
 
 def write_examples(
-    staging: Layout, records: Sequence[ExampleRecord], access: Access, *, split: bool = False, segments: bool = False
+    staging: Layout, records: Sequence[ExampleRecord], access: Access, described: pa.Schema
 ) -> FileEntry:
-    """Stages the list of examples, which are parts of texts with `split`, with or without their segments."""
-    described = examples_schema(split=split, segments=segments)
+    """Stages the list of examples with the columns of `described`, an `examples_schema`."""
     with ParquetWriter(staging.examples, described, access) as output:
         for start in range(0, len(records), EXAMPLES_PER_GROUP):
             part = records[start : start + EXAMPLES_PER_GROUP]

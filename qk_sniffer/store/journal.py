@@ -64,6 +64,8 @@ class ExampleRecord:
     first_token: int = 0
     is_last: bool = True
     """Whether no part of the text follows."""
+    first_position: int = 0
+    """The position from which on its tokens were seen: 0, unless a capture from Python begins in the middle."""
 
     @property
     def key(self) -> int:

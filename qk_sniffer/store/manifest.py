@@ -47,12 +47,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qk_sniffer.errors import StoreError
 from qk_sniffer.store import stored
 from qk_sniffer.store.disk import write_atomic
 from qk_sniffer.store.files import Files, difference, inside
 from qk_sniffer.store.forms import decode_manifest, read_manifest
 from qk_sniffer.store.layout import FORMAT, KINDS, MANIFEST, HeadKey, Layout, missing_manifest, parse_head_name
 from qk_sniffer.store.open_folder import PLAIN, Access
+from qk_sniffer.store.record import is_from_python
 
 WAY_OUT = (
     "use the version of qk-sniffer that wrote it, fetch the dataset again, or recreate it with output.overwrite=true"
@@ -160,7 +162,7 @@ def read(root: Path) -> dict[str, Any]:
     try:
         return read_manifest(path, way_out=WAY_OUT, follow_links=True)
     except (FileNotFoundError, NotADirectoryError):
-        raise missing_manifest(root) from None
+        raise _missing(root) from None
 
 
 def of(files: Files) -> dict[str, Any]:
@@ -183,7 +185,7 @@ def with_digest(files: Files) -> tuple[dict[str, Any], str]:
     try:
         data = stored.read_bytes(path, way_out=WAY_OUT, most_bytes=stored.LARGE, follow_links=True)
     except (FileNotFoundError, NotADirectoryError):
-        raise missing_manifest(path.parent) from None
+        raise _missing(path.parent) from None
     return decode_manifest(data, path, way_out=WAY_OUT), hashlib.sha256(data).hexdigest()
 
 
@@ -207,6 +209,15 @@ def heads(manifest: Mapping[str, Any]) -> list[HeadKey]:
     """Returns the heads whose vectors a manifest lists, by layer, then in the order of `KINDS`."""
     keys = [key for name in manifest["files"] if (key := parse_head_name(name.split("/")[0])) is not None]
     return sorted((key for key in keys if key.kind in KINDS), key=lambda key: key.order)
+
+
+def _missing(root: Path) -> StoreError:
+    if is_from_python(Layout(root)):
+        return StoreError(
+            f"the dataset at {root} is incomplete: no manifest.json. It is an unfinished capture from Python, of whose "
+            f"whole examples python -m qk_sniffer.finalize data_root={root} makes a dataset"
+        )
+    return missing_manifest(root)
 
 
 def _without_none(entry: FileEntry) -> dict[str, Any]:

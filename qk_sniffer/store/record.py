@@ -61,6 +61,15 @@ def read_record(layout: Layout, access: Access = PLAIN) -> dict[str, Any] | None
     return record
 
 
+def is_from_python(layout: Layout) -> bool:
+    """Whether the unfinished job in `layout` is a capture from Python."""
+    try:
+        record = read_record(layout)
+    except (OSError, StoreError):
+        return False
+    return record is not None and "source" in record
+
+
 def write_record(layout: Layout, record: Mapping[str, Any], *, access: Access = PLAIN) -> None:
     """Writes the record of a job, with a digest of it. Hold the start lock.
 

@@ -62,9 +62,10 @@ class _Record(NamedTuple):
     part: Annotated[int, Meta(ge=0, lt=MOST_PARTS)] = 0
     first_token: Count = 0
     is_last: bool = True
+    first_position: Annotated[int, Meta(ge=0, lt=2**31)] = 0
 
 
-_RECORD_LENGTHS = (6, 9, 10, len(_Record._fields))
+_RECORD_LENGTHS = (6, 9, 10, 13, len(_Record._fields))
 """Those of earlier versions, and of this one."""
 
 _RUN_LENGTHS = (6, len(RUN_COLUMNS))

@@ -22,24 +22,25 @@ _FILES = (".done", ".json", ".lock", ".progress", ".tmp")
 """The endings of the files that are directly in a work folder. *.tmp is left by a write that a kill interrupted."""
 
 
-def prepare_data_root(root: Path, *, overwrite: bool = False) -> Layout:
+def prepare_data_root(root: Path, *, overwrite: bool = False, setting: str = "output.data_root") -> Layout:
     """Creates the work folder of `root`, and returns the layout. The root has nothing but a work folder, or `is_ours`.
 
-    `overwrite` removes what is in the way in the work folder: see `clear_obstacles`.
+    `overwrite` removes what is in the way in the work folder: see `clear_obstacles`. `setting` names the root in the
+    errors.
 
     Raises:
         StoreError: a file is in the way, the folder holds other files, cannot be written, or is inside of a dataset or
             of a work folder.
     """
-    refuse_inside(root, "output.data_root")
+    refuse_inside(root, setting)
     layout = Layout(root)
     if root.exists() and not root.is_dir():
-        raise StoreError(f"the data root {root} is a file; choose another output.data_root")
+        raise StoreError(f"the data root {root} is a file; choose another {setting}")
     try:
         # Listed before `is_ours` is called: another shard may create the work folder in between.
         names = sorted(path.name for path in root.iterdir()) if root.is_dir() else []
         if {*names} - {WORK} and not is_ours(layout):
-            way_out = "choose another output.data_root, or empty it yourself"
+            way_out = f"choose another {setting}, or empty it yourself"
             why = manifest_problem(layout, way_out) if MANIFEST in names else way_out
             raise StoreError(
                 f"{root} is not empty and not a dataset of qk-sniffer (it holds {shortened(names, 5)}); {why}"
@@ -53,9 +54,7 @@ def prepare_data_root(root: Path, *, overwrite: bool = False) -> Layout:
             work.create(name).close()
             work.unlink(name)
     except OSError as error:
-        raise StoreError(
-            f"cannot write to the data root {root}: {error.strerror}; choose another output.data_root"
-        ) from error
+        raise StoreError(f"cannot write to the data root {root}: {error.strerror}; choose another {setting}") from error
     return layout
 
 

@@ -1,0 +1,181 @@
+"""Writes the rows of a capture to a folder while it runs, so that memory does not grow with them.
+
+The rows go to a journal like that of a job. An example is durable soon after it is complete; with statistics, which are
+of all examples, when the block ends. When the block ends well, the journal becomes a dataset. If it ends by an error,
+or its process is killed, the journal stays with the durable examples. Then `python -m qk_sniffer.finalize
+data_root=<folder>` makes a dataset of them.
+"""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from qk_sniffer.errors import CaptureError, QkSnifferError
+from qk_sniffer.jobs.from_python import discard_capture, finish_capture, registered, unfinished_capture
+from qk_sniffer.logs import logger
+from qk_sniffer.notebook.facts import CaptureFacts
+from qk_sniffer.notebook.save import described
+from qk_sniffer.store.claim import Claim
+from qk_sniffer.store.journal import ExampleRecord, Journal
+from qk_sniffer.store.journal_writer import JournalWriter
+from qk_sniffer.store.rows import INDEX, Event, Rows, Slot, example_key
+from qk_sniffer.store.statistics import Part, PartKey, part_tensors
+from qk_sniffer.text import compact_ranges
+
+log = logger(__name__)
+
+WAY_OUT = "Choose another folder (to=...), or remove this one"
+
+
+class FolderStream:
+    """A `PassSink` that writes to the journal of a folder; a context manager around all passes.
+
+    An example of a failed pass is dropped whole if earlier passes have given rows of it: they are on the disk already.
+
+    Attributes:
+        folder: of the dataset, which exists after the block.
+        piece_bytes, wait_s: see `RowSink`.
+    """
+
+    def __init__(
+        self, facts: CaptureFacts, folder: Path, statistics: Callable[[], Mapping[PartKey, Part]] | None = None
+    ) -> None:
+        """`statistics` returns, at the end of the block, those of all tokens; None without statistics."""
+        self.folder = folder
+        self._facts = facts
+        self._config, self._record = described(facts)
+        self._statistics = statistics
+        self._stack = ExitStack()
+        self._of_pass: set[int] = set()  # the examples with rows in the open pass
+        self._earlier: set[int] = set()  # the open examples with rows of earlier passes
+        self._dropped: set[int] = set()
+        self._problem: str | None = None
+
+    def __enter__(self) -> Self:
+        """Registers the capture in the folder.
+
+        Raises:
+            StoreError: the folder has a dataset, the work of a job or other files; or it cannot be written.
+        """
+        inference = self._config.inference
+        with ExitStack() as stack:
+            self._claim: Claim = stack.enter_context(
+                registered(self.folder, self._record, overwrite=False, way_out=WAY_OUT)
+            )
+            self._journal = Journal(self._claim.layout.journal(0, 1), self._claim.job_id, access=self._claim)
+            self._writer = JournalWriter(
+                self._journal,
+                queue_bytes=inference.queue_mb << 20,
+                segment_bytes=inference.segment_mb << 20,
+                pinned=self._facts.backbone.device.type == "cuda",
+                by_example=True,
+                access=self._claim,
+            )
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Makes the dataset. After an error of the block, leaves the journal with the examples that are complete.
+
+        Raises:
+            CaptureError: there is no example.
+            StoreError: the disk is full or fails.
+        """
+        with self._stack:
+            try:
+                if error is None:
+                    self._finish()
+                else:
+                    with suppress(CaptureError), self._writer:
+                        self._end_group()
+            except BaseException as failure:
+                self._leave(failure)
+                raise
+            if error is not None:
+                self._leave(error)
+
+    @property
+    def piece_bytes(self) -> int:
+        """See `RowSink`."""
+        return self._writer.piece_bytes
+
+    @property
+    def wait_s(self) -> float:
+        """See `RowSink`."""
+        return self._writer.wait_s
+
+    def reserve(self, rows: Rows) -> AbstractContextManager[Slot]:
+        """Reserves memory of the journal's writer; see `RowSink.reserve`.
+
+        Raises:
+            StoreError: the disk is full or fails.
+            CaptureError: a pass failed before, and the statistics have tokens of an example that is dropped.
+        """
+        self._check()
+        return self._writer.reserve(rows)
+
+    def commit(self, slot: Slot, event: Event | None) -> None:
+        """See `RowSink.commit`."""
+        self._of_pass |= set(slot.runs[:, INDEX].tolist())
+        self._writer.commit(slot, event)
+
+    def end_pass(self) -> None:
+        """See `PassSink.end_pass`."""
+        self._earlier |= self._of_pass
+        self._of_pass.clear()
+
+    def drop_pass(self, examples: Collection[int]) -> None:
+        """See `PassSink.drop_pass`."""
+        lost = self._earlier.intersection(examples)
+        self._writer.abandon(example_key(number, 0) for number in {*examples, *self._of_pass})
+        self._of_pass.clear()
+        self._earlier -= lost
+        self._dropped |= lost
+        if not lost:
+            return
+        what = f"a forward pass failed, and examples {compact_ranges(lost)} are dropped: {self.folder} has rows of them"
+        log.warning("%s that earlier passes have written", what)
+        if self._statistics is not None:
+            self._problem = f"{what}, whose tokens are in the statistics already. Capture again into another folder"
+
+    def complete(self, records: Sequence[ExampleRecord]) -> None:
+        """See `PassSink.complete`. Ignores examples that are dropped.
+
+        Raises:
+            StoreError: the disk is full or fails.
+            CaptureError: see `reserve`.
+        """
+        self._check()
+        kept = [record for record in records if record.index not in self._dropped]
+        self._writer.complete(kept, ends_group=self._statistics is None)
+        self._earlier.difference_update(record.index for record in records)
+
+    def _check(self) -> None:
+        if self._problem is not None:
+            raise CaptureError(self._problem)
+
+    def _finish(self) -> None:
+        with self._writer:
+            self._end_group()
+        if not self._journal.records:
+            raise CaptureError(f"nothing was captured to {self.folder}: no forward pass has run in the block")
+        finish_capture(self._claim, self._config)
+
+    def _end_group(self) -> None:
+        if self._statistics is not None:
+            self._check()
+            self._writer.complete([], statistics=part_tensors(self._statistics()))
+
+    def _leave(self, error: BaseException) -> None:
+        """Leaves the work in the folder if an example is whole, and says so in a note of `error`; removes it else."""
+        try:
+            if self._journal.records:
+                error.add_note(f"{unfinished_capture(self._claim.layout, self._claim.job_id)}.")
+            else:
+                discard_capture(self._claim)
+        except (OSError, QkSnifferError) as failure:
+            error.add_note(str(failure))

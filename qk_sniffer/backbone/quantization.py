@@ -51,6 +51,12 @@ class StoredWeights:
     modules: Mapping[str, str] = field(default_factory=dict)
     """The names of attention modules in the checkpoint, by their names in the decoder, where they are known."""
 
+    @property
+    def quantizers(self) -> list[str]:
+        """The packages that read the quantized weights."""
+        packages = {} if self.quantization is None else _PACKAGES.get(method(self.quantization), {})
+        return sorted(packages.values())
+
     def describe_quantization(self, decoder: nn.Module) -> dict[str, Any] | None:
         """Returns the `method`, the `config`, and whether the loaded `decoder` computes with `dequantized` weights.
 

@@ -19,6 +19,7 @@ from qk_sniffer.corpus.tokens import Tokenizer
 from qk_sniffer.errors import CaptureError, ConfigError
 from qk_sniffer.jobs.identity import ROLES, checkpoint_files
 from qk_sniffer.jobs.loaded_code import DIGEST, class_and_code, code_of
+from qk_sniffer.jobs.software import versions_of_loaded
 from qk_sniffer.jobs.tokenizers import open_tokenizer
 from qk_sniffer.logs import logger
 from qk_sniffer.resolved import ResolvedConfig
@@ -45,6 +46,11 @@ class Components:
     """Raises a SourceError if a file that the loaded model may read again, or be a view of, has changed."""
     code: Mapping[Path, str]
     """The sha256 of each file of the code of model, family and tokenizer that no version of a library pins."""
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """The versions of the packages and kernels that the loaded model needs, by name."""
+        return versions_of_loaded(self.backbone.stored.quantizers)
 
     @property
     def loaded(self) -> dict[str, dict[str, Any]]:

@@ -4,9 +4,7 @@ The identity is stored next to the journal when the job first starts. Every late
 dataset never mixes two configurations, two checkpoints or two versions of a library.
 """
 
-import importlib.metadata
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,15 +13,12 @@ from qk_sniffer.config import ModelConfig
 from qk_sniffer.errors import SourceError, StoreError
 from qk_sniffer.hub.checkpoint_files import CheckpointFiles, folder_digest
 from qk_sniffer.hub.revisions import current_commit, hub_commit_of, is_hub_id
+from qk_sniffer.jobs.software import versions_of
 from qk_sniffer.logs import logger
 from qk_sniffer.resolved import ResolvedConfig, fingerprint, with_defaults, without_batching
 from qk_sniffer.text import shortened
 
 log = logger(__name__)
-
-LIBRARIES = ("torch", "transformers")
-"""Another version of these may compute other vectors. With an adapter, the same goes for peft."""
-
 
 ROLES = ("model", "tokenizer", "adapter")
 """What a model is loaded from; each has a commit. Most jobs have no adapter."""
@@ -40,15 +35,16 @@ class Job:
     """The commits of `model`, `tokenizer`, `dataset` and any `adapter` on the Hub; for a local checkpoint the digest of
     its files."""
     versions: dict[str, str]
+    """Of the packages that may change tokens or vectors. Some are known only when the model is loaded."""
 
     @classmethod
     def of(cls, config: ResolvedConfig, commits: dict[str, str | None]) -> "Job":
         """The job of `config`, with the installed software."""
-        versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
-        if config.model.adapter is not None:
-            with suppress(importlib.metadata.PackageNotFoundError):  # loading the adapter says so
-                versions["peft"] = importlib.metadata.version("peft")
-        return cls(fingerprint(config), commits, versions)
+        return cls(fingerprint(config), commits, versions_of(config))
+
+    def with_loaded(self, versions: Mapping[str, str]) -> "Job":
+        """This job with the versions of what was loaded for it."""
+        return replace(self, versions={**self.versions, **versions})
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> "Job":
@@ -76,8 +72,12 @@ class Job:
         return [f"{key}: {there!r} there, {now!r} now" for key, (there, now) in differing.items()]
 
     def _differing(self, earlier: "Job", finished: bool) -> dict[str, tuple[Any, Any]]:
-        """Returns the value of `earlier` and that of this job for everything in which they differ."""
-        mine, theirs = _flat(self), _flat(earlier)
+        """Returns the value of `earlier` and that of this job for everything in which they differ.
+
+        Versions are compared where both jobs name them: each start knows some only once the model is loaded.
+        """
+        versions = self.versions.keys() & earlier.versions.keys()
+        mine, theirs = _flat(self, versions), _flat(earlier, versions)
         keys = sorted(key for key in mine | theirs if mine.get(key) != theirs.get(key))
         if finished:
             keys = [key for key in keys if not key.startswith("version of ") and key != "shard.count"]
@@ -155,9 +155,9 @@ def checkpoint_files(
     return found
 
 
-def _flat(job: Job) -> dict[str, Any]:
+def _flat(job: Job, versions: Collection[str]) -> dict[str, Any]:
     return (
         without_batching(job.fingerprint)
         | {f"commit of the {name}": commit for name, commit in job.commits.items()}
-        | {f"version of {name}": version for name, version in job.versions.items()}
+        | {f"version of {name}": job.versions[name] for name in versions}
     )

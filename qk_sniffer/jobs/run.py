@@ -5,6 +5,7 @@ A job is a function of its config. It runs the same way here, in a sweep, on SLU
 
 import os
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from threading import Event
@@ -95,6 +96,7 @@ def _run(config: ResolvedConfig, layout: Layout, stages: Stages, stopping: Stopp
             remove_unreadable_marks(layout, shard.count, claim)
         if claim is None or not is_still_done(layout, shard, claim):
             components = _load(config, start, stages)
+            start = replace(start, job=start.job.with_loaded(components.versions))
             check_segment_names(config, start.corpus, components.tokenizer)
             record = _record(config, start, components)
             job_id = register_job(layout, start, record, own_lock=lock, overwrite=overwrite)

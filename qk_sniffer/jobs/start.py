@@ -153,7 +153,6 @@ def _continue_finished(config: ResolvedConfig, layout: Layout, existing: _Existi
         _check_texts(base, corpus, hasher_of(config, job.commits))
     if not grows:
         return Start(job, corpus, "finished", files)
-    _warn_of_other_versions(job, earlier)
     return Start(job.added_to(earlier), corpus, "nothing", files, base)
 
 
@@ -224,6 +223,8 @@ def register_job(layout: Layout, start: Start, record: Mapping[str, Any], *, own
             if start.base is not None:
                 _check_same_heads(record, start.base.manifest, f"{start.base.files} is a finished dataset")
                 check_same_code(record, start.base.manifest, f"{start.base.files} is a finished dataset")
+        if start.base is not None:
+            _warn_of_other_versions(start.job, Job.from_record(start.base.manifest))
         job_id = new_job_id(record)
         write_record(layout, {**record, "job_id": job_id}, access=own_lock)
         return job_id
@@ -362,7 +363,7 @@ def _warn_of_other_versions(job: Job, earlier: Job) -> None:
     changed = [
         f"{name} {earlier.versions[name]} there, {version} now"
         for name, version in job.versions.items()
-        if earlier.versions.get(name) != version
+        if earlier.versions.get(name, version) != version
     ]
     if changed:
         log.warning("adding to a dataset that other versions made (%s); the manifest names both", ", ".join(changed))

@@ -5,8 +5,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qk_sniffer.dataset.reader import Dataset, HeadVectors, open_dataset
+    from qk_sniffer.dataset.head_vectors import HeadVectors
+    from qk_sniffer.dataset.reader import Dataset, open_dataset
     from qk_sniffer.export.write import export
+
+__version__ = "0.1.0"
 
 _here = Path(__file__).resolve().parent
 if not (_here / "conf").is_dir():
@@ -15,13 +18,19 @@ if not (_here / "conf").is_dir():
     # nor another distribution's `models` can replace them.
     __path__.append(str(_here.parent))
 
-__all__ = ["Dataset", "HeadVectors", "export", "open_dataset"]
+__all__ = ["Dataset", "HeadVectors", "__version__", "export", "open_dataset"]
+
+_MODULES = {
+    "Dataset": "qk_sniffer.dataset.reader",
+    "HeadVectors": "qk_sniffer.dataset.head_vectors",
+    "open_dataset": "qk_sniffer.dataset.reader",
+}
 
 
 def __getattr__(name: str) -> Any:
     # A late import: a mistyped command line is answered before pyarrow is imported.
     if name == "export":
         return importlib.import_module("qk_sniffer.export")
-    if name in __all__:
-        return getattr(importlib.import_module("qk_sniffer.dataset.reader"), name)
+    if name in _MODULES:
+        return getattr(importlib.import_module(_MODULES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -41,6 +41,7 @@ IMPORT_TORCH = {
             "attention_terms",
             "backbone",
             "banded_attention",
+            "caches",
             "config_overrides",
             "exact_attention",
             "family",

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
+import qk_sniffer
+
 ROOT = Path(__file__).parents[1]
 FORMS = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -96,6 +98,10 @@ def test_the_citation_names_this_project() -> None:
         *("cff-version", "message", "type", "title", "abstract", "version", "license", "authors", "keywords"),
         *("date-released", "doi", "url", "repository-code", "preferred-citation", "references", "contact"),
     }
+
+
+def test_the_package_has_the_version_of_the_project() -> None:
+    assert qk_sniffer.__version__ == PROJECT["version"]
 
 
 def test_the_changelog_is_in_the_form_of_keep_a_changelog() -> None:

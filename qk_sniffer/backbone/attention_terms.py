@@ -1,6 +1,6 @@
 """Collects the terms that turn queries and keys of an attention call into weights: scale, cap, sinks, mask and bias.
 
-Shapes: B batch, H query heads, n tokens.
+Shapes: B batch, H query heads, n queries, m keys that they attend to (`AttentionCall.attended`).
 """
 
 from collections.abc import Mapping, Set
@@ -15,7 +15,13 @@ if TYPE_CHECKING:
     from qk_sniffer.backbone.tap import AttentionCall
 
 _KNOWN = {"scaling", "sliding_window", "softcap", "s_aux", "is_causal", "position_ids"}
-"""Arguments of kernels that are accounted for, or that have no effect without a cache."""
+"""Arguments of kernels that are accounted for, or that have no effect on the weights of a row with one text."""
+
+_OF_MODELS = {
+    *("use_cache", "output_attentions", "output_hidden_states", "output_router_logits"),
+    *("return_dict", "logits_to_keep", "num_items_in_batch"),
+}
+"""Arguments of whole models that their decoders pass on, and that have no effect on attention."""
 
 _OF_SPARSE_ATTENTION = {"indices", "block_indices"}
 """Arguments that select keys. The mask has the selection too."""
@@ -43,9 +49,9 @@ class AttentionTerms:
     visible: Visible
     """The rule by which queries see earlier keys, before any selection by content."""
     selection: torch.Tensor | None
-    """(1 or B, 1 or H, n, n): the mask that hides more keys, in a layer with sparse attention. None elsewhere."""
+    """(1 or B, 1 or H, n, m): the mask that hides more keys, in a layer with sparse attention. None elsewhere."""
     bias: torch.Tensor | None
-    """(1 or B, 1 or H, 1 or n, n): the term that is added to the logits; None without a bias."""
+    """(1 or B, 1 or H, 1 or n, m): the term that is added to the logits; None without a bias."""
 
     @classmethod
     def of(cls, call: "AttentionCall") -> "AttentionTerms":
@@ -86,7 +92,7 @@ def unknown_argument(arguments: Mapping[str, Any], further: Set[str] = frozenset
 
     `further` are arguments that the caller accounts for.
     """
-    known = _KNOWN | further | (_OF_SPARSE_ATTENTION if is_sparse else set())
+    known = _KNOWN | _OF_MODELS | further | (_OF_SPARSE_ATTENTION if is_sparse else set())
     for name, value in arguments.items():
         if name not in known and not (value is None or (isinstance(value, int | float) and not value)):
             return name
@@ -108,7 +114,7 @@ def _bias(call: "AttentionCall", mask: Any) -> torch.Tensor:
     found = call.arguments.get("position_bias")
     if found is None and isinstance(mask, torch.Tensor) and mask.is_floating_point():
         found = mask
-    n = call.query.shape[2]
-    if not isinstance(found, torch.Tensor) or found.dim() != 4 or found.shape[-1] != n or found.shape[-2] not in (1, n):
+    n, m = call.query.shape[2], call.attended[1].shape[2]
+    if not isinstance(found, torch.Tensor) or found.dim() != 4 or found.shape[-1] != m or found.shape[-2] not in (1, n):
         raise UnknownTermsError("a bias is added to its logits, which its kernel does not receive by query and key")
     return found

@@ -18,6 +18,7 @@ from qk_sniffer.backbone.family import Family, RotaryCall
 from qk_sniffer.backbone.layers import NOT_SHOWN, LayerFacts, LayerHeads
 from qk_sniffer.backbone.quantization import COMPUTED_IN, StoredWeights
 from qk_sniffer.backbone.rotation import NOT_RECORDED, Frequencies, Rotation, frequencies, rotation
+from qk_sniffer.backbone.slots import Slots
 from qk_sniffer.backbone.tap import (
     AttentionCall,
     ForwardDone,
@@ -143,8 +144,9 @@ class Backbone:
         on_rotary: OnRotary | None = None,
         *,
         both_stages: bool = False,
+        slots: Callable[[], Slots] | None = None,
     ) -> Iterator[None]:
-        """Opens the tap for forward passes that the caller runs."""
+        """Opens the tap for forward passes that the caller runs; with `slots`, also those with padding and a cache."""
         family, layers = self.family, self.attention_layers
         with tap(
             layers,
@@ -155,6 +157,7 @@ class Backbone:
             on_run=on_run,
             on_output=on_output,
             on_rotary=on_rotary,
+            slots=slots,
         ):
             yield
 

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -63,6 +65,64 @@ def check_mask(module: nn.Module, n: int, rules: Visible, arguments: dict[str, A
         f"{type(module).__name__} in layer {getattr(module, 'layer_idx', '?')}: its mask hides keys that its facts do "
         f"not exclude, or shows keys that they do: {_WAY_OUT}"
     )
+
+
+def check_slots(
+    module: nn.Module, n: int, rules: Visible, arguments: dict[str, Any], position: npt.NDArray[np.int64]
+) -> None:
+    """Checks the mask of n queries over m keys: the first and the last query of each row see the keys that `rules` say.
+
+    `position` (B, m) has the position of each key's token, negative for padding; the last n are of the queries. Reads a
+    value of a mask on a GPU once. Without a mask by key, padding is the kernel's own concern.
+
+    Raises:
+        CaptureError: a query sees later tokens or padding, or other keys than declared.
+    """
+    mask = arguments.get("attention_mask")
+    if isinstance(mask, Band):
+        _refuse_other_window(module, rules, mask.window)
+        return
+    causal = arguments.get("is_causal", getattr(module, "is_causal", True))
+    of_query = position[:, position.shape[1] - n :]
+    is_token = of_query >= 0
+    rows = np.flatnonzero(is_token.any(axis=1))
+    if not isinstance(mask, torch.Tensor):
+        if n > 1 and not causal and mask is None:
+            raise _acausal(module, causal)
+        if "attention_mask" in arguments and mask is None and _sees_padding(position[rows], of_query[rows]):
+            raise CaptureError(
+                f"{type(module).__name__} attends to padding: it receives no mask that hides it, so its vectors depend "
+                "on the padding. Run the texts one by one"
+            )
+        return
+    if mask.dim() != 4:
+        return
+    ends = np.stack([is_token.argmax(axis=1), n - 1 - is_token[:, ::-1].argmax(axis=1)], axis=1)[rows]
+    at = of_query[rows[:, None], ends][..., None]
+    first = np.array([rules.first(one) for one in at.ravel().tolist()], np.int64).reshape(at.shape)
+    keys = position[rows][:, None]
+    expected = torch.from_numpy((keys >= 0) & (keys <= at) & (keys >= first)).to(mask.device)[:, :, None]
+    row = torch.from_numpy(rows if mask.shape[0] > 1 else np.zeros_like(rows))[:, None]
+    column = torch.from_numpy(ends if mask.shape[2] > 1 else np.zeros_like(ends))
+    seen = is_visible(mask[row.to(mask.device), :, column.to(mask.device)])  # (rows, 2, 1 or H, m)
+    differs = seen & ~expected | ~seen.any(-1, keepdim=True) if rules.is_sparse else seen != expected
+    if not bool(differs.any()):
+        return
+    later = torch.from_numpy(keys > at).to(mask.device)[:, :, None]
+    if bool((seen & later).any()):
+        raise _acausal(module, causal)
+    raise CaptureError(
+        f"{type(module).__name__} in layer {getattr(module, 'layer_idx', '?')}: its mask hides keys that its facts and "
+        f"the padding do not exclude, or shows keys that they do. A window over padding between tokens cannot be "
+        f"captured. Otherwise, {_WAY_OUT}"
+    )
+
+
+def _sees_padding(position: npt.NDArray[np.int64], of_query: npt.NDArray[np.int64]) -> bool:
+    """Whether padding precedes a token of a query."""
+    last = of_query.max(axis=1, initial=-1)
+    before = (position < 0) & (np.arange(position.shape[1]) < (position == last[:, None]).argmax(axis=1)[:, None])
+    return bool(before.any())
 
 
 def is_visible(values: torch.Tensor) -> torch.Tensor:

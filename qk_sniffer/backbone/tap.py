@@ -9,11 +9,15 @@ the interface shows its vectors to the tap itself (`Family.register_tap` and `Fa
 Compiled code (`torch.compile`) runs uncompiled while a tap is open. It looks up its kernel when it is compiled, not in
 every call, and would show nothing. Kernels may remain compiled, as in flex attention.
 
-Shapes: B batch, n tokens, H query heads, K key heads, d head_dim, w width of a value.
+With `slots`, the tap also shows passes with padding and with a key-value cache, in which a call has n new tokens and
+attends to m keys. Without, all tokens are new, and every row has n of them.
+
+Shapes: B batch, n tokens, m keys, H query heads, K key heads, d head_dim, w width of a value.
 """
 
 import functools
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -24,8 +28,10 @@ import torch
 from torch import nn
 from transformers.modeling_utils import AttentionInterface
 
+from qk_sniffer.backbone.caches import CacheWatch
 from qk_sniffer.backbone.family import Family, QueryKey, RotaryCall
-from qk_sniffer.backbone.masks import Visible, check_mask
+from qk_sniffer.backbone.masks import Visible, check_mask, check_slots
+from qk_sniffer.backbone.slots import Slots
 from qk_sniffer.errors import CaptureError
 
 
@@ -37,7 +43,7 @@ class AttentionCall:
     query: torch.Tensor
     """(B, H, n, d): the input of the kernel, or of the rotary embedding with `pre_rope`."""
     key: torch.Tensor
-    """(B, K, n, d): before it is repeated for the query heads that share a key head."""
+    """(B, K, n, d): the keys of the same tokens, before they are repeated for the query heads that share a key head."""
     sliding_window: int | None
     """The number of positions that a query sees, its own included; None on full attention."""
     attention_chunk: int | None
@@ -55,16 +61,21 @@ class AttentionCall:
     hides_keys: bool
     """Whether a query does not see all earlier keys for another reason than a window."""
     attended: QueryKey
-    """The query and key that the kernel receives: `query` and `key`, or with `pre_rope` the ones after RoPE."""
+    """The query (B, H, n, d) that the kernel receives, `query` or with `pre_rope` the one after RoPE, and all keys
+    (B, K, m, d) that it attends to, after RoPE: of the last m slots, the new ones last. Without a cache, m = n."""
     arguments: Mapping[str, Any]
     """The other arguments of the kernel, by name. A family whose attention calls no kernel of the interface names those
-    that it shows."""
+    that it shows. A mask or bias by key has m of them."""
     other_stage: QueryKey | None = None
     """`query` and `key` of the other stage: after the rotary embedding with `pre_rope`, before it otherwise. None
     unless both stages are shown."""
     value: torch.Tensor | None = None
     """(B, K, n, w): before it is repeated, as `key`, and without numbers that only fill it up to the width of a key
     (`Family.value_dim`). No rotary embedding changes it. None if the family does not show it."""
+    past: int = 0
+    """The slot of the first new token: the number of tokens in the cache before, padding included."""
+    slots: Slots | None = None
+    """The tokens of all past + n slots; None if each row has n tokens, from position 0 on."""
 
 
 OnRotary = Callable[[int, nn.Module, list[RotaryCall], torch.Tensor, torch.Tensor], None]
@@ -113,6 +124,7 @@ def tap(
     on_run: Callable[[KernelRun], None] | None = None,
     on_output: OnOutput | None = None,
     on_rotary: OnRotary | None = None,
+    slots: Callable[[], Slots] | None = None,
 ) -> Iterator[None]:
     """Calls `on_call` before each attention kernel that one of `layers` (module -> layer index) runs.
 
@@ -120,31 +132,45 @@ def tap(
     With `both_stages`, a call also has the vectors of the stage that `pre_rope` does not name.
     `on_rotary`, if given, is called first, with the layer, its module, its rotary calls, and query and key as attention
     receives them.
+    `slots`, if given, returns the slots of the pass that runs; it is called in each attention call. Calls without
+    `slots` have neither padding nor a cache. Passes of other threads are not shown.
 
     Raises:
         CaptureError: vectors before RoPE are wanted, and the model has no rotary function. In the pass: one of `layers`
-            ran and showed nothing, attention is not causal, a token does not have exactly one key, or vectors before
-            RoPE are not defined for this model (see `Family.before_rotary`).
+            ran and showed nothing, attention is not causal, a token does not have exactly one key, vectors before
+            RoPE are not defined for this model (see `Family.before_rotary`), or the keys of its cache are not those of
+            the slots (see `CacheWatch`).
     """
     original_lookup = AttentionInterface.get_interface
     rotary_calls: list[RotaryCall] = []
     forward_arguments: dict[str, Any] = {}  # of the attention module that is running
     last_seen: list[weakref.ref[torch.Tensor]] = []
     last_call: list[AttentionCall] = []  # of the module that is running; only for its output
-    checked_masks: list[tuple[weakref.ref[torch.Tensor], Visible]] = []  # once: a check waits for the GPU
+    # Once: a check waits for the GPU.
+    checked_masks: list[tuple[weakref.ref[torch.Tensor], Visible, Slots | None]] = []
+    caches = None if slots is None else CacheWatch()
+    thread = threading.get_ident()
 
     def reset() -> None:
         for state in (rotary_calls, forward_arguments, last_seen, last_call):
             state.clear()
 
     def before_forward(module: nn.Module, _: Any, arguments: dict[str, Any]) -> None:
+        if threading.get_ident() != thread:
+            return
         reset()
         forward_arguments.update(arguments)
+        if caches is not None:
+            caches.begin()
 
     def after_forward(module: nn.Module, *_: Any) -> None:
+        if threading.get_ident() != thread:
+            return
         if not last_seen:
             raise shows_nothing([module], family)
         reset()
+        if caches is not None:
+            caches.end()
 
     def on_query_key(
         module: nn.Module,
@@ -153,13 +179,19 @@ def tap(
         value: torch.Tensor | None = None,
         **arguments: Any,
     ) -> AttentionCall | None:
-        if module not in layers:
+        if module not in layers or threading.get_ident() != thread:
             return None
         if last_seen and last_seen[0]() is query and last_seen[1]() is key:
             return None  # the same vectors again, to attend to other values
         last_seen[:] = weakref.ref(query), weakref.ref(key)
-        _refuse_other_keys(module, query, key)
         mask = arguments.get("attention_mask")
+        n, keys, running = query.shape[2], None, None if slots is None else slots()
+        if caches is not None:
+            keys = caches.keys(n, key, value, arguments)
+            key, value, arguments = keys.key, keys.value, keys.arguments
+        _refuse_other_keys(module, query, key)
+        if running is not None and keys is not None:
+            running.check(type(module).__name__, query.shape[0], n, keys.past)
         window = family.sliding_window(module, arguments)
         if window is not None and window < 1:
             raise CaptureError(
@@ -167,11 +199,16 @@ def tap(
                 "model.config_overrides.sliding_window to the window that the model was trained with"
             )
         rules = Visible(window, family.attention_chunk(module), family.sparse_attention(module))
-        if mask is None or not any(known() is mask and rules == of for known, of in checked_masks):
-            check_mask(module, query.shape[2], rules, arguments)
+        if mask is None or not any(
+            known() is mask and rules == of and running is of_slots for known, of, of_slots in checked_masks
+        ):
+            if running is None or keys is None:
+                check_mask(module, n, rules, arguments)
+            else:
+                check_slots(module, n, rules, arguments, running.last(keys.attended.shape[2]))
             if isinstance(mask, torch.Tensor):
                 checked_masks[:] = [one for one in checked_masks if one[0]() is not None]
-                checked_masks.append((weakref.ref(mask), rules))
+                checked_masks.append((weakref.ref(mask), rules, running))
         layer = family.layer(module, layers[module], forward_arguments)
         if on_rotary is not None:
             on_rotary(layer, module, [*rotary_calls], query, key)
@@ -190,10 +227,12 @@ def tap(
             position_bias=family.position_bias(module, arguments),
             sparse_attention=rules.is_sparse,
             hides_keys=family.hides_keys(module),
-            attended=after,
+            attended=after if keys is None else (query, keys.attended),
             arguments=arguments,
             other_stage=others if both_stages else None,
             value=_unpadded(module, key, value, family),
+            past=0 if keys is None else keys.past,
+            slots=running,
         )
         if on_output is not None:
             last_call[:] = [call]
@@ -210,7 +249,7 @@ def tap(
         on_query_key(module, query, key, value, **arguments)
 
     def show_output(module: nn.Module, output: Any) -> None:
-        if on_output is None or not last_call or module not in layers:
+        if on_output is None or not last_call or module not in layers or threading.get_ident() != thread:
             return
         call = last_call[0]
         batch, heads, n, _ = call.query.shape
@@ -220,6 +259,8 @@ def tap(
 
     def lookup(self: AttentionInterface, name: str, default: Callable[..., Any]) -> Callable[..., Any]:
         kernel = original_lookup(self, name, default)
+        if threading.get_ident() != thread:
+            return kernel
 
         @functools.wraps(kernel)
         def tapped(module: nn.Module, query: torch.Tensor, key: torch.Tensor, *args: Any, **arguments: Any) -> Any:
@@ -251,7 +292,8 @@ def tap(
         )
     is_watched = needs_before or on_rotary is not None
     rotary = watched_rotary(layers, family, rotary_calls) if is_watched else nullcontext()
-    with rotary, torch.compiler.set_stance("force_eager"):
+    watched = nullcontext() if caches is None else caches.opened()
+    with watched, rotary, torch.compiler.set_stance("force_eager"):
         handles: list[Any] = []
         try:
             for module in layers:
@@ -299,13 +341,16 @@ def _refuse_other_keys(module: nn.Module, query: torch.Tensor, key: torch.Tensor
 
 @contextmanager
 def watched_rotary(layers: Iterable[nn.Module], family: Family, calls: list[RotaryCall]) -> Iterator[None]:
-    """Appends (input, output) of each tensor that a rotary function next to `layers` rotates to `calls`."""
+    """Appends (input, output) of each tensor that rotary functions next to `layers` rotate to `calls` (own thread)."""
     originals = rotary_functions(layers, family)
+    thread = threading.get_ident()
 
     def recording(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def rotary(*args: Any, **kwargs: Any) -> Any:
             returned = function(*args, **kwargs)
+            if threading.get_ident() != thread:
+                return returned
             outputs = returned if isinstance(returned, tuple) else (returned,)
             tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
             calls.extend(zip(tensors, outputs, strict=False))  # cos and sin come after the rotated tensors

@@ -5,12 +5,16 @@ chunks, selection of keys, bias and learned sinks (`backbone/attention_terms.py`
 float32, and the keys are read block by block, so that the memory does not grow with the text. Each block adds to sums
 that are relative to the largest logit so far. `store/attention_table.py` has the columns.
 
-Shapes: n tokens, K key heads, G query heads of each of them, p queries, a of them that see a key of a block of b keys,
-d head_dim, W numbers of a record.
+With a key-value cache, the new queries of a pass attend to all keys of their rows, or to the last ones that the cache
+of a sliding layer keeps. Padding is left out first: keys and terms of a text are those of its tokens.
+
+Shapes: n queries of a row, m keys of its text that attention receives, K key heads, G query heads of each of them, p
+queries, a of them that see a key of a block of b keys, d head_dim, W numbers of a record.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -52,6 +56,8 @@ class Summarizer:
     def write(self, call: AttentionCall, sent: DeviceIndices, out: torch.Tensor) -> None:
         """Fills `out` (heads, num_tokens, W) float32, on the device of the call, with the records of queries `sent`.
 
+        `sent` has the places of queries among the n of the call; none is padding.
+
         Raises:
             CaptureError: the weights do not follow from what the kernel receives.
         """
@@ -64,12 +70,13 @@ class Summarizer:
         if call.layer not in self._groups:
             self._groups[call.layer] = list(_groups(self._heads[call.layer], query.shape[1] // key.shape[1]))
         for row, start, stop in _texts(sent.tokens.row):
+            text = _Text.of(call, terms, row)
             for group in self._groups[call.layer]:
                 step = max(1, BLOCK_LOGITS.get(device.type, 1 << 20) // (len(group.rows.numbers) * BLOCK_KEYS))
                 for first in range(start, stop, step):
                     last = min(stop, first + step)
-                    queries = _Queries.of(terms, query[row], row, group, sent.part(first, last))
-                    records = _records(queries, key[row], self.table, self._sink_tokens)
+                    queries = _Queries.of(text, group, sent.part(first, last))
+                    records = _records(queries, self.table, self._sink_tokens)
                     out[group.rows.index(device)[:, 0], first:last] = records.flatten(0, 1)
 
 
@@ -117,35 +124,75 @@ def _texts(row: npt.NDArray[np.int32]) -> Iterator[tuple[int, int, int]]:
 
 
 @dataclass(frozen=True, eq=False)
+class _Text:
+    """The queries and keys of one row of a batch, without the padding among the keys, and the terms of their logits."""
+
+    query: torch.Tensor
+    """(H, n, d)"""
+    key: torch.Tensor
+    """(all key heads, m, d): of the tokens from position `first_key` on."""
+    first_key: int
+    position: Int64 | None
+    """(n,): the positions of the queries; None if they count from 0 on."""
+    terms: AttentionTerms
+    selection: torch.Tensor | None
+    """(1 or H, n, m): the mask of a layer with sparse attention; None elsewhere."""
+    bias: torch.Tensor | None
+    """(1 or H, 1 or n, m); None without a bias."""
+    sinks: torch.Tensor | None
+    """(H, 1 or n): the logits of learned sinks; None without sinks."""
+
+    @classmethod
+    def of(cls, call: AttentionCall, terms: AttentionTerms, row: int) -> "_Text":
+        query, key = (states[row] for states in call.attended)
+        selection, bias, sinks = (
+            None if values is None else values[row if len(values) > 1 else 0]
+            for values in (terms.selection, terms.bias, terms.sinks)
+        )
+        if call.slots is None:
+            return cls(query, key, 0, None, terms, selection, bias, sinks)
+        position = call.slots.last(key.shape[1])[row]
+        held = np.flatnonzero(position >= 0)
+        if len(held) < len(position):
+            is_range = int(held[-1]) - int(held[0]) == len(held) - 1
+            kept: Any = slice(int(held[0]), int(held[-1]) + 1)
+            if not is_range:
+                kept = on_device(torch.from_numpy(held), key.device)
+            key = key[:, kept]
+            selection, bias = (None if values is None else values[..., kept] for values in (selection, bias))
+        of_queries = position[len(position) - query.shape[1] :]
+        return cls(query, key, int(position[held[0]]), of_queries, terms, selection, bias, sinks)
+
+
+@dataclass(frozen=True, eq=False)
 class _Queries:
-    """Queries of one text and the heads of one group, by ascending position, with the terms of their logits."""
+    """Queries of one text and the heads of one group, by ascending position."""
 
     vectors: torch.Tensor
     """(K, G, p, d) float32"""
+    place: torch.Tensor
+    """(p,) int64, on the device: their places among the n queries of the text."""
     position: torch.Tensor
     """(p,) int64, on the device"""
     known: Int64
     """(p,): the same positions on the host, so that no step waits for the device."""
     first: Int64
     """(p,): the first position that each query sees, before any selection by content."""
-    terms: AttentionTerms
+    text: _Text
     group: _Group
-    row: int
-    """The row of the text in the batch."""
 
     @classmethod
-    def of(
-        cls, terms: AttentionTerms, states: torch.Tensor, row: int, group: _Group, sent: DeviceIndices
-    ) -> "_Queries":
-        """Gathers the queries `sent` of the heads of a group from the `states` (H, n, d) of their text."""
-        known = sent.tokens.position.astype(np.int64)
-        if sent.index is None:
-            position = on_device(torch.from_numpy(known), states.device)
-        else:
-            position = sent.index[1].to(states.device, torch.int64)
-        vectors = states[group.query_heads.index(states.device), position].float().unflatten(0, group.shape)
-        first = np.array([*map(terms.visible.first, known.tolist())], np.int64)
-        return cls(vectors, position, known, first, terms, group, row)
+    def of(cls, text: _Text, group: _Group, sent: DeviceIndices) -> "_Queries":
+        """Gathers the queries `sent` of the heads of a group."""
+        device, at = text.query.device, sent.tokens.position.astype(np.int64)
+        place = on_device(torch.from_numpy(at), device) if sent.index is None else sent.index[1].to(device).long()
+        known, position = at, place
+        if text.position is not None:
+            known = text.position[at]
+            position = on_device(torch.from_numpy(known), device)
+        vectors = text.query[group.query_heads.index(device), place].float().unflatten(0, group.shape)
+        first = np.array([*map(text.terms.visible.first, known.tolist())], np.int64).clip(min=text.first_key)
+        return cls(vectors, place, position, known, first, text, group)
 
     def blocks(self) -> Iterator[tuple[int, int, slice]]:
         """Yields each block of keys as (start, stop), with the queries that may see one of its keys."""
@@ -156,15 +203,16 @@ class _Queries:
             if seeing.start < seeing.stop:
                 yield start, stop, seeing
 
-    def logits(self, keys: torch.Tensor, start: int, seeing: slice) -> torch.Tensor:
-        """Returns the logits (K, G, a, b) of the queries `seeing` for `keys` (K, b, d) from position `start` on."""
-        query = self.vectors[:, :, seeing]
+    def logits(self, key_heads: torch.Tensor, start: int, stop: int, seeing: slice) -> torch.Tensor:
+        """Returns the logits (K, G, a, b) of the queries `seeing` for the keys at positions `start` to `stop`."""
+        query, first_key = self.vectors[:, :, seeing], self.text.first_key
+        keys = self.text.key[key_heads, start - first_key : stop - first_key].float()
         logits = torch.bmm(query.flatten(1, 2), keys.transpose(1, 2)).view(*query.shape[:3], -1)
-        logits *= self.terms.scale
-        if (cap := self.terms.softcap) is not None:
+        logits *= self.text.terms.scale
+        if (cap := self.text.terms.softcap) is not None:
             logits.div_(cap).tanh_().mul_(cap)
-        if self.terms.bias is not None:
-            logits += self._of_block(self.terms.bias, start, start + keys.shape[1], seeing)
+        if self.text.bias is not None:
+            logits += self._of_block(self.text.bias, start, stop, seeing)
         return logits
 
     def hide(self, logits: torch.Tensor, start: int, seeing: slice) -> torch.Tensor | None:
@@ -179,9 +227,9 @@ class _Queries:
             some = slice(int(partly[0]), int(partly[-1]) + 1)  # the others see all keys of the block
             visible = self._follows_rule(start, stop, slice(seeing.start + some.start, seeing.start + some.stop))
             logits[:, :, some].masked_fill_(~visible, _HIDDEN)
-        if self.terms.selection is None:
+        if self.text.selection is None:
             return None
-        selected = is_visible(self._of_block(self.terms.selection, start, stop, seeing))
+        selected = is_visible(self._of_block(self.text.selection, start, stop, seeing))
         logits.masked_fill_(~selected, _HIDDEN)
         if visible is None:
             return selected
@@ -192,7 +240,7 @@ class _Queries:
     def _follows_rule(self, start: int, stop: int, queries: slice) -> torch.Tensor:
         """Returns (queries, b): whether the layer's rule lets each query see each key of a block."""
         key = torch.arange(start, stop, device=self.position.device)
-        position, rule = self.position[queries, None], self.terms.visible
+        position, rule = self.position[queries, None], self.text.terms.visible
         visible = key <= position
         if rule.window is not None:
             visible &= key > position - rule.window
@@ -202,36 +250,35 @@ class _Queries:
 
     def num_keys(self) -> torch.Tensor:
         """Returns (p,) int64: the keys that each query sees, before any selection by content."""
-        rule, first = self.terms.visible, torch.zeros_like(self.position)
+        rule, first = self.text.terms.visible, torch.full_like(self.position, self.text.first_key)
         if rule.window is not None:
-            first = (self.position - rule.window + 1).clamp(min=0)
+            first = torch.maximum(first, self.position - rule.window + 1)
         if rule.chunk is not None:
             first = torch.maximum(first, self.position - self.position % rule.chunk)
         return self.position - first + 1
 
     def _of_block(self, values: torch.Tensor, start: int, stop: int, seeing: slice) -> torch.Tensor:
-        """Returns the part of `values` (1 or B, 1 or H, 1 or n, n) for a block, broadcastable to (K, G, a, b)."""
-        of_text = values[self.row if len(values) > 1 else 0, :, :, start:stop]
-        if of_text.shape[1] > 1:
-            of_text = of_text[:, self.position[seeing]]
-        if len(of_text) == 1:
-            return of_text[None]
-        of_heads = of_text[self.group.query_heads.index(values.device)[:, 0]]
+        """Returns the part of `values` (1 or H, 1 or n, m) for a block, broadcastable to (K, G, a, b)."""
+        of_block = values[:, :, start - self.text.first_key : stop - self.text.first_key]
+        if of_block.shape[1] > 1:
+            of_block = of_block[:, self.place[seeing]]
+        if len(of_block) == 1:
+            return of_block[None]
+        of_heads = of_block[self.group.query_heads.index(values.device)[:, 0]]
         return of_heads.view(*self.group.shape, *of_heads.shape[1:])
 
     def sinks(self) -> torch.Tensor | None:
         """Returns the logits (K, G, 1 or p) of the learned sinks; None without sinks."""
-        sinks = self.terms.sinks
-        if sinks is None:
+        if self.text.sinks is None:
             return None
-        of_text = sinks[self.row if len(sinks) > 1 else 0, self.group.query_heads.index(sinks.device)[:, 0]]
-        if of_text.shape[1] > 1:
-            of_text = of_text[:, self.position]
-        return of_text.float().view(*self.group.shape, -1)
+        sinks = self.text.sinks[self.group.query_heads.index(self.text.sinks.device)[:, 0]]
+        if sinks.shape[1] > 1:
+            sinks = sinks[:, self.place]
+        return sinks.float().view(*self.group.shape, -1)
 
 
-def _records(queries: _Queries, keys: torch.Tensor, table: AttentionTable, sink_tokens: int) -> torch.Tensor:
-    """Returns the records (K, G, p, W) float32 of `queries` over the `keys` (all key heads, n, d) of their text."""
+def _records(queries: _Queries, table: AttentionTable, sink_tokens: int) -> torch.Tensor:
+    """Returns the records (K, G, p, W) float32 of `queries` over the keys of their text."""
     shape, device = queries.vectors.shape[:3], queries.vectors.device
     key_heads = queries.group.key_heads.index(device)[:, 0]
     zeros = torch.zeros(shape, device=device)
@@ -241,7 +288,7 @@ def _records(queries: _Queries, keys: torch.Tensor, table: AttentionTable, sink_
     largest = torch.full((*shape, table.widths["top_weight"]), _HIDDEN, device=device)
     places = torch.full_like(largest, NO_KEY, dtype=torch.int32)
     for start, stop, seeing in queries.blocks():
-        logits = queries.logits(keys[key_heads, start:stop].float(), start, seeing)
+        logits = queries.logits(key_heads, start, stop, seeing)
         selected = queries.hide(logits, start, seeing)
         found = _merge(largest[:, :, seeing], places[:, :, seeing], logits, start)
         before = top[:, :, seeing]
@@ -269,7 +316,7 @@ def _records(queries: _Queries, keys: torch.Tensor, table: AttentionTable, sink_
     if sinks is not None:
         normaliser = torch.logaddexp(normaliser, sinks)
     share = (top - normaliser).exp()
-    if queries.terms.selection is None:
+    if queries.text.selection is None:
         counted += queries.num_keys()
     columns = {
         "num_keys": counted,

@@ -7,7 +7,7 @@ SIGINT and SIGTERM.
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from hydra._internal.utils import run_and_report
@@ -27,12 +27,13 @@ from qk_sniffer.cli.overrides import key_of
 from qk_sniffer.cli.preflight import Composer
 from qk_sniffer.cli.schema import Schema
 from qk_sniffer.config import Config, from_omegaconf, register
-from qk_sniffer.errors import ConfigError, QkSnifferError
+from qk_sniffer.errors import ConfigError, QkSnifferError, StoreError
 from qk_sniffer.hub.endpoint import check_address
 from qk_sniffer.jobs import job_status, sweep
 from qk_sniffer.jobs.signals import WARNING, Stopped, Stopping
 from qk_sniffer.logs import escape_libraries, logger
 from qk_sniffer.resolved import ResolvedConfig, fill_slugs, resolve
+from qk_sniffer.store.places import refuse_inside
 from qk_sniffer.text import hide_in_addresses, say, say_text
 
 log = logger(__name__)
@@ -78,16 +79,16 @@ def task(node: DictConfig) -> str:
         is_sweep = hydra_config.mode == RunMode.MULTIRUN
         config = (sweep.submitted(Path(hydra_config.sweep.dir), number) if is_sweep else None) or composed
         status = job_status.Status.here(number, config)
-        with job_status.recorded(status, folder):
-            _run_job(config, status, folder)
+        with job_status.recorded(status, folder) as record:
+            _run_job(config, status, record)
     except QkSnifferError as error:
         log.error("%s", error)
         return job_status.FAILED
     return status.state
 
 
-def _run_job(config: ResolvedConfig, status: job_status.Status, folder: Path) -> None:
-    """Runs a job, and notes its end in its status."""
+def _run_job(config: ResolvedConfig, status: job_status.Status, record: Callable[[], None]) -> None:
+    """Runs a job, and notes its end in its status. `record` writes the status file."""
     try:
         with Stopping():
             read_environment()
@@ -99,20 +100,20 @@ def _run_job(config: ResolvedConfig, status: job_status.Status, folder: Path) ->
         log.error("%s", error)
         status.fail(str(error), code=2 if isinstance(error, ConfigError) else 1)
     except Stopped as stopped:
-        _stopped(stopped, status, folder)
+        _stopped(stopped, status, record)
     except Exception as error:
         log.exception("Unexpected error:")
         status.fail(f"{type(error).__name__}: {error}")
 
 
-def _stopped(stopped: Stopped, status: job_status.Status, folder: Path) -> None:
+def _stopped(stopped: Stopped, status: job_status.Status, record: Callable[[], None]) -> None:
     """Ends a job that a signal stopped. Requeues it if the signal is the warning before its time limit."""
     if "SUBMITIT_EXECUTOR" not in os.environ:
         raise stopped
     log.warning("%s", stopped)
     if stopped.number == WARNING:
         status.state = job_status.REQUEUED
-        status.write(folder)
+        record()
         try:
             signal.raise_signal(WARNING)  # submitit handles it: it requeues the job and exits
         except Exception as error:
@@ -176,6 +177,10 @@ def _problems(config: Config, hydra_folder: Path | None) -> Iterator[str]:
     hide_in_addresses(repr(config))  # no message shows what may be secret in one
     yield from validation.problems(config)
     root = resolve(config).data_root
+    try:
+        refuse_inside(root, "output.data_root")
+    except StoreError as error:
+        yield f"output.data_root is refused: {error}"
     if hydra_folder is not None and hydra_folder.resolve().is_relative_to(root.resolve()):
         yield (
             f"output.data_root is {str(root)!r}, in which Hydra keeps its own folders ({hydra_folder}); "

@@ -21,7 +21,7 @@ _PACKED = frozenset({"zip", "tar", "gzip", "bz2", "xz", "zstd"})
 
 _SELF_CONTAINED = frozenset(
     {
-        *("arrow", "cache", "conll", "csv", "json", "parquet", "text", "webdataset", "xml"),
+        *("cache", "conll", "csv", "json", "parquet", "text", "webdataset", "xml"),
         *("audiofolder", "imagefolder", "videofolder"),
     }
 )
@@ -129,9 +129,16 @@ def check_format(where: str, builder: Any) -> None:
     """Checks that what `datasets` reads is in the files that `check_home` sees. `builder` is of that library.
 
     Raises:
-        SourceError: its format may lead to other files.
+        SourceError: its format may lead to other files, or is that of Arrow files. The library maps these into memory,
+            and versions of it do not check them: a damaged one ends the process, with no error.
     """
     format = type(builder).__module__.rpartition(".")[2]
+    if format == "arrow":
+        raise SourceError(
+            f"{where}: its data files are Arrow files, which are not read: a damaged one would end the job without a "
+            "message. Convert them to parquet, as with datasets.Dataset.from_file('a.arrow').to_parquet('a.parquet'); "
+            "of many datasets on the Hub, dataset.revision=refs/convert/parquet has such a copy"
+        )
     if format not in _SELF_CONTAINED:
         raise SourceError(
             f"{where}: the files that its README.md, .huggingface.yaml or dataset.data_files names are of the format "

@@ -1,18 +1,29 @@
 """Reads the attention summaries of a query head into arrays."""
 
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from qk_sniffer.store.parquet_tables import read_matrix
+from qk_sniffer.dataset.array_facts import row_facts
+from qk_sniffer.dataset.frames import column_of, pandas_frame, polars_frame
+from qk_sniffer.store.parquet_tables import read_matrix, read_numbers
+from qk_sniffer.text import counted
+
+if TYPE_CHECKING:
+    import pandas
+    import polars
 
 Float32 = npt.NDArray[np.float32]
 Int32 = npt.NDArray[np.int32]
 
+_COLUMNS = {"positions": "position", "example_ids": "example_id"}
+"""The columns of a file whose arrays have other names."""
 
-@dataclass(frozen=True, eq=False)
+
+@dataclass(frozen=True, eq=False, repr=False)
 class AttentionSummary:
     """The attention of the captured queries of a head over all keys that each sees, row for row as their vectors.
 
@@ -50,11 +61,10 @@ class AttentionSummary:
     @classmethod
     def of(cls, table: pa.Table) -> "AttentionSummary":
         """Returns the arrays of the columns of a file of attention summaries."""
-        names = {"positions": "position", "example_ids": "example_id"}
-        columns = {field.name: table[names.get(field.name, field.name)] for field in fields(cls)}
+        columns = {field.name: table[_COLUMNS.get(field.name, field.name)] for field in fields(cls)}
         return cls(
             **{
-                name: read_matrix(column) if pa.types.is_fixed_size_list(column.type) else column.to_numpy()
+                name: read_matrix(column) if pa.types.is_fixed_size_list(column.type) else read_numbers(column)
                 for name, column in columns.items()
             }
         )
@@ -63,3 +73,28 @@ class AttentionSummary:
     def bin_edges(self) -> npt.NDArray[np.int64]:
         """(D + 1,): the first distance of each bin, and the end of the last: bin b has edges[b] <= d < edges[b + 1]."""
         return 2 ** np.arange(self.distance_mass.shape[1] + 1, dtype=np.int64) - 1
+
+    def to_pandas(self) -> "pandas.DataFrame":
+        """Returns the rows as a data frame of pandas, with the columns of the file. A list is an array in its cell.
+
+        Raises:
+            QkSnifferError: pandas is not installed.
+        """
+        return pandas_frame(self._table())
+
+    def to_polars(self) -> "polars.DataFrame":
+        """Returns the rows as a data frame of polars, with the columns of the file. A list is of the type Array.
+
+        Raises:
+            QkSnifferError: polars is not installed.
+        """
+        return polars_frame(self._table())
+
+    def _table(self) -> pa.Table:
+        arrays = {_COLUMNS.get(field.name, field.name): getattr(self, field.name) for field in fields(self)}
+        return pa.table({name: column_of(array) for name, array in arrays.items()})
+
+    def __repr__(self) -> str:
+        rows = row_facts(self.example_ids, self.positions)
+        bins, top_k = self.distance_mass.shape[1], self.top_position.shape[1]
+        return f"<AttentionSummary: {rows}, {bins} bins of distances, {counted(top_k, 'top key')}>"

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from qk_sniffer.dataset.array_facts import span
 from qk_sniffer.dataset.attention_summary import AttentionSummary
 from qk_sniffer.errors import StoreError
 
@@ -17,7 +18,7 @@ Float64 = npt.NDArray[np.float64]
 Int32 = npt.NDArray[np.int32]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Logits:
     """The logits of a query head in one example, as the model's softmax receives them, up to rounding."""
 
@@ -32,8 +33,12 @@ class Logits:
     sink: float | None
     """The learned logit that joins the softmax of each query; None without one."""
 
+    def __repr__(self) -> str:
+        sink = "" if self.sink is None else f", a learned sink of {self.sink:.3g}"
+        return f"<Logits: {_pairs(self)}{sink}>"
 
-@dataclass(frozen=True, eq=False)
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Attention:
     """The attention weights of a query head in one example, up to rounding."""
 
@@ -46,6 +51,9 @@ class Attention:
     """(J,): ascending."""
     logsumexp: Float64
     """(P,): the natural logarithm of the sum of exp(logit) over all keys that the query sees and the sink."""
+
+    def __repr__(self) -> str:
+        return f"<Attention: {_pairs(self)}>"
 
 
 def unknown_logits(layer: Mapping[str, Any], *, pre_rope: bool) -> str | None:
@@ -87,8 +95,8 @@ def logits_of(
     )
 
 
-def attention_of(found: Logits, example_id: int, summary: AttentionSummary | None) -> Attention:
-    """Returns the weights of the logits of an example. `summary` is that of their head, if there is one.
+def attention_of(found: Logits, summary: AttentionSummary | None) -> Attention:
+    """Returns the weights of the logits of an example. `summary` is that of their queries, if there is one.
 
     Raises:
         StoreError: keys are missing, and there is no summary, or one of other queries.
@@ -102,13 +110,12 @@ def attention_of(found: Logits, example_id: int, summary: AttentionSummary | Non
             "lack the key. Capture all keys (sampler.keys.type=all), or summaries (capture.attention.enabled=true)"
         )
     else:
-        mine = summary.example_ids == example_id
-        if not np.array_equal(summary.positions[mine], found.query_positions):
+        if not np.array_equal(summary.positions, found.query_positions):
             raise StoreError(
                 "the attention summaries have other rows than the queries: fetch the dataset again, or recreate it "
                 "with output.overwrite=true"
             )
-        total = summary.logsumexp[mine].astype(np.float64)
+        total = summary.logsumexp.astype(np.float64)
     weights = np.exp(found.logits - total[:, None])
     return Attention(weights, found.query_positions, found.key_positions, total)
 
@@ -130,3 +137,8 @@ def _logsumexp(found: Logits) -> Float64:
     top = logits.max(axis=1)
     total: Float64 = top + np.log(np.exp(logits - top[:, None]).sum(axis=1))
     return total
+
+
+def _pairs(found: Logits | Attention) -> str:
+    queries = f"{len(found.query_positions):,} stored queries{span(found.query_positions)}"
+    return f"{queries}, x {len(found.key_positions):,} stored keys{span(found.key_positions)}"

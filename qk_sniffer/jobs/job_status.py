@@ -4,7 +4,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -103,25 +103,30 @@ def slurm_job_id() -> str | None:
 
 
 @contextmanager
-def recorded(status: Status, folder: Path) -> Iterator[None]:
+def recorded(status: Status, folder: Path) -> Iterator[Callable[[], None]]:
     """Writes the status file in `folder` before and after the body, which sets the state.
 
-    If the folder is removed or replaced in the meantime, another job may use it: the end is not recorded there.
+    Yields a function that writes it in between. If the folder is removed or replaced in the meantime, another job may
+    use it: nothing more is recorded there.
     """
     start = time.monotonic()
     with hold(folder / LOCK, "running this job", wait_s=restart_patience_s(), follow_links=True) as lock:
-        status.write(folder)
-        try:
-            yield
-        finally:
-            if status.state == RUNNING:
-                status.state = INTERRUPTED
+
+        def record() -> None:
             status.seconds = round(time.monotonic() - start, 3)
             try:
                 lock.check()
                 status.write(folder)
             except StoreError as error:  # it must not hide how the job ended
-                log.warning("the end of this job is not recorded: %s", error)
+                log.warning("the state of this job is not recorded: %s", error)
+
+        status.write(folder)
+        try:
+            yield record
+        finally:
+            if status.state == RUNNING:
+                status.state = INTERRUPTED
+            record()
 
 
 def read_status(file: Path) -> Status:

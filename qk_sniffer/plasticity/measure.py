@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from qk_sniffer.capture.sampling import Sampler
-from qk_sniffer.dataset.reader import WAY_OUT, Dataset
+from qk_sniffer.dataset.dataset_files import WAY_OUT
+from qk_sniffer.dataset.reader import Dataset
 from qk_sniffer.errors import StoreError
 from qk_sniffer.plasticity.config import PlasticityConfig
 from qk_sniffer.plasticity.drift import (

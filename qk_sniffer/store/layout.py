@@ -21,15 +21,17 @@
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, NamedTuple, TypedDict
+from typing import TYPE_CHECKING, Annotated, NamedTuple, TypedDict
 
-import pyarrow as pa
 from msgspec import Meta
 
 from qk_sniffer.config import CaptureConfig
 from qk_sniffer.errors import StoreError
 from qk_sniffer.store import stored
 from qk_sniffer.store.disk import paths_in, type_of
+
+if TYPE_CHECKING:  # checking a command line needs names of files, and not this library
+    import pyarrow as pa
 
 FORMAT = "qk-sniffer/1"
 """The manifest's `format`, which identifies a dataset of this package."""
@@ -288,11 +290,13 @@ def is_dataset_file(name: str) -> bool:
     return key is not None and name == head_file(*key)
 
 
-def schema(head_dim: int, capture: CaptureConfig | None = None) -> pa.Schema:
+def schema(head_dim: int, capture: CaptureConfig | None = None) -> "pa.Schema":
     """Returns the columns of a head's file with the settings `capture`; None for the defaults.
 
     The vector's numbers are nullable, as in every list type of pyarrow.
     """
+    import pyarrow as pa
+
     fields = [
         *(pa.field(name, pa.int32(), nullable=False) for name in KEY_COLUMNS),
         pa.field("vector", pa.list_(pa.float32(), head_dim), nullable=False),
@@ -311,7 +315,7 @@ def schema(head_dim: int, capture: CaptureConfig | None = None) -> pa.Schema:
     return pa.schema(fields)
 
 
-def examples_schema(*, split: bool = False, segments: bool = False, from_python: bool = False) -> pa.Schema:
+def examples_schema(*, split: bool = False, segments: bool = False, from_python: bool = False) -> "pa.Schema":
     """Returns the columns of `examples/data.parquet`: one row an example, in the order of the source.
 
     With `split`, for `model.tokenizer.overlong=split`, an example is a part of a text: `part` counts those of a text
@@ -319,6 +323,8 @@ def examples_schema(*, split: bool = False, segments: bool = False, from_python:
     from Python, the capture saw the tokens of an example from position `first_position` on. With `segments`, the last
     column has those of the example's tokens (`text_segments.py`).
     """
+    import pyarrow as pa
+
     fields = [
         pa.field("example_id", pa.int32(), nullable=False),
         pa.field("source_id", pa.string(), nullable=False),

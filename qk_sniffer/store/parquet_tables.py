@@ -22,6 +22,7 @@ from qk_sniffer.store.disk import open_regular
 from qk_sniffer.store.layout import examples_schema
 from qk_sniffer.store.parquet_files import open_parquet
 from qk_sniffer.store.parquet_pages import PageError, read_pages
+from qk_sniffer.store.row_filter import RowFilter
 from qk_sniffer.store.stored import UnreadableError
 from qk_sniffer.store.text_segments import TextSegments
 from qk_sniffer.text import in_mb
@@ -38,7 +39,13 @@ UNREADABLE = (OSError, ValueError, MemoryError, pa.ArrowException)
 
 
 def read_table(
-    path: Path, schema: pa.Schema, *, way_out: str, rows: int | None = None, columns: Sequence[str] | None = None
+    path: Path,
+    schema: pa.Schema,
+    *,
+    way_out: str,
+    rows: int | None = None,
+    columns: Sequence[str] | None = None,
+    only: RowFilter | None = None,
 ) -> pa.Table:
     """Returns the columns of `schema` from a Parquet file, in the order and with the types of `schema`.
 
@@ -48,6 +55,7 @@ def read_table(
         way_out: the end of the error message.
         rows: the number of rows that the file must have; None for any.
         columns: some columns of `schema`, in the order of the result; None for all.
+        only: the rows to return, by columns of `schema`; None for all. Row groups without such rows are not read.
 
     Raises:
         UnreadableError: the file is missing or damaged, lacks one of the columns, has another number of rows, or does
@@ -55,9 +63,12 @@ def read_table(
     """
     wanted = schema if columns is None else pa.schema([schema.field(name) for name in columns])
     with opened(path, schema, way_out=way_out, rows=rows) as file:
-        if problem := excess(path, file, wanted):
-            raise UnreadableError(path, problem, way_out)
-        table = _read(path, file, wanted, way_out)
+        if only is not None and only.columns:
+            table = _read_some(path, file, schema, wanted, only, way_out)
+        else:
+            if problem := excess(path, file, wanted):
+                raise UnreadableError(path, problem, way_out)
+            table = _read(path, file, wanted, way_out)
         table.validate(full=True)  # also that texts are UTF-8
     for field in wanted:
         if not field.nullable and table[field.name].null_count:
@@ -124,12 +135,19 @@ def opened(path: Path, schema: pa.Schema, *, way_out: str, rows: int | None = No
         raise UnreadableError(path, f"is missing or damaged ({first_line(error)})", way_out) from error
 
 
-def excess(path: Path, file: pq.ParquetFile, schema: pa.Schema, *, at_once: bool = True) -> str | None:
+def excess(
+    path: Path,
+    file: pq.ParquetFile,
+    schema: pa.Schema,
+    *,
+    at_once: bool = True,
+    groups: Sequence[int] | None = None,
+) -> str | None:
     """Returns what keeps the columns of `schema` in the open `file` at `path` from being read; None if nothing does.
 
     Compares the number of values that the file claims with its pages, and the memory that a read takes with the
     available memory. Texts count with the bytes of their pages. `at_once` says that all rows are in memory at once;
-    otherwise those of one row group are.
+    otherwise those of one row group are. `groups` are the row groups that are to be read; None for all.
     """
     metadata = file.metadata
     row_groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
@@ -138,18 +156,27 @@ def excess(path: Path, file: pq.ParquetFile, schema: pa.Schema, *, at_once: bool
             size = raw.seek(0, 2)
             if _compressed_bytes(row_groups) > size:  # columns that overlap would be read more than once
                 return "is missing or damaged (its columns claim more bytes than it has)"
-            groups = [_group_bytes(raw, schema, group) for group in row_groups]
+            sizes = [
+                _group_bytes(raw, schema, group)
+                for number, group in enumerate(row_groups)
+                if groups is None or number in groups
+            ]
     except (PageError, *UNREADABLE) as error:
         return f"is missing or damaged ({first_line(error)})"
     if sum(group.num_rows for group in row_groups) != metadata.num_rows:
         return "is missing or damaged (its row groups have another number of rows than it claims)"
-    if sum(groups) > MOST_EXPANSION * size:
-        return f"claims {metadata.num_rows:,} rows of {in_mb(sum(groups))} in {size:,} bytes"
-    return too_large(sum(groups) if at_once else max(groups, default=0))
+    if sum(sizes) > MOST_EXPANSION * size:
+        return f"claims {metadata.num_rows:,} rows of {in_mb(sum(sizes))} in {size:,} bytes"
+    return too_large(sum(sizes) if at_once else max(sizes, default=0))
+
+
+def read_numbers(column: pa.ChunkedArray) -> npt.NDArray[Any]:
+    """Returns a column of numbers without nulls as an array (rows,), which is writable as pyarrow's are not."""
+    return np.array(column.to_numpy())
 
 
 def read_matrix(column: pa.ChunkedArray) -> npt.NDArray[Any]:
-    """Returns the lists of a column of fixed_size_list without nulls as a matrix (rows, size of a list)."""
+    """Returns the lists of a column of fixed_size_list without nulls as a matrix (rows, size of a list), writable."""
     size = column.type.list_size
     chunks = [chunk.flatten().to_numpy(zero_copy_only=True).reshape(-1, size) for chunk in column.chunks]
     return np.concatenate(chunks) if chunks else np.empty((0, size), column.type.value_type.to_pandas_dtype())
@@ -173,13 +200,45 @@ def first_line(error: BaseException) -> str:
     return (str(error) or type(error).__name__).partition("\n")[0]
 
 
-def _read(path: Path, file: pq.ParquetFile, schema: pa.Schema, way_out: str) -> pa.Table:
+def _read_some(
+    path: Path, file: pq.ParquetFile, schema: pa.Schema, wanted: pa.Schema, only: RowFilter, way_out: str
+) -> pa.Table:
+    """Returns the columns of `wanted` in the rows that `only` keeps. The columns that it looks at are read first."""
+    named = pa.schema([schema.field(name) for name in only.columns])
+    both = pa.unify_schemas([named, wanted])
+    groups = [number for number in range(file.num_row_groups) if only.may_match(file.metadata.row_group(number))]
+    if problem := excess(path, file, named, at_once=False, groups=groups):
+        raise UnreadableError(path, problem, way_out)
+    kept = {}
+    for number in groups:
+        names = file.read_row_group(number, columns=named.names)
+        for name in named.names:
+            if names[name].null_count:
+                raise UnreadableError(path, f"has nulls in the column {name}", way_out)
+        if (mask := only.mask(names)).any():
+            kept[number] = mask
+    problem = excess(path, file, both, at_once=False, groups=[*kept])
+    if problem is None:
+        row = sum(_bytes_per_row(field.type) for field in wanted if field.type != pa.string())
+        problem = too_large(row * sum(int(mask.sum()) for mask in kept.values()))
+    if problem is not None:
+        raise UnreadableError(path, problem, way_out)
+    tables = [_read(path, file, wanted, way_out, [number]).filter(pa.array(mask)) for number, mask in kept.items()]
+    # One that is empty has the types of a file without wanted rows, and the metadata of the file.
+    return pa.concat_tables([_read(path, file, wanted, way_out, []), *tables])
+
+
+def _read(
+    path: Path, file: pq.ParquetFile, schema: pa.Schema, way_out: str, groups: Sequence[int] | None = None
+) -> pa.Table:
+    """Returns the columns of `schema` in some row groups of the open file; None for all."""
+    chosen = range(file.num_row_groups) if groups is None else groups
     texts = [field.name for field in schema if field.type == pa.string()]
     if not texts:
-        return file.read(columns=schema.names).select(schema.names)
+        return file.read_row_groups(chosen, columns=schema.names).select(schema.names)
     # A repeated text is in memory once, until the length of all texts together is known.
     with open_parquet(path, metadata=file.metadata, read_dictionary=texts) as compact:
-        table = compact.read(columns=schema.names).select(schema.names)
+        table = compact.read_row_groups(chosen, columns=schema.names).select(schema.names)
     for name in texts:
         if problem := too_large(sum(map(_text_bytes, table[name].chunks))):
             raise UnreadableError(path, problem, way_out)

@@ -32,6 +32,7 @@ from qk_sniffer.store.layout import KINDS, UNROTATED_KINDS
 from qk_sniffer.store.open_folder import PLAIN, Access
 from qk_sniffer.store.rows import block_name
 from qk_sniffer.store.segment import DamageError, Header, Place, Tensor, open_segment, read_array
+from qk_sniffer.text import compact_ranges
 
 Floats = npt.NDArray[np.floating[Any]]
 Int64 = npt.NDArray[np.int64]
@@ -220,7 +221,7 @@ LEAST_TOKENS = {
 """The tokens from which on a head has the numbers of an array of `Statistics`. With fewer they are NaN."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Statistics:
     """Statistics of the captured heads of one layer, kind and stage, over all tokens from `skip_tokens` on.
 
@@ -253,6 +254,12 @@ class Statistics:
     or whose rotation is not recorded."""
     frequency_modulus: npt.NDArray[np.float32] | None
     """(H, f): the mean of sqrt(a^2 + b^2), where a and b are the components of a pair."""
+
+    def __repr__(self) -> str:
+        heads, tokens = compact_ranges(self.heads.tolist()), int(self.count.max(initial=0))
+        arrays = "mean, covariance and ranges" if self.covariance is not None else "mean, variance and ranges"
+        moduli = "" if self.frequency_pairs is None else f", {len(self.frequency_pairs)} rotary frequencies"
+        return f"<Statistics of heads {heads}: {arrays} of {self.mean.shape[1]} numbers over {tokens:,} tokens{moduli}>"
 
     def overflows(self, index: int) -> bool:
         """Whether float32 cannot hold a number of the head at `index`, or could not hold it of some of its tokens."""

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hydra._internal.utils import get_args
 from support.slurm_commands import Commands
+from support.store_cases import Captured, make_dataset
 
 from qk_sniffer.cli import preflight
 from qk_sniffer.cli.app import APPLICATION
@@ -82,6 +83,10 @@ def refusal(*arguments: str) -> str:
         ("sampler.seed=1,2", r"several values are a sweep, which needs --multirun"),
         ("output.data_root=x-${sampler.sed}", r"output\.data_root is x-\$\{sampler\.sed\}: .*'sampler\.sed' not found"),
         ("output.data_root=outputs", r"in which Hydra keeps its own folders \(outputs/\.runs/"),
+        (
+            "output.data_root=x/.qk_sniffer/y",
+            r"output\.data_root is refused: .* is in .*, the work folder of the data root",
+        ),
         ("hydra.job.chdir=true", r"hydra\.job\.chdir is true: a job would look for its files, .*; leave it false"),
         ("hydra.run.dir=/dev/null/x", r"/dev/null is not a folder that can be written to"),
         ("output=hub", r"output\.hf_repo_id is not given"),
@@ -96,6 +101,13 @@ def refusal(*arguments: str) -> str:
 )
 def test_an_argument_is_refused(argument: str, message: str) -> None:
     assert re.search(message, refusal(*MODEL, argument))
+
+
+def test_a_data_root_in_the_folder_of_a_head_is_refused(tmp_path: Path) -> None:
+    make_dataset(tmp_path / "root", Captured(num_examples=4))
+    said = refusal(*MODEL, f"output.data_root={tmp_path}/root/l00h00q")
+    assert "output.data_root is refused" in said and "has its own files; choose another output.data_root" in said
+    assert plan(*MODEL, f"output.data_root={tmp_path}/root/other")
 
 
 def test_numbers_that_may_be_texts_are_taken_as_they_are_written() -> None:

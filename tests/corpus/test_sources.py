@@ -427,6 +427,25 @@ def test_a_format_that_leads_to_other_files_is_not_read(tmp_path: Path, named: s
 
 
 @both_ways
+@pytest.mark.parametrize("how", ["card", "data_files", "zip"])
+def test_arrow_files_are_refused_with_a_way_to_convert_them(tmp_path: Path, how: str, streaming: bool) -> None:
+    table = pa.table({"text": ["a"]})
+    with pa.ipc.new_stream(str(tmp_path / "a.arrow"), table.schema) as stream:
+        stream.write_table(table)
+    if how == "zip":
+        with zipfile.ZipFile(tmp_path / "a.zip", "w") as packed:
+            packed.write(tmp_path / "a.arrow", "a.arrow")
+    if how == "card":
+        write(tmp_path / "README.md", "---\nconfigs:\n- config_name: default\n  data_files: a.arrow\n---\n")
+    data_files = {"card": None, "data_files": "*.arrow", "zip": "a.zip"}[how]
+    text = message(tmp_path, streaming=streaming, data_files=data_files)
+    assert "its data files are Arrow files, which are not read" in text
+    assert "from_file('a.arrow').to_parquet('a.parquet')" in text and "refs/convert/parquet" in text
+    datasets.Dataset.from_file(str(tmp_path / "a.arrow")).to_parquet(tmp_path / "a.parquet")
+    assert texts(opened(tmp_path / "a.parquet", streaming=streaming).examples()) == [(0, "a")]
+
+
+@both_ways
 @pytest.mark.parametrize("how", ["bare", "card", "data_files"])
 def test_a_link_leads_to_no_file_outside_of_its_folder(tmp_path: Path, how: str, streaming: bool) -> None:
     folder, secret = tmp_path / "texts", write(tmp_path / "secret", "x")

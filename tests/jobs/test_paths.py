@@ -91,11 +91,11 @@ def test_a_cache_that_libraries_cannot_open_is_refused_before_the_model_is_loade
 ) -> None:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", odd)
     monkeypatch.setattr("qk_sniffer.jobs.run.load_components", None)
-    arrow = texts.parent / "arrow" / "train.arrow"
-    arrow.parent.mkdir()
-    arrow.touch()
+    xml = texts.parent / "xml" / "train.xml"
+    xml.parent.mkdir()
+    xml.touch()
     with pytest.raises(SourceError, match=r"cannot write its cache to .*caf\\udce9: rename it.*HF_HOME"):
-        run(checkpoint, arrow.parent, odd / "out", dataset={"data_files": "*.arrow"})
+        run(checkpoint, xml.parent, odd / "out", dataset={"data_files": "*.xml"})
     assert open_corpus(DatasetConfig(path=str(texts))).num_rows, "files that the library does not read need no cache"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(odd))
     with pytest.raises(SourceError, match=r"the Hub's cache in .*caf\\udce9: rename it.*HF_HUB_CACHE"):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -14,11 +15,11 @@ from support.jobs import Stopped, run
 from support.slurm_commands import Commands
 
 from qk_sniffer import status
-from qk_sniffer.cli import program
+from qk_sniffer.cli import app, program
 from qk_sniffer.config import Config, ShardConfig, from_dict
 from qk_sniffer.errors import ConfigError, StoreError
-from qk_sniffer.jobs import job_status, sweep
-from qk_sniffer.jobs.job_status import Status, recorded
+from qk_sniffer.jobs import job_status, signals, sweep
+from qk_sniffer.jobs.job_status import Status, recorded, recorded_status
 from qk_sniffer.jobs.status import look, table
 from qk_sniffer.jobs.sweep import PlannedJob, announced
 from qk_sniffer.resolved import resolve
@@ -85,6 +86,37 @@ def test_a_run_whose_folder_is_taken_writes_nothing_there(tmp_path: Path, caplog
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == left
     assert states(folder) == {"b": "interrupted"}
     assert caplog.text.count("is not recorded") == 3
+
+
+def test_a_job_whose_folder_is_taken_does_not_record_there_that_it_is_requeued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As when SLURM's warning reaches a job whose sweep another one has replaced."""
+    folder, (job, other) = tmp_path / "0", planned(tmp_path / "a", tmp_path / "b")
+    monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+    heard: list[int] = []
+
+    def stop(_: Any) -> None:
+        if is_taken:
+            shutil.rmtree(folder)
+            with begin(folder, other.config):
+                pass
+        raise signals.Stopped(signal.SIGUSR2)
+
+    monkeypatch.setattr("qk_sniffer.jobs.run.run_job", stop)
+    before = signal.signal(signal.SIGUSR2, lambda number, _: heard.append(number))
+    try:
+        for is_taken, state in ((False, "requeued"), (True, "interrupted")):
+            status = Status.here(0, job.config)
+            folder.mkdir(exist_ok=True)
+            with pytest.raises(SystemExit), recorded(status, folder) as record:
+                app._run_job(job.config, status, record)
+            assert recorded_status(folder / "status.json").state == state
+            assert Path(recorded_status(folder / "status.json").data_root).name == ("b" if is_taken else "a")
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+    assert heard == [signal.SIGUSR2] * 2, "both are requeued"
+    assert "the state of this job is not recorded" in caplog.text
 
 
 @pytest.mark.parametrize(("outlive", "state"), [(False, "not started"), (True, "queued")])
@@ -184,7 +216,7 @@ import os
 from pathlib import Path
 from qk_sniffer.config import from_dict
 from qk_sniffer.resolved import resolve
-from qk_sniffer.jobs.job_status import Status, recorded
+from qk_sniffer.jobs.job_status import Status, recorded, recorded_status
 config = resolve(from_dict({{"model": {{"name": "org/m"}}, "output": {{"data_root": {str(tmp_path / "a")!r}}}}}))
 with recorded(Status.here(0, config), Path({str(tmp_path)!r})):
     os.kill(os.getpid(), 9)

@@ -16,13 +16,15 @@ from safetensors import SafetensorError, safe_open
 from qk_sniffer.backbone.damaged_files import damage
 from qk_sniffer.config import ModelConfig
 from qk_sniffer.errors import ConfigError, SourceError
+from qk_sniffer.hub.checkpoint_files import ADAPTER_WEIGHTS
 from qk_sniffer.hub.lfs import refuse_pointers
 from qk_sniffer.hub.revisions import HubUnreachableError, hub_file, is_hub_id
 from qk_sniffer.store import stored
 from qk_sniffer.store.stored import Text
 from qk_sniffer.text import path_text
 
-SETTINGS, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+SETTINGS = "adapter_config.json"
+WEIGHTS, PICKLE = ADAPTER_WEIGHTS
 
 _CONFIG = "config.json"
 

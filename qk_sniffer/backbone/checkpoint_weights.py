@@ -14,21 +14,15 @@ from transformers.utils.hub import cached_file
 from qk_sniffer.backbone.damaged_files import damage, safetensors_header, shards_of
 from qk_sniffer.config import AUTO, DTYPES
 from qk_sniffer.errors import ConfigError, SourceError
+from qk_sniffer.hub.checkpoint_files import INDEX, MODEL_WEIGHTS, PICKLE, WEIGHTS
 from qk_sniffer.hub.json_files import DamagedFileError, json_object
 from qk_sniffer.hub.lfs import refuse_pointer
 from qk_sniffer.text import shortened
-
-_WEIGHTS = "model.safetensors"
-_PICKLE = "pytorch_model.bin"
-_INDEX = ".index.json"
 
 _VARIANT = r"model\.([\w-]+?)(?:-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.([\w-]+)\.json"
 
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """The dtypes of safetensors whose numbers are the values of weights, with their names in torch."""
-
-_CANDIDATES = (_WEIGHTS, _WEIGHTS + _INDEX, _PICKLE, _PICKLE + _INDEX)
-"""The files that transformers tries, in its order."""
 
 
 def stored_dtypes(files: Iterable[Path]) -> dict[str, str]:
@@ -104,7 +98,7 @@ def weight_files(source: Mapping[str, Any], explicit: str | None = None) -> list
         DamagedFileError: the index of the files is damaged.
     """
     top, find = _top_file(source, explicit)
-    if top is not None and top.name.endswith(_INDEX):
+    if top is not None and top.name.endswith(INDEX):
         return [shard for file in shards_of(top.read_bytes()) if (shard := find(file)) is not None]
     return [] if top is None else [top]
 
@@ -116,7 +110,7 @@ def damaged_file(source: Mapping[str, Any], explicit: str | None = None) -> str 
     """
     top, find = _top_file(source, explicit)
     files = [] if top is None else [top]
-    if top is not None and top.name.endswith(_INDEX) and damage(top) is None:
+    if top is not None and top.name.endswith(INDEX) and damage(top) is None:
         files = [shard for file in shards_of(top.read_bytes()) if (shard := find(file)) is not None]
     return next((_damaged(file.name, how) for file in files if (how := damage(file)) is not None), None)
 
@@ -144,7 +138,7 @@ def _top_file(source: Mapping[str, Any], explicit: str | None) -> tuple[Path | N
         )
         return None if found is None else Path(found)
 
-    for candidate in (explicit,) if explicit else _CANDIDATES:
+    for candidate in (explicit,) if explicit else MODEL_WEIGHTS:
         if (path := find(candidate)) is not None:
             return path, find
     return None, find
@@ -178,7 +172,7 @@ def check_folder(folder: Path, explicit: str | None, *, allow_pickle: bool) -> N
             and the way out.
     """
     source = {"pretrained_model_name_or_path": str(folder)}
-    for file in (folder / name for name in ((explicit,) if explicit else _CANDIDATES)):
+    for file in (folder / name for name in ((explicit,) if explicit else MODEL_WEIGHTS)):
         if file.is_file():
             refuse_pointer(file)
             break
@@ -198,30 +192,30 @@ def weights_problem(names: Collection[str], read: Callable[[str], bytes], *, all
 
     `names` are relative to the checkpoint, and `read` returns the content of one of them.
     """
-    for single in (_WEIGHTS, _PICKLE) if allow_pickle else (_WEIGHTS,):
+    for single in (WEIGHTS, PICKLE) if allow_pickle else (WEIGHTS,):
         if single in names:
             return None
-        if single + _INDEX in names:
+        if single + INDEX in names:
             try:
-                shards = shards_of(read(single + _INDEX))
+                shards = shards_of(read(single + INDEX))
             except DamagedFileError as error:
-                return _damaged(single + _INDEX, str(error))
+                return _damaged(single + INDEX, str(error))
             missing = [shard for shard in shards if shard not in names]
             if not missing:
                 return None
             return (
-                f"lacks {len(missing)} of the {len(shards)} files that its index {single}{_INDEX} names: "
+                f"lacks {len(missing)} of the {len(shards)} files that its index {single}{INDEX} names: "
                 f"{shortened(missing, 3)}. Restore them, or download the model again (hf download)"
             )
     top = sorted(name for name in names if "/" not in name)
     if shards := [name for name in top if re.fullmatch(r"model-\d+-of-\d+\.safetensors", name)]:
         return (
-            f"has {len(shards)} shards ({shortened(shards, 1)}), but not their index {_WEIGHTS}{_INDEX}: restore it, "
+            f"has {len(shards)} shards ({shortened(shards, 1)}), but not their index {WEIGHTS}{INDEX}: restore it, "
             "or download the model again (hf download)"
         )
     if variants := {name: match[1] or match[2] for name in top if (match := re.fullmatch(_VARIANT, name))}:
         file = next((name for name in variants if name.endswith(".json")), min(variants))
-        plain = _WEIGHTS + (_INDEX if file.endswith(".json") else "")
+        plain = WEIGHTS + (INDEX if file.endswith(".json") else "")
         return (
             f"has weights of the variant {variants[file]} alone ({shortened(list(variants), 2)}), and transformers "
             f"reads them by their plain name: copy or link {file} to {plain}"
@@ -234,7 +228,7 @@ def weights_problem(names: Collection[str], read: Callable[[str], bytes], *, all
         )
     if files := [name for name in top if name.endswith(".gguf")]:
         return f"has no weights but in GGUF files: set model.gguf_file to one of {shortened(files, 3)}"
-    deeper = sorted({name.partition("/")[0] for name in names if re.search(rf"/{_WEIGHTS}({_INDEX})?$", name)})
+    deeper = sorted({name.partition("/")[0] for name in names if re.search(rf"/{WEIGHTS}({INDEX})?$", name)})
     if deeper:
         return (
             f"has weights in its folders alone ({shortened(deeper, 3)}): give model.name the path of one that also has "
@@ -242,5 +236,5 @@ def weights_problem(names: Collection[str], read: Callable[[str], bytes], *, all
         )
     others = [name for name in top if re.search(r"\.(safetensors|bin|pth|pt|ckpt|h5|msgpack|onnx|npz)$", name)]
     has = f"its weights have other names ({shortened(others, 3)})" if others else "it has no file of weights"
-    needed = f"{_WEIGHTS}, or {_WEIGHTS}{_INDEX} and the files that it names"
+    needed = f"{WEIGHTS}, or {WEIGHTS}{INDEX} and the files that it names"
     return f"cannot be loaded: {has}. transformers reads {needed}"

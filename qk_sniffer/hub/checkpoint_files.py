@@ -8,21 +8,30 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from qk_sniffer.errors import SourceError
+from qk_sniffer.errors import SourceError, StoreError
 from qk_sniffer.hub.config_limits import refuse_large_config
 from qk_sniffer.store.disk import open_regular
+from qk_sniffer.store.files import inside
 
 TEXTS = frozenset({".json", ".model", ".py", ".txt", ".jinja", ".tiktoken", ".codes", ".spm", ".tokenizer"})
 """The suffixes of the files of a checkpoint that hold no weights. The last three are those of rare vocabularies."""
 
 SUFFIXES = TEXTS | {".safetensors", ".bin", ".gguf"}
 """Those of all its files."""
+
+WEIGHTS, PICKLE, INDEX = "model.safetensors", "pytorch_model.bin", ".index.json"
+
+MODEL_WEIGHTS = (WEIGHTS, WEIGHTS + INDEX, PICKLE, PICKLE + INDEX)
+"""The files of weights that transformers tries, in its order, and the indexes of several."""
+
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+"""Those of an adapter."""
 
 _Facts = tuple[int, int, int, int, int]
 """Device, inode, size, and the times of the last changes of content and of attributes. The last one cannot be set."""
@@ -38,14 +47,18 @@ class CheckpointFiles:
         digest: `sha256:` and the digest of the names and contents of the files.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, weights: Sequence[str] = MODEL_WEIGHTS) -> None:
         """Reads the files, except for those that are known from before and have not changed since.
+
+        Args:
+            folder: the folder of the checkpoint.
+            weights: the files of weights that its loader tries, in its order. It reads the first one there.
 
         Raises:
             SourceError: the config is too large.
         """
         self.folder = folder
-        paths = sorted(_files(folder))
+        paths = sorted(_files(folder, weights))
         self._facts = {path: _facts_of(path) for path in paths}
         with ThreadPoolExecutor() as pool:
             self._digests = dict(zip(paths, pool.map(_digest_of, paths), strict=True))
@@ -76,16 +89,47 @@ class CheckpointFiles:
             self._facts[path] = now
 
 
-def folder_digest(folder: Path) -> str:
-    """Returns `sha256:` and the digest of the names and contents of the files that a checkpoint is loaded from."""
-    return CheckpointFiles(folder).digest
+def folder_digest(folder: Path, weights: Sequence[str] = MODEL_WEIGHTS) -> str:
+    """Returns `sha256:` and the digest of the names and contents of the files that a checkpoint is loaded from.
+
+    `weights` are the files of weights that its loader tries.
+    """
+    return CheckpointFiles(folder, weights).digest
 
 
-def _files(folder: Path) -> set[Path]:
-    """Returns the files that a checkpoint may be loaded from: those in `folder` itself, and those that they name."""
-    own = {path for path in folder.iterdir() if path.is_file() and path.suffix in SUFFIXES}
-    own |= {path for path in folder.glob("additional_chat_templates/*.jinja") if path.is_file()}
-    return own | {path for name in _named(folder) if (path := folder / name).is_file()}
+def _files(folder: Path, weights: Sequence[str]) -> set[Path]:
+    """Returns the files that a checkpoint may be loaded from: those in `folder` itself, and those that they name.
+
+    A link out of the folder may lead to any file, whose digest would be published. The loader refuses such links, but
+    for weights (`checkpoint_links.py`): of these, only those that it reads count, which fails for any other file.
+    """
+    texts = {path for path in folder.iterdir() if path.suffix in TEXTS}
+    texts |= {*folder.glob("additional_chat_templates/*.jinja")}
+    others = {path for path in folder.iterdir() if path.suffix in SUFFIXES - TEXTS}
+    others |= {folder / name for name in _named(folder)} - texts
+    read = _read_weights(folder, weights)
+    own = {path for path in others if path in read or is_inside(folder, path)}
+    return {path for path in texts | own | read if path.is_file()}
+
+
+def _read_weights(folder: Path, weights: Sequence[str]) -> set[Path]:
+    """Returns the files of weights that the loader reads if it tries `weights`."""
+    explicit = _read_json(folder / "config.json").get("transformers_weights")
+    if isinstance(explicit, str) and weights is MODEL_WEIGHTS:
+        weights = (explicit,)
+    first = next((name for name in weights if (folder / name).is_file()), None)
+    if first is None:
+        return set()
+    return {folder / name for name in (_shards(folder / first) if first.endswith(INDEX) else [first])}
+
+
+def is_inside(folder: Path, path: Path) -> bool:
+    """Whether a file is one of the folder of a checkpoint or, in the Hub's cache, one of its `blobs`."""
+    try:
+        inside(folder, path.relative_to(folder).as_posix())
+    except StoreError:
+        return False
+    return True
 
 
 def _named(folder: Path) -> Iterator[str]:
@@ -95,16 +139,21 @@ def _named(folder: Path) -> Iterator[str]:
         SourceError: the config is too large, or an index names a file outside of the folder, whose digest would be
             published with that of the checkpoint.
     """
-    indexes = [path.name for path in folder.glob("*.index.json")]
+    indexes = [path.name for path in folder.glob(f"*{INDEX}")]
     refuse_large_config(folder / "config.json")
     explicit = _read_json(folder / "config.json").get("transformers_weights")
     if isinstance(explicit, str):
         yield _in_folder(folder / "config.json", explicit)
         indexes.append(explicit)
     for index in indexes:
-        named = _read_json(folder / index).get("weight_map") if index.endswith(".json") else None
-        for name in {name for name in named.values() if isinstance(name, str)} if isinstance(named, dict) else ():
+        for name in _shards(folder / index) if index.endswith(".json") else ():
             yield _in_folder(folder / index, name)
+
+
+def _shards(index: Path) -> set[str]:
+    """Returns the names of the files in an index of weights."""
+    named = _read_json(index).get("weight_map")
+    return {name for name in named.values() if isinstance(name, str)} if isinstance(named, dict) else set()
 
 
 def _in_folder(file: Path, name: str) -> str:

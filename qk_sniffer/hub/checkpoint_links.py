@@ -10,12 +10,11 @@ import stat
 from itertools import chain
 from pathlib import Path
 
-from qk_sniffer.errors import SourceError, StoreError
-from qk_sniffer.hub.checkpoint_files import SUFFIXES, TEXTS
+from qk_sniffer.errors import SourceError
+from qk_sniffer.hub.checkpoint_files import SUFFIXES, TEXTS, is_inside
 from qk_sniffer.hub.config_limits import refuse_large_config
 from qk_sniffer.hub.json_files import DamagedFileError, json_object
 from qk_sniffer.store.disk import open_regular
-from qk_sniffer.store.files import inside
 
 _MOST_BYTES = 1 << 24
 
@@ -78,7 +77,7 @@ def home_of(folder: Path, path: Path, most: int = _MOST_LINKS) -> Path | None:
 
     It is `folder`, or that of the file of the same name to which at most `most` links lead.
     """
-    if _is_inside(folder, path):
+    if is_inside(folder, path):
         return folder
     if not path.is_symlink() or most == 0:
         return None
@@ -86,14 +85,6 @@ def home_of(folder: Path, path: Path, most: int = _MOST_LINKS) -> Path | None:
     if source.name != path.name or not _is_checkpoint(source.parent):
         return None
     return home_of(source.parent, source, most - 1)
-
-
-def _is_inside(folder: Path, path: Path) -> bool:
-    try:
-        inside(folder, str(path.relative_to(folder)))
-    except StoreError:
-        return False
-    return True
 
 
 def _is_checkpoint(folder: Path) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 from qk_sniffer.config import ModelConfig
 from qk_sniffer.errors import SourceError, StoreError
-from qk_sniffer.hub.checkpoint_files import CheckpointFiles, folder_digest
+from qk_sniffer.hub.checkpoint_files import ADAPTER_WEIGHTS, MODEL_WEIGHTS, CheckpointFiles, folder_digest
 from qk_sniffer.hub.revisions import current_commit, hub_commit_of, is_hub_id
 from qk_sniffer.jobs.software import versions_of
 from qk_sniffer.logs import logger
@@ -121,7 +121,7 @@ def resolve_commits(config: ResolvedConfig, earlier: Job | None) -> dict[str, st
         if Path(name).is_dir():
             if is_hub_id(name):  # it has the form of both
                 log.info("the %s %s is the local folder %s", role, name, Path(name).absolute())
-            commits[role] = folder_digest(Path(name))
+            commits[role] = folder_digest(Path(name), _weights(role, model))
         elif earlier is not None and hub_commit_of(earlier.commits.get(role)) is not None:
             commits[role] = earlier.commits[role]
         else:
@@ -145,7 +145,7 @@ def checkpoint_files(
         commit = commits.get(role)
         if commit is None or hub_commit_of(commit) is not None:
             continue
-        found[role] = CheckpointFiles(Path(str(names[role])))
+        found[role] = CheckpointFiles(Path(str(names[role])), _weights(role, model))
         if found[role].digest != commit:
             raise SourceError(
                 f"the files of the {role} in {names[role]} changed while the job used them: restore them and rerun the "
@@ -153,6 +153,18 @@ def checkpoint_files(
                 "copy of its own"
             )
     return found
+
+
+def _weights(role: str, model: ModelConfig) -> Sequence[str]:
+    """Returns the files of weights that the loader of a local folder tries, in its order.
+
+    A folder that is both the model's and the tokenizer's has one digest.
+    """
+    if role == "adapter":
+        return ADAPTER_WEIGHTS
+    if role == "tokenizer" and model.tokenizer.name not in (None, model.name):
+        return ()
+    return MODEL_WEIGHTS if model.gguf_file is None else (model.gguf_file,)
 
 
 def _flat(job: Job, versions: Collection[str]) -> dict[str, Any]:

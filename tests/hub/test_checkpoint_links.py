@@ -149,3 +149,46 @@ def test_an_index_does_not_name_files_elsewhere(name: str, tmp_path: Path) -> No
     (folder / "config.json").write_text(json.dumps({"transformers_weights": name}))
     with pytest.raises(SourceError, match=r"config\.json names the file"):
         folder_digest(folder)
+
+
+@pytest.mark.parametrize("name", ["model-x.safetensors", "pytorch_model.bin", "x.gguf", "deeper/x.txt"])
+def test_the_digest_has_no_link_out_of_the_folder_but_to_weights_that_are_loaded(name: str, tmp_path: Path) -> None:
+    """As for an index: the digest would tell whether a guess of a short secret is right."""
+    folder, secret = tmp_path / "model", tmp_path / "secret"
+    (folder / "deeper").mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").symlink_to(tmp_path / "weights")
+    if name.startswith("deeper"):
+        (folder / "other.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    (folder / name).symlink_to(secret)
+    digests = []
+    for weights, content in (("1", "4711"), ("1", "4712"), ("2", "4712")):
+        (tmp_path / "weights").write_text(weights)
+        secret.write_text(content)
+        digests.append(folder_digest(folder))
+    assert digests[0] == digests[1] != digests[2], "the weights count, wherever they are"
+    (folder / name).unlink()
+    (folder / name).write_text("its own")
+    assert folder_digest(folder) != digests[2]
+    assert folder_digest(folder, ()) != folder_digest(folder), "a tokenizer has no weights elsewhere"
+
+
+def test_the_digest_has_the_weights_elsewhere_that_an_index_or_the_settings_name(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    for name in ("a.safetensors", "b.safetensors", "x.gguf", "other.gguf"):
+        (tmp_path / name).write_text("1")
+        (folder / name).symlink_to(tmp_path / name)
+    index = {"weight_map": {"a": "a.safetensors", "b": "b.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    def changes(name: str, *weights: str) -> bool:
+        before = folder_digest(folder, *([weights] if weights else []))
+        (tmp_path / name).write_text((tmp_path / name).read_text() + "1")
+        return folder_digest(folder, *([weights] if weights else [])) != before
+
+    assert changes("a.safetensors") and changes("b.safetensors") and not changes("x.gguf")
+    assert (
+        changes("x.gguf", "x.gguf") and not changes("other.gguf", "x.gguf") and not changes("a.safetensors", "x.gguf")
+    )

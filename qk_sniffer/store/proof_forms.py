@@ -81,6 +81,8 @@ class Proof(TypedDict):
     row_tolerance: NotRequired[Positive]
     largest_row_difference_by_layer: NotRequired[dict[Bucket, float]]
     """Of single rows. Earlier versions have neither."""
+    max_tokens: NotRequired[Count]
+    """Longer examples were cut to this number of tokens, except in the layers of `beyond`."""
     rows: NotRequired[Count]
     heads: NotRequired[Count]
     longest_position: NotRequired[Count]

@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test slow floor check supported bench bench-peers install clean
+.PHONY: demo test slow floor check docs supported bench bench-peers install clean
 
 demo: install  ## run a job on the embedded model and texts, with enough rows to look at
 	$(BIN)/python -m qk_sniffer sampler.base_rate=16
@@ -12,7 +12,7 @@ test: install  ## run the quick tests
 	$(BIN)/python -m pytest -n 2 -q
 
 slow: install  ## run the slow tests
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[quantized]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs,quantized]'
 	$(BIN)/python -m pytest -n 2 -q -m slow
 
 supported: install  ## capture every model type of transformers and write models/SUPPORTED.md
@@ -40,6 +40,10 @@ check: install  ## check lint, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: install  ## build the site into site/; a broken link or reference fails
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	$(BIN)/python -m mkdocs build --strict
+
 # Has the oldest transformers that pyproject.toml admits, with a huggingface_hub 1, in its own environment.
 FLOOR := .venv-floor
 FLOOR_TRANSFORMERS := 5.17.0
@@ -64,4 +68,4 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf .venv .venv-floor .venv-peers build *.egg-info
+	rm -rf .venv .venv-floor .venv-peers build site *.egg-info

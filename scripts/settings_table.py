@@ -1,4 +1,4 @@
-"""Prints the README's table of settings, from the fields of the config.
+"""Prints the table of settings in docs/settings.md, from the fields of the config.
 
 python scripts/settings_table.py
 """

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from contextlib import chdir
 from dataclasses import dataclass
@@ -28,10 +29,17 @@ from qk_sniffer.plasticity import cli as plasticity
 from qk_sniffer.resolved import fingerprint
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["README.md", "CONTRIBUTING.md", "models/ADDING.md", *(f"docs/{page.name}" for page in ROOT.glob("docs/*.md"))]
+PAGES = [
+    *("README.md", "CONTRIBUTING.md", "models/ADDING.md"),
+    *sorted(page.relative_to(ROOT).as_posix() for page in ROOT.glob("docs/**/*.md")),
+]
+
+QUICK = ("README.md", "docs/getting_started.md", "docs/recipes/")
+"""Where pages begin whose commands are checked by the quick tests too."""
 
 DIAGRAMS = {
-    "README.md": ("python -m qk_sniffer --multirun", "outputs/pydoc-tiny-pydoc/"),
+    "docs/data.md": ("outputs/pydoc-tiny-pydoc/",),
+    "docs/inside.md": ("python -m qk_sniffer --multirun",),
     "CONTRIBUTING.md": ("text ─ examples ─ token batches",),
 }
 """How the blocks begin that are neither a program nor a file. A command in the first line is checked as any other."""
@@ -45,6 +53,8 @@ COMPOSED_ONLY = {
     "output": "the job publishes to the Hub; tests/jobs/test_job_on_hub.py runs such",
 }
 """A group in a job's command, and why the command is composed instead of run."""
+
+EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 
 SMALL = ["dataset.max_samples=1", "model.tokenizer.max_length=160"]
 
@@ -95,7 +105,7 @@ def commands() -> Iterator[Command]:
             yield Command(str(block), block.text.partition("\n")[0])
     for page in PAGES:
         prose = re.sub(r"^```.*?^```$", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
-        quoted = re.findall(r"`((?:python|make) [^`]+)`", prose)
+        quoted = re.findall(r"`((?:python|make|pip)\s[^`]+)`", prose)
         yield from (
             Command(page, " ".join(text.split())) for text in quoted if not re.search(r"\.\.\.|<|[A-Z]{3}", text)
         )
@@ -176,10 +186,15 @@ def test_every_block_has_a_language_or_is_a_known_diagram(block: Block) -> None:
         assert block.text.startswith(DIAGRAMS.get(block.page, ()))
 
 
+@pytest.mark.parametrize("page", [page for page in PAGES if page.startswith("docs/")])
+def test_the_site_checks_the_pictures_of_a_page(page: str) -> None:
+    assert "<img" not in (ROOT / page).read_text(), "mkdocs does not look for the file of a tag"
+
+
 @pytest.mark.usefixtures("at_readers")
 @pytest.mark.parametrize(
     "command",
-    [job if job.place.startswith("README.md") else pytest.param(job, marks=pytest.mark.slow) for job in JOBS],
+    [job if job.place.startswith(QUICK) else pytest.param(job, marks=pytest.mark.slow) for job in JOBS],
     ids=str,
 )
 def test_jobs(command: Command) -> None:
@@ -211,6 +226,11 @@ def test_other_programs(command: Command) -> None:
     match command.words():
         case ["make", target]:
             subprocess.run(["make", "--dry-run", target], cwd=ROOT, check=True, capture_output=True)
+        case ["pip", "install", *arguments]:
+            what = " ".join(word for word in arguments if word not in ("-c", "constraints.txt", "-e"))
+            extra = re.fullmatch(r"\.(?:\[(\w+)\])?", what)
+            assert extra is not None, "the package is on no index: it is installed from a clone"
+            assert extra[1] is None or extra[1] in EXTRAS
         case ["python", "-m", "qk_sniffer.plasticity", *arguments]:
             args = get_args(arguments)
             jobs = preflight.planned(args, plasticity.APPLICATION)
@@ -233,7 +253,9 @@ def test_other_programs(command: Command) -> None:
 def test_the_small_programs_run_on_the_demo(
     program_name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (command,) = [each for each in OTHERS if each.place.startswith("README.md:") and f".{program_name} " in each.text]
+    (command,) = [
+        each for each in OTHERS if each.place.startswith("docs/recipes/jobs.md:") and f".{program_name} " in each.text
+    ]
     words = [word for word in command.words() if word != "watch=true"]
     monkeypatch.setattr(sys, "argv", words[2:])
     assert import_module(words[2]).main() == 0
@@ -255,17 +277,33 @@ def read_datasets(reader: Path) -> None:
 @pytest.mark.usefixtures("at_readers", "demo", "read_datasets")
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "python"], ids=str)
 def test_python(block: Block) -> None:
-    if block.page in PYTHON_RUN_ELSEWHERE:
+    if (excerpt := re.match(r"# (benchmarks/\S+\.py)\n", block.text)) is not None:
+        there = {line.strip() for line in (ROOT / excerpt[1]).read_text().splitlines()}
+        assert {line.strip() for line in block.text.splitlines()[1:]} <= there
+    elif block.page in PYTHON_RUN_ELSEWHERE:
         assert Path(block.page).name in (ROOT / PYTHON_RUN_ELSEWHERE[block.page]).read_text()
     else:
         exec(compile(block.text, str(block), "exec"), {})
 
 
-def test_the_files_of_a_dataset_are_those_of_the_readme(demo: Path) -> None:
+def test_the_files_of_a_dataset_are_those_of_the_page(demo: Path) -> None:
     (block,) = [each for each in BLOCKS if each.text.startswith("outputs/pydoc-tiny-pydoc/")]
     names = re.findall(r"── (\S+\.\w+)  ", block.text)
     assert len(names) == 5
     assert all((demo / name).is_file() for name in names)
+
+
+@pytest.mark.parametrize("page", ["benchmarks/README.md", "docs/coming_from.md"])
+def test_the_table_of_other_ways_has_the_measured_figures(page: str) -> None:
+    lines = json.loads((ROOT / "benchmarks" / "results" / "peers.json").read_text())["lines"]
+    units = {"time_over_plain": 0.01, "peak_mb": 1.0, "mb_per_example": 0.1, "size_over_raw": 0.001}
+    cells = (line.strip("| ").split(" | ") for line in (ROOT / page).read_text().splitlines())
+    shown = {name: rest for name, *rest in cells if name in lines and len(rest) >= 3}
+    assert [*shown] == [*lines]
+    for name, measured in lines.items():
+        for (key, unit), text in zip(units.items(), shown[name], strict=False):
+            if measured[key] is not None:
+                assert float(text.replace(",", "")) == pytest.approx(measured[key], abs=0.51 * unit), (name, key)
 
 
 @pytest.mark.usefixtures("at_readers")
@@ -287,7 +325,9 @@ def test_yaml_is_chosen_from_a_folder_of_the_readers(block: Block, tmp_path: Pat
 
 @pytest.mark.slow
 def test_statistics_in_two_commands_as_they_are_written(tmp_path: Path) -> None:
-    (block,) = [each for each in BLOCKS if each.page == "README.md" and "qk_sniffer.export" in each.text]
+    (block,) = [
+        each for each in BLOCKS if each.page == "docs/recipes/statistics.md" and "qk_sniffer.export" in each.text
+    ]
     env = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     code = f"set -e\n{block.text}"
     done = subprocess.run(["bash", "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)

@@ -55,6 +55,7 @@ def test_ci_runs_the_commands_of_the_readme_before_it_installs_slurm() -> None:
         "PATH=$bare step make demo",
         "PATH=$bare step make test",
         "step make check",
+        "step make docs",
         "apt_install slurmctld",
         "step make slow",
         "step make floor",

@@ -20,6 +20,7 @@ import pytest
 import yaml
 from hydra._internal.utils import get_args
 
+import qk_sniffer
 from qk_sniffer.cli import app, preflight, program
 from qk_sniffer.export import cli as export
 from qk_sniffer.export.formats import FORMATS
@@ -189,6 +190,11 @@ def test_every_block_has_a_language_or_is_a_known_diagram(block: Block) -> None:
 @pytest.mark.parametrize("page", [page for page in PAGES if page.startswith("docs/")])
 def test_the_site_checks_the_pictures_of_a_page(page: str) -> None:
     assert "<img" not in (ROOT / page).read_text(), "mkdocs does not look for the file of a tag"
+
+
+def test_the_api_has_every_public_name() -> None:
+    described = re.findall(r"^::: (\S+)$", (ROOT / "docs" / "api.md").read_text(), flags=re.MULTILINE)
+    assert {*qk_sniffer.__all__} - {"__version__"} <= {name.rpartition(".")[2] for name in described}
 
 
 @pytest.mark.usefixtures("at_readers")

@@ -205,7 +205,7 @@ def tap(
             if running is None or keys is None:
                 check_mask(module, n, rules, arguments)
             else:
-                check_slots(module, n, rules, arguments, running.last(keys.attended.shape[2]))
+                check_slots(module, n, keys.attended.shape[2], rules, arguments, running)
             if isinstance(mask, torch.Tensor):
                 checked_masks[:] = [one for one in checked_masks if one[0]() is not None]
                 checked_masks.append((weakref.ref(mask), rules, running))

@@ -145,7 +145,7 @@ class CacheWatch:
         return Keys(new_key, value, attended[:, :, :end], past, arguments | narrowed)
 
     def _past_of_shared(self, key: torch.Tensor) -> int | None:
-        """Returns the number of tokens before `key` of an earlier layer, to which a later one attends; None for others."""
+        """Returns the number of tokens before the pass, if `key` is that of an earlier layer; None if it is not."""
         return next((past for shared, past in reversed(self._shared) if shared() is key), None)
 
     def _noting(self, original: Callable[..., Any]) -> Callable[..., Any]:

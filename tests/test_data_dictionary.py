@@ -61,7 +61,7 @@ def test_columns_of_vectors() -> None:
 
 
 def test_columns_of_examples() -> None:
-    expected = columns(examples_schema(split=True, segments=True))
+    expected = columns(examples_schema(split=True, segments=True, from_python=True))
     assert {name: cells[0] for name, cells in rows("Examples").items()} == expected
 
 

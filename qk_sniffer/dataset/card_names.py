@@ -31,6 +31,8 @@ def adapter(facts: CardFacts) -> str:
 
 def model_name(facts: CardFacts) -> str:
     """Returns the name of the model."""
+    if facts.from_python and facts.config.model.name is None:
+        return f"an unnamed {facts.config.model.slug} model"
     return _public_name(facts.config.model.name, facts.model_commit)
 
 

@@ -156,7 +156,8 @@ def _row(api: "HfApi", repo_id: str, branch: str, commit: str, page: str) -> str
 
 def _facts(endpoint: str, manifest: dict[str, Any]) -> list[str]:
     config, commits = from_dict(manifest["config"]), manifest["commits"]
-    model = _source(endpoint, config.model.name, hub_commit_of(commits["model"]))
+    name = config.model.name or f"an unnamed {config.model.slug} model"
+    model = _source(endpoint, name, hub_commit_of(commits["model"]))
     if config.model.adapter is not None:
         model += f" + {_source(endpoint, config.model.adapter, hub_commit_of(commits.get('adapter')))}"
     texts = _source(f"{endpoint}/datasets", config.dataset.path, commits["dataset"])
@@ -182,9 +183,7 @@ def _facts(endpoint: str, manifest: dict[str, Any]) -> list[str]:
 
 def _source(pages: str, name: str | None, commit: str | None) -> str:
     """Returns the name of a model or of texts, with a link if it is on the Hub."""
-    if name is None:
-        return "unnamed"
-    if commit is None or not is_hub_id(name):
+    if name is None or commit is None or not is_hub_id(name):
         return plain(name)
     return link(plain(name), f"{pages}/{name}/tree/{in_url(commit)}")
 

@@ -90,8 +90,9 @@ class FolderStream:
                 if error is None:
                     self._finish()
                 else:
-                    with suppress(CaptureError), self._writer:
+                    with suppress(QkSnifferError):
                         self._end_group()
+                    self._writer.__exit__(kind, error, trace)
             except BaseException as failure:
                 self._leave(failure)
                 raise

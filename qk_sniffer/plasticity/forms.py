@@ -35,7 +35,7 @@ class _Settings(TypedDict):
 
 class _Model(TypedDict):
     slug: Text
-    name: Text
+    name: Text | None
     revision: Text
 
 

@@ -7,6 +7,7 @@ the launch it waits for the jobs that the launcher does not wait for.
 import glob
 import os
 import re
+import shlex
 import shutil
 import sys
 import time
@@ -18,7 +19,7 @@ from typing import Any, ClassVar
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.experimental.callback import Callback
-from omegaconf import DictConfig
+from omegaconf import DictConfig, read_write
 
 import qk_sniffer
 from qk_sniffer.cli.queue_watch import QueueWatch
@@ -76,10 +77,12 @@ class Launch:
             sweep.refuse_settings(self.folder)
         if on_slurm:
             self._open.enter_context(QueueWatch(self.planned, self._submitted_ids, record))
-        wanted = self.planned[0].config.snapshot
+        wanted, copy = self.planned[0].config.snapshot, None
         if on_slurm if wanted is None else wanted:
             with explained(self.folder, "copy the code to"):
-                use_snapshot(self.folder / "code")
+                copy = use_snapshot(self.folder / "code")
+        if on_slurm:
+            _set_in_script(hydra, copy)
 
     def wait(self) -> None:
         """Waits until all jobs on SLURM have ended; its launcher stops waiting when a job dies."""
@@ -145,8 +148,31 @@ def is_plain_sweep(hydra: DictConfig) -> bool:
     return bool(hydra.sweeper["_target_"] == f"{BasicSweeper.__module__}.{BasicSweeper.__name__}")
 
 
-def use_snapshot(folder: Path) -> None:
-    """Copies this package into a new folder, and makes new processes import it from there.
+def _set_in_script(hydra: DictConfig, copy: Path | None) -> None:
+    """Adds what jobs need of this process's environment to the script that SLURM runs.
+
+    With `--export=NONE`, or `SBATCH_EXPORT=NONE` as some clusters set it, SLURM passes no variable of a submission.
+    A job would run other code than the `copy`, and might take the settings of another sweep. SLURM_EXPORT_ENV makes
+    `srun` pass to the job what the script sets.
+    """
+    lines = ["export SLURM_EXPORT_ENV=ALL"]
+    for name in (sweep.NONCE, _LAST_FOLDER, "PYTHONSAFEPATH"):
+        if name in os.environ:
+            lines.append(f"export {name}={_quoted(os.environ[name])}")
+    if copy is not None:
+        lines.append('test -z "$PYTHONPATH" || PYTHONPATH=":$PYTHONPATH"')
+        lines.append(f'export PYTHONPATH={_quoted(str(copy))}"$PYTHONPATH"')
+    with read_write(hydra):
+        hydra.launcher.setup = [*(hydra.launcher.setup or []), *lines]
+
+
+def _quoted(text: str) -> str:
+    """Returns a text as a word of a shell, and not as an interpolation of Hydra, which resolves settings twice."""
+    return shlex.quote(text).replace("${", "$''{")
+
+
+def use_snapshot(folder: Path) -> Path:
+    """Copies this package into a new folder, makes new processes import it from there, and returns the folder.
 
     Its name is that of `folder`, or has a number after it if something has this name: a link would lead the copy
     elsewhere, and jobs of an earlier sweep may still import a copy.
@@ -176,6 +202,7 @@ def use_snapshot(folder: Path) -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join([str(copy.path), *filter(None, [os.environ.get("PYTHONPATH")])])
     if _imports_from_here():
         os.environ[_LAST_FOLDER] = str(Path.cwd())
+    return copy.path
 
 
 def _copy(source: Path, target: OpenFolder) -> None:

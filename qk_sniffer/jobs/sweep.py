@@ -42,7 +42,7 @@ log = logger(__name__)
 
 SWEEP_FILE = "sweep.json"
 
-_NONCE = "QK_SNIFFER_SWEEP"
+NONCE = "QK_SNIFFER_SWEEP"
 """The variable that tells the jobs of a sweep which `sweep.json` has their settings. A launcher's processes inherit
 it."""
 
@@ -184,11 +184,11 @@ def announced(folder: Path, jobs: Sequence[PlannedJob], *, outlive: bool) -> Ite
                 _write(file, facts)
 
         _write(file, facts)
-        os.environ[_NONCE] = facts["nonce"]
+        os.environ[NONCE] = facts["nonce"]
         try:
             yield record_slurm_ids
         finally:
-            os.environ.pop(_NONCE, None)
+            os.environ.pop(NONCE, None)
         if _is_held_still(lock):
             _write(file, facts | {"ended": True})
 
@@ -247,7 +247,7 @@ def refuse_settings(folder: Path) -> None:
             f"{folder} has the settings of an earlier sweep, which the jobs of this one would take. Give it another "
             "folder (hydra.sweep.dir=...)"
         )
-    os.environ.pop(_NONCE, None)  # of a sweep whose job has started this one
+    os.environ.pop(NONCE, None)  # of a sweep whose job has started this one
 
 
 def _is_held_still(lock: Lock) -> bool:
@@ -267,7 +267,7 @@ def submitted(folder: Path, number: int) -> ResolvedConfig | None:
         StoreError: it was removed, or is that of another sweep than the one that started this process.
     """
     facts = _announced(folder)
-    nonce = os.environ.get(_NONCE)
+    nonce = os.environ.get(NONCE)
     # Jobs of a command that was killed outlive it, and another sweep may have taken the folder before they read this.
     if nonce is not None and (facts is None or facts.get("nonce") != nonce):
         raise StoreError(

@@ -97,6 +97,26 @@ def test_jobs_look_in_the_current_folder_last(searched: bool, tmp_path: Path, mo
     assert searched or "No module named 'my_family'" in done.stderr
 
 
+@pytest.mark.parametrize("earlier", [{}, {"PYTHONPATH": "/mine"}], ids=["unset", "set"])
+def test_the_script_sets_what_a_job_needs_where_slurm_passes_no_environment(
+    earlier: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    odd, shown = r"/a${b}\${c} 'd'", ["QK_SNIFFER_SWEEP", "QK_SNIFFER_LAST_FOLDER", "PYTHONSAFEPATH"]
+    for name, value in zip(shown, ("5e", odd, "1"), strict=True):
+        monkeypatch.setenv(name, value)
+    hydra = OmegaConf.create({"launcher": {"setup": ["export MINE=1"]}})
+    OmegaConf.set_readonly(hydra, True)
+    launching._set_in_script(hydra, tmp_path / "code")
+    for _ in range(2):  # as Hydra does
+        OmegaConf.resolve(hydra)
+    lines = [*hydra.launcher.setup]
+    shown += ["MINE", "SLURM_EXPORT_ENV", "PYTHONPATH"]
+    command = [*lines, *(f"printf '%s\\n' \"${name}\"" for name in shown)]
+    said = subprocess.run(["/bin/bash", "-c", "\n".join(command)], env=earlier, capture_output=True, text=True).stdout
+    path = [str(tmp_path / "code"), *earlier.values()]
+    assert said.splitlines() == ["5e", odd, "1", "1", "ALL", ":".join(path)]
+
+
 @pytest.mark.parametrize("searched", [True, False])
 def test_jobs_do_not_look_in_the_current_folder_if_their_command_does_not(
     searched: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

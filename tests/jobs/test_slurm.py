@@ -268,6 +268,35 @@ def test_a_job_runs_the_settings_and_the_code_that_were_submitted(
     assert (code_folder / "qk_sniffer" / "jobs" / "run.py").exists()
 
 
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_a_job_that_slurm_gives_no_environment_runs_the_copy_and_takes_no_other_settings(
+    sweep: Callable[..., Sweep], models: dict[str, Path], few_texts: Path, tmp_path: Path, is_replaced: bool
+) -> None:
+    export = "+hydra.launcher.additional_parameters.export=NONE"
+    running = sweep("model=hf", f"model.name={models['llama']}", export, texts=few_texts)
+    running.cluster.run("scontrol", "update", "NodeName=ALL", "State=DRAIN", "Reason=test")
+    try:
+        running.until(running.jobs, "the job is queued")
+        (folder,) = (tmp_path / "outputs" / ".sweeps").glob("*/*")
+        with (folder / "code" / "qk_sniffer" / "__init__.py").open("a") as file:
+            file.write(f"\nopen({str(tmp_path / 'imported')!r}, 'a').close()\n")
+        settings: dict[str, Any] = {}
+
+        def is_recorded() -> bool:
+            settings.update(json.loads((folder / "sweep.json").read_text()))
+            return settings["jobs"][0]["status"]["slurm_job_id"] is not None
+
+        running.until(is_recorded, "its id is recorded")
+        if is_replaced:
+            (folder / "sweep.json").write_text(json.dumps(settings | {"nonce": "0" * 32}))
+    finally:
+        running.cluster.run("scontrol", "update", "NodeName=ALL", "State=RESUME")
+    code, said = running.wait()
+    assert code == is_replaced and (tmp_path / "imported").exists(), said
+    assert running.dataset(models["llama"]).exists() != is_replaced
+    assert ("sweep.json was removed or is that of another sweep" in logs(folder)) == is_replaced
+
+
 def tokens_in(folder: Path, token: str) -> Sequence[Path]:
     return [path for path in folder.rglob("*") if path.is_file() and token.encode() in path.read_bytes()]
 

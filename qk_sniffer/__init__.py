@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from qk_sniffer.dataset.head_vectors import HeadVectors
     from qk_sniffer.dataset.reader import Dataset, open_dataset
     from qk_sniffer.export.write import export
+    from qk_sniffer.notebook.captured import Captured, capture
 
 __version__ = "0.1.0"
 
@@ -18,9 +19,10 @@ if not (_here / "conf").is_dir():
     # nor another distribution's `models` can replace them.
     __path__.append(str(_here.parent))
 
-__all__ = ["Dataset", "HeadVectors", "__version__", "export", "open_dataset"]
+__all__ = ["Captured", "Dataset", "HeadVectors", "__version__", "capture", "export", "open_dataset"]
 
 _MODULES = {
+    "Captured": "qk_sniffer.notebook.captured",
     "Dataset": "qk_sniffer.dataset.reader",
     "HeadVectors": "qk_sniffer.dataset.head_vectors",
     "open_dataset": "qk_sniffer.dataset.reader",
@@ -29,8 +31,8 @@ _MODULES = {
 
 def __getattr__(name: str) -> Any:
     # A late import: a mistyped command line is answered before pyarrow is imported.
-    if name == "export":
-        return importlib.import_module("qk_sniffer.export")
+    if name in ("capture", "export"):
+        return importlib.import_module(f"qk_sniffer.{name}")
     if name in _MODULES:
         return getattr(importlib.import_module(_MODULES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -61,16 +61,23 @@ def problems(config: Config) -> list[str]:
     return [
         *_model(config.model),
         *_dataset(config.dataset),
-        *sampling.problems(config.sampler),
-        *_at_least("sampler.seed", config.sampler.seed, 0, MAX_SEED),
+        *capture_problems(config),
         *_special_tokens(config),
-        *_capture(config),
         *_segments(config),
         *_inference_and_shard(config),
         *output_problems(config.output),
         *_derived(config),
         *_root_in_source(config),
         *_not_built_yet(config),
+    ]
+
+
+def capture_problems(config: Config) -> list[str]:
+    """Returns the problems with what is captured, whatever the model and the texts: with `sampler` and `capture`."""
+    return [
+        *sampling.problems(config.sampler),
+        *_at_least("sampler.seed", config.sampler.seed, 0, MAX_SEED),
+        *_capture(config),
     ]
 
 

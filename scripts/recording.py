@@ -39,8 +39,14 @@ class KernelCall:
     """Inputs and outputs of rotary functions since the previous call."""
 
 
-def recorded(decoder: nn.Module, ids: torch.Tensor) -> tuple[list[KernelCall], torch.Tensor]:
-    """Returns the attention calls of a plain forward pass, in order, and its last hidden states."""
+def recorded(
+    decoder: nn.Module, ids: torch.Tensor, run: Callable[[], Any] | None = None
+) -> tuple[list[KernelCall], Any]:
+    """Returns the attention calls of a plain forward pass, in order, and its last hidden states.
+
+    `run`, if given, runs other passes instead, and its result is returned as it is. With a cache, keys are m instead of
+    n, and only kernels of the attention interface are recorded.
+    """
     spaces = {name: vars(sys.modules[name]) for name in {type(module).__module__ for module in decoder.modules()}}
     kernel_calls: list[KernelCall] = []
     rotated: list[Rotated] = []
@@ -55,7 +61,7 @@ def recorded(decoder: nn.Module, ids: torch.Tensor) -> tuple[list[KernelCall], t
                     copying[name] = _copying_rotary(function, rotated, products.rotated)
             stack.enter_context(patch.dict(owner, copying))
         stack.enter_context(products)
-        hidden: torch.Tensor = decoder(input_ids=ids, use_cache=False)[0]
+        hidden = decoder(input_ids=ids, use_cache=False)[0] if run is None else run()
     return _without_repetitions(kernel_calls or products.calls), hidden
 
 

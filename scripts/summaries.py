@@ -26,6 +26,9 @@ Float64 = npt.NDArray[np.float64]
 
 TOP_K, SINK_TOKENS = 5, 3
 TOLERANCE = 1e-3
+MOST_SLOTS = 64
+"""The most slots of passes with a cache, whose summaries have the same columns in all passes."""
+
 TINY = 1e-12
 """Weights below this are not told apart from those of hidden keys."""
 
@@ -60,18 +63,23 @@ def wrong_summaries(backbone: Backbone, facts: Sequence[LayerFacts], ids: torch.
         for fact, call in zip(facts, calls, strict=True)
         for by_layer in found
         for row, summary in enumerate(by_layer[fact.heads.layer])
-        for column in differences(summary, *(values[row] for values in _weights_and_logits(fact, call)))
+        for column in differences(summary, *(values[row] for values in weights_and_logits(fact, call)))
     ]
 
 
-def summarized(call: AttentionCall, row: int, heads: Sequence[int] | None = None) -> Summaries:
-    """Returns the summaries that a job makes of all queries of the text in a row of the batch; `heads` None: of all."""
+def summarized(
+    call: AttentionCall, row: int, heads: Sequence[int] | None = None, places: npt.NDArray[np.int64] | None = None
+) -> Summaries:
+    """Returns the summaries that a job makes of the queries of a row of the batch.
+
+    `heads` None: of all. `places` are those of the queries among the n of the call; None: all of them.
+    """
     heads = range(call.query.shape[1]) if heads is None else heads
-    n = call.query.shape[2]
-    table = _table(n)
+    places = np.arange(call.query.shape[2]) if places is None else places
+    table = table_of(call.query.shape[2] if call.slots is None else MOST_SLOTS)
     summarizer = Summarizer(table, SINK_TOKENS, {call.layer: heads})
-    picks = Picks(np.full(n, row, np.int32), np.arange(n, dtype=np.int32))
-    out = torch.empty(len(heads), n, table.width)
+    picks = Picks(np.full(len(places), row, np.int32), places.astype(np.int32))
+    out = torch.empty(len(heads), len(places), table.width)
     summarizer.write(call, send({"q": TokenIndices.of(picks, out.device)}, out.device)["q"], out)
     columns: dict[str, Float64] = {}
     for name, place in table.places.items():
@@ -122,18 +130,18 @@ def _summaries(backbone: Backbone, ids: torch.Tensor) -> dict[int, list[Summarie
     return found
 
 
-def _weights_and_logits(fact: LayerFacts, call: KernelCall) -> tuple[Any, Any]:
-    """Returns weights and logits (B, H, n, n); a stack of None for the logits of a layer with a bias."""
-    heads, n = call.query.shape[1:3]
+def weights_and_logits(fact: LayerFacts, call: KernelCall) -> tuple[Any, Any]:
+    """Returns weights and logits (B, H, n, m) of m keys; a stack of None for the logits of a layer with a bias."""
+    heads, n, m = *call.query.shape[1:3], call.key.shape[2]
     key = call.key.repeat_interleave(heads // call.key.shape[1], dim=1)
     logits = (call.query.double() @ key.double().mT) * fact.softmax_scale
     if fact.softcap is not None:
         logits = fact.softcap * torch.tanh(logits / fact.softcap)
     if call.weights is None:
-        hidden = ~torch.ones(n, n, dtype=torch.bool).tril()
+        hidden = ~torch.ones(n, m, dtype=torch.bool).tril(m - n)
         weights = logits.masked_fill(hidden, -torch.inf).softmax(-1)
     else:
-        weights = call.weights.double().view(-1, heads, n, call.weights.shape[-1])[..., :n]
+        weights = call.weights.double().view(-1, heads, n, call.weights.shape[-1])[..., :m]
     sums = weights.sum(-1)
     if fact.sinks is not None and bool((sums > 1 - TOLERANCE).all()):
         # This kernel scales its output by the sinks, and not the weights that it returns.
@@ -162,7 +170,8 @@ def _of_row(row: Float64, table: AttentionTable) -> dict[str, Float64 | float]:
     }
 
 
-def _table(max_length: int) -> AttentionTable:
+def table_of(max_length: int) -> AttentionTable:
+    """Returns the columns of summaries of texts of that many tokens."""
     settings = {"enabled": True, "top_k": TOP_K, "sink_tokens": SINK_TOKENS}
     table = AttentionTable.of(
         from_dict({"capture": {"attention": settings}, "model": {"tokenizer": {"max_length": max_length}}})

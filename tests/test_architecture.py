@@ -60,7 +60,8 @@ IMPORT_TORCH = {
     *(f"capture.{name}" for name in ("attention_summary", "capture", "gather", "moments", "row_writer")),
     *(f"capture.{name}" for name in ("proof", "proof_statistics", "proof_summaries", "proof_vectors")),
     "dataset.token_vectors",
-    "notebook.memory",
+    *(f"notebook.{name}" for name in ("captured", "memory", "model", "passes")),
+    *(f"notebook.{name}" for name in ("reader", "settings", "statistics", "tokens")),
 }
 """Modules that import torch or transformers when they are imported themselves."""
 
@@ -142,9 +143,9 @@ def test_the_other_modules_load_neither() -> None:
 
 def test_packages_import_nothing() -> None:
     for module, tree in MODULES.items():
-        if module == "export.__init__":  # it can be called
+        if module in ("capture.__init__", "export.__init__"):  # they can be called
             loaded = {name.partition(".")[0] for name, at_import in imports(tree) if at_import}
-            assert loaded == {"sys", "types", "typing"}
+            assert loaded <= {"importlib", "sys", "types", "typing"}
         elif module.endswith(".__init__"):
             assert not list(imports(tree)), module
 

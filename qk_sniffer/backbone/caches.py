@@ -123,6 +123,8 @@ class CacheWatch:
             )
         update = self._updates[-1] if self._updates else None
         past = self._past_of_shared(key) if update is None else update.past
+        if past is None:
+            return Keys(key, value, key, 0, arguments)
         attended = key
         if update is not None and key.shape[2] == n != update.returned_key.shape[2]:
             attended = update.returned_key
@@ -142,9 +144,9 @@ class CacheWatch:
         }
         return Keys(new_key, value, attended[:, :, :end], past, arguments | narrowed)
 
-    def _past_of_shared(self, key: torch.Tensor) -> int:
-        """Returns the tokens in the cache before a pass, of a layer that attends to the keys of an earlier one."""
-        return next((past for shared, past in reversed(self._shared) if shared() is key), 0)
+    def _past_of_shared(self, key: torch.Tensor) -> int | None:
+        """Returns the number of tokens before the pass, if `key` is that of an earlier layer; None if it is not."""
+        return next((past for shared, past in reversed(self._shared) if shared() is key), None)
 
     def _noting(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from qk_sniffer.backbone.banded_attention import Band
+from qk_sniffer.backbone.slots import Slots
 from qk_sniffer.errors import CaptureError
 
 _WAY_OUT = "a family can declare it (Family.sliding_window, attention_chunk, sparse_attention; see models/ADDING.md)"
@@ -67,62 +68,65 @@ def check_mask(module: nn.Module, n: int, rules: Visible, arguments: dict[str, A
     )
 
 
-def check_slots(
-    module: nn.Module, n: int, rules: Visible, arguments: dict[str, Any], position: npt.NDArray[np.int64]
-) -> None:
-    """Checks the mask of n queries over m keys: the first and the last query of each row see the keys that `rules` say.
+def check_slots(module: nn.Module, n: int, m: int, rules: Visible, arguments: dict[str, Any], slots: Slots) -> None:
+    """Checks that the first and the last of n queries of each row see the keys that `rules` declare, and no padding.
 
-    `position` (B, m) has the position of each key's token, negative for padding; the last n are of the queries. Reads a
-    value of a mask on a GPU once. Without a mask by key, padding is the kernel's own concern.
+    The keys are those of the last m of the slots, the queries those of the last n. Reads a value of a mask on a GPU
+    once. A kernel whose mask is not by query and key hides padding itself.
 
     Raises:
         CaptureError: a query sees later tokens or padding, or other keys than declared.
     """
     mask = arguments.get("attention_mask")
+    causal = arguments.get("is_causal", getattr(module, "is_causal", True))
     if isinstance(mask, Band):
         _refuse_other_window(module, rules, mask.window)
-        return
-    causal = arguments.get("is_causal", getattr(module, "is_causal", True))
-    of_query = position[:, position.shape[1] - n :]
-    is_token = of_query >= 0
+    is_token = slots.last(n) >= 0
     rows = np.flatnonzero(is_token.any(axis=1))
-    if not isinstance(mask, torch.Tensor):
-        if n > 1 and not causal and mask is None:
-            raise _acausal(module, causal)
-        if "attention_mask" in arguments and mask is None and _sees_padding(position[rows], of_query[rows]):
-            raise CaptureError(
-                f"{type(module).__name__} attends to padding: it receives no mask that hides it, so its vectors depend "
-                "on the padding. Run the texts one by one"
-            )
-        return
-    if mask.dim() != 4:
-        return
     ends = np.stack([is_token.argmax(axis=1), n - 1 - is_token[:, ::-1].argmax(axis=1)], axis=1)[rows]
-    at = of_query[rows[:, None], ends][..., None]
-    first = np.array([rules.first(one) for one in at.ravel().tolist()], np.int64).reshape(at.shape)
-    keys = position[rows][:, None]
-    expected = torch.from_numpy((keys >= 0) & (keys <= at) & (keys >= first)).to(mask.device)[:, :, None]
-    row = torch.from_numpy(rows if mask.shape[0] > 1 else np.zeros_like(rows))[:, None]
-    column = torch.from_numpy(ends if mask.shape[2] > 1 else np.zeros_like(ends))
-    seen = is_visible(mask[row.to(mask.device), :, column.to(mask.device)])  # (rows, 2, 1 or H, m)
+    at = slots.last(n)[rows[:, None], ends]
+    first = np.array([[rules.first(position) for position in of_row] for of_row in at.tolist()], np.int64).reshape(
+        -1, 2
+    )
+    _refuse_dropped(module, slots.position[rows, : slots.total - m], first)
+    keys = slots.last(m)[rows, None]
+    if mask is None:
+        if n > 1 and not causal:
+            raise _acausal(module, causal)
+        is_padding = (keys[:, 0] < 0) & (np.arange(m) < m - n + ends[:, 1:])
+        if "attention_mask" in arguments and is_padding.any():
+            raise CaptureError(
+                f"{type(module).__name__} attends to padding: its kernel receives no mask that hides it. Call the "
+                "model with an attention_mask, or with one text at a time"
+            )
+    if not isinstance(mask, torch.Tensor) or mask.dim() != 4:
+        return
+    expected = torch.from_numpy((keys >= 0) & (keys <= at[..., None]) & (keys >= first[..., None]))[:, :, None]
+    row, column = (
+        torch.from_numpy(index if size > 1 else np.zeros_like(index)).to(mask.device)
+        for index, size in ((rows[:, None], mask.shape[0]), (ends, mask.shape[2]))
+    )
+    seen, expected = is_visible(mask[row, :, column]), expected.to(mask.device)  # (rows, 2, 1 or H, m)
     differs = seen & ~expected | ~seen.any(-1, keepdim=True) if rules.is_sparse else seen != expected
     if not bool(differs.any()):
         return
-    later = torch.from_numpy(keys > at).to(mask.device)[:, :, None]
-    if bool((seen & later).any()):
+    if bool((seen.cpu() & torch.from_numpy(keys > at[..., None])[:, :, None]).any()):
         raise _acausal(module, causal)
     raise CaptureError(
         f"{type(module).__name__} in layer {getattr(module, 'layer_idx', '?')}: its mask hides keys that its facts and "
-        f"the padding do not exclude, or shows keys that they do. A window over padding between tokens cannot be "
-        f"captured. Otherwise, {_WAY_OUT}"
+        "the padding do not exclude, or shows keys that they do. Call the model with an attention_mask that says which "
+        f"tokens are padding, on the left of each text; otherwise, {_WAY_OUT}"
     )
 
 
-def _sees_padding(position: npt.NDArray[np.int64], of_query: npt.NDArray[np.int64]) -> bool:
-    """Whether padding precedes a token of a query."""
-    last = of_query.max(axis=1, initial=-1)
-    before = (position < 0) & (np.arange(position.shape[1]) < (position == last[:, None]).argmax(axis=1)[:, None])
-    return bool(before.any())
+def _refuse_dropped(module: nn.Module, dropped: npt.NDArray[np.int64], first: npt.NDArray[np.int64]) -> None:
+    """Refuses positions (rows, slots) of dropped keys that are among those that queries see, `first` (rows, 2) on."""
+    if dropped.size and (dropped.max(axis=1) >= first[:, 0]).any():
+        raise CaptureError(
+            f"{type(module).__name__} in layer {getattr(module, 'layer_idx', '?')}: its cache has dropped keys that "
+            "its facts say its queries see. A window over padding between tokens cannot be captured: pad on the left. "
+            "Otherwise, the cache has a window that the model has not without a cache: use DynamicCache()"
+        )
 
 
 def is_visible(values: torch.Tensor) -> torch.Tensor:

@@ -98,7 +98,7 @@ class RotaryState:
         self._modules = [
             (
                 module,
-                {name: buffer.clone() for name, buffer in module.named_buffers(recurse=False)},
+                {name: (buffer, buffer.clone()) for name, buffer in module.named_buffers(recurse=False)},
                 {name: value for name, value in vars(module).items() if name.endswith(_GROWN)},
             )
             for module in decoder.modules()
@@ -107,9 +107,13 @@ class RotaryState:
 
     def restore(self) -> None:
         for module, buffers, lengths in self._modules:
-            for name, buffer in buffers.items():
+            for name, (buffer, values) in buffers.items():
                 current: torch.Tensor = getattr(module, name)
-                setattr(module, name, buffer.to(current.device, copy=True))
+                if current.device == buffer.device:
+                    buffer.copy_(values)  # the same tensor, for whoever refers to it
+                    setattr(module, name, buffer)
+                else:
+                    setattr(module, name, values.to(current.device, copy=True))
             for name in [name for name in vars(module) if name.endswith(_GROWN) and name not in lengths]:
                 delattr(module, name)  # set by the first longer text
             vars(module).update(lengths)

@@ -124,7 +124,7 @@ def tap(
     on_run: Callable[[KernelRun], None] | None = None,
     on_output: OnOutput | None = None,
     on_rotary: OnRotary | None = None,
-    slots: Callable[[], Slots] | None = None,
+    slots: Callable[[], Slots | None] | None = None,
 ) -> Iterator[None]:
     """Calls `on_call` before each attention kernel that one of `layers` (module -> layer index) runs.
 
@@ -132,7 +132,8 @@ def tap(
     With `both_stages`, a call also has the vectors of the stage that `pre_rope` does not name.
     `on_rotary`, if given, is called first, with the layer, its module, its rotary calls, and query and key as attention
     receives them.
-    `slots`, if given, returns the slots of the pass that runs; it is called in each attention call. Calls without
+    `slots`, if given, returns the slots of the pass that runs, or None for a call that is not to be shown, outside of
+    such a pass; it is called in each attention call. Calls without
     `slots` have neither padding nor a cache. Passes of other threads are not shown.
 
     Raises:
@@ -186,6 +187,8 @@ def tap(
         last_seen[:] = weakref.ref(query), weakref.ref(key)
         mask = arguments.get("attention_mask")
         n, keys, running = query.shape[2], None, None if slots is None else slots()
+        if slots is not None and running is None:
+            return None
         if caches is not None:
             keys = caches.keys(n, key, value, arguments)
             key, value, arguments = keys.key, keys.value, keys.arguments
@@ -205,7 +208,7 @@ def tap(
             if running is None or keys is None:
                 check_mask(module, n, rules, arguments)
             else:
-                check_slots(module, n, rules, arguments, running.last(keys.attended.shape[2]))
+                check_slots(module, n, keys.attended.shape[2], rules, arguments, running)
             if isinstance(mask, torch.Tensor):
                 checked_masks[:] = [one for one in checked_masks if one[0]() is not None]
                 checked_masks.append((weakref.ref(mask), rules, running))

@@ -92,10 +92,11 @@ class _Sums:
         low, high = vectors.amin(dim=1), vectors.amax(dim=1)
         sizes = torch.maximum(-low, high).amax(dim=1).tolist()  # of the heads; NaN or Inf if there is any
         finite, kept, count = None, vectors, torch.full_like(self.count, vectors.shape[1])
+        nonfinite = torch.zeros_like(count)
         if not all(map(math.isfinite, sizes)):
             finite = torch.isfinite(vectors).all(dim=-1)
             count = finite.sum(dim=1).double()
-            self.nonfinite += finite.shape[1] - count
+            nonfinite = finite.shape[1] - count
             low = torch.where(finite[..., None], vectors, torch.inf).amin(dim=1)
             high = torch.where(finite[..., None], vectors, -torch.inf).amax(dim=1)
             kept = torch.where(finite[..., None], vectors, 0.0)
@@ -120,22 +121,29 @@ class _Sums:
         apart = norms.double() - norm[:, None]
         if finite is not None:
             apart = torch.where(finite, apart, 0.0)
-        total = self.count + count
-        share = (count / total.clamp(min=1))[:, None]
-        weight = self.count[:, None] * share
-        change, step = mean - self.mean, norm - self.norm[:, 0]
-        if self.moment.dim() == 3:
-            self.moment += moment + change[:, :, None] * change[:, None, :] * weight[..., None]
-        else:
-            self.moment += moment + change**2 * weight
-        self.mean += change * share
-        self.norm[:, 1] += apart.square().sum(dim=1) + step**2 * weight[:, 0]
-        self.norm[:, 0] += step * share[:, 0]
-        self.minimum = torch.minimum(self.minimum, low.double())
-        self.maximum = torch.maximum(self.maximum, high.double())
+        modulus = torch.zeros_like(self.modulus)
         if pairs is not None:
             modulus = torch.hypot(kept[..., pairs[0]], kept[..., pairs[1]]).sum(dim=1).double() / divisor
-            self.modulus += (modulus - self.modulus) * share
+        spread = torch.stack([norm, apart.square().sum(dim=1)], dim=1)
+        self.merge(_Sums(count, nonfinite, mean, moment, low.double(), high.double(), spread, modulus))
+
+    def merge(self, other: "_Sums") -> None:
+        """Adds the vectors of `other`, of the same heads."""
+        total = self.count + other.count
+        share = (other.count / total.clamp(min=1))[:, None]
+        weight = self.count[:, None] * share
+        change, step = other.mean - self.mean, other.norm[:, 0] - self.norm[:, 0]
+        if self.moment.dim() == 3:
+            self.moment += other.moment + change[:, :, None] * change[:, None, :] * weight[..., None]
+        else:
+            self.moment += other.moment + change**2 * weight
+        self.mean += change * share
+        self.norm[:, 1] += other.norm[:, 1] + step**2 * weight[:, 0]
+        self.norm[:, 0] += step * share[:, 0]
+        self.minimum = torch.minimum(self.minimum, other.minimum)
+        self.maximum = torch.maximum(self.maximum, other.maximum)
+        self.modulus += (other.modulus - self.modulus) * share
+        self.nonfinite = self.nonfinite + other.nonfinite
         self.count = total
 
     def part(self) -> Part:
@@ -207,10 +215,27 @@ class Moments:
         if pieces:
             self._sums[key].add(_joined(pieces), pairs, buffer)
 
-    def take(self) -> dict[PartKey, Part]:
-        """Returns the parts since the last call, on the host, and starts anew."""
-        parts = {key: sums.part() for key, sums in self._sums.items()}
+    def merge(self, other: "Moments") -> None:
+        """Moves all tokens of `other`, of the same heads, to these statistics. Afterwards, `other` is empty."""
+        for key, sums in other._sums.items():
+            if key in self._sums:
+                self._sums[key].merge(sums)
+            else:
+                self._sums[key] = sums
+        other.clear()
+
+    def clear(self) -> None:
+        """Forgets all tokens."""
         self._sums.clear()
+
+    def parts(self) -> dict[PartKey, Part]:
+        """Returns the parts since the last `take`, on the host."""
+        return {key: sums.part() for key, sums in self._sums.items()}
+
+    def take(self) -> dict[PartKey, Part]:
+        """Returns the parts since the last call, on the host, and forgets their tokens."""
+        parts = self.parts()
+        self.clear()
         return parts
 
     def _index_of(self, key: PartKey, device: torch.device) -> torch.Tensor:

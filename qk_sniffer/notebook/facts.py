@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qk_sniffer.backbone.backbone import Backbone
 from qk_sniffer.backbone.layers import LayerFacts
 from qk_sniffer.capture.selection import Selection
 from qk_sniffer.config import Config
 from qk_sniffer.jobs.loaded_code import class_and_code
+from qk_sniffer.notebook.model import UserBackbone
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class CaptureFacts:
     config: Config
     """Its sections `sampler` and `capture` are those of the capture. `model.name` is the name in the model's config, if
     there is one; all other settings have their defaults and say nothing."""
-    backbone: Backbone
+    backbone: UserBackbone
     """The decoder of the user's model."""
     layers: list[LayerFacts]
     """All attention layers of the decoder."""
@@ -29,6 +29,11 @@ class CaptureFacts:
     """The commit on the Hub that it was loaded at; None if its config names none."""
     adapter: Mapping[str, Any] | None
     """The settings of the active adapter of the package peft, as plain data; None without one."""
+
+    @property
+    def both_stages(self) -> bool:
+        """Whether passes must show queries and keys before RoPE and after it."""
+        return len(stages_shown(self.config)) == 2
 
     @property
     def model(self) -> dict[str, Any]:
@@ -52,3 +57,9 @@ class CaptureFacts:
             "rotary": backbone.rotary_parameters(),
             "max_positions": backbone.max_positions,
         }
+
+
+def stages_shown(config: Config) -> set[str]:
+    """Returns the stages of queries and keys that rows and statistics are of."""
+    statistics = config.capture.statistics
+    return {"pre" if config.capture.capture_pre_rope else "post", *(statistics.stages if statistics.enabled else ())}

@@ -15,6 +15,7 @@ import torch
 
 from qk_sniffer.store.buffer import Region
 from qk_sniffer.store.journal import ExampleRecord
+from qk_sniffer.store.layout import ATTENTION
 from qk_sniffer.store.rows import COUNT, INDEX, Event, Form, Rows, RowSink, Slot
 
 
@@ -52,8 +53,8 @@ class MemoryStore:
 
     Attributes:
         records: the complete examples by number.
-        num_rows: the rows of all heads and kinds of vectors or records, of finished passes.
-        nbytes: the bytes that these take.
+        num_rows: the rows of vectors of finished passes, over all heads and kinds.
+        nbytes: the bytes that these take, and those of attention summaries.
     """
 
     def __init__(self, *, piece_bytes: int) -> None:
@@ -86,7 +87,8 @@ class MemoryStore:
             slot.wait()
             rows = _rows_of(slot)
             self._rows.setdefault((slot.layer, slot.kind), []).append(rows)
-            self.num_rows += rows.vectors.shape[0] * rows.vectors.shape[1]
+            if slot.kind != ATTENTION:
+                self.num_rows += rows.vectors.shape[0] * rows.vectors.shape[1]
             self.nbytes += slot.nbytes
         self._of_pass.clear()
 

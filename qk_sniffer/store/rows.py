@@ -237,10 +237,13 @@ class Slot:
 class RowSink(Protocol):
     """Takes rows on their way from the forward pass: reserves memory for them, and keeps them once they are filled."""
 
-    piece_bytes: int
-    """The size up to which rows are reserved at a time. Cut larger ones into parts."""
-    wait_s: float
-    """Seconds that `reserve` has waited for memory."""
+    @property
+    def piece_bytes(self) -> int:
+        """The size up to which rows are reserved at a time. Cut larger ones into parts."""
+
+    @property
+    def wait_s(self) -> float:
+        """Seconds that `reserve` has waited for memory."""
 
     def reserve(self, rows: Rows) -> AbstractContextManager[Slot]:
         """Reserves memory for the vectors of `rows`. A block that ends before `commit` gives the memory back.

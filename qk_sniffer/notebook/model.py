@@ -1,0 +1,141 @@
+"""Finds the decoder inside a model that the user has in memory, and describes its layers without changing its state."""
+
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from qk_sniffer.backbone.backbone import Backbone
+from qk_sniffer.backbone.family import Family, find_family, imported_family
+from qk_sniffer.backbone.layers import LayerFacts
+from qk_sniffer.backbone.quantization import COMPUTED_IN, StoredWeights, quantization_config
+from qk_sniffer.backbone.rotary import RotaryState
+from qk_sniffer.errors import CaptureError
+from qk_sniffer.text import enumerated
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+"""The attributes of a module with hooks that anyone may register."""
+
+
+class UserBackbone(Backbone):
+    """The decoder of a model that the user goes on using, for training too."""
+
+    def __init__(self, model: nn.Module, *, family: str | Family | None = None, pre_rope: bool = False) -> None:
+        """`model` is a model of transformers, or a module that wraps one, as those of peft and of torch.compile do.
+
+        Raises:
+            CaptureError: it is not, its decoder attends to an encoder, or its vectors cannot be stored.
+            ConfigError: `family` cannot be imported.
+        """
+        self.model = pretrained_model(model)
+        config: Any = self.model.config
+        if getattr(config, "is_encoder_decoder", False):
+            raise CaptureError(
+                f"{type(self.model).__name__} has a decoder that attends to an encoder: only models that are decoders "
+                "alone can be captured"
+            )
+        text = config.get_text_config(decoder=True)
+        chosen = family if isinstance(family, Family) else None
+        if chosen is None:
+            chosen = find_family(text.model_type) if family is None else imported_family(str(family))
+        decoder = _decoder(self.model, chosen)
+        if not any(weight.dtype in COMPUTED_IN for weight in decoder.parameters()):
+            found = enumerated(sorted({str(weight.dtype).removeprefix("torch.") for weight in decoder.parameters()}))
+            raise CaptureError(
+                f"{type(decoder).__name__} has weights in {found or 'no dtype'}: vectors in bfloat16, float16 or "
+                "float32 can be captured; convert the model, for example with model.float()"
+            )
+        stored = StoredWeights(quantization=quantization_config(config))
+        super().__init__(decoder, chosen, pre_rope=pre_rope, banded_attention=False, stored=stored)
+
+    def run(self, ids: torch.Tensor) -> None:
+        """Runs a plain forward pass over token ids (B, n)."""
+        # Not in inference mode: a buffer that the pass makes could not be used in training.
+        with torch.no_grad():
+            self.decoder(input_ids=ids.to(self.device), use_cache=False)
+
+    def described_layers(self, *, both_stages: bool) -> list[LayerFacts]:
+        """Returns the facts of every attention layer, as `probe` does. The state of the model stays as it is.
+
+        Raises:
+            CaptureError: a reason of `probe`.
+        """
+        with torch.inference_mode(mode=False), _undisturbed(self.decoder, self.length_boundary):
+            return self.probe(both_stages=both_stages)
+
+    @property
+    def adapter_settings(self) -> Mapping[str, Any] | None:
+        """The settings of the active adapter of the package peft, as plain data; None without one."""
+        configs = getattr(self.model, "peft_config", None)
+        if not configs:
+            return None
+        active = getattr(self.model, "active_adapter", None)
+        name = active if isinstance(active, str) and active in configs else next(iter(configs))
+        settings: dict[str, Any] = configs[name].to_dict()
+        return settings
+
+
+def pretrained_model(model: nn.Module) -> PreTrainedModel:
+    """Returns the model of transformers that `model` is or wraps.
+
+    Raises:
+        CaptureError: there is none, or there are several.
+    """
+    if not isinstance(model, nn.Module):
+        raise CaptureError(
+            f"{type(model).__name__} is not a model: pass one that transformers' from_pretrained returns"
+        )
+    first = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    if first is None:
+        raise CaptureError(
+            f"{type(model).__name__} has no model of transformers inside: pass one that from_pretrained returns"
+        )
+    inside = {*first.modules()}
+    if others := [module for module in model.modules() if isinstance(module, PreTrainedModel) and module not in inside]:
+        names = enumerated(sorted({type(module).__name__ for module in (first, *others)}))
+        raise CaptureError(f"{type(model).__name__} has several models inside ({names}): pass the one to capture")
+    return first
+
+
+def _decoder(model: PreTrainedModel, family: Family) -> nn.Module:
+    """Returns the text decoder of `model`, without a language-model head if the model can name it."""
+    found: PreTrainedModel = model
+    while True:
+        try:
+            inner = family.decoder(found)
+        except (AttributeError, NotImplementedError):
+            return found
+        if inner is found or not isinstance(inner, PreTrainedModel):
+            return found
+        found = inner
+
+
+@contextmanager
+def _undisturbed(decoder: nn.Module, length_boundary: int | None) -> Iterator[None]:
+    """Restores, after forward passes in the context, all that they change in `decoder` and in torch.
+
+    In the context, the decoder is in evaluation mode, and no hook of the user sees its passes. `length_boundary` is
+    that of its `Backbone`.
+    """
+    modules = [*decoder.modules()]
+    training = [module.training for module in modules]
+    hooks = [{name: vars(module)[name] for name in _HOOKS} for module in modules]
+    rotary = RotaryState(decoder)
+    devices = {weight.device for weight in decoder.parameters() if weight.device.type == "cuda"}
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng([*devices]))
+        try:
+            for module in modules:
+                vars(module).update({name: OrderedDict() for name in _HOOKS})
+                module.training = False
+            yield
+        finally:
+            for module, was_training, own in zip(modules, training, hooks, strict=True):
+                module.training = was_training
+                vars(module).update(own)
+            if length_boundary is not None:
+                rotary.restore()

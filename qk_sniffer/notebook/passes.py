@@ -1,0 +1,252 @@
+"""Captures the forward passes that the user runs on a model: watches its decoder, and writes the rows of each pass.
+
+Before a pass, the tokens to keep are chosen from its positions, as a job does. In the pass, each (layer, kind) costs
+one gather. When the pass ends, its rows count; those of a pass that fails are dropped. The pass itself is not changed.
+"""
+
+import inspect
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from qk_sniffer.backbone.slots import Slots
+from qk_sniffer.backbone.tap import AttentionCall
+from qk_sniffer.capture.attention_summary import Summarizer
+from qk_sniffer.capture.gather import DeviceIndices, TokenIndices, send
+from qk_sniffer.capture.moments import states_by_stage
+from qk_sniffer.capture.row_writer import BatchRows, RowWriter, other_states_by_kind, states_by_kind
+from qk_sniffer.capture.sampling import Picks, Sampler
+from qk_sniffer.errors import CaptureError
+from qk_sniffer.machine import available_memory
+from qk_sniffer.notebook.facts import CaptureFacts
+from qk_sniffer.notebook.memory import PassSink
+from qk_sniffer.notebook.statistics import PassStatistics
+from qk_sniffer.notebook.tokens import Example, Examples, PassTokens
+from qk_sniffer.store.layout import KIND_NAMES, KINDS, WIDTHS
+from qk_sniffer.text import compact_ranges, in_mb
+from qk_sniffer.timing import Stages
+
+MEMORY_SHARE = 0.9
+"""The largest share of the available memory that the rows of a pass may take."""
+
+SMALL_BYTES = 16 << 20
+"""The rows of a pass for which the available memory is not looked up, which takes as long as a step of decoding."""
+
+Key = tuple[int, str]
+
+
+@dataclass(eq=False)
+class _Pass:
+    """A pass that runs."""
+
+    tokens: PassTokens
+    rows: BatchRows
+    wanted: dict[Key, DeviceIndices]
+    """The tokens to capture of each (layer, kind) that the pass has not shown yet, by their places in the pass."""
+    caches: list[Any]
+    spans: list[list[tuple[int, int]]] = field(default_factory=list)
+
+
+class PassRecorder:
+    """Records the passes of a decoder, in the thread that opens it."""
+
+    def __init__(
+        self,
+        facts: CaptureFacts,
+        sampler: Sampler,
+        sink: PassSink,
+        examples: Examples,
+        *,
+        statistics: PassStatistics | None = None,
+        summarizer: Summarizer | None = None,
+        room: Callable[[int], str | None] | None = None,
+    ) -> None:
+        """`room`, if given, receives the number of rows that a pass will add. It returns why it must not, or None."""
+        self._backbone = facts.backbone
+        self._sampler = sampler
+        self._sink = sink
+        self._writer = RowWriter(facts.selection, sink, Stages())
+        self._examples = examples
+        self._statistics = statistics
+        self._summarizer = summarizer
+        self._room = room
+        widths = {layer.heads.layer: layer.to_dict() for layer in facts.layers}
+        self._row_bytes = {
+            (layer, kind): len(heads) * widths[layer][WIDTHS[kind]] * facts.backbone.dtype.itemsize
+            for layer, kind, heads in facts.selection
+        }
+        self._both_stages = facts.both_stages
+        self._pass: _Pass | None = None
+        self._thread = threading.get_ident()
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Records the passes of this thread inside the context. On exit, all examples are complete."""
+        decoder = self._backbone.decoder
+        shows_outputs = any(kind == "o" for _, kind in self._writer.heads)
+        self._thread = threading.get_ident()
+        with ExitStack() as stack:
+            stack.enter_context(
+                self._backbone.tapped(
+                    self._on_call,
+                    on_output=self._on_output if shows_outputs else None,
+                    both_stages=self._both_stages,
+                    slots=self._slots,
+                )
+            )
+            for handle in (
+                decoder.register_forward_pre_hook(self._begin, with_kwargs=True),
+                decoder.register_forward_hook(self._end),
+            ):
+                stack.callback(handle.remove)
+            try:
+                yield
+            finally:
+                self._drop()
+                self._complete(self._examples.take_open())
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if threading.get_ident() != self._thread:
+            return
+        self._drop()
+        arguments = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+        arguments |= arguments.pop("kwargs", {})
+        with self._apart():
+            tokens = self._examples.begin(arguments)
+            picks = self._picks(tokens)
+            self._check_room(picks)
+            device = self._backbone.device
+            places = {id(each): TokenIndices.of(_placed(each, tokens), device) for each in picks.values()}
+            index = np.array([example.number for example in tokens.examples], np.int64)
+            self._pass = _Pass(
+                tokens,
+                BatchRows(index, np.zeros_like(index), position=tokens.position),
+                send({key: places[id(each)] for key, each in picks.items()}, device),
+                [arguments.get("past_key_values")],
+                [] if self._statistics is None else tokens.spans(self._statistics.skip_tokens),
+            )
+
+    def _end(self, module: nn.Module, args: Any, output: Any) -> None:
+        if threading.get_ident() != self._thread or self._pass is None:
+            return
+        running, self._pass = self._pass, None
+        if running.wanted:
+            layers = compact_ranges({layer for layer, _ in running.wanted})
+            kinds = [KIND_NAMES[kind] for kind in KINDS if any(kind == each for _, each in running.wanted)]
+            self._pass = running
+            self._drop()
+            raise CaptureError(
+                f"layers {layers} did not call attention in this forward pass as they did before: it showed no "
+                f"{' and no '.join(kinds)}; leave them out with layers="
+            )
+        self._sink.end_pass()
+        if self._statistics is not None:
+            with self._apart():
+                self._statistics.end_pass()
+        values = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else ()
+        self._complete(self._examples.end(running.tokens, [*running.caches, *values]))
+
+    def _drop(self) -> None:
+        """Drops the pass that has not ended: it failed, or the user ended it."""
+        running, self._pass = self._pass, None
+        if running is None:
+            return
+        self._sink.drop_pass([example.number for example in running.tokens.examples])
+        if self._statistics is not None:
+            self._statistics.drop_pass()
+        self._examples.drop(running.caches)
+
+    def _complete(self, examples: list[Example]) -> None:
+        if records := [example.record() for example in examples if example.stop]:
+            self._sink.complete(records)
+
+    def _apart(self) -> AbstractContextManager[None]:
+        return _apart(self._backbone.device.type)
+
+    def _slots(self) -> Slots | None:
+        # None: outside of a pass of the decoder, such as the recomputation of gradient checkpointing.
+        return None if self._pass is None else self._pass.tokens.slots
+
+    def _on_call(self, call: AttentionCall) -> None:
+        if self._pass is None:
+            return
+        with self._apart():
+            queries = self._pass.wanted.get((call.layer, "q"))
+            states, others = states_by_kind(call), other_states_by_kind(call)
+            for kind, of_kind in states.items():
+                self._write(self._pass, call.layer, kind, of_kind, others.get(kind))
+            if queries is not None and self._summarizer is not None:
+                self._writer.write_summary(self._pass.rows, call, queries, self._summarizer)
+
+    def _on_output(self, call: AttentionCall, output: torch.Tensor | None) -> None:
+        if self._pass is not None and output is not None:
+            with self._apart():
+                self._write(self._pass, call.layer, "o", output, None)
+
+    def _write(self, running: _Pass, layer: int, kind: str, states: torch.Tensor, others: torch.Tensor | None) -> None:
+        if (tokens := running.wanted.pop((layer, kind), None)) is None:
+            return
+        try:
+            self._writer.write(running.rows, layer, kind, states, tokens)
+        except ValueError as error:
+            raise CaptureError(
+                f"the rows of layer {layer} cannot be kept: {error}. All passes of a capture must compute in one dtype"
+            ) from error
+        if self._statistics is not None:
+            stage = "pre" if self._backbone.pre_rope else "post"
+            self._statistics.add(layer, kind, states_by_stage(stage, kind, states, others), running.spans)
+
+    def _picks(self, tokens: PassTokens) -> dict[Key, Picks]:
+        """Returns the kept tokens of a pass for each (layer, kind), by row and position."""
+        limit = self._sampler.config.max_rows_per_example
+        if limit is not None and any(example.stop > example.first for example in tokens.examples):
+            raise CaptureError(
+                "sampler.max_rows_per_example compares the tokens of a whole example, and this pass continues one: "
+                "leave it out"
+            )
+        return self._sampler.plan(
+            [example.number for example in tokens.examples],
+            tokens.lengths.tolist(),
+            list(self._writer.heads),
+            starts=tokens.starts.tolist(),
+        )
+
+    def _check_room(self, picks: Mapping[Key, Picks]) -> None:
+        """Checks that the rows of a pass fit in memory, and that they are not too many.
+
+        Raises:
+            CaptureError: they do not, or are.
+        """
+        if self._room is None:
+            return
+        rows = sum(len(self._writer.heads[key].numbers) * len(each.row) for key, each in picks.items())
+        nbytes = sum(self._row_bytes[key] * len(each.row) for key, each in picks.items())
+        reason = self._room(rows)
+        if reason is None and nbytes > SMALL_BYTES and nbytes > MEMORY_SHARE * available_memory():
+            reason = f"and {in_mb(available_memory())} of memory are available"
+        if reason is not None:
+            raise CaptureError(
+                f"this forward pass would add {rows:,} rows, {in_mb(nbytes)}, {reason}. Capture fewer layers or heads, "
+                "sample tokens (sampler='log_uniform'), or write to disk (to='folder')"
+            )
+
+
+def _placed(picks: Picks, tokens: PassTokens) -> Picks:
+    """Returns the tokens by row and place in the pass."""
+    return Picks(picks.row, tokens.place(picks.row, picks.position))
+
+
+@contextmanager
+def _apart(device_type: str) -> Iterator[None]:
+    """Computes apart from the pass: without gradients, in the dtypes of the tensors, and outside of inference mode.
+
+    A tensor that is made in inference mode cannot be changed outside of it.
+    """
+    with torch.inference_mode(mode=False), torch.no_grad(), torch.autocast(device_type, enabled=False):
+        yield

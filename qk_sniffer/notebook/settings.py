@@ -1,0 +1,116 @@
+"""Turns the arguments of `capture` into the settings of a job, and finds the heads that they select in a model."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from torch import nn
+
+from qk_sniffer.backbone.family import Family
+from qk_sniffer.capture.attention_summary import refusal
+from qk_sniffer.capture.selection import select
+from qk_sniffer.config import (
+    KIND_SETTINGS,
+    AttentionConfig,
+    CaptureConfig,
+    Config,
+    ModelConfig,
+    SamplerConfig,
+    StatisticsConfig,
+    TokenizerConfig,
+)
+from qk_sniffer.errors import CaptureError, ConfigError
+from qk_sniffer.jobs.from_python import LONGEST
+from qk_sniffer.notebook.facts import CaptureFacts, stages_shown
+from qk_sniffer.notebook.model import UserBackbone
+from qk_sniffer.store.layout import KIND_NAMES, KIND_PLURALS, KINDS, WIDTHS
+from qk_sniffer.validation import capture_problems
+
+Settings = TypeVar("Settings", AttentionConfig, StatisticsConfig)
+
+
+def config_of(
+    *,
+    layers: Iterable[int] | None,
+    heads: Iterable[int] | None,
+    kinds: Iterable[str],
+    sampler: str | SamplerConfig,
+    pre_rope: bool,
+    attention: bool | AttentionConfig,
+    statistics: bool | StatisticsConfig,
+) -> Config:
+    """Returns the settings with these arguments of `capture`.
+
+    Raises:
+        ConfigError: a value is wrong.
+    """
+    wanted = _kinds(kinds)
+    on_off: dict[str, Any] = {key.rpartition(".")[2]: kind in wanted for kind, key in KIND_SETTINGS.items()}
+    config = Config(
+        model=ModelConfig(tokenizer=TokenizerConfig(max_length=LONGEST)),
+        sampler=SamplerConfig(type=sampler) if isinstance(sampler, str) else sampler,
+        capture=CaptureConfig(
+            **on_off,
+            layers=None if layers is None else [*layers],
+            heads=None if heads is None else [*heads],
+            capture_pre_rope=pre_rope,
+            attention=AttentionConfig(enabled=attention) if isinstance(attention, bool) else _on(attention),
+            statistics=StatisticsConfig(enabled=statistics) if isinstance(statistics, bool) else _on(statistics),
+        ),
+    )
+    problems = capture_problems(config)
+    if config.sampler.segments is not None:
+        problems.append(
+            f"sampler.segments is {config.sampler.segments}; a capture in Python knows no segments: leave it"
+        )
+    if problems:
+        raise ConfigError(problems)
+    return config
+
+
+def facts_of(model: nn.Module, config: Config, family: str | Family | None) -> CaptureFacts:
+    """Describes the model, and selects the heads to capture.
+
+    Raises:
+        ConfigError: the settings name a layer or a head that does not exist.
+        CaptureError: the model cannot be captured, or a layer does not show the vectors of a kind.
+    """
+    backbone = UserBackbone(model, family=family, pre_rope=config.capture.capture_pre_rope)
+    layers = backbone.described_layers(both_stages=len(stages_shown(config)) == 2)
+    selection = select([layer.heads for layer in layers], config.capture)
+    described = {layer.heads.layer: layer for layer in layers}
+    for number, kind, _ in selection:
+        width = described[number].to_dict()[WIDTHS[kind]]
+        if not isinstance(width, int):
+            raise CaptureError(
+                f"the {KIND_PLURALS[kind]} of {backbone.config.model_type}, layer {number}, cannot be captured: "
+                f"{width}. Leave {kind!r} out of kinds"
+            )
+    if config.capture.attention.enabled:
+        unknown = {number: described[number].unknown_attention for number, kind, _ in selection if kind == "q"}
+        if reasons := {number: reason for number, reason in unknown.items() if reason is not None}:
+            raise CaptureError(refusal(reasons))
+    whole: Any = backbone.model.config
+    name = getattr(whole, "_name_or_path", None) or None
+    return CaptureFacts(
+        replace(config, model=replace(config.model, name=name)),
+        backbone,
+        layers,
+        selection,
+        model_name=name,
+        model_commit=getattr(whole, "_commit_hash", None),
+        adapter=backbone.adapter_settings,
+    )
+
+
+def _on(settings: Settings) -> Settings:
+    return replace(settings, enabled=True)
+
+
+def _kinds(kinds: Iterable[str]) -> list[str]:
+    found = [*kinds]
+    if not found or (unknown := [kind for kind in found if kind not in KINDS]):
+        valid = ", ".join(f"{kind!r} ({name})" for kind, name in KIND_NAMES.items())
+        what = f"the kind {unknown[0]!r}, which does not exist" if found else "no kind"
+        raise ConfigError([f"kinds={kinds!r} names {what}; valid: {valid}"])
+    return found

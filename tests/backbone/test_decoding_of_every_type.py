@@ -1,0 +1,76 @@
+"""Decoding every captured model type shows what attention receives, or is refused by name."""
+
+import re
+from typing import Any
+
+import examine
+import pytest
+import supported
+import torch
+import transformers
+from support.decoding import Passes, at_once, decoded, differences, left_padded, wrong_calls
+from tiny_configs import VOCAB, WINDOW
+from transformers import DynamicCache, EncoderDecoderCache
+
+from qk_sniffer.backbone.family import Family
+from qk_sniffer.errors import CaptureError
+
+TABLE = supported.TABLE.read_text()
+CAPTURED = re.findall(r"^\| (\S+) \| \w+ \| yes \|", TABLE, flags=re.MULTILINE)
+
+IDS = torch.randint(5, VOCAB, (2, 3 * WINDOW - 2), generator=torch.Generator().manual_seed(1))
+STEPS = [WINDOW + 4, 1, 1, 3, *[1] * 5]
+PADDED = left_padded([0, 5], sum(STEPS))
+
+WITHOUT_CACHE = {"openai-gpt"}
+"""Types that have none of transformers' caches."""
+
+REFUSED: dict[tuple[str, bool], str] = {
+    ("minimax_m3_vl_text", True): "its mask hides keys that its facts and the padding do not exclude",
+    ("moshi", False): "its cache has dropped keys that its facts say its queries see",
+    ("moshi", True): "its cache has dropped keys that its facts say its queries see",
+}
+"""By type, and whether there is padding. MiniMax M3 selects blocks of padding. Moshi has a window with a cache only."""
+
+CHANGE: set[tuple[str, bool]] = set()
+"""Types whose own hidden states change with padding: recurrent layers see it, or positions count it."""
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        f"transformers {transformers.__version__}" not in TABLE, reason="the table is of another version"
+    ),
+]
+
+
+@pytest.mark.parametrize("is_padded", [False, True], ids=["dense", "padded"])
+@pytest.mark.parametrize("model_type", CAPTURED)
+def test_decoding_of_every_type(model_type: str, is_padded: bool) -> None:
+    """Bit for bit what a recording shows; where the model's decoding agrees with one pass, so do the vectors."""
+    backbone, facts, _ = examine._loaded(model_type)
+    decoder: Any = backbone.decoder
+
+    def passes() -> Passes:
+        is_nested = hasattr(backbone.config, "decoder_layers")
+        cache = EncoderDecoderCache(DynamicCache(), DynamicCache()) if is_nested else None
+        return Passes(decoder, IDS, STEPS, cache=cache, held=PADDED if is_padded else None)
+
+    if model_type in WITHOUT_CACHE:
+        with pytest.raises(AttributeError, match="past_key_values"):
+            passes().run()
+        return
+    if (model_type, is_padded) in REFUSED:
+        with pytest.raises(CaptureError, match=REFUSED[model_type, is_padded]):
+            decoded(backbone, passes())
+        return
+    if type(backbone.family).register_tap is Family.register_tap:
+        decoder.set_attn_implementation("eager")
+        assert wrong_calls(backbone, facts, passes) == []
+    kinds = "qk" + "vo" * all(isinstance(fact.output_dim, int) for fact in facts)
+    found, hidden = decoded(backbone, passes(), kinds)
+    with torch.no_grad():
+        whole = decoder(input_ids=IDS, use_cache=False)[0]
+    agrees = all(torch.allclose(a, b[: len(a)], rtol=1e-4, atol=1e-4) for a, b in zip(hidden, whole, strict=True))
+    if agrees:
+        assert differences(found, at_once(backbone, IDS, kinds), 1e-3) == []
+    assert agrees is ((model_type, is_padded) not in CHANGE)

@@ -1,0 +1,381 @@
+"""Tests the capture of forward passes that the user runs: what is captured, and that nothing of the model changes."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from recording import recorded
+from support.decoding import at_once
+from support.zoo import CASES, VOCAB, Case
+from transformers.modeling_utils import AttentionInterface
+
+import qk_sniffer
+from qk_sniffer.backbone.backbone import Backbone
+from qk_sniffer.capture.sampling import Sampler
+from qk_sniffer.config import KeySamplerConfig, SamplerConfig
+from qk_sniffer.errors import CaptureError, ConfigError
+from qk_sniffer.notebook.captured import Captured
+from qk_sniffer.notebook.model import UserBackbone
+
+BY_NAME = {case.name: case for case in CASES}
+LLAMA = BY_NAME["llama"]
+
+
+def random_ids(rows: int, n: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, VOCAB, (rows, n), generator=torch.Generator().manual_seed(seed))
+
+
+def states(captured: Captured, layer: int, kind: str, example: int) -> torch.Tensor:
+    """Returns the captured states (heads, n, d) of an example, sorted by position."""
+    heads = [head.head for head in captured.heads if head[0] == layer and head.kind == kind]
+    found = [captured.vectors(layer, head, kind, example_id=example) for head in heads]
+    assert all(np.array_equal(each.positions, np.arange(len(each.positions))) for each in found)
+    return torch.from_numpy(np.stack([each.vectors for each in found]))
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_the_vectors_are_those_that_attention_receives_and_the_pass_is_the_same(case: Case) -> None:
+    model = case.model()
+    ids = random_ids(2, 20)
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        with qk_sniffer.capture(model, kinds="qkvo") as captured:
+            logits = model(input_ids=ids).logits
+    assert torch.equal(logits, expected)
+    calls, _ = recorded(UserBackbone(model).decoder, ids)
+    layers = sorted({head.layer for head in captured.heads})
+    assert layers == [*case.layers]
+    for layer, call in zip(layers, calls, strict=True):
+        for example in range(2):
+            assert torch.equal(states(captured, layer, "q", example), call.query[example])
+            assert torch.equal(states(captured, layer, "k", example), call.key[example])
+            assert call.output is not None
+            assert torch.equal(states(captured, layer, "o", example), call.output[example])
+
+
+@contextmanager
+def unchanged(model: Any) -> Iterator[None]:
+    """Fails if the block changes the state of the model or of torch, or leaves anything patched."""
+
+    def state() -> list[Any]:
+        hooks = [
+            tuple(len(getattr(module, name)) for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks"))
+            for module in model.modules()
+        ]
+        modes = [module.training for module in model.modules()]
+        attributes = [sorted(vars(module)) for module in model.modules()]
+        return [hooks, modes, attributes, AttentionInterface.get_interface, torch.get_rng_state().tolist()]
+
+    before, weights = state(), {name: value.clone() for name, value in model.state_dict().items()}
+    buffers = {name: (id(buffer), buffer.clone()) for name, buffer in model.named_buffers()}
+    yield
+    assert state() == before
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    assert {name: id(buffer) for name, buffer in model.named_buffers()} == {n: at for n, (at, _) in buffers.items()}
+
+
+def test_a_model_in_training_mode_with_hooks_stays_as_it_is() -> None:
+    model: Any = LLAMA.model()
+    model.train()
+    model.model.layers[1].eval()
+    seen: list[int] = []
+    model.model.layers[0].register_forward_hook(lambda *_: seen.append(1))
+    with unchanged(model):
+        captured = qk_sniffer.capture(model)
+        assert not seen
+        with torch.no_grad(), captured:
+            pass
+        with pytest.raises(ZeroDivisionError), qk_sniffer.capture(model):
+            model(input_ids=random_ids(1, 5))
+            raise ZeroDivisionError
+    assert seen == [1]
+
+
+def test_gradients_pass_through_a_captured_pass() -> None:
+    model: Any = LLAMA.model()
+    ids = random_ids(2, 9)
+    model(input_ids=ids, labels=ids).loss.backward()
+    expected = {name: weight.grad.clone() for name, weight in model.named_parameters()}
+    model.zero_grad()
+    with qk_sniffer.capture(model, statistics=True) as captured:
+        model(input_ids=ids, labels=ids).loss.backward()
+    assert all(torch.equal(weight.grad, expected[name]) for name, weight in model.named_parameters())
+    assert not captured.tensor(0, "q").requires_grad
+
+
+def test_gradient_checkpointing_runs_layers_again_and_captures_them_once() -> None:
+    model: Any = LLAMA.model()
+    model.gradient_checkpointing_enable()
+    model.train()
+    ids = random_ids(2, 9)
+    with qk_sniffer.capture(model) as captured:
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    assert len(captured.vectors(0, 0, "q").positions) == 18
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_captured_tensors_can_be_used_for_training(mode: Any) -> None:
+    model = LLAMA.model()
+    with mode(), qk_sniffer.capture(model, statistics=True, attention=True) as captured:
+        model(input_ids=random_ids(1, 9))
+        model(input_ids=random_ids(1, 400))
+    keys = captured.tensor(1, "k")
+    weight = torch.ones(keys.shape[-1], requires_grad=True)
+    (keys * weight).sum().backward()
+    assert captured.statistics(1, "k").count.tolist() == [409, 409]
+    assert len(captured.attention_summary(0, 0).entropy) == 409
+
+
+def padded(lengths: list[int], side: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns ids and mask of texts of these lengths with padding."""
+    longest = max(lengths)
+    ids, mask = torch.zeros(len(lengths), longest, dtype=torch.long), torch.zeros(len(lengths), longest).long()
+    for row, length in enumerate(lengths):
+        place = slice(longest - length, longest) if side == "left" else slice(0, length)
+        ids[row, place], mask[row, place] = random_ids(1, length, seed=row)[0], 1
+    return ids, mask
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3_sliding", "deepseek_v3", "gpt_neox", "gpt_oss"])
+def test_padding_is_not_captured_and_positions_count_the_tokens(name: str, side: str) -> None:
+    model = BY_NAME[name].model()
+    lengths = [17, 6, 20]
+    ids, mask = padded(lengths, side)
+    position_ids = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad(), qk_sniffer.capture(model, kinds="qkvo", attention=True, statistics=True) as captured:
+        model(input_ids=ids, attention_mask=mask, position_ids=position_ids)
+    assert captured.examples["num_tokens"].to_pylist() == lengths
+    backbone = UserBackbone(model)
+    sums: dict[tuple[int, str], list[torch.Tensor]] = {}
+    for example, length in enumerate(lengths):
+        alone = at_once(backbone, ids[example][mask[example] == 1][None], "qkvo")
+        for (layer, kind), (expected,) in alone.items():
+            found = states(captured, layer, kind, example)
+            assert found.shape == (expected.shape[0], length, expected.shape[2])
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+            sums.setdefault((layer, kind), []).append(expected)
+    for (layer, kind), parts in sums.items():
+        mean = torch.cat(parts, dim=1).mean(dim=1)
+        np.testing.assert_allclose(captured.statistics(layer, kind).mean, mean, rtol=1e-3, atol=1e-4)
+    for layer in sorted({layer for layer, _ in sums}):
+        weights = captured.attention(layer, 0, 1).weights
+        summary = captured.attention_summary(layer, 0, example_id=1)
+        entropy = -(weights * np.log(np.where(weights > 0, weights, 1))).sum(axis=1)
+        np.testing.assert_allclose(summary.entropy, entropy, atol=1e-4)
+
+
+def test_positions_are_those_that_the_pass_names() -> None:
+    model = LLAMA.model()
+    with torch.no_grad(), qk_sniffer.capture(model) as captured:
+        model(input_ids=random_ids(2, 5), position_ids=torch.arange(100, 105)[None])
+    assert captured.vectors(0, 0, "q", example_id=1).positions.tolist() == [*range(100, 105)]
+    assert captured.examples["first_position"].to_pylist() == [100, 100]
+    assert captured.examples["num_tokens"].to_pylist() == [105, 105]
+
+
+def test_embeddings_are_captured_and_have_no_hash() -> None:
+    model: Any = LLAMA.model()
+    ids = random_ids(1, 5)
+    with torch.no_grad(), qk_sniffer.capture(model) as captured:
+        model(input_ids=ids)
+        model(inputs_embeds=model.get_input_embeddings()(ids))
+    assert torch.equal(states(captured, 2, "k", 0), states(captured, 2, "k", 1))
+    first, second = captured.examples["text_hash"].to_pylist()
+    assert len(first) == 32
+    assert second == ""
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        SamplerConfig("uniform", base_rate=3, min_bucket_size=8, seed=5),
+        SamplerConfig("log_uniform", base_rate=2, min_bucket_size=4, share="example"),
+        SamplerConfig("uniform", base_rate=4, min_bucket_size=8, keys=KeySamplerConfig("all")),
+        SamplerConfig("uniform", base_rate=4, min_bucket_size=8, max_rows_per_example=9),
+    ],
+)
+def test_the_rows_are_those_that_a_job_keeps_of_examples_of_these_numbers(sampler: SamplerConfig) -> None:
+    model = LLAMA.model()
+    lengths = [40, 23, 31]
+    ids, mask = padded(lengths, "left")
+    with torch.no_grad(), qk_sniffer.capture(model, sampler=sampler) as captured:
+        model(input_ids=ids[:1], use_cache=False)
+        model(input_ids=ids[1:], attention_mask=mask[1:], use_cache=False)
+    rows = 0
+    for layer, head, kind in captured.heads:
+        for example, length in enumerate([40, 23, 31]):
+            expected = Sampler(sampler).positions(example, layer, kind, length)
+            found = captured.vectors(layer, head, kind, example_id=example).positions
+            assert found.tolist() == expected.tolist()
+            rows += len(found)
+    assert 0 < rows < len(captured.heads) * sum(lengths)
+    assert f"{rows:,} rows of 3 examples" in repr(captured)
+
+
+def test_vectors_before_rope_and_statistics_of_both_stages() -> None:
+    from qk_sniffer.config import StatisticsConfig
+
+    model = LLAMA.model()
+    ids = random_ids(1, 30)
+    both = StatisticsConfig(stages=["pre", "post"], skip_tokens=4)
+    with torch.no_grad(), qk_sniffer.capture(model, pre_rope=True, statistics=both) as captured:
+        model(input_ids=ids)
+    backbone = UserBackbone(model, pre_rope=True)
+    before = at_once(backbone, ids, "qk")
+    after = at_once(UserBackbone(model), ids, "qk")
+    for (layer, kind), (expected,) in before.items():
+        if kind not in "qk":
+            continue
+        assert torch.equal(states(captured, layer, kind, 0), expected)
+        for stage, all_tokens in (("pre", expected), ("post", after[layer, kind][0])):
+            found = captured.statistics(layer, kind, stage)
+            assert found.count.tolist() == [26] * len(expected)
+            np.testing.assert_allclose(found.mean, all_tokens[:, 4:].mean(1), rtol=1e-4, atol=1e-5)
+            cov = torch.stack([head[4:].T.cov() for head in all_tokens])
+            np.testing.assert_allclose(found.covariance, cov, rtol=1e-3, atol=1e-4)
+
+
+def test_other_threads_are_not_seen() -> None:
+    model = LLAMA.model()
+    expected = model(input_ids=random_ids(1, 7)).logits
+    results: list[torch.Tensor] = []
+
+    def work() -> None:
+        results.append(model(input_ids=random_ids(1, 7)).logits)
+
+    with qk_sniffer.capture(model) as captured:
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        model(input_ids=random_ids(1, 3))
+    assert torch.equal(results[0], expected)
+    assert captured.examples["num_tokens"].to_pylist() == [3]
+
+
+def test_captures_can_be_nested() -> None:
+    model, other = LLAMA.model(), BY_NAME["qwen3"].model()
+    with torch.no_grad(), qk_sniffer.capture(model) as outer:
+        model(input_ids=random_ids(1, 5))
+        with qk_sniffer.capture(model, pre_rope=True) as inner, qk_sniffer.capture(other) as of_other:
+            model(input_ids=random_ids(1, 6))
+            other(input_ids=random_ids(1, 9))
+        model(input_ids=random_ids(1, 7))
+    assert outer.examples["num_tokens"].to_pylist() == [5, 6, 7]
+    assert inner.examples["num_tokens"].to_pylist() == [6]
+    assert of_other.examples["num_tokens"].to_pylist() == [9]
+    after = at_once(UserBackbone(model), random_ids(1, 6), "qk")[0, "q"][0]
+    assert torch.equal(states(outer, 0, "q", 1), after)
+    before = at_once(UserBackbone(model, pre_rope=True), random_ids(1, 6), "qk")[0, "q"][0]
+    assert torch.equal(states(inner, 0, "q", 0), before)
+
+
+def test_a_pass_that_fails_leaves_no_rows_and_no_example() -> None:
+    model: Any = LLAMA.model()
+
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError
+
+    with torch.no_grad(), qk_sniffer.capture(model, statistics=True, attention=True) as captured:
+        model(input_ids=random_ids(1, 5))
+        for n in (6, 300):
+            handle = model.model.layers[1].register_forward_hook(fail)
+            with pytest.raises(ZeroDivisionError):
+                model(input_ids=random_ids(1, n))
+            handle.remove()
+        model(input_ids=random_ids(1, 7))
+    assert captured.examples["num_tokens"].to_pylist() == [5, 7]
+    for head in captured.heads:
+        assert captured.vectors(*head).positions.tolist() == [*range(5), *range(7)]
+    assert captured.statistics(0, "q").count.tolist() == [12] * 4
+    assert len(captured.attention_summary(0, 0).positions) == 12
+
+
+def test_only_the_asked_for_layers_heads_and_kinds_are_captured() -> None:
+    model = LLAMA.model()
+    with torch.no_grad(), qk_sniffer.capture(model, layers=[0, 2], heads=[3], kinds="kv") as captured:
+        model(input_ids=random_ids(1, 5))
+    assert captured.heads == [(0, 1, "k"), (0, 1, "v"), (2, 1, "k"), (2, 1, "v")]
+    assert captured.tensor(2, "v").shape == (5, 1, 8)
+    assert captured.table(2, 1, "v").column_names == ["bucket", "example_id", "position", "vector", "sliding_window"]
+
+
+def test_too_many_rows_are_refused_before_the_pass_runs() -> None:
+    model: Any = LLAMA.model()
+    ran: list[int] = []
+    with torch.no_grad(), qk_sniffer.capture(model, max_rows=500) as captured:
+        model(input_ids=random_ids(1, 10))  # 180 rows
+        model.model.layers[0].register_forward_hook(lambda *_: ran.append(1))
+        with pytest.raises(CaptureError, match=r"would add 360 rows, 0.0 MB, 540 in all, and max_rows is 500.*to="):
+            model(input_ids=random_ids(1, 20))
+        assert not ran
+        model(input_ids=random_ids(1, 10))
+    assert captured.examples["num_tokens"].to_pylist() == [10, 10]
+
+
+def test_a_pass_that_does_not_fit_in_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = LLAMA.model()
+    with torch.no_grad(), qk_sniffer.capture(model) as captured:
+        monkeypatch.setattr("qk_sniffer.notebook.passes.available_memory", lambda: 1_000_000)
+        monkeypatch.setattr("qk_sniffer.notebook.passes.SMALL_BYTES", 1000)
+        with pytest.raises(CaptureError, match=r"1\.2 MB.*1\.0 MB of memory are available"):
+            model(input_ids=random_ids(10, 200))
+    assert not captured.examples.num_rows
+
+
+def test_packed_texts_are_refused() -> None:
+    model = LLAMA.model()
+    packed = torch.tensor([[0, 1, 2, 0, 1, 2, 3]])
+    with torch.no_grad(), qk_sniffer.capture(model) as captured, pytest.raises(CaptureError, match="Packed texts"):
+        model(input_ids=random_ids(1, 7), position_ids=packed)
+    assert not captured.examples.num_rows
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"layers": [0, 7]}, "no layer 7; the layers with attention are 0-2"),
+        ({"heads": [9]}, "no eligible layer has query head 9"),
+        ({"kinds": "qx"}, r"kind 'x', which does not exist; valid: 'q' \(query\)"),
+        ({"kinds": ""}, "names no kind"),
+        ({"sampler": "unifrom"}, "valid: uniform"),
+        ({"sampler": SamplerConfig("uniform", base_rate=-1)}, "base_rate is -1"),
+        ({"attention": True, "kinds": "k"}, "its rows are the queries'"),
+        ({"family": "nowhere:Family"}, "nowhere"),
+    ],
+)
+def test_wrong_arguments_name_the_valid_ones(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        qk_sniffer.capture(LLAMA.model(), **arguments)
+
+
+def test_reading_what_was_not_captured_names_what_was() -> None:
+    with torch.no_grad(), qk_sniffer.capture(LLAMA.model(), layers=[1]) as captured:
+        pass
+    assert len(captured.vectors(1, 0, "q").vectors) == 0
+    for read in (
+        lambda: captured.vectors(0, 0, "q"),
+        lambda: captured.table(1, 4, "q"),
+        lambda: captured.tensor(1, "v"),
+        lambda: captured.vectors(1, 0, "v"),
+    ):
+        with pytest.raises(CaptureError, match=r"was not captured; there are l01h00q, "):
+            read()
+    with pytest.raises(CaptureError, match="attention=True"):
+        captured.attention_summary(1, 0)
+    with pytest.raises(CaptureError, match="statistics=True"):
+        captured.statistics(1, "q")
+    with pytest.raises(CaptureError, match="no example 0"):
+        captured.logits(1, 0, 0)
+    with pytest.raises(CaptureError, match="entered once"), captured:
+        pass
+
+
+def test_backbone_of_user_is_described_as_that_of_a_job() -> None:
+    model = BY_NAME["gemma3"].model()
+    user = UserBackbone(model)
+    assert user.described_layers(both_stages=False) == Backbone(user.decoder, user.family).probe()

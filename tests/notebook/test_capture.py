@@ -10,7 +10,8 @@ import pytest
 import torch
 from recording import recorded
 from support.decoding import at_once
-from support.zoo import CASES, VOCAB, Case
+from support.live import BY_NAME, LLAMA, padded, random_ids, states
+from support.zoo import CASES, Case
 from transformers.modeling_utils import AttentionInterface
 
 import qk_sniffer
@@ -18,23 +19,7 @@ from qk_sniffer.backbone.backbone import Backbone
 from qk_sniffer.capture.sampling import Sampler
 from qk_sniffer.config import KeySamplerConfig, SamplerConfig
 from qk_sniffer.errors import CaptureError, ConfigError
-from qk_sniffer.notebook.captured import Captured
 from qk_sniffer.notebook.model import UserBackbone
-
-BY_NAME = {case.name: case for case in CASES}
-LLAMA = BY_NAME["llama"]
-
-
-def random_ids(rows: int, n: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(3, VOCAB, (rows, n), generator=torch.Generator().manual_seed(seed))
-
-
-def states(captured: Captured, layer: int, kind: str, example: int) -> torch.Tensor:
-    """Returns the captured states (heads, n, d) of an example, sorted by position."""
-    heads = [head.head for head in captured.heads if head[0] == layer and head.kind == kind]
-    found = [captured.vectors(layer, head, kind, example_id=example) for head in heads]
-    assert all(np.array_equal(each.positions, np.arange(len(each.positions))) for each in found)
-    return torch.from_numpy(np.stack([each.vectors for each in found]))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -128,16 +113,6 @@ def test_captured_tensors_can_be_used_for_training(mode: Any) -> None:
     (keys * weight).sum().backward()
     assert captured.statistics(1, "k").count.tolist() == [409, 409]
     assert len(captured.attention_summary(0, 0).entropy) == 409
-
-
-def padded(lengths: list[int], side: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns ids and mask of texts of these lengths with padding."""
-    longest = max(lengths)
-    ids, mask = torch.zeros(len(lengths), longest, dtype=torch.long), torch.zeros(len(lengths), longest).long()
-    for row, length in enumerate(lengths):
-        place = slice(longest - length, longest) if side == "left" else slice(0, length)
-        ids[row, place], mask[row, place] = random_ids(1, length, seed=row)[0], 1
-    return ids, mask
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

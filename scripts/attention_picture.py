@@ -49,7 +49,8 @@ def main(name: str, gguf_file: str | None = None) -> None:
         model(ids)
     maps = {(layer, head): captured.attention(layer, head) for layer, head in HEADS}
     with styled():
-        draw(maps, [tokenizer.decode(each).strip() for each in ids[0]]).savefig(PICTURE, metadata={"Software": None})
+        drawn = draw(maps, [str(tokenizer.decode(each)).strip() for each in ids[0]])
+        drawn.savefig(PICTURE, metadata={"Software": None})
 
 
 if __name__ == "__main__":

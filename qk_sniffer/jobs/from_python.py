@@ -5,21 +5,22 @@ job resumes it or adds to its dataset, and it replaces the work in a folder only
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from qk_sniffer.config import Config, DatasetConfig, OutputConfig, ShardConfig, VerifyConfig
 from qk_sniffer.corpus.token_ids import NO_TOKENIZER
 from qk_sniffer.errors import StoreError
+from qk_sniffer.hub.revisions import hub_commit_of
 from qk_sniffer.jobs.assemble import finish_interrupted_promotion, mark_done
 from qk_sniffer.jobs.finish import make_dataset
 from qk_sniffer.jobs.identity import Job
+from qk_sniffer.jobs.software import installed, versions_of_loaded
 from qk_sniffer.jobs.source_rows import START_PATIENCE_S
-from qk_sniffer.resolved import ResolvedConfig, resolve, safe_name
+from qk_sniffer.resolved import ResolvedConfig, fingerprint, resolve, safe_name
 from qk_sniffer.store.claim import Claim
 from qk_sniffer.store.disk import type_of
 from qk_sniffer.store.journal import Journal
@@ -59,18 +60,20 @@ def settings_of(config: Config, facts: Mapping[str, Any]) -> ResolvedConfig:
     return replace(resolved, model=replace(resolved.model, tokenizer=tokenizer), output=OutputConfig())
 
 
-def record_of(config: ResolvedConfig, model: Mapping[str, Any], commit: str | None) -> dict[str, Any]:
+def record_of(
+    config: ResolvedConfig, model: Mapping[str, Any], commit: str | None, *, quantizers: Iterable[str] = ()
+) -> dict[str, Any]:
     """Returns the record of a capture from Python: what is known of it before its first call.
 
     Args:
         config: from `settings_of`.
         model: the facts of the model, in the form of the manifest.
         commit: the commit of the model on the Hub that its config tells, if any.
+        quantizers: the packages that quantize its weights.
     """
-    job = Job.of(config, {"model": commit, "tokenizer": None, "dataset": None})
-    if "adapter" in model:
-        with suppress(PackageNotFoundError):
-            job.versions["peft"] = version("peft")
+    packages = ["torch", "transformers", *(["peft"] if "adapter" in model else [])]
+    versions = installed(packages) | versions_of_loaded(quantizers)
+    job = Job(fingerprint(config), {"model": hub_commit_of(commit), "tokenizer": None, "dataset": None}, versions)
     unknown: dict[str, list[str]] = {"license": [], "language": []}
     return job.to_dict() | {
         "source": SOURCE,

@@ -69,7 +69,7 @@ def described(facts: CaptureFacts) -> tuple[ResolvedConfig, dict[str, Any]]:
             "adapter": {"kind": str(getattr(kind, "value", kind)), "base": None if base is None else public_name(base)}
         }
     config = settings_of(facts.config, model)
-    return config, record_of(config, model, facts.model_commit)
+    return config, record_of(config, model, facts.model_commit, quantizers=facts.backbone.stored.quantizers)
 
 
 def _write(

@@ -14,7 +14,6 @@ from typing import Self
 
 from qk_sniffer.errors import CaptureError, QkSnifferError
 from qk_sniffer.jobs.from_python import discard_capture, finish_capture, registered, unfinished_capture
-from qk_sniffer.logs import logger
 from qk_sniffer.notebook.facts import CaptureFacts
 from qk_sniffer.notebook.save import described
 from qk_sniffer.store.claim import Claim
@@ -22,9 +21,6 @@ from qk_sniffer.store.journal import ExampleRecord, Journal
 from qk_sniffer.store.journal_writer import JournalWriter
 from qk_sniffer.store.rows import INDEX, Event, Rows, Slot, example_key
 from qk_sniffer.store.statistics import Part, PartKey, part_tensors
-from qk_sniffer.text import compact_ranges
-
-log = logger(__name__)
 
 WAY_OUT = "Choose another folder (to=...), or remove this one"
 
@@ -32,7 +28,7 @@ WAY_OUT = "Choose another folder (to=...), or remove this one"
 class FolderStream:
     """A `PassSink` that writes to the journal of a folder; a context manager around all passes.
 
-    An example of a failed pass is dropped whole if earlier passes have given rows of it: they are on the disk already.
+    The rows of a failed pass may be on the disk when it fails. The compaction leaves them out.
 
     Attributes:
         folder: of the dataset, which exists after the block.
@@ -50,8 +46,6 @@ class FolderStream:
         self._stack = ExitStack()
         self._of_pass: set[int] = set()  # the examples with rows in the open pass
         self._earlier: set[int] = set()  # the open examples with rows of earlier passes
-        self._dropped: set[int] = set()
-        self._problem: str | None = None
 
     def __enter__(self) -> Self:
         """Registers the capture in the folder.
@@ -114,9 +108,7 @@ class FolderStream:
 
         Raises:
             StoreError: the disk is full or fails.
-            CaptureError: a pass failed before, and the statistics have tokens of an example that is dropped.
         """
-        self._check()
         return self._writer.reserve(rows)
 
     def commit(self, slot: Slot, event: Event | None) -> None:
@@ -131,33 +123,17 @@ class FolderStream:
 
     def drop_pass(self, examples: Collection[int]) -> None:
         """See `PassSink.drop_pass`."""
-        lost = self._earlier.intersection(examples)
-        self._writer.abandon(example_key(number, 0) for number in {*examples, *self._of_pass})
+        self._writer.abandon(example_key(number, 0) for number in self._of_pass - self._earlier)
         self._of_pass.clear()
-        self._earlier -= lost
-        self._dropped |= lost
-        if not lost:
-            return
-        what = f"a forward pass failed, and examples {compact_ranges(lost)} are dropped: {self.folder} has rows of them"
-        log.warning("%s that earlier passes have written", what)
-        if self._statistics is not None:
-            self._problem = f"{what}, whose tokens are in the statistics already. Capture again into another folder"
 
     def complete(self, records: Sequence[ExampleRecord]) -> None:
-        """See `PassSink.complete`. Ignores examples that are dropped.
+        """See `PassSink.complete`.
 
         Raises:
             StoreError: the disk is full or fails.
-            CaptureError: see `reserve`.
         """
-        self._check()
-        kept = [record for record in records if record.index not in self._dropped]
-        self._writer.complete(kept, ends_group=self._statistics is None)
+        self._writer.complete(records, ends_group=self._statistics is None)
         self._earlier.difference_update(record.index for record in records)
-
-    def _check(self) -> None:
-        if self._problem is not None:
-            raise CaptureError(self._problem)
 
     def _finish(self) -> None:
         with self._writer:
@@ -168,7 +144,6 @@ class FolderStream:
 
     def _end_group(self) -> None:
         if self._statistics is not None:
-            self._check()
             self._writer.complete([], statistics=part_tensors(self._statistics()))
 
     def _leave(self, error: BaseException) -> None:

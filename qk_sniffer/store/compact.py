@@ -32,6 +32,7 @@ from qk_sniffer.store.compaction_plan import (
     WAY_OUT,
     Block,
     CompactionPlan,
+    Ends,
     Group,
     SegmentFiles,
     find_blocks,
@@ -99,12 +100,12 @@ def compact(
 
     Hold the finalize lock from here to the end of `promote`. Heads without rows get a file without rows. `capture` says
     which columns they have; None for the defaults. `token_string` is needed for the strings of tokens. `has_segments`:
-    whether the list of examples has their segments, which a column of segments needs. `attention` is
-    the table of the attention summaries, whose files are among `heads` with the kind `ATTENTION`. The rows of
-    `previous`, a finished dataset with the same heads, come before those of the journals. With `split`, examples are
-    parts of texts, and their list says which. `from_python`: whether the list has the first position of each, as for a
-    capture from Python. `on_file` is called, from several threads, with the name of every file
-    that is written. `access` is the way to the files: the claim of the journals' job.
+    whether the list of examples has their segments, which a column of segments needs. `attention` is the table of the
+    attention summaries, whose files are among `heads` with the kind `ATTENTION`. The rows of `previous`, a finished
+    dataset with the same heads, come before those of the journals. With `split`, examples are parts of texts, and their
+    list says which. `from_python`, for a capture from Python: the list has the first position of each, and rows after
+    the end of an example are left out: those of a forward pass that failed. `on_file` is called, from several threads,
+    with the name of every file that is written. `access` is the way to the files: the claim of the journals' job.
 
     Raises:
         StoreError: the journals are damaged, contradict each other or lack what a column needs; the disk is full; or a
@@ -118,10 +119,12 @@ def compact(
         journal.verify()
     with explained(layout.journal_folder, "read"):
         blocks = find_blocks(journals)
+    key = np.fromiter((record.key for record in records), np.int64, len(records))
+    ends = Ends(key, np.array([record.num_tokens for record in records], np.int64)) if from_python else None
     job = _Job(
         layout.staging,
         blocks,
-        np.fromiter((record.key for record in records), np.int64, len(records)),
+        key,
         np.fromiter((record.example_id for record in records), np.int32, len(records)),
         sampler,
         capture or CaptureConfig(),
@@ -130,6 +133,7 @@ def compact(
         attention,
         previous,
         row_group_bytes,
+        ends,
         access,
     )
     added, records = records, old + records
@@ -187,6 +191,7 @@ class _Job:
     attention: AttentionTable | None
     previous: PreviousVersion | None
     row_group_bytes: int
+    ends: Ends | None
     access: Access
     stop: threading.Event = field(default_factory=threading.Event)
     tokenizer: threading.Lock = field(default_factory=threading.Lock)  # a tokenizer may not be thread-safe
@@ -198,7 +203,7 @@ class _Job:
         nonfinite: Counter[str] = Counter()
         self.access.check()
         with SegmentFiles(self.access) as segments:
-            plan = plan_compaction(self.blocks.get((heads[0].layer, kind), []), segments)
+            plan = plan_compaction(self.blocks.get((heads[0].layer, kind), []), segments, self.ends)
             self._check(heads, plan.blocks)
             rows_per_group = max(1, self.row_group_bytes // (4 * head_dim))
             with ExitStack() as stack:

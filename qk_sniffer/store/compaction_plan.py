@@ -126,8 +126,25 @@ def find_blocks(journals: Sequence[Journal]) -> dict[tuple[int, str], list[Block
     return found
 
 
-def plan_compaction(blocks: Sequence[Block], files: "SegmentFiles") -> CompactionPlan:
-    """Returns the plan of the blocks of one (layer, kind).
+@dataclass(frozen=True, eq=False)
+class Ends:
+    """Where examples end whose last forward pass failed: it has left rows after their last token."""
+
+    key: Int64
+    """(num_examples,): ascending."""
+    num_tokens: Int64
+    """(num_examples,)"""
+
+    def are_before(self, runs: Int64) -> npt.NDArray[np.bool_]:
+        """Returns which of `runs` (num_runs, 7) are of tokens of their example. A pass adds its rows in runs of their
+        own."""
+        at = np.minimum(np.searchsorted(self.key, keys_of(runs)), len(self.key) - 1)
+        kept: npt.NDArray[np.bool_] = runs[:, FIRST] < self.num_tokens[at]
+        return kept
+
+
+def plan_compaction(blocks: Sequence[Block], files: "SegmentFiles", ends: Ends | None = None) -> CompactionPlan:
+    """Returns the plan of the blocks of one (layer, kind). Rows after the `ends` of their examples are left out.
 
     Raises:
         StoreError: the blocks contain a row twice, or differ in dtype or size.
@@ -142,7 +159,10 @@ def plan_compaction(blocks: Sequence[Block], files: "SegmentFiles") -> Compactio
         runs = np.empty(place.shape, np.int64)
         files.read(block.path, place.offset, runs)
         runs = with_parts(runs)
-        tables.append(runs[np.isin(runs[:, BATCH], block.batches)])
+        is_kept = np.isin(runs[:, BATCH], block.batches)
+        if ends is not None:
+            is_kept &= ends.are_before(runs)
+        tables.append(runs[is_kept])
         owners.append(np.full(len(tables[-1]), number))
     runs, owner = np.concatenate(tables), np.concatenate(owners)
     order = np.lexsort((runs[:, FIRST], runs[:, PART], runs[:, INDEX]))

@@ -171,40 +171,24 @@ def test_an_error_before_the_first_example_leaves_nothing(checkpoint: Path, tmp_
     assert not (tmp_path / "out").exists()
 
 
-def test_examples_of_a_failed_pass_are_dropped(
-    checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+@pytest.mark.parametrize("sections", [{}, STATISTICS], ids=["rows", "statistics"])
+def test_a_failed_pass_leaves_no_row(sections: dict[str, Any], checkpoint: Path, tmp_path: Path) -> None:
     def act(passes: Passes) -> None:
         passes.whole(TEXTS[:2])
-        with pytest.raises(Exception, match="out of memory"):
+        with pytest.raises(CaptureError, match="out of memory"):
             passes.part(2, TEXTS[2], fails=True)  # its number is free
         passes.part(2, TEXTS[5])
         passes.sink.complete([passes.record(2, TEXTS[5])])
         passes.part(3, TEXTS[3], 0, 40)
-        with pytest.raises(Exception, match="out of memory"):
+        with pytest.raises(CaptureError, match="out of memory"):
             passes.part(3, TEXTS[3], 40, fails=True)
-        passes.sink.complete([passes.record(3, TEXTS[3][:40])])
         passes.part(4, TEXTS[4])
-        passes.sink.complete([passes.record(4, TEXTS[4])])
+        passes.sink.complete([passes.record(4, TEXTS[4]), passes.record(3, TEXTS[3][:40])])
 
-    root = streamed(facts_of(checkpoint), tmp_path / "out", act)
-    assert "a forward pass failed, and examples 3 are dropped" in caplog.text
+    root = streamed(facts_of(checkpoint, **sections), tmp_path / "out", act)
     examples = qk_sniffer.open_dataset(root).examples
-    assert examples["example_id"].to_pylist() == [0, 1, 2, 4]
-    assert examples["num_tokens"].to_pylist() == [len(TEXTS[number]) for number in (0, 1, 5, 4)]
+    assert examples["num_tokens"].to_pylist() == [20, 33, len(TEXTS[5]), 40, len(TEXTS[4])] and len(TEXTS[3]) > 50
     assert verify(root).problems == 0
-
-
-def test_statistics_refuse_to_go_on_without_an_example_that_is_in_them(checkpoint: Path, tmp_path: Path) -> None:
-    def act(passes: Passes) -> None:
-        passes.whole(TEXTS[:2])
-        passes.part(2, TEXTS[2], 0, 20)
-        with pytest.raises(Exception, match="out of memory"):
-            passes.part(2, TEXTS[2], 20, fails=True)
-        passes.whole(TEXTS[:1])
-
-    with pytest.raises(CaptureError, match=r"whose tokens are in the statistics already\. Capture again into another"):
-        streamed(facts_of(checkpoint, **STATISTICS), tmp_path / "out", act)
 
 
 def test_two_captures_do_not_write_to_one_folder(checkpoint: Path, tmp_path: Path) -> None:

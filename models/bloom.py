@@ -12,7 +12,7 @@ from qk_sniffer import families
 class Family(families.Family):
     """Query, key and value are parts of the output of its single projection.
 
-    They are shown before the output projection: only then does a cache have the keys that the queries attend to.
+    They are shown once there are weights: only then does a cache have the keys that the queries attend to.
     """
 
     def register_tap(self, module: Any, on_query_key: Callable[..., None]) -> Sequence[Any]:
@@ -32,7 +32,7 @@ class Family(families.Family):
         return [
             module.register_forward_pre_hook(note, with_kwargs=True),
             module.query_key_value.register_forward_hook(note_projected),
-            module.dense.register_forward_pre_hook(show),
+            module.attention_dropout.register_forward_pre_hook(show),
         ]
 
     def register_output_tap(self, module: Any, on_output: Callable[[torch.Tensor], None]) -> Sequence[Any]:

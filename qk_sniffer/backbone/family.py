@@ -147,8 +147,9 @@ class Family:
         """Makes `module` call `on_query_key(query, key)` in each forward pass.
 
         Only modules that do not call a kernel of the attention interface need this. Query and key have the shapes of
-        `AttentionCall`. `value`, `scaling` and other arguments of a kernel may follow by name; values are captured only
-        where `value` does.
+        `AttentionCall`. With a key-value cache, the call comes after the cache's update, with all keys that the module
+        attends to or with the new ones alone. `value`, `scaling` and other arguments of a kernel may follow by name;
+        values are captured only where `value` does.
 
         Returns handles whose `remove()` restores the module; the tap removes the last one first.
         """

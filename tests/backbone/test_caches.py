@@ -46,7 +46,13 @@ def capturing(model: Any, on_call: Callable[[AttentionCall], None] = lambda call
     def note(_: Any, inputs: Any, arguments: dict[str, Any]) -> None:
         mask, (batch, n) = arguments.get("attention_mask"), arguments["input_ids"].shape
         past = int(arguments["past_key_values"].get_seq_length())
-        held = np.ones((batch, past + n), bool) if mask is None else mask.numpy() > 0
+        if mask is None:
+            held = np.ones((batch, past + n), bool)
+        elif mask.dim() == 2:
+            held = mask.numpy() > 0
+        else:  # by query and key, of a static cache: a token sees itself
+            of_pass = mask[:, 0].diagonal(min(past, mask.shape[-1] - n), 1, 2).numpy()
+            held = np.concatenate([running[0].position >= 0, of_pass], axis=1) if past else of_pass
         running[:] = [Slots(np.where(held, held.cumsum(axis=1) - 1, PADDING))]
 
     hook = backbone.decoder.register_forward_pre_hook(note, with_kwargs=True)
@@ -66,7 +72,15 @@ PROMPTS[1, :5] = 0
 MASK = (PROMPTS > 0).long()
 
 
-@pytest.mark.parametrize("options", [{}, {"do_sample": True, "num_return_sequences": 2}, {"prefill_chunk_size": 5}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"do_sample": True, "num_return_sequences": 2},
+        {"prefill_chunk_size": 5},
+        {"cache_implementation": "static"},
+    ],
+)
 def test_generation_shows_each_key_once_at_its_position(model: Any, options: dict[str, Any]) -> None:
     """Prompts with padding; the tokens of each row are those of one pass over what was generated."""
     seen: dict[tuple[int, int], list[torch.Tensor]] = {}

@@ -17,6 +17,7 @@ from mkdocs.structure.files import File
 ROOT = Path(__file__).resolve().parents[1]
 
 OUTSIDE = (
+    *sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("examples/*.ipynb")),
     "models/SUPPORTED.md",
     "models/ADDING.md",
     "CONTRIBUTING.md",

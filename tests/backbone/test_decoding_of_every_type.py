@@ -34,7 +34,7 @@ REFUSED: dict[tuple[str, bool], str] = {
 }
 """By type, and whether there is padding. MiniMax M3 selects blocks of padding. Moshi has a window with a cache only."""
 
-_ALWAYS = "axk2 bamba doge jamba zamba2"
+_ALWAYS = "bamba jamba zamba2"
 _PADDED = "bart bigbird_pegasus blenderbot blenderbot-small camembert data2vec-text falcon_h1 granitemoehybrid "
 _PADDED += "lfm2_moe lfm3 llama4 llama4_text marian mbart nemotron_h pegasus plbart roberta roberta-prelayernorm "
 _PADDED += "xlm-roberta xlm-roberta-xl xmod zamba zaya"
@@ -42,7 +42,7 @@ CHANGE = {(name, False) for name in _ALWAYS.split()} | {(name, True) for name in
 """Types of which decoding has other vectors than one pass, with or without the tap, and whether there is padding.
 
 Recurrent and convolving layers see padding, and do not go on with several tokens; learned positions, and the scale of
-Llama 4's queries, count padding; a selection of keys by almost equal scores depends on rounding.
+Llama 4's queries, count padding.
 """
 
 pytestmark = [
@@ -79,7 +79,8 @@ def test_decoding_of_every_type(model_type: str, is_padded: bool) -> None:
     kinds = "qk" + "vo" * all(isinstance(fact.output_dim, int) for fact in facts)
     found, _ = decoded(backbone, passes(), kinds)
     wrong = differences(found, at_once(backbone, IDS, kinds), TOLERANCE)
-    assert bool(wrong) is ((model_type, is_padded) in CHANGE)
+    if not any(fact.sparse_attention for fact in facts):  # a selection by almost equal scores depends on rounding
+        assert bool(wrong) is ((model_type, is_padded) in CHANGE)
     before = Backbone(decoder, backbone.family, pre_rope=True)
     try:
         expected = at_once(before, IDS, "qk")

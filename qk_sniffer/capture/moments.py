@@ -228,6 +228,10 @@ class Moments:
         """Forgets all tokens."""
         self._sums.clear()
 
+    def part(self, key: PartKey) -> Part | None:
+        """Returns the part of a key since the last `take`, on the host; None without a token."""
+        return self._sums[key].part() if key in self._sums else None
+
     def parts(self) -> dict[PartKey, Part]:
         """Returns the parts since the last `take`, on the host."""
         return {key: sums.part() for key, sums in self._sums.items()}

@@ -25,6 +25,7 @@ from qk_sniffer.dataset.head_vectors import HeadVectors
 from qk_sniffer.dataset.reader import Dataset, open_dataset
 from qk_sniffer.dataset.recomputed_attention import Attention, Logits
 from qk_sniffer.errors import CaptureError
+from qk_sniffer.logs import logger
 from qk_sniffer.notebook.facts import CaptureFacts
 from qk_sniffer.notebook.memory import MemoryStore
 from qk_sniffer.notebook.model import UserBackbone
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
     import pandas
     import polars
 
+log = logger(__name__)
+
 MAX_ROWS = 10_000_000
 """The default of `max_rows`: 2.6 GB of vectors of 128 numbers in 16 bits."""
 
@@ -52,8 +55,8 @@ MAX_ROWS = 10_000_000
 def capture(
     model: nn.Module,
     *,
-    layers: Iterable[int] | None = None,
-    heads: Iterable[int] | None = None,
+    layers: Iterable[int] | int | None = None,
+    heads: Iterable[int] | int | None = None,
     kinds: Iterable[str] = "qk",
     sampler: str | SamplerConfig = "all",
     pre_rope: bool = False,
@@ -120,7 +123,7 @@ class Captured:
         parts = None if self._statistics is None else self._statistics.parts
         self._store = MemoryStore(piece_bytes=1 << 62)
         self._stream = None if to is None else FolderStream(facts, to, parts)
-        self._in_memory = MemoryReader(facts, self._store, self._examples.all, parts)
+        self._in_memory = MemoryReader(facts, self._store, self._examples.all, self._statistics)
         self._stack: ExitStack | None = None
         self._was_entered = False
         self.heads: list[HeadKey] = self._in_memory.heads
@@ -153,6 +156,10 @@ class Captured:
         assert self._stack is not None
         stack, self._stack = self._stack, None
         stack.__exit__(kind, error, trace)
+        if error is None and not self._examples.all:
+            log.warning(
+                "no forward pass was captured: the model's decoder did not run in the block, in the thread of the block"
+            )
 
     @property
     def _reader(self) -> MemoryReader | Dataset:

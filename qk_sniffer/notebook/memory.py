@@ -18,6 +18,10 @@ from qk_sniffer.store.journal import ExampleRecord
 from qk_sniffer.store.layout import ATTENTION
 from qk_sniffer.store.rows import COUNT, INDEX, Event, Form, Rows, RowSink, Slot
 
+BUNDLE = 64
+"""The parts of a layer and kind that are joined when there are as many. A step of decoding gives one of a few rows,
+whose objects take as much memory as its numbers."""
+
 
 class PassSink(RowSink, Protocol):
     """Takes the rows of forward passes that someone else runs. In `Rows`, `index` is the number of an example."""
@@ -66,6 +70,7 @@ class MemoryStore:
         self._forms: dict[tuple[int, str], Form] = {}
         self._of_pass: list[Slot] = []
         self._rows: dict[tuple[int, str], list[StoredRows]] = {}
+        self._recent: dict[tuple[int, str], list[StoredRows]] = {}
 
     @contextmanager
     def reserve(self, rows: Rows) -> Iterator[Slot]:
@@ -85,8 +90,12 @@ class MemoryStore:
         """See `PassSink.end_pass`."""
         for slot in self._of_pass:
             slot.wait()
-            rows = _rows_of(slot)
-            self._rows.setdefault((slot.layer, slot.kind), []).append(rows)
+            rows, key = _rows_of(slot), (slot.layer, slot.kind)
+            recent = self._recent.setdefault(key, [])
+            recent.append(rows)
+            if len(recent) == BUNDLE:
+                self._rows.setdefault(key, []).append(_joined(recent))
+                recent.clear()
             if slot.kind != ATTENTION:
                 self.num_rows += rows.vectors.shape[0] * rows.vectors.shape[1]
             self.nbytes += slot.nbytes
@@ -108,12 +117,12 @@ class MemoryStore:
 
         The rows are joined and sorted in the first call after a pass, and kept so.
         """
-        parts = self._rows.get((layer, kind))
-        if parts is None:
+        parts = [*self._rows.get((layer, kind), ()), *self._recent.pop((layer, kind), ())]
+        if not parts:
             return None
-        if len(parts) > 1:
-            parts[:] = [_joined(parts)]
-        return parts[0]
+        joined = parts[0] if len(parts) == 1 else _joined(parts)
+        self._rows[layer, kind] = [joined]
+        return joined
 
 
 def _rows_of(slot: Slot) -> StoredRows:

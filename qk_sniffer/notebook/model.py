@@ -109,6 +109,7 @@ def _decoder(model: PreTrainedModel, family: Family) -> nn.Module:
             inner = family.decoder(found)
         except (AttributeError, NotImplementedError):
             return found
+        inner = getattr(inner, "_orig_mod", inner)  # of a compiled module
         if inner is found or not isinstance(inner, PreTrainedModel):
             return found
         found = inner

@@ -1,6 +1,6 @@
 """Reads the rows of a capture from memory, by the methods of a dataset."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
@@ -16,12 +16,13 @@ from qk_sniffer.dataset.recomputed_attention import Attention, Logits, attention
 from qk_sniffer.errors import CaptureError, StoreError
 from qk_sniffer.notebook.facts import CaptureFacts
 from qk_sniffer.notebook.memory import MemoryStore, StoredRows
+from qk_sniffer.notebook.statistics import PassStatistics
 from qk_sniffer.notebook.tokens import Example
 from qk_sniffer.store.attention_table import AttentionTable
 from qk_sniffer.store.journal import ExampleRecord
 from qk_sniffer.store.layout import ATTENTION, WIDTHS, HeadKey, examples_schema, schema
 from qk_sniffer.store.row_filter import RowFilter, RowValues
-from qk_sniffer.store.statistics import Part, PartKey, Statistics, paired, stages_of
+from qk_sniffer.store.statistics import PartKey, Statistics, paired, stages_of
 from qk_sniffer.text import compact_ranges, shortened
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ class MemoryReader:
         facts: CaptureFacts,
         store: MemoryStore,
         examples: Sequence[Example],
-        statistics: Callable[[], Mapping[PartKey, Part]] | None,
+        statistics: PassStatistics | None,
     ) -> None:
         self._facts = facts
         self._store = store
@@ -183,7 +184,7 @@ class MemoryReader:
                 f"layers {compact_ranges(sorted({each.layer for each in self.heads}))}, kinds "
                 f"{', '.join(sorted({each.kind for each in self.heads}))}, stages {', '.join(settings.stages)}"
             )
-        part = self._statistics().get(key)
+        part = self._statistics.part(key)
         if part is None:
             raise CaptureError(f"there are no statistics of layer {layer} yet: no forward pass has ended")
         pairs = paired(self._layers[layer].rotation, part.modulus.shape[1])

@@ -1,5 +1,6 @@
 """Turns the arguments of `capture` into the settings of a job, and finds the heads that they select in a model."""
 
+import operator
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -31,8 +32,8 @@ Settings = TypeVar("Settings", AttentionConfig, StatisticsConfig)
 
 def config_of(
     *,
-    layers: Iterable[int] | None,
-    heads: Iterable[int] | None,
+    layers: Iterable[int] | int | None,
+    heads: Iterable[int] | int | None,
     kinds: Iterable[str],
     sampler: str | SamplerConfig,
     pre_rope: bool,
@@ -44,6 +45,11 @@ def config_of(
     Raises:
         ConfigError: a value is wrong.
     """
+    for name, value, kind in (("attention", attention, AttentionConfig), ("statistics", statistics, StatisticsConfig)):
+        if not isinstance(value, bool | kind):
+            raise ConfigError([f"{name} is {value!r}; give True, False or a qk_sniffer.config.{kind.__name__}"])
+    if not isinstance(sampler, str | SamplerConfig):
+        raise ConfigError([f"sampler is {sampler!r}; give the name of a sampler or a qk_sniffer.config.SamplerConfig"])
     wanted = _kinds(kinds)
     on_off: dict[str, Any] = {key.rpartition(".")[2]: kind in wanted for kind, key in KIND_SETTINGS.items()}
     config = Config(
@@ -51,8 +57,8 @@ def config_of(
         sampler=SamplerConfig(type=sampler) if isinstance(sampler, str) else sampler,
         capture=CaptureConfig(
             **on_off,
-            layers=None if layers is None else [*layers],
-            heads=None if heads is None else [*heads],
+            layers=_numbers("layers", layers),
+            heads=_numbers("heads", heads),
             capture_pre_rope=pre_rope,
             attention=AttentionConfig(enabled=attention) if isinstance(attention, bool) else _on(attention),
             statistics=StatisticsConfig(enabled=statistics) if isinstance(statistics, bool) else _on(statistics),
@@ -105,6 +111,15 @@ def facts_of(model: nn.Module, config: Config, family: str | Family | None) -> C
 
 def _on(settings: Settings) -> Settings:
     return replace(settings, enabled=True)
+
+
+def _numbers(name: str, numbers: Iterable[int] | int | None) -> list[int] | None:
+    if numbers is None:
+        return None
+    try:
+        return [*map(operator.index, numbers if isinstance(numbers, Iterable) else [numbers])]
+    except TypeError:
+        raise ConfigError([f"{name} is {numbers!r}; give numbers, such as [0, 1]"]) from None
 
 
 def _kinds(kinds: Iterable[str]) -> list[str]:

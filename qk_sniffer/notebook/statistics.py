@@ -61,16 +61,17 @@ class PassStatistics:
         self._of_pass.clear()
         self._new = {}
 
+    def part(self, key: PartKey) -> Part | None:
+        """Returns the statistics of all finished passes for a key, on the host; None if no pass has ended."""
+        self._add_kept()
+        return self._done.part(key)
+
     def parts(self) -> dict[PartKey, Part]:
-        """Returns the statistics of all finished passes since the last `take`, on the host."""
+        """Returns the statistics of all finished passes, on the host."""
         self._add_kept()
         return self._done.parts()
 
-    def take(self) -> dict[PartKey, Part]:
-        """Returns the statistics of all finished passes since the last call, and forgets their tokens."""
-        self._add_kept()
-        return self._done.take()
-
+    @torch.inference_mode(mode=False)
     @torch.no_grad()
     def _add_kept(self) -> None:
         for layer, kind in {key for of_pass in self._kept for key in of_pass}:

@@ -215,6 +215,36 @@ def test_vectors_before_rope_and_statistics_of_both_stages() -> None:
             np.testing.assert_allclose(found.covariance, cov, rtol=1e-3, atol=1e-4)
 
 
+def test_statistics_alone() -> None:
+    model = LLAMA.model()
+    with torch.no_grad(), qk_sniffer.capture(model, sampler="none", statistics=True, kinds="qkvo") as captured:
+        model(input_ids=random_ids(1, 300))
+        model(input_ids=random_ids(1, 30, seed=1))
+        early = captured.statistics(1, "v").count.tolist()
+        model(input_ids=random_ids(1, 5, seed=2))
+    assert early == [330, 330]
+    assert "0 rows of 3 examples" in repr(captured)
+    backbone = UserBackbone(model)
+    texts = [random_ids(1, 300), random_ids(1, 30, seed=1), random_ids(1, 5, seed=2)]
+    for kind in "qkvo":
+        found = captured.statistics(1, kind)
+        expected = torch.cat([at_once(backbone, ids, kind)[1, kind][0] for ids in texts], dim=1)
+        assert found.count.tolist() == [335] * len(expected)
+        np.testing.assert_allclose(found.mean, expected.mean(1), rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(found.minimum, expected.amin(1))
+        cov = torch.stack([head.T.cov() for head in expected])
+        np.testing.assert_allclose(found.covariance, cov, rtol=1e-3, atol=1e-4)
+
+
+def test_a_block_without_a_pass_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    model: Any = LLAMA.model()
+    with qk_sniffer.capture(model):
+        thread = threading.Thread(target=lambda: model(input_ids=random_ids(1, 7)))
+        thread.start()
+        thread.join()
+    assert "no forward pass was captured" in caplog.text
+
+
 def test_other_threads_are_not_seen() -> None:
     model = LLAMA.model()
     expected = model(input_ids=random_ids(1, 7)).logits
@@ -272,7 +302,7 @@ def test_a_pass_that_fails_leaves_no_rows_and_no_example() -> None:
 
 def test_only_the_asked_for_layers_heads_and_kinds_are_captured() -> None:
     model = LLAMA.model()
-    with torch.no_grad(), qk_sniffer.capture(model, layers=[0, 2], heads=[3], kinds="kv") as captured:
+    with torch.no_grad(), qk_sniffer.capture(model, layers=np.array([0, 2]), heads=3, kinds="kv") as captured:
         model(input_ids=random_ids(1, 5))
     assert captured.heads == [(0, 1, "k"), (0, 1, "v"), (2, 1, "k"), (2, 1, "v")]
     assert captured.tensor(2, "v").shape == (5, 1, 8)
@@ -313,6 +343,10 @@ def test_packed_texts_are_refused() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"layers": ["a"]}, r"layers is \['a'\]; give numbers"),
+        ({"attention": 8}, r"attention is 8; give True, False or a qk_sniffer\.config\.AttentionConfig"),
+        ({"sampler": 3}, r"give the name of a sampler or a qk_sniffer\.config\.SamplerConfig"),
+        ({"sampler": SamplerConfig("all", segments=["user"])}, "knows no segments"),
         ({"layers": [0, 7]}, "no layer 7; the layers with attention are 0-2"),
         ({"heads": [9]}, "no eligible layer has query head 9"),
         ({"kinds": "qx"}, r"kind 'x', which does not exist; valid: 'q' \(query\)"),

@@ -138,6 +138,12 @@ def test_hooks_of_the_user_that_change_the_pass() -> None:
     check(captured, model.model, ids)
 
 
+def with_compiled_decoder() -> Any:
+    model: Any = LLAMA.model()
+    model.model = torch.compile(model.model, backend="eager")
+    return model
+
+
 class Wrapper(nn.Module):
     """A module of the user's own around a model."""
 
@@ -158,8 +164,9 @@ class Wrapper(nn.Module):
         lambda: LlamaForSequenceClassification(LLAMA.config()),
         Wrapper,
         lambda: nn.DataParallel(LLAMA.model()),
+        with_compiled_decoder,
     ],
-    ids=["decoder", "classifier", "wrapper", "DataParallel"],
+    ids=["decoder", "classifier", "wrapper", "DataParallel", "compiled"],
 )
 def test_models_with_a_decoder_inside(make: Any) -> None:
     torch.manual_seed(0)

@@ -42,7 +42,7 @@ check: install  ## check lint, format and types
 
 docs: install  ## build the site into site/; a broken link or reference fails
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
-	$(BIN)/python -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # Has the oldest transformers that pyproject.toml admits, with a huggingface_hub 1, in its own environment.
 FLOOR := .venv-floor

@@ -192,6 +192,20 @@ def test_the_site_checks_the_pictures_of_a_page(page: str) -> None:
     assert "<img" not in (ROOT / page).read_text(), "mkdocs does not look for the file of a tag"
 
 
+@pytest.mark.parametrize("page", [*PAGES, "SECURITY.md", "benchmarks/README.md", "models/SUPPORTED.md"])
+def test_links_of_a_page_lead_to_files_and_headings_of_the_repository(page: str) -> None:
+    text = re.sub(r"^```.*?^```$", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)|<img src=\"([^\"]+)\"", text):
+        name, _, heading = "".join(target).partition("#")
+        if ":" in name:  # another host
+            continue
+        file = (ROOT / page).parent / name if name else ROOT / page
+        assert file.is_file(), target
+        if heading:
+            titles = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
+            assert heading in {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}, target
+
+
 def test_the_api_has_every_public_name() -> None:
     described = re.findall(r"^::: (\S+)$", (ROOT / "docs" / "api.md").read_text(), flags=re.MULTILINE)
     assert {*qk_sniffer.__all__} - {"__version__"} <= {name.rpartition(".")[2] for name in described}

@@ -192,9 +192,9 @@ def tap(
         if caches is not None:
             keys = caches.keys(n, key, value, arguments)
             key, value, arguments = keys.key, keys.value, keys.arguments
-        _refuse_other_keys(module, query, key)
         if running is not None and keys is not None:
             running.check(type(module).__name__, query.shape[0], n, keys.past)
+        _refuse_other_keys(module, query, key)
         window = family.sliding_window(module, arguments)
         if window is not None and window < 1:
             raise CaptureError(

@@ -107,6 +107,22 @@ def test_generation_shows_each_key_once_at_its_position(model: Any, options: dic
             torch.testing.assert_close(torch.cat(seen[layer, row], dim=1), keys, rtol=1e-4, atol=1e-4)
 
 
+def test_gemma_4_generates_with_all_tokens_of_its_layers() -> None:
+    torch.manual_seed(0)
+    gemma: Any = randomized(AutoModelForCausalLM.from_config(tiny_config("gemma4_text"))).eval()
+    seen: dict[int, int] = {}
+
+    def count(call: AttentionCall) -> None:
+        seen[call.layer] = seen.get(call.layer, 0) + call.query.shape[2]
+
+    options: dict[str, Any] = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    with capturing(gemma, count):
+        gemma.generate(PROMPTS[:1], output_hidden_states=True, return_dict_in_generate=True, **options)
+    assert set(seen.values()) == {12 + 3}
+    with pytest.raises(CaptureError, match="output_hidden_states=True"), capturing(gemma):
+        gemma.generate(PROMPTS[:1], **options)
+
+
 @pytest.mark.parametrize(
     ("options", "why"),
     [

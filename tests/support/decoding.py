@@ -65,7 +65,7 @@ class Passes:
                 arguments["position_ids"] = torch.from_numpy(self.slots.last(step).clip(min=0))
             ids = self._ids[:, done : done + step]
             output = self._decoder(input_ids=ids, past_key_values=self._cache, use_cache=True, **arguments)
-            self._cache = output.past_key_values
+            self._cache = getattr(output, "past_key_values", self._cache)
             hidden.append(output[0])
             done += step
         whole = torch.cat(hidden, dim=1)

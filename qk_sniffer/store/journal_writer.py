@@ -78,6 +78,7 @@ class JournalWriter:
         self._flush_s = flush_s
         self._changed = threading.Condition()
         self._queue: deque[Slot | GroupEnd] = deque()
+        self._ends: deque[GroupEnd] = deque()  # those in the queue
         try:
             self._buffer = Buffer(queue_bytes, pinned=pinned)
         except (MemoryError, RuntimeError) as error:  # the latter is torch's
@@ -146,7 +147,8 @@ class JournalWriter:
                 self._batch_keys |= set(keys_of(slot.runs).tolist())
             self._queue.append(slot)
             slot.committed = True
-            self._changed.notify_all()
+            if self._due():
+                self._changed.notify_all()
 
     def add_checks(self, checks: Sequence[AttentionFacts]) -> None:
         """Adds results of checks of attention kernels to the open batch, with which they become durable."""
@@ -180,8 +182,10 @@ class JournalWriter:
             with self._changed:
                 self._check_open()
                 self._queue.append(end)
+                self._ends.append(end)
                 self._ended_bytes += end.metadata_bytes
-                self._changed.notify_all()
+                if self._due() or len(self._ends) == 1:  # of which the thread knows when it is due
+                    self._changed.notify_all()
             self._group.clear()
         self._checks.clear()
         self._seen |= keys
@@ -298,13 +302,14 @@ class JournalWriter:
                         with suppress(Exception):
                             item.wait()
                 self._queue.clear()
+                self._ends.clear()
                 self._changed.notify_all()
 
     def _take(self) -> list[Slot | GroupEnd]:
         """Waits for the items of a segment; returns none once the writer is closed."""
         with self._changed:
             while not (self._closing or self._due()):
-                end = self._first_end()
+                end = self._ends[0] if self._ends else None
                 self._changed.wait(None if end is None else max(0.0, end.at + self._flush_s - time.monotonic()))
             self._memory_wanted = False
             items: list[Slot | GroupEnd] = []
@@ -318,6 +323,8 @@ class JournalWriter:
                 elif size >= self._segment_bytes:
                     break
                 items.append(self._queue.popleft())
+                if isinstance(item, GroupEnd):
+                    self._ends.popleft()
                 size += item.nbytes
                 if isinstance(item, GroupEnd) and item.statistics:
                     break  # a segment has the statistics of one group
@@ -329,11 +336,7 @@ class JournalWriter:
             return False
         if self._memory_wanted or max(self._buffer.taken / self._segment_bytes, self._ended_bytes / MOST_METADATA) >= 1:
             return True
-        end = self._first_end()
-        return end is not None and time.monotonic() >= end.at + self._flush_s
-
-    def _first_end(self) -> GroupEnd | None:
-        return next((item for item in self._queue if isinstance(item, GroupEnd)), None)
+        return bool(self._ends) and time.monotonic() >= self._ends[0].at + self._flush_s
 
     def _write(self, items: list[Slot | GroupEnd]) -> int:
         """Writes a segment, and returns its bytes."""

@@ -144,7 +144,7 @@ class Backbone:
         on_rotary: OnRotary | None = None,
         *,
         both_stages: bool = False,
-        slots: Callable[[], Slots | None] | None = None,
+        slots: Callable[[int], Slots | None] | None = None,
     ) -> Iterator[None]:
         """Opens the tap for forward passes that the caller runs; with `slots`, also those with padding and a cache."""
         family, layers = self.family, self.attention_layers

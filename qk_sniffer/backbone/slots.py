@@ -57,6 +57,6 @@ class Slots:
             raise CaptureError(
                 f"{name} attends in {batch} rows with {n} queries after {past} slots of a cache, and the model was "
                 f"called for {rows} rows of {total} slots. Either the cache or the attention mask is of other texts; "
-                "or the layer computes only the tokens whose logits are wanted: then pass output_hidden_states=True, "
-                "to generate with return_dict_in_generate=True, so that it computes all"
+                "or the layer computes only the tokens whose logits are wanted: then leave it out, or pass "
+                "output_hidden_states=True, to generate with return_dict_in_generate=True, so that it computes all"
             )

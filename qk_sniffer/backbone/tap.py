@@ -124,7 +124,7 @@ def tap(
     on_run: Callable[[KernelRun], None] | None = None,
     on_output: OnOutput | None = None,
     on_rotary: OnRotary | None = None,
-    slots: Callable[[], Slots | None] | None = None,
+    slots: Callable[[int], Slots | None] | None = None,
 ) -> Iterator[None]:
     """Calls `on_call` before each attention kernel that one of `layers` (module -> layer index) runs.
 
@@ -132,9 +132,9 @@ def tap(
     With `both_stages`, a call also has the vectors of the stage that `pre_rope` does not name.
     `on_rotary`, if given, is called first, with the layer, its module, its rotary calls, and query and key as attention
     receives them.
-    `slots`, if given, returns the slots of the pass that runs, or None for a call that is not to be shown, outside of
-    such a pass; it is called in each attention call. Calls without
-    `slots` have neither padding nor a cache. Passes of other threads are not shown.
+    `slots`, if given, receives the layer of each call, and returns the slots of the pass that runs; None for a call
+    that is not to be shown. Calls without `slots` have neither padding nor a cache. Passes of other threads are not
+    shown.
 
     Raises:
         CaptureError: vectors before RoPE are wanted, and the model has no rotary function. In the pass: one of `layers`
@@ -185,8 +185,9 @@ def tap(
         if last_seen and last_seen[0]() is query and last_seen[1]() is key:
             return None  # the same vectors again, to attend to other values
         last_seen[:] = weakref.ref(query), weakref.ref(key)
+        layer = family.layer(module, layers[module], forward_arguments)
         mask = arguments.get("attention_mask")
-        n, keys, running = query.shape[2], None, None if slots is None else slots()
+        n, keys, running = query.shape[2], None, None if slots is None else slots(layer)
         if slots is not None and running is None:
             return None
         if caches is not None:
@@ -212,7 +213,6 @@ def tap(
             if isinstance(mask, torch.Tensor):
                 checked_masks[:] = [one for one in checked_masks if one[0]() is not None]
                 checked_masks.append((weakref.ref(mask), rules, running))
-        layer = family.layer(module, layers[module], forward_arguments)
         if on_rotary is not None:
             on_rotary(layer, module, [*rotary_calls], query, key)
         after = query, key

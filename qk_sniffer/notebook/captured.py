@@ -5,7 +5,7 @@ with qk_sniffer.capture(model) as captured:
 queries, positions, example_ids = captured.vectors(0, 0, "q")
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -28,7 +28,6 @@ from qk_sniffer.errors import CaptureError
 from qk_sniffer.logs import logger
 from qk_sniffer.notebook.facts import CaptureFacts
 from qk_sniffer.notebook.memory import MemoryStore
-from qk_sniffer.notebook.model import UserBackbone
 from qk_sniffer.notebook.passes import PassRecorder
 from qk_sniffer.notebook.reader import MemoryReader
 from qk_sniffer.notebook.save import save
@@ -118,7 +117,7 @@ class Captured:
     def __init__(self, facts: CaptureFacts, *, max_rows: int, to: Path | None) -> None:
         self._facts = facts
         self._max_rows = max_rows
-        self._examples = Examples(**_end_of_rows(facts.backbone))
+        self._examples = Examples()
         self._statistics = PassStatistics(lambda: _moments(facts)) if facts.config.capture.statistics.enabled else None
         parts = None if self._statistics is None else self._statistics.parts
         self._store = MemoryStore(piece_bytes=1 << 62)
@@ -338,12 +337,3 @@ def _moments(facts: CaptureFacts) -> Moments:
     heads = {(layer, kind): heads for layer, kind, heads in facts.selection}
     pairs = {layer.heads.layer: rotary_pairs(layer, facts.backbone.frequencies) for layer in facts.layers}
     return Moments(facts.config.capture.statistics, heads, pairs)
-
-
-def _end_of_rows(backbone: UserBackbone) -> Mapping[str, frozenset[int]]:
-    """Returns the ids that end a row in generation, and those that fill it up afterwards."""
-    generation = getattr(backbone.model, "generation_config", None)
-    ends = getattr(generation, "eos_token_id", None)
-    end_ids = frozenset([ends] if isinstance(ends, int) else ends or ())
-    pad = getattr(generation, "pad_token_id", None)
-    return {"end_ids": end_ids, "pad_ids": end_ids if pad is None else frozenset([pad])}

@@ -4,6 +4,7 @@ Before a pass, the tokens to keep are chosen from its positions, as a job does. 
 one gather. When the pass ends, its rows count; those of a pass that fails are dropped. The pass itself is not changed.
 """
 
+import functools
 import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from transformers import StoppingCriteriaList
 
 from qk_sniffer.backbone.slots import Slots
 from qk_sniffer.backbone.tap import AttentionCall
@@ -82,6 +84,7 @@ class PassRecorder:
             for layer, kind, heads in facts.selection
         }
         self._both_stages = facts.both_stages
+        self._layers = {layer for layer, _ in self._writer.heads}
         self._pass: _Pass | None = None
         self._thread = threading.get_ident()
 
@@ -100,6 +103,7 @@ class PassRecorder:
                     slots=self._slots,
                 )
             )
+            stack.enter_context(_stops_noted(self._examples.note_stops))
             for handle in (
                 decoder.register_forward_pre_hook(self._begin, with_kwargs=True),
                 decoder.register_forward_hook(self._end),
@@ -169,9 +173,9 @@ class PassRecorder:
     def _apart(self) -> AbstractContextManager[None]:
         return _apart(self._backbone.device.type)
 
-    def _slots(self) -> Slots | None:
-        # None: outside of a pass of the decoder, such as the recomputation of gradient checkpointing.
-        return None if self._pass is None else self._pass.tokens.slots
+    def _slots(self, layer: int) -> Slots | None:
+        # No pass of the decoder runs in the recomputation of gradient checkpointing.
+        return None if self._pass is None or layer not in self._layers else self._pass.tokens.slots
 
     def _on_call(self, call: AttentionCall) -> None:
         if self._pass is None:
@@ -235,6 +239,25 @@ class PassRecorder:
                 f"this forward pass would add {rows:,} rows, {in_mb(nbytes)}, {reason}. Capture fewer layers or heads, "
                 "sample tokens (sampler='log_uniform'), or write to disk (to='folder')"
             )
+
+
+@contextmanager
+def _stops_noted(note: Callable[[list[bool]], None]) -> Iterator[None]:
+    """Calls `note` with the rows that generation stops after each of its steps, in this thread."""
+    original, thread = StoppingCriteriaList.__call__, threading.get_ident()
+
+    @functools.wraps(original)
+    def noting(self: StoppingCriteriaList, *args: Any, **arguments: Any) -> Any:
+        stops = original(self, *args, **arguments)
+        if threading.get_ident() == thread:
+            note(stops.tolist())
+        return stops
+
+    StoppingCriteriaList.__call__ = noting  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        StoppingCriteriaList.__call__ = original  # type: ignore[method-assign]
 
 
 def _placed(picks: Picks, tokens: PassTokens) -> Picks:

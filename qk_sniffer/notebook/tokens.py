@@ -9,7 +9,7 @@ padding.
 """
 
 import weakref
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -41,8 +41,8 @@ class Example:
     """The position after its last token."""
     ids: list[Int32] | None = field(default_factory=list)
     """The ids of its tokens from `first` on, by pass; None if a pass received embeddings instead."""
-    ended: bool = False
-    """Whether generation goes on in other rows of its batch alone, and feeds this one with padding."""
+    has_stopped: bool = False
+    """Whether generation has stopped its row. It feeds the row with padding while others go on."""
 
     def record(self) -> ExampleRecord:
         """Returns its record. The hash is that of its token ids; it is empty if they are not all known."""
@@ -120,10 +120,9 @@ class _Cached:
 class Examples:
     """The examples of all passes. `begin` a pass, then `end` it or `drop` it."""
 
-    def __init__(self, *, pad_ids: Collection[int] = (), end_ids: Collection[int] = ()) -> None:
-        """Generation feeds a row that has ended, with one of `end_ids`, with one of `pad_ids` in each step."""
+    def __init__(self) -> None:
         self.all: list[Example] = []
-        self._pad_ids, self._end_ids = pad_ids, end_ids
+        self._of_last_pass: Sequence[Example] = ()
         self._cached: list[_Cached] = []
         self._broken: weakref.WeakSet[Cache] = weakref.WeakSet()
 
@@ -143,8 +142,8 @@ class Examples:
         mask = _mask(arguments.get("attention_mask"), rows, n, past)
         held = np.ones((rows, past + n), np.bool_) if mask is None else mask.copy()
         found = _array(ids) if ids is not None and ids.dim() == 2 else None
-        if known is not None and found is not None and rows > 1:
-            held[self._has_ended(known.examples, found), -1] = False
+        if known is not None and n == 1:
+            held[_stopped(known.examples), -1] = False
         of_pass = _positions(arguments.get("position_ids"), held, mask, n)
         examples = [Example(len(self.all) + row, 0, 0) for row in range(rows)] if known is None else known.examples
         for row, example in enumerate(examples):
@@ -172,6 +171,7 @@ class Examples:
                 example.ids = None
             elif example.ids is not None:
                 example.ids.append(tokens.ids[row, tokens.is_token[row]])
+        self._of_last_pass = tokens.examples
         cache = next((each for each in caches if isinstance(each, Cache)), None)
         if cache is None:
             return [*tokens.examples, *self._take_dead()]
@@ -186,6 +186,17 @@ class Examples:
         for cache in caches:
             if isinstance(cache, Cache):
                 self._broken.add(cache)
+
+    def note_stops(self, stops: Sequence[bool]) -> None:
+        """Notes which rows (B,) generation stops after the pass that has just ended."""
+        examples, self._of_last_pass = self._of_last_pass, ()  # the next call is of another pass
+        if len(stops) != len(examples):
+            return
+        for example, stop in zip(examples, stops, strict=True):
+            example.has_stopped |= stop
+        if all(example.has_stopped for example in examples):  # generation ends, and feeds no row with padding
+            for example in examples:
+                example.has_stopped = False
 
     def take_open(self) -> list[Example]:
         """Returns the examples that a later pass could continue, and forgets their caches."""
@@ -215,16 +226,10 @@ class Examples:
             )
         return known
 
-    def _has_ended(self, examples: Sequence[Example], ids: Int32) -> Bools:
-        """Returns which rows (B,) a decoding step feeds with padding because they have ended before."""
-        found = np.zeros(len(examples), np.bool_)
-        if ids.shape[1] == 1:
-            for row, example in enumerate(examples):
-                if int(ids[row, 0]) in self._pad_ids:
-                    last = int(example.ids[-1][-1]) if example.ids and len(example.ids[-1]) else None
-                    example.ended = example.ended or last in self._end_ids
-                    found[row] = example.ended
-        return found
+
+def _stopped(examples: Sequence[Example]) -> Bools:
+    """Returns the rows (B,) that generation has stopped."""
+    return np.array([example.has_stopped for example in examples], np.bool_)
 
 
 def _length(cache: Any) -> int:

@@ -57,7 +57,7 @@ def capturing(model: Any, on_call: Callable[[AttentionCall], None] = lambda call
 
     hook = backbone.decoder.register_forward_pre_hook(note, with_kwargs=True)
     try:
-        with backbone.tapped(on_call, slots=lambda: running[0]):
+        with backbone.tapped(on_call, slots=lambda _: running[0]):
             yield
     finally:
         hook.remove()
@@ -169,7 +169,7 @@ def test_a_cache_that_is_edited_by_hand_is_refused(llama: Backbone, edit: Callab
     running = [Slots(np.arange(4)[None].repeat(2, axis=0))]
     with torch.no_grad():
         llama.decoder(input_ids=IDS[:, :4], past_key_values=other)
-    with torch.no_grad(), llama.tapped(lambda call: None, slots=lambda: running[0]):
+    with torch.no_grad(), llama.tapped(lambda call: None, slots=lambda _: running[0]):
         llama.decoder(input_ids=IDS[:, :4], past_key_values=cache)
         edit(other)  # the tap has not seen it
         running[0] = Slots(np.arange(8)[None].repeat(2, axis=0))
@@ -215,7 +215,7 @@ def test_other_threads_are_not_seen(llama: Backbone) -> None:
             others.extend(Passes(llama.decoder, IDS, [4, 1, 1]).run())
 
     passes = Passes(llama.decoder, IDS, [4, 1])
-    with torch.no_grad(), llama.tapped(lambda call: shown.append(call.layer), slots=lambda: passes.slots):
+    with torch.no_grad(), llama.tapped(lambda call: shown.append(call.layer), slots=lambda _: passes.slots):
         passes.run()
         thread = threading.Thread(target=run_elsewhere)
         thread.start()

@@ -126,7 +126,7 @@ def test_positions_that_start_again_are_refused() -> None:
 def test_slots_of_other_texts_are_refused() -> None:
     backbone = eager_backbone("llama")
     passes = Passes(backbone.decoder, IDS, [12, 1])
-    opened = backbone.tapped(lambda call: None, slots=lambda: Slots(np.arange(12)[None].repeat(2, axis=0)))
+    opened = backbone.tapped(lambda call: None, slots=lambda _: Slots(np.arange(12)[None].repeat(2, axis=0)))
     with torch.no_grad(), opened, pytest.raises(CaptureError, match=r"1 queries after 12 slots .* 2 rows of 12 slots"):
         passes.run()
 

@@ -9,7 +9,8 @@ import torch
 from support.decoding import at_once
 from support.live import BY_NAME, LLAMA, padded, random_ids, states
 from support.zoo import CASES, Case
-from transformers import DynamicCache, StaticCache
+from tiny_configs import VOCAB, randomized, tiny_config
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 import qk_sniffer
 from qk_sniffer.capture.sampling import Sampler
@@ -135,14 +136,14 @@ def test_rows_that_have_ended_are_not_captured_while_others_go_on() -> None:
     ids = random_ids(3, 6)
     free = model.generate(input_ids=ids, **GENERATION)
     ends = next(int(token) for token in free[0, 8:] if int(token) not in free[0, 6:8].tolist())
-    settings = GENERATION | {"eos_token_id": ends}
-    model.generation_config.eos_token_id = ends
+    settings = GENERATION | {"eos_token_id": ends, "pad_token_id": ends}
     output = model.generate(input_ids=ids, **settings)
     places = [row[6:].tolist().index(ends) if ends in row[6:] else None for row in output]
     assert places[0] is not None
     with qk_sniffer.capture(model) as captured:
         assert torch.equal(model.generate(input_ids=ids, **settings), output)
-    lengths = [6 + (17 if place is None else min(17, place + 1)) for place in places]
+    # The last token of a row is not run, as in generation of this row alone.
+    lengths = [6 + (17 if place is None else place) for place in places]
     assert min(lengths) < max(lengths)
     assert captured.examples["num_tokens"].to_pylist() == lengths
     check(captured, model, [row[:length] for row, length in zip(output, lengths, strict=True)])
@@ -257,3 +258,24 @@ def test_a_cache_that_a_failed_pass_has_filled_is_not_continued() -> None:
             model(input_ids=ids[:, :1], past_key_values=cache)
         model.generate(input_ids=ids, **GENERATION)
     assert captured.examples["num_tokens"].to_pylist() == [9, 26]
+
+
+def test_a_model_that_computes_layers_for_the_last_token_alone_names_the_way_out() -> None:
+    """Gemma 4 shares keys: generate computes the layers that receive them for the last token of a prompt."""
+    config = tiny_config("gemma4_text")
+    torch.manual_seed(0)
+    model: Any = randomized(AutoModelForCausalLM.from_config(config)).eval()
+    ids = torch.randint(5, VOCAB, (2, 20), generator=torch.Generator().manual_seed(1))
+    with (
+        pytest.raises(CaptureError, match=r"for its last tokens alone.*leave the layer out"),
+        qk_sniffer.capture(model),
+    ):
+        model.generate(input_ids=ids, **GENERATION)
+    own = range(config.num_hidden_layers - config.num_kv_shared_layers)
+    with qk_sniffer.capture(model, layers=own) as captured:
+        output = model.generate(input_ids=ids, **GENERATION)
+    whole = at_once(UserBackbone(model), output, "qk")
+    for layer in own:
+        for kind in "qk":
+            found = states(captured, layer, kind, 1)
+            torch.testing.assert_close(found, whole[layer, kind][1][:, : found.shape[1]], rtol=1e-3, atol=1e-4)

@@ -87,7 +87,7 @@ def at_once(backbone: Backbone, ids: torch.Tensor, kinds: str = "qkvoa") -> Seen
 def decoded(backbone: Backbone, passes: Passes, kinds: str = "qkvoa") -> tuple[Seen, list[torch.Tensor]]:
     """Returns the states that the tap shows in the passes, and the hidden states that these return."""
     recorder = _Recorder(len(passes.slots.position), kinds)
-    opened = backbone.tapped(recorder.see, on_output=recorder.see_output, slots=lambda: passes.slots)
+    opened = backbone.tapped(recorder.see, on_output=recorder.see_output, slots=lambda _: passes.slots)
     with torch.no_grad(), opened:
         hidden = passes.run()
     return recorder.joined(), hidden
@@ -122,7 +122,7 @@ def wrong_calls(backbone: Backbone, facts: Sequence[LayerFacts], make: Callable[
     opened = backbone.tapped(
         lambda call: shown.append(_Shown(call)),
         on_output=lambda call, output: shown[-1].outputs.append(output),
-        slots=lambda: passes.slots,
+        slots=lambda _: passes.slots,
     )
     passes = make()
     with torch.no_grad(), opened:

@@ -144,7 +144,7 @@ def test_layers_that_compute_the_last_tokens_alone_are_refused_with_the_way_out(
     model: Any = randomized(AutoModelForCausalLM.from_config(tiny_config("gemma4_text"))).eval()
     backbone = Backbone(model.get_decoder(), find_family("gemma4_text"))
     slots = Slots(np.arange(12)[None])
-    with torch.no_grad(), backbone.tapped(lambda call: None, slots=lambda: slots):
+    with torch.no_grad(), backbone.tapped(lambda call: None, slots=lambda _: slots):
         for use_cache in (True, False):
             with pytest.raises(CaptureError, match="computes only the tokens whose logits are wanted"):
                 model(IDS[:1, :12], logits_to_keep=1, use_cache=use_cache)

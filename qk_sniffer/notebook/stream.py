@@ -39,7 +39,7 @@ class FolderStream:
         self, facts: CaptureFacts, folder: Path, statistics: Callable[[], Mapping[PartKey, Part]] | None = None
     ) -> None:
         """`statistics` returns, at the end of the block, those of all tokens; None without statistics."""
-        self.folder = folder
+        self.folder = folder.absolute()  # the block may change the current directory
         self._facts = facts
         self._config, self._record = described(facts)
         self._statistics = statistics

@@ -1,0 +1,102 @@
+"""What `qk_sniffer.capture` writes to a folder, at once or by `save`, of generation and of passes over batches."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.jobs import QWEN3, TEXTS, hashes
+from support.passes import ids_of
+from torch import nn
+from transformers import DynamicCache
+
+import qk_sniffer
+from qk_sniffer.dataset.verify import verify
+from qk_sniffer.jobs.finalize import finalize
+
+IDS = torch.from_numpy(ids_of(TEXTS[5]))[None].long()
+NEW_TOKENS = 9
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return QWEN3.model(dtype=torch.float32).eval()
+
+
+def run_passes(model: Any) -> None:
+    model.generate(IDS, max_new_tokens=NEW_TOKENS, do_sample=False)
+    padded = torch.ones(2, IDS.shape[1], dtype=torch.long)
+    padded[1, :7] = 0
+    model(IDS.expand(2, -1), attention_mask=padded)
+
+
+@pytest.mark.parametrize("statistics", [False, True])
+def test_a_stream_is_what_save_writes(
+    statistics: bool, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options: dict[str, Any] = {"kinds": "qkvo", "attention": True, "statistics": statistics}
+    with qk_sniffer.capture(model, **options) as in_memory:
+        run_passes(model)
+        in_memory.save("within")  # while a cache could go on
+    in_memory.save("saved")
+    (tmp_path / "elsewhere").mkdir()
+    with qk_sniffer.capture(model, to="streamed", **options) as streamed:
+        run_passes(model)
+        os.chdir("elsewhere")
+    assert hashes(tmp_path / "streamed") == hashes(tmp_path / "saved") == hashes(tmp_path / "within")
+    assert verify(tmp_path / "saved").problems == 0
+    lengths = qk_sniffer.open_dataset(tmp_path / "saved").examples["num_tokens"].to_pylist()
+    assert lengths == [IDS.shape[1] + NEW_TOKENS - 1, IDS.shape[1], IDS.shape[1] - 7]
+    one, other = streamed.vectors(1, 2, "o"), in_memory.vectors(1, 2, "o")
+    assert (one.vectors == other.vectors).all() and (one.positions == other.positions).all()
+
+
+def test_an_interrupted_generation_keeps_its_tokens(model: Any, tmp_path: Path) -> None:
+    calls = 0
+
+    def interrupt(module: nn.Module, *_: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            raise KeyboardInterrupt
+
+    root = tmp_path / "out"
+    hook = model.model.layers[1].register_forward_hook(interrupt)
+    with (
+        pytest.raises(KeyboardInterrupt, match=None) as caught,
+        qk_sniffer.capture(model, to=root, statistics=True) as captured,
+    ):
+        model.generate(IDS, max_new_tokens=NEW_TOKENS, do_sample=False)
+    hook.remove()
+    assert "of 1 whole example: python -m qk_sniffer.finalize" in caught.value.__notes__[0]
+    assert finalize(root) == 0
+    assert verify(root).problems == 0
+    assert len(captured.vectors(0, 0, "k").positions) == IDS.shape[1] + 3
+
+
+def test_a_capture_that_begins_after_the_prefill_is_whole(model: Any, tmp_path: Path) -> None:
+    cache = DynamicCache(config=model.config)
+    model(IDS[:, :30], past_key_values=cache)
+    with qk_sniffer.capture(model, statistics=True, attention=True) as captured:
+        model(IDS[:, 30:], past_key_values=cache)
+    captured.save(tmp_path / "out")
+    assert verify(tmp_path / "out").problems == 0
+    dataset = qk_sniffer.open_dataset(tmp_path / "out")
+    assert dataset.examples["first_position"].to_pylist() == [30]
+    assert dataset.vectors(0, 0, "q").positions.tolist() == [*range(30, IDS.shape[1])]
+
+
+def test_the_manifest_names_the_adapter_on_the_model(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    adapted = get_peft_model(QWEN3.model(dtype=torch.float32).eval(), LoraConfig(target_modules=["q_proj"]))
+    with qk_sniffer.capture(adapted, layers=[1]) as captured:
+        adapted(IDS)
+    captured.save(tmp_path / "out")
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    assert manifest["model"]["adapter"] == {"kind": "LORA", "base": None} and "peft" in manifest["versions"]
+    assert "| adapter | of the kind `LORA`, on the model in memory |" in (tmp_path / "out/README.md").read_text()
+    assert verify(tmp_path / "out").problems == 0

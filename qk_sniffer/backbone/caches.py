@@ -150,18 +150,20 @@ class CacheWatch:
 
     def _noting(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
-        def update(cache: Any, key: torch.Tensor, value: Any, layer: int, *args: Any, **arguments: Any) -> Any:
+        def update(
+            cache: Any, key_states: torch.Tensor, value_states: Any, layer_idx: int, *args: Any, **arguments: Any
+        ) -> Any:
             updates = self._updates
             if updates is None or threading.get_ident() != self._thread:
-                return original(cache, key, value, layer, *args, **arguments)
+                return original(cache, key_states, value_states, layer_idx, *args, **arguments)
             self._updates = None  # a cache may call the method that it overrides
             try:
-                past = self._check(cache, layer)
-                returned = original(cache, key, value, layer, *args, **arguments)
-                self._note(cache, layer, past + key.shape[2])
+                past = self._check(cache, layer_idx)
+                returned = original(cache, key_states, value_states, layer_idx, *args, **arguments)
+                self._note(cache, layer_idx, past + key_states.shape[2])
             finally:
                 self._updates = updates
-            updates.append(CacheUpdate(past, key, value, *returned))
+            updates.append(CacheUpdate(past, key_states, value_states, *returned))
             return returned
 
         return update
@@ -181,7 +183,7 @@ class CacheWatch:
         past = 0 if of_layer is None else int(of_layer.get_seq_length())
         if past and of_layer in self._left:
             total, keys = self._left[of_layer]
-            if past != total or not (cache.offloading or keys() is of_layer.keys):
+            if past != total or not (getattr(cache, "offloading", False) or keys() is of_layer.keys):
                 how = "removed" if past < total else "added" if past > total else "moved or replaced"
                 raise CaptureError(
                     f"{type(cache).__name__} cannot be captured: its keys were {how} between two forward passes; "

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, Cache, DynamicCache, EncoderDecod
 from transformers.cache_utils import DynamicLayer
 
 from qk_sniffer.backbone.backbone import Backbone
+from qk_sniffer.backbone.caches import CacheWatch
 from qk_sniffer.backbone.family import Family
 from qk_sniffer.backbone.slots import PADDING, Slots
 from qk_sniffer.backbone.tap import AttentionCall
@@ -191,6 +192,17 @@ def test_a_quantized_cache_is_refused(llama: Backbone) -> None:
     cache = QuantizedCache("fp8", config=llama.config)
     with pytest.raises(CaptureError, match="QuantizedCache cannot be captured: it quantizes keys"):
         decoded(llama, Passes(llama.decoder, IDS, [4], cache=cache))
+
+
+def test_an_update_by_names_is_noted() -> None:
+    states, watch, cache = torch.randn(2, 1, 2, 3, 4), CacheWatch(), DynamicCache()
+    cache.update(*states, 0)
+    with watch.opened():
+        watch.begin()
+        key, value = cache.update(key_states=states[0], value_states=states[1], layer_idx=0)
+        keys = watch.keys(3, key, value, {})
+    assert keys.key is not key and torch.equal(keys.key, states[0]) and torch.equal(keys.value, states[1])
+    assert keys.past == 3 and torch.equal(keys.attended, torch.cat([states[0], states[0]], dim=2))
 
 
 class OwnLayer(DynamicLayer):

@@ -2,7 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -64,7 +64,7 @@ class UserBackbone(Backbone):
         Raises:
             CaptureError: a reason of `probe`.
         """
-        with torch.inference_mode(mode=False), _undisturbed(self.decoder, self.length_boundary):
+        with torch.inference_mode(mode=False), _undisturbed(self.decoder):
             return self.probe(both_stages=both_stages)
 
     @property
@@ -116,27 +116,25 @@ def _decoder(model: PreTrainedModel, family: Family) -> nn.Module:
 
 
 @contextmanager
-def _undisturbed(decoder: nn.Module, length_boundary: int | None) -> Iterator[None]:
+def _undisturbed(decoder: nn.Module) -> Iterator[None]:
     """Restores, after forward passes in the context, all that they change in `decoder` and in torch.
 
-    In the context, the decoder is in evaluation mode, and no hook of the user sees its passes. `length_boundary` is
-    that of its `Backbone`.
+    These are the attributes of its modules, such as the state that recurrent layers keep, which tensors are their
+    buffers, and the numbers of rotary frequencies. In the context, the decoder is in evaluation mode, and no hook of
+    the user sees its passes.
     """
     modules = [*decoder.modules()]
-    training = [module.training for module in modules]
-    hooks = [{name: vars(module)[name] for name in _HOOKS} for module in modules]
+    saved = [({**vars(module)}, {**module._buffers}) for module in modules]
     rotary = RotaryState(decoder)
     devices = {weight.device for weight in decoder.parameters() if weight.device.type == "cuda"}
-    with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng([*devices]))
+    with torch.random.fork_rng([*devices]):
         try:
             for module in modules:
-                vars(module).update({name: OrderedDict() for name in _HOOKS})
-                module.training = False
+                vars(module).update({name: OrderedDict() for name in _HOOKS}, training=False)
             yield
         finally:
-            for module, was_training, own in zip(modules, training, hooks, strict=True):
-                module.training = was_training
-                vars(module).update(own)
-            if length_boundary is not None:
-                rotary.restore()
+            for module, (attributes, buffers) in zip(modules, saved, strict=True):
+                for own, before in ((vars(module), attributes), (module._buffers, buffers)):
+                    own.clear()
+                    own.update(before)
+            rotary.restore()

@@ -9,6 +9,7 @@ import torch
 from recording import recorded
 from support.adapters import lora
 from support.live import BY_NAME, LLAMA, random_ids, states
+from tiny_configs import tiny_config
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -142,6 +143,43 @@ def with_compiled_decoder() -> Any:
     model: Any = LLAMA.model()
     model.model = torch.compile(model.model, backend="eager")
     return model
+
+
+@pytest.mark.parametrize("model_type", ["recurrent_gemma", "phi3"])
+def test_what_a_model_keeps_between_passes_stays_as_it_is(model_type: str) -> None:
+    """The state of recurrent layers, and frequencies that depend on the length of the last pass."""
+    config: Any = tiny_config(model_type)
+    if model_type == "phi3":
+        factors = [1.0] * (config.hidden_size // config.num_attention_heads // 2)
+        config.max_position_embeddings, config.original_max_position_embeddings = 64, 16
+        config.rope_parameters = {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": factors,
+            "long_factor": [2.0 * factor for factor in factors],
+            "original_max_position_embeddings": 16,
+        }
+    model: Any = AutoModelForCausalLM.from_config(config).eval()
+
+    def kept() -> dict[str, Any]:
+        tensors = {
+            f"{name}.{key}": (value, value.clone())
+            for name, module in model.named_modules()
+            for key, value in (*vars(module).items(), *module._buffers.items())
+            if isinstance(value, torch.Tensor)
+        }
+        return tensors
+
+    with torch.no_grad():
+        model(input_ids=torch.randint(3, config.vocab_size, (1, 20)))
+        before = kept()
+        assert before
+        qk_sniffer.capture(model)
+    after = kept()
+    assert after.keys() == before.keys()
+    for name, (tensor, values) in before.items():
+        assert after[name][0] is tensor
+        assert torch.equal(tensor, values)
 
 
 class Wrapper(nn.Module):

@@ -26,7 +26,7 @@ from qk_sniffer.logs import logger
 from qk_sniffer.resolved import ResolvedConfig
 from qk_sniffer.store.attention_table import AttentionTable
 from qk_sniffer.store.claim import Claim
-from qk_sniffer.store.disk import ensure_space, required_bytes, required_statistics_bytes
+from qk_sniffer.store.disk import LESS_SPACE, ensure_space, required_bytes, required_statistics_bytes
 from qk_sniffer.store.journal import Journal
 from qk_sniffer.store.journal_writer import JournalWriter
 from qk_sniffer.store.layout import KINDS, WIDTHS, Layout
@@ -296,7 +296,7 @@ def _check_space(
         hint = ", or capture.statistics.covariance=false" if statistics.covariance else ""
     in_journal = sum(path.stat().st_size for path in journal.segments)
     copied = 0 if start.base is None else sum(file["bytes"] for file in start.base.manifest["files"].values())
-    ensure_space(layout.root, required + copied - in_journal, hint=hint)
+    ensure_space(layout.root, required + copied - in_journal, way_out=LESS_SPACE + hint)
 
 
 def _share_in_segments(config: ResolvedConfig, window: Window) -> float:

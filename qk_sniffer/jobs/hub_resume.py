@@ -10,7 +10,7 @@ from typing import Any, TypedDict
 
 from qk_sniffer.errors import StoreError
 from qk_sniffer.hub.branch import Branch, find
-from qk_sniffer.jobs.identity import Job
+from qk_sniffer.jobs.identity import Job, refuse_from_python
 from qk_sniffer.logs import logger
 from qk_sniffer.resolved import ResolvedConfig, fingerprint
 from qk_sniffer.store import manifest as manifests
@@ -32,7 +32,7 @@ def branch_ahead(config: ResolvedConfig, layout: Layout, here: Mapping[str, Any]
 
     Raises:
         HubError: the Hub cannot be reached.
-        StoreError: the branch holds a dataset of another configuration.
+        StoreError: the branch holds a dataset of another configuration, or a capture from Python.
     """
     output = config.output
     assert output.hf_repo_id is not None and output.hf_branch is not None
@@ -43,6 +43,7 @@ def branch_ahead(config: ResolvedConfig, layout: Layout, here: Mapping[str, Any]
         log.info("there is no dataset on the branch %s of %s yet", output.hf_branch, output.hf_repo_id)
         return None
     there = manifests.of(branch)
+    refuse_from_python(there, str(branch))
     earlier = Job.from_record(there)
     mine = Job(fingerprint(config), earlier.commits, earlier.versions) if here is None else Job.from_record(here)
     mine.check_continues(earlier, str(branch), finished=True)
@@ -54,11 +55,13 @@ def guard(layout: Layout, here: Mapping[str, Any], branch: Branch) -> None:
 
     Raises:
         HubError: the Hub cannot be reached.
-        StoreError: the branch has a dataset of another configuration, of other texts, or of more texts.
+        StoreError: the branch has a dataset of another configuration, of other texts, or of more texts; or a capture
+            from Python.
     """
     if not branch.has(MANIFEST):
         return
     there = manifests.of(branch)
+    refuse_from_python(there, str(branch))
     Job.from_record(here).check_continues(Job.from_record(there), str(branch), finished=True)
     if there["source_rows"] > here["source_rows"]:
         raise StoreError(

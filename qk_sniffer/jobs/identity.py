@@ -102,6 +102,20 @@ class Job:
             )
 
 
+def refuse_from_python(record: Mapping[str, Any], where: str) -> None:
+    """Refuses to continue the work in `where` if its record or manifest is that of a capture from Python.
+
+    Raises:
+        StoreError: it is.
+    """
+    if "source" in record:
+        raise StoreError(
+            f"{where} holds a capture from Python, which no job resumes or adds to: give this job another folder "
+            "(output.data_root=...; on the Hub another output.hf_branch), or replace the capture with "
+            "output.overwrite=true"
+        )
+
+
 def resolve_commits(config: ResolvedConfig, earlier: Job | None) -> dict[str, str | None]:
     """The commits of model, adapter and tokenizer: those of an earlier start, else the current ones of their revisions.
 

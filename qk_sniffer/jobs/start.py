@@ -12,7 +12,7 @@ from qk_sniffer.corpus.tokens import HashOf
 from qk_sniffer.errors import HubError, SourceError, StoreError
 from qk_sniffer.hub.branch import Branch
 from qk_sniffer.jobs.hub_resume import branch_ahead
-from qk_sniffer.jobs.identity import Job, resolve_commits
+from qk_sniffer.jobs.identity import Job, refuse_from_python, resolve_commits
 from qk_sniffer.jobs.loaded_code import check_same_code, check_same_loaded, differences_of_loaded
 from qk_sniffer.jobs.shards import journals_of
 from qk_sniffer.jobs.source_rows import START_PATIENCE_S, changes_limit, limit_problem, source_rows
@@ -72,12 +72,7 @@ def find_existing_work(config: ResolvedConfig, layout: Layout, *, is_mine: bool 
     if _starts_over(existing, settings, overwrite=config.output.overwrite, is_mine=is_mine):
         return _new_start(config, existing.files)
     assert existing.record is not None
-    if "source" in existing.record:
-        raise StoreError(
-            f"{existing.files} holds a capture from Python ({existing.state}), which no job resumes or adds to: give "
-            "this job another folder (output.data_root=...; on the Hub another output.hf_branch), or replace the "
-            "capture with output.overwrite=true"
-        )
+    refuse_from_python(existing.record, str(existing.files))
     earlier = Job.from_record(existing.record)
     # Compares the settings alone before any request to the Hub: the commits of another model are irrelevant here.
     finished = existing.state == "finished"

@@ -83,7 +83,7 @@ def _write(
     """Writes the rows to the journal of a claimed folder."""
     numbers = np.array([record.index for record in records])
     blocks = {key: rows for key in _keys(facts) if (rows := store.rows(*key)) is not None}
-    ensure_space(claim.layout.root, sum(map(_required, blocks.values())))
+    ensure_space(claim.layout.root, sum(map(_required, blocks.values())), way_out="Choose a folder on another disk")
     journal = Journal(claim.layout.journal(0, 1), claim.job_id, access=claim)
     with JournalWriter(
         journal,

@@ -160,10 +160,17 @@ def required_statistics_bytes(num_heads: int, head_dim: int, groups: int, *, cov
     return int(1.1 * num_heads * of_head * (groups + 1))
 
 
-def ensure_space(root: Path, required: int, *, hint: str = "") -> None:
+LESS_SPACE = (
+    "Choose another output.data_root, fewer examples (dataset.max_samples), fewer heads (capture.head_sampling.count) "
+    "or a lower sampler.base_rate"
+)
+"""The ways out of a job that needs more space than there is."""
+
+
+def ensure_space(root: Path, required: int, *, way_out: str = LESS_SPACE) -> None:
     """Checks that `required` bytes are free on the disk of `root`, which need not exist yet.
 
-    `hint` ends the ways out of the error.
+    `way_out` ends the error.
 
     Raises:
         StoreError: less is free. The error gives both figures.
@@ -173,9 +180,7 @@ def ensure_space(root: Path, required: int, *, hint: str = "") -> None:
     if free < required:
         raise StoreError(
             f"not enough disk space at {root}: about {_gigabytes(required)} are needed (journal and dataset "
-            f"together) and {_gigabytes(free)} are free. Choose another output.data_root, fewer examples "
-            "(dataset.max_samples), fewer heads (capture.head_sampling.count) or a lower sampler.base_rate"
-            f"{hint}"
+            f"together) and {_gigabytes(free)} are free. {way_out}"
         )
 
 

@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from support.fake_hub import FakeHub
 from support.hub_cases import REPO
-from support.jobs import TEXTS, hashes, heads_of, run
+from support.jobs import TEXTS, hashes, heads_of, run, stopped_after
 from support.passes import SAMPLER, Passes, facts_of
 from support.plasticity_cases import measure
 from support.verify_cases import rewrite, wrong
@@ -26,7 +27,10 @@ from qk_sniffer.errors import CaptureError, StoreError
 from qk_sniffer.jobs.finalize import finalize
 from qk_sniffer.notebook.memory import MemoryStore
 from qk_sniffer.notebook.save import save
+from qk_sniffer.notebook.stream import FolderStream
 from qk_sniffer.store import journal_writer
+from qk_sniffer.store.layout import Layout
+from qk_sniffer.store.locks import InUseError, hold
 
 EVERYTHING: dict[str, Any] = {
     "capture": {
@@ -148,7 +152,7 @@ def test_what_reads_datasets_reads_it(everything: Path, tmp_path: Path) -> None:
 def test_no_job_grows_or_replaces_it(checkpoint: Path, texts: Path, tmp_path: Path) -> None:
     root = saved(filled(checkpoint, TEXTS[:2]), tmp_path / "out")
     before = (root / "manifest.json").read_bytes()
-    with pytest.raises(StoreError, match=r"holds a capture from Python \(finished\), which no job resumes or adds to"):
+    with pytest.raises(StoreError, match="holds a capture from Python, which no job resumes or adds to"):
         run(checkpoint, texts, root)
     assert (root / "manifest.json").read_bytes() == before
     run(checkpoint, texts, root, output={"overwrite": True})
@@ -156,7 +160,13 @@ def test_no_job_grows_or_replaces_it(checkpoint: Path, texts: Path, tmp_path: Pa
 
 
 def test_finalize_publishes_it(
-    everything: Path, hub: FakeHub, endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    everything: Path,
+    checkpoint: Path,
+    texts: Path,
+    hub: FakeHub,
+    endpoint: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_alice")
     root = Path(shutil.copytree(everything, tmp_path / "out"))
@@ -168,6 +178,9 @@ def test_finalize_publishes_it(
     }
     assert "Not proven: captured from Python, whose calls cannot be repeated." in files["README.md"].decode()
     assert "| an unnamed qwen3 model | forward passes in Python |" in repository.files("main")["README.md"].decode()
+    output = {"hf_repo_id": REPO, "hf_branch": "qwen3-python-uniform", "resume_from_hub": True}
+    with pytest.raises(StoreError, match="qwen3-python-uniform holds a capture from Python, which no job resumes"):
+        run(checkpoint, texts, tmp_path / "job", output=output)
 
 
 @pytest.mark.parametrize("what", ["file", "dataset", "job", "files"])
@@ -202,6 +215,36 @@ def test_a_folder_with_something_else_is_refused(
         (root / "notes.txt").write_text("mine")
         saved(passes, root, overwrite=True)
         assert verify(root).problems == 0 and (root / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("of_python", [True, False])
+def test_unfinished_work_is_replaced_only_if_it_may(
+    of_python: bool, checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes, root = filled(checkpoint, TEXTS[:2]), tmp_path / "out"
+    if of_python:
+        with pytest.raises(KeyboardInterrupt), FolderStream(passes.facts, root) as stream:
+            Passes(passes.facts, stream).whole(TEXTS[:3])
+            raise KeyboardInterrupt
+        holds = "holds an unfinished capture from Python, of 3 whole examples: python -m"
+    else:
+        stopped_after(3, checkpoint, texts, root)
+        holds = "holds an unfinished job: rerun its command to resume it"
+    with pytest.raises(StoreError, match=rf"{holds}.* or replace what it holds with overwrite=True"):
+        saved(passes, root)
+    with hold(Layout(root).finalize_lock, "finalising"), pytest.raises(InUseError):
+        saved(passes, root, overwrite=True)
+    assert verify(saved(passes, root, overwrite=True)).problems == 0
+    assert len(qk_sniffer.open_dataset(root).examples) == 2
+
+
+def test_a_full_disk_is_noticed_before_anything_is_written(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(StoreError, match=r"0\.0 MB are free\. Choose a folder on another disk$"):
+        saved(filled(checkpoint, TEXTS[:2]), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_save_that_fails_leaves_nothing_and_may_be_repeated(

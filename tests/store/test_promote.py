@@ -430,8 +430,8 @@ def test_locks_leave_no_empty_work_folder(tmp_path: Path) -> None:
 
 def test_too_little_space_is_an_error_with_both_figures(tmp_path: Path) -> None:
     disk.ensure_space(tmp_path / "not" / "there", 1000)
-    with pytest.raises(StoreError, match=r"about 1,000,000,000\.0 GB are needed.* [\d,.]+ GB are free.*, or none$"):
-        disk.ensure_space(tmp_path / "not" / "there", 10**18, hint=", or none")
+    with pytest.raises(StoreError, match=r"about 1,000,000,000\.0 GB are needed.* [\d,.]+ GB are free\. Or none$"):
+        disk.ensure_space(tmp_path / "not" / "there", 10**18, way_out="Or none")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -178,7 +178,7 @@ def save_tiny(model_type: str, folder: Path) -> None:
     text_config = config.get_text_config()
     torch.manual_seed(0)
     try:
-        model = _whole(config)
+        model = whole_model(config)
     except ImportError:
         model = randomized(AutoModel.from_config(text_config))
         weights = {f"model.language_model.{name}": weight.clone() for name, weight in model.state_dict().items()}
@@ -187,7 +187,8 @@ def save_tiny(model_type: str, folder: Path) -> None:
         randomized(model).save_pretrained(folder)
 
 
-def _whole(config: PretrainedConfig) -> PreTrainedModel:
+def whole_model(config: PretrainedConfig) -> PreTrainedModel:
+    """Returns the model of `config`, with its language-model head and all other parts."""
     model: PreTrainedModel
     if config.model_type in _BARE:
         model = AutoModel.from_config(config)

@@ -31,7 +31,7 @@ from qk_sniffer.notebook.memory import MemoryStore
 from qk_sniffer.notebook.passes import PassRecorder
 from qk_sniffer.notebook.reader import MemoryReader
 from qk_sniffer.notebook.save import save
-from qk_sniffer.notebook.settings import config_of, facts_of
+from qk_sniffer.notebook.settings import config_of, facts_of, naming_arguments
 from qk_sniffer.notebook.statistics import PassStatistics
 from qk_sniffer.notebook.stream import FolderStream
 from qk_sniffer.notebook.tokens import Examples
@@ -94,16 +94,17 @@ def capture(
         ConfigError: a setting is wrong, or names a layer or head that the model does not have.
         CaptureError: the model cannot be captured.
     """
-    config = config_of(
-        layers=layers,
-        heads=heads,
-        kinds=kinds,
-        sampler=sampler,
-        pre_rope=pre_rope,
-        attention=attention,
-        statistics=statistics,
-    )
-    facts = facts_of(model, config, family)
+    with naming_arguments():
+        config = config_of(
+            layers=layers,
+            heads=heads,
+            kinds=kinds,
+            sampler=sampler,
+            pre_rope=pre_rope,
+            attention=attention,
+            statistics=statistics,
+        )
+        facts = facts_of(model, config, family)
     return Captured(facts, max_rows=max_rows, to=None if to is None else Path(to).expanduser())
 
 

@@ -1,7 +1,8 @@
 """Turns the arguments of `capture` into the settings of a job, and finds the heads that they select in a model."""
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -20,7 +21,7 @@ from qk_sniffer.config import (
     StatisticsConfig,
     TokenizerConfig,
 )
-from qk_sniffer.errors import CaptureError, ConfigError
+from qk_sniffer.errors import CaptureError, ConfigError, QkSnifferError
 from qk_sniffer.jobs.from_python import LONGEST
 from qk_sniffer.notebook.facts import CaptureFacts, stages_shown
 from qk_sniffer.notebook.model import UserBackbone
@@ -28,6 +29,30 @@ from qk_sniffer.store.layout import KIND_NAMES, KIND_PLURALS, KINDS, WIDTHS
 from qk_sniffer.validation import capture_problems
 
 Settings = TypeVar("Settings", AttentionConfig, StatisticsConfig)
+
+_ARGUMENTS = {
+    "capture.capture_pre_rope=false": "pre_rope=False",
+    "capture.attention.enabled=false": "attention=False",
+    "capture.attention.enabled": "attention",
+    "capture.attention.": "attention.",
+    "capture.statistics.enabled": "statistics",
+    "capture.statistics.": "statistics.",
+    "capture.layers": "layers",
+    "capture.heads": "heads",
+    "model.family=": "family=",
+}
+"""The settings of jobs that messages name, and the arguments of `capture` that stand for them."""
+
+
+@contextmanager
+def naming_arguments() -> Iterator[None]:
+    """Lets the errors of the block name the arguments of `capture` instead of the settings of jobs."""
+    try:
+        yield
+    except QkSnifferError as error:
+        for setting, argument in _ARGUMENTS.items():
+            error.args = tuple(line.replace(setting, argument) for line in error.args)
+        raise
 
 
 def config_of(

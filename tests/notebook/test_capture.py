@@ -11,13 +11,14 @@ import torch
 from recording import recorded
 from support.decoding import at_once
 from support.live import BY_NAME, LLAMA, padded, random_ids, states
-from support.zoo import CASES, Case
+from support.zoo import CASES, VOCAB, Case
+from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.modeling_utils import AttentionInterface
 
 import qk_sniffer
 from qk_sniffer.backbone.backbone import Backbone
 from qk_sniffer.capture.sampling import Sampler
-from qk_sniffer.config import KeySamplerConfig, SamplerConfig
+from qk_sniffer.config import AttentionConfig, KeySamplerConfig, SamplerConfig, StatisticsConfig
 from qk_sniffer.errors import CaptureError, ConfigError
 from qk_sniffer.notebook.model import UserBackbone
 
@@ -193,8 +194,6 @@ def test_the_rows_are_those_that_a_job_keeps_of_examples_of_these_numbers(sample
 
 
 def test_vectors_before_rope_and_statistics_of_both_stages() -> None:
-    from qk_sniffer.config import StatisticsConfig
-
     model = LLAMA.model()
     ids = random_ids(1, 30)
     both = StatisticsConfig(stages=["pre", "post"], skip_tokens=4)
@@ -347,14 +346,15 @@ def test_packed_texts_are_refused() -> None:
         ({"attention": 8}, r"attention is 8; give True, False or a qk_sniffer\.config\.AttentionConfig"),
         ({"sampler": 3}, r"give the name of a sampler or a qk_sniffer\.config\.SamplerConfig"),
         ({"sampler": SamplerConfig("all", segments=["user"])}, "knows no segments"),
-        ({"layers": [0, 7]}, "no layer 7; the layers with attention are 0-2"),
-        ({"heads": [9]}, "no eligible layer has query head 9"),
+        ({"layers": [0, 7]}, r"- layers: the model has no layer 7; the layers with attention are 0-2"),
+        ({"heads": [9]}, r"- heads: no eligible layer has query head 9"),
         ({"kinds": "qx"}, r"kind 'x', which does not exist; valid: 'q' \(query\)"),
         ({"kinds": ""}, "names no kind"),
         ({"sampler": "unifrom"}, "valid: uniform"),
         ({"sampler": SamplerConfig("uniform", base_rate=-1)}, "base_rate is -1"),
         ({"attention": True, "kinds": "k"}, "its rows are the queries'"),
-        ({"family": "nowhere:Family"}, "nowhere"),
+        ({"family": "nowhere:Family"}, r"- family=nowhere:Family: No module"),
+        ({"layers": [], "attention": AttentionConfig(top_k=0)}, r"- layers is \[\].*\n  - attention\.top_k is 0"),
     ],
 )
 def test_wrong_arguments_name_the_valid_ones(arguments: dict[str, Any], message: str) -> None:
@@ -382,6 +382,12 @@ def test_reading_what_was_not_captured_names_what_was() -> None:
         captured.logits(1, 0, 0)
     with pytest.raises(CaptureError, match="entered once"), captured:
         pass
+
+
+def test_vectors_before_rope_of_a_model_without_it_are_refused_in_words_of_python() -> None:
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_embd=16, n_layer=1, n_head=2, n_positions=64))
+    with pytest.raises(CaptureError, match=r"set pre_rope=False and statistics\.stages=\[post\]"):
+        qk_sniffer.capture(model, pre_rope=True)
 
 
 def test_backbone_of_user_is_described_as_that_of_a_job() -> None:

@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test slow floor check docs supported bench bench-peers install clean
+.PHONY: demo test slow notebooks floor check docs supported bench bench-peers install clean
 
 demo: install  ## run a job on the embedded model and texts, with enough rows to look at
 	$(BIN)/python -m qk_sniffer sampler.base_rate=16
@@ -12,8 +12,12 @@ test: install  ## run the quick tests
 	$(BIN)/python -m pytest -n 2 -q
 
 slow: install  ## run the slow tests
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs,quantized]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs,notebooks,quantized]'
 	$(BIN)/python -m pytest -n 2 -q -m slow
+
+notebooks: install  ## run the notebooks of examples/ in place, to refresh their outputs
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[gguf,notebooks]'
+	$(BIN)/python scripts/notebooks.py
 
 supported: install  ## capture every model type of transformers and write models/SUPPORTED.md
 	$(BIN)/python scripts/supported.py

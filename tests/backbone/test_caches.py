@@ -234,3 +234,15 @@ def test_other_threads_are_not_seen(llama: Backbone) -> None:
         thread.join()
     assert all(map(torch.equal, others, expected))
     assert len(shown) == 2 * len(llama.attention_layers)
+
+
+def test_layers_that_compute_the_last_tokens_alone_are_refused_with_the_way_out() -> None:
+    """Gemma 4 does so in layers that share keys, where logits of the last tokens are wanted, as in `generate`."""
+    model: Any = randomized(AutoModelForCausalLM.from_config(tiny_config("gemma4_text"))).eval()
+    backbone = Backbone(model.get_decoder(), Family())
+    slots = Slots(np.arange(12)[None])
+    with torch.no_grad(), backbone.tapped(lambda call: None, slots=lambda _: slots):
+        for use_cache in (True, False):
+            with pytest.raises(CaptureError, match="computes only the tokens whose logits are wanted"):
+                model(IDS[:1, :12], logits_to_keep=1, use_cache=use_cache)
+        model(IDS[:1, :12], logits_to_keep=1, output_hidden_states=True)

@@ -5,6 +5,7 @@ with qk_sniffer.capture(model) as captured:
 queries, positions, example_ids = captured.vectors(0, 0, "q")
 """
 
+import threading
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -62,7 +63,7 @@ def capture(
     attention: bool | AttentionConfig = False,
     statistics: bool | StatisticsConfig = False,
     family: str | Family | None = None,
-    max_rows: int = MAX_ROWS,
+    max_rows: int | None = MAX_ROWS,
     to: str | Path | None = None,
 ) -> "Captured":
     """Returns a context that captures all forward passes of `model` inside it, in the thread that enters it.
@@ -86,8 +87,8 @@ def capture(
         statistics: makes statistics of the captured heads over all tokens, sampled or not; True for the default
             settings.
         family: the family of the model, if it needs one of its own: an object, or its class as "package.module:Class".
-        max_rows: the most rows to keep in memory, over all heads and kinds. A pass that would exceed them raises an
-            error before it runs. Without effect with `to`.
+        max_rows: the most rows to keep in memory, over all heads and kinds; None for no limit but the memory itself. A
+            pass that would exceed them raises an error before it runs. Without effect with `to`.
         to: a new folder, to which the rows are written instead of into memory. It is a dataset after the block.
 
     Raises:
@@ -108,6 +109,11 @@ def capture(
     return Captured(facts, max_rows=max_rows, to=None if to is None else Path(to).expanduser())
 
 
+_open: list["Captured"] = []
+"""The captures that are open, in the order of their blocks. Each takes over what transformers calls from the one before
+it, and gives it back."""
+
+
 class Captured:
     """The rows of a capture: a context that captures inside and stays readable afterwards. `capture` makes one.
 
@@ -115,7 +121,7 @@ class Captured:
     them: `captured.vectors(0, 0, "k", example_id=0, position=range(64))`. All arrays of numpy are writable copies.
     """
 
-    def __init__(self, facts: CaptureFacts, *, max_rows: int, to: Path | None) -> None:
+    def __init__(self, facts: CaptureFacts, *, max_rows: int | None, to: Path | None) -> None:
         self._facts = facts
         self._max_rows = max_rows
         self._examples = Examples()
@@ -126,6 +132,7 @@ class Captured:
         self._in_memory = MemoryReader(facts, self._store, self._examples.all, self._statistics)
         self._stack: ExitStack | None = None
         self._was_entered = False
+        self._thread = 0
         self.heads: list[HeadKey] = self._in_memory.heads
         """The captured heads as (layer, head, kind), by layer: first the queries ("q"), then keys ("k"), values ("v")
         and outputs ("o")."""
@@ -133,6 +140,9 @@ class Captured:
     def __enter__(self) -> Self:
         if self._was_entered:
             raise CaptureError("a capture is entered once: call qk_sniffer.capture again for another one")
+        self._thread = threading.get_ident()
+        if any(other._thread != self._thread for other in _open):
+            raise CaptureError("a capture is open in another thread: captures of several threads cannot overlap")
         self._was_entered = True
         facts = self._facts
         with ExitStack() as stack:
@@ -148,12 +158,16 @@ class Captured:
             )
             stack.enter_context(recorder.opened())
             self._stack = stack.pop_all()
+        _open.append(self)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         assert self._stack is not None
+        if _open[-1] is not self:
+            raise CaptureError("a capture that was opened inside of this one is still open: leave that one first")
+        _open.pop()
         stack, self._stack = self._stack, None
         stack.__exit__(kind, error, trace)
         if error is None and not self._examples.all:
@@ -323,6 +337,8 @@ class Captured:
     def _room(self, rows: int) -> str | None:
         """Returns why a pass must not add `rows` rows; None if it may."""
         total = self._store.num_rows + rows
+        if self._max_rows is None:
+            return None
         return None if total <= self._max_rows else f"{total:,} in all, and max_rows is {self._max_rows:,}"
 
 

@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 OUTSIDE = (
     *sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("examples/*.ipynb")),
+    "examples/README.md",
     "models/SUPPORTED.md",
     "models/ADDING.md",
     "CONTRIBUTING.md",

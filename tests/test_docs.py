@@ -31,7 +31,7 @@ from qk_sniffer.resolved import fingerprint
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
-    *("README.md", "CONTRIBUTING.md", "models/ADDING.md"),
+    *("README.md", "CONTRIBUTING.md", "models/ADDING.md", "examples/README.md"),
     *sorted(page.relative_to(ROOT).as_posix() for page in ROOT.glob("docs/**/*.md")),
 ]
 
@@ -248,9 +248,9 @@ def test_other_programs(command: Command) -> None:
             subprocess.run(["make", "--dry-run", target], cwd=ROOT, check=True, capture_output=True)
         case ["pip", "install", *arguments]:
             what = " ".join(word for word in arguments if word not in ("-c", "constraints.txt", "-e"))
-            extra = re.fullmatch(r"\.(?:\[(\w+)\])?", what)
+            extra = re.fullmatch(r"\.(?:\[([\w,]+)\])?", what)
             assert extra is not None, "the package is on no index: it is installed from a clone"
-            assert extra[1] is None or extra[1] in EXTRAS
+            assert {*(extra[1] or "dev").split(",")} <= {*EXTRAS}
         case ["python", "-m", "qk_sniffer.plasticity", *arguments]:
             args = get_args(arguments)
             jobs = preflight.planned(args, plasticity.APPLICATION)

@@ -71,9 +71,10 @@ def capture(
     The passes give the same results as without it, bit for bit. Compiled models run uncompiled inside the context.
 
     Each row of a batch is an example, numbered from 0 in order of appearance. A pass that continues a key-value cache,
-    as in generation, adds its tokens to the examples of the cache. Positions are those of `position_ids` if the pass
-    has them; otherwise they count the tokens of the attention mask, and without a mask they go on from the length of
-    the cache. Padding is not captured.
+    as in generation, adds its tokens to the examples of the cache; without a cache, every pass is of new examples. The
+    rows that generation has stopped are not captured any more. Positions are those of `position_ids` if the pass has
+    them; otherwise they count the tokens of the attention mask, and without a mask they go on from the length of the
+    cache. Padding is not captured.
 
     Args:
         model: a model of transformers that is or has a decoder, or a module that wraps one, as of peft.

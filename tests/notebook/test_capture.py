@@ -20,6 +20,8 @@ from qk_sniffer.config import KeySamplerConfig, SamplerConfig, StatisticsConfig
 from qk_sniffer.errors import CaptureError
 from qk_sniffer.notebook.model import UserBackbone
 
+pytestmark = pytest.mark.floor
+
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_the_vectors_are_those_that_attention_receives_and_the_pass_is_the_same(case: Case) -> None:

@@ -8,8 +8,9 @@ import pytest
 import torch
 from recording import recorded
 from support.adapters import lora
+from support.decoding import at_once
 from support.live import BY_NAME, LLAMA, random_ids, states
-from tiny_configs import tiny_config
+from tiny_configs import VOCAB, randomized, tiny_config
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -28,6 +29,7 @@ from transformers import (
 import qk_sniffer
 from qk_sniffer.errors import CaptureError, QkSnifferError
 from qk_sniffer.notebook.captured import Captured
+from qk_sniffer.notebook.model import UserBackbone
 
 
 def check(captured: Captured, decoder: nn.Module, ids: torch.Tensor) -> None:
@@ -306,3 +308,24 @@ def test_a_kind_that_a_model_does_not_show_is_refused_by_name() -> None:
     model = BY_NAME["llama"].model()
     with pytest.raises(QkSnifferError, match=r"family=|model\.family="):
         qk_sniffer.capture(model, family="qk_sniffer.errors:CaptureError")
+
+
+def test_a_model_that_computes_layers_for_the_last_token_alone_names_the_way_out() -> None:
+    """Gemma 4 shares keys: generate computes the layers that receive them for the last token of a prompt."""
+    config = tiny_config("gemma4_text")
+    torch.manual_seed(0)
+    model: Any = randomized(AutoModelForCausalLM.from_config(config)).eval()
+    ids = torch.randint(5, VOCAB, (2, 20), generator=torch.Generator().manual_seed(1))
+    with (
+        pytest.raises(CaptureError, match="whose logits are wanted: then leave it out"),
+        qk_sniffer.capture(model),
+    ):
+        model.generate(input_ids=ids, max_new_tokens=6, do_sample=False)
+    own = range(config.num_hidden_layers - config.num_kv_shared_layers)
+    with qk_sniffer.capture(model, layers=own) as captured:
+        output = model.generate(input_ids=ids, max_new_tokens=6, do_sample=False)
+    whole = at_once(UserBackbone(model), output, "qk")
+    for layer in own:
+        for kind in "qk":
+            found = states(captured, layer, kind, 1)
+            torch.testing.assert_close(found, whole[layer, kind][1][:, : found.shape[1]], rtol=1e-3, atol=1e-4)

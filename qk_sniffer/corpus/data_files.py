@@ -1,7 +1,7 @@
 """Opens data files: on this machine or on the Hub, compressed or not.
 
 A file is checked where it is opened: that no link leads out of its folder, and that it is the one of the last reading.
-A pointer of Git LFS and a text in UTF-16 are refused as what they are. Read as data, they would be text.
+A pointer of Git LFS, an archive and a text in UTF-16 are refused as what they are. Read as data, they would be text.
 """
 
 import io
@@ -15,6 +15,7 @@ from typing import Any, BinaryIO, TextIO, cast
 
 import yaml
 
+from qk_sniffer.corpus.archives import archive_problem
 from qk_sniffer.hub.lfs import HEAD_BYTES, pointer_problem
 from qk_sniffer.store.files import open_inside
 from qk_sniffer.store.open_folder import OddFileError
@@ -25,12 +26,6 @@ HUB = "hf://"
 
 COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".xz": "xz", ".zst": "zstd"}
 """The suffixes of compressed files. They may follow any suffix except `.parquet`, which is compressed inside."""
-
-UNCHECKED_ARCHIVES = (".7z", ".rar", ".lz4")
-"""The suffixes of files whose content has a size that Python cannot tell before it is unpacked. They are refused."""
-
-ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.xz", ".tar.bz2", *UNCHECKED_ARCHIVES)
-"""The suffixes of files that the library `datasets` alone unpacks."""
 
 _MAGIC = {
     rb"\x1f\x8b": "gzip",
@@ -141,7 +136,7 @@ def open_bytes(file: DataFile, *, compressed: bool = True, may_grow: bool = Fals
         may_grow: whether lines may be appended to it between two readings, if it is not compressed.
 
     Raises:
-        FormatError: it is a pointer of Git LFS, or the package that decompresses it is missing.
+        FormatError: it is a pointer of Git LFS or an archive, or the package that decompresses it is missing.
         ChangedError: it changes during the reading, or has changed since an earlier one.
         StoreError: a link leads out of its folder.
         OSError: it cannot be read.
@@ -149,7 +144,7 @@ def open_bytes(file: DataFile, *, compressed: bool = True, may_grow: bool = Fals
     with file.open() as raw:
         head = raw.read(HEAD_BYTES)
         raw.seek(0)
-        if problem := pointer_problem(head):
+        if problem := pointer_problem(head) or archive_problem(head):
             raise FormatError(problem)
         method = compression(file.path, head) if compressed else None
         may_grow = may_grow and method is None
@@ -158,7 +153,10 @@ def open_bytes(file: DataFile, *, compressed: bool = True, may_grow: bool = Fals
             yield raw
         else:
             with _decompressor(method)(raw, mode="rb") as content:
-                yield cast(BinaryIO, io.BufferedReader(_Bounded(content, raw)))
+                buffered = io.BufferedReader(_Bounded(content, raw))
+                if problem := archive_problem(buffered.peek(HEAD_BYTES)):
+                    raise FormatError(problem)
+                yield cast(BinaryIO, buffered)
         file.check_unchanged(raw, may_grow=may_grow)
 
 

@@ -12,23 +12,21 @@ from itertools import takewhile
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from qk_sniffer.corpus.archives import SINGLE, refuse_archives
 from qk_sniffer.corpus.data_files import DataFile
 from qk_sniffer.errors import SourceError, StoreError
 from qk_sniffer.store.files import inside
 
-_PACKED = frozenset({"zip", "tar", "gzip", "bz2", "xz", "zstd"})
-"""The protocols of archives and compressed files. Others may open any path, as `reference` does those in a list."""
-
 _SELF_CONTAINED = frozenset(
     {
-        *("cache", "conll", "csv", "json", "parquet", "text", "webdataset", "xml"),
+        *("cache", "conll", "csv", "json", "parquet", "text", "xml"),
         *("audiofolder", "imagefolder", "videofolder"),
     }
 )
 """The formats of `datasets` that open no files but those that it has found. Others do: `harbor` opens neighbours of
 theirs, which may be links, and a file of `hdf5`, `iceberg` or `lance` may name any file."""
 
-_HINT = f". Of addresses, a card may have those of files in its archives: {', '.join(sorted(_PACKED))}"
+_HINT = f". Of addresses, a card may have those of its compressed files: {', '.join(sorted(SINGLE))}"
 
 
 @contextmanager
@@ -42,7 +40,7 @@ def own_patterns(where: str, data_files: Any, home: str) -> Iterator[None]:
 
     Raises:
         SourceError: the card of the source has a pattern of files elsewhere, or a `data_dir` elsewhere, from which
-            patterns start.
+            patterns start; or a pattern is of archives.
     """
     from datasets import data_files as library
 
@@ -56,6 +54,7 @@ def own_patterns(where: str, data_files: Any, home: str) -> Iterator[None]:
                 raise _elsewhere(where, base_path)
             if "://" not in home and not _starts_inside(pattern, base_path, home):
                 raise _elsewhere(where, pattern)
+        refuse_archives(where, [pattern])
         return resolve(pattern, base_path, *arguments, **options)
 
     library.resolve_pattern = checked
@@ -112,7 +111,7 @@ def check_home(where: str, files: Iterable[str], home: Path | str, *, is_named: 
 
     Args:
         where: the name of the source in errors.
-        files: paths, or addresses of the Hub. That of a file in an archive ends with that of the archive.
+        files: paths, or addresses of the Hub. That of the content of a compressed file ends with that of the file.
         home: the resolved folder, or the address of the repository at a commit, of the source.
         is_named: whether `dataset.data_files` names them. Then they may be elsewhere, but no link may lead there.
 
@@ -168,9 +167,12 @@ def _is_inside(where: str, folder: Path, file: str) -> bool:
 
 
 def _is_member(hop: str) -> bool:
-    """Whether `hop`, as in `zip://a.csv`, is of the content of the next file in its chain."""
+    """Whether `hop`, as in `gzip://a.csv`, is of the content of the next file in its chain.
+
+    Other protocols may open any path, as `reference` does those in a list.
+    """
     protocol, separator, path = hop.partition("://")
-    return bool(separator) and protocol in _PACKED and ".." not in PurePosixPath(path).parts
+    return bool(separator) and protocol in SINGLE and ".." not in PurePosixPath(path).parts
 
 
 def _check_link(where: str, folder: Path, path: str) -> None:

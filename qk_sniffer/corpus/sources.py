@@ -19,15 +19,9 @@ from typing import Any
 
 from qk_sniffer.config import DatasetConfig
 from qk_sniffer.corpus import hub_copies
-from qk_sniffer.corpus.copies import (
-    check_archives,
-    check_cache,
-    check_unchanged,
-    digest_of,
-    refuse_parquet,
-    refuse_unchecked,
-)
-from qk_sniffer.corpus.data_files import ARCHIVES, COMPRESSED, ChangedError, DataFile, first_lines, reason
+from qk_sniffer.corpus.archives import nothing_unpacked, refuse_archives
+from qk_sniffer.corpus.copies import check_cache, check_compressed, check_unchanged, digest_of, refuse_parquet
+from qk_sniffer.corpus.data_files import COMPRESSED, ChangedError, DataFile, first_lines, reason
 from qk_sniffer.corpus.dataset_cards import names_its_files, own_descriptions, yaml_limited
 from qk_sniffer.corpus.home import check_format, check_home, data_file, own_patterns, texts_of
 from qk_sniffer.corpus.rows import FORMATS, LibraryRows, ListRows, Rows, no_rows
@@ -158,9 +152,8 @@ def _splits(folder: Path, config: DatasetConfig, files: list[str]) -> dict[str, 
 
 def _of_builder(where: str, builder: Any, config: DatasetConfig, folder: Path) -> Rows:
     """Opens the rows of a local folder, of which `builder` has found the files."""
-    data_files = _files_of(builder)
+    data_files = _checked_files(where, builder, config, folder)
     named = [file for files in data_files.values() for file in files]
-    check_home(where, named, folder, is_named=config.data_files is not None)
     format, options = _format_of(where, builder)
     if format is None or any("://" in file for file in named):
         return _of_library(where, builder, config, folder)
@@ -178,9 +171,8 @@ def _hub(config: DatasetConfig, path: str, commit: str | None) -> Source:
     if builder.hash != commit:  # if `datasets` finds no data files, it uses another commit from its cache
         raise SourceError(f"{where}: commit {commit} has no data files that can be read, or the connection was lost")
     home = f"hf://datasets/{path}@{commit}/"
-    data_files = _files_of(builder)
+    data_files = _checked_files(where, builder, config, home)
     named = [file for files in data_files.values() for file in files]
-    check_home(where, named, home, is_named=config.data_files is not None)
     format, options = _format_of(where, builder)
     if format is None or not all(file.startswith(home) for file in named):
         return Source(where, _of_library(where, builder, config), commit)
@@ -250,7 +242,7 @@ def _builder(where: str, path: str, config: DatasetConfig, **options: Any) -> An
 
     home = f"hf://datasets/{path}@{options['revision']}" if "revision" in options else path
     options |= {"name": config.name, "data_files": config.data_files}
-    with own_patterns(where, config.data_files, home), yaml_limited(where):
+    with own_patterns(where, config.data_files, home), yaml_limited(where), nothing_unpacked(where):
         builder = load_dataset_builder(path, **options)
         if getattr(builder.config, "sample_by", None) == "line":  # a text file is one example
             builder = load_dataset_builder(path, sample_by="document", **options)
@@ -288,6 +280,15 @@ def _files_of(builder: Any) -> dict[str, list[str]]:
     return {str(split): list(paths) for split, paths in (builder.config.data_files or {}).items()}
 
 
+def _checked_files(where: str, builder: Any, config: DatasetConfig, home: Path | str) -> dict[str, list[str]]:
+    """Returns the files of each split, once all are those of the source, and none of `config.split` is an archive."""
+    found = _files_of(builder)
+    for files in found.values():
+        check_home(where, files, home, is_named=config.data_files is not None)
+    refuse_archives(where, (file for name in named_splits(where, config, list(found)) for file in found[name]))
+    return found
+
+
 def _format_of(where: str, builder: Any) -> tuple[str | None, dict[str, Any]]:
     """Returns the format and the options of the files that a builder reads; None for what only the library reads."""
     name = type(builder.config).__name__.removesuffix("Config").lower()
@@ -303,17 +304,16 @@ def _format_of(where: str, builder: Any) -> tuple[str | None, dict[str, Any]]:
         for each in fields(builder.config)
         if each.name not in neutral and (value := getattr(builder.config, each.name)) != getattr(usual, each.name)
     }
-    is_packed = any(file.lower().endswith(ARCHIVES) for files in _files_of(builder).values() for file in files)
     is_known = all(options[key] in known for key, known in _KNOWN_VALUES.items() if key in options)
     is_known &= set(options) <= FORMATS[name].options and len(str(options.get("sep", ","))) == 1
-    if is_known and not is_packed:
+    if is_known:
         return name, options
-    why = "in an archive" if is_packed else f"with the options {', '.join(sorted(options))}"
     log.warning(
-        "%s: the library datasets reads these %s files %s. It guesses types, and may take texts such as NA for null",
+        "%s: the library datasets reads these %s files with the options %s. It guesses types, and may take texts such "
+        "as NA for null",
         where,
         name,
-        why,
+        ", ".join(sorted(options)),
     )
     return None, {}
 
@@ -327,17 +327,18 @@ def _of_library(where: str, builder: Any, config: DatasetConfig, folder: Path | 
     data_files = _files_of(builder)
     known = list(data_files or builder.info.splits or [])
     files = [file for name in named_splits(where, config, known) for file in data_files.get(name, ())]
-    refuse_unchecked(where, files)
     refuse_parquet(where, type(builder.config).__name__.removesuffix("Config").lower(), files)
-    opened = dict.fromkeys(file.rpartition("::")[2] if "://" in file else file for file in files)  # or its archive
+    opened = dict.fromkeys(file.rpartition("::")[2] if "://" in file else file for file in files)
     local = [data_file(file, folder) if folder else DataFile(file) for file in opened if "://" not in file]
     try:
-        check_archives(local)
+        check_compressed(local)
         if config.streaming:
-            return LibraryRows(where, builder.as_streaming_dataset(split=config.split))
+            with nothing_unpacked(where):
+                return LibraryRows(where, builder.as_streaming_dataset(split=config.split))
         check_cache(where)
         copy = f"{builder.cache_dir}-{digest_of(local)}" if local else None
-        builder.download_and_prepare(copy)
+        with nothing_unpacked(where):
+            builder.download_and_prepare(copy)
         check_unchanged(local)
         return LibraryRows(where, builder.as_dataset(split=config.split))
     except StopIteration as error:

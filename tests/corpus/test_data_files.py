@@ -1,7 +1,6 @@
 """Tests that the file which is read is the one that was checked: within its folder, and that of the last reading."""
 
 import gzip
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -82,20 +81,16 @@ def swapped_and_back(path: Path, secret: Path, read: Callable[[], Any]) -> Any:
     return found
 
 
-def archive(path: Path, text: str) -> Path:
-    with zipfile.ZipFile(path, "w") as file:
-        file.writestr("rows.jsonl", jsonl([{"text": text}]))
-    return path
-
-
-@pytest.mark.parametrize("before", ["", "zip://*.jsonl::"])
+@pytest.mark.parametrize("before", ["", "gzip://a.csv::"])
 def test_a_file_that_is_another_one_while_the_library_reads_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: str
 ) -> None:
     from datasets import DatasetBuilder
 
     (tmp_path / "texts").mkdir()
-    file, secret = archive(tmp_path / "texts" / "a.zip", "own"), archive(tmp_path / "a.zip", "secret")
+    file = write(tmp_path / "texts" / "a.csv.gz", gzip.compress(b"text\nown\n"))
+    secret = write(tmp_path / "a.csv.gz", gzip.compress(b"text\nsecret\n"))
+    write(tmp_path / "texts" / "README.md", "---\nconfigs:\n- config_name: default\n  on_bad_lines: skip\n---\n")
     prepare = DatasetBuilder.download_and_prepare
 
     def late(builder: DatasetBuilder, *args: Any, **options: Any) -> Any:

@@ -8,7 +8,6 @@ import os
 import sys
 import tracemalloc
 import uuid
-import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -378,16 +377,13 @@ def test_a_zst_file_that_is_cut_is_named(tmp_path: Path, streaming: bool, monkey
 
 
 @both_ways
-@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows.parquet", "rows.zip"])
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows.parquet"])
 def test_another_file_of_the_same_name_and_times_is_read(tmp_path: Path, name: str, streaming: bool) -> None:
     # A renamed folder takes its files along with all their times, also with that of the last change of attributes.
     for folder, text in (("now", "one"), ("later", "two")):
         file = write(tmp_path / folder / name, b"")
         if name == "rows.parquet":
             write_parquet(file, {"text": [text]})
-        elif name == "rows.zip":
-            with zipfile.ZipFile(file, "w") as packed:
-                packed.writestr("rows.jsonl", jsonl([{"text": text}]))
         else:
             write(file, f"text\n{text}\n" if name == "rows.csv" else jsonl([{"text": text}]))
         os.utime(file, (10**9, 10**9))
@@ -415,11 +411,3 @@ def test_options_that_only_the_library_knows_are_told(tmp_path: Path, caplog: py
     write(tmp_path / "a.csv", "# a comment\ntext,id\nNA,1\nb,2\n")
     assert texts(opened(tmp_path).examples()) == [(1, "b")]
     assert "the library datasets reads these csv files with the options skiprows. It guesses types" in caplog.text
-
-
-@both_ways
-def test_the_library_reads_archives(tmp_path: Path, streaming: bool, caplog: pytest.LogCaptureFixture) -> None:
-    with zipfile.ZipFile(tmp_path / "rows.zip", "w") as archive:
-        archive.writestr("train.jsonl", jsonl([{"text": "a"}, {"text": "b"}]))
-    assert texts(opened(tmp_path, data_files="*.zip", streaming=streaming).examples()) == [(0, "a"), (1, "b")]
-    assert "the library datasets reads these json files in an archive" in caplog.text

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.archives import tar, zipped
 from support.bpe import save_tokenizer
 from support.data_files import ROWS, TEXTS, both_ways, jsonl, message, parquet, texts, write
 from support.fake_hub import FakeHub
@@ -192,6 +193,30 @@ assert sum(slept) < 10, 'the libraries alone retry for half a minute'
     assert "dataset org/name" in of_dataset and "Connection refused" in of_dataset and "dataset=pydoc" in of_dataset
     assert "tokenizer org/name" in of_tokenizer and "Connection refused" in of_tokenizer
     assert "Retrying" not in done.stderr
+
+
+@pytest.mark.slow
+def test_an_archive_of_a_repository_is_not_unpacked(tmp_path: Path) -> None:
+    planted, private = tmp_path / "home" / ".bashrc", write(tmp_path / "private.zip", zipped("june.jsonl"))
+    planted.parent.mkdir()
+    chain = zipped("a.jsonl", f"june::{private}/june.jsonl")
+    options = "---\nconfigs:\n- config_name: default\n  data_files: a.csv\n  on_bad_lines: skip\n---\n"
+    with FakeHub() as hub:
+        hub.commit("org/zip", {"a.zip": chain})
+        hub.commit("org/tar", {"a.txt.tar": tar(planted)})
+        hub.commit("org/webdataset", {"a.tar": tar(planted)})
+        hub.commit("org/named", {"a.csv": tar(planted)})
+        hub.commit("org/options", {"a.csv": tar(planted), "README.md": options.encode()})
+        code = """
+for name in ('zip', 'tar', 'webdataset', 'named', 'options'):
+    for streaming in (True, False):
+        if (name, streaming) != ('options', True):  # read as a text, without a look at the first bytes
+            print(name, error(dataset, f'org/{name}', streaming=streaming))
+"""
+        found = client(code, hub.url, tmp_path / "hf").stdout.splitlines()
+    assert len(found) == 9 and all("which is not read as texts. Unpack it" in text for text in found), found
+    assert not planted.exists()
+    assert not list((tmp_path / "hf").rglob("extracted/*"))
 
 
 @pytest.mark.slow

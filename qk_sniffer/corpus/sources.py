@@ -20,6 +20,7 @@ from typing import Any
 from qk_sniffer.config import DatasetConfig
 from qk_sniffer.corpus import hub_copies
 from qk_sniffer.corpus.archives import nothing_unpacked, refuse_archives
+from qk_sniffer.corpus.card_options import plain_options
 from qk_sniffer.corpus.copies import check_cache, check_compressed, check_unchanged, digest_of, refuse_parquet
 from qk_sniffer.corpus.data_files import COMPRESSED, ChangedError, DataFile, first_lines, reason
 from qk_sniffer.corpus.dataset_cards import names_its_files, own_descriptions, yaml_limited
@@ -242,7 +243,8 @@ def _builder(where: str, path: str, config: DatasetConfig, **options: Any) -> An
 
     home = f"hf://datasets/{path}@{options['revision']}" if "revision" in options else path
     options |= {"name": config.name, "data_files": config.data_files}
-    with own_patterns(where, config.data_files, home), yaml_limited(where), nothing_unpacked(where):
+    patterns = own_patterns(where, config.data_files, home)
+    with patterns, yaml_limited(where), plain_options(where), nothing_unpacked(where):
         builder = load_dataset_builder(path, **options)
         if getattr(builder.config, "sample_by", None) == "line":  # a text file is one example
             builder = load_dataset_builder(path, sample_by="document", **options)

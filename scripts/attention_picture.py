@@ -1,4 +1,4 @@
-"""Draws docs/attention.png: the attention of three heads of SmolLM2-135M in a sentence that repeats itself.
+"""Draws docs/attention.png: the attention of three heads of SmolLM2-135M in two similar sentences.
 
 python scripts/attention_picture.py MODEL [GGUF_FILE]
 

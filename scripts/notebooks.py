@@ -19,17 +19,6 @@ from nbclient import NotebookClient
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
-REPOSITORY = "https://github.com/OWNER/qk-sniffer"
-
-FIRST_CELL = f"""\
-# Installs qk-sniffer where it is missing, as on Colab. Write the address of its repository here.
-import importlib.util
-
-REPOSITORY = "{REPOSITORY}"
-if importlib.util.find_spec("qk_sniffer") is None:
-    %pip install --quiet "qk-sniffer[analysis,gguf] @ git+{{REPOSITORY}}\""""
-"""The first code of each notebook."""
-
 TIMEOUT_S = 900
 """The longest time of a cell."""
 

@@ -46,8 +46,10 @@ def test_there_is_one_for_each_subject() -> None:
 def test_they_begin_with_a_cell_that_installs_the_package_where_it_is_missing(path: Path) -> None:
     first = text_of(next(cell for cell in cells_of(path) if cell["cell_type"] == "code"))
     assert first == text_of(next(cell for cell in cells_of(NOTEBOOKS[0]) if cell["cell_type"] == "code"))
-    condition, install = first.splitlines()[-2:]
+    address, condition, refusal, install = first.splitlines()[-4:]
     assert condition == 'if importlib.util.find_spec("qk_sniffer") is None:'
+    # No address is a default: the package would come from an account that somebody else may have taken.
+    assert address.startswith('REPOSITORY = ""') and refusal.startswith("    assert REPOSITORY, ")
     assert install.startswith("    %pip install ") and "@ git+{REPOSITORY}" in install
 
 

@@ -19,7 +19,8 @@ def folder_of(name: str | Path, revision: str | None) -> Path | None:
     exists or is the default `output.folder`. With a revision it means a repository, unless the folder exists.
 
     Raises:
-        StoreError: it means a folder that does not exist; or a folder, which has no revisions.
+        StoreError: it means a folder that does not exist, or that is no dataset but holds some; or a folder, which has
+            no revisions.
     """
     root = Path(name).expanduser()
     if root.is_dir() or not is_hub_id(str(name)):
@@ -29,6 +30,9 @@ def folder_of(name: str | Path, revision: str | None) -> Path | None:
         return None
     if not root.exists():
         raise _missing(root, is_hub_id(str(name)))
+    layout = Layout(root)
+    if not (layout.manifest.exists() or layout.work.exists()) and (found := _datasets(root)):
+        raise StoreError(f"{root} is not a dataset, but holds some: {shortened(found, 10)}")
     return root
 
 

@@ -40,6 +40,8 @@ _ARGUMENTS = {
     "capture.layers": "layers",
     "capture.heads": "heads",
     "model.family=": "family=",
+    **{f"{setting} is true": f"kinds has {kind!r}" for kind, setting in KIND_SETTINGS.items()},
+    **{f"{setting} is false": f"kinds has no {kind!r}" for kind, setting in KIND_SETTINGS.items()},
 }
 """The settings of jobs that messages name, and the arguments of `capture` that stand for them."""
 

@@ -40,6 +40,18 @@ def test_the_datasets_nearby_are_named(make_dataset: MakeDataset) -> None:
         assert str(raised.value).endswith(hint) == (name.count("/") < 2)
 
 
+def test_a_folder_of_datasets_names_them(make_dataset: MakeDataset) -> None:
+    make_dataset(Path("outputs/some-model-texts"))
+    for name in ("outputs", "."):
+        with pytest.raises(
+            StoreError, match=f"^{re.escape(name)} is not a dataset, but holds some: outputs/some-model-t"
+        ):
+            qk_sniffer.open_dataset(name)
+    Path("empty").mkdir()
+    with pytest.raises(StoreError, match="the dataset at empty is incomplete"):
+        qk_sniffer.open_dataset("empty")
+
+
 def test_a_revision_names_a_repository(
     hub: FakeHub, api: HfApi, make_dataset: MakeDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

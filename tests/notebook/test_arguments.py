@@ -11,7 +11,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import qk_sniffer
 from qk_sniffer.backbone.backbone import Backbone
-from qk_sniffer.config import AttentionConfig, SamplerConfig
+from qk_sniffer.config import AttentionConfig, SamplerConfig, StatisticsConfig
 from qk_sniffer.errors import CaptureError, ConfigError
 from qk_sniffer.notebook.model import UserBackbone
 
@@ -69,7 +69,11 @@ def test_packed_texts_are_refused() -> None:
         ({"kinds": ""}, "names no kind"),
         ({"sampler": "unifrom"}, "valid: uniform"),
         ({"sampler": SamplerConfig("uniform", base_rate=-1)}, "base_rate is -1"),
-        ({"attention": True, "kinds": "k"}, "its rows are the queries'"),
+        ({"attention": True, "kinds": "k"}, "attention is true, but kinds has no 'q': its rows are the queries'"),
+        (
+            {"statistics": StatisticsConfig(stages=["pre"]), "kinds": "v"},
+            r"kinds has 'v', and statistics\.stages is \[pre\]",
+        ),
         ({"family": "nowhere:Family"}, r"- family=nowhere:Family: No module"),
         ({"layers": [], "attention": AttentionConfig(top_k=0)}, r"- layers is \[\].*\n  - attention\.top_k is 0"),
     ],

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,34 @@ from qk_sniffer.store.files import inside
 TEXTS = frozenset({".json", ".model", ".py", ".txt", ".jinja", ".tiktoken", ".codes", ".spm", ".tokenizer"})
 """The suffixes of the files of a checkpoint that hold no weights. The last three are those of rare vocabularies."""
 
-SUFFIXES = TEXTS | {".safetensors", ".bin", ".gguf"}
-"""Those of all its files."""
+WEIGHT_SUFFIXES = frozenset({".safetensors", ".bin", ".gguf"})
+"""Those of files that hold weights."""
+
+SUBFOLDERS = ("additional_chat_templates", "question_encoder_tokenizer", "generator_tokenizer")
+"""The folders in a checkpoint that transformers reads texts from."""
+
+_NOT_READ = frozenset(
+    {
+        *(".md", ".log", ".out", ".err", ".yaml", ".yml", ".sh", ".html", ".pdf", ".csv", ".tsv", ".ipynb", ".lock"),
+        *(
+            ".png",
+            ".jpg",
+            ".jpeg",
+            ".gif",
+            ".svg",
+            ".webp",
+            ".mp4",
+            ".wav",
+            ".zip",
+            ".gz",
+            ".tar",
+            ".parquet",
+            ".imatrix",
+        ),
+        *(".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".ot", ".onnx", ".tflite", ".npz", ".npy", ".pkl", ".distcp"),
+    }
+)
+"""The suffixes that no file has from which a checkpoint is loaded. A file of any other name may be a vocabulary."""
 
 WEIGHTS, PICKLE, INDEX = "model.safetensors", "pytorch_model.bin", ".index.json"
 
@@ -103,13 +130,18 @@ def _files(folder: Path, weights: Sequence[str]) -> set[Path]:
     A link out of the folder may lead to any file, whose digest would be published. The loader refuses such links, but
     for weights (`checkpoint_links.py`): of these, only those that it reads count, which fails for any other file.
     """
-    texts = {path for path in folder.iterdir() if path.suffix in TEXTS}
-    texts |= {*folder.glob("additional_chat_templates/*.jinja")}
-    others = {path for path in folder.iterdir() if path.suffix in SUFFIXES - TEXTS}
-    others |= {folder / name for name in _named(folder)} - texts
+    found = {path for path in files_of(folder) if path.suffix not in _NOT_READ and not path.name.startswith(".")}
+    texts = {path for path in found if path.suffix in TEXTS}
+    others = (found | {folder / name for name in _named(folder)}) - texts
     read = _read_weights(folder, weights)
     own = {path for path in others if path in read or is_inside(folder, path)}
     return {path for path in texts | own | read if path.is_file()}
+
+
+def files_of(folder: Path) -> set[Path]:
+    """Returns the files in the folder of a checkpoint, and in its folders of texts. Links may lead nowhere."""
+    below = (path for name in SUBFOLDERS for path in (folder / name).glob("*"))
+    return {path for path in chain(folder.iterdir(), below) if not path.is_dir()}
 
 
 def _read_weights(folder: Path, weights: Sequence[str]) -> set[Path]:

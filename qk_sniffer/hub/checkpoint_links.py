@@ -1,17 +1,17 @@
 """Refuses links in a checkpoint that lead elsewhere on this machine, pipes, devices, and configs of no sensible size.
 
 A checkpoint may come from someone else. Tokens of a file that such a link leads to would become part of the dataset,
-and lines of it part of messages. Weights may be links to anywhere: of a file without tensors, nothing gets further.
-A pipe is worse than a missing file: the libraries that open it wait for ever.
+and lines of it part of messages. transformers also takes files of odd names for a vocabulary, such as
+`tokenizer.model.`. Weights may be links to anywhere: of a file without tensors, nothing gets further. A pipe is worse
+than a missing file: the libraries that open it wait for ever.
 """
 
 import os
 import stat
-from itertools import chain
 from pathlib import Path
 
 from qk_sniffer.errors import SourceError
-from qk_sniffer.hub.checkpoint_files import SUFFIXES, TEXTS, is_inside
+from qk_sniffer.hub.checkpoint_files import WEIGHT_SUFFIXES, files_of, is_inside
 from qk_sniffer.hub.config_limits import refuse_large_config
 from qk_sniffer.hub.json_files import DamagedFileError, json_object
 from qk_sniffer.store.disk import open_regular
@@ -22,9 +22,6 @@ _MARKS = {"config.json": "model_type", "tokenizer_config.json": "tokenizer_class
 """The key by which each of these files shows that its folder is a checkpoint."""
 
 _MOST_LINKS = 8
-
-_TEMPLATES = "additional_chat_templates"
-"""The one folder in a checkpoint that transformers reads texts from."""
 
 
 def refuse_odd_files(name: str, commit: str | None = None) -> None:
@@ -47,11 +44,10 @@ def refuse_odd_files(name: str, commit: str | None = None) -> None:
         folder = Path(constants.HF_HUB_CACHE, f"models--{name.replace('/', '--')}", "snapshots", commit or "")
         if commit is None or not folder.is_dir():
             return
-    for path in sorted(chain(folder.iterdir(), folder.glob(f"{_TEMPLATES}/*"))):
-        if path.suffix in SUFFIXES:
-            refuse_special(path)
+    for path in sorted(files_of(folder)):
+        refuse_special(path)
         refuse_large_config(path)
-        if path.suffix in TEXTS and home_of(folder, path) is None:
+        if path.suffix not in WEIGHT_SUFFIXES and home_of(folder, path) is None:
             raise SourceError(
                 f"{path} leads to {os.path.realpath(path)}, which is neither in its folder nor a file of the same name "
                 "in another checkpoint: it is not read. Replace the link by a copy of the file"

@@ -15,6 +15,8 @@ from qk_sniffer.hub.checkpoint_links import refuse_odd_files
 from qk_sniffer.hub.lfs import refuse_pointer
 
 COMMIT = "1" * 40
+ODD_NAMES = ["tokenizer.model.", "TOKENIZER.JSON", "vocab_file", "a.log", "model.SAFETENSORS", ".hidden", "x.bin."]
+OF_SUBFOLDERS = ["question_encoder_tokenizer/merges.txt", "generator_tokenizer/vocab", "additional_chat_templates/a"]
 REFUSED = "which is neither in its folder nor a file of the same name in another checkpoint"
 
 
@@ -35,7 +37,10 @@ def folder(tmp_path: Path) -> Path:
     return write(tmp_path / "received" / "config.json", json.dumps({"model_type": "bert"})).parent
 
 
-@pytest.mark.parametrize("name", ["vocab.txt", "tokenizer.json", "chat_template.jinja", "spiece.model", "code.py"])
+@pytest.mark.parametrize(
+    "name",
+    ["vocab.txt", "tokenizer.json", "chat_template.jinja", "spiece.model", "code.py", *ODD_NAMES, *OF_SUBFOLDERS],
+)
 def test_a_link_to_a_file_of_the_machine_is_refused(tmp_path: Path, folder: Path, name: str) -> None:
     link(folder / name, write(tmp_path / "home" / "id_rsa"))
     with pytest.raises(SourceError, match=REFUSED):
@@ -105,7 +110,7 @@ def test_files_of_a_base_and_weights_may_be_links(
     link(folder / "own.json", "config.json")
     link(folder / "vocab.txt", "../base/vocab.txt")
     link(folder / "model.safetensors", write(tmp_path / "scratch" / "part-1"))
-    link(folder / "train.log", write(tmp_path / "scratch" / "log"))
+    link(folder / "checkpoint-500", tmp_path / "scratch")
     refuse_odd_files(str(folder))
     repository = tmp_path / "cache" / "models--org--name"
     write(repository / "blobs" / "1234")
@@ -118,7 +123,7 @@ def test_files_of_a_base_and_weights_may_be_links(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     refuse_odd_files("org/name", COMMIT)
     (repository / "blobs" / "1234").unlink()
-    link(repository / "blobs" / "1234", tmp_path / "scratch" / "log")
+    link(repository / "blobs" / "1234", tmp_path / "scratch" / "part-1")
     with pytest.raises(SourceError, match=REFUSED):
         refuse_odd_files("org/name", COMMIT)
 
@@ -192,3 +197,35 @@ def test_the_digest_has_the_weights_elsewhere_that_an_index_or_the_settings_name
     assert (
         changes("x.gguf", "x.gguf") and not changes("other.gguf", "x.gguf") and not changes("a.safetensors", "x.gguf")
     )
+
+
+def test_the_digest_has_every_file_that_a_tokenizer_may_be_loaded_from(tmp_path: Path) -> None:
+    folder = write(tmp_path / "model" / "config.json", "{}").parent
+    for name in ("tokenizer.model.", "vocab_file", "TOKENIZER.JSON", *OF_SUBFOLDERS):
+        before = folder_digest(folder, ())
+        write(folder / name, "one")
+        added = folder_digest(folder, ())
+        write(folder / name, "another")
+        assert len({before, added, folder_digest(folder, ())}) == 3, name
+    whole = folder_digest(folder, ())
+    for name in ("README.md", "train.log", ".gitattributes", "logo.png", "checkpoint-500/config.json"):
+        write(folder / name, "not loaded")
+    assert folder_digest(folder, ()) == whole
+
+
+def test_a_vocabulary_of_an_odd_name_counts(tmp_path: Path) -> None:
+    """transformers looks for names that begin with `tokenizer.model` where a folder has no tokenizer.json."""
+    folder, secret = tmp_path / "model", write(tmp_path / "home" / "id_rsa", "secret\n[UNK]")
+    special = {f"{name}_token": "[UNK]" for name in ("unk", "cls", "pad", "mask", "eos")}
+    write(folder / "tokenizer_config.json", json.dumps({"tokenizer_class": "EsmTokenizer", **special}))
+    write(folder / "config.json", json.dumps({"model_type": "llama"}))
+    found = []
+    for words in ("one\ntwo\n[UNK]", "two\none\n[UNK]"):
+        write(folder / "tokenizer.model.", words)
+        tokenizer = load_tokenizer(ModelConfig(name=str(folder)))
+        found.append((tokenizer.token_strings([0])[0], folder_digest(folder, ())))
+    assert found[0][0] != found[1][0] and found[0][1] != found[1][1]
+    (folder / "tokenizer.model.").unlink()
+    link(folder / "tokenizer.model.", secret)
+    with pytest.raises(SourceError, match=REFUSED):
+        load_tokenizer(ModelConfig(name=str(folder)))

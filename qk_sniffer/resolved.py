@@ -1,10 +1,12 @@
 """Resolves a config: fills in slugs, tokenizer, branch and data root. Also derives its fingerprint and public names."""
 
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,20 @@ class ResolvedConfig(Config):
         assert self.output.data_root is not None
         return Path(self.output.data_root)
 
+    @cached_property
+    def located(self) -> ModelConfig:
+        """`model`, with the folders that its names led to when this was first asked for.
+
+        Whatever reads model, tokenizer and adapter takes them from here: a link may lead elsewhere a moment later.
+        """
+        model, tokenizer = self.model, self.model.tokenizer
+        return replace(
+            model,
+            name=_located(model.name),
+            adapter=_located(model.adapter),
+            tokenizer=replace(tokenizer, name=_located(tokenizer.name)),
+        )
+
 
 def resolve(config: Config) -> ResolvedConfig:
     """Fills in slugs, tokenizer, branch and data root, and expands `~`. Returns a resolved `config` unchanged."""
@@ -62,6 +78,13 @@ def resolve(config: Config) -> ResolvedConfig:
             "output": replace(output, hf_branch=branch, data_root=output.data_root or str(Path(output.folder, branch))),
         }
     )
+
+
+def _located(name: str | None) -> str | None:
+    """Returns the folder that links lead to from `name`; `name` itself if there is no link, or no folder."""
+    if name is None or (real := Path(os.path.realpath(name))) == Path(name).absolute():
+        return name
+    return str(real) if real.is_dir() else name
 
 
 def is_template(text: str) -> bool:
@@ -107,6 +130,7 @@ def with_output(config: Config, output: OutputConfig) -> ResolvedConfig:
 
 def fingerprint(config: ResolvedConfig) -> dict[str, Any]:
     """Returns every setting that can change a row or a vector, as `section.key: value`."""
+    config = replace(config, model=config.located)
     keys = {setting.key: _value(config, setting.key) for setting in settings() if setting.changes_rows}
     # A local checkpoint or file may move: the commits contain its digest, and every text is compared.
     for setting in settings():

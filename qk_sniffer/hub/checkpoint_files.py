@@ -17,6 +17,7 @@ from typing import Any
 
 from qk_sniffer.errors import SourceError, StoreError
 from qk_sniffer.hub.config_limits import refuse_large_config
+from qk_sniffer.hub.file_trails import Trails
 from qk_sniffer.store.disk import open_regular
 from qk_sniffer.store.files import inside
 
@@ -72,6 +73,7 @@ class CheckpointFiles:
 
     Attributes:
         digest: `sha256:` and the digest of the names and contents of the files.
+        trails: the ways to the files, as they were before any was read.
     """
 
     def __init__(self, folder: Path, weights: Sequence[str] = MODEL_WEIGHTS) -> None:
@@ -86,6 +88,7 @@ class CheckpointFiles:
         """
         self.folder = folder
         paths = sorted(_files(folder, weights))
+        self.trails = Trails(folder, paths)
         self._facts = {path: _facts_of(path) for path in paths}
         with ThreadPoolExecutor() as pool:
             self._digests = dict(zip(paths, pool.map(_digest_of, paths), strict=True))

@@ -17,7 +17,7 @@ from qk_sniffer.corpus.tokens import Tokenizer
 from qk_sniffer.dataset.heads import attention_files, captured_heads
 from qk_sniffer.errors import SourceError, StoreError
 from qk_sniffer.hub.revisions import hub_commit_of
-from qk_sniffer.jobs.identity import Job, checkpoint_files
+from qk_sniffer.jobs.identity import Job, unchanged_files
 from qk_sniffer.jobs.shards import journals_of, uncaptured
 from qk_sniffer.jobs.source_rows import FINALIZE_PATIENCE_S, START_PATIENCE_S, check_limit
 from qk_sniffer.jobs.start import base_of
@@ -150,8 +150,8 @@ def stage(layout: Layout, job: CapturedJob, model: ModelConfig, tokenizer: Token
     token_string = None
     if config.capture.capture_token_strings:
         if tokenizer is None:
-            tokenizer = load_tokenizer(model, hub_commit_of(commits["tokenizer"]))
-            checkpoint_files(model, commits, ["tokenizer"])
+            with unchanged_files(model, commits, ["tokenizer"]):
+                tokenizer = load_tokenizer(model, hub_commit_of(commits["tokenizer"]))
         token_string = tokenizer.token_strings
     count = config.shard.count
     journals = journals_of(layout, record, claim)

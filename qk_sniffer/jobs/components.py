@@ -17,7 +17,7 @@ from qk_sniffer.capture.selection import Selection, select
 from qk_sniffer.config import KIND_SETTINGS, StatisticsConfig
 from qk_sniffer.corpus.tokens import Tokenizer
 from qk_sniffer.errors import CaptureError, ConfigError
-from qk_sniffer.jobs.identity import ROLES, checkpoint_files
+from qk_sniffer.jobs.identity import ROLES, unchanged_files
 from qk_sniffer.jobs.loaded_code import DIGEST, class_and_code, code_of
 from qk_sniffer.jobs.software import versions_of_loaded
 from qk_sniffer.jobs.tokenizers import open_tokenizer
@@ -89,45 +89,46 @@ def load_components(config: ResolvedConfig, commits: Mapping[str, str | None], s
 
 
 def _load(config: ResolvedConfig, commits: Mapping[str, str | None]) -> Components:
-    decoder_config = check_model(config.model, commit=commits["model"], adapter_commit=commits.get("adapter"))
-    tokenizer = open_tokenizer(config, commits)
-    tokenizer.check_fits(planned_num_embeddings(decoder_config, tokenizer.largest_id), str(config.model.name))
-    backbone = load_backbone(
-        config.model,
-        commit=commits["model"],
-        adapter_commit=commits.get("adapter"),
-        pre_rope=config.capture.capture_pre_rope,
-        banded_attention=config.inference.banded_attention,
-        # All layers must be seen to tell that none of those asked for has full attention.
-        layers=None if config.capture.full_attention_only else config.capture.layers,
-    )
-    tokenizer.check_fits(backbone.num_embeddings, str(config.model.name))
-    limit, max_length = backbone.num_positions, config.model.tokenizer.max_length
-    if limit is not None and max_length > limit:
-        raise ConfigError(
-            [f"model.tokenizer.max_length is {max_length}, but this model has positions for {limit}: set it so"]
+    model = config.located
+    with unchanged_files(model, commits) as files:
+        decoder_config = check_model(model, commit=commits["model"], adapter_commit=commits.get("adapter"))
+        tokenizer = open_tokenizer(config, commits)
+        tokenizer.check_fits(planned_num_embeddings(decoder_config, tokenizer.largest_id), str(config.model.name))
+        backbone = load_backbone(
+            model,
+            commit=commits["model"],
+            adapter_commit=commits.get("adapter"),
+            pre_rope=config.capture.capture_pre_rope,
+            banded_attention=config.inference.banded_attention,
+            # All layers must be seen to tell that none of those asked for has full attention.
+            layers=None if config.capture.full_attention_only else config.capture.layers,
         )
-    statistics = config.capture.statistics
-    stages = {"pre" if backbone.pre_rope else "post", *(statistics.stages if statistics.enabled else ())}
-    layers = backbone.probe(both_stages=len(stages) == 2)
-    selection = select([layer.heads for layer in layers], config.capture)
-    _check_captured(selection, layers, backbone.config.model_type)
-    if config.capture.attention.enabled:
-        _refuse_unknown_attention(layers, selection)
-    if selection.note:
-        log.warning("%s", selection.note)
-    own = backbone.stored.dtype
-    log.info(
-        "%s: %d of %d query heads, %d files; %s%s on %s",
-        config.model.slug,
-        selection.drawn,
-        sum(layer.heads.num_q_heads for layer in layers),
-        selection.num_heads,
-        str(backbone.dtype).removeprefix("torch."),
-        f" (the checkpoint's is {own})" if own and own != str(backbone.dtype).removeprefix("torch.") else "",
-        backbone.device,
-    )
-    files = checkpoint_files(config.model, commits)
+        tokenizer.check_fits(backbone.num_embeddings, str(config.model.name))
+        limit, max_length = backbone.num_positions, config.model.tokenizer.max_length
+        if limit is not None and max_length > limit:
+            raise ConfigError(
+                [f"model.tokenizer.max_length is {max_length}, but this model has positions for {limit}: set it so"]
+            )
+        statistics = config.capture.statistics
+        stages = {"pre" if backbone.pre_rope else "post", *(statistics.stages if statistics.enabled else ())}
+        layers = backbone.probe(both_stages=len(stages) == 2)
+        selection = select([layer.heads for layer in layers], config.capture)
+        _check_captured(selection, layers, backbone.config.model_type)
+        if config.capture.attention.enabled:
+            _refuse_unknown_attention(layers, selection)
+        if selection.note:
+            log.warning("%s", selection.note)
+        own = backbone.stored.dtype
+        log.info(
+            "%s: %d of %d query heads, %d files; %s%s on %s",
+            config.model.slug,
+            selection.drawn,
+            sum(layer.heads.num_q_heads for layer in layers),
+            selection.num_heads,
+            str(backbone.dtype).removeprefix("torch."),
+            f" (the checkpoint's is {own})" if own and own != str(backbone.dtype).removeprefix("torch.") else "",
+            backbone.device,
+        )
     devices = {weight.device.type for weight in backbone.decoder.parameters()} & {"cpu", "meta"}
     check = partial(files["model"].check, replaced="meta" in devices) if devices and "model" in files else unchecked
     loaded = {role: commits[role] for role in ROLES if role in commits}

@@ -113,7 +113,7 @@ def make_dataset(
         private = config.output.private or job.record["config"]["output"].get("private", False)
         config = with_output(config, replace(config.output, private=private))
         with stages("compact"):
-            staged = stage(layout, job, config.model, None if components is None else components.tokenizer)
+            staged = stage(layout, job, config.located, None if components is None else components.tokenizer)
         if corpus is not None:
             _check_texts(config, job.record, staged, corpus)
         with stages("verify"):

@@ -4,7 +4,8 @@ The identity is stored next to the journal when the job first starts. Every late
 dataset never mixes two configurations, two checkpoints or two versions of a library.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -131,11 +132,12 @@ def resolve_commits(config: ResolvedConfig, earlier: Job | None) -> dict[str, st
     if model.adapter is not None:
         asked["adapter"] = (model.adapter, "main")
     commits: dict[str, str | None] = {}
+    folders = _folders(config.located)
     for role, (name, revision) in asked.items():
-        if Path(name).is_dir():
+        if folders[role].is_dir():
             if is_hub_id(name):  # it has the form of both
                 log.info("the %s %s is the local folder %s", role, name, Path(name).absolute())
-            commits[role] = folder_digest(Path(name), _weights(role, model))
+            commits[role] = folder_digest(folders[role], _weights(role, model))
         elif earlier is not None and hub_commit_of(earlier.commits.get(role)) is not None:
             commits[role] = earlier.commits[role]
         else:
@@ -145,28 +147,44 @@ def resolve_commits(config: ResolvedConfig, earlier: Job | None) -> dict[str, st
     return commits
 
 
-def checkpoint_files(
+@contextmanager
+def unchanged_files(
     model: ModelConfig, commits: Mapping[str, str | None], roles: Sequence[str] = ROLES
-) -> dict[str, CheckpointFiles]:
-    """Returns the files of those `roles` that are local folders, after they were loaded.
+) -> Iterator[dict[str, CheckpointFiles]]:
+    """Yields the files of those `roles` that are local folders, for a block that loads them.
 
     Raises:
-        SourceError: they are not those of `commits`: they have changed since the job started.
+        SourceError: they are not those of `commits`: they have changed since the job started, or during the block.
     """
-    names = {"model": model.name, "tokenizer": model.tokenizer.name or model.name, "adapter": model.adapter}
+    files = _checkpoint_files(model, commits, roles)
+    yield files
+    for role, each in files.items():
+        each.trails.check(f"the files of the {role} in {each.folder} changed while the job used them")
+
+
+def _checkpoint_files(
+    model: ModelConfig, commits: Mapping[str, str | None], roles: Sequence[str]
+) -> dict[str, CheckpointFiles]:
+    folders = _folders(model)
     found = {}
     for role in roles:
         commit = commits.get(role)
         if commit is None or hub_commit_of(commit) is not None:
             continue
-        found[role] = CheckpointFiles(Path(str(names[role])), _weights(role, model))
+        found[role] = CheckpointFiles(folders[role], _weights(role, model))
         if found[role].digest != commit:
             raise SourceError(
-                f"the files of the {role} in {names[role]} changed while the job used them: restore them and rerun the "
-                "command, which keeps what was captured before. Give a checkpoint that is written again and again a "
-                "copy of its own"
+                f"the files of the {role} in {folders[role]} changed while the job used them: restore them and rerun "
+                "the command, which keeps what was captured before. Give a checkpoint that is written again and again "
+                "a copy of its own"
             )
     return found
+
+
+def _folders(model: ModelConfig) -> dict[str, Path]:
+    """Returns the folders of the roles of a model, if they are local ones; else their names in this form."""
+    names = {"model": model.name, "tokenizer": model.tokenizer.name or model.name, "adapter": model.adapter}
+    return {role: Path(name) for role, name in names.items() if name is not None}
 
 
 def _weights(role: str, model: ModelConfig) -> Sequence[str]:

@@ -156,7 +156,7 @@ def _record(config: ResolvedConfig, start: Start, components: Components) -> dic
         "stated": {
             **{
                 role: stated_terms("model", name, hub_commit_of(start.job.commits[role]))
-                for role, name in (("model", config.model.name), ("adapter", config.model.adapter))
+                for role, name in (("model", config.located.name), ("adapter", config.located.adapter))
                 if name is not None
             },
             "dataset": stated_terms("dataset", config.dataset.path or "", start.job.commits["dataset"]),

@@ -42,7 +42,7 @@ def hasher_of(config: ResolvedConfig, commits: Mapping[str, str | None]) -> Hash
 def _loaded(config: ResolvedConfig, commits: Mapping[str, str | None]) -> TextTokenizer:
     chat = None if config.dataset.messages_column is None else config.dataset.chat
     return load_tokenizer(
-        config.model,
+        config.located,
         hub_commit_of(commits["tokenizer"]),
         chat,
         offsets=config.capture.capture_offsets,

@@ -178,6 +178,12 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
+def numbered(noun: str, numbers: Iterable[int]) -> str:
+    """Returns a noun with the numbers of what it names: `layer 5`, `layers 0-3, 7`."""
+    named = {*numbers}
+    return f"{noun}{'' if len(named) == 1 else 's'} {compact_ranges(named)}"
+
+
 def aligned(rows: Sequence[Sequence[str]]) -> str:
     """Returns rows of cells as lines, the columns aligned. Line breaks in cells are escaped."""
     shown = [[*map(printable, row)] for row in rows]

@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from qk_sniffer.capture.sampling import Sampler
 from qk_sniffer.config import AttentionConfig, from_dict
+from qk_sniffer.dataset.array_facts import further_facts, head_facts
 from qk_sniffer.dataset.attention_summary import AttentionSummary
 from qk_sniffer.dataset.dataset_files import WAY_OUT
 from qk_sniffer.dataset.head_reader import HeadReader
@@ -26,7 +27,6 @@ from qk_sniffer.store.files import Files, Folder
 from qk_sniffer.store.layout import (
     ATTENTION,
     EXAMPLES,
-    KINDS,
     HeadKey,
     head_file,
     statistics_file,
@@ -244,14 +244,11 @@ class Dataset(HeadReader):
             return read_statistics(path, kind, stage, way_out=WAY_OUT, covariance=covariance)
 
     def __repr__(self) -> str:
-        kinds = ", ".join(kind for kind in KINDS if any(head.kind == kind for head in self.heads))
-        layers = compact_ranges(head.layer for head in self.heads)
         manifest = self.manifest
         facts = [
             f"{counted(manifest['rows'], 'row')} of {counted(manifest['examples'], 'example')}",
-            f"{counted(len(self.heads), 'head')} ({kinds} of layers {layers})",
-            *(["attention summaries"] if self._attention is not None else []),
-            *([f"statistics ({', '.join(self.stages)})"] if self.stages else []),
+            head_facts(self.heads),
+            *further_facts(summaries=self._attention is not None, stages=self.stages),
         ]
         return f"<Dataset {printable(self)}: {', '.join(facts)}>"
 

@@ -21,6 +21,7 @@ from qk_sniffer.capture.attention_summary import Summarizer
 from qk_sniffer.capture.moments import Moments, rotary_pairs
 from qk_sniffer.capture.sampling import Sampler
 from qk_sniffer.config import AttentionConfig, SamplerConfig, StatisticsConfig
+from qk_sniffer.dataset.array_facts import further_facts, head_facts
 from qk_sniffer.dataset.attention_summary import AttentionSummary
 from qk_sniffer.dataset.head_vectors import HeadVectors
 from qk_sniffer.dataset.reader import Dataset, open_dataset
@@ -37,10 +38,10 @@ from qk_sniffer.notebook.statistics import PassStatistics
 from qk_sniffer.notebook.stream import FolderStream
 from qk_sniffer.notebook.tokens import Examples
 from qk_sniffer.store.attention_table import AttentionTable
-from qk_sniffer.store.layout import KINDS, HeadKey
+from qk_sniffer.store.layout import HeadKey
 from qk_sniffer.store.row_filter import RowValues
 from qk_sniffer.store.statistics import Statistics
-from qk_sniffer.text import compact_ranges, counted, in_mb, printable
+from qk_sniffer.text import counted, in_mb, printable
 
 if TYPE_CHECKING:
     import pandas
@@ -86,7 +87,7 @@ def capture(
         pre_rope: captures queries and keys before the rotary embedding instead of after it.
         attention: summarizes the attention of each captured query over all its keys; True for the default settings.
         statistics: makes statistics of the captured heads over all tokens, sampled or not; True for the default
-            settings.
+            settings, which measure after the rotary embedding also with `pre_rope`.
         family: the family of the model, if it needs one of its own: an object, or its class as "package.module:Class".
         max_rows: the most rows to keep in memory, over all heads and kinds; None for no limit but the memory itself. A
             pass that would exceed them raises an error before it runs. Without effect with `to`.
@@ -324,15 +325,16 @@ class Captured:
         )
 
     def __repr__(self) -> str:
-        kinds = ", ".join(kind for kind in KINDS if any(head.kind == kind for head in self.heads))
-        layers = compact_ranges(head.layer for head in self.heads)
+        made = self._facts.config.capture
         facts = [
-            f"{counted(len(self.heads), 'head')} ({kinds} of layers {layers})",
+            head_facts(self.heads),
             f"{counted(self._store.num_rows, 'row')} of {counted(len(self._examples.all), 'example')}",
             in_mb(self._store.nbytes),
         ]
         if self._stream is not None:
             facts[1:] = [counted(len(self._examples.all), "example"), f"to {printable(self._stream.folder)}"]
+        stages = made.statistics.stages if made.statistics.enabled else []
+        facts += further_facts(summaries=made.attention.enabled, stages=stages)
         return f"<Captured {type(self._facts.backbone.model).__name__}: {', '.join(facts)}>"
 
     def _room(self, rows: int) -> str | None:

@@ -32,7 +32,7 @@ from qk_sniffer.store.layout import KINDS, UNROTATED_KINDS
 from qk_sniffer.store.open_folder import PLAIN, Access
 from qk_sniffer.store.rows import block_name
 from qk_sniffer.store.segment import DamageError, Header, Place, Tensor, open_segment, read_array
-from qk_sniffer.text import compact_ranges
+from qk_sniffer.text import numbered
 
 Floats = npt.NDArray[np.floating[Any]]
 Int64 = npt.NDArray[np.int64]
@@ -256,10 +256,10 @@ class Statistics:
     """(H, f): the mean of sqrt(a^2 + b^2), where a and b are the components of a pair."""
 
     def __repr__(self) -> str:
-        heads, tokens = compact_ranges(self.heads.tolist()), int(self.count.max(initial=0))
+        heads, tokens = numbered("head", self.heads.tolist()), int(self.count.max(initial=0))
         arrays = "mean, covariance and ranges" if self.covariance is not None else "mean, variance and ranges"
         moduli = "" if self.frequency_pairs is None else f", {len(self.frequency_pairs)} rotary frequencies"
-        return f"<Statistics of heads {heads}: {arrays} of {self.mean.shape[1]} numbers over {tokens:,} tokens{moduli}>"
+        return f"<Statistics of {heads}: {arrays} of {self.mean.shape[1]} numbers over {tokens:,} tokens{moduli}>"
 
     def overflows(self, index: int) -> bool:
         """Whether float32 cannot hold a number of the head at `index`, or could not hold it of some of its tokens."""

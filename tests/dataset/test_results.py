@@ -116,8 +116,8 @@ def test_reprs_tell_what_there_is(dataset: qk_sniffer.Dataset) -> None:
         f"<AttentionSummary: {tokens} rows of 4 examples, positions 0-{last}, 13 bins of distances, 8 top keys>"
     )
     of_tokens = f"mean, covariance and ranges of 16 numbers over {tokens} tokens"
-    assert repr(dataset.statistics(0, "k", "post")) == f"<Statistics of heads 0: {of_tokens}>"
-    assert repr(dataset.statistics(0, "q", "pre")) == f"<Statistics of heads 1: {of_tokens}, 8 rotary frequencies>"
+    assert repr(dataset.statistics(0, "k", "post")) == f"<Statistics of head 0: {of_tokens}>"
+    assert repr(dataset.statistics(0, "q", "pre")) == f"<Statistics of head 1: {of_tokens}, 8 rotary frequencies>"
     assert repr(dataset.heads[0]) == "HeadKey(layer=0, head=1, kind='q')"
 
 

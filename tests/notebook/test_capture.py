@@ -222,7 +222,7 @@ def test_statistics_alone() -> None:
         early = captured.statistics(1, "v").count.tolist()
         model(input_ids=random_ids(1, 5, seed=2))
     assert early == [330, 330]
-    assert "0 rows of 3 examples" in repr(captured)
+    assert "0 rows of 3 examples, 0.0 MB, statistics (post)>" in repr(captured)
     backbone = UserBackbone(model)
     texts = [random_ids(1, 300), random_ids(1, 30, seed=1), random_ids(1, 5, seed=2)]
     for kind in "qkvo":

@@ -1,15 +1,21 @@
 """Admits only options of reading in the configs of a dataset card, and each with a value of its type.
 
 The library `datasets` passes everything else to its builder too. It joins the version and the name of a config into the
-path of its copies, which could then be any folder of this machine.
+path of its copies, which could then be any folder of this machine. Of the admitted options, the readers of this package
+know some; the library reads files with others.
 """
 
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any
 
+from qk_sniffer.corpus.rows import FORMATS
 from qk_sniffer.errors import SourceError
+from qk_sniffer.logs import logger
+
+log = logger(__name__)
 
 _TEXTS = (
     *("sep", "delimiter", "prefix", "thousands", "decimal", "lineterminator", "quotechar", "escapechar", "comment"),
@@ -33,6 +39,9 @@ _CHECKED_ELSEWHERE = frozenset({"features", "data_files", "data_dir"})
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
 
 _NAME = re.compile(r"(?!\.+\Z)[^/\\\0]+")
+
+_KNOWN_VALUES: dict[str, tuple[Any, ...]] = {"header": (0, "infer", None), "sample_by": ("document",)}
+"""The values of options of `datasets` that the readers know, where they do not know all."""
 
 
 @contextmanager
@@ -69,6 +78,35 @@ def plain_options(where: str) -> Iterator[None]:
         yield
     finally:
         load.create_builder_configs_from_metadata_configs = make
+
+
+def format_of(where: str, builder: Any) -> tuple[str | None, dict[str, Any]]:
+    """Returns the format and the options of the files that a builder reads; None for what only the library reads."""
+    name = type(builder.config).__name__.removesuffix("Config").lower()
+    if name not in FORMATS:
+        return None, {}
+    usual = type(builder.config)()
+    neutral = {"name", "version", "data_dir", "data_files", "description", "chunksize", "batch_size", "delimiter"}
+    neutral |= {"column_names", "parse_agent_traces", "on_mixed_types", "use_threads", "block_size", "keep_linebreaks"}
+    if name != "text":  # a card may give types, and for a text file the name of its column
+        neutral |= {"features"}
+    options = {
+        each.name: value
+        for each in fields(builder.config)
+        if each.name not in neutral and (value := getattr(builder.config, each.name)) != getattr(usual, each.name)
+    }
+    is_known = all(options[key] in known for key, known in _KNOWN_VALUES.items() if key in options)
+    is_known &= set(options) <= FORMATS[name].options and len(str(options.get("sep", ","))) == 1
+    if is_known:
+        return name, options
+    log.warning(
+        "%s: the library datasets reads these %s files with the options %s. It guesses types, and may take texts such "
+        "as NA for null",
+        where,
+        name,
+        ", ".join(sorted(options)),
+    )
+    return None, {}
 
 
 def _is_admitted(key: str, value: Any) -> bool:

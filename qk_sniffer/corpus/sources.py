@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from glob import has_magic
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,12 @@ from typing import Any
 from qk_sniffer.config import DatasetConfig
 from qk_sniffer.corpus import hub_copies
 from qk_sniffer.corpus.archives import nothing_unpacked, refuse_archives
-from qk_sniffer.corpus.card_options import plain_options
+from qk_sniffer.corpus.card_options import format_of, plain_options
 from qk_sniffer.corpus.copies import check_cache, check_compressed, check_unchanged, digest_of, refuse_parquet
 from qk_sniffer.corpus.data_files import COMPRESSED, ChangedError, DataFile, first_lines, reason
 from qk_sniffer.corpus.dataset_cards import names_its_files, own_descriptions, yaml_limited
 from qk_sniffer.corpus.home import check_format, check_home, data_file, own_patterns, texts_of
-from qk_sniffer.corpus.rows import FORMATS, LibraryRows, ListRows, Rows, no_rows
+from qk_sniffer.corpus.rows import LibraryRows, ListRows, Rows, no_rows
 from qk_sniffer.corpus.splits import named_splits, no_split, rows_of_files
 from qk_sniffer.errors import SourceError
 from qk_sniffer.hub.revisions import HubUnreachableError, hub_commit, is_hub_id
@@ -52,10 +52,6 @@ class Source:
     rows: Rows
     commit: str | None = None
     """The commit of a Hub repository; None for other sources."""
-
-
-_KNOWN_VALUES: dict[str, tuple[Any, ...]] = {"header": (0, "infer", None), "sample_by": ("document",)}
-"""The values of options of `datasets` that the readers know, where they do not know all."""
 
 
 def open_source(config: DatasetConfig, commit: str | None = None) -> Source:
@@ -155,7 +151,7 @@ def _of_builder(where: str, builder: Any, config: DatasetConfig, folder: Path) -
     """Opens the rows of a local folder, of which `builder` has found the files."""
     data_files = _checked_files(where, builder, config, folder)
     named = [file for files in data_files.values() for file in files]
-    format, options = _format_of(where, builder)
+    format, options = format_of(where, builder)
     if format is None or any("://" in file for file in named):
         return _of_library(where, builder, config, folder)
     return rows_of_files(where, _in(data_files, folder), format, options, config)
@@ -174,7 +170,7 @@ def _hub(config: DatasetConfig, path: str, commit: str | None) -> Source:
     home = f"hf://datasets/{path}@{commit}/"
     data_files = _checked_files(where, builder, config, home)
     named = [file for files in data_files.values() for file in files]
-    format, options = _format_of(where, builder)
+    format, options = format_of(where, builder)
     if format is None or not all(file.startswith(home) for file in named):
         return Source(where, _of_library(where, builder, config), commit)
     if config.streaming:
@@ -291,35 +287,6 @@ def _checked_files(where: str, builder: Any, config: DatasetConfig, home: Path |
     return found
 
 
-def _format_of(where: str, builder: Any) -> tuple[str | None, dict[str, Any]]:
-    """Returns the format and the options of the files that a builder reads; None for what only the library reads."""
-    name = type(builder.config).__name__.removesuffix("Config").lower()
-    if name not in FORMATS:
-        return None, {}
-    usual = type(builder.config)()
-    neutral = {"name", "version", "data_dir", "data_files", "description", "chunksize", "batch_size", "delimiter"}
-    neutral |= {"column_names", "parse_agent_traces", "on_mixed_types", "use_threads", "block_size", "keep_linebreaks"}
-    if name != "text":  # a card may give types, and for a text file the name of its column
-        neutral |= {"features"}
-    options = {
-        each.name: value
-        for each in fields(builder.config)
-        if each.name not in neutral and (value := getattr(builder.config, each.name)) != getattr(usual, each.name)
-    }
-    is_known = all(options[key] in known for key, known in _KNOWN_VALUES.items() if key in options)
-    is_known &= set(options) <= FORMATS[name].options and len(str(options.get("sep", ","))) == 1
-    if is_known:
-        return name, options
-    log.warning(
-        "%s: the library datasets reads these %s files with the options %s. It guesses types, and may take texts such "
-        "as NA for null",
-        where,
-        name,
-        ", ".join(sorted(options)),
-    )
-    return None, {}
-
-
 def _of_library(where: str, builder: Any, config: DatasetConfig, folder: Path | None = None) -> Rows:
     """Opens the rows of `config.split`, which the library reads. Its copy of local files is of their content.
 
@@ -385,7 +352,9 @@ def _listing(folder: Path) -> str:
 
 
 def _supported() -> str:
-    return f"Supported: {', '.join(SUFFIXES)}; all but .parquet also with {', '.join(COMPRESSED)}"
+    return (
+        f"Supported: {', '.join(SUFFIXES)}; all but .parquet also with {', '.join(COMPRESSED)}. Unpack archives first"
+    )
 
 
 def _refuse(config: DatasetConfig, what: str, *keys: str) -> None:

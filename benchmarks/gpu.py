@@ -30,7 +30,7 @@ from transformers import Qwen3Config, Qwen3Model
 from qk_sniffer.backbone.backbone import Backbone
 from qk_sniffer.backbone.family import find_family
 from qk_sniffer.backbone.tap import AttentionCall, ForwardDone
-from qk_sniffer.capture import capture as capture_module
+from qk_sniffer.capture import row_writer
 from qk_sniffer.capture.capture import BatchPlan, Capture
 from qk_sniffer.capture.moments import Moments, rotary_pairs
 from qk_sniffer.capture.sampling import Sampler
@@ -212,7 +212,7 @@ def measure(shape: str, backbone: Backbone, tokens: int, folder: Path | None) ->
                 captured(capture, made(capture, 1, tokens, ends_group=False))
             plan = made(capture, 0, tokens, ends_group=way != "statistics")
             syncs[way] = num_syncs(partial(captured, capture, plan)) - plain_syncs
-            heads[way] = sum(len(each.numbers) for each in capture._heads.values())
+            heads[way] = sum(len(each) for each in capture._heads.values())
             nbytes[way] = capture.num_rows(plan) * backbone.config.head_dim * 2
     most = max(nbytes.values())
     count = max(1, min(round(LEAST_S / once), MOST_BYTES // most))
@@ -301,7 +301,7 @@ def check_vectors(shape: str, backbone: Backbone, folder: Path | None) -> int:
     """
     tokens = 4096
     wrong = 0
-    piece_bytes, capture_module.PIECE_BYTES = capture_module.PIECE_BYTES, CHECKED_PIECE_BYTES
+    piece_bytes, row_writer.PIECE_BYTES = row_writer.PIECE_BYTES, CHECKED_PIECE_BYTES
     for way in ("uniform", "all"):
         with capturing(backbone, way, tokens, folder) as (capture, writer):
             plan = made(capture, 0, tokens)
@@ -320,14 +320,14 @@ def check_vectors(shape: str, backbone: Backbone, folder: Path | None) -> int:
             nonlocal wrong
             for kind, states in (("q", call.query), ("k", call.key)):
                 if (chosen := plan.tokens.get((call.layer, kind))) is not None and len(chosen):
-                    rows = states[0].cpu()[list(capture._heads[call.layer, kind].numbers)][:, chosen.position]
+                    rows = states[0].cpu()[list(capture._heads[call.layer, kind])][:, chosen.position]
                     bits = rows.contiguous().view(torch.int16).numpy().view(np.uint16)
                     wrong += not np.array_equal(bits, stored[f"l{call.layer:02d}{kind}"])
             if call.layer == last:
                 raise ForwardDone
 
         backbone.forward(plan.ids, compare)
-    capture_module.PIECE_BYTES = piece_bytes
+    row_writer.PIECE_BYTES = piece_bytes
     print(f"{shape}: {wrong} blocks of the journal differ from the arguments of attention", flush=True)
     return wrong
 

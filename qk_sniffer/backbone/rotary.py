@@ -110,7 +110,8 @@ class RotaryState:
             for name, (buffer, values) in buffers.items():
                 current: torch.Tensor = getattr(module, name)
                 if current.device == buffer.device:
-                    buffer.copy_(values)  # the same tensor, for whoever refers to it
+                    with torch.inference_mode(buffer.is_inference()):  # outside, such a tensor cannot be written
+                        buffer.copy_(values)  # the same tensor, for whoever refers to it
                     setattr(module, name, buffer)
                 else:
                     setattr(module, name, values.to(current.device, copy=True))

@@ -19,8 +19,7 @@ from support.jobs import QWEN3, TEXTS, hashes, heads_of, keys, run, tokens_of, v
 from support.tiny import ALPHABET, save_checkpoint
 from support.zoo import CASES, Case
 
-from qk_sniffer.capture import capture as capture_module
-from qk_sniffer.capture import gather
+from qk_sniffer.capture import gather, row_writer
 from qk_sniffer.capture.sampling import Sampler
 from qk_sniffer.config import from_dict
 from qk_sniffer.errors import CaptureError, ConfigError, SourceError
@@ -218,7 +217,7 @@ def test_a_gather_that_is_cut_into_pieces_gives_the_same_files(
     checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: Callable[..., Path]
 ) -> None:
     whole = undisturbed()
-    monkeypatch.setattr(capture_module, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(row_writer, "PIECE_BYTES", 1000)
     assert hashes(run(checkpoint, texts, tmp_path / "pieces")) == hashes(whole)
 
 

@@ -230,4 +230,4 @@ def test_the_bytes_of_a_segment_are_fixed(tmp_path: Path) -> None:
                 index, position = np.array([5, 5, 5, 2, 2, 2])[rows], np.array([0, 3, 9, 1, 2, 8])[rows]
                 put(writer, Piece.of(3, kind, vectors, index, position, token_id=position + 100))
         writer.complete([Captured().record(2), Captured().record(5)])
-    assert [path.name for path in Journal(tmp_path).segments] == ["00000000-2403e7d561ca7f67.safetensors"]
+    assert [path.name for path in Journal(tmp_path).segments] == ["00000000-29fca167d66b861e.safetensors"]

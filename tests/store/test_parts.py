@@ -99,10 +99,18 @@ def test_rows_of_a_part_that_no_batch_lists_are_damage(tmp_path: Path) -> None:
     (path,) = journal.segments
     header = read_header(path)
     metadata = dict(header.metadata)
-    metadata["ended"] = metadata["ended"].replace(", 1, 9, true]", ", 2, 9, true]")
+    metadata["ended"] = metadata["ended"].replace(", 1, 9, true, 0]", ", 2, 9, true, 0]")
     assert metadata != header.metadata
     rewrite(path, metadata, len(RUN_COLUMNS))
     assert len(Journal(tmp_path).damaged) == 1
+
+
+def test_records_of_earlier_versions_begin_at_the_first_token(tmp_path: Path) -> None:
+    (path,) = write(tmp_path, [(2, 0)]).segments
+    metadata = dict(read_header(path).metadata)
+    metadata["ended"] = metadata["ended"].replace("true, 0]]", "true]]")
+    rewrite(path, metadata, len(RUN_COLUMNS))
+    assert Journal(tmp_path).records == {example_key(2, 0): record(2, 0)}
 
 
 def rewrite(path: Path, metadata: dict[str, str], columns: int) -> None:

@@ -23,7 +23,7 @@ from qk_sniffer.store.journal import ExampleRecord
 from qk_sniffer.store.layout import ATTENTION, WIDTHS, HeadKey, examples_schema, schema
 from qk_sniffer.store.row_filter import RowFilter, RowValues
 from qk_sniffer.store.statistics import PartKey, Statistics, paired, stages_of
-from qk_sniffer.text import compact_ranges, shortened
+from qk_sniffer.text import compact_ranges, counted, shortened
 
 if TYPE_CHECKING:
     import pandas
@@ -148,7 +148,8 @@ class MemoryReader:
         if (reason := unknown_logits(described, pre_rope=self._facts.config.capture.capture_pre_rope)) is not None:
             raise CaptureError(f"the logits of layer {layer} cannot be computed: {reason}")
         if not 0 <= example_id < len(self._examples):
-            raise CaptureError(f"there is no example {example_id}; there are {len(self._examples)} (`.examples`)")
+            seen = counted(len(self._examples), "example")
+            raise CaptureError(f"there is no example {example_id}: {seen} captured so far, from 0 on (`.examples`)")
         if (first := self._examples[example_id].first) > 0:
             raise CaptureError(
                 f"the logits of example {example_id} cannot be computed: the capture began at its position {first}"

@@ -99,7 +99,7 @@ def test_reading_what_was_not_captured_names_what_was() -> None:
         captured.attention_summary(1, 0)
     with pytest.raises(CaptureError, match="statistics=True"):
         captured.statistics(1, "q")
-    with pytest.raises(CaptureError, match="no example 0"):
+    with pytest.raises(CaptureError, match="no example 0: 0 examples captured so far"):
         captured.logits(1, 0, 0)
     with pytest.raises(CaptureError, match="entered once"), captured:
         pass

@@ -26,7 +26,7 @@ from qk_sniffer.dataset.attention_summary import AttentionSummary
 from qk_sniffer.dataset.head_vectors import HeadVectors
 from qk_sniffer.dataset.reader import Dataset, open_dataset
 from qk_sniffer.dataset.recomputed_attention import Attention, Logits
-from qk_sniffer.errors import CaptureError
+from qk_sniffer.errors import CaptureError, ConfigError
 from qk_sniffer.logs import logger
 from qk_sniffer.notebook.facts import CaptureFacts
 from qk_sniffer.notebook.memory import MemoryStore
@@ -97,6 +97,8 @@ def capture(
         ConfigError: a setting is wrong, or names a layer or head that the model does not have.
         CaptureError: the model cannot be captured.
     """
+    if max_rows is not None and (not isinstance(max_rows, int) or max_rows < 0):
+        raise ConfigError([f"max_rows is {max_rows!r}; give a number of rows, or None for no limit"])
     with naming_arguments():
         config = config_of(
             layers=layers,
@@ -110,6 +112,8 @@ def capture(
         facts = facts_of(model, config, family)
     return Captured(facts, max_rows=max_rows, to=None if to is None else Path(to).expanduser())
 
+
+_entering = threading.Lock()
 
 _open: list["Captured"] = []
 """The captures that are open, in the order of their blocks. Each takes over what transformers calls from the one before
@@ -142,12 +146,12 @@ class Captured:
     def __enter__(self) -> Self:
         if self._was_entered:
             raise CaptureError("a capture is entered once: call qk_sniffer.capture again for another one")
-        self._thread = threading.get_ident()
-        if any(other._thread != self._thread for other in _open):
-            raise CaptureError("a capture is open in another thread: captures of several threads cannot overlap")
-        self._was_entered = True
         facts = self._facts
-        with ExitStack() as stack:
+        with _entering, ExitStack() as stack:
+            self._thread = threading.get_ident()
+            if any(other._thread != self._thread for other in _open):
+                raise CaptureError("a capture is open in another thread: captures of several threads cannot overlap")
+            self._was_entered = True
             sink = self._store if self._stream is None else stack.enter_context(self._stream)
             recorder = PassRecorder(
                 facts,
@@ -160,7 +164,7 @@ class Captured:
             )
             stack.enter_context(recorder.opened())
             self._stack = stack.pop_all()
-        _open.append(self)
+            _open.append(self)
         return self
 
     def __exit__(

@@ -119,8 +119,8 @@ class PassRecorder:
         if threading.get_ident() != self._thread:
             return
         self._drop()
-        arguments = inspect.signature(module.forward).bind(*args, **kwargs).arguments
-        arguments |= arguments.pop("kwargs", {})
+        # The names are those of the class: a forward that the user or a library has put in its place may have none.
+        arguments = dict(zip([*inspect.signature(type(module).forward).parameters][1:], args, strict=False)) | kwargs
         with self._apart():
             tokens = self._examples.begin(arguments)
             picks = self._picks(tokens)
@@ -137,9 +137,14 @@ class PassRecorder:
             )
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
-        if threading.get_ident() != self._thread or self._pass is None:
+        if threading.get_ident() != self._thread:
             return
         running, self._pass = self._pass, None
+        if running is None:
+            raise CaptureError(
+                "another forward pass of the decoder ran inside this one, as a hook may run it: only the inner one was "
+                "captured. Run them one after the other"
+            )
         if running.wanted:
             layers = compact_ranges({layer for layer, _ in running.wanted})
             kinds = [KIND_NAMES[kind] for kind in KINDS if any(kind == each for _, each in running.wanted)]

@@ -150,7 +150,7 @@ def _numbers(name: str, numbers: Iterable[int] | int | None) -> list[int] | None
 
 
 def _kinds(kinds: Iterable[str]) -> list[str]:
-    found = [*kinds]
+    found = [*kinds] if isinstance(kinds, Iterable) else []
     if not found or (unknown := [kind for kind in found if kind not in KINDS]):
         valid = ", ".join(f"{kind!r} ({name})" for kind, name in KIND_NAMES.items())
         what = f"the kind {unknown[0]!r}, which does not exist" if found else "no kind"

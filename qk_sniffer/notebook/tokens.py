@@ -139,7 +139,7 @@ class Examples:
         rows, n = given.shape[:2]
         past = _length(cache)
         known = self._continued(cache, rows) if past else None
-        mask = _mask(arguments.get("attention_mask"), rows, n, past)
+        mask = _mask(arguments.get("attention_mask"), rows, n, None if known is None else known.position >= 0, past)
         held = np.ones((rows, past + n), np.bool_) if mask is None else mask.copy()
         found = _array(ids) if ids is not None and ids.dim() == 2 else None
         if known is not None and n == 1:
@@ -244,18 +244,25 @@ def _length(cache: Any) -> int:
     return int(cache.get_seq_length())
 
 
-def _mask(mask: Any, rows: int, n: int, past: int) -> Bools | None:
-    """Returns which slots of the cache and of the pass hold tokens, (B, c + n); None without a mask."""
+def _mask(mask: Any, rows: int, n: int, before: Bools | None, past: int) -> Bools | None:
+    """Returns which slots of the cache and of the pass hold tokens, (B, c + n); None without a mask.
+
+    `before` (B, c) says it of the cache, if earlier passes have filled it.
+    """
     if isinstance(mask, Mapping):
         mask = mask.get("full_attention", next(iter(mask.values()), None))
     if mask is None:
         return None
     total = past + n
-    if isinstance(mask, torch.Tensor) and mask.dim() == 4 and mask.shape[-1] >= total:
-        # By query and key. The last query sees all tokens, unless it is padding itself.
-        last = is_visible(mask[:, 0, -1, :total]).expand(rows, total).cpu().numpy()
-        if last[:, -1].all():
-            return np.array(last)
+    if isinstance(mask, torch.Tensor) and mask.dim() == 4 and mask.shape[-2] == n <= mask.shape[-1]:
+        # By query and key. A token sees itself, and padding sees nothing. A window hides early keys from the last query
+        # and has no columns for those that a cache has dropped.
+        own = mask[:, 0].diagonal(min(past, mask.shape[-1] - n), 1, 2)[:, :n]
+        new = is_visible(own).expand(rows, n).cpu().numpy()
+        if before is None and mask.shape[-1] >= total:
+            before = is_visible(mask[:, 0, -1, :past]).expand(rows, past).cpu().numpy()
+        if before is not None and new[:, -1].all():
+            return np.concatenate([before, new], axis=1)
     elif isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape == (rows, total):
         return np.not_equal(_array(mask), 0)
     shape = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__

@@ -67,6 +67,8 @@ def test_packed_texts_are_refused() -> None:
         ({"heads": [9]}, r"- heads: no eligible layer has query head 9"),
         ({"kinds": "qx"}, r"kind 'x', which does not exist; valid: 'q' \(query\)"),
         ({"kinds": ""}, "names no kind"),
+        ({"kinds": None}, "kinds=None names no kind"),
+        ({"max_rows": "many"}, "max_rows is 'many'; give a number of rows, or None"),
         ({"sampler": "unifrom"}, "valid: uniform"),
         ({"sampler": SamplerConfig("uniform", base_rate=-1)}, "base_rate is -1"),
         ({"attention": True, "kinds": "k"}, "attention is true, but kinds has no 'q': its rows are the queries'"),

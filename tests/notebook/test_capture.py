@@ -332,3 +332,30 @@ def test_a_pass_that_fails_leaves_no_rows_and_no_example() -> None:
         assert captured.vectors(*head).positions.tolist() == [*range(5), *range(7)]
     assert captured.statistics(0, "q").count.tolist() == [12] * 4
     assert len(captured.attention_summary(0, 0).positions) == 12
+
+
+def test_a_forward_that_the_user_put_in_place_may_name_no_arguments() -> None:
+    model: Any = LLAMA.model()
+    original, ids = model.model.forward, random_ids(1, 6)
+    model.model.forward = lambda *inputs, **options: original(*inputs, **options)
+    with torch.no_grad(), qk_sniffer.capture(model) as captured:
+        model(input_ids=ids)
+        model.model(ids)
+    after = at_once(UserBackbone(LLAMA.model()), ids, "qk")[0, "q"][0]
+    assert torch.equal(states(captured, 0, "q", 0), after)
+    assert torch.equal(states(captured, 0, "q", 1), after)
+
+
+def test_a_pass_with_another_pass_inside_is_refused_by_name() -> None:
+    model: Any = LLAMA.model()
+
+    def run_another(*_: Any) -> None:
+        handle.remove()
+        model(input_ids=random_ids(1, 3))
+
+    with torch.no_grad(), qk_sniffer.capture(model) as captured:
+        handle = model.model.layers[1].register_forward_hook(run_another)
+        with pytest.raises(CaptureError, match="ran inside this one"):
+            model(input_ids=random_ids(1, 5))
+        model(input_ids=random_ids(1, 4))
+    assert captured.examples["num_tokens"].to_pylist() == [3, 4]

@@ -100,10 +100,13 @@ def test_a_loop_by_hand_with_a_prompt_in_chunks(name: str) -> None:
     check_attention(captured, 1)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma3", "ministral"])
-def test_static_caches(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "lengths"),
+    [("llama", [9, 12]), ("gemma3", [9, 12]), ("ministral", [9, 12]), ("mistral", [13, 16])],  # longer than its window
+)
+def test_static_caches(name: str, lengths: list[int]) -> None:
     model: Any = BY_NAME[name].model()
-    ids, mask = padded([9, 12], "left")
+    ids, mask = padded(lengths, "left")
     settings = GENERATION | {"cache_implementation": "static", "disable_compile": True}
     with qk_sniffer.capture(model, attention=True) as captured:
         output = model.generate(input_ids=ids, attention_mask=mask, **settings)

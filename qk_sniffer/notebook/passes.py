@@ -115,7 +115,7 @@ class PassRecorder:
                 self._drop()
                 self._complete(self._examples.take_open())
 
-    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if threading.get_ident() != self._thread:
             return
         self._drop()

@@ -23,7 +23,7 @@ PAGE = (Path(__file__).parents[1] / "docs" / "data.md").read_text(encoding="utf-
 OPEN = ("config", "fingerprint", "model.quantization.config", "model.rotary.rope_parameters", "model.rotary.embeddings")
 """Fields whose content is not ours to list: settings have a page of their own, the others are in other words."""
 
-UNTIL_PROMOTED = {"job_id", "replaces", "sha256"}
+UNTIL_PROMOTED = {"job_id", "replaces", "replaces.*", "sha256"}
 """Fields that no finished dataset has."""
 
 ALL_COLUMNS = CaptureConfig(

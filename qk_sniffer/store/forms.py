@@ -220,7 +220,7 @@ class Manifest(Job):
     statistics: NotRequired[StatisticsFacts]
     files: dict[str, Entry]
     job_id: NotRequired[JobId]  # until the manifest is promoted
-    replaces: NotRequired[list[Text]]  # until it is promoted: files of the version before it
+    replaces: NotRequired[dict[str, Sha256 | None]]  # until it is promoted: files of the version before it
     sha256: NotRequired[Sha256]  # until it is promoted: a digest of the rest
     proof: Proof
     timings: dict[str, Seconds]

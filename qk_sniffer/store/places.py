@@ -4,6 +4,7 @@ The name of a file does not tell: `README.md` may be anyone's. A file is of a da
 """
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -60,16 +61,31 @@ def listed_files(layout: Layout) -> set[str]:
     Also of a manifest that is damaged otherwise, whose dataset `output.overwrite` replaces. Without a manifest of this
     package, returns no names.
     """
+    files = _listed(layout)
+    return set() if files is None else {MANIFEST, *files}
+
+
+def listed_digests(layout: Layout) -> dict[str, str | None]:
+    """Returns the sha256 of each file that the manifest in the data root lists; None if it has none for the file."""
+    return {name: _digest_in(entry) for name, entry in (_listed(layout) or {}).items()}
+
+
+def _digest_in(entry: Any) -> str | None:
+    digest = entry.get("sha256") if isinstance(entry, dict) else None
+    return digest if isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest) else None
+
+
+def _listed(layout: Layout) -> dict[str, Any] | None:
     try:
         values: Any = stored.read(
             layout.manifest, dict[str, Any], way_out="", most_bytes=stored.LARGE, follow_links=True
         )
     except (OSError, StoreError):
-        return set()
+        return None
     if values.get("format") != FORMAT:
-        return set()
+        return None
     files = values.get("files")
-    return {MANIFEST, *(name for name in files if is_dataset_file(name))} if isinstance(files, dict) else {MANIFEST}
+    return {name: files[name] for name in files if is_dataset_file(name)} if isinstance(files, dict) else {}
 
 
 def refuse_unlisted(layout: Layout) -> None:

@@ -11,7 +11,9 @@ A crash before the end of step 1 leaves the old dataset and the journals. After 
 the remaining steps.
 
 The staged manifest carries the identity of its job, and only that job promotes it. It also has a digest of its content.
-The manifest in the root has neither: equal jobs make equal manifests.
+The manifest in the root has neither: equal jobs make equal manifests. The staged one names the files of the version
+that it replaces, with their digests: a work folder may be someone else's, and after step 2 nothing else tells these
+files from those of the user.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -30,7 +32,7 @@ from qk_sniffer.store.forms import decode_manifest, read_manifest
 from qk_sniffer.store.layout import CARD, MANIFEST, PICTURES, Layout, is_picture
 from qk_sniffer.store.manifest import FileEntry
 from qk_sniffer.store.open_folder import PLAIN, Access, OpenFolder
-from qk_sniffer.store.places import is_drawn, listed_files
+from qk_sniffer.store.places import is_drawn, listed_digests, listed_files
 from qk_sniffer.store.stored import UnreadableError
 from qk_sniffer.store.work_folder import remove_work
 from qk_sniffer.text import shortened
@@ -62,7 +64,7 @@ def promote(
         decode_manifest(manifests.encode(manifest), staging.manifest, way_out=WAY_OUT)  # as every reader does
         for name in manifest["files"]:
             sync_folder((staging.root / name).parent, access)
-        manifest = {**manifest, "replaces": sorted(listed_files(layout) - {MANIFEST})}
+        manifest = {**manifest, "replaces": listed_digests(layout)}
         manifests.write(staging, {**manifest, "sha256": stored.digest(manifest)}, access=access)
     _promote(layout, dict(manifest), claim)
 
@@ -106,7 +108,8 @@ def finish_removal(layout: Layout, access: Access) -> bool:
 def abandon_promotion(layout: Layout, access: Access) -> None:
     """Removes a staged version that cannot be promoted, and what its promotion has left of both versions in the root.
 
-    Hold the finalize lock. `access` is that lock. Files that neither version lists stay.
+    Hold the finalize lock. `access` is that lock. Files that neither version lists with their
+    digests stay.
     """
     manifest: dict[str, Any] = {}
     with suppress(OSError, StoreError):
@@ -115,9 +118,7 @@ def abandon_promotion(layout: Layout, access: Access) -> None:
         files = manifest.get("files", {})
         with explained(layout.root, "remove the remains of a dataset from"), access.open(layout.root) as root:
             moved = {name for name, entry in files.items() if _is_file_of(layout.root / name, entry["sha256"], access)}
-            staged = {name for name in files if type_of(layout.staging.root / name, access) is not None}
-            old = {name for name in manifest.get("replaces", ()) if name in staged or name not in files}
-            for name in sorted(moved | old):
+            for name in sorted(moved | _replaced(layout, manifest, access)):
                 access.check()
                 _remove_file(root, name)
     remove(layout.staging.root, access)
@@ -144,9 +145,13 @@ def _promote(layout: Layout, manifest: dict[str, Any], claim: Claim | None) -> N
     with explained(layout.root, "move the dataset into"):
         if not _is_promoted(layout, manifest):
             with access.open(layout.root) as root, access.open(layout.staging.root) as staging:
-                places = _Places(root, staging, {*manifest.get("replaces", ()), *listed_files(layout)})
+                listed = listed_files(layout)
+                places = _Places(root, staging, listed | _replaced(layout, manifest, access, listed))
                 for name in sorted({*manifest["files"], MANIFEST}):
                     places.check(name)
+                for name in sorted(manifest.get("replaces", {}).keys() - places.own - manifest["files"].keys()):
+                    if not is_picture(name) and type_of(layout.root / name, access) is not None:
+                        raise _of_others(layout.root / name)
                 access.check()
                 root.unlink(MANIFEST)
                 sync_folder(layout.root, access)
@@ -156,6 +161,22 @@ def _promote(layout: Layout, manifest: dict[str, Any], claim: Claim | None) -> N
                 _publish_manifest(layout, root, manifest, access)
         access.check()
         remove_work(layout, PLAIN if claim is None else claim.lock)
+
+
+def _replaced(
+    layout: Layout, manifest: Mapping[str, Any], access: Access, known: Collection[str] = frozenset()
+) -> set[str]:
+    """Returns the names of the files in the root that are those of the version which a staged one replaces.
+
+    Reads them, except for those that are `known` to be.
+    """
+    replaces: dict[str, str | None] = manifest.get("replaces", {})
+    unknown = {name: digest for name, digest in replaces.items() if name not in known}
+    return {name for name, digest in unknown.items() if _is_file_of(layout.root / name, digest, access)}
+
+
+def _of_others(path: Path) -> StoreError:
+    return StoreError(f"{path} is of no dataset of qk-sniffer, and is not replaced: move it away. {_RERUN}")
 
 
 @dataclass(frozen=True)
@@ -186,10 +207,7 @@ class _Places:
                     f"{self.root.path / name} is a folder, where the dataset has a file: remove it. {_RERUN}"
                 )
             if kind is not None and name not in self.own and self._is_staged(name):
-                raise StoreError(
-                    f"{self.root.path / name} is of no dataset of qk-sniffer, and is not replaced: move it away. "
-                    f"{_RERUN}"
-                )
+                raise _of_others(self.root.path / name)
 
     def _is_staged(self, name: str) -> bool:
         """Whether the file is still to be moved. The manifest always is."""
@@ -210,7 +228,7 @@ def _check_files(layout: Layout, files: Mapping[str, Mapping[str, Any]], access:
             raise UnreadableError(path, problem, WAY_OUT)
 
 
-def _is_file_of(path: Path, sha256: str, access: Access) -> bool:
+def _is_file_of(path: Path, sha256: str | None, access: Access) -> bool:
     if type_of(path, access) != "file":
         return False
     with open_file(path, access) as file:

@@ -214,6 +214,45 @@ def test_what_an_interrupted_promotion_moved_is_removed_with_it(
     assert file_bytes(tmp_path) == {"l00h00q/data.parquet": b"the user's"} and not layout.staging.root.exists()
 
 
+@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize("name", ["README.md", "l03h01q/data.parquet", "statistics/layer-09.safetensors"])
+def test_a_work_folder_of_someone_else_replaces_and_removes_no_file(name: str, listed: bool, tmp_path: Path) -> None:
+    layout = Layout(tmp_path)
+    built = staged_version(layout, [head for head in HEADS if head.layer == 0])
+    names = (name, "pictures/plot.png")
+    claimed = {each: None if listed else hashlib.sha256(b"a guess").hexdigest() for each in names}
+    planted = manifest.with_files(built, {"README.md": FileEntry.of(b"# new\n")}) | {"replaces": claimed}
+    (layout.staging.root / "README.md").write_bytes(b"# new\n")
+    manifest.write(layout.staging, planted | {"sha256": stored.digest(planted)})
+    for each in names:
+        (tmp_path / each).parent.mkdir(exist_ok=True)
+        (tmp_path / each).write_bytes(b"the user's")
+    with pytest.raises(StoreError, match=rf"{tmp_path / name} is of no dataset .* move it away.* Then rerun"):
+        promote.finish_promotion(layout)
+    assert file_bytes(tmp_path) == dict.fromkeys(names, b"the user's")
+    with hold(layout.finalize_lock, "testing") as lock:
+        promote.abandon_promotion(layout, lock)
+    assert file_bytes(tmp_path) == dict.fromkeys(names, b"the user's") and not layout.staging.root.exists()
+
+
+def test_a_file_that_changes_while_a_promotion_is_interrupted_is_not_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout, _ = make_dataset(tmp_path, Captured(num_examples=4))
+    built = staged_version(layout, [head for head in HEADS if head.layer == 0])
+    with monkeypatch.context() as patch, pytest.raises(Crash):
+        patch.setattr(promote, "_remove_others", lambda *_: (_ for _ in ()).throw(Crash))
+        promote.promote(layout, built, card=b"# new\n")
+    mine = layout.head_file(3, 0, "q")
+    before = mine.read_bytes()
+    mine.write_bytes(b"the user's")
+    with pytest.raises(StoreError, match=rf"{mine} is of no dataset"):
+        promote.finish_promotion(layout)
+    mine.write_bytes(before)
+    assert promote.finish_promotion(layout)
+    assert {*file_bytes(tmp_path)} == {*built["files"], "README.md", "manifest.json"}
+
+
 def test_preparing_creates_the_folder(tmp_path: Path) -> None:
     assert prepare_data_root(tmp_path / "a" / "b").root.is_dir()
     prepare_data_root(tmp_path / "a" / "b")

@@ -29,6 +29,7 @@ from qk_sniffer.config import CaptureConfig
 from qk_sniffer.errors import StoreError
 from qk_sniffer.store import stored
 from qk_sniffer.store.disk import paths_in, type_of
+from qk_sniffer.store.open_folder import WORK
 
 if TYPE_CHECKING:  # checking a command line needs names of files, and not this library
     import pyarrow as pa
@@ -78,8 +79,6 @@ PICTURE_MARK = "qk-sniffer"
 """The program that the metadata of a picture names if this package has drawn it."""
 
 STATISTICS = "statistics"
-
-WORK = ".qk_sniffer"
 
 KEY_COLUMNS = ("bucket", "example_id", "position")
 """The columns of int32 that name a row."""

@@ -190,7 +190,8 @@ def holder(path: Path) -> Holder | None:
 def is_held(path: Path) -> bool:
     """Whether a process holds the lock at this moment. Needs no write permission and changes nothing."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | _SAFELY)
+        with PLAIN.open(path.parent) as folder:
+            descriptor = os.open(path.name, os.O_RDONLY | _SAFELY, dir_fd=folder.descriptor)
     except OSError:
         return False
     try:

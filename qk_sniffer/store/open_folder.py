@@ -21,6 +21,10 @@ Check = Callable[[], None]
 """Raises an error if the folder that a process writes to is no longer its own. Called before each step."""
 
 
+WORK = ".qk_sniffer"
+"""The name of the work folder of a data root, which no program follows if it is a link."""
+
+
 def unchecked() -> None:
     """Is the check of a folder that no lock protects."""
 
@@ -226,14 +230,22 @@ def _remove_entry(name: str, folder: OpenFolder) -> None:
 class Access:
     """The way of a process to files that it names by their paths. This one is of files that no lock protects.
 
-    It looks up the whole path of a folder, and follows links to it.
+    It looks up the whole path of a folder, and follows links to it, but for a work folder and what is in it.
     """
 
     def check(self) -> None:
         """Raises an error if the files are no longer the process's own. Called before each step."""
 
     def open(self, folder: Path, *, create: bool = False) -> OpenFolder:
-        """Opens a folder. `create` makes it and its missing parents, durably."""
+        """Opens a folder. `create` makes it and its missing parents, durably.
+
+        Raises:
+            OddFileError: a link is in the way, from a work folder on.
+        """
+        if WORK in folder.parts:
+            root = folder.parents[folder.parts[::-1].index(WORK)]
+            with self.open(root, create=create) as found:
+                return Anchored((found,)).open(folder, create=create)
         if create:
             missing = [each for each in (folder, *folder.parents) if not each.exists()]
             folder.mkdir(parents=True, exist_ok=True)

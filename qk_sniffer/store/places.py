@@ -18,14 +18,13 @@ from qk_sniffer.store.layout import (
     PICTURE_MARK,
     PICTURES,
     STATISTICS,
-    WORK,
     Layout,
     is_dataset_file,
     is_ours,
     is_statistics_file,
     parse_head_name,
 )
-from qk_sniffer.store.open_folder import OpenFolder
+from qk_sniffer.store.open_folder import WORK, OpenFolder
 from qk_sniffer.text import shortened
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from qk_sniffer.errors import StoreError
 from qk_sniffer.store.disk import make_folder, paths_in, remove, type_of
-from qk_sniffer.store.layout import MANIFEST, WORK, Layout, is_ours, manifest_problem
+from qk_sniffer.store.layout import MANIFEST, Layout, is_ours, manifest_problem
 from qk_sniffer.store.locks import InUseError, hold
-from qk_sniffer.store.open_folder import PLAIN, Access, anchored
+from qk_sniffer.store.open_folder import PLAIN, WORK, Access, anchored
 from qk_sniffer.store.places import refuse_inside
 from qk_sniffer.store.stored import UnreadableError
 from qk_sniffer.text import shortened

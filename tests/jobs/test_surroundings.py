@@ -1,6 +1,7 @@
 """Tests that no program writes, replaces or removes anything outside of its folders, whatever it finds in them."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,11 +10,13 @@ from typing import Any
 import pytest
 from support.fake_hub import FakeHub
 from support.hub_cases import BRANCH, REPO
-from support.jobs import run
+from support.jobs import captured_only, run
 from support.plasticity_cases import measure
 from support.surroundings import unchanged
 from support.verify_cases import edit
 
+from qk_sniffer.dataset.reader import open_dataset
+from qk_sniffer.dataset.verify import verify
 from qk_sniffer.errors import QkSnifferError, StoreError
 from qk_sniffer.jobs.finalize import finalize
 from qk_sniffer.store import manifest as manifests
@@ -151,3 +154,40 @@ def test_a_snapshot_of_another_branch_is_not_believed(
             run(checkpoint, texts, root, **ONE_HEAD, output=output)
         assert json.loads(snapshot.read_bytes()) == json.loads(right)
     assert set(hub.repositories) == {REPO}
+
+
+@pytest.mark.parametrize("reader", [open_dataset, verify, finalize])
+def test_a_work_folder_that_is_a_link_is_not_followed(
+    reader: Callable[[Path], Any],
+    checkpoint: Path,
+    texts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    mine, received = tmp_path / "mine", tmp_path / "received"
+    captured_only(checkpoint, texts, mine, monkeypatch, **ONE_HEAD)
+    received.mkdir()
+    (received / ".qk_sniffer").symlink_to(mine / ".qk_sniffer")
+    opened: list[str] = []
+    inside = {str(path) for path in (mine / ".qk_sniffer").rglob("*") if path.is_file()}
+    monkeypatch.setattr(os, "open", noting_files(os.open, opened))
+    said = ""
+    with unchanged(tmp_path):
+        try:
+            said = str(reader(received))
+        except QkSnifferError as error:
+            said = str(error)
+    assert inside and not inside & {*opened}
+    assert "captured from Python" not in said and "24 examples" not in said + capsys.readouterr().out
+
+
+def noting_files(real: Callable[..., int], opened: list[str]) -> Callable[..., int]:
+    """Returns `os.open`, which notes the real path of each file that it opens."""
+
+    def noting(*args: Any, **options: Any) -> int:
+        descriptor = real(*args, **options)
+        opened.append(os.path.realpath(f"/proc/self/fd/{descriptor}"))
+        return descriptor
+
+    return noting

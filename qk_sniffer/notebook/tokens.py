@@ -123,6 +123,7 @@ class Examples:
     def __init__(self) -> None:
         self.all: list[Example] = []
         self._of_last_pass: Sequence[Example] = ()
+        self._generates: Sequence[Example] = ()  # those whose next pass is that of the generation which noted stops
         self._cached: list[_Cached] = []
         self._broken: weakref.WeakSet[Cache] = weakref.WeakSet()
 
@@ -142,7 +143,7 @@ class Examples:
         mask = _mask(arguments.get("attention_mask"), rows, n, None if known is None else known.position >= 0, past)
         held = np.ones((rows, past + n), np.bool_) if mask is None else mask.copy()
         found = _array(ids) if ids is not None and ids.dim() == 2 else None
-        if known is not None and n == 1:
+        if known is not None and n == 1 and self._generates is known.examples:
             held[_stopped(known.examples), -1] = False
         of_pass = _positions(arguments.get("position_ids"), held, mask, n)
         examples = [Example(len(self.all) + row, 0, 0) for row in range(rows)] if known is None else known.examples
@@ -171,7 +172,7 @@ class Examples:
                 example.ids = None
             elif example.ids is not None:
                 example.ids.append(tokens.ids[row, tokens.is_token[row]])
-        self._of_last_pass = tokens.examples
+        self._of_last_pass, self._generates = tokens.examples, ()
         cache = next((each for each in caches if isinstance(each, Cache)), None)
         if cache is None:
             return [*tokens.examples, *self._take_dead()]
@@ -192,6 +193,7 @@ class Examples:
         examples, self._of_last_pass = self._of_last_pass, ()  # the next call is of another pass
         if len(stops) != len(examples):
             return
+        self._generates = examples
         for example, stop in zip(examples, stops, strict=True):
             example.has_stopped |= stop
         if all(example.has_stopped for example in examples):  # generation ends, and feeds no row with padding

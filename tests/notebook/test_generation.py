@@ -9,7 +9,7 @@ import torch
 from support.decoding import at_once
 from support.live import BY_NAME, LLAMA, padded, random_ids, states
 from support.zoo import CASES, Case
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, StaticCache, StoppingCriteria, StoppingCriteriaList
 
 import qk_sniffer
 from qk_sniffer.capture.sampling import Sampler
@@ -151,6 +151,32 @@ def test_rows_that_have_ended_are_not_captured_while_others_go_on() -> None:
     assert min(lengths) < max(lengths)
     assert captured.examples["num_tokens"].to_pylist() == lengths
     check(captured, model, [row[:length] for row, length in zip(output, lengths, strict=True)])
+
+
+class StopsAndFails(StoppingCriteria):
+    """Stops row 0 after its second token, and fails after its fourth."""
+
+    steps = 0
+
+    def __call__(self, *_: Any, **__: Any) -> torch.BoolTensor:
+        self.steps += 1
+        if self.steps == 4:
+            raise KeyboardInterrupt
+        return torch.tensor([self.steps >= 2, False])  # type: ignore[return-value]
+
+
+def test_rows_that_an_interrupted_generation_had_stopped_are_seen_by_passes_by_hand() -> None:
+    model: Any = LLAMA.model()
+    ids, cache = random_ids(2, 6), DynamicCache(config=model.config)
+    with torch.no_grad(), qk_sniffer.capture(model) as captured:
+        with pytest.raises(KeyboardInterrupt):
+            stopping = StoppingCriteriaList([StopsAndFails()])
+            model.generate(input_ids=ids, past_key_values=cache, stopping_criteria=stopping, **GENERATION)
+        with pytest.raises(CaptureError, match="row 0 of the batch goes on at position 9"):  # the padding is in between
+            model(input_ids=ids[:, :1], past_key_values=cache)
+        mask = torch.tensor([[1] * 7 + [0, 0, 1], [1] * 10])
+        model(input_ids=ids[:, :1], past_key_values=cache, attention_mask=mask, position_ids=torch.tensor([[7], [9]]))
+    assert captured.examples["num_tokens"].to_pylist() == [8, 10]
 
 
 def test_passes_of_one_cache_are_one_example_and_those_of_another_are_another() -> None:

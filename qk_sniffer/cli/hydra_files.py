@@ -7,10 +7,13 @@ checks what is in the job's own folder (`logs.py`).
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from omegaconf import DictConfig
+
+from qk_sniffer.errors import StoreError
+from qk_sniffer.store.places import refuse_inside
 
 _OWN = (".runs", ".sweeps")
 """The folders of Hydra in `output.folder`."""
@@ -21,12 +24,18 @@ _OF_A_SWEEP = re.compile(r"multirun\.yaml|\.submitit|\d+")
 _LOGIN = {"HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"}
 
 
-def folder_problems(folder: Path, *, is_sweep: bool) -> Iterator[str]:
-    """Yields what is wrong with Hydra's own folder of a run or a sweep."""
+def folder_problems(folder: Path, below: Iterable[str | None] = (), *, is_sweep: bool) -> Iterator[str]:
+    """Yields what is wrong with Hydra's own folder of a run or a sweep. `below` are the folders that it makes there."""
     what = f"Hydra's own folder for this {'sweep' if is_sweep else 'run'}, {folder},"
     existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     if not (existing.is_dir() and os.access(existing, os.W_OK)):
         yield f"{what} cannot be made: {existing} is not a folder that can be written to"
+    for written in (folder, *(folder / name for name in below if name)):
+        try:
+            refuse_inside(written, f"hydra.{'sweep' if is_sweep else 'run'}.dir")
+        except StoreError as error:
+            yield f"{what} is refused: {error}"
+            break
     for link in _links(folder, is_sweep):
         yield (
             f"{what} is refused: {link} is a link, which Hydra would follow. Remove it, or set "

@@ -205,6 +205,9 @@ class Composer(Generic[Settings]):
             )  # as Hydra does: the times in the names of folders are those of the sweep
             folder = Path(str(node.hydra.sweep.dir if self.is_sweep else node.hydra.run.dir))
             of_sweep = Path(str(master.hydra.sweep.dir)) if self.is_sweep else folder
+            keys = ["output_subdir", *(["sweep.subdir"] if self.is_sweep else [])]
+            # The usual name of a job's folder is its number, which it does not have yet.
+            below = [OmegaConf.select(node.hydra, key, throw_on_resolution_failure=False) for key in keys]
         except Exception as error:  # as in `_refused`
             return [self._explain(error)], []
         choices = node.hydra.runtime.choices
@@ -221,7 +224,7 @@ class Composer(Generic[Settings]):
             config = OmegaConf.to_object(node)
         except OmegaConfBaseException as error:
             return [*problems, self._explain(error)], []
-        found = [*self.application.problems(config, folder), *folder_problems(folder, is_sweep=self.is_sweep)]
+        found = [*self.application.problems(config, folder), *folder_problems(folder, below, is_sweep=self.is_sweep)]
         replaced = [*missing, *(problem.partition(" ")[0] for problem in unresolved)]
         problems += [problem for problem in found if not any(_mentions(problem, key) for key in replaced)]
         return problems, [] if problems else [self.application.resolve(config)]

@@ -121,12 +121,19 @@ def _status_files(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def _left_by_a_sweep(folder: Path) -> Iterator[Path]:
-    """Yields the status files that an earlier sweep has left in `folder`, and not files of other programs."""
+def _left_by_a_sweep(folder: Path, jobs: Sequence[PlannedJob]) -> Iterator[Path]:
+    """Yields the status files in `folder` that would be taken for those of `jobs`, or are of its earlier sweep.
+
+    A folder that the user has named may also hold other runs and sweeps, and files of other programs.
+    """
+    own = [Status.of(job.number, job.config, state=QUEUED) for job in jobs]
+    with suppress(UnreadableError):
+        own += queued(folder)
     for path in _status_files(folder):
         with suppress(OSError, UnreadableError):
-            recorded_status(path)
-            yield path
+            status = recorded_status(path)
+            if any(status.number == job.number and _is_of(status, job) for job in own):
+                yield path
 
 
 @contextmanager
@@ -172,7 +179,7 @@ def announced(folder: Path, jobs: Sequence[PlannedJob], *, outlive: bool) -> Ite
     with hold(folder / LOCK, "running this sweep", follow_links=True) as lock:
         _refuse_while_jobs_wait(folder)
         with explained(folder, "write"):
-            left = [*_left_by_a_sweep(folder)]
+            left = [*_left_by_a_sweep(folder, jobs)]
             _refuse_while_jobs_run(folder, left)
             for file_of_job in left:
                 file_of_job.unlink()

@@ -69,3 +69,14 @@ def test_a_job_does_not_write_through_what_it_finds_in_its_folder(
     with initialized(parse_flags(arguments)), pytest.raises(StoreError, match=f"{path}: it is a link, or is no file"):
         run_jobs("config", lambda _: None, arguments, is_sweep=False)
     assert [*elsewhere.iterdir()] == [elsewhere / "file"] and (elsewhere / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["l00h00q", "examples/deeper", "pictures", ".qk_sniffer", "statistics/0"])
+@pytest.mark.parametrize("is_sweep", [False, True])
+def test_hydra_writes_into_no_folder_of_a_dataset(root: Path, name: str, is_sweep: bool) -> None:
+    key = f"hydra.{'sweep' if is_sweep else 'run'}.dir"
+    (problem,) = folder_problems(root / name, is_sweep=is_sweep)
+    assert "is refused" in problem and f"choose another {key}" in problem
+    (problem,) = folder_problems(root, [None, name], is_sweep=is_sweep)
+    assert "is refused" in problem and f"choose another {key}" in problem
+    assert not [*folder_problems(root.parent / "mine", [".hydra", "0"], is_sweep=is_sweep)]

@@ -270,6 +270,20 @@ def test_one_folder_holds_all_datasets_of_a_sweep_and_the_folders_of_hydra(
     assert f"Hydra's own folder for this run, {tmp_path}/scratch/.runs/" in found[1]
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["hydra.run.dir={root}/l00h00q"],
+        ["hydra.run.dir={root}", "hydra.output_subdir=l00h00q"],
+        ["-m", "hydra.sweep.dir={root}/l00h00q"],
+        ["-m", "hydra.sweep.dir={root}", "hydra.sweep.subdir=l00h00q"],
+    ],
+)
+def test_files_of_hydra_go_into_no_dataset(root: Path, settings: list[str]) -> None:
+    (found,) = refusals(*(text.format(root=root) for text in settings))
+    assert f"is where the dataset at {root} has its own files" in found
+
+
 # Files of the user's own
 
 

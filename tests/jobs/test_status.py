@@ -75,6 +75,19 @@ def test_a_sweep_removes_the_states_of_earlier_jobs_in_its_folder_alone(tmp_path
     assert after.pop(tmp_path / "sweep.json") and after == before
 
 
+def test_a_sweep_keeps_the_states_of_other_runs_in_its_folder(tmp_path: Path) -> None:
+    one, two, new = planned(tmp_path / "one", tmp_path / "two", tmp_path / "new")
+    for job, name in ((one, "mine"), (two, ".runs/2026-11-02/11-00-00")):
+        (tmp_path / name).mkdir(parents=True)
+        Status.here(0, job.config).write(tmp_path / name)
+    with announced(tmp_path, [new], outlive=False), begin(tmp_path / "2", new.config, 2):
+        pass
+    assert {path.parent.name for path in tmp_path.rglob("status.json")} == {"mine", "11-00-00", "2"}
+    with announced(tmp_path, [one], outlive=False):
+        pass
+    assert [path.parent.name for path in tmp_path.rglob("status.json")] == ["11-00-00"]
+
+
 def test_a_run_whose_folder_is_taken_writes_nothing_there(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder, jobs = tmp_path / "1", planned(tmp_path / "a", tmp_path / "b")
     with announced(folder, jobs[:1], outlive=False) as record_slurm_ids, begin(folder / "0", jobs[0].config):

@@ -24,7 +24,7 @@ from qk_sniffer.config import AttentionConfig, SamplerConfig, StatisticsConfig
 from qk_sniffer.dataset.array_facts import further_facts, head_facts
 from qk_sniffer.dataset.attention_summary import AttentionSummary
 from qk_sniffer.dataset.head_vectors import HeadVectors
-from qk_sniffer.dataset.reader import Dataset, open_dataset
+from qk_sniffer.dataset.reader import Dataset
 from qk_sniffer.dataset.recomputed_attention import Attention, Logits
 from qk_sniffer.errors import CaptureError, ConfigError
 from qk_sniffer.logs import logger
@@ -152,11 +152,14 @@ class Captured:
             if any(other._thread != self._thread for other in _open):
                 raise CaptureError("a capture is open in another thread: captures of several threads cannot overlap")
             self._was_entered = True
-            sink = self._store if self._stream is None else stack.enter_context(self._stream)
+            _open.append(self)
+            stack.callback(self._left)
+            if self._stream is not None:
+                stack.enter_context(self._stream)
             recorder = PassRecorder(
                 facts,
                 Sampler(facts.config.sampler),
-                sink,
+                self._sink,
                 self._examples,
                 statistics=self._statistics,
                 summarizer=_summarizer(facts),
@@ -164,7 +167,6 @@ class Captured:
             )
             stack.enter_context(recorder.opened())
             self._stack = stack.pop_all()
-            _open.append(self)
         return self
 
     def __exit__(
@@ -173,21 +175,28 @@ class Captured:
         assert self._stack is not None
         if _open[-1] is not self:
             raise CaptureError("a capture that was opened inside of this one is still open: leave that one first")
-        _open.pop()
-        stack, self._stack = self._stack, None
-        stack.__exit__(kind, error, trace)
+        self._stack.__exit__(kind, error, trace)
         if error is None and not self._examples.all:
             log.warning(
                 "no forward pass was captured: the model's decoder did not run in the block, in the thread of the block"
             )
 
+    def _left(self) -> None:
+        self._stack = None
+        _open.remove(self)
+
+    @property
+    def _sink(self) -> MemoryStore | FolderStream:
+        return self._store if self._stream is None else self._stream
+
     @property
     def _reader(self) -> MemoryReader | Dataset:
         if self._stream is None:
+            self._store.changes.check()
             return self._in_memory
         if self._stack is not None or not self._was_entered:
             raise CaptureError(f"the rows are being written to {self._stream.folder}: read them after the with block")
-        return open_dataset(self._stream.folder)
+        return self._stream.dataset()
 
     @property
     def examples(self) -> pa.Table:
@@ -217,6 +226,7 @@ class Captured:
         """
         if self._stream is not None:
             raise CaptureError(f"the rows are in {self._stream.folder}, in float32: read them with vectors()")
+        self._store.changes.check()
         return self._in_memory.tensor(layer, kind)
 
     def vectors(self, layer: int, head: int, kind: str, **rows: Unpack[RowValues]) -> HeadVectors:
@@ -318,6 +328,7 @@ class Captured:
         """
         if self._stream is not None:
             raise CaptureError(f"the rows are in {self._stream.folder} already")
+        self._store.changes.check()
         parts = None if self._statistics is None else self._statistics.parts()
         save(
             self._facts,

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from qk_sniffer.notebook.interrupts import Changes
 from qk_sniffer.store.buffer import Region
 from qk_sniffer.store.journal import ExampleRecord
 from qk_sniffer.store.layout import ATTENTION
@@ -25,6 +26,9 @@ whose objects take as much memory as its numbers."""
 
 class PassSink(RowSink, Protocol):
     """Takes the rows of forward passes that someone else runs. In `Rows`, `index` is the number of an example."""
+
+    changes: Changes
+    """Ends and drops passes, and completes examples, inside a change."""
 
     def end_pass(self) -> None:
         """Ends a forward pass: the rows that were committed since the last one are all that it gives."""
@@ -52,16 +56,32 @@ class StoredRows:
     """(num_rows,)"""
 
 
+@dataclass(frozen=True, eq=False)
+class _Parts:
+    """The rows of a (layer, kind) in parts."""
+
+    joined: tuple[StoredRows, ...] = ()
+    recent: tuple[StoredRows, ...] = ()
+    """The latest parts, each of a gather."""
+
+    def with_recent(self, rows: StoredRows) -> "_Parts":
+        """Returns the parts with those of another gather."""
+        recent = (*self.recent, rows)
+        return _Parts((*self.joined, _joined(recent))) if len(recent) == BUNDLE else _Parts(self.joined, recent)
+
+
 class MemoryStore:
     """A `PassSink` in the memory of the host. The rows of finished passes can be read at any time.
 
     Attributes:
+        changes: see `PassSink`.
         records: the complete examples by number.
         num_rows: the rows of vectors of finished passes, over all heads and kinds.
         nbytes: the bytes that these take, and those of attention summaries.
     """
 
     def __init__(self, *, piece_bytes: int) -> None:
+        self.changes = Changes()
         self.piece_bytes = piece_bytes
         self.wait_s = 0.0
         self.records: dict[int, ExampleRecord] = {}
@@ -69,14 +89,13 @@ class MemoryStore:
         self.nbytes = 0
         self._forms: dict[tuple[int, str], Form] = {}
         self._of_pass: list[Slot] = []
-        self._rows: dict[tuple[int, str], list[StoredRows]] = {}
-        self._recent: dict[tuple[int, str], list[StoredRows]] = {}
+        self._parts: dict[tuple[int, str], _Parts] = {}
 
     @contextmanager
     def reserve(self, rows: Rows) -> Iterator[Slot]:
         """Takes new memory for the vectors of `rows`; see `RowSink.reserve`."""
         form, runs = rows.form, rows.runs(0)
-        if (earlier := self._forms.setdefault((rows.layer, rows.kind), form)) != form:
+        if (earlier := self._forms.get((rows.layer, rows.kind), form)) != form:
             raise ValueError(f"rows of layer {rows.layer} {rows.kind} are {form}, earlier ones {earlier}")
         yield Slot.of(rows, runs, Region(0, rows.nbytes, np.empty(rows.nbytes, np.uint8)))
 
@@ -88,17 +107,17 @@ class MemoryStore:
 
     def end_pass(self) -> None:
         """See `PassSink.end_pass`."""
+        # All that can fail comes before the first change, and a reader in another thread sees the pass whole.
+        parts, forms, num_rows, nbytes = {**self._parts}, {**self._forms}, self.num_rows, self.nbytes
         for slot in self._of_pass:
             slot.wait()
             rows, key = _rows_of(slot), (slot.layer, slot.kind)
-            recent = self._recent.setdefault(key, [])
-            recent.append(rows)
-            if len(recent) == BUNDLE:
-                self._rows.setdefault(key, []).append(_joined(recent))
-                recent.clear()
+            parts[key] = parts.get(key, _Parts()).with_recent(rows)
+            forms[key] = slot.form
             if slot.kind != ATTENTION:
-                self.num_rows += rows.vectors.shape[0] * rows.vectors.shape[1]
-            self.nbytes += slot.nbytes
+                num_rows += rows.vectors.shape[0] * rows.vectors.shape[1]
+            nbytes += slot.nbytes
+        self._parts, self._forms, self.num_rows, self.nbytes = parts, forms, num_rows, nbytes
         self._of_pass.clear()
 
     def drop_pass(self, examples: Collection[int]) -> None:
@@ -117,11 +136,13 @@ class MemoryStore:
 
         The rows are joined and sorted in the first call after a pass, and kept so.
         """
-        parts = [*self._rows.get((layer, kind), ()), *self._recent.pop((layer, kind), ())]
+        by_key = self._parts
+        found = by_key.get((layer, kind), _Parts())
+        parts = [*found.joined, *found.recent]
         if not parts:
             return None
         joined = parts[0] if len(parts) == 1 else _joined(parts)
-        self._rows[layer, kind] = [joined]
+        by_key[layer, kind] = _Parts((joined,))  # of no use if a pass has ended meanwhile, in another thread
         return joined
 
 

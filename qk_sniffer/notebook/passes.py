@@ -1,15 +1,18 @@
 """Captures the forward passes that the user runs on a model: watches its decoder, and writes the rows of each pass.
 
 Before a pass, the tokens to keep are chosen from its positions, as a job does. In the pass, each (layer, kind) costs
-one gather. When the pass ends, its rows count; those of a pass that fails are dropped. The pass itself is not changed.
+one gather. When the pass ends, its rows count, all at once; those of a pass that fails or is interrupted are dropped.
+The pass itself is not changed.
 """
 
 import functools
 import inspect
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -24,9 +27,10 @@ from qk_sniffer.capture.gather import DeviceIndices, TokenIndices, send
 from qk_sniffer.capture.moments import states_by_stage
 from qk_sniffer.capture.row_writer import BatchRows, RowWriter, other_states_by_kind, states_by_kind
 from qk_sniffer.capture.sampling import Picks, Sampler
-from qk_sniffer.errors import CaptureError
+from qk_sniffer.errors import CaptureError, StoreError
 from qk_sniffer.machine import available_memory
 from qk_sniffer.notebook.facts import CaptureFacts
+from qk_sniffer.notebook.interrupts import deferred_interrupts
 from qk_sniffer.notebook.memory import PassSink
 from qk_sniffer.notebook.statistics import PassStatistics
 from qk_sniffer.notebook.tokens import Example, Examples, PassTokens
@@ -47,12 +51,22 @@ Key = tuple[int, str]
 class _Pass:
     """A pass that runs."""
 
+    frame: FrameType
+    """The call that runs it."""
     tokens: PassTokens
     rows: BatchRows
     wanted: dict[Key, DeviceIndices]
     """The tokens to capture of each (layer, kind) that the pass has not shown yet, by their places in the pass."""
     caches: list[Any]
     spans: list[list[tuple[int, int]]] = field(default_factory=list)
+    shown: set[int] = field(default_factory=set)
+    """The captured layers that have called attention."""
+
+    def is_around(self, frame: FrameType | None) -> bool:
+        """Returns whether `frame` is called in the pass. One that failed runs no more."""
+        while frame is not None and frame is not self.frame:
+            frame = frame.f_back
+        return frame is not None
 
 
 class PassRecorder:
@@ -91,9 +105,23 @@ class PassRecorder:
     @contextmanager
     def opened(self) -> Iterator[None]:
         """Records the passes of this thread inside the context. On exit, all examples are complete."""
+        self._thread = threading.get_ident()
+        watching = ExitStack()
+        with deferred_interrupts():
+            watching.enter_context(self._watching())
+        has_failed = True
+        try:
+            yield
+            has_failed = False
+        finally:
+            # The error that ended the block comes before that of a change that was not made whole.
+            with deferred_interrupts(), watching, suppress(CaptureError) if has_failed else nullcontext():
+                self._close()
+
+    @contextmanager
+    def _watching(self) -> Iterator[None]:
         decoder = self._backbone.decoder
         shows_outputs = any(kind == "o" for _, kind in self._writer.heads)
-        self._thread = threading.get_ident()
         with ExitStack() as stack:
             stack.enter_context(
                 self._backbone.tapped(
@@ -103,21 +131,23 @@ class PassRecorder:
                     slots=self._slots,
                 )
             )
-            stack.enter_context(_stops_noted(self._examples.note_stops))
+            stack.enter_context(_stops_noted(self._note_stops))
             for handle in (
                 decoder.register_forward_pre_hook(self._begin, with_kwargs=True),
                 decoder.register_forward_hook(self._end),
             ):
                 stack.callback(handle.remove)
-            try:
-                yield
-            finally:
-                self._drop()
-                self._complete(self._examples.take_open())
+            yield
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if threading.get_ident() != self._thread:
             return
+        frame = sys._getframe(1)
+        if self._pass is not None and self._pass.is_around(frame):
+            raise CaptureError(
+                f"a forward pass of {type(module).__name__} began inside another one, as a hook runs it: their rows "
+                "cannot be told apart. Run it before the other one, or outside of the block"
+            )
         self._drop()
         # The names are those of the class: a forward that the user or a library has put in its place may have none.
         arguments = dict(zip([*inspect.signature(type(module).forward).parameters][1:], args, strict=False)) | kwargs
@@ -129,6 +159,7 @@ class PassRecorder:
             places = {id(each): TokenIndices.of(_placed(each, tokens), device) for each in picks.values()}
             index = np.array([example.number for example in tokens.examples], np.int64)
             self._pass = _Pass(
+                frame,
                 tokens,
                 BatchRows(index, np.zeros_like(index), position=tokens.position),
                 send({key: places[id(each)] for key, each in picks.items()}, device),
@@ -137,43 +168,47 @@ class PassRecorder:
             )
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
-        if threading.get_ident() != self._thread:
+        if threading.get_ident() != self._thread or self._pass is None:
             return
-        running, self._pass = self._pass, None
-        if running is None:
-            raise CaptureError(
-                "another forward pass of the decoder ran inside this one, as a hook may run it: only the inner one was "
-                "captured. Run them one after the other"
-            )
-        if running.wanted:
-            layers = compact_ranges({layer for layer, _ in running.wanted})
-            kinds = [KIND_NAMES[kind] for kind in KINDS if any(kind == each for _, each in running.wanted)]
-            self._pass = running
+        if wanted := self._pass.wanted:
+            layers = compact_ranges({layer for layer, _ in wanted})
+            kinds = [KIND_NAMES[kind] for kind in KINDS if any(kind == each for _, each in wanted)]
             self._drop()
             raise CaptureError(
                 f"layers {layers} did not call attention in this forward pass as they did before: it showed no "
                 f"{' and no '.join(kinds)}; leave them out with layers="
             )
-        self._sink.end_pass()
-        if self._statistics is not None:
-            with self._apart():
-                self._statistics.end_pass()
         values = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else ()
-        self._complete(self._examples.end(running.tokens, [*running.caches, *values]))
+        with self._apart(), self._sink.changes.change(StoreError):
+            running, self._pass = self._pass, None
+            self._sink.end_pass()
+            if self._statistics is not None:
+                self._statistics.end_pass()
+            self._complete(self._examples.end(running.tokens, [*running.caches, *values]))
 
     def _drop(self) -> None:
         """Drops the pass that has not ended: it failed, or the user ended it."""
-        running, self._pass = self._pass, None
-        if running is None:
+        if self._pass is None:
             return
-        self._sink.drop_pass([example.number for example in running.tokens.examples])
-        if self._statistics is not None:
-            self._statistics.drop_pass()
-        self._examples.drop(running.caches)
+        with self._sink.changes.change():
+            running, self._pass = self._pass, None
+            self._sink.drop_pass([example.number for example in running.tokens.examples])
+            if self._statistics is not None:
+                self._statistics.drop_pass()
+            self._examples.drop(running.caches)
+
+    def _close(self) -> None:
+        self._drop()
+        with self._sink.changes.change(StoreError):
+            self._complete(self._examples.take_open())
 
     def _complete(self, examples: list[Example]) -> None:
         if records := [example.record() for example in examples if example.stop]:
             self._sink.complete(records)
+
+    def _note_stops(self, stops: list[bool]) -> None:
+        with self._sink.changes.change():
+            self._examples.note_stops(stops)
 
     def _apart(self) -> AbstractContextManager[None]:
         return _apart(self._backbone.device.type)
@@ -183,8 +218,14 @@ class PassRecorder:
         return None if self._pass is None or layer not in self._layers else self._pass.tokens.slots
 
     def _on_call(self, call: AttentionCall) -> None:
-        if self._pass is None:
+        if self._pass is None or call.layer not in self._layers:
             return
+        if call.layer in self._pass.shown:
+            raise CaptureError(
+                f"layer {call.layer} called attention twice in one forward pass, as if a hook runs it: its rows cannot "
+                "be told apart. Run it outside of the pass, or leave it out with layers="
+            )
+        self._pass.shown.add(call.layer)
         with self._apart():
             queries = self._pass.wanted.get((call.layer, "q"))
             states, others = states_by_kind(call), other_states_by_kind(call)
@@ -274,7 +315,9 @@ def _placed(picks: Picks, tokens: PassTokens) -> Picks:
 def _apart(device_type: str) -> Iterator[None]:
     """Computes apart from the pass: without gradients, in the dtypes of the tensors, and outside of inference mode.
 
-    A tensor that is made in inference mode cannot be changed outside of it.
+    A tensor that is made in inference mode cannot be changed outside of it. An interrupt between these contexts would
+    leave one of them open.
     """
-    with torch.inference_mode(mode=False), torch.no_grad(), torch.autocast(device_type, enabled=False):
+    without_casts = torch.autocast(device_type, enabled=False)
+    with deferred_interrupts(), torch.inference_mode(mode=False), torch.no_grad(), without_casts:
         yield

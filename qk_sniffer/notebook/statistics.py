@@ -7,11 +7,14 @@ for one token as for hundreds.
 Shapes: B rows, H heads of the layer, n tokens of the pass, d numbers of a vector.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 
 from qk_sniffer.capture.moments import Moments, Spans
+from qk_sniffer.notebook.interrupts import deferred_interrupts
 from qk_sniffer.store.statistics import Part, PartKey
 
 FEW_TOKENS = 256
@@ -27,6 +30,7 @@ class PassStatistics:
         self._new: dict[tuple[int, str], dict[str, torch.Tensor]] = {}
         self._kept: list[dict[tuple[int, str], dict[str, torch.Tensor]]] = []
         self._num_new = self._num_kept = 0
+        self._lock = threading.RLock()  # another thread may read while passes end
 
     @property
     def skip_tokens(self) -> int:
@@ -48,13 +52,14 @@ class PassStatistics:
 
     def end_pass(self) -> None:
         """Keeps the tokens of the pass."""
-        self._done.merge(self._of_pass)
-        if self._new:
-            self._kept.append(self._new)
-            self._num_kept += self._num_new
-            self._new = {}
-        if self._num_kept >= FEW_TOKENS:
-            self._add_kept()
+        with self._lock:
+            self._done.merge(self._of_pass)
+            if self._new:
+                self._kept.append(self._new)
+                self._num_kept += self._num_new
+                self._new = {}
+            if self._num_kept >= FEW_TOKENS:
+                self._add_kept()
 
     def drop_pass(self) -> None:
         """Forgets the tokens of the pass."""
@@ -63,13 +68,20 @@ class PassStatistics:
 
     def part(self, key: PartKey) -> Part | None:
         """Returns the statistics of all finished passes for a key, on the host; None if no pass has ended."""
-        self._add_kept()
-        return self._done.part(key)
+        with self._whole() as done:
+            return done.part(key)
 
     def parts(self) -> dict[PartKey, Part]:
         """Returns the statistics of all finished passes, on the host."""
-        self._add_kept()
-        return self._done.parts()
+        with self._whole() as done:
+            return done.parts()
+
+    @contextmanager
+    def _whole(self) -> Iterator[Moments]:
+        """Returns the statistics of all finished passes. None ends while they are read."""
+        with deferred_interrupts(), self._lock:
+            self._add_kept()
+            yield self._done
 
     @torch.inference_mode(mode=False)
     @torch.no_grad()

@@ -6,15 +6,17 @@ or its process is killed, the journal stays with the durable examples. Then `pyt
 data_root=<folder>` makes a dataset of them.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, suppress
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
+from qk_sniffer.dataset.reader import Dataset, open_dataset
 from qk_sniffer.errors import CaptureError, QkSnifferError
 from qk_sniffer.jobs.from_python import discard_capture, finish_capture, registered, unfinished_capture
 from qk_sniffer.notebook.facts import CaptureFacts
+from qk_sniffer.notebook.interrupts import Changes
 from qk_sniffer.notebook.save import described
 from qk_sniffer.store.claim import Claim
 from qk_sniffer.store.journal import ExampleRecord, Journal
@@ -32,6 +34,7 @@ class FolderStream:
 
     Attributes:
         folder: of the dataset, which exists after the block.
+        changes: see `PassSink`.
         piece_bytes, wait_s: see `RowSink`.
     """
 
@@ -40,9 +43,11 @@ class FolderStream:
     ) -> None:
         """`statistics` returns, at the end of the block, those of all tokens; None without statistics."""
         self.folder = folder.absolute()  # the block may change the current directory
+        self.changes = Changes()
         self._facts = facts
         self._config, self._record = described(facts)
         self._statistics = statistics
+        self._manifest: dict[str, Any] | None = None
         self._stack = ExitStack()
         self._of_pass: set[int] = set()  # the examples with rows in the open pass
         self._earlier: set[int] = set()  # the open examples with rows of earlier passes
@@ -93,6 +98,27 @@ class FolderStream:
             if error is not None:
                 self._leave(error)
 
+    def dataset(self) -> Dataset:
+        """Opens the dataset of this capture.
+
+        Raises:
+            CaptureError: there is none, as the block ended by an error; or the folder has another dataset.
+            StoreError: the folder has no dataset, or it cannot be read.
+        """
+        if self._manifest is None:
+            raise CaptureError(
+                f"this capture has made no dataset in {self.folder}, as its block ended by an error. Capture again, or "
+                f"make one of its whole examples with python -m qk_sniffer.finalize data_root={self.folder}, and read "
+                "it with qk_sniffer.open_dataset"
+            )
+        found = open_dataset(self.folder)
+        if found.manifest != self._manifest:
+            raise CaptureError(
+                f"{self.folder} has another dataset by now, not that of this capture. Read it with "
+                "qk_sniffer.open_dataset, or capture again"
+            )
+        return found
+
     @property
     def piece_bytes(self) -> int:
         """See `RowSink`."""
@@ -103,13 +129,16 @@ class FolderStream:
         """See `RowSink`."""
         return self._writer.wait_s
 
-    def reserve(self, rows: Rows) -> AbstractContextManager[Slot]:
+    @contextmanager
+    def reserve(self, rows: Rows) -> Iterator[Slot]:
         """Reserves memory of the journal's writer; see `RowSink.reserve`.
 
         Raises:
             StoreError: the disk is full or fails.
         """
-        return self._writer.reserve(rows)
+        self._writer.wait_for_memory(rows.nbytes)
+        with self.changes.change(Exception), self._writer.reserve(rows) as slot:
+            yield slot
 
     def commit(self, slot: Slot, event: Event | None) -> None:
         """See `RowSink.commit`."""
@@ -140,7 +169,7 @@ class FolderStream:
             self._end_group()
         if not self._journal.records:
             raise CaptureError(f"nothing was captured to {self.folder}: no forward pass has run in the block")
-        finish_capture(self._claim, self._config)
+        self._manifest = finish_capture(self._claim, self._config)
 
     def _end_group(self) -> None:
         if self._statistics is not None:

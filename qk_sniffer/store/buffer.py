@@ -37,6 +37,12 @@ class Buffer:
         self._memory = _pinned(size) if pinned else np.empty(size, np.uint8)
         self._gaps = [(0, size)]  # the free parts; ascending, never adjacent
 
+    def fits(self, nbytes: int) -> bool:
+        """Returns whether `take` returns a region of `nbytes` now."""
+        if nbytes > len(self._memory):
+            return not self.taken
+        return any(stop - start >= nbytes for start, stop in self._gaps)
+
     def take(self, nbytes: int) -> Region | None:
         """Returns the lowest free region of `nbytes`, or None while no free part is large enough.
 

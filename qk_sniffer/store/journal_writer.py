@@ -76,7 +76,9 @@ class JournalWriter:
         self._access = access
         self._segment_bytes = segment_bytes
         self._flush_s = flush_s
-        self._changed = threading.Condition()
+        # Python code of a condition's `__enter__` can be interrupted while it has the lock, that of a lock cannot.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._queue: deque[Slot | GroupEnd] = deque()
         self._ends: deque[GroupEnd] = deque()  # those in the queue
         try:
@@ -108,6 +110,22 @@ class JournalWriter:
         self._thread = threading.Thread(target=self._run, name="journal", daemon=True)
         self._thread.start()
 
+    def wait_for_memory(self, nbytes: int) -> None:
+        """Waits until the buffer has memory for rows of `nbytes`: the next `reserve` of as many does not wait.
+
+        Raises:
+            StoreError: the thread failed.
+        """
+        with self._lock:
+            start = time.monotonic()
+            self._check_open()
+            while not self._buffer.fits(nbytes):
+                self._memory_wanted = True
+                self._changed.notify_all()
+                self._changed.wait()
+                self._check_open()
+            self.wait_s += time.monotonic() - start
+
     @contextmanager
     def reserve(self, rows: Rows) -> Iterator[Slot]:
         """Reserves memory for the vectors of `rows`, which belong to open batches; waits while the buffer is full.
@@ -131,7 +149,7 @@ class JournalWriter:
             yield slot
         finally:
             if not slot.committed:
-                with self._changed:
+                with self._lock:
                     self._drop(slot)
 
     def commit(self, slot: Slot, event: Event | None) -> None:
@@ -141,7 +159,7 @@ class JournalWriter:
             StoreError: the thread failed.
         """
         slot.event = event
-        with self._changed:
+        with self._lock:
             self._check_open()
             if self._of_example is None:
                 self._batch_keys |= set(keys_of(slot.runs).tolist())
@@ -179,7 +197,7 @@ class JournalWriter:
                 "dataset.id_column=null"
             )
         if ends_group:
-            with self._changed:
+            with self._lock:
                 self._check_open()
                 self._queue.append(end)
                 self._ends.append(end)
@@ -203,7 +221,7 @@ class JournalWriter:
         Raises:
             StoreError: the thread failed, now or before.
         """
-        with self._changed:
+        with self._lock:
             while self._queue and isinstance(slot := self._queue[-1], Slot):
                 self._queue.pop()
                 self._drop(slot)
@@ -250,16 +268,11 @@ class JournalWriter:
         return self._of_example[key]
 
     def _take_memory(self, nbytes: int) -> Region:
-        with self._changed:
-            start = time.monotonic()
-            self._check_open()
-            while (region := self._buffer.take(nbytes)) is None:
-                self._memory_wanted = True
-                self._changed.notify_all()
-                self._changed.wait()
-                self._check_open()
-            self.wait_s += time.monotonic() - start
-            return region
+        with self._lock:
+            self.wait_for_memory(nbytes)
+            region = self._buffer.take(nbytes)
+        assert region is not None, "only this thread takes memory"
+        return region
 
     def _drop(self, slot: Slot) -> None:
         with suppress(Exception):
@@ -284,7 +297,7 @@ class JournalWriter:
                 with explained(self._journal.folder, "write the journal"):
                     written = self._write(items)
                 trim_memory()  # once a segment costs nothing
-                with self._changed:
+                with self._lock:
                     self.write_s += time.monotonic() - start
                     self.bytes_written += written
                     for item in items:
@@ -295,7 +308,7 @@ class JournalWriter:
                             self._buffer.give_back(item.region)
                     self._changed.notify_all()
         except BaseException as error:
-            with self._changed:
+            with self._lock:
                 self._error = error
                 for item in self._queue:
                     if isinstance(item, Slot):
@@ -307,7 +320,7 @@ class JournalWriter:
 
     def _take(self) -> list[Slot | GroupEnd]:
         """Waits for the items of a segment; returns none once the writer is closed."""
-        with self._changed:
+        with self._lock:
             while not (self._closing or self._due()):
                 end = self._ends[0] if self._ends else None
                 self._changed.wait(None if end is None else max(0.0, end.at + self._flush_s - time.monotonic()))

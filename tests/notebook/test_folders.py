@@ -14,6 +14,7 @@ from transformers import DynamicCache
 
 import qk_sniffer
 from qk_sniffer.dataset.verify import verify
+from qk_sniffer.errors import CaptureError, StoreError
 from qk_sniffer.jobs.finalize import finalize
 
 IDS = torch.from_numpy(ids_of(TEXTS[5]))[None].long()
@@ -71,7 +72,9 @@ def test_an_interrupted_generation_keeps_its_tokens(model: Any, tmp_path: Path) 
     assert "of 1 whole example: python -m qk_sniffer.finalize" in caught.value.__notes__[0]
     assert finalize(root) == 0
     assert verify(root).problems == 0
-    assert len(captured.vectors(0, 0, "k").positions) == IDS.shape[1] + 3
+    with pytest.raises(CaptureError, match="open_dataset"):
+        captured.vectors(0, 0, "k")
+    assert len(qk_sniffer.open_dataset(root).vectors(0, 0, "k").positions) == IDS.shape[1] + 3
 
 
 def test_a_capture_that_begins_after_the_prefill_is_whole(model: Any, tmp_path: Path) -> None:
@@ -97,3 +100,42 @@ def test_the_manifest_names_the_adapter_on_the_model(tmp_path: Path) -> None:
     assert manifest["model"]["adapter"] == {"kind": "LORA", "base": None} and "peft" in manifest["versions"]
     assert "| adapter | of the kind `LORA`, on the model in memory |" in (tmp_path / "out/README.md").read_text()
     assert verify(tmp_path / "out").problems == 0
+
+
+def test_a_capture_reads_its_own_dataset_alone(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with qk_sniffer.capture(model, layers=[0], to="dataset") as captured:
+        model(IDS)
+    with qk_sniffer.capture(model, layers=[0]) as other:
+        model(IDS[:, :5])
+    monkeypatch.chdir(tmp_path / "there")
+    other.save("dataset")
+    assert len(captured.vectors(0, 0, "q").positions) == IDS.shape[1]
+    other.save(tmp_path / "here" / "dataset", overwrite=True)
+    with pytest.raises(CaptureError, match=r"another dataset by now.*open_dataset"):
+        captured.vectors(0, 0, "q")
+
+
+@pytest.mark.parametrize("passes", [0, 1])
+def test_a_capture_that_failed_does_not_read_a_later_one(model: Any, tmp_path: Path, passes: int) -> None:
+    folder = tmp_path / "dataset"
+    failed = qk_sniffer.capture(model, layers=[0], to=folder)
+    with pytest.raises(ZeroDivisionError), failed:
+        for _ in range(passes):
+            model(IDS)
+        raise ZeroDivisionError
+    with qk_sniffer.capture(model, layers=[0]) as other:
+        model(IDS[:, :5])
+    other.save(folder, overwrite=True)
+    with pytest.raises(CaptureError, match=r"made no dataset.*Capture again.*finalize"):
+        failed.vectors(0, 0, "q")
+
+
+def test_a_capture_whose_dataset_is_removed_says_so(model: Any, tmp_path: Path) -> None:
+    with qk_sniffer.capture(model, layers=[0], to=tmp_path / "dataset") as captured:
+        model(IDS)
+    (tmp_path / "dataset").rename(tmp_path / "other")
+    with pytest.raises(StoreError, match="dataset"):
+        captured.vectors(0, 0, "q")

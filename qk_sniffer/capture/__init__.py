@@ -4,6 +4,7 @@
 """
 
 import importlib
+import inspect
 import sys
 from types import ModuleType
 from typing import Any
@@ -13,8 +14,21 @@ class _CallablePackage(ModuleType):
     """Calls `capture`: an import replaces any function of this name in `qk_sniffer` by the package."""
 
     def __call__(self, model: Any, **settings: Any) -> Any:
-        # By name: this package is below the one with the function, and does not depend on it.
-        return importlib.import_module("qk_sniffer.notebook.captured").capture(model, **settings)
+        return _function()(model, **settings)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(_function())
+
+    @property
+    def __doc__(self) -> str:  # type: ignore[override]
+        """The text of the function, after its signature, which `help` shows of no module."""
+        return f"capture{self.__signature__}\n\n{inspect.getdoc(_function())}"
+
+
+def _function() -> Any:
+    # By name: this package is below the one with the function, and does not depend on it.
+    return importlib.import_module("qk_sniffer.notebook.captured").capture
 
 
 sys.modules[__name__].__class__ = _CallablePackage

@@ -147,6 +147,7 @@ class Captured:
         if self._was_entered:
             raise CaptureError("a capture is entered once: call qk_sniffer.capture again for another one")
         facts = self._facts
+        facts.backbone.check_unchanged()
         with _entering, ExitStack() as stack:
             self._thread = threading.get_ident()
             if any(other._thread != self._thread for other in _open):

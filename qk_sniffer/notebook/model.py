@@ -51,6 +51,33 @@ class UserBackbone(Backbone):
             )
         stored = StoredWeights(quantization=quantization_config(config))
         super().__init__(decoder, chosen, pre_rope=pre_rope, banded_attention=False, stored=stored)
+        self._described = self._changeable()
+
+    def check_unchanged(self) -> None:
+        """Checks that the model is still as it was when it was described. Its weights may have other values.
+
+        Raises:
+            CaptureError: it is not.
+        """
+        now = self._changeable()
+        if changed := [name for name, value in self._described.items() if now[name] != value]:
+            raise CaptureError(
+                f"the {enumerated(changed)} of {type(self.model).__name__} changed after qk_sniffer.capture described "
+                "it: call qk_sniffer.capture again"
+            )
+
+    def _changeable(self) -> dict[str, Any]:
+        """Returns the facts of the model that a capture depends on and that the user may change, by name."""
+        weights = [weight for weight in self.decoder.parameters() if weight.device.type != "meta"]
+        return {
+            "dtype": {weight.dtype for weight in weights},
+            "device": {weight.device for weight in weights},
+            "attention implementation": self.config._attn_implementation,
+            "attention layers": self.family.attention_layers(self.decoder),
+            # Those that depend on the length of the last text change by themselves.
+            "rotary frequencies": self.rotary_parameters() if self.length_boundary is None else None,
+            "adapter": self.adapter_settings,
+        }
 
     def run(self, ids: torch.Tensor) -> None:
         """Runs a plain forward pass over token ids (B, n)."""

@@ -117,3 +117,39 @@ def test_backbone_of_user_is_described_as_that_of_a_job() -> None:
     model = BY_NAME["gemma3"].model()
     user = UserBackbone(model)
     assert user.described_layers(both_stages=False) == Backbone(user.decoder, user.family).probe()
+
+
+def replace_attention(model: Any) -> None:
+    model.model.layers[0].self_attn = LLAMA.model().model.layers[0].self_attn  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (lambda model: model.to(torch.float16), "dtype"),
+        (lambda model: model.set_attn_implementation("eager"), "attention implementation"),
+        (lambda model: model.model.rotary_emb.inv_freq.mul_(0.5), "rotary frequencies"),
+        (replace_attention, "attention layers"),
+    ],
+)
+def test_a_model_that_changed_before_the_block_is_refused(change: Any, name: str) -> None:
+    model = LLAMA.model()
+    captured = qk_sniffer.capture(model)
+    change(model)
+    with pytest.raises(CaptureError, match=rf"{name}.* of \w+ changed .* call qk_sniffer\.capture again"), captured:
+        raise AssertionError("the block runs")
+    with torch.no_grad(), qk_sniffer.capture(model) as again:
+        model(input_ids=random_ids(1, 5))
+    assert again.examples.num_rows == 1
+
+
+def test_a_model_may_be_trained_before_the_block() -> None:
+    model = LLAMA.model()
+    captured = qk_sniffer.capture(model)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(1.5)
+    model.train()
+    with torch.no_grad(), captured:
+        model(input_ids=random_ids(1, 5))
+    assert captured.examples.num_rows == 1

@@ -114,7 +114,7 @@ def check(captured: Any, model: Any, texts: dict[str, torch.Tensor], whole: set[
         np.testing.assert_allclose(found.mean, expected_statistics.mean, atol=1e-5)
 
 
-ALL: dict[str, Any] = {"kinds": "qkvo", "attention": True, "statistics": True}
+ALL: dict[str, Any] = {"layers": [0], "kinds": "qkvo", "attention": True, "statistics": True}
 
 
 @pytest.mark.parametrize(

@@ -73,7 +73,7 @@ def export(
         _recover(target)
     for output in (target, beside):
         if output is not None and not overwrite and disk.type_of(output) is not None:
-            raise StoreError(f"{output} exists: give another output, or overwrite=true to replace it")
+            raise _exists(output)
     if chosen.is_folder:
         _check_folder(target)
     else:
@@ -88,14 +88,19 @@ def export(
     with disk.explained(target, "write"):
         disk.make_folder(target.parent)
         if chosen.is_folder:
-            _write_folder(target, files | {PROVENANCE: _encoded(provenance)})
+            _write_folder(target, files | {PROVENANCE: _encoded(provenance)}, overwrite=overwrite)
         elif beside is None:
-            _write_file(target, files[""])
+            _write_file(target, files[""], overwrite=overwrite)
         else:
-            disk.remove(beside)  # a kill leaves a file without provenance, and none with that of another dataset
-            _write_file(target, files[""])
-            _write_file(beside, _encoded(provenance | {"sha256": sha256(files[""]).hexdigest()}))
+            if overwrite:
+                disk.remove(beside)  # a kill leaves a file without provenance, and none with that of another dataset
+            _write_file(target, files[""], overwrite=overwrite)
+            _write_file(beside, _encoded(provenance | {"sha256": sha256(files[""]).hexdigest()}), overwrite=overwrite)
     return target
+
+
+def _exists(output: Path) -> StoreError:
+    return StoreError(f"{output} exists: give another output, or overwrite=true to replace it")
 
 
 def _encoded(provenance: Mapping[str, object]) -> bytes:
@@ -156,19 +161,33 @@ def _check_open_folder(folder: OpenFolder) -> None:
         _check_provenance(folder.path / PROVENANCE, Anchored((folder,)))
 
 
-def _write_file(path: Path, data: bytes) -> None:
-    """Writes a file whole, under a name next to its place that is no user's, and then renames it."""
+def _write_file(path: Path, data: bytes, *, overwrite: bool) -> None:
+    """Writes a file whole, under a name next to its place that is no user's, and then gives it its own.
+
+    Raises:
+        StoreError: something has appeared in its place meanwhile, and `overwrite` is false.
+    """
     temporary = f".{path.name}-{secrets.token_hex(8)}.tmp"
     with OpenFolder.at(path.parent) as parent:
         disk.write_atomic(parent.path / temporary, data, access=Anchored((parent,)))
-        parent.rename(temporary, parent, path.name)
+        if overwrite:
+            parent.rename(temporary, parent, path.name)
+        else:
+            try:
+                parent.rename_to_free(temporary, path.name)
+            except FileExistsError:
+                parent.unlink(temporary)
+                raise _exists(path) from None
         parent.sync()
 
 
-def _write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
+def _write_folder(folder: Path, files: Mapping[str, bytes], *, overwrite: bool) -> None:
     """Writes a folder whole, next to its place, and then renames it.
 
     Both folders stay open: in a folder of several users, a link could take the place of the new one.
+
+    Raises:
+        StoreError: something has appeared in its place meanwhile, and `overwrite` is false.
     """
     # Not a fixed name, as in `write_atomic`: a folder of this name could be the user's.
     temporary, earlier = (f".{folder.name}-{secrets.token_hex(8)}{suffix}" for suffix in (".tmp", _EARLIER))
@@ -179,6 +198,8 @@ def _write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
             _check_folder(folder)  # again: the numbers took a while
             _check_is_there(written, parent)
             if parent.type_of(folder.name) is not None:
+                if not overwrite:
+                    raise _exists(folder)
                 parent.rename(folder.name, parent, earlier)
             parent.rename(temporary, parent, folder.name)
         except BaseException:

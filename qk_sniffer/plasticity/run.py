@@ -7,7 +7,7 @@ import scipy again.
 """
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -64,8 +64,9 @@ def run(config: PlasticityConfig) -> int:
             record = _record(dataset, config, job, found, without_keys, damaged)
             results.finish(found, record)
         pictures = draw(results) if config.pictures else []
-    report(results, pictures)
-    return 1 if results.record()["damaged"] else 0
+        record = results.record()  # another start may replace the results when the lock is released
+    report(results, record, pictures)
+    return 1 if record["damaged"] else 0
 
 
 def plan(dataset: Dataset) -> tuple[list[KeyHead], list[str]]:
@@ -234,9 +235,8 @@ def draw(results: Results) -> list[Path]:
     return draw_all(results)
 
 
-def report(results: Results, pictures: Sequence[Path]) -> None:
-    """Prints a summary of the results, with every note and error."""
-    record = results.record()
+def report(results: Results, record: Mapping[str, Any], pictures: Sequence[Path]) -> None:
+    """Prints a summary of the results of `record`, with every note and error."""
     mean = record["mean_ap_overall"]
     count = record["heads_with_plasticity"]
     of_which = "" if count == record["heads"] else f" of {count}"

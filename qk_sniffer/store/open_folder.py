@@ -107,6 +107,29 @@ class OpenFolder:
         """Moves an entry to another folder or name. Replaces a file or a link of that name."""
         os.rename(self._named(name), self._named(new_name), src_dir_fd=self.descriptor, dst_dir_fd=target.descriptor)
 
+    def rename_to_free(self, name: str, new_name: str) -> None:
+        """Renames a file of this folder. Replaces nothing, where the disk has hard links.
+
+        Raises:
+            FileExistsError: something has the new name.
+        """
+        try:
+            os.link(
+                self._named(name),
+                self._named(new_name),
+                src_dir_fd=self.descriptor,
+                dst_dir_fd=self.descriptor,
+                follow_symlinks=False,
+            )
+        except FileExistsError:
+            raise
+        except OSError:  # no hard links here
+            if self.type_of(new_name) is not None:
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(self.path / new_name)) from None
+            self.rename(name, self, new_name)
+        else:
+            self.unlink(name)
+
     def unlink(self, name: str) -> None:
         """Removes a file or a link, if there is one."""
         with suppress(FileNotFoundError):

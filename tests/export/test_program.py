@@ -1,5 +1,6 @@
 """Tests the program, the function and their outputs; the tests of each format compare its numbers."""
 
+import errno
 import functools
 import json
 import os
@@ -185,6 +186,39 @@ def test_what_appears_after_the_check_is_not_removed(
     assert sorted(path.name for path in kept.iterdir()) == names
 
 
+@pytest.mark.parametrize("has_links", [True, False])
+@pytest.mark.parametrize(
+    ("format", "name"),
+    [
+        ("triattention", "out"),
+        ("tria", "out"),
+        ("tria", "out.json"),
+        ("kv_scales", "out"),
+        ("kv_scales", "out/config.json"),
+    ],
+)
+def test_what_appears_while_the_export_computes_is_not_replaced_unasked(
+    format: str, name: str, has_links: bool, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "exports"
+    mine, real = folder / name, disk.write_atomic
+
+    def plant(path: Path, data: bytes, **options: Any) -> None:
+        real(path, data, **options)
+        mine.parent.mkdir(exist_ok=True)
+        mine.write_text("mine")
+
+    def unsupported(*_: Any, **options: Any) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(disk, "write_atomic", plant)
+    if not has_links:
+        monkeypatch.setattr(os, "link", unsupported)
+    with pytest.raises(StoreError, match=r"exports/out.* (exists: give|is a file: give|not written by an export)"):
+        qk_sniffer.export(root, format, folder / "out")
+    assert mine.read_text() == "mine" and not [*folder.glob(".out*")]
+
+
 def test_a_folder_is_not_written_through_a_link_that_takes_its_place(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -251,10 +285,10 @@ def test_numbers_never_have_the_provenance_of_others(
     beside.write_text('{"made_by": "qk-sniffer 0"}')
     real = write._write_file
 
-    def failing(path: Path, data: bytes) -> None:
+    def failing(path: Path, data: bytes, **options: Any) -> None:
         if path.name == last:
             raise OSError("the disk is full")
-        real(path, data)
+        real(path, data, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(write, "_write_file", failing)

@@ -19,6 +19,7 @@ from support.verify_cases import edit
 
 from qk_sniffer.dataset.reader import Dataset
 from qk_sniffer.errors import QkSnifferError, StoreError
+from qk_sniffer.plasticity import run as run_module
 from qk_sniffer.plasticity import tables
 from qk_sniffer.plasticity.forms import METRICS
 from qk_sniffer.plasticity.measure import KeyHead
@@ -398,3 +399,21 @@ def test_rows_of_a_dataset_that_replaces_the_measured_one_are_noted(
     monkeypatch.setattr(Dataset, "vectors", replaced)
     measure(root, tmp_path / "results", num_pairs_per_bucket=8)
     assert "is not the one that manifest.json lists" in str(record(tmp_path / "results"))
+
+
+def test_a_start_reports_its_own_results_after_another_has_replaced_them(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, other, real = tmp_path / "results", tmp_path / "other", run_module.report
+    shutil.copytree(root, other)
+    (other / "l00h00q" / "data.parquet").unlink()
+    write_manifest(Layout(other), read_manifest(other) | {"timings": {}})  # another dataset
+
+    def delayed(*args: Any) -> None:  # the lock is released
+        monkeypatch.setattr(run_module, "report", lambda *_: None)
+        assert measure(other, folder, num_pairs_per_bucket=8) == 1
+        real(*args)
+
+    monkeypatch.setattr(run_module, "report", delayed)
+    assert measure(root, folder, num_pairs_per_bucket=8) == 0
+    assert record(folder)["damaged"] and "NOT measured" not in capsys.readouterr().out

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
 from functools import cached_property
 from typing import Any
@@ -145,6 +145,7 @@ class Backbone:
         *,
         both_stages: bool = False,
         slots: Callable[[int], Slots | None] | None = None,
+        in_words: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> Iterator[None]:
         """Opens the tap for forward passes that the caller runs; with `slots`, also those with padding and a cache."""
         family, layers = self.family, self.attention_layers
@@ -158,6 +159,7 @@ class Backbone:
             on_output=on_output,
             on_rotary=on_rotary,
             slots=slots,
+            in_words=in_words,
         ):
             yield
 

@@ -20,7 +20,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,6 +125,7 @@ def tap(
     on_output: OnOutput | None = None,
     on_rotary: OnRotary | None = None,
     slots: Callable[[int], Slots | None] | None = None,
+    in_words: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Iterator[None]:
     """Calls `on_call` before each attention kernel that one of `layers` (module -> layer index) runs.
 
@@ -135,6 +136,7 @@ def tap(
     `slots`, if given, receives the layer of each call, and returns the slots of the pass that runs; None for a call
     that is not to be shown. Calls without `slots` have neither padding nor a cache. Passes of other threads are not
     shown.
+    `in_words` returns a context that may change the words of the errors in the pass.
 
     Raises:
         CaptureError: vectors before RoPE are wanted, and the model has no rotary function. In the pass: one of `layers`
@@ -168,7 +170,8 @@ def tap(
         if threading.get_ident() != thread:
             return
         if not last_seen:
-            raise shows_nothing([module], family)
+            with in_words():
+                raise shows_nothing([module], family)
         reset()
         if caches is not None:
             caches.end()
@@ -249,7 +252,8 @@ def tap(
         value: torch.Tensor | None = None,
         **arguments: Any,
     ) -> None:
-        on_query_key(module, query, key, value, **arguments)
+        with in_words():
+            on_query_key(module, query, key, value, **arguments)
 
     def show_output(module: nn.Module, output: Any) -> None:
         if on_output is None or not last_call or module not in layers or threading.get_ident() != thread:
@@ -268,7 +272,8 @@ def tap(
         @functools.wraps(kernel)
         def tapped(module: nn.Module, query: torch.Tensor, key: torch.Tensor, *args: Any, **arguments: Any) -> Any:
             named = dict(zip(("value", "attention_mask"), args, strict=False)) | arguments
-            call = on_query_key(module, query, key, **named)
+            with in_words():
+                call = on_query_key(module, query, key, **named)
             with torch.compiler.set_stance("default"):
                 returned = kernel(module, query, key, *args, **arguments)
             output = returned[0] if isinstance(returned, tuple) else returned

@@ -32,6 +32,7 @@ from qk_sniffer.machine import available_memory
 from qk_sniffer.notebook.facts import CaptureFacts
 from qk_sniffer.notebook.interrupts import deferred_interrupts
 from qk_sniffer.notebook.memory import PassSink
+from qk_sniffer.notebook.settings import naming_arguments
 from qk_sniffer.notebook.statistics import PassStatistics
 from qk_sniffer.notebook.tokens import Example, Examples, PassTokens
 from qk_sniffer.store.layout import KIND_NAMES, KINDS, WIDTHS
@@ -129,6 +130,7 @@ class PassRecorder:
                     on_output=self._on_output if shows_outputs else None,
                     both_stages=self._both_stages,
                     slots=self._slots,
+                    in_words=naming_arguments,
                 )
             )
             stack.enter_context(_stops_noted(self._note_stops))

@@ -40,6 +40,8 @@ _ARGUMENTS = {
     "capture.layers": "layers",
     "capture.heads": "heads",
     "model.family=": "family=",
+    "model.attn_implementation": "from_pretrained's attn_implementation",
+    "model.config_overrides.": "model.config.",
     **{f"{setting} is true": f"kinds has {kind!r}" for kind, setting in KIND_SETTINGS.items()},
     **{f"{setting} is false": f"kinds has no {kind!r}" for kind, setting in KIND_SETTINGS.items()},
 }

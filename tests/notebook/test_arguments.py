@@ -153,3 +153,13 @@ def test_a_model_may_be_trained_before_the_block() -> None:
     with torch.no_grad(), captured:
         model(input_ids=random_ids(1, 5))
     assert captured.examples.num_rows == 1
+
+
+def test_errors_in_a_pass_name_the_arguments() -> None:
+    model: Any = LLAMA.model()
+    with torch.no_grad(), qk_sniffer.capture(model) as captured:
+        seeing_all = torch.zeros(1, 1, 5, 5, dtype=model.dtype)
+        with pytest.raises(CaptureError, match=r"set from_pretrained's attn_implementation=eager"):
+            model(input_ids=random_ids(1, 5), attention_mask=seeing_all)
+        model(input_ids=random_ids(1, 4))
+    assert captured.examples["num_tokens"].to_pylist() == [4]

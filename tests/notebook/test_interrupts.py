@@ -114,14 +114,15 @@ def check(captured: Any, model: Any, texts: dict[str, torch.Tensor], whole: set[
         np.testing.assert_allclose(found.mean, expected_statistics.mean, atol=1e-5)
 
 
-ALL: dict[str, Any] = {"layers": [0], "kinds": "qkvo", "attention": True, "statistics": True}
+ROWS: dict[str, Any] = {"layers": [0], "kinds": "qkvo", "attention": True}
 
 
 @pytest.mark.parametrize(
     ("function", "step", "settings"),
     [
         pytest.param("_end", 3, {"layers": [0], "statistics": True}, id="end"),
-        pytest.param(None, 1, ALL, id="all", marks=pytest.mark.slow),
+        pytest.param(None, 1, ROWS, id="all", marks=pytest.mark.slow),
+        pytest.param(None, 7, ROWS | {"statistics": True}, id="statistics", marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize("is_streamed", [False, True], ids=["memory", "stream"])

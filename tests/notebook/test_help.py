@@ -3,7 +3,7 @@
 import inspect
 import pydoc
 
-from IPython.core.interactiveshell import InteractiveShell
+import pytest
 
 import qk_sniffer
 from qk_sniffer.notebook.captured import capture
@@ -20,7 +20,10 @@ def test_help_shows_the_arguments_and_their_meaning() -> None:
         assert line in shown
 
 
+@pytest.mark.slow  # make slow installs IPython with the notebooks
 def test_ipython_shows_the_arguments_and_their_meaning() -> None:
+    from IPython.core.interactiveshell import InteractiveShell
+
     shell = InteractiveShell(user_ns={"qk_sniffer": qk_sniffer})
     shown = shell.object_inspect_text("qk_sniffer.capture")
     assert "kinds: collections.abc.Iterable[str] = 'qk'" in shown

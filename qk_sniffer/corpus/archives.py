@@ -89,7 +89,7 @@ def nothing_unpacked(where: str) -> Iterator[None]:
 
 def _is_tar(head: bytes) -> bool:
     try:
-        tarfile.TarInfo.frombuf(head[: tarfile.BLOCKSIZE], "utf-8", "surrogateescape")
+        header = tarfile.TarInfo.frombuf(head[: tarfile.BLOCKSIZE], "utf-8", "surrogateescape")
     except (tarfile.HeaderError, ValueError):
         return False
-    return True
+    return header.chksum != 0  # the sum of signed bytes may be 0, as of a compressed file with many equal bytes

@@ -79,6 +79,13 @@ def test_a_link_in_an_archive_writes_no_file(name: str, tmp_path: Path, streamin
     assert not list(Path(datasets.config.HF_DATASETS_CACHE).rglob("extracted/*"))
 
 
+def test_a_compressed_file_whose_signed_bytes_add_up_to_nothing_is_no_tar() -> None:
+    start = gzip.compress(b"a" * 8_000_000, mtime=0)[:512]
+    head = start[:4] + (1_796_005_222).to_bytes(4, "little") + start[8:]
+    assert tarfile.TarInfo.frombuf(head, "utf-8", "surrogateescape").chksum == 0
+    assert archive_problem(head) is None
+
+
 def test_the_library_itself_unpacks_nothing(tmp_path: Path) -> None:
     """Of a repository of the Hub, no file is seen before the library has it."""
     import datasets

@@ -67,6 +67,7 @@ IMPORT_TORCH = {
 
 IMPORT_TORCH_LATE = {
     "backbone.damaged_files",
+    "corpus.pinned_loads",
     "corpus.text_cuts",
     "corpus.tokenizer",
     "corpus.tokenizer_files",

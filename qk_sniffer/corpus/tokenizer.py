@@ -15,6 +15,7 @@ from qk_sniffer.corpus.chat_segments import ChatSegments
 from qk_sniffer.corpus.contents import ContentError, Conversation, text_hash
 from qk_sniffer.corpus.encoder import Encoder
 from qk_sniffer.corpus.examples import Example
+from qk_sniffer.corpus.pinned_loads import pinned_loads
 from qk_sniffer.corpus.segments import Segments
 from qk_sniffer.corpus.special_tokens import Encoded, SpecialTokens
 from qk_sniffer.corpus.tokenizer_files import (
@@ -98,7 +99,8 @@ def load_tokenizer(
     try:
         where = {key: options[key] for key in ("revision", "local_files_only") if key in options}
         refuse_files_elsewhere(str(local), trust_remote_code=config.trust_remote_code, **where)
-        tokenizer = AutoTokenizer.from_pretrained(str(local), **options)
+        with pinned_loads(str(local), commit):
+            tokenizer = AutoTokenizer.from_pretrained(str(local), **options)
         if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers returns an empty one without files
             raise SourceError(f"{name} has no tokenizer: set model.tokenizer.name to a Hub id or a folder that has one")
         refuse_growth(name, steps_of(tokenizer))

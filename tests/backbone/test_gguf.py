@@ -22,6 +22,7 @@ from support.smollm2 import FILE
 from support.zoo import CASES
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import qk_sniffer.assets
 from qk_sniffer.backbone.backbone import Backbone
 from qk_sniffer.backbone.loading import check_model, load_backbone
 from qk_sniffer.config import ModelConfig, TokenizerConfig
@@ -32,6 +33,8 @@ from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.layout import parse_head_name
 
 pytestmark = pytest.mark.floor
+
+ASSET = Path(qk_sniffer.assets.__file__).parent / "pydoc_tiny"
 
 LLAMA = next(case for case in CASES if case.name == "llama")
 
@@ -315,6 +318,43 @@ def test_a_file_of_a_repository_is_that_of_the_commit(tmp_path: Path) -> None:
     total, error = done.stdout.splitlines()
     assert float(total) == pytest.approx(model.get_decoder().embed_tokens.weight.abs().sum().item(), rel=1e-5)
     assert "model org/name" in error and "other.gguf" in error
+
+
+def write_vocabulary(path: Path, swap: tuple[str, str] | None = None) -> None:
+    """Writes a GGUF file with the vocabulary of pydoc-tiny and no weights; two tokens may swap their ids."""
+    described = json.loads((ASSET / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    tokens = sorted(described["vocab"], key=described["vocab"].get)
+    if swap is not None:
+        one, other = (tokens.index(token) for token in swap)
+        tokens[one], tokens[other] = tokens[other], tokens[one]
+    writer = GGUFWriter(path, "qwen2")
+    writer.add_name("tiny")
+    writer.add_block_count(1)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_merges([merge if isinstance(merge, str) else " ".join(merge) for merge in described["merges"]])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_the_vocabulary_in_a_file_of_a_repository_is_that_of_the_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    commits = "1" * 40, "2" * 40
+    repository = tmp_path / "models--org--name"
+    for commit, swap in zip(commits, (None, ("1", "2")), strict=True):
+        (repository / "snapshots" / commit).mkdir(parents=True)
+        write_vocabulary(repository / "snapshots" / commit / "tiny.gguf", swap)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commits[1])
+    model = ModelConfig(name="org/name", gguf_file="tiny.gguf")
+    first, last = (load_tokenizer(model, commit).token_strings(range(256)) for commit in commits)
+    assert (first.index("1"), first.index("2")) == (last.index("2"), last.index("1"))
 
 
 LAYERS = [0, 14, 29]

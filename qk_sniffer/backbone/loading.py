@@ -54,7 +54,7 @@ from qk_sniffer.backbone.wrapper import is_wrapper, load_decoder, model_class, w
 from qk_sniffer.config import AUTO, ModelConfig
 from qk_sniffer.errors import QkSnifferError, SourceError
 from qk_sniffer.hub.checkpoint_links import refuse_odd_files
-from qk_sniffer.hub.config_limits import refuse_large_config, refuse_too_many_layers
+from qk_sniffer.hub.config_limits import refuse_large_config, refuse_other_configs, refuse_too_many_layers
 from qk_sniffer.hub.endpoint import announce
 from qk_sniffer.hub.lfs import refuse_pointers_of_model
 from qk_sniffer.hub.revisions import is_hub_id, repository_files
@@ -162,6 +162,7 @@ def _read_config(config: ModelConfig, source: dict[str, Any]) -> _Model:
         where = {key: source[key] for key in ("revision", "local_files_only") if key in source}
         if (file := cached_file(str(config.name), "config.json", **where)) is not None:
             refuse_large_config(Path(file))
+            refuse_other_configs(Path(file))
         saved = PretrainedConfig.get_config_dict(**source)[0]
         refuse_too_many_layers(f"the config.json of {config.name}", saved)
     whole = without_implementations(AutoConfig.from_pretrained(**source))

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 from qk_sniffer.corpus.text_growth import MOST_GROWTH, growth
 from qk_sniffer.errors import SourceError
-from qk_sniffer.hub.config_limits import refuse_large_config, refuse_too_many_layers
+from qk_sniffer.hub.config_limits import refuse_large_config, refuse_other_configs, refuse_too_many_layers
 from qk_sniffer.hub.json_files import DamagedFileError, json_object
 from qk_sniffer.text import leads_out
 
@@ -104,7 +104,9 @@ def refuse_files_elsewhere(name: str, *, trust_remote_code: bool = False, **opti
             model, which transformers loads too, is too large or has too many layers.
         OSError: the Hub does not give a file of the tokenizer.
     """
-    refuse_too_many_layers(f"the config.json of {name}", _read_object(_file_of(name, "config.json", options)))
+    if (file_of_model := _file_of(name, "config.json", options)) is not None:
+        refuse_other_configs(file_of_model)
+    refuse_too_many_layers(f"the config.json of {name}", _read_object(file_of_model))
     settings = _read_object(_file_of(name, _SETTINGS, options))
     listed = settings.get("fast_tokenizer_files")
     described = [file for file in listed if isinstance(file, str)] if isinstance(listed, list) else []

@@ -1,14 +1,16 @@
-"""Refuses configs of models that are larger than any model's, or that ask for more layers.
+"""Refuses configs of models that are larger than any model's, ask for more layers, or stand for another config.
 
 Libraries read a config several times and copy it. Building a model of a million layers, or its config, does not end.
 """
 
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from qk_sniffer.errors import SourceError
+from qk_sniffer.hub.json_files import DamagedFileError, json_object
 from qk_sniffer.store.form_types import MOST_LAYERS
 from qk_sniffer.text import in_mb
 
@@ -38,6 +40,22 @@ def refuse_large_config(path: Path) -> None:
             f"{path} is refused: it has {in_mb(size)}, and no config of a model has more than {_MOST_BYTES >> 20} MB. "
             "Restore the file, or download the model again (hf download)"
         )
+
+
+def refuse_other_configs(path: Path) -> None:
+    """Checks that a config.json does not name other files, one of which transformers would read in its place.
+
+    The checks of a checkpoint read its config.json alone. A missing or damaged one is left to its reader.
+
+    Raises:
+        SourceError: it names some.
+    """
+    with suppress(OSError, DamagedFileError):
+        if json_object(path.read_bytes()).get("configuration_files"):
+            raise SourceError(
+                f"{path} is refused: its configuration_files names configs that transformers would read in its place. "
+                "Copy the right one to config.json without this key"
+            )
 
 
 def refuse_too_many_layers(where: str, values: Mapping[str, Any]) -> None:

@@ -38,6 +38,21 @@ def test_a_config_with_too_many_layers_is_refused(settings: dict[str, Any], chec
             load(config)
 
 
+def test_a_config_that_stands_for_another_one_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    """transformers would read the other one, which may lie outside of the folder, and no check has seen."""
+    folder = Path(shutil.copytree(checkpoint, tmp_path / "model"))
+    own = json.loads((folder / "config.json").read_bytes())
+    (tmp_path / "config.4.0.0.json").write_text(json.dumps(own), encoding="utf-8")
+    config = ModelConfig(name=str(folder), dtype="float32", device_map="cpu")
+    for listed in (["config.4.0.0.json"], ["config.4/../../config.4.0.0.json"], "config.4.0.0.json"):
+        (folder / "config.json").write_text(json.dumps(own | {"configuration_files": listed}), encoding="utf-8")
+        for load in (check_model, load_backbone, load_tokenizer):
+            with pytest.raises(SourceError, match=r"config\.json is refused: its configuration_files names configs"):
+                load(config)
+    (folder / "config.json").write_text(json.dumps(own | {"configuration_files": []}), encoding="utf-8")
+    check_model(config)
+
+
 def test_a_gguf_file_with_too_many_layers_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "tiny.gguf"
     write_gguf(LLAMA.model(), file)

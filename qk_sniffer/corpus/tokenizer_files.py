@@ -1,7 +1,8 @@
 """Checks the files of a tokenizer: what transformers would open for them, and what it makes of them."""
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
@@ -27,6 +28,21 @@ _SPECIAL_TOKENS = "special_tokens_map.json"
 
 _VOCABULARIES = ("vocab", "merges", "entity_vocab")
 """Arguments of tokenizers that hold a vocabulary, or the name of its file."""
+
+_WAYS_TO_LOAD = ("gguf_file", "subfolder", "cache_dir", "revision", "repo_type", "token", "proxies")
+"""Arguments of loaders: transformers takes them from the files of a tokenizer as if its caller had given them."""
+
+_SET_BY_LOADER = ("name_or_path", "is_local", "local_files_only")
+"""Arguments that transformers sets itself after it reads tokenizer_config.json and before special_tokens_map.json."""
+
+_OPTIONS = ("mecab_kwargs", "sudachi_kwargs", "sp_model_kwargs")
+"""Keys that hold arguments of the libraries below a tokenizer."""
+
+_OPENED_BELOW = ("mecab_option", "sudachi_config_path", "sudachi_resource_dir", "model_file")
+"""Arguments of these libraries that name files. So may others, such as the type of a dictionary of Sudachi."""
+
+_DESCRIPTION = re.compile(r"tokenizer(\.[0-9]+(\.[0-9a-z]+)*)?\.json", flags=re.ASCII)
+"""The names of files that describe a tokenizer, such as tokenizer.json and tokenizer.4.0.0.json."""
 
 _NEVER_OPENED = ("tokenizer_file", "special_tokens_map_file", "added_tokens_file", "tokenizer_config_file")
 """Keys of tokenizer_config.json that published tokenizers have, and that transformers replaces by its own files."""
@@ -92,36 +108,43 @@ def refuse_files_elsewhere(name: str, *, trust_remote_code: bool = False, **opti
 
     The digest or the commit that identifies the tokenizer covers only the files there. Where a vocabulary is expected,
     `tokenizers` opens the file that a string names: a repository could make any text of this machine the vocabulary.
+    Other keys decide where transformers looks for files, and in which folder it writes downloads.
 
     Args:
         name: the folder, the file or the Hub id that the tokenizer is loaded from.
         trust_remote_code: the code of the repository may read any file and define keys of its own: only
-            `fast_tokenizer_files` of a folder is checked.
+            `configuration_files` and `fast_tokenizer_files` are checked.
         options: `revision` and `local_files_only` of a Hub id.
 
     Raises:
-        SourceError: a file of the tokenizer names such a file, or makes texts too long; or its config or that of its
-            model, which transformers loads too, is too large or has too many layers.
+        SourceError: a file of the tokenizer names such a file or a way to load, or a class that is no tokenizer, or
+            makes texts too long; or its config or that of its model, which transformers loads too, is too large, has
+            too many layers or stands for another one.
         OSError: the Hub does not give a file of the tokenizer.
     """
     if (file_of_model := _file_of(name, "config.json", options)) is not None:
         refuse_other_configs(file_of_model)
-    refuse_too_many_layers(f"the config.json of {name}", _read_object(file_of_model))
+    config = _read_object(file_of_model)
+    refuse_too_many_layers(f"the config.json of {name}", config)
     settings = _read_object(_file_of(name, _SETTINGS, options))
     listed = settings.get("fast_tokenizer_files")
-    described = [file for file in listed if isinstance(file, str)] if isinstance(listed, list) else []
-    for file in listed if isinstance(listed, list) else ():
-        if not isinstance(file, str) or leads_out(file) or (Path(name).is_dir() and Path(file).name != file):
+    described = listed if isinstance(listed, list) else []
+    for file in described:
+        if not isinstance(file, str) or not _DESCRIPTION.fullmatch(file):
             raise SourceError(
-                f"the tokenizer of {name} names {file} in fast_tokenizer_files of tokenizer_config.json, which is "
-                "not a file in its folder: copy the file there and name it without a folder"
+                f"the tokenizer of {name} names {file} in fast_tokenizer_files of {_SETTINGS}, which is not the name "
+                "of a file such as tokenizer.json or tokenizer.4.0.0.json in its folder: copy the file there and give "
+                "it such a name"
             )
     if trust_remote_code:
         return
+    _refuse_other_classes(name, settings, config)
     for key, value in settings.items():
+        _refuse_way_to_load(name, _SETTINGS, key, value)
         if _holds_path(key, value) or (key.endswith("_file") and key not in _NEVER_OPENED and _exists(name, value)):
             _refuse(name, _SETTINGS, key, value)
     for key, value in _read_object(_file_of(name, _SPECIAL_TOKENS, options)).items():
+        _refuse_way_to_load(name, _SPECIAL_TOKENS, key, value)
         if _holds_path(key, value) or (key.endswith(("_file", "_spm")) and isinstance(value, str)):
             _refuse(name, _SPECIAL_TOKENS, key, value)
     for file in dict.fromkeys(("tokenizer.json", *described)):
@@ -166,24 +189,79 @@ def _holds_path(key: str, value: Any) -> bool:
 
 
 def _exists(name: str, value: Any) -> bool:
-    """Whether `value` is the path of a file that is not one of the folder `name`.
+    """Whether `value` is the path of a file or a device that is not one of the folder `name`.
 
     Published tokenizers have paths of the machine that saved them, which transformers replaces for most keys.
     """
     if not isinstance(value, str):
         return False
     try:
-        return Path(value).is_file() and not Path(value).resolve().is_relative_to(Path(name).resolve())
+        path = Path(value)
+        return path.exists() and not path.is_dir() and not path.resolve().is_relative_to(Path(name).resolve())
     except (OSError, ValueError, RuntimeError):  # no path: too long, with a null character, or a loop of links
         return False
 
 
+def _refuse_way_to_load(name: str, file: str, key: str, value: Any) -> None:
+    """Checks that a key of `file` does not say from where to load, or names a file to a library below."""
+    if (key in _WAYS_TO_LOAD and value) or (key in _SET_BY_LOADER and file == _SPECIAL_TOKENS):
+        raise SourceError(
+            f"the tokenizer of {name} is refused: {key} of its {file} is {_shown(value)}, which would decide where "
+            f"transformers reads and writes files. Remove {key} from {file}, or set model.tokenizer.name to another "
+            "tokenizer"
+        )
+    for option, given in value.items() if key in _OPTIONS and isinstance(value, dict) else ():
+        if given and (option in _OPENED_BELOW or (isinstance(given, str) and leads_out(given))):
+            _refuse(name, file, f"{key}.{option}", given)
+
+
+def _refuse_other_classes(name: str, settings: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """Checks the classes that transformers may load the tokenizer with.
+
+    It takes the name of any class of its own. One that is no tokenizer does not take over the commit, and whether code
+    of the repository may run: a `RagTokenizer` loads two tokenizers from folders that no check has seen.
+
+    Raises:
+        SourceError: a class is no tokenizer.
+    """
+    from transformers import PreTrainedTokenizerBase
+    from transformers.models.auto import tokenization_auto
+    from transformers.utils.import_utils import DummyObject
+
+    for named in dict.fromkeys([settings.get("tokenizer_class"), *_classes_of(config)]):
+        found = tokenization_auto.tokenizer_class_from_name(named) if isinstance(named, str) else None
+        # A dummy stands for a tokenizer whose library is not installed. transformers says so.
+        if found is None or isinstance(found, DummyObject):
+            continue
+        if not (isinstance(found, type) and issubclass(found, PreTrainedTokenizerBase)):
+            raise SourceError(
+                f"the tokenizer of {name} is refused: its files name the class {named}, which is not a single "
+                "tokenizer. Set model.tokenizer.name to the folder of one tokenizer, such as "
+                "question_encoder_tokenizer of a RAG model, or to another tokenizer"
+            )
+
+
+def _classes_of(config: Mapping[str, Any]) -> Iterator[Any]:
+    """Yields the classes of tokenizers that a config and those in it name, and those of their types of models."""
+    from transformers.models.auto import tokenization_auto
+
+    yield config.get("tokenizer_class")
+    if isinstance(kind := config.get("model_type"), str):
+        yield tokenization_auto.TOKENIZER_MAPPING_NAMES.get(kind)
+    for value in config.values():
+        if isinstance(value, dict):
+            yield from _classes_of(value)
+
+
 def _refuse(name: str, file: str, key: str, value: Any) -> NoReturn:
-    shown = value if len(str(value)) <= _SHOWN_CHARACTERS else f"{str(value)[:_SHOWN_CHARACTERS]}..."
     raise SourceError(
-        f"the tokenizer of {name} is refused: {key} of its {file} is {shown!r}, which transformers would open as a "
-        f"file of this machine. Remove {key} from {file}, or set model.tokenizer.name to another tokenizer"
+        f"the tokenizer of {name} is refused: {key} of its {file} is {_shown(value)}, which transformers would open "
+        f"as a file of this machine. Remove {key} from {file}, or set model.tokenizer.name to another tokenizer"
     )
+
+
+def _shown(value: Any) -> str:
+    return repr(value if len(str(value)) <= _SHOWN_CHARACTERS else f"{str(value)[:_SHOWN_CHARACTERS]}...")
 
 
 def _file_of(name: str, file: str, options: dict[str, Any]) -> Path | None:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 from support.bpe import save_tokenizer
 from support.tokenizers_of_kinds import tokenizer_of
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, BertTokenizer
 
 from qk_sniffer.config import ModelConfig
 from qk_sniffer.corpus.examples import Example
@@ -68,6 +69,9 @@ def ids(tokenizer: TextTokenizer, text: str) -> list[int]:
 
 SETTINGS = {"tokenizer_class": "BertTokenizer"}
 
+TIKTOKEN = "TIKTOKEN_CACHE_DIR"
+"""The variable that names the folder of the copies that the package tiktoken makes of vocabularies."""
+
 
 @pytest.mark.parametrize(
     ("file", "key"),
@@ -103,6 +107,123 @@ def test_a_list_of_files_that_leaves_the_repository_is_refused(save: Save) -> No
         load(name)
 
 
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("gguf_file", "deeper/v.gguf"),
+        ("subfolder", "/home/user"),
+        ("cache_dir", "/home/user/.config/autostart"),
+        ("revision", "main"),
+        ("token", "hf_other"),
+        ("proxies", {"https": "http://localhost:1"}),
+        ("repo_type", "dataset"),
+    ],
+)
+def test_a_file_that_says_from_where_to_load_is_refused(file: str, key: str, value: Any, save: Save) -> None:
+    settings = {"tokenizer_config.json": dict(SETTINGS)}
+    settings.setdefault(file, {})[key] = value
+    name = save(settings, WORDS)
+    with pytest.raises(SourceError) as caught:
+        load(name)
+    assert f"the tokenizer of {name} is refused: {key} of its {file} is {value!r}, which would decide" in str(
+        caught.value
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("name_or_path", "org/other"), ("is_local", False), ("local_files_only", 0)]
+)
+def test_special_tokens_that_say_what_the_loader_says_are_refused(key: str, value: Any, save: Save) -> None:
+    """transformers reads them last, so that they would replace its own values."""
+    name = save({"tokenizer_config.json": SETTINGS, "special_tokens_map.json": {key: value}}, WORDS)
+    with pytest.raises(SourceError, match=rf"{key} of its special_tokens_map\.json is {value!r}, which would decide"):
+        load(name)
+
+
+def test_a_device_is_not_opened(save: Save) -> None:
+    name = save({"tokenizer_config.json": SETTINGS | {"merges_file": os.devnull}}, WORDS)
+    with pytest.raises(SourceError, match=rf"merges_file of its tokenizer_config\.json is '{os.devnull}'"):
+        load(name)
+
+
+@pytest.mark.parametrize(
+    ("key", "option"),
+    [
+        ("mecab_kwargs", "mecab_option"),
+        ("sudachi_kwargs", "sudachi_config_path"),
+        ("sudachi_kwargs", "sudachi_resource_dir"),
+        ("sudachi_kwargs", "sudachi_dict_type"),
+        ("sp_model_kwargs", "model_file"),
+    ],
+)
+def test_an_option_of_a_library_that_names_a_file_is_refused(key: str, option: str, save: Save, secret: Path) -> None:
+    name = save({"tokenizer_config.json": SETTINGS | {key: {option: str(secret)}}}, WORDS)
+    with pytest.raises(SourceError) as caught:
+        load(name)
+    assert f"{key}.{option} of its tokenizer_config.json is {str(secret)!r}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "file", [".tokenizer.4.0.0.json", "tokenizer.4.0.0.json.md", "deeper/tokenizer.4.0.0.json", "tokenizer.json\n", 4]
+)
+def test_a_list_of_files_with_names_that_no_digest_has_is_refused(file: Any, save: Save) -> None:
+    name = save({"tokenizer_config.json": SETTINGS | {"fast_tokenizer_files": [file]}}, WORDS)
+    with pytest.raises(SourceError, match=r"in fast_tokenizer_files of tokenizer_config\.json, which is not the name"):
+        load(name)
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_a_config_that_stands_for_another_one_is_refused(trusted: bool, save: Save) -> None:
+    config = {"model_type": "bert", "configuration_files": ["config.4.0.0.json"]}
+    name = save({"config.json": config, "tokenizer_config.json": SETTINGS}, WORDS)
+    with pytest.raises(SourceError, match=r"config\.json is refused: its configuration_files names configs"):
+        load_tokenizer(ModelConfig(name=str(name), trust_remote_code=trusted))
+
+
+@pytest.mark.parametrize(
+    ("config", "settings", "named"),
+    [
+        ({"model_type": "bert"}, {"tokenizer_class": "RagTokenizer"}, "RagTokenizer"),
+        ({"model_type": "bert"}, {"tokenizer_class": "RagTokenizerFast"}, "RagTokenizerFast"),
+        ({"model_type": "bert"}, {"tokenizer_class": "AutoProcessor"}, "AutoProcessor"),
+        ({"model_type": "bert"}, {"tokenizer_class": "pipeline"}, "pipeline"),
+        ({"model_type": "timesformer", "tokenizer_class": "RagTokenizer"}, {}, "RagTokenizer"),
+        ({"model_type": "rag"}, {}, "RagTokenizer"),
+        ({"model_type": "encoder-decoder", "encoder": {"model_type": "rag"}}, {}, "RagTokenizer"),
+    ],
+)
+def test_a_class_that_is_no_tokenizer_is_refused(
+    config: dict[str, Any], settings: dict[str, Any], named: str, save: Save
+) -> None:
+    inner = {"auto_map": {"AutoTokenizer": [None, "tok.Planted"]}}
+    files = {"config.json": config, "tokenizer_config.json": settings}
+    name = save(files | {"question_encoder_tokenizer/tokenizer_config.json": inner}, WORDS)
+    with pytest.raises(SourceError, match=rf"files name the class {named}, which is not a single tokenizer\. Set"):
+        load(name)
+
+
+@pytest.mark.parametrize("before", [None, "/home/user/cache"])
+def test_tiktoken_has_no_cache_while_a_tokenizer_loads(
+    before: str | None, save: Save, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if before is None:
+        monkeypatch.delenv(TIKTOKEN, raising=False)
+    else:
+        monkeypatch.setenv(TIKTOKEN, before)
+    seen: list[str | None] = []
+
+    original = BertTokenizer.__init__
+
+    def watched(self: BertTokenizer, *args: Any, **options: Any) -> None:
+        seen.append(os.environ.get(TIKTOKEN))
+        original(self, *args, **options)
+
+    monkeypatch.setattr(BertTokenizer, "__init__", watched)
+    load(save({"tokenizer_config.json": SETTINGS}, WORDS))
+    assert seen == [""] and os.environ.get(TIKTOKEN) == before
+
+
 def test_what_published_tokenizers_have_stays_allowed(
     save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -117,6 +238,15 @@ def test_what_published_tokenizers_have_stays_allowed(
                 "vocab_file": "/content/model/vocab.txt",
                 "merges_file": "merges.txt",
                 "name_or_path": "bert-base-uncased",
+                "is_local": True,
+                "cache_dir": None,
+                "revision": None,
+                "token": False,
+                "local_files_only": False,
+                "sp_model_kwargs": {},
+                "mecab_kwargs": None,
+                "sudachi_kwargs": {"sudachi_dict_type": "core", "sudachi_config_path": None},
+                "fast_tokenizer_files": ["tokenizer.json", "tokenizer.4.0.0.json", "tokenizer.99.json"],
             },
             "special_tokens_map.json": {"unk_token": "[UNK]", "pad_token": {"content": "[PAD]", "lstrip": False}},
             "added_tokens.json": {"vocab": 7},

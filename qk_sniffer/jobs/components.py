@@ -14,7 +14,7 @@ from qk_sniffer.capture.attention_summary import refusal
 from qk_sniffer.capture.forward_cost import ForwardCost
 from qk_sniffer.capture.moments import Moments, rotary_pairs
 from qk_sniffer.capture.selection import Selection, select
-from qk_sniffer.config import KIND_SETTINGS, StatisticsConfig
+from qk_sniffer.config import KIND_SETTINGS, CaptureConfig, StatisticsConfig
 from qk_sniffer.corpus.tokens import Tokenizer
 from qk_sniffer.errors import CaptureError, ConfigError
 from qk_sniffer.jobs.identity import ROLES, unchanged_files
@@ -60,11 +60,7 @@ class Components:
         """
         code = class_and_code(self.tokenizer.kind)
         return {
-            "model": {
-                "decoder": class_and_code(type(self.backbone.decoder)),
-                "family": class_and_code(type(self.backbone.family)),
-                "attn_implementation": self.backbone.config._attn_implementation,
-            },
+            "model": _loaded(self.backbone),
             "tokenizer": self.tokenizer.facts() | ({"class": code} if DIGEST in code else {}),
         }
 
@@ -109,13 +105,11 @@ def _load(config: ResolvedConfig, commits: Mapping[str, str | None]) -> Componen
             raise ConfigError(
                 [f"model.tokenizer.max_length is {max_length}, but this model has positions for {limit}: set it so"]
             )
-        statistics = config.capture.statistics
-        stages = {"pre" if backbone.pre_rope else "post", *(statistics.stages if statistics.enabled else ())}
-        layers = backbone.probe(both_stages=len(stages) == 2)
+        layers = backbone.probe(both_stages=shows_both_stages(config.capture))
         selection = select([layer.heads for layer in layers], config.capture)
-        _check_captured(selection, layers, backbone.config.model_type)
-        if config.capture.attention.enabled:
-            _refuse_unknown_attention(layers, selection)
+        check_captured(selection, layers, backbone.config.model_type)
+        if config.capture.attention.enabled and (reasons := unknown_attention(selection, layers)):
+            raise ConfigError([f"capture.attention.enabled is true, but {refusal(reasons)}"])
         if selection.note:
             log.warning("%s", selection.note)
         own = backbone.stored.dtype
@@ -139,23 +133,42 @@ def _load(config: ResolvedConfig, commits: Mapping[str, str | None]) -> Componen
     return Components(loaded, tokenizer, backbone, layers, selection, cost, check, code)
 
 
-def _refuse_unknown_attention(layers: Sequence[LayerFacts], selection: Selection) -> None:
-    """Refuses to summarize the attention of the selected layers if it is not known in one of them.
+def model_facts(backbone: Backbone, layers: Sequence[LayerFacts], selection: Selection) -> dict[str, Any]:
+    """Returns the facts of a model and its captured heads, in the form of `model` in a manifest."""
+    described = []
+    for layer in layers:
+        chosen = {kind: list(heads) for number, kind, heads in selection if number == layer.heads.layer}
+        described.append(layer.to_dict() | {"captured": chosen})
+    return _loaded(backbone) | {
+        "model_type": backbone.config.model_type,
+        "dtype": str(backbone.dtype).removeprefix("torch."),
+        "checkpoint_dtype": backbone.stored.dtype,
+        "quantization": backbone.stored.describe_quantization(backbone.decoder),
+        "rope_stage": "pre" if backbone.pre_rope else "post",
+        "num_layers": backbone.num_layers,
+        "layers": described,
+        "rotary": backbone.rotary_parameters(),
+        "max_positions": backbone.max_positions,
+    }
 
-    Raises:
-        ConfigError: it is not.
-    """
+
+def shows_both_stages(capture: CaptureConfig) -> bool:
+    """Whether rows and statistics together are of queries and keys before RoPE and after it."""
+    stages = capture.statistics.stages if capture.statistics.enabled else []
+    return len({"pre" if capture.capture_pre_rope else "post", *stages}) == 2
+
+
+def unknown_attention(selection: Selection, layers: Sequence[LayerFacts]) -> dict[int, str]:
+    """Returns why the attention of selected layers cannot be summarized, by layer; empty if it can."""
     selected = {layer for layer, kind, _ in selection if kind == "q"}
-    reasons = {
+    return {
         layer.heads.layer: layer.unknown_attention
         for layer in layers
         if layer.unknown_attention is not None and layer.heads.layer in selected
     }
-    if reasons:
-        raise ConfigError([f"capture.attention.enabled is true, but {refusal(reasons)}"])
 
 
-def _check_captured(selection: Selection, layers: Sequence[LayerFacts], model_type: str) -> None:
+def check_captured(selection: Selection, layers: Sequence[LayerFacts], model_type: str) -> None:
     """Checks that the selected layers show the vectors of each kind.
 
     Raises:
@@ -169,3 +182,11 @@ def _check_captured(selection: Selection, layers: Sequence[LayerFacts], model_ty
                 f"the {KIND_PLURALS[kind]} of {model_type}, layer {layer}, cannot be captured: {width}. Set "
                 f"{KIND_SETTINGS[kind]}=false"
             )
+
+
+def _loaded(backbone: Backbone) -> dict[str, Any]:
+    return {
+        "decoder": class_and_code(type(backbone.decoder)),
+        "family": class_and_code(type(backbone.family)),
+        "attn_implementation": backbone.config._attn_implementation,
+    }

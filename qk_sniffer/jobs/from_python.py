@@ -48,7 +48,7 @@ def settings_of(config: Config, facts: Mapping[str, Any]) -> ResolvedConfig:
         facts: those of the model, in the form of the manifest.
     """
     # The tokenizer is not known. Its revision is the one that every reader fills in.
-    tokenizer = replace(config.model.tokenizer, revision=config.model.revision, max_length=LONGEST)
+    tokenizer = replace(config.model.tokenizer, revision=config.model.revision)
     values = {name: getattr(config, name) for name in ("sampler", "capture", "inference")}
     known = {name: facts[name] for name in ("dtype", "attn_implementation")}
     model = replace(config.model, tokenizer=tokenizer, **known)

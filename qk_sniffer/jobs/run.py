@@ -18,7 +18,7 @@ from qk_sniffer.hub.client import require_access, require_uploads_from
 from qk_sniffer.hub.revisions import check_cache, hub_commit_of
 from qk_sniffer.jobs.assemble import finish_interrupted_promotion, is_still_done, remove_unreadable_marks
 from qk_sniffer.jobs.capture_examples import capture_examples
-from qk_sniffer.jobs.components import Components, load_components
+from qk_sniffer.jobs.components import Components, load_components, model_facts
 from qk_sniffer.jobs.finish import Outcome, finish, report_and_publish
 from qk_sniffer.jobs.licenses import stated_terms
 from qk_sniffer.jobs.prefetch import in_background
@@ -143,11 +143,7 @@ def _check_base(base: PreviousVersion, stop: Event) -> None:
 
 def _record(config: ResolvedConfig, start: Start, components: Components) -> dict[str, Any]:
     """Returns the job's record: all that finalizing needs besides the journals, and facts for the manifest."""
-    layers = []
-    for layer in components.layers:
-        chosen = {kind: list(heads) for number, kind, heads in components.selection if number == layer.heads.layer}
-        layers.append(layer.to_dict() | {"captured": chosen})
-    settings, loaded = config.to_dict(), components.loaded
+    settings, backbone = config.to_dict(), components.backbone
     settings["inference"] |= batching_of(start.job.fingerprint)
     return start.job.to_dict() | {
         "config": settings,
@@ -161,18 +157,7 @@ def _record(config: ResolvedConfig, start: Start, components: Components) -> dic
             },
             "dataset": stated_terms("dataset", config.dataset.path or "", start.job.commits["dataset"]),
         },
-        "model": loaded["model"]
-        | {
-            "model_type": components.backbone.config.model_type,
-            "dtype": str(components.backbone.dtype).removeprefix("torch."),
-            "checkpoint_dtype": components.backbone.stored.dtype,
-            "quantization": components.backbone.stored.describe_quantization(components.backbone.decoder),
-            "rope_stage": "pre" if config.capture.capture_pre_rope else "post",
-            "num_layers": components.backbone.num_layers,
-            "layers": layers,
-            "rotary": components.backbone.rotary_parameters(),
-            "max_positions": components.backbone.max_positions,
-        }
-        | ({} if components.backbone.adapter is None else {"adapter": components.backbone.adapter}),
-        "tokenizer": loaded["tokenizer"],
+        "model": model_facts(backbone, components.layers, components.selection)
+        | ({} if backbone.adapter is None else {"adapter": backbone.adapter}),
+        "tokenizer": components.loaded["tokenizer"],
     }

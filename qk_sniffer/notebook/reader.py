@@ -10,7 +10,7 @@ import torch
 
 from qk_sniffer.capture.sampling import Sampler
 from qk_sniffer.dataset.attention_summary import AttentionSummary
-from qk_sniffer.dataset.frames import pandas_frame, polars_frame
+from qk_sniffer.dataset.frames import column_of, pandas_frame, polars_frame
 from qk_sniffer.dataset.head_vectors import HeadVectors
 from qk_sniffer.dataset.recomputed_attention import Attention, Logits, attention_of, logits_of, unknown_logits
 from qk_sniffer.errors import CaptureError, StoreError
@@ -102,7 +102,7 @@ class MemoryReader:
             "bucket": self._sampler.bucket(kind, found.position[kept]),
             "example_id": found.example[kept],
             "position": found.position[kept],
-            "vector": pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1]),
+            "vector": column_of(vectors),
             "sliding_window": pa.nulls(len(vectors), pa.int32())
             if window is None
             else np.full(len(vectors), window, np.int32),

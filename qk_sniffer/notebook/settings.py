@@ -22,10 +22,11 @@ from qk_sniffer.config import (
     TokenizerConfig,
 )
 from qk_sniffer.errors import CaptureError, ConfigError, QkSnifferError
+from qk_sniffer.jobs.components import check_captured, shows_both_stages, unknown_attention
 from qk_sniffer.jobs.from_python import LONGEST
-from qk_sniffer.notebook.facts import CaptureFacts, stages_shown
+from qk_sniffer.notebook.facts import CaptureFacts
 from qk_sniffer.notebook.model import UserBackbone
-from qk_sniffer.store.layout import KIND_NAMES, KIND_PLURALS, KINDS, WIDTHS
+from qk_sniffer.store.layout import KIND_NAMES, KINDS
 from qk_sniffer.validation import capture_problems
 
 Settings = TypeVar("Settings", AttentionConfig, StatisticsConfig)
@@ -42,6 +43,7 @@ _ARGUMENTS = {
     "model.family=": "family=",
     "model.attn_implementation": "from_pretrained's attn_implementation",
     "model.config_overrides.": "model.config.",
+    **{f"Set {setting}=false": f"Leave {kind!r} out of kinds" for kind, setting in KIND_SETTINGS.items()},
     **{f"{setting} is true": f"kinds has {kind!r}" for kind, setting in KIND_SETTINGS.items()},
     **{f"{setting} is false": f"kinds has no {kind!r}" for kind, setting in KIND_SETTINGS.items()},
 }
@@ -111,20 +113,11 @@ def facts_of(model: nn.Module, config: Config, family: str | Family | None) -> C
         CaptureError: the model cannot be captured, or a layer does not show the vectors of a kind.
     """
     backbone = UserBackbone(model, family=family, pre_rope=config.capture.capture_pre_rope)
-    layers = backbone.described_layers(both_stages=len(stages_shown(config)) == 2)
+    layers = backbone.described_layers(both_stages=shows_both_stages(config.capture))
     selection = select([layer.heads for layer in layers], config.capture)
-    described = {layer.heads.layer: layer for layer in layers}
-    for number, kind, _ in selection:
-        width = described[number].to_dict()[WIDTHS[kind]]
-        if not isinstance(width, int):
-            raise CaptureError(
-                f"the {KIND_PLURALS[kind]} of {backbone.config.model_type}, layer {number}, cannot be captured: "
-                f"{width}. Leave {kind!r} out of kinds"
-            )
-    if config.capture.attention.enabled:
-        unknown = {number: described[number].unknown_attention for number, kind, _ in selection if kind == "q"}
-        if reasons := {number: reason for number, reason in unknown.items() if reason is not None}:
-            raise CaptureError(refusal(reasons))
+    check_captured(selection, layers, backbone.config.model_type)
+    if config.capture.attention.enabled and (reasons := unknown_attention(selection, layers)):
+        raise CaptureError(refusal(reasons))
     whole: Any = backbone.model.config
     name = getattr(whole, "_name_or_path", None) or None
     return CaptureFacts(
@@ -132,7 +125,6 @@ def facts_of(model: nn.Module, config: Config, family: str | Family | None) -> C
         backbone,
         layers,
         selection,
-        model_name=name,
         model_commit=getattr(whole, "_commit_hash", None),
         adapter=backbone.adapter_settings,
     )

@@ -31,6 +31,8 @@ class GroupEnd:
 
     batches: tuple[FinishedBatch, ...]
     statistics: tuple[Tensor, ...]
+    metadata_bytes: int
+    """The bytes of the facts of its batches in the header of a segment."""
     at: float
 
     @property
@@ -40,8 +42,3 @@ class GroupEnd:
     @property
     def num_records(self) -> int:
         return sum(len(batch.records) for batch in self.batches)
-
-    @property
-    def metadata_bytes(self) -> int:
-        """The bytes of the facts of its batches in the header of a segment."""
-        return sum(batch.metadata_bytes for batch in self.batches)

@@ -97,6 +97,7 @@ class JournalWriter:
         self._batch_keys: set[int] = set()  # of the examples with rows in the open batch
         self._checks: list[AttentionFacts] = []
         self._group: list[FinishedBatch] = []  # the finished batches of the open group
+        self._group_bytes = 0  # of their facts
         self._seen = set(journal.records)
         self._forms: dict[tuple[int, str], Form] = {}
         self._ended_bytes = 0  # of the facts of finished batches in the queue
@@ -188,15 +189,17 @@ class JournalWriter:
             raise ValueError(f"rows of examples {_indices(strangers)} were committed, but the batch does not name them")
         if again := keys & self._seen:
             raise ValueError(f"examples {_indices(again)} are complete already")
-        self._group += self._ended(records)
-        end = GroupEnd(tuple(self._group), tuple(statistics), time.monotonic())
-        if end.metadata_bytes > MOST_METADATA:
+        ended = self._ended(records)
+        self._group += ended
+        self._group_bytes += sum(batch.metadata_bytes for batch in ended)
+        if self._group_bytes > MOST_METADATA:
             raise StoreError(
-                f"the ids and segments of {end.num_records:,} examples in a batch have {in_mb(end.metadata_bytes)}, "
-                "more than a journal file lists: lower inference.batch_size, or number the examples with "
-                "dataset.id_column=null"
+                f"the ids and segments of {sum(len(batch.records) for batch in self._group):,} examples in a batch "
+                f"have {in_mb(self._group_bytes)}, more than a journal file lists: lower inference.batch_size, or "
+                "number the examples with dataset.id_column=null"
             )
         if ends_group:
+            end = GroupEnd(tuple(self._group), tuple(statistics), self._group_bytes, time.monotonic())
             with self._lock:
                 self._check_open()
                 self._queue.append(end)
@@ -205,6 +208,7 @@ class JournalWriter:
                 if self._due() or len(self._ends) == 1:  # of which the thread knows when it is due
                     self._changed.notify_all()
             self._group.clear()
+            self._group_bytes = 0
         self._checks.clear()
         self._seen |= keys
         self._batch_keys.clear()

@@ -37,7 +37,7 @@ def facts_of(checkpoint: Path, **sections: Any) -> CaptureFacts:
     backbone = load_backbone(ModelConfig(name=str(checkpoint), dtype="float32", device_map="cpu"))
     layers = backbone.probe()
     selection = select([each.heads for each in layers], config.capture)
-    return CaptureFacts(config, backbone, layers, selection, None, None, None)
+    return CaptureFacts(config, backbone, layers, selection, None, None)
 
 
 def ids_of(text: str) -> np.ndarray:

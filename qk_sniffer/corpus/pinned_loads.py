@@ -18,14 +18,18 @@ def pinned_loads(name: str, commit: str | None) -> Iterator[None]:
 
     transformers does not pass the revision on to all places that load a file, such as the vocabulary of a GGUF file:
     these read the default branch. tiktoken copies a local vocabulary to the folder of temporary files, and reads the
-    copy of any earlier file of the same path instead of the file.
+    copy of any earlier file of the same path instead of the file. Whether `fix_mistral_regex` of a tokenizer is
+    obeyed depends on the tags that its repository has on the Hub today, or without the Hub on its config. Within this
+    block it depends on the config alone, as it does for a local folder.
 
     Args:
         name: the folder or the Hub id of the tokenizer.
         commit: that of a Hub id; None for a folder.
     """
+    import transformers
     from transformers.utils import hub
 
+    backend: Any = transformers.PreTrainedTokenizerFast
     with _lock:
         cached_files, cache = hub.cached_files, os.environ.get(_TIKTOKEN)
 
@@ -34,12 +38,19 @@ def pinned_loads(name: str, commit: str | None) -> Iterator[None]:
                 options["revision"] = commit
             return cached_files(path_or_repo_id, *args, **options)
 
+        patch_regex = vars(backend)["_patch_mistral_regex"]
+
+        def as_of_folder(cls: Any, tokenizer: Any, *args: Any, **options: Any) -> Any:
+            return patch_regex.__func__(cls, tokenizer, *args, **options | {"is_local": True})
+
         hub.cached_files = pinned
+        backend._patch_mistral_regex = classmethod(as_of_folder)
         os.environ[_TIKTOKEN] = ""  # the package reads "" as: no cache
         try:
             yield
         finally:
             hub.cached_files = cached_files
+            backend._patch_mistral_regex = patch_regex
             if cache is None:
                 del os.environ[_TIKTOKEN]
             else:

@@ -51,6 +51,11 @@ class GivenTokens:
         return type(self) if self._strings is None else self._strings.kind
 
     @property
+    def libraries(self) -> Sequence[str]:
+        """Those of the tokenizer that spells tokens."""
+        return () if self._strings is None else self._strings.libraries
+
+    @property
     def largest_id(self) -> int:
         """The largest id of the vocabulary; -1 without one."""
         return -1 if self._strings is None else self._strings.largest_id

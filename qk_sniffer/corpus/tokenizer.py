@@ -20,6 +20,7 @@ from qk_sniffer.corpus.segments import Segments
 from qk_sniffer.corpus.special_tokens import Encoded, SpecialTokens
 from qk_sniffer.corpus.tokenizer_files import (
     difference_from_file,
+    libraries_of,
     randomness_of,
     refuse_files_elsewhere,
     refuse_growth,
@@ -112,6 +113,7 @@ def load_tokenizer(
         loaded = TextTokenizer(
             tokenizer, config.tokenizer, name=name, commit=commit, chat=chat, offsets=offsets, segments=segments
         )
+        loaded.libraries = libraries_of(tokenizer, str(local), commit)
     except SourceError:
         raise
     except Exception as error:
@@ -196,6 +198,8 @@ class TextTokenizer:
         self.name = name
         self.commit = commit
         """The commit of a Hub repository; None for a local folder."""
+        self.libraries: list[str] = []
+        """The packages that split its texts, or have read its vocabulary, but `tokenizers`."""
 
     @property
     def skipped(self) -> int:
@@ -344,6 +348,11 @@ class TextTokenizer:
         return [whole.between(stop - len(part.ids), stop) for part, stop in zip(parts, stops, strict=True)]
 
     def _check_ids(self, example: Example, ids: Sequence[int]) -> None:
+        if None in ids:  # of some tokenizers in Python
+            raise SourceError(
+                f"the tokenizer of {self.name} has no id for a token of row {example.index} of the dataset (id "
+                f"{example.source_id}). Set model.tokenizer.name to the tokenizer that the model was trained with"
+            )
         if self._num_embeddings is not None and (largest := max(ids)) >= self._num_embeddings:
             raise SourceError(
                 f"row {example.index} of the dataset (id {example.source_id}) has the token "

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -41,8 +42,17 @@ _OPTIONS = ("mecab_kwargs", "sudachi_kwargs", "sp_model_kwargs")
 _OPENED_BELOW = ("mecab_option", "sudachi_config_path", "sudachi_resource_dir", "model_file")
 """Arguments of these libraries that name files. So may others, such as the type of a dictionary of Sudachi."""
 
+_LIBRARIES = ("sentencepiece", "tiktoken", "mistral_common", "fugashi", "sudachipy", "rhoknp", "rjieba", "sacremoses")
+"""The packages that read vocabularies or split texts for tokenizers of transformers, by the names of their modules."""
+
 _DESCRIPTION = re.compile(r"tokenizer(\.[0-9]+(\.[0-9a-z]+)*)?\.json", flags=re.ASCII)
 """The names of files that describe a tokenizer, such as tokenizer.json and tokenizer.4.0.0.json."""
+
+_BYTE_MAPS = "byte_maps.json"
+"""The vocabulary of MyT5."""
+
+_MAPS = ("decompose_map", "merge_map")
+"""Its maps. transformers opens the file that a string names in the place of one."""
 
 _NEVER_OPENED = ("tokenizer_file", "special_tokens_map_file", "added_tokens_file", "tokenizer_config_file")
 """Keys of tokenizer_config.json that published tokenizers have, and that transformers replaces by its own files."""
@@ -80,6 +90,22 @@ def difference_from_file(tokenizer: Any, name: str, commit: str | None) -> str |
     at = next((at for at, (one, other) in enumerate(zip(gives, says, strict=False)) if one != other), 0)
     shown = (tokenizer.convert_ids_to_tokens(ids[at : at + _SHOWN_IDS]) for ids in (gives, says))
     return f"the tokens {next(shown)} of {_PROBE!r} would be {next(shown)}"
+
+
+def libraries_of(tokenizer: Any, name: str, commit: str | None) -> list[str]:
+    """Returns the packages that split the texts of a loaded tokenizer, or have read its vocabulary, but `tokenizers`.
+
+    Of the packages that transformers uses in this way, they are those that this process has imported. A tokenizer that
+    its `tokenizer.json` describes needs none. `name` and `commit` are those of `difference_from_file`.
+    """
+    from transformers.utils.hub import cached_file
+
+    where: dict[str, Any] = {"revision": commit, "local_files_only": True}
+    if getattr(tokenizer, "is_fast", False) and cached_file(
+        name, "tokenizer.json", _raise_exceptions_for_missing_entries=False, **where
+    ):
+        return []
+    return [library for library in _LIBRARIES if library in sys.modules]
 
 
 def randomness_of(tokenizer: Any) -> str | None:
@@ -147,6 +173,10 @@ def refuse_files_elsewhere(name: str, *, trust_remote_code: bool = False, **opti
         _refuse_way_to_load(name, _SPECIAL_TOKENS, key, value)
         if _holds_path(key, value) or (key.endswith(("_file", "_spm")) and isinstance(value, str)):
             _refuse(name, _SPECIAL_TOKENS, key, value)
+    byte_maps = _read_object(_file_of(name, _BYTE_MAPS, options))
+    for key in _MAPS:
+        if isinstance(value := byte_maps.get(key), str):
+            _refuse(name, _BYTE_MAPS, key, value)
     for file in dict.fromkeys(("tokenizer.json", *described)):
         described_here = _read_object(_file_of(name, file, options))
         refuse_growth(name, described_here)
@@ -269,7 +299,7 @@ def _file_of(name: str, file: str, options: dict[str, Any]) -> Path | None:
     from transformers.utils.hub import cached_file
 
     if Path(name).is_file():
-        return Path(name) if file == "tokenizer.json" and name.endswith(".json") else None
+        return Path(name) if file in ("tokenizer.json", _BYTE_MAPS) and name.endswith(".json") else None
     found = cached_file(name, file, _raise_exceptions_for_missing_entries=False, **options)
     if found is None:
         return None

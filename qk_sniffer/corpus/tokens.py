@@ -102,6 +102,10 @@ class Tokenizer(Protocol):
         """The class whose code tokenizes."""
 
     @property
+    def libraries(self) -> Sequence[str]:
+        """The packages that it uses on texts or vocabularies, but `tokenizers`."""
+
+    @property
     def skipped(self) -> int:
         """The number of examples so far that gave no token."""
 

@@ -27,8 +27,8 @@ TEXTS = frozenset({".json", ".model", ".py", ".txt", ".jinja", ".tiktoken", ".co
 WEIGHT_SUFFIXES = frozenset({".safetensors", ".bin", ".gguf"})
 """Those of files that hold weights."""
 
-SUBFOLDERS = ("additional_chat_templates", "question_encoder_tokenizer", "generator_tokenizer")
-"""The folders in a checkpoint that transformers reads texts from."""
+TEMPLATES = "additional_chat_templates"
+"""The folder in a checkpoint that transformers reads chat templates from."""
 
 _NOT_READ = frozenset(
     {
@@ -142,9 +142,8 @@ def _files(folder: Path, weights: Sequence[str]) -> set[Path]:
 
 
 def files_of(folder: Path) -> set[Path]:
-    """Returns the files in the folder of a checkpoint, and in its folders of texts. Links may lead nowhere."""
-    below = (path for name in SUBFOLDERS for path in (folder / name).glob("*"))
-    return {path for path in chain(folder.iterdir(), below) if not path.is_dir()}
+    """Returns the files in the folder of a checkpoint, and in its folder of templates. Links may lead nowhere."""
+    return {path for path in chain(folder.iterdir(), (folder / TEMPLATES).glob("*")) if not path.is_dir()}
 
 
 def _read_weights(folder: Path, weights: Sequence[str]) -> set[Path]:

@@ -49,8 +49,8 @@ class Components:
 
     @property
     def versions(self) -> dict[str, str]:
-        """The versions of the packages and kernels that the loaded model needs, by name."""
-        return versions_of_loaded(self.backbone.stored.quantizers)
+        """The versions of the packages and kernels that the loaded model and tokenizer need, by name."""
+        return versions_of_loaded([*self.backbone.stored.quantizers, *self.tokenizer.libraries])
 
     @property
     def loaded(self) -> dict[str, dict[str, Any]]:

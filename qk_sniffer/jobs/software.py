@@ -36,8 +36,8 @@ def versions_of(config: ResolvedConfig) -> dict[str, str]:
     return installed([*ALWAYS, *(name for name, is_used in further.items() if is_used)])
 
 
-def versions_of_loaded(quantizers: Iterable[str]) -> dict[str, str]:
-    """Returns the versions of those that are known once a model is loaded: its `quantizers`, and kernels of the Hub.
+def versions_of_loaded(packages: Iterable[str]) -> dict[str, str]:
+    """Returns the versions of `packages` that are known once model and tokenizer are loaded, and of kernels of the Hub.
 
     The version of a kernel, such as `kernel org/name`, is the commit of its repository.
     """
@@ -45,4 +45,4 @@ def versions_of_loaded(quantizers: Iterable[str]) -> dict[str, str]:
     for module in [*sys.modules.values()]:
         if match := _KERNEL.search(str(getattr(module, "__file__", ""))):
             kernels[f"kernel {match['repo'].replace('--', '/')}"] = match["commit"]
-    return installed([*quantizers, *(["kernels"] if kernels else [])]) | kernels
+    return installed([*packages, *(["kernels"] if kernels else [])]) | kernels

@@ -3,20 +3,29 @@
 import copy
 import json
 import os
+import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from support.bpe import save_tokenizer
 from support.tokenizers_of_kinds import tokenizer_of
-from transformers import AutoTokenizer, BertTokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import AutoTokenizer, BertTokenizer, PreTrainedTokenizerFast
 
 from qk_sniffer.config import ModelConfig
 from qk_sniffer.corpus.examples import Example
 from qk_sniffer.corpus.tokenizer import TextTokenizer, load_tokenizer
 from qk_sniffer.corpus.tokenizer_files import difference_from_file, randomness_of
 from qk_sniffer.errors import SourceError
+
+if TYPE_CHECKING:
+    from support.fake_hub import FakeHub
 
 pytestmark = pytest.mark.floor
 
@@ -141,6 +150,39 @@ def test_special_tokens_that_say_what_the_loader_says_are_refused(key: str, valu
         load(name)
 
 
+MYT5 = {"tokenizer_class": "MyT5Tokenizer"}
+
+
+@pytest.mark.parametrize("key", ["decompose_map", "merge_map"])
+def test_byte_maps_that_name_a_file_are_refused(key: str, save: Save, tmp_path: Path) -> None:
+    private = write(tmp_path / "private" / "map.json", json.dumps({"61": "62"}))
+    maps: dict[str, Any] = {"decompose_map": {"61": "63"}, "merge_map": {"64 65": "66"}}
+    name = save({"tokenizer_config.json": MYT5, "byte_maps.json": maps})
+    assert ids(load(name), "abde") == [3 + 0x63, 3 + 0x62, 3 + 0x66, 1]
+    save({"tokenizer_config.json": MYT5, "byte_maps.json": maps | {key: str(private)}})
+    with pytest.raises(SourceError, match=rf"{key} of its byte_maps\.json is '{re.escape(str(private))}'"):
+        load(name)
+
+
+def test_a_token_without_an_id_is_named(save: Save) -> None:
+    maps = {"decompose_map": {"7a": "abc"}, "merge_map": {"abc": "abc"}}
+    tokenizer = load(save({"tokenizer_config.json": MYT5, "byte_maps.json": maps}))
+    for num_embeddings in (None, 1000):
+        tokenizer.check_fits(num_embeddings, "the model")
+        with pytest.raises(SourceError, match=r"has no id for a token of row 0 of the dataset \(id 0\)"):
+            ids(tokenizer, "oz")
+
+
+def test_the_libraries_that_a_tokenizer_uses(save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    described = load(save_tokenizer(tmp_path / "source")).libraries
+    name = save({"tokenizer_config.json": MYT5, "byte_maps.json": {"decompose_map": {}, "merge_map": {}}})
+    before = load(name).libraries
+    for module in ("tiktoken", "sentencepiece"):
+        monkeypatch.setitem(sys.modules, module, ModuleType(module))
+    assert {*load(name).libraries} == {*before, "tiktoken", "sentencepiece"}
+    assert load(tmp_path / "source").libraries == described == []
+
+
 def test_a_device_is_not_opened(save: Save) -> None:
     name = save({"tokenizer_config.json": SETTINGS | {"merges_file": os.devnull}}, WORDS)
     with pytest.raises(SourceError, match=rf"merges_file of its tokenizer_config\.json is '{os.devnull}'"):
@@ -222,6 +264,35 @@ def test_tiktoken_has_no_cache_while_a_tokenizer_loads(
     monkeypatch.setattr(BertTokenizer, "__init__", watched)
     load(save({"tokenizer_config.json": SETTINGS}, WORDS))
     assert seen == [""] and os.environ.get(TIKTOKEN) == before
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("mistral", ["1", "2"]), ("llama", ["12"])])
+def test_the_fix_of_mistral_depends_on_the_commit_alone(
+    kind: str, expected: list[str], hub: "FakeHub", endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers asks the Hub for today's tags; with a folder, and offline, it reads the model_type instead."""
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None)  # has the address of an earlier Hub
+    vocabulary = {
+        word: number for number, word in enumerate(["[UNK]", "12", "1", "2", *map("#{}".format, range(100_000))])
+    }
+    words = Tokenizer(WordLevel(vocabulary, unk_token="[UNK]"))
+    words.pre_tokenizer = Whitespace()
+    folder = tmp_path / "folder"
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]").save_pretrained(folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    write(folder / "tokenizer_config.json", json.dumps(settings | {"fix_mistral_regex": True}))
+    write(folder / "config.json", json.dumps({"model_type": kind, "transformers_version": "4.50.0"}))
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    commit = hub.commit("org/name", files)
+    found = [load(folder)]
+    for tags in ([], ["base_model:mistralai/Mistral-Nemo-Base-2407"]):
+        hub.repositories["org/name"].tags = tags
+        found.append(load_tokenizer(ModelConfig(name="org/name")))
+    hub.commit("org/name", files | {"config.json": json.dumps({"model_type": "gpt2"}).encode()})
+    found.append(load_tokenizer(ModelConfig(name="org/name"), commit))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    found.append(load_tokenizer(ModelConfig(name="org/name"), commit))
+    assert [each.token_strings(ids(each, "12")) for each in found] == [expected] * 5
 
 
 def test_what_published_tokenizers_have_stays_allowed(

@@ -55,6 +55,8 @@ class Repository:
     gated: bool = False
     commits: dict[str, Commit] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
+    tags: list[str] = field(default_factory=list)
+    """What the Hub says of the repository today; of no commit."""
 
     def history(self, revision: str) -> list[Commit]:
         """Returns the commits from a branch's head or a commit back to the first one."""
@@ -275,8 +277,9 @@ class _Handler(BaseHTTPRequestHandler):
         repository = self._repository(repo_id)
         head = repository.history(revision or "main")[0]
         siblings = [{"rfilename": name} for name in head.files]
-        facts = {"id": repo_id, "sha": head.id, "private": repository.private, "siblings": siblings, "tags": []}
+        facts = {"id": repo_id, "sha": head.id, "private": repository.private, "siblings": siblings}
         card = head.files.get("README.md", b"").decode(errors="replace").partition("---\n")[2].partition("---\n")[0]
+        facts["tags"] = repository.tags
         return facts | {"downloads": 0, "cardData": yaml.safe_load(card)}, {}
 
     def refs(self, repo_id: str) -> Answer:

@@ -23,11 +23,11 @@ from qk_sniffer.dataset.reader import Dataset, open_dataset
 from qk_sniffer.drawing.draw import MATPLOTLIB_MISSING, can_draw
 from qk_sniffer.drawing.head_scores import score_maps
 from qk_sniffer.drawing.style import as_text, save
-from qk_sniffer.errors import StoreError
-from qk_sniffer.store import stored
 from qk_sniffer.store.disk import write_atomic
 from qk_sniffer.store.layout import PICTURE_SUFFIXES
+from qk_sniffer.store.open_folder import OpenFolder
 from qk_sniffer.store.output_folder import claimed_folder
+from qk_sniffer.store.own_files import MADE_BY, is_marked_table, starts_with
 from qk_sniffer.text import counted, say
 
 NAME = "heads"
@@ -62,8 +62,11 @@ def _program(settings: Settings) -> int:
     scores = head_scores(dataset, ranges)
     folder = settings.output_dir or dataset.beside("-heads")
     with claimed_folder(folder, "ranking heads", is_own=partial(_is_of_results, folder)) as lock:
-        for suffix, data in (("csv", _csv(scores)), ("parquet", _parquet(scores))):
-            write_atomic(folder / f"{NAME}.{suffix}", data, access=lock)
+        for suffix, data, is_own in (
+            ("csv", _csv(scores), _IS_OWN),
+            ("parquet", _parquet(scores), is_marked_table),
+        ):
+            write_atomic(folder / f"{NAME}.{suffix}", data, access=lock, is_own=is_own)
         written = [f"{NAME}.csv", f"{NAME}.parquet"]
         if can_draw():
             save(folder / NAME, lambda: score_maps(scores, _title(dataset, ranges)), access=lock)
@@ -78,18 +81,14 @@ def _program(settings: Settings) -> int:
 
 
 def _is_of_results(folder: Path, names: list[str]) -> bool:
-    """Whether a folder has the table of this program, or nothing but what a start leaves that is killed at once."""
-    if names == [f"{NAME}.csv.tmp"]:
-        return True
-    try:
-        table = stored.read_bytes(folder / f"{NAME}.csv", way_out="", most_bytes=stored.LARGE)
-    except (OSError, StoreError):
-        return False
-    return table.startswith(_FIRST_COLUMNS)
+    """Whether a folder has the table of this program."""
+    name = f"{NAME}.csv"
+    with OpenFolder.at(folder) as opened:
+        return name in names and opened.type_of(name) == "file" and _IS_OWN(opened, name)
 
 
-_FIRST_COLUMNS = b'"layer","head","key_head","sliding_window","rows","examples"'
-"""The start of heads.csv, which tells the table from others of this name."""
+_IS_OWN = starts_with(b'"layer","head","key_head","sliding_window","rows","examples"')
+"""Tells heads.csv, by its first columns, from other tables of this name."""
 
 
 def _leaders(scores: pa.Table) -> Iterator[str]:
@@ -114,7 +113,7 @@ def _csv(scores: pa.Table) -> bytes:
 
 def _parquet(scores: pa.Table) -> bytes:
     target = io.BytesIO()
-    pq.write_table(scores, target, compression="zstd")
+    pq.write_table(scores.replace_schema_metadata(MADE_BY), target, compression="zstd")
     return target.getvalue()
 
 

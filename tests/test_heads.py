@@ -148,10 +148,17 @@ def test_files_of_others_are_not_replaced_and_two_programs_do_not_meet(
         assert {path.name: path.read_text() for path in folder.iterdir()} == {name: text}
     out = tmp_path / "out"
     out.mkdir()
-    (out / "heads.csv.tmp").touch()  # of a start that was killed
+    (out / f".heads.csv-{'0' * 16}.tmp").write_text('"layer"')  # of a start that was killed
     assert run(monkeypatch, *arguments, f"output_dir={out}") == 0
     (out / "notes.txt").write_text("mine")
     assert run(monkeypatch, *arguments, f"output_dir={out}") == 0 and (out / "notes.txt").read_text() == "mine"
+    for name in ("heads.parquet", "heads.svg", ".lock"):
+        own = (out / name).read_bytes() if name != ".lock" else None
+        (out / name).write_text("mine")
+        assert run(monkeypatch, *arguments, f"output_dir={out}") == 1
+        assert f"{out / name} " in (said := capsys.readouterr().err) and "is not replaced" in said
+        assert (out / name).read_text() == "mine"
+        (out / name).write_bytes(own) if own is not None else (out / name).unlink()
     with Results(tmp_path / "claimed").claim():
         assert run(monkeypatch, *arguments, f"output_dir={tmp_path / 'claimed'}") == 1
     assert "is ranking heads. Two jobs cannot" in capsys.readouterr().err

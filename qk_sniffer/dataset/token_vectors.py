@@ -13,7 +13,6 @@ their files follows, in 32 bytes. It is also the name of the file, so that a fol
 import hashlib
 import json
 import os
-import secrets
 import shutil
 import tempfile
 import weakref
@@ -38,6 +37,7 @@ from qk_sniffer.store.disk import explained, make_folder, open_file, sync_file
 from qk_sniffer.store.files import Comparison
 from qk_sniffer.store.layout import KEY_HEAD_KINDS, HeadKey, parse_head_name
 from qk_sniffer.store.open_folder import OddFileError, OpenFolder
+from qk_sniffer.store.own_files import temporary_name
 from qk_sniffer.store.parquet_tables import excess, opened, read_matrix
 from qk_sniffer.store.places import refuse_inside
 from qk_sniffer.store.stored import UnreadableError
@@ -212,7 +212,7 @@ def write(path: Path, sources: Sequence[Source], way_out: str) -> None:
     """
     size = 4 * sources[0].rows * _width(sources)
     # The ranks of a training may write the same file. In a folder of several users, a known name could be a link.
-    temporary = f".{path.name}-{secrets.token_hex(8)}.tmp"
+    temporary = temporary_name(path.name)
     with ExitStack() as stack:
         with explained(path, "write"):
             make_folder(path.parent)

@@ -4,9 +4,8 @@ They fit the columns of a paper, and are readable in grey and for colour-blind r
 Okabe and Ito). The same numbers give the same bytes with one version of matplotlib.
 """
 
-import secrets
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,8 @@ from qk_sniffer.errors import QkSnifferError
 from qk_sniffer.store.disk import explained
 from qk_sniffer.store.layout import PICTURE_MARK, PICTURE_SUFFIXES
 from qk_sniffer.store.open_folder import PLAIN, Access
+from qk_sniffer.store.own_files import refuse_foreign, rename_over_own, temporary_name
+from qk_sniffer.store.places import is_drawn
 from qk_sniffer.text import printable
 
 if TYPE_CHECKING:
@@ -57,29 +58,39 @@ _METADATA: dict[str, dict[str, str | None]] = {
 """Names this package, and leaves out the version and the time that matplotlib writes by default."""
 
 
-def save(path: Path, make: "Callable[[], Figure | None]", *, access: Access = PLAIN) -> list[Path]:
+def save(
+    path: Path,
+    make: "Callable[[], Figure | None]",
+    *,
+    access: Access = PLAIN,
+    held: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> list[Path]:
     """Draws a picture in the style of this module, and writes it in each format, whole or not at all.
 
-    `path` is without a suffix. Returns the files; none if there is nothing to draw.
+    Replaces only pictures that this package has drawn. `path` is without a suffix. Each file gets its name within a
+    context of `held`, which may hold a lock. Returns the files; none if there is nothing to draw.
 
     Raises:
-        StoreError: a file cannot be written.
+        StoreError: a file cannot be written, or is of someone else.
     """
     files = [path.with_name(path.name + suffix) for suffix in PICTURE_SUFFIXES]
+    for file in files:  # before any is replaced, and before the drawing
+        with explained(file, "write"), access.open(file.parent) as folder:
+            refuse_foreign(folder, file.name, is_drawn)
     with styled():
         drawn = make()
         if drawn is None:
             return []
         for file in files:
-            # Not a fixed name: `compare` writes into any folder, where a file of this name could be the user's.
-            temporary = f".{file.name}-{secrets.token_hex(8)}.tmp"
+            temporary = temporary_name(file.name)
             with explained(file, "write"), access.open(file.parent) as folder:
                 access.check()
                 with folder.temporary(temporary) as target:
                     drawn.savefig(target, format=file.suffix[1:], metadata=_METADATA[file.suffix])
                     target.flush()
-                    access.check()
-                    folder.rename(temporary, folder, file.name)
+                    with held():
+                        access.check()
+                        rename_over_own(folder, temporary, file.name, is_drawn)
             drawn.set_layout_engine("none")  # computed by now, and the same for every format
     return files
 

@@ -19,6 +19,7 @@ from qk_sniffer.export.source import Source
 from qk_sniffer.logs import logger
 from qk_sniffer.store import disk, stored
 from qk_sniffer.store.open_folder import PLAIN, Access, Anchored, OpenFolder
+from qk_sniffer.store.own_files import temporary_name
 from qk_sniffer.store.places import refuse_inside
 
 log = logger(__name__)
@@ -167,7 +168,7 @@ def _write_file(path: Path, data: bytes, *, overwrite: bool) -> None:
     Raises:
         StoreError: something has appeared in its place meanwhile, and `overwrite` is false.
     """
-    temporary = f".{path.name}-{secrets.token_hex(8)}.tmp"
+    temporary = temporary_name(path.name)
     with OpenFolder.at(path.parent) as parent:
         disk.write_atomic(parent.path / temporary, data, access=Anchored((parent,)))
         if overwrite:

@@ -19,6 +19,7 @@ from qk_sniffer.resolved import ResolvedConfig
 from qk_sniffer.store import stored
 from qk_sniffer.store.disk import write_atomic
 from qk_sniffer.store.locks import hold, is_held, restart_patience_s, slurm_restarts
+from qk_sniffer.store.own_files import starts_with
 from qk_sniffer.store.stored import Count, PathText, Seconds, Text, UnreadableError
 from qk_sniffer.text import one_line
 
@@ -91,8 +92,8 @@ class Status:
         self.state, self.error, self.code = FAILED, one_line(message, 300), code
 
     def write(self, folder: Path) -> None:
-        """Writes the status file to a job's folder."""
-        write_atomic(folder / STATUS_FILE, stored.encode(asdict(self)))
+        """Writes the status file to a job's folder. Replaces that of an earlier job, and no file of someone else."""
+        write_atomic(folder / STATUS_FILE, stored.encode(asdict(self)), is_own=starts_with(rb'\{"number": \d+, "data_'))
 
 
 def slurm_job_id() -> str | None:
@@ -110,7 +111,7 @@ def recorded(status: Status, folder: Path) -> Iterator[Callable[[], None]]:
     use it: nothing more is recorded there.
     """
     start = time.monotonic()
-    with hold(folder / LOCK, "running this job", wait_s=restart_patience_s(), follow_links=True) as lock:
+    with hold(folder / LOCK, "running this job", wait_s=restart_patience_s(), of_user=True) as lock:
 
         def record() -> None:
             status.seconds = round(time.monotonic() - start, 3)

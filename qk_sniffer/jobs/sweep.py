@@ -35,6 +35,7 @@ from qk_sniffer.resolved import ResolvedConfig, resolve
 from qk_sniffer.store import stored
 from qk_sniffer.store.disk import explained, walk, write_atomic
 from qk_sniffer.store.locks import Lock, TakenAwayError, hold, is_held
+from qk_sniffer.store.own_files import starts_with
 from qk_sniffer.store.stored import LARGE, Text, UnreadableError
 from qk_sniffer.text import aligned, compact_ranges, printable, shortened
 
@@ -51,7 +52,7 @@ Settings = TypeVar("Settings")
 MOST_JOBS = 10_000
 """The most jobs of a sweep. Each of them reads the settings of all, and `status` too."""
 
-_SUBMIT_AGAIN = "remove it, and start the sweep again"
+_SUBMIT_AGAIN = "move it away, and start the sweep again"
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ def announced(folder: Path, jobs: Sequence[PlannedJob], *, outlive: bool) -> Ite
             "it as several sweeps"
         )
 
-    with hold(folder / LOCK, "running this sweep", follow_links=True) as lock:
+    with hold(folder / LOCK, "running this sweep", of_user=True) as lock:
         _refuse_while_jobs_wait(folder)
         with explained(folder, "write"):
             left = [*_left_by_a_sweep(folder, jobs)]
@@ -308,7 +309,7 @@ def queued(folder: Path) -> Iterator[Status]:
 
 
 def _write(file: Path, facts: dict[str, Any]) -> None:
-    write_atomic(file, stored.encode(facts))
+    write_atomic(file, stored.encode(facts), is_own=starts_with(rb'\{("nonce"|"outlive"): '))
 
 
 def _announced(folder: Path) -> _Sweep | None:

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,8 @@ from qk_sniffer.plasticity.config import ESTIMATORS
 from qk_sniffer.plasticity.results import Results
 from qk_sniffer.store.disk import explained, make_folder
 from qk_sniffer.store.layout import PICTURE_SUFFIXES
+from qk_sniffer.store.own_files import refuse_foreign
+from qk_sniffer.store.places import is_drawn
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -74,6 +77,21 @@ def draw_all(results: Results) -> list[Path]:
     earlier = {f"{name}{suffix}" for name in PICTURES - pictures.keys() for suffix in PICTURE_SUFFIXES}
     results.remove_pictures(earlier.__contains__)
     return drawn
+
+
+def check_places(results: Results) -> None:
+    """Checks that no picture of someone else has the name of one that is drawn: before the measurement.
+
+    Raises:
+        StoreError: one has.
+    """
+    with (
+        explained(results.pictures, "read"),
+        suppress(FileNotFoundError),
+        results.access.open(results.pictures) as folder,
+    ):
+        for name in sorted(f"{name}{suffix}" for name in PICTURES for suffix in PICTURE_SUFFIXES):
+            refuse_foreign(folder, name, is_drawn)
 
 
 class Names:

@@ -11,6 +11,7 @@ from qk_sniffer.plasticity.config import ESTIMATORS
 from qk_sniffer.plasticity.tables import QUERY_METRICS, TABLES, HeadResult
 from qk_sniffer.store import stored
 from qk_sniffer.store.form_types import HeadNumber, Sha256
+from qk_sniffer.store.own_files import contains
 from qk_sniffer.store.settings_forms import SamplerSettings
 from qk_sniffer.store.stored import LARGE, Count, Text, UnreadableError
 
@@ -64,10 +65,6 @@ class _Format(TypedDict):
     format: Literal["qk-sniffer-plasticity/1"]
 
 
-class _AnyFormat(TypedDict):
-    format: Annotated[str, Meta(pattern=r"\Aqk-sniffer-plasticity/[0-9]{1,9}\Z")]
-
-
 class _Head(TypedDict):
     layer: HeadNumber
     q_head: HeadNumber
@@ -95,13 +92,8 @@ def read_record(path: Path) -> dict[str, Any]:
     return dict(record)
 
 
-def is_record(path: Path) -> bool:
-    """Whether a file is a record of results, of whatever version."""
-    try:
-        stored.read(path, _AnyFormat, way_out=_WAY_OUT, most_bytes=LARGE)
-    except (OSError, StoreError):
-        return False
-    return True
+IS_RECORD = contains(rb'"format": "qk-sniffer-plasticity/[0-9]{1,9}"')
+"""Whether a file is a record of results, of whatever version, also if it is damaged elsewhere."""
 
 
 def encode_head(result: HeadResult, fingerprint: str) -> bytes:

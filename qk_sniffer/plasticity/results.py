@@ -10,7 +10,6 @@
 
 import hashlib
 import json
-import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,15 +22,16 @@ from qk_sniffer.errors import StoreError
 from qk_sniffer.logs import logger
 from qk_sniffer.plasticity import tables
 from qk_sniffer.plasticity.config import PlasticityConfig
-from qk_sniffer.plasticity.forms import FORMAT, encode_head, is_record, read_head, read_record
+from qk_sniffer.plasticity.forms import FORMAT, IS_RECORD, encode_head, read_head, read_record
 from qk_sniffer.plasticity.tables import HeadResult
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store import stored
-from qk_sniffer.store.disk import explained, make_folder, paths_in, remove, sha256_of, write_atomic
+from qk_sniffer.store.disk import explained, make_folder, paths_in, sha256_of, write_atomic
 from qk_sniffer.store.files import Comparison
 from qk_sniffer.store.layout import PICTURE_SUFFIXES, head_name, parse_head_name
-from qk_sniffer.store.open_folder import PLAIN, Access
+from qk_sniffer.store.open_folder import PLAIN, Access, OpenFolder
 from qk_sniffer.store.output_folder import claimed_folder
+from qk_sniffer.store.own_files import refuse_foreign, starts_with
 from qk_sniffer.store.places import is_drawn
 from qk_sniffer.store.stored import UnreadableError
 
@@ -56,8 +56,8 @@ class Results:
         """Creates the folder, and holds its lock within the block. What is written there is checked against the lock.
 
         Raises:
-            StoreError: the folder has files, but none with content of results; it cannot be written; or another process
-                holds the lock.
+            StoreError: the folder has files, but none with content of results; a file of someone else has the name of
+                one of results; it cannot be written; or another process holds the lock.
             TakenAwayError: the folder is removed, moved or replaced during the block. Nothing more is written there.
         """
         for path in (self._work, self.pictures):
@@ -65,19 +65,36 @@ class Results:
                 raise StoreError(f"{path} is a link, and results are not written through it: remove the link")
         with claimed_folder(self.folder, "measuring plasticity", is_own=self._is_of_results) as lock:
             self.access = lock
+            self._refuse_foreign()
             yield
+
+    def _refuse_foreign(self) -> None:
+        """Checks that what this start may replace is of this package: now, and not after hours.
+
+        Raises:
+            StoreError: names what is not.
+        """
+        with explained(self.folder, "read"), self.access.open(self.folder) as folder:
+            for name, is_own in {self.record_file.name: IS_RECORD, **tables.IS_OWN}.items():
+                refuse_foreign(folder, name, is_own)
+            if folder.type_of(self._work.name) == "folder":
+                with folder.folder(self._work.name) as work:
+                    names = [name for name in work.names() if _is_of_job(name) and name != f"{_JOB}.tmp"]
+                    if names and not _is_own_work(work):
+                        raise StoreError(f"{self._work / names[0]} was not written by qk-sniffer, {_KEPT}")
 
     def _is_of_results(self, names: list[str]) -> bool:
         """Whether a file in the folder has content of results. Other programs may use the names of these files."""
         if names == [self._work.name] and {path.name for path in paths_in(self._work)} <= {f"{_JOB}.tmp"}:
             return True  # of a start that was killed at once
-        if re.fullmatch("[0-9a-f]{64}", _text(self._work / _JOB) or "") or is_record(self.record_file):
-            return True
-        try:
-            tables.read(self.folder, "head_metrics")
-        except StoreError:
-            return False
-        return True
+        of_results = {self.record_file.name: IS_RECORD, "head_metrics.parquet": tables.IS_OWN["head_metrics.parquet"]}
+        with OpenFolder.at(self.folder) as folder:
+            if any(folder.type_of(name) == "file" and is_own(folder, name) for name, is_own in of_results.items()):
+                return True
+            if folder.type_of(self._work.name) != "folder":
+                return False
+            with folder.folder(self._work.name) as work:
+                return _is_own_work(work)
 
     def check(self) -> None:
         """Checks that the folder is still this process's.
@@ -156,11 +173,14 @@ class Results:
 
     def finish(self, results: list[HeadResult], record: dict[str, Any]) -> list[Path]:
         """Writes the tables, and `record` last; returns the tables' files."""
-        self.check()
-        remove(self.record_file, self.access)
+        with explained(self.record_file, "replace"), self.access.open(self.folder) as folder:
+            refuse_foreign(folder, self.record_file.name, IS_RECORD)
+            self.check()
+            folder.unlink(self.record_file.name)
         files = tables.write(self.folder, results, access=self.access)
         record = {"format": FORMAT, "tables": {path.name: sha256_of(path) for path in files}} | record
-        write_atomic(self.record_file, json.dumps(record, indent=2, sort_keys=True).encode(), access=self.access)
+        data = json.dumps(record, indent=2, sort_keys=True).encode()
+        write_atomic(self.record_file, data, access=self.access, is_own=IS_RECORD)
         if not record["damaged"]:
             self._clear()
         return files
@@ -190,7 +210,8 @@ class Results:
         with explained(self._work, "remove"), suppress(FileNotFoundError), self.access.open(self.folder) as folder:
             with folder.folder(self._work.name) as work:
                 self.check()
-                for name in filter(_is_of_job, work.names()):
+                # The job's file goes last: without it, no later start knows the others as its own.
+                for name in sorted(filter(_is_of_job, work.names()), key=_JOB.__eq__):
                     if name not in but:
                         work.remove(name, self.check)
             folder.rmdir(self._work.name)
@@ -199,6 +220,16 @@ class Results:
 def _is_of_job(name: str) -> bool:
     name = name.removesuffix(".tmp")
     return name == _JOB or (name.endswith(".json") and parse_head_name(name.removesuffix(".json")) is not None)
+
+
+def _is_own_work(work: OpenFolder) -> bool:
+    """Whether the file of a job in an open folder of work is of this package."""
+    return work.type_of(_JOB) == "file" and _IS_JOB(work, _JOB)
+
+
+_IS_JOB = starts_with(rb"[0-9a-f]{64}\Z")
+
+_KEPT = "and is not replaced: move it away, or choose another output_dir"
 
 
 def _text(path: Path) -> str | None:

@@ -25,7 +25,7 @@ from qk_sniffer.errors import QkSnifferError, StoreError
 from qk_sniffer.logs import logger
 from qk_sniffer.machine import num_threads
 from qk_sniffer.plasticity.config import INSTALL, PlasticityConfig
-from qk_sniffer.plasticity.figures import draw_all
+from qk_sniffer.plasticity.figures import check_places, draw_all
 from qk_sniffer.plasticity.measure import KeyHead, Keys, Measuring
 from qk_sniffer.plasticity.results import Results, fingerprint, manifest_sha256
 from qk_sniffer.plasticity.tables import HeadResult
@@ -51,6 +51,8 @@ def run(config: PlasticityConfig) -> int:
     key_heads, without_keys = plan(dataset)
     results, job = Results(config.folder), fingerprint(dataset, config)
     with results.claim():
+        if config.pictures:
+            check_places(results)
         if results.is_finished(job):
             log.info("Nothing to do: %s has these results.", results.folder)
         else:

@@ -18,6 +18,7 @@ from qk_sniffer.config import MOST_HEAD_DIM
 from qk_sniffer.store.disk import write_atomic
 from qk_sniffer.store.form_types import MOST_BUCKETS, MOST_HEADS, MOST_LAYERS
 from qk_sniffer.store.open_folder import PLAIN, Access
+from qk_sniffer.store.own_files import MADE_BY, IsOwn, is_marked_table, starts_with
 from qk_sniffer.store.parquet_tables import read_table
 from qk_sniffer.store.stored import UnreadableError
 
@@ -62,6 +63,11 @@ _MOST = {
     "component": MOST_HEAD_DIM,
 }
 """For each column of numbers of things: a number that is larger than all of them."""
+
+IS_OWN: dict[str, IsOwn] = {f"{name}.parquet": is_marked_table for name in TABLES} | {
+    f"{name}.csv": starts_with(f"{','.join(schema.names)}\n".encode()) for name, schema in TABLES.items()
+}
+"""By the name of each file: whether a file of this name is a table of results."""
 
 WAY_OUT = "remove plasticity.json in its folder and rerun the measurement"
 
@@ -110,18 +116,19 @@ def write(folder: Path, results: Iterable[HeadResult], *, access: Access = PLAIN
     """Writes the tables of `results`, in their order, and returns the files. Each is written whole, or left as it was.
 
     Raises:
-        StoreError: the folder cannot be written.
+        StoreError: the folder cannot be written, or a file of someone else has the name of a table.
     """
     results = list(results)
     files = []
     for name, schema in TABLES.items():
         columns = [[row[column] for result in results for row in rows(name, result)] for column in schema.names]
-        table = pa.table([pa.array(values, kind) for values, kind in zip(columns, schema.types, strict=True)], schema)
+        arrays = [pa.array(values, kind) for values, kind in zip(columns, schema.types, strict=True)]
+        table = pa.table(arrays, schema.with_metadata(MADE_BY))
         parquet = io.BytesIO()
         pq.write_table(table, parquet, compression="zstd")
         for ending, data in (("csv", _csv(table)), ("parquet", parquet.getvalue())):
             files.append(folder / f"{name}.{ending}")
-            write_atomic(files[-1], data, access=access)
+            write_atomic(files[-1], data, access=access, is_own=IS_OWN[files[-1].name])
     return files
 
 

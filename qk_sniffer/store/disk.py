@@ -10,23 +10,33 @@ from pathlib import Path
 
 from qk_sniffer.errors import StoreError
 from qk_sniffer.store.open_folder import PLAIN, Access, OddFileError, regular
+from qk_sniffer.store.own_files import IsOwn, refuse_foreign, rename_over_own, temporary_name
 
 PARQUET_SHARE = 0.75
 """The size of a head's Parquet file divided by that of its vectors in the model's own dtype. Measured with random
 mantissas: 0.72 for bfloat16, 0.86 for float32, whose journal is twice as large."""
 
 
-def write_atomic(path: Path, data: bytes, *, access: Access = PLAIN) -> None:
-    """Writes `path` whole or not at all, and durably. Replaces an existing file."""
-    temporary = f"{path.name}.tmp"
+def write_atomic(path: Path, data: bytes, *, access: Access = PLAIN, is_own: IsOwn | None = None) -> None:
+    """Writes `path` whole or not at all, and durably. Replaces an existing file.
+
+    In a folder that a user names, `is_own` says which files may be replaced. None is for a folder whose files are all
+    of this package.
+
+    Raises:
+        StoreError: the file cannot be written, or is of someone else.
+    """
+    temporary = f"{path.name}.tmp" if is_own is None else temporary_name(path.name)
     with explained(path, "write"), access.open(path.parent) as folder:
         access.check()
+        if is_own is not None:
+            refuse_foreign(folder, path.name, is_own)
         with folder.temporary(temporary) as file:
             file.write(data)
             file.flush()
             sync_file(file.fileno())
             access.check()
-            folder.rename(temporary, folder, path.name)
+            rename_over_own(folder, temporary, path.name, is_own)
         folder.sync()
 
 

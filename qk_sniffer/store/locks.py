@@ -30,6 +30,7 @@ from qk_sniffer.errors import QkSnifferError, StoreError
 from qk_sniffer.store import stored
 from qk_sniffer.store.disk import explained
 from qk_sniffer.store.open_folder import PLAIN, Access, Anchored, OpenFolder
+from qk_sniffer.store.own_files import WAY_OUT
 from qk_sniffer.store.stored import Count, Text, UnreadableError
 
 _FLOCK = "hhqqi"
@@ -131,14 +132,15 @@ def hold(
     *,
     wait_s: float = 0.0,
     replace: bool = False,
-    follow_links: bool = False,
+    of_user: bool = False,
     access: Access = PLAIN,
 ) -> Iterator[Lock]:
     """Holds the lock `path` within the block. The file exists during the block, and after a crash.
 
     `purpose` is the activity of a holder in the error: "capturing shard 0 of 1". `wait_s` is how long to try. With
     `replace`, a folder, a link or anything else of that name that is not a lock file is removed first. Creates the
-    folder of the lock, but not its parents. `follow_links` says that this folder may be a link, which its user made.
+    folder of the lock, but not its parents. `of_user` says that a user named this folder: it may be a link, and a file
+    of the lock's name that is no lock stays. In a work folder any file of this name is a lock.
     `access` is the lock that this process holds in the same data root: this one is taken in its open folder. `PLAIN`
     looks up the path.
 
@@ -152,7 +154,7 @@ def hold(
     while True:
         try:
             with explained(path, "lock"):
-                lock = _locked(path, purpose, replace, follow_links, access)
+                lock = _locked(path, purpose, replace, of_user, access)
             break
         except InUseError:
             if time.monotonic() >= deadline:
@@ -169,7 +171,7 @@ def hold(
         _held.discard(lock.descriptor)
         os.close(lock.descriptor)
         if is_mine:  # an empty work folder has no meaning
-            if follow_links:
+            if of_user:
                 with suppress(OSError):
                     path.parent.rmdir()
             else:
@@ -212,7 +214,7 @@ _SAFELY = os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 """Opens no link, and does not wait for the other end of a pipe."""
 
 
-def _locked(path: Path, purpose: str, replace: bool, follow_links: bool, access: Access) -> Lock:
+def _locked(path: Path, purpose: str, replace: bool, of_user: bool, access: Access) -> Lock:
     while True:
         access.check()  # also in each further attempt: only the lock of `access` tells that the folder has moved
         if access is PLAIN:
@@ -220,13 +222,11 @@ def _locked(path: Path, purpose: str, replace: bool, follow_links: bool, access:
         with ExitStack() as opened:
             try:
                 found = (
-                    OpenFolder.at(path.parent, follow_links=follow_links)
-                    if access is PLAIN
-                    else access.open(path.parent)
+                    OpenFolder.at(path.parent, follow_links=of_user) if access is PLAIN else access.open(path.parent)
                 )
                 folder = opened.enter_context(found)
-                folders = [folder] if follow_links else [folder, opened.enter_context(folder.parent())]
-                descriptor = _lock_file(folder, path, purpose, replace)
+                folders = [folder] if of_user else [folder, opened.enter_context(folder.parent())]
+                descriptor = _lock_file(folder, path, purpose, replace, of_user)
             except FileNotFoundError:  # another job removed the folder at its end
                 continue
             if descriptor is not None:
@@ -234,11 +234,12 @@ def _locked(path: Path, purpose: str, replace: bool, follow_links: bool, access:
                 return Lock(folders, path, descriptor)
 
 
-def _lock_file(folder: OpenFolder, path: Path, purpose: str, replace: bool) -> int | None:
+def _lock_file(folder: OpenFolder, path: Path, purpose: str, replace: bool, of_user: bool) -> int | None:
     """Locks the file of `path` in its open folder. Returns its descriptor; None if the file is not at the path now.
 
     Raises:
         FileNotFoundError: the folder was removed.
+        UnreadableError: something of someone else has this name.
     """
     try:
         descriptor = os.open(path.name, os.O_RDWR | os.O_CREAT | _SAFELY, 0o666, dir_fd=folder.descriptor)
@@ -254,6 +255,8 @@ def _lock_file(folder: OpenFolder, path: Path, purpose: str, replace: bool) -> i
         return None
     try:
         _lock(descriptor)
+        if of_user and not _LOCK_FILE.match(os.pread(descriptor, 1 << 13, 0)):
+            raise UnreadableError(path, "is not a lock file of qk-sniffer, and is not replaced", WAY_OUT)
         if _is_at(descriptor, path) and os.fstat(descriptor).st_nlink > 1:
             # A hard link: of a copy of the folder, or of a file of the user. The next attempt makes a file of its own.
             folder.unlink(path.name)
@@ -269,6 +272,10 @@ def _lock_file(folder: OpenFolder, path: Path, purpose: str, replace: bool) -> i
         raise
     os.close(descriptor)  # the locked file was just unlinked, by its holder or here
     return None
+
+
+_LOCK_FILE = re.compile(rb"\0*\Z|\{\"pid\": [0-9]")
+"""The start of a lock file, which is empty or filled with zeros if its holder or machine died just then."""
 
 
 def _in_use(path: Path, purpose: str) -> InUseError:

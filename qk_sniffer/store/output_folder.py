@@ -8,6 +8,7 @@ from qk_sniffer.errors import StoreError
 from qk_sniffer.store.disk import explained, make_folder, paths_in
 from qk_sniffer.store.layout import MANIFEST
 from qk_sniffer.store.locks import Lock, hold
+from qk_sniffer.store.own_files import is_temporary
 from qk_sniffer.store.places import refuse_inside
 from qk_sniffer.text import shortened
 
@@ -30,12 +31,15 @@ def claimed_folder(folder: Path, purpose: str, *, is_own: Callable[[list[str]], 
     """
     refuse_inside(folder, "output_dir")
     with explained(folder, "read"):
-        found = [path.name for path in paths_in(folder) if path.name != LOCK]
+        found = [path.name for path in paths_in(folder) if path.name != LOCK and not is_temporary(path.name)]
         if MANIFEST in found or (found and not is_own(found)):
             raise StoreError(f"{folder} holds something else ({shortened(found, 5)}); choose another output_dir")
     try:
         make_folder(folder)
     except OSError as error:
         raise StoreError(f"cannot write to {folder}: {error.strerror}; choose another output_dir") from error
-    with hold(folder / LOCK, purpose, follow_links=True) as lock, lock.explaining():
+    with hold(folder / LOCK, purpose, of_user=True) as lock, lock.explaining():
+        with explained(folder, "write"), lock.open(folder) as opened:
+            for name in filter(is_temporary, opened.names()):
+                opened.unlink(name)  # of a write that a kill interrupted
         yield lock

@@ -52,14 +52,38 @@ def test_settings_of_others_do_not_change_a_picture(tmp_path: Path) -> None:
 
 
 def test_a_picture_that_cannot_be_written_leaves_the_earlier_one(tmp_path: Path) -> None:
+    save(tmp_path / "a", drawing)
+    (tmp_path / "a.svg").unlink()
     (tmp_path / "a.svg").mkdir()
-    with pytest.raises(StoreError, match=r"cannot write .*a\.svg: Is a directory"):
-        save(tmp_path / "a", drawing)
     before = (tmp_path / "a.png").read_bytes()
+    with pytest.raises(StoreError, match=r"a\.svg is a folder, and is not replaced: move it away"):
+        save(tmp_path / "a", lambda: 1 // 0)  # type: ignore[arg-type,return-value]
+    (tmp_path / "a.svg").rmdir()
     with pytest.raises(ZeroDivisionError):
         save(tmp_path / "a", drawing, access=Checked(PLAIN, lambda: 1 // 0))  # type: ignore[arg-type,return-value]
     assert (tmp_path / "a.png").read_bytes() == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png", "a.svg"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png"]
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.svg"])
+def test_a_picture_of_someone_else_stays(name: str, tmp_path: Path) -> None:
+    def appears() -> "Figure":
+        (tmp_path / name).write_bytes(b"\x89PNG the user's own")
+        return drawing()
+
+    (tmp_path / name).write_bytes(b"\x89PNG the user's own")
+    with pytest.raises(StoreError, match=rf"{name} was not written by qk-sniffer, and is not replaced: move it away"):
+        save(tmp_path / "a", lambda: pytest.fail("it is refused before the drawing"))
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    (tmp_path / name).unlink()
+    with pytest.raises(StoreError, match=f"{name} was not written by qk-sniffer"):
+        save(tmp_path / "a", appears)
+    assert (tmp_path / name).read_bytes() == b"\x89PNG the user's own"
+    assert {path.name for path in tmp_path.iterdir()} <= {"a.png", name}, "no temporary file is left"
+    (tmp_path / name).unlink()
+    (tmp_path / name).symlink_to("elsewhere")
+    with pytest.raises(StoreError, match=f"{name} is a link, and is not replaced"):
+        save(tmp_path / "a", drawing)
 
 
 def test_a_hidden_file_of_the_same_name_stays(tmp_path: Path) -> None:

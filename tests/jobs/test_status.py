@@ -75,6 +75,30 @@ def test_a_sweep_removes_the_states_of_earlier_jobs_in_its_folder_alone(tmp_path
     assert after.pop(tmp_path / "sweep.json") and after == before
 
 
+@pytest.mark.parametrize("name", ["status.json", "job.lock", "sweep.json"])
+def test_a_file_of_someone_else_in_the_folder_of_a_run_or_a_sweep_is_named_and_stays(name: str, tmp_path: Path) -> None:
+    (job,) = planned(tmp_path / "a")
+    for content in ("mine", '{"of": "another program"}', "[" * 100_000):
+        (tmp_path / name).write_text(content)
+        record = announced(tmp_path, [job], outlive=False) if name == "sweep.json" else begin(tmp_path, job.config)
+        with pytest.raises(StoreError, match=rf"{name} .*move it away"), record:
+            pytest.fail("the job must not start")
+        assert (tmp_path / name).read_text() == content
+    (tmp_path / "job.lock").write_text("mine")
+    with pytest.raises(StoreError, match=r"job\.lock .*move it away"), announced(tmp_path, [job], outlive=False):
+        pytest.fail("the sweep must not start")
+    assert (tmp_path / "job.lock").read_text() == "mine"
+
+
+@pytest.mark.parametrize("left", [b"", b"\0" * 60, b'{"pid": 1, "host": "a", "slurm_job_id": null}'])
+def test_a_lock_that_a_dead_job_has_left_is_taken(left: bytes, tmp_path: Path) -> None:
+    (job,) = planned(tmp_path / "a")
+    (tmp_path / "job.lock").write_bytes(left)
+    with begin(tmp_path, job.config):
+        pass
+    assert not (tmp_path / "job.lock").exists()
+
+
 def test_a_sweep_keeps_the_states_of_other_runs_in_its_folder(tmp_path: Path) -> None:
     one, two, new = planned(tmp_path / "one", tmp_path / "two", tmp_path / "new")
     for job, name in ((one, "mine"), (two, ".runs/2026-11-02/11-00-00")):

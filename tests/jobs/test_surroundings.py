@@ -100,7 +100,7 @@ def test_old_heads_are_removed_and_not_the_files_that_links_name(around: Path, c
 def test_results_are_not_written_through_a_link(name: str, around: Path) -> None:
     results = around / "results"
     results.mkdir()
-    (results / "plasticity.json").write_text("{}", encoding="utf-8")
+    (results / "plasticity.json").write_text('{"format": "qk-sniffer-plasticity/1"}', encoding="utf-8")
     (results / name).symlink_to(around / "user")
     with (
         unchanged(around),

@@ -348,7 +348,7 @@ def test_damaged_results_are_recreated(root: Path, tmp_path: Path) -> None:
     whole = bytes_of(folder)
     (folder / "head_metrics.csv").write_bytes(b"")
     assert measure(root, folder) == 0 and bytes_of(folder) == whole
-    (folder / "plasticity.json").write_bytes(b"{")
+    (folder / "plasticity.json").write_bytes(b'"format": "qk-sniffer-plasticity/1", {')
     assert measure(root, folder) == 0 and bytes_of(folder) == whole
     # The program measures a head again if a full disk truncated its result.
     query_file = Layout(root).head_file(0, 3, "q")

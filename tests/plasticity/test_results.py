@@ -15,7 +15,7 @@ from qk_sniffer.errors import StoreError
 from qk_sniffer.plasticity import compare
 from qk_sniffer.plasticity.forms import METRICS
 from qk_sniffer.plasticity.results import Results
-from qk_sniffer.plasticity.tables import HeadResult
+from qk_sniffer.plasticity.tables import TABLES, HeadResult
 from qk_sniffer.store.disk import sha256_of
 from qk_sniffer.store.locks import TakenAwayError
 from qk_sniffer.store.open_folder import Checked
@@ -41,7 +41,7 @@ def results(measured: Path, tmp_path: Path) -> Path:
     ("change", "problem"),
     [
         (lambda facts: facts.pop("fingerprint"), "missing required field `fingerprint`"),
-        (lambda facts: facts.update(format="other"), "is not understood"),
+        (lambda facts: facts.update(format="qk-sniffer-plasticity/0"), "is not understood"),
         (lambda facts: facts["tables"].clear(), "does not list the tables"),
         (lambda facts: facts["tables"].update({"../../x": "0" * 64}), "does not list the tables"),
         (lambda facts: facts.update(damaged=0), r"at `\$.damaged`"),
@@ -245,6 +245,33 @@ def test_files_of_others_in_the_folder_of_work_stay(results: Path, verify_base: 
     (results / ".work" / "precious.txt").write_text("mine")
     assert measure(verify_base, results, estimator=full_covariance(0.5)) == 0
     assert [path.name for path in (results / ".work").iterdir()] == ["precious.txt"]
+
+
+NAMES_OF_RESULTS = [
+    *(f"{table}.{ending}" for table in TABLES for ending in ("csv", "parquet")),
+    *("plasticity.json", ".work/job.json", ".work/l00h01q.json", ".lock", "pictures/by_head.png"),
+]
+
+
+@pytest.mark.parametrize("name", NAMES_OF_RESULTS)
+def test_a_file_of_someone_else_among_results_is_named_and_stays(
+    name: str, results: Path, verify_base: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (results / name).parent.mkdir(exist_ok=True)
+    (results / name).write_text("layer,mine\n")
+    before = {path: path.read_bytes() for path in results.rglob("*") if path.is_file()}
+    with pytest.raises(StoreError, match=rf"{name} .*is not replaced[:;] move it away"):
+        measure(verify_base, results, estimator=full_covariance(0.5), pictures=True)
+    assert {path: path.read_bytes() for path in results.rglob("*") if path.is_file()} == before
+
+
+def test_a_write_that_was_killed_leaves_nothing_for_ever(results: Path, tmp_path: Path) -> None:
+    (tmp_path / "killed").mkdir()
+    for folder in (results, tmp_path / "killed"):
+        (folder / f".head_metrics.csv-{'0' * 16}.tmp").write_text("layer,")
+        with Results(folder).claim():
+            pass
+        assert not [*folder.glob(".*.tmp")] if folder.exists() else folder != results
 
 
 @pytest.mark.parametrize("left", ["plasticity.json", "head_metrics.parquet", ".work/job.json"])

@@ -12,13 +12,13 @@ from functools import partial
 from pathlib import Path
 
 from qk_sniffer.cli import program
-from qk_sniffer.dataset.reader import Dataset, open_dataset
+from qk_sniffer.dataset.reader import open_dataset
 from qk_sniffer.drawing.draw import MATPLOTLIB_MISSING, can_draw, draw, drawable, folder_of, unlisted
 from qk_sniffer.errors import QkSnifferError, StoreError
-from qk_sniffer.store import manifest as manifests
-from qk_sniffer.store.layout import PICTURE_SUFFIXES
+from qk_sniffer.store.layout import PICTURE_SUFFIXES, Layout
 from qk_sniffer.store.open_folder import Checked, anchored
 from qk_sniffer.store.places import refuse_inside
+from qk_sniffer.store.same_dataset import check_same, same_dataset
 from qk_sniffer.text import say
 
 
@@ -54,20 +54,16 @@ def _program(settings: Settings) -> int:
         if kept := ", ".join(sorted(pictures.keys() - new.keys())):
             say(f"Kept, because manifest.json lists them: {kept}; output_dir=... draws them elsewhere")
         with anchored(dataset.folder) as access:
-            unchanged = Checked(access, partial(_check_unchanged, dataset, dataset.folder))
-            drawn = draw(new, own, access=unchanged)
+            layout = Layout(dataset.folder)
+            unchanged = Checked(access, partial(check_same, layout, dataset.manifest))
+            held = partial(same_dataset, layout, dataset.manifest, access)
+            drawn = draw(new, own, access=unchanged, held=held)
     else:
         refuse_inside(folder, "output_dir")
         drawn = draw(pictures, folder)
     of_which = f"{folder}/{', '.join(drawn)} ({', '.join(PICTURE_SUFFIXES)})" if drawn else "there is nothing to draw"
     say(f"Pictures: {of_which}")
     return 0
-
-
-def _check_unchanged(dataset: Dataset, folder: Path) -> None:
-    """Checks that no job has replaced the dataset, whose pictures would be taken for those of the new one."""
-    if manifests.read(folder) != dataset.manifest:
-        raise StoreError(f"the dataset at {folder} changed while its pictures were drawn: rerun the command")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Draws the pictures that a dataset can have of itself, into its folder `pictures/` or into another one."""
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -69,11 +69,20 @@ def undrawn(dataset: Dataset) -> Pictures:
     return found
 
 
-def draw(pictures: Pictures, folder: Path, *, access: Access = PLAIN) -> list[str]:
+def draw(
+    pictures: Pictures,
+    folder: Path,
+    *,
+    access: Access = PLAIN,
+    held: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> list[str]:
     """Draws pictures into `folder`, which is created; returns the names of those that have something to show.
 
+    `held` is that of `save`.
+
     Raises:
-        StoreError: the dataset cannot be read, or the folder cannot be written.
+        StoreError: the dataset cannot be read, the folder cannot be written, or has a picture of someone else under one
+            of these names.
         HubError: a file of the dataset cannot be fetched.
         QkSnifferError: a picture would have too many cells.
     """
@@ -86,4 +95,4 @@ def draw(pictures: Pictures, folder: Path, *, access: Access = PLAIN) -> list[st
             # It stays open: drawing takes seconds, in which a link may take its place.
             opened = stack.enter_context(parent.folder(folder.name, create=True))
         inside = Checked(Anchored((opened,)), access.check)
-        return [name for name, make in pictures.items() if save(folder / name, make, access=inside)]
+        return [name for name, make in pictures.items() if save(folder / name, make, access=inside, held=held)]

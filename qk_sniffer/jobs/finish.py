@@ -4,6 +4,7 @@ A job does this when its shard is captured, and `python -m qk_sniffer.finalize` 
 """
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -31,20 +32,24 @@ from qk_sniffer.jobs.components import Components, load_components
 from qk_sniffer.jobs.loaded_code import check_same_code
 from qk_sniffer.jobs.pictures import draw_pictures
 from qk_sniffer.jobs.tokenizers import hasher_of
+from qk_sniffer.logs import logger
 from qk_sniffer.resolved import ResolvedConfig, with_output
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.attention_table import AttentionTable
 from qk_sniffer.store.claim import Claim
 from qk_sniffer.store.files import Files, Folder
 from qk_sniffer.store.layout import CARD, Layout
-from qk_sniffer.store.locks import TakenAwayError
+from qk_sniffer.store.locks import InUseError, TakenAwayError
 from qk_sniffer.store.manifest import FileEntry
 from qk_sniffer.store.open_folder import PLAIN, Access, Checked
 from qk_sniffer.store.promote import promote
 from qk_sniffer.store.record import read_unpublished, remove_unpublished, write_unpublished
+from qk_sniffer.store.same_dataset import check_same, replaced, same_dataset
 from qk_sniffer.store.work_folder import remove_leftovers
 from qk_sniffer.text import say
 from qk_sniffer.timing import Stages, describe
+
+log = logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -157,7 +162,7 @@ def report_and_publish(
     access.check()
     manifest = manifests.of(files)
     if made is not None and manifest != made:
-        raise _replaced(layout)
+        raise replaced(layout.root)
     show(files, manifest, note)
     if isinstance(files, Branch):
         hub_resume.write_snapshot(layout, files, access)
@@ -167,15 +172,16 @@ def report_and_publish(
     proof = manifest["proof"]
     if proof["proven"] is False:
         raise CaptureError(f"the proof of {layout.root} failed, and the dataset was not published. {why(proof)}")
-    unchanged = Checked(access, partial(_check_unchanged, layout, manifest))
-    draw_pictures(layout, unchanged)
+    unchanged = Checked(access, partial(check_same, layout, manifest))
+    draw_pictures(layout, unchanged, manifest)
     output = config.output
     if not (output.hf_repo_id and output.hf_branch):
         return Outcome(manifest["rows"])
     guarded = output.resume_from_hub and not output.overwrite
     mark = read_unpublished(layout, manifest)
     if mark is not None and mark["private"] != output.private:
-        write_unpublished(layout, manifest, private=output.private, access=access)
+        with same_dataset(layout, manifest, access):
+            write_unpublished(layout, manifest, private=output.private, access=access)
     try:
         published = publish(
             layout.root,
@@ -191,29 +197,20 @@ def report_and_publish(
         raise
     except StoreError:
         if mark is not None:
-            remove_unpublished(layout, access)  # a damaged dataset is not published; output.overwrite captures it again
+            # A damaged dataset is not published; output.overwrite captures it again.
+            with suppress(StoreError), same_dataset(layout, manifest, access):
+                remove_unpublished(layout, access)
         raise
-    if mark is not None:
-        unchanged.check()
-        remove_unpublished(layout, access)
-    if output.resume_from_hub:
-        unchanged.check()
-        hub_resume.write_snapshot(layout, Branch(output.hf_repo_id, output.hf_branch, published.commit), access)
+    try:
+        with same_dataset(layout, manifest, access):
+            if mark is not None:
+                remove_unpublished(layout, access)
+            if output.resume_from_hub:
+                hub_resume.write_snapshot(layout, Branch(output.hf_repo_id, output.hf_branch, published.commit), access)
+    except InUseError as error:
+        log.warning("the dataset is published, and the next start publishes it once more: %s", error)
     say(f"{'Published' if published.changed else 'Already published'}: {published.url}")
     return Outcome(manifest["rows"], published.url)
-
-
-def _check_unchanged(layout: Layout, manifest: Mapping[str, Any]) -> None:
-    """Checks that the dataset in the data root is the one of `manifest`, whose files have their checksums in it."""
-    if manifests.read(layout.root) != manifest:
-        raise _replaced(layout)
-
-
-def _replaced(layout: Layout) -> TakenAwayError:
-    return TakenAwayError(
-        f"another dataset has replaced the one in {layout.root} while this process used it, and was not published. "
-        "Rerun the command of the job whose dataset is to be published, in a folder of its own"
-    )
 
 
 def _check_texts(config: ResolvedConfig, record: Mapping[str, Any], staged: Staged, corpus: Corpus) -> None:

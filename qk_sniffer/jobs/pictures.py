@@ -3,6 +3,10 @@
 A dataset is whole without them: whatever goes wrong is logged, and the job goes on.
 """
 
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
 from qk_sniffer.dataset.reader import Dataset
 from qk_sniffer.drawing.draw import MATPLOTLIB_MISSING, can_draw, draw, folder_of, undrawn
 from qk_sniffer.logs import logger
@@ -10,13 +14,14 @@ from qk_sniffer.store.files import Folder
 from qk_sniffer.store.layout import PICTURE_SUFFIXES, Layout
 from qk_sniffer.store.locks import TakenAwayError
 from qk_sniffer.store.open_folder import Access
+from qk_sniffer.store.same_dataset import same_dataset
 from qk_sniffer.text import say
 
 log = logger(__name__)
 
 
-def draw_pictures(layout: Layout, access: Access) -> None:
-    """Draws the pictures that are missing from the dataset in the data root.
+def draw_pictures(layout: Layout, access: Access, manifest: Mapping[str, Any]) -> None:
+    """Draws the pictures that are missing from the dataset of `manifest` in the data root.
 
     `access` is the way to it. Its check raises an error if another dataset is there now.
 
@@ -31,7 +36,7 @@ def draw_pictures(layout: Layout, access: Access) -> None:
         if not can_draw():
             log.warning("no pictures of the statistics: %s", MATPLOTLIB_MISSING)
             return
-        names = draw(missing, folder_of(dataset), access=access)
+        names = draw(missing, folder_of(dataset), access=access, held=partial(same_dataset, layout, manifest, access))
     except TakenAwayError:
         raise
     except Exception as error:  # any error of matplotlib, too

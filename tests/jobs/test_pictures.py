@@ -1,6 +1,8 @@
 """Draws the pictures of a dataset at the end of its job, and by the program."""
 
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,10 @@ from support.verify_cases import edit
 
 from qk_sniffer import pictures as program
 from qk_sniffer.dataset.verify import verify
-from qk_sniffer.drawing import draw
+from qk_sniffer.drawing import draw, style
 from qk_sniffer.jobs.finalize import finalize
 from qk_sniffer.store.layout import Layout
+from qk_sniffer.store.locks import hold, is_held
 
 SECTIONS: dict[str, Any] = {
     "sampler": {"type": "none"},
@@ -140,8 +143,50 @@ def test_the_program_names_what_is_wrong(
 
     monkeypatch.setattr("qk_sniffer.drawing.statistics.channel_ranges", replaced)
     assert called(f"data_root={root}") == 1
-    assert "changed while its pictures were drawn: rerun the command" in capsys.readouterr().err
+    assert "another dataset has replaced the one in" in capsys.readouterr().err
     assert Layout(root).pictures() == []
+
+
+@pytest.mark.usefixtures("draws")
+@pytest.mark.parametrize("draw_again", [finalize, lambda root: called(f"data_root={root}")], ids=["job", "program"])
+def test_no_dataset_is_moved_into_place_while_a_picture_gets_its_name(
+    draw_again: Callable[[Path], int], root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A picture of the dataset before would be one of the new dataset."""
+    real, held = style.rename_over_own, []
+
+    def rename(*arguments: Any) -> None:
+        held.append(is_held(Layout(root).finalize_lock))
+        real(*arguments)
+
+    monkeypatch.setattr(style, "rename_over_own", rename)
+    assert draw_again(root) == 0
+    assert held == [True] * 4 and not Layout(root).work.exists()
+
+
+@pytest.mark.usefixtures("draws")
+def test_pictures_wait_for_no_job_that_makes_another_dataset(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("qk_sniffer.store.same_dataset.PATIENCE_S", 0.0)
+    with hold(Layout(root).finalize_lock, "making a dataset there"):
+        assert called(f"data_root={root}") == 1
+        assert f"{root} is in use: process {os.getpid()} on " in capsys.readouterr().err
+        assert finalize(root) == 0
+    assert "no pictures of the statistics: " in caplog.text and "is in use" in caplog.text
+    assert Layout(root).pictures() == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_program_keeps_a_picture_of_someone_else(
+    name: str, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder in (root / "pictures", tmp_path / "album"):
+        folder.mkdir()
+        (folder / name).write_bytes(b"the user's own")
+        assert called(f"data_root={root}", f"output_dir={folder}") == 1
+        assert f"{folder / name} was not written by qk-sniffer, and is not replaced" in capsys.readouterr().err
+        assert (folder / name).read_bytes() == b"the user's own"
 
 
 def test_no_picture_is_written_through_a_link_that_is_planted_meanwhile(

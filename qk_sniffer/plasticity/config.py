@@ -1,7 +1,7 @@
 """Declares the settings of the program, checks their values, and derives the folder of the results."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -67,8 +67,12 @@ class PlasticityConfig:
 
     def measures(self) -> dict[str, Any]:
         """Returns the settings that the numbers depend on."""
-        values = asdict(self)
-        return {key: values[key] for key in values if key not in ("data_root", "revision", "output_dir", "pictures")}
+        return measures(asdict(self))
+
+
+def measures(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns those of the settings, as plain data, that the numbers depend on."""
+    return {key: settings[key] for key in settings if key not in ("data_root", "revision", "output_dir", "pictures")}
 
 
 SCHEMA = Schema(PlasticityConfig)

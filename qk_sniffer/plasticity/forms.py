@@ -20,7 +20,7 @@ FORMAT = "qk-sniffer-plasticity/1"
 
 TABLE_FILES = frozenset(f"{name}.{ending}" for name in TABLES for ending in ("csv", "parquet"))
 
-_WAY_OUT = "delete it and rerun the measurement"
+WAY_OUT = "delete it and rerun the measurement"
 
 _Estimator = Literal["regression", "full_covariance"]
 assert get_args(_Estimator) == ESTIMATORS
@@ -41,6 +41,7 @@ class _Model(TypedDict):
 
 
 class _Dataset(TypedDict):
+    manifest_sha256: Sha256
     model: _Model
     texts: Text
     sampler: SamplerSettings
@@ -85,10 +86,10 @@ def read_record(path: Path) -> dict[str, Any]:
         FileNotFoundError, NotADirectoryError: there is no such file.
         UnreadableError: it is not of this package, or of another version.
     """
-    values = stored.read(path, _Format, way_out=_WAY_OUT, most_bytes=LARGE)
-    record: Any = stored.check(values, Record, path, _WAY_OUT)
+    values = stored.read(path, _Format, way_out=WAY_OUT, most_bytes=LARGE)
+    record: Any = stored.check(values, Record, path, WAY_OUT)
     if record["tables"].keys() != TABLE_FILES:
-        raise UnreadableError(path, "contradicts itself (it does not list the tables)", _WAY_OUT)
+        raise UnreadableError(path, "contradicts itself (it does not list the tables)", WAY_OUT)
     return dict(record)
 
 
@@ -108,7 +109,7 @@ def read_head(path: Path, layer: int, q_head: int, fingerprint: str) -> HeadResu
     It is then measured again.
     """
     try:
-        file: Any = stored.read(path, _HeadFile, way_out=_WAY_OUT, most_bytes=LARGE)
+        file: Any = stored.read(path, _HeadFile, way_out=WAY_OUT, most_bytes=LARGE)
     except (OSError, StoreError):
         return None
     values = file["result"]

@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from qk_sniffer.dataset.reader import Dataset
 from qk_sniffer.errors import StoreError
 from qk_sniffer.logs import logger
 from qk_sniffer.plasticity import tables
-from qk_sniffer.plasticity.config import PlasticityConfig
-from qk_sniffer.plasticity.forms import FORMAT, IS_RECORD, encode_head, read_head, read_record
+from qk_sniffer.plasticity.config import PlasticityConfig, measures
+from qk_sniffer.plasticity.forms import FORMAT, IS_RECORD, WAY_OUT, encode_head, read_head, read_record
 from qk_sniffer.plasticity.tables import HeadResult
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store import stored
@@ -104,13 +105,20 @@ class Results:
         """
         self.access.check()
 
-    def is_finished(self, fingerprint: str) -> bool:
-        """Whether the results of this fingerprint are complete; pictures do not count."""
+    def is_finished(self, fingerprint: str, facts: Mapping[str, Any]) -> bool:
+        """Whether the results of this fingerprint are complete; pictures do not count.
+
+        `facts` is what the record has to say of the dataset, and of heads without keys. The record may come from
+        someone else. The numbers of the tables cannot be checked without measuring.
+        """
         try:
             record = self.record()
+            if record["fingerprint"] != fingerprint or record["damaged"]:
+                return False
+            if any(_without_place(record[key]) != _without_place(facts[key]) for key in facts):
+                return False
+            self.table("head_metrics", record)
         except StoreError:
-            return False
-        if record["fingerprint"] != fingerprint or record["damaged"]:
             return False
         files = {self.folder / name: digest for name, digest in record["tables"].items()}
         return all(path.is_file() and sha256_of(path) == digest for path, digest in files.items())
@@ -119,10 +127,17 @@ class Results:
         """The content of `plasticity.json`.
 
         Raises:
-            StoreError: the file is missing, so the results are not finished, or it is not of qk-sniffer.
+            StoreError: the file is missing, so the results are not finished; it is not of qk-sniffer; or its
+                fingerprint is not that of the settings and the dataset that it names.
         """
         try:
-            return read_record(self.record_file)
+            record = read_record(self.record_file)
+            if record["fingerprint"] != _fingerprint(
+                record["dataset"]["manifest_sha256"], measures(record["settings"])
+            ):
+                problem = "contradicts itself (its fingerprint is of other settings or of another dataset)"
+                raise UnreadableError(self.record_file, problem, WAY_OUT)
+            return record
         except (FileNotFoundError, NotADirectoryError):
             raise StoreError(
                 f"{self.folder} has no finished results: no {self.record_file.name}. Make them by "
@@ -141,7 +156,11 @@ class Results:
             if not comparison.matches(path, listed):
                 raise UnreadableError(path, f"is not the table that {self.record_file.name} lists", tables.WAY_OUT)
         with comparison.intact(path, listed, way_out=tables.WAY_OUT):
-            return tables.read(self.folder, name)
+            columns = tables.read(self.folder, name)
+        if name == "head_metrics" and (facts := summary(columns["ap_overall"])) != {key: record[key] for key in facts}:
+            problem = f"contradicts {path.name} (number of heads, or mean plasticity)"
+            raise UnreadableError(self.record_file, problem, WAY_OUT)
+        return columns
 
     def begin(self, fingerprint: str) -> None:
         """Keeps the results of earlier starts with this fingerprint. Discards those of another one, with a warning."""
@@ -222,6 +241,18 @@ def _is_of_job(name: str) -> bool:
     return name == _JOB or (name.endswith(".json") and parse_head_name(name.removesuffix(".json")) is not None)
 
 
+def summary(values: npt.NDArray[np.float64]) -> dict[str, Any]:
+    """Returns what the record says of the plasticity of the heads (heads,), NaN for a head without one."""
+    finite = np.isfinite(values)
+    mean = float(np.nanmean(values)) if finite.any() else None
+    return {"heads": len(values), "heads_with_plasticity": int(finite.sum()), "mean_ap_overall": mean}
+
+
+def _without_place(facts: Any) -> Any:
+    """Leaves out where a dataset was read: it may have moved since."""
+    return {key: facts[key] for key in facts if key not in ("name", "commit")} if isinstance(facts, dict) else facts
+
+
 def _is_own_work(work: OpenFolder) -> bool:
     """Whether the file of a job in an open folder of work is of this package."""
     return work.type_of(_JOB) == "file" and _IS_JOB(work, _JOB)
@@ -242,11 +273,11 @@ def _text(path: Path) -> str | None:
 
 def fingerprint(dataset: Dataset, config: PlasticityConfig) -> str:
     """A digest of everything that decides the numbers: settings, dataset, and the measures."""
-    words = {
-        "format": FORMAT,
-        "manifest": manifest_sha256(dataset),
-        "settings": config.measures(),
-    }
+    return _fingerprint(manifest_sha256(dataset), config.measures())
+
+
+def _fingerprint(manifest: str, settings: Mapping[str, Any]) -> str:
+    words = {"format": FORMAT, "manifest": manifest, "settings": settings}
     return hashlib.sha256(json.dumps(words, sort_keys=True).encode()).hexdigest()
 
 

@@ -27,7 +27,7 @@ from qk_sniffer.machine import num_threads
 from qk_sniffer.plasticity.config import INSTALL, PlasticityConfig
 from qk_sniffer.plasticity.figures import check_places, draw_all
 from qk_sniffer.plasticity.measure import KeyHead, Keys, Measuring
-from qk_sniffer.plasticity.results import Results, fingerprint, manifest_sha256
+from qk_sniffer.plasticity.results import Results, fingerprint, manifest_sha256, summary
 from qk_sniffer.plasticity.tables import HeadResult
 from qk_sniffer.store.layout import PICTURE_SUFFIXES, Head, HeadKey, head_name
 from qk_sniffer.store.locks import TakenAwayError
@@ -53,7 +53,8 @@ def run(config: PlasticityConfig) -> int:
     with results.claim():
         if config.pictures:
             check_places(results)
-        if results.is_finished(job):
+        facts = _facts(dataset, without_keys)
+        if results.is_finished(job, facts):
             log.info("Nothing to do: %s has these results.", results.folder)
         else:
             results.begin(job)
@@ -63,7 +64,7 @@ def run(config: PlasticityConfig) -> int:
             if not found:
                 reasons = dict.fromkeys(damaged.values())
                 raise StoreError(f"no head of {dataset} could be measured:", *reasons)
-            record = _record(dataset, config, job, found, without_keys, damaged)
+            record = _record(facts, dataset.manifest, config, job, found, damaged)
             results.finish(found, record)
         pictures = draw(results) if config.pictures else []
         record = results.record()  # another start may replace the results when the lock is released
@@ -166,25 +167,11 @@ def _files(each: KeyHead) -> list[HeadKey]:
     return [HeadKey(each.layer, each.head, "k"), *(HeadKey(each.layer, head, "q") for head in each.query_heads)]
 
 
-def _record(
-    dataset: Dataset,
-    config: PlasticityConfig,
-    job: str,
-    found: Sequence[HeadResult],
-    without_keys: Sequence[str],
-    damaged: dict[str, str],
-) -> dict[str, Any]:
-    """The content of `plasticity.json`."""
+def _facts(dataset: Dataset, without_keys: Sequence[str]) -> dict[str, Any]:
+    """What `plasticity.json` says of the dataset, and of its heads without keys."""
     manifest = dataset.manifest
     model = manifest["config"]["model"]
-    of_heads: dict[str, list[str]] = defaultdict(list)
-    for result in found:
-        for note in result.notes:
-            of_heads[note].append(head_name(result.layer, result.q_head, "q"))
-    values = np.array([result.metrics["ap_overall"] for result in found])
     return {
-        "fingerprint": job,
-        "settings": asdict(config),
         "dataset": {
             "name": str(dataset),
             "commit": dataset.commit,
@@ -195,12 +182,31 @@ def _record(
             "sampler": manifest["config"]["sampler"],
             "rope_stage": manifest["model"]["rope_stage"],
         },
-        "versions": {name: version(name) for name in ("numpy", "scipy", "pyarrow")},
-        "heads": len(found),
-        "heads_with_plasticity": int(np.isfinite(values).sum()),
-        "mean_ap_overall": float(np.nanmean(values)) if np.isfinite(values).any() else None,
-        "notes": {**_notes(manifest), **of_heads},
         "without_keys": list(without_keys),
+    }
+
+
+def _record(
+    facts: Mapping[str, Any],
+    manifest: dict[str, Any],
+    config: PlasticityConfig,
+    job: str,
+    found: Sequence[HeadResult],
+    damaged: dict[str, str],
+) -> dict[str, Any]:
+    """The content of `plasticity.json`."""
+    of_heads: dict[str, list[str]] = defaultdict(list)
+    for result in found:
+        for note in result.notes:
+            of_heads[note].append(head_name(result.layer, result.q_head, "q"))
+    values = np.array([result.metrics["ap_overall"] for result in found])
+    return {
+        **facts,
+        "fingerprint": job,
+        "settings": asdict(config),
+        "versions": {name: version(name) for name in ("numpy", "scipy", "pyarrow")},
+        **summary(values),
+        "notes": {**_notes(manifest), **of_heads},
         "damaged": damaged,
     }
 

@@ -14,7 +14,7 @@ from support.plasticity_cases import bytes_of, full_covariance, measure, record
 from qk_sniffer.errors import StoreError
 from qk_sniffer.plasticity import compare
 from qk_sniffer.plasticity.forms import METRICS
-from qk_sniffer.plasticity.results import Results
+from qk_sniffer.plasticity.results import Results, summary
 from qk_sniffer.plasticity.tables import TABLES, HeadResult
 from qk_sniffer.store.disk import sha256_of
 from qk_sniffer.store.locks import TakenAwayError
@@ -59,7 +59,7 @@ def test_an_odd_record_is_refused_and_replaced(
     (results / "plasticity.json").write_text(json.dumps(facts))
     with pytest.raises(StoreError, match=rf"plasticity\.json .*{problem}.*; delete it and rerun"):
         compare.read(Results(results))
-    assert not Results(results).is_finished("0" * 64)
+    assert not Results(results).is_finished("0" * 64, {})
     assert measure(verify_base, results) == 0
     assert bytes_of(results) == whole and compare.read(Results(results))
 
@@ -84,15 +84,50 @@ def test_a_table_of_other_numbers_is_refused(column: str, value: int, problem: s
         compare.read(Results(results))
 
 
+def shorten(path: Path, facts: dict[str, Any]) -> dict[str, Any]:
+    """Removes a head from a table, and returns the record of the shorter one."""
+    table = pq.read_table(path).slice(1)
+    pq.write_table(table, path)
+    listed = facts["tables"] | {path.name: sha256_of(path)}
+    return facts | {"tables": listed} | summary(table["ap_overall"].to_numpy())
+
+
 def test_a_table_that_the_record_does_not_list_is_refused(results: Path) -> None:
     path = results / "head_metrics.parquet"
-    pq.write_table(pq.read_table(path).slice(1), path)
+    facts = shorten(path, record(results))
     with pytest.raises(StoreError, match=r"head_metrics\.parquet is not the table that plasticity\.json lists"):
         compare.read(Results(results))
-    facts = record(results)
-    facts["tables"][path.name] = sha256_of(path)
     (results / "plasticity.json").write_text(json.dumps(facts))
     assert compare.read(Results(results)).texts
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda facts: facts["settings"].update(seed=7), "its fingerprint is of other settings or of another dataset"),
+        (lambda facts: facts["dataset"].update(manifest_sha256="0" * 64), "its fingerprint is of other settings"),
+        (lambda facts: facts.update(fingerprint="0" * 64), "its fingerprint is of other settings"),
+        (lambda facts: facts.update(mean_ap_overall=0.123), r"contradicts head_metrics\.parquet"),
+        (lambda facts: facts.update(heads=facts["heads"] + 1), r"contradicts head_metrics\.parquet"),
+        (lambda facts: facts["dataset"]["model"].update(slug="famous"), None),
+        (lambda facts: facts["dataset"].update(texts="other"), None),
+        (lambda facts: facts["dataset"]["sampler"].update(min_bucket_size=64), None),
+        (lambda facts: facts["dataset"].update(rope_stage="pre"), None),
+        (lambda facts: facts.update(without_keys=["l00h00q"]), None),
+    ],
+)
+def test_a_record_that_someone_else_has_changed_is_not_believed(
+    change: Callable[[dict[str, Any]], object], problem: str | None, results: Path, verify_base: Path
+) -> None:
+    """Without the dataset, what contradicts itself is refused; with it, what contradicts the dataset is measured."""
+    facts, whole = record(results), bytes_of(results)
+    change(facts)
+    (results / "plasticity.json").write_text(json.dumps(facts))
+    if problem is not None:
+        with pytest.raises(StoreError, match=rf"plasticity\.json contradicts .*{problem}|{problem}"):
+            compare.read(Results(results))
+    assert measure(verify_base, results) == 0
+    assert bytes_of(results) == whole
 
 
 def test_tables_of_another_measurement_are_not_shown_as_those_of_the_record(
@@ -103,10 +138,7 @@ def test_tables_of_another_measurement_are_not_shown_as_those_of_the_record(
 
     def replaced(self: Results) -> dict[str, Any]:
         found = real(self)
-        path = results / "head_metrics.parquet"
-        pq.write_table(pq.read_table(path).slice(1), path)
-        tables = found["tables"] | {path.name: sha256_of(path)}
-        (results / "plasticity.json").write_text(json.dumps(found | {"tables": tables}))
+        (results / "plasticity.json").write_text(json.dumps(shorten(results / "head_metrics.parquet", found)))
         monkeypatch.setattr(Results, "record", real)
         return found
 

@@ -193,8 +193,7 @@ class Captured:
     @property
     def _reader(self) -> MemoryReader | Dataset:
         if self._stream is None:
-            self._store.changes.check()
-            return self._in_memory
+            return self._in_memory.now()
         if self._stack is not None or not self._was_entered:
             raise CaptureError(f"the rows are being written to {self._stream.folder}: read them after the with block")
         return self._stream.dataset()
@@ -227,8 +226,7 @@ class Captured:
         """
         if self._stream is not None:
             raise CaptureError(f"the rows are in {self._stream.folder}, in float32: read them with vectors()")
-        self._store.changes.check()
-        return self._in_memory.tensor(layer, kind)
+        return self._in_memory.now().tensor(layer, kind)
 
     def vectors(self, layer: int, head: int, kind: str, **rows: Unpack[RowValues]) -> HeadVectors:
         """Returns the rows of a head, or those with the values in `rows`, by example and then by position.
@@ -329,16 +327,8 @@ class Captured:
         """
         if self._stream is not None:
             raise CaptureError(f"the rows are in {self._stream.folder} already")
-        self._store.changes.check()
-        parts = None if self._statistics is None else self._statistics.parts()
-        save(
-            self._facts,
-            self._store,
-            self._in_memory.records,
-            Path(folder).expanduser(),
-            statistics=parts,
-            overwrite=overwrite,
-        )
+        finished, records, parts = self._in_memory.whole()
+        save(self._facts, finished, records, Path(folder).expanduser(), statistics=parts, overwrite=overwrite)
 
     def __repr__(self) -> str:
         made = self._facts.config.capture

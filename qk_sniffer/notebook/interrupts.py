@@ -41,9 +41,10 @@ def deferred_interrupts() -> Iterator[None]:
 
 
 class Changes:
-    """The changes of what a capture holds."""
+    """The changes of what a capture holds. Other threads may read it between them."""
 
     def __init__(self) -> None:
+        self._lock = threading.RLock()
         self._is_torn = False
         self._cause: BaseException | None = None
 
@@ -60,6 +61,17 @@ class Changes:
             ) from self._cause
 
     @contextmanager
+    def between(self) -> Iterator[None]:
+        """Reads what the capture holds, between two changes. This block must be short: a change waits for its end.
+
+        Raises:
+            CaptureError: a change was not made whole.
+        """
+        with self._lock:
+            self.check()
+            yield
+
+    @contextmanager
     def change(self, *regular: type[Exception]) -> Iterator[None]:
         """Makes the change of this block, whole. SIGINT is deferred to its end.
 
@@ -69,7 +81,7 @@ class Changes:
             CaptureError: an earlier change was not made whole.
         """
         self.check()
-        with deferred_interrupts():
+        with deferred_interrupts(), self._lock:
             self._is_torn = True
             try:
                 yield

@@ -70,11 +70,42 @@ class _Parts:
         return _Parts((*self.joined, _joined(recent))) if len(recent) == BUNDLE else _Parts(self.joined, recent)
 
 
+class FinishedRows:
+    """The rows of the passes that have ended by a moment. No later pass changes them."""
+
+    def __init__(self, parts: dict[tuple[int, str], _Parts]) -> None:
+        """`parts` are those of each (layer, kind)."""
+        self._parts = parts
+
+    def with_passes(self, slots: Sequence[Slot]) -> "FinishedRows":
+        """Returns these rows and those of filled slots."""
+        parts = {**self._parts}
+        for slot in slots:
+            slot.wait()
+            key = slot.layer, slot.kind
+            parts[key] = parts.get(key, _Parts()).with_recent(_rows_of(slot))
+        return FinishedRows(parts)
+
+    def rows(self, layer: int, kind: str) -> StoredRows | None:
+        """Returns the rows of all captured heads of a (layer, kind); None if no pass has given any.
+
+        The rows are joined and sorted in the first call, and kept so.
+        """
+        found = self._parts.get((layer, kind), _Parts())
+        parts = [*found.joined, *found.recent]
+        if not parts:
+            return None
+        joined = parts[0] if len(parts) == 1 else _joined(parts)
+        self._parts[layer, kind] = _Parts((joined,))
+        return joined
+
+
 class MemoryStore:
     """A `PassSink` in the memory of the host. The rows of finished passes can be read at any time.
 
     Attributes:
         changes: see `PassSink`.
+        finished: the rows of the passes that have ended until now.
         records: the complete examples by number.
         num_rows: the rows of vectors of finished passes, over all heads and kinds.
         nbytes: the bytes that these take, and those of attention summaries.
@@ -89,7 +120,7 @@ class MemoryStore:
         self.nbytes = 0
         self._forms: dict[tuple[int, str], Form] = {}
         self._of_pass: list[Slot] = []
-        self._parts: dict[tuple[int, str], _Parts] = {}
+        self.finished = FinishedRows({})
 
     @contextmanager
     def reserve(self, rows: Rows) -> Iterator[Slot]:
@@ -107,17 +138,15 @@ class MemoryStore:
 
     def end_pass(self) -> None:
         """See `PassSink.end_pass`."""
-        # All that can fail comes before the first change, and a reader in another thread sees the pass whole.
-        parts, forms, num_rows, nbytes = {**self._parts}, {**self._forms}, self.num_rows, self.nbytes
+        # All that can fail comes before the first change.
+        finished = self.finished.with_passes(self._of_pass)
+        forms, num_rows, nbytes = {**self._forms}, self.num_rows, self.nbytes
         for slot in self._of_pass:
-            slot.wait()
-            rows, key = _rows_of(slot), (slot.layer, slot.kind)
-            parts[key] = parts.get(key, _Parts()).with_recent(rows)
-            forms[key] = slot.form
+            forms[slot.layer, slot.kind] = slot.form
             if slot.kind != ATTENTION:
-                num_rows += rows.vectors.shape[0] * rows.vectors.shape[1]
+                num_rows += slot.vectors.shape[0] * slot.vectors.shape[1]
             nbytes += slot.nbytes
-        self._parts, self._forms, self.num_rows, self.nbytes = parts, forms, num_rows, nbytes
+        self.finished, self._forms, self.num_rows, self.nbytes = finished, forms, num_rows, nbytes
         self._of_pass.clear()
 
     def drop_pass(self, examples: Collection[int]) -> None:
@@ -130,20 +159,6 @@ class MemoryStore:
     def complete(self, records: Sequence[ExampleRecord]) -> None:
         """See `PassSink.complete`."""
         self.records |= {record.index: record for record in records}
-
-    def rows(self, layer: int, kind: str) -> StoredRows | None:
-        """Returns the rows of all captured heads of a (layer, kind); None if no pass has given any.
-
-        The rows are joined and sorted in the first call after a pass, and kept so.
-        """
-        by_key = self._parts
-        found = by_key.get((layer, kind), _Parts())
-        parts = [*found.joined, *found.recent]
-        if not parts:
-            return None
-        joined = parts[0] if len(parts) == 1 else _joined(parts)
-        by_key[layer, kind] = _Parts((joined,))  # of no use if a pass has ended meanwhile, in another thread
-        return joined
 
 
 def _rows_of(slot: Slot) -> StoredRows:

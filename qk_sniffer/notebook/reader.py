@@ -1,6 +1,7 @@
 """Reads the rows of a capture from memory, by the methods of a dataset."""
 
 from collections.abc import Sequence
+from copy import copy
 from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
@@ -15,14 +16,14 @@ from qk_sniffer.dataset.head_vectors import HeadVectors
 from qk_sniffer.dataset.recomputed_attention import Attention, Logits, attention_of, logits_of, unknown_logits
 from qk_sniffer.errors import CaptureError, StoreError
 from qk_sniffer.notebook.facts import CaptureFacts
-from qk_sniffer.notebook.memory import MemoryStore, StoredRows
+from qk_sniffer.notebook.memory import FinishedRows, MemoryStore, StoredRows
 from qk_sniffer.notebook.statistics import PassStatistics
 from qk_sniffer.notebook.tokens import Example
 from qk_sniffer.store.attention_table import AttentionTable
 from qk_sniffer.store.journal import ExampleRecord
 from qk_sniffer.store.layout import ATTENTION, WIDTHS, HeadKey, examples_schema, schema
 from qk_sniffer.store.row_filter import RowFilter, RowValues
-from qk_sniffer.store.statistics import PartKey, Statistics, paired, stages_of
+from qk_sniffer.store.statistics import Part, PartKey, Statistics, paired, stages_of
 from qk_sniffer.text import compact_ranges, counted, shortened
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class MemoryReader:
-    """The captured heads and their rows. A read shows the passes that have ended until then."""
+    """The captured heads and their rows. A read shows the passes that have ended until it begins, each whole."""
 
     def __init__(
         self,
@@ -42,7 +43,8 @@ class MemoryReader:
     ) -> None:
         self._facts = facts
         self._store = store
-        self._examples = examples
+        self._all_examples = examples
+        self._finished, self._num_examples = store.finished, 0
         self._statistics = statistics
         self._sampler = Sampler(facts.config.sampler)
         self._attention = AttentionTable.of(facts.config)
@@ -50,18 +52,39 @@ class MemoryReader:
         self._layers = {layer.heads.layer: layer for layer in facts.layers}
         self.heads = [HeadKey(layer, head, kind) for (layer, kind), heads in self._heads.items() for head in heads]
 
+    def now(self) -> "MemoryReader":
+        """Returns a reader of the passes that have ended until now. Passes may end while it reads.
+
+        Raises:
+            CaptureError: the capture was interrupted in a change.
+        """
+        reader = copy(self)
+        with self._store.changes.between():
+            reader._finished, reader._num_examples = self._store.finished, len(self._all_examples)
+        return reader
+
+    def whole(self) -> tuple[FinishedRows, list[ExampleRecord], dict[PartKey, Part] | None]:
+        """Returns the rows, the records of all examples that have a token, and any statistics, of one moment.
+
+        Examples that a later pass can continue are among them.
+
+        Raises:
+            CaptureError: the capture was interrupted in a change.
+        """
+        with self._store.changes.between():
+            parts = None if self._statistics is None else self._statistics.parts()
+            finished, examples = self._store.finished, [example.copy() for example in self._all_examples]
+        return finished, [example.record() for example in examples if example.stop], parts
+
     @property
     def examples(self) -> pa.Table:
         """See `Captured.examples`."""
         described = examples_schema(from_python=True)
-        records = [example.record() for example in self._examples]
+        with self._store.changes.between():
+            examples = [example.copy() for example in self._all_examples]
+        records = [example.record() for example in examples]
         columns = {name: [getattr(record, name) for record in records] for name in described.names}
         return pa.Table.from_pydict(columns, schema=described)
-
-    @property
-    def records(self) -> list[ExampleRecord]:
-        """The records of all examples that have a token, those included that a later pass can continue."""
-        return [example.record() for example in self._examples if example.stop]
 
     def key_head(self, layer: int, head: int) -> int:
         """See `Captured.key_head`."""
@@ -147,10 +170,10 @@ class MemoryReader:
         key_head, described = self.key_head(layer, head), self._layers[layer].to_dict()
         if (reason := unknown_logits(described, pre_rope=self._facts.config.capture.capture_pre_rope)) is not None:
             raise CaptureError(f"the logits of layer {layer} cannot be computed: {reason}")
-        if not 0 <= example_id < len(self._examples):
-            seen = counted(len(self._examples), "example")
+        if not 0 <= example_id < self._num_examples:
+            seen = counted(self._num_examples, "example")
             raise CaptureError(f"there is no example {example_id}: {seen} captured so far, from 0 on (`.examples`)")
-        if (first := self._examples[example_id].first) > 0:
+        if (first := self._all_examples[example_id].first) > 0:
             raise CaptureError(
                 f"the logits of example {example_id} cannot be computed: the capture began at its position {first}"
             )
@@ -199,7 +222,7 @@ class MemoryReader:
 
     def _rows(self, layer: int, kind: str, width: int | None = None, of: str | None = None) -> StoredRows:
         """Returns the rows of a layer and kind; none if no pass has ended. `width` and `of` are those of summaries."""
-        if (found := self._store.rows(layer, kind)) is not None:
+        if (found := self._finished.rows(layer, kind)) is not None:
             return found
         size = width or self._layers[layer].to_dict()[WIDTHS[kind]]
         dtype = self._facts.backbone.dtype if width is None else torch.float32

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from qk_sniffer.errors import CaptureError
 from qk_sniffer.jobs.from_python import discard_capture, finish_capture, record_of, registered, settings_of
 from qk_sniffer.notebook.facts import CaptureFacts
-from qk_sniffer.notebook.memory import MemoryStore, StoredRows
+from qk_sniffer.notebook.memory import FinishedRows, StoredRows
 from qk_sniffer.resolved import ResolvedConfig, public_name
 from qk_sniffer.store.claim import Claim
 from qk_sniffer.store.disk import ensure_space, required_bytes
@@ -26,7 +26,7 @@ EXAMPLES_AT_A_TIME = 1000
 
 def save(
     facts: CaptureFacts,
-    store: MemoryStore,
+    finished: FinishedRows,
     records: Sequence[ExampleRecord],
     folder: Path,
     *,
@@ -37,10 +37,10 @@ def save(
 
     Args:
         facts: of the capture.
-        store: the rows. Those of other examples stay out.
-        records: the examples, by number.
+        finished: the rows. Those of other examples stay out.
+        records: the examples, by number, of the same moment.
         folder: a new or empty folder. Its parents are created.
-        statistics: those of all tokens of the examples; None without statistics.
+        statistics: those of all tokens of the examples, of the same moment; None without statistics.
         overwrite: whether it replaces a dataset or the work of a job in the folder. Other files are never replaced.
 
     Raises:
@@ -53,7 +53,7 @@ def save(
     way_out = "Choose another folder, or replace what it holds with overwrite=True"
     with registered(folder, record, overwrite=overwrite, way_out=way_out) as claim:
         try:
-            _write(facts, store, records, statistics, claim, config)
+            _write(facts, finished, records, statistics, claim, config)
             finish_capture(claim, config)
         except BaseException:
             discard_capture(claim)  # the rows are still in memory
@@ -74,7 +74,7 @@ def described(facts: CaptureFacts) -> tuple[ResolvedConfig, dict[str, Any]]:
 
 def _write(
     facts: CaptureFacts,
-    store: MemoryStore,
+    finished: FinishedRows,
     records: Sequence[ExampleRecord],
     statistics: Mapping[PartKey, Part] | None,
     claim: Claim,
@@ -82,7 +82,7 @@ def _write(
 ) -> None:
     """Writes the rows to the journal of a claimed folder."""
     numbers = np.array([record.index for record in records])
-    blocks = {key: rows for key in _keys(facts) if (rows := store.rows(*key)) is not None}
+    blocks = {key: rows for key in _keys(facts) if (rows := finished.rows(*key)) is not None}
     ensure_space(claim.layout.root, sum(map(_required, blocks.values())), way_out="Choose a folder on another disk")
     journal = Journal(claim.layout.journal(0, 1), claim.job_id, access=claim)
     with JournalWriter(

@@ -10,7 +10,7 @@ padding.
 
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -43,6 +43,10 @@ class Example:
     """The ids of its tokens from `first` on, by pass; None if a pass received embeddings instead."""
     has_stopped: bool = False
     """Whether generation has stopped its row. It feeds the row with padding while others go on."""
+
+    def copy(self) -> "Example":
+        """Returns the example as it is now."""
+        return replace(self, ids=None if self.ids is None else [*self.ids])
 
     def record(self) -> ExampleRecord:
         """Returns its record. The hash is that of its token ids; it is empty if they are not all known."""

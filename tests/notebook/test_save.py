@@ -54,7 +54,7 @@ def saved(passes: Passes, folder: Path, **options: Any) -> Path:
     assert isinstance(store, MemoryStore)
     records = [store.records[number] for number in sorted(store.records)]
     statistics = passes.statistics() if passes.facts.config.capture.statistics.enabled else None
-    save(passes.facts, store, records, folder, statistics=statistics, **options)
+    save(passes.facts, store.finished, records, folder, statistics=statistics, **options)
     return folder
 
 

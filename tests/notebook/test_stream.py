@@ -75,7 +75,7 @@ def test_it_is_what_a_capture_in_memory_is_saved_as(checkpoint: Path, tmp_path: 
     store = MemoryStore(piece_bytes=1 << 20)
     passes = Passes(facts, store)
     passes.whole(SOME)
-    save(facts, store, [*store.records.values()], tmp_path / "saved", statistics=passes.statistics())
+    save(facts, store.finished, [*store.records.values()], tmp_path / "saved", statistics=passes.statistics())
     whole = streamed(facts, tmp_path / "whole", lambda passes: passes.whole(SOME))
     assert hashes(whole) == hashes(tmp_path / "saved")
     parts = streamed(facts, tmp_path / "parts", in_parts)

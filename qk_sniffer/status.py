@@ -29,7 +29,8 @@ class Settings:
     """The settings of the program."""
 
     folder: Path = field(
-        default=Path("outputs"), metadata={"help": "folder with datasets and jobs", "positional": True}
+        default=Path("outputs"),
+        metadata={"help": "folder with datasets and jobs; data_root=... is the same", "also": "data_root"},
     )
     watch: bool = field(default=False, metadata={"help": f"refresh every {EVERY_S:.0f} s, until Ctrl-C"})
     format: str = field(
@@ -60,16 +61,17 @@ def show(settings: Settings) -> int:
             lines = with_reasons(look(settings.folder, unreadable.append), reasons)
             if settings.format == "json":
                 text = json.dumps([line.to_dict() for line in lines], indent=None if settings.watch else 2)
-                say_text(text.replace("\x7f", "\\u007f"))  # the only control character that JSON leaves as it is
+                text = text.replace("\x7f", "\\u007f")  # the only control character that JSON leaves as it is
+                is_read = say_text(text)
             else:
                 if settings.watch:
                     sys.stdout.write("\x1b[H\x1b[J")
                     say(f"{time.strftime('%H:%M:%S')}, every {EVERY_S:.0f} s, Ctrl-C ends")
-                say_text(table(lines) if lines else f"no datasets or jobs below {printable(settings.folder)}")
+                is_read = say_text(table(lines) if lines else f"no datasets or jobs below {printable(settings.folder)}")
             sys.stdout.flush()
             for error in unreadable:
                 say(f"left out: {error}", to=sys.stderr)
-            if not settings.watch:
+            if not (settings.watch and is_read):
                 return 0
             time.sleep(EVERY_S)
     except KeyboardInterrupt:

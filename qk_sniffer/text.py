@@ -141,20 +141,34 @@ def python_literal(text: str) -> str:
     return printable(json.dumps(text, ensure_ascii=False))
 
 
-def say(*lines: object, to: TextIO | None = None) -> None:
+def say(*lines: object, to: TextIO | None = None) -> bool:
     """Prints lines on stdout, or on another stream. A line break in one of them is escaped.
 
     Characters that the stream's encoding lacks are escaped too.
+
+    Returns:
+        False if the reader of the stream has gone, as `head` does. The lines are lost then, and no error is raised:
+        what a program writes to files does not depend on who reads its words.
     """
     stream = to or sys.stdout
     text = "\n".join(map(printable, lines))
     encoding = stream.encoding or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream)
+    try:
+        print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream)
+    except BrokenPipeError:
+        silence(stream)
+        return False
+    return True
 
 
-def say_text(text: object, to: TextIO | None = None) -> None:
-    """Prints a text of several lines, such as a table, on stdout, or on another stream."""
-    say(*str(text).split("\n"), to=to)
+def say_text(text: object, to: TextIO | None = None) -> bool:
+    """Prints a text of several lines, such as a table, on stdout, or on another stream; returns what `say` does."""
+    return say(*str(text).split("\n"), to=to)
+
+
+def silence(stream: TextIO) -> None:
+    """Discards what a stream without a reader still holds and gets, which Python would report at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def compact_ranges(numbers: Iterable[int]) -> str:

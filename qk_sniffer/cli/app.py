@@ -16,7 +16,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from qk_sniffer import validation
-from qk_sniffer.cli import renamed_keys
+from qk_sniffer.cli import process, renamed_keys
 from qk_sniffer.cli.application import Application
 from qk_sniffer.cli.collisions import collisions
 from qk_sniffer.cli.environment import read_environment
@@ -25,6 +25,7 @@ from qk_sniffer.cli.hydra_jobs import run_jobs
 from qk_sniffer.cli.launching import Launch, search_last_folder
 from qk_sniffer.cli.overrides import key_of
 from qk_sniffer.cli.preflight import Composer
+from qk_sniffer.cli.programs import listed, meant
 from qk_sniffer.cli.schema import Schema
 from qk_sniffer.config import Config, from_omegaconf, register
 from qk_sniffer.errors import ConfigError, QkSnifferError, StoreError
@@ -34,31 +35,30 @@ from qk_sniffer.jobs.signals import WARNING, Stopped, Stopping
 from qk_sniffer.logs import escape_libraries, logger
 from qk_sniffer.resolved import ResolvedConfig, fill_slugs, resolve
 from qk_sniffer.store.places import refuse_inside
-from qk_sniffer.text import hide_in_addresses, say, say_text
+from qk_sniffer.text import did_you_mean, hide_in_addresses, say, say_text
 
 log = logger(__name__)
 
 # A launcher's worker imports this module to find `task`, and then composes the job's config.
 register()
+OmegaConf.register_new_resolver("qk_sniffer.programs", listed, replace=True)
 
 
 def main() -> int:
     """Runs `python -m qk_sniffer` and `sniff-qk`; returns the exit code."""
-    escape_libraries()
-    hide_in_addresses(" ".join(sys.argv[1:]))
-    try:
-        args = parse_flags(sys.argv[1:])
-        if only_prints(args):
-            return show(APPLICATION, task)
-        check_address()
-        with initialized(args) as loader:
-            composer = Composer(loader, APPLICATION, args)
-            return _run(composer.planned(), composer)
-    except QkSnifferError as error:
-        say_text(error, to=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
-    except KeyboardInterrupt as error:
-        return _interrupted(error)
+    return process.run(_main)
+
+
+def _main(arguments: list[str]) -> int:
+    if arguments and (programs := meant(arguments[0])):
+        raise ConfigError([f"{arguments[0]} is not a program{did_you_mean(programs)}"])
+    args = parse_flags(arguments)
+    if only_prints(args):
+        return show(APPLICATION, task)
+    check_address()
+    with initialized(args) as loader:
+        composer = Composer(loader, APPLICATION, args)
+        return _run(composer.planned(), composer)
 
 
 def task(node: DictConfig) -> str:
@@ -98,7 +98,7 @@ def _run_job(config: ResolvedConfig, status: job_status.Status, record: Callable
             status.succeed(outcome.rows, outcome.url)
     except QkSnifferError as error:
         log.error("%s", error)
-        status.fail(str(error), code=2 if isinstance(error, ConfigError) else 1)
+        status.fail(str(error), code=error.exit_code)
     except Stopped as stopped:
         _stopped(stopped, status, record)
     except Exception as error:
@@ -139,7 +139,7 @@ def _run(jobs: Sequence[sweep.PlannedJob], composer: Composer[ResolvedConfig]) -
                     say_text(launch.error, to=sys.stderr)
             launch.wait()
     except KeyboardInterrupt as error:
-        code = _interrupted(error)
+        code = process.say_interrupted(error)
         launch.wait_for_exit()
     found = {} if launch.folder is None else sweep.statuses(launch.folder)
     if len(jobs) > 1:
@@ -165,12 +165,6 @@ def _launch(composer: Composer[ResolvedConfig]) -> None:
     run_and_report(call)  # Hydra's own report of any other error
     if problem is not None:
         raise problem
-
-
-def _interrupted(error: KeyboardInterrupt) -> int:
-    """Prints that the command was interrupted; returns the exit code."""
-    say(str(error) or "interrupted", to=sys.stderr)
-    return error.exit_code if isinstance(error, Stopped) else 130
 
 
 def _problems(config: Config, hydra_folder: Path | None) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """Reads the flags of a program that Hydra composes, and answers those that only print."""
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -21,13 +22,17 @@ from omegaconf import DictConfig
 from qk_sniffer.cli import renamed_keys
 from qk_sniffer.cli.application import CONFIG_MODULE, VERSION_BASE, Application
 from qk_sniffer.cli.explain import explain
-from qk_sniffer.cli.schema import unknown_flag
+from qk_sniffer.cli.schema import unknown_flag, without_key
 from qk_sniffer.errors import ConfigError
 from qk_sniffer.text import say
 
 
-def parse_flags(arguments: list[str]) -> argparse.Namespace:
+def parse_flags(arguments: list[str], first_key: str | None = None) -> argparse.Namespace:
     """Parses a command line as Hydra does.
+
+    Args:
+        arguments: of this process.
+        first_key: the key of the first setting, if its value may be given without a key.
 
     Raises:
         ConfigError: a flag is unknown, runs a pickle, or follows the settings.
@@ -42,7 +47,17 @@ def parse_flags(arguments: list[str]) -> argparse.Namespace:
         raise ConfigError([_RERUN])
     if rest:
         raise ConfigError([f"{' '.join(rest)}: flags come first, then all settings together"])
+    if first_key is not None and (place := without_key(args.overrides, first_key)) is not None:
+        value = args.overrides[place]
+        args.overrides[place] = sys.argv[sys.argv.index(value)] = f"{first_key}={quoted(value)}"  # Hydra reads both
     return args
+
+
+def quoted(text: str) -> str:
+    """Returns a text as a value that Hydra reads literally."""
+    literal = text.replace("${", "\\${")
+    # Backslashes before a quote stand for themselves only if they are doubled.
+    return "'" + re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + found[2].replace("'", "\\'"), literal) + "'"
 
 
 _RERUN = (
@@ -64,6 +79,8 @@ def show(application: Application[Any], task: Callable[[Any], Any]) -> int:
     try:
         with _composes_prepared(application.prepare):
             application.run_hydra(task)
+    except BrokenPipeError:
+        raise
     except Exception as error:  # for these flags Hydra does not handle errors
         say(explain(error, application.schema), to=sys.stderr)
         return 2

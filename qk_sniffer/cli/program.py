@@ -1,20 +1,19 @@
 """Runs a small program (`python -m qk_sniffer.verify`) from its command line, whose settings are key=value.
 
-The settings are a dataclass, as `schema.py` describes. One argument without a key gives the field with `positional` in
-its metadata; it comes first. Values are literal: no lists, no interpolation.
+The settings are a dataclass, as `schema.py` describes. Its first field is what the program works on, mostly
+`data_root`: an argument without a key gives it. `also` in the metadata of a field is a second name of its key. Values
+are literal: no lists, no interpolation.
 """
 
-import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from qk_sniffer.cli.schema import Schema, not_a_setting, repeated, unknown_flag
-from qk_sniffer.errors import ConfigError, QkSnifferError
+from qk_sniffer.cli import process
+from qk_sniffer.cli.schema import Schema, not_a_setting, one_only, repeated, unknown_flag, without_key
+from qk_sniffer.errors import ConfigError
 from qk_sniffer.hub.endpoint import check_address
-from qk_sniffer.logs import escape_libraries
-from qk_sniffer.text import hide_in_addresses, say, say_text
+from qk_sniffer.text import say_text
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -38,26 +37,16 @@ def run(name: str, about: str, kind: type[Settings], program: Callable[[Settings
     Returns:
         the exit code: that of `program`; 1 for a `QkSnifferError`, 2 for wrong settings, 130 when interrupted.
     """
-    escape_libraries()
-    arguments = sys.argv[1:]
-    hide_in_addresses(" ".join(arguments))
-    try:
-        if {"-h", "--help"} & set(arguments):
+
+    def body(arguments: list[str]) -> int:
+        if {"-h", "--help"} & {*arguments}:
             say_text(_help(name, about, kind))
-            sys.stdout.flush()
             return 0
         settings = parse(arguments, kind)
         check_address()
         return program(settings)
-    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except QkSnifferError as error:
-        say_text(error, to=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
-    except KeyboardInterrupt:
-        say("interrupted", to=sys.stderr)
-        return 130
+
+    return process.run(body)
 
 
 def parse(arguments: Sequence[str], kind: type[Settings]) -> Settings:
@@ -67,19 +56,18 @@ def parse(arguments: Sequence[str], kind: type[Settings]) -> Settings:
         ConfigError: with all problems.
     """
     schema = Schema(kind)
-    keys = list(schema.types)
-    positional = _positional(kind)
+    keys, others = [*schema.types], _other_names(kind)
     problems = []
     values: dict[str, Any] = {}
     given: list[str] = []
+    first = without_key(arguments, keys[0])
     for place, argument in enumerate(arguments):
-        key, equals, text = argument.partition("=")
-        if place == 0 and positional and key not in keys and not argument.startswith("-"):
-            key, equals, text = positional[0], "=", argument
+        key, equals, text = (keys[0], "=", argument) if place == first else argument.partition("=")
+        key = others.get(key, key)
         if argument.startswith("-"):
             problems.append(unknown_flag(argument))
         elif not equals:
-            problems.append(not_a_setting(argument, keys[0]))
+            problems.append(one_only(argument, keys[0]) if keys[0] in given else not_a_setting(argument, keys[0]))
         elif key not in keys:
             problems.append(schema.unknown(key))
         else:
@@ -95,11 +83,16 @@ def parse(arguments: Sequence[str], kind: type[Settings]) -> Settings:
     return kind(**values)
 
 
-def _positional(kind: "type[DataclassInstance]") -> list[str]:
-    return [field.name for field in fields(kind) if field.metadata.get("positional")]
+def _other_names(kind: "type[DataclassInstance]") -> dict[str, str]:
+    return {field.metadata["also"]: field.name for field in fields(kind) if "also" in field.metadata}
 
 
 def _help(name: str, about: str, kind: "type[DataclassInstance]") -> str:
     schema = Schema(kind)
-    arguments = [*(f"{key}=..." for key in schema.required()), *(f"[{key.upper()}]" for key in _positional(kind))]
-    return "\n".join([f"python -m {name} {' '.join(arguments)}", "", about.strip(), "", "Settings:", schema.help()])
+    first, *others = schema.types
+    usage = [f"python -m {name}", first.upper() if first in schema.required() else f"[{first.upper()}]"]
+    usage += [f"{key}=..." for key in schema.required() if key != first]
+    if others:
+        usage.append("[key=value ...]")
+    title = f"Settings ({first.upper()} is {first}=..., and the key may be left out):"
+    return "\n".join([" ".join(usage), "", about.strip(), "", title, schema.help()])

@@ -151,6 +151,26 @@ def not_a_setting(argument: str, example: str = "") -> str:
     return f"{argument}: a setting is written key=value{f', such as {example}=...' if example else ''}"
 
 
+def one_only(argument: str, key: str) -> str:
+    """Words the problem of an argument without a key after the one that gives the value of `key`."""
+    return f"{argument}: the program takes one {key} at a time; other settings are written key=value"
+
+
+def without_key(arguments: Sequence[str], key: str) -> int | None:
+    """Returns the place of the argument that gives the value of `key` without the key, as in `verify outputs/mine`.
+
+    It is the first that is neither a flag nor has a key; None if there is none, or another argument gives the value.
+    """
+    bare = [place for place, argument in enumerate(arguments) if _is_bare(argument)]
+    return None if not bare or any(text.startswith(f"{key}=") for text in arguments) else bare[0]
+
+
+def _is_bare(argument: str) -> bool:
+    key, equals, _ = argument.partition("=")
+    is_path = "/" in key and not key.lstrip("+~").startswith("hydra/")  # groups of Hydra have a slash, too
+    return not argument.startswith("-") and (not equals or is_path)
+
+
 def _walk(kind: type, prefix: str = "") -> Iterator[tuple[str, Any, "Field[Any]"]]:
     types = get_type_hints(kind)
     for field in fields(kind):

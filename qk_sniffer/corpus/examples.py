@@ -26,7 +26,7 @@ from qk_sniffer.corpus.ids import (
 from qk_sniffer.corpus.rows import no_rows
 from qk_sniffer.corpus.sources import Source, open_source
 from qk_sniffer.corpus.values import Filter, id_of
-from qk_sniffer.errors import SourceError
+from qk_sniffer.errors import ColumnError, SourceError
 from qk_sniffer.logs import logger
 
 log = logger(__name__)
@@ -339,11 +339,11 @@ class Corpus:
                 )
                 types[column] = "unknown"
                 continue
-            raise SourceError(
+            raise ColumnError(
                 f"{self._source.name} has no column {column!r}{start}. Set {key} to one that it has. {has}"
             )
         if not content.accepts(kind := types[content.column]):
-            raise SourceError(
+            raise ColumnError(
                 f"{self._source.name}: column {content.column!r} holds {kind}, not {content.noun}. Set "
                 f"{content.setting} to a column of {content.expected}. {has}"
             )

@@ -4,7 +4,6 @@ Exit codes: 0 done, 1 a job failed or left out a head, 2 the command line or a s
 """
 
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 
 from qk_sniffer import config as main_config
+from qk_sniffer.cli import process
 from qk_sniffer.cli.application import Application
 from qk_sniffer.cli.environment import read_environment
 from qk_sniffer.cli.explain import explain
@@ -23,7 +23,6 @@ from qk_sniffer.hub.endpoint import check_address
 from qk_sniffer.jobs.sweep import Job
 from qk_sniffer.logs import escape_libraries, logger
 from qk_sniffer.plasticity.config import SCHEMA, PlasticityConfig, from_omegaconf, problems, register, resolved
-from qk_sniffer.text import hide_in_addresses, say, say_text
 
 log = logger(__name__)
 
@@ -34,23 +33,18 @@ register()
 
 def main() -> int:
     """Runs `python -m qk_sniffer.plasticity`; returns the exit code."""
-    escape_libraries()
-    hide_in_addresses(" ".join(sys.argv[1:]))
-    try:
-        args = parse_flags(sys.argv[1:])
-        if only_prints(args):
-            return show(APPLICATION, task)
-        check_address()
-        with initialized(args) as loader:
-            composer = Composer(loader, APPLICATION, args)
-            composer.planned()
-            return max(_run(composer.config_name, args.overrides, is_sweep=composer.is_sweep))
-    except QkSnifferError as error:
-        say_text(error, to=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
-    except KeyboardInterrupt:
-        say("interrupted; rerun the command to measure the heads that are missing", to=sys.stderr)
-        return 130
+    return process.run(_main, interrupted="interrupted; rerun the command to measure the heads that are missing")
+
+
+def _main(arguments: list[str]) -> int:
+    args = parse_flags(arguments, first_key="data_root")
+    if only_prints(args):
+        return show(APPLICATION, task)
+    check_address()
+    with initialized(args) as loader:
+        composer = Composer(loader, APPLICATION, args)
+        composer.planned()
+        return max(_run(composer.config_name, args.overrides, is_sweep=composer.is_sweep))
 
 
 def task(node: DictConfig) -> int:
@@ -63,7 +57,7 @@ def task(node: DictConfig) -> int:
         return run(resolved(from_omegaconf(node)))
     except QkSnifferError as error:
         log.error("%s", error)
-        return 2 if isinstance(error, ConfigError) else 1
+        return error.exit_code
 
 
 def _run(config_name: str, arguments: list[str], *, is_sweep: bool) -> list[int]:

@@ -58,6 +58,9 @@ class PlasticityConfig:
     seed: int = field(default=0, metadata={"help": "seed of every draw"})
     num_pairs_per_bucket: int = field(default=256, metadata={"help": "pairs of keys for each bucket of keys"})
     pictures: bool = field(default=True, metadata={"help": "draw the pictures, next to the tables"})
+    overwrite: bool = field(
+        default=False, metadata={"help": "replace results of other settings or of another dataset in output_dir"}
+    )
 
     @property
     def folder(self) -> Path:
@@ -72,7 +75,8 @@ class PlasticityConfig:
 
 def measures(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Returns those of the settings, as plain data, that the numbers depend on."""
-    return {key: settings[key] for key in settings if key not in ("data_root", "revision", "output_dir", "pictures")}
+    others = ("data_root", "revision", "output_dir", "pictures", "overwrite")
+    return {key: settings[key] for key in settings if key not in others}
 
 
 SCHEMA = Schema(PlasticityConfig)

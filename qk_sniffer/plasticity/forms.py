@@ -97,6 +97,19 @@ IS_RECORD = contains(rb'"format": "qk-sniffer-plasticity/[0-9]{1,9}"')
 """Whether a file is a record of results, of whatever version, also if it is damaged elsewhere."""
 
 
+def is_of_another_version(path: Path) -> bool:
+    """Whether a file is a record of results of another version than this one."""
+    try:
+        record: Any = stored.read(path, _AnyFormat, way_out=WAY_OUT, most_bytes=LARGE)
+    except (OSError, StoreError):
+        return False
+    return bool(record["format"] != FORMAT)
+
+
+class _AnyFormat(TypedDict):
+    format: Annotated[str, Meta(pattern=r"\Aqk-sniffer-plasticity/[0-9]{1,9}\Z")]
+
+
 def encode_head(result: HeadResult, fingerprint: str) -> bytes:
     """Returns the bytes of a head's file: its result, NaN and all digits included, and a digest of it."""
     values = result.to_dict()

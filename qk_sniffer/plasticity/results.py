@@ -23,7 +23,15 @@ from qk_sniffer.errors import StoreError
 from qk_sniffer.logs import logger
 from qk_sniffer.plasticity import tables
 from qk_sniffer.plasticity.config import PlasticityConfig, measures
-from qk_sniffer.plasticity.forms import FORMAT, IS_RECORD, WAY_OUT, encode_head, read_head, read_record
+from qk_sniffer.plasticity.forms import (
+    FORMAT,
+    IS_RECORD,
+    WAY_OUT,
+    encode_head,
+    is_of_another_version,
+    read_head,
+    read_record,
+)
 from qk_sniffer.plasticity.tables import HeadResult
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store import stored
@@ -162,14 +170,49 @@ class Results:
             raise UnreadableError(self.record_file, problem, WAY_OUT)
         return columns
 
+    def refuse_other(self, fingerprint: str, config: PlasticityConfig, dataset: Dataset) -> None:
+        """Refuses to replace results of another fingerprint, finished or not; all arguments are the new ones.
+
+        Raises:
+            StoreError: lists the settings that differ, as far as the old ones are known, and the way out.
+        """
+        if self._known() in (None, fingerprint):
+            return
+        lines = []
+        with suppress(StoreError):
+            record = self.record()
+            there, now = _flat(record["settings"]), _flat(config.measures())
+            lines = [
+                f"  - {key}: {json.dumps(there.get(key))} there, {json.dumps(value)} now"
+                for key, value in now.items()
+                if there.get(key) != value
+            ]
+            source = record["dataset"]
+            if source["manifest_sha256"] != manifest_sha256(dataset):
+                name = source.get("name")
+                is_same = name == str(dataset)
+                lines.append("  - the dataset has changed" if is_same else f"  - they are of the dataset {name}")
+        raise StoreError(
+            f"{self.folder} holds results of other settings, of another dataset or of another version:",
+            *lines,
+            "Give the new results another folder (output_dir=...), go back to the old values, or replace the old "
+            "results with overwrite=true.",
+        )
+
+    def _known(self) -> str | None:
+        """Returns the fingerprint of the results in the folder; an empty one of another version, and None of none."""
+        if (known := _text(self._work / _JOB)) is not None:
+            return known
+        try:
+            return str(self.record()["fingerprint"])
+        except StoreError:  # there is no record, or an unreadable one, which is replaced
+            return "" if is_of_another_version(self.record_file) else None
+
     def begin(self, fingerprint: str) -> None:
         """Keeps the results of earlier starts with this fingerprint. Discards those of another one, with a warning."""
         job = self._work / _JOB
-        known = stored_before = _text(job)
-        if known is None:
-            with suppress(StoreError):  # there is no record, or an unreadable one, which is replaced
-                known = self.record()["fingerprint"]
-        if known not in (None, fingerprint):
+        stored_before = _text(job)
+        if self._known() not in (None, fingerprint):
             log.warning("%s has results of other settings or of another dataset: they are replaced", self.folder)
         self.check()
         self._fingerprint = fingerprint
@@ -234,6 +277,13 @@ class Results:
                     if name not in but:
                         work.remove(name, self.check)
             folder.rmdir(self._work.name)
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns settings by their keys on a command line."""
+    return {key: value for key, value in settings.items() if key != "estimator"} | {
+        f"estimator.{key}": value for key, value in settings["estimator"].items()
+    }
 
 
 def _is_of_job(name: str) -> bool:

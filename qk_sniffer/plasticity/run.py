@@ -57,6 +57,8 @@ def run(config: PlasticityConfig) -> int:
         if results.is_finished(job, facts):
             log.info("Nothing to do: %s has these results.", results.folder)
         else:
+            if not config.overwrite:
+                results.refuse_other(job, config, dataset)
             results.begin(job)
             damaged = _measure_missing(dataset, key_heads, config, results)
             heads = sorted((each.layer, head) for each in key_heads for head in each.query_heads)
@@ -203,7 +205,7 @@ def _record(
     return {
         **facts,
         "fingerprint": job,
-        "settings": asdict(config),
+        "settings": {key: value for key, value in asdict(config).items() if key != "overwrite"},
         "versions": {name: version(name) for name in ("numpy", "scipy", "pyarrow")},
         **summary(values),
         "notes": {**_notes(manifest), **of_heads},

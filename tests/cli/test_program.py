@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from qk_sniffer import status
 from qk_sniffer.cli import program
 from qk_sniffer.errors import ConfigError, StoreError
 
@@ -39,12 +40,23 @@ def test_everything_wrong_is_named_at_once() -> None:
         "grid is '1'; it must be true or false",
         "scale is ''; it must be a number",
         "data_rot is not a key, did you mean data_root?; valid: data_root, width, scale, grid, title",
-        "outputs/x: a setting is written key=value, such as data_root=...",
         "--grid: no such flag; settings are written key=value (see --help)",
         "width is given twice; give it one value",
-        "data_root is not given; it is the dataset's folder",
     ]
+    assert problems("width=8") == ["data_root is not given; it is the dataset's folder"]
     assert problems("data_root=") == ["data_root is ''; it must be a path"]
+
+
+def test_the_first_setting_needs_no_key() -> None:
+    for arguments in (["outputs/x", "width=8"], ["width=8", "outputs/x"], ["data_root=outputs/x", "width=8"]):
+        assert program.parse(arguments, Drawing) == Drawing(Path("outputs/x"), 8)
+    assert program.parse(["outputs/lr=3"], Drawing) == Drawing(Path("outputs/lr=3"))
+    assert problems("a", "b") == ["b: the program takes one data_root at a time; other settings are written key=value"]
+    assert problems("data_root=a", "b") == [
+        "b: the program takes one data_root at a time; other settings are written key=value"
+    ]
+    assert problems("dat_root=a")[0].startswith("dat_root is not a key, did you mean data_root?")
+    assert program.parse(["data_root=x"], status.Settings) == program.parse(["x"], status.Settings)
 
 
 def ends(error: BaseException) -> Callable[[Drawing], int]:
@@ -81,7 +93,8 @@ def test_help(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
     monkeypatch.setattr(sys, "argv", ["draw", "width=x", "--help"])
     assert program.run("draw", "Draws.\n", Drawing, ends(AssertionError())) == 0
     assert capsys.readouterr().out == (
-        "python -m draw data_root=...\n\nDraws.\n\nSettings:\n"
+        "python -m draw DATA_ROOT [key=value ...]\n\nDraws.\n\n"
+        "Settings (DATA_ROOT is data_root=..., and the key may be left out):\n"
         "  data_root  the dataset's folder\n"
         "  width      in inches (default: 7)\n"
         "  scale      of the numbers (default: 1.0)\n"

@@ -14,7 +14,7 @@ from datasets import data_files
 from support.data_files import FORMATS, ROWS, TEXTS, both_ways, jsonl, message, opened, parquet, texts, write
 
 from qk_sniffer.corpus.home import check_home
-from qk_sniffer.errors import SourceError
+from qk_sniffer.errors import ColumnError, SourceError
 
 # ---- what is read
 
@@ -123,6 +123,10 @@ def test_wrong_columns_are_named_with_the_existing_ones(tmp_path: Path, streamin
     assert "column 'n' holds int64, not text" in message(file, text_column="n", streaming=streaming)
     text = message(file, id_column="key", streaming=streaming)
     assert "no column 'key'. Set dataset.id_column" in text and "n (int64)" in text
+    for wrong in ({"text_column": "body"}, {"text_column": "n"}, {"id_column": "key"}):
+        with pytest.raises(ColumnError) as refused:
+            opened(file, **wrong, streaming=streaming)
+        assert refused.value.exit_code == 2
 
 
 @both_ways

@@ -79,7 +79,11 @@ def test_the_program_from_its_start_to_pictures(
     caplog.set_level("INFO")
     assert measure(root, folder, num_pairs_per_bucket=8) == 0
     assert "Nothing to do" in caplog.text and bytes_of(folder) == before
-    assert measure(root, folder, num_pairs_per_bucket=9) == 0
+    refused = r"holds results of other settings.*\n  - num_pairs_per_bucket: 8 there, 9 now\n.*overwrite=true"
+    with pytest.raises(StoreError, match=refused):
+        measure(root, folder, num_pairs_per_bucket=9)
+    assert bytes_of(folder) == before
+    assert measure(root, folder, num_pairs_per_bucket=9, overwrite=True) == 0
     assert "they are replaced" in caplog.text
     assert bytes_of(folder).keys() == before.keys() and bytes_of(folder) != before
 
@@ -317,6 +321,30 @@ def test_the_result_of_a_head_belongs_to_its_settings(tmp_path: Path) -> None:
         assert results.load(0, 0) is None
 
 
+def test_unfinished_results_and_those_of_another_dataset_or_version_are_not_replaced(
+    root: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "results"
+    results = Results(folder)
+    with results.claim():
+        results.begin("0" * 64)
+    unfinished = bytes_of(folder)
+    with pytest.raises(StoreError, match="holds results of other settings"):
+        measure(root, folder)
+    assert bytes_of(folder) == unfinished
+    assert measure(root, folder, overwrite=True) == 0
+    finished = bytes_of(folder)
+    write_manifest(Layout(root), read_manifest(root) | {"timings": {}})  # another dataset
+    with pytest.raises(StoreError, match="the dataset has changed"):
+        measure(root, folder)
+    assert bytes_of(folder) == finished
+    old = (folder / "plasticity.json").read_text().replace("qk-sniffer-plasticity/", "qk-sniffer-plasticity/9")
+    (folder / "plasticity.json").write_text(old)
+    with pytest.raises(StoreError, match="of another version"):
+        measure(root, folder)
+    assert (folder / "plasticity.json").read_text() == old
+
+
 def test_without_matplotlib_there_are_tables_and_without_scipy_an_error(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -354,7 +382,7 @@ def test_damaged_results_are_recreated(root: Path, tmp_path: Path) -> None:
     query_file = Layout(root).head_file(0, 3, "q")
     query = query_file.read_bytes()
     query_file.unlink()
-    assert measure(root, folder, num_pairs_per_bucket=9) == 1
+    assert measure(root, folder, num_pairs_per_bucket=9, overwrite=True) == 1
     (folder / ".work" / "l01h03q.json").write_bytes(b'{"layer": 1')
     query_file.write_bytes(query)
     assert measure(root, folder, num_pairs_per_bucket=9) == 0
@@ -369,10 +397,12 @@ def test_pictures_of_replaced_results_are_removed(root: Path, tmp_path: Path) ->
     assert len(list(pictures.iterdir())) == 8
     mine = pictures / "mine.png"
     mine.write_bytes(b"the user's")
-    measure(root, tmp_path / "results", num_pairs_per_bucket=9)
+    measure(root, tmp_path / "results", num_pairs_per_bucket=9, overwrite=True)
     assert list(pictures.iterdir()) == [mine]
-    measure(root, tmp_path / "results", pictures=True)
-    measure(root, tmp_path / "results", pictures=True, max_tokens_per_head=1)  # no head has a plasticity
+    measure(root, tmp_path / "results", pictures=True, overwrite=True)
+    measure(
+        root, tmp_path / "results", pictures=True, max_tokens_per_head=1, overwrite=True
+    )  # no head has a plasticity
     assert sorted({path.stem for path in pictures.iterdir()}) == ["by_head", "component_weights", "mine"]
 
 
@@ -411,7 +441,7 @@ def test_a_start_reports_its_own_results_after_another_has_replaced_them(
 
     def delayed(*args: Any) -> None:  # the lock is released
         monkeypatch.setattr(run_module, "report", lambda *_: None)
-        assert measure(other, folder, num_pairs_per_bucket=8) == 1
+        assert measure(other, folder, num_pairs_per_bucket=8, overwrite=True) == 1
         real(*args)
 
     monkeypatch.setattr(run_module, "report", delayed)

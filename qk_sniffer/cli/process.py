@@ -1,0 +1,51 @@
+"""Gives all programs the same start and the same end: `--version`, their errors and their exit codes."""
+
+import sys
+from collections.abc import Callable
+
+import qk_sniffer
+from qk_sniffer.errors import QkSnifferError
+from qk_sniffer.logs import escape_libraries
+from qk_sniffer.text import hide_in_addresses, say, say_text, silence
+
+
+def run(body: Callable[[list[str]], int], *, interrupted: str = "interrupted") -> int:
+    """Runs a program with the arguments of this process.
+
+    Args:
+        body: gets the arguments, and returns the exit code.
+        interrupted: what to print for an interrupt without words of its own.
+
+    Returns:
+        the exit code: that of `body`, or of the error that ended it; 128 and the number of a signal, which is 130 for
+        Ctrl-C. A reader of the output that goes away, such as `head`, changes nothing.
+    """
+    escape_libraries()
+    arguments = sys.argv[1:]
+    hide_in_addresses(" ".join(arguments))
+    try:
+        code = _version() if "--version" in arguments else body(arguments)
+    except BrokenPipeError:
+        code = 0
+    except QkSnifferError as error:
+        say_text(error, to=sys.stderr)
+        code = error.exit_code
+    except KeyboardInterrupt as error:
+        code = say_interrupted(error, interrupted)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            silence(stream)
+    return code
+
+
+def say_interrupted(error: KeyboardInterrupt, words: str = "interrupted") -> int:
+    """Prints that the program was interrupted; returns the exit code."""
+    say(str(error) or words, to=sys.stderr)
+    return getattr(error, "exit_code", 130)
+
+
+def _version() -> int:
+    say(f"qk-sniffer {qk_sniffer.__version__}")
+    return 0

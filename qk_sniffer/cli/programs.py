@@ -1,0 +1,56 @@
+"""Lists the programs of this package, and finds the one that a command line names.
+
+`sniff-qk verify outputs/mine`, `python -m qk_sniffer verify outputs/mine` and `python -m qk_sniffer.verify
+outputs/mine` are the same. Without the name of a program, the command captures.
+"""
+
+import importlib
+import re
+import sys
+from typing import NamedTuple
+
+from qk_sniffer.text import closest
+
+
+class Program(NamedTuple):
+    """A program besides the capture."""
+
+    module: str
+    """The module with its function `main`, which reads `sys.argv` and returns the exit code."""
+    about: str
+    """What it does, for `--help`."""
+
+
+PROGRAMS = {
+    "status": Program("qk_sniffer.status", "shows the jobs and datasets of a folder"),
+    "verify": Program("qk_sniffer.verify", "compares a dataset with its manifest"),
+    "finalize": Program("qk_sniffer.finalize", "completes the dataset of a job that died, or publishes one"),
+    "heads": Program("qk_sniffer.heads", "ranks heads by what they attend to"),
+    "pictures": Program("qk_sniffer.pictures", "draws the statistics of a dataset"),
+    "export": Program("qk_sniffer.export.cli", "writes the files of KV-cache methods"),
+    "plasticity": Program("qk_sniffer.plasticity.cli", "measures attention plasticity"),
+    "plasticity.compare": Program("qk_sniffer.plasticity.compare", "draws the plasticity of several datasets"),
+}
+"""By name: `python -m qk_sniffer.<name>` runs one. The modules are imported when they run."""
+
+_CAPTURE = Program("qk_sniffer.cli.app", "captures a dataset")
+
+
+def run_named() -> int:
+    """Runs the program that the first argument of this process names, or else the capture; returns the exit code."""
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    program = PROGRAMS.get(name)
+    if program is not None:
+        sys.argv = [sys.argv[0], *sys.argv[2:]]
+    return int(importlib.import_module((program or _CAPTURE).module).main())
+
+
+def meant(argument: str) -> list[str]:
+    """Returns the programs that an argument may be a misspelled name of, the most similar first."""
+    return closest(argument, [*PROGRAMS]) if re.fullmatch("[a-zA-Z.]+", argument) else []
+
+
+def listed() -> str:
+    """Returns a line for each program, for `--help`."""
+    width = max(map(len, PROGRAMS))
+    return "\n".join(f"  {name:<{width}}  {program.about}" for name, program in PROGRAMS.items())

@@ -1,0 +1,77 @@
+"""Checks that all programs are found by their names, and start and end alike."""
+
+import importlib
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import qk_sniffer
+from qk_sniffer.cli import preflight
+from qk_sniffer.cli.flags import parse_flags
+from qk_sniffer.cli.programs import PROGRAMS, listed, run_named
+from qk_sniffer.plasticity import cli as plasticity
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["sniff-qk", *arguments])
+    return run_named()
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_a_program_has_one_name_for_both_ways(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert find_spec(f"qk_sniffer.{name}") is not None and callable(importlib.import_module(PROGRAMS[name].module).main)
+    assert run(monkeypatch, name, "--version") == 0
+    assert capsys.readouterr().out == f"qk-sniffer {qk_sniffer.__version__}\n"
+    assert f"  {name} " in listed()
+    assert run(monkeypatch, name, "outputs/nope", "nonsense=1") == 2
+    assert "nonsense is not a key" in capsys.readouterr().err
+    assert run(monkeypatch, name, "--nonsense") == 2
+    assert "--nonsense: no such flag" in capsys.readouterr().err
+
+
+def test_a_misspelled_program_is_told_the_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "verfy", "outputs/mine") == 2
+    assert "verfy is not a program, did you mean verify?" in capsys.readouterr().err
+    assert run(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out == f"qk-sniffer {qk_sniffer.__version__}\n"
+
+
+@pytest.mark.parametrize("name", ["plain", "it's", "a,b", "x=1", "${oc.env:HOME}", "back\\", "q\"\\'", "{a: [b", " "])
+def test_plasticity_takes_a_folder_without_its_key_whatever_its_name(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / name).mkdir()
+    arguments = ["seed=3", f"{tmp_path}/{name}"]
+    monkeypatch.setattr(sys, "argv", ["plasticity", *arguments])
+    args = parse_flags(arguments, first_key="data_root")
+    (job,) = preflight.planned(args, plasticity.APPLICATION)
+    assert (job.config.data_root, job.config.seed) == (f"{tmp_path}/{name}", 3)
+    assert sys.argv[1:] == args.overrides
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("arguments", [("verify", "--help"), ("status", "."), ("verify", "nope")])
+def test_a_reader_that_goes_away_changes_nothing(arguments: tuple[str, ...], unbuffered: str, tmp_path: Path) -> None:
+    def code(**streams: Any) -> tuple[int, bytes]:
+        environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+        command = [sys.executable, "-m", "qk_sniffer", *arguments]
+        with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, **streams) as process:
+            assert process.stderr is not None
+            said = process.stderr.read()
+        return process.returncode, said
+
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        assert code(stdout=writer) == code(stdout=subprocess.DEVNULL)
+    finally:
+        os.close(writer)

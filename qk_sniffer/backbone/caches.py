@@ -43,6 +43,8 @@ _MOVING = {
 }
 """Methods of a cache after which its keys are those of other tokens, or of other rows."""
 
+_WATCHED = ("update", "reset", *_MOVING)
+
 _WAY_OUT = "generate with one beam and without an assistant model or draft tokens, and do not edit the cache"
 
 
@@ -74,6 +76,28 @@ class CacheUpdate:
     returned_value: Any
 
 
+@dataclass(frozen=True, eq=False)
+class _Left:
+    """A layer of a cache as its last update has left it."""
+
+    total: int
+    """The tokens in it; 0 if it was reset since."""
+    tensors: "list[tuple[weakref.ref[torch.Tensor], int | None]]"
+    """Its keys and values, each with the number of changes in place; None if torch does not count them."""
+
+    @classmethod
+    def of(cls, layer: Any, total: int) -> "_Left":
+        return cls(total, [(weakref.ref(tensor), changes_of(tensor)) for tensor in _tensors(layer)])
+
+    def is_as(self, layer: Any) -> bool:
+        """Whether the tensors of `layer` are these, and unchanged."""
+        now = _tensors(layer)
+        return len(now) == len(self.tensors) and all(
+            left() is tensor and changes == changes_of(tensor)
+            for (left, changes), tensor in zip(self.tensors, now, strict=True)
+        )
+
+
 class CacheWatch:
     """Notes the updates of caches by one attention module at a time."""
 
@@ -82,7 +106,7 @@ class CacheWatch:
         self._updates: list[CacheUpdate] | None = None
         self._shared: list[tuple[weakref.ref[torch.Tensor], int]] = []
         self._watched: weakref.WeakSet[Cache] = weakref.WeakSet()
-        self._left: weakref.WeakKeyDictionary[Any, tuple[int, Any]] = weakref.WeakKeyDictionary()
+        self._left: weakref.WeakKeyDictionary[Any, _Left] = weakref.WeakKeyDictionary()
 
     @contextmanager
     def opened(self) -> Iterator[None]:
@@ -90,10 +114,10 @@ class CacheWatch:
         replaced: list[tuple[type, str, Any]] = []
         try:
             for cls in _with_subclasses(Cache):
-                for name in ("update", *_MOVING):
+                for name in _WATCHED:
                     if (method := vars(cls).get(name)) is not None:
                         replaced.append((cls, name, method))
-                        setattr(cls, name, self._noting(method) if name == "update" else self._refusing(method, name))
+                        setattr(cls, name, self._watching(method, name))
             yield
         finally:
             for cls, name, method in reversed(replaced):
@@ -148,6 +172,11 @@ class CacheWatch:
         """Returns the number of tokens before the pass, if `key` is that of an earlier layer; None if it is not."""
         return next((past for shared, past in reversed(self._shared) if shared() is key), None)
 
+    def _watching(self, original: Callable[..., Any], name: str) -> Callable[..., Any]:
+        if name == "update":
+            return self._noting(original)
+        return self._emptying(original) if name == "reset" else self._refusing(original, name)
+
     def _noting(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def update(
@@ -168,6 +197,17 @@ class CacheWatch:
 
         return update
 
+    def _emptying(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def reset(cache: Any, *args: Any, **arguments: Any) -> Any:
+            returned = original(cache, *args, **arguments)
+            for layer in getattr(cache, "layers", ()):
+                if layer in self._left:
+                    self._left[layer] = _Left(0, [])
+            return returned
+
+        return reset
+
     def _refusing(self, original: Callable[..., Any], name: str) -> Callable[..., Any]:
         @functools.wraps(original)
         def moving(cache: Any, *args: Any, **arguments: Any) -> Any:
@@ -182,12 +222,13 @@ class CacheWatch:
         of_layer = _layer(cache, layer)
         past = 0 if of_layer is None else int(of_layer.get_seq_length())
         if past and of_layer in self._left:
-            total, keys = self._left[of_layer]
-            if past != total or not (getattr(cache, "offloading", False) or keys() is of_layer.keys):
-                how = "removed" if past < total else "added" if past > total else "moved or replaced"
+            left = self._left[of_layer]
+            if past != left.total or not (getattr(cache, "offloading", False) or left.is_as(of_layer)):
+                same = "moved, replaced or changed"
+                how = "removed" if past < left.total else "added" if past > left.total else same
                 raise CaptureError(
-                    f"{type(cache).__name__} cannot be captured: its keys were {how} between two forward passes; "
-                    f"{_WAY_OUT}"
+                    f"{type(cache).__name__} cannot be captured: its keys or values were {how} between two forward "
+                    f"passes; {_WAY_OUT}"
                 )
         return past
 
@@ -207,11 +248,21 @@ class CacheWatch:
         if getattr(of_layer, "record_past", False):
             raise CaptureError(f"{type(cache).__name__} cannot be captured: {_MOVING['crop']}; {_WAY_OUT}")
         self._watched.add(cache)
-        self._left[of_layer] = total, weakref.ref(of_layer.keys)
+        self._left[of_layer] = _Left.of(of_layer, total)
 
 
 def _layer(cache: Any, layer: int) -> Any:
     return cache.layers[layer] if layer < len(cache.layers) else None
+
+
+def _tensors(layer: Any) -> list[torch.Tensor]:
+    """Returns the keys and values of a layer of a cache."""
+    return [each for each in (layer.keys, layer.values) if isinstance(each, torch.Tensor)]
+
+
+def changes_of(value: Any) -> int | None:
+    """Returns how often a tensor was changed in place; None if it is none, or torch does not count, as of inference."""
+    return value._version if isinstance(value, torch.Tensor) and not value.is_inference() else None
 
 
 def _with_subclasses(cls: type[Any]) -> Iterator[type[Any]]:

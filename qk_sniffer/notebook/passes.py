@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from transformers import StoppingCriteriaList
 
+from qk_sniffer.backbone.caches import changes_of
 from qk_sniffer.backbone.slots import Slots
 from qk_sniffer.backbone.tap import AttentionCall
 from qk_sniffer.capture.attention_summary import Summarizer
@@ -54,6 +55,7 @@ class _Pass:
 
     frame: FrameType
     """The call that runs it."""
+    arguments: "_Arguments"
     tokens: PassTokens
     rows: BatchRows
     wanted: dict[Key, DeviceIndices]
@@ -68,6 +70,26 @@ class _Pass:
         while frame is not None and frame is not self.frame:
             frame = frame.f_back
         return frame is not None
+
+
+class _Arguments:
+    """The arguments of a call of the decoder that tell its tokens."""
+
+    NAMES = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values")
+
+    def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # The names are those of the class: a forward that the user or a library has put in its place may have none.
+        named = dict(zip([*inspect.signature(type(module).forward).parameters][1:], args, strict=False)) | kwargs
+        self.by_name = {name: named.get(name) for name in self.NAMES}
+        self._changes = {name: changes_of(value) for name, value in self.by_name.items()}
+
+    def differing(self, later: "_Arguments") -> list[str]:
+        """Returns the names of those that are others in a later look at the same call."""
+        return [
+            name
+            for name, value in self.by_name.items()
+            if later.by_name[name] is not value or later._changes[name] != self._changes[name]
+        ]
 
 
 class PassRecorder:
@@ -136,7 +158,7 @@ class PassRecorder:
             stack.enter_context(_stops_noted(self._note_stops))
             for handle in (
                 decoder.register_forward_pre_hook(self._begin, with_kwargs=True),
-                decoder.register_forward_hook(self._end),
+                decoder.register_forward_hook(self._end, with_kwargs=True),
             ):
                 stack.callback(handle.remove)
             yield
@@ -151,10 +173,9 @@ class PassRecorder:
                 "cannot be told apart. Run it before the other one, or outside of the block"
             )
         self._drop()
-        # The names are those of the class: a forward that the user or a library has put in its place may have none.
-        arguments = dict(zip([*inspect.signature(type(module).forward).parameters][1:], args, strict=False)) | kwargs
+        arguments = _Arguments(module, args, kwargs)
         with self._apart():
-            tokens = self._examples.begin(arguments)
+            tokens = self._examples.begin(arguments.by_name)
             picks = self._picks(tokens)
             self._check_room(picks)
             device = self._backbone.device
@@ -162,16 +183,23 @@ class PassRecorder:
             index = np.array([example.number for example in tokens.examples], np.int64)
             self._pass = _Pass(
                 frame,
+                arguments,
                 tokens,
                 BatchRows(index, np.zeros_like(index), position=tokens.position),
                 send({key: places[id(each)] for key, each in picks.items()}, device),
-                [arguments.get("past_key_values")],
+                [arguments.by_name["past_key_values"]],
                 [] if self._statistics is None else tokens.spans(self._statistics.skip_tokens),
             )
 
-    def _end(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _end(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         if threading.get_ident() != self._thread or self._pass is None:
             return
+        if differing := self._pass.arguments.differing(_Arguments(module, args, kwargs)):
+            self._drop()
+            raise CaptureError(
+                f"{' and '.join(differing)} of {type(module).__name__} changed after the capture had seen this forward "
+                "pass begin, as by a hook that was registered inside of the block: register it before the block"
+            )
         if wanted := self._pass.wanted:
             layers = compact_ranges({layer for layer, _ in wanted})
             kinds = [KIND_NAMES[kind] for kind in KINDS if any(kind == each for _, each in wanted)]
@@ -208,9 +236,9 @@ class PassRecorder:
         if records := [example.record() for example in examples if example.stop]:
             self._sink.complete(records)
 
-    def _note_stops(self, stops: list[bool]) -> None:
+    def _note_stops(self, ids: torch.Tensor, stops: list[bool]) -> None:
         with self._sink.changes.change():
-            self._examples.note_stops(stops)
+            self._examples.note_stops(ids, stops)
 
     def _apart(self) -> AbstractContextManager[None]:
         return _apart(self._backbone.device.type)
@@ -290,15 +318,15 @@ class PassRecorder:
 
 
 @contextmanager
-def _stops_noted(note: Callable[[list[bool]], None]) -> Iterator[None]:
-    """Calls `note` with the rows that generation stops after each of its steps, in this thread."""
+def _stops_noted(note: Callable[[torch.Tensor, list[bool]], None]) -> Iterator[None]:
+    """Calls `note` with the tokens and the rows that generation stops after each of its steps, in this thread."""
     original, thread = StoppingCriteriaList.__call__, threading.get_ident()
 
     @functools.wraps(original)
-    def noting(self: StoppingCriteriaList, *args: Any, **arguments: Any) -> Any:
-        stops = original(self, *args, **arguments)
+    def noting(self: StoppingCriteriaList, input_ids: torch.Tensor, *args: Any, **arguments: Any) -> Any:
+        stops = original(self, input_ids, *args, **arguments)
         if threading.get_ident() == thread:
-            note(stops.tolist())
+            note(input_ids, stops.tolist())
         return stops
 
     StoppingCriteriaList.__call__ = noting  # type: ignore[method-assign]

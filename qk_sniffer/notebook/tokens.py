@@ -95,6 +95,11 @@ class PassTokens:
         """(B,): the position of the first of them."""
         return np.array([example.stop for example in self.examples], np.int64)
 
+    def is_before(self, ids: torch.Tensor) -> bool:
+        """Whether `ids` (B, m) may be the tokens of generation after this pass: they end with its own and a new one."""
+        own = ids[:, -1 - self.n : -1]
+        return self.ids is None or (own.shape == self.ids.shape and np.array_equal(_array(own), self.ids))
+
     def place(self, row: Int32, position: Int32) -> Int32:
         """Returns the places, among the n of the pass, of tokens that are given by row and position."""
         tokens = np.flatnonzero(self.is_token)
@@ -126,7 +131,7 @@ class Examples:
 
     def __init__(self) -> None:
         self.all: list[Example] = []
-        self._of_last_pass: Sequence[Example] = ()
+        self._last_pass: PassTokens | None = None
         self._generates: Sequence[Example] = ()  # those whose next pass is that of the generation which noted stops
         self._cached: list[_Cached] = []
         self._broken: weakref.WeakSet[Cache] = weakref.WeakSet()
@@ -176,7 +181,7 @@ class Examples:
                 example.ids = None
             elif example.ids is not None:
                 example.ids.append(tokens.ids[row, tokens.is_token[row]])
-        self._of_last_pass, self._generates = tokens.examples, ()
+        self._last_pass, self._generates = tokens, ()
         cache = next((each for each in caches if isinstance(each, Cache)), None)
         if cache is None:
             return [*tokens.examples, *self._take_dead()]
@@ -192,11 +197,15 @@ class Examples:
             if isinstance(cache, Cache):
                 self._broken.add(cache)
 
-    def note_stops(self, stops: Sequence[bool]) -> None:
-        """Notes which rows (B,) generation stops after the pass that has just ended."""
-        examples, self._of_last_pass = self._of_last_pass, ()  # the next call is of another pass
-        if len(stops) != len(examples):
+    def note_stops(self, ids: torch.Tensor, stops: Sequence[bool]) -> None:
+        """Notes which rows (B,) generation stops after the pass that has just ended.
+
+        `ids` (B, m) are the tokens so far, those of the pass and then a new one. Others are of another model.
+        """
+        last = self._last_pass
+        if last is None or len(stops) != len(last.examples) or not last.is_before(ids):
             return
+        examples, self._last_pass = last.examples, None  # the next call is of another pass
         self._generates = examples
         for example, stop in zip(examples, stops, strict=True):
             example.has_stopped |= stop

@@ -22,7 +22,7 @@ from qk_sniffer.backbone.tap import AttentionCall
 from qk_sniffer.errors import CaptureError
 
 IDS = torch.randint(5, VOCAB, (2, 12), generator=torch.Generator().manual_seed(1))
-METHODS = ("update", "reorder_cache", "crop", "batch_repeat_interleave", "batch_select_indices")
+METHODS = ("update", "reset", "reorder_cache", "crop", "batch_repeat_interleave", "batch_select_indices")
 
 
 @pytest.fixture
@@ -154,9 +154,22 @@ def replace_keys(cache: Any) -> None:
     cache.layers[1].keys = cache.layers[1].keys * 2
 
 
+def change_values(cache: Any) -> None:
+    cache.layers[1].values[:, :, 0] += 1
+
+
+def refill(cache: Any) -> None:
+    """Fills it with as many tokens of another text, as a thread could."""
+    cache.reset()
+    for layer in cache.layers:
+        layer.update(torch.randn(2, 2, 4, 16), torch.randn(2, 2, 4, 16))
+
+
 EDITS: list[tuple[Callable[[Any], Any], str]] = [
-    (drop_a_key, "its keys were removed between two forward passes"),
-    (replace_keys, "its keys were moved or replaced between two forward passes"),
+    (drop_a_key, "its keys or values were removed between two forward passes"),
+    (replace_keys, "its keys or values were moved, replaced or changed between two forward passes"),
+    (change_values, "its keys or values were moved, replaced or changed between two forward passes"),
+    (refill, "its keys or values were added between two forward passes"),
     (lambda cache: cache.crop(-1), "tokens are removed from it"),
     (lambda cache: cache.batch_repeat_interleave(2), "its rows are repeated"),
     (lambda cache: cache.batch_select_indices(torch.tensor([0])), "some of its rows are selected"),

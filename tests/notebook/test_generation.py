@@ -14,6 +14,7 @@ from transformers import DynamicCache, StaticCache, StoppingCriteria, StoppingCr
 import qk_sniffer
 from qk_sniffer.capture.sampling import Sampler
 from qk_sniffer.config import SamplerConfig
+from qk_sniffer.corpus.contents import ids_hash
 from qk_sniffer.errors import CaptureError
 from qk_sniffer.notebook.captured import Captured
 from qk_sniffer.notebook.model import UserBackbone
@@ -288,3 +289,50 @@ def test_a_cache_that_a_failed_pass_has_filled_is_not_continued() -> None:
             model(input_ids=ids[:, :1], past_key_values=cache)
         model.generate(input_ids=ids, **GENERATION)
     assert captured.examples["num_tokens"].to_pylist() == [9, 26]
+
+
+def test_generation_of_another_model_stops_no_row_of_passes_by_hand() -> None:
+    model: Any = LLAMA.model()
+    other: Any = LLAMA.model()
+    ids, cache = random_ids(2, 9), DynamicCache(config=model.config)
+    with torch.no_grad(), qk_sniffer.capture(model) as captured:
+        for at in range(9):
+            model(input_ids=ids[:, at : at + 1], past_key_values=cache)
+            other.generate(input_ids=random_ids(2, 3, seed=at), stopping_criteria=[FirstRowStops()], **GENERATION)
+    check(captured, model, [*ids])
+
+
+class FirstRowStops(StoppingCriteria):
+    """Stops row 0 at once, and row 1 after its third step."""
+
+    steps = 0
+
+    def __call__(self, *_: Any, **__: Any) -> torch.BoolTensor:
+        self.steps += 1
+        return torch.tensor([True, self.steps >= 3])  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_hook_that_changes_the_tokens_unseen_is_refused(in_place: bool) -> None:
+    model: Any = LLAMA.model()
+    ids, others = random_ids(1, 6), random_ids(1, 6, seed=1)
+
+    def change(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        if in_place:
+            kwargs["input_ids"].copy_(others)
+        return args, kwargs if in_place else kwargs | {"input_ids": others}
+
+    with torch.no_grad(), qk_sniffer.capture(model) as captured:
+        model.model.register_forward_pre_hook(lambda module, args: None)
+        handle = model.model.register_forward_pre_hook(change, with_kwargs=True)
+        with pytest.raises(
+            CaptureError, match=r"input_ids of LlamaModel changed after .* register it before the block"
+        ):
+            model(input_ids=ids.clone())
+        handle.remove()
+        model(input_ids=ids)
+    check(captured, model, [ids[0]])
+    model.model.register_forward_pre_hook(change, with_kwargs=True)
+    with torch.no_grad(), qk_sniffer.capture(model) as captured:
+        model(input_ids=ids.clone())
+    assert captured.examples["text_hash"].to_pylist() == [ids_hash(others[0].numpy().astype(np.int32))]

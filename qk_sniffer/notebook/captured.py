@@ -33,7 +33,7 @@ from qk_sniffer.notebook.memory import MemoryStore
 from qk_sniffer.notebook.passes import PassRecorder
 from qk_sniffer.notebook.reader import MemoryReader
 from qk_sniffer.notebook.save import save
-from qk_sniffer.notebook.settings import config_of, facts_of, naming_arguments
+from qk_sniffer.notebook.settings import config_of, facts_of, folder_of, naming_arguments
 from qk_sniffer.notebook.statistics import PassStatistics
 from qk_sniffer.notebook.stream import FolderStream
 from qk_sniffer.notebook.tokens import Examples
@@ -97,8 +97,9 @@ def capture(
         ConfigError: a setting is wrong, or names a layer or head that the model does not have.
         CaptureError: the model cannot be captured.
     """
-    if max_rows is not None and (not isinstance(max_rows, int) or max_rows < 0):
+    if max_rows is not None and (not isinstance(max_rows, int) or isinstance(max_rows, bool) or max_rows < 0):
         raise ConfigError([f"max_rows is {max_rows!r}; give a number of rows, or None for no limit"])
+    folder = None if to is None else folder_of("to", to)
     with naming_arguments():
         config = config_of(
             layers=layers,
@@ -110,7 +111,7 @@ def capture(
             statistics=statistics,
         )
         facts = facts_of(model, config, family)
-    return Captured(facts, max_rows=max_rows, to=None if to is None else Path(to).expanduser())
+    return Captured(facts, max_rows=max_rows, to=folder)
 
 
 _entering = threading.Lock()
@@ -322,13 +323,15 @@ class Captured:
             overwrite: whether the dataset replaces one that is in the folder. Other files are never replaced.
 
         Raises:
+            ConfigError: `folder` is no path.
             CaptureError: no pass has ended, or the capture has written its rows to a folder itself.
             StoreError: the folder has a dataset or other files, or the disk is full or fails.
         """
         if self._stream is not None:
             raise CaptureError(f"the rows are in {self._stream.folder} already")
+        path = folder_of("folder", folder)
         finished, records, parts = self._in_memory.whole()
-        save(self._facts, finished, records, Path(folder).expanduser(), statistics=parts, overwrite=overwrite)
+        save(self._facts, finished, records, path, statistics=parts, overwrite=overwrite)
 
     def __repr__(self) -> str:
         made = self._facts.config.capture

@@ -205,8 +205,9 @@ class PassRecorder:
             kinds = [KIND_NAMES[kind] for kind in KINDS if any(kind == each for _, each in wanted)]
             self._drop()
             raise CaptureError(
-                f"layers {layers} did not call attention in this forward pass as they did before: it showed no "
-                f"{' and no '.join(kinds)}; leave them out with layers="
+                f"this forward pass showed no {' and no '.join(kinds)} of layers {layers}, as if it ended early or "
+                "skipped them: its rows are dropped. Leave these layers out with layers=, or run such passes outside "
+                "of the block"
             )
         values = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else ()
         with self._apart(), self._sink.changes.change(StoreError):

@@ -21,7 +21,7 @@ from qk_sniffer.notebook.statistics import PassStatistics
 from qk_sniffer.notebook.tokens import Example
 from qk_sniffer.store.attention_table import AttentionTable
 from qk_sniffer.store.journal import ExampleRecord
-from qk_sniffer.store.layout import ATTENTION, WIDTHS, HeadKey, examples_schema, schema
+from qk_sniffer.store.layout import ATTENTION, KIND_NAMES, WIDTHS, HeadKey, examples_schema, schema
 from qk_sniffer.store.row_filter import RowFilter, RowValues
 from qk_sniffer.store.statistics import Part, PartKey, Statistics, paired, stages_of
 from qk_sniffer.text import compact_ranges, counted, shortened
@@ -170,6 +170,11 @@ class MemoryReader:
         key_head, described = self.key_head(layer, head), self._layers[layer].to_dict()
         if (reason := unknown_logits(described, pre_rope=self._facts.config.capture.capture_pre_rope)) is not None:
             raise CaptureError(f"the logits of layer {layer} cannot be computed: {reason}")
+        if without := [KIND_NAMES[kind] for kind in "qk" if self._sampler.keeps_none(kind)]:
+            raise CaptureError(
+                f"no rows of kind {' and '.join(without)} are captured, as the sampler is 'none': capture with another "
+                "one, such as sampler='all'"
+            )
         if not 0 <= example_id < self._num_examples:
             seen = counted(self._num_examples, "example")
             raise CaptureError(f"there is no example {example_id}: {seen} captured so far, from 0 on (`.examples`)")

@@ -4,8 +4,10 @@ import operator
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 from torch import nn
 
 from qk_sniffer.backbone.family import Family
@@ -79,6 +81,8 @@ def config_of(
     for name, value, kind in (("attention", attention, AttentionConfig), ("statistics", statistics, StatisticsConfig)):
         if not isinstance(value, bool | kind):
             raise ConfigError([f"{name} is {value!r}; give True, False or a qk_sniffer.config.{kind.__name__}"])
+    if not isinstance(pre_rope, bool):
+        raise ConfigError([f"pre_rope is {pre_rope!r}; give True or False"])
     if not isinstance(sampler, str | SamplerConfig):
         raise ConfigError([f"sampler is {sampler!r}; give the name of a sampler or a qk_sniffer.config.SamplerConfig"])
     wanted = _kinds(kinds)
@@ -103,6 +107,17 @@ def config_of(
     if problems:
         raise ConfigError(problems)
     return config
+
+
+def folder_of(name: str, folder: str | Path) -> Path:
+    """Returns the folder that the argument `name` gives.
+
+    Raises:
+        ConfigError: it gives none.
+    """
+    if not isinstance(folder, str | Path) or not str(folder).strip():
+        raise ConfigError([f"{name} is {folder!r}; give the path of a folder, or '.' for the current one"])
+    return Path(folder).expanduser()
 
 
 def facts_of(model: nn.Module, config: Config, family: str | Family | None) -> CaptureFacts:
@@ -138,7 +153,10 @@ def _numbers(name: str, numbers: Iterable[int] | int | None) -> list[int] | None
     if numbers is None:
         return None
     try:
-        return [*map(operator.index, numbers if isinstance(numbers, Iterable) else [numbers])]
+        found = [*numbers] if isinstance(numbers, Iterable) else [numbers]
+        if any(isinstance(number, bool | np.bool_) for number in found):
+            raise TypeError("a truth value is no number of a layer or head")
+        return [*map(operator.index, found)]
     except TypeError:
         raise ConfigError([f"{name} is {numbers!r}; give numbers, such as [0, 1]"]) from None
 

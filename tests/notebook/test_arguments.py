@@ -59,6 +59,12 @@ def test_packed_texts_are_refused() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"to": 5}, r"to is 5; give the path of a folder, or '\.' for the current one"),
+        ({"to": ""}, "to is ''; give the path of a folder"),
+        ({"pre_rope": "yes"}, "pre_rope is 'yes'; give True or False"),
+        ({"layers": [True]}, r"layers is \[True\]; give numbers"),
+        ({"heads": np.array([True])}, r"heads is array\(\[ True\]\); give numbers"),
+        ({"max_rows": True}, "max_rows is True; give a number of rows, or None"),
         ({"layers": ["a"]}, r"layers is \['a'\]; give numbers"),
         ({"attention": 8}, r"attention is 8; give True, False or a qk_sniffer\.config\.AttentionConfig"),
         ({"sampler": 3}, r"give the name of a sampler or a qk_sniffer\.config\.SamplerConfig"),
@@ -83,6 +89,36 @@ def test_packed_texts_are_refused() -> None:
 def test_wrong_arguments_name_the_valid_ones(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         qk_sniffer.capture(LLAMA.model(), **arguments)
+
+
+def test_a_save_needs_a_path() -> None:
+    with torch.no_grad(), qk_sniffer.capture(model := LLAMA.model()) as captured:
+        model(input_ids=random_ids(1, 5))
+    for folder in ("", " ", 5):
+        with pytest.raises(ConfigError, match=f"folder is {folder!r}; give the path of a folder"):
+            captured.save(folder)  # type: ignore[arg-type]
+
+
+def test_attention_without_rows_is_refused() -> None:
+    with torch.no_grad(), qk_sniffer.capture(model := LLAMA.model(), sampler="none", statistics=True) as captured:
+        model(input_ids=random_ids(1, 5))
+    for read in (captured.logits, captured.attention):
+        with pytest.raises(CaptureError, match=r"no rows of kind query and key are captured.*such as sampler='all'"):
+            read(0, 0)
+
+
+def test_a_pass_that_skips_layers_is_refused() -> None:
+    model: Any = LLAMA.model()
+    ids = random_ids(1, 5)
+    with torch.no_grad(), qk_sniffer.capture(model) as captured:
+        model.model.layers[2].forward = lambda states, *_, **__: states
+        with pytest.raises(
+            CaptureError, match="showed no query and no key of layers 2, as if it ended early or skipped"
+        ):
+            model(input_ids=ids)
+        del model.model.layers[2].forward
+        model(input_ids=ids)
+    assert captured.examples["num_tokens"].to_pylist() == [5]
 
 
 def test_reading_what_was_not_captured_names_what_was() -> None:

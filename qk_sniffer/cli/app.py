@@ -24,7 +24,7 @@ from qk_sniffer.cli.flags import initialized, only_prints, parse_flags, show
 from qk_sniffer.cli.hydra_jobs import run_jobs
 from qk_sniffer.cli.launching import Launch, search_last_folder
 from qk_sniffer.cli.overrides import key_of
-from qk_sniffer.cli.preflight import Composer
+from qk_sniffer.cli.preflight import Composer, planned
 from qk_sniffer.cli.programs import listed, meant
 from qk_sniffer.cli.schema import Schema
 from qk_sniffer.config import Config, from_omegaconf, register
@@ -54,7 +54,7 @@ def _main(arguments: list[str]) -> int:
         raise ConfigError([f"{arguments[0]} is not a program{did_you_mean(programs)}"])
     args = parse_flags(arguments)
     if only_prints(args):
-        return show(APPLICATION, task)
+        return show(APPLICATION, task, args, lambda: planned(args, APPLICATION))
     check_address()
     with initialized(args) as loader:
         composer = Composer(loader, APPLICATION, args)

@@ -1,9 +1,10 @@
 """Rewords the errors of Hydra and OmegaConf, in one line each, and replaces values that refer to nothing."""
 
 import re
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, get_origin
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -16,7 +17,11 @@ def explain(error: BaseException, schema: Schema) -> str:
     """Returns the message of an error of Hydra or OmegaConf in one line, with the valid names for an unknown key."""
     text = str(error)
     if to_add := re.match(r"Could not override '(.+)'\.\s+To append to your config use (.+)", text):
-        return f"{to_add[1]} does not exist, so it cannot be changed; to add it, write {to_add[2]}"
+        is_entry = schema.is_free(to_add[1]) or get_origin(schema.plain_type(to_add[1])) is dict
+        what = (
+            "the mapping has no such entry yet" if is_entry else f"{to_add[1]} does not exist, so it cannot be changed"
+        )
+        return f"{what}; to add it, write {shlex.quote(to_add[2])}"
     if isinstance(error.__cause__, OmegaConfBaseException):
         text = f"{text}\n{error.__cause__}"
     where = re.match(r"In '([^']+)':(?: \w+ raised while composing config:)?", text)

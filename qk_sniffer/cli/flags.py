@@ -4,10 +4,10 @@ import argparse
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from io import TextIOWrapper
+from contextlib import AbstractContextManager, contextmanager, redirect_stderr
+from io import StringIO, TextIOWrapper
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 from hydra import initialize_config_dir, initialize_config_module
 from hydra._internal.hydra import Hydra
@@ -24,29 +24,28 @@ from qk_sniffer.cli.application import CONFIG_MODULE, VERSION_BASE, Application
 from qk_sniffer.cli.explain import explain
 from qk_sniffer.cli.schema import unknown_flag, without_key
 from qk_sniffer.errors import ConfigError
-from qk_sniffer.text import say
+from qk_sniffer.text import say, say_text
 
 
 def parse_flags(arguments: list[str], first_key: str | None = None) -> argparse.Namespace:
-    """Parses a command line as Hydra does.
+    """Parses a command line as Hydra does. Flags and settings may come in any order.
 
     Args:
         arguments: of this process.
         first_key: the key of the first setting, if its value may be given without a key.
 
     Raises:
-        ConfigError: a flag is unknown, runs a pickle, or follows the settings.
+        ConfigError: a flag is unknown, lacks its value, or runs a pickle.
     """
     if any(argument.partition("=")[0] == "--config" for argument in arguments):
         raise ConfigError([renamed_keys.CONFIG_FLAG])
-    args, rest = get_args_parser().parse_known_args(arguments)
-    unknown = [text for text in rest if text.startswith("-")]
+    parser = get_args_parser()
+    parser.error = _refuse  # type: ignore[method-assign]
+    args, unknown = parser.parse_known_intermixed_args(arguments)
     if unknown:
         raise ConfigError([unknown_flag(text) for text in unknown])
     if args.experimental_rerun:
         raise ConfigError([_RERUN])
-    if rest:
-        raise ConfigError([f"{' '.join(rest)}: flags come first, then all settings together"])
     if first_key is not None and (place := without_key(args.overrides, first_key)) is not None:
         value = args.overrides[place]
         args.overrides[place] = sys.argv[sys.argv.index(value)] = f"{first_key}={quoted(value)}"  # Hydra reads both
@@ -58,6 +57,17 @@ def quoted(text: str) -> str:
     literal = text.replace("${", "\\${")
     # Backslashes before a quote stand for themselves only if they are doubled.
     return "'" + re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + found[2].replace("'", "\\'"), literal) + "'"
+
+
+def _refuse(message: str) -> NoReturn:
+    if message.startswith("argument --cfg/-c"):
+        message = f"{message}. It shows the settings; {_OWN_SETTINGS}"
+    raise ConfigError([message])
+
+
+_OWN_SETTINGS = (
+    "for a file of your own settings, FOLDER/experiment/mine.yaml, write --config-dir FOLDER +experiment=mine"
+)
 
 
 _RERUN = (
@@ -72,19 +82,48 @@ def only_prints(args: argparse.Namespace) -> bool:
     return any(getattr(args, flag) for flag in flags)
 
 
-def show(application: Application[Any], task: Callable[[Any], Any]) -> int:
-    """Has Hydra answer such flags, of the config as a job has it; returns the exit code."""
+def show(
+    application: Application[Any], task: Callable[[Any], Any], args: argparse.Namespace, check: Callable[[], object]
+) -> int:
+    """Has Hydra answer such flags, of the config as a job has it; returns the exit code.
+
+    Args:
+        application: the program.
+        task: what the program does in a job.
+        args: the command line.
+        check: raises a ConfigError with the problems of the settings. It is called if Hydra cannot compose them.
+
+    Raises:
+        ConfigError: the settings have problems.
+    """
     if isinstance(sys.stdout, TextIOWrapper):  # Hydra prints any value with `print`
         sys.stdout.reconfigure(errors="backslashreplace")
+    sys.argv[1:] = _flags_first(sys.argv[1:], args.overrides)
+    said = StringIO()
     try:
-        with _composes_prepared(application.prepare):
+        with _composes_prepared(application.prepare), redirect_stderr(said):
             application.run_hydra(task)
     except BrokenPipeError:
         raise
-    except Exception as error:  # for these flags Hydra does not handle errors
+    except Exception as error:  # for most of these flags Hydra does not handle errors
         say(explain(error, application.schema), to=sys.stderr)
         return 2
+    except SystemExit as error:
+        if error.code:
+            check()
+            say_text(said.getvalue().strip(), to=sys.stderr)
+            return 2
+    if text := said.getvalue().strip():
+        say_text(text, to=sys.stderr)
     return 0
+
+
+def _flags_first(arguments: list[str], settings: list[str]) -> list[str]:
+    """Returns the arguments in the order that Hydra reads: it takes no setting after a flag that follows settings."""
+    flags = arguments[::-1]
+    for setting in reversed(settings):
+        flags.remove(setting)
+    return [*flags[::-1], *settings]
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from hydra.errors import HydraException
 
 from qk_sniffer.cli.application import Application
 from qk_sniffer.cli.schema import not_a_setting
+from qk_sniffer.cli.split_settings import join
 from qk_sniffer.jobs.sweep import MOST_JOBS
 from qk_sniffer.text import closest, did_you_mean
 
@@ -29,14 +30,15 @@ EXPERIMENT = "experiment"
 
 @dataclass(frozen=True)
 class Checked:
-    """The arguments, sorted. `good` holds those without a problem, in their order.
+    """The arguments, sorted. `good` holds those without a problem, in their order; `bad_keys` are those of the others.
 
-    `whole` is false when the choice of a group is not among them: the rest may then seem wrong only because the choice
-    is missing.
+    That a shell has split an argument is a problem; its parts together are checked as one argument. `whole` is false
+    when the choice of a group is bad: the rest may then seem wrong only because the choice is missing.
     """
 
     problems: list[str]
     good: list[str]
+    bad_keys: set[str]
     whole: bool
 
 
@@ -51,18 +53,20 @@ class Checker:
 
     def check(self, arguments: Sequence[str]) -> Checked:
         """Checks every argument, and every value of a sweep."""
-        problems: list[str] = []
+        problems, arguments = join(arguments, self._is_readable, lambda key: self.schema.plain_type(key) is str)
         good: list[str] = []
+        bad_keys: set[str] = set()
         whole = True
         has_experiment = any(argument.lstrip("+").startswith(f"{EXPERIMENT}=") for argument in arguments)
         for argument in arguments:
             found = list(self._problems(argument, has_experiment=has_experiment))
             if found:
                 problems += found
+                bad_keys.add(key_of(argument))
                 whole = whole and not self._chooses_group(argument)
             else:
                 good.append(argument)
-        return Checked(problems, good, whole)
+        return Checked(problems, good, bad_keys - {""}, whole)
 
     def values_of(self, override: Override) -> list[Any]:
         """Returns the value of an argument, or all values of a sweep; none where they cannot be listed."""
@@ -74,6 +78,12 @@ class Checker:
             return []
         return [self.parser.parse_overrides([f"{override.key_or_group}={text}"])[0].value() for text in texts]
 
+    def _is_readable(self, argument: str) -> bool:
+        try:
+            return bool(self.parser.parse_overrides([argument])[0].key_or_group)
+        except HydraException:
+            return False
+
     def _problems(self, argument: str, *, has_experiment: bool) -> Iterator[str]:
         try:
             override = self.parser.parse_overrides([argument])[0]
@@ -82,7 +92,7 @@ class Checker:
             return
         key = override.key_or_group
         if not key:
-            yield not_a_setting(argument)
+            yield self._word(argument)
             return
         if override.is_hydra_override() and override.is_sweep_override():
             yield f"{argument}: Hydra's own settings cannot be swept"
@@ -199,18 +209,25 @@ class Checker:
     def _unreadable(self, argument: str) -> str:
         key, equals, value = argument.partition("=")
         if not equals:
-            return not_a_setting(argument)
+            return self._word(argument)
+        if get_origin(self.schema.plain_type(key.lstrip("+"))) is dict:
+            return self.schema.mistyped(key.lstrip("+"), value)
         if re.fullmatch(r"[+~]{0,2}[\w./@-]+", key):
             quote = "'" if '"' in value else '"'
             quoted = f"{key}={quote}{value}{quote}"
-            try:
-                self.parser.parse_overrides([quoted])
-            except HydraException:
-                pass
-            else:
+            if self._is_readable(quoted):
                 shell = '"' if quote == "'" else "'"
                 return f"{argument}: the value must be quoted, for the shell too: {shell}{quoted}{shell}"
         return f"{argument}: cannot be read as key=value"
+
+    def _word(self, word: str) -> str:
+        """Words the problem of an argument without `=`, with the settings that it may be the value of."""
+        meant = [f"{group}={word}" for group in self.application.default_groups if word in self.groups(group)]
+        if not meant and re.search("[/.]", word):
+            meant = [f"{source}={word}" for source in self.application.open_choices.values()]
+        if word in self.application.default_groups or self.schema.plain_type(word) is not None:
+            meant = [f"{word}=..."]
+        return f"{not_a_setting(word)}{did_you_mean(meant)}"
 
     def _chooses_group(self, argument: str) -> bool:
         key = key_of(argument)

@@ -81,8 +81,7 @@ class Composer(Generic[Settings]):
         else:
             problems, jobs = self._values_alone(checked.good), []
         # A problem that only follows from a missing argument is left out.
-        bad = [key_of(argument) for argument in self.arguments if argument not in checked.good]
-        news = [problem for problem in problems if not any(_mentions(problem, key) for key in bad)]
+        news = [problem for problem in problems if not any(_mentions(problem, key) for key in checked.bad_keys)]
         found = [*checked.problems, *news] or list(self.application.collisions(jobs))
         if found:
             raise ConfigError(list(dict.fromkeys(found)))
@@ -109,10 +108,20 @@ class Composer(Generic[Settings]):
             )
             problems += found
         else:
-            problems += [f"{text}: several values are a sweep, which needs --multirun (-m)" for text in sweeps]
+            problems += map(self._swept, sweeps)
             combinations = [single]
         found, jobs = self._compose_each(combinations, master)
+        if not self.is_sweep:
+            found = [each for each in found if not any(_mentions(each, key_of(text)) for text in sweeps)]
         return [*problems, *found], jobs
+
+    def _swept(self, argument: str) -> str:
+        """Words the problem of an argument with several values that is not in a sweep."""
+        key, _, value = argument.partition("=")
+        problem = f"{argument}: several values are a sweep, which needs --multirun (-m)"
+        if self.schema.may_be_text(key.lstrip("+")) and '"' not in value:
+            problem += f"; one value with a comma is quoted, for the shell too: '{key}=\"{value}\"'"
+        return problem
 
     def _compose_each(self, combinations: list[list[str]], master: DictConfig) -> tuple[list[str], list[Job[Settings]]]:
         where: dict[str, list[str]] = {}
@@ -133,7 +142,7 @@ class Composer(Generic[Settings]):
         for problem, places in where.items():
             problems.append(problem if len(places) == num_checked else f"{problem} [{shortened(places, 1)}]")
         if num_checked < len(combinations):
-            problems[-1] += f" [only the first {num_checked} of {len(combinations)} jobs were checked]"
+            problems[-1] += f" [jobs that were checked: the first {num_checked} of {len(combinations)}]"
         return problems, jobs
 
     def _compose(self, arguments: Sequence[str], mode: RunMode = RunMode.RUN) -> DictConfig:

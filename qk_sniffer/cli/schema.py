@@ -119,6 +119,8 @@ class Schema:
 
     def mistyped(self, key: str, value: Any) -> str:
         """Words the problem of a value that does not have the type of `key`."""
+        if get_origin(self.plain_type(key)) is dict:
+            return f"{key} is {value!r}; it must be a mapping: add entries to it, as in +{key}.name=value"
         return f"{key} is {value!r}; it must be {_described(self.types[key])}"
 
     def missing(self, keys: Iterable[str]) -> list[str]:
@@ -143,7 +145,7 @@ def repeated(keys: Iterable[str]) -> list[str]:
 
 def unknown_flag(flag: str) -> str:
     """Words the problem of an unknown flag."""
-    return f"{flag}: no such flag; settings are written key=value (see --help)"
+    return f"{flag}: no such flag; settings are written key=value, without dashes (see --help)"
 
 
 def not_a_setting(argument: str, example: str = "") -> str:
@@ -204,8 +206,6 @@ def _described(annotation: Any) -> str:
     if get_origin(annotation) is list:
         of_integers = get_args(annotation) == (int,)
         return "a list of integers such as [0,1,2]" if of_integers else "a list of names such as [one,two]"
-    if get_origin(annotation) is dict:
-        return "a mapping such as {key: value}"
     return _DESCRIPTIONS.get(annotation, "any value")
 
 

@@ -17,7 +17,7 @@ from qk_sniffer.cli.environment import read_environment
 from qk_sniffer.cli.explain import explain
 from qk_sniffer.cli.flags import initialized, only_prints, parse_flags, show
 from qk_sniffer.cli.hydra_jobs import run_jobs
-from qk_sniffer.cli.preflight import Composer
+from qk_sniffer.cli.preflight import Composer, planned
 from qk_sniffer.errors import ConfigError, QkSnifferError
 from qk_sniffer.hub.endpoint import check_address
 from qk_sniffer.jobs.sweep import Job
@@ -39,7 +39,7 @@ def main() -> int:
 def _main(arguments: list[str]) -> int:
     args = parse_flags(arguments, first_key="data_root")
     if only_prints(args):
-        return show(APPLICATION, task)
+        return show(APPLICATION, task, args, lambda: planned(args, APPLICATION))
     check_address()
     with initialized(args) as loader:
         composer = Composer(loader, APPLICATION, args)

@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 
 import qk_sniffer
 from qk_sniffer.cli import app, preflight
+from qk_sniffer.cli.flags import parse_flags
 from qk_sniffer.config import schema
 
 REPO = Path(qk_sniffer.__file__).parent.parent
@@ -115,7 +116,12 @@ def test_a_bad_command_line_ends_at_once(
         (("--config", "configs/sample.yaml"), "--config is a flag of the original tool"),
         (("--config=configs/sample.yaml",), "--config is a flag of the original tool"),
         (("--model", "qwen"), "--model: no such flag; settings are written key=value"),
-        (("model=qwen3_8b", "-m", "dataset=pydoc"), "dataset=pydoc: flags come first"),
+        (
+            ("-c", "file.yaml"),
+            "for a file of your own settings, FOLDER/experiment/mine.yaml, write --config-dir FOLDER",
+        ),
+        (("model=pydoc_tiny", "--package"), "argument --package/-p: expected one argument"),
+        (("--cfg", "job", "dataset.filter={lang: fr}"), "to add it, write '+dataset.filter={lang: fr}'"),
         (("--cfg", "job", "--multirun"), "Only one of"),
         (("--help", "+experiment=none"), "Could not find 'experiment/none'"),
         (("--experimental-rerun", "config.pickle"), "--experimental-rerun: no such flag here"),
@@ -129,9 +135,15 @@ def test_bad_flags(
     assert message in capsys.readouterr().err
 
 
+def test_flags_may_stand_between_settings() -> None:
+    args = parse_flags(["model=pydoc_tiny,qwen3_8b", "-m", "sampler=all", "--config-dir", "mine", "dataset=pydoc"])
+    assert (args.multirun, args.config_dir) == (True, "mine")
+    assert args.overrides == ["model=pydoc_tiny,qwen3_8b", "sampler=all", "dataset=pydoc"]
+
+
 def test_hydras_own_flags_work(light: dict[str, str], tmp_path: Path) -> None:
     for flags, expected in ((("--cfg", "job"), "name: Qwen/Qwen3-8B"), (("--info", "defaults"), "model/qwen3_8b")):
-        done = sniff(light, tmp_path, *flags, "model=qwen3_8b")
+        done = sniff(light, tmp_path, "sampler=all", *flags, "model=qwen3_8b")
         assert (done.returncode, done.stderr) == (0, "") and expected in done.stdout
     assert not (tmp_path / "outputs").exists()
 

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -68,7 +69,12 @@ def refusal(*arguments: str) -> str:
             r"capture\.statistics\.stages is 'pre'; it must be a list of names such as \[one,two\]",
         ),
         ("capture.layers=0,1", r"a list is written in brackets: capture\.layers=\[0,1\]"),
-        ("model.config_overrides=3", r"model\.config_overrides is 3; it must be a mapping"),
+        (
+            "model.config_overrides=3",
+            r"is 3; it must be a mapping: add entries to it, as in \+model\.config_overrides\.",
+        ),
+        ("dataset.filter=lang=fr", r"is 'lang=fr'; it must be a mapping: add entries to it, as in \+dataset\.filter\."),
+        ("dataset.filter={lang: fr}", r"has no such entry yet; to add it, write '\+dataset\.filter=\{lang: fr\}'"),
         ("model.config_overrides.x=1", r"to add it, write \+model\.config_overrides\.x=1"),
         ("model.tokenizer=null", r"model\.tokenizer is a section; its keys are name, revision, max_length"),
         ("model.tokenizer={max_length: many}", r"model\.tokenizer\.max_length is 'many'; it must be an integer"),
@@ -157,6 +163,59 @@ def test_an_experiment_says_what_a_model_lacks_for_it() -> None:
     assert (job.config.model.tokenizer.max_length, job.config.sampler.min_bucket_size) == (999, 99)
     whole = refusal("+experiment=attention_plasticity", "model=qwen3_8b", "+model.config_overrides={a: 1}")
     assert "one by one: +model.config_overrides.a=..." in whole
+
+
+# What a shell does to a setting
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("capture.layers=[0,", "1]"), "a setting with spaces is quoted: 'capture.layers=[0, 1]'"),
+        (("capture.layers=[", "0,1", "]"), "a setting with spaces is quoted: 'capture.layers=[ 0,1 ]'"),
+        (("+dataset.filter={a:", "{b:", "1}}"), "a setting with spaces is quoted: '+dataset.filter={a: {b: 1}}'"),
+        (("dataset.path=org/my", "own", "texts"), "a setting with spaces is quoted: 'dataset.path=org/my own texts'"),
+        (("sampler.type", "=", "uniform"), "a setting is one word: sampler.type=uniform"),
+        (("sampler.type=", "uniform"), "a setting is one word: sampler.type=uniform"),
+        (("sampler.type", "=uniform"), "a setting is one word: sampler.type=uniform"),
+        (("capture.layers", "=", "[0,", "1]"), "a setting with spaces is quoted: 'capture.layers=[0, 1]'"),
+    ],
+)
+def test_a_setting_that_the_shell_splits_is_one_problem(arguments: tuple[str, ...], message: str) -> None:
+    found = refusals("model=pydoc_tiny", *arguments, "shard.index=0")
+    assert found[0] == f"{' '.join(arguments)}: {message}"
+    assert all(problem.startswith("dataset.path is 'org/my own texts'") for problem in found[1:])
+    (as_told,) = shlex.split(message.partition(": ")[2])
+    if not as_told.startswith("dataset.path"):
+        assert plan(as_told)
+
+
+def test_a_setting_that_was_split_is_checked_too() -> None:
+    found = refusals("sampler.type", "=", "unform", "sampler.base_rate=-1")
+    assert [problem.partition(" is ")[0] for problem in found][1:] == ["sampler.type", "sampler.base_rate"]
+    assert len(refusals("=", "sampler.base_rate=-1")) == 2, "a mistake without a key hides no other"
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [
+        ("qwen3_8b", "did you mean model=qwen3_8b?"),
+        ("uniform", "did you mean sampler=uniform?"),
+        ("model", "did you mean model=...?"),
+        ("sampler.seed", "did you mean sampler.seed=...?"),
+        ("org/texts", "did you mean model=hf model.name=org/texts or dataset=hf dataset.path=org/texts?"),
+    ],
+)
+def test_a_word_alone_is_answered_with_the_settings_that_it_may_be_of(word: str, meant: str) -> None:
+    assert refusal("sampler.seed=1", word) == f"{word}: a setting is written key=value, {meant}"
+
+
+def test_a_comma_in_a_text_is_no_sweep() -> None:
+    told = "one value with a comma is quoted, for the shell too: 'dataset.path=\"a,b.txt\"'"
+    assert told in refusal("dataset=hf", "dataset.path=a,b.txt")
+    assert refusal("dataset=hf", 'dataset.path="a,b.txt"').startswith(
+        "dataset.path is 'a,b.txt'; there is no such file"
+    )
 
 
 # A name without its group

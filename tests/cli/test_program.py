@@ -40,7 +40,7 @@ def test_everything_wrong_is_named_at_once() -> None:
         "grid is '1'; it must be true or false",
         "scale is ''; it must be a number",
         "data_rot is not a key, did you mean data_root?; valid: data_root, width, scale, grid, title",
-        "--grid: no such flag; settings are written key=value (see --help)",
+        "--grid: no such flag; settings are written key=value, without dashes (see --help)",
         "width is given twice; give it one value",
     ]
     assert problems("width=8") == ["data_root is not given; it is the dataset's folder"]

@@ -1,0 +1,77 @@
+"""Finds settings that a shell has split at their spaces: `sampler.type = uniform`, `capture.layers=[0, 1]`."""
+
+import shlex
+from collections.abc import Callable, Iterator, Sequence
+
+_CLOSING = {"[": "]", "{": "}", "(": ")"}
+
+
+def join(
+    arguments: Sequence[str], is_readable: Callable[[str], bool], takes_text: Callable[[str], bool]
+) -> tuple[list[str], list[str]]:
+    """Returns a problem for each setting that was split, and all settings as they were meant.
+
+    Args:
+        arguments: the settings of a command line.
+        is_readable: whether a text can be read as one setting.
+        takes_text: whether a key takes a text, which may have spaces.
+    """
+    problems: list[str] = []
+    settings: list[str] = []
+    rest = list(arguments)
+    while rest:
+        count, setting = 1, rest[0]
+        for candidate_count, candidate in _candidates(rest, takes_text):
+            if is_readable(candidate):
+                count, setting = candidate_count, candidate
+        if count > 1:
+            rule = "a setting with spaces is quoted" if " " in setting else "a setting is one word"
+            problems.append(f"{' '.join(rest[:count])}: {rule}: {shlex.quote(setting)}")
+        settings.append(setting)
+        del rest[:count]
+    return problems, settings
+
+
+def _candidates(arguments: Sequence[str], takes_text: Callable[[str], bool]) -> Iterator[tuple[int, str]]:
+    """Yields how many of the first arguments may be parts of one setting, and that setting."""
+    key, equals, value = arguments[0].partition("=")
+    after = [*arguments[1:3], "", ""]
+    if not key:
+        return
+    if value and not _is_open(value):
+        if takes_text(key):
+            yield _with_words(arguments)
+    elif value:
+        yield from _closed(1, arguments[0], arguments)
+    elif equals and after[0] and "=" not in after[0]:
+        yield from _closed(2, f"{key}={after[0]}", arguments)
+    elif not equals and after[0] == "=" and after[1]:
+        yield from _closed(3, f"{key}={after[1]}", arguments)
+    elif not equals and after[0].startswith("=") and after[0] != "=":
+        yield from _closed(2, f"{key}{after[0]}", arguments)
+
+
+def _closed(count: int, setting: str, arguments: Sequence[str]) -> Iterator[tuple[int, str]]:
+    """Yields a setting with as many further arguments as close its brackets."""
+    while _is_open(setting) and count < len(arguments):
+        setting = f"{setting} {arguments[count]}"
+        count += 1
+    if not _is_open(setting):
+        yield count, setting
+
+
+def _with_words(arguments: Sequence[str]) -> tuple[int, str]:
+    """Returns a setting with the arguments after it that have no `=`."""
+    count = next((number for number, text in enumerate(arguments) if number and "=" in text), len(arguments))
+    return count, " ".join(arguments[:count])
+
+
+def _is_open(text: str) -> bool:
+    """Whether brackets are open at the end of `text`."""
+    expected: list[str] = []
+    for character in text:
+        if character in _CLOSING:
+            expected.append(_CLOSING[character])
+        elif expected and character == expected[-1]:
+            expected.pop()
+    return bool(expected)

@@ -199,17 +199,17 @@ class DatasetConfig:
     )
     chat: ChatConfig = field(default_factory=ChatConfig)
     id_column: str | None = field(
-        default=None, metadata={"help": "column that holds the example's id; null: the row number is the id"}
+        default=None, metadata={"help": "column that holds the example's id; null: the number of the example is the id"}
     )
     filter: dict[str, Any] = field(
         default_factory=dict,
-        metadata={"help": "keep only rows with these values: +dataset.filter.length=long", "compares": True},
+        metadata={"help": "keep only examples with these values: +dataset.filter.length=long", "compares": True},
     )
     # Changes the number of examples, not the rows of an example.
     max_samples: int | None = field(
         default=None,
         metadata={
-            "help": "use only the first rows that pass the filter, at most this many; null: all",
+            "help": "use only the first examples that pass the filter, at most this many; null: all",
             "changes_rows": False,
         },
     )

@@ -53,7 +53,9 @@ class Checker:
 
     def check(self, arguments: Sequence[str]) -> Checked:
         """Checks every argument, and every value of a sweep."""
-        problems, arguments = join(arguments, self._is_readable, lambda key: self.schema.plain_type(key) is str)
+        problems, arguments = join(
+            arguments, self._is_readable, lambda key: self.schema.plain_type(key) is str, self._is_name
+        )
         good: list[str] = []
         bad_keys: set[str] = set()
         whole = True
@@ -83,6 +85,9 @@ class Checker:
             return bool(self.parser.parse_overrides([argument])[0].key_or_group)
         except HydraException:
             return False
+
+    def _is_name(self, word: str) -> bool:
+        return bool(self.groups(word)) or word in self.schema.types
 
     def _problems(self, argument: str, *, has_experiment: bool) -> Iterator[str]:
         try:
@@ -225,7 +230,7 @@ class Checker:
         meant = [f"{group}={word}" for group in self.application.default_groups if word in self.groups(group)]
         if not meant and re.search("[/.]", word):
             meant = [f"{source}={word}" for source in self.application.open_choices.values()]
-        if word in self.application.default_groups or self.schema.plain_type(word) is not None:
+        if self._is_name(word):
             meant = [f"{word}=..."]
         return f"{not_a_setting(word)}{did_you_mean(meant)}"
 

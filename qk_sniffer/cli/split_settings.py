@@ -2,12 +2,16 @@
 
 import shlex
 from collections.abc import Callable, Iterator, Sequence
+from itertools import takewhile
 
 _CLOSING = {"[": "]", "{": "}", "(": ")"}
 
 
 def join(
-    arguments: Sequence[str], is_readable: Callable[[str], bool], takes_text: Callable[[str], bool]
+    arguments: Sequence[str],
+    is_readable: Callable[[str], bool],
+    takes_text: Callable[[str], bool],
+    is_name: Callable[[str], bool],
 ) -> tuple[list[str], list[str]]:
     """Returns a problem for each setting that was split, and all settings as they were meant.
 
@@ -15,13 +19,14 @@ def join(
         arguments: the settings of a command line.
         is_readable: whether a text can be read as one setting.
         takes_text: whether a key takes a text, which may have spaces.
+        is_name: whether a word is a key or a group.
     """
     problems: list[str] = []
     settings: list[str] = []
     rest = list(arguments)
     while rest:
         count, setting = 1, rest[0]
-        for candidate_count, candidate in _candidates(rest, takes_text):
+        for candidate_count, candidate in _candidates(rest, takes_text, is_name):
             if is_readable(candidate):
                 count, setting = candidate_count, candidate
         if count > 1:
@@ -32,7 +37,9 @@ def join(
     return problems, settings
 
 
-def _candidates(arguments: Sequence[str], takes_text: Callable[[str], bool]) -> Iterator[tuple[int, str]]:
+def _candidates(
+    arguments: Sequence[str], takes_text: Callable[[str], bool], is_name: Callable[[str], bool]
+) -> Iterator[tuple[int, str]]:
     """Yields how many of the first arguments may be parts of one setting, and that setting."""
     key, equals, value = arguments[0].partition("=")
     after = [*arguments[1:3], "", ""]
@@ -40,7 +47,7 @@ def _candidates(arguments: Sequence[str], takes_text: Callable[[str], bool]) -> 
         return
     if value and not _is_open(value):
         if takes_text(key):
-            yield _with_words(arguments)
+            yield _with_words(arguments, is_name)
     elif value:
         yield from _closed(1, arguments[0], arguments)
     elif equals and after[0] and "=" not in after[0]:
@@ -60,10 +67,11 @@ def _closed(count: int, setting: str, arguments: Sequence[str]) -> Iterator[tupl
         yield count, setting
 
 
-def _with_words(arguments: Sequence[str]) -> tuple[int, str]:
-    """Returns a setting with the arguments after it that have no `=`."""
-    count = next((number for number, text in enumerate(arguments) if number and "=" in text), len(arguments))
-    return count, " ".join(arguments[:count])
+def _with_words(arguments: Sequence[str], is_name: Callable[[str], bool]) -> tuple[int, str]:
+    """Returns a setting with the words after it, which have no `=` and are no names."""
+    setting, *others = arguments
+    words = [setting, *takewhile(lambda word: "=" not in word and not is_name(word), others)]
+    return len(words), " ".join(words)
 
 
 def _is_open(text: str) -> bool:

@@ -146,16 +146,16 @@ def check_unchanged(
     if now == (record.source_id, record.example_id, record.text_hash):
         if _has_other_segments(example, record):
             raise _changed(
-                f"row {example.index} of the dataset (id {example.source_id}) has other segments than the example "
+                f"example {example.index} of the dataset (id {example.source_id}) has other segments than the example "
                 f"{origin}"
             )
         return
     if now[2] == record.text_hash and now[0] != record.source_id:
         raise _changed(
-            f"row {example.index} of the dataset has the id {example.source_id} now, and had {record.source_id} with "
-            f"the text {origin} (earlier versions read some ids as numbers or dates)"
+            f"example {example.index} of the dataset has the id {example.source_id} now, and had {record.source_id} "
+            f"with the text {origin} (earlier versions read some ids as numbers or dates)"
         )
-    raise _changed(f"row {example.index} of the dataset (id {example.source_id}) is not the text {origin}")
+    raise _changed(f"example {example.index} of the dataset (id {example.source_id}) is not the text {origin}")
 
 
 def examples_of(corpus: Corpus, captured: Iterable[ExampleRecord], hash_of: HashOf = plain_hash) -> list[Example]:
@@ -199,10 +199,10 @@ def check_same_texts(
         check_unchanged(example, record, hash_of, origin)
         if whole and record is None:
             raise _changed(
-                f"row {example.index} of the dataset (id {example.source_id}) had no text when its shard ran"
+                f"example {example.index} of the dataset (id {example.source_id}) had no text when its shard ran"
             )
     if left:
-        raise _changed(f"row {min(left)} of the dataset has lost the text {origin}")
+        raise _changed(f"example {min(left)} of the dataset has lost the text {origin}")
 
 
 def _has_other_segments(example: Example, record: ExampleRecord) -> bool:
@@ -225,7 +225,8 @@ def check_same_segments(tokens: Tokens, record: ExampleRecord) -> None:
     """
     if tokens.record().segments != record.segments:
         raise _changed(
-            f"row {tokens.index} of the dataset (id {tokens.source_id}) has other segments than when it was captured"
+            f"example {tokens.index} of the dataset (id {tokens.source_id}) has other segments than when it was "
+            "captured"
         )
 
 

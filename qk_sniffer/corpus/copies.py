@@ -51,7 +51,7 @@ def refuse_parquet(where: str, format: str, files: Iterable[str]) -> None:
         raise SourceError(
             f"{where}: its Parquet files are compressed once more, are of a folder of media, or have other options in "
             "its README.md or .huggingface.yaml than columns: they are not read, because the library datasets does "
-            "not bound their size. Name them in dataset.data_files, decompressed; dataset.filter chooses rows"
+            "not bound their size. Name them in dataset.data_files, decompressed; dataset.filter chooses examples"
         )
 
 

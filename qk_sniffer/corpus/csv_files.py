@@ -6,6 +6,7 @@ A comma that is not quoted would otherwise move the rest of its row by a column.
 import csv
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 from qk_sniffer.corpus.data_files import DataFile, FormatError, open_text
@@ -62,6 +63,10 @@ class CsvReader:
                 )
             if index >= start:
                 yield {column: record[place] or None for column, place in places.items()}
+
+    def lines(self, file: DataFile) -> Iterator[int]:
+        """Yields the number of the first line of each row, from 1."""
+        return (line for _, line in islice(self._records(file), 1, None))
 
     def _records(self, file: DataFile) -> Iterator[tuple[list[str], int]]:
         """Yields the header, then every record that is not an empty line, each with the number of its first line."""

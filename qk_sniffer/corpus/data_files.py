@@ -208,7 +208,7 @@ def reason(error: BaseException) -> str:
     if isinstance(error, yaml.YAMLError):
         return f"its YAML is wrong: {_yaml_problem(error)}"
     if "BatchSize must be greater than 0" in str(error):
-        return "it has no rows. Leave it out"
+        return "it has no examples. Leave it out"
     if "zstd not supported" in str(error):
         return _NO_ZSTD
     return first_lines(str(error)) or type(error).__name__

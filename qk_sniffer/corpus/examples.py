@@ -23,7 +23,7 @@ from qk_sniffer.corpus.ids import (
     preferred_number,
     repeated_places,
 )
-from qk_sniffer.corpus.rows import no_rows
+from qk_sniffer.corpus.rows import FileRows, no_rows
 from qk_sniffer.corpus.sources import Source, open_source
 from qk_sniffer.corpus.values import Filter, id_of
 from qk_sniffer.errors import ColumnError, SourceError
@@ -137,9 +137,9 @@ class Corpus:
                     example_id, source_id = self._ids(index, row, streamed)
                     if len(str(source_id)) > MOST_ID:
                         raise SourceError(
-                            f"{self._source.name}: the id of row {index} has {len(str(source_id)):,} characters, more "
-                            f"than {MOST_ID:,}: is dataset.id_column={self._config.id_column} its text? "
-                            "dataset.id_column=null numbers the rows"
+                            f"{self._source.name}: the id of example {index} has {len(str(source_id)):,} characters, "
+                            f"more than {MOST_ID:,}: is dataset.id_column={self._config.id_column} its text? "
+                            "dataset.id_column=null numbers the examples"
                         )
                     if mine:
                         yield Example(index, example_id, str(source_id), content)
@@ -156,7 +156,7 @@ class Corpus:
             raise
         if not any_content and not after and not self._any_content():
             raise SourceError(
-                f"{self._source.name}: no row has {self._content.noun} in column {self._content.column!r}"
+                f"{self._source.name}: no example has {self._content.noun} in column {self._content.column!r}"
             )
 
     def uses(self, index: int) -> bool:
@@ -208,7 +208,7 @@ class Corpus:
                 if index is None:
                     return
         raise SourceError(
-            f"{self._source.name} has no row {index} any more: it was changed while the job read it. Rerun the "
+            f"{self._source.name} has no example {index} any more: it was changed while the job read it. Rerun the "
             "command, which keeps what was captured before"
         )
 
@@ -297,15 +297,16 @@ class Corpus:
         source_id = id_of(row[self._config.id_column], typed=self._source.rows.typed)
         if source_id is None:
             raise SourceError(
-                f"{self._source.name}: row {index} has no id (column {self._config.id_column!r} is null there). "
-                "Use another dataset.id_column, or the row's index as the id: dataset.id_column=null"
+                f"{self._source.name}{self._place(index)}: example {index} has no id (column {self._config.id_column!r} "
+                "is null there). "
+                "Use another dataset.id_column, or the example's number as the id: dataset.id_column=null"
             )
         return source_id
 
     def _repeated(self, first: int, second: int, source_id: Any) -> SourceError:
         return SourceError(
-            f"{self._source.name}, column {self._config.id_column!r}: rows {first} and {second} have the same id "
-            f"{str(source_id)!r}. Their sampled rows could not be told apart. Use the row's index as the id: "
+            f"{self._source.name}, column {self._config.id_column!r}: examples {first} and {second} have the same id "
+            f"{str(source_id)!r}. Their sampled rows could not be told apart. Use the example's number as the id: "
             "dataset.id_column=null"
         )
 
@@ -313,7 +314,10 @@ class Corpus:
         try:
             return self._content.read(row)
         except ContentError as error:
-            raise SourceError(f"{self._source.name}: row {index} {error}") from None
+            raise SourceError(f"{self._source.name}{self._place(index)}: example {index} {error}") from None
+
+    def _place(self, index: int) -> str:
+        return self._source.rows.place(index) if isinstance(self._source.rows, FileRows) else ""
 
     def _any_content(self) -> bool:
         rows = self._rows_at(self._used or (), self._content.columns)
@@ -328,13 +332,13 @@ class Corpus:
         wanted |= {f"dataset.filter.{column}": column for column in config.filter}
         # A stream without types is not read to its end for a column.
         may_come = config.streaming and not self._source.rows.has_schema
-        start = " in its first rows, the only ones that dataset.streaming=true looks at" if may_come else ""
+        start = " in its first examples, the only ones that dataset.streaming=true looks at" if may_come else ""
         for key, column in wanted.items():
             if column is None or column in types:
                 continue
             if may_come and config.filter.get(column) is not None:
                 log.warning(
-                    "%s has no column %r in its first rows: rows without it do not pass %s=%s. %s",
+                    "%s has no column %r in its first examples: those without it do not pass %s=%s. %s",
                     *(self._source.name, column, key, config.filter[column], has),
                 )
                 types[column] = "unknown"
@@ -352,13 +356,13 @@ class Corpus:
         if not self._config.filter:
             return no_rows(self._source.name)
         return SourceError(
-            f"{self._source.name} has no rows that pass dataset.filter={self._config.filter}: {filter.explain()}"
+            f"{self._source.name} has no examples that pass dataset.filter={self._config.filter}: {filter.explain()}"
         )
 
 
 def _way_out(sound: int) -> str:
-    rows = "row" if sound == 1 else f"{sound} rows"
+    examples = "example" if sound == 1 else f"{sound} examples"
     return (
-        f"To make the dataset of the {rows} before it, which keeps the captured examples, rerun the command with "
+        f"To make the dataset of the {examples} before it, which keeps the captured examples, rerun the command with "
         f"dataset.max_samples={sound}"
     )

@@ -67,6 +67,10 @@ class JsonReader:
                         _check_text(value, line)
                 yield values
 
+    def lines(self, file: DataFile) -> Iterator[int]:
+        """Yields the number of the first line of each row, from 1."""
+        return (line for _, line in self._objects(file))
+
     def _objects(self, file: DataFile) -> Iterator[tuple[dict[str, Any], int]]:
         """Yields each object with the number of its first line."""
         with open_text(file, encoding=self._encoding, newline="\n", may_grow=True) as text:
@@ -141,8 +145,8 @@ def _of_document(cursor: "_Cursor") -> Iterator[tuple[Any, int]]:
         values += 1
         if values > 1 and holds_text:  # a list a line, whose texts are the columns of a row
             raise FormatError(
-                f"JSON parse error: line {cursor.line} holds a further value after a list of texts. A row of several "
-                'columns is an object, such as {"id": ..., "text": ...}'
+                f"JSON parse error: line {cursor.line} holds a further value after a list of texts. An example of "
+                'several columns is an object, such as {"id": ..., "text": ...}'
             )
         if sign != "[":
             yield cursor.value()

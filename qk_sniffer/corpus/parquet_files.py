@@ -148,7 +148,9 @@ def _pieces(batch: Any) -> Iterator[Any]:
     if number <= _MOST_NESTED:
         yield batch
     elif batch.num_rows == 1:
-        raise FormatError(f"a row of it has {number:,} values in lists, more than {_MOST_NESTED:,}: leave out the row")
+        raise FormatError(
+            f"an example of it has {number:,} values in lists, more than {_MOST_NESTED:,}: leave out the example"
+        )
     else:
         half = batch.num_rows // 2
         yield from _pieces(batch.slice(0, half))

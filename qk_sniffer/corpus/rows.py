@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, Protocol
+from pathlib import PurePath
+from typing import Any, Protocol, runtime_checkable
 
 from qk_sniffer.corpus.csv_files import CsvReader
 from qk_sniffer.corpus.data_files import ChangedError, DataFile, FormatError, reason
@@ -43,6 +44,14 @@ class Rows(Protocol):
 
     def read(self, columns: Sequence[str], start: int = 0) -> Iterator[dict[str, Any]]:
         """Yields these columns of the rows from number `start` on."""
+
+
+@runtime_checkable
+class LineReader(Protocol):
+    """A reader of a format in which rows begin at lines."""
+
+    def lines(self, file: DataFile) -> Iterator[int]:
+        """Yields the number of the first line of each row, from 1."""
 
 
 class Reader(Protocol):
@@ -162,6 +171,29 @@ class FileRows:
             rows = self._of_files(part.files, columns, part.start + skip)
             yield from islice(rows, None if length is None else length - skip)
             skip = 0
+
+    def place(self, number: int) -> str:
+        """Returns the line at which a row begins, for a message: `, line 3 of texts.jsonl`.
+
+        Reads up to the row again. Empty for files without lines and for those on the Hub.
+        """
+        if not isinstance(self.reader, LineReader):
+            return ""
+        for part in self.parts:
+            length = None if part.stop is None else part.stop - part.start
+            if length is not None and number >= length:
+                number -= length
+                continue
+            number += part.start
+            for file in part.files:
+                if file.is_remote:
+                    return ""
+                for line in self.reader.lines(file):
+                    if not number:
+                        of = "" if self.where == f"file {file.path}" else f" of {PurePath(file.path).name}"
+                        return f", line {line}{of}"
+                    number -= 1
+        return ""
 
     def _of_files(self, files: Sequence[DataFile], columns: Sequence[str], skip: int) -> Iterator[dict[str, Any]]:
         for file in files:
@@ -312,4 +344,4 @@ class ListRows:
 
 def no_rows(where: str) -> SourceError:
     """Returns the error for a source without rows."""
-    return SourceError(f"{where} cannot be read: it has no rows")
+    return SourceError(f"{where} cannot be read: it has no examples")

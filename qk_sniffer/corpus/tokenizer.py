@@ -355,7 +355,7 @@ class TextTokenizer:
             )
         if self._num_embeddings is not None and (largest := max(ids)) >= self._num_embeddings:
             raise SourceError(
-                f"row {example.index} of the dataset (id {example.source_id}) has the token "
+                f"example {example.index} of the dataset (id {example.source_id}) has the token "
                 f"{self.token_strings([largest])[0]!r} of the id {largest}, and the embedding of the model has "
                 f"{self._num_embeddings} rows. Remove the token from the text, or set model.tokenizer.name to the "
                 "tokenizer that the model was trained with"
@@ -384,7 +384,7 @@ class TextTokenizer:
     def _failed(self, example: Example, error: Exception) -> SourceError:
         reason = " ".join(str(error).split()) or type(error).__name__
         return SourceError(
-            f"the tokenizer of {self.name} fails at row {example.index} of the dataset (id {example.source_id}): "
+            f"the tokenizer of {self.name} fails at example {example.index} of the dataset (id {example.source_id}): "
             f"{reason[:500].rstrip('.')}. Set model.tokenizer.name to the tokenizer that the model was trained with"
         )
 

@@ -185,11 +185,11 @@ def check_part(example: Example, part: int, max_length: int) -> None:
     if example.example_id < 0:
         reason = (
             "has a negative number as its id, and these are the numbers of parts (model.tokenizer.overlong=split): use "
-            "the row's index as the id, dataset.id_column=null"
+            "the example's number as the id, dataset.id_column=null"
         )
         raise content_error(example, ContentError(reason))
 
 
 def content_error(example: Example, error: ContentError) -> SourceError:
     """Returns the error for an example whose content is refused."""
-    return SourceError(f"row {example.index} of the dataset (id {example.source_id}) {error}")
+    return SourceError(f"example {example.index} of the dataset (id {example.source_id}) {error}")

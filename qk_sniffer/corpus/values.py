@@ -90,11 +90,11 @@ class Filter:
             if column not in self._matched:
                 kind = self._kinds[column] if self._typed else "text"
                 if kind == "unknown" and met.keys() <= {_written(None)}:
-                    lines.append(f"column {column!r} has no value in any row")
+                    lines.append(f"column {column!r} has no value in any example")
                     continue
                 has = f"has {shortened([*met], _SHOWN_VALUES)}" if met else "has other values"
                 lines.append(f"column {column!r} ({kind}) {has}")
-        return "; ".join(lines) or "each value is there, but no row has all of them"
+        return "; ".join(lines) or "each value is there, but no example has all of them"
 
 
 def _written(value: Any) -> str:

@@ -59,7 +59,7 @@ def _of_texts(facts: CardFacts) -> list[tuple[str, str]]:
         ("dataset config", _plain(dataset.name)),
         ("split", plain(dataset.split)),
         *contents(facts),
-        ("id column", _plain(dataset.id_column) or "none: example_id is the row's index"),
+        ("id column", _plain(dataset.id_column) or "none: example_id is the example's number"),
         ("examples", f"{facts.num_examples:,} ({cut}; {empty})"),
     ]
 

@@ -291,5 +291,5 @@ def _progress(layout: Layout) -> str:
     if record is None:
         return "its job has captured nothing yet"
     total = record.get("source_rows")
-    of = "" if total is None else f" of {counted(total, 'row')} of the source"
+    of = "" if total is None else f" of {counted(total, 'example')} of the source"
     return f"{counted(done, 'example')}{of} captured"

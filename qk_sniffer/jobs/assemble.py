@@ -214,9 +214,9 @@ def stage(layout: Layout, job: CapturedJob, model: ModelConfig, tokenizer: Token
     expected = None if config.dataset.streaming else record["source_rows"]
     if expected is not None and written.num_texts + skipped != expected:
         raise StoreError(
-            f"{layout.root}: {written.num_texts} texts were captured and {skipped} rows had no text, but the "
-            f"source had {expected} rows when the job started: it has changed. Restore it and rerun the same command, "
-            "or start over with output.overwrite=true"
+            f"{layout.root}: {written.num_texts} texts were captured and {skipped} examples had no text, but the "
+            f"source had {expected} examples when the job started: it has changed. Restore it and rerun the same "
+            "command, or start over with output.overwrite=true"
         )
     limit = record["model"].get("max_positions")
     kinds = [kind for kind in KINDS if any(head.kind == kind for head in heads)]

@@ -70,7 +70,7 @@ def capture_examples(
     unit = "text" if config.model.tokenizer.overlong == "split" else "example"
     skipped_before = components.tokenizer.skipped
     if start.base is not None:
-        log.info("adding to a finished dataset of %d source rows", start.rows_before)
+        log.info("adding to a finished dataset of %d examples", start.rows_before)
     if journal.records:
         log.info("resuming: %d of %s %ss are done", _num_texts(journal), "?" if total is None else total, unit)
     sampler = Sampler(config.sampler)
@@ -135,7 +135,7 @@ def capture_examples(
         raise SourceError(f"dataset {config.dataset.path} has no example that gives a token: nothing was captured")
     if corpus.num_rows is None and (last := index_of(max(journal.records, default=-1))) > corpus.last_index:
         raise SourceError(
-            f"dataset {config.dataset.path}: row {last} was captured before, and the used rows end with row "
+            f"dataset {config.dataset.path}: example {last} was captured before, and the used ones end with example "
             f"{corpus.last_index} now: the source has changed, or dataset.max_samples. Restore them, or recreate the "
             "dataset with output.overwrite=true"
         )

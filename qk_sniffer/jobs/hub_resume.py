@@ -65,7 +65,7 @@ def guard(layout: Layout, here: Mapping[str, Any], branch: Branch) -> None:
     Job.from_record(here).check_continues(Job.from_record(there), str(branch), finished=True)
     if there["source_rows"] > here["source_rows"]:
         raise StoreError(
-            f"not published: {branch} has {there['source_rows']} source rows by now, and {layout.root} has "
+            f"not published: {branch} has {there['source_rows']} examples by now, and {layout.root} has "
             f"{here['source_rows']}. Raise dataset.max_samples and rerun the command, which continues the branch; or "
             "publish to another output.hf_branch"
         )

@@ -43,13 +43,13 @@ def limit_problem(layout: Layout, rows: int | None, record: Mapping[str, Any], c
     )
     before = 0 if record["base"] is None else record["base"]["source_rows"]
     if rows is not None and rows < before:
-        return f"{layout.root} adds to a dataset of {before} rows, and dataset.max_samples is {rows}. {way_out}"
+        return f"{layout.root} adds to a dataset of {before} examples, and dataset.max_samples is {rows}. {way_out}"
     last = index_of(max(max(journal.records, default=-1) for journal in journals_of(layout, record)))
     if corpus.uses(last):
         return None
     return (
-        f"{layout.root} holds an unfinished job that has captured row {last} of the dataset, which is after those of "
-        f"dataset.max_samples={rows}. {way_out}"
+        f"{layout.root} holds an unfinished job that has captured example {last} of the dataset, which is after those "
+        f"of dataset.max_samples={rows}. {way_out}"
     )
 
 

@@ -311,8 +311,8 @@ def _check_same(job: Job, rows: int | None, record: Mapping[str, Any], root: Pat
     job.check_continues(Job.from_record(record), str(root), finished=False)
     if rows != record["source_rows"]:
         raise StoreError(
-            f"{root} holds an unfinished job over {record['source_rows']} rows of the dataset, and {rows} are asked "
-            "for now (dataset.max_samples, or the dataset itself, has changed). Finish that job first, give this one "
+            f"{root} holds an unfinished job over {record['source_rows']} examples of the dataset, and {rows} are "
+            "asked for now (dataset.max_samples, or the dataset itself, has changed). Finish that job first, give this one "
             "another folder (output.data_root=...), or replace the other with output.overwrite=true"
         )
 
@@ -333,7 +333,7 @@ def _rows_are_added(files: Files, manifest: Mapping[str, Any], config: ResolvedC
         now = there + 1 if wanted is None else wanted
     if now < there:
         raise StoreError(
-            f"{files} is finished with {there} rows of the dataset, and only {now} are asked for now "
+            f"{files} is finished with {there} examples of the dataset, and only {now} are asked for now "
             "(dataset.max_samples, or the dataset itself, has changed). A dataset can grow, but not shrink: "
             "give this job another folder (output.data_root=...), or replace the dataset with output.overwrite=true"
         )

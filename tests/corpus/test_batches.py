@@ -98,11 +98,11 @@ def test_an_id_that_is_read_otherwise_than_before_is_told_from_another_text() ->
     check_unchanged(example, None)
     check_unchanged(example, record("12", "text"))
     with pytest.raises(
-        SourceError, match=r"row 3 of the dataset has the id 12 now, and had 12\.0 .*output\.overwrite=true"
+        SourceError, match=r"example 3 of the dataset has the id 12 now, and had 12\.0 .*output\.overwrite=true"
     ):
         check_unchanged(example, record("12.0", "text"))
     for other in (record("12", "other"), record("12.0", "other")):
-        with pytest.raises(SourceError, match=r"row 3 of the dataset \(id 12\) is not the text"):
+        with pytest.raises(SourceError, match=r"example 3 of the dataset \(id 12\) is not the text"):
             check_unchanged(example, other)
 
 

@@ -93,7 +93,7 @@ def test_a_date_is_given_and_not_that_of_the_day(tmp_path: Path) -> None:
     ):
         loaded(folder)
     sometimes = "{{ strftime_now('%d') if messages | length > 2 }}" + CHATML
-    with pytest.raises(SourceError, match=r"row 4 of the dataset \(id id 4\) .*dataset\.chat\.date=2025-01-31"):
+    with pytest.raises(SourceError, match=r"example 4 of the dataset \(id id 4\) .*dataset\.chat\.date=2025-01-31"):
         loaded(folder, template=sometimes)([example(TURNS, 4)])
     dated = loaded(folder, date="2024-07-26")
     assert dated.content_hash(example(TURNS)) == text_hash(
@@ -112,7 +112,7 @@ def test_refusals_name_the_row_and_the_way_out(tmp_path: Path) -> None:
 
     trimmed = save_chat_tokenizer(tmp_path / "trimmed", TRIMMED)
     text = refusal(trimmed, [{"role": "system", "content": "a"}, TURNS[0]])
-    assert text.startswith(f"row 3 of the dataset (id id 3) is refused by the chat template of {trimmed}: ")
+    assert text.startswith(f"example 3 of the dataset (id id 3) is refused by the chat template of {trimmed}: ")
     assert text.endswith("Only user and assistant are known. The roles of its messages are system, user")
     assert "half a surrogate pair" in refusal(trimmed, [{"role": "user", "content": "\ud800"}])
     none = save_chat_tokenizer(tmp_path / "none", None)
@@ -121,13 +121,13 @@ def test_refusals_name_the_row_and_the_way_out(tmp_path: Path) -> None:
     several = save_chat_tokenizer(tmp_path / "several", {"one": CHATML, "two": TRIMMED})
     assert "none is the default. Its templates are one, two: set dataset.chat.template" in refusal(several, TURNS)
     broken = refusal(save_chat_tokenizer(tmp_path / "broken", "{% if %}"), TURNS)
-    assert "row 2 of the dataset" in broken and "is refused by the chat template of" in broken
+    assert "example 2 of the dataset" in broken and "is refused by the chat template of" in broken
 
 
 @pytest.mark.parametrize("random", ["{{ range(99999)|random }}", "{{ lipsum(1, false) }}"])
 def test_a_random_template_is_refused(tmp_path: Path, random: str) -> None:
     save_chat_tokenizer(tmp_path, "{{ messages[0]['content'] }}" + random)
-    with pytest.raises(SourceError, match=r"row 0 .* is rendered differently each time by the chat template of"):
+    with pytest.raises(SourceError, match=r"example 0 .* is rendered differently each time by the chat template of"):
         loaded(tmp_path)([example(TURNS)])
 
 

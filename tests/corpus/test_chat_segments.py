@@ -222,7 +222,7 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_template_in_which_messages_have_no_certain_place_is_refused(tmp_path: Path, name: str) -> None:
     folder = save_chat_tokenizer(tmp_path, REFUSED[name])
-    with pytest.raises(SourceError, match=r"row 5 of the dataset \(id 5\) has messages whose place in the text"):
+    with pytest.raises(SourceError, match=r"example 5 of the dataset \(id 5\) has messages whose place in the text"):
         loaded(folder)([Example(5, 5, "5", Conversation([user("Hello")]))])
 
 
@@ -232,7 +232,7 @@ def test_what_else_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
             loaded(folders["chatml"])([Example(5, 5, "5", Conversation(messages))])
         return str(caught.value)
 
-    assert "row 5 of the dataset (id 5) has a message of the role 'critic', whose segment" in refusal(
+    assert "example 5 of the dataset (id 5) has a message of the role 'critic', whose segment" in refusal(
         [{"role": "critic", "content": "a"}]
     )
     assert "has characters from U+100000 on" in refusal([user("a\U00100003")])

@@ -74,16 +74,16 @@ def test_fields_that_a_type_fills_up_with_null_are_missing(tmp_path: Path) -> No
     [
         ([{"content": "a"}], "has no text as role in message 0 (from 0) of column 'm', which has the keys 'content'"),
         ([{"from": "human", "value": "a"}], "which has the keys 'from', 'value': the keys are role and content"),
-        (["a"], "row 1 has 'a' in message 0 (from 0) of column 'm': a message is a mapping with the keys"),
-        ([HELLO[0], {"role": "user", "content": 3}], "row 1 has 3 as content in message 1 (from 0)"),
+        (["a"], "example 1 has 'a' in message 0 (from 0) of column 'm': a message is a mapping with the keys"),
+        ([HELLO[0], {"role": "user", "content": 3}], "example 1 has 3 as content in message 1 (from 0)"),
         ([{"role": "user", "content": [{"type": "image"}]}], "has content of the type 'image' in message 0"),
         ([{"role": "user", "content": ["a"]}], "has content of the type 'a' in message 0"),
-        ("[{", "row 1 has a text in column 'm' that cannot be read as JSON"),
+        ("[{", "example 1 has a text in column 'm' that cannot be read as JSON"),
         ('[{"role": "user", "role": "system", "content": "a"}]', "an object has the key 'role' twice"),
         ("[{" + "".join(f'"{n}":1,' for n in range(50_000)) + '"7":2}]', "an object has the key '7' twice"),
-        ([HELLO[0] | {"tool_calls": NESTED}], "row 1 has values nested deeper than 100 levels in column 'm'"),
-        ({"role": "user"}, "row 1 holds dict, not messages, in column 'm'. Set dataset.messages_column to a column of"),
-        ([HELLO[0]] * 10_001, "row 1 has 10,001 messages in column 'm', more than 10,000"),
+        ([HELLO[0] | {"tool_calls": NESTED}], "example 1 has values nested deeper than 100 levels in column 'm'"),
+        ({"role": "user"}, "example 1 holds dict, not messages, in column 'm'. Set dataset.messages_column to a column"),
+        ([HELLO[0]] * 10_001, "example 1 has 10,001 messages in column 'm', more than 10,000"),
     ],
 )  # fmt: skip
 def test_messages_that_are_refused(tmp_path: Path, value: Any, expected: str, streaming: bool) -> None:
@@ -107,13 +107,13 @@ def test_a_row_of_too_many_values_is_refused_before_it_fills_the_memory(
     file = write(tmp_path / "rows.parquet", parquet(rows))
     assert contents(file, messages_column="m") == [Conversation(HELLO)] * 50
     rows[20]["m"] = HELLO * 20
-    assert "a row of it has 120 values in lists, more than 100" in message(
+    assert "an example of it has 120 values in lists, more than 100" in message(
         write(file, parquet(rows)), messages_column="m"
     )
     rows[20]["ids"] = [7] * 1000
     assert len(contents(write(file, parquet(rows)), tokens_column="ids")) == 50
     rows[20]["ids"][3] = None
-    assert "a row of it has 1,000 values in lists" in message(write(file, parquet(rows)), tokens_column="ids")
+    assert "an example of it has 1,000 values in lists" in message(write(file, parquet(rows)), tokens_column="ids")
 
 
 # ---- token ids
@@ -151,10 +151,10 @@ def test_values_that_are_no_token_ids_are_refused_by_row(
 ) -> None:
     file = write(tmp_path / "rows.jsonl", jsonl([{"ids": [5]}, {"ids": [4, 5, value]}]))
     text = message(file, tokens_column="ids", streaming=streaming)
-    assert f"row 1 has {shown} at place 2 (from 0) of column 'ids': a token id is an integer from 0 to" in text
+    assert f"example 1 has {shown} at place 2 (from 0) of column 'ids': a token id is an integer from 0 to" in text
     if value is None or (isinstance(value, int) and not isinstance(value, bool)):
         write_parquet(tmp_path / "rows.parquet", {"ids": pa.array([[5], [4, 5, value]], pa.list_(pa.int64()))})
-        assert f"row 1 has {shown} at place 2" in message(
+        assert f"example 1 has {shown} at place 2" in message(
             tmp_path / "rows.parquet", tokens_column="ids", streaming=streaming
         )
 
@@ -209,7 +209,7 @@ def test_segments_by_name_or_by_start(tmp_path: Path, value: Any, streaming: boo
 def test_segments_that_do_not_fit_the_tokens(tmp_path: Path, value: Any, expected: str) -> None:
     file = write(tmp_path / "rows.jsonl", jsonl([{"ids": [4, 5, 6], "part": value}]))
     text = message(file, tokens_column="ids", segments_column="part")
-    assert "row 0 " in text and expected in text
+    assert "example 0 " in text and expected in text
 
 
 @pytest.mark.parametrize("streaming", [False, True])

@@ -40,9 +40,9 @@ def test_a_filter_keeps_rows_and_their_indices(tmp_path: Path, streaming: bool) 
     both = opened(file, filter={"length": "long", "n": -9}, streaming=streaming)
     assert texts(both.examples()) == [TEXTS[1]]
     first = opened(file, filter={"length": "short"}, max_samples=2, streaming=streaming)
-    with pytest.raises(SourceError, match="no row has text"):
+    with pytest.raises(SourceError, match="no example has text"):
         list(first.examples())
-    assert "no rows that pass dataset.filter={'length': 'huge'}" in message(
+    assert "no examples that pass dataset.filter={'length': 'huge'}" in message(
         file, filter={"length": "huge"}, streaming=streaming
     )
     assert "no column 'size'. Set dataset.filter.size" in message(file, filter={"size": 1}, streaming=streaming)
@@ -91,7 +91,7 @@ def test_two_rows_of_one_id_are_refused(tmp_path: Path, streaming: bool) -> None
     rows = [{"id": f"row {i}", "text": "text"} for i in range(50)]
     rows[7]["id"] = rows[41]["id"] = "twice"
     text = message(write(tmp_path / "rows.jsonl", jsonl(rows)), id_column="id", streaming=streaming)
-    assert "rows 7 and 41 have the same id 'twice'" in text and "dataset.id_column=null" in text
+    assert "examples 7 and 41 have the same id 'twice'" in text and "dataset.id_column=null" in text
 
 
 @both_ways
@@ -137,7 +137,9 @@ def test_unused_rows_are_ignored(tmp_path: Path, streaming: bool) -> None:
     file = write(tmp_path / "rows.jsonl", jsonl(rows))
     corpus = opened(file, id_column="id", filter={"keep": True}, max_samples=4, streaming=streaming)
     assert texts(corpus.examples()) == [(0, "one"), (4, "two")]
-    assert "rows 0 and 5 have the same id" in message(file, id_column="id", filter={"keep": True}, streaming=streaming)
+    assert "examples 0 and 5 have the same id" in message(
+        file, id_column="id", filter={"keep": True}, streaming=streaming
+    )
 
 
 @both_ways
@@ -145,10 +147,28 @@ def test_a_row_without_an_id_is_refused(tmp_path: Path, streaming: bool) -> None
     rows = [{"id": 1, "text": "a"}, {"id": None, "text": "b"}]
     file = write(tmp_path / "rows.jsonl", jsonl(rows))
     text = message(file, id_column="id", streaming=streaming)
-    assert "row 1 has no id" in text and "dataset.id_column=null" in text
+    assert "example 1 has no id" in text and "dataset.id_column=null" in text
     if not streaming:
-        with pytest.raises(SourceError, match="row 1 has no id"):
+        with pytest.raises(SourceError, match="example 1 has no id"):
             opened(file, id_column="id")
+
+
+@both_ways
+@pytest.mark.parametrize(
+    ("name", "content", "line"),
+    [
+        ("lines.jsonl", '{"id": 1, "text": "a"}\n\n{"text": "b"}\n', 3),
+        ("document.json", '[{"id": 1,\n"text": "a"},\n\n{"text": "b"}]', 4),
+        ("cells.csv", 'id,text\n1,"a\nb"\n,c\n', 4),
+    ],
+)
+def test_a_bad_example_of_a_file_with_lines_is_named_by_its_line(
+    name: str, content: str, line: int, tmp_path: Path, streaming: bool
+) -> None:
+    file = write(tmp_path / name, content)
+    assert f"{name}, line {line}: example 1 has no id" in message(file, id_column="id", streaming=streaming)
+    part = message(file, id_column="id", streaming=streaming, split="train[1:]") if not streaming else ""
+    assert streaming or f"{name}, line {line}: example 0 has no id" in part
 
 
 @pytest.mark.slow
@@ -164,9 +184,13 @@ def test_the_check_of_a_million_ids_reads_one_column(tmp_path: Path) -> None:
 
 FAULTS = {
     "bad line": ('{"text": "a", "id": "x"}\n{"text": \n', "b.jsonl cannot be read: JSON parse error in line 2", 6),
-    "no id": ('{"text": "a"}\n', "row 5 has no id", 5),
-    "repeated id": ('{"text": "a", "id": "1"}\n', "rows 1 and 5 have the same id", 5),
-    "type": ('{"text": ["a"], "id": "x"}\n', "row 5 holds list, not text, in column 'text'", 5),
+    "no id": ('{"text": "a"}\n', ", line 1 of b.jsonl: example 5 has no id", 5),
+    "repeated id": ('{"text": "a", "id": "1"}\n', "examples 1 and 5 have the same id", 5),
+    "type": (
+        '\n{"text": ["a"], "id": "x"}\n',
+        ", line 2 of b.jsonl: example 5 holds list, not text, in column 'text'",
+        5,
+    ),
     "encoding": ('{"text": "\\ud800", "id": "x"}\n', "b.jsonl cannot be read: JSON parse error in line 1", 5),
 }
 
@@ -181,8 +205,8 @@ def test_a_late_fault_of_a_stream_names_the_rows_before_it(fault: str, tmp_path:
     text = message(tmp_path, **options)
     assert expected in text
     assert text.endswith(
-        f"To make the dataset of the {sound} rows before it, which keeps the captured examples, rerun the command with "
-        f"dataset.max_samples={sound}"
+        f"To make the dataset of the {sound} examples before it, which keeps the captured examples, rerun the command "
+        f"with dataset.max_samples={sound}"
     )
     assert len(list(opened(tmp_path, **options, max_samples=sound).examples())) == sound
 

@@ -75,7 +75,7 @@ def test_the_texts_of_rows_that_a_filter_leaves_out_do_not_matter(tmp_path: Path
     rows = [{"text": "a", "k": 1}, {"text": 5, "k": 2}, {"text": "c", "k": 1}]
     file = write(tmp_path / "rows.jsonl", jsonl(rows))
     assert texts(opened(file, filter={"k": 1}, streaming=streaming).examples()) == [(0, "a"), (2, "c")]
-    assert "row 1 holds int, not text" in message(file, filter={"k": 2}, streaming=streaming)
+    assert "example 1 holds int, not text" in message(file, filter={"k": 2}, streaming=streaming)
 
 
 @both_ways
@@ -84,11 +84,11 @@ def test_a_filter_that_nothing_passes_names_the_type_and_some_values(tmp_path: P
     file = write_parquet(tmp_path / "rows.parquet", columns)
     for value in ("seven", True, 7.5, 9):
         text = message(file, filter={"n": value}, streaming=streaming)
-        assert f"no rows that pass dataset.filter={{'n': {value!r}}}: column 'n' (int64)" in text
+        assert f"no examples that pass dataset.filter={{'n': {value!r}}}: column 'n' (int64)" in text
         assert "has 7, 8" in text
     assert "column 'kind' (string) has 'long', 'short'" in message(file, filter={"kind": "x"}, streaming=streaming)
     both = message(file, filter={"n": 7, "kind": "short"}, streaming=streaming)
-    assert "each value is there, but no row has all of them" in both
+    assert "each value is there, but no example has all of them" in both
     moments = pa.array([0, None], pa.timestamp("s", "UTC"))
     moment = write_parquet(tmp_path / "moments.parquet", {"text": ["a", "b"], "at": moments})
     assert "tz=UTC]) has 1970-01-01 00:00:00+00:00, null" in message(
@@ -107,14 +107,15 @@ def test_a_column_that_comes_late_is_null_before(
     late = write(tmp_path / "rows.jsonl", jsonl([*rows, {"text": "late", "k": 0.5}, {"text": "later", "k": 1}]))
     assert texts(opened(late, filter={"k": 1}, streaming=streaming).examples()) == [(1_501, "later")]
     warned = (
-        "has no column 'k' in its first rows: rows without it do not pass dataset.filter.k=1. It has: text (string)"
+        "has no column 'k' in its first examples: those without it do not pass dataset.filter.k=1. "
+        "It has: text (string)"
     )
     assert (warned in caplog.text) == streaming
     text = message(late, filter={"k": 7}, streaming=streaming)
-    assert "no rows that pass dataset.filter={'k': 7}: column 'k'" in text and "has null, 0.5, 1" in text
+    assert "no examples that pass dataset.filter={'k': 7}: column 'k'" in text and "has null, 0.5, 1" in text
     # A wrong name would let all rows pass.
     if streaming:
-        assert "has no column 'k' in its first rows" in message(late, filter={"k": None}, streaming=True)
+        assert "has no column 'k' in its first examples" in message(late, filter={"k": None}, streaming=True)
     else:
         assert len(texts(opened(late, filter={"k": None}).examples())) == 1_500
 
@@ -125,4 +126,6 @@ def test_a_column_that_no_row_has_is_an_error(tmp_path: Path, streaming: bool) -
     for file in (write(tmp_path / "rows.csv", csv(rows)), write(tmp_path / "rows.parquet", parquet(rows))):
         assert "has no column 'k'. Set dataset.filter.k" in message(file, filter={"k": 1}, streaming=streaming)
     text = message(write(tmp_path / "rows.jsonl", jsonl(rows)), filter={"k": 1}, streaming=streaming)
-    assert ("column 'k' has no value in any row" if streaming else "has no column 'k'. Set dataset.filter.k") in text
+    assert (
+        "column 'k' has no value in any example" if streaming else "has no column 'k'. Set dataset.filter.k"
+    ) in text

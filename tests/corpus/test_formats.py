@@ -66,7 +66,7 @@ def test_the_ids_of_a_csv_file_stay_as_written(tmp_path: Path, streaming: bool) 
     assert [each.source_id for each in examples] == ["12", "-9", "012", "0", "-0", "12345678901234567890", "x"]
     assert [each.example_id for each in examples[:2]] == [12, -9] and examples[3].example_id == 0
     assert examples[2].example_id > 2**16, "hashed: not the integer 12"
-    assert "row 0 has no id" in message(write(file, "text,id\na,\n"), id_column="id", streaming=streaming)
+    assert "example 0 has no id" in message(write(file, "text,id\na,\n"), id_column="id", streaming=streaming)
 
 
 @both_ways
@@ -143,10 +143,10 @@ def test_columns_of_json_may_come_late(tmp_path: Path, streaming: bool) -> None:
     assert [each.index for each in opened(file, filter={"id": "late"}, streaming=streaming).examples()] == [1_501]
     for options in ({"id_column": "id"}, {"text_column": "id"}) if streaming else ():
         text = message(file, streaming=True, **options)
-        assert "has no column 'id' in its first rows, the only ones that dataset.streaming=true looks at." in text
+        assert "has no column 'id' in its first examples, the only ones that dataset.streaming=true looks at." in text
     write(tmp_path / "second" / "a.jsonl", jsonl([{"text": "a"}]))
     write(tmp_path / "second" / "b.jsonl", jsonl([{"text": "b", "id": "x"}]))
-    assert "row 0 has no id" in message(tmp_path / "second", id_column="id") or streaming
+    assert "example 0 has no id" in message(tmp_path / "second", id_column="id") or streaming
 
 
 DOCUMENTS = {
@@ -352,7 +352,7 @@ def test_a_compressed_file_is_known_by_its_content(tmp_path: Path) -> None:
     assert texts(opened(file).examples()) == [(0, "a")]
     assert texts(opened(write(tmp_path / "a.txt", "BZh4 is a text")).examples()) == [(0, "BZh4 is a text")]
     assert texts(opened(write(tmp_path / "b.txt", bz2.compress(b"a"))).examples()) == [(0, "a")]
-    assert "no row has text" in message(write(tmp_path / "c.txt", bz2.compress(b"")))
+    assert "no example has text" in message(write(tmp_path / "c.txt", bz2.compress(b"")))
 
 
 @both_ways

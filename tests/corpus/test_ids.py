@@ -125,9 +125,9 @@ def test_a_number_and_its_text_are_two_ids(tmp_path: Path, streaming: bool) -> N
     for one, again in pairs:
         rows = [{"id": each, "text": "text"} for each in ("x", 12 if one == "12" else "12", one, again)]
         text = message(write(tmp_path / "again.jsonl", jsonl(rows)), id_column="id", streaming=streaming)
-        assert f"rows 2 and 3 have the same id '{again}'" in text
+        assert f"examples 2 and 3 have the same id '{again}'" in text
 
 
 def test_one_spelling_in_csv_is_one_id(tmp_path: Path) -> None:
     file = write(tmp_path / "rows.csv", 'id,text\n12,a\n"12",b\n')
-    assert "rows 0 and 1 have the same id '12'" in message(file, id_column="id")
+    assert "examples 0 and 1 have the same id '12'" in message(file, id_column="id")

@@ -46,7 +46,7 @@ def test_a_text_of_too_many_values_in_a_column_is_named(tmp_path: Path, name: st
 
     assert opened(write(tmp_path / name, content(HELLO * 10)), messages_column="m").num_rows == 2
     said = message(write(tmp_path / name, content(HELLO * 40)), messages_column="m")
-    assert "row 1 has a text in column 'm' that cannot be read as JSON: it holds more than 100 values" in said
+    assert "example 1 has a text in column 'm' that cannot be read as JSON: it holds more than 100 values" in said
 
 
 @pytest.mark.usefixtures("few")

@@ -133,17 +133,17 @@ def test_wrong_columns_are_named_with_the_existing_ones(tmp_path: Path, streamin
 def test_a_source_without_texts_is_an_error(tmp_path: Path, streaming: bool) -> None:
     empties = [{"text": ""}, {"text": None}, {"text": "  "}]
     file = write(tmp_path / "empties.jsonl", jsonl(empties))
-    assert "no row has text in column 'text'" in message(file, streaming=streaming)
+    assert "no example has text in column 'text'" in message(file, streaming=streaming)
     for index in range(2):
-        with pytest.raises(SourceError, match="no row has text"):
+        with pytest.raises(SourceError, match="no example has text"):
             list(opened(file, streaming=streaming).examples(shard_index=index, shard_count=2))
-    assert "no row has text" in message(write(tmp_path / "empty.txt", ""), streaming=streaming)
+    assert "no example has text" in message(write(tmp_path / "empty.txt", ""), streaming=streaming)
     for name, content in (("empty.jsonl", b""), ("head.csv", b"text,id\n"), ("none.parquet", parquet(ROWS)[:0])):
         file = write(tmp_path / name, content)
         assert str(file) in message(file, streaming=streaming)
     pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "no_rows.parquet")
     text = message(tmp_path / "no_rows.parquet", streaming=streaming)
-    assert "no_rows.parquet cannot be read: it has no rows" in text
+    assert "no_rows.parquet cannot be read: it has no examples" in text
 
 
 BROKEN = {

@@ -157,7 +157,7 @@ def test_special_tokens_elsewhere_than_before_and_after_a_text_cannot_be_split(h
 
 def test_a_negative_id_is_refused() -> None:
     with pytest.raises(
-        SourceError, match=r"row 3 .*\(id -5\) has a negative number as its id.* dataset\.id_column=null"
+        SourceError, match=r"example 3 .*\(id -5\) has a negative number as its id.* dataset\.id_column=null"
     ):
         splitter("bpe-bytes", 50)([Example(3, -5, "-5", "a text")])
 

@@ -42,7 +42,7 @@ def test_an_id_without_a_row_of_the_embedding_is_refused() -> None:
     tokens.check_fits(None, "the model")
     tokens([example([9, 0])])
     with pytest.raises(
-        SourceError, match=r"row 3 of the dataset \(id id 3\) has the token id 10 at place 1 .* 10 rows"
+        SourceError, match=r"example 3 of the dataset \(id id 3\) has the token id 10 at place 1 .* 10 rows"
     ):
         tokens([example([9, 10])])
 

@@ -276,7 +276,7 @@ def test_a_class_that_splits_texts_otherwise_than_the_file_is_a_warning(
 def test_a_tokenizer_that_fails_names_the_row(folder: Path, tmp_path: Path) -> None:
     wrong = loaded(of_class(folder, tmp_path / "wrong", "GemmaTokenizer", unknown=False))
     with pytest.raises(
-        SourceError, match=r"wrong fails at row 3 of the dataset \(id id 1\): Unk token `<unk>` not found"
+        SourceError, match=r"wrong fails at example 3 of the dataset \(id id 1\): Unk token `<unk>` not found"
     ):
         wrong(examples(["", "a b", "a b"]))
 

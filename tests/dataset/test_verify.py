@@ -150,7 +150,7 @@ def test_an_unfinished_job_says_how_far_it_is(
         run(checkpoint, texts, root, inference={"batch_size": 1, "lookahead": 1})
     before = sorted(root.rglob("*"))
     message = wrong(verified(root))["manifest"]
-    assert "no manifest.json 20 examples of 24 rows of the source captured" in message
+    assert "no manifest.json 20 examples of 24 examples of the source captured" in message
     assert "way out: rerun the same command to resume" in message
     code = (
         "import sys; from pathlib import Path; from qk_sniffer.store.locks import hold\n"

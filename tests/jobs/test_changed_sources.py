@@ -49,7 +49,7 @@ def test_shards_of_other_texts_make_no_dataset(checkpoint: Path, tmp_path: Path,
     sections = {"verify": {"examples": verify}}
     run(checkpoint, texts, root, **half(0), **sections)
     write(texts, changed(4))  # a row of the first shard
-    with pytest.raises(SourceError, match=r"row 4 .* not the text that was captured"):
+    with pytest.raises(SourceError, match=r"example 4 .* not the text that was captured"):
         run(checkpoint, texts, root, **half(1), **sections)
     assert not (root / "manifest.json").exists()
     run(checkpoint, texts, root, **half(1), **sections, output={"overwrite": True})
@@ -63,7 +63,7 @@ def test_a_dataset_does_not_grow_from_a_source_that_has_lost_a_text(checkpoint: 
     root, texts = tmp_path / "out", write(tmp_path / "texts.jsonl", TEXTS[:4])
     run(checkpoint, texts, root, **SECTIONS)
     write(texts, [TEXTS[0], "", *TEXTS[2:6]])
-    with pytest.raises(SourceError, match=r"row 1 of the dataset has lost the text that .* was made from"):
+    with pytest.raises(SourceError, match=r"example 1 of the dataset has lost the text that .* was made from"):
         run(checkpoint, texts, root, **SECTIONS)
     assert manifests.read(root)["examples"] == 4
 
@@ -323,5 +323,5 @@ def test_a_rerun_notices_other_texts_of_the_same_times(checkpoint: Path, tmp_pat
     run(checkpoint, now / "texts.jsonl", root, **SECTIONS)
     now.rename(tmp_path / "before")
     later.rename(now)
-    with pytest.raises(SourceError, match=r"row 1 .* is not the text that .* was made from"):
+    with pytest.raises(SourceError, match=r"example 1 .* is not the text that .* was made from"):
         run(checkpoint, now / "texts.jsonl", root, **SECTIONS)

@@ -102,7 +102,7 @@ def test_it_resumes_and_grows(chat_model: Path, tmp_path: Path) -> None:
         assert all(keys(found[name]) == keys(expected[name]) for name in expected)
     changed = turns(9)
     changed[2][1]["content"] += "!"
-    with pytest.raises(SourceError, match=r"row 2 of the dataset \(id 2\) is not the text"):
+    with pytest.raises(SourceError, match=r"example 2 of the dataset \(id 2\) is not the text"):
         run(chat_model, write(tmp_path / "d.jsonl", changed), root, dataset=MESSAGES, **ALONE)
 
 
@@ -144,7 +144,9 @@ def test_what_the_template_refuses_ends_the_job_with_the_row(chat_model: Path, t
         "{{ raise_exception('no') if messages[0].role == 'tool' else 'a' }}"
     )
     conversations = [*turns(2), [{"role": "tool", "content": "x"}]]
-    with pytest.raises(SourceError, match=r"row 2 of the dataset \(id 2\) is refused by the chat template of .*: no\."):
+    with pytest.raises(
+        SourceError, match=r"example 2 of the dataset \(id 2\) is refused by the chat template of .*: no\."
+    ):
         run(chat_model, write(tmp_path / "c.jsonl", conversations), tmp_path / "out", dataset=MESSAGES)
 
 

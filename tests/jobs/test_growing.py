@@ -162,7 +162,7 @@ def test_rows_appended_to_the_source_are_added(
     caplog.set_level("INFO")
     run(checkpoint, path, root, **ALONE)
     assert sorted(forwarded) == [7, 8, 9, 11]
-    assert "adding to a finished dataset of 7 source rows" in caplog.text
+    assert "adding to a finished dataset of 7 examples" in caplog.text
     manifest = manifests.read(root)
     assert (manifest["examples"], manifest["skipped_rows"], manifest["source_rows"]) == (10, 2, 12)
     for name, table in heads_of(root).items():
@@ -271,7 +271,7 @@ def test_what_cannot_be_added_to_is_refused_and_stays_as_it_is(
         run_job(job(checkpoint, texts, root, sampler={"type": "uniform", "base_rate": 3.0}))
     lines = texts.read_text(encoding="utf-8").splitlines(keepends=True)
     texts.write_text("".join([lines[0], lines[2], lines[1], *lines[3:]]), encoding="utf-8")
-    with pytest.raises(SourceError, match=r"row 1 .*the source has changed"):
+    with pytest.raises(SourceError, match=r"example 1 .*the source has changed"):
         run_job(job(checkpoint, texts, root))
     texts.write_text("".join(lines), encoding="utf-8")
     assert hashes(root) == before and not (root / ".qk_sniffer").exists()

@@ -218,11 +218,11 @@ def test_another_configuration_is_refused(hub: FakeHub, machine: MakeMachine) ->
     assert "output.hf_branch" in str(caught.value)
     second.write([TEXTS[0], "abc", *TEXTS[2:]])
     with pytest.raises(
-        SourceError, match=rf"row 1 of the dataset .* is not the text that {REPO}, branch {BRANCH} was made"
+        SourceError, match=rf"example 1 of the dataset .* is not the text that {REPO}, branch {BRANCH} was made"
     ):
         second.job(8)
     with pytest.raises(
-        StoreError, match=rf"{REPO}, branch {BRANCH} is finished with 8 rows of the dataset, and only 6"
+        StoreError, match=rf"{REPO}, branch {BRANCH} is finished with 8 examples of the dataset, and only 6"
     ):
         machine("third").job(6)
     assert held(hub) == before and second.captured == [] and not second.root.exists()
@@ -260,7 +260,7 @@ def test_what_another_machine_has_added_meanwhile_is_not_taken_back(hub: FakeHub
     first.job(4)
     second.job(6, killed=True)
     third.job(8)
-    with pytest.raises(StoreError, match=rf"not published: {REPO}, branch {BRANCH} has 8 source rows .* has 6\. Raise"):
+    with pytest.raises(StoreError, match=rf"not published: {REPO}, branch {BRANCH} has 8 examples .* has 6\. Raise"):
         second.job(6)
     assert published(hub) == 2
     second.job(10)

@@ -306,5 +306,5 @@ def test_ids_that_are_texts_are_refused_before_anything_is_captured(checkpoint: 
     texts = tmp_path / "texts.jsonl"
     texts.write_text(json.dumps({"id": "x" * 10_001, "text": "abc"}) + "\n")
     sections = SECTIONS | {"dataset": {"id_column": "id"}}
-    with pytest.raises(SourceError, match=r"id of row 0 has 10,001 characters.*dataset\.id_column=null"):
+    with pytest.raises(SourceError, match=r"id of example 0 has 10,001 characters.*dataset\.id_column=null"):
         run(checkpoint, texts, tmp_path / "out", **sections)

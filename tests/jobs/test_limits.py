@@ -81,5 +81,7 @@ def test_a_token_beyond_the_embedding_that_no_text_has_is_no_reason_to_refuse(ch
     assert manifests.read(root)["examples"] == 2
     with texts.open("a") as file:
         file.write(json.dumps({"text": "a<image>b"}) + "\n")
-    with pytest.raises(SourceError, match=r"row 2 of the dataset .* the token '<image>' of the id 97, .* has 96 rows"):
+    with pytest.raises(
+        SourceError, match=r"example 2 of the dataset .* the token '<image>' of the id 97, .* has 96 rows"
+    ):
         run(model, texts, root)

@@ -110,7 +110,7 @@ def test_other_rows_than_those_of_an_unfinished_job_are_refused(
     with pytest.raises(Stopped):
         run(checkpoint, texts, tmp_path / "out", **sections)
     monkeypatch.undo()
-    with pytest.raises(StoreError, match="over 24 rows of the dataset, and 5 are asked for"):
+    with pytest.raises(StoreError, match="over 24 examples of the dataset, and 5 are asked for"):
         run(checkpoint, texts, tmp_path / "out", dataset={"max_samples": 5}, **sections)
     root = run(checkpoint, texts, tmp_path / "out", dataset={"max_samples": 5}, output={"overwrite": True}, **sections)
     assert manifests.read(root)["examples"] == 5
@@ -129,7 +129,7 @@ def test_a_local_file_that_changed_is_not_taken_for_the_finished_one(
     assert "Nothing to do" in capsys.readouterr().out
     lines = moved.read_text().splitlines()
     moved.write_text("\n".join([*lines[:3], json.dumps({"text": "another", "id": "doc-3"}), *lines[4:]]) + "\n")
-    with pytest.raises(SourceError, match=r"row 3 .*the source has changed"):
+    with pytest.raises(SourceError, match=r"example 3 .*the source has changed"):
         run(checkpoint, moved, root)
 
 
@@ -227,7 +227,7 @@ def test_another_configuration_is_refused_with_the_keys_that_differ(
     with pytest.raises(StoreError, match=r"sampler\.seed: 0 there, 1 now") as error:
         run(checkpoint, texts, root, sampler={"seed": 1}, inference={"queue_mb": 7})
     assert "queue_mb" not in str(error.value) and "output.overwrite=true" in str(error.value)
-    with pytest.raises(StoreError, match="24 rows of the dataset, and only 5 are asked for"):
+    with pytest.raises(StoreError, match="24 examples of the dataset, and only 5 are asked for"):
         run(checkpoint, texts, root, dataset={"max_samples": 5})
     assert hashes(root) == before
 
@@ -250,7 +250,7 @@ def test_a_source_that_changed_in_the_middle_is_refused(
         run(checkpoint, texts, tmp_path / "out", **sections)
     lines = texts.read_text(encoding="utf-8").splitlines()
     texts.write_text("\n".join([json.dumps({"text": "another", "id": "doc-0"}), *lines[1:]]) + "\n", encoding="utf-8")
-    with pytest.raises(SourceError, match=r"row 0 .*not the text"):
+    with pytest.raises(SourceError, match=r"example 0 .*not the text"):
         run(checkpoint, texts, tmp_path / "out", **sections)
 
 

@@ -234,12 +234,12 @@ def test_a_split_text_that_changed_is_noticed(checkpoint: Path, tmp_path: Path) 
     write(TEXTS[0] * 5)
     stopped_after(3, checkpoint, texts, tmp_path / "out", **ALONE)
     write(TEXTS[0] * 6)
-    with pytest.raises(SourceError, match=r"row 0 of the dataset .* is not the text that was captured"):
+    with pytest.raises(SourceError, match=r"example 0 of the dataset .* is not the text that was captured"):
         run(checkpoint, texts, tmp_path / "out", **ALONE)
     write(TEXTS[0] * 5)
     root = run(checkpoint, texts, tmp_path / "out", **ALONE)
     write(TEXTS[0] * 6)
-    with pytest.raises(SourceError, match=r"row 0 of the dataset .* is not the text that"):
+    with pytest.raises(SourceError, match=r"example 0 of the dataset .* is not the text that"):
         run(checkpoint, texts, root, **ALONE)
 
 

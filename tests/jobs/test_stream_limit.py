@@ -57,7 +57,7 @@ def test_the_way_out_of_a_late_fault_keeps_the_captured_examples(
     monkeypatch.setattr(Capture, "run", counted)
     limits = set()
     for index in range(shards):
-        with pytest.raises(SourceError, match="rows 2 and 17 have the same id 'doc-2'") as error:
+        with pytest.raises(SourceError, match="examples 2 and 17 have the same id 'doc-2'") as error:
             run(checkpoint, stream, root, dataset=STREAM, inference=ALONE, shard={"index": index, "count": shards})
         limits |= set(re.findall(r"rerun the command with dataset\.(max_samples)=(\d+)$", str(error.value)))
     assert limits == {("max_samples", "13")}, "13 rows pass the filter before row 17"
@@ -95,7 +95,7 @@ def test_the_limit_of_an_unfinished_stream_rises_and_does_not_leave_out_captured
     captured_only(checkpoint, stream, root, monkeypatch, dataset=STREAM | {"max_samples": 5}, **sections)
     record, done = read_record(Layout(root)), Layout(root).shard_done(0, 1)
     with pytest.raises(
-        StoreError, match=r"captured row 4 .*after those of dataset\.max_samples=3\. Raise dataset\.max_s"
+        StoreError, match=r"captured example 4 .*after those of dataset\.max_samples=3\. Raise dataset\.max_s"
     ):
         run(checkpoint, stream, root, dataset=STREAM | {"max_samples": 3}, **sections)
     assert done.exists() and read_record(Layout(root)) == record
@@ -121,5 +121,5 @@ def test_a_shard_that_ran_while_the_limit_changed_is_not_taken_for_captured(
         run(checkpoint, stream, layout.root, dataset=STREAM | {"max_samples": 5}, inference=ALONE)
     journal = Journal(layout.journal(0, 1), stored_job_id(layout, PLAIN))
     assert not layout.shard_done(0, 1).exists() and len(journal.records) == 4
-    with pytest.raises(SourceError, match=r"row 4 was captured before, and the used rows end with row 2 now"):
+    with pytest.raises(SourceError, match=r"example 4 was captured before, and the used ones end with example 2 now"):
         run(checkpoint, stream, layout.root, dataset=STREAM | {"max_samples": 3}, inference=ALONE)

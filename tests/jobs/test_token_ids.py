@@ -63,7 +63,7 @@ def test_an_id_that_is_none_of_the_model_names_its_row(
     untokenized: Path, tmp_path: Path, wrong: int | None, shown: str
 ) -> None:
     file = write(tmp_path / "ids.parquet", [IDS[0], None, [], [3, wrong, 4]])
-    with pytest.raises(SourceError, match=f"row 3 .*has {shown}"):
+    with pytest.raises(SourceError, match=f"example 3 .*has {shown}"):
         run(untokenized, file, tmp_path / "out", dataset=TOKENS)
 
 
@@ -80,7 +80,7 @@ def test_a_job_over_ids_resumes_and_grows(untokenized: Path, tmp_path: Path) -> 
     run(untokenized, write(growing, IDS[:8]), root, dataset=TOKENS, **small)
     found, expected = heads_of(root), heads_of(undisturbed)
     assert all(keys(found[name]) == keys(expected[name]) for name in expected)
-    with pytest.raises(SourceError, match=r"row 1 of the dataset \(id 1\) is not the text"):
+    with pytest.raises(SourceError, match=r"example 1 of the dataset \(id 1\) is not the text"):
         run(untokenized, write(growing, [IDS[0], IDS[2], *IDS[2:8]]), root, dataset=TOKENS, **small)
     with pytest.raises(StoreError, match=r"dataset\.segments_column: None there, 'part' now"):
         run(untokenized, file, tmp_path / "out", dataset=TOKENS | {"segments_column": "part"}, **small)

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
 from urllib.parse import quote, unquote
@@ -196,6 +196,17 @@ def numbered(noun: str, numbers: Iterable[int]) -> str:
     """Returns a noun with the numbers of what it names: `layer 5`, `layers 0-3, 7`."""
     named = {*numbers}
     return f"{noun}{'' if len(named) == 1 else 's'} {compact_ranges(named)}"
+
+
+def as_yaml(value: object) -> str:
+    """Returns a value of a setting as a command line or a YAML file gives it: `null`, `true`, `['a', 'b']`."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{key}: {as_yaml(inner)}' for key, inner in value.items())}}}"
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(as_yaml, value))}]"
+    return repr(value)
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:

@@ -27,7 +27,7 @@ from qk_sniffer.config import (
 )
 from qk_sniffer.errors import ConfigError
 from qk_sniffer.resolved import is_template, resolve, template_file
-from qk_sniffer.text import enumerated, expand_home, is_branch_name, is_utf8_path, utf8_way_out
+from qk_sniffer.text import as_yaml, enumerated, expand_home, is_branch_name, is_utf8_path, utf8_way_out
 
 SPECIAL_TOKENS = ("auto", "true", "false")
 MOST_TEMPLATE = 1 << 20
@@ -94,7 +94,7 @@ def _model(model: ModelConfig) -> Iterator[str]:
         yield f"model.dtype is {model.dtype!r}; valid: {', '.join(DTYPES)}, {AUTO} (the checkpoint's own)"
     if not isinstance(model.device_map, str | int | dict | None) or isinstance(model.device_map, bool):
         yield (
-            f"model.device_map is {model.device_map!r}; it must be a name (auto, cpu, cuda:0, ...), "
+            f"model.device_map is {as_yaml(model.device_map)}; it must be a name (auto, cpu, cuda:0, ...), "
             "a mapping of modules to devices, or null"
         )
     if model.adapter is not None:
@@ -137,7 +137,7 @@ def _dataset(dataset: DatasetConfig) -> Iterator[str]:
     yield from _data_files(dataset.data_files)
     for column, value in dataset.filter.items():
         if not isinstance(value, str | int | float | bool | None):
-            yield f"dataset.filter.{column} is {value!r}; it must be one value, with which the column is compared"
+            yield f"dataset.filter.{column} is {as_yaml(value)}; it must be one value, to compare the column with"
     yield from _at_least("dataset.max_samples", dataset.max_samples, 1, MOST_COUNT)
 
 
@@ -351,7 +351,7 @@ def _data_files(files: Any) -> Iterator[str]:
         return
     if not (isinstance(files, dict) and files and all(names(value) for value in files.values())):
         yield (
-            f"dataset.data_files is {files!r}; it must be a file name or pattern, a list of them, "
+            f"dataset.data_files is {as_yaml(files)}; it must be a file name or pattern, a list of them, "
             "or a mapping of splits to them"
         )
 

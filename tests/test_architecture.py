@@ -43,6 +43,7 @@ IMPORT_TORCH = {
             "banded_attention",
             "caches",
             "config_overrides",
+            "devices",
             "exact_attention",
             "family",
             "gguf",

@@ -9,12 +9,14 @@ import warnings
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from qk_sniffer import text as text_module
 from qk_sniffer.errors import ConfigError, StoreError
 from qk_sniffer.logs import escape_libraries, logger
 from qk_sniffer.text import (
     aligned,
+    as_yaml,
     hide,
     hide_in_address,
     hide_in_addresses,
@@ -162,3 +164,11 @@ def test_a_secret_is_hidden_before_a_text_is_cut(monkeypatch: pytest.MonkeyPatch
     hide("a-secret-token")
     cut = one_line(f"no file\n{'x' * 20} a-secret-token and more", 36)
     assert cut == f"no file {'x' * 20} *** ..." and one_line("as it is", 8) == "as it is"
+
+
+@pytest.mark.parametrize(
+    "value",
+    [None, True, False, 3, 0.5, "text", "null", "it's", [1, None, "a"], {"a": [True], "b": {"c": None}}, [], {}],
+)
+def test_a_value_is_shown_as_a_yaml_file_gives_it(value: object) -> None:
+    assert OmegaConf.create(f"value: {as_yaml(value)}") == {"value": value}

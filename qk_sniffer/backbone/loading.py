@@ -30,6 +30,7 @@ from qk_sniffer.backbone.checkpoint_weights import (
     weights_problem,
 )
 from qk_sniffer.backbone.config_overrides import with_overrides
+from qk_sniffer.backbone.devices import check_devices
 from qk_sniffer.backbone.family import Family, find_family, imported_family
 from qk_sniffer.backbone.gguf import check_gguf, gguf_source, refuse_damaged, refuse_lost, stored_in_gguf
 from qk_sniffer.backbone.implementations import without_implementations
@@ -77,10 +78,11 @@ def load_backbone(
     `layers`, the decoder ends with the last of them, if the model allows it and there is no adapter.
 
     Raises:
-        ConfigError: `config` does not fit the model or the adapter.
+        ConfigError: `config` does not fit the model, the adapter or this machine.
         SourceError: the model or the adapter cannot be found or loaded, the model attends to an encoder, or its
             checkpoint and its decoder do not have the same weights.
     """
+    check_devices(config.device_map)
     with _loading(config, commit, adapter_commit):
         adapter = adapter_of(config, commit, adapter_commit)
         kept = layers if adapter is None else None  # the adapter may have weights of every layer
@@ -100,9 +102,10 @@ def check_model(
     Returns the decoder's config.
 
     Raises:
-        ConfigError: `config` does not fit the model or the adapter.
+        ConfigError: `config` does not fit the model, the adapter or this machine.
         SourceError: the model or the adapter cannot be found, they do not fit, or the model attends to an encoder.
     """
+    check_devices(config.device_map)
     with _loading(config, commit, adapter_commit):
         adapter = adapter_of(config, commit, adapter_commit)
         found = _cached_first(config, commit, lambda source: _read_config(config, source))

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from qk_sniffer.config import structured
-from qk_sniffer.text import closest, did_you_mean, expand_home
+from qk_sniffer.text import as_yaml, closest, did_you_mean, expand_home
 
 
 class Schema:
@@ -120,8 +120,8 @@ class Schema:
     def mistyped(self, key: str, value: Any) -> str:
         """Words the problem of a value that does not have the type of `key`."""
         if get_origin(self.plain_type(key)) is dict:
-            return f"{key} is {value!r}; it must be a mapping: add entries to it, as in +{key}.name=value"
-        return f"{key} is {value!r}; it must be {_described(self.types[key])}"
+            return f"{key} is {as_yaml(value)}; it must be a mapping: add entries to it, as in +{key}.name=value"
+        return f"{key} is {as_yaml(value)}; it must be {_described(self.types[key])}"
 
     def missing(self, keys: Iterable[str]) -> list[str]:
         """Words the problem of each required setting in `keys`, which the user did not give."""

@@ -297,9 +297,9 @@ class Corpus:
         source_id = id_of(row[self._config.id_column], typed=self._source.rows.typed)
         if source_id is None:
             raise SourceError(
-                f"{self._source.name}{self._place(index)}: example {index} has no id (column {self._config.id_column!r} "
-                "is null there). "
-                "Use another dataset.id_column, or the example's number as the id: dataset.id_column=null"
+                f"{self._source.name}{self._place(index)}: example {index} has no id (column "
+                f"{self._config.id_column!r} is null there). Use another dataset.id_column, or "
+                "the example's number as the id: dataset.id_column=null"
             )
         return source_id
 

@@ -350,7 +350,7 @@ class TextTokenizer:
     def _check_ids(self, example: Example, ids: Sequence[int]) -> None:
         if None in ids:  # of some tokenizers in Python
             raise SourceError(
-                f"the tokenizer of {self.name} has no id for a token of row {example.index} of the dataset (id "
+                f"the tokenizer of {self.name} has no id for a token of example {example.index} of the dataset (id "
                 f"{example.source_id}). Set model.tokenizer.name to the tokenizer that the model was trained with"
             )
         if self._num_embeddings is not None and (largest := max(ids)) >= self._num_embeddings:

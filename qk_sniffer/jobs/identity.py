@@ -17,7 +17,7 @@ from qk_sniffer.hub.revisions import current_commit, hub_commit_of, is_hub_id
 from qk_sniffer.jobs.software import versions_of
 from qk_sniffer.logs import logger
 from qk_sniffer.resolved import ResolvedConfig, fingerprint, with_defaults, without_batching
-from qk_sniffer.text import shortened
+from qk_sniffer.text import as_yaml, shortened
 
 log = logger(__name__)
 
@@ -70,7 +70,7 @@ class Job:
         another number of shards.
         """
         differing = self._differing(earlier, finished)
-        return [f"{key}: {there!r} there, {now!r} now" for key, (there, now) in differing.items()]
+        return [f"{key}: {as_yaml(there)} there, {as_yaml(now)} now" for key, (there, now) in differing.items()]
 
     def _differing(self, earlier: "Job", finished: bool) -> dict[str, tuple[Any, Any]]:
         """Returns the value of `earlier` and that of this job for everything in which they differ.
@@ -93,8 +93,13 @@ class Job:
         if different := self.differences(earlier, finished=finished):
             state = "a finished dataset" if finished else "an unfinished job"
             differing = self._differing(earlier, finished)
-            flags = [f"{key}={str(there).lower()}" for key, (there, _) in differing.items() if isinstance(there, bool)]
-            old = f" ({shortened(flags, 5)})" if flags else ""
+            # A text may be the public name of a folder.
+            settings = [
+                f"{key}={as_yaml(there)}"
+                for key, (there, _) in differing.items()
+                if key in earlier.fingerprint and isinstance(there, int | float | None)
+            ]
+            old = f" ({shortened(settings, 5)})" if settings else ""
             raise StoreError(
                 f"{where} holds {state} of another configuration:",
                 *(f"  - {line}" for line in different),

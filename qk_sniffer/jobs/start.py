@@ -312,8 +312,8 @@ def _check_same(job: Job, rows: int | None, record: Mapping[str, Any], root: Pat
     if rows != record["source_rows"]:
         raise StoreError(
             f"{root} holds an unfinished job over {record['source_rows']} examples of the dataset, and {rows} are "
-            "asked for now (dataset.max_samples, or the dataset itself, has changed). Finish that job first, give this one "
-            "another folder (output.data_root=...), or replace the other with output.overwrite=true"
+            "asked for now (dataset.max_samples, or the dataset itself, has changed). Finish that job first, give "
+            "this one another folder (output.data_root=...), or replace the other with output.overwrite=true"
         )
 
 

@@ -82,7 +82,7 @@ def test_fields_that_a_type_fills_up_with_null_are_missing(tmp_path: Path) -> No
         ('[{"role": "user", "role": "system", "content": "a"}]', "an object has the key 'role' twice"),
         ("[{" + "".join(f'"{n}":1,' for n in range(50_000)) + '"7":2}]', "an object has the key '7' twice"),
         ([HELLO[0] | {"tool_calls": NESTED}], "example 1 has values nested deeper than 100 levels in column 'm'"),
-        ({"role": "user"}, "example 1 holds dict, not messages, in column 'm'. Set dataset.messages_column to a column"),
+        ({"role": "user"}, "example 1 holds dict, not messages, in column 'm'. Set dataset.messages_column to a"),
         ([HELLO[0]] * 10_001, "example 1 has 10,001 messages in column 'm', more than 10,000"),
     ],
 )  # fmt: skip

@@ -169,7 +169,7 @@ def test_a_token_without_an_id_is_named(save: Save) -> None:
     tokenizer = load(save({"tokenizer_config.json": MYT5, "byte_maps.json": maps}))
     for num_embeddings in (None, 1000):
         tokenizer.check_fits(num_embeddings, "the model")
-        with pytest.raises(SourceError, match=r"has no id for a token of row 0 of the dataset \(id 0\)"):
+        with pytest.raises(SourceError, match=r"has no id for a token of example 0 of the dataset \(id 0\)"):
             ids(tokenizer, "oz")
 
 

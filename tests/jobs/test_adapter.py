@@ -92,9 +92,9 @@ def test_an_adapter_belongs_to_the_identity_of_a_job(
 ) -> None:
     root = tmp_path / "out"
     captured_only(checkpoint, texts, root, monkeypatch, **sections(adapter))
-    with pytest.raises(StoreError, match=r"model\.adapter: 'Tuned' there, None now"):
+    with pytest.raises(StoreError, match=r"model\.adapter: 'Tuned' there, null now"):
         run(checkpoint, texts, root, **sections(adapter) | {"model": {}})
-    with pytest.raises(StoreError, match=r"model\.merge_adapter: False there, True now"):
+    with pytest.raises(StoreError, match=r"model\.merge_adapter: false there, true now"):
         run(checkpoint, texts, root, **sections(adapter, merge_adapter=True))
     retrain(adapter)
     with pytest.raises(StoreError, match=r"commit of the adapter: 'sha256:\w+' there, 'sha256:\w+' now"):

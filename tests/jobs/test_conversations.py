@@ -119,7 +119,7 @@ def test_another_template_is_another_dataset(chat_model: Path, tmp_path: Path) -
         run(chat_model, file, root, dataset=given, **ALONE)
     assert "{%" not in str(caught.value)
     other = MESSAGES | {"chat": {"add_generation_prompt": True, "template": TEMPLATE}}
-    with pytest.raises(StoreError, match=r"dataset\.chat\.add_generation_prompt: False there, True now"):
+    with pytest.raises(StoreError, match=r"dataset\.chat\.add_generation_prompt: false there, true now"):
         run(chat_model, file, root, dataset=other, **ALONE)
 
     # No settings of someone else lead to a file of this machine.

@@ -34,7 +34,7 @@ REMOTE = SECTIONS | {"model": {"trust_remote_code": True}}
 def test_a_job_is_not_resumed_with_the_code_of_another_class(checkpoint: Path, texts: Path, tmp_path: Path) -> None:
     root = tmp_path / "out"
     stopped_after(1, checkpoint, texts, root, **REMOTE)
-    with pytest.raises(StoreError, match=r"trust_remote_code: True there, False now(.|\n)*trust_remote_code=true"):
+    with pytest.raises(StoreError, match=r"trust_remote_code: true there, false now(.|\n)*trust_remote_code=true"):
         run(checkpoint, texts, root, **SECTIONS)
     run(checkpoint, texts, root, **REMOTE)
     assert manifests.read(root)["fingerprint"]["model.trust_remote_code"] is True

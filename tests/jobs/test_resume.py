@@ -224,7 +224,9 @@ def test_another_configuration_is_refused_with_the_keys_that_differ(
 ) -> None:
     root = run(checkpoint, texts, tmp_path / "out")
     before = hashes(root)
-    with pytest.raises(StoreError, match=r"sampler\.seed: 0 there, 1 now") as error:
+    with pytest.raises(
+        StoreError, match=r"sampler\.seed: 0 there, 1 now(.|\n)*go back to the old values \(sampler\.seed=0\)"
+    ) as error:
         run(checkpoint, texts, root, sampler={"seed": 1}, inference={"queue_mb": 7})
     assert "queue_mb" not in str(error.value) and "output.overwrite=true" in str(error.value)
     with pytest.raises(StoreError, match="24 examples of the dataset, and only 5 are asked for"):

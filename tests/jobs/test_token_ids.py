@@ -82,7 +82,7 @@ def test_a_job_over_ids_resumes_and_grows(untokenized: Path, tmp_path: Path) -> 
     assert all(keys(found[name]) == keys(expected[name]) for name in expected)
     with pytest.raises(SourceError, match=r"example 1 of the dataset \(id 1\) is not the text"):
         run(untokenized, write(growing, [IDS[0], IDS[2], *IDS[2:8]]), root, dataset=TOKENS, **small)
-    with pytest.raises(StoreError, match=r"dataset\.segments_column: None there, 'part' now"):
+    with pytest.raises(StoreError, match=r"dataset\.segments_column: null there, 'part' now"):
         run(untokenized, file, tmp_path / "out", dataset=TOKENS | {"segments_column": "part"}, **small)
 
 

@@ -1,0 +1,44 @@
+"""Checks that this machine has the devices that `model.device_map` names."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from qk_sniffer.errors import ConfigError
+from qk_sniffer.text import as_yaml, counted
+
+PLANS = ("auto", "balanced", "balanced_low_0", "sequential")
+"""What transformers takes for a device map instead of devices."""
+
+
+def check_devices(device_map: Any) -> None:
+    """Checks the devices of a `model.device_map`.
+
+    Raises:
+        ConfigError: one of them is no device, or this machine has none of its kind or number that torch can use.
+    """
+    named = device_map.values() if isinstance(device_map, dict) else [device_map]
+    if problems := list(dict.fromkeys(problem for device in named for problem in _problems(device_map, device))):
+        raise ConfigError(problems)
+
+
+def _problems(device_map: Any, name: Any) -> Iterator[str]:
+    if name is None or name == "disk" or name in PLANS:
+        return
+    given = f"model.device_map is {as_yaml(device_map)}"
+    count = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+    own = torch.accelerator.current_accelerator() if count else None
+    try:
+        device = torch.device(f"{own.type if own else 'cuda'}:{name}" if isinstance(name, int) else name)
+    except (RuntimeError, TypeError):
+        yield f"{given}, and {as_yaml(name)} is no device; valid: auto, cpu, cuda, cuda:0, ..."
+        return
+    if device.type in ("cpu", "meta"):
+        return
+    if own is None or own.type != device.type:
+        is_built = device.type != "cuda" or torch.backends.cuda.is_built()
+        why = "" if is_built else f", because torch {torch.__version__} is built without CUDA"
+        yield f"{given}, but torch can use no {device.type} device here{why}; set model.device_map to auto or cpu"
+    elif (device.index or 0) >= count:
+        yield f"{given}, but torch can use {counted(count, f'{own.type} device')} here, numbered from 0"

@@ -279,7 +279,7 @@ BAD: list[tuple[str, Config]] = [
     ),
     (r"dataset\.max_samples is 0", replace(GOOD, dataset=replace(DATASET, max_samples=0))),
     (r"dataset\.data_files is \[\]", replace(GOOD, dataset=replace(DATASET, data_files=[]))),
-    (r"dataset\.data_files is \{'train': 3\}", replace(GOOD, dataset=replace(DATASET, data_files={"train": 3}))),
+    (r"dataset\.data_files is \{train: 3\}", replace(GOOD, dataset=replace(DATASET, data_files={"train": 3}))),
     (r"dataset\.filter\.a is \[1\]", replace(GOOD, dataset=replace(DATASET, filter={"a": [1]}))),
     (
         r"sampler\.type is 'random'; valid: uniform, log_uniform, all",

@@ -90,6 +90,7 @@ class JournalWriter:
             ) from error
         self.piece_bytes = queue_bytes // 4
         self._memory_wanted = False
+        self._is_writing = False
         self._closing = False
         self._error: BaseException | None = None
         self._batch = journal.next_batch
@@ -115,12 +116,18 @@ class JournalWriter:
         """Waits until the buffer has memory for rows of `nbytes`: the next `reserve` of as many does not wait.
 
         Raises:
-            StoreError: the thread failed.
+            StoreError: the thread failed; or an exception from outside, such as of a signal, has interrupted an earlier
+                reservation, whose memory is not known to be free.
         """
         with self._lock:
             start = time.monotonic()
             self._check_open()
             while not self._buffer.fits(nbytes):
+                if not self._queue and not self._is_writing:  # nothing will give memory back
+                    raise StoreError(
+                        f"{in_mb(self._buffer.taken)} of the memory between forward pass and disk are lost, as an "
+                        "exception interrupted the capture there: start it again"
+                    )
                 self._memory_wanted = True
                 self._changed.notify_all()
                 self._changed.wait()
@@ -164,8 +171,8 @@ class JournalWriter:
             self._check_open()
             if self._of_example is None:
                 self._batch_keys |= set(keys_of(slot.runs).tolist())
+            slot.committed = True  # first: memory that an interrupt loses is better than memory given back twice
             self._queue.append(slot)
-            slot.committed = True
             if self._due():
                 self._changed.notify_all()
 
@@ -225,12 +232,15 @@ class JournalWriter:
         Raises:
             StoreError: the thread failed, now or before.
         """
-        with self._lock:
-            while self._queue and isinstance(slot := self._queue[-1], Slot):
-                self._queue.pop()
-                self._drop(slot)
+        try:
+            with self._lock:
+                while self._queue and isinstance(slot := self._queue[-1], Slot):
+                    self._queue.pop()
+                    self._drop(slot)
+        finally:  # the thread ends also if an exception from outside interrupts this
             self._closing = True
-            self._changed.notify_all()
+            with self._lock:
+                self._changed.notify_all()
         self._thread.join()
         for end in self._done:
             for batch in end.batches:
@@ -310,6 +320,7 @@ class JournalWriter:
                             self.durable_examples += item.num_records
                         else:
                             self._buffer.give_back(item.region)
+                    self._is_writing = False
                     self._changed.notify_all()
         except BaseException as error:
             with self._lock:
@@ -326,8 +337,9 @@ class JournalWriter:
         """Waits for the items of a segment; returns none once the writer is closed."""
         with self._lock:
             while not (self._closing or self._due()):
-                end = self._ends[0] if self._ends else None
-                self._changed.wait(None if end is None else max(0.0, end.at + self._flush_s - time.monotonic()))
+                # Never for ever: an interrupt may keep the other thread from its notification.
+                due = self._ends[0].at + self._flush_s - time.monotonic() if self._ends else FLUSH_S
+                self._changed.wait(max(0.0, due))
             self._memory_wanted = False
             items: list[Slot | GroupEnd] = []
             size = metadata = 0
@@ -346,6 +358,7 @@ class JournalWriter:
                 if isinstance(item, GroupEnd) and item.statistics:
                     break  # a segment has the statistics of one group
             self._ended_bytes -= metadata
+            self._is_writing = bool(items)
             return items
 
     def _due(self) -> bool:

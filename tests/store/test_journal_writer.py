@@ -1,10 +1,13 @@
 """Tests the journal's writer: it waits while the buffer is full, gives memory back, and passes errors on."""
 
+import sys
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from linecache import getline
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -272,3 +275,62 @@ def test_rows_of_an_abandoned_example_are_dropped_and_its_number_is_free(tmp_pat
         put(writer, ones(3, index=1))
         writer.complete([Captured().record(1), Captured().record(2)])
     assert rows_of(Journal(tmp_path)) == {1: [0, 1, 2], 2: [0, 1, 2, 3, 4]}
+
+
+class AlarmError(Exception):
+    """What a signal's handler of the user raises."""
+
+
+class Alarm:
+    """Raises an `AlarmError` at line number `at` of those that the writer and its buffer run, as a trace function."""
+
+    def __init__(self, at: int) -> None:
+        self.at, self.seen = at, 0
+
+    def __call__(self, frame: FrameType, event: str, _: Any) -> Any:
+        code = frame.f_code
+        # The end of a block that has a lock is traced before the lock is free, where no signal is handled.
+        if event == "line" and not getline(code.co_filename, frame.f_lineno).lstrip().startswith("with "):
+            self.seen += 1
+            if self.seen == self.at:
+                raise AlarmError
+        return self if Path(code.co_filename).name in ("journal_writer.py", "buffer.py") else None
+
+
+def test_no_thread_waits_for_ever_after_an_exception_from_outside(tmp_path: Path) -> None:
+    """Of 10,000 bytes of memory, pieces of 2,000 and 8,000 are taken in turn: what is lost makes the latter wait."""
+
+    def work(at: int, seen: list[int]) -> None:
+        alarm = Alarm(at)
+        try:
+            with by_example(Journal(tmp_path / str(at)), queue_bytes=10_000) as writer:
+                threads.append(writer._thread)
+                sys.settrace(alarm)
+                index = 0
+                while index < 4:
+                    try:
+                        put(writer, ones(500 if index % 2 else 125, index=index))
+                        writer.complete([Captured().record(index)])
+                    except AlarmError:
+                        pass
+                    index += 1
+                sys.settrace(None)
+        except (AlarmError, StoreError, ValueError):
+            pass
+        finally:
+            sys.settrace(None)
+            seen.append(alarm.seen)
+
+    for at in range(1, 2000):
+        threads: list[threading.Thread] = []
+        seen: list[int] = []
+        thread = threading.Thread(target=work, args=(at, seen), daemon=True)
+        thread.start()
+        thread.join(20)
+        assert not thread.is_alive(), f"the caller waits for ever after an exception at line {at}"
+        threads[0].join(20)
+        assert not threads[0].is_alive(), f"the writer's thread waits for ever after an exception at line {at}"
+        if seen[0] < at:
+            assert at > 50
+            return
+    raise AssertionError("the writer has too many lines")

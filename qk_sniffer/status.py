@@ -4,12 +4,14 @@ It reads files. So it shows jobs on any machine that writes to this file system,
 them has ended. A file that cannot be read is named on stderr and left out. Where SLURM answers, it adds the scheduler's
 reason to the jobs that wait: `queued: Priority`.
 
-States: queued, running, requeued (queued again after its time limit), done (with shard.count > 1: this shard is
-captured), published, failed, interrupted (by a person, or by SLURM, which may restart it), not started (its sweep ended
-first).
+The state is that of the dataset, by its own files and locks: queued, running, requeued (queued again after its time
+limit), done (of a shard: it is captured), published, interrupted (rerun the command to resume), not started. The last
+attempt is another column: refused at its start, failed, or interrupted. It changes no dataset. Without a dataset, a job
+is failed or interrupted itself. A job that was refused and left no folder is shown only if it is one of a sweep.
 """
 
 import json
+import shutil
 import sys
 import time
 from dataclasses import dataclass, field
@@ -67,7 +69,9 @@ def show(settings: Settings) -> int:
                 if settings.watch:
                     sys.stdout.write("\x1b[H\x1b[J")
                     say(f"{time.strftime('%H:%M:%S')}, every {EVERY_S:.0f} s, Ctrl-C ends")
-                is_read = say_text(table(lines) if lines else f"no datasets or jobs below {printable(settings.folder)}")
+                width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+                nothing = f"no datasets or jobs below {printable(settings.folder)}"
+                is_read = say_text(table(lines, width) if lines else nothing)
             sys.stdout.flush()
             for error in unreadable:
                 say(f"left out: {error}", to=sys.stderr)

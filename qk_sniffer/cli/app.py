@@ -94,8 +94,12 @@ def _run_job(config: ResolvedConfig, status: job_status.Status, record: Callable
             read_environment()
             from qk_sniffer.jobs.run import run_job
 
-            outcome = run_job(config)
-            status.succeed(outcome.rows, outcome.url)
+            def begin() -> None:
+                status.began = True
+                record()
+
+            outcome = run_job(config, begin)
+            status.succeed(outcome.rows, outcome.url, outcome.manifest)
     except QkSnifferError as error:
         log.error("%s", error)
         status.fail(str(error), code=error.exit_code)
@@ -103,6 +107,7 @@ def _run_job(config: ResolvedConfig, status: job_status.Status, record: Callable
         _stopped(stopped, status, record)
     except Exception as error:
         log.exception("Unexpected error:")
+        status.began = True  # nobody refused it
         status.fail(f"{type(error).__name__}: {error}")
 
 

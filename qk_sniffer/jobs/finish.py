@@ -54,10 +54,17 @@ log = logger(__name__)
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of a job: `rows` of the whole dataset, None until it is made; `url` of its branch if published."""
+    """The result of a job.
+
+    Attributes:
+        rows: those of the whole dataset; None until it is made.
+        url: that of its branch, if it is published.
+        manifest: the sha256 of its manifest.
+    """
 
     rows: int | None = None
     url: str | None = None
+    manifest: str | None = None
 
 
 def finish(
@@ -160,7 +167,7 @@ def report_and_publish(
         TakenAwayError: another dataset is in the data root now.
     """
     access.check()
-    manifest = manifests.of(files)
+    manifest, digest = manifests.with_digest(files)
     if made is not None and manifest != made:
         raise replaced(layout.root)
     show(files, manifest, note)
@@ -168,7 +175,7 @@ def report_and_publish(
         hub_resume.write_snapshot(layout, files, access)
         update_catalogue(writing_api(), files.repo_id)  # a killed job may have published without it
         say(f"On the Hub: {files.url}")
-        return Outcome(manifest["rows"], files.url)
+        return Outcome(manifest["rows"], files.url, digest)
     proof = manifest["proof"]
     if proof["proven"] is False:
         raise CaptureError(f"the proof of {layout.root} failed, and the dataset was not published. {why(proof)}")
@@ -176,7 +183,7 @@ def report_and_publish(
     draw_pictures(layout, unchanged, manifest)
     output = config.output
     if not (output.hf_repo_id and output.hf_branch):
-        return Outcome(manifest["rows"])
+        return Outcome(manifest["rows"], manifest=digest)
     guarded = output.resume_from_hub and not output.overwrite
     mark = read_unpublished(layout, manifest)
     if mark is not None and mark["private"] != output.private:
@@ -210,7 +217,7 @@ def report_and_publish(
     except InUseError as error:
         log.warning("the dataset is published, and the next start publishes it once more: %s", error)
     say(f"{'Published' if published.changed else 'Already published'}: {published.url}")
-    return Outcome(manifest["rows"], published.url)
+    return Outcome(manifest["rows"], published.url, digest)
 
 
 def _check_texts(config: ResolvedConfig, record: Mapping[str, Any], staged: Staged, corpus: Corpus) -> None:

@@ -18,6 +18,7 @@ from qk_sniffer.logs import logger
 from qk_sniffer.resolved import ResolvedConfig
 from qk_sniffer.store import stored
 from qk_sniffer.store.disk import write_atomic
+from qk_sniffer.store.form_types import Sha256
 from qk_sniffer.store.locks import hold, is_held, restart_patience_s, slurm_restarts
 from qk_sniffer.store.own_files import starts_with
 from qk_sniffer.store.stored import Count, PathText, Seconds, Text, UnreadableError
@@ -47,7 +48,9 @@ class Status:
     """The state of a job. `error` is the message that it failed with, in one line, and `code` its exit code.
 
     `since` is the time when it was queued or last started, in seconds since 1970. `seconds` is its duration from then.
-    `restarts` counts the restarts by SLURM. `rows` are those of the whole dataset, None until it is made.
+    `restarts` counts the restarts by SLURM. `rows` are those of the whole dataset, and `manifest` is the sha256 of its
+    manifest, None until it is made. `began` says that the job was not refused at its start: it captured, or made,
+    checked or published a dataset.
     """
 
     number: Count
@@ -65,6 +68,8 @@ class Status:
     host: Text | None = None
     slurm_job_id: SlurmId | None = None
     restarts: Count = 0
+    manifest: Sha256 | None = None
+    began: bool = False
 
     @classmethod
     def of(cls, number: int, config: ResolvedConfig, *, state: State) -> "Status":
@@ -82,10 +87,10 @@ class Status:
         status.restarts = slurm_restarts()
         return status
 
-    def succeed(self, rows: int | None, url: str | None) -> None:
+    def succeed(self, rows: int | None, url: str | None, manifest: str | None = None) -> None:
         """Records the result of the job."""
         self.state = DONE if url is None else PUBLISHED
-        self.rows, self.url = rows, url
+        self.rows, self.url, self.manifest = rows, url, manifest
 
     def fail(self, message: str, *, code: int = 1) -> None:
         """Records that the job failed with `message`, and its exit code."""
@@ -142,6 +147,7 @@ def read_status(file: Path) -> Status:
         status = recorded_status(file)  # it may have ended between the two reads
         if status.state == RUNNING:
             status.seconds = max(file.stat().st_mtime - status.since, 0.0)
+            status.began = True  # nobody refused it
             status.fail("ended without a message: it was killed, or its machine failed (out of memory, time limit)")
     return status
 

@@ -4,6 +4,7 @@ A job is a function of its config. It runs the same way here, in a sweep, on SLU
 """
 
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -40,8 +41,11 @@ from qk_sniffer.timing import Stages
 from qk_sniffer.validation import check
 
 
-def run_job(config: Config) -> Outcome:
+def run_job(config: Config, begin: Callable[[], None] = lambda: None) -> Outcome:
     """Runs the job of `config`, or the part of it that is not done yet.
+
+    Calls `begin` when nothing refuses the job any more, before it captures, or before it makes, checks or publishes a
+    dataset.
 
     Raises:
         QkSnifferError: names what is wrong and the way out; everything written before is kept.
@@ -60,7 +64,7 @@ def run_job(config: Config) -> Outcome:
     return_memory()
     try:
         with Stopping() as stopping:
-            return _run(job, layout, Stages(), stopping)
+            return _run(job, layout, Stages(), stopping, begin)
     finally:
         if not existed:
             with suppress(OSError):
@@ -73,7 +77,9 @@ def _loaded_from(job: ResolvedConfig) -> list[str | None]:
     return names if job.model.adapter is None else [*names, job.model.adapter]
 
 
-def _run(config: ResolvedConfig, layout: Layout, stages: Stages, stopping: Stopping) -> Outcome:
+def _run(
+    config: ResolvedConfig, layout: Layout, stages: Stages, stopping: Stopping, begin: Callable[[], None]
+) -> Outcome:
     shard, overwrite = config.shard, config.output.overwrite
     path, purpose = layout.shard_lock(shard.index, shard.count), f"capturing shard {shard.index} of {shard.count}"
     with hold(path, purpose, wait_s=restart_patience_s(), replace=overwrite) as lock, lock.explaining():
@@ -81,6 +87,7 @@ def _run(config: ResolvedConfig, layout: Layout, stages: Stages, stopping: Stopp
         with stages("open dataset"):
             start = find_existing_work(config, layout, is_mine=promoted or _is_yet_to_publish(config, layout))
         if start.found == "finished":
+            begin()
             remove_leftovers(layout, lock.path, lock)
             note = "Nothing to do: the dataset is finished."
             return report_and_publish(config, layout, note, start.files, lock)
@@ -101,7 +108,10 @@ def _run(config: ResolvedConfig, layout: Layout, stages: Stages, stopping: Stopp
             record = _record(config, start, components)
             job_id = register_job(layout, start, record, own_lock=lock, overwrite=overwrite)
             claim = Claim(lock, layout, job_id)
+            begin()
             capture_examples(config, layout, start, claim, components, stages, stopping)
+        else:
+            begin()
         trim_memory()  # of the forward passes, before the compaction starts its threads
         return finish(config, layout, claim.job_id, start.corpus, components, stages, lock) or Outcome()
 

@@ -1,15 +1,19 @@
 """Finds the jobs and datasets below a folder, and reads from their files how far each has come."""
 
 import os
+import re
+import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from qk_sniffer.config import MOST_SHARDS
 from qk_sniffer.errors import StoreError
 from qk_sniffer.jobs import job_status, slurm, sweep
 from qk_sniffer.jobs.job_status import STATUS_FILE, Status
@@ -17,6 +21,7 @@ from qk_sniffer.jobs.progress import read_progress
 from qk_sniffer.jobs.sweep import SWEEP_FILE
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.disk import walk
+from qk_sniffer.store.files import Folder
 from qk_sniffer.store.layout import Layout, is_ours
 from qk_sniffer.store.locks import holder, is_held
 from qk_sniffer.store.record import read_mark, read_record
@@ -25,10 +30,12 @@ from qk_sniffer.text import aligned, printable
 
 @dataclass(frozen=True)
 class Line:
-    """A job, or a dataset without a job, and its progress. None where a value is not known.
+    """A dataset, or a shard of an unfinished one, and its progress. None where a value is not known.
 
     `examples` of `total` are captured. `tokens_per_s` and `seconds_left` come from the job's last report. `rows` are
     those of the dataset, or those that a running job has captured so far. `reason` is SLURM's reason why a job waits.
+    `last_attempt` says how the last job ended that did not make the dataset, and `last_error` why: `refused` at its
+    start, `failed` or `interrupted`.
     """
 
     status: Status
@@ -38,6 +45,8 @@ class Line:
     seconds_left: float | None = None
     rows: int | None = None
     reason: str | None = None
+    last_attempt: str | None = None
+    last_error: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, flat."""
@@ -45,29 +54,60 @@ class Line:
         return asdict(self.status) | own
 
 
-def look(folder: Path, left_out: Callable[[StoreError], None] = lambda _: None) -> list[Line]:
-    """Lists the last job of each dataset and shard below `folder`, and each dataset without a job.
+Shard = tuple[int, int]
+"""The index of a shard, and their number."""
 
-    `left_out` gets the error of each file that cannot be read. Its job or dataset is not listed.
+
+@dataclass(frozen=True)
+class _Attempt:
+    """A job of a data root, by its status file; or as its sweep has announced it, before it writes one."""
+
+    status: Status
+    is_announced: bool
+
+    @property
+    def shard(self) -> Shard:
+        return self.status.shard_index, self.status.shard_count
+
+    @property
+    def ended(self) -> float:
+        return self.status.since + self.status.seconds
+
+    def order(self) -> tuple[bool, bool, float]:
+        """Puts a running job last, the latest before it, and one that never started first."""
+        return self.status.state == job_status.RUNNING, self.status.state != job_status.NOT_STARTED, self.ended
+
+    @property
+    def outcome(self) -> str | None:
+        """How it ended, if it did not do what it was to do."""
+        if self.status.state == job_status.FAILED:
+            return job_status.FAILED if self.status.began else REFUSED
+        return job_status.INTERRUPTED if self.status.state == job_status.INTERRUPTED else None
+
+
+REFUSED = "refused"
+
+_WAITING = (job_status.QUEUED, job_status.REQUEUED)
+
+
+def look(folder: Path, left_out: Callable[[StoreError], None] = lambda _: None) -> list[Line]:
+    """Lists each dataset below `folder`, the shards of unfinished ones, and the jobs that run or wait.
+
+    The state of a dataset is read from its own files and locks. A job that was refused changes neither. `left_out` gets
+    the error of each file that cannot be read. Its job or dataset is not listed.
     """
-    latest: dict[tuple[str, int, int], Status] = {}
+    attempts: dict[str, list[_Attempt]] = {}
     roots: dict[str, Path] = {}
     for path in _walk(folder):
         if path.name in (SWEEP_FILE, STATUS_FILE):
             for status in _read(path, left_out):
-                key = (_real(status.data_root), status.shard_index, status.shard_count)
-                if key not in latest or _counts(status) >= _counts(latest[key]):
-                    latest[key] = status
+                real = _real(status.data_root)
+                attempts.setdefault(real, []).append(_Attempt(status, path.name == SWEEP_FILE))
+                roots.setdefault(real, Path(status.data_root))
         else:
-            roots[_real(path)] = path
-    known = {root for root, _, _ in latest}
-    statuses = [_now(status) for status in latest.values()]
-    for root, path in roots.items():
-        if root not in known:
-            statuses += _of_dataset(Layout(path), left_out)
-    # A successful job without a data root: the dataset was removed or moved.
-    existing = (status for status in statuses if status.state not in job_status.GOOD or _exists(status.data_root))
-    return [_line(status) for status in sorted(existing, key=lambda status: (status.data_root, status.shard_index))]
+            roots[_real(path)] = path.absolute()
+    lines = [line for real, path in roots.items() for line in _of_root(Layout(path), attempts.get(real, []), left_out)]
+    return sorted(lines, key=lambda line: (line.status.data_root, line.status.shard_index))
 
 
 def with_reasons(lines: list[Line], reasons: slurm.Reasons) -> list[Line]:
@@ -84,37 +124,55 @@ def with_reasons(lines: list[Line], reasons: slurm.Reasons) -> list[Line]:
     ]
 
 
-def table(lines: list[Line]) -> str:
-    """A table of `lines`; below it the errors of failed jobs, and the meaning of reasons that need a person."""
-    rows = [("dataset", "shard", "state", "examples", "tokens/s", "left", "rows", "time", "where")]
-    errors = []
+def table(lines: list[Line], width: int | None = None) -> str:
+    """A table of `lines`; below it the errors of jobs, and the meaning of reasons that need a person.
+
+    Columns without a value are left out. If the table is wider than `width` characters, where a job runs is told below
+    it too, and cells are folded. None is for any width.
+    """
+    rows = [_COLUMNS]
+    errors, places = [], []
     for line in lines:
         status = line.status
         name = os.path.relpath(status.data_root) if _is_below(status.data_root, Path.cwd()) else status.data_root
-        shard = f"{status.shard_index} of {status.shard_count}" if status.shard_count > 1 else ""
+        if status.shard_count > 1:
+            name += f" (shard {status.shard_index} of {status.shard_count})"
         examples = "" if line.examples is None else f"{line.examples:,}"
         if line.examples is not None and line.total is not None and line.examples < line.total:
             examples += f" of {line.total:,} ({line.examples / line.total:.0%})"
         on_slurm = f"SLURM {status.slurm_job_id}" if status.slurm_job_id else ""
         restarts = f"restarted {status.restarts} x" if status.restarts else ""
+        where = ", ".join(filter(None, [status.url, status.host, on_slurm, restarts]))
+        places += [f"{name}: {where}"] if where else []
         rows.append(
             (
                 name,
-                shard,
                 status.state if line.reason is None else f"{status.state}: {line.reason}",
                 examples,
                 "" if line.tokens_per_s is None else f"{line.tokens_per_s:,.0f}",
                 "" if line.seconds_left is None else tqdm.format_interval(line.seconds_left),
                 "" if line.rows is None else f"{line.rows:,}",
                 tqdm.format_interval(status.seconds) if status.seconds else "",
-                ", ".join(filter(None, [status.url, status.host, on_slurm, restarts])),
+                line.last_attempt or "",
+                where,
             )
         )
-        if status.error:
-            errors.append(f"{name}{f' (shard {shard})' if shard else ''}: {status.error}")
+        if error := line.last_error or status.error:
+            of_attempt = f" {line.last_attempt}:" if line.last_attempt else ""
+            errors.append(f"{name}:{of_attempt} {error}")
     known = sorted({line.reason for line in lines if line.reason is not None})
     meanings = [f"{reason}: {meaning}" for reason in known if (meaning := slurm.advice(reason)) is not None]
-    return "\n".join([aligned(rows), *map(printable, [*errors, *meanings])])
+    shown = [column for column in zip(*rows, strict=True) if any(column[1:]) or column[0] in ("dataset", "state")]
+    told: list[str] = []
+    if width is not None and sum(max(map(len, column)) + 2 for column in shown) - 2 > width:
+        shown, told = [column for column in shown if column[0] != "where"], places
+    return "\n".join([folded([*zip(*shown, strict=True)], width), *map(printable, [*told, *errors, *meanings])])
+
+
+_COLUMNS = ("dataset", "state", "examples", "tokens/s", "left", "rows", "time", "last attempt", "where")
+
+_OF_WORDS = {"dataset", "state", "last attempt", "where"}
+"""The columns that are folded before numbers are."""
 
 
 def _walk(folder: Path) -> Iterator[Path]:
@@ -132,12 +190,6 @@ def _walk(folder: Path) -> Iterator[Path]:
         yield from (path / file for file in (SWEEP_FILE, STATUS_FILE) if file in files)
 
 
-def _counts(status: Status) -> tuple[bool, bool, float]:
-    """Orders the statuses of one dataset: a running job last, the latest before it, one that never started first."""
-    ended = status.since + status.seconds
-    return status.state == job_status.RUNNING, status.state != job_status.NOT_STARTED, ended
-
-
 def _read(file: Path, left_out: Callable[[StoreError], None]) -> list[Status]:
     try:
         return [*sweep.queued(file.parent)] if file.name == SWEEP_FILE else [job_status.read_status(file)]
@@ -148,76 +200,175 @@ def _read(file: Path, left_out: Callable[[StoreError], None]) -> list[Status]:
     return []
 
 
-def _now(status: Status) -> Status:
-    """The status, or that of a finished job if another job finished the dataset of this failed one later."""
-    layout = Layout(Path(status.data_root))
-    if status.state in (job_status.FAILED, job_status.INTERRUPTED) and not os.path.lexists(layout.job_file):
-        with suppress(OSError):
-            if layout.manifest.stat().st_mtime > status.since + status.seconds:
-                return replace(status, state=job_status.DONE, error=None, code=0)
-    return status
-
-
-def _of_dataset(layout: Layout, left_out: Callable[[StoreError], None]) -> list[Status]:
-    """The statuses of a dataset without a job below the folder, from its own files."""
+def _of_root(layout: Layout, attempts: list[_Attempt], left_out: Callable[[StoreError], None]) -> list[Line]:
+    """The lines of a data root and of its jobs."""
+    latest: dict[Shard, _Attempt] = {}
+    for attempt in sorted(attempts, key=_Attempt.order):
+        latest[attempt.shard] = attempt
+    busy = {
+        shard: attempt.status
+        for shard, attempt in latest.items()
+        if attempt.status.state in (job_status.RUNNING, *_WAITING)
+    }
+    record = manifest = None
+    digest = ""
     try:
-        record = read_record(layout)
-        if record is not None:
-            return _of_shards(layout, record)
-        if os.path.lexists(layout.manifest):
-            slug = manifests.read(layout.root)["config"]["model"]["slug"]
-            return [Status(0, str(layout.root.absolute()), slug, state=job_status.DONE)]
-    except StoreError as error:
-        left_out(error)
+        if _exists(layout.root):
+            record = read_record(layout)
+        if record is None and _exists(layout.root) and os.path.lexists(layout.manifest):
+            manifest, digest = manifests.with_digest(Folder(layout.root))
+    except StoreError as problem:
+        left_out(problem)
     except OSError:
         pass  # it was removed in the meantime
-    return []
+    slug = None if record is None else record["config"]["model"]["slug"]
+    found = _held(layout) if record is None else _of_shards(layout, record, left_out)
+    lines = {shard: _unfinished(layout, status, slug) for shard, status in (found | busy).items()}
+    if manifest is not None and not lines:
+        return [_finished(layout, manifest, digest, attempts)]
+    if record is None and manifest is None:
+        for shard, attempt in latest.items():
+            if shard not in lines and _tells_of_no_dataset(attempt, attempts):
+                lines[shard] = Line(attempt.status, rows=attempt.status.rows)
+    known = max((attempt.ended for shard, attempt in latest.items() if shard in lines), default=0.0)
+    for shard, attempt in latest.items():
+        # A job with another number of shards was refused, and has no line.
+        target = shard if shard in lines or attempt.ended < known else min(lines, default=None)
+        if attempt.outcome is not None and target in lines and lines[target].last_attempt is None:
+            lines[target] = _with_last(lines[target], attempt)
+    return [*lines.values()]
 
 
-def _of_shards(layout: Layout, record: dict[str, Any]) -> list[Status]:
-    root, config = str(layout.root.absolute()), record["config"]
-    slug, count = config["model"]["slug"], config["shard"]["count"]
-    statuses = []
+def _with_last(line: Line, attempt: _Attempt) -> Line:
+    """Adds the last attempt to a line, unless its state says the same."""
+    outcome, error = attempt.outcome, attempt.status.error
+    return replace(
+        line,
+        last_attempt=None if outcome == line.status.state else outcome,
+        last_error=None if error == line.status.error else error,
+    )
+
+
+def _tells_of_no_dataset(attempt: _Attempt, attempts: list[_Attempt]) -> bool:
+    """Whether the last job of a data root without a dataset and without work is shown.
+
+    A mistake is not: its command has told it, and has left nothing. A sweep shows all of its jobs. A dataset that was
+    removed is not shown, but one that is on the Hub alone.
+    """
+    state = attempt.status.state
+    if state in job_status.GOOD:
+        return state == job_status.PUBLISHED and _exists(attempt.status.data_root)
+    if state in (job_status.FAILED, job_status.INTERRUPTED):
+        of_sweep = any(each.is_announced and each.shard == attempt.shard for each in attempts)
+        return of_sweep or attempt.outcome == job_status.FAILED
+    return True
+
+
+def _finished(layout: Layout, manifest: dict[str, Any], digest: str, attempts: list[_Attempt]) -> Line:
+    """The line of a finished dataset. Only a job that has recorded this manifest tells where it is published."""
+    made = [each for each in attempts if each.status.state in job_status.GOOD and each.status.manifest == digest]
+    chosen = max(made, key=lambda each: (each.status.url is not None, each.ended), default=None)
+    root = str(layout.root)
+    status = Status(0, root, manifest["config"]["model"]["slug"], state=job_status.DONE)
+    if chosen is not None:
+        status = replace(chosen.status, data_root=root, shard_index=0, shard_count=1)
+    line = Line(status, manifests.texts(manifest)[1], rows=manifest["rows"])
+    since = max((each.ended for each in made), default=0.0)
+    with suppress(OSError):
+        since = max(since, layout.manifest.stat().st_mtime)
+    later = [each for each in attempts if each.outcome is not None and each.ended > since]
+    last = max(later, key=lambda each: each.ended, default=None)
+    return line if last is None else _with_last(line, last)
+
+
+def _of_shards(layout: Layout, record: dict[str, Any], left_out: Callable[[StoreError], None]) -> dict[Shard, Status]:
+    """The states of the shards of an unfinished job, by its locks, marks and journals."""
+    slug, count = record["config"]["model"]["slug"], record["config"]["shard"]["count"]
+    held = _held(layout)
+    statuses = {}
     for index in range(count):
-        lock = layout.shard_lock(index, count)
-        status = Status(0, root, slug, index, count)
-        if is_held(lock) and (by := holder(lock)) is not None:
-            status.host, status.slurm_job_id = by.host, by.slurm_job_id
-        elif read_mark(layout, index, count, record["job_id"]) is not None:
+        status = Status(0, str(layout.root), slug, index, count)
+        is_captured = False
+        try:
+            is_captured = read_mark(layout, index, count, record["job_id"]) is not None
+        except StoreError as problem:
+            left_out(problem)
+        begun = (layout.progress(index, count), layout.journal(index, count))
+        if (index, count) in held:
+            status = replace(held[index, count], model=slug)
+        elif count == 1 and is_held(layout.finalize_lock):
+            _name_holder(status, layout.finalize_lock)
+        elif is_captured and count > 1:
             status.state = job_status.DONE
-        else:
+        elif is_captured or any(map(os.path.lexists, begun)):
             status.state = job_status.INTERRUPTED
-        statuses.append(status)
+        else:
+            status.state = job_status.NOT_STARTED
+        statuses[index, count] = status
     return statuses
 
 
-def _line(status: Status) -> Line:
-    layout = Layout(Path(status.data_root))
+def _held(layout: Layout) -> dict[Shard, Status]:
+    """The jobs that hold the lock of a shard in a data root."""
+    statuses = {}
+    for lock in layout.locks() if _exists(layout.work) else ():
+        shard = re.fullmatch(r"shard-(\d{5,6})-of-(\d{5,6})\.lock", lock.name)
+        if shard is not None and int(shard[1]) < int(shard[2]) <= MOST_SHARDS and is_held(lock):
+            status = Status(0, str(layout.root), "", int(shard[1]), int(shard[2]))
+            _name_holder(status, lock)
+            statuses[status.shard_index, status.shard_count] = status
+    return statuses
+
+
+def _name_holder(status: Status, lock: Path) -> None:
+    if (by := holder(lock)) is not None:
+        status.host, status.slurm_job_id = by.host, by.slurm_job_id
+
+
+def _unfinished(layout: Layout, status: Status, slug: str | None) -> Line:
+    """The line of a shard with its progress, if the report is of this job: `slug` is the model of the stored one."""
     progress = read_progress(layout.progress(status.shard_index, status.shard_count))
-    if status.state == job_status.RUNNING:
+    is_running = status.state == job_status.RUNNING
+    if is_running:
         status.seconds = max(time.time() - status.since, 0.0)
-    if progress and status.state != job_status.NOT_STARTED:
-        is_running = status.state == job_status.RUNNING and progress["at"] >= status.since
-        return Line(
-            status,
-            progress["examples"],
-            progress["total"],
-            progress["tokens_per_s"] if is_running else None,
-            progress["seconds_left"] if is_running else None,
-            progress["rows"],
-        )
-    if status.shard_count == 1 and status.state in (*job_status.GOOD, job_status.FAILED):
-        with suppress(OSError, StoreError):
-            manifest = manifests.read(layout.root)
-            return Line(status, manifests.texts(manifest)[1], rows=manifest["rows"])
-    return Line(status, rows=status.rows)
+    is_new = is_running and bool(progress) and progress["at"] >= status.since
+    if not progress or status.state == job_status.NOT_STARTED or not (is_new or status.model in (slug, "")):
+        return Line(status, rows=status.rows)
+    return Line(
+        status,
+        progress["examples"],
+        progress["total"],
+        progress["tokens_per_s"] if is_new else None,
+        progress["seconds_left"] if is_new else None,
+        progress["rows"],
+    )
+
+
+def folded(rows: Sequence[Sequence[str]], width: int | None) -> str:
+    """Returns rows as `aligned` does, in `width` characters if the words allow it. The longest cells are folded."""
+    shown = [[*map(printable, row)] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
+    while width is not None and sum(widths) + 2 * (len(widths) - 1) > width and max(widths) > _NARROWEST:
+        words = [number for number, name in enumerate(rows[0]) if name in _OF_WORDS and widths[number] > _NARROWEST]
+        widest = max(words or range(len(widths)), key=widths.__getitem__)
+        widths[widest] -= 1
+    lines: list[Sequence[str]] = []
+    for row in shown:
+        wrapped = (textwrap.wrap(cell, most, break_on_hyphens=False) for cell, most in zip(row, widths, strict=True))
+        cells = [lines_of_cell or [""] for lines_of_cell in wrapped]
+        lines += zip_longest(*cells, fillvalue="")
+    return aligned(lines)
+
+
+_NARROWEST = 8
+"""The fewest characters that a cell is folded to."""
 
 
 def _real(path: str | Path) -> str:
     return os.path.realpath(path)
 
 
-def _exists(path: str) -> bool:
+def _exists(path: str | Path) -> bool:
     try:
         return Path(path).exists()
     except OSError:  # no file can have this name

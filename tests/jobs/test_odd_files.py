@@ -31,7 +31,9 @@ def job(root: Path, number: int = 0) -> PlannedJob:
 
 def status_file(folder: Path, root: Path, **changes: Any) -> Path:
     folder.mkdir(parents=True)
-    Status.of(0, job(root).config, state="failed").write(folder)
+    found = Status.of(0, job(root).config, state="failed")
+    found.began = True
+    found.write(folder)
     file = folder / job_status.STATUS_FILE
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
     return file

@@ -184,7 +184,8 @@ def test_jobs_that_fail_do_not_sink_their_sweep(
         r"job 1 .*: model .*broken cannot be", said
     )
     assert hashes(whole) == hashes(undisturbed("llama"))
-    assert [line["state"] for line in running.status() if line["model"] == names[0].name] == ["failed"]
+    lines = [line for line in running.status() if line["model"] == names[0].name]
+    assert [(line["state"], line["last_attempt"]) for line in lines] == [("interrupted", "failed")]
 
     running.again()
     (tmp_path / "broken").rename(tmp_path / "gone")

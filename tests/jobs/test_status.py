@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.jobs import Stopped, run
+from support.jobs import Stopped, run, settings
 from support.slurm_commands import Commands
+from support.store_cases import Captured, make_dataset
 
 from qk_sniffer import status
 from qk_sniffer.cli import app, program
@@ -20,10 +21,11 @@ from qk_sniffer.config import Config, ShardConfig, from_dict
 from qk_sniffer.errors import ConfigError, StoreError
 from qk_sniffer.jobs import job_status, signals, sweep
 from qk_sniffer.jobs.job_status import Status, recorded, recorded_status
-from qk_sniffer.jobs.status import look, table
+from qk_sniffer.jobs.status import Line, look, table
 from qk_sniffer.jobs.sweep import PlannedJob, announced
 from qk_sniffer.resolved import resolve
 from qk_sniffer.status import Settings, show
+from qk_sniffer.store.disk import sha256_of
 from qk_sniffer.store.layout import Layout
 from qk_sniffer.store.locks import hold, restart_patience_s
 from qk_sniffer.text import hide_in_address
@@ -133,7 +135,7 @@ def test_a_job_whose_folder_is_taken_does_not_record_there_that_it_is_requeued(
     monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
     heard: list[int] = []
 
-    def stop(_: Any) -> None:
+    def stop(*_: Any) -> None:
         if is_taken:
             shutil.rmtree(folder)
             with begin(folder, other.config):
@@ -279,32 +281,35 @@ def test_the_last_job_of_a_dataset_and_shard_counts(tmp_path: Path) -> None:
     for number, seconds in enumerate((100.0, 50.0)):
         found = Status.here(0, job.config)
         found.since -= seconds
+        found.began = True
         (tmp_path / str(number)).mkdir()
         with recorded(found, tmp_path / str(number)):
             found.fail("no room" if number else "no luck")
     for index in range(2):
-        sharded = replace(job.config, shard=ShardConfig(index, 2))
-        with begin(tmp_path / f"shard{index}", sharded):
-            pass
+        found = Status.here(0, replace(job.config, shard=ShardConfig(index, 2)))
+        found.began = True
+        (tmp_path / f"shard{index}").mkdir()
+        with recorded(found, tmp_path / f"shard{index}"):
+            found.fail("no memory")
     said = [(line.status.shard_count, line.status.shard_index, line.status.error) for line in look(tmp_path)]
-    assert sorted(said, key=str) == [(1, 0, "no room"), (2, 0, None), (2, 1, None)]
+    assert sorted(said, key=str) == [(1, 0, "no room"), (2, 0, "no memory"), (2, 1, "no memory")]
 
 
 def test_a_job_that_never_started_says_nothing_of_the_one_before_it(tmp_path: Path) -> None:
     (job,) = planned(tmp_path / "a")
     found = Status.here(0, job.config)
     (tmp_path / "0").mkdir()
-    (tmp_path / "a").mkdir()
+    make_dataset(tmp_path / "a", Captured(num_examples=4))
     with recorded(found, tmp_path / "0"):
-        found.succeed(7, None)
+        found.succeed(7, "https://hub/a", sha256_of(tmp_path / "a" / "manifest.json"))
     with pytest.raises(Stopped), announced(tmp_path / "1", [job], outlive=False):
         raise Stopped
-    assert states(tmp_path) == {"a": "done"}
+    assert states(tmp_path) == {"a": "published"}
 
 
 def test_what_runs_counts_more_than_what_was_refused_or_waits(tmp_path: Path) -> None:
     (job,) = planned(tmp_path / "a")
-    (tmp_path / "a").mkdir()
+    make_dataset(tmp_path / "a", Captured(num_examples=4))
     found = Status.here(0, job.config)
     (tmp_path / "0").mkdir()
     with recorded(found, tmp_path / "0"):
@@ -312,9 +317,8 @@ def test_what_runs_counts_more_than_what_was_refused_or_waits(tmp_path: Path) ->
             pass
         with announced(tmp_path / "2", [job], outlive=True):
             assert states(tmp_path) == {"a": "running"}
-        found.succeed(7, None)
-        time.sleep(0.01)
-    assert states(tmp_path) == {"a": "done"}, "it ended last"
+        found.succeed(7, "https://hub/a", sha256_of(tmp_path / "a" / "manifest.json"))
+    assert states(tmp_path) == {"a": "published"}
 
 
 def test_a_job_that_failed_is_done_where_another_finished_its_dataset(
@@ -322,17 +326,115 @@ def test_a_job_that_failed_is_done_where_another_finished_its_dataset(
 ) -> None:
     jobs = planned(tmp_path / "a")
     found = Status.here(0, jobs[0].config)
+    found.began = True
     (tmp_path / "0").mkdir()
     with recorded(found, tmp_path / "0"):
         found.fail("no memory")
     assert states(tmp_path) == {"a": "failed"}
     run(checkpoint, texts, tmp_path / "a")
     (line,) = look(tmp_path)
-    assert (line.status.state, line.status.error, line.examples) == ("done", None, 24)
+    assert (line.status.state, line.last_attempt, line.examples) == ("done", None, 24)
     found.since = time.time()
     with recorded(found, tmp_path / "0"):
         found.fail("the Hub is down")
-    assert states(tmp_path) == {"a": "failed"}
+    (line,) = look(tmp_path)
+    assert (line.status.state, line.status.error) == ("done", None), "the dataset is whole"
+    assert (line.last_attempt, line.last_error) == ("failed", "the Hub is down")
+    shown = table([line]).splitlines()
+    assert shown[0].endswith("last attempt") and shown[1].endswith("  failed")
+    assert shown[2].endswith("a: failed: the Hub is down")
+
+
+def test_a_job_that_is_refused_changes_the_state_of_nothing(checkpoint: Path, texts: Path, tmp_path: Path) -> None:
+    """Each was "failed" before, with the error of a command that never touched it."""
+    whole = run(checkpoint, texts, tmp_path / "whole")
+    half = run(checkpoint, texts, tmp_path / "half", shard={"index": 1, "count": 2})
+    for number, root in enumerate((whole, half, tmp_path / "none")):
+        values = settings(checkpoint, texts, root, sampler={"seed": 7})
+        if root.name == "none":
+            values["dataset"]["path"] = str(tmp_path / "mistake.jsonl")
+        config = resolve(from_dict(values))
+        found = Status.here(number, config)
+        (tmp_path / ".runs" / str(number)).mkdir(parents=True)
+        with recorded(found, tmp_path / ".runs" / str(number)) as record:
+            app._run_job(config, found, record)
+        assert (found.state, found.began) == ("failed", False)
+    lines = {(Path(line.status.data_root).name, line.status.shard_index): line for line in look(tmp_path)}
+    assert {key: (line.status.state, line.last_attempt) for key, line in lines.items()} == {
+        ("half", 0): ("not started", "refused"),
+        ("half", 1): ("done", None),
+        ("whole", 0): ("done", "refused"),
+    }, "a mistake leaves no entry"
+    assert "a finished dataset of another configuration" in str(lines["whole", 0].last_error)
+    assert lines["whole", 0].status.error is None
+    facts = lines["whole", 0].to_dict()
+    assert facts["last_attempt"] == "refused" and facts["last_error"] == lines["whole", 0].last_error
+    config = resolve(from_dict(settings(checkpoint, texts, whole)))
+    found = Status.here(3, config)
+    (tmp_path / ".runs" / "3").mkdir()
+    with recorded(found, tmp_path / ".runs" / "3") as record:
+        app._run_job(config, found, record)
+    assert (found.state, found.began, found.manifest) == ("done", True, sha256_of(whole / "manifest.json"))
+    assert {line.last_attempt for line in look(whole.parent) if line.status.data_root == str(whole)} == {None}
+
+
+def test_a_sweep_shows_its_jobs_that_left_nothing(tmp_path: Path) -> None:
+    (job,) = planned(tmp_path / "a")
+    with announced(tmp_path / "1", [job], outlive=False):
+        found = Status.here(0, job.config)
+        (tmp_path / "1" / "0").mkdir()
+        with recorded(found, tmp_path / "1" / "0"):
+            found.fail("no such model")
+    (line,) = look(tmp_path)
+    assert (line.status.state, line.last_attempt, line.status.error) == ("failed", "refused", "no such model")
+
+
+def test_the_state_of_an_earlier_dataset_is_not_told_of_the_one_that_replaced_it(tmp_path: Path) -> None:
+    (job,) = planned(tmp_path / "a")
+    layout, _ = make_dataset(tmp_path / "a", Captured(num_examples=4))
+    found = Status.here(0, job.config)
+    (tmp_path / "0").mkdir()
+    with recorded(found, tmp_path / "0"):
+        found.succeed(7, "https://hub/a", sha256_of(layout.manifest))
+    (line,) = look(tmp_path)
+    manifest = json.loads(layout.manifest.read_text())
+    assert (line.status.state, line.status.url, line.rows) == ("published", "https://hub/a", manifest["rows"])
+    shutil.rmtree(layout.root)
+    make_dataset(tmp_path / "a", Captured(num_examples=5))
+    (line,) = look(tmp_path)
+    manifest = json.loads(layout.manifest.read_text())
+    assert (line.status.state, line.status.url, line.rows) == ("done", None, manifest["rows"])
+    assert line.status.model == manifest["config"]["model"]["slug"] != found.model and line.last_attempt is None
+
+
+def test_the_progress_of_another_job_in_a_data_root_is_not_told_of_one_that_waits(
+    checkpoint: Path, texts: Path, tmp_path: Path
+) -> None:
+    root = run(checkpoint, texts, tmp_path / "a", shard={"index": 0, "count": 2})
+    config = resolve(from_dict(settings(checkpoint, texts, root, model={"slug": "other"}, shard={"count": 2})))
+    with announced(tmp_path / "1", [PlannedJob(0, (), config)], outlive=True):
+        waits, other = look(tmp_path)
+    assert (waits.status.state, waits.status.model, waits.examples) == ("queued", "other", None)
+    assert (other.status.state, other.status.shard_index) == ("not started", 1)
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_a_table_fits_the_terminal(width: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    jobs = planned(tmp_path / "outputs" / "a-model-with-a-long-name-on-texts-with-a-long-name", tmp_path / "b")
+    found = Status.here(0, replace(jobs[0].config, shard=ShardConfig(9, 10)))
+    found.state, found.slurm_job_id, found.seconds = "queued", "12_0", 4000.0
+    found.url = "https://huggingface.co/datasets/me/my/tree/branch"
+    line = Line(found, 1_000, 100_000, 12_345.0, 3700.0, 123_456_789, "PartitionTimeLimit", "refused")
+    lines = [line, Line(Status.here(1, jobs[1].config), rows=7)]
+    shown = table(lines, width).splitlines()
+    below = next(number for number, text in enumerate(shown) if found.url in text)
+    assert f"(shard 9 of 10): {found.url}, {found.host}, SLURM 12_0" in shown[below], "where it runs is told below"
+    assert max(map(len, shown[:below])) <= width < max(map(len, table(lines).splitlines()))
+    names = [row.split("  ")[0] for row in shown[1:below]]
+    assert "".join(names).replace(" ", "") == f"outputs/{Path(found.data_root).name}(shard9of10)b"
+    for number in ("12,345", "1:01:40", "refused"):
+        assert number in "".join(shown[:below])
 
 
 def test_a_dataset_that_is_gone_is_not_done(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from qk_sniffer.jobs.finalize import Allowed, finalize
 from qk_sniffer.jobs.finish import Outcome
 from qk_sniffer.jobs.run import run_job
 from qk_sniffer.store import manifest as manifests
+from qk_sniffer.store.files import Folder
 from qk_sniffer.store.layout import Layout
 from qk_sniffer.store.locks import InUseError, hold
 
@@ -111,7 +112,8 @@ def test_what_a_job_leaves(checkpoint: Path, texts: Path, tmp_path: Path) -> Non
     assert run_job(from_dict(values)) == Outcome()
     values["shard"]["index"] = 1
     made = run_job(from_dict(values))
-    assert made == Outcome(manifests.read(tmp_path / "out")["rows"]) and made.rows
+    manifest, digest = manifests.with_digest(Folder(tmp_path / "out"))
+    assert made == Outcome(manifest["rows"], manifest=digest) and made.rows
     assert run_job(from_dict(settings(checkpoint, texts, tmp_path / "out"))) == made
 
 

@@ -29,6 +29,7 @@ FLOORS = (
     ("notebook",),
     ("cli",),
     ("export", "plasticity"),
+    ("report",),
     ("__init__", "__main__", "families", "finalize", "heads", "pictures", "status", "verify"),
 )
 """Folders and single modules, from the ground up. Each imports only itself and lower floors."""

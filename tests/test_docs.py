@@ -27,6 +27,7 @@ from qk_sniffer.export.formats import FORMATS
 from qk_sniffer.jobs.run import run_job
 from qk_sniffer.jobs.sweep import PlannedJob
 from qk_sniffer.plasticity import cli as plasticity
+from qk_sniffer.report import cli as report
 from qk_sniffer.resolved import fingerprint
 
 ROOT = Path(__file__).parents[1]
@@ -258,6 +259,8 @@ def test_other_programs(command: Command) -> None:
         case ["python", "-m", "qk_sniffer.export", *arguments]:
             settings = program.parse(arguments, export.Settings)
             assert settings.format in FORMATS
+        case ["python", "-m", "qk_sniffer.report", *arguments]:
+            program.parse(arguments, report.Settings)
         case ["python", "-m", module, *arguments]:
             settings = program.parse(arguments, import_module(module).Settings)
             if "smollm3" in command.text:

@@ -57,6 +57,7 @@ def test_ci_runs_the_commands_of_the_readme_before_it_installs_slurm() -> None:
         "step make check",
         "step make docs",
         "apt_install slurmctld",
+        "apt_install chromium",
         "step make slow",
         "step make floor",
     ]

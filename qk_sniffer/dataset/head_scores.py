@@ -87,7 +87,7 @@ def head_scores(dataset: Dataset, ranges: Ranges) -> pa.Table:
             "key_head": dataset.key_head(layer, head),
             "sliding_window": windows[layer],
         }
-        rows.append(of_head | _scored(summary, ranges))
+        rows.append(of_head | scores_of(summary, ranges))
     if not any(row["rows"] for row in rows):
         raise StoreError(
             f"{dataset} has no query at a position from {ranges.first_position:,} on: lower far_distance, and "
@@ -101,7 +101,8 @@ def head_scores(dataset: Dataset, ranges: Ranges) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=_schema())
 
 
-def _scored(summary: AttentionSummary, ranges: Ranges) -> dict[str, float]:
+def scores_of(summary: AttentionSummary, ranges: Ranges) -> dict[str, float]:
+    """Returns `rows` and `examples` that count, and each of `SCORES` with its standard error, as `head_scores` does."""
     values = np.column_stack([*_values(summary, ranges)]).astype(np.float64)
     counts = (summary.positions >= ranges.first_position) & np.isfinite(values).all(axis=1)
     means, errors, examples = _means(values[counts], summary.example_ids[counts])

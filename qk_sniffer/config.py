@@ -345,7 +345,10 @@ class InferenceConfig:
         default=16384,
         metadata={"help": "maximum tokens in a forward pass, with padding; lower saves memory"},
     )
-    lookahead: int = field(default=256, metadata={"help": "examples that are tokenized together and sorted by length"})
+    lookahead: int | None = field(
+        default=None,
+        metadata={"help": "examples sorted by length together; null: as many as fill 64 batches, 256 to 32,768"},
+    )
     banded_attention: bool = field(
         default=True, metadata={"help": "compute sliding-window layers without an n x n mask; equal within rounding"}
     )
@@ -365,7 +368,11 @@ class InferenceConfig:
 
         Vectors of differently composed batches agree within rounding, so the manifest records every change.
         """
-        return {"max_batch_tokens": self.max_batch_tokens, "batch_size": self.batch_size}
+        return {
+            "max_batch_tokens": self.max_batch_tokens,
+            "batch_size": self.batch_size,
+            "lookahead": self.lookahead,
+        }
 
 
 @dataclass(frozen=True)

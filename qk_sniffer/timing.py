@@ -25,6 +25,11 @@ class Stages:
             self._inner[-1] += whole
             self.seconds[name] = self.seconds.get(name, 0.0) + own
 
+    def add(self, name: str, seconds: float) -> None:
+        """Adds `seconds` that the stage `name` took just now: for stages so short that a block would take longer."""
+        self._inner[-1] += seconds
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+
     def move(self, seconds: float, source: str, target: str) -> None:
         """Moves `seconds` from the stage `source`, which is over, to the stage `target`."""
         self.seconds[source] -= seconds

@@ -8,6 +8,7 @@ records. A text is tokenized again only if one of its parts is not finished.
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from time import perf_counter
 from typing import TypeVar
 
 from qk_sniffer.config import InferenceConfig
@@ -21,6 +22,16 @@ from qk_sniffer.store.text_segments import encode
 from qk_sniffer.timing import Stages
 
 T = TypeVar("T")
+
+FULL_BATCHES = 64
+"""The batches that the texts of a window fill. Texts of one length seldom fill their last batch, and the limit on
+padding makes some twenty lengths of texts of 5 to 50 tokens."""
+
+FEWEST_TEXTS, MOST_TEXTS = 1 << 8, 1 << 15
+"""The texts of a window, or parts of texts: at least and at most. A short text takes about a kilobyte."""
+
+MOST_TOKENS = 1 << 24
+"""The tokens from which on a window with the fewest texts takes no others, whatever a batch may have."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +67,8 @@ def open_windows(
     Raises:
         SourceError: the content of a finished example has changed, or that of another one is refused.
     """
-    for window in windows(_parts(examples, tokenizer, done, inference.lookahead, stages), inference.lookahead):
+    read_together = inference.lookahead or FEWEST_TEXTS
+    for window in lookahead_windows(_parts(examples, tokenizer, done, read_together, stages), inference):
         tokens = {part.key: part for part in window if isinstance(part, Tokens)}
         if not tokens:
             continue
@@ -106,11 +118,39 @@ def _is_whole(records: Mapping[int, ExampleRecord]) -> bool:
 
 def _timed(items: Iterator[T], stages: Stages) -> Iterator[T]:
     while True:
-        with stages("tokenize"):
-            item = next(items, None)
+        start = perf_counter()
+        item = next(items, None)
+        stages.add("tokenize", perf_counter() - start)
         if item is None:
             return
         yield item
+
+
+def lookahead_windows(
+    parts: Iterable[Tokens | ExampleRecord | None], inference: InferenceConfig
+) -> Iterator[list[Tokens | ExampleRecord | None]]:
+    """Yields the parts of texts, in their order, in look-ahead windows. None is a text without parts.
+
+    A window has `inference.lookahead` parts. If that is None, it has at least `FEWEST_TEXTS`, and so many more that
+    they fill `FULL_BATCHES`, but no more after `MOST_TEXTS` or `MOST_TOKENS`. A batch is full when it has
+    `max_batch_tokens` tokens or `batch_size` examples.
+    """
+    if inference.lookahead is not None:
+        yield from windows(parts, inference.lookahead)
+        return
+    full = inference.max_batch_tokens
+    share = 0 if inference.batch_size is None else -(-full // inference.batch_size)
+    enough = min(FULL_BATCHES * full, MOST_TOKENS)
+    window: list[Tokens | ExampleRecord | None] = []
+    filled = 0
+    for part in parts:
+        window.append(part)
+        filled += 0 if part is None else max(share, part.num_tokens)
+        if len(window) >= MOST_TEXTS or (len(window) >= FEWEST_TEXTS and filled >= enough):
+            yield window
+            window, filled = [], 0
+    if window:
+        yield window
 
 
 def _batches(

@@ -335,7 +335,8 @@ def _changes(journals: Sequence[Journal], first: Batching) -> list[dict[str, Any
     changes = []
     for shard, journal in enumerate(journals):
         current = first
-        batches = [journal.batching[batch] for batch in sorted(journal.batching)]
+        # Earlier versions list no `lookahead`, which could not change then.
+        batches = [(index, {**first, **of}) for _, (index, of) in sorted(journal.batching.items())]
         for batching, same in groupby(batches, key=lambda batch: batch[1]):
             if batching != current:
                 changes.append({"shard": shard, "from_index": min(index for index, _ in same), **batching})

@@ -1,5 +1,6 @@
 """Captures the examples of a shard into its journal: tokenize, plan, forward pass, journal, batch by batch."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
 from math import ceil
@@ -43,6 +44,9 @@ as in a kernel that keeps no sums."""
 
 GROUP = 16
 """The arithmetic of a group of batches with statistics, in `ForwardCost.few`: that of a few minutes."""
+
+GROUP_IDS = 1 << 21
+"""The characters of ids from which on a group ends. One header of the journal lists the ids of a group."""
 
 
 def capture_examples(
@@ -194,7 +198,7 @@ def _tell_cost(config: ResolvedConfig, components: Components, sampler: Sampler,
     """Tells how much attention is computed a second time, from the lengths of the first examples."""
     if not config.capture.attention.enabled or not lengths:
         return
-    share = sum(sampler.expected_rows("q", length) for length in lengths) / sum(lengths)
+    share = _expected_rows(sampler, "q", lengths) / sum(lengths)
     log.info(
         "attention summaries: about %.3g %% of the attention weights of the captured query heads are computed a second "
         "time, in float32%s",
@@ -211,15 +215,16 @@ def _group_flops(config: ResolvedConfig, components: Components) -> float:
 def _grouped(windows: Iterable[Window], cost: ForwardCost, flops: float) -> Iterator[tuple[Sequence[Tokens], bool]]:
     """Yields each batch, and whether it is the last one of its group.
 
-    A group is the fewest batches of a window that take `flops` operations. It follows from the source alone: finished
-    groups, which a restart leaves out, change no other group.
+    A group is the fewest batches of a window that take `flops` operations, or have `GROUP_IDS`. It follows from the
+    source alone: finished groups, which a restart leaves out, change no other group.
     """
     for window in windows:
-        done = 0.0
+        done, ids = 0.0, 0
         for number, batch in enumerate(window.batches, start=1):
             done += float(cost.flops([example.num_tokens for example in batch]).sum())
-            is_last = done >= flops or number == len(window.batches)
-            done = 0.0 if is_last else done
+            ids += sum(len(example.source_id) for example in batch)
+            is_last = done >= flops or ids >= GROUP_IDS or number == len(window.batches)
+            done, ids = (0.0, 0) if is_last else (done, ids)
             yield batch, is_last
 
 
@@ -268,10 +273,7 @@ def _check_space(
         key = kind, layers[layer][WIDTHS[kind]]
         heads[key] = heads.get(key, 0) + len(chosen)
     share = _share_in_segments(config, window)
-    rows_per_text = {
-        kind: share * sum(sampler.expected_rows(kind, length) for length in lengths) / window.num_texts
-        for kind in KINDS
-    }
+    rows_per_text = {kind: share * _expected_rows(sampler, kind, lengths) / window.num_texts for kind in KINDS}
     examples = wanted - start.rows_before
     required = sum(
         required_bytes(int(number * rows_per_text[kind] * examples), width, components.backbone.dtype.itemsize)
@@ -297,6 +299,10 @@ def _check_space(
     in_journal = sum(path.stat().st_size for path in journal.segments)
     copied = 0 if start.base is None else sum(file["bytes"] for file in start.base.manifest["files"].values())
     ensure_space(layout.root, required + copied - in_journal, way_out=LESS_SPACE + hint)
+
+
+def _expected_rows(sampler: Sampler, kind: str, lengths: Sequence[int]) -> float:
+    return sum(number * sampler.expected_rows(kind, length) for length, number in Counter(lengths).items())
 
 
 def _share_in_segments(config: ResolvedConfig, window: Window) -> float:

@@ -63,6 +63,7 @@ class BatchSettings(TypedDict):
     from_index: Count
     max_batch_tokens: BatchSize
     batch_size: BatchSize | None
+    lookahead: NotRequired[BatchSize | None]
 
 
 class Growth(TypedDict):
@@ -104,6 +105,7 @@ Fingerprint = TypedDict(
         "model.adapter": NotRequired[Text | None],
         "inference.max_batch_tokens": BatchSize,
         "inference.batch_size": BatchSize | None,
+        "inference.lookahead": NotRequired[BatchSize | None],
     },
 )
 """The settings in a fingerprint that later steps read; the others are compared. A name is None only where it is not

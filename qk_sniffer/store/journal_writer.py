@@ -10,7 +10,6 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import astuple
 from types import TracebackType
 from typing import Self
 
@@ -388,13 +387,11 @@ class JournalWriter:
             statistics = item.statistics
             for batch in item.batches:
                 numbers.append(batch.number)
-                since = self._since.pop(batch.number, number)
-                end = {"batch": batch.number, "since": since, "records": [*map(astuple, batch.records)]}
-                ended.append(end | ({"checks": batch.checks} if batch.checks else {}))
+                ended.append(batch.ended(self._since.pop(batch.number, number)))
         metadata = {
             "format": "qk-sniffer-journal/1",
             "batches": json.dumps([min(numbers), max(numbers)]),
-            "ended": json.dumps(ended),
+            "ended": f"[{', '.join(ended)}]",
         }
         if self._batching is not None:
             metadata["batching"] = json.dumps(self._batching)

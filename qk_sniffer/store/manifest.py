@@ -6,8 +6,9 @@ source          "python" for a capture from Python (`qk_sniffer.capture`); missi
                 such a capture are not known. Its model has the name and the commit that its config tells, if any. It is
                 not proven, because its calls cannot be repeated
 batching        changes of the batch settings while the job ran: [{"shard", "from_index", "max_batch_tokens",
-                "batch_size"}, ...]. from_index is the source's index of the first example that was captured after the
-                change. The fingerprint has the settings before the first change
+                "batch_size", "lookahead"}, ...]. from_index is the source's index of the first example that was
+                captured after the change. Earlier versions have no lookahead there. The fingerprint has the settings
+                before the first change
 grown_from      [{"source_rows", "versions", "batching"}, ...]: of the earlier versions of a dataset that has grown
 examples, tokens, rows         of the whole dataset; rows over all heads
 texts           with `model.tokenizer.overlong=split`: the texts that the examples are parts of

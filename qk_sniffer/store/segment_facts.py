@@ -84,6 +84,7 @@ class Ended(TypedDict):
 class _Batching(TypedDict):
     max_batch_tokens: BatchSize
     batch_size: BatchSize | None
+    lookahead: NotRequired[BatchSize | None]  # since it may change
 
 
 class _Metadata(TypedDict):

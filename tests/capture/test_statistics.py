@@ -19,6 +19,8 @@ from qk_sniffer.dataset.verify import verify
 from qk_sniffer.errors import StoreError
 from qk_sniffer.jobs import capture_examples
 from qk_sniffer.jobs.finalize import finalize
+from qk_sniffer.store.segment import read_header, segment_number
+from qk_sniffer.store.segment_facts import facts_of
 from qk_sniffer.store.statistics import Statistics
 
 BY_NAME = {case.name: case for case in CASES}
@@ -171,6 +173,17 @@ def test_a_lost_segment_costs_its_group_alone(
     assert len(segments) > 3
     segments[1].write_bytes(segments[1].read_bytes()[:-1])
     assert hashes(run(checkpoint, texts, root, **values)) == whole
+
+
+@pytest.mark.parametrize(("most", "groups"), [(1, 12), (1 << 21, 1)])
+def test_long_ids_end_a_group(
+    most: int, groups: int, checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(capture_examples, "GROUP_IDS", most)
+    values: dict[str, Any] = {"capture": asked(), "inference": {"batch_size": 2}, "sampler": {"type": "none"}}
+    captured_only(checkpoint, texts, tmp_path / "out", monkeypatch, **values)
+    segments = (tmp_path / "out" / ".qk_sniffer" / "journal").rglob("*.safetensors")
+    assert sum(bool(facts_of(read_header(path), segment_number(path) or 0).statistics) for path in segments) == groups
 
 
 @pytest.mark.parametrize("covariance", [True, False])

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qk_sniffer.config import InferenceConfig
-from qk_sniffer.corpus.batches import batches, check_unchanged, open_windows, windows
+from qk_sniffer.corpus import batches as batching
+from qk_sniffer.corpus.batches import batches, check_unchanged, lookahead_windows, open_windows, windows
 from qk_sniffer.corpus.contents import text_hash
 from qk_sniffer.corpus.examples import Example
 from qk_sniffer.corpus.tokens import Tokens, plain_hash
@@ -136,11 +137,11 @@ class Split:
             )
 
 
-def of_windows(texts: list[str], done: list[ExampleRecord], lookahead: int = 4) -> tuple[list[Any], list[int]]:
+def of_windows(texts: list[str], done: list[ExampleRecord], lookahead: int | None = 4) -> tuple[list[Any], list[int]]:
     """The windows of texts, each with the lengths and the (index, part) of its batches; and the tokenized texts."""
     tokenizer = Split()
     given = [Example(index, index, str(index), text) for index, text in enumerate(texts)]
-    inference = InferenceConfig(lookahead=lookahead, batch_size=2)
+    inference = InferenceConfig(lookahead=lookahead, batch_size=2, max_batch_tokens=9)
     found = open_windows(given, cast(Any, tokenizer), done, inference, boundary=None, stages=Stages())
     return [
         (window.lengths, [[(each.index, each.part) for each in batch] for batch in window.batches]) for window in found
@@ -157,9 +158,18 @@ def test_windows_are_cut_from_parts() -> None:
     assert made == [0, 1, 2, 3, 4]
 
 
-@given(st.sets(st.integers(0, 13)), st.integers(1, 6))
-def test_finished_parts_change_no_batch(finished: set[int], lookahead: int) -> None:
+@pytest.mark.parametrize("full_batches", [1, 2, 3])
+@given(st.sets(st.integers(0, 13)), st.one_of(st.none(), st.integers(1, 6)))
+def test_finished_parts_change_no_batch(full_batches: int, finished: set[int], lookahead: int | None) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batching, "FEWEST_TEXTS", 1)
+        patch.setattr(batching, "FULL_BATCHES", full_batches)
+        finished_parts_change_no_batch(finished, lookahead)
+
+
+def finished_parts_change_no_batch(finished: set[int], lookahead: int | None) -> None:
     whole, _ = of_windows(SPLIT_TEXTS, [], lookahead)
+    assert lookahead is not None or len(whole) > 1
     every = [Example(index, index, str(index), text) for index, text in enumerate(SPLIT_TEXTS)]
     tokens = [part for parts in Split().parts(every) for part in parts]
     done = [tokens[number].record() for number in sorted(finished)]
@@ -172,3 +182,49 @@ def test_finished_parts_change_no_batch(finished: set[int], lookahead: int) -> N
     assert found == [window for window in expected if window[1]]
     whole_texts = {index for index in range(5) if {(t.index, t.part) for t in tokens if t.index == index} <= keys}
     assert not {*made} & (whole_texts - {2})
+
+
+def tokens_of(lengths: list[int]) -> list[Tokens]:
+    return [Tokens(at, at, str(at), np.zeros(length, np.int32), 0, "") for at, length in enumerate(lengths)]
+
+
+def window_lengths(lengths: list[int], **settings: Any) -> list[list[int]]:
+    """The lengths of texts in each window of the default look-ahead."""
+    found = lookahead_windows(tokens_of(lengths), InferenceConfig(**settings))
+    return [[0 if part is None else part.num_tokens for part in window] for window in found]
+
+
+def test_batches_of_short_texts_are_full() -> None:
+    lengths = [5 + 7 * at % 46 for at in range(40_000)]
+    found = window_lengths(lengths)
+    assert [length for window in found for length in window] == lengths
+    areas = []
+    for window in found:
+        cut = [[window[place] for place in batch] for batch in batches(window, max_batch_tokens=16384)]
+        areas += [max(batch) * len(batch) for batch in cut]
+    assert sum(areas) <= 1.05 * sum(lengths)
+    assert np.mean(areas) > 0.7 * 16384, "256 texts at a time give batches of 400 tokens"
+
+
+@pytest.mark.parametrize(
+    ("length", "settings", "expected"),
+    [
+        (4096, {}, 256),
+        (100_000, {}, 256),
+        (1024, {}, 1024),
+        (1024, {"max_batch_tokens": 8192}, 512),
+        (1, {}, 1 << 15),
+        (1024, {"max_batch_tokens": 1 << 20}, 1 << 14),
+        (25, {"batch_size": 1}, 256),
+        (25, {"batch_size": 8}, 512),
+        (25, {"batch_size": 8, "lookahead": 3}, 3),
+    ],
+)
+def test_a_window_has_texts_for_several_batches(length: int, settings: dict[str, Any], expected: int) -> None:
+    found = window_lengths([length] * (2 * expected + 1), **settings)
+    assert [len(window) for window in found] == [expected, expected, 1]
+
+
+def test_texts_without_tokens_end_a_window_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batching, "MOST_TEXTS", 300)
+    assert [len(window) for window in lookahead_windows([None] * 700, InferenceConfig())] == [300, 300, 100]

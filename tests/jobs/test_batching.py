@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.jobs import Stopped, captured_only, heads_of, keys, run, vectors
+from support.jobs import Stopped, captured_only, hashes, heads_of, keys, run, vectors
 
 from qk_sniffer.backbone.backbone import Backbone
 from qk_sniffer.capture.capture import Capture
+from qk_sniffer.config import InferenceConfig
 from qk_sniffer.errors import CaptureError
 from qk_sniffer.store import manifest as manifests
 
@@ -23,7 +24,8 @@ def inference(batch_size: int | None) -> dict[str, Any]:
 
 
 def change(shard: int, index: int, batch_size: int | None) -> dict[str, Any]:
-    return {"shard": shard, "from_index": index, "max_batch_tokens": 16384, "batch_size": batch_size}
+    settings = {"max_batch_tokens": 16384, "batch_size": batch_size, "lookahead": 10}
+    return {"shard": shard, "from_index": index} | settings
 
 
 def assert_same_rows(root: Path, whole: Path) -> None:
@@ -133,3 +135,39 @@ def test_the_way_out_of_a_full_memory_keeps_the_captured_examples(
     assert manifest["batching"][-1]["max_batch_tokens"] == given["max_batch_tokens"]
     assert "resuming: " in caplog.text
     assert_same_rows(tmp_path / "out", expected)
+
+
+def test_a_job_of_an_earlier_version_continues_with_other_windows(
+    stopped_after: Callable[..., set[int]],
+    checkpoint: Path,
+    texts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    undisturbed: Undisturbed,
+) -> None:
+    """Earlier versions looked a number of texts ahead by default, and did not list it in segments."""
+    root, first = tmp_path / "out", {"inference": inference(3)}
+    with monkeypatch.context() as patch:
+        patch.setattr(InferenceConfig, "batching", lambda self: {"max_batch_tokens": 16384, "batch_size": 3})
+        done = stopped_after(2, **first)
+    whole = undisturbed(inference=inference(3))
+    run(checkpoint, texts, root, inference={"batch_size": 3})
+    manifest = manifests.read(root)
+    assert manifest["batching"] == [change(0, min({*range(24)} - done), 3) | {"lookahead": None}]
+    assert manifest["fingerprint"]["inference.lookahead"] == 10
+    assert_same_rows(root, whole)
+
+
+def test_the_same_windows_are_no_change(
+    stopped_after: Callable[..., set[int]],
+    checkpoint: Path,
+    texts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    undisturbed: Undisturbed,
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(InferenceConfig, "batching", lambda self: {"max_batch_tokens": 16384, "batch_size": 3})
+        stopped_after(2, inference=inference(3))
+    run(checkpoint, texts, tmp_path / "out", inference=inference(3))
+    assert hashes(tmp_path / "out") == hashes(undisturbed(inference=inference(3)))

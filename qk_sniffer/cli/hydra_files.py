@@ -13,6 +13,9 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from qk_sniffer.errors import StoreError
+from qk_sniffer.store.disk import explained
+from qk_sniffer.store.open_folder import OpenFolder
+from qk_sniffer.store.own_files import contains
 from qk_sniffer.store.places import refuse_inside
 
 _OWN = (".runs", ".sweeps")
@@ -20,6 +23,8 @@ _OWN = (".runs", ".sweeps")
 
 _OF_A_SWEEP = re.compile(r"multirun\.yaml|\.submitit|\d+")
 """The names that Hydra and submitit write in the folder of a sweep. A number is the folder of a job."""
+
+_IS_OF_HYDRA = contains(rb"(?m)^hydra:")
 
 _LOGIN = {"HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"}
 
@@ -41,6 +46,15 @@ def folder_problems(folder: Path, below: Iterable[str | None] = (), *, is_sweep:
             f"{what} is refused: {link} is a link, which Hydra would follow. Remove it, or set "
             f"hydra.{'sweep' if is_sweep else 'run'}.dir to another folder. output.folder itself may be a link"
         )
+    marked = folder / ("multirun.yaml" if is_sweep else ".hydra/hydra.yaml")
+    if marked.is_file() and not marked.is_symlink():
+        with explained(marked, "read"), OpenFolder.at(marked.parent) as opened:
+            is_own = _IS_OF_HYDRA(opened, marked.name)
+        if not is_own:
+            yield (
+                f"{what} is refused: {marked} was not written by Hydra, which would replace it. Move it away, or set "
+                f"hydra.{'sweep' if is_sweep else 'run'}.dir to another folder"
+            )
 
 
 def job_problems(hydra: DictConfig) -> Iterator[str]:

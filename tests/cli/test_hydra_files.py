@@ -52,6 +52,16 @@ def test_nor_what_hydra_writes_in_the_folder_of_a_sweep(name: str, tmp_path: Pat
     assert f"{sweep / name} is a link" in problem and "hydra.sweep.dir" in problem
 
 
+@pytest.mark.parametrize(("name", "is_sweep"), [("multirun.yaml", True), (".hydra/hydra.yaml", False)])
+def test_a_file_of_someone_else_is_not_replaced_by_that_of_hydra(name: str, is_sweep: bool, tmp_path: Path) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("hydra:\n  run:\n    dir: a\n")
+    assert not [*folder_problems(tmp_path, is_sweep=is_sweep)]
+    (tmp_path / name).write_text("mine: 1\n")
+    (problem,) = folder_problems(tmp_path, is_sweep=is_sweep)
+    assert f"{tmp_path / name} was not written by Hydra, which would replace it. Move it away" in problem
+
+
 @pytest.mark.parametrize("planted", ["qk_sniffer.log", ".hydra", ".hydra/overrides.yaml"])
 @pytest.mark.parametrize("kind", ["link", "second name", "pipe"])
 def test_a_job_does_not_write_through_what_it_finds_in_its_folder(

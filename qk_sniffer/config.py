@@ -37,6 +37,9 @@ STAGES = tuple(STAGE_NAMES)
 AUTO = "auto"
 """The `model.dtype` of a checkpoint's own dtype."""
 
+MEASURE = "measure"
+"""The `dry_run` that also times a few batches."""
+
 MOST_SHARDS = 100_000
 """The largest `shard.count`."""
 
@@ -434,7 +437,13 @@ class Config:
     shard: ShardConfig = field(default_factory=ShardConfig)
     verify: VerifyConfig = field(default_factory=VerifyConfig, metadata={"changes_rows": False})
     output: OutputConfig = field(default_factory=OutputConfig, metadata={"changes_rows": False})
-    dry_run: bool = field(default=False, metadata={"help": "not available yet", "changes_rows": False})
+    dry_run: Any = field(
+        default=False,
+        metadata={
+            "help": "true: show the plan of the job, and write nothing; measure: also time a few batches",
+            "changes_rows": False,
+        },
+    )
     snapshot: bool | None = field(
         default=None,
         metadata={

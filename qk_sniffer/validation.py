@@ -15,6 +15,7 @@ from qk_sniffer.config import (
     AUTO,
     DTYPES,
     KIND_SETTINGS,
+    MEASURE,
     MOST_COUNT,
     MOST_SHARDS,
     MOST_SLUG,
@@ -68,7 +69,7 @@ def problems(config: Config) -> list[str]:
         *output_problems(config.output),
         *_derived(config),
         *_root_in_source(config),
-        *_not_built_yet(config),
+        *_dry_run(config),
     ]
 
 
@@ -302,9 +303,9 @@ def _root_in_source(config: Config) -> Iterator[str]:
         )
 
 
-def _not_built_yet(config: Config) -> Iterator[str]:
-    if config.dry_run:
-        yield "dry_run is true; this version cannot do that yet; leave it false"
+def _dry_run(config: Config) -> Iterator[str]:
+    if not (isinstance(config.dry_run, bool) or config.dry_run == MEASURE):
+        yield f"dry_run is {config.dry_run!r}; valid: false, true, {MEASURE}"
 
 
 def _source(key: str, value: str, local: str) -> Iterator[str]:

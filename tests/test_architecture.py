@@ -57,7 +57,7 @@ IMPORT_TORCH = {
     ),
     *(
         f"backbone.{name}"
-        for name in ("adapter", "adapter_files", "implementations", "rotation", "spellings", "wrapper")
+        for name in ("adapter", "adapter_files", "implementations", "outline", "rotation", "spellings", "wrapper")
     ),
     *(f"capture.{name}" for name in ("attention_summary", "capture", "gather", "moments", "row_writer")),
     *(f"capture.{name}" for name in ("proof", "proof_statistics", "proof_summaries", "proof_vectors")),

@@ -197,7 +197,7 @@ class Backbone:
                     "several attention modules name this layer as theirs; a family can distinguish them: "
                     "model.family=package.module:Class"
                 )
-            facts[call.layer] = _layer_facts(call)
+            facts[call.layer] = layer_facts(call)
 
         def record_output(call: AttentionCall, output: torch.Tensor | None) -> None:
             if isinstance(facts[call.layer].output_dim, int):
@@ -264,7 +264,8 @@ class Backbone:
         return rotary.parameters(self.decoder, self.config) | {"frequencies": by_name}
 
 
-def _layer_facts(call: AttentionCall) -> LayerFacts:
+def layer_facts(call: AttentionCall) -> LayerFacts:
+    """Returns the facts of a layer that a call of its kernel shows: all but those of its output and rotation."""
     head_dim = call.query.shape[-1]
     return LayerFacts(
         LayerHeads(

@@ -24,8 +24,9 @@ from qk_sniffer.backbone.tap import AttentionCall, ForwardDone, KernelRun
 from qk_sniffer.capture.attention_summary import Summarizer
 from qk_sniffer.capture.gather import TokenIndices, send
 from qk_sniffer.capture.moments import Moments, Spans, states_by_stage
+from qk_sniffer.capture.row_counts import picks_of
 from qk_sniffer.capture.row_writer import BatchRows, RowWriter, other_states_by_kind, states_by_kind
-from qk_sniffer.capture.sampling import Sampler, sampling_ids
+from qk_sniffer.capture.sampling import Sampler
 from qk_sniffer.capture.selection import Selection
 from qk_sniffer.corpus.tokens import Tokens
 from qk_sniffer.errors import CaptureError
@@ -96,13 +97,7 @@ class Capture:
         for row, example in zip(ids, examples, strict=True):
             row[: example.num_tokens] = example.ids
         in_segments = self._in_segments(examples)
-        ids_of_texts, parts = ([getattr(example, name) for example in examples] for name in ("example_id", "part"))
-        picks = self._sampler.plan(
-            sampling_ids(ids_of_texts, parts),
-            lengths,
-            list(self._heads),
-            None if in_segments is None else np.concatenate(in_segments),
-        )
+        picks = picks_of(self._sampler, examples, list(self._heads), in_segments)
         distinct = {id(each): each for each in picks.values()}
         tokens = {key: TokenIndices.of(each, self._backbone.device) for key, each in distinct.items()}
         planned = {key: tokens[id(each)] for key, each in picks.items()}

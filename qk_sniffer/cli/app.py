@@ -24,6 +24,7 @@ from qk_sniffer.cli.flags import initialized, only_prints, parse_flags, show
 from qk_sniffer.cli.hydra_jobs import run_jobs
 from qk_sniffer.cli.launching import Launch, search_last_folder
 from qk_sniffer.cli.overrides import key_of
+from qk_sniffer.cli.plans import is_dry, show_plans
 from qk_sniffer.cli.preflight import Composer, planned
 from qk_sniffer.cli.programs import listed, meant
 from qk_sniffer.cli.schema import Schema
@@ -58,7 +59,8 @@ def _main(arguments: list[str]) -> int:
     check_address()
     with initialized(args) as loader:
         composer = Composer(loader, APPLICATION, args)
-        return _run(composer.planned(), composer)
+        jobs = composer.planned()
+        return show_plans(jobs) if is_dry(jobs) else _run(jobs, composer)
 
 
 def task(node: DictConfig) -> str:

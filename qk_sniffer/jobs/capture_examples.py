@@ -1,7 +1,7 @@
 """Captures the examples of a shard into its journal: tokenize, plan, forward pass, journal, batch by batch."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 from math import ceil
 
@@ -10,18 +10,20 @@ import numpy as np
 from qk_sniffer.backbone.attention_check import AttentionCheck
 from qk_sniffer.capture.attention_summary import Summarizer
 from qk_sniffer.capture.capture import BatchPlan, Capture
-from qk_sniffer.capture.forward_cost import ForwardCost
 from qk_sniffer.capture.sampling import Sampler
 from qk_sniffer.corpus.batches import Window, open_windows
 from qk_sniffer.corpus.tokens import Tokens
 from qk_sniffer.errors import SourceError
 from qk_sniffer.jobs.assemble import mark_done
+from qk_sniffer.jobs.batch_groups import group_flops, grouped
 from qk_sniffer.jobs.components import Components
 from qk_sniffer.jobs.loaded_code import check_code
+from qk_sniffer.jobs.plan import describe, make_plan
+from qk_sniffer.jobs.plan_lines import three_lines
 from qk_sniffer.jobs.prefetch import ahead
 from qk_sniffer.jobs.progress import Progress
 from qk_sniffer.jobs.signals import Stopped, Stopping
-from qk_sniffer.jobs.source_rows import source_rows
+from qk_sniffer.jobs.source_rows import shard_rows, source_rows
 from qk_sniffer.jobs.start import Start
 from qk_sniffer.logs import logger
 from qk_sniffer.resolved import ResolvedConfig
@@ -41,12 +43,6 @@ log = logger(__name__)
 _MUCH_ATTENTION = 0.1
 """The share of weights from which summaries take about as long as the forward passes: a weight costs ten times as much
 as in a kernel that keeps no sums."""
-
-GROUP = 16
-"""The arithmetic of a group of batches with statistics, in `ForwardCost.few`: that of a few minutes."""
-
-GROUP_IDS = 1 << 21
-"""The characters of ids from which on a group ends. One header of the journal lists the ids of a group."""
 
 
 def capture_examples(
@@ -70,7 +66,7 @@ def capture_examples(
     """
     shard, inference, corpus = config.shard, config.inference, start.corpus
     journal = Journal(layout.journal(shard.index, shard.count), claim.job_id, access=claim)
-    total = _examples_of_shard(config, start)
+    total = shard_rows(config, corpus, start.rows_before)
     unit = "text" if config.model.tokenizer.overlong == "split" else "example"
     skipped_before = components.tokenizer.skipped
     if start.base is not None:
@@ -95,6 +91,7 @@ def capture_examples(
     try:
         first = list(islice(windows, 1))
         if first:
+            _tell_plan(config, start, components, first[0], journal)
             _check_space(config, layout, start, components, sampler, first[0], journal)
             _tell_cost(config, components, sampler, first[0].lengths)
         with JournalWriter(
@@ -116,7 +113,7 @@ def capture_examples(
                 moments=components.moments(config.capture.statistics),
                 summary=_summary(config, components),
             )
-            batches = _grouped(chain(first, windows), components.cost, _group_flops(config, components))
+            batches = grouped(chain(first, windows), components.cost, group_flops(config, components.cost))
             logged: dict[str, float] = {}
             with ahead(_plans(capture, batches, in_thread)) as plans:
                 for plan in plans:
@@ -170,15 +167,6 @@ def _num_texts(journal: Journal) -> int:
     return sum(record.is_last for record in journal.records.values())
 
 
-def _examples_of_shard(config: ResolvedConfig, start: Start) -> int | None:
-    """The number of source rows that this shard captures; None if the source has no known length."""
-    if start.corpus.num_rows is None:
-        return None
-    shard = config.shard
-    first = start.rows_before + (shard.index - start.rows_before) % shard.count
-    return len(range(first, start.corpus.num_rows, shard.count))
-
-
 def _attention_check(components: Components) -> AttentionCheck:
     """The check of the kernels that the forward passes run, which end with the last captured layer."""
     last = max(layer for layer, _, _ in components.selection)
@@ -207,27 +195,6 @@ def _tell_cost(config: ResolvedConfig, components: Components, sampler: Sampler,
     )
 
 
-def _group_flops(config: ResolvedConfig, components: Components) -> float:
-    """The fewest operations of a group; without statistics, every batch is one."""
-    return GROUP * components.cost.few if config.capture.statistics.enabled else 0.0
-
-
-def _grouped(windows: Iterable[Window], cost: ForwardCost, flops: float) -> Iterator[tuple[Sequence[Tokens], bool]]:
-    """Yields each batch, and whether it is the last one of its group.
-
-    A group is the fewest batches of a window that take `flops` operations, or have `GROUP_IDS`. It follows from the
-    source alone: finished groups, which a restart leaves out, change no other group.
-    """
-    for window in windows:
-        done, ids = 0.0, 0
-        for number, batch in enumerate(window.batches, start=1):
-            done += float(cost.flops([example.num_tokens for example in batch]).sum())
-            ids += sum(len(example.source_id) for example in batch)
-            is_last = done >= flops or ids >= GROUP_IDS or number == len(window.batches)
-            done, ids = (0.0, 0) if is_last else (done, ids)
-            yield batch, is_last
-
-
 def _plans(capture: Capture, batches: Iterator[tuple[Sequence[Tokens], bool]], stages: Stages) -> Iterator[BatchPlan]:
     for batch, ends_group in batches:
         with stages("plan"):
@@ -248,6 +215,24 @@ def _seconds_since(now: dict[str, float], before: dict[str, float]) -> str:
     # overlap with that of a later one. The forward pass on a GPU is the time that it takes to enqueue it.
     names = ("tokenize", "plan", "forward", "gather", "transfer", "queue", "write")
     return ", ".join(f"{name} {now.get(name, 0.0) - before.get(name, 0.0):.4f} s" for name in names)
+
+
+def _tell_plan(config: ResolvedConfig, start: Start, components: Components, window: Window, journal: Journal) -> None:
+    """Tells in three lines what the job takes, as if all examples were as long as those of the first window."""
+    wanted = shard_rows(config, start.corpus, start.rows_before)
+    plan = make_plan(
+        config,
+        describe(components),
+        [window],
+        wanted=wanted,
+        done=journal.records.values(),
+        in_journal=sum(path.stat().st_size for path in journal.segments),
+        there=0 if start.base is None else sum(file["bytes"] for file in start.base.manifest["files"].values()),
+        base_texts=start.rows_before,
+        is_whole=False,
+    )
+    for line in three_lines(plan):
+        log.info("%s", line)
 
 
 def _check_space(
@@ -285,7 +270,7 @@ def _check_space(
         required += required_bytes(records, table.width, np.dtype(np.float32).itemsize)
     statistics, hint = config.capture.statistics, ""
     if statistics.enabled:
-        groups = sum(is_last for _, is_last in _grouped([window], components.cost, _group_flops(config, components)))
+        groups = sum(is_last for _, is_last in grouped([window], components.cost, group_flops(config, components.cost)))
         required += sum(
             required_statistics_bytes(
                 number * len(stages_of(kind, statistics.stages)),

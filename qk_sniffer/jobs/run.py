@@ -20,6 +20,7 @@ from qk_sniffer.hub.revisions import check_cache, hub_commit_of
 from qk_sniffer.jobs.assemble import finish_interrupted_promotion, is_still_done, remove_unreadable_marks
 from qk_sniffer.jobs.capture_examples import capture_examples
 from qk_sniffer.jobs.components import Components, load_components, model_facts
+from qk_sniffer.jobs.dry_run import is_yet_to_publish, show_plan
 from qk_sniffer.jobs.finish import Outcome, finish, report_and_publish
 from qk_sniffer.jobs.licenses import stated_terms
 from qk_sniffer.jobs.prefetch import in_background
@@ -29,20 +30,18 @@ from qk_sniffer.jobs.source_rows import change_limit, source_rows
 from qk_sniffer.jobs.start import Start, change_output, find_existing_work, register_job
 from qk_sniffer.machine import return_memory, trim_memory
 from qk_sniffer.resolved import ResolvedConfig, batching_of, resolve
-from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.claim import Claim
 from qk_sniffer.store.layout import MANIFEST, Layout
 from qk_sniffer.store.locks import hold, restart_patience_s
 from qk_sniffer.store.places import refuse_unlisted
 from qk_sniffer.store.previous import PreviousVersion
-from qk_sniffer.store.record import read_unpublished
 from qk_sniffer.store.work_folder import prepare_data_root, remove_leftovers
 from qk_sniffer.timing import Stages
 from qk_sniffer.validation import check
 
 
 def run_job(config: Config, begin: Callable[[], None] = lambda: None) -> Outcome:
-    """Runs the job of `config`, or the part of it that is not done yet.
+    """Runs the job of `config`, or the part of it that is not done yet; with `dry_run`, shows its plan.
 
     Calls `begin` when nothing refuses the job any more, before it captures, or before it makes, checks or publishes a
     dataset.
@@ -51,6 +50,9 @@ def run_job(config: Config, begin: Callable[[], None] = lambda: None) -> Outcome
         QkSnifferError: names what is wrong and the way out; everything written before is kept.
         Stopped: a signal came (see `signals.py`); complete batches are kept.
     """
+    if config.dry_run:
+        show_plan(config)
+        return Outcome()
     check(config)
     job = resolve(config)
     if job.output.hf_repo_id:
@@ -85,7 +87,7 @@ def _run(
     with hold(path, purpose, wait_s=restart_patience_s(), replace=overwrite) as lock, lock.explaining():
         promoted = finish_interrupted_promotion(layout, lock, overwrite=overwrite)
         with stages("open dataset"):
-            start = find_existing_work(config, layout, is_mine=promoted or _is_yet_to_publish(config, layout))
+            start = find_existing_work(config, layout, is_mine=promoted or is_yet_to_publish(config, layout))
         if start.found == "finished":
             begin()
             remove_leftovers(layout, lock.path, lock)
@@ -114,15 +116,6 @@ def _run(
             begin()
         trim_memory()  # of the forward passes, before the compaction starts its threads
         return finish(config, layout, claim.job_id, start.corpus, components, stages, lock) or Outcome()
-
-
-def _is_yet_to_publish(config: ResolvedConfig, layout: Layout) -> bool:
-    """Whether the job publishes, and an earlier start of it made the finished dataset and did not publish it."""
-    if config.output.hf_repo_id is None:
-        return False
-    with suppress(StoreError):  # a dataset or a mark that cannot be read is replaced
-        return read_unpublished(layout, manifests.read(layout.root)) is not None
-    return False
 
 
 def _load(config: ResolvedConfig, start: Start, stages: Stages) -> Components:

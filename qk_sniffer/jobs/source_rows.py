@@ -29,6 +29,14 @@ def source_rows(config: ResolvedConfig, corpus: Corpus) -> int | None:
     return config.dataset.max_samples if corpus.num_rows is None else corpus.num_rows
 
 
+def shard_rows(config: ResolvedConfig, corpus: Corpus, before: int) -> int | None:
+    """The number of source rows that a shard captures, after the first `before` ones; None if it is not known."""
+    wanted, shard = source_rows(config, corpus), config.shard
+    if wanted is None:
+        return None
+    return len(range(before + (shard.index - before) % shard.count, wanted, shard.count))
+
+
 def changes_limit(config: ResolvedConfig, rows: int | None, record: Mapping[str, Any]) -> bool:
     """Whether the unfinished job of `record` reads a stream, and has another `dataset.max_samples`."""
     both_stream = config.dataset.streaming and record["config"]["dataset"]["streaming"]

@@ -9,6 +9,7 @@ import hashlib
 import mmap
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -32,20 +33,12 @@ class ParquetWriter:
         self._path = path
         self._rows = 0
         self._written: list[pq.FileMetaData] = []
-        numbers = [_path(field) for field in schema if _is_float(field.type)]
-        others = [_path(field) for field in schema if not _is_float(field.type)]
         with access.open(path.parent, create=True) as folder:
             self._file = folder.create(path.name)
         self._writer = pq.ParquetWriter(
             self._file,
             schema,
-            version="2.6",
-            compression="zstd",
-            compression_level=1,
-            use_dictionary=others,
-            column_encoding=dict.fromkeys(numbers, "BYTE_STREAM_SPLIT") or None,
-            write_statistics=others,
-            write_page_index=False,
+            **options(schema),
             metadata_collector=self._written,
         )
 
@@ -77,6 +70,21 @@ class ParquetWriter:
             # Hashed from a mapping: pyarrow would copy each write for a Python file object that hashes it.
             with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as data:
                 self.entry = FileEntry(self._rows, len(data), hashlib.sha256(data).hexdigest())
+
+
+def options(schema: pa.Schema) -> dict[str, Any]:
+    """Returns the arguments of `pyarrow.parquet.ParquetWriter` for a file with these columns."""
+    numbers = [_path(field) for field in schema if _is_float(field.type)]
+    others = [_path(field) for field in schema if not _is_float(field.type)]
+    return {
+        "version": "2.6",
+        "compression": "zstd",
+        "compression_level": 1,
+        "use_dictionary": others,
+        "column_encoding": dict.fromkeys(numbers, "BYTE_STREAM_SPLIT") or None,
+        "write_statistics": others,
+        "write_page_index": False,
+    }
 
 
 def _path(field: pa.Field) -> str:

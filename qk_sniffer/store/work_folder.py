@@ -32,21 +32,9 @@ def prepare_data_root(root: Path, *, overwrite: bool = False, setting: str = "ou
         StoreError: a file is in the way, the folder holds other files, cannot be written, or is inside of a dataset or
             of a work folder.
     """
-    refuse_inside(root, setting)
     layout = Layout(root)
-    if root.exists() and not root.is_dir():
-        raise StoreError(f"the data root {root} is a file; choose another {setting}")
     try:
-        # Listed before `is_ours` is called: another shard may create the work folder in between.
-        names = sorted(path.name for path in root.iterdir()) if root.is_dir() else []
-        if {*names} - {WORK} and not is_ours(layout):
-            way_out = f"choose another {setting}, or empty it yourself"
-            why = manifest_problem(layout, way_out) if MANIFEST in names else way_out
-            raise StoreError(
-                f"{root} is not empty and not a dataset of qk-sniffer (it holds {shortened(names, 5)}); {why}"
-            )
-        if root.is_symlink() and not root.exists():
-            raise StoreError(f"the data root {root} is a link to {root.readlink()}, which does not exist")
+        check_data_root(root, setting=setting)
         make_folder(root)
         clear_obstacles(layout, overwrite=overwrite)
         with anchored(root) as access, access.open(layout.work, create=True) as work:
@@ -56,6 +44,27 @@ def prepare_data_root(root: Path, *, overwrite: bool = False, setting: str = "ou
     except OSError as error:
         raise StoreError(f"cannot write to the data root {root}: {error.strerror}; choose another {setting}") from error
     return layout
+
+
+def check_data_root(root: Path, *, setting: str = "output.data_root") -> None:
+    """Checks that a dataset may be at `root`, as `prepare_data_root` does. Changes nothing.
+
+    Raises:
+        StoreError: a file is in the way, the folder holds other files, or is inside of a dataset or of a work folder.
+        OSError: the folder cannot be read.
+    """
+    refuse_inside(root, setting)
+    layout = Layout(root)
+    if root.exists() and not root.is_dir():
+        raise StoreError(f"the data root {root} is a file; choose another {setting}")
+    # Listed before `is_ours` is called: another shard may create the work folder in between.
+    names = sorted(path.name for path in root.iterdir()) if root.is_dir() else []
+    if {*names} - {WORK} and not is_ours(layout):
+        way_out = f"choose another {setting}, or empty it yourself"
+        why = manifest_problem(layout, way_out) if MANIFEST in names else way_out
+        raise StoreError(f"{root} is not empty and not a dataset of qk-sniffer (it holds {shortened(names, 5)}); {why}")
+    if root.is_symlink() and not root.exists():
+        raise StoreError(f"the data root {root} is a link to {root.readlink()}, which does not exist")
 
 
 def clear_obstacles(layout: Layout, *, overwrite: bool) -> None:

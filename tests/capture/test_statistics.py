@@ -17,7 +17,7 @@ from support.zoo import CASES, Case
 import qk_sniffer
 from qk_sniffer.dataset.verify import verify
 from qk_sniffer.errors import StoreError
-from qk_sniffer.jobs import capture_examples
+from qk_sniffer.jobs import batch_groups, capture_examples
 from qk_sniffer.jobs.finalize import finalize
 from qk_sniffer.store.segment import read_header, segment_number
 from qk_sniffer.store.segment_facts import facts_of
@@ -33,7 +33,7 @@ def asked(stages: Sequence[str] = ("post",), **values: Any) -> dict[str, Any]:
 @pytest.fixture
 def small_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes every two or three batches a group."""
-    monkeypatch.setattr(capture_examples, "GROUP", 1e-5)
+    monkeypatch.setattr(batch_groups, "GROUP", 1e-5)
 
 
 def expected_pairs(case: Case, layer: int, head_dim: int) -> list[tuple[int, int]] | None:

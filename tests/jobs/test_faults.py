@@ -23,10 +23,10 @@ from support.forked import STEPS, Server
 from support.jobs import QWEN3, hashes, heads_of, run, settings, vectors
 from support.tiny import save_checkpoint
 
-from qk_sniffer.jobs import capture_examples
+from qk_sniffer.jobs import batch_groups
 from qk_sniffer.store import manifest as manifests
 
-SMALL_GROUPS = "from qk_sniffer.jobs import capture_examples; capture_examples.GROUP = 1e-5"
+SMALL_GROUPS = "from qk_sniffer.jobs import batch_groups; batch_groups.GROUP = 1e-5"
 """Makes a job end a group of batches with statistics every two or three batches."""
 
 SECTIONS: dict[str, Any] = {"inference": {"batch_size": 1, "segment_mb": 1, "queue_mb": 1}}
@@ -113,7 +113,7 @@ def test_killed_at_random_moments_of_every_step(
 ) -> None:
     inference = SECTIONS["inference"] | {"batch_size": batch_size, "lookahead": 12}
     sections: dict[str, Any] = {"inference": inference} | more
-    monkeypatch.setattr(capture_examples, "GROUP", 1e-5)  # as in the processes
+    monkeypatch.setattr(batch_groups, "GROUP", 1e-5)  # as in the processes
     if "dataset" in more:
         texts = segmented.write(tmp_path / "ids.jsonl")
         whole = hashes(run(checkpoint, texts, tmp_path / "whole", **sections))

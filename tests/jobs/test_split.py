@@ -18,7 +18,7 @@ from qk_sniffer import open_dataset
 from qk_sniffer.capture.sampling import Sampler, counter_hash
 from qk_sniffer.config import SamplerConfig
 from qk_sniffer.errors import SourceError, StoreError
-from qk_sniffer.jobs import capture_examples
+from qk_sniffer.jobs import batch_groups
 from qk_sniffer.store import manifest as manifests
 
 LENGTH = 20
@@ -188,8 +188,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def test_a_killed_job_makes_the_same_parts_and_statistics(
     server: Server, checkpoint: Path, texts: Path, tmp_path: Path, undisturbed: Callable[..., Path], monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(capture_examples, "GROUP", 1e-5)
-    small = "from qk_sniffer.jobs import capture_examples; capture_examples.GROUP = 1e-5"
+    monkeypatch.setattr(batch_groups, "GROUP", 1e-5)
+    small = "from qk_sniffer.jobs import batch_groups; batch_groups.GROUP = 1e-5"
     sections: dict[str, Any] = SPLIT | {
         "inference": {"batch_size": 2, "lookahead": 6, "segment_mb": 1, "queue_mb": 1},
         "capture": {"statistics": {"enabled": True, "stages": ["pre", "post"]}},

@@ -1,0 +1,45 @@
+"""Shows the plans of a command line's jobs (`dry_run`), one after another, and launches none of them."""
+
+import sys
+from collections.abc import Sequence
+
+from qk_sniffer.cli.environment import read_environment
+from qk_sniffer.errors import ConfigError, QkSnifferError
+from qk_sniffer.jobs.sweep import PlannedJob
+from qk_sniffer.text import say, say_text
+
+
+def is_dry(jobs: Sequence[PlannedJob]) -> bool:
+    """Whether the jobs are shown and not run.
+
+    Raises:
+        ConfigError: some are, and others are not.
+    """
+    asked = {str(job.config.dry_run).lower() for job in jobs}
+    if len(asked) > 1:
+        raise ConfigError([f"dry_run is {', '.join(sorted(asked))}: give all jobs of a sweep the same"])
+    return asked != {"false"}
+
+
+def show_plans(jobs: Sequence[PlannedJob]) -> int:
+    """Prints the plan of each job; returns the exit code. The error of a job does not keep the others from it."""
+    codes: list[int] = []
+    needed = free = 0
+    for job in jobs:
+        if len(jobs) > 1:
+            say(*([""] if codes else []), f"Plan of {job}")
+        try:
+            read_environment()
+            from qk_sniffer.jobs.dry_run import show_plan
+
+            if (plan := show_plan(job.config)) is not None:
+                needed, free = needed + plan.needed, plan.free
+            codes.append(0)
+        except QkSnifferError as error:
+            say_text(error, to=sys.stderr)
+            codes.append(2 if isinstance(error, ConfigError) else 1)
+    if len(jobs) > 1 and any(code == 0 for code in codes):
+        from qk_sniffer.jobs.plan_lines import size_of
+
+        say("", f"All jobs together need {size_of(needed)} of disk; {size_of(free)} are free.")
+    return min((code for code in codes if code), default=0)

@@ -1,0 +1,134 @@
+"""Shows the plan of a job (`dry_run`). Writes nothing: no data root, no lock and no status."""
+
+from contextlib import suppress
+
+from qk_sniffer.backbone.limits import planned_num_embeddings
+from qk_sniffer.backbone.loading import check_model
+from qk_sniffer.backbone.outline import device_of, outline
+from qk_sniffer.capture.forward_cost import ForwardCost
+from qk_sniffer.capture.selection import select
+from qk_sniffer.config import Config
+from qk_sniffer.corpus.batches import open_windows
+from qk_sniffer.corpus.tokens import Tokenizer
+from qk_sniffer.errors import StoreError
+from qk_sniffer.hub.client import require_access, require_uploads_from
+from qk_sniffer.jobs.components import check_captured, load_components
+from qk_sniffer.jobs.identity import unchanged_files
+from qk_sniffer.jobs.plan import Described, Plan, describe, make_plan
+from qk_sniffer.jobs.plan_lines import plan_text
+from qk_sniffer.jobs.segment_names import check_segment_names
+from qk_sniffer.jobs.source_rows import shard_rows
+from qk_sniffer.jobs.start import Start, find_existing_work
+from qk_sniffer.jobs.tokenizers import open_tokenizer
+from qk_sniffer.resolved import ResolvedConfig, resolve
+from qk_sniffer.store import manifest as manifests
+from qk_sniffer.store.journal import Journal
+from qk_sniffer.store.layout import Layout
+from qk_sniffer.store.places import refuse_unlisted
+from qk_sniffer.store.record import read_unpublished
+from qk_sniffer.store.work_folder import check_data_root
+from qk_sniffer.text import say, say_text
+from qk_sniffer.timing import Stages
+from qk_sniffer.validation import check
+
+
+def show_plan(config: Config) -> Plan | None:
+    """Prints the plan of the job of `config`, and returns it; None for a dataset that is finished.
+
+    Raises:
+        QkSnifferError: as for the job, as far as that is known without a forward pass.
+    """
+    check(config)
+    job = resolve(config)
+    if job.output.hf_repo_id:
+        require_uploads_from(job.data_root)
+        require_access(job.output.hf_repo_id, private=job.output.private)
+    try:
+        check_data_root(job.data_root)
+    except OSError as error:
+        raise StoreError(f"cannot read the data root {job.data_root}: {error.strerror}") from error
+    layout = Layout(job.data_root)
+    start = find_existing_work(job, layout, is_mine=is_yet_to_publish(job, layout))
+    say(f"Plan for {job.data_root}; nothing is written.")
+    if start.found == "finished":
+        say("Nothing to do: the dataset is finished.")
+        return None
+    if layout.root.is_dir():
+        refuse_unlisted(layout)
+    plan = _plan(job, layout, start)
+    say_text(plan_text(plan))
+    return plan
+
+
+def is_yet_to_publish(config: ResolvedConfig, layout: Layout) -> bool:
+    """Whether the job publishes, and an earlier start of it made the finished dataset and did not publish it."""
+    if config.output.hf_repo_id is None:
+        return False
+    with suppress(StoreError):  # a dataset or a mark that cannot be read is replaced
+        return read_unpublished(layout, manifests.read(layout.root)) is not None
+    return False
+
+
+def _plan(config: ResolvedConfig, layout: Layout, start: Start) -> Plan:
+    described, tokenizer = _outlined(config, start)
+    check_segment_names(config, start.corpus, tokenizer)
+    shard = config.shard
+    journal = Journal(layout.journal(shard.index, shard.count), start.job_id, verify=False)
+    if start.job_id is None:
+        journal.records.clear()  # of another job, which this one replaces
+        journal.segments.clear()
+    windows = open_windows(
+        start.corpus.examples(shard_index=shard.index, shard_count=shard.count, after=start.rows_before),
+        tokenizer,
+        journal.records.values(),
+        config.inference,
+        boundary=described.boundary,
+        stages=Stages(),
+    )
+    return make_plan(
+        config,
+        described,
+        windows,
+        wanted=shard_rows(config, start.corpus, start.rows_before),
+        done=journal.records.values(),
+        in_journal=sum(path.stat().st_size for path in journal.segments),
+        there=0 if start.base is None else sum(file["bytes"] for file in start.base.manifest["files"].values()),
+        base_texts=start.rows_before,
+    )
+
+
+def _outlined(config: ResolvedConfig, start: Start) -> tuple[Described, Tokenizer]:
+    """Describes the model without its weights; with them if it cannot be described otherwise."""
+    model, commits = config.located, start.job.commits
+    with unchanged_files(model, commits):
+        text = check_model(model, commit=commits["model"], adapter_commit=commits.get("adapter"))
+        tokenizer = open_tokenizer(config, commits)
+        tokenizer.check_fits(planned_num_embeddings(text, tokenizer.largest_id), str(config.model.name))
+        found = outline(
+            model,
+            commit=commits["model"],
+            adapter_commit=commits.get("adapter"),
+            pre_rope=config.capture.capture_pre_rope,
+            banded_attention=config.inference.banded_attention,
+            layers=None if config.capture.full_attention_only else config.capture.layers,
+        )
+    if found is None:
+        components = load_components(config, commits, Stages())
+        return describe(components), components.tokenizer
+    selection = select([layer.heads for layer in found.layers], config.capture)
+    check_captured(selection, found.layers, text.model_type)
+    device = device_of(model.device_map)
+    return (
+        Described(
+            found.layers,
+            selection,
+            str(found.dtype).removeprefix("torch."),
+            device,
+            found.weight_bytes,
+            ForwardCost.of(found.parameters, [layer.to_dict() for layer in found.layers], device),
+            found.backbone.length_boundary,
+            max((layer.heads.head_dim for layer in found.layers), default=0) // 2,
+            found.activation_bytes,
+        ),
+        tokenizer,
+    )

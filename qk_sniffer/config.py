@@ -37,9 +37,6 @@ STAGES = tuple(STAGE_NAMES)
 AUTO = "auto"
 """The `model.dtype` of a checkpoint's own dtype."""
 
-MEASURE = "measure"
-"""The `dry_run` that also times a few batches."""
-
 MOST_SHARDS = 100_000
 """The largest `shard.count`."""
 
@@ -440,7 +437,7 @@ class Config:
     dry_run: Any = field(
         default=False,
         metadata={
-            "help": "true: show the plan of the job, and write nothing; measure: also time a few batches",
+            "help": "true: show the plan of the job, and write nothing",
             "changes_rows": False,
         },
     )

@@ -15,7 +15,6 @@ from qk_sniffer.config import (
     AUTO,
     DTYPES,
     KIND_SETTINGS,
-    MEASURE,
     MOST_COUNT,
     MOST_SHARDS,
     MOST_SLUG,
@@ -304,8 +303,8 @@ def _root_in_source(config: Config) -> Iterator[str]:
 
 
 def _dry_run(config: Config) -> Iterator[str]:
-    if not (isinstance(config.dry_run, bool) or config.dry_run == MEASURE):
-        yield f"dry_run is {config.dry_run!r}; valid: false, true, {MEASURE}"
+    if not isinstance(config.dry_run, bool):
+        yield f"dry_run is {config.dry_run!r}; valid: false, true"
 
 
 def _source(key: str, value: str, local: str) -> Iterator[str]:

@@ -127,7 +127,7 @@ def test_other_settings_are_refused_as_by_the_job(checkpoint: Path, texts: Path,
 
 def test_a_value_that_is_no_choice() -> None:
     (problem,) = problems(from_dict({"model": {"name": "a/b"}, "dataset": {"path": "a/b"}, "dry_run": "yes"}))
-    assert problem == "dry_run is 'yes'; valid: false, true, measure"
+    assert problem == "dry_run is 'yes'; valid: false, true"
 
 
 @pytest.mark.parametrize(

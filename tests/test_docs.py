@@ -40,7 +40,7 @@ QUICK = ("README.md", "docs/getting_started.md", "docs/recipes/")
 """Where pages begin whose commands are checked by the quick tests too."""
 
 DIAGRAMS = {
-    "docs/recipes/jobs.md": "model      pydoc-tiny",
+    "docs/recipes/jobs.md": ("model      pydoc-tiny",),
     "docs/data.md": ("outputs/pydoc-tiny-pydoc/",),
     "docs/inside.md": ("python -m qk_sniffer --multirun",),
     "CONTRIBUTING.md": ("text ─ examples ─ token batches",),

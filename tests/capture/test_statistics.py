@@ -180,7 +180,7 @@ def test_long_ids_end_a_group(
     are_long: bool, checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if are_long:
-        monkeypatch.setattr(capture_examples, "GROUP_IDS", 1)
+        monkeypatch.setattr(batch_groups, "GROUP_IDS", 1)
     values: dict[str, Any] = {"capture": asked(), "inference": {"batch_size": 2}, "sampler": {"type": "none"}}
     captured_only(checkpoint, texts, tmp_path / "out", monkeypatch, **values)
     segments = (tmp_path / "out" / ".qk_sniffer" / "journal").rglob("*.safetensors")

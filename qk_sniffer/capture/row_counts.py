@@ -1,8 +1,9 @@
 """Counts what a job captures before it runs: its texts, tokens, batches, and the rows that the sampler keeps."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import ceil
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,9 @@ from qk_sniffer.store.text_segments import decode
 
 Key = tuple[int, str]
 Bools = npt.NDArray[np.bool_]
+
+_TOGETHER = 16
+"""The captured examples whose rows are counted at a time."""
 
 
 def picks_of(
@@ -83,14 +87,12 @@ class RowCounter:
     def add(self, batch: Sequence[Tokens], *, ends_group: bool) -> None:
         """Counts a batch, which is to be captured."""
         counts, lengths = self.counts, [example.num_tokens for example in batch]
-        shape = len(batch), max(lengths)
+        texts, length = self.add_shape(batch)
         counts.examples += len(batch)
         counts.tokens += sum(lengths)
         counts.batches += 1
-        counts.computed += shape[0] * shape[1]
+        counts.computed += texts * length
         counts.groups += ends_group
-        counts.largest = max(counts.largest, shape, key=lambda each: (each[0] * each[1], each[1]))
-        counts.longest = max(counts.longest, shape, key=lambda each: (each[1], each[0]))
         for example in batch:
             counts.texts += example.part == 0
             counts.cut += example.truncated
@@ -104,13 +106,32 @@ class RowCounter:
             counts.runs[key] += len(np.unique(picks.row))
             self._keep(key, batch, picks)
 
-    def add_done(self, records: Iterable[ExampleRecord]) -> None:
-        """Counts examples that are captured already."""
-        for record in records:
-            self.counts.done_texts += record.is_last
-            masks = None if self._sampler.config.segments is None else [self._mask(record)]
-            for key, picks in picks_of(self._sampler, [record], self._layer_kinds, masks).items():
-                self.counts.done_rows[key] += len(picks.row)
+    def add_shape(self, batch: Sequence[Tokens]) -> tuple[int, int]:
+        """Counts the shape of a batch alone, and returns it: its examples, and the tokens of the longest one."""
+        shape = len(batch), max(example.num_tokens for example in batch)
+        counts = self.counts
+        counts.largest = max(counts.largest, shape, key=lambda each: (each[0] * each[1], each[1]))
+        counts.longest = max(counts.longest, shape, key=lambda each: (each[1], each[0]))
+        return shape
+
+    def add_tokens(self, batch: Sequence[Tokens]) -> int:
+        """Counts the shape of a batch alone, and returns the tokens of its examples."""
+        self.add_shape(batch)
+        return sum(example.num_tokens for example in batch)
+
+    def add_done(self, records: Sequence[ExampleRecord], *, most: int | None = None) -> None:
+        """Counts examples that are captured already: their rows by at most `most` of them, in proportion to all."""
+        counts, found = self.counts, Counter[Key]()
+        counts.done_texts += sum(record.is_last for record in records)
+        step = 1 if most is None else max(1, ceil(len(records) / most))
+        counted = records[::step]
+        for start in range(0, len(counted), _TOGETHER):
+            some = counted[start : start + _TOGETHER]
+            masks = None if self._sampler.config.segments is None else [*map(self._mask, some)]
+            for key, picks in picks_of(self._sampler, some, self._layer_kinds, masks).items():
+                found[key] += len(picks.row)
+        for key, rows in found.items():
+            counts.done_rows[key] += round(rows * len(records) / len(counted))
 
     def _keep(self, key: Key, batch: Sequence[Tokens], picks: Picks) -> None:
         left = self._left.get(key, 0)

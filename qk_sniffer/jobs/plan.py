@@ -7,7 +7,7 @@ the start of a job, the plan is that of the first look-ahead window, in proporti
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import ceil
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from qk_sniffer.capture.row_counts import Counts, Key, RowCounter
 from qk_sniffer.capture.sampling import Sampler
 from qk_sniffer.capture.selection import Selection
 from qk_sniffer.corpus.batches import Window
+from qk_sniffer.corpus.tokens import Tokens
 from qk_sniffer.jobs.batch_groups import group_flops, grouped
 from qk_sniffer.jobs.components import Components
 from qk_sniffer.machine import num_threads
@@ -32,6 +33,12 @@ from qk_sniffer.store.statistics import stages_of
 
 THREAD_BYTES = 50 << 20
 """Of a thread that writes Parquet files (measured: `store/compact.py`)."""
+
+MOST_TOKENS = 1 << 20
+"""The tokens that a start counts, which takes about a second. A window may have a hundred times as many."""
+
+MOST_DONE = 64
+"""The captured examples whose rows a start counts."""
 
 STATISTICS = "statistics"
 
@@ -177,18 +184,19 @@ def make_plan(
         [(layer, kind) for layer, kind, _ in model.selection],
         {group[0]: 2 * sizes.rows_per_group(width) for (_, width, _, _), group in forms.items()},
     )
-    counter.add_done(done)
-    in_windows = 0
+    counter.add_done(list(done), most=None if is_whole else MOST_DONE)
+    counts, share, new_texts = counter.counts, 1.0, 0
     for window in windows:
-        in_windows += window.num_texts
-        for batch, ends_group in grouped([window], model.cost, group_flops(config, model.cost)):
+        counted = window if is_whole else replace(window, batches=_some(window.batches))
+        for batch, ends_group in grouped([counted], model.cost, group_flops(config, model.cost)):
             counter.add(batch, ends_group=ends_group)
-    counts = counter.counts
-    share = 1.0
-    if not is_whole and wanted is not None and counts.texts:
-        left = max(wanted - counts.done_texts, counts.texts)
-        share = counts.texts / left
-    texts = counts.texts if is_whole else None if wanted is None else round(counts.texts / share)
+        if not is_whole:
+            new_texts += sum(example.part == 0 for batch in window.batches for example in batch)
+            tokens = sum(counter.add_tokens(batch) for batch in window.batches)
+            share = counts.tokens / tokens if tokens else 1.0
+    if not is_whole and wanted is not None and new_texts:
+        share *= new_texts / max(wanted - counts.done_texts, new_texts)
+    texts = counts.texts if is_whole else None if wanted is None else max(wanted - counts.done_texts, new_texts)
     shapes = {counts.largest, counts.longest} - {(0, 0)}
     activations = [model.activation_bytes(*shape) for shape in shapes]
     return Plan(
@@ -204,6 +212,12 @@ def make_plan(
         free_bytes(config.data_root),
         base_texts,
     )
+
+
+def _some(batches: Sequence[Sequence[Tokens]]) -> Sequence[Sequence[Tokens]]:
+    """Returns evenly spaced batches of a window, of at most about `MOST_TOKENS` tokens together."""
+    tokens = sum(example.num_tokens for batch in batches for example in batch)
+    return batches[:: max(1, ceil(tokens / MOST_TOKENS))]
 
 
 def free_bytes(root: Path) -> int:

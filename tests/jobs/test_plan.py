@@ -1,5 +1,6 @@
 """The plan of a job (`dry_run`) is what the job then does, and showing it changes nothing."""
 
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -162,3 +163,19 @@ def test_a_command_line_launches_nothing(
     monkeypatch.setattr("sys.argv", ["qk_sniffer", "-m", *given, "dry_run=true,false"])
     assert main() == 2
     assert files_in(in_tmp) == before and not [*in_tmp.glob("*")][1:]
+
+
+def test_a_start_tells_the_plan_in_three_lines(
+    checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    root, sections = tmp_path / "root", {"inference": {"batch_size": 2, "lookahead": 12}}
+    plan = planned(checkpoint, texts, root, **sections)
+    monkeypatch.setattr("qk_sniffer.jobs.plan.MOST_TOKENS", 100)  # counts some batches of the first 12 texts
+    with caplog.at_level("INFO"):
+        run(checkpoint, texts, root, **sections)
+    lines = [record.message for record in caplog.records if record.message.startswith(("plan:", "disk:", "memory:"))]
+    assert len(lines) == 3 and max(map(len, lines)) <= 80
+    numbers = re.fullmatch(r"plan: 24 texts, about ([\d,]+) tokens, about ([\d,]+) rows, of 18 heads", lines[0])
+    assert numbers is not None
+    tokens, rows = (int(number.replace(",", "")) for number in numbers.groups())
+    assert tokens == pytest.approx(plan.counts.tokens, rel=0.3) and rows == pytest.approx(plan.rows, rel=0.3)

@@ -366,4 +366,4 @@ def test_the_whole_story_as_it_is_written(tmp_path: Path) -> None:
     code = f"set -e\n{block.text}"
     done = subprocess.run(["bash", "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "outputs" / "story-plasticity" / "pictures" / "by_query_bucket.png").is_file()
+    assert (tmp_path / "outputs" / "story-plasticity" / "pictures" / "heads_in_order.png").is_file()

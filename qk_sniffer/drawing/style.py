@@ -4,7 +4,7 @@ They fit the columns of a paper, and are readable in grey and for colour-blind r
 Okabe and Ito). The same numbers give the same bytes with one version of matplotlib.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,7 @@ Float64 = npt.NDArray[np.float64]
 COLUMN_IN, PAGE_IN = 3.4, 7.0
 """The widths of a column and of a page of two columns, in inches."""
 
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#999999"
+BLUE, ORANGE, GREY, BLACK = "#0072B2", "#D55E00", "#999999", "#000000"
 STYLE: dict[Any, Any] = {
     "font.size": 8,
     "axes.titlesize": 8,
@@ -40,9 +40,13 @@ STYLE: dict[Any, Any] = {
     "image.cmap": "cividis",
     "legend.frameon": False,
     "hatch.linewidth": 0.4,
+    "pdf.fonttype": 42,  # TrueType: journals refuse the Type 3 fonts that matplotlib embeds by default
     "svg.fonttype": "none",
     "svg.hashsalt": "qk-sniffer",
 }
+
+PAPER_SUFFIXES = (*PICTURE_SUFFIXES, ".pdf")
+"""The formats of pictures for papers; LaTeX includes a PDF as it is."""
 
 ABSENT: dict[str, Any] = {"facecolor": "#EEEEEE", "edgecolor": GREY, "hatch": "////", "linewidth": 0}
 """The style of a cell without a value."""
@@ -54,6 +58,7 @@ and channels, and a small file can describe a grid of any size."""
 _METADATA: dict[str, dict[str, str | None]] = {
     ".png": {"Software": PICTURE_MARK},
     ".svg": {"Date": None, "Creator": PICTURE_MARK},
+    ".pdf": {"CreationDate": None, "Producer": None, "Creator": PICTURE_MARK},
 }
 """Names this package, and leaves out the version and the time that matplotlib writes by default."""
 
@@ -62,6 +67,7 @@ def save(
     path: Path,
     make: "Callable[[], Figure | None]",
     *,
+    suffixes: Sequence[str] = PICTURE_SUFFIXES,
     access: Access = PLAIN,
     held: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> list[Path]:
@@ -73,7 +79,7 @@ def save(
     Raises:
         StoreError: a file cannot be written, or is of someone else.
     """
-    files = [path.with_name(path.name + suffix) for suffix in PICTURE_SUFFIXES]
+    files = [path.with_name(path.name + suffix) for suffix in suffixes]
     for file in files:  # before any is replaced, and before the drawing
         with explained(file, "write"), access.open(file.parent) as folder:
             refuse_foreign(folder, file.name, is_drawn)

@@ -1,8 +1,8 @@
 """Draws the plasticity of several datasets in one figure: of checkpoints of a training run, or of different models.
 
 runs are folders that python -m qk_sniffer.plasticity has written, separated by commas. If the revision or the name of
-every model has a step (stage1-step-40000, step1000), the figure shows the runs in the order of training. Otherwise it
-keeps the given order.
+every model has a step (stage1-step-40000, step1000), the figure shows the runs in the order of training, at their steps
+if these grow. Otherwise it keeps the given order.
 
 Exit codes: 0 the figure is written, 1 it cannot be written, 2 the settings are wrong, 130 interrupted.
 """
@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from qk_sniffer.cli import program
-from qk_sniffer.drawing.style import BLUE, GREY, PAGE_IN, Float64, as_text, figure, save
+from qk_sniffer.drawing.style import BLACK, BLUE, GREY, PAGE_IN, PAPER_SUFFIXES, Float64, as_text, figure, save
 from qk_sniffer.errors import ConfigError, QkSnifferError
 from qk_sniffer.plasticity.config import INSTALL
-from qk_sniffer.plasticity.figures import PLASTICITY, by_head_and_bucket
+from qk_sniffer.plasticity.figures import PLASTICITY, by_head_and_bucket, corrected, model_name
+from qk_sniffer.plasticity.intervals import of_all
 from qk_sniffer.plasticity.results import Results
 from qk_sniffer.store.disk import explained, make_folder
 from qk_sniffer.store.places import refuse_inside
@@ -33,6 +35,9 @@ if TYPE_CHECKING:
 
 MARKERS = "osD^vP*X<>"
 
+MOST_LINEAR = 30
+"""The largest ratio of the last training step to the first on an axis that is not logarithmic."""
+
 _NAME_LENGTH = 300
 """The part of a name in which a training step is looked for."""
 
@@ -43,14 +48,17 @@ class Settings:
 
     runs: str = field(metadata={"help": "folders of results, separated by commas"})
     output: Path = field(
-        default=Path("plasticity.png"), metadata={"help": "file of the figure, a .png; its .svg is written next to it"}
+        default=Path("plasticity.png"),
+        metadata={"help": "file of the figure, a .png; its .svg and .pdf are written next to it"},
     )
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """The results of a dataset. `by_bucket` is the mean plasticity over heads, from the first query bucket with a value
-    to the last."""
+    """The results of a dataset. `heads` are the plasticities of its heads, and `mean` the estimate of their mean: its
+    value and the ends of its interval, NaN without replicates. `null` is the mean without drift. `by_bucket` is the
+    mean plasticity over heads, from the first query bucket with a value to the last. All are corrected for the size of
+    the sample, if there are replicates."""
 
     folder: str
     model: str
@@ -59,6 +67,16 @@ class Run:
     estimator: str
     heads: Float64
     by_bucket: Float64
+    mean: tuple[float, float, float]
+    null: float = float("nan")
+
+
+class Axis(Enum):
+    """What the runs are placed by: their training step, to scale or in order, or the order in which they are given."""
+
+    STEPS = "steps"
+    ORDER = "order"
+    GIVEN = "given"
 
 
 @dataclass(frozen=True)
@@ -105,7 +123,7 @@ def compare(settings: Settings) -> int:
     refuse_inside(settings.output, "output")
     with explained(settings.output.parent, "make"):
         make_folder(settings.output.parent)
-    files = save(settings.output.with_suffix(""), lambda: draw(runs))
+    files = save(settings.output.with_suffix(""), lambda: draw(runs), suffixes=PAPER_SUFFIXES)
     say(f"{counted(len(runs), 'run')}: {', '.join(map(str, files))}")
     return 0
 
@@ -118,16 +136,26 @@ def read(results: Results) -> Run:
     """
     record = results.record()
     model = record["dataset"]["model"]
-    pairs = results.table("head_bucket_plasticity", record)
+    intervals = results.table("head_intervals", record)
+    is_corrected = bool(len(intervals["value"]))
+    pairs = (is_corrected and corrected(results.table("head_bucket_intervals", record))) or results.table(
+        "head_bucket_plasticity", record
+    )
     _, _, means = by_head_and_bucket(pairs)
     known = np.flatnonzero(np.isfinite(means))
     means = means[known[0] : known[-1] + 1] if len(known) else means[:0]
     heads = results.table("head_metrics", record)["ap_overall"]
+    if is_corrected:
+        heads = intervals["corrected"][intervals["quantity"] == "ap_overall"]
+    heads = heads[np.isfinite(heads)]
     estimator = record["settings"]["estimator"]["name"]
+    of_means = results.table("mean_intervals", record)
+    found, null = of_all(of_means, "ap_overall"), of_all(of_means, "ap_null").corrected
+    middle = found.corrected if np.isfinite(found.corrected) else float(heads.mean()) if len(heads) else np.nan
+    mean = middle, found.low, found.high
+    name, revision = model_name(model), model["revision"]
     texts = record["dataset"]["texts"]
-    return Run(
-        results.folder.name, model["slug"], texts, model["revision"], estimator, heads[np.isfinite(heads)], means
-    )
+    return Run(results.folder.name, name, texts, revision, estimator, heads, means, mean, null)
 
 
 def step_of(run: Run) -> Step | None:
@@ -142,17 +170,23 @@ def step_of(run: Run) -> Step | None:
 def draw(runs: Sequence[Run]) -> "Figure":
     """Plasticity of all heads of each run, and its mean over relative query buckets."""
     found = [step_of(run) for run in runs]
-    steps = [step for step in found if step is not None]
-    is_training = len(steps) == len(runs)
-    if is_training:
-        order = sorted(range(len(runs)), key=lambda i: steps[i].order())
-        runs, labels = [runs[i] for i in order], [str(steps[i]) for i in order]
+    steps = sorted(
+        ((step, run) for step, run in zip(found, runs, strict=True) if step), key=lambda each: each[0].order()
+    )
+    places = np.arange(len(runs), dtype=float)
+    kind = Axis.GIVEN
+    if len(steps) == len(runs):
+        runs, labels = [run for _, run in steps], [str(step) for step, _ in steps]
+        numbers = np.array([step.step for step, _ in steps], dtype=float)
+        is_growing = len(runs) > 1 and bool((np.diff(numbers) > 0).all())
+        kind = Axis.STEPS if is_growing else Axis.ORDER
+        places = numbers if is_growing else places
     else:
         labels = [as_text(name) for name in names(runs)]
     columns = max(1, min(5, int(PAGE_IN / (0.06 * max(map(len, labels)) + 0.5))))
     drawn = figure(PAGE_IN, 3.1 + 0.15 * -(-len(runs) // columns))
     left, right = drawn.subplots(1, 2, sharey=True)
-    of_runs(left, runs, labels, is_training=is_training)
+    of_runs(left, runs, labels, places, kind)
     over_buckets(right, runs, labels)
     estimators = sorted({run.estimator.replace("_", " ") for run in runs})
     drawn.suptitle(f"estimator: {', '.join(estimators)}", fontsize=8)
@@ -170,22 +204,32 @@ def names(runs: Sequence[Run]) -> list[str]:
     return texts if len(set(texts)) == len(texts) else [run.folder for run in runs]
 
 
-def of_runs(axes: "Axes", runs: Sequence[Run], labels: Sequence[str], *, is_training: bool) -> None:
-    """The mean over heads, the middle half and nine tenths of them."""
-    places = np.arange(len(runs))
+def of_runs(axes: "Axes", runs: Sequence[Run], labels: Sequence[str], places: Float64, kind: Axis) -> None:
+    """The mean over heads with its interval, its value without drift, and the middle half and nine tenths of heads."""
     none = np.full(1, np.nan)
     heads = [run.heads if len(run.heads) else none for run in runs]
     quantiles = np.array([np.quantile(values, [0.05, 0.25, 0.75, 0.95]) for values in heads])
-    means = [values.mean() for values in heads]
     for low, high, width, label in ((0, 3, 1.0, "90 % of heads"), (1, 2, 4.0, "50 % of heads")):
         axes.vlines(places, quantiles[:, low], quantiles[:, high], color=GREY, linewidth=width, label=label)
-    line = "-" if is_training else "none"
+    mean, low, high = np.array([run.mean for run in runs]).T
+    line = "none" if kind is Axis.GIVEN else "-"
     axes.plot(
-        places, means, color=BLUE, linestyle=line, marker="o", markersize=4.5, linewidth=1.5, label="mean of heads"
+        places, mean, color=BLUE, linestyle=line, marker="o", markersize=4.5, linewidth=1.5, label="mean of heads"
     )
-    axes.set_xticks(places, labels, rotation=45, ha="right", rotation_mode="anchor")
-    axes.set_xlim(-0.5, len(runs) - 0.5)
-    axes.set(ylabel=PLASTICITY, xlabel="training step (in order, not to scale)" if is_training else "")
+    if np.isfinite(low).any():
+        axes.vlines(places, low, high, color=BLUE, linewidth=1.5, label="its 95 % interval")
+    null = np.array([run.null for run in runs])
+    if np.isfinite(null).any():
+        axes.plot(places, null, "_", color=BLACK, markersize=9, markeredgewidth=1.5, label="without drift")
+    if kind is Axis.STEPS:
+        if places[0] > 0 and places[-1] > MOST_LINEAR * places[0]:
+            axes.set_xscale("log")
+        axes.set_xlabel("training step")
+    else:
+        axes.set_xticks(places, labels, rotation=45, ha="right", rotation_mode="anchor")
+        axes.set_xlim(-0.5, len(runs) - 0.5)
+        axes.set_xlabel("training step (in order, not to scale)" if kind is Axis.ORDER else "")
+    axes.set_ylabel(PLASTICITY)
     axes.grid(axis="y", linewidth=0.3)
     # Above the panel, where it hides nothing.
     axes.legend(fontsize=6, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, columnspacing=1.0)

@@ -18,6 +18,7 @@ from qk_sniffer.text import expand_home
 INSTALL = "pip install scipy matplotlib"
 ESTIMATORS = ("regression", "full_covariance")
 MAX_PAIRS = 1_000_000
+MIN_REPLICATES, MAX_REPLICATES = 20, 10_000
 MAX_SEED = 2**63 - 1
 
 
@@ -57,6 +58,9 @@ class PlasticityConfig:
     p_alpha: float = field(default=0.01, metadata={"help": "a component whose p is below this counts as not normal"})
     seed: int = field(default=0, metadata={"help": "seed of every draw"})
     num_pairs_per_bucket: int = field(default=256, metadata={"help": "pairs of keys for each bucket of keys"})
+    replicates: int = field(
+        default=200, metadata={"help": "replicates of the texts, from which intervals follow; 0: no intervals"}
+    )
     pictures: bool = field(default=True, metadata={"help": "draw the pictures, next to the tables"})
     overwrite: bool = field(
         default=False, metadata={"help": "replace results of other settings or of another dataset in output_dir"}
@@ -145,6 +149,11 @@ def _numbers(config: PlasticityConfig) -> Iterator[str]:
             yield f"{key} is {getattr(config, key)}; it must be at least 1"
     if config.num_pairs_per_bucket > MAX_PAIRS:  # all differences are in memory at once
         yield f"num_pairs_per_bucket is {config.num_pairs_per_bucket}; it must be at most {MAX_PAIRS:,}"
+    if config.replicates != 0 and not MIN_REPLICATES <= config.replicates <= MAX_REPLICATES:
+        yield (
+            f"replicates is {config.replicates}; it must be {MIN_REPLICATES} to {MAX_REPLICATES:,}, or 0 for results "
+            "without intervals"
+        )
     if not 0 < config.p_alpha < 1:
         yield f"p_alpha is {config.p_alpha}; it must be above 0 and below 1"
     if not 0 <= config.seed <= MAX_SEED:

@@ -3,19 +3,20 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypedDict, get_args
 
-from msgspec import Meta
+from msgspec import Meta, convert
 
 from qk_sniffer.config import MOST_HEAD_DIM
 from qk_sniffer.errors import StoreError
 from qk_sniffer.plasticity.config import ESTIMATORS
 from qk_sniffer.plasticity.tables import QUERY_METRICS, TABLES, HeadResult
+from qk_sniffer.plasticity.uncertainty import Uncertainty
 from qk_sniffer.store import stored
 from qk_sniffer.store.form_types import HeadNumber, Sha256
 from qk_sniffer.store.own_files import contains
 from qk_sniffer.store.settings_forms import SamplerSettings
 from qk_sniffer.store.stored import LARGE, Count, Text, UnreadableError
 
-FORMAT = "qk-sniffer-plasticity/1"
+FORMAT = "qk-sniffer-plasticity/2"
 """The format of `plasticity.json`. Every change to the measures raises its number: results are then recomputed."""
 
 TABLE_FILES = frozenset(f"{name}.{ending}" for name in TABLES for ending in ("csv", "parquet"))
@@ -45,6 +46,7 @@ class _Dataset(TypedDict):
     model: _Model
     texts: Text
     sampler: SamplerSettings
+    limited_layers: list[HeadNumber]
 
 
 class Record(TypedDict):
@@ -62,10 +64,6 @@ class Record(TypedDict):
     damaged: dict[str, str]
 
 
-class _Format(TypedDict):
-    format: Literal["qk-sniffer-plasticity/1"]
-
-
 class _Head(TypedDict):
     layer: HeadNumber
     q_head: HeadNumber
@@ -74,6 +72,7 @@ class _Head(TypedDict):
     buckets: list[tuple[Annotated[int, Meta(ge=0, lt=2**31)], Annotated[int, Meta(ge=0, lt=2**31)], float]]
     r2: Annotated[list[float], Meta(min_length=1, max_length=MOST_HEAD_DIM)]
     notes: list[str]
+    uncertainty: Uncertainty | None
 
 
 METRICS = {"n_q_tokens", "n_k_tokens", "d_model", *QUERY_METRICS, "ap_overall"}
@@ -86,11 +85,18 @@ def read_record(path: Path) -> dict[str, Any]:
         FileNotFoundError, NotADirectoryError: there is no such file.
         UnreadableError: it is not of this package, or of another version.
     """
-    values = stored.read(path, _Format, way_out=WAY_OUT, most_bytes=LARGE)
+    values = stored.read(path, _AnyFormat, way_out=WAY_OUT, most_bytes=LARGE)
+    if values["format"] != FORMAT:
+        which = "an earlier" if _number(values["format"]) < _number(FORMAT) else "a later"
+        raise UnreadableError(path, f"is of {which} version of qk-sniffer ({values['format']})", WAY_OUT)
     record: Any = stored.check(values, Record, path, WAY_OUT)
     if record["tables"].keys() != TABLE_FILES:
         raise UnreadableError(path, "contradicts itself (it does not list the tables)", WAY_OUT)
     return dict(record)
+
+
+def _number(form: str) -> int:
+    return int(form.rpartition("/")[2])
 
 
 IS_RECORD = contains(rb'"format": "qk-sniffer-plasticity/[0-9]{1,9}"')
@@ -130,8 +136,10 @@ def read_head(path: Path, layer: int, q_head: int, fingerprint: str) -> HeadResu
         return None
     if (values["layer"], values["q_head"], file["fingerprint"]) != (layer, q_head, fingerprint):
         return None
+    buckets = [tuple(row) for row in values["buckets"]]
+    uncertainty = convert(values["uncertainty"], Uncertainty | None)
     names = HeadResult.__dataclass_fields__
-    return HeadResult(**{name: values[name] for name in names} | {"buckets": [tuple(row) for row in values["buckets"]]})
+    return HeadResult(**{name: values[name] for name in names} | {"buckets": buckets, "uncertainty": uncertainty})
 
 
 class _HeadFile(TypedDict):

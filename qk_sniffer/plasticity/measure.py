@@ -26,10 +26,15 @@ from qk_sniffer.plasticity.drift import (
     rotate_residuals,
 )
 from qk_sniffer.plasticity.estimators import Estimator, FullCovariance, Regression, plasticity
+from qk_sniffer.plasticity.intervals import ENOUGH_ROWS, ENOUGH_TEXTS
 from qk_sniffer.plasticity.key_pairs import COMPONENTS, KEY_ROWS, PAIRS, QUERY_ROWS, KeyGroups, generator
+from qk_sniffer.plasticity.resampling import Clusters, first_signs, replicate_drift, text_weights
 from qk_sniffer.plasticity.tables import QUERY_METRICS, HeadResult
+from qk_sniffer.plasticity.uncertainty import PlasticityReplicates
 from qk_sniffer.store.layout import head_file
 from qk_sniffer.text import compact_ranges, counted
+
+_TOO_LOW = "this sample makes plasticity too low, see `corrected` and its interval in the tables of intervals"
 
 MAX_BUCKETS = 2048
 """The most buckets of positions. Memory and time grow with their square."""
@@ -44,6 +49,11 @@ class KeyHead:
     query_heads: tuple[int, ...]
     sliding_window: int | None
     attention_chunk: int | None
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether a query sees only near keys."""
+        return self.sliding_window is not None or self.attention_chunk is not None
 
     def sees(self, first_query: int, last_key: int) -> bool:
         """Whether a query at or after `first_query` sees a key at or before `last_key`, an earlier position.
@@ -162,7 +172,7 @@ class _QueryHead:
             if not rows.is_intact:
                 self.notes.append(f"the file of the {kind} is not the one that manifest.json lists (qk_sniffer.verify)")
         r2 = np.full(width, np.nan)
-        estimator = None
+        estimator = replicates = None
         if len(np.unique(self.queries.positions)) < 2:
             where = f"{counted(count, 'row')} of queries, all at one position" if count else "no queries"
             self.notes.append(f"{where}: nothing can be fitted, measures are NaN")
@@ -171,14 +181,31 @@ class _QueryHead:
         else:
             drift = fit_drift(components(self.queries.vectors, self.keys.signs), self.queries.positions)
             r2 = drift.r2
+            replicates = self._replicates(drift)  # first: `_measure_queries` rotates the residuals in place
             variances = self._measure_queries(drift, metrics)
             estimator = self._estimator(drift, variances)
-        buckets = self._plasticity(estimator)
+        buckets = self._plasticity(estimator, replicates)
         values = np.array([value for _, _, value in buckets])
         metrics["ap_overall"] = float(np.nanmean(values)) if np.isfinite(values).any() else np.nan
+        head = self.keys.head
+        uncertainty = None if replicates is None else replicates.result()
         return HeadResult(
-            self.keys.head.layer, self.head, self.keys.head.head, metrics, buckets, r2.tolist(), self.notes
+            head.layer, self.head, head.head, metrics, buckets, r2.tolist(), self.notes, uncertainty=uncertainty
         )
+
+    def _replicates(self, drift: Drift) -> PlasticityReplicates | None:
+        """The drift in each replicate of the dataset; None without replicates, or without a text to leave out."""
+        queries, keys, config = self.queries, self.keys, self.config
+        ids = np.union1d(queries.example_ids, keys.rows.example_ids)
+        if config.estimator.alpha is not None or not config.replicates or len(ids) < 2:
+            return None
+        clusters = Clusters(ids, text_weights(config.seed, ids, config.replicates))
+        texts, buckets = clusters.of(queries.example_ids), queries.buckets - self.lowest
+        signs = first_signs(
+            keys.rows.vectors, keys.rows.buckets, clusters.of(keys.rows.example_ids), clusters, keys.signs[0]
+        )
+        found = replicate_drift(drift, queries.positions, buckets, texts, clusters, signs)
+        return PlasticityReplicates(found, clusters, self.lowest, buckets, texts)
 
     def _measure_queries(self, drift: Drift, metrics: dict[str, float | int]) -> Float64:
         """Fills in the metrics of the queries alone. Returns the variances of the rotated residuals."""
@@ -209,15 +236,23 @@ class _QueryHead:
             return FullCovariance(self.queries.vectors, positions, mean_positions, self.config.estimator.alpha)
         return Regression(drift, self.keys.signs, variances, mean_positions)
 
-    def _plasticity(self, estimator: Estimator | None) -> list[tuple[int, int, float]]:
+    def _plasticity(
+        self, estimator: Estimator | None, replicates: PlasticityReplicates | None
+    ) -> list[tuple[int, int, float]]:
         """Pairs every query bucket, up to the last one with rows, with every earlier bucket that it sees."""
         queries_of = self._seen_from()
         found = {(query, key): np.nan for key, queries in queries_of.items() for query in queries}
         if estimator is not None:
-            self._fill_in(found, queries_of, estimator)
+            self._fill_in(found, queries_of, estimator, replicates)
         return [(query, key, value) for (query, key), value in sorted(found.items())]
 
-    def _fill_in(self, found: dict[tuple[int, int], float], queries_of: dict[int, range], estimator: Estimator) -> None:
+    def _fill_in(
+        self,
+        found: dict[tuple[int, int], float],
+        queries_of: dict[int, range],
+        estimator: Estimator,
+        replicates: PlasticityReplicates | None,
+    ) -> None:
         vectors, lowest = self.keys.rows.vectors, self.lowest
         without_pairs = []
         random = generator(self.config.seed, self.keys.head.layer, self.head, PAIRS)
@@ -230,6 +265,9 @@ class _QueryHead:
             z = estimator.z(differences, slice(queries.start - lowest, queries.stop - lowest))
             means = plasticity(z).mean(axis=1).tolist()
             found.update(((query, key), mean) for query, mean in zip(queries, means, strict=True))
+            if replicates is not None:
+                texts = replicates.clusters.of(self.keys.rows.example_ids[first])
+                replicates.add(key, queries, differences * self.keys.signs, texts)
         self._note_gaps(queries_of, without_pairs)
 
     def _seen_from(self) -> dict[int, range]:
@@ -252,5 +290,11 @@ class _QueryHead:
             self.notes.append(f"no queries in bucket {compact_ranges(empty)}: its plasticity is NaN")
         if without_pairs:
             self.notes.append(f"no two keys of an example in bucket {compact_ranges(without_pairs)}: NaN for it")
+        texts = len(np.unique(self.queries.example_ids))
+        if texts < ENOUGH_TEXTS:
+            self.notes.append(f"{counted(texts, 'text')}, fewer than {ENOUGH_TEXTS}: {_TOO_LOW}")
+        rows = np.bincount(self.queries.buckets, minlength=1)
+        if any(0 < rows[query] < ENOUGH_ROWS for query in asked):
+            self.notes.append(f"a bucket has fewer than {ENOUGH_ROWS} queries: {_TOO_LOW}")
         if not asked:
             self.notes.append("no query bucket sees keys of an earlier one: there is no plasticity")

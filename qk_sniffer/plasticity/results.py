@@ -1,8 +1,8 @@
 """Keeps the folder of results, which makes a run resumable: each head's result is a file until the tables are written.
 
-<output_dir>/head_metrics.csv, .parquet             and the other two tables (`tables.py`)
+<output_dir>/head_metrics.csv, .parquet             and the other tables (`tables.py`)
 <output_dir>/plasticity.json                        dataset, settings and notes; written last
-<output_dir>/pictures/*.png, *.svg
+<output_dir>/pictures/*.png, *.svg, *.pdf
 <output_dir>/.work/                                 removed when all heads are measured
     job.json                                        the fingerprint that the files next to it belong to
     l00h00q.json                                    the result of a head, with the fingerprint
@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qk_sniffer.dataset.reader import Dataset
+from qk_sniffer.drawing.style import PAPER_SUFFIXES
 from qk_sniffer.errors import StoreError
 from qk_sniffer.logs import logger
 from qk_sniffer.plasticity import tables
@@ -37,7 +38,7 @@ from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store import stored
 from qk_sniffer.store.disk import explained, make_folder, paths_in, sha256_of, write_atomic
 from qk_sniffer.store.files import Comparison
-from qk_sniffer.store.layout import PICTURE_SUFFIXES, head_name, parse_head_name
+from qk_sniffer.store.layout import head_name, parse_head_name
 from qk_sniffer.store.open_folder import PLAIN, Access, OpenFolder
 from qk_sniffer.store.output_folder import claimed_folder
 from qk_sniffer.store.own_files import refuse_foreign, starts_with
@@ -220,7 +221,7 @@ class Results:
             with explained(self.folder, "replace the results in"):
                 # The job's file stays until it is replaced: a start that is killed here leaves a folder of results.
                 self._clear(but={_JOB})
-                self.remove_pictures(lambda name: name.endswith(PICTURE_SUFFIXES))  # of the replaced results
+                self.remove_pictures(lambda name: name.endswith(PAPER_SUFFIXES))  # of the replaced results
                 make_folder(self._work, self.access)
             write_atomic(job, fingerprint.encode(), access=self.access)
 
@@ -239,7 +240,7 @@ class Results:
             refuse_foreign(folder, self.record_file.name, IS_RECORD)
             self.check()
             folder.unlink(self.record_file.name)
-        files = tables.write(self.folder, results, access=self.access)
+        files = tables.write(self.folder, results, record["dataset"]["limited_layers"], access=self.access)
         record = {"format": FORMAT, "tables": {path.name: sha256_of(path) for path in files}} | record
         data = json.dumps(record, indent=2, sort_keys=True).encode()
         write_atomic(self.record_file, data, access=self.access, is_own=IS_RECORD)

@@ -21,15 +21,17 @@ from tqdm import tqdm
 
 from qk_sniffer.dataset.heads import captured_heads
 from qk_sniffer.dataset.reader import Dataset, open_dataset, sampler_of
+from qk_sniffer.drawing.style import PAPER_SUFFIXES
 from qk_sniffer.errors import QkSnifferError, StoreError
 from qk_sniffer.logs import logger
 from qk_sniffer.machine import num_threads
 from qk_sniffer.plasticity.config import INSTALL, PlasticityConfig
 from qk_sniffer.plasticity.figures import check_places, draw_all
+from qk_sniffer.plasticity.intervals import in_words
 from qk_sniffer.plasticity.measure import KeyHead, Keys, Measuring
 from qk_sniffer.plasticity.results import Results, fingerprint, manifest_sha256, summary
 from qk_sniffer.plasticity.tables import HeadResult
-from qk_sniffer.store.layout import PICTURE_SUFFIXES, Head, HeadKey, head_name
+from qk_sniffer.store.layout import Head, HeadKey, head_name
 from qk_sniffer.store.locks import TakenAwayError
 from qk_sniffer.text import compact_ranges, counted, say, shortened
 
@@ -53,7 +55,7 @@ def run(config: PlasticityConfig) -> int:
     with results.claim():
         if config.pictures:
             check_places(results)
-        facts = _facts(dataset, without_keys)
+        facts = _facts(dataset, key_heads, without_keys)
         if results.is_finished(job, facts):
             log.info("Nothing to do: %s has these results.", results.folder)
         else:
@@ -70,7 +72,8 @@ def run(config: PlasticityConfig) -> int:
             results.finish(found, record)
         pictures = draw(results) if config.pictures else []
         record = results.record()  # another start may replace the results when the lock is released
-    report(results, record, pictures)
+        intervals = results.table("mean_intervals", record)
+    report(results, record, intervals, pictures)
     return 1 if record["damaged"] else 0
 
 
@@ -169,7 +172,7 @@ def _files(each: KeyHead) -> list[HeadKey]:
     return [HeadKey(each.layer, each.head, "k"), *(HeadKey(each.layer, head, "q") for head in each.query_heads)]
 
 
-def _facts(dataset: Dataset, without_keys: Sequence[str]) -> dict[str, Any]:
+def _facts(dataset: Dataset, key_heads: Sequence[KeyHead], without_keys: Sequence[str]) -> dict[str, Any]:
     """What `plasticity.json` says of the dataset, and of its heads without keys."""
     manifest = dataset.manifest
     model = manifest["config"]["model"]
@@ -183,6 +186,7 @@ def _facts(dataset: Dataset, without_keys: Sequence[str]) -> dict[str, Any]:
             "commits": manifest["commits"],
             "sampler": manifest["config"]["sampler"],
             "rope_stage": manifest["model"]["rope_stage"],
+            "limited_layers": sorted({each.layer for each in key_heads if each.is_limited}),
         },
         "without_keys": list(without_keys),
     }
@@ -245,13 +249,15 @@ def draw(results: Results) -> list[Path]:
     return draw_all(results)
 
 
-def report(results: Results, record: Mapping[str, Any], pictures: Sequence[Path]) -> None:
-    """Prints a summary of the results of `record`, with every note and error."""
+def report(results: Results, record: Mapping[str, Any], intervals: Mapping[str, Any], pictures: Sequence[Path]) -> None:
+    """Prints a summary of the results of `record` and of the table `mean_intervals`, with every note and error."""
     mean = record["mean_ap_overall"]
     count = record["heads_with_plasticity"]
     of_which = "" if count == record["heads"] else f" of {count}"
     summary = "no plasticity" if mean is None else f"mean plasticity {mean:.4f}{of_which}"
     say(f"{counted(record['heads'], 'head')} measured, {summary}.")
+    for line in in_words(intervals):
+        say(line)
     for note, heads in record["notes"].items():
         say(f"  - {note}: {shortened(heads, 6)}")
     if record["without_keys"]:
@@ -263,4 +269,4 @@ def report(results: Results, record: Mapping[str, Any], pictures: Sequence[Path]
     say(f"Tables: {results.folder}/head_metrics.csv, head_bucket_plasticity.csv, head_component_weights.csv")
     if pictures:
         names = dict.fromkeys(path.stem for path in pictures)
-        say(f"Pictures: {results.pictures}/{', '.join(names)} ({', '.join(PICTURE_SUFFIXES)})")
+        say(f"Pictures: {results.pictures}/{', '.join(names)} ({', '.join(PAPER_SUFFIXES)})")

@@ -1,11 +1,11 @@
-"""Writes and reads the three tables, as CSV and as Parquet, from the results of the heads.
+"""Writes and reads the tables, as CSV and as Parquet, from the results of the heads.
 
 Numbers that could not be computed are empty in CSV and NaN in Parquet.
 """
 
 import csv
 import io
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from qk_sniffer.config import MOST_HEAD_DIM
+from qk_sniffer.plasticity.intervals import mean_rows
+from qk_sniffer.plasticity.uncertainty import Estimate, Uncertainty
 from qk_sniffer.store.disk import write_atomic
 from qk_sniffer.store.form_types import MOST_BUCKETS, MOST_HEADS, MOST_LAYERS
 from qk_sniffer.store.open_folder import PLAIN, Access
@@ -41,6 +43,9 @@ QUERY_METRICS = (
 _HEAD = {"layer": pa.int32(), "q_head": pa.int32(), "k_head": pa.int32()}
 _COUNTS = {"n_q_tokens": pa.int64(), "n_k_tokens": pa.int64(), "d_model": pa.int32()}
 
+_ESTIMATE = dict.fromkeys(Estimate._fields, pa.float64())
+_MEAN = {"attention": pa.string(), "n_heads": pa.int32(), "quantity": pa.string()}
+
 TABLES: dict[str, pa.Schema] = {
     "head_metrics": pa.schema(_HEAD | _COUNTS | dict.fromkeys((*QUERY_METRICS, "ap_overall"), pa.float64())),
     "head_bucket_plasticity": pa.schema(
@@ -49,9 +54,20 @@ TABLES: dict[str, pa.Schema] = {
     "head_component_weights": pa.schema(
         _HEAD | {"component": pa.int32(), "component_r2": pa.float64(), "component_weight": pa.float64()}
     ),
+    "head_intervals": pa.schema(_HEAD | {"n_texts": pa.int32(), "quantity": pa.string()} | _ESTIMATE),
+    "head_bucket_intervals": pa.schema(
+        _HEAD
+        | {"q_bucket": pa.int32(), "k_bucket": pa.int32()}
+        | dict.fromkeys(("n_q_rows", "n_q_texts", "n_pairs", "n_pair_texts"), pa.int64())
+        | _ESTIMATE
+        | {"null": pa.float64()}
+    ),
+    "head_component_intervals": pa.schema(_HEAD | {"component": pa.int32()} | _ESTIMATE),
+    "mean_intervals": pa.schema(_MEAN | _ESTIMATE),
+    "mean_bucket_intervals": pa.schema(_MEAN | {"q_bucket": pa.int32()} | _ESTIMATE),
 }
 """The columns of each table, in their order. `d_model` is the length of a head's vectors; readers of the tables rely on
-the name."""
+the name. The tables of intervals are empty if there are no replicates."""
 
 
 _MOST = {
@@ -85,6 +101,7 @@ class HeadResult:
     r2: list[float]
     """Of each component."""
     notes: list[str] = field(default_factory=list)
+    uncertainty: Uncertainty | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
@@ -99,9 +116,19 @@ def rows(name: str, result: HeadResult) -> Iterator[dict[str, Any]]:
     elif name == "head_bucket_plasticity":
         for query, key, value in result.buckets:
             yield head | {"q_bucket": query, "k_bucket": key, "ap_bucket": value}
-    else:
+    elif name == "head_component_weights":
         for component, (r2, weight) in enumerate(zip(result.r2, weights(result.r2), strict=True)):
             yield head | {"component": component, "component_r2": r2, "component_weight": weight}
+    elif (found := result.uncertainty) is not None:
+        if name == "head_intervals":
+            for quantity, each in found.of_head.items():
+                yield head | {"n_texts": found.texts, "quantity": quantity} | each._asdict()
+        elif name == "head_bucket_intervals":
+            for bucket in found.buckets:
+                yield head | bucket._asdict() | bucket.ap._asdict() | {"null": bucket.ap_null}
+        elif name == "head_component_intervals":
+            for component, each in enumerate(found.components):
+                yield head | {"component": component} | each._asdict()
 
 
 def weights(r2: list[float]) -> list[float]:
@@ -112,8 +139,13 @@ def weights(r2: list[float]) -> list[float]:
     return shares
 
 
-def write(folder: Path, results: Iterable[HeadResult], *, access: Access = PLAIN) -> list[Path]:
+def write(
+    folder: Path, results: Iterable[HeadResult], limited_layers: Container[int] = (), *, access: Access = PLAIN
+) -> list[Path]:
     """Writes the tables of `results`, in their order, and returns the files. Each is written whole, or left as it was.
+
+    Args:
+        limited_layers: the layers with a sliding window or chunks.
 
     Raises:
         StoreError: the folder cannot be written, or a file of someone else has the name of a table.
@@ -121,7 +153,11 @@ def write(folder: Path, results: Iterable[HeadResult], *, access: Access = PLAIN
     results = list(results)
     files = []
     for name, schema in TABLES.items():
-        columns = [[row[column] for result in results for row in rows(name, result)] for column in schema.names]
+        if name.startswith("mean_"):
+            found = list(mean_rows(name, results, limited_layers))
+        else:
+            found = [row for result in results for row in rows(name, result)]
+        columns = [[row[column] for row in found] for column in schema.names]
         arrays = [pa.array(values, kind) for values, kind in zip(columns, schema.types, strict=True)]
         table = pa.table(arrays, schema.with_metadata(MADE_BY))
         parquet = io.BytesIO()
@@ -155,6 +191,12 @@ def _csv(table: pa.Table) -> bytes:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(table.column_names)
-    columns = [["" if value != value else repr(value) for value in column.to_pylist()] for column in table.columns]
+    columns = [[_cell(value) for value in column.to_pylist()] for column in table.columns]
     writer.writerows(zip(*columns, strict=True))
     return text.getvalue().encode()
+
+
+def _cell(value: float | str) -> str:
+    if isinstance(value, str):
+        return value
+    return "" if value != value else repr(value)

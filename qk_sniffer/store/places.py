@@ -137,12 +137,18 @@ def is_drawn(folder: OpenFolder, name: str) -> bool:
     if folder.type_of(name) != "file":
         return False
     with folder.open(name) as file:
-        start = file.read(_PICTURE_START)
-    return any(mark in start for mark in _MARKS)
+        ends = file.read(_PICTURE_END)
+        file.seek(-min(_PICTURE_END, file.seek(0, 2)), 2)  # of a PDF, it is at its end
+        ends += file.read(_PICTURE_END)
+    return any(mark in ends for mark in _MARKS)
 
 
-_PICTURE_START = 1 << 13
-"""The bytes of a picture that have its metadata."""
+_PICTURE_END = 1 << 13
+"""The bytes of a picture, at its start and at its end, that have its metadata."""
 
-_MARKS = (f"Software\0{PICTURE_MARK}".encode(), f"<dc:title>{PICTURE_MARK}</dc:title>".encode())
-"""The metadata of a PNG and of an SVG that name this package."""
+_MARKS = (
+    f"Software\0{PICTURE_MARK}".encode(),
+    f"<dc:title>{PICTURE_MARK}</dc:title>".encode(),
+    f"/Creator ({PICTURE_MARK})".encode(),
+)
+"""The metadata of a PNG, of an SVG and of a PDF that name this package."""

@@ -31,6 +31,8 @@ from qk_sniffer.store.locks import TakenAwayError
 from qk_sniffer.store.manifest import read as read_manifest
 from qk_sniffer.store.manifest import write as write_manifest
 
+ESTIMATE = "value,corrected,se,low,high"
+
 
 def test_the_columns_are_the_contract(verify_base: Path, tmp_path: Path) -> None:
     """Plots and notebooks of users read these columns."""
@@ -42,6 +44,11 @@ def test_the_columns_are_the_contract(verify_base: Path, tmp_path: Path) -> None
         "head_metrics": f"{head}n_q_tokens,n_k_tokens,d_model,{measured}ap_overall",
         "head_bucket_plasticity": f"{head}q_bucket,k_bucket,ap_bucket",
         "head_component_weights": f"{head}component,component_r2,component_weight",
+        "head_intervals": f"{head}n_texts,quantity,{ESTIMATE}",
+        "head_bucket_intervals": f"{head}q_bucket,k_bucket,n_q_rows,n_q_texts,n_pairs,n_pair_texts,{ESTIMATE},null",
+        "head_component_intervals": f"{head}component,{ESTIMATE}",
+        "mean_intervals": f"attention,n_heads,quantity,{ESTIMATE}",
+        "mean_bucket_intervals": f"attention,n_heads,quantity,q_bucket,{ESTIMATE}",
     }
     for name, columns in expected.items():
         lines = (tmp_path / "results" / f"{name}.csv").read_text().splitlines()
@@ -49,8 +56,8 @@ def test_the_columns_are_the_contract(verify_base: Path, tmp_path: Path) -> None
         parquet = tables.read(tmp_path / "results", name)
         assert ",".join(parquet) == columns
         for line, row in zip(lines[1:], zip(*parquet.values(), strict=True), strict=True):
-            values = [float(text) if text else np.nan for text in line.split(",")]
-            np.testing.assert_array_equal(values, row)
+            for text, value in zip(line.split(","), row, strict=True):
+                np.testing.assert_equal(text if isinstance(value, str) else float(text or "nan"), value)
 
 
 def test_the_program_from_its_start_to_pictures(
@@ -67,14 +74,15 @@ def test_the_program_from_its_start_to_pictures(
         "plasticity.json",
     ]
     pictures = sorted((folder / "pictures").iterdir())
-    names = ["by_bucket_pair", "by_head", "by_query_bucket", "component_weights"]
-    assert [path.name for path in pictures] == [f"{name}{suffix}" for name in names for suffix in (".png", ".svg")]
+    names = ["by_bucket_pair", "by_head", "by_query_bucket", "component_weights", "heads_in_order"]
+    starts = {".pdf": b"%PDF", ".png": b"\x89PNG", ".svg": b"<?xml"}
+    assert [path.name for path in pictures] == [f"{name}{suffix}" for name in names for suffix in starts]
     for path in pictures:
-        start = b"\x89PNG" if path.suffix == ".png" else b"<?xml"
-        assert path.read_bytes().startswith(start) and path.stat().st_size < 300_000
-    assert f"{', '.join(['by_query_bucket', 'by_bucket_pair', 'by_head', 'component_weights'])} (.png, .svg)" in (
+        assert path.read_bytes().startswith(starts[path.suffix]) and path.stat().st_size < 300_000
+    assert "by_query_bucket, by_bucket_pair, heads_in_order, by_head, component_weights (.png, .svg, .pdf)" in (
         first.stdout
     )
+    assert "corrected for the size of the sample: 0.9" in first.stdout and "lost to positional drift: " in first.stdout
     before = bytes_of(folder)
     caplog.set_level("INFO")
     assert measure(root, folder, num_pairs_per_bucket=8) == 0
@@ -292,7 +300,7 @@ def test_a_run_whose_folder_is_taken_writes_nothing_there(tmp_path: Path) -> Non
     writes: list[Callable[[], object]] = [
         lambda: mine.begin("mine"),
         lambda: mine.save(result),
-        lambda: mine.finish([result], {"damaged": {}}),
+        lambda: mine.finish([result], {"damaged": {}, "dataset": {"limited_layers": []}}),
         mine.check,
     ]
     for write in writes:
@@ -394,7 +402,7 @@ def test_damaged_results_are_recreated(root: Path, tmp_path: Path) -> None:
 def test_pictures_of_replaced_results_are_removed(root: Path, tmp_path: Path) -> None:
     pictures = tmp_path / "results" / "pictures"
     measure(root, tmp_path / "results", pictures=True)
-    assert len(list(pictures.iterdir())) == 8
+    assert len(list(pictures.iterdir())) == 15
     mine = pictures / "mine.png"
     mine.write_bytes(b"the user's")
     measure(root, tmp_path / "results", num_pairs_per_bucket=9, overwrite=True)

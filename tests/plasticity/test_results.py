@@ -41,7 +41,8 @@ def results(measured: Path, tmp_path: Path) -> Path:
     ("change", "problem"),
     [
         (lambda facts: facts.pop("fingerprint"), "missing required field `fingerprint`"),
-        (lambda facts: facts.update(format="qk-sniffer-plasticity/0"), "is not understood"),
+        (lambda facts: facts.update(format="qk-sniffer-plasticity/1"), "is of an earlier version of qk-sniffer"),
+        (lambda facts: facts.update(format="qk-sniffer-plasticity/99"), "is of a later version of qk-sniffer"),
         (lambda facts: facts["tables"].clear(), "does not list the tables"),
         (lambda facts: facts["tables"].update({"../../x": "0" * 64}), "does not list the tables"),
         (lambda facts: facts.update(damaged=0), r"at `\$.damaged`"),
@@ -60,7 +61,7 @@ def test_an_odd_record_is_refused_and_replaced(
     with pytest.raises(StoreError, match=rf"plasticity\.json .*{problem}.*; delete it and rerun"):
         compare.read(Results(results))
     assert not Results(results).is_finished("0" * 64, {})
-    assert measure(verify_base, results, overwrite=problem == "is not understood") == 0
+    assert measure(verify_base, results, overwrite="version" in problem) == 0
     assert bytes_of(results) == whole and compare.read(Results(results))
 
 
@@ -73,7 +74,7 @@ def test_an_odd_record_is_refused_and_replaced(
     ],
 )
 def test_a_table_of_other_numbers_is_refused(column: str, value: int, problem: str, results: Path) -> None:
-    path = results / "head_bucket_plasticity.parquet"
+    path = results / "head_bucket_intervals.parquet"
     table = pq.read_table(path)
     odd = pa.array([value, *table[column].to_pylist()[1:]], table.schema.field(column).type)
     pq.write_table(table.set_column(table.schema.get_field_index(column), table.schema.field(column), odd), path)
@@ -143,7 +144,7 @@ def test_tables_of_another_measurement_are_not_shown_as_those_of_the_record(
         return found
 
     monkeypatch.setattr(Results, "record", replaced)
-    with pytest.raises(StoreError, match=r"head_metrics\.parquet is not the table that plasticity\.json lists"):
+    with pytest.raises(StoreError, match=r"head_intervals\.parquet is not the table that plasticity\.json lists"):
         compare.read(Results(results))
     assert compare.read(Results(results)).texts
 

@@ -39,6 +39,7 @@ def test_a_sweep(verify_base: Path, tmp_path: Path) -> None:
         (("data_root=.", "revision=x"), ("which has none",)),
         (("data_root=.", "output_dir=./results"), ("in the dataset itself",)),
         (("data_root=.", "num_pairs_per_bucket=1000001"), ("at most 1,000,000",)),
+        (("data_root=.", "replicates=5"), ("must be 20 to 10,000, or 0 for results without intervals",)),
         (("data_root=.", "seed=1,2"), ("needs --multirun",)),
         (("--multirun", "data_root=.", "seed=1,2"), ("would both write",)),
         (("--multirun", "data_root=.", "seed=1,-2"), ("seed is -2",)),

@@ -24,9 +24,9 @@ ALL_PAIRS = 10**6
 
 
 def measure(root: Path, folder: Path, **settings: Any) -> int:
-    """Returns the exit code of a run without pictures. The regression takes all pairs of keys by default."""
+    """Returns the exit code of a run without pictures, with few replicates. The regression takes all pairs of keys."""
     pairs = 1000 if "estimator" in settings else ALL_PAIRS
-    values = {"pictures": False, "num_pairs_per_bucket": pairs} | settings
+    values = {"pictures": False, "num_pairs_per_bucket": pairs, "replicates": 20} | settings
     config = PlasticityConfig(data_root=str(root), output_dir=str(folder), **values)
     assert problems(config) == []
     return run(resolved(config))

@@ -184,7 +184,8 @@ def test_intervals_contain_the_truth_of_a_head_that_drifts(texts: int, rate: int
     found = cover(300, texts, rate, 1.5, 1)
     assert 0.90 <= found["ap"] <= 0.98 and 0.90 <= found["drift"] <= 0.98, found
     assert found["null is inside"] < 0.5, "the drift shows"
-    assert found["raw"] < found["true"] - 0.002 and found["corrected"] == pytest.approx(found["true"], abs=0.002)
+    bias, rest = found["true"] - found["raw"], found["true"] - found["corrected"]
+    assert bias > 0.002 and abs(rest) < bias / 2, found
 
 
 @pytest.mark.slow

@@ -5,15 +5,12 @@ All heads have the same replicates of the texts, so their mean has them too.
 
 from collections import defaultdict
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from qk_sniffer.plasticity.drift import Float64
-from qk_sniffer.plasticity.uncertainty import Estimate, of_plasticity
-
-if TYPE_CHECKING:
-    from qk_sniffer.plasticity.tables import HeadResult
+from qk_sniffer.plasticity.uncertainty import Estimate, Uncertainty, of_plasticity
 
 ENOUGH_ROWS, ENOUGH_TEXTS = 100, 30
 """The report warns of fewer queries in a bucket, or fewer texts. `docs/plasticity.md` has the figures behind this."""
@@ -25,9 +22,14 @@ _OVERALL = -1
 """Stands for all pairs of buckets, among numbers of query buckets."""
 
 
-def mean_rows(name: str, results: Iterable["HeadResult"], limited_layers: Container[int]) -> Iterator[dict[str, Any]]:
-    """Yields the rows of the table `name`: mean_intervals, or mean_bucket_intervals, which has each query bucket."""
-    known = [(result.layer in limited_layers, found) for result in results if (found := result.uncertainty)]
+def mean_rows(
+    name: str, of_layers: Iterable[tuple[int, Uncertainty]], limited_layers: Container[int]
+) -> Iterator[dict[str, Any]]:
+    """Yields the rows of the table `name`: mean_intervals, or mean_bucket_intervals, which has each query bucket.
+
+    `of_layers` has the layer and the uncertainty of each head.
+    """
+    known = [(layer in limited_layers, found) for layer, found in of_layers]
     for attention, wanted in ((ALL, (False, True)), (FULL, (False,)), (LIMITED, (True,))):
         of_heads: dict[int, list[tuple[Sequence[float], Sequence[float]]]] = defaultdict(list)
         for is_limited, found in known:

@@ -154,7 +154,8 @@ def write(
     files = []
     for name, schema in TABLES.items():
         if name.startswith("mean_"):
-            found = list(mean_rows(name, results, limited_layers))
+            of_layers = [(result.layer, result.uncertainty) for result in results if result.uncertainty is not None]
+            found = list(mean_rows(name, of_layers, limited_layers))
         else:
             found = [row for result in results for row in rows(name, result)]
         columns = [[row[column] for row in found] for column in schema.names]

@@ -144,7 +144,7 @@ def test_tables_of_another_measurement_are_not_shown_as_those_of_the_record(
         return found
 
     monkeypatch.setattr(Results, "record", replaced)
-    with pytest.raises(StoreError, match=r"head_intervals\.parquet is not the table that plasticity\.json lists"):
+    with pytest.raises(StoreError, match=r"head_metrics\.parquet is not the table that plasticity\.json lists"):
         compare.read(Results(results))
     assert compare.read(Results(results)).texts
 

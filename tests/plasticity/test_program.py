@@ -64,7 +64,7 @@ def test_the_program_from_its_start_to_pictures(
     verify_base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     root = Path(shutil.copytree(verify_base, tmp_path / "data"))
-    first = program(tmp_path, f"data_root={root.name}", "num_pairs_per_bucket=8")
+    first = program(tmp_path, f"data_root={root.name}", "num_pairs_per_bucket=8", "replicates=20")
     assert first.returncode == 0, first.stderr
     assert "12 heads measured, mean plasticity 0.9" in first.stdout
     folder = tmp_path / "data-plasticity"

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import qk_sniffer
+from qk_sniffer.cli.programs import PROGRAMS
 
 PACKAGE = Path(qk_sniffer.__file__).parent
 
@@ -79,6 +80,9 @@ IMPORT_TORCH_LATE = {
 }
 """Modules that import torch or transformers inside a function."""
 
+HEAVY = {"torch", "transformers", "datasets", "pandas", "scipy", "matplotlib"}
+"""Libraries that no program imports before it needs them."""
+
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): ast.parse(path.read_text(encoding="utf-8"))
     for path in sorted(PACKAGE.rglob("*.py"))
@@ -142,6 +146,43 @@ def test_the_other_modules_load_neither() -> None:
     code = f"import sys, {', '.join(light)}; print({{'torch', 'transformers'}} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "set()\n", done.stderr
+
+
+def loaded_by(*arguments: str, cwd: Path, code: int = 0) -> set[str]:
+    """Runs `python -m qk_sniffer` in a process; returns the modules that it has imported at its end."""
+    run = (
+        "import atexit, runpy, sys\n"
+        "atexit.register(lambda: open('modules', 'w', encoding='utf-8').write(' '.join(sys.modules)))\n"
+        "runpy.run_module('qk_sniffer', run_name='__main__', alter_sys=True)"
+    )
+    done = subprocess.run([sys.executable, "-c", run, *arguments], cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    return {*(cwd / "modules").read_text(encoding="utf-8").split()}
+
+
+def test_programs_start_without_the_libraries_that_they_do_not_need(tmp_path: Path) -> None:
+    """These libraries take most of the time of a start. No timing here: a busy machine changes it."""
+    for name in PROGRAMS:
+        assert not HEAVY & loaded_by(name, "--help", cwd=tmp_path), name
+    assert not (HEAVY | {"pyarrow"}) & loaded_by("--help", cwd=tmp_path)
+    assert not (HEAVY | {"pyarrow"}) & loaded_by("status", "--help", cwd=tmp_path)
+    assert not (HEAVY | {"pyarrow"}) & loaded_by("model=nope", cwd=tmp_path, code=2)
+    assert not (HEAVY | {"pyarrow", "hydra"}) & loaded_by("--version", cwd=tmp_path)
+
+
+def test_a_finished_job_and_the_programs_that_look_at_it_load_no_model(tmp_path: Path) -> None:
+    (tmp_path / "texts.jsonl").write_text('{"text": "A list is a sequence."}\n' * 2)
+    job = [
+        "dataset=hf",
+        "dataset.path=texts.jsonl",
+        "dataset.max_samples=1",
+        "model.tokenizer.max_length=64",
+        "output.data_root=outputs/mine",
+    ]
+    assert loaded_by(*job, cwd=tmp_path) >= {"torch", "transformers"}, "this test sees what a program imports"
+    assert not HEAVY & loaded_by(*job, cwd=tmp_path)
+    assert not HEAVY & loaded_by("verify", "outputs/mine", cwd=tmp_path)
+    assert not (HEAVY | {"pyarrow"}) & loaded_by("status", cwd=tmp_path)
 
 
 def test_packages_import_nothing() -> None:

@@ -8,6 +8,8 @@ from qk_sniffer.errors import QkSnifferError
 from qk_sniffer.logs import escape_libraries
 from qk_sniffer.text import hide_in_addresses, say, say_text, silence
 
+VERSION = "--version"
+
 
 def run(body: Callable[[list[str]], int], *, interrupted: str = "interrupted") -> int:
     """Runs a program with the arguments of this process.
@@ -24,7 +26,7 @@ def run(body: Callable[[list[str]], int], *, interrupted: str = "interrupted") -
     arguments = sys.argv[1:]
     hide_in_addresses(" ".join(arguments))
     try:
-        code = _version() if "--version" in arguments else body(arguments)
+        code = _version() if VERSION in arguments else body(arguments)
     except BrokenPipeError:
         code = 0
     except QkSnifferError as error:

@@ -9,6 +9,7 @@ import re
 import sys
 from typing import NamedTuple
 
+from qk_sniffer.cli import process
 from qk_sniffer.text import closest
 
 
@@ -38,6 +39,8 @@ _CAPTURE = Program("qk_sniffer.cli.app", "captures a dataset")
 
 def run_named() -> int:
     """Runs the program that the first argument of this process names, or else the capture; returns the exit code."""
+    if process.VERSION in sys.argv[1:]:
+        return process.run(lambda arguments: 0)
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     program = PROGRAMS.get(name)
     if program is not None:

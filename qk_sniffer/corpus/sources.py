@@ -69,11 +69,11 @@ def open_source(config: DatasetConfig, commit: str | None = None) -> Source:
     for name in (path, *texts_of(config.data_files)):
         hide_in_address(name)
     local = Path(path)
+    if path == PYDOC:
+        return _pydoc(config)
+    if local.is_file():
+        return _file(config, local)
     with _quiet():
-        if path == PYDOC:
-            return _pydoc(config)
-        if local.is_file():
-            return _file(config, local)
         if local.is_dir():
             return _folder(config, local.resolve())
         if not is_hub_id(path) or _reader(local):

@@ -7,12 +7,12 @@ from qk_sniffer.capture.sampling import sampling_ids
 from qk_sniffer.dataset.verify_manifest import ManifestFacts
 from qk_sniffer.dataset.verify_parts import first_parts, part_problems
 from qk_sniffer.dataset.verify_report import Problem, Report
-from qk_sniffer.dataset.verify_rows import Examples, values
+from qk_sniffer.dataset.verify_rows import Examples
 from qk_sniffer.machine import available_memory
 from qk_sniffer.store.form_types import MOST_BUCKETS
 from qk_sniffer.store.layout import Layout, examples_schema
 from qk_sniffer.store.parquet_files import open_parquet
-from qk_sniffer.store.parquet_tables import UNREADABLE, first_line, out_of_order, read_table
+from qk_sniffer.store.parquet_tables import UNREADABLE, first_line, out_of_order, read_table, values
 from qk_sniffer.store.stored import UnreadableError
 from qk_sniffer.store.text_segments import TextSegments
 from qk_sniffer.text import counted

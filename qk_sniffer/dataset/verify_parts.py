@@ -10,8 +10,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from qk_sniffer.dataset.verify_rows import values
-from qk_sniffer.store.parquet_tables import out_of_order
+from qk_sniffer.store.parquet_tables import out_of_order, values
 
 Bools = npt.NDArray[np.bool_]
 Int64 = npt.NDArray[np.int64]

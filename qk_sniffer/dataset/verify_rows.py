@@ -12,7 +12,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +23,7 @@ from qk_sniffer.capture.sampling import Sampler
 from qk_sniffer.dataset.verify_report import Problem
 from qk_sniffer.store.layout import OFFSET_COLUMNS, Head
 from qk_sniffer.store.parquet_files import open_parquet
-from qk_sniffer.store.parquet_tables import UNREADABLE, excess, first_line
+from qk_sniffer.store.parquet_tables import UNREADABLE, excess, first_line, values
 from qk_sniffer.store.text_segments import TextSegments
 
 BLOCK_TOKENS = 1 << 20
@@ -164,18 +163,6 @@ def check_rows(root: Path, heads: Sequence[Head], sampler: Sampler, examples: Ex
             for stream in streams:
                 stream.compare(expected, block.stop)
         return [stream.finish() for stream in streams]
-
-
-def values(column: pa.Array | pa.ChunkedArray) -> npt.NDArray[Any]:
-    """Returns the values of a column of numbers or booleans, with arbitrary values in place of nulls.
-
-    pyarrow's `to_numpy` imports pandas, which takes as long as verifying a small dataset.
-    """
-    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    if pa.types.is_boolean(array.type):
-        return values(array.cast(pa.uint8())).astype(bool)
-    without_nulls = pa.Array.from_buffers(array.type, len(array), [None, array.buffers()[1]], offset=array.offset)
-    return np.from_dlpack(without_nulls)
 
 
 class _Stream:

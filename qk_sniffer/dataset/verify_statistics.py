@@ -14,10 +14,10 @@ import numpy.typing as npt
 from qk_sniffer.config import STAGE_NAMES
 from qk_sniffer.dataset.verify_manifest import ManifestFacts
 from qk_sniffer.dataset.verify_report import Problem, Report
-from qk_sniffer.dataset.verify_rows import BATCH_BYTES, Examples, batches, values
+from qk_sniffer.dataset.verify_rows import BATCH_BYTES, Examples, batches
 from qk_sniffer.store.layout import UNROTATED_KINDS, Head, statistics_file
 from qk_sniffer.store.parquet_files import open_parquet
-from qk_sniffer.store.parquet_tables import UNREADABLE
+from qk_sniffer.store.parquet_tables import UNREADABLE, values
 from qk_sniffer.store.statistics import LEAST_TOKENS, PartKey, Statistics, stages_of
 from qk_sniffer.store.statistics_file import Heads, arrays_in, heads_in, read_statistics
 from qk_sniffer.store.stored import UnreadableError

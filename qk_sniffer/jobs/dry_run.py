@@ -1,7 +1,5 @@
 """Shows the plan of a job (`dry_run`). Writes nothing: no data root, no lock and no status."""
 
-from contextlib import suppress
-
 from qk_sniffer.backbone.limits import planned_num_embeddings
 from qk_sniffer.backbone.loading import check_model
 from qk_sniffer.backbone.outline import device_of, outline
@@ -18,14 +16,12 @@ from qk_sniffer.jobs.plan import Described, Plan, describe, make_plan
 from qk_sniffer.jobs.plan_lines import plan_text
 from qk_sniffer.jobs.segment_names import check_segment_names
 from qk_sniffer.jobs.source_rows import shard_rows
-from qk_sniffer.jobs.start import Start, find_existing_work
+from qk_sniffer.jobs.start import Start, find_existing_work, is_yet_to_publish
 from qk_sniffer.jobs.tokenizers import open_tokenizer
 from qk_sniffer.resolved import ResolvedConfig, resolve
-from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.journal import Journal
 from qk_sniffer.store.layout import Layout
 from qk_sniffer.store.places import refuse_unlisted
-from qk_sniffer.store.record import read_unpublished
 from qk_sniffer.store.work_folder import check_data_root
 from qk_sniffer.text import say, say_text
 from qk_sniffer.timing import Stages
@@ -58,15 +54,6 @@ def show_plan(config: Config) -> Plan | None:
     plan = _plan(job, layout, start)
     say_text(plan_text(plan))
     return plan
-
-
-def is_yet_to_publish(config: ResolvedConfig, layout: Layout) -> bool:
-    """Whether the job publishes, and an earlier start of it made the finished dataset and did not publish it."""
-    if config.output.hf_repo_id is None:
-        return False
-    with suppress(StoreError):  # a dataset or a mark that cannot be read is replaced
-        return read_unpublished(layout, manifests.read(layout.root)) is not None
-    return False
 
 
 def _plan(config: ResolvedConfig, layout: Layout, start: Start) -> Plan:

@@ -7,12 +7,9 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from qk_sniffer.capture.proof import prove
 from qk_sniffer.capture.proof_examples import MAX_TOKENS, choose, choose_for_statistics
-from qk_sniffer.capture.proof_statistics import prove_statistics
-from qk_sniffer.capture.proof_summaries import SummaryFiles
 from qk_sniffer.corpus.batches import check_same_segments, check_same_texts, examples_of
 from qk_sniffer.corpus.examples import Corpus
 from qk_sniffer.corpus.tokens import chosen
@@ -28,7 +25,6 @@ from qk_sniffer.hub.client import writing_api
 from qk_sniffer.hub.publish import publish
 from qk_sniffer.jobs import hub_resume
 from qk_sniffer.jobs.assemble import CapturedJob, Staged, captured_job, stage
-from qk_sniffer.jobs.components import Components, load_components
 from qk_sniffer.jobs.loaded_code import check_same_code
 from qk_sniffer.jobs.pictures import draw_pictures
 from qk_sniffer.jobs.tokenizers import hasher_of
@@ -48,6 +44,9 @@ from qk_sniffer.store.same_dataset import check_same, replaced, same_dataset
 from qk_sniffer.store.work_folder import remove_leftovers
 from qk_sniffer.text import say
 from qk_sniffer.timing import Stages, describe
+
+if TYPE_CHECKING:
+    from qk_sniffer.jobs.components import Components
 
 log = logger(__name__)
 
@@ -72,7 +71,7 @@ def finish(
     layout: Layout,
     job_id: str,
     corpus: Corpus | None,
-    components: Components | None,
+    components: "Components | None",
     stages: Stages,
     access: Access = PLAIN,
 ) -> Outcome | None:
@@ -94,7 +93,7 @@ def make_dataset(
     layout: Layout,
     job_id: str,
     corpus: Corpus | None,
-    components: Components | None,
+    components: "Components | None",
     stages: Stages,
     access: Access = PLAIN,
 ) -> tuple[ResolvedConfig, dict[str, Any]] | None:
@@ -253,7 +252,7 @@ def _prove(
     job: CapturedJob,
     staged: Staged,
     corpus: Corpus | None,
-    components: Components | None,
+    components: "Components | None",
     stages: Stages,
 ) -> dict[str, Any]:
     """Proves rows (`capture/proof.py`) and statistics (`capture/proof_statistics.py`) of some examples.
@@ -268,6 +267,12 @@ def _prove(
     settings, has_rows = config.capture.statistics, bool(staged.written.rows)
     if not has_rows and not settings.enabled:
         return {"proven": None, "reason": "the dataset has no rows"}
+    # These load torch, which a finished dataset does not need.
+    from qk_sniffer.capture.proof import prove
+    from qk_sniffer.capture.proof_statistics import prove_statistics
+    from qk_sniffer.capture.proof_summaries import SummaryFiles
+    from qk_sniffer.jobs.components import load_components
+
     if components is None:
         components = load_components(config, record["commits"], stages)
         check_same_code(components.loaded, record, f"the job in {job.claim.layout.root} is")

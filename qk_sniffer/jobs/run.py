@@ -1,6 +1,8 @@
 """Runs one job, from its config to a finished dataset.
 
 A job is a function of its config. It runs the same way here, in a sweep, on SLURM and in a test.
+
+What needs torch is imported where it is used: a finished dataset, and mistakes, are answered without it.
 """
 
 import os
@@ -10,24 +12,20 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from threading import Event
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qk_sniffer.config import Config
-from qk_sniffer.dataset.verify import verify_data
 from qk_sniffer.errors import StoreError
 from qk_sniffer.hub.client import require_access, require_uploads_from
 from qk_sniffer.hub.revisions import check_cache, hub_commit_of
 from qk_sniffer.jobs.assemble import finish_interrupted_promotion, is_still_done, remove_unreadable_marks
-from qk_sniffer.jobs.capture_examples import capture_examples
-from qk_sniffer.jobs.components import Components, load_components, model_facts
-from qk_sniffer.jobs.dry_run import is_yet_to_publish, show_plan
 from qk_sniffer.jobs.finish import Outcome, finish, report_and_publish
 from qk_sniffer.jobs.licenses import stated_terms
 from qk_sniffer.jobs.prefetch import in_background
 from qk_sniffer.jobs.segment_names import check_segment_names
 from qk_sniffer.jobs.signals import Stopping
 from qk_sniffer.jobs.source_rows import change_limit, source_rows
-from qk_sniffer.jobs.start import Start, change_output, find_existing_work, register_job
+from qk_sniffer.jobs.start import Start, change_output, find_existing_work, is_yet_to_publish, register_job
 from qk_sniffer.machine import return_memory, trim_memory
 from qk_sniffer.resolved import ResolvedConfig, batching_of, resolve
 from qk_sniffer.store.claim import Claim
@@ -38,6 +36,9 @@ from qk_sniffer.store.previous import PreviousVersion
 from qk_sniffer.store.work_folder import prepare_data_root, remove_leftovers
 from qk_sniffer.timing import Stages
 from qk_sniffer.validation import check
+
+if TYPE_CHECKING:
+    from qk_sniffer.jobs.components import Components
 
 
 def run_job(config: Config, begin: Callable[[], None] = lambda: None) -> Outcome:
@@ -51,6 +52,8 @@ def run_job(config: Config, begin: Callable[[], None] = lambda: None) -> Outcome
         Stopped: a signal came (see `signals.py`); complete batches are kept.
     """
     if config.dry_run:
+        from qk_sniffer.jobs.dry_run import show_plan
+
         show_plan(config)
         return Outcome()
     check(config)
@@ -104,6 +107,8 @@ def _run(
         if claim is not None and overwrite:
             remove_unreadable_marks(layout, shard.count, claim)
         if claim is None or not is_still_done(layout, shard, claim):
+            from qk_sniffer.jobs.capture_examples import capture_examples
+
             components = _load(config, start, stages)
             start = replace(start, job=start.job.with_loaded(components.versions))
             check_segment_names(config, start.corpus, components.tokenizer)
@@ -118,8 +123,10 @@ def _run(
         return finish(config, layout, claim.job_id, start.corpus, components, stages, lock) or Outcome()
 
 
-def _load(config: ResolvedConfig, start: Start, stages: Stages) -> Components:
+def _load(config: ResolvedConfig, start: Start, stages: Stages) -> "Components":
     """Loads the components. At the same time, checks the dataset that the job adds to."""
+    from qk_sniffer.jobs.components import load_components
+
     if start.base is None:
         return load_components(config, start.job.commits, stages)
     with in_background(partial(_check_base, start.base)) as wait:
@@ -138,14 +145,18 @@ def _check_base(base: PreviousVersion, stop: Event) -> None:
     Raises:
         StoreError: the dataset is damaged, or is not what its manifest says.
     """
+    from qk_sniffer.dataset.verify import verify_data
+
     base.check_files(stop)
     report = verify_data(base.files.path(MANIFEST).parent, stop)
     if report.problems:
         raise StoreError(f"nothing can be added to {base.files}, which is not whole:", *report.wrong)
 
 
-def _record(config: ResolvedConfig, start: Start, components: Components) -> dict[str, Any]:
+def _record(config: ResolvedConfig, start: Start, components: "Components") -> dict[str, Any]:
     """Returns the job's record: all that finalizing needs besides the journals, and facts for the manifest."""
+    from qk_sniffer.jobs.components import model_facts
+
     settings, backbone = config.to_dict(), components.backbone
     settings["inference"] |= batching_of(start.job.fingerprint)
     return start.job.to_dict() | {

@@ -26,7 +26,7 @@ from qk_sniffer.store.layout import Layout
 from qk_sniffer.store.locks import Lock, hold
 from qk_sniffer.store.open_folder import Access
 from qk_sniffer.store.previous import PreviousVersion, describe
-from qk_sniffer.store.record import new_job_id, read_record, write_record
+from qk_sniffer.store.record import new_job_id, read_record, read_unpublished, write_record
 from qk_sniffer.store.stored import UnreadableError
 from qk_sniffer.store.work_folder import discard_work
 from qk_sniffer.text import compact_ranges, shortened
@@ -88,6 +88,15 @@ def find_existing_work(config: ResolvedConfig, layout: Layout, *, is_mine: bool 
             log.warning("the finished dataset is replaced: %s", error)
             return _new_start(config, existing.files)
     return _continue_unfinished(config, layout, existing, job, corpus)
+
+
+def is_yet_to_publish(config: ResolvedConfig, layout: Layout) -> bool:
+    """Whether the job publishes, and an earlier start of it made the finished dataset and did not publish it."""
+    if config.output.hf_repo_id is None:
+        return False
+    with suppress(StoreError):  # a dataset or a mark that cannot be read is replaced
+        return read_unpublished(layout, manifests.read(layout.root)) is not None
+    return False
 
 
 @dataclass(frozen=True)

@@ -86,9 +86,9 @@ def read_examples(path: Path, manifest: Mapping[str, Any], *, way_out: str) -> p
     split = config.model.tokenizer.overlong == "split"
     described = examples_schema(split=split, segments=config.has_segments, from_python="source" in manifest)
     table = read_table(path, described, way_out=way_out, rows=manifest["examples"])
-    ids, lengths, index = (table[name].to_numpy() for name in ("example_id", "num_tokens", "index"))
+    ids, lengths, index = (values(table[name]) for name in ("example_id", "num_tokens", "index"))
     tokens, longest = int(lengths.sum(dtype=np.int64)), int(lengths.max(initial=0))
-    part = table["part"].to_numpy() if split else np.zeros_like(index)
+    part = values(table["part"]) if split else np.zeros_like(index)
     problem = None
     if len(np.unique(ids)) != len(ids) or out_of_order(index, part).any():
         problem = "lists an example twice, or not in the order of the source"
@@ -102,6 +102,19 @@ def read_examples(path: Path, manifest: Mapping[str, Any], *, way_out: str) -> p
     if problem is not None:
         raise UnreadableError(path, problem, way_out)
     return table
+
+
+def values(column: pa.Array | pa.ChunkedArray) -> npt.NDArray[Any]:
+    """Returns the values of a column of numbers or booleans, with arbitrary values in place of nulls.
+
+    pyarrow's `to_numpy` imports pandas, which takes as long as verifying a small dataset, or as a job that finds its
+    dataset finished.
+    """
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    if pa.types.is_boolean(array.type):
+        return values(array.cast(pa.uint8())).astype(bool)
+    without_nulls = pa.Array.from_buffers(array.type, len(array), [None, array.buffers()[1]], offset=array.offset)
+    return np.from_dlpack(without_nulls)
 
 
 def out_of_order(index: npt.NDArray[Any], part: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:

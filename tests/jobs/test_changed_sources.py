@@ -16,6 +16,7 @@ from qk_sniffer.corpus.examples import open_corpus
 from qk_sniffer.errors import SourceError, StoreError
 from qk_sniffer.hub.checkpoint_files import CheckpointFiles
 from qk_sniffer.jobs import assemble, components, identity, shards
+from qk_sniffer.jobs import components as components_module
 from qk_sniffer.jobs import run as run_module
 from qk_sniffer.jobs.finalize import finalize
 from qk_sniffer.store import manifest as manifests
@@ -242,14 +243,14 @@ def test_a_file_is_read_again_only_when_it_may_have_changed(tmp_path: Path, monk
 def test_a_job_does_not_replace_a_dataset_that_was_made_while_it_started(
     checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    root, real = tmp_path / "out", run_module.load_components
+    root, real = tmp_path / "out", components_module.load_components
 
     def load(*args: Any) -> Any:
-        monkeypatch.setattr(run_module, "load_components", real)
+        monkeypatch.setattr(components_module, "load_components", real)
         run(checkpoint, texts, root, **SECTIONS, sampler={"seed": 3})
         return real(*args)
 
-    monkeypatch.setattr(run_module, "load_components", load)
+    monkeypatch.setattr(components_module, "load_components", load)
     with pytest.raises(StoreError, match=r"another job has changed the dataset in .* while this one started"):
         run(checkpoint, texts, root, **half(0))
     assert manifests.read(root)["config"]["sampler"]["seed"] == 3
@@ -261,12 +262,12 @@ def test_a_job_that_adds_to_another_version_does_not_discard_the_work_of_a_shard
     root, texts = tmp_path / "out", write(tmp_path / "texts.jsonl", TEXTS[:12])
     run(checkpoint, texts, root, **SECTIONS)
     write(texts, TEXTS)
-    aside, real = tmp_path / "aside", run_module.load_components
+    aside, real = tmp_path / "aside", components_module.load_components
     names = [path.name for path in root.iterdir()]
     aside.mkdir()
 
     def load(*args: Any) -> Any:
-        monkeypatch.setattr(run_module, "load_components", real)
+        monkeypatch.setattr(components_module, "load_components", real)
         for name in names:
             (root / name).rename(aside / name)
         run(checkpoint, texts, root, **half(1))
@@ -274,7 +275,7 @@ def test_a_job_that_adds_to_another_version_does_not_discard_the_work_of_a_shard
             (aside / name).rename(root / name)
         return real(*args)
 
-    monkeypatch.setattr(run_module, "load_components", load)
+    monkeypatch.setattr(components_module, "load_components", load)
     # The dataset is checked in a thread meanwhile, which may find no manifest.
     with pytest.raises(StoreError, match=r"another job has changed the dataset|nothing can be added to "):
         run(checkpoint, texts, root, **half(0))

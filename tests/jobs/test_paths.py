@@ -90,7 +90,7 @@ def test_a_cache_that_libraries_cannot_open_is_refused_before_the_model_is_loade
     checkpoint: Path, texts: Path, odd: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", odd)
-    monkeypatch.setattr("qk_sniffer.jobs.run.load_components", None)
+    monkeypatch.setattr("qk_sniffer.jobs.components.load_components", None)
     xml = texts.parent / "xml" / "train.xml"
     xml.parent.mkdir()
     xml.touch()

@@ -12,7 +12,7 @@ from support.jobs import captured_only, run, stopped_after
 
 from qk_sniffer.capture.capture import Capture
 from qk_sniffer.errors import HubError, StoreError
-from qk_sniffer.jobs import run as run_module
+from qk_sniffer.jobs import capture_examples as capture_module
 from qk_sniffer.jobs.finalize import finalize
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store import record as records
@@ -77,15 +77,15 @@ def test_finalize_publishes_as_the_latest_start_asks(
 def test_the_last_shard_publishes_privately_if_a_later_start_asked_for_it(
     hub: FakeHub, logged_in: str, checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    root, real = tmp_path / "out", run_module.capture_examples
+    root, real = tmp_path / "out", capture_module.capture_examples
 
     def meanwhile(*arguments: Any) -> None:
         with monkeypatch.context() as patch:
-            patch.setattr(run_module, "capture_examples", real)
+            patch.setattr(capture_module, "capture_examples", real)
             run(checkpoint, texts, root, **SECTIONS, shard={"index": 1, "count": 2}, output=PRIVATE)
         real(*arguments)
 
-    monkeypatch.setattr(run_module, "capture_examples", meanwhile)
+    monkeypatch.setattr(capture_module, "capture_examples", meanwhile)
     run(checkpoint, texts, root, **SECTIONS, shard={"index": 0, "count": 2}, output=PUBLIC)
     assert hub.repositories[REPO].private
 

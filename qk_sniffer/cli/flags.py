@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
 from hydra import initialize_config_dir, initialize_config_module
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_repository import CachingConfigRepository
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.object_type import ObjectType
 from hydra.core.plugins import Plugins
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig
@@ -128,19 +131,36 @@ def _flags_first(arguments: list[str], settings: list[str]) -> list[str]:
 
 @contextmanager
 def _composes_prepared(prepare: Callable[[DictConfig], None]) -> Iterator[None]:
-    """Has Hydra print a config whose values that others refer to are derived: it prints before a task begins."""
-    compose = Hydra.compose_config
+    """Has Hydra print a config whose values that others refer to are derived: it prints before a task begins.
+
+    For `--help`, it also lists the choices of groups from one copy of its sources. Hydra copies all of them for each
+    folder, which takes most of the time.
+    """
+    compose, options_of = Hydra.compose_config, ConfigLoaderImpl.get_group_options
+    copies: dict[Any, CachingConfigRepository] = {}
+
+    def listed(
+        self: ConfigLoaderImpl,
+        group_name: str,
+        results_filter: ObjectType | None = ObjectType.CONFIG,
+        config_name: str | None = None,
+        overrides: list[str] | None = None,
+    ) -> list[str]:
+        key = config_name, *(overrides or ())
+        if key not in copies:
+            copies[key] = self._parse_overrides_and_create_caching_repo(config_name, overrides or [])[1]
+        return copies[key].get_group_options(group_name, results_filter)
 
     def composed(self: Hydra, *args: Any, **options: Any) -> DictConfig:
         node = compose(self, *args, **options)
         prepare(node)
         return node
 
-    Hydra.compose_config = composed  # type: ignore[method-assign]
+    Hydra.compose_config, ConfigLoaderImpl.get_group_options = composed, listed  # type: ignore[method-assign]
     try:
         yield
     finally:
-        Hydra.compose_config = compose  # type: ignore[method-assign]
+        Hydra.compose_config, ConfigLoaderImpl.get_group_options = compose, options_of  # type: ignore[method-assign]
 
 
 @contextmanager

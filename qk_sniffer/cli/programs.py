@@ -27,6 +27,7 @@ PROGRAMS = {
     "verify": Program("qk_sniffer.verify", "compares a dataset with its manifest"),
     "finalize": Program("qk_sniffer.finalize", "completes the dataset of a job that died, or publishes one"),
     "heads": Program("qk_sniffer.heads", "ranks heads by what they attend to"),
+    "report": Program("qk_sniffer.report.cli", "shows a dataset on one HTML page"),
     "pictures": Program("qk_sniffer.pictures", "draws the statistics of a dataset"),
     "export": Program("qk_sniffer.export.cli", "writes the files of KV-cache methods"),
     "plasticity": Program("qk_sniffer.plasticity.cli", "measures attention plasticity"),

@@ -102,7 +102,8 @@ class JournalWriter:
         self._forms: dict[tuple[int, str], Form] = {}
         self._ended_bytes = 0  # of the facts of finished batches in the queue
         self._since: dict[int, int] = {}  # the thread's: the segment that each open batch starts in
-        self._done: list[GroupEnd] = []
+        # Of the batches that are durable: number, examples and checks. Their facts in JSON are not kept.
+        self._done: list[tuple[int, Sequence[ExampleRecord], Sequence[AttentionFacts]]] = []
         self.durable_examples = len(journal.records)
         self.bytes_written = 0
         self.write_s = 0.0
@@ -241,9 +242,8 @@ class JournalWriter:
             with self._lock:
                 self._changed.notify_all()
         self._thread.join()
-        for end in self._done:
-            for batch in end.batches:
-                self._journal.add(batch.number, batch.records, self._batching, batch.checks)
+        for number, records, checks in self._done:
+            self._journal.add(number, records, self._batching, checks)
         self._done.clear()
         self._journal.lost -= self._journal.records.keys()
         self._journal.next_batch = self._batch + 1
@@ -315,7 +315,7 @@ class JournalWriter:
                     self.bytes_written += written
                     for item in items:
                         if isinstance(item, GroupEnd):
-                            self._done.append(item)
+                            self._done += [(batch.number, batch.records, batch.checks) for batch in item.batches]
                             self.durable_examples += item.num_records
                         else:
                             self._buffer.give_back(item.region)

@@ -19,10 +19,10 @@ import pyarrow.parquet as pq
 
 from qk_sniffer.cli import program
 from qk_sniffer.dataset.head_scores import RANKED, Ranges, head_scores
-from qk_sniffer.dataset.reader import Dataset, open_dataset
+from qk_sniffer.dataset.reader import open_dataset
 from qk_sniffer.drawing.draw import MATPLOTLIB_MISSING, can_draw
-from qk_sniffer.drawing.head_scores import score_maps
-from qk_sniffer.drawing.style import as_text, save
+from qk_sniffer.drawing.head_scores import score_maps, title
+from qk_sniffer.drawing.style import save
 from qk_sniffer.store.disk import write_atomic
 from qk_sniffer.store.layout import PICTURE_SUFFIXES
 from qk_sniffer.store.open_folder import OpenFolder
@@ -69,7 +69,7 @@ def _program(settings: Settings) -> int:
             write_atomic(folder / f"{NAME}.{suffix}", data, access=lock, is_own=is_own)
         written = [f"{NAME}.csv", f"{NAME}.parquet"]
         if can_draw():
-            save(folder / NAME, lambda: score_maps(scores, _title(dataset, ranges)), access=lock)
+            save(folder / NAME, lambda: score_maps(scores, title(dataset, ranges)), access=lock)
             written += [f"{NAME}{suffix}" for suffix in PICTURE_SUFFIXES]
     say(f"{counted(scores.num_rows, 'query head')}; queries at positions from {ranges.first_position:,} on.")
     for line in _leaders(scores):
@@ -97,12 +97,6 @@ def _leaders(scores: pa.Table) -> Iterator[str]:
         ordered = scores.sort_by(f"{name}_rank").slice(0, SHOWN).to_pylist()
         heads = ", ".join(f"l{row['layer']:02d}h{row['head']:02d} {row[name]:.3f}" for row in ordered if row["rows"])
         yield f"{words}: {heads}"
-
-
-def _title(dataset: Dataset, ranges: Ranges) -> str:
-    config = dataset.manifest["config"]
-    close, distant = f"close: below {ranges.local_distance}", f"distant: {ranges.far_distance} and more"
-    return as_text(f"{config['model']['slug']} on {config['dataset']['slug']} ({close}; {distant})")
 
 
 def _csv(scores: pa.Table) -> bytes:

@@ -1,4 +1,4 @@
-"""Draws the pictures of a dataset's statistics: ranges of channels, norms, and rotary frequencies.
+"""Draws the pictures of a dataset: ranges of channels, norms, rotary frequencies, and what heads attend to.
 
 A job draws them itself if matplotlib is installed there. This program draws them again, also of a dataset on the Hub.
 Each picture is a PNG and an SVG. docs/pictures.md describes them.
@@ -42,7 +42,10 @@ def _program(settings: Settings) -> int:
     dataset = open_dataset(settings.data_root, settings.revision)
     pictures = drawable(dataset)
     if not pictures:
-        raise StoreError(f"{dataset} has no statistics to draw: capture.statistics.enabled=true makes them")
+        raise StoreError(
+            f"{dataset} has nothing to draw: capture.statistics.enabled=true makes statistics, and "
+            "capture.attention.enabled=true attention summaries"
+        )
     if not can_draw():
         raise QkSnifferError(f"pictures cannot be drawn: {MATPLOTLIB_MISSING}")
     own = folder_of(dataset)

@@ -13,7 +13,8 @@ import pytest
 
 import qk_sniffer
 from qk_sniffer import heads
-from qk_sniffer.dataset.head_scores import RANKED, SCORES, Ranges, head_scores
+from qk_sniffer.dataset.head_scores import RANKED, SCORES, Ranges, head_scores, ranges_of
+from qk_sniffer.drawing.draw import draw, drawable
 from qk_sniffer.errors import ConfigError, StoreError
 from qk_sniffer.plasticity.results import Results
 
@@ -165,3 +166,17 @@ def test_files_of_others_are_not_replaced_and_two_programs_do_not_meet(
     for place in (whole / "l00h00q" / "x", whole / "pictures"):
         assert run(monkeypatch, *arguments, f"output_dir={place}") == 1
         assert f"where the dataset at {whole} has its own files" in capsys.readouterr().err
+
+
+def test_a_job_draws_the_maps_with_distances_that_fit_its_texts(whole: Path, tmp_path: Path) -> None:
+    """The longest text has 112 tokens: queries of its second half see distant keys, 31 tokens away and more."""
+    dataset = qk_sniffer.open_dataset(whole)
+    assert dataset.manifest["longest_example"] == 112
+    assert ranges_of(dataset) == Ranges(local_distance=3, far_distance=31, sink_tokens=3)
+    pictures = drawable(dataset)
+    assert [*pictures] == ["attention"] and draw(pictures, tmp_path) == ["attention"]
+    assert {path.name for path in tmp_path.iterdir()} == {"attention.png", "attention.svg"}
+    assert "close: below 3; distant: 31 and more" in (tmp_path / "attention.svg").read_text()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qk_sniffer.drawing.head_scores.ranges_of", lambda _: Ranges(63, 511, 3))
+        assert draw(pictures, tmp_path / "of-short-texts") == [], "no query is far enough from the start"

@@ -63,6 +63,23 @@ class Ranges:
             raise ConfigError(lines)
 
 
+def ranges_of(dataset: Dataset) -> Ranges:
+    """Returns the distances of close and distant keys for a picture of a dataset: below 63, and 511 and more.
+
+    In short texts they are smaller, so that queries in half of the longest text count.
+
+    Raises:
+        StoreError: the dataset has no attention summaries.
+    """
+    sink_tokens, longest = dataset.attention_settings.sink_tokens, dataset.manifest["longest_example"]
+    far = min(511, 2 ** max(2, (longest // 2).bit_length() - 1) - 1)
+    return Ranges(min(63, max(1, (far + 1) // 8 - 1)), far, sink_tokens)
+
+
+class NoRowsError(StoreError):
+    """No row of a dataset counts in the scores of its heads."""
+
+
 def head_scores(dataset: Dataset, ranges: Ranges) -> pa.Table:
     """Returns a row for each captured query head, by layer and head.
 
@@ -73,7 +90,8 @@ def head_scores(dataset: Dataset, ranges: Ranges) -> pa.Table:
 
     Raises:
         ConfigError: as `Ranges.check`.
-        StoreError: the dataset has no attention summaries, a file is damaged, or no row counts.
+        NoRowsError: no row counts.
+        StoreError: the dataset has no attention summaries, or a file is damaged.
         HubError: a file cannot be fetched.
     """
     ranges.check()
@@ -89,7 +107,7 @@ def head_scores(dataset: Dataset, ranges: Ranges) -> pa.Table:
         }
         rows.append(of_head | scores_of(summary, ranges))
     if not any(row["rows"] for row in rows):
-        raise StoreError(
+        raise NoRowsError(
             f"{dataset} has no query at a position from {ranges.first_position:,} on: lower far_distance, and "
             "local_distance with it, or capture longer texts"
         )

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qk_sniffer.dataset.reader import Dataset
-from qk_sniffer.drawing import statistics
+from qk_sniffer.drawing import head_scores, statistics
 from qk_sniffer.drawing.style import save
 from qk_sniffer.errors import StoreError
 from qk_sniffer.store.disk import explained
@@ -36,7 +37,10 @@ def folder_of(dataset: Dataset) -> Path:
 
 def drawable(dataset: Dataset) -> Pictures:
     """Returns all pictures that a dataset can have."""
-    return statistics.pictures(dataset)
+    found = statistics.pictures(dataset)
+    if dataset.manifest["config"]["capture"]["attention"]["enabled"]:
+        found["attention"] = partial(head_scores.attention, dataset)
+    return found
 
 
 def unlisted(dataset: Dataset, pictures: Pictures) -> Pictures:

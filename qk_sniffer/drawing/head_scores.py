@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
-from qk_sniffer.dataset.head_scores import RANKED
-from qk_sniffer.drawing.style import PAGE_IN, absent_patch, check_cells, figure, mark_absent
+from qk_sniffer.dataset.head_scores import RANKED, NoRowsError, Ranges, head_scores, ranges_of
+from qk_sniffer.dataset.reader import Dataset
+from qk_sniffer.drawing.style import PAGE_IN, absent_patch, as_text, check_cells, figure, mark_absent
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -18,6 +19,29 @@ MOST_TICKS = 8
 
 LEAST_SCALE = 0.05
 """The least weight at the end of a scale of colours: smaller ones alone would look like findings."""
+
+
+def attention(dataset: Dataset) -> "Figure | None":
+    """Draws the maps of a dataset with attention summaries; returns None if no row counts.
+
+    Raises:
+        StoreError: a file is missing or damaged.
+        HubError: a file cannot be fetched.
+        QkSnifferError: as `score_maps`.
+    """
+    ranges = ranges_of(dataset)
+    try:
+        scores = head_scores(dataset, ranges)
+    except NoRowsError:
+        return None
+    return score_maps(scores, title(dataset, ranges))
+
+
+def title(dataset: Dataset, ranges: Ranges) -> str:
+    """Returns the title of the maps: the model, the texts and the distances."""
+    config = dataset.manifest["config"]
+    close, distant = f"close: below {ranges.local_distance}", f"distant: {ranges.far_distance} and more"
+    return as_text(f"{config['model']['slug']} on {config['dataset']['slug']} ({close}; {distant})")
 
 
 def score_maps(scores: pa.Table, title: str) -> "Figure":

@@ -34,13 +34,13 @@ def draw_pictures(layout: Layout, access: Access, manifest: Mapping[str, Any]) -
         if not missing:
             return
         if not can_draw():
-            log.warning("no pictures of the statistics: %s", MATPLOTLIB_MISSING)
+            log.warning("no pictures: %s", MATPLOTLIB_MISSING)
             return
         names = draw(missing, folder_of(dataset), access=access, held=partial(same_dataset, layout, manifest, access))
     except TakenAwayError:
         raise
     except Exception as error:  # any error of matplotlib, too
-        log.warning("no pictures of the statistics: %s", error)
+        log.warning("no pictures: %s", error)
         return
     if names:
         say(f"Pictures: {folder_of(dataset)}/{', '.join(names)} ({', '.join(PICTURE_SUFFIXES)})")

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qk_sniffer.dataset.attention_summary import AttentionSummary
-from qk_sniffer.dataset.head_scores import Ranges, scores_of
+from qk_sniffer.dataset.head_scores import ranges_of, scores_of
 from qk_sniffer.dataset.head_vectors import HeadVectors
 from qk_sniffer.dataset.reader import Dataset, sampler_of
 from qk_sniffer.dataset.recomputed_attention import attention_of, logits_of, unknown_logits
@@ -23,14 +23,6 @@ MAP_BYTES = 1 << 20
 
 MAP_SIDES = (128, 96, 64)
 """The numbers of positions that a map may show, the largest first."""
-
-
-def ranges_of(dataset: Dataset) -> Ranges:
-    """Returns the distances that count as close and as distant: as `python -m qk_sniffer.heads`, or in shorter texts
-    smaller ones, so that half of the longest text has queries that count."""
-    sink_tokens, longest = dataset.attention_settings.sink_tokens, dataset.manifest["longest_example"]
-    far = min(511, 2 ** max(2, (max(1, longest // 2)).bit_length() - 1) - 1)
-    return Ranges(min(63, max(1, (far + 1) // 8 - 1)), far, sink_tokens)
 
 
 DENSE = 0.25

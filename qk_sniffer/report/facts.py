@@ -9,6 +9,7 @@ import numpy as np
 from qk_sniffer.config import STAGE_NAMES, STAGES
 from qk_sniffer.dataset.card_facts import CardFacts
 from qk_sniffer.dataset.card_names import title
+from qk_sniffer.dataset.head_scores import ranges_of
 from qk_sniffer.dataset.heads import captured_heads
 from qk_sniffer.dataset.proof_words import (
     attention,
@@ -23,7 +24,6 @@ from qk_sniffer.dataset.proof_words import (
 from qk_sniffer.dataset.reader import Dataset
 from qk_sniffer.dataset.weights import computed_in, quantized
 from qk_sniffer.drawing import statistics as drawn
-from qk_sniffer.report.attention import ranges_of
 from qk_sniffer.report.coverage import coverage
 from qk_sniffer.report.heads import Heads, by_layer, channels, measured_heads, outliers
 from qk_sniffer.report.packed import Json, grid, number, numbers

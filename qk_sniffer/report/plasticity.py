@@ -62,7 +62,7 @@ def read(dataset: Dataset, folder: Path | None) -> Measured | None:
 
 def _read(dataset: Dataset, results: Results) -> Measured:
     record = results.record()
-    if record["dataset"].get("manifest_sha256") != manifest_sha256(dataset):
+    if record["dataset"]["manifest_sha256"] != manifest_sha256(dataset):
         raise StoreError(
             f"{results.folder} has results of another dataset, or of {dataset} before it changed: measure it again by "
             "python -m qk_sniffer.plasticity data_root=..."

@@ -80,7 +80,7 @@ def test_without_matplotlib_a_job_says_so_and_ends_well(
     monkeypatch.setattr("qk_sniffer.jobs.pictures.can_draw", draw.can_draw)
     assert finalize(root) == 0 and not (root / "pictures").exists()
     message = "matplotlib is not installed: pip install matplotlib, and rerun the same command"
-    assert [record.getMessage() for record in caplog.records] == [f"no pictures of the statistics: {message}"]
+    assert [record.getMessage() for record in caplog.records] == [f"no pictures: {message}"]
     assert called(f"data_root={root}") == 1
 
 
@@ -95,7 +95,7 @@ def test_what_goes_wrong_with_pictures_does_not_fail_the_job(
     (root / "pictures").unlink()
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda *_, **__: 1 // 0)
     assert finalize(root) == 0 and [*(root / "pictures").iterdir()] == []
-    assert "no pictures of the statistics: " in caplog.text and "division" in caplog.text
+    assert "no pictures: " in caplog.text and "division" in caplog.text
 
 
 @pytest.mark.slow
@@ -136,7 +136,7 @@ def test_the_program_names_what_is_wrong(
     root: Path, verify_base: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert called(f"data_root={verify_base}") == 1
-    assert "has no statistics to draw: capture.statistics.enabled=true makes them" in capsys.readouterr().err
+    assert "has nothing to draw: capture.statistics.enabled=true makes statistics" in capsys.readouterr().err
 
     def replaced(*_: Any, **__: Any) -> None:
         edit(root, lambda manifest: manifest["config"]["model"].update(slug="another"))
@@ -173,7 +173,7 @@ def test_pictures_wait_for_no_job_that_makes_another_dataset(
         assert called(f"data_root={root}") == 1
         assert f"{root} is in use: process {os.getpid()} on " in capsys.readouterr().err
         assert finalize(root) == 0
-    assert "no pictures of the statistics: " in caplog.text and "is in use" in caplog.text
+    assert "no pictures: " in caplog.text and "is in use" in caplog.text
     assert Layout(root).pictures() == []
 
 

@@ -6,7 +6,7 @@ INSTALLED := .venv/.installed
 .PHONY: demo test slow notebooks floor check docs supported bench bench-peers install clean
 
 demo: install  ## run a job on the embedded model and texts, and write a report of its dataset
-	$(BIN)/python -m qk_sniffer sampler.base_rate=16
+	$(BIN)/python -m qk_sniffer
 	$(BIN)/python -m qk_sniffer.report data_root=outputs/pydoc-tiny-pydoc
 
 test: install  ## run the quick tests

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -240,6 +241,35 @@ def test_no_job_of_a_page_refuses_another_in_the_same_folder(tmp_path: Path) -> 
             assert asked == found, f"{command} and {other} have one folder, {job.config.data_root}"
             if composed_only(command) is None:
                 assert (run_job(job.config).rows > 0) == (job.config.sampler.type != "none"), command
+
+
+@pytest.mark.slow
+def test_the_recipes_of_the_readme_run_one_after_another_in_one_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Runs them after `make demo`. Those of a name that the reader has to give are composed."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts.jsonl").write_text('{"text": "The first text."}\n{"text": "And the second, a longer one."}\n')
+    assert re.search(
+        r"^demo:.*\n\t\$\(BIN\)/python -m qk_sniffer$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE
+    )
+    (table,) = re.findall(r"^## Recipes\n.*?\n\n(\|.*?)\n\n", (ROOT / "README.md").read_text(), flags=re.M | re.S)
+    spans = [span for span in re.findall(r"`([^`]+)`", table) if "=" in span or span.startswith("python")]
+    few = ["dataset.max_samples=8", "model.tokenizer.max_length=512"]
+    ran = 0
+    for words in map(shlex.split, ["model=pydoc_tiny", *spans]):
+        if words[0] == "python":
+            few_too = few if words[:3] == ["python", "-m", "qk_sniffer"] else []
+            command = [sys.executable, *words[1:], *few_too]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+            assert done.returncode == 0, (words, done.stderr)
+        else:
+            (job,) = jobs_of(["python", "-m", "qk_sniffer", *words, *few])
+            if any("org/" in word or "me/" in word for word in words):
+                continue
+            assert run_job(job.config).rows is not None, words
+        ran += 1
+    assert ran >= 8
 
 
 @pytest.mark.usefixtures("at_readers")

@@ -17,7 +17,7 @@ from qk_sniffer.cli.launching import protect_jobs
 from qk_sniffer.errors import QkSnifferError, StoreError
 
 _OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG}
-_OF_A_PATH = {errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
+_OF_A_PATH = {errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
 
 
 def run_jobs(config_name: str, task: Callable[[Any], Any], arguments: list[str], *, is_sweep: bool) -> list[JobReturn]:

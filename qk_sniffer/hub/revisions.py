@@ -185,5 +185,7 @@ def current_commit(name: str, revision: str) -> str:
         if (cached := cached_commit("model", name, revision)) is not None:
             return cached
         raise SourceError(
-            f"model {name} at {revision}: {unreachable}, and no copy of it is in the local cache"
+            f"model {name} at {revision}: {unreachable}, and no copy of it is in the local cache. Rerun the command "
+            "where the Hub can be reached, or set model.name to a folder with the checkpoint. model=pydoc_tiny needs "
+            "no network"
         ) from None

@@ -91,6 +91,15 @@ def test_a_job_knows_whether_it_is_of_a_sweep(mode: RunMode, tmp_path: Path) -> 
     assert [job.return_value for job in done] == [mode]
 
 
+def test_a_folder_that_the_file_system_does_not_make_is_named() -> None:
+    folder = ["hydra.run.dir=/proc/nowhere/run"]  # a file system whose folders nobody makes
+    with (
+        initialized(parse_flags(folder)),
+        pytest.raises(StoreError, match=r"cannot write /proc/nowhere.*hydra\.run\.dir="),
+    ):
+        run_jobs("config", lambda _: None, folder, is_sweep=False)
+
+
 def test_a_sweep_that_records_no_settings_does_not_take_the_folder_of_one_that_does(tmp_path: Path) -> None:
     """Each of its jobs would run with the settings of the earlier job of its number."""
     (tmp_path / SWEEP_FILE).write_text("{}")

@@ -10,8 +10,9 @@ from huggingface_hub import HfApi
 from support.fake_hub import FakeHub
 from support.hub_cases import BRANCH, REPO, MakeDataset, assert_published, publish
 
-from qk_sniffer.errors import HubError
+from qk_sniffer.errors import HubError, SourceError
 from qk_sniffer.hub.client import require_access
+from qk_sniffer.hub.revisions import current_commit
 
 pytestmark = [pytest.mark.floor, pytest.mark.usefixtures("waits")]
 
@@ -39,6 +40,14 @@ def test_a_wrong_login_or_name_ends_at_once(
         publish(make_dataset(tmp_path / "a"), repo_id, BRANCH, api=HfApi(endpoint=hub.url, token=token))
     assert not isinstance(token, str) or (token not in str(caught.value) and "secret" not in str(caught.value))
     assert hub.repositories == {} and waits == []
+
+
+def test_a_model_without_a_network_names_the_ways_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    way_out = r"offline mode is on.*local cache\. Rerun the command where the Hub can be reached, or set model\.name to"
+    with pytest.raises(SourceError, match=way_out):
+        current_commit("org/model", "main")
 
 
 def test_private(hub: FakeHub, api: HfApi, make_dataset: MakeDataset, tmp_path: Path) -> None:

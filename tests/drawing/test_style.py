@@ -7,7 +7,7 @@ import matplotlib
 import numpy as np
 import pytest
 
-from qk_sniffer.drawing.style import as_text, check_cells, figure, save
+from qk_sniffer.drawing.style import PAPER_SUFFIXES, as_text, check_cells, figure, save
 from qk_sniffer.errors import QkSnifferError, StoreError
 from qk_sniffer.store.open_folder import PLAIN, Checked, OpenFolder
 from qk_sniffer.store.places import is_drawn
@@ -38,6 +38,20 @@ def test_a_picture_is_a_png_and_an_svg_of_the_same_bytes_each_time(
     assert matplotlib.__version__ not in svg and matplotlib.__version__.encode() not in png and "dc:date" not in svg
     with OpenFolder.at(tmp_path) as folder:
         assert all(is_drawn(folder, path.name) for path in files)
+
+
+def test_pictures_for_papers_are_a_pdf_too_which_is_known_and_replaced(tmp_path: Path) -> None:
+    files = save(tmp_path / "a", drawing, suffixes=PAPER_SUFFIXES)
+    assert [file.suffix for file in files] == [".png", ".svg", ".pdf"]
+    first = files[2].read_bytes()
+    assert first.startswith(b"%PDF") and b"/CreationDate" not in first and b"/Subtype /Type3" not in first
+    with OpenFolder.at(tmp_path) as folder:
+        assert is_drawn(folder, "a.pdf")
+    save(tmp_path / "a", drawing, suffixes=PAPER_SUFFIXES)
+    assert files[2].read_bytes() == first
+    files[2].write_bytes(first.replace(b"(qk-sniffer)", b"(other)"))
+    with pytest.raises(StoreError, match=r"a\.pdf was not written by qk-sniffer"):
+        save(tmp_path / "a", drawing, suffixes=PAPER_SUFFIXES)
 
 
 def test_settings_of_others_do_not_change_a_picture(tmp_path: Path) -> None:

@@ -20,6 +20,11 @@ log = logger(__name__)
 LINE_EVERY_S = 10.0
 
 
+_BAR = "{percentage:3.0f}% {bar} {n_fmt}/{total_fmt}{postfix}, {remaining} left"
+_STREAM = "{n_fmt} {unit}s{postfix}"
+"""The forms of the bar. Its numbers fit 80 columns, and the bar itself takes what is left."""
+
+
 class Progress:
     """Reports examples done, tokens/s, ETA, rows and memory on stderr, and in `file` for `read_progress`.
 
@@ -32,7 +37,14 @@ class Progress:
         self, total: int | None, done: int = 0, unit: str = "example", *, file: Path, access: Access = PLAIN
     ) -> None:
         # disable=None: no bar unless stderr is a terminal; log lines replace it.
-        self._bar = tqdm(total=total, initial=done, unit=unit, disable=None, dynamic_ncols=True, desc="capture")
+        self._bar = tqdm(
+            total=total,
+            initial=done,
+            unit=unit,
+            disable=None,
+            dynamic_ncols=True,
+            bar_format=_STREAM if total is None else _BAR,
+        )
         self._total, self._done, self._unit, self._file, self._access = total, done, unit, file, access
         self._resumed = done > 0
         self._tokens = self._rows = self._new = 0
@@ -50,7 +62,8 @@ class Progress:
         memory_mb = self._process.memory_info().rss / 2**20
         facts = f"{self._speed(now):,.0f} tokens/s, {self._rows:,} rows, {memory_mb:,.0f} MB memory"
         if not self._bar.disable:
-            self._bar.set_postfix_str(facts, refresh=False)
+            numbers = map(_short, (self._speed(now), self._rows, memory_mb * 2**20))
+            self._bar.set_postfix_str("{} tok/s, {} rows, {}B".format(*numbers), refresh=False)
             self._bar.update(examples)
         if now - self._last_line >= LINE_EVERY_S:
             self._last_line = now
@@ -94,6 +107,11 @@ class Progress:
                 file.write(encode(facts))
             self._access.check()
             folder.rename(f"{name}.tmp", folder, name)
+
+
+def _short(number: float) -> str:
+    """Returns a number in at most five characters: `87`, `1.2k`, `345k`, `6.7M`."""
+    return str(tqdm.format_sizeof(number)) if number >= 1000 else f"{number:.0f}"
 
 
 def read_progress(file: Path) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from qk_sniffer.jobs.segment_names import check_segment_names
 from qk_sniffer.jobs.signals import Stopping
 from qk_sniffer.jobs.source_rows import change_limit, source_rows
 from qk_sniffer.jobs.start import Start, change_output, find_existing_work, is_yet_to_publish, register_job
+from qk_sniffer.logs import logger
 from qk_sniffer.machine import return_memory, trim_memory
 from qk_sniffer.resolved import ResolvedConfig, batching_of, resolve
 from qk_sniffer.store.claim import Claim
@@ -39,6 +40,8 @@ from qk_sniffer.validation import check
 
 if TYPE_CHECKING:
     from qk_sniffer.jobs.components import Components
+
+log = logger(__name__)
 
 
 def run_job(config: Config, begin: Callable[[], None] = lambda: None) -> Outcome:
@@ -107,6 +110,7 @@ def _run(
         if claim is not None and overwrite:
             remove_unreadable_marks(layout, shard.count, claim)
         if claim is None or not is_still_done(layout, shard, claim):
+            log.info("loading %s ...", config.model.slug)  # before torch, whose import takes seconds
             from qk_sniffer.jobs.capture_examples import capture_examples
 
             components = _load(config, start, stages)

@@ -96,7 +96,32 @@ def test_a_bar_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
         shown.close()
         text = everything(master)
     os.close(master)
-    assert " 5/10 " in text and "24 rows" in text and not caplog.messages
+    assert " 5/10, " in text and "24 rows" in text and not caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("total", "parts"), [(1_000_000, (" 50% ", " 500000/1000000", " left")), (None, ("500000 texts",))]
+)
+def test_the_bar_shows_its_parts_at_80_columns(
+    total: int | None, parts: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    master, slave = pty.openpty()
+    os.set_blocking(master, False)
+    with os.fdopen(slave, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 80, 0, 0))
+        shown = Progress(total=total, unit="text", file=tmp_path / "progress")
+        monkeypatch.setattr(shown, "_start", shown._start - 3600.0)
+        shown._bar.start_t -= 3600.0
+        shown._bar.last_print_t -= 3600.0
+        shown.add(examples=500_000, tokens=44_640_000, rows=6_700_000_000)
+        shown._bar.refresh()
+        drawn = everything(master).split("\r")
+        shown.close()
+    os.close(master)
+    (line,) = {line.strip() for line in drawn if "500000" in line}
+    assert len(line) <= 80 and all(part in f" {line}" for part in parts)
+    assert "12.4k tok/s, 6.70G rows, " in line and "MB" in line
 
 
 def test_a_report_replaces_none_of_a_job_that_has_taken_the_data_root(tmp_path: Path) -> None:

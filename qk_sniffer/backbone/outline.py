@@ -66,13 +66,13 @@ def outline(
     *,
     commit: str | None = None,
     adapter_commit: str | None = None,
-    pre_rope: bool = False,
     banded_attention: bool = True,
     layers: Collection[int] | None = None,
 ) -> Outline | None:
     """Describes the decoder of `config.name` from the model's config alone; None if that takes its weights.
 
-    The arguments and errors are those of `load_backbone`. The weights of an adapter are not counted.
+    The arguments and errors are those of `load_backbone`. Vectors before RoPE have the shape of those after it, and the
+    tap tells them by their numbers: they are not asked for. The weights of an adapter are not counted.
     """
     text = check_model(config, commit=commit, adapter_commit=adapter_commit)
     family = find_family(text.model_type) if config.family is None else imported_family(config.family)
@@ -83,7 +83,7 @@ def outline(
     kept = layers if config.adapter is None else None
     for computed in dict.fromkeys((dtype, torch.bfloat16)):  # some kernels of experts know one dtype alone
         with nullcontext() if kept is None else cut_after(kept, family):
-            backbone = _built(text, family, computed, pre_rope=pre_rope, banded_attention=banded_attention)
+            backbone = _built(text, family, computed, banded_attention=banded_attention)
         if backbone is not None and (found := _forward(backbone, 1, PROBE_TOKENS)) is not None and found[0]:
             size = sum(weight.numel() for weight in backbone.decoder.parameters()) * dtype.itemsize
             facts = [found[0][layer] for layer in sorted(found[0])]
@@ -99,7 +99,6 @@ def activation_bytes(backbone: Backbone, texts: int, length: int) -> int | None:
         backbone.config,
         backbone.family,
         backbone.dtype,
-        pre_rope=backbone.pre_rope,
         banded_attention=backbone.banded_attention,
     )
     found = None if built is None else _forward(built, texts, length)
@@ -114,16 +113,12 @@ def device_of(device_map: Any) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _built(
-    config: PretrainedConfig, family: Family, dtype: torch.dtype, *, pre_rope: bool, banded_attention: bool
-) -> Backbone | None:
+def _built(config: PretrainedConfig, family: Family, dtype: torch.dtype, *, banded_attention: bool) -> Backbone | None:
     decoder = unloaded(config)
     if decoder is None:
         return None
     try:
-        backbone = Backbone(
-            family.decoder(decoder.to(dtype).eval()), family, pre_rope=pre_rope, banded_attention=banded_attention
-        )
+        backbone = Backbone(family.decoder(decoder.to(dtype).eval()), family, banded_attention=banded_attention)
     except Exception:  # of code that needs numbers
         return None
     backbone.device = torch.device("meta")

@@ -95,7 +95,6 @@ def _outlined(config: ResolvedConfig, start: Start) -> tuple[Described, Tokenize
             model,
             commit=commits["model"],
             adapter_commit=commits.get("adapter"),
-            pre_rope=config.capture.capture_pre_rope,
             banded_attention=config.inference.banded_attention,
             layers=None if config.capture.full_attention_only else config.capture.layers,
         )

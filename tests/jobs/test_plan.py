@@ -113,6 +113,14 @@ def test_a_grown_dataset(checkpoint: Path, texts: Path, tmp_path: Path, capsys: 
     assert plan.dataset == pytest.approx(sum(bytes_of(root).values()), rel=0.05)
 
 
+def test_vectors_before_rope_need_no_weights_either(
+    checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qk_sniffer.jobs.dry_run.load_components", lambda *_: pytest.fail("it loads the weights"))
+    plan = planned(checkpoint, texts, tmp_path / "root", capture={"capture_pre_rope": True})
+    assert plan.activations and plan.rows
+
+
 def test_a_shard(checkpoint: Path, texts: Path, tmp_path: Path) -> None:
     whole = planned(checkpoint, texts, tmp_path / "root")
     parts = [planned(checkpoint, texts, tmp_path / "root", shard={"index": i, "count": 3}) for i in range(3)]

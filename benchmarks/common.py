@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import resource
 import shutil
 import statistics
 import subprocess
@@ -21,9 +22,15 @@ WINDOW = 512
 CHARACTERS_PER_TOKEN = 6
 """Makes each text long enough to be cut to the wanted number of tokens."""
 
+CHARACTERS_OF_SHORT = 2.7
+"""Characters of a token of a short text, which begins with its number."""
 
-def write_texts(path: Path, examples: int, tokens: int) -> Path:
-    """Writes distinct texts of at least `tokens` tokens each: windows of the documentation, which repeats as needed."""
+
+def write_texts(path: Path, examples: int, tokens: int, *, shortest: int | None = None) -> Path:
+    """Writes distinct texts of at least `tokens` tokens each: windows of the documentation, which repeats as needed.
+
+    With `shortest`, they have about `shortest` to 2 `tokens` - `shortest` tokens instead, in turn.
+    """
     corpus = "\n\n".join(topics.values())
     width = tokens * CHARACTERS_PER_TOKEN
     corpus *= 1 + width // len(corpus)
@@ -31,6 +38,8 @@ def write_texts(path: Path, examples: int, tokens: int) -> Path:
     with path.open("w", encoding="utf-8") as file:
         for number in range(examples):
             start = int(number * step)
+            if shortest is not None:
+                width = int((shortest + number % (2 * (tokens - shortest) + 1)) * CHARACTERS_OF_SHORT)
             file.write(json.dumps({"text": f"{number}. {corpus[start : start + width]}"}) + "\n")
     return path
 
@@ -88,6 +97,18 @@ def wall_s(command: list[str]) -> float:
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}\n{done.stdout}\n{done.stderr}")
     return time.perf_counter() - start
+
+
+def cpu_s(command: list[str]) -> float:
+    """Returns the CPU seconds of a process, over all of its threads."""
+
+    def so_far() -> float:
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return used.ru_utime + used.ru_stime
+
+    before = so_far()
+    wall_s(command)
+    return so_far() - before
 
 
 def in_turn(rounds: int, measures: dict[str, Callable[[], float]]) -> dict[str, list[float]]:

@@ -16,7 +16,19 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from common import EMBEDDED_MODEL, RESULTS, ROOT, in_turn, job, machine, medians, smollm2_shape, wall_s, write_texts
+from common import (
+    EMBEDDED_MODEL,
+    RESULTS,
+    ROOT,
+    cpu_s,
+    in_turn,
+    job,
+    machine,
+    medians,
+    smollm2_shape,
+    wall_s,
+    write_texts,
+)
 
 
 @dataclass(frozen=True)
@@ -87,6 +99,27 @@ def attention(rounds: int) -> list[Line]:
 
 def uniform(rounds: int) -> list[Line]:
     return [against_plain_forward("uniform-512", "uniform", 512, 1.05, few=8, many=40, rounds=rounds)]
+
+
+def short(rounds: int) -> list[Line]:
+    """Compares the CPU seconds of a short text in a job with those in well-filled batches of a plain process."""
+    tiny = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "vocab_size": 1536}
+    tiny |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        model = smollm2_shape(folder / "model", **tiny)
+        measures: dict[str, Callable[[], float]] = {}
+        for count in (1_000, 41_000):
+            texts = write_texts(folder / f"{count}.jsonl", count, 25, shortest=10)
+            plain = [sys.executable, "benchmarks/plain_forward.py", str(model), str(texts), "40", "16384"]
+            ours = job(model, texts, 40, folder / "out", "sampler=uniform")
+            for who, words in (("plain", plain), ("job", ours)):
+                measures[f"{who}, {count}"] = lambda words=words: cpu_s(words)
+        taken = in_turn(rounds, measures)
+    middle = medians(taken)
+    took = {who: middle[f"{who}, 41000"] - middle[f"{who}, 1000"] for who in ("plain", "job")}
+    what = "sampler=uniform, texts of some 25 tokens, a tiny model: CPU over plain forwards of well-filled batches"
+    return [Line("short-25", what, took["job"] / took["plain"], 1.5, taken=taken)]
 
 
 def everything(rounds: int) -> list[Line]:
@@ -235,6 +268,7 @@ BENCHMARKS = {
     "sliding": sliding,
     "three-layers": some_layers,
     "uniform": uniform,
+    "short": short,
     "attention": attention,
     "statistics": of_every_token,
     "all": everything,

@@ -7,7 +7,7 @@ the start of a job, the plan is that of the first look-ahead window, in proporti
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
 
@@ -104,8 +104,6 @@ class Plan:
     """Of the disk of the data root."""
     base_texts: int = 0
     """The source rows of the dataset that the job adds to."""
-    seconds: Mapping[str, float] = field(default_factory=dict)
-    """The measured time by stage; empty if it was not measured."""
 
     @property
     def rows(self) -> int:

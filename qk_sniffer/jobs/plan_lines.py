@@ -21,7 +21,6 @@ def plan_text(plan: Plan) -> str:
         *_labelled("batches", _batches(plan)),
         *_labelled("memory", _memory(plan)),
         *_labelled("disk", _disk(plan)),
-        *(_labelled("time", _time(plan)) if plan.seconds else []),
         "",
         *_table(plan).split("\n"),
     ]
@@ -144,21 +143,6 @@ def _disk(plan: Plan) -> str:
         f"{size_of(plan.needed)} needed: journal {size_of(plan.journal)}{journal}, dataset "
         f"{size_of(plan.dataset)}{there}; {size_of(plan.free)} free{short}"
     )
-
-
-def _time(plan: Plan) -> str:
-    parts = ", ".join(f"{name} {duration(seconds)}" for name, seconds in plan.seconds.items())
-    return f"about {duration(sum(plan.seconds.values()))} on this machine: {parts}"
-
-
-def duration(seconds: float) -> str:
-    """Returns a time in two units at most: `3.2 s`, `4 min 10 s`, `2 h 05 min`."""
-    if seconds < 60:
-        return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
-    return f"{minutes // 60:,} h {minutes % 60:02d} min"
 
 
 def _table(plan: Plan) -> str:

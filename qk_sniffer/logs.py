@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any
 
 from qk_sniffer.errors import QkSnifferError
-from qk_sniffer.text import printable, printable_lines, say_text
+from qk_sniffer.text import RED, YELLOW, painted, printable, printable_lines, say_text
 
 
 class _Logger(logging.LoggerAdapter[logging.Logger]):
@@ -47,6 +47,16 @@ class JobLog(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         if not isinstance(sys.exc_info()[1], OSError):
             super().handleError(record)
+
+
+class TerminalFormatter(logging.Formatter):
+    """Shows warnings and errors in colours where stderr is a terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        if record.levelno < logging.WARNING:
+            return text
+        return painted(text, RED if record.levelno >= logging.ERROR else YELLOW, sys.stderr)
 
 
 _OF_HYDRA = ("", "config.yaml", "hydra.yaml", "overrides.yaml")

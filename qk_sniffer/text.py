@@ -166,6 +166,28 @@ def say_text(text: object, to: TextIO | None = None) -> bool:
     return say(*str(text).split("\n"), to=to)
 
 
+RED, YELLOW = 31, 33
+"""The colours of errors and of warnings, as the numbers of a terminal."""
+
+
+def painted(text: str, colour: int, stream: TextIO) -> str:
+    """Returns a printable text in a colour; as it is where the stream is no terminal, or the user wants no colours.
+
+    https://no-color.org defines NO_COLOR.
+    """
+    if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not stream.isatty():
+        return text
+    return "\n".join(f"\x1b[{colour}m{line}\x1b[0m" for line in text.split("\n"))
+
+
+def say_error(error: object) -> None:
+    """Prints an error on stderr, red on a terminal."""
+    start, end = painted("\0", RED, sys.stderr).split("\0")
+    sys.stderr.write(start)
+    say_text(error, to=sys.stderr)
+    sys.stderr.write(end)
+
+
 def silence(stream: TextIO) -> None:
     """Discards what a stream without a reader still holds and gets, which Python would report at its end."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

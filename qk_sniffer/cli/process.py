@@ -6,7 +6,7 @@ from collections.abc import Callable
 import qk_sniffer
 from qk_sniffer.errors import QkSnifferError
 from qk_sniffer.logs import escape_libraries
-from qk_sniffer.text import hide_in_addresses, say, say_text, silence
+from qk_sniffer.text import hide_in_addresses, say, say_error, silence
 
 VERSION = "--version"
 
@@ -30,7 +30,7 @@ def run(body: Callable[[list[str]], int], *, interrupted: str = "interrupted") -
     except BrokenPipeError:
         code = 0
     except QkSnifferError as error:
-        say_text(error, to=sys.stderr)
+        say_error(error)
         code = error.exit_code
     except KeyboardInterrupt as error:
         code = say_interrupted(error, interrupted)

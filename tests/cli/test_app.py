@@ -30,7 +30,8 @@ from pathlib import Path
 import qk_sniffer
 from qk_sniffer.errors import ConfigError, StoreError
 
-def run_job(config):
+def run_job(config, begin):
+    begin()
     print("running with seed", config.sampler.seed, flush=True)
     match config.sampler.seed:
         case 1: raise StoreError("the disk is full:", "  free some space")

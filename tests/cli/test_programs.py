@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import pty
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -75,3 +76,18 @@ def test_a_reader_that_goes_away_changes_nothing(arguments: tuple[str, ...], unb
         assert code(stdout=writer) == code(stdout=subprocess.DEVNULL)
     finally:
         os.close(writer)
+
+
+@pytest.mark.parametrize(("variables", "is_red"), [({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)])
+def test_errors_are_red_on_a_terminal_alone(variables: dict[str, str], is_red: bool, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "qk_sniffer", "verify", "a", "b"]
+    environment = {name: value for name, value in os.environ.items() if name != "NO_COLOR"} | {"TERM": "xterm"}
+    master, slave = pty.openpty()
+    done = subprocess.run(command, cwd=tmp_path, env=environment | variables, stderr=slave)
+    os.close(slave)
+    said = os.read(master, 10_000)
+    os.close(master)
+    assert done.returncode == 2 and b"1 problem in the configuration" in said
+    assert (b"\x1b[31m" in said and b"\x1b[0m" in said) == is_red and (b"\x1b" in said) == is_red
+    piped = subprocess.run(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE)
+    assert b"1 problem" in piped.stderr and b"\x1b" not in piped.stderr

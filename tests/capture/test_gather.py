@@ -1,7 +1,6 @@
 """Tests that every way of gathering gives the rows of plain indexing."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from functools import partial
 
 import numpy as np
@@ -83,52 +82,3 @@ def test_both_ways_keep_every_bit(dtype: torch.dtype, min_range: int, monkeypatc
     expected = torch.cat([vectors[1, [1, 2, 5], :50], vectors[2, [1, 2, 5], 100:130]], dim=1)
     bits = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
     assert torch.equal(memory.view(bits), expected.contiguous().view(bits))
-
-
-def test_no_buffer_is_filled_while_it_is_being_copied(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Checks the order of the waits that the streams get. Only a GPU shows their effect (benchmarks/gpu.sh)."""
-    told: list[tuple[str, object]] = []
-
-    class Stream:
-        def __init__(self, name: str) -> None:
-            self.name = name
-
-        def wait_event(self, event: "Event") -> None:
-            told.append((f"{self.name} waits", event.number))
-
-        def wait_stream(self, other: "Stream") -> None:
-            told.append((f"{self.name} waits", other.name))
-
-    class Event:
-        def __init__(self, blocking: bool) -> None:
-            assert blocking
-
-        def record(self, stream: Stream) -> None:
-            self.number = sum(what == "copied" for what, _ in told)
-            told.append(("copied", stream.name))
-
-        def synchronize(self) -> None:
-            told.append(("host waits", self.number))
-
-    computing = Stream("computing")
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream("copying"))
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: computing)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
-    copier = gather_module._CudaCopier(CPU)
-    sizes = [3, 2, 5, 1, 5]
-    for number, size in enumerate(sizes):
-        before = len(told)
-
-        def take(out: torch.Tensor, number: int = number) -> None:
-            told.append(("takes", number))
-            out.fill_(number)
-
-        memory = torch.empty(size, 4, dtype=torch.bfloat16)
-        copied = copier.fill(memory, take)
-        waits = [("computing waits", number - 2)] if number >= 2 else []
-        assert told[before:] == [*waits, ("takes", number), ("copying waits", "computing"), ("copied", "copying")]
-        assert (memory == number).all()
-        copied.synchronize()
-        assert told.pop() == ("host waits", number)
-    assert [len(buffer) for buffer in copier._buffers] == [64, 16]

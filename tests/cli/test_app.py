@@ -39,7 +39,7 @@ def run_job(config, begin):
         case 3: time.sleep(60)
         case 6: print("code from", Path(qk_sniffer.__file__).parent, os.environ.get("HF_XET_CACHE"), os.environ["HOME"])
         case 5: raise ConfigError(["model.tokenizer.max_length is 9, but this model has positions for 8"])
-    return types.SimpleNamespace(rows=1234, url=None)
+    return types.SimpleNamespace(rows=1234, url=None, manifest=None)
 """
 
 

@@ -11,6 +11,7 @@ uses its mask in another way raises an error and never attends wrongly.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import CellType
 from typing import Any
 
 import torch
@@ -60,10 +61,25 @@ def _band_or_mask(*args: Any, **kwargs: Any) -> Band | torch.Tensor | None:
         and kwargs.get("allow_is_causal_skip", True)
         and not kwargs.get("use_vmap")
     )
-    if plain and window is not None and length > window + 1 and _is_sliding(kwargs["mask_function"], window):
-        return Band(window)
+    if plain and window is not None and length > window + 1:
+        function = kwargs["mask_function"]
+        # Questions to a tensor on a GPU wait for it. The functions of windows hold none, those of chunks do.
+        if not _holds_device_tensors(function) and _is_sliding(function, window):
+            return Band(window)
     mask: torch.Tensor | None = sdpa_mask(*args, **kwargs)
     return mask
+
+
+def _holds_device_tensors(value: Any) -> bool:
+    """Whether a mask function, or one that it calls, holds a tensor outside of the host's memory."""
+    if isinstance(value, torch.Tensor):
+        return value.device.type != "cpu"
+    held = value if isinstance(value, tuple | list) else [cell.cell_contents for cell in _cells(value)]
+    return any(map(_holds_device_tensors, held))
+
+
+def _cells(value: Any) -> tuple[CellType, ...]:
+    return getattr(value, "__closure__", None) or ()
 
 
 def _is_sliding(mask_function: Callable[..., torch.Tensor], window: int) -> bool:

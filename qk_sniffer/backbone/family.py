@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -64,6 +65,11 @@ class Family:
         """Returns the text decoder inside the loaded `model`, without any head or vision tower."""
         decoder: nn.Module = model.get_decoder()
         return decoder
+
+    @functools.cached_property
+    def _parts(self) -> "WeakKeyDictionary[nn.Module, _Parts]":
+        """The rotated parts of heads that were found by their numbers, by module: a GPU waits for the comparison."""
+        return WeakKeyDictionary()
 
     def attention_layers(self, decoder: nn.Module) -> dict[nn.Module, int]:
         """Returns the self-attention modules of `decoder`, each with its layer index. No other module is captured."""
@@ -191,7 +197,9 @@ class Family:
         if self.changed_after_rotary:
             (first, _), (second, _) = rotary_calls
             return first, second
-        before_query, before_key = _unrotated(query, rotary_calls), _unrotated(key, rotary_calls)
+        parts = self._parts.setdefault(module, {})
+        before_query = _unrotated(query, rotary_calls, parts, "query")
+        before_key = _unrotated(key, rotary_calls, parts, "key")
         if before_query is None or before_key is None:
             raise CaptureError(
                 f"{type(module).__name__} attends with a {'query' if before_query is None else 'key'} that no rotary "
@@ -282,15 +290,32 @@ def heads_first(states: torch.Tensor, head_dim: int) -> torch.Tensor:
     return states.transpose(1, 2) if states.shape[1] > states.shape[2] else states
 
 
-def _unrotated(states: torch.Tensor, rotary_calls: Sequence[RotaryCall]) -> torch.Tensor | None:
+_Parts = dict[tuple[str, int], tuple[int, slice]]
+"""By query or key and the number of rotary calls: the number of the call whose output is a part of each head, and the
+part."""
+
+
+def _unrotated(
+    states: torch.Tensor, rotary_calls: Sequence[RotaryCall], parts: _Parts, name: str
+) -> torch.Tensor | None:
+    """Returns the vectors before RoPE of `states`; None if no rotary call returned them.
+
+    `parts` has the rotated parts that were found in earlier passes of the same module, and gets those found now.
+    """
     calls = [(before, after) for before, after in rotary_calls if _is_distinct(before, after)]
     # Some families rotate (B, n, heads, d) and transpose later.
     calls += [(before.transpose(1, 2), after.transpose(1, 2)) for before, after in calls]
     for before, after in calls:
         if _same(after, states):
             return before
-    for before, after in calls:
-        if (part := _part(after, states)) is not None:
+    known = parts.get((name, len(calls)))
+    for number in range(len(calls)) if known is None else [known[0]]:
+        before, after = calls[number]
+        if not _may_be_part(after, states):
+            continue
+        part = _part(after, states) if known is None else known[1]
+        if part is not None:
+            parts[name, len(calls)] = number, part
             whole = states.clone()
             whole[..., part] = before
             return whole
@@ -306,14 +331,21 @@ def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
 
 
-def _part(after: torch.Tensor, states: torch.Tensor) -> slice | None:
-    """Returns the slice of each head of `states` that equals the rotated tensor `after`, or None.
+def _may_be_part(after: torch.Tensor, states: torch.Tensor) -> bool:
+    """Whether the rotated tensor `after` has the shape of a part of each head of `states`.
 
     `after` has one head for each head of `states`, or one head that all of them share.
     """
+    return (
+        after.shape[-1] <= states.shape[-1]
+        and after.shape[1] in (1, states.shape[1])
+        and after.shape[2] == states.shape[2]
+    )
+
+
+def _part(after: torch.Tensor, states: torch.Tensor) -> slice | None:
+    """Returns the slice of each head of `states` that equals `after`, which may be one by its shape; None if none."""
     width, heads = after.shape[-1], states.shape[1]
-    if width > states.shape[-1] or after.shape[1] not in (1, heads) or after.shape[2] != states.shape[2]:
-        return None
     for part in (slice(0, width), slice(states.shape[-1] - width, states.shape[-1])):
         if torch.equal(states[..., part], after.expand(-1, heads, -1, -1)):
             return part

@@ -1,5 +1,6 @@
 """Compares the mask of an attention call with the keys that the call's layer is declared to show its queries."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,11 +33,11 @@ class Visible:
         return first if self.chunk is None else max(first, position - position % self.chunk)
 
 
-def check_mask(module: nn.Module, n: int, rules: Visible, arguments: dict[str, Any]) -> None:
+def check_mask(module: nn.Module, n: int, rules: Visible, arguments: dict[str, Any]) -> Callable[[], None] | None:
     """Checks that attention over n tokens is causal, and that the last query sees the keys that `rules` declare.
 
-    Reads a value of a mask on a GPU once. `arguments` are those of the kernel, by name. Without a mask, the kernel's
-    arguments alone decide.
+    `arguments` are those of the kernel, by name. Without a mask, the kernel's arguments alone decide. Returns the rest
+    of the check of a mask on a CUDA device, for the end of the forward pass: the device then has its result long since.
 
     Raises:
         CaptureError: a token sees later ones, or sees other keys than declared.
@@ -45,29 +46,47 @@ def check_mask(module: nn.Module, n: int, rules: Visible, arguments: dict[str, A
     if isinstance(mask, Band):
         _refuse_other_window(module, rules, mask.window)
     if n == 1:
-        return
+        return None
     causal = arguments.get("is_causal", getattr(module, "is_causal", True))
     if not isinstance(mask, torch.Tensor):
         if not causal and mask is None:
             raise _acausal(module, causal)
-        return
+        return None
     if mask.is_meta:  # without numbers
-        return
+        return None
     sees_last = is_visible(mask[..., 0, -1]).any()
     is_whole = mask.shape[-2:] == (n, n) and not rules.is_sparse
     expected = torch.arange(n, device=mask.device) >= rules.first(n - 1)
     differs = (is_visible(mask[..., -1, :]) != expected).any() if is_whole else sees_last
-    if not bool(sees_last | differs):
-        return
-    if sees_last:
-        raise _acausal(module, causal)
-    last, before = (_reach(mask[..., position, : position + 1]) for position in (n - 1, n - 2))
-    if last is not None and last in (before, n):
-        _refuse_other_window(module, rules, None if last == n else last)
-    raise CaptureError(
-        f"{type(module).__name__} in layer {getattr(module, 'layer_idx', '?')}: its mask hides keys that its facts do "
-        f"not exclude, or shows keys that they do: {_WAY_OUT}"
-    )
+    is_wrong = sees_last | differs
+
+    def finish() -> None:
+        if not bool(is_wrong):
+            return
+        if sees_last:
+            raise _acausal(module, causal)
+        last, before = (_reach(mask[..., position, : position + 1]) for position in (n - 1, n - 2))
+        if last is not None and last in (before, n):
+            _refuse_other_window(module, rules, None if last == n else last)
+        raise CaptureError(
+            f"{type(module).__name__} in layer {getattr(module, 'layer_idx', '?')}: its mask hides keys that its facts "
+            f"do not exclude, or shows keys that they do: {_WAY_OUT}"
+        )
+
+    if mask.device.type != "cuda":
+        finish()
+        return None
+    found = torch.empty(is_wrong.shape, dtype=torch.bool, pin_memory=True)
+    found.copy_(is_wrong, non_blocking=True)
+    copied = torch.cuda.Event(blocking=True)
+    copied.record(torch.cuda.current_stream(mask.device))
+
+    def finish_later() -> None:
+        copied.synchronize()
+        if bool(found):
+            finish()
+
+    return finish_later
 
 
 def check_slots(module: nn.Module, n: int, m: int, rules: Visible, arguments: dict[str, Any], slots: Slots) -> None:

@@ -149,14 +149,20 @@ def tap(
     forward_arguments: dict[str, Any] = {}  # of the attention module that is running
     last_seen: list[weakref.ref[torch.Tensor]] = []
     last_call: list[AttentionCall] = []  # of the module that is running; only for its output
-    # Once: a check waits for the GPU.
+    # Once: a check reads the mask.
     checked_masks: list[tuple[weakref.ref[torch.Tensor], Visible, Slots | None]] = []
+    unfinished_checks: list[Callable[[], None]] = []
     caches = None if slots is None else CacheWatch()
     thread = threading.get_ident()
 
     def reset() -> None:
         for state in (rotary_calls, forward_arguments, last_seen, last_call):
             state.clear()
+
+    def finish_checks() -> None:
+        with in_words():
+            for finish in unfinished_checks:
+                finish()
 
     def before_forward(module: nn.Module, _: Any, arguments: dict[str, Any]) -> None:
         if threading.get_ident() != thread:
@@ -210,7 +216,8 @@ def tap(
             known() is mask and rules == of and running is of_slots for known, of, of_slots in checked_masks
         ):
             if running is None or keys is None:
-                check_mask(module, n, rules, arguments)
+                if (rest := check_mask(module, n, rules, arguments)) is not None:
+                    unfinished_checks.append(rest)
             else:
                 check_slots(module, n, keys.attended.shape[2], rules, arguments, running)
             if isinstance(mask, torch.Tensor):
@@ -311,7 +318,12 @@ def tap(
                 handles.append(module.register_forward_pre_hook(before_forward, with_kwargs=True))
                 handles.append(module.register_forward_hook(after_forward))
             AttentionInterface.get_interface = lookup  # type: ignore[method-assign, assignment]
-            yield
+            try:
+                yield
+            except ForwardDone:
+                finish_checks()
+                raise
+            finish_checks()
         finally:
             AttentionInterface.get_interface = original_lookup  # type: ignore[method-assign]
             for handle in reversed(handles):

@@ -50,6 +50,7 @@ def simulated_cuda(order: str = "late", *, seed: int = 0, devices: int = 2) -> I
         "is_available": lambda: True,
         "device_count": lambda: devices,
         "current_device": lambda: 0,
+        "get_device_capability": lambda device=None: (9, 0),
         "empty_cache": lambda: None,
         "_lazy_init": lambda: None,
     }

@@ -22,6 +22,7 @@ from qk_sniffer.dataset.head_vectors import HeadVectors
 from qk_sniffer.dataset.reader import Dataset
 from qk_sniffer.dataset.verify import verify
 from qk_sniffer.errors import QkSnifferError
+from qk_sniffer.plasticity import tables
 from qk_sniffer.report import cli
 from qk_sniffer.report import page as pages
 from qk_sniffer.report import vectors as measures
@@ -236,8 +237,23 @@ def test_plasticity_joins_the_page(
     folder = root.with_name(f"{root.name}-plasticity")
     assert measure(root, folder) == 0
     assert run(monkeypatch, f"data_root={root}", f"output={tmp_path}/page.html") == 0
-    (shown,) = [one for one in facts_of((tmp_path / "page.html").read_text())["maps"] if one["name"] == "ap_overall"]
+    facts = facts_of((tmp_path / "page.html").read_text())
+    (shown,) = [one for one in facts["maps"] if one["name"] == "ap_overall"]
     assert len(shown["values"]) == 12 and any(shown["values"])
+    shown_intervals = {one["name"]: one["values"] for one in facts["maps"] if one["group"] == "plasticity"}
+    table = tables.read(folder, "head_intervals")
+    for name, quantity, column in (
+        ("ap_corrected", "ap_overall", "corrected"),
+        ("ap_low", "ap_overall", "low"),
+        ("ap_high", "ap_overall", "high"),
+        ("ap_null", "ap_null", "corrected"),
+        ("ap_drift", "ap_drift", "corrected"),
+    ):
+        expected = table[column][table["quantity"] == quantity]
+        found = np.array(shown_intervals[name], float)
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-6)
+    about = dict(facts["plasticity"])
+    assert "95 % interval over texts" in about["Corrected"] and {"Without drift", "Lost to drift"} <= {*about}
     edit(root, lambda manifest: manifest["timings"].clear())
     assert run(monkeypatch, f"data_root={root}", f"output={tmp_path}/page.html", f"plasticity={folder}") == 1
     assert "results of another dataset" in capsys.readouterr().err

@@ -7,11 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from support.cuda_jobs import Arrays, CudaJob, differing
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from support.cuda_jobs import Arrays, CudaJob, differing, statistics_and_summaries
 from support.simulated_cuda import ORDERS, moved, simulated_cuda
 from support.zoo import CASES
+from torch import nn
 
+from qk_sniffer.backbone import banded_attention
 from qk_sniffer.capture import gather, row_writer
+from qk_sniffer.config import SamplerConfig
 from qk_sniffer.store.rows import Slot
 
 BY_NAME = {case.name: case for case in CASES}
@@ -21,8 +25,8 @@ JOB = CudaJob()
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Makes some ten gathers of each (layer, kind)."""
-    monkeypatch.setattr(row_writer, "PIECE_BYTES", 4096)
+    """Makes several gathers of each (layer, kind)."""
+    monkeypatch.setattr(row_writer, "PIECE_BYTES", 8192)
 
 
 @pytest.fixture(scope="module")
@@ -171,3 +175,53 @@ def test_memory_that_is_given_back_too_early_gives_wrong_rows(
 ) -> None:
     monkeypatch.setattr(Slot, "wait", nothing)
     assert differing(on_cuda(tmp_path, "late"), expected)
+
+
+def on_two_devices(decoder: nn.Module) -> nn.Module:
+    """Splits the layers over two devices; accelerate's hooks move the states between them."""
+    layers = len(decoder.layers)  # type: ignore[arg-type]
+    places: dict[str, Any] = {name: 0 for name, _ in decoder.named_children() if name != "layers"}
+    places |= {f"layers.{layer}": int(layer > 0) for layer in range(layers)}
+    moved(decoder, lambda name: f"cuda:{next(place for start, place in places.items() if name.startswith(start))}")
+    for name, place in places.items():
+        add_hook_to_module(decoder.get_submodule(name), AlignDevicesHook(f"cuda:{place}", io_same_device=False))
+    return decoder
+
+
+def offloaded(decoder: nn.Module) -> nn.Module:
+    """Keeps the last layer's weights in the host's memory, from where accelerate's hook brings them for each pass."""
+    last = decoder.layers[-1]  # type: ignore[index]
+    weights = {name: value.detach().clone() for name, value in last.state_dict().items()}
+    moved(decoder, lambda name: "meta" if name.startswith("layers.2.") else "cuda:0")
+    for name, part in last.named_modules():
+        if part._parameters:
+            own = {key.removeprefix(f"{name}."): value for key, value in weights.items() if key.startswith(f"{name}.")}
+            add_hook_to_module(part, AlignDevicesHook("cuda:0", offload=True, weights_map=own))
+    return decoder
+
+
+UNIFORM = SamplerConfig(type="uniform", base_rate=4.0, min_bucket_size=4)
+
+ALL_TABLES = CudaJob(UNIFORM, statistics_and_summaries(layers=[0], heads=[0, 3]), batches=((40, 30),))
+
+MAY_WAIT = ("masking_utils.py", "utils/modeling.py", "exact_attention.py", "moments.py")
+"""Masks of transformers, accelerate's offloading, the check of the longest text, and statistics, once a piece."""
+
+JOBS: dict[str, tuple[str, CudaJob, Callable[[nn.Module], nn.Module]]] = {
+    "sampled, before RoPE": ("qwen3", CudaJob(UNIFORM, pre_rope=True), moved),
+    "two devices": ("qwen3", CudaJob(UNIFORM), on_two_devices),
+    "offloaded layers": ("qwen3", CudaJob(UNIFORM), offloaded),
+    "bands": ("qwen3_sliding", CudaJob(UNIFORM), moved),
+    "statistics and summaries": ("qwen3_sliding", ALL_TABLES, moved),
+}
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_every_job_gives_the_numbers_of_the_cpu(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(banded_attention, "MIN_BLOCK", 8)
+    case, job, place = JOBS[name]
+    expected = job.run(BY_NAME[case].decoder(), tmp_path / "cpu")
+    with simulated_cuda("random", seed=1) as machine:
+        found = job.run(place(BY_NAME[case].decoder()), tmp_path / "cuda", machine.waits)
+    assert differing(found, expected) == []
+    assert [wait for wait in machine.waits if not any(file in wait[1] for file in MAY_WAIT)] == []

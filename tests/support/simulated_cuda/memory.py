@@ -18,8 +18,8 @@ UNWRITTEN = 0xFF
 
 _ROUNDING = 512
 
-_pinned: list[tuple[int, int]] = []
-"""The first address of each page-locked memory, and the one after its last."""
+_pinned: list[torch.Tensor] = []
+"""The page-locked memory. It is kept, so that no other memory has its addresses."""
 
 
 @dataclass
@@ -61,13 +61,12 @@ def pinned_copy(values: torch.Tensor) -> torch.Tensor:
 
 def note_pinned(values: torch.Tensor) -> None:
     """Notes that the memory of `values` is page-locked."""
-    start = values.data_ptr()
-    _pinned.append((start, start + values.nbytes))
+    _pinned.append(values)
 
 
 def is_pinned(values: torch.Tensor) -> bool:
     """Whether the memory of `values`, on the host, is page-locked."""
-    return any(start <= values.data_ptr() < stop for start, stop in _pinned)
+    return any(0 <= values.data_ptr() - memory.data_ptr() < memory.nbytes for memory in _pinned)
 
 
 def forget_pinned() -> None:

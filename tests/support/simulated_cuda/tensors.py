@@ -10,6 +10,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -66,7 +67,7 @@ class CudaTensor(torch.Tensor):
     @staticmethod
     def __new__(cls, values: torch.Tensor, requires_grad: bool = False, **_: Any) -> Any:
         # accelerate calls the class of a weight with its new values.
-        return values.detach()
+        return values.detach() if isinstance(values, CudaTensor) else nn.Parameter(values, requires_grad=False)
 
     @classmethod
     def of(cls, memory: torch.Tensor, block: Block, place: torch.device) -> "CudaTensor":

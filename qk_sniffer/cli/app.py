@@ -24,7 +24,7 @@ from qk_sniffer.cli.flags import initialized, only_prints, parse_flags, show
 from qk_sniffer.cli.hydra_jobs import run_jobs
 from qk_sniffer.cli.launching import Launch, search_last_folder
 from qk_sniffer.cli.overrides import key_of
-from qk_sniffer.cli.plans import is_dry, show_plans
+from qk_sniffer.cli.plans import is_dry, mixed, show_plans
 from qk_sniffer.cli.preflight import Composer, planned
 from qk_sniffer.cli.programs import listed, meant
 from qk_sniffer.cli.schema import Schema
@@ -195,7 +195,7 @@ APPLICATION = Application(
     problems=_problems,
     prepare=fill_slugs,
     resolve=resolve,
-    collisions=collisions,
+    collisions=lambda jobs: mixed(jobs) or collisions(jobs),
     default_groups=("model", "dataset", "sampler", "output"),
     other_groups={"estimator": "python -m qk_sniffer.plasticity"},
     open_choices={"model": "model=hf model.name", "dataset": "dataset=hf dataset.path"},

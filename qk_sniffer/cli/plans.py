@@ -10,15 +10,14 @@ from qk_sniffer.text import say, say_text
 
 
 def is_dry(jobs: Sequence[PlannedJob]) -> bool:
-    """Whether the jobs are shown and not run.
+    """Whether the jobs are shown and not run."""
+    return str(jobs[0].config.dry_run).lower() != "false"
 
-    Raises:
-        ConfigError: some are, and others are not.
-    """
+
+def mixed(jobs: Sequence[PlannedJob]) -> list[str]:
+    """Returns what is wrong if some jobs are to be shown and others to be run."""
     asked = {str(job.config.dry_run).lower() for job in jobs}
-    if len(asked) > 1:
-        raise ConfigError([f"dry_run is {', '.join(sorted(asked))}: give all jobs of a sweep the same"])
-    return asked != {"false"}
+    return [f"dry_run is {' and '.join(sorted(asked))}; give all jobs of a sweep the same"] if len(asked) > 1 else []
 
 
 def show_plans(jobs: Sequence[PlannedJob]) -> int:

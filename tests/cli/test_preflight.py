@@ -288,6 +288,7 @@ def test_smollm3_checkpoints_sweeps_by_itself() -> None:
         ),
         (("model.revision=a,b", "output.data_root=x"), r"leave output\.data_root out, so that each gets its own"),
         (("sampler.seed=0,0",), r"job 0 and job 1 .*; they are the same job twice"),
+        (("dry_run=true,false",), r"dry_run is false and true; give all jobs of a sweep the same"),
         (("shard.count=2", "shard.index=0,1", "sampler.seed=0,1"), r"differ in sampler\.seed"),
         (
             ("output=hub", "output.hf_repo_id=a/b", "output.data_root=x,y"),

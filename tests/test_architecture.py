@@ -63,7 +63,7 @@ IMPORT_TORCH = {
     *(f"capture.{name}" for name in ("attention_summary", "capture", "gather", "moments", "row_writer")),
     *(f"capture.{name}" for name in ("proof", "proof_statistics", "proof_summaries", "proof_vectors")),
     "dataset.token_vectors",
-    *(f"notebook.{name}" for name in ("captured", "memory", "model", "passes")),
+    *(f"notebook.{name}" for name in ("captured", "memory", "model", "model_state", "passes")),
     *(f"notebook.{name}" for name in ("reader", "settings", "statistics", "tokens")),
 }
 """Modules that import torch or transformers when they are imported themselves."""

@@ -7,7 +7,7 @@ from typing import Any
 from qk_sniffer.backbone.layers import LayerFacts
 from qk_sniffer.capture.selection import Selection
 from qk_sniffer.config import Config
-from qk_sniffer.jobs.components import model_facts, shows_both_stages
+from qk_sniffer.jobs.components import shows_both_stages
 from qk_sniffer.notebook.model import UserBackbone
 
 
@@ -25,15 +25,13 @@ class CaptureFacts:
     selection: Selection
     model_commit: str | None
     """The commit on the Hub that it was loaded at; None if its config names none."""
-    adapter: Mapping[str, Any] | None
-    """The settings of the active adapter of the package peft, as plain data; None without one."""
+    adapters: Mapping[str, Mapping[str, Any]]
+    """The settings of the adapters of the package peft in effect, as plain data, by name; empty without any."""
+    model: dict[str, Any]
+    """The facts of the model, in the form of `model` in a manifest. They are of the time before the first pass: the
+    user may change the model before a dataset is written."""
 
     @property
     def both_stages(self) -> bool:
         """Whether passes must show queries and keys before RoPE and after it."""
         return shows_both_stages(self.config.capture)
-
-    @property
-    def model(self) -> dict[str, Any]:
-        """The facts of the model, in the form of `model` in a manifest."""
-        return model_facts(self.backbone, self.layers, self.selection)

@@ -1,7 +1,7 @@
 """Finds the decoder inside a model that the user has in memory, and describes its layers without changing its state."""
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from qk_sniffer.backbone.layers import LayerFacts
 from qk_sniffer.backbone.quantization import COMPUTED_IN, StoredWeights, quantization_config
 from qk_sniffer.backbone.rotary import RotaryState
 from qk_sniffer.errors import CaptureError
+from qk_sniffer.notebook.model_state import AdapterLayer, ModelState, adapter_layers, state_of
 from qk_sniffer.text import enumerated
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -52,6 +53,7 @@ class UserBackbone(Backbone):
         stored = StoredWeights(quantization=quantization_config(config))
         super().__init__(decoder, chosen, pre_rope=pre_rope, banded_attention=False, stored=stored)
         self._described = self._changeable()
+        self._at_first_pass: ModelState | None = None
 
     def check_unchanged(self) -> None:
         """Checks that the model is still as it was when it was described. Its weights may have other values.
@@ -59,12 +61,36 @@ class UserBackbone(Backbone):
         Raises:
             CaptureError: it is not.
         """
-        now = self._changeable()
-        if changed := [name for name, value in self._described.items() if now[name] != value]:
+        if changed := self._changed():
             raise CaptureError(
                 f"the {enumerated(changed)} of {type(self.model).__name__} changed after qk_sniffer.capture described "
                 "it: call qk_sniffer.capture again"
             )
+        self._at_first_pass = None
+
+    def check_pass(self) -> None:
+        """Checks, at the begin or end of a forward pass, that the model is as it was described and as in all passes.
+
+        Raises:
+            CaptureError: it is not, or its weights are not those of the first pass since `check_unchanged`.
+        """
+        now, first = state_of(self.decoder), self._at_first_pass
+        if now == first:
+            return
+        changed = self._changed()
+        if first is not None and now.weights != first.weights:
+            changed.append("weights")
+        if changed:
+            raise CaptureError(
+                f"the {enumerated(changed)} of {type(self.model).__name__} changed inside the block of "
+                "qk_sniffer.capture, whose rows are of one state of the model: this forward pass is not captured. End "
+                "the block before the change, and open a capture of its own for each state"
+            )
+        self._at_first_pass = now
+
+    def _changed(self) -> list[str]:
+        now = self._changeable()
+        return [name for name, value in self._described.items() if now[name] != value]
 
     def _changeable(self) -> dict[str, Any]:
         """Returns the facts of the model that a capture depends on and that the user may change, by name."""
@@ -76,8 +102,11 @@ class UserBackbone(Backbone):
             "attention layers": self.family.attention_layers(self.decoder),
             # Those that depend on the length of the last text change by themselves.
             "rotary frequencies": self.rotary_parameters() if self.length_boundary is None else None,
-            "adapter": self.adapter_settings,
+            "adapter": (self._adapter_layers(), self.adapter_settings),
         }
+
+    def _adapter_layers(self) -> list[AdapterLayer]:
+        return [*adapter_layers([*self.decoder.modules()])]
 
     def run(self, ids: torch.Tensor) -> None:
         """Runs a plain forward pass over token ids (B, n)."""
@@ -95,15 +124,14 @@ class UserBackbone(Backbone):
             return self.probe(both_stages=both_stages)
 
     @property
-    def adapter_settings(self) -> Mapping[str, Any] | None:
-        """The settings of the active adapter of the package peft, as plain data; None without one."""
-        configs = getattr(self.model, "peft_config", None)
-        if not configs:
-            return None
-        active = getattr(self.model, "active_adapter", None)
-        name = active if isinstance(active, str) and active in configs else next(iter(configs))
-        settings: dict[str, Any] = configs[name].to_dict()
-        return settings
+    def adapter_settings(self) -> dict[str, dict[str, Any]]:
+        """The settings of the adapters of the package peft that the decoder computes with, as plain data, by name.
+
+        A disabled adapter is not among them; one that is merged into the weights is.
+        """
+        configs = getattr(self.model, "peft_config", None) or {}
+        names = sorted({name for layer in self._adapter_layers() for name, _ in layer})
+        return {name: configs[name].to_dict() if name in configs else {} for name in names}
 
 
 def pretrained_model(model: nn.Module) -> PreTrainedModel:

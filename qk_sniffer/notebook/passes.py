@@ -173,6 +173,7 @@ class PassRecorder:
                 "cannot be told apart. Run it before the other one, or outside of the block"
             )
         self._drop()
+        self._backbone.check_pass()
         arguments = _Arguments(module, args, kwargs)
         with self._apart():
             tokens = self._examples.begin(arguments.by_name)
@@ -194,6 +195,11 @@ class PassRecorder:
     def _end(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         if threading.get_ident() != self._thread or self._pass is None:
             return
+        try:
+            self._backbone.check_pass()
+        except CaptureError:
+            self._drop()
+            raise
         if differing := self._pass.arguments.differing(_Arguments(module, args, kwargs)):
             self._drop()
             raise CaptureError(

@@ -63,11 +63,14 @@ def save(
 def described(facts: CaptureFacts) -> tuple[ResolvedConfig, dict[str, Any]]:
     """Returns the settings of a capture as a dataset states them, and the record of its job."""
     model = facts.model
-    if facts.adapter is not None:
-        kind, base = (facts.adapter.get(key) for key in ("peft_type", "base_model_name_or_path"))
-        model |= {
-            "adapter": {"kind": str(getattr(kind, "value", kind)), "base": None if base is None else public_name(base)}
-        }
+    if facts.adapters:
+        kinds, bases = (
+            list(dict.fromkeys(each.get(key) for each in facts.adapters.values()))
+            for key in ("peft_type", "base_model_name_or_path")
+        )
+        base = bases[0] if len(bases) == 1 else None
+        kind = " and ".join(str(getattr(kind, "value", kind)) for kind in kinds)
+        model = model | {"adapter": {"kind": kind, "base": None if base is None else public_name(base)}}
     config = settings_of(facts.config, model)
     return config, record_of(config, model, facts.model_commit, quantizers=facts.backbone.stored.quantizers)
 

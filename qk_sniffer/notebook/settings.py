@@ -24,7 +24,7 @@ from qk_sniffer.config import (
     TokenizerConfig,
 )
 from qk_sniffer.errors import CaptureError, ConfigError, QkSnifferError
-from qk_sniffer.jobs.components import check_captured, shows_both_stages, unknown_attention
+from qk_sniffer.jobs.components import check_captured, model_facts, shows_both_stages, unknown_attention
 from qk_sniffer.jobs.from_python import LONGEST
 from qk_sniffer.notebook.facts import CaptureFacts
 from qk_sniffer.notebook.model import UserBackbone
@@ -141,7 +141,8 @@ def facts_of(model: nn.Module, config: Config, family: str | Family | None) -> C
         layers,
         selection,
         model_commit=getattr(whole, "_commit_hash", None),
-        adapter=backbone.adapter_settings,
+        adapters=backbone.adapter_settings,
+        model=model_facts(backbone, layers, selection),
     )
 
 

@@ -59,11 +59,11 @@ def test_an_adapter_of_peft() -> None:
     expected = model(input_ids=ids).logits
     with qk_sniffer.capture(model) as captured:
         assert torch.equal(model(input_ids=ids).logits, expected)
-        with model.disable_adapter():
-            model(input_ids=ids)
         output = model.generate(input_ids=ids, max_new_tokens=5, do_sample=False)
-    assert captured.examples["num_tokens"].to_pylist() == [12, 12, 11 + output.shape[1] - 12]
-    adapted, plain = states(captured, 1, "q", 0), states(captured, 1, "q", 1)
+    with model.disable_adapter(), qk_sniffer.capture(model) as without:
+        model(input_ids=ids)
+    assert captured.examples["num_tokens"].to_pylist() == [12, 11 + output.shape[1] - 12]
+    adapted, plain = states(captured, 1, "q", 0), states(without, 1, "q", 0)
     assert float((adapted - plain).abs().max()) > 0.1
     calls, _ = recorded(model.get_base_model().model, ids)
     assert torch.equal(adapted, calls[1].query[0])

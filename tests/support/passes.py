@@ -18,6 +18,7 @@ from qk_sniffer.capture.sampling import Picks, Sampler
 from qk_sniffer.capture.selection import select
 from qk_sniffer.config import ModelConfig, from_dict
 from qk_sniffer.corpus.contents import ids_hash
+from qk_sniffer.jobs.components import model_facts
 from qk_sniffer.jobs.from_python import LONGEST
 from qk_sniffer.notebook.facts import CaptureFacts
 from qk_sniffer.notebook.memory import PassSink
@@ -37,7 +38,7 @@ def facts_of(checkpoint: Path, **sections: Any) -> CaptureFacts:
     backbone = load_backbone(ModelConfig(name=str(checkpoint), dtype="float32", device_map="cpu"))
     layers = backbone.probe()
     selection = select([each.heads for each in layers], config.capture)
-    return CaptureFacts(config, backbone, layers, selection, None, None)
+    return CaptureFacts(config, backbone, layers, selection, None, {}, model_facts(backbone, layers, selection))
 
 
 def ids_of(text: str) -> np.ndarray:

@@ -1,0 +1,101 @@
+"""Sees, around every forward pass, whether a model is still the one that was described: its weights, adapters, layers.
+
+A look reads no value of a tensor: a change in place raises the version of a tensor, and another tensor is another
+object or is at another address. What is written through `tensor.data` raises no version, and is not seen.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+_PER_ROW_HOOK = "_adapter_names_pre_forward_hook"
+"""The hook of peft that gives each row of a batch an adapter of its own, for the argument `adapter_names`."""
+
+NO_ADAPTER = "__base__"
+"""The name that peft gives the model without an adapter, in `adapter_names`."""
+
+_Tensor = tuple[int, int, int]
+"""The identity, the version and the address of a tensor."""
+
+
+@dataclass(frozen=True)
+class ModelState:
+    """A model at a moment. Two are equal if nothing that a look sees has changed."""
+
+    attention: str | None
+    """The attention implementation."""
+    modules: list[int]
+    weights: list[_Tensor]
+    rotary: list[tuple[Any, ...]]
+    """The frequencies of each rotary embedding, and their scaling."""
+    adapters: list["AdapterLayer"]
+    _alive: list[object] = field(compare=False, repr=False)
+    """Keeps the modules and tensors: an identity may be given again to a new object."""
+
+
+AdapterLayer = tuple[tuple[str, Any], ...]
+"""The adapters of peft that a layer computes with, or that are merged into it, by name, with their scaling."""
+
+
+def state_of(decoder: nn.Module) -> ModelState:
+    """Returns the state of a decoder. Weights on the meta device, which accelerate offloads, are left out."""
+    modules: list[nn.Module] = [*decoder.modules()]
+    weights = [
+        weight
+        for module in modules
+        for weight in module._parameters.values()
+        if weight is not None and weight.device.type != "meta"
+    ]
+    buffers: list[torch.Tensor] = []
+    rotary: list[tuple[Any, ...]] = []
+    for module in modules:
+        if "Rotary" in type(module).__name__:
+            own = {name: value for name, value in module._buffers.items() if value is not None and "inv_freq" in name}
+            buffers += own.values()
+            scaling = [value for name, value in vars(module).items() if name.endswith("attention_scaling")]
+            rotary.append((*((name, _seen(value)) for name, value in own.items()), *scaling))
+    return ModelState(
+        attention=getattr(decoder.config, "_attn_implementation", None),
+        modules=[*map(id, modules)],
+        weights=[*map(_seen, weights)],
+        rotary=rotary,
+        adapters=[*adapter_layers(modules)],
+        _alive=[*modules, *weights, *buffers],
+    )
+
+
+def adapter_layers(modules: list[nn.Module]) -> Iterator[AdapterLayer]:
+    """Yields the adapters in effect in each of the layers that peft has changed: none where they are disabled."""
+    for module in modules:
+        if not hasattr(type(module), "disable_adapters") or not hasattr(type(module), "active_adapters"):
+            continue
+        layer: Any = module
+        if not hasattr(layer, "adapter_layer_names"):
+            continue  # not of peft, such as a model of transformers, whose methods have these names
+        scaling = getattr(layer, "scaling", None)
+        factors = scaling if isinstance(scaling, dict) else {}
+        yield tuple((name, factors.get(name)) for name in _in_effect(layer))
+
+
+def _in_effect(layer: Any) -> list[str]:
+    if layer.disable_adapters:
+        return []
+    if merged := getattr(layer, "merged_adapters", None):
+        return [*merged]
+    for hook in layer._forward_pre_hooks.values():
+        if getattr(getattr(hook, "func", None), "__name__", None) == _PER_ROW_HOOK:
+            of_rows = {*hook.keywords["adapter_names"]}
+            return [] if of_rows == {NO_ADAPTER} else sorted(of_rows)
+    held = [getattr(layer, name, ()) for name in layer.adapter_layer_names]
+    return [name for name in layer.active_adapters if any(name in each for each in held)]
+
+
+def _seen(tensor: torch.Tensor) -> _Tensor:
+    version = 0 if tensor.is_inference() else tensor._version
+    try:
+        return id(tensor), version, tensor.data_ptr()
+    except RuntimeError:  # a tensor that wraps others, as of torchao, has no storage
+        return id(tensor), version, 0

@@ -1,0 +1,189 @@
+"""Tests that the rows of a capture are of one state of the model, and that a dataset states this one."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.adapters import lora
+from support.live import LLAMA, random_ids
+from torch import nn
+
+import qk_sniffer
+from qk_sniffer.dataset.verify import verify
+from qk_sniffer.errors import CaptureError
+
+IDS = random_ids(1, 12)
+
+
+def with_adapters(**settings: Any) -> Any:
+    """A model with two LoRA adapters, "a" and "b", of which "a" is active. `settings` are those of "b"."""
+    from peft import get_peft_model
+
+    model: Any = get_peft_model(LLAMA.model(), lora(init_lora_weights=False), adapter_name="a")
+    model.add_adapter("b", lora(init_lora_weights=False, **settings))
+    model.set_adapter("a")
+    return model.eval()
+
+
+def set_frequencies(model: Any) -> None:
+    decoder(model).rotary_emb.inv_freq.mul_(2)
+
+
+def replace_frequencies(model: Any) -> None:
+    rotary = decoder(model).rotary_emb
+    rotary.inv_freq = rotary.inv_freq * 2
+
+
+def step(model: Any) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with torch.enable_grad():
+        model(input_ids=IDS, labels=IDS).loss.backward()
+    optimizer.step()
+
+
+def set_weight(model: Any) -> None:
+    with torch.no_grad():
+        decoder(model).layers[1].self_attn.q_proj.weight[0] += 1
+
+
+def replace_weight(model: Any) -> None:
+    projection = decoder(model).layers[1].self_attn.q_proj
+    projection.weight = nn.Parameter(projection.weight.detach() * 2)
+
+
+def replace_data(model: Any) -> None:
+    projection = decoder(model).layers[1].self_attn.q_proj
+    projection.weight.data = projection.weight.data * 2
+
+
+def scale(model: Any) -> None:
+    decoder(model).layers[0].self_attn.q_proj.scaling["a"] *= 2
+
+
+def decoder(model: Any) -> Any:
+    return (model.get_base_model() if hasattr(model, "get_base_model") else model).model
+
+
+ADAPTED: dict[str, tuple[Callable[[Any], object], str]] = {
+    "set_adapter": (lambda model: model.set_adapter("b"), "adapter"),
+    "disabled": (lambda model: model.base_model.disable_adapter_layers(), "adapter"),
+    "merged": (lambda model: (model.set_adapter("b"), model.merge_adapter()), "adapter"),
+    "scaled": (scale, "adapter"),
+    "deleted": (lambda model: model.delete_adapter("a"), "adapter"),
+}
+PLAIN: dict[str, tuple[Callable[[Any], object], str]] = {
+    "attention": (lambda model: model.set_attn_implementation("eager"), "attention implementation"),
+    "frequencies": (set_frequencies, "rotary frequencies"),
+    "other frequencies": (replace_frequencies, "rotary frequencies"),
+    "dtype": (lambda model: model.bfloat16(), "dtype"),
+    "step": (step, "weights"),
+    "weight": (set_weight, "weights"),
+    "other weight": (replace_weight, "weights"),
+    "other data": (replace_data, "weights"),
+    "loaded": (lambda model: model.load_state_dict({**model.state_dict()}), "weights"),
+}
+CHANGES = [
+    *(pytest.param(with_adapters, *case, id=name) for name, case in ADAPTED.items()),
+    pytest.param(lambda: with_adapters(r=8), *ADAPTED["set_adapter"], id="set_adapter of another rank"),
+    *(pytest.param(LLAMA.model, *case, id=name) for name, case in PLAIN.items()),
+]
+
+
+@pytest.mark.parametrize(("make", "change", "name"), CHANGES)
+def test_a_pass_of_a_changed_model_is_refused_by_name(
+    make: Callable[[], Any], change: Callable[[Any], object], name: str
+) -> None:
+    model = make()
+    with torch.no_grad(), qk_sniffer.capture(model, layers=[1]) as captured:
+        model(input_ids=IDS)
+        before = captured.vectors(1, 0, "q").vectors.copy()
+        # A step runs a pass of its own, of the weights of the first one.
+        change(model)
+        rows = captured.vectors(1, 0, "q").vectors
+        with pytest.raises(CaptureError, match=rf"the .*{name}.* changed inside the block.*a capture of its own"):
+            model(input_ids=IDS)
+    assert (rows[: len(before)] == before).all()
+    assert (captured.vectors(1, 0, "q").vectors == rows).all()
+
+
+def test_a_change_within_a_pass_drops_its_rows() -> None:
+    model = with_adapters()
+    hook = decoder(model).layers[0].register_forward_hook(lambda *_: model.set_adapter("b"))
+    with torch.no_grad(), qk_sniffer.capture(model, layers=[0]) as captured:
+        with pytest.raises(CaptureError, match=r"the adapter of .* changed inside the block"):
+            model(input_ids=IDS)
+        hook.remove()
+        model.set_adapter("a")
+        model(input_ids=IDS)
+    assert captured.examples["example_id"].to_pylist() == [0]
+    assert len(captured.vectors(0, 0, "q").positions) == IDS.shape[1]
+
+
+@pytest.mark.parametrize("names", [["a", "b"], ["a", "__base__"], ["__base__", "__base__"]])
+def test_adapters_by_row_are_refused(names: list[str]) -> None:
+    model = with_adapters()
+    with torch.no_grad(), qk_sniffer.capture(model, layers=[0]) as captured:
+        model(input_ids=IDS.expand(2, -1), adapter_names=["a", "a"])
+        with pytest.raises(CaptureError, match="the adapter of"):
+            model(input_ids=IDS.expand(2, -1), adapter_names=names)
+    assert captured.examples.num_rows == 2
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_a_disabled_adapter_is_not_in_the_dataset(tmp_path: Path, streamed: bool) -> None:
+    model, out = with_adapters(), tmp_path / "out"
+    capture = lambda: qk_sniffer.capture(model, layers=[1], to=out if streamed else None)  # noqa: E731
+    with torch.no_grad(), model.disable_adapter(), capture() as captured:
+        model(input_ids=IDS)
+    if not streamed:
+        captured.save(out)
+    base: Any = LLAMA.model()
+    with torch.no_grad(), qk_sniffer.capture(base, layers=[1]) as plain:
+        base(input_ids=IDS)
+    dataset = qk_sniffer.open_dataset(out)
+    assert (dataset.vectors(1, 0, "q").vectors == plain.vectors(1, 0, "q").vectors).all()
+    assert "adapter" not in dataset.manifest["model"]
+    assert "adapter" not in (out / "README.md").read_text()
+    assert verify(out).problems == 0
+
+
+def test_the_adapter_that_is_active_is_the_one_that_is_stated(tmp_path: Path) -> None:
+    from peft import LoHaConfig, get_peft_model
+
+    model: Any = get_peft_model(LLAMA.model(), lora(), adapter_name="a", mixed=True)
+    model.add_adapter("b", LoHaConfig(target_modules=["k_proj"]))
+    for active, kind in (("a", "LORA"), ("b", "LOHA"), (["a", "b"], None)):
+        model.set_adapter(active)
+        with torch.no_grad(), qk_sniffer.capture(model, layers=[1], to=tmp_path / str(kind)):
+            model(input_ids=IDS)
+        stated = qk_sniffer.open_dataset(tmp_path / str(kind)).manifest["model"]["adapter"]["kind"]
+        assert stated == kind or (kind is None and stated in ("LORA and LOHA", "LOHA and LORA"))
+
+
+def test_what_is_saved_is_what_was_true_in_the_block(tmp_path: Path) -> None:
+    model = with_adapters()
+    with torch.no_grad(), qk_sniffer.capture(model, layers=[1]) as captured:
+        model(input_ids=IDS)
+    captured.save(tmp_path / "before")
+    model.set_adapter("b")
+    model.set_attn_implementation("eager")
+    set_frequencies(model)
+    captured.save(tmp_path / "after")
+    before, after = (qk_sniffer.open_dataset(tmp_path / name).manifest["model"] for name in ("before", "after"))
+    assert before == after
+    assert after["attn_implementation"] == "sdpa"
+
+
+def test_what_is_set_back_before_the_next_pass_is_no_change() -> None:
+    model = with_adapters()
+    with torch.no_grad(), qk_sniffer.capture(model, layers=[1]) as captured:
+        model(input_ids=IDS)
+        with model.disable_adapter():
+            pass  # no pass of the block runs meanwhile
+        model.eval().to(torch.float32).requires_grad_(False)
+        rotary = decoder(model).rotary_emb
+        rotary.inv_freq = rotary.inv_freq.clone()
+        model(input_ids=IDS)
+    assert captured.examples.num_rows == 2

@@ -7,10 +7,12 @@ outputs/mine` are the same. Without the name of a program, the command captures.
 import importlib
 import re
 import sys
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import qk_sniffer
 from qk_sniffer.cli import process
-from qk_sniffer.text import closest
+from qk_sniffer.text import closest, say
 
 
 class Program(NamedTuple):
@@ -46,7 +48,19 @@ def run_named() -> int:
     program = PROGRAMS.get(name)
     if program is not None:
         sys.argv = [sys.argv[0], *sys.argv[2:]]
+    elif _runs_jobs(sys.argv[1:]):
+        # Before Hydra is imported, which takes longer than a person likes to wait for a sign of life.
+        say(f"qk-sniffer {qk_sniffer.__version__}: reading the settings ...", to=sys.stderr)
     return int(importlib.import_module((program or _CAPTURE).module).main())
+
+
+_FLAGS_OF_JOBS = re.compile(r"--(multirun|config-(dir|name|path)(=.*)?)|-(m|cd|cn|cp)", re.DOTALL)
+
+
+def _runs_jobs(arguments: Sequence[str]) -> bool:
+    """Whether arguments of the capture look as if it runs jobs: other flags only print."""
+    flags = [argument for argument in arguments if argument.startswith("-")]
+    return all(map(_FLAGS_OF_JOBS.fullmatch, flags)) and not (arguments and meant(arguments[0]))
 
 
 def meant(argument: str) -> list[str]:

@@ -178,7 +178,7 @@ def test_output_folder_holds_everything_that_a_job_writes(light: dict[str, str],
 def test_a_job_that_fails(light: dict[str, str], tmp_path: Path) -> None:
     foreseen = sniff(light, tmp_path, *MODEL, "sampler.seed=1")
     assert foreseen.returncode == 1
-    assert foreseen.stderr == "the disk is full:\n  free some space\n"
+    assert foreseen.stderr.endswith(" ...\nthe disk is full:\n  free some space\n")
     other = sniff(light, tmp_path, *MODEL, "sampler.seed=2")
     assert other.returncode == 1
     assert "Traceback" in other.stderr and "RuntimeError: out of luck" in other.stderr
@@ -217,6 +217,7 @@ def test_an_interrupted_job(light: dict[str, str], tmp_path: Path) -> None:
         assert process.stdout.readline() == "running with seed 3\n"
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=30) == 130
+        assert process.stderr.readline().endswith(": reading the settings ...\n")
         assert process.stderr.read() == "stopped by SIGINT; rerun the same command to resume\n"
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import qk_sniffer
-from qk_sniffer.cli import preflight
+from qk_sniffer.cli import app, preflight
 from qk_sniffer.cli.flags import parse_flags
 from qk_sniffer.cli.programs import PROGRAMS, listed, run_named
 from qk_sniffer.plasticity import cli as plasticity
@@ -76,6 +76,44 @@ def test_a_reader_that_goes_away_changes_nothing(arguments: tuple[str, ...], unb
         assert code(stdout=writer) == code(stdout=subprocess.DEVNULL)
     finally:
         os.close(writer)
+
+
+IMPORTS = """
+import os
+import sys
+
+class Telling:
+    def find_spec(self, name, path=None, target=None):
+        if name in {names}:
+            os.write(2, f"imports {name}\\n".encode())
+
+sys.meta_path.insert(0, Telling())
+"""
+
+
+@pytest.mark.parametrize("arguments", [(), ("-m", "sampler.seed=0,1"), ("--config-dir", ".")])
+def test_a_job_says_that_it_starts_before_it_imports_what_takes_long(
+    arguments: tuple[str, ...], tmp_path: Path
+) -> None:
+    heavy = {"hydra", "omegaconf", "numpy", "pyarrow", "torch", "transformers", "datasets", "pandas"}
+    (tmp_path / "sitecustomize.py").write_text(IMPORTS.replace("{names}", repr(heavy)))
+    command = [sys.executable, "-m", "qk_sniffer", *arguments, "model=nope"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    first, *others = done.stderr.splitlines()
+    assert done.returncode == 2 and done.stdout == ""
+    assert first == f"qk-sniffer {qk_sniffer.__version__}: reading the settings ..."
+    assert "imports hydra" in others and first not in others
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("-c", "job"), ("--cfg=job",), ("verfy",), ("--nonsense", "a=1")])
+def test_a_command_that_runs_no_job_does_not_say_that_one_starts(
+    arguments: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran: list[list[str]] = []
+    monkeypatch.setattr(app, "main", lambda: ran.append(sys.argv[1:]) or 0)
+    assert run(monkeypatch, *arguments) == 0
+    assert capsys.readouterr().err == "" and ran == [[*arguments]]
 
 
 @pytest.mark.parametrize(("variables", "is_red"), [({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)])

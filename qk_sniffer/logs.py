@@ -12,9 +12,10 @@ from numbers import Number
 from pathlib import Path
 from textwrap import indent
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 from qk_sniffer.errors import QkSnifferError
+from qk_sniffer.live import above_live_lines
 from qk_sniffer.text import RED, YELLOW, painted, printable, printable_lines, say_text
 
 
@@ -47,6 +48,14 @@ class JobLog(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         if not isinstance(sys.exc_info()[1], OSError):
             super().handleError(record)
+
+
+class TerminalHandler(logging.StreamHandler[TextIO]):
+    """Writes above the lines that are redrawn on the terminal (`live.py`)."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with above_live_lines():
+            super().emit(record)
 
 
 class TerminalFormatter(logging.Formatter):

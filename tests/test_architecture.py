@@ -16,7 +16,7 @@ PACKAGE = Path(qk_sniffer.__file__).parent
 
 FLOORS = (
     ("text", "timing", "machine", "assets"),
-    ("errors", "markdown"),
+    ("errors", "markdown", "live"),
     ("logs",),
     ("config",),
     ("resolved",),

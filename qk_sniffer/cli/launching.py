@@ -11,7 +11,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import chain, count
 from pathlib import Path
@@ -23,11 +23,16 @@ from omegaconf import DictConfig, read_write
 
 import qk_sniffer
 from qk_sniffer.cli.queue_watch import QueueWatch
+from qk_sniffer.cli.sweep_watch import SweepWatch
 from qk_sniffer.errors import QkSnifferError, StoreError
 from qk_sniffer.jobs import job_status, sweep
 from qk_sniffer.jobs.sweep import PlannedJob
+from qk_sniffer.logs import logger
 from qk_sniffer.store.disk import explained
 from qk_sniffer.store.open_folder import OpenFolder
+from qk_sniffer.text import counted
+
+log = logger(__name__)
 
 SETTLE_S = 30.0
 """Time for jobs to end after an interrupt that reaches them together with their command."""
@@ -75,14 +80,19 @@ class Launch:
             record = self._open.enter_context(sweep.announced(self.folder, self.planned, outlive=on_slurm))
         else:
             sweep.refuse_settings(self.folder)
+        reasons: Callable[[], Mapping[int, str]] = dict
         if on_slurm:
-            self._open.enter_context(QueueWatch(self.planned, self._submitted_ids, record))
+            queue = self._open.enter_context(QueueWatch(self.planned, self._submitted_ids, record))
+            reasons = lambda: queue.reasons  # noqa: E731
         wanted, copy = self.planned[0].config.snapshot, None
         if on_slurm if wanted is None else wanted:
             with explained(self.folder, "copy the code to"):
                 copy = use_snapshot(self.folder / "code")
         if on_slurm:
             _set_in_script(hydra, copy)
+        log.info("%s %s; logs: %s", counted(len(self.planned), "job"), _where(hydra), self.folder)
+        if self.is_announced and _is_submitit(hydra):
+            self._open.enter_context(SweepWatch(self.planned, self.folder, reasons))
 
     def wait(self) -> None:
         """Waits until all jobs on SLURM have ended; its launcher stops waiting when a job dies."""
@@ -118,7 +128,7 @@ class Launch:
 
 
 class LaunchCallback(Callback):
-    """Gives the launch of this process the folder of the jobs, which Hydra passes only to callbacks."""
+    """Tells the launch of this process what Hydra passes only to callbacks: the folder and the start of jobs."""
 
     launch: ClassVar[Launch | None] = None
 
@@ -136,6 +146,25 @@ class LaunchCallback(Callback):
                 # Hydra makes a warning of an exception of a callback, and starts the jobs all the same.
                 self.launch.error = error
                 raise SystemExit(1) from error
+
+    def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Names a job that runs in the process of its sweep; Hydra calls it before the job."""
+        if self.launch is not None and self.launch.is_announced:
+            log.info("%s", self.launch.planned[config.hydra.job.num])
+
+
+def _is_submitit(hydra: DictConfig) -> bool:
+    """Whether submitit starts the jobs: in processes of their own, whose logs are files."""
+    return str(hydra.launcher["_target_"]).endswith((".SlurmLauncher", ".LocalLauncher"))
+
+
+def _where(hydra: DictConfig) -> str:
+    if is_on_slurm(hydra):
+        return "on SLURM"
+    if _is_submitit(hydra):
+        return "in processes of their own"
+    is_basic = str(hydra.launcher["_target_"]).endswith(".BasicLauncher")
+    return "one after another" if is_basic else f"by {hydra.launcher['_target_']}"
 
 
 def is_on_slurm(hydra: DictConfig) -> bool:

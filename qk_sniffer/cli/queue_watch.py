@@ -35,6 +35,8 @@ class QueueWatch:
         self._planned, self._submitted, self._record = planned, submitted, record
         self._ids: Sequence[str] = ()
         self._told: dict[int, str] = {}
+        self.reasons: dict[int, str] = {}
+        """The scheduler's last answer: why jobs wait, by number."""
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="queue watch", daemon=True)
 
@@ -62,6 +64,7 @@ class QueueWatch:
         if reasons is None:
             return
         found = {number: reasons[job_id] for number, job_id in enumerate(self._ids) if job_id in reasons}
+        self.reasons = found
         self._told = {number: kind for number, kind in self._told.items() if number in found}
         news: dict[str, list[int]] = {}
         for number, reason in found.items():

@@ -325,6 +325,13 @@ def _name_holder(status: Status, lock: Path) -> None:
         status.host, status.slurm_job_id = by.host, by.slurm_job_id
 
 
+def line_of_job(layout: Layout, status: Status) -> Line:
+    """The line of a job of a sweep, by its status. It has the progress of a job that has started and not ended."""
+    if status.state in (job_status.RUNNING, job_status.REQUEUED):
+        return _unfinished(layout, status, status.model)
+    return Line(status, rows=status.rows)
+
+
 def _unfinished(layout: Layout, status: Status, slug: str | None) -> Line:
     """The line of a shard with its progress, if the report is of this job: `slug` is the model of the stored one."""
     progress = read_progress(layout.progress(status.shard_index, status.shard_count))

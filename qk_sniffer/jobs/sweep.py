@@ -88,18 +88,20 @@ class _Sweep(TypedDict):
     jobs: Annotated[list[_SweepJob], Meta(max_length=MOST_JOBS)]
 
 
-def statuses(folder: Path) -> dict[int, Status]:
+def statuses(
+    folder: Path, unreadable: Callable[[UnreadableError], None] = lambda error: log.warning("%s", error)
+) -> dict[int, Status]:
     """Reads every status of the run or sweep in `folder`, by the job's number, queued jobs included.
 
-    Logs a warning for a file that cannot be read, and leaves it out. A folder that the user has named may also hold
-    other runs and sweeps, whose jobs have the same numbers: they do not count.
+    A file that cannot be read is left out. `unreadable` gets its error, and by default logs a warning. A folder that
+    the user has named may also hold other runs and sweeps, whose jobs have the same numbers: they do not count.
     """
     jobs: dict[int, Status] = {}
-    with _warned():
+    with _left_out(unreadable):
         jobs |= {status.number: status for status in queued(folder)}
     found = dict(jobs)
     for path in _status_files(folder):
-        with _warned():
+        with _left_out(unreadable):
             status = read_status(path)
             if not jobs or (status.number in jobs and _is_of(status, jobs[status.number])):
                 found[status.number] = status
@@ -138,11 +140,11 @@ def _left_by_a_sweep(folder: Path, jobs: Sequence[PlannedJob]) -> Iterator[Path]
 
 
 @contextmanager
-def _warned() -> Iterator[None]:
+def _left_out(unreadable: Callable[[UnreadableError], None]) -> Iterator[None]:
     try:
         yield
     except UnreadableError as error:
-        log.warning("%s", error)
+        unreadable(error)
     except OSError:
         pass  # it was removed in the meantime
 

@@ -7,7 +7,9 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from qk_sniffer import config as main_config
@@ -20,7 +22,7 @@ from qk_sniffer.cli.hydra_jobs import run_jobs
 from qk_sniffer.cli.preflight import Composer, planned
 from qk_sniffer.errors import ConfigError, QkSnifferError
 from qk_sniffer.hub.endpoint import check_address
-from qk_sniffer.jobs.sweep import Job
+from qk_sniffer.jobs.sweep import Job, describe
 from qk_sniffer.logs import escape_libraries, logger
 from qk_sniffer.plasticity.config import SCHEMA, PlasticityConfig, from_omegaconf, problems, register, resolved
 
@@ -50,6 +52,9 @@ def _main(arguments: list[str]) -> int:
 def task(node: DictConfig) -> int:
     """Runs one job, wherever Hydra's launcher starts it; returns its exit code."""
     escape_libraries()
+    hydra = HydraConfig.get()
+    if hydra.mode == RunMode.MULTIRUN:
+        log.info("%s", describe(hydra.job.num, hydra.overrides.task))
     try:
         read_environment()
         from qk_sniffer.plasticity.run import run

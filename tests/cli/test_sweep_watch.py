@@ -1,0 +1,101 @@
+"""A command that waits for the jobs of its sweep in other processes shows how far each of them has come."""
+
+import logging
+import os
+import pty
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from qk_sniffer.cli.sweep_watch import SweepWatch
+from qk_sniffer.config import from_dict
+from qk_sniffer.jobs import job_status, sweep
+from qk_sniffer.jobs.progress import Progress
+from qk_sniffer.jobs.sweep import PlannedJob
+from qk_sniffer.logs import TerminalHandler
+from qk_sniffer.resolved import resolve
+from qk_sniffer.store.layout import Layout
+
+
+@pytest.fixture
+def jobs(tmp_path: Path) -> list[PlannedJob]:
+    configs = [{"model": {"name": "org/m"}, "output": {"data_root": str(tmp_path / str(n))}} for n in range(3)]
+    return [PlannedJob(n, (f"sampler.seed={n}",), resolve(from_dict(config))) for n, config in enumerate(configs)]
+
+
+@pytest.fixture
+def folder(jobs: list[PlannedJob], tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "sweep"
+    with sweep.announced(folder, jobs, outlive=False):
+        yield folder
+
+
+def job_folder(folder: Path, number: int) -> Path:
+    made = folder / str(number)
+    made.mkdir()
+    return made
+
+
+def test_a_pipe_gets_a_line_when_the_state_of_a_job_changes_or_a_tenth_is_captured(
+    jobs: list[PlannedJob], folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    watch = SweepWatch(jobs, folder)
+
+    def told() -> list[str]:
+        watch.tell()
+        found = [f"{record.levelname} {record.getMessage()}" for record in caplog.records]
+        caplog.clear()
+        return found
+
+    assert told() == [], "queued jobs are no news"
+    status = job_status.Status.here(0, jobs[0].config)
+    layout = Layout(jobs[0].config.data_root)
+    with job_status.recorded(status, job_folder(folder, 0)):
+        assert told() == ["INFO job 0 (sampler.seed=0): running"]
+        layout.work.mkdir(parents=True)
+        progress = Progress(2000, file=layout.progress(0, 1))
+        progress.add(501, 9, 70)
+        progress.close()
+        (line,) = told()
+        assert line.startswith("INFO job 0 (sampler.seed=0): running, 501 of 2,000 examples (25%), about ")
+        assert told() == []
+        progress.add(20, 9, 1)
+        progress.close()
+        assert told() == [], "it is the same tenth"
+        status.succeed(71, None)
+    assert told() == ["INFO job 0 (sampler.seed=0): done, 71 rows"]
+    broken = job_status.Status.here(1, jobs[1].config)
+    with job_status.recorded(broken, job_folder(folder, 1)):
+        broken.fail("the disk is full")
+    assert told() == ["WARNING job 1 (sampler.seed=1): failed, the disk is full"]
+
+
+def test_a_terminal_gets_a_line_a_job_below_what_is_logged(
+    jobs: list[PlannedJob], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    master, slave = pty.openpty()
+    with os.fdopen(slave, "w") as terminal, os.fdopen(master, "rb", buffering=0) as reader:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        monkeypatch.setenv("COLUMNS", "40")
+        monkeypatch.setenv("LINES", "24")
+        watch = SweepWatch(jobs, folder, lambda: {2: "Priority"})
+        assert watch._live is not None
+        with watch._live:
+            watch.tell()
+            first = reader.read(4096).decode()
+            TerminalHandler(terminal).emit(logging.makeLogRecord({"msg": "SLURM does not start job 2"}))
+            logged = reader.read(4096).decode()
+        erased = reader.read(4096).decode()
+        lines = [f"job {number} (sampler.seed={number}): queued" for number in range(3)]
+        lines[2] += ": Pri ..."
+        block = "".join(f"{line}\r\n" for line in lines)
+        assert first == block
+        assert logged == f"\r\x1b[3A\x1b[JSLURM does not start job 2\r\n{block}"
+        assert erased == "\r\x1b[3A\x1b[J"
+        monkeypatch.setenv("LINES", "6")
+        with job_status.recorded(job_status.Status.here(1, jobs[1].config), job_folder(folder, 1)):
+            watch.tell()
+        assert reader.read(4096).decode() == "job 1 (sampler.seed=1): running\r\nand 2 more jobs: 2 queued\r\n"

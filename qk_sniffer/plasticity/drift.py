@@ -173,14 +173,17 @@ def shapes(x: Float64, is_constant: npt.NDArray[np.bool_]) -> tuple[Float64, Flo
     skews, kurtoses = np.full((2, len(x)), np.nan)
     for j in np.flatnonzero(~is_constant):
         squares = x[j] * x[j]
-        m2 = squares.mean()
-        if n > 2:
-            m3 = np.einsum("i,i->", squares, x[j]) / n
-            skews[j] = m3 / m2**1.5 * np.sqrt(n * (n - 1)) / (n - 2)
-        if n > 3:
-            excess = np.einsum("i,i->", squares, squares) / n / m2**2 - 3
-            kurtoses[j] = ((n + 1) * excess + 6) * (n - 1) / ((n - 2) * (n - 3))
+        sums = squares.sum(), np.einsum("i,i->", squares, x[j]), np.einsum("i,i->", squares, squares)
+        skews[j], kurtoses[j] = unbiased_shapes(np.float64(n), *np.divide(sums, n))
     return skews, kurtoses
+
+
+def unbiased_shapes(n: Float64 | np.float64, m2: Any, m3: Any, m4: Any) -> tuple[Any, Any]:
+    """G1 and G2 of `shapes` from a number of rows and the mean powers 2, 3 and 4; NaN for fewer rows than they need."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        skew = m3 / m2**1.5 * np.sqrt(n * (n - 1)) / (n - 2)
+        kurtosis = ((n + 1) * (m4 / m2**2 - 3) + 6) * (n - 1) / ((n - 2) * (n - 3))
+    return np.where(n > 2, skew, np.nan), np.where(n > 3, kurtosis, np.nan)
 
 
 def kolmogorov_smirnov_p(x: Float64, deviations: Float64, chosen: Int64) -> Float64:

@@ -16,7 +16,7 @@ from qk_sniffer.store.own_files import contains
 from qk_sniffer.store.settings_forms import SamplerSettings
 from qk_sniffer.store.stored import LARGE, Count, Text, UnreadableError
 
-FORMAT = "qk-sniffer-plasticity/2"
+FORMAT = "qk-sniffer-plasticity/3"
 """The format of `plasticity.json`. Every change to the measures raises its number: results are then recomputed."""
 
 TABLE_FILES = frozenset(f"{name}.{ending}" for name in TABLES for ending in ("csv", "parquet"))

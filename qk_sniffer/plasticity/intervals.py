@@ -30,6 +30,7 @@ def mean_rows(
     `of_layers` has the layer and the uncertainty of each head.
     """
     known = [(layer in limited_layers, found) for layer, found in of_layers]
+    groups = max((found.groups for _, found in known), default=0)
     for attention, wanted in ((ALL, (False, True)), (FULL, (False,)), (LIMITED, (True,))):
         of_heads: dict[int, list[tuple[Sequence[float], Sequence[float]]]] = defaultdict(list)
         for is_limited, found in known:
@@ -42,7 +43,7 @@ def mean_rows(
                     of_heads[bucket].append((ap, null))
         for bucket, heads in sorted(of_heads.items()):
             ap, null = _mean(np.array(heads))
-            for quantity, each in of_plasticity(ap, null).items():
+            for quantity, each in of_plasticity(ap, null, groups).items():
                 row = {"attention": attention, "n_heads": len(heads), "quantity": quantity, "q_bucket": bucket}
                 yield row | each._asdict()
 

@@ -4,6 +4,7 @@ A value that cannot be computed is NaN, and a note gives the reason.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -27,10 +28,12 @@ from qk_sniffer.plasticity.drift import (
 )
 from qk_sniffer.plasticity.estimators import Estimator, FullCovariance, Regression, plasticity
 from qk_sniffer.plasticity.intervals import ENOUGH_ROWS, ENOUGH_TEXTS
+from qk_sniffer.plasticity.jackknife import FullCovarianceReplicates, left_out
 from qk_sniffer.plasticity.key_pairs import COMPONENTS, KEY_ROWS, PAIRS, QUERY_ROWS, KeyGroups, generator
+from qk_sniffer.plasticity.resampled_queries import along_drift, of_lines
 from qk_sniffer.plasticity.resampling import Clusters, first_signs, replicate_drift, text_weights
 from qk_sniffer.plasticity.tables import QUERY_METRICS, HeadResult
-from qk_sniffer.plasticity.uncertainty import PlasticityReplicates
+from qk_sniffer.plasticity.uncertainty import PlasticityReplicates, Uncertainty, of_components, of_queries
 from qk_sniffer.store.layout import head_file
 from qk_sniffer.text import compact_ranges, counted
 
@@ -188,16 +191,19 @@ class _QueryHead:
         values = np.array([value for _, _, value in buckets])
         metrics["ap_overall"] = float(np.nanmean(values)) if np.isfinite(values).any() else np.nan
         head = self.keys.head
-        uncertainty = None if replicates is None else replicates.result()
+        uncertainty = None if replicates is None else self._uncertainty(replicates)
         return HeadResult(
             head.layer, self.head, head.head, metrics, buckets, r2.tolist(), self.notes, uncertainty=uncertainty
         )
 
     def _replicates(self, drift: Drift) -> PlasticityReplicates | None:
-        """The drift in each replicate of the dataset; None without replicates, or without a text to leave out."""
+        """Estimates the numbers of the queries alone, and prepares the replicates of plasticity.
+
+        None without replicates, or without a text to leave out.
+        """
         queries, keys, config = self.queries, self.keys, self.config
         ids = np.union1d(queries.example_ids, keys.rows.example_ids)
-        if config.estimator.alpha is not None or not config.replicates or len(ids) < 2:
+        if not config.replicates or len(ids) < 2:
             return None
         clusters = Clusters(ids, text_weights(config.seed, ids, config.replicates))
         texts, buckets = clusters.of(queries.example_ids), queries.buckets - self.lowest
@@ -205,7 +211,19 @@ class _QueryHead:
             keys.rows.vectors, keys.rows.buckets, clusters.of(keys.rows.example_ids), clusters, keys.signs[0]
         )
         found = replicate_drift(drift, queries.positions, buckets, texts, clusters, signs)
+        self.of_queries = of_queries(of_lines(found) | along_drift(drift, queries.positions, texts, clusters, found))
+        self.of_components = of_components(found.r2)
+        if (alpha := config.estimator.alpha) is not None:
+            vectors = queries.vectors * keys.signs.astype(np.float32)
+            samples = Clusters(ids, left_out(config.seed, ids))
+            return FullCovarianceReplicates(vectors, queries.positions, buckets, texts, samples, self.lowest, alpha)
         return PlasticityReplicates(found, clusters, self.lowest, buckets, texts)
+
+    def _uncertainty(self, replicates: PlasticityReplicates) -> Uncertainty:
+        found = replicates.result()
+        found.of_head |= self.of_queries
+        found.components, found.weights = self.of_components
+        return found
 
     def _measure_queries(self, drift: Drift, metrics: dict[str, float | int]) -> Float64:
         """Fills in the metrics of the queries alone. Returns the variances of the rotated residuals."""
@@ -253,22 +271,29 @@ class _QueryHead:
         estimator: Estimator,
         replicates: PlasticityReplicates | None,
     ) -> None:
-        vectors, lowest = self.keys.rows.vectors, self.lowest
-        without_pairs = []
+        lowest, without_pairs = self.lowest, []
         random = generator(self.config.seed, self.keys.head.layer, self.head, PAIRS)
         for key, queries in queries_of.items():
             first, second = estimator.draw(self.keys.groups, key, self.config.num_pairs_per_bucket, random)
             if not len(first):
                 without_pairs.append(key)
                 continue
-            differences = vectors[first].astype(np.float64) - vectors[second]
-            z = estimator.z(differences, slice(queries.start - lowest, queries.stop - lowest))
+            z = estimator.z(self._differences(first, second), slice(queries.start - lowest, queries.stop - lowest))
             means = plasticity(z).mean(axis=1).tolist()
             found.update(((query, key), mean) for query, mean in zip(queries, means, strict=True))
             if replicates is not None:
                 texts = replicates.clusters.of(self.keys.rows.example_ids[first])
-                replicates.add(key, queries, differences * self.keys.signs, texts)
+                replicates.add(key, queries, partial(self._oriented_differences, first, second), texts)
         self._note_gaps(queries_of, without_pairs)
+
+    def _differences(self, first: Int64, second: Int64) -> Float64:
+        """Of the keys of pairs (m, head_dim)."""
+        vectors = self.keys.rows.vectors
+        differences: Float64 = vectors[first].astype(np.float64) - vectors[second]
+        return differences
+
+    def _oriented_differences(self, first: Int64, second: Int64) -> Float64:
+        return self._differences(first, second) * self.keys.signs
 
     def _seen_from(self) -> dict[int, range]:
         """The query buckets that see a key bucket: from the next one to the last one near enough."""

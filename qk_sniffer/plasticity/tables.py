@@ -62,7 +62,12 @@ TABLES: dict[str, pa.Schema] = {
         | _ESTIMATE
         | {"null": pa.float64()}
     ),
-    "head_component_intervals": pa.schema(_HEAD | {"component": pa.int32()} | _ESTIMATE),
+    "head_component_intervals": pa.schema(
+        _HEAD
+        | {"component": pa.int32()}
+        | _ESTIMATE
+        | dict.fromkeys((f"weight_{name}" for name in Estimate._fields), pa.float64())
+    ),
     "mean_intervals": pa.schema(_MEAN | _ESTIMATE),
     "mean_bucket_intervals": pa.schema(_MEAN | {"q_bucket": pa.int32()} | _ESTIMATE),
 }
@@ -127,8 +132,9 @@ def rows(name: str, result: HeadResult) -> Iterator[dict[str, Any]]:
             for bucket in found.buckets:
                 yield head | bucket._asdict() | bucket.ap._asdict() | {"null": bucket.ap_null}
         elif name == "head_component_intervals":
-            for component, each in enumerate(found.components):
-                yield head | {"component": component} | each._asdict()
+            for component, (each, of_weight) in enumerate(zip(found.components, found.weights, strict=True)):
+                columns = {f"weight_{name}": value for name, value in of_weight._asdict().items()}
+                yield head | {"component": component} | each._asdict() | columns
 
 
 def weights(r2: list[float]) -> list[float]:

@@ -32,6 +32,7 @@ from qk_sniffer.store.manifest import read as read_manifest
 from qk_sniffer.store.manifest import write as write_manifest
 
 ESTIMATE = "value,corrected,se,low,high"
+WEIGHT = ",".join(f"weight_{name}" for name in ESTIMATE.split(","))
 
 
 def test_the_columns_are_the_contract(verify_base: Path, tmp_path: Path) -> None:
@@ -46,7 +47,7 @@ def test_the_columns_are_the_contract(verify_base: Path, tmp_path: Path) -> None
         "head_component_weights": f"{head}component,component_r2,component_weight",
         "head_intervals": f"{head}n_texts,quantity,{ESTIMATE}",
         "head_bucket_intervals": f"{head}q_bucket,k_bucket,n_q_rows,n_q_texts,n_pairs,n_pair_texts,{ESTIMATE},null",
-        "head_component_intervals": f"{head}component,{ESTIMATE}",
+        "head_component_intervals": f"{head}component,{ESTIMATE},{WEIGHT}",
         "mean_intervals": f"attention,n_heads,quantity,{ESTIMATE}",
         "mean_bucket_intervals": f"attention,n_heads,quantity,q_bucket,{ESTIMATE}",
     }

@@ -10,7 +10,9 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+import textwrap
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import TextIO
 from urllib.parse import quote, unquote
@@ -236,6 +238,29 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
     shown = [[*map(printable, row)] for row in rows]
     widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in shown)
+
+
+def folded(rows: Sequence[Sequence[str]], width: int | None, of_words: Collection[str]) -> str:
+    """Returns rows as `aligned` does, in `width` characters if the words allow it; None is for any width.
+
+    The longest cells are folded, those of the columns `of_words` before others. The first row names the columns.
+    """
+    shown = [[*map(printable, row)] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
+    while width is not None and sum(widths) + 2 * (len(widths) - 1) > width and max(widths) > _NARROWEST:
+        words = [number for number, name in enumerate(rows[0]) if name in of_words and widths[number] > _NARROWEST]
+        widest = max(words or range(len(widths)), key=widths.__getitem__)
+        widths[widest] -= 1
+    lines: list[Sequence[str]] = []
+    for row in shown:
+        wrapped = (textwrap.wrap(cell, most, break_on_hyphens=False) for cell, most in zip(row, widths, strict=True))
+        cells = [lines_of_cell or [""] for lines_of_cell in wrapped]
+        lines += zip_longest(*cells, fillvalue="")
+    return aligned(lines)
+
+
+_NARROWEST = 8
+"""The fewest characters that a cell is folded to."""
 
 
 def shortened(names: Sequence[str], most: int) -> str:

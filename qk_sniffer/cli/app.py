@@ -5,6 +5,7 @@ SIGINT and SIGTERM.
 """
 
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -150,7 +151,7 @@ def _run(jobs: Sequence[sweep.PlannedJob], composer: Composer[ResolvedConfig]) -
         launch.wait_for_exit()
     found = {} if launch.folder is None else sweep.statuses(launch.folder)
     if len(jobs) > 1:
-        say_text(sweep.table(jobs, found))
+        say_text(sweep.table(jobs, found, shutil.get_terminal_size().columns if sys.stdout.isatty() else None))
         say(f"Logs: {launch.folder}")
     codes = [found[job.number].code if job.number in found else 1 for job in jobs]
     all_done = all(job.number in found and found[job.number].state in job_status.GOOD for job in jobs)

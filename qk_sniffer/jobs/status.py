@@ -2,12 +2,10 @@
 
 import os
 import re
-import textwrap
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +23,7 @@ from qk_sniffer.store.files import Folder
 from qk_sniffer.store.layout import Layout, is_ours
 from qk_sniffer.store.locks import holder, is_held
 from qk_sniffer.store.record import read_mark, read_record
-from qk_sniffer.text import aligned, printable
+from qk_sniffer.text import folded, printable
 
 
 @dataclass(frozen=True)
@@ -166,7 +164,9 @@ def table(lines: list[Line], width: int | None = None) -> str:
     told: list[str] = []
     if width is not None and sum(max(map(len, column)) + 2 for column in shown) - 2 > width:
         shown, told = [column for column in shown if column[0] != "where"], places
-    return "\n".join([folded([*zip(*shown, strict=True)], width), *map(printable, [*told, *errors, *meanings])])
+    return "\n".join(
+        [folded([*zip(*shown, strict=True)], width, _OF_WORDS), *map(printable, [*told, *errors, *meanings])]
+    )
 
 
 _COLUMNS = ("dataset", "state", "examples", "tokens/s", "left", "rows", "time", "last attempt", "where")
@@ -349,26 +349,6 @@ def _unfinished(layout: Layout, status: Status, slug: str | None) -> Line:
         progress["seconds_left"] if is_new else None,
         progress["rows"],
     )
-
-
-def folded(rows: Sequence[Sequence[str]], width: int | None) -> str:
-    """Returns rows as `aligned` does, in `width` characters if the words allow it. The longest cells are folded."""
-    shown = [[*map(printable, row)] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
-    while width is not None and sum(widths) + 2 * (len(widths) - 1) > width and max(widths) > _NARROWEST:
-        words = [number for number, name in enumerate(rows[0]) if name in _OF_WORDS and widths[number] > _NARROWEST]
-        widest = max(words or range(len(widths)), key=widths.__getitem__)
-        widths[widest] -= 1
-    lines: list[Sequence[str]] = []
-    for row in shown:
-        wrapped = (textwrap.wrap(cell, most, break_on_hyphens=False) for cell, most in zip(row, widths, strict=True))
-        cells = [lines_of_cell or [""] for lines_of_cell in wrapped]
-        lines += zip_longest(*cells, fillvalue="")
-    return aligned(lines)
-
-
-_NARROWEST = 8
-"""The fewest characters that a cell is folded to."""
 
 
 def _real(path: str | Path) -> str:

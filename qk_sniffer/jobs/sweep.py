@@ -37,7 +37,7 @@ from qk_sniffer.store.disk import explained, walk, write_atomic
 from qk_sniffer.store.locks import Lock, TakenAwayError, hold, is_held
 from qk_sniffer.store.own_files import starts_with
 from qk_sniffer.store.stored import LARGE, Text, UnreadableError
-from qk_sniffer.text import aligned, compact_ranges, printable, shortened
+from qk_sniffer.text import compact_ranges, folded, printable, shortened
 
 log = logger(__name__)
 
@@ -326,8 +326,8 @@ def _announced(folder: Path) -> _Sweep | None:
     return cast(_Sweep, facts | {"jobs": jobs})
 
 
-def table(jobs: Sequence[PlannedJob], found: dict[int, Status]) -> str:
-    """A table of the jobs of a sweep and their results, one a line."""
+def table(jobs: Sequence[PlannedJob], found: dict[int, Status], width: int | None = None) -> str:
+    """A table of the jobs of a sweep and their results, folded to `width` characters; None is for any width."""
     rows = [("job", "model", "state", "rows", "time", "where", "its own arguments")]
     for job in jobs:
         status = found.get(job.number) or Status.of(job.number, job.config, state=NOT_STARTED)
@@ -336,4 +336,4 @@ def table(jobs: Sequence[PlannedJob], found: dict[int, Status]) -> str:
         taken = tqdm.format_interval(status.seconds) if status.state not in (QUEUED, NOT_STARTED) else ""
         rows.append((str(job.number), status.model, status.state, count, taken, where, " ".join(job.arguments)))
     errors = [f"{job}: {found[job.number].error}" for job in jobs if job.number in found and found[job.number].error]
-    return "\n".join([aligned(rows), *map(printable, errors)])
+    return "\n".join([folded(rows, width, ("model", "where", "its own arguments")), *map(printable, errors)])

@@ -99,3 +99,10 @@ def test_a_terminal_gets_a_line_a_job_below_what_is_logged(
         with job_status.recorded(job_status.Status.here(1, jobs[1].config), job_folder(folder, 1)):
             watch.tell()
         assert reader.read(4096).decode() == "job 1 (sampler.seed=1): running\r\nand 2 more jobs: 2 queued\r\n"
+
+
+def test_the_table_of_a_sweep_fits_the_terminal_and_keeps_every_word(jobs: list[PlannedJob]) -> None:
+    named = [PlannedJob(job.number, ("sampler.base_rate=8", "model=qwen3_8b"), job.config) for job in jobs]
+    whole, narrow = sweep.table(named, {}), sweep.table(named, {}, 80)
+    assert max(map(len, whole.splitlines())) > 80 >= max(map(len, narrow.splitlines()))
+    assert "".join(sorted(whole.replace("\n", "").replace(" ", ""))) == "".join(sorted("".join(narrow.split())))

@@ -6,6 +6,7 @@ schema and the groups on its own, before Hydra composes anything.
 
 import math
 import re
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -223,6 +224,9 @@ class Checker:
             if self._is_readable(quoted):
                 shell = '"' if quote == "'" else "'"
                 return f"{argument}: the value must be quoted, for the shell too: {shell}{quoted}{shell}"
+        without_spaces = f"{key.strip()}={value.strip()}"
+        if without_spaces != argument and self._is_readable(without_spaces):
+            return f"{argument}: a setting has no spaces around =: {shlex.quote(without_spaces)}"
         return f"{argument}: cannot be read as key=value"
 
     def _word(self, word: str) -> str:

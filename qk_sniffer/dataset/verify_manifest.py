@@ -272,7 +272,7 @@ def _no_manifest(layout: Layout, error: StoreError) -> Problem:
     if not layout.work.is_dir():
         return Problem("manifest", what, way_out="rerun its job, or fetch the whole dataset")
     running = [f"{holder(lock) or 'a process'} is writing it" for lock in layout.locks() if is_held(lock)]
-    way_out = "wait for the running job" if running else "rerun the same command to resume"
+    way_out = "wait for the running job" if running else "rerun the command that started its job"
     if is_from_python(layout) and not running:
         way_out = f"make a dataset of them: python -m qk_sniffer.finalize data_root={layout.root}"
     return Problem("manifest", what, "; ".join([*running[:1], _progress(layout)]), way_out)
@@ -291,5 +291,6 @@ def _progress(layout: Layout) -> str:
     if record is None:
         return "its job has captured nothing yet"
     total = record.get("source_rows")
-    of = "" if total is None else f" of {counted(total, 'example')} of the source"
-    return f"{counted(done, 'example')}{of} captured"
+    if total is None:
+        return f"{counted(done, 'example')} captured"
+    return f"{done:,} of {counted(total, 'example')} of the source captured"

@@ -150,7 +150,7 @@ def table(lines: list[Line], width: int | None = None) -> str:
                 "" if line.tokens_per_s is None else f"{line.tokens_per_s:,.0f}",
                 "" if line.seconds_left is None else tqdm.format_interval(line.seconds_left),
                 "" if line.rows is None else f"{line.rows:,}",
-                tqdm.format_interval(status.seconds) if status.seconds else "",
+                tqdm.format_interval(status.seconds) if status.seconds >= 1 else "",
                 line.last_attempt or "",
                 where,
             )
@@ -265,13 +265,17 @@ def _tells_of_no_dataset(attempt: _Attempt, attempts: list[_Attempt]) -> bool:
 
 
 def _finished(layout: Layout, manifest: dict[str, Any], digest: str, attempts: list[_Attempt]) -> Line:
-    """The line of a finished dataset. Only a job that has recorded this manifest tells where it is published."""
+    """The line of a finished dataset, with the time of the job that made it.
+
+    Only a job that has recorded this manifest tells where the dataset is published.
+    """
     made = [each for each in attempts if each.status.state in job_status.GOOD and each.status.manifest == digest]
     chosen = max(made, key=lambda each: (each.status.url is not None, each.ended), default=None)
     root = str(layout.root)
     status = Status(0, root, manifest["config"]["model"]["slug"], state=job_status.DONE)
     if chosen is not None:
-        status = replace(chosen.status, data_root=root, shard_index=0, shard_count=1)
+        maker = min(made, key=lambda each: each.ended)  # a command that found it finished took no time for it
+        status = replace(chosen.status, data_root=root, shard_index=0, shard_count=1, seconds=maker.status.seconds)
     line = Line(status, manifests.texts(manifest)[1], rows=manifest["rows"])
     since = max((each.ended for each in made), default=0.0)
     with suppress(OSError):

@@ -374,8 +374,8 @@ def missing_manifest(root: Path) -> StoreError:
         return StoreError(f"there is no dataset at {root}: no such folder")
     if Layout(root).work.is_dir():
         return StoreError(
-            f"the dataset at {root} is incomplete: no manifest.json. Its job has not finished; rerun the command to "
-            "resume"
+            f"the dataset at {root} is incomplete: no manifest.json. Its job has not finished; rerun the command "
+            "that started it"
         )
     if Layout(root).snapshot.is_file():
         return StoreError(

@@ -193,6 +193,13 @@ def test_a_setting_that_the_shell_splits_is_one_problem(arguments: tuple[str, ..
         assert plan(as_told)
 
 
+@pytest.mark.parametrize("argument", ["sampler.type = uniform", "sampler.type =uniform", " sampler.type = uniform "])
+def test_a_setting_with_spaces_around_its_sign_is_told_the_way_out(argument: str) -> None:
+    assert refusals("model=pydoc_tiny", argument) == [
+        f"{argument}: a setting has no spaces around =: sampler.type=uniform"
+    ]
+
+
 def test_a_setting_that_was_split_is_checked_too() -> None:
     found = refusals("sampler.type", "=", "unform", "sampler.base_rate=-1")
     assert [problem.partition(" is ")[0] for problem in found][1:] == ["sampler.type", "sampler.base_rate"]

@@ -150,8 +150,8 @@ def test_an_unfinished_job_says_how_far_it_is(
         run(checkpoint, texts, root, inference={"batch_size": 1, "lookahead": 1})
     before = sorted(root.rglob("*"))
     message = wrong(verified(root))["manifest"]
-    assert "no manifest.json 20 examples of 24 examples of the source captured" in message
-    assert "way out: rerun the same command to resume" in message
+    assert "no manifest.json 20 of 24 examples of the source captured" in message
+    assert "way out: rerun the command that started its job" in message
     code = (
         "import sys; from pathlib import Path; from qk_sniffer.store.locks import hold\n"
         "with hold(Path(sys.argv[1]), 'test'): print('held', flush=True); sys.stdin.read()"
@@ -161,7 +161,7 @@ def test_an_unfinished_job_says_how_far_it_is(
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None and other.stdout.readline() == "held\n"
         message = wrong(verified(root))["manifest"]
-        assert f"process {other.pid} on " in message and "is writing it; 20 examples" in message
+        assert f"process {other.pid} on " in message and "is writing it; 20 of 24 examples" in message
         assert "way out: wait for the running job" in message
         other.communicate("")
     assert sorted(root.rglob("*")) == before

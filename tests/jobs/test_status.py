@@ -295,6 +295,22 @@ def test_the_last_job_of_a_dataset_and_shard_counts(tmp_path: Path) -> None:
     assert sorted(said, key=str) == [(1, 0, "no room"), (2, 0, "no memory"), (2, 1, "no memory")]
 
 
+def test_a_command_that_finds_a_dataset_finished_changes_no_time(tmp_path: Path) -> None:
+    (job,) = planned(tmp_path / "a")
+    make_dataset(tmp_path / "a", Captured(num_examples=4))
+    digest = sha256_of(tmp_path / "a" / "manifest.json")
+    for number, seconds in enumerate((90.0, 2.0)):
+        found = Status.here(number, job.config)
+        found.since -= 100.0 - 95 * number
+        found.seconds = seconds
+        found.succeed(7, None, digest)
+        (tmp_path / str(number)).mkdir()
+        found.write(tmp_path / str(number))
+    (line,) = look(tmp_path)
+    assert (line.status.state, line.status.seconds) == ("done", 90.0)
+    assert "01:30" in table([line])
+
+
 def test_a_job_that_never_started_says_nothing_of_the_one_before_it(tmp_path: Path) -> None:
     (job,) = planned(tmp_path / "a")
     found = Status.here(0, job.config)

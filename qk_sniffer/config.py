@@ -437,7 +437,7 @@ class Config:
     dry_run: Any = field(
         default=False,
         metadata={
-            "help": "true: show the plan of the job, and write nothing",
+            "help": "true: show the plan of the job, and write nothing. measure: time some batches, too",
             "changes_rows": False,
         },
     )

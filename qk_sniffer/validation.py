@@ -303,8 +303,8 @@ def _root_in_source(config: Config) -> Iterator[str]:
 
 
 def _dry_run(config: Config) -> Iterator[str]:
-    if not isinstance(config.dry_run, bool):
-        yield f"dry_run is {config.dry_run!r}; valid: false, true"
+    if not isinstance(config.dry_run, bool) and config.dry_run != "measure":
+        yield f"dry_run is {config.dry_run!r}; valid: false, true, measure"
 
 
 def _source(key: str, value: str, local: str) -> Iterator[str]:

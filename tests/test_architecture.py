@@ -61,6 +61,7 @@ IMPORT_TORCH = {
         for name in ("adapter", "adapter_files", "implementations", "outline", "rotation", "spellings", "wrapper")
     ),
     *(f"capture.{name}" for name in ("attention_summary", "capture", "gather", "moments", "row_writer")),
+    "jobs.measure",
     *(f"capture.{name}" for name in ("proof", "proof_statistics", "proof_summaries", "proof_vectors")),
     "dataset.token_vectors",
     *(f"notebook.{name}" for name in ("captured", "memory", "model", "model_state", "passes")),

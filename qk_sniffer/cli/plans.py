@@ -33,11 +33,12 @@ def show_plans(jobs: Sequence[PlannedJob]) -> int:
 
             if (plan := show_plan(job.config)) is not None:
                 needed, free = needed + plan.needed, plan.free
+                plan.check_space()
             codes.append(0)
         except QkSnifferError as error:
             say_text(error, to=sys.stderr)
             codes.append(2 if isinstance(error, ConfigError) else 1)
-    if len(jobs) > 1 and any(code == 0 for code in codes):
+    if len(jobs) > 1 and needed:
         from qk_sniffer.jobs.plan_lines import size_of
 
         say("", f"All jobs together need {size_of(needed)} of disk; {size_of(free)} are free.")

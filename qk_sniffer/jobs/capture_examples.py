@@ -94,29 +94,12 @@ def capture_examples(
             _tell_plan(config, start, components, first[0], journal)
             _check_space(config, layout, start, components, sampler, first[0], journal)
             _tell_cost(config, components, sampler, first[0].lengths)
-        with JournalWriter(
-            journal,
-            queue_bytes=inference.queue_mb * 2**20,
-            segment_bytes=inference.segment_mb * 2**20,
-            batching=inference.batching(),
-            pinned=components.backbone.device.type == "cuda",
-            access=Checked(claim, components.check),  # no row of other weights becomes durable
-        ) as writer:
-            capture = Capture(
-                components.backbone,
-                components.selection,
-                sampler,
-                writer,
-                columns=token_columns(config.capture),
-                stages=stages,
-                attention=None if config.verify.examples == 0 else _attention_check(components),
-                moments=components.moments(config.capture.statistics),
-                summary=_summary(config, components),
-            )
+        with open_writer(config, components, journal, claim) as writer:
+            capture = open_capture(config, components, sampler, writer, stages)
             batches = grouped(chain(first, windows), components.cost, group_flops(config, components.cost))
             logged: dict[str, float] = {}
-            with ahead(_plans(capture, batches, in_thread)) as plans:
-                for plan in plans:
+            with ahead(plans(capture, batches, in_thread)) as planned:
+                for plan in planned:
                     with stopping.deferred():
                         _capture_batch(capture, plan, progress)
                     if inference.debug_logging:
@@ -144,6 +127,36 @@ def capture_examples(
     rows = source_rows(config, corpus)
     check_code(components.code)
     mark_done(layout, shard, claim=claim, rows=rows, examples=len(journal.records), skipped=skipped)
+
+
+def open_writer(config: ResolvedConfig, components: Components, journal: Journal, claim: Claim) -> JournalWriter:
+    """Returns the writer of a job's journal."""
+    inference = config.inference
+    return JournalWriter(
+        journal,
+        queue_bytes=inference.queue_mb * 2**20,
+        segment_bytes=inference.segment_mb * 2**20,
+        batching=inference.batching(),
+        pinned=components.backbone.device.type == "cuda",
+        access=Checked(claim, components.check),  # no row of other weights becomes durable
+    )
+
+
+def open_capture(
+    config: ResolvedConfig, components: Components, sampler: Sampler, writer: JournalWriter, stages: Stages
+) -> Capture:
+    """Returns the capture of a job, which writes to `writer`."""
+    return Capture(
+        components.backbone,
+        components.selection,
+        sampler,
+        writer,
+        columns=token_columns(config.capture),
+        stages=stages,
+        attention=None if config.verify.examples == 0 else _attention_check(components),
+        moments=components.moments(config.capture.statistics),
+        summary=_summary(config, components),
+    )
 
 
 def _noting_long_texts(limit: int | None, windows: Iterator[Window]) -> Iterator[Window]:
@@ -195,7 +208,8 @@ def _tell_cost(config: ResolvedConfig, components: Components, sampler: Sampler,
     )
 
 
-def _plans(capture: Capture, batches: Iterator[tuple[Sequence[Tokens], bool]], stages: Stages) -> Iterator[BatchPlan]:
+def plans(capture: Capture, batches: Iterator[tuple[Sequence[Tokens], bool]], stages: Stages) -> Iterator[BatchPlan]:
+    """Yields the plan of each batch, whose seconds `stages` gets."""
     for batch, ends_group in batches:
         with stages("plan"):
             plan = capture.plan(batch, ends_group=ends_group)

@@ -1,4 +1,10 @@
-"""Shows the plan of a job (`dry_run`). Writes nothing: no data root, no lock and no status."""
+"""Shows the plan of a job (`dry_run`), and with `dry_run=measure` its time.
+
+Writes nothing to stay: no data root, no lock and no status.
+"""
+
+import sys
+from dataclasses import replace
 
 from qk_sniffer.backbone.limits import planned_num_embeddings
 from qk_sniffer.backbone.loading import check_model
@@ -11,7 +17,9 @@ from qk_sniffer.corpus.tokens import Tokenizer
 from qk_sniffer.errors import StoreError
 from qk_sniffer.hub.client import require_access, require_uploads_from
 from qk_sniffer.jobs.components import check_captured, load_components
+from qk_sniffer.jobs.estimate import Batches
 from qk_sniffer.jobs.identity import unchanged_files
+from qk_sniffer.jobs.measure import measure
 from qk_sniffer.jobs.plan import Described, Plan, describe, make_plan
 from qk_sniffer.jobs.plan_lines import plan_text
 from qk_sniffer.jobs.segment_names import check_segment_names
@@ -43,21 +51,48 @@ def show_plan(config: Config) -> Plan | None:
         check_data_root(job.data_root)
     except OSError as error:
         raise StoreError(f"cannot read the data root {job.data_root}: {error.strerror}") from error
-    layout = Layout(job.data_root)
-    start = find_existing_work(job, layout, is_mine=is_yet_to_publish(job, layout))
+    layout, stages = Layout(job.data_root), Stages()
+    with stages("open dataset"):
+        start = find_existing_work(job, layout, is_mine=is_yet_to_publish(job, layout))
     say(f"Plan for {job.data_root}; nothing is written.")
     if start.found == "finished":
         say("Nothing to do: the dataset is finished.")
         return None
     if layout.root.is_dir():
         refuse_unlisted(layout)
-    plan = _plan(job, layout, start)
+    if job.dry_run == "measure":
+        return _measured(job, layout, start, stages)
+    plan = _plan(job, layout, start, *_outlined(job, start), stages)
     say_text(plan_text(plan))
     return plan
 
 
-def _plan(config: ResolvedConfig, layout: Layout, start: Start) -> Plan:
-    described, tokenizer = _outlined(config, start)
+def _measured(config: ResolvedConfig, layout: Layout, start: Start, stages: Stages) -> Plan:
+    """Prints the plan and the time of the job."""
+    say(f"loading {config.model.slug} ...", to=sys.stderr)
+    components = load_components(config, start.job.commits, stages)
+    batches = Batches(components.cost)
+    plan = _plan(config, layout, start, describe(components), components.tokenizer, stages, batches)
+    say_text(plan_text(plan))
+    if plan.is_short:
+        return plan
+    start = replace(start, job=start.job.with_loaded(components.versions))
+    say("timing some batches ...", to=sys.stderr)
+    found = measure(config, start, components, plan, batches, stages)
+    say("", *(["time       none: all texts are captured"] if found is None else found.lines(plan)))
+    return plan
+
+
+def _plan(
+    config: ResolvedConfig,
+    layout: Layout,
+    start: Start,
+    described: Described,
+    tokenizer: Tokenizer,
+    stages: Stages,
+    batches: Batches | None = None,
+) -> Plan:
+    """Plans the job. `stages` get the seconds of tokenizing, and `batches` note those of the job."""
     check_segment_names(config, start.corpus, tokenizer)
     shard = config.shard
     journal = Journal(layout.journal(shard.index, shard.count), start.job_id, verify=False)
@@ -70,12 +105,12 @@ def _plan(config: ResolvedConfig, layout: Layout, start: Start) -> Plan:
         journal.records.values(),
         config.inference,
         boundary=described.boundary,
-        stages=Stages(),
+        stages=stages,
     )
     return make_plan(
         config,
         described,
-        windows,
+        windows if batches is None else batches.noted(windows),
         wanted=shard_rows(config, start.corpus, start.rows_before),
         done=journal.records.values(),
         in_journal=sum(path.stat().st_size for path in journal.segments),

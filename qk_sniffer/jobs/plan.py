@@ -27,6 +27,7 @@ from qk_sniffer.machine import num_threads
 from qk_sniffer.resolved import ResolvedConfig
 from qk_sniffer.store import sizes
 from qk_sniffer.store.attention_table import AttentionTable
+from qk_sniffer.store.disk import no_space
 from qk_sniffer.store.journal import ExampleRecord
 from qk_sniffer.store.layout import ATTENTION, FILE_KINDS, WIDTHS
 from qk_sniffer.store.statistics import stages_of
@@ -122,6 +123,20 @@ class Plan:
     def needed(self) -> int:
         """The bytes that the job adds to the disk at most: journal and new dataset exist together for a while."""
         return self.journal + self.dataset
+
+    @property
+    def is_short(self) -> bool:
+        """Whether the disk has less than the job needs."""
+        return self.free < self.needed
+
+    def check_space(self) -> None:
+        """Checks the disk for the job.
+
+        Raises:
+            StoreError: there is not enough space.
+        """
+        if self.is_short:
+            raise no_space(self.config.data_root, self.needed, self.free)
 
     @property
     def buffers(self) -> int:

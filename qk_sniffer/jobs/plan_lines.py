@@ -15,12 +15,12 @@ _NAMES = {**KIND_PLURALS, "a": FILE_NAMES["a"], STATISTICS: STATISTICS, "others"
 def plan_text(plan: Plan) -> str:
     """Returns the whole plan, in lines of at most 80 characters."""
     lines = [
-        *_labelled("model", _model(plan)),
-        *_labelled("captured", _captured(plan)),
-        *_labelled("texts", _texts(plan)),
-        *_labelled("batches", _batches(plan)),
-        *_labelled("memory", _memory(plan)),
-        *_labelled("disk", _disk(plan)),
+        *labelled("model", _model(plan)),
+        *labelled("captured", _captured(plan)),
+        *labelled("texts", _texts(plan)),
+        *labelled("batches", _batches(plan)),
+        *labelled("memory", _memory(plan)),
+        *labelled("disk", _disk(plan)),
         "",
         *_table(plan).split("\n"),
     ]
@@ -58,7 +58,7 @@ def size_of(size: int) -> str:
     return f"{number:.3g} {unit}"
 
 
-def _labelled(label: str, text: str) -> list[str]:
+def labelled(label: str, text: str) -> list[str]:
     """Returns a text after its label, wrapped."""
     return textwrap.wrap(
         printable(text),
@@ -138,7 +138,7 @@ def _of_model(plan: Plan) -> str:
 def _disk(plan: Plan) -> str:
     there = f", of which {size_of(plan.there)} are there" if plan.there else ""
     journal = f" (and {size_of(plan.in_journal)} that are there)" if plan.in_journal else ""
-    short = "" if plan.free >= plan.needed else ": NOT ENOUGH"
+    short = ": NOT ENOUGH" if plan.is_short else ""
     return (
         f"{size_of(plan.needed)} needed: journal {size_of(plan.journal)}{journal}, dataset "
         f"{size_of(plan.dataset)}{there}; {size_of(plan.free)} free{short}"
@@ -148,7 +148,7 @@ def _disk(plan: Plan) -> str:
 def _table(plan: Plan) -> str:
     rows = [("kind", "files", "rows", "journal", "dataset"), *map(_cells, plan.kinds)]
     total = KindSize("together", sum(kind.files for kind in plan.kinds), plan.rows, plan.journal, plan.dataset)
-    return aligned([*_right([*rows, _cells(total)])])
+    return aligned([*right([*rows, _cells(total)])])
 
 
 def _cells(kind: KindSize) -> tuple[str, ...]:
@@ -157,7 +157,7 @@ def _cells(kind: KindSize) -> tuple[str, ...]:
     return name, f"{kind.files:,}", rows, size_of(kind.journal), size_of(kind.dataset)
 
 
-def _right(rows: Sequence[Sequence[str]]) -> Iterator[list[str]]:
+def right(rows: Sequence[Sequence[str]]) -> Iterator[list[str]]:
     """Yields rows whose cells after the first are aligned at the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:

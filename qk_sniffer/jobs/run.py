@@ -12,23 +12,23 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from threading import Event
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qk_sniffer.config import Config
 from qk_sniffer.errors import StoreError
 from qk_sniffer.hub.client import require_access, require_uploads_from
-from qk_sniffer.hub.revisions import check_cache, hub_commit_of
+from qk_sniffer.hub.revisions import check_cache
 from qk_sniffer.jobs.assemble import finish_interrupted_promotion, is_still_done, remove_unreadable_marks
 from qk_sniffer.jobs.finish import Outcome, finish, report_and_publish
-from qk_sniffer.jobs.licenses import stated_terms
+from qk_sniffer.jobs.job_record import record_of
 from qk_sniffer.jobs.prefetch import in_background
 from qk_sniffer.jobs.segment_names import check_segment_names
 from qk_sniffer.jobs.signals import Stopping
-from qk_sniffer.jobs.source_rows import change_limit, source_rows
+from qk_sniffer.jobs.source_rows import change_limit
 from qk_sniffer.jobs.start import Start, change_output, find_existing_work, is_yet_to_publish, register_job
 from qk_sniffer.logs import logger
 from qk_sniffer.machine import return_memory, trim_memory
-from qk_sniffer.resolved import ResolvedConfig, batching_of, resolve
+from qk_sniffer.resolved import ResolvedConfig, resolve
 from qk_sniffer.store.claim import Claim
 from qk_sniffer.store.layout import MANIFEST, Layout
 from qk_sniffer.store.locks import hold, restart_patience_s
@@ -57,7 +57,9 @@ def run_job(config: Config, begin: Callable[[], None] = lambda: None) -> Outcome
     if config.dry_run:
         from qk_sniffer.jobs.dry_run import show_plan
 
-        show_plan(config)
+        plan = show_plan(config)
+        if plan is not None:
+            plan.check_space()
         return Outcome()
     check(config)
     job = resolve(config)
@@ -116,7 +118,7 @@ def _run(
             components = _load(config, start, stages)
             start = replace(start, job=start.job.with_loaded(components.versions))
             check_segment_names(config, start.corpus, components.tokenizer)
-            record = _record(config, start, components)
+            record = record_of(config, start, components)
             job_id = register_job(layout, start, record, own_lock=lock, overwrite=overwrite)
             claim = Claim(lock, layout, job_id)
             begin()
@@ -155,27 +157,3 @@ def _check_base(base: PreviousVersion, stop: Event) -> None:
     report = verify_data(base.files.path(MANIFEST).parent, stop)
     if report.problems:
         raise StoreError(f"nothing can be added to {base.files}, which is not whole:", *report.wrong)
-
-
-def _record(config: ResolvedConfig, start: Start, components: "Components") -> dict[str, Any]:
-    """Returns the job's record: all that finalizing needs besides the journals, and facts for the manifest."""
-    from qk_sniffer.jobs.components import model_facts
-
-    settings, backbone = config.to_dict(), components.backbone
-    settings["inference"] |= batching_of(start.job.fingerprint)
-    return start.job.to_dict() | {
-        "config": settings,
-        "source_rows": source_rows(config, start.corpus),
-        "base": None if start.base is None else dict(start.base.record),
-        "stated": {
-            **{
-                role: stated_terms("model", name, hub_commit_of(start.job.commits[role]))
-                for role, name in (("model", config.located.name), ("adapter", config.located.adapter))
-                if name is not None
-            },
-            "dataset": stated_terms("dataset", config.dataset.path or "", start.job.commits["dataset"]),
-        },
-        "model": model_facts(backbone, components.layers, components.selection)
-        | ({} if backbone.adapter is None else {"adapter": backbone.adapter}),
-        "tokenizer": components.loaded["tokenizer"],
-    }

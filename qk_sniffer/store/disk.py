@@ -188,10 +188,15 @@ def ensure_space(root: Path, required: int, *, way_out: str = LESS_SPACE) -> Non
     folder = next(path for path in (root.absolute(), *root.absolute().parents) if path.is_dir())
     free = shutil.disk_usage(folder).free
     if free < required:
-        raise StoreError(
-            f"not enough disk space at {root}: about {_gigabytes(required)} are needed (journal and dataset "
-            f"together) and {_gigabytes(free)} are free. {way_out}"
-        )
+        raise no_space(root, required, free, way_out=way_out)
+
+
+def no_space(root: Path, required: int, free: int, *, way_out: str = LESS_SPACE) -> StoreError:
+    """Returns the error of a job that needs `required` bytes on the disk of `root`, where `free` bytes are free."""
+    return StoreError(
+        f"not enough disk space at {root}: about {_gigabytes(required)} are needed (journal and dataset "
+        f"together) and {_gigabytes(free)} are free. {way_out}"
+    )
 
 
 def _gigabytes(size: int) -> str:

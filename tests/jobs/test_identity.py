@@ -56,14 +56,14 @@ def test_a_job_is_not_resumed_with_another_class_or_kernel(
     root = tmp_path / "out"
     stopped_after(1, checkpoint, texts, root, **SECTIONS)
     job_id = (read_record(Layout(root)) or {})["job_id"]
-    real = run_module._record
+    real = run_module.record_of
 
     def other(*args: Any) -> dict[str, Any]:
         record = real(*args)
         return record | {"model": record["model"] | {key: "other"}}
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_module, "_record", other)
+        patch.setattr(run_module, "record_of", other)
         with pytest.raises(StoreError, match=rf"{key} of the model: '[\w.]+' there, 'other' now"):
             run(checkpoint, texts, root, **SECTIONS)
         stopped_after(0, checkpoint, texts, root, **SECTIONS, output={"overwrite": True})
@@ -162,7 +162,7 @@ def test_a_dataset_is_not_added_to_with_other_code(
     checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = run(checkpoint, texts, tmp_path / "out", dataset={"max_samples": 2}, verify={"examples": 0})
-    real = run_module._record
+    real = run_module.record_of
     other_code = "Mine (sha256 of its code: 12)"
     for part, key, code in (
         ("model", "family", other_code),
@@ -175,7 +175,7 @@ def test_a_dataset_is_not_added_to_with_other_code(
             return record | {part: record[part] | {key: code}}
 
         with monkeypatch.context() as patch:
-            patch.setattr(run_module, "_record", other)
+            patch.setattr(run_module, "record_of", other)
             if "sha256" in code:
                 with pytest.raises(StoreError, match=f"is a finished dataset of other code: {key} of the {part}: "):
                     run(checkpoint, texts, root, verify={"examples": 0})

@@ -17,6 +17,7 @@ from qk_sniffer.config import ASSETS, from_dict
 from qk_sniffer.errors import StoreError
 from qk_sniffer.jobs.dry_run import show_plan
 from qk_sniffer.jobs.plan import Plan
+from qk_sniffer.jobs.run import run_job
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.validation import problems
 
@@ -136,7 +137,27 @@ def test_other_settings_are_refused_as_by_the_job(checkpoint: Path, texts: Path,
 
 def test_a_value_that_is_no_choice() -> None:
     (problem,) = problems(from_dict({"model": {"name": "a/b"}, "dataset": {"path": "a/b"}, "dry_run": "yes"}))
-    assert problem == "dry_run is 'yes'; valid: false, true"
+    assert problem == "dry_run is 'yes'; valid: false, true, measure"
+
+
+@pytest.mark.parametrize("dry_run", ["true", "measure"])
+def test_too_small_a_disk_fails_the_command(
+    dry_run: str,
+    checkpoint: Path,
+    texts: Path,
+    in_tmp: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("qk_sniffer.jobs.plan.free_bytes", lambda _: 10)
+    monkeypatch.setattr("qk_sniffer.jobs.dry_run.measure", lambda *_: pytest.fail("it measures what cannot run"))
+    given = ["model=hf", f"model.name={checkpoint}", "model.dtype=float32", "dataset=hf", f"dataset.path={texts}"]
+    monkeypatch.setattr("sys.argv", ["qk_sniffer", *given, f"dry_run={dry_run}"])
+    assert main() == 1
+    shown = capsys.readouterr()
+    assert "NOT ENOUGH" in " ".join(shown.out.split()) and "output.data_root" in shown.err
+    with pytest.raises(StoreError, match="not enough disk space"):
+        run_job(from_dict(settings(checkpoint, texts, in_tmp / "root") | {"dry_run": True}))
 
 
 @pytest.mark.parametrize(

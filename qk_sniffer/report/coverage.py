@@ -15,14 +15,18 @@ from qk_sniffer.store.layout import KIND_NAMES, KINDS
 MOST_LINES = 48
 """The most lines of a kind where neighbouring buckets can be joined."""
 
+FEWEST_DRAWS = 10
+"""Below so many expected draws, a bucket's deviation says little: a single row may be many standard deviations off."""
+
 Int64 = npt.NDArray[np.int64]
 
 
 def coverage(dataset: Dataset) -> list[Json]:
     """Returns the buckets of each kind with `rows`, the `expected` number of them, and its standard deviation `sd`.
 
-    All heads of a layer and kind have the same positions, so their rows are one draw. `limit` says why the expected
-    number is an upper bound; it is missing if it is none.
+    All heads of a layer and kind have the same positions, so their rows are one draw. `is_telling` says whether the
+    deviation can be held against `sd`: at least `FEWEST_DRAWS` are expected, or none is left to chance. `limit` says
+    why the expected number is an upper bound; it is missing if it is none.
 
     Raises:
         StoreError: the list of examples is damaged.
@@ -70,6 +74,7 @@ def _lines(
                 "rows": buckets.rows(rows),
                 "expected": number(expected),
                 "sd": number(deviation),
+                "is_telling": deviation == 0 or (expected / deviation) ** 2 >= FEWEST_DRAWS,
             }
         )
     return lines

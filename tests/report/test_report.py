@@ -139,8 +139,18 @@ def test_the_rows_of_each_bucket_are_held_against_the_expected_ones(undisturbed:
         assert line["expected"] == pytest.approx(12 * tokens * 6 / 16, rel=1e-3)
         # The four heads of a layer have the same rows.
         assert line["sd"] == pytest.approx((3 * 4**2 * tokens * 6 / 16 * 10 / 16) ** 0.5, rel=1e-3)
-        assert abs(line["rows"] - line["expected"]) < 5 * line["sd"]
+        assert line["is_telling"] and abs(line["rows"] - line["expected"]) < 5 * line["sd"]
     assert "limit" not in found["q"]
+
+
+def test_a_bucket_of_hardly_any_expected_rows_is_not_held_against_chance(undisturbed: Callable[..., Path]) -> None:
+    """One draw in a bucket where 0.02 are expected is nine standard deviations off, and no fault."""
+    sampler = {"type": "uniform", "min_bucket_size": 16, "base_rate": 0.01}
+    for one in coverage(qk_sniffer.open_dataset(undisturbed(sampler=sampler, verify={"examples": 0}))):
+        heads_of_a_layer = 4 if one["kind"] == "q" else 2
+        draws = [line["expected"] / heads_of_a_layer for line in one["buckets"]]
+        assert min(draws) < 1
+        assert not any(line["is_telling"] for line, number in zip(one["buckets"], draws, strict=True) if number < 9.9)
 
 
 def test_all_rows_are_exactly_the_expected_ones(dense: Dataset) -> None:

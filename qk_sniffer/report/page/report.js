@@ -44,14 +44,17 @@ function coverageSection() {
 function verdict(one) {
   if (one.limit) return `The expected number is an upper bound: ${one.limit}.`;
   let worst = 0, place = null;
-  for (const line of one.buckets) {
+  const telling = one.buckets.filter((line) => line.is_telling);
+  if (!telling.length) return "Too few rows are expected to compare their numbers.";
+  for (const line of telling) {
     const away = line.rows - line.expected;
     const deviations = line.sd ? Math.abs(away) / line.sd : Math.abs(away) > 0.5 + 1e-3 * line.expected ? Infinity : 0;
     if (deviations > worst) [worst, place] = [deviations, line];
   }
   if (!place) return "Every bucket has exactly the expected rows.";
   if (worst === Infinity) return `Bucket ${place.bucket} has ${shown(place.rows)} rows, and ${shown(Math.round(place.expected))} are expected.`;
-  return `The largest deviation is ${worst.toFixed(1)} standard deviations, in bucket ${place.bucket}${worst > 4 ? ": more than chance explains" : ""}.`;
+  return `The largest deviation is ${worst.toFixed(1)} standard deviations, in bucket ${place.bucket}${worst > 4 ? ": more than chance explains" : ""}` +
+    `${telling.length < one.buckets.length ? ", of the buckets with enough expected rows" : ""}.`;
 }
 
 function normsSection() {

@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from hashlib import sha256
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from omegaconf import DictConfig
@@ -177,8 +177,24 @@ def rule(config: SamplerConfig) -> str:
 
 
 def public_name(name: str) -> str:
-    """Returns a Hub id unchanged, and only the last part of a local path: no path of this machine is published."""
-    return path_text(Path(name).resolve().name) if Path(name).exists() else name
+    """Returns a Hub id unchanged, and only the last part of a local path: no path of this machine is published.
+
+    What has another form than an id is a path too, even if nothing is there any more.
+    """
+    if Path(name).exists():
+        return path_text(Path(name).resolve().name)
+    if "://" in name or _ID.fullmatch(name):
+        return name
+    return folder_name(name)
+
+
+_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]*[A-Za-z0-9_-])?", flags=re.ASCII)
+"""The form of a Hub id, or of a single name."""
+
+
+def folder_name(name: str) -> str:
+    """Returns the last part of a path, also of one of Windows."""
+    return path_text(PureWindowsPath(name).name or name)
 
 
 def public_files(names: Any) -> Any:

@@ -69,8 +69,10 @@ def described(facts: CaptureFacts) -> tuple[ResolvedConfig, dict[str, Any]]:
             for key in ("peft_type", "base_model_name_or_path")
         )
         base = bases[0] if len(bases) == 1 else None
+        own = getattr(facts.backbone.model.config, "_name_or_path", None)
+        stated = facts.config.model.name if base == own else None if base is None else public_name(base)
         kind = " and ".join(str(getattr(kind, "value", kind)) for kind in kinds)
-        model = model | {"adapter": {"kind": kind, "base": None if base is None else public_name(base)}}
+        model = model | {"adapter": {"kind": kind, "base": stated}}
     config = settings_of(facts.config, model)
     return config, record_of(config, model, facts.model_commit, quantizers=facts.backbone.stored.quantizers)
 

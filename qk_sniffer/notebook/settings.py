@@ -24,10 +24,12 @@ from qk_sniffer.config import (
     TokenizerConfig,
 )
 from qk_sniffer.errors import CaptureError, ConfigError, QkSnifferError
+from qk_sniffer.hub.revisions import hub_commit_of
 from qk_sniffer.jobs.components import check_captured, model_facts, shows_both_stages, unknown_attention
 from qk_sniffer.jobs.from_python import LONGEST
 from qk_sniffer.notebook.facts import CaptureFacts
 from qk_sniffer.notebook.model import UserBackbone
+from qk_sniffer.resolved import folder_name, public_name
 from qk_sniffer.store.layout import KIND_NAMES, KINDS
 from qk_sniffer.validation import capture_problems
 
@@ -134,16 +136,24 @@ def facts_of(model: nn.Module, config: Config, family: str | Family | None) -> C
     if config.capture.attention.enabled and (reasons := unknown_attention(selection, layers)):
         raise CaptureError(refusal(reasons))
     whole: Any = backbone.model.config
-    name = getattr(whole, "_name_or_path", None) or None
+    name, commit = getattr(whole, "_name_or_path", None) or None, getattr(whole, "_commit_hash", None)
     return CaptureFacts(
-        replace(config, model=replace(config.model, name=name)),
+        replace(config, model=replace(config.model, name=None if name is None else _stated(name, commit))),
         backbone,
         layers,
         selection,
-        model_commit=getattr(whole, "_commit_hash", None),
+        model_commit=commit,
         adapters=backbone.adapter_settings,
         model=model_facts(backbone, layers, selection),
     )
+
+
+def _stated(name: str, commit: str | None) -> str:
+    """Returns the name of a model as datasets state it, now: its folder, or the current one, may change later.
+
+    A model without a commit is of a folder, even if its name has the form of a Hub id and nothing is there now.
+    """
+    return folder_name(public_name(name)) if hub_commit_of(commit) is None else public_name(name)
 
 
 def _on(settings: Settings) -> Settings:

@@ -10,7 +10,7 @@ import torch
 from support.jobs import QWEN3, TEXTS, hashes
 from support.passes import ids_of
 from torch import nn
-from transformers import DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache
 
 import qk_sniffer
 from qk_sniffer.dataset.verify import verify
@@ -100,6 +100,27 @@ def test_the_manifest_names_the_adapter_on_the_model(tmp_path: Path) -> None:
     assert manifest["model"]["adapter"] == {"kind": "LORA", "base": None} and "peft" in manifest["versions"]
     assert "| adapter | of the kind `LORA`, on the model in memory |" in (tmp_path / "out/README.md").read_text()
     assert verify(tmp_path / "out").problems == 0
+
+
+def test_no_path_of_the_model_is_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its folder is there, is gone, or is named from a folder that was the current one."""
+    from peft import LoraConfig, get_peft_model
+
+    folder = tmp_path / "customers" / "secret" / "ckpt-7"
+    QWEN3.model(dtype=torch.float32).save_pretrained(folder)
+    monkeypatch.chdir(tmp_path / "customers")
+    named = (str(folder), "secret/ckpt-7", "../customers/secret/ckpt-7")
+    models = [AutoModelForCausalLM.from_pretrained(name) for name in named]
+    models += [get_peft_model(AutoModelForCausalLM.from_pretrained(name), LoraConfig(r=2)) for name in named]
+    monkeypatch.chdir(tmp_path)
+    for place in ("there", "gone"):
+        for number, model in enumerate(models):
+            with qk_sniffer.capture(model, layers=[1], to=tmp_path / f"{place}{number}"):
+                model(IDS)
+            texts = [(tmp_path / f"{place}{number}" / name).read_text() for name in ("manifest.json", "README.md")]
+            assert "ckpt-7" in texts[0] and not any("secret" in text for text in texts), number
+        if folder.exists():
+            folder.rename(tmp_path / "elsewhere")
 
 
 def test_a_capture_reads_its_own_dataset_alone(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

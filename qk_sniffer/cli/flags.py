@@ -57,7 +57,8 @@ def parse_flags(arguments: list[str], first_key: str | None = None) -> argparse.
 
 def quoted(text: str) -> str:
     """Returns a text as a value that Hydra reads literally."""
-    literal = text.replace("${", "\\${")
+    # OmegaConf halves the backslashes before an interpolation, and an odd one makes it literal.
+    literal = re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + "\\${", text)
     # Backslashes before a quote stand for themselves only if they are doubled.
     return "'" + re.sub(r"(\\*)('|$)", lambda found: found[1] * 2 + found[2].replace("'", "\\'"), literal) + "'"
 

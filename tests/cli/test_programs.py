@@ -46,7 +46,11 @@ def test_a_misspelled_program_is_told_the_name(
     assert capsys.readouterr().out == f"qk-sniffer {qk_sniffer.__version__}\n"
 
 
-@pytest.mark.parametrize("name", ["plain", "it's", "a,b", "x=1", "${oc.env:HOME}", "back\\", "q\"\\'", "{a: [b", " "])
+NAMES = ["plain", "it's", "a,b", "x=1", "${oc.env:HOME}", "back\\", "q\"\\'", "{a: [b", " "]
+INTERPOLATIONS = [f"a{slashes}${{seed}}" for slashes in ("\\", "\\\\", "\\\\\\", "'\\", "$\\")]
+
+
+@pytest.mark.parametrize("name", NAMES + INTERPOLATIONS)
 def test_plasticity_takes_a_folder_without_its_key_whatever_its_name(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -94,9 +94,10 @@ def export(
             _write_file(target, files[""], overwrite=overwrite)
         else:
             if overwrite:
-                disk.remove(beside)  # a kill leaves a file without provenance, and none with that of another dataset
+                _remove_provenance(beside)  # a kill leaves a file without one, and none with that of another dataset
             _write_file(target, files[""], overwrite=overwrite)
-            _write_file(beside, _encoded(provenance | {"sha256": sha256(files[""]).hexdigest()}), overwrite=overwrite)
+            # Its place is free: what has appeared there meanwhile is not of this export.
+            _write_file(beside, _encoded(provenance | {"sha256": sha256(files[""]).hexdigest()}), overwrite=False)
     return target
 
 
@@ -132,6 +133,17 @@ def _check_provenance(path: Path, access: Access = PLAIN) -> None:
         stored.read(path, _Provenance, way_out="", most_bytes=stored.LARGE, access=access)
     except (OSError, stored.UnreadableError) as error:
         raise StoreError(f"{path} was not written by an export: remove it, or give another output") from error
+
+
+def _remove_provenance(path: Path) -> None:
+    """Removes the provenance of an earlier export, if there is one, after a new look: the numbers took a while.
+
+    Raises:
+        StoreError: no export wrote what is there.
+    """
+    if disk.type_of(path) is not None:
+        _check_provenance(path)
+        path.unlink(missing_ok=True)
 
 
 def _check_folder(folder: Path) -> None:

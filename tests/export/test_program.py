@@ -297,3 +297,34 @@ def test_numbers_never_have_the_provenance_of_others(
     assert not beside.exists()
     qk_sniffer.export(root, "tria", output, overwrite=True)
     assert json.loads(beside.read_bytes())["sha256"] == disk.sha256_of(output)
+
+
+def test_what_appears_beside_an_export_is_neither_removed_nor_replaced(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, beside = tmp_path / "stats.tria", tmp_path / "stats.tria.json"
+    real_source, real_file = write.Source.provenance, write._write_file
+
+    def put(source: Any) -> Any:
+        beside.mkdir()
+        (beside / "mine").touch()
+        return real_source(source)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(write.Source, "provenance", put)  # while the numbers are made
+        with pytest.raises(StoreError, match=r"stats\.tria\.json was not written by an export"):
+            qk_sniffer.export(root, "tria", output, overwrite=True)
+    assert [*beside.iterdir()] == [beside / "mine"] and not output.exists()
+    (beside / "mine").unlink()
+    beside.rmdir()
+
+    def put_file(path: Path, data: bytes, **options: Any) -> None:
+        real_file(path, data, **options)
+        if path == output:
+            beside.write_text("my notes")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(write, "_write_file", put_file)
+        with pytest.raises(StoreError, match="exists: give another output"):
+            qk_sniffer.export(root, "tria", output, overwrite=True)
+    assert beside.read_text() == "my notes"

@@ -61,7 +61,8 @@ def _program(settings: Settings) -> int:
     ranges = Ranges(settings.local_distance, settings.far_distance, sink_tokens)
     scores = head_scores(dataset, ranges)
     folder = settings.output_dir or dataset.beside("-heads")
-    with claimed_folder(folder, "ranking heads", is_own=partial(_is_of_results, folder)) as lock:
+    of_results, is_default = partial(_is_of_results, folder), settings.output_dir is None
+    with claimed_folder(folder, "ranking heads", is_own=of_results, is_default=is_default) as lock:
         for suffix, data, is_own in (
             ("csv", _csv(scores), _IS_OWN),
             ("parquet", _parquet(scores), is_marked_table),

@@ -72,6 +72,11 @@ class PlasticityConfig:
         assert self.output_dir is not None
         return Path(self.output_dir)
 
+    @property
+    def has_default_folder(self) -> bool:
+        """Whether `folder` is the one that a config without `output_dir` gets."""
+        return self.output_dir == resolved(replace(self, output_dir=None)).output_dir
+
     def measures(self) -> dict[str, Any]:
         """Returns the settings that the numbers depend on."""
         return measures(asdict(self))

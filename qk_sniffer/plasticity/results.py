@@ -53,8 +53,10 @@ _JOB = "job.json"
 class Results:
     """The results at `folder`. Does not touch the folder before `claim`."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, is_default: bool = False) -> None:
+        """`is_default` says that the user has not named the folder: then it may not be a link."""
         self.folder = folder
+        self._is_default = is_default
         self.record_file = folder / "plasticity.json"
         self.pictures = folder / "pictures"
         self._work = folder / ".work"
@@ -73,7 +75,9 @@ class Results:
         for path in (self._work, self.pictures):
             if path.is_symlink():
                 raise StoreError(f"{path} is a link, and results are not written through it: remove the link")
-        with claimed_folder(self.folder, "measuring plasticity", is_own=self._is_of_results) as lock:
+        with claimed_folder(
+            self.folder, "measuring plasticity", is_own=self._is_of_results, is_default=self._is_default
+        ) as lock:
             self.access = lock
             self._refuse_foreign()
             yield

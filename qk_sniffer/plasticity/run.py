@@ -51,7 +51,7 @@ def run(config: PlasticityConfig) -> int:
         raise QkSnifferError(f"scipy is not installed, which plasticity needs: {INSTALL}")
     dataset = open_dataset(config.data_root, config.revision)
     key_heads, without_keys = plan(dataset)
-    results, job = Results(config.folder), fingerprint(dataset, config)
+    results, job = Results(config.folder, is_default=config.has_default_folder), fingerprint(dataset, config)
     with results.claim():
         if config.pictures:
             check_places(results)

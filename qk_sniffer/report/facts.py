@@ -24,11 +24,13 @@ from qk_sniffer.dataset.proof_words import (
 from qk_sniffer.dataset.reader import Dataset
 from qk_sniffer.dataset.weights import computed_in, quantized
 from qk_sniffer.drawing import statistics as drawn
+from qk_sniffer.errors import StoreError
 from qk_sniffer.report.coverage import coverage
 from qk_sniffer.report.heads import Heads, by_layer, channels, measured_heads, outliers
 from qk_sniffer.report.packed import Json, grid, number, numbers
 from qk_sniffer.report.plasticity import Measured
 from qk_sniffer.resolved import rule
+from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.layout import KIND_NAMES, KIND_PLURALS, KINDS
 from qk_sniffer.text import compact_ranges, counted, in_mb, numbered, printable
 
@@ -37,14 +39,14 @@ def report_facts(dataset: Dataset, plasticity: Measured | None) -> Json:
     """Returns the facts of a dataset's report.
 
     Raises:
-        StoreError: a file of the dataset is missing or damaged.
+        StoreError: a file of the dataset is missing or damaged, or another dataset has replaced it meanwhile.
         HubError: a file cannot be fetched.
     """
     manifest = dataset.manifest
     facts = CardFacts.of(manifest)
     heads = measured_heads(dataset)
     maps = [*heads.maps(), *_of_statistics(dataset, heads), *([] if plasticity is None else plasticity.maps(heads))]
-    return {
+    found = {
         "title": printable(title(facts)),
         "place": printable(dataset if dataset.folder is None else dataset.folder.resolve().name),
         "about": [[label, printable(value)] for label, value in _about(dataset, facts)],
@@ -68,6 +70,10 @@ def report_facts(dataset: Dataset, plasticity: Measured | None) -> Json:
         "rows": manifest["rows"],
         "timings": sorted(((printable(stage), number(s)) for stage, s in manifest["timings"].items()), key=_longest),
     }
+    # Not by the sha256 of each file, which would read all rows, and not a sample.
+    if dataset.folder is not None and manifests.read(dataset.folder) != manifest:
+        raise StoreError(f"another dataset has replaced the one in {dataset.folder} meanwhile: make the report again")
+    return found
 
 
 def _about(dataset: Dataset, facts: CardFacts) -> Iterator[tuple[str, str]]:

@@ -16,19 +16,28 @@ LOCK = ".lock"
 
 
 @contextmanager
-def claimed_folder(folder: Path, purpose: str, *, is_own: Callable[[list[str]], bool]) -> Iterator[Lock]:
-    """Creates a folder of results, and holds its lock within the block. It may be a link.
+def claimed_folder(
+    folder: Path, purpose: str, *, is_own: Callable[[list[str]], bool], is_default: bool
+) -> Iterator[Lock]:
+    """Creates a folder of results, and holds its lock within the block.
 
     Args:
         folder: the folder.
         purpose: the activity of a holder in the error, as for `hold`.
         is_own: gets the names in a folder that is not empty, and returns whether it is one of the program's results.
+        is_default: whether the program has chosen the folder, next to the dataset. Then it may not be a link, which
+            may have come with the dataset.
 
     Raises:
-        StoreError: the folder has files, and is not one of results; it is inside a dataset, or is one; it cannot be
-            written; or another process holds the lock.
+        StoreError: the folder is a link that the user has not named; it has files, and is not one of results; it is
+            inside a dataset, or is one; it cannot be written; or another process holds the lock.
         TakenAwayError: the folder is removed, moved or replaced during the block.
     """
+    if is_default and folder.is_symlink():
+        raise StoreError(
+            f"{folder} is a link to {folder.readlink()}, which may have come with the dataset: remove it, or choose "
+            "another output_dir"
+        )
     refuse_inside(folder, "output_dir")
     with explained(folder, "read"):
         found = [path.name for path in paths_in(folder) if path.name != LOCK and not is_temporary(path.name)]

@@ -13,6 +13,7 @@ from support.plasticity_cases import bytes_of, full_covariance, measure, record
 
 from qk_sniffer.errors import StoreError
 from qk_sniffer.plasticity import compare
+from qk_sniffer.plasticity.config import PlasticityConfig, resolved
 from qk_sniffer.plasticity.forms import METRICS
 from qk_sniffer.plasticity.results import Results, summary
 from qk_sniffer.plasticity.tables import TABLES, HeadResult
@@ -180,6 +181,22 @@ def test_results_are_not_written_through_a_link(name: str, results: Path, tmp_pa
     with refused, Results(results).claim():
         pass
     assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_the_default_folder_may_not_be_a_link(tmp_path: Path) -> None:
+    """It is next to the dataset, and may have come with it."""
+    dataset = tmp_path / "received"
+    default = resolved(PlasticityConfig(data_root=str(dataset)))
+    (tmp_path / "elsewhere").mkdir()
+    default.folder.symlink_to(tmp_path / "elsewhere")
+    refused = pytest.raises(StoreError, match=r"received-plasticity is a link to .*choose another output_dir")
+    with refused, Results(default.folder, is_default=default.has_default_folder).claim():
+        pass
+    assert not list((tmp_path / "elsewhere").iterdir())
+    (tmp_path / "mine").symlink_to(tmp_path / "elsewhere")
+    named = resolved(PlasticityConfig(data_root=str(dataset), output_dir=str(tmp_path / "mine")))
+    with Results(named.folder, is_default=named.has_default_folder).claim():
+        assert list((tmp_path / "elsewhere").iterdir())
 
 
 def test_no_picture_is_removed_through_a_link_that_is_planted_later(

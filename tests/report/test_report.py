@@ -4,6 +4,7 @@ import base64
 import hashlib
 import json
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,9 +22,10 @@ import qk_sniffer
 from qk_sniffer.dataset.head_vectors import HeadVectors
 from qk_sniffer.dataset.reader import Dataset
 from qk_sniffer.dataset.verify import verify
-from qk_sniffer.errors import QkSnifferError
+from qk_sniffer.errors import QkSnifferError, StoreError
 from qk_sniffer.plasticity import tables
 from qk_sniffer.report import cli
+from qk_sniffer.report import facts as facts_module
 from qk_sniffer.report import page as pages
 from qk_sniffer.report import vectors as measures
 from qk_sniffer.report.coverage import coverage
@@ -223,6 +225,21 @@ def test_attention_maps_and_scores_are_those_of_the_dataset(dense: Dataset) -> N
     assert maps["q", "norm_post"]["values"][queries.index(key)] == pytest.approx(
         float(statistics.norm_mean[2]), rel=1e-3
     )
+
+
+def test_a_dataset_that_is_replaced_meanwhile_has_no_report(
+    undisturbed: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = Path(shutil.copytree(undisturbed(), tmp_path / "dataset"))
+    real = facts_module.outliers
+
+    def meanwhile(heads: Any) -> Any:
+        edit(root, lambda manifest: manifest["timings"].update(capture=1e9))
+        return real(heads)
+
+    monkeypatch.setattr(facts_module, "outliers", meanwhile)
+    with pytest.raises(StoreError, match="another dataset has replaced the one in"):
+        report_facts(qk_sniffer.open_dataset(root), None)
 
 
 def test_a_dataset_without_all_keys_has_no_attention_maps(undisturbed: Callable[..., Path]) -> None:

@@ -26,6 +26,7 @@ from qk_sniffer.store.files import open_inside
 from qk_sniffer.store.layout import CARD, MANIFEST, Layout, is_dataset_file
 from qk_sniffer.store.manifest import FileEntry
 from qk_sniffer.store.open_folder import Check, unchecked
+from qk_sniffer.store.places import has_mark
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, GitCommitInfo, HfApi
@@ -261,8 +262,11 @@ def _portions(sizes: Mapping[str, int]) -> Iterator[list[str]]:
 def _new_pictures(root: Path, manifest: Mapping[str, Any]) -> dict[str, FileEntry]:
     """Returns the entries of the pictures that the manifest does not list.
 
+    No digest tells what these files are. In a dataset from someone else, a hard link may have the name of a picture and
+    the content of any file of this machine.
+
     Raises:
-        StoreError: a picture cannot be read, or a link leads out of the dataset.
+        StoreError: a picture cannot be read, a link leads out of the dataset, or this package has not drawn it.
     """
     entries = {}
     for picture in Layout(root).pictures():
@@ -270,6 +274,12 @@ def _new_pictures(root: Path, manifest: Mapping[str, Any]) -> dict[str, FileEntr
         try:
             with open_inside(root, name) as file:
                 if name not in manifest["files"]:
+                    if not has_mark(file):
+                        raise StoreError(
+                            f"{picture} was not drawn by qk-sniffer, and is not published: move it out of the dataset, "
+                            "and rerun the command"
+                        )
+                    file.seek(0)
                     size = os.fstat(file.fileno()).st_size
                     entries[name] = FileEntry(None, size, hashlib.file_digest(file, "sha256").hexdigest())
         except OSError as error:

@@ -6,7 +6,7 @@ The name of a file does not tell: `README.md` may be anyone's. A file is of a da
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from qk_sniffer.errors import StoreError
 from qk_sniffer.store import stored
@@ -137,9 +137,15 @@ def is_drawn(folder: OpenFolder, name: str) -> bool:
     if folder.type_of(name) != "file":
         return False
     with folder.open(name) as file:
-        ends = file.read(_PICTURE_END)
-        file.seek(-min(_PICTURE_END, file.seek(0, 2)), 2)  # of a PDF, it is at its end
-        ends += file.read(_PICTURE_END)
+        return has_mark(file)
+
+
+def has_mark(file: BinaryIO) -> bool:
+    """Whether the metadata of a picture say that this package has drawn it. Moves the place in the file."""
+    file.seek(0)
+    ends = file.read(_PICTURE_END)
+    file.seek(-min(_PICTURE_END, file.seek(0, 2)), 2)  # of a PDF, it is at its end
+    ends += file.read(_PICTURE_END)
     return any(mark in ends for mark in _MARKS)
 
 

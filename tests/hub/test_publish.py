@@ -131,8 +131,8 @@ def test_only_the_dataset_and_its_pictures_are_published(
     publish(root, REPO, BRANCH, api=api)
     assert set(held(hub)) == expected
     (root / "pictures").mkdir()
-    (root / "pictures" / "by_bucket.png").write_bytes(b"a picture")
-    (root / "pictures" / "by_bucket.svg").write_bytes(b"the same in lines")
+    (root / "pictures" / "by_bucket.png").write_bytes(b"a picture, Software\0qk-sniffer")
+    (root / "pictures" / "by_bucket.svg").write_bytes(b"<dc:title>qk-sniffer</dc:title>")
     (root / "pictures" / "notes.txt").write_text("mine")
     publish(root, REPO, BRANCH, api=api)
     files = held(hub)

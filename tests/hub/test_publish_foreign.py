@@ -22,6 +22,8 @@ from qk_sniffer.store.open_folder import Access
 pytestmark = [pytest.mark.floor, pytest.mark.usefixtures("waits")]
 
 SECRET = b"a key of the publisher"
+DRAWN = b"\x89PNG Software\0qk-sniffer " + b"picture" * 10
+"""The content of a picture with the mark of this package."""
 
 
 @pytest.fixture
@@ -57,6 +59,11 @@ def link_pictures(root: Path, secret: Path) -> None:
     (root / "pictures").symlink_to(secret.parent)
 
 
+def link_hard(root: Path, secret: Path) -> None:
+    (root / "pictures").mkdir()
+    os.link(secret, root / "pictures/a.png")
+
+
 def hang(root: Path, secret: Path) -> None:
     (root / "pictures").mkdir()
     os.mkfifo(root / "pictures/a.png")
@@ -69,6 +76,7 @@ def hang(root: Path, secret: Path) -> None:
         (link_head_file, "leads out of the dataset"),
         (link_picture, "leads out of the dataset"),
         (link_pictures, "leads out of the dataset"),
+        (link_hard, r"a\.png was not drawn by qk-sniffer, and is not published"),
         (hang, "not a file"),
     ],
 )
@@ -135,7 +143,7 @@ def test_a_file_that_changes_during_the_upload_ends_it(hub: FakeHub, make_datase
     root = make_dataset(tmp_path / "a")
     (root / "pictures").mkdir()
     picture = root / "pictures/a.png"
-    picture.write_bytes(b"picture")
+    picture.write_bytes(DRAWN)
 
     class Late(HfApi):
         def create_commit(self, *args: Any, **kwargs: Any) -> Any:
@@ -193,7 +201,7 @@ def test_a_file_that_is_swapped_while_it_is_published_is_not_sent(
     """Large files are sent from the descriptor that was checked; small ones are compared when the commit reads them."""
     root = make_dataset(tmp_path / "a")
     (root / "pictures").mkdir()
-    (root / "pictures/new.png").write_bytes(b"picture" * 10)
+    (root / "pictures/new.png").write_bytes(DRAWN)
     before = (root / name).read_bytes()
     secret.write_bytes(SECRET.ljust(len(before))[: len(before)])
     sent = secret.read_bytes()
@@ -222,7 +230,7 @@ def test_a_picture_is_listed_as_it_was_checked(
     root = make_dataset(tmp_path / "a")
     picture = root / "pictures/a.png"
     picture.parent.mkdir()
-    picture.write_bytes(b"picture")
+    picture.write_bytes(DRAWN)
 
     def late(path: Path, access: Access) -> Any:
         if path.name == picture.name:

@@ -55,7 +55,7 @@ def test_no_program_writes_into_a_work_folder_or_a_head(dataset: Path) -> None:
         for write in (
             lambda place: prepare_data_root(place),
             lambda place: Results(place).claim().__enter__(),
-            lambda place: claimed_folder(place, "testing", is_own=lambda _: True).__enter__(),
+            lambda place: claimed_folder(place, "testing", is_own=lambda _: True, is_default=False).__enter__(),
             lambda place: export(opened, "triattention", place, overwrite=True),
             lambda place: opened.torch([(0, 0, "q")], place),
         ):

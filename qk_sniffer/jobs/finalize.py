@@ -73,7 +73,8 @@ def finalize(
         config = replace(from_dict(manifest["config"]), output=OutputConfig(private=private))
         config = _published(config, hf_repo_id, hf_branch, private)
         with anchored(layout.root) as access:
-            report_and_publish(config, layout, "Nothing to do: the dataset is finished.", Folder(layout.root), access)
+            note = "Nothing to do: the dataset is finished."
+            report_and_publish(config, layout, note, Folder(layout.root), access, replaces=hf_branch is not None)
         return 0
     refuse_unlisted(layout)
     if "source" in record and uncaptured(layout, record):
@@ -92,7 +93,7 @@ def finalize(
         raise ConfigError(problems)
     _check_checkpoint(config, layout, record)
     corpus = open_corpus(config.dataset, record["commits"]["dataset"]) if _proves(config) else None
-    done = finish(config, layout, record["job_id"], corpus, None, Stages())
+    done = finish(config, layout, record["job_id"], corpus, None, Stages(), replaces=hf_branch is not None)
     return 1 if done is None and read_record(layout) is not None else 0
 
 

@@ -74,18 +74,19 @@ def finish(
     components: "Components | None",
     stages: Stages,
     access: Access = PLAIN,
+    *,
+    replaces: bool = False,
 ) -> Outcome | None:
     """Makes the dataset, reports it and publishes it. Returns None if shards are missing, or another process makes it.
 
-    The arguments and errors are those of `make_dataset`, and the errors those of `report_and_publish` too.
+    The arguments and errors are those of `make_dataset` and `report_and_publish`.
     """
     made = make_dataset(config, layout, job_id, corpus, components, stages, access)
     if made is None:
         return None
     config, manifest = made
-    return report_and_publish(
-        config, layout, f"Time: {describe(stages.seconds)}", Folder(layout.root), access, manifest
-    )
+    note = f"Time: {describe(stages.seconds)}"
+    return report_and_publish(config, layout, note, Folder(layout.root), access, manifest, replaces=replaces)
 
 
 def make_dataset(
@@ -155,13 +156,17 @@ def report_and_publish(
     files: Files,
     access: Access = PLAIN,
     made: Mapping[str, Any] | None = None,
+    *,
+    replaces: bool = False,
 ) -> Outcome:
     """Prints a summary of the finished dataset in `files` with `note`, and publishes it to its branch, if it has one.
 
     `made` is the manifest of the dataset, if this process has made it. `access` is the lock of its shard.
+    `replaces` says that the caller has named the branch, whose dataset may be another one; so does `output.overwrite`.
 
     Raises:
         CaptureError: the proof failed.
+        StoreError: the branch has another dataset, or the dataset in `files` is damaged.
         HubError: the dataset could not be published.
         TakenAwayError: another dataset is in the data root now.
     """
@@ -183,7 +188,9 @@ def report_and_publish(
     output = config.output
     if not (output.hf_repo_id and output.hf_branch):
         return Outcome(manifest["rows"], manifest=digest)
-    guarded = output.resume_from_hub and not output.overwrite
+    guard = None if output.overwrite or replaces else partial(hub_resume.refuse_other, manifest)
+    if output.resume_from_hub and not output.overwrite:
+        guard = partial(hub_resume.guard, layout, manifest)
     mark = read_unpublished(layout, manifest)
     if mark is not None and mark["private"] != output.private:
         with same_dataset(layout, manifest, access):
@@ -197,7 +204,7 @@ def report_and_publish(
             branch_card(layout.root, manifest, output.hf_repo_id, output.hf_branch),
             private=output.private,
             check=unchanged.check,
-            guard=partial(hub_resume.guard, layout, manifest) if guarded else None,
+            guard=guard,
         )
     except TakenAwayError:
         raise

@@ -81,6 +81,30 @@ def guard(layout: Layout, here: Mapping[str, Any], branch: Branch) -> None:
         )
 
 
+def refuse_other(here: Mapping[str, Any], branch: Branch) -> None:
+    """Refuses to replace the dataset of the branch if it is not of the same settings, model and texts as `here`.
+
+    The name of a branch follows from few settings, and in a received manifest its author chooses them.
+
+    Raises:
+        HubError: the Hub cannot be reached.
+        StoreError: the branch has another dataset, or one of the two is a capture from Python.
+    """
+    if not branch.has(MANIFEST):
+        return
+    there = manifests.of(branch)
+    different = Job.from_record(here).differences(Job.from_record(there), finished=True)
+    if "source" in here or "source" in there:
+        different.append("a capture from Python, which nothing but its own calls repeats")
+    if different:
+        raise StoreError(
+            f"not published: {branch} has another dataset, which this one would replace:",
+            *(f"  - {line}" for line in different),
+            "Publish to another branch (output.hf_branch=..., of finalize hf_branch=...), or replace the branch's "
+            "dataset: name its branch to finalize (hf_branch=...), or give the job output.overwrite=true.",
+        )
+
+
 def matches_snapshot(layout: Layout, branch: Branch) -> bool:
     """Whether the data root and the branch are still those of the snapshot."""
     return _read(layout) == _snapshot_of(layout, branch)

@@ -176,3 +176,24 @@ def test_a_start_that_does_not_publish_replaces_the_dataset(
     run(checkpoint, unpublished / "texts.jsonl", root, **SECTIONS, output={"overwrite": True})
     assert len(batches) == 4
     assert not Layout(root).work.exists()
+
+
+def test_the_dataset_of_other_settings_on_a_branch_is_replaced_only_by_its_name(
+    hub: FakeHub, logged_in: str, checkpoint: Path, texts: Path, tmp_path: Path
+) -> None:
+    first, other = tmp_path / "first", tmp_path / "other"
+    run(checkpoint, texts, first, **SECTIONS, output=PUBLIC)
+    (branch,) = (name for name in hub.repositories[REPO].branches if name != "main")
+    history = [commit.id for commit in hub.repositories[REPO].history(branch)]
+    seed: Any = SECTIONS | {"sampler": {**SECTIONS.get("sampler", {}), "seed": 9}}
+    with pytest.raises(StoreError, match=r"has another dataset, which this one would replace"):
+        run(checkpoint, texts, other, **seed, output=PUBLIC)
+    with pytest.raises(StoreError, match=r"sampler\.seed"):
+        finalize(other, hf_repo_id=REPO)
+    assert [commit.id for commit in hub.repositories[REPO].history(branch)] == history
+    assert finalize(other, hf_repo_id=REPO, hf_branch=branch) == 0
+    assert len(hub.repositories[REPO].history(branch)) == len(history) + 1
+    with pytest.raises(StoreError, match="has another dataset"):
+        run(checkpoint, texts, first, **SECTIONS, output=PUBLIC)
+    run(checkpoint, texts, first, **SECTIONS, output=PUBLIC | {"overwrite": True})
+    assert len(hub.repositories[REPO].history(branch)) == len(history) + 2

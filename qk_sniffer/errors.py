@@ -13,6 +13,9 @@ from typing import ClassVar
 
 from qk_sniffer.text import printable
 
+RIGHTS = "change its rights, or run the command as a user who has them"
+"""The way out of a permission that this user lacks."""
+
 
 class QkSnifferError(Exception):
     """Ends a job with a message instead of a traceback, and with a non-zero exit code.

@@ -19,7 +19,7 @@ from hydra.errors import HydraException
 
 from qk_sniffer.cli.application import Application
 from qk_sniffer.cli.schema import not_a_setting
-from qk_sniffer.cli.split_settings import join
+from qk_sniffer.cli.split_settings import is_open, join
 from qk_sniffer.jobs.sweep import MOST_JOBS
 from qk_sniffer.text import closest, did_you_mean
 
@@ -218,6 +218,8 @@ class Checker:
             return self._word(argument)
         if get_origin(self.schema.plain_type(key.lstrip("+"))) is dict:
             return self.schema.mistyped(key.lstrip("+"), value)
+        if is_open(value) and not self.schema.may_be_text(key.lstrip("+")):
+            return f"{argument}: a bracket is not closed"
         if re.fullmatch(r"[+~]{0,2}[\w./@-]+", key):
             quote = "'" if '"' in value else '"'
             quoted = f"{key}={quote}{value}{quote}"

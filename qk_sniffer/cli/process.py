@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable
 
 import qk_sniffer
-from qk_sniffer.errors import QkSnifferError
+from qk_sniffer.errors import RIGHTS, QkSnifferError
 from qk_sniffer.logs import escape_libraries
 from qk_sniffer.text import hide_in_addresses, say, say_error, silence
 
@@ -32,6 +32,9 @@ def run(body: Callable[[list[str]], int], *, interrupted: str = "interrupted") -
     except QkSnifferError as error:
         say_error(error)
         code = error.exit_code
+    except PermissionError as error:  # of a folder that is listed or passed on the way
+        say_error(f"{error.filename}: {error.strerror}: {RIGHTS}")
+        code = 1
     except KeyboardInterrupt as error:
         code = say_interrupted(error, interrupted)
     for stream in (sys.stdout, sys.stderr):

@@ -45,7 +45,7 @@ def _candidates(
     after = [*arguments[1:3], "", ""]
     if not key:
         return
-    if value and not _is_open(value):
+    if value and not is_open(value):
         if takes_text(key):
             yield _with_words(arguments, is_name)
     elif value:
@@ -60,10 +60,10 @@ def _candidates(
 
 def _closed(count: int, setting: str, arguments: Sequence[str]) -> Iterator[tuple[int, str]]:
     """Yields a setting with as many further arguments as close its brackets."""
-    while _is_open(setting) and count < len(arguments):
+    while is_open(setting) and count < len(arguments):
         setting = f"{setting} {arguments[count]}"
         count += 1
-    if not _is_open(setting):
+    if not is_open(setting):
         yield count, setting
 
 
@@ -74,7 +74,7 @@ def _with_words(arguments: Sequence[str], is_name: Callable[[str], bool]) -> tup
     return len(words), " ".join(words)
 
 
-def _is_open(text: str) -> bool:
+def is_open(text: str) -> bool:
     """Whether brackets are open at the end of `text`."""
     expected: list[str] = []
     for character in text:

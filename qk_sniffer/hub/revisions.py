@@ -5,6 +5,7 @@ network.
 """
 
 import re
+from http import HTTPStatus
 from pathlib import Path
 from typing import Literal
 
@@ -53,12 +54,23 @@ def hub_commit(kind: Kind, name: str, revision: str | None = None) -> str:
         ) from None
     except hub.OfflineModeIsEnabled:
         raise HubUnreachableError("the Hub cannot be reached: offline mode is on (HF_HUB_OFFLINE=1)") from None
+    except hub.HfHubHTTPError as error:
+        if error.response.status_code != HTTPStatus.UNAUTHORIZED:
+            raise _unreachable(error) from error
+        raise HubUnreachableError(
+            "the Hub refuses the token: set HF_TOKEN to a valid one, log in with `hf auth login`, or leave the token "
+            "out for what is public"
+        ) from error
     except Exception as error:  # errors of any HTTP library below, and server errors
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise HubUnreachableError(f"the Hub cannot be reached: {reason}") from error
+        raise _unreachable(error) from error
     if commit is None or not is_commit(commit):  # it becomes a part of paths
         raise HubUnreachableError(f"the Hub cannot be reached: it named no commit for {name!r}")
     return commit
+
+
+def _unreachable(error: Exception) -> HubUnreachableError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return HubUnreachableError(f"the Hub cannot be reached: {reason}")
 
 
 def cached_commit(kind: Kind, name: str, revision: str | None = None) -> str | None:
@@ -115,8 +127,7 @@ def hub_file(name: str, file: str, revision: str | None = None) -> Path | None:
         commit, files = _listed(name, revision)
         return Path(hf_hub_download(name, file, revision=commit)) if file in files else None
     except Exception as error:  # errors of any HTTP library below
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise HubUnreachableError(f"the Hub cannot be reached: {reason}") from error
+        raise _unreachable(error) from error
 
 
 def _listed(name: str, revision: str | None) -> tuple[str | None, frozenset[str]]:

@@ -54,7 +54,7 @@ def show_plan(config: Config) -> Plan | None:
     layout, stages = Layout(job.data_root), Stages()
     with stages("open dataset"):
         start = find_existing_work(job, layout, is_mine=is_yet_to_publish(job, layout))
-    say(f"Plan for {job.data_root}; nothing is written.")
+    say(f"Plan for {job.data_root}; nothing is written there.")
     if start.found == "finished":
         say("Nothing to do: the dataset is finished.")
         return None

@@ -1,5 +1,6 @@
 """Finds the jobs and datasets below a folder, and reads from their files how far each has come."""
 
+import errno
 import os
 import re
 import time
@@ -12,7 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from qk_sniffer.config import MOST_SHARDS
-from qk_sniffer.errors import StoreError
+from qk_sniffer.errors import RIGHTS, StoreError
 from qk_sniffer.jobs import job_status, slurm, sweep
 from qk_sniffer.jobs.job_status import STATUS_FILE, Status
 from qk_sniffer.jobs.progress import read_progress
@@ -20,7 +21,7 @@ from qk_sniffer.jobs.sweep import SWEEP_FILE
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.disk import walk
 from qk_sniffer.store.files import Folder
-from qk_sniffer.store.layout import Layout, is_ours
+from qk_sniffer.store.layout import MANIFEST, Layout, is_ours
 from qk_sniffer.store.locks import holder, is_held
 from qk_sniffer.store.record import read_mark, read_record
 from qk_sniffer.text import folded, printable
@@ -96,7 +97,7 @@ def look(folder: Path, left_out: Callable[[StoreError], None] = lambda _: None) 
     """
     attempts: dict[str, list[_Attempt]] = {}
     roots: dict[str, Path] = {}
-    for path in _walk(folder):
+    for path in _walk(folder, left_out):
         if path.name in (SWEEP_FILE, STATUS_FILE):
             for status in _read(path, left_out):
                 real = _real(status.data_root)
@@ -175,9 +176,14 @@ _OF_WORDS = {"dataset", "state", "last attempt", "where"}
 """The columns that are folded before numbers are."""
 
 
-def _walk(folder: Path) -> Iterator[Path]:
+def _walk(folder: Path, left_out: Callable[[StoreError], None]) -> Iterator[Path]:
     """Yields status files, sweep files and the roots of datasets, which it does not enter: they may be large."""
-    for path, folders, files in walk(folder):
+
+    def unreadable(error: OSError) -> None:
+        if isinstance(error, PermissionError):
+            left_out(_unreadable(error.filename))
+
+    for path, folders, files in walk(folder, unreadable):
         try:
             is_root = is_ours(Layout(path))
         except OSError:  # what is in it cannot be looked up: for permissions, or the length of its path
@@ -186,6 +192,8 @@ def _walk(folder: Path) -> Iterator[Path]:
             folders.clear()
             yield path
             continue
+        if MANIFEST in files and not os.access(path / MANIFEST, os.R_OK, effective_ids=True):
+            left_out(_unreadable(path / MANIFEST))
         folders[:] = [name for name in folders if name not in (".submitit", "code", "__pycache__")]
         yield from (path / file for file in (SWEEP_FILE, STATUS_FILE) if file in files)
 
@@ -219,6 +227,8 @@ def _of_root(layout: Layout, attempts: list[_Attempt], left_out: Callable[[Store
             manifest, digest = manifests.with_digest(Folder(layout.root))
     except StoreError as problem:
         left_out(problem)
+    except PermissionError as error:
+        left_out(_unreadable(error.filename))
     except OSError:
         pass  # it was removed in the meantime
     slug = None if record is None else record["config"]["model"]["slug"]
@@ -353,6 +363,10 @@ def _unfinished(layout: Layout, status: Status, slug: str | None) -> Line:
         progress["seconds_left"] if is_new else None,
         progress["rows"],
     )
+
+
+def _unreadable(path: str | Path) -> StoreError:
+    return StoreError(f"{path} cannot be read: {os.strerror(errno.EACCES)}: {RIGHTS}")
 
 
 def _real(path: str | Path) -> str:

@@ -3,7 +3,7 @@
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
@@ -79,11 +79,13 @@ def paths_in(folder: Path, access: Access = PLAIN) -> list[Path]:
         return []
 
 
-def walk(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
+def walk(
+    folder: Path, left_out: Callable[[OSError], None] = lambda _: None
+) -> Iterator[tuple[Path, list[str], list[str]]]:
     """Yields every folder from `folder` on with the sorted names of its folders and its other entries, as `os.walk`.
 
     A caller may remove names of folders, which are then not entered. Links are not followed. A folder that cannot be
-    read is left out. The depth is not limited by the recursion of Python.
+    read is left out, and `left_out` gets its error. The depth is not limited by the recursion of Python.
     """
     waiting = [folder]
     while waiting:
@@ -91,7 +93,8 @@ def walk(folder: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
         try:
             with os.scandir(path) as entries:
                 found = sorted((entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries)
-        except OSError:
+        except OSError as error:
+            left_out(error)
             continue
         folders = [name for name, is_folder in found if is_folder]
         yield path, folders, [name for name, is_folder in found if not is_folder]

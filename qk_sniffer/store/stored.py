@@ -14,7 +14,7 @@ from typing import Annotated, Any, TypeVar
 import msgspec
 
 from qk_sniffer.config import MOST_COUNT
-from qk_sniffer.errors import StoreError
+from qk_sniffer.errors import RIGHTS, StoreError
 from qk_sniffer.store.disk import open_file, open_regular
 from qk_sniffer.store.open_folder import PLAIN, Access, OddFileError
 
@@ -92,6 +92,8 @@ def read_bytes(
         raise
     except OddFileError as error:
         raise UnreadableError(error.filename, f"is {error.strerror}", way_out) from error
+    except PermissionError as error:
+        raise UnreadableError(path, f"cannot be read: {error.strerror}", RIGHTS) from error
     except OSError as error:
         raise UnreadableError(path, f"cannot be read: {error.strerror}", way_out) from error
     if len(data) > most_bytes:

@@ -84,6 +84,7 @@ def refusal(*arguments: str) -> str:
         ("+dataset.filter={v: 1.10, w: 1.1}", r"a value reads as the number 1\.1; quote the texts"),
         ("~sampler.seed", r"sampler\.seed cannot be deleted"),
         ("sampler.seed", r"a setting is written key=value"),
+        ("capture.layers=[0,", r"capture\.layers=\[0,: a bracket is not closed"),
         ("dataset.split=train[:9]", r"the value must be quoted, for the shell too: 'dataset\.split=\"train\[:9\]\"'"),
         ("sampler.seed=interval(0,1)", r"an interval cannot be swept"),
         ("sampler.seed=1,2", r"several values are a sweep, which needs --multirun"),

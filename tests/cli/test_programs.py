@@ -5,11 +5,13 @@ import os
 import pty
 import subprocess
 import sys
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.rights import without_root
 
 import qk_sniffer
 from qk_sniffer.cli import app, preflight
@@ -85,6 +87,7 @@ def test_a_reader_that_goes_away_changes_nothing(arguments: tuple[str, ...], unb
 IMPORTS = """
 import os
 import sys
+import tempfile
 
 class Telling:
     def find_spec(self, name, path=None, target=None):
@@ -133,3 +136,21 @@ def test_errors_are_red_on_a_terminal_alone(variables: dict[str, str], is_red: b
     assert (b"\x1b[31m" in said and b"\x1b[0m" in said) == is_red and (b"\x1b" in said) == is_red
     piped = subprocess.run(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE)
     assert b"1 problem" in piped.stderr and b"\x1b" not in piped.stderr
+
+
+@pytest.mark.parametrize("name", ["verify", "report", "heads", "export", "pictures", "finalize"])
+def test_a_folder_without_rights_is_named(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    importlib.import_module(PROGRAMS[name].module)
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder, "private", "dataset")
+        root.mkdir(parents=True)
+        root.parent.chmod(0)
+        try:
+            with without_root():
+                assert run(monkeypatch, name, str(root), *(["format=qfilters"] if name == "export" else [])) == 1
+        finally:
+            root.parent.chmod(0o700)
+    said = capsys.readouterr().err
+    assert "Permission denied" in said and str(root.parent) in said and "Traceback" not in said

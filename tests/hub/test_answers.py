@@ -13,7 +13,7 @@ from qk_sniffer.errors import HubError, QkSnifferError
 from qk_sniffer.hub.branch import Branch, open_branch
 from qk_sniffer.hub.catalogue import update_catalogue
 from qk_sniffer.hub.client import reading_api, writing_api
-from qk_sniffer.hub.revisions import hub_commit, hub_file
+from qk_sniffer.hub.revisions import HubUnreachableError, hub_commit, hub_file
 
 pytestmark = [pytest.mark.floor, pytest.mark.usefixtures("waits")]
 
@@ -97,3 +97,14 @@ def test_a_listing_in_the_cache_names_no_file_outside_of_it(
     with pytest.raises(HubError, match=r"the ETag '../../../out'"):
         Branch(NAME, "main", commit).path("manifest.json")
     assert written(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("status", "message"), [(401, "the Hub refuses the token: set HF_TOKEN"), (418, "cannot be reached: .*418")]
+)
+def test_a_refused_token_is_not_a_hub_out_of_reach(
+    status: int, message: str, repository: Repository, hub: FakeHub
+) -> None:
+    hub.fault("GET", "/api/models/", status=status, times=9)
+    with pytest.raises(HubUnreachableError, match=message):
+        hub_commit("model", NAME)

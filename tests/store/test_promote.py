@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.rights import without_root
 from support.store_cases import (
     HEADS,
     SAMPLER,
@@ -287,14 +288,8 @@ def test_a_root_with_other_files_is_refused(tmp_path: Path) -> None:
 def test_a_root_that_cannot_be_written_is_refused() -> None:
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o555)
-        user = os.geteuid()
-        try:
-            if user == 0:  # root may write anywhere
-                os.seteuid(65534)
-            with pytest.raises(StoreError, match=r"cannot write.*Permission denied"):
-                prepare_data_root(Path(folder))
-        finally:
-            os.seteuid(user)
+        with without_root(), pytest.raises(StoreError, match=r"cannot write.*Permission denied"):
+            prepare_data_root(Path(folder))
 
 
 def test_work_is_discarded_but_nothing_else(tmp_path: Path) -> None:

@@ -44,8 +44,18 @@ OF_VECTORS = (
     Score("norm", "norm", "mean Euclidean norm of the vectors"),
     Score("norm_spread", "norm: spread", "standard deviation of the norms over their mean"),
     Score("outlier_ratio", "outlier channel", "root mean square of the largest channel over that of the median one"),
-    Score("position_share", "position", "share of the variance that a line over log2(position + 1) explains", True),
-    Score("direction_share", "two directions", "share of the variance along two principal directions", True),
+    Score(
+        "position_share",
+        "position",
+        "share of the variance that a line over log2(position + 1) explains, of at most 512 vectors",
+        True,
+    ),
+    Score(
+        "direction_share",
+        "two directions",
+        "share of the variance along two principal directions, of at most 512 vectors",
+        True,
+    ),
 )
 
 OF_ATTENTION = (

@@ -220,12 +220,12 @@ def test_other_vectors_than_those_of_the_kernel_are_found_out(monkeypatch: pytes
 
 
 def test_a_softmax_of_other_logits_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    facts = backbone_module._layer_facts
+    facts = backbone_module.layer_facts
 
     def other_scale(call: Any) -> Any:
         return replace(facts(call), softmax_scale=0.3)
 
-    monkeypatch.setattr(backbone_module, "_layer_facts", other_scale)
+    monkeypatch.setattr(backbone_module, "layer_facts", other_scale)
     assert examine("mistral").note == "layer 0: its facts do not explain its attention weights"
 
 

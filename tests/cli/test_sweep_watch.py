@@ -83,22 +83,27 @@ def test_a_terminal_gets_a_line_a_job_below_what_is_logged(
         monkeypatch.setenv("LINES", "24")
         watch = SweepWatch(jobs, folder, lambda: {2: "Priority"})
         assert watch._live is not None
-        with watch._live:
-            watch.tell()
-            first = reader.read(4096).decode()
-            TerminalHandler(terminal).emit(logging.makeLogRecord({"msg": "SLURM does not start job 2"}))
-            logged = reader.read(4096).decode()
-        erased = reader.read(4096).decode()
         lines = [f"job {number} (sampler.seed={number}): queued" for number in range(3)]
         lines[2] += ": Pri ..."
         block = "".join(f"{line}\r\n" for line in lines)
-        assert first == block
-        assert logged == f"\r\x1b[3A\x1b[JSLURM does not start job 2\r\n{block}"
-        assert erased == "\r\x1b[3A\x1b[J"
+
+        def shown(expected: str) -> bool:
+            """Whether the terminal shows `expected` next, which may come in parts."""
+            got = b""
+            while len(got) < len(expected.encode()):
+                got += reader.read(len(expected.encode()) - len(got))
+            return got.decode() == expected
+
+        with watch._live:
+            watch.tell()
+            assert shown(block)
+            TerminalHandler(terminal).emit(logging.makeLogRecord({"msg": "SLURM does not start job 2"}))
+            assert shown(f"\r\x1b[3A\x1b[JSLURM does not start job 2\r\n{block}")
+        assert shown("\r\x1b[3A\x1b[J")
         monkeypatch.setenv("LINES", "6")
         with job_status.recorded(job_status.Status.here(1, jobs[1].config), job_folder(folder, 1)):
             watch.tell()
-        assert reader.read(4096).decode() == "job 1 (sampler.seed=1): running\r\nand 2 more jobs: 2 queued\r\n"
+        assert shown("job 1 (sampler.seed=1): running\r\nand 2 more jobs: 2 queued\r\n")
 
 
 def test_the_table_of_a_sweep_fits_the_terminal_and_keeps_every_word(jobs: list[PlannedJob]) -> None:

@@ -228,7 +228,7 @@ def test_settings(root: Path, light: dict[str, str]) -> None:
     assert "data_root is not given; it is the dataset's folder" in done.stderr
     done = called(light, "--help")
     assert (done.returncode, done.stderr) == (0, "")
-    assert "python -m qk_sniffer.verify data_root=..." in done.stdout and "Exit codes: 0 whole" in done.stdout
+    assert "python -m qk_sniffer.verify DATA_ROOT" in done.stdout and "Exit codes: 0 whole" in done.stdout
 
 
 def test_names_of_many_heads_are_short() -> None:

@@ -247,7 +247,7 @@ def test_a_killed_job_that_adds_goes_on_and_leaves_the_old_dataset_to_readers(
         with pytest.raises(Stopped):
             run(checkpoint, texts, root, **ALONE)
     assert hashes(root) == before and manifests.read(root)["examples"] == 7
-    with pytest.raises(StoreError, match="unfinished job over 24 rows"):
+    with pytest.raises(StoreError, match="unfinished job over 24 examples"):
         run(checkpoint, texts, root, **ALONE, dataset={"max_samples": 7})
     done = set(forwarded)
     forwarded.clear()
@@ -265,7 +265,7 @@ def test_what_cannot_be_added_to_is_refused_and_stays_as_it_is(
 ) -> None:
     root = run(checkpoint, texts, tmp_path / "out", **ALONE, dataset={"max_samples": 9})
     before = hashes(root)
-    with pytest.raises(StoreError, match=r"finished with 9 rows .* only 4 .* not shrink"):
+    with pytest.raises(StoreError, match=r"finished with 9 examples .* only 4 .* not shrink"):
         run_job(job(checkpoint, texts, root, dataset={"max_samples": 4}))
     with pytest.raises(StoreError, match="base_rate"):
         run_job(job(checkpoint, texts, root, sampler={"type": "uniform", "base_rate": 3.0}))

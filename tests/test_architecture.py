@@ -161,6 +161,7 @@ def loaded_by(*arguments: str, cwd: Path, code: int = 0) -> set[str]:
     return {*(cwd / "modules").read_text(encoding="utf-8").split()}
 
 
+@pytest.mark.slow
 def test_programs_start_without_the_libraries_that_they_do_not_need(tmp_path: Path) -> None:
     """These libraries take most of the time of a start. No timing here: a busy machine changes it."""
     for name in PROGRAMS:
@@ -171,6 +172,7 @@ def test_programs_start_without_the_libraries_that_they_do_not_need(tmp_path: Pa
     assert not (HEAVY | {"pyarrow", "hydra"}) & loaded_by("--version", cwd=tmp_path)
 
 
+@pytest.mark.slow
 def test_a_finished_job_and_the_programs_that_look_at_it_load_no_model(tmp_path: Path) -> None:
     (tmp_path / "texts.jsonl").write_text('{"text": "A list is a sequence."}\n' * 2)
     job = [

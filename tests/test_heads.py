@@ -136,6 +136,7 @@ def test_what_cannot_be_ranked_is_an_error_with_the_way_out(
     assert "holds something else (" in (said := capsys.readouterr().err) and "choose another output_dir" in said
 
 
+@pytest.mark.slow
 def test_files_of_others_are_not_replaced_and_two_programs_do_not_meet(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

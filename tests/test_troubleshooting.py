@@ -21,6 +21,7 @@ def test_the_page_quotes_messages_of_the_code(quoted: str, texts: list[str]) -> 
     assert any(quoted.strip("… ") in text for text in texts)
 
 
+@pytest.mark.slow
 def test_the_page_of_messages_shows_each_as_it_is(texts: list[str]) -> None:
     assert len(texts) > 300
     assert all(messages.messages().values())

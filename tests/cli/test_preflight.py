@@ -453,6 +453,7 @@ def test_hydra_does_not_store_the_login(setting: str, monkeypatch: pytest.Monkey
     assert "would store HF_TOKEN in the files of the job" in said and "a5ecret" not in said
 
 
+@pytest.mark.slow
 def test_a_sweep_of_more_jobs_than_any_is_refused_before_they_are_made() -> None:
     assert refusal("-m", *MODEL, "sampler.seed=range(9999)", "shard.index=range(9999)").startswith(
         "the sweep has 99,980,001 jobs; run at most 10,000"

@@ -266,6 +266,7 @@ def test_tiktoken_has_no_cache_while_a_tokenizer_loads(
     assert seen == [""] and os.environ.get(TIKTOKEN) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "expected"), [("mistral", ["1", "2"]), ("llama", ["12"])])
 def test_the_fix_of_mistral_depends_on_the_commit_alone(
     kind: str, expected: list[str], hub: "FakeHub", endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -53,6 +53,7 @@ def test_a_dataset_that_is_replaced_is_not_published(
         assert len(calls) == last and (REPO not in hub.repositories or published(hub, BRANCH) == 0)
 
 
+@pytest.mark.slow
 def test_two_branches_are_read_back_by_revision(
     hub: FakeHub, api: HfApi, make_dataset: MakeDataset, tmp_path: Path
 ) -> None:

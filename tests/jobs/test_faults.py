@@ -175,6 +175,7 @@ def test_a_second_signal_stops_it_at_once(server: Server, job: dict[str, Any], w
     assert hashes(root_of(job)) == whole
 
 
+@pytest.mark.slow
 def test_a_schedulers_warning_is_heeded_where_somebody_handles_it(
     server: Server, job: dict[str, Any], whole: dict[str, str]
 ) -> None:
@@ -191,6 +192,7 @@ def test_a_schedulers_warning_is_heeded_where_somebody_handles_it(
     assert hashes(root_of(job)) == whole
 
 
+@pytest.mark.slow
 def test_a_scheduler_does_not_wait_for_a_long_batch(server: Server, job: dict[str, Any], whole: dict[str, str]) -> None:
     impatient = "from qk_sniffer.jobs import signals; signals.PATIENCE_S = 0.5"
     child = server.start(job, held={"forward": 1}, before=impatient)
@@ -234,6 +236,7 @@ def test_a_signal_while_the_forward_waits_for_the_disk(
     assert hashes(root_of(job)) == whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "step",
     [
@@ -261,6 +264,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", ["segment", pytest.param("compaction", marks=pytest.mark.slow)])
 def test_a_full_disk_is_said_and_what_was_there_is_kept(
     step: str, server: Server, job: dict[str, Any], whole: dict[str, str], texts: Path
@@ -285,6 +289,7 @@ def test_a_full_disk_is_said_and_what_was_there_is_kept(
     assert hashes(root) == whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "harm", ["flipped", *(pytest.param(harm, marks=pytest.mark.slow) for harm in ("cut short", "gone"))]
 )
@@ -321,6 +326,7 @@ def test_too_little_space_is_refused_before_the_first_forward(server: Server, jo
     assert not root_of(job).exists() or not (root_of(job) / "manifest.json").exists()
 
 
+@pytest.mark.slow
 def test_a_writer_that_fails_ends_the_job_with_its_error(
     server: Server, job: dict[str, Any], whole: dict[str, str]
 ) -> None:
@@ -353,6 +359,7 @@ def test_a_second_job_ends_at_once_and_names_the_first(
     assert hashes(root_of(job)) == whole
 
 
+@pytest.mark.slow
 def test_clocks_that_jump_change_nothing(server: Server, job: dict[str, Any], whole: dict[str, str]) -> None:
     jumping = """
 import itertools, time
@@ -433,6 +440,7 @@ def test_the_commit_of_the_first_start_is_used_though_main_has_moved(
     assert hashes(tmp_path / "new") != hashes(tmp_path / "whole"), "the model did move"
 
 
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_written_is_said_before_anything_is_loaded(server: Server, job: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as folder:  # not inside pytest's folder, which other users may not enter
         locked = Path(folder) / "locked"

@@ -60,6 +60,7 @@ def grow(layout: Layout, part: Captured, **options: Any) -> None:
     promote(layout, build(facts, written), card=b"# card\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "dtype", [torch.bfloat16, *(pytest.param(each, marks=pytest.mark.slow) for each in (torch.float16, torch.float32))]
 )

@@ -55,6 +55,7 @@ def files_in(folder: Path) -> dict[Path, bytes | None]:
     return {path: path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sections", [{}, EVERYTHING], ids=["rows", "everything"])
 def test_it_tells_each_stage_and_leaves_nothing(
     sections: dict[str, Any], checkpoint: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -102,6 +103,7 @@ def test_a_job_with_no_text_left(
     assert "none: all texts are captured" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_each_job_of_a_sweep_is_measured(
     checkpoint: Path, texts: Path, in_tmp: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

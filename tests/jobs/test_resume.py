@@ -269,6 +269,7 @@ def test_a_source_that_changed_before_the_proof_is_refused(
     assert hashes(run(checkpoint, texts, tmp_path / "out")) == hashes(undisturbed())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["_move", "remove_work"])
 def test_an_overwriting_job_killed_while_it_promotes_does_not_start_over(
     moment: str,

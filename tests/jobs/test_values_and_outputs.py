@@ -149,6 +149,7 @@ def test_an_output_is_the_sum_of_the_values_by_the_weights_of_its_query(
             np.testing.assert_allclose(o[mine], expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_stopped_job_shards_and_growth_end_with_the_same_bytes(
     checkpoint: Path, texts: Path, tmp_path: Path, undisturbed: Callable[..., Path]
 ) -> None:

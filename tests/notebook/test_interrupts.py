@@ -117,6 +117,7 @@ def check(captured: Any, model: Any, texts: dict[str, torch.Tensor], whole: set[
 ROWS: dict[str, Any] = {"layers": [0], "kinds": "qkvo", "attention": True}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("function", "step", "settings"),
     [

@@ -80,6 +80,7 @@ def test_an_adapter_is_saved_by_its_kind(tmp_path: Path) -> None:
     assert qk_sniffer.open_dataset(tmp_path / "saved").manifest["model"]["adapter"]["kind"] == "LORA"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("whole", [True, False], ids=["torch.compile", "model.compile"])
 def test_a_compiled_model_runs_uncompiled_inside_and_compiled_again_afterwards(whole: bool) -> None:
     compiled: list[Any] = []

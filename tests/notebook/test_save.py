@@ -133,6 +133,7 @@ def test_examples_begin_where_the_capture_saw_them_first(checkpoint: Path, tmp_p
     assert "count and nonfinite do not sum to the tokens of the examples" in found["statistics"]
 
 
+@pytest.mark.slow
 def test_what_reads_datasets_reads_it(everything: Path, tmp_path: Path) -> None:
     dataset = qk_sniffer.open_dataset(everything)
     vectors = dataset.vectors(1, 0, "q")

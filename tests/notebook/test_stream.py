@@ -101,6 +101,7 @@ def test_rows_do_not_stay_in_memory(checkpoint: Path, tmp_path: Path, monkeypatc
     assert verify(tmp_path / "out").problems == 0
 
 
+@pytest.mark.slow
 def test_a_killed_capture_can_be_finished(
     checkpoint: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

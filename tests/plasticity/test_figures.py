@@ -280,6 +280,7 @@ def test_runs_are_called_by_what_differs(others: dict[str, Any], expected: list[
     assert names([RUN, replace(RUN, **others)]) == expected
 
 
+@pytest.mark.slow
 def test_several_datasets_in_one_figure(results: Path, tmp_path: Path) -> None:
     measure(tmp_path / "out", tmp_path / "b", num_pairs_per_bucket=20)
     command = [sys.executable, "-m", "qk_sniffer.plasticity.compare", "runs=results,b", "output=pictures/both.png"]

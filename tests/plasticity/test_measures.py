@@ -74,6 +74,7 @@ def test_a_captured_dataset_agrees_with_the_reference(verify_base: Path, tmp_pat
     assert set(seen[1, 0]) == {(b, c) for b in range(1, 7) for c in range(b)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sampler", "rule"),
     [
@@ -223,6 +224,7 @@ def test_normal_queries_have_the_analytic_value(root: Path, tmp_path: Path) -> N
     assert min(expected.values()) < 0.8, "otherwise the test could not fail"
 
 
+@pytest.mark.slow
 def test_full_covariance_has_the_analytic_value_where_components_depend(root: Path, tmp_path: Path) -> None:
     """The regression treats rotated components as independent. It is wrong here, and the covariance is right."""
     random = np.random.default_rng(4)
@@ -241,6 +243,7 @@ def test_full_covariance_has_the_analytic_value_where_components_depend(root: Pa
     assert abs(regression[1, 0] - expected[1, 0]) > 0.1
 
 
+@pytest.mark.slow
 def test_a_rotation_changes_nothing_of_the_full_covariance(root: Path, tmp_path: Path) -> None:
     random = np.random.default_rng(5)
     rotation = scipy.stats.ortho_group.rvs(DIMS, random_state=5)

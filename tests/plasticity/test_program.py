@@ -61,6 +61,7 @@ def test_the_columns_are_the_contract(verify_base: Path, tmp_path: Path) -> None
                 np.testing.assert_equal(text if isinstance(value, str) else float(text or "nan"), value)
 
 
+@pytest.mark.slow
 def test_the_program_from_its_start_to_pictures(
     verify_base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -297,6 +297,7 @@ class Alarm:
         return self if Path(code.co_filename).name in ("journal_writer.py", "buffer.py") else None
 
 
+@pytest.mark.slow
 def test_no_thread_waits_for_ever_after_an_exception_from_outside(tmp_path: Path) -> None:
     """Of 10,000 bytes of memory, pieces of 2,000 and 8,000 are taken in turn: what is lost makes the latter wait."""
 

@@ -1,20 +1,18 @@
 """`dry_run=measure` tells the time of a job, and leaves no trace."""
 
 import signal
-import time
 from pathlib import Path
-from statistics import median
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from support.jobs import captured_only, run, settings
+from support.jobs import captured_only, settings
 
 from qk_sniffer.capture.capture import Capture
 from qk_sniffer.capture.forward_cost import ForwardCost, LayerCost
 from qk_sniffer.cli.app import main
-from qk_sniffer.config import ASSETS, from_dict
+from qk_sniffer.config import from_dict
 from qk_sniffer.corpus.batches import Window
 from qk_sniffer.jobs import dry_run
 from qk_sniffer.jobs.estimate import MOST_SAMPLED, Batches, duration, fit, line_through
@@ -158,26 +156,3 @@ def test_the_line_through_two_sizes() -> None:
 )
 def test_a_duration_has_few_digits(seconds: float, text: str) -> None:
     assert duration(seconds) == text
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "sections",
-    [
-        {"sampler": {"type": "uniform", "base_rate": 8}},
-        {"sampler": {"type": "none"}, "capture": {"statistics": {"enabled": True}}},
-        {"sampler": {"type": "uniform", "base_rate": 8}, "capture": {"attention": {"enabled": True}}},
-    ],
-    ids=["uniform", "statistics", "attention"],
-)
-def test_the_time_is_that_of_the_job(sections: dict[str, Any], tmp_path: Path) -> None:
-    job = ASSETS / "pydoc_tiny", Path("pydoc")
-    sections = sections | {"dataset": {"max_samples": 12}}
-    ratios = []
-    for number in range(3):  # in turn: other work on the machine slows both down
-        found = measured(*job, tmp_path / f"root-{number}", **sections)
-        assert found is not None
-        start = time.perf_counter()
-        run(*job, tmp_path / f"root-{number}", **sections)
-        ratios.append(found.total / (time.perf_counter() - start))
-    assert median(ratios) == pytest.approx(1, abs=0.25), ratios

@@ -11,7 +11,7 @@ from qk_sniffer.text import say, say_text
 
 def is_dry(jobs: Sequence[PlannedJob]) -> bool:
     """Whether the jobs are shown and not run."""
-    return str(jobs[0].config.dry_run).lower() != "false"
+    return jobs[0].config.dry_run is not False
 
 
 def mixed(jobs: Sequence[PlannedJob]) -> list[str]:

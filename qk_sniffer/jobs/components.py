@@ -87,9 +87,7 @@ def load_components(config: ResolvedConfig, commits: Mapping[str, str | None], s
 def _load(config: ResolvedConfig, commits: Mapping[str, str | None]) -> Components:
     model = config.located
     with unchanged_files(model, commits) as files:
-        decoder_config = check_model(model, commit=commits["model"], adapter_commit=commits.get("adapter"))
-        tokenizer = open_tokenizer(config, commits)
-        tokenizer.check_fits(planned_num_embeddings(decoder_config, tokenizer.largest_id), str(config.model.name))
+        _, tokenizer = open_fitting(config, commits)
         backbone = load_backbone(
             model,
             commit=commits["model"],
@@ -99,12 +97,7 @@ def _load(config: ResolvedConfig, commits: Mapping[str, str | None]) -> Componen
             # All layers must be seen to tell that none of those asked for has full attention.
             layers=None if config.capture.full_attention_only else config.capture.layers,
         )
-        tokenizer.check_fits(backbone.num_embeddings, str(config.model.name))
-        limit, max_length = backbone.num_positions, config.model.tokenizer.max_length
-        if limit is not None and max_length > limit:
-            raise ConfigError(
-                [f"model.tokenizer.max_length is {max_length}, but this model has positions for {limit}: set it so"]
-            )
+        check_lengths(config, backbone, tokenizer)
         layers = backbone.probe(both_stages=shows_both_stages(config.capture))
         selection = select([layer.heads for layer in layers], config.capture)
         check_captured(selection, layers, backbone.config.model_type)
@@ -131,6 +124,33 @@ def _load(config: ResolvedConfig, commits: Mapping[str, str | None]) -> Componen
     kinds = (type(backbone.decoder), type(backbone.family), tokenizer.kind)
     code = {path: digest for kind in kinds for path, digest in code_of(kind).items()}
     return Components(loaded, tokenizer, backbone, layers, selection, cost, check, code)
+
+
+def open_fitting(config: ResolvedConfig, commits: Mapping[str, str | None]) -> tuple[Any, Tokenizer]:
+    """Opens the config of the decoder and the tokenizer at their `commits`, before any weights are loaded.
+
+    Raises:
+        SourceError: the model or the tokenizer cannot be found or loaded.
+        ConfigError: the tokenizer has ids that the model has no embeddings for.
+    """
+    decoder_config = check_model(config.located, commit=commits["model"], adapter_commit=commits.get("adapter"))
+    tokenizer = open_tokenizer(config, commits)
+    tokenizer.check_fits(planned_num_embeddings(decoder_config, tokenizer.largest_id), str(config.model.name))
+    return decoder_config, tokenizer
+
+
+def check_lengths(config: ResolvedConfig, backbone: Backbone, tokenizer: Tokenizer) -> None:
+    """Checks that a model has embeddings for the ids of its tokenizer, and positions for the longest text.
+
+    Raises:
+        ConfigError: it has not.
+    """
+    tokenizer.check_fits(backbone.num_embeddings, str(config.model.name))
+    limit, max_length = backbone.num_positions, config.model.tokenizer.max_length
+    if limit is not None and max_length > limit:
+        raise ConfigError(
+            [f"model.tokenizer.max_length is {max_length}, but this model has positions for {limit}: set it so"]
+        )
 
 
 def model_facts(backbone: Backbone, layers: Sequence[LayerFacts], selection: Selection) -> dict[str, Any]:

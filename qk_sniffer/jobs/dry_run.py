@@ -6,8 +6,6 @@ Writes nothing to stay: no data root, no lock and no status.
 import sys
 from dataclasses import replace
 
-from qk_sniffer.backbone.limits import planned_num_embeddings
-from qk_sniffer.backbone.loading import check_model
 from qk_sniffer.backbone.outline import device_of, outline
 from qk_sniffer.capture.forward_cost import ForwardCost
 from qk_sniffer.capture.selection import select
@@ -16,7 +14,7 @@ from qk_sniffer.corpus.batches import open_windows
 from qk_sniffer.corpus.tokens import Tokenizer
 from qk_sniffer.errors import StoreError
 from qk_sniffer.hub.client import require_access, require_uploads_from
-from qk_sniffer.jobs.components import check_captured, load_components
+from qk_sniffer.jobs.components import check_captured, check_lengths, load_components, open_fitting
 from qk_sniffer.jobs.estimate import Batches
 from qk_sniffer.jobs.identity import unchanged_files
 from qk_sniffer.jobs.measure import measure
@@ -25,7 +23,6 @@ from qk_sniffer.jobs.plan_lines import plan_text
 from qk_sniffer.jobs.segment_names import check_segment_names
 from qk_sniffer.jobs.source_rows import shard_rows
 from qk_sniffer.jobs.start import Start, find_existing_work, is_yet_to_publish
-from qk_sniffer.jobs.tokenizers import open_tokenizer
 from qk_sniffer.resolved import ResolvedConfig, resolve
 from qk_sniffer.store.journal import Journal
 from qk_sniffer.store.layout import Layout
@@ -123,9 +120,7 @@ def _outlined(config: ResolvedConfig, start: Start) -> tuple[Described, Tokenize
     """Describes the model without its weights; with them if it cannot be described otherwise."""
     model, commits = config.located, start.job.commits
     with unchanged_files(model, commits):
-        text = check_model(model, commit=commits["model"], adapter_commit=commits.get("adapter"))
-        tokenizer = open_tokenizer(config, commits)
-        tokenizer.check_fits(planned_num_embeddings(text, tokenizer.largest_id), str(config.model.name))
+        text, tokenizer = open_fitting(config, commits)
         found = outline(
             model,
             commit=commits["model"],
@@ -136,6 +131,7 @@ def _outlined(config: ResolvedConfig, start: Start) -> tuple[Described, Tokenize
     if found is None:
         components = load_components(config, commits, Stages())
         return describe(components), components.tokenizer
+    check_lengths(config, found.backbone, tokenizer)
     selection = select([layer.heads for layer in found.layers], config.capture)
     check_captured(selection, found.layers, text.model_type)
     device = device_of(model.device_map)

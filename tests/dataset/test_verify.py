@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -207,12 +206,8 @@ def called(env: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[
 
 @pytest.mark.slow
 def test_exit_codes(root: Path, light: dict[str, str]) -> None:
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = called(light, f"data_root={root}")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert (done.returncode, done.stderr) == (0, "") and "\nwhole: 18 heads, " in done.stdout
-    # Processor time, because other tests may run at the same time.
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 3
     flip(root / FILE, 300)
     done = called(light, f"data_root={root}")
     assert (done.returncode, done.stderr) == (1, "") and done.stdout.endswith("\nNOT WHOLE: 1 problem\n")

@@ -346,7 +346,10 @@ def test_debug_logging_tells_where_the_time_of_each_batch_went(
     assert "forward 0.0000 s" not in lines[0] and "tokenize 0.0000 s" not in lines[0]
 
 
-def test_more_tokens_than_a_model_has_positions_for_are_refused_at_the_start(texts: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_more_tokens_than_a_model_has_positions_for_are_refused_at_the_start(
+    texts: Path, tmp_path: Path, dry_run: bool
+) -> None:
     gpt2 = Case("gpt2", "GPT2Config", {"n_embd": 32, "n_layer": 3, "n_head": 4, "max_position_embeddings": 50}, 8)
     checkpoint = save_checkpoint(gpt2, tmp_path / "gpt2")
     with pytest.raises(ConfigError, match=r"max_length is 4096, but this model has positions for 50"):

@@ -26,13 +26,16 @@ from qk_sniffer.dataset.weights import computed_in, quantized
 from qk_sniffer.drawing import statistics as drawn
 from qk_sniffer.errors import StoreError
 from qk_sniffer.report.coverage import coverage
-from qk_sniffer.report.heads import Heads, by_layer, channels, measured_heads, outliers
+from qk_sniffer.report.heads import Heads, Score, by_layer, channels, map_of, measured_heads, outliers
 from qk_sniffer.report.packed import Json, grid, number, numbers
 from qk_sniffer.report.plasticity import Measured
 from qk_sniffer.resolved import rule
 from qk_sniffer.store import manifest as manifests
-from qk_sniffer.store.layout import KIND_NAMES, KIND_PLURALS, KINDS
+from qk_sniffer.store.layout import KIND_NAMES, KIND_PLURALS, KINDS, HeadKey
 from qk_sniffer.text import compact_ranges, counted, in_mb, numbered, printable
+
+Statistics = Mapping[str, Mapping[str, Mapping[int, Any]]]
+"""The statistics of layers, by stage, kind and layer."""
 
 
 def report_facts(dataset: Dataset, plasticity: Measured | None) -> Json:
@@ -45,7 +48,8 @@ def report_facts(dataset: Dataset, plasticity: Measured | None) -> Json:
     manifest = dataset.manifest
     facts = CardFacts.of(manifest)
     heads = measured_heads(dataset)
-    maps = [*heads.maps(), *_of_statistics(dataset, heads), *([] if plasticity is None else plasticity.maps(heads))]
+    statistics = _statistics(dataset)
+    maps = [*heads.maps(), *_of_statistics(statistics, heads), *([] if plasticity is None else plasticity.maps(heads))]
     found = {
         "title": printable(title(facts)),
         "place": printable(dataset if dataset.folder is None else dataset.folder.resolve().name),
@@ -53,7 +57,7 @@ def report_facts(dataset: Dataset, plasticity: Measured | None) -> Json:
         "proof": _proof(manifest, heads),
         "coverage": coverage(dataset),
         "norms": [*by_layer(heads)],
-        "all_norms": _all_norms(dataset),
+        "all_norms": _all_norms(statistics),
         "bins": heads.bins,
         "longest": manifest["longest_example"],
         "heads": [_head(head, dataset) for head in captured_heads(manifest)],
@@ -65,7 +69,7 @@ def report_facts(dataset: Dataset, plasticity: Measured | None) -> Json:
         "channels": [*channels(heads)],
         "outliers": outliers(heads),
         "rotary": [*_rotary(manifest)],
-        "rotary_maps": [*_rotary_maps(dataset)],
+        "rotary_maps": [*_rotary_maps(statistics.get("pre", {}))],
         "sampled_rows": sum(one.rows for one in heads.measures.values()),
         "rows": manifest["rows"],
         "timings": sorted(((printable(stage), number(s)) for stage, s in manifest["timings"].items()), key=_longest),
@@ -183,11 +187,18 @@ def _attention(dataset: Dataset, heads: Heads) -> Json | None:
     }
 
 
-def _all_norms(dataset: Dataset) -> list[Json]:
+def _statistics(dataset: Dataset) -> Statistics:
+    """Reads the statistics of all tokens: by stage, kind and layer. Empty if the dataset has none."""
+    if dataset.manifest.get("statistics") is None:
+        return {}
+    return {stage: drawn.read(dataset, stage) for stage in STAGES if stage in dataset.stages}
+
+
+def _all_norms(statistics: Statistics) -> list[Json]:
     """Returns the mean and the standard deviation of the norms of all tokens by kind, stage and layer."""
     found = []
-    for stage in _stages(dataset):
-        for kind, layers in drawn.read(dataset, stage).items():
+    for stage, of_kinds in statistics.items():
+        for kind, layers in of_kinds.items():
             values = np.array([drawn.pooled(one) for one in layers.values()])
             found.append(
                 {
@@ -202,36 +213,21 @@ def _all_norms(dataset: Dataset) -> list[Json]:
     return found
 
 
-def _of_statistics(dataset: Dataset, heads: Heads) -> Iterator[Json]:
+def _of_statistics(statistics: Statistics, heads: Heads) -> Iterator[Json]:
     """Yields the maps of what the statistics say of all tokens."""
-    for stage in _stages(dataset):
-        for kind, layers in drawn.read(dataset, stage).items():
-            keys = [key for key in heads.measures if key.kind == kind]
-            norms: dict[tuple[int, int], float] = {}
-            largest: dict[tuple[int, int], float] = {}
+    for stage, of_kinds in statistics.items():
+        of = f"of all tokens, {STAGE_NAMES[stage]}"
+        norm = Score(f"norm_{stage}", f"norm, {STAGE_NAMES[stage]}", f"mean Euclidean norm {of}")
+        largest = Score(f"largest_{stage}", f"largest, {STAGE_NAMES[stage]}", f"largest absolute value {of}")
+        for kind, layers in of_kinds.items():
+            found: dict[HeadKey, tuple[float, float]] = {}
             for layer, one in layers.items():
                 for index, head in enumerate(one.heads.tolist()):
-                    norms[layer, head] = float(one.norm_mean[index])
-                    largest[layer, head] = float(np.fmax.reduce(one.absmax[index]))
-            of = f"of all tokens, {STAGE_NAMES[stage]}"
-            for name, label, meaning, values in (
-                ("norm", "norm", f"mean Euclidean norm {of}", norms),
-                ("largest", "largest", f"largest absolute value {of}", largest),
-            ):
-                yield {
-                    "kind": kind,
-                    "name": f"{name}_{stage}",
-                    "label": f"{label}, {STAGE_NAMES[stage]}",
-                    "meaning": meaning,
-                    "share": False,
-                    "group": "statistics of all tokens",
-                    "values": numbers(values.get((key.layer, key.head), math.nan) for key in keys),
-                }
-
-
-def _stages(dataset: Dataset) -> list[str]:
-    has = dataset.manifest.get("statistics") is not None
-    return [stage for stage in STAGES if has and stage in dataset.stages]
+                    values = float(one.norm_mean[index]), float(np.fmax.reduce(one.absmax[index]))
+                    found[HeadKey(layer, head, kind)] = values
+            of_heads = [found.get(key, (math.nan, math.nan)) for key in heads.measures if key.kind == kind]
+            for score, values in zip((norm, largest), zip(*of_heads, strict=True), strict=True):
+                yield map_of(kind, score, "statistics of all tokens", values)
 
 
 def _rotary(manifest: Mapping[str, Any]) -> Iterator[Json]:
@@ -256,14 +252,10 @@ def _rotary(manifest: Mapping[str, Any]) -> Iterator[Json]:
             }
 
 
-def _rotary_maps(dataset: Dataset) -> Iterator[Json]:
+def _rotary_maps(of_kinds: Mapping[str, Mapping[int, Any]]) -> Iterator[Json]:
     """Yields for each kind how far the pairs of components point in one direction before RoPE, by layer."""
-    if "pre" not in _stages(dataset):
-        return
-    of_kinds = drawn.read(dataset, "pre")
     for kind in sorted(of_kinds, key=KINDS.index):
-        layers = of_kinds[kind]
-        rotated = {layer: one for layer, one in layers.items() if one.frequency_modulus is not None}
+        rotated = {layer: one for layer, one in of_kinds[kind].items() if one.frequency_modulus is not None}
         if rotated:
             yield {
                 "kind": kind,

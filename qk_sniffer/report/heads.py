@@ -169,10 +169,7 @@ def measured_heads(dataset: Dataset) -> Heads:
 def by_layer(heads: Heads) -> Iterator[Json]:
     """Yields for each kind its layers, and their norms by position: the mean over heads, row by row of layers."""
     for kind in KINDS:
-        layers: dict[int, list[HeadMeasure]] = {}
-        for key, one in heads.measures.items():
-            if key.kind == kind:
-                layers.setdefault(key.layer, []).append(one)
+        layers = _of_layers(heads, kind)
         if layers:
             tables = [np.stack([one.by_position for one in of_layer]) for of_layer in layers.values()]
             yield {
@@ -203,14 +200,20 @@ def outliers(heads: Heads) -> list[Json]:
 def channels(heads: Heads) -> Iterator[Json]:
     """Yields for each kind a grid of layers and channels: the largest absolute value in the rows of all heads."""
     for kind in KINDS:
-        layers: dict[int, list[HeadMeasure]] = {}
-        for key, one in heads.measures.items():
-            if key.kind == kind:
-                layers.setdefault(key.layer, []).append(one)
+        layers = _of_layers(heads, kind)
         widest = max((len(one.largest) for of_layer in layers.values() for one in of_layer), default=0)
         if layers and len(layers) * widest <= MOST_CELLS:
             rows = [np.fmax.reduce([one.largest for one in of_layer]) for of_layer in layers.values()]
             yield {"kind": kind, "name": KIND_NAMES[kind], "layers": [*layers], "values": grid(rows)}
+
+
+def _of_layers(heads: Heads, kind: str) -> dict[int, list[HeadMeasure]]:
+    """Returns the heads of a kind by layer."""
+    layers: dict[int, list[HeadMeasure]] = {}
+    for key, one in heads.measures.items():
+        if key.kind == kind:
+            layers.setdefault(key.layer, []).append(one)
+    return layers
 
 
 def _value(one: HeadMeasure, name: str) -> float:

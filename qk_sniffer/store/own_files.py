@@ -73,24 +73,12 @@ def rename_over_own(
 
 def starts_with(pattern: bytes) -> IsOwn:
     """Returns a check of files whose first bytes match a regular expression."""
-    compiled = re.compile(pattern)
-
-    def is_own(folder: OpenFolder, name: str) -> bool:
-        with folder.open(name) as file:
-            return compiled.match(file.read(_START)) is not None
-
-    return is_own
+    return _finds(re.compile(pattern).match, _START)
 
 
 def contains(pattern: bytes) -> IsOwn:
     """Returns a check of files, of up to 64 MB, in which a regular expression finds something."""
-    compiled = re.compile(pattern)
-
-    def is_own(folder: OpenFolder, name: str) -> bool:
-        with folder.open(name) as file:
-            return compiled.search(file.read(_MOST)) is not None
-
-    return is_own
+    return _finds(re.compile(pattern).search, _MOST)
 
 
 def is_marked_table(folder: OpenFolder, name: str) -> bool:
@@ -102,6 +90,16 @@ def is_marked_table(folder: OpenFolder, name: str) -> bool:
 
 
 _MARK = re.compile(b"|".join(rb"%b.{1,4}%b" % (key.encode(), value.encode()) for key, value in MADE_BY.items()), re.S)
+
+
+def _finds(find: Callable[[bytes], object], most: int) -> IsOwn:
+    """Returns a check of files in whose first bytes, at most `most`, `find` finds something."""
+
+    def is_own(folder: OpenFolder, name: str) -> bool:
+        with folder.open(name) as file:
+            return find(file.read(most)) is not None
+
+    return is_own
 
 
 def _is_empty(folder: OpenFolder, name: str) -> bool:

@@ -1,6 +1,7 @@
 """Gives every test a bare machine: no network, no SLURM, caches of its own, few threads."""
 
 import functools
+import itertools
 import json
 import logging
 import os
@@ -29,17 +30,28 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
-    """Gives this session, its fixtures and its processes a folder for all of Hugging Face instead of the user's."""
+    """Gives this session a folder for all of Hugging Face instead of the user's, and files without fsync."""
     factory: pytest.TempPathFactory = config._tmp_path_factory  # type: ignore[attr-defined]
     os.environ["HF_HOME"] = str(factory.mktemp("hf-home"))
+    # What a process sees does not depend on these waits for the disk, which are a third of the time of a small job.
+    patch = pytest.MonkeyPatch()
+    patch.setattr(os, "fsync", lambda _: None)
+    config.add_cleanup(patch.undo)
+
+
+@pytest.fixture(scope="session")
+def all_caches(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Iterator[int]]:
+    """A folder, and numbers for the folders in it: `mktemp` looks at all of them to find the next one."""
+    return tmp_path_factory.mktemp("datasets"), itertools.count()
 
 
 @pytest.fixture(autouse=True)
-def own_caches(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gives each test a cache of its own for the files that `datasets` converts."""
+def own_caches(all_caches: tuple[Path, Iterator[int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gives each test a cache of its own for the files that `datasets` converts. The library makes the folder."""
     import datasets.config
 
-    cache = tmp_path_factory.mktemp("datasets")
+    folder, numbers = all_caches
+    cache = folder / str(next(numbers))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(cache))
 
@@ -67,6 +79,18 @@ def few_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     """Saves the seconds of drawing in the jobs of all other tests, as if matplotlib were not installed."""
     if "draws" not in request.fixturenames:
         monkeypatch.setattr("qk_sniffer.jobs.pictures.can_draw", lambda: False)
+
+
+@pytest.fixture
+def tells_memory() -> None:
+    """Lets the jobs of a test estimate the memory of their activations."""
+
+
+@pytest.fixture(autouse=True)
+def few_estimates(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Saves the time of building each decoder a second time in the jobs of all other tests."""
+    if "tells_memory" not in request.fixturenames:
+        monkeypatch.setattr("qk_sniffer.jobs.plan.activation_bytes", lambda *_: None)
 
 
 @pytest.fixture

@@ -52,13 +52,13 @@ class Outline:
         """The number of weights."""
         return sum(weight.numel() for weight in self.backbone.decoder.parameters())
 
-    def activation_bytes(self, texts: int, length: int) -> int | None:
-        """Returns the most bytes that a forward pass over `texts` texts of `length` tokens holds next to the weights.
+    def activation_bytes(self, shapes: Collection[tuple[int, int]]) -> int | None:
+        """Returns the most bytes that a forward pass holds next to the weights.
 
-        None if the pass cannot run without numbers.
+        `shapes` are the texts, and the tokens of each text, of the passes. None if a pass cannot run without numbers.
         """
-        found = _forward(self.backbone, texts, length)
-        return None if found is None else found[1] * self.dtype.itemsize // self.backbone.dtype.itemsize
+        found = _most_bytes(self.backbone, shapes)
+        return None if found is None else found * self.dtype.itemsize // self.backbone.dtype.itemsize
 
 
 def outline(
@@ -91,7 +91,7 @@ def outline(
     return None
 
 
-def activation_bytes(backbone: Backbone, texts: int, length: int) -> int | None:
+def activation_bytes(backbone: Backbone, shapes: Collection[tuple[int, int]]) -> int | None:
     """Returns `Outline.activation_bytes` of a loaded decoder; None also for one that takes seconds to build again."""
     if sum(1 for _ in backbone.decoder.modules()) > _MOST_MODULES or quantization_config(backbone.config):
         return None
@@ -101,8 +101,7 @@ def activation_bytes(backbone: Backbone, texts: int, length: int) -> int | None:
         backbone.dtype,
         banded_attention=backbone.banded_attention,
     )
-    found = None if built is None else _forward(built, texts, length)
-    return None if found is None else found[1]
+    return None if built is None else _most_bytes(built, shapes)
 
 
 def device_of(device_map: Any) -> str:
@@ -144,6 +143,15 @@ def _forward(backbone: Backbone, texts: int, length: int) -> tuple[dict[int, Lay
     except Exception:  # of code that needs numbers: loading the model reports any other error
         return None
     return {layer: one for layer, one in facts.items() if layer >= 0}, count.most
+
+
+def _most_bytes(backbone: Backbone, shapes: Collection[tuple[int, int]]) -> int | None:
+    most = 0
+    for texts, length in shapes:
+        if (found := _forward(backbone, texts, length)) is None:
+            return None
+        most = max(most, found[1])
+    return most
 
 
 class _Count(TorchDispatchMode):

@@ -6,7 +6,7 @@ the start of a job, the plan is that of the first look-ahead window, in proporti
 
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
@@ -60,8 +60,8 @@ class Described:
     """`Backbone.length_boundary`."""
     pairs: int
     """The rotary frequencies of a head, about."""
-    activation_bytes: Callable[[int, int], int | None]
-    """Of a forward pass over so many texts of so many tokens."""
+    activation_bytes: Callable[[Collection[tuple[int, int]]], int | None]
+    """As that of `backbone.outline.Outline`."""
 
     def widths(self) -> dict[Key, int]:
         """Returns the size of the vectors of each (layer, kind)."""
@@ -162,7 +162,7 @@ def describe(components: Components) -> Described:
         components.cost,
         backbone.length_boundary,
         max((len(one.inv_freq) for one in backbone.frequencies.values()), default=0),
-        lambda texts, length: activation_bytes(backbone, texts, length),
+        lambda shapes: activation_bytes(backbone, shapes),
     )
 
 
@@ -210,8 +210,6 @@ def make_plan(
     if not is_whole and wanted is not None and new_texts:
         share *= new_texts / max(wanted - counts.done_texts, new_texts)
     texts = counts.texts if is_whole else None if wanted is None else max(wanted - counts.done_texts, new_texts)
-    shapes = {counts.largest, counts.longest} - {(0, 0)}
-    activations = [model.activation_bytes(*shape) for shape in shapes]
     return Plan(
         config,
         model,
@@ -219,7 +217,7 @@ def make_plan(
         share,
         texts,
         _kinds(config, model, counts, sampler, forms, share, grows=there > 0),
-        None if None in activations else max((each for each in activations if each is not None), default=0),
+        model.activation_bytes({counts.largest, counts.longest} - {(0, 0)}),
         there,
         in_journal,
         free_bytes(config.data_root),

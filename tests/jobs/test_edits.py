@@ -6,7 +6,6 @@ An edit is named by its seed. A failure prints it; `edit("job", "3-17")` makes i
 import io
 import json
 import logging
-import os
 import shutil
 import signal
 import subprocess
@@ -94,7 +93,6 @@ class Bench:
             return loaded["parts"]
 
         patch.setattr(components, "_load", load)
-        patch.setattr(os, "fsync", lambda _: None)  # no edit depends on it, and it takes most of the time
         captured_only(checkpoint, self.texts, self.root, patch, **SECTIONS)
         (self.root / ".qk_sniffer" / "finalize.lock").write_text(
             json.dumps({"pid": 1, "host": "h", "slurm_job_id": None})

@@ -172,7 +172,7 @@ def test_a_model_is_described_without_its_weights(case: Case, tmp_path: Path) ->
     of_model = [(one.heads, one.value_dim, one.output_dim, one.attention_chunk) for one in backbone.probe()]
     assert [(one.heads, one.value_dim, one.output_dim, one.attention_chunk) for one in found.layers] == of_model
     assert found.weight_bytes == sum(one.numel() * one.element_size() for one in backbone.decoder.parameters())
-    few, many = found.activation_bytes(1, 64), found.activation_bytes(4, 64)
+    few, many = found.activation_bytes([(1, 64)]), found.activation_bytes([(4, 64), (1, 64)])
     assert few is not None and many is not None and few < many < 5 * few
 
 
@@ -194,6 +194,7 @@ def test_a_command_line_launches_nothing(
     assert files_in(in_tmp) == before and not [*in_tmp.glob("*")][1:]
 
 
+@pytest.mark.usefixtures("tells_memory")
 def test_a_start_tells_the_plan_in_three_lines(
     checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -203,7 +204,7 @@ def test_a_start_tells_the_plan_in_three_lines(
     with caplog.at_level("INFO"):
         run(checkpoint, texts, root, **sections)
     lines = [record.message for record in caplog.records if record.message.startswith(("plan:", "disk:", "memory:"))]
-    assert len(lines) == 3 and max(map(len, lines)) <= 80
+    assert len(lines) == 3 and max(map(len, lines)) <= 80 and "activations about " in lines[2]
     numbers = re.fullmatch(r"plan: 24 texts, about ([\d,]+) tokens, about ([\d,]+) rows, of 18 heads", lines[0])
     assert numbers is not None
     tokens, rows = (int(number.replace(",", "")) for number in numbers.groups())

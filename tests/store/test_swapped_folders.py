@@ -4,7 +4,6 @@ A job checks its claim and then writes. Here a swap follows each check in turn, 
 it. What the links lead to, and the other job's folder, stay as they are.
 """
 
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,11 +31,6 @@ from qk_sniffer.store.work_folder import discard_work
 CORPUS = Captured(num_examples=4, token_ids=False)
 FEW = [head for head in HEADS if head.layer == 0 and head.head == 0]
 ID = "0123456789abcdef-0123456789abcdef"
-
-
-@pytest.fixture(autouse=True)
-def no_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda _: None)  # nothing here depends on it, and it takes most of the time
 
 
 def fill(root: Path) -> Path:

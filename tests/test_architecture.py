@@ -44,6 +44,7 @@ IMPORT_TORCH = {
             "backbone",
             "banded_attention",
             "caches",
+            "cuda_attention",
             "config_overrides",
             "devices",
             "exact_attention",

@@ -29,6 +29,7 @@ from torch import nn
 from transformers.modeling_utils import AttentionInterface
 
 from qk_sniffer.backbone.caches import CacheWatch
+from qk_sniffer.backbone.cuda_attention import refuse_wrong_kernel
 from qk_sniffer.backbone.family import Family, QueryKey, RotaryCall
 from qk_sniffer.backbone.masks import Visible, check_mask, check_slots
 from qk_sniffer.backbone.slots import Slots
@@ -199,6 +200,7 @@ def tap(
         n, keys, running = query.shape[2], None, None if slots is None else slots(layer)
         if slots is not None and running is None:
             return None
+        refuse_wrong_kernel(module, query, key, arguments)
         if caches is not None:
             keys = caches.keys(n, key, value, arguments)
             key, value, arguments = keys.key, keys.value, keys.arguments

@@ -1,0 +1,53 @@
+"""Knows what torch's attention on CUDA computes wrongly without an error, so that it is refused.
+
+Shapes: B batch, H query heads, n queries, m keys, d head_dim.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from qk_sniffer.errors import CaptureError
+
+SDPA = "sdpa"
+"""The implementation of transformers that calls torch's kernels."""
+
+MOST_SCORES = 1 << 32
+"""Torch's memory-efficient kernel finds the place of a row in its mask with 32 bits: the rows beyond so many scores
+have the mask of other rows (pytorch issue 187227)."""
+
+
+def refuse_wrong_kernel(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, arguments: Mapping[str, Any]
+) -> None:
+    """Refuses a call of `sdpa` on CUDA whose result is known to be wrong.
+
+    `query` (B, H, n, d), `key` (B, K, m, d) and the other `arguments`, by name, are those of the kernel.
+
+    Raises:
+        CaptureError: the mask or the bias has more than `MOST_SCORES` scores a head, or the bias has another dtype than
+            queries in half precision.
+    """
+    implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    if query.device.type != "cuda" or implementation != SDPA:
+        return
+    given = [arguments.get(name) for name in ("attention_mask", "position_bias")]
+    masks = [mask for mask in given if isinstance(mask, torch.Tensor)]
+    name, n, m = type(module).__name__, query.shape[2], max([key.shape[2], *(mask.shape[-1] for mask in masks)])
+    if masks and n * m > MOST_SCORES:
+        raise CaptureError(
+            f"{name} attends with a mask of {n:,} x {m:,} scores, and torch's sdpa on CUDA reads the wrong rows of a "
+            f"mask of more than {MOST_SCORES:,}: give it texts of at most {int(MOST_SCORES**0.5):,} tokens, or set "
+            "model.attn_implementation=flex_attention. A sliding window has no mask with "
+            "inference.banded_attention=true"
+        )
+    for mask in masks:
+        # The dtype that a mask of cuDNN has is taken to be the query's (pytorch pull request 191612).
+        if mask.is_floating_point() and query.dtype.itemsize < 4 and mask.dtype != query.dtype:
+            dtypes = [str(one.dtype).removeprefix("torch.") for one in (mask, query)]
+            raise CaptureError(
+                f"{name} adds a bias in {dtypes[0]} to the logits of queries in {dtypes[1]}, and torch's sdpa on CUDA "
+                f"may read it as {dtypes[1]}: set model.attn_implementation=eager, or model.dtype={dtypes[0]}"
+            )

@@ -14,6 +14,7 @@ from transformers import PretrainedConfig
 from qk_sniffer.backbone import limits, rotary
 from qk_sniffer.backbone.attention_terms import why_unknown
 from qk_sniffer.backbone.banded_attention import banded
+from qk_sniffer.backbone.cuda_attention import cudnn_limited
 from qk_sniffer.backbone.family import Family, RotaryCall
 from qk_sniffer.backbone.layers import NOT_SHOWN, LayerFacts, LayerHeads
 from qk_sniffer.backbone.quantization import COMPUTED_IN, StoredWeights
@@ -132,7 +133,7 @@ class Backbone:
         """Runs a plain forward pass over token ids (B, n): no tap, no banded attention, no state of earlier passes."""
         if self.length_boundary is not None:
             self._rotary_state.restore()
-        with torch.inference_mode():
+        with torch.inference_mode(), cudnn_limited(ids.shape[1], self.device):
             self.decoder(input_ids=on_device(ids, self.device), use_cache=False)
 
     @contextmanager

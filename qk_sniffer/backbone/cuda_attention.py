@@ -1,9 +1,10 @@
-"""Knows what torch's attention on CUDA computes wrongly without an error, so that it is refused.
+"""Knows what torch's attention on CUDA computes wrongly without an error, and what it takes long to prepare.
 
-Shapes: B batch, H query heads, n queries, m keys, d head_dim.
+Shapes: B batch, H query heads, K key heads, n queries, m keys, d head_dim.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +18,27 @@ SDPA = "sdpa"
 MOST_SCORES = 1 << 32
 """Torch's memory-efficient kernel finds the place of a row in its mask with 32 bits: the rows beyond so many scores
 have the mask of other rows (pytorch issue 187227)."""
+
+CUDNN_TOKENS = 16_384
+"""Passes over shorter texts run without cuDNN's kernels. These are planned for every new shape of a batch, in 40 to 400
+ms as others have measured, and attention in a layer of so few tokens takes less."""
+
+
+@contextmanager
+def cudnn_limited(num_tokens: int, device: torch.device) -> Iterator[None]:
+    """Keeps torch from cuDNN's attention kernels in the block, if it runs on CUDA over fewer than `CUDNN_TOKENS`.
+
+    The setting is that of the whole process. It is restored, and a process that has turned it off keeps it so.
+    """
+    if device.type != "cuda" or num_tokens >= CUDNN_TOKENS:
+        yield
+        return
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def refuse_wrong_kernel(

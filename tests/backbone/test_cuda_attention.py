@@ -1,4 +1,4 @@
-"""What torch computes wrongly on CUDA is refused there, and nowhere else."""
+"""What torch computes wrongly on CUDA is refused there, and nowhere else; cuDNN's kernels serve long texts alone."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -73,3 +73,38 @@ def test_the_slots_of_a_static_cache_count() -> None:
     mask = torch.zeros(1, dtype=torch.bool).expand(1, 1, 6, 1 << 30)
     with simulated_cuda("at once"), pytest.raises(CaptureError, match=r"a mask of 6 x 1,073,741,824 scores"):
         refused("cuda:0", attention_mask=mask)
+
+
+def cudnn_in(backbone: Backbone, length: int) -> list[bool]:
+    """Whether cuDNN may attend in each layer of a forward pass."""
+    seen: list[bool] = []
+    hooks = [
+        module.register_forward_pre_hook(lambda *_: seen.append(torch.backends.cuda.cudnn_sdp_enabled()))
+        for module in backbone.attention_layers
+    ]
+    backbone.forward(ids(length=length), lambda call: None)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def test_cudnn_attends_in_long_texts_alone_and_its_setting_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cuda_attention.CUDNN_TOKENS == 16_384
+    monkeypatch.setattr(cuda_attention, "CUDNN_TOKENS", 20)
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    assert cudnn_in(Backbone(BY_NAME["llama"].decoder(), Family()), 8) == [True] * 3
+    with simulated_cuda("at once"):
+        backbone = backbone_on_cuda("llama")
+        assert cudnn_in(backbone, 19) == [False] * 3 and torch.backends.cuda.cudnn_sdp_enabled()
+        assert cudnn_in(backbone, 20) == [True] * 3 and torch.backends.cuda.cudnn_sdp_enabled()
+
+        def failing(call: Any) -> None:
+            assert not torch.backends.cuda.cudnn_sdp_enabled()
+            raise ValueError
+
+        with pytest.raises(CaptureError):
+            backbone.forward(ids(length=19), failing)
+        assert torch.backends.cuda.cudnn_sdp_enabled()
+        monkeypatch.setattr(torch.backends.cuda, "cudnn_sdp_enabled", lambda: False)
+        monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda enabled: pytest.fail() if enabled else None)
+        assert cudnn_in(backbone, 20) == cudnn_in(backbone, 19) == [False] * 3

@@ -113,7 +113,10 @@ class ModelConfig:
     )
     device_map: Any = field(
         default="auto",
-        metadata={"help": "a device, or a device map of transformers, such as auto", "changes_rows": False},
+        metadata={
+            "help": "a device, or a device map of transformers; auto: one GPU if the model fits it",
+            "changes_rows": False,
+        },
     )
     attn_implementation: str | None = field(
         default=None, metadata={"help": "attention kernel, such as eager or sdpa; null: transformers' default"}

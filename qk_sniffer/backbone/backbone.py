@@ -107,7 +107,9 @@ class Backbone:
             raise
         except (AttributeError, IndexError, MemoryError, RuntimeError, TypeError, ValueError) as error:
             if is_out_of_memory(error):
-                raise CaptureError(f"out of memory in a forward pass over {_less_memory(ids)} ({error})") from error
+                is_spread = len({weight.device for weight in self.decoder.parameters()}) > 1
+                way_out = _less_memory(ids, more_gpus=torch.cuda.device_count() > 1 and not is_spread)
+                raise CaptureError(f"out of memory in a forward pass over {way_out} ({error})") from error
             raise CaptureError(
                 f"{_model_type(self.decoder)}: its forward pass over {_by(ids)} tokens failed: {type(error).__name__}: "
                 f"{error}. If the text is too long for the model, lower model.tokenizer.max_length; if the error names "
@@ -302,7 +304,7 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
-def _less_memory(ids: torch.Tensor) -> str:
+def _less_memory(ids: torch.Tensor, *, more_gpus: bool) -> str:
     """Names the batch that is too large, and the way out."""
     texts, longest = ids.shape
     if texts > 1:
@@ -311,7 +313,8 @@ def _less_memory(ids: torch.Tensor) -> str:
             "which keeps the captured examples"
         )
     return (
-        f"a single text of {longest} tokens: rerun the command with more memory, which keeps the captured examples, or "
+        f"a single text of {longest} tokens: rerun the command with more memory"
+        f"{' (model.device_map=balanced uses all GPUs)' if more_gpus else ''}, which keeps the captured examples, or "
         "make another dataset of shorter texts with model.tokenizer.max_length"
     )
 

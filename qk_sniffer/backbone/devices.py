@@ -1,12 +1,19 @@
-"""Checks that this machine has the devices that `model.device_map` names."""
+"""Checks that this machine has the devices of `model.device_map`, and keeps a model that fits one GPU there."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
+from qk_sniffer.config import AUTO
 from qk_sniffer.errors import ConfigError
+from qk_sniffer.logs import logger
 from qk_sniffer.text import as_yaml, counted
+
+log = logger(__name__)
+
+FILLED = 0.9
+"""The part of a GPU's free memory that a model may need. The rest is for adapters, buffers and gaps between tensors."""
 
 PLANS = ("auto", "balanced", "balanced_low_0", "sequential")
 """What transformers takes for a device map instead of devices."""
@@ -21,6 +28,28 @@ def check_devices(device_map: Any) -> None:
     named = device_map.values() if isinstance(device_map, dict) else [device_map]
     if problems := list(dict.fromkeys(problem for device in named for problem in _problems(device_map, device))):
         raise ConfigError(problems)
+
+
+def on_one_gpu(device_map: Any, needed: Callable[[], int | None]) -> Any:
+    """Returns the device map for a `model.device_map`: of `auto` on a machine with several GPUs, perhaps the first one.
+
+    transformers' `auto` spreads the layers over all GPUs, between which every forward pass then copies its activations
+    while all but one of them wait. A model that fits one GPU therefore stays there. `needed` returns the bytes that it
+    takes for its weights and a forward pass; None, if that is not known, leaves `auto`.
+    """
+    if device_map != AUTO or not torch.cuda.is_available() or (count := torch.cuda.device_count()) < 2:
+        return device_map
+    most, free = needed(), torch.cuda.mem_get_info(0)[0]
+    if most is None or most > FILLED * free:
+        return device_map
+    log.info(
+        "the model needs about %.1f GB and stays on the first of %d GPUs, which has %.1f GB free; "
+        "model.device_map=balanced uses all",
+        most / 1e9,
+        count,
+        free / 1e9,
+    )
+    return "cuda:0"
 
 
 def _problems(device_map: Any, name: Any) -> Iterator[str]:

@@ -1,15 +1,17 @@
 """Loads what a job needs in memory: tokenizer, model, and the heads to capture."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from qk_sniffer.backbone.backbone import Backbone
+from qk_sniffer.backbone.devices import on_one_gpu
 from qk_sniffer.backbone.layers import LayerFacts
 from qk_sniffer.backbone.limits import planned_num_embeddings
 from qk_sniffer.backbone.loading import check_model, load_backbone
+from qk_sniffer.backbone.outline import outline
 from qk_sniffer.capture.attention_summary import refusal
 from qk_sniffer.capture.forward_cost import ForwardCost
 from qk_sniffer.capture.moments import Moments, rotary_pairs
@@ -86,17 +88,18 @@ def load_components(config: ResolvedConfig, commits: Mapping[str, str | None], s
 
 def _load(config: ResolvedConfig, commits: Mapping[str, str | None]) -> Components:
     model = config.located
+    wanted: dict[str, Any] = {
+        "commit": commits["model"],
+        "adapter_commit": commits.get("adapter"),
+        "banded_attention": config.inference.banded_attention,
+        # All layers must be seen to tell that none of those asked for has full attention.
+        "layers": None if config.capture.full_attention_only else config.capture.layers,
+    }
     with unchanged_files(model, commits) as files:
         _, tokenizer = open_fitting(config, commits)
-        backbone = load_backbone(
-            model,
-            commit=commits["model"],
-            adapter_commit=commits.get("adapter"),
-            pre_rope=config.capture.capture_pre_rope,
-            banded_attention=config.inference.banded_attention,
-            # All layers must be seen to tell that none of those asked for has full attention.
-            layers=None if config.capture.full_attention_only else config.capture.layers,
-        )
+        device_map = on_one_gpu(model.device_map, lambda: _needed_bytes(config, wanted))
+        placed = replace(model, device_map=device_map)
+        backbone = load_backbone(placed, pre_rope=config.capture.capture_pre_rope, **wanted)
         check_lengths(config, backbone, tokenizer)
         layers = backbone.probe(both_stages=shows_both_stages(config.capture))
         selection = select([layer.heads for layer in layers], config.capture)
@@ -124,6 +127,16 @@ def _load(config: ResolvedConfig, commits: Mapping[str, str | None]) -> Componen
     kinds = (type(backbone.decoder), type(backbone.family), tokenizer.kind)
     code = {path: digest for kind in kinds for path, digest in code_of(kind).items()}
     return Components(loaded, tokenizer, backbone, layers, selection, cost, check, code)
+
+
+def _needed_bytes(config: ResolvedConfig, wanted: Mapping[str, Any]) -> int | None:
+    """Returns the bytes of the model's weights, not quantized, and of its largest forward pass; None if not known."""
+    found = outline(config.located, **wanted)
+    if found is None:
+        return None
+    longest = config.model.tokenizer.max_length
+    activations = found.activation_bytes({(max(1, config.inference.max_batch_tokens // longest), longest)})
+    return None if activations is None else found.parameters * found.dtype.itemsize + activations
 
 
 def open_fitting(config: ResolvedConfig, commits: Mapping[str, str | None]) -> tuple[Any, Tokenizer]:

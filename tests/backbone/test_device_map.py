@@ -22,6 +22,7 @@ def placed(*on_disk: str) -> dict[str, str]:
     return {name: "disk" if name in on_disk else "cpu" for name in PLACES}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("on_disk", "stage"),
     [(("layers.0", "layers.2"), "after RoPE"), (("embed_tokens", "layers.1", "norm"), "before RoPE")],

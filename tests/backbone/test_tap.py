@@ -92,6 +92,7 @@ def compile_attention(decoder: Any, backend: Any) -> Any:
     return decoder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "pre_rope"),
     [

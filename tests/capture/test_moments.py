@@ -148,6 +148,7 @@ def test_vectors_too_small_for_squares_in_float32_are_proven_and_whole(
     assert wrong(verified(root)) == {}
 
 
+@pytest.mark.slow
 def test_heads_whose_covariance_float32_cannot_hold_are_reported(
     checkpoint: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

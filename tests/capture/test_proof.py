@@ -184,6 +184,7 @@ def first_position(slot: Slot) -> None:
         slot.vectors[:, 0] = slot.vectors[:, 1]
 
 
+@pytest.mark.slow
 def test_one_wrong_row_among_many_fails_where_rounding_is_large(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -317,6 +318,7 @@ def test_a_kernel_that_is_wrong_for_long_texts_leaves_the_dataset_unproven(
     )
 
 
+@pytest.mark.slow
 def test_the_checks_of_attention_outlast_kills_and_shards(
     checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

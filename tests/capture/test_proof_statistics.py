@@ -46,6 +46,7 @@ def test_right_statistics_are_proven(case: Case, dtype: str, folder_of: FolderOf
     assert max(found["largest_difference_by_layer"].values()) < (1e-4 if dtype == "float32" else 0.05)
 
 
+@pytest.mark.slow
 def test_summary_card_and_verify_say_what_was_proven(
     checkpoint: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

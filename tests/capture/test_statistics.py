@@ -78,6 +78,7 @@ QUICK = {"qwen3", "glm4", "smollm3", "deepseek_v3"}
 """Halves; neighbours in a part of each head; a layer without RoPE; a rotated part at the end of each head."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     [case if case.name in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES],
@@ -127,6 +128,7 @@ def test_the_first_tokens_and_the_covariances_can_be_left_out(checkpoint: Path, 
         assert set(found.count) == {sum(max(0, len(text) - 30) for text in TEXTS)}
 
 
+@pytest.mark.slow
 def test_no_row_is_needed(checkpoint: Path, texts: Path, tmp_path: Path) -> None:
     rows = run(checkpoint, texts, tmp_path / "rows", capture=asked())
     root = run(checkpoint, texts, tmp_path / "none", sampler={"type": "none"}, capture=asked())
@@ -162,6 +164,7 @@ def test_a_killed_job_makes_the_same_bytes(checkpoint: Path, texts: Path, tmp_pa
         assert hashes(run(checkpoint, texts, root, **values)) == whole
 
 
+@pytest.mark.slow
 def test_a_lost_segment_costs_its_group_alone(
     checkpoint: Path, texts: Path, tmp_path: Path, small_groups: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -189,6 +192,7 @@ def test_long_ids_end_a_group(
     assert batches >= 12 and groups == (batches if are_long else 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("covariance", [True, False])
 def test_the_disk_is_checked_for_them_before_the_first_forward(
     covariance: bool, checkpoint: Path, texts: Path, tmp_path: Path, small_groups: None, monkeypatch: pytest.MonkeyPatch
@@ -214,6 +218,7 @@ def test_the_disk_is_checked_for_them_before_the_first_forward(
     assert used - names < required[0] < 1.5 * used
 
 
+@pytest.mark.slow
 def test_batches_and_shards_change_only_rounding(checkpoint: Path, texts: Path, tmp_path: Path) -> None:
     sampler = {"type": "none"}
     one = qk_sniffer.open_dataset(run(checkpoint, texts, tmp_path / "one", sampler=sampler, capture=asked()))
@@ -233,6 +238,7 @@ def test_batches_and_shards_change_only_rounding(checkpoint: Path, texts: Path, 
                 assert found.covariance == pytest.approx(first.covariance, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_dataset_that_grows_merges_them(checkpoint: Path, texts: Path, tmp_path: Path) -> None:
     values: dict[str, Any] = {"capture": asked(["pre", "post"])}
     root = tmp_path / "out"

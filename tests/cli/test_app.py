@@ -260,6 +260,7 @@ def test_jobs_in_processes_of_their_own_run_a_copy_of_the_code_if_asked(light: d
     assert f"code from {sweep / 'code' / 'qk_sniffer'}" in said
 
 
+@pytest.mark.slow
 def test_the_env_file_is_read_for_what_is_not_set(light: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / ".env").write_text("HF_XET_CACHE=from-the-file\nHOME=/nowhere\nLD_PRELOAD=/nowhere/evil.so\n")
     done = sniff(light, tmp_path, *MODEL, "sampler.seed=6")
@@ -281,6 +282,7 @@ def test_the_task_can_be_sent_to_a_worker() -> None:
         cloudpickle.unregister_pickle_by_value(app)
 
 
+@pytest.mark.slow
 def test_an_uninstalled_checkout_from_any_folder(light: dict[str, str], tmp_path: Path) -> None:
     checkout, cwd = tmp_path / "checkout", tmp_path / "elsewhere"
     for name in ("qk_sniffer", "conf", "models"):

@@ -38,6 +38,7 @@ def as_sweep(command: tuple[str, ...]) -> tuple[str, ...]:
     return (module, "--multirun", *settings, *swept[module])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
     [

@@ -117,6 +117,7 @@ def test_a_data_root_in_the_folder_of_a_head_is_refused(tmp_path: Path) -> None:
     assert plan(*MODEL, f"output.data_root={tmp_path}/root/other")
 
 
+@pytest.mark.slow
 def test_numbers_that_may_be_texts_are_taken_as_they_are_written() -> None:
     filters = ["v=1.1", "v=7", "v=nan", "v=null", "v=true", 'v="1.10"', "v='007'", "v=007"]
     good = [*(f"+dataset.filter.{each}" for each in filters), '+dataset.filter={v: 1.1, w: 7, x: "1e5"}']
@@ -414,6 +415,7 @@ def test_a_time_limit_above_that_of_the_partition_is_refused_even_if_nobody_set_
 # Variables of the environment
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "setting",
     [

@@ -123,6 +123,7 @@ def test_a_command_that_runs_no_job_does_not_say_that_one_starts(
     assert capsys.readouterr().err == "" and ran == [[*arguments]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("variables", "is_red"), [({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)])
 def test_errors_are_red_on_a_terminal_alone(variables: dict[str, str], is_red: bool, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "qk_sniffer", "verify", "a", "b"]

@@ -24,6 +24,7 @@ from qk_sniffer.store.layout import HeadKey, Layout, head_name
 from qk_sniffer.store.locks import hold, is_held
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sections",
     [
@@ -50,6 +51,7 @@ def test_what_a_job_makes_is_whole(sections: dict[str, Any], checkpoint: Path, t
     assert wrong(text) == {} and re.search(r"\nwhole: \d+ heads?, [\d,]+ rows, [\d.]+ MB$", text)
 
 
+@pytest.mark.slow
 def test_what_shards_make_is_whole(checkpoint: Path, texts: Path, tmp_path: Path) -> None:
     for index in (1, 0):
         assert "no manifest.json" in str(verify(tmp_path / "out")) or index == 1
@@ -57,6 +59,7 @@ def test_what_shards_make_is_whole(checkpoint: Path, texts: Path, tmp_path: Path
     assert wrong(verified(tmp_path / "out")) == {}
 
 
+@pytest.mark.slow
 def test_what_was_added_to_is_whole(checkpoint: Path, texts: Path, tmp_path: Path) -> None:
     for count in (7, 15):
         run(checkpoint, texts, tmp_path / "out", dataset={"max_samples": count})

@@ -160,6 +160,7 @@ def test_a_manifest_that_is_not_json(root: Path) -> None:
     assert "manifest.json is not JSON (" in wrong(verified(root))["manifest"]
 
 
+@pytest.mark.slow
 def test_nonsense_in_a_manifest_is_never_a_traceback(root: Path) -> None:
     whole = json.loads((root / "manifest.json").read_text())
     places = [(key,) for key in whole]

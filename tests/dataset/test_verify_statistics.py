@@ -69,6 +69,7 @@ def test_whole_statistics_are_compared_with_the_rows(root: Path) -> None:
     assert "statistics      ok     12 heads: all numbers are those of the rows\n" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sections", "compared"),
     [
@@ -105,6 +106,7 @@ def test_every_number_is_compared_with_the_rows(name: str, undisturbed: Callable
     assert f"{named} is not that of the rows" in str(change(root, widen))
 
 
+@pytest.mark.slow
 def test_what_grew_from_texts_of_one_token_is_whole(checkpoint: Path, tmp_path: Path) -> None:
     texts = tmp_path / "texts.jsonl"
     values: dict[str, Any] = {
@@ -300,6 +302,7 @@ def test_other_arrays_are_named(edit_arrays: Any, expected: str, root: Path) -> 
     assert found.keys() == {"statistics"} and expected in found["statistics"]
 
 
+@pytest.mark.slow
 def test_files_that_are_damaged_missing_or_not_listed(root: Path, tmp_path: Path) -> None:
     path = root / LAYER_1
     data = path.read_bytes()

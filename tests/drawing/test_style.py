@@ -40,6 +40,7 @@ def test_a_picture_is_a_png_and_an_svg_of_the_same_bytes_each_time(
         assert all(is_drawn(folder, path.name) for path in files)
 
 
+@pytest.mark.slow
 def test_pictures_for_papers_are_a_pdf_too_which_is_known_and_replaced(tmp_path: Path) -> None:
     files = save(tmp_path / "a", drawing, suffixes=PAPER_SUFFIXES)
     assert [file.suffix for file in files] == [".png", ".svg", ".pdf"]

@@ -43,6 +43,7 @@ def text_as_parameters(model: dict[str, Any]) -> None:
     model["rotary"]["rope_parameters"] = ["rope_theta"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -73,6 +74,7 @@ def test_a_dataset_of_one_token(checkpoint: Path, tmp_path: Path) -> None:
         qk_sniffer.export(dataset, "triattention")
 
 
+@pytest.mark.slow
 def test_a_head_without_counted_tokens_says_why(checkpoint: Path, texts: Path, tmp_path: Path) -> None:
     dataset = without_rows(checkpoint, texts, tmp_path / "short", **statistics(skip_tokens=1000))
     with pytest.raises(StoreError, match=r"are of 0 tokens: .*, or set a smaller capture\.statistics\.skip_tokens$"):
@@ -86,6 +88,7 @@ def test_a_head_without_counted_tokens_says_why(checkpoint: Path, texts: Path, t
         qk_sniffer.export(dataset, "triattention")
 
 
+@pytest.mark.slow
 def test_statistics_of_another_dataset_are_not_exported(checkpoint: Path, texts: Path, tmp_path: Path) -> None:
     """Statistics of models of one shape have files of one size."""
     for skip, name in enumerate(("out", "other")):

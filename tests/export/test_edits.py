@@ -20,6 +20,8 @@ from qk_sniffer.errors import QkSnifferError, StoreError
 from qk_sniffer.export.formats import FORMATS
 from qk_sniffer.store import manifest as manifests
 
+pytestmark = pytest.mark.slow
+
 NUMBERS = [np.nan, np.inf, -np.inf, 3e38, -3e38, 1e-45, 0, -1]
 
 
@@ -106,11 +108,6 @@ def test_the_datasets_are_exported_to_every_format(bench: Bench) -> None:
     assert not set.intersection(*refused)
 
 
-def test_some_edits(bench: Bench) -> None:
-    edits(bench, (f"quick-{number}" for number in range(5)))
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("part", range(10))
 def test_many_edits(part: int, bench: Bench) -> None:
     edits(bench, (f"{part}-{number}" for number in range(220)))

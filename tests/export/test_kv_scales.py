@@ -23,6 +23,7 @@ from qk_sniffer.errors import StoreError
 BY_NAME = {case.name: case for case in CASES}
 
 
+@pytest.mark.slow
 def test_the_ranges_are_those_of_all_keys(undisturbed: Callable[..., Path], tmp_path: Path) -> None:
     post = qk_sniffer.open_dataset(undisturbed(capture=statistics()))
     pre = qk_sniffer.open_dataset(undisturbed(capture=statistics() | {"capture_pre_rope": True}))
@@ -51,6 +52,7 @@ def test_the_ranges_are_those_of_all_keys(undisturbed: Callable[..., Path], tmp_
             assert np.array_equal(ranges[f"{start}absmax"], np.abs(rows).max(axis=1))
 
 
+@pytest.mark.slow
 def test_values_that_were_captured_have_scales_too(folder_of: FolderOf, texts: Path, tmp_path: Path) -> None:
     for name in ("qwen3_sliding", "deepseek_v3"):  # the values of the second one are narrower than its keys
         root = run(folder_of(BY_NAME[name]), texts, tmp_path / name, capture=statistics() | {"capture_values": True})
@@ -118,6 +120,7 @@ def test_the_loader_of_compressed_tensors_reads_the_scales(
             assert np.array_equal(state[each].numpy(), numbers)
 
 
+@pytest.mark.slow
 def test_a_model_whose_modules_have_no_names_is_refused(checkpoint: Path, texts: Path, tmp_path: Path) -> None:
     without_rows(checkpoint, texts, tmp_path / "out")
     dataset = edited(tmp_path / "out", module=None)
@@ -125,6 +128,7 @@ def test_a_model_whose_modules_have_no_names_is_refused(checkpoint: Path, texts:
         qk_sniffer.export(dataset, "kv_scales")
 
 
+@pytest.mark.slow
 def test_ranges_that_miss_keys_are_refused(checkpoint: Path, texts: Path, tmp_path: Path) -> None:
     dataset = without_rows(checkpoint, texts, tmp_path / "some", layers=[1], heads=[0], **statistics(skip_tokens=2))
     with pytest.raises(StoreError) as refused:

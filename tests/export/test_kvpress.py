@@ -117,6 +117,7 @@ def test_without_rows_the_mean_gives_the_sign(post: Dataset, undisturbed: Callab
         assert np.abs(filters - expected).max() < 1e-4
 
 
+@pytest.mark.slow
 def test_what_the_formats_cannot_express_is_refused(
     checkpoint: Path, folder_of: FolderOf, texts: Path, tmp_path: Path
 ) -> None:

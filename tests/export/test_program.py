@@ -243,6 +243,7 @@ def test_a_folder_is_not_written_through_a_link_that_takes_its_place(
     assert {path.read_text() for path in model.iterdir()} == {"the user's"} and not (group / "scales").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("renames", [0, 1])
 def test_a_killed_export_leaves_a_folder_that_the_next_one_knows(
     root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, renames: int

@@ -40,6 +40,7 @@ def test_all_heads_of_all_models_have_the_same_tokens(both: list[dict[str, list[
     assert all(tokens == found[0] for tokens in found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("both", [{}], indirect=True)
 def test_without_sharing_the_heads_of_one_layer_and_kind_have_the_same_tokens_in_all_models(
     both: list[dict[str, list[tuple[int, int]]]],

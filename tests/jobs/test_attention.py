@@ -43,6 +43,7 @@ def copy(whole: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(whole, tmp_path / "copy"))
 
 
+@pytest.mark.slow
 def test_summaries_are_those_of_the_queries_row_for_row(whole: Path, checkpoint: Path) -> None:
     assert verify(whole).problems == 0
     dataset = qk_sniffer.open_dataset(whole)
@@ -67,6 +68,7 @@ def test_summaries_are_those_of_the_queries_row_for_row(whole: Path, checkpoint:
     assert summary.distance_mass.shape[1] == 13, "4,096 tokens at most"
 
 
+@pytest.mark.slow
 def test_a_stopped_job_shards_and_growth_end_with_the_same_bytes(
     whole: Path, checkpoint: Path, texts: Path, tmp_path: Path
 ) -> None:
@@ -79,6 +81,7 @@ def test_a_stopped_job_shards_and_growth_end_with_the_same_bytes(
         assert hashes(root) == hashes(whole)
 
 
+@pytest.mark.slow
 def test_every_row_in_pieces_has_the_summaries_of_the_sampled_ones(
     whole: Path, checkpoint: Path, texts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -60,6 +60,7 @@ def stopped_after(
     return stopped
 
 
+@pytest.mark.slow
 def test_an_unfinished_job_resumes_with_other_batch_settings(
     stopped_after: Callable[..., set[int]],
     checkpoint: Path,
@@ -137,6 +138,7 @@ def test_the_way_out_of_a_full_memory_keeps_the_captured_examples(
     assert_same_rows(tmp_path / "out", expected)
 
 
+@pytest.mark.slow
 def test_a_job_of_an_earlier_version_continues_with_other_windows(
     stopped_after: Callable[..., set[int]],
     checkpoint: Path,

@@ -44,6 +44,7 @@ def half(index: int) -> dict[str, Any]:
     return SECTIONS | {"shard": {"index": index, "count": 2}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verify", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_shards_of_other_texts_make_no_dataset(checkpoint: Path, tmp_path: Path, verify: int) -> None:
     root, texts, whole = tmp_path / "out", write(tmp_path / "texts.jsonl", TEXTS), tmp_path / "whole"
@@ -69,6 +70,7 @@ def test_a_dataset_does_not_grow_from_a_source_that_has_lost_a_text(checkpoint: 
     assert manifests.read(root)["examples"] == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("done", [False, True])
 def test_overwriting_gets_out_of_a_job_whose_texts_have_changed(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, done: bool

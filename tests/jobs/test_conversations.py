@@ -44,6 +44,7 @@ def chat_model(checkpoint: Path, tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_job_over_conversations(chat_model: Path, tmp_path: Path) -> None:
     conversations = turns(6)
     root = run(chat_model, write(tmp_path / "c.jsonl", conversations), tmp_path / "out", dataset=MESSAGES, **ALONE)
@@ -192,6 +193,7 @@ def test_conversations_of_a_real_model(smollm2: Path, tmp_path: Path) -> None:
     assert manifests.read(root)["proof"]["proven"] is True
 
 
+@pytest.mark.slow
 def test_conversations_are_split_with_their_segments(chat_model: Path, tmp_path: Path) -> None:
     conversations = turns(4)
     capture: dict[str, Any] = {"capture_token_ids": True, "capture_segments": True, "capture_offsets": True}

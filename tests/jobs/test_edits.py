@@ -39,6 +39,8 @@ from qk_sniffer.resolved import resolve
 from qk_sniffer.status import Settings, show
 from qk_sniffer.store.layout import Layout
 
+pytestmark = pytest.mark.slow
+
 SECONDS = 30
 """The longest time of one edit and all programs."""
 
@@ -292,19 +294,12 @@ def edits(bench: Bench, kind: str, seeds: Iterable[str]) -> None:
         logging.disable(logging.NOTSET)
 
 
-@pytest.mark.parametrize("kind", COUNTS)
-def test_some_edits(kind: str, bench: Bench) -> None:
-    edits(bench, kind, (f"quick-{number}" for number in range(COUNTS[kind] // 100)))
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("part", range(10))
 @pytest.mark.parametrize("kind", COUNTS)
 def test_many_edits(kind: str, part: int, bench: Bench) -> None:
     edits(bench, kind, (f"{part}-{number}" for number in range(COUNTS[kind] // 10)))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "name", "content"),
     [

@@ -146,6 +146,7 @@ def test_killed_at_random_moments_of_every_step(
     assert hashes(root) == whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGINT", marks=pytest.mark.slow)])
 def test_a_signal_stops_it_at_the_next_batch(
     name: str, server: Server, job: dict[str, Any], whole: dict[str, str]
@@ -317,6 +318,7 @@ def test_a_damaged_segment_is_found_and_its_examples_run_again(
     assert manifests.read(root_of(job))["examples"] == 24
 
 
+@pytest.mark.slow
 def test_too_little_space_is_refused_before_the_first_forward(server: Server, job: dict[str, Any]) -> None:
     tiny = "import shutil; usage = shutil.disk_usage('/')._replace(free=100_000); shutil.disk_usage = lambda _: usage"
     child = server.start(job, before=tiny)

@@ -49,6 +49,7 @@ def test_it_says_which_shards_are_missing(
     assert not (root / "manifest.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prove", [True, False])
 def test_it_makes_the_dataset_that_a_dead_shard_did_not_make(
     prove: bool,

@@ -229,6 +229,7 @@ def test_ids_of_one_digest_have_the_same_numbers_in_a_dataset_that_grew_and_in_s
     assert hashes(grown) == hashes(sharded)
 
 
+@pytest.mark.slow
 def test_a_killed_job_that_adds_goes_on_and_leaves_the_old_dataset_to_readers(
     checkpoint: Path,
     texts: Path,
@@ -261,6 +262,7 @@ def job(checkpoint: Path, texts: Path, root: Path, **sections: Any) -> Any:
     return from_dict(settings(checkpoint, texts, root, **ALONE, **sections))
 
 
+@pytest.mark.slow
 def test_what_cannot_be_added_to_is_refused_and_stays_as_it_is(
     checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -289,6 +291,7 @@ def test_what_cannot_be_added_to_is_refused_and_stays_as_it_is(
     assert manifests.read(root)["examples"] == 24
 
 
+@pytest.mark.slow
 def test_a_base_that_is_gone_is_not_grown(
     checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

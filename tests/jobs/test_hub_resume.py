@@ -112,6 +112,7 @@ def test_a_finished_dataset_is_not_made_again(hub: FakeHub, machine: MakeMachine
     assert first.job(8) == set() and published(hub) == 1
 
 
+@pytest.mark.slow
 def test_it_grows_on_another_machine(hub: FakeHub, machine: MakeMachine, tmp_path: Path) -> None:
     first, second, undisturbed = machine("first"), machine("second"), machine("undisturbed")
     first.job(8)
@@ -153,6 +154,7 @@ def test_segments_are_published_read_from_the_branch_and_grow_there(
     assert {*names} == {"assistant", "user"}
 
 
+@pytest.mark.slow
 def test_statistics_are_published_read_from_the_branch_and_grow_there(
     hub: FakeHub, machine: MakeMachine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,6 +188,7 @@ def test_statistics_are_published_read_from_the_branch_and_grow_there(
     assert np.array_equal(shown["mean"], dataset.statistics(0, "q", "pre").mean)
 
 
+@pytest.mark.slow
 def test_killed_while_it_grows(hub: FakeHub, machine: MakeMachine) -> None:
     first, second = machine("first"), machine("second")
     first.job(8)
@@ -207,6 +210,7 @@ def test_shards_grow_it_together(hub: FakeHub, machine: MakeMachine, tmp_path: P
     assert_whole(held(hub), tmp_path / "copy")
 
 
+@pytest.mark.slow
 def test_another_configuration_is_refused(hub: FakeHub, machine: MakeMachine) -> None:
     first, second = machine("first"), machine("second")
     first.job(8)
@@ -235,6 +239,7 @@ def test_another_configuration_is_refused(hub: FakeHub, machine: MakeMachine) ->
     assert len(third.captured) == 8 and held(hub) != before
 
 
+@pytest.mark.slow
 def test_without_a_dataset_on_the_branch_the_job_starts_from_nothing(hub: FakeHub, machine: MakeMachine) -> None:
     hub.create(REPO)
     first = machine("first")
@@ -255,6 +260,7 @@ def test_without_the_hub_there_is_an_error(hub: FakeHub, machine: MakeMachine) -
     assert first.captured == [] and not first.root.exists()
 
 
+@pytest.mark.slow
 def test_what_another_machine_has_added_meanwhile_is_not_taken_back(hub: FakeHub, machine: MakeMachine) -> None:
     first, second, third = machine("first"), machine("second"), machine("third")
     first.job(4)
@@ -267,6 +273,7 @@ def test_what_another_machine_has_added_meanwhile_is_not_taken_back(hub: FakeHub
     assert sorted(second.captured) == [8, 9] and published(hub) == 3
 
 
+@pytest.mark.slow
 def test_what_was_made_here_without_the_hub_does_not_replace_another_dataset(
     hub: FakeHub, machine: MakeMachine
 ) -> None:
@@ -304,6 +311,7 @@ def test_a_damaged_copy_is_fetched_again(hub: FakeHub, machine: MakeMachine, tmp
     assert_whole(held(hub), tmp_path / "copy")
 
 
+@pytest.mark.slow
 def test_a_base_that_is_gone_can_be_replaced(hub: FakeHub, machine: MakeMachine) -> None:
     machine("first").job(8)
     second = machine("second")
@@ -373,6 +381,7 @@ def test_a_branch_that_lists_no_examples_is_neither_added_to_nor_replaced(hub: F
     assert hub.repositories[REPO].files(BRANCH) == found
 
 
+@pytest.mark.slow
 def test_attention_summaries_are_published_read_from_the_branch_and_grow_there(machine: MakeMachine) -> None:
     wanted: dict[str, Any] = {"capture": {"attention": {"enabled": True, "top_k": 3}}}
     first, second, undisturbed = machine("first"), machine("second"), machine("undisturbed")

@@ -158,6 +158,7 @@ def test_a_job_whose_code_changes_while_it_runs_ends(
     run(checkpoint, texts, tmp_path / "out", **sections)
 
 
+@pytest.mark.slow
 def test_a_dataset_is_not_added_to_with_other_code(
     checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -30,6 +30,7 @@ def small_segments(batches: int, segment_items: int, checkpoint: Path, texts: Pa
         stopped_after(batches, checkpoint, texts, root, **SECTIONS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("one", "other"), [(3, 5), *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in SIZES)])
 def test_no_row_is_lost_or_doubled(
     checkpoint: Path, texts: Path, tmp_path: Path, undisturbed: Callable[..., Path], one: int, other: int

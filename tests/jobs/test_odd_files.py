@@ -102,6 +102,7 @@ def test_datasets_and_jobs_that_cannot_be_read_are_named(tmp_path: Path, capsys:
     ]
 
 
+@pytest.mark.slow
 def test_a_job_does_not_take_the_settings_of_another_sweep(tmp_path: Path) -> None:
     """Its command was killed while it started, and another sweep took the folder."""
     read = f"from pathlib import Path; from qk_sniffer.jobs import sweep; sweep.submitted(Path({str(tmp_path)!r}), 0)"

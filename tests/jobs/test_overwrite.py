@@ -139,6 +139,7 @@ def test_a_state_that_is_not_a_jobs_is_an_error_that_names_the_file_and_the_way_
 QUICK = {"job.json is garbage", "safetensors is a folder", "manifest.json is garbage", ".qk_sniffer is a link"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "state", [state if state in QUICK else pytest.param(state, marks=pytest.mark.slow) for state in STATES]
 )
@@ -166,6 +167,7 @@ def test_overwriting_resumes_what_can_be_used(
     assert manifests.read(root)["examples"] == 24
 
 
+@pytest.mark.slow
 def test_the_old_dataset_stays_until_the_new_one_is_whole(
     captured: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -210,6 +212,7 @@ def test_overwriting_respects_the_lock_of_a_job_whose_folder_was_copied_with_har
     assert segment(Layout(root)).is_file()
 
 
+@pytest.mark.slow
 def test_overwriting_finishes_or_redoes_an_interrupted_promotion(
     captured: Path,
     checkpoint: Path,
@@ -261,6 +264,7 @@ def everything(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
+@pytest.mark.slow
 def test_a_damaged_dataset_is_replaced_as_far_as_its_manifest_lists_it(
     captured: Path, checkpoint: Path, tmp_path: Path, undisturbed: Callable[..., Path]
 ) -> None:

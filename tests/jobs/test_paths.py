@@ -39,6 +39,7 @@ def odd(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_job_works_in_a_folder_whose_name_is_not_utf8(
     checkpoint: Path,
     odd: Path,
@@ -61,6 +62,7 @@ def test_a_job_works_in_a_folder_whose_name_is_not_utf8(
     assert dataset.vectors(0, 0, "q")[0].shape == open_dataset(str(whole)).vectors(0, 0, "q")[0].shape
 
 
+@pytest.mark.slow
 def test_names_that_are_published_are_valid_unicode(checkpoint: Path, odd: Path) -> None:
     (odd / "texts").mkdir()
     texts = write_texts(odd / "texts" / f"{NOT_UTF8}.jsonl")

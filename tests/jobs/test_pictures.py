@@ -118,6 +118,7 @@ def test_pictures_are_published_with_the_dataset(
     assert of_the_hub == {path.name: path.read_bytes() for path in sorted((tmp_path / "first").iterdir())}
 
 
+@pytest.mark.slow
 def test_the_program_keeps_pictures_that_the_manifest_lists(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -147,6 +148,7 @@ def test_the_program_names_what_is_wrong(
     assert Layout(root).pictures() == []
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("draws")
 @pytest.mark.parametrize("draw_again", [finalize, lambda root: called(f"data_root={root}")], ids=["job", "program"])
 def test_no_dataset_is_moved_into_place_while_a_picture_gets_its_name(
@@ -164,6 +166,7 @@ def test_no_dataset_is_moved_into_place_while_a_picture_gets_its_name(
     assert held == [True] * 4 and not Layout(root).work.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("draws")
 def test_pictures_wait_for_no_job_that_makes_another_dataset(
     root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
@@ -177,6 +180,7 @@ def test_pictures_wait_for_no_job_that_makes_another_dataset(
     assert Layout(root).pictures() == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_the_program_keeps_a_picture_of_someone_else(
     name: str, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -189,6 +193,7 @@ def test_the_program_keeps_a_picture_of_someone_else(
         assert (folder / name).read_bytes() == b"the user's own"
 
 
+@pytest.mark.slow
 def test_no_picture_is_written_through_a_link_that_is_planted_meanwhile(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -57,6 +57,7 @@ def journal_bytes(root: Path) -> int:
     return sum(path.stat().st_size for path in (root / ".qk_sniffer").rglob("*.safetensors"))
 
 
+@pytest.mark.slow
 def test_it_has_the_rows_and_the_bytes_of_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = tmp_path / "root"
     job: tuple[Any, ...] = (ASSETS / "pydoc_tiny", Path("pydoc"), root)
@@ -102,6 +103,7 @@ def test_an_unfinished_job(checkpoint: Path, texts: Path, tmp_path: Path) -> Non
     assert plan.dataset == pytest.approx(whole.dataset, rel=0.05)
 
 
+@pytest.mark.slow
 def test_a_grown_dataset(checkpoint: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = run(checkpoint, texts, tmp_path / "root", dataset={"max_samples": 10})
     same = settings(checkpoint, texts, root, dataset={"max_samples": 10}) | {"dry_run": True}
@@ -122,6 +124,7 @@ def test_vectors_before_rope_need_no_weights_either(
     assert plan.activations and plan.rows
 
 
+@pytest.mark.slow
 def test_a_shard(checkpoint: Path, texts: Path, tmp_path: Path) -> None:
     whole = planned(checkpoint, texts, tmp_path / "root")
     parts = [planned(checkpoint, texts, tmp_path / "root", shard={"index": i, "count": 3}) for i in range(3)]
@@ -129,6 +132,7 @@ def test_a_shard(checkpoint: Path, texts: Path, tmp_path: Path) -> None:
     assert sum(part.rows for part in parts) == whole.rows
 
 
+@pytest.mark.slow
 def test_other_settings_are_refused_as_by_the_job(checkpoint: Path, texts: Path, tmp_path: Path) -> None:
     root = run(checkpoint, texts, tmp_path / "root", dataset={"max_samples": 3})
     with pytest.raises(StoreError, match=r"sampler\.seed"):

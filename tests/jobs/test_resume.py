@@ -194,6 +194,7 @@ def test_a_journal_damaged_after_it_was_complete_is_mended(
     assert hashes(run(checkpoint, texts, tmp_path / "damaged", **sections)) == hashes(whole)
 
 
+@pytest.mark.slow
 def test_what_another_shard_has_lost_is_said_with_the_shard(
     checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: Callable[..., Path]
 ) -> None:
@@ -234,6 +235,7 @@ def test_another_configuration_is_refused_with_the_keys_that_differ(
     assert hashes(root) == before
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_changed_is_refused(texts: Path, tmp_path: Path) -> None:
     checkpoint = save_checkpoint(QWEN3, tmp_path / "model")
     root = run(checkpoint, texts, tmp_path / "out")
@@ -256,6 +258,7 @@ def test_a_source_that_changed_in_the_middle_is_refused(
         run(checkpoint, texts, tmp_path / "out", **sections)
 
 
+@pytest.mark.slow
 def test_a_source_that_changed_before_the_proof_is_refused(
     checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: Callable[..., Path]
 ) -> None:
@@ -293,6 +296,7 @@ def test_an_overwriting_job_killed_while_it_promotes_does_not_start_over(
     assert hashes(root) == hashes(undisturbed())
 
 
+@pytest.mark.slow
 def test_a_finished_dataset_that_lacks_a_file_is_not_called_finished(
     checkpoint: Path, texts: Path, tmp_path: Path
 ) -> None:
@@ -302,6 +306,7 @@ def test_a_finished_dataset_that_lacks_a_file_is_not_called_finished(
         run(checkpoint, texts, root)
 
 
+@pytest.mark.slow
 def test_overwrite_replaces_the_dataset_only_once_the_new_one_is_whole(
     checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

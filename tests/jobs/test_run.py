@@ -137,6 +137,7 @@ def test_the_manifest_tells_what_made_the_dataset_and_holds_for_its_files(
     assert np.allclose(rotary["inv_freq"], expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_logits_can_be_rebuilt_from_dataset_and_manifest_alone(checkpoint: Path, texts: Path, tmp_path: Path) -> None:
     root = run(checkpoint, texts, tmp_path / "out", inference={"batch_size": 1})
     layer = manifests.read(root)["model"]["layers"][1]
@@ -167,6 +168,7 @@ def test_every_reader_reads_it(checkpoint: Path, texts: Path, tmp_path: Path) ->
     assert pl.scan_parquet(pattern).select(pl.len()).collect().item() == rows
 
 
+@pytest.mark.slow
 def test_the_rows_do_not_depend_on_how_the_work_is_shared_out(checkpoint: Path, texts: Path, tmp_path: Path) -> None:
     sampler = {"type": "uniform", "base_rate": 3.0}
     whole = heads_of(run(checkpoint, texts, tmp_path / "one", sampler=sampler, inference={"batch_size": 1}))
@@ -185,6 +187,7 @@ def test_the_rows_do_not_depend_on_how_the_work_is_shared_out(checkpoint: Path, 
             assert np.allclose(vectors(table), vectors(other[head]), rtol=1e-4, atol=1e-4), name
 
 
+@pytest.mark.slow
 def test_the_manifest_tells_no_path_of_this_machine(checkpoint: Path, texts: Path, tmp_path: Path) -> None:
     root = run(checkpoint, texts, tmp_path / "out")
     for name in ("manifest.json", "README.md", "l00h00q/data.parquet"):
@@ -192,6 +195,7 @@ def test_the_manifest_tells_no_path_of_this_machine(checkpoint: Path, texts: Pat
         assert str(checkpoint.parent).encode() not in (root / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_name_that_looks_like_an_interpolation_is_a_name(
     checkpoint: Path, texts: Path, tmp_path: Path, undisturbed: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -213,6 +217,7 @@ def test_a_checkpoint_without_a_tokenizer_says_so(texts: Path, tmp_path: Path) -
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_gather_that_is_cut_into_pieces_gives_the_same_files(
     checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: Callable[..., Path]
 ) -> None:
@@ -221,6 +226,7 @@ def test_a_gather_that_is_cut_into_pieces_gives_the_same_files(
     assert hashes(run(checkpoint, texts, tmp_path / "pieces")) == hashes(whole)
 
 
+@pytest.mark.slow
 def test_texts_that_are_copied_as_blocks_give_the_same_files_as_gathered_ones(
     checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -231,6 +237,7 @@ def test_texts_that_are_copied_as_blocks_give_the_same_files_as_gathered_ones(
     assert hashes(run(checkpoint, texts, tmp_path / "gathered", **sections)) == hashes(blocks)
 
 
+@pytest.mark.slow
 def test_the_sampler_decides_the_rows_of_queries_and_keys(checkpoint: Path, texts: Path, tmp_path: Path) -> None:
     root = run(checkpoint, texts, tmp_path / "out", sampler={"type": "log_uniform", "keys": {"type": "all"}})
     config = from_dict(manifests.read(root)["config"])
@@ -247,6 +254,7 @@ def test_the_sampler_decides_the_rows_of_queries_and_keys(checkpoint: Path, text
         assert table["bucket"].to_pylist() == sampler.bucket(key.kind, table["position"].to_numpy()).tolist()
 
 
+@pytest.mark.slow
 def test_only_the_heads_asked_for_are_captured(checkpoint: Path, texts: Path, tmp_path: Path) -> None:
     def names(**capture: Any) -> list[str]:
         root = tmp_path / str(len(list(tmp_path.iterdir())))
@@ -265,6 +273,7 @@ def test_only_the_heads_asked_for_are_captured(checkpoint: Path, texts: Path, tm
         names(layers=[7])
 
 
+@pytest.mark.slow
 def test_tokens_can_be_stored_next_to_the_vectors(checkpoint: Path, texts: Path, tmp_path: Path) -> None:
     root = run(checkpoint, texts, tmp_path / "out", capture={"capture_token_ids": True, "capture_token_strings": True})
     for table in heads_of(root).values():
@@ -298,6 +307,7 @@ def test_a_text_file_is_one_example(checkpoint: Path, tmp_path: Path) -> None:
     assert manifests.read(root)["truncated_examples"] == 1
 
 
+@pytest.mark.slow
 def test_a_folder_of_parquet_is_a_dataset(checkpoint: Path, tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
@@ -325,6 +335,7 @@ def test_a_dataset_without_text_is_an_error(checkpoint: Path, tmp_path: Path) ->
         run(checkpoint, path, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_rows_without_text_are_left_out_counted_and_keep_their_index(checkpoint: Path, tmp_path: Path) -> None:
     path = tmp_path / "gaps.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in ["", "abc", None, "defg"]))
@@ -333,6 +344,7 @@ def test_rows_without_text_are_left_out_counted_and_keep_their_index(checkpoint:
     assert manifests.read(root)["skipped_rows"] == 2
 
 
+@pytest.mark.slow
 def test_debug_logging_tells_where_the_time_of_each_batch_went(
     checkpoint: Path, texts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

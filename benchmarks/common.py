@@ -136,5 +136,5 @@ def machine() -> dict[str, Any]:
 def _version(name: str) -> str | None:
     try:
         return version(name)
-    except PackageNotFoundError:  # `gpu.py` does not need all of them
+    except PackageNotFoundError:  # images for GPUs lack some of them
         return None

@@ -1,20 +1,24 @@
 #!/bin/bash
-# Measures the cost of capture on an NVIDIA GPU in under 8 minutes: bash benchmarks/gpu.sh [FOLDER OF WHEELS] [OPTIONS]
+# Measures and checks capture on an NVIDIA GPU in 6 minutes: bash benchmarks/gpu.sh [FOLDER OF WHEELS] [OPTIONS]
 #
-# It needs python3 (PYTHON=... names another interpreter) with torch for CUDA, transformers, pyarrow, numpy, psutil,
-# tqdm, safetensors, hydra-core, omegaconf and antlr4-python3-runtime. The last three may come as wheels in a folder.
-# It downloads nothing.
-# On a machine with a network: pip wheel --no-deps -w wheels hydra-core==1.3.8 omegaconf==2.3.1 antlr4-python3-runtime==4.9.3
-# It passes its options to benchmarks/gpu.py. --folder names a fast disk for the journals.
+# It needs python3 (PYTHON=... names another interpreter) with torch for CUDA, transformers, accelerate, pyarrow, numpy,
+# psutil, safetensors, tqdm and xxhash, and hydra-core, omegaconf, antlr4-python3-runtime, msgspec, cloudpickle, datasets,
+# dill, multiprocess, python-dotenv and submitit, which may come as wheels in a folder. It downloads nothing.
+# On a machine with a network and the same version of Python:
+#   pip wheel --no-deps -w wheels -c constraints.txt hydra-core omegaconf antlr4-python3-runtime msgspec cloudpickle \
+#     datasets dill multiprocess python-dotenv submitit
+# It passes its options to `benchmarks/gpu/`: `--help` lists them.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
+path=$PWD:$PWD/benchmarks
 if [[ $# -gt 0 && -d $1 ]]; then
     site=$(mktemp -d)
     trap 'rm -rf "$site"' EXIT
     "$PYTHON" -m pip install --quiet --no-index --no-deps --no-compile --no-cache-dir --target "$site" "$1"/*.whl
-    export PYTHONPATH=$site
+    path=$path:$site
     shift
 fi
-nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader
-PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} "$PYTHON" benchmarks/gpu.py "$@"
+# The profiler, which names the kernels, is quiet from this level on.
+export KINETO_LOG_LEVEL=99
+PYTHONPATH=$path${PYTHONPATH:+:$PYTHONPATH} "$PYTHON" -m gpu "$@"

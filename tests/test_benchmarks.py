@@ -1,0 +1,108 @@
+"""Runs the benchmark for GPUs on a CPU, with tiny models, and shows that its checks fail when something is wrong."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+from qk_sniffer.capture import row_writer
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The package of the benchmark, with its modules."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    gpu = importlib.import_module("gpu")
+    for name in ("attention", "bench", "jobs", "results", "vectors"):
+        importlib.import_module(f"gpu.{name}")
+    return gpu
+
+
+def tiny_bench(gpu: ModuleType, folder: Path, **budget: Any) -> Any:
+    results = gpu.results.Results(folder / "out", {})
+    budget = {"minutes": 5, "nbytes": 1 << 30} | budget
+    return gpu.bench.Bench(torch.device("cpu"), True, folder, gpu.results.Budget(**budget), results)
+
+
+@pytest.mark.parametrize("seen", [32, 33, 31])
+def test_a_key_too_many_or_too_few_is_wrong_attention(gpu: ModuleType, seen: int) -> None:
+    case = gpu.attention.Case(257, 16, 4, 2, 32)
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(heads, case.tokens, 16) for heads in (4, 2, 2))
+    query *= gpu.attention.LOGITS
+    apart = torch.arange(case.tokens)[:, None] - torch.arange(case.tokens)
+    output = F.scaled_dot_product_attention(
+        query[None], key[None], value[None], attn_mask=(apart >= 0) & (apart < seen), enable_gqa=True
+    )[0].transpose(0, 1)
+    off = gpu.attention.difference(query, key, value, output, case)
+    assert off < 1e-5 if seen == case.window else off > gpu.attention.TOLERANCE
+    assert len(gpu.attention.rows_to_check(case)) == 8
+
+
+@pytest.mark.parametrize("is_wrong", [False, True])
+def test_a_changed_bit_of_a_vector_fails_the_run(
+    gpu: ModuleType, is_wrong: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def with_another_bit(states: torch.Tensor, *rest: Any) -> None:
+        take(states, *rest)
+        rest[-1].view(torch.int16)[0, 0, 0] ^= 1
+
+    take = row_writer.take
+    if is_wrong:
+        monkeypatch.setattr(row_writer, "take", with_another_bit)
+    bench = tiny_bench(gpu, tmp_path)
+    gpu.vectors.check_vectors(bench, "Qwen3-8B")
+    found = json.loads((tmp_path / "out" / "gpu.json").read_text())
+    assert [(row["blocks"], row["that differ"]) for row in found["tables"]["Vectors in the journal"]] == (
+        [(6, 6 * is_wrong)] * 2
+    )
+    assert bool(found["failures"]) == is_wrong
+
+
+@pytest.mark.parametrize("budget", [{"minutes": 0}, {"nbytes": 0}])
+def test_a_run_without_time_or_room_measures_no_more(gpu: ModuleType, budget: dict[str, int], tmp_path: Path) -> None:
+    bench = tiny_bench(gpu, tmp_path, **budget)
+    with pytest.raises(gpu.results.LeftOutError):
+        gpu.jobs.check_jobs(bench)
+    assert not (tmp_path / "texts.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_the_benchmark_for_gpus_runs_whole_on_a_cpu(tmp_path: Path) -> None:
+    command = [
+        "bash",
+        "benchmarks/gpu.sh",
+        "--device",
+        "cpu",
+        "--tiny",
+        "--out",
+        str(tmp_path),
+        "--folder",
+        str(tmp_path),
+    ]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"PYTHON": sys.executable}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    assert {name: len(rows) for name, rows in found["tables"].items()} == {
+        "Cost": 12,
+        "Vectors in the journal": 2,
+        "Attention": 5,
+        "Jobs": 5,
+        "Batches of many lengths": 4,
+        "Journal": 2,
+    }
+    assert {row["proof"] for row in found["tables"]["Jobs"]} == {"proven"}
+    page = (tmp_path / "gpu.md").read_text()
+    assert "- device: cpu" in page and "| tiny | 304 | uniform |" in page

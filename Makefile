@@ -10,11 +10,11 @@ demo: install  ## run a job on the embedded model and texts, and write a report 
 	$(BIN)/python -m qk_sniffer.report data_root=outputs/pydoc-tiny-pydoc
 
 test: install  ## run the quick tests
-	$(BIN)/python -m pytest -n 2 -q
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q
 
 slow: install  ## run the slow tests
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs,notebooks,quantized]'
-	$(BIN)/python -m pytest -n 2 -q -m slow
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q -m slow
 
 notebooks: install  ## run the notebooks of examples/ in place, to refresh their outputs
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[gguf,notebooks]'
@@ -54,7 +54,7 @@ FLOOR := .venv-floor
 FLOOR_TRANSFORMERS := 5.17.0
 
 floor: $(FLOOR)/.installed  ## run the tests marked floor with older versions of transformers and huggingface_hub
-	$(FLOOR)/bin/python -m pytest -n 2 -q -m 'floor and not slow'
+	$(FLOOR)/bin/python -m pytest -n 2 --dist worksteal -q -m 'floor and not slow'
 
 $(FLOOR)/.installed: pyproject.toml constraints.txt
 	test -x $(FLOOR)/bin/python || $(PYTHON) -m venv $(FLOOR)

@@ -4,6 +4,11 @@ With the `sdpa` kernel and no padding mask, a sliding layer has a boolean (n, n)
 131,072 tokens. Inside `banded()`, a `Band`, a marker of a few bytes, replaces this mask, and the kernel processes the
 band in blocks of queries. Any other mask or kernel takes the model's own path.
 
+A block of r queries computes r + window - 1 scores for each query, which sees `window` of them: blocks are smaller than
+the window. On CUDA, the number of keys is a multiple of `ALIGNED`, keys are contiguous, and cuDNN does not attend:
+torch's memory-efficient kernel otherwise copies each mask to align its rows, was wrong for keys that all heads share
+and whose number is 1 more than a multiple of 32 (pytorch issue 191937), and cuDNN plans each new shape.
+
 A marker replaces only a mask whose edges have been checked. Only the kernel of this module accepts it: a model that
 uses its mask in another way raises an error and never attends wrongly.
 """
@@ -20,8 +25,18 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from qk_sniffer.backbone.cuda_attention import without_cudnn
+
 KERNEL = "sdpa"
-MIN_BLOCK = 256
+
+MIN_BLOCK, MAX_BLOCK = 256, 2048
+"""The bounds of the number of queries in a block, which is a quarter of the window between them."""
+
+ALIGNED = 64
+"""The number of keys in a block is a multiple of this on CUDA."""
+
+_WITHOUT_GROUPS = nn.Module()
+"""For the plain kernel, a module whose keys are one for each query head."""
 
 
 @dataclass(frozen=True)
@@ -111,34 +126,68 @@ def _banded_attention(
         plain: tuple[torch.Tensor, None]
         plain = sdpa_attention_forward(module, query, key, value, attention_mask, *args, **kwargs)
         return plain
-    length, window = query.shape[2], attention_mask.window
-    block = max(window, MIN_BLOCK)
-    reach = window - 1
-    # All blocks but the first have the same mask: row i sees columns i to i + reach.
-    offset = torch.arange(block + reach, device=query.device)[None] - torch.arange(block, device=query.device)[:, None]
-    seen = (offset >= 0) & (offset <= reach)
+    if query.device.type != "cuda":
+        return _in_blocks(module, query, key, value, attention_mask.window, *args, **kwargs), None
+    with without_cudnn():
+        return _in_blocks(module, query, key, value, attention_mask.window, *args, aligned=ALIGNED, **kwargs), None
+
+
+def _in_blocks(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    window: int,
+    *args: Any,
+    aligned: int = 1,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """Returns (B, n, H, d). Each block has a multiple of `aligned` keys, some of which no query sees."""
+    length, reach = query.shape[2], window - 1
+    block = min(max(window // 4, MIN_BLOCK), MAX_BLOCK)
+    shares_one = aligned > 1 and key.shape[1] == 1 < query.shape[1]
+    # Row i of a block sees columns i to i + reach, and the first column is the key `reach` before the first query.
+    columns = -(-(block + reach) // aligned) * aligned
+    seen = torch.ones(block, columns, dtype=torch.bool, device=query.device).tril_(reach).triu_()
     attended: torch.Tensor | None = None
     for start in range(0, length, block):
-        end, first = min(length, start + block), max(0, start - reach)
-        lead = first - (start - reach)  # the columns of the band before the first token
-        part = seen[None, None, : end - start, lead : lead + end - first]
+        rows = min(block, length - start)
+        before = max(0, reach - start)  # the columns before the first key
+        dropped = before // aligned * aligned
+        width = -(-(rows + reach) // aligned) * aligned - dropped
+        first = start - reach + dropped
+        queries, keys = slice(start, start + rows), slice(max(0, first), min(length, first + width))
+        filled = before - dropped, first + width - keys.stop  # zeros on the left and on the right
+        part = seen[:rows, dropped : dropped + width]
+        if filled[0]:
+            part = part.clone()
+            part[:, : filled[0]] = False
+        block_key, block_value = (_padded(states[:, :, keys], (0, 0, *filled)) for states in (key, value))
+        if shares_one:
+            block_key, block_value = (
+                states.expand(-1, query.shape[1], -1, -1).contiguous() for states in (block_key, block_value)
+            )
         output, _ = sdpa_attention_forward(
-            module,
-            query[:, :, start:end],
-            key[:, :, first:end],
-            value[:, :, first:end],
-            part,
+            _WITHOUT_GROUPS if shares_one else module,
+            query[:, :, queries],
+            block_key,
+            block_value,
+            part[None, None],
             *args,
-            **{name: _of_block(value, length, slice(start, end), slice(first, end)) for name, value in kwargs.items()},
+            **{name: _of_block(value, length, queries, keys, filled) for name, value in kwargs.items()},
         )
         if attended is None:  # one allocation: hundreds of parts that live until the end fragment the memory
             attended = output.new_empty(output.shape[0], length, *output.shape[2:])
-        attended[:, start:end] = output
+        attended[:, queries] = output
     assert attended is not None
-    return attended, None
+    return attended
 
 
-def _of_block(value: Any, length: int, queries: slice, keys: slice) -> Any:
+def _of_block(value: Any, length: int, queries: slice, keys: slice, filled: tuple[int, int]) -> Any:
     """Returns the part for a block of queries of an argument by query and key, such as a position bias (..., n, n)."""
     by_query_and_key = isinstance(value, torch.Tensor) and value.shape[-2:] == (length, length)
-    return value[..., queries, keys] if by_query_and_key else value
+    return _padded(value[..., queries, keys], filled) if by_query_and_key else value
+
+
+def _padded(states: torch.Tensor, filled: tuple[int, ...]) -> torch.Tensor:
+    return nn.functional.pad(states, filled) if any(filled) else states  # without this, a copy

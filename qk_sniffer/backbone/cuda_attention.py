@@ -4,7 +4,7 @@ Shapes: B batch, H query heads, K key heads, n queries, m keys, d head_dim.
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -25,20 +25,22 @@ ms as others have measured, and attention in a layer of so few tokens takes less
 
 
 @contextmanager
-def cudnn_limited(num_tokens: int, device: torch.device) -> Iterator[None]:
-    """Keeps torch from cuDNN's attention kernels in the block, if it runs on CUDA over fewer than `CUDNN_TOKENS`.
+def without_cudnn() -> Iterator[None]:
+    """Keeps torch from cuDNN's attention kernels in the block.
 
     The setting is that of the whole process. It is restored, and a process that has turned it off keeps it so.
     """
-    if device.type != "cuda" or num_tokens >= CUDNN_TOKENS:
-        yield
-        return
     before = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)
     try:
         yield
     finally:
         torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+def cudnn_limited(num_tokens: int, device: torch.device) -> AbstractContextManager[None]:
+    """Returns the context of a pass over texts of `num_tokens`: `without_cudnn`, if it needs it, or an empty one."""
+    return without_cudnn() if device.type == "cuda" and num_tokens < CUDNN_TOKENS else nullcontext()
 
 
 def refuse_wrong_kernel(

@@ -1,11 +1,12 @@
 """Exports a dataset to the file or folder of a format."""
 
+import fcntl
 import json
 import os
 import re
 import secrets
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, TypedDict
@@ -88,17 +89,27 @@ def export(
     provenance = source.provenance()
     with disk.explained(target, "write"):
         disk.make_folder(target.parent)
-        if chosen.is_folder:
-            _write_folder(target, files | {PROVENANCE: _encoded(provenance)}, overwrite=overwrite)
-        elif beside is None:
-            _write_file(target, files[""], overwrite=overwrite)
-        else:
-            if overwrite:
-                _remove_provenance(beside)  # a kill leaves a file without one, and none with that of another dataset
-            _write_file(target, files[""], overwrite=overwrite)
-            # Its place is free: what has appeared there meanwhile is not of this export.
-            _write_file(beside, _encoded(provenance | {"sha256": sha256(files[""]).hexdigest()}), overwrite=False)
+        with _one_export_in(target.parent):
+            if chosen.is_folder:
+                _write_folder(target, files | {PROVENANCE: _encoded(provenance)}, overwrite=overwrite)
+            elif beside is None:
+                _write_file(target, files[""], overwrite=overwrite)
+            else:
+                if overwrite:
+                    _remove_provenance(beside)  # a kill leaves a file without one, and none with that of another file
+                _write_file(target, files[""], overwrite=overwrite)
+                # Its place is free: what has appeared there meanwhile is not of this export.
+                _write_file(beside, _encoded(provenance | {"sha256": sha256(files[""]).hexdigest()}), overwrite=False)
     return target
+
+
+@contextmanager
+def _one_export_in(folder: Path) -> Iterator[None]:
+    """Waits until no other export writes into a folder: a file and its provenance are of one export."""
+    with OpenFolder.at(folder) as opened:
+        with suppress(OSError):  # some network disks lock no folders
+            fcntl.flock(opened.descriptor, fcntl.LOCK_EX)
+        yield
 
 
 def _exists(output: Path) -> StoreError:

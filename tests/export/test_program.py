@@ -6,7 +6,10 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from qk_sniffer.errors import ConfigError, StoreError
 from qk_sniffer.export import cli, write
 from qk_sniffer.export.formats import FORMATS
 from qk_sniffer.store import disk
+from qk_sniffer.store.disk import sha256_of
 
 
 @pytest.fixture
@@ -241,6 +245,27 @@ def test_a_folder_is_not_written_through_a_link_that_takes_its_place(
     with pytest.raises(StoreError, match=r"was replaced while the export wrote it: give an output where nobody else"):
         qk_sniffer.export(root, "kv_scales", group / "scales")
     assert {path.read_text() for path in model.iterdir()} == {"the user's"} and not (group / "scales").exists()
+
+
+def test_two_exports_to_one_output_write_their_files_one_after_the_other(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, both = tmp_path / "stats.tria", threading.Barrier(2)
+    wrote: list[int] = []
+    write_file = write._write_file
+
+    def noted(*args: Any, **options: Any) -> None:
+        wrote.append(threading.get_ident())
+        with suppress(threading.BrokenBarrierError):
+            both.wait(0.5)  # lets another export write now, if it can
+        write_file(*args, **options)
+
+    monkeypatch.setattr(write, "_write_file", noted)
+    with ThreadPoolExecutor() as pool:
+        for done in [pool.submit(qk_sniffer.export, root, "tria", output, overwrite=True) for _ in range(2)]:
+            done.result()
+    assert wrote[0] == wrote[1] != wrote[2] == wrote[3]
+    assert json.loads((tmp_path / "stats.tria.json").read_text())["sha256"] == sha256_of(output)
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ import argparse
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, redirect_stderr
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from io import StringIO, TextIOWrapper
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
@@ -25,6 +25,7 @@ from omegaconf import DictConfig
 from qk_sniffer.cli import renamed_keys
 from qk_sniffer.cli.application import CONFIG_MODULE, VERSION_BASE, Application
 from qk_sniffer.cli.explain import explain
+from qk_sniffer.cli.help_text import fitted
 from qk_sniffer.cli.schema import unknown_flag, without_key
 from qk_sniffer.errors import ConfigError
 from qk_sniffer.text import say, say_text
@@ -103,9 +104,13 @@ def show(
     if isinstance(sys.stdout, TextIOWrapper):  # Hydra prints any value with `print`
         sys.stdout.reconfigure(errors="backslashreplace")
     sys.argv[1:] = _flags_first(sys.argv[1:], args.overrides)
-    said = StringIO()
+    said, help_text = StringIO(), StringIO()
     try:
-        with _composes_prepared(application.prepare), redirect_stderr(said):
+        with (
+            _composes_prepared(application.prepare),
+            redirect_stderr(said),
+            redirect_stdout(help_text) if args.help else nullcontext(),
+        ):
             application.run_hydra(task)
     except BrokenPipeError:
         raise
@@ -117,6 +122,8 @@ def show(
             check()
             say_text(said.getvalue().strip(), to=sys.stderr)
             return 2
+    if args.help:
+        say_text(fitted(help_text.getvalue().rstrip()))
     if text := said.getvalue().strip():
         say_text(text, to=sys.stderr)
     return 0

@@ -10,6 +10,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from qk_sniffer.cli import process
+from qk_sniffer.cli.help_text import fitted
 from qk_sniffer.cli.schema import Schema, not_a_setting, one_only, repeated, unknown_flag, without_key
 from qk_sniffer.errors import ConfigError
 from qk_sniffer.hub.endpoint import check_address
@@ -40,7 +41,7 @@ def run(name: str, about: str, kind: type[Settings], program: Callable[[Settings
 
     def body(arguments: list[str]) -> int:
         if {"-h", "--help"} & {*arguments}:
-            say_text(_help(name, about, kind))
+            say_text(fitted(_help(name, about, kind)))
             return 0
         settings = parse(arguments, kind)
         check_address()

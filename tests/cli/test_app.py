@@ -73,6 +73,7 @@ def rows_of(output: str) -> list[list[str]]:
 def test_help_is_true(light: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done = sniff(light, tmp_path, "--help")
     assert (done.returncode, done.stderr) == (0, "")
+    assert max(map(len, done.stdout.splitlines())) <= 80
     for needed in ("--multirun", "--hydra-help", "pydoc_tiny", "longbench_v2_long", "log_uniform", "sniffed_qk"):
         assert needed in done.stdout
     keys = re.findall(r"^  ([a-z_]+(?:\.[a-z_]+)+) ", done.stdout, flags=re.MULTILINE)
@@ -82,7 +83,8 @@ def test_help_is_true(light: dict[str, str], tmp_path: Path, monkeypatch: pytest
         assert name in OmegaConf.select(schema(), section)
     monkeypatch.chdir(tmp_path)
     Path("texts.jsonl").touch()
-    commands = re.findall(r"^  python -m qk_sniffer(.*?)(?:   .*)?$", done.stdout, flags=re.MULTILINE)
+    whole = re.sub(r" \\\n +", " ", done.stdout)
+    commands = re.findall(r"^  python -m qk_sniffer(.*?)$", whole, flags=re.MULTILINE)
     assert len(commands) > 5
     executable = tmp_path / "srun"  # one of the commands needs a login node of SLURM
     executable.touch(mode=0o755)

@@ -26,6 +26,15 @@ ASSETS = Path(__file__).resolve().parent / "assets"
 DTYPES = ("bfloat16", "float16", "float32")
 """The dtypes in which models compute."""
 
+OTHER_NAMES_OF_DTYPES = {
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "half": "float16",
+    "fp32": "float32",
+    "float": "float32",
+}
+"""What other programs call them."""
+
 SamplerType = Literal["uniform", "log_uniform", "all", "none"]
 """The samplers; `capture/sampling.py` defines them."""
 

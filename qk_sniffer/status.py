@@ -21,9 +21,11 @@ from qk_sniffer.cli import program
 from qk_sniffer.errors import ConfigError, StoreError
 from qk_sniffer.jobs.slurm import Reasons
 from qk_sniffer.jobs.status import look, table, with_reasons
-from qk_sniffer.text import printable, say, say_text
+from qk_sniffer.text import not_one_of, printable, say, say_text
 
 EVERY_S = 5.0
+
+FORMATS = ("table", "json")
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,8 @@ def show(settings: Settings) -> int:
         ConfigError: the format is unknown.
         StoreError: the folder does not exist.
     """
-    if settings.format not in ("table", "json"):
-        raise ConfigError([f"format is {settings.format!r}; valid: table, json"])
+    if settings.format not in FORMATS:
+        raise ConfigError([not_one_of("format", settings.format, FORMATS)])
     if not settings.folder.is_dir():
         raise StoreError(f"the folder {settings.folder} does not exist")
     reasons = Reasons()

@@ -284,14 +284,24 @@ def in_mb(size: int) -> str:
     return f"{size / 1e6:,.1f} MB"
 
 
-def closest(name: str, valid: Sequence[str], cutoff: float = 0.7) -> list[str]:
-    """Returns at most three names in `valid` that `name` may be a misspelling of, the most similar first."""
+def closest(name: str, valid: Sequence[str], cutoff: float = 0.66) -> list[str]:
+    """Returns at most three names in `valid` that `name` may be a misspelling of, the most similar first.
+
+    The default for `cutoff` passes one wrong letter in a name of three.
+    """
     return difflib.get_close_matches(name, valid, n=3, cutoff=cutoff)
 
 
 def did_you_mean(names: Sequence[str]) -> str:
     """Returns `, did you mean a or b?`; an empty string for no names."""
     return f", did you mean {' or '.join(names)}?" if names else ""
+
+
+def not_one_of(key: str, value: object, valid: Sequence[str], other_names: Mapping[str, str] | None = None) -> str:
+    """Words the problem of a value that is none of the valid ones; `other_names` are known elsewhere for valid ones."""
+    other = (other_names or {}).get(str(value))
+    near = closest(str(value), valid) if other is None else [other]
+    return f"{key} is {value!r}{did_you_mean(near)}; valid: {', '.join(valid)}"
 
 
 def is_utf8_path(path: Path | str) -> bool:

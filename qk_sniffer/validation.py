@@ -19,6 +19,7 @@ from qk_sniffer.config import (
     MOST_SHARDS,
     MOST_SLUG,
     MOST_TOP_K,
+    OTHER_NAMES_OF_DTYPES,
     STAGES,
     Config,
     DatasetConfig,
@@ -27,7 +28,7 @@ from qk_sniffer.config import (
 )
 from qk_sniffer.errors import ConfigError
 from qk_sniffer.resolved import is_template, resolve, template_file
-from qk_sniffer.text import as_yaml, enumerated, expand_home, is_branch_name, is_utf8_path, utf8_way_out
+from qk_sniffer.text import as_yaml, enumerated, expand_home, is_branch_name, is_utf8_path, not_one_of, utf8_way_out
 
 SPECIAL_TOKENS = ("auto", "true", "false")
 MOST_TEMPLATE = 1 << 20
@@ -91,7 +92,8 @@ def _model(model: ModelConfig) -> Iterator[str]:
             yield from _loadable("model.name", model.name)
     yield from _revision("model.revision", model.revision, "model.name", model.name, default="main")
     if model.dtype not in (*DTYPES, AUTO):
-        yield f"model.dtype is {model.dtype!r}; valid: {', '.join(DTYPES)}, {AUTO} (the checkpoint's own)"
+        problem = not_one_of("model.dtype", model.dtype, (*DTYPES, AUTO), OTHER_NAMES_OF_DTYPES)
+        yield f"{problem} (the checkpoint's own)"
     if not isinstance(model.device_map, str | int | dict | None) or isinstance(model.device_map, bool):
         yield (
             f"model.device_map is {as_yaml(model.device_map)}; it must be a name (auto, cpu, cuda:0, ...), "
@@ -112,9 +114,9 @@ def _model(model: ModelConfig) -> Iterator[str]:
     yield from _revision("model.tokenizer.revision", tokenizer.revision, "the tokenizer", source, default="main")
     yield from _at_least("model.tokenizer.max_length", tokenizer.max_length, 1, MAX_INT32)
     if not isinstance(added := tokenizer.add_special_tokens, bool) and added not in SPECIAL_TOKENS:
-        yield f"model.tokenizer.add_special_tokens is {added!r}; valid: {', '.join(SPECIAL_TOKENS)}"
+        yield not_one_of("model.tokenizer.add_special_tokens", added, SPECIAL_TOKENS)
     if tokenizer.overlong not in OVERLONG:
-        yield f"model.tokenizer.overlong is {tokenizer.overlong!r}; valid: {', '.join(OVERLONG)}"
+        yield not_one_of("model.tokenizer.overlong", tokenizer.overlong, OVERLONG)
     yield from _at_least("model.long_context.max_length", model.long_context.max_length, 1, MAX_INT32)
     yield from _at_least("model.long_context.min_bucket_size", model.long_context.min_bucket_size, 1, MAX_INT32)
 
@@ -304,7 +306,7 @@ def _root_in_source(config: Config) -> Iterator[str]:
 
 def _dry_run(config: Config) -> Iterator[str]:
     if not isinstance(config.dry_run, bool) and config.dry_run != "measure":
-        yield f"dry_run is {config.dry_run!r}; valid: false, true, measure"
+        yield not_one_of("dry_run", config.dry_run, ("false", "true", "measure"))
 
 
 def _source(key: str, value: str, local: str) -> Iterator[str]:

@@ -215,9 +215,10 @@ BAD: list[tuple[str, Config]] = [
     (r"model\.revision is 'a b'", replace(GOOD, model=replace(MODEL, revision="a b"))),
     (r"model\.revision is 'v2', but model\.name is '\.'", replace(GOOD, model=ModelConfig(name=".", revision="v2"))),
     (
-        r"model\.dtype is 'bf16'; valid: bfloat16, float16, float32, auto ",
+        r"model\.dtype is 'bf16', did you mean bfloat16\?; valid: bfloat16, float16, float32, auto ",
         replace(GOOD, model=replace(MODEL, dtype="bf16")),
     ),
+    (r"model\.dtype is 'fp16', did you mean float16\?", replace(GOOD, model=replace(MODEL, dtype="fp16"))),
     (r"model\.device_map is \[0\]", replace(GOOD, model=replace(MODEL, device_map=[0]))),
     (r"model\.family is empty", replace(GOOD, model=replace(MODEL, family=""))),
     (

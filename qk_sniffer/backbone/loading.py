@@ -58,7 +58,7 @@ from qk_sniffer.hub.checkpoint_links import refuse_odd_files
 from qk_sniffer.hub.config_limits import refuse_large_config, refuse_other_configs, refuse_too_many_layers
 from qk_sniffer.hub.endpoint import announce
 from qk_sniffer.hub.lfs import refuse_pointers_of_model
-from qk_sniffer.hub.revisions import is_hub_id, repository_files
+from qk_sniffer.hub.revisions import is_hub_id, refuse_gated, repository_files
 
 T = TypeVar("T")
 
@@ -336,13 +336,13 @@ def _loading(config: ModelConfig, commit: str | None, adapter_commit: str | None
     try:
         yield
     except OSError as error:
-        text = str(error)
+        refuse_gated("model", str(config.name), error)
         if problem := _files_problem(config, commit) or _local_problem(config, commit):
             raise SourceError(f"{where} {problem}") from error
         file = "config.json" if config.gguf_file is None else "the file of model.gguf_file"
         raise SourceError(
-            f"{where} cannot be loaded: {_first_line(text)} Give model.name a Hub id (org/name) or a local folder "
-            f"with {file}; private and gated models need HF_TOKEN, an offline machine a cached copy"
+            f"{where} cannot be loaded: {_first_line(str(error))} Give model.name a Hub id (org/name) or a local "
+            f"folder with {file}; a private model needs HF_TOKEN, an offline machine a cached copy"
         ) from error
     except QkSnifferError:
         raise

@@ -14,6 +14,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
 from qk_sniffer.backbone.unloaded import unloaded
 from qk_sniffer.logs import logger
+from qk_sniffer.text import not_one_of
 
 log = logger(__name__)
 
@@ -175,7 +176,7 @@ def _problems(given: Mapping[str, Any], present: Mapping[str, Any], path: str) -
     rope_type = given.get("rope_type", present.get("rope_type", "default"))
     types = sorted({"default", *ROPE_INIT_FUNCTIONS, present.get("rope_type", "default")})
     if rope_type not in types:
-        yield f"{path}.rope_type is {rope_type!r}; valid: {', '.join(types)}"
+        yield not_one_of(f"{path}.rope_type", rope_type, types)
     elif rope_type == "default" and "factor" in given:
         yield f"{path}.factor has no effect on rope_type default; give {path}.rope_type too"
     for key in given:

@@ -46,6 +46,7 @@ import numpy.typing as npt
 
 from qk_sniffer.config import MOST_COUNT, MOST_RATE, SamplerConfig, SamplerType
 from qk_sniffer.errors import ConfigError
+from qk_sniffer.text import not_one_of
 
 TYPES = get_args(SamplerType)
 SHARES = ("layer_kind", "example")
@@ -226,7 +227,7 @@ def sampling_ids(example_ids: npt.ArrayLike, parts: npt.ArrayLike) -> Int64:
 def problems(config: SamplerConfig) -> list[str]:
     """Returns the problems with the values of `config`, one line each, with their keys."""
     lines = [
-        f"{key} is {value!r}; valid: {', '.join(name or 'null' for name in valid)}"
+        not_one_of(key, value, [name or "null" for name in valid])
         for key, value, valid in (
             ("sampler.type", config.type, TYPES),
             ("sampler.keys.type", config.keys.type, (*TYPES, None)),

@@ -64,7 +64,9 @@ def _runs_jobs(arguments: Sequence[str]) -> bool:
 
 
 def meant(argument: str) -> list[str]:
-    """Returns the programs that an argument may be a misspelled name of, the most similar first."""
+    """Returns the programs that an argument may be a misspelled name of, the most similar first; or the flag it is."""
+    if f"--{argument}" in ("--help", process.VERSION):
+        return [f"--{argument}"]
     return closest(argument, [*PROGRAMS]) if re.fullmatch("[a-zA-Z.]+", argument) else []
 
 

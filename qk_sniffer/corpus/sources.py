@@ -28,7 +28,7 @@ from qk_sniffer.corpus.home import check_format, check_home, data_file, own_patt
 from qk_sniffer.corpus.rows import LibraryRows, ListRows, Rows, no_rows
 from qk_sniffer.corpus.splits import named_splits, no_split, rows_of_files
 from qk_sniffer.errors import SourceError
-from qk_sniffer.hub.revisions import HubUnreachableError, hub_commit, is_hub_id
+from qk_sniffer.hub.revisions import HubUnreachableError, hub_commit, is_hub_id, refusal_of_gated
 from qk_sniffer.logs import logger
 from qk_sniffer.store.disk import walk
 from qk_sniffer.text import hide_in_address, is_utf8_path, shortened, utf8_way_out
@@ -164,7 +164,7 @@ def _hub(config: DatasetConfig, path: str, commit: str | None) -> Source:
     except HubUnreachableError as unreachable:
         return _cached(config, path, commit, unreachable)
     with own_descriptions(where, hub_copies.snapshot(path, commit)):
-        builder = _building(where, lambda: _builder(where, path, config, revision=commit))
+        builder = _building(where, lambda: _builder(where, path, config, revision=commit), path)
     if builder.hash != commit:  # if `datasets` finds no data files, it uses another commit from its cache
         raise SourceError(f"{where}: commit {commit} has no data files that can be read, or the connection was lost")
     home = f"hf://datasets/{path}@{commit}/"
@@ -247,8 +247,8 @@ def _builder(where: str, path: str, config: DatasetConfig, **options: Any) -> An
     return builder
 
 
-def _building(where: str, make: Callable[[], Any]) -> Any:
-    """Returns the result of `make`.
+def _building(where: str, make: Callable[[], Any], repository: str | None = None) -> Any:
+    """Returns the result of `make`, which reads a local folder, or a repository of the Hub.
 
     Raises:
         SourceError: `make` failed.
@@ -259,6 +259,8 @@ def _building(where: str, make: Callable[[], Any]) -> Any:
         raise
     except Exception as error:
         message = str(error)
+        if repository is not None and "is a gated dataset" in message:  # the Hub's own answer is not in the chain
+            raise refusal_of_gated("dataset", repository) from error
         if isinstance(error, ValueError) and ("BuilderConfig" in message or "Config name is missing" in message):
             listed = re.search(r"\[(.*?)\]", message, flags=re.DOTALL)
             names = listed.group(1).replace("'", "") if listed else message

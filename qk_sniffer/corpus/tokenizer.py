@@ -31,7 +31,7 @@ from qk_sniffer.errors import SourceError
 from qk_sniffer.hub.checkpoint_links import refuse_odd_files
 from qk_sniffer.hub.json_files import damaged_json
 from qk_sniffer.hub.lfs import refuse_pointers
-from qk_sniffer.hub.revisions import HubUnreachableError, cached_commit, hub_commit, is_hub_id
+from qk_sniffer.hub.revisions import HubUnreachableError, cached_commit, hub_commit, is_hub_id, refuse_gated
 from qk_sniffer.logs import logger
 
 log = logger(__name__)
@@ -117,6 +117,7 @@ def load_tokenizer(
     except SourceError:
         raise
     except Exception as error:
+        refuse_gated("model", name, error)
         damaged = damaged_json(local / file for file in _JSON_FILES)
         reason = damaged or " ".join(str(error).split()) or type(error).__name__
         raise SourceError(

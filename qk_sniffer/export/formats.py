@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from qk_sniffer.errors import ConfigError
 from qk_sniffer.export import expected_attention, kv_scales, qfilters, tria, triattention
 from qk_sniffer.export.source import Source
-from qk_sniffer.text import closest, did_you_mean
+from qk_sniffer.text import not_one_of
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,5 @@ def format_named(name: str) -> Format:
         ConfigError: there is none.
     """
     if name not in FORMATS:
-        near = did_you_mean(closest(name, list(FORMATS)))
-        raise ConfigError([f"format is {name!r}{near}; valid: {', '.join(FORMATS)}"])
+        raise ConfigError([not_one_of("format", name, list(FORMATS))])
     return FORMATS[name]

@@ -179,7 +179,7 @@ def reason(error: Exception, api: "HfApi") -> str:
 
     if isinstance(error, hub.LocalTokenNotFoundError):
         return "there is no token: set HF_TOKEN, or log in with `hf auth login`"
-    if any(isinstance(cause, hub.OfflineModeIsEnabled) for cause in _causes(error)):
+    if any(isinstance(cause, hub.OfflineModeIsEnabled) for cause in causes(error)):
         return "offline mode is on: unset HF_HUB_OFFLINE"
     refusal = _refusal(error)
     if refusal is None and isinstance(error, hub.LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
@@ -199,7 +199,8 @@ def reason(error: Exception, api: "HfApi") -> str:
     return f"the Hub answers {answer}"
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yields an error and the errors that it was raised from."""
     while error is not None:
         yield error
         error = error.__cause__
@@ -209,7 +210,7 @@ def _refusal(error: Exception) -> "HfHubHTTPError | None":
     """Returns the Hub's answer that caused `error`; None if no answer did."""
     from huggingface_hub import errors as hub
 
-    return next((cause for cause in _causes(error) if isinstance(cause, hub.HfHubHTTPError)), None)
+    return next((cause for cause in causes(error) if isinstance(cause, hub.HfHubHTTPError)), None)
 
 
 def _status(error: Exception) -> int | None:
@@ -228,7 +229,7 @@ def _wait_s(error: Exception, tries: int) -> float | None:
         return usual + _retry_after_s(refusal.response.headers) if status in _TRANSIENT or status >= 500 else None
     if isinstance(error, LocalEntryNotFoundError):
         return None  # no connection for a download: huggingface_hub has retried for half a minute
-    for cause in _causes(error):
+    for cause in causes(error):
         if isinstance(cause, OfflineModeIsEnabled):
             return None
         # A proxy's page instead of JSON: huggingface_hub parses some answers before it checks their status.

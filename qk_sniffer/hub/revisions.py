@@ -11,7 +11,7 @@ from typing import Literal
 
 from qk_sniffer.errors import SourceError
 from qk_sniffer.hub.answers import is_commit
-from qk_sniffer.hub.client import reading_api
+from qk_sniffer.hub.client import causes, reading_api
 from qk_sniffer.text import is_utf8_path, shortened, utf8_way_out
 
 Kind = Literal["dataset", "model"]
@@ -40,11 +40,8 @@ def hub_commit(kind: Kind, name: str, revision: str | None = None) -> str:
 
     try:
         commit = reading_api().repo_info(name, repo_type=kind, revision=revision, timeout=_TIMEOUT_S).sha
-    except hub.GatedRepoError:
-        raise SourceError(
-            f"{kind} {name!r} is gated on the Hub: ask for access on its page, then log in (`hf auth login`, or "
-            "HF_TOKEN in the environment)."
-        ) from None
+    except hub.GatedRepoError as error:
+        raise refusal_of_gated(kind, name) from error
     except hub.RevisionNotFoundError:
         raise SourceError(f"{kind} {name!r} has no revision {revision!r}.{_revisions(kind, name)}") from None
     except hub.RepositoryNotFoundError:
@@ -66,6 +63,28 @@ def hub_commit(kind: Kind, name: str, revision: str | None = None) -> str:
     if commit is None or not is_commit(commit):  # it becomes a part of paths
         raise HubUnreachableError(f"the Hub cannot be reached: it named no commit for {name!r}")
     return commit
+
+
+def refuse_gated(kind: Kind, name: str, error: Exception) -> None:
+    """Raises another error for one of a library if its cause is that the account may not read a gated repository.
+
+    The Hub names the commits of such a repository to everybody, so `hub_commit` does not find out.
+
+    Raises:
+        SourceError: the repository is gated.
+    """
+    from huggingface_hub.errors import GatedRepoError
+
+    if any(isinstance(cause, GatedRepoError) for cause in causes(error)):
+        raise refusal_of_gated(kind, name) from error
+
+
+def refusal_of_gated(kind: Kind, name: str) -> SourceError:
+    """Returns the error of a gated repository that the account may not read."""
+    return SourceError(
+        f"{kind} {name!r} is gated on the Hub: ask for access on its page, then log in (`hf auth login`, or HF_TOKEN "
+        "in the environment)."
+    )
 
 
 def _unreachable(error: Exception) -> HubUnreachableError:
@@ -115,6 +134,7 @@ def hub_file(name: str, file: str, revision: str | None = None) -> Path | None:
 
     Raises:
         HubUnreachableError: the cache does not tell, and the Hub gives no answer.
+        SourceError: the repository is gated, and this account has no access to it.
     """
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
@@ -127,6 +147,7 @@ def hub_file(name: str, file: str, revision: str | None = None) -> Path | None:
         commit, files = _listed(name, revision)
         return Path(hf_hub_download(name, file, revision=commit)) if file in files else None
     except Exception as error:  # errors of any HTTP library below
+        refuse_gated("model", name, error)
         raise _unreachable(error) from error
 
 

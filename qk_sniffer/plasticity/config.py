@@ -13,7 +13,7 @@ from qk_sniffer.cli.schema import Schema
 from qk_sniffer.config import structured
 from qk_sniffer.hub.revisions import is_hub_id
 from qk_sniffer.resolved import last_part, safe_name
-from qk_sniffer.text import expand_home
+from qk_sniffer.text import expand_home, not_one_of
 
 INSTALL = "pip install scipy matplotlib"
 ESTIMATORS = ("regression", "full_covariance")
@@ -167,7 +167,7 @@ def _numbers(config: PlasticityConfig) -> Iterator[str]:
 
 def _estimator(estimator: EstimatorConfig) -> Iterator[str]:
     if estimator.name not in ESTIMATORS:
-        yield f"estimator.name is {estimator.name!r}; valid: {', '.join(ESTIMATORS)}"
+        yield not_one_of("estimator.name", estimator.name, list(ESTIMATORS))
     elif estimator.name == "full_covariance":
         if estimator.alpha is None or not (0 < estimator.alpha < 1 and math.isfinite(estimator.alpha)):
             yield f"estimator.alpha is {estimator.alpha}; it must be above 0 and below 1"

@@ -52,6 +52,7 @@ def refusal(*arguments: str) -> str:
         ("experimnt=sample", r"did you mean \+experiment=\.\.\.\?"),
         ("experiment=sample", r"an experiment is added to a run: \+experiment=sample"),
         ("+experiment=smple", r"no such experiment, did you mean sample\?; valid: attention_plasticity, sample, smol"),
+        ("output=hug", r"no such output, did you mean hub\?; valid: hub, local, "),
         ("model=qwen3-8b", r"no such model, did you mean qwen3_8b or .*; valid: .*llama3_1_8b, .*pydoc_tiny"),
         ("model=Qwen/Qwen3-8B", r"for the Hub or a path: model=hf model\.name=Qwen/Qwen3-8B"),
         ("dataset=texts.jsonl", r"for the Hub or a path: dataset=hf dataset\.path=texts\.jsonl"),

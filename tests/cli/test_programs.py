@@ -44,6 +44,9 @@ def test_a_misspelled_program_is_told_the_name(
 ) -> None:
     assert run(monkeypatch, "verfy", "outputs/mine") == 2
     assert "verfy is not a program, did you mean verify?" in capsys.readouterr().err
+    for flag in ("version", "help"):
+        assert run(monkeypatch, flag) == 2
+        assert f"{flag} is not a program, did you mean --{flag}?" in capsys.readouterr().err
     assert run(monkeypatch, "--version") == 0
     assert capsys.readouterr().out == f"qk-sniffer {qk_sniffer.__version__}\n"
 

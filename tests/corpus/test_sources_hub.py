@@ -233,11 +233,16 @@ def test_a_hub_dataset_is_pinned(tmp_path: Path) -> None:
         hub.commit("org/packed", {"train.jsonl.gz": gzip.compress(jsonl(ROWS))})
         table, other = b"id,text\n007,NA\n12,n/a\n", b"id,text\n1,other\n"
         hub.commit("org/table", {"train.csv": table, "test.csv": other, "extra.csv": other})
-        hub.commit("org/gated", files)
-        hub.repositories["org/gated"].gated = True
         checkpoint = {path.name: path.read_bytes() for path in tokenizer.iterdir()}
-        model = hub.commit("org/model", checkpoint | {"config.json": b'{"model_type": "llama"}'})
+        checkpoint["config.json"] = b'{"model_type": "llama"}'
+        model = hub.commit("org/model", checkpoint)
+        hub.commit("org/gated", files | checkpoint | {"adapter_config.json": b"{}"})
+        hub.repositories["org/gated"].gated = True
         code = f"""
+from qk_sniffer.backbone.loading import check_model
+from qk_sniffer.hub.revisions import hub_commit, hub_file
+def model(name):
+    return check_model(ModelConfig(name=name), commit=hub_commit('model', name))
 def texts(corpus):
     return [(example.index, example.content) for example in corpus.examples()]
 {ROWS_OF}
@@ -263,6 +268,9 @@ for text in (
     error(dataset, 'org/name', data_files='no*.jsonl'),
     error(dataset, 'org/missing'),
     error(dataset, 'org/gated'),
+    error(tokenizer, 'org/gated'),
+    error(model, 'org/gated'),
+    error(hub_file, 'org/gated', 'adapter_config.json'),
     error(tokenizer, 'org/model', revision='v2'),
     error(tokenizer, 'org/missing'),
 ):
@@ -285,7 +293,8 @@ for text in (
         "default",
         "dataset.data_files",
         "neither a local path nor on the Hub",
-        "gated",
+        "dataset 'org/gated' is gated on the Hub: ask for access on its page, then log in",
+        *["model 'org/gated' is gated on the Hub: ask for access on its page, then log in"] * 3,
         "It has: main",
         "neither a local path nor on the Hub",
     ]

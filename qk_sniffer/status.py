@@ -1,4 +1,4 @@
-"""Shows the state of the datasets and jobs below a folder, and the error of each failed job.
+"""Shows the state of the datasets and jobs below a folder, and the error of each failed job in one line.
 
 It reads files. So it shows jobs on any machine that writes to this file system, even after the command that started
 them has ended. A file that cannot be read is named on stderr and left out. Where SLURM answers, it adds the scheduler's
@@ -6,8 +6,9 @@ reason to the jobs that wait: `queued: Priority`.
 
 The state is that of the dataset, by its own files and locks: queued, running, requeued (queued again after its time
 limit), done (of a shard: it is captured), published, interrupted (rerun the command to resume), not started. The last
-attempt is another column: refused at its start, failed, or interrupted. It changes no dataset. Without a dataset, a job
-is failed or interrupted itself. A job that was refused and left no folder is shown only if it is one of a sweep.
+attempt is another column: refused at its start, failed, or interrupted, as a killed job is. It changes no dataset.
+Without a dataset, a job is failed or interrupted itself. A job that was refused and left no folder is shown only if it
+is one of a sweep.
 """
 
 import json

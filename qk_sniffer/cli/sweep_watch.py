@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from qk_sniffer.errors import StoreError
 from qk_sniffer.jobs import sweep
-from qk_sniffer.jobs.job_status import FAILED, GOOD, NOT_STARTED, QUEUED, RUNNING, Status
+from qk_sniffer.jobs.job_status import GOOD, NOT_STARTED, QUEUED, RUNNING, Status, in_brief
 from qk_sniffer.jobs.status import Line, line_of_job
 from qk_sniffer.jobs.sweep import PlannedJob
 from qk_sniffer.live import LiveLines
@@ -102,7 +102,7 @@ class SweepWatch:
             news = (line.status.state, line.status.restarts, tenth if is_running else None)
             if news != self._told[number]:
                 self._told[number] = news
-                (log.warning if line.status.state == FAILED else log.info)("%s", self._text(line))
+                (log.warning if line.status.error else log.info)("%s", self._text(line))
 
     def _text(self, line: Line) -> str:
         status = line.status
@@ -116,7 +116,7 @@ class SweepWatch:
         if status.state in GOOD and line.rows is not None:
             facts.append(counted(line.rows, "row"))
         if status.error:
-            facts.append(status.error)
+            facts.append(in_brief(status.error))
         return f"{self._planned[status.number]}: {', '.join(facts)}"
 
 

@@ -22,7 +22,7 @@ from qk_sniffer.store.form_types import Sha256
 from qk_sniffer.store.locks import hold, is_held, restart_patience_s, slurm_restarts
 from qk_sniffer.store.own_files import starts_with
 from qk_sniffer.store.stored import Count, PathText, Seconds, Text, UnreadableError
-from qk_sniffer.text import one_line
+from qk_sniffer.text import one_line, printable_lines
 
 log = logger(__name__)
 
@@ -45,7 +45,7 @@ GOOD = (DONE, PUBLISHED)
 
 @dataclass
 class Status:
-    """The state of a job. `error` is the message that it failed with, in one line, and `code` its exit code.
+    """The state of a job. `error` is the message that it failed with, in printable lines, and `code` its exit code.
 
     `since` is the time when it was queued or last started, in seconds since 1970. `seconds` is its duration from then.
     `restarts` counts the restarts by SLURM. `rows` are those of the whole dataset, and `manifest` is the sha256 of its
@@ -94,11 +94,30 @@ class Status:
 
     def fail(self, message: str, *, code: int = 1) -> None:
         """Records that the job failed with `message`, and its exit code."""
-        self.state, self.error, self.code = FAILED, one_line(message, 300), code
+        shown = printable_lines(message)  # all of it: a part of a secret would not be recognized
+        cut = shown if len(shown) <= _MOST_OF_ERROR else f"{shown[: _MOST_OF_ERROR - 4]} ..."
+        self.state, self.error, self.code = FAILED, cut, code
+
+    def die(self) -> None:
+        """Records that the job ended without a word: what it has written is whole, as after an interrupt."""
+        self.fail("ended without a message: it was killed, or its machine failed (out of memory, time limit)")
+        self.state = INTERRUPTED
 
     def write(self, folder: Path) -> None:
         """Writes the status file to a job's folder. Replaces that of an earlier job, and no file of someone else."""
         write_atomic(folder / STATUS_FILE, stored.encode(asdict(self)), is_own=starts_with(rb'\{"number": \d+, "data_'))
+
+
+_MOST_OF_ERROR = 2000
+"""The most characters of a message in a status file. The log of the job has all of it."""
+
+
+def in_brief(error: str) -> str:
+    """Returns the first line of a message; with the next one, if it introduces that. More lines are three dots."""
+    first, *others = error.split("\n")
+    if first.endswith(":") and others:
+        first += " " + others.pop(0).strip().removeprefix("- ")
+    return one_line(f"{first} ..." if others else first, 300)
 
 
 def slurm_job_id() -> str | None:
@@ -136,7 +155,7 @@ def recorded(status: Status, folder: Path) -> Iterator[Callable[[], None]]:
 
 
 def read_status(file: Path) -> Status:
-    """Reads the status in `file`. A job that no longer runs and did not record its end has failed.
+    """Reads the status in `file`. A job that no longer runs and did not record its end was interrupted.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -148,7 +167,7 @@ def read_status(file: Path) -> Status:
         if status.state == RUNNING:
             status.seconds = max(file.stat().st_mtime - status.since, 0.0)
             status.began = True  # nobody refused it
-            status.fail("ended without a message: it was killed, or its machine failed (out of memory, time limit)")
+            status.die()
     return status
 
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from qk_sniffer.config import MOST_SHARDS
 from qk_sniffer.errors import RIGHTS, StoreError
 from qk_sniffer.jobs import job_status, slurm, sweep
-from qk_sniffer.jobs.job_status import STATUS_FILE, Status
+from qk_sniffer.jobs.job_status import STATUS_FILE, Status, in_brief
 from qk_sniffer.jobs.progress import read_progress
 from qk_sniffer.jobs.sweep import SWEEP_FILE
 from qk_sniffer.store import manifest as manifests
@@ -34,7 +34,7 @@ class Line:
     `examples` of `total` are captured. `tokens_per_s` and `seconds_left` come from the job's last report. `rows` are
     those of the dataset, or those that a running job has captured so far. `reason` is SLURM's reason why a job waits.
     `last_attempt` says how the last job ended that did not make the dataset, and `last_error` why: `refused` at its
-    start, `failed` or `interrupted`.
+    start, `failed` or `interrupted`. `log` is the file with the log of the job that the line has an error of.
     """
 
     status: Status
@@ -46,6 +46,7 @@ class Line:
     reason: str | None = None
     last_attempt: str | None = None
     last_error: str | None = None
+    log: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, flat."""
@@ -63,6 +64,7 @@ class _Attempt:
 
     status: Status
     is_announced: bool
+    file: Path
 
     @property
     def shard(self) -> Shard:
@@ -71,6 +73,12 @@ class _Attempt:
     @property
     def ended(self) -> float:
         return self.status.since + self.status.seconds
+
+    @property
+    def log(self) -> str | None:
+        """The log of a job with an error, which Hydra has written next to its status file."""
+        logs = sorted(self.file.parent.glob("*.log")) if self.status.error and not self.is_announced else []
+        return str(logs[0]) if logs else None
 
     def order(self) -> tuple[bool, bool, float]:
         """Puts a running job last, the latest before it, and one that never started first."""
@@ -101,7 +109,7 @@ def look(folder: Path, left_out: Callable[[StoreError], None] = lambda _: None) 
         if path.name in (SWEEP_FILE, STATUS_FILE):
             for status in _read(path, left_out):
                 real = _real(status.data_root)
-                attempts.setdefault(real, []).append(_Attempt(status, path.name == SWEEP_FILE))
+                attempts.setdefault(real, []).append(_Attempt(status, path.name == SWEEP_FILE, path))
                 roots.setdefault(real, Path(status.data_root))
         else:
             roots[_real(path)] = path.absolute()
@@ -133,7 +141,7 @@ def table(lines: list[Line], width: int | None = None) -> str:
     errors, places = [], []
     for line in lines:
         status = line.status
-        name = os.path.relpath(status.data_root) if _is_below(status.data_root, Path.cwd()) else status.data_root
+        name = _from_here(status.data_root)
         if status.shard_count > 1:
             name += f" (shard {status.shard_index} of {status.shard_count})"
         examples = "" if line.examples is None else f"{line.examples:,}"
@@ -158,7 +166,8 @@ def table(lines: list[Line], width: int | None = None) -> str:
         )
         if error := line.last_error or status.error:
             of_attempt = f" {line.last_attempt}:" if line.last_attempt else ""
-            errors.append(f"{name}:{of_attempt} {error}")
+            errors.append(f"{name}:{of_attempt} {in_brief(error)}")
+            errors += [] if line.log is None else [f"  log: {_from_here(line.log)}"]
     known = sorted({line.reason for line in lines if line.reason is not None})
     meanings = [f"{reason}: {meaning}" for reason in known if (meaning := slurm.advice(reason)) is not None]
     shown = [column for column in zip(*rows, strict=True) if any(column[1:]) or column[0] in ("dataset", "state")]
@@ -239,7 +248,7 @@ def _of_root(layout: Layout, attempts: list[_Attempt], left_out: Callable[[Store
     if record is None and manifest is None:
         for shard, attempt in latest.items():
             if shard not in lines and _tells_of_no_dataset(attempt, attempts):
-                lines[shard] = Line(attempt.status, rows=attempt.status.rows)
+                lines[shard] = Line(attempt.status, rows=attempt.status.rows, log=attempt.log)
     known = max((attempt.ended for shard, attempt in latest.items() if shard in lines), default=0.0)
     for shard, attempt in latest.items():
         # A job with another number of shards was refused, and has no line.
@@ -256,21 +265,23 @@ def _with_last(line: Line, attempt: _Attempt) -> Line:
         line,
         last_attempt=None if outcome == line.status.state else outcome,
         last_error=None if error == line.status.error else error,
+        log=attempt.log,
     )
 
 
 def _tells_of_no_dataset(attempt: _Attempt, attempts: list[_Attempt]) -> bool:
     """Whether the last job of a data root without a dataset and without work is shown.
 
-    A mistake is not: its command has told it, and has left nothing. A sweep shows all of its jobs. A dataset that was
-    removed is not shown, but one that is on the Hub alone.
+    A mistake and an interrupt are not: the command has told them, and has left nothing. A sweep shows all of its jobs.
+    A dataset that was removed is not shown, but one that is on the Hub alone.
     """
     state = attempt.status.state
     if state in job_status.GOOD:
         return state == job_status.PUBLISHED and _exists(attempt.status.data_root)
     if state in (job_status.FAILED, job_status.INTERRUPTED):
         of_sweep = any(each.is_announced and each.shard == attempt.shard for each in attempts)
-        return of_sweep or attempt.outcome == job_status.FAILED
+        is_refused = attempt.outcome == REFUSED
+        return of_sweep or (attempt.status.error is not None and not is_refused)
     return True
 
 
@@ -380,5 +391,6 @@ def _exists(path: str | Path) -> bool:
         return False
 
 
-def _is_below(path: str, folder: Path) -> bool:
-    return Path(_real(path)).is_relative_to(_real(folder))
+def _from_here(path: str) -> str:
+    """Returns a path as a user of the current folder writes it."""
+    return os.path.relpath(path) if Path(_real(path)).is_relative_to(_real(Path.cwd())) else path

@@ -26,6 +26,7 @@ from qk_sniffer.jobs.job_status import (
     QUEUED,
     STATUS_FILE,
     Status,
+    in_brief,
     read_status,
     recorded_status,
     status_of,
@@ -335,5 +336,6 @@ def table(jobs: Sequence[PlannedJob], found: dict[int, Status], width: int | Non
         count = "" if status.rows is None else f"{status.rows:,}"
         taken = tqdm.format_interval(status.seconds) if status.state not in (QUEUED, NOT_STARTED) else ""
         rows.append((str(job.number), status.model, status.state, count, taken, where, " ".join(job.arguments)))
-    errors = [f"{job}: {found[job.number].error}" for job in jobs if job.number in found and found[job.number].error]
+    messages = {job: found[job.number].error for job in jobs if job.number in found}
+    errors = [f"{job}: {in_brief(message)}" for job, message in messages.items() if message]
     return "\n".join([folded(rows, width, ("model", "where", "its own arguments")), *map(printable, errors)])

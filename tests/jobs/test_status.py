@@ -13,6 +13,7 @@ from support.store_cases import Captured, make_dataset
 
 from qk_sniffer.cli import app
 from qk_sniffer.config import ShardConfig, from_dict
+from qk_sniffer.errors import StoreError
 from qk_sniffer.jobs import sweep
 from qk_sniffer.jobs.job_status import Status, recorded
 from qk_sniffer.jobs.status import look, table
@@ -150,6 +151,23 @@ def test_a_sweep_shows_its_jobs_that_left_nothing(tmp_path: Path) -> None:
             found.fail("no such model")
     (line,) = look(tmp_path)
     assert (line.status.state, line.last_attempt, line.status.error) == ("failed", "refused", "no such model")
+
+
+def test_an_error_of_several_lines_is_one_in_the_table_and_whole_in_json_and_the_log(tmp_path: Path) -> None:
+    error = StoreError("a holds a dataset of another configuration:", "  - sampler.seed: 0 there, 3 now", "Give ...")
+    (job,) = planned(tmp_path / "a")
+    found = Status.here(0, job.config)
+    with recorded(found, tmp_path):
+        found.began = True
+        found.fail(str(error))
+    log = tmp_path / "qk_sniffer.log"
+    log.touch()
+    (line,) = look(tmp_path)
+    assert (line.to_dict()["error"], line.log) == (str(error), str(log))
+    assert table([line]).splitlines()[2:] == [
+        f"{tmp_path}/a: a holds a dataset of another configuration: sampler.seed: 0 there, 3 now ...",
+        f"  log: {log}",
+    ]
 
 
 def test_the_state_of_an_earlier_dataset_is_not_told_of_the_one_that_replaced_it(tmp_path: Path) -> None:

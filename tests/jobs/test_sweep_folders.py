@@ -225,7 +225,7 @@ def test_the_error_of_a_job_shows_no_secret_to_later_processes(tmp_path: Path, m
     assert found.error == "RuntimeError: https://***@host/***\\x1b"
 
 
-def test_a_job_that_dies_has_failed(tmp_path: Path) -> None:
+def test_a_job_that_dies_is_interrupted(tmp_path: Path) -> None:
     code = f"""
 import os
 from pathlib import Path
@@ -238,7 +238,7 @@ with recorded(Status.here(0, config), Path({str(tmp_path)!r})):
 """
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
     (line,) = look(tmp_path)
-    assert line.status.state == "failed" and "ended without a message" in str(line.status.error)
+    assert (line.status.state, line.status.code) == ("interrupted", 1)
     assert "a: ended without a message" in table([line])
 
 

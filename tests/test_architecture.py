@@ -59,7 +59,16 @@ IMPORT_TORCH = {
     ),
     *(
         f"backbone.{name}"
-        for name in ("adapter", "adapter_files", "implementations", "outline", "rotation", "spellings", "wrapper")
+        for name in (
+            "adapter",
+            "adapter_files",
+            "implementations",
+            "outline",
+            "rotation",
+            "spellings",
+            "window_kernels",
+            "wrapper",
+        )
     ),
     *(f"capture.{name}" for name in ("attention_summary", "capture", "gather", "moments", "row_writer")),
     "jobs.measure",

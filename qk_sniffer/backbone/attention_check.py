@@ -167,13 +167,18 @@ def _differences(run: KernelRun, layer: LayerFacts, at: Sequence[int], dtype: to
     _refuse_unknown(run, layer)
     exact, rounded = _attend(run, layer, at, None), _attend(run, layer, at, dtype)
     got = run.output[0, list(at)].to(exact.dtype)
+    return beyond_rounding(got, exact, rounded).cpu()
+
+
+def beyond_rounding(got: torch.Tensor, exact: torch.Tensor, rounded: torch.Tensor) -> torch.Tensor:
+    """Returns the difference of outputs (P, H, w) from the exact ones that the module docstring defines, (P, H)."""
     rounded = torch.where(torch.isfinite(rounded), rounded, exact)  # logits beyond float16 are infinite only if rounded
     both = (torch.isnan(got) & torch.isnan(exact)) | (torch.isinf(exact) & (got == exact))
     got, exact, rounded = (torch.where(both, 0.0, states) for states in (got, exact, rounded))
     norm = exact.norm(dim=-1)
     beyond = (got - exact).norm(dim=-1) - 4 * (rounded - exact).norm(dim=-1)
     # Not clamp(min=0) of NaN alone: a kernel whose output is NaN or infinite where the exact one is not has failed.
-    return torch.where(beyond <= 0, 0.0, beyond / torch.where(norm > 0, norm, 1.0)).cpu()
+    return torch.where(beyond <= 0, 0.0, beyond / torch.where(norm > 0, norm, 1.0))
 
 
 def _refuse_unknown(run: KernelRun, layer: LayerFacts) -> None:

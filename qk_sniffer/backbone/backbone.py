@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 from qk_sniffer.backbone import limits, rotary
 from qk_sniffer.backbone.attention_terms import why_unknown
 from qk_sniffer.backbone.banded_attention import banded
-from qk_sniffer.backbone.cuda_attention import cudnn_limited
+from qk_sniffer.backbone.cuda_attention import SDPA, cudnn_limited
 from qk_sniffer.backbone.family import Family, RotaryCall
 from qk_sniffer.backbone.layers import NOT_SHOWN, LayerFacts, LayerHeads
 from qk_sniffer.backbone.quantization import COMPUTED_IN, StoredWeights
@@ -30,6 +30,7 @@ from qk_sniffer.backbone.tap import (
     shows_nothing,
     tap,
 )
+from qk_sniffer.backbone.window_kernels import Form, WindowKernel, window_kernel
 from qk_sniffer.errors import CaptureError, QkSnifferError
 
 PROBE_TOKENS = 6
@@ -58,6 +59,8 @@ class Backbone:
         self.stored = stored
         self.adapter = adapter
         """The facts of the adapter on the decoder, for the manifest; None without an adapter."""
+        self.window_kernel: WindowKernel | None = None
+        """Computes bands, in place of blocks; `probe` chooses it, on CUDA in half precision."""
         self.attention_layers = family.attention_layers(decoder)
         weights = list(decoder.parameters())
         # Weights that accelerate offloads are on the meta device until a forward pass needs them.
@@ -126,10 +129,13 @@ class Backbone:
         *,
         both_stages: bool = False,
     ) -> None:
-        attention = banded() if self.banded_attention else nullcontext()
         tapped = self.tapped(on_call, on_run, on_output, on_rotary, both_stages=both_stages)
-        with attention, tapped, suppress(ForwardDone):
+        with self.bands(), tapped, suppress(ForwardDone):
             self.run(ids)
+
+    def bands(self) -> AbstractContextManager[None]:
+        """Returns the context of forward passes whose sliding windows are bands, if this backbone has any."""
+        return banded(self.window_kernel) if self.banded_attention else nullcontext()
 
     def run(self, ids: torch.Tensor) -> None:
         """Runs a plain forward pass over token ids (B, n): no tap, no banded attention, no state of earlier passes."""
@@ -178,8 +184,13 @@ class Backbone:
         rotations: dict[int, Rotation | str | None] = {}
         keys: dict[int, torch.Tensor] = {}  # by layer: some layers attend to the keys of an earlier one
         known = self.frequencies
-
         modules: dict[int, nn.Module] = {}
+        windows: dict[Form, int] = {}
+
+        def note_window(run: KernelRun) -> None:
+            window, value = run.call.sliding_window, run.value
+            if window is not None and value is not None and self.config._attn_implementation == SDPA:
+                windows[Form.of(run.query, run.key, value)] = window
 
         def note_rotation(layer: int, module: nn.Module, calls: list[RotaryCall], *states: torch.Tensor) -> None:
             query, key = states
@@ -214,7 +225,7 @@ class Backbone:
 
         try:
             ids = self._probe_ids(PROBE_TOKENS)
-            self._forward(ids, record, on_output=record_output, on_rotary=note_rotation, both_stages=both_stages)
+            self._forward(ids, record, note_window, record_output, note_rotation, both_stages=both_stages)
         except QkSnifferError:
             raise
         except Exception as error:  # any error of the model's code
@@ -232,6 +243,8 @@ class Backbone:
                     "family can name the layers (Family.attention_layers, see models/ADDING.md)"
                 )
             raise CaptureError(f"{_model_type(self.decoder)}: this model has no softmax attention to capture")
+        if self.banded_attention:
+            self.window_kernel = window_kernel(windows)
         if any(isinstance(one, str) for one in rotations.values()):
             with suppress(Exception):  # of a longer text, in which a slow rotation is larger than rounding
                 self._forward(self._probe_ids(SECOND_PROBE_TOKENS), lambda call: None, on_rotary=note_rotation)

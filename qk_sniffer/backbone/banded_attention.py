@@ -2,7 +2,7 @@
 
 With the `sdpa` kernel and no padding mask, a sliding layer has a boolean (n, n) mask if n exceeds its window: 17 GB at
 131,072 tokens. Inside `banded()`, a `Band`, a marker of a few bytes, replaces this mask, and the kernel processes the
-band in blocks of queries. Any other mask or kernel takes the model's own path.
+band in blocks of queries, or calls a kernel that has windows. Any other mask or kernel takes the model's own path.
 
 A block of r queries computes r + window - 1 scores for each query, which sees `window` of them: blocks are smaller than
 the window. On CUDA, the number of keys is a multiple of `ALIGNED`, keys are contiguous, and cuDNN does not attend:
@@ -13,7 +13,8 @@ A marker replaces only a mask whose edges have been checked. Only the kernel of 
 uses its mask in another way raises an error and never attends wrongly.
 """
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import CellType
@@ -52,10 +53,20 @@ class Band:
         return self
 
 
+Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int, Mapping[str, Any]], torch.Tensor | None]
+"""Takes query (B, H, n, d), key and value (B, K, n, d), the window, and the other arguments of the plain kernel.
+
+Returns the output (B, n, H, d); None for a call that it does not serve.
+"""
+
+
 @contextmanager
-def banded() -> Iterator[None]:
-    """Gives bands to the `sdpa` kernel of every transformers model, until the context ends."""
-    ALL_ATTENTION_FUNCTIONS[KERNEL] = _banded_attention
+def banded(kernel: Kernel | None = None) -> Iterator[None]:
+    """Gives bands to the `sdpa` kernel of every transformers model, until the context ends.
+
+    `kernel` computes the bands that it serves, and blocks the others.
+    """
+    ALL_ATTENTION_FUNCTIONS[KERNEL] = functools.partial(_banded_attention, kernel)
     ALL_MASK_ATTENTION_FUNCTIONS[KERNEL] = _band_or_mask
     try:
         yield
@@ -113,6 +124,7 @@ def _is_sliding(mask_function: Callable[..., torch.Tensor], window: int) -> bool
 
 
 def _banded_attention(
+    kernel: Kernel | None,
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -126,6 +138,9 @@ def _banded_attention(
         plain: tuple[torch.Tensor, None]
         plain = sdpa_attention_forward(module, query, key, value, attention_mask, *args, **kwargs)
         return plain
+    attended = None if kernel is None or args else kernel(query, key, value, attention_mask.window, kwargs)
+    if attended is not None:
+        return attended, None
     if query.device.type != "cuda":
         return _in_blocks(module, query, key, value, attention_mask.window, *args, **kwargs), None
     with without_cudnn():

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from qk_sniffer.backbone.backbone import Backbone
-from qk_sniffer.backbone.banded_attention import banded
 from qk_sniffer.backbone.exact_attention import Attended, exact_attention
 from qk_sniffer.backbone.family import QueryKey, RotaryCall
 from qk_sniffer.backbone.layers import LayerFacts
@@ -102,7 +101,7 @@ def walk(
                 return False
             hooks += [part.register_forward_hook(keep(name)) for name, part in parts.items()]
             hooks.append(module.register_forward_hook(show, with_kwargs=True))
-        attention = banded() if backbone.banded_attention and len(ids) > MAX_TOKENS else nullcontext()
+        attention = backbone.bands() if len(ids) > MAX_TOKENS else nullcontext()
         with attention, watched_rotary(modules, family, rotary_calls), suppress(ForwardDone):
             backbone.run(torch.from_numpy(ids.astype(np.int64))[None])
     finally:

@@ -172,17 +172,23 @@ def model_facts(backbone: Backbone, layers: Sequence[LayerFacts], selection: Sel
     for layer in layers:
         chosen = {kind: list(heads) for number, kind, heads in selection if number == layer.heads.layer}
         described.append(layer.to_dict() | {"captured": chosen})
-    return _loaded(backbone) | {
-        "model_type": backbone.config.model_type,
-        "dtype": str(backbone.dtype).removeprefix("torch."),
-        "checkpoint_dtype": backbone.stored.dtype,
-        "quantization": backbone.stored.describe_quantization(backbone.decoder),
-        "rope_stage": "pre" if backbone.pre_rope else "post",
-        "num_layers": backbone.num_layers,
-        "layers": described,
-        "rotary": backbone.rotary_parameters(),
-        "max_positions": backbone.max_positions,
-    }
+    kernel = backbone.window_kernel
+    of_windows = {} if kernel is None else {"window_kernel": kernel.name}
+    return (
+        _loaded(backbone)
+        | of_windows
+        | {
+            "model_type": backbone.config.model_type,
+            "dtype": str(backbone.dtype).removeprefix("torch."),
+            "checkpoint_dtype": backbone.stored.dtype,
+            "quantization": backbone.stored.describe_quantization(backbone.decoder),
+            "rope_stage": "pre" if backbone.pre_rope else "post",
+            "num_layers": backbone.num_layers,
+            "layers": described,
+            "rotary": backbone.rotary_parameters(),
+            "max_positions": backbone.max_positions,
+        }
+    )
 
 
 def shows_both_stages(capture: CaptureConfig) -> bool:

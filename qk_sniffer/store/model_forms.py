@@ -106,6 +106,7 @@ class Model(TypedDict):
     checkpoint_dtype: NotRequired[Text | None]
     quantization: NotRequired[Quantization | None]
     attn_implementation: Text | None
+    window_kernel: NotRequired[Text]
     rope_stage: Literal["pre", "post"]
     num_layers: NotRequired[Annotated[int, Meta(ge=1, le=MOST_LAYERS)] | None]
     layers: Annotated[list[Layer], Meta(min_length=1, max_length=MOST_LAYERS)]

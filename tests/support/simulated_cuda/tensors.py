@@ -103,6 +103,9 @@ class CudaTensor(torch.Tensor):
             return self
         return _copied(self, dtype=dtype, device=device, non_blocking=non_blocking, memory_format=memory_format)
 
+    def type_as(self, other: torch.Tensor) -> torch.Tensor:
+        return self.to(other.device, other.dtype)
+
     def cpu(self, memory_format: Any = None) -> torch.Tensor:
         return self.to("cpu")
 

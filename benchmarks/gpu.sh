@@ -2,11 +2,9 @@
 # Measures and checks capture on an NVIDIA GPU in 6 minutes: bash benchmarks/gpu.sh [FOLDER OF WHEELS] [OPTIONS]
 #
 # It needs python3 (PYTHON=... names another interpreter) with torch for CUDA, transformers, accelerate, pyarrow, numpy,
-# psutil, safetensors, tqdm and xxhash, and hydra-core, omegaconf, antlr4-python3-runtime, msgspec, cloudpickle, datasets,
-# dill, multiprocess, python-dotenv and submitit, which may come as wheels in a folder. It downloads nothing.
-# On a machine with a network and the same version of Python:
-#   pip wheel --no-deps -w wheels -c constraints.txt hydra-core omegaconf antlr4-python3-runtime msgspec cloudpickle \
-#     datasets dill multiprocess python-dotenv submitit
+# psutil, safetensors, tqdm and xxhash, and hydra-core, omegaconf, antlr4-python3-runtime and msgspec, which may come as
+# wheels in a folder. It downloads nothing. On a machine with a network and the same version of Python:
+#   pip wheel --no-deps -w wheels -c constraints.txt hydra-core omegaconf antlr4-python3-runtime msgspec
 # It passes its options to `benchmarks/gpu/`: `--help` lists them.
 set -euo pipefail
 cd "$(dirname "$0")/.."

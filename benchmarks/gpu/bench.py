@@ -52,6 +52,8 @@ class Figures:
     mb_s: list[float] = field(default_factory=list)
     """Of the journal."""
     peak_gb: float | None = None
+    kernel: str | None = None
+    """Of attention; None if it was not looked at."""
     took_s: float = 0.0
 
     def add(self, whole: Timing, apart: Timing | None, *, nbytes: int = 0) -> None:

@@ -13,8 +13,8 @@ import torch
 
 from gpu.bench import Bench, Figures, Model, random_ids
 from gpu.capturing import QUEUE_BYTES, WAYS, Capturing, capturing, make_room
-from gpu.clock import median, timed, waits
-from gpu.results import LeftOutError
+from gpu.clock import kernels, median, timed, waits
+from gpu.results import LeftOutError, Row
 
 LEAST_S = 1.0
 """Least duration of the passes behind the time until durable. It decides their number."""
@@ -36,19 +36,18 @@ def measure_cost(
     """Adds a row for each way, after at most `rounds` rounds in about `seconds`, and after one at least."""
     deadline = bench.budget.deadline(seconds)
     model, tokens = bench.model(shape), bench.tokens(length)
-    ids = torch.from_numpy(random_ids(1, tokens))
-    plain = partial(model.plain_pass, ids)
+    plain = partial(model.plain_pass, torch.from_numpy(random_ids(1, tokens)).to(bench.device))
     figures = {name: Figures() for name in ("plain", *ways)}
     if known := bench.plain.get((model.name, tokens)):
         once_s = known.wall_ms[0] / 1e3
     else:
-        once_s = timed(bench.device, [plain]).wall_s  # the first pass of a length chooses kernels
-        if once_s < 2 * LEAST_S:
-            once_s = timed(bench.device, [plain]).wall_s
+        figures["plain"].kernel, once_s = _first_pass(bench, plain)
     count = 2 if bench.tiny else max(1, round(LEAST_S / once_s))
-    counted = tokens <= WAITS_TOKENS
-    own_waits = waits(bench.device, plain) if counted else None
-    more_waits = {way: _more_waits(bench, model, way, tokens, own_waits) if counted else None for way in ways}
+    more_waits: dict[str, int | None] = dict.fromkeys(ways)
+    if tokens <= WAITS_TOKENS:
+        own = waits(bench.device, plain)
+        for way in ways:
+            figures[way].kernel, more_waits[way] = _more_waits(bench, model, way, tokens, own)
     left_out: set[str] = set()
     num_heads: dict[str, int] = {}
     for number in range(1 if bench.tiny else rounds):
@@ -72,36 +71,33 @@ def measure_cost(
         return
     bench.plain[model.name, tokens] = base
     for way in ways:
-        found = figures[way]
-        if not found.wall_ms:
-            continue
-        device, host, wall = (median(values) for values in (found.device_ms, found.host_ms, found.wall_ms))
-        plain_device, plain_host, plain_wall = (
-            median(values) for values in (base.device_ms, base.host_ms, base.wall_ms)
-        )
-        assert wall and plain_wall and plain_device
-        bench.results.add(
-            "Cost",
-            {
-                "model": model.name,
-                "tokens": tokens,
-                "way": way,
-                "heads": num_heads[way],
-                "plain device ms": plain_device,
-                "plain host ms": plain_host,
-                "device ms": device,
-                "host ms": host,
-                "device ratio": None if device is None else device / plain_device,
-                "ratio until durable": wall / plain_wall,
-                "MB/s": median(found.mb_s),
-                "plain GB": base.peak_gb,
-                "GB": found.peak_gb,
-                "waits": more_waits[way],
-                "rounds": len(found.wall_ms),
-            },
-        )
+        if figures[way].wall_ms:
+            row = {"model": model.name, "tokens": tokens, "way": way, "heads": num_heads[way]}
+            bench.results.add("Cost", row | _cells(base, figures[way], more_waits[way]))
         if (more_waits[way] or 0) > 0 and way not in MAY_WAIT:
             bench.results.fail(f"{model.name}, {way}: a pass waits {more_waits[way]} times more than a plain one")
+
+
+def _cells(base: Figures, found: Figures, more_waits: int | None) -> Row:
+    """Returns the cells of a way from its figures and those of the plain passes."""
+    device_ms, plain_device_ms = median(found.device_ms), median(base.device_ms)
+    wall_ms, plain_wall_ms = median(found.wall_ms), median(base.wall_ms)
+    assert plain_device_ms and plain_wall_ms and wall_ms
+    return {
+        "plain kernel": base.kernel,
+        "kernel": found.kernel,
+        "plain device ms": plain_device_ms,
+        "plain host ms": median(base.host_ms),
+        "device ms": device_ms,
+        "host ms": median(found.host_ms),
+        "device ratio": None if device_ms is None else device_ms / plain_device_ms,
+        "ratio until durable": wall_ms / plain_wall_ms,
+        "MB/s": median(found.mb_s),
+        "plain GB": base.peak_gb,
+        "GB": found.peak_gb,
+        "waits": more_waits,
+        "rounds": len(found.wall_ms),
+    }
 
 
 def _plans(one: Capturing, tokens: int, count: int) -> list[partial[None]]:
@@ -136,14 +132,23 @@ def _measure(bench: Bench, model: Model, name: str, tokens: int, count: int, fou
     return num_heads
 
 
-def _more_waits(bench: Bench, model: Model, name: str, tokens: int, own: int | None) -> int | None:
-    """Returns the waits of a pass that captures, beyond those of a plain one. Also warms up the way."""
+def _first_pass(bench: Bench, plain: partial[None]) -> tuple[str, float]:
+    """Runs the first pass of a length, which chooses kernels. Returns that of attention, and the seconds of a pass."""
+    times: list[float] = []
+    kernel = kernels(lambda: times.append(timed(bench.device, [plain]).wall_s))
+    if times[0] < 2 * LEAST_S:
+        times.append(timed(bench.device, [plain]).wall_s)
+    return kernel, times[-1]
+
+
+def _more_waits(bench: Bench, model: Model, name: str, tokens: int, own: int | None) -> tuple[str, int | None]:
+    """Warms up a way. Returns the kernel of attention in it, and the waits of a pass beyond those of a plain one."""
     with capturing(bench, model, WAYS[name], tokens) as one:
         plans = [one.plan(tokens, seed=seed, ends_group=False) for seed in range(2)]
         make_room(bench, 2 * one.nbytes(plans[0]))
-        one.run(plans[0])  # sends what is sent once
+        kernel = kernels(partial(one.run, plans[0]))  # sends what is sent once
         counted = waits(bench.device, partial(one.run, plans[1]))
-    return None if counted is None or own is None else counted - own
+    return kernel, None if counted is None or own is None else counted - own
 
 
 def measure_disk(bench: Bench, shape: str, length: int) -> None:

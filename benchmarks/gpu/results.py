@@ -87,7 +87,7 @@ class Results:
         (self._folder / "gpu.md").write_text(self._page(), encoding="utf-8")
 
     def _page(self) -> str:
-        lines = ["# Capture on a GPU", "", *(f"- {name}: {value}" for name, value in self._facts.items())]
+        lines = ["# Capture on a GPU", "", *(f"- {name}: {_listed(value)}" for name, value in self._facts.items())]
         for table, rows in self._tables.items():
             lines += ["", *_head(table, rows[0]), *(_line(row.values()) for row in rows)]
         lines += [""] * bool(self.failures or self._left_out)
@@ -100,6 +100,10 @@ def _head(table: str, row: Row) -> list[str]:
 
 def _line(cells: Any) -> str:
     return f"| {' | '.join(map(_words, cells))} |"
+
+
+def _listed(value: Any) -> str:
+    return ", ".join(f"{name} {each}" for name, each in value.items()) if isinstance(value, dict) else str(value)
 
 
 def _words(cell: Cell) -> str:

@@ -19,7 +19,7 @@ import torch
 
 from gpu.bench import Bench, Model
 from gpu.capturing import WAYS, capturing, make_room
-from gpu.results import Budget, Results
+from gpu.results import Budget, LeftOutError, Results
 from qk_sniffer.backbone.tap import AttentionCall
 from qk_sniffer.capture import row_writer
 from qk_sniffer.store.journal import Journal
@@ -101,7 +101,10 @@ def check_accesses(bench: Bench) -> None:
         return
     command = [sys.executable, "-m", "gpu.vectors", "cuda"]
     sanitized = os.environ | {"TORCH_CUDA_SANITIZER": "1"}
-    done = subprocess.run(command, env=sanitized, capture_output=True, text=True, timeout=SANITIZED_S, check=False)
+    try:
+        done = subprocess.run(command, env=sanitized, capture_output=True, text=True, timeout=SANITIZED_S, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise LeftOutError(f"its process took more than {SANITIZED_S} s") from error
     told = done.stderr.strip()
     found = "nothing" if done.returncode == 0 and not told else (told or "it ended").splitlines()[-1][:200]
     bench.results.add("Sanitizer", {"found": found, "exit": done.returncode})

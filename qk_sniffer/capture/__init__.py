@@ -13,8 +13,8 @@ from typing import Any
 class _CallablePackage(ModuleType):
     """Calls `capture`: an import replaces any function of this name in `qk_sniffer` by the package."""
 
-    def __call__(self, model: Any, **settings: Any) -> Any:
-        return _function()(model, **settings)
+    def __call__(self, *arguments: Any, **settings: Any) -> Any:
+        return _function()(*arguments, **settings)  # which names itself in the error of a missing argument
 
     @property
     def __signature__(self) -> inspect.Signature:

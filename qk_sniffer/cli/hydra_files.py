@@ -5,7 +5,6 @@ follows links, so that a person who may write there could have it overwrite any 
 checks what is in the job's own folder (`logs.py`).
 """
 
-import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -30,11 +29,14 @@ _LOGIN = {"HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"}
 
 
 def folder_problems(folder: Path, below: Iterable[str | None] = (), *, is_sweep: bool) -> Iterator[str]:
-    """Yields what is wrong with Hydra's own folder of a run or a sweep. `below` are the folders that it makes there."""
+    """Yields what is wrong with Hydra's own folder of a run or a sweep. `below` are the folders that it makes there.
+
+    A folder that may not be written is no problem of the command line: `run_jobs` raises the error.
+    """
     what = f"Hydra's own folder for this {'sweep' if is_sweep else 'run'}, {folder},"
     existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-    if not (existing.is_dir() and os.access(existing, os.W_OK)):
-        yield f"{what} cannot be made: {existing} is not a folder that can be written to"
+    if not existing.is_dir():
+        yield f"{what} cannot be made: {existing} is not a folder"
     for written in (folder, *(folder / name for name in below if name)):
         try:
             refuse_inside(written, f"hydra.{'sweep' if is_sweep else 'run'}.dir")

@@ -14,7 +14,7 @@ from hydra.core.utils import JobReturn
 from hydra.types import RunMode
 
 from qk_sniffer.cli.launching import protect_jobs
-from qk_sniffer.errors import QkSnifferError, StoreError
+from qk_sniffer.errors import RIGHTS, QkSnifferError, StoreError
 
 _OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG}
 _OF_A_PATH = {errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP}
@@ -50,9 +50,10 @@ def run_jobs(config_name: str, task: Callable[[Any], Any], arguments: list[str],
         if cause is None:
             raise
         where = cause.filename or "the folder of the job (hydra.run.dir or hydra.sweep.dir)"
+        solution = RIGHTS if cause.errno in (errno.EACCES, errno.EPERM) else "free some space"
         raise StoreError(
-            f"cannot write {where}: {cause.strerror}. Free some space, or give Hydra another folder with "
-            "hydra.run.dir=... (of a sweep: hydra.sweep.dir=...); then rerun the command, which keeps what is complete"
+            f"cannot write {where}: {cause.strerror}. {solution.capitalize()}; or give Hydra another folder with "
+            "hydra.run.dir=... (of a sweep: hydra.sweep.dir=...). Then rerun the command, which keeps what is complete"
         ) from error
 
 

@@ -4,9 +4,12 @@ The identity is stored next to the journal when the job first starts. Every late
 dataset never mixes two configurations, two checkpoints or two versions of a library.
 """
 
+import os
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -103,9 +106,19 @@ class Job:
             raise StoreError(
                 f"{where} holds {state} of another configuration:",
                 *(f"  - {line}" for line in different),
-                "Give this job another folder (output.data_root=...; on the Hub another output.hf_branch), go back to "
-                f"the old values{old}, or replace the old work with output.overwrite=true.",
+                f"Give this job another folder ({_free_folder(where)}; on the Hub another output.hf_branch), go back "
+                f"to the old values{old}, or replace the old work with output.overwrite=true.",
             )
+
+
+def _free_folder(where: str) -> str:
+    """Returns the setting of a folder next to one with other work. The name of the default folder tells few settings.
+
+    Without a name if `where` is a branch, or has characters that a command line needs quotes for.
+    """
+    if not re.fullmatch(r"[\w./-]+", where) or not Path(where).is_dir():
+        return "output.data_root=..."
+    return next(f"output.data_root={where}-{number}" for number in count(2) if not os.path.lexists(f"{where}-{number}"))
 
 
 def refuse_from_python(record: Mapping[str, Any], where: str) -> None:

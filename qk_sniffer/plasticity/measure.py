@@ -37,7 +37,9 @@ from qk_sniffer.plasticity.uncertainty import PlasticityReplicates, Uncertainty,
 from qk_sniffer.store.layout import head_file
 from qk_sniffer.text import compact_ranges, counted
 
-_TOO_LOW = "this sample makes plasticity too low, see `corrected` and its interval in the tables of intervals"
+_TOO_LOW = "this sample makes plasticity too low"
+_CORRECTED = "see `corrected` and its interval in the tables of intervals"
+_UNCORRECTED = "replicates=200 adds a corrected number and its interval"
 
 MAX_BUCKETS = 2048
 """The most buckets of positions. Memory and time grow with their square."""
@@ -315,11 +317,12 @@ class _QueryHead:
             self.notes.append(f"no queries in bucket {compact_ranges(empty)}: its plasticity is NaN")
         if without_pairs:
             self.notes.append(f"no two keys of an example in bucket {compact_ranges(without_pairs)}: NaN for it")
+        too_low = f"{_TOO_LOW}, {_CORRECTED if self.config.replicates else _UNCORRECTED}"
         texts = len(np.unique(self.queries.example_ids))
         if texts < ENOUGH_TEXTS:
-            self.notes.append(f"{counted(texts, 'text')}, fewer than {ENOUGH_TEXTS}: {_TOO_LOW}")
+            self.notes.append(f"{counted(texts, 'text')}, fewer than {ENOUGH_TEXTS}: {too_low}")
         rows = np.bincount(self.queries.buckets, minlength=1)
         if any(0 < rows[query] < ENOUGH_ROWS for query in asked):
-            self.notes.append(f"a bucket has fewer than {ENOUGH_ROWS} queries: {_TOO_LOW}")
+            self.notes.append(f"a bucket has fewer than {ENOUGH_ROWS} queries: {too_low}")
         if not asked:
             self.notes.append("no query bucket sees keys of an earlier one: there is no plasticity")

@@ -30,7 +30,7 @@ from qk_sniffer.plasticity.figures import check_places, draw_all
 from qk_sniffer.plasticity.intervals import in_words
 from qk_sniffer.plasticity.measure import KeyHead, Keys, Measuring
 from qk_sniffer.plasticity.results import Results, fingerprint, manifest_sha256, summary
-from qk_sniffer.plasticity.tables import HeadResult
+from qk_sniffer.plasticity.tables import TABLES, HeadResult
 from qk_sniffer.store.layout import Head, HeadKey, head_name
 from qk_sniffer.store.locks import TakenAwayError
 from qk_sniffer.text import compact_ranges, counted, say, shortened
@@ -266,7 +266,8 @@ def report(results: Results, record: Mapping[str, Any], intervals: Mapping[str, 
         say(f"  - {head} is NOT measured: {reason}")
     if record["damaged"]:
         say("Restore these files and rerun the same command: it measures the missing heads.")
-    say(f"Tables: {results.folder}/head_metrics.csv, head_bucket_plasticity.csv, head_component_weights.csv")
+    tables = [name for name in TABLES if len(intervals["value"]) or not name.endswith("_intervals")]
+    say(f"Tables: {results.folder}/{', '.join(tables)} (csv, parquet)")
     if pictures:
         names = dict.fromkeys(path.stem for path in pictures)
         say(f"Pictures: {results.pictures}/{', '.join(names)} ({', '.join(PAPER_SUFFIXES)})")

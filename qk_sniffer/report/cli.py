@@ -7,6 +7,8 @@ is shown by a sample of its rows. docs/report.md describes the page.
 Exit codes: 0 written, 1 it cannot be written, 2 the settings are wrong, 130 interrupted.
 """
 
+import errno
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -49,11 +51,16 @@ def _program(settings: Settings) -> int:
     dataset = open_dataset(settings.data_root, settings.revision)
     output = settings.output or dataset.beside("-report.html")
     refuse_inside(output, "output")
-    with explained(output, "write"):
+    with explained(output, "write", _ELSEWHERE):
         make_folder(output.parent)
+        if not os.access(output.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         with OpenFolder.at(output.parent) as folder:  # before the work
             refuse_foreign(folder, output.name, IS_REPORT)
     data = page(report_facts(dataset, read(dataset, settings.plasticity)))
-    write_atomic(output, data, is_own=IS_REPORT)
+    write_atomic(output, data, is_own=IS_REPORT, way_out=_ELSEWHERE)
     say(f"Report: {output} ({in_mb(len(data))})")
     return 0
+
+
+_ELSEWHERE = "Name a file where you may write, and which has room: output=report.html"

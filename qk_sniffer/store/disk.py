@@ -17,17 +17,23 @@ PARQUET_SHARE = 0.75
 mantissas: 0.72 for bfloat16, 0.86 for float32, whose journal is twice as large."""
 
 
-def write_atomic(path: Path, data: bytes, *, access: Access = PLAIN, is_own: IsOwn | None = None) -> None:
+RESUME = "Everything that was complete is kept: solve this and rerun the command to resume"
+"""The way out when a job cannot read or write a file."""
+
+
+def write_atomic(
+    path: Path, data: bytes, *, access: Access = PLAIN, is_own: IsOwn | None = None, way_out: str = RESUME
+) -> None:
     """Writes `path` whole or not at all, and durably. Replaces an existing file.
 
     In a folder that a user names, `is_own` says which files may be replaced. None is for a folder whose files are all
-    of this package.
+    of this package. `way_out` ends the error.
 
     Raises:
         StoreError: the file cannot be written, or is of someone else.
     """
     temporary = f"{path.name}.tmp" if is_own is None else temporary_name(path.name)
-    with explained(path, "write"), access.open(path.parent) as folder:
+    with explained(path, "write", way_out), access.open(path.parent) as folder:
         access.check()
         if is_own is not None:
             refuse_foreign(folder, path.name, is_own)
@@ -129,7 +135,7 @@ def make_folder(folder: Path, access: Access = PLAIN) -> None:
 
 
 @contextmanager
-def explained(path: Path, action: str) -> Iterator[None]:
+def explained(path: Path, action: str, way_out: str = RESUME) -> Iterator[None]:
     """Turns an OSError of the block into a StoreError that names `path` and the way out."""
     try:
         yield
@@ -137,10 +143,7 @@ def explained(path: Path, action: str) -> Iterator[None]:
         reason = error.strerror or str(error)
         if isinstance(error, OddFileError):
             reason = f"{error.filename} is {reason}"
-        raise StoreError(
-            f"cannot {action} {path}: {reason}. Everything that was complete is kept: solve this and rerun the "
-            "command to resume"
-        ) from error
+        raise StoreError(f"cannot {action} {path}: {reason}. {way_out}") from error
 
 
 def sha256_of(path: Path) -> str:

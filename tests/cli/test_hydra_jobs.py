@@ -1,17 +1,21 @@
 """What the disk or SLURM refuses Hydra ends each program with one clear error."""
 
 import os
+import re
 import resource
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import OmegaConf
+from support.rights import without_root
 from support.slurm_commands import Commands
 
+from qk_sniffer.cli import app
 from qk_sniffer.cli.flags import initialized, parse_flags
 from qk_sniffer.cli.hydra_jobs import run_jobs
 from qk_sniffer.cli.launching import Launch
@@ -99,6 +103,20 @@ def test_a_folder_that_the_file_system_does_not_make_is_named() -> None:
         pytest.raises(StoreError, match=r"cannot write /proc/nowhere.*hydra\.run\.dir="),
     ):
         run_jobs("config", lambda _: None, folder, is_sweep=False)
+
+
+def test_a_folder_without_rights_is_no_mistake_of_the_command_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with tempfile.TemporaryDirectory() as home:  # pytest's own let no other user pass
+        Path(home).chmod(0o555)
+        monkeypatch.chdir(home)
+        monkeypatch.setattr(sys, "argv", ["qk_sniffer"])
+        with without_root():
+            assert app.main() == 1
+        monkeypatch.undo()
+    message = r"cannot write \S*outputs: Permission denied\. Change its rights, .*hydra\.run\.dir="
+    assert re.search(message, capsys.readouterr().err)
 
 
 def test_a_sweep_that_records_no_settings_does_not_take_the_folder_of_one_that_does(tmp_path: Path) -> None:

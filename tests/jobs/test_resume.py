@@ -230,6 +230,7 @@ def test_another_configuration_is_refused_with_the_keys_that_differ(
     ) as error:
         run(checkpoint, texts, root, sampler={"seed": 1}, inference={"queue_mb": 7})
     assert "queue_mb" not in str(error.value) and "output.overwrite=true" in str(error.value)
+    assert f"another folder (output.data_root={root}-2; " in str(error.value)
     with pytest.raises(StoreError, match="24 examples of the dataset, and only 5 are asked for"):
         run(checkpoint, texts, root, dataset={"max_samples": 5})
     assert hashes(root) == before

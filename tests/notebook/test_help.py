@@ -2,6 +2,7 @@
 
 import inspect
 import pydoc
+from collections.abc import Callable
 
 import pytest
 
@@ -11,6 +12,12 @@ from qk_sniffer.notebook.captured import capture
 
 def test_the_signature_is_that_of_the_function() -> None:
     assert inspect.signature(qk_sniffer.capture) == inspect.signature(capture)
+
+
+@pytest.mark.parametrize(("function", "argument"), [(qk_sniffer.capture, "model"), (qk_sniffer.export, "dataset")])
+def test_a_call_without_its_first_argument_names_the_function(function: Callable[..., object], argument: str) -> None:
+    with pytest.raises(TypeError, match=rf"^{function.__name__.rpartition('.')[2]}\(\) missing .*'{argument}'"):
+        function()
 
 
 def test_help_shows_the_arguments_and_their_meaning() -> None:

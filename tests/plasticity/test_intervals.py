@@ -289,8 +289,11 @@ def test_the_bias_of_independent_rows_has_a_closed_form() -> None:
     assert np.mean(leverage) < 0.96
 
 
-def test_without_replicates_there_are_no_intervals(verify_base: Path, tmp_path: Path) -> None:
+def test_without_replicates_there_are_no_intervals(verify_base: Path, tmp_path: Path, capsys: Any) -> None:
     assert measure(verify_base, tmp_path / "none", replicates=0) == 0
+    said = capsys.readouterr().out
+    assert "too low, replicates=200 adds a corrected number" in said and "intervals" not in said
+    assert f"{tmp_path}/none/head_metrics, head_bucket_plasticity, head_component_weights (csv, parquet)" in said
     for table in tables.TABLES:
         rows = len(tables.read(tmp_path / "none", table)["n_heads" if "mean" in table else "layer"])
         assert bool(rows) == ("intervals" not in table)
@@ -316,7 +319,8 @@ def test_a_warning_names_heads_of_few_rows_or_texts(root: Path, tmp_path: Path, 
     assert "l01h00q" not in str(named), "160 rows in a bucket, of 40 texts"
     assert "l01h01q" in str(named["20 texts, fewer than 30: this sample makes plasticity too low, see " + WHERE])
     assert "l01h01q" in named["a bucket has fewer than 100 queries: this sample makes plasticity too low, see " + WHERE]
-    assert "fewer than 100 queries" in capsys.readouterr().out
+    assert "fewer than 100 queries" in (said := capsys.readouterr().out)
+    assert f"Tables: {tmp_path}/results/{', '.join(tables.TABLES)} (csv, parquet)" in said
 
 
 WHERE = "`corrected` and its interval in the tables of intervals"

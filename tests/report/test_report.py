@@ -96,6 +96,17 @@ def test_a_file_of_someone_else_stays(
     assert path.read_text() == other
 
 
+def test_a_page_next_to_a_dataset_that_others_own_may_go_elsewhere(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "report_facts", None)  # it is refused before the work
+    monkeypatch.setattr(cli.os, "access", lambda folder, mode: folder != root.parent)
+    assert run(monkeypatch, f"data_root={root}") == 1
+    page = root.with_name(f"{root.name}-report.html")
+    assert f"cannot write {page}: Permission denied. Name a file" in (said := capsys.readouterr().err)
+    assert "output=report.html" in said
+
+
 def test_no_page_is_written_into_a_dataset(
     root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

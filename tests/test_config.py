@@ -89,6 +89,7 @@ def test_keys_and_defaults_are_those_of_the_snapshot() -> None:
     assert OmegaConf.to_yaml(schema()) == SNAPSHOT.read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("group", "name"), CHOICES)
 def test_every_choice_composes_to_a_valid_config(group: str, name: str) -> None:
     plus = "+" if group == "experiment" else ""
@@ -106,6 +107,7 @@ def test_every_production_model_has_a_choice_and_nothing_is_left_over() -> None:
     assert set(others.values()) == OTHER_FAMILIES | {"HuggingFaceTB/SmolLM2-135M"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "slug", [pytest.param(slug, marks=pytest.mark.slow) if "-step-" in slug else slug for slug in PRODUCTION]
 )

@@ -141,6 +141,7 @@ def dataset(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
+@pytest.mark.slow
 def test_a_manifest_has_no_other_fields(dataset: Path) -> None:
     listed = {*rows("Manifest")}
     found = set(values(json.loads((dataset / "manifest.json").read_text()), "", listed))

@@ -214,6 +214,7 @@ def test_the_api_has_every_public_name() -> None:
     assert {*qk_sniffer.__all__} - {"__version__"} <= {name.rpartition(".")[2] for name in described}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("at_readers")
 @pytest.mark.parametrize(
     "command",
@@ -330,6 +331,7 @@ def read_datasets(reader: Path) -> None:
     shutil.copytree(reader / "outputs/characters", reader / "outputs/characters-smollm2")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("at_readers", "demo", "read_datasets")
 @pytest.mark.parametrize("block", [block for block in BLOCKS if block.language == "python"], ids=str)
 def test_python(block: Block) -> None:

@@ -64,6 +64,7 @@ def by_hand(root: Path, layer: int, head: int) -> dict[str, tuple[float, float]]
     return found
 
 
+@pytest.mark.slow
 def test_scores_are_means_over_rows_with_errors_by_example(whole: Path) -> None:
     table = head_scores(qk_sniffer.open_dataset(whole), RANGES)
     rows = table.to_pylist()

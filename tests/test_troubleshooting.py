@@ -16,6 +16,7 @@ def texts() -> list[str]:
     return [text for of_kind in messages.messages().values() for text in of_kind]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quoted", QUOTED)
 def test_the_page_quotes_messages_of_the_code(quoted: str, texts: list[str]) -> None:
     assert any(quoted.strip("… ") in text for text in texts)

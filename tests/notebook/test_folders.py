@@ -33,6 +33,7 @@ def run_passes(model: Any) -> None:
     model(IDS.expand(2, -1), attention_mask=padded)
 
 
+@pytest.mark.slow
 def test_a_stream_is_what_save_writes(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     options: dict[str, Any] = {"kinds": "qkvo", "attention": True, "statistics": True}
@@ -102,6 +103,7 @@ def test_the_manifest_names_the_adapter_on_the_model(tmp_path: Path) -> None:
     assert verify(tmp_path / "out").problems == 0
 
 
+@pytest.mark.slow
 def test_no_path_of_the_model_is_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its folder is there, is gone, or is named from a folder that was the current one."""
     from peft import LoraConfig, get_peft_model

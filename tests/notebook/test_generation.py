@@ -55,6 +55,7 @@ GENERATION: dict[str, Any] = {"max_new_tokens": 18, "do_sample": False, "eos_tok
 QUICK = ("llama", "gemma3", "deepseek_v3", "gpt_neox", "gpt_oss", "ministral3")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     [pytest.param(case, marks=[] if case.name in QUICK else pytest.mark.slow, id=case.name) for case in CASES],

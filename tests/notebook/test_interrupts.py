@@ -141,6 +141,7 @@ def test_an_interrupted_pass_counts_whole_or_not_at_all(
     check(qk_sniffer.open_dataset(folder), model, texts, whole, **settings)
 
 
+@pytest.mark.slow
 def test_rows_stay_when_a_read_is_interrupted() -> None:
     model = LLAMA.model()
     before = sys.gettrace()

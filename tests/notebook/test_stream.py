@@ -70,6 +70,7 @@ def in_parts(passes: Passes) -> None:
         passes.sink.complete([passes.record(number, pair[number]) for number in reversed(pair)])
 
 
+@pytest.mark.slow
 def test_it_is_what_a_capture_in_memory_is_saved_as(checkpoint: Path, tmp_path: Path) -> None:
     facts = facts_of(checkpoint, **STATISTICS)
     store = MemoryStore(piece_bytes=1 << 20)

@@ -58,6 +58,7 @@ PANELS = {"full": [1], "limited": [0, 2]}
 """The layers of each panel."""
 
 
+@pytest.mark.slow
 def test_every_head_is_a_faint_line_and_the_mean_a_strong_one(results: Path) -> None:
     columns, means = shown(results), tables.read(results, "mean_bucket_intervals")
     with style.styled():

@@ -272,6 +272,7 @@ def test_few_texts_bias_plasticity_and_the_correction_removes_it() -> None:
         assert 1 - after < (1 - before) / 2, "a corrected value above 1 counts as 1"
 
 
+@pytest.mark.slow
 def test_the_bias_of_independent_rows_has_a_closed_form() -> None:
     """The z of a mean of 0 is normal, with the leverage v of the line at the bucket as variance. Then the mean of
     4 P (1 - P) is 8 T(0, 1 / sqrt(1 + 2 v)), with Owen's T (Owen, "A table of normal integrals", 1980): about

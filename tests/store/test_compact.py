@@ -179,6 +179,7 @@ def test_a_row_group_reads_hardly_more_than_its_rows(tmp_path: Path) -> None:
     assert len(whole.spans) == 1 and whole.buffer_rows == 5 * count  # shuffled examples of one block: one read
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     segment_bytes=st.integers(1, 1 << 16),

@@ -105,6 +105,7 @@ def test_a_finished_batch_does_not_wait_for_its_segment_to_fill(tmp_path: Path) 
         assert list(by_index(Journal(tmp_path))) == [0]
 
 
+@pytest.mark.slow
 def test_a_full_disk_for_real(tmp_path: Path) -> None:
     def limited() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

@@ -280,8 +280,8 @@ def _tells_of_no_dataset(attempt: _Attempt, attempts: list[_Attempt]) -> bool:
         return state == job_status.PUBLISHED and _exists(attempt.status.data_root)
     if state in (job_status.FAILED, job_status.INTERRUPTED):
         of_sweep = any(each.is_announced and each.shard == attempt.shard for each in attempts)
-        is_refused = attempt.outcome == REFUSED
-        return of_sweep or (attempt.status.error is not None and not is_refused)
+        was_killed = state == job_status.INTERRUPTED and attempt.status.error is not None
+        return of_sweep or was_killed or attempt.outcome == job_status.FAILED
     return True
 
 

@@ -96,7 +96,7 @@ def refusal(*arguments: str) -> str:
             r"output\.data_root is refused: .* is in .*, the work folder of the data root",
         ),
         ("hydra.job.chdir=true", r"hydra\.job\.chdir is true: a job would look for its files, .*; leave it false"),
-        ("hydra.run.dir=/dev/null/x", r"/dev/null is not a folder that can be written to"),
+        ("hydra.run.dir=/dev/null/x", r"/dev/null is not a folder"),
         ("output=hub", r"output\.hf_repo_id is not given"),
         ("capture.sampler.type=all", r"capture\.sampler\.type is a key of the original tool; it is now sampler\.type"),
         ("capture.min_bucket_size=4", r"it is now sampler\.min_bucket_size"),

@@ -90,7 +90,11 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ),
     ("llama", {"hidden_size": "wide"}, r"LlamaConfig does not accept them: .*hidden_size"),
     ("llama", {"rope_parameters": {"rope_type": "yarn"}}, r"LlamaConfig does not accept them: .*factor"),
-    ("llama", {"rope_parameters": {"rope_type": "yarnn"}}, r"rope_type is 'yarnn'; valid: default, .*, yarn$"),
+    (
+        "llama",
+        {"rope_parameters": {"rope_type": "yarnn"}},
+        r"rope_type is 'yarnn', did you mean yarn\?; valid: default, .*, yarn$",
+    ),
     ("llama", {"rope_scaling": {"factor": 4.0}}, r"factor has no effect on rope_type default; give .*rope_type too"),
     ("llama", {"rope_theta": 5.0, "rope_parameters": {"rope_theta": 6.0}}, r"rope_theta: given in two spellings"),
     ("llama", {"rope_scaling": {"type": "linear", "rope_type": "yarn", "factor": 2.0}}, r"rope_type: given in two"),

@@ -104,7 +104,7 @@ def capture_examples(
                         _capture_batch(capture, plan, progress)
                     if inference.debug_logging:
                         now = stages.seconds | in_thread.seconds
-                        now |= {"transfer": writer.transfer_s, "write": writer.write_s - writer.transfer_s}
+                        now |= {"transfer": writer.transfer_s, "write": writer.write_s}
                         log.info("batch of %d x %d tokens: %s", *plan.ids.shape, _seconds_since(now, logged))
                         logged = now
             stages.seconds |= in_thread.seconds

@@ -279,7 +279,7 @@ def _run(
         timed.times,
         timed.check,
         timed.group,
-        writer.write_s - writer.transfer_s,
+        writer.write_s,
         size,
         stages.seconds,
         _proven_flops(manifest["proof"], [example for batch in ran for example in batch], components),

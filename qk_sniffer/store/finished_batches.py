@@ -7,6 +7,10 @@ from operator import attrgetter
 
 from qk_sniffer.store.journal import AttentionFacts, ExampleRecord
 from qk_sniffer.store.segment import Tensor
+from qk_sniffer.store.stored import LARGE
+
+MOST_METADATA = LARGE * 3 // 4
+"""The most bytes of the facts of finished batches in the header of a segment."""
 
 _NUMBERS_BYTES = 80
 """The most bytes of the names in the facts of a batch, and of its numbers."""
@@ -53,7 +57,3 @@ class GroupEnd:
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.statistics)
-
-    @property
-    def num_records(self) -> int:
-        return sum(len(batch.records) for batch in self.batches)

@@ -1,7 +1,7 @@
 """Describes rows on their way to the journal, and defines their form in its segments.
 
 Vectors take this path: `JournalWriter.reserve` takes `Rows`, which describe the rows without their vectors, and gives a
-`Slot` with memory for the vectors. The capture fills it and commits it. The journal's thread writes it to a segment.
+`Slot` with memory for the vectors. The capture fills it and commits it. A thread of the writer writes it to a segment.
 
 A segment has, for each (layer, kind) in it, one block of rows, which consists of these tensors:
 

@@ -77,10 +77,15 @@ def segment_number(path: Path) -> int | None:
     return int(match[1]) if match else None
 
 
-def write_segment(
+@contextmanager
+def whole_segment(
     folder: Path, number: int, tensors: Sequence[Tensor], metadata: Mapping[str, str], access: Access = PLAIN
-) -> tuple[Path, int]:
-    """Writes a segment durably, and returns its path and its size in bytes. An error leaves no file."""
+) -> Iterator[tuple[Path, int, Callable[[], None]]]:
+    """Writes a segment durably under a temporary name, for a block that publishes it.
+
+    Yields its path, its size in bytes and the function that gives it its name, durably. An error in the block removes
+    the file if it has no name yet.
+    """
     entries: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for tensor in tensors:
@@ -92,23 +97,27 @@ def write_segment(
     start = len(header).to_bytes(8, "little") + header
     temporary = f"{number:08d}.tmp"
     access.check()
-    with access.open(folder) as opened:
-        with opened.temporary(temporary) as file:
-            file.write(start)
-            checksum = xxhash.xxh3_64(start)
-            for tensor in tensors:
-                for chunk in tensor.chunks():
-                    data = np.ascontiguousarray(chunk).data.cast("B")
-                    file.write(data)
-                    checksum.update(data)
-            assert file.tell() == len(start) + end, "the chunks of a tensor do not make its shape"
-            file.flush()
-            sync_file(file.fileno())
-            name = f"{number:08d}-{checksum.hexdigest()}{SUFFIX}"
+    with access.open(folder) as opened, opened.temporary(temporary) as file:
+        file.write(start)
+        checksum = xxhash.xxh3_64(start)
+        for tensor in tensors:
+            for chunk in tensor.chunks():
+                data = np.ascontiguousarray(chunk).data.cast("B")
+                for at in range(0, len(data), _CHUNK):
+                    part = data[at : at + _CHUNK]
+                    file.write(part)
+                    checksum.update(part)
+        assert file.tell() == len(start) + end, "the chunks of a tensor do not make its shape"
+        file.flush()
+        sync_file(file.fileno())
+        name = f"{number:08d}-{checksum.hexdigest()}{SUFFIX}"
+
+        def publish() -> None:
             access.check()
             opened.rename(temporary, opened, name)
-        opened.sync()
-    return folder / name, len(start) + end
+            opened.sync()
+
+        yield folder / name, len(start) + end, publish
 
 
 @contextmanager

@@ -333,10 +333,10 @@ def test_a_writer_that_fails_ends_the_job_with_its_error(
     server: Server, job: dict[str, Any], whole: dict[str, str]
 ) -> None:
     failing = """
-from qk_sniffer.store import journal_writer
+from qk_sniffer.store import segment_writers
 def fail(*args):
     raise RuntimeError("the disk controller is on fire")
-journal_writer.write_segment = fail
+segment_writers.whole_segment = fail
 """
     child = server.start(job, before=failing)
     assert child.wait() == 1

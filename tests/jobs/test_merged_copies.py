@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from support.jobs import hashes, run, stopped_after
 
-from qk_sniffer.store.journal_writer import JournalWriter
+from qk_sniffer.store.finished_batches import GroupEnd
 from qk_sniffer.store.layout import Layout
+from qk_sniffer.store.segment_writers import SegmentWriters
 
 SECTIONS: dict[str, Any] = {"inference": {"batch_size": 4, "lookahead": 10}, "capture": {"layers": [0, 1]}}
 
@@ -19,14 +20,18 @@ SIZES = [(2, 3), (3, 2), (3, 4), (2, 7), (7, 2)]
 def small_segments(batches: int, segment_items: int, checkpoint: Path, texts: Path, root: Path) -> None:
     """Runs a job that is killed in its capture; its segments have `segment_items` items or batches."""
 
-    def take(self: Any) -> Any:
-        with self._changed:
-            while not (self._closing or len(self._queue) >= segment_items):
-                self._changed.wait()
-            return [self._queue.popleft() for _ in range(min(segment_items, len(self._queue)))]
+    def is_due(self: Any) -> bool:
+        return bool(self._queue) and (self._closing or len(self._queue) >= segment_items)
+
+    def items(self: Any) -> Any:
+        taken = [self._queue.popleft() for _ in range(min(segment_items, len(self._queue)))]
+        for _ in filter(lambda item: isinstance(item, GroupEnd), taken):
+            self._ends.popleft()
+        return taken
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(JournalWriter, "_take", take)
+        patch.setattr(SegmentWriters, "_is_due", is_due)
+        patch.setattr(SegmentWriters, "_items", items)
         stopped_after(batches, checkpoint, texts, root, **SECTIONS)
 
 

@@ -10,7 +10,7 @@ from support.steps import at
 
 from qk_sniffer.errors import StoreError
 from qk_sniffer.store import compact_statistics
-from qk_sniffer.store.journal_writer import JournalWriter
+from qk_sniffer.store.segment_writers import SegmentWriters
 
 SECTIONS: dict[str, Any] = {
     "inference": {"batch_size": 4, "lookahead": 10},
@@ -21,7 +21,7 @@ SECTIONS: dict[str, Any] = {
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Writes a segment as soon as any rows are queued, and one head after the other."""
-    monkeypatch.setattr(JournalWriter, "_due", lambda self: bool(self._queue))
+    monkeypatch.setattr(SegmentWriters, "_is_due", lambda self: bool(self._queue))
     monkeypatch.setattr("qk_sniffer.jobs.assemble.num_threads", lambda: 1)
 
 

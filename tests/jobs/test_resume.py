@@ -32,9 +32,9 @@ from qk_sniffer.backbone.layers import LayerHeads
 from qk_sniffer.capture import capture as capture_module
 from qk_sniffer.errors import SourceError, StoreError
 from qk_sniffer.store import manifest as manifests
-from qk_sniffer.store.journal_writer import JournalWriter
 from qk_sniffer.store.layout import Layout
 from qk_sniffer.store.locks import hold
+from qk_sniffer.store.segment_writers import SegmentWriters
 
 pytestmark = pytest.mark.floor
 
@@ -181,7 +181,8 @@ def test_a_journal_damaged_after_it_was_complete_is_mended(
     }
     whole = undisturbed(**sections)
     with monkeypatch.context() as patch:
-        patch.setattr(JournalWriter, "_due", lambda self: bool(self._queue))  # a segment as soon as any rows are queued
+        # A segment as soon as any rows are queued.
+        patch.setattr(SegmentWriters, "_is_due", lambda self: bool(self._queue))
         captured_only(checkpoint, texts, tmp_path / "damaged", monkeypatch, **sections)
     segments = sorted((tmp_path / "damaged").rglob("*.safetensors"))
     assert len(segments) > 2

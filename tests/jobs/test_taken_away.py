@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,9 +26,9 @@ from qk_sniffer.jobs import finish
 from qk_sniffer.jobs.finalize import finalize
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store import promote
-from qk_sniffer.store.journal_writer import JournalWriter
 from qk_sniffer.store.layout import Layout
 from qk_sniffer.store.locks import InUseError, TakenAwayError, hold, holder, is_held
+from qk_sniffer.store.segment_writers import SegmentWriters
 
 SECTIONS: dict[str, Any] = {"inference": {"batch_size": 4, "lookahead": 10}, "capture": {"layers": [1]}}
 
@@ -37,7 +38,7 @@ TAKEN_AWAY = "was removed, moved or replaced|no longer holds this job|there is n
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Writes a segment as soon as any rows are queued, and one head after the other."""
-    monkeypatch.setattr(JournalWriter, "_due", lambda self: bool(self._queue))
+    monkeypatch.setattr(SegmentWriters, "_is_due", lambda self: bool(self._queue))
     monkeypatch.setattr("qk_sniffer.jobs.assemble.num_threads", lambda: 1)
 
 
@@ -57,11 +58,13 @@ def everything(root: Path) -> dict[str, str]:
 
 
 def remove(root: Path) -> None:
-    """Removes a data root in which another thread may be writing."""
+    """Removes a data root in which other threads may be writing, which end when they see that it is gone."""
     trash = root.with_name(f"removed-{root.name}")
     root.rename(trash)
-    shutil.rmtree(trash, ignore_errors=True)
-    assert not trash.exists()
+    deadline = time.monotonic() + 20
+    while trash.exists():
+        assert time.monotonic() < deadline
+        shutil.rmtree(trash, ignore_errors=True)
 
 
 IN_THREAD = ("segment",)

@@ -28,7 +28,7 @@ from qk_sniffer.jobs.finalize import finalize
 from qk_sniffer.notebook.memory import MemoryStore
 from qk_sniffer.notebook.save import save
 from qk_sniffer.notebook.stream import FolderStream
-from qk_sniffer.store import journal_writer
+from qk_sniffer.store import segment_writers
 from qk_sniffer.store.layout import Layout
 from qk_sniffer.store.locks import InUseError, hold
 
@@ -251,16 +251,16 @@ def test_a_full_disk_is_noticed_before_anything_is_written(
 def test_a_save_that_fails_leaves_nothing_and_may_be_repeated(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    passes, real = filled(checkpoint), journal_writer.write_segment
+    passes, real = filled(checkpoint), segment_writers.whole_segment
 
     def full(*_: Any) -> Any:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(journal_writer, "write_segment", full)
+    monkeypatch.setattr(segment_writers, "whole_segment", full)
     with pytest.raises(StoreError, match="No space left"):
         saved(passes, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(journal_writer, "write_segment", real)
+    monkeypatch.setattr(segment_writers, "whole_segment", real)
     assert verify(saved(passes, tmp_path / "out")).problems == 0
     assert not (tmp_path / "out/.qk_sniffer").exists()
 

@@ -37,7 +37,7 @@ from qk_sniffer.notebook.stream import FolderStream
 facts = facts_of(Path(sys.argv[1]))
 stream = FolderStream(facts, Path(sys.argv[2]))
 with stream:
-    stream._writer._flush_s = 0.0
+    stream._writer._segments._flush_s = 0.0
     passes = Passes(facts, stream)
     passes.whole(TEXTS[:4])
     passes.part(4, TEXTS[4], 0, 9)
@@ -92,7 +92,7 @@ def test_rows_do_not_stay_in_memory(checkpoint: Path, tmp_path: Path, monkeypatc
     taken, reserved, real = [], [], JournalWriter.reserve
 
     def watched(self: JournalWriter, rows: Any) -> Any:
-        taken.append(self._buffer.taken)
+        taken.append(self._segments._buffer.taken)
         reserved.append(rows.nbytes)
         return real(self, rows)
 

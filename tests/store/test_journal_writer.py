@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from support.store_cases import Captured, Piece, by_index, ones, put
 
 from qk_sniffer.errors import StoreError
-from qk_sniffer.store import disk, journal_writer, segment
+from qk_sniffer.store import disk, journal_writer, segment, segment_writers
 from qk_sniffer.store.compaction_plan import SegmentFiles, find_blocks, plan_compaction
 from qk_sniffer.store.journal import ExampleRecord, Journal
 from qk_sniffer.store.journal_writer import JournalWriter
@@ -40,11 +40,17 @@ class SlowDisk:
         disk.sync_file(descriptor)
 
 
+def join_threads(writer: JournalWriter) -> None:
+    """Waits for the threads of a writer that has nothing to write any more."""
+    for thread in writer._segments._threads:
+        thread.join(10)
+
+
 def test_reserve_waits_while_the_buffer_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slow = SlowDisk(monkeypatch)
     taken: list[int] = []
 
-    with JournalWriter(Journal(tmp_path), queue_bytes=10_000, segment_bytes=4_000) as writer:
+    with JournalWriter(Journal(tmp_path), queue_bytes=10_000, segment_bytes=4_000, threads=4) as writer:
 
         def forward() -> None:
             for index in range(8):
@@ -55,10 +61,10 @@ def test_reserve_waits_while_the_buffer_is_full(tmp_path: Path, monkeypatch: pyt
         thread = threading.Thread(target=forward)
         thread.start()
         deadline = time.monotonic() + 20
-        while (slow.calls, len(taken)) != (1, 4) and time.monotonic() < deadline:
+        while (slow.calls, len(taken)) != (2, 4) and time.monotonic() < deadline:
             time.sleep(0.01)
         time.sleep(0.5)  # a fifth would be taken now
-        assert slow.calls == 1  # the first segment blocks
+        assert slow.calls == 2  # two segments block, and two threads have nothing to write
         assert taken == [0, 1, 2, 3]  # 4 x 2,000 bytes are not durable; a fifth does not fit, aligned
         slow.go.set()
         thread.join(20)
@@ -86,7 +92,7 @@ def test_an_error_of_the_thread_reaches_the_next_call(
     monkeypatch.setattr(segment, "sync_file", full)
     writer = JournalWriter(Journal(tmp_path), queue_bytes=BIG, segment_bytes=1)
     put(writer, ones(3))
-    writer._thread.join(10)
+    join_threads(writer)
     ends = [Captured().record(0)]
     with pytest.raises(StoreError, match=r"No space left.*rerun the command"):
         {"put": lambda: put(writer, ones(3)), "complete": lambda: writer.complete(ends), "close": writer.close}[call]()
@@ -94,7 +100,7 @@ def test_an_error_of_the_thread_reaches_the_next_call(
 
 
 def test_an_error_of_the_thread_wakes_a_waiting_reserve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(journal_writer, "write_segment", lambda *_: time.sleep(0.2) or 1 / 0)
+    monkeypatch.setattr(segment_writers, "whole_segment", lambda *_: time.sleep(0.2) or 1 / 0)
     with (
         pytest.raises(StoreError, match="ZeroDivisionError"),
         JournalWriter(Journal(tmp_path), queue_bytes=100, segment_bytes=1) as writer,
@@ -196,12 +202,12 @@ def test_memory_is_not_given_back_while_a_copy_to_it_is_under_way(tmp_path: Path
 
 
 def test_a_commit_that_fails_waits_for_its_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(journal_writer, "write_segment", lambda *_: 1 / 0)
+    monkeypatch.setattr(segment_writers, "whole_segment", lambda *_: 1 / 0)
     waited: list[str] = []
     writer = JournalWriter(Journal(tmp_path), queue_bytes=BIG, segment_bytes=1)
     with pytest.raises(StoreError, match="ZeroDivisionError"), writer.reserve(ones(3).rows) as slot:
         put(writer, ones(3, index=1))
-        writer._thread.join(10)
+        join_threads(writer)
         writer.commit(slot, Copy(lambda: waited.append("arrived")))
     assert waited == ["arrived"]
 
@@ -224,7 +230,8 @@ def test_checks_of_attention_are_durable_with_their_batch(tmp_path: Path) -> Non
 def test_a_segment_ends_before_its_header_is_larger_than_its_reader_takes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(journal_writer, "MOST_METADATA", 4000)
+    for module in (journal_writer, segment_writers):
+        monkeypatch.setattr(module, "MOST_METADATA", 4000)
     records = [ExampleRecord(i, i, f'"{i}"' + "é" * 100, 5, False, "00") for i in range(30)]
     journal = Journal(tmp_path / "journal")
     with JournalWriter(journal, queue_bytes=1 << 16, segment_bytes=1 << 16, flush_s=60.0) as writer:
@@ -294,7 +301,7 @@ class Alarm:
             self.seen += 1
             if self.seen == self.at:
                 raise AlarmError
-        return self if Path(code.co_filename).name in ("journal_writer.py", "buffer.py") else None
+        return self if Path(code.co_filename).name in ("journal_writer.py", "segment_writers.py", "buffer.py") else None
 
 
 @pytest.mark.slow
@@ -304,8 +311,7 @@ def test_no_thread_waits_for_ever_after_an_exception_from_outside(tmp_path: Path
     def work(at: int, seen: list[int]) -> None:
         alarm = Alarm(at)
         try:
-            with by_example(Journal(tmp_path / str(at)), queue_bytes=10_000) as writer:
-                threads.append(writer._thread)
+            with by_example(Journal(tmp_path / str(at)), queue_bytes=10_000, flush_s=0.1) as writer:
                 sys.settrace(alarm)
                 index = 0
                 while index < 4:
@@ -323,14 +329,15 @@ def test_no_thread_waits_for_ever_after_an_exception_from_outside(tmp_path: Path
             seen.append(alarm.seen)
 
     for at in range(1, 2000):
-        threads: list[threading.Thread] = []
         seen: list[int] = []
         thread = threading.Thread(target=work, args=(at, seen), daemon=True)
         thread.start()
         thread.join(20)
         assert not thread.is_alive(), f"the caller waits for ever after an exception at line {at}"
-        threads[0].join(20)
-        assert not threads[0].is_alive(), f"the writer's thread waits for ever after an exception at line {at}"
+        for each in threading.enumerate():
+            if each.name == "journal":
+                each.join(20)
+                assert not each.is_alive(), f"a thread of the writer waits for ever after an exception at line {at}"
         if seen[0] < at:
             assert at > 50
             return

@@ -19,7 +19,7 @@ from qk_sniffer.store.journal import ExampleRecord, Journal
 from qk_sniffer.store.journal_writer import JournalWriter
 from qk_sniffer.store.layout import Head, Layout
 from qk_sniffer.store.rows import MOST_INDEX, MOST_PARTS, RUN_COLUMNS, example_key, index_of, keys_of, with_parts
-from qk_sniffer.store.segment import Tensor, read_array, read_header, write_segment
+from qk_sniffer.store.segment import Tensor, read_array, read_header, whole_segment
 
 HEAD = Head(0, 0, "q", 0, 4, None, 0)
 
@@ -125,7 +125,8 @@ def rewrite(path: Path, metadata: dict[str, str], columns: int) -> None:
                 array = array[:, :columns]
             tensors.append(Tensor(name, place.dtype, array.shape, lambda array=array: [array]))  # type: ignore[misc]
     path.unlink()
-    write_segment(path.parent, int(path.name.split("-")[0]), tensors, metadata)
+    with whole_segment(path.parent, int(path.name.split("-")[0]), tensors, metadata) as (_, _, publish):
+        publish()
 
 
 @pytest.mark.parametrize("fields", [6, 9, 10])

@@ -82,7 +82,7 @@ class Disturbed(Claim):
 def write_segments(layout: Layout, claim: Claim) -> None:
     shutil.rmtree(layout.journal(0, 1))
     journal = Journal(layout.journal(0, 1), claim.job_id, access=claim)
-    with JournalWriter(journal, queue_bytes=1 << 20, segment_bytes=1, access=claim) as writer:
+    with JournalWriter(journal, queue_bytes=1 << 20, segment_bytes=1, access=claim, threads=1) as writer:
         CORPUS.write(writer)
 
 

@@ -8,11 +8,11 @@ import pytest
 from qk_sniffer.capture.capture import Capture
 from qk_sniffer.jobs import capture_examples, finish
 from qk_sniffer.store import compact, promote
-from qk_sniffer.store.journal_writer import JournalWriter
+from qk_sniffer.store.segment_writers import SegmentWriters
 
 STEPS: dict[str, tuple[Any, str, int]] = {
     "forward": (Capture, "run", 4),
-    "segment": (JournalWriter, "_write", 2),
+    "segment": (SegmentWriters, "_write", 2),
     "mark": (capture_examples, "mark_done", 1),
     "finish": (finish, "captured_job", 1),
     "compaction": (compact._Job, "write_heads", 2),

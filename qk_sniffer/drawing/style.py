@@ -4,6 +4,8 @@ They fit the columns of a paper, and are readable in grey and for colour-blind r
 Okabe and Ito). The same numbers give the same bytes with one version of matplotlib.
 """
 
+import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -103,16 +105,33 @@ def save(
 
 @contextmanager
 def styled() -> Iterator[None]:
-    """Applies the style of this module within the block, and nothing else.
-
-    matplotlib also reads a file matplotlibrc of the current folder. It may have LaTeX read any file into a picture.
-    """
-    import matplotlib
+    """Applies the style of this module within the block, and nothing else."""
+    with _in_folder_of_root():
+        import matplotlib
 
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(STYLE)
         yield
+
+
+@contextmanager
+def _in_folder_of_root() -> Iterator[None]:
+    """Makes / the current folder of the process within the block.
+
+    matplotlib reads a file matplotlibrc of the current folder when it is imported, which may be anyone's: its lines are
+    quoted in warnings, as a pipe it never ends, and it may have LaTeX read any file into a picture.
+    """
+    if "matplotlib" in sys.modules:
+        yield
+        return
+    here = os.open(".", os.O_PATH)
+    try:
+        os.chdir("/")
+        yield
+    finally:
+        os.fchdir(here)
+        os.close(here)
 
 
 def as_text(text: str) -> str:

@@ -1,5 +1,8 @@
 """Checks the files of pictures: both formats, whole or not at all, the same bytes twice, without time and version."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -7,6 +10,7 @@ import matplotlib
 import numpy as np
 import pytest
 
+import qk_sniffer
 from qk_sniffer.drawing.style import PAPER_SUFFIXES, as_text, check_cells, figure, save
 from qk_sniffer.errors import QkSnifferError, StoreError
 from qk_sniffer.store.open_folder import PLAIN, Checked, OpenFolder
@@ -14,6 +18,8 @@ from qk_sniffer.store.places import is_drawn
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+REPO = Path(qk_sniffer.__file__).parent.parent
 
 
 def drawing() -> "Figure":
@@ -64,6 +70,31 @@ def test_settings_of_others_do_not_change_a_picture(tmp_path: Path) -> None:
         )
         assert [path.read_bytes() for path in save(tmp_path / "a", drawing)] == expected
         assert matplotlib.rcParams["axes.facecolor"] == "red"
+
+
+@pytest.mark.parametrize("kind", ["a link to a secret", "a pipe", "no text"])
+def test_a_matplotlibrc_of_the_current_folder_is_not_read(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("hf_secret")
+    (tmp_path / "here").mkdir()
+    file = tmp_path / "here" / "matplotlibrc"
+    match kind:
+        case "a link to a secret":
+            file.symlink_to(tmp_path / "secret")
+        case "a pipe":
+            os.mkfifo(file)
+        case _:
+            file.write_bytes(b"\xff")
+    code = "from qk_sniffer.drawing.style import styled\nimport os\nwith styled(): print(os.getcwd())"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path / "here",
+        env=os.environ | {"PYTHONPATH": str(REPO)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert Path(done.stdout.rstrip("\n")) == (tmp_path / "here").resolve()
 
 
 def test_a_picture_that_cannot_be_written_leaves_the_earlier_one(tmp_path: Path) -> None:

@@ -336,6 +336,6 @@ def table(jobs: Sequence[PlannedJob], found: dict[int, Status], width: int | Non
         count = "" if status.rows is None else f"{status.rows:,}"
         taken = tqdm.format_interval(status.seconds) if status.state not in (QUEUED, NOT_STARTED) else ""
         rows.append((str(job.number), status.model, status.state, count, taken, where, " ".join(job.arguments)))
-    messages = {job: found[job.number].error for job in jobs if job.number in found}
-    errors = [f"{job}: {in_brief(message)}" for job, message in messages.items() if message]
+    messages = [(job, found[job.number].error) for job in jobs if job.number in found]
+    errors = [f"{job}: {in_brief(message)}" for job, message in messages if message]
     return "\n".join([folded(rows, width, ("model", "where", "its own arguments")), *map(printable, errors)])

@@ -211,6 +211,15 @@ def leads_out(name: str) -> bool:
     return Path(name).is_absolute() or ".." in Path(name).parts
 
 
+def is_possible(name: str) -> bool:
+    """Whether a file can have a name, relative to its folder: no disk has longer ones, or one with a zero byte."""
+    try:
+        parts = os.fsencode(name).split(b"/")
+    except UnicodeEncodeError:
+        return False
+    return b"\0" not in b"".join(parts) and sum(map(len, parts)) < 2048 and max(map(len, parts)) <= 255
+
+
 def counted(number: int, noun: str) -> str:
     """Returns a number with its noun: `1 row`, `2,000 rows`."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

@@ -1,8 +1,8 @@
 """Finds the weight files of a checkpoint, reads their headers, and says why they cannot be loaded."""
 
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,7 @@ def weight_files(source: Mapping[str, Any], explicit: str | None = None) -> list
     """
     top, find = _top_file(source, explicit)
     if top is not None and top.name.endswith(INDEX):
-        return [shard for file in shards_of(top.read_bytes()) if (shard := find(file)) is not None]
+        return [shard for file in shards_of(top.read_bytes(), top.name) if (shard := find(file)) is not None]
     return [] if top is None else [top]
 
 
@@ -111,7 +111,7 @@ def damaged_file(source: Mapping[str, Any], explicit: str | None = None) -> str 
     top, find = _top_file(source, explicit)
     files = [] if top is None else [top]
     if top is not None and top.name.endswith(INDEX) and damage(top) is None:
-        files = [shard for file in shards_of(top.read_bytes()) if (shard := find(file)) is not None]
+        files = [shard for file in shards_of(top.read_bytes(), top.name) if (shard := find(file)) is not None]
     return next((_damaged(file.name, how) for file in files if (how := damage(file)) is not None), None)
 
 
@@ -187,6 +187,28 @@ def check_folder(folder: Path, explicit: str | None, *, allow_pickle: bool) -> N
         raise SourceError(f"model {folder} {problem}")
 
 
+@contextmanager
+def pickles_refused(name: str) -> Iterator[None]:
+    """Keeps transformers from loading a pickle within the block. What a checkpoint names may be of any format.
+
+    Raises:
+        SourceError: the checkpoint `name` has weights in one.
+    """
+    load = torch.load
+
+    def refuse(file: Any, *_: Any, **__: Any) -> Any:
+        raise SourceError(
+            f"model {name} names a pickle among its weights ({Path(str(file)).name}), which can run any code when it "
+            "is loaded: if you trust its author, set model.allow_pickle=true"
+        )
+
+    torch.load = refuse  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.load = load
+
+
 def weights_problem(names: Collection[str], read: Callable[[str], bytes], *, allow_pickle: bool) -> str | None:
     """Returns what keeps the weights among the files `names` of a checkpoint from being loaded; None if nothing does.
 
@@ -197,7 +219,7 @@ def weights_problem(names: Collection[str], read: Callable[[str], bytes], *, all
             return None
         if single + INDEX in names:
             try:
-                shards = shards_of(read(single + INDEX))
+                shards = shards_of(read(single + INDEX), single + INDEX)
             except DamagedFileError as error:
                 return _damaged(single + INDEX, str(error))
             missing = [shard for shard in shards if shard not in names]

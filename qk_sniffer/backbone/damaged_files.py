@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qk_sniffer.hub.json_files import DamagedFileError, json_object
-from qk_sniffer.text import leads_out, shortened
+from qk_sniffer.text import is_possible, leads_out, shortened
 
 _LENGTH_BYTES = 8
 """The bytes of the length of a header, with which a safetensors file begins."""
@@ -44,11 +44,12 @@ def safetensors_header(path: Path) -> dict[str, Any]:
     return entries
 
 
-def shards_of(index: bytes) -> list[str]:
-    """Returns the files that an index of weights names.
+def shards_of(index: bytes, name: str) -> list[str]:
+    """Returns the files that an index of weights names. `name` is its own.
 
     Raises:
-        DamagedFileError: it names no files, or files outside of the folder that it is in.
+        DamagedFileError: it names no files, or files outside of the folder that it is in, or names that no file has.
+            An index of safetensors files names another file, which would be loaded as a pickle.
     """
     found = json_object(index)
     weight_map = found.get("weight_map")
@@ -62,6 +63,14 @@ def shards_of(index: bytes) -> list[str]:
         raise DamagedFileError(
             f"it names {len(outside)} files outside of its folder, which are not read: {shortened(outside, 2)}"
         )
+    if impossible := [shard for shard in shards if not is_possible(shard)]:
+        raise DamagedFileError(f"it names {len(impossible)} files as no disk can, such as {impossible[0][:60]!r}")
+    others = [shard for shard in shards if not shard.endswith(".safetensors")]
+    if others and name.endswith(".safetensors.index.json"):
+        raise DamagedFileError(
+            f"it names {len(others)} files that are not safetensors ({shortened(others, 2)}), and a file of another "
+            "format can run any code when it is loaded"
+        )
     return shards
 
 
@@ -71,7 +80,7 @@ def damage(path: Path) -> str | None:
         if path.suffix == ".safetensors":
             safetensors_header(path)
         elif path.name.endswith(".index.json"):
-            shards_of(path.read_bytes())
+            shards_of(path.read_bytes(), path.name)
         elif path.suffix == ".gguf":
             return _damage_of_gguf(path)
         elif path.suffix == ".bin":

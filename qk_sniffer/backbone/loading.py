@@ -25,6 +25,7 @@ from qk_sniffer.backbone.checkpoint_weights import (
     damaged_file,
     first_float,
     own_dtype,
+    pickles_refused,
     stored_dtypes,
     weight_files,
     weights_problem,
@@ -278,7 +279,8 @@ def _from_pretrained(
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Loads a model with the `arguments` of from_pretrained; returns it and transformers' loading info."""
     cut = nullcontext() if layers is None else cut_after(layers, found.family)
-    with base_alone(), ignored_layers_reported(), unconverted_named(), cut, modules_limited():
+    safe = nullcontext() if config.allow_pickle else pickles_refused(str(config.name))
+    with base_alone(), ignored_layers_reported(), unconverted_named(), cut, modules_limited(), safe:
         loaded: Any = None
         if found.wrapper is not None:
             if config.attn_implementation is not None:

@@ -20,6 +20,7 @@ from qk_sniffer.hub.config_limits import refuse_large_config
 from qk_sniffer.hub.file_trails import Trails
 from qk_sniffer.store.disk import open_regular
 from qk_sniffer.store.files import inside
+from qk_sniffer.text import is_possible
 
 TEXTS = frozenset({".json", ".model", ".py", ".txt", ".jinja", ".tiktoken", ".codes", ".spm", ".tokenizer"})
 """The suffixes of the files of a checkpoint that hold no weights. The last three are those of rare vocabularies."""
@@ -194,8 +195,10 @@ def _in_folder(file: Path, name: str) -> str:
     """Returns a name that `file` has, if it is of a file in the folder of `file`.
 
     Raises:
-        SourceError: it is of another file.
+        SourceError: it is of another file, or of none that a disk can have.
     """
+    if not is_possible(name):
+        raise SourceError(f"{file} names a file as no disk can, {name[:60]!r}: restore it")
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise SourceError(
             f"{file} names the file {name!r}, which is not in the folder of the checkpoint: it is not read. Move the "

@@ -14,6 +14,7 @@ from support.tiny import saved
 from support.zoo import CASES, Case
 from transformers import CONFIG_MAPPING
 
+from qk_sniffer.backbone import checkpoint_weights, damaged_files
 from qk_sniffer.backbone import loading as loading_module
 from qk_sniffer.backbone.loading import check_model, load_backbone
 from qk_sniffer.config import ModelConfig
@@ -77,6 +78,35 @@ def test_a_pickle_checkpoint_is_refused_unless_asked_for(tmp_path: Path) -> None
         load_backbone(config)
     decoder = load_backbone(replace(config, allow_pickle=True)).decoder
     assert torch.equal(decoder.state_dict()["embed_tokens.weight"], weights["model.embed_tokens.weight"])
+
+
+def test_a_pickle_that_an_index_of_safetensors_names_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = saved(CASES[0], tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(weights, tmp_path / "w.txt")
+    index = {"metadata": {}, "weight_map": dict.fromkeys(weights, "w.txt")}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(SourceError, match=r"names 1 files that are not safetensors \(w\.txt\)"):
+        load_backbone(config)
+    for module in (checkpoint_weights, damaged_files):  # as an index that is only fetched while the model is loaded
+        monkeypatch.setattr(module, "shards_of", lambda *_: ["w.txt"])
+    with pytest.raises(SourceError, match=r"names a pickle among its weights \(w\.txt\), .*model\.allow_pickle=true"):
+        load_backbone(config)
+    load_backbone(replace(config, allow_pickle=True))
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "a\0b", "\ud800", "/".join(["a"] * 3000)])
+def test_names_of_files_as_no_disk_can_have_are_refused(name: str, tmp_path: Path) -> None:
+    config = saved(CASES[0], tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(SourceError, match="names a file as no disk can"):
+        folder_digest(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "w.safetensors")
+    with pytest.raises(SourceError, match="names 1 files as no disk can"):
+        load_backbone(config)
 
 
 def test_code_that_comes_with_a_checkpoint_does_not_run_unless_asked_for(tmp_path: Path) -> None:

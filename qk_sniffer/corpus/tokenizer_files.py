@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-from qk_sniffer.corpus.text_growth import MOST_GROWTH, growth
+from qk_sniffer.corpus.text_growth import MOST_GROWTH, PARTS, growth
 from qk_sniffer.errors import SourceError
 from qk_sniffer.hub.config_limits import refuse_large_config, refuse_other_configs, refuse_too_many_layers
 from qk_sniffer.hub.json_files import DamagedFileError, json_object
@@ -179,7 +179,7 @@ def refuse_files_elsewhere(name: str, *, trust_remote_code: bool = False, **opti
             _refuse(name, _BYTE_MAPS, key, value)
     for file in dict.fromkeys(("tokenizer.json", *described)):
         described_here = _read_object(_file_of(name, file, options))
-        refuse_growth(name, described_here)
+        refuse_growth(name, described_here, file)
         model = described_here.get("model")
         for key, value in model.items() if isinstance(model, dict) else ():
             if _holds_path(key, value):
@@ -187,27 +187,30 @@ def refuse_files_elsewhere(name: str, *, trust_remote_code: bool = False, **opti
 
 
 def steps_of(tokenizer: Any) -> dict[str, Any]:
-    """Returns the steps of a loaded tokenizer before its model, as a `tokenizer.json` has them; none if not known.
+    """Returns the steps of a loaded tokenizer around its model, as a `tokenizer.json` has them; none if not known.
 
     transformers makes some of them itself, from files of other formats.
     """
     backend, found = getattr(tokenizer, "backend_tokenizer", None), {}
-    for key in ("normalizer", "pre_tokenizer"):
+    for key in PARTS:
         with suppress(Exception):  # code of a checkpoint may have a step of its own, which is no data
             found[key] = json.loads(getattr(backend, key).__getstate__())
     return found
 
 
-def refuse_growth(name: str, described: Mapping[str, Any]) -> None:
+def refuse_growth(name: str, described: Mapping[str, Any], file: str | None = None) -> None:
     """Checks that the tokenizer of `name` does not make texts much longer. `described` is as its `tokenizer.json`.
+
+    `file` is the one that describes it; None if it is the loaded tokenizer that is described.
 
     Raises:
         SourceError: it does.
     """
     if growth(described) > MOST_GROWTH:
+        parts = "normalizer, pre_tokenizer or post_processor" + ("" if file is None else f" of its {file}")
         raise SourceError(
-            f"the tokenizer of {name} is refused: its normalizer or pre_tokenizer may make a text more than "
-            f"{MOST_GROWTH:,} times longer, which would fill the memory. Set model.tokenizer.name to another tokenizer"
+            f"the tokenizer of {name} is refused: the {parts} may make a text more than {MOST_GROWTH:,} times longer, "
+            "which would fill the memory. Set model.tokenizer.name to another tokenizer"
         )
 
 

@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from typing import Any
 
+from qk_sniffer.corpus.panics import panics_as_errors
 from qk_sniffer.corpus.split_patterns import SplitPattern, UnknownPatternError, is_letter
 
 _SEPARATORS = " \n\u3001\u3002\uff0c"
@@ -99,7 +100,8 @@ class TextCuts:
 
     def _normalize(self, text: str) -> str:
         normalizer = self._backend.normalizer
-        return text if normalizer is None else str(normalizer.normalize_str(text))
+        with panics_as_errors():
+            return text if normalizer is None else str(normalizer.normalize_str(text))
 
     def _added_tokens_keep(self, separator: str, after: str) -> bool:
         return not any(

@@ -15,6 +15,7 @@ from qk_sniffer.corpus.chat_segments import ChatSegments
 from qk_sniffer.corpus.contents import ContentError, Conversation, text_hash
 from qk_sniffer.corpus.encoder import Encoder
 from qk_sniffer.corpus.examples import Example
+from qk_sniffer.corpus.panics import panics_as_errors
 from qk_sniffer.corpus.pinned_loads import pinned_loads
 from qk_sniffer.corpus.segments import Segments
 from qk_sniffer.corpus.special_tokens import Encoded, SpecialTokens
@@ -100,7 +101,7 @@ def load_tokenizer(
     try:
         where = {key: options[key] for key in ("revision", "local_files_only") if key in options}
         refuse_files_elsewhere(str(local), trust_remote_code=config.trust_remote_code, **where)
-        with pinned_loads(str(local), commit):
+        with panics_as_errors(), pinned_loads(str(local), commit):
             tokenizer = AutoTokenizer.from_pretrained(str(local), **options)
         if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers returns an empty one without files
             raise SourceError(f"{name} has no tokenizer: set model.tokenizer.name to a Hub id or a folder that has one")
@@ -110,9 +111,10 @@ def load_tokenizer(
                 f"the tokenizer of {name} splits a text differently each time: {random}. Set model.tokenizer.name to a "
                 "copy of it without this setting"
             )
-        loaded = TextTokenizer(
-            tokenizer, config.tokenizer, name=name, commit=commit, chat=chat, offsets=offsets, segments=segments
-        )
+        with panics_as_errors():
+            loaded = TextTokenizer(
+                tokenizer, config.tokenizer, name=name, commit=commit, chat=chat, offsets=offsets, segments=segments
+            )
         loaded.libraries = libraries_of(tokenizer, str(local), commit)
     except SourceError:
         raise
@@ -365,7 +367,8 @@ class TextTokenizer:
     def _encoded(self, texts: "Sequence[tuple[Example, str]]") -> list[Sequence[Encoded]]:
         """Returns the parts of each text."""
         try:
-            return list(self._encoder([text for _, text in texts]))
+            with panics_as_errors():
+                return list(self._encoder([text for _, text in texts]))
         except MemoryError:
             raise
         except Exception as error:  # tokenizers raise any class of error
@@ -376,7 +379,8 @@ class TextTokenizer:
     def _pieces(self, example: Example, text: str) -> Iterator[Encoded]:
         """Yields the parts of a long text."""
         try:
-            yield from self._encoder.pieces(text)
+            with panics_as_errors():
+                yield from self._encoder.pieces(text)
         except MemoryError:
             raise
         except Exception as error:

@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
+from qk_sniffer.corpus.panics import panics_as_errors
 from qk_sniffer.corpus.text_growth import MOST_GROWTH, PARTS, growth
 from qk_sniffer.errors import SourceError
 from qk_sniffer.hub.config_limits import refuse_large_config, refuse_other_configs, refuse_too_many_layers
@@ -73,7 +74,8 @@ def difference_from_file(tokenizer: Any, name: str, commit: str | None) -> str |
 
     try:
         path = cached_file(name, "tokenizer.json", revision=commit, local_files_only=True)
-        described = Tokenizer.from_file(str(path))
+        with panics_as_errors():
+            described = Tokenizer.from_file(str(path))
     except Exception:  # it has none, or one of an older format, which transformers has converted
         return None
     described.no_truncation()
@@ -81,8 +83,9 @@ def difference_from_file(tokenizer: Any, name: str, commit: str | None) -> str |
     if getattr(described.model, "dropout", None):  # the loaded tokenizer has none: see `randomness_of`
         described.model.dropout = None
     try:
-        says = described.encode(_PROBE, add_special_tokens=False).ids
-        gives = tokenizer(_PROBE, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
+        with panics_as_errors():
+            says = described.encode(_PROBE, add_special_tokens=False).ids
+            gives = tokenizer(_PROBE, add_special_tokens=False, truncation=False, verbose=False)["input_ids"]
     except Exception:  # no token for a character: a text of the dataset that has it is an error
         return None
     if gives == says:
@@ -123,7 +126,8 @@ def randomness_of(tokenizer: Any) -> str | None:
     if (getattr(tokenizer, "sp_model_kwargs", None) or {}).get("enable_sampling"):
         return f"sp_model_kwargs.enable_sampling of its {_SETTINGS} is true"
     try:
-        several = [tokenizer(_PROBE, truncation=False, verbose=False)["input_ids"] for _ in range(_PROBES)]
+        with panics_as_errors():
+            several = [tokenizer(_PROBE, truncation=False, verbose=False)["input_ids"] for _ in range(_PROBES)]
     except Exception:  # no token for a character: a text of the dataset that has it is an error
         return None
     return f"{_PROBE!r} gives other tokens the second time" if several.count(several[0]) < _PROBES else None

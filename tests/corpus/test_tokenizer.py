@@ -281,6 +281,28 @@ def test_a_tokenizer_that_fails_names_the_row(folder: Path, tmp_path: Path) -> N
         wrong(examples(["", "a b", "a b"]))
 
 
+def with_part(folder: Path, copy: Path, **parts: Any) -> Path:
+    """Copies a tokenizer with other parts in its tokenizer.json."""
+    shutil.copytree(folder, copy)
+    file = copy / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | parts), encoding="utf-8")
+    return copy
+
+
+def test_a_text_for_which_the_library_panics_is_named(folder: Path, tmp_path: Path) -> None:
+    slow = {"type": "Split", "pattern": {"Regex": "(x+x+)+y"}, "behavior": "Isolated", "invert": False}
+    tokenizer = loaded(with_part(folder, tmp_path / "slow", pre_tokenizer=slow))
+    with pytest.raises(SourceError, match=r"slow fails at example 3 of the dataset .*: .*retry-limit-in-match"):
+        tokenizer(examples(["a", "x" * 60 + "c"]))
+
+
+def test_a_tokenizer_with_which_the_library_panics_is_refused(folder: Path, tmp_path: Path) -> None:
+    second = [{"Sequence": {"id": "B", "type_id": 0}}]  # a single text has no second one
+    part = {"type": "TemplateProcessing", "single": second, "pair": second, "special_tokens": {}}
+    with pytest.raises(SourceError, match="cannot be loaded: index out of bounds"):
+        load_tokenizer(ModelConfig(name=str(with_part(folder, tmp_path / "odd", post_processor=part))))
+
+
 @pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
 def test_a_damaged_file_of_a_tokenizer_is_named(folder: Path, tmp_path: Path, file: str) -> None:
     copy = tmp_path / "copy"

@@ -164,7 +164,8 @@ def test_files_of_others_are_not_replaced_and_two_programs_do_not_meet(
         (out / name).write_bytes(own) if own is not None else (out / name).unlink()
     with Results(tmp_path / "claimed").claim():
         assert run(monkeypatch, *arguments, f"output_dir={tmp_path / 'claimed'}") == 1
-    assert "is ranking heads. Two jobs cannot" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"{tmp_path / 'claimed'} is in use: " in said and "is ranking heads. Two programs cannot write one" in said
     for place in (whole / "l00h00q" / "x", whole / "pictures"):
         assert run(monkeypatch, *arguments, f"output_dir={place}") == 1
         assert f"where the dataset at {whole} has its own files" in capsys.readouterr().err

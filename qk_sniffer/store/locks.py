@@ -266,7 +266,7 @@ def _lock_file(folder: OpenFolder, path: Path, purpose: str, replace: bool, of_u
             return descriptor
     except (BlockingIOError, PermissionError):
         os.close(descriptor)
-        raise _in_use(path, purpose) from None
+        raise _in_use(path, purpose, of_user) from None
     except BaseException:
         os.close(descriptor)
         raise
@@ -278,10 +278,16 @@ _LOCK_FILE = re.compile(rb"\0*\Z|\{\"pid\": [0-9]")
 """The start of a lock file, which is empty or filled with zeros if its holder or machine died just then."""
 
 
-def _in_use(path: Path, purpose: str) -> InUseError:
+def _in_use(path: Path, purpose: str, of_user: bool) -> InUseError:
+    # The folder of a user has the lock itself, and a data root has it in its work folder.
+    folder, rule = (
+        (path.parent, "Two programs cannot write one folder: choose another one,")
+        if of_user
+        else (path.parent.parent, "Two jobs cannot write one data root:")
+    )
     return InUseError(
-        f"{path.parent.parent} is in use: {holder(path) or 'another process'} is {purpose}. Two jobs cannot "
-        f"write one data root: wait for that one or end it (lock: {path})"
+        f"{folder} is in use: {holder(path) or 'another process'} is {purpose}. {rule} wait for that one or end it "
+        f"(lock: {path})"
     )
 
 

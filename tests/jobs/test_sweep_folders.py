@@ -25,6 +25,10 @@ def test_a_sweep_from_beginning_to_end(tmp_path: Path) -> None:
     folder, jobs = tmp_path / ".sweeps" / "1", planned(tmp_path / "a", tmp_path / "b", tmp_path / "c")
     (tmp_path / "b").mkdir()
     with announced(folder, jobs, outlive=False):
+        with pytest.raises(StoreError) as raised, announced(folder, jobs, outlive=False):
+            pass
+        said = str(raised.value)
+        assert said.startswith(f"{folder} is in use: ") and "is running this sweep. Two programs cannot write" in said
         assert states(tmp_path) == {"a": "queued", "b": "queued", "c": "queued"}
         with begin(folder / "0", jobs[0].config):
             assert states(tmp_path) == {"a": "running", "b": "queued", "c": "queued"}

@@ -279,7 +279,7 @@ def _mask(mask: Any, rows: int, n: int, before: Bools | None, past: int) -> Bool
         if before is not None and new[:, -1].all():
             return np.concatenate([before, new], axis=1)
     elif isinstance(mask, torch.Tensor) and mask.dim() == 2 and mask.shape == (rows, total):
-        return np.not_equal(_array(mask), 0)
+        return mask.detach().ne(0).cpu().numpy()  # as the model reads it: a weight of 0.5 is no padding
     shape = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
     raise CaptureError(
         f"the attention_mask that the decoder receives ({shape}) does not tell which tokens are padding: pass one of "
@@ -293,16 +293,35 @@ def _positions(given: Any, held: Bools, mask: Bools | None, n: int) -> Int64:
     if given is None:
         counted = np.cumsum(held, axis=1) - 1 if mask is not None else np.broadcast_to(np.arange(total), held.shape)
         return counted[:, total - n :].astype(np.int64)
-    found = _array(given)
-    if found.ndim == 3 and (found == found[0]).all():
-        found = found[0]  # one and the same for time, height and width: that of text
-    found = found[None] if found.ndim == 1 else found
-    if found.ndim != 2 or found.shape[1] != n or found.shape[0] not in (1, rows):
+    if not isinstance(given, torch.Tensor):
+        raise CaptureError(f"position_ids is a {type(given).__name__}: pass a tensor")
+    values = given.detach().cpu()
+    found = values.long()
+    is_position = ((found == values) & (found >= 0) & (found < _LONGEST)).numpy()
+    positions = found.numpy()
+    if positions.ndim == 3 and (positions == positions[0]).all():
+        # One and the same for time, height and width: that of text.
+        positions, is_position = positions[0], np.logical_and.reduce(is_position)
+    if positions.ndim == 1:
+        positions, is_position = positions[None], is_position[None]
+    if positions.ndim != 2 or positions.shape[1] != n or positions.shape[0] not in (1, rows):
         raise CaptureError(
             f"position_ids has the shape {tuple(given.shape)}, and not one position for each of {(rows, n)} tokens: "
             "tokens of images and videos, which have several, cannot be captured"
         )
-    return np.broadcast_to(found, (rows, n)).astype(np.int64)
+    # Checked before any cast: 2**32 would be recorded as 0, and 0.5 too, while the model computes with the number.
+    if (wrong := held[:, total - n :] & ~is_position).any():
+        row, token = np.argwhere(wrong)[0]
+        value = values.reshape(-1, *positions.shape)[0, row if len(positions) > 1 else 0, token].item()
+        raise CaptureError(
+            f"position_ids of row {row} has {value}, which is no position of a token: give whole numbers from 0 to "
+            f"{_LONGEST - 1:,}, or leave the token out of the attention_mask"
+        )
+    return np.broadcast_to(positions, (rows, n))
+
+
+_LONGEST = 2**31 - 1
+"""The tokens of the longest example: the datasets have their number, and with it positions, as int32."""
 
 
 def _before(held: Bools, examples: Sequence[Example]) -> Int64:

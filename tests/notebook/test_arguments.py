@@ -56,6 +56,27 @@ def test_packed_texts_are_refused() -> None:
     assert not captured.examples.num_rows
 
 
+@pytest.mark.parametrize("first", [2**32, 2**31 - 5, -3, 0.5])
+def test_positions_that_no_token_has_are_refused_before_the_pass(first: float) -> None:
+    model, whole = LLAMA.model(), torch.arange(10, 17)[None]
+    wrong = torch.arange(7)[None] + first
+    rows = torch.cat([whole.to(wrong.dtype), wrong])
+    with torch.no_grad(), qk_sniffer.capture(model) as captured:
+        for ids, positions, name in ((1, wrong, 0), (2, rows, 1), (1, wrong.expand(3, 1, 7), 0)):
+            with pytest.raises(CaptureError, match=rf"position_ids of row {name} has -?\d.* from 0 to 2,147,483,646"):
+                model(input_ids=random_ids(ids, 7), position_ids=positions)
+        mask = torch.tensor([[0] * 6 + [1]])
+        model(input_ids=random_ids(1, 7), attention_mask=mask, position_ids=torch.where(mask > 0, 3, wrong.long()))
+    assert captured.vectors(0, 0, "q")[1].tolist() == [3], "positions of padding have no meaning"
+
+
+def test_a_token_is_padding_only_where_the_mask_is_zero() -> None:
+    with torch.no_grad(), qk_sniffer.capture(model := LLAMA.model()) as captured:
+        for mask in ([[0.0, 0.5, 1.0]], [[0, 2**32, 1]]):
+            model(input_ids=random_ids(1, 3), attention_mask=torch.tensor(mask))
+    assert captured.vectors(0, 0, "q")[1].tolist() == [0, 1, 0, 1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

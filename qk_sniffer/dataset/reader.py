@@ -69,10 +69,11 @@ class Dataset(HeadReader):
         With `model.tokenizer.overlong=split`, also part and first_token: see `store.layout.examples_schema`.
 
         Raises:
-            StoreError: the file is missing or damaged, or has other examples than the manifest says.
+            StoreError: the file is missing, damaged or of another dataset.
             HubError: the file cannot be fetched.
         """
-        return read_examples(self._files.path(EXAMPLES), self.manifest, way_out=WAY_OUT)
+        with self._files.intact(EXAMPLES) as path:
+            return read_examples(path, self.manifest, way_out=WAY_OUT)
 
     def key_head(self, layer: int, head: int) -> int:
         """Returns the number of the key head that query head `head` of a layer attends with, captured or not.

@@ -24,13 +24,12 @@ from qk_sniffer.dataset.proof_words import (
 from qk_sniffer.dataset.reader import Dataset
 from qk_sniffer.dataset.weights import computed_in, quantized
 from qk_sniffer.drawing import statistics as drawn
-from qk_sniffer.errors import StoreError
 from qk_sniffer.report.coverage import coverage
 from qk_sniffer.report.heads import Heads, Score, by_layer, channels, map_of, measured_heads, outliers
 from qk_sniffer.report.packed import Json, grid, number, numbers
 from qk_sniffer.report.plasticity import Measured
+from qk_sniffer.report.unchanged import Unchanged
 from qk_sniffer.resolved import rule
-from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.layout import KIND_NAMES, KIND_PLURALS, KINDS, HeadKey
 from qk_sniffer.text import compact_ranges, counted, in_mb, numbered, printable
 
@@ -42,12 +41,13 @@ def report_facts(dataset: Dataset, plasticity: Measured | None) -> Json:
     """Returns the facts of a dataset's report.
 
     Raises:
-        StoreError: a file of the dataset is missing or damaged, or another dataset has replaced it meanwhile.
+        StoreError: a file of the dataset is missing, damaged or of another one, or was replaced or written meanwhile.
         HubError: a file cannot be fetched.
     """
     manifest = dataset.manifest
     facts = CardFacts.of(manifest)
-    heads = measured_heads(dataset)
+    unchanged = Unchanged(dataset)
+    heads = measured_heads(dataset, unchanged)
     statistics = _statistics(dataset)
     maps = [*heads.maps(), *_of_statistics(statistics, heads), *([] if plasticity is None else plasticity.maps(heads))]
     found = {
@@ -74,9 +74,7 @@ def report_facts(dataset: Dataset, plasticity: Measured | None) -> Json:
         "rows": manifest["rows"],
         "timings": sorted(((printable(stage), number(s)) for stage, s in manifest["timings"].items()), key=_longest),
     }
-    # Not by the sha256 of each file, which would read all rows, and not a sample.
-    if dataset.folder is not None and manifests.read(dataset.folder) != manifest:
-        raise StoreError(f"another dataset has replaced the one in {dataset.folder} meanwhile: make the report again")
+    unchanged.check_all()
     return found
 
 

@@ -12,6 +12,7 @@ from qk_sniffer.dataset.heads import captured_heads
 from qk_sniffer.dataset.reader import Dataset
 from qk_sniffer.report.attention import Maps, Summaries
 from qk_sniffer.report.packed import Json, grid, number, numbers, points, shares
+from qk_sniffer.report.unchanged import Unchanged
 from qk_sniffer.report.vectors import HeadMeasure, Sample, measured, num_bins
 from qk_sniffer.store.layout import KIND_NAMES, KINDS, Head, HeadKey
 
@@ -110,14 +111,14 @@ def map_of(kind: str, score: Score, group: str, values: Sequence[float]) -> Json
     }
 
 
-def measured_heads(dataset: Dataset) -> Heads:
+def measured_heads(dataset: Dataset, unchanged: Unchanged) -> Heads:
     """Measures all heads, layer by layer. Reads each file once.
 
     Raises:
-        StoreError: a file is missing or damaged.
+        StoreError: a file is missing, damaged or of another dataset, or was replaced or written meanwhile.
         HubError: a file cannot be fetched.
     """
-    sample, maps = Sample(dataset), Maps(dataset)
+    sample, maps = Sample(dataset, unchanged), Maps(dataset)
     heads = {head.key: head for head in captured_heads(dataset.manifest)}
     bins = num_bins(dataset.manifest["longest_example"])
     most = int(np.clip(POINT_BYTES / 11 / len(heads), LEAST_POINTS, MOST_POINTS))

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from qk_sniffer.dataset.head_vectors import HeadVectors
 from qk_sniffer.dataset.reader import Dataset, sampler_of
+from qk_sniffer.report.unchanged import Unchanged
 from qk_sniffer.store.layout import HeadKey, head_file
 
 Float64 = npt.NDArray[np.float64]
@@ -62,8 +63,9 @@ class HeadMeasure:
 class Sample:
     """Chooses the examples whose rows are read, so that the rows of all heads stay within `READ_BYTES`."""
 
-    def __init__(self, dataset: Dataset) -> None:
+    def __init__(self, dataset: Dataset, unchanged: Unchanged) -> None:
         self._dataset = dataset
+        self._unchanged = unchanged
         self._sampler = sampler_of(dataset.manifest)
         self._examples = dataset.examples
         self._budget = min(MOST_BYTES, READ_BYTES // max(1, len(dataset.heads)))
@@ -72,14 +74,18 @@ class Sample:
     def vectors(self, key: HeadKey, width: int) -> HeadVectors:
         """Returns the rows of a head in the chosen examples: all of its rows if they are few.
 
+        A file that is read as a whole must have its sha256. One that is read in part must not change meanwhile.
+
         Raises:
-            StoreError: the file is missing or damaged.
+            StoreError: the file is missing, damaged or of another dataset, or was replaced or written meanwhile.
             HubError: the file cannot be fetched.
         """
         most = max(1, self._budget // (4 * width))
         if self._dataset.manifest["files"][head_file(*key)]["rows"] <= most:
-            return self._dataset.vectors(*key)
-        return self._dataset.vectors(*key, example_id=self.examples(key.kind, most), position=range(most))
+            return self._dataset.vectors(*key, intact=True)
+        rows = self._dataset.vectors(*key, example_id=self.examples(key.kind, most), position=range(most))
+        self._unchanged.check(head_file(*key))
+        return rows
 
     def examples(self, kind: str, most: int) -> list[int]:
         """Returns the ids of examples that are spread over the source, the first one among them.

@@ -155,7 +155,7 @@ class Comparison:
             if before is None:
                 raise UnreadableError(path, "is damaged, or of another dataset: its sha256 differs", way_out)
             yield path
-            if _state(path) != before:
+            if state_of(path) != before:
                 raise UnreadableError(path, "was changed while it was read", way_out)
         except OSError as error:
             raise UnreadableError(path, f"is missing or damaged ({error.strerror})", way_out) from error
@@ -170,7 +170,7 @@ class Comparison:
 
     def _compared(self, path: Path, sha256: str) -> tuple[int, ...] | None:
         """Returns the state of a file from before its comparison; None if it has another hash."""
-        before = _state(path)
+        before = state_of(path)
         if before != self._states.get(path):
             if sha256_of(path) != sha256:
                 return None
@@ -178,6 +178,11 @@ class Comparison:
         return before
 
 
-def _state(path: Path) -> tuple[int, ...]:
+def state_of(path: Path) -> tuple[int, ...]:
+    """Returns numbers that differ when a file is replaced or written to, also by one of its size.
+
+    Raises:
+        OSError: there is no such file.
+    """
     facts = path.stat()
     return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns

@@ -32,6 +32,7 @@ from qk_sniffer.report.coverage import coverage
 from qk_sniffer.report.facts import report_facts
 from qk_sniffer.report.heads import measured_heads
 from qk_sniffer.report.page import MOST_BYTES, page
+from qk_sniffer.report.unchanged import Unchanged
 from qk_sniffer.report.vectors import Sample
 from qk_sniffer.store.layout import HeadKey
 
@@ -173,7 +174,7 @@ def test_all_rows_are_exactly_the_expected_ones(dense: Dataset) -> None:
 
 
 def test_measures_follow_from_the_rows(dense: Dataset) -> None:
-    heads = measured_heads(dense)
+    heads = measured_heads(dense, Unchanged(dense))
     tables = heads_of(dense.folder) if dense.folder is not None else {}
     assert [key.name for key in heads.measures] == [key.name for key in dense.heads]
     for key in (HeadKey(0, 1, "q"), HeadKey(2, 0, "k")):
@@ -219,7 +220,7 @@ def test_rows_with_nan_count_in_nothing_and_equal_rows_have_no_direction() -> No
 
 
 def test_attention_maps_and_scores_are_those_of_the_dataset(dense: Dataset) -> None:
-    heads = measured_heads(dense)
+    heads = measured_heads(dense, Unchanged(dense))
     assert heads.has_maps and heads.example is not None
     key = HeadKey(1, 2, "q")
     drawn = heads.details[key]["attention"]
@@ -253,14 +254,41 @@ def test_a_dataset_that_is_replaced_meanwhile_has_no_report(
         report_facts(qk_sniffer.open_dataset(root), None)
 
 
+def test_a_file_of_another_dataset_with_the_same_size_has_no_report(
+    undisturbed: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = Path(shutil.copytree(undisturbed(**SAMPLED), tmp_path / "dataset"))
+    for name in ("l01h01k/data.parquet", "examples/data.parquet"):
+        data = (root / name).read_bytes()
+        assert data.count(b"parquet-cpp") == 1
+        (root / name).write_bytes(data.replace(b"parquet-cpp", b"PARQUET-cpp"))
+        with pytest.raises(StoreError, match=rf"{name} is damaged, or of another dataset: its sha256 differs"):
+            report_facts(qk_sniffer.open_dataset(root), None)
+        (root / name).write_bytes(data)
+
+    monkeypatch.setattr(measures, "READ_BYTES", 1)  # few rows of each file are read
+    path, real = root / "l01h01k" / "data.parquet", facts_module.coverage
+
+    def meanwhile(dataset: Dataset) -> Any:
+        shutil.copy(path, tmp_path / "copy")
+        (tmp_path / "copy").replace(path)
+        return real(dataset)
+
+    assert report_facts(qk_sniffer.open_dataset(root), None)["sampled_rows"]
+    monkeypatch.setattr(facts_module, "coverage", meanwhile)
+    with pytest.raises(StoreError, match=r"l01h01k/data.parquet of the dataset in .* was replaced or written"):
+        report_facts(qk_sniffer.open_dataset(root), None)
+
+
 def test_a_dataset_without_all_keys_has_no_attention_maps(undisturbed: Callable[..., Path]) -> None:
-    heads = measured_heads(qk_sniffer.open_dataset(undisturbed(**SAMPLED)))
+    dataset = qk_sniffer.open_dataset(undisturbed(**SAMPLED))
+    heads = measured_heads(dataset, Unchanged(dataset))
     assert not heads.has_maps and heads.attention == {}
 
 
 def test_few_examples_of_all_parts_are_read_of_a_large_dataset(dense: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measures, "READ_BYTES", 300 * 4 * 16 * len(dense.heads))
-    sample = Sample(dense)
+    sample = Sample(dense, Unchanged(dense))
     rows = sample.vectors(HeadKey(0, 0, "q"), 16)
     ids = dense.examples["example_id"].to_pylist()
     found = [ids.index(one) for one in dict.fromkeys(rows.example_ids.tolist())]

@@ -122,7 +122,7 @@ class Results:
         """Whether the results of this fingerprint are complete; pictures do not count.
 
         `facts` is what the record has to say of the dataset, and of heads without keys. The record may come from
-        someone else. The numbers of the tables cannot be checked without measuring.
+        someone else. Whether the numbers of the tables are right cannot be checked without measuring.
         """
         try:
             record = self.record()
@@ -130,7 +130,8 @@ class Results:
                 return False
             if any(_without_place(record[key]) != _without_place(facts[key]) for key in facts):
                 return False
-            self.table("head_metrics", record)
+            for name in tables.TABLES:
+                self.table(name, record)
         except StoreError:
             return False
         files = {self.folder / name: digest for name, digest in record["tables"].items()}

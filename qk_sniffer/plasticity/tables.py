@@ -85,6 +85,12 @@ _MOST = {
 }
 """For each column of numbers of things: a number that is larger than all of them."""
 
+_LARGEST = 1e100
+"""More than any number that follows from vectors of float32. Pictures of numbers near the largest float fail."""
+
+_OF_EVERY_HEAD = ("head_metrics", "head_component_weights")
+"""The tables with rows of every head, of which there is one at least."""
+
 IS_OWN: dict[str, IsOwn] = {f"{name}.parquet": is_marked_table for name in TABLES} | {
     f"{name}.csv": starts_with(f"{','.join(schema.names)}\n".encode()) for name, schema in TABLES.items()
 }
@@ -179,7 +185,7 @@ def read(folder: Path, name: str) -> dict[str, np.ndarray[Any, Any]]:
     """The columns of the table `name` in the results at `folder`.
 
     Raises:
-        StoreError: the table is missing or damaged, or has numbers that no dataset has.
+        StoreError: the table is missing or damaged, has no head, or has numbers that no dataset has.
     """
     path = folder / f"{name}.parquet"
     table = read_table(path, TABLES[name], way_out=WAY_OUT)
@@ -191,6 +197,11 @@ def read(folder: Path, name: str) -> dict[str, np.ndarray[Any, Any]]:
         values = columns.get(column, ())
         if len(values) and not 0 <= values.min() <= values.max() < most:
             raise UnreadableError(path, f"has numbers in the column {column} that are not 0 to {most - 1:,}", WAY_OUT)
+    for column, values in columns.items():
+        if values.dtype == np.float64 and (np.abs(values[np.isfinite(values)]) >= _LARGEST).any():
+            raise UnreadableError(path, f"has numbers in the column {column} that are {_LARGEST} or more", WAY_OUT)
+    if name in _OF_EVERY_HEAD and not table.num_rows:
+        raise UnreadableError(path, "has no heads", WAY_OUT)
     return columns
 
 

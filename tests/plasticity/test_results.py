@@ -14,6 +14,7 @@ from support.plasticity_cases import bytes_of, full_covariance, measure, record
 from qk_sniffer.errors import StoreError
 from qk_sniffer.plasticity import compare
 from qk_sniffer.plasticity.config import PlasticityConfig, resolved
+from qk_sniffer.plasticity.figures import draw_all
 from qk_sniffer.plasticity.forms import METRICS
 from qk_sniffer.plasticity.results import Results, summary
 from qk_sniffer.plasticity.tables import TABLES, HeadResult
@@ -67,24 +68,57 @@ def test_an_odd_record_is_refused_and_replaced(
     assert bytes_of(results) == whole and compare.read(Results(results))
 
 
-@pytest.mark.parametrize(
-    ("column", "value", "problem"),
-    [
-        ("layer", 2**31 - 1, "numbers in the column layer that are not 0 to 1,999"),
-        ("q_bucket", -5, "numbers in the column q_bucket"),
-        ("k_bucket", 2**30, "numbers in the column k_bucket"),
-    ],
-)
-def test_a_table_of_other_numbers_is_refused(column: str, value: int, problem: str, results: Path) -> None:
-    path = results / "head_bucket_intervals.parquet"
-    table = pq.read_table(path)
-    odd = pa.array([value, *table[column].to_pylist()[1:]], table.schema.field(column).type)
-    pq.write_table(table.set_column(table.schema.get_field_index(column), table.schema.field(column), odd), path)
+def put(results: Path, name: str, change: Callable[[pa.Table], pa.Table]) -> None:
+    """Changes a table, and the record with it."""
+    path = results / f"{name}.parquet"
+    pq.write_table(change(pq.read_table(path)), path)
     facts = record(results)
     facts["tables"][path.name] = sha256_of(path)
+    if name == "head_metrics":
+        facts |= summary(pq.read_table(path)["ap_overall"].to_numpy())
     (results / "plasticity.json").write_text(json.dumps(facts))
-    with pytest.raises(StoreError, match=problem):
+
+
+def with_first(column: str, value: float) -> Callable[[pa.Table], pa.Table]:
+    def change(table: pa.Table) -> pa.Table:
+        place = table.schema.get_field_index(column)
+        odd = pa.array([value, *table[column].to_pylist()[1:]], table.schema.types[place])
+        return table.set_column(place, table.schema.field(place), odd)
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("table", "change", "problem"),
+    [
+        ("head_bucket_intervals", with_first("layer", 2**31 - 1), "in the column layer that are not 0 to 1,999"),
+        ("head_bucket_intervals", with_first("q_bucket", -5), "numbers in the column q_bucket"),
+        ("head_bucket_intervals", with_first("k_bucket", 2**30), "numbers in the column k_bucket"),
+        (
+            "head_bucket_intervals",
+            with_first("corrected", 1.7e308),
+            r"column corrected that are 1e\+100 or more",
+        ),
+        ("mean_intervals", with_first("low", -1.7e308), "numbers in the column low"),
+        ("head_metrics", with_first("ap_overall", 1e200), "numbers in the column ap_overall"),
+        ("head_metrics", lambda table: table.slice(0, 0), "no heads"),
+    ],
+)
+def test_a_table_of_other_numbers_is_refused(
+    table: str, change: Callable[[pa.Table], pa.Table], problem: str, results: Path
+) -> None:
+    put(results, table, change)
+    with pytest.raises(StoreError, match=rf"{table}\.parquet has .*{problem}"):
         compare.read(Results(results))
+
+
+def test_a_table_that_no_picture_can_show_is_measured_again(results: Path, verify_base: Path) -> None:
+    whole = bytes_of(results)
+    put(results, "head_component_weights", lambda table: table.slice(0, 0))
+    with pytest.raises(StoreError, match=r"head_component_weights\.parquet has no heads"):
+        draw_all(Results(results))
+    assert measure(verify_base, results) == 0
+    assert bytes_of(results) == whole
 
 
 def shorten(path: Path, facts: dict[str, Any]) -> dict[str, Any]:

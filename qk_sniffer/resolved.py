@@ -101,8 +101,8 @@ def template_file(text: str) -> Path | None:
 def _with_template(chat: ChatConfig) -> ChatConfig:
     """Puts the content of a file in the place of its name. The file may change, or be on another machine."""
     file = None if chat.template is None else template_file(chat.template)
-    if file is not None and file.is_file():
-        with suppress(OSError, ValueError):  # validation says so
+    with suppress(OSError, ValueError):  # validation says so
+        if file is not None and file.is_file():
             return replace(chat, template=file.read_text(encoding="utf-8"))
     return chat
 

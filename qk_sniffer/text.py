@@ -6,6 +6,7 @@ loggers of `logs.py` and the errors of `errors.py` call it. It also leaves out t
 """
 
 import difflib
+import errno
 import json
 import os
 import re
@@ -348,6 +349,23 @@ def path_text(path: Path | str) -> str:
         return escaped(os.fsencode(str(path)).decode("utf-8", "surrogateescape"))
     except UnicodeEncodeError:  # no path of this machine
         return escaped(str(path))
+
+
+def path_problem(path: Path | str) -> str | None:
+    """Returns why no file and no folder can be at a path, in words after it; None if one can.
+
+    A path without this problem can be asked for by the methods of `Path`, which raise it as an error or hide it.
+    """
+    try:
+        Path(expand_home(str(path))).stat()
+    except ValueError:
+        return "has a zero byte, or a character that no name can have"
+    except OSError as error:
+        return {
+            errno.ENAMETOOLONG: "has a name that is too long for the file system",
+            errno.ELOOP: "has a link that leads to itself",
+        }.get(error.errno or 0)
+    return None
 
 
 def expand_home(path: str) -> str:

@@ -28,7 +28,16 @@ from qk_sniffer.config import (
 )
 from qk_sniffer.errors import ConfigError
 from qk_sniffer.resolved import is_template, resolve, template_file
-from qk_sniffer.text import as_yaml, enumerated, expand_home, is_branch_name, is_utf8_path, not_one_of, utf8_way_out
+from qk_sniffer.text import (
+    as_yaml,
+    enumerated,
+    expand_home,
+    is_branch_name,
+    is_utf8_path,
+    not_one_of,
+    path_problem,
+    utf8_way_out,
+)
 
 SPECIAL_TOKENS = ("auto", "true", "false")
 MOST_TEMPLATE = 1 << 20
@@ -106,6 +115,8 @@ def _model(model: ModelConfig) -> Iterator[str]:
         yield "model.merge_adapter is true, but model.adapter is not given; set it to a folder or to org/name"
     for key in ("attn_implementation", "gguf_file", "family"):
         yield from _not_empty(f"model.{key}", getattr(model, key))
+    if model.name and model.gguf_file and (problem := path_problem(Path(model.name, model.gguf_file))) is not None:
+        yield f"model.gguf_file is {model.gguf_file!r}, which {problem}"
     tokenizer = model.tokenizer
     if tokenizer.name is not None:
         yield from _source("model.tokenizer.name", tokenizer.name, "a folder")
@@ -175,7 +186,9 @@ def _template(template: str) -> Iterator[str]:
     key = "dataset.chat.template"
     yield from _not_empty(key, template)
     size = len(template)
-    if (file := template_file(template)) is not None and file.exists() and not file.is_file():
+    if (file := template_file(template)) is not None and (problem := path_problem(file)) is not None:
+        yield f"{key} is {template!r}, which {problem}"
+    elif file is not None and file.exists() and not file.is_file():
         yield f"{key} is {template!r}, which is no regular file"
     elif file is not None:
         try:
@@ -260,13 +273,8 @@ def _inference_and_shard(config: Config) -> Iterator[str]:
 
 def output_problems(output: OutputConfig) -> Iterator[str]:
     """Yields a line for every wrong value of the dataset's destination. Each line begins with the key."""
-    yield from _not_empty("output.folder", output.folder)
-    if Path(expand_home(output.folder)).is_file():
-        yield f"output.folder is {output.folder!r}, which is a file; it must be a folder, or not exist yet"
-    yield from _not_empty("output.data_root", output.data_root)
-    root = Path(output.data_root or ".")
-    if root.is_file():
-        yield f"output.data_root is {output.data_root!r}, which is a file; it must be a folder, or not exist yet"
+    yield from _place("output.folder", output.folder)
+    yield from _place("output.data_root", output.data_root)
     repo = output.hf_repo_id
     if repo == "":
         yield "output.hf_repo_id is not given; output=hub needs output.hf_repo_id=org/name, the repository"
@@ -295,7 +303,10 @@ def _root_in_source(config: Config) -> Iterator[str]:
     path, output = config.dataset.path, config.output
     if not path or not _exists(path) or config.dataset.data_files is not None:
         return
-    source, root = (Path(expand_home(name)).resolve() for name in (path, resolve(config).output.data_root or "."))
+    given = resolve(config).output.data_root or "."
+    if path_problem(given) is not None:
+        return
+    source, root = (Path(expand_home(name)).resolve() for name in (path, given))
     if source.is_dir() and root.is_relative_to(source):
         given = "output.data_root is" if output.data_root else "output.data_root is null, which is"
         yield (
@@ -382,6 +393,17 @@ def _at_least(key: str, value: int | None, least: int, most: int | None = None) 
 def _not_empty(key: str, value: str | None) -> Iterator[str]:
     if value is not None and not value.strip():
         yield f"{key} is empty"
+
+
+def _place(key: str, value: str | None) -> Iterator[str]:
+    """Yields what is wrong with the folder that a job makes, or writes to."""
+    yield from _not_empty(key, value)
+    if value is None:
+        return
+    if (problem := path_problem(value)) is not None:
+        yield f"{key} is {value!r}, which {problem}; choose another folder"
+    elif Path(expand_home(value)).is_file():
+        yield f"{key} is {value!r}, which is a file; it must be a folder, or not exist yet"
 
 
 def _exists(path: str) -> bool:

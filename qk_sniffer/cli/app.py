@@ -37,7 +37,7 @@ from qk_sniffer.jobs.signals import WARNING, Stopped, Stopping
 from qk_sniffer.logs import escape_libraries, logger
 from qk_sniffer.resolved import ResolvedConfig, fill_slugs, resolve
 from qk_sniffer.store.places import refuse_inside
-from qk_sniffer.text import did_you_mean, hide_in_addresses, say, say_text
+from qk_sniffer.text import did_you_mean, hide_in_addresses, path_problem, say, say_text
 
 log = logger(__name__)
 
@@ -179,6 +179,10 @@ def _problems(config: Config, hydra_folder: Path | None) -> Iterator[str]:
     hide_in_addresses(repr(config))  # no message shows what may be secret in one
     yield from validation.problems(config)
     root = resolve(config).data_root
+    if (problem := path_problem(root)) is not None:
+        if config.output.data_root is None:  # otherwise it is among the problems above
+            yield f"output.data_root is null, which is {str(root)!r}, which {problem}; choose a folder"
+        return
     try:
         refuse_inside(root, "output.data_root")
     except StoreError as error:

@@ -16,6 +16,7 @@ from qk_sniffer.store.disk import explained
 from qk_sniffer.store.open_folder import OpenFolder
 from qk_sniffer.store.own_files import contains
 from qk_sniffer.store.places import refuse_inside
+from qk_sniffer.text import path_problem
 
 _OWN = (".runs", ".sweeps")
 """The folders of Hydra in `output.folder`."""
@@ -34,6 +35,9 @@ def folder_problems(folder: Path, below: Iterable[str | None] = (), *, is_sweep:
     A folder that may not be written is no problem of the command line: `run_jobs` raises the error.
     """
     what = f"Hydra's own folder for this {'sweep' if is_sweep else 'run'}, {folder},"
+    if (problem := path_problem(folder)) is not None:
+        yield f"{what} {problem}"
+        return
     existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     if not existing.is_dir():
         yield f"{what} cannot be made: {existing} is not a folder"

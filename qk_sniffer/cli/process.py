@@ -1,5 +1,6 @@
 """Gives all programs the same start and the same end: `--version`, their errors and their exit codes."""
 
+import errno
 import sys
 from collections.abc import Callable
 
@@ -9,6 +10,12 @@ from qk_sniffer.logs import escape_libraries
 from qk_sniffer.text import hide_in_addresses, say, say_error, silence
 
 VERSION = "--version"
+
+_OF_PATHS = dict.fromkeys((errno.EACCES, errno.EPERM), RIGHTS) | {
+    errno.ENAMETOOLONG: "give a shorter path",
+    errno.ELOOP: "give a path without links that lead to themselves",
+}
+"""The errors of a path for which a program needs no words of its own, with their way out."""
 
 
 def run(body: Callable[[list[str]], int], *, interrupted: str = "interrupted") -> int:
@@ -32,8 +39,10 @@ def run(body: Callable[[list[str]], int], *, interrupted: str = "interrupted") -
     except QkSnifferError as error:
         say_error(error)
         code = error.exit_code
-    except PermissionError as error:  # of a folder that is listed or passed on the way
-        say_error(f"{error.filename}: {error.strerror}: {RIGHTS}")
+    except OSError as error:  # of a folder that is listed or passed on the way
+        if error.filename is None or error.errno not in _OF_PATHS:
+            raise
+        say_error(f"{error.filename}: {error.strerror}: {_OF_PATHS[error.errno]}")
         code = 1
     except KeyboardInterrupt as error:
         code = say_interrupted(error, interrupted)

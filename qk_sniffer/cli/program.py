@@ -7,6 +7,7 @@ are literal: no lists, no interpolation.
 
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from qk_sniffer.cli import process
@@ -14,14 +15,14 @@ from qk_sniffer.cli.help_text import fitted
 from qk_sniffer.cli.schema import Schema, not_a_setting, one_only, repeated, unknown_flag, without_key
 from qk_sniffer.errors import ConfigError
 from qk_sniffer.hub.endpoint import check_address
-from qk_sniffer.text import say_text
+from qk_sniffer.text import path_problem, say_text
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 Settings = TypeVar("Settings", bound="DataclassInstance")
 
-DATA_ROOT = {"help": "the dataset: a folder, or a repository on the Hub"}
+DATA_ROOT = {"help": "the dataset: a folder, or a repository on the Hub", "is_place": True}
 REVISION = {"help": "branch, tag or commit of a dataset on the Hub; null: main"}
 """The metadata of the fields `data_root` and `revision`, for programs that read a dataset of either place."""
 
@@ -78,6 +79,13 @@ def parse(arguments: Sequence[str], kind: type[Settings]) -> Settings:
             except ValueError:
                 problems.append(schema.mistyped(key, text))
     problems += repeated(given)
+    problems += [
+        f"{key} is {str(value)!r}, which {problem}"
+        for key, value in values.items()
+        if (schema.plain_type(key) is Path or schema.is_place(key))
+        and value is not None
+        and (problem := path_problem(value)) is not None
+    ]
     problems += schema.missing(key for key in schema.required() if key not in given)
     if problems:
         raise ConfigError(problems)

@@ -6,7 +6,7 @@ from qk_sniffer.config import OutputConfig
 from qk_sniffer.errors import StoreError
 from qk_sniffer.hub.revisions import is_hub_id
 from qk_sniffer.store.layout import Layout
-from qk_sniffer.text import closest, did_you_mean, shortened
+from qk_sniffer.text import closest, did_you_mean, expand_home, path_problem, shortened
 
 _MOST_FOLDERS = 1_000
 """The folders that are looked through for datasets: a parent may hold any number of other folders."""
@@ -19,10 +19,12 @@ def folder_of(name: str | Path, revision: str | None) -> Path | None:
     exists or is the default `output.folder`. With a revision it means a repository, unless the folder exists.
 
     Raises:
-        StoreError: it means a folder that does not exist, or that is no dataset but holds some; or a folder, which has
-            no revisions.
+        StoreError: it means a folder that does not or cannot exist, or that is no dataset but holds some; or a folder,
+            which has no revisions.
     """
-    root = Path(name).expanduser()
+    root = Path(expand_home(str(name)))
+    if (problem := path_problem(root)) is not None:
+        raise StoreError(f"there is no dataset at {root}: the path {problem}")
     if root.is_dir() or not is_hub_id(str(name)):
         if revision is not None:
             raise StoreError(f"{root} is a folder: it has no revision {revision!r}; leave it out")

@@ -41,6 +41,7 @@ from qk_sniffer.store.own_files import temporary_name
 from qk_sniffer.store.parquet_tables import excess, opened, read_matrix
 from qk_sniffer.store.places import refuse_inside
 from qk_sniffer.store.stored import UnreadableError
+from qk_sniffer.text import expand_home
 
 _COLUMNS = ("example_id", "position", "vector")
 
@@ -149,7 +150,7 @@ def token_vectors(sources: Sequence[Source], cache: Path | None, way_out: str) -
         StoreError: there is no head or a head twice, the heads were not captured at the same tokens, a file is damaged,
             or `cache` cannot be written.
     """
-    folder = Path(tempfile.mkdtemp(prefix="qk-sniffer-")) if cache is None else cache.expanduser()
+    folder = Path(tempfile.mkdtemp(prefix="qk-sniffer-")) if cache is None else Path(expand_home(str(cache)))
     refuse_inside(folder, "cache")
     path = folder / f"vectors-{_digest(sources)}.f32"
     try:

@@ -22,6 +22,7 @@ from qk_sniffer.store import disk, stored
 from qk_sniffer.store.open_folder import PLAIN, Access, Anchored, OpenFolder
 from qk_sniffer.store.own_files import temporary_name
 from qk_sniffer.store.places import refuse_inside
+from qk_sniffer.text import expand_home
 
 log = logger(__name__)
 
@@ -68,7 +69,7 @@ def export(
     """
     chosen = format_named(format)
     opened = dataset if isinstance(dataset, Dataset) else open_dataset(dataset)
-    target = Path(path).expanduser() if path is not None else opened.beside(chosen.suffix)
+    target = Path(expand_home(str(path))) if path is not None else opened.beside(chosen.suffix)
     beside = None if chosen.is_folder or chosen.has_provenance else target.with_name(f"{target.name}.json")
     refuse_inside(target, "output")
     if chosen.is_folder:

@@ -31,6 +31,7 @@ from qk_sniffer.notebook.facts import CaptureFacts
 from qk_sniffer.notebook.model import UserBackbone
 from qk_sniffer.resolved import folder_name, public_name
 from qk_sniffer.store.layout import KIND_NAMES, KINDS
+from qk_sniffer.text import expand_home, path_problem
 from qk_sniffer.validation import capture_problems
 
 Settings = TypeVar("Settings", AttentionConfig, StatisticsConfig)
@@ -119,7 +120,9 @@ def folder_of(name: str, folder: str | Path) -> Path:
     """
     if not isinstance(folder, str | Path) or not str(folder).strip():
         raise ConfigError([f"{name} is {folder!r}; give the path of a folder, or '.' for the current one"])
-    return Path(folder).expanduser()
+    if (problem := path_problem(folder)) is not None:
+        raise ConfigError([f"{name} is {str(folder)!r}, which {problem}; give another folder"])
+    return Path(expand_home(str(folder)))
 
 
 def facts_of(model: nn.Module, config: Config, family: str | Family | None) -> CaptureFacts:

@@ -27,7 +27,7 @@ from qk_sniffer.plasticity.intervals import of_all
 from qk_sniffer.plasticity.results import Results
 from qk_sniffer.store.disk import explained, make_folder
 from qk_sniffer.store.places import refuse_inside
-from qk_sniffer.text import counted, expand_home, say
+from qk_sniffer.text import counted, expand_home, path_problem, say
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -113,6 +113,7 @@ def compare(settings: Settings) -> int:
     problems = []
     if not folders:
         problems.append("runs is empty; give folders of results, separated by commas")
+    problems += [f"runs has {str(each)!r}, which {why}" for each in folders if (why := path_problem(each)) is not None]
     if settings.output.suffix != ".png":
         problems.append(f"output is {str(settings.output)!r}; it must end with .png")
     if problems:

@@ -13,7 +13,7 @@ from qk_sniffer.cli.schema import Schema
 from qk_sniffer.config import structured
 from qk_sniffer.hub.revisions import is_hub_id
 from qk_sniffer.resolved import last_part, safe_name
-from qk_sniffer.text import expand_home, not_one_of
+from qk_sniffer.text import expand_home, not_one_of, path_problem
 
 INSTALL = "pip install scipy matplotlib"
 ESTIMATORS = ("regression", "full_covariance")
@@ -129,6 +129,12 @@ def register() -> None:
 def _source(config: PlasticityConfig) -> Iterator[str]:
     if not config.data_root:
         yield "data_root is empty; it is the folder of a dataset, or a dataset repository of the Hub: me/my"
+        return
+    places = {"data_root": config.data_root, "output_dir": config.output_dir}
+    found = {key: path_problem(value) for key, value in places.items() if value is not None}
+    wrong = [f"{key} is {places[key]!r}, which {problem}" for key, problem in found.items() if problem is not None]
+    if wrong:
+        yield from wrong
         return
     root = Path(expand_home(config.data_root))
     if root.is_dir():

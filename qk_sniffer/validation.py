@@ -115,8 +115,8 @@ def _model(model: ModelConfig) -> Iterator[str]:
         yield "model.merge_adapter is true, but model.adapter is not given; set it to a folder or to org/name"
     for key in ("attn_implementation", "gguf_file", "family"):
         yield from _not_empty(f"model.{key}", getattr(model, key))
-    if model.name and model.gguf_file and (problem := path_problem(Path(model.name, model.gguf_file))) is not None:
-        yield f"model.gguf_file is {model.gguf_file!r}, which {problem}"
+    if model.name and model.gguf_file and (why := path_problem(Path(model.name, model.gguf_file))) is not None:
+        yield f"model.gguf_file is {model.gguf_file!r}, which {why}"
     tokenizer = model.tokenizer
     if tokenizer.name is not None:
         yield from _source("model.tokenizer.name", tokenizer.name, "a folder")

@@ -116,7 +116,7 @@ def test_tables_and_messages_of_jobs(
     tables = [sweep.table([job], {0: found}), status.table([status.Line(found)])]
     for text in tables:
         assert_harmless(text)
-        assert len(text.splitlines()) == 3 and text.endswith(f": {printable(NAME)}")
+        assert len(text.splitlines()) == 3 and text.endswith(f": {printable(NAME.partition(chr(13))[0])} ...")
 
     lock = tmp_path / "job.lock"
     with hold(lock, "capturing"):

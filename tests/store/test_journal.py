@@ -45,7 +45,8 @@ def test_segments_are_safetensors_in_the_models_dtype(tmp_path: Path) -> None:
 
 def test_segments_are_cut_within_a_batch(tmp_path: Path) -> None:
     found = captured_journal(tmp_path, Captured(num_examples=4, batch=4), segment_bytes=1)
-    assert len(found.segments) == 6  # (layer 0: q, k) + (layer 3: q, k, each in two parts); the last has the end
+    # (layer 0: q, k) + (layer 3: q, k, each in two parts); the end is in the last one, or comes after it was taken
+    assert len(found.segments) in (6, 7)
     assert not list(tmp_path.glob("*.tmp"))
 
 
@@ -59,12 +60,12 @@ def test_rows_of_unfinished_batches_are_ignored(tmp_path: Path) -> None:
         for piece in list(corpus.pieces(second))[:3]:
             put(writer, piece)
         deadline = time.monotonic() + 10
-        while len(list(tmp_path.glob("*.safetensors"))) < 7 and time.monotonic() < deadline:
+        while len(list(tmp_path.glob("*.safetensors"))) < 8 and time.monotonic() < deadline:
             time.sleep(0.01)  # until rows of the open batch are on the disk
         raise ZeroDivisionError
     found = Journal(tmp_path)
     assert sorted(by_index(found)) == sorted(first)
-    assert len(found.segments) == 6
+    assert len(found.segments) in (6, 7)
 
     with JournalWriter(found, queue_bytes=BIG, segment_bytes=1 << 12) as writer:
         corpus.write(writer, by_index(found))

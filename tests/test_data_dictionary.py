@@ -149,6 +149,7 @@ def test_a_manifest_has_no_other_fields(dataset: Path) -> None:
     assert {"model.rotary.rope_parameters", "model.rotary.embeddings", "proof.largest_difference_by_layer.*"} <= found
 
 
+@pytest.mark.slow
 def test_the_metadata_of_a_file(dataset: Path) -> None:
     found = {key.decode() for key in pq.read_schema(dataset / "l00h00q" / "data.parquet").metadata}
     sentence = re.search(r"^The key-value metadata.*?\n\n", PAGE, flags=re.MULTILINE | re.DOTALL)

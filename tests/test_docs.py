@@ -275,6 +275,7 @@ def test_the_recipes_of_the_readme_run_one_after_another_in_one_folder(
     assert ran >= 8
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("at_readers")
 @pytest.mark.parametrize("command", OTHERS, ids=str)
 def test_other_programs(command: Command) -> None:

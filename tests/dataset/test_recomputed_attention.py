@@ -31,6 +31,7 @@ def weights_of(case: Case, folder: Path, text: str) -> list[np.ndarray]:
     return [weights[0].double().numpy() for weights in found]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_they_are_those_of_the_eager_kernel(name: str, folder_of: FolderOf, tmp_path: Path) -> None:
     case, path, text = BY_NAME[name], tmp_path / "text.jsonl", TEXTS[15]

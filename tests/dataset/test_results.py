@@ -36,6 +36,7 @@ def dataset(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> qk_sn
     return qk_sniffer.open_dataset(run(checkpoint, texts, folder / "made", dataset=COLUMNS, capture=capture))
 
 
+@pytest.mark.slow
 def test_data_frames_have_the_rows_of_the_table(dataset: qk_sniffer.Dataset) -> None:
     table = dataset.table(*HEAD, position=range(9))
     frame, other = dataset.to_pandas(*HEAD, position=range(9)), dataset.to_polars(*HEAD, position=range(9))

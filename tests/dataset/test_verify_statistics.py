@@ -62,6 +62,7 @@ def put(key: str, at: Any, number: float) -> Callable[[Arrays], object]:
     return edit_arrays
 
 
+@pytest.mark.slow
 def test_whole_statistics_are_compared_with_the_rows(root: Path) -> None:
     text = verified(root)
     assert wrong(text) == {}

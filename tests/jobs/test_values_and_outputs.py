@@ -30,6 +30,7 @@ QUICK = {"llama", "gemma2", "gpt_oss", "deepseek_v3", "gpt_neox"}
 """Shared key heads; softcap and windows; sinks; values narrower than keys; one projection for all three."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     [case if case.name in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES],

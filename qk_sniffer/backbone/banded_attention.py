@@ -26,9 +26,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from qk_sniffer.backbone.cuda_attention import without_cudnn
-
-KERNEL = "sdpa"
+from qk_sniffer.backbone.cuda_attention import SDPA, without_cudnn
 
 MIN_BLOCK, MAX_BLOCK = 256, 2048
 """The bounds of the number of queries in a block, which is a quarter of the window between them."""
@@ -66,13 +64,13 @@ def banded(kernel: Kernel | None = None) -> Iterator[None]:
 
     `kernel` computes the bands that it serves, and blocks the others.
     """
-    ALL_ATTENTION_FUNCTIONS[KERNEL] = functools.partial(_banded_attention, kernel)
-    ALL_MASK_ATTENTION_FUNCTIONS[KERNEL] = _band_or_mask
+    ALL_ATTENTION_FUNCTIONS[SDPA] = functools.partial(_banded_attention, kernel)
+    ALL_MASK_ATTENTION_FUNCTIONS[SDPA] = _band_or_mask
     try:
         yield
     finally:
-        del ALL_ATTENTION_FUNCTIONS[KERNEL]
-        del ALL_MASK_ATTENTION_FUNCTIONS[KERNEL]
+        del ALL_ATTENTION_FUNCTIONS[SDPA]
+        del ALL_MASK_ATTENTION_FUNCTIONS[SDPA]
 
 
 def _band_or_mask(*args: Any, **kwargs: Any) -> Band | torch.Tensor | None:

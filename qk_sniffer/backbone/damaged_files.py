@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qk_sniffer.hub.json_files import DamagedFileError, json_object
-from qk_sniffer.text import is_possible, leads_out, shortened
+from qk_sniffer.text import counted, is_possible, leads_out, shortened
 
 _LENGTH_BYTES = 8
 """The bytes of the length of a header, with which a safetensors file begins."""
@@ -64,12 +64,13 @@ def shards_of(index: bytes, name: str) -> list[str]:
             f"it names {len(outside)} files outside of its folder, which are not read: {shortened(outside, 2)}"
         )
     if impossible := [shard for shard in shards if not is_possible(shard)]:
-        raise DamagedFileError(f"it names {len(impossible)} files as no disk can, such as {impossible[0][:60]!r}")
+        number = counted(len(impossible), "file")
+        raise DamagedFileError(f"it names {number} as no disk can, such as {impossible[0][:60]!r}")
     others = [shard for shard in shards if not shard.endswith(".safetensors")]
     if others and name.endswith(".safetensors.index.json"):
         raise DamagedFileError(
-            f"it names {len(others)} files that are not safetensors ({shortened(others, 2)}), and a file of another "
-            "format can run any code when it is loaded"
+            f"it names {counted(len(others), 'file')} of other formats than safetensors ({shortened(others, 2)}), and "
+            "such a file can run any code when it is loaded"
         )
     return shards
 

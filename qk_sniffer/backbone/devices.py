@@ -16,7 +16,7 @@ FILLED = 0.9
 """The part of a GPU's free memory that a model may need. The rest is for adapters, buffers and gaps between tensors."""
 
 PLANS = ("auto", "balanced", "balanced_low_0", "sequential")
-"""What transformers takes for a device map instead of devices."""
+"""What transformers takes for a device map instead of devices: each uses the accelerators that there are."""
 
 
 def check_devices(device_map: Any) -> None:

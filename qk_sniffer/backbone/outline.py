@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig
 
 from qk_sniffer.backbone.backbone import PROBE_TOKENS, Backbone, layer_facts
+from qk_sniffer.backbone.devices import PLANS
 from qk_sniffer.backbone.family import Family, find_family, imported_family
 from qk_sniffer.backbone.layers import LayerFacts
 from qk_sniffer.backbone.loading import check_model
@@ -26,9 +27,6 @@ from qk_sniffer.backbone.unloaded import unloaded
 from qk_sniffer.config import AUTO, ModelConfig
 
 _ANSWERS = (torch.ops.aten._local_scalar_dense, torch.ops.aten.is_nonzero, torch.ops.aten.item)
-
-_ON_ALL = ("auto", "balanced", "balanced_low_0", "sequential")
-"""The device maps that take the accelerators that there are."""
 
 _MOST_MODULES = 20_000
 """The most modules of a decoder that is built a second time, for its activations alone: more take seconds."""
@@ -107,7 +105,7 @@ def activation_bytes(backbone: Backbone, shapes: Collection[tuple[int, int]]) ->
 def device_of(device_map: Any) -> str:
     """Returns the type of the device that a model would be loaded to."""
     name = device_map.split(":")[0] if isinstance(device_map, str) else device_map
-    if name is None or (isinstance(name, str) and name not in _ON_ALL):
+    if name is None or (isinstance(name, str) and name not in PLANS):
         return name or "cpu"
     return "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -12,8 +12,8 @@ import json
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -27,6 +27,7 @@ from qk_sniffer.store.open_folder import Access
 from qk_sniffer.store.rows import Slot, block_tensors
 from qk_sniffer.store.segment import Tensor, whole_segment
 from qk_sniffer.text import in_mb
+from qk_sniffer.timing import Clock
 
 NUM_THREADS = 4
 """The most segments that are written at a time. Each takes a core while it is joined and copied, and none while it is
@@ -84,7 +85,7 @@ class SegmentWriters:
         self._closing = False
         self._is_failing = False  # a segment failed: no other is taken
         self._error: BaseException | None = None  # of the first segment that failed
-        self._writing, self._copying = _Clock(), _Clock()
+        self._writing, self._copying = Clock(), Clock()
         self.done: list[tuple[int, Sequence[ExampleRecord], Sequence[AttentionFacts]]] = []
         self.durable_examples = len(journal.records)
         self.bytes_written = 0
@@ -376,34 +377,3 @@ class _Segment:
         if job_id is not None:
             metadata["job"] = job_id
         return metadata
-
-
-class _Clock:
-    """Counts the seconds in which any thread is in its block."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        self._lock = threading.Lock()
-        self._inside = 0
-        self._since = 0.0
-
-    def __enter__(self) -> None:
-        with self._lock:
-            self._inside += 1
-            if self._inside == 1:
-                self._since = time.monotonic()
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._inside -= 1
-            if not self._inside:
-                self.seconds += time.monotonic() - self._since
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leaves its block for this one."""
-        self.__exit__()
-        try:
-            yield
-        finally:
-            self.__enter__()

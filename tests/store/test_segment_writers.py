@@ -37,7 +37,6 @@ class Disk:
     """Tells the segments that are synced, and delays or fails those of `acts`, by number."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.folder = folder
         self.acts: dict[int, Callable[[], object]] = {}
         self.synced: set[int] = set()
         self.published: list[int | None] = []
@@ -51,8 +50,7 @@ class Disk:
         monkeypatch.setattr(OpenFolder, "rename", rename)
 
     def _sync(self, descriptor: int) -> None:
-        path = next(path for path in self.folder.glob("*.tmp") if os.path.samestat(path.stat(), os.fstat(descriptor)))
-        number = int(path.stem)
+        number = int(Path(f"/proc/self/fd/{descriptor}").readlink().stem)
         self.acts.get(number, lambda: None)()
         self.synced.add(number)
 

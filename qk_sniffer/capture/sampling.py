@@ -57,6 +57,9 @@ POSITIONS_OF = {"q": "q", "k": "k", "v": "k", "o": "q"}
 # The word of the hash for each kind that has positions of its own.
 _KIND_WORDS = {"q": 0, "k": 1}
 
+LONGEST_TABLE = 2**21
+"""Positions below are looked up in tables (16 MB each at most); a batch that reaches further has its own computed."""
+
 Bools = npt.NDArray[np.bool_]
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
@@ -166,7 +169,7 @@ class Sampler:
         assert (in_segments is None) == (self.config.segments is None), "which tokens are in sampler.segments?"
         tokens = _Tokens.of(lengths, starts)
         states = counter_hash(self.config.seed, np.asarray(example_ids, dtype=np.int64))
-        limits = {rule: rule.limits(tokens.longest)[tokens.position] for rule in set(self._rules.values())}
+        limits = {rule: tokens.limits(rule) for rule in set(self._rules.values())}
         hashes, scratch = np.empty(tokens.count, np.uint64), np.empty(tokens.count, np.uint64)
         plan: dict[tuple[int, str], Picks] = {}
         made: dict[_Rule | tuple[int, str], Picks] = {}
@@ -280,9 +283,13 @@ class _Rule:
             return np.full(buckets.shape, float(self.type == "all"))
         return np.minimum(1.0, self.base_rate / (last - first + 1).astype(np.float64))
 
-    def limits(self, num_tokens: int) -> UInt64:
-        """Returns limits (at least num_tokens,): position i is kept when its hash is at most limits[i]."""
-        return _limits(self, _table_length(num_tokens))
+    def limits(self, positions: Int64) -> UInt64:
+        """Returns the largest hash that each position is kept with."""
+        distinct, places = np.unique(self.bucket(positions), return_inverse=True)
+        # u < p  <=>  hash >> 11 < ceil(p * 2**53)  <=>  hash <= (ceil(p * 2**53) << 11) - 1, all exact.
+        # A p that is 0 by underflow counts as the smallest one.
+        limits = [(max(1, math.ceil(p * 2.0**53)) << 11) - 1 for p in self.probability(distinct).tolist()]
+        return np.array(limits, dtype=np.uint64)[places]
 
 
 @dataclass(frozen=True, eq=False)
@@ -303,7 +310,15 @@ class _Tokens:
         longest, total = int((first + counts).max(initial=0)), int(counts.sum())
         row = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
         position = (np.arange(total) - np.repeat(np.cumsum(counts) - counts - first, counts)).astype(np.int32)
+        if longest > LONGEST_TABLE:
+            return cls(counts, row, position, _mixed(position.astype(np.int64)), longest, total)
         return cls(counts, row, position, _mixed_positions(_table_length(longest))[position], longest, total)
+
+    def limits(self, rule: _Rule) -> UInt64:
+        """Returns the largest hash (count,) that each token is kept with."""
+        if self.longest > LONGEST_TABLE:
+            return rule.limits(self.position.astype(np.int64))
+        return _limits(rule, _table_length(self.longest))[self.position]
 
 
 # Tables by position have lengths of powers of two and are cached: the examples of a run need only a few of them.
@@ -318,12 +333,7 @@ def _mixed_positions(length: int) -> UInt64:
 
 @cache
 def _limits(rule: _Rule, length: int) -> UInt64:
-    buckets = rule.bucket(np.arange(length))
-    distinct = np.arange(buckets[0], buckets[-1] + 1)
-    # u < p  <=>  hash >> 11 < ceil(p * 2**53)  <=>  hash <= (ceil(p * 2**53) << 11) - 1, all exact.
-    # A p that is 0 by underflow counts as the smallest one.
-    limits = [(max(1, math.ceil(p * 2.0**53)) << 11) - 1 for p in rule.probability(distinct).tolist()]
-    return _read_only(np.array(limits, dtype=np.uint64)[buckets - buckets[0]])
+    return _read_only(rule.limits(np.arange(length)))
 
 
 def _read_only(table: UInt64) -> UInt64:

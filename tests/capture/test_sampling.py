@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import tracemalloc
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from qk_sniffer.capture.sampling import Sampler, counter_hash, problems
+from qk_sniffer.capture.sampling import LONGEST_TABLE, Sampler, counter_hash, problems
 from qk_sniffer.config import KeySamplerConfig, SamplerConfig
 from qk_sniffer.errors import ConfigError
 
@@ -64,11 +65,13 @@ def reference_bucket(config: SamplerConfig, kind: str, position: int) -> tuple[i
     return bucket, 2 ** (low + 1) - 1 if bucket == low else 2**bucket
 
 
-def reference_positions(config: SamplerConfig, example_id: int, layer: int, kind: str, count: int) -> list[int]:
+def reference_positions(
+    config: SamplerConfig, example_id: int, layer: int, kind: str, count: int, start: int = 0
+) -> list[int]:
     sampler_type, base_rate = rule_of(config, kind)
     stream = (layer, "qk".index(kind)) if config.share == "layer_kind" else ()
     kept = {}
-    for position in range(count):
+    for position in range(start, start + count):
         value = reference_hash(config.seed, example_id, *stream, position)
         width = reference_bucket(config, kind, position)[1]
         p = 1.0 if sampler_type == "all" else min(1.0, base_rate / width)
@@ -110,6 +113,20 @@ def test_positions_agree_with_the_definition(name: str, case: tuple[int, int, st
     kept = Sampler(CONFIGS[name]).positions(*case)
     assert kept.dtype == np.int32
     assert kept.tolist() == reference_positions(CONFIGS[name], *case)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("start", [LONGEST_TABLE - 300, 2**31 - 1501])
+def test_far_positions_agree_with_the_definition_and_take_no_memory_of_their_own(name: str, start: int) -> None:
+    sampler = Sampler(CONFIGS[name])
+    tracemalloc.start()
+    kept = {kind: sampler.plan([5], [1500], [(2, kind)], starts=[start])[2, kind].position for kind in "qk"}
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert {kind: positions.tolist() for kind, positions in kept.items()} == {
+        kind: reference_positions(CONFIGS[name], 5, 2, kind, 1500, start) for kind in "qk"
+    }
+    assert peak < 1e6
 
 
 def test_rows_have_not_drifted() -> None:

@@ -1,6 +1,6 @@
 """Tells how the weights of a checkpoint are quantized, and refuses what transformers cannot read."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
@@ -66,9 +66,18 @@ class StoredWeights:
             return None
         packed = any(
             type(tensor.data) is not torch.Tensor or (tensor.dim() > 1 and tensor.dtype not in COMPUTED_IN)
-            for tensor in (*decoder.parameters(), *decoder.state_dict().values())
+            for tensor in _stored(decoder)
         )
         return {"method": method(self.quantization), "dequantized": not packed, "config": self.quantization}
+
+
+def _stored(decoder: nn.Module) -> Iterator[torch.Tensor]:
+    """Yields the weights and the buffers of a checkpoint. `state_dict` changes the weights of bitsandbytes."""
+    for module in decoder.modules():
+        yield from (weight for weight in module._parameters.values() if weight is not None)
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                yield buffer
 
 
 def quantization_config(config: PretrainedConfig) -> dict[str, Any] | None:

@@ -78,7 +78,7 @@ class UserBackbone(Backbone):
         if now == first:
             return
         changed = self._changed()
-        if first is not None and now.weights != first.weights:
+        if first is not None and not now.has_weights_of(first):
             changed.append("weights")
         if changed:
             raise CaptureError(

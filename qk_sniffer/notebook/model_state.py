@@ -17,8 +17,8 @@ _PER_ROW_HOOK = "_adapter_names_pre_forward_hook"
 NO_ADAPTER = "__base__"
 """The name that peft gives the model without an adapter, in `adapter_names`."""
 
-_Tensor = tuple[int, int, int]
-"""The identity, the version and the address of a tensor."""
+_Tensor = tuple[int, int, int, bool]
+"""The identity, the version and the address of a tensor, and whether the next forward pass may pack it."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,13 @@ class ModelState:
     adapters: list["AdapterLayer"]
     _alive: list[object] = field(compare=False, repr=False)
     """Keeps the modules and tensors: an identity may be given again to a new object."""
+
+    def has_weights_of(self, earlier: "ModelState") -> bool:
+        """Whether no weight has changed since. Weights may have been packed, and not be unpacked or packed again."""
+        return len(self.weights) == len(earlier.weights) and all(
+            now == before or (now[:2] == before[:2] and before[3] and not now[3])
+            for now, before in zip(self.weights, earlier.weights, strict=True)
+        )
 
 
 AdapterLayer = tuple[tuple[str, Any], ...]
@@ -96,6 +103,16 @@ def _in_effect(layer: Any) -> list[str]:
 def _seen(tensor: torch.Tensor) -> _Tensor:
     version = 0 if tensor.is_inference() else tensor._version
     try:
-        return id(tensor), version, tensor.data_ptr()
+        address = tensor.data_ptr()
     except RuntimeError:  # a tensor that wraps others, as of torchao, has no storage
-        return id(tensor), version, 0
+        address = 0
+    return id(tensor), version, address, _may_be_packed(tensor)
+
+
+def _may_be_packed(tensor: torch.Tensor) -> bool:
+    """Whether these are 4-bit weights of bitsandbytes, which a pass on the CPU packs once.
+
+    Each `state_dict` unpacks them. The pass after it packs them to slightly other values.
+    """
+    quantized = getattr(tensor, "quant_state", None)
+    return quantized is not None and not getattr(quantized, "packing_format_for_cpu", False)

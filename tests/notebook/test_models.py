@@ -264,10 +264,10 @@ def test_a_quantized_model(method: str, tmp_path: Path) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=quantization, device_map="cpu")
     ids = random_ids(1, 12)
     with torch.no_grad():
-        expected = model(input_ids=ids).logits
         with qk_sniffer.capture(model, kinds="qkvo", attention=True, statistics=True) as captured:
-            assert torch.equal(model(input_ids=ids).logits, expected)
+            first = model(input_ids=ids).logits
             output = model.generate(input_ids=ids, max_new_tokens=4, do_sample=False, eos_token_id=None)
+        assert torch.equal(model(input_ids=ids).logits, first)
     assert captured.examples["num_tokens"].to_pylist() == [12, output.shape[1] - 1]
     calls, _ = recorded(model.model, ids)
     assert torch.equal(states(captured, 2, "k", 0), calls[2].key[0].float())

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -119,6 +120,26 @@ def test_a_change_within_a_pass_drops_its_rows() -> None:
         model(input_ids=IDS)
     assert captured.examples["example_id"].to_pylist() == [0]
     assert len(captured.vectors(0, 0, "q").positions) == IDS.shape[1]
+
+
+def test_weights_may_be_packed_by_the_first_pass_and_not_again() -> None:
+    model = LLAMA.model()
+    weight = model.model.layers[0].mlp.gate_proj.weight
+    weight.quant_state = SimpleNamespace()
+
+    def pack(*_: object) -> None:
+        # as bitsandbytes does with weights of 4 bits on the CPU
+        if not getattr(weight.quant_state, "packing_format_for_cpu", False):
+            weight.data, weight.quant_state.packing_format_for_cpu = weight.data.clone(), True
+
+    model.model.layers[0].mlp.register_forward_pre_hook(pack)
+    with torch.no_grad(), qk_sniffer.capture(model, layers=[1]) as captured:
+        model(input_ids=IDS)
+        model(input_ids=IDS)
+        weight.quant_state.packing_format_for_cpu = False
+        with pytest.raises(CaptureError, match=r"the weights of .* changed inside the block"):
+            model(input_ids=IDS)
+    assert len(captured.examples) == 2
 
 
 @pytest.mark.parametrize("names", [["a", "b"], ["a", "__base__"], ["__base__", "__base__"]])

@@ -44,7 +44,7 @@ def test_a_deep_folder_of_someone_else_hides_nothing_and_is_no_error(tmp_path: P
     deep, sweeps = tmp_path / "texts" / "deep", tmp_path / "sweep"
     deepen(deep, 1500)
     sweeps.mkdir()
-    status = job_status.Status(3, str(tmp_path / "root"), "m", state=job_status.FAILED)
+    status = job_status.Status(3, str(tmp_path / "root"), "m", state=job_status.FAILED, began=True)
     status.write(sweeps)
     (deep / "a.txt").write_text("a text")
     (tmp_path / "texts" / ".hidden").mkdir()

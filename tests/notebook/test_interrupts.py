@@ -1,5 +1,6 @@
 """Ctrl-C in a pass, at any line: the pass counts whole or not at all, and so do all others. A pass inside a pass."""
 
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -116,14 +117,17 @@ def check(captured: Any, model: Any, texts: dict[str, torch.Tensor], whole: set[
 
 ROWS: dict[str, Any] = {"layers": [0], "kinds": "qkvo", "attention": True}
 
+STEP = int(os.environ.get("INTERRUPT_STEP", "7"))
+"""The lines from one interrupt to the next. 1 takes five minutes."""
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("function", "step", "settings"),
     [
         pytest.param("_end", 3, {"layers": [0], "statistics": True}, id="end"),
-        pytest.param(None, 1, ROWS, id="all", marks=pytest.mark.slow),
-        pytest.param(None, 7, ROWS | {"statistics": True}, id="statistics", marks=pytest.mark.slow),
+        pytest.param(None, STEP, ROWS, id="all"),
+        pytest.param(None, STEP + 6, ROWS | {"statistics": True}, id="statistics"),
     ],
 )
 @pytest.mark.parametrize("is_streamed", [False, True], ids=["memory", "stream"])

@@ -23,12 +23,20 @@ STEPS = {
 """The steps that a child reports, just before it runs them."""
 
 _SERVER = """
-import importlib, itertools, json, logging, os, sys, time
+import importlib, itertools, json, logging, os, pkgutil, sys, time
 import torch
 torch.set_num_threads(1)
+import qk_sniffer
 from qk_sniffer import config
-from qk_sniffer.cli import app
+for package in ("backbone", "capture", "corpus", "dataset", "hub", "jobs", "store"):
+    folder = importlib.import_module("qk_sniffer." + package)
+    for module in pkgutil.iter_modules(folder.__path__, folder.__name__ + "."):
+        importlib.import_module(module.name)
+for name in ("datasets", "transformers.models.qwen3.modeling_qwen3"):
+    importlib.import_module(name)
 from qk_sniffer.jobs import run
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+get_checkpoint_conversion_mapping("qwen3")  # fills a cache
 STEPS = json.loads(sys.argv[1])
 
 def tell(name, module, path, seconds, held, release):

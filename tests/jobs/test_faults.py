@@ -29,6 +29,12 @@ from qk_sniffer.store import manifest as manifests
 SMALL_GROUPS = "from qk_sniffer.jobs import batch_groups; batch_groups.GROUP = 1e-5"
 """Makes a job end a group of batches with statistics every two or three batches."""
 
+SEEDS = int(os.environ.get("KILL_SEEDS", "0"))
+"""The random series of kills; without this number, a single and shorter one."""
+
+KILLS = 5 if SEEDS else 2
+"""How often a series kills a job in each step, at least."""
+
 SECTIONS: dict[str, Any] = {"inference": {"batch_size": 1, "segment_mb": 1, "queue_mb": 1}}
 
 
@@ -74,7 +80,7 @@ def test_a_killed_job_resumes_and_ends_with_the_same_bytes(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(int(os.environ.get("KILL_SEEDS", "1"))))
+@pytest.mark.parametrize("seed", range(SEEDS or 1))
 @pytest.mark.parametrize(
     ("batch_size", "more"),
     [
@@ -124,7 +130,7 @@ def test_killed_at_random_moments_of_every_step(
     slow = dict.fromkeys(STEPS, 0.02) | {"forward": 0.004}
     root = root_of(job)
     killed: Counter[str] = Counter()
-    while killed.total() < 36 or min(killed[name] for name in STEPS) < 5:
+    while killed.total() < 7 * KILLS or min(killed[name] for name in STEPS) < KILLS:
         step = min(STEPS, key=lambda name: (killed[name], rng.random()))
         child = server.start(job, slow=slow, before=SMALL_GROUPS)
         if child.reaches(step, int(rng.integers(1, 6))):

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from qk_sniffer.capture import proof
 from qk_sniffer.capture.capture import Capture
 from qk_sniffer.jobs import capture_examples, finish
 from qk_sniffer.store import compact, promote
@@ -16,7 +17,7 @@ STEPS: dict[str, tuple[Any, str, int]] = {
     "mark": (capture_examples, "mark_done", 1),
     "finish": (finish, "captured_job", 1),
     "compaction": (compact._Job, "write_heads", 2),
-    "proof": (finish, "prove", 1),
+    "proof": (proof, "prove", 1),
     "promotion": (finish, "promote", 1),
     "move": (promote, "_move", 1),
     "root's manifest": (promote, "sync_folder", 10),

@@ -32,12 +32,13 @@ bench: install  ## run every benchmark; takes about two hours on two cores (benc
 # Compares qk-sniffer with other ways to get all vectors, each in its own environment (benchmarks/README.md).
 PEERS := .venv-peers
 
-bench-peers: install $(PEERS)/transformer_lens/.installed $(PEERS)/nnsight/.installed  ## compare with other ways to get vectors
+bench-peers: install $(PEERS)/transformer_lens/.installed $(PEERS)/nnsight/.installed $(PEERS)/kvpress/.installed  ## compare with other ways to get vectors
 	$(BIN)/python benchmarks/peers.py
 
 $(PEERS)/%/.installed: benchmarks/peers/%.txt constraints.txt
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -r $<
+	sed -n 's/^\([^#]*==\).*/^\1/p' $< | grep -vf - constraints.txt > $(@D)/constraints.txt  # a version in $< comes first
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c $(@D)/constraints.txt -r $<
 	touch $@
 
 check: install  ## check lint, format and types

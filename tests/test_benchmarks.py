@@ -1,10 +1,12 @@
-"""Runs the benchmark for GPUs on a CPU, with tiny models, and shows that its checks fail when something is wrong."""
+"""Runs the benchmark for GPUs on a CPU, with tiny models, and shows that the checks of benchmarks can fail."""
 
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,7 +14,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
+from safetensors.numpy import load_file, save_file
+from support.export_cases import statistics
+from transformers import AutoTokenizer
 
+import qk_sniffer
 from qk_sniffer.capture import row_writer
 
 ROOT = Path(__file__).parent.parent
@@ -26,6 +32,12 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     for name in ("attention", "bench", "jobs", "results", "vectors"):
         importlib.import_module(f"gpu.{name}")
     return gpu
+
+
+@pytest.fixture
+def peers(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("peers")
 
 
 def tiny_bench(gpu: ModuleType, folder: Path, **budget: Any) -> Any:
@@ -75,6 +87,38 @@ def test_a_run_without_time_or_room_measures_no_more(gpu: ModuleType, budget: di
     with pytest.raises(gpu.results.LeftOutError):
         gpu.jobs.check_jobs(bench)
     assert not (tmp_path / "texts.jsonl").exists()
+
+
+def test_statistics_in_the_form_of_kvpress_differ_from_ours_by_a_changed_number_alone(
+    peers: ModuleType, undisturbed: Callable[..., Path], tmp_path: Path
+) -> None:
+    sections = {"sampler": {"type": "none"}, "verify": {"examples": 0}}
+    ours = undisturbed(capture=statistics(stages=["pre"], skip_tokens=4), **sections)
+    theirs = qk_sniffer.export(ours, "expected_attention", tmp_path / "theirs")
+    assert len(peers.arrays(ours)) == 2 * 3 * 4
+    assert peers.difference(theirs, ours) == 0
+    tensors = load_file(theirs / "model.safetensors")
+    for name, place in (("query_mean", (2, 1)), ("query_cov", (0, 3))):
+        changed = {key: tensor.copy() for key, tensor in tensors.items()}
+        changed[name][place] *= 1.5
+        save_file(changed, theirs / "model.safetensors")
+        assert peers.difference(theirs, ours) == pytest.approx(0.5)
+    save_file({name: tensor[:2] for name, tensor in tensors.items()}, theirs / "model.safetensors")
+    with pytest.raises(SystemExit, match=r"has 16 arrays, .* has 24"):
+        peers.difference(theirs, ours)
+    shutil.rmtree(theirs)
+    with pytest.raises(SystemExit, match="has 0 arrays"):
+        peers.difference(theirs, theirs)
+
+
+def test_a_text_is_cut_where_its_beginning_has_the_same_tokens_on_its_own(peers: ModuleType) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "qk_sniffer" / "assets" / "pydoc_tiny")
+    text = "reached.\n\ns(tep)"
+    beginnings = [peers.first_tokens(tokenizer, text, tokens) for tokens in range(6, 10)]
+    assert beginnings == ["reached.", "reached.\n", "reached.\n", "reached.\n\ns"]
+    # Alone, two line ends are one token: "reached.\n\n" has other tokens than the text.
+    assert [len(tokenizer(beginning).input_ids) for beginning in beginnings] == [6, 7, 7, 9]
+    assert tokenizer(beginnings[-1]).input_ids == tokenizer(text).input_ids[:9]
 
 
 @pytest.mark.slow

@@ -7,12 +7,15 @@ import stat
 import sys
 import traceback
 import warnings
+from contextlib import nullcontext
 from io import TextIOWrapper
 from numbers import Number
 from pathlib import Path
 from textwrap import indent
 from types import TracebackType
 from typing import Any, TextIO
+
+from tqdm import tqdm
 
 from qk_sniffer.errors import QkSnifferError
 from qk_sniffer.live import above_live_lines
@@ -51,10 +54,11 @@ class JobLog(logging.FileHandler):
 
 
 class TerminalHandler(logging.StreamHandler[TextIO]):
-    """Writes above the lines that are redrawn on the terminal (`live.py`)."""
+    """Writes above the lines that are redrawn on the terminal (`live.py`), and above the bars of tqdm."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        with above_live_lines():
+        bars = tqdm.external_write_mode(file=self.stream) if self.stream.isatty() else nullcontext()
+        with above_live_lines(), bars:
             super().emit(record)
 
 

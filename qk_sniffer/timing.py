@@ -69,6 +69,7 @@ class Clock:
 
 
 def describe(seconds: dict[str, float]) -> str:
-    """Returns `forward 12.3 s, gather 0.1 s`: the longest stage first, without stages below a millisecond."""
+    """Returns `forward 12.3 s, gather 0.2 s`: the longest stage first, without stages below 1 % of the whole."""
     longest = sorted(seconds.items(), key=lambda item: -item[1])
-    return ", ".join(f"{name} {value:.3g} s" for name, value in longest if value >= 0.001)
+    least = max(0.01 * sum(seconds.values()), 0.001)
+    return ", ".join(f"{name} {value:.3g} s" for name, value in longest if value >= least)

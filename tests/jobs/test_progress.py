@@ -18,6 +18,7 @@ import pytest
 from qk_sniffer.errors import StoreError
 from qk_sniffer.jobs import progress
 from qk_sniffer.jobs.progress import Progress
+from qk_sniffer.logs import TerminalHandler
 from qk_sniffer.store.open_folder import PLAIN, Checked
 from qk_sniffer.timing import Stages, describe
 
@@ -46,7 +47,12 @@ def test_a_stage_that_fails_is_counted_too() -> None:
 
 
 def test_stages_are_described_longest_first() -> None:
-    assert describe({"plan": 0.25, "forward": 12.34, "nothing": 0.0001}) == "forward 12.3 s, plan 0.25 s"
+    assert describe({"plan": 0.25, "forward": 12.34}) == "forward 12.3 s, plan 0.25 s"
+
+
+def test_the_description_leaves_out_stages_that_take_next_to_nothing() -> None:
+    assert describe({"forward": 258.0, "gather": 1.47, "verify": 73.6}) == "forward 258 s, verify 73.6 s"
+    assert describe({"plan": 0.0001}) == ""
 
 
 def test_plain_lines_where_stderr_is_no_terminal(
@@ -98,6 +104,23 @@ def test_a_bar_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
         text = everything(master)
     os.close(master)
     assert " 5/10, " in text and "24 rows" in text and not caplog.messages
+
+
+def test_a_log_line_does_not_go_on_after_the_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    master, slave = pty.openpty()
+    os.set_blocking(master, False)
+    with os.fdopen(slave, "w") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 80, 0, 0))
+        shown = Progress(total=10, file=tmp_path / "progress")
+        record = logging.LogRecord("qk_sniffer", logging.INFO, __file__, 1, "plan: 10 texts", None, None)
+        TerminalHandler(terminal).emit(record)
+        text = everything(master)
+        shown.close()
+    os.close(master)
+    before, _, after = text.partition("plan: 10 texts")
+    assert " 0/10, " in before and re.search(r"\r *\r$", before), "the bar is erased first"
+    assert " 0/10, " in after, "and shown again"
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The pages: runs, composes or loads every fenced command, YAML and Python block."""
 
+import inspect
 import json
 import os
 import re
@@ -212,6 +213,20 @@ def test_links_of_a_page_lead_to_files_and_headings_of_the_repository(page: str)
 def test_the_api_has_every_public_name() -> None:
     described = re.findall(r"^::: (\S+)$", (ROOT / "docs" / "api.md").read_text(), flags=re.MULTILINE)
     assert {*qk_sniffer.__all__} - {"__version__"} <= {name.rpartition(".")[2] for name in described}
+
+
+def test_the_overview_of_the_api_names_what_there_is() -> None:
+    text = (ROOT / "docs" / "api.md").read_text()
+    table = "".join(re.findall(r"^\| (`.*?) \| ", text, flags=re.MULTILINE))
+    names = re.findall(r"`(qk_sniffer|Captured|Dataset|)\.(\w+)", table)
+    assert len(names) >= 15
+    for owner, name in names:
+        if owner == "qk_sniffer":
+            assert name in qk_sniffer.__all__
+            continue
+        for each in [getattr(qk_sniffer, owner)] if owner else [qk_sniffer.Captured, qk_sniffer.Dataset]:
+            source = "".join(map(inspect.getsource, each.__mro__[:-1]))
+            assert re.search(rf"(def |self\.){name}\b", source), (each, name)
 
 
 @pytest.mark.slow

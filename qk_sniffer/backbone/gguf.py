@@ -23,6 +23,7 @@ from qk_sniffer.backbone.quantization import StoredWeights
 from qk_sniffer.backbone.unloaded import unloaded
 from qk_sniffer.config import ModelConfig
 from qk_sniffer.errors import ConfigError, SourceError
+from qk_sniffer.hub.gguf_header import refuse_large_header
 from qk_sniffer.text import shortened
 
 _ROTARY_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
@@ -78,11 +79,12 @@ def gguf_source(file: str, source: dict[str, Any]) -> dict[str, Any]:
 
 
 def refuse_damaged(config: ModelConfig, path: str) -> None:
-    """Refuses the file at `path` if it is damaged, as one is whose download broke off.
+    """Refuses the file at `path` if it is damaged, as one is whose download broke off, or its header is too large.
 
     Raises:
         SourceError: it is.
     """
+    refuse_large_header(Path(path))
     if how := damage(Path(path)):
         raise SourceError(
             f"model.gguf_file={config.gguf_file} of {config.name} is damaged: {how}. Restore it, or download it again "

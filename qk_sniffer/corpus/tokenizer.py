@@ -30,6 +30,7 @@ from qk_sniffer.corpus.tokenizer_files import (
 from qk_sniffer.corpus.tokens import Tokens, check_part, content_error
 from qk_sniffer.errors import SourceError
 from qk_sniffer.hub.checkpoint_links import refuse_odd_files
+from qk_sniffer.hub.gguf_header import refuse_large_header
 from qk_sniffer.hub.json_files import damaged_json
 from qk_sniffer.hub.lfs import refuse_pointers
 from qk_sniffer.hub.revisions import HubUnreachableError, cached_commit, hub_commit, is_hub_id, refuse_gated
@@ -69,6 +70,7 @@ def load_tokenizer(
             it cannot tell the characters of tokens, with `offsets`.
     """
     from transformers import AutoTokenizer
+    from transformers.utils.hub import cached_file
 
     name = config.tokenizer.name or config.name
     if name is None:
@@ -101,6 +103,8 @@ def load_tokenizer(
     try:
         where = {key: options[key] for key in ("revision", "local_files_only") if key in options}
         refuse_files_elsewhere(str(local), trust_remote_code=config.trust_remote_code, **where)
+        if "gguf_file" in options:
+            refuse_large_header(Path(str(cached_file(str(local), options["gguf_file"], **where))))
         with panics_as_errors(), pinned_loads(str(local), commit):
             tokenizer = AutoTokenizer.from_pretrained(str(local), **options)
         if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers returns an empty one without files

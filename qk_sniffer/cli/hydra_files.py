@@ -5,8 +5,10 @@ follows links, so that a person who may write there could have it overwrite any 
 checks what is in the job's own folder (`logs.py`).
 """
 
+import os
 import re
 from collections.abc import Iterable, Iterator
+from itertools import chain, islice
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -20,6 +22,8 @@ from qk_sniffer.text import path_problem
 
 _OWN = (".runs", ".sweeps")
 """The folders of Hydra in `output.folder`."""
+
+_OF_SUBMITIT = ".submitit"
 
 _OF_A_SWEEP = re.compile(r"multirun\.yaml|\.submitit|\d+")
 """The names that Hydra and submitit write in the folder of a sweep. A number is the folder of a job."""
@@ -83,3 +87,7 @@ def _links(folder: Path, is_sweep: bool) -> Iterator[Path]:
     yield from (path for path in (Path(*parts[: number + 1]) for number in range(own, len(parts))) if path.is_symlink())
     if is_sweep and folder.is_dir():
         yield from (path for path in sorted(folder.iterdir()) if _OF_A_SWEEP.fullmatch(path.name) and path.is_symlink())
+        # submitit opens its logs and pickles there, in a folder for each job, by names that can be guessed.
+        found = () if (folder / _OF_SUBMITIT).is_symlink() else os.walk(folder / _OF_SUBMITIT)
+        inside = (Path(at, name) for at, *names in found for name in chain(*names))
+        yield from islice((path for path in inside if path.is_symlink()), 1)

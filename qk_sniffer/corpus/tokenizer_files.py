@@ -12,6 +12,7 @@ from qk_sniffer.corpus.panics import panics_as_errors
 from qk_sniffer.corpus.text_growth import MOST_GROWTH, PARTS, growth
 from qk_sniffer.errors import SourceError
 from qk_sniffer.hub.config_limits import refuse_large_config, refuse_other_configs, refuse_too_many_layers
+from qk_sniffer.hub.gguf_header import LONGEST_TOKEN
 from qk_sniffer.hub.json_files import DamagedFileError, json_object
 from qk_sniffer.text import leads_out
 
@@ -54,6 +55,12 @@ _BYTE_MAPS = "byte_maps.json"
 
 _MAPS = ("decompose_map", "merge_map")
 """Its maps. transformers opens the file that a string names in the place of one."""
+
+_ADDED = "added_tokens_decoder"
+"""Tokens by their ids. transformers fills the gap between the ids of a vocabulary and the largest one."""
+
+_LARGEST_ID = 4_000_000
+"""The largest id of an added token. The largest vocabularies have some 300,000 tokens."""
 
 _NEVER_OPENED = ("tokenizer_file", "special_tokens_map_file", "added_tokens_file", "tokenizer_config_file")
 """Keys of tokenizer_config.json that published tokenizers have, and that transformers replaces by its own files."""
@@ -171,10 +178,12 @@ def refuse_files_elsewhere(name: str, *, trust_remote_code: bool = False, **opti
     _refuse_other_classes(name, settings, config)
     for key, value in settings.items():
         _refuse_way_to_load(name, _SETTINGS, key, value)
+        _refuse_costly(name, _SETTINGS, key, value)
         if _holds_path(key, value) or (key.endswith("_file") and key not in _NEVER_OPENED and _exists(name, value)):
             _refuse(name, _SETTINGS, key, value)
     for key, value in _read_object(_file_of(name, _SPECIAL_TOKENS, options)).items():
         _refuse_way_to_load(name, _SPECIAL_TOKENS, key, value)
+        _refuse_costly(name, _SPECIAL_TOKENS, key, value)
         if _holds_path(key, value) or (key.endswith(("_file", "_spm")) and isinstance(value, str)):
             _refuse(name, _SPECIAL_TOKENS, key, value)
     byte_maps = _read_object(_file_of(name, _BYTE_MAPS, options))
@@ -250,6 +259,29 @@ def _refuse_way_to_load(name: str, file: str, key: str, value: Any) -> None:
     for option, given in value.items() if key in _OPTIONS and isinstance(value, dict) else ():
         if given and (option in _OPENED_BELOW or (isinstance(given, str) and leads_out(given))):
             _refuse(name, file, f"{key}.{option}", given)
+
+
+def _refuse_costly(name: str, file: str, key: str, value: Any) -> None:
+    """Checks that a key of `file` does not make transformers fill the memory, or split a token in too many ways."""
+    if not isinstance(value, dict):
+        return
+    problem = None
+    if key == _ADDED and (largest := max(map(_as_id, value), default=0)) > _LARGEST_ID:
+        problem = f"has the id {largest:,}"
+    elif key in _VOCABULARIES and (longest := max(map(len, value), default=0)) > LONGEST_TOKEN:
+        problem = f"has a token of {longest:,} characters"
+    if problem is not None:
+        raise SourceError(
+            f"the tokenizer of {name} is refused: {key} of its {file} {problem}, which would fill the memory or take "
+            "hours. Restore the file, or set model.tokenizer.name to another tokenizer"
+        )
+
+
+def _as_id(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:  # transformers refuses it too
+        return 0
 
 
 def _refuse_other_classes(name: str, settings: Mapping[str, Any], config: Mapping[str, Any]) -> None:

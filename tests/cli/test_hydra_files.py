@@ -52,6 +52,15 @@ def test_nor_what_hydra_writes_in_the_folder_of_a_sweep(name: str, tmp_path: Pat
     assert f"{sweep / name} is a link" in problem and "hydra.sweep.dir" in problem
 
 
+@pytest.mark.parametrize("name", ["7/7_0_log.out", "7"])
+def test_nor_what_submitit_writes_there(name: str, tmp_path: Path, elsewhere: Path) -> None:
+    link = linked(tmp_path / "mine" / ".submitit" / name, elsewhere / "file")
+    (problem,) = folder_problems(tmp_path / "mine", is_sweep=True)
+    assert f"{link} is a link" in problem and "hydra.sweep.dir" in problem
+    link.unlink()
+    assert not [*folder_problems(tmp_path / "mine", is_sweep=True)]
+
+
 @pytest.mark.parametrize(("name", "is_sweep"), [("multirun.yaml", True), (".hydra/hydra.yaml", False)])
 def test_a_file_of_someone_else_is_not_replaced_by_that_of_hydra(name: str, is_sweep: bool, tmp_path: Path) -> None:
     (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -153,6 +153,21 @@ def test_special_tokens_that_say_what_the_loader_says_are_refused(key: str, valu
 MYT5 = {"tokenizer_class": "MyT5Tokenizer"}
 
 
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize(
+    ("key", "value", "problem"),
+    [
+        ("added_tokens_decoder", {"1_000_000_000 ": {"content": "<x>"}}, "has the id 1,000,000,000"),
+        ("vocab", {"a" * 10_001: 0}, "has a token of 10,001 characters"),
+    ],
+)
+def test_tokens_that_fill_the_memory_or_take_hours_are_refused(
+    file: str, key: str, value: Any, problem: str, save: Save
+) -> None:
+    with pytest.raises(SourceError, match=f"{key} of its {file} {problem}"):
+        load(save({file: {key: value}}, WORDS))
+
+
 @pytest.mark.parametrize("key", ["decompose_map", "merge_map"])
 def test_byte_maps_that_name_a_file_are_refused(key: str, save: Save, tmp_path: Path) -> None:
     private = write(tmp_path / "private" / "map.json", json.dumps({"61": "62"}))

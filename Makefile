@@ -55,7 +55,7 @@ FLOOR := .venv-floor
 FLOOR_TRANSFORMERS := 5.17.0
 
 floor: $(FLOOR)/.installed  ## run the tests marked floor with older versions of transformers and huggingface_hub
-	$(FLOOR)/bin/python -m pytest -n 2 --dist worksteal -q -m 'floor and not slow'
+	$(FLOOR)/bin/python -m pytest -n 2 --dist worksteal -q -m 'floor and (further or not slow)'
 
 $(FLOOR)/.installed: pyproject.toml constraints.txt
 	test -x $(FLOOR)/bin/python || $(PYTHON) -m venv $(FLOOR)

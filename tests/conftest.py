@@ -39,6 +39,22 @@ def pytest_configure(config: pytest.Config) -> None:
     config.add_cleanup(patch.undo)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Makes the cases of a test marked `few(n)` slow ones, but for `n` of them at even distances."""
+    cases: dict[tuple[pytest.Item | None, str], list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("few") and not item.get_closest_marker("slow"):
+            cases.setdefault((item.parent, getattr(item, "originalname", item.name)), []).append(item)
+    for of_test in cases.values():
+        (kept,) = next(of_test[0].iter_markers("few")).args
+        quick = {number * len(of_test) // kept for number in range(kept)}
+        for number, item in enumerate(of_test):
+            if number not in quick:
+                item.add_marker("slow")
+                item.add_marker("further")
+
+
 @pytest.fixture(scope="session")
 def all_caches(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Iterator[int]]:
     """A folder, and numbers for the folders in it: `mktemp` looks at all of them to find the next one."""

@@ -104,6 +104,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     return heads.main()
 
 
+@pytest.mark.slow
 def test_the_program_writes_tables_and_a_map(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -171,6 +172,7 @@ def test_files_of_others_are_not_replaced_and_two_programs_do_not_meet(
         assert f"where the dataset at {whole} has its own files" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_job_draws_the_maps_with_distances_that_fit_its_texts(whole: Path, tmp_path: Path) -> None:
     """The longest text has 112 tokens: queries of its second half see distant keys, 31 tokens away and more."""
     dataset = qk_sniffer.open_dataset(whole)

@@ -27,6 +27,7 @@ post_rope_first = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.few(19)
 @with_kernels
 @both_dtypes
 @both_stages
@@ -43,6 +44,7 @@ def test_captured_vectors_are_bit_for_bit_what_the_unmodified_model_computes(
         assert torch.equal(states, expected[key]), key
 
 
+@pytest.mark.few(9)
 @with_kernels
 @post_rope_first
 def test_captured_vectors_agree_with_a_reference_in_float64(
@@ -58,6 +60,7 @@ def test_captured_vectors_agree_with_a_reference_in_float64(
         torch.testing.assert_close(states.double(), expected[key], rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.few(5)
 @all_cases
 def test_before_and_after_the_rotary_embedding_differ(case: Case, folder_of: FolderOf) -> None:
     before, after = (captured(loaded(folder_of(case), pre_rope=pre_rope), ids()) for pre_rope in (True, False))
@@ -67,6 +70,7 @@ def test_before_and_after_the_rotary_embedding_differ(case: Case, folder_of: Fol
         assert torch.allclose(old[:, :, 1:], new[:, :, 1:], atol=1e-3) == (layer in case.unrotated)
 
 
+@pytest.mark.few(9)
 @with_kernels
 @post_rope_first
 def test_the_forward_is_the_same_with_the_tap_open(
@@ -81,6 +85,7 @@ def test_the_forward_is_the_same_with_the_tap_open(
     assert torch.equal(plain, tapped)
 
 
+@pytest.mark.few(9)
 @with_kernels
 @post_rope_first
 def test_everything_is_put_back_also_after_an_exception(
@@ -103,6 +108,7 @@ def test_everything_is_put_back_also_after_an_exception(
     assert len(captured(backbone, ids())) == 2 * len(case.layers)
 
 
+@pytest.mark.few(9)
 @with_kernels
 @post_rope_first
 def test_right_padding_changes_no_valid_position_beyond_rounding(
@@ -116,6 +122,7 @@ def test_right_padding_changes_no_valid_position_beyond_rounding(
         torch.testing.assert_close(together[key][1:, :, :23], states, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.few(9)
 @with_kernels
 def test_the_probe_finds_each_layer_as_the_config_says(case: Case, kernel: str, folder_of: FolderOf) -> None:
     config = case.config().get_text_config()
@@ -131,6 +138,7 @@ def test_the_probe_finds_each_layer_as_the_config_says(case: Case, kernel: str, 
         assert (None if fact.sinks is None else len(fact.sinks)) == (4 if case.sinks else None)
 
 
+@pytest.mark.few(5)
 @all_cases
 def test_no_norm_or_bias_could_hide_a_mistake(case: Case, folder_of: FolderOf) -> None:
     for name, weight in loaded(folder_of(case)).decoder.named_parameters():

@@ -30,6 +30,7 @@ def checked(backbone: Backbone, tokens: torch.Tensor, facts: list[LayerFacts] | 
     return check.finish()
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("case", "kernel", "dtype"),
     [

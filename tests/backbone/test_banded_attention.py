@@ -36,6 +36,7 @@ class Largest(TorchDispatchMode):
         return made
 
 
+@pytest.mark.few(8)
 @sliding_cases
 @pytest.mark.parametrize("length", [13, 14, 40, 255, 256, 257, 700])
 def test_hidden_states_agree_with_the_masked_path(case: Case, length: int) -> None:
@@ -50,6 +51,7 @@ def test_hidden_states_agree_with_the_masked_path(case: Case, length: int) -> No
     assert torch.equal(after, masked)
 
 
+@pytest.mark.few(3)
 @sliding_cases
 def test_no_mask_of_n_by_n_is_built(case: Case) -> None:
     decoder = case.decoder()

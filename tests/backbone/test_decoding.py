@@ -25,6 +25,7 @@ PADDED = left_padded([0, 5], SLOTS)
 slow = pytest.mark.slow
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("model_type", "held"),
     [

@@ -42,6 +42,7 @@ def captured(backbone: Backbone, tokens: torch.Tensor) -> list[AttentionCall]:
     return seen
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("model_type", OWN_ATTENTION)
 @pytest.mark.parametrize("error", [ForwardDone, ZeroDivisionError])
 def test_an_attention_of_its_own_is_put_back_also_after_an_exception(model_type: str, error: Any) -> None:

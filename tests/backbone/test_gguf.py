@@ -43,6 +43,7 @@ def of(folder: Path, file: str = "tiny.gguf", **settings: Any) -> ModelConfig:
     return ModelConfig(name=str(folder), gguf_file=file, dtype=settings.pop("dtype", "float32"), **settings)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", ["llama", "qwen2"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_gguf_file_gives_the_weights_that_safetensors_give(name: str, dtype: str, tmp_path: Path) -> None:
@@ -95,6 +96,7 @@ def test_a_rotary_base_that_is_not_read_is_refused_until_it_is_given(tmp_path: P
     check_model(of(tmp_path, config_overrides={"rope_theta": 123456.0}))
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("further", "message", "given"),
     [

@@ -36,6 +36,7 @@ def put(config: dict[str, Any], key: str, value: Any) -> None:
     config[key] = value
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "_attn_implementation_internal"])
 @pytest.mark.parametrize("case", [TEXT_ONLY, MULTIMODAL], ids=lambda case: case.name)
 @pytest.mark.parametrize("overrides", [{}, {"max_position_embeddings": 200}], ids=str)

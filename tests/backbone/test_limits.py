@@ -35,6 +35,7 @@ def test_the_rows_of_an_embedding_are_known_without_weights() -> None:
     assert torch.empty(1).device.type == "cpu"
 
 
+@pytest.mark.slow
 def test_rows_that_are_not_known() -> None:
     assert num_embeddings(nn.Linear(2, 2)) is None
     assert planned_num_embeddings(PretrainedConfig(), 10) is None

@@ -36,6 +36,7 @@ def saved(folder: Path, change: Callable[[Weights], Weights], case: Case = LLAMA
     return ModelConfig(name=str(folder), dtype="float32")
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     "name",
     [
@@ -85,6 +86,7 @@ def with_another(name: str, tensor: torch.Tensor) -> Callable[[Weights], Weights
 GPT2 = Case("gpt2", "GPT2Config", {"n_positions": 64}, 8)
 
 
+@pytest.mark.slow
 def test_masks_of_older_checkpoints_may_be_there_and_biases_of_their_name_may_not(tmp_path: Path) -> None:
     mask = torch.ones(1, 1, 8, 8).tril()
     masks: list[tuple[Case, str, torch.Tensor]] = [
@@ -202,6 +204,7 @@ def test_integers_that_would_be_read_as_floats_are_an_error_whatever_their_names
     assert all(name in str(caught.value) for name in INTEGERS)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("quantized", [False, True])
 @pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32])
 @pytest.mark.parametrize(

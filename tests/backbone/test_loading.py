@@ -29,6 +29,7 @@ multimodal_cases = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.few(15)
 @all_cases
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_checkpoint_loads_without_its_head_in_the_dtype_asked_for(case: Case, dtype: str, tmp_path: Path) -> None:

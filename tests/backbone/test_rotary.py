@@ -50,6 +50,7 @@ def texts(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_every_text_is_captured_as_if_it_were_alone(name: str, texts: Path, tmp_path: Path) -> None:
     folder = save_checkpoint(CASES[name], tmp_path / name)

@@ -37,6 +37,7 @@ def test_a_weight_that_is_stored_twice_with_other_values_is_an_error_that_names_
             load_backbone(config)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("case", WRAPPERS, ids=lambda case: case.name)
 @pytest.mark.parametrize("path", ["model.language_model.", "language_model.", "model.language_model.model."])
 def test_two_names_of_one_weight_in_a_larger_model(case: Case, path: str, tmp_path: Path) -> None:

@@ -59,6 +59,7 @@ def test_nothing_in_the_table_is_wrong_and_its_counts_are_those_of_its_rows() ->
     assert f"{before} are captured before RoPE too" in TABLE
 
 
+@pytest.mark.few(3)
 @same_version
 @pytest.mark.parametrize(
     "name",
@@ -79,6 +80,7 @@ def test_scalars_that_can_change_attention_do_in_the_configs_of_the_sweep() -> N
     assert tiny_config("inkling2_text").log_scaling_n_floor == tiny_config("llama4_text").floor_scale == 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["falcon_h1", pytest.param("inkling2_text", marks=pytest.mark.slow)])
 def test_a_proof_without_the_scale_of_a_type_is_found_out(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     family = type(find_family(name))
@@ -145,6 +147,7 @@ class ChangesTheForward(Family):
         return [module.register_forward_hook(lambda _, inputs, output: (output[0] * 2, *output[1:]))]
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("family", "finding"),
     [

@@ -24,6 +24,7 @@ def cut(folder: Path, layers: list[int], family: str | None = None) -> torch.nn.
     return load_backbone(config, layers=layers).decoder
 
 
+@pytest.mark.few(5)
 @all_cases
 def test_the_layers_that_are_left_have_the_same_vectors(case: Case, folder_of: FolderOf) -> None:
     first = case.layers[0]
@@ -39,6 +40,7 @@ def test_the_layers_that_are_left_have_the_same_vectors(case: Case, folder_of: F
     assert sizes[0] < 0.6 * sizes[1]
 
 
+@pytest.mark.slow
 def test_weights_of_the_layers_behind_are_not_even_read(checkpoint: Path, texts: Path, tmp_path: Path) -> None:
     whole = run(checkpoint, texts, tmp_path / "whole", capture={"layers": [0, 1]})
     short = shutil.copytree(checkpoint, tmp_path / checkpoint.name)

@@ -22,6 +22,7 @@ QUICK = {"llama eager", "gemma3 sdpa", "llama4 sdpa", "deepseek_v3 sdpa", "qwen3
 """Masks, bands, chunks, latent attention whose keys are rotated in part, experts, sinks."""
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("case", "kernel"),
     [

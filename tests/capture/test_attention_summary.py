@@ -74,6 +74,7 @@ def dense(call: AttentionCall, row: int) -> tuple[np.ndarray, np.ndarray]:
     return both.softmax(-1)[..., :-1].numpy(), logits.numpy()
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     "facts",
     [

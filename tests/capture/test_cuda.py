@@ -164,6 +164,7 @@ def test_no_buffer_is_filled_while_it_is_being_copied(order: str) -> None:
     assert not any(wrong_copies(order, seed) for seed in range(5 if order == "random" else 1))
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("race", RACES)
 def test_a_race_gives_wrong_vectors(race: str) -> None:
     """Shows that the test above can fail."""

@@ -40,6 +40,7 @@ def test_whole_examples_are_ranges_and_samples_are_not() -> None:
     assert TokenIndices.of(picks_of([range(200)]), torch.device("cuda")).ranges is None
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(
     st.lists(

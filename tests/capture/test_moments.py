@@ -132,6 +132,7 @@ def scaled(checkpoint: Path, folder: Path, factor: float) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_vectors_too_small_for_squares_in_float32_are_proven_and_whole(
     checkpoint: Path, texts: Path, tmp_path: Path
 ) -> None:

@@ -53,6 +53,7 @@ QUICK = {"llama", "qwen2", "gemma3_multimodal", "mllama", "llama4", "glm4", "smo
 """Names of cases with different steps between projection and attention."""
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     "case",
     [case if case.name in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES],
@@ -93,6 +94,7 @@ HARMS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 """Functions from the vectors (heads, n, head_dim) of a layer to wrong ones that a faulty capture may store."""
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize("stage", ["post", pytest.param("pre", marks=pytest.mark.slow)])
 def test_hooks_tell_right_vectors_from_wrong_ones_in_each_layer(case: Case, stage: str, folder_of: FolderOf) -> None:
@@ -145,6 +147,7 @@ def harm_stored_vectors(monkeypatch: pytest.MonkeyPatch, harm: Callable[[Slot], 
     monkeypatch.setattr(JournalWriter, "commit", harmed)
 
 
+@pytest.mark.slow
 def test_wrong_rows_of_a_shard_or_of_later_examples_fail(
     texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -202,6 +205,7 @@ def test_one_wrong_row_among_many_fails_where_rounding_is_large(
     assert min(proof["largest_row_difference_by_layer"].values()) > 0.5
 
 
+@pytest.mark.slow
 def test_rows_without_a_finite_number_prove_nothing(texts: Path, tmp_path: Path) -> None:
     lines = texts.read_text(encoding="utf-8").splitlines()
     texts.write_text(
@@ -223,6 +227,7 @@ def test_rows_without_a_finite_number_prove_nothing(texts: Path, tmp_path: Path)
     assert early["proven"] is True and early["heads"] == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["post", pytest.param("pre", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("scale", [pytest.param(1.0, marks=pytest.mark.slow), 100.0])
@@ -294,6 +299,7 @@ def test_a_difference_that_is_not_a_number_proves_nothing(
         run(save_checkpoint(LLAMA, tmp_path / "model"), texts, tmp_path / "out", inference={"batch_size": 1})
 
 
+@pytest.mark.slow
 def test_a_kernel_that_is_wrong_for_long_texts_leaves_the_dataset_unproven(
     checkpoint: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -349,6 +355,7 @@ def test_the_checks_of_attention_outlast_growth(checkpoint: Path, texts: Path, t
         ]
 
 
+@pytest.mark.slow
 def test_late_rows_of_a_long_text_are_compared_in_all_layers_that_cost_little(
     checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -375,6 +382,7 @@ def test_it_can_be_turned_off(texts: Path, tmp_path: Path) -> None:
     assert manifests.read(root)["proof"] == {"proven": None, "reason": "turned off (verify.examples=0)"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("boundary", "proven"), [(3, None), (32, True)])
 def test_frequencies_that_depend_on_the_length_are_proven_where_they_do_not(
     boundary: int, proven: bool | None, texts: Path, tmp_path: Path

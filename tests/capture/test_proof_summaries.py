@@ -96,6 +96,7 @@ def test_wrong_summaries_fail_the_proof(
     assert [layer for layer, most in of_layers.items() if not most <= TOLERANCES["float32"]] == ["1"]
 
 
+@pytest.mark.slow
 def test_layers_whose_attention_is_not_derived_are_named(
     checkpoint: Path,
     texts: Path,

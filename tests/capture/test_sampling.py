@@ -107,6 +107,7 @@ def test_hash_takes_arrays() -> None:
     assert counter_hash(9, last, 1).tolist() == [reference_hash(9, word, 1) for word in last.tolist()]
 
 
+@pytest.mark.few(10)
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_positions_agree_with_the_definition(name: str, case: tuple[int, int, str, int]) -> None:
@@ -115,6 +116,7 @@ def test_positions_agree_with_the_definition(name: str, case: tuple[int, int, st
     assert kept.tolist() == reference_positions(CONFIGS[name], *case)
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("start", [LONGEST_TABLE - 300, 2**31 - 1501])
 def test_far_positions_agree_with_the_definition_and_take_no_memory_of_their_own(name: str, start: int) -> None:
@@ -257,6 +259,7 @@ FAIR = SamplerConfig(type="uniform", min_bucket_size=2)
 RARE = SamplerConfig(type="uniform", min_bucket_size=64)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("config", [FAIR, RARE], ids=["half", "one in 64"])
 @pytest.mark.parametrize("differs_in", ["layer", "kind", "example", "seed", "position"])
 def test_streams_are_independent(config: SamplerConfig, differs_in: str) -> None:

@@ -93,6 +93,7 @@ def test_help_is_true(light: dict[str, str], tmp_path: Path, monkeypatch: pytest
         assert preflight.planned(get_args(command.split()), app.APPLICATION)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "problems"),
     [
@@ -110,6 +111,7 @@ def test_a_bad_command_line_ends_before_heavy_libraries_are_imported(
     assert not (tmp_path / "outputs").exists()
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -141,6 +143,7 @@ def test_flags_may_stand_between_settings() -> None:
     assert args.overrides == ["model=pydoc_tiny,qwen3_8b", "sampler=all", "dataset=pydoc"]
 
 
+@pytest.mark.slow
 def test_hydras_own_flags_work(light: dict[str, str], tmp_path: Path) -> None:
     for flags, expected in ((("--cfg", "job"), "name: Qwen/Qwen3-8B"), (("--info", "defaults"), "model/qwen3_8b")):
         done = sniff(light, tmp_path, "sampler=all", *flags, "model=qwen3_8b")
@@ -167,6 +170,7 @@ def test_a_job_that_ends_well(light: dict[str, str], tmp_path: Path) -> None:
     assert (status.parent / "qk_sniffer.log").exists()
 
 
+@pytest.mark.slow
 def test_output_folder_holds_everything_that_a_job_writes(light: dict[str, str], tmp_path: Path) -> None:
     done = sniff(light, tmp_path, *MODEL, "output.folder=scratch")
     assert (done.returncode, done.stdout) == (0, "running with seed 0\n")
@@ -174,6 +178,7 @@ def test_output_folder_holds_everything_that_a_job_writes(light: dict[str, str],
     assert not (tmp_path / "outputs").exists()
 
 
+@pytest.mark.slow
 def test_a_job_that_fails(light: dict[str, str], tmp_path: Path) -> None:
     foreseen = sniff(light, tmp_path, *MODEL, "sampler.seed=1")
     assert foreseen.returncode == 1

@@ -71,6 +71,7 @@ def test_a_file_of_someone_else_is_not_replaced_by_that_of_hydra(name: str, is_s
     assert f"{tmp_path / name} was not written by Hydra, which would replace it. Move it away" in problem
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("planted", ["qk_sniffer.log", ".hydra", ".hydra/overrides.yaml"])
 @pytest.mark.parametrize("kind", ["link", "second name", "pipe"])
 def test_a_job_does_not_write_through_what_it_finds_in_its_folder(

@@ -41,6 +41,7 @@ def refusal(*arguments: str) -> str:
 # Refused before anything runs
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
@@ -129,6 +130,7 @@ def test_numbers_that_may_be_texts_are_taken_as_they_are_written() -> None:
         assert "a value reads as the number" in refusal("--multirun", *MODEL, sweep)
 
 
+@pytest.mark.slow
 def test_everything_wrong_is_named_at_once() -> None:
     found = refusals("model=qwen", "modle.name=x", "sampler.base_rate=-1", "shard.index=two", "model.dtype=bf16")
     assert [re.split(r"[ :]", problem)[0] for problem in found] == [
@@ -171,6 +173,7 @@ def test_an_experiment_says_what_a_model_lacks_for_it() -> None:
 # What a shell does to a setting
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -265,6 +268,7 @@ def test_texts_that_are_named_without_a_choice_get_no_settings_of_another_choice
 # Sweeps
 
 
+@pytest.mark.slow
 def test_a_sweep_is_expanded_as_hydra_does() -> None:
     jobs = plan("-m", "model=qwen3_8b,llama3_1_8b", "shard.index=range(2)", "shard.count=2")
     assert [str(job) for job in jobs] == [
@@ -285,6 +289,7 @@ def test_smollm3_checkpoints_sweeps_by_itself() -> None:
     assert jobs[-1].config.model.tokenizer.max_length == 65536 and jobs[0].config.sampler.min_bucket_size == 256
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -320,6 +325,7 @@ def test_a_sweep_that_sets_its_jobs_apart_passes() -> None:
     assert [str(job.config.data_root) for job in jobs] == ["x/0", "x/1"]
 
 
+@pytest.mark.slow
 def test_slugs_may_stand_in_other_values() -> None:
     texts = ("dataset=hf", "dataset.path=org/Some.texts", "output.data_root=x/${model.slug}/${dataset.slug}")
     (job,) = plan("model=hf", "model.name=org/My-Model", *texts)
@@ -358,6 +364,7 @@ def test_files_of_hydra_go_into_no_dataset(root: Path, settings: list[str]) -> N
 # Files of the user's own
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -463,6 +470,7 @@ def test_a_sweep_of_more_jobs_than_any_is_refused_before_they_are_made() -> None
     )
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("argument", "said"),
     [

@@ -55,6 +55,7 @@ NAMES = ["plain", "it's", "a,b", "x=1", "${oc.env:HOME}", "back\\", "q\"\\'", "{
 INTERPOLATIONS = [f"a{slashes}${{seed}}" for slashes in ("\\", "\\\\", "\\\\\\", "'\\", "$\\")]
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", NAMES + INTERPOLATIONS)
 def test_plasticity_takes_a_folder_without_its_key_whatever_its_name(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -68,6 +69,7 @@ def test_plasticity_takes_a_folder_without_its_key_whatever_its_name(
     assert sys.argv[1:] == args.overrides
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("arguments", [("verify", "--help"), ("status", "."), ("verify", "nope")])
 def test_a_reader_that_goes_away_changes_nothing(arguments: tuple[str, ...], unbuffered: str, tmp_path: Path) -> None:

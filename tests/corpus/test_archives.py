@@ -41,6 +41,7 @@ def test_an_archive_is_refused_by_its_name(suffix: str, tmp_path: Path, streamin
     assert name in found and REFUSED in found
 
 
+@pytest.mark.few(3)
 @both_ways
 @pytest.mark.parametrize("suffix", ["zip", "empty.zip", "tar", "tar.gz", "7z", "rar", "lz4"])
 def test_an_archive_is_refused_by_its_content(suffix: str, tmp_path: Path, streaming: bool) -> None:

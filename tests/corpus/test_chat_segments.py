@@ -247,6 +247,7 @@ texts = st.lists(
 ).map("".join)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(["system", "user", "assistant"]), texts), min_size=1, max_size=4))
 def test_tokens_within_a_message_are_of_it(turns: list[tuple[str, str]]) -> None:

@@ -20,6 +20,7 @@ CONTENT = {"a.txt": LONG, "a.jsonl": b'{"text": "' + LONG + b'"}\n', "a.csv": b'
 COMPRESSED = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("suffix", COMPRESSED)
 @pytest.mark.parametrize("name", CONTENT)
 def test_a_file_does_not_expand_out_of_proportion(

@@ -20,6 +20,7 @@ def written(name: str, rows: list[dict[str, Any]]) -> bytes:
     return str(rows[0]["text"]).encode() if name.endswith(".txt") else FORMATS[name](rows)
 
 
+@pytest.mark.few(3)
 @both_ways
 @pytest.mark.parametrize("name", ["rows.parquet", "rows.jsonl", "rows.json", "rows.csv", "rows.csv.gz", "a.txt"])
 def test_a_file_that_becomes_a_link_is_not_read(tmp_path: Path, name: str, streaming: bool) -> None:

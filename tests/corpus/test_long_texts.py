@@ -36,6 +36,7 @@ def tokens_of(tokenizer: Any, text: str, max_length: int, how: bool | str = "aut
 # ---- cuts
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("kind", PARTS)
 def test_separators_are_those_that_no_token_takes(kind: str) -> None:
     _, cuts = parts_of(kind)
@@ -149,6 +150,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(long_texts, "WHOLE_CHARACTERS_PER_TOKEN", 0)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("kind", "how"), [*((kind, "auto") for kind in PARTS), ("bpe-bytes", True), ("unigram", False)]
 )

@@ -193,6 +193,7 @@ def test_only_the_chosen_parts_are_made(monkeypatch: pytest.MonkeyPatch) -> None
 # ---- pieces of texts
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("kind", PARTS)
 def test_pieces_have_the_tokens_of_the_whole(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(long_texts, "PIECE_CHARACTERS", 300)

@@ -243,6 +243,7 @@ def test_sections_of_the_card_on_the_hub() -> None:
         assert heading in card and heading not in write_card(FACTS)
 
 
+@pytest.mark.slow
 def test_1300_heads_are_under_the_limit_on_the_hub() -> None:
     heads = [
         card_head(layer, kind, h) for layer in range(26) for kind in "qk" for h in range(40 if kind == "q" else 10)
@@ -397,6 +398,7 @@ def card_of(name: str) -> str:
 HARMLESS = card_of("name")
 
 
+@pytest.mark.slow
 @given(names)
 @example(TERMINAL)
 @example("a\n```\n# b")

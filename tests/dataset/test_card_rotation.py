@@ -72,6 +72,7 @@ def decoder_and_family(name: Case | str) -> tuple[Any, Family]:
     return decoder, find_family(decoder.config.model_type)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     "name", [*ROPES, *OF_ZOO, "gptj", "codegen"], ids=lambda one: one if isinstance(one, str) else one.name
 )

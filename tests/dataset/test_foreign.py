@@ -57,6 +57,7 @@ def no_parquet(path: Path) -> None:
     path.write_bytes(b"no Parquet at all")
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("change", "message", "check"),
     [

@@ -226,6 +226,7 @@ def test_datasets_that_cannot_be_read_from_the_hub(
         qk_sniffer.open_dataset(REPO, revision=BRANCH)
 
 
+@pytest.mark.few(3)
 @pytest.mark.usefixtures("endpoint")
 @pytest.mark.parametrize("how", ["reply", "drop"])
 @pytest.mark.parametrize(

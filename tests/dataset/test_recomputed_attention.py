@@ -58,6 +58,7 @@ def test_they_are_those_of_the_eager_kernel(name: str, folder_of: FolderOf, tmp_
             np.testing.assert_allclose(part.weights, of_all, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_recorded_weights_times_values_are_the_outputs(name: str, folder_of: FolderOf, tmp_path: Path) -> None:
     case, path = BY_NAME[name], tmp_path / "text.jsonl"
@@ -76,6 +77,7 @@ def test_recorded_weights_times_values_are_the_outputs(name: str, folder_of: Fol
             )
 
 
+@pytest.mark.slow
 def test_weights_without_all_keys_are_refused(undisturbed: Callable[..., Path]) -> None:
     few = {"type": "uniform", "base_rate": 4.0}
     dataset = qk_sniffer.open_dataset(undisturbed(sampler=few))
@@ -91,6 +93,7 @@ def test_weights_without_all_keys_are_refused(undisturbed: Callable[..., Path]) 
     assert 0 < len(found.query_positions) < len(found.key_positions) == len(TEXTS[5])
 
 
+@pytest.mark.slow
 def test_what_does_not_give_logits_is_refused(
     undisturbed: Callable[..., Path], checkpoint: Path, texts: Path, tmp_path: Path
 ) -> None:

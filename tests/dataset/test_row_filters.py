@@ -69,6 +69,7 @@ FILTERS: list[tuple[dict[str, Any], Callable[[dict[str, Any]], bool]]] = [
 ]
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(("rows", "wanted"), FILTERS, ids=[str(rows) for rows, _ in FILTERS])
 def test_the_rows_are_those_of_the_whole_table(
     rows: Any, wanted: Callable[[dict[str, Any]], bool], dataset: qk_sniffer.Dataset

@@ -85,6 +85,7 @@ def test_the_report_says_what_was_found(verify_base: Path) -> None:
             assert re.search(rf"  {name} +{bucket} +{first} to {last} +{there:,} +{expected:,.0f}\n", text)
 
 
+@pytest.mark.slow
 def test_many_buckets_share_lines(checkpoint: Path, texts: Path, tmp_path: Path) -> None:
     sampler = {"type": "uniform", "min_bucket_size": 2, "base_rate": 1.0}
     text = verified(run(checkpoint, texts, tmp_path / "out", sampler=sampler))
@@ -112,6 +113,7 @@ def test_vectors_that_are_not_finite_are_counted(root: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_a_file_is_not_kept_in_memory(root: Path) -> None:
     group = pa.table({"vector": pa.FixedSizeListArray.from_arrays(pa.array(np.random.rand(1 << 18)), 16)})
     with pq.ParquetWriter(root / "large.parquet", group.schema) as writer:
@@ -142,6 +144,7 @@ def test_a_folder_without_a_manifest_is_incomplete(root: Path, tmp_path: Path) -
         assert f"the folder {path} does not exist" in wrong(verified(path))["manifest"]
 
 
+@pytest.mark.slow
 def test_an_unfinished_job_says_how_far_it_is(
     checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -219,6 +222,7 @@ def test_exit_codes(root: Path, light: dict[str, str]) -> None:
     assert (done.returncode, done.stderr) == (1, "") and "incomplete: no manifest.json" in done.stdout
 
 
+@pytest.mark.slow
 def test_settings(root: Path, light: dict[str, str]) -> None:
     done = called(light, f"output.data_root={root}")
     assert (done.returncode, done.stdout) == (2, "")

@@ -22,6 +22,7 @@ def both(section: str, key: str, value: Any) -> Callable[[dict[str, Any]], None]
     return change
 
 
+@pytest.mark.few(6)
 @pytest.mark.parametrize(
     ("change", "checks", "message"),
     [

@@ -29,6 +29,7 @@ from support.verify_cases import (
 )
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -134,6 +135,7 @@ def column_as(column: str, kind: pa.DataType) -> Callable[[pa.Table], pa.Table]:
     return change
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("change", "checks", "message"),
     [
@@ -264,6 +266,7 @@ def test_damage_within_a_parquet_file(column: str, root: Path) -> None:
     assert f"cannot be read as Parquet ({QUERY_1})" in wrong(text)["parquet"]
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -93,6 +93,7 @@ def test_what_jobs_make_is_whole(
     assert compared == 0 or f"{compared} heads: all numbers" in text
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     "name", ["mean", "variance", "covariance", "norm_mean", "norm_variance", "frequency_modulus", "minimum", "maximum"]
 )
@@ -120,6 +121,7 @@ def test_what_grew_from_texts_of_one_token_is_whole(checkpoint: Path, tmp_path: 
         assert wrong(text) == {}, text
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("edit_arrays", "expected"),
     [
@@ -280,6 +282,7 @@ def narrow(arrays: Arrays) -> None:
             arrays[key] = arrays[key][(slice(None), *(slice(0, 8),) * (arrays[key].ndim - 1))]
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("edit_arrays", "expected"),
     [
@@ -385,6 +388,7 @@ def edit_header(path: Path, seed: str, outside: Path) -> str:
     return editor.what
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", [0, *(pytest.param(part, marks=pytest.mark.slow) for part in range(1, 20))])
 def test_a_changed_header_is_a_problem_or_an_error(part: int, root: Path, tmp_path: Path) -> None:
     path = root / LAYER_1

@@ -97,6 +97,7 @@ def test_a_matplotlibrc_of_the_current_folder_is_not_read(kind: str, tmp_path: P
     assert Path(done.stdout.rstrip("\n")) == (tmp_path / "here").resolve()
 
 
+@pytest.mark.slow
 def test_a_picture_that_cannot_be_written_leaves_the_earlier_one(tmp_path: Path) -> None:
     save(tmp_path / "a", drawing)
     (tmp_path / "a.svg").unlink()

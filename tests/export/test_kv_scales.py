@@ -153,6 +153,7 @@ def test_scales_of_some_segments_alone_are_refused(checkpoint: Path, tmp_path: P
     assert json.loads(provenance.read_text())["segments"] == ["assistant"]
 
 
+@pytest.mark.slow
 def test_a_module_that_two_layers_name_has_no_scale(undisturbed: Callable[..., Path], tmp_path: Path) -> None:
     """As a dataset of someone else may say: the scales of one layer would take the place of the other's."""
     root = copied(undisturbed(capture=statistics()), tmp_path / "out")

@@ -103,6 +103,7 @@ def test_queries_of_another_dataset_give_no_sign(post: Dataset, tmp_path: Path) 
     assert not (tmp_path / "filters").exists()
 
 
+@pytest.mark.slow
 def test_without_rows_the_mean_gives_the_sign(post: Dataset, undisturbed: Callable[..., Path], tmp_path: Path) -> None:
     root = undisturbed(sampler={"type": "none"}, capture=statistics(), verify={"examples": 0})
     folder = qk_sniffer.export(root, "qfilters", tmp_path / "filters")

@@ -132,6 +132,7 @@ def test_the_function_is_callable_before_and_after_its_package_is_imported(root:
         qk_sniffer.export(root, "none")
 
 
+@pytest.mark.slow
 def test_a_dataset_without_the_statistics_names_the_setting(undisturbed: Callable[..., Path]) -> None:
     with pytest.raises(StoreError, match=r"has no statistics of query vectors before RoPE: .*enabled=true and"):
         qk_sniffer.export(undisturbed(), "tria")

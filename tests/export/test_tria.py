@@ -31,6 +31,7 @@ def read(path: Path) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
     return header, numbers[:layers], numbers[layers:].reshape(layers, heads, 4, f)
 
 
+@pytest.mark.slow
 def test_the_numbers_are_those_of_the_queries_before_rope(undisturbed: Callable[..., Path], tmp_path: Path) -> None:
     dataset = qk_sniffer.open_dataset(undisturbed(capture=statistics() | {"capture_pre_rope": True}))
     path = qk_sniffer.export(dataset, "tria", tmp_path / "stats.tria")

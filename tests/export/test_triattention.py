@@ -82,6 +82,7 @@ def test_heads_that_were_not_captured_are_not_listed(checkpoint: Path, texts: Pa
     assert (tmp_path / "out-triattention.pt").is_file()
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("name", "reason"),
     [

@@ -61,6 +61,7 @@ def test_private(hub: FakeHub, api: HfApi, make_dataset: MakeDataset, tmp_path: 
     assert hub.repositories["alice/public"].branches[BRANCH] == hub.repositories["alice/public"].branches["main"]
 
 
+@pytest.mark.slow
 def test_without_a_hub(
     monkeypatch: pytest.MonkeyPatch, make_dataset: MakeDataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

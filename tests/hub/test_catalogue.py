@@ -194,6 +194,7 @@ def test_a_row_that_was_not_written_is_written_by_the_next_one(
     assert list(rows(page(hub))) == ["one", "two"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [8, pytest.param(23, marks=pytest.mark.slow)])
 def test_jobs_that_end_together(
     number: int, hub: FakeHub, make_dataset: MakeDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -227,6 +228,7 @@ def test_jobs_that_end_together(
     assert statuses.count(200) <= number, "at most one commit a job: the Hub allows 128 an hour"
 
 
+@pytest.mark.slow
 def test_the_code_of_the_list_runs(hub: FakeHub, api: HfApi, make_dataset: MakeDataset, tmp_path: Path) -> None:
     publish(make_dataset(tmp_path / "a"), REPO, BRANCH, api=api)
     blocks = re.findall(r"```python\n(.*?)```", page(hub), flags=re.DOTALL)

@@ -128,6 +128,7 @@ def test_a_notebook_shows_it(hub: FakeHub, tmp_path: Path) -> None:
     assert done.stderr.count(f"go to {hub.url} instead of https://huggingface.co. That connection is not") == 1
 
 
+@pytest.mark.slow
 def test_no_message_shows_the_login(hub: FakeHub, tmp_path: Path) -> None:
     """Libraries quote an address with its password, and a token that no header can hold."""
     password = hub.url.replace("//", "//me:a-password@")

@@ -160,6 +160,7 @@ FAULTS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_transient_error_of_the_commit_is_retried(
     name: str, hub: FakeHub, api: HfApi, make_dataset: MakeDataset, tmp_path: Path, waits: list[float]
@@ -194,6 +195,7 @@ ENDPOINTS = [
 ]
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("how", ["reply", "drop", "lose"])
 @pytest.mark.parametrize(("method", "path"), ENDPOINTS)
 def test_a_transient_error_elsewhere_is_retried(

@@ -141,6 +141,7 @@ def test_a_dataset_without_summaries_says_how_to_make_them(verify_base: Path, wh
         qk_sniffer.open_dataset(whole).attention_summary(7, 0)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("column", "value", "finding"),
     [

@@ -93,6 +93,7 @@ def test_an_unfinished_job_resumes_with_other_batch_settings(
     assert_same_rows(root, whole)
 
 
+@pytest.mark.slow
 def test_each_shard_may_have_its_own_batch_settings(
     checkpoint: Path, texts: Path, tmp_path: Path, undisturbed: Undisturbed
 ) -> None:

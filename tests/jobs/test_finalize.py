@@ -79,6 +79,7 @@ def test_it_waits_for_nobody_who_makes_the_dataset(captured: Path, monkeypatch: 
     assert finalize(captured) == 0
 
 
+@pytest.mark.slow
 def test_a_job_without_shards_does_not_pass_for_done_while_another_process_makes_its_dataset(
     checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -150,6 +150,7 @@ def test_a_raised_max_samples_runs_only_the_new_examples(
     assert forwarded == []
 
 
+@pytest.mark.slow
 def test_rows_appended_to_the_source_are_added(
     checkpoint: Path, tmp_path: Path, forwarded: list[int], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -187,6 +188,7 @@ def test_heads_that_get_no_new_row_stay_as_they_are(added: str, checkpoint: Path
     assert hashes(root) == hashes(run(checkpoint, path, tmp_path / "whole", **few))
 
 
+@pytest.mark.slow
 def test_batches_of_several_examples_give_the_same_vectors_within_rounding(
     checkpoint: Path, texts: Path, tmp_path: Path, undisturbed: Callable[..., Path]
 ) -> None:
@@ -199,6 +201,7 @@ def test_batches_of_several_examples_give_the_same_vectors_within_rounding(
         np.testing.assert_allclose(vectors(table), vectors(other), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_shards_add_to_a_dataset_of_one_job(
     checkpoint: Path, texts: Path, tmp_path: Path, undisturbed: Callable[..., Path]
 ) -> None:
@@ -211,6 +214,7 @@ def test_shards_add_to_a_dataset_of_one_job(
     assert hashes(root) == hashes(whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streaming", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_ids_of_one_digest_have_the_same_numbers_in_a_dataset_that_grew_and_in_shards(
     streaming: bool, checkpoint: Path, tmp_path: Path

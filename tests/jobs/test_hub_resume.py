@@ -200,6 +200,7 @@ def test_killed_while_it_grows(hub: FakeHub, machine: MakeMachine) -> None:
     assert files(second) == files(undisturbed)
 
 
+@pytest.mark.slow
 def test_shards_grow_it_together(hub: FakeHub, machine: MakeMachine, tmp_path: Path) -> None:
     first, second = machine("first"), machine("second")
     first.job(8)
@@ -300,6 +301,7 @@ def test_what_was_made_here_without_the_hub_does_not_replace_another_dataset(
     assert fourth.captured == [] and published(hub) == 1
 
 
+@pytest.mark.slow
 def test_a_damaged_copy_is_fetched_again(hub: FakeHub, machine: MakeMachine, tmp_path: Path) -> None:
     machine("first").job(8)
     second = machine("second")

@@ -16,6 +16,7 @@ from qk_sniffer.jobs import components
 from qk_sniffer.store import manifest as manifests
 
 
+@pytest.mark.slow
 def test_texts_beyond_the_positions_of_the_model_are_captured_and_flagged(
     checkpoint: Path,
     texts: Path,

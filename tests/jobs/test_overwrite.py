@@ -236,6 +236,7 @@ def test_overwriting_finishes_or_redoes_an_interrupted_promotion(
     assert hashes(root) == hashes(undisturbed(**SECTIONS))
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", ["manifest.json", "README.md", "l01h00q/data.parquet", "examples/data.parquet"])
 @pytest.mark.parametrize("make", [folder, garbage, link])
 def test_what_no_manifest_lists_is_neither_replaced_nor_removed(

@@ -180,6 +180,7 @@ def test_a_model_is_described_without_its_weights(case: Case, tmp_path: Path) ->
     assert few is not None and many is not None and few < many < 5 * few
 
 
+@pytest.mark.slow
 def test_a_command_line_launches_nothing(
     checkpoint: Path, texts: Path, in_tmp: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

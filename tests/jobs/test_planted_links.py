@@ -25,6 +25,7 @@ def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qk_sniffer.jobs.assemble.num_threads", lambda: 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("step", "place"),
     [

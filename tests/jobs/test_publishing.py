@@ -49,6 +49,7 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return captured
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("captures", [0, 1, 2])
 @pytest.mark.parametrize("second", [PRIVATE, {}], ids=["private", "local"])
 def test_finalize_publishes_as_the_latest_start_asks(
@@ -178,6 +179,7 @@ def test_a_start_that_does_not_publish_replaces_the_dataset(
     assert not Layout(root).work.exists()
 
 
+@pytest.mark.slow
 def test_the_dataset_of_other_settings_on_a_branch_is_replaced_only_by_its_name(
     hub: FakeHub, logged_in: str, checkpoint: Path, texts: Path, tmp_path: Path
 ) -> None:

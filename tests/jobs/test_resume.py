@@ -39,6 +39,7 @@ from qk_sniffer.store.segment_writers import SegmentWriters
 pytestmark = pytest.mark.floor
 
 
+@pytest.mark.slow
 def test_shards_make_the_dataset_of_one_job(checkpoint: Path, texts: Path, tmp_path: Path) -> None:
     whole = heads_of(run(checkpoint, texts, tmp_path / "one"))
     for index in (2, 0, 1):
@@ -64,6 +65,7 @@ def test_shards_that_start_and_end_in_the_same_moment(checkpoint: Path, texts: P
         assert not (root / ".qk_sniffer").exists()
 
 
+@pytest.mark.slow
 def test_overwriting_does_not_take_the_work_of_a_shard_that_runs(
     checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -101,6 +103,7 @@ def test_work_of_a_version_that_selected_other_heads_is_not_continued(
     assert {name[:3] for name in heads_of(replaced)} == {"l01"}
 
 
+@pytest.mark.slow
 def test_other_rows_than_those_of_an_unfinished_job_are_refused(
     checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -116,6 +119,7 @@ def test_other_rows_than_those_of_an_unfinished_job_are_refused(
     assert manifests.read(root)["examples"] == 5
 
 
+@pytest.mark.slow
 def test_a_local_file_that_changed_is_not_taken_for_the_finished_one(
     checkpoint: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

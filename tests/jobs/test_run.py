@@ -34,6 +34,7 @@ QUICK = {"qwen3", "gemma2", "mllama", "gpt_oss", "llama4", "deepseek_v3", "gpt_n
 """Grouped keys; softcaps and windows; a layer that is left out; sinks; neighbours; wide values; q, k and v in one."""
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     "case",
     [case if case.name in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES],

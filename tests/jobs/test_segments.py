@@ -179,6 +179,7 @@ def test_statistics_alone_are_of_the_kept_segments(
     assert "segments" in pq.read_schema(root / "examples" / "data.parquet").names
 
 
+@pytest.mark.slow
 def test_a_killed_job_ends_with_the_same_bytes(
     checkpoint: Path, segmented: Path, tmp_path: Path, answers: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,6 +191,7 @@ def test_a_killed_job_ends_with_the_same_bytes(
     assert hashes(tmp_path / "out") == hashes(undisturbed)
 
 
+@pytest.mark.slow
 def test_it_grows_and_its_shards_make_the_same_dataset(checkpoint: Path, segmented: Path, tmp_path: Path) -> None:
     sections = restricted(["assistant"], **ALONE)
     undisturbed = run(checkpoint, segmented, tmp_path / "undisturbed", **sections)

@@ -165,6 +165,7 @@ def test_shards_make_the_parts_of_one_job(
     assert {**hashes(tmp_path / "out"), "README.md": ""} == {**hashes(split), "README.md": ""}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("batches", "lookahead"),
     [(7, 3), *(pytest.param(*each, marks=pytest.mark.slow) for each in ((1, 3), (1, None), (7, None)))],

@@ -43,6 +43,7 @@ def facts(root: Path) -> list[Any]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shards", [1, 2])
 def test_the_way_out_of_a_late_fault_keeps_the_captured_examples(
     shards: int, checkpoint: Path, stream: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -104,6 +104,7 @@ def test_a_link_that_leads_elsewhere_after_the_start_is_followed_once(
     assert hashes(root) == hashes(run(checkpoint, texts, tmp_path / "whole", **SECTIONS))
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("loader", ["load_backbone", "open_tokenizer"])
 @pytest.mark.parametrize("name", ["", "model.safetensors", "tokenizer.json"])
 def test_a_folder_or_file_that_is_exchanged_for_a_moment_is_refused(

@@ -73,6 +73,7 @@ IN_THREAD = ("segment",)
 QUICK = ("forward", "compaction", "promotion")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "step",
     [step if step in QUICK else pytest.param(step, marks=pytest.mark.slow) for step in STEPS if step not in IN_THREAD],
@@ -207,6 +208,7 @@ def test_a_root_that_was_away_for_a_moment_does_no_harm(
     assert hashes(root) == hashes(undisturbed(**SECTIONS))
 
 
+@pytest.mark.slow
 def test_segments_and_marks_of_another_job_do_not_count(
     checkpoint: Path,
     other: Path,
@@ -229,6 +231,7 @@ def test_segments_and_marks_of_another_job_do_not_count(
     assert "of another job and does not count" in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("has_record", [True, False])
 def test_a_staged_version_of_another_job_is_not_promoted(
     has_record: bool,
@@ -254,6 +257,7 @@ def test_a_staged_version_of_another_job_is_not_promoted(
     assert hashes(run(checkpoint, texts, root, **SECTIONS)) == hashes(undisturbed(**SECTIONS))
 
 
+@pytest.mark.slow
 def test_the_proof_refuses_another_model_than_that_of_the_capture(
     checkpoint: Path, other: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

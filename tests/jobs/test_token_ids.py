@@ -34,6 +34,7 @@ def untokenized(checkpoint: Path, tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_ids_have_the_vectors_of_their_text(checkpoint: Path, untokenized: Path, tmp_path: Path) -> None:
     root = run(untokenized, write(tmp_path / "ids.parquet", IDS[:6]), tmp_path / "out", dataset=TOKENS, **CAPTURE)
     of_texts = run(

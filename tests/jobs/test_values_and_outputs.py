@@ -104,6 +104,7 @@ SAMPLERS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=[*SAMPLERS])
 def test_values_have_the_rows_of_keys_and_outputs_those_of_queries(
     sampler: dict[str, Any], checkpoint: Path, texts: Path, tmp_path: Path
@@ -169,6 +170,7 @@ def test_a_stopped_job_shards_and_growth_end_with_the_same_bytes(
         assert hashes(tmp_path / name) == hashes(root), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", "vo")
 def test_a_wrong_vector_is_not_proven(
     kind: str, checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -37,6 +37,7 @@ def double_means(root: Path) -> None:
     restate(root)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -23,6 +23,7 @@ from qk_sniffer.notebook.model import UserBackbone
 pytestmark = pytest.mark.floor
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_the_vectors_are_those_that_attention_receives_and_the_pass_is_the_same(case: Case) -> None:
     model = case.model()
@@ -116,6 +117,7 @@ def test_captured_tensors_can_be_used_for_training(mode: Any) -> None:
     assert len(captured.attention_summary(0, 0).entropy) == 409
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3_sliding", "deepseek_v3", "gpt_neox", "gpt_oss"])
 def test_padding_is_not_captured_and_positions_count_the_tokens(name: str, side: str) -> None:

@@ -64,6 +64,7 @@ def everything(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return saved(filled(checkpoint, **EVERYTHING), tmp_path_factory.mktemp("saved") / "everything")
 
 
+@pytest.mark.slow
 def test_it_has_the_rows_of_a_job(everything: Path, undisturbed: Callable[..., Path]) -> None:
     settings = {"sampler": SAMPLER, "inference": {"batch_size": 1}, "verify": {"examples": 0}}
     job = undisturbed(**EVERYTHING, **settings)

@@ -87,6 +87,7 @@ def test_it_is_what_a_capture_in_memory_is_saved_as(checkpoint: Path, tmp_path: 
     assert not (parts / ".qk_sniffer").exists()
 
 
+@pytest.mark.slow
 def test_rows_do_not_stay_in_memory(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     facts = facts_of(checkpoint, sampler={"type": "all"}, inference={"queue_mb": 1, "segment_mb": 1})
     taken, reserved, real = [], [], JournalWriter.reserve

@@ -265,6 +265,7 @@ def test_a_rotation_changes_nothing_of_the_full_covariance(root: Path, tmp_path:
     assert np.abs(found["turned", "regression"] - found["as it is", "regression"]).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_the_exponential_weights_are_those_of_the_definition(root: Path, tmp_path: Path) -> None:
     """With a single pair of keys, each value depends on one mean and one covariance."""
     random = np.random.default_rng(6)
@@ -338,6 +339,7 @@ def test_which_buckets_see_which(
     assert KeyHead(0, 0, (0,), window, chunk).sees(first_query, last_key) is sees
 
 
+@pytest.mark.slow
 def test_draws_depend_on_nothing_but_their_seed(verify_base: Path, tmp_path: Path) -> None:
     small = {"max_tokens_per_head": 150, "normality_max_dims": 4, "num_pairs_per_bucket": 8}
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
@@ -356,6 +358,7 @@ def metrics_of_all(root: Path, tmp_path: Path) -> dict[tuple[int, int], dict[str
     return metrics(tmp_path / "all")
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("seed", range(8))
 def test_random_small_heads_agree(seed: int, root: Path, tmp_path: Path) -> None:
     """Heads have few rows, 2 to 8 dimensions and repeated positions, in a layer with or without a window."""

@@ -210,6 +210,7 @@ def test_empty_buckets_have_rows_of_nan_and_a_note(root: Path, tmp_path: Path) -
     assert notes["no two keys of an example in bucket 1: NaN for it"] == ["l01h00q", "l01h01q"]
 
 
+@pytest.mark.slow
 def test_a_missing_file_is_named_and_measured_once_it_exists(root: Path, tmp_path: Path, capsys: Any) -> None:
     measure(root, tmp_path / "whole")
     key_file, query_file = Layout(root).head_file(1, 1, "k"), Layout(root).head_file(0, 3, "q")
@@ -380,6 +381,7 @@ def test_a_file_that_is_not_the_listed_one_is_named(root: Path, tmp_path: Path, 
     )
 
 
+@pytest.mark.slow
 def test_damaged_results_are_recreated(root: Path, tmp_path: Path) -> None:
     folder = tmp_path / "results"
     measure(root, folder)
@@ -441,6 +443,7 @@ def test_rows_of_a_dataset_that_replaces_the_measured_one_are_noted(
     assert "is not the one that manifest.json lists" in str(record(tmp_path / "results"))
 
 
+@pytest.mark.slow
 def test_a_start_reports_its_own_results_after_another_has_replaced_them(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -138,6 +138,7 @@ def test_a_table_that_the_record_does_not_list_is_refused(results: Path) -> None
     assert compare.read(Results(results)).texts
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("change", "problem"),
     [

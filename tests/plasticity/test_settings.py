@@ -25,6 +25,7 @@ def test_a_sweep(verify_base: Path, tmp_path: Path) -> None:
         assert estimator == {"name": "full_covariance", "alpha": 0.01}, "the other jobs ran to their end"
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -84,6 +85,7 @@ def test_the_capture_says_whose_the_group_is(in_tmp: Path, monkeypatch: pytest.M
     assert "belongs to python -m qk_sniffer.plasticity" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_it_starts_light_and_its_help_is_true(tmp_path: Path) -> None:
     done = program(tmp_path, "--help")
     assert done.returncode == 0

@@ -16,6 +16,7 @@ from qk_sniffer.store.disk import remove, walk
 from qk_sniffer.store.open_folder import PLAIN, Checked, OpenFolder
 
 
+@pytest.mark.slow
 def test_a_folder_of_any_depth_is_removed(tmp_path: Path) -> None:
     deepen(tmp_path / "deep", 1100)
     (tmp_path / "deep" / "file").write_text("x")

@@ -111,6 +111,7 @@ def crash_after(monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
         counted(method)
 
 
+@pytest.mark.slow
 def test_a_crash_anywhere_leaves_the_old_dataset_or_one_that_is_finished(tmp_path: Path) -> None:
     old, new = Captured(num_examples=4), Captured()
     heads = [head for head in HEADS if head.layer == 0]
@@ -215,6 +216,7 @@ def test_what_an_interrupted_promotion_moved_is_removed_with_it(
     assert file_bytes(tmp_path) == {"l00h00q/data.parquet": b"the user's"} and not layout.staging.root.exists()
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("listed", [False, True])
 @pytest.mark.parametrize("name", ["README.md", "l03h01q/data.parquet", "statistics/layer-09.safetensors"])
 def test_a_work_folder_of_someone_else_replaces_and_removes_no_file(name: str, listed: bool, tmp_path: Path) -> None:
@@ -399,6 +401,7 @@ def test_a_lock_whose_folder_moved_to_another_root_is_lost(tmp_path: Path) -> No
             lock.check()
 
 
+@pytest.mark.slow
 def test_a_forked_child_does_not_keep_the_lock_of_a_dead_parent(tmp_path: Path) -> None:
     lock = Layout(tmp_path).shard_lock(0, 1)
     code = (
@@ -423,6 +426,7 @@ def test_a_forked_child_does_not_keep_the_lock_of_a_dead_parent(tmp_path: Path) 
         parent.stdout.close()
 
 
+@pytest.mark.slow
 def test_only_one_holds_a_lock_whose_file_comes_and_goes(tmp_path: Path) -> None:
     lock, inside, held = Layout(tmp_path).finalize_lock, [0], [0]
     end = time.monotonic() + 1

@@ -7,6 +7,7 @@ so it is refused before they read it. huggingface_hub reads its address when it 
 
 import os
 import re
+from collections.abc import Callable, Mapping
 from urllib.parse import urlsplit
 
 from qk_sniffer.errors import SourceError
@@ -27,17 +28,34 @@ _PROXY = re.compile(rf"((https?|socks[45][ah]?)://([^/?#]*@)?)?{_HOST}/?", re.IG
 _PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 """The variables with addresses of proxies, also in capitals."""
 
+_NUMBERS: Mapping[str, Callable[[str], float]] = {
+    "HF_HUB_DOWNLOAD_TIMEOUT": int,
+    "HF_HUB_ETAG_TIMEOUT": int,
+    "HF_DATASETS_IN_MEMORY_MAX_SIZE": float,
+}
+"""The variables that huggingface_hub and datasets read as numbers when they are imported."""
+
 _announced: set[str] = set()
 
 
 def check_address() -> None:
-    """Checks the address of the Hub in the environment. From here on, no message shows secrets in it or in a proxy's.
+    """Checks the variables of the environment that libraries fail at when they are imported: an address and numbers.
+
+    From here on, no message shows secrets in the address of the Hub or of a proxy.
 
     Call this before the first import of huggingface_hub, transformers, datasets or peft.
 
     Raises:
-        SourceError: `HF_ENDPOINT` is no address. The error does not show its value.
+        SourceError: `HF_ENDPOINT` is no address, or another variable is no number. The error does not show its value.
     """
+    for name, kind in _NUMBERS.items():
+        try:
+            kind(os.environ.get(name, "0"))
+        except ValueError:
+            what = "a whole number of seconds" if kind is int else "a number of bytes"
+            raise SourceError(
+                f"the value of {name} in the environment is not {what}: correct it, or unset it"
+            ) from None
     for address in _proxies().values():
         hide_in_address(_whole(address))
     if endpoint := os.environ.get("HF_ENDPOINT"):

@@ -106,6 +106,25 @@ def test_logins_of_proxies_are_hidden(address: str, monkeypatch: pytest.MonkeyPa
     assert "a-word" not in text.printable(f"cannot reach {address}")
 
 
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("HF_HUB_DOWNLOAD_TIMEOUT", "a whole number of seconds"),
+        ("HF_HUB_ETAG_TIMEOUT", "a whole number of seconds"),
+        ("HF_DATASETS_IN_MEMORY_MAX_SIZE", "a number of bytes"),
+    ],
+)
+@pytest.mark.parametrize("value", ["", "soon", "1.5s"])
+def test_a_number_that_a_library_cannot_read_is_refused_before_its_import(
+    name: str, what: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, "30")
+    check_address()
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SourceError, match=f"the value of {name} in the environment is not {what}"):
+        check_address()
+
+
 def test_offline_nothing_is_sent(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "https://hf-mirror.com")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

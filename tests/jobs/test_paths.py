@@ -142,7 +142,7 @@ def test_every_program_works_in_the_locale_c(name: bytes, tmp_path: Path) -> Non
         return done
 
     job = [f'dataset.path="{folder}/texts.jsonl"', f'output.data_root="{folder}/out"', "dataset=hf", "sampler=all"]
-    assert qk("", *job, "dataset.text_column=absent").returncode == 1
+    assert qk("", *job, "dataset.text_column=absent").returncode == 2
     assert qk("", *job, "--cfg", "job").returncode == 0
     job += ["dataset.max_samples=4", "capture.layers=[0]"]
     assert qk("", *job).returncode == 0

@@ -24,7 +24,7 @@ from rich.terminal_theme import MONOKAI
 from rich.text import Text
 
 PICTURE = Path(__file__).parents[1] / "docs" / "terminal.svg"
-COMMANDS = ("python -m qk_sniffer dataset.max_samples=10", "python -m qk_sniffer.status outputs/")
+COMMANDS = ("python -m qk_sniffer", "python -m qk_sniffer.status outputs/")
 COLUMNS = 100
 
 

@@ -181,6 +181,15 @@ class HeadReader:
         """
         return self._files.is_intact(head_file(layer, head, kind))
 
+    def state(self, layer: int, head: int, kind: str) -> tuple[int, ...]:
+        """Returns numbers that differ when the file of a head is replaced or written to.
+
+        Raises:
+            StoreError: the file is missing, or has another size than the manifest lists.
+            HubError: the file cannot be fetched.
+        """
+        return self._files.state(head_file(layer, head, kind))
+
     def fetch(self, heads: Sequence[HeadKey]) -> None:
         """Fetches the files of several heads in parallel, if the dataset is on the Hub.
 

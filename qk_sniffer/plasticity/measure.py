@@ -130,9 +130,10 @@ class Measuring:
         return _QueryHead(self._config, self._sampler, keys, head, queries).result()
 
     def _rows(self, layer: int, head: int, kind: str, what: int) -> Rows:
+        state = self._dataset.state(layer, head, kind)
         vectors, positions, example_ids = self._dataset.vectors(layer, head, kind)
-        # Last: a job may replace the dataset in between, and these rows are then taken for those of the manifest.
-        is_intact = self._dataset.is_intact(layer, head, kind)
+        # The file may be replaced while it is read, and put back.
+        is_intact = self._dataset.is_intact(layer, head, kind) and self._dataset.state(layer, head, kind) == state
         kept = np.flatnonzero(np.isfinite(vectors).all(axis=1))
         dropped = len(vectors) - len(kept)
         if len(kept) > self._config.max_tokens_per_head:

@@ -427,15 +427,17 @@ def test_threads_share_the_query_heads_of_few_key_heads() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("is_put_back", [False, True])
 def test_rows_of_a_dataset_that_replaces_the_measured_one_are_noted(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    is_put_back: bool, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = Dataset.vectors
 
     def replaced(dataset: Dataset, layer: int, head: int, kind: str) -> Any:  # just before it is read
         path = root / f"l{layer:02d}h{head:02d}{kind}" / "data.parquet"
         found = real(dataset, layer, head, kind)
-        path.write_bytes(path.read_bytes()[:-1] + b"?")
+        data = path.read_bytes()
+        path.write_bytes(data if is_put_back else data[:-1] + b"?")
         return found
 
     monkeypatch.setattr(Dataset, "vectors", replaced)

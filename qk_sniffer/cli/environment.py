@@ -61,6 +61,12 @@ ALLOWED = PROXIES | {
 _SECONDS = {"HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT"}
 """Those that huggingface_hub reads as integers when it is imported."""
 
+_LOGINS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH")
+"""Those that come before the login that is stored in `HF_HOME`."""
+
+_STORED_LOGIN = re.compile(rb"\s*((hf|api)_[\w.-]+\s*)?")
+"""The content of the file of a stored login. Tokens of other services begin otherwise."""
+
 _LARGEST = 65_536
 """The largest size of the file, in bytes."""
 
@@ -82,8 +88,8 @@ def read_environment() -> None:
     submitted: SLURM would store them with the job.
 
     Raises:
-        ConfigError: the file cannot be read, is too large or is not UTF-8 text; or a value holds a dollar sign, or is
-            not a number where one is expected.
+        ConfigError: the file cannot be read, is too large or is not UTF-8 text; a value holds a dollar sign, or is not
+            a number where one is expected; or `HF_HOME` is a folder whose file `token` is not a login.
         SourceError: `HF_ENDPOINT` in the environment is no address.
     """
     path = Path(".env").absolute()
@@ -96,7 +102,10 @@ def read_environment() -> None:
             + ("" if PROXIES.isdisjoint(ignored) else ", and no proxy while HF_ENDPOINT is not https")
             + ". Set others in the environment"
         )
-    os.environ.update(_checked(path, {name: value or "" for name, value in wanted.items() if name in names}))
+    values = _checked(path, {name: value or "" for name, value in wanted.items() if name in names})
+    os.environ.update(values)
+    if values.get("HF_HOME") and not any(map(os.environ.get, _LOGINS)):
+        _check_login(path, Path(values["HF_HOME"], "token"))
     check_address()
 
 
@@ -125,6 +134,28 @@ def _checked(path: Path, values: Mapping[str, str]) -> Mapping[str, str]:
     ]:
         raise ConfigError(problems)
     return values
+
+
+def _check_login(path: Path, stored: Path) -> None:
+    """Checks the file that huggingface_hub sends as the login: it may be, or be a link to, any secret of the user.
+
+    Raises:
+        ConfigError: it holds something else than a token of the Hub.
+    """
+    try:
+        with open_regular(stored.expanduser()) as file:
+            is_login = _STORED_LOGIN.fullmatch(file.read(_LARGEST)) is not None
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except (OSError, RuntimeError):  # not a regular file, or of a user who does not exist
+        is_login = False
+    if not is_login:
+        raise ConfigError(
+            [
+                f"{path}: HF_HOME names {stored.parent}, whose file token is not a token of the Hub (hf_...), and "
+                "would be sent to it as one. Give HF_HOME another folder, or set HF_TOKEN in the environment"
+            ]
+        )
 
 
 def _is_set(name: str) -> bool:

@@ -1,18 +1,16 @@
 """Finds the files that a manifest lists, and compares them with it before they are read."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from qk_sniffer.hub.branch import Branch
 from qk_sniffer.resolved import safe_name
 from qk_sniffer.store.disk import sha256_of
-from qk_sniffer.store.files import Comparison, Files, Folder, difference, state_of
+from qk_sniffer.store.files import Comparison, Files, Folder, difference
 from qk_sniffer.store.layout import HeadKey, head_file
 from qk_sniffer.store.stored import UnreadableError
-
-T = TypeVar("T")
 
 WAY_OUT = "restore the file, or fetch the dataset again"
 
@@ -49,16 +47,9 @@ class DatasetFiles:
 
     def is_intact(self, name: str) -> bool:
         """Whether a file has the sha256 that the manifest lists. The errors are those of `path`."""
-        return bool(self._told(name, sha256_of) == self.listed[name]["sha256"])
-
-    def state(self, name: str) -> tuple[int, ...]:
-        """Returns numbers that differ when a file is replaced or written to. The errors are those of `path`."""
-        return self._told(name, state_of)
-
-    def _told(self, name: str, tell: Callable[[Path], T]) -> T:
-        path = self.path(name)
+        path, expected = self.path(name), self.listed[name]["sha256"]
         try:
-            return tell(path)
+            return bool(sha256_of(path) == expected)
         except OSError as error:
             raise UnreadableError(path, f"is missing or damaged ({error.strerror})", WAY_OUT) from error
 

@@ -53,7 +53,8 @@ class HeadReader:
         `head` is the number of a query head for the kinds "q" and "o", of a key head for "k" and "v". Where both were
         captured, the rows of an output are those of its query, and the rows of a value those of its key.
 
-        With `intact`, the file must have the sha256 that the manifest lists. One of another dataset may have its size.
+        With `intact`, the file must have the sha256 that the manifest lists, before and after it is read: one of
+        another dataset may have its size.
 
         Raises:
             StoreError: the head was not captured, or its file is missing, damaged or, with `intact`, another one.
@@ -180,15 +181,6 @@ class HeadReader:
             HubError: the file cannot be fetched.
         """
         return self._files.is_intact(head_file(layer, head, kind))
-
-    def state(self, layer: int, head: int, kind: str) -> tuple[int, ...]:
-        """Returns numbers that differ when the file of a head is replaced or written to.
-
-        Raises:
-            StoreError: the file is missing, or has another size than the manifest lists.
-            HubError: the file cannot be fetched.
-        """
-        return self._files.state(head_file(layer, head, kind))
 
     def fetch(self, heads: Sequence[HeadKey]) -> None:
         """Fetches the files of several heads in parallel, if the dataset is on the Hub.

@@ -9,7 +9,7 @@ attempt. If the answer to a commit was lost, the next attempt finds the commit b
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import takewhile
@@ -27,6 +27,7 @@ from qk_sniffer.store.layout import CARD, MANIFEST, Layout, is_dataset_file
 from qk_sniffer.store.manifest import FileEntry
 from qk_sniffer.store.open_folder import Check, unchecked
 from qk_sniffer.store.places import has_mark
+from qk_sniffer.text import shortened
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, GitCommitInfo, HfApi
@@ -64,7 +65,8 @@ def publish(
     """Publishes the dataset at `root` to a branch of the dataset repository `repo_id`, and lists it on main.
 
     Publishes the manifest, the files that it lists, the pictures, and `card` instead of the folder's card. Deletes the
-    files of an earlier version that the dataset no longer has. All other files of the branch stay.
+    files of an earlier version that the dataset no longer has. All other files of the branch stay. On a branch
+    without a manifest, files with the names of a dataset's are replaced only without `guard`.
 
     Only files within the root are sent, and only under the names of a dataset's files. Each file is opened once, and
     compared with its sha256 in the manifest before any of it is sent (`hub/checked_file.py`).
@@ -76,13 +78,14 @@ def publish(
         branch: created if it is missing.
         card: the branch's README.md.
         private: creates a missing repository as a private one; otherwise the owner's default decides.
-        guard: called with each version that the dataset would replace.
+        guard: called with each version that the dataset would replace; None replaces anything.
         check: called before the files are read, and before each step that changes the branch. It raises an error if
             another dataset is at `root` now.
         api: the client; by default one with the stored token.
 
     Raises:
-        StoreError: a file is missing, is not the one of the manifest or is elsewhere, or `guard` refuses.
+        StoreError: a file is missing, is not the one of the manifest or is elsewhere; `guard` refuses; or the branch
+            has files of someone else.
         HubError: the dataset could not be published, or not be listed. The call may be repeated.
     """
     api = api or writing_api()
@@ -140,8 +143,11 @@ class _Publication:
         if head != self._parent:
             if self._guard is not None:
                 self._guard(Branch(self._repo_id, self._branch, head))
+            on_branch = self.api.list_repo_files(self._repo_id, repo_type=REPO_TYPE, revision=head)
+            if self._guard is not None and MANIFEST not in on_branch:
+                self._refuse_foreign(on_branch, first=commits[-1].commit_id)
             # Kept for a retry on the same commit: the additions know the uploaded and the unchanged files.
-            self._deletions, self._additions = self._outdated(head), {}
+            self._deletions, self._additions = self._outdated(on_branch), {}
             self._parent = head
         with bars_on_a_terminal():
             self._check()
@@ -237,13 +243,30 @@ class _Publication:
             newer = list(takewhile(lambda commit: commit.commit_id != self._parent, commits))
         return next((commit.commit_id for commit in newer if commit.title == self._title), None)
 
-    def _outdated(self, head: str) -> "list[CommitOperationDelete]":
-        """Returns the deletions of the files at the commit `head` that this dataset does not have."""
+    def _refuse_foreign(self, on_branch: Sequence[str], first: str) -> None:
+        """Refuses to replace files of a branch without a dataset. Those of the commit `first` are of a new repository.
+
+        Raises:
+            StoreError: names them.
+        """
+        if not any(map(is_dataset_file, on_branch)):
+            return
+        new = set(on_branch).difference(self.api.list_repo_files(self._repo_id, repo_type=REPO_TYPE, revision=first))
+        if found := sorted(filter(is_dataset_file, new)):
+            raise StoreError(
+                f"not published: {self._repo_id}, branch {self._branch}, has {shortened(found, 5)} and no {MANIFEST}, "
+                "so they are not of a dataset of qk-sniffer. Publish to another branch (output.hf_branch=..., of "
+                "finalize hf_branch=...), or replace them: name the branch to finalize (hf_branch=...), or give the "
+                "job output.overwrite=true"
+            )
+
+    def _outdated(self, on_branch: Sequence[str]) -> "list[CommitOperationDelete]":
+        """Returns the deletions of the files of the dataset on the branch that this one does not have."""
         from huggingface_hub import CommitOperationDelete
 
         names = self._manifest["files"]
-        on_branch = self.api.list_repo_files(self._repo_id, repo_type=REPO_TYPE, revision=head)
-        return [CommitOperationDelete(name) for name in on_branch if name not in names and is_dataset_file(name)]
+        outdated = [name for name in on_branch if name not in names and is_dataset_file(name)]
+        return [CommitOperationDelete(name) for name in outdated if MANIFEST in on_branch]
 
 
 def _portions(sizes: Mapping[str, int]) -> Iterator[list[str]]:

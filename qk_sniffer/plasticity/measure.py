@@ -75,7 +75,7 @@ class KeyHead:
 class Rows:
     """The rows of a head to measure.
 
-    `dropped` counts rows with NaN or infinite numbers. `is_intact` says that the file is the one of the manifest.
+    `dropped` counts rows with NaN or infinite numbers.
     """
 
     vectors: Float32
@@ -83,7 +83,6 @@ class Rows:
     example_ids: Int64
     buckets: Int64
     dropped: int
-    is_intact: bool
 
     @property
     def repeated(self) -> int:
@@ -111,7 +110,7 @@ class Measuring:
         """Reads the keys of a key head, which its query heads share.
 
         Raises:
-            StoreError: the file is missing or damaged.
+            StoreError: the file is missing, damaged or of another dataset.
             HubError: the file cannot be fetched.
         """
         rows = self._rows(head.layer, head.head, "k", KEY_ROWS)
@@ -123,17 +122,15 @@ class Measuring:
         """Measures a query head.
 
         Raises:
-            StoreError: the file is missing or damaged.
+            StoreError: the file is missing, damaged or of another dataset.
             HubError: the file cannot be fetched.
         """
         queries = self._rows(keys.head.layer, head, "q", QUERY_ROWS)
         return _QueryHead(self._config, self._sampler, keys, head, queries).result()
 
     def _rows(self, layer: int, head: int, kind: str, what: int) -> Rows:
-        state = self._dataset.state(layer, head, kind)
-        vectors, positions, example_ids = self._dataset.vectors(layer, head, kind)
-        # The file may be replaced while it is read, and put back.
-        is_intact = self._dataset.is_intact(layer, head, kind) and self._dataset.state(layer, head, kind) == state
+        # The numbers of another dataset's rows would be taken for those of this one for good.
+        vectors, positions, example_ids = self._dataset.vectors(layer, head, kind, intact=True)
         kept = np.flatnonzero(np.isfinite(vectors).all(axis=1))
         dropped = len(vectors) - len(kept)
         if len(kept) > self._config.max_tokens_per_head:
@@ -151,7 +148,7 @@ class Measuring:
                 f"plasticity compares all pairs; it takes at most {MAX_BUCKETS:,}. Capture with a larger "
                 "sampler.min_bucket_size"
             )
-        return Rows(vectors, positions.astype(np.int64), example_ids.astype(np.int64), buckets, dropped, is_intact)
+        return Rows(vectors, positions.astype(np.int64), example_ids.astype(np.int64), buckets, dropped)
 
 
 class _QueryHead:
@@ -175,8 +172,6 @@ class _QueryHead:
                 self.notes.append(f"{rows.dropped:,} {kind} left out, with NaN or infinite numbers")
             if repeated := rows.repeated:
                 self.notes.append(f"{repeated:,} {kind} repeat an example and position (qk_sniffer.verify)")
-            if not rows.is_intact:
-                self.notes.append(f"the file of the {kind} is not the one that manifest.json lists (qk_sniffer.verify)")
         r2 = np.full(width, np.nan)
         estimator = replicates = None
         if len(np.unique(self.queries.positions)) < 2:

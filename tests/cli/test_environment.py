@@ -147,6 +147,29 @@ def test_values_that_no_variable_can_have(read: Read) -> None:
     }
 
 
+@pytest.mark.parametrize("content", ["eyJhbGciOiJSUzI1NiJ9.of.kubernetes\n", "hf_mine\nand more", None])
+def test_a_stored_login_that_is_a_secret_of_something_else(content: str | None, read: Read, in_tmp: Path) -> None:
+    secret, stored = in_tmp / "secret", in_tmp / "home" / "token"
+    assert read("HF_HOME=home\n") == {"HF_HOME": "home"}  # without a login
+    stored.parent.mkdir()
+    if content is None:
+        os.mkfifo(secret)
+    else:
+        secret.write_text(content)
+    stored.symlink_to(secret)
+    del os.environ["HF_HOME"]
+    with pytest.raises(ConfigError, match=r"\.env: HF_HOME names home, whose file token is not a token") as error:
+        read("HF_HOME=home\n")
+    assert not content or content.strip() not in str(error.value)
+    del os.environ["HF_HOME"]
+    assert read("HF_HOME=home\nHF_TOKEN=hf_mine\n") == {"HF_HOME": "home", "HF_TOKEN": "hf_mine"}
+    for name in ("HF_HOME", "HF_TOKEN"):
+        del os.environ[name]
+    secret.unlink()
+    secret.write_text("hf_oauth_eyJ.e-J_9\n")
+    assert read("HF_HOME=home\n") == {"HF_HOME": "home"}
+
+
 def test_a_mark_at_the_start_is_not_part_of_the_first_name(read: Read) -> None:
     assert read("\ufeffHF_TOKEN=mine\n") == {"HF_TOKEN": "mine"}
 

@@ -121,6 +121,27 @@ def test_another_version_replaces_and_deletes(
     assert_whole({name: content for name, content in files.items() if name not in mine}, tmp_path / "copy")
 
 
+def test_files_of_others_on_a_branch_without_a_dataset_stay(
+    hub: FakeHub, api: HfApi, make_dataset: MakeDataset, tmp_path: Path
+) -> None:
+    root, others = make_dataset(tmp_path / "a"), {"l00h00q/data.parquet": b"of another program", "README.md": b"mine"}
+    others |= {"pictures/mine.png": b"mine"}
+    repository = hub.create(REPO)
+    first = repository.branches["main"]
+    repository.branches[BRANCH] = first
+    repository.add(BRANCH, "by hand", repository.files(BRANCH) | others)
+    match = r"has README\.md, l00h00q/data\.parquet, pictures/mine\.png and no manifest\.json"
+    with pytest.raises(StoreError, match=match):
+        publish(root, REPO, BRANCH, api=api, guard=lambda _: None)
+    assert held(hub) == others
+    publish(root, REPO, BRANCH, api=api)  # as the user has asked for
+    assert set(held(hub)) == {*contents(root), "pictures/mine.png"}
+
+    repository.commits[first].files["README.md"] = b"of the Hub, as it makes one for a new repository"
+    publish(root, REPO, "new", api=api, guard=lambda _: None)
+    assert set(held(hub, "new")) == {*contents(root)}
+
+
 def test_only_the_dataset_and_its_pictures_are_published(
     hub: FakeHub, api: HfApi, make_dataset: MakeDataset, tmp_path: Path
 ) -> None:

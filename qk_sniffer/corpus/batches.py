@@ -5,16 +5,16 @@ the lengths alone. A job that restarts cuts the same batches: it takes the lengt
 records. A text is tokenized again only if one of its parts is not finished.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from time import perf_counter
 from typing import TypeVar
 
 from qk_sniffer.config import InferenceConfig
-from qk_sniffer.corpus.contents import TokenIds
+from qk_sniffer.corpus.contents import Conversation, TokenIds
 from qk_sniffer.corpus.examples import Corpus, Example
-from qk_sniffer.corpus.tokens import HashOf, Tokenizer, Tokens, plain_hash
+from qk_sniffer.corpus.tokens import HashOf, Tokenizer, Tokens, chosen, plain_hash
 from qk_sniffer.errors import SourceError
 from qk_sniffer.machine import trim_memory
 from qk_sniffer.store.journal import ExampleRecord
@@ -218,25 +218,39 @@ def examples_of(corpus: Corpus, captured: Iterable[ExampleRecord], hash_of: Hash
 def check_same_texts(
     corpus: Corpus,
     captured: Iterable[ExampleRecord],
-    hash_of: HashOf = plain_hash,
+    tokenizer: Callable[[], Tokenizer],
     *,
     whole: bool = False,
     origin: str = "that was captured before the job stopped",
 ) -> None:
     """Checks that the source still has the texts of the `captured` examples; with `whole`, no others before the last.
 
-    `origin` says in errors where these texts are from.
+    Args:
+        tokenizer: called once for the first conversation.
+        whole: see above.
+        origin: says in errors where these texts are from.
 
     Raises:
-        SourceError: it has others, or a row cannot be read.
+        SourceError: it has others, conversations have other segments, or a row cannot be read.
     """
-    left = _by_index(captured)
+    captured = list(captured)
+    left, segmented = _by_index(captured), _with_segments(captured)
     last = max(left, default=-1)
+
+    def hash_of(example: Example) -> str:
+        return tokenizer().content_hash(example) if isinstance(example.content, Conversation) else plain_hash(example)
+
     for example in corpus.examples():
         if example.index > last:
             break
         record = left.pop(example.index, None)
         check_unchanged(example, record, hash_of, origin)
+        if isinstance(example.content, Conversation) and (of_text := segmented.get(example.index)):
+            # Roles that the template writes in the same way are in no hash.
+            now = chosen(tokenizer(), [example], {part.key for part in of_text})
+            for part in of_text:
+                if part.key in now and now[part.key].num_tokens == part.num_tokens:  # else of other software
+                    check_same_segments(now[part.key], part)
         if whole and record is None:
             raise _changed(
                 f"example {example.index} of the dataset (id {example.source_id}) had no text when its shard ran"
@@ -246,10 +260,7 @@ def check_same_texts(
 
 
 def _has_other_segments(example: Example, record: ExampleRecord) -> bool:
-    """Whether token ids have other segments than those of `record`, whose hash has none. Conversations: False.
-
-    The segments of a conversation follow from its text and the chat template.
-    """
+    """Whether token ids have other segments than those of `record`, whose hash has none. Conversations: False."""
     content = example.content
     if record.segments is None or not isinstance(content, TokenIds) or content.segments is None:
         return False
@@ -268,6 +279,15 @@ def check_same_segments(tokens: Tokens, record: ExampleRecord) -> None:
             f"example {tokens.index} of the dataset (id {tokens.source_id}) has other segments than when it was "
             "captured"
         )
+
+
+def _with_segments(captured: Iterable[ExampleRecord]) -> dict[int, list[ExampleRecord]]:
+    """Returns the examples with segments of each text, by index."""
+    found: dict[int, list[ExampleRecord]] = {}
+    for record in captured:
+        if record.segments is not None:
+            found.setdefault(record.index, []).append(record)
+    return found
 
 
 def _by_index(captured: Iterable[ExampleRecord]) -> dict[int, ExampleRecord]:

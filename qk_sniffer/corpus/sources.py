@@ -172,7 +172,9 @@ def _hub(config: DatasetConfig, path: str, commit: str | None) -> Source:
     named = [file for files in data_files.values() for file in files]
     format, options = format_of(where, builder)
     if format is None or not all(file.startswith(home) for file in named):
-        return Source(where, _of_library(where, builder, config), commit)
+        is_own = all(file.rpartition("::")[2].startswith(home) for file in named)
+        # The commit does not pin files elsewhere, such as those of another revision.
+        return Source(where, _of_library(where, builder, config), commit if is_own else None)
     if config.streaming:
         streamed = {split: [DataFile(file) for file in files] for split, files in data_files.items()}
         return Source(where, rows_of_files(where, streamed, format, options, config), commit)

@@ -27,7 +27,7 @@ from qk_sniffer.jobs import hub_resume
 from qk_sniffer.jobs.assemble import CapturedJob, Staged, captured_job, stage
 from qk_sniffer.jobs.loaded_code import check_same_code
 from qk_sniffer.jobs.pictures import draw_pictures
-from qk_sniffer.jobs.tokenizers import hasher_of
+from qk_sniffer.jobs.tokenizers import tokenizer_once
 from qk_sniffer.logs import logger
 from qk_sniffer.resolved import ResolvedConfig, with_output
 from qk_sniffer.store import manifest as manifests
@@ -239,7 +239,7 @@ def _check_texts(config: ResolvedConfig, record: Mapping[str, Any], staged: Stag
             "source, or recreate the dataset with output.overwrite=true"
         )
     if commit is None and record["config"]["shard"]["count"] > 1:
-        check_same_texts(corpus, staged.examples, hasher_of(config, record["commits"]), whole=True)
+        check_same_texts(corpus, staged.examples, tokenizer_once(config, record["commits"]), whole=True)
 
 
 def _named(commit: str | None) -> str:

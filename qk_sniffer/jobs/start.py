@@ -1,6 +1,6 @@
 """Decides how a job starts: from nothing, from the work of an earlier start, or not at all."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from qk_sniffer.corpus.batches import check_same_texts
 from qk_sniffer.corpus.examples import Corpus, open_corpus
-from qk_sniffer.corpus.tokens import HashOf
+from qk_sniffer.corpus.tokens import Tokenizer
 from qk_sniffer.errors import HubError, SourceError, StoreError
 from qk_sniffer.hub.branch import Branch
 from qk_sniffer.jobs.hub_resume import branch_ahead
@@ -16,12 +16,13 @@ from qk_sniffer.jobs.identity import Job, refuse_from_python, resolve_commits
 from qk_sniffer.jobs.loaded_code import check_same_code, check_same_loaded, differences_of_loaded
 from qk_sniffer.jobs.shards import journals_of
 from qk_sniffer.jobs.source_rows import START_PATIENCE_S, changes_limit, limit_problem, source_rows
-from qk_sniffer.jobs.tokenizers import hasher_of
+from qk_sniffer.jobs.tokenizers import tokenizer_once
 from qk_sniffer.logs import logger
 from qk_sniffer.resolved import ResolvedConfig, fingerprint, without_batching
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.disk import type_of
 from qk_sniffer.store.files import Files, Folder
+from qk_sniffer.store.journal import ExampleRecord
 from qk_sniffer.store.layout import Layout
 from qk_sniffer.store.locks import Lock, hold
 from qk_sniffer.store.open_folder import Access
@@ -154,7 +155,7 @@ def _continue_finished(config: ResolvedConfig, layout: Layout, existing: _Existi
     on_hub = asdict(files) if isinstance(files, Branch) else None
     base = PreviousVersion(files, describe(files) | {"hub": on_hub})
     if corpus.commit is None:
-        _check_texts(base, corpus, hasher_of(config, job.commits))
+        _check_texts(base, corpus, tokenizer_once(config, job.commits))
     if not grows:
         return Start(job, corpus, "finished", files)
     return Start(job.added_to(earlier), corpus, "nothing", files, base)
@@ -176,13 +177,16 @@ def _continue_unfinished(
     if config.output.overwrite:
         if not (_is_same(job, rows, record) and _is_there(base)):
             return _new_start(config, existing.files)
-        if corpus.commit is None and not _has_texts_of(layout, record, corpus, hasher_of(config, job.commits)):
+        if corpus.commit is None and not _has_texts_of(layout, record, corpus, tokenizer_once(config, job.commits)):
             return replace(_new_start(config, existing.files), replaces=record["job_id"])
     _check_same(job, rows, record, layout.root)
+    if corpus.commit is None and config.dataset.messages_column is not None and config.has_segments:
+        # The capture compares the hashes of texts, which have no roles of messages.
+        check_same_texts(corpus, _captured_examples(layout, record), tokenizer_once(config, job.commits))
     if base is not None:
         base.check()
         if corpus.commit is None:
-            _check_texts(base, corpus, hasher_of(config, job.commits))
+            _check_texts(base, corpus, tokenizer_once(config, job.commits))
     return Start(job, corpus, "unfinished", existing.files, base, record["job_id"])
 
 
@@ -289,15 +293,21 @@ def base_of(layout: Layout, record: Mapping[str, Any]) -> PreviousVersion | None
     return PreviousVersion(Folder(layout.root) if base["hub"] is None else Branch(**base["hub"]), base)
 
 
-def _has_texts_of(layout: Layout, record: Mapping[str, Any], corpus: Corpus, hash_of: HashOf) -> bool:
+def _has_texts_of(
+    layout: Layout, record: Mapping[str, Any], corpus: Corpus, tokenizer: Callable[[], Tokenizer]
+) -> bool:
     """Whether the source still has the texts that the shards of the unfinished job have captured."""
-    captured = (each for journal in journals_of(layout, record) for each in journal.records.values())
     try:
-        check_same_texts(corpus, captured, hash_of)
+        check_same_texts(corpus, _captured_examples(layout, record), tokenizer)
     except SourceError as error:
         log.warning("the unfinished job is replaced: %s", error)
         return False
     return True
+
+
+def _captured_examples(layout: Layout, record: Mapping[str, Any]) -> Iterator[ExampleRecord]:
+    for journal in journals_of(layout, record):
+        yield from journal.records.values()
 
 
 def _is_there(base: PreviousVersion | None) -> bool:
@@ -373,6 +383,6 @@ def _warn_of_other_versions(job: Job, earlier: Job) -> None:
         log.warning("adding to a dataset that other versions made (%s); the manifest names both", ", ".join(changed))
 
 
-def _check_texts(previous: PreviousVersion, corpus: Corpus, hash_of: HashOf) -> None:
+def _check_texts(previous: PreviousVersion, corpus: Corpus, tokenizer: Callable[[], Tokenizer]) -> None:
     """Refuses a local source whose texts or ids differ from those of the dataset: no commit pins them."""
-    check_same_texts(corpus, previous.examples(), hash_of, origin=f"that {previous.files} was made from")
+    check_same_texts(corpus, previous.examples(), tokenizer, origin=f"that {previous.files} was made from")

@@ -1,12 +1,11 @@
 """Opens what makes tokens of a job's examples: a tokenizer, or nothing but their own ids."""
 
-from collections.abc import Mapping
-from functools import cache
+from collections.abc import Callable, Mapping
+from functools import cache, partial
 
-from qk_sniffer.corpus.examples import Example
 from qk_sniffer.corpus.token_ids import GivenTokens
 from qk_sniffer.corpus.tokenizer import TextTokenizer, load_tokenizer
-from qk_sniffer.corpus.tokens import HashOf, Tokenizer, plain_hash
+from qk_sniffer.corpus.tokens import Tokenizer
 from qk_sniffer.hub.revisions import hub_commit_of
 from qk_sniffer.resolved import ResolvedConfig
 
@@ -24,19 +23,9 @@ def open_tokenizer(config: ResolvedConfig, commits: Mapping[str, str | None]) ->
     return GivenTokens(tokenizer.max_length, strings, segments=config.has_segments, split=tokenizer.overlong == "split")
 
 
-def hasher_of(config: ResolvedConfig, commits: Mapping[str, str | None]) -> HashOf:
-    """Returns the function that identifies contents. It loads the tokenizer for the first conversation."""
-    if config.dataset.messages_column is None:
-        return plain_hash
-
-    @cache
-    def tokenizer() -> TextTokenizer:
-        return _loaded(config, commits)
-
-    def content_hash(example: Example) -> str:
-        return tokenizer().content_hash(example)
-
-    return content_hash
+def tokenizer_once(config: ResolvedConfig, commits: Mapping[str, str | None]) -> Callable[[], Tokenizer]:
+    """Returns a function that opens the tokenizer of a job at its first call."""
+    return cache(partial(open_tokenizer, config, commits))
 
 
 def _loaded(config: ResolvedConfig, commits: Mapping[str, str | None]) -> TextTokenizer:

@@ -18,6 +18,7 @@ from support.data_files import ROWS, TEXTS, both_ways, jsonl, message, parquet, 
 from support.fake_hub import FakeHub
 
 from qk_sniffer.config import DatasetConfig
+from qk_sniffer.corpus import sources
 from qk_sniffer.corpus.examples import open_corpus
 from qk_sniffer.corpus.hub_copies import Listing, remember
 from qk_sniffer.errors import SourceError
@@ -67,6 +68,22 @@ def test_offline_a_cached_copy_is_used(tmp_path: Path, streaming: bool) -> None:
     assert "dataset.data_files" in message("org/name", data_files="*.jsonl", revision=one)
     with pytest.raises(SourceError, match="at 3333"):
         open_corpus(config, commit="3" * 40)
+
+
+def test_files_elsewhere_are_of_no_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a job that adds to a dataset compares its texts, as it does for a local source."""
+    import datasets
+
+    def builder(where: str, path: str, config: DatasetConfig, revision: str) -> Any:
+        found = datasets.load_dataset_builder("json", data_files=config.data_files)
+        found.hash = revision
+        return found
+
+    file = write(tmp_path / "t.jsonl", jsonl(ROWS))
+    monkeypatch.setattr(sources, "hub_commit", lambda *_: "1" * 40)
+    monkeypatch.setattr(sources, "_builder", builder)
+    corpus = open_corpus(DatasetConfig(path="org/name", data_files=str(file)))
+    assert corpus.commit is None and texts(corpus.examples()) == TEXTS
 
 
 def test_an_odd_description_of_a_copy_does_not_count(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

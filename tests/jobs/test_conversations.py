@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.jobs import hashes, heads_of, keys, run, stopped_after
+from support.jobs import captured_only, hashes, heads_of, keys, run, stopped_after
 from support.smollm2 import FILE
 from transformers import AutoTokenizer
 
@@ -105,6 +105,27 @@ def test_it_resumes_and_grows(chat_model: Path, tmp_path: Path) -> None:
     changed[2][1]["content"] += "!"
     with pytest.raises(SourceError, match=r"example 2 of the dataset \(id 2\) is not the text"):
         run(chat_model, write(tmp_path / "d.jsonl", changed), root, dataset=MESSAGES, **ALONE)
+
+
+@pytest.mark.parametrize("is_finished", [True, False])
+def test_other_roles_of_the_same_text_are_noticed(
+    chat_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_finished: bool
+) -> None:
+    template = "{% for m in messages %}{{ m.content }};{% endfor %}"
+    sections: dict[str, Any] = {
+        "dataset": MESSAGES | {"chat": {"template": template}},
+        "capture": {"capture_segments": True, "layers": [0]},
+        "inference": {"max_batch_tokens": 40},
+        "verify": {"examples": 0},
+    }
+    conversations, file, root = turns(3), tmp_path / "c.jsonl", tmp_path / "out"
+    if is_finished:
+        run(chat_model, write(file, conversations), root, **sections)
+    else:
+        captured_only(chat_model, write(file, conversations), root, monkeypatch, **sections)
+    conversations[1][1]["role"] = "tool"
+    with pytest.raises(SourceError, match=r"example 1 of the dataset \(id 1\) has other segments"):
+        run(chat_model, write(file, conversations), root, **sections)
 
 
 @pytest.mark.slow

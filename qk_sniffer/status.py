@@ -22,7 +22,7 @@ from qk_sniffer.cli import program
 from qk_sniffer.errors import ConfigError, StoreError
 from qk_sniffer.jobs.slurm import Reasons
 from qk_sniffer.jobs.status import look, table, with_reasons
-from qk_sniffer.text import not_one_of, printable, say, say_text
+from qk_sniffer.text import not_a_folder, not_one_of, printable, say, say_text
 
 EVERY_S = 5.0
 
@@ -53,12 +53,12 @@ def show(settings: Settings) -> int:
 
     Raises:
         ConfigError: the format is unknown.
-        StoreError: the folder does not exist.
+        StoreError: the folder does not exist, or is none.
     """
     if settings.format not in FORMATS:
         raise ConfigError([not_one_of("format", settings.format, FORMATS)])
     if not settings.folder.is_dir():
-        raise StoreError(f"the folder {settings.folder} does not exist")
+        raise StoreError(not_a_folder(settings.folder))
     reasons = Reasons()
     try:
         while True:

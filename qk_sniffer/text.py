@@ -368,6 +368,11 @@ def path_problem(path: Path | str) -> str | None:
     return None
 
 
+def not_a_folder(path: Path) -> str:
+    """Returns the problem of a path that is to be a folder and is none."""
+    return f"{path} is not a folder" if path.exists() else f"the folder {path} does not exist"
+
+
 def expand_home(path: str) -> str:
     """Replaces a leading `~/` of `path` by the home folder. A shell does so only at the start of a word."""
     return str(Path.home() / path[2:]) if (path + "/").startswith("~/") else path

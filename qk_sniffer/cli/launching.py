@@ -90,7 +90,7 @@ class Launch:
                 copy = use_snapshot(self.folder / "code")
         if on_slurm:
             _set_in_script(hydra, copy)
-        log.info("%s %s; logs: %s", counted(len(self.planned), "job"), _where(hydra), self.folder)
+        log.info("%s %s; logs: %s", counted(len(self.planned), "job"), _where(hydra, len(self.planned)), self.folder)
         if self.is_announced and _is_submitit(hydra):
             self._open.enter_context(SweepWatch(self.planned, self.folder, reasons))
 
@@ -158,13 +158,15 @@ def _is_submitit(hydra: DictConfig) -> bool:
     return str(hydra.launcher["_target_"]).endswith((".SlurmLauncher", ".LocalLauncher"))
 
 
-def _where(hydra: DictConfig) -> str:
+def _where(hydra: DictConfig, num_jobs: int) -> str:
     if is_on_slurm(hydra):
         return "on SLURM"
     if _is_submitit(hydra):
         return "in processes of their own"
     is_basic = str(hydra.launcher["_target_"]).endswith(".BasicLauncher")
-    return "one after another" if is_basic else f"by {hydra.launcher['_target_']}"
+    if not is_basic:
+        return f"by {hydra.launcher['_target_']}"
+    return "one after another" if num_jobs > 1 else "in this process"
 
 
 def is_on_slurm(hydra: DictConfig) -> bool:

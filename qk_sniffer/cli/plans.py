@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from qk_sniffer.cli.environment import read_environment
-from qk_sniffer.errors import ConfigError, QkSnifferError
+from qk_sniffer.errors import QkSnifferError
 from qk_sniffer.jobs.sweep import PlannedJob
 from qk_sniffer.text import say, say_text
 
@@ -37,7 +37,7 @@ def show_plans(jobs: Sequence[PlannedJob]) -> int:
             codes.append(0)
         except QkSnifferError as error:
             say_text(error, to=sys.stderr)
-            codes.append(2 if isinstance(error, ConfigError) else 1)
+            codes.append(error.exit_code)
     if len(jobs) > 1 and needed:
         from qk_sniffer.jobs.plan_lines import size_of
 

@@ -246,7 +246,8 @@ class Composer(Generic[Settings]):
                 continue
             default = self._compose([text for text in arguments if key_of(text) == "hydra.searchpath"])
             name, choice = OmegaConf.select(node, key), choices[group]
-            if choice == default.hydra.runtime.choices[group] and name != OmegaConf.select(default, key):
+            is_default = choice == default.hydra.runtime.choices[group]
+            if is_default and name not in (None, OmegaConf.select(default, key)):
                 yield (
                     f"{key}={name} is given without {group}=..., so it would get the slug and the settings of "
                     f"{group}={choice}: set {self.application.open_choices[group]}={name}"

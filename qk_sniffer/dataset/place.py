@@ -32,10 +32,17 @@ def folder_of(name: str | Path, revision: str | None) -> Path | None:
         return None
     if not root.exists():
         raise _missing(root, is_hub_id(str(name)))
-    layout = Layout(root)
-    if not (layout.manifest.exists() or layout.work.exists()) and (found := _datasets(root)):
-        raise StoreError(f"{root} is not a dataset, but holds some: {shortened(found, 10)}")
+    if (problem := of_several(root)) is not None:
+        raise StoreError(problem)
     return root
+
+
+def of_several(root: Path) -> str | None:
+    """Returns the problem of a folder that is no dataset, and no job's, but holds datasets."""
+    layout = Layout(root)
+    if layout.manifest.exists() or layout.work.exists() or not (found := _datasets(root)):
+        return None
+    return f"{root} is not a dataset, but holds some: {shortened(found, 10)}"
 
 
 def _missing(root: Path, may_be_repository: bool) -> StoreError:

@@ -310,9 +310,13 @@ def _report_proof(facts: ManifestFacts, report: Report) -> None:
 
 
 def _tasks(heads: Sequence[Head]) -> list[list[Head]]:
-    """Splits `heads` into parts of one (layer, kind)."""
+    """Splits `heads`, in any order, into parts of one (layer, kind)."""
+
+    def of(head: Head) -> tuple[int, str]:
+        return head.layer, head.kind
+
     tasks = []
-    for _, group in groupby(heads, key=lambda head: (head.layer, head.kind)):
+    for _, group in groupby(sorted(heads, key=of), key=of):
         same = list(group)
         tasks += [same[at : at + HEADS_PER_TASK] for at in range(0, len(same), HEADS_PER_TASK)]
     return tasks

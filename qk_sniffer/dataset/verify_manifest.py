@@ -12,6 +12,7 @@ import pyarrow as pa
 from qk_sniffer.capture.sampling import Sampler
 from qk_sniffer.config import STAGE_NAMES, Config, from_dict
 from qk_sniffer.dataset.heads import attention_files, captured_heads
+from qk_sniffer.dataset.place import of_several
 from qk_sniffer.dataset.proof_words import (
     attention,
     compared,
@@ -33,7 +34,7 @@ from qk_sniffer.store.manifest import FileEntry
 from qk_sniffer.store.record import is_from_python, read_record
 from qk_sniffer.store.statistics import Pairs, paired, stages_of
 from qk_sniffer.store.stored import UnreadableError
-from qk_sniffer.text import counted
+from qk_sniffer.text import counted, not_a_folder
 
 _COUNTS = ("examples", "tokens", "longest_example", "truncated_examples", "skipped_rows", "source_rows", "rows")
 
@@ -264,10 +265,12 @@ def _contradiction(instance: str) -> Problem:
 def _no_manifest(layout: Layout, error: StoreError) -> Problem:
     if not layout.root.is_dir():
         way_out = "give data_root the folder of a dataset: one that a job wrote, or fetched from the Hub"
-        return Problem("manifest", f"the folder {layout.root} does not exist", way_out=way_out)
+        return Problem("manifest", not_a_folder(layout.root), way_out=way_out)
     if layout.manifest.exists():
         problem = f"manifest.json {error.problem}" if isinstance(error, UnreadableError) else str(error)
         return Problem("manifest", problem, way_out=f"use the version of qk-sniffer that wrote it, or {RECREATE}")
+    if (problem := of_several(layout.root)) is not None:
+        return Problem("manifest", problem, way_out="verify one of them")
     what = "the dataset is incomplete: no manifest.json"
     if not layout.work.is_dir():
         return Problem("manifest", what, way_out="rerun its job, or fetch the whole dataset")

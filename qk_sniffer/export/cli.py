@@ -28,7 +28,7 @@ class Settings:
     """The settings of the program."""
 
     data_root: str = field(metadata=program.DATA_ROOT)
-    format: str = field(metadata={"help": f"the format: {', '.join(FORMATS)}"})
+    format: str = field(metadata={"help": f"one of {', '.join(FORMATS)}"})
     revision: str | None = field(default=None, metadata=program.REVISION)
     output: Path | None = field(
         default=None,

@@ -7,7 +7,8 @@ from typing import Any
 
 from qk_sniffer.config import Config, OutputConfig, VerifyConfig, from_dict
 from qk_sniffer.corpus.examples import open_corpus
-from qk_sniffer.errors import ConfigError, SourceError
+from qk_sniffer.dataset.place import of_several
+from qk_sniffer.errors import ConfigError, SourceError, StoreError
 from qk_sniffer.hub.client import require_access, require_uploads_from
 from qk_sniffer.jobs.assemble import finish_interrupted_promotion
 from qk_sniffer.jobs.finish import finish, report_and_publish
@@ -57,6 +58,8 @@ def finalize(
     layout = Layout(data_root)
     if not layout.root.is_dir():
         raise missing_manifest(layout.root)
+    if (problem := of_several(layout.root)) is not None:
+        raise StoreError(problem)
     refuse_inside(layout.root, "data_root")
     if hf_repo_id is not None:
         require_uploads_from(layout.root)

@@ -244,6 +244,7 @@ def test_a_model_that_is_named_without_a_choice_is_refused_with_the_command(
         "model.name=org/other is given without model=..., so it would get the slug and the settings of "
         "model=pydoc_tiny: set model=hf model.name=org/other"
     )
+    assert refusal("model.name=null").startswith("model.name is not given; ")
     found = refusals("--multirun", "model.name=a/x,b/x")
     assert len(found) == 2 and all("set model=hf model.name=" in problem for problem in found)
     (tmp_path / "experiment").mkdir()

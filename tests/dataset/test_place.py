@@ -10,6 +10,7 @@ from support.hub_cases import BRANCH, REPO, MakeDataset, publish
 
 import qk_sniffer
 from qk_sniffer.errors import HubError, StoreError
+from qk_sniffer.jobs.finalize import finalize
 
 pytestmark = pytest.mark.usefixtures("endpoint", "in_tmp")
 
@@ -47,6 +48,8 @@ def test_a_folder_of_datasets_names_them(make_dataset: MakeDataset) -> None:
             StoreError, match=f"^{re.escape(name)} is not a dataset, but holds some: outputs/some-model-t"
         ):
             qk_sniffer.open_dataset(name)
+        with pytest.raises(StoreError, match="is not a dataset, but holds some: outputs/some-model-t"):
+            finalize(Path(name))
     Path("empty").mkdir()
     with pytest.raises(StoreError, match="the dataset at empty is incomplete"):
         qk_sniffer.open_dataset("empty")

@@ -1,5 +1,6 @@
 """Tests verify on whole and on unfinished datasets, and the program that calls it."""
 
+import io
 import json
 import os
 import re
@@ -7,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pyarrow as pa
@@ -15,8 +16,10 @@ import pyarrow.parquet as pq
 import pytest
 from support.jobs import TEXTS, Stopped, run, stop_at
 from support.verify_cases import FILE, HEAD, QUERY_1, edit, flip, rewrite, value, verified, with_values, wrong
+from tqdm import tqdm
 
 from qk_sniffer.capture import capture as capture_module
+from qk_sniffer.dataset import verify as verify_module
 from qk_sniffer.dataset import verify_rows
 from qk_sniffer.dataset.verify import verify
 from qk_sniffer.dataset.verify_report import RECREATE, Problem, Report, named
@@ -140,8 +143,26 @@ def test_a_folder_without_a_manifest_is_incomplete(root: Path, tmp_path: Path) -
     (root / "manifest.json").unlink()
     message = wrong(verified(root))["manifest"]
     assert message.startswith("the dataset is incomplete: no manifest.json") and "rerun its job, or fetch" in message
-    for path in (tmp_path / "nothing", root / "README.md"):
-        assert f"the folder {path} does not exist" in wrong(verified(path))["manifest"]
+    assert f"the folder {tmp_path / 'nothing'} does not exist" in wrong(verified(tmp_path / "nothing"))["manifest"]
+    assert f"{root / 'README.md'} is not a folder" in wrong(verified(root / "README.md"))["manifest"]
+
+
+def test_a_folder_of_datasets_is_not_an_incomplete_one(root: Path) -> None:
+    message = wrong(verified(root.parent))["manifest"]
+    assert message.startswith(f"{root.parent} is not a dataset, but holds some: {root}")
+
+
+def test_the_bar_ends_at_its_total(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The files are listed by name, in which the key heads stand between the query heads."""
+    bars = []
+
+    def bar(**given: Any) -> "tqdm[NoReturn]":
+        bars.append(tqdm(**given | {"disable": False, "file": io.StringIO()}))
+        return bars[-1]
+
+    monkeypatch.setattr(verify_module, "tqdm", bar)
+    verify(root)
+    assert [each.n for each in bars] == [each.total for each in bars] != []
 
 
 @pytest.mark.slow

@@ -144,6 +144,19 @@ def test_a_value_that_is_no_choice() -> None:
     assert problem == "dry_run is 'yes'; valid: false, true, measure"
 
 
+def test_a_wrong_column_is_a_wrong_setting(
+    checkpoint: Path,
+    texts: Path,
+    in_tmp: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given = ["model=hf", f"model.name={checkpoint}", "dataset=hf", f"dataset.path={texts}", "dataset.text_column=nope"]
+    monkeypatch.setattr("sys.argv", ["qk_sniffer", *given, "dry_run=true"])
+    assert main() == 2
+    assert "has no column 'nope'. Set dataset.text_column" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("dry_run", ["true", "measure"])
 def test_too_small_a_disk_fails_the_command(
     dry_run: str,

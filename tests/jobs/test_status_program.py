@@ -105,6 +105,9 @@ def test_bad_settings(tmp_path: Path) -> None:
         show(Settings(tmp_path, format="xml"))
     with pytest.raises(StoreError, match="does not exist"):
         show(Settings(tmp_path / "none"))
+    (tmp_path / "file").touch()
+    with pytest.raises(StoreError, match="file is not a folder"):
+        show(Settings(tmp_path / "file"))
     with pytest.raises(ConfigError, match="wach is not a key"):
         program.parse(["outputs", "wach=true"], Settings)
 

@@ -37,6 +37,7 @@ def made(undisturbed: Callable[..., Path], tmp_path_factory: pytest.TempPathFact
     root = Path(shutil.copytree(undisturbed(**SECTIONS), tmp_path_factory.mktemp("report") / "dataset"))
 
     def rename(manifest: dict[str, Any]) -> None:
+        manifest["proof"]["largest_difference_by_layer"] |= {"0": 0.0, "1": 1e-7}
         for key in ("model.name", "model.tokenizer.name"):
             manifest["fingerprint"][key] = HOSTILE
         manifest["config"]["model"]["name"] = HOSTILE
@@ -71,6 +72,10 @@ def test_it_has_every_section_and_no_error(opened: Page, made: tuple[Path, dict[
     assert sections == ["capture", "heads", "coverage", "norms", "outliers", "rotary", "timings"]
     assert opened.value("document.querySelector('h1').textContent") == made[1]["title"]
     assert opened.value("document.querySelectorAll('img, iframe, object').length") == 0
+    texts = opened.value("[...document.querySelectorAll('svg text')].map((each) => each.textContent)")
+    assert "0" in texts and "-0" not in texts
+    circles = "document.querySelectorAll('#capture svg circle').length"
+    assert opened.value(circles) == len(made[1]["proof"]["differences"]), "a layer without a difference has a point"
     empty = "[...document.querySelectorAll('svg')].filter((each) => !each.childElementCount).length"
     assert opened.value(empty) == 0
     for scheme in ("dark", "light"):

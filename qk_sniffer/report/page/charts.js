@@ -23,9 +23,10 @@ function filled(node, attributes, children) {
 
 function shown(value) {
   if (value === null || value === undefined) return "none";
+  if (value === 0) return "0";  // also -0
   if (Number.isInteger(value)) return value.toLocaleString("en-US");
   const size = Math.abs(value);
-  if (size >= 1e5 || size < 1e-3) return value === 0 ? "0" : value.toExponential(2).replace("e+", "e");
+  if (size >= 1e5 || size < 1e-3) return value.toExponential(2).replace("e+", "e");
   return size >= 1000 ? Math.round(value).toLocaleString("en-US") : String(Number(value.toPrecision(4)));
 }
 

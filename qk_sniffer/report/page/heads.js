@@ -91,7 +91,7 @@ function headsSection() {
   const drawMap = () => maps.replaceChildren(headMap(chosen.map));
   showHead = () => one.replaceChildren(...headView(BY_NAME.get(chosen.head)));
   chosen.kind = kinds[0];
-  const interesting = ["sink", "position_share"];
+  const interesting = ["sink", "ap_drift", "position_share"];
   chosen.map = interesting.map((name) => mapsOf(chosen.kind).find((map) => map.name === name)).find(Boolean) || mapsOf(chosen.kind)[0];
   const asked = decodeURIComponent(location.hash.slice(1));
   const first = BY_NAME.has(asked) ? BY_NAME.get(asked) : startHead(chosen.map);
@@ -132,14 +132,14 @@ function headView(head) {
   const detail = facts.details[head.name] || {};
   const keyName = head.kind === "q" || head.kind === "o" ? HEADS.find((one) => one.kind === "k" && one.layer === head.layer && one.head === head.keyHead) : null;
   const index = OF_KIND.get(head.kind).indexOf(head);
-  const values = mapsOf(head.kind).map((map) => [map.label, textOf(map, map.values[index])]);
+  const values = mapsOf(head.kind).map((map) => [map.label, textOf(map, map.values[index]), map.meaning]);
   const served = head.kind === "k" || head.kind === "v" ? HEADS.filter((one) => one.kind === "q" && one.layer === head.layer && one.keyHead === head.head) : [];
   const related = keyName ? [keyName] : served;
   const sampled = detail.rows === undefined || detail.rows === head.rows ? "" : `, ${shown(detail.rows)} of them shown`;
   const about = element("div", {},
     element("dl", {},
       ...[["attention", head.attention], ["vectors", `${shown(head.rows)} rows of ${head.size} numbers${sampled}`], ...values]
-        .flatMap(([name, value]) => [element("dt", {}, name), element("dd", {}, value)])),
+        .flatMap(([name, value, meaning = null]) => [element("dt", { title: meaning }, name), element("dd", {}, value)])),
     related.length ? element("p", {}, `${keyName ? "key head" : "query heads"}: `, ...related.map((other) =>
       element("button", { type: "button", class: "link", click: () => choose(other.name) }, other.name)).flatMap((node) => [node, " "])) : null);
   const parts = [about, ...directionViews(head, keyName), positionView(head, detail, keyName), attentionView(head, detail),

@@ -12,7 +12,8 @@ function captureSection() {
       `They differ by ${shown(proof.largest)} at most (relative); up to ${shown(proof.tolerance)} counts as rounding.`]
     : ["", ""];
   const differences = proof.differences && proof.differences.some(([, value]) => value > 0) ? element("div", {},
-    lineChart({ x: proof.differences.map(([layer]) => layer), xLabel: "layer", yLabel: "relative difference", logY: true, height: 170,
+    lineChart({ x: proof.differences.map(([layer]) => layer), xLabel: "layer", yLabel: "relative difference",
+      logY: proof.differences.every(([, value]) => value > 0), height: 170,
       label: "largest relative difference of the proof by layer", xText: (layer) => `layer ${layer}`,
       xTicks: proof.differences.map(([layer]) => [layer, String(layer)]),
       series: [{ name: "difference", className: "", y: proof.differences.map(([, value]) => value) }] })) : null;

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from qk_sniffer.cli import process
 from qk_sniffer.cli.help_text import fitted
-from qk_sniffer.cli.schema import Schema, not_a_setting, one_only, repeated, unknown_flag, without_key
+from qk_sniffer.cli.schema import Schema, not_a_setting, repeated, unknown_flag, without_key
 from qk_sniffer.errors import ConfigError
 from qk_sniffer.hub.endpoint import check_address
 from qk_sniffer.text import path_problem, say_text
@@ -69,7 +69,9 @@ def parse(arguments: Sequence[str], kind: type[Settings]) -> Settings:
         if argument.startswith("-"):
             problems.append(unknown_flag(argument))
         elif not equals:
-            problems.append(one_only(argument, keys[0]) if keys[0] in given else not_a_setting(argument, keys[0]))
+            problems.append(
+                schema.one_only(argument, keys[0]) if keys[0] in given else not_a_setting(argument, keys[0])
+            )
         elif key not in keys:
             problems.append(schema.unknown(key))
         else:

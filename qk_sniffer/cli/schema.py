@@ -127,6 +127,11 @@ class Schema:
         """Words the problem of each required setting in `keys`, which the user did not give."""
         return [f"{key} is not given; it is {self._fields[key].metadata['help']}" for key in keys]
 
+    def one_only(self, argument: str, key: str) -> str:
+        """Words the problem of an argument without a key after the one that gives the value of `key`."""
+        what = self._fields[key].metadata["help"]
+        return f"{argument}: {key} takes one value, {what}; other settings are written key=value"
+
     def help(self) -> str:
         """Returns the settings for `--help`, one a line."""
         lines = {key: _help_of(field) for key, field in self._fields.items() if "help" in field.metadata}
@@ -151,11 +156,6 @@ def unknown_flag(flag: str) -> str:
 def not_a_setting(argument: str, example: str = "") -> str:
     """Words the problem of an argument without `=`; `example` is a key."""
     return f"{argument}: a setting is written key=value{f', such as {example}=...' if example else ''}"
-
-
-def one_only(argument: str, key: str) -> str:
-    """Words the problem of an argument without a key after the one that gives the value of `key`."""
-    return f"{argument}: the program takes one {key} at a time; other settings are written key=value"
 
 
 def without_key(arguments: Sequence[str], key: str) -> int | None:

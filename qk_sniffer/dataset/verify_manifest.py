@@ -269,8 +269,8 @@ def _no_manifest(layout: Layout, error: StoreError) -> Problem:
     if layout.manifest.exists():
         problem = f"manifest.json {error.problem}" if isinstance(error, UnreadableError) else str(error)
         return Problem("manifest", problem, way_out=f"use the version of qk-sniffer that wrote it, or {RECREATE}")
-    if (problem := of_several(layout.root)) is not None:
-        return Problem("manifest", problem, way_out="verify one of them")
+    if (several := of_several(layout.root)) is not None:
+        return Problem("manifest", several, way_out="verify one of them")
     what = "the dataset is incomplete: no manifest.json"
     if not layout.work.is_dir():
         return Problem("manifest", what, way_out="rerun its job, or fetch the whole dataset")

@@ -51,9 +51,11 @@ def test_the_first_setting_needs_no_key() -> None:
     for arguments in (["outputs/x", "width=8"], ["width=8", "outputs/x"], ["data_root=outputs/x", "width=8"]):
         assert program.parse(arguments, Drawing) == Drawing(Path("outputs/x"), 8)
     assert program.parse(["outputs/lr=3"], Drawing) == Drawing(Path("outputs/lr=3"))
-    assert problems("a", "b") == ["b: the program takes one data_root at a time; other settings are written key=value"]
+    assert problems("a", "b") == [
+        "b: data_root takes one value, the dataset's folder; other settings are written key=value"
+    ]
     assert problems("data_root=a", "b") == [
-        "b: the program takes one data_root at a time; other settings are written key=value"
+        "b: data_root takes one value, the dataset's folder; other settings are written key=value"
     ]
     assert problems("dat_root=a")[0].startswith("dat_root is not a key, did you mean data_root?")
     assert program.parse(["data_root=x"], status.Settings) == program.parse(["x"], status.Settings)

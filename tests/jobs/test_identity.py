@@ -10,11 +10,11 @@ import pytest
 from support.jobs import captured_only, run, stopped_after, write_texts
 
 from qk_sniffer import resolved
-from qk_sniffer.config import from_dict
+from qk_sniffer.config import ModelConfig, TokenizerConfig, from_dict
 from qk_sniffer.errors import ConfigError, SourceError, StoreError
 from qk_sniffer.jobs import capture_examples
 from qk_sniffer.jobs import run as run_module
-from qk_sniffer.jobs.identity import Job
+from qk_sniffer.jobs.identity import ROLES, Job, unchanged_files
 from qk_sniffer.jobs.loaded_code import check_code, class_and_code, code_of
 from qk_sniffer.resolved import fingerprint, public_files, resolve
 from qk_sniffer.store import manifest as manifests
@@ -38,6 +38,24 @@ def test_a_job_is_not_resumed_with_the_code_of_another_class(checkpoint: Path, t
         run(checkpoint, texts, root, **SECTIONS)
     run(checkpoint, texts, root, **REMOTE)
     assert manifests.read(root)["fingerprint"]["model.trust_remote_code"] is True
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_a_folder_that_appears_is_not_loaded_for_a_repository(role: str, in_tmp: Path) -> None:
+    """Loaders take a folder of the name, and the identity would name the commit of the Hub."""
+    names = {other: f"org/{other}" for other in ROLES}
+    model = ModelConfig(
+        name=names["model"], adapter=names["adapter"], tokenizer=TokenizerConfig(name=names["tokenizer"])
+    )
+    commits: dict[str, str | None] = dict.fromkeys(ROLES, "a" * 40)
+    folder = in_tmp / names[role]
+    with unchanged_files(model, commits) as files:
+        assert files == {}
+    match = rf"the {role} org/{role} is a repository of the Hub, and {folder} has become a folder"
+    with pytest.raises(SourceError, match=match), unchanged_files(model, commits):
+        folder.mkdir(parents=True)
+    with pytest.raises(SourceError, match=match), unchanged_files(model, commits):
+        raise AssertionError("nothing is loaded")
 
 
 def test_earlier_versions_have_it_among_the_settings_only() -> None:

@@ -14,6 +14,7 @@ from qk_sniffer.errors import SourceError
 from qk_sniffer.hub.checkpoint_files import WEIGHT_SUFFIXES, files_of, is_inside
 from qk_sniffer.hub.config_limits import refuse_large_config
 from qk_sniffer.hub.json_files import DamagedFileError, json_object
+from qk_sniffer.hub.revisions import is_hub_id
 from qk_sniffer.store.disk import open_regular
 
 _MOST_BYTES = 1 << 24
@@ -35,10 +36,16 @@ def refuse_odd_files(name: str, commit: str | None = None) -> None:
         commit: that of a Hub id.
 
     Raises:
-        SourceError: a link leads elsewhere, a file is a pipe or a device, or a config is too large.
+        SourceError: a link leads elsewhere, a file is a pipe or a device, a config is too large, or a file has the name
+            of the repository.
     """
     folder = Path(name)
     if not folder.is_dir():
+        if is_hub_id(name) and os.path.lexists(folder):
+            raise SourceError(
+                f"{folder.absolute()} has the name of a repository of the Hub, and is no folder: transformers would "
+                "read it as a config, as weights and as a vocabulary. Move it away, or start in another folder"
+            )
         from huggingface_hub import constants
 
         folder = Path(constants.HF_HUB_CACHE, f"models--{name.replace('/', '--')}", "snapshots", commit or "")

@@ -173,29 +173,29 @@ def unchanged_files(
 
     Raises:
         SourceError: they are not those of `commits`: they have changed since the job started, or during the block; or a
-            folder has appeared that has the name of a repository of the Hub, and would be loaded in its place.
+            folder or file has the name of a repository of the Hub, and would be loaded in its place.
     """
-    _refuse_folders(model, commits, roles)
+    _refuse_local(model, commits, roles)
     files = _checkpoint_files(model, commits, roles)
     yield files
-    _refuse_folders(model, commits, roles)
+    _refuse_local(model, commits, roles)
     for role, each in files.items():
         each.trails.check(f"the files of the {role} in {each.folder} changed while the job used them")
 
 
-def _refuse_folders(model: ModelConfig, commits: Mapping[str, str | None], roles: Sequence[str]) -> None:
-    """Checks that there is no folder with the name of a repository of the Hub: loaders prefer a folder.
+def _refuse_local(model: ModelConfig, commits: Mapping[str, str | None], roles: Sequence[str]) -> None:
+    """Checks that there is no folder or file with the name of a repository of the Hub: loaders prefer it.
 
     Raises:
         SourceError: there is one.
     """
-    for role, folder in _folders(model).items():
-        if role in roles and hub_commit_of(commits.get(role)) is not None and folder.is_dir():
+    for role, path in _folders(model).items():
+        if role in roles and hub_commit_of(commits.get(role)) is not None and os.path.lexists(path):
+            setting = "model.adapter" if role == "adapter" else "model.name"
             raise SourceError(
-                f"the {role} {folder} is a repository of the Hub, and {folder.absolute()} has become a folder, which "
-                "would be loaded in its place: move the folder away and rerun the command, which keeps what was "
-                f"captured before; or give {'model.adapter' if role == 'adapter' else 'model.name'} the path of the "
-                "folder"
+                f"the {role} {path} is a repository of the Hub, and there is {path.absolute()} by now, which would be "
+                "loaded in its place: move it away and rerun the command, which keeps what was captured before; or "
+                f"give {setting} the path of the folder"
             )
 
 

@@ -75,6 +75,18 @@ def test_a_file_that_only_has_the_name_of_a_checkpoint_is_refused(tmp_path: Path
         refuse_odd_files(str(folder))
 
 
+@pytest.mark.parametrize("name", ["model", "org/model"])
+def test_a_file_with_the_name_of_a_repository_is_not_read(name: str, folder: Path, in_tmp: Path) -> None:
+    """transformers reads it as config.json, as the file of weights, and as the vocabulary of a tokenizer."""
+    path = in_tmp / name
+    path.parent.mkdir(exist_ok=True)
+    path.symlink_to(folder / "config.json")
+    config = ModelConfig(name=name)
+    for load in (check_model, load_tokenizer):
+        with pytest.raises(SourceError, match=f"{path} has the name of a repository of the Hub, and is no folder"):
+            load(config, commit="a" * 40)
+
+
 def test_a_link_through_another_checkpoint_is_refused(tmp_path: Path, folder: Path) -> None:
     base = write(tmp_path / "base" / "config.json", json.dumps({"model_type": "bert"})).parent
     link(base / "vocab.txt", write(tmp_path / "home" / "id_rsa"))

@@ -51,7 +51,7 @@ def test_a_folder_that_appears_is_not_loaded_for_a_repository(role: str, in_tmp:
     folder = in_tmp / names[role]
     with unchanged_files(model, commits) as files:
         assert files == {}
-    match = rf"the {role} org/{role} is a repository of the Hub, and {folder} has become a folder"
+    match = rf"the {role} org/{role} is a repository of the Hub, and there is {folder} by now"
     with pytest.raises(SourceError, match=match), unchanged_files(model, commits):
         folder.mkdir(parents=True)
     with pytest.raises(SourceError, match=match), unchanged_files(model, commits):

@@ -232,10 +232,11 @@ def download(
 def _remember(snapshot: Path, revision: str) -> None:
     """Records the commit of a revision in the cache, for a later start without a network.
 
-    huggingface_hub does so only for a file that it fetches by the name of a branch.
+    huggingface_hub does so only for a file that it fetches by the name of a branch. A cache may come from someone else:
+    nothing is written through a link out of the repository's folder.
     """
-    ref = snapshot.parent.parent / "refs" / revision
     with suppress(OSError, StoreError):  # the cache may be read-only
+        ref = inside(snapshot.parent.parent, f"refs/{revision}")
         if revision != snapshot.name and (not ref.exists() or ref.read_text() != snapshot.name):
             ref.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(ref, snapshot.name.encode())

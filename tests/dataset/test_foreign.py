@@ -19,6 +19,7 @@ from support.verify_cases import FILE, edit, restate, with_values, wrong
 import qk_sniffer
 from qk_sniffer.dataset.verify import verify
 from qk_sniffer.errors import HubError, StoreError
+from qk_sniffer.hub import branch as hub_branch
 from qk_sniffer.hub.branch import Branch
 from qk_sniffer.store import parquet_tables
 from qk_sniffer.store.files import open_inside
@@ -314,6 +315,19 @@ def test_a_link_in_a_cache_of_someone_else_leads_nowhere(hub: FakeHub, root: Pat
         dataset.vectors(0, 1, "q")
     cached.unlink()
     assert len(dataset.vectors(0, 1, "q").vectors) == rows
+
+
+def test_no_commit_is_recorded_through_a_link_in_a_cache(tmp_path: Path) -> None:
+    snapshot, mine = tmp_path / "datasets--a--b" / "snapshots" / ("a" * 40), tmp_path / "mine"
+    snapshot.mkdir(parents=True)
+    mine.mkdir()
+    refs = snapshot.parent.parent / "refs"
+    refs.symlink_to(mine)
+    hub_branch._remember(snapshot, "main")
+    assert list(mine.iterdir()) == []
+    refs.unlink()
+    hub_branch._remember(snapshot, "by/name")
+    assert (refs / "by" / "name").read_text() == "a" * 40
 
 
 @pytest.mark.parametrize(("name", "is_read"), [("ab/" + "ab" * 32, True), ("ab/id_rsa", False), ("ab" * 32, False)])

@@ -41,7 +41,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Makes the cases of a test marked `few(n)` slow ones, but for `n` of them at even distances."""
+    """Makes the cases of a test marked `few(n)` slow ones, but for `n` of them at even distances.
+
+    Puts the tests that wait for SLURM first: at the end, one worker would wait for them alone.
+    """
+    items.sort(key=lambda item: not item.path.name.startswith("test_slurm"))
     cases: dict[tuple[pytest.Item | None, str], list[pytest.Item]] = {}
     for item in items:
         if item.get_closest_marker("few") and not item.get_closest_marker("slow"):

@@ -41,7 +41,8 @@ def refuse_odd_files(name: str, commit: str | None = None) -> None:
     """
     folder = Path(name)
     if not folder.is_dir():
-        if is_hub_id(name) and os.path.lexists(folder):
+        # A tokenizer may be the path of its tokenizer.json.
+        if is_hub_id(name) and folder.suffix != ".json" and os.path.lexists(folder):
             raise SourceError(
                 f"{folder.absolute()} has the name of a repository of the Hub, and is no folder: transformers would "
                 "read it as a config, as weights and as a vocabulary. Move it away, or start in another folder"

@@ -23,6 +23,10 @@ PATIENCE_S = 20.0
 the journal needs some of these seconds to write its buffer."""
 
 
+_UNLOCKED = "release unlocked lock"
+"""The error of `threading.Condition.wait` when a signal ends it in the moment in which it begins."""
+
+
 class Stopped(KeyboardInterrupt):
     """A signal ended the job. Complete batches are kept."""
 
@@ -50,11 +54,13 @@ class Stopping:
             self._before = {number: signal.signal(number, self._heard) for number in numbers}
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self._alarm is not None:
             self._alarm.cancel()
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if isinstance(error, RuntimeError) and str(error) == _UNLOCKED and (stopped := _stop_before(error)) is not None:
+            raise stopped
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
@@ -99,3 +105,11 @@ class Stopping:
         self._alarm = threading.Timer(PATIENCE_S, stop)
         self._alarm.daemon = True
         self._alarm.start()
+
+
+def _stop_before(error: BaseException) -> Stopped | None:
+    """Returns the `Stopped` in whose handling an error was raised; None if there is none."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, Stopped):
+        found = found.__context__
+    return found

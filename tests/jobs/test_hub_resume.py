@@ -242,12 +242,12 @@ def test_another_configuration_is_refused(hub: FakeHub, machine: MakeMachine) ->
 
 @pytest.mark.slow
 def test_without_a_dataset_on_the_branch_the_job_starts_from_nothing(hub: FakeHub, machine: MakeMachine) -> None:
-    hub.create(REPO)
+    repository = hub.create(REPO)
+    created = repository.branches["main"]
     first = machine("first")
     first.job(4)
     assert len(first.captured) == 4 and published(hub) == 1
-    repository = hub.repositories[REPO]
-    repository.branches[BRANCH] = repository.branches["main"]  # the state after a kill in the middle of an upload
+    repository.branches[BRANCH] = created  # the state after a kill in the middle of an upload
     second = machine("second")
     second.job(4)
     assert len(second.captured) == 4 and published(hub) > 0

@@ -10,8 +10,10 @@ import struct
 import sys
 import termios
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 
@@ -90,34 +92,36 @@ def everything(master: int) -> str:
     return data.decode()
 
 
-def test_a_bar_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+@contextmanager
+def terminal_of(columns: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[int, TextIO]]:
+    """Makes stderr a terminal; yields its master and its file."""
     master, slave = pty.openpty()
     os.set_blocking(master, False)
     with os.fdopen(slave, "w") as terminal:
         monkeypatch.setattr(sys, "stderr", terminal)
-        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 150, 0, 0))
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+        yield master, terminal
+    os.close(master)
+
+
+def test_a_bar_on_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    with terminal_of(150, monkeypatch) as (master, _):
         shown = Progress(total=10, file=tmp_path / "progress")
         time.sleep(0.15)
         with caplog.at_level(logging.INFO):
             shown.add(examples=5, tokens=300, rows=24)
         shown.close()
         text = everything(master)
-    os.close(master)
     assert " 5/10, " in text and "24 rows" in text and not caplog.messages
 
 
 def test_a_log_line_does_not_go_on_after_the_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    master, slave = pty.openpty()
-    os.set_blocking(master, False)
-    with os.fdopen(slave, "w") as terminal:
-        monkeypatch.setattr(sys, "stderr", terminal)
-        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 80, 0, 0))
+    with terminal_of(80, monkeypatch) as (master, terminal):
         shown = Progress(total=10, file=tmp_path / "progress")
         record = logging.LogRecord("qk_sniffer", logging.INFO, __file__, 1, "plan: 10 texts", None, None)
         TerminalHandler(terminal).emit(record)
         text = everything(master)
         shown.close()
-    os.close(master)
     before, _, after = text.partition("plan: 10 texts")
     assert " 0/10, " in before and re.search(r"\r *\r$", before), "the bar is erased first"
     assert " 0/10, " in after, "and shown again"

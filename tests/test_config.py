@@ -108,9 +108,7 @@ def test_every_production_model_has_a_choice_and_nothing_is_left_over() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "slug", [pytest.param(slug, marks=pytest.mark.slow) if "-step-" in slug else slug for slug in PRODUCTION]
-)
+@pytest.mark.parametrize("slug", PRODUCTION)
 def test_a_production_model_alone_and_in_the_study(slug: str) -> None:
     name, max_length, min_bucket_size, overrides = PRODUCTION[slug]
     alone = composed(choice(slug))

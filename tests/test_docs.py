@@ -38,8 +38,6 @@ PAGES = [
     *sorted(page.relative_to(ROOT).as_posix() for page in ROOT.glob("docs/**/*.md")),
 ]
 
-QUICK = ("README.md", "docs/getting_started.md", "docs/recipes/")
-"""Where pages begin whose commands are checked by the quick tests too."""
 
 DIAGRAMS = {
     "docs/recipes/jobs.md": ("model      pydoc-tiny",),
@@ -233,7 +231,7 @@ def test_the_overview_of_the_api_names_what_there_is() -> None:
 @pytest.mark.usefixtures("at_readers")
 @pytest.mark.parametrize(
     "command",
-    [job if job.place.startswith(QUICK) else pytest.param(job, marks=pytest.mark.slow) for job in JOBS],
+    JOBS,
     ids=str,
 )
 def test_jobs(command: Command) -> None:

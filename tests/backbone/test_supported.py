@@ -81,7 +81,7 @@ def test_scalars_that_can_change_attention_do_in_the_configs_of_the_sweep() -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["falcon_h1", pytest.param("inkling2_text", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["falcon_h1", "inkling2_text"])
 def test_a_proof_without_the_scale_of_a_type_is_found_out(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     family = type(find_family(name))
     step = "projected" if "projected" in vars(family) else "after_rotary"

@@ -98,12 +98,12 @@ def compile_attention(decoder: Any, backend: Any) -> Any:
     [
         (compile_whole, False),
         (compile_in_place, True),
-        pytest.param(compile_some_layers, False, marks=pytest.mark.slow),
-        pytest.param(compile_attention, False, marks=pytest.mark.slow),
-        pytest.param(compile_whole, True, marks=pytest.mark.slow),
-        pytest.param(compile_in_place, False, marks=pytest.mark.slow),
-        pytest.param(compile_some_layers, True, marks=pytest.mark.slow),
-        pytest.param(compile_attention, True, marks=pytest.mark.slow),
+        (compile_some_layers, False),
+        (compile_attention, False),
+        (compile_whole, True),
+        (compile_in_place, False),
+        (compile_some_layers, True),
+        (compile_attention, True),
     ],
 )
 def test_a_compiled_model_shows_the_vectors_of_the_model_that_it_was_compiled_from(

@@ -228,9 +228,9 @@ def test_rows_without_a_finite_number_prove_nothing(texts: Path, tmp_path: Path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["post", pytest.param("pre", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stage", ["post", "pre"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("scale", [pytest.param(1.0, marks=pytest.mark.slow), 100.0])
+@pytest.mark.parametrize("scale", [1.0, 100.0])
 def test_large_biases_hide_nothing(
     scale: float, dtype: str, stage: str, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

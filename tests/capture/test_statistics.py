@@ -74,14 +74,10 @@ def rows_of(root: Path, layer: int, kind: str, skip: int = 0) -> np.ndarray:
     return np.stack([head.vectors[head.positions >= skip] for head in heads])
 
 
-QUICK = {"qwen3", "glm4", "smollm3", "deepseek_v3"}
-"""Halves; neighbours in a part of each head; a layer without RoPE; a rotated part at the end of each head."""
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
-    [case if case.name in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES],
+    CASES,
     ids=lambda case: case.name,
 )
 def test_they_are_those_of_all_rows_before_and_after_rope(

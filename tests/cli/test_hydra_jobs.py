@@ -48,8 +48,8 @@ def as_sweep(command: tuple[str, ...]) -> tuple[str, ...]:
     [
         CAPTURE,
         PLASTICITY,
-        pytest.param(as_sweep(CAPTURE), marks=pytest.mark.slow),
-        pytest.param(as_sweep(PLASTICITY), marks=pytest.mark.slow),
+        as_sweep(CAPTURE),
+        as_sweep(PLASTICITY),
     ],
 )
 def test_a_full_disk(command: tuple[str, ...], tmp_path: Path) -> None:

@@ -195,7 +195,7 @@ def test_a_row_that_was_not_written_is_written_by_the_next_one(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [8, pytest.param(23, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [8, 23])
 def test_jobs_that_end_together(
     number: int, hub: FakeHub, make_dataset: MakeDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

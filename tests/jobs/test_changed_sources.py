@@ -45,7 +45,7 @@ def half(index: int) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("verify", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("verify", [0, 1])
 def test_shards_of_other_texts_make_no_dataset(checkpoint: Path, tmp_path: Path, verify: int) -> None:
     root, texts, whole = tmp_path / "out", write(tmp_path / "texts.jsonl", TEXTS), tmp_path / "whole"
     sections = {"verify": {"examples": verify}}

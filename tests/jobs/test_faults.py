@@ -153,7 +153,7 @@ def test_killed_at_random_moments_of_every_step(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGINT", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
 def test_a_signal_stops_it_at_the_next_batch(
     name: str, server: Server, job: dict[str, Any], whole: dict[str, str]
 ) -> None:
@@ -248,8 +248,8 @@ def test_a_signal_while_the_forward_waits_for_the_disk(
     "step",
     [
         "publication",
-        pytest.param("compaction", marks=pytest.mark.slow),
-        pytest.param("manifest", marks=pytest.mark.slow),
+        "compaction",
+        "manifest",
     ],
 )
 def test_a_signal_while_the_dataset_is_made(
@@ -272,7 +272,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", ["segment", pytest.param("compaction", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", ["segment", "compaction"])
 def test_a_full_disk_is_said_and_what_was_there_is_kept(
     step: str, server: Server, job: dict[str, Any], whole: dict[str, str], texts: Path
 ) -> None:
@@ -297,9 +297,7 @@ def test_a_full_disk_is_said_and_what_was_there_is_kept(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "harm", ["flipped", *(pytest.param(harm, marks=pytest.mark.slow) for harm in ("cut short", "gone"))]
-)
+@pytest.mark.parametrize("harm", ["flipped", "cut short", "gone"])
 def test_a_damaged_segment_is_found_and_its_examples_run_again(
     harm: str, server: Server, job: dict[str, Any], whole: dict[str, str]
 ) -> None:

@@ -61,12 +61,8 @@ def grow(layout: Layout, part: Captured, **options: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "dtype", [torch.bfloat16, *(pytest.param(each, marks=pytest.mark.slow) for each in (torch.float16, torch.float32))]
-)
-@pytest.mark.parametrize(
-    "row_group_bytes", [64 * 5, *(pytest.param(each, marks=pytest.mark.slow) for each in (64 * 7, 64 * 64)), 1 << 23]
-)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("row_group_bytes", [64 * 5, 64 * 7, 64 * 64, 1 << 23])
 def test_a_dataset_that_grew_has_the_bytes_of_one_that_did_not(
     dtype: torch.dtype, row_group_bytes: int, tmp_path: Path
 ) -> None:
@@ -215,7 +211,7 @@ def test_shards_add_to_a_dataset_of_one_job(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("streaming", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("streaming", [False, True])
 def test_ids_of_one_digest_have_the_same_numbers_in_a_dataset_that_grew_and_in_shards(
     streaming: bool, checkpoint: Path, tmp_path: Path
 ) -> None:

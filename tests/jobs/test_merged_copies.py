@@ -14,7 +14,7 @@ from qk_sniffer.store.segment_writers import SegmentWriters
 
 SECTIONS: dict[str, Any] = {"inference": {"batch_size": 4, "lookahead": 10}, "capture": {"layers": [0, 1]}}
 
-SIZES = [(2, 3), (3, 2), (3, 4), (2, 7), (7, 2)]
+SIZES = [(3, 5), (2, 3), (3, 2), (3, 4), (2, 7), (7, 2)]
 
 
 def small_segments(batches: int, segment_items: int, checkpoint: Path, texts: Path, root: Path) -> None:
@@ -36,7 +36,7 @@ def small_segments(batches: int, segment_items: int, checkpoint: Path, texts: Pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("one", "other"), [(3, 5), *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in SIZES)])
+@pytest.mark.parametrize(("one", "other"), SIZES)
 def test_no_row_is_lost_or_doubled(
     checkpoint: Path, texts: Path, tmp_path: Path, undisturbed: Callable[..., Path], one: int, other: int
 ) -> None:

@@ -136,13 +136,8 @@ def test_a_state_that_is_not_a_jobs_is_an_error_that_names_the_file_and_the_way_
     assert not (root / "manifest.json").exists()
 
 
-QUICK = {"job.json is garbage", "safetensors is a folder", "manifest.json is garbage", ".qk_sniffer is a link"}
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "state", [state if state in QUICK else pytest.param(state, marks=pytest.mark.slow) for state in STATES]
-)
+@pytest.mark.parametrize("state", STATES)
 def test_overwriting_gets_out_of_it(
     state: str, captured: Path, checkpoint: Path, tmp_path: Path, undisturbed: Callable[..., Path]
 ) -> None:

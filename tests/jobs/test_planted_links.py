@@ -31,20 +31,15 @@ def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("compaction", ".qk_sniffer/staging/l01h00q"),
         ("move", "l01h00q"),
-        *(
-            pytest.param(step, place, marks=pytest.mark.slow)
-            for step, place in (
-                ("segment", ".qk_sniffer/journal"),
-                ("segment", ".qk_sniffer/journal/shard-00000-of-00001"),
-                ("compaction", ".qk_sniffer/journal/shard-00000-of-00001"),
-                ("compaction", ".qk_sniffer/staging"),
-                ("proof", ".qk_sniffer/staging/l01h00q"),
-                ("proof", ".qk_sniffer/staging/statistics"),
-                ("promotion", ".qk_sniffer/staging/l01h00q"),
-                ("move", "statistics"),
-                ("move", "examples"),
-            )
-        ),
+        ("segment", ".qk_sniffer/journal"),
+        ("segment", ".qk_sniffer/journal/shard-00000-of-00001"),
+        ("compaction", ".qk_sniffer/journal/shard-00000-of-00001"),
+        ("compaction", ".qk_sniffer/staging"),
+        ("proof", ".qk_sniffer/staging/l01h00q"),
+        ("proof", ".qk_sniffer/staging/statistics"),
+        ("promotion", ".qk_sniffer/staging/l01h00q"),
+        ("move", "statistics"),
+        ("move", "examples"),
     ],
 )
 def test_a_job_ends_with_the_name_of_a_link_in_its_way(

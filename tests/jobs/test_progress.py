@@ -133,11 +133,7 @@ def test_a_log_line_does_not_go_on_after_the_bar(tmp_path: Path, monkeypatch: py
 def test_the_bar_shows_its_parts_at_80_columns(
     total: int | None, parts: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    master, slave = pty.openpty()
-    os.set_blocking(master, False)
-    with os.fdopen(slave, "w") as terminal:
-        monkeypatch.setattr(sys, "stderr", terminal)
-        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 80, 0, 0))
+    with terminal_of(80, monkeypatch) as (master, _):
         shown = Progress(total=total, unit="text", file=tmp_path / "progress")
         monkeypatch.setattr(shown, "_start", shown._start - 3600.0)
         shown._bar.start_t -= 3600.0
@@ -146,7 +142,6 @@ def test_the_bar_shows_its_parts_at_80_columns(
         shown._bar.refresh()
         drawn = everything(master).split("\r")
         shown.close()
-    os.close(master)
     (line,) = {line.strip() for line in drawn if "500000" in line}
     assert len(line) <= 80 and all(part in f" {line}" for part in parts)
     assert re.search(r"12\.4k tok/s, 6\.70G rows, [\d.]+[MG]B", line)

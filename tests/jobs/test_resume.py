@@ -168,7 +168,7 @@ def test_a_job_that_was_stopped_goes_on_and_ends_with_the_same_bytes(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("streaming", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("harm", ["flip", "first gone", "last gone", "all gone"])
 def test_a_journal_damaged_after_it_was_complete_is_mended(
     harm: str,

@@ -168,7 +168,7 @@ def test_shards_make_the_parts_of_one_job(
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("batches", "lookahead"),
-    [(7, 3), *(pytest.param(*each, marks=pytest.mark.slow) for each in ((1, 3), (1, None), (7, None)))],
+    [(7, 3), (1, 3), (1, None), (7, None)],
 )
 def test_a_stopped_job_continues_within_a_text(
     batches: int, lookahead: int | None, checkpoint: Path, texts: Path, tmp_path: Path, undisturbed: Callable[..., Path]

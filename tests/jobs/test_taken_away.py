@@ -70,13 +70,11 @@ def remove(root: Path) -> None:
 IN_THREAD = ("segment",)
 """The steps during which the job computes: no other job runs in its process then."""
 
-QUICK = ("forward", "compaction", "promotion")
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "step",
-    [step if step in QUICK else pytest.param(step, marks=pytest.mark.slow) for step in STEPS if step not in IN_THREAD],
+    [step for step in STEPS if step not in IN_THREAD],
 )
 def test_a_job_ends_when_another_one_takes_its_data_root(
     step: str,

@@ -26,14 +26,12 @@ from qk_sniffer.store.rows import Slot
 
 BOTH = {"capture_values": True, "capture_outputs": True}
 BY_NAME = {case.name: case for case in CASES}
-QUICK = {"llama", "gemma2", "gpt_oss", "deepseek_v3", "gpt_neox"}
-"""Shared key heads; softcap and windows; sinks; values narrower than keys; one projection for all three."""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
-    [case if case.name in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES],
+    CASES,
     ids=lambda case: case.name,
 )
 def test_they_are_what_the_unmodified_model_attends_to_and_returns(

@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+# Compiles on all cores; pip uses one. Without it, each process compiles torch anew where PYTHONDONTWRITEBYTECODE is set.
+COMPILE := -m compileall -qq -j 0 -x '/tests?/|/testing/_internal/'
 
 .PHONY: demo test slow notebooks floor check docs supported bench bench-peers install clean
 
@@ -62,6 +64,7 @@ $(FLOOR)/.installed: pyproject.toml constraints.txt
 	grep -vE '^(transformers|huggingface_hub)==' constraints.txt > $(FLOOR)/constraints.txt
 	echo 'transformers==$(FLOOR_TRANSFORMERS)' >> $(FLOOR)/constraints.txt
 	$(FLOOR)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -c $(FLOOR)/constraints.txt -e '.[dev,gguf,peft]'
+	$(FLOOR)/bin/python $(COMPILE) $(FLOOR)/lib
 	touch $@
 
 install: $(INSTALLED)
@@ -71,6 +74,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 		|| { echo "Python 3.11 or newer is needed; name one with: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev,gguf,peft]'
+	$(BIN)/python $(COMPILE) .venv/lib
 	touch $@
 
 clean:

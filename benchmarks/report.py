@@ -27,7 +27,7 @@ LAYERS, QUERIES, KEYS, WIDTH = 32, 24, 8, 128
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "thousand"
-        capture = [sys.executable, "-m", "qk_sniffer", "sampler=uniform", "sampler.base_rate=16", "verify.examples=0"]
+        capture = [sys.executable, "-m", "qk_sniffer", "sampler=uniform", "sampler.base_rate=32", "verify.examples=0"]
         subprocess.run([*capture, f"output.data_root={root}"], check=True, cwd=folder)
         size = widened(root)
         start = time.perf_counter()

@@ -3,7 +3,6 @@
 import stat
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from pathlib import Path
 from threading import Event
@@ -19,7 +18,7 @@ from qk_sniffer.dataset.verify_report import Problem, Report, named
 from qk_sniffer.dataset.verify_rows import Examples, HeadCheck, check_file, check_rows
 from qk_sniffer.dataset.verify_statistics import check_statistics
 from qk_sniffer.errors import StoreError
-from qk_sniffer.machine import num_threads
+from qk_sniffer.machine import num_threads, workers
 from qk_sniffer.store.disk import sha256_of
 from qk_sniffer.store.files import inside
 from qk_sniffer.store.layout import (
@@ -324,7 +323,7 @@ def _tasks(heads: Sequence[Head]) -> list[list[Head]]:
 
 def _each(work: Callable[[_Item], _Result], items: Sequence[_Item], step: _Step) -> Iterator[_Result]:
     """Yields the results of `work`, which runs in threads, in the order of `items`."""
-    with ThreadPoolExecutor(num_threads()) as pool:
+    with workers(num_threads()) as pool:
         try:
             for result in pool.map(work, items):
                 step()

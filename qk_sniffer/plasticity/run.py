@@ -8,7 +8,7 @@ import scipy again.
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -24,7 +24,7 @@ from qk_sniffer.dataset.reader import Dataset, open_dataset, sampler_of
 from qk_sniffer.drawing.style import PAPER_SUFFIXES
 from qk_sniffer.errors import QkSnifferError, StoreError
 from qk_sniffer.logs import logger
-from qk_sniffer.machine import num_threads
+from qk_sniffer.machine import num_threads, workers
 from qk_sniffer.plasticity.config import INSTALL, PlasticityConfig
 from qk_sniffer.plasticity.figures import check_places, draw_all
 from qk_sniffer.plasticity.intervals import in_words
@@ -148,7 +148,7 @@ def _measure_missing(
             bar.update()
 
     threads = num_threads()
-    with bar, ThreadPoolExecutor(threads) as pool:
+    with bar, workers(threads) as pool:
         try:
             for future in as_completed([pool.submit(work, each) for each in portions(missing, threads)]):
                 future.result()

@@ -1,7 +1,6 @@
 """Collects the maps of the heads and what the page shows of each head, in one pass over their files."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 from qk_sniffer.dataset.head_scores import RANKED
 from qk_sniffer.dataset.heads import captured_heads
 from qk_sniffer.dataset.reader import Dataset
+from qk_sniffer.machine import workers
 from qk_sniffer.report.attention import Maps, Summaries
 from qk_sniffer.report.packed import Json, grid, number, numbers, points, shares
 from qk_sniffer.report.unchanged import Unchanged
@@ -152,7 +152,7 @@ def measured_heads(dataset: Dataset, unchanged: Unchanged) -> Heads:
     groups: dict[tuple[int, int], list[Head]] = {}
     for head in heads.values():
         groups.setdefault((head.layer, head.key_head), []).append(head)
-    with ThreadPoolExecutor(WORKERS) as pool:
+    with workers(WORKERS) as pool:
         for found in pool.map(measure, groups.values()):
             for key, one, detail in found:
                 measures[key], details[key] = one, detail

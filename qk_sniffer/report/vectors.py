@@ -18,8 +18,8 @@ from qk_sniffer.store.layout import HeadKey, head_file
 Float64 = npt.NDArray[np.float64]
 Int32 = npt.NDArray[np.int32]
 
-READ_BYTES = 4 << 30
-"""The bytes of vectors that are read of all heads together, as float32 in memory: about 10 s on two cores."""
+READ_BYTES = 2 << 30
+"""The bytes of vectors that are read of all heads together, as float32 in memory."""
 
 MOST_BYTES = 32 << 20
 """The bytes that are read of a head."""

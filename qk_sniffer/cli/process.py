@@ -1,8 +1,6 @@
 """Gives all programs the same start and the same end: `--version`, their errors and their exit codes."""
 
-import atexit
 import errno
-import gc
 import sys
 from collections.abc import Callable
 
@@ -32,7 +30,6 @@ def run(body: Callable[[list[str]], int], *, interrupted: str = "interrupted") -
         Ctrl-C. A reader of the output that goes away, such as `head`, changes nothing.
     """
     escape_libraries()
-    atexit.register(gc.freeze)  # else Python collects all objects of torch as it ends, for more than a second
     arguments = sys.argv[1:]
     hide_in_addresses(" ".join(arguments))
     try:

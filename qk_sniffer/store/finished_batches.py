@@ -1,11 +1,10 @@
 """Describes finished batches on their way to the journal, and their size in the header of a segment."""
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
-from operator import attrgetter
 
-from qk_sniffer.store.journal import AttentionFacts, ExampleRecord
+from qk_sniffer.store.journal import AttentionFacts, ExampleRecord, values_of
 from qk_sniffer.store.segment import Tensor
 from qk_sniffer.store.stored import LARGE
 
@@ -14,10 +13,6 @@ MOST_METADATA = LARGE * 3 // 4
 
 _NUMBERS_BYTES = 80
 """The most bytes of the names in the facts of a batch, and of its numbers."""
-
-_values_of = attrgetter(*(field.name for field in fields(ExampleRecord)))
-"""Returns the values of a record as a tuple. `dataclasses.astuple` copies each of them, which takes twenty times as
-long."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +36,7 @@ class FinishedBatch:
 
     @cached_property
     def _records(self) -> str:
-        return json.dumps([*map(_values_of, self.records)])
+        return json.dumps([*map(values_of, self.records)])
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,8 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,11 @@ class ExampleRecord:
     def key(self) -> int:
         """Names the example in its source: `example_key` of its index and part."""
         return example_key(self.index, self.part)
+
+
+values_of = attrgetter(*(field.name for field in fields(ExampleRecord)))
+"""Returns the values of a record as a tuple. `dataclasses.astuple` copies each of them, which takes twenty times as
+long."""
 
 
 class Journal:

@@ -8,7 +8,7 @@ to model.
 
 import io
 import json
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from qk_sniffer.config import CaptureConfig
 from qk_sniffer.store.compact import ROW_GROUP_BYTES
-from qk_sniffer.store.journal import ExampleRecord
+from qk_sniffer.store.journal import ExampleRecord, values_of
 from qk_sniffer.store.layout import ATTENTION, OFFSET_COLUMNS, schema
 from qk_sniffer.store.parquet_writer import options
 from qk_sniffer.store.rows import RUN_COLUMNS, token_columns
@@ -171,7 +171,7 @@ def headers_bytes(records_bytes: int, num_blocks: int, tensors: int, segments: i
 
 def record_bytes(record: ExampleRecord) -> int:
     """Returns the bytes of an example's record in a segment, in which quotes are escaped."""
-    return len(json.dumps(json.dumps(astuple(record)))) + 2
+    return len(json.dumps(json.dumps(values_of(record)))) + 2
 
 
 def others_bytes(num_examples: int, num_files: int, num_layers: int) -> int:

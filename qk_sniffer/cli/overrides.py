@@ -33,11 +33,13 @@ EXPERIMENT = "experiment"
 class Checked:
     """The arguments, sorted. `good` holds those without a problem, in their order; `bad_keys` are those of the others.
 
-    That a shell has split an argument is a problem; its parts together are checked as one argument. `whole` is false
-    when the choice of a group is bad: the rest may then seem wrong only because the choice is missing.
+    That a shell has split an argument is a problem, in `split` by the argument; its parts together are checked as one
+    argument. `whole` is false when the choice of a group is bad: the rest may then seem wrong only because the choice
+    is missing.
     """
 
     problems: list[str]
+    split: dict[str, str]
     good: list[str]
     bad_keys: set[str]
     whole: bool
@@ -54,9 +56,10 @@ class Checker:
 
     def check(self, arguments: Sequence[str]) -> Checked:
         """Checks every argument, and every value of a sweep."""
-        problems, arguments = join(
+        split, arguments = join(
             arguments, self._is_readable, lambda key: self.schema.plain_type(key) is str, self._is_name
         )
+        problems: list[str] = []
         good: list[str] = []
         bad_keys: set[str] = set()
         whole = True
@@ -69,7 +72,7 @@ class Checker:
                 whole = whole and not self._chooses_group(argument)
             else:
                 good.append(argument)
-        return Checked(problems, good, bad_keys - {""}, whole)
+        return Checked(problems, split, good, bad_keys - {""}, whole)
 
     def values_of(self, override: Override) -> list[Any]:
         """Returns the value of an argument, or all values of a sweep; none where they cannot be listed."""

@@ -28,6 +28,7 @@ from qk_sniffer.cli.flags import initialized
 from qk_sniffer.cli.hydra_files import folder_problems, job_problems
 from qk_sniffer.cli.launching import is_on_slurm, is_plain_sweep
 from qk_sniffer.cli.overrides import EXPERIMENT, Checker, key_of
+from qk_sniffer.cli.split_settings import with_split
 from qk_sniffer.errors import ConfigError
 from qk_sniffer.jobs.sweep import MOST_JOBS, Job, Settings, describe
 from qk_sniffer.text import shortened
@@ -82,7 +83,7 @@ class Composer(Generic[Settings]):
             problems, jobs = self._values_alone(checked.good), []
         # A problem that only follows from a missing argument is left out.
         news = [problem for problem in problems if not any(_mentions(problem, key) for key in checked.bad_keys)]
-        found = [*checked.problems, *news] or list(self.application.collisions(jobs))
+        found = with_split([*checked.problems, *news], checked.split) or list(self.application.collisions(jobs))
         if found:
             raise ConfigError(list(dict.fromkeys(found)))
         return jobs
@@ -197,7 +198,7 @@ class Composer(Generic[Settings]):
         checked = self.checker.check(params)
         # As in `BasicSweeper.sweep`: a later argument replaces an earlier one with its key.
         texts = self.parser.parse_overrides([*checked.good, *of_task])
-        problems = [f"hydra.sweeper.params: {problem}" for problem in checked.problems]
+        problems = [f"hydra.sweeper.params: {problem}" for problem in with_split(checked.problems, checked.split)]
         counts = {text.get_key_element(): len(self.checker.values_of(text)) for text in texts}
         if (count := math.prod(counts.values())) > MOST_JOBS:
             problems.append(f"the sweep has {count:,} jobs; run at most {MOST_JOBS:,} at a time")

@@ -1,7 +1,7 @@
 """Finds settings that a shell has split at their spaces: `sampler.type = uniform`, `capture.layers=[0, 1]`."""
 
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import takewhile
 
 _CLOSING = {"[": "]", "{": "}", "(": ")"}
@@ -12,8 +12,8 @@ def join(
     is_readable: Callable[[str], bool],
     takes_text: Callable[[str], bool],
     is_name: Callable[[str], bool],
-) -> tuple[list[str], list[str]]:
-    """Returns a problem for each setting that was split, and all settings as they were meant.
+) -> tuple[dict[str, str], list[str]]:
+    """Returns what is wrong with each setting that was split, by the setting as it was meant, and all settings.
 
     Args:
         arguments: the settings of a command line.
@@ -21,7 +21,7 @@ def join(
         takes_text: whether a key takes a text, which may have spaces.
         is_name: whether a word is a key or a group.
     """
-    problems: list[str] = []
+    split: dict[str, str] = {}
     settings: list[str] = []
     rest = list(arguments)
     while rest:
@@ -31,10 +31,27 @@ def join(
                 count, setting = candidate_count, candidate
         if count > 1:
             rule = "a setting with spaces is quoted" if " " in setting else "a setting is one word"
-            problems.append(f"{' '.join(rest[:count])}: {rule}: {shlex.quote(setting)}")
+            split[setting] = f"{' '.join(rest[:count])}: {rule}"
         settings.append(setting)
         del rest[:count]
-    return problems, settings
+    return split, settings
+
+
+def with_split(problems: Sequence[str], split: Mapping[str, str]) -> list[str]:
+    """Adds what `join` found wrong to the other problems.
+
+    A setting that has another problem gets one line, whose advice is that of the other problem: the setting as it was
+    meant is wrong, too.
+    """
+    joined, others = [], list(problems)
+    for setting, what in split.items():
+        same = next((problem for problem in others if problem.startswith(f"{setting}: ")), None)
+        if same is None:
+            joined.append(f"{what}: {shlex.quote(setting)}")
+        else:
+            others.remove(same)
+            joined.append(f"{what}; {same.removeprefix(f'{setting}: ')}")
+    return [*joined, *others]
 
 
 def _candidates(

@@ -206,6 +206,38 @@ def test_a_setting_with_spaces_around_its_sign_is_told_the_way_out(argument: str
     ]
 
 
+@pytest.mark.few(1)
+@pytest.mark.parametrize(
+    ("arguments", "rule", "way_out"),
+    [
+        (
+            ("dataset.filter={lang:", "fr}"),
+            "a setting with spaces is quoted",
+            "the mapping has no such entry yet; to add it, write '+dataset.filter={lang: fr}'",
+        ),
+        (
+            ("dataset.filter", "=", "{lang:fr}"),
+            "a setting is one word",
+            "the mapping has no such entry yet; to add it, write '+dataset.filter={lang:fr}'",
+        ),
+        (
+            ("experiment", "=", "sample"),
+            "a setting is one word",
+            "an experiment is added to a run: +experiment=sample",
+        ),
+        (
+            ("capture.layers", "=", "0,1"),
+            "a setting is one word",
+            "a list is written in brackets: capture.layers=[0,1]",
+        ),
+    ],
+)
+def test_a_setting_that_was_split_and_is_wrong_gets_one_advice(
+    arguments: tuple[str, ...], rule: str, way_out: str
+) -> None:
+    assert refusals("model=pydoc_tiny", *arguments) == [f"{' '.join(arguments)}: {rule}; {way_out}"]
+
+
 def test_a_setting_that_was_split_is_checked_too() -> None:
     found = refusals("sampler.type", "=", "unform", "sampler.base_rate=-1")
     assert [problem.partition(" is ")[0] for problem in found][1:] == ["sampler.type", "sampler.base_rate"]

@@ -37,7 +37,6 @@ from qk_sniffer.plasticity.uncertainty import PlasticityReplicates, Uncertainty,
 from qk_sniffer.store.layout import head_file
 from qk_sniffer.text import compact_ranges, counted
 
-_TOO_LOW = "this sample makes plasticity too low"
 _CORRECTED = "see `corrected` and its interval in the tables of intervals"
 _UNCORRECTED = "replicates=200 adds a corrected number and its interval"
 
@@ -190,6 +189,8 @@ class _QueryHead:
         metrics["ap_overall"] = float(np.nanmean(values)) if np.isfinite(values).any() else np.nan
         head = self.keys.head
         uncertainty = None if replicates is None else self._uncertainty(replicates)
+        if estimator is not None:
+            self._note_small_sample(uncertainty)
         return HeadResult(
             head.layer, self.head, head.head, metrics, buckets, r2.tolist(), self.notes, uncertainty=uncertainty
         )
@@ -313,12 +314,30 @@ class _QueryHead:
             self.notes.append(f"no queries in bucket {compact_ranges(empty)}: its plasticity is NaN")
         if without_pairs:
             self.notes.append(f"no two keys of an example in bucket {compact_ranges(without_pairs)}: NaN for it")
-        too_low = f"{_TOO_LOW}, {_CORRECTED if self.config.replicates else _UNCORRECTED}"
-        texts = len(np.unique(self.queries.example_ids))
-        if texts < ENOUGH_TEXTS:
-            self.notes.append(f"{counted(texts, 'text')}, fewer than {ENOUGH_TEXTS}: {too_low}")
-        rows = np.bincount(self.queries.buckets, minlength=1)
-        if any(0 < rows[query] < ENOUGH_ROWS for query in asked):
-            self.notes.append(f"a bucket has fewer than {ENOUGH_ROWS} queries: {too_low}")
         if not asked:
             self.notes.append("no query bucket sees keys of an earlier one: there is no plasticity")
+
+    def _note_small_sample(self, uncertainty: Uncertainty | None) -> None:
+        """Warns of few texts or rows. The direction of the bias is that of the head's own correction."""
+        texts = len(np.unique(self.queries.example_ids))
+        rows = np.bincount(self.queries.buckets, minlength=1)
+        is_asked = np.isin(np.arange(len(rows)), [query for queries in self._seen_from().values() for query in queries])
+        too_few = []
+        if texts < ENOUGH_TEXTS:
+            too_few.append(f"{counted(texts, 'text')}, fewer than {ENOUGH_TEXTS}")
+        if (is_asked & (rows > 0) & (rows < ENOUGH_ROWS)).any():
+            too_few.append(f"a bucket has fewer than {ENOUGH_ROWS} queries")
+        self.notes += [f"{each}: {self._bias(uncertainty)}" for each in too_few]
+
+    def _bias(self, uncertainty: Uncertainty | None) -> str:
+        """Words which way the sample is off, by the head's own correction or else by what is known of the estimator."""
+        found = None if uncertainty is None else uncertainty.of_head.get("ap_overall")
+        if found is None or not np.isfinite(found.corrected):
+            # The error of the line's mean query lowers plasticity. The covariance of few queries may also raise it.
+            is_line = self.config.estimator.alpha is None
+            bias = "this sample makes plasticity too low" if is_line else "this sample may bias plasticity"
+            return bias if self.config.replicates else f"{bias}, {_UNCORRECTED}"
+        if np.isclose(found.corrected, found.value, rtol=1e-5):  # a stored number has fewer digits
+            return f"this sample may bias plasticity, {_CORRECTED}"
+        way = "low" if found.corrected > found.value else "high"
+        return f"this sample seems to make plasticity too {way}, {_CORRECTED}"

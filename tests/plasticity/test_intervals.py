@@ -24,6 +24,7 @@ from qk_sniffer.plasticity.key_pairs import KeyGroups, generator
 from qk_sniffer.plasticity.resampled_queries import along_drift, of_lines
 from qk_sniffer.plasticity.resampling import Clusters, first_signs, replicate_drift, text_weights
 from qk_sniffer.plasticity.uncertainty import PlasticityReplicates, Uncertainty, estimate, of_components, of_queries
+from qk_sniffer.store.layout import head_name
 
 WIDTH = 16
 """Positions of a bucket."""
@@ -316,12 +317,40 @@ def test_a_warning_names_heads_of_few_rows_or_texts(root: Path, tmp_path: Path, 
         rewrite(root, 1, 1, kind, random.normal(size=(320, 16)), positions[few], texts[few])
     assert measure(root, tmp_path / "results") == 0
     notes = record(tmp_path / "results")["notes"]
-    named = {note: heads for note, heads in notes.items() if "makes plasticity too low" in note}
+    named = {note: heads for note, heads in notes.items() if "make plasticity too low" in note}
     assert "l01h00q" not in str(named), "160 rows in a bucket, of 40 texts"
-    assert "l01h01q" in str(named["20 texts, fewer than 30: this sample makes plasticity too low, see " + WHERE])
-    assert "l01h01q" in named["a bucket has fewer than 100 queries: this sample makes plasticity too low, see " + WHERE]
+    assert "l01h01q" in str(
+        named["20 texts, fewer than 30: this sample seems to make plasticity too low, see " + WHERE]
+    )
+    assert (
+        "l01h01q"
+        in named["a bucket has fewer than 100 queries: this sample seems to make plasticity too low, see " + WHERE]
+    )
     assert "fewer than 100 queries" in (said := capsys.readouterr().out)
     assert f"Tables: {tmp_path}/results/{', '.join(tables.TABLES)} (csv, parquet)" in said
+
+
+def test_a_warning_names_the_way_that_the_heads_are_off(verify_base: Path, tmp_path: Path) -> None:
+    assert measure(verify_base, tmp_path / "results", estimator=full_covariance(0.1)) == 0
+    found = tables.read(tmp_path / "results", "head_intervals")
+    rows = found["quantity"] == "ap_overall"
+    names = [
+        head_name(int(layer), int(head), "q")
+        for layer, head in zip(found["layer"][rows], found["q_head"][rows], strict=True)
+    ]
+    shifts = dict(zip(names, found["corrected"][rows] - found["value"][rows], strict=True))
+    notes = record(tmp_path / "results")["notes"]
+    ways = {"this sample seems to make plasticity too low": 1, "this sample seems to make plasticity too high": -1}
+    seen = {
+        head: sign
+        for note, heads in notes.items()
+        for way, sign in ways.items()
+        if f": {way}, " in note
+        for head in heads
+    }
+    assert seen == {head: np.sign(shift) for head, shift in shifts.items()} and set(seen.values()) == {1, -1}
+    assert measure(verify_base, tmp_path / "none", estimator=full_covariance(0.1), replicates=0) == 0
+    assert "too low" not in str(record(tmp_path / "none")["notes"])
 
 
 WHERE = "`corrected` and its interval in the tables of intervals"

@@ -206,11 +206,15 @@ class _Job:
             plan = plan_compaction(self.blocks.get((heads[0].layer, kind), []), segments, self.ends)
             self._check(heads, plan.blocks)
             rows_per_group = max(1, self.row_group_bytes // (4 * head_dim))
+            schemas = [self._schema(head) for head in heads]
             with ExitStack() as stack:
-                outputs = [stack.enter_context(self._writer(head)) for head in heads]
+                outputs = [
+                    stack.enter_context(ParquetWriter(self.staging.root / head.file, described, self.access))
+                    for head, described in zip(heads, schemas, strict=True)
+                ]
                 partial = [
-                    self._write_previous(head, output, rows_per_group, counted)
-                    for head, output in zip(heads, outputs, strict=True)
+                    self._write_previous(head, described, output, rows_per_group, counted)
+                    for head, described, output in zip(heads, schemas, outputs, strict=True)
                 ]
                 for group in plan.groups(rows_per_group, before=partial[0].num_rows):
                     self._check_going_on()
@@ -219,7 +223,7 @@ class _Job:
                     for place, (head, output) in enumerate(zip(heads, outputs, strict=True)):
                         vectors = _vectors(head, plan, group, segments)
                         nonfinite[head.file] += self._num_nonfinite(kind, vectors)
-                        table = self._table(head, columns, vectors)
+                        table = self._table(head, schemas[place], columns, vectors)
                         if partial[place].num_rows:
                             table = pa.concat_tables([partial[place], table]).combine_chunks()
                             partial[place] = table.slice(0, 0)
@@ -233,12 +237,12 @@ class _Job:
         return _Done(kind, {name: entry for name, entry in entries.items() if entry is not None}, counted, +nonfinite)
 
     def _write_previous(
-        self, head: Head, output: ParquetWriter, rows_per_group: int, counted: Counter[int]
+        self, head: Head, described: pa.Schema, output: ParquetWriter, rows_per_group: int, counted: Counter[int]
     ) -> pa.Table:
         """Writes the row groups that the previous version fills. Returns the remaining rows, fewer than a group."""
-        left = self._schema(head).empty_table()
+        left = described.empty_table()
         if self.previous is not None:
-            for table in self.previous.tables(head.file, self._schema(head), rows_per_group):
+            for table in self.previous.tables(head.file, described, rows_per_group):
                 self._check_going_on()
                 _count(counted, table["bucket"].to_numpy(), 1)
                 if table.num_rows < rows_per_group:
@@ -317,8 +321,9 @@ class _Job:
             strings = list(self.token_string(distinct))
         return pa.array(strings, pa.string()).take(pa.array(inverse.ravel()))
 
-    def _table(self, head: Head, columns: dict[str, Any], vectors: npt.NDArray[np.float32]) -> pa.Table:
-        described = self._schema(head)
+    def _table(
+        self, head: Head, described: pa.Schema, columns: dict[str, Any], vectors: npt.NDArray[np.float32]
+    ) -> pa.Table:
         if head.kind == ATTENTION:
             found = columns | self._attention.columns(vectors)
             return pa.Table.from_arrays([pa.array(found[name]) for name in described.names], schema=described)
@@ -336,9 +341,6 @@ class _Job:
             return self._attention.schema.with_metadata(dict(sorted(head.metadata.items())))
         columns = schema(head.head_dim, self.capture)
         return columns.with_metadata(dict(sorted(head.metadata.items())))
-
-    def _writer(self, head: Head) -> ParquetWriter:
-        return ParquetWriter(self.staging.root / head.file, self._schema(head), self.access)
 
 
 def _segments(records: Sequence[ExampleRecord]) -> TextSegments:

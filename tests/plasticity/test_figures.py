@@ -13,7 +13,18 @@ from support.plasticity_cases import environment_of, measure, metrics, record, r
 from qk_sniffer.drawing import style
 from qk_sniffer.errors import ConfigError, QkSnifferError, StoreError
 from qk_sniffer.plasticity import figures, tables
-from qk_sniffer.plasticity.compare import Run, Settings, Step, compare, draw, names, read, step_of
+from qk_sniffer.plasticity.compare import (
+    Run,
+    Settings,
+    Step,
+    compare,
+    differences,
+    draw,
+    names,
+    read,
+    step_of,
+    title,
+)
 from qk_sniffer.plasticity.figures import Names
 from qk_sniffer.plasticity.intervals import of_all
 from qk_sniffer.plasticity.results import Results
@@ -279,6 +290,31 @@ def test_other_runs_keep_the_given_order_and_are_not_joined() -> None:
 )
 def test_runs_are_called_by_what_differs(others: dict[str, Any], expected: list[str]) -> None:
     assert names([RUN, replace(RUN, **others)]) == expected
+
+
+def test_the_title_names_what_the_runs_have_in_common() -> None:
+    run = replace(RUN, revision="main")
+    for others, expected in (
+        ({"estimator": "full_covariance"}, "SmolLM3-3B on texts, estimators: full covariance, regression"),
+        ({"revision": "v2"}, "on texts, estimator: regression"),
+        ({"texts": "books"}, "SmolLM3-3B, estimator: regression"),
+        ({"model": "qwen3", "texts": "books"}, "estimator: regression"),
+    ):
+        assert title([run, replace(run, **others)]) == expected
+        with style.styled():
+            assert draw([run, replace(run, **others)]).get_suptitle() == expected
+
+
+def test_a_difference_has_the_interval_that_is_certain() -> None:
+    first, unknown = replace(RUN, mean=(0.9, 0.85, 0.92)), replace(RUN, mean=(0.8, np.nan, np.nan), revision="b")
+    other = replace(RUN, mean=(0.7, 0.65, 0.75), revision="a")
+    runs = [replace(first, revision="main"), other, unknown]
+    assert list(differences(runs)) == [
+        "  a: mean of heads -0.2000 from main (interval of at least 95 %: -0.2700 to -0.1000)",
+        "  b: mean of heads -0.1000 from main",
+    ]
+    steps = [replace(other, revision="step2"), replace(first, revision="step1")]
+    assert next(differences(steps)).startswith("  2: mean of heads -0.2000 from 1 "), "in the order of training"
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ import errno
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -134,11 +134,12 @@ def with_reasons(lines: list[Line], reasons: slurm.Reasons) -> list[Line]:
 def table(lines: list[Line], width: int | None = None) -> str:
     """A table of `lines`; below it the errors of jobs, and the meaning of reasons that need a person.
 
-    Columns without a value are left out. If the table is wider than `width` characters, where a job runs is told below
-    it too, and cells are folded. None is for any width.
+    Columns without a value are left out. A table that is wider than `width` characters leaves out where finished
+    datasets were made, then the time, and then the tokens/s. If it is still wider, it has these columns, where jobs run
+    is told below it, and cells are folded. None is for any width.
     """
     rows = [_COLUMNS]
-    errors, places = [], []
+    errors, places, in_short = [], [], ["where"]
     for line in lines:
         status = line.status
         name = _from_here(status.data_root)
@@ -150,7 +151,9 @@ def table(lines: list[Line], width: int | None = None) -> str:
         on_slurm = f"SLURM {status.slurm_job_id}" if status.slurm_job_id else ""
         restarts = f"restarted {status.restarts} x" if status.restarts else ""
         where = ", ".join(filter(None, [status.url, status.host, on_slurm, restarts]))
-        places += [f"{name}: {where}"] if where else []
+        short = status.url or "" if status.state in job_status.GOOD else where
+        in_short.append(short)
+        places += [f"{name}: {short}"] if short else []
         rows.append(
             (
                 name,
@@ -170,13 +173,26 @@ def table(lines: list[Line], width: int | None = None) -> str:
             errors += [] if line.log is None else [f"  log: {_from_here(line.log)}"]
     known = sorted({line.reason for line in lines if line.reason is not None})
     meanings = [f"{reason}: {meaning}" for reason in known if (meaning := slurm.advice(reason)) is not None]
-    shown = [column for column in zip(*rows, strict=True) if any(column[1:]) or column[0] in ("dataset", "state")]
+    columns = [*zip(*rows, strict=True)]
+    shorter = [*columns[:-1], tuple(in_short)]
     told: list[str] = []
-    if width is not None and sum(max(map(len, column)) + 2 for column in shown) - 2 > width:
-        shown, told = [column for column in shown if column[0] != "where"], places
+    for of_whom, left_out in ((columns, ()), (shorter, ()), (shorter, ("time",)), (shorter, ("time", "tokens/s"))):
+        shown = _with_values(of_whom, left_out)
+        if width is None or sum(max(map(len, map(printable, column))) + 2 for column in shown) - 2 <= width:
+            break
+    else:
+        shown, told = _with_values(shorter, ("where",)), places
     return "\n".join(
         [folded([*zip(*shown, strict=True)], width, _OF_WORDS), *map(printable, [*told, *errors, *meanings])]
     )
+
+
+def _with_values(columns: Sequence[Sequence[str]], left_out: Collection[str]) -> list[Sequence[str]]:
+    return [
+        column
+        for column in columns
+        if column[0] not in left_out and (any(column[1:]) or column[0] in ("dataset", "state"))
+    ]
 
 
 _COLUMNS = ("dataset", "state", "examples", "tokens/s", "left", "rows", "time", "last attempt", "where")

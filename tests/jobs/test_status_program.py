@@ -41,6 +41,26 @@ def test_a_table_fits_the_terminal(width: int, tmp_path: Path, monkeypatch: pyte
         assert number in "".join(shown[:below])
 
 
+def test_a_narrow_table_leaves_out_what_is_least_useful(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = [tmp_path / "outputs" / name for name in ("pydoc-tiny-pydoc", "qwen3-8b-pydoc")]
+    made, running = (Status.here(number, job.config) for number, job in enumerate(planned(*names)))
+    made.state, made.seconds, made.host = "done", 4000.0, "login-node-1"
+    running.state, running.seconds, running.host = "running", 400.0, "gpu-7"
+    done = Line(made, 60, rows=11_968)
+    header, _ = table([done], 64).splitlines()
+    assert "time" in header and "where" not in header, "the host of a finished dataset is of no more use"
+    lines = [done, Line(running, 12, 60, 12_345.0, 3700.0, 96_789)]
+    shown = table(lines, 85).splitlines()
+    assert len(shown) == 3 and max(map(len, shown)) <= 85 and "time" not in shown[0]
+    assert shown[2].endswith("gpu-7") and "login-node-1" not in shown[1]
+    assert "login-node-1" in table(lines, 200) and "1:06:40" in table(lines)
+    shown = table(lines, 80).splitlines()
+    assert shown[2].endswith("gpu-7") and len(shown) == 3 and max(map(len, shown)) <= 80 and "tokens/s" not in shown[0]
+    shown = table(lines, 60).splitlines()
+    assert shown[-1] == "outputs/qwen3-8b-pydoc: gpu-7" and "login-node-1" not in "".join(shown)
+
+
 def test_as_a_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     with announced(tmp_path / "outputs" / "1", planned(tmp_path / "a"), outlive=True):
         pass

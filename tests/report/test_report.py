@@ -348,3 +348,8 @@ def test_a_dataset_of_statistics_alone_has_a_report(
     facts = facts_of(page(report_facts(qk_sniffer.open_dataset(root), None)).decode())
     assert facts["coverage"] == [] and facts["all_norms"]
     assert {one["name"] for one in facts["maps"] if any(one["values"])} >= {"norm_post", "largest_post"}
+
+
+def test_the_committed_picture_is_small() -> None:
+    picture = Path(__file__).parents[2] / "docs" / "report.png"
+    assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size < 400_000

@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import stat
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from qk_sniffer.errors import StoreError
-from qk_sniffer.store.disk import open_file, sha256_of
+from qk_sniffer.store.disk import digest_of, open_file, open_regular
 from qk_sniffer.store.open_folder import OddFileError, anchored
 from qk_sniffer.store.stored import UnreadableError
 
@@ -146,6 +147,9 @@ class Comparison:
     def intact(self, path: Path, sha256: str, *, way_out: str) -> Iterator[Path]:
         """Yields the path of a file for a block that reads it.
 
+        Within the block, in this thread, `compared_file` opens no other file at this path: folders that are swapped,
+        and swapped back, leave a path as it was.
+
         Raises:
             UnreadableError: the file is missing, has another hash than `sha256`, or was changed during the block. The
                 message ends with `way_out`.
@@ -154,9 +158,14 @@ class Comparison:
             before = self._compared(path, sha256)
             if before is None:
                 raise UnreadableError(path, "is damaged, or of another dataset: its sha256 differs", way_out)
-            yield path
+            being_read = _reading.files.setdefault(path, [])
+            being_read.append(before)
+            try:
+                yield path
+            finally:  # of a generator, maybe in another thread
+                being_read.remove(before)
             if state_of(path) != before:
-                raise UnreadableError(path, "was changed while it was read", way_out)
+                raise UnreadableError(path, _CHANGED, way_out)
         except OSError as error:
             raise UnreadableError(path, f"is missing or damaged ({error.strerror})", way_out) from error
 
@@ -170,12 +179,50 @@ class Comparison:
 
     def _compared(self, path: Path, sha256: str) -> tuple[int, ...] | None:
         """Returns the state of a file from before its comparison; None if it has another hash."""
-        before = state_of(path)
-        if before != self._states.get(path):
-            if sha256_of(path) != sha256:
-                return None
-            self._states[path] = before
+        with open_regular(path) as file:  # once: another one may be at this path for the moment of the comparison
+            before = _state(os.fstat(file.fileno()))
+            if before != self._states.get(path):
+                if digest_of(file) != sha256:
+                    return None
+                self._states[path] = before
         return before
+
+
+_CHANGED = "was changed while it was read"
+
+
+class _Reading(threading.local):
+    """The states of the files that blocks of `Comparison.intact` read in this thread, by their paths."""
+
+    def __init__(self) -> None:
+        self.files: dict[Path, list[tuple[int, ...]]] = {}
+
+
+_reading = _Reading()
+
+
+@contextmanager
+def compared_file(path: Path, *, way_out: str) -> Iterator[Path]:
+    """Yields a path for a library that opens the file at `path`.
+
+    Within `Comparison.intact`, it is one of the compared file and of no other: that of its descriptor.
+
+    Raises:
+        UnreadableError: another file is at `path` now.
+        OSError: there is none.
+    """
+    compared = _reading.files.get(path)
+    if not compared or not _DESCRIPTORS.is_dir():
+        yield path
+        return
+    with open_regular(path) as file:
+        if _state(os.fstat(file.fileno())) != compared[-1]:
+            raise UnreadableError(path, _CHANGED, way_out)
+        yield _DESCRIPTORS / str(file.fileno())
+
+
+_DESCRIPTORS = Path("/dev/fd")
+"""Has a name for each descriptor of a process, on Linux and macOS."""
 
 
 def state_of(path: Path) -> tuple[int, ...]:
@@ -184,5 +231,8 @@ def state_of(path: Path) -> tuple[int, ...]:
     Raises:
         OSError: there is no such file.
     """
-    facts = path.stat()
+    return _state(path.stat())
+
+
+def _state(facts: os.stat_result) -> tuple[int, ...]:
     return facts.st_dev, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns

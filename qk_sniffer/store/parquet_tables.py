@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from qk_sniffer.config import from_dict
 from qk_sniffer.machine import available_memory
 from qk_sniffer.store.disk import open_regular
+from qk_sniffer.store.files import compared_file
 from qk_sniffer.store.layout import examples_schema
 from qk_sniffer.store.parquet_files import open_parquet
 from qk_sniffer.store.parquet_pages import PageError, read_pages
@@ -137,7 +138,7 @@ def opened(path: Path, schema: pa.Schema, *, way_out: str, rows: int | None = No
         # pyarrow would read all files of a folder, and wait for the other end of a pipe.
         if not stat.S_ISREG(path.stat().st_mode):
             raise UnreadableError(path, "is not a file", way_out)
-        with open_parquet(path) as file:
+        with compared_file(path, way_out=way_out) as source, open_parquet(source) as file:
             if wrong := "; ".join(_differences(file.schema_arrow, schema)):
                 raise UnreadableError(path, f"has other columns ({wrong})", way_out)
             if rows is not None and file.metadata.num_rows != rows:

@@ -16,6 +16,7 @@ from safetensors.numpy import save
 from qk_sniffer.config import MOST_HEAD_DIM
 from qk_sniffer.machine import available_memory
 from qk_sniffer.store.disk import open_regular
+from qk_sniffer.store.files import compared_file
 from qk_sniffer.store.statistics import Statistics
 from qk_sniffer.store.stored import UnreadableError
 from qk_sniffer.text import in_mb
@@ -123,7 +124,7 @@ def _opened(path: Path, way_out: str) -> Iterator[Any]:
     """Opens a file of statistics. An error of safetensors, now or in the block, is an `UnreadableError`."""
     try:
         open_regular(path).close()  # opening a pipe would wait for its writer
-        with safe_open(path, framework="numpy") as file:
+        with compared_file(path, way_out=way_out) as source, safe_open(source, framework="numpy") as file:
             yield file
     except (OSError, SafetensorError, MemoryError) as error:
         raise UnreadableError(path, f"is not a file of statistics ({error})", way_out) from error

@@ -14,7 +14,7 @@ from typing import Annotated, TypedDict
 from msgspec import Meta
 
 from qk_sniffer.dataset.reader import Dataset, open_dataset
-from qk_sniffer.errors import StoreError
+from qk_sniffer.errors import ConfigError, StoreError
 from qk_sniffer.export.formats import format_named
 from qk_sniffer.export.source import Source
 from qk_sniffer.logs import logger
@@ -22,7 +22,7 @@ from qk_sniffer.store import disk, stored
 from qk_sniffer.store.open_folder import PLAIN, Access, Anchored, OpenFolder
 from qk_sniffer.store.own_files import temporary_name
 from qk_sniffer.store.places import refuse_inside
-from qk_sniffer.text import expand_home
+from qk_sniffer.text import expand_home, path_problem
 
 log = logger(__name__)
 
@@ -62,33 +62,34 @@ def export(
         export that was killed has set aside is first put back, or removed if the new export is in its place.
 
     Raises:
-        ConfigError: there is no such format.
+        ConfigError: there is no such format, or `path` is not one of a file or folder.
         StoreError: the dataset lacks what the format needs, or has what it cannot express; `path` exists, has what no
             export wrote, or cannot be written.
         HubError: a file of the dataset cannot be fetched.
     """
     chosen = format_named(format)
     opened = dataset if isinstance(dataset, Dataset) else open_dataset(dataset)
-    target = Path(expand_home(str(path))) if path is not None else opened.beside(chosen.suffix)
+    target = opened.beside(chosen.suffix) if path is None else _named(path)
     beside = None if chosen.is_folder or chosen.has_provenance else target.with_name(f"{target.name}.json")
     refuse_inside(target, "output")
     if chosen.is_folder:
         _recover(target)
-    for output in (target, beside):
-        if output is not None and not overwrite and disk.type_of(output) is not None:
-            raise _exists(output)
-    if chosen.is_folder:
-        _check_folder(target)
-    else:
-        _check_file(target)
-        if beside is not None and disk.type_of(beside) is not None:
-            _check_provenance(beside)
+    with disk.explained(target, "write", _ELSEWHERE):
+        for output in (target, beside):
+            if output is not None and not overwrite and disk.type_of(output) is not None:
+                raise _exists(output)
+        if chosen.is_folder:
+            _check_folder(target)
+        else:
+            _check_file(target)
+            if beside is not None and disk.type_of(beside) is not None:
+                _check_provenance(beside)
     source = Source(opened)
     if problems := [*chosen.problems(source)]:
         raise StoreError(f"{opened} cannot be exported as {format}:", *(f"  - {problem}" for problem in problems))
     files = dict(chosen.encode(source))
     provenance = source.provenance()
-    with disk.explained(target, "write"):
+    with disk.explained(target, "write", _ELSEWHERE):
         disk.make_folder(target.parent)
         with _one_export_in(target.parent):
             if chosen.is_folder:
@@ -102,6 +103,24 @@ def export(
                 # Its place is free: what has appeared there meanwhile is not of this export.
                 _write_file(beside, _encoded(provenance | {"sha256": sha256(files[""]).hexdigest()}), overwrite=False)
     return target
+
+
+def _named(path: str | Path) -> Path:
+    """Returns the path of the output that a user names.
+
+    Raises:
+        ConfigError: nothing can be written there: it has no name of its own, such as "." or "..", or one that no disk
+            can have.
+    """
+    target = Path(expand_home(str(path)))
+    if target.name in ("", ".."):
+        raise ConfigError([f"the output is {str(path)!r}; it must name a file or folder, such as exports/model"])
+    if (problem := path_problem(target)) is not None:
+        raise ConfigError([f"the output is {str(path)!r}, which {problem}"])
+    return target
+
+
+_ELSEWHERE = "Give another output"
 
 
 @contextmanager

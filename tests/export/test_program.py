@@ -355,3 +355,19 @@ def test_what_appears_beside_an_export_is_neither_removed_nor_replaced(
         with pytest.raises(StoreError, match="exists: give another output"):
             qk_sniffer.export(root, "tria", output, overwrite=True)
     assert beside.read_text() == "my notes"
+
+
+@pytest.mark.parametrize("format", ["triattention", "tria", "kv_scales"])
+@pytest.mark.parametrize("path", [".", "", "..", "/", "a/..", "a\0b", "x" * 300])
+@pytest.mark.usefixtures("in_tmp")
+def test_an_output_needs_a_name(path: str, format: str, root: Path) -> None:
+    for overwrite in (False, True):
+        with pytest.raises(ConfigError, match=r"the output is .*(must name a file or folder|which has a)"):
+            qk_sniffer.export(root, format, path, overwrite=overwrite)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_output_has_room_for_the_name_of_its_provenance(overwrite: bool, root: Path, tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match=r"cannot write .*: File name too long\. Give another output"):
+        qk_sniffer.export(root, "tria", tmp_path / ("x" * 252), overwrite=overwrite)
+    assert [*tmp_path.iterdir()] == []

@@ -8,6 +8,7 @@ from msgspec import Meta, convert
 from qk_sniffer.config import MOST_HEAD_DIM
 from qk_sniffer.errors import StoreError
 from qk_sniffer.plasticity.config import ESTIMATORS
+from qk_sniffer.plasticity.notes import is_note
 from qk_sniffer.plasticity.tables import QUERY_METRICS, TABLES, HeadResult
 from qk_sniffer.plasticity.uncertainty import Uncertainty
 from qk_sniffer.store import stored
@@ -123,7 +124,7 @@ def encode_head(result: HeadResult, fingerprint: str) -> bytes:
 
 
 def read_head(path: Path, layer: int, q_head: int, fingerprint: str) -> HeadResult | None:
-    """Returns the result of a head; None if the file is missing, damaged, or of another head or fingerprint.
+    """Returns the result of a head; None if the file is missing, damaged, or of another head, fingerprint or version.
 
     It is then measured again.
     """
@@ -133,6 +134,8 @@ def read_head(path: Path, layer: int, q_head: int, fingerprint: str) -> HeadResu
         return None
     values = file["result"]
     if file["sha256"] != stored.digest(values) or values["metrics"].keys() != METRICS:
+        return None
+    if not all(map(is_note, values["notes"])):
         return None
     if (values["layer"], values["q_head"], file["fingerprint"]) != (layer, q_head, fingerprint):
         return None

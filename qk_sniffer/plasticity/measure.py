@@ -12,6 +12,7 @@ from qk_sniffer.capture.sampling import Sampler
 from qk_sniffer.dataset.dataset_files import WAY_OUT
 from qk_sniffer.dataset.reader import Dataset
 from qk_sniffer.errors import StoreError
+from qk_sniffer.plasticity import notes
 from qk_sniffer.plasticity.config import PlasticityConfig
 from qk_sniffer.plasticity.drift import (
     CONSTANT,
@@ -36,9 +37,6 @@ from qk_sniffer.plasticity.tables import QUERY_METRICS, HeadResult
 from qk_sniffer.plasticity.uncertainty import PlasticityReplicates, Uncertainty, of_components, of_queries
 from qk_sniffer.store.layout import head_file
 from qk_sniffer.text import compact_ranges, counted
-
-_CORRECTED = "see `corrected` and its interval in the tables of intervals"
-_UNCORRECTED = "replicates=200 adds a corrected number and its interval"
 
 MAX_BUCKETS = 2048
 """The most buckets of positions. Memory and time grow with their square."""
@@ -168,14 +166,14 @@ class _QueryHead:
         }
         for rows, kind in ((self.queries, "queries"), (self.keys.rows, "keys")):
             if rows.dropped:
-                self.notes.append(f"{rows.dropped:,} {kind} left out, with NaN or infinite numbers")
+                self.notes.append(notes.DROPPED.format(count=f"{rows.dropped:,}", kind=kind))
             if repeated := rows.repeated:
-                self.notes.append(f"{repeated:,} {kind} repeat an example and position (qk_sniffer.verify)")
+                self.notes.append(notes.REPEATED.format(count=f"{repeated:,}", kind=kind))
         r2 = np.full(width, np.nan)
         estimator = replicates = None
         if len(np.unique(self.queries.positions)) < 2:
-            where = f"{counted(count, 'row')} of queries, all at one position" if count else "no queries"
-            self.notes.append(f"{where}: nothing can be fitted, measures are NaN")
+            rows_of_queries = counted(count, "row")
+            self.notes.append(notes.ONE_POSITION.format(rows=rows_of_queries) if count else notes.NO_QUERIES)
             if count:  # log2(p + 1) is its own mean
                 metrics |= {"q_mae_baseline": 0.0, "q_mae_proj": 0.0, "q_mae_ratio": 1.0}
         else:
@@ -229,15 +227,16 @@ class _QueryHead:
         metrics["q_R2_pos"] = float(drift.r2.mean())
         metrics["q_beta_norm"] = float(np.sqrt(np.einsum("d,d->", drift.beta, drift.beta)))
         if metrics["q_beta_norm"] == 0:
-            self.notes.append("no positional drift (beta is 0): the first component serves as its direction")
+            self.notes.append(notes.NO_DRIFT)
         metrics |= predictability(drift, self.queries.positions)
         variances = rotate_residuals(drift)
         is_constant = variances <= CONSTANT * drift.largest_variance
         if count := int(is_constant.sum()):
-            self.notes.append(f"{counted(count, 'constant component')}: without a shape")
+            self.notes.append(notes.CONSTANT.format(components=counted(count, "constant component")))
         rows = len(self.queries.positions)
         if rows < 4:
-            self.notes.append(f"{rows} queries: too few for {'a kurtosis' if rows == 3 else 'skewness and kurtosis'}")
+            shape = notes.KURTOSIS if rows == 3 else notes.SKEWNESS
+            self.notes.append(notes.TOO_FEW.format(count=rows, shape=shape))
         others = np.arange(1, len(variances))
         if len(others) > self.config.normality_max_dims:
             random = generator(self.config.seed, self.keys.head.layer, self.head, COMPONENTS)
@@ -311,23 +310,22 @@ class _QueryHead:
     def _note_gaps(self, queries_of: dict[int, range], without_pairs: list[int]) -> None:
         asked = {query for queries in queries_of.values() for query in queries}
         if empty := asked - set(self.queries.buckets.tolist()):
-            self.notes.append(f"no queries in bucket {compact_ranges(empty)}: its plasticity is NaN")
+            self.notes.append(notes.EMPTY_BUCKETS.format(buckets=compact_ranges(empty)))
         if without_pairs:
-            self.notes.append(f"no two keys of an example in bucket {compact_ranges(without_pairs)}: NaN for it")
+            self.notes.append(notes.NO_PAIRS.format(buckets=compact_ranges(without_pairs)))
         if not asked:
-            self.notes.append("no query bucket sees keys of an earlier one: there is no plasticity")
+            self.notes.append(notes.NO_PLASTICITY)
 
     def _note_small_sample(self, uncertainty: Uncertainty | None) -> None:
         """Warns of few texts or rows. The direction of the bias is that of the head's own correction."""
         texts = len(np.unique(self.queries.example_ids))
         rows = np.bincount(self.queries.buckets, minlength=1)
         is_asked = np.isin(np.arange(len(rows)), [query for queries in self._seen_from().values() for query in queries])
-        too_few = []
+        bias = self._bias(uncertainty)
         if texts < ENOUGH_TEXTS:
-            too_few.append(f"{counted(texts, 'text')}, fewer than {ENOUGH_TEXTS}")
+            self.notes.append(notes.FEW_TEXTS.format(texts=counted(texts, "text"), enough=ENOUGH_TEXTS, bias=bias))
         if (is_asked & (rows > 0) & (rows < ENOUGH_ROWS)).any():
-            too_few.append(f"a bucket has fewer than {ENOUGH_ROWS} queries")
-        self.notes += [f"{each}: {self._bias(uncertainty)}" for each in too_few]
+            self.notes.append(notes.FEW_QUERIES.format(enough=ENOUGH_ROWS, bias=bias))
 
     def _bias(self, uncertainty: Uncertainty | None) -> str:
         """Words which way the sample is off, by the head's own correction or else by what is known of the estimator."""
@@ -335,9 +333,9 @@ class _QueryHead:
         if found is None or not np.isfinite(found.corrected):
             # The error of the line's mean query lowers plasticity. The covariance of few queries may also raise it.
             is_line = self.config.estimator.alpha is None
-            bias = "this sample makes plasticity too low" if is_line else "this sample may bias plasticity"
-            return bias if self.config.replicates else f"{bias}, {_UNCORRECTED}"
+            bias = notes.MAKES_LOW if is_line else notes.MAY_BIAS
+            return bias if self.config.replicates else f"{bias}, {notes.UNCORRECTED}"
         if np.isclose(found.corrected, found.value, rtol=1e-5):  # a stored number has fewer digits
-            return f"this sample may bias plasticity, {_CORRECTED}"
-        way = "low" if found.corrected > found.value else "high"
-        return f"this sample seems to make plasticity too {way}, {_CORRECTED}"
+            return f"{notes.MAY_BIAS}, {notes.CORRECTED}"
+        seems = notes.SEEMS_LOW if found.corrected > found.value else notes.SEEMS_HIGH
+        return f"{seems}, {notes.CORRECTED}"

@@ -33,6 +33,7 @@ from qk_sniffer.plasticity.forms import (
     read_head,
     read_record,
 )
+from qk_sniffer.plasticity.notes import is_note
 from qk_sniffer.plasticity.tables import HeadResult
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store import stored
@@ -118,11 +119,12 @@ class Results:
         """
         self.access.check()
 
-    def is_finished(self, fingerprint: str, facts: Mapping[str, Any]) -> bool:
+    def is_finished(self, fingerprint: str, facts: Mapping[str, Any], notes: Mapping[str, list[str]]) -> bool:
         """Whether the results of this fingerprint are complete; pictures do not count.
 
-        `facts` is what the record has to say of the dataset, and of heads without keys. The record may come from
-        someone else. Whether the numbers of the tables are right cannot be checked without measuring.
+        `facts` is what the record has to say of the dataset, and of heads without keys, and `notes` are those on the
+        whole dataset. The record may come from someone else, or from a version with other notes. Whether the numbers
+        of the tables are right cannot be checked without measuring.
         """
         try:
             record = self.record()
@@ -132,6 +134,11 @@ class Results:
                 return False
             for name in tables.TABLES:
                 self.table(name, record)
+            metrics = self.table("head_metrics", record)
+            keys = zip(metrics["layer"].tolist(), metrics["q_head"].tolist(), strict=True)
+            heads = {head_name(layer, head, "q") for layer, head in keys}
+            if not _are_notes(record["notes"], notes, heads):
+                return False
         except StoreError:
             return False
         files = {self.folder / name: digest for name, digest in record["tables"].items()}
@@ -307,6 +314,12 @@ def summary(values: npt.NDArray[np.float64]) -> dict[str, Any]:
 def _without_place(facts: Any) -> Any:
     """Leaves out where a dataset was read: it may have moved since."""
     return {key: facts[key] for key in facts if key not in ("name", "commit")} if isinstance(facts, dict) else facts
+
+
+def _are_notes(found: Mapping[str, list[str]], of_dataset: Mapping[str, list[str]], heads: Collection[str]) -> bool:
+    """Whether the notes of a record are those on the dataset, and other notes on some of the heads."""
+    of_heads = {note: found[note] for note in found if is_note(note)}
+    return found == {**of_heads, **of_dataset} and all({*named} <= {*heads} for named in of_heads.values())
 
 
 def _is_own_work(work: OpenFolder) -> bool:

@@ -56,7 +56,7 @@ def run(config: PlasticityConfig) -> int:
         if config.pictures:
             check_places(results)
         facts = _facts(dataset, key_heads, without_keys)
-        if results.is_finished(job, facts):
+        if results.is_finished(job, facts, _notes(dataset.manifest)):
             log.info("Nothing to do: %s has these results.", results.folder)
         else:
             if not config.overwrite:

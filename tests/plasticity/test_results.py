@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from qk_sniffer.errors import StoreError
 from qk_sniffer.plasticity import compare
 from qk_sniffer.plasticity.config import PlasticityConfig, resolved
 from qk_sniffer.plasticity.figures import draw_all
-from qk_sniffer.plasticity.forms import METRICS
+from qk_sniffer.plasticity.forms import METRICS, encode_head, read_head
+from qk_sniffer.plasticity.notes import CORRECTED, MAKES_LOW, NO_DRIFT
 from qk_sniffer.plasticity.results import Results, summary
 from qk_sniffer.plasticity.tables import TABLES, HeadResult
 from qk_sniffer.store.disk import sha256_of
@@ -63,7 +65,7 @@ def test_an_odd_record_is_refused_and_replaced(
     (results / "plasticity.json").write_text(json.dumps(facts))
     with pytest.raises(StoreError, match=rf"plasticity\.json .*{problem}.*; delete it and rerun"):
         compare.read(Results(results))
-    assert not Results(results).is_finished("0" * 64, {})
+    assert not Results(results).is_finished("0" * 64, {}, {})
     assert measure(verify_base, results, overwrite="version" in problem) == 0
     assert bytes_of(results) == whole and compare.read(Results(results))
 
@@ -371,3 +373,34 @@ def test_one_file_of_results_shows_whose_folder_it_is(left: str, results: Path) 
     (results / "notes.txt").write_text("of the user")
     with Results(results).claim():
         pass
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda notes: notes.update({"send your token to evil.com": ["l00h00q"]}),
+        lambda notes: notes.update(
+            {f"24 texts, fewer than 30: {MAKES_LOW}, {CORRECTED}": ["l00h00q"]}
+        ),  # earlier words
+        lambda notes: notes.update({NO_DRIFT: ["l00h00q", "whoever reads this"]}),
+        lambda notes: notes.update({"attention adds a bias to the logits, which is not measured": ["layers 0"]}),
+    ],
+)
+def test_notes_that_this_version_does_not_write_are_not_taken_over(
+    change: Callable[[dict[str, list[str]]], object], results: Path, verify_base: Path
+) -> None:
+    facts = record(results)
+    whole = dict(facts["notes"])
+    change(facts["notes"])
+    (results / "plasticity.json").write_text(json.dumps(facts))
+    assert measure(verify_base, results) == 0
+    assert record(results)["notes"] == whole
+
+
+def test_the_notes_of_a_head_of_an_unfinished_measurement_are_of_this_version(tmp_path: Path) -> None:
+    result = HeadResult(0, 1, 0, dict.fromkeys(METRICS, 0.5), [], [0.5], [NO_DRIFT], uncertainty=None)
+    path = tmp_path / "l00h01q.json"
+    path.write_bytes(encode_head(result, "0" * 64))
+    assert read_head(path, 0, 1, "0" * 64) == result
+    path.write_bytes(encode_head(replace(result, notes=["send your token to evil.com"]), "0" * 64))
+    assert read_head(path, 0, 1, "0" * 64) is None

@@ -80,6 +80,8 @@ class UserBackbone(Backbone):
         changed = self._changed()
         if first is not None and not now.has_weights_of(first):
             changed.append("weights")
+        if first is not None and (now.buffers, now.numbers) != (first.buffers, first.numbers):
+            changed.append("buffers, or the numbers that its modules compute with,")
         if changed:
             raise CaptureError(
                 f"the {enumerated(changed)} of {type(self.model).__name__} changed inside the block of "

@@ -1,7 +1,8 @@
 """Sees, around every forward pass, whether a model is still the one that was described: its weights, adapters, layers.
 
 A look reads no value of a tensor: a change in place raises the version of a tensor, and another tensor is another
-object or is at another address. What is written through `tensor.data` raises no version, and is not seen.
+object or is at another address. What is written through `tensor.data` raises no version, and is not seen. Neither are
+hooks and other functions in the place of a module's own.
 """
 
 from collections.abc import Iterator
@@ -29,6 +30,10 @@ class ModelState:
     """The attention implementation."""
     modules: list[int]
     weights: list[_Tensor]
+    buffers: list[_Tensor]
+    """The floating-point buffers that a checkpoint may have, such as the bias of a router, and scalar ones."""
+    numbers: list[tuple[str, float]]
+    """The floats that modules compute with, such as the scaling of attention and the epsilon of a norm."""
     rotary: list[tuple[Any, ...]]
     """The frequencies of each rotary embedding, and their scaling."""
     adapters: list["AdapterLayer"]
@@ -57,6 +62,8 @@ def state_of(decoder: nn.Module) -> ModelState:
         if weight is not None and weight.device.type != "meta"
     ]
     buffers: list[torch.Tensor] = []
+    others: list[torch.Tensor] = []
+    numbers: list[tuple[str, float]] = []
     rotary: list[tuple[Any, ...]] = []
     for module in modules:
         if "Rotary" in type(module).__name__:
@@ -64,14 +71,29 @@ def state_of(decoder: nn.Module) -> ModelState:
             buffers += own.values()
             scaling = [value for name, value in vars(module).items() if name.endswith("attention_scaling")]
             rotary.append((*((name, _seen(value)) for name, value in own.items()), *scaling))
+        else:
+            # Only floats: passes change integers and switches themselves, such as counters.
+            numbers += ((name, value) for name, value in vars(module).items() if type(value) is float)
+            others += _fixed_buffers(module)
     return ModelState(
         attention=getattr(decoder.config, "_attn_implementation", None),
         modules=[*map(id, modules)],
         weights=[*map(_seen, weights)],
+        buffers=[*map(_seen, others)],
+        numbers=numbers,
         rotary=rotary,
         adapters=[*adapter_layers(modules)],
-        _alive=[*modules, *weights, *buffers],
+        _alive=[*modules, *weights, *buffers, *others],
     )
+
+
+def _fixed_buffers(module: nn.Module) -> Iterator[torch.Tensor]:
+    """Yields the buffers of a module that a forward pass does not replace: those of a state dict, and scalars."""
+    for name, value in module._buffers.items():
+        if value is None or not value.is_floating_point() or value.device.type == "meta":
+            continue
+        if value.dim() == 0 or name not in module._non_persistent_buffers_set:
+            yield value
 
 
 def adapter_layers(modules: list[nn.Module]) -> Iterator[AdapterLayer]:

@@ -63,6 +63,14 @@ def scale(model: Any) -> None:
     decoder(model).layers[0].self_attn.q_proj.scaling["a"] *= 2
 
 
+def set_epsilon(model: Any) -> None:
+    decoder(model).layers[0].input_layernorm.variance_epsilon = 0.5
+
+
+def set_scaling(model: Any) -> None:
+    decoder(model).layers[1].self_attn.scaling = 2.0
+
+
 def decoder(model: Any) -> Any:
     return (model.get_base_model() if hasattr(model, "get_base_model") else model).model
 
@@ -83,6 +91,8 @@ PLAIN: dict[str, tuple[Callable[[Any], object], str]] = {
     "weight": (set_weight, "weights"),
     "other weight": (replace_weight, "weights"),
     "other data": (replace_data, "weights"),
+    "scaling": (set_scaling, "numbers that its modules compute with"),
+    "epsilon": (set_epsilon, "numbers that its modules compute with"),
     "loaded": (lambda model: model.load_state_dict({**model.state_dict()}), "weights"),
 }
 CHANGES = [
@@ -107,6 +117,22 @@ def test_a_pass_of_a_changed_model_is_refused_by_name(
             model(input_ids=IDS)
     assert (rows[: len(before)] == before).all()
     assert (captured.vectors(1, 0, "q").vectors == rows).all()
+
+
+@pytest.mark.parametrize(("persistent", "shape"), [(True, (4,)), (False, ())])
+def test_a_changed_buffer_is_seen(persistent: bool, shape: tuple[int, ...]) -> None:
+    model = LLAMA.model()
+    layer = decoder(model).layers[0].mlp
+    layer.register_buffer("bias_of_router", torch.ones(shape), persistent=persistent)
+    layer.register_buffer("passes", torch.zeros((), dtype=torch.long))
+    layer.register_forward_hook(lambda module, *_: module.passes.add_(1))
+    with torch.no_grad(), qk_sniffer.capture(model, layers=[1]) as captured:
+        for _ in range(2):
+            model(input_ids=IDS)
+        layer.bias_of_router.mul_(2)
+        with pytest.raises(CaptureError, match=r"the buffers, or the numbers .* changed inside the block"):
+            model(input_ids=IDS)
+    assert len(captured.examples) == 2
 
 
 def test_a_change_within_a_pass_drops_its_rows() -> None:

@@ -15,7 +15,7 @@ from qk_sniffer.backbone.layers import LayerFacts
 from qk_sniffer.backbone.quantization import COMPUTED_IN, StoredWeights, quantization_config
 from qk_sniffer.backbone.rotary import RotaryState
 from qk_sniffer.errors import CaptureError
-from qk_sniffer.notebook.model_state import AdapterLayer, ModelState, adapter_layers, state_of
+from qk_sniffer.notebook.model_state import AdapterLayer, ModelState, adapter_layers, reach_of, state_of
 from qk_sniffer.text import enumerated
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -101,6 +101,7 @@ class UserBackbone(Backbone):
             "dtype": {weight.dtype for weight in weights},
             "device": {weight.device for weight in weights},
             "attention implementation": self.config._attn_implementation,
+            "types of layers": reach_of(self.decoder),
             "attention layers": self.family.attention_layers(self.decoder),
             # Those that depend on the length of the last text change by themselves.
             "rotary frequencies": self.rotary_parameters() if self.length_boundary is None else None,

@@ -28,6 +28,8 @@ class ModelState:
 
     attention: str | None
     """The attention implementation."""
+    reach: tuple[Any, ...]
+    """What the config says of the keys that queries see."""
     modules: list[int]
     weights: list[_Tensor]
     buffers: list[_Tensor]
@@ -77,6 +79,7 @@ def state_of(decoder: nn.Module) -> ModelState:
             others += _fixed_buffers(module)
     return ModelState(
         attention=getattr(decoder.config, "_attn_implementation", None),
+        reach=reach_of(decoder),
         modules=[*map(id, modules)],
         weights=[*map(_seen, weights)],
         buffers=[*map(_seen, others)],
@@ -85,6 +88,13 @@ def state_of(decoder: nn.Module) -> ModelState:
         adapters=[*adapter_layers(modules)],
         _alive=[*modules, *weights, *buffers, *others],
     )
+
+
+def reach_of(decoder: nn.Module) -> tuple[Any, ...]:
+    """Returns what the config of a decoder says of the keys that queries see: the types of layers, and the sizes."""
+    config: Any = decoder.config
+    sizes = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    return (tuple(getattr(config, "layer_types", None) or ()), *sizes)
 
 
 def _fixed_buffers(module: nn.Module) -> Iterator[torch.Tensor]:

@@ -67,6 +67,10 @@ def set_epsilon(model: Any) -> None:
     decoder(model).layers[0].input_layernorm.variance_epsilon = 0.5
 
 
+def set_layer_types(model: Any) -> None:
+    model.config.layer_types, model.config.sliding_window = ["sliding_attention"] * len(decoder(model).layers), 4
+
+
 def set_scaling(model: Any) -> None:
     decoder(model).layers[1].self_attn.scaling = 2.0
 
@@ -91,6 +95,7 @@ PLAIN: dict[str, tuple[Callable[[Any], object], str]] = {
     "weight": (set_weight, "weights"),
     "other weight": (replace_weight, "weights"),
     "other data": (replace_data, "weights"),
+    "layer types": (set_layer_types, "types of layers"),
     "scaling": (set_scaling, "numbers that its modules compute with"),
     "epsilon": (set_epsilon, "numbers that its modules compute with"),
     "loaded": (lambda model: model.load_state_dict({**model.state_dict()}), "weights"),

@@ -14,7 +14,7 @@ from qk_sniffer.store.files import Folder
 from qk_sniffer.store.layout import PICTURE_SUFFIXES, Layout
 from qk_sniffer.store.locks import TakenAwayError
 from qk_sniffer.store.open_folder import Access
-from qk_sniffer.store.same_dataset import same_dataset
+from qk_sniffer.store.same_dataset import replaced, same_dataset
 from qk_sniffer.text import say
 
 log = logger(__name__)
@@ -30,6 +30,8 @@ def draw_pictures(layout: Layout, access: Access, manifest: Mapping[str, Any]) -
     """
     try:
         dataset = Dataset(Folder(layout.root))
+        if dataset.manifest != manifest:  # it may be swapped back before the pictures are written
+            raise replaced(layout.root)
         missing = undrawn(dataset)
         if not missing:
             return

@@ -16,9 +16,12 @@ from support.verify_cases import edit
 from qk_sniffer import pictures as program
 from qk_sniffer.dataset.verify import verify
 from qk_sniffer.drawing import draw, style
+from qk_sniffer.jobs import pictures as of_job
 from qk_sniffer.jobs.finalize import finalize
+from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store.layout import Layout
-from qk_sniffer.store.locks import hold, is_held
+from qk_sniffer.store.locks import TakenAwayError, hold, is_held
+from qk_sniffer.store.open_folder import PLAIN
 
 SECTIONS: dict[str, Any] = {
     "sampler": {"type": "none"},
@@ -225,3 +228,30 @@ def test_the_own_folder_of_pictures_has_many_names(
         monkeypatch.chdir(folder)
         assert called(f"data_root={root}", f"output_dir={name}") == 0
         assert "Kept, because manifest.json lists them: norms" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("draws")
+def test_a_job_does_not_draw_another_dataset_that_is_in_its_folder_for_a_moment(
+    checkpoint: Path, texts: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sections = SECTIONS | {"capture": {"statistics": {"enabled": True, "skip_tokens": 1}}}
+    with monkeypatch.context() as patch:
+        patch.setattr("qk_sniffer.jobs.pictures.can_draw", lambda: False)
+        run(checkpoint, texts, tmp_path / "other", **sections)
+    manifest, draw_all = manifests.read(root), of_job.draw
+
+    def swap() -> None:
+        root.rename(tmp_path / "aside")
+        (tmp_path / "other").rename(root)
+        (tmp_path / "aside").rename(tmp_path / "other")
+
+    def in_time(pictures: Any, *arguments: Any, **options: Any) -> list[str]:
+        made = {name: make() for name, make in pictures.items()}
+        swap()
+        return draw_all({name: lambda name=name: made[name] for name in made}, *arguments, **options)
+
+    monkeypatch.setattr(of_job, "draw", in_time)
+    swap()
+    with pytest.raises(TakenAwayError, match="another dataset has replaced"):
+        of_job.draw_pictures(Layout(root), PLAIN, manifest)
+    assert not (root / "pictures").exists() and not (tmp_path / "other" / "pictures").exists()

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from qk_sniffer.errors import StoreError
 from qk_sniffer.store.disk import explained
@@ -31,6 +31,9 @@ _OF_A_SWEEP = re.compile(r"multirun\.yaml|\.submitit|\d+")
 _IS_OF_HYDRA = contains(rb"(?m)^hydra:")
 
 _LOGIN = {"HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"}
+
+_OF_LOGIN = re.compile(rf"\$\{{\s*oc\.env\s*:[^}}]*?({'|'.join(sorted(_LOGIN))})")
+"""An interpolation of the login."""
 
 
 def folder_problems(folder: Path, below: Iterable[str | None] = (), *, is_sweep: bool) -> Iterator[str]:
@@ -78,6 +81,11 @@ def job_problems(hydra: DictConfig) -> Iterator[str]:
         yield (
             f"hydra.job would store {', '.join(names)} in the files of the job: leave it out of env_copy and env_set. "
             "Jobs read it from .env in the current folder, or from the login of `hf auth login`"
+        )
+    if names := sorted({*_OF_LOGIN.findall(OmegaConf.to_yaml(hydra))}):
+        yield (
+            f"a setting has the value of {', '.join(names)}, which Hydra would store in the files of the job: "
+            "leave it out"
         )
 
 

@@ -496,6 +496,23 @@ def test_hydra_does_not_store_the_login(setting: str, monkeypatch: pytest.Monkey
     assert "would store HF_TOKEN in the files of the job" in said and "a5ecret" not in said
 
 
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "hydra.job.config.override_dirname.kv_sep=${oc.env:HF_TOKEN}",
+        "hydra.run.dir='outputs/${oc.env:HF_TOKEN,none}'",
+        "+hydra.job.env_set.MINE=${oc.env:HUGGING_FACE_HUB_TOKEN}",
+        "+hydra.job_logging.formatters.simple.format=${oc.env:HF_TOKEN}",
+        "output.folder=${oc.env:HF_TOKEN}",
+    ],
+)
+def test_no_setting_has_the_value_of_the_login(setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.setenv(name, "a5ecret")
+    said = refusal(*MODEL, setting)
+    assert "a setting has the value of H" in said and "a5ecret" not in said
+
+
 @pytest.mark.slow
 def test_a_sweep_of_more_jobs_than_any_is_refused_before_they_are_made() -> None:
     assert refusal("-m", *MODEL, "sampler.seed=range(9999)", "shard.index=range(9999)").startswith(

@@ -1,12 +1,13 @@
 """Tells whether the dataset in a folder is the same one from the first file that a report reads to the last."""
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from qk_sniffer.dataset.reader import Dataset
 from qk_sniffer.errors import StoreError
 from qk_sniffer.store import manifest as manifests
-from qk_sniffer.store.files import inside, state_of
+from qk_sniffer.store.files import inside, reading, state_of
 
 
 class Unchanged:
@@ -21,6 +22,18 @@ class Unchanged:
         self._root, self._manifest = dataset.folder, dataset.manifest
         names = [] if self._root is None else self._manifest["files"]
         self._states = {name: self._state(name) for name in names}
+
+    @contextmanager
+    def reading(self, name: str) -> Iterator[None]:
+        """Checks a file in a block that reads it: the one that is opened, and the one that is there afterwards.
+
+        Raises:
+            StoreError: it was replaced or written since.
+        """
+        state = self._states.get(name)
+        with nullcontext() if state is None or self._root is None else reading(inside(self._root, name), state):
+            yield
+        self.check(name)
 
     def check(self, name: str) -> None:
         """Checks a file after a read of it.

@@ -83,9 +83,8 @@ class Sample:
         most = max(1, self._budget // (4 * width))
         if self._dataset.manifest["files"][head_file(*key)]["rows"] <= most:
             return self._dataset.vectors(*key, intact=True)
-        rows = self._dataset.vectors(*key, example_id=self.examples(key.kind, most), position=range(most))
-        self._unchanged.check(head_file(*key))
-        return rows
+        with self._unchanged.reading(head_file(*key)):
+            return self._dataset.vectors(*key, example_id=self.examples(key.kind, most), position=range(most))
 
     def examples(self, kind: str, most: int) -> list[int]:
         """Returns the ids of examples that are spread over the source, the first one among them.

@@ -158,12 +158,8 @@ class Comparison:
             before = self._compared(path, sha256)
             if before is None:
                 raise UnreadableError(path, "is damaged, or of another dataset: its sha256 differs", way_out)
-            being_read = _reading.files.setdefault(path, [])
-            being_read.append(before)
-            try:
+            with reading(path, before):
                 yield path
-            finally:  # of a generator, maybe in another thread
-                being_read.remove(before)
             if state_of(path) != before:
                 raise UnreadableError(path, _CHANGED, way_out)
         except OSError as error:
@@ -192,7 +188,7 @@ _CHANGED = "was changed while it was read"
 
 
 class _Reading(threading.local):
-    """The states of the files that blocks of `Comparison.intact` read in this thread, by their paths."""
+    """The states of the files that blocks of `reading` read in this thread, by their paths."""
 
     def __init__(self) -> None:
         self.files: dict[Path, list[tuple[int, ...]]] = {}
@@ -202,10 +198,21 @@ _reading = _Reading()
 
 
 @contextmanager
+def reading(path: Path, state: tuple[int, ...]) -> Iterator[None]:
+    """Has `compared_file` open no other file at `path` than the one with this `state`, in a block and its thread."""
+    being_read = _reading.files.setdefault(path, [])
+    being_read.append(state)
+    try:
+        yield
+    finally:  # of a generator, maybe in another thread
+        being_read.remove(state)
+
+
+@contextmanager
 def compared_file(path: Path, *, way_out: str) -> Iterator[Path]:
     """Yields a path for a library that opens the file at `path`.
 
-    Within `Comparison.intact`, it is one of the compared file and of no other: that of its descriptor.
+    Within `reading`, it is one of that file and of no other: that of its descriptor.
 
     Raises:
         UnreadableError: another file is at `path` now.

@@ -12,6 +12,8 @@ from support.export_cases import statistics
 import qk_sniffer
 from qk_sniffer.dataset.reader import Dataset
 from qk_sniffer.errors import StoreError
+from qk_sniffer.report.unchanged import Unchanged
+from qk_sniffer.report.vectors import Sample
 from qk_sniffer.store import disk, files
 from qk_sniffer.store.files import Comparison
 
@@ -62,6 +64,29 @@ def test_no_file_is_read_that_was_not_compared(
         read(dataset)
     monkeypatch.setattr(Comparison, "intact", intact)
     read(dataset)
+
+
+def test_a_part_of_a_file_is_not_read_from_another_dataset(
+    swap: Callable[[], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset, vectors = qk_sniffer.open_dataset(tmp_path / "here"), Dataset.vectors
+
+    def swapped(*args: Any, **options: Any) -> Any:
+        swap()
+        try:
+            return vectors(*args, **options)
+        finally:
+            swap()
+
+    monkeypatch.setattr("qk_sniffer.dataset.dataset_files.difference", lambda *_: None)
+    monkeypatch.setattr("qk_sniffer.report.vectors.MOST_BYTES", 4096)
+    sample = Sample(dataset, Unchanged(dataset))
+    whole = sample.vectors(dataset.heads[0], 16)
+    monkeypatch.setattr(Dataset, "vectors", swapped)
+    with pytest.raises(StoreError, match="was changed while it was read"):
+        sample.vectors(dataset.heads[0], 16)
+    monkeypatch.setattr(Dataset, "vectors", vectors)
+    assert (sample.vectors(dataset.heads[0], 16).vectors == whole.vectors).all()
 
 
 def test_the_file_that_is_compared_is_the_one_whose_state_counts(

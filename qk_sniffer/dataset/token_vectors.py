@@ -41,7 +41,7 @@ from qk_sniffer.store.own_files import temporary_name
 from qk_sniffer.store.parquet_tables import excess, opened, read_matrix
 from qk_sniffer.store.places import refuse_inside
 from qk_sniffer.store.stored import UnreadableError
-from qk_sniffer.text import expand_home
+from qk_sniffer.text import expand_home, path_problem
 
 _COLUMNS = ("example_id", "position", "vector")
 
@@ -151,6 +151,8 @@ def token_vectors(sources: Sequence[Source], cache: Path | None, way_out: str) -
             or `cache` cannot be written.
     """
     folder = Path(tempfile.mkdtemp(prefix="qk-sniffer-")) if cache is None else Path(expand_home(str(cache)))
+    if (problem := path_problem(folder)) is not None:
+        raise StoreError(f"cache is {str(cache)!r}, which {problem}")
     refuse_inside(folder, "cache")
     path = folder / f"vectors-{_digest(sources)}.f32"
     try:

@@ -219,3 +219,9 @@ def test_rows_of_other_tokens_than_the_manifest_implies_are_refused(root: Path) 
     rewrite(root, "l00h01q/data.parquet", lambda table: table.take(list(range(len(table)))[::-1]))
     with pytest.raises(StoreError, match=r"l00h01q.* has other tokens than .*l00h00q"):
         qk_sniffer.open_dataset(root).torch([(0, 0, "q"), (0, 1, "q")])
+
+
+@pytest.mark.parametrize("cache", ["a\0b", "x" * 300])
+def test_a_cache_that_no_folder_can_be(cache: str, undisturbed: Callable[..., Path]) -> None:
+    with pytest.raises(StoreError, match=r"cache is .*, which has a"):
+        qk_sniffer.open_dataset(undisturbed()).torch(["l00h00q"], cache=cache)

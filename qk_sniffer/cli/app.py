@@ -27,7 +27,7 @@ from qk_sniffer.cli.launching import Launch, search_last_folder
 from qk_sniffer.cli.overrides import key_of
 from qk_sniffer.cli.plans import is_dry, mixed, show_plans
 from qk_sniffer.cli.preflight import Composer, planned
-from qk_sniffer.cli.programs import listed, meant
+from qk_sniffer.cli.programs import listed, mistaken
 from qk_sniffer.cli.schema import Schema
 from qk_sniffer.config import Config, from_omegaconf, register
 from qk_sniffer.errors import ConfigError, QkSnifferError, StoreError
@@ -37,7 +37,7 @@ from qk_sniffer.jobs.signals import WARNING, Stopped, Stopping
 from qk_sniffer.logs import escape_libraries, logger
 from qk_sniffer.resolved import ResolvedConfig, fill_slugs, resolve
 from qk_sniffer.store.places import refuse_inside
-from qk_sniffer.text import did_you_mean, hide_in_addresses, path_problem, say, say_text
+from qk_sniffer.text import hide_in_addresses, path_problem, say, say_text
 
 log = logger(__name__)
 
@@ -52,8 +52,8 @@ def main() -> int:
 
 
 def _main(arguments: list[str]) -> int:
-    if arguments and (programs := meant(arguments[0])):
-        raise ConfigError([f"{arguments[0]} is not a program{did_you_mean(programs)}"])
+    if arguments and (problem := mistaken(arguments[0])) is not None:
+        raise ConfigError([problem])
     args = parse_flags(arguments)
     if only_prints(args):
         return show(APPLICATION, task, args, lambda: planned(args, APPLICATION))

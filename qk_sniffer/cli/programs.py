@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import qk_sniffer
 from qk_sniffer.cli import process
-from qk_sniffer.text import closest, say
+from qk_sniffer.text import closest, did_you_mean, say
 
 
 class Program(NamedTuple):
@@ -60,14 +60,23 @@ _FLAGS_OF_JOBS = re.compile(r"--(multirun|config-(dir|name|path)(=.*)?)|-(m|cd|c
 def _runs_jobs(arguments: Sequence[str]) -> bool:
     """Whether arguments of the capture look as if it runs jobs: other flags only print."""
     flags = [argument for argument in arguments if argument.startswith("-")]
-    return all(map(_FLAGS_OF_JOBS.fullmatch, flags)) and not (arguments and meant(arguments[0]))
+    return all(map(_FLAGS_OF_JOBS.fullmatch, flags)) and not (arguments and mistaken(arguments[0]))
 
 
-def meant(argument: str) -> list[str]:
-    """Returns the programs that an argument may be a misspelled name of, the most similar first; or the flag it is."""
+_OF_THE_CAPTURE = ("capture", "run")
+"""Words that other tools have for what the command does without one."""
+
+
+def mistaken(argument: str) -> str | None:
+    """Returns the problem of an argument that looks like a wrong name of a program, or a flag; None for any other."""
+    if argument in _OF_THE_CAPTURE:
+        return f"{argument} is not a program: without the name of one, the command captures; leave it out"
+    near = [name for name in PROGRAMS if name.endswith(f".{argument}")]
+    if not near and re.fullmatch("[a-zA-Z.]+", argument):
+        near = closest(argument, [*PROGRAMS])
     if f"--{argument}" in ("--help", process.VERSION):
-        return [f"--{argument}"]
-    return closest(argument, [*PROGRAMS]) if re.fullmatch("[a-zA-Z.]+", argument) else []
+        near = [f"--{argument}"]
+    return f"{argument} is not a program{did_you_mean(near)}" if near else None
 
 
 def listed() -> str:

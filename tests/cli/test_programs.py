@@ -44,6 +44,10 @@ def test_a_misspelled_program_is_told_the_name(
 ) -> None:
     assert run(monkeypatch, "verfy", "outputs/mine") == 2
     assert "verfy is not a program, did you mean verify?" in capsys.readouterr().err
+    assert run(monkeypatch, "compare", "runs=a,b") == 2
+    assert "compare is not a program, did you mean plasticity.compare?" in capsys.readouterr().err
+    assert run(monkeypatch, "capture", "model=pydoc_tiny") == 2
+    assert "capture is not a program: without the name of one, the command captures" in capsys.readouterr().err
     for flag in ("version", "help"):
         assert run(monkeypatch, flag) == 2
         assert f"{flag} is not a program, did you mean --{flag}?" in capsys.readouterr().err

@@ -115,9 +115,12 @@ class SweepWatch:
             facts.append(f"about {tqdm.format_interval(line.seconds_left)} left")
         if status.state in GOOD and line.rows is not None:
             facts.append(counted(line.rows, "row"))
-        if status.error:
-            facts.append(in_brief(status.error))
-        return f"{self._planned[status.number]}: {', '.join(facts)}"
+        if status.state == RUNNING and line.examples is None:
+            facts.append("loading")
+        if status.state == RUNNING and line.total and line.examples == line.total:
+            facts.append("finishing")
+        error = f": {in_brief(status.error)}" if status.error else ""
+        return f"{self._planned[status.number]}: {', '.join(facts)}{error}"
 
 
 def _fitting(shown: Sequence[tuple[Line, str]], most: int) -> list[str]:

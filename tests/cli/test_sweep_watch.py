@@ -54,7 +54,7 @@ def test_a_pipe_gets_a_line_when_the_state_of_a_job_changes_or_a_tenth_is_captur
     status = job_status.Status.here(0, jobs[0].config)
     layout = Layout(jobs[0].config.data_root)
     with job_status.recorded(status, job_folder(folder, 0)):
-        assert told() == ["INFO job 0 (sampler.seed=0): running"]
+        assert told() == ["INFO job 0 (sampler.seed=0): running, loading"]
         layout.work.mkdir(parents=True)
         progress = Progress(2000, file=layout.progress(0, 1))
         progress.add(501, 9, 70)
@@ -65,12 +65,15 @@ def test_a_pipe_gets_a_line_when_the_state_of_a_job_changes_or_a_tenth_is_captur
         progress.add(20, 9, 1)
         progress.close()
         assert told() == [], "it is the same tenth"
+        progress.add(1479, 9, 1)
+        progress.close()
+        assert told() == ["INFO job 0 (sampler.seed=0): running, 2,000 of 2,000 examples (100%), finishing"]
         status.succeed(71, None)
     assert told() == ["INFO job 0 (sampler.seed=0): done, 71 rows"]
     broken = job_status.Status.here(1, jobs[1].config)
     with job_status.recorded(broken, job_folder(folder, 1)):
         broken.fail("the disk is full")
-    assert told() == ["WARNING job 1 (sampler.seed=1): failed, the disk is full"]
+    assert told() == ["WARNING job 1 (sampler.seed=1): failed: the disk is full"]
 
 
 def test_a_terminal_gets_a_line_a_job_below_what_is_logged(
@@ -100,10 +103,11 @@ def test_a_terminal_gets_a_line_a_job_below_what_is_logged(
             TerminalHandler(terminal).emit(logging.makeLogRecord({"msg": "SLURM does not start job 2"}))
             assert shown(f"\r\x1b[3A\x1b[JSLURM does not start job 2\r\n{block}")
         assert shown("\r\x1b[3A\x1b[J")
+        monkeypatch.setenv("COLUMNS", "80")
         monkeypatch.setenv("LINES", "6")
         with job_status.recorded(job_status.Status.here(1, jobs[1].config), job_folder(folder, 1)):
             watch.tell()
-        assert shown("job 1 (sampler.seed=1): running\r\nand 2 more jobs: 2 queued\r\n")
+        assert shown("job 1 (sampler.seed=1): running, loading\r\nand 2 more jobs: 2 queued\r\n")
 
 
 def test_the_table_of_a_sweep_fits_the_terminal_and_keeps_every_word(jobs: list[PlannedJob]) -> None:

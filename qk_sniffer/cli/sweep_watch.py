@@ -107,7 +107,8 @@ class SweepWatch:
     def _text(self, line: Line) -> str:
         status = line.status
         reason = self._reasons().get(status.number)
-        facts = [status.state if reason is None or status.state in (RUNNING, *GOOD) else f"{status.state}: {reason}"]
+        state = status.outcome or status.state
+        facts = [state if reason is None or state in (RUNNING, *GOOD) else f"{state}: {reason}"]
         if line.examples is not None:
             share = f" of {line.total:,} examples ({line.examples / line.total:.0%})" if line.total else " examples"
             facts.append(f"{line.examples:,}{share}")

@@ -30,6 +30,8 @@ STATUS_FILE, LOCK = "status.json", "job.lock"
 
 QUEUED, RUNNING, REQUEUED, DONE, PUBLISHED = "queued", "running", "requeued", "done", "published"
 FAILED, INTERRUPTED, NOT_STARTED = "failed", "interrupted", "not started"
+REFUSED = "refused"
+"""How a job ended that failed before it began."""
 
 _STATES = (QUEUED, RUNNING, REQUEUED, DONE, PUBLISHED, FAILED, INTERRUPTED, NOT_STARTED)
 State = Annotated[str, Meta(pattern=rf"\A({'|'.join(_STATES)})\Z")]
@@ -70,6 +72,13 @@ class Status:
     restarts: Count = 0
     manifest: Sha256 | None = None
     began: bool = False
+
+    @property
+    def outcome(self) -> str | None:
+        """How it ended, if it did not do what it was to do."""
+        if self.state == FAILED:
+            return FAILED if self.began else REFUSED
+        return INTERRUPTED if self.state == INTERRUPTED else None
 
     @classmethod
     def of(cls, number: int, config: ResolvedConfig, *, state: State) -> "Status":

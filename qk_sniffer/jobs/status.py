@@ -84,15 +84,6 @@ class _Attempt:
         """Puts a running job last, the latest before it, and one that never started first."""
         return self.status.state == job_status.RUNNING, self.status.state != job_status.NOT_STARTED, self.ended
 
-    @property
-    def outcome(self) -> str | None:
-        """How it ended, if it did not do what it was to do."""
-        if self.status.state == job_status.FAILED:
-            return job_status.FAILED if self.status.began else REFUSED
-        return job_status.INTERRUPTED if self.status.state == job_status.INTERRUPTED else None
-
-
-REFUSED = "refused"
 
 _WAITING = (job_status.QUEUED, job_status.REQUEUED)
 
@@ -269,14 +260,14 @@ def _of_root(layout: Layout, attempts: list[_Attempt], left_out: Callable[[Store
     for shard, attempt in latest.items():
         # A job with another number of shards was refused, and has no line.
         target = shard if shard in lines or attempt.ended < known else min(lines, default=None)
-        if attempt.outcome is not None and target in lines and lines[target].last_attempt is None:
+        if attempt.status.outcome is not None and target in lines and lines[target].last_attempt is None:
             lines[target] = _with_last(lines[target], attempt)
     return [*lines.values()]
 
 
 def _with_last(line: Line, attempt: _Attempt) -> Line:
     """Adds the last attempt to a line, unless its state says the same."""
-    outcome, error = attempt.outcome, attempt.status.error
+    outcome, error = attempt.status.outcome, attempt.status.error
     return replace(
         line,
         last_attempt=None if outcome == line.status.state else outcome,
@@ -297,7 +288,7 @@ def _tells_of_no_dataset(attempt: _Attempt, attempts: list[_Attempt]) -> bool:
     if state in (job_status.FAILED, job_status.INTERRUPTED):
         of_sweep = any(each.is_announced and each.shard == attempt.shard for each in attempts)
         was_killed = state == job_status.INTERRUPTED and attempt.status.error is not None
-        return of_sweep or was_killed or attempt.outcome == job_status.FAILED
+        return of_sweep or was_killed or attempt.status.outcome == job_status.FAILED
     return True
 
 
@@ -317,7 +308,7 @@ def _finished(layout: Layout, manifest: dict[str, Any], digest: str, attempts: l
     since = max((each.ended for each in made), default=0.0)
     with suppress(OSError):
         since = max(since, layout.manifest.stat().st_mtime)
-    later = [each for each in attempts if each.outcome is not None and each.ended > since]
+    later = [each for each in attempts if each.status.outcome is not None and each.ended > since]
     last = max(later, key=lambda each: each.ended, default=None)
     return line if last is None else _with_last(line, last)
 

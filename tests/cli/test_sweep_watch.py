@@ -72,8 +72,13 @@ def test_a_pipe_gets_a_line_when_the_state_of_a_job_changes_or_a_tenth_is_captur
     assert told() == ["INFO job 0 (sampler.seed=0): done, 71 rows"]
     broken = job_status.Status.here(1, jobs[1].config)
     with job_status.recorded(broken, job_folder(folder, 1)):
+        broken.began = True
         broken.fail("the disk is full")
     assert told() == ["WARNING job 1 (sampler.seed=1): failed: the disk is full"]
+    odd = job_status.Status.here(2, jobs[2].config)
+    with job_status.recorded(odd, job_folder(folder, 2)):
+        odd.fail("the data root is in use")
+    assert told() == ["WARNING job 2 (sampler.seed=2): refused: the data root is in use"]
 
 
 def test_a_terminal_gets_a_line_a_job_below_what_is_logged(

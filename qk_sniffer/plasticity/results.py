@@ -132,9 +132,7 @@ class Results:
                 return False
             if any(_without_place(record[key]) != _without_place(facts[key]) for key in facts):
                 return False
-            for name in tables.TABLES:
-                self.table(name, record)
-            metrics = self.table("head_metrics", record)
+            metrics = {name: self.table(name, record) for name in tables.TABLES}["head_metrics"]
             keys = zip(metrics["layer"].tolist(), metrics["q_head"].tolist(), strict=True)
             heads = {head_name(layer, head, "q") for layer, head in keys}
             if not _are_notes(record["notes"], notes, heads):

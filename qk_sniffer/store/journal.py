@@ -12,7 +12,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -120,6 +120,8 @@ class Journal:
         self._verified: dict[Path, npt.NDArray[np.int64]] = {}
         """The segments that were compared with their checksums: the batch and the example of each run, without
         repetitions."""
+        self._read: dict[Path, tuple[str, SegmentFacts]] = {}
+        """The checksum of each header that was read, with its facts. `ended` is empty: its examples take memory."""
         self._batch_of: dict[int, int] = {}
         self._unused: list[Path] = []
         self._open(verify)
@@ -212,6 +214,7 @@ class Journal:
                     continue
                 blocks_of(header)
                 facts[path] = facts_of(header, _number(path))
+                self._read[path] = header.checksum, replace(facts[path], ended=[])
             except DamageError as error:
                 damaged[path] = error
         if self.foreign:
@@ -285,7 +288,10 @@ class Journal:
             try:
                 verify_segment(path, self.access)
                 header = read_header(path, self.access)
-                self._verified[path] = check_runs(path, header, facts_of(header, _number(path)), self.access)
+                checksum, facts = self._read.get(path, (None, None))
+                if facts is None or header.checksum != checksum:
+                    facts = facts_of(header, _number(path))
+                self._verified[path] = check_runs(path, header, facts, self.access)
             except DamageError as error:
                 damaged[path] = error
 

@@ -65,10 +65,11 @@ class Place:
 
 @dataclass(frozen=True)
 class Header:
-    """The header of a segment: its metadata, and the places of its tensors by name."""
+    """The header of a segment: its metadata, the places of its tensors by name, and the checksum of its bytes."""
 
     metadata: dict[str, str]
     tensors: dict[str, Place]
+    checksum: str
 
 
 def segment_number(path: Path) -> int | None:
@@ -186,7 +187,7 @@ def read_header(path: Path, access: Access = PLAIN) -> Header:
         name: Place(entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
         for name, entry in entries.items()
     }
-    return Header(metadata, tensors)
+    return Header(metadata, tensors, xxhash.xxh3_64_hexdigest(raw))
 
 
 def verify_segment(path: Path, access: Access = PLAIN) -> None:

@@ -97,12 +97,13 @@ class _Metadata(TypedDict):
 class SegmentFacts:
     """The metadata of a segment: its first and last batch, the batches that end in it, and its batch settings.
 
-    `statistics` are the places of the statistics of the batches that end in it.
+    `num_tokens` are those of the examples of these batches, and `statistics` the places of their statistics.
     """
 
     first: int
     last: int
     ended: list[Ended]
+    num_tokens: int
     batching: Mapping[str, int | None] | None
     statistics: Mapping[PartKey, Mapping[str, Place]]
 
@@ -123,8 +124,10 @@ def facts_of(header: Header, number: int) -> SegmentFacts:
         raise DamageError(f"its metadata {error.problem}") from error
     if any(len(record) not in _RECORD_LENGTHS for end in ended for record in end["records"]):
         raise DamageError("its metadata has records of another length")
+    num_tokens = 0
     try:
         for record in (_Record(*values) for end in ended for values in end["records"]):
+            num_tokens += record.num_tokens
             if record.segments is not None:
                 decode_segments(record.segments, record.num_tokens)
     except ValueError as error:
@@ -134,7 +137,7 @@ def facts_of(header: Header, number: int) -> SegmentFacts:
     statistics = places_of(header)
     if statistics and not ended:
         raise DamageError("it has statistics of no batch")
-    return SegmentFacts(first, last, ended, batching, statistics)  # type: ignore[arg-type]
+    return SegmentFacts(first, last, ended, num_tokens, batching, statistics)  # type: ignore[arg-type]
 
 
 def blocks_of(header: Header) -> Blocks:
@@ -194,7 +197,7 @@ def _check_counts(path: Path, facts: SegmentFacts, access: Access) -> None:
     """Checks that the statistics of every head are of equally many tokens, and no more than the examples have."""
     if not facts.statistics:
         return
-    most = sum(_Record(*record).num_tokens for end in facts.ended for record in end["records"])
+    most = facts.num_tokens
     numbers: set[int] = set()
     with open_segment(path, access) as file:
         for places in facts.statistics.values():

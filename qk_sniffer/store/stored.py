@@ -8,6 +8,7 @@ msgspec checks. Links are not followed unless the reader says so, and only regul
 import hashlib
 import json
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -156,19 +157,17 @@ def digest(values: Mapping[str, Any]) -> str:
 
 def _limits_problem(values: Any) -> str | None:
     """Returns how `values` exceed the limits of all files, those of keys without a form included."""
-    level = [values]
-    for _ in range(MOST_DEPTH + 1):
-        inner: list[Any] = []
-        for value in level:
-            if isinstance(value, dict):
-                inner.extend(value.values())
-            elif isinstance(value, list):
-                inner.extend(value)
-        if any(isinstance(value, int) and not -MOST_INTEGER <= value <= MOST_INTEGER for value in inner):
-            return "an integer has more than 64 bits"
-        level = [value for value in inner if isinstance(value, dict | list)]
-        if not level:
+    level: list[Any] = [[values]]
+    for _ in range(MOST_DEPTH + 2):
+        inner = [*chain.from_iterable(each.values() if isinstance(each, dict) else each for each in level)]
+        kinds = {*map(type, inner)}  # a journal lists a million values, most of them of a few types
+        if int in kinds:
+            integers = [value for value in inner if type(value) is int]
+            if min(integers) < -MOST_INTEGER or max(integers) > MOST_INTEGER:
+                return "an integer has more than 64 bits"
+        if kinds.isdisjoint({dict, list}):
             return None
+        level = [value for value in inner if isinstance(value, dict | list)]
     return f"nested deeper than {MOST_DEPTH} levels"
 
 

@@ -6,7 +6,6 @@ statistics, because no reader needs them. Other columns have a dictionary. No fi
 """
 
 import hashlib
-import io
 import mmap
 from contextlib import suppress
 from pathlib import Path
@@ -36,12 +35,10 @@ class ParquetWriter:
         self._written: list[pq.FileMetaData] = []
         with access.open(path.parent, create=True) as folder:
             self._file = folder.create(path.name)
-        self._writer = pq.ParquetWriter(
-            _WholeWrites(self._file.fileno(), "wb", closefd=False),
-            schema,
-            **options(schema),
-            metadata_collector=self._written,
-        )
+        # A file of pyarrow takes each page from where it is: writing float32 takes 5 % less CPU time than with a file
+        # of Python. Opened by its descriptor, it is the file in `folder`, whatever is at its path.
+        self._output = pa.OSFile(f"/dev/fd/{self._file.fileno()}", "wb")
+        self._writer = pq.ParquetWriter(self._output, schema, **options(schema), metadata_collector=self._written)
 
     def write(self, table: pa.Table) -> None:
         """Adds `table` as one row group.
@@ -73,23 +70,10 @@ class ParquetWriter:
 
     def _close(self) -> None:
         try:
-            self._writer.close()
+            with self._output:
+                self._writer.close()
         finally:
             self._writer.is_open = False  # otherwise pyarrow closes it again when it collects the writer
-
-
-class _WholeWrites(io.FileIO):
-    """A file without a buffer, which would copy each page: writing float32 takes 5 % less CPU time.
-
-    A file may take a part of the bytes, on a disk that is nearly full; pyarrow does not look at how many it took.
-    """
-
-    def write(self, data: Any) -> int:
-        left = memoryview(data).cast("B")
-        size = len(left)
-        while left:
-            left = left[super().write(left) :]
-        return size
 
 
 def options(schema: pa.Schema) -> dict[str, Any]:

@@ -4,6 +4,7 @@ Exit codes: 0 all jobs are done, 1 a job failed, 2 the command line or the confi
 SIGINT and SIGTERM.
 """
 
+import gc
 import os
 import shutil
 import signal
@@ -100,6 +101,7 @@ def _run_job(config: ResolvedConfig, status: job_status.Status, record: Callable
             def begin() -> None:
                 status.began = True
                 record()
+                gc.freeze()  # else each full collection looks at all objects of torch, for a tenth of a second
 
             outcome = run_job(config, begin)
             status.succeed(outcome.rows, outcome.url, outcome.manifest)
@@ -112,6 +114,8 @@ def _run_job(config: ResolvedConfig, status: job_status.Status, record: Callable
         log.exception("Unexpected error:")
         status.began = True  # nobody refused it
         status.fail(f"{type(error).__name__}: {error}")
+    finally:
+        gc.unfreeze()  # a sweep may run its next job in this process, without the model of this one
 
 
 def _stopped(stopped: Stopped, status: job_status.Status, record: Callable[[], None]) -> None:

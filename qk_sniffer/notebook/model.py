@@ -54,6 +54,7 @@ class UserBackbone(Backbone):
         super().__init__(decoder, chosen, pre_rope=pre_rope, banded_attention=False, stored=stored)
         self._described = self._changeable()
         self._at_first_pass: ModelState | None = None
+        self._keeps_state = False
 
     def check_unchanged(self) -> None:
         """Checks that the model is still as it was when it was described. Its weights may have other values.
@@ -66,10 +67,24 @@ class UserBackbone(Backbone):
                 f"the {enumerated(changed)} of {type(self.model).__name__} changed after qk_sniffer.capture described "
                 "it: call qk_sniffer.capture again"
             )
-        self._at_first_pass = None
+        self._keeps_state = False
+
+    def begin_pass(self) -> None:
+        """Checks the model, as `check_pass` does. Before the first pass with rows, it may be in any state.
+
+        Raises:
+            CaptureError: a reason of `check_pass`.
+        """
+        if not self._keeps_state:
+            self._at_first_pass = None
+        self.check_pass()
+
+    def keep_state(self) -> None:
+        """Makes the state of the model the one of all passes: the pass that ends has rows."""
+        self._keeps_state = True
 
     def check_pass(self) -> None:
-        """Checks, at the begin or end of a forward pass, that the model is as it was described and as in all passes.
+        """Checks, at the end of a forward pass, that the model is as it was described and as in all passes.
 
         Raises:
             CaptureError: it is not, or its weights are not those of the first pass since `check_unchanged`.
@@ -82,6 +97,8 @@ class UserBackbone(Backbone):
             changed.append("weights")
         if first is not None and (now.buffers, now.numbers) != (first.buffers, first.numbers):
             changed.append("buffers, or the numbers that its modules compute with,")
+        if first is not None and now.functions != first.functions:
+            changed.append("hooks, or the functions in the place of a module's own,")
         if changed:
             raise CaptureError(
                 f"the {enumerated(changed)} of {type(self.model).__name__} changed inside the block of "

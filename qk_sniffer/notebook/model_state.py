@@ -1,22 +1,30 @@
 """Sees, around every forward pass, whether a model is still the one that was described: its weights, adapters, layers.
 
 A look reads no value of a tensor: a change in place raises the version of a tensor, and another tensor is another
-object or is at another address. What is written through `tensor.data` raises no version, and is not seen. Neither are
-hooks and other functions in the place of a module's own.
+object or is at another address. What is written through `tensor.data` raises no version, and is not seen. A hook is
+seen, but not what it does: one that works differently in each pass is the user's own.
 """
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 _PER_ROW_HOOK = "_adapter_names_pre_forward_hook"
 """The hook of peft that gives each row of a batch an adapter of its own, for the argument `adapter_names`."""
 
 NO_ADAPTER = "__base__"
 """The name that peft gives the model without an adapter, in `adapter_names`."""
+
+_LIBRARIES = frozenset({"accelerate", "peft", "qk_sniffer", "torch", "transformers"})
+"""The packages whose hooks come and go between passes by themselves, as for the outputs that a call asks for."""
+
+Function = Callable[..., Any]
 
 _Tensor = tuple[int, int, int, bool]
 """The identity, the version and the address of a tensor, and whether the next forward pass may pack it."""
@@ -39,6 +47,9 @@ class ModelState:
     rotary: list[tuple[Any, ...]]
     """The frequencies of each rotary embedding, and their scaling."""
     adapters: list["AdapterLayer"]
+    functions: list[tuple[int, Function]]
+    """The user's hooks, and the user's functions in the place of a module's forward or of the attention kernel, each
+    with the number of the module in the decoder; -1 for those of all modules."""
     _alive: list[object] = field(compare=False, repr=False)
     """Keeps the modules and tensors: an identity may be given again to a new object."""
 
@@ -67,15 +78,19 @@ def state_of(decoder: nn.Module) -> ModelState:
     others: list[torch.Tensor] = []
     numbers: list[tuple[str, float]] = []
     rotary: list[tuple[Any, ...]] = []
-    for module in modules:
+    functions = [(-1, each) for each in _functions_of_all(decoder, dict.fromkeys(map(type, modules)))]
+    for number, module in enumerate(modules):
+        own = vars(module)
+        if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own:
+            functions += ((number, each) for each in _functions(module))
         if "Rotary" in type(module).__name__:
-            own = {name: value for name, value in module._buffers.items() if value is not None and "inv_freq" in name}
-            buffers += own.values()
-            scaling = [value for name, value in vars(module).items() if name.endswith("attention_scaling")]
-            rotary.append((*((name, _seen(value)) for name, value in own.items()), *scaling))
+            found = {name: value for name, value in module._buffers.items() if value is not None and "inv_freq" in name}
+            buffers += found.values()
+            scaling = [value for name, value in own.items() if name.endswith("attention_scaling")]
+            rotary.append((*((name, _seen(value)) for name, value in found.items()), *scaling))
         else:
             # Only floats: passes change integers and switches themselves, such as counters.
-            numbers += ((name, value) for name, value in vars(module).items() if type(value) is float)
+            numbers += ((name, value) for name, value in own.items() if type(value) is float)
             others += _fixed_buffers(module)
     return ModelState(
         attention=getattr(decoder.config, "_attn_implementation", None),
@@ -86,6 +101,7 @@ def state_of(decoder: nn.Module) -> ModelState:
         numbers=numbers,
         rotary=rotary,
         adapters=[*adapter_layers(modules)],
+        functions=functions,
         _alive=[*modules, *weights, *buffers, *others],
     )
 
@@ -104,6 +120,32 @@ def _fixed_buffers(module: nn.Module) -> Iterator[torch.Tensor]:
             continue
         if value.dim() == 0 or name not in module._non_persistent_buffers_set:
             yield value
+
+
+def _functions(module: nn.Module) -> Iterator[Function]:
+    """Yields the functions that a call of the module runs, and that no library has put there."""
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    for function in (*hooks, vars(module).get("forward")):
+        if function is not None and not _is_of_library(function):
+            yield function
+
+
+def _functions_of_all(decoder: nn.Module, types: Iterable[type[nn.Module]]) -> Iterator[Function]:
+    """Yields the forward of each type, the hooks of every module, and the attention kernel, unless of a library."""
+    forwards = [each.forward for each in types]
+    kernel = ALL_ATTENTION_FUNCTIONS.get(getattr(decoder.config, "_attn_implementation", None))
+    for function in (*forwards, *_global_forward_pre_hooks.values(), *_global_forward_hooks.values(), kernel):
+        if function is not None and not _is_of_library(function):
+            yield function
+
+
+def _is_of_library(function: Any) -> bool:
+    """Whether one of `_LIBRARIES` has made a function. Does not trust `__module__`, which a wrapper copies."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    function = getattr(function, "__func__", function)
+    name = getattr(function, "__globals__", {}).get("__name__") or type(function).__module__
+    return str(name).partition(".")[0] in _LIBRARIES
 
 
 def adapter_layers(modules: list[nn.Module]) -> Iterator[AdapterLayer]:

@@ -173,7 +173,7 @@ class PassRecorder:
                 "cannot be told apart. Run it before the other one, or outside of the block"
             )
         self._drop()
-        self._backbone.check_pass()
+        self._backbone.begin_pass()
         arguments = _Arguments(module, args, kwargs)
         with self._apart():
             tokens = self._examples.begin(arguments.by_name)
@@ -218,6 +218,7 @@ class PassRecorder:
         values = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple) else ()
         with self._apart(), self._sink.changes.change(StoreError):
             running, self._pass = self._pass, None
+            self._backbone.keep_state()
             self._sink.end_pass()
             if self._statistics is not None:
                 self._statistics.end_pass()

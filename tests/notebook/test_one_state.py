@@ -1,6 +1,7 @@
 """Tests that the rows of a capture are of one state of the model, and that a dataset states this one."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,8 @@ import torch
 from support.adapters import lora
 from support.live import LLAMA, random_ids
 from torch import nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import qk_sniffer
 from qk_sniffer.dataset.verify import verify
@@ -75,6 +78,16 @@ def set_scaling(model: Any) -> None:
     decoder(model).layers[1].self_attn.scaling = 2.0
 
 
+def replace_forward(model: Any) -> None:
+    norm = decoder(model).layers[0].input_layernorm
+    original = norm.forward
+    norm.forward = functools.wraps(original)(lambda states: 2 * original(states))
+
+
+def double(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+    return 2 * output
+
+
 def decoder(model: Any) -> Any:
     return (model.get_base_model() if hasattr(model, "get_base_model") else model).model
 
@@ -98,6 +111,9 @@ PLAIN: dict[str, tuple[Callable[[Any], object], str]] = {
     "layer types": (set_layer_types, "types of layers"),
     "scaling": (set_scaling, "numbers that its modules compute with"),
     "epsilon": (set_epsilon, "numbers that its modules compute with"),
+    "hook": (lambda model: decoder(model).layers[0].mlp.register_forward_hook(double), "hooks"),
+    "hook before": (lambda model: decoder(model).norm.register_forward_pre_hook(lambda *_: None), "hooks"),
+    "forward": (replace_forward, "functions in the place of a module's own"),
     "loaded": (lambda model: model.load_state_dict({**model.state_dict()}), "weights"),
 }
 CHANGES = [
@@ -138,6 +154,52 @@ def test_a_changed_buffer_is_seen(persistent: bool, shape: tuple[int, ...]) -> N
         with pytest.raises(CaptureError, match=r"the buffers, or the numbers .* changed inside the block"):
             model(input_ids=IDS)
     assert len(captured.examples) == 2
+
+
+def test_functions_that_hold_for_every_module_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = LLAMA.model()
+    attention = type(decoder(model).layers[0].self_attn)
+    original = attention.forward
+
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return original(self, *args, **kwargs)
+
+    def kernel(*args: Any, **kwargs: Any) -> Any:
+        return sdpa_attention_forward(*args, **kwargs)
+
+    def changes() -> Iterator[Callable[[], object]]:
+        yield lambda: monkeypatch.setattr(attention, "forward", wrapped)
+        yield lambda: monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "sdpa", kernel)
+        yield lambda: nn.modules.module.register_module_forward_hook(lambda *_: None)
+
+    for change in changes():
+        with torch.no_grad(), qk_sniffer.capture(model, layers=[1]) as captured:
+            model(input_ids=IDS)
+            undo = change()
+            with pytest.raises(CaptureError, match=r"the hooks, or the functions .* changed inside the block"):
+                model(input_ids=IDS)
+            if hasattr(undo, "remove"):
+                undo.remove()
+            monkeypatch.undo()
+        assert len(captured.examples) == 1
+
+
+def test_hooks_that_stay_and_those_of_libraries_change_nothing() -> None:
+    model = LLAMA.model()
+
+    class Observer:
+        seen = 0
+
+        def see(self, *_: object) -> None:
+            self.seen += 1
+
+    observer = Observer()
+    with torch.no_grad(), qk_sniffer.capture(model, layers=[1]) as captured:
+        for outputs in (False, True):  # transformers collects these in hooks
+            handle = decoder(model).layers[0].register_forward_hook(observer.see)
+            model(input_ids=IDS, output_hidden_states=outputs)
+            handle.remove()
+    assert observer.seen == len(captured.examples) == 2
 
 
 def test_a_change_within_a_pass_drops_its_rows() -> None:

@@ -8,6 +8,7 @@ import importlib
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import qk_sniffer
@@ -77,6 +78,17 @@ def mistaken(argument: str) -> str | None:
     if f"--{argument}" in ("--help", process.VERSION):
         near = [f"--{argument}"]
     return f"{argument} is not a program{did_you_mean(near)}" if near else None
+
+
+def mistaken_part(program: str, argument: str) -> str | None:
+    """Returns the problem of the first argument of a program if both together are another one: `plasticity compare`.
+
+    None for any other argument, and for one that is a folder.
+    """
+    name = f"{program}.{argument}"
+    if name not in PROGRAMS or Path(argument).is_dir():
+        return None
+    return f"{program} {argument} is not a program{did_you_mean([name])}"
 
 
 def listed() -> str:

@@ -20,6 +20,7 @@ from qk_sniffer.cli.explain import explain
 from qk_sniffer.cli.flags import initialized, only_prints, parse_flags, show
 from qk_sniffer.cli.hydra_jobs import run_jobs
 from qk_sniffer.cli.preflight import Composer, planned
+from qk_sniffer.cli.programs import mistaken_part
 from qk_sniffer.errors import ConfigError, QkSnifferError
 from qk_sniffer.hub.endpoint import check_address
 from qk_sniffer.jobs.sweep import Job, describe
@@ -39,6 +40,8 @@ def main() -> int:
 
 
 def _main(arguments: list[str]) -> int:
+    if arguments and (problem := mistaken_part("plasticity", arguments[0])) is not None:
+        raise ConfigError([problem])
     args = parse_flags(arguments, first_key="data_root")
     if only_prints(args):
         return show(APPLICATION, task, args, lambda: planned(args, APPLICATION))

@@ -16,7 +16,7 @@ from support.rights import without_root
 import qk_sniffer
 from qk_sniffer.cli import app, preflight
 from qk_sniffer.cli.flags import parse_flags
-from qk_sniffer.cli.programs import PROGRAMS, listed, run_named
+from qk_sniffer.cli.programs import PROGRAMS, listed, mistaken_part, run_named
 from qk_sniffer.plasticity import cli as plasticity
 
 
@@ -46,6 +46,9 @@ def test_a_misspelled_program_is_told_the_name(
     assert "verfy is not a program, did you mean verify?" in capsys.readouterr().err
     assert run(monkeypatch, "compare", "runs=a,b") == 2
     assert "compare is not a program, did you mean plasticity.compare?" in capsys.readouterr().err
+    for argument in ("runs=a,b", "--help"):
+        assert run(monkeypatch, "plasticity", "compare", argument) == 2
+        assert "plasticity compare is not a program, did you mean plasticity.compare?" in capsys.readouterr().err
     assert run(monkeypatch, "capture", "model=pydoc_tiny") == 2
     assert "capture is not a program: without the name of one, the command captures" in capsys.readouterr().err
     for flag in ("version", "help"):
@@ -53,6 +56,13 @@ def test_a_misspelled_program_is_told_the_name(
         assert f"{flag} is not a program, did you mean --{flag}?" in capsys.readouterr().err
     assert run(monkeypatch, "--version") == 0
     assert capsys.readouterr().out == f"qk-sniffer {qk_sniffer.__version__}\n"
+
+
+def test_a_folder_may_have_the_name_of_a_part_of_a_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert mistaken_part("plasticity", "compare") is not None
+    (tmp_path / "compare").mkdir()
+    assert mistaken_part("plasticity", "compare") is None
 
 
 NAMES = ["plain", "it's", "a,b", "x=1", "${oc.env:HOME}", "back\\", "q\"\\'", "{a: [b", " "]

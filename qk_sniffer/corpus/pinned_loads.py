@@ -1,10 +1,13 @@
-"""Makes the load of a tokenizer read the files of its commit, and none of a cache that is found by a path."""
+"""Makes the load of a tokenizer read the files of its commit, checked ones, and none of a cache found by a path."""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from threading import RLock
 from typing import Any
+
+from qk_sniffer.corpus.vocabulary_files import refuse_long_tokens
 
 _lock = RLock()
 """Held while the library and the environment differ."""
@@ -22,14 +25,20 @@ def pinned_loads(name: str, commit: str | None) -> Iterator[None]:
     obeyed depends on the tags that its repository has on the Hub today, or without the Hub on its config. Within this
     block it depends on the config alone, as it does for a local folder.
 
+    Only transformers knows which files it reads as vocabularies. They are checked when it has found them.
+
     Args:
         name: the folder or the Hub id of the tokenizer.
         commit: that of a Hub id; None for a folder.
+
+    Raises:
+        SourceError: from the load within the block, if a vocabulary has tokens that are too long.
     """
     import transformers
     from transformers.utils import hub
 
     backend: Any = transformers.PreTrainedTokenizerFast
+    base: Any = transformers.PreTrainedTokenizerBase
     with _lock:
         cached_files, cache = hub.cached_files, os.environ.get(_TIKTOKEN)
 
@@ -43,14 +52,23 @@ def pinned_loads(name: str, commit: str | None) -> Iterator[None]:
         def as_of_folder(cls: Any, tokenizer: Any, *args: Any, **options: Any) -> Any:
             return patch_regex.__func__(cls, tokenizer, *args, **options | {"is_local": True})
 
+        load = vars(base)["_from_pretrained"]
+
+        def checked(cls: Any, files: dict[str, Any], *args: Any, **options: Any) -> Any:
+            for path in filter(None, files.values()):
+                refuse_long_tokens(Path(path))
+            return load.__func__(cls, files, *args, **options)
+
         hub.cached_files = pinned
         backend._patch_mistral_regex = classmethod(as_of_folder)
+        base._from_pretrained = classmethod(checked)
         os.environ[_TIKTOKEN] = ""  # the package reads "" as: no cache
         try:
             yield
         finally:
             hub.cached_files = cached_files
             backend._patch_mistral_regex = patch_regex
+            base._from_pretrained = load
             if cache is None:
                 del os.environ[_TIKTOKEN]
             else:

@@ -59,7 +59,7 @@ _MAPS = ("decompose_map", "merge_map")
 _ADDED = "added_tokens_decoder"
 """Tokens by their ids. transformers fills the gap between the ids of a vocabulary and the largest one."""
 
-_LARGEST_ID = 4_000_000
+LARGEST_ID = 4_000_000
 """The largest id of an added token. The largest vocabularies have some 300,000 tokens."""
 
 _NEVER_OPENED = ("tokenizer_file", "special_tokens_map_file", "added_tokens_file", "tokenizer_config_file")
@@ -266,7 +266,7 @@ def _refuse_costly(name: str, file: str, key: str, value: Any) -> None:
     if not isinstance(value, dict):
         return
     problem = None
-    if key == _ADDED and (largest := max(map(_as_id, value), default=0)) > _LARGEST_ID:
+    if key == _ADDED and (largest := max(map(_as_id, value), default=0)) > LARGEST_ID:
         problem = f"has the id {largest:,}"
     elif key in _VOCABULARIES and (longest := max(map(len, value), default=0)) > LONGEST_TOKEN:
         problem = f"has a token of {longest:,} characters"

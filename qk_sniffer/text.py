@@ -23,11 +23,14 @@ def printable(text: object) -> str:
     """Returns a text as one line of visible characters. Every other character, a line break included, is escaped.
 
     Escaped are control characters, marks that reorder or hide text (bidirectional, of zero width), separators of lines,
-    spaces other than the usual one, and surrogates, which stand for the bytes of a name that is not UTF-8.
+    spaces other than the usual one, and surrogates, which stand for the bytes of a name that is not UTF-8. Left out are
+    the secrets that `hide` was told, and the login and the query of an address of the web.
     """
     shown = str(text)
     for secret, replacement in _hidden:
         shown = shown.replace(secret, replacement)
+    if "://" in shown:
+        shown = _QUERY.sub(_without_query, _LOGIN.sub(r"\1***@", shown))
     return escaped(shown)
 
 
@@ -96,6 +99,18 @@ def hide_in_addresses(text: str) -> None:
 
 
 _PROTOCOL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/+")
+
+_LOGIN = re.compile(r"(https?://)[^\s/?#@'\"<>]+@", re.IGNORECASE)
+
+_QUERY = re.compile(rf"(https?://[^\s?#'\"<>]*)\?((?:(?!,\s*{_PROTOCOL.pattern})[^\s'\"<>])+)", flags=re.IGNORECASE)
+
+
+def _without_query(found: re.Match[str]) -> str:
+    # The Hub redirects a download to an address whose query is a signature, with which anybody can fetch the file for
+    # a while. Libraries log that address.
+    query = found[2]
+    return f"{found[1]}?***{query[len(query.rstrip(']}),.;:')) :]}"
+
 
 _ADDRESSES = tuple(
     re.compile(rf"{_PROTOCOL.pattern}(?:(?!,\s*{_PROTOCOL.pattern})[^\s{ends}])*") for ends in ("'\"", "'\"\\]}")

@@ -118,6 +118,22 @@ def test_what_libraries_log_warn_and_raise_is_escaped(
 
 
 @pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("for url 'https://cdn.hf.co/a/b?Policy=x&Signature=y_~*' again", "for url 'https://cdn.hf.co/a/b?***' again"),
+        ("Cannot access: https://cdn.hf.co/a?b=c.", "Cannot access: https://cdn.hf.co/a?***."),
+        ("[https://a/b?c=d, HTTPS://e/f?g]", "[https://a/b?***, HTTPS://e/f?***]"),
+        ("https://me:word@host/a?b https://word@host", "https://***@host/a?*** https://***@host"),
+        ("is https://huggingface.co the Hub? See https://huggingface.co/docs", None),
+        ("me@host: a?b", None),
+    ],
+)
+def test_the_login_and_the_query_of_an_address_are_not_shown(text: str, shown: str | None) -> None:
+    shown = text if shown is None else shown
+    assert printable(text) == shown and printable(shown) == shown
+
+
+@pytest.mark.parametrize(
     ("argument", "shown"),
     [
         ("a=https://host/Tok3nTok3n/x.jsonl", "a=https://host/***/x.jsonl"),

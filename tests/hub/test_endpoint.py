@@ -1,5 +1,6 @@
 """Tests that a Hub other than huggingface.co is announced before anything is sent to it."""
 
+import logging
 import os
 import re
 import subprocess
@@ -11,11 +12,12 @@ from support.fake_hub import FakeHub
 from support.hub_cases import client, environment
 
 from qk_sniffer import text
-from qk_sniffer.errors import SourceError
+from qk_sniffer.errors import HubError, SourceError
 from qk_sniffer.hub import endpoint
-from qk_sniffer.hub.branch import find
+from qk_sniffer.hub.branch import Branch, find
 from qk_sniffer.hub.client import reading_api, writing_api
 from qk_sniffer.hub.endpoint import check_address
+from qk_sniffer.logs import escape_libraries
 
 pytestmark = pytest.mark.usefixtures("waits")
 
@@ -145,6 +147,23 @@ def test_a_notebook_shows_it(hub: FakeHub, tmp_path: Path) -> None:
     done = client(hub, tmp_path, "-c", "import qk_sniffer; qk_sniffer.open_dataset('alice/none')")
     assert "there is no dataset repository alice/none" in done.stderr
     assert done.stderr.count(f"go to {hub.url} instead of https://huggingface.co. That connection is not") == 1
+
+
+def test_no_message_shows_the_signature_of_a_download(
+    endpoint: str, hub: FakeHub, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The Hub sends a client to another host for a large file. Whoever has that address can fetch the file."""
+    monkeypatch.setattr(logging.getLogger("huggingface_hub"), "propagate", True)
+    escape_libraries()
+    commit = hub.commit("alice/some", {"manifest.json": b"{}"})
+    signed = f"{hub.url.replace('127.0.0.1', 'localhost')}/signed/file?Expires=1&Signature=a-signature"
+    facts = {"Location": signed, "ETag": '"abc"', "X_Repo_Commit": commit, "X_Linked_Size": "2"}
+    hub.fault("HEAD", "/resolve/", status=302, times=99, **facts)
+    hub.fault("GET", "/signed/", "drop", times=99)
+    with pytest.raises(HubError) as raised:
+        Branch("alice/some", "main", commit).path("manifest.json")
+    said = f"{raised.value}\n{caplog.text}"
+    assert "/signed/file?***" in said and "a-signature" not in said
 
 
 @pytest.mark.slow

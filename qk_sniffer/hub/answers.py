@@ -21,11 +21,12 @@ def is_commit(text: str | None) -> bool:
 
 
 def check_answers() -> None:
-    """From here on, huggingface_hub takes no answer about a file in this process that would lead out of its cache.
+    """From here on, huggingface_hub takes no answer in this process that would lead out of its cache.
 
-    A download with such an answer raises a HubError.
+    Checked are answers about a file and about a repository. A call that gets another one raises a HubError.
     """
     from huggingface_hub import file_download as library
+    from huggingface_hub import hf_api
     from huggingface_hub.errors import HfHubHTTPError
 
     if hasattr(library, _MARK):
@@ -50,11 +51,28 @@ def check_answers() -> None:
         return found
 
     library.get_hf_file_metadata, library._get_metadata_or_catch_error = asked, looked_up
+    for kind in (hf_api.ModelInfo, hf_api.DatasetInfo):
+        _check_commit_of(kind)
     setattr(library, _MARK, True)
 
 
 _MARK = "_qk_sniffer_checks_answers"
 """An attribute of the module of huggingface_hub that is changed."""
+
+
+def _check_commit_of(kind: Any) -> None:
+    """Has the facts of a repository, of class `kind`, name no commit of another form.
+
+    Libraries ask for further files at that commit: huggingface_hub makes a path of it, and datasets of its copy.
+    """
+    make = kind.__init__
+
+    @wraps(make)
+    def made(self: Any, *arguments: Any, **options: Any) -> None:
+        make(self, *arguments, **options)
+        _check(self.sha, None)
+
+    kind.__init__ = made
 
 
 def _check(commit: str | None, etag: str | None) -> None:

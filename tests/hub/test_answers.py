@@ -79,6 +79,19 @@ def test_a_commit_of_another_form_names_no_folder(
     assert written(tmp_path) == []
 
 
+@pytest.mark.parametrize("kind", ["model", "dataset"])
+def test_no_library_makes_a_path_of_the_commit_of_a_repository(
+    kind: str, repository: Repository, tmp_path: Path
+) -> None:
+    (head,) = repository.branches.values()
+    odd = "../../../out"
+    repository.commits[odd] = type(repository.commits[head])(odd, None, "", repository.commits[head].files)
+    repository.branches["main"] = odd
+    with pytest.raises(HubError, match=r"answers with '\.\./\.\./\.\./out' in the place of a commit"):
+        reading_api().snapshot_download(NAME, repo_type=kind)
+    assert written(tmp_path) == []
+
+
 def test_usual_answers_are_taken(repository: Repository, tmp_path: Path) -> None:
     path = reading_api().hf_hub_download(NAME, "manifest.json", repo_type="dataset")
     assert Path(path).read_bytes() == b"{}" and Path(path).is_relative_to(huggingface_hub.constants.HF_HUB_CACHE)

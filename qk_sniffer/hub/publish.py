@@ -134,8 +134,7 @@ class _Publication:
     def attempt(self) -> Published:
         """Makes one attempt, which resumes from the state of earlier ones."""
         commits = self._commits()
-        if self._private and not self.api.repo_info(self._repo_id, repo_type=REPO_TYPE).private:
-            raise self.failed(PUBLIC)
+        self._check_privacy()
         if (landed := self._landed(commits)) is not None:
             log.info("%s has this dataset", self._url)
             return Published(self._url, landed, changed=self._parent is not None)
@@ -153,6 +152,7 @@ class _Publication:
             self._check()
             self._upload()
             self._check()
+            self._check_privacy()  # an upload may take hours
             commit = self.api.create_commit(
                 self._repo_id,
                 [*self._deletions, *self._additions.values()],
@@ -162,6 +162,15 @@ class _Publication:
                 parent_commit=head,
             )
         return Published(self._url, commit.oid, changed=commit.oid != head)
+
+    def _check_privacy(self) -> None:
+        """Checks that a repository which is to be private is.
+
+        Raises:
+            HubError: it is public.
+        """
+        if self._private and not self.api.repo_info(self._repo_id, repo_type=REPO_TYPE).private:
+            raise self.failed(PUBLIC)
 
     def _upload(self) -> None:
         """Uploads the files, except small texts, in parts; leaves out those that an earlier attempt has uploaded."""
@@ -223,6 +232,8 @@ class _Publication:
         except hub.GatedRepoError:  # a subclass of RepositoryNotFoundError
             raise
         except hub.RepositoryNotFoundError:
+            if self._parent is not None:  # deleted since: it may have been private, and its owner may not want it
+                raise
             # False would make it public, whatever the owner's default is.
             private = True if self._private else None
             self.api.create_repo(self._repo_id, repo_type=REPO_TYPE, private=private, exist_ok=True)
@@ -244,14 +255,19 @@ class _Publication:
         return next((commit.commit_id for commit in newer if commit.title == self._title), None)
 
     def _refuse_foreign(self, on_branch: Sequence[str], first: str) -> None:
-        """Refuses to replace files of a branch without a dataset. Those of the commit `first` are of a new repository.
+        """Refuses to replace files of a branch without a dataset, except for those of the repository's first commit.
+
+        `first` is the first commit of the branch. It is another one if the history of the branch was squashed: then it
+        has all files of the branch, whoever made them.
 
         Raises:
             StoreError: names them.
         """
         if not any(map(is_dataset_file, on_branch)):
             return
-        new = set(on_branch).difference(self.api.list_repo_files(self._repo_id, repo_type=REPO_TYPE, revision=first))
+        new = {*on_branch}
+        if first == self.api.list_repo_commits(self._repo_id, repo_type=REPO_TYPE)[-1].commit_id:
+            new.difference_update(self.api.list_repo_files(self._repo_id, repo_type=REPO_TYPE, revision=first))
         if found := sorted(filter(is_dataset_file, new)):
             raise StoreError(
                 f"not published: {self._repo_id}, branch {self._branch}, has {shortened(found, 5)} and no {MANIFEST}, "

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from huggingface_hub import HfApi
-from support.fake_hub import FakeHub
+from support.fake_hub import Commit, FakeHub
 from support.hub_cases import (
     BRANCH,
     HEADS,
@@ -140,6 +140,48 @@ def test_files_of_others_on_a_branch_without_a_dataset_stay(
     repository.commits[first].files["README.md"] = b"of the Hub, as it makes one for a new repository"
     publish(root, REPO, "new", api=api, guard=lambda _: None)
     assert set(held(hub, "new")) == {*contents(root)}
+
+
+def test_files_of_others_on_a_branch_with_a_squashed_history_stay(
+    hub: FakeHub, api: HfApi, make_dataset: MakeDataset, tmp_path: Path
+) -> None:
+    others, squashed = {"l00h00q/data.parquet": b"of another program", "README.md": b"mine"}, "5" * 40
+    repository = hub.create(REPO)
+    repository.commits[squashed] = Commit(squashed, None, "Super-squash branch", {".gitattributes": b"*"} | others)
+    repository.branches[BRANCH] = squashed
+    with pytest.raises(StoreError, match=r"has README\.md, l00h00q/data\.parquet and no manifest\.json"):
+        publish(make_dataset(tmp_path / "a"), REPO, BRANCH, api=api, guard=lambda _: None)
+    assert held(hub) == others
+
+
+def test_a_repository_that_is_deleted_meanwhile_is_not_created_again(
+    hub: FakeHub, make_dataset: MakeDataset, tmp_path: Path
+) -> None:
+    """It was private because its owner has made it private."""
+
+    class Deleted(HfApi):
+        def create_commit(self, *args: Any, **kwargs: Any) -> Any:
+            hub.repositories.clear()
+            raise TimeoutError("no answer")
+
+    hub.create(REPO, private=True)
+    with pytest.raises(HubError, match="the Hub has no such repository"):
+        publish(make_dataset(tmp_path / "a"), REPO, BRANCH, api=Deleted(endpoint=hub.url, token="hf_alice"))
+    assert hub.repositories == {}
+
+
+def test_a_repository_that_is_made_public_during_the_upload_gets_no_commit(
+    hub: FakeHub, make_dataset: MakeDataset, tmp_path: Path
+) -> None:
+    class Opened(HfApi):
+        def preupload_lfs_files(self, *args: Any, **kwargs: Any) -> None:
+            super().preupload_lfs_files(*args, **kwargs)
+            hub.repositories[REPO].private = False
+
+    api = Opened(endpoint=hub.url, token="hf_alice")
+    with pytest.raises(HubError, match=r"output\.private=true, but the repository exists and is public"):
+        publish(make_dataset(tmp_path / "a"), REPO, BRANCH, api=api, private=True)
+    assert published(hub) == 0
 
 
 def test_only_the_dataset_and_its_pictures_are_published(

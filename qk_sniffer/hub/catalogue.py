@@ -6,6 +6,7 @@ killed job could not write. A row stays as it is while its branch stays at the c
 around the list, which people may have edited, is not changed.
 """
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from qk_sniffer.config import from_dict
@@ -79,14 +80,14 @@ def update_catalogue(api: "HfApi", repo_id: str) -> None:
     Raises:
         HubError: the list could not be written. The published datasets are on their branches all the same.
     """
+    with_retries(lambda: _update(api, repo_id), api, partial(_failed, repo_id))
 
-    def failed(reason: str) -> HubError:
-        return HubError(
-            f"the dataset is on its branch of {repo_id}, but the list of branches on main could not be updated: "
-            f"{reason}. Rerun the command of its job to update it"
-        )
 
-    with_retries(lambda: _update(api, repo_id), api, failed)
+def _failed(repo_id: str, reason: str) -> HubError:
+    return HubError(
+        f"the dataset is on its branch of {repo_id}, but the list of branches on main could not be updated: "
+        f"{reason}. Rerun the command of its job to update it"
+    )
 
 
 def _update(api: "HfApi", repo_id: str) -> None:
@@ -97,7 +98,10 @@ def _update(api: "HfApi", repo_id: str) -> None:
     assert head is not None
     branches = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo_id, repo_type=REPO_TYPE).branches}
     branches.pop("main", None)
-    page = _text(api, repo_id, CARD, head)
+    try:
+        page = _text(api, repo_id, CARD, head)
+    except HubError as error:  # it is too large
+        raise _failed(repo_id, str(error)) from error
     listed = {name: _row(api, repo_id, name, commit, page or "") for name, commit in sorted(branches.items())}
     rows = {name: row for name, row in listed.items() if row is not None}
     new = _with_list(page, _list(api, repo_id, rows, branches))
@@ -130,10 +134,11 @@ def _list(api: "HfApi", repo_id: str, rows: dict[str, str], branches: dict[str, 
 def _with_list(page: str | None, text: str) -> str:
     if page is None:
         return _NEW_PAGE.format(list=text)
-    before, begin, rest = page.partition(_BEGIN)
-    _, end, after = rest.partition(_END)
-    if begin and end:
-        return before + text + after
+    first = page.find(_BEGIN)
+    end = -1 if first < 0 else page.find(_END, first)
+    if end >= 0:
+        begin = page.rfind(_BEGIN, 0, end)  # the last one: people may have copied the marker to their text before it
+        return page[:begin] + text + page[end + len(_END) :]
     whole = page.replace(_BEGIN, "").rstrip()  # without an end, the list looks like the text around it
     return f"{whole}\n\n{text}\n"
 

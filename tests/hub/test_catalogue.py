@@ -146,6 +146,32 @@ def test_a_list_without_its_end_and_text_that_is_not_utf8(
     assert list(rows(new.decode().partition("café")[2])) == ["one", "three", "two"]
 
 
+def test_a_page_that_is_too_large_leaves_the_dataset_published(
+    hub: FakeHub, api: HfApi, make_dataset: MakeDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.commit(REPO, {"README.md": bytes(3 << 20)})
+    monkeypatch.setattr("qk_sniffer.hub.branch.LARGE", 2 << 20)
+    match = r"is on its branch of alice/vectors, but the list .* could not be updated: README\.md .* larger than 2 MB"
+    with pytest.raises(HubError, match=match):
+        publish(make_dataset(tmp_path / "a"), REPO, BRANCH, api=api)
+    assert published(hub) == 1
+
+
+def test_a_marker_in_the_text_of_others_is_text(
+    hub: FakeHub, api: HfApi, make_dataset: MakeDataset, tmp_path: Path
+) -> None:
+    root = make_dataset(tmp_path / "a")
+    publish(root, REPO, "one", api=api)
+    copied_marker = "<!-- qk-sniffer: the list of branches, written anew at every publication -->\n\nMy words.\n"
+    mine = page(hub).replace("# Vectors", f"{copied_marker}\n# Vectors", 1).encode()
+    hub.repositories[REPO].add("main", "by hand", {".gitattributes": b"*", "README.md": mine})
+    for branch in ("two", "three"):
+        publish(root, REPO, branch, api=api)
+        before, _, _ = mine.decode().rpartition("<!-- qk-sniffer: the list")
+        assert page(hub).startswith(before) and page(hub).count("| branch |") == 1
+    assert list(rows(page(hub))) == ["one", "three", "two"]
+
+
 def test_a_link_in_the_cache_of_someone_else_is_not_published(
     hub: FakeHub, api: HfApi, make_dataset: MakeDataset, tmp_path: Path
 ) -> None:

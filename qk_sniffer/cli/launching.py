@@ -79,7 +79,7 @@ class Launch:
             self.is_announced = True
             record = self._open.enter_context(sweep.announced(self.folder, self.planned, outlive=on_slurm))
         else:
-            sweep.refuse_settings(self.folder)
+            self._open.enter_context(sweep.unannounced(self.folder))
         reasons: Callable[[], Mapping[int, str]] = dict
         if on_slurm:
             queue = self._open.enter_context(QueueWatch(self.planned, self._submitted_ids, record))

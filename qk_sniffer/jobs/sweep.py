@@ -48,6 +48,9 @@ NONCE = "QK_SNIFFER_SWEEP"
 """The variable that tells the jobs of a sweep which `sweep.json` has their settings. A launcher's processes inherit
 it."""
 
+_NO_SETTINGS = "none"
+"""The value of this variable for the jobs of a sweep that records no settings."""
+
 Settings = TypeVar("Settings")
 
 MOST_JOBS = 10_000
@@ -247,18 +250,23 @@ def _refuse_while_jobs_run(folder: Path, files: Sequence[Path]) -> None:
         )
 
 
-def refuse_settings(folder: Path) -> None:
-    """Prepares a sweep that records no settings. Refuses a folder with those of another, which its jobs would take.
+@contextmanager
+def unannounced(folder: Path) -> Iterator[None]:
+    """Has the processes that start within the block take the settings of no sweep: theirs records none.
 
     Raises:
-        StoreError: the folder has such settings.
+        StoreError: the folder has the settings of another sweep.
     """
     if os.path.lexists(folder / SWEEP_FILE):
         raise StoreError(
-            f"{folder} has the settings of an earlier sweep, which the jobs of this one would take. Give it another "
-            "folder (hydra.sweep.dir=...)"
+            f"{folder} has the settings of an earlier sweep, whose jobs have the numbers of those of this one. Give it "
+            "another folder (hydra.sweep.dir=...)"
         )
-    os.environ.pop(NONCE, None)  # of a sweep whose job has started this one
+    os.environ[NONCE] = _NO_SETTINGS  # another sweep may take the folder while these jobs run
+    try:
+        yield
+    finally:
+        os.environ.pop(NONCE, None)
 
 
 def _is_held_still(lock: Lock) -> bool:
@@ -271,14 +279,16 @@ def _is_held_still(lock: Lock) -> bool:
 
 
 def submitted(folder: Path, number: int) -> ResolvedConfig | None:
-    """The config with which a job of the sweep in `folder` was submitted; None if the sweep has no such job.
+    """The config with which a job of the sweep in `folder` was submitted; None if the sweep records no such job.
 
     Raises:
         UnreadableError: the file of the sweep cannot be read.
-        StoreError: it was removed, or is that of another sweep than the one that started this process.
+        StoreError: it was removed, is that of another sweep than the one that started this process, or lacks the job.
     """
-    facts = _announced(folder)
     nonce = os.environ.get(NONCE)
+    if nonce == _NO_SETTINGS:
+        return None
+    facts = _announced(folder)
     # Jobs of a command that was killed outlive it, and another sweep may have taken the folder before they read this.
     if nonce is not None and (facts is None or facts.get("nonce") != nonce):
         raise StoreError(
@@ -294,6 +304,8 @@ def submitted(folder: Path, number: int) -> ResolvedConfig | None:
                 raise UnreadableError(
                     folder / SWEEP_FILE, f"is not understood (config of job {number}: {error})", _SUBMIT_AGAIN
                 ) from error
+    if nonce is not None:
+        raise UnreadableError(folder / SWEEP_FILE, f"has no job {number}, which this process runs", _SUBMIT_AGAIN)
     return None
 
 

@@ -1,5 +1,6 @@
 """The folders of sweeps and runs: who may take one, what it records, and what is left of a job that dies."""
 
+import os
 import shutil
 import signal
 import subprocess
@@ -209,6 +210,28 @@ def test_jobs_of_other_sweeps_and_runs_in_its_folder_are_not_those_of_a_sweep(tm
     with recorded(found, folder / "0"):
         found.fail("no luck")
     assert sweep.statuses(folder)[0].error == "no luck"
+
+
+def test_a_sweep_that_records_no_settings_takes_those_of_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another one takes its folder while its jobs run."""
+    with sweep.unannounced(tmp_path / "1"):
+        first = os.environ[sweep.NONCE]
+    with announced(tmp_path / "1", planned(tmp_path / "a"), outlive=False):
+        assert sweep.submitted(tmp_path / "1", 0) is not None
+        monkeypatch.setenv(sweep.NONCE, first)
+        assert sweep.submitted(tmp_path / "1", 0) is None
+    with pytest.raises(StoreError, match="has the settings of an earlier sweep"), sweep.unannounced(tmp_path / "1"):
+        pass
+
+
+def test_a_job_that_its_sweep_has_not_recorded_does_not_run(tmp_path: Path) -> None:
+    with (
+        announced(tmp_path, planned(tmp_path / "a"), outlive=False),
+        pytest.raises(StoreError, match=r"sweep\.json has no job 1, which this process runs; move it away"),
+    ):
+        sweep.submitted(tmp_path, 1)
 
 
 def test_settings_that_no_job_could_read_are_not_submitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -154,7 +154,8 @@ def _published(config: Config, hf_repo_id: str | None, hf_branch: str | None, pr
     """`config` with the given place on the Hub, if there is one. It is private if the job or the caller says so."""
     output = replace(config.output, private=config.output.private or private)
     if hf_repo_id is not None:
-        output = replace(output, hf_repo_id=hf_repo_id, hf_branch=hf_branch)
+        # A start may have asked to replace what is on its own branch, and not on this one.
+        output = replace(output, hf_repo_id=hf_repo_id, hf_branch=hf_branch, overwrite=False)
     # The folder of a stored job may have moved.
     if problems := list(output_problems(replace(output, folder=OutputConfig().folder, data_root=None))):
         raise ConfigError(problems)

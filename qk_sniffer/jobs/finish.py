@@ -4,7 +4,6 @@ A job does this when its shard is captured, and `python -m qk_sniffer.finalize` 
 """
 
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -35,7 +34,7 @@ from qk_sniffer.store.attention_table import AttentionTable
 from qk_sniffer.store.claim import Claim
 from qk_sniffer.store.files import Files, Folder
 from qk_sniffer.store.layout import CARD, Layout
-from qk_sniffer.store.locks import InUseError, TakenAwayError
+from qk_sniffer.store.locks import InUseError
 from qk_sniffer.store.manifest import FileEntry
 from qk_sniffer.store.open_folder import PLAIN, Access, Checked
 from qk_sniffer.store.promote import promote
@@ -176,7 +175,8 @@ def report_and_publish(
         raise replaced(layout.root)
     show(files, manifest, note)
     if isinstance(files, Branch):
-        hub_resume.write_snapshot(layout, files, access)
+        if not layout.manifest.exists():  # otherwise an earlier version, which is not what the branch has
+            hub_resume.write_snapshot(layout, files, access)
         update_catalogue(writing_api(), files.repo_id)  # a killed job may have published without it
         say(f"On the Hub: {files.url}")
         return Outcome(manifest["rows"], files.url, digest)
@@ -188,32 +188,21 @@ def report_and_publish(
     output = config.output
     if not (output.hf_repo_id and output.hf_branch):
         return Outcome(manifest["rows"], manifest=digest)
-    guard = None if output.overwrite or replaces else partial(hub_resume.refuse_other, manifest)
-    if output.resume_from_hub and not output.overwrite:
-        guard = partial(hub_resume.guard, layout, manifest)
+    guard = hub_resume.guard if output.resume_from_hub else hub_resume.refuse_other
     mark = read_unpublished(layout, manifest)
     if mark is not None and mark["private"] != output.private:
         with same_dataset(layout, manifest, access):
             write_unpublished(layout, manifest, private=output.private, access=access)
-    try:
-        published = publish(
-            layout.root,
-            manifest,
-            output.hf_repo_id,
-            output.hf_branch,
-            branch_card(layout.root, manifest, output.hf_repo_id, output.hf_branch),
-            private=output.private,
-            check=unchanged.check,
-            guard=guard,
-        )
-    except TakenAwayError:
-        raise
-    except StoreError:
-        if mark is not None:
-            # A damaged dataset is not published; output.overwrite captures it again.
-            with suppress(StoreError), same_dataset(layout, manifest, access):
-                remove_unpublished(layout, access)
-        raise
+    published = publish(
+        layout.root,
+        manifest,
+        output.hf_repo_id,
+        output.hf_branch,
+        branch_card(layout.root, manifest, output.hf_repo_id, output.hf_branch),
+        private=output.private,
+        check=unchanged.check,
+        guard=None if output.overwrite or replaces else partial(guard, layout, manifest),
+    )
     try:
         with same_dataset(layout, manifest, access):
             if mark is not None:

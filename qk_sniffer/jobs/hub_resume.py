@@ -32,7 +32,7 @@ def branch_ahead(config: ResolvedConfig, layout: Layout, here: Mapping[str, Any]
 
     Raises:
         HubError: the Hub cannot be reached.
-        StoreError: the branch holds a dataset of another configuration, or a capture from Python.
+        StoreError: the branch holds a dataset of another configuration or of other texts, or a capture from Python.
     """
     output = config.output
     assert output.hf_repo_id is not None and output.hf_branch is not None
@@ -47,7 +47,17 @@ def branch_ahead(config: ResolvedConfig, layout: Layout, here: Mapping[str, Any]
     earlier = Job.from_record(there)
     mine = Job(fingerprint(config), earlier.commits, earlier.versions) if here is None else Job.from_record(here)
     mine.check_continues(earlier, str(branch), finished=True)
-    return branch if here is None or there["source_rows"] > here["source_rows"] else None
+    if here is None:
+        return branch
+    if there["source_rows"] <= here["source_rows"]:
+        return None
+    if not _are_versions(layout, here, branch, there):
+        raise StoreError(
+            f"{branch} has more examples than {layout.root}, and was made from other texts: give this job another "
+            "folder (output.data_root=...) or another output.hf_branch, or replace both datasets with "
+            "output.overwrite=true"
+        )
+    return branch
 
 
 def guard(layout: Layout, here: Mapping[str, Any], branch: Branch) -> None:
@@ -69,22 +79,18 @@ def guard(layout: Layout, here: Mapping[str, Any], branch: Branch) -> None:
             f"{here['source_rows']}. Raise dataset.max_samples and rerun the command, which continues the branch; or "
             "publish to another output.hf_branch"
         )
-    way_out = "publish to another output.hf_branch, or replace the branch's dataset with output.overwrite=true"
-    if (entry := there["files"].get(EXAMPLES)) is None:
-        raise UnreadableError(EXAMPLES, f"of {branch} is not listed in manifest.json", way_out)
-    theirs = read_examples(branch.path(EXAMPLES, entry["bytes"]), there, way_out=way_out)
-    ours = read_examples(layout.examples, here, way_out=previous.WAY_OUT)
-    if not ours.slice(0, len(theirs)).equals(theirs):
+    if not _are_versions(layout, here, branch, there):
         raise StoreError(
             f"not published: {branch} was made from other texts than {layout.root}. Publish to another "
             "output.hf_branch, or replace its dataset with output.overwrite=true"
         )
 
 
-def refuse_other(here: Mapping[str, Any], branch: Branch) -> None:
+def refuse_other(layout: Layout, here: Mapping[str, Any], branch: Branch) -> None:
     """Refuses to replace the dataset of the branch if it is not of the same settings, model and texts as `here`.
 
-    The name of a branch follows from few settings, and in a received manifest its author chooses them.
+    The name of a branch follows from few settings, and in a received manifest its author chooses them. Of a local
+    source, settings and commits name only the last part of a path: its texts are compared, as far as both have them.
 
     Raises:
         HubError: the Hub cannot be reached.
@@ -96,6 +102,8 @@ def refuse_other(here: Mapping[str, Any], branch: Branch) -> None:
     different = Job.from_record(here).differences(Job.from_record(there), finished=True)
     if "source" in here or "source" in there:
         different.append("a capture from Python, which nothing but its own calls repeats")
+    if not different and here["commits"]["dataset"] is None and not _are_versions(layout, here, branch, there):
+        different.append("the texts of a source with the same name, or their tokens")
     if different:
         raise StoreError(
             f"not published: {branch} has another dataset, which this one would replace:",
@@ -103,6 +111,22 @@ def refuse_other(here: Mapping[str, Any], branch: Branch) -> None:
             "Publish to another branch (output.hf_branch=..., of finalize hf_branch=...), or replace the branch's "
             "dataset: name its branch to finalize (hf_branch=...), or give the job output.overwrite=true.",
         )
+
+
+def _are_versions(layout: Layout, here: Mapping[str, Any], branch: Branch, there: Mapping[str, Any]) -> bool:
+    """Whether the datasets `here`, in the data root, and `there`, on the branch, are versions of one, of the same texts
+
+    Raises:
+        HubError: the list of the branch's examples cannot be fetched.
+        StoreError: one of the lists is missing or damaged.
+    """
+    way_out = "publish to another output.hf_branch, or replace the branch's dataset with output.overwrite=true"
+    if (entry := there["files"].get(EXAMPLES)) is None:
+        raise UnreadableError(EXAMPLES, f"of {branch} is not listed in manifest.json", way_out)
+    theirs = read_examples(branch.path(EXAMPLES, entry["bytes"]), there, way_out=way_out)
+    ours = read_examples(layout.examples, here, way_out=previous.WAY_OUT)
+    fewer, more = (theirs, ours) if there["source_rows"] <= here["source_rows"] else (ours, theirs)
+    return bool(more.slice(0, len(fewer)).equals(fewer))
 
 
 def matches_snapshot(layout: Layout, branch: Branch) -> bool:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from qk_sniffer.corpus.batches import check_same_texts
 from qk_sniffer.corpus.examples import Corpus, open_corpus
 from qk_sniffer.corpus.tokens import Tokenizer
+from qk_sniffer.dataset.dataset_files import DatasetFiles
 from qk_sniffer.errors import HubError, SourceError, StoreError
 from qk_sniffer.hub.branch import Branch
 from qk_sniffer.jobs.hub_resume import branch_ahead
@@ -92,11 +93,18 @@ def find_existing_work(config: ResolvedConfig, layout: Layout, *, is_mine: bool 
 
 
 def is_yet_to_publish(config: ResolvedConfig, layout: Layout) -> bool:
-    """Whether the job publishes, and an earlier start of it made the finished dataset and did not publish it."""
-    if config.output.hf_repo_id is None:
+    """Whether a job that overwrites is to publish the finished dataset: an earlier start made it, and did not.
+
+    A damaged one cannot be published.
+    """
+    if config.output.hf_repo_id is None or not config.output.overwrite:
         return False
     with suppress(StoreError):  # a dataset or a mark that cannot be read is replaced
-        return read_unpublished(layout, manifests.read(layout.root)) is not None
+        manifest = manifests.read(layout.root)
+        if read_unpublished(layout, manifest) is None:
+            return False
+        files = DatasetFiles(Folder(layout.root), manifest["files"])
+        return all(files.is_intact(name) for name in files.listed)
     return False
 
 

@@ -297,8 +297,17 @@ def test_what_was_made_here_without_the_hub_does_not_replace_another_dataset(
     # Fewer rows than the branch, but made here: the job continues the branch.
     fourth = machine("fourth")
     fourth.job(2, output=alone | {"overwrite": False})
-    fourth.job(8)
-    assert fourth.captured == [] and published(hub) == 1
+    for _ in range(2):
+        fourth.job(8)
+        assert fourth.captured == [] and published(hub) == 1
+    fifth = machine("fifth")
+    fifth.write(["abc", *TEXTS[1:]])
+    fifth.job(2, output=alone | {"overwrite": False})
+    before = files(fifth)
+    fifth.write(TEXTS)
+    with pytest.raises(StoreError, match=r"has more examples than .* and was made from other texts"):
+        fifth.job(10)
+    assert files(fifth) == before and published(hub) == 1
 
 
 @pytest.mark.slow

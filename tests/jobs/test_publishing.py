@@ -145,12 +145,9 @@ def garble_the_mark(root: Path) -> None:
     Layout(root).unpublished.write_bytes(b"\xff{")
 
 
-@pytest.mark.parametrize(
-    ("make", "captured"), [(lose, [4]), (garble_the_mark, [4]), pytest.param(damage, [0, 4], marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("make", [lose, garble_the_mark, pytest.param(damage, marks=pytest.mark.slow)])
 def test_overwriting_gets_out_of_a_dataset_that_cannot_be_published(
     make: Callable[[Path], object],
-    captured: list[int],
     unpublished: Path,
     hub: FakeHub,
     logged_in: str,
@@ -160,13 +157,8 @@ def test_overwriting_gets_out_of_a_dataset_that_cannot_be_published(
 ) -> None:
     root = Path(shutil.copytree(unpublished / "out", tmp_path / "out"))
     make(root)
-    for number in captured:
-        batches.clear()
-        try:
-            run(checkpoint, unpublished / "texts.jsonl", root, **SECTIONS, output=PUBLIC | {"overwrite": True})
-        except StoreError as error:
-            assert "overwrite=true" in str(error)
-        assert len(batches) == number
+    run(checkpoint, unpublished / "texts.jsonl", root, **SECTIONS, output=PUBLIC | {"overwrite": True})
+    assert len(batches) == 4
     assert REPO in hub.repositories
 
 
@@ -177,6 +169,63 @@ def test_a_start_that_does_not_publish_replaces_the_dataset(
     run(checkpoint, unpublished / "texts.jsonl", root, **SECTIONS, output={"overwrite": True})
     assert len(batches) == 4
     assert not Layout(root).work.exists()
+
+
+def test_a_dataset_that_its_branch_refuses_stays_private_and_is_not_captured_again(
+    hub: FakeHub, logged_in: str, checkpoint: Path, texts: Path, tmp_path: Path, batches: list[Any]
+) -> None:
+    root = tmp_path / "other"
+    run(checkpoint, texts, tmp_path / "first", **SECTIONS, output=PRIVATE)
+    seed: Any = SECTIONS | {"sampler": {"seed": 9}}
+    with pytest.raises(StoreError, match="has another dataset"):
+        run(checkpoint, texts, root, **seed, output=PRIVATE)
+    copy = Path(shutil.copytree(root, tmp_path / "copy"))
+    assert finalize(copy, hf_repo_id="alice/other") == 0
+    assert hub.repositories["alice/other"].private
+    batches.clear()
+    run(checkpoint, texts, root, **seed, output=PRIVATE | {"overwrite": True})
+    assert batches == [] and not Layout(root).work.exists()
+
+
+def test_a_damaged_dataset_stays_private(
+    unpublished: Path, hub: FakeHub, logged_in: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    root = Path(shutil.copytree(unpublished / "out", tmp_path / "out"))
+    records.write_unpublished(Layout(root), manifests.read(root), private=True)
+    damage(root)
+    with pytest.raises(StoreError, match="has changed since"):
+        run(checkpoint, unpublished / "texts.jsonl", root, **SECTIONS, output=PRIVATE)
+    shutil.copy(unpublished / "out/l00h00q/data.parquet", root / "l00h00q/data.parquet")
+    assert finalize(root, hf_repo_id="alice/other") == 0
+    assert hub.repositories["alice/other"].private
+
+
+def test_texts_of_another_file_of_the_same_name_do_not_replace_a_dataset(
+    hub: FakeHub, logged_in: str, checkpoint: Path, texts: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "elsewhere" / texts.name
+    other.parent.mkdir()
+    other.write_text("".join(reversed(texts.read_text(encoding="utf-8").splitlines(keepends=True))))
+    run(checkpoint, texts, tmp_path / "first", **SECTIONS, output=PUBLIC)
+    (branch,) = (name for name in hub.repositories[REPO].branches if name != "main")
+    head = hub.repositories[REPO].branches[branch]
+    with pytest.raises(StoreError, match="the texts of a source with the same name"):
+        run(checkpoint, other, tmp_path / "second", **SECTIONS, output=PUBLIC)
+    assert hub.repositories[REPO].branches[branch] == head
+    more: Any = SECTIONS | {"dataset": {"max_samples": 6}}
+    run(checkpoint, texts, tmp_path / "third", **more, output=PUBLIC)
+    assert hub.repositories[REPO].branches[branch] != head, "more of the same texts"
+
+
+def test_finalize_replaces_nothing_on_a_branch_that_no_start_has_named(
+    hub: FakeHub, logged_in: str, checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The job was to replace the dataset in its folder."""
+    run(checkpoint, texts, tmp_path / "first", **SECTIONS, output=PUBLIC)
+    seed: Any = SECTIONS | {"sampler": {"seed": 9}}
+    captured_only(checkpoint, texts, tmp_path / "other", monkeypatch, **seed, output={"overwrite": True})
+    with pytest.raises(StoreError, match="has another dataset"):
+        finalize(tmp_path / "other", hf_repo_id=REPO)
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Counts the threads and the memory that a process may use, starts threads, and returns freed memory to the system."""
 
 import ctypes
+import gc
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -50,6 +51,15 @@ def return_memory() -> None:
     if "MALLOC_MMAP_THRESHOLD_" not in os.environ:
         with suppress(AttributeError, OSError):
             ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, LARGE_BLOCK_BYTES)
+
+
+def release_memory() -> None:
+    """Frees what a job that ran in this process before has left, such as its model, which holds references to itself.
+
+    Python would collect it some time after the next model is loaded.
+    """
+    gc.collect()
+    trim_memory()
 
 
 def trim_memory() -> None:

@@ -4,7 +4,6 @@ Exit codes: 0 all jobs are done, 1 a job failed, 2 the command line or the confi
 SIGINT and SIGTERM.
 """
 
-import gc
 import os
 import shutil
 import signal
@@ -36,6 +35,7 @@ from qk_sniffer.hub.endpoint import check_address
 from qk_sniffer.jobs import job_status, sweep
 from qk_sniffer.jobs.signals import WARNING, Stopped, Stopping
 from qk_sniffer.logs import escape_libraries, logger
+from qk_sniffer.machine import release_memory
 from qk_sniffer.resolved import ResolvedConfig, fill_slugs, resolve
 from qk_sniffer.store.places import refuse_inside
 from qk_sniffer.text import hide_in_addresses, path_problem, say, say_text
@@ -72,6 +72,8 @@ def task(node: DictConfig) -> str:
     hydra_config = HydraConfig.get()
     folder = Path(hydra_config.runtime.output_dir)
     number = 0 if OmegaConf.is_missing(hydra_config.job, "num") else hydra_config.job.num
+    if number:
+        release_memory()
     fill_slugs(node)
     composed = resolve(from_omegaconf(node))
     hide_in_addresses(repr(composed))
@@ -101,7 +103,6 @@ def _run_job(config: ResolvedConfig, status: job_status.Status, record: Callable
             def begin() -> None:
                 status.began = True
                 record()
-                gc.freeze()  # else each full collection looks at all objects of torch, for a tenth of a second
 
             outcome = run_job(config, begin)
             status.succeed(outcome.rows, outcome.url, outcome.manifest)
@@ -114,8 +115,6 @@ def _run_job(config: ResolvedConfig, status: job_status.Status, record: Callable
         log.exception("Unexpected error:")
         status.began = True  # nobody refused it
         status.fail(f"{type(error).__name__}: {error}")
-    finally:
-        gc.unfreeze()  # a sweep may run its next job in this process, without the model of this one
 
 
 def _stopped(stopped: Stopped, status: job_status.Status, record: Callable[[], None]) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from qk_sniffer.cli.environment import read_environment
 from qk_sniffer.errors import QkSnifferError
 from qk_sniffer.jobs.sweep import PlannedJob
+from qk_sniffer.machine import release_memory
 from qk_sniffer.text import say, say_text
 
 
@@ -27,6 +28,9 @@ def show_plans(jobs: Sequence[PlannedJob]) -> int:
     for job in jobs:
         if len(jobs) > 1:
             say(*([""] if codes else []), f"Plan of {job}")
+        if codes:
+            plan = None  # it holds the model of the job before
+            release_memory()
         try:
             read_environment()
             from qk_sniffer.jobs.dry_run import show_plan

@@ -95,7 +95,8 @@ def _update(api: "HfApi", repo_id: str) -> None:
 
     # Read before the branches: if another job updates the list after this line, the commit below is a conflict.
     head = api.repo_info(repo_id, repo_type=REPO_TYPE, revision="main").sha
-    assert head is not None
+    if head is None:
+        raise ValueError("the Hub names no commit of main")
     branches = {ref.name: ref.target_commit for ref in api.list_repo_refs(repo_id, repo_type=REPO_TYPE).branches}
     branches.pop("main", None)
     try:

@@ -9,12 +9,15 @@ import random
 import re
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NotRequired, TypedDict, TypeVar
+
+import msgspec
 
 from qk_sniffer.errors import HubError
 from qk_sniffer.hub.endpoint import announce
@@ -124,7 +127,7 @@ def require_access(repo_id: str, *, private: bool = False, api: "HfApi | None" =
 
     api = api or writing_api()
     try:
-        account = api.whoami()
+        account = msgspec.convert(api.whoami(), _Account)
         is_public = private and _is_public(api, repo_id)
     except Exception as error:
         if not _is_foreseen(error):
@@ -134,12 +137,13 @@ def require_access(repo_id: str, *, private: bool = False, api: "HfApi | None" =
             raise HubError(f"the dataset could not be published to the Hub: {why}. {_WITHOUT}") from None
         log.warning("the login to the Hub could not be checked: %s", why)
         return
-    if account.get("auth", {}).get("accessToken", {}).get("role") == "read":
+    token = (account.get("auth") or _Auth()).get("accessToken") or _Token()
+    if token.get("role") == "read":
         raise HubError(
             "the dataset could not be published to the Hub: the token may only read. Set HF_TOKEN to one that may "
             f"write, or log in with `hf auth login`. {_WITHOUT}"
         )
-    owners = [account["name"], *(organisation["name"] for organisation in account.get("orgs", ()))]
+    owners = [account["name"], *(organisation["name"] for organisation in account.get("orgs") or ())]
     if repo_id.split("/")[0] not in owners:
         raise HubError(
             f"the dataset could not be published to {repo_id}: the login is that of {account['name']}, which may write "
@@ -147,6 +151,26 @@ def require_access(repo_id: str, *, private: bool = False, api: "HfApi | None" =
         )
     if is_public:
         raise HubError(f"the dataset could not be published to {repo_id}: {PUBLIC}")
+
+
+class _Token(TypedDict):
+    role: NotRequired[str | None]
+
+
+class _Auth(TypedDict):
+    accessToken: NotRequired[_Token | None]
+
+
+class _Organisation(TypedDict):
+    name: str
+
+
+class _Account(TypedDict):
+    """What the Hub tells of a login."""
+
+    name: str
+    orgs: NotRequired[list[_Organisation] | None]
+    auth: NotRequired[_Auth | None]
 
 
 def _is_public(api: "HfApi", repo_id: str) -> bool:
@@ -254,7 +278,13 @@ def _retry_after_s(headers: Mapping[str, str]) -> float:
 
 def _is_foreseen(error: Exception) -> bool:
     """Whether `error` is of the Hub, the network or the machine, and not a mistake in this program."""
-    return isinstance(error, OSError | ValueError | RuntimeError) or bool(_http_names(error))
+    return isinstance(error, OSError | ValueError | RuntimeError) or bool(_http_names(error)) or _is_of_library(error)
+
+
+def _is_of_library(error: Exception) -> bool:
+    """Whether huggingface_hub itself raised the error: it reads answers without a check of their form."""
+    modules = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return bool(modules) and modules[-1].partition(".")[0] == "huggingface_hub"
 
 
 def _http_names(error: BaseException) -> set[str]:

@@ -228,7 +228,7 @@ class _Publication:
         from huggingface_hub import errors as hub
 
         try:
-            return self.api.list_repo_commits(self._repo_id, repo_type=REPO_TYPE, revision=self._branch)
+            return self._history(self._branch)
         except hub.GatedRepoError:  # a subclass of RepositoryNotFoundError
             raise
         except hub.RepositoryNotFoundError:
@@ -239,12 +239,19 @@ class _Publication:
             self.api.create_repo(self._repo_id, repo_type=REPO_TYPE, private=private, exist_ok=True)
         except hub.RevisionNotFoundError:
             pass
-        first = self.api.list_repo_commits(self._repo_id, repo_type=REPO_TYPE)[-1].commit_id
+        first = self._history()[-1].commit_id
         self.api.create_branch(self._repo_id, repo_type=REPO_TYPE, branch=self._branch, revision=first, exist_ok=True)
         try:
-            return self.api.list_repo_commits(self._repo_id, repo_type=REPO_TYPE, revision=self._branch)
+            return self._history(self._branch)
         except hub.RevisionNotFoundError:  # another job is creating it, or the Hub does not show it yet
             raise TimeoutError(f"the branch {self._branch} does not exist yet") from None
+
+    def _history(self, branch: str = "main") -> "list[GitCommitInfo]":
+        """Returns the commits of a branch that exists, the newest first."""
+        commits = self.api.list_repo_commits(self._repo_id, repo_type=REPO_TYPE, revision=branch)
+        if not commits:
+            raise ValueError(f"the Hub lists no commit of the branch {branch}")
+        return commits
 
     def _landed(self, commits: "list[GitCommitInfo]") -> str | None:
         """Returns the commit of this content: the newest one, or one that is newer than an earlier attempt's parent."""
@@ -266,7 +273,7 @@ class _Publication:
         if not any(map(is_dataset_file, on_branch)):
             return
         new = {*on_branch}
-        if first == self.api.list_repo_commits(self._repo_id, repo_type=REPO_TYPE)[-1].commit_id:
+        if first == self._history()[-1].commit_id:
             new.difference_update(self.api.list_repo_files(self._repo_id, repo_type=REPO_TYPE, revision=first))
         if found := sorted(filter(is_dataset_file, new)):
             raise StoreError(

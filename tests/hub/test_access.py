@@ -1,5 +1,6 @@
 """Tests the access to the Hub: refusals on publishing, and the check before a job."""
 
+import json
 import logging
 import socket
 from pathlib import Path
@@ -59,6 +60,37 @@ def test_private(hub: FakeHub, api: HfApi, make_dataset: MakeDataset, tmp_path: 
         publish(root, "alice/public", BRANCH, private=True, api=api)
     assert list(hub.repositories["alice/public"].branches) == ["main", BRANCH]
     assert hub.repositories["alice/public"].branches[BRANCH] == hub.repositories["alice/public"].branches["main"]
+
+
+@pytest.mark.parametrize("answer", ["[]", "{}", '{"name": "alice", "orgs": [1]}', '{"name": "alice", "auth": "read"}'])
+def test_an_answer_of_another_form_is_no_login(
+    answer: str, hub: FakeHub, api: HfApi, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(HfApi, "whoami", lambda *_: json.loads(answer))
+    require_access(REPO, api=api)
+    assert "the login to the Hub could not be checked: ValidationError" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "message"),
+    [
+        ("POST", "/preupload/", "preupload_info is improperly formatted"),
+        ("POST", "/commit/", "KeyError: 'commitUrl'"),
+        ("GET", "/commits/", "ValueError: the Hub lists no commit of the branch"),
+        ("GET", "/revision/", "could not be updated: KeyError"),
+    ],
+)
+def test_answers_of_another_form_leave_the_dataset_whole(
+    method: str, path: str, message: str, hub: FakeHub, api: HfApi, make_dataset: MakeDataset, tmp_path: Path
+) -> None:
+    """As of a network that asks for a login on a page of its own."""
+    root = make_dataset(tmp_path / "a")
+    hub.create(REPO)
+    hub.fault(method, path, status=200, content=b"[]" if path == "/commits/" else b"{}")
+    with pytest.raises(HubError, match=rf"{message}.*rerun the command of its job|{message}.*Rerun the command"):
+        publish(root, REPO, BRANCH, api=api)
+    publish(root, REPO, BRANCH, api=api)
+    assert_published(hub, root, tmp_path)
 
 
 @pytest.mark.slow

@@ -93,6 +93,7 @@ class Fault:
     status: int
     times: int
     headers: dict[str, str]
+    content: bytes
 
     def matches(self, method: str, path: str) -> bool:
         return method == self.method and self.path in path
@@ -142,11 +143,22 @@ class FakeHub:
         return repository.add(branch, "by a test", files).id
 
     def fault(
-        self, method: str, path: str, how: str = "reply", *, status: int = 503, times: int = 1, **headers: str
+        self,
+        method: str,
+        path: str,
+        how: str = "reply",
+        *,
+        status: int = 503,
+        times: int = 1,
+        content: bytes = b"a fault of the test",
+        **headers: str,
     ) -> None:
-        """Makes the next `times` requests fail whose path contains `path`. Pass headers as Retry_After="7"."""
+        """Makes the next `times` requests fail whose path contains `path`, by default with a reply of `content`.
+
+        Pass headers as Retry_After="7".
+        """
         named = {name.replace("_", "-"): value for name, value in headers.items()}
-        self._faults.append(Fault(method, path, how, status, times, named))
+        self._faults.append(Fault(method, path, how, status, times, named, content))
 
     def count(self, method: str, path: str) -> int:
         """Returns the number of requests so far whose path contains `path`."""
@@ -212,7 +224,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, path: str, fault: Fault | None) -> tuple[int, Answer]:
         if fault is not None:
-            return fault.status, (b"a fault of the test", {"Content-Type": "text/plain", **fault.headers})
+            return fault.status, (fault.content, {"Content-Type": "text/plain", **fault.headers})
         try:
             for method, pattern, action in ROUTES:
                 if method == self.command.replace("HEAD", "GET") and (match := re.fullmatch(pattern, path)):

@@ -23,7 +23,7 @@ from qk_sniffer.cli.collisions import collisions
 from qk_sniffer.cli.environment import read_environment
 from qk_sniffer.cli.flags import initialized, only_prints, parse_flags, show
 from qk_sniffer.cli.hydra_jobs import run_jobs
-from qk_sniffer.cli.launching import Launch, search_last_folder
+from qk_sniffer.cli.launching import Launch, LaunchCallback, search_last_folder
 from qk_sniffer.cli.overrides import key_of
 from qk_sniffer.cli.plans import is_dry, mixed, show_plans
 from qk_sniffer.cli.preflight import Composer, planned
@@ -143,7 +143,7 @@ def _run(jobs: Sequence[sweep.PlannedJob], composer: Composer[ResolvedConfig]) -
                 _launch(composer)
             except QkSnifferError as error:
                 say_text(error, to=sys.stderr)
-                code = 1
+                code = error.exit_code
             except SystemExit as error:  # Hydra has printed the error of its launcher
                 code = 1 if error.code else 0
                 if launch.error is not None:
@@ -209,5 +209,6 @@ APPLICATION = Application(
     open_choices={"model": "model=hf model.name", "dataset": "dataset=hf dataset.path"},
     described={"model": "model.name"},
     filled_by_experiments=("model.config_overrides",),
+    callbacks={"launch": f"{LaunchCallback.__module__}.{LaunchCallback.__name__}"},
 )
 """The capture, as the check of its command line sees it."""

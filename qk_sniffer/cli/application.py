@@ -41,6 +41,8 @@ class Application(Generic[Settings]):
     """For a group whose choices describe one thing, such as a model: the key that names it."""
     filled_by_experiments: tuple[str, ...] = ()
     """Mappings that experiments fill, so that a value for the whole mapping would undo the experiment."""
+    callbacks: Mapping[str, str] = field(default_factory=dict)
+    """Hydra's callbacks that the program needs: the class of each by its key in `hydra.callbacks`."""
 
     def run_hydra(self, task: Callable[[Any], Any]) -> None:
         """Has Hydra read the command line of this process and run `task` for every job."""

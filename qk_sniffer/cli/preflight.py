@@ -6,6 +6,7 @@ Hydra's own loader composes the jobs from the same arguments: a job that passes 
 import argparse
 import copy
 import math
+import os
 import re
 import shutil
 import time
@@ -21,7 +22,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from qk_sniffer.cli import slurm_limits, slurm_script
+from qk_sniffer.cli import hydra_settings, slurm_limits, slurm_script
 from qk_sniffer.cli.application import Application
 from qk_sniffer.cli.explain import explain, replace_unresolved, without_environment
 from qk_sniffer.cli.flags import initialized
@@ -31,7 +32,7 @@ from qk_sniffer.cli.overrides import EXPERIMENT, Checker, key_of
 from qk_sniffer.cli.split_settings import with_split
 from qk_sniffer.errors import ConfigError
 from qk_sniffer.jobs.sweep import MOST_JOBS, Job, Settings, describe
-from qk_sniffer.text import shortened
+from qk_sniffer.text import leads_out, shortened
 
 PATIENCE_S = 1.0
 """Once a job has a problem, no more jobs of a long sweep are checked after this time."""
@@ -67,6 +68,8 @@ class Composer(Generic[Settings]):
         self.parser = OverridesParser.create(config_loader=loader)
         self.groups = cache(self._options)
         self.checker = Checker(application, self.parser, self.groups)
+        self._subfolders: set[str] = set()
+        """The folders of jobs that were checked, in the one of their sweep."""
         # Composing takes most of the time here, and the arguments of a single job are composed several times.
         self._cached = cache(lambda texts, mode: self.loader.load_configuration(self.config_name, list(texts), mode))
 
@@ -100,9 +103,17 @@ class Composer(Generic[Settings]):
         except Exception as error:  # as in `_refused`
             return [*problems, self._explain(error)], []
         self.is_sweep = self.is_sweep or master.hydra.mode == RunMode.MULTIRUN
+        try:
+            of_jobs = list(job_problems(master.hydra))
+        except OmegaConfBaseException as error:
+            return [*problems, self._explain(error)], []
+        # A problem of a value may quote it, and so not that of a login.
+        of_hydra = [] if of_jobs else list(hydra_settings.problems(master.hydra, self.application.callbacks))
+        if of_hydra:
+            return [*problems, *of_hydra, *self._values_alone([*single, *sweeps])], []
         launcher = str(master.hydra.runtime.choices["hydra/launcher"])
         problems += _launcher_problems(launcher, master, is_sweep=self.is_sweep)
-        problems += job_problems(master.hydra)
+        problems += of_jobs
         if self.is_sweep:
             found, combinations = self._combinations(
                 master, [text for text in arguments if text in sweeps or text in single]
@@ -226,6 +237,8 @@ class Composer(Generic[Settings]):
         with without_environment():
             self.application.prepare(node)
         problems = [] if folder == of_sweep else [_SWEPT_FOLDER.format(of_sweep)]
+        if self.is_sweep and below[-1] is not None:
+            problems += self._subfolder_problems(below[-1])
         unresolved = replace_unresolved(node, self.schema)
         problems += [*self._undescribed(node, choices, arguments), *unresolved]
         missing = self.schema.fill_missing(node)
@@ -238,6 +251,18 @@ class Composer(Generic[Settings]):
         replaced = [*missing, *(problem.partition(" ")[0] for problem in unresolved)]
         problems += [problem for problem in found if not any(_mentions(problem, key) for key in replaced)]
         return problems, [] if problems else [self.application.resolve(config)]
+
+    def _subfolder_problems(self, name: str) -> Iterator[str]:
+        """Yields what is wrong with the folder of a job in the one of its sweep, where its status is looked for."""
+        folder = os.path.normpath(name)
+        if leads_out(name):
+            yield f"hydra.sweep.subdir is {name!r}, which leads out of the folder of the sweep; leave it out"
+        elif folder in self._subfolders:
+            yield (
+                f"hydra.sweep.subdir is {name!r} for several jobs, and each has a folder of its own; leave it out, or "
+                "add ${hydra.job.num} to it"
+            )
+        self._subfolders.add(folder)
 
     def _undescribed(self, node: DictConfig, choices: DictConfig, arguments: Sequence[str]) -> Iterator[str]:
         """Returns the problem of each name that is given without its description: it would get that of the default."""

@@ -3,12 +3,10 @@
 Exit codes: 0 done, 1 a job failed or left out a head, 2 the command line or a setting is wrong, 130 interrupted.
 """
 
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
@@ -16,7 +14,6 @@ from qk_sniffer import config as main_config
 from qk_sniffer.cli import process
 from qk_sniffer.cli.application import Application
 from qk_sniffer.cli.environment import read_environment
-from qk_sniffer.cli.explain import explain
 from qk_sniffer.cli.flags import initialized, only_prints, parse_flags, show
 from qk_sniffer.cli.hydra_jobs import run_jobs
 from qk_sniffer.cli.preflight import Composer, planned
@@ -70,10 +67,7 @@ def task(node: DictConfig) -> int:
 
 def _run(config_name: str, arguments: list[str], *, is_sweep: bool) -> list[int]:
     """Has Hydra run the jobs; returns their exit codes."""
-    try:
-        return [job.return_value for job in run_jobs(config_name, task, arguments, is_sweep=is_sweep)]
-    except HydraException as error:
-        raise ConfigError([re.sub(r"\s+", " ", explain(error, SCHEMA))]) from None
+    return [job.return_value for job in run_jobs(config_name, task, arguments, is_sweep=is_sweep)]
 
 
 def _problems(config: PlasticityConfig, hydra_folder: Path | None) -> list[str]:

@@ -20,7 +20,7 @@ from qk_sniffer.cli.flags import initialized, parse_flags
 from qk_sniffer.cli.hydra_jobs import run_jobs
 from qk_sniffer.cli.launching import Launch
 from qk_sniffer.config import Config
-from qk_sniffer.errors import StoreError
+from qk_sniffer.errors import ConfigError, StoreError
 from qk_sniffer.jobs.sweep import SWEEP_FILE, PlannedJob
 from qk_sniffer.resolved import resolve
 
@@ -103,6 +103,44 @@ def test_a_folder_that_the_file_system_does_not_make_is_named() -> None:
         pytest.raises(StoreError, match=r"cannot write /proc/nowhere.*hydra\.run\.dir="),
     ):
         run_jobs("config", lambda _: None, folder, is_sweep=False)
+
+
+@pytest.mark.parametrize(
+    ("setting", "problem"),
+    [
+        (
+            "+hydra.callbacks.mine._target_=nope.Mine",
+            r"hydra\.callbacks\.mine: Error locating target 'nope\.Mine': .*nope",
+        ),
+        ("+hydra.callbacks.mine=5", r"Hydra's own settings: Cannot instantiate config of type int"),
+        (
+            "hydra.job_logging.handlers.file.encoding=nope",
+            r"hydra\.job_logging or hydra\.hydra_logging: Unable to configure handler 'file': unknown encoding: nope",
+        ),
+    ],
+)
+def test_a_setting_with_which_hydra_fails_is_named(
+    setting: str, problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    arguments = [setting, f"hydra.run.dir={tmp_path}"]
+    for is_told in (True, False):
+        with initialized(parse_flags(arguments)), pytest.raises(Exception) as caught:
+            run_jobs("config", lambda _: None, arguments, is_sweep=False)
+        assert isinstance(caught.value, ConfigError) == is_told
+        if is_told:
+            assert re.search(f"{problem}.*; correct this setting, or leave it out", str(caught.value))
+        monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+
+
+@pytest.mark.parametrize("is_sweep", [False, True])
+def test_an_unexpected_error_of_a_job_is_no_problem_of_settings(is_sweep: bool, tmp_path: Path) -> None:
+    def fail(_: object) -> None:
+        raise LookupError("a fault")
+
+    arguments = [f"hydra.run.dir={tmp_path}", f"hydra.sweep.dir={tmp_path}"]
+    with initialized(parse_flags(arguments)), pytest.raises(LookupError, match="a fault"):
+        run_jobs("config", fail, arguments, is_sweep=is_sweep)
 
 
 def test_a_folder_without_rights_is_no_mistake_of_the_command_line(

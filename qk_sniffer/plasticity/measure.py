@@ -172,8 +172,6 @@ class _QueryHead:
         r2 = np.full(width, np.nan)
         estimator = replicates = None
         if len(np.unique(self.queries.positions)) < 2:
-            rows_of_queries = counted(count, "row")
-            self.notes.append(notes.ONE_POSITION.format(rows=rows_of_queries) if count else notes.NO_QUERIES)
             if count:  # log2(p + 1) is its own mean
                 metrics |= {"q_mae_baseline": 0.0, "q_mae_proj": 0.0, "q_mae_ratio": 1.0}
         else:
@@ -187,6 +185,7 @@ class _QueryHead:
         metrics["ap_overall"] = float(np.nanmean(values)) if np.isfinite(values).any() else np.nan
         head = self.keys.head
         uncertainty = None if replicates is None else self._uncertainty(replicates)
+        self.notes += notes.of_queries(metrics, len(buckets))
         if estimator is not None:
             self._note_small_sample(uncertainty)
         return HeadResult(
@@ -226,17 +225,11 @@ class _QueryHead:
         """Fills in the metrics of the queries alone. Returns the variances of the rotated residuals."""
         metrics["q_R2_pos"] = float(drift.r2.mean())
         metrics["q_beta_norm"] = float(np.sqrt(np.einsum("d,d->", drift.beta, drift.beta)))
-        if metrics["q_beta_norm"] == 0:
-            self.notes.append(notes.NO_DRIFT)
         metrics |= predictability(drift, self.queries.positions)
         variances = rotate_residuals(drift)
         is_constant = variances <= CONSTANT * drift.largest_variance
         if count := int(is_constant.sum()):
             self.notes.append(notes.CONSTANT.format(components=counted(count, "constant component")))
-        rows = len(self.queries.positions)
-        if rows < 4:
-            shape = notes.KURTOSIS if rows == 3 else notes.SKEWNESS
-            self.notes.append(notes.TOO_FEW.format(count=rows, shape=shape))
         others = np.arange(1, len(variances))
         if len(others) > self.config.normality_max_dims:
             random = generator(self.config.seed, self.keys.head.layer, self.head, COMPONENTS)
@@ -313,8 +306,6 @@ class _QueryHead:
             self.notes.append(notes.EMPTY_BUCKETS.format(buckets=compact_ranges(empty)))
         if without_pairs:
             self.notes.append(notes.NO_PAIRS.format(buckets=compact_ranges(without_pairs)))
-        if not asked:
-            self.notes.append(notes.NO_PLASTICITY)
 
     def _note_small_sample(self, uncertainty: Uncertainty | None) -> None:
         """Warns of few texts or rows. The direction of the bias is that of the head's own correction."""
@@ -328,14 +319,7 @@ class _QueryHead:
             self.notes.append(notes.FEW_QUERIES.format(enough=ENOUGH_ROWS, bias=bias))
 
     def _bias(self, uncertainty: Uncertainty | None) -> str:
-        """Words which way the sample is off, by the head's own correction or else by what is known of the estimator."""
         found = None if uncertainty is None else uncertainty.of_head.get("ap_overall")
-        if found is None or not np.isfinite(found.corrected):
-            # The error of the line's mean query lowers plasticity. The covariance of few queries may also raise it.
-            is_line = self.config.estimator.alpha is None
-            bias = notes.MAKES_LOW if is_line else notes.MAY_BIAS
-            return bias if self.config.replicates else f"{bias}, {notes.UNCORRECTED}"
-        if np.isclose(found.corrected, found.value, rtol=1e-5):  # a stored number has fewer digits
-            return f"{notes.MAY_BIAS}, {notes.CORRECTED}"
-        seems = notes.SEEMS_LOW if found.corrected > found.value else notes.SEEMS_HIGH
-        return f"{seems}, {notes.CORRECTED}"
+        value, corrected = (np.nan, np.nan) if found is None else (found.value, found.corrected)
+        has_replicates = bool(self.config.replicates)
+        return notes.bias(value, corrected, is_line=self.config.estimator.alpha is None, has_replicates=has_replicates)

@@ -5,7 +5,11 @@ could have written it.
 """
 
 import re
+from collections.abc import Iterator, Mapping
+from math import isclose, isfinite, isnan
 from string import Formatter
+
+from qk_sniffer.text import counted
 
 DROPPED = "{count} {kind} left out, with NaN or infinite numbers"
 REPEATED = "{count} {kind} repeat an example and position (qk_sniffer.verify)"
@@ -50,6 +54,40 @@ _FIELDS = {
     f"({SEEMS_LOW}|{SEEMS_HIGH}), {CORRECTED}",
 }
 """What the fields of the notes hold."""
+
+
+def of_queries(metrics: Mapping[str, float], pairs: int) -> Iterator[str]:
+    """Yields the notes that follow from the metrics of a head and its number of pairs of buckets."""
+    count = int(metrics["n_q_tokens"])
+    if not count:
+        yield NO_QUERIES
+    elif isnan(metrics["q_R2_pos"]):
+        yield ONE_POSITION.format(rows=counted(count, "row"))
+    else:
+        if metrics["q_beta_norm"] == 0:
+            yield NO_DRIFT
+        if count < 4:
+            yield TOO_FEW.format(count=count, shape=KURTOSIS if count == 3 else SKEWNESS)
+        if not pairs:
+            yield NO_PLASTICITY
+
+
+def bias(value: float, corrected: float, *, is_line: bool, has_replicates: bool) -> str:
+    """Words which way a small sample is off: by the head's own correction, or else by what is known of the estimator.
+
+    Args:
+        value: the plasticity of the head.
+        corrected: without its bias; NaN if that is not known.
+        is_line: whether the estimator fits a line.
+        has_replicates: whether the measurement has replicates.
+    """
+    if not isfinite(corrected):
+        # The error of the line's mean query lowers plasticity. The covariance of few queries may also raise it.
+        known = MAKES_LOW if is_line else MAY_BIAS
+        return known if has_replicates else f"{known}, {UNCORRECTED}"
+    if isclose(corrected, value, rel_tol=1e-5, abs_tol=1e-8):  # a stored number has fewer digits
+        return f"{MAY_BIAS}, {CORRECTED}"
+    return f"{SEEMS_LOW if corrected > value else SEEMS_HIGH}, {CORRECTED}"
 
 
 def is_note(text: str) -> bool:

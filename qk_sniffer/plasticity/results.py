@@ -34,6 +34,7 @@ from qk_sniffer.plasticity.forms import (
     read_record,
 )
 from qk_sniffer.plasticity.notes import is_note
+from qk_sniffer.plasticity.owed_notes import are_all_there
 from qk_sniffer.plasticity.tables import HeadResult
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store import stored
@@ -132,10 +133,13 @@ class Results:
                 return False
             if any(_without_place(record[key]) != _without_place(facts[key]) for key in facts):
                 return False
-            metrics = {name: self.table(name, record) for name in tables.TABLES}["head_metrics"]
+            found = {name: self.table(name, record) for name in tables.TABLES}
+            metrics = found["head_metrics"]
             keys = zip(metrics["layer"].tolist(), metrics["q_head"].tolist(), strict=True)
             heads = {head_name(layer, head, "q") for layer, head in keys}
             if not _are_notes(record["notes"], notes, heads):
+                return False
+            if not are_all_there(record["notes"], found, record["settings"]):
                 return False
         except StoreError:
             return False

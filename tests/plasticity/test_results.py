@@ -1,12 +1,14 @@
 """Odd files in a folder of results end in one clear error, or their head is measured again."""
 
 import json
+import math
 import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -17,7 +19,8 @@ from qk_sniffer.plasticity import compare
 from qk_sniffer.plasticity.config import PlasticityConfig, resolved
 from qk_sniffer.plasticity.figures import draw_all
 from qk_sniffer.plasticity.forms import METRICS, encode_head, read_head
-from qk_sniffer.plasticity.notes import CORRECTED, MAKES_LOW, NO_DRIFT
+from qk_sniffer.plasticity.notes import CORRECTED, MAKES_LOW, NO_DRIFT, NO_PLASTICITY, NO_QUERIES
+from qk_sniffer.plasticity.owed_notes import are_all_there
 from qk_sniffer.plasticity.results import Results, summary
 from qk_sniffer.plasticity.tables import TABLES, HeadResult
 from qk_sniffer.store.disk import sha256_of
@@ -395,6 +398,47 @@ def test_notes_that_this_version_does_not_write_are_not_taken_over(
     (results / "plasticity.json").write_text(json.dumps(facts))
     assert measure(verify_base, results) == 0
     assert record(results)["notes"] == whole
+
+
+@pytest.mark.parametrize("words", ["fewer than 30: ", "fewer than 100 queries: "])
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_a_note_that_follows_from_the_tables_cannot_be_left_out(
+    words: str, is_whole: bool, results: Path, verify_base: Path
+) -> None:
+    facts = record(results)
+    whole = json.loads(json.dumps(facts["notes"]))
+    note = next(note for note in facts["notes"] if words in note)
+    if is_whole:
+        del facts["notes"][note]
+    else:  # for one of its heads
+        facts["notes"][note].pop()
+    (results / "plasticity.json").write_text(json.dumps(facts))
+    assert measure(verify_base, results) == 0
+    assert record(results)["notes"] == whole
+
+
+@pytest.mark.parametrize(
+    ("numbers", "pairs", "note"),
+    [
+        ((0, math.nan, math.nan), 3, NO_QUERIES),
+        ((7, math.nan, math.nan), 3, "7 rows of queries, all at one position: nothing can be fitted, measures are NaN"),
+        ((7, 0.5, 0.0), 3, NO_DRIFT),
+        ((3, 0.5, 0.1), 3, "3 queries: too few for a kurtosis"),
+        ((7, 0.5, 0.1), 0, NO_PLASTICITY),
+    ],
+)
+def test_the_notes_that_the_numbers_of_a_head_owe(numbers: tuple[float, ...], pairs: int, note: str) -> None:
+    columns = ["n_q_tokens", "q_R2_pos", "q_beta_norm"]
+    heads = {"layer": np.zeros(1, int), "q_head": np.ones(1, int)}
+    none = {"layer": np.zeros(0, int), "q_head": np.zeros(0, int), "n_q_rows": np.zeros(0, int)}
+    tables = {
+        "head_metrics": heads | {name: np.array([value]) for name, value in zip(columns, numbers, strict=True)},
+        "head_bucket_plasticity": {name: np.repeat(column, pairs) for name, column in heads.items()},
+        "head_intervals": none,
+        "head_bucket_intervals": none,
+    }
+    assert are_all_there({note: ["l00h01q"]}, tables, {})
+    assert not are_all_there({note: ["l00h00q"]}, tables, {})
 
 
 def test_the_notes_of_a_head_of_an_unfinished_measurement_are_of_this_version(tmp_path: Path) -> None:

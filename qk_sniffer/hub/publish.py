@@ -129,7 +129,7 @@ class _Publication:
         """The parent of the last attempt's commit."""
         self._deletions: list[CommitOperationDelete] = []
         self._additions: dict[str, CommitOperationAdd] = {}
-        """The files that were uploaded for this parent, by name."""
+        """The files that were uploaded for this parent, by name. The commit has all of them."""
 
     def attempt(self) -> Published:
         """Makes one attempt, which resumes from the state of earlier ones."""
@@ -145,7 +145,7 @@ class _Publication:
             on_branch = self.api.list_repo_files(self._repo_id, repo_type=REPO_TYPE, revision=head)
             if self._guard is not None and MANIFEST not in on_branch:
                 self._refuse_foreign(on_branch, first=commits[-1].commit_id)
-            # Kept for a retry on the same commit: the additions know the uploaded and the unchanged files.
+            # Kept for a retry on the same commit: the additions know the uploaded files.
             self._deletions, self._additions = self._outdated(on_branch), {}
             self._parent = head
         with bars_on_a_terminal():
@@ -210,6 +210,13 @@ class _Publication:
             )
             for file in files.values():
                 file.check_unchanged()
+        if ignored := [name for name, addition in additions.items() if addition._should_ignore]:
+            raise self.failed(
+                f"a .gitignore of the branch leaves out {shortened(ignored, 5)}. Remove the file or its rule there"
+            )
+        for addition in additions.values():
+            # Otherwise the commit lacks what the branch has now: maybe in a newer commit, which is taken back by then.
+            addition._remote_oid = None
         self._additions |= additions
 
     def failed(self, reason: str) -> HubError:

@@ -184,6 +184,40 @@ def test_a_repository_that_is_made_public_during_the_upload_gets_no_commit(
     assert published(hub) == 0
 
 
+@pytest.mark.parametrize("rule", [b"l00h*", b"README.md"])
+def test_a_branch_that_ignores_files_gets_no_dataset_without_them(
+    rule: bytes, hub: FakeHub, api: HfApi, make_dataset: MakeDataset, tmp_path: Path
+) -> None:
+    hub.create(REPO)
+    (first,) = hub.repositories[REPO].commits.values()
+    first.files[".gitignore"] = rule
+    with pytest.raises(HubError, match=r"a \.gitignore of the branch leaves out .*Remove the file or its rule there"):
+        publish(make_dataset(tmp_path / "a"), REPO, BRANCH, api=api)
+    assert published(hub) == 0
+
+
+def test_a_commit_that_is_taken_back_meanwhile_leaves_no_gap(
+    hub: FakeHub, api: HfApi, make_dataset: MakeDataset, tmp_path: Path
+) -> None:
+    """It had the same files, which the library left out of the commit as unchanged."""
+    root, mine = make_dataset(tmp_path / "a"), vectors_of(contents(tmp_path / "a"))
+    publish(make_dataset(tmp_path / "b", heads=(1,)), REPO, BRANCH, api=api)
+    repository = hub.repositories[REPO]
+    before = repository.branches[BRANCH]
+
+    class Moved(HfApi):
+        def preupload_lfs_files(self, *args: Any, **kwargs: Any) -> None:
+            if kwargs["revision"] == BRANCH:
+                repository.add(BRANCH, "by another job", repository.files(BRANCH) | mine)
+            super().preupload_lfs_files(*args, **kwargs)
+            if kwargs["revision"] == BRANCH:
+                repository.branches[BRANCH] = before
+
+    publish(root, REPO, BRANCH, api=Moved(endpoint=hub.url, token="hf_alice"))
+    assert published(hub) == 2
+    assert_whole(held(hub), tmp_path / "copy")
+
+
 def test_only_the_dataset_and_its_pictures_are_published(
     hub: FakeHub, api: HfApi, make_dataset: MakeDataset, tmp_path: Path
 ) -> None:

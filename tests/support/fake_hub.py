@@ -15,6 +15,7 @@ real Hub:
 - every branch name is accepted;
 - only .parquet files are LFS, and uploads without Xet are whole ("basic"); the real Hub also has uploads in parts;
 - Xet stores in a folder (`local_xet.py`); the real one is a service with its own faults;
+- the rules of .gitignore are patterns of `fnmatch`;
 - the answer to a fault is text, not JSON, as from a proxy;
 - requests are not limited; the real Hub allows about 128 commits an hour and answers more with 429.
 Models and datasets share one namespace. Every user is in the organisation "lab", which has no repositories. Pull
@@ -31,6 +32,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from fnmatch import fnmatch
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -334,7 +336,8 @@ class _Handler(BaseHTTPRequestHandler):
             name = file["path"]
             mode = "lfs" if name.endswith(".parquet") else "regular"
             oid = _etag(name, files[name]) if name in files else None
-            answers.append({"path": name, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
+            ignored = any(fnmatch(name, rule) for rule in files.get(".gitignore", b"").decode().split())
+            answers.append({"path": name, "uploadMode": mode, "shouldIgnore": ignored, "oid": oid})
         return {"files": answers}, {}
 
     def lfs_batch(self, repo_id: str) -> Answer:

@@ -53,8 +53,13 @@ def finalize(
     """Makes and publishes the dataset at `data_root`, or prints which shards are missing; returns the exit code.
 
     Raises:
+        ConfigError: `hf_branch` is given without `hf_repo_id`, or one of them is no name.
         QkSnifferError: there is no job, its journals do not make a dataset, or the publication failed.
     """
+    if hf_branch is not None and hf_repo_id is None:  # the branch of a job would be replaced as if it had this name
+        raise ConfigError(
+            [f"hf_branch is {hf_branch!r}, but hf_repo_id is not given; set it to org/name to publish to"]
+        )
     layout = Layout(data_root)
     if not layout.root.is_dir():
         raise missing_manifest(layout.root)

@@ -11,7 +11,7 @@ from support.hub_cases import REPO
 from support.jobs import captured_only, run, stopped_after
 
 from qk_sniffer.capture.capture import Capture
-from qk_sniffer.errors import HubError, StoreError
+from qk_sniffer.errors import ConfigError, HubError, StoreError
 from qk_sniffer.jobs import capture_examples as capture_module
 from qk_sniffer.jobs.finalize import finalize
 from qk_sniffer.store import manifest as manifests
@@ -226,6 +226,18 @@ def test_finalize_replaces_nothing_on_a_branch_that_no_start_has_named(
     captured_only(checkpoint, texts, tmp_path / "other", monkeypatch, **seed, output={"overwrite": True})
     with pytest.raises(StoreError, match="has another dataset"):
         finalize(tmp_path / "other", hf_repo_id=REPO)
+
+
+def test_finalize_does_not_replace_the_branch_of_a_job_for_another_that_is_named(
+    hub: FakeHub, logged_in: str, checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(checkpoint, texts, tmp_path / "first", **SECTIONS, output=PUBLIC)
+    before = {**hub.repositories[REPO].branches}
+    seed: Any = SECTIONS | {"sampler": {"seed": 9}}
+    captured_only(checkpoint, texts, tmp_path / "other", monkeypatch, **seed, output=PUBLIC)
+    with pytest.raises(ConfigError, match="hf_branch is 'mine', but hf_repo_id is not given"):
+        finalize(tmp_path / "other", hf_branch="mine")
+    assert hub.repositories[REPO].branches == before
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ Whoever answers in the place of the Hub could have it write new files anywhere o
 
 import re
 from functools import wraps
-from typing import Any
+from typing import Any, TypeGuard
 
 from qk_sniffer.errors import HubError
 
@@ -15,9 +15,9 @@ _COMMIT = re.compile("[0-9a-f]{40}")
 _FILE_NAME = re.compile(r"(?!\.{1,2}\Z)[^/\\\0]{1,255}")
 
 
-def is_commit(text: str | None) -> bool:
-    """Whether a text has the form of a commit: 40 hexadecimal digits."""
-    return text is not None and _COMMIT.fullmatch(text) is not None
+def is_commit(text: object) -> TypeGuard[str]:
+    """Whether a value is a commit: a text of 40 hexadecimal digits."""
+    return isinstance(text, str) and _COMMIT.fullmatch(text) is not None
 
 
 def check_answers() -> None:
@@ -77,7 +77,7 @@ def _check_commit_of(kind: Any) -> None:
 
 def _check(commit: str | None, etag: str | None) -> None:
     if commit is not None and not is_commit(commit):
-        raise HubError(f"the Hub answers with {commit[:100]!r} in the place of a commit, and no file is fetched")
+        raise HubError(f"the Hub answers with {str(commit)[:100]!r} in the place of a commit, and no file is fetched")
     if etag is not None and _FILE_NAME.fullmatch(etag) is None:
         raise HubError(
             f"the Hub answers with the ETag {etag[:100]!r}, under which a file would be stored outside of the cache: "

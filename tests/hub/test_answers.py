@@ -92,6 +92,13 @@ def test_no_library_makes_a_path_of_the_commit_of_a_repository(
     assert written(tmp_path) == []
 
 
+def test_a_commit_that_is_no_text_is_refused(repository: Repository) -> None:
+    api = reading_api()
+    with pytest.raises(HubError, match="answers with '7' in the place of a commit"):
+        huggingface_hub.hf_api.DatasetInfo(id=NAME, sha=7)
+    assert api.dataset_info(NAME).sha == repository.branches["main"]
+
+
 def test_usual_answers_are_taken(repository: Repository, tmp_path: Path) -> None:
     path = reading_api().hf_hub_download(NAME, "manifest.json", repo_type="dataset")
     assert Path(path).read_bytes() == b"{}" and Path(path).is_relative_to(huggingface_hub.constants.HF_HUB_CACHE)

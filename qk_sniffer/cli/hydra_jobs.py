@@ -69,9 +69,10 @@ def _disk_error(error: Exception) -> QkSnifferError | None:
         return None
     where = cause.filename or "the folder of the job (hydra.run.dir or hydra.sweep.dir)"
     solution = RIGHTS if cause.errno in (errno.EACCES, errno.EPERM) else "free some space"
+    start = f"{solution.capitalize()}; or give" if cause.errno in _OF_THE_DISK else "Give"
     return StoreError(
-        f"cannot write {where}: {cause.strerror}. {solution.capitalize()}; or give Hydra another folder with "
-        "hydra.run.dir=... (of a sweep: hydra.sweep.dir=...). Then rerun the command, which keeps what is complete"
+        f"cannot write {where}: {cause.strerror}. {start} Hydra another folder with hydra.run.dir=... (of a sweep: "
+        "hydra.sweep.dir=...). Then rerun the command, which keeps what is complete"
     )
 
 

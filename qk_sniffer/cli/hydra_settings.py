@@ -16,12 +16,20 @@ from hydra.plugins.sweeper import Sweeper
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException, UnsupportedInterpolationType
 
+from qk_sniffer.text import path_problem
+
 _WAY_OUT = "correct it, or leave it out"
 
 _OF_HANDLERS = ("class", "formatter", "level", "filters")
 """The keys of a handler that are no arguments of its class."""
 
 _RECORD = logging.LogRecord("qk_sniffer", logging.INFO, __file__, 1, "a message", (), None)
+
+_RESOURCES = (
+    *("timeout_min", "nodes", "tasks_per_node", "cpus_per_task", "gpus_per_node", "mem_gb", "array_parallelism"),
+    *("signal_delay_s", "max_num_timeout"),
+)
+"""The numbers among the settings of submitit's launchers."""
 
 _USED = ("job.name", "job.env_set", "callbacks", "verbose", "hydra_logging", "job_logging")
 """Settings of Hydra that may refer to others, and that no other check reads."""
@@ -44,6 +52,9 @@ def problems(hydra: DictConfig, callbacks: Mapping[str, str]) -> Iterator[str]:
         return
     for name, kind in (("sweeper", Sweeper), ("launcher", Launcher)):
         yield from _of_plugin(hydra, name, kind)
+    yield from _of_resources(hydra)
+    if "/" in (name := str(settings["job.name"])) or path_problem(f"{name}.log") is not None:
+        yield f"hydra.job.name is {name!r}, which cannot be the name of the log of a job; {_WAY_OUT}"
     for name, target in callbacks.items():
         if OmegaConf.select(hydra, f"callbacks.{name}._target_") != target:
             yield f"hydra.callbacks.{name} must be {target}, which the program needs: leave it as it is"
@@ -83,6 +94,15 @@ def _of_plugin(hydra: DictConfig, name: str, kind: type) -> Iterator[str]:
         yield f"{what}; it must be an installed {name} of Hydra: choose one by hydra/{name}=..."
     elif name == "sweeper" and isinstance(size, int) and size < 1:
         yield f"hydra.sweeper.max_batch_size is {size}; it must be at least 1, or null"
+
+
+def _of_resources(hydra: DictConfig) -> Iterator[str]:
+    is_local = str(OmegaConf.select(hydra, "launcher._target_")).endswith(".LocalLauncher")
+    for name in _RESOURCES:
+        value = OmegaConf.select(hydra, f"launcher.{name}", throw_on_resolution_failure=False)
+        least = 1 if is_local and name == "timeout_min" else 0  # SLURM takes 0 for no limit
+        if isinstance(value, int) and value < least:
+            yield f"hydra.launcher.{name} is {value}; it must be at least {least}"
 
 
 def _of_verbose(value: Any) -> Iterator[str]:

@@ -57,6 +57,8 @@ def refusal(*arguments: str) -> str:
             r"hydra\.callbacks\.launch must be qk_sniffer\.cli\.launching\.LaunchCallback, which",
         ),
         ("hydra.callbacks.launch=null", r"hydra\.callbacks\.launch must be"),
+        ("hydra.job.name=a/b", r"hydra\.job\.name is 'a/b', which cannot be the name of the log of a job"),
+        (f"hydra.job.name={'a' * 252}", r"a', which cannot be the name of the log of a job"),
         ("hydra.verbose=[1]", r"hydra\.verbose is \[1\]"),
         ("hydra.verbose=null", r"hydra\.verbose is None"),
         ("hydra.launcher=null", r"hydra\.launcher names no class \(_target_\); it must be an installed launcher"),
@@ -85,6 +87,12 @@ def test_jobs_of_a_sweep_have_folders_of_their_own_in_its_folder(name: str, mess
     assert re.search(message, refusal(*swept, f"hydra.sweep.subdir='{name}'"))
     for good in ("${hydra.job.num}", "job-${hydra.job.num}", "${sampler.seed}", "deeper/${sampler.seed}"):
         assert len(preflight.planned(get_args([*swept, f"hydra.sweep.subdir='{good}'"]), app.APPLICATION)) == 2
+
+
+@pytest.mark.parametrize(("setting", "least"), [("timeout_min=0", 1), ("timeout_min=-5", 1), ("cpus_per_task=-1", 0)])
+def test_a_number_that_submitit_fails_with_is_refused(setting: str, least: int) -> None:
+    said = refusal("--multirun", "hydra/launcher=submitit_local", f"hydra.launcher.{setting}")
+    assert said == f"hydra.launcher.{setting.replace('=', ' is ')}; it must be at least {least}"
 
 
 def test_all_other_problems_are_named_too() -> None:

@@ -103,6 +103,7 @@ def is_yet_to_publish(config: ResolvedConfig, layout: Layout) -> bool:
         manifest = manifests.read(layout.root)
         if read_unpublished(layout, manifest) is None:
             return False
+        log.info("checking the files of %s, which an earlier start has not published", layout.root)
         files = DatasetFiles(Folder(layout.root), manifest["files"])
         return all(files.is_intact(name) for name in files.listed)
     return False

@@ -8,6 +8,7 @@ seen, but not what it does: one that works differently in each pass is the user'
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -47,11 +48,11 @@ class ModelState:
     rotary: list[tuple[Any, ...]]
     """The frequencies of each rotary embedding, and their scaling."""
     adapters: list["AdapterLayer"]
-    functions: list[tuple[int, Function]]
-    """The user's hooks, and the user's functions in the place of a module's forward or of the attention kernel, each
-    with the number of the module in the decoder; -1 for those of all modules."""
+    functions: list[tuple[int, ...]]
+    """The user's hooks, and the user's functions in the place of a module's forward or of the attention kernel: the
+    number of the module in the decoder, -1 for those of all modules, and the identity of the function."""
     _alive: list[object] = field(compare=False, repr=False)
-    """Keeps the modules and tensors: an identity may be given again to a new object."""
+    """Keeps the modules, tensors and functions: an identity may be given again to a new object."""
 
     def has_weights_of(self, earlier: "ModelState") -> bool:
         """Whether no weight has changed since. Weights may have been packed, and not be unpacked or packed again."""
@@ -101,8 +102,8 @@ def state_of(decoder: nn.Module) -> ModelState:
         numbers=numbers,
         rotary=rotary,
         adapters=[*adapter_layers(modules)],
-        functions=functions,
-        _alive=[*modules, *weights, *buffers, *others],
+        functions=[(number, *_identity(function)) for number, function in functions],
+        _alive=[*modules, *weights, *buffers, *others, *(function for _, function in functions)],
     )
 
 
@@ -124,10 +125,25 @@ def _fixed_buffers(module: nn.Module) -> Iterator[torch.Tensor]:
 
 def _functions(module: nn.Module) -> Iterator[Function]:
     """Yields the functions that a call of the module runs, and that no library has put there."""
+    own = vars(module)
+    of_accelerate = own.get("_hf_hook")  # its ModelHook, which the user may derive from
     hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-    for function in (*hooks, vars(module).get("forward")):
+    for function in (*hooks, *getattr(of_accelerate, "hooks", (of_accelerate,))):
         if function is not None and not _is_of_library(function):
             yield function
+    forward = own.get("forward")
+    if forward is not None and (_is_borrowed(forward, module) or not _is_of_library(forward)):
+        yield forward
+
+
+def _is_borrowed(forward: Any, module: nn.Module) -> bool:
+    """Whether a forward is made for something else, as the method of another module or `torch.nn.functional.relu` are.
+
+    Whoever has written it, the user has put it there: what a library puts there wraps the module or its forward.
+    """
+    if isinstance(forward, FunctionType):
+        return forward.__closure__ is None
+    return getattr(forward, "__self__", module) is not module
 
 
 def _functions_of_all(decoder: nn.Module, types: Iterable[type[nn.Module]]) -> Iterator[Function]:
@@ -140,12 +156,34 @@ def _functions_of_all(decoder: nn.Module, types: Iterable[type[nn.Module]]) -> I
 
 
 def _is_of_library(function: Any) -> bool:
-    """Whether one of `_LIBRARIES` has made a function. Does not trust `__module__`, which a wrapper copies."""
-    while isinstance(function, functools.partial):
-        function = function.func
-    function = getattr(function, "__func__", function)
+    """Whether one of `_LIBRARIES` has made a function. Does not trust `__module__`, which a wrapper copies.
+
+    What a decorator of torch wraps, such as `torch.no_grad()`, is whose the wrapped function is.
+    """
+    while True:
+        if isinstance(function, functools.partial):
+            function = function.func
+            continue
+        function = getattr(function, "__func__", function)
+        package = _package(function)
+        wrapped = getattr(function, "__wrapped__", None) if package == "torch" else None
+        if wrapped is None:
+            return package in _LIBRARIES
+        function = wrapped
+
+
+def _package(function: Any) -> str:
     name = getattr(function, "__globals__", {}).get("__name__") or type(function).__module__
-    return str(name).partition(".")[0] in _LIBRARIES
+    return str(name).partition(".")[0]
+
+
+def _identity(function: Any) -> tuple[int, ...]:
+    """Names a function while it lives. Two looks at one method of an object are two objects.
+
+    Functions are not compared by `==`, which compares the tensors of a dataclass.
+    """
+    method = getattr(function, "__func__", None)
+    return (id(function),) if method is None else (id(function.__self__), id(method))
 
 
 def adapter_layers(modules: list[nn.Module]) -> Iterator[AdapterLayer]:

@@ -1,5 +1,6 @@
 """Tests that the rows of a capture are of one state of the model, and that a dataset states this one."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from support.adapters import lora
 from support.live import LLAMA, random_ids
 from torch import nn
@@ -88,6 +90,41 @@ def double(module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
     return 2 * output
 
 
+@dataclasses.dataclass
+class Adder:
+    """A hook that `==` cannot compare."""
+
+    added: torch.Tensor
+
+    def __call__(self, module: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        return output + self.added
+
+
+def replace_hook(model: Any) -> None:
+    mlp = decoder(model).layers[0].mlp
+    mlp._forward_hooks.clear()
+    mlp.register_forward_hook(Adder(torch.zeros(IDS.shape[1], 1)))
+
+
+def with_adder() -> Any:
+    model = LLAMA.model()
+    decoder(model).layers[0].mlp.register_forward_hook(Adder(torch.ones(IDS.shape[1], 1)))
+    return model
+
+
+def borrow_forward(model: Any) -> None:
+    first, second, *_ = decoder(model).layers
+    first.mlp.forward = second.mlp.forward
+
+
+def add_hook_of_accelerate(model: Any) -> None:
+    class Doubling(ModelHook):
+        def post_forward(self, module: nn.Module, output: torch.Tensor) -> torch.Tensor:
+            return 2 * output
+
+    add_hook_to_module(decoder(model).layers[0].mlp, Doubling())
+
+
 def decoder(model: Any) -> Any:
     return (model.get_base_model() if hasattr(model, "get_base_model") else model).model
 
@@ -112,14 +149,25 @@ PLAIN: dict[str, tuple[Callable[[Any], object], str]] = {
     "scaling": (set_scaling, "numbers that its modules compute with"),
     "epsilon": (set_epsilon, "numbers that its modules compute with"),
     "hook": (lambda model: decoder(model).layers[0].mlp.register_forward_hook(double), "hooks"),
+    "hook without gradients": (
+        lambda model: decoder(model).layers[0].mlp.register_forward_hook(torch.no_grad()(double)),
+        "hooks",
+    ),
+    "hook of accelerate": (add_hook_of_accelerate, "hooks"),
     "hook before": (lambda model: decoder(model).norm.register_forward_pre_hook(lambda *_: None), "hooks"),
     "forward": (replace_forward, "functions in the place of a module's own"),
+    "forward of another module": (borrow_forward, "functions in the place of a module's own"),
+    "forward of torch": (
+        lambda model: setattr(decoder(model).layers[0].mlp.act_fn, "forward", nn.functional.relu),
+        "functions in the place of a module's own",
+    ),
     "loaded": (lambda model: model.load_state_dict({**model.state_dict()}), "weights"),
 }
 CHANGES = [
     *(pytest.param(with_adapters, *case, id=name) for name, case in ADAPTED.items()),
     pytest.param(lambda: with_adapters(r=8), *ADAPTED["set_adapter"], id="set_adapter of another rank"),
     *(pytest.param(LLAMA.model, *case, id=name) for name, case in PLAIN.items()),
+    pytest.param(with_adder, replace_hook, "hooks", id="another hook of a dataclass"),
 ]
 
 

@@ -121,7 +121,8 @@ class Journal:
         """The segments that were compared with their checksums: the batch and the example of each run, without
         repetitions."""
         self._read: dict[Path, tuple[str, SegmentFacts]] = {}
-        """The checksum of each header that was read, with its facts. `ended` is empty: its examples take memory."""
+        """The segments that were read and are not compared yet: the checksum of the header, and its facts. `ended` and
+        `statistics` are empty: examples and places take memory."""
         self._batch_of: dict[int, int] = {}
         self._unused: list[Path] = []
         self._open(verify)
@@ -214,7 +215,7 @@ class Journal:
                     continue
                 blocks_of(header)
                 facts[path] = facts_of(header, _number(path))
-                self._read[path] = header.checksum, replace(facts[path], ended=[])
+                self._read[path] = header.checksum, replace(facts[path], ended=[], statistics={})
             except DamageError as error:
                 damaged[path] = error
         if self.foreign:
@@ -288,7 +289,7 @@ class Journal:
             try:
                 verify_segment(path, self.access)
                 header = read_header(path, self.access)
-                checksum, facts = self._read.get(path, (None, None))
+                checksum, facts = self._read.pop(path, (None, None))
                 if facts is None or header.checksum != checksum:
                     facts = facts_of(header, _number(path))
                 self._verified[path] = check_runs(path, header, facts, self.access)

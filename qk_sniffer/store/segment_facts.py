@@ -189,18 +189,17 @@ def check_runs(path: Path, header: Header, facts: SegmentFacts, access: Access =
         if not (_describe(runs, position) and _are_between(runs[:, BATCH], facts.first, facts.last)):
             raise DamageError(f"the runs of layer {layer}, kind {kind} do not describe its rows")
         found.append(np.stack([runs[:, BATCH], keys_of(runs)], axis=1))
-    _check_counts(path, facts, access)
+    _check_counts(path, places_of(header), facts.num_tokens, access)
     return np.unique(np.concatenate(found), axis=0)
 
 
-def _check_counts(path: Path, facts: SegmentFacts, access: Access) -> None:
-    """Checks that the statistics of every head are of equally many tokens, and no more than the examples have."""
-    if not facts.statistics:
+def _check_counts(path: Path, statistics: Mapping[PartKey, Mapping[str, Place]], most: int, access: Access) -> None:
+    """Checks that the statistics of every head are of equally many tokens, and no more than `most` of the examples."""
+    if not statistics:
         return
-    most = facts.num_tokens
     numbers: set[int] = set()
     with open_segment(path, access) as file:
-        for places in facts.statistics.values():
+        for places in statistics.values():
             count, nonfinite = (read_array(file, places[name], np.int64) for name in ("count", "nonfinite"))
             if not (_are_between(count, 0, most) and _are_between(nonfinite, 0, most)):
                 raise DamageError("it has statistics of more tokens than its examples")

@@ -1,5 +1,6 @@
 """Tests how statistics in journals become those of a dataset, and which of them are refused."""
 
+import gc
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,8 @@ from qk_sniffer.store.compact_statistics import compact_statistics
 from qk_sniffer.store.journal import Journal
 from qk_sniffer.store.journal_writer import JournalWriter
 from qk_sniffer.store.layout import Layout
+from qk_sniffer.store.segment import Place
+from qk_sniffer.store.segment_facts import SegmentFacts
 from qk_sniffer.store.statistics import Part, PartKey, Statistics, part_tensors
 from qk_sniffer.store.statistics_file import read_statistics
 
@@ -73,6 +76,21 @@ def staged(folder: Path, *journals: Journal, num_tokens: int = NUM_TOKENS) -> Pa
     layout.staging.root.mkdir(parents=True)
     compact_statistics(layout.staging, journals, HEADS, CONFIG, ROTATIONS, num_tokens=num_tokens)
     return layout.staging.root
+
+
+def test_a_journal_keeps_no_places_and_no_facts_of_what_it_has_compared(tmp_path: Path) -> None:
+    written(tmp_path)
+
+    def alive(kind: type) -> int:
+        gc.collect()
+        return sum(type(each) is kind for each in gc.get_objects())
+
+    places, facts = alive(Place), alive(SegmentFacts)
+    journal = Journal(tmp_path, verify=False)
+    assert len(journal.statistics) == 2
+    assert (alive(Place), alive(SegmentFacts)) == (places, facts + len(journal.segments))
+    journal.verify()
+    assert alive(SegmentFacts) == facts
 
 
 def test_groups_merge_to_the_statistics_of_all_tokens(tmp_path: Path) -> None:

@@ -54,9 +54,9 @@ def return_memory() -> None:
 
 
 def release_memory() -> None:
-    """Frees what a job that ran in this process before has left, such as its model, which holds references to itself.
+    """Frees what is large, done with, and refers to itself, such as the model of a finished job or a picture.
 
-    Python would collect it some time after the next model is loaded.
+    Python would collect it at some later time, after the next model is loaded.
     """
     gc.collect()
     trim_memory()

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qk_sniffer.errors import QkSnifferError
+from qk_sniffer.machine import release_memory
 from qk_sniffer.store.disk import explained
 from qk_sniffer.store.layout import PICTURE_MARK, PICTURE_SUFFIXES
 from qk_sniffer.store.open_folder import PLAIN, Access
@@ -100,6 +101,8 @@ def save(
                         access.check()
                         rename_over_own(folder, temporary, file.name, is_drawn)
             drawn.set_layout_engine("none")  # computed by now, and the same for every format
+    del drawn
+    release_memory()  # parts of a picture refer to each other: Python would collect them some time after the next ones
     return files
 
 

@@ -1,8 +1,10 @@
 """Checks the files of pictures: both formats, whole or not at all, the same bytes twice, without time and version."""
 
+import gc
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,6 +30,23 @@ def drawing() -> "Figure":
     axes.imshow(np.arange(12.0).reshape(3, 4))
     axes.set(title=as_text("$a$ <b>\x1b"), xlabel="channel")
     return drawn
+
+
+def test_a_picture_is_gone_when_it_is_written(tmp_path: Path) -> None:
+    drawn: list[weakref.ref[Figure]] = []
+
+    def remembered() -> "Figure":
+        made = drawing()
+        drawn.append(weakref.ref(made))
+        return made
+
+    # As in a program, which collects next to nothing by itself.
+    gc.disable()
+    try:
+        save(tmp_path / "picture", remembered)
+        assert [reference() for reference in drawn] == [None]
+    finally:
+        gc.enable()
 
 
 def test_a_picture_is_a_png_and_an_svg_of_the_same_bytes_each_time(

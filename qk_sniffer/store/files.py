@@ -219,16 +219,16 @@ def compared_file(path: Path, *, way_out: str) -> Iterator[Path]:
         OSError: there is none.
     """
     compared = _reading.files.get(path)
-    if not compared or not _DESCRIPTORS.is_dir():
+    if not compared or not DESCRIPTORS.is_dir():
         yield path
         return
     with open_regular(path) as file:
         if _state(os.fstat(file.fileno())) != compared[-1]:
             raise UnreadableError(path, _CHANGED, way_out)
-        yield _DESCRIPTORS / str(file.fileno())
+        yield DESCRIPTORS / str(file.fileno())
 
 
-_DESCRIPTORS = Path("/dev/fd")
+DESCRIPTORS = Path("/dev/fd")
 """Has a name for each descriptor of a process, on Linux and macOS."""
 
 

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from qk_sniffer.store import parquet_writer
 from qk_sniffer.store.layout import schema
 from qk_sniffer.store.parquet_writer import ParquetWriter
 
@@ -36,6 +37,14 @@ def rows(count: int) -> pa.Table:
     return pa.Table.from_arrays(columns, schema=schema(WIDTH))
 
 
+@pytest.fixture(params=[True, False], ids=["/dev/fd", "no /dev/fd"])
+def descriptors(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gives files by descriptor, or hides them, as in a container without /proc."""
+    if not request.param:
+        monkeypatch.setattr(parquet_writer, "DESCRIPTORS", tmp_path / "missing")
+
+
+@pytest.mark.usefixtures("descriptors")
 def test_a_write_that_takes_a_part_of_the_bytes_is_continued_and_its_error_is_raised(tmp_path: Path) -> None:
     path, table = tmp_path / "data.parquet", rows(100)
     with ParquetWriter(path, schema(WIDTH)) as writer:
@@ -48,6 +57,7 @@ def test_a_write_that_takes_a_part_of_the_bytes_is_continued_and_its_error_is_ra
     assert path.stat().st_size == most
 
 
+@pytest.mark.usefixtures("descriptors")
 def test_the_entry_is_that_of_the_file(tmp_path: Path) -> None:
     path, table = tmp_path / "data.parquet", rows(16_384)
     with ParquetWriter(path, schema(WIDTH)) as writer:

@@ -8,7 +8,7 @@ seen, but not what it does: one that works differently in each pass is the user'
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from types import FunctionType
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -143,7 +143,7 @@ def _is_borrowed(forward: Any, module: nn.Module) -> bool:
     """
     if isinstance(forward, FunctionType):
         return forward.__closure__ is None
-    return getattr(forward, "__self__", module) is not module
+    return isinstance(forward, MethodType) and forward.__self__ is not module
 
 
 def _functions_of_all(decoder: nn.Module, types: Iterable[type[nn.Module]]) -> Iterator[Function]:
@@ -164,17 +164,14 @@ def _is_of_library(function: Any) -> bool:
         if isinstance(function, functools.partial):
             function = function.func
             continue
-        function = getattr(function, "__func__", function)
-        package = _package(function)
-        wrapped = getattr(function, "__wrapped__", None) if package == "torch" else None
-        if wrapped is None:
+        if isinstance(function, MethodType):
+            function = function.__func__
+        is_plain = isinstance(function, FunctionType)  # other objects may answer to every name of an attribute
+        module = function.__globals__.get("__name__") if is_plain else type(function).__module__
+        package = str(module).partition(".")[0]
+        if not (is_plain and package == "torch" and "__wrapped__" in vars(function)):
             return package in _LIBRARIES
-        function = wrapped
-
-
-def _package(function: Any) -> str:
-    name = getattr(function, "__globals__", {}).get("__name__") or type(function).__module__
-    return str(name).partition(".")[0]
+        function = function.__wrapped__
 
 
 def _identity(function: Any) -> tuple[int, ...]:
@@ -182,8 +179,7 @@ def _identity(function: Any) -> tuple[int, ...]:
 
     Functions are not compared by `==`, which compares the tensors of a dataclass.
     """
-    method = getattr(function, "__func__", None)
-    return (id(function),) if method is None else (id(function.__self__), id(method))
+    return (id(function.__self__), id(function.__func__)) if isinstance(function, MethodType) else (id(function),)
 
 
 def adapter_layers(modules: list[nn.Module]) -> Iterator[AdapterLayer]:

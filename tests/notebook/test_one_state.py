@@ -250,6 +250,22 @@ def test_hooks_that_stay_and_those_of_libraries_change_nothing() -> None:
     assert observer.seen == len(captured.examples) == 2
 
 
+def test_a_hook_may_answer_to_every_name() -> None:
+    class Delegate:
+        def __getattr__(self, name: str) -> "Delegate":
+            return Delegate()
+
+        def __call__(self, *_: object) -> None:
+            pass
+
+    model = LLAMA.model()
+    decoder(model).layers[0].register_forward_hook(Delegate())
+    with torch.no_grad(), qk_sniffer.capture(model, layers=[1]) as captured:
+        model(input_ids=IDS)
+        model(input_ids=IDS)
+    assert len(captured.examples) == 2
+
+
 def test_a_change_within_a_pass_drops_its_rows() -> None:
     model = with_adapters()
     hook = decoder(model).layers[0].register_forward_hook(lambda *_: model.set_adapter("b"))

@@ -93,6 +93,8 @@ class UserBackbone(Backbone):
         if now == first:
             return
         changed = self._changed()
+        if first is not None and now.modules != first.modules:
+            changed.append("modules")
         if first is not None and not now.has_weights_of(first):
             changed.append("weights")
         if first is not None and (now.buffers, now.numbers) != (first.buffers, first.numbers):

@@ -149,6 +149,7 @@ PLAIN: dict[str, tuple[Callable[[Any], object], str]] = {
     "scaling": (set_scaling, "numbers that its modules compute with"),
     "epsilon": (set_epsilon, "numbers that its modules compute with"),
     "hook": (lambda model: decoder(model).layers[0].mlp.register_forward_hook(double), "hooks"),
+    "module": (lambda model: setattr(decoder(model).layers[0].mlp, "act_fn", nn.ReLU()), "modules"),
     "hook without gradients": (
         lambda model: decoder(model).layers[0].mlp.register_forward_hook(torch.no_grad()(double)),
         "hooks",

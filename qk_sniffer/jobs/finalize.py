@@ -1,6 +1,6 @@
 """Makes the dataset of a job whose shards are all captured, and publishes one that is finished."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -97,10 +97,12 @@ def finalize(
     config = _published(from_dict(record["config"]), hf_repo_id, hf_branch, private)
     if not prove:
         config = replace(config, verify=VerifyConfig(examples=0))
-    if problems := list(_forbidden(config, allowed or Allowed())):
+    loads_tokenizer = _loads_tokenizer(config, record)
+    if problems := list(_forbidden(config, allowed or Allowed(), loads_tokenizer=loads_tokenizer)):
         raise ConfigError(problems)
     _check_checkpoint(config, layout, record)
-    corpus = open_corpus(config.dataset, record["commits"]["dataset"]) if _proves(config) else None
+    needs_texts = _proves(config) or _compares_texts(record)
+    corpus = open_corpus(config.dataset, record["commits"]["dataset"]) if needs_texts else None
     done = finish(config, layout, record["job_id"], corpus, None, Stages(), replaces=hf_branch is not None)
     return 1 if done is None and read_record(layout) is not None else 0
 
@@ -110,6 +112,20 @@ def _proves(config: Config) -> bool:
     return config.verify.examples != 0
 
 
+def _compares_texts(record: Mapping[str, Any]) -> bool:
+    """Whether shards may have captured other texts: no commit pins those of a local source, which only one shard read.
+
+    A capture from Python has no source.
+    """
+    return "source" not in record and record["commits"]["dataset"] is None and record["config"]["shard"]["count"] > 1
+
+
+def _loads_tokenizer(config: Config, record: Mapping[str, Any]) -> bool:
+    """Whether a dataset that is not proven needs the tokenizer: for strings, or for the texts of conversations."""
+    of_messages = config.dataset.messages_column is not None
+    return config.capture.capture_token_strings or (of_messages and _compares_texts(record))
+
+
 def _check_checkpoint(config: ResolvedConfig, layout: Layout, record: dict[str, Any]) -> None:
     """Checks that a local model, adapter and tokenizer are those of the job, if this program loads them.
 
@@ -117,7 +133,7 @@ def _check_checkpoint(config: ResolvedConfig, layout: Layout, record: dict[str, 
         SourceError: they have changed.
     """
     needed = [role for role in ROLES if role in record["commits"]] if _proves(config) else []
-    if config.capture.capture_token_strings:
+    if _loads_tokenizer(config, record):
         needed.append("tokenizer")
     there = record["commits"]
     now = resolve_commits(config, Job.from_record(record)) if needed else there
@@ -128,12 +144,12 @@ def _check_checkpoint(config: ResolvedConfig, layout: Layout, record: dict[str, 
         )
 
 
-def _forbidden(config: Config, allowed: Allowed) -> Iterator[str]:
+def _forbidden(config: Config, allowed: Allowed, *, loads_tokenizer: bool) -> Iterator[str]:
     """Yields a line for each setting of the job that runs code and is not allowed. Each line begins with its key."""
     model = config.model
-    proves, has_strings = _proves(config), config.capture.capture_token_strings
-    way_out = "if you trust it" + ("" if has_strings else "; prove=false loads no model")
-    if model.trust_remote_code and (proves or has_strings) and not allowed.trust_remote_code:
+    proves = _proves(config)
+    way_out = "if you trust it" + ("" if loads_tokenizer else "; prove=false loads no model")
+    if model.trust_remote_code and (proves or loads_tokenizer) and not allowed.trust_remote_code:
         yield (
             f"trust_remote_code is false, but the job runs Python code of {model.name} (model.trust_remote_code=true): "
             f"give trust_remote_code=true {way_out}"

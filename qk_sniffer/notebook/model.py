@@ -93,14 +93,8 @@ class UserBackbone(Backbone):
         if now == first:
             return
         changed = self._changed()
-        if first is not None and now.modules != first.modules:
-            changed.append("modules")
-        if first is not None and not now.has_weights_of(first):
-            changed.append("weights")
-        if first is not None and (now.buffers, now.numbers) != (first.buffers, first.numbers):
-            changed.append("buffers, or the numbers that its modules compute with,")
-        if first is not None and now.functions != first.functions:
-            changed.append("hooks, or the functions in the place of a module's own,")
+        if first is not None:
+            changed += self._differing(now, first)
         if changed:
             raise CaptureError(
                 f"the {enumerated(changed)} of {type(self.model).__name__} changed inside the block of "
@@ -108,6 +102,22 @@ class UserBackbone(Backbone):
                 "the block before the change, and open a capture of its own for each state"
             )
         self._at_first_pass = now
+
+    @staticmethod
+    def _differing(now: ModelState, first: ModelState) -> Iterator[str]:
+        """Yields the names of what changed between passes, of what the description of the model does not tell."""
+        if now.modules != first.modules:
+            yield "modules"
+        if not now.has_weights_of(first):
+            yield "weights"
+        if (now.buffers, now.numbers) != (first.buffers, first.numbers):
+            yield "buffers, or the numbers that its modules compute with,"
+        if now.functions != first.functions:
+            yield "hooks, or the functions in the place of a module's own,"
+        if now.training != first.training:
+            yield "training mode"
+        if now.autocast != first.autocast:
+            yield "dtype of torch.autocast"
 
     def _changed(self) -> list[str]:
         now = self._changeable()

@@ -40,6 +40,10 @@ class ModelState:
     reach: tuple[Any, ...]
     """What the config says of the keys that queries see."""
     modules: list[int]
+    training: list[bool]
+    """Whether each module is in training mode, in which it may drop numbers."""
+    autocast: "torch.dtype | None"
+    """The dtype that `torch.autocast` computes in; None outside of it."""
     weights: list[_Tensor]
     buffers: list[_Tensor]
     """The floating-point buffers that a checkpoint may have, such as the bias of a router, and scalar ones."""
@@ -97,6 +101,8 @@ def state_of(decoder: nn.Module) -> ModelState:
         attention=getattr(decoder.config, "_attn_implementation", None),
         reach=reach_of(decoder),
         modules=[*map(id, modules)],
+        training=[module.training for module in modules],
+        autocast=_autocast(decoder),
         weights=[*map(_seen, weights)],
         buffers=[*map(_seen, others)],
         numbers=numbers,
@@ -105,6 +111,11 @@ def state_of(decoder: nn.Module) -> ModelState:
         functions=[(number, *_identity(function)) for number, function in functions],
         _alive=[*modules, *weights, *buffers, *others, *(function for _, function in functions)],
     )
+
+
+def _autocast(decoder: nn.Module) -> torch.dtype | None:
+    device = next((weight.device.type for weight in decoder.parameters() if weight.device.type != "meta"), "cpu")
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def reach_of(decoder: nn.Module) -> tuple[Any, ...]:

@@ -9,7 +9,7 @@ import pytest
 from support.jobs import captured_only, hashes, run, settings
 
 from qk_sniffer.config import Config, from_dict
-from qk_sniffer.errors import ConfigError, StoreError
+from qk_sniffer.errors import ConfigError, SourceError, StoreError
 from qk_sniffer.jobs import finalize as finalize_module
 from qk_sniffer.jobs.finalize import Allowed, finalize
 from qk_sniffer.jobs.finish import Outcome
@@ -46,6 +46,20 @@ def test_it_says_which_shards_are_missing(
     with hold(Layout(root).shard_lock(1, 2), "capturing"):
         assert finalize(root) == 1
     assert "shard 1 of 2: running (process " in capsys.readouterr().out
+    assert not (root / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("prove", [True, False])
+def test_shards_of_other_versions_of_a_local_source_make_no_dataset(
+    prove: bool, checkpoint: Path, tmp_path: Path, texts: Path
+) -> None:
+    root = tmp_path / "out"
+    run(checkpoint, texts, root, **shard(0))
+    texts.write_text(texts.read_text("utf-8").replace("e", "a"), "utf-8")
+    with pytest.raises(SourceError, match="is not the text"):
+        run(checkpoint, texts, root, **shard(1))
+    with pytest.raises(SourceError, match="is not the text"):
+        finalize(root, prove=prove)
     assert not (root / "manifest.json").exists()
 
 

@@ -95,27 +95,28 @@ def hide_in_addresses(text: str) -> None:
     """Has `printable` hide what may be secret in the addresses in a text, such as an argument of a command line."""
     for form in _ADDRESSES:
         for address in form.findall(text):
-            hide_in_address(address.rstrip("]})"))
+            hide_in_address(address.rstrip("]})'"))
 
 
 _PROTOCOL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/+")
 
-_LOGIN = re.compile(r"(https?://)[^\s/?#@'\"<>]+@", re.IGNORECASE)
+_LOGIN = re.compile(r"(https?://)[^\s/?#<>]+@", re.IGNORECASE)
 
-_QUERY = re.compile(rf"(https?://[^\s?#'\"<>]*)\?((?:(?!,\s*{_PROTOCOL.pattern})[^\s'\"<>])+)", flags=re.IGNORECASE)
+_QUERY = re.compile(rf"(https?://[^\s?#'\"<>]*)\?((?:(?!,\s*{_PROTOCOL.pattern})[^\s\"<>])+)", flags=re.IGNORECASE)
 
 
 def _without_query(found: re.Match[str]) -> str:
     # The Hub redirects a download to an address whose query is a signature, with which anybody can fetch the file for
     # a while. Libraries log that address.
     query = found[2]
-    return f"{found[1]}?***{query[len(query.rstrip(']}),.;:')) :]}"
+    end = query[len(query.rstrip("']}),.;:")) :]
+    return f"{found[1]}?***{end}"
 
 
 _ADDRESSES = tuple(
-    re.compile(rf"{_PROTOCOL.pattern}(?:(?!,\s*{_PROTOCOL.pattern})[^\s{ends}])*") for ends in ("'\"", "'\"\\]}")
+    re.compile(rf"{_PROTOCOL.pattern}(?:(?!,\s*{_PROTOCOL.pattern})[^\s{ends}])*") for ends in ("'\"", "'\"\\]}", '"')
 )
-"""Find addresses in a text. A bracket may be a part of an address, or end the list that it is in."""
+"""Find addresses in a text. A bracket may be a part of an address, or end the list that it is in. So may a quote."""
 
 OPEN_PROTOCOLS = ("hf://", "zip://", "tar://", "gzip://", "bz2://", "xz://", "zstd://", "lz4://")
 """The protocols of files on the Hub, and of those within an archive."""

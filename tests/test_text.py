@@ -124,6 +124,7 @@ def test_what_libraries_log_warn_and_raise_is_escaped(
         ("Cannot access: https://cdn.hf.co/a?b=c.", "Cannot access: https://cdn.hf.co/a?***."),
         ("[https://a/b?c=d, HTTPS://e/f?g]", "[https://a/b?***, HTTPS://e/f?***]"),
         ("https://me:word@host/a?b https://word@host", "https://***@host/a?*** https://***@host"),
+        ("https://u:a'b@c@host/x?sig=a'b'", "https://***@host/x?***'"),
         ("is https://huggingface.co the Hub? See https://huggingface.co/docs", None),
         ("me@host: a?b", None),
     ],
@@ -139,6 +140,7 @@ def test_the_login_and_the_query_of_an_address_are_not_shown(text: str, shown: s
         ("a=https://host/Tok3nTok3n/x.jsonl", "a=https://host/***/x.jsonl"),
         ("a=[https://host:1/dl/tok,https://b/x.csv]", "a=[https://host:1/***,https://b/x.csv]"),
         ("a='https://me:pass@host/x.csv?q[0]=token'", "a='https://***@host/x.csv?***'"),
+        ("a=\"ftp://u:a'SECRET@host/x.csv?b='SECRET\" b", 'a="ftp://***@host/x.csv?***" b'),
         ("a={train:[https://host/dl/tok],test:b}", "a={train:[https://host/***}"),
         (
             "a=simplecache::https://host/dl/x.csv::zip://in/y.csv",

@@ -6,7 +6,7 @@ run code nor send the login to another address. SECURITY.md gives the reason for
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from io import StringIO
 from pathlib import Path
 
@@ -96,7 +96,7 @@ def read_environment() -> None:
     given = dotenv_values(stream=StringIO(_text(path)), interpolate=False)
     wanted = {name: value for name, value in given.items() if not _is_set(name)}
     names = ALLOWED if is_encrypted() else ALLOWED - PROXIES
-    if ignored := [name for name in wanted if name not in names]:
+    if ignored := {name: value for name, value in wanted.items() if name not in names}:
         _warn_once(
             f"{path}: {_named(ignored)} ignored: .env sets only the variables that SECURITY.md lists"
             + ("" if PROXIES.isdisjoint(ignored) else ", and no proxy while HF_ENDPOINT is not https")
@@ -109,9 +109,9 @@ def read_environment() -> None:
     check_address()
 
 
-def _named(ignored: Sequence[str]) -> str:
-    """Names variables. Lines that may be something else, such as those of a key, are counted."""
-    names = [name for name in ignored if _PLAIN_NAME.fullmatch(name)]
+def _named(ignored: Mapping[str, str | None]) -> str:
+    """Names variables. Lines that may be something else are counted: those without a value, and those of a key."""
+    names = [name for name, value in ignored.items() if value is not None and _PLAIN_NAME.fullmatch(name)]
     others = len(ignored) - len(names)
     return " and ".join(
         ([shortened(names, _MOST_NAMES)] if names else []) + ([counted(others, "other line")] if others else [])

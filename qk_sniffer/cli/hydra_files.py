@@ -35,6 +35,9 @@ _LOGIN = {"HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"}
 _OF_LOGIN = re.compile(rf"\$\{{\s*oc\.env\s*:[^}}]*?({'|'.join(sorted(_LOGIN))})")
 """An interpolation of the login."""
 
+_OF_ANY = re.compile(r"\$\{\s*oc\.env\s*:[^}]*\$\{")
+"""An interpolation of a variable whose name is a value."""
+
 
 def folder_problems(folder: Path, below: Iterable[str | None] = (), *, is_sweep: bool) -> Iterator[str]:
     """Yields what is wrong with Hydra's own folder of a run or a sweep. `below` are the folders that it makes there.
@@ -87,6 +90,8 @@ def job_problems(hydra: DictConfig) -> Iterator[str]:
             f"a setting has the value of {', '.join(names)}, which Hydra would store in the files of the job: "
             "leave it out"
         )
+    if _OF_ANY.search(OmegaConf.to_yaml(hydra)):
+        yield "a setting has the value of a variable that another value names, ${oc.env:${...}}: write its name out"
 
 
 def _links(folder: Path, is_sweep: bool) -> Iterator[Path]:

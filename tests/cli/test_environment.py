@@ -76,6 +76,12 @@ def test_another_name_is_ignored_and_named_once(
     assert "the-value" not in message and caplog.records[0].levelno == logging.WARNING
 
 
+@pytest.mark.parametrize("line", ["QWZSECRETCOOKIEABCDE", "0123abcdef", "secretword"])
+def test_a_line_without_a_value_is_no_name(line: str, read: Read, caplog: pytest.LogCaptureFixture) -> None:
+    assert read(f"{line}\n") == {}
+    assert caplog.messages and line not in caplog.text, ".env may be a link to another file"
+
+
 def test_a_name_that_is_set_already_is_neither_changed_nor_reported(
     read: Read, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -513,6 +513,13 @@ def test_no_setting_has_the_value_of_the_login(setting: str, monkeypatch: pytest
     assert "a setting has the value of H" in said and "a5ecret" not in said
 
 
+@pytest.mark.parametrize("key", ["output.folder", "hydra.run.dir"])
+def test_no_value_names_the_variable_of_another_setting(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "a5ecret")
+    said = refusal(*MODEL, f'{key}="o-${{oc.env:${{output.hf_branch}}}}"', "output.hf_branch=HF_TOKEN")
+    assert "a variable that another value names" in said and "a5ecret" not in said
+
+
 @pytest.mark.slow
 def test_a_sweep_of_more_jobs_than_any_is_refused_before_they_are_made() -> None:
     assert refusal("-m", *MODEL, "sampler.seed=range(9999)", "shard.index=range(9999)").startswith(

@@ -55,7 +55,7 @@ def test_shards_of_other_versions_of_a_local_source_make_no_dataset(
 ) -> None:
     root = tmp_path / "out"
     run(checkpoint, texts, root, **shard(0))
-    texts.write_text(texts.read_text("utf-8").replace("e", "a"), "utf-8")
+    texts.write_text(texts.read_text("utf-8").replace('"text": "', '"text": "Another '), "utf-8")
     with pytest.raises(SourceError, match="is not the text"):
         run(checkpoint, texts, root, **shard(1))
     with pytest.raises(SourceError, match="is not the text"):

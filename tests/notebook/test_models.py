@@ -236,7 +236,7 @@ def test_autocast_is_that_of_the_pass_and_changes_no_summary() -> None:
     in_16_bits = torch.autocast("cpu", torch.bfloat16)
     with torch.no_grad(), in_16_bits, qk_sniffer.capture(model, kinds="qkv", attention=True) as captured:
         model(input_ids=ids)
-        with pytest.raises(CaptureError, match="dtype of torch.autocast"), torch.autocast("cpu", enabled=False):
+        with pytest.raises(CaptureError, match=r"dtype of torch\.autocast"), torch.autocast("cpu", enabled=False):
             model(input_ids=ids)
     assert captured.tensor(0, "v").dtype == torch.bfloat16
     weights = captured.attention(0, 0).weights

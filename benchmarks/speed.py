@@ -230,6 +230,28 @@ def start(rounds: int) -> list[Line]:
     return [Line("start", what, middle["job"] - middle["imports"], 1.5, "s", taken)]
 
 
+def programs(rounds: int) -> list[Line]:
+    """Measures programs that need no torch from their start to their end, over the dataset of the demo."""
+    with tempfile.TemporaryDirectory() as temporary:
+        root = Path(temporary) / "out"
+        words = [sys.executable, "-m", "qk_sniffer"]
+        demo = [*words, f"output.data_root={root}", f"hydra.run.dir={temporary}/run"]
+        commands = {
+            "finished": demo,
+            "verify": [*words, "verify", str(root)],
+            "status": [*words, "status", temporary],
+            "help": [*words, "--help"],
+        }
+        wall_s(demo)  # makes the dataset
+        taken = in_turn(rounds, {name: lambda line=line: wall_s(line) for name, line in commands.items()})
+    what = {"finished": "a finished job again", "verify": "verify", "status": "status", "help": "--help"}
+    middle = medians(taken)
+    return [
+        Line(f"program-{name}", f"{which}, the demo's dataset", middle[name], 1.5, "s", {name: taken[name]})
+        for name, which in what.items()
+    ]
+
+
 def plan(rounds: int) -> list[Line]:
     """Measures the sample plan of one long text, with the tables that a job makes once."""
     lines = []
@@ -264,6 +286,7 @@ BENCHMARKS = {
     "padding": padding,
     "plan": plan,
     "start": start,
+    "programs": programs,
     "parquet": parquet,
     "sliding": sliding,
     "three-layers": some_layers,

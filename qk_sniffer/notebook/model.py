@@ -52,6 +52,9 @@ class UserBackbone(Backbone):
             )
         stored = StoredWeights(quantization=quantization_config(config))
         super().__init__(decoder, chosen, pre_rope=pre_rope, banded_attention=False, stored=stored)
+        # Those of peft make virtual tokens, or keys and values, of weights that are outside of the decoder.
+        encoders = [getattr(module, "prompt_encoder", None) for module in model.modules()]
+        self._encoders = [encoder for encoder in encoders if isinstance(encoder, nn.Module)]
         self._described = self._changeable()
         self._at_first_pass: ModelState | None = None
         self._keeps_state = False
@@ -89,7 +92,7 @@ class UserBackbone(Backbone):
         Raises:
             CaptureError: it is not, or its weights are not those of the first pass since `check_unchanged`.
         """
-        now, first = state_of(self.decoder), self._at_first_pass
+        now, first = state_of(self.decoder, self._encoders), self._at_first_pass
         if now == first:
             return
         changed = self._changed()

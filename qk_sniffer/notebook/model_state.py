@@ -6,8 +6,9 @@ seen, but not what it does: one that works differently in each pass is the user'
 """
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -70,12 +71,15 @@ AdapterLayer = tuple[tuple[str, Any], ...]
 """The adapters of peft that a layer computes with, or that are merged into it, by name, with their scaling."""
 
 
-def state_of(decoder: nn.Module) -> ModelState:
-    """Returns the state of a decoder. Weights on the meta device, which accelerate offloads, are left out."""
+def state_of(decoder: nn.Module, encoders: Sequence[nn.Module] = ()) -> ModelState:
+    """Returns the state of a decoder, with the weights of the `encoders` that make a part of its inputs.
+
+    Weights on the meta device, which accelerate offloads, are left out.
+    """
     modules: list[nn.Module] = [*decoder.modules()]
     weights = [
         weight
-        for module in modules
+        for module in chain(modules, *(encoder.modules() for encoder in encoders))
         for weight in module._parameters.values()
         if weight is not None and weight.device.type != "meta"
     ]

@@ -234,6 +234,20 @@ def test_functions_that_hold_for_every_module_are_seen(monkeypatch: pytest.Monke
         assert len(captured.examples) == 1
 
 
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])
+def test_the_weights_of_virtual_tokens_are_seen(kind: str) -> None:
+    import peft
+
+    settings = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    model: Any = peft.get_peft_model(LLAMA.model(), settings).eval()
+    with torch.no_grad(), qk_sniffer.capture(model, layers=[1]) as captured:
+        model(input_ids=IDS)
+        model.prompt_encoder["default"].embedding.weight.mul_(2)
+        with pytest.raises(CaptureError, match=r"the weights of .* changed inside the block"):
+            model(input_ids=IDS)
+    assert len(captured.examples) == 1
+
+
 def test_a_pass_in_another_dtype_of_autocast_is_refused() -> None:
     model = LLAMA.model()
     with torch.no_grad(), qk_sniffer.capture(model, layers=[1]) as captured:

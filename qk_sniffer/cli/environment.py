@@ -4,9 +4,11 @@ A folder may come from someone else, with its `.env`. So the file sets only the 
 run code nor send the login to another address. SECURITY.md gives the reason for each.
 """
 
+import configparser
 import os
 import re
-from collections.abc import Mapping
+import stat
+from collections.abc import Callable, Mapping
 from io import StringIO
 from pathlib import Path
 
@@ -61,14 +63,17 @@ ALLOWED = PROXIES | {
 _SECONDS = {"HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT"}
 """Those that huggingface_hub reads as integers when it is imported."""
 
-_LOGINS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH")
-"""Those that come before the login that is stored in `HF_HOME`."""
-
 _STORED_LOGIN = re.compile(rb"\s*((hf|api)_[\w.-]+\s*)?")
 """The content of the file of a stored login. Tokens of other services begin otherwise."""
 
+_TOKENS = "stored_tokens"
+"""The file next to that of the login with all logins. huggingface_hub logs the lines that it cannot read."""
+
+_REPLACED = (_TOKENS, f"{_TOKENS}.lock", ".agent_harnesses.json")
+"""The files in `HF_HOME` that huggingface_hub overwrites in place: through a link, it would be any file."""
+
 _LARGEST = 65_536
-"""The largest size of the file, in bytes."""
+"""The largest size of the file, and of those of logins, in bytes."""
 
 _MOST_NAMES = 10
 
@@ -89,7 +94,8 @@ def read_environment() -> None:
 
     Raises:
         ConfigError: the file cannot be read, is too large or is not UTF-8 text; a value holds a dollar sign, or is not
-            a number where one is expected; or `HF_HOME` is a folder whose file `token` is not a login.
+            a number where one is expected; or `HF_HOME` is a folder with a file that is not what huggingface_hub
+            would take it for.
         SourceError: `HF_ENDPOINT` in the environment is no address.
     """
     path = Path(".env").absolute()
@@ -104,8 +110,8 @@ def read_environment() -> None:
         )
     values = _checked(path, {name: value or "" for name, value in wanted.items() if name in names})
     os.environ.update(values)
-    if values.get("HF_HOME") and not any(map(os.environ.get, _LOGINS)):
-        _check_login(path, Path(values["HF_HOME"], "token"))
+    if values.get("HF_HOME"):
+        _check_home(path, Path(values["HF_HOME"]))
     check_address()
 
 
@@ -136,26 +142,74 @@ def _checked(path: Path, values: Mapping[str, str]) -> Mapping[str, str]:
     return values
 
 
-def _check_login(path: Path, stored: Path) -> None:
-    """Checks the file that huggingface_hub sends as the login: it may be, or be a link to, any secret of the user.
+def _check_home(path: Path, home: Path) -> None:
+    """Checks the files that huggingface_hub reads and writes in the folder that `.env` at `path` gives `HF_HOME`.
+
+    It sends the file `token` as the login, which may be, or be a link to, any secret of the user.
 
     Raises:
-        ConfigError: it holds something else than a token of the Hub.
+        ConfigError: one is not what it has to be.
     """
     try:
-        with open_regular(stored.expanduser()) as file:
-            is_login = _STORED_LOGIN.fullmatch(file.read(_LARGEST)) is not None
-    except (FileNotFoundError, NotADirectoryError):
-        return
-    except (OSError, RuntimeError):  # not a regular file, or of a user who does not exist
-        is_login = False
-    if not is_login:
+        home = home.expanduser()
+    except RuntimeError:  # of a user who does not exist
+        raise ConfigError([f"{path}: HF_HOME names {home}, of a user who does not exist: correct it"]) from None
+    odd = [name for name in _REPLACED if not _is_of_one_name(home / name)]
+    if not odd and not _has_login():
+        odd = [name for name, is_one in _LOGIN_FILES.items() if not _holds(home / name, is_one)]
+    if odd:
+        what = "a token of the Hub (hf_...)" if odd[0] == "token" else "a file that huggingface_hub has written there"
+        harm = "would be sent to it as one" if odd[0] == "token" else "would be shown or overwritten"
         raise ConfigError(
             [
-                f"{path}: HF_HOME names {stored.parent}, whose file token is not a token of the Hub (hf_...), and "
-                "would be sent to it as one. Give HF_HOME another folder, or set HF_TOKEN in the environment"
+                f"{path}: HF_HOME names {home}, whose file {odd[0]} is not {what}, and {harm}. Give HF_HOME another "
+                "folder, remove the file, or set HF_HOME in the environment"
             ]
         )
+
+
+def _has_login() -> bool:
+    """Whether a login of the environment comes before that in `HF_HOME`, as huggingface_hub takes it."""
+    login = os.environ.get("HF_TOKEN") or os.environ.get("HUGGING_FACE_HUB_TOKEN") or ""
+    return bool(login.strip() or os.environ.get("HF_TOKEN_PATH"))
+
+
+def _is_of_one_name(file: Path) -> bool:
+    """Whether a file is missing, or a regular one that is neither a link nor has a second name."""
+    try:
+        found = file.lstat()
+    except OSError:
+        return True
+    return stat.S_ISREG(found.st_mode) and found.st_nlink == 1
+
+
+def _holds(file: Path, is_one: Callable[[bytes], bool]) -> bool:
+    """Whether a file is missing, or has the content that `is_one` knows."""
+    try:
+        with open_regular(file) as opened:
+            content = opened.read(_LARGEST + 1)
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:  # not a regular file
+        return False
+    return len(content) <= _LARGEST and is_one(content)
+
+
+def _is_login(content: bytes) -> bool:
+    return _STORED_LOGIN.fullmatch(content) is not None
+
+
+def _is_list_of_logins(content: bytes) -> bool:
+    logins = configparser.ConfigParser(interpolation=None)
+    try:
+        logins.read_string(content.decode())
+    except (configparser.Error, UnicodeDecodeError):
+        return False
+    return all(_is_login(logins.get(name, "hf_token", fallback="?").encode()) for name in logins.sections())
+
+
+_LOGIN_FILES = {"token": _is_login, _TOKENS: _is_list_of_logins}
+"""The files in `HF_HOME` of logins, and the checks of their contents."""
 
 
 def _is_set(name: str) -> bool:

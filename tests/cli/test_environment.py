@@ -176,6 +176,56 @@ def test_a_stored_login_that_is_a_secret_of_something_else(content: str | None, 
     assert read("HF_HOME=home\n") == {"HF_HOME": "home"}
 
 
+@pytest.mark.parametrize("blank", ["HF_TOKEN=' '\n", "HF_TOKEN=' '\nHUGGING_FACE_HUB_TOKEN=hf_mine\n"])
+def test_a_blank_login_does_not_keep_the_stored_one_from_being_sent(blank: str, read: Read, in_tmp: Path) -> None:
+    (in_tmp / "home").mkdir()
+    (in_tmp / "home" / "token").write_text("-----BEGIN KEY-----")
+    with pytest.raises(ConfigError, match="whose file token is not a token"):
+        read(f"HF_HOME=home\n{blank}")
+
+
+SECRETS = ["db:5432:admin:s3cret\n", "[default]\ns3cret\n", "[default]\nkey = s3cret\n", "[a]\nhf_token = s3cret\n"]
+
+
+@pytest.mark.parametrize("content", [*SECRETS, "[a]\nhf_token = hf_a\n" + "\n" * 65_536 + "s3cret\n"])
+def test_a_list_of_logins_that_is_a_secret_of_something_else(content: str, read: Read, in_tmp: Path) -> None:
+    """huggingface_hub logs the lines that it cannot read in such a list."""
+    (in_tmp / "home").mkdir()
+    (in_tmp / "home" / "token").write_text("hf_theirs")
+    (in_tmp / "home" / "stored_tokens").write_text(content)
+    with pytest.raises(ConfigError, match="whose file stored_tokens is not a file that huggingface_hub") as error:
+        read("HF_HOME=home\n")
+    assert "s3cret" not in str(error.value)
+
+
+def test_a_list_of_logins_that_huggingface_hub_has_written(read: Read, in_tmp: Path) -> None:
+    (in_tmp / "home").mkdir()
+    (in_tmp / "home" / "token").write_text("hf_mine")
+    text = "[mine %]\nhf_token = hf_mine\nrefresh_token = hf_r\nexpires_at = 5\n\n[é]\nhf_token = hf_oauth_a.b-c\n\n"
+    (in_tmp / "home" / "stored_tokens").write_text(text, encoding="utf-8")
+    (in_tmp / "home" / ".agent_harnesses.json").write_text("{}")
+    assert read("HF_HOME=home\n") == {"HF_HOME": "home"}
+
+
+@pytest.mark.parametrize("name", ["stored_tokens", "stored_tokens.lock", ".agent_harnesses.json"])
+@pytest.mark.parametrize("kind", ["link", "hard link", "pipe"])
+def test_a_file_of_the_user_that_huggingface_hub_would_overwrite(
+    name: str, kind: str, read: Read, in_tmp: Path
+) -> None:
+    mine, home = in_tmp / "mine", in_tmp / "home"
+    home.mkdir()
+    mine.write_text("[mine]\nhf_token = hf_mine\n")
+    make = {"link": home.joinpath(name).symlink_to, "hard link": home.joinpath(name).hardlink_to}
+    make.get(kind, lambda _: os.mkfifo(home / name))(mine)
+    with pytest.raises(ConfigError, match=f"whose file {re.escape(name)} is not a file that huggingface_hub has"):
+        read("HF_HOME=home\nHF_TOKEN=hf_mine\n")
+
+
+def test_a_home_of_a_user_who_does_not_exist(read: Read) -> None:
+    with pytest.raises(ConfigError, match="of a user who does not exist"):
+        read("HF_HOME=~nobody-of-this-name/x\n")
+
+
 def test_a_mark_at_the_start_is_not_part_of_the_first_name(read: Read) -> None:
     assert read("\ufeffHF_TOKEN=mine\n") == {"HF_TOKEN": "mine"}
 

@@ -7,6 +7,7 @@ Hub knows otherwise. `datasets` keeps copies in a format of its own, of the form
 import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from hashlib import sha256
 from pathlib import Path
@@ -17,8 +18,9 @@ from qk_sniffer.errors import SourceError, StoreError
 from qk_sniffer.hub.endpoint import announce
 from qk_sniffer.logs import logger
 from qk_sniffer.store import stored
-from qk_sniffer.store.disk import write_atomic
+from qk_sniffer.store.disk import make_folder, open_file, write_atomic
 from qk_sniffer.store.files import inside
+from qk_sniffer.store.open_folder import anchored
 from qk_sniffer.text import leads_out
 
 log = logger(__name__)
@@ -119,15 +121,24 @@ def _own(path: str, name: str) -> DataFile:
 
 
 def remember(repo_id: str, listing: Listing) -> None:
-    """Stores a listing. A cache that cannot be written costs only later use without a network."""
+    """Stores a listing. A cache that cannot be written costs only later use without a network.
+
+    A cache may come from someone else: nothing is written through a link in it.
+    """
+    from datasets import config as library
+
     data = stored.encode(asdict(listing), sort_keys=True)
     key = json.dumps([listing.config_name, listing.data_files], sort_keys=True)
     file = _folder(repo_id) / f"{listing.commit}-{sha256(key.encode()).hexdigest()[:16]}.json"
     try:
-        if file.exists() and file.read_bytes() == data:
-            return
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(file, data)
+        cache = Path(library.HF_DATASETS_CACHE)
+        cache.mkdir(parents=True, exist_ok=True)
+        with anchored(cache) as access:
+            make_folder(file.parent, access)
+            with suppress(OSError), open_file(file, access) as found:
+                if found.read() == data:
+                    return
+            write_atomic(file, data, access=access)
     except (OSError, StoreError) as error:
         log.warning("the files of %s cannot be listed for use without a network: %s", repo_id, error)
 

@@ -147,6 +147,20 @@ def test_a_cache_of_someone_else_adds_no_file_from_elsewhere(tmp_path: Path, mon
         assert "which no repository can have" in message("org/name")
 
 
+@pytest.mark.parametrize("link", ["qk_sniffer", "qk_sniffer/org___name"])
+def test_nothing_is_written_through_a_link_in_a_cache_of_someone_else(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, link: str
+) -> None:
+    import datasets
+
+    place, mine = Path(datasets.config.HF_DATASETS_CACHE, link), tmp_path / "mine"
+    place.parent.mkdir(parents=True)
+    mine.mkdir()
+    place.symlink_to(mine)
+    remember("org/name", Listing("1" * 40, "default", None, "text", {}, {"train": ["a.txt"]}))
+    assert [*mine.iterdir()] == [] and "a link, which is not followed" in caplog.text
+
+
 @pytest.mark.parametrize("name", ["README.md", ".huggingface.yaml", "dataset_infos.json"])
 def test_a_description_in_the_cache_of_someone_else_is_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str

@@ -4,11 +4,9 @@ A folder may come from someone else, with its `.env`. So the file sets only the 
 run code nor send the login to another address. SECURITY.md gives the reason for each.
 """
 
-import configparser
 import os
 import re
-import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from io import StringIO
 from pathlib import Path
 
@@ -63,17 +61,14 @@ ALLOWED = PROXIES | {
 _SECONDS = {"HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT"}
 """Those that huggingface_hub reads as integers when it is imported."""
 
-_STORED_LOGIN = re.compile(rb"\s*((hf|api)_[\w.-]+\s*)?")
-"""The content of the file of a stored login. Tokens of other services begin otherwise."""
+_CACHES = {"HF_HUB_CACHE": "hub", "HF_XET_CACHE": "xet", "HF_DATASETS_CACHE": "datasets"}
+"""The variables of the folders of downloads, and the folder in `HF_HOME` that each one replaces."""
 
-_TOKENS = "stored_tokens"
-"""The file next to that of the login with all logins. huggingface_hub logs the lines that it cannot read."""
-
-_REPLACED = (_TOKENS, f"{_TOKENS}.lock", ".agent_harnesses.json")
-"""The files in `HF_HOME` that huggingface_hub overwrites in place: through a link, it would be any file."""
+_OLD_CACHES = {"HUGGINGFACE_HUB_CACHE": "HF_HUB_CACHE"}
+"""Other names of these variables, which huggingface_hub knows too."""
 
 _LARGEST = 65_536
-"""The largest size of the file, and of those of logins, in bytes."""
+"""The largest size of the file, in bytes."""
 
 _MOST_NAMES = 10
 
@@ -87,15 +82,15 @@ def read_environment() -> None:
     """Sets the variables of `.env` in the current folder that are in `ALLOWED` and not set already.
 
     Logs one warning that names the variables that it ignores. Their values never appear in a message. Values are
-    literal: `${NAME}` is not replaced.
+    literal: `${NAME}` is not replaced. `HF_HOME` sets the folders of downloads alone, by their own variables: libraries
+    also read logins in it, write to other files, and follow links there, which would lead to any file of the user.
 
     Call this where a job runs, before the import of a library that reads the variables. Do not call it where a job is
     submitted: SLURM would store them with the job.
 
     Raises:
         ConfigError: the file cannot be read, is too large or is not UTF-8 text; a value holds a dollar sign, or is not
-            a number where one is expected; or `HF_HOME` is a folder with a file that is not what huggingface_hub
-            would take it for.
+            a number where one is expected; or `HF_HOME` is a folder of a user who does not exist.
         SourceError: `HF_ENDPOINT` in the environment is no address.
     """
     path = Path(".env").absolute()
@@ -109,9 +104,9 @@ def read_environment() -> None:
             + ". Set others in the environment"
         )
     values = _checked(path, {name: value or "" for name, value in wanted.items() if name in names})
+    if home := values.pop("HF_HOME", ""):
+        values |= _caches_in(path, home, values)
     os.environ.update(values)
-    if values.get("HF_HOME"):
-        _check_home(path, Path(values["HF_HOME"]))
     check_address()
 
 
@@ -124,7 +119,7 @@ def _named(ignored: Mapping[str, str | None]) -> str:
     )
 
 
-def _checked(path: Path, values: Mapping[str, str]) -> Mapping[str, str]:
+def _checked(path: Path, values: dict[str, str]) -> dict[str, str]:
     # huggingface_hub itself replaces `$NAME` in the names of its folders.
     if problems := [
         f"{path}: the value of {name} has a {what}. Write the value out, or set {name} in the environment"
@@ -142,74 +137,24 @@ def _checked(path: Path, values: Mapping[str, str]) -> Mapping[str, str]:
     return values
 
 
-def _check_home(path: Path, home: Path) -> None:
-    """Checks the files that huggingface_hub reads and writes in the folder that `.env` at `path` gives `HF_HOME`.
-
-    It sends the file `token` as the login, which may be, or be a link to, any secret of the user.
+def _caches_in(path: Path, home: str, values: Mapping[str, str]) -> dict[str, str]:
+    """Returns the folders of downloads in `home`, except for those that variables name.
 
     Raises:
-        ConfigError: one is not what it has to be.
+        ConfigError: `home` begins with a user who does not exist.
     """
     try:
-        home = home.expanduser()
-    except RuntimeError:  # of a user who does not exist
-        raise ConfigError([f"{path}: HF_HOME names {home}, of a user who does not exist: correct it"]) from None
-    odd = [name for name in _REPLACED if not _is_of_one_name(home / name)]
-    if not odd and not _has_login():
-        odd = [name for name, is_one in _LOGIN_FILES.items() if not _holds(home / name, is_one)]
-    if odd:
-        what = "a token of the Hub (hf_...)" if odd[0] == "token" else "a file that huggingface_hub has written there"
-        harm = "would be sent to it as one" if odd[0] == "token" else "would be shown or overwritten"
-        raise ConfigError(
-            [
-                f"{path}: HF_HOME names {home}, whose file {odd[0]} is not {what}, and {harm}. Give HF_HOME another "
-                "folder, remove the file, or set HF_HOME in the environment"
-            ]
+        folder = Path(home).expanduser()
+    except RuntimeError:
+        raise ConfigError([f"{path}: HF_HOME is {home!r}, of a user who does not exist: correct it"]) from None
+    has_login = values.get("HF_TOKEN") or os.environ.get("HF_TOKEN")
+    if not has_login and os.path.lexists(folder / "token"):
+        _warn_once(
+            f"{path}: HF_HOME sets the folders of downloads alone, and the login that is stored there is not used. "
+            "Set HF_TOKEN in the file, or HF_HOME in the environment"
         )
-
-
-def _has_login() -> bool:
-    """Whether a login of the environment comes before that in `HF_HOME`, as huggingface_hub takes it."""
-    login = os.environ.get("HF_TOKEN") or os.environ.get("HUGGING_FACE_HUB_TOKEN") or ""
-    return bool(login.strip() or os.environ.get("HF_TOKEN_PATH"))
-
-
-def _is_of_one_name(file: Path) -> bool:
-    """Whether a file is missing, or a regular one that is neither a link nor has a second name."""
-    try:
-        found = file.lstat()
-    except OSError:
-        return True
-    return stat.S_ISREG(found.st_mode) and found.st_nlink == 1
-
-
-def _holds(file: Path, is_one: Callable[[bytes], bool]) -> bool:
-    """Whether a file is missing, or has the content that `is_one` knows."""
-    try:
-        with open_regular(file) as opened:
-            content = opened.read(_LARGEST + 1)
-    except (FileNotFoundError, NotADirectoryError):
-        return True
-    except OSError:  # not a regular file
-        return False
-    return len(content) <= _LARGEST and is_one(content)
-
-
-def _is_login(content: bytes) -> bool:
-    return _STORED_LOGIN.fullmatch(content) is not None
-
-
-def _is_list_of_logins(content: bytes) -> bool:
-    logins = configparser.ConfigParser(interpolation=None)
-    try:
-        logins.read_string(content.decode())
-    except (configparser.Error, UnicodeDecodeError):
-        return False
-    return all(_is_login(logins.get(name, "hf_token", fallback="?").encode()) for name in logins.sections())
-
-
-_LOGIN_FILES = {"token": _is_login, _TOKENS: _is_list_of_logins}
-"""The files in `HF_HOME` of logins, and the checks of their contents."""
+    named = {_OLD_CACHES.get(name, name) for name in (*values, *os.environ)}
+    return {name: str(folder / below) for name, below in _CACHES.items() if name not in named}
 
 
 def _is_set(name: str) -> bool:

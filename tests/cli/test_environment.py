@@ -3,6 +3,8 @@
 import logging
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -42,7 +44,8 @@ def read(in_tmp: Path) -> Read:
 
 def test_every_allowed_name_is_obeyed_and_documented(read: Read, caplog: pytest.LogCaptureFixture) -> None:
     values = {name: "30" if name.endswith("_TIMEOUT") else f"value of {name}" for name in ALLOWED}
-    assert read("".join(f"{name}={value}\n" for name, value in values.items())) == values
+    set_all = read("".join(f"{name}={value}\n" for name, value in values.items()))
+    assert set_all == {name: value for name, value in values.items() if name != "HF_HOME"}, "the caches have names"
     assert caplog.messages == []
     page = (Path(__file__).parents[2] / "SECURITY.md").read_text(encoding="utf-8")
     (table,) = re.findall(r"^\| variables of `\.env` .*?\n\n", page, flags=re.MULTILINE | re.DOTALL)
@@ -148,82 +151,65 @@ def test_values_that_no_variable_can_have(read: Read) -> None:
         read("HF_TOKEN=a\0b\n")
     assert read("HF_TOKEN\nHF_HOME=\n\n# words\nexport HF_HUB_OFFLINE='1'\n\ufeff= =\n") == {
         "HF_TOKEN": "",
-        "HF_HOME": "",
         "HF_HUB_OFFLINE": "1",
     }
 
 
-@pytest.mark.parametrize("content", ["eyJhbGciOiJSUzI1NiJ9.of.kubernetes\n", "hf_mine\nand more", None])
-def test_a_stored_login_that_is_a_secret_of_something_else(content: str | None, read: Read, in_tmp: Path) -> None:
-    secret, stored = in_tmp / "secret", in_tmp / "home" / "token"
-    assert read("HF_HOME=home\n") == {"HF_HOME": "home"}  # without a login
-    stored.parent.mkdir()
-    if content is None:
-        os.mkfifo(secret)
-    else:
-        secret.write_text(content)
-    stored.symlink_to(secret)
-    del os.environ["HF_HOME"]
-    with pytest.raises(ConfigError, match=r"\.env: HF_HOME names home, whose file token is not a token") as error:
-        read("HF_HOME=home\n")
-    assert not content or content.strip() not in str(error.value)
-    del os.environ["HF_HOME"]
-    assert read("HF_HOME=home\nHF_TOKEN=hf_mine\n") == {"HF_HOME": "home", "HF_TOKEN": "hf_mine"}
-    for name in ("HF_HOME", "HF_TOKEN"):
-        del os.environ[name]
-    secret.unlink()
-    secret.write_text("hf_oauth_eyJ.e-J_9\n")
-    assert read("HF_HOME=home\n") == {"HF_HOME": "home"}
+def caches_in(home: str) -> dict[str, str]:
+    names = {"HF_HUB_CACHE": "hub", "HF_XET_CACHE": "xet", "HF_DATASETS_CACHE": "datasets"}
+    return {name: f"{home}/{folder}" for name, folder in names.items()}
 
 
-@pytest.mark.parametrize("blank", ["HF_TOKEN=' '\n", "HF_TOKEN=' '\nHUGGING_FACE_HUB_TOKEN=hf_mine\n"])
-def test_a_blank_login_does_not_keep_the_stored_one_from_being_sent(blank: str, read: Read, in_tmp: Path) -> None:
-    (in_tmp / "home").mkdir()
-    (in_tmp / "home" / "token").write_text("-----BEGIN KEY-----")
-    with pytest.raises(ConfigError, match="whose file token is not a token"):
-        read(f"HF_HOME=home\n{blank}")
-
-
-SECRETS = ["db:5432:admin:s3cret\n", "[default]\ns3cret\n", "[default]\nkey = s3cret\n", "[a]\nhf_token = s3cret\n"]
-
-
-@pytest.mark.parametrize("content", [*SECRETS, "[a]\nhf_token = hf_a\n" + "\n" * 65_536 + "s3cret\n"])
-def test_a_list_of_logins_that_is_a_secret_of_something_else(content: str, read: Read, in_tmp: Path) -> None:
-    """huggingface_hub logs the lines that it cannot read in such a list."""
-    (in_tmp / "home").mkdir()
-    (in_tmp / "home" / "token").write_text("hf_theirs")
-    (in_tmp / "home" / "stored_tokens").write_text(content)
-    with pytest.raises(ConfigError, match="whose file stored_tokens is not a file that huggingface_hub") as error:
-        read("HF_HOME=home\n")
-    assert "s3cret" not in str(error.value)
-
-
-def test_a_list_of_logins_that_huggingface_hub_has_written(read: Read, in_tmp: Path) -> None:
-    (in_tmp / "home").mkdir()
-    (in_tmp / "home" / "token").write_text("hf_mine")
-    text = "[mine %]\nhf_token = hf_mine\nrefresh_token = hf_r\nexpires_at = 5\n\n[é]\nhf_token = hf_oauth_a.b-c\n\n"
-    (in_tmp / "home" / "stored_tokens").write_text(text, encoding="utf-8")
-    (in_tmp / "home" / ".agent_harnesses.json").write_text("{}")
-    assert read("HF_HOME=home\n") == {"HF_HOME": "home"}
-
-
-@pytest.mark.parametrize("name", ["stored_tokens", "stored_tokens.lock", ".agent_harnesses.json"])
-@pytest.mark.parametrize("kind", ["link", "hard link", "pipe"])
-def test_a_file_of_the_user_that_huggingface_hub_would_overwrite(
-    name: str, kind: str, read: Read, in_tmp: Path
+def test_home_is_the_folder_of_downloads_alone(
+    read: Read, in_tmp: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    mine, home = in_tmp / "mine", in_tmp / "home"
-    home.mkdir()
-    mine.write_text("[mine]\nhf_token = hf_mine\n")
-    make = {"link": home.joinpath(name).symlink_to, "hard link": home.joinpath(name).hardlink_to}
-    make.get(kind, lambda _: os.mkfifo(home / name))(mine)
-    with pytest.raises(ConfigError, match=f"whose file {re.escape(name)} is not a file that huggingface_hub has"):
-        read("HF_HOME=home\nHF_TOKEN=hf_mine\n")
+    assert read("HF_HOME=home\n") == caches_in("home")
+    assert read("HF_HOME=home\n") == {}, "the same job again, in one process"
+    for name in caches_in("home"):
+        del os.environ[name]
+    assert caplog.messages == []
+    (in_tmp / "home").mkdir()
+    (in_tmp / "home" / "token").symlink_to("/nowhere")
+    assert read("HF_HOME=home\nHF_HUB_CACHE=mine\n") == caches_in("home") | {"HF_HUB_CACHE": "mine"}
+    (message,) = caplog.messages
+    assert "HF_HOME sets the folders of downloads alone" in message and "Set HF_TOKEN in the file" in message
+    for name in caches_in("home"):
+        del os.environ[name]
+    monkeypatch.setenv("HUGGINGFACE_HUB_CACHE", "mine")
+    assert "HF_HUB_CACHE" not in read("HF_HOME=home\nHF_TOKEN=hf_mine\n")
 
 
-def test_a_home_of_a_user_who_does_not_exist(read: Read) -> None:
+def test_home_may_begin_with_a_tilde(read: Read) -> None:
+    assert read("HF_HOME=~/.hf\n") == caches_in(f"{Path.home()}/.hf")
     with pytest.raises(ConfigError, match="of a user who does not exist"):
         read("HF_HOME=~nobody-of-this-name/x\n")
+
+
+HOME = "import sys; from qk_sniffer.cli.environment import read_environment; read_environment()\n"
+
+
+def test_no_file_in_home_is_read_as_a_login_or_written(in_tmp: Path) -> None:
+    """huggingface_hub sends `token`, shows lines of `stored_tokens`, and overwrites files there, through links."""
+    mine, home = in_tmp / "mine", in_tmp / "home"
+    home.mkdir()
+    mine.write_text("hf_s3cret = of:another:program\n")
+    for name in ("token", "stored_tokens", "stored_tokens.lock", ".agent_harnesses.json"):
+        (home / name).symlink_to(mine)
+    (in_tmp / ".env").write_text("HF_HOME=home\n")
+    looks = "import datasets, transformers, huggingface_hub as hub; from huggingface_hub import constants as c\n" + (
+        "print(hub.get_token(), c.HF_HUB_CACHE, c.HF_XET_CACHE, datasets.config.HF_DATASETS_CACHE, c.HF_HOME)"
+    )
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    done = subprocess.run(
+        [sys.executable, "-c", HOME + looks],
+        env=variables | {"HOME": str(in_tmp / "user"), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    of_user = in_tmp / "user" / ".cache" / "huggingface"
+    assert done.stdout.split() == ["None", *caches_in("home").values(), str(of_user)]
+    assert "s3cret" not in done.stderr and mine.read_text() == "hf_s3cret = of:another:program\n"
 
 
 def test_a_mark_at_the_start_is_not_part_of_the_first_name(read: Read) -> None:

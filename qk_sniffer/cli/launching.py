@@ -7,11 +7,12 @@ the launch it waits for the jobs that the launcher does not wait for.
 import glob
 import os
 import re
+import secrets
 import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import chain, count
 from pathlib import Path
@@ -39,6 +40,9 @@ SETTLE_S = 30.0
 
 _SUBMITTED = "_submitted.pkl"
 
+_MARK = "# qk-sniffer launch "
+"""The start of the line of a script of SLURM that tells which command has submitted it."""
+
 _LAST_FOLDER = "QK_SNIFFER_LAST_FOLDER"
 """The variable that tells the jobs of a sweep the folder that it was started in, if its command imports from there."""
 
@@ -55,7 +59,8 @@ class Launch:
         self.error: QkSnifferError | None = None
         """The error that ended the launch before Hydra started a job."""
         self._slurm_folder: str | None = None
-        self._submitted_before: set[Path] = set()
+        self._mark = _MARK + secrets.token_hex(16)
+        """The line of this launch in the scripts of its jobs: a user may give several sweeps one submitit_folder."""
         self._open = ExitStack()
 
     def __enter__(self) -> "Launch":
@@ -73,7 +78,6 @@ class Launch:
         on_slurm = is_on_slurm(hydra)
         if on_slurm:
             self._slurm_folder = str(hydra.launcher.submitit_folder)
-            self._submitted_before = set(self._submitted())
         record: Callable[[Sequence[str]], None] | None = None
         if is_plain_sweep(hydra):
             self.is_announced = True
@@ -89,7 +93,7 @@ class Launch:
             with explained(self.folder, "copy the code to"):
                 copy = use_snapshot(self.folder / "code")
         if on_slurm:
-            _set_in_script(hydra, copy)
+            _set_in_script(hydra, copy, self._mark)
         log.info("%s %s; logs: %s", counted(len(self.planned), "job"), _where(hydra, len(self.planned)), self.folder)
         if self.is_announced and _is_submitit(hydra):
             self._open.enter_context(SweepWatch(self.planned, self.folder, reasons))
@@ -113,18 +117,29 @@ class Launch:
 
     def _submitted_ids(self) -> list[str]:
         """Returns the ids of this launch's jobs on SLURM, in the order of the jobs."""
-        names = (path.name.removesuffix(_SUBMITTED) for path in set(self._submitted()) - self._submitted_before)
-        # An array, or the only job of a sweep, is submitted at once; later batches of a sweep have larger ids.
-        return sorted(
-            (name for name in names if re.fullmatch(r"\d+(_\d+)?", name)),
-            key=lambda name: [int(part) for part in name.split("_")],
-        )
-
-    def _submitted(self) -> Iterator[Path]:
-        """Yields the file that submitit writes for each job that it submits."""
         assert self._slurm_folder is not None
         folder = glob.escape(str(Path(self._slurm_folder).absolute())).replace("%j", "*")
-        yield from Path("/").glob(f"{folder.lstrip('/')}/*{_SUBMITTED}")
+        # submitit writes such a file for each job that it submits, after the script of the job or of its array.
+        names = (path.name for path in Path("/").glob(f"{folder.lstrip('/')}/*{_SUBMITTED}"))
+        ids = (name.removesuffix(_SUBMITTED) for name in names)
+        by_array: dict[str, list[str]] = {}
+        for job_id in ids:
+            if re.fullmatch(r"\d+(_\d+)?", job_id):
+                by_array.setdefault(job_id.partition("_")[0], []).append(job_id)
+        # An array, or the only job of a sweep, is submitted at once; later batches of a sweep have larger ids.
+        return sorted(
+            chain.from_iterable(of_array for array, of_array in by_array.items() if self._has_submitted(array)),
+            key=lambda job_id: [int(part) for part in job_id.split("_")],
+        )
+
+    def _has_submitted(self, array: str) -> bool:
+        """Whether the script of an array, or of a single job, is of this launch."""
+        folder = Path(str(self._slurm_folder).replace("%j", array)).absolute()
+        try:
+            script = (folder / f"{array}_submission.sh").read_text(errors="replace")
+        except OSError:  # it was removed
+            return False
+        return self._mark in script.splitlines()
 
 
 class LaunchCallback(Callback):
@@ -179,14 +194,14 @@ def is_plain_sweep(hydra: DictConfig) -> bool:
     return bool(hydra.sweeper["_target_"] == f"{BasicSweeper.__module__}.{BasicSweeper.__name__}")
 
 
-def _set_in_script(hydra: DictConfig, copy: Path | None) -> None:
-    """Adds what jobs need of this process's environment to the script that SLURM runs.
+def _set_in_script(hydra: DictConfig, copy: Path | None, mark: str) -> None:
+    """Adds what jobs need of this process's environment, and the `mark` of a launch, to the script that SLURM runs.
 
     With `--export=NONE`, or `SBATCH_EXPORT=NONE` as some clusters set it, SLURM passes no variable of a submission.
     A job would run other code than the `copy`, and might take the settings of another sweep. SLURM_EXPORT_ENV makes
     `srun` pass to the job what the script sets.
     """
-    lines = ["export SLURM_EXPORT_ENV=ALL"]
+    lines = [mark, "export SLURM_EXPORT_ENV=ALL"]
     for name in (sweep.NONCE, _LAST_FOLDER, "PYTHONSAFEPATH"):
         if name in os.environ:
             lines.append(f"export {name}={_quoted(os.environ[name])}")

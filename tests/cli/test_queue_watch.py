@@ -65,20 +65,35 @@ def test_a_reason_is_told_once_and_again_when_it_changes(commands: Commands, cap
     assert told(caplog) == ["INFO SLURM has not started job 2 (sampler.seed=2) (SLURM 12_2): Priority"], "queued again"
 
 
-def test_ids_of_jobs_come_from_the_names_that_submitit_gives_its_files(tmp_path: Path) -> None:
-    launch = Launch(jobs(12))
-    launch._slurm_folder = str(tmp_path / "a [b]*" / ".submitit" / "%j")
+def test_ids_of_jobs_are_those_whose_script_this_launch_has_submitted(tmp_path: Path) -> None:
+    launch, other = Launch(jobs(12)), Launch(jobs(2))
+    folder = tmp_path / "a [b]*" / ".submitit"
+    launch._slurm_folder = other._slurm_folder = str(folder / "%j")
 
-    def submit(*job_ids: str) -> None:
+    def submit(mark: str, *job_ids: str) -> None:
         for job_id in job_ids:
-            file = tmp_path / "a [b]*" / ".submitit" / job_id / f"{job_id}_submitted.pkl"
-            file.parent.mkdir(parents=True)
-            file.touch()
+            array = job_id.partition("_")[0]
+            for name in (f"{array}/{array}_submission.sh", f"{job_id}/{job_id}_submitted.pkl"):
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                (folder / name).write_text(f"#!/bin/bash\n# setup\n{mark}\n")
 
-    submit("7_0", "7_1")
-    launch._submitted_before = set(launch._submitted())
-    submit(*(f"12_{number}" for number in range(11)), "112", "x")
+    submit("export MINE=1", "7_0", "7_1")
+    assert launch._submitted_ids() == []
+    submit(launch._mark, *(f"12_{number}" for number in range(11)), "112", "x")
+    submit(other._mark, "13_0", "13_1")  # of a command that runs at the same time, in the same folder
+    submit("", "14")
+    (folder / "14" / "14_submission.sh").unlink()
     assert launch._submitted_ids() == [*(f"12_{number}" for number in range(11)), "112"]
+    assert other._submitted_ids() == ["13_0", "13_1"]
+
+
+def test_ids_of_jobs_in_one_folder(tmp_path: Path) -> None:
+    launch = Launch(jobs(1))
+    launch._slurm_folder = str(tmp_path)
+    for array, mark in ((3, launch._mark), (4, "")):
+        (tmp_path / f"{array}_submission.sh").write_text(mark)
+        (tmp_path / f"{array}_0_submitted.pkl").touch()
+    assert launch._submitted_ids() == ["3_0"]
 
 
 def test_ids_are_recorded_and_reasons_told_while_a_command_waits(

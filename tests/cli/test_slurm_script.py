@@ -106,7 +106,7 @@ def test_the_script_sets_what_a_job_needs_where_slurm_passes_no_environment(
         monkeypatch.setenv(name, value)
     hydra = OmegaConf.create({"launcher": {"setup": ["export MINE=1"]}})
     OmegaConf.set_readonly(hydra, True)
-    launching._set_in_script(hydra, tmp_path / "code")
+    launching._set_in_script(hydra, tmp_path / "code", "# mark")
     for _ in range(2):  # as Hydra does
         OmegaConf.resolve(hydra)
     lines = [*hydra.launcher.setup]

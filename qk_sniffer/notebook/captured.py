@@ -72,9 +72,9 @@ def capture(
     The passes give the same results as without it, bit for bit. Compiled models run uncompiled inside the context.
 
     All captured passes are of one state of the model. A pass raises an error if the adapters in effect, the weights,
-    the buffers or the numbers that modules compute with, the modules or their training mode, the hooks, the functions
-    in the place of a module's own, autocast, or what the manifest tells of the model have changed since the first one.
-    What a hook does is not compared.
+    the buffers, the numbers and settings that modules compute with, the numbers of the config, the modules or their
+    training mode, the hooks, the functions in the place of a module's own, autocast, or what the manifest tells of the
+    model have changed since the first one. What a hook does is not compared.
 
     Each row of a batch is an example, numbered from 0 in order of appearance. A pass that continues a key-value cache,
     as in generation, adds its tokens to the examples of the cache; without a cache, every pass is of new examples. The

@@ -1,7 +1,7 @@
 """Finds the decoder inside a model that the user has in memory, and describes its layers without changing its state."""
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,8 +15,16 @@ from qk_sniffer.backbone.layers import LayerFacts
 from qk_sniffer.backbone.quantization import COMPUTED_IN, StoredWeights, quantization_config
 from qk_sniffer.backbone.rotary import RotaryState
 from qk_sniffer.errors import CaptureError
-from qk_sniffer.notebook.model_state import AdapterLayer, ModelState, adapter_layers, reach_of, state_of
-from qk_sniffer.text import enumerated
+from qk_sniffer.notebook.model_state import (
+    AdapterLayer,
+    ModelState,
+    Settings,
+    adapter_layers,
+    other_settings,
+    reach_of,
+    state_of,
+)
+from qk_sniffer.text import enumerated, shortened
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 """The attributes of a module with hooks that anyone may register."""
@@ -58,6 +66,11 @@ class UserBackbone(Backbone):
         self._described = self._changeable()
         self._at_first_pass: ModelState | None = None
         self._keeps_state = False
+        # At the begin of the last pass, at its end, and at the end of the last one with rows.
+        self._settings_at_begin: Settings = {}
+        self._settings_at_end: Settings = {}
+        self._settings_left: Settings = {}
+        self._set_by_passes: set[tuple[int, str]] = set()
 
     def check_unchanged(self) -> None:
         """Checks that the model is still as it was when it was described. Its weights may have other values.
@@ -79,12 +92,16 @@ class UserBackbone(Backbone):
             CaptureError: a reason of `check_pass`.
         """
         if not self._keeps_state:
-            self._at_first_pass = None
-        self.check_pass()
+            self._at_first_pass, self._settings_left = None, {}
+        now = state_of(self.decoder, self._encoders)
+        set_between = other_settings(now.settings, self._settings_left) - self._set_by_passes
+        self._check(now, {name for _, name in set_between})
+        self._settings_at_begin = now.settings
 
     def keep_state(self) -> None:
         """Makes the state of the model the one of all passes: the pass that ends has rows."""
         self._keeps_state = True
+        self._settings_left = self._settings_at_end
 
     def check_pass(self) -> None:
         """Checks, at the end of a forward pass, that the model is as it was described and as in all passes.
@@ -92,12 +109,21 @@ class UserBackbone(Backbone):
         Raises:
             CaptureError: it is not, or its weights are not those of the first pass since `check_unchanged`.
         """
-        now, first = state_of(self.decoder, self._encoders), self._at_first_pass
-        if now == first:
+        now = state_of(self.decoder, self._encoders)
+        self._check(now)
+        self._set_by_passes |= other_settings(now.settings, self._settings_at_begin)
+        self._settings_at_end = now.settings
+
+    def _check(self, now: ModelState, set_between: Collection[str] = ()) -> None:
+        """Checks the state `now`. `set_between` names the settings that have changed since the last pass."""
+        first = self._at_first_pass
+        if now == first and not set_between:
             return
         changed = self._changed()
         if first is not None:
             changed += self._differing(now, first)
+        if set_between:
+            changed.append(f"settings of modules or config ({shortened(sorted(set_between), 5)})")
         if changed:
             raise CaptureError(
                 f"the {enumerated(changed)} of {type(self.model).__name__} changed inside the block of "

@@ -6,10 +6,11 @@ seen, but not what it does: one that works differently in each pass is the user'
 """
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from types import FunctionType, MethodType
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -26,7 +27,19 @@ NO_ADAPTER = "__base__"
 _LIBRARIES = frozenset({"accelerate", "peft", "qk_sniffer", "torch", "transformers"})
 """The packages whose hooks come and go between passes by themselves, as for the outputs that a call asks for."""
 
+_SCALARS = frozenset({bool, int, str, type(None)})
+
+_FUNCTIONS = frozenset({FunctionType, BuiltinFunctionType, MethodType})
+
+_NUMBERS = frozenset({bool, int, float})
+
+_OF_NO_PASS = re.compile(r"output_|return_|use_cache$|gradient_checkpointing$|training$|forward$|\w*_token_id$")
+"""The start of the names of attributes that change no number of a pass, or that are compared apart."""
+
 Function = Callable[..., Any]
+
+Settings = dict[tuple[int, str], Any]
+"""Values by the number of a module, -1 for the config of the decoder, and the name of its attribute."""
 
 _Tensor = tuple[int, int, int, bool]
 """The identity, the version and the address of a tensor, and whether the next forward pass may pack it."""
@@ -56,6 +69,9 @@ class ModelState:
     functions: list[tuple[int, ...]]
     """The user's hooks, and the user's functions in the place of a module's forward or of the attention kernel: the
     number of the module in the decoder, -1 for those of all modules, and the identity of the function."""
+    settings: Settings = field(compare=False, repr=False)
+    """What modules compute with besides floats, such as the number of experts of a token or an activation function, and
+    the numbers of the config. Passes change some themselves, such as counters: see `other_settings`."""
     _alive: list[object] = field(compare=False, repr=False)
     """Keeps the modules, tensors and functions: an identity may be given again to a new object."""
 
@@ -87,6 +103,7 @@ def state_of(decoder: nn.Module, encoders: Sequence[nn.Module] = ()) -> ModelSta
     others: list[torch.Tensor] = []
     numbers: list[tuple[str, float]] = []
     rotary: list[tuple[Any, ...]] = []
+    settings: Settings = {(-1, name): value for name, value in _numbers_of_config(decoder)}
     functions = [(-1, each) for each in _functions_of_all(decoder, dict.fromkeys(map(type, modules)))]
     for number, module in enumerate(modules):
         own = vars(module)
@@ -101,6 +118,7 @@ def state_of(decoder: nn.Module, encoders: Sequence[nn.Module] = ()) -> ModelSta
             # Only floats: passes change integers and switches themselves, such as counters.
             numbers += ((name, value) for name, value in own.items() if type(value) is float)
             others += _fixed_buffers(module)
+            settings.update(((number, name), value) for name, value in _settings(own))
     return ModelState(
         attention=getattr(decoder.config, "_attn_implementation", None),
         reach=reach_of(decoder),
@@ -113,8 +131,33 @@ def state_of(decoder: nn.Module, encoders: Sequence[nn.Module] = ()) -> ModelSta
         rotary=rotary,
         adapters=[*adapter_layers(modules)],
         functions=[(number, *_identity(function)) for number, function in functions],
+        settings=settings,
         _alive=[*modules, *weights, *buffers, *others, *(function for _, function in functions)],
     )
+
+
+def other_settings(now: Settings, before: Settings) -> set[tuple[int, str]]:
+    """Returns the keys of the settings that differ between two looks. One that only one of them has does not count."""
+    return {key for key, value in now.items() if key in before and before[key] != value}
+
+
+def _settings(attributes: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yields the public attributes that are integers, switches, words, functions, or lists of the former, by name."""
+    for name, value in attributes.items():
+        kind = type(value)
+        if name[0] == "_" or _OF_NO_PASS.match(name):
+            continue
+        if kind in _SCALARS or kind in _FUNCTIONS:
+            yield name, value
+        elif kind in (list, tuple, set) and all(type(each) in _SCALARS for each in value):
+            yield name, kind(value)
+
+
+def _numbers_of_config(decoder: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yields the numbers of the config, which some models read in a pass, and the kernel of experts, by name."""
+    for name, value in vars(decoder.config).items():
+        if name == "_experts_implementation_internal" or (type(value) in _NUMBERS and not _OF_NO_PASS.match(name)):
+            yield name, value
 
 
 def _autocast(decoder: nn.Module) -> torch.dtype | None:

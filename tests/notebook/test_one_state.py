@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from support.adapters import lora
-from support.live import LLAMA, random_ids
+from support.live import BY_NAME, LLAMA, random_ids
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -203,6 +203,52 @@ def test_a_changed_buffer_is_seen(persistent: bool, shape: tuple[int, ...]) -> N
         layer.bias_of_router.mul_(2)
         with pytest.raises(CaptureError, match=r"the buffers, or the numbers .* changed inside the block"):
             model(input_ids=IDS)
+    assert len(captured.examples) == 2
+
+
+def all_experts_but_one(model: Any) -> None:
+    for module in decoder(model).modules():
+        if "top_k" in vars(module):
+            module.top_k = 1
+
+
+SET: dict[str, tuple[str, Callable[[Any], object]]] = {
+    "top_k": ("qwen3_moe", all_experts_but_one),
+    "sliding_window": ("qwen3_sliding", lambda model: setattr(decoder(model).layers[1].self_attn, "sliding_window", 3)),
+    "act": ("gpt_neox", lambda model: setattr(model.gpt_neox.layers[1].mlp.act, "act", torch.tanh)),
+    "_experts_implementation_internal": ("qwen3_moe", lambda model: model.set_experts_implementation("eager")),
+    "ways": ("llama", lambda model: decoder(model).layers[0].mlp.ways.append("up")),
+}
+
+
+@pytest.mark.parametrize(("name", "case", "change"), [(name, *each) for name, each in SET.items()], ids=[*SET])
+def test_a_changed_setting_of_a_module_is_seen(name: str, case: str, change: Callable[[Any], object]) -> None:
+    model: Any = BY_NAME[case].model().eval()
+    if case == "llama":
+        decoder(model).layers[0].mlp.ways = ["down"]
+    with torch.no_grad(), qk_sniffer.capture(model, layers=[1]) as captured:
+        model(input_ids=IDS)
+        model.generate(input_ids=IDS, max_new_tokens=2, pad_token_id=0)
+        count = len(captured.examples)
+        change(model)
+        with pytest.raises(CaptureError, match=rf"settings .*\({name}\) of .* changed inside the block"):
+            model(input_ids=IDS)
+    assert len(captured.examples) == count
+
+
+def test_what_passes_set_themselves_and_what_changes_no_number_may_change(tmp_path: Path) -> None:
+    model: Any = LLAMA.model()
+    mlp = decoder(model).layers[0].mlp
+    mlp.passes = 0
+    mlp.register_forward_hook(lambda module, *_: setattr(module, "passes", module.passes + 1))
+    with torch.no_grad(), qk_sniffer.capture(model, layers=[1]) as captured:
+        model(input_ids=IDS)
+        mlp.passes = 0
+        model.gradient_checkpointing_enable()
+        model.config.pad_token_id, model.config.use_cache = 3, False
+        model.save_pretrained(tmp_path)
+        mlp.notes = "mine"
+        model(input_ids=IDS)
     assert len(captured.examples) == 2
 
 

@@ -20,6 +20,8 @@ from qk_sniffer.notebook.model_state import (
     ModelState,
     Settings,
     adapter_layers,
+    attributes_of,
+    is_training,
     other_settings,
     reach_of,
     state_of,
@@ -52,6 +54,7 @@ class UserBackbone(Backbone):
         if chosen is None:
             chosen = find_family(text.model_type) if family is None else imported_family(str(family))
         decoder = _decoder(self.model, chosen)
+        _refuse_scripted_attention(decoder)
         if not any(weight.dtype in COMPUTED_IN for weight in decoder.parameters()):
             found = enumerated(sorted({str(weight.dtype).removeprefix("torch.") for weight in decoder.parameters()}))
             raise CaptureError(
@@ -231,6 +234,20 @@ def _decoder(model: PreTrainedModel, family: Family) -> nn.Module:
         found = inner
 
 
+def _refuse_scripted_attention(decoder: nn.Module) -> None:
+    """Refuses attention in TorchScript, whose calls Python does not see: it would be missing from the capture.
+
+    Raises:
+        CaptureError: names the module.
+    """
+    for name, module in decoder.named_modules():
+        if isinstance(module, torch.jit.ScriptModule) and "Attention" in str(getattr(module, "original_name", "")):
+            raise CaptureError(
+                f"{name} of {type(decoder).__name__} is a module of TorchScript, whose attention cannot be seen: pass "
+                "the model as it was before torch.jit.script or torch.jit.trace"
+            )
+
+
 @contextmanager
 def _undisturbed(decoder: nn.Module) -> Iterator[None]:
     """Restores, after forward passes in the context, all that they change in `decoder` and in torch.
@@ -240,17 +257,42 @@ def _undisturbed(decoder: nn.Module) -> Iterator[None]:
     the user sees its passes.
     """
     modules = [*decoder.modules()]
-    saved = [({**vars(module)}, {**module._buffers}) for module in modules]
+    saved = [_Saved(module) for module in modules]
     rotary = RotaryState(decoder)
     devices = {weight.device for weight in decoder.parameters() if weight.device.type == "cuda"}
     with torch.random.fork_rng([*devices]):
         try:
             for module in modules:
-                vars(module).update({name: OrderedDict() for name in _HOOKS}, training=False)
+                vars(module).update({name: OrderedDict() for name in _HOOKS})
+                if not isinstance(module, torch.jit.ScriptModule):
+                    vars(module)["training"] = False
+                elif is_training(module):
+                    module.training = False
             yield
         finally:
-            for module, (attributes, buffers) in zip(modules, saved, strict=True):
-                for own, before in ((vars(module), attributes), (module._buffers, buffers)):
-                    own.clear()
-                    own.update(before)
+            for each in saved:
+                each.restore()
             rotary.restore()
+
+
+class _Saved:
+    """The attributes and the buffers of a module, to restore them."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._own = {**vars(module)}
+        self._buffers = dict(module._buffers.items())
+        # A module of TorchScript keeps these in C++. None can be added or removed there.
+        self._scripted = {**attributes_of(module)} if isinstance(module, torch.jit.ScriptModule) else None
+
+    def restore(self) -> None:
+        own = vars(self._module)
+        own.clear()
+        own.update(self._own)
+        if self._scripted is None:
+            self._module._buffers.clear()
+            self._module._buffers.update(self._buffers)
+            return
+        for name, value in self._scripted.items():
+            if getattr(self._module, name) is not value:
+                setattr(self._module, name, value)

@@ -2,7 +2,8 @@
 
 A look reads no value of a tensor: a change in place raises the version of a tensor, and another tensor is another
 object or is at another address. What is written through `tensor.data` raises no version, and is not seen. A hook is
-seen, but not what it does: one that works differently in each pass is the user's own.
+seen, but not what it does: one that works differently in each pass is the user's own. Of a module of TorchScript, its
+tensors and numbers are seen, and its code cannot change.
 """
 
 import functools
@@ -116,14 +117,15 @@ def state_of(decoder: nn.Module, encoders: Sequence[nn.Module] = ()) -> ModelSta
             rotary.append((*((name, _seen(value)) for name, value in found.items()), *scaling))
         else:
             # Only floats: passes change integers and switches themselves, such as counters.
-            numbers += ((name, value) for name, value in own.items() if type(value) is float)
+            attributes = attributes_of(module)
+            numbers += ((name, value) for name, value in attributes.items() if type(value) is float)
             others += _fixed_buffers(module)
-            settings.update(((number, name), value) for name, value in _settings(own))
+            settings.update(((number, name), value) for name, value in _settings(attributes))
     return ModelState(
         attention=getattr(decoder.config, "_attn_implementation", None),
         reach=reach_of(decoder),
         modules=[*map(id, modules)],
-        training=[module.training for module in modules],
+        training=[is_training(module) for module in modules],
         autocast=_autocast(decoder),
         weights=[*map(_seen, weights)],
         buffers=[*map(_seen, others)],
@@ -172,6 +174,19 @@ def reach_of(decoder: nn.Module) -> tuple[Any, ...]:
     return (tuple(getattr(config, "layer_types", None) or ()), *sizes)
 
 
+def attributes_of(module: nn.Module) -> Mapping[str, Any]:
+    """Returns the attributes of a module. A module of TorchScript has its own in C++, and a frozen one has none."""
+    if not isinstance(module, torch.jit.ScriptModule):
+        return vars(module)
+    declared = getattr(module, "_concrete_type", None)
+    return {} if declared is None else {name: getattr(module, name) for name in sorted(declared.get_attributes())}
+
+
+def is_training(module: nn.Module) -> bool:
+    """Whether a module is in training mode. A frozen one of TorchScript has no mode: it is in evaluation mode."""
+    return bool(getattr(module, "training", False))
+
+
 def _fixed_buffers(module: nn.Module) -> Iterator[torch.Tensor]:
     """Yields the buffers of a module that a forward pass does not replace: those of a state dict, and scalars."""
     for name, value in module._buffers.items():
@@ -206,7 +221,7 @@ def _is_borrowed(forward: Any, module: nn.Module) -> bool:
 
 def _functions_of_all(decoder: nn.Module, types: Iterable[type[nn.Module]]) -> Iterator[Function]:
     """Yields the forward of each type, the hooks of every module, and the attention kernel, unless of a library."""
-    forwards = [each.forward for each in types]
+    forwards = [each.forward for each in types if not issubclass(each, torch.jit.ScriptModule)]
     kernel = ALL_ATTENTION_FUNCTIONS.get(getattr(decoder.config, "_attn_implementation", None))
     for function in (*forwards, *_global_forward_pre_hooks.values(), *_global_forward_hooks.values(), kernel):
         if function is not None and not _is_of_library(function):

@@ -78,10 +78,11 @@ class ParquetWriter:
 
 def _output(descriptor: int) -> pa.NativeFile:
     """Opens the file of a descriptor for pyarrow, whatever is at its path."""
-    if DESCRIPTORS.is_dir():
-        # A file of pyarrow takes each page from where it is: writing float32 takes 5 % less CPU time than with a file
-        # of Python.
-        return pa.OSFile(str(DESCRIPTORS / str(descriptor)), "wb")
+    # A file of pyarrow takes each page from where it is: writing float32 takes 5 % less CPU time than with a file of
+    # Python. It opens the file again, which needs the right to do so: a umask such as 0222 has taken it away.
+    with suppress(OSError):
+        if DESCRIPTORS.is_dir():
+            return pa.OSFile(str(DESCRIPTORS / str(descriptor)), "wb")
     # Buffered: pyarrow does not ask how many bytes a write has taken.
     return pa.PythonFile(os.fdopen(os.dup(descriptor), "wb"), mode="w")
 

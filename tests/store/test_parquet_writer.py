@@ -1,7 +1,9 @@
 """Tests of the Parquet files that are written."""
 
 import errno
+import os
 import resource
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from support.rights import without_root
 
 from qk_sniffer.store import parquet_writer
 from qk_sniffer.store.layout import schema
@@ -55,6 +58,20 @@ def test_a_write_that_takes_a_part_of_the_bytes_is_continued_and_its_error_is_ra
     assert error.value.errno == errno.EFBIG
     assert writer.entry is None
     assert path.stat().st_size == most
+
+
+def test_a_file_is_written_that_its_owner_may_not_open_for_writing() -> None:
+    """As with a umask of 0222, and in folders that are mounted with one."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o777)
+        before = os.umask(0o222)
+        try:
+            with without_root(), ParquetWriter(path := Path(folder, "data.parquet"), schema(WIDTH)) as writer:
+                writer.write(rows(100))
+            assert path.stat().st_mode & 0o777 == 0o444
+        finally:
+            os.umask(before)
+        assert pq.read_table(path).equals(rows(100))
 
 
 @pytest.mark.usefixtures("descriptors")

@@ -43,8 +43,8 @@ class Settings:
     hf_branch: str | None = field(
         default=None, metadata={"help": "branch to publish to, with hf_repo_id; null: <model slug>-<dataset slug>"}
     )
-    private: bool = field(
-        default=False, metadata={"help": "create the repository as private; a job that asked for this gets it anyway"}
+    private: bool | None = field(
+        default=None, metadata={"help": "create the repository as private; null: if the job asked for it"}
     )
 
 

@@ -47,8 +47,8 @@ _TRANSIENT = {408, 429} | _CONFLICTS
 _WITHOUT = "To capture without publishing, leave output.hf_repo_id out"
 
 PUBLIC = (
-    "output.private=true, but the repository exists and is public. Make it private on its settings page, or leave "
-    "output.private out"
+    "this start, or an earlier one in its folder, says output.private=true, but the repository exists and is public. "
+    "Make it private on its settings page, or allow a public one with output.private=false (of finalize: private=false)"
 )
 
 _Result = TypeVar("_Result")

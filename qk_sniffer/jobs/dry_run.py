@@ -27,6 +27,7 @@ from qk_sniffer.resolved import ResolvedConfig, resolve
 from qk_sniffer.store.journal import Journal
 from qk_sniffer.store.layout import Layout
 from qk_sniffer.store.places import refuse_unlisted
+from qk_sniffer.store.privacy import privacy
 from qk_sniffer.store.work_folder import check_data_root
 from qk_sniffer.text import say, say_text
 from qk_sniffer.timing import Stages
@@ -43,7 +44,8 @@ def show_plan(config: Config) -> Plan | None:
     job = resolve(config)
     if job.output.hf_repo_id:
         require_uploads_from(job.data_root)
-        require_access(job.output.hf_repo_id, private=job.output.private)
+        private = privacy(Layout(job.data_root), job.output.private)
+        require_access(job.output.hf_repo_id, private=bool(private))
     try:
         check_data_root(job.data_root)
     except OSError as error:

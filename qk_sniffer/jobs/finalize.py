@@ -24,7 +24,8 @@ from qk_sniffer.store.layout import Layout, missing_manifest
 from qk_sniffer.store.locks import holder, is_held
 from qk_sniffer.store.open_folder import anchored
 from qk_sniffer.store.places import refuse_inside, refuse_unlisted
-from qk_sniffer.store.record import read_record, read_unpublished
+from qk_sniffer.store.privacy import privacy, remember_privacy
+from qk_sniffer.store.record import read_record
 from qk_sniffer.store.work_folder import clear_obstacles
 from qk_sniffer.text import say
 from qk_sniffer.timing import Stages
@@ -48,7 +49,7 @@ def finalize(
     allowed: Allowed | None = None,
     hf_repo_id: str | None = None,
     hf_branch: str | None = None,
-    private: bool = False,
+    private: bool | None = None,
 ) -> int:
     """Makes and publishes the dataset at `data_root`, or prints which shards are missing; returns the exit code.
 
@@ -75,11 +76,8 @@ def finalize(
         # Where a dataset is published is decided by the caller alone: it may be of someone else.
         manifest = manifests.read(layout.root)
         check_files(layout, manifest)
-        # But not whether it is public, if the job asked for a private repository and has not published it.
-        mark = read_unpublished(layout, manifest)
-        private = private or (mark is not None and mark["private"])
-        config = replace(from_dict(manifest["config"]), output=OutputConfig(private=private))
-        config = _published(config, hf_repo_id, hf_branch, private)
+        config = replace(from_dict(manifest["config"]), output=OutputConfig())
+        config = _published(config, layout, hf_repo_id, hf_branch, private)
         with anchored(layout.root) as access:
             note = "Nothing to do: the dataset is finished."
             report_and_publish(config, layout, note, Folder(layout.root), access, replaces=hf_branch is not None)
@@ -94,7 +92,7 @@ def finalize(
             "Rerun the command that started the job: it runs the missing shards and leaves the others alone.",
         )
         return 1
-    config = _published(from_dict(record["config"]), hf_repo_id, hf_branch, private)
+    config = _published(from_dict(record["config"]), layout, hf_repo_id, hf_branch, private)
     if not prove:
         config = replace(config, verify=VerifyConfig(examples=0))
     loads_tokenizer = _loads_tokenizer(config, record)
@@ -103,6 +101,8 @@ def finalize(
     _check_checkpoint(config, layout, record)
     needs_texts = _proves(config) or _compares_texts(record)
     corpus = open_corpus(config.dataset, record["commits"]["dataset"]) if needs_texts else None
+    with anchored(layout.root) as access:
+        remember_privacy(layout, config.output.private, access)
     done = finish(config, layout, record["job_id"], corpus, None, Stages(), replaces=hf_branch is not None)
     return 1 if done is None and read_record(layout) is not None else 0
 
@@ -171,9 +171,11 @@ def _forbidden(config: Config, allowed: Allowed, *, loads_tokenizer: bool) -> It
             )
 
 
-def _published(config: Config, hf_repo_id: str | None, hf_branch: str | None, private: bool) -> ResolvedConfig:
-    """`config` with the given place on the Hub, if there is one. It is private if the job or the caller says so."""
-    output = replace(config.output, private=config.output.private or private)
+def _published(
+    config: Config, layout: Layout, hf_repo_id: str | None, hf_branch: str | None, private: bool | None
+) -> ResolvedConfig:
+    """`config` with the given place on the Hub, if there is one. It is private as the caller says, or else the job."""
+    output = replace(config.output, private=privacy(layout, config.output.private if private is None else private))
     if hf_repo_id is not None:
         # A start may have asked to replace what is on its own branch, and not on this one.
         output = replace(output, hf_repo_id=hf_repo_id, hf_branch=hf_branch, overwrite=False)
@@ -182,7 +184,7 @@ def _published(config: Config, hf_repo_id: str | None, hf_branch: str | None, pr
         raise ConfigError(problems)
     if hf_repo_id is None:
         return with_output(config, output)
-    require_access(hf_repo_id, private=output.private)
+    require_access(hf_repo_id, private=bool(output.private))
     return with_output(config, output)
 
 

@@ -37,6 +37,7 @@ from qk_sniffer.store.layout import CARD, Layout
 from qk_sniffer.store.locks import InUseError
 from qk_sniffer.store.manifest import FileEntry
 from qk_sniffer.store.open_folder import PLAIN, Access, Checked
+from qk_sniffer.store.privacy import changes_privacy, is_private, privacy, remember_privacy
 from qk_sniffer.store.promote import promote
 from qk_sniffer.store.record import read_unpublished, remove_unpublished, write_unpublished
 from qk_sniffer.store.same_dataset import check_same, replaced, same_dataset
@@ -121,8 +122,9 @@ def make_dataset(
         if job is None:
             return None
         # Another shard's start may be later than this process's.
-        private = config.output.private or job.record["config"]["output"].get("private", False)
-        config = with_output(config, replace(config.output, private=private))
+        if config.output.private or is_private(layout, job.claim):
+            config = with_output(config, replace(config.output, private=True))
+            remember_privacy(layout, True, job.claim)  # before the record, which says so too, is removed
         with stages("compact"):
             staged = stage(layout, job, config.located, None if components is None else components.tokenizer)
         if corpus is not None:
@@ -143,7 +145,7 @@ def make_dataset(
 def _mark_unpublished(config: ResolvedConfig, layout: Layout, manifest: Mapping[str, Any], claim: Claim) -> None:
     """Marks a dataset that is published after its promotion, before which its job has no other trace in the folder."""
     if config.output.hf_repo_id is not None and manifest["proof"]["proven"] is not False:
-        write_unpublished(layout, manifest, private=config.output.private, access=claim)
+        write_unpublished(layout, manifest, access=claim)
     else:
         remove_unpublished(layout, claim)
 
@@ -185,21 +187,21 @@ def report_and_publish(
         raise CaptureError(f"the proof of {layout.root} failed, and the dataset was not published. {why(proof)}")
     unchanged = Checked(access, partial(check_same, layout, manifest))
     draw_pictures(layout, unchanged, manifest)
-    output = config.output
+    output = replace(config.output, private=privacy(layout, config.output.private))
+    if changes_privacy(layout, output.private):
+        with same_dataset(layout, manifest, access):
+            remember_privacy(layout, output.private, access)
     if not (output.hf_repo_id and output.hf_branch):
         return Outcome(manifest["rows"], manifest=digest)
     guard = hub_resume.guard if output.resume_from_hub else hub_resume.refuse_other
     mark = read_unpublished(layout, manifest)
-    if mark is not None and mark["private"] != output.private:
-        with same_dataset(layout, manifest, access):
-            write_unpublished(layout, manifest, private=output.private, access=access)
     published = publish(
         layout.root,
         manifest,
         output.hf_repo_id,
         output.hf_branch,
         branch_card(layout.root, manifest, output.hf_repo_id, output.hf_branch),
-        private=output.private,
+        private=bool(output.private),
         check=unchanged.check,
         guard=None if output.overwrite or replaces else partial(guard, layout, manifest),
     )

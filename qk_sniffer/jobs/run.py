@@ -28,12 +28,13 @@ from qk_sniffer.jobs.source_rows import change_limit
 from qk_sniffer.jobs.start import Start, change_output, find_existing_work, is_yet_to_publish, register_job
 from qk_sniffer.logs import logger
 from qk_sniffer.machine import return_memory, trim_memory
-from qk_sniffer.resolved import ResolvedConfig, resolve
+from qk_sniffer.resolved import ResolvedConfig, resolve, with_output
 from qk_sniffer.store.claim import Claim
 from qk_sniffer.store.layout import MANIFEST, Layout
 from qk_sniffer.store.locks import hold, restart_patience_s
 from qk_sniffer.store.places import refuse_unlisted
 from qk_sniffer.store.previous import PreviousVersion
+from qk_sniffer.store.privacy import privacy
 from qk_sniffer.store.work_folder import prepare_data_root, remove_leftovers
 from qk_sniffer.timing import Stages
 from qk_sniffer.validation import check
@@ -63,9 +64,10 @@ def run_job(config: Config, begin: Callable[[], None] = lambda: None) -> Outcome
         return Outcome()
     check(config)
     job = resolve(config)
+    job = with_output(job, replace(job.output, private=privacy(Layout(job.data_root), job.output.private)))
     if job.output.hf_repo_id:
         require_uploads_from(job.data_root)
-        require_access(job.output.hf_repo_id, private=job.output.private)  # now, not after hours of capture
+        require_access(job.output.hf_repo_id, private=bool(job.output.private))  # now, not after hours of capture
     if not all(name and Path(name).is_dir() for name in _loaded_from(job)):
         check_cache()
     existed = job.data_root.exists()

@@ -28,6 +28,7 @@ from qk_sniffer.store.layout import Layout
 from qk_sniffer.store.locks import Lock, hold
 from qk_sniffer.store.open_folder import Access
 from qk_sniffer.store.previous import PreviousVersion, describe
+from qk_sniffer.store.privacy import remember_privacy
 from qk_sniffer.store.record import new_job_id, read_record, read_unpublished, write_record
 from qk_sniffer.store.stored import UnreadableError
 from qk_sniffer.store.work_folder import discard_work
@@ -243,6 +244,7 @@ def register_job(layout: Layout, start: Start, record: Mapping[str, Any], *, own
         if start.base is not None:
             _warn_of_other_versions(start.job, Job.from_record(start.base.manifest))
         job_id = new_job_id(record)
+        remember_privacy(layout, record["config"]["output"]["private"], own_lock)
         write_record(layout, {**record, "job_id": job_id}, access=own_lock)
         return job_id
 
@@ -260,6 +262,7 @@ def change_output(config: ResolvedConfig, layout: Layout, own_lock: Lock) -> Non
 
 
 def _store_output(layout: Layout, record: dict[str, Any], output: Mapping[str, Any], access: Access) -> None:
+    remember_privacy(layout, output["private"], access)
     if record["config"]["output"] != output:
         write_record(layout, {**record, "config": {**record["config"], "output": output}}, access=access)
 

@@ -167,7 +167,6 @@ class Unpublished(TypedDict):
     """The mark of a dataset that its job has not published yet. `manifest` is the digest of its manifest."""
 
     manifest: Sha256
-    private: bool
 
 
 class Record(Job):

@@ -8,6 +8,7 @@
 <root>/manifest.json            written last: a root without it is incomplete
 <root>/pictures/*.png, *.svg    optional figures of the vectors; the card shows them on the Hub
 <root>/.sniff_snapshot.json     with output.resume_from_hub: the branch's commit that this root matches
+<root>/.sniff_private.json      exists if the dataset is to be published in private repositories alone
 <root>/.qk_sniffer/             work state, removed once the dataset is whole
     job.json                    the record of the job, with its identity; a job with another record is refused
     *.lock                      held by running jobs
@@ -176,6 +177,11 @@ class Layout:
     @property
     def snapshot(self) -> Path:
         return self.root / ".sniff_snapshot.json"
+
+    @property
+    def private(self) -> Path:
+        """The mark of a dataset that is to stay private (`store/privacy.py`)."""
+        return self.root / ".sniff_private.json"
 
     @property
     def work(self) -> Path:

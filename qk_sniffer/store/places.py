@@ -101,8 +101,8 @@ def refuse_unlisted(layout: Layout) -> None:
             return
         listed = listed_files(layout)
         found = [name for name in names if name not in listed or _is_folder(root, name)]
-        if root.type_of(layout.snapshot.name) == "folder":
-            found.append(layout.snapshot.name)
+        marks = (layout.snapshot.name, layout.private.name)
+        found += [name for name in marks if root.type_of(name) == "folder"]
     if found:
         raise StoreError(
             f"{layout.root} holds {shortened(found, 5)}, which no dataset of qk-sniffer there lists as a file. A job "

@@ -88,12 +88,12 @@ def write_record(layout: Layout, record: Mapping[str, Any], *, access: Access = 
     write_atomic(layout.job_file, data, access=access)
 
 
-def write_unpublished(layout: Layout, manifest: Mapping[str, Any], *, private: bool, access: Access = PLAIN) -> None:
-    """Marks the dataset of `manifest` as one that its job has yet to publish, `private` or not.
+def write_unpublished(layout: Layout, manifest: Mapping[str, Any], *, access: Access = PLAIN) -> None:
+    """Marks the dataset of `manifest` as one that its job has yet to publish.
 
     A job with `output.overwrite` that starts while the mark exists publishes the dataset, and does not replace it.
     """
-    mark = Unpublished(manifest=_manifest_digest(manifest), private=private)
+    mark = Unpublished(manifest=_manifest_digest(manifest))
     write_atomic(layout.unpublished, stored.encode(mark), access=access)
 
 

@@ -59,7 +59,7 @@ def check_data_root(root: Path, *, setting: str = "output.data_root") -> None:
         raise StoreError(f"the data root {root} is a file; choose another {setting}")
     # Listed before `is_ours` is called: another shard may create the work folder in between.
     names = sorted(path.name for path in root.iterdir()) if root.is_dir() else []
-    if {*names} - {WORK} and not is_ours(layout):
+    if {*names} - {WORK, layout.private.name} and not is_ours(layout):
         way_out = f"choose another {setting}, or empty it yourself"
         why = manifest_problem(layout, way_out) if MANIFEST in names else way_out
         raise StoreError(f"{root} is not empty and not a dataset of qk-sniffer (it holds {shortened(names, 5)}); {why}")

@@ -11,6 +11,7 @@ from support.hub_cases import REPO
 from support.jobs import captured_only, run, stopped_after
 
 from qk_sniffer.capture.capture import Capture
+from qk_sniffer.dataset.verify import verify
 from qk_sniffer.errors import ConfigError, HubError, StoreError
 from qk_sniffer.jobs import capture_examples as capture_module
 from qk_sniffer.jobs.finalize import finalize
@@ -101,8 +102,95 @@ def test_finalize_keeps_a_dataset_private_whose_upload_has_failed(
     assert finalize(root, hf_repo_id=REPO) == 0
     assert hub.repositories[REPO].private
     assert not Layout(root).work.exists()
-    assert finalize(root, hf_repo_id="alice/other", private=True) == 0
+    assert finalize(root, hf_repo_id="alice/other") == 0
     assert hub.repositories["alice/other"].private
+
+
+LOCAL_PRIVATE = {"private": True}
+
+
+def test_a_dataset_stays_private_until_a_start_allows_a_public_one(
+    hub: FakeHub, logged_in: str, checkpoint: Path, texts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The start that asks for it names no repository."""
+    caplog.set_level("INFO", "qk_sniffer")
+    root = run(checkpoint, texts, tmp_path / "out", **SECTIONS, output=LOCAL_PRIVATE)
+    assert verify(root).problems == 0 and not Layout(root).work.exists()
+    assert finalize(root, hf_repo_id="alice/a") == 0
+    more: Any = SECTIONS | {"dataset": {"max_samples": 6}}
+    run(checkpoint, texts, root, **more, output={"hf_repo_id": "alice/b"})
+    run(checkpoint, texts, root, **SECTIONS, output={"hf_repo_id": "alice/c", "overwrite": True})
+    assert {name: repository.private for name, repository in hub.repositories.items()} == dict.fromkeys(
+        ("alice/a", "alice/b", "alice/c"), True
+    )
+    assert "stays private, as an earlier start has asked" in caplog.text
+    hub.create("alice/public")
+    for publishes in (
+        lambda: finalize(root, hf_repo_id="alice/public"),
+        lambda: run(checkpoint, texts, root, **SECTIONS, output={"hf_repo_id": "alice/public"}),
+    ):
+        with pytest.raises(
+            HubError, match=r"exists and is public.*output\.private=false \(of finalize: private=false\)"
+        ):
+            publishes()
+    assert finalize(root, hf_repo_id="alice/public", private=False) == 0
+    assert finalize(root, hf_repo_id="alice/d") == 0
+    assert not hub.repositories["alice/d"].private
+
+
+@pytest.mark.parametrize("captures", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_an_unfinished_job_stays_private(
+    captures: int, hub: FakeHub, logged_in: str, checkpoint: Path, texts: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "out"
+    stopped_after(captures, checkpoint, texts, root, **SECTIONS, output=LOCAL_PRIVATE)
+    stopped_after(captures, checkpoint, texts, root, **SECTIONS, output=PUBLIC)
+    run(checkpoint, texts, root, **SECTIONS)
+    assert finalize(root, hf_repo_id=REPO) == 0
+    assert hub.repositories[REPO].private
+
+
+@pytest.mark.parametrize("publishes", [True, False], ids=["finalize", "start"])
+def test_a_start_makes_a_finished_dataset_private_or_public(
+    publishes: bool, unpublished: Path, hub: FakeHub, logged_in: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    root = Path(shutil.copytree(unpublished / "out", tmp_path / "out"))
+
+    def start(private: bool | None, repository: str | None = None) -> None:
+        if publishes:
+            finalize(root, hf_repo_id=repository, private=private)
+        else:
+            output: Any = {"private": private, "hf_repo_id": repository}
+            run(checkpoint, unpublished / "texts.jsonl", root, **SECTIONS, output=output)
+
+    start(True)
+    start(None, "alice/a")
+    start(False)
+    start(None, "alice/b")
+    assert {name: repository.private for name, repository in hub.repositories.items()} == {
+        "alice/a": True,
+        "alice/b": False,
+    }
+
+
+def test_finalize_can_allow_a_public_repository_for_an_unfinished_job(
+    hub: FakeHub, logged_in: str, checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "out"
+    captured_only(checkpoint, texts, root, monkeypatch, **SECTIONS, output=PRIVATE)
+    assert finalize(root, private=False) == 0
+    assert not hub.repositories[REPO].private
+
+
+def test_a_dataset_whose_folder_was_emptied_by_hand_stays_private(
+    hub: FakeHub, logged_in: str, checkpoint: Path, texts: Path, tmp_path: Path
+) -> None:
+    """`rm -r out/*` leaves hidden files."""
+    root = tmp_path / "out"
+    root.mkdir()
+    Layout(root).private.touch()
+    run(checkpoint, texts, root, **SECTIONS, output=PUBLIC)
+    assert hub.repositories[REPO].private
 
 
 def test_overwriting_publishes_without_capturing_again(
@@ -128,7 +216,7 @@ def unpublished(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     folder = tmp_path_factory.mktemp("unpublished")
     root = run(checkpoint, write_texts(folder / "texts.jsonl"), folder / "out", **SECTIONS)
     Layout(root).work.mkdir()
-    records.write_unpublished(Layout(root), manifests.read(root), private=False)
+    records.write_unpublished(Layout(root), manifests.read(root))
     return folder
 
 
@@ -191,7 +279,6 @@ def test_a_damaged_dataset_stays_private(
     unpublished: Path, hub: FakeHub, logged_in: str, checkpoint: Path, tmp_path: Path
 ) -> None:
     root = Path(shutil.copytree(unpublished / "out", tmp_path / "out"))
-    records.write_unpublished(Layout(root), manifests.read(root), private=True)
     damage(root)
     with pytest.raises(StoreError, match="has changed since"):
         run(checkpoint, unpublished / "texts.jsonl", root, **SECTIONS, output=PRIVATE)

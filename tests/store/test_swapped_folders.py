@@ -100,7 +100,7 @@ def mark_shard(layout: Layout, claim: Claim) -> None:
 
 
 def mark_unpublished(layout: Layout, claim: Claim) -> None:
-    write_unpublished(layout, {}, private=False, access=claim)
+    write_unpublished(layout, {}, access=claim)
     remove_unpublished(layout, claim)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from dotenv import dotenv_values
 
 from qk_sniffer.errors import ConfigError
-from qk_sniffer.hub.endpoint import check_address, is_encrypted
+from qk_sniffer.hub.endpoint import check_address, is_encrypted, note_proxies
 from qk_sniffer.logs import logger
 from qk_sniffer.store.disk import open_regular
 from qk_sniffer.store.open_folder import OddFileError
@@ -26,6 +26,9 @@ PROXIES = frozenset(
     for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
     for spelling in (str.lower, str.upper)
 )
+
+_NO_PROXY = {"no_proxy", "NO_PROXY"}
+"""Those of the proxies that name none."""
 
 ALLOWED = PROXIES | {
     # the login
@@ -107,6 +110,7 @@ def read_environment() -> None:
     if home := values.pop("HF_HOME", ""):
         values |= _caches_in(path, home, values)
     os.environ.update(values)
+    note_proxies(PROXIES & values.keys() - _NO_PROXY)
     check_address()
 
 

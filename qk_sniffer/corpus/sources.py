@@ -28,6 +28,7 @@ from qk_sniffer.corpus.home import check_format, check_home, data_file, own_patt
 from qk_sniffer.corpus.rows import LibraryRows, ListRows, Rows, no_rows
 from qk_sniffer.corpus.splits import named_splits, no_split, rows_of_files
 from qk_sniffer.errors import SourceError
+from qk_sniffer.hub.endpoint import refuse_open_address
 from qk_sniffer.hub.revisions import HubUnreachableError, hub_commit, is_hub_id, refusal_of_gated
 from qk_sniffer.logs import logger
 from qk_sniffer.store.disk import walk
@@ -61,13 +62,15 @@ def open_source(config: DatasetConfig, commit: str | None = None) -> Source:
         commit: the commit of a Hub dataset that an earlier start of the job pinned; None pins `config.revision` now.
 
     Raises:
-        SourceError: `config.path` does not exist, has no such config or split, or cannot be read.
+        SourceError: `config.path` does not exist, has no such config or split, or cannot be read; or a proxy of `.env`
+            would see what is asked of an address.
     """
     path = config.path
     if not path:
         raise SourceError("dataset.path is not set")
     for name in (path, *texts_of(config.data_files)):
         hide_in_address(name)
+        refuse_open_address(name)
     local = Path(path)
     if path == PYDOC:
         return _pydoc(config)

@@ -7,13 +7,13 @@ so it is refused before they read it. huggingface_hub reads its address when it 
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from urllib.parse import urlsplit
 
 from qk_sniffer.errors import SourceError
 from qk_sniffer.hub.answers import check_answers
 from qk_sniffer.logs import logger
-from qk_sniffer.text import SHORTEST_SECRET, hide, hide_in_address
+from qk_sniffer.text import OPEN_PROTOCOLS, SHORTEST_SECRET, hide, hide_in_address, is_address
 
 log = logger(__name__)
 
@@ -97,6 +97,35 @@ def announce() -> None:
         HUB,
         "" if _scheme(endpoint) == "https" else ". That connection is not encrypted",
     )
+
+
+def note_proxies(names: Iterable[str]) -> None:
+    """Notes variables of proxies that a file `.env` has set, which may be someone else's."""
+    _of_env.update(names)
+
+
+def refuse_open_address(address: str) -> None:
+    """Checks that no proxy of a file `.env` would read what is asked of an address of the web, its login included.
+
+    Args:
+        address: the name of a file, which may be an address, or a chain of them as in `zip://a.csv::http://host/a.zip`.
+
+    Raises:
+        SourceError: such a proxy is set, and the connection is not encrypted.
+    """
+    hops = [hop for hop in address.split("::") if is_address(hop)]
+    if _of_env and not all(hop.lower().startswith((*OPEN_PROTOCOLS, *_NOT_READ)) for hop in hops):
+        raise SourceError(
+            f"{address} is not read: its connection may not be encrypted, and .env sets {', '.join(sorted(_of_env))}, "
+            "so that a proxy would see its login and its query. Give an address of https://, or set the proxy in the "
+            "environment"
+        )
+
+
+_NOT_READ = ("https://", "file://")
+"""The protocols, next to those of the Hub and of archives, of which a proxy reads nothing."""
+
+_of_env: set[str] = set()
 
 
 def _proxies() -> dict[str, str]:

@@ -12,7 +12,10 @@ import pytest
 
 from qk_sniffer.cli import environment
 from qk_sniffer.cli.environment import ALLOWED, PROXIES, read_environment
+from qk_sniffer.config import DatasetConfig
+from qk_sniffer.corpus.sources import open_source
 from qk_sniffer.errors import ConfigError, SourceError
+from qk_sniffer.hub import endpoint
 
 Read = Callable[[str], dict[str, str]]
 
@@ -24,6 +27,7 @@ def bare_process(in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     for name in [*ALLOWED, "HF_ENDPOINT"]:
         os.environ.pop(name, None)
     monkeypatch.setattr(environment, "_told", set())
+    monkeypatch.setattr(endpoint, "_of_env", set())
     yield
     os.environ.clear()
     os.environ.update(before)
@@ -115,6 +119,31 @@ def test_a_proxy_is_refused_if_the_login_would_reach_it_unencrypted(
     monkeypatch.setenv("HF_ENDPOINT", endpoint)
     assert read("http_proxy=http://evil\nALL_PROXY=http://evil\nHF_TOKEN=mine\n") == {"HF_TOKEN": "mine"}
     assert "http_proxy, ALL_PROXY ignored" in caplog.text and "no proxy while HF_ENDPOINT is not https" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("address", "is_refused"),
+    [
+        ("http://alice:s3cret@data.lab/a.jsonl", True),
+        ("HTTP://data.lab/a.jsonl", True),
+        ("zip://*.csv::http://data.lab/a.zip", True),
+        ("simplecache::webhdfs://data.lab/a.csv", True),
+        ("http:/data.lab/a.jsonl", True),
+        ("https://data.lab/a.jsonl", False),
+        ("gzip://a.csv::hf://datasets/org/name/a.csv.gz", False),
+        ("a.jsonl", False),
+    ],
+)
+def test_no_proxy_reads_the_login_of_an_address(
+    address: str, is_refused: bool, read: Read, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("https_proxy", "http://mine")
+    read("NO_PROXY=x\nhttps_proxy=http://evil\n")
+    endpoint.refuse_open_address(address)  # the proxy is the user's own
+    read("all_proxy=http://evil\nHTTP_PROXY=http://evil\n")
+    words = "sets HTTP_PROXY, all_proxy" if is_refused else "data_files=.* does not apply"
+    with pytest.raises(SourceError, match=words):
+        open_source(DatasetConfig(path="pydoc", data_files={"train": [address]}))
 
 
 def test_an_address_of_the_hub_that_is_none_ends_a_job_before_a_library_reads_it(

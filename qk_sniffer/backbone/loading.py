@@ -51,7 +51,7 @@ from qk_sniffer.backbone.quantization import (
 )
 from qk_sniffer.backbone.spellings import refuse_contradictions, spellings_recorded
 from qk_sniffer.backbone.trailing_layers import cut_after
-from qk_sniffer.backbone.unloaded import modules_limited
+from qk_sniffer.backbone.unloaded import modules_limited, nothing_asked
 from qk_sniffer.backbone.wrapper import is_wrapper, load_decoder, model_class, with_text_config
 from qk_sniffer.config import AUTO, ModelConfig
 from qk_sniffer.errors import QkSnifferError, SourceError
@@ -336,7 +336,8 @@ def _loading(config: ModelConfig, commit: str | None, adapter_commit: str | None
     if not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()
     try:
-        yield
+        with nullcontext() if config.trust_remote_code else nothing_asked():
+            yield
     except OSError as error:
         refuse_gated("model", str(config.name), error)
         if problem := _files_problem(config, commit) or _local_problem(config, commit):

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch.nn.modules.module import register_module_module_registration_hook
-from transformers import AutoModel, PretrainedConfig
+from transformers import AutoModel, PretrainedConfig, dynamic_module_utils
 
 from qk_sniffer.errors import SourceError
 
@@ -40,6 +40,21 @@ def modules_limited() -> Iterator[None]:
         hook.remove()
 
 
+@contextmanager
+def nothing_asked() -> Iterator[None]:
+    """Has transformers refuse code in the block where it would ask the user on the terminal whether to run it.
+
+    It asks about a part of a config that names code of its own, such as that of images, and does not tell it the
+    setting of the whole model.
+    """
+    seconds = dynamic_module_utils.TIME_OUT_REMOTE_CODE
+    dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
+    try:
+        yield
+    finally:
+        dynamic_module_utils.TIME_OUT_REMOTE_CODE = seconds
+
+
 def unloaded(config: PretrainedConfig, auto_class: Any = AutoModel) -> Any:
     """Returns the model of `config` on the meta device; None if transformers cannot build it from the config alone.
 
@@ -50,7 +65,7 @@ def unloaded(config: PretrainedConfig, auto_class: Any = AutoModel) -> Any:
         SourceError: the config asks for far more modules than any model has.
     """
     try:
-        with torch.device("meta"), modules_limited():
+        with torch.device("meta"), modules_limited(), nothing_asked():
             return auto_class.from_config(copy.deepcopy(config), trust_remote_code=False)
     except SourceError:
         raise

@@ -6,12 +6,12 @@ from. Both are whole: a journal, its compaction, the proof and the promotion.
 """
 
 import io
-import shutil
+import os
+import secrets
 import signal
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -41,7 +41,7 @@ from qk_sniffer.resolved import ResolvedConfig
 from qk_sniffer.store.claim import Claim
 from qk_sniffer.store.journal import Journal
 from qk_sniffer.store.locks import hold
-from qk_sniffer.store.open_folder import Checked
+from qk_sniffer.store.open_folder import Checked, OpenFolder
 from qk_sniffer.store.same_dataset import check_same
 from qk_sniffer.store.work_folder import prepare_data_root
 from qk_sniffer.text import aligned
@@ -344,18 +344,24 @@ def _folder(root: Path) -> Iterator[Path]:
         StoreError: it cannot be made.
     """
     parent = next(path for path in root.absolute().parents if path.is_dir())
-    try:
-        folder = Path(tempfile.mkdtemp(prefix=".qk-sniffer-measure-", dir=parent))
-    except OSError as error:
-        raise StoreError(
-            f"cannot write to {parent}, where the job is measured: {error.strerror}. Choose another output.data_root, "
-            "or see the plan alone with dry_run=true"
-        ) from error
-    try:
-        yield folder
-    finally:
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    name = f".qk-sniffer-measure-{secrets.token_hex(8)}"
+    with ExitStack() as opened:
         try:
-            shutil.rmtree(folder)
+            outer = opened.enter_context(OpenFolder.at(parent))
+            folder = opened.enter_context(outer.new_folder(name))
+            os.fchmod(folder.descriptor, 0o700)  # nobody else has anything to do in it
+        except OSError as error:
+            raise StoreError(
+                f"cannot write to {parent}, where the job is measured: {error.strerror}. Choose another "
+                "output.data_root, or see the plan alone with dry_run=true"
+            ) from error
+        try:
+            yield folder.path
         finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+            blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+            try:
+                for each in folder.names():  # of the open folder: its name may be that of another one by now
+                    folder.remove(each)
+                outer.rmdir(name)
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, blocked)

@@ -16,7 +16,7 @@ from qk_sniffer.config import from_dict
 from qk_sniffer.corpus.batches import Window
 from qk_sniffer.jobs import dry_run
 from qk_sniffer.jobs.estimate import MOST_SAMPLED, Batches, duration, fit, line_through
-from qk_sniffer.jobs.measure import Measured, measure
+from qk_sniffer.jobs.measure import Measured, _folder, measure
 from qk_sniffer.jobs.signals import Stopped
 
 EVERYTHING: dict[str, Any] = {
@@ -87,6 +87,18 @@ def test_a_signal_leaves_nothing_either(
     with pytest.raises(Stopped):
         measured(checkpoint, texts, tmp_path / "root")
     assert during and files_in(tmp_path) == before
+
+
+def test_a_folder_that_takes_the_place_of_the_measured_one_keeps_its_files(tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis").write_text("mine")
+    with _folder(tmp_path / "root") as folder:
+        assert folder.stat().st_mode & 0o777 == 0o700
+        (folder / "one").mkdir()
+        folder.rename(tmp_path / "aside")
+        mine.rename(folder)
+    assert (folder / "thesis").read_text() == "mine" and not (tmp_path / "aside" / "one").exists()
 
 
 def test_a_job_with_no_text_left(

@@ -25,7 +25,9 @@ def pinned_loads(name: str, commit: str | None) -> Iterator[None]:
     obeyed depends on the tags that its repository has on the Hub today, or without the Hub on its config. Within this
     block it depends on the config alone, as it does for a local folder.
 
-    Only transformers knows which files it reads as vocabularies. They are checked when it has found them.
+    Only transformers knows which files it reads as vocabularies. They are checked when it has found them: where every
+    tokenizer is made of its files, and where the package mistral_common is given one, which transformers chooses for
+    `tekken.json` if it is installed.
 
     Args:
         name: the folder or the Hub id of the tokenizer.
@@ -64,7 +66,8 @@ def pinned_loads(name: str, commit: str | None) -> Iterator[None]:
         base._from_pretrained = classmethod(checked)
         os.environ[_TIKTOKEN] = ""  # the package reads "" as: no cache
         try:
-            yield
+            with _checked_by_mistral():
+                yield
         finally:
             hub.cached_files = cached_files
             backend._patch_mistral_regex = patch_regex
@@ -73,3 +76,27 @@ def pinned_loads(name: str, commit: str | None) -> Iterator[None]:
                 del os.environ[_TIKTOKEN]
             else:
                 os.environ[_TIKTOKEN] = cache
+
+
+@contextmanager
+def _checked_by_mistral() -> Iterator[None]:
+    """Checks the vocabularies that the package mistral_common reads, if it is installed."""
+    from transformers.utils import import_utils
+
+    if not import_utils.is_mistral_common_available():
+        yield
+        return
+    from transformers.tokenization_mistral_common import MistralCommonBackend
+
+    backend: Any = MistralCommonBackend
+    make = backend.__init__
+
+    def made_of_checked(self: Any, tokenizer_path: Any, *args: Any, **options: Any) -> None:
+        refuse_long_tokens(Path(tokenizer_path))
+        make(self, tokenizer_path, *args, **options)
+
+    backend.__init__ = made_of_checked
+    try:
+        yield
+    finally:
+        backend.__init__ = make

@@ -11,6 +11,7 @@ import pytest
 
 from qk_sniffer.config import ModelConfig
 from qk_sniffer.corpus.examples import Example
+from qk_sniffer.corpus.pinned_loads import pinned_loads
 from qk_sniffer.corpus.tokenizer import TextTokenizer, load_tokenizer
 from qk_sniffer.corpus.vocabulary_files import refuse_long_tokens
 from qk_sniffer.errors import SourceError
@@ -76,6 +77,23 @@ def test_a_token_whose_merges_take_long_is_refused(
 ) -> None:
     with pytest.raises(SourceError, match=rf"{name} is refused: it {problem}.*\. Restore the file, or set model\.tok"):
         load(tmp_path / "folder", name, content())
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("tekken.json", tekken(*BYTES, LONG)), ("tokenizer.model.v3", sentencepiece(b"a", LONG))]
+)
+def test_what_the_package_of_mistral_reads_is_checked_too(
+    name: str, content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers gives it files with no other check, if it is installed."""
+    from transformers.tokenization_mistral_common import MistralCommonBackend
+
+    monkeypatch.setattr("transformers.utils.import_utils.is_mistral_common_available", lambda: True)
+    path = tmp_path / name
+    path.write_bytes(content)
+    backend: Any = MistralCommonBackend
+    with pinned_loads(str(tmp_path), None), pytest.raises(SourceError, match=rf"{name} is refused: it has a token"):
+        backend(tokenizer_path=str(path))
 
 
 def test_a_vocabulary_larger_than_any_is_refused(tmp_path: Path) -> None:

@@ -75,6 +75,8 @@ def mistaken(argument: str) -> str | None:
     near = [name for name in PROGRAMS if name.endswith(f".{argument}")]
     if not near and re.fullmatch("[a-zA-Z.]+", argument):
         near = closest(argument, [*PROGRAMS])
+    if not near and re.fullmatch("[a-zA-Z]+[-_/][a-zA-Z]+", argument):  # otherwise it may be a Hub id
+        near = closest(re.sub("[-_/]", ".", argument).lower(), [name for name in PROGRAMS if "." in name], 0.85)
     if f"--{argument}" in ("--help", process.VERSION):
         near = [f"--{argument}"]
     return f"{argument} is not a program{did_you_mean(near)}" if near else None

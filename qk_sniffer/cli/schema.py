@@ -25,7 +25,7 @@ class Schema:
 
     Args:
         kind: the dataclass of the settings.
-        former: returns the answer to a key of an earlier version; None for any other key.
+        former: returns the answer to a key of an earlier version or of another program; None for any other key.
     """
 
     def __init__(self, kind: type, former: Callable[[str], str | None] = lambda key: None) -> None:

@@ -88,7 +88,17 @@ def measures(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {key: settings[key] for key in settings if key not in others}
 
 
-SCHEMA = Schema(PlasticityConfig)
+def _of_another_program(key: str) -> str | None:
+    """Answers the key of several results, which a user may give to this program."""
+    if key != "runs":
+        return None
+    return (
+        "runs is a setting of plasticity.compare, which draws several results: python -m qk_sniffer.plasticity.compare "
+        "runs=first-plasticity,second-plasticity"
+    )
+
+
+SCHEMA = Schema(PlasticityConfig, former=_of_another_program)
 
 
 def problems(config: PlasticityConfig) -> list[str]:

@@ -46,6 +46,12 @@ def test_a_misspelled_program_is_told_the_name(
     assert "verfy is not a program, did you mean verify?" in capsys.readouterr().err
     assert run(monkeypatch, "compare", "runs=a,b") == 2
     assert "compare is not a program, did you mean plasticity.compare?" in capsys.readouterr().err
+    for name in ("plasticity-compare", "plasticity_compare", "plasticity/compare"):
+        assert run(monkeypatch, name, "a,b") == 2
+        assert f"{name} is not a program, did you mean plasticity.compare?" in capsys.readouterr().err
+    for arguments in (["runs=a,b"], ["--multirun", "compare", "runs=a,b"]):
+        assert run(monkeypatch, "plasticity", *arguments) == 2
+        assert "runs is a setting of plasticity.compare" in capsys.readouterr().err
     for argument in ("runs=a,b", "--help"):
         assert run(monkeypatch, "plasticity", "compare", argument) == 2
         assert "plasticity compare is not a program, did you mean plasticity.compare?" in capsys.readouterr().err

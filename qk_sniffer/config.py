@@ -426,10 +426,7 @@ class OutputConfig:
     hf_branch: str | None = field(
         default=None, metadata={"help": "branch of the repository; null: <model slug>-<dataset slug>, and what differs"}
     )
-    private: bool | None = field(
-        default=None,
-        metadata={"help": "create the repository as private; null: if an earlier start in the folder asked for it"},
-    )
+    private: bool = field(default=False, metadata={"help": "publish to a private repository alone, from now on"})
     overwrite: bool = field(default=False, metadata={"help": "replace a dataset that has other settings"})
     resume_from_hub: bool = field(
         default=False,

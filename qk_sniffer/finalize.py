@@ -44,7 +44,7 @@ class Settings:
         default=None, metadata={"help": "branch to publish to, with hf_repo_id; null: <model slug>-<dataset slug>"}
     )
     private: bool | None = field(
-        default=None, metadata={"help": "create the repository as private; null: if the job asked for it"}
+        default=None, metadata={"help": "publish to a private repository alone; null: if the job asked for it"}
     )
 
 

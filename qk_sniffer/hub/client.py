@@ -48,7 +48,8 @@ _WITHOUT = "To capture without publishing, leave output.hf_repo_id out"
 
 PUBLIC = (
     "this start, or an earlier one in its folder, says output.private=true, but the repository exists and is public. "
-    "Make it private on its settings page, or allow a public one with output.private=false (of finalize: private=false)"
+    "Make it private on its settings page. Or allow a public one: leave output.private out, and run "
+    "qk_sniffer.finalize with private=false if an earlier start has said so"
 )
 
 _Result = TypeVar("_Result")

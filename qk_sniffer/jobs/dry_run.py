@@ -44,8 +44,8 @@ def show_plan(config: Config) -> Plan | None:
     job = resolve(config)
     if job.output.hf_repo_id:
         require_uploads_from(job.data_root)
-        private = privacy(Layout(job.data_root), job.output.private)
-        require_access(job.output.hf_repo_id, private=bool(private))
+        private = privacy(Layout(job.data_root), asked=job.output.private)
+        require_access(job.output.hf_repo_id, private=private)
     try:
         check_data_root(job.data_root)
     except OSError as error:

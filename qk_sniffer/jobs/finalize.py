@@ -24,7 +24,7 @@ from qk_sniffer.store.layout import Layout, missing_manifest
 from qk_sniffer.store.locks import holder, is_held
 from qk_sniffer.store.open_folder import anchored
 from qk_sniffer.store.places import refuse_inside, refuse_unlisted
-from qk_sniffer.store.privacy import privacy, remember_privacy
+from qk_sniffer.store.privacy import allow_public, privacy, remember_privacy
 from qk_sniffer.store.record import read_record
 from qk_sniffer.store.work_folder import clear_obstacles
 from qk_sniffer.text import say
@@ -76,6 +76,7 @@ def finalize(
         # Where a dataset is published is decided by the caller alone: it may be of someone else.
         manifest = manifests.read(layout.root)
         check_files(layout, manifest)
+        _set_privacy(layout, private)
         config = replace(from_dict(manifest["config"]), output=OutputConfig())
         config = _published(config, layout, hf_repo_id, hf_branch, private)
         with anchored(layout.root) as access:
@@ -83,6 +84,7 @@ def finalize(
             report_and_publish(config, layout, note, Folder(layout.root), access, replaces=hf_branch is not None)
         return 0
     refuse_unlisted(layout)
+    _set_privacy(layout, private)
     if "source" in record and uncaptured(layout, record):
         end_capture(layout, record)
     if missing := missing_shards(layout, record):
@@ -101,10 +103,15 @@ def finalize(
     _check_checkpoint(config, layout, record)
     needs_texts = _proves(config) or _compares_texts(record)
     corpus = open_corpus(config.dataset, record["commits"]["dataset"]) if needs_texts else None
-    with anchored(layout.root) as access:
-        remember_privacy(layout, config.output.private, access)
     done = finish(config, layout, record["job_id"], corpus, None, Stages(), replaces=hf_branch is not None)
     return 1 if done is None and read_record(layout) is not None else 0
+
+
+def _set_privacy(layout: Layout, private: bool | None) -> None:
+    """Makes the dataset stay private from now on, or no longer; None leaves that as it is."""
+    if private is not None:
+        with anchored(layout.root) as access:
+            (remember_privacy if private else allow_public)(layout, access)
 
 
 def _proves(config: Config) -> bool:
@@ -175,7 +182,8 @@ def _published(
     config: Config, layout: Layout, hf_repo_id: str | None, hf_branch: str | None, private: bool | None
 ) -> ResolvedConfig:
     """`config` with the given place on the Hub, if there is one. It is private as the caller says, or else the job."""
-    output = replace(config.output, private=privacy(layout, config.output.private if private is None else private))
+    asked = config.output.private if private is None else private
+    output = replace(config.output, private=privacy(layout, asked=asked))
     if hf_repo_id is not None:
         # A start may have asked to replace what is on its own branch, and not on this one.
         output = replace(output, hf_repo_id=hf_repo_id, hf_branch=hf_branch, overwrite=False)
@@ -184,7 +192,7 @@ def _published(
         raise ConfigError(problems)
     if hf_repo_id is None:
         return with_output(config, output)
-    require_access(hf_repo_id, private=bool(output.private))
+    require_access(hf_repo_id, private=output.private)
     return with_output(config, output)
 
 

@@ -37,7 +37,7 @@ from qk_sniffer.store.layout import CARD, Layout
 from qk_sniffer.store.locks import InUseError
 from qk_sniffer.store.manifest import FileEntry
 from qk_sniffer.store.open_folder import PLAIN, Access, Checked
-from qk_sniffer.store.privacy import changes_privacy, is_private, privacy, remember_privacy
+from qk_sniffer.store.privacy import is_private, privacy, remember_privacy
 from qk_sniffer.store.promote import promote
 from qk_sniffer.store.record import read_unpublished, remove_unpublished, write_unpublished
 from qk_sniffer.store.same_dataset import check_same, replaced, same_dataset
@@ -124,7 +124,7 @@ def make_dataset(
         # Another shard's start may be later than this process's.
         if config.output.private or is_private(layout, job.claim):
             config = with_output(config, replace(config.output, private=True))
-            remember_privacy(layout, True, job.claim)  # before the record, which says so too, is removed
+            remember_privacy(layout, job.claim)  # before the record, which says so too, is removed
         with stages("compact"):
             staged = stage(layout, job, config.located, None if components is None else components.tokenizer)
         if corpus is not None:
@@ -187,10 +187,10 @@ def report_and_publish(
         raise CaptureError(f"the proof of {layout.root} failed, and the dataset was not published. {why(proof)}")
     unchanged = Checked(access, partial(check_same, layout, manifest))
     draw_pictures(layout, unchanged, manifest)
-    output = replace(config.output, private=privacy(layout, config.output.private))
-    if changes_privacy(layout, output.private):
+    output = replace(config.output, private=privacy(layout, asked=config.output.private))
+    if output.private and not is_private(layout):
         with same_dataset(layout, manifest, access):
-            remember_privacy(layout, output.private, access)
+            remember_privacy(layout, access)
     if not (output.hf_repo_id and output.hf_branch):
         return Outcome(manifest["rows"], manifest=digest)
     guard = hub_resume.guard if output.resume_from_hub else hub_resume.refuse_other
@@ -201,7 +201,7 @@ def report_and_publish(
         output.hf_repo_id,
         output.hf_branch,
         branch_card(layout.root, manifest, output.hf_repo_id, output.hf_branch),
-        private=bool(output.private),
+        private=output.private,
         check=unchanged.check,
         guard=None if output.overwrite or replaces else partial(guard, layout, manifest),
     )

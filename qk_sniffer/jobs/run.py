@@ -64,10 +64,10 @@ def run_job(config: Config, begin: Callable[[], None] = lambda: None) -> Outcome
         return Outcome()
     check(config)
     job = resolve(config)
-    job = with_output(job, replace(job.output, private=privacy(Layout(job.data_root), job.output.private)))
+    job = with_output(job, replace(job.output, private=privacy(Layout(job.data_root), asked=job.output.private)))
     if job.output.hf_repo_id:
         require_uploads_from(job.data_root)
-        require_access(job.output.hf_repo_id, private=bool(job.output.private))  # now, not after hours of capture
+        require_access(job.output.hf_repo_id, private=job.output.private)  # now, not after hours of capture
     if not all(name and Path(name).is_dir() for name in _loaded_from(job)):
         check_cache()
     existed = job.data_root.exists()

@@ -244,7 +244,8 @@ def register_job(layout: Layout, start: Start, record: Mapping[str, Any], *, own
         if start.base is not None:
             _warn_of_other_versions(start.job, Job.from_record(start.base.manifest))
         job_id = new_job_id(record)
-        remember_privacy(layout, record["config"]["output"]["private"], own_lock)
+        if record["config"]["output"]["private"]:
+            remember_privacy(layout, own_lock)
         write_record(layout, {**record, "job_id": job_id}, access=own_lock)
         return job_id
 
@@ -262,7 +263,8 @@ def change_output(config: ResolvedConfig, layout: Layout, own_lock: Lock) -> Non
 
 
 def _store_output(layout: Layout, record: dict[str, Any], output: Mapping[str, Any], access: Access) -> None:
-    remember_privacy(layout, output["private"], access)
+    if output["private"]:
+        remember_privacy(layout, access)
     if record["config"]["output"] != output:
         write_record(layout, {**record, "config": {**record["config"], "output": output}}, access=access)
 

@@ -1,4 +1,4 @@
-"""Remembers that a dataset is to stay private: from the start that asks for it to one that gives `private=false`.
+"""Remembers that a dataset is to stay private, from the start that asks for it until `finalize private=false`.
 
 A start may ask for it without naming a repository, and a dataset is published more than once. A mark in the data root
 says so. Its existence counts, not its content: it only restricts what is published, whoever has written it.
@@ -13,35 +13,36 @@ from qk_sniffer.store.open_folder import PLAIN, Access
 log = logger(__name__)
 
 
-def privacy(layout: Layout, asked: bool | None) -> bool | None:
-    """Returns what a start asks for with its setting `private`: None leaves it as an earlier start has asked."""
-    if asked is None and is_private(layout):
-        log.info("%s stays private, as an earlier start has asked (private=false allows a public one)", layout.root)
+def privacy(layout: Layout, *, asked: bool) -> bool:
+    """Whether a start publishes to private repositories alone: as it has `asked`, or an earlier one."""
+    if not asked and is_private(layout):
+        log.info("%s stays private, as an earlier start has asked", layout.root)
         return True
     return asked
 
 
 def is_private(layout: Layout, access: Access = PLAIN) -> bool:
-    """Whether the dataset in a data root, or the one of its job, is to stay private."""
+    """Whether an earlier start has asked that the dataset in a data root, or the one of its job, stays private."""
     return type_of(layout.private, access) is not None
 
 
-def changes_privacy(layout: Layout, private: bool | None) -> bool:
-    """Whether `remember_privacy` would change anything."""
-    return private is not None and private != is_private(layout)
-
-
-def remember_privacy(layout: Layout, private: bool | None, access: Access = PLAIN) -> None:
-    """Marks the dataset as private, or no longer; None changes nothing. `access` is the way to the data root.
+def remember_privacy(layout: Layout, access: Access = PLAIN) -> None:
+    """Marks the dataset as private. `access` is the way to the data root.
 
     Raises:
         StoreError: the data root cannot be written.
     """
-    if private is None or private == is_private(layout, access):
-        return
-    if private:
+    if not is_private(layout, access):
         write_atomic(layout.private, stored.encode({"private": True}), access=access)
-        return
-    access.check()
-    with explained(layout.private, "remove"), access.open(layout.root) as root:
-        root.unlink(layout.private.name)
+
+
+def allow_public(layout: Layout, access: Access = PLAIN) -> None:
+    """Removes the mark of `remember_privacy`.
+
+    Raises:
+        StoreError: the data root cannot be written.
+    """
+    if is_private(layout, access):
+        access.check()
+        with explained(layout.private, "remove"), access.open(layout.root) as root:
+            root.unlink(layout.private.name)

@@ -129,9 +129,7 @@ def test_a_dataset_stays_private_until_a_start_allows_a_public_one(
         lambda: finalize(root, hf_repo_id="alice/public"),
         lambda: run(checkpoint, texts, root, **SECTIONS, output={"hf_repo_id": "alice/public"}),
     ):
-        with pytest.raises(
-            HubError, match=r"exists and is public.*output\.private=false \(of finalize: private=false\)"
-        ):
+        with pytest.raises(HubError, match=r"exists and is public.*run qk_sniffer\.finalize with private=false"):
             publishes()
     assert finalize(root, hf_repo_id="alice/public", private=False) == 0
     assert finalize(root, hf_repo_id="alice/d") == 0
@@ -150,23 +148,23 @@ def test_an_unfinished_job_stays_private(
     assert hub.repositories[REPO].private
 
 
-@pytest.mark.parametrize("publishes", [True, False], ids=["finalize", "start"])
-def test_a_start_makes_a_finished_dataset_private_or_public(
-    publishes: bool, unpublished: Path, hub: FakeHub, logged_in: str, checkpoint: Path, tmp_path: Path
+@pytest.mark.parametrize("finalizes", [True, False], ids=["finalize", "start"])
+def test_a_start_makes_a_finished_dataset_private_and_finalize_makes_it_public(
+    finalizes: bool, unpublished: Path, hub: FakeHub, logged_in: str, checkpoint: Path, tmp_path: Path
 ) -> None:
     root = Path(shutil.copytree(unpublished / "out", tmp_path / "out"))
 
-    def start(private: bool | None, repository: str | None = None) -> None:
-        if publishes:
-            finalize(root, hf_repo_id=repository, private=private)
+    def start(*, private: bool, repository: str | None = None) -> None:
+        if finalizes:
+            finalize(root, hf_repo_id=repository, private=private or None)
         else:
             output: Any = {"private": private, "hf_repo_id": repository}
             run(checkpoint, unpublished / "texts.jsonl", root, **SECTIONS, output=output)
 
-    start(True)
-    start(None, "alice/a")
-    start(False)
-    start(None, "alice/b")
+    start(private=True)
+    start(private=False, repository="alice/a")
+    assert finalize(root, private=False) == 0
+    start(private=False, repository="alice/b")
     assert {name: repository.private for name, repository in hub.repositories.items()} == {
         "alice/a": True,
         "alice/b": False,

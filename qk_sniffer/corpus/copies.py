@@ -1,7 +1,9 @@
 """Keeps the copies that `datasets` makes of local files apart by the content of the files, and checks their folder."""
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, cast
 
 from qk_sniffer.corpus.data_files import (
@@ -10,8 +12,10 @@ from qk_sniffer.corpus.data_files import (
     compression,
     open_bytes,
 )
-from qk_sniffer.errors import SourceError
+from qk_sniffer.errors import SourceError, StoreError
 from qk_sniffer.hub.lfs import HEAD_BYTES
+from qk_sniffer.store.disk import walk
+from qk_sniffer.store.files import inside
 from qk_sniffer.text import is_utf8_path, utf8_way_out
 
 
@@ -89,3 +93,50 @@ def check_cache(where: str) -> None:
             f"{utf8_way_out(library.HF_DATASETS_CACHE)}; or set HF_HOME or HF_DATASETS_CACHE to another folder, or "
             "dataset.streaming=true"
         )
+
+
+@contextmanager
+def own_downloads() -> Iterator[None]:
+    """Checks the files of the Hub that `datasets` gets in the block, before it reads them and after the block.
+
+    They may be in the cache already, which may come from someone else, with links to any file.
+
+    Raises:
+        StoreError: a link leads out of the repository's folder in the cache.
+    """
+    from huggingface_hub import HfApi
+
+    library: Any = HfApi
+    download, got = library.hf_hub_download, []
+
+    def checked(api: Any, repo_id: str, filename: str, *arguments: Any, **options: Any) -> Any:
+        path = download(api, repo_id, filename, *arguments, **options)
+        got.append((Path(str(path).removesuffix(filename)), filename))
+        inside(*got[-1])
+        return path
+
+    library.hf_hub_download = checked
+    try:
+        yield
+    finally:
+        library.hf_hub_download = download
+    for snapshot, name in got:
+        inside(snapshot, name)
+
+
+def check_copy(where: str, folder: Path) -> None:
+    """Checks a copy that `datasets` has made, maybe earlier: the cache may come from someone else.
+
+    `where` is the name of the source in errors.
+
+    Raises:
+        SourceError: a link leads out of the cache, to a copy of other texts for example.
+    """
+    from datasets import config as library
+
+    try:
+        for path, _, names in walk(folder.absolute()):
+            for name in names:
+                inside(Path(library.HF_DATASETS_CACHE), str(path / name))
+    except StoreError as error:
+        raise SourceError(f"{where}: {error}, or delete the folder {folder}") from error

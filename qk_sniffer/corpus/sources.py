@@ -21,7 +21,15 @@ from qk_sniffer.config import DatasetConfig
 from qk_sniffer.corpus import hub_copies
 from qk_sniffer.corpus.archives import nothing_unpacked, refuse_archives
 from qk_sniffer.corpus.card_options import format_of, plain_options
-from qk_sniffer.corpus.copies import check_cache, check_compressed, check_unchanged, digest_of, refuse_parquet
+from qk_sniffer.corpus.copies import (
+    check_cache,
+    check_compressed,
+    check_copy,
+    check_unchanged,
+    digest_of,
+    own_downloads,
+    refuse_parquet,
+)
 from qk_sniffer.corpus.data_files import COMPRESSED, ChangedError, DataFile, first_lines, reason
 from qk_sniffer.corpus.dataset_cards import names_its_files, own_descriptions, yaml_limited
 from qk_sniffer.corpus.home import check_format, check_home, data_file, own_patterns, texts_of
@@ -233,6 +241,7 @@ def _cached(config: DatasetConfig, path: str, commit: str | None, unreachable: H
         "can be reached to read the files themselves",
         where,
     )
+    check_copy(where, copy)
     variant, version = copy.parts[-3:-1]
     name = path.rpartition("/")[2]
     builder = Cache(dataset_name=name, repo_id=path, config_name=variant, version=version, hash=commit)
@@ -313,9 +322,10 @@ def _of_library(where: str, builder: Any, config: DatasetConfig, folder: Path | 
                 return LibraryRows(where, builder.as_streaming_dataset(split=config.split))
         check_cache(where)
         copy = f"{builder.cache_dir}-{digest_of(local)}" if local else None
-        with nothing_unpacked(where):
+        with nothing_unpacked(where), own_downloads():
             builder.download_and_prepare(copy)
         check_unchanged(local)
+        check_copy(where, Path(copy or builder.cache_dir))
         return LibraryRows(where, builder.as_dataset(split=config.split))
     except StopIteration as error:
         raise no_rows(where) from error

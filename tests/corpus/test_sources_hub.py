@@ -19,9 +19,10 @@ from support.fake_hub import FakeHub
 
 from qk_sniffer.config import DatasetConfig
 from qk_sniffer.corpus import sources
+from qk_sniffer.corpus.copies import own_downloads
 from qk_sniffer.corpus.examples import open_corpus
 from qk_sniffer.corpus.hub_copies import Listing, remember
-from qk_sniffer.errors import SourceError
+from qk_sniffer.errors import SourceError, StoreError
 
 pytestmark = pytest.mark.floor
 
@@ -174,6 +175,46 @@ def test_a_description_in_the_cache_of_someone_else_is_its_own(
     assert f"{snapshot / name} leads out of the dataset" in message("org/name")
 
 
+@pytest.mark.parametrize("which", ["a file", "the folder"])
+def test_a_copy_in_the_cache_of_someone_else_is_no_link_to_another_one(tmp_path: Path, which: str) -> None:
+    import datasets
+
+    cached_copy(tmp_path, "1" * 40, ROWS)
+    cache = Path(datasets.config.HF_DATASETS_CACHE)
+    (arrow,) = cache.glob("org___name/*/*/*/*.arrow")
+    place = arrow if which == "a file" else arrow.parent
+    place.rename(tmp_path / "private")
+    place.symlink_to(tmp_path / "private")
+    assert f"leads out of the dataset, to {tmp_path / 'private'}" in message("org/name")
+    place.unlink()
+    (tmp_path / "private").rename(place)
+    assert texts(open_corpus(DatasetConfig(path="org/name")).examples()) == TEXTS
+
+
+@pytest.mark.parametrize("when", ["before it is read", "while it is read"])
+def test_a_file_that_the_library_gets_from_the_cache_of_someone_else_is_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    from huggingface_hub import HfApi
+
+    snapshot, read = tmp_path / "datasets--org--name" / "snapshots" / ("1" * 40), []
+    own = write(snapshot / "data" / "a.csv", "its own")
+    secret = write(tmp_path / "secret", "secret")
+    monkeypatch.setattr(HfApi, "hf_hub_download", lambda *_, **__: str(own))
+
+    def plant() -> None:
+        own.unlink()
+        own.symlink_to(secret)
+
+    if when == "before it is read":
+        plant()
+    with pytest.raises(StoreError, match=rf"{own} leads out of the dataset, to {secret}"), own_downloads():
+        read.append(HfApi().hf_hub_download("org/name", repo_type="dataset", filename="data/a.csv"))
+        plant()
+    assert read == ([] if when == "before it is read" else [str(own)])
+    assert HfApi.hf_hub_download("org/name") == str(own), "only within the block"
+
+
 ROWS_OF = """
 def rows(corpus):
     return [(example.source_id, example.content) for example in corpus.examples()]
@@ -248,6 +289,20 @@ for name in ('zip', 'tar', 'webdataset', 'named', 'options'):
     assert len(found) == 9 and all("which is not read as texts. Unpack it" in text for text in found), found
     assert not planted.exists()
     assert not list((tmp_path / "hf").rglob("extracted/*"))
+
+
+@pytest.mark.slow
+def test_a_link_to_a_secret_in_the_place_of_a_file_that_only_the_library_reads(tmp_path: Path) -> None:
+    secret, home = write(tmp_path / "secret", "id,text\n1,s3cret\n"), tmp_path / "hf"
+    options = b"---\nconfigs:\n- config_name: default\n  data_files: a.csv\n  on_bad_lines: skip\n---\n"
+    with FakeHub() as hub:
+        commit = hub.commit("org/name", {"a.csv": b"id,text\n1,public\n", "README.md": options})
+        planted = home / "hub" / "datasets--org--name" / "snapshots" / commit / "a.csv"
+        planted.parent.mkdir(parents=True)
+        planted.symlink_to(secret)
+        assert "leads out of" in client("print(error(dataset, 'org/name'))", hub.url, home).stdout
+        planted.unlink()
+        assert "public" in client(f"{ROWS_OF}\nprint(rows(dataset('org/name')))", hub.url, home).stdout
 
 
 @pytest.mark.slow

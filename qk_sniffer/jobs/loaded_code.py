@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from qk_sniffer.errors import SourceError, StoreError
+from qk_sniffer.jobs.software import KERNEL
 from qk_sniffer.store.disk import sha256_of
 
 _PINNED = ("builtins", "qk_sniffer", "torch", "transformers")
@@ -85,21 +86,60 @@ def differences_of_loaded(record: Mapping[str, Any], stored: Mapping[str, Any]) 
         now, there = record[what].get(key), stored[what].get(key)
         if key in stored[what] and now != there:  # earlier versions do not store all of them
             lines.append(f"{key} of the {what}: {there!r} there, {now!r} now")
-    return lines
+    # Of other packages, some starts do not name the version.
+    kernels = {name for each in (record, stored) for name in each["versions"] if name.startswith(KERNEL)}
+    for name in sorted(kernels):
+        now, there = (each["versions"].get(name) for each in (record, stored))
+        if now != there:
+            lines.append(f"{name}: {there or 'not loaded'} there, {now or 'not loaded'} now")
+    return lines + _differences_of_weights(record, stored)
+
+
+def _differences_of_weights(record: Mapping[str, Any], earlier: Mapping[str, Any]) -> list[str]:
+    """Lists in what the weights that the model computes with differ, of the same checkpoint and settings.
+
+    The device, and the packages that are installed, decide whether transformers dequantizes a checkpoint.
+    """
+    now, there = (_weights(each["model"]) for each in (record, earlier))
+    return [f"{what}: {there[what]} there, {now[what]} now" for what in now if now[what] != there.get(what, now[what])]
+
+
+def _weights(model: Mapping[str, Any]) -> dict[str, Any]:
+    quantization = model.get("quantization")
+    found = {} if "dtype" not in model else {"dtype of the model": model["dtype"]}
+    if quantization is not None and "dequantized" in quantization:
+        found["weights of the model"] = "dequantized" if quantization["dequantized"] else "quantized"
+    return found
 
 
 def check_same_loaded(record: Mapping[str, Any], stored: Mapping[str, Any], root: Path) -> None:
     """Refuses to resume a job with another model or tokenizer of the same settings.
 
     Raises:
-        StoreError: their classes, their code or the attention kernel differ.
+        StoreError: their classes, their code, the attention kernel or the form of the weights differ.
     """
     if lines := differences_of_loaded(record, stored):
         raise StoreError(
             f"{root} holds an unfinished job, and what was loaded for it differs:",
             *(f"  - {line}" for line in lines),
-            "Restore the code and the packages that the job started with, give this job another folder "
-            "(output.data_root=...), or replace the old work with output.overwrite=true.",
+            "Restore the code and the packages that the job started with, or run it on the device that it started "
+            "on; give this job another folder (output.data_root=...); or replace the old work with "
+            "output.overwrite=true.",
+        )
+
+
+def check_same_weights(record: Mapping[str, Any], earlier: Mapping[str, Any], what: str) -> None:
+    """Refuses to add to a dataset of the same checkpoint whose weights had another form: quantized or not.
+
+    Raises:
+        StoreError: they had.
+    """
+    if lines := _differences_of_weights(record, earlier):
+        raise StoreError(
+            f"{what} of a model in another form:",
+            *(f"  - {line}" for line in lines),
+            "Run this job on a device, and with packages, that give the model this form, give it another folder "
+            "(output.data_root=...), or replace the dataset with output.overwrite=true.",
         )
 
 

@@ -13,6 +13,9 @@ from qk_sniffer.resolved import ResolvedConfig
 
 ALWAYS = ("torch", "transformers", "tokenizers")
 
+KERNEL = "kernel "
+"""The start of the name of a kernel of the Hub among the versions."""
+
 _KERNEL = re.compile(r"/(?:models|kernels)--(?P<repo>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})/build/")
 """The path of a module that the package kernels has loaded from the cache of the Hub."""
 
@@ -44,5 +47,5 @@ def versions_of_loaded(packages: Iterable[str]) -> dict[str, str]:
     kernels = {}
     for module in [*sys.modules.values()]:
         if match := _KERNEL.search(str(getattr(module, "__file__", ""))):
-            kernels[f"kernel {match['repo'].replace('--', '/')}"] = match["commit"]
+            kernels[f"{KERNEL}{match['repo'].replace('--', '/')}"] = match["commit"]
     return installed([*packages, *(["kernels"] if kernels else [])]) | kernels

@@ -14,7 +14,12 @@ from qk_sniffer.errors import HubError, SourceError, StoreError
 from qk_sniffer.hub.branch import Branch
 from qk_sniffer.jobs.hub_resume import branch_ahead
 from qk_sniffer.jobs.identity import Job, refuse_from_python, resolve_commits
-from qk_sniffer.jobs.loaded_code import check_same_code, check_same_loaded, differences_of_loaded
+from qk_sniffer.jobs.loaded_code import (
+    check_same_code,
+    check_same_loaded,
+    check_same_weights,
+    differences_of_loaded,
+)
 from qk_sniffer.jobs.shards import journals_of
 from qk_sniffer.jobs.source_rows import START_PATIENCE_S, changes_limit, limit_problem, source_rows
 from qk_sniffer.jobs.tokenizers import tokenizer_once
@@ -240,7 +245,9 @@ def register_job(layout: Layout, start: Start, record: Mapping[str, Any], *, own
                 raise _overtaken(layout.root)
             if start.base is not None:
                 _check_same_heads(record, start.base.manifest, f"{start.base.files} is a finished dataset")
-                check_same_code(record, start.base.manifest, f"{start.base.files} is a finished dataset")
+                what = f"{start.base.files} is a finished dataset"
+                check_same_code(record, start.base.manifest, what)
+                check_same_weights(record, start.base.manifest, what)
         if start.base is not None:
             _warn_of_other_versions(start.job, Job.from_record(start.base.manifest))
         job_id = new_job_id(record)

@@ -17,6 +17,7 @@ from qk_sniffer.backbone.quantization import StoredWeights
 from qk_sniffer.config import from_dict
 from qk_sniffer.errors import StoreError
 from qk_sniffer.jobs.identity import Job
+from qk_sniffer.jobs.loaded_code import differences_of_loaded
 from qk_sniffer.jobs.software import versions_of, versions_of_loaded
 from qk_sniffer.resolved import resolve
 from qk_sniffer.store import manifest as manifests
@@ -83,6 +84,42 @@ def test_a_job_is_not_resumed_with_another_quantizer(
         with pytest.raises(StoreError, match=r"version of safetensors: '\S+' there, '0\.0\.1' now"):
             run(folder, texts, root, **SECTIONS)
     assert "safetensors" in manifests.read(run(folder, texts, root, **SECTIONS))["versions"]
+
+
+def test_a_job_is_not_continued_where_its_weights_have_another_form(
+    texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a device for which transformers dequantizes a checkpoint, after one that computes with its numbers."""
+    folder, root = tmp_path / "tiny", tmp_path / "out"
+    quantized.save_fp8(folder)
+    save_tokenizer(folder)
+    sections = SECTIONS | {"dataset": {"max_samples": 4}}
+    stopped_after(1, folder, texts, root, **sections)
+    real = StoredWeights.describe_quantization
+
+    def other_form(self: StoredWeights, decoder: Any) -> dict[str, Any]:
+        found = real(self, decoder)
+        assert found is not None
+        return found | {"dequantized": not found["dequantized"]}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StoredWeights, "describe_quantization", other_form)
+        with pytest.raises(StoreError, match=r"weights of the model: dequantized there, quantized now"):
+            run(folder, texts, root, **sections)
+    run(folder, texts, root, **sections)
+    monkeypatch.setattr(StoredWeights, "describe_quantization", other_form)
+    with pytest.raises(StoreError, match=r"a finished dataset of a model in another form:\n.* quantized now"):
+        run(folder, texts, root, **SECTIONS)
+
+
+def test_a_job_is_not_resumed_without_a_kernel_of_the_hub() -> None:
+    model = {"dtype": "bfloat16", "quantization": None}
+    one, other = (
+        {"model": model, "tokenizer": {}, "versions": {"torch": "2"} | more} for more in ({"kernel a/b": "4a"}, {})
+    )
+    assert differences_of_loaded(other, one) == ["kernel a/b: 4a there, not loaded now"]
+    assert differences_of_loaded(one, other) == ["kernel a/b: not loaded there, 4a now"]
+    assert differences_of_loaded(one, one) == []
 
 
 def test_a_job_of_an_earlier_version_that_named_fewer_packages_is_resumed() -> None:

@@ -17,8 +17,8 @@ from qk_sniffer.dataset.head_vectors import HeadVectors
 from qk_sniffer.dataset.heads import captured_heads
 from qk_sniffer.errors import StoreError
 from qk_sniffer.store import manifest as manifests
-from qk_sniffer.store.files import Files
-from qk_sniffer.store.layout import OFFSET_COLUMNS, HeadKey, head_file, schema
+from qk_sniffer.store.files import Files, inside, state_of
+from qk_sniffer.store.layout import MANIFEST, OFFSET_COLUMNS, HeadKey, head_file, schema
 from qk_sniffer.store.parquet_tables import read_matrix, read_numbers, read_table
 from qk_sniffer.store.row_filter import RowFilter, RowValues
 from qk_sniffer.store.rows import NO_CHARACTER
@@ -44,6 +44,7 @@ class HeadReader:
         self._files = DatasetFiles(files, self.manifest["files"])
         self._captured = {head.file: head for head in captured_heads(self.manifest)}
         self._config = from_dict(self.manifest["config"])
+        self._manifest_state: tuple[int, ...] | None = None
 
     def vectors(
         self, layer: int, head: int, kind: str, *, intact: bool = False, **rows: Unpack[RowValues]
@@ -110,7 +111,7 @@ class HeadReader:
         Raises:
             StoreError: the head, a column or a segment was not captured, a value in `rows` is of another type, or the
                 file is missing or damaged, has other columns or rows than the manifest says, or its rows do not fit in
-                memory.
+                memory; or another dataset has replaced this one.
             HubError: the file cannot be fetched.
         """
         only = self._filter(rows)
@@ -119,7 +120,9 @@ class HeadReader:
             has = ", ".join(expected.names)
             raise StoreError(f"{path} has no column {', '.join(sorted(unknown))}; it has {has}")
         listed = self.manifest["files"][head_file(layer, head, kind)].get("rows")
-        return read_table(path, expected, way_out=WAY_OUT, rows=listed, columns=columns, only=only)
+        table = read_table(path, expected, way_out=WAY_OUT, rows=listed, columns=columns, only=only)
+        self._check_not_replaced()
+        return table
 
     def to_pandas(
         self, layer: int, head: int, kind: str, columns: Sequence[str] | None = None, **rows: Unpack[RowValues]
@@ -140,6 +143,26 @@ class HeadReader:
             QkSnifferError: polars is not installed, or a reason of `table`.
         """
         return polars_frame(self.table(layer, head, kind, columns, **rows))
+
+    def _check_not_replaced(self) -> None:
+        """Checks, after a read, that the folder still has this dataset: a file of another one may have the same size.
+
+        A job removes the old manifest before it replaces a file.
+
+        Raises:
+            StoreError: it has another one, or none.
+        """
+        if self.folder is None:  # of one commit
+            return
+        state = state_of(path) if (path := inside(self.folder, MANIFEST)).is_file() else None
+        if state is not None and state == self._manifest_state:
+            return
+        if manifests.read(self.folder) != self.manifest:
+            raise StoreError(
+                f"another dataset has replaced the one in {self.folder} since it was opened: open it again, and read "
+                "again what belongs together"
+            )
+        self._manifest_state = state
 
     def _check_segments(self) -> None:
         if not self._config.capture.capture_segments:

@@ -66,6 +66,25 @@ def test_no_file_is_read_that_was_not_compared(
     read(dataset)
 
 
+def test_a_dataset_that_has_been_replaced_is_not_read_further(
+    swap: Callable[[], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = qk_sniffer.open_dataset(tmp_path / "here")
+    monkeypatch.setattr("qk_sniffer.dataset.dataset_files.difference", lambda *_: None)
+    queries = dataset.vectors(0, 0, "q").vectors
+    swap()
+    with pytest.raises(StoreError, match=r"another dataset has replaced the one in .*here since it was opened"):
+        dataset.vectors(0, 0, "k")
+    assert (qk_sniffer.open_dataset(tmp_path / "here").vectors(0, 0, "q").vectors != queries).any()
+    swap()
+    manifest = tmp_path / "here" / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes())  # as a copy of the same dataset does
+    assert (dataset.vectors(0, 0, "q").vectors == queries).all()
+    manifest.unlink()  # as a job does first
+    with pytest.raises(StoreError, match=r"manifest\.json"):
+        dataset.vectors(0, 0, "k")
+
+
 def test_a_part_of_a_file_is_not_read_from_another_dataset(
     swap: Callable[[], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -150,6 +150,8 @@ class UserBackbone(Backbone):
             yield "training mode"
         if now.autocast != first.autocast:
             yield "dtype of torch.autocast"
+        if now.precision != first.precision:
+            yield "precision of torch.set_float32_matmul_precision"
 
     def _changed(self) -> list[str]:
         now = self._changeable()

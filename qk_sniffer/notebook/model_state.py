@@ -59,6 +59,8 @@ class ModelState:
     """Whether each module is in training mode, in which it may drop numbers."""
     autocast: "torch.dtype | None"
     """The dtype that `torch.autocast` computes in; None outside of it."""
+    precision: str
+    """That of products of float32 matrices, as `torch.set_float32_matmul_precision` sets it."""
     weights: list[_Tensor]
     buffers: list[_Tensor]
     """The floating-point buffers that a checkpoint may have, such as the bias of a router, and scalar ones."""
@@ -127,6 +129,7 @@ def state_of(decoder: nn.Module, encoders: Sequence[nn.Module] = ()) -> ModelSta
         modules=[*map(id, modules)],
         training=[is_training(module) for module in modules],
         autocast=_autocast(decoder),
+        precision=torch.get_float32_matmul_precision(),
         weights=[*map(_seen, weights)],
         buffers=[*map(_seen, others)],
         numbers=numbers,

@@ -307,6 +307,21 @@ def test_a_pass_in_another_dtype_of_autocast_is_refused() -> None:
     assert len(captured.examples) == 2
 
 
+def test_a_pass_in_another_precision_of_products_is_refused() -> None:
+    model, before = LLAMA.model(), torch.get_float32_matmul_precision()
+    try:
+        with torch.no_grad(), qk_sniffer.capture(model, layers=[1]) as captured:
+            model(input_ids=IDS)
+            torch.set_float32_matmul_precision("medium")
+            with pytest.raises(
+                CaptureError, match=r"the precision of torch\.set_float32_matmul_precision of .* changed"
+            ):
+                model(input_ids=IDS)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert len(captured.examples) == 1
+
+
 def test_hooks_that_stay_and_those_of_libraries_change_nothing() -> None:
     model = LLAMA.model()
 

@@ -8,6 +8,7 @@ tensors and numbers are seen, and its code cannot change.
 
 import functools
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -28,9 +29,11 @@ NO_ADAPTER = "__base__"
 _LIBRARIES = frozenset({"accelerate", "peft", "qk_sniffer", "torch", "transformers"})
 """The packages whose hooks come and go between passes by themselves, as for the outputs that a call asks for."""
 
-_SCALARS = frozenset({bool, int, str, type(None)})
+_PLAIN = frozenset({bool, int, str, type(None), FunctionType, BuiltinFunctionType, MethodType})
 
-_FUNCTIONS = frozenset({FunctionType, BuiltinFunctionType, MethodType})
+_LISTS = frozenset({list, tuple, set})
+
+_METHODS = frozenset({FunctionType, MethodType})
 
 _NUMBERS = frozenset({bool, int, float})
 
@@ -70,11 +73,13 @@ class ModelState:
     """The frequencies of each rotary embedding, and their scaling."""
     adapters: list["AdapterLayer"]
     functions: list[tuple[int, ...]]
-    """The user's hooks, and the user's functions in the place of a module's forward or of the attention kernel: the
-    number of the module in the decoder, -1 for those of all modules, and the identity of the function."""
+    """The user's hooks, and the user's functions in the place of a module's methods, of the functions in the file of a
+    model or of the attention kernel: the number of the module in the decoder, -1 for those of all modules, and the
+    identity of the function."""
     settings: Settings = field(compare=False, repr=False)
-    """What modules compute with besides floats, such as the number of experts of a token or an activation function, and
-    the numbers of the config. Passes change some themselves, such as counters: see `other_settings`."""
+    """What modules but rotary embeddings compute with besides floats, such as the number of experts of a token or an
+    activation function, and the numbers of the config. Passes change some themselves, such as counters: see
+    `other_settings`."""
     _alive: list[object] = field(compare=False, repr=False)
     """Keeps the modules, tensors and functions: an identity may be given again to a new object."""
 
@@ -112,17 +117,25 @@ def state_of(decoder: nn.Module, encoders: Sequence[nn.Module] = ()) -> ModelSta
         own = vars(module)
         if own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own:
             functions += ((number, each) for each in _functions(module))
-        if "Rotary" in type(module).__name__:
+        is_rotary = "Rotary" in type(module).__name__
+        for name, value in attributes_of(module).items():
+            kind = type(value)
+            if kind is float and not is_rotary:
+                numbers.append((name, value))
+            elif kind in _PLAIN and _is_setting(name):
+                if not is_rotary:
+                    settings[number, name] = value
+                if kind in _METHODS and hasattr(type(module), name) and not _is_of_library(value):
+                    functions.append((number, value))
+            elif kind in _LISTS and _is_setting(name) and all(type(each) in _PLAIN for each in value):
+                settings[number, name] = kind(value)
+        if is_rotary:
             found = {name: value for name, value in module._buffers.items() if value is not None and "inv_freq" in name}
             buffers += found.values()
             scaling = [value for name, value in own.items() if name.endswith("attention_scaling")]
             rotary.append((*((name, _seen(value)) for name, value in found.items()), *scaling))
         else:
-            # Only floats: passes change integers and switches themselves, such as counters.
-            attributes = attributes_of(module)
-            numbers += ((name, value) for name, value in attributes.items() if type(value) is float)
             others += _fixed_buffers(module)
-            settings.update(((number, name), value) for name, value in _settings(attributes))
     return ModelState(
         attention=getattr(decoder.config, "_attn_implementation", None),
         reach=reach_of(decoder),
@@ -146,22 +159,15 @@ def other_settings(now: Settings, before: Settings) -> set[tuple[int, str]]:
     return {key for key, value in now.items() if key in before and before[key] != value}
 
 
-def _settings(attributes: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yields the public attributes that are integers, switches, words, functions, or lists of the former, by name."""
-    for name, value in attributes.items():
-        kind = type(value)
-        if name[0] == "_" or _OF_NO_PASS.match(name):
-            continue
-        if kind in _SCALARS or kind in _FUNCTIONS:
-            yield name, value
-        elif kind in (list, tuple, set) and all(type(each) in _SCALARS for each in value):
-            yield name, kind(value)
+@functools.cache
+def _is_setting(name: str) -> bool:
+    return name[0] != "_" and _OF_NO_PASS.match(name) is None
 
 
 def _numbers_of_config(decoder: nn.Module) -> Iterator[tuple[str, Any]]:
     """Yields the numbers of the config, which some models read in a pass, and the kernel of experts, by name."""
     for name, value in vars(decoder.config).items():
-        if name == "_experts_implementation_internal" or (type(value) in _NUMBERS and not _OF_NO_PASS.match(name)):
+        if name == "_experts_implementation_internal" or (type(value) in _NUMBERS and _is_setting(name)):
             yield name, value
 
 
@@ -223,10 +229,19 @@ def _is_borrowed(forward: Any, module: nn.Module) -> bool:
 
 
 def _functions_of_all(decoder: nn.Module, types: Iterable[type[nn.Module]]) -> Iterator[Function]:
-    """Yields the forward of each type, the hooks of every module, and the attention kernel, unless of a library."""
-    forwards = [each.forward for each in types if not issubclass(each, torch.jit.ScriptModule)]
-    kernel = ALL_ATTENTION_FUNCTIONS.get(getattr(decoder.config, "_attn_implementation", None))
-    for function in (*forwards, *_global_forward_pre_hooks.values(), *_global_forward_hooks.values(), kernel):
+    """Yields the methods of each type, the hooks of every module, and the attention kernel, unless of a library.
+
+    So do the functions that the methods of a model find in its file, such as the one that rotates queries and keys.
+    """
+    types = [each for each in types if not issubclass(each, torch.jit.ScriptModule)]
+    found: list[Function | None] = [each.forward for each in types]  # inherited ones too
+    found += (*_global_forward_pre_hooks.values(), *_global_forward_hooks.values())
+    found.append(ALL_ATTENTION_FUNCTIONS.get(getattr(decoder.config, "_attn_implementation", None)))
+    # And not of a notebook, in which functions come and go.
+    files = {each.__module__: None for each in types if each.__module__.startswith("transformers")}
+    for namespace in (*map(vars, types), *(vars(sys.modules[name]) for name in files if name in sys.modules)):
+        found += [value for value in namespace.values() if type(value) is FunctionType]
+    for function in found:
         if function is not None and not _is_of_library(function):
             yield function
 

@@ -15,6 +15,7 @@ from support.live import BY_NAME, LLAMA, random_ids
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama import modeling_llama
 
 import qk_sniffer
 from qk_sniffer.dataset.verify import verify
@@ -263,8 +264,14 @@ def test_functions_that_hold_for_every_module_are_seen(monkeypatch: pytest.Monke
     def kernel(*args: Any, **kwargs: Any) -> Any:
         return sdpa_attention_forward(*args, **kwargs)
 
+    def rotate(q: torch.Tensor, k: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return q, k
+
     def changes() -> Iterator[Callable[[], object]]:
         yield lambda: monkeypatch.setattr(attention, "forward", wrapped)
+        yield lambda: monkeypatch.setattr(attention, "extra_repr", wrapped)
+        yield lambda: monkeypatch.setattr(decoder(model).layers[0].mlp, "extra_repr", wrapped)
+        yield lambda: monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", rotate)
         yield lambda: monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "sdpa", kernel)
         yield lambda: nn.modules.module.register_module_forward_hook(lambda *_: None)
 

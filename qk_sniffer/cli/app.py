@@ -13,6 +13,7 @@ from pathlib import Path
 
 from hydra._internal.utils import run_and_report
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobStatus
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
@@ -137,10 +138,11 @@ def _run(jobs: Sequence[sweep.PlannedJob], composer: Composer[ResolvedConfig]) -
     """Has Hydra run the jobs, and reads their end from their status files; returns the exit code."""
     code = 0
     launch = Launch(jobs)
+    returned: list[str] = []
     try:
         with launch:
             try:
-                _launch(composer)
+                _launch(composer, returned)
             except QkSnifferError as error:
                 say_text(error, to=sys.stderr)
                 code = error.exit_code
@@ -158,18 +160,23 @@ def _run(jobs: Sequence[sweep.PlannedJob], composer: Composer[ResolvedConfig]) -
         say(f"Logs: {launch.folder}")
     codes = [found[job.number].code if job.number in found else 1 for job in jobs]
     all_done = all(job.number in found and found[job.number].state in job_status.GOOD for job in jobs)
+    if not launch.is_announced:
+        # A job that could not record its state leaves that of an earlier run in its folder.
+        all_done &= all(state in job_status.GOOD for state in returned)
     if launch.is_announced and all_done:
         return 0  # the launcher may have given up on a job that SLURM restarted
     return code or (0 if all_done else min((code for code in codes if code), default=1))
 
 
-def _launch(composer: Composer[ResolvedConfig]) -> None:
+def _launch(composer: Composer[ResolvedConfig], returned: list[str]) -> None:
+    """Has Hydra run the jobs. `returned` gets the states that they return, as far as the launcher tells them."""
     problem: QkSnifferError | None = None
 
     def call() -> None:
         nonlocal problem
         try:
-            run_jobs(composer.config_name, task, list(composer.arguments), is_sweep=composer.is_sweep)
+            done = run_jobs(composer.config_name, task, list(composer.arguments), is_sweep=composer.is_sweep)
+            returned.extend(job.return_value for job in done if job.status is JobStatus.COMPLETED)
         except QkSnifferError as error:
             problem = error
 

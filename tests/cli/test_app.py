@@ -20,6 +20,8 @@ from qk_sniffer.cli import app, preflight
 from qk_sniffer.cli.flags import parse_flags
 from qk_sniffer.cli.programs import PROGRAMS
 from qk_sniffer.config import schema
+from qk_sniffer.jobs import job_status
+from qk_sniffer.store.locks import hold
 
 REPO = Path(qk_sniffer.__file__).parent.parent
 MODEL = ("model=hf", "model.name=org/model")
@@ -168,6 +170,18 @@ def test_a_job_that_ends_well(light: dict[str, str], tmp_path: Path) -> None:
     (status,) = (tmp_path / "outputs" / ".runs").rglob("status.json")
     assert json.loads(status.read_text())["state"] == "done"
     assert (status.parent / "qk_sniffer.log").exists()
+
+
+@pytest.mark.slow
+def test_the_state_of_an_earlier_run_is_not_that_of_a_job_that_could_not_record_its_own(
+    light: dict[str, str], tmp_path: Path
+) -> None:
+    command = (*MODEL, f"hydra.run.dir={tmp_path / 'run'}")
+    assert sniff(light, tmp_path, *command).returncode == 0
+    with hold(tmp_path / "run" / job_status.LOCK, "running this job", of_user=True):
+        done = sniff(light, tmp_path, *command, "output.data_root=other")
+    assert done.returncode == 1 and "run is in use" in done.stderr
+    assert "running with seed" not in done.stdout
 
 
 @pytest.mark.slow

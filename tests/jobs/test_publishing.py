@@ -142,7 +142,7 @@ def test_an_unfinished_job_stays_private(
 ) -> None:
     root = tmp_path / "out"
     stopped_after(captures, checkpoint, texts, root, **SECTIONS, output=LOCAL_PRIVATE)
-    stopped_after(captures, checkpoint, texts, root, **SECTIONS, output=PUBLIC)
+    stopped_after(0, checkpoint, texts, root, **SECTIONS, output=PUBLIC)
     run(checkpoint, texts, root, **SECTIONS)
     assert finalize(root, hf_repo_id=REPO) == 0
     assert hub.repositories[REPO].private

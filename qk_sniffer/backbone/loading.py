@@ -55,7 +55,7 @@ from qk_sniffer.backbone.unloaded import modules_limited, nothing_asked
 from qk_sniffer.backbone.wrapper import is_wrapper, load_decoder, model_class, with_text_config
 from qk_sniffer.config import AUTO, ModelConfig
 from qk_sniffer.errors import QkSnifferError, SourceError
-from qk_sniffer.hub.checkpoint_links import refuse_odd_files
+from qk_sniffer.hub.checkpoint_links import own_files
 from qk_sniffer.hub.config_limits import refuse_large_config, refuse_other_configs, refuse_too_many_layers
 from qk_sniffer.hub.endpoint import announce
 from qk_sniffer.hub.lfs import refuse_pointers_of_model
@@ -325,11 +325,17 @@ def _dtype(config: ModelConfig, stored: StoredWeights) -> Any:
 def _loading(config: ModelConfig, commit: str | None, adapter_commit: str | None) -> Iterator[None]:
     """Turns the errors of transformers into errors that name the model and the way out.
 
-    Checks first that no link of the model and of its adapter leads to a file that is not theirs.
+    Checks before the block and after it that no link of the model and of its adapter leads to a file that is not
+    theirs.
     """
-    refuse_odd_files(str(config.name), commit)
-    if config.adapter is not None:
-        refuse_odd_files(config.adapter, adapter_commit)
+    of_adapter = nullcontext() if config.adapter is None else own_files(config.adapter, adapter_commit)
+    with own_files(str(config.name), commit), of_adapter, _explained(config, commit):
+        yield
+
+
+@contextmanager
+def _explained(config: ModelConfig, commit: str | None) -> Iterator[None]:
+    """Turns the errors of transformers into errors that name the model and the way out."""
     where = f"model {config.name}" + (f" at revision {config.revision}" if config.revision != "main" else "")
     verbosity, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity(logging.ERROR)  # its report lists the head, which is omitted on purpose

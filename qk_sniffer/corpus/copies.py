@@ -97,17 +97,20 @@ def check_cache(where: str) -> None:
 
 @contextmanager
 def own_downloads() -> Iterator[None]:
-    """Checks the files of the Hub that `datasets` gets in the block, before it reads them and after the block.
+    """Checks the files that `datasets` downloads in the block, before it reads them and after the block.
 
     They may be in the cache already, which may come from someone else, with links to any file.
 
     Raises:
-        StoreError: a link leads out of the repository's folder in the cache.
+        StoreError: a link leads out of the repository's folder in the cache of the Hub, or out of the folder that has
+            the files of other addresses.
     """
+    from datasets.utils import file_utils
     from huggingface_hub import HfApi
 
-    library: Any = HfApi
-    download, got = library.hf_hub_download, []
+    hub: Any = HfApi
+    others: Any = file_utils
+    download, fetch, got = hub.hf_hub_download, others.get_from_cache, []
 
     def checked(api: Any, repo_id: str, filename: str, *arguments: Any, **options: Any) -> Any:
         path = download(api, repo_id, filename, *arguments, **options)
@@ -115,13 +118,19 @@ def own_downloads() -> Iterator[None]:
         inside(*got[-1])
         return path
 
-    library.hf_hub_download = checked
+    def fetched(*arguments: Any, **options: Any) -> Any:
+        path = fetch(*arguments, **options)
+        got.append((Path(path).parent, Path(path).name))
+        inside(*got[-1])
+        return path
+
+    hub.hf_hub_download, others.get_from_cache = checked, fetched
     try:
         yield
     finally:
-        library.hf_hub_download = download
-    for snapshot, name in got:
-        inside(snapshot, name)
+        hub.hf_hub_download, others.get_from_cache = download, fetch
+        for folder, name in got:  # an error of the block may quote the file
+            inside(folder, name)
 
 
 def check_copy(where: str, folder: Path) -> None:

@@ -29,7 +29,7 @@ from qk_sniffer.corpus.tokenizer_files import (
 )
 from qk_sniffer.corpus.tokens import Tokens, check_part, content_error
 from qk_sniffer.errors import SourceError
-from qk_sniffer.hub.checkpoint_links import refuse_odd_files
+from qk_sniffer.hub.checkpoint_links import own_files
 from qk_sniffer.hub.gguf_header import refuse_large_header
 from qk_sniffer.hub.json_files import damaged_json
 from qk_sniffer.hub.lfs import refuse_pointers
@@ -97,29 +97,31 @@ def load_tokenizer(
         options["revision"] = commit
     else:
         commit = None
-    refuse_odd_files(name, commit)
     if local.exists():
         refuse_pointers(local, "*.json", "*.model", "*.txt", "*.tiktoken")
     try:
-        where = {key: options[key] for key in ("revision", "local_files_only") if key in options}
-        refuse_files_elsewhere(str(local), trust_remote_code=config.trust_remote_code, **where)
-        if "gguf_file" in options:
-            refuse_large_header(Path(str(cached_file(str(local), options["gguf_file"], **where))))
-        with panics_as_errors(), pinned_loads(str(local), commit):
-            tokenizer = AutoTokenizer.from_pretrained(str(local), **options)
-        if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers returns an empty one without files
-            raise SourceError(f"{name} has no tokenizer: set model.tokenizer.name to a Hub id or a folder that has one")
-        refuse_growth(name, steps_of(tokenizer))
-        if random := randomness_of(tokenizer):
-            raise SourceError(
-                f"the tokenizer of {name} splits a text differently each time: {random}. Set model.tokenizer.name to a "
-                "copy of it without this setting"
-            )
-        with panics_as_errors():
-            loaded = TextTokenizer(
-                tokenizer, config.tokenizer, name=name, commit=commit, chat=chat, offsets=offsets, segments=segments
-            )
-        loaded.libraries = libraries_of(tokenizer, str(local), commit)
+        with own_files(name, commit):
+            where = {key: options[key] for key in ("revision", "local_files_only") if key in options}
+            refuse_files_elsewhere(str(local), trust_remote_code=config.trust_remote_code, **where)
+            if "gguf_file" in options:
+                refuse_large_header(Path(str(cached_file(str(local), options["gguf_file"], **where))))
+            with panics_as_errors(), pinned_loads(str(local), commit):
+                tokenizer = AutoTokenizer.from_pretrained(str(local), **options)
+            if len(tokenizer) <= len(tokenizer.all_special_tokens):  # transformers returns an empty one without files
+                raise SourceError(
+                    f"{name} has no tokenizer: set model.tokenizer.name to a Hub id or a folder that has one"
+                )
+            refuse_growth(name, steps_of(tokenizer))
+            if random := randomness_of(tokenizer):
+                raise SourceError(
+                    f"the tokenizer of {name} splits a text differently each time: {random}. Set model.tokenizer.name "
+                    "to a copy of it without this setting"
+                )
+            with panics_as_errors():
+                loaded = TextTokenizer(
+                    tokenizer, config.tokenizer, name=name, commit=commit, chat=chat, offsets=offsets, segments=segments
+                )
+            loaded.libraries = libraries_of(tokenizer, str(local), commit)
     except SourceError:
         raise
     except Exception as error:

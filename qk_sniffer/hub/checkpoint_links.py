@@ -8,6 +8,8 @@ than a missing file: the libraries that open it wait for ever.
 
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from qk_sniffer.errors import SourceError
@@ -60,6 +62,23 @@ def refuse_odd_files(name: str, commit: str | None = None) -> None:
                 f"{path} leads to {os.path.realpath(path)}, which is neither in its folder nor a file of the same name "
                 "in another checkpoint: it is not read. Replace the link by a copy of the file"
             )
+
+
+@contextmanager
+def own_files(name: str, commit: str | None = None) -> Iterator[None]:
+    """Checks the files of a checkpoint as `refuse_odd_files` does, before a block that loads them and after it.
+
+    A file that the block fetches may be in the cache of the Hub already, among the `blobs`. The cache may come from
+    someone else, with a link of that name to any file, which an error of the block may quote.
+
+    Raises:
+        SourceError: that of `refuse_odd_files`.
+    """
+    refuse_odd_files(name, commit)
+    try:
+        yield
+    finally:
+        refuse_odd_files(name, commit)
 
 
 def refuse_special(path: Path) -> None:

@@ -215,6 +215,19 @@ def test_a_file_that_the_library_gets_from_the_cache_of_someone_else_is_its_own(
     assert HfApi.hf_hub_download("org/name") == str(own), "only within the block"
 
 
+def test_a_file_of_an_address_in_the_cache_of_someone_else_is_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from datasets.utils import file_utils
+
+    planted, secret = tmp_path / "downloads" / "0123", write(tmp_path / "secret", "secret")
+    planted.parent.mkdir()
+    planted.symlink_to(secret)
+    monkeypatch.setattr(file_utils, "get_from_cache", lambda *_, **__: str(planted))
+    with pytest.raises(StoreError, match=rf"{planted} leads out of the dataset"), own_downloads():
+        file_utils.cached_path("http://127.0.0.1:1/a.csv")
+
+
 ROWS_OF = """
 def rows(corpus):
     return [(example.source_id, example.content) for example in corpus.examples()]

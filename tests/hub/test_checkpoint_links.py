@@ -3,15 +3,18 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
+from support.bpe import save_tokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from qk_sniffer.backbone.loading import check_model
 from qk_sniffer.config import ModelConfig
 from qk_sniffer.corpus.tokenizer import load_tokenizer
 from qk_sniffer.errors import SourceError
 from qk_sniffer.hub.checkpoint_files import folder_digest
-from qk_sniffer.hub.checkpoint_links import refuse_odd_files
+from qk_sniffer.hub.checkpoint_links import own_files, refuse_odd_files
 from qk_sniffer.hub.lfs import refuse_pointer
 
 COMMIT = "1" * 40
@@ -138,6 +141,36 @@ def test_files_of_a_base_and_weights_may_be_links(
     link(repository / "blobs" / "1234", tmp_path / "scratch" / "part-1")
     with pytest.raises(SourceError, match=REFUSED):
         refuse_odd_files("org/name", COMMIT)
+
+
+@pytest.mark.parametrize("error", [None, ValueError("the secret")])
+def test_a_link_among_the_blobs_of_the_cache_that_a_download_finds_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception | None
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    repository = tmp_path / "cache" / "models--org--name"
+    link(repository / "blobs" / "etag", write(tmp_path / "home" / "file", "the secret"))
+    with pytest.raises(SourceError, match=REFUSED), own_files("org/name", COMMIT):
+        link(repository / "snapshots" / COMMIT / "chat_template.jinja", "../../blobs/etag")
+        if error is not None:
+            raise error
+
+
+@pytest.mark.parametrize("load", ["model", "tokenizer"])
+def test_a_file_that_becomes_a_link_while_it_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, load: str
+) -> None:
+    folder, secret = save_tokenizer(tmp_path / "model"), write(tmp_path / "home" / "file", "the secret")
+    write(folder / "config.json", json.dumps({"model_type": "llama"}))
+
+    def planted(*_: Any, **__: Any) -> None:
+        link(folder / "chat_template.jinja", secret)
+        raise ValueError("the secret")
+
+    monkeypatch.setattr(AutoConfig if load == "model" else AutoTokenizer, "from_pretrained", planted)
+    with pytest.raises(SourceError, match=REFUSED) as error:
+        (check_model if load == "model" else load_tokenizer)(ModelConfig(name=str(folder)))
+    assert "the secret" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "x.json", "model.safetensors"])

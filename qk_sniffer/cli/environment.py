@@ -6,6 +6,7 @@ run code nor send the login to another address. SECURITY.md gives the reason for
 
 import os
 import re
+import stat
 from collections.abc import Mapping
 from io import StringIO
 from pathlib import Path
@@ -15,7 +16,7 @@ from dotenv import dotenv_values
 from qk_sniffer.errors import ConfigError
 from qk_sniffer.hub.endpoint import check_address, is_encrypted, note_proxies
 from qk_sniffer.logs import logger
-from qk_sniffer.store.disk import open_regular
+from qk_sniffer.store.disk import open_regular, walk
 from qk_sniffer.store.open_folder import OddFileError
 from qk_sniffer.text import counted, shortened
 
@@ -67,6 +68,8 @@ _SECONDS = {"HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT"}
 _CACHES = {"HF_HUB_CACHE": "hub", "HF_XET_CACHE": "xet", "HF_DATASETS_CACHE": "datasets"}
 """The variables of the folders of downloads, and the folder in `HF_HOME` that each one replaces."""
 
+_FOLDERS = {"HF_HOME", *_CACHES}
+
 _OLD_CACHES = {"HUGGINGFACE_HUB_CACHE": "HF_HUB_CACHE"}
 """Other names of these variables, which huggingface_hub knows too."""
 
@@ -93,7 +96,8 @@ def read_environment() -> None:
 
     Raises:
         ConfigError: the file cannot be read, is too large or is not UTF-8 text; a value holds a dollar sign, or is not
-            a number where one is expected; or `HF_HOME` is a folder of a user who does not exist.
+            a number where one is expected; or a folder of downloads is of a user who does not exist, or leads
+            elsewhere.
         SourceError: `HF_ENDPOINT` in the environment is no address.
     """
     path = Path(".env").absolute()
@@ -107,9 +111,11 @@ def read_environment() -> None:
             + ". Set others in the environment"
         )
     values = _checked(path, {name: value or "" for name, value in wanted.items() if name in names})
-    if home := values.pop("HF_HOME", ""):
-        values |= _caches_in(path, home, values)
-    os.environ.update(values)
+    caches = _caches(path, values)
+    for name, folder in caches.items():
+        _check_cache(path, name, folder)
+    others = {name: value for name, value in values.items() if name not in _FOLDERS}
+    os.environ.update(others | {name: str(folder) for name, folder in caches.items()})
     note_proxies(PROXIES & values.keys() - _NO_PROXY)
     check_address()
 
@@ -141,24 +147,58 @@ def _checked(path: Path, values: dict[str, str]) -> dict[str, str]:
     return values
 
 
-def _caches_in(path: Path, home: str, values: Mapping[str, str]) -> dict[str, str]:
-    """Returns the folders of downloads in `home`, except for those that variables name.
+def _caches(path: Path, values: Mapping[str, str]) -> dict[str, Path]:
+    """Returns the folders of downloads that `values` name, by their variables. Those without one are in `HF_HOME`.
 
     Raises:
-        ConfigError: `home` begins with a user who does not exist.
+        ConfigError: a folder begins with a user who does not exist.
     """
-    try:
-        folder = Path(home).expanduser()
-    except RuntimeError:
-        raise ConfigError([f"{path}: HF_HOME is {home!r}, of a user who does not exist: correct it"]) from None
+    folders = {}
+    for name in _FOLDERS & values.keys():
+        try:
+            if values[name]:  # huggingface_hub reads "" as the current folder
+                folders[name] = Path(values[name]).expanduser()
+        except RuntimeError:
+            problem = f"{path}: {name} is {values[name]!r}, of a user who does not exist: correct it"
+            raise ConfigError([problem]) from None
+    home = folders.pop("HF_HOME", None)
+    if home is None:
+        return folders
     has_login = values.get("HF_TOKEN") or os.environ.get("HF_TOKEN")
-    if not has_login and os.path.lexists(folder / "token"):
+    if not has_login and os.path.lexists(home / "token"):
         _warn_once(
             f"{path}: HF_HOME sets the folders of downloads alone, and the login that is stored there is not used. "
             "Set HF_TOKEN in the file, or HF_HOME in the environment"
         )
     named = {_OLD_CACHES.get(name, name) for name in (*values, *os.environ)}
-    return {name: str(folder / below) for name, below in _CACHES.items() if name not in named}
+    return folders | {name: home / below for name, below in _CACHES.items() if name not in named}
+
+
+def _check_cache(path: Path, name: str, cache: Path) -> None:
+    """Checks that nothing in a folder of downloads leads out of it: libraries read and write through links there.
+
+    Raises:
+        ConfigError: a link leads out of it, it is a link itself, or it holds something that is no file.
+    """
+    root = cache.resolve()
+    odd = [cache] if cache.is_symlink() else []
+    odd += (folder / each for folder, _, others in walk(cache) for each in others if _leads_out(folder / each, root))
+    if odd:
+        raise ConfigError(
+            [
+                f"{path}: {name} names {cache}, and {odd[0]} is a link to elsewhere, or no file: remove it, name "
+                f"another folder, or set {name} in the environment"
+            ]
+        )
+
+
+def _leads_out(entry: Path, root: Path) -> bool:
+    """Whether an entry of a folder is a link that leads out of `root`, or is neither a link nor a file."""
+    try:
+        mode = entry.lstat().st_mode
+        return not (entry.resolve().is_relative_to(root) if stat.S_ISLNK(mode) else stat.S_ISREG(mode))
+    except (OSError, RuntimeError):  # it was removed meanwhile, or links lead in a circle
+        return False
 
 
 def _is_set(name: str) -> bool:

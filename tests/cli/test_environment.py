@@ -208,6 +208,47 @@ def test_home_is_the_folder_of_downloads_alone(
     assert "HF_HUB_CACHE" not in read("HF_HOME=home\nHF_TOKEN=hf_mine\n")
 
 
+@pytest.mark.parametrize("kind", ["folder", "file", "nothing", "pipe"])
+@pytest.mark.parametrize("place", ["hub/models--org--m", "datasets/qk_sniffer/1", "xet/staging"])
+def test_a_cache_that_leads_elsewhere(place: str, kind: str, read: Read, in_tmp: Path) -> None:
+    """Libraries read files of the user through links there, as texts or templates, and write through them."""
+    mine, entry = in_tmp / "mine", in_tmp / "home" / place
+    entry.parent.mkdir(parents=True)
+    if kind == "folder":
+        mine.mkdir()
+    elif kind == "file":
+        mine.write_text("s3cret")
+    if kind != "pipe":
+        entry.symlink_to(mine)
+    else:
+        os.mkfifo(entry)
+    with pytest.raises(ConfigError, match=rf"names home/\w+, and home/{place} is a link to elsewhere, or no file: rem"):
+        read("HF_HOME=home\n")
+    assert os.environ.keys().isdisjoint(caches_in("home"))
+
+
+def test_a_cache_that_is_a_link(read: Read, in_tmp: Path) -> None:
+    (in_tmp / "mine").mkdir()
+    (in_tmp / "home").symlink_to("mine")
+    with pytest.raises(ConfigError, match="HF_HUB_CACHE names home, and home is a link to elsewhere"):
+        read("HF_HUB_CACHE=home\n")
+
+
+def test_a_cache_as_the_libraries_leave_it(read: Read, in_tmp: Path) -> None:
+    model = in_tmp / "home" / "hub" / "models--org--m"
+    for name in ("blobs", "snapshots/1", "refs"):
+        (model / name).mkdir(parents=True)
+    (model / "blobs" / "a").write_text("x")
+    (model / "snapshots" / "1" / "config.json").symlink_to("../../blobs/a")
+    (model / "snapshots" / "1" / "gone").symlink_to("../../blobs/gone")
+    (model / "snapshots" / "1" / "circle").symlink_to("circle")
+    assert read("HF_HOME=home\n") == caches_in("home")
+
+
+def test_an_empty_folder_of_downloads_is_not_the_current_one(read: Read) -> None:
+    assert read("HF_HUB_CACHE=\nHF_DATASETS_CACHE=''\nHF_XET_CACHE\n") == {}
+
+
 def test_home_may_begin_with_a_tilde(read: Read) -> None:
     assert read("HF_HOME=~/.hf\n") == caches_in(f"{Path.home()}/.hf")
     with pytest.raises(ConfigError, match="of a user who does not exist"):

@@ -13,10 +13,10 @@ from pathlib import Path
 
 from dotenv import dotenv_values
 
-from qk_sniffer.errors import ConfigError
+from qk_sniffer.errors import ConfigError, StoreError
 from qk_sniffer.hub.endpoint import check_address, is_encrypted, note_proxies
 from qk_sniffer.logs import logger
-from qk_sniffer.store.disk import open_regular, walk
+from qk_sniffer.store.disk import open_regular, real_path, walk
 from qk_sniffer.store.open_folder import OddFileError
 from qk_sniffer.text import counted, shortened
 
@@ -178,16 +178,24 @@ def _check_cache(path: Path, name: str, cache: Path) -> None:
     """Checks that nothing in a folder of downloads leads out of it: libraries read and write through links there.
 
     Raises:
-        ConfigError: a link leads out of it, it is a link itself, or it holds something that is no file.
+        ConfigError: a link leads out of it, it is a link itself, it holds something that is no file, or a folder in
+            it cannot be listed: its files may be opened by their names all the same.
     """
-    root = cache.resolve()
+    unlisted: list[OSError] = []
+    found = walk(cache, unlisted.append)
     odd = [cache] if cache.is_symlink() else []
-    odd += (folder / each for folder, _, others in walk(cache) for each in others if _leads_out(folder / each, root))
-    if odd:
+    odd += (folder / each for folder, _, others in found for each in others if _leads_out(folder / each, cache))
+    problems = [f"{each} is a link to elsewhere, or no file" for each in odd]
+    problems += [
+        f"{error.filename} cannot be listed: {error.strerror}"
+        for error in unlisted
+        if not isinstance(error, FileNotFoundError | NotADirectoryError)
+    ]
+    if problems:
         raise ConfigError(
             [
-                f"{path}: {name} names {cache}, and {odd[0]} is a link to elsewhere, or no file: remove it, name "
-                f"another folder, or set {name} in the environment"
+                f"{path}: {name} names {cache}, and {problems[0]}: remove it, name another folder, or set {name} in "
+                "the environment"
             ]
         )
 
@@ -196,9 +204,11 @@ def _leads_out(entry: Path, root: Path) -> bool:
     """Whether an entry of a folder is a link that leads out of `root`, or is neither a link nor a file."""
     try:
         mode = entry.lstat().st_mode
-        return not (entry.resolve().is_relative_to(root) if stat.S_ISLNK(mode) else stat.S_ISREG(mode))
-    except (OSError, RuntimeError):  # it was removed meanwhile, or links lead in a circle
+        return not (real_path(entry).is_relative_to(real_path(root)) if stat.S_ISLNK(mode) else stat.S_ISREG(mode))
+    except FileNotFoundError:  # it was removed meanwhile
         return False
+    except (OSError, StoreError):  # a path is too long
+        return True
 
 
 def _is_set(name: str) -> bool:

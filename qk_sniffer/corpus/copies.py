@@ -139,13 +139,18 @@ def check_copy(where: str, folder: Path) -> None:
     `where` is the name of the source in errors.
 
     Raises:
-        SourceError: a link leads out of the cache, to a copy of other texts for example.
+        SourceError: a link leads out of the cache, to a copy of other texts for example; or a folder cannot be listed.
     """
     from datasets import config as library
 
     try:
-        for path, _, names in walk(folder.absolute()):
+        for path, _, names in walk(folder.absolute(), _unlisted):
             for name in names:
                 inside(Path(library.HF_DATASETS_CACHE), str(path / name))
     except StoreError as error:
         raise SourceError(f"{where}: {error}, or delete the folder {folder}") from error
+
+
+def _unlisted(error: OSError) -> None:
+    # Its files may be opened by their names all the same.
+    raise StoreError(f"{error.filename} cannot be listed: {error.strerror}. Get the right to read it")

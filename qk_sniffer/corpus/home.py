@@ -15,6 +15,7 @@ from typing import Any
 from qk_sniffer.corpus.archives import SINGLE, refuse_archives
 from qk_sniffer.corpus.data_files import DataFile
 from qk_sniffer.errors import SourceError, StoreError
+from qk_sniffer.store.disk import real_path
 from qk_sniffer.store.files import inside
 
 _SELF_CONTAINED = frozenset(
@@ -96,7 +97,10 @@ def _starts_inside(pattern: str, base: str, home: str) -> bool:
     if not has_magic(inner):  # nothing is listed for a file
         return True
     fixed = takewhile(lambda part: not has_magic(part), inner.split("/"))
-    return Path(os.path.realpath(home + "/".join(fixed))).is_relative_to(os.path.realpath(home))
+    try:
+        return real_path(Path(home + "/".join(fixed))).is_relative_to(real_path(Path(home)))
+    except StoreError:
+        return False
 
 
 def _elsewhere(where: str, file: str) -> SourceError:

@@ -10,10 +10,11 @@ from typing import Any, NoReturn
 
 from qk_sniffer.corpus.panics import panics_as_errors
 from qk_sniffer.corpus.text_growth import MOST_GROWTH, PARTS, growth
-from qk_sniffer.errors import SourceError
+from qk_sniffer.errors import SourceError, StoreError
 from qk_sniffer.hub.config_limits import refuse_large_config, refuse_other_configs, refuse_too_many_layers
 from qk_sniffer.hub.gguf_header import LONGEST_TOKEN
 from qk_sniffer.hub.json_files import DamagedFileError, json_object
+from qk_sniffer.store.disk import real_path
 from qk_sniffer.text import leads_out
 
 _PROBE = "Hello world, it's  a test\n\nof 1234 words: d\u00e9j\u00e0 vu, \u6f22\u5b57; if x == y:"
@@ -243,7 +244,9 @@ def _exists(name: str, value: Any) -> bool:
         return False
     try:
         path = Path(value)
-        return path.exists() and not path.is_dir() and not path.resolve().is_relative_to(Path(name).resolve())
+        return path.exists() and not path.is_dir() and not real_path(path).is_relative_to(real_path(Path(name)))
+    except StoreError:  # links lead over a path that is too long, and may lead anywhere from there
+        return True
     except (OSError, ValueError, RuntimeError):  # no path: too long, with a null character, or a loop of links
         return False
 

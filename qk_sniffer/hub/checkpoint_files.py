@@ -143,8 +143,24 @@ def _files(folder: Path, weights: Sequence[str]) -> set[Path]:
 
 
 def files_of(folder: Path) -> set[Path]:
-    """Returns the files in the folder of a checkpoint, and in its folder of templates. Links may lead nowhere."""
-    return {path for path in chain(folder.iterdir(), (folder / TEMPLATES).glob("*")) if not path.is_dir()}
+    """Returns the files in the folder of a checkpoint, and in its folder of templates. Links may lead nowhere.
+
+    Raises:
+        SourceError: a folder cannot be listed. Its files may be read by their names all the same.
+    """
+    return {path for path in chain(_entries(folder), _entries(folder / TEMPLATES)) if not path.is_dir()}
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return [*folder.iterdir()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise SourceError(
+            f"{folder} cannot be listed: {error.strerror}. A link in it may lead anywhere, so nothing in it is read. "
+            "Ask its owner for the right to read it, or copy the checkpoint"
+        ) from None
 
 
 def _read_weights(folder: Path, weights: Sequence[str]) -> set[Path]:

@@ -12,12 +12,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from qk_sniffer.errors import SourceError
+from qk_sniffer.errors import SourceError, StoreError
 from qk_sniffer.hub.checkpoint_files import WEIGHT_SUFFIXES, files_of, is_inside
 from qk_sniffer.hub.config_limits import refuse_large_config
 from qk_sniffer.hub.json_files import DamagedFileError, json_object
 from qk_sniffer.hub.revisions import is_hub_id
-from qk_sniffer.store.disk import open_regular
+from qk_sniffer.store.disk import open_regular, real_path
 
 _MOST_BYTES = 1 << 24
 
@@ -104,7 +104,10 @@ def home_of(folder: Path, path: Path, most: int = _MOST_LINKS) -> Path | None:
         return folder
     if not path.is_symlink() or most == 0:
         return None
-    source = Path(os.path.realpath(path.parent), path.readlink())
+    try:
+        source = real_path(path.parent) / path.readlink()
+    except StoreError:
+        return None
     if source.name != path.name or not _is_checkpoint(source.parent):
         return None
     return home_of(source.parent, source, most - 1)

@@ -1,5 +1,6 @@
 """Wraps the file system: durable writes, checks of free space, and errors that name the path."""
 
+import errno
 import hashlib
 import os
 import shutil
@@ -83,6 +84,26 @@ def paths_in(folder: Path, access: Access = PLAIN) -> list[Path]:
             return [folder / name for name in found.names()]
     except (FileNotFoundError, NotADirectoryError):
         return []
+
+
+def real_path(path: Path) -> Path:
+    """Returns the path that `path` leads to when all links are followed. What is missing there stays as it is.
+
+    `os.path.realpath` takes an entry for no link if its path is longer than the system allows. A shorter path with
+    links leads to it all the same, and on from there.
+
+    Raises:
+        StoreError: a path on the way is too long.
+    """
+    try:
+        return Path(os.path.realpath(path, strict=True))
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise StoreError(
+                f"{path} leads over a path that is longer than the system allows, where links cannot be followed: it "
+                "is not read. Give its files and folders shorter names"
+            ) from None
+    return Path(os.path.realpath(path))
 
 
 def walk(

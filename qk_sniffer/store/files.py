@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from qk_sniffer.errors import StoreError
-from qk_sniffer.store.disk import digest_of, open_file, open_regular
+from qk_sniffer.store.disk import digest_of, open_file, open_regular, real_path
 from qk_sniffer.store.open_folder import OddFileError, anchored
 from qk_sniffer.store.stored import UnreadableError
 
@@ -101,9 +101,9 @@ def _resolved(root: Path, name: str) -> tuple[Path, Path]:
     Raises:
         StoreError: it is neither in `root` nor, for a folder in the cache, among its blobs or those of the cache.
     """
-    # Unlike `Path.resolve`, `realpath` gives a path for a link to itself too. Opening it fails.
-    path, real = root / name, Path(os.path.realpath(root))
-    target = Path(os.path.realpath(path))
+    # Unlike `Path.resolve`, `real_path` gives a path for a link to itself too. Opening it fails.
+    path, real = root / name, real_path(root)
+    target = real_path(path)
     if target.is_relative_to(real):
         return real, target
     blobs = real.parent.parent / "blobs"

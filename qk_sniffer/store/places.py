@@ -3,13 +3,13 @@
 The name of a file does not tell: `README.md` may be anyone's. A file is of a dataset if its manifest lists it.
 """
 
-import os
 import re
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from qk_sniffer.errors import StoreError
 from qk_sniffer.store import stored
+from qk_sniffer.store.disk import real_path
 from qk_sniffer.store.layout import (
     CARD,
     EXAMPLES,
@@ -37,7 +37,7 @@ def refuse_inside(path: Path, setting: str) -> None:
     Raises:
         StoreError: it is in a work folder, or in a folder of a dataset's files, or one of these. Names the data root.
     """
-    real = Path(os.path.realpath(path))
+    real = real_path(path)
     for root in real.parents:
         name = real.relative_to(root).as_posix()
         folder = name.partition("/")[0]

@@ -1,5 +1,6 @@
 """Tests what the file `.env` of the current folder may set, and what it may look like."""
 
+import errno
 import logging
 import os
 import re
@@ -7,8 +8,10 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from support.hostile import far_link
 
 from qk_sniffer.cli import environment
 from qk_sniffer.cli.environment import ALLOWED, PROXIES, read_environment
@@ -225,6 +228,33 @@ def test_a_cache_that_leads_elsewhere(place: str, kind: str, read: Read, in_tmp:
     with pytest.raises(ConfigError, match=rf"names home/\w+, and home/{place} is a link to elsewhere, or no file: rem"):
         read("HF_HOME=home\n")
     assert os.environ.keys().isdisjoint(caches_in("home"))
+
+
+def test_a_cache_that_leads_elsewhere_over_a_path_that_is_too_long(read: Read, in_tmp: Path) -> None:
+    """`os.path.realpath` sees no link there, and libraries read the file that it leads to."""
+    (in_tmp / "mine").write_text("s3cret")
+    hub = in_tmp / "home" / "hub"
+    hub.mkdir(parents=True)
+    (hub / "config.json").symlink_to(far_link(hub, in_tmp / "mine"))
+    assert (hub / "config.json").read_text() == "s3cret"
+    with pytest.raises(ConfigError, match="is a link to elsewhere"):
+        read("HF_HOME=home\n")
+
+
+def test_a_cache_with_a_folder_that_cannot_be_listed(read: Read, in_tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Libraries open its files by their names, links to elsewhere too."""
+    closed = Path("home", "hub", "models--org--m")
+    closed.mkdir(parents=True)
+    listed = os.scandir
+
+    def scandir(path: Any) -> Any:
+        if path == closed:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr("qk_sniffer.store.disk.os.scandir", scandir)
+    with pytest.raises(ConfigError, match=f"{closed} cannot be listed: Permission denied: remove it"):
+        read("HF_HOME=home\n")
 
 
 def test_a_cache_that_is_a_link(read: Read, in_tmp: Path) -> None:

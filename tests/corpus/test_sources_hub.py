@@ -1,5 +1,6 @@
 """Tests that datasets and tokenizers of the Hub are pinned to a commit, and come from the cache without a network."""
 
+import errno
 import gzip
 import json
 import os
@@ -189,6 +190,23 @@ def test_a_copy_in_the_cache_of_someone_else_is_no_link_to_another_one(tmp_path:
     place.unlink()
     (tmp_path / "private").rename(place)
     assert texts(open_corpus(DatasetConfig(path="org/name")).examples()) == TEXTS
+
+
+def test_a_copy_with_a_folder_that_cannot_be_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library opens its files by their names, links to other copies too."""
+    import datasets
+
+    cached_copy(tmp_path, "1" * 40, ROWS)
+    (arrow,) = Path(datasets.config.HF_DATASETS_CACHE).glob("org___name/*/*/*/*.arrow")
+    listed = os.scandir
+
+    def scandir(path: Any) -> Any:
+        if path == arrow.parent:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr("qk_sniffer.store.disk.os.scandir", scandir)
+    assert f"{arrow.parent} cannot be listed: Permission denied" in message("org/name")
 
 
 @pytest.mark.parametrize("when", ["before it is read", "while it is read"])

@@ -1,12 +1,15 @@
 """Tests which links a checkpoint may have: to its own files and to those of other checkpoints. It may have no pipes."""
 
+import errno
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.bpe import save_tokenizer
+from support.hostile import far_link
 from transformers import AutoConfig, AutoTokenizer
 
 from qk_sniffer.backbone.loading import check_model
@@ -105,6 +108,40 @@ def test_a_link_through_another_checkpoint_is_refused(tmp_path: Path, folder: Pa
 def test_templates_in_a_linked_folder_are_refused(tmp_path: Path, folder: Path) -> None:
     link(folder / "additional_chat_templates", write(tmp_path / "home" / "secret.jinja").parent)
     with pytest.raises(SourceError, match=REFUSED):
+        refuse_odd_files(str(folder))
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", TEMPLATE])
+def test_a_link_over_a_path_that_is_too_long_is_refused(tmp_path: Path, folder: Path, name: str) -> None:
+    """`os.path.realpath` sees no link there, and transformers reads the file that it leads to."""
+    far = far_link(folder, write(tmp_path / "home" / "id_rsa"))
+    assert link(folder / name, folder / far).read_text().endswith("secret")
+    with pytest.raises(SourceError, match=REFUSED):
+        refuse_odd_files(str(folder))
+
+
+def test_a_link_to_another_checkpoint_over_such_a_path_is_refused(tmp_path: Path, folder: Path) -> None:
+    write(tmp_path / "home" / "vocab.txt")
+    write(tmp_path / "home" / "config.json", json.dumps({"model_type": "bert"}))
+    link(folder / TEMPLATE.partition("/")[0], folder / far_link(folder, tmp_path / "home"))
+    with pytest.raises(SourceError, match=REFUSED):
+        refuse_odd_files(str(folder))
+
+
+@pytest.mark.parametrize("name", ["", TEMPLATE])
+def test_a_folder_that_cannot_be_listed_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Its files can be opened by their names, links to elsewhere too."""
+    closed = (folder / name).parent if name else folder
+    closed.mkdir(exist_ok=True)
+    listed = Path.iterdir
+
+    def iterdir(path: Path) -> Iterator[Path]:
+        if path == closed:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    with pytest.raises(SourceError, match=f"{closed} cannot be listed: Permission denied"):
         refuse_odd_files(str(folder))
 
 

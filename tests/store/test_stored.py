@@ -8,6 +8,7 @@ from typing import Annotated, NotRequired, TypedDict
 
 import pytest
 from msgspec import Meta
+from support.hostile import far_link
 
 from qk_sniffer.config import Config, DatasetConfig, from_dict
 from qk_sniffer.errors import StoreError
@@ -160,6 +161,16 @@ def test_no_link_leads_out_of_a_dataset(tmp_path: Path) -> None:
     for name in ("l00h01q/data.parquet", "l00h00q/data.parquet"):
         with pytest.raises(StoreError, match="leads out of the dataset"):
             inside(root, name)
+
+
+def test_no_link_leads_out_of_a_dataset_over_a_path_that_is_too_long(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    (tmp_path / "secret").touch()
+    (root / "README.md").symlink_to(far_link(root, tmp_path / "secret"))
+    assert (root / "README.md").is_file()
+    with pytest.raises(StoreError, match="leads over a path that is longer than the system allows"):
+        inside(root, "README.md")
 
 
 def test_a_folder_in_the_cache_of_the_hub_is_read(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
-"""Names that a dataset of someone else may hold, and what a parser of Markdown makes of a page with them."""
+"""Names and links that a dataset of someone else may hold, and what a parser of Markdown makes of a page with them."""
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
@@ -41,3 +43,20 @@ def skeleton(page: str) -> list[tuple[str, str, int]]:
         elif not in_code and not (token.type == "text" and found[-1:] == [("text", "", 0)]):
             found.append((token.type, token.tag, token.nesting))
     return found
+
+
+def far_link(folder: Path, target: Path) -> str:
+    """Plants a link to `target` whose path is longer than the system allows.
+
+    Returns a name in `folder` that leads to it all the same, over another link.
+    """
+    part, parent = "d" * 250, os.open(folder, os.O_RDONLY)
+    for _ in range(17):
+        os.mkdir(part, dir_fd=parent)
+        below = os.open(part, os.O_RDONLY, dir_fd=parent)
+        os.close(parent)
+        parent = below
+    os.symlink(target, "far", dir_fd=parent)
+    os.close(parent)
+    (folder / "near").symlink_to("/".join([part] * 15))
+    return f"near/{part}/{part}/far"

@@ -22,7 +22,7 @@ from qk_sniffer.cli import program
 from qk_sniffer.errors import ConfigError, StoreError
 from qk_sniffer.jobs.slurm import Reasons
 from qk_sniffer.jobs.status import look, table, with_reasons
-from qk_sniffer.text import not_a_folder, not_one_of, printable, say, say_text
+from qk_sniffer.text import flush, not_a_folder, not_one_of, printable, say, say_text
 
 EVERY_S = 5.0
 
@@ -75,7 +75,7 @@ def show(settings: Settings) -> int:
                 width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
                 nothing = f"no datasets or jobs below {printable(settings.folder)}"
                 is_read = say_text(table(lines, width) if lines else nothing)
-            sys.stdout.flush()
+            is_read = flush(sys.stdout) and is_read
             for error in unreadable:
                 say(f"left out: {error}", to=sys.stderr)
             if not (settings.watch and is_read):

@@ -166,16 +166,16 @@ def say(*lines: object, to: TextIO | None = None) -> bool:
     Characters that the stream's encoding lacks are escaped too.
 
     Returns:
-        False if the reader of the stream has gone, as `head` does. The lines are lost then, and no error is raised:
-        what a program writes to files does not depend on who reads its words.
+        False if the reader of the stream has gone, as `head` does, or the stream cannot be written. The lines are lost
+        then, and no error is raised: what a program writes to files does not depend on who reads its words.
     """
     stream = to or sys.stdout
     text = "\n".join(map(printable, lines))
     encoding = stream.encoding or "utf-8"
     try:
         print(text.encode(encoding, "backslashreplace").decode(encoding), file=stream)
-    except BrokenPipeError:
-        silence(stream)
+    except OSError as error:
+        _give_up(stream, error)
         return False
     return True
 
@@ -207,8 +207,24 @@ def say_error(error: object) -> None:
     sys.stderr.write(end)
 
 
-def silence(stream: TextIO) -> None:
-    """Discards what a stream without a reader still holds and gets, which Python would report at its end."""
+unwritten: list[str] = []
+"""Why lines were lost that someone may still want to read: the output is a file on a full disk, for example."""
+
+
+def flush(stream: TextIO) -> bool:
+    """Writes what a stream still holds; returns what `say` does, and raises no error either."""
+    try:
+        stream.flush()
+    except OSError as error:
+        _give_up(stream, error)
+        return False
+    return True
+
+
+def _give_up(stream: TextIO, error: OSError) -> None:
+    """Discards what a stream still holds and gets, which Python would report at its end."""
+    if not isinstance(error, BrokenPipeError):
+        unwritten.append(error.strerror or str(error))
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 

@@ -1,13 +1,14 @@
 """Gives all programs the same start and the same end: `--version`, their errors and their exit codes."""
 
 import errno
+import os
 import sys
 from collections.abc import Callable
 
 import qk_sniffer
 from qk_sniffer.errors import RIGHTS, QkSnifferError
 from qk_sniffer.logs import escape_libraries
-from qk_sniffer.text import hide_in_addresses, say, say_error, silence
+from qk_sniffer.text import flush, hide_in_addresses, say, say_error, unwritten
 
 VERSION = "--version"
 
@@ -27,8 +28,10 @@ def run(body: Callable[[list[str]], int], *, interrupted: str = "interrupted") -
 
     Returns:
         the exit code: that of `body`, or of the error that ended it; 128 and the number of a signal, which is 130 for
-        Ctrl-C. A reader of the output that goes away, such as `head`, changes nothing.
+        Ctrl-C. A reader of the output that goes away, such as `head`, changes nothing, and neither does an output that
+        was closed from the start (`>&-`). An output that cannot be written changes nothing but a zero, to 1.
     """
+    open_closed_streams()
     escape_libraries()
     arguments = sys.argv[1:]
     hide_in_addresses(" ".join(arguments))
@@ -47,11 +50,30 @@ def run(body: Callable[[list[str]], int], *, interrupted: str = "interrupted") -
     except KeyboardInterrupt as error:
         code = say_interrupted(error, interrupted)
     for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except BrokenPipeError:
-            silence(stream)
+        flush(stream)
+    if unwritten:
+        say_error(f"the output of this program is not complete, because it cannot be written: {unwritten[0]}")
+        code = code or 1
     return code
+
+
+def open_closed_streams() -> None:
+    """Opens the null device for each standard stream that is closed.
+
+    Otherwise, the next file that is opened gets the number of the stream. What a library prints would be written into
+    it: into a lock, or into a file of the dataset.
+    """
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        try:
+            os.fstat(number)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != number:
+                os.dup2(opened, number)
+                os.close(opened)
+            os.set_inheritable(number, True)
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, mode, encoding="utf-8", closefd=False))
 
 
 def say_interrupted(error: KeyboardInterrupt, words: str = "interrupted") -> int:

@@ -43,6 +43,7 @@ _CAPTURE = Program("qk_sniffer.cli.app", "captures a dataset")
 
 def run_named() -> int:
     """Runs the program that the first argument of this process names, or else the capture; returns the exit code."""
+    process.open_closed_streams()
     if process.VERSION in sys.argv[1:]:
         return process.run(lambda arguments: 0)
     name = sys.argv[1] if len(sys.argv) > 1 else ""

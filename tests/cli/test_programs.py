@@ -3,6 +3,7 @@
 import importlib
 import os
 import pty
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -107,6 +108,42 @@ def test_a_reader_that_goes_away_changes_nothing(arguments: tuple[str, ...], unb
         assert code(stdout=writer) == code(stdout=subprocess.DEVNULL)
     finally:
         os.close(writer)
+
+
+@pytest.mark.parametrize("closed", [(0, 1, 2), (2,)])
+def test_a_closed_stream_does_not_become_a_file_of_the_program(closed: tuple[int, ...], tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(OPENED)
+    command = [sys.executable, "-m", "qk_sniffer", "status", "."]
+    shell = ["sh", "-c", f"exec {shlex.join(command)} {' '.join(f'{stream}>&-' for stream in closed)}"]
+    done = subprocess.run(
+        shell, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(tmp_path)}, input=b"", stdout=subprocess.PIPE
+    )
+    assert done.returncode == 0
+    assert (tmp_path / "streams").read_text() == "".join(f"{number} True\n" for number in closed)
+
+
+OPENED = """
+import atexit
+import os
+
+def tell():
+    paths = [(number, os.readlink(f"/proc/self/fd/{number}")) for number in range(3)]
+    with open("streams", "w") as file:
+        file.writelines(f"{number} {os.get_inheritable(number)}\\n" for number, path in paths if path == os.devnull)
+
+atexit.register(tell)
+"""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is full")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_an_output_on_a_full_disk_is_an_error_in_the_end(unbuffered: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "qk_sniffer", "status", "."]
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    with Path("/dev/full").open("w", encoding="utf-8") as full:
+        done = subprocess.run(command, cwd=tmp_path, env=environment, stdout=full, stderr=subprocess.PIPE, text=True)
+    said = "the output of this program is not complete, because it cannot be written: No space left on device\n"
+    assert (done.returncode, done.stderr) == (1, said)
 
 
 IMPORTS = """

@@ -54,7 +54,7 @@ class Page:
         self.call("Page.navigate", url=path.as_uri() + fragment)
         while "Page.loadEventFired" not in self._seen:
             self._note(self._next())
-        self.wait("document.body.dataset.ready === 'yes'")
+        self.wait("document.body?.dataset.ready === 'yes'")
         self.wait("document.querySelectorAll('canvas').length > 0")
 
     def value(self, script: str) -> Any:

@@ -69,6 +69,7 @@ _CACHES = {"HF_HUB_CACHE": "hub", "HF_XET_CACHE": "xet", "HF_DATASETS_CACHE": "d
 """The variables of the folders of downloads, and the folder in `HF_HOME` that each one replaces."""
 
 _FOLDERS = {"HF_HOME", *_CACHES}
+"""The variables that name folders."""
 
 _OLD_CACHES = {"HUGGINGFACE_HUB_CACHE": "HF_HUB_CACHE"}
 """Other names of these variables, which huggingface_hub knows too."""
@@ -129,7 +130,7 @@ def _named(ignored: Mapping[str, str | None]) -> str:
     )
 
 
-def _checked(path: Path, values: dict[str, str]) -> dict[str, str]:
+def _checked(path: Path, values: Mapping[str, str]) -> Mapping[str, str]:
     # huggingface_hub itself replaces `$NAME` in the names of its folders.
     if problems := [
         f"{path}: the value of {name} has a {what}. Write the value out, or set {name} in the environment"
@@ -182,9 +183,10 @@ def _check_cache(path: Path, name: str, cache: Path) -> None:
             it cannot be listed: its files may be opened by their names all the same.
     """
     unlisted: list[OSError] = []
-    found = walk(cache, unlisted.append)
+    root = Path(os.path.realpath(cache))
     odd = [cache] if cache.is_symlink() else []
-    odd += (folder / each for folder, _, others in found for each in others if _leads_out(folder / each, cache))
+    for folder, _, others in walk(cache, unlisted.append):
+        odd += (folder / each for each in others if _leads_out(folder / each, root))
     problems = [f"{each} is a link to elsewhere, or no file" for each in odd]
     problems += [
         f"{error.filename} cannot be listed: {error.strerror}"
@@ -201,10 +203,10 @@ def _check_cache(path: Path, name: str, cache: Path) -> None:
 
 
 def _leads_out(entry: Path, root: Path) -> bool:
-    """Whether an entry of a folder is a link that leads out of `root`, or is neither a link nor a file."""
+    """Whether an entry of a folder is a link that leads out of `root`, a real path, or is neither a link nor a file."""
     try:
         mode = entry.lstat().st_mode
-        return not (real_path(entry).is_relative_to(real_path(root)) if stat.S_ISLNK(mode) else stat.S_ISREG(mode))
+        return not (real_path(entry).is_relative_to(root) if stat.S_ISLNK(mode) else stat.S_ISREG(mode))
     except FileNotFoundError:  # it was removed meanwhile
         return False
     except (OSError, StoreError):  # a path is too long

@@ -229,15 +229,16 @@ def _is_borrowed(forward: Any, module: nn.Module) -> bool:
 
 
 def _functions_of_all(decoder: nn.Module, types: Iterable[type[nn.Module]]) -> Iterator[Function]:
-    """Yields the methods of each type, the hooks of every module, and the attention kernel, unless of a library.
+    """Yields functions that no library has put there, and that modules of several types may call.
 
-    So do the functions that the methods of a model find in its file, such as the one that rotates queries and keys.
+    These are the methods of each type, the hooks of every module, the attention kernel, and the functions in the file
+    of a model, such as the one that rotates queries and keys.
     """
     types = [each for each in types if not issubclass(each, torch.jit.ScriptModule)]
     found: list[Function | None] = [each.forward for each in types]  # inherited ones too
     found += (*_global_forward_pre_hooks.values(), *_global_forward_hooks.values())
     found.append(ALL_ATTENTION_FUNCTIONS.get(getattr(decoder.config, "_attn_implementation", None)))
-    # And not of a notebook, in which functions come and go.
+    # Functions in a notebook come and go.
     files = {each.__module__: None for each in types if each.__module__.startswith("transformers")}
     for namespace in (*map(vars, types), *(vars(sys.modules[name]) for name in files if name in sys.modules)):
         found += [value for value in namespace.values() if type(value) is FunctionType]

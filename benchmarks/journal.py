@@ -25,7 +25,7 @@ from common import machine
 
 from qk_sniffer.store.journal import ExampleRecord, Journal
 from qk_sniffer.store.journal_writer import JournalWriter
-from qk_sniffer.store.rows import Rows
+from qk_sniffer.store.rows import Rows, RowTokens
 
 LAYERS, HEADS, HEAD_DIM, TOKENS = 36, 32, 128, 4096
 QUEUE, SEGMENT = 512 << 20, 128 << 20
@@ -35,7 +35,7 @@ Figures = dict[str, float]
 
 def rows(index: int) -> Rows:
     position = np.arange(TOKENS, dtype=np.int32)
-    return Rows(index % LAYERS, "q", HEADS, HEAD_DIM, torch.bfloat16, np.full(TOKENS, index), position)
+    return Rows(index % LAYERS, "q", HEADS, HEAD_DIM, torch.bfloat16, RowTokens(np.full(TOKENS, index), position))
 
 
 def figures(size: int, wall_s: float, used_s: float) -> Figures:

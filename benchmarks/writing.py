@@ -33,7 +33,7 @@ from qk_sniffer.store.compact import compact
 from qk_sniffer.store.journal import ExampleRecord, Journal
 from qk_sniffer.store.journal_writer import JournalWriter
 from qk_sniffer.store.layout import LIST_PATH, Head, Layout
-from qk_sniffer.store.rows import Rows
+from qk_sniffer.store.rows import Rows, RowTokens
 
 HEADS, HEAD_DIM, EXAMPLES, TOKENS = 12, 64, 128, 1024
 ROUNDS = 5
@@ -62,7 +62,8 @@ def put(writer: JournalWriter, index: int, vectors: torch.Tensor) -> None:
     """Gathers all of `vectors` (HEADS, TOKENS, HEAD_DIM) into the journal, as a job does."""
     row, position = np.zeros(TOKENS, np.int32), np.arange(TOKENS, dtype=np.int32)
     sent = send({"q": TokenIndices.of(Picks(row, position), vectors.device)}, vectors.device)["q"]
-    with writer.reserve(Rows(0, "q", HEADS, HEAD_DIM, vectors.dtype, np.full(TOKENS, index), position)) as slot:
+    tokens = RowTokens(np.full(TOKENS, index), position)
+    with writer.reserve(Rows(0, "q", HEADS, HEAD_DIM, vectors.dtype, tokens)) as slot:
         write = partial(take, vectors[None], Heads(range(HEADS)), sent)
         writer.commit(slot, DeviceCopiers().fill(slot.vectors, vectors.device, write))
 

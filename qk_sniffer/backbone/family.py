@@ -71,6 +71,11 @@ class Family:
         """The rotated parts of heads that were found by their numbers, by module: a GPU waits for the comparison."""
         return WeakKeyDictionary()
 
+    @functools.cached_property
+    def _with_indexer(self) -> "WeakKeyDictionary[nn.Module, bool]":
+        """Whether an indexer is among the parts of a module, which every call would list again."""
+        return WeakKeyDictionary()
+
     def attention_layers(self, decoder: nn.Module) -> dict[nn.Module, int]:
         """Returns the self-attention modules of `decoder`, each with its layer index. No other module is captured."""
         candidates = {
@@ -126,8 +131,11 @@ class Family:
         The default is True if an indexer selects the keys: one inside `module`, or one that `module` shares with
         another layer.
         """
-        shared = bool(getattr(module, "skip_topk", False))
-        return shared or any("Indexer" in type(part).__name__ for part in module.modules())
+        if getattr(module, "skip_topk", False):
+            return True
+        if module not in self._with_indexer:
+            self._with_indexer[module] = any("Indexer" in type(part).__name__ for part in module.modules())
+        return self._with_indexer[module]
 
     def hides_keys(self, module: nn.Module) -> bool:
         """Whether a query does not see all earlier keys for another reason than a window.

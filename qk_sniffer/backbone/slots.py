@@ -3,7 +3,8 @@
 Padding takes slots and has no position. Positions count the tokens of a row, whatever its padding.
 """
 
-from dataclasses import dataclass
+from collections.abc import Hashable
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,8 @@ class Slots:
 
     position: npt.NDArray[np.int64]
     """(B, s): the position of the token in each slot, or `PADDING`. The last slots are those of the pass."""
+    passed: set[Hashable] = field(default_factory=set, init=False, repr=False)
+    """The checks of attention without a mask that these slots have passed: see `masks.check_slots`."""
 
     def __post_init__(self) -> None:
         held = self.position >= 0

@@ -81,10 +81,25 @@ class DeviceIndices:
 
     tokens: TokenIndices
     index: torch.Tensor | None
+    _split: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     def part(self, start: int, stop: int) -> "DeviceIndices":
-        """Returns tokens `start` to `stop`; views of these, without a copy."""
+        """Returns tokens `start` to `stop`; views of these, without a copy, or these themselves if they are all."""
+        if start == 0 and stop >= len(self):
+            return self
         return DeviceIndices(self.tokens.part(start, stop), None if self.index is None else self.index[:, start:stop])
+
+    def rows_and_positions(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the rows and the positions (1, num_tokens) int64 on the device of a layer; `index` must not be None.
+
+        They are made in the first call for a device: most layers share them.
+        """
+        assert self.index is not None
+        if device not in self._split:
+            # Layers may be on several devices.
+            rows, positions = self.index[:, None].to(device, torch.int64)
+            self._split[device] = rows, positions
+        return self._split[device]
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -135,14 +150,13 @@ def take(states: torch.Tensor, heads: Heads, sent: DeviceIndices, out: torch.Ten
     assert out.shape == (len(heads.numbers), len(sent), states.shape[-1])
     assert out.dtype == states.dtype
     if sent.index is not None:
-        # Layers may be on several devices.
-        row, position = sent.index[:, None].to(states.device, torch.int64)
+        row, position = sent.rows_and_positions(states.device)
         torch.ops.aten.index.Tensor_out(states, [row, heads.index(states.device), position], out=out)
         return
     assert sent.tokens.ranges is not None
-    for at, row, first, count in sent.tokens.ranges:
+    for at, of_row, first, count in sent.tokens.ranges:
         for number, head, num_heads in heads.ranges:
-            block = states[row, head : head + num_heads, first : first + count]
+            block = states[of_row, head : head + num_heads, first : first + count]
             out[number : number + num_heads, at : at + count].copy_(block)
 
 

@@ -14,9 +14,9 @@ import torch
 
 from qk_sniffer.backbone.tap import AttentionCall
 from qk_sniffer.capture.attention_summary import Summarizer
-from qk_sniffer.capture.gather import DeviceCopiers, DeviceIndices, Heads, take
+from qk_sniffer.capture.gather import DeviceCopiers, DeviceIndices, Heads, TokenIndices, take
 from qk_sniffer.store.layout import ATTENTION
-from qk_sniffer.store.rows import Rows, RowSink
+from qk_sniffer.store.rows import Rows, RowSink, RowTokens
 from qk_sniffer.timing import Stages
 
 PIECE_BYTES = 64 * 2**20
@@ -25,7 +25,7 @@ PIECE_BYTES = 64 * 2**20
 Integers = npt.NDArray[np.integer[Any]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class BatchRows:
     """Describes the tokens of a batch in its rows. B texts, n tokens with padding."""
 
@@ -37,6 +37,25 @@ class BatchRows:
     """(B, n) each: the `TOKEN_COLUMNS` of the rows of vectors, by name."""
     position: Integers | None = None
     """(B, n): the position of each token in its example; None where that is its place in the batch."""
+    _recent: list[tuple[TokenIndices, bool, RowTokens]] = field(default_factory=list, init=False, repr=False)
+
+    def of(self, tokens: TokenIndices, *, with_columns: bool) -> RowTokens:
+        """Returns the description of rows of these tokens, with or without the columns of vectors.
+
+        The last two are kept: those of queries and of keys, which most layers share.
+        """
+        for known, has_columns, described in self._recent:
+            if known is tokens and has_columns == with_columns:
+                return described
+        row, place = tokens.row, tokens.position
+        described = RowTokens(
+            self.index[row],
+            place if self.position is None else self.position[row, place],
+            {name: values[row, place] for name, values in self.columns.items()} if with_columns else {},
+            self.part[row],
+        )
+        self._recent[:] = [*self._recent[-1:], (tokens, with_columns, described)]
+        return described
 
 
 class RowWriter:
@@ -53,7 +72,7 @@ class RowWriter:
         """Writes the vectors of `tokens` from `states` (B, heads of the layer, n, d)."""
         heads = self.heads[layer, kind]
         block = _Block(layer, kind, len(heads.numbers), states.shape[-1], states.dtype)
-        self._write(batch, block, states.device, tokens, "gather", partial(take, states, heads), batch.columns)
+        self._write(batch, block, states.device, tokens, "gather", partial(take, states, heads), with_columns=True)
 
     def write_summary(
         self, batch: BatchRows, call: AttentionCall, tokens: DeviceIndices, summarizer: Summarizer
@@ -61,7 +80,8 @@ class RowWriter:
         """Writes the attention summaries of the queries `tokens` of a call."""
         heads = self.heads[call.layer, "q"]
         block = _Block(call.layer, ATTENTION, len(heads.numbers), summarizer.table.width, torch.float32)
-        self._write(batch, block, call.query.device, tokens, "attention", partial(summarizer.write, call), {})
+        fill = partial(summarizer.write, call)
+        self._write(batch, block, call.query.device, tokens, "attention", fill, with_columns=False)
 
     def _write(
         self,
@@ -71,7 +91,8 @@ class RowWriter:
         tokens: DeviceIndices,
         stage: str,
         fill: Callable[[DeviceIndices, torch.Tensor], None],
-        columns: Mapping[str, Integers],
+        *,
+        with_columns: bool,
     ) -> None:
         """Writes rows of `tokens` piece by piece. `fill` fills (heads, tokens, width) on the device for a piece."""
         if not len(tokens):
@@ -81,18 +102,8 @@ class RowWriter:
         step = max(1, min(PIECE_BYTES, sink.piece_bytes) // row_bytes)
         for start in range(0, len(tokens), step):
             piece = tokens.part(start, start + step)
-            row, place = piece.tokens.row, piece.tokens.position
-            rows = Rows(
-                block.layer,
-                block.kind,
-                block.num_heads,
-                block.width,
-                block.dtype,
-                batch.index[row],
-                place if batch.position is None else batch.position[row, place],
-                {name: values[row, place] for name, values in columns.items()},
-                batch.part[row],
-            )
+            described = batch.of(piece.tokens, with_columns=with_columns)
+            rows = Rows(block.layer, block.kind, block.num_heads, block.width, block.dtype, described)
             waited_s = sink.wait_s
             with self._stages(stage), sink.reserve(rows) as slot:
                 sink.commit(slot, self._copiers.fill(slot.vectors, device, partial(fill, piece)))

@@ -80,10 +80,12 @@ class FinishedRows:
     def with_passes(self, slots: Sequence[Slot]) -> "FinishedRows":
         """Returns these rows and those of filled slots."""
         parts = {**self._parts}
-        for slot in slots:
-            slot.wait()
-            key = slot.layer, slot.kind
-            parts[key] = parts.get(key, _Parts()).with_recent(_rows_of(slot))
+        # A tensor that is made in inference mode cannot be used for training.
+        with torch.inference_mode(mode=False):
+            for slot in slots:
+                slot.wait()
+                key = slot.layer, slot.kind
+                parts[key] = parts.get(key, _Parts()).with_recent(_rows_of(slot))
         return FinishedRows(parts)
 
     def rows(self, layer: int, kind: str) -> StoredRows | None:
@@ -125,7 +127,7 @@ class MemoryStore:
     @contextmanager
     def reserve(self, rows: Rows) -> Iterator[Slot]:
         """Takes new memory for the vectors of `rows`; see `RowSink.reserve`."""
-        form, runs = rows.form, rows.runs(0)
+        form, runs = rows.form, rows.tokens.runs(0)
         if (earlier := self._forms.get((rows.layer, rows.kind), form)) != form:
             raise ValueError(f"rows of layer {rows.layer} {rows.kind} are {form}, earlier ones {earlier}")
         yield Slot.of(rows, runs, Region(0, rows.nbytes, np.empty(rows.nbytes, np.uint8)))
@@ -163,10 +165,7 @@ class MemoryStore:
 
 def _rows_of(slot: Slot) -> StoredRows:
     example = np.repeat(slot.runs[:, INDEX], slot.runs[:, COUNT]).astype(np.int32)
-    # A tensor that is made in inference mode cannot be used for training.
-    with torch.inference_mode(mode=False):
-        vectors = _tensor(slot.bits, slot.vectors.dtype)
-    return StoredRows(vectors, example, slot.position)
+    return StoredRows(_tensor(slot.bits, slot.vectors.dtype), example, slot.position)
 
 
 def _tensor(bits: npt.NDArray[Any], dtype: torch.dtype) -> torch.Tensor:

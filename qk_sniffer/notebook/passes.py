@@ -180,7 +180,8 @@ class PassRecorder:
             picks = self._picks(tokens)
             self._check_room(picks)
             device = self._backbone.device
-            places = {id(each): TokenIndices.of(_placed(each, tokens), device) for each in picks.values()}
+            distinct = {id(each): each for each in picks.values()}
+            places = {key: TokenIndices.of(_placed(each, tokens), device) for key, each in distinct.items()}
             index = np.array([example.number for example in tokens.examples], np.int64)
             self._pass = _Pass(
                 frame,

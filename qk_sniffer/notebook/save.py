@@ -17,7 +17,7 @@ from qk_sniffer.store.disk import ensure_space, required_bytes
 from qk_sniffer.store.journal import ExampleRecord, Journal
 from qk_sniffer.store.journal_writer import JournalWriter
 from qk_sniffer.store.layout import ATTENTION
-from qk_sniffer.store.rows import Rows
+from qk_sniffer.store.rows import Rows, RowTokens
 from qk_sniffer.store.statistics import Part, PartKey, part_tensors
 
 EXAMPLES_AT_A_TIME = 1000
@@ -124,8 +124,8 @@ def _write_rows(writer: JournalWriter, layer: int, kind: str, rows: StoredRows, 
     step = max(1, writer.piece_bytes // (heads * width * rows.vectors.dtype.itemsize))
     for start in range(0, len(places), step):
         some = places[start : start + step]
-        described = Rows(layer, kind, heads, width, rows.vectors.dtype, rows.example[some], rows.position[some])
-        with writer.reserve(described) as slot:
+        tokens = RowTokens(rows.example[some], rows.position[some])
+        with writer.reserve(Rows(layer, kind, heads, width, rows.vectors.dtype, tokens)) as slot:
             if some[-1] - some[0] == len(some) - 1:
                 slot.vectors.copy_(rows.vectors[:, some[0] : some[-1] + 1])
             else:

@@ -128,7 +128,7 @@ class JournalWriter:
             StoreError: a segment failed.
             ValueError: the rows are not as `Rows` says, or not like earlier ones of the same (layer, kind).
         """
-        form, runs = rows.form, rows.runs(self._batch)
+        form, runs = rows.form, rows.tokens.runs(self._batch)
         if (earlier := self._forms.setdefault((rows.layer, rows.kind), form)) != form:
             raise ValueError(f"rows of layer {rows.layer} {rows.kind} are {form}, earlier ones {earlier}")
         if self._of_example is not None:

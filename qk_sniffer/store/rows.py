@@ -18,7 +18,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -71,13 +71,64 @@ class Form:
 
 
 @dataclass(frozen=True, eq=False)
+class RowTokens:
+    """The tokens of sampled rows: those of one (layer, kind) of a batch, or of several that share them.
+
+    `index` (num_rows,) is the index of each row's example in the source, and `part` (num_rows,) the part of its text
+    that it is, None for part 0; rows of an example are consecutive. `position` (num_rows,) ascends within an example.
+    `columns` are further columns by name, of `TOKEN_COLUMNS`, each (num_rows,).
+    """
+
+    index: npt.NDArray[np.integer[Any]]
+    position: npt.NDArray[np.integer[Any]]
+    columns: Mapping[str, npt.NDArray[np.integer[Any]]] = field(default_factory=dict)
+    part: npt.NDArray[np.integer[Any]] | None = None
+
+    def __len__(self) -> int:
+        return len(self.position)
+
+    @property
+    def stored(self) -> list[npt.NDArray[np.integer[Any]]]:
+        """The int32 columns that are stored next to the vectors."""
+        return [self.position, *self.columns.values()]
+
+    def runs(self, batch: int) -> Int64:
+        """Returns the runs (num_runs, 7) of these rows, in a new array: see `RUN_COLUMNS`.
+
+        Raises:
+            ValueError: there are no rows, or the columns are not as this class says.
+        """
+        runs = self._runs.copy()
+        runs[:, BATCH] = batch
+        return runs
+
+    @cached_property
+    def _runs(self) -> Int64:
+        # Made once: all layers of a step of decoding have the same few tokens, and this takes longer than their gather.
+        num_rows = len(self)
+        part = np.zeros(self.index.shape, np.int64) if self.part is None else self.part.astype(np.int64)
+        shapes = [column.shape for column in (self.index, part, *self.stored)]
+        if not num_rows or any(shape != (num_rows,) for shape in shapes):
+            raise ValueError(f"the columns must have one value a row and at least one row; their shapes are {shapes}")
+        index, position = self.index.astype(np.int64), self.position.astype(np.int64)
+        changes = (index[1:] != index[:-1]) | (part[1:] != part[:-1])
+        starts = np.flatnonzero(np.concatenate([[True], changes]))
+        stops = np.append(starts[1:], num_rows)
+        ascends = position[1:] > position[:-1]
+        ascends[starts[1:] - 1] = True
+        if not ascends.all():
+            raise ValueError("positions do not ascend within an example")
+        of_batch = np.zeros(len(starts), np.int64)
+        first, last = position[starts], position[stops - 1]
+        return np.stack([of_batch, index[starts], starts, stops - starts, first, last, part[starts]], axis=1)
+
+
+@dataclass(frozen=True, eq=False)
 class Rows:
     """Describes sampled rows of one (layer, kind) of a batch, or of a part of it, without their vectors.
 
     `num_heads`, `head_dim` and `dtype` are those of the vectors. The dtype is the model's own: bfloat16, float16 or
-    float32. `index` (num_rows,) is the index of each row's example in the source, and `part` (num_rows,) the part of
-    its text that it is, None for part 0; rows of an example are consecutive. `position` (num_rows,) ascends within an
-    example. `tokens` are further columns by name, of `TOKEN_COLUMNS`, each (num_rows,).
+    float32.
     """
 
     layer: int
@@ -85,63 +136,35 @@ class Rows:
     num_heads: int
     head_dim: int
     dtype: "torch.dtype"
-    index: npt.NDArray[np.integer[Any]]
-    position: npt.NDArray[np.integer[Any]]
-    tokens: Mapping[str, npt.NDArray[np.integer[Any]]] = field(default_factory=dict)
-    part: npt.NDArray[np.integer[Any]] | None = None
+    tokens: RowTokens
 
     @property
     def num_rows(self) -> int:
-        return len(self.position)
+        return len(self.tokens)
 
-    @property
-    def columns(self) -> list[npt.NDArray[np.integer[Any]]]:
-        """The int32 columns that are stored next to the vectors."""
-        return [self.position, *self.tokens.values()]
-
-    @property
+    @cached_property
     def form(self) -> Form:
         """The form of the rows.
 
         Raises:
             ValueError: the kind or a column is unknown, vectors of this dtype cannot be stored, or no head is captured.
         """
+        columns = self.tokens.columns
         if self.kind not in FILE_KINDS:
             raise ValueError(f"the kind is {self.kind!r}; it must be one of {FILE_KINDS}")
         if (dtype := DTYPES.get(str(self.dtype))) is None:
             raise ValueError(f"vectors of {self.dtype} cannot be stored; {', '.join(DTYPES)} can")
-        if strangers := self.tokens.keys() - {*TOKEN_COLUMNS}:
+        if strangers := columns.keys() - {*TOKEN_COLUMNS}:
             raise ValueError(f"the columns {sorted(strangers)} cannot be stored; {TOKEN_COLUMNS} can")
         if not self.num_heads:
             raise ValueError("there are no heads")
-        return Form(self.num_heads, self.head_dim, dtype, tuple(self.tokens))
+        return Form(self.num_heads, self.head_dim, dtype, tuple(columns))
 
     @property
     def nbytes(self) -> int:
         """The bytes that the rows take in a buffer."""
-        return self.num_rows * (self.num_heads * self.head_dim * self.dtype.itemsize + 4 * len(self.columns))
-
-    def runs(self, batch: int) -> Int64:
-        """Returns the runs (num_runs, 7) of these rows: see `RUN_COLUMNS`.
-
-        Raises:
-            ValueError: there are no rows, or the columns are not as this class says.
-        """
-        part = np.zeros(self.index.shape, np.int64) if self.part is None else self.part.astype(np.int64)
-        shapes = [column.shape for column in (self.index, part, *self.columns)]
-        if not self.num_rows or any(shape != (self.num_rows,) for shape in shapes):
-            raise ValueError(f"the columns must have one value a row and at least one row; their shapes are {shapes}")
-        index, position = self.index.astype(np.int64), self.position.astype(np.int64)
-        changes = (index[1:] != index[:-1]) | (part[1:] != part[:-1])
-        starts = np.flatnonzero(np.concatenate([[True], changes]))
-        stops = np.append(starts[1:], self.num_rows)
-        ascends = position[1:] > position[:-1]
-        ascends[starts[1:] - 1] = True
-        if not ascends.all():
-            raise ValueError(f"positions of layer {self.layer} {self.kind} do not ascend within an example")
-        of_batch = np.full(len(starts), batch)
-        first, last = position[starts], position[stops - 1]
-        return np.stack([of_batch, index[starts], starts, stops - starts, first, last, part[starts]], axis=1)
+        vector_bytes = self.num_heads * self.head_dim * self.dtype.itemsize
+        return self.num_rows * (vector_bytes + 4 * len(self.tokens.stored))
 
 
 def example_key(index: int, part: int) -> int:
@@ -197,7 +220,7 @@ class Slot:
         """Copies the columns of `rows` into `region`, which has their size; `runs` are those of `rows`."""
         import torch  # here, so that readers of a journal need not load it
 
-        columns = rows.columns
+        columns = rows.tokens.stored
         end = 4 * len(columns) * rows.num_rows
         stored = region.memory[:end].view(np.int32).reshape(len(columns), rows.num_rows)
         for row, column in zip(stored, columns, strict=True):
@@ -212,7 +235,7 @@ class Slot:
             vectors=torch.from_numpy(raw).view(rows.dtype).view(shape),
             bits=raw.view(f"u{rows.dtype.itemsize}").reshape(shape),
             position=stored[0],
-            tokens=dict(zip(rows.tokens, stored[1:], strict=True)),
+            tokens=dict(zip(rows.tokens.columns, stored[1:], strict=True)),
         )
 
     def wait(self) -> None:

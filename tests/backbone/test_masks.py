@@ -3,11 +3,13 @@
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from qk_sniffer.backbone.masks import Visible, check_mask
+from qk_sniffer.backbone.masks import Visible, check_mask, check_slots
+from qk_sniffer.backbone.slots import PADDING, Slots
 from qk_sniffer.errors import CaptureError
 
 pytestmark = pytest.mark.floor
@@ -71,3 +73,25 @@ def test_a_decoder_whose_kernel_gets_no_causal_mask_is_told_of_the_eager_one(ker
     module.config = SimpleNamespace(_attn_implementation=kernel)
     with pytest.raises(CaptureError, match=rf"Linear is not causal.*{hint}"):
         check_mask(module, N, FULL, {"attention_mask": torch.zeros(1, 1, N, N)})
+
+
+def test_each_rule_of_unmasked_attention_over_the_same_slots_is_checked() -> None:
+    """A check that one layer has passed says nothing of a layer that sees other keys, or fewer."""
+    slots, module = Slots(np.arange(6)[None]), nn.Identity()
+    windowed, whole = Visible(2, None, is_sparse=False), FULL
+    unmasked = {"attention_mask": None, "is_causal": True}
+    for _ in range(2):
+        check_slots(module, 1, 2, windowed, unmasked, slots)
+        check_slots(module, 1, 6, whole, unmasked, slots)
+        with pytest.raises(CaptureError, match="dropped keys"):
+            check_slots(module, 1, 2, whole, unmasked, slots)
+    check_slots(module, 2, 6, whole, unmasked, slots)
+    with pytest.raises(CaptureError, match="not causal"):
+        check_slots(module, 2, 6, whole, unmasked | {"is_causal": False}, slots)
+
+
+def test_padding_that_no_mask_hides_is_refused_where_the_kernel_takes_masks() -> None:
+    slots, rules = Slots(np.array([[PADDING, 0, 1]])), FULL
+    check_slots(nn.Identity(), 1, 3, rules, {}, slots)  # a kernel that hides padding itself
+    with pytest.raises(CaptureError, match="attends to padding"):
+        check_slots(nn.Identity(), 1, 3, rules, {"attention_mask": None}, slots)

@@ -35,7 +35,8 @@ def rows(parts: list[tuple[int, int]], positions: list[int]) -> Piece:
     index, part, position = np.array(of_row, np.int64).T
     vectors = torch.tensor([[[float(i), float(p), float(at), 0.0] for i, p, at in of_row]])
     piece = Piece.of(0, "q", vectors, index, position)
-    return replace(piece, rows=replace(piece.rows, part=part))
+    tokens = replace(piece.rows.tokens, part=part)
+    return replace(piece, rows=replace(piece.rows, tokens=tokens))
 
 
 def write(folder: Path, *batches: list[tuple[int, int]]) -> Journal:

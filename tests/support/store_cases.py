@@ -21,7 +21,7 @@ from qk_sniffer.store.journal_writer import JournalWriter
 from qk_sniffer.store.layout import OFFSET_COLUMNS, Head, Layout
 from qk_sniffer.store.manifest import Written, build
 from qk_sniffer.store.promote import promote
-from qk_sniffer.store.rows import Rows
+from qk_sniffer.store.rows import Rows, RowTokens
 from qk_sniffer.store.text_segments import encode
 
 HEAD_DIM = 16
@@ -80,7 +80,8 @@ class Piece:
         **tokens: np.ndarray,
     ) -> "Piece":
         num_heads, _, head_dim = vectors.shape
-        return cls(Rows(layer, kind, num_heads, head_dim, vectors.dtype, index, position, tokens), vectors)
+        described = RowTokens(index, position, tokens)
+        return cls(Rows(layer, kind, num_heads, head_dim, vectors.dtype, described), vectors)
 
 
 def ones(count: int, dim: int = 4, *, index: int = 0, dtype: torch.dtype = torch.float32) -> Piece:

@@ -44,10 +44,9 @@ def write_texts(path: Path, examples: int, tokens: int, *, shortest: int | None 
     return path
 
 
-def smollm2_shape(folder: Path, **changes: Any) -> Path:
-    """Writes a checkpoint of SmolLM2-135M's shape: random weights, and the tokenizer of the embedded model."""
-    import torch
-    from transformers import LlamaConfig, LlamaModel
+def smollm2_config(**changes: Any) -> Any:
+    """Returns the config of SmolLM2-135M's shape."""
+    from transformers import LlamaConfig
 
     shape = {
         "hidden_size": 576,
@@ -58,8 +57,16 @@ def smollm2_shape(folder: Path, **changes: Any) -> Path:
         "vocab_size": 49152,
         "max_position_embeddings": 8192,
     }
+    return LlamaConfig(**shape | changes)
+
+
+def smollm2_shape(folder: Path, **changes: Any) -> Path:
+    """Writes a checkpoint of SmolLM2-135M's shape: random weights, and the tokenizer of the embedded model."""
+    import torch
+    from transformers import LlamaModel
+
     torch.manual_seed(0)
-    LlamaModel(LlamaConfig(**shape | changes)).save_pretrained(folder)
+    LlamaModel(smollm2_config(**changes)).save_pretrained(folder)
     for file in EMBEDDED_MODEL.glob("token*"):
         shutil.copy(file, folder)
     return folder

@@ -277,6 +277,15 @@ def long_context(rounds: int) -> list[Line]:
     ]
 
 
+def decoding(rounds: int) -> list[Line]:
+    """Compares the CPU time of a generated token under a capture with that of one without."""
+    figures = [json.loads(_own_process("decoding.py")) for _ in range(rounds)]
+    taken = {key: [figure[key] for figure in figures] for key in figures[0]}
+    ratio = statistics.median(figure["captured"] / figure["plain"] for figure in figures)
+    what = "a token of generate, captured in Python, batch 1: CPU over that of one without"
+    return [Line("decoding", what, ratio, 1.5, "ratio", taken)]
+
+
 def _own_process(script: str, *arguments: str) -> str:
     command = [sys.executable, f"benchmarks/{script}", *arguments]
     return subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
@@ -295,6 +304,7 @@ BENCHMARKS = {
     "attention": attention,
     "statistics": of_every_token,
     "all": everything,
+    "decoding": decoding,
     "memory": long_context,
     "all-long": everything_long,
 }

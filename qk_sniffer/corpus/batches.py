@@ -220,14 +220,14 @@ def check_same_texts(
     captured: Iterable[ExampleRecord],
     tokenizer: Callable[[], Tokenizer],
     *,
-    whole: bool = False,
+    rows: int = 0,
     origin: str = "that was captured before the job stopped",
 ) -> None:
-    """Checks that the source still has the texts of the `captured` examples; with `whole`, no others before the last.
+    """Checks that the source still has the texts of the `captured` examples, and no others in its first `rows` rows.
 
     Args:
-        tokenizer: called once for the first conversation.
-        whole: see above.
+        tokenizer: called for conversations, and for texts that are not among the examples.
+        rows: see above; 0 where `captured` are some of the examples.
         origin: says in errors where these texts are from.
 
     Raises:
@@ -235,13 +235,13 @@ def check_same_texts(
     """
     captured = list(captured)
     left, segmented = _by_index(captured), _with_segments(captured)
-    last = max(left, default=-1)
+    end = max(rows, 1 + max(left, default=-1))
 
     def hash_of(example: Example) -> str:
         return tokenizer().content_hash(example) if isinstance(example.content, Conversation) else plain_hash(example)
 
     for example in corpus.examples():
-        if example.index > last:
+        if example.index >= end:
             break
         record = left.pop(example.index, None)
         check_unchanged(example, record, hash_of, origin)
@@ -251,9 +251,10 @@ def check_same_texts(
             for part in of_text:
                 if part.key in now and now[part.key].num_tokens == part.num_tokens:  # else of other software
                     check_same_segments(now[part.key], part)
-        if whole and record is None:
+        if record is None and example.index < rows and tokenizer()([example]):  # else a text without tokens
             raise _changed(
-                f"example {example.index} of the dataset (id {example.source_id}) had no text when its shard ran"
+                f"example {example.index} of the dataset (id {example.source_id}) has a text now, and had none when "
+                "the dataset was captured"
             )
     if left:
         raise _changed(f"example {min(left)} of the dataset has lost the text {origin}")

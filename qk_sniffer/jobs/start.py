@@ -406,4 +406,5 @@ def _warn_of_other_versions(job: Job, earlier: Job) -> None:
 
 def _check_texts(previous: PreviousVersion, corpus: Corpus, tokenizer: Callable[[], Tokenizer]) -> None:
     """Refuses a local source whose texts or ids differ from those of the dataset: no commit pins them."""
-    check_same_texts(corpus, previous.examples(), tokenizer, origin=f"that {previous.files} was made from")
+    origin, rows = f"that {previous.files} was made from", int(previous.record["source_rows"])
+    check_same_texts(corpus, previous.examples(), tokenizer, rows=rows, origin=origin)

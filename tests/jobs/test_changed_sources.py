@@ -70,6 +70,51 @@ def test_a_dataset_does_not_grow_from_a_source_that_has_lost_a_text(checkpoint: 
     assert manifests.read(root)["examples"] == 4
 
 
+@pytest.mark.parametrize("row", [1, 3])
+@pytest.mark.parametrize("appended", [0, 2])
+def test_a_dataset_that_lacks_a_text_which_has_come_since_is_refused(
+    checkpoint: Path, tmp_path: Path, row: int, appended: int
+) -> None:
+    """Its rows are numbered by the source: the new text would never be captured, and nothing would say so."""
+    root, texts = tmp_path / "out", tmp_path / "texts.jsonl"
+    write(texts, [text if index != row else "" for index, text in enumerate(TEXTS[:4])])
+    run(checkpoint, texts, root, **SECTIONS)
+    write(texts, TEXTS[: 4 + appended])
+    with pytest.raises(SourceError, match=rf"example {row} of the dataset .* has a text now, and had none"):
+        run(checkpoint, texts, root, **SECTIONS)
+    run(checkpoint, texts, root, **SECTIONS, output={"overwrite": True})
+    assert hashes(root) == hashes(run(checkpoint, texts, tmp_path / "whole", **SECTIONS))
+
+
+@pytest.mark.parametrize("row", [1, 3])
+def test_shards_that_lack_a_text_which_has_come_since_make_no_dataset(
+    checkpoint: Path, tmp_path: Path, row: int
+) -> None:
+    root, texts = tmp_path / "out", tmp_path / "texts.jsonl"
+    write(texts, [text if index != row else "" for index, text in enumerate(TEXTS[:4])])
+    run(checkpoint, texts, root, **half(1))
+    write(texts, TEXTS[:4])
+    with pytest.raises(SourceError, match=rf"example {row} of the dataset .* has a text now, and had none"):
+        run(checkpoint, texts, root, **half(0))
+    assert not (root / "manifest.json").exists()
+
+
+def test_texts_without_tokens_are_in_no_dataset_and_are_no_change(checkpoint: Path, tmp_path: Path) -> None:
+    root, texts = tmp_path / "out", write(tmp_path / "texts.jsonl", [TEXTS[0], " ", *TEXTS[1:3], " "])
+    folder = copy_of(checkpoint, tmp_path)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["normalizer"] = {"type": "Strip", "strip_left": True, "strip_right": True}
+    tokenizer["post_processor"] = None
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    for index in (0, 1):
+        run(folder, texts, root, **half(index))
+    assert manifests.read(root)["skipped_rows"] == 2
+    run(folder, texts, root, **SECTIONS)  # nothing to do
+    write(texts, [TEXTS[0], " ", *TEXTS[1:3], " ", TEXTS[3]])
+    run(folder, texts, root, **SECTIONS)
+    assert manifests.read(root)["examples"] == 4
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("done", [False, True])
 def test_overwriting_gets_out_of_a_job_whose_texts_have_changed(

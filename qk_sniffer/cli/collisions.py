@@ -1,7 +1,9 @@
 """Finds the jobs of a sweep that would write to the same place, before the first of them starts."""
 
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from qk_sniffer.config import ShardConfig
@@ -15,19 +17,33 @@ def collisions(jobs: Sequence[PlannedJob]) -> list[str]:
     by_root: dict[str, list[PlannedJob]] = {}
     by_branch: dict[tuple[str, str], list[PlannedJob]] = {}
     for job in jobs:
-        by_root.setdefault(str(job.config.data_root.resolve()), []).append(job)
+        by_root.setdefault(place_of(job.config.data_root), []).append(job)
         output = job.config.output
         if output.hf_repo_id and output.hf_branch:
             by_branch.setdefault((output.hf_repo_id, output.hf_branch), []).append(job)
     problems = []
     for group in by_root.values():
         if clash := _first_clash(group):
-            problems.append(_described(*clash, "output.data_root", str(group[0].config.output.data_root)))
+            roots = [job.config.data_root for job in clash]
+            problems.append(_described(*clash, "output.data_root", str(roots[0]), shared_place(*roots)))
     for (_, branch), group in by_branch.items():
-        others = [job for job in group if job.config.data_root.resolve() != group[0].config.data_root.resolve()]
+        others = [job for job in group if place_of(job.config.data_root) != place_of(group[0].config.data_root)]
         if others:
-            problems.append(_described(group[0], others[0], "output.hf_branch", branch))
+            problems.append(_described(group[0], others[0], "output.hf_branch", branch, branch))
     return problems
+
+
+def place_of(folder: Path) -> str:
+    """Returns a name that two folders share if they are one, or are one on some file systems.
+
+    Those of macOS and Windows find a name by its letters, in capitals or not, and by its accents, however encoded.
+    """
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFD", str(folder.resolve())).casefold())
+
+
+def shared_place(one: Path, other: Path) -> str:
+    """Returns how a message names two folders with the same `place_of`."""
+    return str(one) if one.resolve() == other.resolve() else f"{one}, which some file systems take for {other}"
 
 
 def _first_clash(jobs: Sequence[PlannedJob]) -> tuple[PlannedJob, PlannedJob] | None:
@@ -47,8 +63,8 @@ def _unsharded(config: ResolvedConfig) -> ResolvedConfig:
     return replace(config, shard=ShardConfig(0, config.shard.count))
 
 
-def _described(one: PlannedJob, other: PlannedJob, key: str, value: str) -> str:
-    problem = f"{one} and {other} would both write to {key}={value}"
+def _described(one: PlannedJob, other: PlannedJob, key: str, value: str, place: str) -> str:
+    problem = f"{one} and {other} would both write to {key}={place}"
     values, others = _flat(one.config.to_dict()), _flat(other.config.to_dict())
     different = [name for name in values | others if values.get(name) != others.get(name)]
     if not different:

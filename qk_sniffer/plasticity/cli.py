@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from qk_sniffer import config as main_config
 from qk_sniffer.cli import process
 from qk_sniffer.cli.application import Application
+from qk_sniffer.cli.collisions import place_of, shared_place
 from qk_sniffer.cli.environment import read_environment
 from qk_sniffer.cli.flags import initialized, only_prints, parse_flags, show
 from qk_sniffer.cli.hydra_jobs import run_jobs
@@ -77,10 +78,10 @@ def _problems(config: PlasticityConfig, hydra_folder: Path | None) -> list[str]:
 def _collisions(jobs: Sequence[Job[PlasticityConfig]]) -> Iterator[str]:
     folders: dict[str, Job[PlasticityConfig]] = {}
     for job in jobs:
-        folder = str(job.config.folder.resolve())
-        if folder in folders:
-            yield f"{folders[folder]} and {job} would both write to {job.config.folder}; give each its own output_dir"
-        folders[folder] = job
+        earlier = folders.setdefault(place_of(job.config.folder), job)
+        if earlier is not job:
+            place = shared_place(job.config.folder, earlier.config.folder)
+            yield f"{earlier} and {job} would both write to {place}; give each its own output_dir"
 
 
 APPLICATION = Application(

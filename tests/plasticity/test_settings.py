@@ -43,6 +43,7 @@ def test_a_sweep(verify_base: Path, tmp_path: Path) -> None:
         (("data_root=.", "replicates=5"), ("must be 20 to 10,000, or 0 for results without intervals",)),
         (("data_root=.", "seed=1,2"), ("needs --multirun",)),
         (("--multirun", "data_root=.", "seed=1,2"), ("would both write",)),
+        (("--multirun", "data_root=.", "output_dir=../A,../a"), ("../A", "which some file systems take for")),
         (("--multirun", "data_root=.", "seed=1,-2"), ("seed is -2",)),
         (("--nonsense",), ("no such flag",)),
         (("data_root=.", "~seed"), ("seed=...",)),

@@ -338,7 +338,7 @@ def test_smollm3_checkpoints_sweeps_by_itself() -> None:
             ("output.data_root=x/Tiny,x/tiny", "model.dtype=float32"),
             r"output\.data_root=x/Tiny, which some file systems take for x/tiny",
         ),
-        (("output.data_root=x/\u00e9,x/e\u0301",), r"which some file systems take for"),
+        (('output.data_root="x/\u00e9","x/e\u0301"',), r"which some file systems take for"),
         (("model.revision=a,b", "output.data_root=x"), r"leave output\.data_root out, so that each gets its own"),
         (("sampler.seed=0,0",), r"job 0 and job 1 .*; they are the same job twice"),
         (("dry_run=true,false",), r"dry_run is false and true; give all jobs of a sweep the same"),

@@ -128,7 +128,7 @@ def make_dataset(
         with stages("compact"):
             staged = stage(layout, job, config.located, None if components is None else components.tokenizer)
         if corpus is not None:
-            _check_texts(config, job.record, staged, corpus)
+            _check_texts(config, job.record, staged, corpus, captured_here=components is not None)
         with stages("verify"):
             proof = _with_checks(_prove(config, job, staged, corpus, components, stages), staged)
         job.claim.check()  # what was proven is the job's
@@ -217,8 +217,12 @@ def report_and_publish(
     return Outcome(manifest["rows"], published.url, digest)
 
 
-def _check_texts(config: ResolvedConfig, record: Mapping[str, Any], staged: Staged, corpus: Corpus) -> None:
-    """Checks that all shards have captured the texts of `corpus`: no commit pins those of a local source.
+def _check_texts(
+    config: ResolvedConfig, record: Mapping[str, Any], staged: Staged, corpus: Corpus, *, captured_here: bool
+) -> None:
+    """Checks that the job has captured the texts of `corpus`: no commit pins those of a local source.
+
+    A process that has captured the only shard has compared them.
 
     Raises:
         SourceError: they have not.
@@ -229,7 +233,7 @@ def _check_texts(config: ResolvedConfig, record: Mapping[str, Any], staged: Stag
             f"the job has captured {_named(commit)}, and dataset.path names {_named(corpus.commit)} now: restore the "
             "source, or recreate the dataset with output.overwrite=true"
         )
-    if commit is None and record["config"]["shard"]["count"] > 1:
+    if commit is None and not (captured_here and record["config"]["shard"]["count"] == 1):
         # Of a stream, the number of rows is not known: rows without text may follow the last example.
         rows = record["source_rows"] or 1 + max((example.index for example in staged.examples), default=-1)
         check_same_texts(corpus, staged.examples, tokenizer_once(config, record["commits"]), rows=rows)

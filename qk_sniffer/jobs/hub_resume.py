@@ -87,7 +87,7 @@ def guard(layout: Layout, here: Mapping[str, Any], branch: Branch) -> None:
 
 
 def refuse_other(layout: Layout, here: Mapping[str, Any], branch: Branch) -> None:
-    """Refuses to replace the dataset of the branch if it is not of the same settings, model and texts as `here`.
+    """Refuses to replace the dataset of the branch if its settings, model or texts are others, or if it has more texts.
 
     The name of a branch follows from few settings, and in a received manifest its author chooses them. Of a local
     source, settings and commits name only the last part of a path: its texts are compared, as far as both have them.
@@ -102,6 +102,9 @@ def refuse_other(layout: Layout, here: Mapping[str, Any], branch: Branch) -> Non
     different = Job.from_record(here).differences(Job.from_record(there), finished=True)
     if "source" in here or "source" in there:
         different.append("a capture from Python, which nothing but its own calls repeats")
+    if there["source_rows"] > here["source_rows"]:
+        more, fewer = f"{there['source_rows']:,}", f"{here['source_rows']:,}"
+        different.append(f"more examples: {more}, and there are {fewer} here. A dataset grows, and does not shrink")
     if not different and here["commits"]["dataset"] is None and not _are_versions(layout, here, branch, there):
         different.append("the texts of a source with the same name, or their tokens")
     if different:

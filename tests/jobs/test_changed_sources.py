@@ -115,6 +115,31 @@ def test_texts_without_tokens_are_in_no_dataset_and_are_no_change(checkpoint: Pa
     assert manifests.read(root)["examples"] == 4
 
 
+@pytest.mark.few(1)
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        (changed(11), "not the text that was captured"),
+        ([*TEXTS[:11], ""], "lost the text"),
+        ([TEXTS[0], *TEXTS[2:]], "not the text"),
+    ],
+)
+def test_a_captured_job_whose_texts_have_changed_makes_no_dataset_of_the_old_ones(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, texts: list[str], message: str
+) -> None:
+    """The next start would refuse it. The proof reads only the texts that it draws."""
+    path, root = write(tmp_path / "texts.jsonl", TEXTS[:12]), tmp_path / "out"
+    sections = SECTIONS | {"verify": {"examples": 0}}
+    captured_only(checkpoint, path, root, monkeypatch, **sections)
+    write(path, texts[:12])
+    for _ in range(2):
+        with pytest.raises(SourceError, match=message):
+            run(checkpoint, path, root, **sections)
+    assert not (root / "manifest.json").exists()
+    assert finalize(root, prove=False) == 0, "the way out that keeps what was captured"
+    assert manifests.read(root)["examples"] == 12
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("done", [False, True])
 def test_overwriting_gets_out_of_a_job_whose_texts_have_changed(

@@ -302,6 +302,20 @@ def test_texts_of_another_file_of_the_same_name_do_not_replace_a_dataset(
     assert hub.repositories[REPO].branches[branch] != head, "more of the same texts"
 
 
+def test_a_dataset_of_fewer_texts_does_not_replace_its_own_later_version(
+    hub: FakeHub, logged_in: str, checkpoint: Path, texts: Path, tmp_path: Path
+) -> None:
+    """As of an older copy of the texts: a folder of a dataset that has grown refuses it too."""
+    run(checkpoint, texts, tmp_path / "first", **SECTIONS, output=PUBLIC)
+    before = {**hub.repositories[REPO].branches}
+    fewer: Any = SECTIONS | {"dataset": {"max_samples": 2}}
+    with pytest.raises(StoreError, match=r"more examples: 4, and there are 2 here"):
+        run(checkpoint, texts, tmp_path / "second", **fewer, output=PUBLIC)
+    assert hub.repositories[REPO].branches == before
+    run(checkpoint, texts, tmp_path / "second", **fewer, output=PUBLIC | {"overwrite": True})
+    assert hub.repositories[REPO].branches != before
+
+
 def test_finalize_replaces_nothing_on_a_branch_that_no_start_has_named(
     hub: FakeHub, logged_in: str, checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -146,6 +146,7 @@ def test_torch_and_transformers_are_imported_only_where_they_belong() -> None:
     assert heavy[False] - heavy[True] == IMPORT_TORCH_LATE
 
 
+@pytest.mark.slow
 def test_the_other_modules_load_neither() -> None:
     needs_torch = set(IMPORT_TORCH)
     order = TopologicalSorter({module: set(ours(tree)) for module, tree in MODULES.items()}).static_order()

@@ -217,6 +217,7 @@ JOBS: dict[str, tuple[str, CudaJob, Callable[[nn.Module], nn.Module]]] = {
 }
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("name", JOBS)
 def test_every_job_gives_the_numbers_of_the_cpu(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(banded_attention, "MIN_BLOCK", 8)

@@ -30,6 +30,7 @@ QUICK = {"gemma2", "gpt_oss", "llama4", "deepseek_v3"}
 """Softcap and windows; learned sinks; chunks; a key head for each query head."""
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "case",
     [case if case.name in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES],
@@ -73,6 +74,7 @@ def no_number(slot: Slot) -> None:
     slot.vectors[0, 0, 3] = torch.nan  # entropy
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     "harm", [other_head, one_row_of_another_head, a_little_larger, other_positions, no_number], ids=lambda f: f.__name__
 )

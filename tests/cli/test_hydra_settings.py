@@ -73,6 +73,7 @@ def test_a_setting_of_hydra_is_refused(argument: str, message: str) -> None:
     assert re.search(message, refusal(argument))
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("name", "message"),
     [

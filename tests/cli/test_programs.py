@@ -90,7 +90,7 @@ def test_plasticity_takes_a_folder_without_its_key_whatever_its_name(
     assert sys.argv[1:] == args.overrides
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("arguments", [("verify", "--help"), ("status", "."), ("verify", "nope")])
 def test_a_reader_that_goes_away_changes_nothing(arguments: tuple[str, ...], unbuffered: str, tmp_path: Path) -> None:

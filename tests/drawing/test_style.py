@@ -80,6 +80,7 @@ def test_pictures_for_papers_are_a_pdf_too_which_is_known_and_replaced(tmp_path:
         save(tmp_path / "a", drawing, suffixes=PAPER_SUFFIXES)
 
 
+@pytest.mark.slow
 def test_settings_of_others_do_not_change_a_picture(tmp_path: Path) -> None:
     """A matplotlibrc of the current folder makes such settings. With LaTeX, they would read a file into the picture."""
     expected = [path.read_bytes() for path in save(tmp_path / "a", drawing)]
@@ -91,6 +92,7 @@ def test_settings_of_others_do_not_change_a_picture(tmp_path: Path) -> None:
         assert matplotlib.rcParams["axes.facecolor"] == "red"
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", ["a link to a secret", "a pipe", "no text"])
 def test_a_matplotlibrc_of_the_current_folder_is_not_read(kind: str, tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("hf_secret")

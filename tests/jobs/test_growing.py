@@ -126,6 +126,7 @@ def forwarded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_raised_max_samples_runs_only_the_new_examples(
     streaming: bool, checkpoint: Path, texts: Path, tmp_path: Path, forwarded: list[int]
@@ -170,6 +171,7 @@ def test_rows_appended_to_the_source_are_added(
     assert hashes(root) == hashes(whole)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("added", ["", "a"])
 def test_heads_that_get_no_new_row_stay_as_they_are(added: str, checkpoint: Path, tmp_path: Path) -> None:
     path, root = tmp_path / "texts.jsonl", tmp_path / "out"

@@ -102,7 +102,7 @@ SAMPLERS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.few(3)
+@pytest.mark.few(1)
 @pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=[*SAMPLERS])
 def test_values_have_the_rows_of_keys_and_outputs_those_of_queries(
     sampler: dict[str, Any], checkpoint: Path, texts: Path, tmp_path: Path

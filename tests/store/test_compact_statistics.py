@@ -78,6 +78,7 @@ def staged(folder: Path, *journals: Journal, num_tokens: int = NUM_TOKENS) -> Pa
     return layout.staging.root
 
 
+@pytest.mark.slow
 def test_a_journal_keeps_no_places_and_no_facts_of_what_it_has_compared(tmp_path: Path) -> None:
     written(tmp_path)
 

@@ -5,7 +5,6 @@ holds names of lists may stand for billions of values, and the description of a 
 link to a secret, parts of which would get into messages and into the dataset.
 """
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +18,11 @@ from qk_sniffer.store.open_folder import OddFileError
 
 _CARD = "README.md"
 
-_FILES = (_CARD, ".huggingface.yaml", "dataset_infos.json")
+_STANDALONE = ".huggingface.yaml"
+
+_FILES = (_CARD, _STANDALONE, "dataset_infos.json")
+
+_CONFIGS = "configs"
 
 _MOST_REPEATED = 100_000
 """The most values for which the names (`*name`) in a description may stand. Such names are rare, and stand for few."""
@@ -44,20 +47,39 @@ def own_descriptions(where: str, folder: Path) -> Iterator[None]:
 
 
 def names_its_files(where: str, folder: Path) -> bool:
-    """Whether the folder has a dataset card that lists the files of its configs.
+    """Whether the card of the folder, or its .huggingface.yaml, lists configs, which name their files.
 
     Raises:
-        SourceError: the card cannot be read, or a link leads out of the folder.
+        SourceError: one of the two cannot be read, or a link leads out of the folder.
     """
+    from huggingface_hub.repocard import REGEX_YAML_BLOCK
+
+    card = REGEX_YAML_BLOCK.search(_text(where, folder, _CARD))
+    metadata: dict[str, Any] = {}
+    for text in ("" if card is None else card.group(2), _text(where, folder, _STANDALONE)):
+        metadata |= _metadata(where, text)  # in the order of `datasets`
+    return bool(metadata.get(_CONFIGS))
+
+
+def _text(where: str, folder: Path, name: str) -> str:
     try:
-        with open_inside(folder, _CARD) as card:
-            text = card.read().decode(errors="replace")
+        with open_inside(folder, name) as file:
+            return file.read().decode(errors="replace")
     except (FileNotFoundError, OddFileError):
-        return False
+        return ""
     except (OSError, StoreError) as error:
-        raise SourceError(f"{where}: its {_CARD} cannot be read: {reason(error)}") from error
-    front = re.match(r"---\r?\n(.*?)\n---", text, flags=re.DOTALL)
-    return front is not None and re.search(r"^configs:", front.group(1), flags=re.MULTILINE) is not None
+        raise SourceError(f"{where}: its {name} cannot be read: {reason(error)}") from error
+
+
+def _metadata(where: str, text: str) -> dict[str, Any]:
+    import yaml
+
+    try:
+        with yaml_limited(where):
+            found = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return {_CONFIGS: True} if _CONFIGS in text else {}  # `datasets` reads it too, and says what is wrong
+    return found if isinstance(found, dict) else {}
 
 
 def _check_descriptions(where: str, folder: Path) -> None:

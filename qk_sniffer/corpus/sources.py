@@ -134,7 +134,7 @@ def _rows_of_folder(where: str, config: DatasetConfig, folder: Path) -> Rows:
             "dataset.data_files='*.jsonl'"
         )
     splits = _splits(folder, config, files)
-    # A card that `names_its_files` does not see may have added some.
+    # A card that lists no configs may have added some in another way.
     check_home(where, [file for of_split in splits.values() for file in of_split], folder, is_named=False)
     return rows_of_files(where, _in(splits, folder), formats[0], {}, config)
 

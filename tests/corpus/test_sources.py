@@ -10,6 +10,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from datasets import data_files
 from support.data_files import FORMATS, ROWS, TEXTS, both_ways, jsonl, message, opened, parquet, texts, write
 
@@ -294,7 +295,7 @@ def test_a_pattern_of_a_card_is_checked_before_anything_is_listed_or_asked(
         f"zip://*.csv::{tmp_path}/a.zip",
         "simplecache::http://127.0.0.1:1/a.csv",
     ):
-        for name, written in UNSEEN.values():
+        for name, written in OTHER_FORMS.values():
             write(folder / name, written(CARD.format(path=f'"{path}"')))
             assert ".huggingface.yaml names" in message(folder, streaming=False), path
             (folder / name).unlink()
@@ -336,20 +337,22 @@ def without_dashes(card: str) -> str:
     return card.removeprefix("---\n").removesuffix("---\n")
 
 
-UNSEEN = {
+OTHER_FORMS = {
     "a blank line first": ("README.md", lambda card: f"\n{card}"),
     "spaces first": ("README.md", lambda card: f"  {card}"),
     "a quoted key": ("README.md", lambda card: card.replace("configs:", '"configs":')),
     "a space in the key": ("README.md", lambda card: card.replace("configs:", "configs :")),
     "no card": (".huggingface.yaml", without_dashes),
+    "JSON": ("README.md", lambda card: f"---\n{json.dumps(yaml.safe_load(without_dashes(card)))}\n---\n"),
+    "an escaped key": ("README.md", lambda card: card.replace("configs:", r'"\x63onfigs":')),
 }
 """Files that name the files of a folder for `datasets`, however they do: their names, and their content from a card."""
 
 
 @both_ways
-@pytest.mark.parametrize("how", UNSEEN)
+@pytest.mark.parametrize("how", OTHER_FORMS)
 def test_every_file_that_is_found_for_a_folder_is_its_own(tmp_path: Path, how: str, streaming: bool) -> None:
-    name, written = UNSEEN[how]
+    name, written = OTHER_FORMS[how]
     folder, secret = tmp_path / "texts", write(tmp_path / "secret.csv", "x")
     write(folder / "own.csv", "text\nown")
     write(folder / name, written(CARD.format(path=secret)))
@@ -362,7 +365,12 @@ def test_every_file_that_is_found_for_a_folder_is_its_own(tmp_path: Path, how: s
     assert "linked.csv leads out of the dataset" in text and str(secret) in text
     (folder / ".hidden" / "linked.csv").unlink()
     write(folder / ".hidden" / "linked.csv", "text\nhidden")
-    assert (0, "own") in texts(opened(folder, streaming=streaming).examples()), "its own files are read"
+    assert texts(opened(folder, streaming=streaming).examples()) == [
+        (0, "text"),
+        (1, "own"),
+        (2, "text"),
+        (3, "hidden"),
+    ]
 
 
 @both_ways

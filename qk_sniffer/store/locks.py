@@ -164,20 +164,22 @@ def hold(
     try:
         yield lock
     finally:
-        is_mine = lock.is_at_its_path  # another job may have a lock there
-        if is_mine:
-            # Unlinked while it is held: a process that opened it before then finds another file, or none, at the path.
-            lock.folders[0].unlink(path.name)
-        _held.discard(lock.descriptor)
-        os.close(lock.descriptor)
-        if is_mine:  # an empty work folder has no meaning
-            if of_user:
-                with suppress(OSError):
-                    path.parent.rmdir()
-            else:
-                lock.folders[1].rmdir(path.parent.name)
-        for folder in lock.folders:
-            folder.close()
+        with ExitStack() as closing:  # on a disk that fails, too
+            for folder in lock.folders:
+                closing.callback(folder.close)
+            with ExitStack() as releasing:
+                releasing.callback(os.close, lock.descriptor)
+                releasing.callback(_held.discard, lock.descriptor)
+                is_mine = lock.is_at_its_path  # another job may have a lock there
+                if is_mine:
+                    # Unlinked while it is held: a process that opened it before then finds another file, or none.
+                    lock.folders[0].unlink(path.name)
+            if is_mine:  # an empty work folder has no meaning
+                if of_user:
+                    with suppress(OSError):
+                        path.parent.rmdir()
+                else:
+                    lock.folders[1].rmdir(path.parent.name)
 
 
 def holder(path: Path) -> Holder | None:

@@ -1,5 +1,6 @@
 """Tests promotion, where a crash at any moment leaves the old or the new dataset, and the locks of the data root."""
 
+import errno
 import hashlib
 import json
 import os
@@ -306,6 +307,21 @@ def test_work_is_discarded_but_nothing_else(tmp_path: Path) -> None:
         discard_work(layout, own)
         assert not layout.journals() and not layout.job_file.exists()
     assert {name: data for name, data in file_bytes(tmp_path).items() if ".qk_sniffer" not in name} == before
+
+
+def test_a_lock_is_released_on_a_disk_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a sweep in one process: the disk could not be unmounted, and no later job would get the lock."""
+    path = Layout(tmp_path).finalize_lock
+    before = set(os.listdir("/proc/self/fd"))
+
+    def fails(*_: Any, **__: Any) -> Any:
+        raise OSError(errno.EIO, "the disk fails")
+
+    with pytest.raises(OSError, match="the disk fails"), monkeypatch.context() as failing, hold(path, "finalizing"):
+        failing.setattr(type(Path()), "stat", fails)
+    assert set(os.listdir("/proc/self/fd")) == before
+    with hold(path, "finalizing") as lock:
+        lock.check()
 
 
 def test_a_held_lock_names_its_holder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

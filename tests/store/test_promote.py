@@ -312,14 +312,14 @@ def test_work_is_discarded_but_nothing_else(tmp_path: Path) -> None:
 def test_a_lock_is_released_on_a_disk_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As of a sweep in one process: the disk could not be unmounted, and no later job would get the lock."""
     path = Layout(tmp_path).finalize_lock
-    before = set(os.listdir("/proc/self/fd"))
+    before = {*Path("/proc/self/fd").iterdir()}
 
     def fails(*_: Any, **__: Any) -> Any:
         raise OSError(errno.EIO, "the disk fails")
 
     with pytest.raises(OSError, match="the disk fails"), monkeypatch.context() as failing, hold(path, "finalizing"):
         failing.setattr(type(Path()), "stat", fails)
-    assert set(os.listdir("/proc/self/fd")) == before
+    assert {*Path("/proc/self/fd").iterdir()} == before
     with hold(path, "finalizing") as lock:
         lock.check()
 

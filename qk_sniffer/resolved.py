@@ -22,6 +22,7 @@ from qk_sniffer.config import (
     ModelConfig,
     OutputConfig,
     SamplerConfig,
+    Setting,
     TokenizerConfig,
     settings,
 )
@@ -142,10 +143,23 @@ def fingerprint(config: ResolvedConfig) -> dict[str, Any]:
     return with_public_files({key: public_values(value) for key, value in plain.items()})
 
 
-def with_defaults(fingerprint: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a stored fingerprint as this version makes it: with all settings, and without paths of a machine."""
-    defaults = {setting.key: setting.default for setting in settings() if setting.changes_rows}
-    return defaults | with_public_files(fingerprint)
+def completed(fingerprint: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a stored fingerprint as this version makes it: with all settings, and without paths of a machine.
+
+    A setting that it lacks is that of the stored `config`: earlier versions have it there alone, or nowhere.
+    """
+    stored = {setting.key: _stored(config, setting) for setting in settings() if setting.changes_rows}
+    return stored | with_public_files(fingerprint)
+
+
+def _stored(config: Mapping[str, Any], setting: Setting) -> Any:
+    """Returns the value of a setting in a stored config; its default if it is not there."""
+    value: Any = config
+    for name in setting.key.split("."):
+        if not isinstance(value, Mapping) or name not in value:
+            return setting.default
+        value = value[name]
+    return value
 
 
 def public_values(values: Any) -> Any:

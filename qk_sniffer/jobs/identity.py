@@ -19,7 +19,7 @@ from qk_sniffer.hub.checkpoint_files import ADAPTER_WEIGHTS, MODEL_WEIGHTS, Chec
 from qk_sniffer.hub.revisions import current_commit, hub_commit_of, is_hub_id
 from qk_sniffer.jobs.software import versions_of
 from qk_sniffer.logs import logger
-from qk_sniffer.resolved import ResolvedConfig, fingerprint, with_defaults, without_batching
+from qk_sniffer.resolved import ResolvedConfig, completed, fingerprint, without_batching
 from qk_sniffer.text import as_yaml, shortened
 
 log = logger(__name__)
@@ -53,10 +53,7 @@ class Job:
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> "Job":
         """The job of a stored record or of a manifest; both hold its keys among others."""
-        stored = dict(record["fingerprint"])
-        # Earlier versions have it among the settings only.
-        stored.setdefault("model.trust_remote_code", record["config"]["model"].get("trust_remote_code", False))
-        return cls(with_defaults(stored), record["commits"], record["versions"])
+        return cls(completed(record["fingerprint"], record["config"]), record["commits"], record["versions"])
 
     def added_to(self, earlier: "Job") -> "Job":
         """This job as one that adds to the dataset of `earlier`, with the batch settings of its first start."""

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,30 @@ def test_earlier_versions_have_it_among_the_settings_only() -> None:
         earlier = {key: value for key, value in now.items() if key != "model.trust_remote_code"}
         record = {"fingerprint": earlier, "config": config.to_dict(), "commits": {}, "versions": {}}
         assert Job.from_record(record).fingerprint == now
+
+
+@pytest.mark.few(2)
+@pytest.mark.parametrize(
+    ("key", "sections"),
+    [
+        ("sampler.seed", {"sampler": {"type": "uniform", "seed": 9}}),
+        ("capture.capture_pre_rope", {"capture": {"layers": [1], "capture_pre_rope": True}}),
+        ("model.tokenizer.max_length", {"model": {"tokenizer": {"max_length": 30}}}),
+        ("model.config_overrides", {"model": {"config_overrides": {"rms_norm_eps": 0.1}}}),
+    ],
+)
+def test_a_setting_that_a_fingerprint_lacks_is_that_of_the_config(
+    key: str, sections: dict[str, Any], checkpoint: Path, texts: Path, tmp_path: Path
+) -> None:
+    """Its default would have a job of default settings add its rows to a received dataset of others."""
+    root = tmp_path / "out"
+    run(checkpoint, texts, root, **sections, dataset={"max_samples": 2})
+    manifest = manifests.read(root)
+    assert manifest["fingerprint"].pop(key) is not None
+    Layout(root).manifest.write_text(json.dumps(manifest))
+    plain: dict[str, Any] = {"sampler": {"type": "uniform"}} if "sampler" in sections else {}
+    with pytest.raises(StoreError, match=rf"{re.escape(key)}: (.|\n)*there, .* now"):
+        run(checkpoint, texts, root, **plain)
 
 
 @pytest.mark.parametrize("key", ["decoder", "attn_implementation"])

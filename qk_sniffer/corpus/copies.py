@@ -133,6 +133,28 @@ def own_downloads() -> Iterator[None]:
             inside(folder, name)
 
 
+def check_place(where: str, folder: str) -> None:
+    """Checks the place of a copy before `datasets` makes it: the library writes through links that are there.
+
+    Args:
+        where: the name of the source in errors.
+        folder: that of the copy. The library makes it under another name, which it may have left there.
+
+    Raises:
+        SourceError: a link leads out of the cache, or a folder cannot be listed.
+    """
+    from datasets import config as library
+
+    unfinished = Path(f"{folder}.incomplete")
+    try:
+        for path in (Path(folder), unfinished):
+            inside(Path(library.HF_DATASETS_CACHE), str(path.absolute()))
+    except StoreError as error:
+        raise SourceError(f"{where}: {error}, or delete that link") from error
+    if unfinished.is_dir():
+        check_copy(where, unfinished)
+
+
 def check_copy(where: str, folder: Path) -> None:
     """Checks a copy that `datasets` has made, maybe earlier: the cache may come from someone else.
 

@@ -25,6 +25,7 @@ from qk_sniffer.corpus.copies import (
     check_cache,
     check_compressed,
     check_copy,
+    check_place,
     check_unchanged,
     digest_of,
     own_downloads,
@@ -321,11 +322,12 @@ def _of_library(where: str, builder: Any, config: DatasetConfig, folder: Path | 
             with nothing_unpacked(where):
                 return LibraryRows(where, builder.as_streaming_dataset(split=config.split))
         check_cache(where)
-        copy = f"{builder.cache_dir}-{digest_of(local)}" if local else None
+        copy = f"{builder.cache_dir}-{digest_of(local)}" if local else str(builder.cache_dir)
+        check_place(where, copy)
         with nothing_unpacked(where), own_downloads():
-            builder.download_and_prepare(copy)
+            builder.download_and_prepare(copy if local else None)
         check_unchanged(local)
-        check_copy(where, Path(copy or builder.cache_dir))
+        check_copy(where, Path(copy))
         return LibraryRows(where, builder.as_dataset(split=config.split))
     except StopIteration as error:
         raise no_rows(where) from error

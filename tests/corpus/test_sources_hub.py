@@ -337,6 +337,26 @@ def test_a_link_to_a_secret_in_the_place_of_a_file_that_only_the_library_reads(t
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "place", ["{commit}.incomplete", "{commit}.incomplete/dataset_info.json", "{commit}", ".", "..", "../.."]
+)
+def test_no_copy_is_written_through_a_link(tmp_path: Path, place: str) -> None:
+    theirs, home = tmp_path / "theirs", tmp_path / "hf"
+    kept = write(theirs / "dataset_info.json", "{}")
+    options = b"---\nconfigs:\n- config_name: default\n  data_files: a.csv\n  on_bad_lines: skip\n---\n"
+    with FakeHub() as hub:
+        commit = hub.commit("org/name", {"a.csv": b"id,text\n1,public\n", "README.md": options})
+        planted = home / "datasets" / "org___name" / "default" / "0.0.0" / place.format(commit=commit)
+        planted = Path(os.path.normpath(planted))
+        planted.parent.mkdir(parents=True)
+        planted.symlink_to(kept if planted.suffix == ".json" else theirs)
+        assert "leads out of" in client("print(error(dataset, 'org/name'))", hub.url, home).stdout
+        assert [*theirs.iterdir()] == [kept] and kept.read_text() == "{}"
+        planted.unlink()
+        assert "public" in client(f"{ROWS_OF}\nprint(rows(dataset('org/name')))", hub.url, home).stdout
+
+
+@pytest.mark.slow
 def test_a_hub_dataset_is_pinned(tmp_path: Path) -> None:
     tokenizer = save_tokenizer(tmp_path / "tokenizer")
     with FakeHub() as hub:

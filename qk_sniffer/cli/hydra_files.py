@@ -13,6 +13,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from qk_sniffer.cli.environment import PROXIES
 from qk_sniffer.errors import StoreError
 from qk_sniffer.store.disk import explained
 from qk_sniffer.store.open_folder import OpenFolder
@@ -32,8 +33,10 @@ _IS_OF_HYDRA = contains(rb"(?m)^hydra:")
 
 _LOGIN = {"HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"}
 
-_OF_LOGIN = re.compile(rf"\$\{{\s*oc\.env\s*:[^}}]*?({'|'.join(sorted(_LOGIN))})")
-"""An interpolation of the login."""
+_SECRETS = sorted({*_LOGIN, "HF_ENDPOINT", *PROXIES} - {"no_proxy", "NO_PROXY"})
+
+_OF_SECRET = re.compile(rf"\$\{{\s*oc\.env\s*:[^}}]*?\b({'|'.join(_SECRETS)})\b")
+"""An interpolation of the login, or of an address that may hold one."""
 
 _OF_ANY = re.compile(r"\$\{\s*oc\.env\s*:[^}]*\$\{")
 """An interpolation of a variable whose name is a value."""
@@ -85,7 +88,7 @@ def job_problems(hydra: DictConfig) -> Iterator[str]:
             f"hydra.job would store {', '.join(names)} in the files of the job: leave it out of env_copy and env_set. "
             "Jobs read it from .env in the current folder, or from the login of `hf auth login`"
         )
-    if names := sorted({*_OF_LOGIN.findall(OmegaConf.to_yaml(hydra))}):
+    if names := sorted({*_OF_SECRET.findall(OmegaConf.to_yaml(hydra))}):
         yield (
             f"a setting has the value of {', '.join(names)}, which Hydra would store in the files of the job: "
             "leave it out"

@@ -28,6 +28,8 @@ _PROXY = re.compile(rf"((https?|socks[45][ah]?)://([^/?#]*@)?)?{_HOST}/?", re.IG
 _PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 """The variables with addresses of proxies, also in capitals."""
 
+_LOGINS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+
 _NUMBERS: Mapping[str, Callable[[str], float]] = {
     "HF_HUB_DOWNLOAD_TIMEOUT": int,
     "HF_HUB_ETAG_TIMEOUT": int,
@@ -41,7 +43,7 @@ _announced: set[str] = set()
 def check_address() -> None:
     """Checks the variables of the environment that libraries fail at when they are imported: an address and numbers.
 
-    From here on, no message shows secrets in the address of the Hub or of a proxy.
+    From here on, no message shows a login in the environment, or secrets in the address of the Hub or of a proxy.
 
     Call this before the first import of huggingface_hub, transformers, datasets or peft.
 
@@ -56,6 +58,9 @@ def check_address() -> None:
             raise SourceError(
                 f"the value of {name} in the environment is not {what}: correct it, or unset it"
             ) from None
+    for login in (os.environ.get(name, "") for name in _LOGINS):
+        if len(login) >= SHORTEST_SECRET:
+            hide(login)
     for address in _proxies().values():
         hide_in_address(_whole(address))
     if endpoint := os.environ.get("HF_ENDPOINT"):

@@ -3,6 +3,7 @@
 import itertools
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -509,13 +510,36 @@ def test_hydra_does_not_store_the_login(setting: str, monkeypatch: pytest.Monkey
         "+hydra.job.env_set.MINE=${oc.env:HUGGING_FACE_HUB_TOKEN}",
         "+hydra.job_logging.formatters.simple.format=${oc.env:HF_TOKEN}",
         "output.folder=${oc.env:HF_TOKEN}",
+        "output.data_root=${oc.env:HF_ENDPOINT}",
+        "output.data_root=${oc.env:https_proxy}",
     ],
 )
 def test_no_setting_has_the_value_of_the_login(setting: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
-        monkeypatch.setenv(name, "a5ecret")
+        monkeypatch.setenv(name, "hf_a5ecret_of_some_length")
+    for name in ("HF_ENDPOINT", "https_proxy"):
+        monkeypatch.setenv(name, "https://me:a5ecret@host")
     said = refusal(*MODEL, setting)
-    assert "a setting has the value of H" in said and "a5ecret" not in said
+    assert re.search("a setting has the value of H|a setting has the value of https_proxy", said)
+    assert "a5ecret" not in said
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--multirun", "hydra.sweep.subdir=${oc.env:HF_TOKEN}", "sampler.seed=1,2"),
+        ('output.folder=${oc.create:{a:"${oc.env:HF_TOKEN}"}}',),
+    ],
+)
+def test_no_message_quotes_the_login_of_a_setting(
+    arguments: tuple[str, ...], in_tmp: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from qk_sniffer.cli.app import main
+
+    monkeypatch.setenv("HF_TOKEN", "hf_a5ecret_of_some_length")
+    monkeypatch.setattr(sys, "argv", ["qk_sniffer", *arguments])
+    assert main() == 2
+    assert "a5ecret" not in "".join(capsys.readouterr())
 
 
 @pytest.mark.parametrize("key", ["output.folder", "hydra.run.dir"])

@@ -29,8 +29,13 @@ class Visible:
 
     def first(self, position: int) -> int:
         """Returns the first position that a query at `position` sees, before any selection by content."""
-        first = 0 if self.window is None else max(0, position - self.window + 1)
-        return first if self.chunk is None else max(first, position - position % self.chunk)
+        return int(self.firsts(np.array(position, np.int64)))
+
+    def firsts(self, position: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Returns the first positions that queries at these positions see, in the same shape."""
+        none = np.zeros_like(position)
+        first = none if self.window is None else np.maximum(0, position - self.window + 1)
+        return first if self.chunk is None else np.maximum(first, position - position % self.chunk)
 
 
 def check_mask(module: nn.Module, n: int, rules: Visible, arguments: dict[str, Any]) -> Callable[[], None] | None:
@@ -89,14 +94,25 @@ def check_mask(module: nn.Module, n: int, rules: Visible, arguments: dict[str, A
     return finish_later
 
 
-def check_slots(module: nn.Module, n: int, m: int, rules: Visible, arguments: dict[str, Any], slots: Slots) -> None:
-    """Checks that the first and the last of n queries of each row see the keys that `rules` declare, and no padding.
+def check_slots(
+    module: nn.Module,
+    n: int,
+    m: int,
+    rules: Visible,
+    arguments: dict[str, Any],
+    slots: Slots,
+    *,
+    has_bias: bool = False,
+) -> None:
+    """Checks that each of n queries of a row sees the keys that `rules` declare, and no padding.
 
     The keys are those of the last m of the slots, the queries those of the last n. Reads a value of a mask on a GPU
-    once. A kernel whose mask is not by query and key hides padding itself.
+    once. A kernel whose mask is not by query and key hides padding itself. `has_bias` says that the layer is declared
+    to add terms to the logits.
 
     Raises:
-        CaptureError: a query sees later tokens or padding, or other keys than declared.
+        CaptureError: a query sees later tokens or padding, or other keys than declared; or the mask adds terms to the
+            logits that are not declared.
     """
     mask = arguments.get("attention_mask")
     causal = arguments.get("is_causal", getattr(module, "is_causal", True))
@@ -106,48 +122,80 @@ def check_slots(module: nn.Module, n: int, m: int, rules: Visible, arguments: di
     unmasked = (rules, n, m, bool(causal), "attention_mask" in arguments)
     if mask is None and unmasked in slots.passed:
         return
-    is_token = slots.last(n) >= 0
+    queries, keys = slots.last(n), slots.last(m)
+    is_token = queries >= 0
     rows = np.flatnonzero(is_token.any(axis=1))
-    ends = np.stack([is_token.argmax(axis=1), n - 1 - is_token[:, ::-1].argmax(axis=1)], axis=1)[rows]
-    at = slots.last(n)[rows[:, None], ends]
-    first = np.array([[rules.first(position) for position in of_row] for of_row in at.tolist()], np.int64).reshape(
-        -1, 2
-    )
-    _refuse_dropped(module, slots.position[rows, : slots.total - m], first)
-    keys = slots.last(m)[rows, None]
+    first = rules.firsts(queries)
+    earliest = np.where(is_token, first, np.iinfo(np.int64).max).min(axis=1)
+    _refuse_dropped(module, slots.position[rows, : slots.total - m], earliest[rows])
     if mask is None:
         if n > 1 and not causal:
             raise _acausal(module, causal)
-        is_padding = (keys[:, 0] < 0) & (np.arange(m) < m - n + ends[:, 1:])
+        last = m - 1 - is_token[rows, ::-1].argmax(axis=1)
+        is_padding = (keys[rows] < 0) & (np.arange(m) < last[:, None])
         if "attention_mask" in arguments and is_padding.any():
             raise CaptureError(
                 f"{type(module).__name__} attends to padding: its kernel receives no mask that hides it. Call the "
                 "model with an attention_mask, or with one text at a time"
             )
         slots.passed.add(unmasked)
-    if not isinstance(mask, torch.Tensor) or mask.dim() != 4:
-        return
-    expected = torch.from_numpy((keys >= 0) & (keys <= at[..., None]) & (keys >= first[..., None]))[:, :, None]
-    row, column = (
-        torch.from_numpy(index if size > 1 else np.zeros_like(index)).to(mask.device)
-        for index, size in ((rows[:, None], mask.shape[0]), (ends, mask.shape[2]))
-    )
-    seen, expected = is_visible(mask[row, :, column]), expected.to(mask.device)  # (rows, 2, 1 or H, m)
-    differs = seen & ~expected | ~seen.any(-1, keepdim=True) if rules.is_sparse else seen != expected
-    if not bool(differs.any()):
-        return
-    if bool((seen.cpu() & torch.from_numpy(keys > at[..., None])[:, :, None]).any()):
+    if isinstance(mask, torch.Tensor) and mask.dim() == 4:
+        _check_all(module, mask, queries, keys, first, rules, causal, has_bias=has_bias)
+
+
+_QUERIES = 512
+"""The queries of a mask that are checked at a time, so that this takes less memory than the mask."""
+
+
+def _check_all(
+    module: nn.Module,
+    mask: torch.Tensor,
+    queries: npt.NDArray[np.int64],
+    keys: npt.NDArray[np.int64],
+    first: npt.NDArray[np.int64],
+    rules: Visible,
+    causal: Any,
+    *,
+    has_bias: bool,
+) -> None:
+    """Compares a mask (1 or B, 1 or H, 1 or n, m) with the positions of queries and of what they see first (B, n), and
+    of keys (B, m).
+
+    Raises:
+        CaptureError: a reason of `check_slots`.
+    """
+    at, since, of_key = (torch.from_numpy(values).to(mask.device) for values in (queries, first, keys))
+    found = torch.zeros(3, dtype=torch.bool, device=mask.device)  # other keys, later keys, terms
+    for start in range(0, queries.shape[1], _QUERIES):
+        some = slice(start, start + _QUERIES)
+        part = mask if mask.shape[2] == 1 else mask[:, :, some]
+        seen, query, key = is_visible(part), at[:, None, some, None], of_key[:, None, None]
+        is_token, is_later = query >= 0, key > query
+        expected = (key >= 0) & ~is_later & (key >= since[:, None, some, None])
+        differs = seen & ~expected | ~seen.any(-1, keepdim=True) if rules.is_sparse else seen != expected
+        terms = seen & (part != 0) if part.dtype.is_floating_point else torch.zeros_like(seen)
+        found |= torch.stack([(each & is_token).any() for each in (differs, seen & is_later, terms)])
+    has_others, has_later, has_terms = found.tolist()
+    if has_later:
         raise _acausal(module, causal)
-    raise CaptureError(
-        f"{type(module).__name__} in layer {getattr(module, 'layer_idx', '?')}: its mask hides keys that its facts and "
-        "the padding do not exclude, or shows keys that they do. Call the model with an attention_mask that says which "
-        f"tokens are padding, on the left of each text; otherwise, {_WAY_OUT}"
-    )
+    if has_others:
+        raise CaptureError(
+            f"{type(module).__name__} in layer {getattr(module, 'layer_idx', '?')}: its mask hides keys that its facts "
+            "and the padding do not exclude, or shows keys that they do. Call the model with an attention_mask that "
+            f"says which tokens are padding, on the left of each text; otherwise, {_WAY_OUT}"
+        )
+    if has_terms and not has_bias:
+        raise CaptureError(
+            f"{type(module).__name__} in layer {getattr(module, 'layer_idx', '?')}: its mask adds terms to the logits "
+            "of keys that it shows, which no fact of the layer names. Call the model with an attention_mask that only "
+            "says which tokens are padding; otherwise, a family can declare it (Family.position_bias; see "
+            "models/ADDING.md)"
+        )
 
 
 def _refuse_dropped(module: nn.Module, dropped: npt.NDArray[np.int64], first: npt.NDArray[np.int64]) -> None:
-    """Refuses positions (rows, slots) of dropped keys that are among those that queries see, `first` (rows, 2) on."""
-    if dropped.size and (dropped.max(axis=1) >= first[:, 0]).any():
+    """Refuses positions (rows, slots) of dropped keys that are among those that queries see, `first` (rows,) on."""
+    if dropped.size and (dropped.max(axis=1) >= first).any():
         raise CaptureError(
             f"{type(module).__name__} in layer {getattr(module, 'layer_idx', '?')}: its cache has dropped keys that "
             "its facts say its queries see. A window over padding between tokens cannot be captured: pad on the left. "

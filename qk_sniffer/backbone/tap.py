@@ -214,6 +214,7 @@ def tap(
                 "model.config_overrides.sliding_window to the window that the model was trained with"
             )
         rules = Visible(window, family.attention_chunk(module), family.sparse_attention(module))
+        has_bias = family.position_bias(module, arguments)
         if mask is None or not any(
             known() is mask and rules == of and running is of_slots for known, of, of_slots in checked_masks
         ):
@@ -221,7 +222,7 @@ def tap(
                 if (rest := check_mask(module, n, rules, arguments)) is not None:
                     unfinished_checks.append(rest)
             else:
-                check_slots(module, n, keys.attended.shape[2], rules, arguments, running)
+                check_slots(module, n, keys.attended.shape[2], rules, arguments, running, has_bias=has_bias)
             if isinstance(mask, torch.Tensor):
                 checked_masks[:] = [one for one in checked_masks if one[0]() is not None]
                 checked_masks.append((weakref.ref(mask), rules, running))
@@ -239,7 +240,7 @@ def tap(
             softmax_scale=arguments.get("scaling"),
             softcap=arguments.get("softcap"),
             sinks=arguments.get("s_aux"),
-            position_bias=family.position_bias(module, arguments),
+            position_bias=has_bias,
             sparse_attention=rules.is_sparse,
             hides_keys=family.hides_keys(module),
             attended=after if keys is None else (query, keys.attended),

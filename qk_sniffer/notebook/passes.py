@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import StoppingCriteriaList
+from transformers import GenerationMixin, StoppingCriteriaList
 
 from qk_sniffer.backbone.caches import changes_of
 from qk_sniffer.backbone.slots import Slots
@@ -155,7 +155,7 @@ class PassRecorder:
                     in_words=naming_arguments,
                 )
             )
-            stack.enter_context(_stops_noted(self._note_stops))
+            stack.enter_context(_generation_watched(decoder, self._note_generation, self._note_stops))
             for handle in (
                 decoder.register_forward_pre_hook(self._begin, with_kwargs=True),
                 decoder.register_forward_hook(self._end, with_kwargs=True),
@@ -245,6 +245,10 @@ class PassRecorder:
         if records := [example.record() for example in examples if example.stop]:
             self._sink.complete(records)
 
+    def _note_generation(self, is_generating: bool) -> None:
+        with self._sink.changes.change():
+            self._examples.generates(is_generating)
+
     def _note_stops(self, ids: torch.Tensor, stops: list[bool]) -> None:
         with self._sink.changes.change():
             self._examples.note_stops(ids, stops)
@@ -327,22 +331,47 @@ class PassRecorder:
 
 
 @contextmanager
-def _stops_noted(note: Callable[[torch.Tensor, list[bool]], None]) -> Iterator[None]:
-    """Calls `note` with the tokens and the rows that generation stops after each of its steps, in this thread."""
-    original, thread = StoppingCriteriaList.__call__, threading.get_ident()
+def _generation_watched(
+    decoder: nn.Module, generates: Callable[[bool], None], note: Callable[[torch.Tensor, list[bool]], None]
+) -> Iterator[None]:
+    """Watches calls of `generate`, in this thread, of models that have the decoder.
 
-    @functools.wraps(original)
-    def noting(self: StoppingCriteriaList, input_ids: torch.Tensor, *args: Any, **arguments: Any) -> Any:
-        stops = original(self, input_ids, *args, **arguments)
-        if threading.get_ident() == thread:
+    Calls `generates` when one begins and when it ends, and `note` after each of its steps, with the tokens and the rows
+    that it stops. Whoever else calls the same stopping criteria goes on with a row as he likes.
+    """
+    thread = threading.get_ident()
+    generate, stops_of = GenerationMixin.generate, StoppingCriteriaList.__call__
+    running: list[bool] = []  # whether each of the calls, one in the other, is of such a model
+
+    @functools.wraps(generate)
+    def generating(model: Any, *args: Any, **arguments: Any) -> Any:
+        if threading.get_ident() != thread:
+            return generate(model, *args, **arguments)
+        is_own = not any(running) and any(module is decoder for module in model.modules())
+        running.append(is_own)
+        try:
+            if is_own:
+                generates(True)
+            return generate(model, *args, **arguments)
+        finally:
+            running.pop()
+            if is_own:
+                generates(False)
+
+    @functools.wraps(stops_of)
+    def noting(criteria: StoppingCriteriaList, input_ids: torch.Tensor, *args: Any, **arguments: Any) -> Any:
+        stops = stops_of(criteria, input_ids, *args, **arguments)
+        if threading.get_ident() == thread and running and running[-1]:
             note(input_ids, stops.tolist())
         return stops
 
+    GenerationMixin.generate = generating  # type: ignore[method-assign, assignment]
     StoppingCriteriaList.__call__ = noting  # type: ignore[method-assign]
     try:
         yield
     finally:
-        StoppingCriteriaList.__call__ = original  # type: ignore[method-assign]
+        StoppingCriteriaList.__call__ = stops_of  # type: ignore[method-assign]
+        GenerationMixin.generate = generate  # type: ignore[method-assign]
 
 
 def _placed(picks: Picks, tokens: PassTokens) -> Picks:

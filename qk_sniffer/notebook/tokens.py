@@ -131,7 +131,8 @@ class Examples:
 
     def __init__(self) -> None:
         self.all: list[Example] = []
-        self._last_pass: PassTokens | None = None
+        self._is_generating = False
+        self._of_step: list[PassTokens] = []  # those of the step of generation that runs
         self._generates: Sequence[Example] = ()  # those whose next pass is that of the generation which noted stops
         self._cached: list[_Cached] = []
         self._broken: weakref.WeakSet[Cache] = weakref.WeakSet()
@@ -181,7 +182,9 @@ class Examples:
                 example.ids = None
             elif example.ids is not None:
                 example.ids.append(tokens.ids[row, tokens.is_token[row]])
-        self._last_pass, self._generates = tokens, ()
+        if self._is_generating:
+            self._of_step.append(tokens)
+        self._generates = ()
         cache = next((each for each in caches if isinstance(each, Cache)), None)
         if cache is None:
             return [*tokens.examples, *self._take_dead()]
@@ -197,21 +200,26 @@ class Examples:
             if isinstance(cache, Cache):
                 self._broken.add(cache)
 
-    def note_stops(self, ids: torch.Tensor, stops: Sequence[bool]) -> None:
-        """Notes which rows (B,) generation stops after the pass that has just ended.
+    def generates(self, is_generating: bool) -> None:
+        """Notes that generation with the captured decoder begins, or that it ends, of itself or by an error."""
+        self._is_generating, self._generates = is_generating, ()
+        self._of_step.clear()
+        for example in self.all:
+            example.has_stopped = False
 
-        `ids` (B, m) are the tokens so far, those of the pass and then a new one. Others are of another model.
+    def note_stops(self, ids: torch.Tensor, stops: Sequence[bool]) -> None:
+        """Notes which rows (B,) generation stops in a step that has ended.
+
+        `ids` (B, m) are the tokens so far, those of the step's pass and then a new one. Further passes may follow that
+        pass in a step, as with guidance.
         """
-        last = self._last_pass
-        if last is None or len(stops) != len(last.examples) or not last.is_before(ids):
+        ran = (each for each in self._of_step if len(stops) == len(each.examples) and each.is_before(ids))
+        if (of_step := next(ran, None)) is None:
             return
-        examples, self._last_pass = last.examples, None  # the next call is of another pass
-        self._generates = examples
-        for example, stop in zip(examples, stops, strict=True):
+        self._of_step.clear()
+        self._generates = of_step.examples
+        for example, stop in zip(of_step.examples, stops, strict=True):
             example.has_stopped |= stop
-        if all(example.has_stopped for example in examples):  # generation ends, and feeds no row with padding
-            for example in examples:
-                example.has_stopped = False
 
     def take_open(self) -> list[Example]:
         """Returns the examples that a later pass could continue, and forgets their caches."""

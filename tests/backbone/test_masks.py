@@ -95,3 +95,39 @@ def test_padding_that_no_mask_hides_is_refused_where_the_kernel_takes_masks() ->
     check_slots(nn.Identity(), 1, 3, rules, {}, slots)  # a kernel that hides padding itself
     with pytest.raises(CaptureError, match="attends to padding"):
         check_slots(nn.Identity(), 1, 3, rules, {"attention_mask": None}, slots)
+
+
+def _with(mask: torch.Tensor, query: slice | int, key: slice | int, value: Any) -> torch.Tensor:
+    mask = mask.clone()
+    mask[..., query, key] = value
+    return mask
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (_with(mask(FULL), 4, 2, False), "hides keys that its facts and the padding"),
+        (_with(mask(FULL), slice(4, 7), slice(4, 7), True), "not causal"),
+        (_with(mask(FULL, additive=True), 4, 6, 0.0), "not causal"),
+        (_with(mask(FULL, additive=True), slice(6, 7), 3, -2.0), "adds terms to the logits"),
+    ],
+)
+def test_every_query_of_a_mask_is_compared(given: torch.Tensor, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a block of an image in the middle of a prompt, whose tokens see each other both ways."""
+    slots = Slots(np.arange(N)[None])
+    monkeypatch.setattr("qk_sniffer.backbone.masks._QUERIES", 5)
+    for whole in (mask(FULL), mask(FULL, additive=True)):
+        check_slots(nn.Identity(), N, N, FULL, {"attention_mask": whole}, slots)
+    with pytest.raises(CaptureError, match=message):
+        check_slots(nn.Identity(), N, N, FULL, {"attention_mask": given}, slots)
+
+
+def test_declared_terms_of_a_mask_are_accepted() -> None:
+    biased = {"attention_mask": _with(mask(FULL, additive=True), 6, 3, -2.0)}
+    check_slots(nn.Identity(), N, N, FULL, biased, Slots(np.arange(N)[None]), has_bias=True)
+
+
+def test_padding_queries_of_a_mask_may_see_anything() -> None:
+    slots = Slots(np.array([[PADDING, PADDING, *range(N - 2)]]))
+    given = _with(mask(FULL), slice(0, N), slice(0, 2), False)
+    check_slots(nn.Identity(), N, N, FULL, {"attention_mask": _with(given, 1, slice(0, 2), True)}, slots)

@@ -181,6 +181,66 @@ def test_rows_that_an_interrupted_generation_had_stopped_are_seen_by_passes_by_h
     assert captured.examples["num_tokens"].to_pylist() == [8, 10]
 
 
+def test_an_interrupted_generation_stops_no_row_of_the_next_one_with_its_cache() -> None:
+    model: Any = LLAMA.model()
+    ids, cache = random_ids(2, 6), DynamicCache(config=model.config)
+    with torch.no_grad(), qk_sniffer.capture(model) as captured:
+        with pytest.raises(KeyboardInterrupt):
+            stopping = StoppingCriteriaList([StopsAndFails()])
+            model.generate(input_ids=ids, past_key_values=cache, stopping_criteria=stopping, **GENERATION)
+        before = captured.examples["num_tokens"].to_pylist()
+        held = cache.get_seq_length()
+        mask = torch.ones(2, held + 2, dtype=torch.long)
+        mask[0, before[0] : held] = 0  # the padding of the stopped row
+        more = random_ids(2, held + 2, seed=1)
+        model.generate(input_ids=more, attention_mask=mask, past_key_values=cache, **GENERATION)
+    added = [now - then for now, then in zip(captured.examples["num_tokens"].to_pylist(), before, strict=True)]
+    assert added[0] == added[1] == 2 + GENERATION["max_new_tokens"] - 1
+
+
+@pytest.mark.parametrize("by", ["a loop of one's own", "another model"])
+def test_stops_outside_of_generation_with_the_model_leave_out_no_token(by: str) -> None:
+    """A loop may go on with a row that a criterion stops, and the other model has rows of its own."""
+    model: Any = LLAMA.model()
+    ids, cache = random_ids(2, 6), DynamicCache(config=model.config)
+
+    class StopsRow0(StoppingCriteria):
+        def __call__(self, *_: Any, **__: Any) -> torch.BoolTensor:
+            return torch.tensor([True, False])  # type: ignore[return-value]
+
+    criteria = StoppingCriteriaList([StopsRow0()])
+    with torch.no_grad(), qk_sniffer.capture(model) as captured:
+        step = ids
+        for _ in range(4):
+            step = model(input_ids=step, past_key_values=cache).logits[:, -1:].argmax(-1)
+            ids = torch.cat([ids, step], dim=1)
+            if by == "another model":
+                LLAMA.model().generate(input_ids=ids[:, :-1], stopping_criteria=criteria, **GENERATION)
+            else:
+                criteria(ids, torch.zeros(2, 1))  # type: ignore[arg-type]
+    assert captured.examples["num_tokens"].to_pylist() == [9, 9]
+    check(captured, model, [row[:9] for row in ids])
+
+
+@pytest.mark.parametrize("length", [6, 2])
+def test_the_passes_of_guidance_do_not_hide_which_rows_have_stopped(length: int) -> None:
+    model: Any = LLAMA.model()
+
+    class StopsEarly(StoppingCriteria):
+        steps = 0
+
+        def __call__(self, *_: Any, **__: Any) -> torch.BoolTensor:
+            self.steps += 1
+            return torch.tensor([self.steps >= 3, False])  # type: ignore[return-value]
+
+    settings: Any = GENERATION | {"guidance_scale": 1.5}
+    with torch.no_grad(), qk_sniffer.capture(model) as captured:
+        stopping = StoppingCriteriaList([StopsEarly()])
+        model.generate(input_ids=random_ids(2, length), stopping_criteria=stopping, **settings)
+    tokens = captured.examples["num_tokens"].to_pylist()
+    assert tokens[:2] == [length + 2, length + GENERATION["max_new_tokens"] - 1]
+
+
 def test_passes_of_one_cache_are_one_example_and_those_of_another_are_another() -> None:
     model: Any = LLAMA.model()
     first, second = random_ids(1, 20, seed=1), random_ids(1, 14, seed=2)

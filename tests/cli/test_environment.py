@@ -50,7 +50,7 @@ def read(in_tmp: Path) -> Read:
 
 
 def test_every_allowed_name_is_obeyed_and_documented(read: Read, caplog: pytest.LogCaptureFixture) -> None:
-    values = {name: "30" if name.endswith("_TIMEOUT") else f"value of {name}" for name in ALLOWED}
+    values = {name: "30" if name.endswith("_TIMEOUT") else f"some {name}" for name in ALLOWED}
     set_all = read("".join(f"{name}={value}\n" for name, value in values.items()))
     assert set_all == {name: value for name, value in values.items() if name != "HF_HOME"}, "the caches have names"
     assert caplog.messages == []

@@ -23,7 +23,10 @@ from qk_sniffer.backbone.masks import is_visible
 from qk_sniffer.backbone.slots import PADDING, Slots
 from qk_sniffer.corpus.contents import ids_hash
 from qk_sniffer.errors import CaptureError
+from qk_sniffer.logs import logger
 from qk_sniffer.store.journal import ExampleRecord
+
+log = logger(__name__)
 
 Bools = npt.NDArray[np.bool_]
 Int32 = npt.NDArray[np.int32]
@@ -131,6 +134,7 @@ class Examples:
 
     def __init__(self) -> None:
         self.all: list[Example] = []
+        self._has_warned = False
         self._is_generating = False
         self._of_step: list[PassTokens] = []  # those of the step of generation that runs
         self._generates: Sequence[Example] = ()  # those whose next pass is that of the generation which noted stops
@@ -156,6 +160,13 @@ class Examples:
         if known is not None and n == 1 and self._generates is known.examples:
             held[_stopped(known.examples), -1] = False
         of_pass = _positions(arguments.get("position_ids"), held, mask, n)
+        if arguments.get("position_ids") is None and not held[:, 0].all() and not self._has_warned:
+            self._has_warned = True
+            log.warning(
+                "a forward pass is padded on the left and has no position_ids: positions count the tokens of a row, "
+                "while most models rotate by its places, padding included, so that vectors after RoPE are those of "
+                "later positions. Pass position_ids, as generate does"
+            )
         examples = [Example(len(self.all) + row, 0, 0) for row in range(rows)] if known is None else known.examples
         for row, example in enumerate(examples):
             tokens = np.flatnonzero(held[row, past:])

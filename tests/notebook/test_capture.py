@@ -147,6 +147,21 @@ def test_padding_is_not_captured_and_positions_count_the_tokens(name: str, side:
         np.testing.assert_allclose(summary.entropy, entropy, atol=1e-4)
 
 
+def test_padding_on_the_left_without_positions_is_captured_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    """The model rotates by places then, and the keys of a text are those of other positions."""
+    model = LLAMA.model()
+    for side, given, warns in (("left", False, True), ("left", True, False), ("right", False, False)):
+        ids, mask = padded([9, 4], side)
+        positions = (mask.cumsum(1) - 1).clamp(min=0) if given else None
+        caplog.clear()
+        with torch.no_grad(), qk_sniffer.capture(model) as captured:
+            for _ in range(2):
+                model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
+        said = [record.getMessage() for record in caplog.records if "padded on the left" in record.getMessage()]
+        assert len(said) == warns
+        assert captured.vectors(0, 0, "k", example_id=1).positions.tolist() == [0, 1, 2, 3]
+
+
 def test_positions_are_those_that_the_pass_names() -> None:
     model = LLAMA.model()
     with torch.no_grad(), qk_sniffer.capture(model) as captured:

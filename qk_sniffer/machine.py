@@ -1,11 +1,17 @@
-"""Counts the threads and the memory that a process may use, starts threads, and returns freed memory to the system."""
+"""Counts the threads and the memory that a process may use, starts threads, returns freed memory to the system, and
+names the folder of compiled code."""
 
+import atexit
 import ctypes
 import gc
 import os
+import shutil
+import stat
+import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import psutil
 
@@ -15,6 +21,10 @@ MOST_THREADS = 16
 LARGE_BLOCK_BYTES = 16 << 20
 """Blocks of at least this size return to the system when they are freed. The system clears every new block. That takes
 no measurable time with 16 MB, but some percent of a forward pass over thousands of tokens with 4 MB."""
+
+_COMPILED = "TORCHINDUCTOR_CACHE_DIR"
+
+_WRITTEN_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
 _M_MMAP_THRESHOLD = -3  # of <malloc.h>
 
@@ -51,6 +61,29 @@ def return_memory() -> None:
     if "MALLOC_MMAP_THRESHOLD_" not in os.environ:
         with suppress(AttributeError, OSError):
             ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, LARGE_BLOCK_BYTES)
+
+
+def own_compiled_code() -> None:
+    """Has torch keep the code that it compiles in a folder of this user. Call it before torch is imported.
+
+    torch unpickles what it finds there. Its own folder for temporary files has a name that anybody may take first. A
+    folder that the environment names (`TORCHINDUCTOR_CACHE_DIR`) is the user's choice.
+    """
+    if os.environ.get(_COMPILED):
+        return
+    user = os.getuid()
+    folder = Path(tempfile.gettempdir(), f"qk_sniffer_compiled_{user}")
+    with suppress(OSError):
+        folder.mkdir(mode=0o700)
+    try:
+        found = folder.lstat()
+        is_own = stat.S_ISDIR(found.st_mode) and found.st_uid == user and not found.st_mode & _WRITTEN_BY_OTHERS
+    except OSError:
+        is_own = False
+    if not is_own:
+        folder = Path(tempfile.mkdtemp(prefix="qk_sniffer_compiled_"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ[_COMPILED] = str(folder)
 
 
 def release_memory() -> None:

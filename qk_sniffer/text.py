@@ -60,6 +60,10 @@ def is_address(name: str) -> bool:
     return _PROTOCOL.match(name) is not None
 
 
+_NAME_AND_PASSWORD = re.compile(r"[^/]*//[^/@]*:[^/@]*@")
+"""The start of an address with a name and a password. Of the Hub's own addresses, none has them."""
+
+
 def hide_in_address(address: str) -> None:
     """Has `printable` hide what may be secret in an address: all but protocol, host, port and the name of a data file.
 
@@ -67,7 +71,8 @@ def hide_in_address(address: str) -> None:
     these are the parts that look like a token. Others may be the name of a dataset.
     """
     for hop in re.split(rf"::(?={_PROTOCOL.pattern})", address):
-        if not is_address(hop) or hop.startswith((*OPEN_PROTOCOLS, "file://")):
+        has_login = _NAME_AND_PASSWORD.match(hop) is not None
+        if not is_address(hop) or (hop.startswith((*OPEN_PROTOCOLS, "file://")) and not has_login):
             continue
         login, _, place = _PROTOCOL.sub("", hop, count=1).rpartition("@")
         whole, mark, query = re.fullmatch(r"([^?#;]*)([?#;]?)(.*)", place, flags=re.DOTALL).groups()  # type: ignore[union-attr]

@@ -161,6 +161,16 @@ def test_messages_hide_what_may_be_secret_in_an_address(
     )
 
 
+def test_an_address_of_the_hub_with_a_login_is_hidden_and_one_without_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_module, "_hidden", ())
+    hide_in_address("hf://datasets/org/name@0123456789abcdef/a.jsonl")
+    hide_in_address("hf://some-user:a-pa55word@datasets/org/name/a.jsonl?key=a-5ecret-key")
+    plain = "hf://datasets/org/name@0123456789abcdef/a.jsonl cannot be read"
+    assert printable(plain) == plain
+    said = printable("hf://some-user:a-pa55word@datasets/org/name/a.jsonl?key=a-5ecret-key: Invalid")
+    assert "a-pa55word" not in said and "a-5ecret-key" not in said and "some-user" not in said
+
+
 def test_a_library_may_quote_a_part_of_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(text_module, "_hidden", ())
     hide_in_address("HTTPS://Host/dl/hf_Tok3nTok3nTok3n/fineweb-edu-2024/")

@@ -16,6 +16,7 @@ from dotenv import dotenv_values
 from qk_sniffer.errors import ConfigError, StoreError
 from qk_sniffer.hub.endpoint import check_address, is_encrypted, note_proxies
 from qk_sniffer.logs import logger
+from qk_sniffer.machine import own_compiled_code
 from qk_sniffer.store.disk import open_regular, real_path, walk
 from qk_sniffer.store.open_folder import OddFileError
 from qk_sniffer.text import counted, shortened
@@ -91,6 +92,7 @@ def read_environment() -> None:
     Logs one warning that names the variables that it ignores. Their values never appear in a message. Values are
     literal: `${NAME}` is not replaced. `HF_HOME` sets the folders of downloads alone, by their own variables: libraries
     also read logins in it, write to other files, and follow links there, which would lead to any file of the user.
+    Names a folder of this user for compiled code too, if the environment names none.
 
     Call this where a job runs, before the import of a library that reads the variables. Do not call it where a job is
     submitted: SLURM would store them with the job.
@@ -119,6 +121,7 @@ def read_environment() -> None:
     os.environ.update(others | {name: str(folder) for name, folder in caches.items()})
     note_proxies(PROXIES & values.keys() - _NO_PROXY)
     check_address()
+    own_compiled_code()
 
 
 def _named(ignored: Mapping[str, str | None]) -> str:

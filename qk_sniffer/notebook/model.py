@@ -68,6 +68,7 @@ class UserBackbone(Backbone):
         self._encoders = [encoder for encoder in encoders if isinstance(encoder, nn.Module)]
         self._described = self._changeable()
         self._at_first_pass: ModelState | None = None
+        self._steps = self._steps_at_first_pass = 0
         self._keeps_state = False
         # At the begin of the last pass, at its end, and at the end of the last one with rows.
         self._settings_at_begin: Settings = {}
@@ -101,6 +102,11 @@ class UserBackbone(Backbone):
         self._check(now, {name for _, name in set_between})
         self._settings_at_begin = now.settings
 
+    def note_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Notes a step of any optimizer. A fused one writes weights without raising their versions."""
+        own = {id(weight) for module in (self.decoder, *self._encoders) for weight in module.parameters()}
+        self._steps += any(id(weight) in own for group in optimizer.param_groups for weight in group["params"])
+
     def keep_state(self) -> None:
         """Makes the state of the model the one of all passes: the pass that ends has rows."""
         self._keeps_state = True
@@ -120,11 +126,14 @@ class UserBackbone(Backbone):
     def _check(self, now: ModelState, set_between: Collection[str] = ()) -> None:
         """Checks the state `now`. `set_between` names the settings that have changed since the last pass."""
         first = self._at_first_pass
-        if now == first and not set_between:
+        is_trained = first is not None and self._steps != self._steps_at_first_pass
+        if now == first and not set_between and not is_trained:
             return
         changed = self._changed()
         if first is not None:
             changed += self._differing(now, first)
+        if is_trained and "weights" not in changed:
+            changed.append("weights")
         if set_between:
             changed.append(f"settings of modules or config ({shortened(sorted(set_between), 5)})")
         if changed:
@@ -133,7 +142,7 @@ class UserBackbone(Backbone):
                 "qk_sniffer.capture, whose rows are of one state of the model: this forward pass is not captured. End "
                 "the block before the change, and open a capture of its own for each state"
             )
-        self._at_first_pass = now
+        self._at_first_pass, self._steps_at_first_pass = now, self._steps
 
     @staticmethod
     def _differing(now: ModelState, first: ModelState) -> Iterator[str]:

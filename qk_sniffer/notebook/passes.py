@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import GenerationMixin, StoppingCriteriaList
 
 from qk_sniffer.backbone.caches import changes_of
@@ -157,6 +158,7 @@ class PassRecorder:
             )
             stack.enter_context(_generation_watched(decoder, self._note_generation, self._note_stops))
             for handle in (
+                register_optimizer_step_post_hook(lambda optimizer, *_: self._backbone.note_step(optimizer)),
                 decoder.register_forward_pre_hook(self._begin, with_kwargs=True),
                 decoder.register_forward_hook(self._end, with_kwargs=True),
             ):

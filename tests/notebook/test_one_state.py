@@ -43,8 +43,8 @@ def replace_frequencies(model: Any) -> None:
     rotary.inv_freq = rotary.inv_freq * 2
 
 
-def step(model: Any) -> None:
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+def step(model: Any, make: Callable[..., torch.optim.Optimizer] = torch.optim.SGD) -> None:
+    optimizer = make(model.parameters(), lr=0.1)
     with torch.enable_grad():
         model(input_ids=IDS, labels=IDS).loss.backward()
     optimizer.step()
@@ -143,6 +143,9 @@ PLAIN: dict[str, tuple[Callable[[Any], object], str]] = {
     "other frequencies": (replace_frequencies, "rotary frequencies"),
     "dtype": (lambda model: model.bfloat16(), "dtype"),
     "step": (step, "weights"),
+    # These raise the version of no weight.
+    "fused step": (lambda model: step(model, functools.partial(torch.optim.AdamW, fused=True)), "weights"),
+    "fused step of SGD": (lambda model: step(model, functools.partial(torch.optim.SGD, fused=True)), "weights"),
     "weight": (set_weight, "weights"),
     "other weight": (replace_weight, "weights"),
     "other data": (replace_data, "weights"),
@@ -189,6 +192,15 @@ def test_a_pass_of_a_changed_model_is_refused_by_name(
             model(input_ids=IDS)
     assert (rows[: len(before)] == before).all()
     assert (captured.vectors(1, 0, "q").vectors == rows).all()
+
+
+def test_a_step_of_another_model_changes_nothing() -> None:
+    model, other = LLAMA.model(), LLAMA.model()
+    with torch.no_grad(), qk_sniffer.capture(model, layers=[1]) as captured:
+        model(input_ids=IDS)
+        step(other, functools.partial(torch.optim.AdamW, fused=True))
+        model(input_ids=IDS)
+    assert len(captured.examples) == 2
 
 
 @pytest.mark.parametrize(("persistent", "shape"), [(True, (4,)), (False, ())])

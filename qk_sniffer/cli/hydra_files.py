@@ -83,7 +83,7 @@ def job_problems(hydra: DictConfig) -> Iterator[str]:
             "hydra.job.chdir is true: a job would look for its files, and write its dataset, in the folder that Hydra "
             "makes for it; leave it false"
         )
-    if names := sorted(_LOGIN & {*map(str, hydra.job.env_copy), *map(str, hydra.job.env_set)}):
+    if names := sorted({*_SECRETS} & {*map(str, hydra.job.env_copy), *map(str, hydra.job.env_set)}):
         yield (
             f"hydra.job would store {', '.join(names)} in the files of the job: leave it out of env_copy and env_set. "
             "Jobs read it from .env in the current folder, or from the login of `hf auth login`"

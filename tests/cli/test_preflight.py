@@ -498,7 +498,7 @@ def test_the_folders_of_this_machine_may_read_the_environment(monkeypatch: pytes
 @pytest.mark.parametrize("name", ["HF_TOKEN", "https_proxy", "HF_ENDPOINT"])
 @pytest.mark.parametrize("setting", ["hydra.job.env_copy=[{}]", "+hydra.job.env_set.{}=a5ecret"])
 def test_hydra_does_not_store_the_login(setting: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_TOKEN", "a5ecret")
+    monkeypatch.setenv(name, "https://me:a5ecret@host")
     said = refusal(*MODEL, setting.format(name))
     assert f"would store {name} in the files of the job" in said and "a5ecret" not in said
 

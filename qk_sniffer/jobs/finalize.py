@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,9 @@ from qk_sniffer.store.work_folder import clear_obstacles
 from qk_sniffer.text import say
 from qk_sniffer.timing import Stages
 from qk_sniffer.validation import output_problems
+
+_WITHOUT_HUB = {"eager", "sdpa", "flex_attention"}
+"""The kernels of attention that are torch's own."""
 
 
 @dataclass(frozen=True)
@@ -167,8 +171,7 @@ def _forbidden(config: Config, allowed: Allowed, *, loads_tokenizer: bool) -> It
             "give allow_pickle=true if you trust them; prove=false loads no model"
         )
     named = [("family", "imports", model.family, allowed.family)]
-    if "/" in (model.attn_implementation or ""):  # a kernel of the Hub, and not one of transformers or torch
-        kernel = model.attn_implementation
+    if (kernel := model.attn_implementation) is not None and _may_be_of_hub(kernel):
         named.append(("attn_implementation", "loads the kernel", kernel, allowed.attn_implementation))
     for key, verb, asked, given in named:
         if asked is not None and proves and given != asked:
@@ -176,6 +179,11 @@ def _forbidden(config: Config, allowed: Allowed, *, loads_tokenizer: bool) -> It
                 f"{key} is {'null' if given is None else given}, but the job {verb} {asked} (model.{key}): give "
                 f"{key}={asked} if you trust it; prove=false loads no model"
             )
+
+
+def _may_be_of_hub(kernel: str) -> bool:
+    """Whether transformers may load a kernel of attention from the Hub, as it does for `flash_attention_2` too."""
+    return "/" in kernel or (kernel not in _WITHOUT_HUB and find_spec("kernels") is not None)
 
 
 def _published(

@@ -138,12 +138,14 @@ def test_a_job_that_asks_for_code_is_refused_unless_the_caller_allows_it(
 ) -> None:
     real = finalize_module.from_dict
     monkeypatch.setattr(finalize_module, "finish", lambda *_, **__: Outcome())
+    monkeypatch.setattr(finalize_module, "find_spec", lambda name: name)  # the package `kernels` is installed
     asked: dict[str, Any]
     for asked in (
         {"trust_remote_code": True},
         {"allow_pickle": True},
         {"family": "package:Class"},
         {"attn_implementation": "org/kernel"},
+        {"attn_implementation": "flash_attention_2"},  # of the Hub, if its package is not installed
     ):
 
         def asking(values: dict[str, Any], asked: dict[str, Any] = asked) -> Config:

@@ -200,8 +200,8 @@ def test_a_root_that_was_away_for_a_moment_does_no_harm(
     at(step, monkeypatch, act)
     try:
         run(checkpoint, texts, root, **SECTIONS)
-    except QkSnifferError:  # the thread that writes segments looked at that moment
-        assert step == "forward"
+    except QkSnifferError:  # another thread that writes a segment looked at that moment
+        assert step in ("forward", "segment")
         run(checkpoint, texts, root, **SECTIONS)
     assert hashes(root) == hashes(undisturbed(**SECTIONS))
 

@@ -26,6 +26,7 @@ from qk_sniffer.jobs import finish
 from qk_sniffer.jobs.finalize import finalize
 from qk_sniffer.store import manifest as manifests
 from qk_sniffer.store import promote
+from qk_sniffer.store.journal_writer import JournalWriter
 from qk_sniffer.store.layout import Layout
 from qk_sniffer.store.locks import InUseError, TakenAwayError, hold, holder, is_held
 from qk_sniffer.store.segment_writers import SegmentWriters
@@ -65,6 +66,12 @@ def remove(root: Path) -> None:
     while trash.exists():
         assert time.monotonic() < deadline
         shutil.rmtree(trash, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def one_segment_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise another thread may write its own segment, or look at the root, in the moment that a test waits for."""
+    monkeypatch.setitem(JournalWriter.__init__.__kwdefaults__, "threads", 1)
 
 
 IN_THREAD = ("segment",)

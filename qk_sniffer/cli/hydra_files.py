@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from qk_sniffer.cli.environment import PROXIES
 from qk_sniffer.errors import StoreError
+from qk_sniffer.hub.endpoint import LOGINS
 from qk_sniffer.store.disk import explained
 from qk_sniffer.store.open_folder import OpenFolder
 from qk_sniffer.store.own_files import contains
@@ -31,9 +32,7 @@ _OF_A_SWEEP = re.compile(r"multirun\.yaml|\.submitit|\d+")
 
 _IS_OF_HYDRA = contains(rb"(?m)^hydra:")
 
-_LOGIN = {"HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"}
-
-_SECRETS = sorted({*_LOGIN, "HF_ENDPOINT", *PROXIES} - {"no_proxy", "NO_PROXY"})
+_SECRETS = sorted({*LOGINS, "HF_ENDPOINT", *PROXIES} - {"no_proxy", "NO_PROXY"})
 
 _OF_SECRET = re.compile(rf"\$\{{\s*oc\.env\s*:[^}}]*?\b({'|'.join(_SECRETS)})\b")
 """An interpolation of the login, or of an address that may hold one."""

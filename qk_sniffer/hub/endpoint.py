@@ -28,7 +28,8 @@ _PROXY = re.compile(rf"((https?|socks[45][ah]?)://([^/?#]*@)?)?{_HOST}/?", re.IG
 _PROXIES = ("http_proxy", "https_proxy", "all_proxy")
 """The variables with addresses of proxies, also in capitals."""
 
-_LOGINS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+LOGINS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+"""The variables that hold the login."""
 
 _NUMBERS: Mapping[str, Callable[[str], float]] = {
     "HF_HUB_DOWNLOAD_TIMEOUT": int,
@@ -58,7 +59,7 @@ def check_address() -> None:
             raise SourceError(
                 f"the value of {name} in the environment is not {what}: correct it, or unset it"
             ) from None
-    for login in (os.environ.get(name, "") for name in _LOGINS):
+    for login in (os.environ.get(name, "") for name in LOGINS):
         if len(login) >= SHORTEST_SECRET:
             hide(login)
     for address in _proxies().values():

@@ -339,7 +339,7 @@ def _generation_watched(
     """Watches calls of `generate`, in this thread, of models that have the decoder.
 
     Calls `generates` when one begins and when it ends, and `note` after each of its steps, with the tokens and the rows
-    that it stops. Whoever else calls the same stopping criteria goes on with a row as he likes.
+    that it stops. Other callers of the same stopping criteria may go on with a row that they stop.
     """
     thread = threading.get_ident()
     generate, stops_of = GenerationMixin.generate, StoppingCriteriaList.__call__

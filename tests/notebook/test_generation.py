@@ -167,13 +167,17 @@ class StopsAndFails(StoppingCriteria):
         return torch.tensor([self.steps >= 2, False])  # type: ignore[return-value]
 
 
+def generate_and_fail(model: Any, ids: torch.Tensor, cache: DynamicCache) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        stopping = StoppingCriteriaList([StopsAndFails()])
+        model.generate(input_ids=ids, past_key_values=cache, stopping_criteria=stopping, **GENERATION)
+
+
 def test_rows_that_an_interrupted_generation_had_stopped_are_seen_by_passes_by_hand() -> None:
     model: Any = LLAMA.model()
     ids, cache = random_ids(2, 6), DynamicCache(config=model.config)
     with torch.no_grad(), qk_sniffer.capture(model) as captured:
-        with pytest.raises(KeyboardInterrupt):
-            stopping = StoppingCriteriaList([StopsAndFails()])
-            model.generate(input_ids=ids, past_key_values=cache, stopping_criteria=stopping, **GENERATION)
+        generate_and_fail(model, ids, cache)
         with pytest.raises(CaptureError, match="row 0 of the batch goes on at position 9"):  # the padding is in between
             model(input_ids=ids[:, :1], past_key_values=cache)
         mask = torch.tensor([[1] * 7 + [0, 0, 1], [1] * 10])
@@ -185,9 +189,7 @@ def test_an_interrupted_generation_stops_no_row_of_the_next_one_with_its_cache()
     model: Any = LLAMA.model()
     ids, cache = random_ids(2, 6), DynamicCache(config=model.config)
     with torch.no_grad(), qk_sniffer.capture(model) as captured:
-        with pytest.raises(KeyboardInterrupt):
-            stopping = StoppingCriteriaList([StopsAndFails()])
-            model.generate(input_ids=ids, past_key_values=cache, stopping_criteria=stopping, **GENERATION)
+        generate_and_fail(model, ids, cache)
         before = captured.examples["num_tokens"].to_pylist()
         held = cache.get_seq_length()
         mask = torch.ones(2, held + 2, dtype=torch.long)
